@@ -1,0 +1,34 @@
+"""What the four console scripts share: errors as one line with exit status 2, and plain logging."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import typer
+
+from llavamod_offline.errors import LlavaModError
+
+INPUT_ERROR_STATUS = 2
+
+
+def run_command(app: typer.Typer, argv: Sequence[str] | None = None) -> NoReturn:
+    """Run `app` on `argv` (default: the process's arguments) and exit with its status.
+
+    A `LlavaModError` is printed as one line and gives status 2; LLAVAMOD_DEBUG=1 shows its traceback. Ctrl-C gives 130.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        app(args=list(sys.argv[1:] if argv is None else argv), standalone_mode=True)
+    except LlavaModError as error:
+        if os.environ.get("LLAVAMOD_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(INPUT_ERROR_STATUS)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)

@@ -1,0 +1,157 @@
+"""A sample: one conversation with zero or more images, or one prompt with a chosen and a rejected response.
+
+In a WebDataset tar a sample is `{key}.json` beside `{key}.{jpg,png,webp}` (`{key}.0.jpg`, `{key}.1.png`… where there
+are several images). The JSON is an object: `format` (1), `source`, `turns` (list of `[role, text]`), `chosen` and
+`rejected` (strings, preference samples only), `images` (list of file extensions), `content_hash`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llavamod_offline.errors import DataError
+
+SAMPLE_FORMAT = 1
+IMAGE_PLACEHOLDER = "<image>"
+IMAGE_EXTENSIONS = ("jpg", "png", "webp")
+KEY_PATTERN = re.compile(r"[A-Za-z0-9_\-]{1,200}")
+
+Role = Literal["user", "assistant"]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation; `<image>` in a user's text marks where the next image stands."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A validated sample; `turns` of a preference sample end with the user, those of a conversation with the assistant.
+
+    `images` are encoded files in the order of their placeholders, `image_extensions` their formats.
+    Errors: `DataError` naming the key if the turns do not alternate, are empty, or do not match the images.
+    """
+
+    key: str
+    turns: tuple[Turn, ...]
+    images: tuple[bytes, ...] = ()
+    image_extensions: tuple[str, ...] = ()
+    chosen: str | None = None
+    rejected: str | None = None
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        problem = _problem(self)
+        if problem:
+            raise DataError(f"sample '{self.key}': {problem}")
+
+    @property
+    def is_preference(self) -> bool:
+        """Whether the sample holds a chosen and a rejected response instead of an assistant's turns."""
+        return self.chosen is not None
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The sequences this sample gives: `response`, or `chosen` and `rejected`."""
+        return ("chosen", "rejected") if self.is_preference else ("response",)
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 (hex) over the text and the image bytes; the key is not part of it."""
+        digest = hashlib.sha256()
+        text = json.dumps([[t.role, t.text] for t in self.turns] + [self.chosen, self.rejected], ensure_ascii=False)
+        for part in (text.encode(), *self.images):
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+        return digest.hexdigest()
+
+    def conversation(self, role: str) -> tuple[Turn, ...]:
+        """The turns of one role: the conversation itself, or the prompt with that role's response appended."""
+        if role not in self.roles:
+            raise DataError(f"sample '{self.key}' has no role '{role}': it has {', '.join(self.roles)}")
+        if not self.is_preference:
+            return self.turns
+        response = self.chosen if role == "chosen" else self.rejected
+        assert response is not None
+        return (*self.turns, Turn("assistant", response))
+
+
+def sample_to_json(sample: Sample) -> bytes:
+    """Serialise everything but the images, as the tar's `{key}.json` holds it."""
+    content: dict[str, Any] = {
+        "format": SAMPLE_FORMAT,
+        "source": sample.source,
+        "turns": [[turn.role, turn.text] for turn in sample.turns],
+        "images": list(sample.image_extensions),
+        "content_hash": sample.content_hash,
+    }
+    if sample.is_preference:
+        content |= {"chosen": sample.chosen, "rejected": sample.rejected}
+    return json.dumps(content, ensure_ascii=False, sort_keys=True).encode()
+
+
+def sample_from_json(key: str, content: bytes, images: tuple[bytes, ...]) -> Sample:
+    """Rebuild a sample from its JSON and image bytes. Errors: `DataError` naming the key and the field."""
+    try:
+        fields = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"sample '{key}': its JSON cannot be read: {error}") from error
+    if not isinstance(fields, dict) or fields.get("format") != SAMPLE_FORMAT:
+        raise DataError(f"sample '{key}': not a sample of format {SAMPLE_FORMAT}: pack the set again")
+    try:
+        turns = tuple(Turn(role, text) for role, text in fields["turns"])
+        extensions = tuple(fields["images"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"sample '{key}': bad field in its JSON: {error!r}") from error
+    return Sample(
+        key, turns, images, extensions, fields.get("chosen"), fields.get("rejected"), str(fields.get("source", ""))
+    )
+
+
+def _problem(sample: Sample) -> str | None:
+    """Say what is wrong with a sample, or nothing."""
+    if not KEY_PATTERN.fullmatch(sample.key):
+        return "a key is 1 to 200 letters, digits, '-' or '_'"
+    texts = [turn.text for turn in sample.turns]
+    texts += [text for text in (sample.chosen, sample.rejected) if text is not None]
+    if not sample.turns or not all(isinstance(text, str) for text in texts):
+        return "a turn's text is missing or no string" if sample.turns else "the conversation is empty"
+    try:
+        "".join([*texts, sample.source]).encode()
+    except UnicodeEncodeError:
+        return "its text holds half a surrogate pair, which is no character"
+    if (sample.chosen is None) != (sample.rejected is None):
+        return "a preference needs both a chosen and a rejected response"
+    for index, turn in enumerate(sample.turns):
+        expected = "user" if index % 2 == 0 else "assistant"
+        if turn.role != expected:
+            return f"turn {index} is by '{turn.role}', expected '{expected}'"
+        if turn.role == "assistant" and not turn.text.strip():
+            return f"turn {index}: the assistant's text is empty"
+    last = sample.turns[-1].role
+    if last != ("user" if sample.is_preference else "assistant"):
+        return f"the last turn is by '{last}'"
+    if sample.is_preference and not (str(sample.chosen).strip() and str(sample.rejected).strip()):
+        return "the chosen or the rejected response is empty"
+    return _image_problem(sample)
+
+
+def _image_problem(sample: Sample) -> str | None:
+    answers = [turn.text for turn in sample.turns if turn.role == "assistant"]
+    answers += [text for text in (sample.chosen, sample.rejected) if text is not None]
+    if any(IMAGE_PLACEHOLDER in text for text in answers):
+        return f"'{IMAGE_PLACEHOLDER}' stands in an answer; only a user's text may hold it"
+    placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in sample.turns)
+    if placeholders != len(sample.images):
+        return f"{placeholders} '{IMAGE_PLACEHOLDER}' in the text for {len(sample.images)} image(s)"
+    if len(sample.images) != len(sample.image_extensions):
+        return "the images and their extensions differ in number"
+    unknown = [extension for extension in sample.image_extensions if extension not in IMAGE_EXTENSIONS]
+    return f"image format '{unknown[0]}' is none of {', '.join(IMAGE_EXTENSIONS)}" if unknown else None

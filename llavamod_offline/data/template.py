@@ -1,0 +1,98 @@
+"""Conversation templates: turns → segments of text, each marked as supervised or not.
+
+Supervision is decided here, by construction; nothing downstream searches rendered text for answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llavamod_offline.data.sample import Turn
+from llavamod_offline.errors import ConfigError
+
+_QWEN_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a rendered conversation; `special` pieces are names of single special tokens, never plain text."""
+
+    text: str
+    supervised: bool = False
+    special: bool = False
+
+
+@dataclass(frozen=True)
+class Template:
+    """How turns are worded. Each field is plain text, save `end` and those in `special`, which are special tokens.
+
+    A conversation reads: system · (user_prefix · text · user_suffix · assistant_prefix · answer · end · separator)*.
+    The answer (with `answer_prefix`) and its `end` token are supervised.
+    """
+
+    name: str
+    system: tuple[Segment, ...]
+    user_prefix: tuple[Segment, ...]
+    assistant_prefix: tuple[Segment, ...]
+    answer_prefix: str
+    end: str
+    separator: str
+
+    def render(self, turns: Sequence[Turn]) -> list[Segment]:
+        """Render turns; if they end with the user, the result is a prompt that ends where the answer begins."""
+        segments = list(self.system)
+        for turn in turns:
+            if turn.role == "user":
+                segments += [*self.user_prefix, Segment(turn.text), *self.assistant_prefix]
+            else:
+                segments.append(Segment(self.answer_prefix + turn.text, supervised=True))
+                segments.append(Segment(self.end, supervised=True, special=True))
+                if self.separator:
+                    segments.append(Segment(self.separator))
+        if turns and turns[-1].role == "assistant" and self.separator:
+            segments.pop()
+        return segments
+
+
+def _special(name: str) -> Segment:
+    return Segment(name, special=True)
+
+
+TEMPLATES = {
+    # LLaVA-MoD's `--version qwen` (its conv_phi): base models, ends with <|endoftext|>, not ChatML.
+    "qwen": Template(
+        name="qwen",
+        system=(Segment(_QWEN_SYSTEM + " "),),
+        user_prefix=(Segment("USER: "),),
+        assistant_prefix=(Segment(" ASSISTANT:"),),
+        answer_prefix=" ",
+        end="<|endoftext|>",
+        separator="",
+    ),
+    # ChatML as Qwen's instruction-tuned models use it.
+    "chatml": Template(
+        name="chatml",
+        system=(
+            _special("<|im_start|>"),
+            Segment("system\nYou are a helpful assistant."),
+            _special("<|im_end|>"),
+            Segment("\n"),
+        ),
+        user_prefix=(_special("<|im_start|>"), Segment("user\n")),
+        assistant_prefix=(_special("<|im_end|>"), Segment("\n"), _special("<|im_start|>"), Segment("assistant\n")),
+        answer_prefix="",
+        end="<|im_end|>",
+        separator="\n",
+    ),
+}
+
+
+def get_template(name: str) -> Template:
+    """Look a template up by name. Errors: `ConfigError` listing the known names."""
+    if name not in TEMPLATES:
+        raise ConfigError(f"template '{name}' is unknown: choose one of {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]

@@ -1,0 +1,141 @@
+"""Samples → sequences: token ids with expanded image tokens, and the indices of the supervised tokens.
+
+Letters: T tokens of a sequence, N supervised tokens. If the token at index t is supervised, the distribution that
+predicts it is the model's output at index t − 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
+from llavamod_offline.data.template import Segment, Template
+from llavamod_offline.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A tokenised (sample, role). `supervised_N` are indices into `input_ids_T`, rising, all ≥ 1."""
+
+    key: str
+    role: str
+    input_ids_T: Ids
+    supervised_N: Ids
+
+    @property
+    def target_ids_N(self) -> Ids:
+        """The supervised token ids, in order."""
+        return self.input_ids_T[self.supervised_N]
+
+    @property
+    def target_hash(self) -> str:
+        """SHA-256 (hex) of the supervised ids as little-endian int64: equal for every student that can use a record."""
+        return hashlib.sha256(self.target_ids_N.astype("<i8").tobytes()).hexdigest()
+
+    @property
+    def prediction_rows_N(self) -> Ids:
+        """The rows of the model's output that predict the supervised tokens: `supervised_N − 1`."""
+        return self.supervised_N - 1
+
+
+class SequenceEncoder:
+    """Turns samples into sequences for one tokenizer, template and image size.
+
+    `image_token_counts` of `encode` says how many tokens each image takes; a LLaVA model takes `image_tokens` for all.
+    Errors: `ModelError` if the tokenizer lacks a special token of the template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        template: Template,
+        *,
+        image_token_id: int,
+        image_tokens: int,
+        max_length: int,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.image_token_id = image_token_id
+        self.image_tokens = image_tokens
+        self.max_length = max_length
+        self._special_ids: dict[str, int] = {}
+        self.end_id = self._special_id(template.end)
+
+    def encode(self, sample: Sample, role: str, image_token_counts: Items[int] | None = None) -> Sequence:
+        """Tokenise one role of a sample. Errors: `DataError` if it is longer than `max_length` or has no answer."""
+        counts = image_token_counts or [self.image_tokens] * len(sample.images)
+        ids, supervised = self._tokenise(self.template.render(sample.conversation(role)), list(counts))
+        if len(ids) > self.max_length:
+            raise DataError(
+                f"sample '{sample.key}' ({role}): {len(ids)} tokens, more than max_length {self.max_length}"
+            )
+        supervised_N = np.flatnonzero(supervised).astype(np.int64)
+        return Sequence(sample.key, role, np.asarray(ids, dtype=np.int64), supervised_N)
+
+    def encode_prompt(self, turns: Items[Turn], image_token_counts: Items[int] | None = None) -> Ids:
+        """Tokenise turns that end with the user, up to where the answer begins (for generation)."""
+        placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
+        counts = image_token_counts or [self.image_tokens] * placeholders
+        ids, _ = self._tokenise(self.template.render(turns), list(counts))
+        return np.asarray(ids, dtype=np.int64)
+
+    def _tokenise(self, segments: list[Segment], image_counts: list[int]) -> tuple[list[int], list[bool]]:
+        ids: list[int] = []
+        supervised: list[bool] = []
+        for segment in _merge_plain(segments):
+            if segment.special:
+                piece = [self._special_id(segment.text)]
+            elif segment.supervised:
+                piece = self._plain_ids(segment.text)
+            else:
+                piece = self._ids_with_images(segment.text, image_counts)
+            ids += piece
+            supervised += [segment.supervised] * len(piece)
+        return ids, supervised
+
+    def _ids_with_images(self, text: str, image_counts: list[int]) -> list[int]:
+        parts = text.split(IMAGE_PLACEHOLDER)
+        ids = self._plain_ids(parts[0])
+        for part in parts[1:]:
+            ids += [self.image_token_id] * image_counts.pop(0)
+            ids += self._plain_ids(part)
+        return ids
+
+    def _plain_ids(self, text: str) -> list[int]:
+        """Tokenise text in which the names of special tokens are plain characters, whatever a data set says."""
+        if not text:
+            return []
+        encoded: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return encoded
+
+    def _special_id(self, token: str) -> int:
+        if token not in self._special_ids:
+            token_id = self.tokenizer.convert_tokens_to_ids(token)
+            if token_id is None or self.tokenizer.convert_ids_to_tokens(token_id) != token:
+                raise ModelError(f"the tokenizer has no token '{token}', which template '{self.template.name}' needs")
+            self._special_ids[token] = int(token_id)
+        return self._special_ids[token]
+
+
+def _merge_plain(segments: list[Segment]) -> list[Segment]:
+    """Join neighbouring unsupervised plain segments, so that a prompt is tokenised as one text."""
+    merged: list[Segment] = []
+    for segment in segments:
+        plain = not (segment.special or segment.supervised)
+        if plain and merged and not (merged[-1].special or merged[-1].supervised):
+            merged[-1] = Segment(merged[-1].text + segment.text)
+        else:
+            merged.append(segment)
+    return merged

@@ -1,0 +1,50 @@
+"""Conversations about a scene in the manner of the data sets that the stages of the original are trained on."""
+
+from __future__ import annotations
+
+import random
+
+from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Turn
+from llavamod_offline.toyworld.language import BRIEFLY, DESCRIBE, SHORT_ANSWER, caption, questions
+from llavamod_offline.toyworld.scene import Scene
+
+
+def captioned(scene: Scene, rng: random.Random) -> list[Turn]:
+    """One request for a description and the caption; the picture stands before or after the words."""
+    request = rng.choice((DESCRIBE, DESCRIBE, BRIEFLY))
+    text = rng.choice(
+        (f"{IMAGE_PLACEHOLDER}\n{request}", f"{IMAGE_PLACEHOLDER}\n{request}", f"{request}\n{IMAGE_PLACEHOLDER}")
+    )
+    return [Turn("user", text), Turn("assistant", caption(scene, rng))]
+
+
+def chatted(scene: Scene, rng: random.Random, rounds: int) -> list[Turn]:
+    """Several rounds of questions answered in whole sentences, the first of them perhaps a caption."""
+    turns: list[Turn] = []
+    if rng.random() < 0.3:
+        turns += [Turn("user", DESCRIBE), Turn("assistant", caption(scene, rng))]
+    for question in questions(scene, rng, rounds):
+        turns += [Turn("user", question.text), Turn("assistant", question.sentence)]
+    return with_image(turns)
+
+
+def quizzed(scene: Scene, rng: random.Random, rounds: int) -> list[Turn]:
+    """Several rounds of short answers, asked for once, in the first round, as LLaVA's mixture does."""
+    turns: list[Turn] = []
+    for question in questions(scene, rng, rounds):
+        suffix = "" if turns else SHORT_ANSWER
+        turns += [Turn("user", question.text + suffix), Turn("assistant", question.answer)]
+    return with_image(turns)
+
+
+def with_image(turns: list[Turn]) -> list[Turn]:
+    """Put the picture at the head of the first turn."""
+    return [Turn("user", f"{IMAGE_PLACEHOLDER}\n{turns[0].text}"), *turns[1:]]
+
+
+def mixed(scene: Scene, rng: random.Random) -> list[Turn]:
+    """Any of the three, as a teacher sees them."""
+    share = rng.random()
+    if share < 0.3:
+        return captioned(scene, rng)
+    return chatted(scene, rng, 4) if share < 0.5 else quizzed(scene, rng, 5)

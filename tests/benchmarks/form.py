@@ -1,0 +1,106 @@
+"""The one form of every benchmark: `python -m tests.benchmarks.NAME [--quick] --json FILE`.
+
+It prints a table and writes `{"benchmark", "device", "date", "settings", "rows": [...], "ratios": {name: number}}`.
+Compared pairs are measured alternately in one run and medians are taken, since machines are noisy: quote the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Row = Mapping[str, str | float | int]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What every benchmark is told: whether to be quick, where to write, and options of its own."""
+
+    quick: bool
+    json_file: Path | None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def parse_arguments(name: str, description: str, options: Mapping[str, Any] | None = None) -> Arguments:
+    """Read the command line; `options` maps further option names (without dashes) to their defaults."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m tests.benchmarks.{name}",
+        description=description,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller measurements")
+    parser.add_argument("--json", type=Path, help="file for the result")
+    for option, default in (options or {}).items():
+        parser.add_argument(f"--{option}", default=default, type=type(default) if default is not None else str)
+    parsed = vars(parser.parse_args())
+    own = {option: parsed[option.replace("-", "_")] for option in options or {}}
+    return Arguments(parsed["quick"], parsed["json"], own)
+
+
+def median_seconds(cases: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 1) -> dict[str, float]:
+    """Time the cases in turn, `repeats` rounds after `warmup`, and give each one's median in seconds."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for round_number in range(warmup + repeats):
+        for name, case in cases.items():
+            started = time.perf_counter()
+            case()
+            if round_number >= warmup:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def finish(
+    name: str, arguments: Arguments, *, settings: Mapping[str, Any], rows: Sequence[Row], ratios: Mapping[str, float]
+) -> None:
+    """Print the table and the ratios, and write the JSON file if one was asked for."""
+    print(table(rows))
+    for ratio, value in ratios.items():
+        print(f"{ratio}: {value:.4g}")
+    if arguments.json_file:
+        result = {
+            "benchmark": name,
+            "device": device_name(),
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "settings": {"quick": arguments.quick, **settings},
+            "rows": [dict(row) for row in rows],
+            "ratios": dict(ratios),
+        }
+        arguments.json_file.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json_file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Render rows as columns of equal width."""
+    if not rows:
+        return "(no rows)"
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    cells = [columns, *[[_cell(row.get(column, "")) for column in columns] for row in rows]]
+    widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+
+
+def device_name() -> str:
+    """The GPU's name, or the CPU's with the number of cores this process may use."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
