@@ -3,8 +3,8 @@
     python -m llavamod_offline.toyworld.pretrain --output DIR
 
 The tower learns from ground truth what each patch shows and is frozen, as CLIP is in LLaVA; the teacher's projector
-and language model then learn conversations about pictures; the small language model, a student's beginning, sees text
-alone.
+and language model then learn conversations about pictures. The small language model, a student's beginning, sees text
+alone: the same conversations about scenes described in words, so that it can read and answer before it ever sees.
 
 Letters: B pictures or conversations, C channels, H and W pixels, T tokens, P patches, A attributes, N supervised
 tokens, X classes of all attributes.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import logging
 import math
 import random
@@ -44,6 +43,7 @@ from llavamod_offline.data.template import get_template
 from llavamod_offline.data.tokenise import Sequence, SequenceEncoder
 from llavamod_offline.toyworld.conversations import mixed
 from llavamod_offline.toyworld.draw import draw_scene
+from llavamod_offline.toyworld.language import caption
 from llavamod_offline.toyworld.scene import Scene, random_scene
 from llavamod_offline.toyworld.supervision import ATTRIBUTES, PRESENCE_CLASSES, patch_labels, presence_labels
 from llavamod_offline.toyworld.tokenizer import train_tokenizer
@@ -154,14 +154,18 @@ def new_llava(
 def conversations(
     rng: random.Random, encoder: SequenceEncoder, *, with_images: bool
 ) -> Iterator[tuple[list[Scene], list[Sequence]]]:
-    """Endless batches of conversations, four batches' worth sorted by length at a time to spare padding."""
+    """Endless batches of conversations, four batches' worth sorted by length at a time to spare padding.
+
+    Without images, a description in words stands where the picture would.
+    """
     while True:
         drawn = []
         for index in range(4 * BATCH):
             scene = random_scene(rng)
             turns = mixed(scene, rng)
             if not with_images:
-                turns = [Turn(turn.role, turn.text.replace(IMAGE_PLACEHOLDER, "").strip("\n")) for turn in turns]
+                described = caption(scene, rng)
+                turns = [Turn(turn.role, turn.text.replace(IMAGE_PLACEHOLDER, described)) for turn in turns]
             images, extensions = ((b"-",), ("png",)) if with_images else ((), ())
             sample = Sample(f"toy-{index}", tuple(turns), images, extensions)
             drawn.append((scene, encoder.encode(sample, "response")))
@@ -279,8 +283,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for tower/, teacher/ and language_model/")
     parser.add_argument("--tower-steps", type=int, default=1200)
     parser.add_argument("--teacher-steps", type=int, default=3600)
-    parser.add_argument("--language-model-steps", type=int, default=800)
+    parser.add_argument("--language-model-steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--only", choices=("tower", "language_model", "teacher"), help="one of the three (default: all)"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -292,16 +299,15 @@ def main() -> None:
         image_tokens=IMAGE_TOKENS,
         max_length=2048,
     )
-    tower_folder = arguments.output / "tower"
-    if not (tower_folder / "model.safetensors").exists():
-        train_tower(arguments.tower_steps, arguments.seed).save_pretrained(tower_folder)
-    tower = CLIPVisionModel.from_pretrained(tower_folder, dtype=torch.float32)
-    language_model = train_language_model(tokenizer, encoder, arguments.language_model_steps, arguments.seed)
-    save(language_model, tokenizer, arguments.output / "language_model")
-    teacher_folder = arguments.output / "teacher"
-    train_teacher(tower, tokenizer, encoder, arguments.teacher_steps, arguments.seed, teacher_folder)
-    arguments_json = json.dumps({key: str(value) for key, value in vars(arguments).items() if key != "output"})
-    logger.info("done with %s", arguments_json)
+    output, seed, wanted = arguments.output, arguments.seed, arguments.only
+    if wanted in (None, "tower"):
+        train_tower(arguments.tower_steps, seed).save_pretrained(output / "tower")
+    if wanted in (None, "language_model"):
+        model = train_language_model(tokenizer, encoder, arguments.language_model_steps, seed)
+        save(model, tokenizer, output / "language_model")
+    if wanted in (None, "teacher"):
+        tower = CLIPVisionModel.from_pretrained(output / "tower", dtype=torch.float32)
+        train_teacher(tower, tokenizer, encoder, arguments.teacher_steps, seed, output / "teacher")
 
 
 if __name__ == "__main__":

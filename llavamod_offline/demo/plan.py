@@ -1,0 +1,160 @@
+"""The demo's commands: the whole road on the toy world, exactly as one would type it for other data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from llavamod_offline.demo.scheduler import Step
+
+CHECKPOINTS = Path(__file__).parents[1] / "toyworld" / "checkpoints"
+TEACHER = CHECKPOINTS / "teacher"
+LANGUAGE_MODEL = CHECKPOINTS / "language_model"
+TASKS = ("gqa", "pope", "object_halbench")
+SETS = ("align", "general", "multitask", "preference")
+
+
+@dataclass(frozen=True)
+class DemoSizes:
+    """How much of everything: samples of each set, pictures of each benchmark, steps of each stage."""
+
+    align: int
+    general: int
+    multitask: int
+    preference: int
+    benchmark_images: int
+    align_steps: int
+    distill_steps: int
+    sparse_steps: int
+    preference_steps: int
+
+
+FULL = DemoSizes(
+    align=1200, general=3200, multitask=1600, preference=600, benchmark_images=100,
+    align_steps=60, distill_steps=300, sparse_steps=120, preference_steps=60,
+)  # fmt: skip
+QUICK = DemoSizes(
+    align=200, general=400, multitask=200, preference=100, benchmark_images=20,
+    align_steps=10, distill_steps=40, sparse_steps=15, preference_steps=8,
+)  # fmt: skip
+
+BATCH = ("batch.global_size=32", "batch.micro_size=32")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A row of the demo's table: how it is called, where it lies, and the training run that made it."""
+
+    name: str
+    slug: str
+    checkpoint: Path
+    run: Path | None
+
+
+def models(output: Path) -> list[Model]:
+    """The five models that the demo compares."""
+    runs = output / "train"
+    trained = (
+        ("student without teacher", "sft"),
+        ("distilled student", "mimic_dense"),
+        ("upcycled sparse student", "mimic_sparse"),
+        ("after preference distillation", "preference"),
+    )
+    students = [Model(name, slug, runs / slug / "student", runs / slug) for name, slug in trained]
+    return [Model("teacher", "teacher", TEACHER, None), *students]
+
+
+def demo_steps(output: Path, sizes: DemoSizes) -> list[Step]:
+    """Every command of the demo with what it needs, in an order in which they can be typed."""
+    return [*_packing(output), *_caching(output), *_training(output, sizes), *_evaluation(output)]
+
+
+def _packing(output: Path) -> Iterator[Step]:
+    world = output / "world"
+    for name in SETS:
+        source = world / (f"{name}.parquet" if name == "preference" else f"{name}.json")
+        command = ["llavamod-offline", "pack", str(source), "--output", str(output / "sets" / name)]
+        if name != "preference":
+            command += ["--images", str(world / "images")]
+        yield Step(f"pack-{name}", tuple(command))
+
+
+def _caching(output: Path) -> Iterator[Step]:
+    for name in SETS[1:]:
+        yield Step(
+            f"cache-{name}",
+            (
+                "cache-teacher",
+                "run",
+                f"data={output / 'sets' / name}",
+                f"teacher={TEACHER}",
+                f"output={output / 'cache' / name}",
+                "batch_size=32",
+            ),
+            (f"pack-{name}",),
+        )
+
+
+def _training(output: Path, sizes: DemoSizes) -> Iterator[Step]:
+    def train(stage: str, data: str, steps: int, rate: str, needs: tuple[str, ...], *settings: str) -> Step:
+        command = (
+            "train-student",
+            stage,
+            f"data.set={output / 'sets' / data}",
+            f"output={output / 'train' / stage}",
+            f"steps={steps}",
+            f"optim.lr={rate}",
+            *BATCH,
+            *settings,
+        )
+        return Step(f"train-{stage}", command, needs)
+
+    def student(stage: str) -> str:
+        return f"student.checkpoint={output / 'train' / stage / 'student'}"
+
+    def cache(name: str) -> str:
+        return f"cache.path={output / 'cache' / name}"
+
+    parts = (f"student.vision_tower={TEACHER}", f"student.language_model={LANGUAGE_MODEL}")
+    yield train("align", "align", sizes.align_steps, "2e-3", ("pack-align",), *parts)
+    distilled = ("train-align", "cache-general")
+    steps = sizes.distill_steps
+    yield train("mimic_dense", "general", steps, "1e-3", distilled, student("align"), cache("general"))
+    yield train("sft", "general", steps, "1e-3", ("train-align", "pack-general"), student("align"))
+    sparse = ("train-mimic_dense", "cache-multitask")
+    steps = sizes.sparse_steps
+    yield train("mimic_sparse", "multitask", steps, "1e-3", sparse, student("mimic_dense"), cache("multitask"))
+    preferred = ("train-mimic_sparse", "cache-preference")
+    steps = sizes.preference_steps
+    yield train("preference", "preference", steps, "1e-4", preferred, student("mimic_sparse"), cache("preference"))
+
+
+def _evaluation(output: Path) -> Iterator[Step]:
+    root = output / "benchmarks"
+    for model in models(output):
+        answers = output / "eval" / model.slug
+        command = (
+            "eval-student",
+            "generate",
+            f"model={model.checkpoint}",
+            f"root={root}",
+            f"output={answers}",
+            f"tasks=[{','.join(TASKS)}]",
+            "batch_size=32",
+        )
+        yield Step(f"answer-{model.slug}", command, () if model.run is None else (f"train-{model.slug}",))
+        for task in TASKS:
+            predictions = answers / task / "predictions.jsonl"
+            score = (
+                "eval-student",
+                "score",
+                task,
+                "--root",
+                str(root),
+                "--predictions",
+                str(predictions),
+                "--json",
+                str(answers / task / "score.json"),
+            )
+            yield Step(f"score-{model.slug}-{task}", score, (f"answer-{model.slug}",))

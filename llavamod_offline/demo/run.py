@@ -1,0 +1,95 @@
+"""`llavamod-offline demo`: draw a toy world, run every command of the road on it, and compare the models."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from llavamod_offline.atomic import write_file
+from llavamod_offline.demo.plan import FULL, QUICK, TEACHER, demo_steps
+from llavamod_offline.demo.report import write_report
+from llavamod_offline.demo.results import COLUMNS, as_cells, summarise
+from llavamod_offline.demo.scheduler import Step, run_steps
+from llavamod_offline.errors import ConfigError, ModelError
+from llavamod_offline.toyworld.benchmarks import write_benchmarks
+from llavamod_offline.toyworld.datasets import write_datasets
+
+log = logging.getLogger(__name__)
+
+MARKER = ".llavamod-demo"
+AT_ONCE = 2
+
+
+def run_demo(output: Path, *, quick: bool = False, seed: int = 1) -> Path:
+    """Run the demo into `output` (made anew) and give the path of its summary.
+
+    Errors: `ConfigError` if `output` holds something that no demo made; `StepError` if a command fails.
+    """
+    if not (TEACHER / "config.json").exists():
+        raise ModelError(f"{TEACHER}: the toy teacher is missing: install the project again")
+    _clear(output)
+    sizes = QUICK if quick else FULL
+    started = time.monotonic()
+    write_datasets(
+        output / "world",
+        align=sizes.align,
+        general=sizes.general,
+        multitask=sizes.multitask,
+        preference=sizes.preference,
+        error_share=0.1,
+        seed=seed,
+    )
+    write_benchmarks(output / "benchmarks", images=sizes.benchmark_images, seed=seed + 1)
+    log.info("drew the toy world in %.0f s", time.monotonic() - started)
+    steps = demo_steps(output, sizes)
+    write_file(output / "commands.sh", "".join(f"{step.typed}\n" for step in steps))
+    with tqdm(total=len(steps), unit="step", disable=not sys.stderr.isatty()) as bar:
+
+        def report(step: Step, seconds: float) -> None:
+            bar.update()
+            tqdm.write(f"{seconds:6.1f} s  {step.name}", file=sys.stderr)
+
+        seconds = run_steps(steps, output / "logs", at_once=AT_ONCE, on_end=report)
+    summary = summarise(output, seconds)
+    summary["total_seconds"] = time.monotonic() - started
+    write_report(output, summary)
+    path = output / "summary.json"
+    write_file(path, json.dumps(summary, indent=1) + "\n")
+    print(_as_text(summary))
+    print(f"\n{output / 'report.html'}: the curves and some pictures with each model's answers")
+    print(f"{output / 'commands.sh'}: the {len(steps)} commands that the demo ran, in {summary['total_seconds']:.0f} s")
+    return path
+
+
+def _clear(output: Path) -> None:
+    """Empty the folder of an earlier demo; touch nothing else."""
+    if output.exists() and any(output.iterdir()):
+        if not (output / MARKER).exists():
+            raise ConfigError(f"{output}: holds files that no demo made: choose another folder with --output")
+        shutil.rmtree(output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / MARKER).touch()
+
+
+def _as_text(summary: dict[str, object]) -> str:
+    rows, cache = summary["rows"], summary["cache"]
+    assert isinstance(rows, list)
+    assert isinstance(cache, dict)
+    lines = [list(COLUMNS.values()), *[as_cells(row) for row in rows]]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
+    text = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    text.insert(1, "-" * len(text[0]))
+    text.append(f"\nteacher cache: {cache['positions']:,} positions, {cache['bytes_per_position']:.1f} bytes each")
+    return "\n".join(text)

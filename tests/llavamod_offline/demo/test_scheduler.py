@@ -1,0 +1,57 @@
+"""Steps run in an order that meets their needs, at most so many at once, and a failure is told."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llavamod_offline.demo.plan import FULL, demo_steps
+from llavamod_offline.demo.scheduler import Step, StepError, longest_first, run_steps
+
+
+def python(name: str, code: str, *needs: str) -> Step:
+    return Step(name, (sys.executable, "-c", code), needs)
+
+
+def test_steps_wait_for_their_needs(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    first = python("first", f"import time; time.sleep(.3); open({str(made)!r}, 'w')")
+    second = python("second", f"open({str(made)!r})", "first")
+    seconds = run_steps([second, first], tmp_path / "logs", at_once=2)
+    assert set(seconds) == {"first", "second"}
+    assert seconds["first"] >= 0.3
+
+
+def test_steps_without_needs_run_together(tmp_path: Path) -> None:
+    """Each of two steps waits for a file that the other writes: run one after the other they would not end."""
+    files = [tmp_path / "a", tmp_path / "b"]
+    meet = "import os, time\nopen({mine!r}, 'w')\nwhile not os.path.exists({other!r}): time.sleep(.01)"
+    steps = [
+        python(str(number), meet.format(mine=str(files[number]), other=str(files[1 - number]))) for number in (0, 1)
+    ]
+    assert len(run_steps(steps, tmp_path / "logs", at_once=2)) == 2
+
+
+def test_a_failure_names_the_step_and_shows_its_last_words(tmp_path: Path) -> None:
+    lasting = python("lasting", "import time; time.sleep(60)")
+    failing = python("failing", "import sys; print('no such shard'); sys.exit(3)")
+    started = time.monotonic()
+    with pytest.raises(StepError, match=r"(?s)'failing' ended with status 3.*no such shard"):
+        run_steps([lasting, failing], tmp_path / "logs", at_once=2)
+    assert time.monotonic() - started < 30
+
+
+def test_an_unmet_need_is_told_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(StepError, match="'late' waits for 'never'"):
+        run_steps([python("late", "", "never")], tmp_path / "logs", at_once=1)
+
+
+def test_the_demos_commands_can_be_typed_in_their_order(tmp_path: Path) -> None:
+    done: set[str] = set()
+    for step in demo_steps(tmp_path, FULL):
+        assert set(step.needs) <= done, step.name
+        done.add(step.name)
+    assert longest_first(demo_steps(tmp_path, FULL))[0].name == "pack-align"
