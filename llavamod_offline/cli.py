@@ -81,6 +81,27 @@ def pack(
     print(json.dumps(summary.to_json(), ensure_ascii=False) if as_json else _render(summary))
 
 
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to make, or to make anew.")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="A tenth of the data and the steps: does it run?")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the toy world's data.")] = 1,
+) -> None:
+    """Distil a toy teacher into small students, score them all, and write a table and a page.
+
+    Draws a toy world and runs the same commands on it that you would type for your own data and teacher; they are
+    written to DIR/commands.sh. Takes a few minutes on two cores. Needs no network.
+
+    \b
+    Examples:
+      llavamod-offline demo
+      llavamod-offline demo --quick --output runs/try
+    """
+    from llavamod_offline.demo.run import run_demo
+
+    run_demo(output, quick=quick, seed=seed)
+
+
 def _render(summary: PackSummary) -> str:
     lines = [
         f"packed {summary.samples} sample(s) ({summary.conversations} conversation(s), {summary.preferences} "

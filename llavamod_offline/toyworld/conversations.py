@@ -42,8 +42,16 @@ def with_image(turns: list[Turn]) -> list[Turn]:
     return [Turn("user", f"{IMAGE_PLACEHOLDER}\n{turns[0].text}"), *turns[1:]]
 
 
+def questioned(scene: Scene, rng: random.Random) -> list[Turn]:
+    """Mostly quizzes: a short answer is one token in ten of a mixture, too few to learn from."""
+    share = rng.random()
+    if share < 0.15:
+        return captioned(scene, rng)
+    return chatted(scene, rng, 4) if share < 0.3 else quizzed(scene, rng, 8)
+
+
 def mixed(scene: Scene, rng: random.Random) -> list[Turn]:
-    """Any of the three, as a teacher sees them."""
+    """Any of the three, as a teacher sees them at first."""
     share = rng.random()
     if share < 0.3:
         return captioned(scene, rng)

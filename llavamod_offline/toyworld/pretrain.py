@@ -18,7 +18,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -41,12 +41,14 @@ from transformers import (
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
 from llavamod_offline.data.template import get_template
 from llavamod_offline.data.tokenise import Sequence, SequenceEncoder
-from llavamod_offline.toyworld.conversations import mixed
+from llavamod_offline.toyworld.conversations import mixed, questioned
 from llavamod_offline.toyworld.draw import draw_scene
 from llavamod_offline.toyworld.language import caption
 from llavamod_offline.toyworld.scene import Scene, random_scene
 from llavamod_offline.toyworld.supervision import ATTRIBUTES, PRESENCE_CLASSES, patch_labels, presence_labels
 from llavamod_offline.toyworld.tokenizer import train_tokenizer
+
+Speaker = Callable[[Scene, random.Random], list[Turn]]
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +154,7 @@ def new_llava(
 
 
 def conversations(
-    rng: random.Random, encoder: SequenceEncoder, *, with_images: bool
+    rng: random.Random, encoder: SequenceEncoder, speak: Speaker, *, with_images: bool
 ) -> Iterator[tuple[list[Scene], list[Sequence]]]:
     """Endless batches of conversations, four batches' worth sorted by length at a time to spare padding.
 
@@ -162,7 +164,7 @@ def conversations(
         drawn = []
         for index in range(4 * BATCH):
             scene = random_scene(rng)
-            turns = mixed(scene, rng)
+            turns = speak(scene, rng)
             if not with_images:
                 described = caption(scene, rng)
                 turns = [Turn(turn.role, turn.text.replace(IMAGE_PLACEHOLDER, described)) for turn in turns]
@@ -187,15 +189,26 @@ def padded(sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
     return input_ids_BT, mask_BT
 
 
-def train_teacher(
-    tower: CLIPVisionModel, tokenizer: Qwen2TokenizerFast, encoder: SequenceEncoder, steps: int, seed: int, folder: Path
-) -> None:
-    """Train projector and language model on conversations about pictures, the tower frozen; save as it goes."""
+def new_teacher(tower: CLIPVisionModel, tokenizer: Qwen2TokenizerFast, seed: int) -> LlavaForConditionalGeneration:
+    """The teacher before its training."""
     torch.manual_seed(seed)
     text = text_config(tokenizer, hidden=160, layers=4, intermediate=432, rows=TEACHER_ROWS)
-    model = new_llava(tower, tokenizer, text)
-    batches = conversations(random.Random(seed + 1), encoder, with_images=True)
-    for step, optimizer in _steps(model, steps, learning_rate=2e-3, name="teacher"):
+    return new_llava(tower, tokenizer, text)
+
+
+def train_teacher(
+    model: LlavaForConditionalGeneration,
+    encoder: SequenceEncoder,
+    speak: Speaker,
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    folder: Path,
+) -> None:
+    """Train projector and language model on conversations about pictures, the tower frozen; save as it goes."""
+    batches = conversations(random.Random(seed), encoder, speak, with_images=True)
+    for step, optimizer in _steps(model, steps, learning_rate=learning_rate, name="teacher"):
         scenes, sequences = next(batches)
         input_ids_BT, mask_BT = padded(sequences)
         with _half_precision():
@@ -211,21 +224,23 @@ def train_teacher(
         if step % 50 == 0 or step == steps - 1:
             logger.info("teacher %d/%d loss %.4f", step, steps, loss.item())
         if (step + 1) % SAVE_STEPS == 0 or step == steps - 1:
-            save(copy.deepcopy(model), tokenizer, folder)
+            save(copy.deepcopy(model), encoder.tokenizer, folder)
 
 
 def train_language_model(
     tokenizer: Qwen2TokenizerFast, encoder: SequenceEncoder, steps: int, seed: int
 ) -> Qwen2ForCausalLM:
-    """Train a small language model on the texts alone, every token supervised."""
+    """Train a small language model on the texts alone; it reads a description where the teacher sees a picture."""
     torch.manual_seed(seed)
     text = text_config(tokenizer, hidden=96, layers=3, intermediate=256, rows=LANGUAGE_MODEL_ROWS)
     model = Qwen2ForCausalLM(text)
-    batches = conversations(random.Random(seed + 2), encoder, with_images=False)
+    batches = conversations(random.Random(seed + 2), encoder, questioned, with_images=False)
     for step, optimizer in _steps(model, steps, learning_rate=3e-3, name="language model"):
         _, sequences = next(batches)
         input_ids_BT, mask_BT = padded(sequences)
-        labels_BT = input_ids_BT.masked_fill(mask_BT == 0, -100)
+        labels_BT = torch.full_like(input_ids_BT, -100)
+        for row, sequence in enumerate(sequences):
+            labels_BT[row, torch.from_numpy(sequence.supervised_N)] = torch.from_numpy(sequence.target_ids_N)
         with _half_precision():
             loss = model(input_ids=input_ids_BT, attention_mask=mask_BT, labels=labels_BT, use_cache=False).loss
         _update(loss, model, optimizer)
@@ -283,10 +298,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for tower/, teacher/ and language_model/")
     parser.add_argument("--tower-steps", type=int, default=1200)
     parser.add_argument("--teacher-steps", type=int, default=3600)
+    parser.add_argument("--question-steps", type=int, default=1600, help="the teacher's second round, mostly quizzes")
     parser.add_argument("--language-model-steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--only", choices=("tower", "language_model", "teacher"), help="one of the three (default: all)"
+        "--only", choices=("tower", "language_model", "teacher", "questions"), help="one part alone, on what is there"
     )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -307,7 +323,14 @@ def main() -> None:
         save(model, tokenizer, output / "language_model")
     if wanted in (None, "teacher"):
         tower = CLIPVisionModel.from_pretrained(output / "tower", dtype=torch.float32)
-        train_teacher(tower, tokenizer, encoder, arguments.teacher_steps, seed, output / "teacher")
+        teacher = new_teacher(tower, tokenizer, seed)
+        first = {"steps": arguments.teacher_steps, "learning_rate": 2e-3, "seed": seed + 1}
+        train_teacher(teacher, encoder, mixed, **first, folder=output / "teacher")
+    if wanted in (None, "questions"):
+        teacher = LlavaForConditionalGeneration.from_pretrained(output / "teacher", dtype=torch.float32)
+        teacher.model.vision_tower.requires_grad_(False)
+        second = {"steps": arguments.question_steps, "learning_rate": 1.5e-3, "seed": seed + 3}
+        train_teacher(teacher, encoder, questioned, **second, folder=output / "teacher")
 
 
 if __name__ == "__main__":

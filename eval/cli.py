@@ -1,0 +1,186 @@
+"""`eval-student`: answer benchmarks' questions with a model, score answers, export them, compare models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llavamod_offline.command import run_command
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Answer benchmarks' questions with a student, score the answers, and compare models.",
+)
+
+_TASKS = "textvqa gqa scienceqa vizwiz mme mmbench mmbench_cn pope mmhal object_halbench"
+
+# Its keys are those of `GenerateConfig`, written out so that no command has to import what describes them.
+_GENERATE_HELP = f"""Answer the questions of one or more benchmarks with a model.
+
+CONFIG.yaml and key=value arguments set the keys below; later ones win. Answers go to OUTPUT/TASK/predictions.jsonl;
+started again, the command goes on where it stopped.
+
+Benchmarks: {_TASKS}
+
+\b
+Examples:
+  eval-student generate eval.yaml
+  eval-student generate eval.yaml tasks=[pope,gqa] batch_size=16
+  eval-student generate model=runs/student root=data/eval output=runs/eval tasks=[pope] limit=100
+
+\b
+Keys:
+  model: str = required
+  root: str = required
+  output: str = required
+  tasks: list[str] = []
+  engine: str = 'hf'
+  template: str = 'qwen'
+  image_aspect: str = 'pad'
+  batch_size: int = 8
+  max_new_tokens: int | None = None
+  limit: int | None = None
+  dtype: str = 'auto'
+  device: str = 'auto'
+"""
+
+_SCORE_HELP = f"""Score a predictions file on a benchmark, without loading a model.
+
+PREDICTIONS is a predictions.jsonl, or an answer file of LLaVA's scripts (question_id, prompt, text). The denominator is
+the benchmark's question file. All shares are fractions of 1; MME's figures are points.
+
+Benchmarks: {_TASKS}
+
+\b
+Examples:
+  eval-student score pope --root data/eval --predictions runs/eval/pope/predictions.jsonl
+  eval-student score gqa --root data/eval --predictions answers.jsonl --json score.json
+  eval-student score mmhal --root data/eval --predictions runs/eval/mmhal/predictions.jsonl \\
+      --judge http://localhost:8000/v1 --judge-model Qwen3-32B
+  eval-student score mmhal --root data/eval --predictions runs/eval/mmhal/predictions.jsonl --judge replies.jsonl
+"""
+
+_EXPORT_HELP = """Write a predictions file in the form that another tool takes.
+
+The ending of OUTPUT names the form: .jsonl for LLaVA's scripts, .xlsx for MMBench's server, .json for VizWiz's server
+and GQA's script.
+
+\b
+Examples:
+  eval-student export mmbench --root data/eval --predictions runs/eval/mmbench/predictions.jsonl -o upload.xlsx
+  eval-student export pope --root data/eval --predictions runs/eval/pope/predictions.jsonl -o answers.jsonl
+"""
+
+_REPORT_HELP = """Compare models: their scores side by side, with the published ones.
+
+A RUN is an output folder of 'generate'. Its scores are remade from its predictions. OUTPUT ends with .html or .md; the
+.html page needs no other file, and shows where two models disagree, with the pictures.
+
+\b
+Examples:
+  eval-student report runs/dense runs/sparse --root data/eval -o report.html
+  eval-student report runs/eval/* --root data/eval -o report.md
+"""
+
+Root = Annotated[Path, typer.Option(help="Folder that holds LLaVA's evaluation folders.")]
+Predictions = Annotated[Path, typer.Option(help="predictions.jsonl, or LLaVA-style answers.")]
+TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The benchmark's name.")]
+
+
+def generate_command(
+    arguments: Annotated[list[str], typer.Argument(metavar="[CONFIG.yaml] [key=value]...", help="Settings.")],
+) -> None:
+    from eval.generate import GenerateConfig, generate
+    from llavamod_offline.config import load_config, split_arguments
+
+    files, overrides = split_arguments(arguments)
+    for task, path in generate(load_config(GenerateConfig, files, overrides)).items():
+        print(f"{task}: {path}")
+
+
+def score_command(
+    task: TaskName,
+    root: Root,
+    predictions: Predictions,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the score as JSON here.")] = None,
+    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Count missing answers as wrong.")] = False,
+    judge: Annotated[
+        str | None, typer.Option(help="URL of a chat server, a model's folder, or a file of recorded replies.")
+    ] = None,
+    judge_model: Annotated[str, typer.Option(help="The judge's model, where the server or record has several.")] = "",
+    judge_template: Annotated[Path | None, typer.Option(help="The judge's question in words of your own.")] = None,
+    judge_record: Annotated[
+        Path | None,
+        typer.Option(help="Where replies are recorded [default: beside the predictions]", show_default=False),
+    ] = None,
+    judge_key_variable: Annotated[str, typer.Option(help="Environment variable that holds the server's key.")] = "",
+) -> None:
+    from eval.score import score_task
+    from llavamod_offline.atomic import write_file
+    from llavamod_offline.errors import ConfigError
+
+    judging = None
+    if judge is not None:
+        from eval.judge import open_judge
+
+        judging = open_judge(judge, model=judge_model, key_variable=judge_key_variable)
+    elif judge_model or judge_template or judge_record or judge_key_variable:
+        raise ConfigError("--judge-model, --judge-template, --judge-record and --judge-key-variable go with --judge")
+    score = score_task(
+        task,
+        root,
+        predictions,
+        allow_missing=allow_missing,
+        judge=judging,
+        judge_record=judge_record,
+        judge_template=judge_template,
+    )
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(json_path, json.dumps(score.as_json(), indent=2, ensure_ascii=False) + "\n")
+    width = max(len(name) for name in score.metrics)
+    for name, value in score.metrics.items():
+        print(f"{name:<{width}}  {'undefined' if value is None else format(value, '.4f')}")
+    print(f"n {score.n}, missing {score.n_missing}, unparsed {score.n_unparsed}, data sha256 {score.data_sha256[:16]}…")
+    print(score.protocol)
+
+
+def export_command(
+    task: TaskName,
+    root: Root,
+    predictions: Predictions,
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write: .jsonl, .xlsx or .json.")],
+    model: Annotated[str, typer.Option(help="Name of the model, for LLaVA's answers.")] = "",
+) -> None:
+    from eval.export import export
+
+    export(task, root, predictions, output, model=model)
+    print(output)
+
+
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Output folders of 'generate'.")],
+    root: Root,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Page to write: .html or .md.")],
+    samples: Annotated[int, typer.Option(help="Disagreements shown for each benchmark, at most.")] = 24,
+) -> None:
+    from eval.report import write_report
+
+    write_report(runs, root, output, samples=samples)
+    print(output)
+
+
+app.command("generate", help=_GENERATE_HELP)(generate_command)
+app.command("score", help=_SCORE_HELP)(score_command)
+app.command("export", help=_EXPORT_HELP)(export_command)
+app.command("report", help=_REPORT_HELP)(report_command)
+
+
+def main() -> None:
+    """Run the command line."""
+    run_command(app)

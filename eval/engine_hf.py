@@ -1,0 +1,160 @@
+"""Answering with a LLaVA checkpoint in transformers: left-padded batches, key-value cache, greedy.
+
+Letters: B questions of a batch, T tokens of the longest prompt, G generated tokens, I pictures, H and W their pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from eval.example import Example
+from eval.generate import Answer
+from llavamod_offline.data.images import ImagePreprocessor
+from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Turn
+from llavamod_offline.data.template import get_template
+from llavamod_offline.errors import ConfigError, EvalError
+from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, sequence_encoder
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class HfEngine:
+    """A LLaVA folder as transformers runs it, with this project's tokenisation and image handling.
+
+    Errors: `ModelError` for the folder, `ConfigError` for the settings.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        template: str = "qwen",
+        image_aspect: str = "pad",
+        dtype: str = "auto",
+        device: str = "auto",
+    ) -> None:
+        self.device = _device(device)
+        self.dtype = _dtype(dtype, self.device)
+        self.model = load_llava(folder, dtype=_DTYPES[self.dtype]).to(self.device)
+        self.tokenizer = load_tokenizer(folder)
+        limit = int(self.model.config.text_config.max_position_embeddings)
+        self.encoder = sequence_encoder(self.model.config, self.tokenizer, get_template(template), limit)
+        self.images = ImagePreprocessor.from_checkpoint(folder, image_aspect)
+        self.folder = folder
+        self._suppressed = self._never_answers()
+
+    def describe(self) -> dict[str, Any]:
+        """The settings that decide the answers; the batch size and the device are not among them."""
+        return {
+            "model": self.folder.resolve().name,
+            "model_sha256": checkpoint_digest(self.folder),
+            "engine": "hf",
+            "template": self.encoder.template.name,
+            "image_aspect": self.images.aspect,
+            "dtype": self.dtype,
+            "decoding": "greedy",
+        }
+
+    def answer(self, examples: Sequence[Example[Any]], max_new_tokens: int) -> list[Answer]:
+        """Answer a batch of questions. Errors: `EvalError` for a prompt that leaves no room for an answer."""
+        prompts = [self._prompt_ids(example, max_new_tokens) for example in examples]
+        input_ids_BT, attention_BT = self._left_padded(prompts)
+        pixels_I3HW = self._pixels(examples)
+        settings = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.encoder.end_id,
+            pad_token_id=self.encoder.end_id,
+            suppress_tokens=self._suppressed or None,
+        )
+        with torch.inference_mode():
+            output_BX = self.model.generate(
+                input_ids=input_ids_BT,
+                attention_mask=attention_BT,
+                pixel_values=pixels_I3HW,
+                generation_config=settings,
+            )
+        generated_BG = output_BX[:, input_ids_BT.shape[1] :].tolist()
+        return [self._answer(ids_G) for ids_G in generated_BG]
+
+    def _prompt_ids(self, example: Example[Any], max_new_tokens: int) -> list[int]:
+        if IMAGE_PLACEHOLDER in example.prompt:
+            raise EvalError(
+                f"question '{example.id}': its text holds '{IMAGE_PLACEHOLDER}', which stands for a picture"
+            )
+        text = f"{IMAGE_PLACEHOLDER}\n{example.prompt}" if example.source is not None else example.prompt
+        ids: list[int] = self.encoder.encode_prompt([Turn("user", text)]).tolist()
+        if len(ids) + max_new_tokens > self.encoder.max_length:
+            raise EvalError(
+                f"question '{example.id}': {len(ids)} tokens and an answer of up to {max_new_tokens} do not fit the "
+                f"model's {self.encoder.max_length} positions: set max_new_tokens lower"
+            )
+        return ids
+
+    def _left_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        longest = max(len(ids) for ids in prompts)
+        input_ids_BT = torch.full((len(prompts), longest), self.encoder.end_id, dtype=torch.long)
+        attention_BT = torch.zeros_like(input_ids_BT)
+        for row, ids in enumerate(prompts):
+            input_ids_BT[row, longest - len(ids) :] = torch.tensor(ids)
+            attention_BT[row, longest - len(ids) :] = 1
+        return input_ids_BT.to(self.device), attention_BT.to(self.device)
+
+    def _pixels(self, examples: Sequence[Example[Any]]) -> Tensor | None:
+        pixels = [
+            torch.from_numpy(self.images.pixels(example.source.read(), name=f"question '{example.id}'"))
+            for example in examples
+            if example.source is not None
+        ]
+        return torch.stack(pixels).to(self.device, _DTYPES[self.dtype]) if pixels else None
+
+    def _answer(self, ids_G: list[int]) -> Answer:
+        end = self.encoder.end_id
+        stopped = end in ids_G
+        ids = ids_G[: ids_G.index(end)] if stopped else ids_G
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return Answer(str(text).strip(), len(ids), "stop" if stopped else "length")
+
+    def _never_answers(self) -> list[int]:
+        """Ids that no answer may hold: the image token, and rows of the head beyond the tokenizer."""
+        rows = int(self.model.config.text_config.vocab_size)
+        return [self.encoder.image_token_id, *range(len(self.tokenizer), rows)]
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """SHA-256 (hex) over the names, sizes and contents of a checkpoint's weights and configuration."""
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), folder / "config.json", folder / "tokenizer.json"]):
+        with file.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(f"{file.name}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device '{name}' is unknown: choose auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device '{name}': torch sees no CUDA device here: choose cpu")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> str:
+    if name == "auto":
+        return "float32" if device.type == "cpu" else "bfloat16"
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype '{name}' is unknown: choose auto, {', '.join(_DTYPES)}")
+    return name

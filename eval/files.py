@@ -1,0 +1,215 @@
+"""Reading benchmarks' files, with errors that name file, line and field."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import csv
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llavamod_offline.errors import EvalError
+
+
+@dataclass(frozen=True)
+class FileImage:
+    """A picture in a file of its own: the first of `names` below `folder` that is there."""
+
+    folder: Path
+    names: tuple[str, ...]
+
+    @property
+    def path(self) -> Path:
+        """Where the picture is, or, where none of the names is there, would be by its first name."""
+        places = [self.folder / name for name in self.names]
+        return next((place for place in places if place.is_file()), places[0])
+
+    def read(self) -> bytes:
+        """The encoded picture. Errors: `EvalError` if the file is missing or unreadable."""
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise EvalError(f"{self.path}: the picture cannot be read: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class EmbeddedImage:
+    """A picture in base64 in the `column` of the JSON line or, where `columns` are given, TSV row at `offset`."""
+
+    path: Path
+    offset: int
+    column: str
+    columns: tuple[str, ...] = ()
+
+    def read(self) -> bytes:
+        """The encoded picture. Errors: `EvalError` if it is no base64."""
+        with self.path.open("rb") as stream:
+            stream.seek(self.offset)
+            if self.columns:
+                row = next(_csv_rows(line.decode() for line in stream))
+                value: Any = dict(zip(self.columns, row, strict=False)).get(self.column)
+            else:
+                value = json.loads(stream.readline()).get(self.column)
+        try:
+            return base64.b64decode(value, validate=True)
+        except (binascii.Error, ValueError, TypeError) as error:
+            where = f"{self.path}: byte {self.offset}"
+            raise EvalError(f"{where}: '{self.column}' is no picture in base64: download the file again") from error
+
+
+@dataclass(slots=True)  # not frozen: there are hundreds of thousands, and frozen ones take thrice as long to make
+class Row:
+    """One object of a benchmark's file; its getters raise `EvalError` naming file, place and field."""
+
+    path: Path
+    place: str
+    values: dict[str, Any]
+    offset: int = 0
+
+    def text(self, name: str) -> str:
+        """A string field."""
+        value = self.values.get(name)
+        if not isinstance(value, str):
+            raise self.error(f"field '{name}' must be a string, found {type(value).__name__}")
+        return value
+
+    def identifier(self, name: str) -> str:
+        """A field that is a string or a whole number, as a string."""
+        value = self.values.get(name)
+        if isinstance(value, str):
+            return value
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.error(f"field '{name}' must be a string or a whole number, found {type(value).__name__}")
+        return str(value)
+
+    def whole(self, name: str) -> int:
+        """A whole number."""
+        value = self.values.get(name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.error(f"field '{name}' must be a whole number, found {type(value).__name__}")
+        return value
+
+    def texts(self, name: str) -> list[str]:
+        """A list of strings."""
+        value = self.values.get(name)
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.error(f"field '{name}' must be a list of strings")
+        return list(value)
+
+    def error(self, problem: str) -> EvalError:
+        """An error about this row."""
+        return EvalError(f"{self.path}: {self.place}: {problem}")
+
+
+def find_file(root: Path, *candidates: str) -> Path:
+    """The first of several places below `root` where a file is. Errors: `EvalError` naming the places."""
+    for candidate in candidates:
+        if (root / candidate).is_file():
+            return root / candidate
+    if not root.is_dir():
+        raise EvalError(f"{root}: no such folder: 'root' is the folder that holds LLaVA's evaluation folders")
+    raise EvalError(f"{root}: no {' nor '.join(candidates)}: put the benchmark's files there")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Errors: `EvalError` naming it."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise EvalError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise EvalError(f"{path}: not readable as JSON: {error}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds one object."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise EvalError(f"{path}: expected a JSON object")
+    return content
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read a JSON file that holds a list of objects."""
+    content = read_json(path)
+    if not isinstance(content, list):
+        raise EvalError(f"{path}: expected a JSON list")
+    return [as_row(path, f"item {number}", item) for number, item in enumerate(content, 1)]
+
+
+def as_row(path: Path, place: str, value: Any, offset: int = 0) -> Row:
+    """Wrap an object of a file. Errors: `EvalError` if it is none."""
+    if not isinstance(value, dict):
+        raise EvalError(f"{path}: {place}: expected a JSON object, found {type(value).__name__}")
+    return Row(path, place, value, offset)
+
+
+def read_jsonl(path: Path, *, drop: Sequence[str] = ()) -> list[Row]:
+    """Read a file of one JSON object a line, without the fields in `drop` (pictures, which are read when needed)."""
+    rows, offset = [], 0
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                try:
+                    value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except (ValueError, RecursionError) as error:
+                    raise EvalError(f"{path}: line {number}: not readable as JSON: {error}") from error
+                row = as_row(path, f"line {number}", value, offset)
+                for name in drop:
+                    row.values.pop(name, None)
+                rows.append(row)
+            offset += len(line)
+    return rows
+
+
+def read_tsv(path: Path, *, drop: Sequence[str] = ()) -> tuple[tuple[str, ...], list[Row]]:
+    """Read a tab-separated file with a header line and quoted fields → column names, rows of strings."""
+    with path.open("rb") as stream:
+        consumed = [0]
+        rows = _csv_rows(_counted(stream, consumed, path))
+        columns = tuple(next(rows, []))
+        found: list[Row] = []
+        while True:
+            offset = consumed[0]
+            fields = next(rows, None)
+            if fields is None:
+                return columns, found
+            if not fields:
+                continue
+            if len(fields) != len(columns):
+                raise EvalError(f"{path}: row {len(found) + 1} has {len(fields)} fields for {len(columns)} columns")
+            values = {name: text for name, text in zip(columns, fields, strict=True) if name not in drop}
+            found.append(Row(path, f"row {len(found) + 1}", values, offset))
+
+
+def data_checksum(root: Path, files: Sequence[Path]) -> str:
+    """SHA-256 (hex) over the names below `root` and the contents of `files`, in the order of their names."""
+    digest = hashlib.sha256()
+    for file in sorted(set(files)):
+        with file.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        name = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
+        digest.update(f"{name}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+def _counted(stream: Any, consumed: list[int], path: Path) -> Iterator[str]:
+    for line in stream:
+        consumed[0] += len(line)
+        try:
+            yield line.decode("utf-8-sig" if consumed[0] == len(line) else "utf-8")
+        except UnicodeDecodeError as error:
+            raise EvalError(f"{path}: not UTF-8: save the file as UTF-8") from error
+
+
+def _csv_rows(lines: Iterator[str]) -> Iterator[list[str]]:
+    limit = csv.field_size_limit(sys.maxsize)  # a picture in base64 is longer than the default limit
+    try:
+        yield from csv.reader(lines, delimiter="\t")
+    finally:
+        csv.field_size_limit(limit)

@@ -1,0 +1,83 @@
+"""Which prediction answers which example."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.example import Example
+from eval.predictions import Prediction
+from llavamod_offline.errors import EvalError
+
+LISTED = 5
+
+
+def join(
+    examples: Sequence[Example[Any]],
+    predictions: Sequence[Prediction],
+    *,
+    question_key: Callable[[str], str],
+    path: Path,
+    allow_missing: bool = False,
+) -> dict[str, Prediction]:
+    """Match predictions with examples → prediction by example id.
+
+    Our predictions are matched by `id`. LLaVA-style answers are matched by `question_id`, and where several examples
+    share one (MME: two questions an image; TextVQA: the image's id) also by the question that their prompt asks.
+    Errors: `EvalError` listing the first five unknown, duplicate or (unless `allow_missing`) missing ids.
+    """
+    by_id = {example.id: example for example in examples}
+    if len(by_id) != len(examples):
+        raise EvalError(f"{path}: the benchmark's question file names an example twice: download it again")
+    by_alias: dict[str, list[Example[Any]]] = defaultdict(list)
+    for example in examples:
+        for alias in example.aliases:
+            by_alias[alias].append(example)
+    joined: dict[str, Prediction] = {}
+    unknown: list[str] = []
+    duplicate: list[str] = []
+    for prediction in predictions:
+        candidates = _candidates(prediction, by_id, by_alias, question_key)
+        free = next((example for example in candidates if example.id not in joined), None)
+        if free is not None:
+            joined[free.id] = prediction
+        else:
+            (duplicate if candidates else unknown).append(prediction.name)
+    missing = [example.id for example in examples if example.id not in joined]
+    if unknown:
+        raise EvalError(f"{path}: {_listed(unknown, 'prediction')} of no question: {_wrong_set(predictions)}")
+    if duplicate:
+        raise EvalError(f"{path}: {_listed(duplicate, 'prediction')} of a question answered before: keep one of each")
+    if missing and not allow_missing:
+        raise EvalError(
+            f"{path}: {_listed(missing, 'question')} without a prediction: generate them, "
+            "or count them as wrong with --allow-missing"
+        )
+    return joined
+
+
+def _candidates(
+    prediction: Prediction,
+    by_id: dict[str, Example[Any]],
+    by_alias: dict[str, list[Example[Any]]],
+    question_key: Callable[[str], str],
+) -> list[Example[Any]]:
+    if prediction.id is not None:
+        return [by_id[prediction.id]] if prediction.id in by_id else []
+    assert prediction.question_id is not None
+    sharing = by_alias.get(prediction.question_id, [])
+    if len(sharing) <= 1:
+        return sharing
+    asked = question_key(prediction.prompt)
+    return [example for example in sharing if example.question == asked]
+
+
+def _listed(names: Sequence[str], noun: str) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:LISTED])
+    return f"{len(names)} {noun}{'s' if len(names) > 1 else ''} ({shown}{', …' if len(names) > LISTED else ''})"
+
+
+def _wrong_set(predictions: Sequence[Prediction]) -> str:
+    return f"are these {len(predictions)} predictions of this benchmark and this version of its question file?"

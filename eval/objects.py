@@ -1,0 +1,138 @@
+"""Finding the objects that a caption mentions, by string matching alone (CHAIR, arXiv 1809.02156).
+
+The rules are those of RLAIF-V's `eval/eval_gpt_obj_halbench.py` without `--use_gpt`: lower case, words as the Penn
+Treebank splits them, each word's WordNet noun lemma, then pairs of words, then the synonym list.
+
+WordNet itself is not needed. Its lemmatiser takes the shortest noun among a word and the forms that its suffix rules
+give; whether a form is a noun matters only for forms that the synonym list knows, and for the few that lead such a word
+astray, which `_LEMMAS` lists. So "men", "vases" and "smartphones" name no object here, as they name none there.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from llavamod_offline.errors import EvalError
+
+_ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
+_VEHICLES = ("jet", "train")
+_PAIRS = {
+    "home plate": "home plate",
+    "train track": "train track",
+    "bow tie": "tie",
+    "toilet seat": "toilet",
+    "wine glas": "wine glass",
+    **{f"{age} {animal}": animal for animal in _ANIMALS for age in ("baby", "adult")},
+    **{f"passenger {vehicle}": vehicle for vehicle in _VEHICLES},
+}
+
+# Suffixes of plurals and what takes their place, as WordNet's morphology has them for nouns.
+_SUFFIXES = (
+    *(("s", ""), ("ses", "s"), ("ves", "f"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh")),
+    *(("men", "man"), ("ies", "y")),
+)
+# What WordNet 3.0 makes of COCO's words and their plurals where the rules above would not: irregular plurals; plurals
+# that are shorter as another noun ("vas" is a vessel of the body) or nouns themselves ("men"); words that it lacks,
+# whose plurals stay as they are.
+_LEMMAS = {
+    **{"children": "child", "grandchildren": "grandchild", "women": "woman", "brethren": "brother", "oxen": "ox"},
+    **{"geese": "goose", "mice": "mouse", "knives": "knife", "pocketknives": "pocketknife", "calves": "calf"},
+    **{"thieves": "thief", "buffaloes": "buffalo", "flamingoes": "flamingo", "taxies": "taxi", "busses": "bus"},
+    **{"men": "men", "vases": "vas", "sports": "sport", "glass": "glass"},
+    **{
+        plural: plural
+        for plural in (
+            *("bluejays", "brindles", "coworkers", "firetrucks", "hairdryers", "lenovos", "longboards", "macbooks"),
+            *("netbooks", "paddleboats", "pitbulls", "riverboats", "sailboards", "shortboards", "skimboards"),
+            *("smartphones", "soliders", "stovetops", "teddybears", "televisons"),
+        )
+    },
+}
+
+_SPLITS = (
+    (re.compile(r"(\.\.\.|--)"), r" \1 "),
+    (re.compile(r"([;@#$%&?!*\"()\[\]{}<>`«»“”„‘’])"), r" \1 "),
+    (re.compile(r"([:,])(?=\D|$)"), r" \1 "),
+    (re.compile(r"(?<!\.)\.(?=[\"')\]}>]*(\s|$))"), " . "),
+    (re.compile(r"(?<=[^' ])('(?:s|m|d|ll|re|ve)?)(?=\s|$)"), r" \1"),
+    (re.compile(r"n't(?=\s|$)"), " n't"),
+)
+
+
+@dataclass(frozen=True)
+class Mention:
+    """A word (or pair of words) of a caption that names an object, and the object's class."""
+
+    word: str
+    name: str
+
+
+class ObjectVocabulary:
+    """A synonym list: each line an object's name followed by its synonyms, separated by commas."""
+
+    def __init__(self, synonyms: dict[str, str]) -> None:
+        self.synonyms = synonyms
+        pairs = {word: word for word in synonyms if len(word.split(" ")) >= 2}
+        self.pairs = pairs | _PAIRS
+        self.words = {part for word in (*synonyms, *self.pairs) for part in word.split(" ")}
+
+    @classmethod
+    def read(cls, path: Path) -> ObjectVocabulary:
+        """Read `synonyms_refine.txt`. Errors: `EvalError` if it is missing or holds no class."""
+        try:
+            lines = path.read_text("utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise EvalError(f"{path}: the synonym list cannot be read: {error}") from error
+        synonyms: dict[str, str] = {}
+        for line in lines:
+            words = [word.strip() for word in line.strip().split(", ") if word.strip()]
+            synonyms |= dict.fromkeys(words, next(iter(words), ""))
+        if not synonyms:
+            raise EvalError(f"{path}: no object in the synonym list: one line an object, 'name, synonym, synonym'")
+        return cls(synonyms)
+
+    def mentions(self, caption: str) -> list[Mention]:
+        """The objects a caption mentions, in order, with repetitions."""
+        words = self._joined([self.lemma(word) for word in treebank_words(caption)])
+        # "the seat of the toilet" is no chair
+        if "toilet" in words and "seat" in words:
+            words = [word for word in words if word != "seat"]
+        return [Mention(word, self.synonyms[word]) for word in words if word in self.synonyms]
+
+    def lemma(self, word: str) -> str:
+        """The singular of a word in so far as the list knows it; the shortest, where there are several."""
+        if word in _LEMMAS:
+            return _LEMMAS[word]
+        forms = [word] + [
+            word.removesuffix(ending) + replacement for ending, replacement in _SUFFIXES if word.endswith(ending)
+        ]
+        return min((form for form in forms if form in self.words), key=len, default=word)
+
+    def pairs_in(self, words: list[str]) -> list[str]:
+        """What the pairs of neighbouring words mean together, from left to right, leaving all else out."""
+        found, index = [], 0
+        while index < len(words):
+            pair = " ".join(words[index : index + 2])
+            if pair in self.pairs:
+                found.append(self.pairs[pair])
+            index += 2 if pair in self.pairs else 1
+        return found
+
+    def _joined(self, words: list[str]) -> list[str]:
+        """Replace pairs of neighbouring words by what they mean together, from left to right."""
+        joined, index = [], 0
+        while index < len(words):
+            pair = " ".join(words[index : index + 2])
+            joined.append(self.pairs.get(pair, words[index]))
+            index += 2 if pair in self.pairs else 1
+        return joined
+
+
+def treebank_words(text: str) -> list[str]:
+    """Split lower-cased text into words and punctuation as the Penn Treebank does; "a/b" and "a-b" stay one word."""
+    text = text.lower()
+    for pattern, replacement in _SPLITS:
+        text = pattern.sub(replacement, text)
+    return text.split()

@@ -1,0 +1,133 @@
+"""Predictions: one JSON object a line, ours (`predictions.jsonl`) or LLaVA's answer files.
+
+Ours:   {"task", "id", "image", "prompt", "text", "n_tokens", "finish"}  (`finish`: "stop" or "length")
+LLaVA:  {"question_id", "prompt", "text", …}  (further fields are ignored)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llavamod_offline.errors import EvalError
+
+MAX_LINE_BYTES = 4 * 2**20
+FINISHES = ("stop", "length")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answer of a model. `id` is the example's own id, or None where a LLaVA file gives a `question_id` instead."""
+
+    text: str
+    prompt: str
+    id: str | None = None
+    question_id: str | None = None
+    task: str = ""
+    image: str = ""
+    n_tokens: int = 0
+    finish: str = ""
+
+    @property
+    def name(self) -> str:
+        """How an error message calls this prediction."""
+        return self.id if self.id is not None else str(self.question_id)
+
+
+def read_predictions(path: Path, task: str) -> list[Prediction]:
+    """Read a predictions file of either form; every line must be of the same task.
+
+    Errors: `EvalError` naming file and line for bad JSON, a wrong type, a NUL byte, an overlong line, another task.
+    """
+    if not path.is_file():
+        raise EvalError(f"{path}: no such predictions file: write one with 'eval-student generate'")
+    return [_prediction(path, number, line, task) for number, line in _lines(path)]
+
+
+def prediction_line(prediction: Prediction) -> bytes:
+    """Serialise a prediction as a line of `predictions.jsonl`."""
+    fields = asdict(prediction)
+    ordered = {name: fields[name] for name in ("task", "id", "image", "prompt", "text", "n_tokens", "finish")}
+    return json.dumps(ordered, ensure_ascii=False).encode() + b"\n"
+
+
+def llava_answer_line(question_id: str | int, prompt: str, text: str, model: str) -> bytes:
+    """Serialise an answer as LLaVA-1.5's evaluation scripts write and read it."""
+    answer: dict[str, Any] = {
+        "question_id": question_id,
+        "prompt": prompt,
+        "text": text,
+        "model_id": model,
+        "metadata": {},
+    }
+    return json.dumps(answer, ensure_ascii=False).encode() + b"\n"
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the numbered lines that are not blank, never holding more of one than the limit."""
+    with path.open("rb") as stream:
+        number = 0
+        while line := stream.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(line) > MAX_LINE_BYTES:
+                raise EvalError(f"{path}: line {number} is longer than {MAX_LINE_BYTES} bytes: no answer is that long")
+            if line.strip():
+                yield number, line
+
+
+def _prediction(path: Path, number: int, line: bytes, task: str) -> Prediction:
+    where = f"{path}: line {number}"
+    if b"\0" in line:
+        raise EvalError(f"{where}: holds a NUL byte: the file is damaged, generate or copy it again")
+    try:
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise EvalError(f"{where}: not UTF-8: save the file as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise EvalError(f"{where}: not readable as JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise EvalError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    text, prompt = _text(row, "text", where), _text(row, "prompt", where)
+    if "id" not in row and "question_id" in row:
+        return Prediction(text, prompt, question_id=_identifier(row, "question_id", where))
+    if "id" not in row:
+        raise EvalError(f"{where}: has neither 'id' (our predictions) nor 'question_id' (LLaVA's answers)")
+    found = _text(row, "task", where)
+    if found != task:
+        raise EvalError(f"{where}: is of task '{found}', not '{task}': give the predictions of that task")
+    tokens, finish = row.get("n_tokens"), _text(row, "finish", where)
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0:
+        raise EvalError(f"{where}: 'n_tokens' must be a whole number, found {_shown(tokens)}")
+    if finish not in FINISHES:
+        raise EvalError(f"{where}: 'finish' must be one of {', '.join(FINISHES)}, found {_shown(finish)}")
+    identifier = _identifier(row, "id", where)
+    return Prediction(text, prompt, identifier, None, found, _text(row, "image", where), tokens, finish)
+
+
+def _text(row: dict[str, Any], name: str, where: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str):
+        found = "is missing" if name not in row else f"must be a string, found {_shown(value)}"
+        raise EvalError(f"{where}: '{name}' {found}")
+    if "\0" in value:
+        raise EvalError(f"{where}: '{name}' holds a NUL character: the file is damaged, generate or copy it again")
+    if not value.isascii() and _SURROGATE.search(value):
+        raise EvalError(f"{where}: '{name}' holds half a surrogate pair: it is no text, generate it again")
+    return value
+
+
+def _identifier(row: dict[str, Any], name: str, where: str) -> str:
+    value = row.get(name)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return _text(row, name, where)
+
+
+def _shown(value: Any) -> str:
+    shown = json.dumps(value)
+    return shown if len(shown) <= 40 else shown[:37] + "…"

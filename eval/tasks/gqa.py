@@ -1,0 +1,140 @@
+"""GQA, balanced test-dev: compositional questions with short answers (arXiv 1902.09506).
+
+Files: `gqa/llava_gqa_testdev_balanced.jsonl` {question_id, image, text}; references
+`gqa/testdev_balanced_questions.json` or, as LLaVA keeps it, `gqa/data/testdev_balanced_questions.json`
+{id: {answer, isBalanced, types, groups}}; pictures `gqa/data/images/`.
+
+Reading (scripts/convert_gqa_for_eval.py, then GQA's own eval.py): all trailing "." removed, lower case, and then equal
+to the reference letter for letter; spaces and articles stay. Questions that are not balanced are not counted. A missing
+answer is wrong (LLaVA-MoD's eval_gqa_1.py skips it, which shrinks the denominator).
+
+Consistency, validity, plausibility and grounding need files that GQA 1.2 no longer has. `distribution` is GQA's
+chi-square over answer groups, divided by 100 (lower is better), where every question has its group.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.example import Example, Scored, Verdict, first_line_key
+from eval.files import FileImage, Row, as_row, find_file, read_jsonl, read_object
+
+NAME = "gqa"
+HEADLINE = "accuracy"
+OFFICIAL_N = 12578
+MAX_NEW_TOKENS = 128
+PROTOCOL = (
+    r"prompt: {question}\nAnswer the question using a single word or phrase. "
+    "| answer: trailing '.' removed, lower case, equal to the reference; balanced questions"
+)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The reference answer and what GQA groups its questions by; `group` is empty where there is none."""
+
+    answer: str
+    balanced: bool
+    structural: str
+    semantic: str
+    group: str
+
+
+def load(root: Path) -> list[Example[Reference]]:
+    """Read questions and references. Errors: `EvalError` for a question without a reference."""
+    file = _reference_file(root)
+    references, pictures = read_object(file), root / "gqa" / "data" / "images"
+    examples = []
+    for row in read_jsonl(_question_file(root)):
+        identifier = row.identifier("question_id")
+        if identifier not in references:
+            raise row.error(f"question '{identifier}' is not in {file.name}: take the balanced test-dev questions")
+        examples.append(
+            Example(
+                id=identifier,
+                prompt=row.text("text"),
+                reference=_reference(as_row(file, f"question '{identifier}'", references[identifier])),
+                image=row.text("image"),
+                source=FileImage(pictures, (row.text("image"),)),
+                aliases=(identifier,),
+                question_id=row.values["question_id"],
+            )
+        )
+    return examples
+
+
+def reference_files(root: Path) -> list[Path]:
+    """The question file and the references."""
+    return [_question_file(root), _reference_file(root)]
+
+
+question_key = first_line_key
+
+
+def parse(text: str) -> str:
+    """Read an answer: trailing periods go, then lower case."""
+    return text.rstrip(".").lower()
+
+
+def score(examples: Sequence[Example[Reference]], texts: Mapping[str, str | None]) -> Scored:
+    """Accuracy over balanced questions, for open and yes/no questions, and for each type."""
+    verdicts: dict[str, Verdict] = {}
+    groups: dict[str, list[float]] = defaultdict(list)
+    answered: list[tuple[Reference, str]] = []
+    for example in examples:
+        reference, text = example.reference, texts[example.id]
+        if not reference.balanced:
+            continue
+        read_as = "" if text is None else parse(text)
+        right = float(text is not None and read_as == reference.answer)
+        verdicts[example.id] = Verdict(read_as, right)
+        answered.append((reference, read_as))
+        kind = "open" if reference.structural == "query" else "binary"
+        for name in ("", f"_{kind}", f"_structural_{reference.structural}", f"_semantic_{reference.semantic}"):
+            groups[f"accuracy{name}"].append(right)
+    metrics: dict[str, float | None] = {"accuracy": None}
+    metrics |= {name: sum(values) / len(values) for name, values in sorted(groups.items())}
+    if answered and all(reference.group for reference, _ in answered):
+        metrics["distribution"] = _distribution(answered)
+    left_out = len(examples) - len(verdicts)
+    notes = (f"{left_out} questions that are not balanced left out",) if left_out else ()
+    empty = sum(1 for example in examples if texts[example.id] is not None and not parse(str(texts[example.id])))
+    return Scored(metrics, empty, verdicts, notes)
+
+
+def _distribution(answered: Sequence[tuple[Reference, str]]) -> float:
+    """Chi-square of predicted against true answers, averaged over the groups by their size, over 100."""
+    true: dict[str, Counter[str]] = defaultdict(Counter)
+    predicted: dict[str, Counter[str]] = defaultdict(Counter)
+    for reference, answer in answered:
+        true[reference.group][reference.answer] += 1
+        predicted[reference.group][answer] += 1
+    weighted = 0.0
+    for group, counts in true.items():
+        chi_square = sum((predicted[group][answer] - count) ** 2 / count for answer, count in counts.items())
+        weighted += chi_square * counts.total()
+    return weighted / len(answered) / 100
+
+
+def _reference(row: Row) -> Reference:
+    types: Any = row.values.get("types") or {}
+    groups: Any = row.values.get("groups") or {}
+    return Reference(
+        answer=row.text("answer"),
+        balanced=bool(row.values.get("isBalanced", True)),
+        structural=str(types.get("structural") or "unknown"),
+        semantic=str(types.get("semantic") or "unknown"),
+        group=str(groups.get("global") or ""),
+    )
+
+
+def _question_file(root: Path) -> Path:
+    return find_file(root, "gqa/llava_gqa_testdev_balanced.jsonl")
+
+
+def _reference_file(root: Path) -> Path:
+    return find_file(root, "gqa/testdev_balanced_questions.json", "gqa/data/testdev_balanced_questions.json")

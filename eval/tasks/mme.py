@@ -1,0 +1,173 @@
+"""MME: two yes/no questions a picture, fourteen categories (arXiv 2306.13394).
+
+Files: `MME/llava_mme.jsonl` {question_id "category/file", image, text, category}, whose `question_id` both questions of
+a picture share. References, whichever is there: the release, `MME/MME_Benchmark_release_version/CATEGORY/` with
+`questions_answers_YN/*.txt` or `*.txt` (`question<TAB>Yes|No`), or the official tool's templates
+`MME/eval_tool/Your_Results/CATEGORY.txt` (`file<TAB>question<TAB>Yes|No<TAB>`). Pictures lie in the release's folders.
+
+Questions and references are joined on (category, file name up to its first ".", question), the question without
+"Please answer yes or no." and LLaVA's suffix and with single spaces (one category has two spaces before "Please").
+
+Reading (calculation.py of the official tool): lower case; "yes" if the first four characters hold "yes", else "no" if
+they hold "no" ("not", "now" and "none" among them), else neither, which is wrong. Tabs and line breaks, which break the
+official tool's files, are spaces here.
+
+Score of a category: accuracy × 100 + share of pictures with both questions right × 100, at most 200. Perception is the
+sum over ten categories, cognition over four; published "MME" figures are mostly perception alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eval.example import SHORT_ANSWER, Example, Scored, Verdict
+from eval.files import FileImage, find_file, read_jsonl
+from llavamod_offline.errors import EvalError
+
+NAME = "mme"
+HEADLINE = "perception"
+OFFICIAL_N = 2374
+MAX_NEW_TOKENS = 128
+PROTOCOL = (
+    r"prompt: {question without 'Please answer yes or no.'}\nAnswer the question using a single word or phrase. "
+    "| answer: yes or no within the first 4 characters, else wrong; category = accuracy×100 + both-right×100; "
+    "perception: sum over 10 categories; cognition: sum over 4"
+)
+PERCEPTION = (
+    *("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"),
+)
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+_RELEASES = ("MME/MME_Benchmark_release_version", "MME/MME_Benchmark_release_version/MME_Benchmark")
+_TEMPLATES = "MME/eval_tool/Your_Results"
+_YES_NO = "Please answer yes or no."
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The right answer and the picture that the question shares with its twin."""
+
+    category: str
+    picture: str
+    yes: bool
+
+
+def load(root: Path) -> list[Example[Reference]]:
+    """Read questions and references. Errors: `EvalError` for a question without one, or a picture without two."""
+    answers: dict[str, dict[tuple[str, str], bool]] = {}
+    examples, seen = [], Counter[str]()
+    for row in read_jsonl(_question_file(root)):
+        identifier, prompt, image = row.identifier("question_id"), row.text("text"), row.text("image")
+        category = identifier.split("/")[0]
+        picture, question = _stem(identifier), question_key(prompt)
+        if category not in answers:
+            answers[category] = dict(_answers(root, category))
+        if (picture, question) not in answers[category]:
+            raise row.error(f"no answer to '{question}' about {identifier} among the references of '{category}'")
+        seen[identifier] += 1
+        reference = Reference(category, picture, answers[category][picture, question])
+        source = FileImage(root, _picture_names(category, image))
+        name = f"{identifier}#{seen[identifier]}"
+        examples.append(Example(name, prompt, reference, image, source, (identifier,), question, identifier))
+    for (category, picture), count in Counter((e.reference.category, e.reference.picture) for e in examples).items():
+        if count != 2:
+            raise EvalError(f"{_question_file(root)}: picture '{category}/{picture}' has {count} questions, expected 2")
+    return examples
+
+
+def reference_files(root: Path) -> list[Path]:
+    """The question file and the reference files of its categories."""
+    categories = sorted({row.identifier("question_id").split("/")[0] for row in read_jsonl(_question_file(root))})
+    return [_question_file(root), *(file for name in categories for file in _answer_files(root, name))]
+
+
+def question_key(prompt: str) -> str:
+    """The question with single spaces and without the two sentences that ask for a short answer."""
+    text = prompt.removeprefix("<image>\n").replace(SHORT_ANSWER.strip(), " ").replace(_YES_NO, " ")
+    return " ".join(text.split())
+
+
+def parse(text: str) -> str:
+    """Read an answer as "yes", "no" or "other"."""
+    start = " ".join(text.split()).lower()[:4]
+    return "yes" if "yes" in start else "no" if "no" in start else "other"
+
+
+def score(examples: Sequence[Example[Reference]], texts: Mapping[str, str | None]) -> Scored:
+    """Category scores, their sums, and the overall share of right answers."""
+    pictures: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    verdicts, unparsed = {}, 0
+    for example in examples:
+        reference, text = example.reference, texts[example.id]
+        read_as = "" if text is None else parse(text)
+        right = read_as == ("yes" if reference.yes else "no")
+        unparsed += read_as == "other"
+        pictures[reference.category][reference.picture].append(right)
+        verdicts[example.id] = Verdict(read_as, float(right))
+    categories: dict[str, float] = {}
+    for category, answered in pictures.items():
+        answers = [right for pair in answered.values() for right in pair]
+        both = [all(pair) for pair in answered.values()]
+        categories[category] = 100 * sum(answers) / len(answers) + 100 * sum(both) / len(both)
+    metrics: dict[str, float | None] = {
+        "perception": _sum(categories, PERCEPTION),
+        "cognition": _sum(categories, COGNITION),
+        "accuracy": sum(v.right for v in verdicts.values()) / len(verdicts) if verdicts else None,
+    }
+    known = [name for name in (*PERCEPTION, *COGNITION) if name in categories]
+    others = sorted(set(categories) - set(known))
+    metrics |= {name: categories[name] for name in (*known, *others)}
+    notes = []
+    if len(known) < len(PERCEPTION) + len(COGNITION):
+        notes.append(f"{len(known)} of the 14 published categories, the sums are over those")
+    if others:
+        notes.append(f"in no sum: {', '.join(others)}")
+    return Scored(metrics, unparsed, verdicts, tuple(notes))
+
+
+def _sum(categories: Mapping[str, float], names: Sequence[str]) -> float | None:
+    found = [categories[name] for name in names if name in categories]
+    return sum(found) if found else None
+
+
+def _answers(root: Path, category: str) -> Iterator[tuple[tuple[str, str], bool]]:
+    """Yield ((picture, question), yes) from the release's files or the tool's templates."""
+    for file in _answer_files(root, category):
+        template = file.parent.name == "Your_Results"
+        try:
+            lines = file.read_text("utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise EvalError(f"{file}: cannot be read: {error}") from error
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            fields = line.rstrip("\t ").split("\t")
+            picture = _stem(fields.pop(0)) if template else _stem(file.name)
+            if len(fields) != 2 or fields[1].strip().lower() not in ("yes", "no"):
+                raise EvalError(f"{file}: line {number}: expected a question, a tab, and Yes or No")
+            yield (picture, question_key(fields[0])), fields[1].strip().lower() == "yes"
+
+
+def _answer_files(root: Path, category: str) -> list[Path]:
+    for release in _RELEASES:
+        for folder in (root / release / category / "questions_answers_YN", root / release / category):
+            files = sorted(folder.glob("*.txt"))
+            if files:
+                return files
+    return [find_file(root, f"{_TEMPLATES}/{category}.txt")]
+
+
+def _picture_names(category: str, image: str) -> tuple[str, ...]:
+    """Where the picture may be: as the question file says, or in the category's `images` folder."""
+    within = (image, f"{category}/images/{image.split('/')[-1]}")
+    return tuple(f"{release}/{place}" for release in _RELEASES for place in within)
+
+
+def _stem(name: str) -> str:
+    return name.split("/")[-1].split(".")[0]
+
+
+def _question_file(root: Path) -> Path:
+    return find_file(root, "MME/llava_mme.jsonl")

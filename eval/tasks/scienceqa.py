@@ -1,0 +1,125 @@
+"""ScienceQA, test split: multiple choice from school science, half of it with a picture (arXiv 2209.09513).
+
+Files: `scienceqa/llava_test_CQM-A.json` [{id, image?, conversations}], `scienceqa/problems.json` {id: {choices,
+answer}}, `scienceqa/pid_splits.json` {"test": [id]}; pictures `scienceqa/images/test/`.
+
+Reading (llava/eval/eval_science_qa.py): the whole answer is a letter A to E; else it begins with a letter and ". ";
+else "The answer is X" followed by one more character occurs exactly once; else it is not read, which is wrong, as is a
+letter beyond the choices. `img_accuracy`, the published figure, is over questions with a picture. Which those are is
+taken from the question file (the official script takes it from the answer's prompt, so that missing answers change it).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.example import Example, Scored, Verdict, first_line_key
+from eval.files import FileImage, Row, as_row, find_file, read_object, read_rows
+from llavamod_offline.errors import EvalError
+
+NAME = "scienceqa"
+HEADLINE = "img_accuracy"
+OFFICIAL_N = 4241
+MAX_NEW_TOKENS = 1024
+SUFFIX = "\nAnswer with the option's letter from the given choices directly."
+PROTOCOL = (
+    r"prompt: [Context: …\n]{question}\nA. …\nB. …\nAnswer with the option's letter from the given choices directly. "
+    "| answer: a letter, 'X. …', or 'The answer is X' once; img_accuracy: over questions with a picture"
+)
+_LETTERS = "ABCDE"
+_SENTENCE = re.compile(r"The answer is ([A-Z]).")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The right choice's index, how many there are, and whether the question has a picture."""
+
+    answer: int
+    choices: int
+    pictured: bool
+
+
+def load(root: Path) -> list[Example[Reference]]:
+    """Read the test split. Errors: `EvalError` if the three files do not have the same questions."""
+    file = find_file(root, "scienceqa/problems.json")
+    problems, split = read_object(file), _test_split(root)
+    examples = []
+    for row in read_rows(_question_file(root)):
+        identifier = row.identifier("id")
+        if identifier not in split or identifier not in problems:
+            raise row.error(f"question '{identifier}' is not of the test split of {file.parent}")
+        examples.append(_example(root, row, as_row(file, f"problem '{identifier}'", problems[identifier])))
+    absent = sorted(split - {example.id for example in examples})
+    if absent:
+        raise EvalError(f"{_question_file(root)}: lacks {len(absent)} questions of the test split, first '{absent[0]}'")
+    return examples
+
+
+def reference_files(root: Path) -> list[Path]:
+    """The question file, the problems and the split."""
+    names = ("scienceqa/problems.json", "scienceqa/pid_splits.json")
+    return [_question_file(root), *(find_file(root, name) for name in names)]
+
+
+question_key = first_line_key
+
+
+def parse(text: str) -> str | None:
+    """Read an answer as a letter, or not at all."""
+    if len(text) == 1 and text in _LETTERS:
+        return text
+    if len(text) >= 3 and text[0] in _LETTERS and text[1:3] == ". ":
+        return text[0]
+    found = _SENTENCE.findall(text)
+    return str(found[0]) if len(found) == 1 else None
+
+
+def score(examples: Sequence[Example[Reference]], texts: Mapping[str, str | None]) -> Scored:
+    """Accuracy over questions with a picture, over those without, and over all."""
+    verdicts, unparsed = {}, 0
+    groups: dict[str, list[float]] = {"img_accuracy": [], "accuracy": [], "text_accuracy": []}
+    for example in examples:
+        reference, text = example.reference, texts[example.id]
+        letter = None if text is None else parse(text)
+        unparsed += text is not None and letter is None
+        right = float(letter is not None and letter in _LETTERS[: reference.choices] and _index(letter, reference))
+        verdicts[example.id] = Verdict(letter or "", right)
+        groups["accuracy"].append(right)
+        groups["img_accuracy" if reference.pictured else "text_accuracy"].append(right)
+    metrics = {name: sum(values) / len(values) if values else None for name, values in groups.items()}
+    return Scored(metrics, unparsed, verdicts, (f"{len(groups['img_accuracy'])} questions with a picture",))
+
+
+def _index(letter: str, reference: Reference) -> bool:
+    return _LETTERS.index(letter) == reference.answer
+
+
+def _example(root: Path, row: Row, problem: Row) -> Example[Reference]:
+    identifier, image = row.identifier("id"), row.values.get("image")
+    conversations: Any = row.values.get("conversations")
+    if not isinstance(conversations, list) or not conversations:
+        raise row.error("field 'conversations' must be a list of messages")
+    value = as_row(row.path, row.place, conversations[0]).text("value")
+    choices = problem.texts("choices")
+    return Example(
+        id=identifier,
+        prompt=value.replace("<image>", "").strip() + SUFFIX,
+        reference=Reference(problem.whole("answer"), len(choices), image is not None),
+        image=row.text("image") if image is not None else "",
+        source=FileImage(root / "scienceqa" / "images" / "test", (str(image),)) if image is not None else None,
+        aliases=(identifier,),
+        question_id=row.values["id"],
+    )
+
+
+def _test_split(root: Path) -> set[str]:
+    file = find_file(root, "scienceqa/pid_splits.json")
+    return set(Row(file, "top level", read_object(file)).texts("test"))
+
+
+def _question_file(root: Path) -> Path:
+    return find_file(root, "scienceqa/llava_test_CQM-A.json")

@@ -1,0 +1,116 @@
+"""TextVQA, validation: questions about text in pictures (arXiv 1904.08920).
+
+Files: `textvqa/llava_textvqa_val_v051_ocr.jsonl` {question_id (the image's), image, text}; references
+`textvqa/TextVQA_0.5.1_val.json` {"data": [{image_id, question, answers}]}; pictures `textvqa/train_images/`.
+
+LLaVA's prompt hints at the tokens that an OCR system read; that is worth about 12 points, so figures with and without
+it are of different benchmarks, and the protocol counts the prompts that have it. Questions and references are joined on
+(image, question in lower case), as llava/eval/eval_textvqa.py does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eval.example import Example, Scored, Verdict
+from eval.files import FileImage, as_row, find_file, read_jsonl, read_object
+from eval.vqa import accuracy, normalise
+from llavamod_offline.errors import EvalError
+
+NAME = "textvqa"
+HEADLINE = "accuracy"
+OFFICIAL_N = 5000
+MAX_NEW_TOKENS = 128
+PROTOCOL = (
+    r"prompt: {question}\nReference OCR token: {tokens}\nAnswer the question using a single word or phrase. "
+    "| answer: normalised as EvalAI does, leave-one-out accuracy over the human answers (M4C evaluator)"
+)
+_OCR = "Reference OCR token: "
+_OLDER = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What people answered; `hinted`: the prompt names the OCR tokens."""
+
+    answers: tuple[str, ...]
+    hinted: bool
+
+
+def load(root: Path) -> list[Example[Reference]]:
+    """Read questions and references. Errors: `EvalError` for a question without human answers."""
+    answers, pictures = _answers(_reference_file(root)), root / "textvqa" / "train_images"
+    examples, seen = [], Counter[str]()
+    for row in read_jsonl(_question_file(root)):
+        image_id, prompt = row.identifier("question_id"), row.text("text")
+        question = question_key(prompt)
+        if (image_id, question) not in answers:
+            raise row.error(f"no human answers to '{question}' about {image_id} in {_reference_file(root).name}")
+        seen[image_id] += 1
+        examples.append(
+            Example(
+                id=f"{image_id}#{seen[image_id]}",
+                prompt=prompt,
+                reference=Reference(answers[image_id, question], _OCR in prompt),
+                image=row.text("image"),
+                source=FileImage(pictures, (row.text("image"),)),
+                aliases=(image_id,),
+                question_id=row.values["question_id"],
+                question=question,
+            )
+        )
+    return examples
+
+
+def reference_files(root: Path) -> list[Path]:
+    """The question file and the references."""
+    return [_question_file(root), _reference_file(root)]
+
+
+def question_key(prompt: str) -> str:
+    """The question in lower case, from any of the prompt's three published forms."""
+    prompt = prompt.removeprefix("<image>\n")
+    older = _OLDER.search(prompt) if prompt.startswith("OCR tokens: ") else None
+    lines = prompt.split("\n")
+    second = prompt.startswith(_OCR.strip()) and len(lines) > 1
+    question = older.group(1) if older else lines[1 if second else 0]
+    return " ".join(question.lower().split())
+
+
+def score(examples: Sequence[Example[Reference]], texts: Mapping[str, str | None]) -> Scored:
+    """VQA accuracy; a missing answer counts 0."""
+    verdicts = {}
+    for example in examples:
+        text = texts[example.id]
+        read_as = "" if text is None else normalise(text)
+        right = 0.0 if text is None else accuracy(read_as, example.reference.answers)
+        verdicts[example.id] = Verdict(read_as, right)
+    empty = sum(1 for example in examples if texts[example.id] is not None and not verdicts[example.id].read_as)
+    hinted = sum(example.reference.hinted for example in examples)
+    total = sum(verdict.right for verdict in verdicts.values())
+    notes = (f"OCR tokens in {hinted} of {len(examples)} published prompts",)
+    return Scored({"accuracy": total / len(verdicts) if verdicts else None}, empty, verdicts, notes)
+
+
+def _answers(path: Path) -> dict[tuple[str, str], tuple[str, ...]]:
+    data = read_object(path).get("data")
+    if not isinstance(data, list):
+        raise EvalError(f"{path}: no list 'data': take TextVQA_0.5.1_val.json")
+    answers = {}
+    for number, item in enumerate(data, 1):
+        row = as_row(path, f"data, item {number}", item)
+        key = row.identifier("image_id"), " ".join(row.text("question").lower().split())
+        answers[key] = tuple(row.texts("answers"))
+    return answers
+
+
+def _question_file(root: Path) -> Path:
+    return find_file(root, "textvqa/llava_textvqa_val_v051_ocr.jsonl", "textvqa/llava_textvqa_val_v051.jsonl")
+
+
+def _reference_file(root: Path) -> Path:
+    return find_file(root, "textvqa/TextVQA_0.5.1_val.json")

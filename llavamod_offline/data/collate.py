@@ -1,0 +1,103 @@
+"""Sequences and pixels → one right-padded batch, with the places of everything that is supervised.
+
+Letters: B sequences, T tokens of the longest, N supervised tokens of all of them, I images, C channels, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llavamod_offline.data.tokenise import Sequence
+from llavamod_offline.errors import DataError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model and a loss need of B sequences; supervised tokens stand sequence by sequence, in order.
+
+    `input_ids_BT`, `attention_mask_BT` int64, padded on the right; `pixel_values_ICHW` float32 in the order of the
+    image tokens, None where no sequence has an image. `prediction_rows_N`: rows of the logits flattened to [B·T, V]
+    that predict the tokens `target_ids_N`; `sequence_of_N`: the sequence each belongs to. `keys`, `roles`: of each.
+    """
+
+    input_ids_BT: Tensor
+    attention_mask_BT: Tensor
+    pixel_values_ICHW: Tensor | None
+    prediction_rows_N: Tensor
+    target_ids_N: Tensor
+    sequence_of_N: Tensor
+    keys: tuple[str, ...]
+    roles: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of all sequences, padding not counted."""
+        return int(self.attention_mask_BT.sum())
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """Move every tensor to `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """Pin every tensor, for overlapped copies to a GPU."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(
+            self,
+            input_ids_BT=move(self.input_ids_BT),
+            attention_mask_BT=move(self.attention_mask_BT),
+            pixel_values_ICHW=None if self.pixel_values_ICHW is None else move(self.pixel_values_ICHW),
+            prediction_rows_N=move(self.prediction_rows_N),
+            target_ids_N=move(self.target_ids_N),
+            sequence_of_N=move(self.sequence_of_N),
+        )
+
+
+def collate(sequences: Items[Sequence], pixels: Items[Items[NDArray[np.float32]]], *, pad_id: int) -> Batch:
+    """Assemble a batch; `pixels` holds each sequence's images [C, H, W] in the order of their placeholders.
+
+    Two sequences of one sample (chosen and rejected) each bring its images. Errors: `DataError` if there are no
+    sequences, or the lists differ in length, or the images in shape.
+    """
+    if not sequences or len(sequences) != len(pixels):
+        raise DataError(f"batch: {len(sequences)} sequence(s) with the images of {len(pixels)}")
+    length = max(len(sequence.input_ids_T) for sequence in sequences)
+    input_ids_BT = np.full((len(sequences), length), pad_id, dtype=np.int64)
+    attention_mask_BT = np.zeros((len(sequences), length), dtype=np.int64)
+    for b, sequence in enumerate(sequences):
+        input_ids_BT[b, : len(sequence.input_ids_T)] = sequence.input_ids_T
+        attention_mask_BT[b, : len(sequence.input_ids_T)] = 1
+    rows = [b * length + sequence.prediction_rows_N for b, sequence in enumerate(sequences)]
+    counts = [len(sequence.supervised_N) for sequence in sequences]
+    return Batch(
+        input_ids_BT=torch.from_numpy(input_ids_BT),
+        attention_mask_BT=torch.from_numpy(attention_mask_BT),
+        pixel_values_ICHW=_stack(sequences, pixels),
+        prediction_rows_N=torch.from_numpy(np.concatenate(rows)),
+        target_ids_N=torch.from_numpy(np.concatenate([sequence.target_ids_N for sequence in sequences])),
+        sequence_of_N=torch.from_numpy(np.repeat(np.arange(len(sequences)), counts)),
+        keys=tuple(sequence.key for sequence in sequences),
+        roles=tuple(sequence.role for sequence in sequences),
+    )
+
+
+def _stack(sequences: Items[Sequence], pixels: Items[Items[NDArray[np.float32]]]) -> Tensor | None:
+    images = [(sequence.key, image) for sequence, own in zip(sequences, pixels, strict=True) for image in own]
+    if not images:
+        return None
+    first = images[0][1]
+    for key, image in images:
+        if image.shape != first.shape:
+            raise DataError(f"sample '{key}': pixels of shape {image.shape} in a batch of {first.shape}")
+    return torch.from_numpy(np.stack([image for _, image in images]))

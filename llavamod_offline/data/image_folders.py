@@ -1,0 +1,49 @@
+"""Images by the relative paths that data sets name them by, looked up in one or several folders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from llavamod_offline.data.images import MAX_ENCODED_BYTES
+from llavamod_offline.data.rows import RowError
+from llavamod_offline.errors import DataError
+
+
+class ImageFolders:
+    """Folders that hold images. Errors: `DataError` if one of them is no folder."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        for folder in folders:
+            if not folder.is_dir():
+                raise DataError(f"image folder '{folder}': no such folder")
+        self.folders = tuple(folders)
+
+    def read(self, name: str) -> bytes:
+        """Read the file of that relative path.
+
+        Errors: `RowError` if the path leads out of the folders, names no file or one in several folders, or the file is
+        too large or cannot be read. `DataError` if there are no folders to look in.
+        """
+        if not self.folders:
+            raise DataError(f"image '{name}': no folder to find it in: name it with --images DIR")
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not path.parts:
+            raise RowError("bad image path", f"image '{name}': must be a path inside an image folder")
+        found = [folder / path for folder in self.folders if os.path.isfile(folder / path)]
+        if not found:
+            raise RowError("missing image", f"image '{name}': no such file in {_names(self.folders)}")
+        if len(found) > 1:
+            raise RowError("bad image path", f"image '{name}': in more than one image folder: {_names(found)}")
+        try:
+            size = found[0].stat().st_size
+            if size > MAX_ENCODED_BYTES:
+                raise RowError("undecodable image", f"image '{name}': {size} bytes, more than {MAX_ENCODED_BYTES}")
+            return found[0].read_bytes()
+        except OSError as error:
+            raise RowError("missing image", f"image '{name}': cannot be read: {error.strerror}") from error
+
+
+def _names(paths: Sequence[Path]) -> str:
+    return ", ".join(f"'{path}'" for path in paths)

@@ -1,0 +1,237 @@
+"""Images: encoded bytes → RGB → the pixels that a vision tower wants; the same at packing, capture and training.
+
+Outcomes of decoding, whatever the picture:
+  truncated, damaged, empty, more than one of the limits below → `DataError`
+  a format other than JPEG (MPO included), PNG, WebP → `DataError`
+  EXIF orientation → applied; an unreadable EXIF block → the picture as it is stored
+  transparency (LA, RGBA, a palette's or a grey's transparent colour) → over white, so that dark text stays readable
+  16 bits a channel → the high byte; grey, black-and-white, palette, CMYK → Pillow's conversion to RGB
+  animated → the first frame
+
+Letters: H, W height and width of the processed image in pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from llavamod_offline.errors import ConfigError, DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+Aspect = Literal["pad", "square"]
+ASPECTS: tuple[Aspect, ...] = ("pad", "square")
+
+# A side of 9,000 bounds the padded canvas at 243 MB; Qwen2-VL's processor draws the line at a ratio of 200 as well.
+MAX_IMAGE_SIDE = 9_000
+MAX_ASPECT_RATIO = 200
+MAX_ENCODED_BYTES = 128 * 2**20
+
+_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+_PROCESSOR_TYPES = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
+_ORIENTATION_TAG = 0x0112
+_ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode_image(encoded: bytes, *, name: str) -> Image.Image:
+    """Decode a whole picture to RGB. Errors: `DataError` naming the picture, see the outcomes above."""
+    image, _ = _decode(encoded, name)
+    return image
+
+
+def image_extension(encoded: bytes, *, name: str) -> str:
+    """Decode a whole picture and tell its format, as `jpg`, `png` or `webp`. Errors: as `decode_image`."""
+    _, extension = _decode(encoded, name)
+    return extension
+
+
+def pad_to_square(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:
+    """Centre an RGB picture on a square canvas of one colour, odd pixels going right or below, as LLaVA pads."""
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    canvas = Image.new("RGB", (side, side), fill)
+    canvas.paste(image, ((side - width) // 2, (side - height) // 2))
+    return canvas
+
+
+class ImagePreprocessor:
+    """A checkpoint's image processor, behind one decoder and one way to treat the aspect ratio.
+
+    `pad` fills up to a square with the processor's mean colour, `int(mean · 255)`; `square` leaves it to the processor
+    (LLaVA's `image_aspect_ratio`). Safe to pickle and to use in workers.
+    Errors: `ConfigError` for another aspect, `ModelError` if the processor has no fixed output size.
+    """
+
+    def __init__(self, processor: CLIPImageProcessorPil, aspect: str = "pad") -> None:
+        if aspect not in ASPECTS:
+            raise ConfigError(f"image aspect '{aspect}' is unknown: choose one of {', '.join(ASPECTS)}")
+        self.aspect = aspect
+        self._processor = processor
+        self.fill = tuple(int(mean * 255) for mean in processor.image_mean)
+        self.size = _output_size(processor, aspect)
+
+    @classmethod
+    def from_checkpoint(cls, folder: Path, aspect: str = "pad") -> ImagePreprocessor:
+        """Read the processor of a checkpoint folder. Errors: `ModelError` if it has none, or one that is not CLIP's."""
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+        file, settings = _read_settings(Path(folder))
+        kind = settings.get("image_processor_type", settings.get("feature_extractor_type"))
+        if kind not in _PROCESSOR_TYPES:
+            raise ModelError(f"{file}: image processor '{kind}' is none of {', '.join(_PROCESSOR_TYPES)}")
+        settings = {key: value for key, value in settings.items() if not key.endswith("_type")}
+        try:
+            return cls(CLIPImageProcessorPil.from_dict(settings), aspect)
+        except (TypeError, ValueError, ModelError) as error:
+            raise ModelError(f"{file}: {error}") from error
+
+    def pixels(self, encoded: bytes, *, name: str) -> NDArray[np.float32]:
+        """Decode and preprocess one picture to [3, H, W] float32, `size` = (H, W). Errors: `DataError` naming it."""
+        image = decode_image(encoded, name=name)
+        if self.aspect == "pad":
+            image = pad_to_square(image, self.fill)
+        pixels_3HW: NDArray[np.float32] = self._processor(image, return_tensors="np")["pixel_values"][0]
+        return np.ascontiguousarray(pixels_3HW, dtype=np.float32)
+
+    def describe(self) -> dict[str, object]:
+        """Everything that decides the pixels, as JSON values, for a fingerprint."""
+        processor = self._processor
+        fields: dict[str, object] = {
+            "aspect": self.aspect,
+            "decoder": "rgb-over-white-1",
+            "height": self.size[0],
+            "width": self.size[1],
+        }
+        switches = {name: bool(getattr(processor, name)) for name in ("do_resize", "do_center_crop", "do_rescale")}
+        fields |= switches | {"do_normalize": bool(processor.do_normalize)}
+        if switches["do_resize"]:
+            fields |= {"size": _plain_size(processor.size), "resample": int(processor.resample)}
+        if switches["do_rescale"]:
+            fields["rescale_factor"] = float(processor.rescale_factor)
+        if processor.do_normalize:
+            fields["image_std"] = [float(value) for value in processor.image_std]
+        if processor.do_normalize or self.aspect == "pad":
+            fields["image_mean"] = [float(value) for value in processor.image_mean]
+        return fields
+
+
+def _decode(encoded: bytes, name: str) -> tuple[Image.Image, str]:
+    if len(encoded) > MAX_ENCODED_BYTES:
+        raise DataError(f"image '{name}': {len(encoded)} bytes, more than {MAX_ENCODED_BYTES}")
+    with _strict_pillow():
+        try:
+            with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG", "WEBP")) as image:
+                _check_size(image.size, name)
+                extension = _EXTENSIONS[str(image.format)]
+                image.load()
+                return _to_rgb(_upright(image)), extension
+        except DataError:
+            raise
+        except UnidentifiedImageError as error:
+            raise DataError(f"image '{name}': not a JPEG, PNG or WebP file: convert it") from error
+        except Image.DecompressionBombError as error:
+            raise DataError(f"image '{name}': larger than {MAX_IMAGE_SIDE} pixels a side: shrink it") from error
+        except Exception as error:  # whatever a decoder trips over, the picture is unusable
+            raise DataError(f"image '{name}': cannot be decoded: {error or type(error).__name__}") from error
+
+
+@contextmanager
+def _strict_pillow() -> Iterator[None]:
+    """Without Pillow's warnings (large pictures, bad EXIF: settled here) and its switch that lets cut pictures pass."""
+    lenient = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+
+
+def _check_size(size: tuple[int, int], name: str) -> None:
+    """Refuse by the header alone what would take too much memory to decode, pad or resize."""
+    if max(size) > MAX_IMAGE_SIDE:
+        raise DataError(f"image '{name}': {size[0]}×{size[1]} pixels, more than {MAX_IMAGE_SIDE} a side: shrink it")
+    if max(size) > MAX_ASPECT_RATIO * min(size):
+        raise DataError(f"image '{name}': {size[0]}×{size[1]} pixels, longer than {MAX_ASPECT_RATIO}:1: crop it")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG)
+    except Exception:  # a damaged EXIF block says nothing about the orientation
+        return image
+    return image.transpose(_ORIENTATIONS[orientation]) if orientation in _ORIENTATIONS else image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        high_byte_HW = (np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)
+        return Image.fromarray(high_byte_HW).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, rgba).convert("RGB")
+
+
+def _read_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Find the processor's settings where transformers does: in the processor's file, else in a file of their own."""
+    file = folder / "processor_config.json"
+    if file.is_file() and "image_processor" in (nested := _read_object(file)):
+        return file, _checked(file, nested["image_processor"])
+    file = folder / "preprocessor_config.json"
+    if file.is_file():
+        return file, _read_object(file)
+    raise ModelError(f"{folder}: no preprocessor_config.json: give a checkpoint folder that has its image processor")
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        return _checked(file, json.loads(file.read_bytes()))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: not readable as JSON: {error}") from error
+
+
+def _checked(file: Path, settings: Any) -> dict[str, Any]:
+    if not isinstance(settings, dict):
+        raise ModelError(f"{file}: expected an object with an image processor's settings")
+    return settings
+
+
+def _output_size(processor: CLIPImageProcessorPil, aspect: str) -> tuple[int, int]:
+    if processor.do_center_crop:
+        return int(processor.crop_size["height"]), int(processor.crop_size["width"])
+    size = _plain_size(processor.size) if processor.do_resize else {}
+    if {"height", "width"} <= size.keys():
+        return size["height"], size["width"]
+    if size.keys() == {"shortest_edge"} and aspect == "pad":
+        return size["shortest_edge"], size["shortest_edge"]
+    raise ModelError(
+        f"its output size depends on the picture (aspect '{aspect}'): it needs a crop, or height and width"
+    )
+
+
+def _plain_size(size: Any) -> dict[str, int]:
+    return {str(key): int(value) for key, value in dict(size).items() if value is not None}

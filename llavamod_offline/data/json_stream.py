@@ -1,0 +1,142 @@
+"""JSON arrays and JSON lines, read row by row; what is held in memory is one row and a piece of the file.
+
+`advance` is told how many bytes were read, for a progress bar.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from llavamod_offline.data.rows import RowError
+from llavamod_offline.errors import DataError
+
+Advance = Callable[[int], object]
+
+MAX_ROW = 64 * 2**20  # characters (array) or bytes (lines) that one row may have
+_CHUNK = 2**20
+_SPACE = " \t\n\r"
+
+
+def stream_array(path: Path, advance: Advance) -> Iterator[Any]:
+    """Yield the elements of the JSON array in a file.
+
+    Errors: `DataError` naming file, row and character if it is no array or not valid JSON to its end: without its
+    commas and brackets nothing after a fault can be told apart.
+    """
+    with path.open("rb") as stream:
+        text = _Text(path, stream.read, advance)
+        opening = text.take()
+        if opening != "[":
+            hint = ": a file of one object a line is called .jsonl" if opening == "{" else ""
+            raise DataError(f"{path}: expected a JSON list of rows, found {opening or 'nothing'!r}{hint}")
+        if text.peek() == "]":
+            text.take()
+        else:
+            separator = ","
+            while separator == ",":
+                yield text.value()
+                separator = text.take()
+            if separator != "]":
+                raise text.error("expected ',' or ']'" if separator else "the file ends before its list does")
+        if text.peek():
+            raise text.error("something stands behind the list")
+
+
+def stream_lines(path: Path, advance: Advance) -> Iterator[tuple[int, Any]]:
+    """Yield (line number from 0, value) of a file of one JSON value a line; blank lines are passed over.
+
+    A line that is not valid JSON is yielded as the `RowError` that says so; one without end is a `DataError`.
+    """
+    with path.open("rb") as stream:
+        number = 0
+        while line := stream.readline(MAX_ROW + 1):
+            if len(line) > MAX_ROW:
+                raise DataError(f"{path}: row {number} has more than {MAX_ROW} bytes")
+            advance(len(line))
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
+            if line.strip():
+                yield number, _parse_line(line)
+            number += 1
+
+
+def _parse_line(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode())
+    except (ValueError, RecursionError) as error:
+        return RowError("malformed row", f"not valid JSON: {error}")
+
+
+class _Text:
+    """The text of a file from a moving position on."""
+
+    def __init__(self, path: Path, read: Callable[[int], bytes], advance: Advance) -> None:
+        self._path = path
+        self._read = read
+        self._advance = advance
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+        self._scan = json.JSONDecoder().raw_decode
+        self._buffer = ""
+        self._position = 0
+        self._passed = 0  # characters before the buffer
+        self._row = 0
+        self._ended = False
+
+    def peek(self) -> str:
+        """The next character that is no space, or '' at the end of the file."""
+        while True:
+            while self._position < len(self._buffer):
+                character = self._buffer[self._position]
+                if character not in _SPACE:
+                    return character
+                self._position += 1
+            if self._ended:
+                return ""
+            self._fill()
+
+    def take(self) -> str:
+        """As `peek`, and go past it."""
+        character = self.peek()
+        self._position += len(character)
+        return character
+
+    def value(self) -> Any:
+        """Read one JSON value."""
+        self.peek()
+        while True:
+            try:
+                value, end = self._scan(self._buffer, self._position)
+            except (ValueError, RecursionError) as error:
+                if self._ended or not isinstance(error, json.JSONDecodeError):
+                    raise self.error(getattr(error, "msg", str(error)), getattr(error, "pos", None)) from error
+            else:
+                # A number's end is only certain by what follows it: '1' may go on as '12' or '1.5' in the next piece.
+                closed = isinstance(value, dict | list | str) or self._buffer[end : end + 1] in {",", "]", *_SPACE}
+                if closed or self._ended:
+                    self._position = end
+                    self._row += 1
+                    return value
+            if len(self._buffer) - self._position > MAX_ROW:
+                raise self.error(f"no valid JSON within {MAX_ROW} characters")
+            self._fill()
+
+    def error(self, message: str, position: int | None = None) -> DataError:
+        """An error that names the place."""
+        place = self._passed + (self._position if position is None else position)
+        return DataError(f"{self._path}: row {self._row} (character {place}): {message}")
+
+    def _fill(self) -> None:
+        """Read on; a piece as large as what is there already keeps the work linear in the row's length."""
+        content = self._read(max(_CHUNK, len(self._buffer) - self._position))
+        self._ended = not content
+        self._advance(len(content))
+        try:
+            text = self._decode(content, self._ended)
+        except UnicodeDecodeError as error:
+            raise self.error(f"not UTF-8: {error.reason}") from error
+        self._passed += self._position
+        self._buffer = self._buffer[self._position :] + text
+        self._position = 0

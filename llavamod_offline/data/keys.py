@@ -1,0 +1,26 @@
+"""Sample keys from the ids of a data set, one to one.
+
+A key has only letters, digits, '-' and '_', so that it can name a tar's members and a cache's rows. Every other
+character of an id is written as `_xHH` for each byte of its UTF-8 form; a '_' that stands before an 'x' is written
+`_x5F`, so that no two ids share a key: `coco/a.jpg` → `coco_x2Fa_x2Ejpg`, `a_1` → `a_1`, `a_x` → `a_x5Fx`.
+"""
+
+from __future__ import annotations
+
+import re
+
+_ESCAPED = re.compile(r"[^A-Za-z0-9_\-]|_(?=x)")
+
+
+def key_from_id(identity: str | int) -> str:
+    """Write an id as a key; different ids give different keys (a number gives that of its digits)."""
+    return _ESCAPED.sub(lambda match: _escape(match.group()), str(identity))
+
+
+def row_key(stem: str, row: int) -> str:
+    """The key of a row that has no id, or whose id is not used: file stem and row number from 0."""
+    return f"{key_from_id(stem)}-{row:09d}"
+
+
+def _escape(character: str) -> str:
+    return "".join(f"_x{byte:02X}" for byte in character.encode("utf-8", "surrogatepass"))

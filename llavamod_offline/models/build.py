@@ -1,0 +1,122 @@
+"""Building a LLaVA student out of a vision tower, a language model and a fresh projector."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from tokenizers import AddedToken
+from torch import Tensor
+from transformers import CLIPModel, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration, Qwen2ForCausalLM
+
+from llavamod_offline.data.sample import IMAGE_PLACEHOLDER
+from llavamod_offline.errors import ModelError
+from llavamod_offline.models.checkpoint import load_llava, load_tensors, load_tokenizer, load_weights, read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def build_llava(
+    vision_tower: Path,
+    language_model: Path,
+    *,
+    seed: int,
+    vision_feature_layer: int = -2,
+    dtype: torch.dtype = torch.float32,
+) -> LlavaForConditionalGeneration:
+    """Join a tower and a language model by a two-layer GELU projector, which alone is random (from `seed`).
+
+    `vision_tower` is the folder of a CLIP model, of its vision part, or of a LLaVA whose tower is taken;
+    `language_model` that of a Qwen2 causal language model (Qwen1.5, Qwen2, Qwen2.5).
+    The tokenizer that belongs to the result is `build_tokenizer(language_model)`. Where the head has no row for its
+    image token, embeddings and head grow, the new rows being the mean of the old ones.
+    Errors: `ModelError` if a folder is missing, incomplete or of another kind.
+    """
+    tower = _load_tower(vision_tower, dtype)
+    text = _load_language_model(language_model, dtype)
+    tokenizer = build_tokenizer(language_model)
+    vision_config, tied = tower.config, bool(text.config.tie_word_embeddings)
+    rows = max(len(tokenizer), text.config.vocab_size)
+    layers = vision_config.num_hidden_layers
+    if not -layers - 1 <= vision_feature_layer <= layers:
+        raise ModelError(f"vision_feature_layer {vision_feature_layer}: the vision tower has {layers} layers")
+    config = LlavaConfig(
+        vision_config=vision_config.to_dict(),
+        text_config=text.config.to_dict() | {"vocab_size": rows},
+        image_token_index=tokenizer.get_vocab()[IMAGE_PLACEHOLDER],
+        image_seq_length=(vision_config.image_size // vision_config.patch_size) ** 2,
+        projector_hidden_act="gelu",
+        vision_feature_layer=vision_feature_layer,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=tied,
+    )
+    tensors = {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
+    tensors |= {f"model.language_model.{name}": tensor for name, tensor in text.model.state_dict().items()}
+    embeddings = "model.language_model.embed_tokens.weight"
+    tensors[embeddings] = _grown(tensors[embeddings], rows)
+    if not tied:
+        tensors["lm_head.weight"] = _grown(text.lm_head.weight.detach(), rows)
+    tensors |= _projector(vision_config.hidden_size, text.config.hidden_size, seed)
+    model = load_tensors(LlavaForConditionalGeneration, config, tensors, dtype=dtype)
+    model.generation_config = text.generation_config
+    return cast("LlavaForConditionalGeneration", model)
+
+
+def build_tokenizer(language_model: Path) -> PreTrainedTokenizerFast:
+    """A language model's tokenizer with `<image>` as a special token, added at the end if it has none.
+
+    Errors: `ModelError` if the folder has no tokenizer.
+    """
+    tokenizer = load_tokenizer(language_model)
+    if IMAGE_PLACEHOLDER not in tokenizer.get_vocab():
+        token = AddedToken(IMAGE_PLACEHOLDER, special=True, normalized=False)
+        tokenizer.add_special_tokens({"extra_special_tokens": [token]}, replace_extra_special_tokens=False)
+    return tokenizer
+
+
+def _load_tower(folder: Path, dtype: torch.dtype) -> Any:
+    model_type = read_json(folder, "config.json").get("model_type")
+    if model_type == "llava":
+        tower = load_llava(folder, dtype).model.vision_tower
+        if tower.config.model_type != "clip_vision_model":
+            raise ModelError(f"{folder}: the vision tower is a '{tower.config.model_type}': use a CLIP tower")
+        return tower
+    if model_type == "clip_vision_model":
+        return load_weights(CLIPVisionModel, folder, dtype=dtype)
+    if model_type == "clip":
+        return load_weights(CLIPModel, folder, dtype=dtype).vision_model
+    raise ModelError(
+        f"{folder}/config.json: model_type is '{model_type}', expected 'clip', 'clip_vision_model' or 'llava': "
+        "give the folder of a CLIP vision tower"
+    )
+
+
+def _load_language_model(folder: Path, dtype: torch.dtype) -> Any:
+    model_type = read_json(folder, "config.json").get("model_type")
+    if model_type == "qwen2":
+        return load_weights(Qwen2ForCausalLM, folder, dtype=dtype)
+    raise ModelError(
+        f"{folder}/config.json: model_type is '{model_type}', expected 'qwen2': "
+        "give the folder of a Qwen1.5, Qwen2 or Qwen2.5 language model"
+    )
+
+
+def _grown(weight_VD: Tensor, rows: int) -> Tensor:
+    """Append the mean row until there are `rows`."""
+    new = weight_VD.mean(0, keepdim=True).expand(rows - len(weight_VD), -1)
+    return torch.cat([weight_VD, new])
+
+
+def _projector(vision: int, hidden: int, seed: int) -> dict[str, Tensor]:
+    """The projector's tensors, uniform within ±1/√inputs as `nn.Linear` draws them."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for name, inputs in (("linear_1", vision), ("linear_2", hidden)):
+        bound = 1 / math.sqrt(inputs)
+        for part, shape in (("weight", (hidden, inputs)), ("bias", (hidden,))):
+            drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+            tensors[f"model.multi_modal_projector.{name}.{part}"] = drawn
+    return tensors

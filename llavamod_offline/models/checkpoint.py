@@ -1,0 +1,268 @@
+"""Loading and saving LLaVA models as standard Hugging Face folders, from local files alone.
+
+Whatever transformers only warns about (missing, unexpected or ill-shaped tensors) is an error here: a model with
+random weights in it must never train or answer.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
+
+from llavamod_offline import atomic
+from llavamod_offline.data.sample import IMAGE_PLACEHOLDER
+from llavamod_offline.data.template import Template
+from llavamod_offline.data.tokenise import SequenceEncoder
+from llavamod_offline.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+_IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
+
+
+def load_llava(folder: Path, dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
+    """Load a LLaVA model (dense or sparse text model) in evaluation mode, on the CPU, in `dtype`.
+
+    Errors: `ModelError` if `folder` is no LLaVA checkpoint, a tensor is missing, left over, ill-shaped or unreadable,
+    or its image preprocessing does not fit its vision tower.
+    """
+    config = load_config(folder)
+    image_tokens(config)
+    _check_image_size(folder, _image_processor(folder), config)
+    return cast(
+        "LlavaForConditionalGeneration", load_weights(LlavaForConditionalGeneration, folder, dtype=dtype, config=config)
+    )
+
+
+def load_config(folder: Path) -> LlavaConfig:
+    """Read a LLaVA folder's configuration. Errors: `ModelError` if there is none, or it is another model's."""
+    model_type = read_json(folder, "config.json").get("model_type")
+    if model_type != "llava":
+        raise ModelError(
+            f"{folder}/config.json: model_type is '{model_type}', expected 'llava': "
+            "give the folder of a LlavaForConditionalGeneration checkpoint"
+        )
+    try:
+        return LlavaConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ModelError(f"{folder}/config.json: not a usable LLaVA configuration: {first_line(error)}") from error
+
+
+def load_weights(model_class: Any, folder: Path, *, dtype: torch.dtype, **settings: Any) -> Any:
+    """Load a model of `model_class` from a folder of safetensors, completely or not at all.
+
+    Errors: `ModelError` if a tensor is missing, left over, ill-shaped or unreadable.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder}: no *.safetensors file: save the checkpoint with save_pretrained first")
+    try:
+        with _quiet():
+            model, info = model_class.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True, **settings
+            )
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(f"{folder}: the weights cannot be loaded: {first_line(error)}: copy them again") from error
+    _check_complete(info, str(folder))
+    return model.eval()
+
+
+def load_tensors(model_class: Any, config: Any, tensors: dict[str, Tensor], *, dtype: torch.dtype) -> Any:
+    """Make a model of `model_class` out of named tensors, which it may keep; in evaluation mode.
+
+    Errors: `ModelError` if a tensor is missing, left over or ill-shaped.
+    """
+    try:
+        with _quiet():
+            model, info = model_class.from_pretrained(
+                None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+            )
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ModelError(f"the tensors do not fit the model: {first_line(error)}") from error
+    _check_complete(info, "tensors")
+    return model.eval()
+
+
+def _check_complete(info: dict[str, Any], where: str) -> None:
+    """Refuse a model of which some tensor was not loaded."""
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(str(key) for key in info[kind])
+        if names:
+            raise ModelError(
+                f"{where}: {len(names)} {kind.replace('_keys', '')} tensor(s), first '{names[0]}': "
+                "config.json and the weights are of different models, or a file is incomplete"
+            )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Load a folder's tokenizer. Errors: `ModelError` if there is none, or it is no fast tokenizer."""
+    if not (folder / "tokenizer.json").is_file():
+        raise ModelError(f"{folder}: no tokenizer.json: give a folder with a fast tokenizer")
+    try:
+        with _quiet():
+            return cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    except Exception as error:
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded: {first_line(error)}") from error
+
+
+def image_tokens(config: LlavaConfig) -> int:
+    """Count the tokens an image takes in the sequence: the vision tower's patches (and its class token if kept).
+
+    Errors: `ModelError` if `image_seq_length` says another number, or the patches do not tile the image.
+    """
+    size, patch = config.vision_config.image_size, config.vision_config.patch_size
+    if not isinstance(size, int) or not isinstance(patch, int) or size % patch:
+        raise ModelError(f"vision_config: image_size {size} is no multiple of patch_size {patch}")
+    count = (size // patch) ** 2 + (config.vision_feature_select_strategy == "full")
+    if config.image_seq_length != count:
+        raise ModelError(
+            f"config.json: image_seq_length is {config.image_seq_length}, but a vision tower of {size} pixels with "
+            f"patches of {patch} gives {count} image tokens: set image_seq_length to {count} or use the right tower"
+        )
+    return int(count)
+
+
+def sequence_encoder(
+    source: Path | LlavaConfig, tokenizer: PreTrainedTokenizerFast, template: Template, max_length: int
+) -> SequenceEncoder:
+    """Make the encoder that turns samples into this model's sequences; `source` is its folder or configuration.
+
+    Errors: `ModelError` if the image token of the model is not the tokenizer's.
+    """
+    config = load_config(source) if isinstance(source, Path) else source
+    image_token_id = int(config.image_token_index)
+    named = tokenizer.get_vocab().get(IMAGE_PLACEHOLDER)
+    if image_token_id >= len(tokenizer) or named not in (None, image_token_id):
+        raise ModelError(
+            f"config.json: image_token_index is {image_token_id}, but the tokenizer "
+            + (f"has '{IMAGE_PLACEHOLDER}' at {named}" if named is not None else f"has {len(tokenizer)} tokens")
+            + ": use the tokenizer that belongs to the checkpoint"
+        )
+    return SequenceEncoder(
+        tokenizer, template, image_token_id=image_token_id, image_tokens=image_tokens(config), max_length=max_length
+    )
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast, *head_rows: int) -> int:
+    """The number of ids that a distribution ranges over: the tokenizer's, or a head's rows if there are fewer."""
+    return min([len(tokenizer), *head_rows])
+
+
+def save_student(
+    model: LlavaForConditionalGeneration,
+    folder: Path,
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    processor_source: Path,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """Write a complete checkpoint folder that plain transformers loads; it appears whole or not at all.
+
+    `processor_source` is a checkpoint folder whose image preprocessing is copied. `state_dict` replaces the model's own
+    tensors where an engine has sharded them.
+    Errors: `ModelError` if `folder` exists, or `processor_source` has no image preprocessing that fits the model.
+    """
+    if folder.exists():
+        raise ModelError(f"{folder}: exists already: choose another folder or remove it")
+    settings = _image_processor(processor_source)
+    if settings is None:
+        raise ModelError(f"{processor_source}: no {_IMAGE_PROCESSOR_FILE}: give a folder that has an image processor")
+    _check_image_size(processor_source, settings, model.config)
+    _complete_generation_config(model, tokenizer)
+    with atomic.new_folder(folder) as aside, _quiet():
+        model.save_pretrained(aside, state_dict=state_dict)
+        tokenizer.save_pretrained(aside)
+        (aside / _IMAGE_PROCESSOR_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+        processor = {
+            "processor_class": "LlavaProcessor",
+            "image_token": tokenizer.convert_ids_to_tokens(model.config.image_token_index),
+            "num_additional_image_tokens": 1,  # the class token, which the "default" strategy takes off again
+            "patch_size": model.config.vision_config.patch_size,
+            "vision_feature_select_strategy": model.config.vision_feature_select_strategy,
+        }
+        (aside / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """Read a JSON object of a checkpoint folder. Errors: `ModelError` if folder or file is missing or unreadable."""
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such checkpoint folder")
+    file = folder / name
+    if not file.is_file():
+        raise ModelError(f"{folder}: no {name}: this is no Hugging Face checkpoint folder")
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ModelError(f"{file}: not readable as JSON: {first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file}: expected a JSON object")
+    return content
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, for a one-line message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+
+
+def _image_processor(folder: Path) -> dict[str, Any] | None:
+    """The settings of a folder's image processor, where transformers looks for them; None if it has none."""
+    for name in ("processor_config.json", _IMAGE_PROCESSOR_FILE):
+        if (folder / name).is_file():
+            content = read_json(folder, name)
+            settings = content if name == _IMAGE_PROCESSOR_FILE else content.get("image_processor")
+            if isinstance(settings, dict):
+                return settings
+    return None
+
+
+def _check_image_size(folder: Path, settings: dict[str, Any] | None, config: LlavaConfig) -> None:
+    """Refuse an image processor whose crops are not the tower's size."""
+    if settings is None or not settings.get("do_center_crop", True):
+        return
+    crop, size = settings.get("crop_size"), config.vision_config.image_size
+    sides = {crop} if isinstance(crop, int) else {*crop.values()} if isinstance(crop, dict) else {size}
+    if sides != {size}:
+        raise ModelError(
+            f"{folder}: the image processor's crop_size {crop} does not fit the vision tower's {size} pixels: "
+            f"copy the {_IMAGE_PROCESSOR_FILE} that belongs to the tower"
+        )
+
+
+def _complete_generation_config(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Let generation stop at the template's end tokens, where the checkpoint does not say so itself."""
+    generation = model.generation_config
+    vocabulary = tokenizer.get_vocab()
+    if generation.eos_token_id is None:
+        ends = [vocabulary[token] for token in _END_TOKENS if token in vocabulary]
+        generation.eos_token_id = ends or tokenizer.eos_token_id
+    if generation.pad_token_id is None:
+        generation.pad_token_id = vocabulary.get("<|endoftext|>", tokenizer.pad_token_id)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' own progress bars and load report; what matters is raised as an error."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # A sparse student without residual expert has a shared expert of size 0.
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

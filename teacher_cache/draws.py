@@ -1,0 +1,88 @@
+"""Systematic sampling of tail ids, with uniforms that depend on (seed, key, role, position) alone.
+
+Letters: N positions (R of them in a chunk), V ids, M draws of the position that draws most.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+_TWO_53 = float(2**53)
+
+
+def sequence_uniforms(seed: int, key: str, role: str, count: int) -> NDArray[np.float64]:
+    """Give one uniform in [0, 1) to each of the first `count` positions of a sequence.
+
+    A counter-based generator: the 64-bit BLAKE2b of seed, key and role is the stream, the position the counter, and
+    SplitMix64's finaliser the mixing function (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators,
+    2014). Nothing else enters, so a record is the same whatever the batch, worker or restart.
+    """
+    name = "\0".join((str(seed), key, role)).encode()
+    stream = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
+    counter = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(stream)
+    counter = (counter ^ (counter >> np.uint64(30))) * _MIX_1
+    counter = (counter ^ (counter >> np.uint64(27))) * _MIX_2
+    counter ^= counter >> np.uint64(31)
+    return (counter >> np.uint64(11)).astype(np.float64) / _TWO_53
+
+
+def draw_budget(log_tail_mass_N: Tensor, draws_max: int, draws_per_mass: float) -> Tensor:
+    """Say how many times to draw at each position: in proportion to the tail's mass, at least once where there is any.
+
+    The variance of a tail of mass r seen through m draws is about r²/m, so a fixed total is best spent with m ∝ r.
+    Result: [N] int64 in 1…`draws_max`, and 0 where the log mass is −inf or `draws_max` is 0.
+    """
+    wanted = (log_tail_mass_N.double().exp() * draws_per_mass).ceil().clamp(1, max(draws_max, 1)).long()
+    return torch.where(torch.isneginf(log_tail_mass_N) | (draws_max == 0), torch.zeros_like(wanted), wanted)
+
+
+def systematic_draws(weights_RV: Tensor, uniforms_R: Tensor, budget_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw `budget_R` ids a row by systematic sampling in order of id; equal draws are merged and counted.
+
+    Row r puts budget points at (u + j) / budget, j = 0, 1, …, on the cumulated weights, so id v is drawn
+    budget · w(v) / Σw times in expectation: unbiased, and with at most the variance of as many independent draws when
+    ids are drawn about once or more.
+
+    Shapes: `weights_RV` ≥ 0, finite, each row with a budget having a positive sum; `uniforms_R` float64 in [0, 1).
+    Result: `ids_D` int64 (rows in order, ids rising within a row), `repeats_D` (how often each was drawn) and
+    `counts_R` (how many of the D entries belong to each row).
+    Sums are in float64 over blocks of ids, then inside the blocks that were hit: one pass over V, not a full float64
+    cumulation, and no id's share is off by more than float32 rounding of its own block.
+    """
+    rows, width = weights_RV.shape
+    draws = int(budget_R.max()) if rows else 0
+    if draws == 0:
+        empty = torch.zeros(0, dtype=torch.long, device=weights_RV.device)
+        return empty, empty, torch.zeros_like(budget_R)
+    size = 2 ** (width.bit_length() // 2)
+    blocks = -(-width // size)
+    blocked = torch.nn.functional.pad(weights_RV, (0, blocks * size - width)).view(rows, blocks, size)
+    cumulated = blocked.sum(-1, dtype=torch.float64).cumsum(-1)
+    steps = torch.arange(draws, device=weights_RV.device)
+    share = (uniforms_R[:, None] + steps) / budget_R.clamp(min=1)[:, None]
+    block, inside = _locate(cumulated, share * cumulated[:, -1:])
+    row = torch.arange(rows, device=weights_RV.device)[:, None].expand(-1, draws)
+    hit = blocked[row, block].double().cumsum(-1).flatten(0, 1)
+    offset, _ = _locate(hit, inside.reshape(-1, 1) * hit[:, -1:])
+    ids = block * size + offset.view(rows, draws)
+    code, repeats = torch.unique_consecutive((row * width + ids)[steps < budget_R[:, None]], return_counts=True)
+    return code % width, repeats, torch.bincount(code // width, minlength=rows)
+
+
+def _locate(cumulated: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the interval of each row's cumulated weights that holds each point, and the share of it that lies before."""
+    total = cumulated[:, -1:]
+    below = torch.nextafter(total, torch.zeros_like(total))  # rounding must not push a point past the last interval
+    points = torch.minimum(points, below).clamp(min=0).contiguous()
+    index = torch.searchsorted(cumulated.contiguous(), points, right=True).clamp(max=cumulated.shape[1] - 1)
+    end = cumulated.gather(1, index)
+    start = torch.where(index > 0, cumulated.gather(1, (index - 1).clamp(min=0)), torch.zeros_like(end))
+    return index, ((points - start) / (end - start)).nan_to_num(0.0)

@@ -1,0 +1,207 @@
+"""The Hugging Face engine: a LLaVA checkpoint in this process, run over length-bucketed batches.
+
+Letters: B sequences of a batch, T tokens of the longest, N supervised positions of the batch (R of them in a chunk),
+D hidden size, V shared vocabulary, I images of the batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llavamod_offline.data.images import ImagePreprocessor
+from llavamod_offline.data.sample import Sample
+from llavamod_offline.data.tokenise import Sequence as TokenSequence
+from llavamod_offline.errors import DataError, ModelError
+from teacher_cache.draws import sequence_uniforms
+from teacher_cache.engines.protocol import Request
+from teacher_cache.record import Records, RecordSettings, concatenate_records, make_records, rows_per_chunk
+from teacher_cache.sequences import SequenceRecord
+from teacher_cache.store import Rejection
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
+Pixels = list[NDArray[np.float32]]
+Outcome = SequenceRecord | Rejection
+
+_LOG = logging.getLogger(__name__)
+_BATCHES_AHEAD = 3
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One sequence of a batch, with its pictures' pixels on the way."""
+
+    request: Request
+    sequence: TokenSequence
+    pixels: Future[Pixels]
+
+
+class HfEngine:
+    """Runs `model` (in evaluation mode, on its device and in its type) and makes records of its supervised positions.
+
+    The head runs in float32 on supervised rows alone. If memory runs out a batch is halved, for good, and the log says
+    so. Errors of `capture`: `ModelError` if a single sequence does not fit into memory.
+    """
+
+    def __init__(
+        self,
+        model: LlavaForConditionalGeneration,
+        preprocessor: ImagePreprocessor,
+        settings: RecordSettings,
+        *,
+        vocab_size: int,
+        seed: int,
+        batch_size: int,
+        workers: int,
+    ) -> None:
+        self.model = model
+        self.preprocessor = preprocessor
+        self.settings = settings
+        self.vocab_size = vocab_size
+        self.seed = seed
+        self.batch_size = batch_size
+        self.workers = workers
+        head = model.get_output_embeddings()
+        self._head_VD = head.weight.detach()[:vocab_size].float()
+        self._bias_V = None if head.bias is None else head.bias.detach()[:vocab_size].float()
+        self._batch_limit = batch_size
+
+    def capture(self, requests: Sequence[Request], load: Callable[[int], Sample]) -> Iterator[Outcome]:
+        """Capture one data shard; see `protocol.Engine`. Pictures are prepared a few batches ahead, in threads."""
+        ahead: deque[list[_Item]] = deque()
+        with ThreadPoolExecutor(self.workers, thread_name_prefix="images") as pool:
+            row = -1
+            pixels: Future[Pixels] = Future()
+            for batch in length_batches(requests, self.batch_size):
+                items = []
+                for request, sequence in batch:
+                    if request.row != row:  # the roles of a sample are neighbours and share their pictures
+                        row, pixels = request.row, pool.submit(self._pixels, request.row, load)
+                    items.append(_Item(request, sequence, pixels))
+                ahead.append(items)
+                if len(ahead) > _BATCHES_AHEAD:
+                    yield from self._capture_batch(ahead.popleft())
+            while ahead:
+                yield from self._capture_batch(ahead.popleft())
+
+    def _pixels(self, row: int, load: Callable[[int], Sample]) -> Pixels:
+        sample = load(row)
+        return [self.preprocessor.pixels(image, name=sample.key) for image in sample.images]
+
+    def _capture_batch(self, items: list[_Item]) -> Iterator[Outcome]:
+        ready: list[tuple[_Item, Pixels]] = []
+        for item in items:
+            problem = self._problem(item)
+            if problem:
+                yield Rejection(item.request.key, item.sequence.role, problem)
+            else:
+                ready.append((item, item.pixels.result()))
+        while ready:
+            piece = ready[: self._batch_limit]
+            try:
+                outcomes = self._run(piece)
+            except torch.OutOfMemoryError as error:
+                self._halve(piece[0][0], len(piece), error)
+                continue
+            ready = ready[len(piece) :]
+            yield from outcomes
+
+    def _problem(self, item: _Item) -> str | None:
+        try:
+            item.pixels.result()
+        except DataError as error:
+            return str(error)
+        largest = int(item.sequence.target_ids_N.max(initial=0))
+        if largest >= self.vocab_size:
+            return f"supervised id {largest} is beyond the {self.vocab_size} ids that tokenizer and head share"
+        return None
+
+    def _halve(self, first: _Item, size: int, error: Exception) -> None:
+        if size == 1:
+            tokens = len(first.sequence.input_ids_T)
+            raise ModelError(
+                f"sample '{first.request.key}' ({first.sequence.role}): its {tokens} tokens do not "
+                "fit into the device's memory even alone: lower max_length, or use a larger device"
+            ) from error
+        self._batch_limit = size // 2
+        _LOG.warning("out of memory with %d sequences at once: going on with %d", size, self._batch_limit)
+        torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def _run(self, batch: list[tuple[_Item, Pixels]]) -> list[Outcome]:
+        sequences = [item.sequence for item, _ in batch]
+        rows_ND = self._hidden_rows(sequences, [picture for _, pixels in batch for picture in pixels])
+        targets_N = torch.from_numpy(np.concatenate([s.target_ids_N for s in sequences])).to(rows_ND.device)
+        uniforms_N = torch.from_numpy(
+            np.concatenate([sequence_uniforms(self.seed, s.key, s.role, len(s.supervised_N)) for s in sequences])
+        ).to(rows_ND.device)
+        parts: list[Records] = []
+        finite: list[NDArray[np.bool_]] = []
+        step = rows_per_chunk(self.vocab_size, rows_ND.device.type)
+        for start in range(0, len(rows_ND), step):
+            chunk = slice(start, start + step)
+            logits_RV = torch.nn.functional.linear(rows_ND[chunk].float(), self._head_VD, self._bias_V)
+            records, finite_R = make_records(logits_RV, targets_N[chunk], uniforms_N[chunk], self.settings)
+            parts.append(records)
+            finite.append(finite_R)
+        lengths = [len(s.supervised_N) for s in sequences]
+        pieces = concatenate_records(parts, len(self.settings.temperatures)).split(lengths)
+        fine = np.split(np.concatenate(finite), np.cumsum(lengths)[:-1])
+        return [_outcome(item, *rest) for (item, _), rest in zip(batch, zip(pieces, fine, strict=True), strict=True)]
+
+    def _hidden_rows(self, sequences: list[TokenSequence], pictures: Pixels) -> Tensor:
+        """Run the model but for its head: the last hidden states that predict the supervised tokens, [N, D]."""
+        longest = max(len(s.input_ids_T) for s in sequences)
+        pad = 0 if self.model.config.image_token_index != 0 else 1
+        ids_BT = np.full((len(sequences), longest), pad, np.int64)
+        mask_BT = np.zeros((len(sequences), longest), np.int64)
+        for number, sequence in enumerate(sequences):
+            ids_BT[number, : len(sequence.input_ids_T)] = sequence.input_ids_T
+            mask_BT[number, : len(sequence.input_ids_T)] = 1
+        device = self.model.device
+        pixels_I3HW = torch.from_numpy(np.stack(pictures)).to(device, self.model.dtype) if pictures else None
+        output = self.model.model(
+            input_ids=torch.from_numpy(ids_BT).to(device),
+            attention_mask=torch.from_numpy(mask_BT).to(device),
+            pixel_values=pixels_I3HW,
+            use_cache=False,
+        )
+        hidden_BTD: Tensor = output.last_hidden_state
+        which_N = np.repeat(np.arange(len(sequences)), [len(s.supervised_N) for s in sequences])
+        rows_N = np.concatenate([s.prediction_rows_N for s in sequences])
+        return hidden_BTD[torch.from_numpy(which_N).to(device), torch.from_numpy(rows_N).to(device)]
+
+
+def length_batches(requests: Sequence[Request], size: int) -> Iterator[list[tuple[Request, TokenSequence]]]:
+    """Group sequences of like length, longest first, `size` at a time; the roles of a sample stay neighbours."""
+    order = sorted(requests, key=lambda r: (-max(len(s.input_ids_T) for s in r.sequences), r.row))
+    pairs = [(request, sequence) for request in order for sequence in request.sequences]
+    for start in range(0, len(pairs), size):
+        yield pairs[start : start + size]
+
+
+def _outcome(item: _Item, records: Records, finite_N: NDArray[np.bool_]) -> Outcome:
+    sequence = item.sequence
+    if not finite_N.all():
+        first = int(np.argmin(finite_N))
+        reason = f"the teacher's logits are not finite (NaN or inf), first at supervised position {first}"
+        return Rejection(sequence.key, sequence.role, reason)
+    return SequenceRecord(
+        key=sequence.key,
+        role=sequence.role,
+        target_hash=sequence.target_hash,
+        content_hash=item.request.content_hash,
+        n_tokens=len(sequence.input_ids_T),
+        records=records,
+    )

@@ -1,0 +1,35 @@
+"""What every engine does: take a data shard's sequences, give back their records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from llavamod_offline.data.sample import Sample
+from llavamod_offline.data.tokenise import Sequence as TokenSequence
+from teacher_cache.sequences import SequenceRecord
+from teacher_cache.store import Rejection
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sample to capture: its row in the set, and its tokenised roles."""
+
+    row: int
+    key: str
+    content_hash: str
+    sequences: tuple[TokenSequence, ...]
+
+
+class Engine(Protocol):
+    """A way to run the teacher."""
+
+    def capture(
+        self, requests: Sequence[Request], load: Callable[[int], Sample]
+    ) -> Iterator[SequenceRecord | Rejection]:
+        """Capture every sequence of one data shard, in any order; `load` reads a sample by its row, in any thread.
+
+        What goes into a batch depends on `requests` alone, so that a shard made again is the same.
+        """
+        ...

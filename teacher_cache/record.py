@@ -1,0 +1,209 @@
+"""The record: what is kept of the teacher's distribution at each supervised position, in columns.
+
+Letters: N positions (R of them in a chunk), V ids, K slots of a head being built, F forced ids, S temperatures;
+H and D are the lengths of all heads and of all lists of tail draws, one after another (as in a CSR matrix).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llavamod_offline.errors import ConfigError
+from teacher_cache.draws import draw_budget, systematic_draws
+
+Ints = NDArray[np.int32]
+Floats = NDArray[np.float32]
+
+_CHUNK_VALUES = {"cpu": 2**20, "cuda": 2**26}
+
+
+@dataclass(frozen=True)
+class RecordSettings:
+    """What a record holds. The head: the most likely ids until their mass reaches `head_mass` or their number
+    `head_max`, at least one, and all of `forced_ids`. The tail: `draws_per_mass` draws per unit of its mass, 1 to
+    `draws_max` (0 for none). `temperatures`: those T ≠ 1 whose log Σ p^(1/T) is kept.
+
+    `head_mass=1.0, head_max=V` keeps every id (exhaustive). Errors: `ConfigError` naming the value out of range.
+    """
+
+    head_mass: float
+    head_max: int
+    draws_max: int
+    draws_per_mass: float
+    temperatures: tuple[float, ...]
+    forced_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        checks = (
+            (0.0 <= self.head_mass <= 1.0, f"head_mass is {self.head_mass:g}, must lie in 0 … 1"),
+            (self.head_max >= 1, f"head_max is {self.head_max}, must be at least 1"),
+            (0 <= self.draws_max <= 65535, f"draws_max is {self.draws_max}, must lie in 0 … 65535"),
+            (self.draws_per_mass > 0, f"draws_per_mass is {self.draws_per_mass:g}, must be more than 0"),
+            (all(t > 0 and t != 1.0 for t in self.temperatures), "temperatures must be positive and not 1"),
+            (len(set(self.temperatures)) == len(self.temperatures), "temperatures holds a value twice"),
+            (len(set(self.forced_ids)) == len(self.forced_ids), "forced tokens hold one twice"),
+        )
+        for fine, problem in checks:
+            if not fine:
+                raise ConfigError(f"capture: {problem}")
+
+
+@dataclass(frozen=True)
+class Records:
+    """N positions' records in columns; log-probs are natural, float32, at T = 1.
+
+    `head_counts_N` [N] says how many of `head_ids_H` and `head_log_probs_H` belong to each position, most likely first
+    (equal ones by rising id); `draw_counts_N` likewise for `draw_ids_D` (rising) and `draw_repeats_D` (how often each
+    was drawn). `tail_log_mass_N` is −inf where every id is in the head. `log_normalisers_NS`: log Σ_v p(v)^(1/T).
+    """
+
+    target_ids_N: Ints
+    target_log_probs_N: Floats
+    entropy_N: Floats
+    tail_log_mass_N: Floats
+    log_normalisers_NS: Floats
+    head_counts_N: Ints
+    draw_counts_N: Ints
+    head_ids_H: Ints
+    head_log_probs_H: Floats
+    draw_ids_D: Ints
+    draw_repeats_D: Ints
+
+    def __len__(self) -> int:
+        return len(self.target_ids_N)
+
+    def split(self, lengths: Sequence[int]) -> list[Records]:
+        """Cut into consecutive pieces of the given numbers of positions, as views."""
+        edges_N = np.concatenate([[0], np.cumsum(lengths)])
+        edges_H = np.concatenate([[0], np.cumsum(self.head_counts_N)])[edges_N]
+        edges_D = np.concatenate([[0], np.cumsum(self.draw_counts_N)])[edges_N]
+        edges = {"H": edges_H, "D": edges_D}
+        pieces = []
+        for piece in range(len(lengths)):
+            columns = {}
+            for field in fields(self):
+                edge = edges.get(field.name[-1], edges_N)
+                columns[field.name] = getattr(self, field.name)[edge[piece] : edge[piece + 1]]
+            pieces.append(Records(**columns))
+        return pieces
+
+
+def concatenate_records(parts: Sequence[Records], temperatures: int = 0) -> Records:
+    """Stack the positions of several records in order; no parts give no positions (`temperatures` columns wide)."""
+    if not parts:
+        i, f = np.zeros(0, np.int32), np.zeros(0, np.float32)
+        return Records(i, f, f, f, np.zeros((0, temperatures), np.float32), i, i, i, f, i, i)
+    return Records(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Records)})
+
+
+def rows_per_chunk(vocab_size: int, device_type: str) -> int:
+    """How many rows of logits to hold at once: what keeps the working set small, yet the device busy."""
+    return max(1, _CHUNK_VALUES.get(device_type, 2**20) // max(vocab_size, 1))
+
+
+@torch.inference_mode()
+def make_records(
+    logits_NV: Tensor, target_ids_N: Tensor, uniforms_N: Tensor, settings: RecordSettings
+) -> tuple[Records, NDArray[np.bool_]]:
+    """Make the records of N rows of logits, chunk by chunk on the device they are on.
+
+    Shapes: `logits_NV` [N, V] float, already cut to the shared vocabulary; `target_ids_N` int64 < V; `uniforms_N`
+    float64, from `draws.sequence_uniforms`. Result: the records, and [N] bool: whether the row's logits were finite
+    (the record of a row that was not is meaningless).
+    """
+    rows, width = logits_NV.shape
+    chunk = rows_per_chunk(width, logits_NV.device.type)
+    parts = []
+    finite = []
+    for start in range(0, rows, chunk):
+        piece = slice(start, start + chunk)
+        fine_R, part = _chunk_records(logits_NV[piece].float(), target_ids_N[piece], uniforms_N[piece], settings)
+        parts.append(part)
+        finite.append(fine_R.cpu().numpy())
+    records = concatenate_records(parts, len(settings.temperatures))
+    return records, np.concatenate(finite) if finite else np.zeros(0, np.bool_)
+
+
+def _chunk_records(
+    logits_RV: Tensor, targets_R: Tensor, uniforms_R: Tensor, settings: RecordSettings
+) -> tuple[Tensor, Records]:
+    shifted_RV, log_z_R, entropy_R = _normalise(logits_RV)
+    finite_R = torch.isfinite(entropy_R)  # NaN for a row with any logit that is not finite
+    if not bool(finite_R.all()):
+        shifted_RV, log_z_R, entropy_R = _normalise(torch.where(finite_R[:, None], logits_RV, 0.0))
+    head_ids_RK, head_shifted_RK, kept_RK = _head(shifted_RV, log_z_R, settings)
+    # Σ exp(x/T) ≥ exp(0): no shift is needed, whatever T.
+    normalisers = [(shifted_RV / t).exp_().sum(-1).log() - log_z_R / t for t in settings.temperatures]
+    targets = shifted_RV.gather(1, targets_R[:, None])[:, 0] - log_z_R
+    # Slots that are not kept point at the first one, so that every write to a cell is the same.
+    tail_RV = shifted_RV.scatter_(1, torch.where(kept_RK, head_ids_RK, head_ids_RK[:, :1]), float("-inf"))
+    largest_R = tail_RV.amax(-1)
+    largest_R = largest_R.masked_fill(torch.isneginf(largest_R), 0.0)
+    weights_RV = tail_RV.sub_(largest_R[:, None]).exp_()
+    tail_log_mass_R = weights_RV.sum(-1).log() + largest_R - log_z_R
+    budget_R = draw_budget(tail_log_mass_R, settings.draws_max, settings.draws_per_mass)
+    draw_ids_D, repeats_D, draw_counts_R = systematic_draws(weights_RV, uniforms_R, budget_R)
+    return finite_R, Records(
+        target_ids_N=_ints(targets_R),
+        target_log_probs_N=_floats(targets),
+        entropy_N=_floats(entropy_R),
+        tail_log_mass_N=_floats(tail_log_mass_R),
+        log_normalisers_NS=_floats(torch.stack(normalisers, 1) if normalisers else logits_RV[:, :0]),
+        head_counts_N=_ints(kept_RK.sum(-1)),
+        draw_counts_N=_ints(draw_counts_R),
+        head_ids_H=_ints(head_ids_RK[kept_RK]),
+        head_log_probs_H=_floats((head_shifted_RK - log_z_R[:, None])[kept_RK]),
+        draw_ids_D=_ints(draw_ids_D),
+        draw_repeats_D=_ints(repeats_D),
+    )
+
+
+def _normalise(logits_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Shift rows so that the largest logit is 0: shifted [R, V], log of their Σ exp, and the entropy, both [R] ≥ 0.
+
+    A log-prob is then a difference of numbers that are small where it is, and keeps its precision near 0. The entropy
+    log Z + Σ p·(−x) is a sum of terms ≥ 0: nothing cancels, even where it is tiny.
+    """
+    shifted_RV = logits_RV - logits_RV.amax(-1, keepdim=True)
+    exponentials_RV = shifted_RV.exp()
+    z_R = exponentials_RV.sum(-1)
+    spread_R = -torch.linalg.vecdot(exponentials_RV, shifted_RV)
+    log_z_R = z_R.log()
+    return shifted_RV, log_z_R, log_z_R + spread_R / z_R
+
+
+def _head(shifted_RV: Tensor, log_z_R: Tensor, settings: RecordSettings) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose the head: ids, shifted logits and which slots are kept, [R, K] each, kept slots first."""
+    slots = min(settings.head_max, shifted_RV.shape[1])
+    shifted_RK, ids_RK = shifted_RV.topk(slots)
+    if settings.head_mass < 1.0:
+        mass_RK = (shifted_RK - log_z_R[:, None]).double().exp().cumsum(-1)
+        count_R = (mass_RK < settings.head_mass).sum(-1) + 1
+    else:  # a sum of rounded probabilities may reach 1 early, or never
+        count_R = torch.full((len(ids_RK),), slots, device=ids_RK.device)
+    kept_RK = torch.arange(slots, device=ids_RK.device) < count_R[:, None]
+    if settings.forced_ids:
+        forced_F = torch.tensor(settings.forced_ids, device=ids_RK.device)
+        known_RF = ((ids_RK[:, :, None] == forced_F) & kept_RK[:, :, None]).any(1)
+        ids_RK = torch.cat([ids_RK, forced_F.expand(len(ids_RK), -1)], 1)
+        shifted_RK = torch.cat([shifted_RK, shifted_RV[:, forced_F]], 1)
+        kept_RK = torch.cat([kept_RK, ~known_RF], 1)
+    # Equal logits are common in low-precision models: their order must not depend on how topk met them.
+    by_id = ids_RK.argsort(-1)
+    rank = torch.where(kept_RK, shifted_RK, float("-inf")).gather(1, by_id)
+    order = by_id.gather(1, rank.argsort(dim=-1, descending=True, stable=True))
+    return ids_RK.gather(1, order), shifted_RK.gather(1, order), kept_RK.gather(1, order)
+
+
+def _ints(values: Tensor) -> Ints:
+    return values.to(torch.int32).cpu().numpy()
+
+
+def _floats(values: Tensor) -> Floats:
+    return values.float().cpu().numpy()

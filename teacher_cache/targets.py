@@ -1,0 +1,47 @@
+"""Records → `SparseTargets`, the padded tensors that losses take.
+
+Letters: N positions, K and M the longest head and list of draws, D distinct draws of all positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llavamod_offline.losses.targets import EMPTY_ID, SparseTargets
+from teacher_cache.record import Records
+
+
+def sparse_targets(records: Records, temperatures: tuple[float, ...], vocab_size: int) -> SparseTargets:
+    """Pad records to the longest head and list of draws, as CPU tensors; a draw weighs its share of the position's."""
+    row_D = np.repeat(np.arange(len(records)), records.draw_counts_N)
+    draws_N = np.bincount(row_D, weights=records.draw_repeats_D, minlength=len(records))
+    weights_D = records.draw_repeats_D / draws_N[row_D]
+    return SparseTargets(
+        head_ids_NK=_padded(records.head_ids_H, records.head_counts_N, EMPTY_ID).long(),
+        head_log_probs_NK=_padded(records.head_log_probs_H, records.head_counts_N, float("-inf")).float(),
+        tail_log_mass_N=_tensor(records.tail_log_mass_N).float(),
+        draw_ids_NM=_padded(records.draw_ids_D, records.draw_counts_N, EMPTY_ID).long(),
+        draw_weights_NM=_padded(weights_D, records.draw_counts_N, 0.0).float(),
+        target_ids_N=_tensor(records.target_ids_N).long(),
+        target_log_probs_N=_tensor(records.target_log_probs_N).float(),
+        entropy_N=_tensor(records.entropy_N).float(),
+        log_normalisers_NS=_tensor(records.log_normalisers_NS).float(),
+        temperatures=temperatures,
+        vocab_size=vocab_size,
+    )
+
+
+def _tensor(values: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values))
+
+
+def _padded(values: NDArray[Any], counts_N: NDArray[np.int32], empty: float) -> Tensor:
+    width = int(counts_N.max()) if len(counts_N) else 0
+    table = np.full((len(counts_N), width), empty, values.dtype)
+    table[np.arange(width) < counts_N[:, None]] = values
+    return torch.from_numpy(table)

@@ -1,0 +1,195 @@
+"""MMBench. Sources: llava/eval/model_vqa_mmbench.py (prompt, missing cells), convert_mmbench_for_submission.py (xlsx),
+the published TSV (rotations in the index), VLMEvalKit's prefetch (reading of letters)."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from eval.export import export
+from eval.mmbench import is_missing, parse
+from eval.score import score_task
+from eval.tasks import mmbench, mmbench_cn
+from llavamod_offline.errors import EvalError
+from tests.eval.fixtures import (
+    MMBENCH_COLUMNS,
+    MMBENCH_OPTIONS,
+    MMBENCH_ROWS,
+    answers,
+    mmbench_row,
+    scored,
+    write_jsonl,
+    write_tsv,
+)
+from tests.tiny import tiny_image
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_tsv(tmp_path / "data" / "mmbench" / "mmbench_dev_20230712.tsv", MMBENCH_ROWS)
+    write_tsv(tmp_path / "data" / "mmbench_cn" / "mmbench_dev_cn_20231003.tsv", MMBENCH_ROWS)
+    return tmp_path / "data"
+
+
+def test_prompts(root: Path) -> None:
+    english, chinese = mmbench.load(root), mmbench_cn.load(root)
+    assert english[0].prompt == (
+        'What is "it" 1?\nA. a red cat\nB. a dog\nC. two birds\nD. none of them\n'
+        "Answer with the option's letter from the given choices directly."
+    )
+    assert english[3].prompt.startswith('Line one\nline two\nWhat is "it" 2?\nA. yes\nB. no\nAnswer')
+    assert chinese[3].prompt.endswith("B. no\n请直接回答选项字母。")
+
+
+@pytest.mark.parametrize("cell", ["", "nan", "NaN", "None", "none", "NONE", "N/A", "NA", "null"])
+def test_cells_that_count_as_missing_end_the_options(root: Path, cell: str) -> None:
+    """pandas' missing values, then `is_none`: an option "None" ends the list of options."""
+    assert is_missing(cell)
+    write_tsv(root / "mmbench" / "mmbench_dev_20230712.tsv", [mmbench_row(1, ("x", "y", cell, "w"), "A")])
+    assert mmbench.load(root)[0].reference.options == ("x", "y")
+    assert not is_missing("nothing")
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B", "B"),
+        (" B\n", "B"),
+        ("B.", "B"),
+        ("B. a dog", "B"),
+        ("(B) a dog", "B"),
+        ("(B)", "B"),
+        ("B: a dog", "B"),
+        ("B, I think", "B"),
+        ("The answer is B", "B"),
+        ("答案是B。", "B"),
+        ("选项 C", "C"),
+        ("B or C", "Z"),
+        ("B, not C", "B"),  # a leading letter decides
+        ("Option B and again B", "B"),
+        ("A", "A"),
+        ("Option A", "A"),
+        ("There is A tree in front", "Z"),  # an article among more than three words
+        ("A dog", "A"),  # no punctuation, two words: the letter
+        ("I can see a dog here", "B"),  # the text of one option
+        ("A DOG is here, as you see", "B"),
+        ("a dog and two birds", "Z"),
+        ("E", "Z"),
+        ("b", "Z"),
+        ("", "Z"),
+        ("BD", "Z"),
+        ("I cannot tell", "Z"),
+    ],
+)
+def test_reading_of_letters(text: str, letter: str) -> None:
+    assert parse(text, MMBENCH_OPTIONS) == letter
+
+
+def test_circular_asks_for_every_rotation(root: Path) -> None:
+    right = {"1": "A", "1000001": "B", "2000001": "C", "2": "B", "1000002": "A"}
+    assert scored(mmbench, root, right).metrics == {
+        "circular": 1.0,
+        "vanilla": 1.0,
+        "coarse": 1.0,
+        "count": 1.0,
+        "identity": 1.0,
+    }
+    result = scored(mmbench, root, {**right, "2000001": "A"})
+    assert result.metrics["circular"] == 0.5
+    assert result.metrics["vanilla"] == 1.0
+    assert result.metrics["identity"] == 0.0
+    assert result.metrics["count"] == 1.0
+    result = scored(mmbench, root, {**right, "1": "I cannot tell"})
+    assert result.metrics["vanilla"] == 0.5
+    assert result.n_unparsed == 1
+    assert "20.00% of rows not read" in result.notes
+    assert result.verdicts["1"].read_as == ""
+
+
+def test_pictures_are_read_from_the_tsv(root: Path) -> None:
+    for example in mmbench.load(root):
+        assert example.source is not None
+        assert example.source.read() == tiny_image(int(example.id) % 1_000_000)
+
+
+def test_llavas_answers_hold_the_question_alone_as_prompt(root: Path, tmp_path: Path) -> None:
+    texts: dict[str | int, str] = {1: "A", 1_000_001: "B", 2_000_001: "C", 2: "B", 1_000_002: "A"}
+    prompts: dict[str | int, str] = {int(example.id): example.question for example in mmbench.load(root)}
+    path = write_jsonl(tmp_path / "a.jsonl", answers(texts, prompts))
+    score = score_task("mmbench", root, path)
+    assert score.metrics["circular"] == 1.0
+    assert "worded unlike" not in score.protocol
+
+
+def cells(path: Path) -> list[dict[str, tuple[str | None, str]]]:
+    """A sheet's rows: type and text of each cell by its column."""
+    space = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
+    sheet = zipfile.ZipFile(path).read("xl/worksheets/sheet1.xml")
+    return [
+        {cell.attrib["r"].rstrip("0123456789"): (cell.get("t"), "".join(cell.itertext())) for cell in line}
+        for line in ElementTree.fromstring(sheet).iter(f"{space}row")
+    ]
+
+
+def test_the_upload_has_the_official_columns_and_raw_answers(root: Path, tmp_path: Path) -> None:
+    texts: dict[str | int, str] = {1: "A", 1_000_001: "B.", 2_000_001: "C", 2: "B", 1_000_002: "A"}
+    path = write_jsonl(tmp_path / "a.jsonl", answers(texts))
+    export("mmbench", root, path, tmp_path / "upload.xlsx")
+    table = cells(tmp_path / "upload.xlsx")
+    assert [text for _, text in table[0].values()] == [
+        *("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
+    ]
+    assert table[2]["A"] == (None, "1000001")
+    assert table[2]["G"] == ("inlineStr", "B.")
+    assert "E" not in table[4]
+    first = (tmp_path / "upload.xlsx").read_bytes()
+    export("mmbench", root, path, tmp_path / "upload.xlsx")
+    assert (tmp_path / "upload.xlsx").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    "text", ["=1+1", "=cmd|'/c calc'!A0", "+1", "-1", "@SUM(A1)", "\t=1", "<f>1</f>", "_x0041_", "\x01"]
+)
+def test_no_answer_becomes_a_formula(root: Path, tmp_path: Path, text: str) -> None:
+    texts: dict[str | int, str] = dict.fromkeys((1, 1_000_001, 2_000_001, 2, 1_000_002), text)
+    export("mmbench", root, write_jsonl(tmp_path / "a.jsonl", answers(texts)), tmp_path / "u.xlsx")
+    sheet = zipfile.ZipFile(tmp_path / "u.xlsx").read("xl/worksheets/sheet1.xml").decode()
+    assert "<f" not in sheet
+    shown = {"_x0041_": "_x005F_x0041_", "\x01": "_x0001_"}.get(text, text)
+    assert cells(tmp_path / "u.xlsx")[1]["G"] == ("inlineStr", shown)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"answer": "E"}, "row 1: answer 'E' is no letter of its 4 options"),
+        ({"answer": ""}, "row 1: answer '' is no letter"),
+        ({"answer": "AB"}, "row 1: answer 'AB' is no letter"),
+        ({"index": "x"}, "row 1: index 'x' is no whole number"),
+    ],
+)
+def test_bad_rows_are_named(root: Path, changes: dict[str, Any], message: str) -> None:
+    write_tsv(root / "mmbench" / "mmbench_dev_20230712.tsv", [mmbench_row(1, MMBENCH_OPTIONS, "A") | changes])
+    with pytest.raises(EvalError, match=message):
+        mmbench.load(root)
+
+
+def test_a_tsv_of_another_form_is_named(root: Path) -> None:
+    path = root / "mmbench" / "mmbench_dev_20230712.tsv"
+    write_tsv(path, MMBENCH_ROWS, tuple(name for name in MMBENCH_COLUMNS if name != "answer"))
+    with pytest.raises(EvalError, match="no column 'answer': take the TSV of MMBench's dev split"):
+        mmbench.load(root)
+    path.write_text("index\tquestion\tA\tB\tanswer\timage\n1\tQ\n")
+    with pytest.raises(EvalError, match="row 1 has 2 fields for 6 columns"):
+        mmbench.load(root)
+
+
+def test_columns_that_are_not_there_are_no_error_in_the_upload(root: Path, tmp_path: Path) -> None:
+    columns = tuple(name for name in MMBENCH_COLUMNS if name not in ("comment", "source", "hint"))
+    write_tsv(root / "mmbench" / "mmbench_dev_20230712.tsv", MMBENCH_ROWS[:1], columns)
+    export("mmbench", root, write_jsonl(tmp_path / "a.jsonl", answers({1: "A"})), tmp_path / "u.xlsx")
+    assert cells(tmp_path / "u.xlsx")[0]["G"][1] == "prediction"

@@ -1,0 +1,89 @@
+"""The commands as a user types them."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eval.cli import _GENERATE_HELP, app
+from eval.generate import GenerateConfig
+from eval.tasks import TASKS
+from llavamod_offline.command import run_command
+from llavamod_offline.config import describe_config
+from tests.eval.fixtures import answers, pope_root, write_jsonl
+from tests.tiny import write_tiny_llava
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        run_command(app, [str(argument) for argument in arguments])
+    return int(stopped.value.code or 0)
+
+
+def test_generate_then_score_then_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = pope_root(tmp_path / "data")
+    model = write_tiny_llava(tmp_path / "model")
+    config = tmp_path / "eval.yaml"
+    config.write_text(f"model: {model}\nroot: {root}\noutput: {tmp_path / 'out'}\ntasks: [pope]\n")
+    assert run("generate", config, "max_new_tokens=4", "batch_size=4") == 0
+    predictions = tmp_path / "out" / "pope" / "predictions.jsonl"
+    assert f"pope: {predictions}" in capsys.readouterr().out
+    assert run("score", "pope", "--root", root, "--predictions", predictions, "--json", tmp_path / "s" / "x.json") == 0
+    shown = capsys.readouterr().out
+    assert "f1_mean" in shown
+    assert r"prompt: {question}\nAnswer the question using a single word or phrase." in shown
+    score = json.loads((tmp_path / "s" / "x.json").read_text())
+    assert list(score) == ["task", "metrics", "n", "n_missing", "n_unparsed", "protocol", "data_sha256"]
+    for name in ("f1_adversarial", "f1_popular", "f1_random", "f1_mean", "accuracy", "yes_ratio"):
+        assert isinstance(score["metrics"][name], float)
+    exported = tmp_path / "answers.jsonl"
+    assert run("export", "pope", "--root", root, "--predictions", predictions, "-o", exported, "--model", "model") == 0
+    assert exported.read_bytes() == (tmp_path / "out" / "pope" / "answers.jsonl").read_bytes()
+    first = json.loads(exported.read_text().splitlines()[0])
+    assert first["question_id"] == 1  # a number, as eval_pope.py looks it up
+    assert run("score", "pope", "--root", root, "--predictions", exported, "--json", tmp_path / "again.json") == 0
+    assert json.loads((tmp_path / "again.json").read_text())["metrics"] == score["metrics"]
+
+
+def test_errors_are_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = pope_root(tmp_path / "data")
+    path = write_jsonl(tmp_path / "a.jsonl", answers({1: "Yes", 77: "No"}))
+    cases = [
+        (("score", "popes", "--root", root, "--predictions", path), "task 'popes' is unknown: choose one of"),
+        (("score", "pope", "--root", root, "--predictions", path), "1 prediction ('77') of no question"),
+        (("score", "pope", "--root", tmp_path / "no", "--predictions", path), "no such folder"),
+        (("score", "pope", "--root", root, "--predictions", path, "--judge-model", "m"), "go with --judge"),
+        (("score", "pope", "--root", root, "--predictions", path, "--judge", "nothing"), "neither a URL"),
+        (("export", "pope", "--root", root, "--predictions", path, "-o", tmp_path / "x.xlsx"), "written as .jsonl"),
+        (("generate", "batchsize=3"), "Did you mean: 'batch_size'?"),
+        (("generate", "model=a", "root=b", "output=c", "tasks=[popes]"), "task 'popes' is unknown"),
+        (("generate", "model=a", "root=b", "output=c"), "tasks: name at least one"),
+        (("generate", "model=a", "tasks=[pope]"), "no value for"),
+        (("generate", tmp_path / "none.yaml"), "no such config file"),
+    ]
+    for arguments, message in cases:
+        assert run(*arguments) == 2, arguments
+        shown = capsys.readouterr().err
+        assert message in shown
+        assert shown.startswith("error: ")
+        assert shown.count("\n") == 1
+    assert not (tmp_path / "x.xlsx").exists()
+
+
+def test_help_names_every_key_and_benchmark() -> None:
+    keys = "\n".join(f"  {line}" for line in describe_config(GenerateConfig).splitlines())
+    assert _GENERATE_HELP.endswith(f"Keys:\n{keys}\n")
+    assert " ".join(TASKS) in _GENERATE_HELP
+
+
+def test_scoring_imports_no_heavy_library() -> None:
+    """So that a score starts in well under a second; `transformers` alone takes several."""
+    heavy = ("torch", "transformers", "numpy", "omegaconf")
+    code = f"import sys, eval.cli, eval.score; print([name for name in {heavy} if name in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert ast.literal_eval(shown) == []

@@ -1,0 +1,161 @@
+"""Answering with a tiny LLaVA: batches, resuming, limits, bad input."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval.engine_hf import HfEngine
+from eval.example import Example
+from eval.files import FileImage
+from eval.generate import GenerateConfig, generate
+from eval.predictions import read_predictions
+from eval.score import score_task, sidecar
+from llavamod_offline.data.sample import Turn
+from llavamod_offline.errors import ConfigError, EvalError, ModelError
+from tests.eval.fixtures import gqa_root, pope_root, write_image
+from tests.tiny import write_tiny_llava
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llava(tmp_path_factory.mktemp("model") / "student", head_rows=448)
+
+
+@pytest.fixture
+def examples(tmp_path: Path) -> list[Example[None]]:
+    """Prompts of very different lengths, one of them without a picture."""
+    prompts = ["Is there a dog?", "What colour has the large square on the left of the star?" * 3, "Why", "How many?"]
+    made = []
+    for number, prompt in enumerate(prompts):
+        write_image(tmp_path / f"{number}.png", number)
+        source = None if number == 2 else FileImage(tmp_path, (f"{number}.png",))
+        made.append(Example(str(number), prompt, None, f"{number}.png", source))
+    return made
+
+
+def config(model: Path, root: Path, output: Path) -> GenerateConfig:
+    return GenerateConfig(
+        model=str(model), root=str(root), output=str(output), tasks=["pope"], batch_size=5, max_new_tokens=6
+    )
+
+
+def test_a_left_padded_batch_gives_the_tokens_of_single_questions(model: Path, examples: list[Example[None]]) -> None:
+    engine = HfEngine(model)
+    together = engine.answer(examples, 24)
+    alone = [engine.answer([example], 24)[0] for example in examples]
+    assert together == alone
+    assert len({answer.text for answer in together}) == len(examples)
+
+
+def test_generation_is_greedy_decoding_without_a_cache(model: Path, examples: list[Example[None]]) -> None:
+    engine = HfEngine(model)
+    example = examples[0]
+    ids = torch.from_numpy(engine.encoder.encode_prompt([Turn("user", f"<image>\n{example.prompt}")]))[None]
+    assert example.source is not None
+    pixels = torch.from_numpy(engine.images.pixels(example.source.read(), name="it"))[None]
+    prompt_length = ids.shape[1]
+    for _ in range(12):
+        with torch.no_grad():
+            logits = engine.model(input_ids=ids, pixel_values=pixels).logits[0, -1]
+        logits[[engine.encoder.image_token_id, *range(len(engine.tokenizer), 448)]] = -torch.inf
+        ids = torch.cat([ids, logits.argmax()[None, None]], dim=1)
+        if ids[0, -1] == engine.encoder.end_id:
+            break
+    answer = ids[0, prompt_length:].tolist()
+    stopped = answer[-1] == engine.encoder.end_id
+    text = engine.tokenizer.decode(answer[:-1] if stopped else answer, skip_special_tokens=True).strip()
+    assert engine.answer([example], 12)[0].text == text
+
+
+def test_an_answer_ends_at_the_templates_end_token(
+    model: Path, examples: list[Example[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = HfEngine(model)
+    free = engine.answer([examples[0]], 12)[0]
+    assert free.finish == "length"
+    assert free.n_tokens == 12
+    ids = engine.model.generate(
+        **{
+            "input_ids": torch.from_numpy(engine.encoder.encode_prompt([Turn("user", "<image>\nIs there a dog?")]))[
+                None
+            ],
+            "pixel_values": engine._pixels(examples[:1]),
+            "max_new_tokens": 12,
+            "do_sample": False,
+        }
+    )[0, -12:].tolist()
+    third = ids[2]
+    monkeypatch.setattr(engine.encoder, "end_id", third)
+    stopped = engine.answer([examples[0]], 12)[0]
+    assert stopped.finish == "stop"
+    assert stopped.n_tokens == ids.index(third)
+
+
+def test_a_run_that_was_killed_goes_on_and_gives_the_same_file(model: Path, tmp_path: Path) -> None:
+    root = pope_root(tmp_path / "data")
+    whole = generate(config(model, root, tmp_path / "whole"))["pope"]
+    lines = whole.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 12
+    path = generate(config(model, root, tmp_path / "cut"))["pope"]
+    path.write_bytes(b"".join(lines[:4]) + lines[4][:20])
+    generate(config(model, root, tmp_path / "cut"))
+    assert path.read_bytes() == whole.read_bytes()
+    score = score_task("pope", root, whole)
+    assert (score.n, score.n_missing) == (12, 0)
+    assert "image_aspect pad" in score.protocol
+    assert "max_new_tokens 6" in score.protocol
+
+
+def test_other_settings_do_not_continue_a_file(model: Path, tmp_path: Path) -> None:
+    root = pope_root(tmp_path / "data")
+    settings = config(model, root, tmp_path / "out")
+    path = generate(settings)["pope"]
+    with pytest.raises(EvalError, match="max_new_tokens 6, not 7"):
+        generate(replace(settings, max_new_tokens=7))
+    with pytest.raises(EvalError, match='image_aspect "pad", not "square"'):
+        generate(replace(settings, image_aspect="square"))
+    sidecar(path).unlink()
+    with pytest.raises(EvalError, match="was not begun by this command"):
+        generate(settings)
+
+
+def test_limit_answers_the_first_questions(model: Path, tmp_path: Path) -> None:
+    root = pope_root(tmp_path / "data")
+    path = generate(replace(config(model, root, tmp_path / "out"), limit=3))["pope"]
+    assert [prediction.id for prediction in read_predictions(path, "pope")] == ["1", "2", "3"]
+    with pytest.raises(EvalError, match=r"9 questions .* without a prediction"):
+        score_task("pope", root, path)
+
+
+def test_several_benchmarks_in_one_run(model: Path, tmp_path: Path) -> None:
+    root = gqa_root(pope_root(tmp_path / "data"), {"1": {"answer": "yes", "isBalanced": True}})
+    paths = generate(replace(config(model, root, tmp_path / "out"), tasks=["gqa", "pope"]))
+    assert sorted(paths) == ["gqa", "pope"]
+    assert score_task("gqa", root, paths["gqa"]).n == 1
+
+
+def test_missing_pictures_are_named_before_the_model_is_loaded(tmp_path: Path) -> None:
+    root = pope_root(tmp_path / "data")
+    (root / "pope" / "val2014" / "COCO_val2014_000000000002.png").unlink()
+    with pytest.raises(EvalError, match=r"000000000002.png: no such picture \(1 of 'pope' are missing\)"):
+        generate(config(tmp_path / "no-model", root, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_settings_are_one_line_errors(model: Path, tmp_path: Path) -> None:
+    root = pope_root(tmp_path / "data")
+    good = config(model, root, tmp_path / "out")
+    with pytest.raises(ConfigError, match="task 'popes' is unknown"):
+        replace(good, tasks=["popes"])
+    with pytest.raises(ConfigError, match="batch_size: must be at least 1"):
+        replace(good, batch_size=0)
+    with pytest.raises(ModelError, match="no such checkpoint"):
+        generate(replace(good, model=str(tmp_path / "nothing")))
+    with pytest.raises(ConfigError, match="template 'vicuna' is unknown"):
+        generate(replace(good, template="vicuna"))
+    with pytest.raises(EvalError, match="do not fit the model's 1024 positions"):
+        generate(replace(good, max_new_tokens=1024))

@@ -1,0 +1,89 @@
+"""Reading predictions: both forms, and every kind of broken or hostile file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eval.predictions import (
+    MAX_LINE_BYTES,
+    Prediction,
+    llava_answer_line,
+    prediction_line,
+    read_predictions,
+)
+from llavamod_offline.errors import EvalError
+
+GOOD = {"task": "pope", "id": "1", "image": "a.jpg", "prompt": "Q", "text": "Yes", "n_tokens": 1, "finish": "stop"}
+
+
+def written(path: Path, *lines: bytes) -> Path:
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    return path
+
+
+def line(**changes: Any) -> bytes:
+    return json.dumps({name: value for name, value in {**GOOD, **changes}.items() if value != "DROP"}).encode()
+
+
+def test_ours_and_llavas_forms_are_read(tmp_path: Path) -> None:
+    ours = read_predictions(written(tmp_path / "a.jsonl", line(), b"", line(id=7, finish="length")), "pope")
+    assert [(p.id, p.text, p.n_tokens, p.finish) for p in ours] == [("1", "Yes", 1, "stop"), ("7", "Yes", 1, "length")]
+    theirs = written(tmp_path / "b.jsonl", b'{"question_id": 3, "prompt": "Q", "text": "No", "answer_id": "x"}')
+    assert read_predictions(theirs, "pope") == [Prediction("No", "Q", question_id="3")]
+
+
+@given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), st.integers(0, 10**6))
+def test_what_is_written_is_read_again(text: str, tokens: int) -> None:
+    import tempfile
+
+    made = Prediction(text, text, "x", None, "gqa", "i.png", tokens, "stop")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "p.jsonl"
+        path.write_bytes(prediction_line(made) + llava_answer_line(5, text, text, "m"))
+        assert read_predictions(path, "gqa") == [made, Prediction(text, text, question_id="5")]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (b"{not json", "not readable as JSON"),
+        (b'"a string"', "expected a JSON object, found str"),
+        (b"[" * 100_000, "not readable as JSON"),
+        (b'{"n": ' + b"9" * 5000 + b"}", "not readable as JSON"),
+        (line(text=None), "'text' must be a string, found null"),
+        (line(text=3), "'text' must be a string, found 3"),
+        (line(text="DROP"), "'text' is missing"),
+        (line(prompt=["Q"]), "'prompt' must be a string"),
+        (line(id=True), "'id' must be a string, found true"),
+        (line(id=1.5), "'id' must be a string, found 1.5"),
+        (line(id="DROP"), "has neither 'id'"),
+        (line(task="gqa"), "is of task 'gqa', not 'pope'"),
+        (line(n_tokens=-1), "'n_tokens' must be a whole number"),
+        (line(n_tokens=float("nan")), "'n_tokens' must be a whole number, found NaN"),
+        (line(finish="crash"), "'finish' must be one of stop, length"),
+        (line(text="a\0b"), "'text' holds a NUL character"),
+        (b'{"text": "a\0b"}', "holds a NUL byte"),
+        (line(text="\ud800"), "'text' holds half a surrogate pair"),
+        (b'{"text": "\xff\xfe"}', "not UTF-8"),
+        (line(text="x" * 10_000_000), f"is longer than {MAX_LINE_BYTES} bytes"),
+    ],
+)
+def test_a_broken_line_is_one_error_that_names_it(tmp_path: Path, bad: bytes, message: str) -> None:
+    path = written(tmp_path / "p.jsonl", line(), line(id="2"), bad, line(id="3"))
+    with pytest.raises(EvalError) as error:
+        read_predictions(path, "pope")
+    assert str(error.value).startswith(f"{path}: line 3")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(EvalError, match="no such predictions file: write one with 'eval-student generate'"):
+        read_predictions(tmp_path / "nothing.jsonl", "pope")

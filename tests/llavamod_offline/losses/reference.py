@@ -1,0 +1,102 @@
+"""Slow, obvious, dense references: full teacher distributions, one position at a time, in float64."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from llavamod_offline.losses.targets import EMPTY_ID, SparseTargets
+
+
+def random_teacher(n: int, vocab: int, seed: int, sharpness: float = 2.0) -> Tensor:
+    """Log-probs [N, V] of random teachers, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return (sharpness * torch.randn(n, vocab, generator=generator, dtype=torch.float64)).log_softmax(-1)
+
+
+def truncate(
+    log_probs_NV: Tensor,
+    *,
+    head: int,
+    draws: int = 0,
+    temperatures: tuple[float, ...] = (),
+    seed: int = 0,
+    vocab_size: int | None = None,
+) -> SparseTargets:
+    """Records of full distributions with heads of 0 to `head` ids (ragged) and `draws` weighted tail ids."""
+    generator = torch.Generator().manual_seed(seed)
+    n, vocab = log_probs_NV.shape
+    head = min(head, vocab)
+    head_ids = torch.full((n, head), EMPTY_ID)
+    head_log_probs = torch.full((n, head), -math.inf)
+    tail = torch.full((n,), -math.inf)
+    draw_ids = torch.full((n, draws), EMPTY_ID)
+    draw_weights = torch.zeros(n, draws)
+    for i in range(n):
+        k = head - (i % (head + 1)) if i % 3 == 1 else head
+        order = log_probs_NV[i].argsort(descending=True)
+        head_ids[i, :k] = order[:k]
+        head_log_probs[i, :k] = log_probs_NV[i, order[:k]].float()
+        if k == vocab:
+            continue
+        tail[i] = log_probs_NV[i, order[k:]].logsumexp(0).float()
+        if draws and i % 5 != 4:  # every fifth position has a tail, but nothing drawn from it
+            shape = log_probs_NV[i, order[k:]].softmax(0)
+            drawn = order[k:][torch.multinomial(shape, draws, replacement=True, generator=generator)]
+            ids, counts = drawn.unique(return_counts=True)
+            draw_ids[i, : len(ids)] = ids
+            draw_weights[i, : len(ids)] = counts / draws
+    targets = torch.multinomial(log_probs_NV.exp(), 1, generator=generator).squeeze(1) if n else torch.zeros(0).long()
+    normalisers = [(log_probs_NV / t).logsumexp(-1) for t in temperatures]
+    return SparseTargets(
+        head_ids_NK=head_ids,
+        head_log_probs_NK=head_log_probs,
+        tail_log_mass_N=tail,
+        draw_ids_NM=draw_ids,
+        draw_weights_NM=draw_weights,
+        target_ids_N=targets,
+        target_log_probs_N=log_probs_NV.gather(1, targets[:, None]).squeeze(1).float(),
+        entropy_N=torch.special.entr(log_probs_NV.exp()).sum(-1).float(),
+        log_normalisers_NS=torch.stack(normalisers, -1).float() if normalisers else torch.zeros(n, 0),
+        temperatures=temperatures,
+        vocab_size=vocab_size or vocab,
+    )
+
+
+def full_kl(log_probs_NV: Tensor, logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """T² · Σ_positions KL(softmax(log p / T) ‖ softmax(z / T)) over the teacher's vocabulary."""
+    teacher = (log_probs_NV / temperature).log_softmax(-1)
+    student = (logits_NV[:, : log_probs_NV.shape[1]] / temperature).log_softmax(-1)
+    return (teacher.exp() * (teacher - student)).sum() * temperature**2
+
+
+def reference_kl(
+    log_probs_NV: Tensor, targets: SparseTargets, logits_NV: Tensor, tail: str, temperature: float = 1.0
+) -> Tensor:
+    """What each reading of the tail means, position by position, from the full teacher and the heads' ids."""
+    vocab = log_probs_NV.shape[1]
+    total = logits_NV.sum() * 0.0
+    for i in range(len(targets)):
+        p = (log_probs_NV[i] / temperature).softmax(-1)
+        log_q = (logits_NV[i, :vocab] / temperature).log_softmax(-1)
+        ids = [int(v) for v in targets.head_ids_NK[i] if v != EMPTY_ID]
+        rest = [v for v in range(vocab) if v not in ids]
+        drawn = [
+            (int(v), float(w)) for v, w in zip(targets.draw_ids_NM[i], targets.draw_weights_NM[i], strict=True) if w > 0
+        ]
+        if tail == "renormalised":
+            mass = p[ids].sum()
+            total = total + sum((p[v] / mass * (torch.log(p[v] / mass) - log_q[v]) for v in ids), start=p.new_zeros(()))
+        elif tail == "draws" and drawn and rest:
+            r = p[rest].sum()
+            cross = -sum((p[v] * log_q[v] for v in ids), start=p.new_zeros(()))
+            cross = cross - sum((r * w * log_q[v] for v, w in drawn), start=p.new_zeros(()))
+            total = total + cross - torch.special.entr(p).sum()
+        else:
+            total = total + sum((p[v] * (torch.log(p[v]) - log_q[v]) for v in ids), start=p.new_zeros(()))
+            if rest:
+                r = p[rest].sum()
+                total = total + r * (torch.log(r) - log_q[rest].logsumexp(0))
+    return total * temperature**2

@@ -1,0 +1,126 @@
+"""Files and folders appear whole or not at all, whenever their writer is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llavamod_offline.atomic import new_folder, remove_leftovers, write_file
+
+KILLED_FOLDER = """
+import os, signal, sys
+from pathlib import Path
+from llavamod_offline.atomic import new_folder
+with new_folder(Path(sys.argv[1])) as folder:
+    (folder / "half").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+# Killed when everything is written and flushed, at the very rename.
+KILLED_FILE = """
+import os, signal, sys
+from pathlib import Path
+from llavamod_offline import atomic
+Path.replace = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+atomic.write_file(Path(sys.argv[1]), "new")
+"""
+
+
+def run_killed(program: str, target: Path) -> None:
+    result = subprocess.run([sys.executable, "-c", program, str(target)], check=False)
+    assert result.returncode == -signal.SIGKILL
+
+
+def test_a_killed_writer_of_a_folder(tmp_path: Path) -> None:
+    target = tmp_path / "set"
+    run_killed(KILLED_FOLDER, target)
+    assert not target.exists()
+    assert [aside.name.endswith(".tmp") for aside in tmp_path.iterdir()] == [True]
+    remove_leftovers(tmp_path, "set")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_writer_of_a_file(tmp_path: Path) -> None:
+    target = tmp_path / "set.json"
+    target.write_text("old")
+    run_killed(KILLED_FILE, target)
+    assert target.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 2
+    remove_leftovers(tmp_path, "set.json")
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_new_folder_appears_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "set"
+    with new_folder(target) as folder:
+        (folder / "a").write_text("a")
+        (folder / "sub").mkdir()
+        (folder / "sub" / "b").write_text("b")
+        assert not target.exists()
+    assert (target / "sub" / "b").read_text() == "b"
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_error_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    def fail() -> None:
+        with new_folder(tmp_path / "set") as folder:
+            (folder / "a").write_text("a")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_folder_is_never_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "set"
+
+    def write_beside_another() -> None:
+        with new_folder(target) as folder:
+            (folder / "a").write_text("a")
+            target.mkdir()  # someone else was faster
+            (target / "theirs").write_text("theirs")
+
+    with pytest.raises(OSError, match="not empty"):
+        write_beside_another()
+    assert [file.name for file in target.iterdir()] == ["theirs"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_write_file_replaces_and_takes_text_and_bytes(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    write_file(target, "é")
+    assert target.read_bytes() == "é".encode()
+    write_file(target, b"\0")
+    assert target.read_bytes() == b"\0"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_write_file_that_fails_leaves_the_old(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    target.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        write_file(target, "\ud800")
+    with pytest.raises(FileNotFoundError):
+        write_file(tmp_path / "none" / "file", "new")
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_leftovers_of_running_processes_stay(tmp_path: Path) -> None:
+    running = tmp_path / f".set.{os.getppid()}.tmp"
+    finished = subprocess.Popen([sys.executable, "-c", ""])
+    finished.wait()
+    gone = tmp_path / f".set.{finished.pid}.tmp"
+    other = tmp_path / f".other.{finished.pid}.tmp"
+    own = tmp_path / f".set.{os.getpid()}.tmp"
+    for folder in (running, gone, other, own):
+        folder.mkdir()
+    remove_leftovers(tmp_path, "set")
+    assert sorted(tmp_path.iterdir()) == sorted([running, other])

@@ -1,0 +1,142 @@
+"""`llavamod-offline pack` as it is typed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from llavamod_offline.cli import app
+from llavamod_offline.command import run_command
+from llavamod_offline.data.sample import Sample, Turn
+from llavamod_offline.data.shards import SampleSet
+from tests.tiny import tiny_image
+
+TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A small mixture as people have it: pictures, a JSON with a bad row, and a parquet of pairs."""
+    (tmp_path / "pictures").mkdir()
+    for number in range(3):
+        (tmp_path / "pictures" / f"{number}.png").write_bytes(tiny_image(number))
+    rows: list[dict[str, Any]] = [{"id": f"p/{n}", "image": f"{n}.png", "conversations": TALK} for n in range(4)]
+    rows.append({"id": "t", "conversations": [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": "Yes."}]})
+    (tmp_path / "chat.json").write_text(json.dumps(rows))
+    columns = {"image": [{"bytes": tiny_image(7), "path": "x"}], "question": ["Q?"], "chosen": ["A"], "rejected": ["B"]}
+    pq.write_table(pa.table(columns), tmp_path / "pairs.parquet")
+    return tmp_path
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command ended with."""
+
+    status: int | str | None
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in that folder, in this process."""
+
+    def run_here(*arguments: str) -> Result:
+        with pytest.raises(SystemExit) as caught:
+            run_command(app, arguments)
+        captured = capsys.readouterr()
+        return Result(caught.value.code, captured.out, captured.err)
+
+    monkeypatch.chdir(folder)
+    return run_here
+
+
+def test_pack(folder: Path, run: Run) -> None:
+    result = run("pack", "chat.json", "pairs.parquet", "--images", "pictures", "--output", "sets/mine")
+    assert (result.status, result.err) == (0, "")
+    assert result.out == (
+        "packed 5 sample(s) (4 conversation(s), 1 preference(s), 4 image(s)) into sets/mine: 1 shard(s), 0.0 MB\n"
+        "rejected 1 of 6 rows, listed in sets/mine/rejected.jsonl:\n"
+        "         1  missing image\n"
+    )
+    packed = SampleSet.open(folder / "sets" / "mine")
+    assert packed.keys == ["p_x2F0", "p_x2F1", "p_x2F2", "t", "pairs-000000000"]
+    assert packed.shard_names == ["mine-000000"]
+    assert packed.read(4, verify=True) == Sample(
+        "pairs-000000000", (Turn("user", "<image>\nQ?"),), (tiny_image(7),), ("png",), "A", "B", "pairs"
+    )
+    rejected = json.loads((folder / "sets" / "mine" / "rejected.jsonl").read_text())
+    assert (rejected["key"], rejected["kind"], rejected["row"]) == ("p_x2F3", "missing image", 3)
+
+
+def test_options(folder: Path, run: Run) -> None:
+    arguments = ["pack", "chat.json", "--images", "pictures", "--output", "set", "--name", "n", "--shard-samples", "2"]
+    result = run(*arguments, "--keys", "row", "--json")
+    summary = json.loads(result.out)
+    assert (summary["samples"], summary["shards"], summary["rejected_by_kind"]) == (4, 2, {"missing image": 1})
+    packed = SampleSet.open(folder / "set")
+    assert packed.shard_names == ["n-000000", "n-000001"]
+    assert packed.keys == [f"chat-{row:09d}" for row in (0, 1, 2, 4)]
+    refused = run(*arguments)
+    assert (refused.status, refused.out) == (2, "")
+    assert refused.err == "error: output 'set' exists: choose another folder, or replace it with --overwrite\n"
+    assert run(*arguments, "--overwrite").status == 0
+    assert SampleSet.open(folder / "set").keys == ["p_x2F0", "p_x2F1", "p_x2F2", "t"]
+
+
+def test_errors_leave_nothing(folder: Path, run: Run) -> None:
+    rows = json.loads((folder / "chat.json").read_text())
+    (folder / "again.jsonl").write_text("\n" + json.dumps(rows[0]))
+    (folder / "cut.json").write_text(json.dumps(rows)[:-5])
+    before = sorted(folder.iterdir())
+    cases = [
+        (["none.json"], "error: source 'none.json': no such file"),
+        (["chat.json", "--max-rejected", "0.1"], "error: 1 of 5 rows rejected, more than --max-rejected 0.1 allows; "),
+        (["chat.json", "cut.json"], "error: duplicate key 'p_x2F0': chat.json row 0 and cut.json row 0: number the "),
+        (["chat.json", "again.jsonl"], "chat.json row 0 and again.jsonl row 1: number the rows with --keys row"),
+        (["cut.json"], "error: cut.json: row 4 (character "),
+        (["chat.json", "--images", "nowhere"], "error: image folder 'nowhere': no such folder"),
+        (["chat.json", "--name", "a/b"], "error: set name 'a/b': "),
+        (["chat.json", "--keys", "none"], "Invalid value for '--keys'"),
+    ]
+    for arguments, problem in cases:
+        result = run("pack", *arguments, "--images", "pictures", "--output", "set")
+        assert (result.status, result.out) == (2, ""), result.err
+        assert problem in result.err
+        assert "Traceback" not in result.err
+        if problem.startswith("error"):
+            assert result.err.count("\n") == 1
+        assert sorted(folder.iterdir()) == before
+
+
+def test_the_console_script(folder: Path) -> None:
+    script = Path(sys.executable).with_name("llavamod-offline")
+    command = [str(script), "pack", "chat.json", "--images", "pictures", "--output", "set"]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert len(SampleSet.open(folder / "set")) == 4
+
+
+def test_help_has_examples_and_loads_nothing_heavy(run: Run) -> None:
+    result = run("pack", "--help")
+    assert result.status == 0
+    assert "llavamod-offline pack RLAIF-V-Dataset_*.parquet --output sets/preference" in result.out
+    program = (
+        "import sys\nfrom llavamod_offline.cli import app\n"
+        "try:\n    app(['pack', '--help'])\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'transformers', 'pyarrow', 'webdataset', 'numpy'} & set(sys.modules)))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert loaded.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,72 @@
+"""A tiny teacher, two packed sets and a finished cache of each, made once for all tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from llavamod_offline.config import load_config
+from teacher_cache.config import CacheConfig
+from teacher_cache.job import Summary, run_job
+from tests.tiny import write_tiny_llava, write_tiny_set
+
+FLOAT32 = "capture.log_probs=float32"
+
+
+@dataclass(frozen=True)
+class World:
+    """Where the session's teacher and sets are; `run` captures a set with overrides."""
+
+    teacher: Path
+    samples: Path
+    pairs: Path
+
+    def arguments(self, output: Path, *overrides: str, data: Path | None = None) -> list[str]:
+        """The settings of a capture as a command line's `key=value`."""
+        return [f"data={data or self.samples}", f"teacher={self.teacher}", f"output={output}", *overrides]
+
+    def run(self, output: Path, *overrides: str, data: Path | None = None, allow: tuple[str, ...] = ()) -> Summary:
+        """Capture in this process."""
+        return run_job(load_config(CacheConfig, (), self.arguments(output, *overrides, data=data)), allow=allow)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("teacher-cache")
+    return World(
+        teacher=write_tiny_llava(folder / "teacher"),
+        samples=write_tiny_set(folder / "samples", 24, shard_samples=5),
+        pairs=write_tiny_set(folder / "pairs", 7, preference=True, shard_samples=4),
+    )
+
+
+@pytest.fixture(scope="session")
+def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished cache of the samples; tests must not change it."""
+    output = tmp_path_factory.mktemp("finished") / "cache"
+    world.run(output)
+    return output
+
+
+@pytest.fixture(scope="session")
+def small(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished cache of two shards with a few sequences each; tests must leave it as it was."""
+    folder = tmp_path_factory.mktemp("small")
+    world.run(folder / "cache", data=write_tiny_set(folder / "set", 4, shard_samples=2))
+    return folder / "cache"
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Callable[[], Path]:
+    """Gives fresh copies of the finished cache, to be damaged."""
+    import shutil
+
+    def copy() -> Path:
+        target = tmp_path / "copy"
+        shutil.rmtree(target, ignore_errors=True)
+        return Path(shutil.copytree(finished, target))
+
+    return copy

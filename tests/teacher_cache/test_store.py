@@ -1,0 +1,140 @@
+"""The store: shards appear whole or not at all, in any order, and the result does not depend on the road."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llavamod_offline.errors import CacheError
+from teacher_cache import store as store_module
+from teacher_cache.codec import Codec
+from teacher_cache.draws import sequence_uniforms
+from teacher_cache.manifest import file_entries
+from teacher_cache.record import RecordSettings, make_records
+from teacher_cache.sequences import SequenceRecord
+from teacher_cache.store import CacheStore, Rejection
+
+CODEC = Codec(30, (2.0,), "float32", 8, 4)
+FINGERPRINT = {"capture": {"vocab_size": 30, "temperatures": [2.0]}, "data": {"digest": "d" * 64}}
+NAMES = ["s-0", "s-1", "s-2", "s-3"]
+
+
+def _captured(name: str) -> list[SequenceRecord]:
+    found = []
+    for number in range(3):
+        key = f"{name}-{number}"
+        logits = torch.randn(number, 30, generator=torch.Generator().manual_seed(len(key) + number))
+        uniforms = torch.from_numpy(sequence_uniforms(0, key, "response", number))
+        records, _ = make_records(logits, torch.arange(number), uniforms, RecordSettings(0.9, 8, 4, 20.0, (2.0,)))
+        found.append(SequenceRecord(key, "response", "ab" * 32, "cd" * 32, 7, records))
+    return found
+
+
+def _write(path: Path, order: list[str], *, again: bool = False) -> str:
+    store = CacheStore.open(path, FINGERPRINT, NAMES)
+    store.start()
+    for name in order:
+        store.commit(name, _captured(name), [Rejection(f"{name}-bad", "response", "no such ünicode\nimage")], CODEC)
+        if again:
+            store = CacheStore.open(path, FINGERPRINT, NAMES)
+            store.start()
+    return str(store.finalise()["digest"])
+
+
+@settings(max_examples=10, deadline=None)
+@given(order=st.permutations(NAMES), again=st.booleans())
+def test_the_order_of_commits_does_not_matter(
+    order: list[str], again: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("store")
+    assert _write(folder / "a", NAMES) == _write(folder / "b", order, again=again)
+    assert file_entries(folder / "a") == file_entries(folder / "b")
+    rows = [json.loads(line) for line in (folder / "b" / "rejected.jsonl").read_text().splitlines()]
+    assert [row["key"] for row in rows] == [f"{name}-bad" for name in NAMES]
+
+
+def test_missing_names_what_is_not_committed(tmp_path: Path) -> None:
+    store = CacheStore.open(tmp_path / "c", FINGERPRINT, NAMES)
+    assert not (tmp_path / "c").exists()
+    store.start()
+    store.commit("s-2", _captured("s-2"), [], CODEC)
+    assert store.missing() == ["s-0", "s-1", "s-3"]
+    assert not store.complete
+
+
+def test_a_failed_commit_leaves_nothing_and_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CacheStore.open(tmp_path / "c", FINGERPRINT, NAMES)
+    store.start()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "write_sequences", full)
+        with pytest.raises(CacheError, match="No space left on device: make room or leave, and run again to resume"):
+            store.commit("s-0", _captured("s-0"), [], CODEC)
+    assert list((tmp_path / "c" / "shards").iterdir()) == []
+    store.commit("s-0", _captured("s-0"), [], CODEC)
+    assert store.missing() == NAMES[1:]
+
+
+def test_a_shard_that_another_process_committed_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = CacheStore.open(tmp_path / "c", FINGERPRINT, NAMES)
+    store.start()
+    store.commit("s-0", _captured("s-0"), [], CODEC)
+    before = file_entries(tmp_path / "c")
+    store.commit("s-0", [], [], CODEC)
+    assert file_entries(tmp_path / "c") == before
+    assert "another process" in caplog.text
+
+
+def test_leftovers_of_the_dead_are_removed_and_of_the_living_kept(tmp_path: Path) -> None:
+    store = CacheStore.open(tmp_path / "c", FINGERPRINT, NAMES)
+    store.start()
+    shards = tmp_path / "c" / "shards"
+    dead = shards / ".s-1.999999999.tmp"
+    alive = shards / f".s-1.{os.getppid()}.tmp"
+    for folder in (dead, alive):
+        folder.mkdir()
+        (folder / "half").write_text("x")
+    store.start()
+    assert not dead.exists()
+    assert alive.exists()
+
+
+@pytest.mark.parametrize("there", ["file", "other"])
+def test_something_else_at_the_output_is_left_alone(tmp_path: Path, there: str) -> None:
+    output = tmp_path / "c"
+    if there == "file":
+        output.write_text("mine")
+    else:
+        output.mkdir()
+        (output / "thesis.txt").write_text("mine")
+    before = file_entries(tmp_path)
+    with pytest.raises(CacheError, match="holds no teacher cache: choose another output"):
+        CacheStore.open(output, FINGERPRINT, NAMES)
+    assert file_entries(tmp_path) == before
+
+
+def test_other_settings_are_refused_side_by_side_unless_allowed(tmp_path: Path) -> None:
+    _write(tmp_path / "c", NAMES)
+    other = {"capture": {"vocab_size": 31, "temperatures": [2.0]}, "data": {"digest": "e" * 64}}
+    with pytest.raises(CacheError) as caught:
+        CacheStore.open(tmp_path / "c", other, NAMES)
+    assert "capture.vocab_size: there 30, now 31; data.digest: there dddddddddddddddd…, now eeee" in str(caught.value)
+    assert CacheStore.open(tmp_path / "c", other, NAMES, allow=["capture.vocab_size", "data"]).missing() == []
+    with pytest.raises(CacheError, match="shards: there 4, now 3"):
+        CacheStore.open(tmp_path / "c", FINGERPRINT, NAMES[:3])
+
+
+def test_an_unwritable_place_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    store = CacheStore.open(tmp_path / "file" / "below", FINGERPRINT, NAMES)
+    with pytest.raises(CacheError, match="cannot be written: Not a directory"):
+        store.start()

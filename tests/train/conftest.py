@@ -1,0 +1,86 @@
+"""What the tests of the student's floor share: a tiny checkpoint, packed sets and their caches, made once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from llavamod_offline.config import load_config
+from teacher_cache.config import CacheConfig
+from teacher_cache.job import run_job
+from tests.tiny import write_tiny_llava, write_tiny_set
+from train.cli import resolve_config
+from train.config import TrainConfig
+
+EXHAUSTIVE = ("capture.head_mass=1.0", "capture.head_max=100000", "capture.log_probs=float32")
+
+
+@dataclass(frozen=True)
+class World:
+    """Folders to train with: student and teacher (other depth, width and head), sets of 24 samples, their caches."""
+
+    root: Path
+    student: Path
+    other_student: Path
+    teacher: Path
+    chats: Path
+    pairs: Path
+    chats_cache: Path
+    pairs_cache: Path
+
+    def config(self, stage: str, output: Path, *settings: str) -> TrainConfig:
+        """A small run of a packaged recipe: batches of 8 in micro-batches of 4, 4 steps, no workers."""
+        data, cache = (self.chats, self.chats_cache)
+        if stage == "preference":
+            data, cache = (self.pairs, self.pairs_cache)
+        given = [
+            f"data.set={data}",
+            f"student.checkpoint={self.student}",
+            f"output={output}",
+            "batch.global_size=8",
+            "batch.micro_size=4",
+            "steps=4",
+            "optim.lr=1e-3",
+            "optim.warmup_ratio=0",
+            "engine.gradient_checkpointing=false",
+            "workers=0",
+        ]
+        if stage not in ("align", "sft"):
+            given.append(f"cache.path={cache}")
+        if stage == "preference":
+            given += ["student.kind=dense", "loss.router_aux_coef=0", "trainable=[projector,mlp]"]
+        return resolve_config([stage, *given, *settings])
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """The folders, made once for all tests of this floor."""
+    root = tmp_path_factory.mktemp("world")
+    teacher = write_tiny_llava(root / "teacher", hidden=48, layers=3, seed=7, tied=False)
+    chats, pairs = write_tiny_set(root / "chats", 24), write_tiny_set(root / "pairs", 24, preference=True)
+    return World(
+        root,
+        write_tiny_llava(root / "student"),
+        write_tiny_llava(root / "other-student", seed=1),
+        teacher,
+        chats,
+        pairs,
+        write_cache(root / "chats-cache", chats, teacher, *EXHAUSTIVE),
+        write_cache(root / "pairs-cache", pairs, teacher),
+    )
+
+
+def write_cache(folder: Path, data: Path, teacher: Path, *settings: str) -> Path:
+    """Capture a set with a teacher."""
+    given = (f"data={data}", f"teacher={teacher}", f"output={folder}", "workers=1")
+    run_job(load_config(CacheConfig, (), [*given, *settings]))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Tiny models gain nothing from threads, and the machine may be busy."""
+    torch.set_num_threads(1)

@@ -1,0 +1,89 @@
+"""A slow, obvious trainer: sample by sample through transformers' own forward pass, plain AdamW, no engine.
+
+Letters: T tokens of a sequence, N supervised ones, V ids.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from llavamod_offline.data.images import ImagePreprocessor
+from llavamod_offline.data.sample import Sample
+from llavamod_offline.data.sampler import global_batch
+from llavamod_offline.data.shards import SampleSet
+from llavamod_offline.data.template import get_template
+from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, sequence_encoder
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The log-probs [N, V] at the supervised positions of one sequence, and the tokens that stand there."""
+
+    log_probs_NV: Tensor
+    target_ids_N: Tensor
+
+    @property
+    def target_log_probs_N(self) -> Tensor:
+        return self.log_probs_NV.gather(1, self.target_ids_N[:, None])[:, 0]
+
+
+class Reader:
+    """Runs a model on single samples of a set."""
+
+    def __init__(self, folder: Path, data: Path) -> None:
+        tokenizer = load_tokenizer(folder)
+        self.model: LlavaForConditionalGeneration = load_llava(folder)
+        self.samples = SampleSet.open(data)
+        self.encoder = sequence_encoder(folder, tokenizer, get_template("qwen"), 2048)
+        self.images = ImagePreprocessor.from_checkpoint(folder, "pad")
+        self.vocab = len(tokenizer)
+
+    def step_samples(self, step: int, size: int) -> list[Sample]:
+        """The samples of a step's global batch."""
+        rows = global_batch(step, n=len(self.samples), batch_size=size, seed=0)
+        return [self.samples.read(row) for row in rows]
+
+    def answer(self, sample: Sample, role: str = "response") -> Answer:
+        """One forward pass over one sequence; logits beyond the tokenizer's ids have no probability."""
+        sequence = self.encoder.encode(sample, role)
+        ids_1T = torch.from_numpy(sequence.input_ids_T)[None]
+        pixels = [torch.from_numpy(self.images.pixels(image, name=sample.key)) for image in sample.images]
+        output = self.model(
+            input_ids=ids_1T,
+            attention_mask=torch.ones_like(ids_1T),
+            pixel_values=torch.stack(pixels) if pixels else None,
+        )
+        rows_N = torch.from_numpy(sequence.supervised_N) - 1
+        logits_NV = output.logits[0, rows_N, : self.vocab]
+        return Answer(logits_NV.log_softmax(-1), torch.from_numpy(sequence.target_ids_N))
+
+    def freeze_all_but(self, *parts: str) -> list[torch.nn.Parameter]:
+        """Let the parameters be trained whose names hold one of `parts`; returns them."""
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(any(part in name for part in parts))
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+
+def train_plainly(
+    trained: list[torch.nn.Parameter], loss_of_step: Callable[[int], Tensor], *, steps: int, rate: float
+) -> tuple[list[float], list[float]]:
+    """AdamW with clipping at 1 and a cosine to 0 without warm-up; gives the losses and the norms before clipping."""
+    optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.999), weight_decay=0.0)
+    losses, norms = [], []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+        loss = loss_of_step(step)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, 1.0)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, norms

@@ -1,0 +1,171 @@
+"""Stopping and going on: the curve and the weights are those of a run that nobody disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llavamod_offline.errors import ConfigError, LlavaModError, ModelError
+from tests.train.conftest import World
+from train.checkpoint import latest_checkpoint
+from train.config import TrainConfig
+from train.metrics import METRICS_NAME, read_metrics
+from train.run import train
+
+_CLOCK = ("seconds", "tokens_per_s", "data_wait_share")
+
+
+def curve(output: Path) -> list[dict[str, Any]]:
+    """The log without what a clock decides."""
+    return [{key: value for key, value in entry.items() if key not in _CLOCK} for entry in read_metrics(output)]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "student" / "model.safetensors")
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert curve(one) == curve(other)
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def wait_for_lines(file: Path, lines: int) -> None:
+    while not file.is_file() or len(file.read_text().splitlines()) < lines:
+        time.sleep(0.002)
+
+
+def train_until_sigterm(config: TrainConfig, lines: int) -> int:
+    """Train until the log has some lines and a SIGTERM comes; gives the steps that were done."""
+
+    def stop() -> None:
+        wait_for_lines(Path(config.output) / METRICS_NAME, lines)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    watcher = threading.Thread(target=stop)
+    watcher.start()
+    summary = train(config)
+    watcher.join()
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert not summary.finished
+    assert not (Path(config.output) / "student").exists()
+    return summary.steps
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed")
+    train(world.config("mimic_sparse", output, "steps=8", "save_steps=0"))
+    return output
+
+
+def test_sigterm_saves_and_the_same_call_goes_on(world: World, undisturbed: Path, tmp_path: Path) -> None:
+    config = world.config("mimic_sparse", tmp_path / "run", "steps=8", "save_steps=0")
+    done = train_until_sigterm(config, lines=3)
+    assert 3 <= done < 8
+    assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoints" / f"step-{done:08d}"
+    summary = train(config)
+    assert summary.finished
+    assert summary.steps == 8
+    assert summary.tokens == sum(entry["tokens"] for entry in read_metrics(undisturbed))
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_a_killed_run_repeats_nothing_that_was_saved(world: World, undisturbed: Path, tmp_path: Path) -> None:
+    """SIGKILL right after steps 2 and 5; a checkpoint is written every second step."""
+    settings = ("steps=8", "save_steps=2", "keep_last=1")
+    config = world.config("mimic_sparse", tmp_path / "run", *settings)
+    (tmp_path / "config.yaml").write_text((undisturbed / "config.yaml").read_text())
+    command = [str(Path(sys.executable).with_name("train-student")), str(tmp_path / "config.yaml")]
+    for lines in (2, 5):
+        process = subprocess.Popen(
+            [*command, f"output={tmp_path / 'run'}", *settings],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+        )
+        wait_for_lines(tmp_path / "run" / METRICS_NAME, lines)
+        process.kill()
+        _, errors = process.communicate()
+        assert b"Traceback" not in errors
+    train(config)
+    assert_same_run(tmp_path / "run", undisturbed)
+    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert left == ["step-00000006"]
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_zero_resumes_what_plain_training_saved_and_the_other_way_round(
+    world: World, tmp_path: Path, zero_stage: int
+) -> None:
+    """Checkpoints hold whole tensors: any ZeRO stage goes on from any other's, with equal losses up to rounding."""
+    train(world.config("sft", tmp_path / "plain", "steps=6", "engine.zero_stage=0"))
+    for first, then in ((0, zero_stage), (zero_stage, 0), (zero_stage, zero_stage)):
+        output = tmp_path / f"{first}-{then}"
+        train_until_sigterm(world.config("sft", output, "steps=6", f"engine.zero_stage={first}"), lines=2)
+        assert train(world.config("sft", output, "steps=6", f"engine.zero_stage={then}")).finished
+        losses = [entry["loss"] for entry in read_metrics(output)]
+        assert losses == pytest.approx([entry["loss"] for entry in read_metrics(tmp_path / "plain")], rel=1e-5)
+
+
+def test_old_checkpoints_are_removed(world: World, tmp_path: Path) -> None:
+    train(world.config("align", tmp_path / "run", "steps=6", "save_steps=1", "keep_last=2"))
+    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert left == ["step-00000004", "step-00000005"]
+
+
+def test_other_settings_or_contents_are_refused(world: World, tmp_path: Path) -> None:
+    config = world.config("mimic_dense", tmp_path / "run", "steps=6")
+    train_until_sigterm(config, lines=1)
+
+    def refused(*settings: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            train(world.config("mimic_dense", tmp_path / "run", "steps=6", *settings))
+        return str(caught.value)
+
+    assert refused("optim.lr=2e-3").startswith("optim.lr: ")
+    assert "0.001, now it is 0.002" in refused("optim.lr=2e-3")
+    assert refused("seed=1").startswith("seed: ")
+    assert refused("trainable=[projector]").startswith("trainable: ")
+    assert refused(f"student.checkpoint={world.other_student}").startswith("student: ")
+    assert not (tmp_path / "run" / "student").exists()
+    free = ("save_steps=3", "log_steps=2", "batch.micro_size=8", "workers=1")
+    assert train(world.config("mimic_dense", tmp_path / "run", "steps=6", *free)).finished
+
+
+def test_a_damaged_checkpoint_is_named(world: World, tmp_path: Path) -> None:
+    config = world.config("align", tmp_path / "run")
+    train_until_sigterm(config, lines=1)
+    checkpoint = latest_checkpoint(tmp_path / "run")
+    assert checkpoint is not None
+    for name in ("optimizer.safetensors", "weights.safetensors", "state.json"):
+        content = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(content[: len(content) // 2])
+        with pytest.raises(ModelError, match=str(checkpoint)):
+            train(config)
+
+
+def test_a_finished_run_is_not_repeated(world: World, tmp_path: Path) -> None:
+    config = world.config("align", tmp_path / "run", "steps=2")
+    first = train(config)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert train(config) == first
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+    with pytest.raises(ConfigError, match="^steps: "):
+        train(world.config("align", tmp_path / "run", "steps=3"))
+    (tmp_path / "run" / "summary.json").write_text(json.dumps({"no": "summary"}))
+    with pytest.raises(LlavaModError, match="output"):
+        train(config)

@@ -1,0 +1,179 @@
+"""Resumable checkpoints: the trained tensors, AdamW's state and what identifies the run, in safetensors and JSON.
+
+    {output}/checkpoints/step-00001000/   appears whole or not at all; the highest number is the latest
+        weights.safetensors               the trained parameters, full and in float32, by name
+        optimizer.safetensors             `{name}/exp_avg`, `{name}/exp_avg_sq`, `{name}/step`
+        state.json                        step, counters, and the run's identity (see `identity.py`)
+
+Frozen parameters are not kept: the run's identity holds their digest. Tensors are stored whole, whatever ZeRO stage
+and number of processes wrote them, so that any other may go on. Order of samples, learning rate and random numbers are
+functions of (seed, step), so the step is all the state there is.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llavamod_offline import atomic
+from llavamod_offline.errors import ModelError
+from train.engine import World
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: optimiser steps done, tokens and positions seen, seconds spent on them."""
+
+    step: int = 0
+    tokens: int = 0
+    positions: int = 0
+    seconds: float = 0.0
+
+
+def checkpoint_folder(output: Path) -> Path:
+    """Where the checkpoints of a run lie."""
+    return output / "checkpoints"
+
+
+def latest_checkpoint(output: Path) -> Path | None:
+    """The checkpoint to go on from: the one with the highest step."""
+    found = sorted(path for path in checkpoint_folder(output).glob("step-*") if path.is_dir())
+    return found[-1] if found else None
+
+
+def read_progress(checkpoint: Path) -> tuple[Progress, dict[str, Any]]:
+    """A checkpoint's progress and the identity of its run. Errors: `ModelError` if it is damaged."""
+    try:
+        state = json.loads((checkpoint / "state.json").read_bytes())
+        return Progress(**state["progress"]), dict(state["identity"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{checkpoint}: damaged checkpoint ({error!r}): remove the folder and start again") from error
+
+
+def save_checkpoint(
+    output: Path, engine: Any, progress: Progress, identity: dict[str, Any], *, keep_last: int, world: World
+) -> None:
+    """Write a checkpoint and remove all but the last `keep_last`; every process must call it."""
+    weights = {name: _cpu(tensor) for name, tensor in _full_weights(engine) if world.is_main}
+    moments = {name: _cpu(tensor) for name, tensor in _full_moments(engine) if world.is_main}
+    if world.is_main:
+        folder = checkpoint_folder(output)
+        target = folder / f"step-{progress.step:08d}"
+        shutil.rmtree(target, ignore_errors=True)
+        with atomic.new_folder(target) as aside:
+            save_file(weights, aside / "weights.safetensors")
+            save_file(moments, aside / "optimizer.safetensors")
+            state = {"progress": asdict(progress), "identity": identity}
+            (aside / "state.json").write_text(json.dumps(state, indent=2))
+        for old in sorted(folder.glob("step-*"))[:-keep_last]:
+            shutil.rmtree(old)
+    world.barrier()
+
+
+def load_weights(checkpoint: Path, model: nn.Module) -> None:
+    """Put a checkpoint's trained tensors into a student that no engine holds yet. Errors: `ModelError`."""
+    weights = _load(checkpoint / "weights.safetensors")
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if {name: tuple(p.shape) for name, p in trained.items()} != {n: tuple(w.shape) for n, w in weights.items()}:
+        raise ModelError(f"{checkpoint}: holds other tensors than this run trains: choose another output")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(weights[name])
+
+
+def load_optimizer(checkpoint: Path, engine: Any) -> None:
+    """Put a checkpoint's optimiser state (and float32 weights, where the engine keeps its own) into a new engine."""
+    moments = _load(checkpoint / "optimizer.safetensors")
+    weights = _load(checkpoint / "weights.safetensors")
+    inner = _inner_optimizer(engine)
+    if inner is engine.optimizer:
+        for name, parameter in _trained(engine):
+            if f"{name}/step" in moments:
+                state = {key: moments[f"{name}/{key}"].to(parameter.device) for key in _MOMENTS}
+                inner.state[parameter] = {"step": moments[f"{name}/step"].clone(), **state}
+        return
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    start_optimizer(engine, next(tensor for name, tensor in moments.items() if name.endswith("/step")))
+    for name, parameter in _trained(engine):
+        safe_set_full_fp32_param(parameter, weights[name])
+        for key in _MOMENTS:
+            safe_set_full_optimizer_state(parameter, moments[f"{name}/{key}"], key)
+
+
+def _full_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    if _inner_optimizer(engine) is engine.optimizer:
+        yield from ((name, parameter.detach()) for name, parameter in _trained(engine))
+        return
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    for name, parameter in _trained(engine):
+        yield name, safe_get_full_fp32_param(parameter)
+
+
+def _full_moments(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    inner = _inner_optimizer(engine)
+    if inner is engine.optimizer:
+        for name, parameter in _trained(engine):
+            for key, value in inner.state.get(parameter, {}).items():
+                yield f"{name}/{key}", value
+        return
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    step = next(state["step"] for state in inner.state.values())
+    for name, parameter in _trained(engine):
+        for key in _MOMENTS:
+            yield f"{name}/{key}", safe_get_full_optimizer_state(parameter, key)
+        yield f"{name}/step", step.clone()
+
+
+def start_optimizer(engine: Any, step: Tensor | None = None) -> None:
+    """Give a wrapped AdamW the state that it would make at its first step, at `step` (default 0).
+
+    DeepSpeed finds a parameter's moments through links that it sets in its first step, when the second of our groups
+    has none yet; with the state made beforehand all of them are found.
+    """
+    wrapper, inner = engine.optimizer, _inner_optimizer(engine)
+    if wrapper is inner:
+        return
+    step = torch.zeros(()) if step is None else step
+    flats = getattr(wrapper, "fp32_partitioned_groups_flat", None)  # ZeRO-3's; the others hand theirs to AdamW
+    for flat in flats or [tensor for group in inner.param_groups for tensor in group["params"]]:
+        inner.state[flat] = {"step": step.clone(), **{key: torch.zeros_like(flat) for key in _MOMENTS}}
+    link = getattr(wrapper, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:
+        wrapper._hp_optimizer_states_linked = False
+        link()
+
+
+def _trained(engine: Any) -> list[tuple[str, nn.Parameter]]:
+    """The trained parameters by the student's own names: the engine's module is a wrapper with a `student`."""
+    return [(name, p) for name, p in engine.module.student.named_parameters() if p.requires_grad]
+
+
+def _inner_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The torch optimiser, which DeepSpeed wraps under ZeRO and bf16 and leaves as it is otherwise."""
+    optimizer = engine.optimizer
+    return optimizer if isinstance(optimizer, torch.optim.AdamW) else optimizer.optimizer
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file}: damaged checkpoint ({error}): remove its folder and start again") from error
+
+
+def _cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32).contiguous()

@@ -1,0 +1,97 @@
+"""`train-student`: train a student through one stage, from its recipe."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from llavamod_offline.command import run_command
+from llavamod_offline.config import describe_config, dump_config, load_config, split_arguments
+from train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from train.summary import TrainSummary
+
+logger = logging.getLogger(__name__)
+
+RECIPES = Path(__file__).parent / "recipes"
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def resolve_config(arguments: list[str]) -> TrainConfig:
+    """Merge a recipe's name or YAML files and `key=value` overrides into a configuration. Errors: `ConfigError`."""
+    files, overrides = split_arguments(arguments)
+    return load_config(TrainConfig, [_recipe(file) for file in files], overrides)
+
+
+def _recipe(file: Path) -> Path:
+    """A packaged recipe, if `file` is a bare name that is no file here."""
+    packaged = RECIPES / f"{file.name}.yaml"
+    return packaged if file.name == str(file) and not file.exists() and packaged.is_file() else file
+
+
+def _epilog() -> str:
+    keys = "\n".join(f"  {line}" for line in describe_config(TrainConfig).splitlines())
+    names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    return f"\b\nRecipes: {names}\n\n\b\nKeys:\n{keys}"
+
+
+@app.command(epilog=_epilog())
+def run(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE [MORE.yaml ...] [KEY=VALUE ...]", help="A recipe or YAML files, then keys."),
+    ],
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved config and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Train a student through one stage: align, mimic_dense, mimic_sparse, preference, or sft (no teacher).
+
+    The teacher is never loaded; what it said is read from its cache. The same command again goes on where a run was
+    stopped. The student is written to OUTPUT/student, the log to OUTPUT/metrics.jsonl.
+
+    \b
+    Examples:
+      train-student align data.set=sets/align student.vision_tower=clip-vit-large-patch14-336 \\
+        student.language_model=Qwen2-1.5B output=runs/align
+      train-student mimic_dense data.set=sets/general cache.path=caches/general \\
+        student.checkpoint=runs/align/student output=runs/mimic_dense
+      train-student mimic_sparse data.set=sets/multitask cache.path=caches/multitask \\
+        student.checkpoint=runs/mimic_dense/student student.upcycle.num_experts=4 output=runs/mimic_sparse
+      train-student preference data.set=sets/preference cache.path=caches/preference \\
+        student.checkpoint=runs/mimic_sparse/student output=runs/preference
+      train-student my.yaml optim.lr=1e-5 batch.micro_size=4 --print-config
+      torchrun --nproc-per-node 8 --no-python train-student mimic_dense ...
+    """
+    config = resolve_config(arguments)
+    if print_config:
+        print(dump_config(config), end="")
+        return
+    from train.run import train
+
+    summary = train(config)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    print(json.dumps(asdict(summary)) if as_json else _render(summary))
+
+
+def _render(summary: TrainSummary) -> str:
+    if not summary.finished:
+        return f"{summary.output}: stopped after step {summary.steps}; the same command goes on from there"
+    loss = summary.metrics.get("loss", float("nan"))
+    return (
+        f"{summary.stage}: {summary.steps} steps, {summary.tokens:,} tokens in {summary.seconds:.0f} s, last loss "
+        f"{loss:.4f}; {summary.parameters:,} parameters, {summary.activated_parameters:,} activated: {summary.student}"
+    )
+
+
+def main() -> NoReturn:
+    """Run the console script."""
+    run_command(app)

@@ -1,0 +1,263 @@
+"""The configuration of a training run, and the checks that need nothing but the configuration itself.
+
+What needs the checkpoint, the data or the cache to be checked is checked by `run.py`, before the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from llavamod_offline.errors import ConfigError
+
+Stage = Literal["align", "mimic_dense", "mimic_sparse", "preference", "sft"]
+LossKind = Literal["cross_entropy", "only_kd", "kd_lm", "kto_pair", "sigmoid", "ipo", "hinge"]
+Tail = Literal["bucket", "draws", "renormalised"]
+
+LOSSES_OF_STAGE: dict[str, tuple[str, ...]] = {
+    "align": ("cross_entropy",),
+    "sft": ("cross_entropy",),
+    "mimic_dense": ("only_kd", "kd_lm"),
+    "mimic_sparse": ("only_kd", "kd_lm"),
+    "preference": ("kto_pair", "sigmoid", "ipo", "hinge"),
+}
+CACHED_STAGES = ("mimic_dense", "mimic_sparse", "preference")
+ROLES_OF_STAGE: dict[str, tuple[str, ...]] = {
+    stage: ("chosen", "rejected") if stage == "preference" else ("response",) for stage in LOSSES_OF_STAGE
+}
+PARTS = ("vision", "projector", "text", "embeddings", "attention", "mlp", "experts", "router", "norms", "head")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the samples are; `holdout` of them are kept out of training, for the loss on unseen ones.
+
+    `too_long`: a sample of more than `max_length` tokens ends the run, or is left out and listed in rejected.jsonl.
+    """
+
+    set: str = "???"
+    holdout: int = 0
+    too_long: Literal["error", "drop"] = "error"
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The teacher's cache, and what to do with samples that it lacks."""
+
+    path: str | None = None
+    missing: Literal["error", "drop"] = "error"
+
+
+@dataclass(frozen=True)
+class UpcycleConfig:
+    """Which dense layers become mixtures of experts: `sparse` (every other), `first_half`, `second_half`, `dense` (all)
+    or a list of indices. `residual` keeps the dense MLP as a shared expert; `seed` is the routers'."""
+
+    layers: str | list[int] = "sparse"
+    num_experts: int = 4
+    top_k: int = 2
+    residual: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """Where the student starts: a LLaVA checkpoint, or a vision tower and a language model with a fresh projector."""
+
+    checkpoint: str | None = None
+    vision_tower: str | None = None
+    language_model: str | None = None
+    kind: Literal["dense", "sparse"] = "dense"
+    upcycle: UpcycleConfig | None = None
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The loss; `beta`, `label_smoothing` and `average_log_probs` are the preference stage's."""
+
+    kind: LossKind = "cross_entropy"
+    temperature: float = 1.0
+    tail: Tail = "bucket"
+    kd_weight: float = 1.0
+    lm_weight: float = 1.0
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    average_log_probs: bool = False
+    router_aux_coef: float = 0.0
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, a linear warm-up over `warmup_ratio` of the steps, then the schedule; `grad_clip` 0 clips nothing."""
+
+    lr: float = 2e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.03
+    schedule: Literal["cosine", "constant"] = "cosine"
+    grad_clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Samples of an optimiser step over all processes, and of one forward pass of one process."""
+
+    global_size: int = 128
+    micro_size: int = 1
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """DeepSpeed's settings. `zero_stage` null: 0 for one process, 2 for several. `dtype` auto: bfloat16 on a GPU."""
+
+    zero_stage: int | None = None
+    offload: bool = False
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One stage of training. `steps` (optimiser steps) overrides `epochs`; `save_steps` 0 saves no checkpoints, and
+    `eval_steps` 0 evaluates nothing. `workers` make the batches, null: one a spare core, at most 8."""
+
+    stage: Stage = "???"  # type: ignore[assignment]
+    output: str = "???"
+    data: DataConfig = field(default_factory=DataConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    template: str = "qwen"
+    image_aspect: Literal["pad", "square"] = "pad"
+    max_length: int = 2048
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    epochs: int = 1
+    steps: int | None = None
+    trainable: list[str] = field(default_factory=lambda: ["projector", "text"])
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    seed: int = 0
+    save_steps: int = 1000
+    keep_last: int = 2
+    log_steps: int = 1
+    eval_steps: int = 0
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        for problem in _problems(self):
+            raise ConfigError(problem)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles of a sample that the stage trains on."""
+        return ROLES_OF_STAGE[self.stage]
+
+    @property
+    def needs_cache(self) -> bool:
+        """Whether the stage learns from a teacher's cache."""
+        return self.stage in CACHED_STAGES
+
+
+def _problems(config: TrainConfig) -> Iterable[str]:
+    """Say what does not fit, each in a line that names the key to change; lazily, so that the first suffices."""
+    yield from _number_problems(config)
+    yield from _stage_problems(config)
+    yield from _student_problems(config.student)
+    unknown = [part for part in config.trainable if part not in PARTS]
+    if unknown or not config.trainable:
+        named = f"'{unknown[0]}' is no part" if unknown else "names no part"
+        yield f"trainable: {named}: choose from {', '.join(PARTS)}"
+
+
+def _stage_problems(config: TrainConfig) -> Iterable[str]:
+    if config.loss.kind not in LOSSES_OF_STAGE[config.stage]:
+        choice = " or ".join(LOSSES_OF_STAGE[config.stage])
+        yield f"loss.kind: '{config.loss.kind}' does not belong to stage {config.stage}: set it to {choice}"
+    if config.needs_cache and config.cache.path is None:
+        yield f"cache.path: stage {config.stage} learns from a teacher's cache: set cache.path to one"
+    if not config.needs_cache and config.cache.path is not None:
+        yield f"cache.path: stage {config.stage} uses no teacher: leave cache.path out"
+    if config.stage == "mimic_dense" and config.student.kind != "dense":
+        yield "student.kind: stage mimic_dense trains a dense student: set it to dense, or stage to mimic_sparse"
+    if config.stage == "mimic_sparse" and config.student.kind != "sparse":
+        yield "student.kind: stage mimic_sparse trains a sparse student: set it to sparse, or stage to mimic_dense"
+    if config.loss.router_aux_coef and config.student.kind != "sparse":
+        yield "loss.router_aux_coef: a dense student has no router: set it to 0, or student.kind to sparse"
+    if "router" in config.trainable and config.student.kind != "sparse":
+        yield "trainable: a dense student has no router: take 'router' out, or set student.kind to sparse"
+    if config.loss.kind != "sigmoid" and config.loss.label_smoothing:
+        yield f"loss.label_smoothing: {config.loss.kind} knows none: set it to 0, or loss.kind to sigmoid"
+    if config.stage.startswith("mimic") and not config.loss.kd_weight:
+        yield "loss.kd_weight: 0 leaves nothing of the teacher: set it above 0, or use stage sft"
+
+
+def _student_problems(student: StudentConfig) -> Iterable[str]:
+    parts = (student.vision_tower, student.language_model)
+    if student.checkpoint is None and None in parts:
+        missing = "vision_tower" if student.vision_tower is None else "language_model"
+        both = "" if parts == (None, None) else f" student.{missing} is not set"
+        yield "student: set student.checkpoint, or both student.vision_tower and student.language_model" + (
+            f":{both}" if both else ""
+        )
+    if student.checkpoint is not None and parts != (None, None):
+        named = "vision_tower" if student.vision_tower is not None else "language_model"
+        yield f"student.{named}: a student starts from student.checkpoint or from parts, not both: leave one out"
+    if student.upcycle is None:
+        return
+    if student.kind != "sparse":
+        yield "student.upcycle: upcycling makes a sparse student: set student.kind to sparse, or upcycle to null"
+    if student.upcycle.num_experts < 2:
+        yield f"student.upcycle.num_experts: {student.upcycle.num_experts} is too few: use 2 or more"
+    if not 1 <= student.upcycle.top_k <= student.upcycle.num_experts:
+        yield (
+            f"student.upcycle.top_k: {student.upcycle.top_k} is not between 1 and "
+            f"student.upcycle.num_experts {student.upcycle.num_experts}"
+        )
+
+
+def _number_problems(config: TrainConfig) -> Iterable[str]:
+    optim, loss = config.optim, config.loss
+    positive = {
+        "max_length": config.max_length,
+        "batch.global_size": config.batch.global_size,
+        "batch.micro_size": config.batch.micro_size,
+        "epochs": config.epochs,
+        "steps": 1 if config.steps is None else config.steps,
+        "keep_last": config.keep_last,
+        "log_steps": config.log_steps,
+        "loss.temperature": loss.temperature,
+        "loss.beta": loss.beta,
+        "optim.lr": optim.lr,
+        "optim.eps": optim.eps,
+    }
+    not_negative = {
+        "save_steps": config.save_steps,
+        "eval_steps": config.eval_steps,
+        "workers": config.workers or 0,
+        "data.holdout": config.data.holdout,
+        "loss.kd_weight": loss.kd_weight,
+        "loss.lm_weight": loss.lm_weight,
+        "loss.router_aux_coef": loss.router_aux_coef,
+        "optim.weight_decay": optim.weight_decay,
+        "optim.grad_clip": optim.grad_clip,
+    }
+    yield from (f"{key}: {value:g} must be above 0" for key, value in positive.items() if not value > 0)
+    yield from (f"{key}: {value:g} must not be negative" for key, value in not_negative.items() if not value >= 0)
+    if not 0 <= optim.warmup_ratio <= 1:
+        yield f"optim.warmup_ratio: {optim.warmup_ratio:g} is not between 0 and 1"
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        yield f"optim.betas: {list(optim.betas)} must lie in [0, 1)"
+    if not 0 <= loss.label_smoothing < 0.5:
+        yield f"loss.label_smoothing: {loss.label_smoothing:g} is not in [0, 0.5)"
+    if config.engine.zero_stage not in (None, 0, 1, 2, 3):
+        yield f"engine.zero_stage: {config.engine.zero_stage} is none of 0, 1, 2, 3"
+    if config.engine.offload and config.engine.zero_stage not in (None, 2, 3):
+        yield "engine.offload: offloading needs ZeRO: set engine.zero_stage to 2 or 3"
+    if config.batch.global_size % config.batch.micro_size:
+        yield (
+            f"batch.micro_size: {config.batch.micro_size} does not divide batch.global_size {config.batch.global_size}"
+        )
+    if config.eval_steps and not config.data.holdout:
+        yield "eval_steps: there is nothing to evaluate on: set data.holdout to a number of samples"

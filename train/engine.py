@@ -1,0 +1,186 @@
+"""DeepSpeed, held at arm's length: one process without a launcher, or many under torchrun or `deepspeed`.
+
+A run asks this module for the process group and an engine, and leaves nothing behind: several runs may follow one
+another in a process.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llavamod_offline.errors import ConfigError
+
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, those of them on this machine, and this one's place among all."""
+
+    rank: int
+    size: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add `values` over all processes; the result is the same on each."""
+        if self.size > 1:
+            torch.distributed.all_reduce(values)
+        return values
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Put the `values` [n] of all processes, which hold equally many, one after another, on the CPU."""
+        if self.size == 1:
+            return values.cpu()
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        torch.distributed.all_gather(parts, values.contiguous())
+        return torch.cat(parts).cpu()
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            torch.distributed.barrier()
+
+
+@contextmanager
+def process_group() -> Iterator[World]:
+    """Enter the process group that the launcher describes, or one of this process alone, and leave it again.
+
+    Errors: `ConfigError` if the environment holds only a part of a launcher's variables.
+    """
+    present = [name for name in _LAUNCHER_VARIABLES if name in os.environ]
+    launched = "RANK" in present and "WORLD_SIZE" in present
+    if launched and len(present) < len(_LAUNCHER_VARIABLES):
+        absent = next(name for name in _LAUNCHER_VARIABLES if name not in present)
+        raise ConfigError(f"environment: {present[0]} is set but {absent} is not: start with torchrun, or unset both")
+    local_rank = int(os.environ["LOCAL_RANK"]) if launched else 0
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    backend = "nccl" if on_gpu else "gloo"
+    with _quiet(), _environment({} if launched else {"LOCAL_RANK": "0"}, default_accelerator=not on_gpu):
+        _import_deepspeed()
+        if on_gpu:
+            torch.cuda.set_device(device)
+        if launched:
+            torch.distributed.init_process_group(backend)
+        else:
+            # A store in memory: no port to choose, nothing that another run could collide with.
+            store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+            torch.distributed.init_process_group(backend, rank=0, world_size=1, store=store)
+        try:
+            rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+            yield World(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", size)), device)
+        finally:
+            _import_deepspeed().comm.destroy_process_group()
+
+
+@contextmanager
+def make_engine(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    world: World,
+    micro_size: int,
+    micro_steps: int,
+    zero_stage: int,
+    offload: bool,
+    dtype: torch.dtype,
+    grad_clip: float,
+) -> Iterator[Any]:
+    """Yield a DeepSpeed engine around `module`, and take it down afterwards."""
+    deepspeed = _import_deepspeed()
+    zero: dict[str, Any] = {"stage": zero_stage}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
+    settings = {
+        "train_micro_batch_size_per_gpu": micro_size,
+        "gradient_accumulation_steps": micro_steps,
+        "train_batch_size": micro_size * micro_steps * world.size,
+        "gradient_clipping": grad_clip,
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+    try:
+        yield engine
+    finally:
+        engine.destroy()
+
+
+def apply_gradients(engine: Any, rate: float) -> float:
+    """Clip the accumulated gradients and take AdamW's step at the given learning rate.
+
+    Returns the norm before clipping. Where it is not finite, the weights stay as they were, unless ZeRO or bf16 is on:
+    DeepSpeed tells the norm only after its step then.
+    """
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    if isinstance(engine.optimizer, torch.optim.Optimizer):
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if math.isfinite(norm):
+            engine.step()
+        return norm
+    engine.step()
+    return float(engine.get_global_grad_norm())
+
+
+def _import_deepspeed() -> Any:
+    """Import DeepSpeed with its log on stderr, from warnings upwards, and nothing compiled behind the user's back."""
+    import deepspeed
+
+    log = logging.getLogger("DeepSpeed")
+    log.setLevel(logging.WARNING)
+    for handler in log.handlers:
+        if type(handler) is logging.StreamHandler:  # DeepSpeed's own, on stdout; others may have added theirs
+            handler.setStream(sys.stderr)
+    # On a CPU DeepSpeed would build a C++ extension at the first start (half a minute, and it needs a compiler) for
+    # all-reduces in shared memory; gloo serves as well here.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+@contextmanager
+def _environment(variables: dict[str, str], *, default_accelerator: bool) -> Iterator[None]:
+    """Set environment variables for a while; the accelerator's only if the user has not chosen one."""
+    if default_accelerator and "DS_ACCELERATOR" not in os.environ:
+        variables = {**variables, "DS_ACCELERATOR": "cpu"}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the deprecations that DeepSpeed causes inside torch from the user, who can do nothing about them."""
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, FutureWarning):
+            warnings.filterwarnings("ignore", category=category, module=r"(torch|deepspeed|pydantic)\b.*")
+        yield

@@ -1,0 +1,236 @@
+"""The loop: one optimiser step after another, each the mean over all units of its global batch.
+
+A step's units (supervised positions, or pairs) are counted over all micro-batches and processes before the first
+backward pass, so every micro-batch's sum of losses is divided by the same number: short and long micro-batches weigh
+by what they hold. DeepSpeed averages gradients over processes, so each one's loss is scaled by their number beforehand.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llavamod_offline.errors import ModelError
+from train.batches import TrainBatch
+from train.checkpoint import Progress
+from train.engine import World, apply_gradients
+from train.metrics import MetricsLog, ProgressLine
+from train.stage import Stage
+from train.sums import LossSums, StepSums, combine, spread_entry
+
+logger = logging.getLogger(__name__)
+
+Entry = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What the loop is told; 0 in `save_steps` or `eval_steps` means never."""
+
+    steps: int
+    micro_steps: int
+    seed: int
+    log_steps: int
+    save_steps: int
+    eval_steps: int
+    learning_rate: Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class LoopEnd:
+    """How the loop ended: after the last step, or stopped by SIGTERM; `last` is the last step's log entry."""
+
+    progress: Progress
+    last: Entry
+    stopped: bool
+
+
+def run_steps(
+    engine: Any,
+    stage: Stage,
+    micro_batches: Iterator[TrainBatch],
+    *,
+    settings: LoopSettings,
+    progress: Progress,
+    world: World,
+    log: MetricsLog | None,
+    line: ProgressLine,
+    save: Callable[[Progress], None],
+    evaluate: Callable[[], Entry],
+) -> LoopEnd:
+    """Train from `progress` to the last step; `micro_batches` must begin with that step's.
+
+    Errors: `ModelError` naming step and samples if a loss or a gradient is not finite; nothing is saved then. A SIGTERM
+    ends the loop after the step in progress, with a checkpoint.
+    """
+    entry: Entry = {}
+    with _sigterm() as stop:
+        for step in range(progress.step, settings.steps):
+            began = time.perf_counter()
+            micros = list(islice(micro_batches, settings.micro_steps))
+            waited = time.perf_counter() - began
+            counts = _step_counts(stage, micros, stop.is_set(), world)
+            if counts.stop:
+                if progress.step:
+                    save(progress)
+                return LoopEnd(progress, entry, stopped=True)
+            torch.manual_seed(_step_seed(settings.seed, step, world.rank))
+            parts = _backward(engine, stage, micros, counts.units, world)
+            sums = combine(parts, counts.units, world)
+            _check_finite(sums.loss, step, parts, micros, world)
+            rate = settings.learning_rate(step)
+            norm = apply_gradients(engine, rate)
+            if not math.isfinite(norm):
+                raise ModelError(_not_finite("gradient", norm, step, micros))
+            seconds = time.perf_counter() - began
+            progress = Progress(
+                step + 1,
+                progress.tokens + counts.tokens,
+                progress.positions + counts.positions,
+                progress.seconds + seconds,
+            )
+            entry = _entry(sums, progress.step, rate, norm, counts, seconds, waited)
+            done = progress.step == settings.steps
+            evaluated = bool(settings.eval_steps) and (done or progress.step % settings.eval_steps == 0)
+            if evaluated:
+                entry |= evaluate()
+            if log is not None and (done or evaluated or step == 0 or progress.step % settings.log_steps == 0):
+                log.write(entry)
+            line.update(progress.step, sums.loss, entry["tokens_per_s"])
+            if settings.save_steps and not done and progress.step % settings.save_steps == 0:
+                save(progress)
+    return LoopEnd(progress, entry, stopped=False)
+
+
+def evaluate_loss(engine: Any, stage: Stage, micros: Sequence[TrainBatch], world: World) -> Entry:
+    """The loss and its parts over held-out micro-batches, as log entries named `holdout_…`; nothing is trained."""
+    local = float(sum(stage.count(batch) for batch in micros))
+    units = world.sum(torch.tensor([local], dtype=torch.float64, device=world.device))
+    engine.eval()
+    with torch.no_grad():
+        shared = _shared(engine, stage, micros, world)
+        parts = [_without_gradient(engine(batch.to(world.device), shared)[1]) for batch in micros]
+    engine.train()
+    sums = combine(parts, float(units[0]), world)
+    return {"holdout_loss": sums.loss, **{f"holdout_{name}": value for name, value in sums.means.items()}}
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """What a step's global batch holds, and whether any process was told to stop."""
+
+    units: float
+    tokens: int
+    positions: int
+    stop: bool
+
+
+def _step_counts(stage: Stage, micros: Sequence[TrainBatch], stop: bool, world: World) -> _Counts:
+    local = (
+        float(sum(stage.count(batch) for batch in micros)),
+        float(sum(batch.batch.tokens for batch in micros)),
+        float(sum(batch.positions for batch in micros)),
+        float(stop),
+    )
+    units, tokens, positions, stops = world.sum(torch.tensor(local, dtype=torch.float64, device=world.device)).tolist()
+    return _Counts(units, int(tokens), int(positions), stops > 0)
+
+
+def _backward(engine: Any, stage: Stage, micros: Sequence[TrainBatch], units: float, world: World) -> list[LossSums]:
+    """Accumulate the gradient of the step's mean loss; no weight is changed."""
+    shared = _shared(engine, stage, micros, world)
+    parts = []
+    for place, batch in enumerate(micros):
+        last = place == len(micros) - 1
+        engine.set_gradient_accumulation_boundary(is_boundary=last)
+        loss, sums = engine(batch.to(world.device), shared)
+        engine.backward(loss * (world.size / units), scale_wrt_gas=False)
+        if not last:
+            engine.step()  # moves to the next micro-batch; the weights change at the boundary alone
+        parts.append(_without_gradient(sums))
+    return parts
+
+
+def _shared(engine: Any, stage: Stage, micros: Sequence[TrainBatch], world: World) -> Tensor | None:
+    """What the losses of a step share. A step of one micro-batch knows it all by itself."""
+    if stage.look_ahead is None or stage.share is None or (len(micros) == 1 and world.size == 1):
+        return None
+    with torch.no_grad():
+        return stage.share([engine(batch.to(world.device), None, ahead=True) for batch in micros], world)
+
+
+def _entry(
+    sums: StepSums, step: int, rate: float, norm: float, counts: _Counts, seconds: float, waited: float
+) -> Entry:
+    entry: Entry = {"step": step, "loss": sums.loss, **sums.means, "lr": rate, "grad_norm": norm}
+    entry |= {
+        "positions": counts.positions,
+        "tokens": counts.tokens,
+        "tokens_per_s": counts.tokens / max(seconds, 1e-9),
+        "seconds": seconds,
+        "data_wait_share": waited / max(seconds, 1e-9),
+    }
+    if "expert_load" in sums.totals:
+        entry["expert_load"] = (sums.totals["expert_load"] / counts.tokens).tolist()
+        entry["gate_entropy"] = (sums.totals["gate_entropy"] / counts.tokens).tolist()
+    return entry | {name: spread_entry(values) for name, values in sums.spreads.items()}
+
+
+def _check_finite(
+    loss: float, step: int, parts: Sequence[LossSums], micros: Sequence[TrainBatch], world: World
+) -> None:
+    if math.isfinite(loss):
+        return
+    guilty = [batch for batch, part in zip(micros, parts, strict=True) if not bool(torch.isfinite(part.loss))]
+    if not guilty and world.size > 1:
+        raise ModelError(f"step {step + 1}: the loss is {loss} in another process, which names the samples")
+    raise ModelError(_not_finite("loss", loss, step, guilty or micros))
+
+
+def _not_finite(what: str, value: float, step: int, micros: Sequence[TrainBatch]) -> str:
+    keys = list(dict.fromkeys(key for batch in micros for key in batch.batch.keys))
+    named = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+    return (
+        f"step {step + 1}: the {what} is {value} on sample(s) {named}: lower optim.lr, set optim.grad_clip, "
+        "or take these samples out"
+    )
+
+
+def _without_gradient(sums: LossSums) -> LossSums:
+    return LossSums(sums.loss.detach(), sums.means, sums.totals, sums.spreads)
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """One seed for each step and process, so that random numbers need no state of their own."""
+    return hash((seed, step, rank)) % 2**63
+
+
+@contextmanager
+def _sigterm() -> Iterator[threading.Event]:
+    """Note a SIGTERM instead of dying of it; outside the main thread signals are left alone."""
+    stop = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        logger.warning("SIGTERM: saving after this step")
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)

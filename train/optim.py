@@ -1,0 +1,80 @@
+"""What is trained and how fast: parts of the student, AdamW's groups, and the learning rate of each step."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from llavamod_offline.errors import ConfigError
+
+# A parameter of the student belongs to a part if its name holds the pattern.
+_PATTERNS = {
+    "vision": r"(^|\.)vision_tower\.",
+    "projector": r"(^|\.)multi_modal_projector\.",
+    "text": r"(^|\.)language_model\.|(^|\.)lm_head\.",
+    "embeddings": r"\.embed_tokens\.",
+    "attention": r"(^|\.)language_model\..*\.self_attn\.",
+    "mlp": r"(^|\.)language_model\..*\.mlp\.(?!gate\.|shared_expert_gate\.)",
+    "experts": r"(^|\.)language_model\..*\.mlp\.(experts|shared_expert)\.",
+    "router": r"(^|\.)language_model\..*\.mlp\.(gate|shared_expert_gate)\.",
+    "norms": r"(^|\.)language_model\..*norm\.",
+    "head": r"(^|\.)lm_head\.",
+}
+
+
+def choose_trainable(model: nn.Module, parts: Sequence[str]) -> list[str]:
+    """Let only the named `parts` of a student be trained; returns the names of their parameters.
+
+    `text` is the whole language model with embeddings and head; `mlp` its feed-forward layers, experts included,
+    without routers. Errors: `ConfigError` if a part holds no parameter of this student.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    chosen: set[str] = set()
+    for part in parts:
+        found = {name for name in names if re.search(_PATTERNS[part], name)}
+        if not found:
+            hint = "its head is tied to 'embeddings'" if part == "head" else "it has none"
+            raise ConfigError(f"trainable: no parameter of this student belongs to '{part}' ({hint}): take it out")
+        chosen |= found
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen and parameter.numel() > 0)
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def make_optimizer(
+    model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; only matrices are decayed, never biases and norms."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, eps=eps)
+
+
+def learning_rate(step: int, *, steps: int, peak: float, warmup_ratio: float, schedule: str) -> float:
+    """The learning rate of optimiser step `step` (from 0) of `steps`: linear warm-up, then cosine to 0 or constant."""
+    warmup = math.ceil(warmup_ratio * steps)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return peak
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def frozen_digest(model: nn.Module) -> str:
+    """Identify the frozen parameters, which checkpoints do not hold: a hash over names, shapes and sums of bits."""
+    digest = hashlib.sha256()
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for name, parameter in sorted(model.named_parameters()):
+        if not parameter.requires_grad:
+            bits = parameter.detach().contiguous().view(integers[parameter.element_size()])
+            digest.update(f"{name} {tuple(parameter.shape)} {int(bits.sum(dtype=torch.int64))}\n".encode())
+    return digest.hexdigest()

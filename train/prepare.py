@@ -1,0 +1,164 @@
+"""Everything a run needs before its first step, made and checked in an order that finds mistakes early."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llavamod_offline.data.images import ImagePreprocessor
+from llavamod_offline.data.sampler import BatchSchedule
+from llavamod_offline.data.shards import SampleSet
+from llavamod_offline.data.template import get_template
+from llavamod_offline.errors import ConfigError
+from llavamod_offline.models.checkpoint import sequence_encoder, vocabulary_size
+from train.batches import Join, Loader, TrainBatch, join
+from train.config import TrainConfig
+from train.engine import World
+from train.identity import identity_of
+from train.optim import choose_trainable, frozen_digest
+from train.stage import Stage, make_stage
+from train.student import Source, make_student, open_source
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
+    from teacher_cache.reader import TeacherCache
+
+_MOST_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that is ready to start; `identity` is what a checkpoint of it must match."""
+
+    student: LlavaForConditionalGeneration
+    source: Source
+    stage: Stage
+    loader: Loader
+    joined: Join
+    steps: int
+    identity: dict[str, Any]
+
+    def micro_batches(self, config: TrainConfig, world: World, start: int) -> Iterator[TrainBatch]:
+        """This process's micro-batches from step `start` on."""
+        schedule = BatchSchedule(
+            n=len(self.joined.rows),
+            batch_size=config.batch.global_size,
+            seed=config.seed,
+            start=start,
+            stop=self.steps,
+            rank=world.rank,
+            world_size=world.size,
+            micro_batch_size=config.batch.micro_size,
+        )
+        return self.loader.batches(schedule)
+
+    def holdout_batches(self, config: TrainConfig, world: World) -> list[TrainBatch]:
+        """This process's share of the held-out samples."""
+        size, share = config.batch.micro_size, len(self.joined.holdout) // world.size
+        first = len(self.joined.rows) + world.rank * share
+        places = list(range(first, first + share))
+        return list(self.loader.batches([places[i : i + size] for i in range(0, len(places), size)])) if places else []
+
+
+def prepare(config: TrainConfig, world: World) -> Setup:
+    """Open set, cache and checkpoint, join them, and make the student; nothing is written.
+
+    Errors: a `LlavaModError` naming what does not fit and the key to change.
+    """
+    _check_processes(config, world)
+    template = get_template(config.template)
+    source = open_source(config.student)
+    samples = SampleSet.open(Path(config.data.set))
+    cache = _open_cache(config, source)
+    images = ImagePreprocessor.from_checkpoint(source.processor, config.image_aspect)
+    student = make_student(config.student, seed=config.seed)
+    encoder = sequence_encoder(student.config, source.tokenizer, template, config.max_length)
+    joined = join(
+        samples,
+        config.roles,
+        cache,
+        missing=config.cache.missing,
+        holdout=config.data.holdout,
+        seed=config.seed,
+        encoder=encoder if config.data.too_long == "drop" else None,
+    )
+    choose_trainable(student, config.trainable)
+    identity = identity_of(
+        config,
+        set_digest=samples.digest,
+        cache_digest=None if cache is None else cache.digest,
+        kept_hash=joined.kept_hash,
+        frozen_digest=frozen_digest(student),
+    )
+    vocab_size = vocabulary_size(source.tokenizer, student.get_output_embeddings().weight.shape[0])
+    loader = Loader(
+        samples,
+        joined.rows + joined.holdout,
+        encoder=encoder,
+        images=images,
+        roles=config.roles,
+        cache=cache,
+        records=config.stage != "preference",
+        pad_id=_pad_id(source, encoder.image_token_id),
+        workers=_workers(config, world),
+        pin_memory=world.device.type == "cuda",
+    )
+    steps = config.steps or ceil(config.epochs * len(joined.rows) / config.batch.global_size)
+    return Setup(student, source, make_stage(config, vocab_size=vocab_size), loader, joined, steps, identity)
+
+
+def _check_processes(config: TrainConfig, world: World) -> None:
+    """Check what depends on the number of processes."""
+    batch, processes = config.batch, world.size
+    if batch.global_size % (batch.micro_size * processes):
+        raise ConfigError(
+            f"batch.global_size: {batch.global_size} is no multiple of batch.micro_size {batch.micro_size} × "
+            f"{processes} processes: change one of them"
+        )
+    if config.data.holdout % processes:
+        raise ConfigError(f"data.holdout: {config.data.holdout} is no multiple of the {processes} processes: change it")
+    if config.engine.zero_stage == 3 and processes > 1:
+        # A process whose micro-batch holds no picture would not gather the tower's weights, and the others would wait.
+        raise ConfigError("engine.zero_stage: 3 works in one process only so far: set it to 2")
+
+
+def _open_cache(config: TrainConfig, source: Source) -> TeacherCache | None:
+    if config.cache.path is None:
+        return None
+    from teacher_cache.fingerprint import check_student
+    from teacher_cache.reader import open_cache
+
+    cache = open_cache(Path(config.cache.path))
+    check_student(cache.fingerprint, source.tokenizer)
+    if config.loss.temperature not in (1.0, *cache.temperatures) and config.stage != "preference":
+        stored = ", ".join(f"{value:g}" for value in (1.0, *cache.temperatures))
+        raise ConfigError(
+            f"loss.temperature: cache '{cache.path}' holds what is needed for {stored}, not for "
+            f"{config.loss.temperature:g}: choose one of these, or capture with it in capture.temperatures"
+        )
+    missing = sorted(set(config.roles) - set(cache.roles))
+    if missing:
+        raise ConfigError(
+            f"cache.path: '{cache.path}' holds {', '.join(cache.roles)}, stage {config.stage} needs "
+            f"{', '.join(config.roles)}: set it to a cache of data.set"
+        )
+    return cache
+
+
+def _pad_id(source: Source, image_token_id: int) -> int:
+    """An id to fill up with: any but the image's, since it is masked."""
+    named = source.tokenizer.pad_token_id
+    usable = named is not None and named != image_token_id
+    return int(named) if usable else int(image_token_id == 0)
+
+
+def _workers(config: TrainConfig, world: World) -> int:
+    if config.workers is not None:
+        return config.workers
+    spare = len(os.sched_getaffinity(0)) // world.local_size - 1
+    return max(0, min(_MOST_WORKERS, spare))

@@ -1,0 +1,31 @@
+"""Supervised fine-tuning: cross-entropy on the supervised tokens, without a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from llavamod_offline.losses.fused import cross_entropy_from_hidden
+from llavamod_offline.models.forward import head_weight
+from train.batches import TrainBatch
+from train.stages.student_pass import predicting_states, with_balance
+from train.sums import LossSums
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
+
+def make_loss(
+    *, vocab_size: int, router_aux_coef: float, train_vision: bool
+) -> Callable[[LlavaForConditionalGeneration, TrainBatch], LossSums]:
+    """The loss of a micro-batch, summed over its supervised positions; ids from `vocab_size` on get no probability."""
+
+    def loss(model: LlavaForConditionalGeneration, batch: TrainBatch) -> LossSums:
+        hidden_ND, routing = predicting_states(model, batch, train_vision=train_vision)
+        terms = cross_entropy_from_hidden(
+            hidden_ND, head_weight(model), batch.batch.target_ids_N, vocab_size=vocab_size
+        )
+        sums = LossSums(terms.loss_sum, means={"cross_entropy": terms.cross_entropy_sum})
+        return with_balance(sums, routing, coefficient=router_aux_coef, count=terms.count)
+
+    return loss

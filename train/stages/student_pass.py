@@ -1,0 +1,55 @@
+"""What every stage does first: the student's hidden states that predict the supervised tokens, and its routing.
+
+Letters: N supervised positions, D hidden size, L sparse layers, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from llavamod_offline.models.forward import student_hidden_states
+from llavamod_offline.models.routing import RouterWatch, Routing
+from train.batches import TrainBatch
+from train.sums import LossSums
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
+
+def predicting_states(
+    model: LlavaForConditionalGeneration, batch: TrainBatch, *, train_vision: bool
+) -> tuple[Tensor, Routing]:
+    """Run the student; returns hidden states [N, D] in the order of the batch's supervised tokens, and the routing."""
+    inputs = batch.batch
+    with RouterWatch(model) as watch:
+        hidden_BTD = student_hidden_states(
+            model,
+            inputs.input_ids_BT,
+            inputs.attention_mask_BT,
+            inputs.pixel_values_ICHW,
+            train_vision=train_vision,
+        )
+    routing = watch.routing(inputs.attention_mask_BT)
+    return hidden_BTD.flatten(0, 1).index_select(0, inputs.prediction_rows_N), routing
+
+
+def with_balance(sums: LossSums, routing: Routing, *, coefficient: float, count: int) -> LossSums:
+    """Add the routers' balance loss, weighted by the micro-batch's units so that the step's mean holds it once.
+
+    Logs `balance` and, as totals over tokens, `expert_load` [L, E] and `gate_entropy` [L]; a dense student has none.
+    """
+    if not len(routing.loads_LE):
+        return sums
+    balance = routing.balance_loss * count
+    return LossSums(
+        loss=sums.loss + coefficient * balance if coefficient else sums.loss,
+        means={**sums.means, "balance": balance.detach()},
+        totals={
+            **sums.totals,
+            "expert_load": routing.loads_LE * routing.tokens,
+            "gate_entropy": routing.entropies_L * routing.tokens,
+        },
+        spreads=sums.spreads,
+    )

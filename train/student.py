@@ -1,0 +1,71 @@
+"""Where a student comes from: a checkpoint of an earlier stage, or a vision tower, a language model and a projector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llavamod_offline.errors import ConfigError
+from llavamod_offline.models.build import build_llava, build_tokenizer
+from llavamod_offline.models.checkpoint import load_config, load_llava, load_tokenizer
+from llavamod_offline.models.upcycle import upcycle
+from train.config import StudentConfig
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+_SPARSE_TYPES = ("qwen2_moe", "qwen3_moe")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The folders a student is made of: that of its tokenizer and that of its image processor."""
+
+    tokenizer: PreTrainedTokenizerFast
+    processor: Path
+
+
+def open_source(config: StudentConfig) -> Source:
+    """Find the student's tokenizer and image processor, and check what can be checked without its weights.
+
+    Errors: `ConfigError` if the checkpoint is sparse where a dense one is asked for or the other way round;
+    `ModelError` if a folder is no checkpoint.
+    """
+    if config.checkpoint is None:
+        assert config.vision_tower is not None
+        assert config.language_model is not None
+        if config.kind == "sparse" and config.upcycle is None:
+            raise ConfigError("student.upcycle: a language model is dense: set student.upcycle to make it sparse")
+        return Source(build_tokenizer(Path(config.language_model)), Path(config.vision_tower))
+    folder = Path(config.checkpoint)
+    sparse = load_config(folder).text_config.model_type in _SPARSE_TYPES
+    if sparse and config.upcycle is not None:
+        raise ConfigError(f"student.upcycle: {folder} is sparse already: set student.upcycle to null")
+    if sparse and config.kind == "dense":
+        raise ConfigError(f"student.kind: {folder} is sparse: set student.kind to sparse, or use a dense checkpoint")
+    if not sparse and config.kind == "sparse" and config.upcycle is None:
+        raise ConfigError(
+            f"student.upcycle: {folder} is dense: set student.upcycle to make it sparse, or student.kind to dense"
+        )
+    return Source(load_tokenizer(folder), folder)
+
+
+def make_student(config: StudentConfig, *, seed: int) -> LlavaForConditionalGeneration:
+    """Load or build the student, and upcycle it where asked; float32, on the CPU, in training mode."""
+    if config.checkpoint is not None:
+        model = load_llava(Path(config.checkpoint))
+    else:
+        model = build_llava(Path(str(config.vision_tower)), Path(str(config.language_model)), seed=seed)
+    if config.upcycle is not None:
+        choice = config.upcycle
+        model = upcycle(
+            model,
+            layers=choice.layers,
+            num_experts=choice.num_experts,
+            top_k=choice.top_k,
+            residual=choice.residual,
+            seed=choice.seed,
+        )
+    model.train()
+    return model
