@@ -22,7 +22,7 @@ from llavamod_offline.data.template import get_template
 from llavamod_offline.errors import ConfigError, EvalError
 from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, sequence_encoder
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class HfEngine:
@@ -40,9 +40,9 @@ class HfEngine:
         dtype: str = "auto",
         device: str = "auto",
     ) -> None:
-        self.device = _device(device)
-        self.dtype = _dtype(dtype, self.device)
-        self.model = load_llava(folder, dtype=_DTYPES[self.dtype]).to(self.device)
+        self.device = pick_device(device)
+        self.dtype = pick_dtype(dtype, self.device)
+        self.model = load_llava(folder, dtype=DTYPES[self.dtype]).to(self.device)
         self.tokenizer = load_tokenizer(folder)
         limit = int(self.model.config.text_config.max_position_embeddings)
         self.encoder = sequence_encoder(self.model.config, self.tokenizer, get_template(template), limit)
@@ -115,7 +115,7 @@ class HfEngine:
             for example in examples
             if example.source is not None
         ]
-        return torch.stack(pixels).to(self.device, _DTYPES[self.dtype]) if pixels else None
+        return torch.stack(pixels).to(self.device, DTYPES[self.dtype]) if pixels else None
 
     def _answer(self, ids_G: list[int]) -> Answer:
         end = self.encoder.end_id
@@ -140,7 +140,8 @@ def checkpoint_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
+    """The device of a name; `auto` is CUDA where there is one. Errors: `ConfigError` for what is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -152,9 +153,10 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device) -> str:
+def pick_dtype(name: str, device: torch.device) -> str:
+    """The name of a precision; `auto` is float32 on a CPU, else bfloat16. Errors: `ConfigError` for another name."""
     if name == "auto":
         return "float32" if device.type == "cpu" else "bfloat16"
-    if name not in _DTYPES:
-        raise ConfigError(f"dtype '{name}' is unknown: choose auto, {', '.join(_DTYPES)}")
+    if name not in DTYPES:
+        raise ConfigError(f"dtype '{name}' is unknown: choose auto, {', '.join(DTYPES)}")
     return name

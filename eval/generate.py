@@ -29,12 +29,16 @@ from llavamod_offline.errors import ConfigError, EvalError
 
 log = logging.getLogger(__name__)
 
+ENGINES = ("hf", "processor")
+
 
 @dataclass(frozen=True)
 class GenerateConfig:
     """What `eval-student generate` takes. `model` and `root` are folders; `tasks` names benchmarks.
 
-    `template` and `image_aspect` must be those of training. `max_new_tokens` None: each benchmark's published limit.
+    `engine` hf: a LLaVA student, with this project's `template` and `image_aspect`, which must be those of training;
+    processor: any image-text-to-text checkpoint, with its own chat template and image processor.
+    `max_new_tokens` None: each benchmark's published limit.
     `limit` answers the first so many questions only, for a try: their score needs all.
     """
 
@@ -52,8 +56,8 @@ class GenerateConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.engine != "hf":
-            raise ConfigError(f"engine '{self.engine}' is unknown: choose hf")
+        if self.engine not in ENGINES:
+            raise ConfigError(f"engine '{self.engine}' is unknown: choose one of {', '.join(ENGINES)}")
         for name in ("batch_size", "max_new_tokens", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -120,6 +124,10 @@ def _examples(task: Task, root: Path, limit: int | None) -> list[Example[Any]]:
 
 
 def _engine(config: GenerateConfig) -> Engine:
+    if config.engine == "processor":
+        from eval.engine_processor import ProcessorEngine
+
+        return ProcessorEngine(Path(config.model), dtype=config.dtype, device=config.device)
     from eval.engine_hf import HfEngine
 
     return HfEngine(

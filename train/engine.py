@@ -87,7 +87,10 @@ def process_group() -> Iterator[World]:
             rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
             yield World(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", size)), device)
         finally:
-            _import_deepspeed().comm.destroy_process_group()
+            # DeepSpeed keeps references of its own, once an engine has been made.
+            communication = _import_deepspeed().comm
+            owner = communication if communication.is_initialized() else torch.distributed
+            owner.destroy_process_group()
 
 
 @contextmanager

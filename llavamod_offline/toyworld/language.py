@@ -97,18 +97,14 @@ def _object_questions(scene: Scene, rng: random.Random) -> list[Question]:
     alike = [(c, s) for c, s in absent if any(c == thing.colour or s == thing.shape for thing in things)]
     asked += [presence_question(*rng.choice(names), False) for names in (absent, alike, alike)]
     for thing in things:
-        name = thing.name
-        asked.append(
-            Question("place", f"Where is the {name}?", PLACES[thing.cell], f"The {name} is {_at(thing.cell)}.")
-        )
-        asked.append(
-            Question("size", f"Is the {name} small or large?", thing.size, f"The {name} is {thing.size}."),
-        )
-        at = _at(thing.cell)
-        asked.append(Question("shape", f"What shape is {at}?", thing.shape, f"There is a {thing.shape} {at}."))
-        if sum(other.shape == thing.shape for other in things) == 1:
-            sentence = f"The {thing.shape} is {thing.colour}."
-            asked.append(Question("color", f"What color is the {thing.shape}?", thing.colour, sentence))
+        shape, at = thing.shape, _at(thing.cell)
+        asked.append(Question("shape", f"What shape is {at}?", shape, f"There is a {shape} {at}."))
+        if thing in _unmistakable(things):
+            asked += [
+                Question("color", f"What color is the {shape}?", thing.colour, f"The {shape} is {thing.colour}."),
+                Question("place", f"Where is the {shape}?", PLACES[thing.cell], f"The {shape} is {at}."),
+                Question("size", f"Is the {shape} small or large?", thing.size, f"The {shape} is {thing.size}."),
+            ]
     for kind, values in (("shape", SHAPES), ("color", COLOURS)):
         present = [thing.shape if kind == "shape" else thing.colour for thing in things]
         value = rng.choice([*present, rng.choice(values)])
@@ -130,8 +126,8 @@ def _object_questions(scene: Scene, rng: random.Random) -> list[Question]:
 
 def _relation_questions(things: tuple[Thing, ...], rng: random.Random) -> list[Question]:
     asked = []
-    for first in things:
-        for second in things:
+    for first in _unmistakable(things):
+        for second in _unmistakable(things):
             if first is second:
                 continue
             columns, rows = (first.cell % 3, second.cell % 3), (first.cell // 3, second.cell // 3)
@@ -139,11 +135,16 @@ def _relation_questions(things: tuple[Thing, ...], rng: random.Random) -> list[Q
                 if here == there:
                     continue
                 holds = here < there
-                text = f"Is the {first.name} {word} the {second.name}?"
+                text = f"Is the {first.shape} {word} the {second.shape}?"
                 sentence = f"{'Yes' if holds else 'No'}, it is{'' if holds else ' not'}."
                 asked.append(Question("relation", text, "Yes" if holds else "No", sentence))
     rng.shuffle(asked)
     return asked[:2]
+
+
+def _unmistakable(things: tuple[Thing, ...]) -> list[Thing]:
+    """The objects that their shape alone tells from all others, so that a question may name them by it."""
+    return [thing for thing in things if sum(other.shape == thing.shape for other in things) == 1]
 
 
 def _chart_questions(scene: Scene, rng: random.Random) -> list[Question]:

@@ -41,6 +41,7 @@ from transformers import (
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
 from llavamod_offline.data.template import get_template
 from llavamod_offline.data.tokenise import Sequence, SequenceEncoder
+from llavamod_offline.models.checkpoint import load_tokenizer
 from llavamod_offline.toyworld.conversations import mixed, questioned
 from llavamod_offline.toyworld.draw import draw_scene
 from llavamod_offline.toyworld.language import caption
@@ -287,7 +288,7 @@ def _half_precision() -> torch.autocast:
 
 def _update(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
 
@@ -307,7 +308,8 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(VOCABULARY)
+    made = arguments.output / "teacher"
+    tokenizer = load_tokenizer(made) if made.exists() else train_tokenizer(VOCABULARY)
     encoder = SequenceEncoder(
         tokenizer,
         get_template("qwen"),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llavamod_offline.losses.fused import cross_entropy_from_hidden, distillation_from_hidden
 from llavamod_offline.losses.targets import SparseTargets
-from tests.benchmarks.form import finish, median_seconds, parse_arguments
+from tests.benchmarks.form import Row, finish, median_seconds, parse_arguments
 
 NAME = "loss"
 HEAD = 32
@@ -72,7 +72,7 @@ def make_case(name: str, inputs: Inputs) -> Callable[[], None]:
 
     def run() -> None:
         hidden_ND.grad = weight_VD.grad = None
-        function().backward()  # type: ignore[no-untyped-call]
+        function().backward()
 
     return run
 
@@ -95,7 +95,7 @@ def main() -> None:
     arguments = parse_arguments(NAME, __doc__ or "")
     v, d = (8_192, 128) if arguments.quick else (151_646, 896)
     sizes, repeats = ((64,), 2) if arguments.quick else ((512, 2_048), 5)
-    rows = []
+    rows: list[Row] = []
     ratios: dict[str, float] = {}
     for n in sizes:
         inputs = make_inputs(n, d, v)

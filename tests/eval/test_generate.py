@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from eval.engine_hf import HfEngine
+from eval.engine_processor import ProcessorEngine
 from eval.example import Example
 from eval.files import FileImage
 from eval.generate import GenerateConfig, generate
 from eval.predictions import read_predictions
 from eval.score import score_task, sidecar
 from llavamod_offline.data.sample import Turn
+from llavamod_offline.data.template import get_template
 from llavamod_offline.errors import ConfigError, EvalError, ModelError
 from tests.eval.fixtures import gqa_root, pope_root, write_image
 from tests.tiny import write_tiny_llava
@@ -78,16 +80,7 @@ def test_an_answer_ends_at_the_templates_end_token(
     free = engine.answer([examples[0]], 12)[0]
     assert free.finish == "length"
     assert free.n_tokens == 12
-    ids = engine.model.generate(
-        **{
-            "input_ids": torch.from_numpy(engine.encoder.encode_prompt([Turn("user", "<image>\nIs there a dog?")]))[
-                None
-            ],
-            "pixel_values": engine._pixels(examples[:1]),
-            "max_new_tokens": 12,
-            "do_sample": False,
-        }
-    )[0, -12:].tolist()
+    ids: list[int] = engine.tokenizer(free.text, add_special_tokens=False)["input_ids"]
     third = ids[2]
     monkeypatch.setattr(engine.encoder, "end_id", third)
     stopped = engine.answer([examples[0]], 12)[0]
@@ -159,3 +152,22 @@ def test_bad_settings_are_one_line_errors(model: Path, tmp_path: Path) -> None:
         generate(replace(good, template="vicuna"))
     with pytest.raises(EvalError, match="do not fit the model's 1024 positions"):
         generate(replace(good, max_new_tokens=1024))
+
+
+def test_any_checkpoint_answers_by_its_own_processor(tmp_path: Path, examples: list[Example[None]]) -> None:
+    """A LLaVA whose chat template words the same prompt gives the same answers through its own processor."""
+    folder = write_tiny_llava(tmp_path / "model")
+    with pytest.raises(ModelError, match="no chat template"):
+        ProcessorEngine(folder)
+    system = get_template("qwen").system[0].text
+    template = (
+        system + "USER: {% for part in messages[0]['content'] %}{% if part['type'] == 'image' %}<image>\n"
+        "{% else %}{{ part['text'] }}{% endif %}{% endfor %} ASSISTANT:"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    theirs, ours = ProcessorEngine(folder), HfEngine(folder, image_aspect="square")
+    assert [a.text for a in theirs.answer(examples, 8)] == [a.text for a in ours.answer(examples, 8)]
+    assert theirs.answer([examples[2]], 8) == theirs.answer(examples, 8)[2:3]
+    assert theirs.describe()["template"] == "the checkpoint's chat template"
+    with pytest.raises(ModelError, match="no such checkpoint"):
+        ProcessorEngine(tmp_path / "nothing")

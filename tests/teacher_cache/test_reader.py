@@ -131,6 +131,19 @@ def test_forked_loader_workers_read_what_this_process_reads(finished: Path) -> N
     assert list(loader) == expected
 
 
+def test_a_fork_while_another_thread_reads_does_not_hang(finished: Path) -> None:
+    """The child finds the parent's lock taken, by a thread that it does not have."""
+    dataset = CacheDataset(open_cache(finished))
+    expected = dataset[0]
+    pipe, far_end = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=lambda: far_end.send(dataset[0]), daemon=True)
+    with dataset.cache._chunks._lock:
+        child.start()
+    assert pipe.poll(30), "the forked reader hangs"
+    assert pipe.recv() == expected
+    child.join()
+
+
 def test_an_open_cache_can_be_pickled(finished: Path) -> None:
     cache = open_cache(finished)
     item = (min(cache.keys("response")), "response")

@@ -81,7 +81,7 @@ def train_plainly(
         for group in optimizer.param_groups:
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
         loss = loss_of_step(step)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained, 1.0)))
         optimizer.step()
         optimizer.zero_grad()

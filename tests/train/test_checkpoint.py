@@ -164,7 +164,7 @@ def test_a_finished_run_is_not_repeated(world: World, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     assert train(config) == first
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
-    with pytest.raises(ConfigError, match="^steps: "):
+    with pytest.raises(ConfigError, match=r"^steps: "):
         train(world.config("align", tmp_path / "run", "steps=3"))
     (tmp_path / "run" / "summary.json").write_text(json.dumps({"no": "summary"}))
     with pytest.raises(LlavaModError, match="output"):

@@ -15,10 +15,17 @@ from llavamod_offline.toyworld.language import (
     hallucinated_caption,
     questions,
 )
-from llavamod_offline.toyworld.scene import COLOURS, PLACES, SHAPES, Scene, random_scene
+from llavamod_offline.toyworld.scene import COLOURS, PLACES, SHAPES, Scene, Thing, random_scene
 
 seeds = st.integers(0, 10**9)
 _NAME = re.compile(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")
+
+
+def only(scene: Scene, text: str) -> Thing:
+    """The one object whose shape a text names."""
+    (shape,) = [shape for shape in SHAPES if shape in text]
+    (thing,) = [thing for thing in scene.things if thing.shape == shape]
+    return thing
 
 
 def answer_by_looking(scene: Scene, question: Question) -> str:
@@ -30,16 +37,14 @@ def answer_by_looking(scene: Scene, question: Question) -> str:
     if text.startswith("Is there"):
         return "Yes" if named[0] in things else "No"
     if text.startswith("Where"):
-        return PLACES[things[named[0]].cell]
+        return PLACES[only(scene, text).cell]
     if "small or large" in text:
-        return things[named[0]].size
+        return only(scene, text).size
     if "written" in text:
         assert scene.sign is not None
         return scene.sign.text
     if text.startswith("What color"):
-        shape = text.split()[-1].rstrip("?")
-        (colour,) = [thing.colour for thing in scene.things if thing.shape == shape]
-        return colour
+        return only(scene, text).colour
     if text.startswith("What shape"):
         place = re.sub(r"^(at|on|in) the ", "", text.removeprefix("What shape is ").rstrip("?"))
         (shape,) = [thing.shape for thing in scene.things if PLACES[thing.cell] == place]
@@ -60,7 +65,7 @@ def answer_by_looking(scene: Scene, question: Question) -> str:
     if "taller" in text:
         words = text.split()
         return "Yes" if bars[words[2]] > bars[words[7]] else "No"
-    first, second = things[named[0]].cell, things[named[1]].cell
+    first, second = (only(scene, part).cell for part in re.split("left of|above", text))
     holds = first % 3 < second % 3 if "left of" in text else first // 3 < second // 3
     return "Yes" if holds else "No"
 

@@ -54,7 +54,7 @@ def test_labels_of_patches_follow_the_scene(scene: Scene) -> None:
     labels = patch_labels(scene)
     assert labels.shape == (len(ATTRIBUTES), 36)
     for attribute, classes in enumerate(ATTRIBUTES.values()):
-        assert 0 <= labels[attribute].min()
+        assert labels[attribute].min() >= 0
         assert labels[attribute].max() < classes
     assert (labels[0] > 0).sum() == 4 * len(scene.things)
     assert len(set(labels[4].tolist()) - {0}) == len(scene.bars)

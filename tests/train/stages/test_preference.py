@@ -38,7 +38,10 @@ def test_a_step_is_one_mean_over_all_pairs(
         if kind == "sigmoid":
             return -torch.nn.functional.logsigmoid(BETA * (chosen_B - rejected_B)).mean()
         kl_chosen, kl_rejected = (x.mean().clamp(min=0).detach() for x in (chosen_B, rejected_B))
-        losses = [1 - torch.sigmoid(BETA * (chosen_B - kl_rejected)), 1 - torch.sigmoid(BETA * (kl_chosen - rejected_B))]
+        losses = [
+            1 - torch.sigmoid(BETA * (chosen_B - kl_rejected)),
+            1 - torch.sigmoid(BETA * (kl_chosen - rejected_B)),
+        ]
         return torch.cat(losses).mean()
 
     trained = student.freeze_all_but(".mlp.gate", ".mlp.up", ".mlp.down", "multi_modal_projector")

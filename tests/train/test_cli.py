@@ -1,0 +1,62 @@
+"""`train-student` as a user types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from llavamod_offline.config import dump_config
+from tests.train.conftest import World
+
+
+def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the console script."""
+    script = Path(sys.executable).with_name("train-student")
+    return subprocess.run([script, *arguments], capture_output=True, text=True, check=False, cwd=cwd)
+
+
+def test_help_is_quick_and_lists_recipes_and_keys() -> None:
+    began = time.monotonic()
+    done = command("--help")
+    took = time.monotonic() - began
+    assert done.returncode == 0
+    for expected in ("train-student mimic_sparse", "align, mimic_dense", "student.upcycle.num_experts: int = 4"):
+        assert expected in done.stdout
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import sys, train.cli; print('torch' in sys.modules)"], capture_output=True, text=True
+    )
+    assert loaded.stdout.strip() == "False", f"--help took {took:.1f} s"
+
+
+def test_the_config_is_printed_and_read_again(world: World, tmp_path: Path) -> None:
+    config = world.config("align", tmp_path / "run", "steps=1")
+    (tmp_path / "mine.yaml").write_text(dump_config(config))
+    done = command("mine.yaml", "optim.lr=3e-4", "--print-config", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "lr: 0.0003" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_prints_json_alone_on_stdout(world: World, tmp_path: Path) -> None:
+    config = world.config("align", tmp_path / "run", "steps=1")
+    (tmp_path / "mine.yaml").write_text(dump_config(config))
+    done = command("mine.yaml", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["finished"]
+    assert Path(summary["student"], "config.json").is_file()
+    assert len(done.stderr.splitlines()) == 1  # the progress line
+
+
+def test_errors_are_one_line_with_status_2(tmp_path: Path) -> None:
+    done = command("sft", "data.set=none", "student.checkpoint=none", "output=run", "optim.l=1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: argument 'optim.l=1': optim.l")
+    assert len(done.stderr.splitlines()) == 1
+    done = command("sft", "data.set=none", "student.checkpoint=none", "output=run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "error: none: no such checkpoint folder\n"
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,118 @@
+"""Recipes resolve to the scripts' values, and settings that do not fit are one line that names the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from llavamod_offline.config import dump_config, load_config
+from llavamod_offline.errors import ConfigError, LlavaModError
+from train.cli import RECIPES, resolve_config
+from train.config import CACHED_STAGES, LOSSES_OF_STAGE, LossKind, Stage, Tail, TrainConfig
+
+NEEDED = ("data.set=sets/x", "output=runs/x", "student.checkpoint=models/x")
+
+
+def arguments(stage: str) -> list[str]:
+    """The least that a recipe wants to be told."""
+    return [stage, *NEEDED, *(["cache.path=caches/x"] if stage in CACHED_STAGES else [])]
+
+
+@pytest.mark.parametrize("stage", get_args(Stage))
+def test_every_recipe_names_its_stage_and_survives_a_dump(stage: str, tmp_path: Path) -> None:
+    config = resolve_config(arguments(stage))
+    assert config.stage == stage
+    (tmp_path / "resolved.yaml").write_text(dump_config(config))
+    assert load_config(TrainConfig, [tmp_path / "resolved.yaml"]) == config
+
+
+def test_recipes_hold_the_scripts_values() -> None:
+    """LLaVA-MoD's shells/train/qwen/*.sh on 16 devices: learning rate, batch, loss, what is trained, balance loss."""
+    rows = {
+        stage: (config.optim.lr, config.batch.global_size, config.loss.kind, config.trainable, config.image_aspect)
+        for stage in get_args(Stage)
+        for config in [resolve_config(arguments(stage))]
+    }
+    assert rows == {
+        "align": (1e-3, 256, "cross_entropy", ["projector"], "square"),
+        "mimic_dense": (2e-5, 128, "only_kd", ["projector", "text"], "pad"),
+        "mimic_sparse": (2e-5, 128, "kd_lm", ["projector", "mlp", "router"], "pad"),
+        "preference": (2e-6, 128, "kto_pair", ["projector", "mlp", "router"], "pad"),
+        "sft": (2e-5, 128, "cross_entropy", ["projector", "text"], "pad"),
+    }
+    for stage in get_args(Stage):
+        config = resolve_config(arguments(stage))
+        assert (config.optim.warmup_ratio, config.optim.weight_decay, config.max_length) == (0.03, 0.0, 2048)
+        assert config.template == "qwen"
+        assert config.loss.router_aux_coef == (0.01 if config.student.kind == "sparse" else 0.0)
+    upcycle = resolve_config(arguments("mimic_sparse")).student.upcycle
+    assert upcycle is not None
+    assert (upcycle.layers, upcycle.num_experts, upcycle.top_k, upcycle.residual) == ("sparse", 4, 2, False)
+    assert resolve_config(arguments("preference")).loss.beta == 0.1
+
+
+def test_the_choices_are_those_of_the_losses() -> None:
+    from llavamod_offline.losses.divergence import TAILS
+    from llavamod_offline.losses.preference import PREFERENCE_KINDS
+
+    assert set(get_args(Tail)) == set(TAILS)
+    assert set(LOSSES_OF_STAGE["preference"]) == set(PREFERENCE_KINDS)
+    assert set(get_args(LossKind)) == {kind for kinds in LOSSES_OF_STAGE.values() for kind in kinds}
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "problem"),
+    [
+        ("mimic_dense", ["cache.path=null"], "cache.path: stage mimic_dense learns from a teacher's cache"),
+        ("sft", ["cache.path=c"], "cache.path: stage sft uses no teacher"),
+        ("mimic_dense", ["loss.kind=sigmoid"], "loss.kind: 'sigmoid' does not belong to stage mimic_dense"),
+        ("preference", ["loss.kind=only_kd"], "loss.kind: 'only_kd' does not belong to stage preference"),
+        ("mimic_dense", ["student.kind=sparse"], "student.kind: stage mimic_dense trains a dense student"),
+        ("mimic_sparse", ["student.kind=dense"], "student.kind: stage mimic_sparse trains a sparse student"),
+        ("sft", ["loss.router_aux_coef=0.1"], "loss.router_aux_coef: a dense student has no router"),
+        ("sft", ["trainable=[router]"], "trainable: a dense student has no router"),
+        ("sft", ["trainable=[projektor]"], "trainable: 'projektor' is no part: choose from vision, projector"),
+        ("sft", ["trainable=[]"], "trainable: names no part"),
+        ("sft", ["student.checkpoint=null"], "student: set student.checkpoint, or both"),
+        ("sft", ["student.vision_tower=v"], "student.vision_tower: a student starts from student.checkpoint or"),
+        ("sft", ["student.upcycle.top_k=2"], "student.upcycle: upcycling makes a sparse student"),
+        ("mimic_sparse", ["student.upcycle.top_k=5"], "student.upcycle.top_k: 5 is not between 1 and"),
+        ("mimic_sparse", ["student.upcycle.num_experts=1"], "student.upcycle.num_experts: 1 is too few"),
+        ("preference", ["loss.label_smoothing=0.1"], "loss.label_smoothing: kto_pair knows none"),
+        ("mimic_dense", ["loss.kd_weight=0"], "loss.kd_weight: 0 leaves nothing of the teacher"),
+        ("sft", ["batch.micro_size=3"], "batch.micro_size: 3 does not divide batch.global_size 128"),
+        ("sft", ["batch.global_size=0"], "batch.global_size: 0 must be above 0"),
+        ("sft", ["optim.lr=0"], "optim.lr: 0 must be above 0"),
+        ("sft", ["optim.lr=nan"], "optim.lr: nan must be above 0"),
+        ("sft", ["optim.warmup_ratio=2"], "optim.warmup_ratio: 2 is not between 0 and 1"),
+        ("sft", ["optim.betas=[0.9,1.0]"], "optim.betas: [0.9, 1.0] must lie in [0, 1)"),
+        ("sft", ["steps=0"], "steps: 0 must be above 0"),
+        ("sft", ["save_steps=-1"], "save_steps: -1 must not be negative"),
+        ("sft", ["eval_steps=5"], "eval_steps: there is nothing to evaluate on"),
+        ("sft", ["engine.zero_stage=4"], "engine.zero_stage: 4 is none of 0, 1, 2, 3"),
+        ("sft", ["engine.offload=true", "engine.zero_stage=0"], "engine.offload: offloading needs ZeRO"),
+        ("sft", ["optim.learning_rate=1"], "optim.learning_rate"),
+        ("sft", ["optim.lr=fast"], "optim.lr"),
+        ("sft", ["stage=sftt"], "stage"),
+        ("sft", ["recipe.yaml"], "recipe.yaml: no such config file"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_line(stage: str, settings: list[str], problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_config([*arguments(stage), *settings])
+    assert problem in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_but_a_recipe_is_missing_its_keys() -> None:
+    with pytest.raises(LlavaModError, match=r"no value for 'data.set'"):
+        resolve_config(["sft", *NEEDED[1:]])
+
+
+def test_a_file_here_wins_over_a_packaged_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve_config(arguments("sft")).optim.lr == 2e-5
+    (tmp_path / "sft").write_text((RECIPES / "sft.yaml").read_text().replace("2.0e-5", "5.0e-5"))
+    assert resolve_config(arguments("sft")).optim.lr == 5e-5
