@@ -211,5 +211,7 @@ def _csv_rows(lines: Iterator[str]) -> Iterator[list[str]]:
     limit = csv.field_size_limit(sys.maxsize)  # a picture in base64 is longer than the default limit
     try:
         yield from csv.reader(lines, delimiter="\t")
+    except csv.Error as error:
+        raise EvalError(f"not readable as tab-separated values: {error}: download the file again") from error
     finally:
         csv.field_size_limit(limit)

@@ -145,6 +145,7 @@ def _answers(root: Path, category: str) -> Iterator[tuple[tuple[str, str], bool]
                 continue
             fields = line.rstrip("\t ").split("\t")
             picture = _stem(fields.pop(0)) if template else _stem(file.name)
+            fields = fields[:2] if template else fields  # a filled-in template has an answer after them
             if len(fields) != 2 or fields[1].strip().lower() not in ("yes", "no"):
                 raise EvalError(f"{file}: line {number}: expected a question, a tab, and Yes or No")
             yield (picture, question_key(fields[0])), fields[1].strip().lower() == "yes"

@@ -31,7 +31,7 @@ PROTOCOL = (
     "| answer: a letter, 'X. …', or 'The answer is X' once; img_accuracy: over questions with a picture"
 )
 _LETTERS = "ABCDE"
-_SENTENCE = re.compile(r"The answer is ([A-Z])")
+_SENTENCE = re.compile(r"The answer is ([A-Z]).")
 
 
 @dataclass(frozen=True)

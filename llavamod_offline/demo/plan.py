@@ -31,8 +31,8 @@ class DemoSizes:
 
 
 FULL = DemoSizes(
-    align=1200, general=3200, multitask=1600, preference=600, benchmark_images=100,
-    align_steps=60, distill_steps=300, sparse_steps=120, preference_steps=60,
+    align=800, general=2400, multitask=1200, preference=500, benchmark_images=100,
+    align_steps=40, distill_steps=200, sparse_steps=80, preference_steps=30,
 )  # fmt: skip
 QUICK = DemoSizes(
     align=200, general=400, multitask=200, preference=100, benchmark_images=20,
@@ -120,8 +120,8 @@ def _training(output: Path, sizes: DemoSizes) -> Iterator[Step]:
     yield train("align", "align", sizes.align_steps, "2e-3", ("pack-align",), *parts)
     distilled = ("train-align", "cache-general")
     steps = sizes.distill_steps
-    yield train("mimic_dense", "general", steps, "1e-3", distilled, student("align"), cache("general"))
-    yield train("sft", "general", steps, "1e-3", ("train-align", "pack-general"), student("align"))
+    yield train("mimic_dense", "general", steps, "2e-3", distilled, student("align"), cache("general"))
+    yield train("sft", "general", steps, "2e-3", ("train-align", "pack-general"), student("align"))
     sparse = ("train-mimic_dense", "cache-multitask")
     steps = sizes.sparse_steps
     yield train("mimic_sparse", "multitask", steps, "1e-3", sparse, student("mimic_dense"), cache("multitask"))

@@ -27,9 +27,9 @@ _MME_KINDS = {"presence": "existence", "relation": "position"}
 
 
 def write_benchmarks(root: Path, *, images: int, seed: int) -> None:
-    """Write all four benchmarks over `images` pictures each, below `root`."""
+    """Write all four benchmarks below `root`, over `images` pictures each, POPE with its three rounds over half."""
     rng = random.Random(seed)
-    _write_pope(root / "pope", _object_scenes(images, rng), rng)
+    _write_pope(root / "pope", _object_scenes(-(-images // 2), rng), rng)
     _write_gqa(root / "gqa", [random_scene(rng) for _ in range(images)], rng)
     _write_mme(root / "MME", _object_scenes(images, rng), rng)
     _write_object_halbench(root / "object_halbench", _object_scenes(images, rng), rng)

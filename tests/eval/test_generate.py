@@ -73,6 +73,21 @@ def test_generation_is_greedy_decoding_without_a_cache(model: Path, examples: li
     assert engine.answer([example], 12)[0].text == text
 
 
+def test_no_answer_holds_the_image_token_or_a_row_beyond_the_tokenizer(
+    tmp_path: Path, examples: list[Example[None]]
+) -> None:
+    engine = HfEngine(write_tiny_llava(tmp_path / "model", head_rows=448, tied=False))
+    free = engine.answer(examples[:1], 1)
+    first = engine.tokenizer(free[0].text, add_special_tokens=False)["input_ids"][0]
+    head = engine.model.get_output_embeddings().weight
+    with torch.no_grad():
+        head[engine.encoder.image_token_id] = 3 * head[first]
+        head[447] = 5 * head[first]
+    assert engine.answer(examples[:1], 1) == free
+    head.data[first] *= 0.001
+    assert engine.answer(examples[:1], 1) != free
+
+
 def test_an_answer_ends_at_the_templates_end_token(
     model: Path, examples: list[Example[None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -186,6 +186,9 @@ def test_a_tsv_of_another_form_is_named(root: Path) -> None:
     path.write_text("index\tquestion\tA\tB\tanswer\timage\n1\tQ\n")
     with pytest.raises(EvalError, match="row 1 has 2 fields for 6 columns"):
         mmbench.load(root)
+    path.write_text("index\tquestion\tA\tB\tanswer\timage\n1\tQ\rR\ta\tb\tA\tx\n", newline="")
+    with pytest.raises(EvalError, match="not readable as tab-separated values"):
+        mmbench.load(root)
 
 
 def test_columns_that_are_not_there_are_no_error_in_the_upload(root: Path, tmp_path: Path) -> None:

@@ -99,6 +99,9 @@ def test_both_layouts_give_the_same_references(tmp_path: Path) -> None:
     assert [(e.id, e.prompt, e.reference) for e in mme.load(one)] == [
         (e.id, e.prompt, e.reference) for e in mme.load(two)
     ]
+    filled = two / "MME" / "eval_tool" / "Your_Results" / "existence.txt"  # as the tool's own example has it
+    filled.write_text(filled.read_text().replace("\t\n", "\tNo, I think.\n"))
+    assert [e.reference for e in mme.load(two)] == [e.reference for e in mme.load(one)]
     assert truth(one)["code_reasoning/0020.png#1"] == "Yes"
     assert [e.id for e in mme.load(one)][:2] == ["existence/0001.png#1", "existence/0001.png#2"]
 

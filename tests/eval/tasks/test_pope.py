@@ -22,7 +22,7 @@ from tests.eval.fixtures import answers, pope_root, scored, write_jsonl
         ("No", "no"),
         ("no", "no"),
         ("No, there is not.", "no"),
-        ("Yes. No.", "yes"),  # the text before the first "."
+        ("Yes. There is no dog", "yes"),  # the text before the first "."
         (".No", "yes"),
         ("It is not there", "no"),
         ("no,", "no"),  # commas go
