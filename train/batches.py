@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -151,7 +152,11 @@ class Loader:
         self._dataset = _Micro(samples, rows, encoder, images, tuple(roles), cache, records, pad_id)
         self._settings: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
         if workers:
-            self._settings |= {"prefetch_factor": 4, "multiprocessing_context": "fork"}
+            self._settings |= {
+                "prefetch_factor": 4,
+                "multiprocessing_context": "fork",
+                "worker_init_fn": _leave_signals,
+            }
 
     def batches(self, schedule: BatchSchedule | Sequence[list[int]]) -> Iterator[TrainBatch]:
         """Yield the micro-batches of a schedule, whose numbers are places in `rows`."""
@@ -277,6 +282,12 @@ def rejection_lines(too_long: Sequence[tuple[str, str]]) -> str:
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _leave_signals(worker: int) -> None:
+    """Leave Ctrl-C and SIGTERM, which may be sent to all processes at once, to the main one, which ends the workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batch: TrainBatch | LlavaModError) -> TrainBatch | LlavaModError:

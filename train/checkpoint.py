@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llavamod_offline import atomic
-from llavamod_offline.errors import ModelError
+from llavamod_offline.errors import ConfigError, ModelError
 from train.engine import World
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -64,18 +64,22 @@ def read_progress(checkpoint: Path) -> tuple[Progress, dict[str, Any]]:
 def save_checkpoint(
     output: Path, engine: Any, progress: Progress, identity: dict[str, Any], *, keep_last: int, world: World
 ) -> None:
-    """Write a checkpoint and remove all but the last `keep_last`; every process must call it."""
+    """Write a checkpoint and remove all but the last `keep_last`; every process must call it.
+
+    Errors: `ConfigError` if the disk is full or refuses; the checkpoints before stay.
+    """
     weights = {name: _cpu(tensor) for name, tensor in _full_weights(engine) if world.is_main}
     moments = {name: _cpu(tensor) for name, tensor in _full_moments(engine) if world.is_main}
     if world.is_main:
         folder = checkpoint_folder(output)
-        target = folder / f"step-{progress.step:08d}"
-        shutil.rmtree(target, ignore_errors=True)
-        with atomic.new_folder(target) as aside:
-            save_file(weights, aside / "weights.safetensors")
-            save_file(moments, aside / "optimizer.safetensors")
-            state = {"progress": asdict(progress), "identity": identity}
-            (aside / "state.json").write_text(json.dumps(state, indent=2))
+        state = json.dumps({"progress": asdict(progress), "identity": identity}, indent=2)
+        try:
+            _write(folder / f"step-{progress.step:08d}", weights, moments, state)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(
+                f"output: no checkpoint can be written to {folder} ({error}): make room; the same command goes on from "
+                "the last one"
+            ) from error
         for old in sorted(folder.glob("step-*"))[:-keep_last]:
             shutil.rmtree(old)
     world.barrier()
@@ -110,6 +114,14 @@ def load_optimizer(checkpoint: Path, engine: Any) -> None:
         safe_set_full_fp32_param(parameter, weights[name])
         for key in _MOMENTS:
             safe_set_full_optimizer_state(parameter, moments[f"{name}/{key}"], key)
+
+
+def _write(target: Path, weights: dict[str, Tensor], moments: dict[str, Tensor], state: str) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    with atomic.new_folder(target) as aside:
+        save_file(weights, aside / "weights.safetensors")
+        save_file(moments, aside / "optimizer.safetensors")
+        (aside / "state.json").write_text(state)
 
 
 def _full_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import typer
 
 from llavamod_offline.command import run_command
 from llavamod_offline.config import describe_config, dump_config, load_config, split_arguments
+from llavamod_offline.errors import ConfigError
 from train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -32,15 +34,25 @@ def resolve_config(arguments: list[str]) -> TrainConfig:
 
 
 def _recipe(file: Path) -> Path:
-    """A packaged recipe, if `file` is a bare name that is no file here."""
-    packaged = RECIPES / f"{file.name}.yaml"
-    return packaged if file.name == str(file) and not file.exists() and packaged.is_file() else file
+    """A packaged recipe, if `file` is a bare name that is no file here. Errors: `ConfigError` if it is none either."""
+    if file.exists() or file.suffix or file.name != str(file):
+        return file
+    names = recipe_names()
+    if file.name not in names:
+        nearest = difflib.get_close_matches(file.name, names, n=1)
+        hint = f"did you mean '{nearest[0]}'?" if nearest else f"choose one of {', '.join(names)}, or a YAML file"
+        raise ConfigError(f"argument '{file}': neither a recipe nor a file: {hint}")
+    return RECIPES / f"{file.name}.yaml"
+
+
+def recipe_names() -> list[str]:
+    """The packaged recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def _epilog() -> str:
     keys = "\n".join(f"  {line}" for line in describe_config(TrainConfig).splitlines())
-    names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
-    return f"\b\nRecipes: {names}\n\n\b\nKeys:\n{keys}"
+    return f"\b\nRecipes: {', '.join(recipe_names())}\n\n\b\nKeys:\n{keys}"
 
 
 @app.command(epilog=_epilog())

@@ -110,7 +110,10 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """DeepSpeed's settings. `zero_stage` null: 0 for one process, 2 for several. `dtype` auto: bfloat16 on a GPU."""
+    """DeepSpeed's settings. `dtype` auto: bfloat16 on a GPU, float32 elsewhere.
+
+    `zero_stage` null: 2 for several processes or with offloading, for one process 0 in float32 and 1 in bfloat16.
+    """
 
     zero_stage: int | None = None
     offload: bool = False

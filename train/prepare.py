@@ -9,6 +9,8 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from llavamod_offline.data.images import ImagePreprocessor
 from llavamod_offline.data.sampler import BatchSchedule
 from llavamod_offline.data.shards import SampleSet
@@ -41,6 +43,8 @@ class Setup:
     loader: Loader
     joined: Join
     steps: int
+    zero_stage: int
+    dtype: torch.dtype
     identity: dict[str, Any]
 
     def micro_batches(self, config: TrainConfig, world: World, start: int) -> Iterator[TrainBatch]:
@@ -70,6 +74,7 @@ def prepare(config: TrainConfig, world: World) -> Setup:
 
     Errors: a `LlavaModError` naming what does not fit and the key to change.
     """
+    zero_stage, dtype = _engine_choice(config, world)
     _check_processes(config, world)
     template = get_template(config.template)
     source = open_source(config.student)
@@ -109,7 +114,30 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         pin_memory=world.device.type == "cuda",
     )
     steps = config.steps or ceil(config.epochs * len(joined.rows) / config.batch.global_size)
-    return Setup(student, source, make_stage(config, vocab_size=vocab_size), loader, joined, steps, identity)
+    return Setup(
+        student=student,
+        source=source,
+        stage=make_stage(config, vocab_size=vocab_size),
+        loader=loader,
+        joined=joined,
+        steps=steps,
+        zero_stage=zero_stage,
+        dtype=dtype,
+        identity=identity,
+    )
+
+
+def _engine_choice(config: TrainConfig, world: World) -> tuple[int, torch.dtype]:
+    """The ZeRO stage and the type of the weights, where the configuration leaves them open."""
+    chosen = config.engine
+    on_gpu = world.device.type == "cuda"
+    dtype = torch.bfloat16 if chosen.dtype == "bfloat16" or (chosen.dtype == "auto" and on_gpu) else torch.float32
+    least = 1 if dtype == torch.bfloat16 else 0  # ZeRO keeps the float32 weights that bfloat16 needs
+    if chosen.zero_stage is None:
+        return (2 if world.size > 1 or chosen.offload else least), dtype
+    if chosen.zero_stage < least:
+        raise ConfigError("engine.zero_stage: 0 has no float32 weights beside bfloat16: set it to 1, 2 or null")
+    return chosen.zero_stage, dtype
 
 
 def _check_processes(config: TrainConfig, world: World) -> None:

@@ -8,8 +8,6 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llavamod_offline import atomic
 from llavamod_offline.config import dump_config
 from llavamod_offline.errors import ConfigError
@@ -126,11 +124,7 @@ def _begin(config: TrainConfig, output: Path, joined: Join) -> None:
 
 
 def _engine(config: TrainConfig, setup: Setup, world: World) -> AbstractContextManager[Any]:
-    optim, chosen = config.optim, config.engine
-    zero_stage = chosen.zero_stage
-    if zero_stage is None:
-        zero_stage = 2 if world.size > 1 or chosen.offload else 0
-    bfloat16 = chosen.dtype == "bfloat16" or (chosen.dtype == "auto" and world.device.type == "cuda")
+    optim = config.optim
     optimizer = make_optimizer(
         setup.student, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
     )
@@ -140,9 +134,9 @@ def _engine(config: TrainConfig, setup: Setup, world: World) -> AbstractContextM
         world=world,
         micro_size=config.batch.micro_size,
         micro_steps=_micro_steps(config, world),
-        zero_stage=zero_stage,
-        offload=chosen.offload,
-        dtype=torch.bfloat16 if bfloat16 else torch.float32,
+        zero_stage=setup.zero_stage,
+        offload=config.engine.offload,
+        dtype=setup.dtype,
         grad_clip=optim.grad_clip,
     )
 

@@ -31,8 +31,8 @@ class DemoSizes:
 
 
 FULL = DemoSizes(
-    align=800, general=2400, multitask=1200, preference=500, benchmark_images=100,
-    align_steps=40, distill_steps=200, sparse_steps=80, preference_steps=30,
+    align=1600, general=2400, multitask=1200, preference=500, benchmark_images=100,
+    align_steps=60, distill_steps=180, sparse_steps=60, preference_steps=25,
 )  # fmt: skip
 QUICK = DemoSizes(
     align=200, general=400, multitask=200, preference=100, benchmark_images=20,
@@ -120,14 +120,14 @@ def _training(output: Path, sizes: DemoSizes) -> Iterator[Step]:
     yield train("align", "align", sizes.align_steps, "2e-3", ("pack-align",), *parts)
     distilled = ("train-align", "cache-general")
     steps = sizes.distill_steps
-    yield train("mimic_dense", "general", steps, "2e-3", distilled, student("align"), cache("general"))
-    yield train("sft", "general", steps, "2e-3", ("train-align", "pack-general"), student("align"))
+    yield train("mimic_dense", "general", steps, "1e-3", distilled, student("align"), cache("general"))
+    yield train("sft", "general", steps, "1e-3", ("train-align", "pack-general"), student("align"))
     sparse = ("train-mimic_dense", "cache-multitask")
     steps = sizes.sparse_steps
-    yield train("mimic_sparse", "multitask", steps, "1e-3", sparse, student("mimic_dense"), cache("multitask"))
+    yield train("mimic_sparse", "multitask", steps, "5e-4", sparse, student("mimic_dense"), cache("multitask"))
     preferred = ("train-mimic_sparse", "cache-preference")
     steps = sizes.preference_steps
-    yield train("preference", "preference", steps, "1e-4", preferred, student("mimic_sparse"), cache("preference"))
+    yield train("preference", "preference", steps, "5e-5", preferred, student("mimic_sparse"), cache("preference"))
 
 
 def _evaluation(output: Path) -> Iterator[Step]:

@@ -1,4 +1,4 @@
-"""What is said of a scene: captions in varied words, questions of nine kinds with exact answers, preference pairs.
+"""What is said of a scene: captions in varied words, questions of eight kinds with exact answers, preference pairs.
 
 Everything takes a `random.Random`, so that a set of texts follows from a seed.
 """
@@ -103,7 +103,6 @@ def _object_questions(scene: Scene, rng: random.Random) -> list[Question]:
             asked += [
                 Question("color", f"What color is the {shape}?", thing.colour, f"The {shape} is {thing.colour}."),
                 Question("place", f"Where is the {shape}?", PLACES[thing.cell], f"The {shape} is {at}."),
-                Question("size", f"Is the {shape} small or large?", thing.size, f"The {shape} is {thing.size}."),
             ]
     for kind, values in (("shape", SHAPES), ("color", COLOURS)):
         present = [thing.shape if kind == "shape" else thing.colour for thing in things]

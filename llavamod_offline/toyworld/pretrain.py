@@ -3,8 +3,8 @@
     python -m llavamod_offline.toyworld.pretrain --output DIR
 
 The tower learns from ground truth what each patch shows and is frozen, as CLIP is in LLaVA; the teacher's projector
-and language model then learn conversations about pictures. The small language model, a student's beginning, sees text
-alone: the same conversations about scenes described in words, so that it can read and answer before it ever sees.
+and language model then learn conversations about pictures. The small language model, a student's beginning, is every
+second layer of the teacher's, as depth-pruned students begin: it has to be aligned with a tower and to be taught again.
 
 Letters: B pictures or conversations, C channels, H and W pixels, T tokens, P patches, A attributes, N supervised
 tokens, X classes of all attributes.
@@ -44,7 +44,6 @@ from llavamod_offline.data.tokenise import Sequence, SequenceEncoder
 from llavamod_offline.models.checkpoint import load_tokenizer
 from llavamod_offline.toyworld.conversations import mixed, questioned
 from llavamod_offline.toyworld.draw import draw_scene
-from llavamod_offline.toyworld.language import caption
 from llavamod_offline.toyworld.scene import Scene, random_scene
 from llavamod_offline.toyworld.supervision import ATTRIBUTES, PRESENCE_CLASSES, patch_labels, presence_labels
 from llavamod_offline.toyworld.tokenizer import train_tokenizer
@@ -57,7 +56,6 @@ PIXELS = 48
 PATCH = 8
 IMAGE_TOKENS = (PIXELS // PATCH) ** 2
 TEACHER_ROWS = 640  # rows of the teacher's head: more than the tokenizer has ids, as Qwen2-7B's 152,064 are
-LANGUAGE_MODEL_ROWS = 608
 VOCABULARY = 600
 BATCH = 32
 SAVE_STEPS = 500
@@ -155,22 +153,15 @@ def new_llava(
 
 
 def conversations(
-    rng: random.Random, encoder: SequenceEncoder, speak: Speaker, *, with_images: bool
+    rng: random.Random, encoder: SequenceEncoder, speak: Speaker
 ) -> Iterator[tuple[list[Scene], list[Sequence]]]:
-    """Endless batches of conversations, four batches' worth sorted by length at a time to spare padding.
-
-    Without images, a description in words stands where the picture would.
-    """
+    """Endless batches of conversations, four batches' worth sorted by length at a time to spare padding."""
     while True:
         drawn = []
         for index in range(4 * BATCH):
             scene = random_scene(rng)
             turns = speak(scene, rng)
-            if not with_images:
-                described = caption(scene, rng)
-                turns = [Turn(turn.role, turn.text.replace(IMAGE_PLACEHOLDER, described)) for turn in turns]
-            images, extensions = ((b"-",), ("png",)) if with_images else ((), ())
-            sample = Sample(f"toy-{index}", tuple(turns), images, extensions)
+            sample = Sample(f"toy-{index}", tuple(turns), (b"-",), ("png",))
             drawn.append((scene, encoder.encode(sample, "response")))
         drawn.sort(key=lambda pair: len(pair[1].input_ids_T))
         batches = [drawn[start : start + BATCH] for start in range(0, len(drawn), BATCH)]
@@ -197,7 +188,7 @@ def new_teacher(tower: CLIPVisionModel, tokenizer: Qwen2TokenizerFast, seed: int
     return new_llava(tower, tokenizer, text)
 
 
-def train_teacher(
+def train_on_pictures(
     model: LlavaForConditionalGeneration,
     encoder: SequenceEncoder,
     speak: Speaker,
@@ -207,9 +198,9 @@ def train_teacher(
     seed: int,
     folder: Path,
 ) -> None:
-    """Train projector and language model on conversations about pictures, the tower frozen; save as it goes."""
-    batches = conversations(random.Random(seed), encoder, speak, with_images=True)
-    for step, optimizer in _steps(model, steps, learning_rate=learning_rate, name="teacher"):
+    """Train projector and language model on pictures, the tower frozen; save to `folder` as it goes."""
+    batches = conversations(random.Random(seed), encoder, speak)
+    for step, optimizer in _steps(model, steps, learning_rate=learning_rate, name="pictures"):
         scenes, sequences = next(batches)
         input_ids_BT, mask_BT = padded(sequences)
         with _half_precision():
@@ -223,31 +214,27 @@ def train_teacher(
         loss = cross_entropy(model.lm_head(hidden_BTD.flatten(0, 1)[rows]), targets_N)
         _update(loss, model, optimizer)
         if step % 50 == 0 or step == steps - 1:
-            logger.info("teacher %d/%d loss %.4f", step, steps, loss.item())
+            logger.info("pictures %d/%d loss %.4f", step, steps, loss.item())
         if (step + 1) % SAVE_STEPS == 0 or step == steps - 1:
             save(copy.deepcopy(model), encoder.tokenizer, folder)
 
 
-def train_language_model(
-    tokenizer: Qwen2TokenizerFast, encoder: SequenceEncoder, steps: int, seed: int
-) -> Qwen2ForCausalLM:
-    """Train a small language model on the texts alone; it reads a description where the teacher sees a picture."""
-    torch.manual_seed(seed)
-    text = text_config(tokenizer, hidden=96, layers=3, intermediate=256, rows=LANGUAGE_MODEL_ROWS)
-    model = Qwen2ForCausalLM(text)
-    batches = conversations(random.Random(seed + 2), encoder, questioned, with_images=False)
-    for step, optimizer in _steps(model, steps, learning_rate=3e-3, name="language model"):
-        _, sequences = next(batches)
-        input_ids_BT, mask_BT = padded(sequences)
-        labels_BT = torch.full_like(input_ids_BT, -100)
-        for row, sequence in enumerate(sequences):
-            labels_BT[row, torch.from_numpy(sequence.supervised_N)] = torch.from_numpy(sequence.target_ids_N)
-        with _half_precision():
-            loss = model(input_ids=input_ids_BT, attention_mask=mask_BT, labels=labels_BT, use_cache=False).loss
-        _update(loss, model, optimizer)
-        if step % 50 == 0 or step == steps - 1:
-            logger.info("language model %d/%d loss %.4f", step, steps, loss.item())
-    return model.eval()
+def every_second_layer(teacher: LlavaForConditionalGeneration) -> Qwen2ForCausalLM:
+    """The teacher's language model without every second of its layers, sharing its embeddings' values and head."""
+    text = teacher.config.text_config
+    kept = range(0, text.num_hidden_layers, 2)
+    settings = {**text.to_dict(), "num_hidden_layers": len(kept), "layer_types": None}
+    model = Qwen2ForCausalLM(Qwen2Config(**settings))
+    tensors = {}
+    for name, tensor in teacher.model.language_model.state_dict().items():
+        layer = name.split(".")[1] if name.startswith("layers.") else None
+        if layer is None:
+            tensors[name] = tensor
+        elif int(layer) in kept:
+            tensors[name.replace(f"layers.{layer}.", f"layers.{kept.index(int(layer))}.", 1)] = tensor
+    model.model.load_state_dict(tensors)
+    model.tie_weights()
+    return model
 
 
 def save(model: PreTrainedModel, tokenizer: Qwen2TokenizerFast, folder: Path) -> None:
@@ -299,11 +286,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for tower/, teacher/ and language_model/")
     parser.add_argument("--tower-steps", type=int, default=1200)
     parser.add_argument("--teacher-steps", type=int, default=3600)
-    parser.add_argument("--question-steps", type=int, default=1600, help="the teacher's second round, mostly quizzes")
-    parser.add_argument("--language-model-steps", type=int, default=3000)
+    parser.add_argument("--question-steps", type=int, default=2200, help="the teacher's second round, mostly quizzes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--only", choices=("tower", "language_model", "teacher", "questions"), help="one part alone, on what is there"
+        "--only",
+        choices=("tower", "teacher", "questions", "language_model"),
+        help="one part alone, on what is there",
     )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -320,19 +308,19 @@ def main() -> None:
     output, seed, wanted = arguments.output, arguments.seed, arguments.only
     if wanted in (None, "tower"):
         train_tower(arguments.tower_steps, seed).save_pretrained(output / "tower")
-    if wanted in (None, "language_model"):
-        model = train_language_model(tokenizer, encoder, arguments.language_model_steps, seed)
-        save(model, tokenizer, output / "language_model")
     if wanted in (None, "teacher"):
         tower = CLIPVisionModel.from_pretrained(output / "tower", dtype=torch.float32)
         teacher = new_teacher(tower, tokenizer, seed)
         first = {"steps": arguments.teacher_steps, "learning_rate": 2e-3, "seed": seed + 1}
-        train_teacher(teacher, encoder, mixed, **first, folder=output / "teacher")
+        train_on_pictures(teacher, encoder, mixed, **first, folder=output / "teacher")
     if wanted in (None, "questions"):
         teacher = LlavaForConditionalGeneration.from_pretrained(output / "teacher", dtype=torch.float32)
         teacher.model.vision_tower.requires_grad_(False)
         second = {"steps": arguments.question_steps, "learning_rate": 1.5e-3, "seed": seed + 3}
-        train_teacher(teacher, encoder, questioned, **second, folder=output / "teacher")
+        train_on_pictures(teacher, encoder, questioned, **second, folder=output / "teacher")
+    if wanted in (None, "language_model"):
+        teacher = LlavaForConditionalGeneration.from_pretrained(output / "teacher", dtype=torch.float32)
+        save(every_second_layer(teacher), tokenizer, output / "language_model")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def _write(path: Path, order: list[str], *, again: bool = False) -> str:
     return str(store.finalise()["digest"])
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(order=st.permutations(NAMES), again=st.booleans())
 def test_the_order_of_commits_does_not_matter(
     order: list[str], again: bool, tmp_path_factory: pytest.TempPathFactory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +79,12 @@ def write_cache(folder: Path, data: Path, teacher: Path, *settings: str) -> Path
     given = (f"data={data}", f"teacher={teacher}", f"output={folder}", "workers=1")
     run_job(load_config(CacheConfig, (), [*given, *settings]))
     return folder
+
+
+def wait_for_lines(file: Path, lines: int) -> None:
+    """Wait until a file has some lines."""
+    while not file.is_file() or len(file.read_text().splitlines()) < lines:
+        time.sleep(0.002)
 
 
 @pytest.fixture(autouse=True)

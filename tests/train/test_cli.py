@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from llavamod_offline.config import dump_config
-from tests.train.conftest import World
+from tests.train.conftest import World, wait_for_lines
+from train.checkpoint import latest_checkpoint
+from train.metrics import METRICS_NAME
 
 
 def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -49,6 +53,23 @@ def test_a_run_prints_json_alone_on_stdout(world: World, tmp_path: Path) -> None
     assert summary["finished"]
     assert Path(summary["student"], "config.json").is_file()
     assert len(done.stderr.splitlines()) == 1  # the progress line
+
+
+def test_a_sigterm_to_all_processes_ends_with_status_0(world: World, tmp_path: Path) -> None:
+    """As a scheduler sends it before it takes the machine away: to the main process and its workers alike."""
+    config = world.config("align", tmp_path / "run", "steps=100000", "workers=1")
+    (tmp_path / "mine.yaml").write_text(dump_config(config))
+    script = Path(sys.executable).with_name("train-student")
+    process = subprocess.Popen(
+        [script, "mine.yaml"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    wait_for_lines(tmp_path / "run" / METRICS_NAME, 3)
+    os.killpg(process.pid, signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert b"the same command goes on from there" in stdout
+    assert b"Traceback" not in stderr
+    assert latest_checkpoint(tmp_path / "run") is not None
 
 
 def test_errors_are_one_line_with_status_2(tmp_path: Path) -> None:

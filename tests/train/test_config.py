@@ -97,6 +97,8 @@ def test_the_choices_are_those_of_the_losses() -> None:
         ("sft", ["optim.lr=fast"], "optim.lr"),
         ("sft", ["stage=sftt"], "stage"),
         ("sft", ["recipe.yaml"], "recipe.yaml: no such config file"),
+        ("sft", ["mimic_dence"], "argument 'mimic_dence': neither a recipe nor a file: did you mean 'mimic_dense'?"),
+        ("sft", ["kto"], "argument 'kto': neither a recipe nor a file: choose one of align, mimic_dense"),
     ],
 )
 def test_settings_that_do_not_fit_are_one_line(stage: str, settings: list[str], problem: str) -> None:

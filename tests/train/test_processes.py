@@ -11,10 +11,13 @@ import pytest
 import torch
 
 from llavamod_offline.config import dump_config
+from llavamod_offline.errors import ConfigError
 from llavamod_offline.models.checkpoint import load_llava
 from tests.train.conftest import World
 from train.config import TrainConfig
+from train.engine import World as Processes
 from train.metrics import read_metrics
+from train.prepare import prepare
 from train.run import train
 
 
@@ -34,36 +37,53 @@ def run_two(config: TrainConfig, folder: Path, *settings: str) -> subprocess.Com
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "zero_stage"), [("mimic_sparse", 0), ("mimic_sparse", 2), ("preference", 2)])
-def test_two_processes_equal_one(world: World, tmp_path: Path, stage: str, zero_stage: int) -> None:
-    """Same samples, same losses to rounding, the balance loss and the KL terms included; one of the two prints."""
-    config = world.config(stage, tmp_path / "two", "batch.micro_size=2", "data.holdout=4", "eval_steps=4")
-    done = run_two(config, tmp_path, f"engine.zero_stage={zero_stage}")
+@pytest.mark.parametrize(("stage", "zero_stage"), [("mimic_sparse", 2), ("preference", 0)])
+def test_two_processes_equal_one_which_can_go_on_for_them(
+    world: World, tmp_path: Path, stage: str, zero_stage: int
+) -> None:
+    """Same samples, same losses to rounding, the balance loss and the KL terms included; one of the two prints.
+
+    Their checkpoint of step 2 is then taken up by one process, with the same losses again.
+    """
+    settings = ("batch.micro_size=2", "data.holdout=4", "eval_steps=4")
+    config = world.config(stage, tmp_path / "two", *settings)
+    done = run_two(config, tmp_path, f"engine.zero_stage={zero_stage}", "save_steps=2")
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
-    train(world.config(stage, tmp_path / "one", "batch.micro_size=2", "data.holdout=4", "eval_steps=4"))
-    two, one = read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one")
-    assert len(two) == len(one) == 4
-    for ours, theirs in zip(two, one, strict=True):
+    train(world.config(stage, tmp_path / "one", *settings))
+    assert_equal_runs(tmp_path / "two", tmp_path / "one")
+    (tmp_path / "two" / "summary.json").unlink()
+    train(config)
+    assert_equal_runs(tmp_path / "two", tmp_path / "one")
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    """Equal logs to rounding, equal students."""
+    logs = read_metrics(one), read_metrics(other)
+    assert len(logs[0]) == len(logs[1]) == 4
+    for ours, theirs in zip(*logs, strict=True):
         assert ours.keys() == theirs.keys()
         for name in sorted({"loss", "grad_norm", "positions", "tokens", "balance", "holdout_loss"} & ours.keys()):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
         if "chosen_reward" in ours:
             assert ours["chosen_reward"] == pytest.approx(theirs["chosen_reward"], rel=1e-4)
-    students = [load_llava(tmp_path / run / "student").state_dict() for run in ("one", "two")]
+    students = [load_llava(run / "student").state_dict() for run in (one, other)]
     for name, tensor in students[0].items():
         torch.testing.assert_close(students[1][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.mark.slow
-def test_one_process_goes_on_where_two_were_stopped(world: World, tmp_path: Path) -> None:
-    """A checkpoint of step 2 by two processes; the batch size must fit the number of processes."""
-    config = world.config("sft", tmp_path / "run", "batch.micro_size=2", "save_steps=2", "steps=4")
-    done = run_two(config, tmp_path, "batch.micro_size=8")
-    assert done.returncode != 0
-    assert "batch.global_size: 8 is no multiple of batch.micro_size 8 × 2 processes" in done.stderr
-    assert run_two(config, tmp_path).returncode == 0
-    whole = [entry["loss"] for entry in read_metrics(tmp_path / "run")]
-    (tmp_path / "run" / "summary.json").unlink()
-    train(config)
-    assert [entry["loss"] for entry in read_metrics(tmp_path / "run")] == pytest.approx(whole, rel=1e-5)
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (["batch.micro_size=8"], "batch.global_size: 8 is no multiple of batch.micro_size 8 × 2 processes"),
+        (["data.holdout=3"], "data.holdout: 3 is no multiple of the 2 processes"),
+        (["engine.zero_stage=3"], "engine.zero_stage: 3 works in one process only"),
+        (["engine.zero_stage=0", "engine.dtype=bfloat16"], "engine.zero_stage: 0 has no float32 weights"),
+    ],
+)
+def test_what_does_not_fit_two_processes_is_refused(
+    world: World, tmp_path: Path, settings: list[str], problem: str
+) -> None:
+    two = Processes(rank=0, size=2, local_size=2, device=torch.device("cpu"))
+    with pytest.raises(ConfigError, match=problem):
+        prepare(world.config("sft", tmp_path / "run", *settings), two)

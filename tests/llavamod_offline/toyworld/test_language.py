@@ -38,8 +38,6 @@ def answer_by_looking(scene: Scene, question: Question) -> str:
         return "Yes" if named[0] in things else "No"
     if text.startswith("Where"):
         return PLACES[only(scene, text).cell]
-    if "small or large" in text:
-        return only(scene, text).size
     if "written" in text:
         assert scene.sign is not None
         return scene.sign.text

@@ -1,0 +1,70 @@
+"""The shipped checkpoints: small, ordinary, and a teacher worth imitating without being perfect."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from llavamod_offline.data.sample import Sample, Turn
+from llavamod_offline.data.template import get_template
+from llavamod_offline.demo.plan import LANGUAGE_MODEL, TEACHER
+from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, sequence_encoder
+from llavamod_offline.toyworld.draw import draw_scene
+from llavamod_offline.toyworld.language import SHORT_ANSWER, questions
+from llavamod_offline.toyworld.pretrain import padded, pixels
+from llavamod_offline.toyworld.scene import random_scene
+
+
+def test_the_teacher_takes_at_most_four_megabytes() -> None:
+    assert sum(file.stat().st_size for file in TEACHER.iterdir()) <= 4_000_000
+    assert {file.suffix for file in TEACHER.iterdir()} == {".json", ".safetensors"}
+
+
+def test_both_checkpoints_share_a_tokenizer_and_are_in_bfloat16() -> None:
+    assert load_tokenizer(TEACHER).get_vocab() == load_tokenizer(LANGUAGE_MODEL).get_vocab()
+    for folder in (TEACHER, LANGUAGE_MODEL):
+        with safe_open(folder / "model.safetensors", framework="pt") as tensors:
+            assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"BF16"}  # noqa: SIM118
+
+
+def test_plain_transformers_answers_with_the_teacher() -> None:
+    """Processor and model as anybody would use them, on a picture of one large red circle."""
+    processor = AutoProcessor.from_pretrained(TEACHER, local_files_only=True)
+    model = LlavaForConditionalGeneration.from_pretrained(TEACHER, dtype=torch.float32, local_files_only=True)
+    rng = random.Random(4)
+    scene = next(s for s in iter(lambda: random_scene(rng), None) if len(s.things) == 1 and not s.sign)
+    prompt = get_template("qwen").render((Turn("user", f"<image>\nWhat color is the {scene.things[0].shape}?"),))
+    text = "".join(segment.text for segment in prompt)
+    inputs = processor(images=draw_scene(scene), text=text, return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    answer = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert scene.things[0].colour in answer
+
+
+@pytest.mark.slow
+def test_the_teacher_is_good_and_not_perfect() -> None:
+    """At least 0.90 exact answers (the most likely token at every place) on pictures that no training drew."""
+    model, tokenizer = load_llava(TEACHER), load_tokenizer(TEACHER)
+    encoder = sequence_encoder(TEACHER, tokenizer, get_template("qwen"), 2048)
+    rng = random.Random(20_000_003)
+    right, asked = 0, 640
+    for _ in range(asked // 32):
+        scenes = [random_scene(rng) for _ in range(32)]
+        sequences = []
+        for scene in scenes:
+            question = questions(scene, rng, 1)[0]
+            turns = (Turn("user", f"<image>\n{question.text}{SHORT_ANSWER}"), Turn("assistant", question.answer))
+            sequences.append(encoder.encode(Sample("toy", turns, (b"-",), ("png",)), "response"))
+        input_ids_BT, mask_BT = padded(sequences)
+        with torch.inference_mode():
+            hidden_BTD = model.model(
+                input_ids=input_ids_BT, attention_mask=mask_BT, pixel_values=pixels(scenes), use_cache=False
+            ).last_hidden_state
+            for row, sequence in enumerate(sequences):
+                guess_N = model.lm_head(hidden_BTD[row, torch.from_numpy(sequence.prediction_rows_N)]).argmax(-1)
+                right += bool((guess_N.numpy() == sequence.target_ids_N).all())
+    assert 0.90 <= right / asked < 1.0
