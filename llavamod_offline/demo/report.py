@@ -50,8 +50,8 @@ def _charts(output: Path) -> str:
             x_label="step",
         ),
         line_chart(
-            "Preference: share of pairs ranked as they should be",
-            {"reward accuracy": curves(train / "preference", "reward_accuracy")},
+            "Preference: margin of chosen over rejected beyond the teacher's, β·(r_w − r_l)",
+            {"reward margin": curves(train / "preference", "reward_margin")},
             x_label="step",
         ),
     ]
