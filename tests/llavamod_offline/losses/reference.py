@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -100,3 +101,57 @@ def reference_kl(
                 r = p[rest].sum()
                 total = total + r * (torch.log(r) - log_q[rest].logsumexp(0))
     return total * temperature**2
+
+
+def reference_divergence(
+    log_probs_NV: Tensor,
+    targets: SparseTargets,
+    logits_NV: Tensor,
+    kind: str,
+    *,
+    js_weight: float = 0.5,
+    skew: float = 0.1,
+    temperature: float = 1.0,
+    weights_N: Tensor | None = None,
+) -> Tensor:
+    """T² · Σ of a divergence over the head's ids and one bucket, event by event, from the full teacher."""
+    vocab = log_probs_NV.shape[1]
+    total = logits_NV.sum() * 0.0
+    for i in range(len(targets)):
+        ids = [int(v) for v in targets.head_ids_NK[i] if v != EMPTY_ID]
+        rest = [v for v in range(vocab) if v not in ids]
+        p = (log_probs_NV[i] / temperature).softmax(-1)
+        q = (logits_NV[i, :vocab] / temperature).softmax(-1)
+        events = [[v] for v in ids] + ([rest] if rest else [])
+        pairs = [(p[event].sum(), q[event].sum()) for event in events]
+        if not ids and targets.tail_log_mass_N[i] == -math.inf:
+            continue  # neither head nor tail
+        weight = 1.0 if weights_N is None else float(weights_N[i])
+        total = total + weight * sum((_term(kind, a, b, js_weight, skew) for a, b in pairs), start=p.new_zeros(()))
+    return total * temperature**2
+
+
+def _term(kind: str, p: Tensor, q: Tensor, w: float, a: float) -> Tensor:
+    if kind == "forward_kl":
+        return p * torch.log(p / q)
+    if kind == "reverse_kl":
+        return q * torch.log(q / p)
+    if kind == "js":
+        m = w * p + (1 - w) * q
+        return w * p * torch.log(p / m) + (1 - w) * q * torch.log(q / m)
+    if kind == "skewed_forward_kl":
+        return p * torch.log(p / (a * p + (1 - a) * q))
+    if kind == "skewed_reverse_kl":
+        return q * torch.log(q / ((1 - a) * p + a * q))
+    return (p - q).abs() / 2
+
+
+def without_targets(targets: SparseTargets, rows: list[int]) -> SparseTargets:
+    """The same positions, of which some have neither head nor tail, neither draws nor an actual token."""
+    values = {name: tensor.clone() for name, tensor in vars(targets).items() if isinstance(tensor, Tensor)}
+    for name in ("head_ids_NK", "draw_ids_NM", "target_ids_N"):
+        values[name][rows] = EMPTY_ID
+    for name in ("head_log_probs_NK", "tail_log_mass_N"):
+        values[name][rows] = -math.inf
+    values["draw_weights_NM"][rows] = 0.0
+    return replace(targets, **values)  # type: ignore[arg-type]

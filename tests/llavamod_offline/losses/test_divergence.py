@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llavamod_offline.errors import TargetError
-from llavamod_offline.losses.divergence import Tail, forward_kl
+from llavamod_offline.losses.divergence import forward_kl
 from llavamod_offline.losses.targets import SparseTargets
+from llavamod_offline.losses.teacher import Tail
 from tests.llavamod_offline.losses.reference import full_kl, random_teacher, reference_kl, truncate
 
 READINGS: tuple[Tail, ...] = ("bucket", "draws", "renormalised")
@@ -216,7 +217,7 @@ class TestErrors:
         )
 
     def test_unknown_reading_and_bad_temperature(self) -> None:
-        with pytest.raises(TargetError, match="'buckets' is unknown: choose one of bucket"):
+        with pytest.raises(TargetError, match="'buckets' is unknown: choose one of shrink, bucket"):
             forward_kl(self.logits, self.targets, tail="buckets")  # type: ignore[arg-type]
         with pytest.raises(TargetError, match="temperature 0"):
             forward_kl(self.logits, self.targets, temperature=0.0)

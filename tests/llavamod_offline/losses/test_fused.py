@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llavamod_offline.errors import TargetError
-from llavamod_offline.losses.divergence import Tail, forward_kl
+from llavamod_offline.losses.divergence import forward_kl
 from llavamod_offline.losses.fused import (
     LossTerms,
     cross_entropy_from_hidden,
@@ -19,6 +19,7 @@ from llavamod_offline.losses.fused import (
     sequence_log_probs_from_hidden,
 )
 from llavamod_offline.losses.targets import SparseTargets
+from llavamod_offline.losses.teacher import Tail
 from tests.llavamod_offline.losses.reference import random_teacher, reference_kl, truncate
 
 

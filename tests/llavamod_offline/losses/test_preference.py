@@ -59,6 +59,43 @@ def test_kto_pair_by_hand() -> None:
     assert _loss("kto_pair").losses_B.tolist() == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_equals_trl(seed: int) -> None:
+    """TRL's DPOTrainer.dpo_loss, written out as in the versions that had `kto_pair` (before 0.9.5)."""
+    generator = torch.Generator().manual_seed(seed)
+    policy_chosen, policy_rejected, ref_chosen, ref_rejected = 20 * torch.randn(4, 7, generator=generator)
+    beta, smoothing = 0.1, 0.2
+    logits = (policy_chosen - policy_rejected) - (ref_chosen - ref_rejected)
+    log_sigmoid = torch.nn.functional.logsigmoid
+    chosen_kl = (policy_chosen - ref_chosen).mean().clamp(min=0)
+    rejected_kl = (policy_rejected - ref_rejected).mean().clamp(min=0)
+    kto = torch.cat(
+        (
+            1 - torch.sigmoid(beta * ((policy_chosen - ref_chosen) - rejected_kl)),
+            1 - torch.sigmoid(beta * (chosen_kl - (policy_rejected - ref_rejected))),
+        )
+    )
+    expected = {
+        "sigmoid": (-log_sigmoid(beta * logits) * (1 - smoothing) - log_sigmoid(-beta * logits) * smoothing).mean(),
+        "ipo": ((logits - 1 / (2 * beta)) ** 2).mean(),
+        "hinge": torch.relu(1 - beta * logits).mean(),
+        "kto_pair": kto.mean(),
+    }
+    for kind, value in expected.items():
+        loss = preference_loss(
+            policy_chosen,
+            policy_rejected,
+            ref_chosen,
+            ref_rejected,
+            kind=kind,  # type: ignore[arg-type]
+            beta=beta,
+            label_smoothing=smoothing if kind == "sigmoid" else 0.0,
+        )
+        torch.testing.assert_close(loss.losses_B.mean(), value)
+        torch.testing.assert_close(loss.chosen_rewards_B, beta * (policy_chosen - ref_chosen))
+        torch.testing.assert_close(loss.rejected_rewards_B, beta * (policy_rejected - ref_rejected))
+
+
 def test_kto_pair_takes_the_global_means_and_clamps_them() -> None:
     given = _loss("kto_pair", kl_chosen=torch.tensor(-3.0), kl_rejected=torch.tensor(1.5))
     chosen = [1 - _sigmoid(0.1 * (r - 1.5)) for r in (2.0, -1.0)]

@@ -1,0 +1,108 @@
+"""Losses that align what happens inside teacher and student, for teachers whose hidden states or relations are at hand.
+
+Letters: N positions, D and T hidden size of student and teacher, B images, P visual tokens of one, V rows of the head.
+
+- LLAVADI (arXiv 2407.19409) aligns the last layer's hidden states at the response's tokens, by mean squares or by the
+  cosine, through a projection that is trained with the student and dropped with the distillation.
+- LLaVA-KD (arXiv 2410.16236) aligns two things at the image's tokens: the language model's distributions there
+  (visual-token KL), and the relations between them, by the cosine of the two Gram matrices of their logits.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from llavamod_offline.errors import ConfigError, TargetError
+from llavamod_offline.losses.fused import CHUNK_SIZE, LossTerms, distillation_from_hidden
+from llavamod_offline.losses.targets import SparseTargets
+
+HiddenDistance = Literal["cosine", "mse"]
+HIDDEN_DISTANCES: tuple[str, ...] = get_args(HiddenDistance)
+
+
+class HiddenProjection(nn.Module):
+    """Maps the student's hidden states [.., D] into the teacher's space [.., T]: linear, GELU, linear, as LLAVADI does.
+
+    It stands beside the student, not inside: an optimiser trains both, and saving the student leaves it behind.
+    """
+
+    def __init__(self, student_size: int, teacher_size: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(student_size, teacher_size)
+        self.outer = nn.Linear(teacher_size, teacher_size)
+
+    def forward(self, hidden_ND: Tensor) -> Tensor:
+        """Project hidden states, in the projection's dtype."""
+        hidden_NT = self.inner(hidden_ND.to(self.inner.weight.dtype))
+        return cast("Tensor", self.outer(nn.functional.gelu(hidden_NT)))
+
+
+def hidden_alignment(
+    projected_NT: Tensor, teacher_NT: Tensor, *, distance: HiddenDistance = "mse", mask_N: Tensor | None = None
+) -> Tensor:
+    """The distance of projected hidden states from the teacher's, summed over positions, in float32.
+
+    `mse`: the mean over the T dimensions of the squared differences. `cosine`: 1 − cos, 1 where either is 0. `mask_N`
+    (bool) says which positions count. The teacher's get no gradient. Source: LLAVADI, arXiv 2407.19409.
+    Errors: `TargetError` if the shapes differ, `ConfigError` for another distance.
+    """
+    if projected_NT.shape != teacher_NT.shape:
+        raise TargetError(
+            f"hidden states: {tuple(projected_NT.shape)} projected for {tuple(teacher_NT.shape)} of the teacher: "
+            "they must be the same"
+        )
+    projected_NT, teacher_NT = projected_NT.float(), teacher_NT.detach().float()
+    if distance == "mse":
+        loss_N = (projected_NT - teacher_NT).square().mean(-1)
+    elif distance == "cosine":
+        loss_N = 1 - nn.functional.cosine_similarity(projected_NT, teacher_NT, dim=-1)
+    else:
+        raise ConfigError(f"distance '{distance}' is unknown: choose one of {', '.join(HIDDEN_DISTANCES)}")
+    return loss_N.sum() if mask_N is None else torch.where(mask_N, loss_N, 0.0).sum()
+
+
+def visual_token_kl(
+    hidden_ND: Tensor, head_weight_VD: Tensor, targets: SparseTargets, *, chunk_size: int = CHUNK_SIZE
+) -> LossTerms:
+    """Forward KL(teacher ‖ student) of the distributions at the image's tokens, summed over them.
+
+    Shapes: `hidden_ND` [N, D] are the student's hidden states *at* the N visual tokens of all images, `targets` the
+    teacher's distributions there. Source: LLaVA-KD, arXiv 2410.16236, multimodal distillation (L_vis).
+    Errors: `TargetError` as `distillation_from_hidden`.
+    """
+    return distillation_from_hidden(hidden_ND, head_weight_VD, targets, chunk_size=chunk_size)
+
+
+def logit_relations(hidden_BPD: Tensor, head_weight_VD: Tensor, *, vocab_size: int | None = None) -> Tensor:
+    """How the logits of each image's tokens relate: their Gram matrix [B, P, P], in float32.
+
+    Logits [P, V] are never made: (H Wᵀ)(H Wᵀ)ᵀ = H (WᵀW) Hᵀ. Rows of the head from `vocab_size` on are left out.
+    """
+    head_VD = head_weight_VD[:vocab_size].float()
+    hidden_BPD = hidden_BPD.float()
+    return hidden_BPD @ (head_VD.T @ head_VD) @ hidden_BPD.transpose(1, 2)
+
+
+def relation_alignment(student_BPP: Tensor, teacher_BPP: Tensor, *, mask_BP: Tensor | None = None) -> Tensor:
+    """1 − the cosine of the two relation matrices of an image, each taken as one long vector; summed over images.
+
+    Shapes: see `logit_relations`; any relations that both models have will do. `mask_BP` (bool) says which tokens
+    count, where images have unequally many; an image without any adds 0. The teacher's get no gradient. Source:
+    LLaVA-KD, arXiv 2410.16236, relation distillation (L_rel).
+    Errors: `TargetError` if the shapes differ.
+    """
+    if student_BPP.shape != teacher_BPP.shape:
+        raise TargetError(
+            f"relations: {tuple(student_BPP.shape)} of the student for {tuple(teacher_BPP.shape)} of the teacher: "
+            "they must be the same"
+        )
+    if mask_BP is None:
+        mask_BP = torch.ones(student_BPP.shape[:2], dtype=torch.bool, device=student_BPP.device)
+    pair_BPP = mask_BP[:, :, None] & mask_BP[:, None, :]
+    student_BPP = torch.where(pair_BPP, student_BPP.float(), 0.0)
+    teacher_BPP = torch.where(pair_BPP, teacher_BPP.detach().float(), 0.0)
+    cosine_B = nn.functional.cosine_similarity(student_BPP.flatten(1), teacher_BPP.flatten(1), dim=-1)
+    return torch.where(mask_BP.any(-1), 1 - cosine_B, 0.0).sum()

@@ -1,0 +1,250 @@
+"""From logits to the gradient of a loss, in the logits' own memory: one softmax, whatever the divergence.
+
+Letters: N positions, V vocabulary, K slots of the head, M slots of tail draws, E = K + 1 events, J columns of features.
+
+Every divergence here sees the student through the log-probs of a few events (see `events.py`). Its gradient in the
+logits is then a number for each id of the head and, in the tail, `own`·v − `pull`·m: v is the student's own tail shape,
+`pull` goes with the teacher's tail mass, and m is the tail's target shape: v itself for a bucket, the drawn ids, or a
+mixture of both and of the teacher's mean tail (see `shrinkage.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llavamod_offline.errors import TargetError
+from llavamod_offline.losses.events import Measure, event_divergence, weighted
+from llavamod_offline.losses.shrinkage import Shrinkage, TailWeights
+from llavamod_offline.losses.tail_sums import TailView
+from llavamod_offline.losses.targets import EMPTY_ID
+from llavamod_offline.losses.teacher import NEVER, TeacherAt
+
+METRICS = ("kl", "teacher_tail", "student_tail", "entropy", "top1_agreement")
+_FORWARD_KL = Measure()
+_ROWS_AT_TWO_TEMPERATURES = 32
+_BLOCK_VALUES = {"cpu": 2**20, "cuda": 2**25}
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """The gradient in the tail, `own`·v − `pull`·m, and the sum of the exponentials that make v."""
+
+    own_N: Tensor
+    pull_N: Tensor
+    sum_N: Tensor
+
+
+def no_metrics(device: torch.device) -> dict[str, Tensor]:
+    """The metrics of no position: zeros to add to."""
+    return {name: torch.zeros((), dtype=torch.float32, device=device) for name in METRICS}
+
+
+def shrinkage_for(
+    teacher: TeacherAt, shrinkage: Shrinkage | None, vocab: int, device: torch.device
+) -> Shrinkage | None:
+    """The state that the teacher's reading of the tail wants, on `device`; None for every reading but `shrink`.
+
+    Errors: `TargetError` if it is missing, or belongs to another vocabulary.
+    """
+    if teacher.tail != "shrink":
+        return None
+    if shrinkage is None:
+        raise TargetError("tail 'shrink': it learns its weights while training: give it a Shrinkage, or use 'bucket'")
+    if shrinkage.vocab_size != vocab:
+        raise TargetError(f"tail 'shrink': a state for {shrinkage.vocab_size} ids, but the divergence has {vocab}")
+    shrinkage.to(device)
+    return shrinkage
+
+
+def divergence_in_place(
+    logits_NV: Tensor,
+    teacher: TeacherAt,
+    metrics: dict[str, Tensor],
+    *,
+    kd_weight: float = 1.0,
+    lm_weight: float = 0.0,
+    target_ids_N: Tensor | None = None,
+    weights_N: Tensor | None = None,
+    shrinkage: Shrinkage | None = None,
+    features_NJ: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Replace float32 logits by the gradient of kd_weight · divergence · T² + lm_weight · cross-entropy, summed.
+
+    Returns the two sums, not multiplied by their weights (the divergence times T²), and adds to `metrics`. `weights_N`
+    weighs the positions in all of them. `shrinkage` belongs to the reading of that name; with `features_NJ` the
+    positions enter its statistics. No further [N, V] tensor is made; where T ≠ 1 and both parts are asked for, their
+    softmaxes differ, and a few rows at a time are copied.
+    """
+    if lm_weight and teacher.temperature != 1.0:
+        assert target_ids_N is not None
+        return _at_two_temperatures(logits_NV, teacher, metrics, kd_weight, lm_weight, target_ids_N, weights_N)
+    temperature = teacher.temperature
+    if temperature != 1.0:
+        logits_NV.div_(temperature)
+    actual_N = _gather_one(logits_NV, target_ids_N) if lm_weight and target_ids_N is not None else None
+    draws_NM = logits_NV.gather(1, teacher.draw_ids_NM)
+    head_NK = logits_NV.gather(1, teacher.head_ids_NK).masked_fill(~teacher.head_valid_NK, NEVER)
+
+    # With the head masked, one pass over V gives the tail's normaliser without cancellation, and the head's is small.
+    logits_NV.scatter_add_(1, teacher.head_ids_NK, torch.zeros_like(head_NK).masked_fill(teacher.head_valid_NK, NEVER))
+    peak_N = logits_NV.amax(-1)
+    shift_N = peak_N.masked_fill(torch.isneginf(peak_N), 0.0)
+    tail_sum_N = logits_NV.sub_(shift_N[:, None]).exp_().sum(-1)
+    events_NE = torch.cat([head_NK, (tail_sum_N.log() + shift_N)[:, None]], 1)
+    lse_N = events_NE.logsumexp(-1)
+    log_q_NE = events_NE - lse_N[:, None]
+
+    full_kl_N = _full_kl(teacher, log_q_NE, draws_NM - lse_N[:, None])
+    value_N, slope_NE = event_divergence(teacher.log_probs_NE, log_q_NE, teacher.measure)
+    if teacher.tail == "draws":
+        value_N = full_kl_N
+
+    # T² of the loss over the T of the logits; a row without target would have infinite slopes.
+    weight_N = torch.ones_like(lse_N) if weights_N is None else weights_N
+    rate_N = torch.where(teacher.has_target_N, kd_weight * temperature * weight_N, 0.0)
+    slope_NE = torch.where(teacher.has_target_N[:, None], rate_N[:, None] * slope_NE, 0.0)
+    token_N = weight_N if target_ids_N is None else weight_N.masked_fill(target_ids_N == EMPTY_ID, 0.0)
+    own_NE = (lm_weight * token_N - slope_NE.sum(-1))[:, None] * log_q_NE.exp()
+    head_gradient_NK = own_NE[:, :-1] + slope_NE[:, :-1]
+    tail = _Tail(own_N=own_NE[:, -1], pull_N=-slope_NE[:, -1], sum_N=tail_sum_N)
+    if teacher.tail == "shrink" and shrinkage is not None:
+        outside_N = shrinkage.profile_outside_N(teacher.head_ids_NK, teacher.head_valid_NK)
+        if features_NJ is not None:
+            shrinkage.observe(_view(logits_NV, tail_sum_N, teacher, weight_N, outside_N), features_NJ)
+        head_gradient_NK += _shrunk_tail(logits_NV, tail, teacher, shrinkage.weights, outside_N)
+    elif teacher.tail == "draws":
+        drawn_pull_N = torch.where(teacher.drawn_N, tail.pull_N, 0.0)
+        _scale_tail(logits_NV, tail.own_N - (tail.pull_N - drawn_pull_N), tail_sum_N)
+        logits_NV.scatter_add_(1, teacher.draw_ids_NM, -drawn_pull_N[:, None] * teacher.draw_weights_NM)
+    else:
+        _scale_tail(logits_NV, tail.own_N - tail.pull_N, tail_sum_N)
+    logits_NV.scatter_add_(1, teacher.head_ids_NK, head_gradient_NK)
+    cross_entropy = lse_N.new_zeros(())
+    if actual_N is not None and target_ids_N is not None:
+        logits_NV.scatter_add_(1, target_ids_N.clamp(min=0)[:, None], -lm_weight * token_N[:, None])
+        cross_entropy = weighted(token_N, lse_N - actual_N).sum()
+
+    divergence = weighted(torch.where(teacher.has_target_N, weight_N, 0.0), value_N).sum() * temperature**2
+    known_N = torch.isfinite(teacher.full_log_probs_NE).any(-1)
+    agrees_N = head_NK[:, 0] >= torch.maximum(head_NK.amax(-1), peak_N) if head_NK.shape[1] else torch.zeros_like(lse_N)
+    teacher_tail_N, student_tail_N = teacher.full_log_probs_NE[:, -1].exp(), log_q_NE[:, -1].exp()
+    values = (full_kl_N, teacher_tail_N, student_tail_N, teacher.entropy_N, agrees_N)
+    for name, metric_N in zip(METRICS, values, strict=True):
+        metrics[name] = metrics[name] + weighted(weight_N * known_N, metric_N).sum(dtype=torch.float32)
+    return divergence, cross_entropy
+
+
+def cross_entropy_in_place(
+    logits_NV: Tensor, target_ids_N: Tensor, *, weight: float = 1.0, weights_N: Tensor | None = None
+) -> Tensor:
+    """Replace float32 logits by weight · gradient of the summed cross-entropy; returns the sum, not times `weight`.
+
+    `weights_N` weighs the positions; one whose target is −1 adds nothing.
+    """
+    target_N = _gather_one(logits_NV, target_ids_N)
+    peak_N = logits_NV.amax(-1)
+    sum_N = logits_NV.sub_(peak_N[:, None]).exp_().sum(-1)
+    weight_N = torch.ones_like(sum_N) if weights_N is None else weights_N
+    weight_N = weight_N.masked_fill(target_ids_N == EMPTY_ID, 0.0)
+    loss = (weight_N * (sum_N.log() + peak_N - target_N)).sum()
+    logits_NV.mul_((weight * weight_N / sum_N)[:, None])
+    logits_NV.scatter_add_(1, target_ids_N.clamp(min=0)[:, None], -weight * weight_N[:, None])
+    return loss
+
+
+def _at_two_temperatures(
+    logits_NV: Tensor,
+    teacher: TeacherAt,
+    metrics: dict[str, Tensor],
+    kd_weight: float,
+    lm_weight: float,
+    target_ids_N: Tensor,
+    weights_N: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    divergence, cross_entropy = logits_NV.new_zeros(()), logits_NV.new_zeros(())
+    for start in range(0, len(logits_NV), _ROWS_AT_TWO_TEMPERATURES):
+        rows = slice(start, start + _ROWS_AT_TWO_TEMPERATURES)
+        weights_R = None if weights_N is None else weights_N[rows]
+        apart_RV = logits_NV[rows].clone()
+        cross_entropy += cross_entropy_in_place(apart_RV, target_ids_N[rows], weight=lm_weight, weights_N=weights_R)
+        part, _ = divergence_in_place(logits_NV[rows], teacher[rows], metrics, kd_weight=kd_weight, weights_N=weights_R)
+        divergence += part
+        logits_NV[rows].add_(apart_RV)
+    return divergence, cross_entropy
+
+
+def _full_kl(teacher: TeacherAt, log_q_NE: Tensor, draws_log_q_NM: Tensor) -> Tensor:
+    """The best estimate of the forward KL over the whole vocabulary: by the draws where there are any, or bucketed."""
+    bucketed_N, _ = event_divergence(teacher.full_log_probs_NE, log_q_NE, _FORWARD_KL)
+    if not teacher.draw_ids_NM.shape[1]:
+        return bucketed_N
+    p_NE = teacher.full_log_probs_NE.exp()
+    head_N = weighted(p_NE[:, :-1], log_q_NE[:, :-1]).sum(-1)
+    tail_N = p_NE[:, -1] * weighted(teacher.draw_weights_NM, draws_log_q_NM).sum(-1)
+    return torch.where(teacher.drawn_N, -head_N - tail_N - teacher.entropy_N, bucketed_N)
+
+
+def _scale_tail(exponentials_NV: Tensor, mass_N: Tensor, sum_N: Tensor) -> None:
+    """Turn the tail's exponentials into `mass` · v."""
+    exponentials_NV.mul_(torch.where(sum_N > 0, mass_N / sum_N, 0.0)[:, None])
+
+
+def _view(
+    exponentials_NV: Tensor, sum_N: Tensor, teacher: TeacherAt, weight_N: Tensor, outside_N: Tensor | None
+) -> TailView:
+    """What `shrinkage` learns from: positions with draws, and with some of the profile outside the head."""
+    counted_N = teacher.drawn_N if outside_N is None else teacher.drawn_N & (outside_N > 0)
+    return TailView(
+        exponentials_NV,
+        sum_N,
+        torch.where(counted_N, weight_N * teacher.log_probs_NE[:, -1].exp(), 0.0),
+        teacher.head_ids_NK,
+        teacher.head_valid_NK,
+        teacher.draw_ids_NM,
+        teacher.draw_weights_NM,
+        outside_N,
+    )
+
+
+def _shrunk_tail(
+    exponentials_NV: Tensor, tail: _Tail, teacher: TeacherAt, weights: TailWeights | None, outside_N: Tensor | None
+) -> Tensor:
+    """Turn the tail's exponentials into own·v − pull·m, m the mixture of v, profile and draws, scaled to a sum of 1.
+
+    Returns what must be added at the head's ids, [N, K], since the profile is taken off there as well. Position by
+    position, a mixture that leaves nothing is read as the bucket.
+    """
+    nothing_NK = torch.zeros_like(teacher.head_ids_NK, dtype=torch.float32)
+    if weights is None:
+        _scale_tail(exponentials_NV, tail.own_N - tail.pull_N, tail.sum_N)
+        return nothing_NK
+    per_sum_N = torch.where(tail.sum_N > 0, 1 / tail.sum_N, 0.0)
+    drawn_NM = teacher.draw_weights_NM * weights.draws_V[teacher.draw_ids_NM]
+    mixed_N = (exponentials_NV @ weights.own_V) * per_sum_N + drawn_NM.sum(-1)
+    profile_head_NK = nothing_NK
+    if outside_N is not None:
+        profile_head_NK = torch.where(teacher.head_valid_NK, weights.profile_V[teacher.head_ids_NK], 0.0)
+        per_mass_N = torch.where(outside_N > 0, 1 / outside_N, 0.0)
+        mixed_N = mixed_N + (weights.profile_V.sum() - profile_head_NK.sum(-1)) * per_mass_N
+    pull_N = torch.where(mixed_N > 0, tail.pull_N / mixed_N, 0.0)
+    own_N = torch.where(mixed_N > 0, tail.own_N, tail.own_N - tail.pull_N) * per_sum_N
+    # A few rows at a time, so that the factors stay near: [rows, V], in one place of memory.
+    rows = max(1, _BLOCK_VALUES.get(exponentials_NV.device.type, 2**20) // exponentials_NV.shape[1])
+    factors_RV = torch.empty_like(exponentials_NV[:rows])
+    for start in range(0, len(exponentials_NV), rows):
+        block_RV, block = exponentials_NV[start : start + rows], slice(start, start + rows)
+        factor_RV = factors_RV[: len(block_RV)]
+        own_R1, pull_R1 = own_N[block, None], (pull_N * per_sum_N)[block, None]
+        block_RV.mul_(torch.addcmul(own_R1, pull_R1, weights.own_V, value=-1, out=factor_RV))
+        if outside_N is not None:
+            block_RV.addr_((pull_N * per_mass_N)[block], weights.profile_V, alpha=-1)
+    exponentials_NV.scatter_add_(1, teacher.draw_ids_NM, -pull_N[:, None] * drawn_NM)
+    return profile_head_NK * (pull_N * per_mass_N)[:, None] if outside_N is not None else nothing_NK
+
+
+def _gather_one(logits_NV: Tensor, ids_N: Tensor) -> Tensor:
+    """The logit of one id a row; of id 0 where there is none (−1)."""
+    return logits_NV.gather(1, ids_N.clamp(min=0)[:, None]).squeeze(1)

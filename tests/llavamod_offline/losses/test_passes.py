@@ -1,0 +1,209 @@
+"""The fused head where training puts it: low precision, recomputed layers, compiled functions, strange vocabularies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llavamod_offline.losses import passes
+from llavamod_offline.losses.events import DIVERGENCE_KINDS
+from llavamod_offline.losses.fused import (
+    cross_entropy_from_hidden,
+    distillation_from_hidden,
+    sequence_log_probs_from_hidden,
+)
+from llavamod_offline.losses.shrinkage import Shrinkage
+from llavamod_offline.losses.teacher import Tail
+from tests.llavamod_offline.losses.reference import random_teacher, truncate
+
+N, DIM, VOCAB = 37, 12, 53  # multiples of nothing
+TARGETS = truncate(random_teacher(N, VOCAB, 1), head=7, draws=3, temperatures=(2.0,))
+IDS_N, SEQUENCE_OF_N = TARGETS.target_ids_N, torch.arange(N) % 3
+UPSTREAM_S = torch.tensor([1.0, -2.0, 0.5])
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def _distillation(**settings: Any) -> Loss:
+    return lambda hidden_ND, weight_VD: (
+        distillation_from_hidden(hidden_ND, weight_VD, TARGETS, chunk_size=5, **settings).loss_sum
+    )
+
+
+def _sequences(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
+    sums_S = sequence_log_probs_from_hidden(
+        hidden_ND, weight_VD, IDS_N, SEQUENCE_OF_N, 3, vocab_size=VOCAB, chunk_size=5
+    )
+    return (sums_S * UPSTREAM_S).sum()
+
+
+LOSSES: dict[str, Loss] = {
+    **{kind: _distillation(divergence=kind, lm_weight=0.5) for kind in DIVERGENCE_KINDS},
+    "draws": _distillation(tail="draws", lm_weight=0.5),
+    "two temperatures": _distillation(temperature=2.0, lm_weight=0.5),
+    "cross-entropy": lambda hidden_ND, weight_VD: (
+        cross_entropy_from_hidden(hidden_ND, weight_VD, IDS_N, vocab_size=VOCAB, chunk_size=5).loss_sum
+    ),
+    "sequences": _sequences,
+}
+
+
+def _leaves(rows: int = VOCAB + 4) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(N, DIM, generator=generator), torch.randn(rows, DIM, generator=generator)
+
+
+def _gradients(loss: Loss, *leaves: Tensor) -> tuple[Tensor, ...]:
+    own = tuple(leaf.detach().requires_grad_() for leaf in leaves)
+    value = loss(*own)
+    return (value.detach(), *torch.autograd.grad(value, own))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_low_precision_is_exact_but_for_its_inputs_and_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products, logits and sums over chunks are float32: only the gradients' own rounding to bfloat16 is left."""
+    monkeypatch.setattr(passes, "_SLAB", 10)
+    low = [leaf.bfloat16() for leaf in _leaves()]
+    value, *gradients = _gradients(LOSSES[name], *low)
+    expected_value, *expected = _gradients(LOSSES[name], *(leaf.float() for leaf in low))
+    torch.testing.assert_close(value, expected_value, rtol=1e-5, atol=1e-5)
+    for gradient, reference in zip(gradients, expected, strict=True):
+        assert gradient.dtype == torch.bfloat16
+        torch.testing.assert_close(gradient.float(), reference, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("name", ["forward_kl", "sequences"])
+def test_checkpointed_layers_change_nothing(name: str, inside: bool, reentrant: bool) -> None:
+    """Below the loss, as a student recomputes its layers, or with the loss inside the recomputed part."""
+    inputs_ND, weight_VD = _leaves()
+    layer, head = nn.Linear(DIM, DIM), nn.Linear(DIM, len(weight_VD), bias=False)
+
+    def body(x_ND: Tensor) -> Tensor:
+        return torch.tanh(layer(x_ND))
+
+    def whole(x_ND: Tensor) -> Tensor:
+        return LOSSES[name](body(x_ND), head.weight)
+
+    def recomputed(x_ND: Tensor) -> Tensor:
+        if inside:
+            result: Tensor = checkpoint(whole, x_ND, use_reentrant=reentrant)
+            return result
+        return LOSSES[name](checkpoint(body, x_ND, use_reentrant=reentrant), head.weight)
+
+    results = []
+    for function in (whole, recomputed):
+        layer.zero_grad()
+        head.zero_grad()
+        value = function(inputs_ND.requires_grad_())
+        value.backward()
+        assert layer.weight.grad is not None
+        assert head.weight.grad is not None
+        results.append((value.detach(), layer.weight.grad.clone(), head.weight.grad.clone()))
+    for ours, plain in zip(*results, strict=True):
+        assert torch.equal(ours, plain)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # Dynamo's own look
+@pytest.mark.parametrize("name", ["forward_kl", "js", "cross-entropy", "sequences"])
+def test_a_compiled_function_around_it_gives_the_same(name: str) -> None:
+    """The graph breaks at the loss, which runs as it is; what is left of the graph is compiled."""
+    inputs_ND, weight_VD = _leaves()
+    layer = nn.Linear(DIM, DIM)
+
+    def plain(x_ND: Tensor, head_VD: Tensor) -> Tensor:
+        return LOSSES[name](torch.tanh(layer(x_ND)), head_VD * 1.0) * 2.0
+
+    compiled: Loss = torch.compile(plain, backend="aot_eager")
+    for rows in (N, N):  # the second call runs what the first has compiled
+        for ours, expected in zip(
+            _gradients(compiled, inputs_ND[:rows], weight_VD),
+            _gradients(plain, inputs_ND[:rows], weight_VD),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_compiled_function_gets_a_log_without_gradient() -> None:
+    hidden_ND, weight_VD = (leaf.requires_grad_() for leaf in _leaves())
+    compiled = torch.compile(lambda x, w: distillation_from_hidden(x, w, TARGETS, lm_weight=1.0), backend="eager")
+    terms = compiled(hidden_ND, weight_VD)
+    expected = distillation_from_hidden(hidden_ND, weight_VD, TARGETS, lm_weight=1.0)
+    assert terms.metrics == expected.metrics
+    logged = [terms.divergence_sum, terms.cross_entropy_sum, *terms.metrics.values()]
+    assert not any(value.requires_grad for value in logged)
+    assert terms.loss_sum.requires_grad
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_rows_beyond_the_vocabulary_get_neither_probability_nor_gradient(name: str) -> None:
+    hidden_ND, weight_VD = _leaves()
+    loud_VD = torch.cat([weight_VD[:VOCAB], 100 * torch.ones(4, DIM)])
+    value, hidden_gradient, weight_gradient = _gradients(LOSSES[name], hidden_ND, loud_VD)
+    expected, expected_hidden, expected_weight = _gradients(LOSSES[name], hidden_ND, weight_VD[:VOCAB])
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(hidden_gradient, expected_hidden)
+    torch.testing.assert_close(weight_gradient[:VOCAB], expected_weight)
+    assert not weight_gradient[VOCAB:].any()
+
+
+@pytest.mark.parametrize("tail", ["shrink", "bucket", "draws", "renormalised"])
+def test_narrow_ids_and_an_id_drawn_twice_will_do(tail: Tail) -> None:
+    """Ids of 32 bits give the same bits; a draw in two slots that share its weight gives the same divergence."""
+    hidden_ND, weight_VD = _leaves(VOCAB)
+    names = ("head_ids_NK", "draw_ids_NM", "target_ids_N")
+    narrow = replace(TARGETS, **{name: getattr(TARGETS, name).int() for name in names})
+    twice = replace(
+        TARGETS,
+        draw_ids_NM=TARGETS.draw_ids_NM.repeat(1, 2),
+        draw_weights_NM=torch.cat([0.3 * TARGETS.draw_weights_NM, 0.7 * TARGETS.draw_weights_NM], 1),
+    )
+    results, logs = [], []
+    for targets in (TARGETS, narrow, twice):
+        state = Shrinkage(VOCAB)
+        distillation_from_hidden(hidden_ND, weight_VD, TARGETS, tail="shrink", shrinkage=state)
+        state.finish_step()
+        assert state.weights is not None
+        leaves = hidden_ND.detach().requires_grad_(), weight_VD.detach().requires_grad_()
+        terms = distillation_from_hidden(*leaves, targets, tail=tail, shrinkage=state, lm_weight=1.0)
+        results.append((terms.loss_sum.detach(), *torch.autograd.grad(terms.loss_sum, leaves)))
+        logs.append({name: value.item() for name, value in terms.metrics.items()})
+    assert logs[1] == logs[0]
+    assert logs[2] == pytest.approx(logs[0], rel=1e-4)
+    for plain, as_narrow, as_twice in zip(*results, strict=True):
+        assert torch.equal(as_narrow, plain)
+        torch.testing.assert_close(as_twice, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_frozen_head_costs_no_gradient(name: str) -> None:
+    hidden_ND, weight_VD = _leaves(VOCAB)
+    free = hidden_ND.requires_grad_()
+    (frozen_gradient,) = torch.autograd.grad(LOSSES[name](free, weight_VD), free)
+    _, hidden_gradient, _ = _gradients(LOSSES[name], hidden_ND, weight_VD)
+    assert torch.equal(frozen_gradient, hidden_gradient)
+    frozen_hidden, head_VD = hidden_ND.detach(), weight_VD.clone().requires_grad_()
+    (weight_gradient,) = torch.autograd.grad(LOSSES[name](frozen_hidden, head_VD), head_VD)
+    assert torch.equal(weight_gradient, _gradients(LOSSES[name], hidden_ND, weight_VD)[2])
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "sequences"])
+def test_a_frozen_head_gets_no_product(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: Tensor) -> None:
+        raise AssertionError("a frozen head's gradient was computed")
+
+    monkeypatch.setattr(passes, "_add_outer", refused)
+    hidden_ND, weight_VD = _leaves()
+    LOSSES[name](hidden_ND.requires_grad_(), weight_VD).backward()
+    with pytest.raises(AssertionError, match="was computed"):
+        LOSSES[name](hidden_ND, weight_VD.requires_grad_()).backward()
