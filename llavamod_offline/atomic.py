@@ -1,12 +1,25 @@
-"""Writing that never leaves a half-written file or folder behind under its final name."""
+"""Writing that never leaves a half-written file or folder behind under its final name.
+
+What is being written lies aside under `.NAME.HOST-PID.tmp`, so that leftovers of the dead can be told from the work of
+the living, on this machine and on others that share the disk.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import platform
+import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_HOST = re.sub(r"[^A-Za-z0-9_]+", "_", platform.node()) or "here"
+# Whether another machine's process lives cannot be seen; one that writes changes something within this time.
+_FOREIGN_SECONDS = 3600.0
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 def fsync_path(path: Path) -> None:
@@ -26,15 +39,16 @@ def fsync_tree(folder: Path) -> None:
         fsync_path(Path(root))
 
 
+def aside_path(target: Path) -> Path:
+    """Where this process writes what is to become `target`."""
+    return target.with_name(f".{target.name}.{_HOST}-{os.getpid()}.tmp")
+
+
 def write_file(path: Path, content: bytes | str) -> None:
     """Write `content` to `path` atomically: aside, fsync, rename, fsync of the folder."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    data = content.encode() if isinstance(content, str) else content
+    aside = aside_path(path)
     try:
-        with aside.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
+        _write_aside(aside, content)
         aside.replace(path)
     except BaseException:
         aside.unlink(missing_ok=True)
@@ -42,14 +56,35 @@ def write_file(path: Path, content: bytes | str) -> None:
     fsync_path(path.parent)
 
 
+def create_file(path: Path, content: bytes | str) -> bool:
+    """Write a new file atomically. Gives False, and changes nothing, if `path` is there."""
+    aside = aside_path(path)
+    try:
+        _write_aside(aside, content)
+        try:
+            os.link(aside, path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            if path.exists():  # a file system without hard links: the next best thing
+                return False
+            aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    fsync_path(path.parent)
+    return True
+
+
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield a folder aside; on success flush it and rename it to `target`, on failure remove it.
 
-    `target` must not exist. A kill leaves only the folder aside (`.NAME.PID.tmp`), which `remove_leftovers` clears.
+    `target` must not exist. A kill leaves only the folder aside, which `remove_leftovers` clears.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    aside = aside_path(target)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
@@ -62,10 +97,47 @@ def new_folder(target: Path) -> Iterator[Path]:
     fsync_path(target.parent)
 
 
-def remove_leftovers(folder: Path, name: str) -> None:
-    """Remove what killed writers of `folder/name` left aside, except those whose process still runs."""
-    for aside in folder.glob(f".{name}.*.tmp"):
-        process = aside.name.split(".")[-2]
-        if process.isdigit() and int(process) != os.getpid() and Path(f"/proc/{process}").exists():
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that no part of it is ever seen under its name: rename it aside, then delete."""
+    aside = aside_path(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    fsync_path(folder.parent)
+    shutil.rmtree(aside)
+
+
+def remove_leftovers(folder: Path, name: str) -> list[Path]:
+    """Remove what killed writers of `folder/name` left aside, and say what it was.
+
+    Kept is what belongs to a running process of this machine, and what another machine changed within the last hour.
+    """
+    removed = []
+    for aside in sorted(folder.glob(f".{name}.*.tmp")):
+        host, _, process = aside.name.split(".")[-2].rpartition("-")
+        if host not in ("", _HOST):
+            if time.time() - _last_change(aside) < _FOREIGN_SECONDS:
+                continue
+        elif process.isdigit() and int(process) != os.getpid() and Path(f"/proc/{process}").exists():
             continue
-        shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
+        if aside.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)  # another process may be removing it too
+        else:
+            aside.unlink(missing_ok=True)
+        removed.append(aside)
+    return removed
+
+
+def _write_aside(aside: Path, content: bytes | str) -> None:
+    data = content.encode() if isinstance(content, str) else content
+    with aside.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _last_change(path: Path) -> float:
+    """When the newest thing at or below `path` was changed; now, if it vanishes meanwhile."""
+    try:
+        return max(entry.stat().st_mtime for entry in (path, *path.rglob("*")))
+    except OSError:
+        return time.time()

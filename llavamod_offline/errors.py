@@ -31,3 +31,7 @@ class CacheError(LlavaModError):
 
 class EvalError(LlavaModError):
     """Predictions or a benchmark's files cannot be scored as they are."""
+
+
+class StorageError(LlavaModError):
+    """A bucket or another remote folder, or the local copies of its files, cannot be read or written."""

@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-CacheFolder = Annotated[Path, typer.Argument(metavar="CACHE", help="A cache folder.")]
+CacheFolder = Annotated[str, typer.Argument(metavar="CACHE", help="A cache: a folder, or a URL such as s3://….")]
 _DAMAGED_STATUS = 1
 
 
@@ -57,8 +57,10 @@ def run(
     files, overrides = split_arguments([*(arguments or []), *([f"slice={part}"] if part else [])])
     config = load_config(CacheConfig, files, overrides)
     from teacher_cache.job import run_job
+    from teacher_cache.plan import plan_file, record_run
 
     summary = run_job(config, allow=allow or [])
+    record_run(plan_file(config.output), summary)
     if as_json:
         print(json.dumps(dataclasses.asdict(summary)))
         return
@@ -96,14 +98,74 @@ def settings() -> None:
 
 
 @app.command()
-def verify(cache: CacheFolder, as_json: AsJson = False) -> None:
+def plan(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [key=value]...", help="The settings of the run.")
+    ] = None,
+    samples: Annotated[int, typer.Option(metavar="N", min=1, help="Capture at most N samples, evenly spaced.")] = 256,
+    seconds: Annotated[float, typer.Option(metavar="T", min=0, help="Stop the probe after about T seconds.")] = 60.0,
+    file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep the plan there, not in .NAME.plan.jsonl beside the output."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run will come to, or what it came to.
+
+    Before the run: from a short probe of the real teacher on evenly spaced samples. After it: plan against fact.
+
+    \b
+    Examples:
+      cache-teacher plan data=sets/captions teacher=checkpoints/teacher output=caches/captions
+      cache-teacher plan capture.yaml capture.head_max=24 --samples 64 --seconds 20
+      cache-teacher run capture.yaml && cache-teacher plan capture.yaml
+
+    The plan is kept beside the output, and a run adds what it took. Nothing is written into the output itself.
+    """
+    from llavamod_offline.config import load_config, split_arguments
+    from teacher_cache.config import CacheConfig
+
+    config = load_config(CacheConfig, *split_arguments(arguments or []))
+    from teacher_cache import plan as planning
+    from teacher_cache import plan_tables as view
+    from teacher_cache.tables import make_console
+
+    kept = file or planning.plan_file(config.output)
+    finished = planning.finished_cache(config.output)
+    if finished is not None:
+        fact = planning.compare(config.output, finished, kept)
+        print(json.dumps(dataclasses.asdict(fact))) if as_json else view.print_comparison(make_console(), fact)
+        return
+    made = planning.make_plan(config, samples=samples, seconds=seconds)
+    if kept is not None:
+        planning.write_plan(kept, made)
+    print(json.dumps(dataclasses.asdict(made))) if as_json else view.print_plan(make_console(), made, kept)
+
+
+@app.command()
+def verify(
+    cache: CacheFolder,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Remove what is damaged, so that `run` makes just that again.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Recompute every checksum, decode everything and name any damage (exit status 1).
 
     \b
     Examples:
       cache-teacher verify caches/captions
-      cache-teacher verify caches/captions --json
+      cache-teacher verify s3://bucket/captions --json
+      cache-teacher verify caches/captions --repair && cache-teacher run capture.yaml
+
+    Nothing is changed without --repair, which says what it removes; use it when no run is writing the cache.
     """
+    if repair:
+        from teacher_cache.repair import repair_cache, repair_lines
+
+        done = repair_cache(cache)
+        print(json.dumps(dataclasses.asdict(done)) if as_json else "\n".join(repair_lines(cache, done)))
+        return
     from teacher_cache.verify import verify_cache
 
     verdict = verify_cache(cache)
@@ -130,23 +192,100 @@ def inspect(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a cache holds; for a key, each supervised token with the teacher's alternatives.
+    """Show what a cache is and holds, or each token of a sample.
+
+    With a key: each supervised token with the teacher's alternatives, the mass of its tail, and the draws from it.
 
     \b
     Examples:
       cache-teacher inspect caches/captions
       cache-teacher inspect caches/captions scene-000012 --tokenizer checkpoints/teacher
     """
-    from teacher_cache import inspection
+    from teacher_cache import tables
+    from teacher_cache.inspection import describe_cache, describe_key
     from teacher_cache.reader import open_cache
 
     opened = open_cache(cache)
-    if key is None:
-        about = inspection.describe_cache(opened)
-        print(json.dumps(about, ensure_ascii=False) if as_json else "\n".join(inspection.cache_lines(opened)))
+    about = describe_cache(opened) if key is None else describe_key(opened, key, _id_names(tokenizer))
+    if as_json:
+        print(json.dumps(about, ensure_ascii=False))
+    elif isinstance(about, dict):
+        tables.print_cache(tables.make_console(), about)
+    else:
+        tables.print_sequences(tables.make_console(), about)
+
+
+@app.command()
+def export(
+    cache: CacheFolder,
+    output: Annotated[Path, typer.Option(metavar="FILE.parquet", help="The file to write.")],
+    layout: Annotated[
+        str, typer.Option("--format", metavar="NAME", help="table, or axolotl (its KD trainer's tokenised rows).")
+    ] = "table",
+    top_k: Annotated[
+        int | None, typer.Option(metavar="K", help="Keep at most K ids of each head, the most likely ones.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(metavar="SET", help="The packed set, for the prompts (axolotl).")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="A checkpoint folder with the teacher's tokenizer (axolotl).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write heads and reference log-probs as parquet.
+
+    One row a sequence; `table` for any reader, `axolotl` for its knowledge-distillation trainer. What the layout cannot
+    hold is said.
+
+    \b
+    Examples:
+      cache-teacher export caches/captions --output captions.parquet
+      cache-teacher export caches/captions --output captions.parquet --top-k 16 --json
+      cache-teacher export caches/texts --format axolotl --data sets/texts \\
+        --tokenizer checkpoints/teacher --output texts.parquet
+    """
+    from teacher_cache.export import export_cache
+    from teacher_cache.reader import open_cache
+
+    done = export_cache(open_cache(cache), output, layout=layout, top_k=top_k, data=data, tokenizer=tokenizer)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(done)))
         return
-    sequences = inspection.describe_key(opened, key, _id_names(tokenizer))
-    print(json.dumps(sequences, ensure_ascii=False) if as_json else "\n".join(inspection.key_lines(sequences)))
+    print(f"{output}: {done.positions:,} positions of {done.sequences:,} sequences, {done.bytes:,} bytes")
+    pictures = f"; {done.with_pictures:,} sequences with pictures left out" if done.with_pictures else ""
+    print(f"not in this layout: {', '.join(done.lost)}; its ids have {done.mass:.4f} of the mass on average{pictures}")
+
+
+@app.command()
+def merge(
+    caches: Annotated[list[str], typer.Argument(metavar="CACHE...", help="Finished caches over different data.")],
+    output: Annotated[str, typer.Option(metavar="CACHE", help="The cache to make.")],
+    allow: Annotated[
+        list[str] | None, typer.Option(metavar="FIELD", help="Go on although this fingerprint field differs.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make one cache out of caches over different data.
+
+    Shards are taken over as they are. Caches that were made with different settings are refused.
+
+    \b
+    Examples:
+      cache-teacher merge caches/general caches/documents --output caches/all
+      cache-teacher merge caches/a caches/b --output caches/all --allow engine.torch
+    """
+    from teacher_cache.merge import merge_caches
+    from teacher_cache.reader import open_cache
+
+    done = merge_caches([open_cache(cache) for cache in caches], output, allow=allow or [])
+    if as_json:
+        print(json.dumps(dataclasses.asdict(done)))
+        return
+    for before, now in done.renamed.items():
+        print(f"{before} is {now} now: its name was taken")
+    print(
+        f"{output}: {done.positions:,} positions of {done.sequences:,} sequences in {done.shards} shards "
+        f"of {done.caches} caches, digest {done.digest}"
+    )
 
 
 def _id_names(folder: Path | None) -> Callable[[int], str]:
@@ -155,7 +294,15 @@ def _id_names(folder: Path | None) -> Callable[[int], str]:
     from llavamod_offline.models.checkpoint import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
-    return lambda number: repr(tokenizer.decode([number]))
+
+    def name(number: int) -> str:
+        if number < 0:  # a position without a token, such as an image patch's
+            return "none"
+        text = tokenizer.decode([number])
+        # Part of a character has no text of its own: its byte-level name tells it from others.
+        return repr(text) if "\ufffd" not in text else f"<{tokenizer.convert_ids_to_tokens(number)}>"
+
+    return name
 
 
 def main() -> None:

@@ -1,54 +1,54 @@
-"""Codec 1 (`plain`): records ↔ the columns that the arrays of a cache shard hold. FORMAT.md is its specification.
+"""How a cache encodes its records: which arrays a shard has, and their types. FORMAT.md is the specification.
 
-Ids take the narrowest of 1, 2 and 4 bytes that the vocabulary needs. Head log-probs are float32, or float16 with an
-error of at most 2⁻¹¹ of their own magnitude (2⁻²⁵ absolute near 0); from float16 the decoder shifts each head so that
-head and tail together have mass 1, by no more than 2⁻¹¹ of the head's mean |log p|. Everything else is exact.
-
-Letters: N positions, H entries of all heads, D distinct draws of all tails, S temperatures.
+`precision: coarse | fine` keeps numbers as small integers with known errors (`quantise.py`), `exact` keeps float32.
+`encoding.py` turns records into these columns, `decoding.py` turns them back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from llavamod_offline.errors import CacheError
-from teacher_cache.record import Records
+from teacher_cache.quantise import COARSE, FINE, Precision
 
-Axis = Literal["position", "head", "draw"]
-LogProbs = Literal["float16", "float32"]
-CODEC_NAME = "plain"
+PrecisionName = Literal["coarse", "fine", "exact"]
+CODEC_NAME = "ranked"
 CODEC_VERSION = 1
-_LOWEST_HALF = float(np.finfo(np.float16).min)
+_PRECISIONS: dict[str, Precision] = {"coarse": COARSE, "fine": FINE}
 
-COLUMN_AXES: dict[str, Axis] = {
-    "target_ids": "position",
-    "target_log_probs": "position",
-    "entropy": "position",
-    "tail_log_mass": "position",
-    "log_normalisers": "position",
-    "head_counts": "position",
-    "draw_counts": "position",
-    "head_ids": "head",
-    "head_log_probs": "head",
-    "draw_ids": "draw",
-    "draw_repeats": "draw",
-}
+Block = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One array of a shard. `rows`: numbers a position has in it, as rows of their own; 0: one number, no rows; None:
+    as many as the block's content asks for."""
+
+    dtype: np.dtype[Any]
+    rows: int | None
+
+    @property
+    def middle(self) -> tuple[int, ...]:
+        """The array's shape between its blocks and their numbers."""
+        return (self.rows,) if self.rows else ()
 
 
 @dataclass(frozen=True)
 class Codec:
-    """How one cache encodes: vocabulary size, stored temperatures, type of the head's log-probs, caps of counts."""
+    """How one cache encodes: vocabulary size, stored temperatures, precision, caps of counts, forced ids."""
 
     vocab_size: int
     temperatures: tuple[float, ...]
-    log_probs: LogProbs
+    precision: PrecisionName
     head_limit: int
     draw_limit: int
+    forced_ids: tuple[int, ...] = ()
 
     def attributes(self) -> dict[str, Any]:
         """What a shard's array group says about its encoding."""
@@ -57,9 +57,10 @@ class Codec:
             "codec_version": CODEC_VERSION,
             "vocab_size": self.vocab_size,
             "temperatures": list(self.temperatures),
-            "log_probs": self.log_probs,
+            "precision": self.precision,
             "head_limit": self.head_limit,
             "draw_limit": self.draw_limit,
+            "forced_ids": list(self.forced_ids),
         }
 
     @classmethod
@@ -75,73 +76,60 @@ class Codec:
             return cls(
                 int(attributes["vocab_size"]),
                 tuple(float(value) for value in attributes["temperatures"]),
-                {"float16": "float16", "float32": "float32"}[attributes["log_probs"]],  # type: ignore[arg-type]
+                {"coarse": "coarse", "fine": "fine", "exact": "exact"}[attributes["precision"]],  # type: ignore[arg-type]
                 int(attributes["head_limit"]),
                 int(attributes["draw_limit"]),
+                tuple(int(value) for value in attributes["forced_ids"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CacheError(f"{where}: bad attribute {error}: see `cache-teacher verify`") from error
 
-    def dtypes(self) -> dict[str, np.dtype[Any]]:
-        """The type of every column, little-endian."""
-        ids = narrowest(self.vocab_size - 1)
-        types: dict[str, DTypeLike] = {
-            "target_ids": ids,
-            "target_log_probs": "<f4",
-            "entropy": "<f4",
-            "tail_log_mass": "<f4",
-            "log_normalisers": "<f4",
-            "head_counts": narrowest(self.head_limit),
-            "draw_counts": narrowest(self.draw_limit),
-            "head_ids": ids,
-            "head_log_probs": "<f2" if self.log_probs == "float16" else "<f4",
-            "draw_ids": ids,
-            "draw_repeats": narrowest(self.draw_limit),
-        }
-        return {name: np.dtype(kind) for name, kind in types.items()}
+    @property
+    def numbers(self) -> Precision | None:
+        """How numbers are rounded; None for `exact`."""
+        return _PRECISIONS.get(self.precision)
 
-    def encode(self, records: Records) -> dict[str, NDArray[Any]]:
-        """Turn records into columns. Errors: `CacheError` if an id or a count does not fit its column."""
-        columns = {}
-        for name, dtype in self.dtypes().items():
-            values = getattr(records, _field(name))
-            if dtype.kind == "u" and len(values):
-                limit = self.vocab_size - 1 if name.endswith("ids") else int(np.iinfo(dtype).max)
-                if values.min() < 0 or values.max() > limit:
-                    raise CacheError(f"column '{name}' holds {values.min()} … {values.max()}, beyond 0 … {limit}")
-            if dtype == np.float16:
-                values = np.maximum(values, _LOWEST_HALF)
-            columns[name] = np.ascontiguousarray(values, dtype=dtype)
-        return columns
-
-    def decode(self, columns: Mapping[str, NDArray[Any]]) -> Records:
-        """Turn columns, whole or consistent slices of them, back into records."""
-        wide: dict[str, Any] = {
-            name: values.astype(np.int32 if values.dtype.kind == "u" else np.float32, copy=False)
-            for name, values in columns.items()
+    @cached_property
+    def columns(self) -> dict[str, Column]:
+        """Every array of a shard with its little-endian type."""
+        columns: dict[str, tuple[str, int | None]] = {
+            "head_counts": (narrowest(self.head_limit), 0),
+            "draw_counts": (narrowest(self.draw_limit), 0),
+            "target_slots": (narrowest(self.head_limit + 1), 0),
+            "id_codes": ("|u1", None),
+            "id_low": ("|u1", None),
+            "id_high": ("<u2", None),
         }
-        if self.log_probs == "float16" and len(wide["head_counts"]):
-            wide["head_log_probs"] = _with_full_mass(wide["head_log_probs"], wide["head_counts"], wide["tail_log_mass"])
-        return Records(**{_field(name): wide[name] for name in COLUMN_AXES})
+        if self.numbers is None:
+            columns |= {
+                "entropy": ("<f4", 0),
+                "tail_log_mass": ("<f4", 0),
+                "head_log_probs": ("<f4", None),
+                "outside_log_probs": ("<f4", None),
+            }
+            if self.temperatures:
+                columns["log_normalisers"] = ("<f4", len(self.temperatures))
+        else:
+            columns |= {
+                "entropy": ("<u2", 0),
+                "tail_shares": (narrowest(self.numbers.share_levels), 1 + len(self.temperatures)),
+                "head_first": ("<u2", 0),
+                "head_steps": ("|u1", None),
+                "head_far_steps": ("<u2", None),
+                "outside_log_probs": ("<u2", None),
+            }
+            if self.forced_ids:
+                columns["forced_log_probs"] = ("<u2", len(self.forced_ids))
+        return {name: Column(np.dtype(kind), rows) for name, (kind, rows) in columns.items()}
+
+    @cached_property
+    def forced_by_id_V(self) -> NDArray[np.uint8]:
+        """1 + an id's place among the forced ones; 0 for all others."""
+        places_V = np.zeros(self.vocab_size, np.uint8)
+        places_V[list(self.forced_ids)] = np.arange(1, len(self.forced_ids) + 1)
+        return places_V
 
 
 def narrowest(largest: int) -> str:
-    """The narrowest unsigned little-endian type that holds 0 … `largest`."""
-    return "|u1" if largest < 2**8 else "<u2" if largest < 2**16 else "<u4"
-
-
-def _field(column: str) -> str:
-    """The field of `Records` that a column holds: its name with the shape's letters."""
-    if column == "log_normalisers":
-        return "log_normalisers_NS"
-    return f"{column}_{ {'position': 'N', 'head': 'H', 'draw': 'D'}[COLUMN_AXES[column]] }"
-
-
-def _with_full_mass(
-    log_probs_H: NDArray[np.float32], counts_N: NDArray[np.int32], tail_log_mass_N: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    """Shift every head by one number so that its mass is 1 − tail mass."""
-    starts_N = np.cumsum(counts_N, dtype=np.int64) - counts_N
-    mass_N = np.add.reduceat(np.exp(log_probs_H, dtype=np.float64), starts_N)
-    shift_N = np.log(-np.expm1(tail_log_mass_N.astype(np.float64))) - np.log(mass_N)
-    return log_probs_H + np.repeat(shift_N, counts_N).astype(np.float32)
+    """Name the narrowest of uint8, uint16 and uint32 that holds `largest`."""
+    return "|u1" if largest < 256 else "<u2" if largest < 65536 else "<u4"

@@ -1,8 +1,11 @@
-"""A shard's columns on disk: one Zarr v3 group, each array in one shard file of small chunks (zstd, CRC-32C)."""
+"""A shard's columns on disk: one Zarr v3 group, each array in one shard file of one chunk a block (zstd, CRC-32C).
+
+Letters: B blocks, W numbers a position has in a column, L longest row of a block, D draws, V ids, F frequent ids.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,82 +15,146 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from llavamod_offline.errors import CacheError
-from teacher_cache.codec import COLUMN_AXES, Axis, Codec
+from teacher_cache.codec import Block, Codec
+from teacher_cache.decoding import decode_block
+from teacher_cache.encoding import check_range, encode_block
+from teacher_cache.id_coding import frequent_ids, ids_by_rank, ranks_by_id
+from teacher_cache.profile import mean_tail, spread
+from teacher_cache.record import Records
 
-# Small enough that one sequence's slice costs little, large enough that a chunk's fixed costs do too.
-CHUNK_LENGTHS: dict[Axis, int] = {"position": 8192, "head": 131072, "draw": 32768}
-_ZSTD_LEVEL = 5
+BLOCK_POSITIONS = 32768
+_POSITIONS_PER_FREQUENT_ID = 16
+_ZSTD_LEVEL = 6
 
 
-def write_columns(folder: Path, columns: Mapping[str, NDArray[Any]], codec: Codec) -> None:
-    """Write all columns as the Zarr group `folder`. Equal columns give equal bytes."""
-    group = zarr.create_group(folder, zarr_format=3, attributes=codec.attributes())
-    for name, values in columns.items():
-        axis = COLUMN_AXES[name]
-        length = min(CHUNK_LENGTHS[axis], max(1, len(values)))
-        others = values.shape[1:]
-        if 0 in others:
-            continue  # no temperatures: there is nothing to hold
-        array = group.create_array(
-            name,
-            shape=values.shape,
-            dtype=values.dtype,
-            chunks=(length, *others),
-            shards=(length * max(1, -(-len(values) // length)), *others),
-            filters=None,
-            compressors=[
-                BloscCodec(cname="zstd", clevel=_ZSTD_LEVEL, shuffle="shuffle", typesize=values.dtype.itemsize),
-                Crc32cCodec(),
-            ],
-            fill_value=0,
-            dimension_names=(axis, "temperature")[: values.ndim],
-        )
-        if len(values):
-            array[...] = values
+def write_columns(folder: Path, records: Records, codec: Codec) -> None:
+    """Write all records as the Zarr group `folder`. Equal records give equal bytes.
+
+    Errors: `CacheError` if an id or a count is out of range, or a head lacks a forced id.
+    """
+    check_range(codec, records)
+    ids = np.concatenate([records.head_ids_H, records.draw_ids_D])
+    frequent_F = frequent_ids(ids, codec.vocab_size, -(-len(records) // _POSITIONS_PER_FREQUENT_ID))
+    ranks_V = ranks_by_id(ids_by_rank(frequent_F, codec.vocab_size))
+    lengths = [min(BLOCK_POSITIONS, len(records) - start) for start in range(0, len(records), BLOCK_POSITIONS)]
+    blocks = [encode_block(codec, piece, ranks_V) for piece in records.split(lengths)]
+    profile = mean_tail(records, frequent_F, codec.vocab_size)
+    write_blocks(folder, blocks, codec, positions=len(records), frequent_F=frequent_F, profile=profile)
+
+
+def write_blocks(
+    folder: Path,
+    blocks: Sequence[Block],
+    codec: Codec,
+    *,
+    positions: int,
+    frequent_F: NDArray[np.int32],
+    profile: NDArray[np.float32],
+) -> None:
+    """Write encoded blocks as the Zarr group `folder`."""
+    attributes = codec.attributes() | {"positions": positions, "block_positions": BLOCK_POSITIONS}
+    group = zarr.create_group(folder, zarr_format=3, attributes=attributes)
+    _write(group, "frequent_ids", frequent_F.astype("<u4")[None])
+    _write(group, "tail_profile", profile.astype("<f4")[None])
+    for name, column in codec.columns.items():
+        rows = [block[name] for block in blocks]
+        table = np.zeros((len(rows), *column.middle, max((row.shape[-1] for row in rows), default=0)), column.dtype)
+        for place, row in enumerate(rows):
+            table[place, ..., : row.shape[-1]] = row
+        array = _write(group, name, table)
+        if column.rows is None:
+            array.attrs["lengths"] = [row.shape[-1] for row in rows]
+
+
+def _write(group: zarr.Group, name: str, table: NDArray[Any]) -> zarr.Array[Any]:
+    """Write one array, one chunk a block and row."""
+    length = max(1, table.shape[-1])
+    array = group.create_array(
+        name,
+        shape=table.shape,
+        dtype=table.dtype,
+        chunks=(*(1 for _ in table.shape[:-1]), length),
+        shards=(*(max(1, size) for size in table.shape[:-1]), length),
+        filters=None,
+        compressors=[
+            BloscCodec(cname="zstd", clevel=_ZSTD_LEVEL, shuffle="shuffle", typesize=table.dtype.itemsize),
+            Crc32cCodec(),
+        ],
+        fill_value=0,
+    )
+    if table.size:
+        array[...] = table
+    return array
 
 
 class ColumnFile:
-    """The columns of one shard, opened for reading slices. Errors of every method: `CacheError` naming the array."""
+    """The columns of one shard, opened for decoding blocks. Errors of every method: `CacheError` naming the array."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
             group = zarr.open_group(folder, mode="r", zarr_format=3)
-            self.codec = Codec.from_attributes(group.attrs.asdict(), where=str(folder))
+            attributes: dict[str, Any] = group.attrs.asdict()
+            self.codec = Codec.from_attributes(attributes, where=str(folder))
+            self.positions = int(attributes["positions"])
+            self.block_positions = int(attributes["block_positions"])
             self._arrays = dict(group.arrays())
+            self._check()
+            self._lengths: dict[str, list[int]] = {}
+            for name, column in self.codec.columns.items():
+                if column.rows is None:
+                    own: dict[str, Any] = self._arrays[name].attrs.asdict()
+                    self._lengths[name] = [int(value) for value in own["lengths"]]
+            self.frequent_ids_F = np.asarray(self._arrays["frequent_ids"][0]).astype(np.int32)
+            self._ids_V = ids_by_rank(self.frequent_ids_F, self.codec.vocab_size)
         except CacheError:
             raise
-        except Exception as error:  # a damaged zarr.json may make zarr stumble in any way
+        except Exception as error:  # a damaged file may make zarr stumble in any way
             raise CacheError(_damaged(folder, error)) from error
-        self._check()
 
-    def length(self, axis: Axis) -> int:
-        """The number of positions, head entries or draws."""
-        name = {"position": "target_ids", "head": "head_ids", "draw": "draw_ids"}[axis]
-        return int(self._arrays[name].shape[0])
+    @property
+    def blocks(self) -> int:
+        """The number of blocks."""
+        return -(-self.positions // self.block_positions)
 
-    def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        """Read one slice of one column."""
-        if name not in self._arrays:
-            return np.zeros((stop - start, 0), np.float32)
+    def tail_profile(self) -> NDArray[np.float64]:
+        """The shard's mean tail: mass of every id [V], its sum the mean tail mass. Errors: `CacheError`."""
         try:
-            return np.asarray(self._arrays[name][start:stop])
-        except Exception as error:  # a damaged chunk may make a codec stumble in any way
-            raise CacheError(_damaged(self.folder / name, error)) from error
+            mean = np.asarray(self._arrays["tail_profile"][0])
+        except Exception as error:  # as in `columns`
+            raise CacheError(_damaged(self.folder / "tail_profile", error)) from error
+        return spread(mean, self.frequent_ids_F, self.codec.vocab_size)
+
+    def columns(self, first: int, last: int) -> list[Block]:
+        """Read the columns of the blocks `first` … `last` − 1, as they are stored."""
+        blocks: list[Block] = [{} for _ in range(first, last)]
+        for name, column in self.codec.columns.items():
+            try:
+                rows = np.asarray(self._arrays[name][first:last])
+            except Exception as error:  # a damaged chunk may make a codec stumble in any way
+                raise CacheError(_damaged(self.folder / name, error)) from error
+            for place, block in enumerate(blocks):
+                number = first + place
+                positions = min(self.block_positions, self.positions - number * self.block_positions)
+                length = self._lengths[name][number] if column.rows is None else positions
+                block[name] = rows[place, ..., :length]
+        return blocks
+
+    def records(self, first: int, last: int, temperatures: tuple[float, ...] | None = None) -> list[Records]:
+        """Decode the blocks `first` … `last` − 1, with the normalisers of some temperatures (None: all)."""
+        wanted = self.codec.temperatures if temperatures is None else temperatures
+        try:
+            return [decode_block(self.codec, block, self._ids_V, wanted) for block in self.columns(first, last)]
+        except CacheError as error:
+            raise CacheError(f"{self.folder}: {error}: run `cache-teacher verify`") from error
 
     def _check(self) -> None:
-        for name, dtype in self.codec.dtypes().items():
-            columns = len(self.codec.temperatures) if name == "log_normalisers" else 1
-            if not columns:
-                continue
+        for name, column in self.codec.columns.items():
             array = self._arrays.get(name)
-            width = (columns,) if name == "log_normalisers" else ()
-            if array is None or array.dtype != dtype or array.shape[1:] != width:
+            shape = (self.blocks, *column.middle)
+            if array is None or array.dtype != column.dtype or array.shape[:-1] != shape:
                 found = "missing" if array is None else f"{array.dtype} {array.shape}"
-                raise CacheError(f"{self.folder / name}: {found}, expected {dtype}: run `cache-teacher verify`")
-        for name in COLUMN_AXES:
-            if name in self._arrays and self._arrays[name].shape[0] != self.length(COLUMN_AXES[name]):
-                raise CacheError(f"{self.folder / name}: its length does not fit: run `cache-teacher verify`")
+                raise CacheError(f"{self.folder / name}: {found}, expected {column.dtype}: run `cache-teacher verify`")
 
 
 def _damaged(path: Path, error: Exception) -> str:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import get_args
 
+from llavamod_offline.data.tokenise import Positions
 from llavamod_offline.errors import ConfigError
+from teacher_cache.codec import PrecisionName
+from teacher_cache.presets import PRESETS, Preset
 
 _SLICE = re.compile(r"(\d+)/(\d+)")
 
@@ -14,23 +18,36 @@ _SLICE = re.compile(r"(\d+)/(\d+)")
 class CaptureConfig:
     """What a record keeps of each distribution; see `record.RecordSettings` and FORMAT.md.
 
-    `forced_tokens`: tokens always recorded, by their text (each a single token, such as `<|im_end|>` or ` yes`).
-    `log_probs`: type of the head's log-probs, float16 or float32. `seed`: of the tail's draws.
+    `preset`: compact, standard or exhaustive (the whole vocabulary); each setting that is not null changes it.
+    `forced_tokens`: tokens always recorded, by their text (each a single token, such as `<|im_end|>` or ` yes`); null:
+    the template's end of a turn, yes, no and the letters A to D, as far as they are single tokens.
+    `precision`: coarse, fine or exact (float32). `positions`: response (those that predict supervised tokens), or all
+    that are not padding, image patches too. `seed`: of the tail's draws.
     """
 
-    head_mass: float = 0.97
-    head_max: int = 48
-    draws_max: int = 24
-    draws_per_mass: float = 100.0
+    preset: str = "standard"
+    head_mass: float | None = None
+    head_min_prob: float | None = None
+    head_max: int | None = None
+    draws_max: int | None = None
+    draws_per_mass: float | None = None
+    precision: str | None = None
     temperatures: list[float] = field(default_factory=lambda: [1.5, 2.0, 4.0])
-    forced_tokens: list[str] = field(default_factory=list)
-    log_probs: str = "float16"
-    positions: str = "response"
+    forced_tokens: list[str] | None = None
+    positions: Positions = "response"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _choice("capture.log_probs", self.log_probs, ("float16", "float32"))
-        _choice("capture.positions", self.positions, ("response",))
+        _choice("capture.preset", self.preset, tuple(PRESETS))
+        _choice("capture.positions", self.positions, get_args(Positions))
+        if self.precision is not None:
+            _choice("capture.precision", self.precision, get_args(PrecisionName))
+
+    @property
+    def resolved(self) -> Preset:
+        """The preset with the settings that change it."""
+        own = {item.name: getattr(self, item.name) for item in fields(Preset)}
+        return replace(PRESETS[self.preset], **{name: value for name, value in own.items() if value is not None})
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Systematic sampling of tail ids, with uniforms that depend on (seed, key, role, position) alone.
 
-Letters: N positions (R of them in a chunk), V ids, M draws of the position that draws most.
+Letters: N positions (R of them in a chunk), V ids, D draws of all of them.
 """
 
 from __future__ import annotations
@@ -44,24 +44,22 @@ def draw_budget(log_tail_mass_N: Tensor, draws_max: int, draws_per_mass: float) 
     return torch.where(torch.isneginf(log_tail_mass_N) | (draws_max == 0), torch.zeros_like(wanted), wanted)
 
 
-def systematic_draws(weights_RV: Tensor, uniforms_R: Tensor, budget_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw `budget_R` ids a row by systematic sampling in order of id; equal draws are merged and counted.
+def systematic_draws(weights_RV: Tensor, uniforms_R: Tensor, budget_R: Tensor) -> Tensor:
+    """Draw `budget_R` ids a row by systematic sampling in order of id; an id may be drawn several times.
 
     Row r puts budget points at (u + j) / budget, j = 0, 1, …, on the cumulated weights, so id v is drawn
     budget · w(v) / Σw times in expectation: unbiased, and with at most the variance of as many independent draws when
     ids are drawn about once or more.
 
     Shapes: `weights_RV` ≥ 0, finite, each row with a budget having a positive sum; `uniforms_R` float64 in [0, 1).
-    Result: `ids_D` int64 (rows in order, ids rising within a row), `repeats_D` (how often each was drawn) and
-    `counts_R` (how many of the D entries belong to each row).
+    Result: `ids_D` int64, the rows' draws one after another, `budget_R` of each, ids rising within a row.
     Sums are in float64 over blocks of ids, then inside the blocks that were hit: one pass over V, not a full float64
     cumulation, and no id's share is off by more than float32 rounding of its own block.
     """
     rows, width = weights_RV.shape
     draws = int(budget_R.max()) if rows else 0
     if draws == 0:
-        empty = torch.zeros(0, dtype=torch.long, device=weights_RV.device)
-        return empty, empty, torch.zeros_like(budget_R)
+        return torch.zeros(0, dtype=torch.long, device=weights_RV.device)
     size = 2 ** (width.bit_length() // 2)
     blocks = -(-width // size)
     blocked = torch.nn.functional.pad(weights_RV, (0, blocks * size - width)).view(rows, blocks, size)
@@ -73,8 +71,8 @@ def systematic_draws(weights_RV: Tensor, uniforms_R: Tensor, budget_R: Tensor) -
     hit = blocked[row, block].double().cumsum(-1).flatten(0, 1)
     offset, _ = _locate(hit, inside.reshape(-1, 1) * hit[:, -1:])
     ids = block * size + offset.view(rows, draws)
-    code, repeats = torch.unique_consecutive((row * width + ids)[steps < budget_R[:, None]], return_counts=True)
-    return code % width, repeats, torch.bincount(code // width, minlength=rows)
+    drawn_D: Tensor = ids[steps < budget_R[:, None]]
+    return drawn_D
 
 
 def _locate(cumulated: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from llavamod_offline.data.images import ImagePreprocessor
 from llavamod_offline.data.shards import SampleSet
-from llavamod_offline.data.template import get_template
+from llavamod_offline.data.template import Template, get_template
 from llavamod_offline.errors import CacheError, ConfigError, DataError, ModelError
 from llavamod_offline.models.checkpoint import (
     load_config,
@@ -29,8 +29,8 @@ from llavamod_offline.models.checkpoint import (
 from teacher_cache.codec import Codec
 from teacher_cache.engines.hf import HfEngine
 from teacher_cache.engines.protocol import Engine, Request
-from teacher_cache.fingerprint import describe_template, describe_tokenizer, describe_weights
-from teacher_cache.reader import open_cache
+from teacher_cache.fingerprint import check_allowed, describe_template, describe_tokenizer, describe_weights
+from teacher_cache.manifest import cache_bytes
 from teacher_cache.record import RecordSettings
 from teacher_cache.sequences import SequenceRecord
 from teacher_cache.store import CacheStore, Rejection
@@ -42,8 +42,10 @@ if TYPE_CHECKING:
     from llavamod_offline.data.tokenise import Sequence as TokenSequence
     from llavamod_offline.data.tokenise import SequenceEncoder
     from teacher_cache.config import CacheConfig
+    from teacher_cache.presets import Preset
 
 _LOG = logging.getLogger(__name__)
+_FORCED_WORDS = ("yes", "no", "Yes", "No", "A", "B", "C", "D")
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """Everything about a capture that is known before the teacher's weights are loaded."""
 
     samples: SampleSet
@@ -88,20 +90,21 @@ def run_job(config: CacheConfig, *, allow: Sequence[str] = ()) -> Summary:
     cache that is there; later only if the disk or the device's memory gives out. The cache can always be resumed.
     """
     started = time.perf_counter()
-    job = _prepare(config)
-    output = Path(config.output)
+    job = prepare_job(config)
+    output = config.output
+    check_allowed(allow, job.fingerprint)
     store = CacheStore.open(output, job.fingerprint, job.samples.shard_names, allow=allow)
     part, parts = config.part
     mine = set(job.samples.shard_names[part::parts])
     missing = [name for name in store.missing() if name in mine]
-    engine = _engine(job, config) if missing else None
+    engine = load_engine(job, config) if missing else None
     store.start()
     counts = dict.fromkeys(("sequences", "positions", "rejected"), 0)
     if engine is not None:
         _LOG.info("%s: %d of %d shards to capture", output, len(missing), len(job.samples.shard_names))
         with _Progress(sum(len(job.samples.rows_of(name)) for name in missing)) as progress:
             for name in missing:
-                captured, rejected = _capture_shard(job, engine, name, progress.update)
+                captured, rejected = capture_rows(job, engine, job.samples.rows_of(name), progress.update)
                 store.commit(name, captured, rejected, job.codec)
                 counts["sequences"] += len(captured)
                 counts["positions"] += sum(len(item.records) for item in captured)
@@ -112,20 +115,21 @@ def run_job(config: CacheConfig, *, allow: Sequence[str] = ()) -> Summary:
         raise CacheError(f"{output}: not one sequence could be captured: {output}/rejected.jsonl has the reasons")
     seconds = time.perf_counter() - started
     return Summary(
-        output=str(output),
+        output=output,
         complete=cache is not None,
         shards_done=len(job.samples.shard_names) - len(left),
         shards_total=len(job.samples.shard_names),
         **counts,
         seconds=round(seconds, 3),
         positions_per_second=round(counts["positions"] / seconds, 1),
-        bytes_per_position=round(open_cache(output).bytes_per_position, 3) if cache else None,
+        bytes_per_position=round(cache_bytes(cache) / max(cache["totals"]["positions"], 1), 3) if cache else None,
         digest=cache["digest"] if cache else None,
         totals=cache["totals"] if cache else None,
     )
 
 
-def _prepare(config: CacheConfig) -> _Job:
+def prepare_job(config: CacheConfig) -> Job:
+    """Open set and teacher and check that they fit one another, all but the weights. Errors: a `LlavaModError`."""
     teacher = Path(config.teacher)
     samples = SampleSet.open(Path(config.data))
     template = get_template(config.template)
@@ -135,20 +139,11 @@ def _prepare(config: CacheConfig) -> _Job:
     preprocessor = ImagePreprocessor.from_checkpoint(teacher, aspect=config.image_aspect)
     vocab_size = _shared_vocabulary(teacher, tokenizer, int(model_config.text_config.vocab_size))
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    settings = RecordSettings(
-        head_mass=config.capture.head_mass,
-        head_max=config.capture.head_max,
-        draws_max=config.capture.draws_max,
-        draws_per_mass=config.capture.draws_per_mass,
+    settings, codec = _kept(
+        config.capture.resolved,
         temperatures=tuple(config.capture.temperatures),
-        forced_ids=tuple(_token_id(tokenizer, text) for text in config.capture.forced_tokens),
-    )
-    codec = Codec(
+        forced_ids=_forced_ids(tokenizer, config.capture.forced_tokens, template),
         vocab_size=vocab_size,
-        temperatures=settings.temperatures,
-        log_probs="float16" if config.capture.log_probs == "float16" else "float32",
-        head_limit=min(settings.head_max, vocab_size) + len(settings.forced_ids),
-        draw_limit=settings.draws_max,
     )
     dtype = config.dtype if config.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
     fingerprint = {
@@ -167,14 +162,14 @@ def _prepare(config: CacheConfig) -> _Job:
             **dataclasses.asdict(settings),
             "temperatures": list(settings.temperatures),
             "forced_ids": list(settings.forced_ids),
-            "log_probs": codec.log_probs,
+            "precision": codec.precision,
             "positions": config.capture.positions,
             "seed": config.capture.seed,
             "vocab_size": vocab_size,
         },
         "data": {"digest": samples.digest, "samples": len(samples)},
     }
-    return _Job(
+    return Job(
         samples=samples,
         teacher=teacher,
         encoder=encoder,
@@ -188,6 +183,41 @@ def _prepare(config: CacheConfig) -> _Job:
     )
 
 
+def with_preset(job: Job, preset: Preset) -> Job:
+    """The same capture that keeps something else of each distribution; its fingerprint stays as it is."""
+    settings, codec = _kept(
+        preset,
+        temperatures=job.settings.temperatures,
+        forced_ids=job.settings.forced_ids,
+        vocab_size=job.codec.vocab_size,
+    )
+    return dataclasses.replace(job, settings=settings, codec=codec)
+
+
+def _kept(
+    capture: Preset, *, temperatures: tuple[float, ...], forced_ids: tuple[int, ...], vocab_size: int
+) -> tuple[RecordSettings, Codec]:
+    """What a record keeps, and how it is encoded."""
+    settings = RecordSettings(
+        head_mass=capture.head_mass,
+        head_min_prob=capture.head_min_prob,
+        head_max=vocab_size if capture.head_max is None else min(capture.head_max, vocab_size),
+        draws_max=capture.draws_max,
+        draws_per_mass=capture.draws_per_mass,
+        temperatures=temperatures,
+        forced_ids=forced_ids,
+    )
+    codec = Codec(
+        vocab_size=vocab_size,
+        temperatures=temperatures,
+        precision=capture.precision,
+        head_limit=settings.head_max + len(forced_ids),
+        draw_limit=settings.draws_max,
+        forced_ids=forced_ids,
+    )
+    return settings, codec
+
+
 def _shared_vocabulary(teacher: Path, tokenizer: PreTrainedTokenizerFast, rows: int) -> int:
     """V = min(len(tokenizer), rows of the head). Errors: `ModelError` if the tokenizer has ids beyond the head."""
     largest = max(tokenizer.get_vocab().values())
@@ -199,15 +229,26 @@ def _shared_vocabulary(teacher: Path, tokenizer: PreTrainedTokenizerFast, rows: 
     return vocabulary_size(tokenizer, rows)
 
 
-def _token_id(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
+def _forced_ids(tokenizer: PreTrainedTokenizerFast, tokens: list[str] | None, template: Template) -> tuple[int, ...]:
+    """The ids of tokens that are named, or of those that go without saying. Errors: `ConfigError` naming a token."""
+    if tokens is None:
+        words = (template.end, *(template.answer_prefix + word for word in _FORCED_WORDS))
+        found = [_ids_of(tokenizer, text) for text in words]
+        return tuple(dict.fromkeys(ids[0] for ids in found if len(ids) == 1))
+    for text in tokens:
+        count = len(_ids_of(tokenizer, text))
+        if count != 1:
+            raise ConfigError(f"capture.forced_tokens: '{text}' is {count} tokens of this tokenizer, must be one")
+    return tuple(_ids_of(tokenizer, text)[0] for text in tokens)
+
+
+def _ids_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     known = tokenizer.get_vocab().get(text)
-    ids = [known] if known is not None else tokenizer(text, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
-        raise ConfigError(f"capture.forced_tokens: '{text}' is {len(ids)} tokens of this tokenizer, must be one")
-    return int(ids[0])
+    return [known] if known is not None else list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _engine(job: _Job, config: CacheConfig) -> Engine:
+def load_engine(job: Job, config: CacheConfig) -> Engine:
+    """Load the teacher's weights. Errors: `ModelError` if they do not fit, `ConfigError` if the device is not there."""
     model = load_llava(job.teacher, dtype=job.dtype)
     rows = int(model.get_output_embeddings().weight.shape[0])
     if rows < job.codec.vocab_size:
@@ -225,24 +266,28 @@ def _engine(job: _Job, config: CacheConfig) -> Engine:
         seed=config.capture.seed,
         batch_size=config.batch_size,
         workers=config.workers,
+        positions=config.capture.positions,
     )
 
 
-def _capture_shard(
-    job: _Job, engine: Engine, name: str, progress: Callable[[int, int], None]
+def capture_rows(
+    job: Job,
+    engine: Engine,
+    rows: Iterable[int],
+    progress: Callable[[int, int], None] = lambda samples, positions: None,
 ) -> tuple[list[SequenceRecord], list[Rejection]]:
-    """Capture one data shard; both lists are in the order of the set, roles in the order of the sample."""
+    """Capture some rows of the set, such as a shard's; both lists are in their order, roles in that of the sample."""
     requests: list[Request] = []
     captured: list[SequenceRecord] = []
     rejected: list[Rejection] = []
     order: dict[tuple[str, str], int] = {}
-    for row in job.samples.rows_of(name):
+    for row in rows:
         sample = job.samples.read(row, verify=True)
         sequences = []
         for role in sample.roles:
             order[sample.key, role] = len(order)
             try:
-                sequences.append(_encode(job, sample, role))
+                sequences.append(encode(job, sample, role))
             except DataError as error:
                 rejected.append(Rejection(sample.key, role, str(error)))
         if sequences:
@@ -263,7 +308,8 @@ def _capture_shard(
     return captured, rejected
 
 
-def _encode(job: _Job, sample: Sample, role: str) -> TokenSequence:
+def encode(job: Job, sample: Sample, role: str) -> TokenSequence:
+    """Tokenise one role of a sample. Errors: `DataError` if it is too long for the settings or for the teacher."""
     sequence = job.encoder.encode(sample, role)
     length = len(sequence.input_ids_T)
     if length > job.context_length:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llavamod_offline.errors import CacheError
+from llavamod_offline.folders import Folder
 
 FORMAT_VERSION = 1
 JOB_NAME = "job.json"
@@ -42,6 +43,11 @@ def sha256_file(file: Path) -> str:
     return digest.hexdigest()
 
 
+def content_entry(content: bytes) -> dict[str, Any]:
+    """The size in bytes and the checksum of a file with this content."""
+    return {"bytes": len(content), "sha256": sha256_bytes(content)}
+
+
 def file_entry(file: Path) -> dict[str, Any]:
     """A file's size in bytes and its checksum."""
     return {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
@@ -53,22 +59,63 @@ def file_entries(folder: Path) -> dict[str, dict[str, Any]]:
     return {file.relative_to(folder).as_posix(): file_entry(file) for file in files}
 
 
+def shard_entry(name: str, content: bytes, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What cache.json says of a shard, from its manifest and that file's content."""
+    files = manifest["files"]
+    return {
+        "name": name,
+        "bytes": sum(entry["bytes"] for entry in files.values()) + len(content),
+        "files": {MANIFEST_NAME: content_entry(content), SEQUENCES_NAME: files[SEQUENCES_NAME]},
+        **{count: manifest[count] for count in COUNTS},
+    }
+
+
+def cache_content(
+    job: Mapping[str, Any], shards: list[dict[str, Any]], files: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """All of cache.json, from `shard_entry` of every shard and the entries of the files beside it."""
+    cache = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": job["fingerprint"],
+        "shards": shards,
+        "totals": {count: sum(shard[count] for shard in shards) for count in ("bytes", *COUNTS)},
+        "files": dict(files),
+    }
+    return {**cache, "digest": cache_digest(cache)}
+
+
 def cache_digest(cache: Mapping[str, Any]) -> str:
     """SHA-256 of all of cache.json but the digest itself; through the checksums in it, of the whole cache."""
     return sha256_bytes(canonical({name: value for name, value in cache.items() if name != "digest"}))
 
 
-def read_object(file: Path, *, way_out: str) -> dict[str, Any]:
+def cache_bytes(cache: Mapping[str, Any]) -> int:
+    """The bytes of all files of a cache, from the content of its cache.json."""
+    sizes = [cache["totals"]["bytes"], *(entry["bytes"] for entry in cache["files"].values())]
+    return sum(map(int, sizes)) + len(canonical(cache))
+
+
+def read_object(folder: Folder, name: str, *, way_out: str) -> dict[str, Any]:
     """Read a JSON object of this format version. Errors: `CacheError` naming the file, ending with the way out."""
+    where = f"{folder.where}/{name}"
     try:
-        content = json.loads(file.read_bytes())
+        content = folder.read(name)
     except FileNotFoundError as error:
-        raise CacheError(f"{file}: missing: {way_out}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CacheError(f"{file}: cannot be read: {error}: {way_out}") from error
-    if not isinstance(content, dict):
-        raise CacheError(f"{file}: not a JSON object: {way_out}")
-    version = content.get("format_version")
+        raise CacheError(f"{where}: missing: {way_out}") from error
+    except OSError as error:
+        raise CacheError(f"{where}: cannot be read: {error.strerror or error}: {way_out}") from error
+    return parse_object(content, where, way_out=way_out)
+
+
+def parse_object(content: bytes, where: str, *, way_out: str) -> dict[str, Any]:
+    """Parse a JSON object of this format version; `where` names it in errors. Errors: `CacheError`."""
+    try:
+        parsed = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CacheError(f"{where}: cannot be read: {error}: {way_out}") from error
+    if not isinstance(parsed, dict):
+        raise CacheError(f"{where}: not a JSON object: {way_out}")
+    version = parsed.get("format_version")
     if version != FORMAT_VERSION:
-        raise CacheError(f"{file}: format version {version}, this version of the project reads {FORMAT_VERSION}")
-    return content
+        raise CacheError(f"{where}: format version {version}, this version of the project reads {FORMAT_VERSION}")
+    return parsed

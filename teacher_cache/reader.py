@@ -1,98 +1,109 @@
-"""Reading a cache: look-up by (key, role), and batches of positions decoded into `SparseTargets`."""
+"""Reading a cache: look-up by (key, role), and batches of positions decoded into `SparseTargets`.
+
+Letters: Q sequences of a cache, B of them asked for at once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from llavamod_offline.data.tokenise import NO_TARGET, Positions
 from llavamod_offline.errors import CacheError
+from llavamod_offline.folders import LocalFolder, open_folder
 from llavamod_offline.losses.targets import SparseTargets
-from teacher_cache.chunks import ChunkReader
-from teacher_cache.codec import COLUMN_AXES, Axis
+from llavamod_offline.remote import RemoteFolder
+from llavamod_offline.staging import Staging
+from teacher_cache.blocks import BlockReader, Columns
+from teacher_cache.index import SequenceIndex
 from teacher_cache.manifest import (
     CACHE_NAME,
     JOB_NAME,
     MANIFEST_NAME,
-    SEQUENCES_NAME,
     SHARDS_NAME,
+    cache_bytes,
     cache_digest,
     read_object,
-    sha256_bytes,
-    sha256_file,
 )
-from teacher_cache.record import Records
-from teacher_cache.sequences import edges, key_hash, read_sequences
+from teacher_cache.record import Records, concatenate_records
+from teacher_cache.sequences import CachedSequence, SequenceRows
+from teacher_cache.shards import VERIFY, LocalShards, Manifests, ShardFiles, StagedShards, checked_manifest
 from teacher_cache.targets import sparse_targets
 
+__all__ = ["CachedSequence", "TeacherCache", "open_cache"]
+
 _MEMORY_BYTES = 256 * 2**20
-_AXES: tuple[Axis, ...] = ("position", "head", "draw")
-_VERIFY = "run `cache-teacher verify`"
 
 
-@dataclass(frozen=True)
-class CachedSequence:
-    """What a cache says of one sequence; hashes as hex, log-probs and entropy in nats."""
+def open_cache(where: Path | str, *, staging: Staging | None = None, temperature: float | None = None) -> TeacherCache:
+    """Open a finished cache by path or URL: small files are read and checked, token-level arrays are not touched.
 
-    key: str
-    role: str
-    target_hash: str
-    content_hash: str
-    n_tokens: int
-    n_positions: int
-    sum_log_prob: float
-    mean_entropy: float
-
-
-def open_cache(path: Path | str) -> TeacherCache:
-    """Open a finished cache: small files are read and checked, token-level arrays are not touched.
-
-    Errors: `CacheError` if there is no cache, it is unfinished, of another format version, or a small file is damaged.
+    `staging`: where copies of what lies behind a URL are kept (default: see `llavamod_offline/staging.py`).
+    `temperature`: the only one that will be used, which makes decoding faster (1 needs no normaliser; None: any).
+    Errors: `CacheError` if there is no cache, it is unfinished, of another format version, or a small file is damaged;
+    `StorageError` if a bucket cannot be read.
     """
-    return TeacherCache(Path(path))
+    return TeacherCache(where, staging=staging, temperature=temperature)
 
 
 class TeacherCache:
-    """An open cache. Safe in threads, and in forked or spawned workers, each of which keeps its own decoded chunks.
+    """An open cache. Safe in threads, and in forked or spawned workers, each of which keeps its own decoded blocks.
 
-    `fingerprint` is what it was made from (see `fingerprint.py`); `digest` identifies its whole content;
-    `bytes_per_position` counts every file. At most `memory_bytes` of decoded chunks are kept.
+    `path` is where it lies, as text; `fingerprint` what it was made from (see `fingerprint.py`); `digest` identifies
+    its whole content; `bytes_per_position` counts every file. At most `memory_bytes` of decoded blocks are kept.
     """
 
-    def __init__(self, path: Path, memory_bytes: int = _MEMORY_BYTES) -> None:
-        self.path = path
+    def __init__(
+        self,
+        where: Path | str,
+        memory_bytes: int = _MEMORY_BYTES,
+        *,
+        staging: Staging | None = None,
+        temperature: float | None = None,
+    ) -> None:
         self._memory_bytes = memory_bytes
-        content = _read_cache_file(path)
+        self._temperature = temperature
+        self._staging = staging
+        self._folder = open_folder(where)
+        self.path = self._folder.where
+        content = _read_cache_file(self._folder)
         self.fingerprint: dict[str, Any] = content["fingerprint"]
         self.digest = str(content["digest"])
         self.totals: dict[str, int] = content["totals"]
         self.positions = int(self.totals["positions"])
-        self.shard_names = [str(shard["name"]) for shard in content["shards"]]
-        self._tables: list[pa.RecordBatch] = []
-        manifests = []
-        for shard in content["shards"]:
-            table, manifest = self._open_shard(shard)
-            self._tables.append(table)
-            manifests.append(manifest)
-        small = sum(entry["bytes"] for entry in content["files"].values()) + (path / CACHE_NAME).stat().st_size
-        self.bytes = int(self.totals["bytes"]) + small
-        self._chunks = ChunkReader([self._folder(name) for name in self.shard_names], manifests, memory_bytes)
-        self._index()
+        self._shards: list[dict[str, Any]] = content["shards"]
+        self.shard_names = [str(shard["name"]) for shard in self._shards]
+        self.bytes = cache_bytes(content)
+        self._files: ShardFiles
+        if isinstance(self._folder, RemoteFolder):
+            self._staging = staging or Staging()
+            self._files = StagedShards(self._folder, self._shards, self.digest, self._staging)
+        else:
+            self._files = LocalShards(self._folder, self._shards)
+        self._tables = self._files.tables()
+        self._rows = [SequenceRows(table) for table in self._tables]
+        self._index = SequenceIndex(self._rows)
+        self._profile: Tensor | None = None
+        manifests = Manifests(self._files.folders, self._shards)
+        self._blocks = BlockReader(self._files.folders, manifests, memory_bytes, self.temperatures)
 
     def __len__(self) -> int:
-        return len(self._hashes)
+        return len(self._index)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (TeacherCache, (self.path, self._memory_bytes))
+        return (_reopen, (self.path, self._memory_bytes, self._staging, self._temperature))
 
     def __contains__(self, item: object) -> bool:
-        return isinstance(item, tuple) and len(item) == 2 and self._find(str(item[0]), str(item[1])) is not None
+        if not (isinstance(item, tuple) and len(item) == 2):
+            return False
+        return self._index.find_one(str(item[0]), str(item[1])) >= 0
 
     @property
     def bytes_per_position(self) -> float:
@@ -106,8 +117,28 @@ class TeacherCache:
 
     @property
     def temperatures(self) -> tuple[float, ...]:
-        """The temperatures whose normalisers are stored."""
-        return tuple(float(value) for value in self.fingerprint["capture"]["temperatures"])
+        """The temperatures whose normalisers are read: of the stored ones, all or the one asked for."""
+        stored = tuple(float(value) for value in self.fingerprint["capture"]["temperatures"])
+        return stored if self._temperature is None else tuple(value for value in stored if value == self._temperature)
+
+    @property
+    def tail_profile(self) -> Tensor | None:
+        """The teacher's mean tail over the whole cache, [V] float32, sum 1; None if there is no tail or no draw.
+
+        Estimated from the draws of all positions. One small array of every shard is read, once.
+        """
+        if self._profile is None:
+            sums_V = np.zeros(self.vocab_size)
+            for shard, entry in enumerate(self._shards):
+                with self._files.hold(shard):
+                    sums_V += int(entry["positions"]) * self._blocks.file(shard).tail_profile()
+            self._profile = torch.from_numpy(sums_V / max(float(sums_V.sum()), 1e-300)).float()
+        return self._profile if bool(self._profile.any()) else None
+
+    @property
+    def positions_kept(self) -> Positions:
+        """Which positions of a sequence have records: those that predict its supervised tokens, or all."""
+        return "all" if self.fingerprint["capture"].get("positions") == "all" else "response"
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -124,34 +155,46 @@ class TeacherCache:
             found.update(table.filter(pc.equal(table.column("role"), role)).column("key").to_pylist())
         return found
 
+    def manifests(self) -> list[dict[str, Any]]:
+        """Read every shard's manifest: what files it has, of what size. Errors: `CacheError` if one is damaged."""
+        names = [f"{SHARDS_NAME}/{name}/{MANIFEST_NAME}" for name in self.shard_names]
+        try:
+            contents = self._folder.read_all(names)
+        except OSError as error:
+            raise CacheError(f"cache '{self.path}': a {MANIFEST_NAME} cannot be read: {error}: {VERIFY}") from error
+        return [
+            checked_manifest(content, f"{self.path}/{name}", shard)
+            for content, name, shard in zip(contents, names, self._shards, strict=True)
+        ]
+
     def sequence(self, key: str, role: str) -> CachedSequence:
         """Look one sequence up. Errors: `CacheError` if it has no record."""
-        shard, row = self._locate(key, role)
-        entry = self._tables[shard].slice(row, 1).to_pylist()[0]
-        return CachedSequence(
-            key,
-            role,
-            entry["target_hash"].hex(),
-            entry["content_hash"].hex(),
-            entry["n_tokens"],
-            entry["n_position"],
-            entry["sum_log_prob"],
-            entry["mean_entropy"],
-        )
+        shard, row = self._index.place(self._find_one(key, role))
+        return self._rows[shard].sequence(row)
 
     def target_ids(self, key: str, role: str) -> NDArray[np.int64]:
         """The supervised ids of one sequence."""
-        return self._column(self._locate(key, role), "target_ids").astype(np.int64)
+        ids_N = self.records([(key, role)]).target_ids_N.astype(np.int64)
+        supervised_N: NDArray[np.int64] = ids_N[ids_N != NO_TARGET]
+        return supervised_N
 
     def records(self, items: Sequence[tuple[str, str]]) -> Records:
         """Read the records of several sequences, one after another. Errors: `CacheError` if one is not there."""
-        places = [self._locate(*item) for item in items]
-        shard = places[0][0] if places else 0  # all shards of a cache are encoded alike
-        columns = {
-            name: np.concatenate([self._chunks.empty(shard, name), *(self._column(place, name) for place in places)])
-            for name in COLUMN_AXES
-        }
-        return self._chunks.codec(shard).decode(columns)
+        rows_B = self._find(items)
+        shards_B, _ = self._index.places(rows_B)
+        firsts_B = self._index.starts_Q[self._index.first_rows[shards_B]]
+        spans_B2 = (self._index.starts_Q[np.stack([rows_B, rows_B + 1], 1)] - firsts_B[:, None]).tolist()
+        pieces: list[list[Columns]] = [[] for _ in items]
+        for shard in np.unique(shards_B).tolist():
+            numbers = np.flatnonzero(shards_B == shard).tolist()
+            with self._files.hold(shard):
+                found = self._blocks.pieces(shard, [spans_B2[number] for number in numbers])
+            for number, parts in zip(numbers, found, strict=True):
+                pieces[number] = parts
+        whole = [part for parts in pieces for part in parts]
+        if not whole:
+            return concatenate_records([], len(self.temperatures))
+        return Records(*(np.concatenate(column) for column in zip(*whole, strict=True)))
 
     def targets(self, items: Sequence[tuple[str, str]]) -> SparseTargets:
         """Decode several sequences' positions, one after another, as CPU tensors.
@@ -160,67 +203,44 @@ class TeacherCache:
         """
         return sparse_targets(self.records(items), self.temperatures, self.vocab_size)
 
-    def _folder(self, shard_name: str) -> Path:
-        return self.path / SHARDS_NAME / shard_name
+    def _find(self, items: Sequence[tuple[str, str]]) -> NDArray[np.int64]:
+        rows_B = self._index.find(items)
+        if len(rows_B) and rows_B.min() < 0:
+            raise self._unknown(*items[int(rows_B.argmin())])
+        return rows_B
 
-    def _open_shard(self, shard: dict[str, Any]) -> tuple[pa.RecordBatch, dict[str, Any]]:
-        file = self._folder(shard["name"]) / MANIFEST_NAME
-        manifest = read_object(file, way_out=_VERIFY)
-        if sha256_bytes(file.read_bytes()) != shard["manifest_sha256"]:
-            raise CacheError(f"{file}: its checksum is not the one in {CACHE_NAME}: {_VERIFY}")
-        table_file = self._folder(shard["name"]) / SEQUENCES_NAME
-        if not table_file.is_file() or sha256_file(table_file) != manifest["files"][SEQUENCES_NAME]["sha256"]:
-            raise CacheError(f"{table_file}: missing, or its checksum is not the one in {MANIFEST_NAME}: {_VERIFY}")
-        return read_sequences(table_file), manifest
+    def _find_one(self, key: str, role: str) -> int:
+        row = self._index.find_one(key, role)
+        if row < 0:
+            raise self._unknown(key, role)
+        return row
 
-    def _index(self) -> None:
-        """Sort all key hashes once: look-up is a binary search, and no Python object per sequence is kept."""
-        hashes = [table.column("key_hash").to_numpy() for table in self._tables]
-        joined = np.concatenate([np.zeros(0, np.uint64), *hashes])
-        self._order = np.argsort(joined, kind="stable")
-        self._hashes = joined[self._order]
-        self._starts = np.cumsum([0, *(len(table) for table in self._tables)])
-        self._edges = [{axis: edges(table, axis) for axis in _AXES} for table in self._tables]
+    def _unknown(self, key: str, role: str) -> CacheError:
+        return CacheError(
+            f"cache '{self.path}': no record of sample '{key}' ({role}): its rejected.jsonl may say why; "
+            "or capture the set that holds it"
+        )
 
-    def _find(self, key: str, role: str) -> tuple[int, int] | None:
-        wanted = np.uint64(key_hash(key, role))
-        at = int(np.searchsorted(self._hashes, wanted))
-        while at < len(self._hashes) and self._hashes[at] == wanted:
-            number = int(self._order[at])
-            shard = int(np.searchsorted(self._starts, number, side="right")) - 1
-            row = number - int(self._starts[shard])
-            table = self._tables[shard]
-            if table.column("key")[row].as_py() == key and table.column("role")[row].as_py() == role:
-                return shard, row
-            at += 1
-        return None
 
-    def _locate(self, key: str, role: str) -> tuple[int, int]:
-        found = self._find(key, role)
-        if found is None:
+def _reopen(where: str, memory_bytes: int, staging: Staging | None, temperature: float | None) -> TeacherCache:
+    return TeacherCache(where, memory_bytes, staging=staging, temperature=temperature)
+
+
+def _read_cache_file(folder: LocalFolder | RemoteFolder) -> dict[str, Any]:
+    where = folder.where
+    if isinstance(folder, LocalFolder) and not folder.path.is_dir():
+        raise CacheError(f"cache '{where}': no such folder: make one with `cache-teacher run`")
+    names = folder.names()
+    if CACHE_NAME not in names:
+        if JOB_NAME not in names:
             raise CacheError(
-                f"cache '{self.path}': no record of sample '{key}' ({role}): its rejected.jsonl may say why; "
-                "or capture the set that holds it"
+                f"cache '{where}': has no {CACHE_NAME}, so it is no teacher cache: see `cache-teacher run`"
             )
-        return found
-
-    def _column(self, place: tuple[int, int], name: str) -> NDArray[Any]:
-        shard, row = place
-        at = self._edges[shard][COLUMN_AXES[name]]
-        return self._chunks.slice(shard, name, int(at[row]), int(at[row + 1]))
-
-
-def _read_cache_file(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise CacheError(f"cache '{path}': no such folder: make one with `cache-teacher run`")
-    if not (path / CACHE_NAME).is_file():
-        if not (path / JOB_NAME).is_file():
-            raise CacheError(f"cache '{path}': has no {CACHE_NAME}, so it is no teacher cache: see `cache-teacher run`")
         raise CacheError(
-            f"cache '{path}': unfinished ({CACHE_NAME} is missing): run `cache-teacher run` again with the same "
+            f"cache '{where}': unfinished ({CACHE_NAME} is missing): run `cache-teacher run` again with the same "
             "settings to finish it"
         )
-    content = read_object(path / CACHE_NAME, way_out=_VERIFY)
+    content = read_object(folder, CACHE_NAME, way_out=VERIFY)
     if content.get("digest") != cache_digest(content):
-        raise CacheError(f"{path / CACHE_NAME}: damaged (its digest is not that of its content): {_VERIFY}")
+        raise CacheError(f"{where}/{CACHE_NAME}: damaged (its digest is not that of its content): {VERIFY}")
     return content

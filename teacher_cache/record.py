@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llavamod_offline.data.tokenise import NO_TARGET
 from llavamod_offline.errors import ConfigError
 from teacher_cache.draws import draw_budget, systematic_draws
 
@@ -25,9 +26,10 @@ _CHUNK_VALUES = {"cpu": 2**20, "cuda": 2**26}
 
 @dataclass(frozen=True)
 class RecordSettings:
-    """What a record holds. The head: the most likely ids until their mass reaches `head_mass` or their number
-    `head_max`, at least one, and all of `forced_ids`. The tail: `draws_per_mass` draws per unit of its mass, 1 to
-    `draws_max` (0 for none). `temperatures`: those T ≠ 1 whose log Σ p^(1/T) is kept.
+    """What a record holds. The head: the most likely ids until their mass reaches `head_mass`, their number `head_max`,
+    or the next one's probability is below `head_min_prob`; at least one, and all of `forced_ids`. The tail:
+    `draws_per_mass` draws per unit of its mass, 1 to `draws_max` (0 for none). `temperatures`: those T ≠ 1 whose
+    log Σ p^(1/T) is kept.
 
     `head_mass=1.0, head_max=V` keeps every id (exhaustive). Errors: `ConfigError` naming the value out of range.
     """
@@ -38,10 +40,12 @@ class RecordSettings:
     draws_per_mass: float
     temperatures: tuple[float, ...]
     forced_ids: tuple[int, ...] = ()
+    head_min_prob: float = 0.0
 
     def __post_init__(self) -> None:
         checks = (
             (0.0 <= self.head_mass <= 1.0, f"head_mass is {self.head_mass:g}, must lie in 0 … 1"),
+            (0.0 <= self.head_min_prob < 1.0, f"head_min_prob is {self.head_min_prob:g}, must lie in 0 … 1"),
             (self.head_max >= 1, f"head_max is {self.head_max}, must be at least 1"),
             (0 <= self.draws_max <= 65535, f"draws_max is {self.draws_max}, must lie in 0 … 65535"),
             (self.draws_per_mass > 0, f"draws_per_mass is {self.draws_per_mass:g}, must be more than 0"),
@@ -58,9 +62,12 @@ class RecordSettings:
 class Records:
     """N positions' records in columns; log-probs are natural, float32, at T = 1.
 
+    `target_ids_N` is −1 where a position has no target (its `target_log_probs_N` is 0 then).
+
     `head_counts_N` [N] says how many of `head_ids_H` and `head_log_probs_H` belong to each position, most likely first
-    (equal ones by rising id); `draw_counts_N` likewise for `draw_ids_D` (rising) and `draw_repeats_D` (how often each
-    was drawn). `tail_log_mass_N` is −inf where every id is in the head. `log_normalisers_NS`: log Σ_v p(v)^(1/T).
+    (equal ones by rising id), then the forced ids that are not among those, in the order of `forced_ids`.
+    `draw_counts_N` likewise for `draw_ids_D`, in any order; an id drawn twice stands twice. `tail_log_mass_N` is −inf
+    where every id is in the head. `log_normalisers_NS`: log Σ_v p(v)^(1/T).
     """
 
     target_ids_N: Ints
@@ -73,14 +80,13 @@ class Records:
     head_ids_H: Ints
     head_log_probs_H: Floats
     draw_ids_D: Ints
-    draw_repeats_D: Ints
 
     def __len__(self) -> int:
         return len(self.target_ids_N)
 
     def split(self, lengths: Sequence[int]) -> list[Records]:
         """Cut into consecutive pieces of the given numbers of positions, as views."""
-        edges_N = np.concatenate([[0], np.cumsum(lengths)])
+        edges_N = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         edges_H = np.concatenate([[0], np.cumsum(self.head_counts_N)])[edges_N]
         edges_D = np.concatenate([[0], np.cumsum(self.draw_counts_N)])[edges_N]
         edges = {"H": edges_H, "D": edges_D}
@@ -98,7 +104,7 @@ def concatenate_records(parts: Sequence[Records], temperatures: int = 0) -> Reco
     """Stack the positions of several records in order; no parts give no positions (`temperatures` columns wide)."""
     if not parts:
         i, f = np.zeros(0, np.int32), np.zeros(0, np.float32)
-        return Records(i, f, f, f, np.zeros((0, temperatures), np.float32), i, i, i, f, i, i)
+        return Records(i, f, f, f, np.zeros((0, temperatures), np.float32), i, i, i, f, i)
     return Records(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Records)})
 
 
@@ -113,9 +119,9 @@ def make_records(
 ) -> tuple[Records, NDArray[np.bool_]]:
     """Make the records of N rows of logits, chunk by chunk on the device they are on.
 
-    Shapes: `logits_NV` [N, V] float, already cut to the shared vocabulary; `target_ids_N` int64 < V; `uniforms_N`
-    float64, from `draws.sequence_uniforms`. Result: the records, and [N] bool: whether the row's logits were finite
-    (the record of a row that was not is meaningless).
+    Shapes: `logits_NV` [N, V] float, already cut to the shared vocabulary; `target_ids_N` int64 < V, or −1 for none;
+    `uniforms_N` float64, from `draws.sequence_uniforms`. Result: the records, and [N] bool: whether the row's
+    logits were finite (the record of a row that was not is meaningless).
     """
     rows, width = logits_NV.shape
     chunk = rows_per_chunk(width, logits_NV.device.type)
@@ -140,7 +146,8 @@ def _chunk_records(
     head_ids_RK, head_shifted_RK, kept_RK = _head(shifted_RV, log_z_R, settings)
     # Σ exp(x/T) ≥ exp(0): no shift is needed, whatever T.
     normalisers = [(shifted_RV / t).exp_().sum(-1).log() - log_z_R / t for t in settings.temperatures]
-    targets = shifted_RV.gather(1, targets_R[:, None])[:, 0] - log_z_R
+    targets = shifted_RV.gather(1, targets_R.clamp(min=0)[:, None])[:, 0] - log_z_R
+    targets = torch.where(targets_R == NO_TARGET, 0.0, targets)
     # Slots that are not kept point at the first one, so that every write to a cell is the same.
     tail_RV = shifted_RV.scatter_(1, torch.where(kept_RK, head_ids_RK, head_ids_RK[:, :1]), float("-inf"))
     largest_R = tail_RV.amax(-1)
@@ -148,7 +155,7 @@ def _chunk_records(
     weights_RV = tail_RV.sub_(largest_R[:, None]).exp_()
     tail_log_mass_R = weights_RV.sum(-1).log() + largest_R - log_z_R
     budget_R = draw_budget(tail_log_mass_R, settings.draws_max, settings.draws_per_mass)
-    draw_ids_D, repeats_D, draw_counts_R = systematic_draws(weights_RV, uniforms_R, budget_R)
+    draw_ids_D = systematic_draws(weights_RV, uniforms_R, budget_R)
     return finite_R, Records(
         target_ids_N=_ints(targets_R),
         target_log_probs_N=_floats(targets),
@@ -156,11 +163,10 @@ def _chunk_records(
         tail_log_mass_N=_floats(tail_log_mass_R),
         log_normalisers_NS=_floats(torch.stack(normalisers, 1) if normalisers else logits_RV[:, :0]),
         head_counts_N=_ints(kept_RK.sum(-1)),
-        draw_counts_N=_ints(draw_counts_R),
+        draw_counts_N=_ints(budget_R),
         head_ids_H=_ints(head_ids_RK[kept_RK]),
         head_log_probs_H=_floats((head_shifted_RK - log_z_R[:, None])[kept_RK]),
         draw_ids_D=_ints(draw_ids_D),
-        draw_repeats_D=_ints(repeats_D),
     )
 
 
@@ -179,14 +185,19 @@ def _normalise(logits_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _head(shifted_RV: Tensor, log_z_R: Tensor, settings: RecordSettings) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose the head: ids, shifted logits and which slots are kept, [R, K] each, kept slots first."""
+    """Choose the head: ids, shifted logits and which slots are kept, [R, K] each; likely ids, then forced ones."""
     slots = min(settings.head_max, shifted_RV.shape[1])
     shifted_RK, ids_RK = shifted_RV.topk(slots)
-    if settings.head_mass < 1.0:
-        mass_RK = (shifted_RK - log_z_R[:, None]).double().exp().cumsum(-1)
-        count_R = (mass_RK < settings.head_mass).sum(-1) + 1
-    else:  # a sum of rounded probabilities may reach 1 early, or never
-        count_R = torch.full((len(ids_RK),), slots, device=ids_RK.device)
+    # Equal logits are common in low-precision models: their order must not depend on how topk met them.
+    by_id = ids_RK.argsort(-1)
+    order = by_id.gather(1, shifted_RK.gather(1, by_id).argsort(dim=-1, descending=True, stable=True))
+    shifted_RK, ids_RK = shifted_RK.gather(1, order), ids_RK.gather(1, order)
+    count_R = torch.full((len(ids_RK),), slots, device=ids_RK.device)
+    probs_RK = (shifted_RK - log_z_R[:, None]).double().exp()
+    if settings.head_mass < 1.0:  # at 1 the mass does not end it: a sum of rounded numbers may reach 1 early, or never
+        count_R = torch.minimum(count_R, (probs_RK.cumsum(-1) < settings.head_mass).sum(-1) + 1)
+    if settings.head_min_prob > 0.0:
+        count_R = torch.minimum(count_R, (probs_RK >= settings.head_min_prob).sum(-1).clamp(min=1))
     kept_RK = torch.arange(slots, device=ids_RK.device) < count_R[:, None]
     if settings.forced_ids:
         forced_F = torch.tensor(settings.forced_ids, device=ids_RK.device)
@@ -194,11 +205,7 @@ def _head(shifted_RV: Tensor, log_z_R: Tensor, settings: RecordSettings) -> tupl
         ids_RK = torch.cat([ids_RK, forced_F.expand(len(ids_RK), -1)], 1)
         shifted_RK = torch.cat([shifted_RK, shifted_RV[:, forced_F]], 1)
         kept_RK = torch.cat([kept_RK, ~known_RF], 1)
-    # Equal logits are common in low-precision models: their order must not depend on how topk met them.
-    by_id = ids_RK.argsort(-1)
-    rank = torch.where(kept_RK, shifted_RK, float("-inf")).gather(1, by_id)
-    order = by_id.gather(1, rank.argsort(dim=-1, descending=True, stable=True))
-    return ids_RK.gather(1, order), shifted_RK.gather(1, order), kept_RK.gather(1, order)
+    return ids_RK, shifted_RK, kept_RK
 
 
 def _ints(values: Tensor) -> Ints:

@@ -2,14 +2,17 @@
 
 The sequences' positions, head entries and draws lie one after another in the order of the table, so where a sequence's
 begin is the sum of the counts before it.
+
+Letters: Q sequences of a shard.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,17 +21,15 @@ from numpy.typing import NDArray
 from llavamod_offline.errors import CacheError
 from teacher_cache.record import Records
 
+HASH_BYTES = 16  # of a SHA-256: what is stored of target and content hashes
 SEQUENCE_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
         pa.field("role", pa.dictionary(pa.int8(), pa.string()), nullable=False),
-        pa.field("key_hash", pa.uint64(), nullable=False),
-        pa.field("target_hash", pa.binary(32), nullable=False),
-        pa.field("content_hash", pa.binary(32), nullable=False),
+        pa.field("target_hash", pa.binary(HASH_BYTES), nullable=False),
+        pa.field("content_hash", pa.binary(HASH_BYTES), nullable=False),
         pa.field("n_tokens", pa.int32(), nullable=False),
         pa.field("n_position", pa.int32(), nullable=False),
-        pa.field("n_head", pa.int32(), nullable=False),
-        pa.field("n_draw", pa.int32(), nullable=False),
         pa.field("sum_log_prob", pa.float64(), nullable=False),
         pa.field("mean_entropy", pa.float32(), nullable=False),
     ]
@@ -37,7 +38,7 @@ SEQUENCE_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class SequenceRecord:
-    """A captured sequence: what identifies it (hashes as hex), its length in tokens, and its records."""
+    """A captured sequence: what identifies it (SHA-256 as hex), its length in tokens, and its records."""
 
     key: str
     role: str
@@ -47,9 +48,23 @@ class SequenceRecord:
     records: Records
 
 
-def key_hash(key: str, role: str) -> int:
-    """The 64-bit hash that sequences are looked up by: BLAKE2b of key, NUL, role; little-endian."""
-    return int.from_bytes(hashlib.blake2b(f"{key}\0{role}".encode(), digest_size=8).digest(), "little")
+@dataclass(frozen=True)
+class CachedSequence:
+    """What a cache says of one sequence; of the hashes the first 16 bytes, as hex; log-probs and entropy in nats."""
+
+    key: str
+    role: str
+    target_hash: str
+    content_hash: str
+    n_tokens: int
+    n_positions: int
+    sum_log_prob: float
+    mean_entropy: float
+
+
+def short_hash(digest: str) -> str:
+    """What a cache keeps of a SHA-256 in hex: its first 16 bytes."""
+    return digest[: 2 * HASH_BYTES]
 
 
 def sequence_table(captured: Sequence[SequenceRecord]) -> pa.RecordBatch:
@@ -60,13 +75,10 @@ def sequence_table(captured: Sequence[SequenceRecord]) -> pa.RecordBatch:
         row = {
             "key": item.key,
             "role": item.role,
-            "key_hash": key_hash(item.key, item.role),
-            "target_hash": bytes.fromhex(item.target_hash),
-            "content_hash": bytes.fromhex(item.content_hash),
+            "target_hash": bytes.fromhex(short_hash(item.target_hash)),
+            "content_hash": bytes.fromhex(short_hash(item.content_hash)),
             "n_tokens": item.n_tokens,
             "n_position": len(records),
-            "n_head": len(records.head_ids_H),
-            "n_draw": len(records.draw_ids_D),
             "sum_log_prob": float(records.target_log_probs_N.sum(dtype=np.float64)),
             "mean_entropy": float(records.entropy_N.mean(dtype=np.float64)) if len(records) else 0.0,
         }
@@ -77,13 +89,15 @@ def sequence_table(captured: Sequence[SequenceRecord]) -> pa.RecordBatch:
 
 def write_sequences(file: Path, table: pa.RecordBatch) -> None:
     """Write the table as one uncompressed Arrow IPC file with one record batch. Equal tables give equal bytes."""
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, SEQUENCE_SCHEMA) as writer:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, SEQUENCE_SCHEMA) as writer:
         writer.write_batch(table)
+    file.write_bytes(sink.getvalue())
 
 
-def edges(table: pa.RecordBatch, axis: str) -> NDArray[np.int64]:
-    """Where each sequence's positions, head entries or draws begin, and where the last one's end."""
-    return np.concatenate([[0], np.cumsum(table.column(f"n_{axis}").to_numpy(), dtype=np.int64)])
+def edges(table: pa.RecordBatch) -> NDArray[np.int64]:
+    """Where each sequence's positions begin, and where the last one's end."""
+    return np.concatenate([[0], np.cumsum(table.column("n_position").to_numpy(), dtype=np.int64)])
 
 
 def read_sequences(file: Path) -> pa.RecordBatch:
@@ -96,3 +110,54 @@ def read_sequences(file: Path) -> pa.RecordBatch:
     if not reader.schema.equals(SEQUENCE_SCHEMA) or len(batches) > 1:
         raise CacheError(f"{file}: not the table of format 1: run `cache-teacher verify`")
     return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=SEQUENCE_SCHEMA)
+
+
+class SequenceRows:
+    """The rows of one shard's table as NumPy views of the mapped file: no copies, no Python object per sequence."""
+
+    def __init__(self, table: pa.RecordBatch) -> None:
+        self.table = table
+        offsets, text = table.column("key").buffers()[1:]
+        self.key_ends = np.frombuffer(offsets or b"", np.int32)[: len(table) + 1]
+        self.key_bytes = np.frombuffer(text or b"", np.uint8)
+        roles = table.column("role")
+        self.role_names: list[str] = roles.dictionary.to_pylist()
+        self.role_codes_Q: NDArray[np.int8] = roles.indices.to_numpy()
+        self.n_position_Q: NDArray[np.int32] = table.column("n_position").to_numpy()
+
+    def __len__(self) -> int:
+        return len(self.role_codes_Q)
+
+    def is_at(self, row: int, key: bytes, role: str) -> bool:
+        """Whether a row is that of a key (in UTF-8) and a role."""
+        start, stop = self.key_ends[row : row + 2].tolist()
+        same = self.key_bytes[start:stop].tobytes() == key
+        return same and self.role_names[self.role_codes_Q[row]] == role
+
+    def sequence(self, row: int) -> CachedSequence:
+        """What the table says of one row."""
+        tokens, sums, entropies = self._numbers
+        targets, contents = self._hashes
+        start, stop = self.key_ends[row : row + 2]
+        return CachedSequence(
+            self.key_bytes[start:stop].tobytes().decode(),
+            self.role_names[self.role_codes_Q[row]],
+            targets[row].tobytes().hex(),
+            contents[row].tobytes().hex(),
+            int(tokens[row]),
+            int(self.n_position_Q[row]),
+            float(sums[row]),
+            float(entropies[row]),
+        )
+
+    @cached_property
+    def _numbers(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        names = ("n_tokens", "sum_log_prob", "mean_entropy")
+        tokens, sums, entropies = (self.table.column(name).to_numpy() for name in names)
+        return tokens, sums, entropies
+
+    @cached_property
+    def _hashes(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        buffers = [self.table.column(name).buffers()[1] for name in ("target_hash", "content_hash")]
+        targets, contents = (np.frombuffer(buffer or b"", np.uint8).reshape(-1, HASH_BYTES) for buffer in buffers)
+        return targets, contents

@@ -1,45 +1,47 @@
 """Writing a cache: one immutable cache shard for each data shard, committed atomically; `cache.json` last.
 
-A kill leaves committed shards and perhaps a hidden folder aside, which the next run removes. Several processes may
-write one cache, each its own shards, in any order: the result is the same to the byte.
+A kill leaves committed shards and perhaps a hidden folder aside, which the next run removes; behind a URL, perhaps the
+files of a shard without its manifest, which the next run writes anew. Several processes and machines may write one
+cache, each its own shards, in any order: the result is the same to the byte.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llavamod_offline import atomic
 from llavamod_offline.errors import CacheError
+from llavamod_offline.folders import Folder, LocalFolder, open_folder
 from teacher_cache.codec import Codec
 from teacher_cache.columns import write_columns
 from teacher_cache.fingerprint import differences
 from teacher_cache.manifest import (
     CACHE_NAME,
     COLUMNS_NAME,
-    COUNTS,
     FORMAT_VERSION,
     JOB_NAME,
     MANIFEST_NAME,
     REJECTED_NAME,
     SEQUENCES_NAME,
     SHARDS_NAME,
-    cache_digest,
+    cache_content,
     canonical,
+    content_entry,
     file_entries,
-    file_entry,
+    parse_object,
     read_object,
-    sha256_file,
+    shard_entry,
 )
 from teacher_cache.record import concatenate_records
 from teacher_cache.sequences import SequenceRecord, sequence_table, write_sequences
 
 _LOG = logging.getLogger(__name__)
-_RUN_AGAIN = "remove the folder, or choose another output"
+_REPAIR = "run `cache-teacher verify --repair`"
+_BAD_JOB = f"{_REPAIR}, which restores it from {CACHE_NAME}; without that file, choose another output"
 
 
 @dataclass(frozen=True)
@@ -52,73 +54,94 @@ class Rejection:
 
 
 class CacheStore:
-    """A cache being written. Nothing is on disk before `start`."""
+    """A cache being written, on a disk or behind a URL. Nothing is written before `start`."""
 
-    def __init__(self, path: Path, job: Mapping[str, Any]) -> None:
-        self.path = path
+    def __init__(self, folder: Folder, job: Mapping[str, Any]) -> None:
+        self.folder = folder
         self.job = job
+        self._committed: set[str] = set()
 
     @classmethod
     def open(
-        cls, path: Path, fingerprint: Mapping[str, Any], shard_names: Sequence[str], *, allow: Sequence[str] = ()
+        cls,
+        where: str | Path,
+        fingerprint: Mapping[str, Any],
+        shard_names: Sequence[str],
+        *,
+        allow: Sequence[str] = (),
     ) -> CacheStore:
-        """Look at `path`: a new cache, or one to go on with; nothing is written.
+        """Look at a path or URL: a new cache, or one to go on with; nothing is written.
 
         Errors: `CacheError` if the folder holds something else, or a cache of another fingerprint (differing fields
-        side by side; those named in `allow` may differ).
+        side by side; those named in `allow` may differ); `StorageError` if a bucket cannot be used.
         """
+        folder = open_folder(where)
         job = {"format_version": FORMAT_VERSION, "fingerprint": dict(fingerprint), "shards": list(shard_names)}
-        file = path / JOB_NAME
-        if file.exists():
-            there = read_object(file, way_out=_RUN_AGAIN)
-            _compare(path, there, job, allow)
-            return cls(path, there)
-        if path.is_file() or (path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir())):
-            raise CacheError(f"output '{path}': exists and holds no teacher cache: choose another output")
-        return cls(path, job)
+        try:
+            content = folder.read(JOB_NAME)
+        except (FileNotFoundError, NotADirectoryError):
+            if _occupied(folder):
+                raise CacheError(
+                    f"output '{folder.where}': exists and holds no teacher cache: choose another output"
+                ) from None
+            return cls(folder, job)
+        except OSError as error:
+            raise CacheError(f"output '{folder.where}': cannot be read: {error.strerror or error}") from error
+        return cls(folder, _same_job(folder, content, job, allow))
 
     def start(self) -> None:
         """Make the folder and say in it what it will hold; clear what killed writers left. Errors: `CacheError`."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            for name in (JOB_NAME, CACHE_NAME, REJECTED_NAME):
-                atomic.remove_leftovers(self.path, name)
-            if not (self.path / JOB_NAME).exists():
-                atomic.write_file(self.path / JOB_NAME, canonical(self.job))
+            for name in (JOB_NAME, CACHE_NAME, REJECTED_NAME, f"{SHARDS_NAME}/*"):
+                self.folder.clear_leftovers(name)
+            if not self.folder.create(JOB_NAME, canonical(self.job)):
+                # Two runs that began at once must not make one cache with different settings.
+                _same_job(self.folder, self.folder.read(JOB_NAME), self.job, ())
             if self.missing():  # shards were taken away since: the cache is unfinished until they are back
-                (self.path / CACHE_NAME).unlink(missing_ok=True)
-            (self.path / SHARDS_NAME).mkdir(exist_ok=True)
-            for name in self.job["shards"]:
-                atomic.remove_leftovers(self.path / SHARDS_NAME, name)
+                self.folder.remove_files([CACHE_NAME])
         except OSError as error:
             raise CacheError(
-                f"output '{self.path}': cannot be written: {error.strerror or error}: choose another output"
+                f"output '{self.folder.where}': cannot be written: {error.strerror or error}: choose another output"
             ) from error
 
     @property
     def complete(self) -> bool:
         """Whether `cache.json` is there."""
-        return (self.path / CACHE_NAME).exists()
+        return CACHE_NAME in self.folder.names()
 
     def missing(self) -> list[str]:
         """The shards that are not committed yet, in order."""
-        return [name for name in self.job["shards"] if not self._folder(name).exists()]
+        names: list[str] = self.job["shards"]
+        self._committed |= committed_shards(self.folder, [name for name in names if name not in self._committed])
+        return [name for name in names if name not in self._committed]
 
     def commit(
         self, name: str, captured: Sequence[SequenceRecord], rejected: Sequence[Rejection], codec: Codec
     ) -> None:
-        """Write one shard, whole or not at all. Errors: `CacheError` if the disk is full or refuses."""
-        target = self._folder(name)
+        """Write one shard, whole or not at all. Errors: `CacheError` if the disk is full or refuses; `StorageError`."""
+        self.add(name, lambda folder: write_shard(folder, name, captured, rejected, codec))
+
+    def add(self, name: str, fill: Callable[[Path], None]) -> None:
+        """Commit one shard, all of whose files `fill` writes into a local folder. Errors as of `commit`."""
+        shard = f"{SHARDS_NAME}/{name}"
+        where = f"{self.folder.where}/{shard}"
         try:
-            with atomic.new_folder(target) as folder:
-                self._write_shard(folder, name, captured, rejected, codec)
+            faster = bool(committed_shards(self.folder, [name]))
+            if not faster:
+                self.folder.remove_files([f"{shard}/{MANIFEST_NAME}"])  # of a shard that has lost files
+                with self.folder.commit(shard, MANIFEST_NAME) as folder:
+                    fill(folder)
+        except FileExistsError as error:
+            faster = True
+            if not isinstance(self.folder, LocalFolder):  # files of both may lie there
+                raise CacheError(f"{where}: two processes wrote it at once: {_REPAIR}, then run again") from error
         except OSError as error:
-            if target.exists():
-                _LOG.warning("shard %s: another process has committed it meanwhile; its copy stays", name)
-                return
             raise CacheError(
-                f"{target}: cannot be written: {error.strerror or error}: make room or leave, and run again to resume"
+                f"{where}: cannot be written: {error.strerror or error}: make room or leave, and run again to resume"
             ) from error
+        if faster:
+            _LOG.warning("shard %s: another process has committed it meanwhile; its copy stays", name)
+        self._committed.add(name)
 
     def finalise(self) -> dict[str, Any]:
         """Write `rejected.jsonl` and `cache.json`, unless that is done; all shards must be committed.
@@ -126,65 +149,80 @@ class CacheStore:
         Returns the content of cache.json.
         """
         if self.complete:
-            return read_object(self.path / CACHE_NAME, way_out=_RUN_AGAIN)
-        shards = []
-        rejected = bytearray()
-        for name in self.job["shards"]:
-            folder = self._folder(name)
-            manifest = read_object(folder / MANIFEST_NAME, way_out="remove the shard's folder and run again")
-            size = sum(entry["bytes"] for entry in manifest["files"].values())
-            shards.append(
-                {
-                    "name": name,
-                    "bytes": size + (folder / MANIFEST_NAME).stat().st_size,
-                    "manifest_sha256": sha256_file(folder / MANIFEST_NAME),
-                    **{count: manifest[count] for count in COUNTS},
-                }
-            )
-            rejected += (folder / REJECTED_NAME).read_bytes()
+            return read_object(self.folder, CACHE_NAME, way_out=_REPAIR)
+        names: list[str] = self.job["shards"]
         try:
-            atomic.write_file(self.path / REJECTED_NAME, bytes(rejected))
-            cache: dict[str, Any] = {
-                "format_version": FORMAT_VERSION,
-                "fingerprint": self.job["fingerprint"],
-                "shards": shards,
-                "totals": {count: sum(shard[count] for shard in shards) for count in ("bytes", *COUNTS)},
-                "files": {name: file_entry(self.path / name) for name in (JOB_NAME, REJECTED_NAME)},
-            }
-            cache["digest"] = cache_digest(cache)
-            atomic.write_file(self.path / CACHE_NAME, canonical(cache))
+            rejected = b"".join(self._read_all(names, REJECTED_NAME))
+            shards = []
+            for name, content in zip(names, self._read_all(names, MANIFEST_NAME), strict=True):
+                where = f"{self.folder.where}/{SHARDS_NAME}/{name}/{MANIFEST_NAME}"
+                shards.append(shard_entry(name, content, parse_object(content, where, way_out=_REPAIR)))
+            job = canonical(self.job)
+            self.folder.write(REJECTED_NAME, rejected)
+            cache = cache_content(
+                self.job, shards, {JOB_NAME: content_entry(job), REJECTED_NAME: content_entry(rejected)}
+            )
+            self.folder.write(CACHE_NAME, canonical(cache))
+        except FileNotFoundError as error:
+            raise CacheError(f"{error.filename or error}: missing: {_REPAIR}, then run again") from error
         except OSError as error:
             raise CacheError(
-                f"{self.path}: cannot be written: {error.strerror or error}: run again to finish"
+                f"{self.folder.where}: cannot be written: {error.strerror or error}: run again to finish"
             ) from error
         return cache
 
-    def _folder(self, name: str) -> Path:
-        return self.path / SHARDS_NAME / name
+    def _read_all(self, names: Sequence[str], file: str) -> list[bytes]:
+        return self.folder.read_all(f"{SHARDS_NAME}/{name}/{file}" for name in names)
 
-    def _write_shard(
-        self,
-        folder: Path,
-        name: str,
-        captured: Sequence[SequenceRecord],
-        rejected: Sequence[Rejection],
-        codec: Codec,
-    ) -> None:
-        records = concatenate_records([item.records for item in captured], len(codec.temperatures))
-        write_columns(folder / COLUMNS_NAME, codec.encode(records), codec)
-        write_sequences(folder / SEQUENCES_NAME, sequence_table(captured))
-        (folder / REJECTED_NAME).write_bytes(b"".join(_rejected_line(item) for item in rejected))
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "name": name,
-            "sequences": len(captured),
-            "positions": len(records),
-            "heads": len(records.head_ids_H),
-            "draws": len(records.draw_ids_D),
-            "rejected": len(rejected),
-            "files": file_entries(folder),
-        }
-        (folder / MANIFEST_NAME).write_bytes(canonical(manifest))
+
+def committed_shards(folder: Folder, names: Iterable[str]) -> set[str]:
+    """Which of the named shards are committed.
+
+    On a disk: those whose folder is there. Behind a URL, where nothing is renamed: those whose manifest is there, as
+    are all files that it names, in their sizes.
+    """
+    wanted = list(names)
+    if isinstance(folder, LocalFolder):
+        return {name for name in wanted if (folder.path / SHARDS_NAME / name).exists()}
+    shards: dict[str, dict[str, int]] = {}
+    if len(wanted) == 1:
+        shards[wanted[0]] = folder.sizes(f"{SHARDS_NAME}/{wanted[0]}")
+    elif wanted:
+        for file, size in folder.sizes(SHARDS_NAME).items():
+            name, _, rest = file.partition("/")
+            shards.setdefault(name, {})[rest] = size
+    begun = [name for name in wanted if MANIFEST_NAME in shards.get(name, {})]
+    manifests = folder.read_all(f"{SHARDS_NAME}/{name}/{MANIFEST_NAME}" for name in begun)
+    return {name for name, content in zip(begun, manifests, strict=True) if _is_whole(content, shards[name])}
+
+
+def write_shard(
+    folder: Path, name: str, captured: Sequence[SequenceRecord], rejected: Sequence[Rejection], codec: Codec
+) -> None:
+    """Write all files of a shard into a local folder, the manifest last."""
+    records = concatenate_records([item.records for item in captured], len(codec.temperatures))
+    write_columns(folder / COLUMNS_NAME, records, codec)
+    write_sequences(folder / SEQUENCES_NAME, sequence_table(captured))
+    (folder / REJECTED_NAME).write_bytes(b"".join(_rejected_line(item) for item in rejected))
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "name": name,
+        "sequences": len(captured),
+        "positions": len(records),
+        "heads": len(records.head_ids_H),
+        "draws": len(records.draw_ids_D),
+        "rejected": len(rejected),
+        "files": file_entries(folder),
+    }
+    (folder / MANIFEST_NAME).write_bytes(canonical(manifest))
+
+
+def _is_whole(manifest: bytes, sizes: Mapping[str, int]) -> bool:
+    try:
+        files = parse_object(manifest, "", way_out="")["files"]
+        return all(sizes.get(name) == entry["bytes"] for name, entry in files.items())
+    except (CacheError, KeyError, TypeError, AttributeError):
+        return False  # written in part, by a store that does not write whole files at once
 
 
 def _rejected_line(item: Rejection) -> bytes:
@@ -192,12 +230,24 @@ def _rejected_line(item: Rejection) -> bytes:
     return (json.dumps(row, ensure_ascii=False) + "\n").encode()
 
 
-def _compare(path: Path, there: Mapping[str, Any], job: Mapping[str, Any], allow: Sequence[str]) -> None:
-    found = differences(there["fingerprint"], job["fingerprint"], allow=allow)
-    if there["shards"] != job["shards"] and "data" not in allow:
-        found.append(f"shards: there {len(there['shards'])}, now {len(job['shards'])}")
+def _occupied(folder: Folder) -> bool:
+    if isinstance(folder, LocalFolder) and not folder.path.is_dir():
+        return folder.path.exists()
+    return any(not name.startswith(".") for name in folder.names())
+
+
+def _same_job(folder: Folder, content: bytes, job: Mapping[str, Any], allow: Sequence[str]) -> dict[str, Any]:
+    """The job that a cache was begun with. Errors: `CacheError` if it is not this one."""
+    there = parse_object(content, f"{folder.where}/{JOB_NAME}", way_out=_BAD_JOB)
+    try:
+        found = differences(there["fingerprint"], job["fingerprint"], allow=allow)
+        if there["shards"] != job["shards"] and "data" not in allow:
+            found.append(f"shards: there {len(there['shards'])}, now {len(job['shards'])}")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CacheError(f"{folder.where}/{JOB_NAME}: not what a run writes ({error!r}): {_BAD_JOB}") from error
     if found:
         raise CacheError(
-            f"output '{path}': holds a cache made from other settings: {'; '.join(found)}: "
+            f"output '{folder.where}': holds a cache made from other settings: {'; '.join(found)}: "
             "choose another output, or give the same settings again"
         )
+    return there

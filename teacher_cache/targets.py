@@ -1,6 +1,6 @@
 """Records → `SparseTargets`, the padded tensors that losses take.
 
-Letters: N positions, K and M the longest head and list of draws, D distinct draws of all positions.
+Letters: N positions, K and M the longest head and list of draws, D draws of all positions.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llavamod_offline.losses.targets import EMPTY_ID, SparseTargets
+from teacher_cache.head_coding import starts
 from teacher_cache.record import Records
 
 
 def sparse_targets(records: Records, temperatures: tuple[float, ...], vocab_size: int) -> SparseTargets:
-    """Pad records to the longest head and list of draws, as CPU tensors; a draw weighs its share of the position's."""
-    row_D = np.repeat(np.arange(len(records)), records.draw_counts_N)
-    draws_N = np.bincount(row_D, weights=records.draw_repeats_D, minlength=len(records))
-    weights_D = records.draw_repeats_D / draws_N[row_D]
+    """Pad records to the longest head and list of draws, as CPU tensors; each draw weighs alike in its position."""
+    weights_D = np.repeat((1 / np.maximum(records.draw_counts_N, 1)).astype(np.float32), records.draw_counts_N)
     return SparseTargets(
         head_ids_NK=_padded(records.head_ids_H, records.head_counts_N, EMPTY_ID).long(),
         head_log_probs_NK=_padded(records.head_log_probs_H, records.head_counts_N, float("-inf")).float(),
@@ -42,6 +41,7 @@ def _tensor(values: NDArray[Any]) -> Tensor:
 
 def _padded(values: NDArray[Any], counts_N: NDArray[np.int32], empty: float) -> Tensor:
     width = int(counts_N.max()) if len(counts_N) else 0
-    table = np.full((len(counts_N), width), empty, values.dtype)
-    table[np.arange(width) < counts_N[:, None]] = values
-    return torch.from_numpy(table)
+    table = np.full(len(counts_N) * width, empty, values.dtype)
+    gaps_N = np.arange(len(counts_N)) * width - starts(counts_N)
+    table[np.arange(len(values)) + np.repeat(gaps_N, counts_N)] = values
+    return torch.from_numpy(table.reshape(len(counts_N), width))

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llavamod_offline.data.tokenise import Sequence
+from llavamod_offline.data.tokenise import Positions, Sequence
 from llavamod_offline.errors import DataError
 
 
@@ -24,7 +24,8 @@ class Batch:
 
     `input_ids_BT`, `attention_mask_BT` int64, padded on the right; `pixel_values_ICHW` float32 in the order of the
     image tokens, None where no sequence has an image. `prediction_rows_N`: rows of the logits flattened to [B·T, V]
-    that predict the tokens `target_ids_N`; `sequence_of_N`: the sequence each belongs to. `keys`, `roles`: of each.
+    that predict the tokens `target_ids_N` (−1: nothing that is supervised); `sequence_of_N`: the sequence each belongs
+    to. `keys`, `roles`: of each.
     """
 
     input_ids_BT: Tensor
@@ -64,9 +65,16 @@ class Batch:
         )
 
 
-def collate(sequences: Items[Sequence], pixels: Items[Items[NDArray[np.float32]]], *, pad_id: int) -> Batch:
+def collate(
+    sequences: Items[Sequence],
+    pixels: Items[Items[NDArray[np.float32]]],
+    *,
+    pad_id: int,
+    positions: Positions = "response",
+) -> Batch:
     """Assemble a batch; `pixels` holds each sequence's images [C, H, W] in the order of their placeholders.
 
+    With `positions: all` the N positions are all tokens that are not padding, not those that predict an answer alone.
     Two sequences of one sample (chosen and rejected) each bring its images. Errors: `DataError` if there are no
     sequences, or the lists differ in length, or the images in shape.
     """
@@ -78,14 +86,15 @@ def collate(sequences: Items[Sequence], pixels: Items[Items[NDArray[np.float32]]
     for b, sequence in enumerate(sequences):
         input_ids_BT[b, : len(sequence.input_ids_T)] = sequence.input_ids_T
         attention_mask_BT[b, : len(sequence.input_ids_T)] = 1
-    rows = [b * length + sequence.prediction_rows_N for b, sequence in enumerate(sequences)]
-    counts = [len(sequence.supervised_N) for sequence in sequences]
+    found = [sequence.rows_and_targets(positions) for sequence in sequences]
+    rows = [b * length + rows_N for b, (rows_N, _) in enumerate(found)]
+    counts = [len(rows_N) for rows_N, _ in found]
     return Batch(
         input_ids_BT=torch.from_numpy(input_ids_BT),
         attention_mask_BT=torch.from_numpy(attention_mask_BT),
         pixel_values_ICHW=_stack(sequences, pixels),
         prediction_rows_N=torch.from_numpy(np.concatenate(rows)),
-        target_ids_N=torch.from_numpy(np.concatenate([sequence.target_ids_N for sequence in sequences])),
+        target_ids_N=torch.from_numpy(np.concatenate([targets_N for _, targets_N in found])),
         sequence_of_N=torch.from_numpy(np.repeat(np.arange(len(sequences)), counts)),
         keys=tuple(sequence.key for sequence in sequences),
         roles=tuple(sequence.role for sequence in sequences),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Ids = NDArray[np.int64]
+Positions = Literal["response", "all"]
+NO_TARGET = -1  # the target of a position that has none, such as an image patch
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,17 @@ class Sequence:
     def prediction_rows_N(self) -> Ids:
         """The rows of the model's output that predict the supervised tokens: `supervised_N − 1`."""
         return self.supervised_N - 1
+
+    def rows_and_targets(self, positions: Positions) -> tuple[Ids, Ids]:
+        """The rows of the model's output that are recorded, and the supervised token that each predicts.
+
+        `response`: the rows that predict the supervised tokens. `all`: every row; `NO_TARGET` where none is supervised.
+        """
+        if positions == "response":
+            return self.prediction_rows_N, self.target_ids_N
+        targets_T = np.full(len(self.input_ids_T), NO_TARGET, np.int64)
+        targets_T[self.prediction_rows_N] = self.target_ids_N
+        return np.arange(len(self.input_ids_T)), targets_T
 
 
 class SequenceEncoder:

@@ -1,6 +1,6 @@
 """The Hugging Face engine: a LLaVA checkpoint in this process, run over length-bucketed batches.
 
-Letters: B sequences of a batch, T tokens of the longest, N supervised positions of the batch (R of them in a chunk),
+Letters: B sequences of a batch, T tokens of the longest, N recorded positions of the batch (R of them in a chunk),
 D hidden size, V shared vocabulary, I images of the batch.
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llavamod_offline.data.images import ImagePreprocessor
 from llavamod_offline.data.sample import Sample
+from llavamod_offline.data.tokenise import Ids, Positions
 from llavamod_offline.data.tokenise import Sequence as TokenSequence
 from llavamod_offline.errors import DataError, ModelError
 from teacher_cache.draws import sequence_uniforms
@@ -48,10 +49,11 @@ class _Item:
 
 
 class HfEngine:
-    """Runs `model` (in evaluation mode, on its device and in its type) and makes records of its supervised positions.
+    """Runs `model` (in evaluation mode, on its device and in its type) and makes records of its positions.
 
-    The head runs in float32 on supervised rows alone. If memory runs out a batch is halved, for good, and the log says
-    so. Errors of `capture`: `ModelError` if a single sequence does not fit into memory.
+    `positions`: those that predict supervised tokens, or all. The head runs in float32 on their rows alone. If memory
+    runs out a batch is halved, for good, and the log says so. Errors of `capture`: `ModelError` if a single sequence
+    does not fit into memory.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class HfEngine:
         seed: int,
         batch_size: int,
         workers: int,
+        positions: Positions = "response",
     ) -> None:
         self.model = model
         self.preprocessor = preprocessor
@@ -72,6 +75,7 @@ class HfEngine:
         self.seed = seed
         self.batch_size = batch_size
         self.workers = workers
+        self.positions: Positions = positions
         head = model.get_output_embeddings()
         self._head_VD = head.weight.detach()[:vocab_size].float()
         self._bias_V = None if head.bias is None else head.bias.detach()[:vocab_size].float()
@@ -141,10 +145,15 @@ class HfEngine:
     @torch.inference_mode()
     def _run(self, batch: list[tuple[_Item, Pixels]]) -> list[Outcome]:
         sequences = [item.sequence for item, _ in batch]
-        rows_ND = self._hidden_rows(sequences, [picture for _, pixels in batch for picture in pixels])
-        targets_N = torch.from_numpy(np.concatenate([s.target_ids_N for s in sequences])).to(rows_ND.device)
+        found = [sequence.rows_and_targets(self.positions) for sequence in sequences]
+        lengths = [len(rows_N) for rows_N, _ in found]
+        pictures = [picture for _, pixels in batch for picture in pixels]
+        rows_ND = self._hidden_rows(sequences, [rows_N for rows_N, _ in found], pictures)
+        targets_N = torch.from_numpy(np.concatenate([targets_N for _, targets_N in found])).to(rows_ND.device)
         uniforms_N = torch.from_numpy(
-            np.concatenate([sequence_uniforms(self.seed, s.key, s.role, len(s.supervised_N)) for s in sequences])
+            np.concatenate(
+                [sequence_uniforms(self.seed, s.key, s.role, n) for s, n in zip(sequences, lengths, strict=True)]
+            )
         ).to(rows_ND.device)
         parts: list[Records] = []
         finite: list[NDArray[np.bool_]] = []
@@ -155,13 +164,12 @@ class HfEngine:
             records, finite_R = make_records(logits_RV, targets_N[chunk], uniforms_N[chunk], self.settings)
             parts.append(records)
             finite.append(finite_R)
-        lengths = [len(s.supervised_N) for s in sequences]
         pieces = concatenate_records(parts, len(self.settings.temperatures)).split(lengths)
         fine = np.split(np.concatenate(finite), np.cumsum(lengths)[:-1])
         return [_outcome(item, *rest) for (item, _), rest in zip(batch, zip(pieces, fine, strict=True), strict=True)]
 
-    def _hidden_rows(self, sequences: list[TokenSequence], pictures: Pixels) -> Tensor:
-        """Run the model but for its head: the last hidden states that predict the supervised tokens, [N, D]."""
+    def _hidden_rows(self, sequences: list[TokenSequence], rows: list[Ids], pictures: Pixels) -> Tensor:
+        """Run the model but for its head: the last hidden states of each sequence's rows, [N, D]."""
         longest = max(len(s.input_ids_T) for s in sequences)
         pad = 0 if self.model.config.image_token_index != 0 else 1
         ids_BT = np.full((len(sequences), longest), pad, np.int64)
@@ -178,8 +186,8 @@ class HfEngine:
             use_cache=False,
         )
         hidden_BTD: Tensor = output.last_hidden_state
-        which_N = np.repeat(np.arange(len(sequences)), [len(s.supervised_N) for s in sequences])
-        rows_N = np.concatenate([s.prediction_rows_N for s in sequences])
+        which_N = np.repeat(np.arange(len(sequences)), [len(rows_N) for rows_N in rows])
+        rows_N = np.concatenate(rows)
         return hidden_BTD[torch.from_numpy(which_N).to(device), torch.from_numpy(rows_N).to(device)]
 
 
@@ -195,7 +203,7 @@ def _outcome(item: _Item, records: Records, finite_N: NDArray[np.bool_]) -> Outc
     sequence = item.sequence
     if not finite_N.all():
         first = int(np.argmin(finite_N))
-        reason = f"the teacher's logits are not finite (NaN or inf), first at supervised position {first}"
+        reason = f"the teacher's logits are not finite (NaN or inf), first at position {first}"
         return Rejection(sequence.key, sequence.role, reason)
     return SequenceRecord(
         key=sequence.key,

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.data.tokenise import Sequence as TokenSequence
+from teacher_cache.record import RecordSettings
 from teacher_cache.sequences import SequenceRecord
 from teacher_cache.store import Rejection
 
@@ -23,7 +24,9 @@ class Request:
 
 
 class Engine(Protocol):
-    """A way to run the teacher."""
+    """A way to run the teacher; `settings` say what its records keep, and may be others in a copy of it."""
+
+    settings: RecordSettings
 
     def capture(
         self, requests: Sequence[Request], load: Callable[[int], Sample]

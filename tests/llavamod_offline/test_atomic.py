@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from llavamod_offline.atomic import new_folder, remove_leftovers, write_file
+from llavamod_offline import atomic
+from llavamod_offline.atomic import create_file, new_folder, remove_folder, remove_leftovers, write_file
 
 KILLED_FOLDER = """
 import os, signal, sys
@@ -124,3 +127,55 @@ def test_leftovers_of_running_processes_stay(tmp_path: Path) -> None:
         folder.mkdir()
     remove_leftovers(tmp_path, "set")
     assert sorted(tmp_path.iterdir()) == sorted([running, other])
+
+
+def test_leftovers_of_another_machine_stay_while_it_may_be_writing(tmp_path: Path) -> None:
+    fresh, old, file = (tmp_path / f".set.elsewhere-{number}.tmp" for number in (1, 2, 3))
+    for folder in (fresh, old):
+        (folder / "sub").mkdir(parents=True)
+    file.write_text("half")
+    hours_ago = time.time() - 7200
+    for path in (fresh, old / "sub", old, file):
+        os.utime(path, (hours_ago, hours_ago))  # in `fresh` something below is newer
+    assert remove_leftovers(tmp_path, "set") == [old, file]
+    assert list(tmp_path.iterdir()) == [fresh]
+
+
+def test_this_process_is_told_from_its_namesake_on_another_machine(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "set"):
+        (aside,) = tmp_path.iterdir()
+        assert aside == atomic.aside_path(tmp_path / "set")
+        namesake = aside.with_name(aside.name.replace(".set.", ".set.not_"))
+        namesake.mkdir()
+        assert remove_leftovers(tmp_path, "set") == [aside]  # to itself, a process has no leftovers but its own
+        aside.mkdir()
+    assert namesake.exists()
+
+
+def test_a_new_file_is_not_written_over_an_old_one(tmp_path: Path) -> None:
+    assert create_file(tmp_path / "file", "mine")
+    assert not create_file(tmp_path / "file", "theirs")
+    assert (tmp_path / "file").read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_a_new_file_where_nothing_can_be_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert create_file(tmp_path / "file", "mine")
+    assert not create_file(tmp_path / "file", "theirs")
+    assert (tmp_path / "file").read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_a_folder_vanishes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with new_folder(tmp_path / "set") as folder:
+        (folder / "a").write_text("a")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)  # killed before anything is deleted
+        remove_folder(tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+    remove_leftovers(tmp_path, "set")
+    assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ from teacher_cache.config import CacheConfig
 from teacher_cache.job import Summary, run_job
 from tests.tiny import write_tiny_llava, write_tiny_set
 
-FLOAT32 = "capture.log_probs=float32"
+FLOAT32 = "capture.precision=exact"
 
 
 @dataclass(frozen=True)

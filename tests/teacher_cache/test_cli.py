@@ -73,6 +73,10 @@ def test_rejections_are_pointed_out(
         (["run", "data=a", "teacher=b", "output=c"], "set 'a': no such folder"),
         (["verify", "nowhere"], "cache 'nowhere'"),
         (["inspect", "nowhere"], "cache 'nowhere': no such folder"),
+        (["plan", "data=a", "teacher=b", "output=c"], "set 'a': no such folder"),
+        (["plan", "missing.yaml"], "missing.yaml: no such config file"),
+        (["export", "nowhere", "--output", "x.parquet"], "cache 'nowhere': no such folder"),
+        (["merge", "nowhere", "elsewhere", "--output", "x"], "cache 'nowhere': no such folder"),
     ],
 )
 def test_errors_are_one_line_with_status_2(
@@ -103,12 +107,14 @@ def test_verify_prints_the_verdict_and_exits_1_on_damage(
     import shutil
 
     path = Path(shutil.copytree(small, tmp_path / "c"))
-    with (path / "shards/set-000001/columns.zarr/entropy/c/0").open("r+b") as stream:
+    column = path / "shards/set-000001/columns.zarr/entropy"
+    (damaged,) = [file for file in column.rglob("*") if file.is_file() and file.name != "zarr.json"]
+    with damaged.open("r+b") as stream:
         stream.seek(5)
         stream.write(b"\x00\xff")
     status, out, _ = _call(capsys, "verify", str(path))
     assert status == 1
-    assert "shards/set-000001/columns.zarr/entropy/c/0: damaged" in out
+    assert f"{damaged.relative_to(path)}: damaged" in out
     assert "DAMAGED (1 findings)" in out
     status, out, _ = _call(capsys, "verify", str(path), "--json")
     assert (status, json.loads(out)["ok"]) == (1, False)
@@ -121,12 +127,10 @@ def test_inspect_counts_every_byte(finished: Path, capsys: pytest.CaptureFixture
     size = sum(file.stat().st_size for file in finished.rglob("*") if file.is_file())
     assert about["bytes"] == size
     assert sum(about["bytes_per_position_by_part"].values()) == pytest.approx(size / about["positions"], abs=0.01)
-    assert {"head_ids", "head_log_probs", "draw_ids", "sequences", "metadata"} <= set(
-        about["bytes_per_position_by_part"]
-    )
+    assert {"entropy", "sequences", "metadata"} < set(about["bytes_per_position_by_part"])
     status, out, _ = _call(capsys, "inspect", str(finished))
     assert about["digest"] in out
-    assert "head_log_probs" in out
+    assert "entropy" in out
 
 
 def test_inspect_shows_each_token_of_a_key_with_its_alternatives(
@@ -149,17 +153,91 @@ def test_inspect_shows_each_token_of_a_key_with_its_alternatives(
     assert "no record of sample 'no-such-key'" in err
 
 
+def test_only_a_field_of_the_fingerprint_can_be_allowed(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = _call(capsys, "run", *world.arguments(tmp_path / "c"), "--allow", "engine.troch")
+    assert (status, err) == (
+        2,
+        "error: allow: the fingerprint has no field 'engine.troch': did you mean 'engine.torch'?\n",
+    )
+    assert not (tmp_path / "c").exists()
+
+
+def test_plan_run_and_plan_again(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before the run the plan, after it plan against fact; nothing undeclared lies in the cache."""
+    arguments = world.arguments(tmp_path / "c", data=world.pairs)
+    status, out, err = _call(capsys, "plan", *arguments, "--json")
+    assert (status, err) == (0, "")
+    planned = json.loads(out)
+    assert [path.name for path in tmp_path.iterdir()] == [".c.plan.jsonl"]
+    status, out, _ = _call(capsys, "plan", *arguments, "--samples", "1", "--seconds", "0")
+    assert status == 0
+    assert "1 tokenised, of 7" in out.replace("\n", " ")
+    _call(capsys, "plan", *arguments, "--file", str(tmp_path / "kept.jsonl"))
+    _call(capsys, "run", *arguments, "--slice", "0/2")
+    _call(capsys, "run", *arguments)
+    assert not [path for path in (tmp_path / "c").rglob("*") if "plan" in path.name]
+    assert _call(capsys, "verify", str(tmp_path / "c"))[0] == 0
+    status, out, _ = _call(capsys, "plan", *arguments, "--json")
+    assert status == 0
+    fact = json.loads(out)
+    assert fact["positions"] == planned["positions"] == fact["runs_positions"]
+    assert (fact["runs"], fact["planned"]["probe"]["tokenised"]) == (2, 1)
+    status, out, _ = _call(capsys, "plan", *arguments)
+    assert (status, out.count("Plan against fact")) == (0, 1)
+    status, out, _ = _call(capsys, "plan", *arguments, "--file", str(tmp_path / "kept.jsonl"), "--json")
+    assert json.loads(out)["runs"] == 0
+
+
+def test_export_says_what_it_wrote_and_what_it_left_out(
+    world: World, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["export", str(finished), "--output"]
+    status, out, _ = _call(capsys, *argv, str(tmp_path / "a.parquet"))
+    cache = open_cache(finished)
+    assert status == 0
+    first, second = out.splitlines()
+    assert f"a.parquet: {cache.positions:,} positions of 24 sequences, " in first
+    assert second.startswith("not in this layout: tail mass, tail draws, entropy, log normalisers; its ids have 0.9")
+    whole = ["--format", "axolotl", "--data", str(world.samples), "--tokenizer", str(world.teacher), "--top-k", "4"]
+    status, out, _ = _call(capsys, *argv, str(tmp_path / "b.parquet"), *whole)
+    assert status == 0
+    assert out.endswith("; 18 sequences with pictures left out\n")
+    status, out, _ = _call(capsys, *argv, str(tmp_path / "c.parquet"), *whole, "--json")
+    assert (json.loads(out)["with_pictures"], json.loads(out)["top_k"]) == (18, 4)
+    status, _, err = _call(capsys, *argv, str(tmp_path / "c.parquet"))
+    assert (status, err.count("\n")) == (2, 1)
+
+
+def test_merge_prints_the_new_names(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    data = Path(shutil.copytree(world.pairs, tmp_path / "pairs"))
+    world.run(tmp_path / "a", data=data)
+    world.run(tmp_path / "b")
+    status, out, _ = _call(capsys, "merge", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "c"))
+    assert status == 0
+    assert "38 sequences in 7 shards of 2 caches" in out
+    status, out, _ = _call(capsys, "verify", str(tmp_path / "c"), "--json")
+    assert (status, json.loads(out)["sequences"]) == (0, 38)
+    argv = ["merge", str(tmp_path / "a"), str(tmp_path / "c"), "--output", str(tmp_path / "d")]
+    status, _, err = _call(capsys, *argv)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "'pair-0000' (chosen) is in cache" in err
+
+
 def test_settings_lists_every_key_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = _call(capsys, "settings")
     assert status == 0
     assert "data: str = required" in out
-    assert "capture.head_mass: float = 0.97" in out
+    assert "capture.positions: str = 'response'" in out
 
 
 def test_help_has_examples_and_needs_no_heavy_import() -> None:
     code = "import sys; from teacher_cache.cli import main\ntry: main()\nexcept SystemExit: pass\n"
-    code += "assert not {'torch', 'transformers', 'zarr', 'pyarrow'} & set(sys.modules)"
-    for command in ("run", "verify", "inspect", "settings"):
+    code += "assert not {'torch', 'transformers', 'zarr', 'pyarrow', 'rich'} & set(sys.modules)"
+    for command in ("run", "plan", "verify", "inspect", "export", "merge", "settings"):
         done = subprocess.run(
             [sys.executable, "-c", code, command, "--help"], capture_output=True, text=True, check=True
         )

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from llavamod_offline.data.template import get_template
-from llavamod_offline.errors import CacheError, ModelError
+from llavamod_offline.data.tokenise import Sequence, SequenceEncoder
+from llavamod_offline.errors import CacheError, ConfigError, ModelError, TargetError
 from llavamod_offline.models.checkpoint import load_tokenizer
+from teacher_cache.end_of_turn import Exchange
 from teacher_cache.fingerprint import (
+    check_allowed,
+    check_encoding,
+    check_sequence,
     check_student,
     describe_template,
     describe_tokenizer,
@@ -112,3 +123,178 @@ def test_what_the_fingerprint_holds(finished: Path) -> None:
     assert fingerprint["images"]["aspect"] == "pad"
     assert fingerprint["capture"]["vocab_size"] == 400
     assert str(finished.parent) not in json.dumps(fingerprint)
+
+
+def _encoder(template: str = "qwen", **settings: Any) -> SequenceEncoder:
+    chosen = {"image_token_id": 399, "image_tokens": 9, "max_length": 2048, **settings}
+    return SequenceEncoder(tiny_tokenizer(), get_template(template), **chosen)
+
+
+def _of_all_positions(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    changed = copy.deepcopy(dict(fingerprint))
+    changed["capture"]["positions"] = "all"
+    return changed
+
+
+OTHER_ENCODINGS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"template": "chatml"}, ("template.name", "template.sha256")),
+    ({"max_length": 1024}, ("sequence.max_length",)),
+    ({"image_tokens": 16}, ("images.tokens",)),
+    ({"image_token_id": 3}, ("images.token_id",)),
+]
+
+
+@pytest.mark.parametrize(("settings", "fields"), OTHER_ENCODINGS)
+def test_prompts_may_differ_unless_they_have_records(
+    finished: Path, settings: dict[str, Any], fields: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    fingerprint = open_cache(finished).fingerprint
+    student = _encoder(**settings)
+    check_encoding(fingerprint, student)
+    everything = _of_all_positions(fingerprint)
+    check_encoding(everything, _encoder())
+    with pytest.raises(CacheError) as caught:
+        check_encoding(everything, student)
+    for field in fields:
+        assert f"{field}: cache " in str(caught.value)
+    assert str(caught.value).count(": cache ") == len(fields)
+    with caplog.at_level(logging.WARNING):
+        check_encoding(everything, student, allow=[fields[0].split(".")[0]])
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message.split(": cache ")[0] for message in messages] == [f"allowed: {field}" for field in fields]
+
+
+def test_only_fields_that_exist_can_be_allowed(finished: Path) -> None:
+    fingerprint = open_cache(finished).fingerprint
+    check_allowed(["template", "capture.head_max", "images.size.shortest_edge", "images.size"], fingerprint)
+    with pytest.raises(ConfigError, match=r"no field 'tokenizer.vocabluary': did you mean 'tokenizer.vocabulary'\?"):
+        check_student(fingerprint, tiny_tokenizer(), allow=["tokenizer.vocabluary"])
+
+
+END, OTHER = "<|im_end|>", "<|endoftext|>"
+
+
+def _teacher(change: str) -> dict[str, Any]:
+    """The fingerprint of a teacher whose tokenizer is the tiny one but for the end of its turns."""
+    content = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    added = {entry["content"]: entry for entry in content["added_tokens"]}
+    if change == "renamed":
+        added[OTHER]["content"] = "<|eot|>"
+    elif change == "exchanged":
+        added[OTHER]["content"], added[END]["content"] = END, OTHER
+    elif change == "one more":
+        content["added_tokens"].append({**added[OTHER], "id": 400, "content": "<|eot|>"})
+    elif change == "one less":
+        content["added_tokens"] = [entry for entry in content["added_tokens"] if entry["content"] != "<image>"]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
+    return {"tokenizer": describe_tokenizer(tokenizer), "capture": {"positions": "response"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "end_of_turn", "exchange"),
+    [
+        ("none", f"{END}={OTHER}", Exchange(398, 396)),
+        ("renamed", f"<|eot|>={OTHER}", Exchange(396, 396)),
+        ("exchanged", f"{END}={OTHER}", Exchange(396, 396)),
+        ("one more", f"<|eot|>={OTHER}", Exchange(400, 396)),
+        ("one less", f"{OTHER}=<image>", Exchange(396, 399)),
+    ],
+)
+def test_a_declared_end_of_turn_is_the_one_thing_that_may_differ(
+    change: str, end_of_turn: str, exchange: Exchange
+) -> None:
+    teacher = _teacher(change)
+    student = tiny_tokenizer()
+    assert student.convert_tokens_to_ids([OTHER, END, "<image>"]) == [396, 398, 399]
+    assert check_student(teacher, student, end_of_turn=end_of_turn) == exchange
+    if change != "none":
+        with pytest.raises(CacheError, match=r"tokenizer\.vocabulary: cache .*declare its end of turn"):
+            check_student(teacher, student)
+    more = json.loads(student.backend_tokenizer.to_str())
+    more["added_tokens"].append({**more["added_tokens"][0], "id": 400, "content": "<|pad|>"})
+    with pytest.raises(CacheError, match=r"tokenizer\.vocabulary: cache"):
+        check_student(
+            teacher,
+            PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(more))),
+            end_of_turn=end_of_turn,
+        )
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("<|im_end|>", "expected the teacher's token, '=' and the student's"),
+        ("=<|im_end|>", "expected the teacher's token, '=' and the student's"),
+        ("<|im_end|>=<|eot|>", "the student's tokenizer has no token '<|eot|>'"),
+    ],
+)
+def test_an_end_of_turn_that_means_nothing_is_refused(finished: Path, setting: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_student(open_cache(finished).fingerprint, tiny_tokenizer(), end_of_turn=setting)
+    assert problem in str(caught.value)
+
+
+def test_the_declared_end_must_be_the_students_own(finished: Path) -> None:
+    fingerprint = open_cache(finished).fingerprint
+    check_encoding(fingerprint, _encoder("chatml"), end_of_turn=f"{OTHER}={END}")
+    with pytest.raises(ConfigError, match=r"ends answers with '<\|im_end\|>', not with '<\|endoftext\|>'"):
+        check_encoding(fingerprint, _encoder("chatml"), end_of_turn=f"{END}={OTHER}")
+
+
+def test_templates_that_differ_in_the_declared_end_alone_fit_a_cache_of_all_positions(finished: Path) -> None:
+    everything = _of_all_positions(open_cache(finished).fingerprint)
+    student = _encoder()
+    student.template = replace(student.template, name="mine", end=END)
+    with pytest.raises(CacheError, match=r"template\.sha256"):
+        check_encoding(everything, student)
+    check_encoding(everything, student, end_of_turn=f"{OTHER}={END}")
+    student.template = replace(student.template, separator="\n")
+    with pytest.raises(CacheError, match=r"template\.sha256"):
+        check_encoding(everything, student, end_of_turn=f"{OTHER}={END}")
+
+
+def test_supervised_ids_are_compared_as_the_exchange_reads_them(finished: Path) -> None:
+    cache = open_cache(finished)
+    (key,) = [key for key in cache.keys("response") if key.endswith("0002")]
+    theirs = cache.target_ids(key, "response")
+    assert np.flatnonzero(theirs == 396).tolist() == [10, 13]  # two turns
+
+    def sequence(*replaced: tuple[int, int]) -> Sequence:
+        ids = np.concatenate([[7], theirs])
+        for index, number in replaced:
+            ids[index + 1] = number
+        return Sequence(key, "response", ids, np.arange(1, len(ids)))
+
+    check_sequence(cache, sequence())
+    mine = sequence((10, 398), (13, 398))
+    check_sequence(cache, mine, Exchange(396, 398))
+    with pytest.raises(
+        TargetError, match=r"at position 10 the cache has 396 of 14, the student 398 .*cache\.end_of_turn"
+    ):
+        check_sequence(cache, mine)
+    with pytest.raises(TargetError, match=r"at position 13 the cache has 398 of 14, the student 396 of 14"):
+        check_sequence(cache, sequence((10, 398)), Exchange(396, 398))
+    with pytest.raises(TargetError, match=r"at position 3 ") as caught:
+        check_sequence(cache, sequence((3, 5), (13, 398)))
+    assert "end_of_turn" not in str(caught.value)
+
+
+def test_every_token_of_a_sequence_must_be_there_if_all_have_records(finished: Path) -> None:
+    """The same supervised ids, but one token more before them: the records would be of other rows."""
+    cache = open_cache(finished)
+    theirs = cache.target_ids("tiny-0000", "response")
+    length = cache.sequence("tiny-0000", "response").n_tokens
+    whole, longer = (
+        Sequence(
+            "tiny-0000",
+            "response",
+            np.concatenate([np.full(total - len(theirs), 7), theirs]),
+            np.arange(total - len(theirs), total),
+        )
+        for total in (length, length + 1)
+    )
+    check_sequence(cache, longer)
+    cache.fingerprint = _of_all_positions(cache.fingerprint)
+    check_sequence(cache, whole)
+    with pytest.raises(TargetError, match=f"{length + 1} tokens, the cache has records of {length}"):
+        check_sequence(cache, longer)

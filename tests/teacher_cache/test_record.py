@@ -39,11 +39,12 @@ def _check_row(records: Records, logits: np.ndarray, target: int, chosen: Record
     order = np.argsort(-log_probs, kind="stable")
     head: list[int] = []
     for token in order[: chosen.head_max]:
+        if head and probs[token] < chosen.head_min_prob:
+            break
         head.append(int(token))
         if chosen.head_mass < 1.0 and probs[head].sum() >= chosen.head_mass:
             break
     head += [token for token in chosen.forced_ids if token not in head]
-    head.sort(key=lambda token: (-log_probs[token], token))
     assert records.head_ids_H.tolist() == head
     assert np.allclose(records.head_log_probs_H, log_probs[head], atol=1e-6, rtol=5e-7)
     tail = np.setdiff1d(np.arange(len(probs)), head)
@@ -54,7 +55,7 @@ def _check_row(records: Records, logits: np.ndarray, target: int, chosen: Record
     else:
         assert records.tail_log_mass_N[0] == -np.inf
         wanted_draws = 0
-    assert abs(records.draw_repeats_D.sum() - wanted_draws) <= (0.01 < tail_mass * chosen.draws_per_mass % 1 > 0.99)
+    assert abs(len(records.draw_ids_D) - wanted_draws) <= (0.01 < tail_mass * chosen.draws_per_mass % 1 > 0.99)
     assert set(records.draw_ids_D.tolist()) <= set(tail.tolist())
     assert math.isclose(records.target_log_probs_N[0], log_probs[target], abs_tol=1e-6, rel_tol=5e-7)
     assert math.isclose(records.entropy_N[0], -(probs * log_probs).sum(), abs_tol=1e-5)
@@ -71,11 +72,12 @@ def _check_row(records: Records, logits: np.ndarray, target: int, chosen: Record
     head_mass=st.sampled_from([0.0, 0.5, 0.97, 1.0]),
     head_max=st.integers(1, 30),
     forced=st.sets(st.integers(0, 19), max_size=3),
+    min_prob=st.sampled_from([0.0, 0.003, 0.2]),
 )
 def test_every_number_agrees_with_the_dense_distribution(
-    seed: int, width: int, spread: float, head_mass: float, head_max: int, forced: set[int]
+    seed: int, width: int, spread: float, head_mass: float, head_max: int, forced: set[int], min_prob: float
 ) -> None:
-    chosen = RecordSettings(head_mass, head_max, 9, 50.0, (1.5, 2.0, 4.0), tuple(sorted(forced)))
+    chosen = RecordSettings(head_mass, head_max, 9, 50.0, (1.5, 2.0, 4.0), tuple(sorted(forced)), min_prob)
     logits = _logits(6, width, seed, spread)
     rows = _make(logits, chosen).split([1] * 6)
     for row, record in enumerate(rows):
@@ -107,11 +109,11 @@ def test_a_tiny_tail_keeps_its_mass_and_is_still_drawn_from() -> None:
     assert 0 < record.entropy_N[0] < 1e-25
 
 
-def test_equal_log_probs_are_ordered_by_id() -> None:
+def test_equal_log_probs_are_ordered_by_id_and_forced_ids_come_last() -> None:
     logits = torch.zeros(1, 64)
     logits[0, [50, 9, 33, 2]] = 6.0
     record = _make(logits, dataclasses.replace(SETTINGS, head_mass=0.95, head_max=4, forced_ids=(40, 20)))
-    assert record.head_ids_H.tolist() == [2, 9, 33, 50, 20, 40]
+    assert record.head_ids_H.tolist() == [2, 9, 33, 50, 40, 20]
 
 
 def test_exhaustive_keeps_every_id_and_has_no_tail() -> None:
@@ -152,8 +154,7 @@ def test_head_plus_draws_are_an_unbiased_picture_of_the_whole() -> None:
         mean = np.zeros(200)
         np.add.at(mean, records.head_ids_H, np.exp(records.head_log_probs_H.astype(np.float64)) / replicas)
         row_D = np.repeat(np.arange(replicas), records.draw_counts_N)
-        draws_N = np.bincount(row_D, weights=records.draw_repeats_D, minlength=replicas)
-        share_D = records.draw_repeats_D / draws_N[row_D]
+        share_D = 1 / records.draw_counts_N[row_D]
         mass_D = np.exp(records.tail_log_mass_N.astype(np.float64))[row_D]
         np.add.at(mean, records.draw_ids_D, share_D * mass_D / replicas)
         errors.append(np.abs(mean - truth).sum())
@@ -173,6 +174,7 @@ def test_no_rows_give_no_records() -> None:
     ("change", "word"),
     [
         ({"head_mass": 1.5}, "head_mass"),
+        ({"head_min_prob": 1.0}, "head_min_prob"),
         ({"head_max": 0}, "head_max"),
         ({"draws_max": -1}, "draws_max"),
         ({"draws_per_mass": 0.0}, "draws_per_mass"),

@@ -4,43 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llavamod_offline.errors import CacheError
 from teacher_cache import store as store_module
-from teacher_cache.codec import Codec
-from teacher_cache.draws import sequence_uniforms
-from teacher_cache.manifest import file_entries
-from teacher_cache.record import RecordSettings, make_records
-from teacher_cache.sequences import SequenceRecord
-from teacher_cache.store import CacheStore, Rejection
-
-CODEC = Codec(30, (2.0,), "float32", 8, 4)
-FINGERPRINT = {"capture": {"vocab_size": 30, "temperatures": [2.0]}, "data": {"digest": "d" * 64}}
-NAMES = ["s-0", "s-1", "s-2", "s-3"]
-
-
-def _captured(name: str) -> list[SequenceRecord]:
-    found = []
-    for number in range(3):
-        key = f"{name}-{number}"
-        logits = torch.randn(number, 30, generator=torch.Generator().manual_seed(len(key) + number))
-        uniforms = torch.from_numpy(sequence_uniforms(0, key, "response", number))
-        records, _ = make_records(logits, torch.arange(number), uniforms, RecordSettings(0.9, 8, 4, 20.0, (2.0,)))
-        found.append(SequenceRecord(key, "response", "ab" * 32, "cd" * 32, 7, records))
-    return found
+from teacher_cache.manifest import CACHE_NAME, JOB_NAME, file_entries
+from teacher_cache.store import CacheStore
+from tests.teacher_cache.driver import CODEC, FINGERPRINT, NAMES, captured, rejected
 
 
 def _write(path: Path, order: list[str], *, again: bool = False) -> str:
     store = CacheStore.open(path, FINGERPRINT, NAMES)
     store.start()
     for name in order:
-        store.commit(name, _captured(name), [Rejection(f"{name}-bad", "response", "no such ünicode\nimage")], CODEC)
+        store.commit(name, captured(name), rejected(name), CODEC)
         if again:
             store = CacheStore.open(path, FINGERPRINT, NAMES)
             store.start()
@@ -63,7 +45,7 @@ def test_missing_names_what_is_not_committed(tmp_path: Path) -> None:
     store = CacheStore.open(tmp_path / "c", FINGERPRINT, NAMES)
     assert not (tmp_path / "c").exists()
     store.start()
-    store.commit("s-2", _captured("s-2"), [], CODEC)
+    store.commit("s-2", captured("s-2"), [], CODEC)
     assert store.missing() == ["s-0", "s-1", "s-3"]
     assert not store.complete
 
@@ -78,16 +60,16 @@ def test_a_failed_commit_leaves_nothing_and_can_be_repeated(tmp_path: Path, monk
     with monkeypatch.context() as patch:
         patch.setattr(store_module, "write_sequences", full)
         with pytest.raises(CacheError, match="No space left on device: make room or leave, and run again to resume"):
-            store.commit("s-0", _captured("s-0"), [], CODEC)
+            store.commit("s-0", captured("s-0"), [], CODEC)
     assert list((tmp_path / "c" / "shards").iterdir()) == []
-    store.commit("s-0", _captured("s-0"), [], CODEC)
+    store.commit("s-0", captured("s-0"), [], CODEC)
     assert store.missing() == NAMES[1:]
 
 
 def test_a_shard_that_another_process_committed_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = CacheStore.open(tmp_path / "c", FINGERPRINT, NAMES)
     store.start()
-    store.commit("s-0", _captured("s-0"), [], CODEC)
+    store.commit("s-0", captured("s-0"), [], CODEC)
     before = file_entries(tmp_path / "c")
     store.commit("s-0", [], [], CODEC)
     assert file_entries(tmp_path / "c") == before
@@ -101,7 +83,7 @@ def test_leftovers_of_the_dead_are_removed_and_of_the_living_kept(tmp_path: Path
     dead = shards / ".s-1.999999999.tmp"
     alive = shards / f".s-1.{os.getppid()}.tmp"
     for folder in (dead, alive):
-        folder.mkdir()
+        folder.mkdir(parents=True)
         (folder / "half").write_text("x")
     store.start()
     assert not dead.exists()
@@ -138,3 +120,42 @@ def test_an_unwritable_place_is_one_clear_error(tmp_path: Path) -> None:
     store = CacheStore.open(tmp_path / "file" / "below", FINGERPRINT, NAMES)
     with pytest.raises(CacheError, match="cannot be written: Not a directory"):
         store.start()
+
+
+def test_two_runs_of_other_settings_that_begin_at_once_do_not_make_one_cache(tmp_path: Path) -> None:
+    """Both look before either has written."""
+    other = {**FINGERPRINT, "capture": {"vocab_size": 31, "temperatures": [2.0]}}
+    first, second, third = (CacheStore.open(tmp_path / "c", job, NAMES) for job in (FINGERPRINT, other, FINGERPRINT))
+    first.start()
+    with pytest.raises(CacheError, match=r"capture.vocab_size: there 30, now 31"):
+        second.start()
+    third.start()
+    assert third.missing() == NAMES
+
+
+def test_cache_json_is_taken_away_before_a_lost_shard_is_made_again(tmp_path: Path) -> None:
+    _write(tmp_path / "c", NAMES)
+    store = CacheStore.open(tmp_path / "c", FINGERPRINT, NAMES)
+    store.start()
+    assert store.complete
+    shutil.rmtree(tmp_path / "c" / "shards" / NAMES[2])
+    store = CacheStore.open(tmp_path / "c", FINGERPRINT, NAMES)
+    assert store.complete
+    store.start()
+    assert not store.complete
+
+
+def test_a_damaged_job_says_what_to_do(tmp_path: Path) -> None:
+    _write(tmp_path / "c", NAMES)
+    for content in ("{", '{"format_version": 1}', '{"format_version": 1, "fingerprint": 3, "shards": []}'):
+        (tmp_path / "c" / JOB_NAME).write_text(content)
+        with pytest.raises(CacheError, match=r"job.json: .*run `cache-teacher verify --repair`"):
+            CacheStore.open(tmp_path / "c", FINGERPRINT, NAMES)
+
+
+def test_a_shard_without_its_manifest_stops_the_end(tmp_path: Path) -> None:
+    _write(tmp_path / "c", NAMES)
+    (tmp_path / "c" / CACHE_NAME).unlink()
+    (tmp_path / "c" / "shards" / NAMES[1] / "manifest.json").unlink()
+    with pytest.raises(CacheError, match=r"s-1/manifest.json: missing: run `cache-teacher verify --repair`"):
+        CacheStore.open(tmp_path / "c", FINGERPRINT, NAMES).finalise()

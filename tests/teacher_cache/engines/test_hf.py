@@ -186,7 +186,7 @@ def test_a_sequence_with_logits_that_are_not_finite_is_rejected_alone(teacher: T
             weight.copy_(untied)
     rejected = [outcome for outcome in outcomes if isinstance(outcome, Rejection)]
     assert [item.key for item in rejected] == ["bad"]
-    assert "not finite (NaN or inf), first at supervised position" in rejected[0].reason
+    assert "not finite (NaN or inf), first at position" in rejected[0].reason
     sound = teacher.capture(samples)
     for outcome in outcomes:
         if isinstance(outcome, SequenceRecord):

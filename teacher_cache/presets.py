@@ -1,0 +1,26 @@
+"""Ready-made choices of what a record keeps and how finely. Sizes and errors: `python -m tests.benchmarks.codec`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from teacher_cache.codec import PrecisionName
+
+
+@dataclass(frozen=True)
+class Preset:
+    """See `record.RecordSettings` for what the numbers do. `head_max` None: the whole vocabulary."""
+
+    head_mass: float
+    head_min_prob: float
+    head_max: int | None
+    draws_max: int
+    draws_per_mass: float
+    precision: PrecisionName
+
+
+PRESETS: dict[str, Preset] = {
+    "compact": Preset(1.0, 0.006, 16, 12, 60.0, "coarse"),
+    "standard": Preset(1.0, 0.0007, 128, 16, 100.0, "fine"),
+    "exhaustive": Preset(1.0, 0.0, None, 0, 1.0, "exact"),
+}

@@ -1,0 +1,90 @@
+"""Look-up by (key, role) against a plain dictionary, also where hashes collide."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from teacher_cache import index as index_module
+from teacher_cache.index import SequenceIndex, key_hash, key_hashes, role_salt
+from teacher_cache.sequences import SEQUENCE_SCHEMA, SequenceRows
+
+ROLES = ("response", "chosen", "rejected")
+Items = list[tuple[str, str]]
+ITEMS = st.lists(st.tuples(st.text(max_size=20), st.sampled_from(ROLES)), max_size=30, unique=True)
+
+
+def make_rows(items: Items) -> SequenceRows:
+    """The rows of a shard that holds these sequences; the n-th has n positions."""
+    columns = {
+        name: [b"x" * 16 if name.endswith("hash") else number for number in range(len(items))]
+        for name in SEQUENCE_SCHEMA.names
+    }
+    keys, roles = [key for key, _ in items], [role for _, role in items]
+    return SequenceRows(pa.RecordBatch.from_pydict({**columns, "key": keys, "role": roles}, schema=SEQUENCE_SCHEMA))
+
+
+@functools.cache
+def poor(hashes: int) -> tuple[Callable[..., int], Callable[..., np.ndarray]]:
+    """Hash functions with so few values."""
+    return (
+        lambda key, salt: key_hash(key, salt) % hashes,
+        lambda *arguments: key_hashes(*arguments) % np.uint64(hashes),
+    )
+
+
+@given(shards=st.lists(ITEMS, max_size=4), absent=ITEMS, hashes=st.sampled_from([1, 3, 2**63]))
+def test_everything_is_found_where_it_is_and_nothing_else(shards: list[Items], absent: Items, hashes: int) -> None:
+    known: dict[tuple[str, str], int] = {}
+    unique = []
+    for items in shards:
+        unique.append([item for item in items if item not in known])
+        known |= {item: len(known) + number for number, item in enumerate(unique[-1])}
+    one, many = poor(hashes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_module, "key_hash", one)
+        patch.setattr(index_module, "key_hashes", many)
+        index = SequenceIndex([make_rows(items) for items in unique])
+        asked = [*known, *absent, *list(known)[::-1]]
+        assert index.find(asked).tolist() == [known.get(item, -1) for item in asked]
+        assert [index.find_one(*item) for item in asked] == [known.get(item, -1) for item in asked]
+        assert index.repeated() == []
+    assert len(index) == len(known)
+    for row, item in enumerate(known):
+        shard, local = index.place(row)
+        assert unique[shard][local] == item
+        assert index.starts_Q[row + 1] - index.starts_Q[row] == local
+
+
+@given(keys=st.lists(st.text(max_size=30), min_size=1), role=st.sampled_from(ROLES))
+def test_one_hash_is_that_of_many(keys: list[str], role: str) -> None:
+    encoded = [key.encode() for key in keys]
+    ends = np.cumsum([0, *map(len, encoded)])
+    salts = np.full(len(keys), role_salt(role), np.uint64)
+    hashes = key_hashes(np.frombuffer(b"".join(encoded), np.uint8), ends, salts).tolist()
+    assert hashes == [key_hash(key, role_salt(role)) for key in encoded]
+
+
+def test_hashes_differ_by_role_length_and_every_byte() -> None:
+    keys = [b"", b"\0", b"\0\0", b"\0" * 8, b"\0" * 9, b"a", b"b", b"12345678", b"123456789", b"12345679"]
+    hashes = {key_hash(key, role_salt(role)) for key in keys for role in ROLES}
+    assert len(hashes) == len(keys) * len(ROLES)
+    numbered = [f"sample-{number:06d}".encode() for number in range(100_000)]
+    ends = np.arange(0, 13 * len(numbered) + 1, 13)
+    many = key_hashes(np.frombuffer(b"".join(numbered), np.uint8), ends, np.zeros(len(numbered), np.uint64))
+    assert len(np.unique(many)) == len(numbered)
+    assert len(np.unique(many >> np.uint64(44))) > 90_000  # chance alone leaves 95,000 of 2²⁰ places
+
+
+@given(first=ITEMS, second=ITEMS, hashes=st.sampled_from([1, 2**63]))
+def test_what_is_there_twice_is_named(first: Items, second: Items, hashes: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_module, "key_hashes", poor(hashes)[1])
+        index = SequenceIndex([make_rows(first), make_rows(second)])
+    assert index.repeated() == [len(first) + number for number, item in enumerate(second) if item in first]

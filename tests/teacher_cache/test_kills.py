@@ -1,0 +1,141 @@
+"""A run killed at any moment, or stopped by its disk, leaves a cache that goes on to the same digest."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llavamod_offline.errors import CacheError
+from teacher_cache.manifest import CACHE_NAME, SEQUENCES_NAME, file_entries
+from teacher_cache.reader import open_cache
+from teacher_cache.repair import repair_cache
+from tests.teacher_cache.driver import NAMES, write_cache
+from tests.teacher_cache.killer import fork_server, repair_and_die, write_and_wait_for_it, write_until_killed
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache that every road must lead to."""
+    path = tmp_path_factory.mktemp("whole") / "cache"
+    write_cache(path)
+    return path
+
+
+@pytest.fixture
+def memory_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder that is quick to flush, where there is one: hundreds of caches are written there."""
+    quick = Path("/dev/shm")
+    path = Path(tempfile.mkdtemp(dir=quick if os.access(quick, os.W_OK) else tmp_path))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_resumes_to_the_same_bytes(whole: Path, memory_folder: Path) -> None:
+    """SIGKILL from outside, after a random time: into the middle of a write as well as between two."""
+    expected = file_entries(whole)
+    context = fork_server()
+    generator = random.Random(0)
+    durations: list[float] = []
+    killed = 0
+    for attempt in range(300):
+        output = memory_folder / "c"
+        here, there = context.Pipe()
+        process = context.Process(target=write_and_wait_for_it, args=(str(output), there))
+        process.start()
+        here.recv()
+        started = time.perf_counter()
+        if attempt >= 3:
+            time.sleep(generator.uniform(0, 1.1 * min(durations)))
+            process.kill()
+        process.join()
+        if process.exitcode == 0:
+            durations.append(time.perf_counter() - started)
+        else:
+            assert process.exitcode == -signal.SIGKILL
+            killed += 1
+        write_cache(output)
+        assert file_entries(output) == expected
+        shutil.rmtree(output)
+        if killed == 60:
+            break
+    assert killed >= 50
+
+
+@pytest.mark.slow
+def test_killed_before_any_change_on_disk_it_resumes_to_the_same_bytes(whole: Path, memory_folder: Path) -> None:
+    expected = file_entries(whole)
+    changes = write_until_killed(str(memory_folder / "counted"), sys.maxsize)
+    assert changes is not None
+    generator = random.Random(0)
+    ends = {1, 2, 3, *range(changes - 6, changes + 1)}
+    for moment in sorted(ends | set(generator.sample(range(4, changes - 6), 12))):
+        output = memory_folder / f"c{moment}"
+        assert write_until_killed(str(output), moment) is None
+        assert not (output / CACHE_NAME).exists()
+        if generator.random() < 0.4:  # and once more while it resumes
+            write_until_killed(str(output), generator.randrange(1, changes // 2))
+        write_cache(output)
+        assert file_entries(output) == expected, f"killed before change {moment}"
+        shutil.rmtree(output)
+
+
+@pytest.mark.slow
+def test_an_upload_killed_at_any_request_resumes_to_the_digest_of_the_disk(
+    whole: Path, bucket: str, object_store_variables: dict[str, str]
+) -> None:
+    variables = {**object_store_variables, "LLAVAMOD_STAGING": os.environ["LLAVAMOD_STAGING"]}
+    requests = write_until_killed(f"{bucket}/counted", sys.maxsize, variables)
+    assert requests is not None
+    generator = random.Random(0)
+    digest = open_cache(whole).digest
+    for moment in [1, 2, requests - 1, requests, *generator.sample(range(3, requests - 1), 6)]:
+        output = f"{bucket}/c{moment}"
+        assert write_until_killed(output, moment, variables) is None
+        with pytest.raises(CacheError, match=r"unfinished|no teacher cache"):
+            open_cache(output)
+        assert write_cache(output) == digest
+        assert open_cache(output).digest == digest
+
+
+@pytest.mark.slow
+def test_a_repair_killed_at_any_change_never_leaves_a_cache_that_looks_whole(whole: Path, memory_folder: Path) -> None:
+    """A shard that is half deleted would be taken for a committed one."""
+    expected = file_entries(whole)
+    context = fork_server()
+    changes = sys.maxsize
+    for moment in (sys.maxsize, 1, 2, 3, 4, 5, 10, 20):
+        output = Path(shutil.copytree(whole, memory_folder / f"c{moment}"))
+        (output / "shards" / NAMES[0] / SEQUENCES_NAME).unlink()
+        here, there = context.Pipe()
+        process = context.Process(target=repair_and_die, args=(str(output), min(moment, changes), there))
+        process.start()
+        process.join()
+        if moment == sys.maxsize:
+            changes = here.recv()
+        else:
+            assert process.exitcode == -signal.SIGKILL
+        damaged = output / "shards" / NAMES[0]
+        assert not damaged.exists() or len(file_entries(damaged)) == len(expected_files(expected)) - 1
+        assert not (output / CACHE_NAME).exists() or damaged.exists()
+        repair_cache(output)
+        write_cache(output)
+        assert file_entries(output) == expected, f"killed before change {moment}"
+        shutil.rmtree(output)
+
+
+def expected_files(entries: dict[str, dict[str, Any]]) -> list[str]:
+    """The files of the first shard among those of a cache."""
+    return [name for name in entries if name.startswith(f"shards/{NAMES[0]}/")]
