@@ -26,12 +26,13 @@ from llavamod_offline.data.images import ImagePreprocessor
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.data.sampler import BatchSchedule
 from llavamod_offline.data.shards import SampleSet
+from llavamod_offline.data.tokenise import Positions, SequenceEncoder
 from llavamod_offline.data.tokenise import Sequence as Tokens
-from llavamod_offline.data.tokenise import SequenceEncoder
 from llavamod_offline.errors import DataError, LlavaModError
 from llavamod_offline.losses.targets import SparseTargets
 
 if TYPE_CHECKING:
+    from teacher_cache.end_of_turn import Exchange
     from teacher_cache.reader import TeacherCache
 
 logger = logging.getLogger(__name__)
@@ -52,8 +53,9 @@ class Join:
 class TrainBatch:
     """A micro-batch: what the student reads, and what the teacher said about it.
 
-    `targets` hold the positions of `batch`, in its order (mimic stages); `reference_S` the teacher's log-prob of each
-    sequence, summed over its tokens (preference stage).
+    `targets` hold the first positions of `batch`, in its order: all of them (mimic stages), those of the chosen
+    responses (preference stage with distillation) or none. `reference_S`: the teacher's log-prob of each sequence,
+    summed over its tokens.
     """
 
     batch: Batch
@@ -63,7 +65,7 @@ class TrainBatch:
 
     @property
     def positions(self) -> int:
-        """The supervised positions."""
+        """The positions that the loss is taken over."""
         return len(self.batch.target_ids_N)
 
     def to(self, device: torch.device) -> TrainBatch:
@@ -132,6 +134,10 @@ def join(
 class Loader:
     """Micro-batches in the order of a schedule, decoded, tokenised and joined in `workers` processes (0: here).
 
+    `record_roles`: the roles whose records the loss wants, the first ones of `roles`.
+    `exchange`: the ids by which the teacher's end of turn is read as the student's, where they differ.
+    `positions`: which positions of a sequence the batches are about, as in the cache.
+
     Errors while iterating: `DataError` or `TargetError` naming the sample whose picture, length or answer does not fit.
     """
 
@@ -144,12 +150,16 @@ class Loader:
         images: ImagePreprocessor,
         roles: Sequence[str],
         cache: TeacherCache | None,
-        records: bool,
+        record_roles: Sequence[str],
         pad_id: int,
         workers: int,
         pin_memory: bool,
+        exchange: Exchange | None = None,
+        positions: Positions = "response",
     ) -> None:
-        self._dataset = _Micro(samples, rows, encoder, images, tuple(roles), cache, records, pad_id)
+        self._dataset = _Micro(
+            samples, rows, encoder, images, tuple(roles), cache, tuple(record_roles), pad_id, exchange, positions
+        )
         self._settings: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
         if workers:
             self._settings |= {
@@ -178,11 +188,14 @@ class _Micro(Dataset[TrainBatch]):
         images: ImagePreprocessor,
         roles: tuple[str, ...],
         cache: TeacherCache | None,
-        records: bool,
+        record_roles: tuple[str, ...],
         pad_id: int,
+        exchange: Exchange | None,
+        positions: Positions,
     ) -> None:
         self.samples, self.rows, self.encoder, self.images = samples, rows, encoder, images
-        self.roles, self.cache, self.records, self.pad_id = roles, cache, records, pad_id
+        self.roles, self.cache, self.record_roles, self.pad_id = roles, cache, record_roles, pad_id
+        self.exchange, self.positions = exchange, positions
 
     def __getitem__(self, place: int) -> TrainBatch:
         raise NotImplementedError("micro-batches are made whole, by __getitems__")
@@ -199,25 +212,27 @@ class _Micro(Dataset[TrainBatch]):
             [self.images.pixels(image, name=f"{s.key} image {i}") for i, image in enumerate(s.images)] for s in samples
         ]
         sequences = [self.encoder.encode(sample, role) for role in self.roles for sample in samples]
-        batch = collate(sequences, pixels * len(self.roles), pad_id=self.pad_id)
+        batch = collate(sequences, pixels * len(self.roles), pad_id=self.pad_id, positions=self.positions)
         if self.cache is None:
             return TrainBatch(batch, len(samples))
         sums = [
             self._checked(self.cache, sequence, sample)
             for sequence, sample in zip(sequences, samples * len(self.roles), strict=True)
         ]
-        if self.records:
-            items = [(sequence.key, sequence.role) for sequence in sequences]
-            return TrainBatch(batch, len(samples), targets=self.cache.targets(items))
-        return TrainBatch(batch, len(samples), reference_S=torch.tensor(sums, dtype=torch.float32))
+        items = [(sequence.key, sequence.role) for sequence in sequences if sequence.role in self.record_roles]
+        targets = self.cache.targets(items) if items else None
+        if targets is not None and self.exchange is not None:
+            targets = self.exchange.targets(targets)
+        return TrainBatch(batch, len(samples), targets, torch.tensor(sums, dtype=torch.float32))
 
     def _checked(self, cache: TeacherCache, sequence: Tokens, sample: Sample) -> float:
         """Refuse a record that was made for other tokens or another sample; gives its summed log-prob."""
         from teacher_cache.fingerprint import check_sequence
+        from teacher_cache.sequences import short_hash
 
-        check_sequence(cache, sequence)
+        check_sequence(cache, sequence, self.exchange)
         record = cache.sequence(sequence.key, sequence.role)
-        if record.content_hash != sample.content_hash:
+        if record.content_hash != short_hash(sample.content_hash):
             raise DataError(
                 f"sample '{sequence.key}' ({sequence.role}): its text or pictures are not those the teacher saw: "
                 "capture again, or set data.set to the set of the cache"

@@ -3,6 +3,7 @@
     {output}/checkpoints/step-00001000/   appears whole or not at all; the highest number is the latest
         weights.safetensors               the trained parameters, full and in float32, by name
         optimizer.safetensors             `{name}/exp_avg`, `{name}/exp_avg_sq`, `{name}/step`
+        tail.safetensors                  what the loss has learnt of the records' tails, if it does
         state.json                        step, counters, and the run's identity (see `identity.py`)
 
 Frozen parameters are not kept: the run's identity holds their digest. Tensors are stored whole, whatever ZeRO stage
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from llavamod_offline import atomic
 from llavamod_offline.errors import ConfigError, ModelError
+from llavamod_offline.losses.shrinkage import Shrinkage
 from train.engine import World
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -62,7 +64,14 @@ def read_progress(checkpoint: Path) -> tuple[Progress, dict[str, Any]]:
 
 
 def save_checkpoint(
-    output: Path, engine: Any, progress: Progress, identity: dict[str, Any], *, keep_last: int, world: World
+    output: Path,
+    engine: Any,
+    progress: Progress,
+    identity: dict[str, Any],
+    *,
+    shrinkage: Shrinkage | None,
+    keep_last: int,
+    world: World,
 ) -> None:
     """Write a checkpoint and remove all but the last `keep_last`; every process must call it.
 
@@ -74,7 +83,8 @@ def save_checkpoint(
         folder = checkpoint_folder(output)
         state = json.dumps({"progress": asdict(progress), "identity": identity}, indent=2)
         try:
-            _write(folder / f"step-{progress.step:08d}", weights, moments, state)
+            tail = None if shrinkage is None else shrinkage.state()
+            _write(folder / f"step-{progress.step:08d}", weights, moments, tail, state)
         except (OSError, SafetensorError) as error:
             raise ConfigError(
                 f"output: no checkpoint can be written to {folder} ({error}): make room; the same command goes on from "
@@ -116,11 +126,20 @@ def load_optimizer(checkpoint: Path, engine: Any) -> None:
             safe_set_full_optimizer_state(parameter, moments[f"{name}/{key}"], key)
 
 
-def _write(target: Path, weights: dict[str, Tensor], moments: dict[str, Tensor], state: str) -> None:
+def load_shrinkage(checkpoint: Path, shrinkage: Shrinkage) -> None:
+    """Put back what the loss had learnt of the records' tails. Errors: `ModelError` if it is damaged."""
+    shrinkage.load_state(_load(checkpoint / "tail.safetensors"))
+
+
+def _write(
+    target: Path, weights: dict[str, Tensor], moments: dict[str, Tensor], tail: dict[str, Tensor] | None, state: str
+) -> None:
     shutil.rmtree(target, ignore_errors=True)
     with atomic.new_folder(target) as aside:
         save_file(weights, aside / "weights.safetensors")
         save_file(moments, aside / "optimizer.safetensors")
+        if tail is not None:
+            save_file(tail, aside / "tail.safetensors")
         (aside / "state.json").write_text(state)
 
 

@@ -10,18 +10,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llavamod_offline.errors import ConfigError
+from train.loss_config import LOSSES_OF_STAGE, LossConfig, loss_problems
 
 Stage = Literal["align", "mimic_dense", "mimic_sparse", "preference", "sft"]
-LossKind = Literal["cross_entropy", "only_kd", "kd_lm", "kto_pair", "sigmoid", "ipo", "hinge"]
-Tail = Literal["bucket", "draws", "renormalised"]
 
-LOSSES_OF_STAGE: dict[str, tuple[str, ...]] = {
-    "align": ("cross_entropy",),
-    "sft": ("cross_entropy",),
-    "mimic_dense": ("only_kd", "kd_lm"),
-    "mimic_sparse": ("only_kd", "kd_lm"),
-    "preference": ("kto_pair", "sigmoid", "ipo", "hinge"),
-}
 CACHED_STAGES = ("mimic_dense", "mimic_sparse", "preference")
 ROLES_OF_STAGE: dict[str, tuple[str, ...]] = {
     stage: ("chosen", "rejected") if stage == "preference" else ("response",) for stage in LOSSES_OF_STAGE
@@ -43,10 +35,16 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """The teacher's cache, and what to do with samples that it lacks."""
+    """The teacher's cache, and what to do with samples that it lacks.
+
+    `end_of_turn: <teacher token>=<student token>` declares the one token in which the two may differ. `allow` names
+    fields of the cache's fingerprint that may differ from the student's.
+    """
 
     path: str | None = None
     missing: Literal["error", "drop"] = "error"
+    end_of_turn: str | None = None
+    allow: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -70,21 +68,6 @@ class StudentConfig:
     language_model: str | None = None
     kind: Literal["dense", "sparse"] = "dense"
     upcycle: UpcycleConfig | None = None
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """The loss; `beta`, `label_smoothing` and `average_log_probs` are the preference stage's."""
-
-    kind: LossKind = "cross_entropy"
-    temperature: float = 1.0
-    tail: Tail = "bucket"
-    kd_weight: float = 1.0
-    lm_weight: float = 1.0
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    average_log_probs: bool = False
-    router_aux_coef: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -166,6 +149,7 @@ class TrainConfig:
 def _problems(config: TrainConfig) -> Iterable[str]:
     """Say what does not fit, each in a line that names the key to change; lazily, so that the first suffices."""
     yield from _number_problems(config)
+    yield from loss_problems(config.loss, config.stage)
     yield from _stage_problems(config)
     yield from _student_problems(config.student)
     unknown = [part for part in config.trainable if part not in PARTS]
@@ -175,9 +159,6 @@ def _problems(config: TrainConfig) -> Iterable[str]:
 
 
 def _stage_problems(config: TrainConfig) -> Iterable[str]:
-    if config.loss.kind not in LOSSES_OF_STAGE[config.stage]:
-        choice = " or ".join(LOSSES_OF_STAGE[config.stage])
-        yield f"loss.kind: '{config.loss.kind}' does not belong to stage {config.stage}: set it to {choice}"
     if config.needs_cache and config.cache.path is None:
         yield f"cache.path: stage {config.stage} learns from a teacher's cache: set cache.path to one"
     if not config.needs_cache and config.cache.path is not None:
@@ -190,10 +171,6 @@ def _stage_problems(config: TrainConfig) -> Iterable[str]:
         yield "loss.router_aux_coef: a dense student has no router: set it to 0, or student.kind to sparse"
     if "router" in config.trainable and config.student.kind != "sparse":
         yield "trainable: a dense student has no router: take 'router' out, or set student.kind to sparse"
-    if config.loss.kind != "sigmoid" and config.loss.label_smoothing:
-        yield f"loss.label_smoothing: {config.loss.kind} knows none: set it to 0, or loss.kind to sigmoid"
-    if config.stage.startswith("mimic") and not config.loss.kd_weight:
-        yield "loss.kd_weight: 0 leaves nothing of the teacher: set it above 0, or use stage sft"
 
 
 def _student_problems(student: StudentConfig) -> Iterable[str]:
@@ -221,7 +198,7 @@ def _student_problems(student: StudentConfig) -> Iterable[str]:
 
 
 def _number_problems(config: TrainConfig) -> Iterable[str]:
-    optim, loss = config.optim, config.loss
+    optim = config.optim
     positive = {
         "max_length": config.max_length,
         "batch.global_size": config.batch.global_size,
@@ -230,8 +207,6 @@ def _number_problems(config: TrainConfig) -> Iterable[str]:
         "steps": 1 if config.steps is None else config.steps,
         "keep_last": config.keep_last,
         "log_steps": config.log_steps,
-        "loss.temperature": loss.temperature,
-        "loss.beta": loss.beta,
         "optim.lr": optim.lr,
         "optim.eps": optim.eps,
     }
@@ -240,9 +215,6 @@ def _number_problems(config: TrainConfig) -> Iterable[str]:
         "eval_steps": config.eval_steps,
         "workers": config.workers or 0,
         "data.holdout": config.data.holdout,
-        "loss.kd_weight": loss.kd_weight,
-        "loss.lm_weight": loss.lm_weight,
-        "loss.router_aux_coef": loss.router_aux_coef,
         "optim.weight_decay": optim.weight_decay,
         "optim.grad_clip": optim.grad_clip,
     }
@@ -252,8 +224,6 @@ def _number_problems(config: TrainConfig) -> Iterable[str]:
         yield f"optim.warmup_ratio: {optim.warmup_ratio:g} is not between 0 and 1"
     if not all(0 <= beta < 1 for beta in optim.betas):
         yield f"optim.betas: {list(optim.betas)} must lie in [0, 1)"
-    if not 0 <= loss.label_smoothing < 0.5:
-        yield f"loss.label_smoothing: {loss.label_smoothing:g} is not in [0, 0.5)"
     if config.engine.zero_stage not in (None, 0, 1, 2, 3):
         yield f"engine.zero_stage: {config.engine.zero_stage} is none of 0, 1, 2, 3"
     if config.engine.offload and config.engine.zero_stage not in (None, 2, 3):

@@ -16,6 +16,7 @@ _FREE_KEYS = (
     "output",
     "data.set",
     "cache.path",
+    "cache.allow",
     "student.checkpoint",
     "student.vision_tower",
     "student.language_model",

@@ -76,6 +76,8 @@ def run_steps(
     ends the loop after the step in progress, with a checkpoint.
     """
     entry: Entry = {}
+    if stage.shrinkage is not None:
+        stage.shrinkage.to(world.device)
     with _sigterm() as stop:
         for step in range(progress.step, settings.steps):
             began = time.perf_counter()
@@ -94,6 +96,9 @@ def run_steps(
             norm = apply_gradients(engine, rate)
             if not math.isfinite(norm):
                 raise ModelError(_not_finite("gradient", norm, step, micros))
+            learnt = {} if stage.shrinkage is None else stage.shrinkage.entry()
+            if stage.shrinkage is not None:
+                stage.shrinkage.finish_step(world.sum)
             seconds = time.perf_counter() - began
             progress = Progress(
                 step + 1,
@@ -101,7 +106,7 @@ def run_steps(
                 progress.positions + counts.positions,
                 progress.seconds + seconds,
             )
-            entry = _entry(sums, progress.step, rate, norm, counts, seconds, waited)
+            entry = _entry(sums, progress.step, rate, norm, counts, seconds, waited) | learnt
             done = progress.step == settings.steps
             evaluated = bool(settings.eval_steps) and (done or progress.step % settings.eval_steps == 0)
             if evaluated:

@@ -26,8 +26,11 @@ from train.stage import Stage, make_stage
 from train.student import Source, make_student, open_source
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import LlavaForConditionalGeneration
 
+    from llavamod_offline.data.tokenise import Positions, SequenceEncoder
+    from teacher_cache.end_of_turn import Exchange
     from teacher_cache.reader import TeacherCache
 
 _MOST_WORKERS = 8
@@ -79,10 +82,12 @@ def prepare(config: TrainConfig, world: World) -> Setup:
     template = get_template(config.template)
     source = open_source(config.student)
     samples = SampleSet.open(Path(config.data.set))
-    cache = _open_cache(config, source)
+    cache, exchange = _open_cache(config, source)
     images = ImagePreprocessor.from_checkpoint(source.processor, config.image_aspect)
     student = make_student(config.student, seed=config.seed)
     encoder = sequence_encoder(student.config, source.tokenizer, template, config.max_length)
+    if cache is not None:
+        _check_encoding(config, cache, encoder)
     joined = join(
         samples,
         config.roles,
@@ -100,7 +105,8 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         kept_hash=joined.kept_hash,
         frozen_digest=frozen_digest(student),
     )
-    vocab_size = vocabulary_size(source.tokenizer, student.get_output_embeddings().weight.shape[0])
+    head_rows = student.get_output_embeddings().weight.shape[0]
+    positions = _positions(config, cache)
     loader = Loader(
         samples,
         joined.rows + joined.holdout,
@@ -108,7 +114,9 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         images=images,
         roles=config.roles,
         cache=cache,
-        records=config.stage != "preference",
+        exchange=exchange,
+        positions=positions,
+        record_roles=config.roles[:1] if config.loss.distils(config.stage) else (),
         pad_id=_pad_id(source, encoder.image_token_id),
         workers=_workers(config, world),
         pin_memory=world.device.type == "cuda",
@@ -117,7 +125,13 @@ def prepare(config: TrainConfig, world: World) -> Setup:
     return Setup(
         student=student,
         source=source,
-        stage=make_stage(config, vocab_size=vocab_size),
+        stage=make_stage(
+            config,
+            vocab_size=vocabulary_size(source.tokenizer, head_rows),
+            cached_vocab_size=_cached_vocabulary(cache, exchange, head_rows),
+            tail_profile_V=_tail_profile(config, cache, exchange),
+            positions=positions,
+        ),
         loader=loader,
         joined=joined,
         steps=steps,
@@ -155,16 +169,18 @@ def _check_processes(config: TrainConfig, world: World) -> None:
         raise ConfigError("engine.zero_stage: 3 works in one process only so far: set it to 2")
 
 
-def _open_cache(config: TrainConfig, source: Source) -> TeacherCache | None:
+def _open_cache(config: TrainConfig, source: Source) -> tuple[TeacherCache | None, Exchange | None]:
+    """Open the cache and check what can be checked before the student is made."""
     if config.cache.path is None:
-        return None
+        return None, None
     from teacher_cache.fingerprint import check_student
     from teacher_cache.reader import open_cache
 
-    cache = open_cache(Path(config.cache.path))
-    check_student(cache.fingerprint, source.tokenizer)
-    if config.loss.temperature not in (1.0, *cache.temperatures) and config.stage != "preference":
-        stored = ", ".join(f"{value:g}" for value in (1.0, *cache.temperatures))
+    cache = open_cache(config.cache.path, temperature=config.loss.temperature)
+    allow, end_of_turn = config.cache.allow, config.cache.end_of_turn
+    exchange = check_student(cache.fingerprint, source.tokenizer, allow=allow, end_of_turn=end_of_turn)
+    if config.loss.temperature not in (1.0, *cache.temperatures) and config.loss.distils(config.stage):
+        stored = ", ".join(f"{value:g}" for value in (1.0, *cache.fingerprint["capture"]["temperatures"]))
         raise ConfigError(
             f"loss.temperature: cache '{cache.path}' holds what is needed for {stored}, not for "
             f"{config.loss.temperature:g}: choose one of these, or capture with it in capture.temperatures"
@@ -175,7 +191,40 @@ def _open_cache(config: TrainConfig, source: Source) -> TeacherCache | None:
             f"cache.path: '{cache.path}' holds {', '.join(cache.roles)}, stage {config.stage} needs "
             f"{', '.join(config.roles)}: set it to a cache of data.set"
         )
-    return cache
+    return cache, exchange
+
+
+def _cached_vocabulary(cache: TeacherCache | None, exchange: Exchange | None, head_rows: int) -> int | None:
+    """The number of ids that the records range over, as far as the student's head goes."""
+    if cache is None:
+        return None
+    return min(cache.vocab_size if exchange is None else exchange.vocab_size(cache.vocab_size), head_rows)
+
+
+def _tail_profile(config: TrainConfig, cache: TeacherCache | None, exchange: Exchange | None) -> Tensor | None:
+    """The teacher's mean tail as the student's ids name it, where the loss reads it."""
+    if cache is None or not config.loss.distils(config.stage) or config.loss.reading != "shrink":
+        return None
+    profile_V = cache.tail_profile
+    return profile_V if profile_V is None or exchange is None else exchange.profile(profile_V)
+
+
+def _positions(config: TrainConfig, cache: TeacherCache | None) -> Positions:
+    """The positions of a sequence that the loss is taken over: the supervised ones, or all that the cache records."""
+    if cache is None or cache.positions_kept == "response" or not config.loss.distils(config.stage):
+        return "response"
+    if config.stage == "preference":
+        raise ConfigError(
+            f"loss.distill_weight: cache '{cache.path}' records all positions, not the responses alone: set it to 0, "
+            "or capture with capture.positions=response"
+        )
+    return "all"
+
+
+def _check_encoding(config: TrainConfig, cache: TeacherCache, encoder: SequenceEncoder) -> None:
+    from teacher_cache.fingerprint import check_encoding
+
+    check_encoding(cache.fingerprint, encoder, allow=config.cache.allow, end_of_turn=config.cache.end_of_turn)
 
 
 def _pad_id(source: Source, image_token_id: int) -> int:

@@ -19,6 +19,7 @@ from train.checkpoint import (
     checkpoint_folder,
     latest_checkpoint,
     load_optimizer,
+    load_shrinkage,
     load_weights,
     read_progress,
     save_checkpoint,
@@ -66,6 +67,8 @@ def _train(config: TrainConfig, output: Path, world: World) -> TrainSummary:
     if checkpoint is not None:
         check_contents(output, before, setup.identity)
         load_weights(checkpoint, student)
+        if setup.stage.shrinkage is not None:
+            load_shrinkage(checkpoint, setup.stage.shrinkage)
         logger.info("%s: going on after step %d", output, progress.step)
     sizes = _sizes(setup)
     holdout = setup.holdout_batches(config, world)
@@ -83,7 +86,15 @@ def _train(config: TrainConfig, output: Path, world: World) -> TrainSummary:
         line = stack.enter_context(ProgressLine(title, setup.steps, progress.step, silent=not world.is_main))
 
         def save(now: Progress) -> None:
-            save_checkpoint(output, engine, now, setup.identity, keep_last=config.keep_last, world=world)
+            save_checkpoint(
+                output,
+                engine,
+                now,
+                setup.identity,
+                shrinkage=setup.stage.shrinkage,
+                keep_last=config.keep_last,
+                world=world,
+            )
 
         end = run_steps(
             engine,

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
+from llavamod_offline.data.tokenise import Positions
+from llavamod_offline.losses.fused import distillation_from_hidden
 from llavamod_offline.losses.preference import PreferenceKind
+from llavamod_offline.losses.shrinkage import Shrinkage
 from train.batches import TrainBatch
 from train.config import TrainConfig
 from train.engine import World
@@ -30,12 +34,14 @@ class Stage:
 
     `loss(student, batch, shared)` gives a micro-batch's sums; `count` its units. `look_ahead`, if any, is run over all
     micro-batches of a step before the first loss, and `share` turns its results into what the losses share.
+    `shrinkage`, if any, is what the loss learns about the records' tails; every step ends with its `finish_step`.
     """
 
     loss: Callable[[Student, TrainBatch, Tensor | None], LossSums]
     count: Callable[[TrainBatch], int]
     look_ahead: Callable[[Student, TrainBatch], Tensor] | None = None
     share: Callable[[Sequence[Tensor], World], Tensor] | None = None
+    shrinkage: Shrinkage | None = None
 
 
 class StudentWithLoss(nn.Module):
@@ -55,35 +61,76 @@ class StudentWithLoss(nn.Module):
         return sums.loss, sums
 
 
-def make_stage(config: TrainConfig, *, vocab_size: int) -> Stage:
-    """Choose the loss of the configured stage; `vocab_size` is the number of ids that have a probability."""
+def make_stage(
+    config: TrainConfig,
+    *,
+    vocab_size: int,
+    cached_vocab_size: int | None,
+    tail_profile_V: Tensor | None = None,
+    positions: Positions = "response",
+) -> Stage:
+    """Choose the loss of the configured stage; `vocab_size` is the number of ids that have a probability.
+
+    `cached_vocab_size`: that of the records, where there is a cache; `tail_profile_V` its mean tail, where it has one.
+    `positions`: the ones that the mimic stages' batches are about.
+    """
     loss = config.loss
     common: dict[str, Any] = {"router_aux_coef": loss.router_aux_coef, "train_vision": "vision" in config.trainable}
     if config.stage in ("align", "sft"):
         supervised = (align if config.stage == "align" else sft).make_loss(vocab_size=vocab_size, **common)
         return Stage(lambda student, batch, _: supervised(student, batch), lambda batch: batch.positions)
+    shrinkage = None
+    if loss.distils(config.stage) and loss.reading == "shrink" and loss.temperature == 1.0:
+        assert cached_vocab_size is not None
+        shrinkage = _shrinkage(config, cached_vocab_size, tail_profile_V)
+    distillation = partial(
+        distillation_from_hidden,
+        divergence=loss.divergence,
+        js_weight=loss.js_weight,
+        skew=loss.skew,
+        tail=loss.reading,
+        shrinkage=shrinkage,
+        temperature=loss.temperature,
+    )
     if config.stage in ("mimic_dense", "mimic_sparse"):
         imitation = mimic.make_loss(
-            tail=loss.tail,
-            temperature=loss.temperature,
-            kd_weight=loss.kd_weight,
+            distillation=partial(distillation, kd_weight=loss.kd_weight),
             lm_weight=loss.lm_weight if loss.kind == "kd_lm" else 0.0,
+            all_positions=positions == "all",
             **common,
         )
-        return Stage(lambda student, batch, _: imitation(student, batch), lambda batch: batch.positions)
+        everywhere = positions == "all" and loss.kind == "kd_lm"
+        return Stage(
+            imitation,
+            lambda batch: batch.positions,
+            look_ahead=mimic.count_targets if everywhere else None,
+            share=mimic.positions_per_target if everywhere else None,
+            shrinkage=shrinkage,
+        )
     settings: dict[str, Any] = {"average_log_probs": loss.average_log_probs, "vocab_size": vocab_size}
     preferring = preference.make_loss(
         kind=cast("PreferenceKind", loss.kind),
         beta=loss.beta,
         label_smoothing=loss.label_smoothing,
+        sft_weight=loss.sft_weight,
+        distill_weight=loss.distill_weight,
+        distillation=distillation,
         **settings,
         **common,
     )
-    if loss.kind != "kto_pair":
-        return Stage(preferring, lambda batch: batch.samples)
+    shared = loss.kind == "kto_pair"
     return Stage(
         preferring,
         lambda batch: batch.samples,
-        look_ahead=preference.make_log_ratios(**settings),
-        share=preference.mean_log_ratios,
+        look_ahead=preference.make_log_ratios(**settings) if shared else None,
+        share=preference.mean_log_ratios if shared else None,
+        shrinkage=shrinkage,
     )
+
+
+def _shrinkage(config: TrainConfig, vocab_size: int, tail_profile_V: Tensor | None) -> Shrinkage:
+    """The tail's state, at its beginning; of a profile over more ids those that the student has are taken."""
+    if tail_profile_V is not None and len(tail_profile_V) > vocab_size:
+        tail_profile_V = tail_profile_V[:vocab_size] / tail_profile_V[:vocab_size].sum()
+    horizon = 1 / (1 - config.optim.betas[0])  # the steps that AdamW's first moment averages over
+    return Shrinkage(vocab_size, profile_V=tail_profile_V, horizon=horizon, seed=config.seed)

@@ -16,7 +16,7 @@ from tests.tiny import write_tiny_llava, write_tiny_set
 from train.cli import resolve_config
 from train.config import TrainConfig
 
-EXHAUSTIVE = ("capture.head_mass=1.0", "capture.head_max=100000", "capture.log_probs=float32")
+EXHAUSTIVE = ("capture.preset=exhaustive",)
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,11 @@ from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, seque
 
 @dataclass(frozen=True)
 class Answer:
-    """The log-probs [N, V] at the supervised positions of one sequence, and the tokens that stand there."""
+    """The log-probs [N, V] at the supervised positions of one sequence, the tokens there, and those of all, [T, V]."""
 
     log_probs_NV: Tensor
     target_ids_N: Tensor
+    all_log_probs_TV: Tensor
 
     @property
     def target_log_probs_N(self) -> Tensor:
@@ -61,8 +62,8 @@ class Reader:
             pixel_values=torch.stack(pixels) if pixels else None,
         )
         rows_N = torch.from_numpy(sequence.supervised_N) - 1
-        logits_NV = output.logits[0, rows_N, : self.vocab]
-        return Answer(logits_NV.log_softmax(-1), torch.from_numpy(sequence.target_ids_N))
+        log_probs_TV = output.logits[0, :, : self.vocab].log_softmax(-1)
+        return Answer(log_probs_TV[rows_N], torch.from_numpy(sequence.target_ids_N), log_probs_TV)
 
     def freeze_all_but(self, *parts: str) -> list[torch.nn.Parameter]:
         """Let the parameters be trained whose names hold one of `parts`; returns them."""

@@ -10,7 +10,8 @@ import pytest
 from llavamod_offline.config import dump_config, load_config
 from llavamod_offline.errors import ConfigError, LlavaModError
 from train.cli import RECIPES, resolve_config
-from train.config import CACHED_STAGES, LOSSES_OF_STAGE, LossKind, Stage, Tail, TrainConfig
+from train.config import CACHED_STAGES, Stage, TrainConfig
+from train.loss_config import LOSSES_OF_STAGE, Divergence, LossKind, Reading, Tail
 
 NEEDED = ("data.set=sets/x", "output=runs/x", "student.checkpoint=models/x")
 
@@ -54,12 +55,29 @@ def test_recipes_hold_the_scripts_values() -> None:
 
 
 def test_the_choices_are_those_of_the_losses() -> None:
-    from llavamod_offline.losses.divergence import TAILS
+    from llavamod_offline.losses.events import DIVERGENCE_KINDS
     from llavamod_offline.losses.preference import PREFERENCE_KINDS
+    from llavamod_offline.losses.teacher import TAILS
 
-    assert set(get_args(Tail)) == set(TAILS)
+    assert set(get_args(Reading)) == set(TAILS)
+    assert set(get_args(Tail)) == {"auto", *TAILS}
+    assert set(get_args(Divergence)) == set(DIVERGENCE_KINDS)
     assert set(LOSSES_OF_STAGE["preference"]) == set(PREFERENCE_KINDS)
     assert set(get_args(LossKind)) == {kind for kinds in LOSSES_OF_STAGE.values() for kind in kinds}
+
+
+@pytest.mark.parametrize(
+    ("settings", "reading"),
+    [
+        ((), "shrink"),
+        (("loss.divergence=js",), "bucket"),
+        (("loss.tail=bucket",), "bucket"),
+        (("loss.tail=draws",), "draws"),
+        (("loss.tail=bucket", "loss.divergence=reverse_kl"), "bucket"),
+    ],
+)
+def test_the_tail_is_read_as_the_divergence_allows(settings: tuple[str, ...], reading: str) -> None:
+    assert resolve_config([*arguments("mimic_dense"), *settings]).loss.reading == reading
 
 
 @pytest.mark.parametrize(
@@ -82,6 +100,35 @@ def test_the_choices_are_those_of_the_losses() -> None:
         ("mimic_sparse", ["student.upcycle.num_experts=1"], "student.upcycle.num_experts: 1 is too few"),
         ("preference", ["loss.label_smoothing=0.1"], "loss.label_smoothing: kto_pair knows none"),
         ("mimic_dense", ["loss.kd_weight=0"], "loss.kd_weight: 0 leaves nothing of the teacher"),
+        ("mimic_dense", ["loss.divergence=kl"], "loss.divergence"),
+        (
+            "mimic_dense",
+            ["loss.divergence=js", "loss.tail=draws"],
+            "loss.tail: js is defined on head and bucket: set it",
+        ),
+        ("mimic_dense", ["loss.divergence=js", "loss.js_weight=1"], "loss.js_weight: 1 is not between 0 and 1"),
+        ("mimic_dense", ["loss.skew=0"], "loss.skew: 0 is not between 0 and 1"),
+        (
+            "mimic_dense",
+            ["loss.skew=0.2"],
+            "loss.skew: forward_kl knows none: leave it out, or set loss.divergence to sk",
+        ),
+        ("mimic_dense", ["loss.js_weight=0.2"], "loss.js_weight: forward_kl knows none: leave it out, or set"),
+        ("mimic_dense", ["loss.sft_weight=1"], "loss.sft_weight: belongs to stage preference, not to mimic_dense"),
+        ("mimic_dense", ["loss.temperature=0"], "loss.temperature: 0 must be above 0"),
+        ("sft", ["loss.distill_weight=1"], "loss.distill_weight: belongs to stage preference, not to sft"),
+        (
+            "sft",
+            ["loss.divergence=reverse_kl"],
+            "loss.divergence: nothing is distilled in stage sft: set it to forward_kl",
+        ),
+        (
+            "preference",
+            ["loss.divergence=js"],
+            "loss.divergence: nothing is distilled in stage preference: set it to for",
+        ),
+        ("preference", ["loss.sft_weight=-1"], "loss.sft_weight: -1 must not be negative"),
+        ("preference", ["loss.kind=kto"], "loss.kind"),
         ("sft", ["batch.micro_size=3"], "batch.micro_size: 3 does not divide batch.global_size 128"),
         ("sft", ["batch.global_size=0"], "batch.global_size: 0 must be above 0"),
         ("sft", ["optim.lr=0"], "optim.lr: 0 must be above 0"),

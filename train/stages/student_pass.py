@@ -5,10 +5,12 @@ Letters: N supervised positions, D hidden size, L sparse layers, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from llavamod_offline.losses.fused import LossTerms
 from llavamod_offline.models.forward import student_hidden_states
 from llavamod_offline.models.routing import RouterWatch, Routing
 from train.batches import TrainBatch
@@ -16,6 +18,9 @@ from train.sums import LossSums
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
+
+# `distillation_from_hidden` with the configured divergence: it takes hidden states, head, records, and weights.
+Distillation = Callable[..., LossTerms]
 
 
 def predicting_states(

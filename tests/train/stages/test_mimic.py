@@ -7,38 +7,124 @@ from pathlib import Path
 import pytest
 import torch
 
+from llavamod_offline.errors import ConfigError
 from llavamod_offline.models.checkpoint import load_llava
 from llavamod_offline.models.upcycle import upcycle
-from tests.train.conftest import World
+from tests.train.conftest import EXHAUSTIVE, World, write_cache
 from tests.train.reference import Reader, train_plainly
 from train.metrics import read_metrics
 from train.run import train
 
 
-@pytest.mark.parametrize("kind", ["only_kd", "kd_lm"])
-def test_offline_equals_the_live_teacher(world: World, tmp_path: Path, kind: str) -> None:
-    """With every id recorded, losses and gradients are those of a loop that runs the teacher (another size) itself."""
+def _divergence(name: str, p_NV: torch.Tensor, q_NV: torch.Tensor) -> torch.Tensor:
+    """Each position's divergence, from two sets of log-probs over the whole vocabulary."""
+
+    def kl(x_NV: torch.Tensor, y_NV: torch.Tensor) -> torch.Tensor:
+        return (x_NV.exp() * (x_NV - y_NV)).sum(-1)
+
+    def mixture(weight: float) -> torch.Tensor:
+        return (weight * p_NV.exp() + (1 - weight) * q_NV.exp()).log()
+
+    return {
+        "forward_kl": lambda: kl(p_NV, q_NV),
+        "reverse_kl": lambda: kl(q_NV, p_NV),
+        "js": lambda: 0.3 * kl(p_NV, mixture(0.3)) + 0.7 * kl(q_NV, mixture(0.3)),
+        "skewed_forward_kl": lambda: kl(p_NV, mixture(0.2)),
+        "skewed_reverse_kl": lambda: kl(q_NV, mixture(0.8)),
+        "total_variation": lambda: (p_NV.exp() - q_NV.exp()).abs().sum(-1) / 2,
+    }[name]()
+
+
+def _train_live(
+    world: World, steps: int, *, divergence: str = "forward_kl", lm_weight: float = 0.0
+) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of a loop that runs the teacher (another size) itself."""
     student, teacher = Reader(world.student, world.chats), Reader(world.teacher, world.chats)
-    lm_weight = 0.5 if kind == "kd_lm" else 0.0
+    said: dict[str, torch.Tensor] = {}
 
     def loss_of_step(step: int) -> torch.Tensor:
         losses = []
         for sample in student.step_samples(step, 8):
-            with torch.no_grad():
-                p_NV = teacher.answer(sample).log_probs_NV
+            if sample.key not in said:
+                with torch.no_grad():
+                    said[sample.key] = teacher.answer(sample).log_probs_NV
             answer = student.answer(sample)
-            kl_N = (p_NV.exp() * (p_NV - answer.log_probs_NV)).sum(-1)
-            losses.append(kl_N - lm_weight * answer.target_log_probs_N)
+            divergence_N = _divergence(divergence, said[sample.key], answer.log_probs_NV)
+            losses.append(divergence_N - lm_weight * answer.target_log_probs_N)
         return torch.cat(losses).mean()
 
     trained = student.freeze_all_but("language_model", "multi_modal_projector", "lm_head")
-    losses, norms = train_plainly(trained, loss_of_step, steps=6, rate=1e-3)
-    train(world.config("mimic_dense", tmp_path / "run", "steps=6", f"loss.kind={kind}", "loss.lm_weight=0.5"))
+    return train_plainly(trained, loss_of_step, steps=steps, rate=1e-3)
+
+
+@pytest.mark.slow
+def test_offline_equals_the_live_teacher_for_fifty_steps(world: World, tmp_path: Path) -> None:
+    """With every id recorded, losses and gradients are those of distillation with the teacher in memory."""
+    losses, norms = _train_live(world, 50)
+    assert losses[-1] < 0.5 * losses[0]
+    train(world.config("mimic_dense", tmp_path / "run", "steps=50"))
+    log = read_metrics(tmp_path / "run")
+    assert [entry["loss"] for entry in log] == pytest.approx(losses, rel=1e-5)
+    assert [entry["grad_norm"] for entry in log] == pytest.approx(norms, rel=1e-4)
+
+
+@pytest.mark.parametrize("micro_size", [2, 8])
+def test_all_positions_are_imitated_and_the_cross_entropy_is_of_the_answers(
+    world: World, tmp_path: Path, micro_size: int
+) -> None:
+    """The divergence's mean is over all tokens, image patches too; the cross-entropy's over the supervised ones."""
+    cache = write_cache(tmp_path / "cache", world.chats, world.teacher, *EXHAUSTIVE, "capture.positions=all")
+    student, teacher = Reader(world.student, world.chats), Reader(world.teacher, world.chats)
+
+    def loss_of_step(step: int) -> torch.Tensor:
+        divergences, crosses = [], []
+        for sample in student.step_samples(step, 8):
+            with torch.no_grad():
+                said_TV = teacher.answer(sample).all_log_probs_TV
+            answer = student.answer(sample)
+            divergences.append(_divergence("forward_kl", said_TV, answer.all_log_probs_TV))
+            crosses.append(-answer.target_log_probs_N)
+        return torch.cat(divergences).mean() + 0.5 * torch.cat(crosses).mean()
+
+    trained = student.freeze_all_but("language_model", "multi_modal_projector", "lm_head")
+    losses, norms = train_plainly(trained, loss_of_step, steps=4, rate=1e-3)
+    settings = ("loss.kind=kd_lm", "loss.lm_weight=0.5", f"cache.path={cache}", f"batch.micro_size={micro_size}")
+    train(world.config("mimic_dense", tmp_path / "run", *settings))
     log = read_metrics(tmp_path / "run")
     assert [entry["loss"] for entry in log] == pytest.approx(losses, rel=1e-5)
     assert [entry["grad_norm"] for entry in log] == pytest.approx(norms, rel=1e-4)
     for entry in log:
-        assert entry["kl"] + lm_weight * entry.get("cross_entropy", 0.0) == pytest.approx(entry["loss"], rel=1e-5)
+        assert entry["kl"] + 0.5 * entry["cross_entropy"] == pytest.approx(entry["loss"], rel=1e-5)
+
+
+def test_cross_entropy_is_added_by_its_weight(world: World, tmp_path: Path) -> None:
+    losses, norms = _train_live(world, 4, lm_weight=0.5)
+    train(world.config("mimic_dense", tmp_path / "run", "loss.kind=kd_lm", "loss.lm_weight=0.5"))
+    log = read_metrics(tmp_path / "run")
+    assert [entry["loss"] for entry in log] == pytest.approx(losses, rel=1e-5)
+    assert [entry["grad_norm"] for entry in log] == pytest.approx(norms, rel=1e-4)
+    for entry in log:
+        assert entry["kl"] + 0.5 * entry["cross_entropy"] == pytest.approx(entry["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("reverse_kl",),
+        ("js", "loss.js_weight=0.3"),
+        ("skewed_forward_kl", "loss.skew=0.2"),
+        ("skewed_reverse_kl", "loss.skew=0.2"),
+        ("total_variation",),
+    ],
+)
+def test_every_divergence_equals_the_live_teachers(world: World, tmp_path: Path, settings: tuple[str, ...]) -> None:
+    losses, norms = _train_live(world, 3, divergence=settings[0])
+    train(world.config("mimic_dense", tmp_path / "run", "steps=3", f"loss.divergence={settings[0]}", *settings[1:]))
+    log = read_metrics(tmp_path / "run")
+    assert [entry["loss"] for entry in log] == pytest.approx(losses, rel=1e-5)
+    assert [entry["grad_norm"] for entry in log] == pytest.approx(norms, rel=1e-4)
+    assert [entry["divergence"] for entry in log] == pytest.approx(losses, rel=1e-5)
+    assert all(entry["kl"] > 0 for entry in log)
 
 
 def test_a_temperature_scales_as_t_squared(world: World, tmp_path: Path) -> None:
@@ -52,6 +138,17 @@ def test_a_temperature_scales_as_t_squared(world: World, tmp_path: Path) -> None
     train(world.config("mimic_dense", tmp_path / "run", "steps=1", "loss.temperature=2.0"))
     expected = 4 * float(torch.cat(losses).mean())
     assert read_metrics(tmp_path / "run")[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_temperature_the_cache_was_not_captured_with_is_refused(world: World, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"loss.temperature: cache .* holds what is needed for 1, 1.5, 2, 4, not for 3"
+    ):
+        train(world.config("mimic_dense", tmp_path / "run", "loss.temperature=3.0"))
+    cache = write_cache(tmp_path / "cache", world.chats, world.teacher, "capture.temperatures=[]")
+    with pytest.raises(ConfigError, match=r"choose one of these, or capture with it in capture.temperatures"):
+        train(world.config("mimic_dense", tmp_path / "run", "loss.temperature=2.0", f"cache.path={cache}"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_balance_loss_is_added_once(world: World, tmp_path: Path) -> None:

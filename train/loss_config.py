@@ -1,0 +1,111 @@
+"""The loss of a training run: its settings, which of them belong to which stage, and what does not fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+LossKind = Literal["cross_entropy", "only_kd", "kd_lm", "kto_pair", "sigmoid", "ipo", "hinge"]
+Divergence = Literal["forward_kl", "reverse_kl", "js", "skewed_forward_kl", "skewed_reverse_kl", "total_variation"]
+Reading = Literal["shrink", "bucket", "draws", "renormalised"]
+Tail = Literal["auto", "shrink", "bucket", "draws", "renormalised"]
+
+LOSSES_OF_STAGE: dict[str, tuple[str, ...]] = {
+    "align": ("cross_entropy",),
+    "sft": ("cross_entropy",),
+    "mimic_dense": ("only_kd", "kd_lm"),
+    "mimic_sparse": ("only_kd", "kd_lm"),
+    "preference": ("kto_pair", "sigmoid", "ipo", "hinge"),
+}
+# The divergences that a setting belongs to; it stays as it is for all others.
+_DIVERGENCES_OF: dict[str, tuple[str, ...]] = {
+    "js_weight": ("js",),
+    "skew": ("skewed_forward_kl", "skewed_reverse_kl"),
+}
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The loss. Distillation (the mimic stages, and preference with a `distill_weight`): `divergence` with its
+    `js_weight` or `skew`, the reading of the `tail` (auto: `shrink` with forward_kl, for all others the `bucket` that
+    they are defined on; shrink is the bucket where T ≠ 1), `temperature`. Mimic: `kd_weight`, `lm_weight` with kd_lm.
+
+    Preference: `beta`, `label_smoothing`, `average_log_probs` (means instead of sums), and two terms on the chosen
+    response beside the preference loss, both means over its tokens: `sft_weight` · its negative log-prob and
+    `distill_weight` · its divergence, from the cache's records.
+    """
+
+    kind: LossKind = "cross_entropy"
+    divergence: Divergence = "forward_kl"
+    js_weight: float = 0.5
+    skew: float = 0.1
+    tail: Tail = "auto"
+    temperature: float = 1.0
+    kd_weight: float = 1.0
+    lm_weight: float = 1.0
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    average_log_probs: bool = False
+    sft_weight: float = 0.0
+    distill_weight: float = 0.0
+    router_aux_coef: float = 0.0
+
+    @property
+    def reading(self) -> Reading:
+        """The reading of the tail, `auto` resolved."""
+        if self.tail != "auto":
+            return self.tail
+        return "shrink" if self.divergence == "forward_kl" else "bucket"
+
+    def distils(self, stage: str) -> bool:
+        """Whether a stage with this loss learns from the teacher's distributions."""
+        return stage.startswith("mimic") or (stage == "preference" and self.distill_weight > 0)
+
+
+def loss_problems(loss: LossConfig, stage: str) -> Iterable[str]:
+    """Say what does not fit, each in a line that names the key to change; lazily, so that the first suffices."""
+    yield from _number_problems(loss)
+    if loss.kind not in LOSSES_OF_STAGE[stage]:
+        choice = " or ".join(LOSSES_OF_STAGE[stage])
+        yield f"loss.kind: '{loss.kind}' does not belong to stage {stage}: set it to {choice}"
+    if loss.kind != "sigmoid" and loss.label_smoothing:
+        yield f"loss.label_smoothing: {loss.kind} knows none: set it to 0, or loss.kind to sigmoid"
+    if stage.startswith("mimic") and not loss.kd_weight:
+        yield "loss.kd_weight: 0 leaves nothing of the teacher: set it above 0, or use stage sft"
+    if stage != "preference":
+        for name in ("sft_weight", "distill_weight"):
+            if getattr(loss, name):
+                yield f"loss.{name}: belongs to stage preference, not to {stage}: set it to 0"
+    yield from _divergence_problems(loss, stage)
+
+
+def _divergence_problems(loss: LossConfig, stage: str) -> Iterable[str]:
+    if loss.divergence != "forward_kl" and not loss.distils(stage):
+        way_out = "set loss.distill_weight above 0" if stage == "preference" else "use a mimic stage"
+        yield f"loss.divergence: nothing is distilled in stage {stage}: set it to forward_kl, or {way_out}"
+    if loss.divergence != "forward_kl" and loss.reading != "bucket":
+        yield (
+            f"loss.tail: {loss.divergence} is defined on head and bucket: set it to bucket, or loss.divergence to "
+            "forward_kl"
+        )
+    for name, divergences in _DIVERGENCES_OF.items():
+        if getattr(loss, name) != getattr(LossConfig, name) and loss.divergence not in divergences:
+            yield (
+                f"loss.{name}: {loss.divergence} knows none: leave it out, or set loss.divergence to "
+                f"{' or '.join(divergences)}"
+            )
+
+
+def _number_problems(loss: LossConfig) -> Iterable[str]:
+    for name in ("temperature", "beta"):
+        if not getattr(loss, name) > 0:
+            yield f"loss.{name}: {getattr(loss, name):g} must be above 0"
+    for name in ("kd_weight", "lm_weight", "sft_weight", "distill_weight", "router_aux_coef"):
+        if not getattr(loss, name) >= 0:
+            yield f"loss.{name}: {getattr(loss, name):g} must not be negative"
+    if not 0 <= loss.label_smoothing < 0.5:
+        yield f"loss.label_smoothing: {loss.label_smoothing:g} is not in [0, 0.5)"
+    for name in ("js_weight", "skew"):
+        if not 0 < getattr(loss, name) < 1:
+            yield f"loss.{name}: {getattr(loss, name):g} is not between 0 and 1, ends excluded"
