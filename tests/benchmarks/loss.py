@@ -1,39 +1,73 @@
-"""Head and divergence in one against dense distillation and against cross-entropy by the same chunked method.
+"""Head and divergence in one against dense distillation and against cross-entropy without a teacher.
 
     python -m tests.benchmarks.loss [--quick] --json FILE
 
-Letters: N positions, D hidden size, V vocabulary, K slots of the head.
+Letters: N positions, D hidden size, V vocabulary, K slots of the head, M tail draws.
 
-`time_vs_…` compares medians measured in turn in one process; `memory_vs_…` compares how far each case raises the peak
-resident memory of a process of its own beyond its inputs.
+Cases, each a forward and a backward pass: `ours` (forward KL, tail by shrinkage with its learning), other readings and
+divergences, `ce` (cross-entropy by the same chunked method), `dense` (distillation from full teacher logits, whose
+product with the teacher's head is part of it), `torch` (PyTorch's chunked linear_cross_entropy) and, on a GPU, `liger`.
+`time_vs_…` compares medians measured in turn in one process. `memory_vs_…` compares what a pass takes beyond its
+inputs: on a CPU the peak resident memory of a process of its own, on a GPU `torch.cuda.max_memory_allocated`.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
-import resource
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llavamod_offline.losses.fused import cross_entropy_from_hidden, distillation_from_hidden
+from llavamod_offline.losses.shrinkage import Shrinkage
 from llavamod_offline.losses.targets import SparseTargets
 from tests.benchmarks.form import Row, finish, median_seconds, parse_arguments
 
 NAME = "loss"
 HEAD = 32
 DRAWS = 8
-CASES = ("ours", "ce", "dense")
+CASES = ("ours", "bucket", "draws", "js", "kd_lm", "ce", "dense", "torch", "liger")
+RIVALS = ("ce", "dense", "torch", "liger")
+AT_FIRST_SIZE = ("draws", "js", "kd_lm")
 
-Inputs = tuple[Tensor, Tensor, SparseTargets]
+
+@dataclass(frozen=True)
+class Size:
+    """The size of a measurement."""
+
+    n: int
+    d: int
+    v: int
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
 
-def make_inputs(n: int, d: int, v: int) -> Inputs:
-    """Hidden states and a head that want gradients, and records of a head of 32 ids with a few tail draws."""
+@dataclass(frozen=True)
+class Inputs:
+    """Hidden states and a head that want gradients, records of 32 ids with a few tail draws, and the tail's state."""
+
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    targets: SparseTargets
+    shrinkage: Shrinkage
+
+
+def make_inputs(size: Size) -> Inputs:
+    """Random inputs; the tail's weights are in force, as after a first step of training."""
+    n, d, v = size.n, size.d, size.v
     generator = torch.Generator().manual_seed(0)
-    hidden_ND = torch.randn(n, d, generator=generator).requires_grad_()
-    weight_VD = (torch.randn(v, d, generator=generator) / d**0.5).requires_grad_()
+    hidden_ND = torch.randn(n, d, generator=generator).to(size.device, size.dtype)
+    weight_VD = (torch.randn(v, d, generator=generator) / d**0.5).to(size.device, size.dtype)
     ids_NK = torch.randint(v - DRAWS - HEAD, (n, 1), generator=generator) + torch.arange(HEAD + DRAWS)
     log_probs_NK = torch.randn(n, HEAD, generator=generator).log_softmax(-1).sort(descending=True).values - 0.05
     targets = SparseTargets(
@@ -48,67 +82,140 @@ def make_inputs(n: int, d: int, v: int) -> Inputs:
         log_normalisers_NS=torch.zeros(n, 0),
         temperatures=(),
         vocab_size=v,
-    )
-    return hidden_ND, weight_VD, targets
+    ).to(size.device)
+    profile_V = torch.rand(v, generator=generator)
+    shrinkage = Shrinkage(v, profile_V=profile_V / profile_V.sum())
+    few = slice(min(n, 64))
+    distillation_from_hidden(hidden_ND[few], weight_VD, targets[few], tail="shrink", shrinkage=shrinkage)
+    shrinkage.finish_step()
+    assert shrinkage.weights is not None
+    return Inputs(hidden_ND.requires_grad_(), weight_VD.requires_grad_(), targets, shrinkage)
+
+
+def why_not(name: str, size: Size) -> str | None:
+    """Why a rival cannot run here, if it cannot."""
+    if name == "torch" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        return "this PyTorch has no linear_cross_entropy"
+    if name == "liger" and size.device.type != "cuda":
+        return "Liger's kernels need a GPU"
+    if name == "liger" and importlib.util.find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed"
+    return None
 
 
 def make_case(name: str, inputs: Inputs) -> Callable[[], None]:
     """One forward and backward pass of a case."""
-    hidden_ND, weight_VD, targets = inputs
+    hidden_ND, weight_VD, targets = inputs.hidden_ND, inputs.weight_VD, inputs.targets
     teacher_hidden_ND, teacher_weight_VD = hidden_ND.detach().clone(), weight_VD.detach()
+    ids_N, shrinkage = targets.target_ids_N, inputs.shrinkage
 
     def ours() -> Tensor:
-        return distillation_from_hidden(hidden_ND, weight_VD, targets).loss_sum
-
-    def ce() -> Tensor:
-        return cross_entropy_from_hidden(hidden_ND, weight_VD, targets.target_ids_N).loss_sum
+        loss = distillation_from_hidden(hidden_ND, weight_VD, targets, tail="shrink", shrinkage=shrinkage).loss_sum
+        shrinkage.finish_step()
+        return loss
 
     def dense() -> Tensor:
-        """Full teacher logits, as a teacher in memory gives them; their matrix product is part of the cost."""
-        teacher_NV = (teacher_hidden_ND @ teacher_weight_VD.T).softmax(-1)
-        return -(teacher_NV * (hidden_ND @ weight_VD.T).log_softmax(-1)).sum()
+        teacher_NV = (teacher_hidden_ND @ teacher_weight_VD.T).float().softmax(-1)
+        return -(teacher_NV * (hidden_ND @ weight_VD.T).float().log_softmax(-1)).sum()
 
-    function = {"ours": ours, "ce": ce, "dense": dense}[name]
+    def torchs() -> Tensor:
+        options = torch.nn.LinearCrossEntropyOptions()
+        return torch.nn.functional.linear_cross_entropy(hidden_ND, weight_VD, ids_N, reduction="sum", options=options)
+
+    def liger() -> Tensor:
+        from liger_kernel.transformers.functional import (  # type: ignore[import-not-found]
+            liger_fused_linear_cross_entropy,
+        )
+
+        loss: Tensor = liger_fused_linear_cross_entropy(hidden_ND, weight_VD, ids_N, reduction="sum")
+        return loss
+
+    functions: dict[str, Callable[[], Tensor]] = {
+        "ours": ours,
+        "bucket": lambda: distillation_from_hidden(hidden_ND, weight_VD, targets).loss_sum,
+        "draws": lambda: distillation_from_hidden(hidden_ND, weight_VD, targets, tail="draws").loss_sum,
+        "js": lambda: distillation_from_hidden(hidden_ND, weight_VD, targets, divergence="js").loss_sum,
+        "kd_lm": lambda: distillation_from_hidden(hidden_ND, weight_VD, targets, lm_weight=1.0).loss_sum,
+        "ce": lambda: cross_entropy_from_hidden(hidden_ND, weight_VD, ids_N).loss_sum,
+        "dense": dense,
+        "torch": torchs,
+        "liger": liger,
+    }
+    function = functions[name]
 
     def run() -> None:
         hidden_ND.grad = weight_VD.grad = None
         function().backward()
+        if hidden_ND.is_cuda:
+            torch.cuda.synchronize()
 
     return run
 
 
-def peak_mib(name: str, n: int, d: int, v: int) -> float:
-    """MiB by which one pass raises the peak of a fresh process above its inputs."""
+def peak_mib(name: str, size: Size, inputs: Inputs) -> float:
+    """MiB by which one pass raises the peak above its inputs: of this process on a GPU, else of a fresh one."""
+    if size.device.type == "cuda":
+        case = make_case(name, inputs)
+        inputs.hidden_ND.grad = inputs.weight_VD.grad = None
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        case()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_here, (name, n, d, v))
+        return pool.apply(_peak_here, (name, size))
 
 
-def _peak_here(name: str, n: int, d: int, v: int) -> float:
-    case = make_case(name, make_inputs(n, d, v))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def _peak_here(name: str, size: Size) -> float:
+    case = make_case(name, make_inputs(size))
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident
+    before = _resident("VmRSS")
     case()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (_resident("VmHWM") - before) / 1024
+
+
+def _resident(field: str) -> int:
+    """KiB of this process's resident memory, now (VmRSS) or at its peak (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def sizes(quick: bool) -> tuple[list[Size], int]:
+    """What is measured, and how many rounds."""
+    if quick:
+        return [Size(64, 128, 8_192)], 2
+    if torch.cuda.is_available():
+        return [Size(8_192, 1_536, 151_646), Size(8_192, 3_584, 151_646)], 10
+    return [Size(512, 896, 151_646), Size(2_048, 896, 151_646)], 3
 
 
 def main() -> None:
     """Measure and report."""
     arguments = parse_arguments(NAME, __doc__ or "")
-    v, d = (8_192, 128) if arguments.quick else (151_646, 896)
-    sizes, repeats = ((64,), 2) if arguments.quick else ((512, 2_048), 5)
+    measured, repeats = sizes(arguments.quick)
     rows: list[Row] = []
     ratios: dict[str, float] = {}
-    for n in sizes:
-        inputs = make_inputs(n, d, v)
-        seconds = median_seconds({case: make_case(case, inputs) for case in CASES}, repeats=repeats)
+    for size in measured:
+        inputs = make_inputs(size)
+        wanted = [name for name in CASES if size == measured[0] or name not in AT_FIRST_SIZE]
+        cases = [name for name in wanted if why_not(name, size) is None]
+        seconds = median_seconds({name: make_case(name, inputs) for name in cases}, repeats=repeats)
+        on_gpu = size.device.type == "cuda"
+        if not on_gpu:
+            inputs.hidden_ND.grad = inputs.weight_VD.grad = None
+        memory = {name: peak_mib(name, size, inputs) for name in cases}
+        at = {"N": size.n, "D": size.d}
+        rows += [{**at, "case": name, "seconds": seconds[name], "MiB": memory[name]} for name in cases]
+        skipped = {name: why_not(name, size) for name in wanted if name not in cases}
+        rows += [{**at, "case": name, "seconds": f"skipped: {why}"} for name, why in skipped.items()]
+        place = f"{size.n}_{size.d}"
+        for rival in (name for name in RIVALS if name in cases):
+            ratios[f"time_vs_{rival}_{place}"] = seconds["ours"] / seconds[rival]
+            ratios[f"memory_vs_{rival}_{place}"] = memory["ours"] / max(memory[rival], 1e-9)
         del inputs
-        memory = {case: peak_mib(case, n, d, v) for case in CASES}
-        rows += [{"N": n, "case": case, "seconds": seconds[case], "MiB": memory[case]} for case in CASES]
-        for rival in ("ce", "dense"):
-            ratios[f"time_vs_{rival}_{n}"] = seconds["ours"] / seconds[rival]
-            ratios[f"memory_vs_{rival}_{n}"] = memory["ours"] / max(memory[rival], 1e-9)
     for name in ("time_vs_ce", "memory_vs_ce", "time_vs_dense", "memory_vs_dense"):
-        ratios[name] = ratios[f"{name}_{sizes[-1]}"]
-    finish(NAME, arguments, settings={"D": d, "V": v, "head": HEAD, "draws": DRAWS}, rows=rows, ratios=ratios)
+        ratios[name] = ratios[f"{name}_{place}"]
+    settings = {"V": measured[0].v, "head": HEAD, "draws": DRAWS, "dtype": str(measured[0].dtype)}
+    finish(NAME, arguments, settings=settings, rows=rows, ratios=ratios)
 
 
 if __name__ == "__main__":

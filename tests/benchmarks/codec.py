@@ -1,0 +1,284 @@
+"""What a cache costs and what it is worth: bytes a position all in, against the error of the gradient that it gives.
+
+    python -m tests.benchmarks.codec [--quick] [--model FOLDER] --json FILE
+
+Teachers: the 4-gram model of `ngram.py`, the toy teacher, and with --model any causal language model. Students are on
+the line from the teacher p to its unigram u, q ∝ p^w·u^(1−w): `near` w = 0.9, `mid` 0.5, `fresh` 0; for the toy teacher
+also a real one at the beginning of its training (`start`).
+
+Errors are relative: ‖Σ (q − p̂) − Σ (q − p)‖ / ‖Σ (q − p)‖ over about 4,096 positions, T · (q − p̂) at a temperature T:
+the gradient of an output bias, and with hidden states h that of the output layer's weight, Σ (q − p̂) hᵀ. Our
+gradients are those of the losses on records that were written and read back. `shrink` has its weights from as many
+other positions of the same cache. `kl`: KL(full ‖ p̂) for the student `mid`, infinite where p̂ forgets ids.
+
+`floor`: the bytes that an ideal coder of single symbols would need for the ids and numbers that a cache holds.
+
+Letters: N positions, V ids, D hidden size, H head entries of all positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llavamod_offline.losses.events import Measure
+from llavamod_offline.losses.in_place import divergence_in_place, no_metrics
+from llavamod_offline.losses.shrinkage import Shrinkage
+from llavamod_offline.losses.targets import SparseTargets
+from llavamod_offline.losses.teacher import Tail, teacher_at
+from teacher_cache.codec import Codec
+from teacher_cache.draws import sequence_uniforms
+from teacher_cache.presets import PRESETS, Preset
+from teacher_cache.reader import TeacherCache, open_cache
+from teacher_cache.record import RecordSettings, make_records
+from teacher_cache.sequences import SequenceRecord
+from teacher_cache.store import CacheStore
+from tests.benchmarks.floor import floor_bytes
+from tests.benchmarks.form import Row, finish, parse_arguments
+from tests.benchmarks.rivals import RIVALS, target_gradient
+from tests.benchmarks.worlds import World, causal_world, ngram_world, toy_world
+
+NAME = "codec"
+TEMPERATURES = (1.5, 2.0, 4.0)
+STUDENTS = {"near": 0.9, "mid": 0.5, "fresh": 0.0}
+READINGS: tuple[Tail, ...] = ("shrink", "bucket", "draws", "renormalised")
+MEASURED = ("compact", "standard")
+DEFAULT: Tail = "shrink"
+
+
+def main() -> None:
+    """Measure and report."""
+    arguments = parse_arguments(NAME, __doc__ or "", {"model": ""})
+    sequences, measured = (24, 8) if arguments.quick else (205, 41)
+    worlds = [ngram_world(sequences, 2_000 if arguments.quick else 110_000), toy_world(sequences)]
+    if arguments.options["model"]:
+        worlds.append(causal_world(arguments.options["model"], sequences))
+    rows: list[Row] = []
+    ratios: dict[str, float] = {}
+    for world in worlds:
+        with tempfile.TemporaryDirectory() as folder:
+            caches = {name: capture(world, PRESETS[name], Path(folder) / name) for name in MEASURED}
+            found = measure(world, caches, measured)
+            sizes = {name: (cache.bytes_per_position, floor_bytes(cache)) for name, cache in caches.items()}
+        rows += table(world, found, sizes)
+        suffix = "" if world.name == "ngram" else f"_{world.name}"
+        ratios |= {f"{name}{suffix}": value for name, value in ratios_of(found, sizes).items()}
+    settings = {name: dataclasses.asdict(PRESETS[name]) for name in MEASURED}
+    finish(NAME, arguments, settings={"positions": measured * 100, **settings}, rows=rows, ratios=ratios)
+
+
+def capture(world: World, preset: Preset, folder: Path) -> TeacherCache:
+    """Write a cache of all the world's sequences by a preset, and open it."""
+    settings = RecordSettings(
+        head_mass=preset.head_mass,
+        head_min_prob=preset.head_min_prob,
+        head_max=min(preset.head_max or world.vocab_size, world.vocab_size),
+        draws_max=preset.draws_max,
+        draws_per_mass=preset.draws_per_mass,
+        temperatures=TEMPERATURES,
+        forced_ids=world.forced_ids,
+    )
+    limit = settings.head_max + len(world.forced_ids)
+    codec = Codec(world.vocab_size, TEMPERATURES, preset.precision, limit, preset.draws_max, world.forced_ids)
+    captured = []
+    for number in range(world.sequences):
+        rows, key = world.rows(number), f"run-{number:09d}"
+        uniforms_N = torch.from_numpy(sequence_uniforms(0, key, "response", len(rows.target_ids_N)))
+        records, _ = make_records(rows.log_probs_NV, rows.target_ids_N, uniforms_N, settings)
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        captured.append(SequenceRecord(key, "response", digest, digest, len(records), records))
+    store = CacheStore.open(
+        folder, {"capture": {"vocab_size": world.vocab_size, "temperatures": [*TEMPERATURES]}}, ["run"]
+    )
+    store.start()
+    store.commit("run", captured, [], codec)
+    store.finalise()
+    return open_cache(folder)
+
+
+@dataclasses.dataclass
+class Sums:
+    """A sum of gradients over positions: [V], and against hidden states [V, D]."""
+
+    bias_V: Tensor | float = 0.0
+    weight_VD: Tensor | float = 0.0
+
+    def add(self, gradient_NV: Tensor, hidden_ND: Tensor | None) -> None:
+        """Add some positions."""
+        self.bias_V = self.bias_V + gradient_NV.sum(0, dtype=torch.float64)
+        if hidden_ND is not None:
+            self.weight_VD = self.weight_VD + (gradient_NV.T @ hidden_ND).double()
+
+    def error(self, truth: Sums) -> tuple[float, float]:
+        """Relative errors of bias and weight gradient; NaN without hidden states."""
+        pairs = ((self.bias_V, truth.bias_V), (self.weight_VD, truth.weight_VD))
+        return tuple(  # type: ignore[return-value]
+            float((mine - its).norm() / its.norm()) if isinstance(its, Tensor) else math.nan for mine, its in pairs
+        )
+
+
+Found = dict[tuple[str, str, str, float], tuple[float, float, float]]
+
+
+def measure(world: World, caches: dict[str, TeacherCache], sequences: int) -> Found:
+    """(target, reading, student, T) → errors of bias and weight gradient, and KL."""
+    states: dict[tuple[str, str], Shrinkage] = {}
+    for number in range(sequences, 2 * sequences):
+        for student, log_q_NV, hidden_ND, _ in _students(world, number):
+            for name, cache in caches.items():
+                state = states.setdefault(
+                    (name, student), Shrinkage(world.vocab_size, profile_V=_profile(cache), horizon=1.0)
+                )
+                _gradient(log_q_NV, _targets(cache, number), "shrink", 1.0, state, hidden_ND, learn=True)
+    for state in states.values():
+        state.finish_step()
+    sums: dict[tuple[str, str, str, float], Sums] = {}
+    kl: dict[tuple[str, str, str, float], float] = {}
+    for number in range(sequences):
+        for student, log_q_NV, hidden_ND, log_p_NV in _students(world, number):
+            for temperature in (1.0, 2.0):
+                q_NV, p_NV = ((x / temperature).softmax(-1) for x in (log_q_NV, log_p_NV))
+                truth = sums.setdefault(("full", "", student, temperature), Sums())
+                truth.add(temperature * (q_NV - p_NV), hidden_ND)
+                for target, reading, gradient_NV in _targets_gradients(
+                    caches, states, number, student, log_q_NV, log_p_NV, q_NV, hidden_ND, temperature
+                ):
+                    place = (target, reading, student, temperature)
+                    sums.setdefault(place, Sums()).add(gradient_NV, hidden_ND)
+                    if student == "mid":
+                        kl[place] = kl.get(place, 0.0) + _kl(p_NV, q_NV - gradient_NV / temperature)
+    positions = sum(len(world.rows(number).target_ids_N) for number in range(sequences))
+    return {
+        place: (*total.error(sums["full", "", *place[2:]]), kl.get(place, math.nan) / positions)
+        for place, total in sums.items()
+        if place[0] != "full"
+    }
+
+
+def _targets_gradients(
+    caches: dict[str, TeacherCache],
+    states: dict[tuple[str, str], Shrinkage],
+    number: int,
+    student: str,
+    log_q_NV: Tensor,
+    log_p_NV: Tensor,
+    q_NV: Tensor,
+    hidden_ND: Tensor | None,
+    temperature: float,
+) -> Iterator[tuple[str, str, Tensor]]:
+    """The gradient [N, V] of one sequence by every target and reading."""
+    for name, cache in caches.items():
+        targets = _targets(cache, number)
+        for reading in READINGS:
+            if reading == "draws" and temperature != 1.0:
+                continue
+            state = states[name, student]
+            yield name, reading, _gradient(log_q_NV, targets, reading, temperature, state, hidden_ND, learn=False)
+    for name, rival in RIVALS.items():
+        yield name, "", temperature * target_gradient(rival(log_p_NV, temperature), q_NV)
+
+
+def _gradient(
+    log_q_NV: Tensor,
+    targets: SparseTargets,
+    tail: Tail,
+    temperature: float,
+    state: Shrinkage,
+    hidden_ND: Tensor | None,
+    *,
+    learn: bool,
+) -> Tensor:
+    """The gradient in the student's logits, by the library's loss."""
+    teacher = teacher_at(targets, log_q_NV.shape[1], measure=Measure(), tail=tail, temperature=temperature)
+    features_NJ = torch.ones_like(log_q_NV[:, :1]) if hidden_ND is None else state.features(hidden_ND)
+    gradient_NV = log_q_NV.clone()
+    divergence_in_place(
+        gradient_NV,
+        teacher,
+        no_metrics(log_q_NV.device),
+        shrinkage=state if teacher.tail == "shrink" else None,
+        features_NJ=features_NJ if learn else None,
+    )
+    return gradient_NV
+
+
+def _students(world: World, number: int) -> Iterator[tuple[str, Tensor, Tensor | None, Tensor]]:
+    """Every student's log-probs and hidden states for one sequence, and the teacher's log-probs."""
+    rows = world.rows(number)
+    for name, share in STUDENTS.items():
+        log_q_NV = share * rows.log_probs_NV + (1 - share) * world.unigram_log_probs_V
+        yield name, log_q_NV.log_softmax(-1), rows.hidden_ND, rows.log_probs_NV
+    if rows.student_log_probs_NV is not None:
+        yield "start", rows.student_log_probs_NV, rows.student_hidden_ND, rows.log_probs_NV
+
+
+def _targets(cache: TeacherCache, number: int) -> SparseTargets:
+    return cache.targets([(f"run-{number:09d}", "response")])
+
+
+def _profile(cache: TeacherCache) -> Tensor | None:
+    return cache.tail_profile
+
+
+def _kl(p_NV: Tensor, target_NV: Tensor) -> float:
+    """Σ KL(p ‖ p̂) over positions; p̂ is made of differences, so what is below rounding counts as forgotten."""
+    target_NV = torch.where(target_NV > 1e-12, target_NV, 0.0)
+    return float(torch.where(p_NV > 1e-9, p_NV * (p_NV / target_NV).log(), 0.0).sum(dtype=torch.float64))
+
+
+def table(world: World, found: Found, sizes: dict[str, tuple[float, float]]) -> list[Row]:
+    """One row for each target, reading and temperature."""
+    rows: list[Row] = []
+    students = dict.fromkeys(place[2] for place in found)
+    for target, reading, temperature in dict.fromkeys((place[0], place[1], place[3]) for place in found):
+        size, floor = (
+            sizes.get(target, (rival_bytes(world, target), math.nan)) if target not in sizes else sizes[target]
+        )
+        row: dict[str, str | float | int] = {"teacher": world.name, "target": target, "reading": reading}
+        row |= {"T": temperature, "bytes": size, "floor": floor}
+        row["kl"] = found[target, reading, "mid", temperature][2]
+        for student in students:
+            bias, weight, _ = found[target, reading, student, temperature]
+            row[student] = bias
+            if not math.isnan(weight):
+                row[f"{student} weight"] = weight
+        rows.append(row)
+    return rows
+
+
+def rival_bytes(world: World, target: str) -> float:
+    """Bytes a position of a rival, over a few sequences."""
+    sample = [RIVALS[target](world.rows(number).log_probs_NV, 1.0).bytes_per_position for number in range(4)]
+    return float(np.mean(sample))
+
+
+def ratios_of(found: Found, sizes: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """What the project promises, as numbers."""
+    ratios = {f"{name}_bytes": size for name, (size, _) in sizes.items()}
+    ratios |= {f"{name}_bytes_vs_entropy": size / floor for name, (size, floor) in sizes.items()}
+    vocabulary_bits = 18  # DistillKit packs 18 bits an id for vocabularies of Qwen's size
+    ratios["standard_bytes_vs_distillkit"] = sizes["standard"][0] / ((128 * vocabulary_bits + 16 * 16 + 6 * 32) / 8)
+    pairs = (
+        ("compact", "rskd", "rskd50"),
+        ("standard", "distillkit", "distillkit"),
+        ("standard", "bucket100", "bucket100"),
+    )
+    for temperature, suffix in ((1.0, ""), (2.0, "_T2")):
+        for preset, label, rival in pairs:
+            for student in STUDENTS:
+                mine = found[preset, DEFAULT, student, temperature][0]
+                its = found[rival, "", student, temperature][0]
+                ratios[f"{preset}_gradient_error_vs_{label}_{student}{suffix}"] = mine / its
+    return ratios
+
+
+if __name__ == "__main__":
+    main()

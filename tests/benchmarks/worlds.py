@@ -1,0 +1,154 @@
+"""Teachers to measure caches on: whole distributions at many positions, with a student's hidden states where there are.
+
+Letters: N positions of a sequence, V ids, D hidden size.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tests.benchmarks.ngram import NGram, library_texts, tokenise, train_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
+    from llavamod_offline.data.collate import Batch
+
+SEQUENCE = 100
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A sequence as the teacher sees it: `log_probs_NV` of what follows, the token that does, and hidden states.
+
+    `hidden_ND` are the teacher's, None where it has none. `student_log_probs_NV` and `student_hidden_ND` are those of a
+    real student at its start, None where there is none.
+    """
+
+    log_probs_NV: Tensor
+    target_ids_N: Tensor
+    hidden_ND: Tensor | None = None
+    student_log_probs_NV: Tensor | None = None
+    student_hidden_ND: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class World:
+    """A teacher: `rows(i)` gives sequence i of `sequences`. `forced_ids`: tokens that a cache must always hold."""
+
+    name: str
+    vocab_size: int
+    sequences: int
+    unigram_log_probs_V: Tensor
+    rows: Callable[[int], Rows]
+    forced_ids: tuple[int, ...]
+
+
+def ngram_world(sequences: int, vocab_size: int = 110_000) -> World:
+    """The 4-gram model of Python's standard library, asked about runs of held-out text."""
+    texts = library_texts()
+    tokenizer = train_tokenizer(texts, vocab_size)
+    learned, held = tokenise(tokenizer, texts)
+    model = NGram(learned, tokenizer.get_vocab_size())
+    starts = np.random.default_rng(0).integers(3, len(held) - SEQUENCE, sequences)
+
+    def rows(number: int) -> Rows:
+        places = starts[number] + np.arange(SEQUENCE)
+        contexts = np.stack([held[places - 3], held[places - 2], held[places - 1]], 1)
+        return Rows(torch.from_numpy(np.log(model.probs(contexts))).float(), torch.from_numpy(held[places]))
+
+    unigram_V = torch.from_numpy(np.log(model.unigram_V)).float()
+    forced = tuple(tokenizer.token_to_id(word) for word in ("yes", "no", "A", "B", "C", "D", "Ċ"))
+    return World("ngram", tokenizer.get_vocab_size(), sequences, unigram_V, rows, tuple(x for x in forced if x))
+
+
+def causal_world(path: str, sequences: int) -> World:
+    """Any causal language model of transformers in a local folder, asked about the standard library's sources."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
+    text = "\n".join(library_texts()[: sequences // 4 + 8])
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+    vocab_size = min(len(tokenizer), model.get_output_embeddings().weight.shape[0])
+
+    @torch.inference_mode()
+    def rows(number: int) -> Rows:
+        piece = ids[number * (SEQUENCE + 1) : (number + 1) * (SEQUENCE + 1)]
+        outputs = model(piece[None].to(device), output_hidden_states=True)
+        log_probs_NV = outputs.logits[0, :-1, :vocab_size].float().log_softmax(-1).cpu()
+        return Rows(log_probs_NV, piece[1:], outputs.hidden_states[-1][0, :-1].float().cpu())
+
+    return World("causal", vocab_size, sequences, _mean_log_probs(rows, min(sequences, 40)), rows, ())
+
+
+def toy_world(sequences: int) -> World:
+    """The toy teacher that ships with the package, with the toy student at the beginning of its training.
+
+    A sequence is all answers to eight pictures.
+    """
+    from llavamod_offline.demo.plan import LANGUAGE_MODEL, TEACHER
+    from llavamod_offline.models.build import build_llava
+    from llavamod_offline.models.checkpoint import load_llava, load_tokenizer
+
+    teacher, student = load_llava(TEACHER).eval(), build_llava(TEACHER, LANGUAGE_MODEL, seed=0).eval()
+    vocab_size = len(load_tokenizer(TEACHER))
+    made = []
+    for batch in _toy_batches(TEACHER, 8 * sequences, 8):
+        teacher_hidden_ND, log_probs_NV = _predict(teacher, batch, vocab_size)
+        student_hidden_ND, student_log_probs_NV = _predict(student, batch, vocab_size)
+        made.append(Rows(log_probs_NV, batch.target_ids_N, teacher_hidden_ND, student_log_probs_NV, student_hidden_ND))
+    tokens = load_tokenizer(TEACHER).get_vocab()
+    forced = tuple(tokens[word] for word in ("<|im_end|>", "<|endoftext|>", "Yes", "No") if word in tokens)
+    rows = made.__getitem__
+    return World("toy", vocab_size, len(made), _mean_log_probs(rows, len(made)), rows, forced)
+
+
+def _toy_batches(checkpoint: Path, samples: int, size: int) -> Iterator[Batch]:
+    from llavamod_offline.data.collate import collate
+    from llavamod_offline.data.images import ImagePreprocessor
+    from llavamod_offline.data.pack import write_set
+    from llavamod_offline.data.shards import SampleSet
+    from llavamod_offline.data.sources import read_sources
+    from llavamod_offline.data.template import get_template
+    from llavamod_offline.models.checkpoint import load_config, load_tokenizer, sequence_encoder
+    from llavamod_offline.toyworld.datasets import write_datasets
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        files = write_datasets(root, align=0, general=samples, multitask=0, preference=1, error_share=0.1, seed=9)
+        write_set(read_sources([files["general"]], images=[root / "images"], keys="id"), root / "set")
+        packed = SampleSet.open(root / "set")
+        encoder = sequence_encoder(load_config(checkpoint), load_tokenizer(checkpoint), get_template("qwen"), 2048)
+        images = ImagePreprocessor.from_checkpoint(checkpoint)
+        for start in range(0, samples - size + 1, size):
+            read = [packed.read(row) for row in range(start, start + size)]
+            pixels = [[images.pixels(image, name=sample.key) for image in sample.images] for sample in read]
+            yield collate([encoder.encode(sample, "response") for sample in read], pixels, pad_id=0)
+
+
+@torch.inference_mode()
+def _predict(model: LlavaForConditionalGeneration, batch: Batch, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Hidden states that predict the supervised tokens, and the log-probs that the head makes of them."""
+    from llavamod_offline.models.forward import head_weight, student_hidden_states
+
+    hidden_BTD = student_hidden_states(model, batch.input_ids_BT, batch.attention_mask_BT, batch.pixel_values_ICHW)
+    hidden_ND = hidden_BTD.flatten(0, 1)[batch.prediction_rows_N]
+    return hidden_ND, (hidden_ND @ head_weight(model)[:vocab_size].T).log_softmax(-1)
+
+
+def _mean_log_probs(rows: Callable[[int], Rows], sequences: int) -> Tensor:
+    """The teacher's own unigram: the mean of its distributions, a little smoothed."""
+    means = torch.stack([rows(number).log_probs_NV.double().exp().mean(0) for number in range(sequences)])
+    mean_V = means.mean(0) + 1e-9
+    return (mean_V / mean_V.sum()).log().float()
