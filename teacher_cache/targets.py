@@ -18,14 +18,14 @@ from teacher_cache.record import Records
 
 
 def sparse_targets(records: Records, temperatures: tuple[float, ...], vocab_size: int) -> SparseTargets:
-    """Pad records to the longest head and list of draws, as CPU tensors; each draw weighs alike in its position."""
+    """Pad records to the longest head and list of draws, as CPU tensors, ids of 32 bits; each draw weighs alike."""
     weights_D = np.repeat((1 / np.maximum(records.draw_counts_N, 1)).astype(np.float32), records.draw_counts_N)
     return SparseTargets(
-        head_ids_NK=_padded(records.head_ids_H, records.head_counts_N, EMPTY_ID).long(),
-        head_log_probs_NK=_padded(records.head_log_probs_H, records.head_counts_N, float("-inf")).float(),
+        head_ids_NK=_padded(records.head_ids_H, records.head_counts_N, EMPTY_ID),
+        head_log_probs_NK=_padded(records.head_log_probs_H, records.head_counts_N, float("-inf")),
         tail_log_mass_N=_tensor(records.tail_log_mass_N).float(),
-        draw_ids_NM=_padded(records.draw_ids_D, records.draw_counts_N, EMPTY_ID).long(),
-        draw_weights_NM=_padded(weights_D, records.draw_counts_N, 0.0).float(),
+        draw_ids_NM=_padded(records.draw_ids_D, records.draw_counts_N, EMPTY_ID),
+        draw_weights_NM=_padded(weights_D, records.draw_counts_N, 0.0),
         target_ids_N=_tensor(records.target_ids_N).long(),
         target_log_probs_N=_tensor(records.target_log_probs_N).float(),
         entropy_N=_tensor(records.entropy_N).float(),

@@ -5,7 +5,8 @@
 The records are those of a synthetic teacher: 151,646 ids in a Zipf-like distribution, 20 to 26 ids in a head and a few
 draws from the tail, about 100 positions a sequence, 1,000 sequences a shard. One core does everything.
 
-`write_positions_per_s`: encode, compress, write and flush a shard. `read_positions_per_s`: batches of 64 sequences,
+`write_positions_per_s`: encode, compress, write and flush a shard. `read_positions_per_s`: batches of 64 sequences for
+a temperature of 1,
 shuffled within a window of shards, each chunk decompressed once, as `SparseTargets`. `open_seconds` and `open_mb`
 (growth of the resident memory): `open_cache` in a process of its own.
 
@@ -125,7 +126,7 @@ def measure_write(folder: Path, shards: list[list[SequenceRecord]]) -> list[floa
 
 def measure_read(folder: Path, window: int, seed: int) -> float:
     """Read the sequences of the first `window` shards in shuffled batches, afresh; positions per second."""
-    cache = open_cache(folder)
+    cache = open_cache(folder, temperature=1.0)
     names = [key for table in cache._tables[:window] for key in table.column("key").to_pylist()]
     order = np.random.default_rng(seed).permutation(len(names)).tolist()
     positions = 0

@@ -11,14 +11,15 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from llavamod_offline.errors import CacheError
-from teacher_cache.manifest import CACHE_NAME, SEQUENCES_NAME, file_entries
+from llavamod_offline.folders import open_folder
+from teacher_cache.manifest import CACHE_NAME, MANIFEST_NAME, SEQUENCES_NAME, file_entries
 from teacher_cache.reader import open_cache
 from teacher_cache.repair import repair_cache
+from teacher_cache.store import committed_shards
 from tests.teacher_cache.driver import NAMES, write_cache
 from tests.teacher_cache.killer import fork_server, repair_and_die, write_and_wait_for_it, write_until_killed
 
@@ -101,11 +102,14 @@ def test_an_upload_killed_at_any_request_resumes_to_the_digest_of_the_disk(
     assert requests is not None
     generator = random.Random(0)
     digest = open_cache(whole).digest
-    for moment in [1, 2, requests - 1, requests, *generator.sample(range(3, requests - 1), 6)]:
+    for moment in [1, 2, requests - 1, requests, *generator.sample(range(3, requests - 1), 4)]:
         output = f"{bucket}/c{moment}"
         assert write_until_killed(output, moment, variables) is None
         with pytest.raises(CacheError, match=r"unfinished|no teacher cache"):
             open_cache(output)
+        folder = open_folder(output)
+        begun = {name.split("/")[0] for name in folder.sizes("shards") if name.endswith(MANIFEST_NAME)}
+        assert committed_shards(folder, NAMES) == begun  # no manifest before the files that it names
         assert write_cache(output) == digest
         assert open_cache(output).digest == digest
 
@@ -114,28 +118,22 @@ def test_an_upload_killed_at_any_request_resumes_to_the_digest_of_the_disk(
 def test_a_repair_killed_at_any_change_never_leaves_a_cache_that_looks_whole(whole: Path, memory_folder: Path) -> None:
     """A shard that is half deleted would be taken for a committed one."""
     expected = file_entries(whole)
+    files = sum(name.startswith(f"shards/{NAMES[0]}/") for name in expected)
     context = fork_server()
-    changes = sys.maxsize
+    changes = 0
     for moment in (sys.maxsize, 1, 2, 3, 4, 5, 10, 20):
         output = Path(shutil.copytree(whole, memory_folder / f"c{moment}"))
         (output / "shards" / NAMES[0] / SEQUENCES_NAME).unlink()
         here, there = context.Pipe()
-        process = context.Process(target=repair_and_die, args=(str(output), min(moment, changes), there))
+        process = context.Process(target=repair_and_die, args=(str(output), moment, there))
         process.start()
         process.join()
-        if moment == sys.maxsize:
-            changes = here.recv()
-        else:
-            assert process.exitcode == -signal.SIGKILL
+        changes = here.recv() if moment == sys.maxsize else changes
+        assert process.exitcode == (-signal.SIGKILL if moment <= changes else 0)
         damaged = output / "shards" / NAMES[0]
-        assert not damaged.exists() or len(file_entries(damaged)) == len(expected_files(expected)) - 1
+        assert not damaged.exists() or len(file_entries(damaged)) == files - 1
         assert not (output / CACHE_NAME).exists() or damaged.exists()
         repair_cache(output)
         write_cache(output)
         assert file_entries(output) == expected, f"killed before change {moment}"
         shutil.rmtree(output)
-
-
-def expected_files(entries: dict[str, dict[str, Any]]) -> list[str]:
-    """The files of the first shard among those of a cache."""
-    return [name for name in entries if name.startswith(f"shards/{NAMES[0]}/")]

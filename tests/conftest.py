@@ -1,0 +1,33 @@
+"""What tests of several folders share."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.object_store import object_store
+
+
+@pytest.fixture(scope="session")
+def object_store_variables() -> Iterator[dict[str, str]]:
+    """The environment of an S3 server that runs as long as the tests do."""
+    with object_store() as variables:
+        yield variables
+
+
+@pytest.fixture
+def bucket(object_store_variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of a new bucket; copies of its files are staged below `tmp_path`."""
+    import s3fs
+
+    for name, value in object_store_variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LLAVAMOD_STAGING", str(tmp_path / "staging"))
+    s3fs.S3FileSystem.clear_instance_cache()
+    name = f"bucket-{uuid.uuid4().hex}"
+    s3fs.S3FileSystem().mkdir(name)
+    yield f"s3://{name}"
+    s3fs.S3FileSystem.clear_instance_cache()
