@@ -116,16 +116,14 @@ class _Block:
     """Decoded records with the places where each position's head entries and draws begin."""
 
     def __init__(self, records: Records) -> None:
-        self._edges = {
-            letter: np.concatenate([[0], np.cumsum(counts_N, dtype=np.int64)])
-            for letter, counts_N in (("H", records.head_counts_N), ("D", records.draw_counts_N))
-        }
-        self._columns = [(getattr(records, field.name), field.name[-1]) for field in fields(Records)]
-        arrays: list[NDArray[Any]] = [array for array, _ in self._columns]
-        self.bytes = sum(array.nbytes for array in (*arrays, *self._edges.values()))
+        counts = (records.head_counts_N, records.draw_counts_N)
+        self._edges = [np.concatenate([[0], np.cumsum(counts_N, dtype=np.int64)]) for counts_N in counts]
+        axes = [field.name[-1] for field in fields(Records)]
+        self._columns: list[NDArray[Any]] = [getattr(records, field.name) for field in fields(Records)]
+        self._spans = ["NHD".index(axis) if axis in "HD" else 0 for axis in axes]
+        self.bytes = sum(array.nbytes for array in (*self._columns, *self._edges))
 
     def cut(self, start: int, stop: int) -> Columns:
         """The positions `start` … `stop`, as views."""
-        positions = slice(start, stop)
-        spans = {letter: slice(edges[start], edges[stop]) for letter, edges in self._edges.items()}
-        return tuple([array[spans.get(letter, positions)] for array, letter in self._columns])
+        spans = [slice(start, stop), *(slice(edges.item(start), edges.item(stop)) for edges in self._edges)]
+        return tuple([column[spans[span]] for column, span in zip(self._columns, self._spans, strict=True)])

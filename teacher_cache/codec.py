@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llavamod_offline.errors import CacheError
+from teacher_cache.hidden import HiddenKind
 from teacher_cache.quantise import COARSE, FINE, Precision
 
 PrecisionName = Literal["coarse", "fine", "exact"]
@@ -41,7 +42,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Codec:
-    """How one cache encodes: vocabulary size, stored temperatures, precision, caps of counts, forced ids."""
+    """How a cache encodes: vocabulary size, temperatures, precision, caps of counts, forced ids, hidden states."""
 
     vocab_size: int
     temperatures: tuple[float, ...]
@@ -49,6 +50,7 @@ class Codec:
     head_limit: int
     draw_limit: int
     forced_ids: tuple[int, ...] = ()
+    hidden: HiddenKind | None = None
 
     def attributes(self) -> dict[str, Any]:
         """What a shard's array group says about its encoding."""
@@ -61,6 +63,7 @@ class Codec:
             "head_limit": self.head_limit,
             "draw_limit": self.draw_limit,
             "forced_ids": list(self.forced_ids),
+            "hidden": self.hidden,
         }
 
     @classmethod
@@ -80,6 +83,7 @@ class Codec:
                 int(attributes["head_limit"]),
                 int(attributes["draw_limit"]),
                 tuple(int(value) for value in attributes["forced_ids"]),
+                {None: None, "float16": "float16", "int8": "int8"}[attributes["hidden"]],
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CacheError(f"{where}: bad attribute {error}: see `cache-teacher verify`") from error

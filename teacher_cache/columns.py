@@ -6,6 +6,7 @@ Letters: B blocks, W numbers a position has in a column, L longest row of a bloc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from llavamod_offline.errors import CacheError
 from teacher_cache.codec import Block, Codec
 from teacher_cache.decoding import decode_block
 from teacher_cache.encoding import check_range, encode_block
+from teacher_cache.hidden import HiddenFile, HiddenStates, write_hidden
 from teacher_cache.id_coding import frequent_ids, ids_by_rank, ranks_by_id
 from teacher_cache.profile import mean_tail, spread
 from teacher_cache.record import Records
@@ -27,8 +29,12 @@ _POSITIONS_PER_FREQUENT_ID = 16
 _ZSTD_LEVEL = 6
 
 
-def write_columns(folder: Path, records: Records, codec: Codec) -> None:
+def write_columns(
+    folder: Path, records: Records, codec: Codec, hidden: Sequence[HiddenStates] = (), sequences: Sequence[int] = ()
+) -> None:
     """Write all records as the Zarr group `folder`. Equal records give equal bytes.
+
+    `hidden`: the states of each sequence, if the codec has any; `sequences`: the positions of each.
 
     Errors: `CacheError` if an id or a count is out of range, or a head lacks a forced id.
     """
@@ -39,7 +45,9 @@ def write_columns(folder: Path, records: Records, codec: Codec) -> None:
     lengths = [min(BLOCK_POSITIONS, len(records) - start) for start in range(0, len(records), BLOCK_POSITIONS)]
     blocks = [encode_block(codec, piece, ranks_V) for piece in records.split(lengths)]
     profile = mean_tail(records, frequent_F, codec.vocab_size)
-    write_blocks(folder, blocks, codec, positions=len(records), frequent_F=frequent_F, profile=profile)
+    group = write_blocks(folder, blocks, codec, positions=len(records), frequent_F=frequent_F, profile=profile)
+    if codec.hidden and hidden:
+        write_hidden(group, hidden, sequences, codec.hidden)
 
 
 def write_blocks(
@@ -50,7 +58,7 @@ def write_blocks(
     positions: int,
     frequent_F: NDArray[np.int32],
     profile: NDArray[np.float32],
-) -> None:
+) -> zarr.Group:
     """Write encoded blocks as the Zarr group `folder`."""
     attributes = codec.attributes() | {"positions": positions, "block_positions": BLOCK_POSITIONS}
     group = zarr.create_group(folder, zarr_format=3, attributes=attributes)
@@ -64,6 +72,7 @@ def write_blocks(
         array = _write(group, name, table)
         if column.rows is None:
             array.attrs["lengths"] = [row.shape[-1] for row in rows]
+    return group
 
 
 def _write(group: zarr.Group, name: str, table: NDArray[Any]) -> zarr.Array[Any]:
@@ -99,6 +108,7 @@ class ColumnFile:
             self.positions = int(attributes["positions"])
             self.block_positions = int(attributes["block_positions"])
             self._arrays = dict(group.arrays())
+            self._group = group
             self._check()
             self._lengths: dict[str, list[int]] = {}
             for name, column in self.codec.columns.items():
@@ -124,6 +134,13 @@ class ColumnFile:
         except Exception as error:  # as in `columns`
             raise CacheError(_damaged(self.folder / "tail_profile", error)) from error
         return spread(mean, self.frequent_ids_F, self.codec.vocab_size)
+
+    @cached_property
+    def hidden(self) -> HiddenFile | None:
+        """The hidden states of the shard, None if its cache has none. Errors: `CacheError`."""
+        if self.codec.hidden is None or not self.positions:
+            return None
+        return HiddenFile(self._group, self.codec.hidden, self.positions, str(self.folder))
 
     def columns(self, first: int, last: int) -> list[Block]:
         """Read the columns of the blocks `first` … `last` − 1, as they are stored."""

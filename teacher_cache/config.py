@@ -9,6 +9,7 @@ from typing import get_args
 from llavamod_offline.data.tokenise import Positions
 from llavamod_offline.errors import ConfigError
 from teacher_cache.codec import PrecisionName
+from teacher_cache.hidden import HiddenKind, HiddenPositions
 from teacher_cache.presets import PRESETS, Preset
 
 _SLICE = re.compile(r"(\d+)/(\d+)")
@@ -22,7 +23,8 @@ class CaptureConfig:
     `forced_tokens`: tokens always recorded, by their text (each a single token, such as `<|im_end|>` or ` yes`); null:
     the template's end of a turn, yes, no and the letters A to D, as far as they are single tokens.
     `precision`: coarse, fine or exact (float32). `positions`: response (those that predict supervised tokens), or all
-    that are not padding, image patches too. `seed`: of the tail's draws.
+    that are not padding, image patches too. `seed`: of the tail's draws. `hidden`: keep the teacher's last hidden
+    states, as float16 or int8, at all recorded positions or at those of image patches (`hidden_positions`).
     """
 
     preset: str = "standard"
@@ -35,11 +37,18 @@ class CaptureConfig:
     temperatures: list[float] = field(default_factory=lambda: [1.5, 2.0, 4.0])
     forced_tokens: list[str] | None = None
     positions: Positions = "response"
+    hidden: HiddenKind | None = None
+    hidden_positions: HiddenPositions = "recorded"
     seed: int = 0
 
     def __post_init__(self) -> None:
         _choice("capture.preset", self.preset, tuple(PRESETS))
         _choice("capture.positions", self.positions, get_args(Positions))
+        if self.hidden is not None:
+            _choice("capture.hidden", self.hidden, get_args(HiddenKind))
+        _choice("capture.hidden_positions", self.hidden_positions, get_args(HiddenPositions))
+        if self.hidden_positions == "image" and self.positions != "all":
+            raise ConfigError("config: capture.hidden_positions is 'image', which needs capture.positions=all")
         if self.precision is not None:
             _choice("capture.precision", self.precision, get_args(PrecisionName))
 

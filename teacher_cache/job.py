@@ -30,6 +30,7 @@ from teacher_cache.codec import Codec
 from teacher_cache.engines.hf import HfEngine
 from teacher_cache.engines.protocol import Engine, Request
 from teacher_cache.fingerprint import check_allowed, describe_template, describe_tokenizer, describe_weights
+from teacher_cache.hidden import HiddenKind
 from teacher_cache.manifest import cache_bytes
 from teacher_cache.record import RecordSettings
 from teacher_cache.sequences import SequenceRecord
@@ -144,6 +145,7 @@ def prepare_job(config: CacheConfig) -> Job:
         temperatures=tuple(config.capture.temperatures),
         forced_ids=_forced_ids(tokenizer, config.capture.forced_tokens, template),
         vocab_size=vocab_size,
+        hidden=config.capture.hidden,
     )
     dtype = config.dtype if config.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
     fingerprint = {
@@ -164,6 +166,8 @@ def prepare_job(config: CacheConfig) -> Job:
             "forced_ids": list(settings.forced_ids),
             "precision": codec.precision,
             "positions": config.capture.positions,
+            "hidden": config.capture.hidden,
+            "hidden_positions": config.capture.hidden_positions if config.capture.hidden else None,
             "seed": config.capture.seed,
             "vocab_size": vocab_size,
         },
@@ -190,12 +194,18 @@ def with_preset(job: Job, preset: Preset) -> Job:
         temperatures=job.settings.temperatures,
         forced_ids=job.settings.forced_ids,
         vocab_size=job.codec.vocab_size,
+        hidden=job.codec.hidden,
     )
     return dataclasses.replace(job, settings=settings, codec=codec)
 
 
 def _kept(
-    capture: Preset, *, temperatures: tuple[float, ...], forced_ids: tuple[int, ...], vocab_size: int
+    capture: Preset,
+    *,
+    temperatures: tuple[float, ...],
+    forced_ids: tuple[int, ...],
+    vocab_size: int,
+    hidden: HiddenKind | None,
 ) -> tuple[RecordSettings, Codec]:
     """What a record keeps, and how it is encoded."""
     settings = RecordSettings(
@@ -214,6 +224,7 @@ def _kept(
         head_limit=settings.head_max + len(forced_ids),
         draw_limit=settings.draws_max,
         forced_ids=forced_ids,
+        hidden=hidden,
     )
     return settings, codec
 
@@ -267,6 +278,7 @@ def load_engine(job: Job, config: CacheConfig) -> Engine:
         batch_size=config.batch_size,
         workers=config.workers,
         positions=config.capture.positions,
+        hidden_positions=config.capture.hidden_positions if config.capture.hidden else None,
     )
 
 

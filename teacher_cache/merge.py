@@ -32,6 +32,7 @@ _NEVER_ALLOWED = (
     "capture.precision",
     "capture.precision",
     "capture.positions",
+    "capture.hidden",
     "capture.head_max",
     "capture.draws_max",
     "capture.forced_ids",

@@ -22,6 +22,7 @@ from llavamod_offline.losses.targets import SparseTargets
 from llavamod_offline.remote import RemoteFolder
 from llavamod_offline.staging import Staging
 from teacher_cache.blocks import BlockReader, Columns
+from teacher_cache.hidden import HiddenStates
 from teacher_cache.index import SequenceIndex
 from teacher_cache.manifest import (
     CACHE_NAME,
@@ -195,6 +196,31 @@ class TeacherCache:
         if not whole:
             return concatenate_records([], len(self.temperatures))
         return Records(*(np.concatenate(column) for column in zip(*whole, strict=True)))
+
+    def hidden_states(self, items: Sequence[tuple[str, str]]) -> HiddenStates:
+        """Read the last hidden states of several sequences, one after another, float32.
+
+        Their rows count through the positions that `targets` gives for the same sequences. Errors: `CacheError` if the
+        cache has no hidden states, or a sequence no record.
+        """
+        rows_B = self._find(items)
+        found, before = [], 0
+        for row in rows_B.tolist():
+            shard, _ = self._index.place(row)
+            first = int(self._index.starts_Q[self._index.first_rows[shard]])
+            start, stop = (self._index.starts_Q[row : row + 2] - first).tolist()
+            with self._files.hold(shard):
+                file = self._blocks.file(shard).hidden
+                if file is None:
+                    raise CacheError(f"cache '{self.path}': has no hidden states: capture with capture.hidden=float16")
+                states = file.read(start, stop)
+            found.append(HiddenStates(states.rows_M + before, states.states_MD))
+            before += stop - start
+        if not found:
+            return HiddenStates(np.zeros(0, np.int64), np.zeros((0, 0), np.float32))
+        return HiddenStates(
+            np.concatenate([part.rows_M for part in found]), np.concatenate([part.states_MD for part in found])
+        )
 
     def targets(self, items: Sequence[tuple[str, str]]) -> SparseTargets:
         """Decode several sequences' positions, one after another, as CPU tensors.

@@ -19,6 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from llavamod_offline.errors import CacheError
+from teacher_cache.hidden import HiddenStates
 from teacher_cache.record import Records
 
 HASH_BYTES = 16  # of a SHA-256: what is stored of target and content hashes
@@ -46,6 +47,7 @@ class SequenceRecord:
     content_hash: str
     n_tokens: int
     records: Records
+    hidden: HiddenStates | None = None
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,8 @@ def write_shard(
 ) -> None:
     """Write all files of a shard into a local folder, the manifest last."""
     records = concatenate_records([item.records for item in captured], len(codec.temperatures))
-    write_columns(folder / COLUMNS_NAME, records, codec)
+    hidden = [item.hidden for item in captured if item.hidden is not None] if codec.hidden else []
+    write_columns(folder / COLUMNS_NAME, records, codec, hidden, [len(item.records) for item in captured])
     write_sequences(folder / SEQUENCES_NAME, sequence_table(captured))
     (folder / REJECTED_NAME).write_bytes(b"".join(_rejected_line(item) for item in rejected))
     manifest = {

@@ -25,6 +25,7 @@ from llavamod_offline.data.tokenise import Sequence as TokenSequence
 from llavamod_offline.errors import DataError, ModelError
 from teacher_cache.draws import sequence_uniforms
 from teacher_cache.engines.protocol import Request
+from teacher_cache.hidden import HiddenPositions, HiddenStates
 from teacher_cache.record import Records, RecordSettings, concatenate_records, make_records, rows_per_chunk
 from teacher_cache.sequences import SequenceRecord
 from teacher_cache.store import Rejection
@@ -51,7 +52,8 @@ class _Item:
 class HfEngine:
     """Runs `model` (in evaluation mode, on its device and in its type) and makes records of its positions.
 
-    `positions`: those that predict supervised tokens, or all. The head runs in float32 on their rows alone. If memory
+    `positions`: those that predict supervised tokens, or all. `hidden_positions`: which of them also give the last
+    hidden state. The head runs in float32 on their rows alone. If memory
     runs out a batch is halved, for good, and the log says so. Errors of `capture`: `ModelError` if a single sequence
     does not fit into memory.
     """
@@ -67,6 +69,7 @@ class HfEngine:
         batch_size: int,
         workers: int,
         positions: Positions = "response",
+        hidden_positions: HiddenPositions | None = None,
     ) -> None:
         self.model = model
         self.preprocessor = preprocessor
@@ -76,6 +79,7 @@ class HfEngine:
         self.batch_size = batch_size
         self.workers = workers
         self.positions: Positions = positions
+        self.hidden_positions = hidden_positions
         head = model.get_output_embeddings()
         self._head_VD = head.weight.detach()[:vocab_size].float()
         self._bias_V = None if head.bias is None else head.bias.detach()[:vocab_size].float()
@@ -166,7 +170,25 @@ class HfEngine:
             finite.append(finite_R)
         pieces = concatenate_records(parts, len(self.settings.temperatures)).split(lengths)
         fine = np.split(np.concatenate(finite), np.cumsum(lengths)[:-1])
-        return [_outcome(item, *rest) for (item, _), rest in zip(batch, zip(pieces, fine, strict=True), strict=True)]
+        hidden = self._hidden_states(sequences, [rows_N for rows_N, _ in found], rows_ND)
+        results = zip(pieces, fine, hidden, strict=True)
+        return [_outcome(item, *result) for (item, _), result in zip(batch, results, strict=True)]
+
+    def _hidden_states(
+        self, sequences: list[TokenSequence], rows: list[Ids], hidden_ND: Tensor
+    ) -> list[HiddenStates | None]:
+        """Each sequence's states at the chosen ones of its rows; None where none are wanted."""
+        if self.hidden_positions is None:
+            return [None for _ in sequences]
+        states = hidden_ND.float().cpu().numpy()
+        starts = np.cumsum([0, *(len(rows_N) for rows_N in rows)])
+        found: list[HiddenStates | None] = []
+        for sequence, rows_N, start in zip(sequences, rows, starts, strict=False):
+            chosen_M = np.arange(len(rows_N))
+            if self.hidden_positions == "image":
+                chosen_M = np.flatnonzero(sequence.input_ids_T[rows_N] == self.model.config.image_token_index)
+            found.append(HiddenStates(chosen_M, states[start + chosen_M]))
+        return found
 
     def _hidden_rows(self, sequences: list[TokenSequence], rows: list[Ids], pictures: Pixels) -> Tensor:
         """Run the model but for its head: the last hidden states of each sequence's rows, [N, D]."""
@@ -199,7 +221,7 @@ def length_batches(requests: Sequence[Request], size: int) -> Iterator[list[tupl
         yield pairs[start : start + size]
 
 
-def _outcome(item: _Item, records: Records, finite_N: NDArray[np.bool_]) -> Outcome:
+def _outcome(item: _Item, records: Records, finite_N: NDArray[np.bool_], hidden: HiddenStates | None) -> Outcome:
     sequence = item.sequence
     if not finite_N.all():
         first = int(np.argmin(finite_N))
@@ -212,4 +234,5 @@ def _outcome(item: _Item, records: Records, finite_N: NDArray[np.bool_]) -> Outc
         content_hash=item.request.content_hash,
         n_tokens=len(sequence.input_ids_T),
         records=records,
+        hidden=hidden,
     )

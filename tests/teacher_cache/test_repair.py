@@ -139,7 +139,8 @@ def test_an_unfinished_cache_is_repaired_too(copy: Path, whole: Path, harm: str)
     elif harm == "spaced":
         file.write_bytes(file.read_bytes() + b"\n")
     else:
-        file.write_bytes(canonical(manifest | ({"name": "other"} if harm == "renamed" else {"files": {}})))
+        field, value = ("name", "other") if harm == "renamed" else ("files", {})
+        file.write_bytes(canonical({**manifest, field: value}))
     done = repair_cache(copy)
     assert done.shards == NAMES[:2]
     assert done.removed[:2] == [REJECTED_NAME, f"shards/{NAMES[1]}"]
