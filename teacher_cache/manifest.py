@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +81,21 @@ def cache_content(
         "totals": {count: sum(shard[count] for shard in shards) for count in ("bytes", *COUNTS)},
         "files": dict(files),
     }
-    return {**cache, "digest": cache_digest(cache)}
+    return {**cache, "digest": content_digest(cache)}
 
 
-def cache_digest(cache: Mapping[str, Any]) -> str:
-    """SHA-256 of all of cache.json but the digest itself; through the checksums in it, of the whole cache."""
-    return sha256_bytes(canonical({name: value for name, value in cache.items() if name != "digest"}))
+def job_content(fingerprint: Mapping[str, Any], shard_names: Sequence[str]) -> dict[str, Any]:
+    """All of job.json."""
+    job = {"format_version": FORMAT_VERSION, "fingerprint": dict(fingerprint), "shards": list(shard_names)}
+    return {**job, "digest": content_digest(job)}
+
+
+def content_digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of all of job.json or cache.json but the digest itself.
+
+    Through the checksums in cache.json its digest is one of the whole cache.
+    """
+    return sha256_bytes(canonical({name: value for name, value in content.items() if name != "digest"}))
 
 
 def cache_bytes(cache: Mapping[str, Any]) -> int:

@@ -30,7 +30,7 @@ from teacher_cache.manifest import (
     MANIFEST_NAME,
     SHARDS_NAME,
     cache_bytes,
-    cache_digest,
+    content_digest,
     read_object,
 )
 from teacher_cache.record import Records, concatenate_records
@@ -267,6 +267,6 @@ def _read_cache_file(folder: LocalFolder | RemoteFolder) -> dict[str, Any]:
             "settings to finish it"
         )
     content = read_object(folder, CACHE_NAME, way_out=VERIFY)
-    if content.get("digest") != cache_digest(content):
+    if content.get("digest") != content_digest(content):
         raise CacheError(f"{where}/{CACHE_NAME}: damaged (its digest is not that of its content): {VERIFY}")
     return content

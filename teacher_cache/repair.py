@@ -9,12 +9,12 @@ from llavamod_offline.errors import CacheError
 from llavamod_offline.folders import open_folder
 from teacher_cache.manifest import (
     CACHE_NAME,
-    FORMAT_VERSION,
     JOB_NAME,
     MANIFEST_NAME,
     REJECTED_NAME,
     SHARDS_NAME,
     canonical,
+    job_content,
     sha256_bytes,
 )
 from teacher_cache.verify import examine
@@ -52,8 +52,7 @@ def repair_cache(where: Path | str) -> Repair:
                     "nothing says what the shards were made from: put back a copy of one of the two, or remove the "
                     "folder and run again"
                 )
-            shards = [shard["name"] for shard in findings.cache["shards"]]
-            job = {"format_version": FORMAT_VERSION, "fingerprint": findings.cache["fingerprint"], "shards": shards}
+            job = job_content(findings.cache["fingerprint"], [shard["name"] for shard in findings.cache["shards"]])
             if sha256_bytes(canonical(job)) != findings.cache["files"][JOB_NAME]["sha256"]:
                 raise CacheError(
                     f"{folder.where}/{JOB_NAME}: damaged, and {CACHE_NAME} speaks of another one: put back a copy of "

@@ -30,8 +30,10 @@ from teacher_cache.manifest import (
     SHARDS_NAME,
     cache_content,
     canonical,
+    content_digest,
     content_entry,
     file_entries,
+    job_content,
     parse_object,
     read_object,
     shard_entry,
@@ -76,7 +78,7 @@ class CacheStore:
         side by side; those named in `allow` may differ); `StorageError` if a bucket cannot be used.
         """
         folder = open_folder(where)
-        job = {"format_version": FORMAT_VERSION, "fingerprint": dict(fingerprint), "shards": list(shard_names)}
+        job = job_content(fingerprint, shard_names)
         try:
             content = folder.read(JOB_NAME)
         except (FileNotFoundError, NotADirectoryError):
@@ -240,12 +242,11 @@ def _occupied(folder: Folder) -> bool:
 def _same_job(folder: Folder, content: bytes, job: Mapping[str, Any], allow: Sequence[str]) -> dict[str, Any]:
     """The job that a cache was begun with. Errors: `CacheError` if it is not this one."""
     there = parse_object(content, f"{folder.where}/{JOB_NAME}", way_out=_BAD_JOB)
-    try:
-        found = differences(there["fingerprint"], job["fingerprint"], allow=allow)
-        if there["shards"] != job["shards"] and "data" not in allow:
-            found.append(f"shards: there {len(there['shards'])}, now {len(job['shards'])}")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CacheError(f"{folder.where}/{JOB_NAME}: not what a run writes ({error!r}): {_BAD_JOB}") from error
+    if there.get("digest") != content_digest(there):
+        raise CacheError(f"{folder.where}/{JOB_NAME}: damaged (its digest is not that of its content): {_BAD_JOB}")
+    found = differences(there["fingerprint"], job["fingerprint"], allow=allow)
+    if there["shards"] != job["shards"] and "data" not in allow:
+        found.append(f"shards: there {len(there['shards'])}, now {len(job['shards'])}")
     if found:
         raise CacheError(
             f"output '{folder.where}': holds a cache made from other settings: {'; '.join(found)}: "

@@ -25,6 +25,7 @@ from teacher_cache.manifest import (
     cache_content,
     canonical,
     content_entry,
+    job_content,
     parse_object,
     shard_entry,
 )
@@ -150,7 +151,7 @@ def _small_files(folder: Folder) -> tuple[dict[str, Any] | None, dict[str, Any] 
             cache = None
         if cache is not None and job is not None and content_entry(contents[JOB_NAME]) != cache["files"][JOB_NAME]:
             job = None
-        if job is not None and not (isinstance(job["fingerprint"], dict) and isinstance(job["shards"], list)):
+        if job is not None and job != job_content(job["fingerprint"], job["shards"]):
             job = None
     except (KeyError, TypeError, AttributeError):  # right checksums over something that no run writes
         return None, job

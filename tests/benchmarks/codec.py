@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.codec [--quick] [--model FOLDER] --json FILE
 
-Teachers: the 4-gram model of `ngram.py`, the toy teacher, and with --model any causal language model. Students are on
-the line from the teacher p to its unigram u, q ∝ p^w·u^(1−w): `near` w = 0.9, `mid` 0.5, `fresh` 0; for the toy teacher
-also a real one at the beginning of its training (`start`).
+Teachers: the 4-gram model of `teachers/ngram.py`, the toy teacher, and with --model any causal language model.
+Students are on the line from the teacher p to its unigram u, q ∝ p^w·u^(1−w): `near` w = 0.9, `mid` 0.5, `fresh` 0; for
+the toy teacher also a real one at the beginning of its training (`start`).
 
 Errors are relative: ‖Σ (q − p̂) − Σ (q − p)‖ / ‖Σ (q − p)‖ over about 4,096 positions, T · (q − p̂) at a temperature T:
 the gradient of an output bias, and with hidden states h that of the output layer's weight, Σ (q − p̂) hᵀ. Our
@@ -41,10 +41,10 @@ from teacher_cache.reader import TeacherCache, open_cache
 from teacher_cache.record import RecordSettings, make_records
 from teacher_cache.sequences import SequenceRecord
 from teacher_cache.store import CacheStore
-from tests.benchmarks.floor import floor_bytes
 from tests.benchmarks.form import Row, finish, parse_arguments
-from tests.benchmarks.rivals import RIVALS, target_gradient
-from tests.benchmarks.worlds import World, causal_world, ngram_world, toy_world
+from tests.benchmarks.teachers.floor import floor_bytes
+from tests.benchmarks.teachers.rivals import RIVALS, target_gradient
+from tests.benchmarks.teachers.worlds import World, causal_world, ngram_world, toy_world
 
 NAME = "codec"
 TEMPERATURES = (1.5, 2.0, 4.0)
@@ -57,8 +57,9 @@ DEFAULT: Tail = "shrink"
 def main() -> None:
     """Measure and report."""
     arguments = parse_arguments(NAME, __doc__ or "", {"model": ""})
-    sequences, measured = (24, 8) if arguments.quick else (205, 41)
-    worlds = [ngram_world(sequences, 2_000 if arguments.quick else 110_000), toy_world(sequences)]
+    sequences, measured = (6, 2) if arguments.quick else (205, 41)
+    ngram = ngram_world(sequences, 1_000, 60) if arguments.quick else ngram_world(sequences)
+    worlds = [ngram, toy_world(sequences)]
     if arguments.options["model"]:
         worlds.append(causal_world(arguments.options["model"], sequences))
     rows: list[Row] = []

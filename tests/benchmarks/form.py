@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import platform
 import statistics
@@ -71,11 +72,11 @@ def finish(
             "device": device_name(),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "settings": {"quick": arguments.quick, **settings},
-            "rows": [dict(row) for row in rows],
-            "ratios": dict(ratios),
+            "rows": [{name: _jsonable(value) for name, value in row.items()} for row in rows],
+            "ratios": {name: _jsonable(value) for name, value in ratios.items()},
         }
         arguments.json_file.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json_file.write_text(json.dumps(result, indent=1) + "\n")
+        arguments.json_file.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -86,6 +87,13 @@ def table(rows: Sequence[Row]) -> str:
     cells = [columns, *[[_cell(row.get(column, "")) for column in columns] for row in rows]]
     widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+
+
+def _jsonable(value: str | float) -> str | float | None:
+    """JSON knows no NaN, which becomes null, and no infinity, which becomes a word."""
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return None if math.isnan(value) else str(value)
 
 
 def device_name() -> str:

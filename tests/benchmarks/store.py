@@ -43,6 +43,7 @@ from teacher_cache.manifest import (
     canonical,
     content_entry,
     file_entry,
+    job_content,
     shard_entry,
 )
 from teacher_cache.presets import PRESETS
@@ -165,7 +166,7 @@ def write_large(folder: Path, sequences: int) -> None:
         manifest = {"format_version": 1, "name": name, "files": files, **counts}
         (target / MANIFEST_NAME).write_bytes(canonical(manifest))
         shards.append(shard_entry(name, canonical(manifest), manifest))
-    job = canonical({"format_version": 1, "fingerprint": FINGERPRINT, "shards": [shard["name"] for shard in shards]})
+    job = canonical(job_content(FINGERPRINT, [shard["name"] for shard in shards]))
     (folder / JOB_NAME).write_bytes(job)
     beside = {JOB_NAME: content_entry(job), REJECTED_NAME: content_entry(b"")}
     (folder / CACHE_NAME).write_bytes(canonical(cache_content({"fingerprint": FINGERPRINT}, shards, beside)))

@@ -21,7 +21,7 @@ from llavamod_offline.losses.targets import SparseTargets
 from llavamod_offline.models.checkpoint import load_tokenizer, sequence_encoder
 from teacher_cache import blocks, columns
 from teacher_cache.fingerprint import check_sequence
-from teacher_cache.manifest import CACHE_NAME, cache_digest, canonical
+from teacher_cache.manifest import CACHE_NAME, canonical, content_digest
 from teacher_cache.quantise import FINE, log_prob_bound
 from teacher_cache.reader import TeacherCache, open_cache
 from tests.teacher_cache.conftest import World
@@ -211,7 +211,7 @@ def test_an_unfinished_cache_says_how_to_finish(copied: Callable[[], Path], tmp_
 def test_another_format_version_is_refused(copied: Callable[[], Path]) -> None:
     path = copied()
     content = json.loads((path / CACHE_NAME).read_bytes()) | {"format_version": 9}
-    content["digest"] = cache_digest(content)
+    content["digest"] = content_digest(content)
     (path / CACHE_NAME).write_bytes(canonical(content))
     with pytest.raises(CacheError, match="format version 9, this version of the project reads 1"):
         open_cache(path)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.benchmarks.ngram import NGram, library_texts, tokenise, train_tokenizer
+from tests.benchmarks.teachers.ngram import NGram, library_texts, tokenise, train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -52,9 +52,9 @@ class World:
     forced_ids: tuple[int, ...]
 
 
-def ngram_world(sequences: int, vocab_size: int = 110_000) -> World:
-    """The 4-gram model of Python's standard library, asked about runs of held-out text."""
-    texts = library_texts()
+def ngram_world(sequences: int, vocab_size: int = 110_000, files: int | None = None) -> World:
+    """The 4-gram model of Python's standard library (of its first `files`), asked about runs of held-out text."""
+    texts = library_texts()[:files]
     tokenizer = train_tokenizer(texts, vocab_size)
     learned, held = tokenise(tokenizer, texts)
     model = NGram(learned, tokenizer.get_vocab_size())
