@@ -43,13 +43,14 @@ def run(
     \b
     Examples:
       cache-teacher run data=sets/captions teacher=checkpoints/teacher output=caches/captions
-      cache-teacher run capture.yaml batch_size=8 capture.head_max=24
+      cache-teacher run capture.yaml capture.preset=compact batch_size=8
       cache-teacher run capture.yaml --slice 3/16        # one of 16 jobs that share the output
 
     \b
     Settings (`cache-teacher settings` lists them with their defaults): data, teacher, output, template,
-    image_aspect, max_length, batch_size, dtype, device, workers, slice, capture.{head_mass, head_max,
-    draws_max, draws_per_mass, temperatures, forced_tokens, log_probs, positions, seed}.
+    image_aspect, max_length, batch_size, dtype, device, workers, slice, capture.{preset, head_mass,
+    head_min_prob, head_max, draws_max, draws_per_mass, precision, temperatures, forced_tokens, positions,
+    hidden, hidden_positions, seed}.
     """
     from llavamod_offline.config import load_config, split_arguments
     from teacher_cache.config import CacheConfig
