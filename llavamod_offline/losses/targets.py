@@ -24,7 +24,7 @@ class SparseTargets:
     `draw_ids_NM`, `draw_weights_NM`: ids drawn from the tail and the share of the tail's mass each stands for (a row
     sums to 1, or to 0 where nothing was drawn); an empty slot holds −1 and 0.
     `target_ids_N`, `target_log_probs_N`: the actual token and its log-prob. `entropy_N`: of the full one, nats.
-    `log_normalisers_NS`: log Σ_v p(v)^(1/T) for each of `temperatures`. All ids are below `vocab_size`, of 32 or 64 bits.
+    `log_normalisers_NS`: log Σ_v p(v)^(1/T) for each of `temperatures`. Ids, of 32 or 64 bits, are < `vocab_size`.
     """
 
     head_ids_NK: Tensor
