@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llavamod_offline.errors import CacheError
-from teacher_cache.hidden import HiddenKind
 from teacher_cache.quantise import COARSE, FINE, Precision
 
 PrecisionName = Literal["coarse", "fine", "exact"]
+HiddenKind = Literal["float16", "int8"]
+HiddenPositions = Literal["recorded", "image"]
 CODEC_NAME = "ranked"
 CODEC_VERSION = 1
 _PRECISIONS: dict[str, Precision] = {"coarse": COARSE, "fine": FINE}

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields, replace
-from typing import get_args
 
 from llavamod_offline.data.tokenise import Positions
 from llavamod_offline.errors import ConfigError
-from teacher_cache.codec import PrecisionName
-from teacher_cache.hidden import HiddenKind, HiddenPositions
+from teacher_cache.codec import HiddenKind, HiddenPositions, PrecisionName
 from teacher_cache.presets import PRESETS, Preset
 
 _SLICE = re.compile(r"(\d+)/(\d+)")
@@ -33,7 +31,7 @@ class CaptureConfig:
     head_max: int | None = None
     draws_max: int | None = None
     draws_per_mass: float | None = None
-    precision: str | None = None
+    precision: PrecisionName | None = None
     temperatures: list[float] = field(default_factory=lambda: [1.5, 2.0, 4.0])
     forced_tokens: list[str] | None = None
     positions: Positions = "response"
@@ -43,14 +41,8 @@ class CaptureConfig:
 
     def __post_init__(self) -> None:
         _choice("capture.preset", self.preset, tuple(PRESETS))
-        _choice("capture.positions", self.positions, get_args(Positions))
-        if self.hidden is not None:
-            _choice("capture.hidden", self.hidden, get_args(HiddenKind))
-        _choice("capture.hidden_positions", self.hidden_positions, get_args(HiddenPositions))
         if self.hidden_positions == "image" and self.positions != "all":
             raise ConfigError("config: capture.hidden_positions is 'image', which needs capture.positions=all")
-        if self.precision is not None:
-            _choice("capture.precision", self.precision, get_args(PrecisionName))
 
     @property
     def resolved(self) -> Preset:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import zarr
@@ -17,9 +17,7 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from llavamod_offline.errors import CacheError
-
-HiddenKind = Literal["float16", "int8"]
-HiddenPositions = Literal["recorded", "image"]
+from teacher_cache.codec import HiddenKind
 
 _STATES_PER_CHUNK = 256
 _FLAGS_PER_CHUNK = 32768

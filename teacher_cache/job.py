@@ -26,11 +26,10 @@ from llavamod_offline.models.checkpoint import (
     sequence_encoder,
     vocabulary_size,
 )
-from teacher_cache.codec import Codec
+from teacher_cache.codec import Codec, HiddenKind
 from teacher_cache.engines.hf import HfEngine
 from teacher_cache.engines.protocol import Engine, Request
 from teacher_cache.fingerprint import check_allowed, describe_template, describe_tokenizer, describe_weights
-from teacher_cache.hidden import HiddenKind
 from teacher_cache.manifest import cache_bytes
 from teacher_cache.record import RecordSettings
 from teacher_cache.sequences import SequenceRecord

@@ -25,7 +25,7 @@ from llavamod_offline.losses.teacher import NEVER, TeacherAt
 METRICS = ("kl", "teacher_tail", "student_tail", "entropy", "top1_agreement")
 _FORWARD_KL = Measure()
 _ROWS_AT_TWO_TEMPERATURES = 32
-_BLOCK_VALUES = {"cpu": 2**20, "cuda": 2**25}
+_BLOCK_VALUES = {"cpu": 2**23, "cuda": 2**25}
 
 
 @dataclass(frozen=True)

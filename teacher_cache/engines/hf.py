@@ -23,9 +23,10 @@ from llavamod_offline.data.sample import Sample
 from llavamod_offline.data.tokenise import Ids, Positions
 from llavamod_offline.data.tokenise import Sequence as TokenSequence
 from llavamod_offline.errors import DataError, ModelError
+from teacher_cache.codec import HiddenPositions
 from teacher_cache.draws import sequence_uniforms
 from teacher_cache.engines.protocol import Request
-from teacher_cache.hidden import HiddenPositions, HiddenStates
+from teacher_cache.hidden import HiddenStates
 from teacher_cache.record import Records, RecordSettings, concatenate_records, make_records, rows_per_chunk
 from teacher_cache.sequences import SequenceRecord
 from teacher_cache.store import Rejection

@@ -231,7 +231,7 @@ def test_settings_lists_every_key_with_its_default(capsys: pytest.CaptureFixture
     status, out, _ = _call(capsys, "settings")
     assert status == 0
     assert "data: str = required" in out
-    assert "capture.positions: str = 'response'" in out
+    assert "capture.positions: Literal['response', 'all'] = 'response'" in out
 
 
 def test_help_has_examples_and_needs_no_heavy_import() -> None:
