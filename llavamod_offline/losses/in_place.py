@@ -231,8 +231,8 @@ def _shrunk_tail(
         mixed_N = mixed_N + (weights.profile_V.sum() - profile_head_NK.sum(-1)) * per_mass_N
     pull_N = torch.where(mixed_N > 0, tail.pull_N / mixed_N, 0.0)
     own_N = torch.where(mixed_N > 0, tail.own_N, tail.own_N - tail.pull_N) * per_sum_N
-    # A few rows at a time, so that the factors stay near: [rows, V], in one place of memory.
-    rows = max(1, _BLOCK_VALUES.get(exponentials_NV.device.type, 2**20) // exponentials_NV.shape[1])
+    # Some rows at a time: the factors [rows, V] stay small, yet threads are not sent for a row each.
+    rows = max(1, _BLOCK_VALUES.get(exponentials_NV.device.type, 2**23) // exponentials_NV.shape[1])
     factors_RV = torch.empty_like(exponentials_NV[:rows])
     for start in range(0, len(exponentials_NV), rows):
         block_RV, block = exponentials_NV[start : start + rows], slice(start, start + rows)

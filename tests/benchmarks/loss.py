@@ -10,8 +10,9 @@ write it: both models have returned theirs, and the loss is `kl_div` of two soft
 nothing that the gradient can do without), `torch` (PyTorch's linear_cross_entropy in chunks of our size) and, on a GPU,
 `liger`. The teacher's head is run in both dense cases.
 
-`time_vs_…` compares the least of each case's rounds, taken in turn in one process: what is above it on a shared machine
-is the others' work. `memory_vs_…` compares what a pass takes beyond its inputs: on a CPU the peak resident memory of a
+`time_vs_…` compares the least of each case's rounds, taken in turn in one process: on a GPU in seconds, on a CPU in
+processor seconds of all threads, which the other work of a shared machine changes little; both are in the table.
+`memory_vs_…` compares what a pass takes beyond its inputs: on a CPU the peak resident memory of a
 process of its own, on a GPU `torch.cuda.max_memory_allocated`.
 """
 
@@ -164,16 +165,17 @@ def make_case(name: str, inputs: Inputs) -> Callable[[], None]:
     return run
 
 
-def least_seconds(cases: dict[str, Callable[[], None]], *, repeats: int) -> dict[str, float]:
-    """Time the cases in turn, `repeats` rounds after one to warm up, and give each one's least in seconds."""
-    seconds = dict.fromkeys(cases, math.inf)
+def least_seconds(cases: dict[str, Callable[[], None]], *, repeats: int) -> dict[str, tuple[float, float]]:
+    """Time the cases in turn, `repeats` rounds after one to warm up: each one's least seconds and processor seconds."""
+    least = dict.fromkeys(cases, (math.inf, math.inf))
     for round_number in range(1 + repeats):
         for name, case in cases.items():
-            started = time.perf_counter()
+            started, worked = time.perf_counter(), time.process_time()
             case()
+            taken = (time.perf_counter() - started, time.process_time() - worked)
             if round_number:
-                seconds[name] = min(seconds[name], time.perf_counter() - started)
-    return seconds
+                least[name] = (min(least[name][0], taken[0]), min(least[name][1], taken[1]))
+    return least
 
 
 def peak_mib(name: str, size: Size, inputs: Inputs) -> float:
@@ -209,7 +211,7 @@ def sizes(quick: bool) -> tuple[list[Size], int]:
         return [Size(64, 128, 8_192)], 2
     if torch.cuda.is_available():
         return [Size(8_192, 1_536, 151_646), Size(8_192, 3_584, 151_646)], 10
-    return [Size(512, 896, 151_646), Size(2_048, 896, 151_646)], 3
+    return [Size(512, 896, 151_646), Size(2_048, 896, 151_646)], 2
 
 
 def main() -> None:
@@ -222,13 +224,17 @@ def main() -> None:
         inputs = make_inputs(size)
         wanted = [name for name in CASES if size == measured[0] or name not in AT_FIRST_SIZE]
         cases = [name for name in wanted if why_not(name, size) is None]
-        seconds = least_seconds({name: make_case(name, inputs) for name in cases}, repeats=repeats)
+        least = least_seconds({name: make_case(name, inputs) for name in cases}, repeats=repeats)
         on_gpu = size.device.type == "cuda"
+        seconds = {name: wall if on_gpu else worked for name, (wall, worked) in least.items()}
         if not on_gpu:
             inputs.hidden_ND.grad = inputs.weight_VD.grad = None
         memory = {name: peak_mib(name, size, inputs) for name in cases}
         at = {"N": size.n, "D": size.d}
-        rows += [{**at, "case": name, "seconds": seconds[name], "MiB": memory[name]} for name in cases]
+        rows += [
+            {**at, "case": name, "seconds": least[name][0], "cpu_seconds": least[name][1], "MiB": memory[name]}
+            for name in cases
+        ]
         skipped = {name: why_not(name, size) for name in wanted if name not in cases}
         rows += [{**at, "case": name, "seconds": f"skipped: {why}"} for name, why in skipped.items()]
         place = f"{size.n}_{size.d}"

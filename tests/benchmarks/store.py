@@ -5,9 +5,10 @@
 The records are those of a synthetic teacher: 151,646 ids in a Zipf-like distribution, 20 to 26 ids in a head and a few
 draws from the tail, about 100 positions a sequence, 1,000 sequences a shard. One core does everything.
 
-`write_positions_per_s`: encode, compress, write and flush a shard. `read_positions_per_s`: batches of 64 sequences,
-shuffled within a window of shards, each block decoded once, as `SparseTargets` for a temperature of 1. `open_seconds`
-and `open_mb` (growth of the resident memory): `open_cache` in a process of its own.
+`write_positions_per_s`: encode, compress, write and flush a shard. `decode_positions_per_s`: read, decompress and decode
+whole shards for a temperature of 1. `read_positions_per_s`: batches of 64 sequences, shuffled within a window of shards,
+each block decoded once, as `SparseTargets`. `open_seconds` and `open_mb` (growth of the resident memory): `open_cache` in
+a process of its own.
 
 Letters: N positions, K slots of a head or a list of draws.
 """
@@ -31,6 +32,7 @@ import pyarrow as pa
 import torch
 
 from teacher_cache.codec import Codec
+from teacher_cache.columns import ColumnFile
 from teacher_cache.manifest import (
     CACHE_NAME,
     COLUMNS_NAME,
@@ -136,6 +138,15 @@ def measure_read(folder: Path, window: int, seed: int) -> float:
     return positions / (time.perf_counter() - started)
 
 
+def measure_decode(folder: Path) -> float:
+    """Decode every block of every shard, afresh; positions per second."""
+    files = [ColumnFile(shard / COLUMNS_NAME) for shard in sorted((folder / SHARDS_NAME).iterdir())]
+    started = time.perf_counter()
+    for file in files:
+        file.records(0, file.blocks, ())
+    return sum(file.positions for file in files) / (time.perf_counter() - started)
+
+
 def write_large(folder: Path, sequences: int) -> None:
     """Write a cache of many sequences without columns: opening reads none of them."""
     shards = []
@@ -212,10 +223,12 @@ def main() -> None:
         written = measure_write(folder / "cache", shards)
         size = json.loads((folder / "cache" / CACHE_NAME).read_bytes())["totals"]
         read = [measure_read(folder / "cache", window, seed) for seed in range(repeats)]
+        decoded = [measure_decode(folder / "cache") for _ in range(repeats)]
         write_large(folder / "large", large)
         opened = [measure_open(folder / "large") for _ in range(repeats)]
     ratios = {
         "write_positions_per_s": statistics.median(written),
+        "decode_positions_per_s": statistics.median(decoded),
         "read_positions_per_s": statistics.median(read),
         "open_seconds": statistics.median(seconds for seconds, _ in opened),
         "open_mb": statistics.median(grown for _, grown in opened),
@@ -223,6 +236,7 @@ def main() -> None:
     }
     rows: list[Row] = [
         {"case": "write", "of": f"{len(written)} shards", "slowest": min(written), "fastest": max(written)},
+        {"case": "decode", "of": f"{len(decoded)} passes", "slowest": min(decoded), "fastest": max(decoded)},
         {"case": "read", "of": f"{len(read)} passes", "slowest": min(read), "fastest": max(read)},
         {"case": "open (s)", "of": f"{large:,} sequences", "slowest": max(opened)[0], "fastest": min(opened)[0]},
     ]
