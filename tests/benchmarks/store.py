@@ -5,10 +5,10 @@
 The records are those of a synthetic teacher: 151,646 ids in a Zipf-like distribution, 20 to 26 ids in a head and a few
 draws from the tail, about 100 positions a sequence, 1,000 sequences a shard. One core does everything.
 
-`write_positions_per_s`: encode, compress, write and flush a shard. `decode_positions_per_s`: read, decompress and decode
-whole shards for a temperature of 1. `read_positions_per_s`: batches of 64 sequences, shuffled within a window of shards,
-each block decoded once, as `SparseTargets`. `open_seconds` and `open_mb` (growth of the resident memory): `open_cache` in
-a process of its own.
+`write_positions_per_s`: encode, compress, write and flush a shard. `decode_positions_per_s`: read, decompress and
+decode whole shards for a temperature of 1. `read_positions_per_s`: batches of 64 sequences, shuffled within a window of
+shards, each block decoded once, as `SparseTargets`. `open_seconds` and `open_mb` (growth of the resident memory):
+`open_cache` in a process of its own.
 
 Letters: N positions, K slots of a head or a list of draws.
 """
