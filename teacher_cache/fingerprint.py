@@ -180,7 +180,7 @@ def check_sequence(cache: TeacherCache, sequence: TokenSequence, exchange: Excha
     """
     record = cache.sequence(sequence.key, sequence.role)
     length = len(sequence.input_ids_T)
-    if cache.fingerprint["capture"]["positions"] == "all" and record.n_tokens != length:
+    if cache.positions_kept == "all" and record.n_tokens != length:
         raise TargetError(
             f"sample '{sequence.key}' ({sequence.role}): {length} tokens, the cache has records of {record.n_tokens}: "
             "use the teacher's template and image tokens, or capture with capture.positions=response"

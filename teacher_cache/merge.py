@@ -30,7 +30,6 @@ _NEVER_ALLOWED = (
     "capture.vocab_size",
     "capture.temperatures",
     "capture.precision",
-    "capture.precision",
     "capture.positions",
     "capture.hidden",
     "capture.head_max",

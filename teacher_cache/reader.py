@@ -182,9 +182,7 @@ class TeacherCache:
     def records(self, items: Sequence[tuple[str, str]]) -> Records:
         """Read the records of several sequences, one after another. Errors: `CacheError` if one is not there."""
         rows_B = self._find(items)
-        shards_B, _ = self._index.places(rows_B)
-        firsts_B = self._index.starts_Q[self._index.first_rows[shards_B]]
-        spans_B2 = (self._index.starts_Q[np.stack([rows_B, rows_B + 1], 1)] - firsts_B[:, None]).tolist()
+        shards_B, spans_B2 = self._spans(rows_B)
         pieces: list[list[Columns]] = [[] for _ in items]
         for shard in np.unique(shards_B).tolist():
             numbers = np.flatnonzero(shards_B == shard).tolist()
@@ -203,12 +201,9 @@ class TeacherCache:
         Their rows count through the positions that `targets` gives for the same sequences. Errors: `CacheError` if the
         cache has no hidden states, or a sequence no record.
         """
-        rows_B = self._find(items)
+        shards_B, spans_B2 = self._spans(self._find(items))
         found, before = [], 0
-        for row in rows_B.tolist():
-            shard, _ = self._index.place(row)
-            first = int(self._index.starts_Q[self._index.first_rows[shard]])
-            start, stop = (self._index.starts_Q[row : row + 2] - first).tolist()
+        for shard, (start, stop) in zip(shards_B.tolist(), spans_B2, strict=True):
             with self._files.hold(shard):
                 file = self._blocks.file(shard).hidden
                 if file is None:
@@ -228,6 +223,13 @@ class TeacherCache:
         Errors: `CacheError` if a sequence has no record or a chunk is damaged.
         """
         return sparse_targets(self.records(items), self.temperatures, self.vocab_size)
+
+    def _spans(self, rows_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
+        """The shard of each sequence, and where its positions begin and end in it."""
+        shards_B, _ = self._index.places(rows_B)
+        firsts_B = self._index.starts_Q[self._index.first_rows[shards_B]]
+        spans_B2 = self._index.starts_Q[np.stack([rows_B, rows_B + 1], 1)] - firsts_B[:, None]
+        return shards_B, [(start, stop) for start, stop in spans_B2.tolist()]
 
     def _find(self, items: Sequence[tuple[str, str]]) -> NDArray[np.int64]:
         rows_B = self._index.find(items)

@@ -1,4 +1,4 @@
-"""Going through a cache in its own order, so that neighbouring chunks are decoded once."""
+"""Going through a cache in its own order, so that neighbouring blocks are decoded once."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def measure(world: World, caches: dict[str, TeacherCache], sequences: int) -> Fo
         for student, log_q_NV, hidden_ND, _ in _students(world, number):
             for name, cache in caches.items():
                 state = states.setdefault(
-                    (name, student), Shrinkage(world.vocab_size, profile_V=_profile(cache), horizon=1.0)
+                    (name, student), Shrinkage(world.vocab_size, profile_V=cache.tail_profile, horizon=1.0)
                 )
                 _gradient(log_q_NV, _targets(cache, number), "shrink", 1.0, state, hidden_ND, learn=True)
     for state in states.values():
@@ -223,10 +223,6 @@ def _students(world: World, number: int) -> Iterator[tuple[str, Tensor, Tensor |
 
 def _targets(cache: TeacherCache, number: int) -> SparseTargets:
     return cache.targets([(f"run-{number:09d}", "response")])
-
-
-def _profile(cache: TeacherCache) -> Tensor | None:
-    return cache.tail_profile
 
 
 def _kl(p_NV: Tensor, target_NV: Tensor) -> float:
