@@ -50,7 +50,8 @@ INDEX_SCHEMA = pa.schema(
     ]
 )
 
-# Beyond this many open tars all are let go: sets of thousands of shards stay below the usual limit of descriptors.
+# With this many open tars all are let go before another is opened, so that sets of thousands of shards stay below the
+# usual limit of descriptors. Threads that open one at the same moment may each go beyond by one.
 _MAX_OPEN_SHARDS = 128
 
 

@@ -133,17 +133,17 @@ def test_forked_processes_share_descriptors_without_harm(folder: Path) -> None:
     assert keys == [packed.keys[row] for row in rows]
 
 
-def test_threads_and_few_open_shards(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_and_few_open_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Letting shards go while others read from them closes nothing that is in use, and keeps few open."""
     monkeypatch.setattr(shards, "_MAX_OPEN_SHARDS", 2)
-    packed = SampleSet.open(folder)
+    packed = SampleSet.open(write_tiny_set(tmp_path / "tiny", N, shard_samples=1))
     before = len(os.listdir("/proc/self/fd"))
     rows = list(range(N)) * 40
     random.Random(2).shuffle(rows)
     with ThreadPoolExecutor(4) as threads:
         keys = list(threads.map(lambda row: packed.read(row, verify=True).key, rows))
     assert keys == [packed.keys[row] for row in rows]
-    assert len(os.listdir("/proc/self/fd")) <= before + 3
+    assert len(os.listdir("/proc/self/fd")) <= before + 2 + 3  # each of the other threads may add one at once
 
 
 def test_pickle_holds_the_path_alone(folder: Path) -> None:
