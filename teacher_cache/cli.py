@@ -57,8 +57,8 @@ def run(
 
     files, overrides = split_arguments([*(arguments or []), *([f"slice={part}"] if part else [])])
     config = load_config(CacheConfig, files, overrides)
-    from teacher_cache.job import run_job
     from teacher_cache.plan import plan_file, record_run
+    from teacher_cache.run import run_job
 
     summary = run_job(config, allow=allow or [])
     record_run(plan_file(config.output), summary)

@@ -52,6 +52,16 @@ class CaptureConfig:
 
 
 @dataclass(frozen=True)
+class EngineConfig:
+    """What runs the teacher. `kind`: hf (Hugging Face transformers)."""
+
+    kind: str = "hf"
+
+    def __post_init__(self) -> None:
+        _choice("engine.kind", self.kind, ("hf",))
+
+
+@dataclass(frozen=True)
 class CacheConfig:
     """One capture: which set, by which teacher, into which cache.
 
@@ -70,6 +80,7 @@ class CacheConfig:
     device: str = "auto"
     workers: int = 4
     slice: str = "0/1"
+    engine: EngineConfig = field(default_factory=EngineConfig)
     capture: CaptureConfig = field(default_factory=CaptureConfig)
 
     def __post_init__(self) -> None:

@@ -30,7 +30,7 @@ from teacher_cache.reader import TeacherCache, open_cache
 if TYPE_CHECKING:
     from llavamod_offline.data.shards import SampleSet
     from teacher_cache.config import CacheConfig
-    from teacher_cache.job import Summary
+    from teacher_cache.run import Summary
 
 _LOG = logging.getLogger(__name__)
 
@@ -95,7 +95,8 @@ def make_plan(config: CacheConfig, *, samples: int, seconds: float) -> Plan:
 
     Errors: those of a run that can be known before it; `CacheError` if no sample of the probe could be captured.
     """
-    from teacher_cache.job import load_engine, prepare_job
+    from teacher_cache.engines import load_engine
+    from teacher_cache.job import prepare_job
 
     started = time.perf_counter()
     job = prepare_job(config)

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from llavamod_offline.data.shards import SampleSet
 from llavamod_offline.errors import CacheError, DataError
+from teacher_cache.capture import capture_rows
 from teacher_cache.engines.protocol import Engine
 from teacher_cache.inspection import shard_parts
-from teacher_cache.job import Job, capture_rows, encode, with_preset
+from teacher_cache.job import Job, with_preset
 from teacher_cache.manifest import MANIFEST_NAME
 from teacher_cache.presets import PRESETS
 from teacher_cache.reader import open_cache
@@ -174,7 +175,7 @@ def _sample_lengths(job: Job, samples: SampleSet, row: int) -> tuple[int, int, i
     sequences = []
     for role in sample.roles:
         try:
-            sequences.append(encode(job, sample, role))
+            sequences.append(job.encode(sample, role))
         except DataError:  # counted below; a run would write it down
             continue
     kept = job.fingerprint["capture"]["positions"]

@@ -1,7 +1,7 @@
-"""The Hugging Face engine: a LLaVA checkpoint in this process, run over length-bucketed batches.
+"""The Hugging Face engine: a checkpoint in this process, run over length-bucketed batches.
 
 Letters: B sequences of a batch, T tokens of the longest, N recorded positions of the batch (R of them in a chunk),
-D hidden size, V shared vocabulary, I images of the batch.
+D hidden size, V shared vocabulary.
 """
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llavamod_offline.data.images import ImagePreprocessor
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.data.tokenise import Ids, Positions
 from llavamod_offline.data.tokenise import Sequence as TokenSequence
-from llavamod_offline.errors import DataError, ModelError
+from llavamod_offline.errors import ConfigError, DataError, ModelError
 from teacher_cache.codec import HiddenPositions
 from teacher_cache.draws import sequence_uniforms
 from teacher_cache.engines.protocol import Request
@@ -30,11 +29,12 @@ from teacher_cache.hidden import HiddenStates
 from teacher_cache.record import Records, RecordSettings, concatenate_records, make_records, rows_per_chunk
 from teacher_cache.sequences import SequenceRecord
 from teacher_cache.store import Rejection
+from teacher_cache.teachers import Picture, Teacher
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration
+    from teacher_cache.config import CacheConfig
+    from teacher_cache.job import Job
 
-Pixels = list[NDArray[np.float32]]
 Outcome = SequenceRecord | Rejection
 
 _LOG = logging.getLogger(__name__)
@@ -43,11 +43,11 @@ _BATCHES_AHEAD = 3
 
 @dataclass(frozen=True)
 class _Item:
-    """One sequence of a batch, with its pictures' pixels on the way."""
+    """One sequence of a batch, with its pictures on the way."""
 
     request: Request
     sequence: TokenSequence
-    pixels: Future[Pixels]
+    pictures: Future[list[Picture]]
 
 
 class HfEngine:
@@ -61,8 +61,8 @@ class HfEngine:
 
     def __init__(
         self,
-        model: LlavaForConditionalGeneration,
-        preprocessor: ImagePreprocessor,
+        model: Any,
+        teacher: Teacher,
         settings: RecordSettings,
         *,
         vocab_size: int,
@@ -73,7 +73,7 @@ class HfEngine:
         hidden_positions: HiddenPositions | None = None,
     ) -> None:
         self.model = model
-        self.preprocessor = preprocessor
+        self.teacher = teacher
         self.settings = settings
         self.vocab_size = vocab_size
         self.seed = seed
@@ -91,31 +91,31 @@ class HfEngine:
         ahead: deque[list[_Item]] = deque()
         with ThreadPoolExecutor(self.workers, thread_name_prefix="images") as pool:
             row = -1
-            pixels: Future[Pixels] = Future()
+            pictures: Future[list[Picture]] = Future()
             for batch in length_batches(requests, self.batch_size):
                 items = []
                 for request, sequence in batch:
                     if request.row != row:  # the roles of a sample are neighbours and share their pictures
-                        row, pixels = request.row, pool.submit(self._pixels, request.row, load)
-                    items.append(_Item(request, sequence, pixels))
+                        row, pictures = request.row, pool.submit(self._pictures, request.row, load)
+                    items.append(_Item(request, sequence, pictures))
                 ahead.append(items)
                 if len(ahead) > _BATCHES_AHEAD:
                     yield from self._capture_batch(ahead.popleft())
             while ahead:
                 yield from self._capture_batch(ahead.popleft())
 
-    def _pixels(self, row: int, load: Callable[[int], Sample]) -> Pixels:
+    def _pictures(self, row: int, load: Callable[[int], Sample]) -> list[Picture]:
         sample = load(row)
-        return [self.preprocessor.pixels(image, name=sample.key) for image in sample.images]
+        return [self.teacher.picture(image, name=sample.key) for image in sample.images]
 
     def _capture_batch(self, items: list[_Item]) -> Iterator[Outcome]:
-        ready: list[tuple[_Item, Pixels]] = []
+        ready: list[tuple[_Item, list[Picture]]] = []
         for item in items:
             problem = self._problem(item)
             if problem:
                 yield Rejection(item.request.key, item.sequence.role, problem)
             else:
-                ready.append((item, item.pixels.result()))
+                ready.append((item, item.pictures.result()))
         while ready:
             piece = ready[: self._batch_limit]
             try:
@@ -128,7 +128,7 @@ class HfEngine:
 
     def _problem(self, item: _Item) -> str | None:
         try:
-            item.pixels.result()
+            item.pictures.result()
         except DataError as error:
             return str(error)
         largest = int(item.sequence.target_ids_N.max(initial=0))
@@ -148,11 +148,11 @@ class HfEngine:
         torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def _run(self, batch: list[tuple[_Item, Pixels]]) -> list[Outcome]:
+    def _run(self, batch: list[tuple[_Item, list[Picture]]]) -> list[Outcome]:
         sequences = [item.sequence for item, _ in batch]
         found = [sequence.rows_and_targets(self.positions) for sequence in sequences]
         lengths = [len(rows_N) for rows_N, _ in found]
-        pictures = [picture for _, pixels in batch for picture in pixels]
+        pictures = [picture for _, some in batch for picture in some]
         rows_ND = self._hidden_rows(sequences, [rows_N for rows_N, _ in found], pictures)
         targets_N = torch.from_numpy(np.concatenate([targets_N for _, targets_N in found])).to(rows_ND.device)
         uniforms_N = torch.from_numpy(
@@ -187,31 +187,52 @@ class HfEngine:
         for sequence, rows_N, start in zip(sequences, rows, starts, strict=False):
             chosen_M = np.arange(len(rows_N))
             if self.hidden_positions == "image":
-                chosen_M = np.flatnonzero(sequence.input_ids_T[rows_N] == self.model.config.image_token_index)
+                chosen_M = np.flatnonzero(sequence.input_ids_T[rows_N] == self.teacher.image_token_id)
             found.append(HiddenStates(chosen_M, states[start + chosen_M]))
         return found
 
-    def _hidden_rows(self, sequences: list[TokenSequence], rows: list[Ids], pictures: Pixels) -> Tensor:
+    def _hidden_rows(self, sequences: list[TokenSequence], rows: list[Ids], pictures: list[Picture]) -> Tensor:
         """Run the model but for its head: the last hidden states of each sequence's rows, [N, D]."""
         longest = max(len(s.input_ids_T) for s in sequences)
-        pad = 0 if self.model.config.image_token_index != 0 else 1
+        pad = 0 if self.teacher.image_token_id != 0 else 1
         ids_BT = np.full((len(sequences), longest), pad, np.int64)
         mask_BT = np.zeros((len(sequences), longest), np.int64)
         for number, sequence in enumerate(sequences):
             ids_BT[number, : len(sequence.input_ids_T)] = sequence.input_ids_T
             mask_BT[number, : len(sequence.input_ids_T)] = 1
         device = self.model.device
-        pixels_I3HW = torch.from_numpy(np.stack(pictures)).to(device, self.model.dtype) if pictures else None
-        output = self.model.model(
-            input_ids=torch.from_numpy(ids_BT).to(device),
-            attention_mask=torch.from_numpy(mask_BT).to(device),
-            pixel_values=pixels_I3HW,
-            use_cache=False,
+        hidden_BTD = self.teacher.hidden_states(
+            self.model, torch.from_numpy(ids_BT).to(device), torch.from_numpy(mask_BT).to(device), pictures
         )
-        hidden_BTD: Tensor = output.last_hidden_state
         which_N = np.repeat(np.arange(len(sequences)), [len(rows_N) for rows_N in rows])
         rows_N = np.concatenate(rows)
         return hidden_BTD[torch.from_numpy(which_N).to(device), torch.from_numpy(rows_N).to(device)]
+
+
+def load_hf_engine(job: Job, config: CacheConfig) -> HfEngine:
+    """Load the weights onto the device. Errors: `ModelError` if they do not fit; `ConfigError` for a missing device."""
+    model = job.teacher.load(job.dtype)
+    rows = int(model.get_output_embeddings().weight.shape[0])
+    if rows < job.codec.vocab_size:
+        raise ModelError(
+            f"{job.teacher.folder}: the head has {rows} rows, config.json says {job.codec.vocab_size} or more"
+        )
+    try:
+        model.to(job.device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"device '{job.device}': cannot be used: {reason}: set device=cpu or cuda") from error
+    return HfEngine(
+        model,
+        job.teacher,
+        job.settings,
+        vocab_size=job.codec.vocab_size,
+        seed=config.capture.seed,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        positions=config.capture.positions,
+        hidden_positions=config.capture.hidden_positions if config.capture.hidden else None,
+    )
 
 
 def length_batches(requests: Sequence[Request], size: int) -> Iterator[list[tuple[Request, TokenSequence]]]:

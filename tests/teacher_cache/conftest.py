@@ -10,7 +10,7 @@ import pytest
 
 from llavamod_offline.config import load_config
 from teacher_cache.config import CacheConfig
-from teacher_cache.job import Summary, run_job
+from teacher_cache.run import Summary, run_job
 from tests.tiny import write_tiny_llava, write_tiny_set
 
 FLOAT32 = "capture.precision=exact"

@@ -20,7 +20,7 @@ MOMENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link")
 def fork_server() -> ForkServerContext:
     """Processes that begin with everything imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["teacher_cache.job", "s3fs", "tests.teacher_cache.killer"])
+    context.set_forkserver_preload(["teacher_cache.run", "s3fs", "tests.teacher_cache.killer"])
     return context
 
 
@@ -68,7 +68,7 @@ def run_and_die(arguments: list[str], output: str, moment: int, counted: Connect
     """Run a capture and die before the `moment`-th change below `output`; one beyond the last tells how many."""
     from llavamod_offline.config import load_config
     from teacher_cache.config import CacheConfig
-    from teacher_cache.job import run_job
+    from teacher_cache.run import run_job
 
     seen = kill_before_change(output, moment)
     run_job(load_config(CacheConfig, (), arguments))

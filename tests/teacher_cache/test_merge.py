@@ -22,10 +22,10 @@ from llavamod_offline.errors import CacheError, ConfigError
 from teacher_cache.config import CacheConfig
 from teacher_cache.export import export_cache
 from teacher_cache.inspection import bytes_by_part
-from teacher_cache.job import run_job
 from teacher_cache.merge import merge_caches, merged_fingerprint, named_shards
 from teacher_cache.plan import compare, finished_cache
 from teacher_cache.reader import TeacherCache, open_cache
+from teacher_cache.run import run_job
 from teacher_cache.verify import verify_cache
 from tests.teacher_cache.conftest import World
 from tests.tiny import tiny_samples

@@ -22,11 +22,11 @@ from llavamod_offline.errors import CacheError, ConfigError, LlavaModError
 from teacher_cache import plan as planning
 from teacher_cache import probe
 from teacher_cache.config import CacheConfig
-from teacher_cache.job import run_job
 from teacher_cache.plan import Plan, compare, finished_cache, make_plan, plan_file, read_plan, record_run, write_plan
 from teacher_cache.plan_tables import print_comparison, print_plan, readable_seconds
 from teacher_cache.probe import Lengths, even_rows, scattered
 from teacher_cache.reader import open_cache
+from teacher_cache.run import run_job
 from tests.teacher_cache.conftest import World
 from tests.tiny import tiny_samples, write_tiny_set
 

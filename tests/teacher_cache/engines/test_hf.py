@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from llavamod_offline.data.images import ImagePreprocessor
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.data.template import get_template
 from llavamod_offline.data.tokenise import Sequence as TokenSequence
+from llavamod_offline.data.tokenise import SequenceEncoder
 from llavamod_offline.errors import DataError, ModelError
-from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, sequence_encoder
 from teacher_cache.engines.hf import HfEngine, length_batches
 from teacher_cache.engines.protocol import Request
 from teacher_cache.record import RecordSettings
 from teacher_cache.sequences import SequenceRecord
 from teacher_cache.store import Rejection
+from teacher_cache.teachers.llava import LlavaTeacher
 from tests.tiny import tiny_image, tiny_samples, write_tiny_llava
 
 SETTINGS = RecordSettings(0.9, 12, 8, 40.0, (2.0, 4.0), (1,))
@@ -34,8 +34,11 @@ class Teacher:
     """A loaded tiny teacher with everything that belongs to it."""
 
     model: Any
-    encoder: Any
-    preprocessor: ImagePreprocessor
+    family: LlavaTeacher
+
+    @property
+    def encoder(self) -> SequenceEncoder:
+        return self.family.encoder
 
     @property
     def vocab_size(self) -> int:
@@ -44,7 +47,7 @@ class Teacher:
     def engine(self, batch_size: int = 8, settings: RecordSettings = SETTINGS) -> HfEngine:
         return HfEngine(
             self.model,
-            self.preprocessor,
+            self.family,
             settings,
             vocab_size=self.vocab_size,
             seed=0,
@@ -66,7 +69,7 @@ class Teacher:
     @torch.inference_mode()
     def log_probs(self, sample: Sample, sequence: TokenSequence) -> torch.Tensor:
         """[T, V] of the whole sequence: row t is the distribution of token t + 1."""
-        pixels = [torch.from_numpy(self.preprocessor.pixels(i, name=sample.key)) for i in sample.images]
+        pixels = [torch.from_numpy(self.family.preprocessor.pixels(i, name=sample.key)) for i in sample.images]
         logits = self.model(
             input_ids=torch.from_numpy(sequence.input_ids_T)[None],
             pixel_values=torch.stack(pixels) if pixels else None,
@@ -75,12 +78,16 @@ class Teacher:
         return dense_TV
 
 
+def load_teacher(folder: Path, dtype: torch.dtype = torch.float32) -> Teacher:
+    family = LlavaTeacher(folder, get_template("qwen"), image_aspect="pad", max_length=512)
+    return Teacher(family.load(dtype), family)
+
+
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
     # A head with more rows than the tokenizer has ids: the surplus must not enter any distribution.
     folder = write_tiny_llava(tmp_path_factory.mktemp("hf") / "teacher", head_rows=448)
-    encoder = sequence_encoder(folder, load_tokenizer(folder), get_template("qwen"), 512)
-    return Teacher(load_llava(folder), encoder, ImagePreprocessor.from_checkpoint(folder))
+    return load_teacher(folder)
 
 
 def _assert_live(record: SequenceRecord, dense_NV: torch.Tensor, sequence: TokenSequence) -> None:
@@ -271,9 +278,7 @@ def test_a_sequence_too_large_for_the_device_is_one_clear_error(
 
 def test_lower_precision_stays_close(tmp_path: Path) -> None:
     folder = write_tiny_llava(tmp_path / "teacher")
-    encoder = sequence_encoder(folder, load_tokenizer(folder), get_template("qwen"), 512)
-    preprocessor = ImagePreprocessor.from_checkpoint(folder)
-    full, half = (Teacher(load_llava(folder, dtype=d), encoder, preprocessor) for d in (torch.float32, torch.bfloat16))
+    full, half = load_teacher(folder), load_teacher(folder, torch.bfloat16)
     samples = tiny_samples(4, seed=9)
     exact, rounded = full.capture(samples), half.capture(samples)
     for name, record in rounded.items():
