@@ -61,13 +61,18 @@ class UpcycleConfig:
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """Where the student starts: a LLaVA checkpoint, or a vision tower and a language model with a fresh projector."""
+    """Where the student starts: a LLaVA checkpoint, or a vision tower and a language model with a fresh projector.
+
+    `capacity_factor`: in training an expert of a sparse student takes at most ⌈factor · top_k · tokens / num_experts⌉
+    tokens of a micro-batch; null: as many as come.
+    """
 
     checkpoint: str | None = None
     vision_tower: str | None = None
     language_model: str | None = None
     kind: Literal["dense", "sparse"] = "dense"
     upcycle: UpcycleConfig | None = None
+    capacity_factor: float | None = None
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,10 @@ def _student_problems(student: StudentConfig) -> Iterable[str]:
     if student.checkpoint is not None and parts != (None, None):
         named = "vision_tower" if student.vision_tower is not None else "language_model"
         yield f"student.{named}: a student starts from student.checkpoint or from parts, not both: leave one out"
+    if student.capacity_factor is not None and student.kind != "sparse":
+        yield "student.capacity_factor: a dense student has no experts: set it to null, or student.kind to sparse"
+    if student.capacity_factor is not None and not student.capacity_factor > 0:
+        yield f"student.capacity_factor: {student.capacity_factor:g} must be above 0"
     if student.upcycle is None:
         return
     if student.kind != "sparse":

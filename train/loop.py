@@ -188,8 +188,8 @@ def _entry(
         "data_wait_share": waited / max(seconds, 1e-9),
     }
     if "expert_load" in sums.totals:
-        entry["expert_load"] = (sums.totals["expert_load"] / counts.tokens).tolist()
-        entry["gate_entropy"] = (sums.totals["gate_entropy"] / counts.tokens).tolist()
+        for name in ("expert_load", "gate_entropy", "drop_rate"):
+            entry[name] = (sums.totals[name] / counts.tokens).tolist()
     return entry | {name: spread_entry(values) for name, values in sums.spreads.items()}
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.models.build import build_llava, build_tokenizer
+from llavamod_offline.models.capacity import limit_capacity
 from llavamod_offline.models.checkpoint import load_config, load_llava, load_tokenizer
 from llavamod_offline.models.upcycle import upcycle
 from train.config import StudentConfig
@@ -67,5 +68,7 @@ def make_student(config: StudentConfig, *, seed: int) -> LlavaForConditionalGene
             residual=choice.residual,
             seed=choice.seed,
         )
+    if config.capacity_factor is not None:
+        limit_capacity(model, config.capacity_factor)
     model.train()
     return model

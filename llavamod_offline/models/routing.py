@@ -24,13 +24,15 @@ class Routing:
     """What the routers did with one batch.
 
     `balance_loss`: summed over layers, with gradient; 0 for a dense model or a batch of padding alone.
-    `loads_LE`: the share of the tokens' choices (K a token) that went to each expert, rows sum to 1; detached.
-    `entropies_L`: mean entropy of the gates' distributions over E, nats; detached. `tokens`: those that are no padding.
+    `loads_LE`: the share of the tokens' choices (K a token) that asked for each expert, rows sum to 1; detached.
+    `entropies_L`: mean entropy of the gates' distributions over E, nats; detached. `drop_rates_L`: the share of the
+    choices that found no place (see `capacity.py`). `tokens`: those that are no padding.
     """
 
     balance_loss: Tensor
     loads_LE: Tensor
     entropies_L: Tensor
+    drop_rates_L: Tensor
     tokens: int
 
 
@@ -47,10 +49,11 @@ class RouterWatch:
         self._train = False
         self._logits: list[list[Tensor]] = [[] for _ in self._routers]
         self._choices: list[list[Tensor]] = [[] for _ in self._routers]
+        self._weights: list[list[Tensor]] = [[] for _ in self._routers]
 
     def __enter__(self) -> RouterWatch:
         self._train = torch.is_grad_enabled()
-        for collected in (*self._logits, *self._choices):
+        for collected in (*self._logits, *self._choices, *self._weights):
             collected.clear()
         self._hooks = [router.register_forward_hook(self._hook(layer)) for layer, router in enumerate(self._routers)]
         return self
@@ -73,7 +76,8 @@ class RouterWatch:
         losses: list[Tensor] = []
         loads: list[Tensor] = []
         entropies: list[Tensor] = []
-        for logits, choices in zip(self._logits, self._choices, strict=True):
+        drops: list[Tensor] = []
+        for logits, choices, weights in zip(self._logits, self._choices, self._weights, strict=True):
             if len(logits) != 1 or len(logits[0]) != len(keep_S):
                 raise RuntimeError(
                     f"a router ran {len(logits)} time(s) in the watched block; expected one pass, same mask"
@@ -84,19 +88,22 @@ class RouterWatch:
             losses.append(loss)
             loads.append(load_E)
             entropies.append(entropy)
+            drops.append((weights[0].detach()[keep_S] == 0).sum() / max(tokens * weights[0].shape[1], 1))
         zero = torch.zeros((), dtype=torch.float32, device=keep_S.device)
         return Routing(
             balance_loss=torch.stack(losses).sum() if losses else zero,
             loads_LE=torch.stack(loads) if loads else zero.new_zeros(0, 0),
             entropies_L=torch.stack(entropies) if entropies else zero.new_zeros(0),
+            drop_rates_L=torch.stack(drops) if drops else zero.new_zeros(0),
             tokens=tokens,
         )
 
     def _hook(self, layer: int) -> Any:
         def collect(module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
-            logits_SE, _, choices_SK = output
+            logits_SE, weights_SK, choices_SK = output
             self._logits[layer].append(logits_SE)
             self._choices[layer].append(choices_SK)
+            self._weights[layer].append(weights_SK)
 
         return collect
 

@@ -52,7 +52,8 @@ class World:
         if stage not in ("align", "sft"):
             given.append(f"cache.path={cache}")
         if stage == "preference":
-            given += ["student.kind=dense", "loss.router_aux_coef=0", "trainable=[projector,mlp]"]
+            given += ["student.kind=dense", "student.capacity_factor=null", "loss.router_aux_coef=0"]
+            given.append("trainable=[projector,mlp]")
         return resolve_config([stage, *given, *settings])
 
 

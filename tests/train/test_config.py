@@ -48,6 +48,7 @@ def test_recipes_hold_the_scripts_values() -> None:
         assert (config.optim.warmup_ratio, config.optim.weight_decay, config.max_length) == (0.03, 0.0, 2048)
         assert config.template == "qwen"
         assert config.loss.router_aux_coef == (0.01 if config.student.kind == "sparse" else 0.0)
+        assert config.student.capacity_factor == (1.5 if config.student.kind == "sparse" else None)
     upcycle = resolve_config(arguments("mimic_sparse")).student.upcycle
     assert upcycle is not None
     assert (upcycle.layers, upcycle.num_experts, upcycle.top_k, upcycle.residual) == ("sparse", 4, 2, False)
@@ -91,6 +92,8 @@ def test_the_tail_is_read_as_the_divergence_allows(settings: tuple[str, ...], re
         ("mimic_sparse", ["student.kind=dense"], "student.kind: stage mimic_sparse trains a sparse student"),
         ("sft", ["loss.router_aux_coef=0.1"], "loss.router_aux_coef: a dense student has no router"),
         ("sft", ["trainable=[router]"], "trainable: a dense student has no router"),
+        ("sft", ["student.capacity_factor=1"], "student.capacity_factor: a dense student has no experts"),
+        ("mimic_sparse", ["student.capacity_factor=0"], "student.capacity_factor: 0 must be above 0"),
         ("sft", ["trainable=[projektor]"], "trainable: 'projektor' is no part: choose from vision, projector"),
         ("sft", ["trainable=[]"], "trainable: names no part"),
         ("sft", ["student.checkpoint=null"], "student: set student.checkpoint, or both"),

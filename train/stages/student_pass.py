@@ -43,7 +43,7 @@ def predicting_states(
 def with_balance(sums: LossSums, routing: Routing, *, coefficient: float, count: int) -> LossSums:
     """Add the routers' balance loss, weighted by the micro-batch's units so that the step's mean holds it once.
 
-    Logs `balance` and, as totals over tokens, `expert_load` [L, E] and `gate_entropy` [L]; a dense student has none.
+    Logs `balance` and, as totals over tokens, `expert_load` [L, E], `gate_entropy` and `drop_rate` [L]; a dense student has none.
     """
     if not len(routing.loads_LE):
         return sums
@@ -55,6 +55,7 @@ def with_balance(sums: LossSums, routing: Routing, *, coefficient: float, count:
             **sums.totals,
             "expert_load": routing.loads_LE * routing.tokens,
             "gate_entropy": routing.entropies_L * routing.tokens,
+            "drop_rate": routing.drop_rates_L * routing.tokens,
         },
         spreads=sums.spreads,
     )

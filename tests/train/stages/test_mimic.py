@@ -170,6 +170,17 @@ def test_the_balance_loss_is_added_once(world: World, tmp_path: Path) -> None:
     assert not torch.equal(weights[0][router], weights[1][router])
 
 
+def test_capacity_drops_in_training_and_not_in_evaluation(world: World, tmp_path: Path) -> None:
+    common = ("steps=1", "optim.lr=1e-9", "data.holdout=8", "eval_steps=1")
+    for name, factor in (("tight", "0.5"), ("roomy", "2.0"), ("free", "null")):
+        train(world.config("mimic_sparse", tmp_path / name, *common, f"student.capacity_factor={factor}"))
+    tight, roomy, free = (read_metrics(tmp_path / name)[0] for name in ("tight", "roomy", "free"))
+    assert tight["drop_rate"][0] > 0.45  # half the places, rounded up in every micro-batch
+    assert roomy["drop_rate"] == free["drop_rate"] == [0.0]  # 4 experts, 2 choices: 2.0 has room for all
+    assert roomy["loss"] == free["loss"] != tight["loss"]
+    assert tight["holdout_loss"] == pytest.approx(free["holdout_loss"], rel=1e-5)
+
+
 def test_dense_to_sparse_trains_what_the_original_trains(world: World, tmp_path: Path) -> None:
     """Experts, the other layers' MLPs, routers and the projector; attention, norms, embeddings and tower stay."""
     config = world.config("mimic_sparse", tmp_path / "run", "steps=2")
