@@ -43,7 +43,8 @@ def predicting_states(
 def with_balance(sums: LossSums, routing: Routing, *, coefficient: float, count: int) -> LossSums:
     """Add the routers' balance loss, weighted by the micro-batch's units so that the step's mean holds it once.
 
-    Logs `balance` and, as totals over tokens, `expert_load` [L, E], `gate_entropy` and `drop_rate` [L]; a dense student has none.
+    Logs `balance` and, as totals over tokens, `expert_load` [L, E], `gate_entropy` and `drop_rate` [L]; a dense student
+    has none of them.
     """
     if not len(routing.loads_LE):
         return sums
