@@ -5,9 +5,6 @@ What models or benchmarks wrote reaches the page as text (escaped, or through `t
 
 from __future__ import annotations
 
-import base64
-import io
-import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import combinations
@@ -16,31 +13,16 @@ from typing import Any
 from eval.example import Example
 from eval.published import Headline
 from eval.report import Run, difference, footnotes, headlines, incomparable, references
-from eval.report_svg import bars, colour
+from llavamod_offline.charts import BarPanel, bar_panels, colour, colour_key
 from llavamod_offline.errors import DataError, EvalError
-
-THUMBNAIL_SIDE = 320
+from llavamod_offline.page import html_page, json_block, thumbnail
 
 STYLE = """
-:root{--fg:#1d2430;--muted:#667085;--line:#dde2ea;--bg:#fff;--soft:#f5f7fa;--good:#1a7f4e;--bad:#b3372f}
-@media(prefers-color-scheme:dark){:root{--fg:#e6e9ef;--muted:#98a2b3;--line:#343b47;--bg:#14181f;--soft:#1d232c;
---good:#5ec795;--bad:#ef8a80}}
-body{font:15px/1.5 system-ui,sans-serif;color:var(--fg);background:var(--bg);max-width:1100px;margin:0 auto;
-padding:24px}
-h1{font-size:26px}h2{margin-top:40px;font-size:19px}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-.scroll{overflow-x:auto}th,td{padding:6px 10px;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}tr.published{color:var(--muted)}small{color:var(--muted);display:block}
-svg{width:100%;height:auto}svg text{fill:var(--fg);font:12px system-ui,sans-serif}
-svg .title{font-weight:600;font-size:13px}
-svg .small{fill:var(--muted);font-size:10px}svg .mark{stroke:var(--muted);stroke-width:1.5;stroke-dasharray:3 3}
-.key{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:7px}
-details{margin:8px 0;padding:8px 12px;background:var(--soft);border-radius:8px}summary{cursor:pointer}
-code{font-size:12px;overflow-wrap:anywhere}.controls{display:flex;gap:12px;flex-wrap:wrap;margin:12px 0}
-select{font:inherit;padding:4px;color:inherit;background:var(--soft);border:1px solid var(--line);border-radius:6px}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:16px}
-.card{border:1px solid var(--line);border-radius:10px;padding:12px;overflow-wrap:anywhere}
-.card img{max-width:100%;max-height:220px;display:block;margin:0 auto 8px;border-radius:6px}
-.card pre{white-space:pre-wrap;font:inherit;margin:4px 0}.right{color:var(--good)}.wrong{color:var(--bad)}
+th, td { white-space: nowrap; } tr.published { color: var(--soft); }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); gap: 1rem; }
+.cards .card { overflow-wrap: anywhere; margin-top: 0; }
+.cards img { max-width: 100%; max-height: 220px; display: block; margin: 0 auto .5rem; border-radius: .4rem; }
+.cards pre { white-space: pre-wrap; font: inherit; margin: .25rem 0; }
 """
 
 SCRIPT = """
@@ -71,26 +53,22 @@ cards.append(card)})}
 def page(runs: Sequence[Run], examples: Mapping[str, Sequence[Example[Any]]], *, samples: int) -> str:
     """The whole page."""
     columns = headlines(runs)
-    keys = "".join(_key(index, run.name) + " &nbsp; " for index, run in enumerate(runs))
-    parts = [
-        "<h1>Comparison</h1>",
-        f'<div class="scroll">{_table(runs, columns)}</div>',
-        f"<p><small>Small figures: difference from {escape(runs[0].name)}.</small></p>",
-        *(f"<small>{escape(note)}</small>" for note in footnotes(runs, columns)),
-        f"<h2>At a glance</h2><p>{keys}<small>Dashed: published.</small></p>{bars(runs, columns)}",
-        "<h2>Every metric</h2>",
-        *(_details(task, runs) for task in examples),
+    keys = "".join(colour_key(index, run.name) + " &nbsp; " for index, run in enumerate(runs))
+    notes = "".join(f"<small>{escape(note)}</small>" for note in footnotes(runs, columns))
+    table = f'<div class="card">{_table(runs, columns)}</div>'
+    sections = [
+        ("At a glance", f"<p>{keys}<small>Dashed: published.</small></p>{_bars(runs, columns)}"),
+        ("Every metric", "".join([*(_details(task, runs) for task in examples), *_unscored(runs)])),
     ]
-    for run in runs:
-        parts += [f"<p>{escape(run.name)}, {task}: not scored: {escape(why)}</p>" for task, why in run.unscored.items()]
     if len(runs) > 1:
-        parts.append(_browser(runs, examples, samples))
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Comparison</title>'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
-        f"<style>{STYLE}</style>{''.join(parts)}</html>\n"
+        sections.append(("Where they disagree", _browser(runs, examples, samples)))
+    return html_page(
+        "Comparison",
+        f"Small figures: difference from {runs[0].name}.",
+        sections,
+        top=table + notes,
+        style=STYLE,
+        script=SCRIPT if len(runs) > 1 else "",
     )
 
 
@@ -105,12 +83,33 @@ def disagreements(runs: Sequence[Run], task: str, examples: Sequence[Example[Any
     return list(chosen.values())
 
 
+def _bars(runs: Sequence[Run], columns: Sequence[Headline]) -> str:
+    """One panel a headline; thin marks show published figures that may be compared."""
+    panels = []
+    for column in columns:
+        found = [(run.name, run.figure(column)) for run in runs]
+        published = [] if incomparable(column, runs) else references([column])
+        marks = [(p.model, p.figures[column.key]) for p in published]
+        # A bar's length is honest, it starts at zero; rates far below their best get a scale of their own.
+        largest = max([value for _, value in found if value is not None] + [value for _, value in marks], default=0.0)
+        panels.append(
+            BarPanel(
+                title=column.title,
+                note="lower is better" if column.lower_is_better else "higher is better",
+                bars=[(name, value, "–" if value is None else column.shown(value)) for name, value in found],
+                largest=min(column.best, largest * 1.25),
+                marks=[(f"{model}, published", value, column.shown(value)) for model, value in marks],
+            )
+        )
+    return bar_panels("Scores of the compared models", panels)
+
+
 def _table(runs: Sequence[Run], columns: Sequence[Headline]) -> str:
     head = "".join(f"<th>{escape(c.title)} {'↓' if c.lower_is_better else '↑'}</th>" for c in columns)
     lines = [f"<tr><th>model</th>{head}</tr>"]
     for index, run in enumerate(runs):
         cells = [_cell(c, run.figure(c), None if index == 0 else runs[0].figure(c)) for c in columns]
-        lines.append(f"<tr><td>{_key(index, run.name)}</td>{''.join(cells)}</tr>")
+        lines.append(f"<tr><td>{colour_key(index, run.name)}</td>{''.join(cells)}</tr>")
     for published in references(columns):
         cells = []
         for column in columns:
@@ -149,8 +148,15 @@ def _details(task: str, runs: Sequence[Run]) -> str:
         f"<code>data sha256 {run.scores[task].data_sha256}</code></p>"
         for run in scored
     )
-    table = f'<div class="scroll"><table>{"".join(lines)}</table></div>'
-    return f"<details><summary>{task}</summary>{table}{protocols}</details>"
+    return f"<details><summary>{task}</summary><table>{''.join(lines)}</table>{protocols}</details>"
+
+
+def _unscored(runs: Sequence[Run]) -> list[str]:
+    return [
+        f"<p>{escape(run.name)}, {task}: not scored: {escape(why)}</p>"
+        for run in runs
+        for task, why in run.unscored.items()
+    ]
 
 
 def _browser(runs: Sequence[Run], examples: Mapping[str, Sequence[Example[Any]]], samples: int) -> str:
@@ -160,14 +166,11 @@ def _browser(runs: Sequence[Run], examples: Mapping[str, Sequence[Example[Any]]]
         if found:
             tasks.append({"task": task, "samples": found})
     colours = [colour(index) for index in range(len(runs))]
-    content = json.dumps({"runs": [run.name for run in runs], "colours": colours, "tasks": tasks}, ensure_ascii=False)
-    for letter in "<>&\u2028\u2029":
-        content = content.replace(letter, f"\\u{ord(letter):04x}")
+    content = {"runs": [run.name for run in runs], "colours": colours, "tasks": tasks}
     return (
-        '<h2>Where they disagree</h2><div class="controls"><label>benchmark <select id="task"></select></label>'
+        '<div class="controls"><label>benchmark <select id="task"></select></label>'
         '<label>one <select id="a"></select></label><label>other <select id="b"></select></label>'
-        f'<span id="count"></span></div><div class="cards" id="cards"></div>'
-        f'<script type="application/json" id="samples">{content}</script><script>{SCRIPT}</script>'
+        f'<span id="count"></span></div><div class="cards" id="cards"></div>{json_block("samples", content)}'
     )
 
 
@@ -192,20 +195,9 @@ def _sample(runs: Sequence[Run], task: str, example: Example[Any]) -> dict[str, 
 
 def _thumbnail(example: Example[Any]) -> str:
     """A small copy of the picture as a data URI; empty where there is none or it cannot be read."""
-    from llavamod_offline.data.images import decode_image
-
     if example.source is None:
         return ""
     try:
-        image = decode_image(example.source.read(), name=f"question '{example.id}'")
+        return thumbnail(example.source.read(), name=f"question '{example.id}'")[0]
     except (DataError, EvalError):
         return ""
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG" if max(image.size) <= 96 else "JPEG", quality=85)
-    kind = "png" if max(image.size) <= 96 else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _key(index: int, name: str) -> str:
-    return f'<span class="key" style="background:{colour(index)}"></span>{escape(name)}'

@@ -1,100 +1,148 @@
-"""Self-contained HTML pages: one style, line charts as inline SVG, nothing loaded from elsewhere."""
+"""Self-contained HTML pages: one style for light and dark, nothing loaded from elsewhere, no script but their own.
+
+Text reaches a page escaped, or as JSON that a script shows through `textContent`; the page's policy lets a browser run
+its own script alone, by its hash.
+"""
 
 from __future__ import annotations
 
 import base64
-import math
+import hashlib
+import io
+import json
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
-PALETTE = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
+PALETTE = ("#2563eb", "#d97706", "#059669", "#7c3aed", "#dc2626", "#0891b2", "#be185d", "#4d7c0f")
+THUMBNAIL_SIDE = 320
+_LOSSLESS_SIDE = 96  # small pictures are kept to the pixel
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --card: #ffffff; --page: #f8fafc; }
+:root { color-scheme: light dark; --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --card: #ffffff; --page: #f8fafc;
+  --accent: #2563eb; --good: #047857; --bad: #dc2626; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e5e7eb; --soft: #9ca3af; --line: #374151; --card: #1f2937; --page: #111827; }
+  :root { --ink: #e5e7eb; --soft: #9ca3af; --line: #374151; --card: #1f2937; --page: #111827; --accent: #60a5fa;
+    --good: #34d399; --bad: #f87171; }
 }
+* { box-sizing: border-box; }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 0 auto; padding: 2rem;
   max-width: 72rem; }
-h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-p.lead, .soft { color: var(--soft); }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: 1rem; overflow-x: auto; }
-.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .3rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; } h3 { font-size: 1rem; margin: 0 0 .3rem; }
+p.lead, .soft, small { color: var(--soft); } small { font-size: .83rem; display: block; }
+a { color: var(--accent); }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: 1rem; overflow-x: auto;
+  min-width: 0; }
+.card + .card, .grid + .card, .card + .grid, .grid + .grid { margin-top: 1rem; } .grid > .card { margin-top: 0; }
+.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr)); }
+.tiles { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); margin: 1.2rem 0; }
+.tiles .card { padding: .7rem .9rem; } .tiles .card + .card { margin-top: 0; }
+.tiles b { display: block; font-size: 1.35rem; font-weight: 650; font-variant-numeric: tabular-nums; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .35rem .7rem; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 600; }
-img.picture { width: 8rem; height: 8rem; object-fit: contain; image-rendering: auto; border-radius: .4rem; }
-.right { color: #059669; } .wrong { color: #dc2626; }
+tr:last-child > td { border-bottom: 0; }
+img.picture { width: 8rem; height: 8rem; object-fit: contain; border-radius: .4rem; }
+.right { color: var(--good); } .wrong { color: var(--bad); }
+.key { display: inline-block; width: .7rem; height: .7rem; border-radius: .2rem; margin-right: .4rem; }
+.controls { display: flex; gap: .8rem; flex-wrap: wrap; align-items: center; margin: .8rem 0; }
+.controls[hidden] { display: none; }
+select, input { font: inherit; padding: .25rem .5rem; color: inherit; background: var(--card); min-width: 0;
+  border: 1px solid var(--line); border-radius: .4rem; }
+details { margin: .6rem 0; padding: .5rem .8rem; background: var(--card); border: 1px solid var(--line);
+  border-radius: .6rem; overflow-x: auto; }
+summary { cursor: pointer; }
 svg text { fill: var(--soft); font-size: 11px; } svg .axis { stroke: var(--line); }
-code { background: var(--line); border-radius: .25rem; padding: 0 .25rem; }
+svg .title { fill: var(--ink); font-weight: 600; font-size: 13px; } svg .value { fill: var(--ink); }
+svg .mark { stroke: var(--soft); stroke-width: 1.5; stroke-dasharray: 3 3; }
+code { background: var(--line); border-radius: .25rem; padding: 0 .25rem; font-size: .85em; overflow-wrap: anywhere; }
+.bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .3rem .8rem; align-items: center; }
+.bars i, .hist i { background: var(--colour, var(--accent)); display: block; }
+.bars i { height: .8rem; border-radius: .2rem; min-width: 1px; } .bars span { font-variant-numeric: tabular-nums; }
+.bars span:nth-child(3n) { text-align: right; color: var(--soft); }
+.hists { display: grid; gap: 1rem 1.6rem; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); }
+.hist { max-width: 38rem; }
+.hist .columns { display: flex; align-items: flex-end; gap: 2px; height: 5.5rem; border-bottom: 1px solid var(--line); }
+.hist .columns span { flex: 1; height: 100%; display: flex; align-items: flex-end; }
+.hist i { width: 100%; border-radius: .15rem .15rem 0 0; } .hist .edges { display: flex; font-size: 10px; }
+.hist .edges span { flex: 1; color: var(--soft); transform: translateX(-.35em); white-space: nowrap; }
+@media (max-width: 40rem) {
+  body { padding: 1rem; } th, td { padding: .3rem .4rem; }
+  .hist .edges span:nth-child(even) { visibility: hidden; }
+}
 """
 
 
-def html_page(title: str, lead: str, sections: Sequence[tuple[str, str]]) -> str:
-    """A whole page from a title, a sentence and (heading, HTML) sections."""
-    body = "".join(f"<h2>{escape(heading)}</h2>\n{content}\n" for heading, content in sections)
+def html_page(
+    title: str, lead: str, sections: Sequence[tuple[str, str]], *, style: str = "", script: str = "", top: str = ""
+) -> str:
+    """A whole page from a title, a sentence and (heading, HTML) sections.
+
+    `top`: HTML between the sentence and the first section. `style`, `script`: what the page has of its own; the script
+    runs when all of the page is there.
+    """
+    body = "".join(f"<section><h2>{escape(heading)}</h2>\n{content}</section>\n" for heading, content in sections)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_policy(script)}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n"
-        f'<body><h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p>\n{body}</body></html>\n'
+        f"<title>{escape(title)}</title><style>{_STYLE}{style}</style></head>\n"
+        f'<body><h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p>\n{top}{body}'
+        f"{f'<script>{script}</script>' if script else ''}</body></html>\n"
     )
 
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of plain text cells; the first column is left-aligned."""
+    """A table of plain text cells in a card; the first column is left-aligned."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="card"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def tiles(figures: Mapping[str, str]) -> str:
+    """Figures with their names below them, side by side."""
+    cells = (
+        f'<div class="card"><b>{escape(value)}</b><small>{escape(name)}</small></div>'
+        for name, value in figures.items()
+    )
+    return f'<div class="tiles">{"".join(cells)}</div>'
+
+
 def picture(encoded: bytes, *, description: str) -> str:
     """An image file as an inline picture."""
+    return f'<img class="picture" alt="{escape(description)}" src="{_data_uri(encoded)}">'
+
+
+def thumbnail(encoded: bytes, *, name: str, side: int = THUMBNAIL_SIDE) -> tuple[str, tuple[int, int]]:
+    """A copy of a picture with no side longer than `side`, as a data URI, and the picture's own (width, height).
+
+    Errors: `DataError` naming it if it cannot be decoded.
+    """
+    from llavamod_offline.data.images import decode_image
+
+    image = decode_image(encoded, name=name)
+    size = image.size
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG" if max(image.size) <= _LOSSLESS_SIDE else "JPEG", quality=85)
+    return _data_uri(buffer.getvalue()), size
+
+
+def json_block(identifier: str, content: Any) -> str:
+    """JSON for the page's script, which finds it by its id; nothing in it can end the block."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    for letter in "<>&\u2028\u2029":
+        text = text.replace(letter, f"\\u{ord(letter):04x}")
+    return f'<script type="application/json" id="{identifier}">{text}</script>'
+
+
+def _data_uri(encoded: bytes) -> str:
     kind = "png" if encoded.startswith(b"\x89PNG") else "webp" if encoded[8:12] == b"WEBP" else "jpeg"
-    data = base64.b64encode(encoded).decode()
-    return f'<img class="picture" alt="{escape(description)}" src="data:image/{kind};base64,{data}">'
+    return f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
 
 
-def line_chart(
-    title: str,
-    series: Mapping[str, Sequence[tuple[float, float]]],
-    *,
-    x_label: str,
-    width: int = 520,
-    height: int = 260,
-) -> str:
-    """Curves over one axis of steps, with a legend; points that are not finite are left out."""
-    finite = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
-    points = [point for curve in finite.values() for point in curve]
-    if not points:
-        return f'<div class="card"><b>{escape(title)}</b><p class="soft">nothing was logged</p></div>'
-    left, right, top, bottom = 46, width - 10, 12, height - 34
-    x_min, x_max = min(x for x, _ in points), max(x for x, _ in points)
-    y_min, y_max = min(0.0, *(y for _, y in points)), max(y for _, y in points)
-    x_span, y_span = (x_max - x_min) or 1.0, (y_max - y_min) or 1.0
-
-    def place(x: float, y: float) -> str:
-        return (
-            f"{left + (x - x_min) / x_span * (right - left):.1f},{bottom - (y - y_min) / y_span * (bottom - top):.1f}"
-        )
-
-    parts = []
-    for tick in range(5):
-        y = y_min + y_span * tick / 4
-        at = bottom - (bottom - top) * tick / 4
-        parts.append(f'<line class="axis" x1="{left}" y1="{at:.1f}" x2="{right}" y2="{at:.1f}"/>')
-        parts.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{y:.3g}</text>')
-        x = x_min + x_span * tick / 4
-        at = left + (right - left) * tick / 4
-        parts.append(f'<text x="{at:.1f}" y="{bottom + 16}" text-anchor="middle">{x:.0f}</text>')
-    parts.append(f'<text x="{(left + right) / 2}" y="{height - 4}" text-anchor="middle">{escape(x_label)}</text>')
-    legend = []
-    for number, (name, curve) in enumerate(finite.items()):
-        colour = PALETTE[number % len(PALETTE)]
-        path = " ".join(place(x, y) for x, y in curve)
-        parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" points="{path}"/>')
-        legend.append(f'<span style="color:{colour}">&#9632;</span> {escape(name)}')
-    drawing = f'<svg viewBox="0 0 {width} {height}" width="100%" role="img">{"".join(parts)}</svg>'
-    return (
-        f'<div class="card"><b>{escape(title)}</b><br>{drawing}<div class="soft">{" &nbsp; ".join(legend)}</div></div>'
-    )
+def _policy(script: str) -> str:
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    scripts = f"'sha256-{allowed}'" if script else "'none'"
+    return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {scripts}"

@@ -1,0 +1,101 @@
+"""Figures over the positions of a cache: all of them, or those of evenly spaced sequences.
+
+Letters: Q sequences scanned, N their positions (P of them with a target), H and D entries of heads and draws.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from llavamod_offline.data.tokenise import NO_TARGET
+from teacher_cache.reader import TeacherCache
+from teacher_cache.record import Records
+from teacher_cache.report.sets import CacheSets
+
+EVERYTHING = "all positions"
+_WITHOUT_TARGET = ", no target"
+_HEAD_ENTRIES = 50_000_000  # most to decode, which tells in caches of whole distributions
+_BATCH_SEQUENCES = 64
+Doubles = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What was scanned. `groups` are the sources, largest first; positions without a target are groups of their own.
+
+    `entropy_N` in nats; `head_mass_N`; `group_N` indexes `groups`. Over the positions of a sequence that have a target:
+    `entropy_Q`, `log_prob_Q`, `tail_Q`, their means (NaN where there is none). `surprise_N` is −log p of the target and
+    `chosen_N` whether it is the teacher's first choice (NaN where there is no target).
+    """
+
+    rows_Q: NDArray[np.int64]
+    groups: tuple[str, ...]
+    group_N: NDArray[np.int64]
+    entropy_N: Doubles
+    head_mass_N: Doubles
+    surprise_N: Doubles
+    chosen_N: Doubles
+    entropy_Q: Doubles
+    log_prob_Q: Doubles
+    tail_Q: Doubles
+
+
+def scan_cache(cache: TeacherCache, sets: CacheSets, most_positions: int) -> Scan:
+    """Decode all sequences, or evenly spaced ones with about `most_positions`. Errors: `CacheError`."""
+    width = cache.totals["heads"] / max(cache.positions, 1)
+    most = max(1, min(most_positions, int(_HEAD_ENTRIES / max(width, 1.0))))
+    step = max(1, math.ceil(cache.positions / most))
+    rows_Q = np.arange(0, len(cache), step)
+    items = cache.items(rows_Q.tolist())
+    names = sets.sources(items) if sets else [EVERYTHING] * len(items)
+    columns: list[list[Doubles]] = [[] for _ in range(5)]
+    lengths: list[int] = []
+    bar = tqdm(total=len(items), unit="sequence", desc="read", disable=not sys.stderr.isatty())
+    with bar:
+        for start in range(0, len(items), _BATCH_SEQUENCES):
+            batch = items[start : start + _BATCH_SEQUENCES]
+            lengths += [cache.sequence(*item).n_positions for item in batch]
+            for column, values_N in zip(columns, _figures(cache.records(batch)), strict=True):
+                column.append(values_N)
+            bar.update(len(batch))
+    entropy_N, head_mass_N, tail_N, surprise_N, chosen_N = (np.concatenate([np.zeros(0), *found]) for found in columns)
+    owner_N = np.repeat(np.arange(len(items)), lengths)
+    target_N = ~np.isnan(surprise_N)
+    with np.errstate(invalid="ignore"):
+        counts_Q = np.bincount(owner_N[target_N], minlength=len(items)).astype(np.float64)
+        means = [
+            np.bincount(owner_N[target_N], weights=values_N[target_N], minlength=len(items)) / counts_Q
+            for values_N in (entropy_N, -surprise_N, tail_N)
+        ]
+    groups, group_N = _grouped(names, owner_N, target_N)
+    return Scan(rows_Q, groups, group_N, entropy_N, head_mass_N, surprise_N, chosen_N, *means)
+
+
+def _figures(records: Records) -> tuple[Doubles, ...]:
+    """Entropy, mass of head and of tail, −log p of the target, and whether it is the first of its head, [N] each."""
+    tail_N = np.exp(records.tail_log_mass_N.astype(np.float64))
+    target_N = records.target_ids_N != NO_TARGET
+    firsts_N = np.cumsum(records.head_counts_N) - records.head_counts_N
+    surprise_N = np.where(target_N, -records.target_log_probs_N.astype(np.float64), np.nan)
+    chosen_N = np.where(target_N, records.head_ids_H[firsts_N] == records.target_ids_N, np.nan)
+    return records.entropy_N.astype(np.float64), 1.0 - tail_N, tail_N, surprise_N, chosen_N
+
+
+def _grouped(
+    names: list[str], owner_N: NDArray[np.int64], target_N: NDArray[np.bool_]
+) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """The groups, by falling number of positions, and that of each position."""
+    sources = sorted(set(names))
+    codes_Q = np.array([sources.index(name) for name in names], np.int64)
+    codes_N = codes_Q[owner_N] * 2 + ~target_N
+    counts = np.bincount(codes_N, minlength=2 * len(sources))
+    order = [code for code in np.argsort(-counts, kind="stable").tolist() if counts[code]]
+    place = np.zeros(2 * len(sources), np.int64)
+    place[order] = np.arange(len(order))
+    return tuple(sources[code // 2] + _WITHOUT_TARGET * (code % 2) for code in order), place[codes_N]
