@@ -1,0 +1,338 @@
+"""A training step with a cached teacher against one without a teacher and one with the teacher in memory.
+
+    python -m tests.benchmarks.step [--quick] --json FILE
+
+A step is forward, backward and AdamW on one micro-batch of a LLaVA student, tower frozen, by the stages' own losses:
+`sft` (cross-entropy), `offline` (forward KL from records, tail by shrinkage), `online` (as LLaVA-MoD does it: the
+teacher is run on the batch, and the loss takes float32 logits of both models at every position), `online_lean` (the
+teacher is run, but only supervised rows get logits), `sparse` (the student upcycled in every layer to 4 experts of
+which a token takes 2, `offline`'s loss) and `wide` (a dense student whose feed-forward layers are twice as wide: the
+parameters that a token of `sparse` passes, `offline`'s loss).
+
+Teacher : student is near 7B : 1.5B; on a GPU these sizes, with random weights, on a CPU sizes about 150 times smaller.
+Time: the least of rounds taken in turn in one process, on a GPU in seconds, on a CPU in processor seconds of all
+threads. Memory: the peak of a few steps, models and optimiser included: on a CPU the resident memory of a process of
+its own beyond its imports, on a GPU what torch has allocated. Making records into tensors is the loader's work and not
+in the step.
+
+Letters: B sequences, T tokens, N supervised positions, V ids, D hidden size.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import multiprocessing
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
+
+from llavamod_offline.data.collate import Batch
+from llavamod_offline.losses.fused import distillation_from_hidden
+from llavamod_offline.losses.shrinkage import Shrinkage
+from llavamod_offline.losses.targets import SparseTargets
+from llavamod_offline.models.upcycle import activated_parameters, total_parameters, upcycle
+from tests.benchmarks.form import Row, finish, parse_arguments
+from train.batches import TrainBatch
+from train.stages import mimic, sft
+
+NAME = "step"
+CASES = ("sft", "offline", "online", "online_lean", "sparse", "wide")
+HEAD, DRAWS = 24, 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A language model's size."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a measurement is made of; `tower` is (hidden size, layers, heads, pixels, pixels of a patch)."""
+
+    student: Shape
+    teacher: Shape
+    tower: tuple[int, int, int, int, int]
+    vocab: int
+    batch: int
+    tokens: int
+    supervised: int
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    @property
+    def image_tokens(self) -> int:
+        return (self.tower[3] // self.tower[4]) ** 2
+
+
+CPU = Size(Shape(256, 6, 4, 2, 1024), Shape(512, 9, 8, 4, 2048), (128, 4, 4, 64, 8), 16_384, 4, 320, 96)
+QUICK = Size(Shape(64, 2, 4, 2, 128), Shape(128, 3, 4, 2, 256), (32, 2, 2, 32, 8), 1_024, 2, 64, 16)
+GPU = Size(Shape(1536, 28, 12, 2, 8960), Shape(3584, 28, 28, 4, 18944), (1024, 24, 16, 336, 14), 151_646, 2, 1024, 256)
+
+
+def make_model(size: Size, shape: Shape) -> LlavaForConditionalGeneration:
+    """A LLaVA of random weights on the device."""
+    hidden, layers, heads, pixels, patch = size.tower
+    text = Qwen2Config(
+        vocab_size=size.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    tower = CLIPVisionConfig(
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        image_size=pixels,
+        patch_size=patch,
+    )
+    config = LlavaConfig(
+        vision_config=tower,
+        text_config=text,
+        image_token_index=size.vocab - 1,
+        image_seq_length=size.image_tokens,
+        vision_feature_layer=-2,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    with torch.device(size.device):
+        model = LlavaForConditionalGeneration(config).to(size.dtype).train()
+    model.model.vision_tower.requires_grad_(False)
+    return model
+
+
+def make_batch(size: Size) -> TrainBatch:
+    """Random tokens, a picture in each sequence, and records of a few ids for the supervised tokens, the last ones."""
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(0, size.vocab - 1, (size.batch, size.tokens), generator=generator)
+    ids_BT[:, 4 : 4 + size.image_tokens] = size.vocab - 1
+    columns = torch.arange(size.tokens - size.supervised, size.tokens)
+    rows_N = (torch.arange(size.batch)[:, None] * size.tokens + columns - 1).flatten()
+    targets_N = ids_BT[:, columns].flatten()
+    pixels = size.tower[3]
+    batch = Batch(
+        input_ids_BT=ids_BT,
+        attention_mask_BT=torch.ones_like(ids_BT),
+        pixel_values_ICHW=torch.randn(size.batch, 3, pixels, pixels, generator=generator),
+        prediction_rows_N=rows_N,
+        target_ids_N=targets_N,
+        sequence_of_N=torch.arange(size.batch).repeat_interleave(size.supervised),
+        keys=tuple(str(number) for number in range(size.batch)),
+        roles=("response",) * size.batch,
+    )
+    return TrainBatch(batch, size.batch, _records(size, targets_N, generator)).to(size.device)
+
+
+def _records(size: Size, targets_N: Tensor, generator: torch.Generator) -> SparseTargets:
+    n = len(targets_N)
+    ids_NK = torch.randint(size.vocab - HEAD - DRAWS, (n, 1), generator=generator) + torch.arange(HEAD + DRAWS)
+    log_probs_NK = torch.randn(n, HEAD, generator=generator).log_softmax(-1).sort(descending=True).values - 0.05
+    return SparseTargets(
+        head_ids_NK=ids_NK[:, :HEAD],
+        head_log_probs_NK=log_probs_NK,
+        tail_log_mass_N=torch.log1p(-log_probs_NK.exp().sum(-1)),
+        draw_ids_NM=ids_NK[:, HEAD:],
+        draw_weights_NM=torch.full((n, DRAWS), 1 / DRAWS),
+        target_ids_N=targets_N,
+        target_log_probs_N=torch.full((n,), -2.0),
+        entropy_N=torch.full((n,), 2.0),
+        log_normalisers_NS=torch.zeros(n, 0),
+        temperatures=(),
+        vocab_size=size.vocab,
+    )
+
+
+def make_case(name: str, size: Size) -> tuple[Callable[[], None], dict[str, int]]:
+    """A step of a case, and the parameters of its models: all, those a token passes, the teacher's."""
+    shape = size.student
+    student = make_model(size, replace(shape, intermediate=2 * shape.intermediate) if name == "wide" else shape)
+    if name == "sparse":
+        # On the CPU: for a moment there are two of it.
+        student = upcycle(student.cpu(), layers="dense", num_experts=4, top_k=2, seed=0).to(size.device).train()
+        student.model.vision_tower.requires_grad_(False)
+    teacher = make_model(size, size.teacher).eval().requires_grad_(False) if name.startswith("online") else None
+    batch = make_batch(size)
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad and p.numel()], lr=1e-6)
+    loss = _loss(name, size, student, teacher)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss(batch).backward()
+        optimizer.step()
+        if size.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    sizes = {"parameters": total_parameters(student), "activated": activated_parameters(student)}
+    return step, sizes | {"teacher": total_parameters(teacher) if teacher is not None else 0}
+
+
+def _loss(name: str, size: Size, student: Any, teacher: Any) -> Callable[[TrainBatch], Tensor]:
+    common: dict[str, Any] = {"router_aux_coef": 0.01 if name == "sparse" else 0.0, "train_vision": False}
+    if name == "sft":
+        supervised = sft.make_loss(vocab_size=size.vocab, **common)
+        return lambda batch: supervised(student, batch).loss / batch.positions
+    if teacher is not None:
+        return partial(_online, student, teacher, supervised_rows=name == "online_lean")
+    shrinkage = Shrinkage(size.vocab)
+    shrinkage.to(size.device)
+    distillation = partial(distillation_from_hidden, tail="shrink", shrinkage=shrinkage, kd_weight=1.0)
+    imitation = mimic.make_loss(distillation=distillation, lm_weight=0.0, all_positions=False, **common)
+
+    def offline(batch: TrainBatch) -> Tensor:
+        loss = imitation(student, batch, None).loss / batch.positions
+        shrinkage.finish_step()
+        return loss
+
+    return offline
+
+
+def _online(student: Any, teacher: Any, batch: TrainBatch, *, supervised_rows: bool) -> Tensor:
+    """Forward KL from live logits; without `supervised_rows` at all positions, then masked, as in the original.
+
+    The original's mask is off by one position; here it is not, which costs the same.
+    """
+    data = batch.batch
+    inputs = {
+        "input_ids": data.input_ids_BT,
+        "attention_mask": data.attention_mask_BT,
+        "pixel_values": None if data.pixel_values_ICHW is None else data.pixel_values_ICHW.to(student.dtype),
+    }
+    rows_N = data.prediction_rows_N
+    if supervised_rows:
+        with torch.no_grad():
+            probs_NV = _logits(teacher, inputs, rows_N).softmax(-1, dtype=torch.float32)
+        log_probs_NV = _logits(student, inputs, rows_N).log_softmax(-1, dtype=torch.float32)
+        return -(probs_NV * log_probs_NV).sum() / len(rows_N)
+    with torch.no_grad():
+        probs_BTV = teacher(**inputs, use_cache=False).logits.softmax(-1, dtype=torch.float32)
+    log_probs_BTV = student(**inputs, use_cache=False).logits.log_softmax(-1, dtype=torch.float32)
+    infinite_BTV = torch.isinf(log_probs_BTV)
+    products_BTV = torch.masked_fill(probs_BTV * log_probs_BTV, infinite_BTV, 0)
+    mask_X = torch.zeros(products_BTV.shape[:2].numel(), device=rows_N.device)
+    mask_X[rows_N] = 1.0
+    return -(products_BTV.sum(-1).flatten() * mask_X).sum() / mask_X.sum()
+
+
+def _logits(model: Any, inputs: dict[str, Any], rows_N: Tensor) -> Tensor:
+    hidden_BTD: Tensor = model.model(**inputs, use_cache=False).last_hidden_state
+    logits_NV: Tensor = model.get_output_embeddings()(hidden_BTD.flatten(0, 1)[rows_N])
+    return logits_NV
+
+
+def least_seconds(size: Size, names: tuple[str, ...], *, repeats: int) -> dict[str, tuple[float, float]]:
+    """Each case's least seconds and processor seconds: in turn where all fit into memory, else one after another."""
+    least = dict.fromkeys(names, (math.inf, math.inf))
+    together = [names] if size.device.type == "cpu" else [(name,) for name in names]
+    for group in together:
+        cases = {name: make_case(name, size)[0] for name in group}
+        for round_number in range(2 + repeats):
+            for name, step in cases.items():
+                started, worked = time.perf_counter(), time.process_time()
+                step()
+                taken = (time.perf_counter() - started, time.process_time() - worked)
+                if round_number >= 2:
+                    least[name] = (min(least[name][0], taken[0]), min(least[name][1], taken[1]))
+        del cases
+        _free()
+    return least
+
+
+def peak_mib(name: str, size: Size) -> tuple[float, dict[str, int]]:
+    """MiB at the peak of a few steps, models and optimiser included, and the parameters of the models."""
+    if size.device.type == "cuda":
+        _free()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step, sizes = make_case(name, size)
+        for _ in range(2):
+            step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20, sizes
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_here, (name, size))
+
+
+def _peak_here(name: str, size: Size) -> tuple[float, dict[str, int]]:
+    make_case("sft", QUICK)[0]()  # what a first step imports and starts
+    before = _resident("VmRSS")
+    step, sizes = make_case(name, size)
+    _free()
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident
+    for _ in range(3):
+        step()
+    return (_resident("VmHWM") - before) / 1024, sizes
+
+
+def _resident(field: str) -> int:
+    """KiB of this process's resident memory, now (VmRSS) or at its peak (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    """Measure and report."""
+    arguments = parse_arguments(NAME, __doc__ or "")
+    size = QUICK if arguments.quick else GPU if torch.cuda.is_available() else CPU
+    least = least_seconds(size, CASES, repeats=2 if arguments.quick else 8)
+    memory: dict[str, float] = {}
+    rows: list[Row] = []
+    for name in CASES:
+        memory[name], sizes = peak_mib(name, size)
+        rows.append(
+            {"case": name, "seconds": least[name][0], "cpu_seconds": least[name][1], "MiB": memory[name], **sizes}
+        )
+    seconds = {name: wall if size.device.type == "cuda" else worked for name, (wall, worked) in least.items()}
+    ratios = {
+        "offline_vs_sft_time": seconds["offline"] / seconds["sft"],
+        "offline_vs_sft_memory": memory["offline"] / memory["sft"],
+        "online_vs_offline_time": seconds["online"] / seconds["offline"],
+        "online_vs_offline_memory": memory["online"] / memory["offline"],
+        "online_lean_vs_offline_time": seconds["online_lean"] / seconds["offline"],
+        "online_lean_vs_offline_memory": memory["online_lean"] / memory["offline"],
+        "sparse_vs_dense_time": seconds["sparse"] / seconds["wide"],
+    }
+    settings = {
+        "student": repr(size.student),
+        "teacher": repr(size.teacher),
+        "tower": repr(size.tower),
+        "V": size.vocab,
+        "sequences": size.batch,
+        "tokens": size.tokens,
+        "supervised": size.supervised,
+        "dtype": str(size.dtype),
+    }
+    finish(NAME, arguments, settings=settings, rows=rows, ratios=ratios)
+
+
+if __name__ == "__main__":
+    main()

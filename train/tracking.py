@@ -1,0 +1,114 @@
+"""Trackers beside `metrics.jsonl`: TensorBoard, trackio or Weights & Biases, imported only when asked for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from llavamod_offline.errors import ConfigError
+
+TrackerName = Literal["none", "tensorboard", "trackio", "wandb"]
+Track = Callable[[Mapping[str, Any]], None]
+
+_PROJECT = "llavamod-offline"
+_LOG = logging.getLogger(__name__)
+
+
+@contextmanager
+def tracker(name: TrackerName, output: Path, settings: Mapping[str, Any], *, resume_step: int) -> Iterator[Track]:
+    """Yield a function that sends a log entry to the tracker; its numbers are named as in `metrics.jsonl`.
+
+    `settings` are shown beside the run, which is called as `output` is. After a resume what was sent of later steps is
+    dropped (TensorBoard) or sent again. An error while sending is logged once and ends the tracking, not the training.
+    Errors: `ConfigError` if the tracker is not installed, or refuses to start.
+    """
+    try:
+        send, close = _OPEN[name](output, settings, resume_step)
+    except ImportError as error:
+        raise ConfigError(
+            f"tracker: '{name}' is not installed ({error}): pip install {name}, or set it to none"
+        ) from error
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"tracker: '{name}' does not start: {reason}: set it up, or set tracker=none") from error
+    broken = False
+
+    def track(entry: Mapping[str, Any]) -> None:
+        nonlocal broken
+        if broken:
+            return
+        try:
+            send(int(entry["step"]), scalars(entry))
+        except Exception as error:
+            broken = True
+            _LOG.warning("tracker %s: gave up: %s; metrics.jsonl goes on", name, error)
+
+    try:
+        yield track
+    finally:
+        close()
+
+
+def scalars(entry: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a log entry under flat names: `chosen_reward/p50`, `expert_load/0/3` (layer, expert)."""
+    found: dict[str, float] = {}
+
+    def flatten(name: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                flatten(f"{name}/{key}", item)
+        elif isinstance(value, list):
+            for place, item in enumerate(value):
+                flatten(f"{name}/{place}", item)
+        elif isinstance(value, int | float):
+            found[name] = float(value)
+
+    for name, value in entry.items():
+        if name != "step":
+            flatten(name, value)
+    return found
+
+
+_Opened = tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]
+
+
+def _nothing(output: Path, settings: Mapping[str, Any], resume_step: int) -> _Opened:
+    return (lambda step, values: None), (lambda: None)
+
+
+def _tensorboard(output: Path, settings: Mapping[str, Any], resume_step: int) -> _Opened:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(output / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)  # type: ignore[no-untyped-call]
+
+    def send(step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+        writer.flush()  # type: ignore[no-untyped-call]
+
+    return send, writer.close
+
+
+def _trackio(output: Path, settings: Mapping[str, Any], resume_step: int) -> _Opened:
+    import trackio
+
+    trackio.init(project=_PROJECT, name=output.resolve().name, config=dict(settings), resume="allow")
+    return (lambda step, values: trackio.log(values, step=step)), trackio.finish
+
+
+def _wandb(output: Path, settings: Mapping[str, Any], resume_step: int) -> _Opened:
+    import wandb
+
+    run = wandb.init(project=_PROJECT, name=output.resolve().name, config=dict(settings), dir=str(output))
+    return (lambda step, values: run.log(values, step=step)), run.finish
+
+
+_OPEN: dict[str, Callable[[Path, Mapping[str, Any], int], _Opened]] = {
+    "none": _nothing,
+    "tensorboard": _tensorboard,
+    "trackio": _trackio,
+    "wandb": _wandb,
+}
