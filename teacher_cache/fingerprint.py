@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ ENCODING_FIELDS = ("template", "sequence", "images.tokens", "images.token_id")
 LONGER = "rejected"  # what becomes of a sequence of more than max_length tokens
 _INFORMATIVE = ("tokenizer.size", "tokenizer.pipeline")
 _SHOWN = 16
+_HASHED_AT_ONCE = 4
 _LOG = logging.getLogger(__name__)
 
 
@@ -64,9 +66,11 @@ def describe_weights(folder: Path) -> dict[str, Any]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelError(f"{folder}: no *.safetensors file: save the checkpoint with save_pretrained first")
+    with ThreadPoolExecutor(_HASHED_AT_ONCE) as threads:
+        digests = list(threads.map(sha256_file, files))
     return {
         "config": sha256_file(folder / "config.json"),
-        "weights": {file.name: sha256_file(file) for file in files},
+        "weights": {file.name: digest for file, digest in zip(files, digests, strict=True)},
     }
 
 
@@ -98,6 +102,7 @@ def check_student(
 ) -> Exchange | None:
     """Refuse a student whose tokenizer is not the one that a cache was made with.
 
+    It may have more tokens behind the teacher's, such as `<image>` where the teacher writes pictures in another way.
     `end_of_turn` declares the one token that may differ (see `end_of_turn.py`); the exchange of ids that follows from
     it is returned, None without one. `allow` overrides fields (or sections, such as `tokenizer`) by name; what it
     overrides is logged.
@@ -110,6 +115,8 @@ def check_student(
     if end_of_turn is not None:
         vocabulary, exchange = _resolve(theirs, tokenizer, end_of_turn, allow)
         mine["tokenizer"].update(vocabulary)
+    elif isinstance(size := theirs["tokenizer"]["size"], int) and len(tokenizer) > size:
+        mine["tokenizer"].update(_describe_vocabulary(*_known_ids(tokenizer, size)))
     _refuse(
         theirs,
         mine,
@@ -200,6 +207,11 @@ def check_sequence(cache: TeacherCache, sequence: TokenSequence, exchange: Excha
     shown = [str(int(side[where])) if where < len(side) else "the end" for side in (theirs, mine)]
     pairs = {(int(theirs[index]), int(mine[index])) for index in unequal}
     one_token = len(pairs) == 1 and len(theirs) == len(mine) and exchange is None
+    if sequence.role == "mismatched" and not one_token:
+        raise TargetError(
+            f"sample '{sequence.key}' (mismatched): the response it is paired with is not the cache's: pairs are made "
+            "over a whole set: set data.set to the very set that was captured, or capture this one"
+        )
     raise TargetError(
         f"sample '{sequence.key}' ({sequence.role}): its supervised ids are not the cache's: at position {where} the "
         f"cache has {shown[0]} of {len(theirs)}, the student {shown[1]} of {len(mine)}: use the teacher's template and "
@@ -212,18 +224,32 @@ def _resolve(
 ) -> tuple[dict[str, str], Exchange]:
     """Find the exchange of ids under which a student's vocabulary is the teacher's; the first one if none fits."""
     tokens = parse_end_of_turn(end_of_turn)
-    own, added = tokenizer.get_vocab(), set(_added_tokens(_tokenizer_content(tokenizer)))
-    if tokens[1] in added and tokens[0] not in own:
-        added.add(tokens[0])
     found = []
-    for vocabulary, exchange in teacher_vocabularies(own, *tokens):
-        special = {token: vocabulary[token] for token in added if token in vocabulary}
-        described = _describe_vocabulary(vocabulary, special)
-        found.append((described, exchange))
-        fields = {"tokenizer": {name: theirs["tokenizer"][name] for name in described}}
-        if not differences(fields, {"tokenizer": described}, allow=allow):
-            return found[-1]
+    size = theirs["tokenizer"]["size"]  # a list of them in a cache merged in spite of it
+    for limit in (None, size if isinstance(size, int) else None):
+        own, special_ids = _known_ids(tokenizer, limit, keep=tokens[1])
+        added = set(special_ids)
+        if tokens[1] in added and tokens[0] not in own:
+            added.add(tokens[0])
+        for vocabulary, exchange in teacher_vocabularies(own, *tokens):
+            special = {token: vocabulary[token] for token in added if token in vocabulary}
+            described = _describe_vocabulary(vocabulary, special)
+            found.append((described, exchange))
+            fields = {"tokenizer": {name: theirs["tokenizer"][name] for name in described}}
+            if not differences(fields, {"tokenizer": described}, allow=allow):
+                return found[-1]
     return found[0]
+
+
+def _known_ids(
+    tokenizer: PreTrainedTokenizerFast, limit: int | None, keep: str | None = None
+) -> tuple[dict[str, int], dict[str, int]]:
+    """A tokenizer's tokens, and the added ones among them, with ids below `limit`; `keep` whatever its id."""
+    everything, added = tokenizer.get_vocab(), _added_tokens(_tokenizer_content(tokenizer))
+    if limit is not None:
+        everything = {token: number for token, number in everything.items() if number < limit or token == keep}
+        added = {token: number for token, number in added.items() if number < limit or token == keep}
+    return everything, added
 
 
 def _refuse(theirs: Mapping[str, Any], mine: Mapping[str, Any], allow: Sequence[str], way_out: str) -> None:

@@ -189,9 +189,11 @@ def _head(shifted_RV: Tensor, log_z_R: Tensor, settings: RecordSettings) -> tupl
     slots = min(settings.head_max, shifted_RV.shape[1])
     shifted_RK, ids_RK = shifted_RV.topk(slots)
     # Equal logits are common in low-precision models: their order must not depend on how topk met them.
-    by_id = ids_RK.argsort(-1)
-    order = by_id.gather(1, shifted_RK.gather(1, by_id).argsort(dim=-1, descending=True, stable=True))
-    shifted_RK, ids_RK = shifted_RK.gather(1, order), ids_RK.gather(1, order)
+    tied_R = (shifted_RK[:, 1:] == shifted_RK[:, :-1]).any(-1)
+    if bool(tied_R.any()):
+        by_id = ids_RK[tied_R].argsort(-1)
+        order = by_id.gather(1, shifted_RK[tied_R].gather(1, by_id).argsort(dim=-1, descending=True, stable=True))
+        ids_RK[tied_R] = ids_RK[tied_R].gather(1, order)
     count_R = torch.full((len(ids_RK),), slots, device=ids_RK.device)
     probs_RK = (shifted_RK - log_z_R[:, None]).double().exp()
     if settings.head_mass < 1.0:  # at 1 the mass does not end it: a sum of rounded numbers may reach 1 early, or never

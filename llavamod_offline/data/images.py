@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 Aspect = Literal["pad", "square"]
 ASPECTS: tuple[Aspect, ...] = ("pad", "square")
+DECODER = "rgb-over-white-1"  # what `decode_image` does, for fingerprints
 
 # A side of 9,000 bounds the padded canvas at 243 MB; Qwen2-VL's processor draws the line at a ratio of 200 as well.
 MAX_IMAGE_SIDE = 9_000
@@ -40,7 +41,10 @@ MAX_ENCODED_BYTES = 128 * 2**20
 
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _PROCESSOR_TYPES = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
+_FORMATS = ("JPEG", "PNG", "WEBP")
 _ORIENTATION_TAG = 0x0112
+_SIDEWAYS = (5, 6, 7, 8)
+_PNG_ORIENTATION_MARKS = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -62,6 +66,19 @@ def image_extension(encoded: bytes, *, name: str) -> str:
     """Decode a whole picture and tell its format, as `jpg`, `png` or `webp`. Errors: as `decode_image`."""
     _, extension = _decode(encoded, name)
     return extension
+
+
+def image_size(encoded: bytes, *, name: str) -> tuple[int, int]:
+    """The (width, height) that `decode_image` gives, from the header where it can tell. Errors: as `decode_image`."""
+    if len(encoded) > MAX_ENCODED_BYTES:
+        raise DataError(f"image '{name}': {len(encoded)} bytes, more than {MAX_ENCODED_BYTES}")
+    with _strict_pillow(), _decoding(name), Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
+        _check_size(image.size, name)
+        width, height = image.size
+        # A PNG may say how it is turned after its pixels, and Pillow decodes them to find out.
+        if image.format == "PNG" and not any(mark in encoded for mark in _PNG_ORIENTATION_MARKS):
+            return width, height
+        return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
 
 
 def pad_to_square(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:
@@ -90,13 +107,14 @@ class ImagePreprocessor:
         self._processor = processor
         self.fill = tuple(int(mean * 255) for mean in processor.image_mean)
         self.size = _output_size(processor, aspect)
+        self._values_3 = _pixel_values(processor)
 
     @classmethod
     def from_checkpoint(cls, folder: Path, aspect: str = "pad") -> ImagePreprocessor:
         """Read the processor of a checkpoint folder. Errors: `ModelError` if it has none, or one that is not CLIP's."""
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-        file, settings = _read_settings(Path(folder))
+        file, settings = read_processor_settings(Path(folder))
         kind = settings.get("image_processor_type", settings.get("feature_extractor_type"))
         if kind not in _PROCESSOR_TYPES:
             raise ModelError(f"{file}: image processor '{kind}' is none of {', '.join(_PROCESSOR_TYPES)}")
@@ -106,20 +124,45 @@ class ImagePreprocessor:
         except (TypeError, ValueError, ModelError) as error:
             raise ModelError(f"{file}: {error}") from error
 
-    def pixels(self, encoded: bytes, *, name: str) -> NDArray[np.float32]:
-        """Decode and preprocess one picture to [3, H, W] float32, `size` = (H, W). Errors: `DataError` naming it."""
+    def pixels(self, encoded: bytes, *, name: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """Decode and preprocess one picture to [3, H, W] float32, `size` = (H, W), in `out` if that is given.
+
+        Errors: `DataError` naming it.
+        """
         image = decode_image(encoded, name=name)
+        return self.preprocess(image, out)
+
+    def preprocess(self, image: Image.Image, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """Make pixels of an RGB picture, as the processor does, to the last bit."""
         if self.aspect == "pad":
             image = pad_to_square(image, self.fill)
-        pixels_3HW: NDArray[np.float32] = self._processor(image, return_tensors="np")["pixel_values"][0]
-        return np.ascontiguousarray(pixels_3HW, dtype=np.float32)
+        image = self._sized(image)
+        pixels_3HW = np.empty((3, *self.size), np.float32) if out is None else out
+        for channel_HW, band, values in zip(pixels_3HW, image.split(), self._values_3, strict=True):
+            _look_up(values, np.asarray(band), channel_HW)
+        return pixels_3HW
+
+    def _sized(self, image: Image.Image) -> Image.Image:
+        """Resize and crop as the processor does, without its copies; Pillow leaves alone what has its size already."""
+        processor, (height, width) = self._processor, self.size
+        if processor.do_resize:
+            size = _plain_size(processor.size)
+            if "shortest_edge" in size:
+                edge, short = size["shortest_edge"], min(image.size)
+                size = {"height": int(edge * image.height / short), "width": int(edge * image.width / short)}
+            if image.size != (size["width"], size["height"]):  # else Pillow would copy it
+                image = image.resize((size["width"], size["height"]), int(processor.resample))
+        if image.size == (width, height):
+            return image
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return image.crop((left, top, left + width, top + height))  # black beyond the picture
 
     def describe(self) -> dict[str, object]:
         """Everything that decides the pixels, as JSON values, for a fingerprint."""
         processor = self._processor
         fields: dict[str, object] = {
             "aspect": self.aspect,
-            "decoder": "rgb-over-white-1",
+            "decoder": DECODER,
             "height": self.size[0],
             "width": self.size[1],
         }
@@ -136,24 +179,43 @@ class ImagePreprocessor:
         return fields
 
 
+def read_processor_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Find an image processor's settings where transformers does: in the processor's file, else in one of their own.
+
+    Result: the file, and its settings. Errors: `ModelError` if there is none, or it is unreadable.
+    """
+    file = folder / "processor_config.json"
+    if file.is_file() and "image_processor" in (nested := _read_object(file)):
+        return file, _checked(file, nested["image_processor"])
+    file = folder / "preprocessor_config.json"
+    if file.is_file():
+        return file, _read_object(file)
+    raise ModelError(f"{folder}: no preprocessor_config.json: give a checkpoint folder that has its image processor")
+
+
 def _decode(encoded: bytes, name: str) -> tuple[Image.Image, str]:
     if len(encoded) > MAX_ENCODED_BYTES:
         raise DataError(f"image '{name}': {len(encoded)} bytes, more than {MAX_ENCODED_BYTES}")
-    with _strict_pillow():
-        try:
-            with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG", "WEBP")) as image:
-                _check_size(image.size, name)
-                extension = _EXTENSIONS[str(image.format)]
-                image.load()
-                return _to_rgb(_upright(image)), extension
-        except DataError:
-            raise
-        except UnidentifiedImageError as error:
-            raise DataError(f"image '{name}': not a JPEG, PNG or WebP file: convert it") from error
-        except Image.DecompressionBombError as error:
-            raise DataError(f"image '{name}': larger than {MAX_IMAGE_SIDE} pixels a side: shrink it") from error
-        except Exception as error:  # whatever a decoder trips over, the picture is unusable
-            raise DataError(f"image '{name}': cannot be decoded: {error or type(error).__name__}") from error
+    with _strict_pillow(), _decoding(name), Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
+        _check_size(image.size, name)
+        extension = _EXTENSIONS[str(image.format)]
+        image.load()
+        return _to_rgb(_upright(image)), extension
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Turn whatever a decoder trips over into a `DataError` naming the picture."""
+    try:
+        yield
+    except DataError:
+        raise
+    except UnidentifiedImageError as error:
+        raise DataError(f"image '{name}': not a JPEG, PNG or WebP file: convert it") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"image '{name}': larger than {MAX_IMAGE_SIDE} pixels a side: shrink it") from error
+    except Exception as error:
+        raise DataError(f"image '{name}': cannot be decoded: {error or type(error).__name__}") from error
 
 
 @contextmanager
@@ -178,11 +240,15 @@ def _check_size(size: tuple[int, int], name: str) -> None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(_ORIENTATION_TAG)
-    except Exception:  # a damaged EXIF block says nothing about the orientation
-        return image
+    orientation = _orientation(image)
     return image.transpose(_ORIENTATIONS[orientation]) if orientation in _ORIENTATIONS else image
+
+
+def _orientation(image: Image.Image) -> Any:
+    try:
+        return image.getexif().get(_ORIENTATION_TAG)
+    except Exception:  # a damaged EXIF block says nothing about the orientation
+        return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -190,21 +256,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         high_byte_HW = (np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)
         return Image.fromarray(high_byte_HW).convert("RGB")
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     rgba = image.convert("RGBA")
     white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, rgba).convert("RGB")
-
-
-def _read_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Find the processor's settings where transformers does: in the processor's file, else in a file of their own."""
-    file = folder / "processor_config.json"
-    if file.is_file() and "image_processor" in (nested := _read_object(file)):
-        return file, _checked(file, nested["image_processor"])
-    file = folder / "preprocessor_config.json"
-    if file.is_file():
-        return file, _read_object(file)
-    raise ModelError(f"{folder}: no preprocessor_config.json: give a checkpoint folder that has its image processor")
 
 
 def _read_object(file: Path) -> dict[str, Any]:
@@ -221,6 +276,10 @@ def _checked(file: Path, settings: Any) -> dict[str, Any]:
 
 
 def _output_size(processor: CLIPImageProcessorPil, aspect: str) -> tuple[int, int]:
+    if getattr(processor, "do_pad", None):
+        raise ModelError("it pads pictures, which CLIP's does not")
+    if processor.do_resize and set(_plain_size(processor.size)) not in ({"height", "width"}, {"shortest_edge"}):
+        raise ModelError(f"its size is {_plain_size(processor.size)}: it must be a shortest_edge, or height and width")
     if processor.do_center_crop:
         return int(processor.crop_size["height"]), int(processor.crop_size["width"])
     size = _plain_size(processor.size) if processor.do_resize else {}
@@ -231,6 +290,32 @@ def _output_size(processor: CLIPImageProcessorPil, aspect: str) -> tuple[int, in
     raise ModelError(
         f"its output size depends on the picture (aspect '{aspect}'): it needs a crop, or height and width"
     )
+
+
+def _pixel_values(processor: CLIPImageProcessorPil) -> list[NDArray[np.float32]]:
+    """What the processor makes of each byte, for each channel: it rescales and normalises pixel by pixel."""
+    values_31V = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
+    if processor.do_rescale:
+        values_31V = processor.rescale(values_31V, processor.rescale_factor)
+    if processor.do_normalize:
+        values_31V = processor.normalize(values_31V, processor.image_mean, processor.image_std)
+    return [_in_pairs(np.ascontiguousarray(values_1V[0], dtype=np.float32)) for values_1V in values_31V]
+
+
+def _in_pairs(values_V: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The values of every two bytes that stand side by side, by both as one number of the machine's byte order."""
+    pairs = np.arange(2**16, dtype=np.uint16).view(np.uint8)
+    return values_V[pairs].reshape(2**16, 2)
+
+
+def _look_up(values_P2: NDArray[np.float32], bytes_HW: NDArray[np.uint8], out_HW: NDArray[np.float32]) -> None:
+    """Write the value of each byte; by pairs, as that takes half the time."""
+    found, wanted = out_HW.reshape(-1), bytes_HW.reshape(-1)
+    even = len(wanted) // 2 * 2
+    values = values_P2.view(np.complex64)[:, 0]  # two float32 that are moved as one
+    np.take(values, wanted[:even].view(np.uint16), out=found[:even].view(np.complex64), mode="clip")
+    if even < len(wanted):
+        found[even] = values_P2[int(wanted[even]) * 257, 0]  # that of the byte beside itself
 
 
 def _plain_size(size: Any) -> dict[str, int]:

@@ -66,6 +66,7 @@ class SequenceEncoder:
     """Turns samples into sequences for one tokenizer, template and image size.
 
     `image_token_counts` of `encode` says how many tokens each image takes; a LLaVA model takes `image_tokens` for all.
+    `image_frame`: the ids that stand before and after the tokens of each image (none in LLaVA).
     Errors: `ModelError` if the tokenizer lacks a special token of the template.
     """
 
@@ -77,12 +78,14 @@ class SequenceEncoder:
         image_token_id: int,
         image_tokens: int,
         max_length: int,
+        image_frame: tuple[Items[int], Items[int]] = ((), ()),
     ) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self.image_token_id = image_token_id
         self.image_tokens = image_tokens
         self.max_length = max_length
+        self.image_frame = image_frame
         self._special_ids: dict[str, int] = {}
         self.end_id = self._special_id(template.end)
 
@@ -120,9 +123,10 @@ class SequenceEncoder:
 
     def _ids_with_images(self, text: str, image_counts: list[int]) -> list[int]:
         parts = text.split(IMAGE_PLACEHOLDER)
+        before, after = self.image_frame
         ids = self._plain_ids(parts[0])
         for part in parts[1:]:
-            ids += [self.image_token_id] * image_counts.pop(0)
+            ids += [*before, *[self.image_token_id] * image_counts.pop(0), *after]
             ids += self._plain_ids(part)
         return ids
 
@@ -130,8 +134,16 @@ class SequenceEncoder:
         """Tokenise text in which the names of special tokens are plain characters, whatever a data set says."""
         if not text:
             return []
-        encoded: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return encoded
+        # What `tokenizer(text, add_special_tokens=False, split_special_tokens=True)` does, without its preparations.
+        backend = self.tokenizer.backend_tokenizer
+        if not backend.encode_special_tokens:
+            backend.encode_special_tokens = True
+        if backend.truncation is not None:
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
+        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        return ids
 
     def _special_id(self, token: str) -> int:
         if token not in self._special_ids:

@@ -1,7 +1,7 @@
 """The Hugging Face engine: a checkpoint in this process, run over length-bucketed batches.
 
-Letters: B sequences of a batch, T tokens of the longest, N recorded positions of the batch (R of them in a chunk),
-D hidden size, V shared vocabulary.
+Letters: S sequences of a batch in B rows, U tokens of the longest sequence, T of the longest row, N recorded positions
+of the batch (R of them in a chunk), D hidden size, V shared vocabulary.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,19 +21,17 @@ from torch import Tensor
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.data.tokenise import Ids, Positions
 from llavamod_offline.data.tokenise import Sequence as TokenSequence
-from llavamod_offline.errors import ConfigError, DataError, ModelError
+from llavamod_offline.errors import DataError, ModelError
 from teacher_cache.codec import HiddenPositions
 from teacher_cache.draws import sequence_uniforms
+from teacher_cache.engines.head import Head
+from teacher_cache.engines.layout import Layout, lay_out
 from teacher_cache.engines.protocol import Request
 from teacher_cache.hidden import HiddenStates
 from teacher_cache.record import Records, RecordSettings, concatenate_records, make_records, rows_per_chunk
 from teacher_cache.sequences import SequenceRecord
 from teacher_cache.store import Rejection
 from teacher_cache.teachers import Picture, Teacher
-
-if TYPE_CHECKING:
-    from teacher_cache.config import CacheConfig
-    from teacher_cache.job import Job
 
 Outcome = SequenceRecord | Rejection
 
@@ -71,6 +69,7 @@ class HfEngine:
         workers: int,
         positions: Positions = "response",
         hidden_positions: HiddenPositions | None = None,
+        shared_prompts: bool = False,
     ) -> None:
         self.model = model
         self.teacher = teacher
@@ -81,9 +80,9 @@ class HfEngine:
         self.workers = workers
         self.positions: Positions = positions
         self.hidden_positions = hidden_positions
-        head = model.get_output_embeddings()
-        self._head_VD = head.weight.detach()[:vocab_size].float()
-        self._bias_V = None if head.bias is None else head.bias.detach()[:vocab_size].float()
+        self.shared_prompts = shared_prompts
+        layer = model.get_output_embeddings()
+        self.head = Head(layer.weight, getattr(layer, "bias", None), vocab_size)
         self._batch_limit = batch_size
 
     def capture(self, requests: Sequence[Request], load: Callable[[int], Sample]) -> Iterator[Outcome]:
@@ -105,8 +104,7 @@ class HfEngine:
                 yield from self._capture_batch(ahead.popleft())
 
     def _pictures(self, row: int, load: Callable[[int], Sample]) -> list[Picture]:
-        sample = load(row)
-        return [self.teacher.picture(image, name=sample.key) for image in sample.images]
+        return self.teacher.pictures(load(row))
 
     def _capture_batch(self, items: list[_Item]) -> Iterator[Outcome]:
         ready: list[tuple[_Item, list[Picture]]] = []
@@ -128,9 +126,12 @@ class HfEngine:
 
     def _problem(self, item: _Item) -> str | None:
         try:
-            item.pictures.result()
+            expected = sum(picture.tokens for picture in item.pictures.result())
         except DataError as error:
             return str(error)
+        found = int((item.sequence.input_ids_T == self.teacher.image_token_id).sum())
+        if found != expected:
+            return f"its pictures take {expected} tokens, its sequence has {found}: the file's header says another size"
         largest = int(item.sequence.target_ids_N.max(initial=0))
         if largest >= self.vocab_size:
             return f"supervised id {largest} is beyond the {self.vocab_size} ids that tokenizer and head share"
@@ -152,7 +153,7 @@ class HfEngine:
         sequences = [item.sequence for item, _ in batch]
         found = [sequence.rows_and_targets(self.positions) for sequence in sequences]
         lengths = [len(rows_N) for rows_N, _ in found]
-        pictures = [picture for _, some in batch for picture in some]
+        pictures = [some for _, some in batch]
         rows_ND = self._hidden_rows(sequences, [rows_N for rows_N, _ in found], pictures)
         targets_N = torch.from_numpy(np.concatenate([targets_N for _, targets_N in found])).to(rows_ND.device)
         uniforms_N = torch.from_numpy(
@@ -165,7 +166,7 @@ class HfEngine:
         step = rows_per_chunk(self.vocab_size, rows_ND.device.type)
         for start in range(0, len(rows_ND), step):
             chunk = slice(start, start + step)
-            logits_RV = torch.nn.functional.linear(rows_ND[chunk].float(), self._head_VD, self._bias_V)
+            logits_RV = self.head.logits(rows_ND[chunk])
             records, finite_R = make_records(logits_RV, targets_N[chunk], uniforms_N[chunk], self.settings)
             parts.append(records)
             finite.append(finite_R)
@@ -191,48 +192,48 @@ class HfEngine:
             found.append(HiddenStates(chosen_M, states[start + chosen_M]))
         return found
 
-    def _hidden_rows(self, sequences: list[TokenSequence], rows: list[Ids], pictures: list[Picture]) -> Tensor:
+    def _hidden_rows(self, sequences: list[TokenSequence], rows: list[Ids], pictures: list[list[Picture]]) -> Tensor:
         """Run the model but for its head: the last hidden states of each sequence's rows, [N, D]."""
-        longest = max(len(s.input_ids_T) for s in sequences)
-        pad = 0 if self.teacher.image_token_id != 0 else 1
-        ids_BT = np.full((len(sequences), longest), pad, np.int64)
-        mask_BT = np.zeros((len(sequences), longest), np.int64)
-        for number, sequence in enumerate(sequences):
-            ids_BT[number, : len(sequence.input_ids_T)] = sequence.input_ids_T
-            mask_BT[number, : len(sequence.input_ids_T)] = 1
-        device = self.model.device
-        hidden_BTD = self.teacher.hidden_states(
-            self.model, torch.from_numpy(ids_BT).to(device), torch.from_numpy(mask_BT).to(device), pictures
-        )
-        which_N = np.repeat(np.arange(len(sequences)), [len(rows_N) for rows_N in rows])
-        rows_N = np.concatenate(rows)
-        return hidden_BTD[torch.from_numpy(which_N).to(device), torch.from_numpy(rows_N).to(device)]
+        keys = [s.key if self.shared_prompts else number for number, s in enumerate(sequences)]
+        image = self.teacher.image_token_id
+        ids = [sequence.input_ids_T for sequence in sequences]
+        layout = lay_out(ids, keys, pad=0 if image != 0 else 1, image_token_id=image)
+        positions = self._positions(ids, layout, pictures)
+        mine = [picture for own, first in zip(pictures, layout.first_S, strict=True) if first for picture in own]
+        device = self.model.get_input_embeddings().weight.device
+        inputs: dict[str, Any] = {"input_ids": layout.input_ids_BT.to(device)}
+        if mine:
+            ids_BT = inputs.pop("input_ids")
+            embedded_BTD = self.model.get_input_embeddings()(ids_BT)
+            features = torch.cat(self._features(mine)).to(embedded_BTD)
+            inputs["inputs_embeds"] = embedded_BTD.masked_scatter((ids_BT == image)[..., None], features)
+        hidden_BTD: Tensor = self.model.get_decoder()(
+            **inputs,
+            attention_mask=layout.mask.to(device),
+            position_ids=None if positions is None else positions.to(device),
+            use_cache=False,
+        ).last_hidden_state
+        which_N = np.repeat(layout.rows_S, [len(rows_N) for rows_N in rows])
+        where_N = np.concatenate([columns[rows_N] for columns, rows_N in zip(layout.columns, rows, strict=True)])
+        picked = (torch.from_numpy(which_N).to(hidden_BTD.device), torch.from_numpy(where_N).to(hidden_BTD.device))
+        return hidden_BTD[picked].to(self.head.device)
 
+    def _positions(self, ids: list[Ids], layout: Layout, pictures: list[list[Picture]]) -> Tensor | None:
+        """Positions as the decoder wants them, for the rows; None where it counts for itself."""
+        longest = max(map(len, ids))
+        ids_SU = torch.from_numpy(np.stack([np.pad(one, (0, longest - len(one))) for one in ids]))
+        mask_SU = (torch.arange(longest) < torch.tensor([len(one) for one in ids])[:, None]).long()
+        found = self.teacher.position_ids(self.model, ids_SU, mask_SU, [p for own in pictures for p in own])
+        if found is None and layout.shared:
+            found = torch.arange(longest).expand(ids_SU.shape)
+        return None if found is None else layout.positions(found)
 
-def load_hf_engine(job: Job, config: CacheConfig) -> HfEngine:
-    """Load the weights onto the device. Errors: `ModelError` if they do not fit; `ConfigError` for a missing device."""
-    model = job.teacher.load(job.dtype)
-    rows = int(model.get_output_embeddings().weight.shape[0])
-    if rows < job.codec.vocab_size:
-        raise ModelError(
-            f"{job.teacher.folder}: the head has {rows} rows, config.json says {job.codec.vocab_size} or more"
-        )
-    try:
-        model.to(job.device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"device '{job.device}': cannot be used: {reason}: set device=cpu or cuda") from error
-    return HfEngine(
-        model,
-        job.teacher,
-        job.settings,
-        vocab_size=job.codec.vocab_size,
-        seed=config.capture.seed,
-        batch_size=config.batch_size,
-        workers=config.workers,
-        positions=config.capture.positions,
-        hidden_positions=config.capture.hidden_positions if config.capture.hidden else None,
-    )
+    def _features(self, pictures: list[Picture]) -> list[Tensor]:
+        """The image features of each picture; roles of a sample have theirs in common, which run once."""
+        distinct = {id(picture): picture for picture in pictures}
+        features = self.teacher.image_features(self.model, list(distinct.values()))
+        found = dict(zip(distinct, features, strict=True))
+        return [found[id(picture)] for picture in pictures]
 
 
 def length_batches(requests: Sequence[Request], size: int) -> Iterator[list[tuple[Request, TokenSequence]]]:

@@ -42,23 +42,38 @@ class Teacher(Protocol):
     context_length: int
 
     def encode(self, sample: Sample, role: str) -> TokenSequence:
-        """Tokenise one role of a sample, its pictures' tokens expanded. Errors: `DataError` naming the sample."""
+        """Tokenise one role of a sample, its pictures' tokens expanded. Of pictures only headers are read.
+
+        Errors: `DataError` naming the sample.
+        """
         ...
 
-    def picture(self, encoded: bytes, *, name: str) -> Picture:
-        """Decode and preprocess one picture. Errors: `DataError` naming it."""
+    def pictures(self, sample: Sample) -> list[Picture]:
+        """Decode and preprocess a sample's pictures, in order. Errors: `DataError` naming the sample."""
         ...
 
     def describe_images(self) -> dict[str, Any]:
-        """Everything that decides pixels and image tokens, as JSON values, for the fingerprint."""
+        """Everything that decides pixels and image tokens, as JSON values, for the fingerprint.
+
+        `tokens`: how many a picture takes, or `by size`; `token_id`: what stands at them.
+        """
         ...
 
-    def load(self, dtype: torch.dtype) -> Any:
-        """Load the model in evaluation mode on the CPU. Errors: `ModelError` if weights and configuration differ."""
+    def load(self, dtype: torch.dtype, **settings: Any) -> Any:
+        """Load the model in evaluation mode; `settings` go to `from_pretrained`.
+
+        Errors: `ModelError` if weights and configuration differ.
+        """
         ...
 
-    def hidden_states(self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, pictures: Sequence[Picture]) -> Tensor:
-        """Run the model but for its head: the last hidden states, [B, T, D].
+    def image_features(self, model: Any, pictures: Sequence[Picture]) -> list[Tensor]:
+        """Run the vision tower and what follows it: [tokens, D] of each picture, as they enter the decoder."""
+        ...
+
+    def position_ids(
+        self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, pictures: Sequence[Picture]
+    ) -> Tensor | None:
+        """The decoder's positions, on the CPU like the arguments; None where it counts them itself.
 
         `pictures` are those of the whole batch, in the order of their tokens; padding stands at the right.
         """

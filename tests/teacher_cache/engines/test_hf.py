@@ -17,6 +17,7 @@ from llavamod_offline.data.template import get_template
 from llavamod_offline.data.tokenise import Sequence as TokenSequence
 from llavamod_offline.data.tokenise import SequenceEncoder
 from llavamod_offline.errors import DataError, ModelError
+from teacher_cache.engines.head import Head
 from teacher_cache.engines.hf import HfEngine, length_batches
 from teacher_cache.engines.protocol import Request
 from teacher_cache.record import RecordSettings
@@ -186,7 +187,7 @@ def test_a_sequence_with_logits_that_are_not_finite_is_rejected_alone(teacher: T
         weight[poison] = float("nan")
     try:
         engine = teacher.engine()
-        engine._head_VD = untied[: teacher.vocab_size]  # the tiny head is tied: keep it sound
+        engine.head = Head(untied, None, teacher.vocab_size)  # the tiny head is tied: keep it sound
         outcomes = list(engine.capture(teacher.requests([*samples, bad]), lambda row: [*samples, bad][row]))
     finally:
         with torch.no_grad():
@@ -246,15 +247,15 @@ def test_out_of_memory_halves_the_batch_and_says_so(
     samples = tiny_samples(10, seed=8)
     expected = teacher.capture(samples)
     sizes = []
-    forward = teacher.model.model.forward
+    forward = teacher.model.model.language_model.forward
 
     def small_device(**inputs: Any) -> Any:
-        sizes.append(len(inputs["input_ids"]))
+        sizes.append(len(inputs["attention_mask"]))
         if sizes[-1] > 2:
             raise torch.OutOfMemoryError
         return forward(**inputs)
 
-    monkeypatch.setattr(teacher.model.model, "forward", small_device)
+    monkeypatch.setattr(teacher.model.model.language_model, "forward", small_device)
     with caplog.at_level(logging.WARNING):
         captured = teacher.capture(samples)
     assert sizes == [8, 4, 2, 2, 2, 2, 2]
@@ -271,7 +272,7 @@ def test_a_sequence_too_large_for_the_device_is_one_clear_error(
     def no_device(**_: Any) -> Any:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(teacher.model.model, "forward", no_device)
+    monkeypatch.setattr(teacher.model.model.language_model, "forward", no_device)
     with pytest.raises(ModelError, match=r"sample 'tiny-\d+' \(response\): its \d+ tokens do not fit"):
         teacher.capture(tiny_samples(3, seed=8), batch_size=2)
 

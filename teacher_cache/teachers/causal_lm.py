@@ -1,0 +1,70 @@
+"""Language models without pictures: samples of text alone are captured, those with pictures are rejected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llavamod_offline.data.template import Template
+from llavamod_offline.data.tokenise import SequenceEncoder
+from llavamod_offline.errors import DataError
+from llavamod_offline.models.checkpoint import load_tokenizer, load_weights
+from teacher_cache.teachers.folder import context_length, read_config
+from teacher_cache.teachers.protocol import Picture
+
+if TYPE_CHECKING:
+    from llavamod_offline.data.sample import Sample
+    from llavamod_offline.data.tokenise import Sequence as TokenSequence
+
+
+class CausalLmTeacher:
+    """A folder of any causal language model that transformers knows; see `protocol.Teacher`."""
+
+    def __init__(self, folder: Path, template: Template, *, image_aspect: str, max_length: int) -> None:
+        from transformers import AutoConfig
+
+        config = read_config(AutoConfig, folder)
+        self.folder = folder
+        self.encoder = SequenceEncoder(
+            load_tokenizer(folder), template, image_token_id=-1, image_tokens=0, max_length=max_length
+        )
+        self.image_token_id: int | None = None
+        self.head_rows = int(config.vocab_size)
+        self.context_length = context_length(config)
+
+    def encode(self, sample: Sample, role: str) -> TokenSequence:
+        """Tokenise one role of a sample. Errors: `DataError` if it has pictures."""
+        if sample.images:
+            raise DataError(
+                f"sample '{sample.key}' ({role}): it has {len(sample.images)} picture(s), and the teacher is a "
+                "language model without pictures"
+            )
+        return self.encoder.encode(sample, role)
+
+    def pictures(self, sample: Sample) -> list[Picture]:
+        """None: `encode` lets no sample with pictures pass."""
+        return []
+
+    def describe_images(self) -> dict[str, Any]:
+        """No pictures, no tokens."""
+        return {"tokens": 0, "token_id": None}
+
+    def load(self, dtype: torch.dtype, **settings: Any) -> Any:
+        """Load the model."""
+        from transformers import AutoModelForCausalLM
+
+        return load_weights(AutoModelForCausalLM, self.folder, dtype=dtype, **settings)
+
+    def image_features(self, model: Any, pictures: Sequence[Picture]) -> list[Tensor]:
+        """None, for there are no pictures."""
+        return []
+
+    def position_ids(
+        self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, pictures: Sequence[Picture]
+    ) -> Tensor | None:
+        """Plain counting."""
+        return None

@@ -1,0 +1,99 @@
+"""Reading what every family finds in a checkpoint folder; whatever transformers raises becomes one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llavamod_offline.data.images import read_processor_settings
+from llavamod_offline.data.sample import Sample
+from llavamod_offline.errors import ConfigError, DataError, ModelError
+from llavamod_offline.models.checkpoint import first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+BY_SIZE = "by size"
+
+
+def read_config(config_class: Any, folder: Path) -> Any:
+    """Read a folder's configuration as one class. Errors: `ModelError` if it is unusable."""
+    try:
+        return config_class.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ModelError(f"{folder}/config.json: not usable: {first_line(error)}") from error
+
+
+def read_processor(processor_class: Any, names: tuple[str, ...], folder: Path) -> Any:
+    """Read a folder's image processor as one class, PIL's variant. Errors: `ModelError` if it is of another kind."""
+    file, settings = read_processor_settings(folder)
+    kind = settings.get("image_processor_type", settings.get("feature_extractor_type"))
+    if kind not in names:
+        raise ModelError(f"{file}: image processor '{kind}' is none of {', '.join(names)}")
+    settings = {key: value for key, value in settings.items() if not key.endswith("_type")}
+    try:
+        return processor_class.from_dict(settings)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{file}: {first_line(error)}") from error
+
+
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str, named: int | None, field: str) -> int:
+    """The id of a special token. Errors: `ModelError` if tokenizer and configuration (`named`) do not agree on it."""
+    found = tokenizer.get_vocab().get(token)
+    if found is None or named not in (None, found):
+        raise ModelError(
+            f"config.json: {field} is {named}, but the tokenizer "
+            + (f"has no token '{token}'" if found is None else f"has '{token}' at {found}")
+            + ": use the tokenizer that belongs to the checkpoint"
+        )
+    return int(found)
+
+
+def context_length(text_config: Any) -> int:
+    """The most tokens that a language model takes, as its configuration says."""
+    return int(getattr(text_config, "max_position_embeddings", 0) or sys.maxsize)
+
+
+def own_aspect(aspect: str, family: str) -> bool:
+    """Say whether pictures are padded to squares first. Errors: `ConfigError` for what the family has no use for."""
+    if aspect == "square":
+        raise ConfigError(
+            f"image_aspect is 'square', but {family} takes pictures of any shape: set auto, or pad to fill them up"
+        )
+    return aspect == "pad"
+
+
+@contextmanager
+def preparing(sample: Sample) -> Iterator[None]:
+    """Turn whatever an image processor raises into a `DataError` naming the sample."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"sample '{sample.key}': its picture cannot be prepared: {first_line(error)}") from error
+
+
+def pixel_array(pixels: Any, sample: Sample) -> NDArray[np.float32]:
+    """An image processor's pixels as float32. Errors: `DataError` naming the sample if one is no number."""
+    array = np.asarray(pixels, np.float32)
+    if not np.isfinite(array).all():
+        raise DataError(f"sample '{sample.key}': its picture's pixels are not finite")
+    return array
+
+
+def plain(value: Any) -> Any:
+    """A processor's setting as JSON values."""
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int | float):
+        return int(value) if isinstance(value, int) else float(value)
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return {str(name): plain(item) for name, item in dict(value).items() if item is not None}

@@ -1,0 +1,54 @@
+"""The output layer in float32: against casting everything."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from teacher_cache.engines import head as heads
+from teacher_cache.engines.head import Head, blockwise_logits
+
+
+def _parts(dtype: torch.dtype, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    rows, weight, bias = (torch.randn(shape, generator=generator) for shape in ((7, 48), (111, 48), (111,)))
+    return rows.to(device, dtype), weight.to(device, dtype), bias.to(device, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_logits_are_those_of_everything_cast(dtype: torch.dtype, biased: bool) -> None:
+    rows_RD, weight_VD, bias_V = _parts(dtype)
+    expected_RV = torch.nn.functional.linear(
+        rows_RD.float(), weight_VD[:100].float(), bias_V[:100].float() if biased else None
+    )
+    found_RV = Head(weight_VD, bias_V if biased else None, 100).logits(rows_RD)
+    assert found_RV.dtype == torch.float32
+    assert torch.equal(found_RV, expected_RV)
+
+
+def test_a_full_precision_weight_is_not_copied() -> None:
+    _, weight_VD, _ = _parts(torch.float32)
+    assert Head(weight_VD, None, 100).weight_VD.data_ptr() == weight_VD.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_the_weight_cast_in_turn_give_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows_RD, weight_VD, _ = _parts(dtype)
+    expected_RV = rows_RD.float() @ weight_VD.float().T
+    for values in (1, 48 * 10, 48 * 111, 2**26):
+        monkeypatch.setattr(heads, "_BLOCK_VALUES", values)
+        assert torch.allclose(blockwise_logits(rows_RD, weight_VD), expected_RV, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_a_gpu_half_precision_weights_are_neither_copied_nor_rounded_twice(dtype: torch.dtype) -> None:
+    rows_RD, weight_VD, bias_V = _parts(dtype, "cuda")
+    head = Head(weight_VD, bias_V, 100)
+    assert head.weight_VD.data_ptr() == weight_VD.data_ptr()
+    expected_RV = torch.nn.functional.linear(rows_RD.float(), weight_VD[:100].float(), bias_V[:100].float())
+    for found_RV in (head.logits(rows_RD), head.logits(rows_RD.float())):
+        assert found_RV.dtype == torch.float32
+        assert torch.allclose(found_RV, expected_RV, atol=1e-4, rtol=1e-5)

@@ -1,0 +1,206 @@
+"""Loading a teacher for the Hugging Face engine: what settings change, and what is refused before the first batch."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from llavamod_offline.config import load_config
+from llavamod_offline.data.pack import write_set
+from llavamod_offline.data.sample import Sample, Turn
+from llavamod_offline.errors import ConfigError, ModelError
+from teacher_cache.config import CacheConfig
+from teacher_cache.engines.hf import HfEngine
+from teacher_cache.engines.hf_load import load_hf_engine
+from teacher_cache.job import prepare_job
+from teacher_cache.reader import open_cache
+from teacher_cache.run import run_job
+from tests.tiny import write_tiny_set
+from tests.tiny_teachers import write_tiny_causal_lm, write_tiny_qwen_vl
+
+_HAS_ACCELERATE = importlib.util.find_spec("accelerate") is not None
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("load")
+    return write_tiny_qwen_vl(folder / "teacher"), write_tiny_set(folder / "pairs", 6, preference=True)
+
+
+@pytest.fixture
+def settings(world: tuple[Path, Path], tmp_path: Path) -> Callable[..., CacheConfig]:
+    def make(name: str = "cache", *overrides: str, teacher: Path = world[0]) -> CacheConfig:
+        given = [f"data={world[1]}", f"teacher={teacher}", f"output={tmp_path / name}", "template=chatml"]
+        return load_config(CacheConfig, (), [*given, "capture.preset=exhaustive", "workers=1", *overrides])
+
+    return make
+
+
+def _load(config: CacheConfig) -> HfEngine:
+    return load_hf_engine(prepare_job(config), config)
+
+
+def _sums(config: CacheConfig) -> list[float]:
+    run_job(config)
+    cache = open_cache(config.output)
+    return [cache.sequence(f"pair-{n:04d}", role).sum_log_prob for n in range(6) for role in ("chosen", "rejected")]
+
+
+def test_roles_share_their_prompt_where_the_decoder_lets_them(settings: Callable[..., CacheConfig]) -> None:
+    assert _load(settings()).shared_prompts
+    eager = _load(settings("eager", "engine.attention=eager"))
+    assert not eager.shared_prompts
+    assert eager.model.get_decoder().config._attn_implementation == "eager"
+
+
+def test_attention_is_a_matter_of_rounding_and_of_the_fingerprint(settings: Callable[..., CacheConfig]) -> None:
+    """Rows of their own and shared ones too: eager attention shares none."""
+    plain, eager = settings("plain"), settings("eager", "engine.attention=eager")
+    assert np.allclose(_sums(plain), _sums(eager), atol=1e-3)
+    assert "attention" not in prepare_job(plain).fingerprint["engine"]
+    assert prepare_job(eager).fingerprint["engine"]["attention"] == "eager"
+
+
+def test_a_sliding_window_shares_no_rows(settings: Callable[..., CacheConfig], tmp_path: Path) -> None:
+    """A mask of our own would not slide."""
+    from transformers import AutoConfig
+
+    folder = write_tiny_causal_lm(tmp_path / "teacher")
+    assert _load(settings("whole", teacher=folder)).shared_prompts
+    config = AutoConfig.from_pretrained(folder)
+    config.use_sliding_window, config.sliding_window, config.max_window_layers = True, 8, 0
+    config.layer_types = ["sliding_attention", "full_attention"]
+    config.save_pretrained(folder)
+    assert not _load(settings("sliding", teacher=folder)).shared_prompts
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+def test_a_compiled_decoder_says_the_same(
+    settings: Callable[..., CacheConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced as for a GPU, but run without generated code, which takes a minute to build."""
+    compiled_by = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda model, **given: compiled_by(model, backend="aot_eager", **given)
+    )
+    folder = write_tiny_causal_lm(tmp_path / "teacher")
+    turns = (Turn("user", "How many?"),)
+    write_set([Sample(f"pair-{n}", turns, (), (), "One.", "One or two.") for n in range(3)], tmp_path / "set")
+    sums = []
+    for name, compiled in (("plain", "false"), ("fast", "true")):
+        chosen = (f"data={tmp_path / 'set'}", f"engine.compile={compiled}", "batch_size=6")
+        run_job(settings(name, *chosen, teacher=folder))
+        cache = open_cache(str(tmp_path / name))
+        sums.append([cache.sequence(f"pair-{n}", "rejected").sum_log_prob for n in range(3)])
+    assert np.allclose(sums[0], sums[1], atol=1e-3)
+
+
+def test_logits_that_are_more_than_a_head_are_refused(
+    settings: Callable[..., CacheConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as capped or scaled ones: what the head gives would not be the teacher's distribution."""
+    from transformers import Qwen2ForCausalLM
+
+    folder = write_tiny_causal_lm(tmp_path / "teacher")
+    forward = Qwen2ForCausalLM.forward
+
+    def capped(self: Any, **inputs: Any) -> Any:
+        output = forward(self, **inputs)
+        output.logits = 2.0 * torch.tanh(output.logits / 2.0)
+        return output
+
+    _load(settings("sound", teacher=folder))
+    monkeypatch.setattr(Qwen2ForCausalLM, "forward", capped)
+    with pytest.raises(ModelError, match=r"its logits are not those of its head \(it scales or caps them\)"):
+        _load(settings("capped", teacher=folder))
+
+
+@pytest.mark.skipif(not _HAS_ACCELERATE, reason="needs accelerate")
+def test_a_device_map_changes_nothing(settings: Callable[..., CacheConfig]) -> None:
+    assert np.allclose(_sums(settings("plain")), _sums(settings("mapped", "engine.device_map=auto")), atol=1e-5)
+
+
+@pytest.mark.skipif(not _HAS_ACCELERATE, reason="needs accelerate")
+def test_a_model_in_several_places_says_the_same(
+    settings: Callable[..., CacheConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Parts that come from the disk whenever they run stand in for those on other GPUs: both hang on hooks."""
+    from teacher_cache.engines import hf_load
+
+    far = ("model.visual.blocks.1", "model.language_model.layers.1")
+    near = ("model.visual.patch_embed", "model.visual.rotary_pos_emb", "model.visual.blocks.0", "model.visual.merger")
+    decoder = ("embed_tokens", "layers.0", "norm", "rotary_emb")
+    places = {
+        **dict.fromkeys(far, "disk"),
+        **dict.fromkeys((*near, *(f"model.language_model.{name}" for name in decoder), "lm_head"), "cpu"),
+    }
+    chosen = hf_load._load_settings
+    plain, mapped = _sums(settings("plain")), settings("mapped", "engine.device_map=auto")
+    monkeypatch.setattr(
+        hf_load,
+        "_load_settings",
+        lambda *given: {**chosen(*given), "device_map": places, "offload_folder": str(tmp_path / "offloaded")},
+    )
+    model = _load(mapped).model
+    assert {str(p.device) for p in model.get_decoder().layers[1].parameters()} == {"meta"}
+    assert np.allclose(plain, _sums(mapped), atol=1e-5)
+    places["lm_head"] = "disk"
+    with pytest.raises(ModelError, match="the devices have no room for the head"):
+        _load(mapped)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "missing", "problem"),
+    [
+        (
+            ("engine.device_map=auto",),
+            "accelerate",
+            r"engine\.device_map is 'auto', which needs the package accelerate",
+        ),
+        (("engine.attention=flash_attention_2",), "flash_attn", "which needs the package flash-attn: install it"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_setting(
+    settings: Callable[..., CacheConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: tuple[str, ...],
+    missing: str,
+    problem: str,
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == missing else found(name))
+    with pytest.raises(ConfigError, match=problem):
+        _load(settings("cache", *overrides))
+
+
+def test_flash_attention_needs_a_gpu(settings: Callable[..., CacheConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: found("json" if name == "flash_attn" else name))
+    with pytest.raises(ConfigError, match=r"needs a GPU and dtype=bfloat16 or float16: use sdpa"):
+        _load(settings("cache", "engine.attention=flash_attention_2"))
+
+
+@pytest.mark.parametrize("setting", ["engine.attention=paged", "engine.device_map=balanced", "image_aspect=tall"])
+def test_unknown_choices_are_refused(settings: Callable[..., CacheConfig], setting: str) -> None:
+    with pytest.raises(ConfigError, match=r"must be one of"):
+        settings("cache", setting)
+
+
+def test_a_tokenizer_with_ids_beyond_the_head_is_refused(settings: Callable[..., CacheConfig], tmp_path: Path) -> None:
+    """Before the weights are loaded, whatever the family."""
+    from tests.tiny_teachers import QWEN_VL_TOKENS, tokenizer_with
+
+    vision = write_tiny_qwen_vl(tmp_path / "vision", spare_rows=0)
+    text = write_tiny_causal_lm(tmp_path / "text", spare_rows=0)
+    for folder, tokens in ((vision, QWEN_VL_TOKENS), (text, ())):
+        prepare_job(settings("cache", teacher=folder))
+        tokenizer_with(*tokens, "<|beyond|>").save_pretrained(folder)
+        with pytest.raises(ModelError, match=r"the tokenizer's largest id is \d+, but the model's head has \d+ rows"):
+            prepare_job(settings("cache", teacher=folder))

@@ -1,0 +1,61 @@
+"""Language models without pictures as teachers, and what is no teacher at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from llavamod_offline.config import load_config
+from llavamod_offline.data.pack import write_set
+from llavamod_offline.data.template import get_template
+from llavamod_offline.errors import ModelError
+from teacher_cache.config import CacheConfig
+from teacher_cache.reader import open_cache
+from teacher_cache.run import run_job
+from teacher_cache.teachers import open_teacher
+from teacher_cache.teachers.causal_lm import CausalLmTeacher
+from tests.tiny import tiny_samples
+from tests.tiny_teachers import write_tiny_causal_lm, write_tiny_qwen_vl
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+@pytest.mark.parametrize("preference", [False, True])
+def test_text_is_captured_and_pictures_are_rejected(tmp_path: Path, kind: str, preference: bool) -> None:
+    folder = write_tiny_causal_lm(tmp_path / "teacher", kind)
+    samples = tiny_samples(24, preference=preference)
+    write_set(samples, tmp_path / "set")
+    settings = [f"data={tmp_path / 'set'}", f"teacher={folder}", f"output={tmp_path / 'cache'}", "batch_size=4"]
+    summary = run_job(load_config(CacheConfig, (), [*settings, "template=chatml"]))
+    texts = [sample for sample in samples if not sample.images]
+    roles = 2 if preference else 1
+    assert (summary.sequences, summary.rejected) == (len(texts) * roles, (24 - len(texts)) * roles)
+    lines = [json.loads(line) for line in (tmp_path / "cache" / "rejected.jsonl").read_text().splitlines()]
+    assert "it has 1 picture(s), and the teacher is a language model without pictures" in lines[0]["reason"]
+    cache = open_cache(tmp_path / "cache")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    teacher = open_teacher(folder, get_template("chatml"), image_aspect="auto", max_length=2048)
+    assert isinstance(teacher, CausalLmTeacher)
+    assert cache.fingerprint["images"] == {"tokens": 0, "token_id": None}
+    for sample in texts:
+        for role in sample.roles:
+            sequence = teacher.encode(sample, role)
+            with torch.inference_mode():
+                logits_TV = model(torch.from_numpy(sequence.input_ids_T)[None]).logits[0, :, :399]
+            live_N = logits_TV.log_softmax(-1)[sequence.prediction_rows_N, sequence.target_ids_N].numpy()
+            assert np.isclose(cache.sequence(sample.key, role).sum_log_prob, live_N.sum(), atol=1e-2)
+
+
+def test_a_model_of_no_known_family_is_one_clear_error(tmp_path: Path) -> None:
+    folder = write_tiny_qwen_vl(tmp_path / "teacher")
+    config = json.loads((folder / "config.json").read_text())
+    for model_type in ("gemma3", "clip", "qwen3_vl", None):
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+        with pytest.raises(
+            ModelError, match=f"model_type is '{model_type}', which is none of llava, llava_onevision, q"
+        ):
+            open_teacher(folder, get_template("chatml"), image_aspect="auto", max_length=64)

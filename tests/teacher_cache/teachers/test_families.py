@@ -1,0 +1,233 @@
+"""Every family of teachers with pictures: what is captured is what the official processor and the whole model say."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence as Items
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from llavamod_offline.data.sample import Sample, Turn
+from llavamod_offline.data.template import get_template
+from llavamod_offline.errors import ConfigError, DataError, ModelError
+from teacher_cache.engines.hf import HfEngine
+from teacher_cache.engines.protocol import Request
+from teacher_cache.record import RecordSettings
+from teacher_cache.sequences import SequenceRecord
+from teacher_cache.teachers import Picture, Teacher, open_teacher
+from teacher_cache.teachers.llava import LlavaTeacher
+from tests.teacher_cache.teachers.official import FAMILIES, Official, open_official, write_family
+from tests.tiny import tiny_image
+
+# Alone: squares, landscapes and portraits, smaller and larger than the processors' bounds.
+SIZES = ((24, 24), (60, 31), (17, 44), (9, 9), (150, 40), (33, 100))
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    name: str
+    folder: Path
+    teacher: Teacher
+    model: Any
+    official: Official
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.teacher.encoder.tokenizer)
+
+    def capture(self, samples: Items[Sample], batch_size: int = 5, **settings: Any) -> dict[Any, SequenceRecord]:
+        engine = HfEngine(
+            self.model,
+            self.teacher,
+            RecordSettings(1.0, self.vocab_size, 0, 1.0, ()),
+            vocab_size=self.vocab_size,
+            seed=0,
+            batch_size=batch_size,
+            workers=1,
+            **settings,
+        )
+        requests = [
+            Request(row, s.key, s.content_hash, tuple(self.teacher.encode(s, role) for role in s.roles))
+            for row, s in enumerate(samples)
+        ]
+        found = {}
+        for outcome in engine.capture(requests, lambda row: samples[row]):
+            assert isinstance(outcome, SequenceRecord), outcome
+            found[outcome.key, outcome.role] = outcome
+        return found
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    folder = write_family(request.param, tmp_path_factory.mktemp(request.param) / "teacher")
+    aspect = "square" if request.param == "llava_llama" else "auto"
+    teacher = open_teacher(folder, get_template("chatml"), image_aspect=aspect, max_length=1024)
+    model = teacher.load(torch.float32)
+    return Family(request.param, folder, teacher, model, open_official(request.param, folder))
+
+
+def conversations() -> list[Sample]:
+    """One, two and three pictures, none, one and two turns, a picture in the second turn."""
+    images = [tiny_image(number, size) for number, size in enumerate(SIZES)]
+    made = [_sample(f"one-{n}", (image,), ("<image>\nWhat is it?", f"A star {n}.")) for n, image in enumerate(images)]
+    two = "<image>\nWhich colour?", "Red.", "And the <image> number?", "It is 7."
+    made.append(_sample("two-turns", (images[1], images[4]), two))
+    made.append(_sample("three", tuple(images[:3]), ("<image><image> text <image>", "No.")))
+    made.append(_sample("text", (), ("How many?", "Two objects.", "Sure?", "Yes.")))
+    return made
+
+
+def preferences() -> list[Sample]:
+    """Answers that begin alike, and answers of different lengths; with one picture, two, and none."""
+    turns = (Turn("user", "<image>\nWhat is it?"),)
+    images = [tiny_image(number, size) for number, size in enumerate(SIZES)]
+    answers = [
+        ("A red star.", "A red circle and a square."),
+        ("Yes.", "No, there is none in it."),
+        ("It is.", "It was."),
+    ]
+    made = [Sample(f"pair-{n}", turns, (images[n],), ("png",), *pair) for n, pair in enumerate(answers)]
+    two = (Turn("user", "<image> <image>"), Turn("assistant", "Well."), Turn("user", "How many?"))
+    made.append(Sample("pair-two", two, (images[3], images[5]), ("png", "png"), "Two.", "There are seven objects."))
+    made.append(Sample("pair-text", (Turn("user", "How many?"),), (), (), "One.", "One or two."))
+    return made
+
+
+def _sample(key: str, images: tuple[bytes, ...], texts: tuple[str, ...]) -> Sample:
+    turns = tuple(Turn("assistant" if n % 2 else "user", text) for n, text in enumerate(texts))
+    return Sample(key, turns, images, ("png",) * len(images))
+
+
+def _assert_official(family: Family, samples: Items[Sample], captured: dict[Any, SequenceRecord]) -> None:
+    pairs = [(sample, role) for sample in samples for role in sample.roles]
+    assert captured.keys() == {(sample.key, role) for sample, role in pairs}
+    for (sample, role), (ids_T, logits_TV) in zip(pairs, family.official.log_probs(pairs), strict=True):
+        sequence = family.teacher.encode(sample, role)
+        assert np.array_equal(sequence.input_ids_T, ids_T), (sample.key, role)
+        dense_NV = logits_TV[sequence.prediction_rows_N, : family.vocab_size].log_softmax(-1).numpy()
+        records = captured[sample.key, role].records
+        heads = records.head_ids_H.reshape(len(dense_NV), family.vocab_size)
+        found = np.empty_like(dense_NV)
+        np.put_along_axis(found, heads.astype(np.int64), records.head_log_probs_H.reshape(heads.shape), 1)
+        assert np.allclose(found, dense_NV, atol=1e-4), (sample.key, role, np.abs(found - dense_NV).max())
+
+
+def test_conversations_are_captured_as_the_official_processor_shows_them(family: Family) -> None:
+    samples = conversations()
+    _assert_official(family, samples, family.capture(samples))
+
+
+def test_text_alone_is_captured_in_a_batch_of_its_own(family: Family) -> None:
+    samples = [sample for sample in conversations() if not sample.images]
+    _assert_official(family, samples, family.capture(samples))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_preferences_are_captured_alike_with_and_without_shared_prompts(family: Family, shared: bool) -> None:
+    samples = preferences()
+    _assert_official(family, samples, family.capture(samples, batch_size=4, shared_prompts=shared))
+    # Pairs that a batch cuts in two.
+    _assert_official(family, samples, family.capture(samples, batch_size=3, shared_prompts=shared))
+
+
+def test_pictures_decide_what_is_captured(family: Family) -> None:
+    """Else the tests above would pass on a model that sees no pictures."""
+    first = conversations()[1]
+    other = dataclasses.replace(first, images=(tiny_image(77, SIZES[1]),))
+    gaps = [
+        np.abs(one.records.target_log_probs_N - two.records.target_log_probs_N).max()
+        for one, two in zip(family.capture([first]).values(), family.capture([other]).values(), strict=True)
+    ]
+    assert min(gaps) > 1e-3
+
+
+def test_a_picture_runs_through_the_tower_once_for_all_roles(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    run = family.teacher.image_features
+
+    def counted(model: Any, pictures: Items[Picture]) -> list[torch.Tensor]:
+        counts.append(len(pictures))
+        return run(model, pictures)
+
+    monkeypatch.setattr(family.teacher, "image_features", counted)
+    family.capture(preferences(), batch_size=16)
+    assert counts == [5]
+
+
+def test_all_positions_with_hidden_states_of_image_patches(family: Family) -> None:
+    samples = [*preferences()[:2], *conversations()[:2], *conversations()[-1:]]
+    for shared in (False, True):
+        captured = family.capture(samples, positions="all", hidden_positions="image", shared_prompts=shared)
+        for sample in samples:
+            for role in sample.roles:
+                sequence, record = family.teacher.encode(sample, role), captured[sample.key, role]
+                ids_T, logits_TV = family.official.log_probs([(sample, role)])[0]
+                assert len(record.records) == len(ids_T)
+                dense_TV = logits_TV[:, : family.vocab_size].log_softmax(-1)
+                entropy_T = -(dense_TV.exp() * dense_TV).sum(-1).numpy()
+                assert np.allclose(record.records.entropy_N, entropy_T, atol=1e-4)
+                assert record.hidden is not None
+                image = np.flatnonzero(sequence.input_ids_T == family.teacher.image_token_id)
+                assert np.array_equal(record.hidden.rows_M, image)
+                head = family.model.get_output_embeddings().weight.detach().numpy()
+                assert np.allclose(record.hidden.states_MD @ head.T, logits_TV.numpy()[image], atol=1e-3)
+
+
+def test_headers_alone_tell_the_tokens_of_any_shape(family: Family) -> None:
+    """`encode` reads headers, `pictures` prepares pixels: they must agree, alone and with others."""
+    rng = np.random.default_rng(0)
+    sizes = [*((int(w), int(h)) for w, h in rng.integers(1, 120, size=(60, 2))), (100, 1), (1, 100), (400, 3)]
+    for number, size in enumerate(sizes):
+        image = tiny_image(number, size, "JPEG" if number % 2 else "PNG")
+        for count in (1, 2):
+            sample = _sample("k", (image,) * count, ("<image>" * count + "a", "b"))
+            sequence = family.teacher.encode(sample, "response")
+            pictures = family.teacher.pictures(sample)
+            assert (sequence.input_ids_T == family.teacher.image_token_id).sum() == sum(p.tokens for p in pictures)
+            features = family.teacher.image_features(family.model, pictures)
+            assert [len(feature) for feature in features] == [p.tokens for p in pictures], (size, count)
+            assert all(feature.isfinite().all() for feature in features)
+
+
+def test_padding_to_squares_is_ours_where_it_is_asked_for(family: Family) -> None:
+    teacher = open_teacher(family.folder, get_template("chatml"), image_aspect="pad", max_length=1024)
+    wide, square = (_sample("k", (tiny_image(1, size),), ("<image>a", "b")) for size in ((60, 20), (60, 60)))
+    lengths = {len(teacher.encode(sample, "response").input_ids_T) for sample in (wide, square)}
+    assert len(lengths) == 1
+    assert teacher.pictures(wide)[0].tokens == teacher.pictures(square)[0].tokens
+    assert teacher.describe_images()["aspect"] == "pad"
+    assert teacher.describe_images() != family.teacher.describe_images()
+
+
+def test_a_picture_that_the_processor_refuses_is_a_data_error(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("not with me")
+
+    if isinstance(family.teacher, LlavaTeacher):
+        monkeypatch.setattr(family.teacher.preprocessor, "pixels", refuse)
+    else:
+        monkeypatch.setattr(family.teacher, "processor", refuse)
+    with pytest.raises(DataError, match=r"sample 'one-0': its picture cannot be prepared: not with me"):
+        family.teacher.pictures(conversations()[0])
+
+
+def test_a_setting_without_a_meaning_is_refused(family: Family) -> None:
+    if family.name == "llava_llama":
+        return
+    with pytest.raises(ConfigError, match="image_aspect is 'square'"):
+        open_teacher(family.folder, get_template("chatml"), image_aspect="square", max_length=1024)
+
+
+def test_a_foreign_tokenizer_is_refused(family: Family, tmp_path: Path) -> None:
+    import shutil
+
+    from tests.tiny_teachers import tokenizer_with
+
+    folder = shutil.copytree(family.folder, tmp_path / "copy")
+    tokenizer_with("<|first|>", "<image>", "<|image_pad|>").save_pretrained(folder)
+    with pytest.raises(ModelError, match="use the tokenizer that belongs to the checkpoint"):
+        open_teacher(folder, get_template("chatml"), image_aspect="auto", max_length=1024)
