@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from llavamod_offline.errors import DataError
 from teacher_cache.engines.protocol import Engine, Request
@@ -10,20 +11,35 @@ from teacher_cache.job import Job
 from teacher_cache.sequences import SequenceRecord
 from teacher_cache.store import Rejection
 
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows that are ready for an engine: their requests, what could not be tokenised, and the order of all roles."""
+
+    samples: int
+    requests: list[Request]
+    rejected: list[Rejection]
+    order: dict[tuple[str, str], int]
+
 
 def capture_rows(
-    job: Job,
-    engine: Engine,
-    rows: Iterable[int],
-    progress: Callable[[int, int], None] = lambda samples, positions: None,
+    job: Job, engine: Engine, rows: Iterable[int], progress: Progress = lambda samples, positions: None
 ) -> tuple[list[SequenceRecord], list[Rejection]]:
     """Capture some rows of the set, such as a shard's; both lists are in their order, roles in that of the sample."""
+    return capture_prepared(job, engine, prepare_rows(job, rows), progress)
+
+
+def prepare_rows(job: Job, rows: Iterable[int]) -> Prepared:
+    """Read and tokenise some rows, and check that they are what was packed. Errors: `DataError` if they are not."""
     requests: list[Request] = []
-    captured: list[SequenceRecord] = []
     rejected: list[Rejection] = []
     order: dict[tuple[str, str], int] = {}
+    samples = 0
     for row in rows:
         sample = job.samples.read(row, verify=True)
+        samples += 1
         sequences = []
         for role in sample.roles:
             order[sample.key, role] = len(order)
@@ -33,10 +49,18 @@ def capture_rows(
                 rejected.append(Rejection(sample.key, role, str(error)))
         if sequences:
             requests.append(Request(row, sample.key, sample.content_hash, tuple(sequences)))
-        else:
-            progress(1, 0)
-    left = {request.key: len(request.sequences) for request in requests}
-    for outcome in engine.capture(requests, job.samples.read):
+    return Prepared(samples, requests, rejected, order)
+
+
+def capture_prepared(
+    job: Job, engine: Engine, prepared: Prepared, progress: Progress
+) -> tuple[list[SequenceRecord], list[Rejection]]:
+    """Run the engine over rows that are ready; `progress` is told of finished samples and positions."""
+    captured: list[SequenceRecord] = []
+    rejected = list(prepared.rejected)
+    progress(prepared.samples - len(prepared.requests), 0)
+    left = {request.key: len(request.sequences) for request in prepared.requests}
+    for outcome in engine.capture(prepared.requests, job.samples.read):
         left[outcome.key] -= 1
         if isinstance(outcome, Rejection):
             rejected.append(outcome)
@@ -44,6 +68,7 @@ def capture_rows(
         else:
             captured.append(outcome)
             progress(left[outcome.key] == 0, len(outcome.records))
+    order = prepared.order
     captured.sort(key=lambda item: order[item.key, item.role])
     rejected.sort(key=lambda item: order[item.key, item.role])
     return captured, rejected

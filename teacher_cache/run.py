@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from llavamod_offline.errors import CacheError
-from teacher_cache.capture import capture_rows
+from llavamod_offline.errors import CacheError, ConfigError
 from teacher_cache.engines import load_engine
 from teacher_cache.fingerprint import check_allowed
 from teacher_cache.job import prepare_job
 from teacher_cache.manifest import cache_bytes
+from teacher_cache.pipeline import capture_shards
+from teacher_cache.rejections import Reason, Rejected
 from teacher_cache.store import CacheStore
 
 if TYPE_CHECKING:
     from teacher_cache.config import CacheConfig
+    from teacher_cache.engines.protocol import Engine
+    from teacher_cache.job import Job
 
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did. `sequences`, `positions` and `rejected` are this run's; the rest is the whole cache's."""
+    """What a run did.
+
+    `sequences`, `positions`, `rejected` and `reasons` (why) are this run's; the rest is the whole cache's.
+    """
 
     output: str
     complete: bool
@@ -41,35 +49,69 @@ class Summary:
     bytes_per_position: float | None
     digest: str | None
     totals: dict[str, int] | None
+    reasons: list[Reason] = field(default_factory=list)
+
+    @property
+    def all_captured(self) -> bool:
+        """Whether neither this run nor, once it is complete, the cache has rejected sequences."""
+        return not (self.rejected or (self.totals or {}).get("rejected"))
 
 
-def run_job(config: CacheConfig, *, allow: Sequence[str] = ()) -> Summary:
+def run_job(
+    config: CacheConfig,
+    *,
+    allow: Sequence[str] = (),
+    load: Callable[[Job, CacheConfig], Engine] = load_engine,
+) -> Summary:
     """Capture every shard of the set that the cache lacks, and finish the cache once all are there.
 
-    `allow` names fingerprint fields that may differ from those of an unfinished cache.
+    `allow` names fingerprint fields that may differ from those of an unfinished cache. `load` gives the engine, if any
+    shard is to be captured in this process.
     Errors: a `LlavaModError` before anything is written, if set, teacher and settings do not fit one another or the
-    cache that is there; later only if the disk or the device's memory gives out. The cache can always be resumed.
+    cache that is there; later only if the disk or the device's memory gives out, workers on Ray die of a shard, or
+    more is rejected than `max_rejected` allows. The cache can always be resumed.
     """
     started = time.perf_counter()
-    job = prepare_job(config)
-    output = config.output
-    check_allowed(allow, job.fingerprint)
-    store = CacheStore.open(output, job.fingerprint, job.samples.shard_names, allow=allow)
-    part, parts = config.part
-    mine = set(job.samples.shard_names[part::parts])
-    missing = [name for name in store.missing() if name in mine]
-    engine = load_engine(job, config) if missing else None
-    store.start()
-    counts = dict.fromkeys(("sequences", "positions", "rejected"), 0)
-    if engine is not None:
-        _LOG.info("%s: %d of %d shards to capture", output, len(missing), len(job.samples.shard_names))
-        with _Progress(sum(len(job.samples.rows_of(name)) for name in missing)) as progress:
-            for name in missing:
-                captured, rejected = capture_rows(job, engine, job.samples.rows_of(name), progress.update)
-                store.commit(name, captured, rejected, job.codec)
-                counts["sequences"] += len(captured)
-                counts["positions"] += sum(len(item.records) for item in captured)
-                counts["rejected"] += len(rejected)
+    if config.output_set is not None:
+        raise ConfigError("config: output_set belongs to `cache-teacher generate`: leave it out")
+    counts = dict.fromkeys(("sequences", "positions"), 0)
+    rejected = Rejected()
+    with ExitStack() as stack:
+        pool = None
+        if config.engine.ray:
+            from teacher_cache.ray_pool import RayPool
+
+            pool = stack.enter_context(RayPool(config, allow))
+            config = pool.config
+        job = prepare_job(config)
+        output = config.output
+        check_allowed(allow, job.fingerprint)
+        store = CacheStore.open(output, job.fingerprint, job.samples.shard_names, allow=allow)
+        part, parts = config.part
+        mine = job.samples.shard_names[part::parts]
+        lacking = set(store.missing())
+        missing = [name for name in mine if name in lacking]
+        limited = Rejected(config.max_rejected)
+        if config.max_rejected is not None and (lacking or not store.complete):
+            limited.add(*store.outcomes([name for name in mine if name not in lacking]))
+            limited.check(output, last=not missing)
+        if missing:
+            _LOG.info("%s: %d of %d shards to capture", output, len(missing), len(job.samples.shard_names))
+            if pool is not None:
+                pool.start(len(missing))
+                capture = pool.capture
+            else:
+                capture = functools.partial(capture_shards, job, load(job, config), store)
+        store.start()
+        if missing:
+            progress = stack.enter_context(_Progress(sum(len(job.samples.rows_of(name)) for name in missing)))
+            for done in stack.enter_context(closing(capture(missing, progress.update))):
+                counts["sequences"] += done.sequences
+                counts["positions"] += done.positions
+                for tally in (rejected, limited):
+                    tally.add(done.sequences, done.rejected)
+                limited.check(output)
+            limited.check(output, last=True)
     left = store.missing()
     cache = store.finalise() if not left else None
     if cache is not None and not cache["totals"]["sequences"]:
@@ -81,11 +123,13 @@ def run_job(config: CacheConfig, *, allow: Sequence[str] = ()) -> Summary:
         shards_done=len(job.samples.shard_names) - len(left),
         shards_total=len(job.samples.shard_names),
         **counts,
+        rejected=rejected.count,
         seconds=round(seconds, 3),
         positions_per_second=round(counts["positions"] / seconds, 1),
         bytes_per_position=round(cache_bytes(cache) / max(cache["totals"]["positions"], 1), 3) if cache else None,
         digest=cache["digest"] if cache else None,
         totals=cache["totals"] if cache else None,
+        reasons=rejected.reasons(),
     )
 
 
@@ -104,7 +148,7 @@ class _Progress:
         self._bar.close()
 
     def update(self, samples: int, positions: int) -> None:
-        """Count finished samples and positions."""
+        """Count finished samples and positions; less than none, if those of a worker were lost."""
         self._positions += positions
         rate = self._positions / (time.perf_counter() - self._started)
         self._bar.set_postfix_str(f"{rate:.0f} positions/s", refresh=False)

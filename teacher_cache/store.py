@@ -145,6 +145,22 @@ class CacheStore:
             _LOG.warning("shard %s: another process has committed it meanwhile; its copy stays", name)
         self._committed.add(name)
 
+    def outcomes(self, names: Sequence[str]) -> tuple[int, list[Rejection]]:
+        """How many sequences some committed shards hold, and which they rejected. Errors: `CacheError`."""
+        captured = 0
+        rejected = []
+        try:
+            for name, content in zip(names, self._read_all(names, MANIFEST_NAME), strict=True):
+                where = f"{self.folder.where}/{SHARDS_NAME}/{name}/{MANIFEST_NAME}"
+                captured += int(parse_object(content, where, way_out=_REPAIR)["sequences"])
+            for content in self._read_all(names, REJECTED_NAME):
+                rejected += [Rejection(**json.loads(line)) for line in content.splitlines()]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CacheError(
+                f"{self.folder.where}: a shard cannot be read ({error}): {_REPAIR}, then run again"
+            ) from error
+        return captured, rejected
+
     def finalise(self) -> dict[str, Any]:
         """Write `rejected.jsonl` and `cache.json`, unless that is done; all shards must be committed.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from llavamod_offline.data.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import CacheError, ConfigError, DataError, LlavaModError, ModelError
 from llavamod_offline.models.checkpoint import load_tokenizer
+from teacher_cache import store
 from teacher_cache.manifest import CACHE_NAME, file_entries
 from teacher_cache.reader import open_cache
 from teacher_cache.verify import verify_cache
@@ -132,6 +135,27 @@ def test_the_command_killed_and_started_again_gives_the_same_digest(
     assert verify_cache(output).ok
 
 
+def test_a_disk_that_fills_up_stops_the_run_and_room_lets_it_go_on(
+    world: World, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards are written beside the teacher: its next one is given up, those before are kept."""
+    write = store.write_shard
+
+    def fill(folder: Path, name: str, *rest: Any) -> None:
+        write(folder, name, *rest)
+        if name == "samples-000002":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_shard", fill)
+        with pytest.raises(CacheError, match=r"shards/samples-000002: cannot be written: No space left on device: "):
+            world.run(tmp_path / "c")
+    there = sorted(path.name for path in (tmp_path / "c/shards").iterdir())
+    assert there == ["samples-000000", "samples-000001"]
+    assert world.run(tmp_path / "c").sequences == 14
+    assert file_entries(tmp_path / "c") == file_entries(finished)
+
+
 def test_what_cannot_be_captured_is_on_record(world: World, tmp_path: Path) -> None:
     samples = tiny_samples(6)
     long = Sample("long", (Turn("user", "many " * 300), Turn("assistant", "words")))
@@ -193,6 +217,8 @@ def test_forced_tokens_are_in_every_head(world: World, tmp_path: Path) -> None:
         ("batch_size=0", ConfigError, "batch_size is 0, must be at least 1"),
         ("slice=4/4", ConfigError, "slice '4/4'"),
         ("slice=half", ConfigError, "expected i/n"),
+        ("max_rejected=1.5", ConfigError, "max_rejected is 1.5, must lie in 0 … 1"),
+        ("engine.ray_workers=0", ConfigError, "engine.ray_workers is 0, must be at least 1"),
         ("dtype=int4", ConfigError, "dtype is 'int4'"),
         ("device=warp", ConfigError, "device 'warp': cannot be used"),
         ("template=vicuna", ConfigError, "template 'vicuna' is unknown"),

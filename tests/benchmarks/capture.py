@@ -1,0 +1,237 @@
+"""A capture against the bare forward pass of its teacher: what records, reading and writing add.
+
+    python -m tests.benchmarks.capture [--quick] [--device cuda] --json FILE
+
+`forward`: the teacher over prepared batches, the same as the engine's: hidden states of every token, and the output
+layer at the supervised positions. `hf_capture`: from packed samples to records (tokens, pictures and draws included).
+`run`: from packed samples to a finished cache on the disk, as `cache-teacher run` makes one, but for `prepare` (the
+weights are hashed) and `load`, which a run does once, whatever the size of its set.
+
+The cases take turns; of each the least of its rounds counts, since nothing makes a round faster than it is. On a CPU
+one thread runs the teacher, so that what a capture does beside it has a core as it has beside a GPU; `…_cpu` are the
+ratios of all threads' processor seconds, in which nothing that runs beside is free.
+
+Sizes: on a CPU the toy world's teacher (V = 600) and a random one with 8 layers of 512 and V = 32,000; on a GPU a
+random Qwen2-7B (28 layers of 3,584, V = 152,064) with CLIP-L/336. Where vLLM is installed: the toy world's teacher by
+records made in its workers against `prompt_logprobs`.
+
+Letters: B sequences of a batch, T tokens, I pictures, N supervised positions of the batch, R of them in a chunk.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llavamod_offline.config import load_config
+from teacher_cache.capture import capture_prepared, capture_rows, prepare_rows
+from teacher_cache.config import CacheConfig
+from teacher_cache.engines import load_engine
+from teacher_cache.engines.hf import HfEngine, length_batches
+from teacher_cache.job import Job, prepare_job
+from teacher_cache.pipeline import capture_shards
+from teacher_cache.record import rows_per_chunk
+from teacher_cache.store import CacheStore
+from tests.benchmarks.capture_worlds import LARGE, MIDDLE, TOY, Size, random_loader, write_world
+from tests.benchmarks.form import Row, finish, parse_arguments
+
+NAME = "capture"
+CASES = ("forward", "hf_capture", "run")
+# What prompt_logprobs can give, for both.
+_LISTED = ("capture.temperatures=[]", "capture.draws_max=0", "capture.forced_tokens=[]")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The inputs of one batch on the CPU, and where its supervised positions are."""
+
+    input_ids_BT: Tensor
+    mask_BT: Tensor
+    pixels_I3HW: Tensor | None
+    which_N: Tensor
+    where_N: Tensor
+
+
+def prepared_batches(job: Job, batch_size: int) -> list[Batch]:
+    """Every batch of the set as the engine makes them, shard by shard."""
+    batches = []
+    for name in job.samples.shard_names:
+        requests = prepare_rows(job, job.samples.rows_of(name)).requests
+        for pairs in length_batches(requests, batch_size):
+            sequences = [sequence for _, sequence in pairs]
+            longest = max(len(sequence.input_ids_T) for sequence in sequences)
+            lengths = [len(sequence.input_ids_T) for sequence in sequences]
+            ids_BT = np.stack([np.pad(s.input_ids_T, (0, longest - len(s.input_ids_T))) for s in sequences])
+            rows = [sequence.rows_and_targets("response")[0] for sequence in sequences]
+            pictures = [
+                picture for request, _ in pairs for picture in job.teacher.pictures(job.samples.read(request.row))
+            ]
+            pixels = [np.asarray(picture.inputs["pixel_values"]) for picture in pictures]
+            batches.append(
+                Batch(
+                    torch.from_numpy(ids_BT),
+                    (torch.arange(longest) < torch.tensor(lengths)[:, None]).long(),
+                    torch.from_numpy(np.stack(pixels)) if pixels else None,
+                    torch.from_numpy(np.repeat(np.arange(len(rows)), [len(rows_N) for rows_N in rows])),
+                    torch.from_numpy(np.concatenate(rows)),
+                )
+            )
+    return batches
+
+
+@torch.inference_mode()
+def forward(engine: HfEngine, batches: list[Batch]) -> None:
+    """Run the teacher over the batches, and its output layer at their supervised positions."""
+    model, device = engine.model, engine.model.device
+    for batch in batches:
+        pixels_I3HW = None if batch.pixels_I3HW is None else batch.pixels_I3HW.to(device, model.dtype)
+        hidden_BTD = model.model(
+            input_ids=batch.input_ids_BT.to(device),
+            attention_mask=batch.mask_BT.to(device),
+            pixel_values=pixels_I3HW,
+            use_cache=False,
+        ).last_hidden_state
+        rows_ND = hidden_BTD[batch.which_N.to(device), batch.where_N.to(device)]
+        for rows_RD in rows_ND.split(rows_per_chunk(engine.vocab_size, device.type)):
+            engine.head.logits(rows_RD)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def capture_all(job: Job, engine: HfEngine) -> int:
+    """Capture every shard and keep nothing; gives the positions."""
+    positions = 0
+    for name in job.samples.shard_names:
+        captured, rejected = capture_rows(job, engine, job.samples.rows_of(name))
+        assert not rejected
+        positions += sum(len(item.records) for item in captured)
+    return positions
+
+
+def make_cache(job: Job, engine: HfEngine, output: Path) -> None:
+    """Do what a run does once its teacher is there."""
+    store = CacheStore.open(output, job.fingerprint, job.samples.shard_names)
+    store.start()
+    for _ in capture_shards(job, engine, store, store.missing(), lambda samples, positions: None):
+        pass
+    store.finalise()
+
+
+def measure(size: Size, folder: Path, *, device: str, repeats: int) -> tuple[list[Row], dict[str, float]]:
+    """Time all cases of one size; rows and ratios."""
+    teacher, data = write_world(folder, size)
+    settings = [f"data={data}", f"teacher={teacher}", f"output={folder / 'cache'}", f"device={device}"]
+    config = load_config(CacheConfig, (), [*settings, f"batch_size={size.batch_size}"])
+    started = time.perf_counter()
+    job = prepare_job(config)
+    fixed = {"prepare": time.perf_counter() - started}
+    with ExitStack() as stack:
+        if size.text is not None:
+            stack.enter_context(mock.patch.object(job.teacher, "load", random_loader(teacher, device)))
+        started = time.perf_counter()
+        engine = load_engine(job, config)
+        fixed["load"] = time.perf_counter() - started
+    assert isinstance(engine, HfEngine)
+    batches = prepared_batches(job, size.batch_size)
+    outputs = iter(folder / f"cache-{number}" for number in range(repeats + 1))
+    positions = capture_all(job, engine)  # warms up
+    functions: dict[str, Callable[[], Any]] = {
+        "forward": lambda: forward(engine, batches),
+        "hf_capture": lambda: capture_all(job, engine),
+        "run": lambda: make_cache(job, engine, next(outputs)),
+    }
+    wall: dict[str, list[float]] = {case: [] for case in CASES}
+    processor: dict[str, list[float]] = {case: [] for case in CASES}
+    for number in range(repeats):
+        for case in CASES[number % 3 :] + CASES[: number % 3]:
+            started, used = time.perf_counter(), time.process_time()
+            functions[case]()
+            wall[case].append(time.perf_counter() - started)
+            processor[case].append(time.process_time() - used)
+    rows: list[Row] = [
+        {
+            "size": size.name,
+            "case": case,
+            "seconds": min(wall[case]),
+            "slowest": max(wall[case]),
+            "cpu_seconds": min(processor[case]),
+            "positions_per_s": positions / min(wall[case]),
+        }
+        for case in CASES
+    ]
+    rows += [{"size": size.name, "case": f"{case} (once)", "seconds": seconds} for case, seconds in fixed.items()]
+    ratios = {}
+    for case in CASES[1:]:
+        ratios[f"{case}_vs_forward_{size.name}"] = min(wall[case]) / min(wall["forward"])
+        ratios[f"{case}_vs_forward_{size.name}_cpu"] = min(processor[case]) / min(processor["forward"])
+    if device != "cpu":  # its processor seconds are those of waiting
+        ratios = {name: value for name, value in ratios.items() if not name.endswith("_cpu")}
+    return rows, ratios
+
+
+def measure_vllm(folder: Path, size: Size, device: str) -> tuple[list[Row], dict[str, float]]:
+    """Records made in vLLM's workers against plain prompt_logprobs, in positions per second."""
+    teacher, data = write_world(folder, size)
+    rates: dict[str, float] = {}
+    for kind in ("vllm", "vllm_logprobs"):
+        settings = [f"data={data}", f"teacher={teacher}", f"output={folder / 'none'}", f"device={device}"]
+        config = load_config(CacheConfig, (), [*settings, f"engine.kind={kind}", *_LISTED])
+        job = prepare_job(config)
+        engine: Any = load_engine(job, config)
+        ready = [prepare_rows(job, job.samples.rows_of(name)) for name in job.samples.shard_names]
+        capture_prepared(job, engine, ready[0], lambda samples, positions: None)
+        started = time.perf_counter()
+        positions = 0
+        for prepared in ready[1:]:
+            captured, _ = capture_prepared(job, engine, prepared, lambda samples, positions: None)
+            positions += sum(len(item.records) for item in captured)
+        rates[kind] = positions / (time.perf_counter() - started)
+        engine.session.close()
+    rows: list[Row] = [{"size": size.name, "case": kind, "positions_per_s": rate} for kind, rate in rates.items()]
+    return rows, {"vllm_pooler_vs_prompt_logprobs": rates["vllm"] / rates["vllm_logprobs"]}
+
+
+def main() -> None:
+    """Measure and report."""
+    arguments = parse_arguments(NAME, __doc__ or "", {"device": "cpu"})
+    device = arguments.options["device"]
+    sizes = [TOY, MIDDLE] if device == "cpu" else [LARGE]
+    repeats = 1 if arguments.quick else 5
+    if arguments.quick:
+        sizes = [_shortened(size) for size in sizes]
+    if device == "cpu":
+        torch.set_num_threads(1)
+    rows: list[Row] = []
+    ratios: dict[str, float] = {}
+    folder = Path(tempfile.mkdtemp(prefix="benchmark-capture-"))
+    try:
+        for size in sizes:
+            found, more = measure(size, folder / size.name, device=device, repeats=repeats)
+            rows, ratios = rows + found, ratios | more
+        if importlib.util.find_spec("vllm") is not None:
+            found, more = measure_vllm(folder / "vllm", _shortened(TOY) if arguments.quick else TOY, device)
+            rows, ratios = rows + found, ratios | more
+    finally:
+        shutil.rmtree(folder)
+    settings = {"repeats": repeats, "samples": {size.name: size.samples for size in sizes}}
+    finish(NAME, arguments, settings=settings, rows=rows, ratios=ratios)
+
+
+def _shortened(size: Size) -> Size:
+    return Size(**{**vars(size), "samples": size.batch_size * 2, "shard_samples": size.batch_size})
+
+
+if __name__ == "__main__":
+    main()
