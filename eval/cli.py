@@ -25,8 +25,9 @@ _GENERATE_HELP = f"""Answer the questions of one or more benchmarks with a model
 CONFIG.yaml and key=value arguments set the keys below; later ones win. Answers go to OUTPUT/TASK/predictions.jsonl;
 started again, the command goes on where it stopped.
 
-engine=hf answers with a LLaVA student, engine=processor with any other image-text-to-text checkpoint, by its own chat
-template and image processor. A key without a default is required; max_new_tokens None is each benchmark's own limit.
+engine=hf answers with a LLaVA student, engine=vllm does so in vLLM (give it a larger batch_size), engine=processor with
+any other image-text-to-text checkpoint, by its own chat template and image processor. A key without a default is
+required; max_new_tokens None is each benchmark's own limit.
 
 Benchmarks: {_TASKS}
 

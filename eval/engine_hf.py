@@ -16,10 +16,10 @@ from transformers import GenerationConfig
 
 from eval.example import Example
 from eval.generate import Answer
+from eval.prompts import never_answers, prompt_ids, read_answer
 from llavamod_offline.data.images import ImagePreprocessor
-from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Turn
 from llavamod_offline.data.template import get_template
-from llavamod_offline.errors import ConfigError, EvalError
+from llavamod_offline.errors import ConfigError
 from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, sequence_encoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,7 +48,7 @@ class HfEngine:
         self.encoder = sequence_encoder(self.model.config, self.tokenizer, get_template(template), limit)
         self.images = ImagePreprocessor.from_checkpoint(folder, image_aspect)
         self.folder = folder
-        self._suppressed = self._never_answers()
+        self._suppressed = never_answers(self.encoder, int(self.model.config.text_config.vocab_size))
 
     def describe(self) -> dict[str, Any]:
         """The settings that decide the answers; the batch size and the device are not among them."""
@@ -64,7 +64,7 @@ class HfEngine:
 
     def answer(self, examples: Sequence[Example[Any]], max_new_tokens: int) -> list[Answer]:
         """Answer a batch of questions. Errors: `EvalError` for a prompt that leaves no room for an answer."""
-        prompts = [self._prompt_ids(example, max_new_tokens) for example in examples]
+        prompts = [prompt_ids(self.encoder, example, max_new_tokens) for example in examples]
         input_ids_BT, attention_BT = self._left_padded(prompts)
         pixels_I3HW = self._pixels(examples)
         settings = GenerationConfig(
@@ -84,21 +84,7 @@ class HfEngine:
                 generation_config=settings,
             )
         generated_BG = output_BX[:, input_ids_BT.shape[1] :].tolist()
-        return [self._answer(ids_G) for ids_G in generated_BG]
-
-    def _prompt_ids(self, example: Example[Any], max_new_tokens: int) -> list[int]:
-        if IMAGE_PLACEHOLDER in example.prompt:
-            raise EvalError(
-                f"question '{example.id}': its text holds '{IMAGE_PLACEHOLDER}', which stands for a picture"
-            )
-        text = f"{IMAGE_PLACEHOLDER}\n{example.prompt}" if example.source is not None else example.prompt
-        ids: list[int] = self.encoder.encode_prompt([Turn("user", text)]).tolist()
-        if len(ids) + max_new_tokens > self.encoder.max_length:
-            raise EvalError(
-                f"question '{example.id}': {len(ids)} tokens and an answer of up to {max_new_tokens} do not fit the "
-                f"model's {self.encoder.max_length} positions: set max_new_tokens lower"
-            )
-        return ids
+        return [read_answer(self.encoder, ids_G) for ids_G in generated_BG]
 
     def _left_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         longest = max(len(ids) for ids in prompts)
@@ -116,18 +102,6 @@ class HfEngine:
             if example.source is not None
         ]
         return torch.stack(pixels).to(self.device, DTYPES[self.dtype]) if pixels else None
-
-    def _answer(self, ids_G: list[int]) -> Answer:
-        end = self.encoder.end_id
-        stopped = end in ids_G
-        ids = ids_G[: ids_G.index(end)] if stopped else ids_G
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return Answer(str(text).strip(), len(ids), "stop" if stopped else "length")
-
-    def _never_answers(self) -> list[int]:
-        """Ids that no answer may hold: the image token, and rows of the head beyond the tokenizer."""
-        rows = int(self.model.config.text_config.vocab_size)
-        return [self.encoder.image_token_id, *range(len(self.tokenizer), rows)]
 
 
 def checkpoint_digest(folder: Path) -> str:

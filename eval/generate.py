@@ -29,7 +29,7 @@ from llavamod_offline.errors import ConfigError, EvalError
 
 log = logging.getLogger(__name__)
 
-ENGINES = ("hf", "processor")
+ENGINES = ("hf", "vllm", "processor")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class GenerateConfig:
     """What `eval-student generate` takes. `model` and `root` are folders; `tasks` names benchmarks.
 
     `engine` hf: a LLaVA student, with this project's `template` and `image_aspect`, which must be those of training;
+    vllm: the same in vLLM, which wants a larger `batch_size`;
     processor: any image-text-to-text checkpoint, with its own chat template and image processor.
     `max_new_tokens` None: each benchmark's published limit.
     `limit` answers the first so many questions only, for a try: their score needs all.
@@ -128,15 +129,19 @@ def _engine(config: GenerateConfig) -> Engine:
         from eval.engine_processor import ProcessorEngine
 
         return ProcessorEngine(Path(config.model), dtype=config.dtype, device=config.device)
+    settings: dict[str, Any] = {
+        "template": config.template,
+        "image_aspect": config.image_aspect,
+        "dtype": config.dtype,
+        "device": config.device,
+    }
+    if config.engine == "vllm":
+        from eval.engine_vllm import VllmEngine
+
+        return VllmEngine(Path(config.model), **settings)
     from eval.engine_hf import HfEngine
 
-    return HfEngine(
-        Path(config.model),
-        template=config.template,
-        image_aspect=config.image_aspect,
-        dtype=config.dtype,
-        device=config.device,
-    )
+    return HfEngine(Path(config.model), **settings)
 
 
 def _settings(

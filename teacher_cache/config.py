@@ -1,12 +1,15 @@
-"""The settings of `cache-teacher run`."""
+"""The settings of `cache-teacher run` and `generate`."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields, replace
+from typing import Literal
 
+from llavamod_offline.data.sample import KEY_PATTERN
 from llavamod_offline.data.tokenise import Positions
 from llavamod_offline.errors import ConfigError
+from llavamod_offline.vllm.settings import VllmSettings
 from teacher_cache.codec import HiddenKind, HiddenPositions, PrecisionName
 from teacher_cache.presets import PRESETS, Preset
 
@@ -17,12 +20,15 @@ _SLICE = re.compile(r"(\d+)/(\d+)")
 class CaptureConfig:
     """What a record keeps of each distribution; see `record.RecordSettings` and FORMAT.md.
 
-    `preset`: compact, standard or exhaustive (the whole vocabulary); each setting that is not null changes it.
-    `forced_tokens`: tokens always recorded, by their text (each a single token, such as `<|im_end|>` or ` yes`); null:
-    the template's end of a turn, yes, no and the letters A to D, as far as they are single tokens.
+    `preset`: compact, standard, exhaustive (the whole vocabulary) or reference (log-probs of the tokens that are there,
+    and no distributions); each setting that is not null changes it. `temperatures` null: 1.5, 2 and 4; none with
+    reference. `forced_tokens`: tokens always recorded, by their text (each a single token, such as `<|im_end|>` or
+    ` yes`); null: the template's end of a turn, yes, no and the letters A to D, as far as they are single tokens; none
+    with reference.
     `precision`: coarse, fine or exact (float32). `positions`: response (those that predict supervised tokens), or all
     that are not padding, image patches too. `seed`: of the tail's draws. `hidden`: keep the teacher's last hidden
     states, as float16 or int8, at all recorded positions or at those of image patches (`hidden_positions`).
+    `mismatched`: capture preference samples in a third role too, with the response of another one (for `kto`).
     """
 
     preset: str = "standard"
@@ -32,11 +38,12 @@ class CaptureConfig:
     draws_max: int | None = None
     draws_per_mass: float | None = None
     precision: PrecisionName | None = None
-    temperatures: list[float] = field(default_factory=lambda: [1.5, 2.0, 4.0])
+    temperatures: list[float] | None = None
     forced_tokens: list[str] | None = None
     positions: Positions = "response"
     hidden: HiddenKind | None = None
     hidden_positions: HiddenPositions = "recorded"
+    mismatched: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -53,12 +60,66 @@ class CaptureConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What runs the teacher. `kind`: hf (Hugging Face transformers)."""
+    """What runs the teacher. `kind`: hf (Hugging Face transformers), vllm (records are made in vLLM's workers), or
+    vllm_logprobs (what vLLM says of any model: heads and the log-probs of targets alone, and slower; `vllm` has the
+    settings of both).
+
+    hf's own: `attention`: sdpa, eager or flash_attention_2. `device_map` auto spreads a model over several GPUs, layer
+    by layer, where one is too small (needs accelerate; `device` is then its choice). `compile`: the decoder, by
+    torch.compile, which takes minutes and pays off on long runs.
+
+    `ray`: shards are captured by workers on Ray, each with an engine of its own: on the cluster at RAY_ADDRESS, which
+    must see the same files, otherwise on this machine. `ray_workers` null: as many as fit. Each has `cpus_per_worker`
+    and `gpus_per_worker`, null: one, vLLM's `tensor_parallel`, or none where device is cpu or there is no GPU.
+    """
 
     kind: str = "hf"
+    attention: str = "sdpa"
+    device_map: str | None = None
+    compile: bool = False
+    ray: bool = False
+    ray_workers: int | None = None
+    gpus_per_worker: float | None = None
+    cpus_per_worker: int = 1
+    vllm: VllmSettings = field(default_factory=VllmSettings)
 
     def __post_init__(self) -> None:
-        _choice("engine.kind", self.kind, ("hf",))
+        _choice("engine.kind", self.kind, ("hf", "vllm", "vllm_logprobs"))
+        _choice("engine.attention", self.attention, ("sdpa", "eager", "flash_attention_2"))
+        if self.device_map is not None:
+            _choice("engine.device_map", self.device_map, ("auto",))
+        for name, least in (("ray_workers", 1), ("gpus_per_worker", 0), ("cpus_per_worker", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"config: engine.{name} is {value:g}, must be at least {least}")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How the teacher writes answers (`cache-teacher generate` alone). `turns`: which of the assistant's turns: last
+    (the others stay as they are) or all, one after another, each following those that were written before it.
+
+    `temperature` 0 takes the most likely token each time; else tokens are drawn from the likeliest ones that together
+    have the probability `top_p`, by random numbers that follow from `seed` and the sample's key. An answer of more than
+    `max_new_tokens` tokens is rejected. `key_suffix` is appended to the keys of the new set.
+    """
+
+    turns: Literal["last", "all"] = "last"
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = 512
+    seed: int = 0
+    key_suffix: str = "-generated"
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ConfigError(f"config: generate.temperature is {self.temperature:g}, must be 0 or more")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"config: generate.top_p is {self.top_p:g}, must lie above 0 and be at most 1")
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"config: generate.max_new_tokens is {self.max_new_tokens}, must be at least 1")
+        if self.key_suffix and not KEY_PATTERN.fullmatch(self.key_suffix):
+            raise ConfigError(f"config: generate.key_suffix is '{self.key_suffix}': only letters, digits, '-' and '_'")
 
 
 @dataclass(frozen=True)
@@ -66,29 +127,38 @@ class CacheConfig:
     """One capture: which set, by which teacher, into which cache.
 
     `slice: i/n` captures shards i, i + n, i + 2n … (i from 0), for job arrays that share one output.
+    `image_aspect`: pad (to a square), square (what LLaVA calls so: the processor's own way), or auto, which is pad for
+    LLaVA and the processor's own way where it takes pictures of any shape.
     `dtype: auto` is float32 on a CPU and bfloat16 on a GPU. `workers` threads prepare pictures.
+    `max_rejected`: the share of sequences that may be rejected; beyond it the run stops. null: any.
+    `output_set`: the set that `generate` writes, whose answers are then captured instead of those of `data`.
     """
 
     data: str = "???"
     teacher: str = "???"
     output: str = "???"
     template: str = "qwen"
-    image_aspect: str = "pad"
+    image_aspect: str = "auto"
     max_length: int = 2048
     batch_size: int = 16
     dtype: str = "auto"
     device: str = "auto"
     workers: int = 4
     slice: str = "0/1"
+    max_rejected: float | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
     capture: CaptureConfig = field(default_factory=CaptureConfig)
+    output_set: str | None = None
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
 
     def __post_init__(self) -> None:
-        _choice("image_aspect", self.image_aspect, ("pad", "square"))
+        _choice("image_aspect", self.image_aspect, ("auto", "pad", "square"))
         _choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         for name in ("max_length", "batch_size", "workers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"config: {name} is {getattr(self, name)}, must be at least 1")
+        if self.max_rejected is not None and not 0.0 <= self.max_rejected <= 1.0:
+            raise ConfigError(f"config: max_rejected is {self.max_rejected:g}, must lie in 0 … 1")
         part, parts = self.part
         if part >= parts:
             raise ConfigError(f"config: slice '{self.slice}': the first number must be less than the second")

@@ -1,0 +1,74 @@
+"""Twins of vLLM's models that load what transformers 5 and upcycling save, and check what a picture becomes.
+
+`OfflineX` of this module is vLLM's X, for the generating runner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from vllm import ModelRegistry
+from vllm.model_executor.models.utils import WeightsMapper
+
+from llavamod_offline.errors import ModelError
+from llavamod_offline.vllm.inputs import TOKENS_FIELD
+from llavamod_offline.vllm.plugin import PREFIX
+
+# transformers 5 saves a CLIP or SigLIP tower without the level that vLLM's class has.
+_TOWER_PARTS = ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.", "head.")
+_TOWER_NAMES = WeightsMapper(
+    orig_to_new_prefix={f"vision_tower.{part}": f"vision_tower.vision_model.{part}" for part in _TOWER_PARTS}
+)
+
+
+def __getattr__(name: str) -> type:
+    if not name.startswith(PREFIX):
+        raise AttributeError(name)
+    return twin(vllm_model(name.removeprefix(PREFIX)), name)
+
+
+def vllm_model(architecture: str) -> Any:
+    """vLLM's own class of an architecture."""
+    return ModelRegistry.models[architecture].load_model_cls()
+
+
+def twin(base: Any, name: str, *others: Any, **body: Any) -> type:
+    """A subclass of one of vLLM's model classes (and of `others`), with what is in `body`.
+
+    It raises `ModelError` where a picture becomes another number of tokens than our sequences hold for it.
+    """
+
+    def embed_multimodal(self: Any, **kwargs: Any) -> Any:
+        expected = kwargs.pop(TOKENS_FIELD, None)
+        embeddings = base.embed_multimodal(self, **kwargs)
+        if expected is not None:  # None in the engine's own trial run
+            _check_tokens([len(rows_TD) for rows_TD in embeddings], [int(tokens) for tokens in expected])
+        return embeddings
+
+    def load_weights(self: Any, weights: Iterable[tuple[str, Any]]) -> Any:
+        config = getattr(self.config, "text_config", self.config)
+        if getattr(config, "shared_expert_intermediate_size", None) == 0:  # vLLM has no such module then
+            weights = ((key, tensor) for key, tensor in weights if ".mlp.shared_expert" not in key)
+        return base.load_weights(self, weights)
+
+    own: dict[str, Any] = {"__module__": __name__, "load_weights": load_weights, **body}
+    if getattr(base, "supports_multimodal", False):
+        own["embed_multimodal"] = embed_multimodal
+        own["hf_to_vllm_mapper"] = getattr(base, "hf_to_vllm_mapper", WeightsMapper()) | _tower_names(base)
+    return type(name, (base, *others), own)
+
+
+def _tower_names(base: Any) -> Any:
+    """The other names of a tower's weights, for a model whose tower has them at all."""
+    known: Mapping[str, Any] = getattr(base, "hf_to_vllm_mapper", WeightsMapper()).orig_to_new_prefix
+    has_tower = any("vision_tower." in str(new) for new in known.values())
+    return _TOWER_NAMES if has_tower else WeightsMapper()
+
+
+def _check_tokens(made: list[int], expected: list[int]) -> None:
+    if made != expected:
+        raise ModelError(
+            f"vLLM makes {made} tokens of pictures that take {expected} in our sequences: it reads the checkpoint's "
+            "configuration otherwise: use the engine hf"
+        )

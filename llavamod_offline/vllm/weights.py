@@ -1,0 +1,48 @@
+"""Whether a checkpoint folder holds every weight of its model: vLLM leaves what is missing as memory happens to be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llavamod_offline.errors import ModelError
+from llavamod_offline.models.checkpoint import first_line, load_tensors, read_json
+
+_DTYPE = torch.bfloat16  # of tensors that hold a single number, whatever their shape
+
+
+def check_weights(folder: Path) -> None:
+    """Compare names and shapes with what transformers makes of config.json; only headers are read.
+
+    Errors: `ModelError` if a tensor is missing, left over or ill-shaped, or a file cannot be read.
+    """
+    import transformers
+
+    (name,) = read_json(folder, "config.json")["architectures"]
+    model_class: Any = getattr(transformers, name, None)
+    if model_class is None:
+        raise ModelError(f"{folder}/config.json: transformers has no '{name}', so its weights cannot be checked")
+    config = model_class.config_class.from_pretrained(folder, local_files_only=True)
+    try:
+        load_tensors(model_class, config, _shapes(folder), dtype=_DTYPE)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from error
+
+
+def _shapes(folder: Path) -> dict[str, Tensor]:
+    """A stand-in of each tensor of the folder."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    found[name] = torch.zeros((), dtype=_DTYPE).expand(tensors.get_slice(name).get_shape())
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{file}: cannot be read: {first_line(error)}: copy it again") from error
+    if not found:
+        raise ModelError(f"{folder}: no *.safetensors file: save the checkpoint with save_pretrained first")
+    return found

@@ -1,0 +1,254 @@
+"""The vLLM engine: requests → orders to vLLM's workers → records, in the order in which vLLM finishes them.
+
+Letters: T tokens of a sequence, N its recorded positions, M those of them whose hidden state is wanted.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from llavamod_offline.data.sample import Sample
+from llavamod_offline.data.tokenise import Positions
+from llavamod_offline.data.tokenise import Sequence as TokenSequence
+from llavamod_offline.errors import DataError, ModelError
+from llavamod_offline.vllm import plugin as plain
+from llavamod_offline.vllm.inputs import check_prompt, engine_input
+from llavamod_offline.vllm.session import Session
+from teacher_cache.codec import HiddenPositions
+from teacher_cache.engines.protocol import Request
+from teacher_cache.engines.vllm import plugin as recording
+from teacher_cache.engines.vllm.channel import Channel, PooledRecords
+from teacher_cache.engines.vllm.logprobs import PromptLogprobs
+from teacher_cache.engines.vllm.wire import Answer, Order
+from teacher_cache.hidden import HiddenStates
+from teacher_cache.record import RecordSettings
+from teacher_cache.sequences import SequenceRecord
+from teacher_cache.store import Rejection
+from teacher_cache.teachers import Picture, Teacher
+
+if TYPE_CHECKING:
+    from teacher_cache.config import CacheConfig
+    from teacher_cache.job import Job
+
+Outcome = SequenceRecord | Rejection
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One sequence on its way: its pictures, and whether its prefix may come from the cache."""
+
+    request: Request
+    sequence: TokenSequence
+    pictures: Future[list[Picture]]
+    reuse: bool
+
+
+class VllmEngine:
+    """Runs a checkpoint in vLLM and makes records of its positions there; see `hf.HfEngine` for the settings.
+
+    The roles of a sample share what they begin with, pictures and prompt, as far as no recorded row lies in it.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        channel: Channel,
+        teacher: Teacher,
+        settings: RecordSettings,
+        *,
+        vocab_size: int,
+        seed: int,
+        dtype: torch.dtype,
+        workers: int,
+        positions: Positions = "response",
+        hidden_positions: HiddenPositions | None = None,
+    ) -> None:
+        self.session = session
+        self.channel = channel
+        self.teacher = teacher
+        self.settings = settings
+        self.vocab_size = vocab_size
+        self.seed = seed
+        self.dtype = dtype
+        self.workers = workers
+        self.positions: Positions = positions
+        self.hidden_positions = hidden_positions
+
+    def capture(self, requests: Sequence[Request], load: Callable[[int], Sample]) -> Iterator[Outcome]:
+        """Capture one data shard; see `protocol.Engine`. Pictures are prepared a window ahead, in threads."""
+        self.session.forget()
+        rejected: deque[Rejection] = deque()
+        redo: list[_Item] = []
+        with ThreadPoolExecutor(self.workers, thread_name_prefix="images") as pool:
+            items = self._items(requests, load, pool)
+            for item, output in self.session.run(self._asked(items, rejected)):
+                outcome = self._outcome(item, output)
+                if outcome is None:
+                    redo.append(item)
+                else:
+                    yield outcome
+                while rejected:
+                    yield rejected.popleft()
+        yield from rejected
+        # A wanted row lay in a prefix that was not computed again.
+        for item, output in self.session.run(self._question(item, reuse=False) for item in redo):
+            outcome = self._outcome(item, output)
+            if outcome is None:
+                raise ModelError(f"sample '{item.sequence.key}' ({item.sequence.role}): vLLM computed too few rows")
+            yield outcome
+
+    def _items(
+        self, requests: Sequence[Request], load: Callable[[int], Sample], pool: ThreadPoolExecutor
+    ) -> Iterator[_Item]:
+        ahead: deque[tuple[Request, Future[list[Picture]]]] = deque()
+        for request in _longest_first(requests):
+            ahead.append((request, pool.submit(self._pictures, request.row, load)))
+            if len(ahead) > self.session.window:
+                yield from self._roles(*ahead.popleft())
+        while ahead:
+            yield from self._roles(*ahead.popleft())
+
+    def _pictures(self, row: int, load: Callable[[int], Sample]) -> list[Picture]:
+        return self.teacher.pictures(load(row))
+
+    def _roles(self, request: Request, pictures: Future[list[Picture]]) -> Iterator[_Item]:
+        first = request.sequences[0]
+        for number, sequence in enumerate(request.sequences):
+            yield _Item(request, sequence, pictures, number > 0 and self._may_share(first, sequence))
+
+    def _may_share(self, first: TokenSequence, second: TokenSequence) -> bool:
+        """Whether no whole block of what two sequences have in common holds a row that is wanted of the second."""
+        if not self.channel.shares_prefixes:
+            return False
+        same = min(len(first.input_ids_T), len(second.input_ids_T))
+        unequal = np.flatnonzero(first.input_ids_T[:same] != second.input_ids_T[:same])
+        common = int(unequal[0]) if len(unequal) else same
+        blocks = common // self.session.block_size
+        rows_N, _ = second.rows_and_targets(self.positions)
+        return blocks > 0 and (not len(rows_N) or blocks * self.session.block_size <= int(rows_N[0]))
+
+    def _asked(self, items: Iterator[_Item], rejected: deque[Rejection]) -> Iterator[tuple[_Item, Any, Any]]:
+        for item in items:
+            problem = self._problem(item)
+            if problem:
+                rejected.append(Rejection(item.request.key, item.sequence.role, problem))
+            else:
+                yield self._question(item, reuse=item.reuse)
+
+    def _problem(self, item: _Item) -> str | None:
+        try:
+            item.pictures.result()
+        except DataError as error:
+            return str(error)
+        length = len(item.sequence.input_ids_T)
+        if length > self.session.longest:
+            return f"{length} tokens, vLLM takes {self.session.longest} here"
+        largest = int(item.sequence.target_ids_N.max(initial=0))
+        if largest >= self.vocab_size:
+            return f"supervised id {largest} is beyond the {self.vocab_size} ids that tokenizer and head share"
+        return None
+
+    def _question(self, item: _Item, *, reuse: bool) -> tuple[_Item, Any, Any]:
+        sequence = item.sequence
+        prompt = engine_input(
+            sequence.input_ids_T,
+            item.pictures.result(),
+            image_token_id=self.teacher.image_token_id,
+            name=sequence.key,
+            salt=item.request.content_hash,
+            dtype=self.dtype,
+        )
+        return item, prompt, self.channel.parameters(self._order(sequence), reuse=reuse)
+
+    def _order(self, sequence: TokenSequence) -> Order:
+        rows_N, targets_N = sequence.rows_and_targets(self.positions)
+        return Order(
+            rows_N=rows_N,
+            targets_N=targets_N,
+            key=sequence.key,
+            role=sequence.role,
+            seed=self.seed,
+            vocab_size=self.vocab_size,
+            settings=self.settings,
+            states_M=self._states(sequence),
+        )
+
+    def _states(self, sequence: TokenSequence) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+        if self.hidden_positions is None:
+            return None
+        rows_N, _ = sequence.rows_and_targets(self.positions)
+        if self.hidden_positions == "image":
+            return np.flatnonzero(sequence.input_ids_T[rows_N] == self.teacher.image_token_id)
+        return np.arange(len(rows_N))
+
+    def _outcome(self, item: _Item, output: Any) -> Outcome | None:
+        """What came of a sequence; None if some of its rows came out of the prefix cache."""
+        sequence = item.sequence
+        check_prompt(output.prompt_token_ids, sequence.input_ids_T, name=sequence.key)
+        answer = self.channel.answer(self._order(sequence), output)
+        return None if answer is None else self._recorded(item, answer)
+
+    def _recorded(self, item: _Item, answer: Answer) -> Outcome:
+        sequence = item.sequence
+        if not answer.finite_N.all():
+            first = int(np.argmin(answer.finite_N))
+            reason = f"the teacher's logits are not finite (NaN or inf), first at position {first}"
+            return Rejection(sequence.key, sequence.role, reason)
+        states_M = self._states(sequence)
+        hidden = None
+        if states_M is not None:
+            states = answer.states_MD if answer.states_MD is not None else np.zeros((0, 0), np.float32)
+            hidden = HiddenStates(states_M, states)
+        return SequenceRecord(
+            key=sequence.key,
+            role=sequence.role,
+            target_hash=sequence.target_hash,
+            content_hash=item.request.content_hash,
+            n_tokens=len(sequence.input_ids_T),
+            records=answer.records,
+            hidden=hidden,
+        )
+
+
+def load_vllm_engine(job: Job, config: CacheConfig) -> VllmEngine:
+    """Start vLLM on the teacher. Errors: `ModelError` if it cannot run it, `ConfigError` if it is not there."""
+    records = config.engine.kind == "vllm"
+    models = recording if records else plain
+    longest = min(config.max_length, job.teacher.context_length)
+    options: dict[str, Any] = {"runner": "pooling"}
+    if not records:
+        longest = min(config.max_length + 1, job.teacher.context_length)  # it generates a token
+        options = {"runner": "generate", "max_logprobs": -1}
+    session = Session(
+        job.teacher.folder,
+        config.engine.vllm,
+        prefix=models.PREFIX,
+        register=models.register,
+        dtype=str(job.dtype).removeprefix("torch."),
+        device=job.device,
+        max_length=longest,
+        **options,
+    )
+    return VllmEngine(
+        session,
+        PooledRecords() if records else PromptLogprobs(),
+        job.teacher,
+        job.settings,
+        vocab_size=job.codec.vocab_size,
+        seed=config.capture.seed,
+        dtype=job.dtype,
+        workers=config.workers,
+        positions=config.capture.positions,
+        hidden_positions=config.capture.hidden_positions if config.capture.hidden else None,
+    )
+
+
+def _longest_first(requests: Sequence[Request]) -> list[Request]:
+    return sorted(requests, key=lambda r: (-max(len(s.input_ids_T) for s in r.sequences), r.row))

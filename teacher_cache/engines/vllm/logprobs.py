@@ -1,0 +1,118 @@
+"""The fallback for models that cannot be made to record: vLLM's `prompt_logprobs`, and the records they allow.
+
+Letters: T tokens of a prompt, N wanted rows, K most likely ids that are listed of each, V ids, R head entries.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llavamod_offline.data.tokenise import NO_TARGET
+from teacher_cache.engines.vllm.wire import Answer, Order
+from teacher_cache.record import Records, RecordSettings
+
+if TYPE_CHECKING:
+    from vllm.logprobs import FlatLogprobs
+
+_SMALLEST_TAIL = 2.0**-24  # what a sum of float32 probabilities can leave of 1
+
+
+class PromptLogprobs:
+    """The generating runner: one token is generated and thrown away, the prompt's own log-probs are kept."""
+
+    shares_prefixes = False
+
+    def parameters(self, order: Order, *, reuse: bool) -> Any:
+        """The most likely ids of every row; of the last row too if it is wanted, as that of the generated token."""
+        from vllm import SamplingParams
+
+        listed = min(order.settings.head_max, order.vocab_size)
+        return SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=listed,
+            logprobs=listed,
+            flat_logprobs=True,
+            detokenize=False,
+            skip_reading_prefix_cache=True,
+        )
+
+    def answer(self, order: Order, output: Any) -> Answer:
+        """Records of the wanted rows. Column 0 of what vLLM lists is the token that is there."""
+        ids_TK, log_probs_TK = _table(output.prompt_logprobs)
+        last_ids_K, last_log_probs_K = _table(output.outputs[0].logprobs)
+        ids_NK = np.concatenate([ids_TK, last_ids_K])[order.rows_N]
+        log_probs_NK = np.concatenate([log_probs_TK, last_log_probs_K])[order.rows_N]
+        records, finite_N = listed_records(
+            ids_NK[:, 1:],
+            log_probs_NK[:, 1:],
+            order.targets_N,
+            log_probs_NK[:, 0],
+            order.settings,
+            vocab_size=order.vocab_size,
+        )
+        return Answer(records, finite_N, None)
+
+
+def listed_records(
+    ids_NK: NDArray[np.int64],
+    log_probs_NK: NDArray[np.float64],
+    target_ids_N: NDArray[np.int64],
+    target_log_probs_N: NDArray[np.float64],
+    settings: RecordSettings,
+    *,
+    vocab_size: int,
+) -> tuple[Records, NDArray[np.bool_]]:
+    """Records of N rows of which only the K most likely ids are known, and [N] whether these were finite.
+
+    Listed ids beyond the vocabulary are taken out and the rest is normalised again. There are no draws and no
+    normalisers; the entropy counts the tail as one bucket, which is a lower bound.
+    """
+    finite_N = np.isfinite(log_probs_NK).all(1) & np.isfinite(target_log_probs_N)
+    log_probs_NK = np.where(finite_N[:, None], log_probs_NK, 0.0)
+    beyond_NK = ids_NK >= vocab_size
+    surplus_N = np.where(beyond_NK, np.exp(log_probs_NK), 0.0).sum(1)
+    rest_N = -np.log1p(-np.minimum(surplus_N, 1.0 - _SMALLEST_TAIL))
+    log_probs_NK = np.where(beyond_NK, -np.inf, log_probs_NK + rest_N[:, None])
+    order_NK = np.lexsort((ids_NK, -log_probs_NK), axis=1)  # most likely first, equal ones by id
+    ids_NK = np.take_along_axis(ids_NK, order_NK, 1)
+    log_probs_NK = np.take_along_axis(log_probs_NK, order_NK, 1)
+    probs_NK = np.exp(log_probs_NK)
+    kept_NK = (np.arange(ids_NK.shape[1]) < settings.head_max) & (probs_NK >= settings.head_min_prob)
+    if settings.head_mass < 1.0:
+        kept_NK &= np.cumsum(probs_NK, 1) - probs_NK < settings.head_mass
+    kept_NK[:, 0] = True
+    kept_NK &= ~np.isneginf(log_probs_NK)
+    counts_N = kept_NK.sum(1)
+    mass_N = np.where(kept_NK, probs_NK, 0.0).sum(1)
+    tail_N = np.where(counts_N == vocab_size, 0.0, np.maximum(1.0 - mass_N, _SMALLEST_TAIL))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        tail_log_mass_N = np.log(tail_N)
+        bucket_N = np.where(tail_N > 0, -tail_N * tail_log_mass_N, 0.0)
+        terms_NK = np.where(kept_NK, -probs_NK * log_probs_NK, 0.0)
+    nobody = target_ids_N == NO_TARGET
+    records = Records(
+        target_ids_N=target_ids_N.astype(np.int32),
+        target_log_probs_N=np.where(nobody, 0.0, target_log_probs_N + rest_N).astype(np.float32),
+        entropy_N=np.maximum(terms_NK.sum(1) + bucket_N, 0.0).astype(np.float32),
+        tail_log_mass_N=tail_log_mass_N.astype(np.float32),
+        log_normalisers_NS=np.zeros((len(ids_NK), 0), np.float32),
+        head_counts_N=counts_N.astype(np.int32),
+        draw_counts_N=np.zeros(len(ids_NK), np.int32),
+        head_ids_H=ids_NK[kept_NK].astype(np.int32),
+        head_log_probs_H=np.minimum(log_probs_NK[kept_NK], 0.0).astype(np.float32),
+        draw_ids_D=np.zeros(0, np.int32),
+    )
+    return records, finite_N
+
+
+def _table(flat: FlatLogprobs) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Ids and log-probs of the positions that have any, one row each; all have equally many."""
+    starts, ends = np.asarray(flat.start_indices), np.asarray(flat.end_indices)
+    rows = int((ends > starts).sum())
+    width = int((ends - starts).max(initial=0))
+    ids = np.asarray(flat.token_ids, np.int64).reshape(rows, width)
+    return ids, np.asarray(flat.logprobs, np.float64).reshape(rows, width)

@@ -1,0 +1,56 @@
+"""A checkpoint that lacks a tensor is found out by its headers, whatever the family."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from llavamod_offline.errors import ModelError
+from llavamod_offline.vllm.weights import check_weights
+from tests.tiny import write_tiny_llava
+from tests.tiny_teachers import write_tiny_causal_lm, write_tiny_onevision, write_tiny_qwen_vl
+
+WRITERS: dict[str, Callable[[Path], Path]] = {
+    "llava": write_tiny_llava,
+    "llava_onevision": write_tiny_onevision,
+    "qwen2_5_vl": write_tiny_qwen_vl,
+    "qwen2": write_tiny_causal_lm,
+}
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_every_tensor_counts(tmp_path: Path, family: str) -> None:
+    folder = WRITERS[family](tmp_path / "model")
+    check_weights(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for suffix in ("layers.1.self_attn.k_proj.weight", "layers.1.mlp.up_proj.weight"):
+        missing = next(name for name in tensors if name.endswith(suffix))
+        torn = shutil.copytree(folder, tmp_path / suffix)
+        left = {name: tensor for name, tensor in tensors.items() if name != missing}
+        save_file(left, torn / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ModelError, match=r"1 missing tensor\(s\), first '.*layers\.1\."):
+            check_weights(torn)
+
+
+def test_a_tensor_of_another_shape_is_found(tmp_path: Path) -> None:
+    folder = write_tiny_llava(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))
+    tensors[name] = tensors[name][:-1].contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="model: the tensors do not fit the model"):
+        check_weights(folder)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    folder = write_tiny_causal_lm(tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"\x01\x02")
+    with pytest.raises(ModelError, match=r"model\.safetensors: cannot be read: .*: copy it again"):
+        check_weights(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"no \*\.safetensors file"):
+        check_weights(folder)

@@ -1,0 +1,95 @@
+"""Every family of teachers in vLLM on a CPU, and the fallback for those that cannot be wrapped."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llavamod_offline import toyworld
+from llavamod_offline.data.template import get_template
+from llavamod_offline.data.tokenise import Positions
+from llavamod_offline.models.checkpoint import load_llava, save_student
+from llavamod_offline.models.upcycle import upcycle
+from llavamod_offline.vllm import plugin as plain
+from teacher_cache.engines.vllm.logprobs import PromptLogprobs
+from teacher_cache.record import RecordSettings
+from teacher_cache.sequences import SequenceRecord
+from teacher_cache.store import Rejection
+from teacher_cache.teachers import open_teacher
+from tests.teacher_cache.engines.vllm_world import HEAD_OF_32, TOLERANCE, Start, assert_same
+from tests.tiny import tiny_samples, write_tiny_llava
+from tests.tiny_teachers import (
+    write_tiny_causal_lm,
+    write_tiny_llava_llama,
+    write_tiny_onevision,
+    write_tiny_qwen_vl,
+)
+from tests.vllm_cpu import NEEDS_VLLM
+
+pytestmark = NEEDS_VLLM
+
+
+def _sparse_llava(folder: Path) -> Path:
+    dense = write_tiny_llava(folder.parent / "dense", hidden=HEAD_OF_32)
+    tokenizer = open_teacher(dense, get_template("qwen"), image_aspect="pad", max_length=64).encoder.tokenizer
+    model = upcycle(load_llava(dense), layers="sparse", num_experts=4, top_k=2, seed=0)
+    with torch.no_grad():  # experts that differ, so that the router's choice shows
+        for name, parameter in model.named_parameters():
+            if ".experts." in name:
+                parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
+    save_student(model, folder, tokenizer=tokenizer, processor_source=dense)
+    return folder
+
+
+FAMILIES: dict[str, Callable[[Path], Path]] = {
+    "toy_world": lambda folder: Path(toyworld.__file__).parent / "checkpoints" / "teacher",
+    "llava_qwen2_moe": _sparse_llava,
+    "llava_llama": write_tiny_llava_llama,
+    "qwen2_vl": lambda folder: write_tiny_qwen_vl(folder, "2"),
+    "qwen2_5_vl": lambda folder: write_tiny_qwen_vl(folder, "2.5"),
+    "llava_onevision": write_tiny_onevision,
+    "qwen2": write_tiny_causal_lm,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_of_teachers(start: Start, tmp_path: Path, family: str) -> None:
+    world = start(FAMILIES[family](tmp_path / "teacher"))
+    samples = [*tiny_samples(16, seed=9), *tiny_samples(8, seed=9, preference=True)]
+    if world.teacher.image_token_id is None:
+        samples = [sample for sample in samples if not sample.images]
+    assert_same(world.capture(world.hf(), samples), world.capture(world.vllm(), samples))
+
+
+def test_the_fallback_gives_heads_masses_and_target_log_probs(start: Start, tmp_path: Path) -> None:
+    folder = write_tiny_llava(tmp_path / "teacher", hidden=HEAD_OF_32)
+    world = start(folder, models=plain, runner="generate", max_logprobs=-1)
+    kept = RecordSettings(1.0, 12, 0, 1.0, ())
+    samples = [*tiny_samples(20, seed=10), *tiny_samples(6, seed=10, preference=True)]
+    modes: tuple[Positions, ...] = ("response", "all")
+    for positions in modes:
+        expected = world.capture(world.hf(kept=kept, positions=positions), samples)
+        found = world.capture(world.vllm(kept=kept, channel=PromptLogprobs(), positions=positions), samples)
+        for name, one in found.items():
+            mine, theirs = one.records, expected[name].records
+            assert (mine.entropy_N <= theirs.entropy_N + TOLERANCE).all()
+            assert (mine.entropy_N > 0).all()
+            # What is left of 1 is as good as 1 is, not as its own logarithm.
+            assert np.allclose(np.exp(mine.tail_log_mass_N), np.exp(theirs.tail_log_mass_N), rtol=0, atol=1e-5)
+        assert_same(expected, {name: _with_limits(one, expected[name]) for name, one in found.items()})
+    longest = max(len(s.input_ids_T) for r in world.requests(samples) for s in r.sequences)
+    world.session.longest = longest - 1  # as if the checkpoint took no more
+    outcomes = world.outcomes(world.vllm(kept=kept, channel=PromptLogprobs()), samples)
+    reasons = {outcome.reason for outcome in outcomes if isinstance(outcome, Rejection)}
+    assert reasons == {f"{longest} tokens, vLLM takes {longest - 1} here"}
+
+
+def _with_limits(record: SequenceRecord, other: SequenceRecord) -> SequenceRecord:
+    """The record with another one's entropy and tail mass, which the fallback knows less well."""
+    columns = {name: getattr(other.records, name) for name in ("entropy_N", "tail_log_mass_N")}
+    return dataclasses.replace(record, records=dataclasses.replace(record.records, **columns))

@@ -1,0 +1,118 @@
+"""A checkpoint in vLLM and in transformers side by side, and what it means that their records are the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from llavamod_offline.data.sample import Sample
+from llavamod_offline.vllm.session import Session
+from teacher_cache.engines.hf import HfEngine
+from teacher_cache.engines.protocol import Engine, Request
+from teacher_cache.engines.vllm.channel import PooledRecords
+from teacher_cache.engines.vllm.engine import VllmEngine
+from teacher_cache.record import Records, RecordSettings
+from teacher_cache.sequences import SequenceRecord
+from teacher_cache.store import Rejection
+from teacher_cache.teachers import Teacher
+
+KEPT = RecordSettings(1.0, 12, 8, 40.0, (2.0, 4.0), (1,))
+TOLERANCE = 1e-4
+GAP = 1e-3
+HEAD_OF_32 = 128  # hidden size of a tiny LLaVA whose heads have 32 numbers, which vLLM needs on a CPU
+
+Captured = dict[tuple[str, str], SequenceRecord]
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """A checkpoint, opened, and vLLM running on it."""
+
+    teacher: Teacher
+    session: Session
+
+    @property
+    def vocab_size(self) -> int:
+        return min(len(self.teacher.encoder.tokenizer), self.teacher.head_rows)
+
+    def vllm(self, **settings: Any) -> VllmEngine:
+        return VllmEngine(
+            self.session,
+            settings.pop("channel", PooledRecords()),
+            self.teacher,
+            settings.pop("kept", KEPT),
+            vocab_size=self.vocab_size,
+            seed=0,
+            dtype=torch.float32,
+            workers=2,
+            **settings,
+        )
+
+    def hf(self, **settings: Any) -> HfEngine:
+        return HfEngine(
+            self.teacher.load(torch.float32),
+            self.teacher,
+            settings.pop("kept", KEPT),
+            vocab_size=self.vocab_size,
+            seed=0,
+            batch_size=8,
+            workers=2,
+            **settings,
+        )
+
+    def requests(self, samples: Sequence[Sample]) -> list[Request]:
+        return [
+            Request(row, s.key, s.content_hash, tuple(self.teacher.encode(s, role) for role in s.roles))
+            for row, s in enumerate(samples)
+        ]
+
+    def outcomes(self, engine: Engine, samples: Sequence[Sample]) -> list[SequenceRecord | Rejection]:
+        return list(engine.capture(self.requests(samples), lambda row: samples[row]))
+
+    def capture(self, engine: Engine, samples: Sequence[Sample]) -> Captured:
+        outcomes = self.outcomes(engine, samples)
+        assert not [outcome for outcome in outcomes if isinstance(outcome, Rejection)]
+        found = {(o.key, o.role): o for o in outcomes if isinstance(o, SequenceRecord)}
+        assert len(found) == len(outcomes)
+        return found
+
+
+def assert_same(
+    left: Mapping[tuple[str, str], SequenceRecord], right: Mapping[tuple[str, str], SequenceRecord]
+) -> None:
+    """All numbers within `TOLERANCE`, and equal head ids wherever a log-prob is `GAP` from its neighbours."""
+    assert left.keys() == right.keys()
+    odd = drawn = 0
+    for name, one in left.items():
+        other = right[name]
+        for field in ("key", "role", "target_hash", "content_hash", "n_tokens"):
+            assert getattr(one, field) == getattr(other, field), (name, field)
+        for number, (mine, theirs) in enumerate(zip(_rows(one.records), _rows(other.records), strict=True)):
+            _assert_row(mine, theirs, where=(*name, number))
+            odd += len(set(mine.draw_ids_D.tolist()) ^ set(theirs.draw_ids_D.tolist()))
+            drawn += len(mine.draw_ids_D)
+    # A draw falls on another id only where a point lies within rounding of an interval's edge.
+    assert odd <= 0.01 * drawn + 2
+
+
+def _rows(records: Records) -> list[Records]:
+    return records.split([1] * len(records))
+
+
+def _assert_row(mine: Records, theirs: Records, *, where: tuple[str, str, int]) -> None:
+    for field in ("target_log_probs_N", "entropy_N", "tail_log_mass_N", "log_normalisers_NS", "head_log_probs_H"):
+        left, right = getattr(mine, field), getattr(theirs, field)
+        assert left.shape == right.shape, (where, field)
+        assert np.allclose(left, right, rtol=0, atol=TOLERANCE), (where, field, left, right)
+    for field in ("target_ids_N", "head_counts_N", "draw_counts_N"):
+        assert np.array_equal(getattr(mine, field), getattr(theirs, field)), (where, field)
+    steps = -np.diff(mine.head_log_probs_H, prepend=np.inf, append=-np.inf)
+    alone = (np.abs(steps[:-1]) > GAP) & (np.abs(steps[1:]) > GAP)
+    assert np.array_equal(mine.head_ids_H[alone], theirs.head_ids_H[alone]), where
+
+
+Start = Callable[..., World]
