@@ -13,7 +13,7 @@ import typer
 from llavamod_offline.command import run_command
 
 if TYPE_CHECKING:
-    from llavamod_offline.data.pack import PackSummary
+    from llavamod_offline.data.set_writer import PackSummary
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__
@@ -27,6 +27,35 @@ class Keys(StrEnum):
     ROW = "row"
 
 
+class TarKeys(StrEnum):
+    """Where the keys of a tar's samples come from."""
+
+    MEMBER = "member"
+    SHARD = "shard"
+
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a set that is there.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
+MaxRejected = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Share of rejected rows above which nothing is made.")
+]
+WeightOption = Annotated[
+    list[str] | None,
+    typer.Option("--weight", metavar="NAME=N", help="How often training sees the samples of a source; repeatable."),
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; as many as there are cores if not given.")]
+CaptionPrompt = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="What captions (KEY.txt) answer; without it they are rejected.")
+]
+Ignore = Annotated[
+    list[str] | None, typer.Option(metavar="SUFFIX", help="Files of samples to pass over; may be repeated.")
+]
+Root = Annotated[Path, typer.Option(metavar="DIR", help="The folder that a list's paths are below.")]
+SourceList = Annotated[
+    Path | None, typer.Option("--from", metavar="YAML", help="A list of data sets; the shipped one if not given.")
+]
+
+
 @app.callback()
 def _commands() -> None:
     """Make sets of samples for capture, training and evaluation."""
@@ -34,40 +63,71 @@ def _commands() -> None:
 
 @app.command()
 def pack(
-    sources: Annotated[
-        list[Path], typer.Argument(metavar="SOURCE...", help="LLaVA .json or .jsonl, or RLAIF-V .parquet files.")
-    ],
     output: Annotated[Path, typer.Option(metavar="DIR", help="The set folder to make.")],
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME=]SOURCE...", help="LLaVA .json or .jsonl, RLAIF-V .parquet, folders of samples."),
+    ] = None,
     images: Annotated[
         list[Path] | None, typer.Option(metavar="DIR", help="A folder that images are found in; may be repeated.")
     ] = None,
+    stage: Annotated[str | None, typer.Option(help="Pack the data sets that a list names for this stage.")] = None,
+    source_list: SourceList = None,
+    root: Root = Path(),
+    weight: WeightOption = None,
     name: Annotated[str | None, typer.Option(help="Name of the shards; the folder's name if not given.")] = None,
     shard_samples: Annotated[int, typer.Option(min=1, help="Samples a shard holds at most.")] = 1000,
     keys: Annotated[Keys, typer.Option(help="Sample keys: the rows' ids, or file name and row number.")] = Keys.ID,
-    max_rejected: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Share of rejected rows above which nothing is packed.")
+    caption_prompt: CaptionPrompt = None,
+    ignore: Ignore = None,
+    max_side: Annotated[
+        int | None, typer.Option(min=1, help="Make pictures smaller whose longer side has more pixels.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a set that is there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    max_rejected: MaxRejected = None,
+    workers: Workers = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Pack conversations or preferences and their images into a set: WebDataset shards with an index.
 
     Rows that cannot be used are listed with their reason in the set's rejected.jsonl, and counted; the rest is packed.
+    Pictures keep their bytes, unless --max-side is given. The set is the same whatever the number of workers.
+    A folder of samples has KEY.json or KEY.txt beside KEY.jpg, as the tars that `index` reads.
 
     \b
     Examples:
       llavamod-offline pack llava_v1_5_mix665k.json --images data/llava --keys row --output sets/general
-      llavamod-offline pack captions.json chat.jsonl --images coco --images own --output sets/mixed
+      llavamod-offline pack caps=captions.json chat.jsonl --images coco --images own --weight caps=0.5 --output sets/mix
       llavamod-offline pack RLAIF-V-Dataset_*.parquet --output sets/preference --max-rejected 0.01
+      llavamod-offline pack --stage mimic_dense --root data --keys row --output sets/mimic_dense
     """
     from tqdm import tqdm
 
+    from llavamod_offline.data.catalogue import SHIPPED, read_catalogue, stage_sources
     from llavamod_offline.data.pack import write_set
-    from llavamod_offline.data.sources import read_sources
+    from llavamod_offline.data.source_arguments import parse_source, parse_weights
+    from llavamod_offline.data.sources import Source, prepare_sources
+    from llavamod_offline.data.tar_samples import ReadRule
+    from llavamod_offline.data.workers import available_cores
 
-    total = sum(source.stat().st_size for source in sources if source.is_file())
+    rule = ReadRule.of(caption_prompt, ignore or ())
+    files = [Source(path, named, rule=rule) for named, path in map(parse_source, sources or [])]
+    weights: dict[str, float] = {}
+    if stage is not None:
+        listed, weights = stage_sources(read_catalogue(source_list or SHIPPED), stage, root)
+        files = [*listed, *files]
+    if not files:
+        raise typer.BadParameter("name files, or a --stage", param_hint="SOURCE")
+    total = sum(source.path.stat().st_size for source in files if source.path.is_file())
     with tqdm(total=total, unit="B", unit_scale=True, desc="pack", disable=not sys.stderr.isatty()) as bar:
-        rows = read_sources(sources, images=images or (), keys=keys.value, advance=bar.update)
+        rows = prepare_sources(
+            files,
+            images=images or (),
+            keys=keys.value,
+            advance=bar.update,
+            max_side=max_side,
+            workers=workers or available_cores(),
+        )
         hint = "number the rows with --keys row" if keys is Keys.ID else "rename one of the files"
         summary = write_set(
             rows,
@@ -77,8 +137,104 @@ def pack(
             overwrite=overwrite,
             max_rejected=max_rejected,
             duplicate_hint=hint,
+            weights=weights | parse_weights(weight or []),
+            max_side=max_side,
         )
-    print(json.dumps(summary.to_json(), ensure_ascii=False) if as_json else _render(summary))
+    print(json.dumps(summary.to_json(), ensure_ascii=False) if as_json else _render(summary, "packed"))
+
+
+@app.command()
+def index(
+    sources: Annotated[list[str], typer.Argument(metavar="[NAME=]PLACE...", help="Tars, or folders of tars.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="The set folder to make.")],
+    caption_prompt: CaptionPrompt = None,
+    keys: Annotated[
+        TarKeys, typer.Option(help="Sample keys: those of the members, or with the tar's name before them.")
+    ] = TarKeys.MEMBER,
+    ignore: Ignore = None,
+    weight: WeightOption = None,
+    max_rejected: MaxRejected = None,
+    workers: Workers = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a set of WebDataset tars that are there, without writing them anew.
+
+    A sample is KEY.json, as `pack` writes it or with LLaVA's `conversations`, or a caption KEY.txt; and its picture
+    KEY.jpg (.jpeg, .png, .webp), or KEY.0.jpg, KEY.1.jpg and so on. Each tar is read once. Tars beside or below the new
+    set's folder may be moved together with it; others are found again where they are now.
+
+    \b
+    Examples:
+      llavamod-offline index data/tars --output data/tars/set
+      llavamod-offline index cc3m=data/cc3m --caption-prompt "Describe the image briefly." --output sets/cc3m
+    """
+    from tqdm import tqdm
+
+    from llavamod_offline.data.source_arguments import parse_source, parse_weights
+    from llavamod_offline.data.tar_index import find_tars, index_tars
+    from llavamod_offline.data.workers import available_cores
+
+    tars = [tar for named, path in map(parse_source, sources) for tar in find_tars([path], named)]
+    total = sum(tar.path.stat().st_size for tar in tars if tar.path.is_file())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="index", disable=not sys.stderr.isatty()) as bar:
+        summary = index_tars(
+            tars,
+            output,
+            keys=keys.value,
+            caption_prompt=caption_prompt,
+            ignore=ignore or (),
+            overwrite=overwrite,
+            max_rejected=max_rejected,
+            weights=parse_weights(weight or []),
+            workers=workers or available_cores(),
+            advance=bar.update,
+        )
+    print(json.dumps(summary.to_json(), ensure_ascii=False) if as_json else _render(summary, "indexed"))
+
+
+@app.command()
+def doctor(
+    source_list: Annotated[
+        Path | None, typer.Argument(metavar="[YAML]", help="A list of data sets; the shipped one if not given.")
+    ] = None,
+    root: Root = Path(),
+    stage: Annotated[str | None, typer.Option(help="Only the data sets of this stage.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Look for files and folders, do not read rows.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the data sets of each stage: what is on this disk, what is missing, and where it is to be had.
+
+    The shipped list has LLaVA-MoD's. Rows are counted, and every picture that they name is looked for. Exit status 1 if
+    anything is missing.
+
+    \b
+    Examples:
+      llavamod-offline doctor --root data
+      llavamod-offline doctor --root data --stage mimic_dense --quick
+      llavamod-offline doctor my_sources.yaml --root data --json
+    """
+    from tqdm import tqdm
+
+    from llavamod_offline.data.catalogue import SHIPPED, find_files, read_catalogue
+    from llavamod_offline.data.doctor import examine, render
+
+    sets = read_catalogue(source_list or SHIPPED).of_stage(stage)
+    total = sum(
+        path.stat().st_size for entry in sets.values() for _, found in find_files(entry, root) for path in found
+    )
+    hidden = quick or not sys.stderr.isatty()
+    with tqdm(total=total, unit="B", unit_scale=True, desc="doctor", disable=hidden) as bar:
+        findings = list(examine(sets, root, count=not quick, advance=bar.update))
+    if as_json:
+        print(json.dumps([finding.to_json() for finding in findings], ensure_ascii=False))
+    else:
+        print("\n".join(render(finding) for finding in findings))
+    incomplete = sum(bool(finding.problems) for finding in findings)
+    if not as_json:
+        print(f"{len(findings) - incomplete} of {len(findings)} data sets are there, below {root}")
+    if incomplete:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -102,12 +258,14 @@ def demo(
     run_demo(output, quick=quick, seed=seed)
 
 
-def _render(summary: PackSummary) -> str:
+def _render(summary: PackSummary, done: str) -> str:
     lines = [
-        f"packed {summary.samples} sample(s) ({summary.conversations} conversation(s), {summary.preferences} "
+        f"{done} {summary.samples} sample(s) ({summary.conversations} conversation(s), {summary.preferences} "
         f"preference(s), {summary.images} image(s)) into {summary.path}: {summary.shards} shard(s), "
         f"{summary.bytes / 1e6:.1f} MB"
     ]
+    if summary.shrunk:
+        lines.append(f"made {summary.shrunk} image(s) smaller")
     if summary.rejected:
         rows = summary.samples + summary.rejected
         lines.append(f"rejected {summary.rejected} of {rows} rows, listed in {summary.path / 'rejected.jsonl'}:")

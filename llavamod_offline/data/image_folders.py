@@ -20,6 +20,10 @@ class ImageFolders:
                 raise DataError(f"image folder '{folder}': no such folder")
         self.folders = tuple(folders)
 
+    def has(self, name: str) -> bool:
+        """Whether a path is inside the folders and names a file in one of them."""
+        return _is_inside(PurePosixPath(name)) and any(os.path.isfile(folder / name) for folder in self.folders)
+
     def read(self, name: str) -> bytes:
         """Read the file of that relative path.
 
@@ -29,7 +33,7 @@ class ImageFolders:
         if not self.folders:
             raise DataError(f"image '{name}': no folder to find it in: name it with --images DIR")
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or not path.parts:
+        if not _is_inside(path):
             raise RowError("bad image path", f"image '{name}': must be a path inside an image folder")
         found = [folder / path for folder in self.folders if os.path.isfile(folder / path)]
         if not found:
@@ -43,6 +47,10 @@ class ImageFolders:
             return found[0].read_bytes()
         except OSError as error:
             raise RowError("missing image", f"image '{name}': cannot be read: {error.strerror}") from error
+
+
+def _is_inside(path: PurePosixPath) -> bool:
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def _names(paths: Sequence[Path]) -> str:

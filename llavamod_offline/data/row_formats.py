@@ -11,6 +11,7 @@ question. A row that breaks the format is a `RowError`; nothing is repaired.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from llavamod_offline.data.images import image_extension
@@ -26,21 +27,30 @@ _OTHER_MEDIA = ("images", "video", "videos", "audio", "audios")
 
 def json_row_to_sample(row: Any, *, key: str, source: str, read_image: ReadImage) -> Sample:
     """Build a sample from a LLaVA conversation or a LLaVA-MoD preference; which of them, its fields tell."""
-    if not isinstance(row, dict):
-        raise RowError("malformed row", f"expected an object, found {type(row).__name__}")
-    other = [name for name in _OTHER_MEDIA if row.get(name)]
-    if other:
-        raise RowError("malformed row", f"field '{other[0]}' is not read: name its pictures in 'image'")
-    names = _image_names(row.get("image"))
-    if ("conversations" in row) == ("chosen" in row or "rejected" in row):
-        raise RowError("malformed row", "expected either 'conversations', or both 'chosen' and 'rejected'")
-    if "conversations" in row:
-        turns, chosen, rejected = _turns(row["conversations"], "conversations"), None, None
-    else:
-        turns, chosen, rejected = _preference(row)
-    _check_placeholders(turns, len(names))
-    images = tuple(read_image(name) for name in names)
-    return _build(key, turns, images, tuple(names), chosen, rejected, source)
+    said = _read_row(row)
+    _check_placeholders(said.turns, len(said.image_names))
+    images = tuple(read_image(name) for name in said.image_names)
+    return _build(key, said, images, _decoded_extensions(images, said.image_names), source)
+
+
+def tar_row_to_sample(
+    row: Any, *, key: str, source: str, images: tuple[bytes, ...], extensions: tuple[str, ...]
+) -> Sample:
+    """Build a sample from such a row that lies in a tar with its images; the row need not name them."""
+    said = _read_row(row)
+    if said.image_names and len(said.image_names) != len(images):
+        reason = f"field 'image' names {len(said.image_names)} image(s), {len(images)} lie beside it"
+        raise RowError("placeholder mismatch", reason)
+    _check_placeholders(said.turns, len(images))
+    return _build(key, said, images, extensions, source)
+
+
+def responses_of_row(row: Any) -> tuple[str, str]:
+    """The chosen and the rejected response of a LLaVA-MoD preference."""
+    said = _read_row(row)
+    if said.chosen is None or said.rejected is None:
+        raise RowError("malformed row", "has no 'chosen' and 'rejected'")
+    return said.chosen, said.rejected
 
 
 def parquet_row_to_sample(row: Mapping[str, Any], *, key: str, source: str) -> Sample:
@@ -54,25 +64,46 @@ def parquet_row_to_sample(row: Mapping[str, Any], *, key: str, source: str) -> S
         raise RowError("missing image", "field 'image' holds no bytes")
     turns = (Turn("user", f"{IMAGE_PLACEHOLDER}\n{row['question']}"),)
     _check_placeholders(turns, 1)
-    name = str(image.get("path") or "image")
-    return _build(key, turns, (encoded,), (name,), row["chosen"], row["rejected"], source)
+    names = (str(image.get("path") or "image"),)
+    said = _Row(turns, names, row["chosen"], row["rejected"])
+    return _build(key, said, (encoded,), _decoded_extensions((encoded,), names), source)
 
 
-def _build(
-    key: str,
-    turns: tuple[Turn, ...],
-    images: tuple[bytes, ...],
-    names: tuple[str, ...],
-    chosen: str | None,
-    rejected: str | None,
-    source: str,
-) -> Sample:
+@dataclass(frozen=True)
+class _Row:
+    """What a row says; the turns of a preference are its prompt."""
+
+    turns: tuple[Turn, ...]
+    image_names: tuple[str, ...]
+    chosen: str | None
+    rejected: str | None
+
+
+def _read_row(row: Any) -> _Row:
+    if not isinstance(row, dict):
+        raise RowError("malformed row", f"expected an object, found {type(row).__name__}")
+    other = [name for name in _OTHER_MEDIA if row.get(name)]
+    if other:
+        raise RowError("malformed row", f"field '{other[0]}' is not read: name its pictures in 'image'")
+    names = tuple(_image_names(row.get("image")))
+    if ("conversations" in row) == ("chosen" in row or "rejected" in row):
+        raise RowError("malformed row", "expected either 'conversations', or both 'chosen' and 'rejected'")
+    if "conversations" in row:
+        return _Row(_turns(row["conversations"], "conversations"), names, None, None)
+    turns, chosen, rejected = _preference(row)
+    return _Row(turns, names, chosen, rejected)
+
+
+def _decoded_extensions(images: tuple[bytes, ...], names: tuple[str, ...]) -> tuple[str, ...]:
     try:
-        extensions = tuple(image_extension(image, name=name) for image, name in zip(images, names, strict=True))
+        return tuple(image_extension(image, name=name) for image, name in zip(images, names, strict=True))
     except DataError as error:
         raise RowError("undecodable image", str(error)) from error
+
+
+def _build(key: str, said: _Row, images: tuple[bytes, ...], extensions: tuple[str, ...], source: str) -> Sample:
     try:
-        return Sample(key, turns, images, extensions, chosen, rejected, source)
+        return Sample(key, said.turns, images, extensions, said.chosen, said.rejected, source)
     except DataError as error:
         raise RowError("bad conversation", str(error).removeprefix(f"sample '{key}': ")) from error
 

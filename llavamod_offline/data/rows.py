@@ -15,6 +15,11 @@ RejectionKind = Literal[
     "bad image path",  # absolute, leading out of the image folders, in two of them
     "missing image",
     "undecodable image",  # damaged, too large, or of a format that is not taken
+    "bad member",  # a tar's member that is no plain file, has a name that is not taken, or the name of another
+    "damaged tar",  # cut short, or with something in it that is no tar
+    "unanswerable prompt",  # a teacher that writes answers cannot take it
+    "unfinished answer",  # the teacher did not come to an end
+    "unusable answer",  # what the teacher wrote makes no sample
 ]
 
 
@@ -24,6 +29,9 @@ class RowError(DataError):
     def __init__(self, kind: RejectionKind, reason: str) -> None:
         super().__init__(reason)
         self.kind: RejectionKind = kind
+
+    def __reduce__(self) -> tuple[type[RowError], tuple[RejectionKind, str]]:
+        return RowError, (self.kind, str(self))
 
 
 @dataclass(frozen=True)

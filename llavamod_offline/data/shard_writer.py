@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from llavamod_offline.data.sample import Sample, sample_to_json
 from llavamod_offline.data.shards import Shard
 
 _TAR_BLOCK = 512
-
-
-def sample_members(sample: Sample) -> list[tuple[str, bytes]]:
-    """Name a sample's files: `json`, then `jpg` or, where there are several images, `0.jpg`, `1.png`…"""
-    members = [("json", sample_to_json(sample))]
-    for number, (content, extension) in enumerate(zip(sample.images, sample.image_extensions, strict=True)):
-        members.append((extension if len(sample.images) == 1 else f"{number}.{extension}", content))
-    return members
 
 
 class ShardWriter:
@@ -40,12 +32,12 @@ class ShardWriter:
         """The bytes of all members so far, headers included."""
         return int(self._tar.tarstream.offset)
 
-    def add(self, key: str, members: list[tuple[str, bytes]]) -> list[dict[str, Any]]:
+    def add(self, key: str, members: Sequence[tuple[str, bytes]]) -> list[dict[str, Any]]:
         """Write a sample's files and return the index's `members`."""
         self.samples += 1
         entries = []
         for name, content in members:
-            self._tar.write({"__key__": key, name: content})
+            self._tar.write({"__key__": key, name: content})  # one at a time: a dict of several would be sorted by name
             padded = -(-len(content) // _TAR_BLOCK) * _TAR_BLOCK
             entries.append({"name": name, "offset": self.size - padded, "size": len(content)})
         return entries

@@ -1,21 +1,28 @@
 """Sources: files of rows, streamed into samples and rejections; the format is told by suffix and by each row's fields.
 
-`.json` is a list of rows, `.jsonl` a row a line (both: see `row_formats.py`), `.parquet` is RLAIF-V's table. Keys come
-from the rows' ids (`id`, in parquet `idx`), or from file stem and row number where there is none or `keys="row"`.
+`.json` is a list of rows, `.jsonl` a row a line (both: see `row_formats.py`), `.parquet` is RLAIF-V's table; a folder
+has a sample's text beside its pictures (see `tar_samples.py`). Keys come from the rows' ids (`id`, in parquet `idx`, in
+a folder the files' names), or from file stem and row number where there is none or `keys="row"`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from llavamod_offline.data.image_folders import ImageFolders
 from llavamod_offline.data.json_stream import Advance, stream_array, stream_lines
 from llavamod_offline.data.keys import key_from_id, row_key
+from llavamod_offline.data.prepare import Prepared, prepare
 from llavamod_offline.data.row_formats import json_row_to_sample, parquet_row_to_sample
 from llavamod_offline.data.rows import Located, Rejection, RowError
 from llavamod_offline.data.sample import KEY_PATTERN, Sample
+from llavamod_offline.data.sample_folders import FileGroup, list_groups, read_files
+from llavamod_offline.data.shrink import shrink_sample
+from llavamod_offline.data.tar_samples import ReadRule, read_group
+from llavamod_offline.data.workers import map_in_order
 from llavamod_offline.errors import DataError
 
 KeyRule = Literal["id", "row"]
@@ -24,10 +31,34 @@ SUFFIXES = (".json", ".jsonl", ".parquet")
 _PARQUET_COLUMNS = ("image", "question", "chosen", "rejected")
 _PARQUET_OPTIONAL = ("idx", "ds_name")
 _PARQUET_BATCH = 32  # rows, each with its picture
+_CHUNK = 16  # rows that a process works on at a time
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of rows, or a folder of samples; `name` is their `source`, `images` the folders that pictures are in.
+
+    Without a name, the source is the file's stem, or what a parquet row's `ds_name` says. Without folders, those that
+    `read_sources` is given. `rule`: how a folder's files are read.
+    """
+
+    path: Path
+    name: str = ""
+    images: tuple[Path, ...] = ()
+    rule: ReadRule = field(default_factory=ReadRule)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row as it was read, its number, and which of the sources it is from."""
+
+    source: int
+    number: int
+    content: Any
 
 
 def read_sources(
-    files: Sequence[Path],
+    files: Sequence[Path | Source],
     *,
     images: Sequence[Path] = (),
     keys: KeyRule = "id",
@@ -39,20 +70,49 @@ def read_sources(
     Errors: `DataError` at once if a file or folder is missing, of an unknown kind or given twice, or two files would
     give the same row keys; while reading, if a file as a whole cannot be read.
     """
-    folders = ImageFolders(images)
+    sources = _checked(files, images, keys)
+    reader = _RowReader(sources, keys, None)
+    return (reader.located(row) for row in _all_rows(sources, advance))
+
+
+def prepare_sources(
+    files: Sequence[Path | Source],
+    *,
+    images: Sequence[Path] = (),
+    keys: KeyRule = "id",
+    advance: Advance = lambda size: None,
+    max_side: int | None = None,
+    workers: int = 1,
+) -> Iterator[Prepared | Rejection]:
+    """As `read_sources`, the samples ready to be written; the result is the same for every number of `workers`.
+
+    They are processes that read and decode pictures. `max_side`: the length in pixels beyond which pictures are made
+    smaller (None: every picture keeps its bytes). Further errors: those of `map_in_order`.
+    """
+    sources = _checked(files, images, keys)
+    reader = _RowReader(sources, keys, max_side)
+    return map_in_order(reader.prepared, _all_rows(sources, advance), workers=workers, chunk=_CHUNK)
+
+
+def _checked(files: Sequence[Path | Source], images: Sequence[Path], keys: KeyRule) -> tuple[Source, ...]:
+    sources = [Source(file) if isinstance(file, Path) else file for file in files]
     seen: dict[Path, Path] = {}
-    for file in files:
-        if file.is_dir():
-            raise DataError(f"source '{file}' is a folder: name the files in it")
-        if not file.is_file():
+    for file in (source.path for source in sources):
+        if file.is_dir() and any(file.glob("*.tar")):
+            raise DataError(f"source '{file}': tars are indexed in place with `llavamod-offline index`")
+        if not file.exists():
             raise DataError(f"source '{file}': no such file")
-        if file.suffix not in SUFFIXES:
-            raise DataError(f"source '{file}': its name must end in one of {', '.join(SUFFIXES)}")
+        if file.suffix not in SUFFIXES and not file.is_dir():
+            hint = ": tars are indexed in place with `llavamod-offline index`" if file.suffix == ".tar" else ""
+            raise DataError(f"source '{file}': its name must end in one of {', '.join(SUFFIXES)}{hint}")
         if seen.setdefault(file.resolve(), file) is not file:
             raise DataError(f"source '{file}' is given twice")
     if keys == "row":
-        _check_stems(files)
-    return (row for file in files for row in _read_file(file, folders, keys, advance))
+        _check_stems([source.path for source in sources])
+    found = tuple(replace(source, images=source.images or tuple(images)) for source in sources)
+    for folders in {source.images for source in found}:
+        ImageFolders(folders)
+    return found
 
 
 def _check_stems(files: Sequence[Path]) -> None:
@@ -62,27 +122,57 @@ def _check_stems(files: Sequence[Path]) -> None:
             raise DataError(f"sources '{stems[file.stem]}' and '{file}' give the same row keys: rename one of them")
 
 
-def _read_file(file: Path, folders: ImageFolders, keys: KeyRule, advance: Advance) -> Iterator[Located | Rejection]:
-    for number, row in _opened(file, advance):
-        fallback = row_key(file.stem, number)
-        key = fallback
+class _RowReader:
+    """Rows → samples, and samples that are ready to be written; may be pickled."""
+
+    def __init__(self, sources: tuple[Source, ...], keys: KeyRule, max_side: int | None) -> None:
+        self._sources, self._keys, self._max_side = sources, keys, max_side
+        self._folders = [ImageFolders(source.images) for source in sources]
+
+    def located(self, row: _Row) -> Located | Rejection:
+        """The sample of a row, or why there is none."""
+        source = self._sources[row.source]
+        file, key = source.path, row_key(source.path.stem, row.number)
         try:
-            if isinstance(row, RowError):
-                raise row
-            key = _key(row, fallback, keys, "idx" if file.suffix == ".parquet" else "id")
-            yield Located(_sample(file, row, key, folders), str(file), number)
+            if isinstance(row.content, RowError):
+                raise row.content
+            if isinstance(row.content, FileGroup):
+                key = key if self._keys == "row" else _key({"id": row.content.key}, key, "id", "id")
+                return Located(self._from_files(source, row.content, key), str(file), row.number)
+            key = _key(row.content, key, self._keys, "idx" if file.suffix == ".parquet" else "id")
+            return Located(_sample(source, row.content, key, self._folders[row.source]), str(file), row.number)
         except RowError as error:
-            yield Rejection(key, error.kind, str(error), str(file), number)
+            return Rejection(key, error.kind, str(error), str(file), row.number)
+
+    def _from_files(self, source: Source, group: FileGroup, key: str) -> Sample:
+        name = source.name or source.path.resolve().name
+        sample, _, _ = read_group(read_files(source.path, group), key, name, source.rule)
+        sample = replace(sample, source=name) if source.name else sample
+        return replace(sample, key=key) if self._keys == "row" else sample  # one of this project's brings its key
+
+    def prepared(self, rows: list[_Row]) -> list[Prepared | Rejection]:
+        """The same of several rows, ready to be written."""
+        return [row if isinstance(row, Rejection) else self._prepare(row) for row in map(self.located, rows)]
+
+    def _prepare(self, located: Located) -> Prepared:
+        if self._max_side is None:
+            return prepare(located.sample, located.file, located.row)
+        sample, original_sizes = shrink_sample(located.sample, self._max_side)
+        return prepare(sample, located.file, located.row, original_sizes)
 
 
-def _opened(file: Path, advance: Advance) -> Iterator[tuple[int, Any]]:
-    try:
-        yield from _rows(file, advance)
-    except OSError as error:
-        raise DataError(f"source '{file}': cannot be read: {error.strerror or error}") from error
+def _all_rows(sources: tuple[Source, ...], advance: Advance) -> Iterator[_Row]:
+    for ordinal, source in enumerate(sources):
+        try:
+            for number, content in _rows(source.path, advance):
+                yield _Row(ordinal, number, content)
+        except OSError as error:
+            raise DataError(f"source '{source.path}': cannot be read: {error.strerror or error}") from error
 
 
 def _rows(file: Path, advance: Advance) -> Iterator[tuple[int, Any]]:
+    if file.is_dir():
+        return enumerate(list_groups(file))
     if file.suffix == ".json":
         return enumerate(stream_array(file, advance))
     if file.suffix == ".jsonl":
@@ -90,11 +180,12 @@ def _rows(file: Path, advance: Advance) -> Iterator[tuple[int, Any]]:
     return enumerate(_stream_parquet(file, advance))
 
 
-def _sample(file: Path, row: Any, key: str, folders: ImageFolders) -> Sample:
-    if file.suffix == ".parquet":
-        name = row.get("ds_name")
-        return parquet_row_to_sample(row, key=key, source=name if isinstance(name, str) and name else file.stem)
-    return json_row_to_sample(row, key=key, source=file.stem, read_image=folders.read)
+def _sample(source: Source, row: Any, key: str, folders: ImageFolders) -> Sample:
+    if source.path.suffix == ".parquet":
+        named = row.get("ds_name")
+        name = source.name or (named if isinstance(named, str) and named else source.path.stem)
+        return parquet_row_to_sample(row, key=key, source=name)
+    return json_row_to_sample(row, key=key, source=source.name or source.path.stem, read_image=folders.read)
 
 
 def _key(row: Any, fallback: str, keys: KeyRule, field: str) -> str:

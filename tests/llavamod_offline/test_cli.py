@@ -1,4 +1,4 @@
-"""`llavamod-offline pack` as it is typed."""
+"""`llavamod-offline pack`, `index` and `doctor` as they are typed."""
 
 from __future__ import annotations
 
@@ -119,6 +119,70 @@ def test_errors_leave_nothing(folder: Path, run: Run) -> None:
         if problem.startswith("error"):
             assert result.err.count("\n") == 1
         assert sorted(folder.iterdir()) == before
+
+
+def test_sources_with_names_weights_and_a_limit(folder: Path, run: Run) -> None:
+    arguments = ["pack", "talk=chat.json", "pairs.parquet", "--images", "pictures", "--output", "set"]
+    result = run(*arguments, "--weight", "talk=2", "--weight", "pairs=0.5", "--max-side", "16", "--workers", "2")
+    assert (result.status, result.err) == (0, "")
+    assert "made 4 image(s) smaller\n" in result.out
+    manifest = SampleSet.open(folder / "set").manifest
+    assert manifest["sources"] == {"pairs": 1, "talk": 4}
+    assert manifest["weights"] == {"pairs": 0.5, "talk": 2.0}
+    assert manifest["max_side"] == 16
+    refused = run(*arguments, "--overwrite", "--weight", "chat=2")
+    assert (refused.status, refused.err) == (
+        2, "error: weight of 'chat': no sample is from there: the sources are 'pairs', 'talk'\n"
+    )  # fmt: skip
+    assert SampleSet.open(folder / "set").manifest == manifest
+
+
+def test_index(folder: Path, run: Run) -> None:
+    run("pack", "chat.json", "--images", "pictures", "--output", "sets/packed", "--shard-samples", "2")
+    before = {path: path.read_bytes() for path in (folder / "sets" / "packed").iterdir()}
+    result = run("index", "mine=sets/packed", "--output", "sets/indexed", "--weight", "mine=3")
+    assert (result.status, result.err) == (0, "")
+    assert result.out.startswith(
+        "indexed 4 sample(s) (4 conversation(s), 0 preference(s), 3 image(s)) into sets/indexed: 2"
+    )
+    assert {path: path.read_bytes() for path in (folder / "sets" / "packed").iterdir()} == before
+    indexed = SampleSet.open(folder / "sets" / "indexed")
+    assert indexed.keys == SampleSet.open(folder / "sets" / "packed").keys
+    assert indexed.manifest["weights"] == {"mine": 3.0}
+    assert [indexed.read(row, verify=True).source for row in range(4)] == ["mine"] * 4
+    again = run("index", "sets/packed", "--output", "sets/indexed", "--json", "--overwrite")
+    assert json.loads(again.out)["sources"] == {"chat": 4}
+    assert run("index", "pictures", "--output", "none").err == "error: source 'pictures': no .tar in this folder\n"
+
+
+LIST = """
+stages: {general: [chat], all: [chat, pairs]}
+sources:
+  chat: {files: [chat.json], images: [pictures], rows: 5, licence: mit, weight: 2}
+  pairs: {files: ["pairs*.parquet"], rows: 1, download: "https://example.org"}
+"""
+
+
+def test_doctor_and_the_stages_of_a_list(folder: Path, run: Run) -> None:
+    (folder / "list.yaml").write_text(LIST)
+    result = run("doctor", "list.yaml", "--json")
+    chat, pairs = json.loads(result.out)
+    assert result.status == 1
+    assert chat["problems"] == ["missing: 1 of 4 pictures: . (1)"]
+    assert (pairs["problems"], pairs["rows"], pairs["download"]) == ([], 1, "https://example.org")
+    (folder / "pictures" / "3.png").write_bytes(tiny_image(3))
+    whole = run("doctor", "list.yaml", "--stage", "general")
+    assert (whole.status, whole.err) == (0, "")
+    assert whole.out.splitlines()[0] == "chat: there"
+    assert whole.out.splitlines()[-1] == "1 of 1 data sets are there, below ."
+    assert run("doctor", "list.yaml", "--root", "pictures", "--quick").status == 1
+    assert run("doctor", "list.yaml", "--stage", "x").err == "error: stage 'x' is unknown: choose one of general, all\n"
+    assert run("pack", "--from", "list.yaml", "--stage", "all", "--output", "set").status == 0
+    manifest = SampleSet.open(folder / "set").manifest
+    assert (manifest["sources"], manifest["weights"]) == ({"chat": 5, "pairs": 1}, {"chat": 2.0})
+    refused = run("pack", "--from", "list.yaml", "--stage", "all", "--root", "pictures", "--output", "other")
+    assert "source 'chat': pictures/chat.json is missing: `llavamod-offline doctor` lists the rest" in refused.err
+    assert run("pack", "--output", "other").status == 2
 
 
 def test_the_console_script(folder: Path) -> None:

@@ -237,6 +237,37 @@ def test_pixels_are_clips(tmp_path: Path, size: tuple[int, int], changes: dict[s
     assert np.allclose(pixels, reference_pixels(encoded, settings, aspect == "pad"), atol=1e-5)
 
 
+@pytest.mark.parametrize("aspect", ["pad", "square"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"do_rescale": False},
+        {"do_normalize": False, "rescale_factor": 0.1},
+        {"do_resize": False},
+        {"size": {"shortest_edge": 20}},
+        {"size": {"height": 30, "width": 20}, "resample": 2},
+        {"size": {"height": 20, "width": 28}, "do_center_crop": False},
+    ],
+    ids=lambda changes: " ".join(changes) or "clip",
+)
+def test_pixels_are_the_processors_to_the_last_bit(tmp_path: Path, changes: dict[str, Any], aspect: str) -> None:
+    """Also of pictures that have the size already, and of those that a crop goes beyond."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    folder = processor_folder(tmp_path, **changes)
+    preprocessor = ImagePreprocessor.from_checkpoint(folder, aspect)
+    processor = CLIPImageProcessorPil.from_pretrained(folder)
+    noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    for width, height in ((24, 24), (28, 20), (24, 33), (33, 24), (25, 24), (23, 60), (3, 3), (60, 59), (19, 21)):
+        image = Image.fromarray(noise[:height, :width])
+        given = pad_to_square(image, preprocessor.fill) if aspect == "pad" else image
+        (expected,) = processor(given, return_tensors="np")["pixel_values"]
+        found = preprocessor.pixels(encode(image), name="x")
+        assert found.flags.c_contiguous
+        assert np.array_equal(found, expected.astype(np.float32))
+
+
 @pytest.mark.parametrize("size", [(1, 1), (3, 1), (2, 3), (1, 200)])
 def test_smallest_pictures(tmp_path: Path, size: tuple[int, int]) -> None:
     for aspect in images.ASPECTS:

@@ -21,7 +21,7 @@ from llavamod_offline.data.pack import write_set
 from llavamod_offline.data.rows import Located, Rejection
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.data.shards import SampleSet
-from llavamod_offline.errors import DataError
+from llavamod_offline.errors import ConfigError, DataError
 from tests.tiny import tiny_image, tiny_samples
 
 Rows = list[Sample | Located | Rejection]
@@ -250,3 +250,25 @@ def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 12 * 2**20
+
+
+def test_weights(tmp_path: Path) -> None:
+    rows = [text_sample("a"), *tiny_samples(2)]
+    summary = write_set(rows, tmp_path / "set", weights={"tiny": 2.5, "text": 0})
+    manifest = json.loads((tmp_path / "set" / "set.json").read_text())
+    assert manifest["weights"] == summary.weights == {"text": 0, "tiny": 2.5}
+    with pytest.raises(ConfigError, match="weight of 'other': no sample is from there: the sources are 'text', 'tiny'"):
+        write_set(rows, tmp_path / "unknown", weights={"other": 2})
+    for weight in (-1, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match=r"weight of 'tiny': .* is no number of times"):
+            write_set(rows, tmp_path / "bad", weights={"tiny": weight})
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+    write_set(rows, tmp_path / "plain")
+    assert SampleSet.open(tmp_path / "plain").manifest["weights"] == {}
+
+
+def test_the_manifest_knows_the_index(tmp_path: Path) -> None:
+    write_set([text_sample("a")], tmp_path / "set")
+    content = (tmp_path / "set" / "index.arrow").read_bytes()
+    expected = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert SampleSet.open(tmp_path / "set").manifest["index"] == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from llavamod_offline.data import image_folders
+from llavamod_offline.data.pack import write_set
 from llavamod_offline.data.rows import Located, Rejection
-from llavamod_offline.data.sample import Sample, Turn
-from llavamod_offline.data.sources import read_sources
+from llavamod_offline.data.sample import Sample, Turn, sample_to_json
+from llavamod_offline.data.shards import SampleSet
+from llavamod_offline.data.sources import Source, prepare_sources, read_sources
+from llavamod_offline.data.tar_samples import ReadRule
 from llavamod_offline.errors import DataError
-from tests.tiny import tiny_image
+from tests.tiny import tiny_image, tiny_samples
 
 JPG, PNG, WEBP = tiny_image(0, format="JPEG"), tiny_image(1), tiny_image(2, format="WEBP")
 
@@ -320,7 +324,6 @@ def test_sources_that_cannot_be_opened(tmp_path: Path) -> None:
     same = write_rows(tmp_path / "sub" / "a.json", [])
     cases: list[tuple[list[Path], str]] = [
         ([tmp_path / "none.json"], "no such file"),
-        ([tmp_path], "is a folder: name the files in it"),
         ([tmp_path / "b.csv"], r"its name must end in one of \.json, \.jsonl, \.parquet"),
         ([file, tmp_path / "sub" / ".." / "a.json"], "is given twice"),
     ]
@@ -332,3 +335,90 @@ def test_sources_that_cannot_be_opened(tmp_path: Path) -> None:
     read_sources([file, same])
     with pytest.raises(DataError, match="give the same row keys: rename one of them"):
         read_sources([file, same], keys="row")
+
+
+def test_named_sources_with_folders_of_their_own(tmp_path: Path, images: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "b.png").write_bytes(tiny_image(8))
+    row = {"image": "b.png", "conversations": GOOD}
+    first, second = (write_rows(tmp_path / f"{name}.json", [row | {"id": name}]) for name in ("one", "two"))
+    pairs = write_parquet(tmp_path / "pairs.parquet", [{}])
+    found = samples(
+        read_sources([Source(first, "mine", (images,)), Source(second, images=(other,)), Source(pairs, "p")])
+    )
+    assert [(sample.source, sample.images[0]) for sample in found] == [
+        ("mine", PNG),
+        ("two", tiny_image(8)),
+        ("p", JPG),
+    ]
+
+
+def test_tars_belong_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"")
+    for place in (tmp_path, tmp_path / "a.tar"):
+        with pytest.raises(DataError, match="tars are indexed in place with `llavamod-offline index`"):
+            read_sources([place])
+
+
+def test_prepared_rows_are_the_same_from_any_number_of_processes(tmp_path: Path, images: Path) -> None:
+    """Of every format, with rejections and a file that ends in an error; what is written is the same to the byte."""
+    rows: list[Any] = [
+        {"id": n, "image": ["coco/a.jpg", "cut.jpg", "b.png"][n % 3], "conversations": GOOD} for n in range(50)
+    ]
+    files = [
+        write_rows(tmp_path / "a.json", rows),
+        write_parquet(tmp_path / "p.parquet", [{"idx": 100 + n} for n in range(40)]),
+    ]
+    written = {}
+    for workers in (1, 2, 3):
+        prepared = prepare_sources(files, images=[images], max_side=20, workers=workers)
+        write_set(prepared, tmp_path / "set", shard_samples=30, max_side=20, overwrite=True)
+        written[workers] = {file.name: file.read_bytes() for file in (tmp_path / "set").iterdir()}
+    assert len(written[1]) == 6
+    assert written[1] == written[2] == written[3]
+    packed = SampleSet.open(tmp_path / "set")
+    direct = [row.sample for row in read_sources(files, images=[images]) if isinstance(row, Located)]
+    assert packed.keys == [sample.key for sample in direct]
+    assert [packed.read(row, verify=True).turns for row in range(len(packed))] == [sample.turns for sample in direct]
+    (tmp_path / "a.json").write_text((tmp_path / "a.json").read_text()[:-9])
+    for workers in (1, 2):
+        found: list[Any] = []
+        with pytest.raises(DataError, match=r"a\.json: row 49"):
+            found.extend(prepare_sources(files, images=[images], workers=workers))
+        assert len(found) == 49
+
+
+def test_folders_of_samples(tmp_path: Path) -> None:
+    """What a tar holds, unpacked: texts and captions beside pictures, at any depth, this project's own files too."""
+    folder = tmp_path / "mine"
+    (folder / "sub").mkdir(parents=True)
+    own = tiny_samples(1)[0]
+    files = {
+        "b.json": json.dumps({"conversations": GOOD}).encode(),
+        "b.JPG": JPG,
+        "sub/a.txt": b" A dog. ",
+        "sub/a.png": PNG,
+        "sub/lost.png": PNG,
+        "a_x2F.json": sample_to_json(own),
+        "a_x2F.png": own.images[0],
+        "c.json": json.dumps({"conversations": TEXT}).encode(),
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    (folder / "c.txt").symlink_to(folder / "nowhere")
+    rule = ReadRule(caption_prompt="Describe it.")
+    found = list(read_sources([Source(folder, rule=rule)]))
+    assert [row.sample if isinstance(row, Located) else row.key for row in found] == [
+        replace(own, key="a_x2F"),
+        Sample("b", turns("<image>\nWhat?", "That."), (JPG,), ("jpg",), source="mine"),
+        "c",
+        Sample("sub_x2Fa", turns("<image>\nDescribe it.", "A dog."), (PNG,), ("png",), source="mine"),
+        "sub_x2Flost",
+    ]
+    rejections = [row for row in found if isinstance(row, Rejection)]
+    assert "file 'c.txt': cannot be read: No such file" in rejections[0].reason
+    assert "has no text" in rejections[1].reason
+    by_row = [row for row in read_sources([Source(folder, "n", rule=rule)], keys="row") if isinstance(row, Located)]
+    assert [row.sample.key for row in by_row] == [f"mine-{number:09d}" for number in (0, 1, 3)]
+    assert {row.sample.source for row in by_row} == {"n"}

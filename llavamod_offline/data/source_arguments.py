@@ -1,0 +1,38 @@
+"""How sources and their weights are typed: `NAME=PLACE` and `NAME=NUMBER`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from llavamod_offline.errors import ConfigError
+
+
+def parse_source(argument: str) -> tuple[str, Path]:
+    """The name (or nothing) and the place of a source; what is there as a whole is a place, whatever its name has.
+
+    Errors: `ConfigError` for an empty name or place.
+    """
+    name, equals, place = argument.partition("=")
+    if not equals or Path(argument).exists():
+        return "", Path(argument)
+    if not name.strip() or not place:
+        raise ConfigError(f"source '{argument}': expected PLACE or NAME=PLACE")
+    return name, Path(place)
+
+
+def parse_weights(arguments: Sequence[str]) -> dict[str, float]:
+    """The weights of sources by their names. Errors: `ConfigError` for anything that is no `NAME=NUMBER`, or twice."""
+    weights: dict[str, float] = {}
+    for argument in arguments:
+        name, _, number = argument.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            name, weight = "", 0.0
+        if not name:
+            raise ConfigError(f"weight '{argument}': expected NAME=NUMBER, such as captions=0.5")
+        if name in weights:
+            raise ConfigError(f"weight of '{name}' is given twice")
+        weights[name] = weight
+    return weights

@@ -1,0 +1,103 @@
+"""Work on many items in several processes, results in the order of the items.
+
+Processes, not threads: decoding a picture needs Pillow's switches, which hold for a whole process.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
+from multiprocessing.connection import wait
+from typing import TypeVar
+
+from llavamod_offline.errors import ConfigError, DataError
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+_Value = TypeVar("_Value")
+_AHEAD = 2  # lists of items that wait for each process
+
+
+def available_cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def map_in_order(
+    function: Callable[[list[_Item]], list[_Result]], items: Iterable[_Item], *, workers: int, chunk: int
+) -> Iterator[_Result]:
+    """Apply `function` to lists of `chunk` items in `workers` processes; give the results in the items' order.
+
+    `function` and items must be picklable. With one worker, or few items, everything happens in this process. Items are
+    taken as the work goes on: no more than a few lists for each process are in memory.
+    Errors: those of `function`; `ConfigError` for no workers; `DataError` if a process dies.
+    """
+    if workers < 1:
+        raise ConfigError(f"workers {workers}: must be at least 1")
+    lists = _lists(items, chunk)
+    if workers > 1:
+        first = list(islice(lists, 2))  # starting processes costs more than a short list's work
+        lists = chain(first, lists)
+        workers = 1 if len(first) < 2 else workers
+    if workers == 1:
+        for part in lists:
+            yield from function(_unless_failed(part))
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start)
+    pending: deque[Future[list[_Result]] | Exception] = deque()
+    try:
+        for part in lists:
+            pending.append(part if isinstance(part, Exception) else pool.submit(function, part))
+            if len(pending) > workers * (1 + _AHEAD):
+                yield from _unless_failed(pending.popleft()).result()
+        while pending:
+            yield from _unless_failed(pending.popleft()).result()
+    except BrokenProcessPool as error:
+        raise DataError("a worker process was killed, perhaps for want of memory: use fewer --workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _lists(items: Iterable[_Item], chunk: int) -> Iterator[list[_Item] | Exception]:
+    """Lists of items; last, where taking them ends with an error, that error, so that its turn comes after theirs."""
+    part: list[_Item] = []
+    failure = None
+    try:
+        for item in items:
+            part.append(item)
+            if len(part) == chunk:
+                yield part
+                part = []
+    except Exception as error:
+        failure = error
+    if part:
+        yield part
+    if failure is not None:
+        yield failure
+
+
+def _unless_failed(value: _Value | Exception) -> _Value:
+    if isinstance(value, Exception):
+        raise value
+    return value
+
+
+def _start() -> None:
+    """Leave Ctrl-C to the parent process, and end when it is gone, however it went."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

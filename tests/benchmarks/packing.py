@@ -1,0 +1,136 @@
+"""Packing and indexing: samples a second, with one process and with several.
+
+    python -m tests.benchmarks.packing [--quick] --json FILE
+
+The samples are LLaVA rows of two turns, each with a JPEG of 640×480 pixels like a photograph (quality 85, 75 kB).
+Packing reads, decodes, hashes and writes them; indexing reads a tar, decodes and hashes. The text-only rows
+show what the rest costs. Files are in the page cache. `samples_per_s` is by the clock, the start of processes included;
+`samples_per_core_s` by processor seconds of all processes, which others on the machine do not change.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from PIL import Image
+
+from llavamod_offline.data.pack import write_set
+from llavamod_offline.data.sources import prepare_sources
+from llavamod_offline.data.tar_index import find_tars, index_tars
+from llavamod_offline.data.workers import available_cores
+from tests.benchmarks.form import Row, finish, parse_arguments
+
+NAME = "packing"
+TARS = 4
+_PICTURES = 16  # different ones
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Samples in a second of the clock, and in a second of one processor core."""
+
+    samples_per_s: float
+    samples_per_core_s: float
+
+
+def packing_rate(folder: Path, *, samples: int, workers: int, pictures: bool = True) -> Rate:
+    """How fast `pack` is; files of rows and pictures lie below `folder` (they are made there if need be)."""
+    rows = write_rows(folder, samples, pictures=pictures)
+    output = folder / f"set-{rows.stem}-{workers}"
+
+    def run() -> None:
+        prepared = prepare_sources([rows], images=[folder / "pictures"], workers=workers)
+        write_set(prepared, output, overwrite=True, shard_samples=-(-samples // TARS))
+
+    return _rate(run, samples)
+
+
+def indexing_rate(folder: Path, *, samples: int, workers: int) -> Rate:
+    """How fast `index` is; `TARS` tars lie below `folder` (they are made there if need be)."""
+    tars = folder / f"tars-{samples}"
+    if not tars.exists():
+        prepared = prepare_sources([write_rows(folder, samples)], images=[folder / "pictures"])
+        write_set(prepared, tars, shard_samples=-(-samples // TARS))
+
+    def run() -> None:
+        index_tars(find_tars([tars]), folder / f"index-{workers}", overwrite=True, workers=workers)
+
+    return _rate(run, samples)
+
+
+def write_rows(folder: Path, samples: int, *, pictures: bool = True) -> Path:
+    """Write a LLaVA file of `samples` rows, and their pictures, if they are not there."""
+    file = folder / f"{'rows' if pictures else 'text'}-{samples}.json"
+    if file.exists():
+        return file
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    for number in range(_PICTURES if pictures else 0):
+        (folder / "pictures" / f"{number}.jpg").write_bytes(_photograph(number))
+    rows = []
+    for number in range(samples):
+        said = [
+            {"from": "human", "value": f"{'<image>' if pictures else 'Hello.'}\nWhat is there, number {number}?"},
+            {"from": "gpt", "value": f"There is something to be seen, and it is number {number}. " * 4},
+        ]
+        row: dict[str, object] = {"id": f"row-{number}", "conversations": said}
+        rows.append(row | ({"image": f"{number % _PICTURES}.jpg"} if pictures else {}))
+    file.write_text(json.dumps(rows))
+    return file
+
+
+def _photograph(seed: int) -> bytes:
+    """Smooth areas with some noise, which compress like a photograph."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((640, 480), Image.Resampling.BICUBIC)).astype(np.int16)
+    noisy = np.clip(smooth + rng.normal(0, 7, smooth.shape), 0, 255).astype(np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(noisy).save(stream, format="JPEG", quality=85)
+    return stream.getvalue()
+
+
+def _rate(run: Callable[[], object], samples: int) -> Rate:
+    started, before = time.perf_counter(), os.times()
+    run()
+    after = os.times()  # the workers have ended
+    return Rate(samples / (time.perf_counter() - started), samples / (sum(after[:4]) - sum(before[:4])))
+
+
+def main() -> None:
+    """Measure and write the result."""
+    arguments = parse_arguments(NAME, __doc__ or "")
+    samples, rounds = (400, 1) if arguments.quick else (4000, 3)
+    many = available_cores()
+    rates: dict[str, list[Rate]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        packing_rate(folder, samples=100, workers=1)  # imports, and the page cache
+        for _ in range(rounds):
+            for workers in (1, many):
+                named = f"{workers} process(es)"
+                rate = packing_rate(folder, samples=samples, workers=workers)
+                rates.setdefault(f"pack, {named}", []).append(rate)
+                rate = packing_rate(folder, samples=10 * samples, workers=workers, pictures=False)
+                rates.setdefault(f"pack text, {named}", []).append(rate)
+                rates.setdefault(f"index, {named}", []).append(indexing_rate(folder, samples=samples, workers=workers))
+    clock = {case: median(rate.samples_per_s for rate in found) for case, found in rates.items()}
+    core = {case: median(rate.samples_per_core_s for rate in found) for case, found in rates.items()}
+    rows: list[Row] = [{"case": case, "samples_per_s": clock[case], "samples_per_core_s": core[case]} for case in rates]
+    ratios = {
+        f"{case}_{many}_over_1": clock[f"{case}, {many} process(es)"] / clock[f"{case}, 1 process(es)"]
+        for case in ("pack", "pack text", "index")
+    }
+    finish(NAME, arguments, settings={"samples": samples, "tars": TARS}, rows=rows, ratios=ratios)
+
+
+if __name__ == "__main__":
+    main()
