@@ -1,25 +1,87 @@
 """Folders behind a URL (`s3://`, `gs://`, `memory://` …), read and written by fsspec.
 
 An object store has no rename, so a folder is committed by its last file: all others are uploaded before it.
+
+What fails as a network or a busy store does is tried again, after pauses that double up to 10 s, for as many seconds as
+the environment variable LLAVAMOD_RETRY_SECONDS says (default 60).
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import logging
 import os
+import random
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llavamod_offline.errors import StorageError
+from llavamod_offline.errors import ConfigError, StorageError
 from llavamod_offline.staging import DISK_ERRORS, scratch
+
+logger = logging.getLogger(__name__)
+
+RETRY_VARIABLE = "LLAVAMOD_RETRY_SECONDS"
 
 _T = TypeVar("_T")
 _AT_ONCE = 32
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
 _PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs", "hf": "huggingface_hub"}
+_RETRY_SECONDS = 60.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
+_DOWNLOADS = 3  # of a file that comes damaged
+# What no other attempt would change. A backend may raise anything when its network fails.
+_FINAL = (
+    FileNotFoundError,
+    FileExistsError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    ImportError,
+    NotImplementedError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    StorageError,
+)
+_jitter = random.Random()  # of our own, so that nobody's random numbers depend on the network
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A file to download to `path`, with its size in bytes and its SHA-256 (hex) where they are known."""
+
+    name: str
+    path: Path
+    size: int | None = None
+    sha256: str | None = None
+
+    def fits(self) -> bool:
+        """Whether what lies at `path` is the file that is wanted."""
+        if not self.path.is_file() or self.size not in (None, self.path.stat().st_size):
+            return False
+        if self.sha256 is None:
+            return True
+        with self.path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest() == self.sha256
+
+
+def retry_seconds() -> float:
+    """How long a store that does not answer is tried again. Errors: `ConfigError` if the variable is no number."""
+    text = os.environ.get(RETRY_VARIABLE)
+    try:
+        seconds = float(text) if text else _RETRY_SECONDS
+    except ValueError:
+        seconds = -1.0
+    if not seconds >= 0.0:
+        raise ConfigError(f"{RETRY_VARIABLE}: '{text}' is no number of seconds: set it to one, such as 60")
+    return seconds
 
 
 class RemoteFolder:
@@ -37,11 +99,13 @@ class RemoteFolder:
     def __reduce__(self) -> tuple[Any, ...]:
         return (RemoteFolder, (self.where,))
 
-    def read(self, name: str) -> bytes:
-        """Read one file."""
-        with self._errors(name, "read"):
-            content: bytes = self._files.cat_file(self._full(name))
-            return content
+    def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
+        """Read one file, or its bytes `start` … `stop` − 1."""
+        return self._try(name, "read", lambda: bytes(self._files.cat_file(self._full(name), start=start, end=stop)))
+
+    def size(self, name: str) -> int:
+        """The size of one file in bytes."""
+        return self._try(name, "read", lambda: int(self._files.info(self._full(name))["size"] or 0))
 
     def read_all(self, names: Iterable[str]) -> list[bytes]:
         """Read many files at once, in the order of the names."""
@@ -49,22 +113,28 @@ class RemoteFolder:
 
     def names(self) -> set[str]:
         """The names of the files and folders right below the folder; none if there is no such folder."""
-        with self._errors("", "listed"):
+
+        def listed() -> list[str]:
             self._files.invalidate_cache()
             try:
-                entries = self._files.ls(self._root, detail=False)
+                return list(self._files.ls(self._root, detail=False))
             except FileNotFoundError as error:
                 if _no_bucket(error):
                     raise
-                entries = []
+                return []
+
+        entries = self._try("", "listed", listed)
         return {str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries} - {""}
 
     def sizes(self, below: str = "") -> dict[str, int]:
         """The sizes in bytes of all files at any depth below `below`, by name relative to it."""
-        with self._errors(below, "listed"):
+        root = self._full(below)
+
+        def listed() -> dict[str, Any]:
             self._files.invalidate_cache()
-            root = self._full(below)
-            found = self._files.find(root, detail=True)
+            return dict(self._files.find(root, detail=True))
+
+        found = self._try(below, "listed", listed)
         return {
             path[len(root) :].lstrip("/"): int(entry["size"] or 0)
             for path, entry in found.items()
@@ -73,23 +143,30 @@ class RemoteFolder:
 
     def write(self, name: str, content: bytes) -> None:
         """Write one file, whole or not at all."""
-        with self._errors(name, "written"):
-            self._files.pipe_file(self._full(name), content)
+        self._try(name, "written", lambda: self._files.pipe_file(self._full(name), content))
 
     def create(self, name: str, content: bytes) -> bool:
         """Write a new file; gives False, and changes nothing, if it is there."""
-        with self._errors(name, "written"):
+        full = self._full(name)
+        attempts = 0
+
+        def made() -> bool:
+            nonlocal attempts
+            attempts += 1
             try:
-                self._files.pipe_file(self._full(name), content, mode="create")
+                self._files.pipe_file(full, content, mode="create")
             except FileExistsError:
-                return False
+                # The reply to an earlier attempt may have been lost.
+                return attempts > 1 and bytes(self._files.cat_file(full)) == content
             except Exception as error:  # stores that know no conditional write
                 if not (isinstance(error, NotImplementedError | TypeError) or "NotImplemented" in str(error)):
                     raise
-                if self._files.exists(self._full(name)):
+                if self._files.exists(full):
                     return False
-                self._files.pipe_file(self._full(name), content)
-        return True
+                self._files.pipe_file(full, content)
+            return True
+
+        return self._try(name, "written", made)
 
     @contextmanager
     def commit(self, name: str, last: str) -> Iterator[Path]:
@@ -113,7 +190,8 @@ class RemoteFolder:
         """Download files to local paths, whose folders are made."""
         for folder in {path.parent for path in names.values()}:
             folder.mkdir(parents=True, exist_ok=True)
-        with self._errors(next(iter(names), ""), "read"):
+
+        def got() -> None:
             try:
                 self._files.get([self._full(name) for name in names], [str(path) for path in names.values()])
             except FileNotFoundError as error:  # backends do not say of which
@@ -121,6 +199,18 @@ class RemoteFolder:
                 if lost is None:
                     raise
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self.where}/{lost}") from error
+
+        self._try(next(iter(names), ""), "read", got)
+
+    def fetch(self, files: Iterable[Wanted]) -> list[str]:
+        """Download files and check them, those that come damaged again; gives the names of those that stay so."""
+        left = list(files)
+        for _ in range(_DOWNLOADS):
+            self.download({file.name: file.path for file in left})
+            left = [file for file in left if not file.fits()]
+            if not left:
+                break
+        return [file.name for file in left]
 
     def remove_files(self, names: Iterable[str]) -> None:
         """Remove files; those that are not there do not matter."""
@@ -139,9 +229,8 @@ class RemoteFolder:
         """Send all of `folder`, `last` once all others are there and nothing else; False if another `last` is there."""
         files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
         content = files.pop(last).read_bytes()
-        with self._errors(name, "written"):
-            sent = [str(path) for path in files.values()]
-            self._files.put(sent, [self._full(f"{name}/{file}") for file in files])
+        sent, targets = [str(path) for path in files.values()], [self._full(f"{name}/{file}") for file in files]
+        self._try(name, "written", lambda: self._files.put(sent, targets))
         there = self.sizes(name)
         self.remove_files(f"{name}/{stray}" for stray in there.keys() - files.keys() - {last})
         lost = sorted(file for file, path in files.items() if there.get(file) != path.stat().st_size)
@@ -150,12 +239,14 @@ class RemoteFolder:
         return self.create(f"{name}/{last}", content) or self.read(f"{name}/{last}") == content
 
     def _remove_file(self, name: str) -> None:
-        with self._errors(name, "removed"):
+        def removed() -> None:
             try:
                 self._files.rm_file(self._full(name))
             except FileNotFoundError as error:
                 if _no_bucket(error):
                     raise
+
+        self._try(name, "removed", removed)
 
     def _at_once(self, function: Callable[[str], _T], names: Iterable[str]) -> list[_T]:
         with ThreadPoolExecutor(_AT_ONCE) as threads:
@@ -188,6 +279,25 @@ class RemoteFolder:
             self._opened = (os.getpid(), files, root.rstrip("/"))
         return self._opened[1:]
 
+    def _try(self, name: str, done: str, action: Callable[[], _T]) -> _T:
+        """Do something that can be done twice, again and again while the store does not answer."""
+        give_up, pause = time.monotonic() + retry_seconds(), _FIRST_PAUSE
+        with self._errors(name, done):
+            while True:
+                try:
+                    return action()
+                except Exception as error:
+                    left = give_up - time.monotonic()
+                    if _is_final(error) or left <= 0:
+                        raise
+                    if pause == _FIRST_PAUSE:
+                        where = f"{self.where}/{name}" if name else self.where
+                        logger.warning(
+                            "%s: cannot be %s: %s: trying again for %.0f s", where, done, _reason(error), left
+                        )
+                time.sleep(min(pause * _jitter.uniform(0.5, 1.0), left))
+                pause = min(2 * pause, _LONGEST_PAUSE)
+
     @contextmanager
     def _errors(self, name: str, done: str) -> Iterator[None]:
         """Turn what a backend raises, which may be anything, into the errors that are documented."""
@@ -203,9 +313,20 @@ class RemoteFolder:
         except Exception as error:
             if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 raise
-            refused = isinstance(error, PermissionError) or "Credential" in type(error).__name__
-            way_out = "check the credentials and what they allow" if refused else "check the network and try again"
+            way_out = (
+                "check the credentials and what they allow" if _refused(error) else "check the network and try again"
+            )
             raise StorageError(f"{where}: cannot be {done}: {_reason(error)}: {way_out}") from error
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether another attempt would fail as well."""
+    of_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
+    return isinstance(error, _FINAL) or of_disk or _refused(error)
+
+
+def _refused(error: Exception) -> bool:
+    return isinstance(error, PermissionError) or "Credential" in type(error).__name__
 
 
 def _no_bucket(error: FileNotFoundError) -> bool:

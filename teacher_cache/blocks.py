@@ -40,7 +40,7 @@ class BlockReader:
     ) -> None:
         self._folders = folders
         self._manifests = manifests
-        self._memory_bytes = memory_bytes
+        self.memory_bytes = memory_bytes
         self._temperatures = temperatures
         self._start()
 
@@ -98,7 +98,7 @@ class BlockReader:
                     self._blocks[shard, place] = decoded[place - first]
                     self._bytes += decoded[place - first].bytes
             self._blocks.move_to_end((shard, number))
-            while self._bytes > self._memory_bytes and len(self._blocks) > 1:
+            while self._bytes > self.memory_bytes and len(self._blocks) > 1:
                 self._bytes -= self._blocks.popitem(last=False)[1].bytes
         return decoded[number - first]
 

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from teacher_cache.sequences import SequenceRows
+from teacher_cache.sequences import SequenceRows, string_buffers
 
 _WORD = 8
 _MIX = 0xBF58476D1CE4E5B9
 _SHIFT = 32
+# Strings one after another: their bytes, where each begins, and where the last one ends.
+Texts = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 
 class SequenceIndex:
@@ -27,17 +30,20 @@ class SequenceIndex:
     def __init__(self, shards: Sequence[SequenceRows]) -> None:
         self.shards = shards
         self.first_rows = np.cumsum([0, *(len(rows) for rows in shards)])
-        hashes_Q = np.empty(self.first_rows[-1], np.uint64)
-        positions_Q = np.zeros(len(hashes_Q) + 1, np.int64)
+        salts_Q = np.empty(self.first_rows[-1], np.uint64)
+        positions_Q = np.zeros(len(salts_Q) + 1, np.int64)
         for rows, start, stop in zip(shards, self.first_rows, self.first_rows[1:], strict=False):
             salts = np.array([role_salt(name) for name in rows.role_names], np.uint64)
-            hashes_Q[start:stop] = key_hashes(rows.key_bytes, rows.key_ends, salts[rows.role_codes_Q])
+            salts_Q[start:stop] = salts[rows.role_codes_Q]
             positions_Q[start + 1 : stop + 1] = rows.n_position_Q
+        hashes_Q = key_hashes(*self._texts(), salts_Q)
         # Where a sequence's positions begin, counted through all shards.
         self.starts_Q = np.cumsum(positions_Q, out=positions_Q)
-        order_Q = np.argsort(hashes_Q)
-        self._order_Q = order_Q.astype(np.int32 if len(order_Q) < 2**31 else np.int64)
-        self._hashes_Q = hashes_Q[order_Q]
+        # The lowest bits make room for the row: numbers are sorted several times as fast as places are.
+        self._row_bits = np.uint64((1 << len(hashes_Q).bit_length()) - 1)
+        sorted_Q = np.sort(hashes_Q & ~self._row_bits | np.arange(len(hashes_Q), dtype=np.uint64))
+        self._order_Q = (sorted_Q & self._row_bits).astype(np.int32 if len(sorted_Q) < 2**31 else np.int64)
+        self._hashes_Q = sorted_Q & ~self._row_bits
 
     def __len__(self) -> int:
         return len(self._hashes_Q)
@@ -47,7 +53,7 @@ class SequenceIndex:
         keys = [key.encode() for key, _ in items]
         ends = np.cumsum([0, *map(len, keys)], dtype=np.int64)
         salts_B = np.array([role_salt(role) for _, role in items], np.uint64)
-        hashes_B = key_hashes(np.frombuffer(b"".join(keys), np.uint8), ends, salts_B)
+        hashes_B = key_hashes(np.frombuffer(b"".join(keys), np.uint8), ends, salts_B) & ~self._row_bits
         places_B = np.searchsorted(self._hashes_Q, hashes_B)
         rows_B = self._order_Q.take(places_B, mode="clip").astype(np.int64) if len(self) else np.full(len(items), -1)
         shards_B, locals_B = self.places(rows_B)
@@ -57,10 +63,41 @@ class SequenceIndex:
                 rows_B[number] = self._search(int(places_B[number]), hashes_B[number], key, role)
         return rows_B
 
+    def has(self, keys: pa.ChunkedArray, role: str, likely: Iterable[tuple[int, int, int]] = ()) -> NDArray[np.bool_]:
+        """Whether there is a sequence of each key, in one role; for millions of keys at once.
+
+        `likely`: shards, and where the keys begin and end that may be theirs in their order: those are seen at once.
+        """
+        found_K = np.zeros(len(keys), np.bool_)
+        text, ends = column_texts(keys)
+        for shard, start, stop in likely:
+            piece = text[ends[start] : ends[stop]]
+            found_K[start:stop] = self.shards[shard].has_in_order(piece, ends[start : stop + 1] - ends[start], role)
+        left = np.flatnonzero(~found_K)
+        if len(left):
+            found_K[left] = self._found(keys.take(left) if len(left) < len(keys) else keys, role)
+        return found_K
+
+    def _found(self, keys: pa.ChunkedArray, role: str) -> NDArray[np.bool_]:
+        found_K = np.zeros(len(keys), np.bool_)
+        if not len(self):
+            return found_K
+        mine = column_texts(keys)
+        hashes_K = key_hashes(*mine, np.full(len(keys), role_salt(role), np.uint64)) & ~self._row_bits
+        order_K = np.argsort(hashes_K)
+        places_K = np.searchsorted(self._hashes_Q, hashes_K[order_K])  # sorted, so that few reads miss the caches
+        same_K = self._hashes_Q.take(places_K, mode="clip") == hashes_K[order_K]
+        asked_M, rows_M = order_K[same_K], self._order_Q[places_K[same_K]].astype(np.int64)
+        of_role_Q = np.concatenate([rows.of_role(role) for rows in self.shards])
+        found_K[asked_M] = of_role_Q[rows_M] & _equal_texts(mine, asked_M, self._texts(), rows_M)
+        for number in asked_M[~found_K[asked_M]].tolist():  # another key of that hash comes first
+            found_K[number] = self.find_one(keys[number].as_py(), role) >= 0
+        return found_K
+
     def find_one(self, key: str, role: str) -> int:
         """The row of one (key, role), −1 if there is none."""
         content = key.encode()
-        wanted = np.uint64(key_hash(content, role_salt(role)))
+        wanted = np.uint64(key_hash(content, role_salt(role))) & ~self._row_bits
         return self._search(int(self._hashes_Q.searchsorted(wanted)), wanted, content, role)
 
     def places(self, rows_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -77,6 +114,10 @@ class SequenceIndex:
             names = [self._name(row) for row in rows]
             found += [row for number, row in enumerate(rows) if names[number] in names[:number]]
         return sorted(set(found))
+
+    def _texts(self) -> Texts:
+        """The keys of all rows, one after another."""
+        return _joined([(rows.key_bytes, rows.key_ends) for rows in self.shards if len(rows)])
 
     def _name(self, row: int) -> tuple[str, str]:
         shard, local = self.place(row)
@@ -97,6 +138,46 @@ class SequenceIndex:
         """The shard of a row, and the row in that shard's table."""
         shard = int(np.searchsorted(self.first_rows, row, side="right")) - 1
         return shard, row - int(self.first_rows[shard])
+
+
+def column_texts(keys: pa.ChunkedArray) -> Texts:
+    """The strings of an Arrow column, one after another."""
+    return _joined([string_buffers(chunk) for chunk in keys.chunks if len(chunk)])
+
+
+def _joined(pieces: Sequence[tuple[NDArray[np.uint8], NDArray[np.int32]]]) -> Texts:
+    if not pieces:
+        return np.zeros(0, np.uint8), np.zeros(1, np.int64)
+    text = np.concatenate([text[ends[0] : ends[-1]] for text, ends in pieces])
+    lengths = np.concatenate([ends[1:] - ends[:-1] for _, ends in pieces])
+    return text, np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def _equal_texts(one: Texts, rows_M: NDArray[np.int64], other: Texts, others_M: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether the texts in some rows of one are those in some rows of the other, word by word."""
+    sides = [
+        (_words(text), ends[rows], np.diff(ends)[rows]) for (text, ends), rows in ((one, rows_M), (other, others_M))
+    ]
+    (words, starts_M, lengths_M), (other_words, other_starts_M, other_lengths_M) = sides
+    equal_M: NDArray[np.bool_] = lengths_M == other_lengths_M
+    rows = np.flatnonzero(equal_M)
+    for at in range(0, int(lengths_M.max(initial=0)), _WORD):
+        rows = rows[lengths_M[rows] > at]
+        surplus = _surplus_bits(lengths_M[rows], at)
+        differ = (words[starts_M[rows] + at] ^ other_words[other_starts_M[rows] + at]) << surplus
+        equal_M[rows[differ != 0]] = False
+    return equal_M
+
+
+def _words(text: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """The 8 bytes (little-endian) that begin at every byte, zeros beyond the end."""
+    padded = np.concatenate([text, np.zeros(_WORD, np.uint8)])
+    return np.ndarray((len(padded) - _WORD + 1,), "<u8", padded, strides=(1,))
+
+
+def _surplus_bits(lengths: NDArray[np.int64], at: int) -> NDArray[np.uint64]:
+    """How many bits of the word at `at` lie beyond the end of a text of some length."""
+    return np.maximum(at + _WORD - lengths, 0).astype(np.uint64) * np.uint64(8)
 
 
 @functools.cache
@@ -124,12 +205,11 @@ def key_hashes(
     """
     starts_Q, lengths_Q = ends_Q[:-1].astype(np.int64), np.diff(ends_Q).astype(np.int64)
     hashes_Q = salts_Q ^ lengths_Q.astype(np.uint64)
-    padded = np.concatenate([key_bytes, np.zeros(_WORD, np.uint8)])
-    words = np.ndarray((len(padded) - _WORD + 1,), "<u8", padded, strides=(1,))  # one begins at every byte
+    words = _words(key_bytes)
     rows = np.arange(len(hashes_Q))
     for at in range(0, int(lengths_Q.max(initial=0)), _WORD):
         rows = rows[lengths_Q[rows] > at]
-        surplus = np.maximum(at + _WORD - lengths_Q[rows], 0).astype(np.uint64) * np.uint64(8)
+        surplus = _surplus_bits(lengths_Q[rows], at)
         word = words[starts_Q[rows] + at] << surplus >> surplus
         mixed = (hashes_Q[rows] ^ word) * np.uint64(_MIX)
         hashes_Q[rows] = mixed ^ (mixed >> np.uint64(_SHIFT))

@@ -5,11 +5,13 @@ Letters: Q sequences of a cache, B of them asked for at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
@@ -36,11 +38,14 @@ from teacher_cache.manifest import (
 from teacher_cache.record import Records, concatenate_records
 from teacher_cache.sequences import CachedSequence, SequenceRows
 from teacher_cache.shards import VERIFY, LocalShards, Manifests, ShardFiles, StagedShards, checked_manifest
+from teacher_cache.tail import staged_tail_sums, tail_sums
 from teacher_cache.targets import sparse_targets
 
 __all__ = ["CachedSequence", "TeacherCache", "open_cache"]
 
 _MEMORY_BYTES = 256 * 2**20
+_MOST_MEMORY_BYTES = 2**30
+_POSITION_BYTES, _HEAD_BYTES, _DRAW_BYTES = 40, 8, 4  # of decoded records, see `Records` and `blocks.py`
 
 
 def open_cache(where: Path | str, *, staging: Staging | None = None, temperature: float | None = None) -> TeacherCache:
@@ -126,15 +131,18 @@ class TeacherCache:
     def tail_profile(self) -> Tensor | None:
         """The teacher's mean tail over the whole cache, [V] float32, sum 1; None if there is no tail or no draw.
 
-        Estimated from the draws of all positions. One small array of every shard is read, once.
+        Estimated from the draws of all positions. Two small arrays of every shard are read, once.
         """
         if self._profile is None:
-            sums_V = np.zeros(self.vocab_size)
-            for shard, entry in enumerate(self._shards):
-                with self._files.hold(shard):
-                    sums_V += int(entry["positions"]) * self._blocks.file(shard).tail_profile()
+            sums_V = self._tail_sums()
             self._profile = torch.from_numpy(sums_V / max(float(sums_V.sum()), 1e-300)).float()
         return self._profile if bool(self._profile.any()) else None
+
+    def _tail_sums(self) -> NDArray[np.float64]:
+        if not isinstance(self._folder, RemoteFolder):
+            return tail_sums(self._folder, self._shards, self.vocab_size)
+        staging = self._staging or Staging()
+        return staged_tail_sums(self._folder, self._shards, self.vocab_size, digest=self.digest, staging=staging)
 
     @property
     def positions_kept(self) -> Positions:
@@ -156,6 +164,53 @@ class TeacherCache:
             found.update(table.filter(pc.equal(table.column("role"), role)).column("key").to_pylist())
         return found
 
+    def has(self, keys: pa.ChunkedArray, role: str, shards: Mapping[str, range] | None = None) -> NDArray[np.bool_]:
+        """Whether there is a sequence of each of many keys, in one role.
+
+        `shards`: by the names of a set's shards where their keys stand among these, which makes the answer faster.
+        """
+        numbers = {name: number for number, name in enumerate(self.shard_names)}
+        rows = (shards or {}).items()
+        return self._index.has(
+            keys, role, ((numbers[name], span.start, span.stop) for name, span in rows if name in numbers)
+        )
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the cache lies behind a URL."""
+        return isinstance(self._folder, RemoteFolder)
+
+    @property
+    def shard_bytes(self) -> dict[str, int]:
+        """The size of each shard, by its name."""
+        return {str(shard["name"]): int(shard["bytes"]) for shard in self._shards}
+
+    @property
+    def fits_in_memory(self) -> bool:
+        """Whether all records, decoded, fit into what is kept: then any order of reading is as fast as another."""
+        return sum(self._decoded_bytes()) <= self._memory_bytes
+
+    def keep_shards(self, count: int) -> None:
+        """Keep as much decoded as `count` shards take, within bounds: each is decoded once by who reads them mixed."""
+        wanted = sum(sorted(self._decoded_bytes())[-count:])
+        self._memory_bytes = max(self._memory_bytes, min(wanted, _MOST_MEMORY_BYTES))
+        self._blocks.memory_bytes = self._memory_bytes
+
+    def _decoded_bytes(self) -> list[int]:
+        """About what the records of each shard take in memory."""
+        per_position = _POSITION_BYTES + 4 * len(self.temperatures)
+        return [
+            int(shard["positions"]) * per_position
+            + int(shard["heads"]) * _HEAD_BYTES
+            + int(shard["draws"]) * _DRAW_BYTES
+            for shard in self._shards
+        ]
+
+    def stage(self, name: str) -> None:
+        """Copy a shard to this machine before it is read, if it lies behind a URL."""
+        with self._files.hold(self.shard_names.index(name)):
+            pass
+
     def manifests(self) -> list[dict[str, Any]]:
         """Read every shard's manifest: what files it has, of what size. Errors: `CacheError` if one is damaged."""
         names = [f"{SHARDS_NAME}/{name}/{MANIFEST_NAME}" for name in self.shard_names]
@@ -167,6 +222,23 @@ class TeacherCache:
             checked_manifest(content, f"{self.path}/{name}", shard)
             for content, name, shard in zip(contents, names, self._shards, strict=True)
         ]
+
+    def items(self, rows: Iterable[int] | None = None) -> list[tuple[str, str]]:
+        """(key, role) of some sequences by their rows, or of all, in the order of the cache.
+
+        Rows count through all shards; neighbours share decoded blocks, so that reading in this order is fast.
+        """
+        places = map(self._index.place, range(len(self)) if rows is None else rows)
+        return [self._rows[shard].item(row) for shard, row in places]
+
+    def numbers(self, name: str) -> NDArray[Any]:
+        """`n_tokens`, `n_position`, `sum_log_prob` or `mean_entropy` of all sequences, in the order of the cache."""
+        return np.concatenate([np.zeros(0), *(table.column(name).to_numpy() for table in self._tables)])
+
+    def shard_rows(self) -> list[range]:
+        """The rows of each shard's sequences, as `items` takes them."""
+        first_rows = self._index.first_rows.tolist()
+        return [range(start, stop) for start, stop in itertools.pairwise(first_rows)]
 
     def sequence(self, key: str, role: str) -> CachedSequence:
         """Look one sequence up. Errors: `CacheError` if it has no record."""

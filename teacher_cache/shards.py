@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from llavamod_offline.errors import CacheError
 from llavamod_offline.folders import LocalFolder
-from llavamod_offline.remote import RemoteFolder
+from llavamod_offline.remote import RemoteFolder, Wanted
 from llavamod_offline.staging import Staging
 from teacher_cache.manifest import (
     CACHE_NAME,
@@ -101,14 +101,13 @@ class StagedShards:
 
     def _fetch(self, files: Iterable[tuple[str, Path, Entry]]) -> None:
         """Download files, given by name, place on this machine and entry, and check them."""
-        wanted = list(files)
+        wanted = [Wanted(name, path, entry["bytes"], entry["sha256"]) for name, path, entry in files]
         try:
-            self._folder.download({name: path for name, path, _ in wanted})
+            damaged = self._folder.fetch(wanted)
         except FileNotFoundError as error:
             raise CacheError(f"{error.filename or self._folder.where}: missing: {VERIFY}") from error
-        for name, path, entry in wanted:
-            if not path.is_file() or sha256_file(path) != entry["sha256"]:
-                raise CacheError(f"{self._folder.where}/{name}: damaged (its checksum is another): {VERIFY}")
+        if damaged:
+            raise CacheError(f"{self._folder.where}/{damaged[0]}: damaged (its checksum is another): {VERIFY}")
 
 
 class Manifests(Sequence[Mapping[str, Any]]):

@@ -1,25 +1,23 @@
-"""The join of samples and records, and the micro-batches made of both.
+"""Micro-batches: samples and the records that a teacher's cache has of them.
 
-The join is done once, at the start: it decides which samples are trained on before anything is decoded.
 Letters: B samples, S sequences of them (B for one role, 2·B for two, the first role's before the second's).
+A `mismatched` role is no part of these: it makes a batch of its own, B sequences that are read but not trained on.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
+import copy
+import gc
 import signal
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.compute as pc
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from llavamod_offline.data.collate import Batch, collate
 from llavamod_offline.data.images import ImagePreprocessor
@@ -30,23 +28,12 @@ from llavamod_offline.data.tokenise import Positions, SequenceEncoder
 from llavamod_offline.data.tokenise import Sequence as Tokens
 from llavamod_offline.errors import DataError, LlavaModError
 from llavamod_offline.losses.targets import SparseTargets
+from train.join import MISMATCHED
+from train.prefetch import Prefetch
 
 if TYPE_CHECKING:
     from teacher_cache.end_of_turn import Exchange
     from teacher_cache.reader import TeacherCache
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Join:
-    """The rows of a set that a run uses, in set order: those trained on and those held out."""
-
-    rows: tuple[int, ...]
-    holdout: tuple[int, ...]
-    missing: int
-    too_long: tuple[tuple[str, str], ...]
-    kept_hash: str
 
 
 @dataclass(frozen=True)
@@ -55,13 +42,14 @@ class TrainBatch:
 
     `targets` hold the first positions of `batch`, in its order: all of them (mimic stages), those of the chosen
     responses (preference stage with distillation) or none. `reference_S`: the teacher's log-prob of each sequence,
-    summed over its tokens.
+    summed over its tokens. `mismatched`: the same samples' mismatched responses, where the loss wants them.
     """
 
     batch: Batch
     samples: int
     targets: SparseTargets | None = None
     reference_S: Tensor | None = None
+    mismatched: TrainBatch | None = None
 
     @property
     def positions(self) -> int:
@@ -75,6 +63,7 @@ class TrainBatch:
             batch=self.batch.to(device, non_blocking=True),
             targets=None if self.targets is None else self.targets.to(device, non_blocking=True),
             reference_S=None if self.reference_S is None else self.reference_S.to(device, non_blocking=True),
+            mismatched=None if self.mismatched is None else self.mismatched.to(device),
         )
 
     def pin_memory(self) -> TrainBatch:
@@ -84,51 +73,8 @@ class TrainBatch:
             batch=self.batch.pin_memory(),
             targets=None if self.targets is None else self.targets.pin_memory(),
             reference_S=None if self.reference_S is None else self.reference_S.pin_memory(),
+            mismatched=None if self.mismatched is None else self.mismatched.pin_memory(),
         )
-
-
-def join(
-    samples: SampleSet,
-    roles: Sequence[str],
-    cache: TeacherCache | None,
-    *,
-    missing: str,
-    holdout: int,
-    seed: int,
-    encoder: SequenceEncoder | None = None,
-) -> Join:
-    """Decide which rows of a set are used: those with a record for every role, if there is a cache.
-
-    `missing`: `error` or `drop`. `holdout` rows are chosen by a hash of (seed, key). With an `encoder`, samples of more
-    tokens than its `max_length` are left out.
-    Errors: `DataError` if samples are of the wrong kind, lack a record (`error`), or none is left to train on.
-    """
-    _check_kind(samples, roles)
-    keys = samples.keys
-    rows = list(range(len(keys)))
-    absent: list[int] = []
-    if cache is not None:
-        cached = [cache.keys(role) for role in roles]
-        absent = [row for row in rows if not all(keys[row] in known for known in cached)]
-        _report_missing([keys[row] for row in absent], len(rows), str(cache.path), missing)
-        left_out = set(absent)
-        rows = [row for row in rows if row not in left_out]
-    too_long = _too_long(samples, rows, roles, encoder) if encoder is not None else {}
-    rows = [row for row in rows if row not in too_long]
-    if len(rows) <= holdout:
-        raise DataError(
-            f"set '{samples.path}': {len(rows)} of {len(keys)} samples can be used and {holdout} are held out: "
-            "none is left to train on"
-        )
-    held = set(sorted(rows, key=lambda row: _hash(f"{seed}:{keys[row]}"))[:holdout]) if holdout else set()
-    train = tuple(row for row in rows if row not in held)
-    return Join(
-        rows=train,
-        holdout=tuple(sorted(held)),
-        missing=len(absent),
-        too_long=tuple((keys[row], reason) for row, reason in too_long.items()),
-        kept_hash=_hash("\n".join(keys[row] for row in train)),
-    )
 
 
 class Loader:
@@ -137,6 +83,7 @@ class Loader:
     `record_roles`: the roles whose records the loss wants, the first ones of `roles`.
     `exchange`: the ids by which the teacher's end of turn is read as the student's, where they differ.
     `positions`: which positions of a sequence the batches are about, as in the cache.
+    `prefetch`: copies what lies behind a URL ahead of a schedule; batches that follow none are read piece by piece.
 
     Errors while iterating: `DataError` or `TargetError` naming the sample whose picture, length or answer does not fit.
     """
@@ -144,7 +91,7 @@ class Loader:
     def __init__(
         self,
         samples: SampleSet,
-        rows: Sequence[int],
+        rows: NDArray[np.int64],
         *,
         encoder: SequenceEncoder,
         images: ImagePreprocessor,
@@ -156,7 +103,9 @@ class Loader:
         pin_memory: bool,
         exchange: Exchange | None = None,
         positions: Positions = "response",
+        prefetch: Prefetch | None = None,
     ) -> None:
+        self._prefetch = prefetch
         self._dataset = _Micro(
             samples, rows, encoder, images, tuple(roles), cache, tuple(record_roles), pad_id, exchange, positions
         )
@@ -165,16 +114,25 @@ class Loader:
             self._settings |= {
                 "prefetch_factor": 4,
                 "multiprocessing_context": "fork",
-                "worker_init_fn": _leave_signals,
+                "worker_init_fn": _begin_worker,
             }
 
-    def batches(self, schedule: BatchSchedule | Sequence[list[int]]) -> Iterator[TrainBatch]:
-        """Yield the micro-batches of a schedule, whose numbers are places in `rows`."""
-        loader = DataLoader(self._dataset, batch_sampler=schedule, collate_fn=_as_it_is, **self._settings)  # type: ignore[arg-type]
-        for batch in loader:
-            if isinstance(batch, LlavaModError):
-                raise batch
-            yield batch
+    def batches(self, schedule: BatchSchedule | Sequence[list[int]]) -> Generator[TrainBatch]:
+        """Yield the micro-batches of a schedule, whose numbers are places in `rows`; closing it ends the workers."""
+        follows = isinstance(schedule, BatchSchedule)
+        dataset = self._dataset if follows else self._dataset.scattered()
+        loader = DataLoader(dataset, batch_sampler=schedule, collate_fn=_as_it_is, **self._settings)  # type: ignore[arg-type]
+        batches: Iterator[Any] = iter(loader)  # forks the workers, before any thread is started
+        if self._prefetch is not None and isinstance(schedule, BatchSchedule):
+            batches = self._prefetch.around(batches, schedule)
+        try:
+            for batch in batches:
+                if isinstance(batch, LlavaModError):
+                    raise batch
+                yield batch
+        finally:
+            # Workers go when nobody holds their iterator any more, and an error's traceback holds all that has a name.
+            del batches
 
 
 class _Micro(Dataset[TrainBatch]):
@@ -183,7 +141,7 @@ class _Micro(Dataset[TrainBatch]):
     def __init__(
         self,
         samples: SampleSet,
-        rows: Sequence[int],
+        rows: NDArray[np.int64],
         encoder: SequenceEncoder,
         images: ImagePreprocessor,
         roles: tuple[str, ...],
@@ -196,28 +154,51 @@ class _Micro(Dataset[TrainBatch]):
         self.samples, self.rows, self.encoder, self.images = samples, rows, encoder, images
         self.roles, self.cache, self.record_roles, self.pad_id = roles, cache, record_roles, pad_id
         self.exchange, self.positions = exchange, positions
+        self.reads_scattered = False
+
+    def scattered(self) -> _Micro:
+        """The same, for rows that lie anywhere in the set."""
+        other = copy.copy(self)
+        other.reads_scattered = True
+        return other
 
     def __getitem__(self, place: int) -> TrainBatch:
         raise NotImplementedError("micro-batches are made whole, by __getitems__")
 
     def __getitems__(self, places: list[int]) -> TrainBatch | LlavaModError:
         try:
-            return self._make([self.rows[place] for place in places])
+            return self._make([int(self.rows[place]) for place in places])
         except LlavaModError as error:
             return error
 
     def _make(self, rows: list[int]) -> TrainBatch:
-        samples = [self.samples.read(row) for row in rows]
-        pixels = [
-            [self.images.pixels(image, name=f"{s.key} image {i}") for i, image in enumerate(s.images)] for s in samples
+        samples = [self.samples.read(row, scattered=self.reads_scattered) for row in rows]
+        pixels = self._pixels(samples)
+        trained = [role for role in self.roles if role != MISMATCHED]
+        made = self._batch(samples, pixels, trained)
+        if len(trained) == len(self.roles):
+            return made
+        return replace(made, mismatched=self._batch(samples, pixels, [MISMATCHED]))
+
+    def _pixels(self, samples: list[Sample]) -> list[list[NDArray[np.float32]]]:
+        """The pixels of each sample's images, slices of one array, so that they need not be copied into a batch."""
+        whole_ICHW = np.empty((sum(len(sample.images) for sample in samples), 3, *self.images.size), np.float32)
+        slices = iter(whole_ICHW)
+        return [
+            [self.images.pixels(image, name=f"{s.key} image {i}", out=next(slices)) for i, image in enumerate(s.images)]
+            for s in samples
         ]
-        sequences = [self.encoder.encode(sample, role) for role in self.roles for sample in samples]
-        batch = collate(sequences, pixels * len(self.roles), pad_id=self.pad_id, positions=self.positions)
+
+    def _batch(
+        self, samples: list[Sample], pixels: list[list[NDArray[np.float32]]], roles: Sequence[str]
+    ) -> TrainBatch:
+        sequences = [self.encoder.encode(sample, role) for role in roles for sample in samples]
+        batch = collate(sequences, pixels * len(roles), pad_id=self.pad_id, positions=self.positions)
         if self.cache is None:
             return TrainBatch(batch, len(samples))
         sums = [
             self._checked(self.cache, sequence, sample)
-            for sequence, sample in zip(sequences, samples * len(self.roles), strict=True)
+            for sequence, sample in zip(sequences, samples * len(roles), strict=True)
         ]
         items = [(sequence.key, sequence.role) for sequence in sequences if sequence.role in self.record_roles]
         targets = self.cache.targets(items) if items else None
@@ -240,67 +221,13 @@ class _Micro(Dataset[TrainBatch]):
         return record.sum_log_prob
 
 
-def _check_kind(samples: SampleSet, roles: Sequence[str]) -> None:
-    wanted, other = "conversation", "preference"
-    if tuple(roles) != ("response",):
-        wanted, other = other, wanted
-    wrong = pc.index(samples.index.column("kind"), other).as_py()
-    if wrong >= 0:
-        raise DataError(
-            f"set '{samples.path}': sample '{samples.keys[wrong]}' is a {other}, the stage needs {wanted}s: "
-            "set data.set to a set of those"
-        )
+def _begin_worker(worker: int) -> None:
+    """Leave to the main process what is its own.
 
-
-def _report_missing(absent: list[str], total: int, cache: str, policy: str) -> None:
-    if not absent:
-        return
-    first = ", ".join(absent[:3]) + (", …" if len(absent) > 3 else "")
-    said = f"{len(absent)} of {total} samples have no record in cache '{cache}' ({first})"
-    if policy == "error":
-        raise DataError(f"{said}: capture them, or set cache.missing=drop to train without them")
-    logger.warning("%s: dropped", said)
-
-
-def _too_long(
-    samples: SampleSet, rows: Sequence[int], roles: Sequence[str], encoder: SequenceEncoder
-) -> dict[int, str]:
-    """Find the samples of more than `max_length` tokens. No text has more tokens than bytes, so few are tokenised."""
-    template = encoder.template
-    around = (*template.system, *template.user_prefix, *template.assistant_prefix)
-    wording = sum(len(segment.text.encode()) for segment in around)
-    wording += sum(len(text.encode()) for text in (template.answer_prefix, template.end, template.separator))
-    texts = pc.struct_field(pc.list_element(samples.index.column("members"), 0), "size").to_numpy()
-    turns = samples.index.column("n_turns").to_numpy() + 1
-    images = samples.index.column("n_images").to_numpy()
-    bounds = texts + turns * wording + images * encoder.image_tokens
-    candidates = [row for row in rows if bounds[row] > encoder.max_length]
-    found: dict[int, str] = {}
-    for row in tqdm(candidates, desc="lengths", unit="sample", disable=not sys.stderr.isatty()):
-        sample = samples.read(row)
-        for role in roles:
-            try:
-                encoder.encode(sample, role)
-            except DataError as error:
-                found[row] = str(error)
-    if found:
-        logger.warning(
-            "%d of %d samples are longer than max_length %d: dropped", len(found), len(rows), encoder.max_length
-        )
-    return found
-
-
-def rejection_lines(too_long: Sequence[tuple[str, str]]) -> str:
-    """The lines of `rejected.jsonl`."""
-    return "".join(json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in too_long)
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _leave_signals(worker: int) -> None:
-    """Leave Ctrl-C and SIGTERM, which may be sent to all processes at once, to the main one, which ends the workers."""
+    Ctrl-C and SIGTERM, which may be sent to all processes at once: it ends the workers. And objects that nobody uses
+    any more: those that hold a thread, as a process group does, cannot be destroyed where that thread is not.
+    """
+    gc.freeze()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 

@@ -10,27 +10,32 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llavamod_offline.errors import ConfigError
-from train.loss_config import LOSSES_OF_STAGE, LossConfig, loss_problems
+from train.loss_config import LossConfig, loss_problems
+from train.tracking import TrackerName
 
 Stage = Literal["align", "mimic_dense", "mimic_sparse", "preference", "sft"]
 
 CACHED_STAGES = ("mimic_dense", "mimic_sparse", "preference")
-ROLES_OF_STAGE: dict[str, tuple[str, ...]] = {
-    stage: ("chosen", "rejected") if stage == "preference" else ("response",) for stage in LOSSES_OF_STAGE
-}
 PARTS = ("vision", "projector", "text", "embeddings", "attention", "mlp", "experts", "router", "norms", "head")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the samples are; `holdout` of them are kept out of training, for the loss on unseen ones.
+    """Where the samples are, by path or URL; `holdout` of them are kept out of training, for the loss on unseen ones.
 
     `too_long`: a sample of more than `max_length` tokens ends the run, or is left out and listed in rejected.jsonl.
+    `window`: as many shards are shuffled together, 0 all; null: all, or 16 where set or cache lies behind a URL or the
+    cache's records, decoded, take more than 256 MB. `weights`: how often the samples of a source come in an epoch,
+    {coco: 2, ocr: 0.5}; 1 where none is named; null: as the set says.
+    `group_by_length`: batches of samples of like length.
     """
 
     set: str = "???"
     holdout: int = 0
     too_long: Literal["error", "drop"] = "error"
+    window: int | None = None
+    weights: dict[str, float] | None = None
+    group_by_length: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,8 @@ class EngineConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     """One stage of training. `steps` (optimiser steps) overrides `epochs`; `save_steps` 0 saves no checkpoints, and
-    `eval_steps` 0 evaluates nothing. `workers` make the batches, null: one a spare core, at most 8."""
+    `eval_steps` 0 evaluates nothing. `tracker`: none (metrics.jsonl alone), tensorboard, trackio or wandb. `workers`
+    make the batches, null: one a spare core, at most 8."""
 
     stage: Stage = "???"  # type: ignore[assignment]
     output: str = "???"
@@ -134,6 +140,7 @@ class TrainConfig:
     keep_last: int = 2
     log_steps: int = 1
     eval_steps: int = 0
+    tracker: TrackerName = "none"
     workers: int | None = None
 
     def __post_init__(self) -> None:
@@ -142,8 +149,10 @@ class TrainConfig:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """The roles of a sample that the stage trains on."""
-        return ROLES_OF_STAGE[self.stage]
+        """The roles of a sample that the stage wants; it trains on all but `mismatched`, which only measures."""
+        if self.stage != "preference":
+            return ("response",)
+        return ("chosen", "rejected", "mismatched") if self.loss.kind == "kto" else ("chosen", "rejected")
 
     @property
     def needs_cache(self) -> bool:
@@ -224,6 +233,8 @@ def _number_problems(config: TrainConfig) -> Iterable[str]:
         "eval_steps": config.eval_steps,
         "workers": config.workers or 0,
         "data.holdout": config.data.holdout,
+        "data.window": config.data.window or 0,
+        **{f"data.weights.{source}": weight for source, weight in (config.data.weights or {}).items()},
         "optim.weight_decay": optim.weight_decay,
         "optim.grad_clip": optim.grad_clip,
     }

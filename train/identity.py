@@ -28,6 +28,7 @@ _FREE_KEYS = (
     "keep_last",
     "log_steps",
     "eval_steps",
+    "tracker",
     "workers",
 )
 # The keys that decide a content, to be named when it differs.
@@ -35,18 +36,26 @@ _CONTENTS = {
     "set_digest": "data.set",
     "cache_digest": "cache.path",
     "kept_hash": "cache.path",
+    "order": "data",
     "frozen_digest": "student",
 }
 
 
 def identity_of(
-    config: TrainConfig, *, set_digest: str, cache_digest: str | None, kept_hash: str, frozen_digest: str
+    config: TrainConfig,
+    *,
+    set_digest: str,
+    cache_digest: str | None,
+    kept_hash: str,
+    order: dict[str, Any],
+    frozen_digest: str,
 ) -> dict[str, Any]:
     """Put together what is stored with a checkpoint and compared when it is taken up again."""
     contents = {
         "set_digest": set_digest,
         "cache_digest": cache_digest,
         "kept_hash": kept_hash,
+        "order": order,
         "frozen_digest": frozen_digest,
     }
     return {"settings": settings_of(config), **contents}

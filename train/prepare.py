@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from math import ceil
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from llavamod_offline.data.images import ImagePreprocessor
-from llavamod_offline.data.sampler import BatchSchedule
+from llavamod_offline.data.sampler import BatchSchedule, Order
 from llavamod_offline.data.shards import SampleSet
 from llavamod_offline.data.template import get_template
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.models.checkpoint import sequence_encoder, vocabulary_size
-from train.batches import Join, Loader, TrainBatch, join
+from train.batches import Loader, TrainBatch
 from train.config import TrainConfig
 from train.engine import World
 from train.identity import identity_of
+from train.join import MISMATCHED, Join, join
 from train.optim import choose_trainable, frozen_digest
+from train.order import make_order, order_settings
+from train.prefetch import Prefetch
 from train.stage import Stage, make_stage
 from train.student import Source, make_student, open_source
 
@@ -45,17 +48,16 @@ class Setup:
     stage: Stage
     loader: Loader
     joined: Join
+    order: Order
     steps: int
     zero_stage: int
     dtype: torch.dtype
     identity: dict[str, Any]
 
-    def micro_batches(self, config: TrainConfig, world: World, start: int) -> Iterator[TrainBatch]:
-        """This process's micro-batches from step `start` on."""
+    def micro_batches(self, config: TrainConfig, world: World, start: int) -> Generator[TrainBatch]:
+        """This process's micro-batches from step `start` on; to be closed, whatever happens."""
         schedule = BatchSchedule(
-            n=len(self.joined.rows),
-            batch_size=config.batch.global_size,
-            seed=config.seed,
+            self.order,
             start=start,
             stop=self.steps,
             rank=world.rank,
@@ -81,8 +83,10 @@ def prepare(config: TrainConfig, world: World) -> Setup:
     _check_processes(config, world)
     template = get_template(config.template)
     source = open_source(config.student)
-    samples = SampleSet.open(Path(config.data.set))
+    samples = SampleSet.open(config.data.set)
     cache, exchange = _open_cache(config, source)
+    if MISMATCHED in config.roles:
+        samples = _with_mismatched(samples)
     images = ImagePreprocessor.from_checkpoint(source.processor, config.image_aspect)
     student = make_student(config.student, seed=config.seed)
     encoder = sequence_encoder(student.config, source.tokenizer, template, config.max_length)
@@ -97,19 +101,24 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         seed=config.seed,
         encoder=encoder if config.data.too_long == "drop" else None,
     )
+    settings = order_settings(config, samples, cache, encoder.image_tokens)
+    order = make_order(settings, samples, joined.rows, seed=config.seed, size=config.batch.global_size)
+    if cache is not None and order.window:
+        cache.keep_shards(order.window)
     choose_trainable(student, config.trainable)
     identity = identity_of(
         config,
         set_digest=samples.digest,
         cache_digest=None if cache is None else cache.digest,
         kept_hash=joined.kept_hash,
+        order=settings.describe(),
         frozen_digest=frozen_digest(student),
     )
     head_rows = student.get_output_embeddings().weight.shape[0]
     positions = _positions(config, cache)
     loader = Loader(
         samples,
-        joined.rows + joined.holdout,
+        np.concatenate([joined.rows, joined.holdout]),
         encoder=encoder,
         images=images,
         roles=config.roles,
@@ -120,8 +129,9 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         pad_id=_pad_id(source, encoder.image_token_id),
         workers=_workers(config, world),
         pin_memory=world.device.type == "cuda",
+        prefetch=Prefetch(order, samples, cache),
     )
-    steps = config.steps or ceil(config.epochs * len(joined.rows) / config.batch.global_size)
+    steps = config.steps or ceil(config.epochs * order.per_epoch / config.batch.global_size)
     return Setup(
         student=student,
         source=source,
@@ -134,6 +144,7 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         ),
         loader=loader,
         joined=joined,
+        order=order,
         steps=steps,
         zero_stage=zero_stage,
         dtype=dtype,
@@ -164,9 +175,6 @@ def _check_processes(config: TrainConfig, world: World) -> None:
         )
     if config.data.holdout % processes:
         raise ConfigError(f"data.holdout: {config.data.holdout} is no multiple of the {processes} processes: change it")
-    if config.engine.zero_stage == 3 and processes > 1:
-        # A process whose micro-batch holds no picture would not gather the tower's weights, and the others would wait.
-        raise ConfigError("engine.zero_stage: 3 works in one process only so far: set it to 2")
 
 
 def _open_cache(config: TrainConfig, source: Source) -> tuple[TeacherCache | None, Exchange | None]:
@@ -185,13 +193,30 @@ def _open_cache(config: TrainConfig, source: Source) -> tuple[TeacherCache | Non
             f"loss.temperature: cache '{cache.path}' holds what is needed for {stored}, not for "
             f"{config.loss.temperature:g}: choose one of these, or capture with it in capture.temperatures"
         )
+    capture = cache.fingerprint["capture"]
+    if config.loss.distils(config.stage) and (capture["head_max"], capture["draws_max"]) == (1, 0):
+        key = "loss.distill_weight" if config.stage == "preference" else "cache.path"
+        raise ConfigError(
+            f"{key}: cache '{config.cache.path}' holds the log-probs of its tokens and no distributions: "
+            "capture with another capture.preset than reference"
+        )
     missing = sorted(set(config.roles) - set(cache.roles))
+    if missing == [MISMATCHED]:
+        raise ConfigError(
+            f"loss.kind: kto measures its KL by mismatched responses, and cache '{config.cache.path}' has none: "
+            "capture with capture.mismatched=true, or set loss.kind to kto_pair"
+        )
     if missing:
         raise ConfigError(
             f"cache.path: '{cache.path}' holds {', '.join(cache.roles)}, stage {config.stage} needs "
             f"{', '.join(config.roles)}: set it to a cache of data.set"
         )
     return cache, exchange
+
+
+def _with_mismatched(samples: SampleSet) -> SampleSet:
+    """Pair the samples as their capture did; a set without preference samples is left to the join to refuse."""
+    return samples.with_mismatched() if samples.manifest.get("preferences") else samples
 
 
 def _cached_vocabulary(cache: TeacherCache | None, exchange: Exchange | None, head_rows: int) -> int | None:

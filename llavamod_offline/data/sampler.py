@@ -1,16 +1,23 @@
 """The order of training as a pure function: which rows make up step `s`, for any number of ranks and workers.
 
-One endless stream of rows is the permutation of epoch 0, then that of epoch 1, and so on. Step `s` of batch size `G`
-takes the stream's rows `s·G … (s+1)·G − 1`. So no row is lost or doubled within an epoch; a batch at an epoch's end is
-filled up from the next epoch; and the state of a run is one integer, the step. A permutation is defined by 64-bit
+One endless stream of places is epoch 0, then epoch 1, and so on. Step `s` of batch size `G` takes the stream's places
+`s·G … (s+1)·G − 1`. So nothing is lost or doubled within an epoch; a batch at an epoch's end is filled up from the next
+one; and the state of a run is one integer, the step.
+
+An epoch goes through *windows*: the shards are shuffled, every `window` of them in a row make one, and what lies in a
+window is shuffled as a whole (`window` 0: one window of all shards, a full shuffle). With weights a sample has that
+many copies in an epoch; with lengths, batches of a window hold samples of like length. All of it is defined by 64-bit
 integer arithmetic alone and does not depend on any library's random generator.
+
+Letters: N samples, numbered in set order (so shard by shard); a *place* is such a number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from math import floor
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,58 +25,192 @@ from numpy.typing import NDArray
 from llavamod_offline.errors import ConfigError
 
 Rows = NDArray[np.int64]
+_T = TypeVar("_T")
 
 _MASK = 2**64 - 1
 _GAMMA = 0x9E3779B97F4A7C15
+_SHARDS, _COPIES, _BATCHES = 1, 2, 3  # what else than samples is put in an order
+_GROUPED_BATCHES = 64  # as many batches are sorted by length together
 
 
-@lru_cache(maxsize=2)  # a batch touches one epoch, or two at the seam
 def epoch_order(n: int, seed: int, epoch: int) -> Rows:
-    """The permutation of `range(n)` that epoch `epoch` goes through; read-only.
+    """The permutation of `range(n)` that epoch `epoch` goes through without windows, weights and lengths.
 
-    Rows are sorted by the SplitMix64 hash (Steele, Lea and Flood, OOPSLA 2014) of (seed, epoch, row).
+    Numbers are sorted by the SplitMix64 hash (Steele, Lea and Flood, OOPSLA 2014) of (seed, epoch, number).
     """
-    start = _mix(np.array([(seed + _GAMMA) & _MASK], dtype=np.uint64)) ^ np.uint64(epoch)
-    with np.errstate(over="ignore"):
-        inputs_n = _mix(start) + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(_GAMMA)
-    order_n = np.argsort(_mix(inputs_n), kind="stable").astype(np.int64)
-    order_n.flags.writeable = False
-    return order_n
+    return np.argsort(_hashes(np.arange(n), seed, epoch)).astype(np.int64)
 
 
-def stream_rows(start: int, stop: int, *, n: int, seed: int) -> list[int]:
-    """The rows at places `start … stop − 1` of the endless stream over `n` rows."""
-    if n < 1:
-        raise ConfigError(f"sampler: {n} rows to choose from: the set or what is left of it is empty")
-    rows: list[int] = []
-    while start < stop:
-        epoch, offset = divmod(start, n)
-        piece = epoch_order(n, seed, epoch)[offset : offset + stop - start]
-        rows += piece.tolist()
-        start += len(piece)
-    return rows
+@dataclass(frozen=True)
+class Weights:
+    """How often the samples of each source come in an epoch: `sources_N` holds indices into `weights`."""
+
+    sources_N: NDArray[np.integer]
+    weights: Sequence[float]
 
 
-def global_batch(step: int, *, n: int, batch_size: int, seed: int) -> list[int]:
-    """The `batch_size` rows of one step (from 0), over all ranks."""
-    if batch_size < 1:
-        raise ConfigError(f"batch_size {batch_size}: must be at least 1")
-    return stream_rows(step * batch_size, (step + 1) * batch_size, n=n, seed=seed)
+@dataclass(frozen=True)
+class Window:
+    """A stretch of the stream, `start` … `stop` − 1, whose samples lie in `shards`."""
+
+    epoch: int
+    start: int
+    stop: int
+    shards: Rows
 
 
-def rank_batch(step: int, *, n: int, batch_size: int, seed: int, rank: int, world_size: int) -> list[int]:
-    """The rows of one step that `rank` of `world_size` takes: its share of the global batch, in one piece.
+class Order:
+    """The endless stream over `n` samples, of which each step takes a batch of `batch_size`.
 
-    In one piece, so that a step's micro-batches are the same on any number of ranks that their size allows: a loss that
-    is no mere sum over samples, such as the routers' balance, is the same then too.
-    Errors: `ConfigError` if the batch cannot be dealt out evenly.
+    `shards_N`: the shard of each sample, never falling. `window`: how many shards are shuffled together, 0: all.
+    `lengths_N`: of the samples, in any unit, if batches are to hold like lengths.
+    With weight w each sample of a source comes ⌊w⌋ times in an epoch, and as many of them once more as make it w times
+    their number, rounded, or 1; those change from epoch to epoch, so that each gets its turn.
+    Errors: `ConfigError` if nothing is left to choose from, or a number is out of range.
     """
-    if not 0 <= rank < world_size:
-        raise ConfigError(f"rank {rank} of {world_size}: must be from 0 to {world_size - 1}")
-    if batch_size % world_size:
-        raise ConfigError(f"batch_size {batch_size}: must be a multiple of the number of ranks, {world_size}")
-    share = batch_size // world_size
-    return global_batch(step, n=n, batch_size=batch_size, seed=seed)[rank * share : (rank + 1) * share]
+
+    def __init__(
+        self,
+        n: int,
+        *,
+        seed: int,
+        batch_size: int,
+        shards_N: NDArray[np.integer] | None = None,
+        window: int = 0,
+        weights: Weights | None = None,
+        lengths_N: NDArray[np.integer] | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"batch_size {batch_size}: must be at least 1")
+        if window < 0:
+            raise ConfigError(f"window {window}: must not be negative")
+        self.n, self.seed, self.batch_size, self.window = n, seed, batch_size, window
+        self.lengths_N = lengths_N
+        shards_N = np.zeros(n, np.int64) if shards_N is None else shards_N
+        self._shards, self._firsts = np.unique(shards_N, return_index=True)
+        self._ends = np.append(self._firsts[1:], n)
+        self._copies = None if weights is None else _Copies(weights, seed)
+        self.per_epoch = n if self._copies is None else self._copies.total
+        if self.per_epoch < 1:
+            raise ConfigError(f"sampler: {self.per_epoch} rows to choose from: the set or what is left of it is empty")
+        self._layouts: dict[Hashable, _Layout] = {}
+        self._shuffled: dict[Hashable, Rows] = {}
+
+    def batch(self, step: int) -> Rows:
+        """The places of one step (from 0), over all ranks; by falling length if these are known."""
+        places = self.places(step * self.batch_size, (step + 1) * self.batch_size)
+        if self.lengths_N is not None:
+            places = places[np.argsort(-self.lengths_N[places].astype(np.int64), kind="stable")]
+        return places
+
+    def places(self, start: int, stop: int) -> Rows:
+        """What stands at `start … stop − 1` of the endless stream."""
+        found = []
+        while start < stop:
+            window = self.window_at(start)
+            found.append(self._window_places(window)[start - window.start : stop - window.start])
+            start += len(found[-1])
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+    def window_at(self, place: int) -> Window:
+        """The window in which a place of the stream lies."""
+        epoch, offset = divmod(place, self.per_epoch)
+        layout = self._layout(epoch)
+        number = int(np.searchsorted(layout.window_ends, offset, side="right"))
+        first = int(layout.window_ends[number - 1]) if number else 0
+        size = self.window or len(layout.order)
+        inside = np.sort(layout.order[number * size : (number + 1) * size])
+        start = epoch * self.per_epoch
+        return Window(epoch, start + first, start + int(layout.window_ends[number]), inside)
+
+    def _layout(self, epoch: int) -> _Layout:
+        def make() -> _Layout:
+            copies_N = None if self._copies is None else self._copies.of_epoch(epoch)
+            if copies_N is None:
+                counts = self._ends - self._firsts
+            else:
+                counts = np.diff(
+                    np.concatenate([[0], np.cumsum(copies_N, dtype=np.int64)])[np.append(self._firsts, self.n)]
+                )
+            there = np.flatnonzero(counts)
+            hashes = _hashes(self._shards[there], self.seed, epoch, _SHARDS)
+            order = there[np.argsort(hashes)]
+            ends = np.cumsum(counts[order])
+            size = self.window or len(order)
+            last = np.minimum(np.arange(size, len(order) + size, size), len(order)) - 1
+            begins = np.concatenate([[0], np.cumsum(counts)])
+            return _Layout(self._shards[order], ends[last], begins, copies_N)
+
+        return _kept(self._layouts, epoch, make)
+
+    def _window_places(self, window: Window) -> Rows:
+        def make() -> Rows:
+            layout = self._layout(window.epoch)
+            numbers = np.searchsorted(self._shards, window.shards)
+            pieces = [self._shard_places(layout, number) for number in numbers.tolist()]
+            entries = [np.arange(layout.begins[number], layout.begins[number + 1]) for number in numbers.tolist()]
+            places, inputs = np.concatenate(pieces), np.concatenate(entries)
+            places = places[np.argsort(_hashes(inputs, self.seed, window.epoch))]
+            return places if self.lengths_N is None else self._grouped(places, window, self.lengths_N)
+
+        return _kept(self._shuffled, (window.epoch, window.start), make)
+
+    def _shard_places(self, layout: _Layout, number: int) -> Rows:
+        first, end = int(self._firsts[number]), int(self._ends[number])
+        places = np.arange(first, end)
+        return places if layout.copies_N is None else np.repeat(places, layout.copies_N[first:end])
+
+    def _grouped(self, places: Rows, window: Window, lengths_N: NDArray[np.integer]) -> Rows:
+        """Sort by length within every 64 of the batches that lie in the window whole, and shuffle these batches."""
+        size = self.batch_size
+        places = places.copy()
+        first = -window.start % size
+        last = first + max(0, len(places) - first) // size * size
+        for start in range(first, last, _GROUPED_BATCHES * size):
+            stop = min(start + _GROUPED_BATCHES * size, last)
+            piece = places[start:stop]
+            batches = piece[np.argsort(-lengths_N[piece].astype(np.int64), kind="stable")].reshape(-1, size)
+            numbers = (window.start + start) // size + np.arange(len(batches))
+            places[start:stop] = batches[np.argsort(_hashes(numbers, self.seed, 0, _BATCHES))].ravel()
+        return places
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """An epoch's shards: in which `order` they come, where each window ends in the epoch, where each shard's copies
+    begin when they are numbered shard by shard, and how many each sample has (None: one)."""
+
+    order: Rows
+    window_ends: Rows
+    begins: Rows
+    copies_N: NDArray[np.int32] | None
+
+
+class _Copies:
+    """How many copies of each sample an epoch holds."""
+
+    def __init__(self, weights: Weights, seed: int) -> None:
+        self._base_N = np.zeros(len(weights.sources_N), np.int32)
+        self._extras: list[tuple[Rows, int]] = []  # the samples of a source in the order of their turns; how many turns
+        self.total = 0
+        for source, weight in enumerate(weights.weights):
+            if not 0 <= weight < 2**31:
+                raise ConfigError(f"weight {weight:g}: must not be negative")
+            members = np.flatnonzero(weights.sources_N == source)
+            if not len(members) or not weight:
+                continue
+            wanted = max(1, floor(weight * len(members) + 0.5))
+            whole, turns = divmod(wanted, len(members))
+            self._base_N[members] = whole
+            self.total += wanted
+            if turns:
+                self._extras.append((members[np.argsort(_hashes(members, seed, 0, _COPIES))], turns))
+
+    def of_epoch(self, epoch: int) -> NDArray[np.int32]:
+        copies_N = self._base_N.copy()
+        for members, turns in self._extras:
+            copies_N[members[(epoch * turns + np.arange(turns)) % len(members)]] += 1
+        return copies_N
 
 
 @dataclass(frozen=True)
@@ -77,12 +218,14 @@ class BatchSchedule:
     """The micro-batches of one rank from step `start` up to `stop`, as a DataLoader's `batch_sampler` wants them.
 
     A step gives `micro_batches` lists of at most `micro_batch_size` rows each (None: the rank's whole share), the same
-    number on every rank. To resume is to begin at another `start`.
+    number on every rank. A rank takes its share of a batch in one piece, so that micro-batches are the same on any
+    number of ranks that their size allows: a loss that is no mere sum over samples, such as the routers' balance, is
+    the same then too. Batches by length are dealt out by micro-batches in turn, so that ranks have like lengths at a
+    time. To resume is to begin at another `start`.
+    Errors: `ConfigError` if a batch cannot be dealt out evenly.
     """
 
-    n: int
-    batch_size: int
-    seed: int
+    order: Order
     stop: int
     start: int = 0
     rank: int = 0
@@ -90,30 +233,65 @@ class BatchSchedule:
     micro_batch_size: int | None = None
 
     def __post_init__(self) -> None:
+        size, ranks = self.order.batch_size, self.world_size
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ConfigError(f"micro_batch_size {self.micro_batch_size}: must be at least 1")
-        self.step_rows(self.start)  # settings that do not fit together are an error before the first step
+        if not 0 <= self.rank < ranks:
+            raise ConfigError(f"rank {self.rank} of {ranks}: must be from 0 to {ranks - 1}")
+        if size % ranks:
+            raise ConfigError(f"batch_size {size}: must be a multiple of the number of ranks, {ranks}")
+        if self.order.lengths_N is not None and self._share % self._micro_size:
+            raise ConfigError(
+                f"batch_size {size}: must be a multiple of micro_batch_size {self._micro_size} × {ranks} ranks, "
+                "where samples are grouped by length"
+            )
 
     @property
     def micro_batches(self) -> int:
         """How many micro-batches make up a step."""
-        share = self.batch_size // self.world_size
-        return -(-share // (self.micro_batch_size or share))
+        return -(-self._share // self._micro_size)
 
-    def step_rows(self, step: int) -> list[int]:
-        """The rows of one step on this rank."""
-        return rank_batch(
-            step, n=self.n, batch_size=self.batch_size, seed=self.seed, rank=self.rank, world_size=self.world_size
-        )
+    @property
+    def _share(self) -> int:
+        return self.order.batch_size // self.world_size
+
+    @property
+    def _micro_size(self) -> int:
+        return self.micro_batch_size or self._share
+
+    def step(self, step: int) -> list[list[int]]:
+        """The micro-batches of one step on this rank."""
+        size, rows = self._micro_size, self.order.batch(step).tolist()
+        if self.order.lengths_N is not None:
+            starts = range(self.rank * size, len(rows), self.world_size * size)
+            return [rows[first : first + size] for first in starts]
+        rows = rows[self.rank * self._share : (self.rank + 1) * self._share]
+        return [rows[first : first + size] for first in range(0, len(rows), size)]
 
     def __len__(self) -> int:
         return max(0, self.stop - self.start) * self.micro_batches
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.start, self.stop):
-            rows = self.step_rows(step)
-            size = self.micro_batch_size or len(rows)
-            yield from (rows[first : first + size] for first in range(0, len(rows), size))
+            yield from self.step(step)
+
+
+def _kept(kept: dict[Hashable, _T], key: Hashable, make: Callable[[], _T]) -> _T:
+    """Look up what was made, or make it and let the oldest go: a batch touches one window, or two at a seam."""
+    if key not in kept:
+        while len(kept) >= 2:
+            del kept[next(iter(kept))]
+        kept[key] = make()
+    return kept[key]
+
+
+def _hashes(numbers: NDArray[np.integer], seed: int, epoch: int, kind: int = 0) -> NDArray[np.uint64]:
+    """64-bit hashes of numbers, different for different numbers; `kind` tells apart what is numbered."""
+    start = _mix(np.array([(seed + _GAMMA) & _MASK], dtype=np.uint64)) ^ np.uint64(epoch)
+    for _ in range(kind):
+        start = _mix(start)
+    with np.errstate(over="ignore"):
+        return _mix(_mix(start) + (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(_GAMMA))
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

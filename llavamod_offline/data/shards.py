@@ -1,33 +1,45 @@
 """A packed set: a folder of WebDataset tars that can be opened at once and read at any place.
 
-    {name}-000000.tar …   samples, see `sample.py`; members are read by position, tars are never scanned
+    {name}-000000.tar …   samples, see `sample.py`; members are read by position, tars are never scanned. A set that
+                          `llavamod-offline index` made has none: it reads other tars where they lie
     index.arrow           Arrow IPC file, one row a sample, in the order of the tars; opened by memory map
-    set.json              format, name, counts, digest, and each shard's samples, size and SHA-256; written last
+    set.json              format, name, counts, digest, weights of sources, and each shard's samples, size, SHA-256
+                          and, where it lies elsewhere, path (relative to this folder, or absolute); written last.
+                          Where a teacher wrote the answers, `generated`: who, how, and from which set
     rejected.jsonl        the source rows that are not in the set: key, kind, reason, file, row
 
 Columns of the index: `key`; `shard` (ordinal in set.json's list); `content_hash`; `kind` (`conversation` or
 `preference`); `n_turns` and `n_images` (of the sample, answers of a preference not counted); `source`; `text_length`
-(characters of all texts); `members`: for each file of the sample its `name` (what follows the key and a dot), and the
-`offset` and `size` of its bytes in the tar, the JSON first, then the images in order.
+(characters of all texts); `parser` (how the sample's files are read, see `members.py`); `n_shrunk` (images that packing
+made smaller); `members`: for each file of the sample its `name` (what follows the key and a dot), and the `offset` and
+`size` of its bytes in the tar, the text first, then the images in order.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import posixpath
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from llavamod_offline.data.sample import Sample, sample_from_json
+from llavamod_offline.data.members import responses_from_text, sample_from_members
+from llavamod_offline.data.mismatch import MismatchRing
+from llavamod_offline.data.sample import Sample
+from llavamod_offline.data.tars import TarFiles
 from llavamod_offline.errors import DataError
+from llavamod_offline.folders import LocalFolder, is_url, open_folder
+from llavamod_offline.remote import RemoteFolder, Wanted
+from llavamod_offline.staging import Staging
 
-SET_FORMAT = 1
+SET_FORMAT = 2
 INDEX_NAME = "index.arrow"
 MANIFEST_NAME = "set.json"
 REJECTED_NAME = "rejected.jsonl"
@@ -42,6 +54,8 @@ INDEX_SCHEMA = pa.schema(
         pa.field("n_images", pa.int32(), nullable=False),
         pa.field("source", pa.string(), nullable=False),
         pa.field("text_length", pa.int64(), nullable=False),
+        pa.field("parser", pa.string(), nullable=False),
+        pa.field("n_shrunk", pa.int32(), nullable=False),
         pa.field(
             "members",
             pa.list_(pa.struct([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])),
@@ -50,56 +64,97 @@ INDEX_SCHEMA = pa.schema(
     ]
 )
 
-# With this many open tars all are let go before another is opened, so that sets of thousands of shards stay below the
-# usual limit of descriptors. Threads that open one at the same moment may each go beyond by one.
-_MAX_OPEN_SHARDS = 128
+
+_READ_COLUMNS = ("key", "parser", "source", "content_hash", "members")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar of a set: its name without `.tar`, its samples, its size in bytes and its SHA-256 (hex)."""
+    """One tar of a set: its name without `.tar`, its samples, its size in bytes and its SHA-256 (hex).
+
+    `path`: where it lies, seen from the set's folder, or absolute; empty: `{name}.tar` in that folder.
+    """
 
     name: str
     samples: int
     size: int
     sha256: str
+    path: str = ""
+
+    @property
+    def again(self) -> str:
+        """What is to be done if it is not as it was."""
+        return "index the tars again" if self.path else "pack the set again"
 
 
 class SampleSet:
     """The samples of a packed set, numbered in set order.
 
     Reads are positional and share no state, so a set may be used from threads, forked or spawned workers.
+    `mismatched`: whether its preference samples are read with the response of another one; see `with_mismatched`.
     Errors of every method: `DataError` naming the set, the shard and the key.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], shards: tuple[Shard, ...], index: pa.Table) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        manifest: dict[str, Any],
+        shards: tuple[Shard, ...],
+        index: pa.Table,
+        staging: Staging | None = None,
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self.shards = shards
         self.index = index
         self._ends = list(accumulate(shard.samples for shard in shards))
-        self._open_shards: dict[int, _OpenShard] = {}
+        self._staging = staging
+        self.tars = TarFiles(_places(path, shards), shards, str(path), staging)
+        self._ring: MismatchRing | None = None
 
     @classmethod
-    def open(cls, path: Path) -> SampleSet:
-        """Open a set folder by its manifest and index; no tar is touched, whatever the size of the set.
+    def open(cls, where: Path | str, *, staging: Staging | None = None) -> SampleSet:
+        """Open a set by path or URL, by its manifest and index; no tar is touched, whatever the size of the set.
 
-        Errors: `DataError` if it is no set, of another format, empty, or its index does not fit its manifest.
+        `staging`: where copies of what lies behind a URL are kept (default: see `llavamod_offline/staging.py`).
+        Errors: `DataError` if it is no set, of another format, empty, or its index does not fit its manifest;
+        `StorageError` if a bucket cannot be read.
         """
-        path = Path(path)
-        manifest, shards = _read_manifest(path)
-        index = _read_index(path)
+        folder = open_folder(where)
+        path = folder.path if isinstance(folder, LocalFolder) else folder.where
+        manifest, shards = _read_manifest(folder)
+        if isinstance(folder, RemoteFolder):
+            index = _staged_index(folder, manifest, staging or Staging())
+        else:
+            index = _read_index(folder.path, str(path))
         if sum(shard.samples for shard in shards) != len(index):
             raise DataError(f"set '{path}': {INDEX_NAME} does not fit {MANIFEST_NAME}: pack the set again")
         if not len(index):
             raise DataError(f"set '{path}': holds no samples; {REJECTED_NAME} there may say why")
-        return cls(path, manifest, shards, index)
+        return cls(path, manifest, shards, index, staging)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (SampleSet.open, (self.path,))
+        return (_reopen, (self.path, self.mismatched, self._staging))
+
+    @property
+    def mismatched(self) -> bool:
+        """Whether preference samples are read with a mismatched response, a third role of theirs."""
+        return self._ring is not None
+
+    def with_mismatched(self) -> SampleSet:
+        """The same set, whose preference samples are read with the response of another one (see `mismatch.py`).
+
+        Errors: `DataError` if it holds fewer than two preference samples; while reading, naming a sample, if no other
+        has another response.
+        """
+        kinds = self.index.column("kind").to_pylist()
+        keys = {row: key for row, (key, kind) in enumerate(zip(self.keys, kinds, strict=True)) if kind == "preference"}
+        paired = SampleSet(self.path, self.manifest, self.shards, self.index, self._staging)
+        paired._ring = MismatchRing.of(keys, where=f"set '{self.path}'")
+        return paired
 
     @property
     def digest(self) -> str:
@@ -112,16 +167,37 @@ class SampleSet:
         return [str(key) for key in self.index.column("key").to_pylist()]
 
     @property
+    def is_remote(self) -> bool:
+        """Whether tars lie behind a URL."""
+        return any(self.tars.is_remote(ordinal) for ordinal in range(len(self.shards)))
+
+    @property
     def shard_names(self) -> list[str]:
         """The names of the tars, without `.tar`, in set order."""
         return [shard.name for shard in self.shards]
 
     def rows_of(self, shard_name: str) -> range:
         """The rows that lie in a shard."""
-        for ordinal, shard in enumerate(self.shards):
-            if shard.name == shard_name:
-                return range(self._ends[ordinal] - shard.samples, self._ends[ordinal])
-        raise DataError(f"set '{self.path}': has no shard '{shard_name}'")
+        rows = self.shard_rows.get(shard_name)
+        if rows is None:
+            raise DataError(f"set '{self.path}': has no shard '{shard_name}'")
+        return rows
+
+    @cached_property
+    def shard_rows(self) -> dict[str, range]:
+        """The rows that lie in each shard, by its name."""
+        starts = [0, *self._ends]
+        return {
+            shard.name: range(start, end) for shard, start, end in zip(self.shards, starts, self._ends, strict=False)
+        }
+
+    def shard_numbers(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The ordinals of the shards that rows lie in."""
+        return np.searchsorted(np.array(self._ends, np.int64), rows, side="right")
+
+    def key_of(self, row: int) -> str:
+        """The key of a row."""
+        return str(self.index.column("key")[row])
 
     def row_of(self, key: str) -> int:
         """The row of a key."""
@@ -130,81 +206,102 @@ class SampleSet:
             raise DataError(f"set '{self.path}': has no sample '{key}'")
         return row
 
-    def read(self, row: int, *, verify: bool = False) -> Sample:
-        """Read one sample; `verify` also recomputes its content hash."""
+    def read(self, row: int, *, verify: bool = False, scattered: bool = False) -> Sample:
+        """Read one sample; `verify` also recomputes its content hash.
+
+        `scattered`: not many of its shard are wanted, so that a shard behind a URL need not be copied for them.
+        """
         if not 0 <= row < len(self):
             raise DataError(f"set '{self.path}': has no row {row}: it holds {len(self)} samples")
-        entry = self.index.slice(row, 1).to_pylist()[0]
-        key, ordinal = str(entry["key"]), bisect_right(self._ends, row)
-        where = f"set '{self.path}', shard '{self.shards[ordinal].name}', sample '{key}'"
-        content, *images = (
-            self._read_bytes(ordinal, member["offset"], member["size"], f"{where}, member '{member['name']}'")
-            for member in entry["members"]
-        )
+        entry, ordinal, where = self._entry(row)
+        key = str(entry["key"])
+        content, *images = (self._read_bytes(ordinal, member, where, scattered) for member in entry["members"])
         try:
-            sample = sample_from_json(key, content, tuple(images))
+            sample = sample_from_members(
+                entry["parser"], key, content, tuple(images), entry["source"], self.manifest.get("caption_prompt")
+            )
         except DataError as error:
-            raise DataError(f"{where}: {error}: pack the set again") from error
+            raise DataError(f"{where}: {error}: {self.shards[ordinal].again}") from error
         if verify and sample.content_hash != entry["content_hash"]:
-            raise DataError(f"{where}: its content is not what was packed: pack the set again")
-        return sample
+            raise DataError(f"{where}: its content is not what was packed: {self.shards[ordinal].again}")
+        if self._ring is None or not sample.is_preference:
+            return sample
+        return replace(sample, mismatched=self._ring.response(row, sample, self._read_responses))
+
+    def _read_responses(self, row: int) -> tuple[str, str]:
+        """The chosen and the rejected response of a row, without its pictures."""
+        entry, ordinal, where = self._entry(row)
+        member = entry["members"][0]
+        try:
+            return responses_from_text(entry["parser"], self._read_bytes(ordinal, member, where, scattered=True))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise DataError(f"{where}: its JSON cannot be read: {error!r}: pack the set again") from error
+
+    def _entry(self, row: int) -> tuple[dict[str, Any], int, str]:
+        """What the index says of a row, its shard's ordinal, and how errors call it."""
+        entry = {name: column[row].as_py() for name, column in self._read_columns.items()}
+        ordinal = bisect_right(self._ends, row)
+        return entry, ordinal, f"set '{self.path}', shard '{self.shards[ordinal].name}', sample '{entry['key']}'"
+
+    @cached_property
+    def _read_columns(self) -> dict[str, pa.ChunkedArray]:
+        """What reading a sample takes: columns looked up once, as a table puts each together from all its batches."""
+        return {name: self.index.column(name) for name in _READ_COLUMNS}
 
     @cached_property
     def _rows_by_key(self) -> dict[str, int]:
         return {key: row for row, key in enumerate(self.keys)}
 
-    def _read_bytes(self, ordinal: int, offset: int, size: int, where: str) -> bytes:
-        shard = self._open_shard(ordinal)  # this reference keeps it open until the bytes are here
-        content = os.pread(shard.descriptor, size, offset)
-        if len(content) != size:
-            raise DataError(f"{where}: {len(content)} of its {size} bytes are there: pack the set again")
+    def _read_bytes(self, ordinal: int, member: dict[str, Any], where: str, scattered: bool) -> bytes:
+        content = self.tars.read(ordinal, member["offset"], member["size"], scattered=scattered)
+        if len(content) != member["size"]:
+            there = f"{len(content)} of its {member['size']} bytes are there"
+            raise DataError(f"{where}, member '{member['name']}': {there}: pack the set again")
         return content
 
-    def _open_shard(self, ordinal: int) -> _OpenShard:
-        open_shards = self._open_shards
-        shard = open_shards.get(ordinal)
-        if shard is None:
-            if len(open_shards) >= _MAX_OPEN_SHARDS:
-                # A reader in another thread keeps its own reference until it is done; nothing is closed under it.
-                open_shards = self._open_shards = {}
-            shard = open_shards[ordinal] = _OpenShard(self.path, self.shards[ordinal])
-        return shard
+
+def _reopen(path: Path | str, mismatched: bool, staging: Staging | None) -> SampleSet:
+    packed = SampleSet.open(path, staging=staging)
+    return packed.with_mismatched() if mismatched else packed
 
 
-class _OpenShard:
-    """An open tar; its descriptor is used by position only, so that sharing it with a forked process does no harm."""
-
-    def __init__(self, folder: Path, shard: Shard) -> None:
-        self.descriptor = -1
-        file = folder / f"{shard.name}.tar"
-        try:
-            self.descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise DataError(f"set '{folder}', shard '{shard.name}': {error.strerror}: pack the set again") from error
-        size = os.fstat(self.descriptor).st_size
-        if size != shard.size:
-            raise DataError(
-                f"set '{folder}', shard '{shard.name}': {size} bytes instead of {shard.size}: pack the set again"
-            )
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
+def _places(path: Path | str, shards: tuple[Shard, ...]) -> list[Path | str]:
+    """Where each tar lies."""
+    return [_place(path, shard.path or f"{shard.name}.tar") for shard in shards]
 
 
-def _read_manifest(path: Path) -> tuple[dict[str, Any], tuple[Shard, ...]]:
-    file = path / MANIFEST_NAME
-    if not path.is_dir():
+def _place(path: Path | str, file: str) -> Path | str:
+    if is_url(file):
+        return file
+    if isinstance(path, Path) or posixpath.isabs(file):
+        return path / Path(file) if isinstance(path, Path) else Path(file)
+    scheme, _, rest = path.partition("://")  # a bucket takes `..` for a name
+    return f"{scheme}://{posixpath.normpath(posixpath.join(rest, file))}"
+
+
+def _read_manifest(folder: LocalFolder | RemoteFolder) -> tuple[dict[str, Any], tuple[Shard, ...]]:
+    path = folder.where
+    if isinstance(folder, LocalFolder) and not folder.path.is_dir():
         raise DataError(f"set '{path}': no such folder: make one with `llavamod-offline pack`")
-    if not file.is_file():
-        raise DataError(f"set '{path}': has no {MANIFEST_NAME}, so it is no packed set: see `llavamod-offline pack`")
     try:
-        manifest = json.loads(file.read_bytes())
+        content = folder.read(MANIFEST_NAME)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"set '{path}': has no {MANIFEST_NAME}, so it is no packed set: see `llavamod-offline pack`"
+        ) from error
+    try:
+        manifest = json.loads(content)
         found = manifest["format"]
         if found != SET_FORMAT:
             raise DataError(f"set '{path}': format {found}, this version reads {SET_FORMAT}: pack the set again")
         shards = tuple(
-            Shard(str(entry["name"]), int(entry["samples"]), int(entry["bytes"]), str(entry["sha256"]))
+            Shard(
+                str(entry["name"]),
+                int(entry["samples"]),
+                int(entry["bytes"]),
+                str(entry["sha256"]),
+                str(entry.get("path", "")),
+            )
             for entry in manifest["shards"]
         )
     except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -212,10 +309,26 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], tuple[Shard, ...]]:
     return manifest, shards
 
 
-def _read_index(path: Path) -> pa.Table:
-    file = path / INDEX_NAME
+def _staged_index(folder: RemoteFolder, manifest: dict[str, Any], staging: Staging) -> pa.Table:
+    """Copy the index of a set behind a URL, and open it; what is mapped stays readable when its file is removed."""
+    entry = manifest.get("index")  # sets of earlier versions say nothing of it
+    size = folder.size(INDEX_NAME) if entry is None else int(entry["bytes"])
+
+    def fill(aside: Path) -> None:
+        wanted = Wanted(INDEX_NAME, aside / INDEX_NAME, size, None if entry is None else str(entry["sha256"]))
+        if folder.fetch([wanted]):
+            raise DataError(f"set '{folder.where}': {INDEX_NAME} is not what was packed: upload or pack it again")
+
     try:
-        table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+        with staging.hold(f"index-{manifest['digest']}-{size}", size, fill) as unit:
+            return _read_index(unit, folder.where)
+    except FileNotFoundError as error:
+        raise DataError(f"set '{folder.where}': has no {INDEX_NAME}: upload or pack it again") from error
+
+
+def _read_index(folder: Path, path: str) -> pa.Table:
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(folder / INDEX_NAME))).read_all()
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"set '{path}': {INDEX_NAME} cannot be read: {error}: pack the set again") from error
     if not table.schema.equals(INDEX_SCHEMA):

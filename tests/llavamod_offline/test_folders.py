@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llavamod_offline.errors import StorageError
+from llavamod_offline.errors import ConfigError, StorageError
 from llavamod_offline.folders import Folder, LocalFolder, is_url, open_folder
 from llavamod_offline.remote import RemoteFolder
 
@@ -148,10 +148,39 @@ def test_an_unreachable_server_is_one_line(bucket: str, monkeypatch: pytest.Monk
     import s3fs
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("LLAVAMOD_RETRY_SECONDS", "0.5")
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(StorageError, match=r"cannot be listed: .*127.0.0.1:9.*: check the network") as caught:
         RemoteFolder(f"{bucket}/c").names()
     assert "\n" not in str(caught.value)
+
+
+def test_what_fails_for_a_while_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After pauses that double; not what would fail again; and for as long as one is told."""
+    from llavamod_offline import remote
+
+    pauses: list[float] = []
+    monkeypatch.setattr("llavamod_offline.remote.time.sleep", pauses.append)
+    monkeypatch.setattr(remote._jitter, "uniform", lambda low, high: high)
+    folder, failures = RemoteFolder("memory://some/folder"), 5
+
+    def action() -> str:
+        if len(pauses) < failures:
+            raise ConnectionError("reset by peer")
+        return "done"
+
+    assert folder._try("x", "read", action) == "done"
+    assert pauses == [0.2, 0.4, 0.8, 1.6, 3.2]
+    with pytest.raises(FileNotFoundError):
+        folder.read("nothing")
+    assert len(pauses) == failures
+    monkeypatch.setenv("LLAVAMOD_RETRY_SECONDS", "0")
+    pauses.clear()
+    with pytest.raises(StorageError, match=r"folder/x: cannot be read: reset by peer: check the network"):
+        folder._try("x", "read", action)
+    monkeypatch.setenv("LLAVAMOD_RETRY_SECONDS", "soon")
+    with pytest.raises(ConfigError, match="LLAVAMOD_RETRY_SECONDS: 'soon' is no number of seconds"):
+        folder.read("x")
 
 
 @pytest.mark.parametrize(

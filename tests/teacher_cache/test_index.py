@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teacher_cache import index as index_module
@@ -39,6 +39,28 @@ def poor(hashes: int) -> tuple[Callable[..., int], Callable[..., np.ndarray]]:
     )
 
 
+def check_has(index: SequenceIndex, shards: list[Items], absent: Items, role: str) -> None:
+    """Many keys of one role at once: in the order of the shards, where that helps, and in any other."""
+    of_role = [[key for key, its_role in items if its_role == role] for items in shards]
+    known, others = {key for keys in of_role for key in keys}, [key for key, _ in absent]
+    keys = [key for some in of_role for key in some]
+    ends = np.cumsum([0, *map(len, of_role)]).tolist()
+    likely = [(shard, ends[shard], ends[shard + 1]) for shard in range(len(shards))]
+    for asked, hints in (
+        (keys, likely),
+        (keys + others, likely),
+        (
+            others + keys[::-1],
+            [(shard, start, min(stop, len(others))) for shard, start, stop in likely if start <= len(others)],
+        ),
+        (others + keys, []),
+    ):
+        pieces = [asked[:2], [], asked[2:]]
+        column = pa.chunked_array([pa.array(piece, pa.string()) for piece in pieces])
+        assert index.has(column, role, hints).tolist() == [key in known for key in asked]
+
+
+@settings(deadline=None)
 @given(shards=st.lists(ITEMS, max_size=4), absent=ITEMS, hashes=st.sampled_from([1, 3, 2**63]))
 def test_everything_is_found_where_it_is_and_nothing_else(shards: list[Items], absent: Items, hashes: int) -> None:
     known: dict[tuple[str, str], int] = {}
@@ -55,6 +77,8 @@ def test_everything_is_found_where_it_is_and_nothing_else(shards: list[Items], a
         assert index.find(asked).tolist() == [known.get(item, -1) for item in asked]
         assert [index.find_one(*item) for item in asked] == [known.get(item, -1) for item in asked]
         assert index.repeated() == []
+        for role in ROLES:
+            check_has(index, unique, absent, role)
     assert len(index) == len(known)
     for row, item in enumerate(known):
         shard, local = index.place(row)

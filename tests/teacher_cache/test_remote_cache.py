@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from llavamod_offline.errors import CacheError, StorageError
 from llavamod_offline.folders import open_folder
 from llavamod_offline.staging import Staging
+from teacher_cache.columns import ColumnFile
 from teacher_cache.manifest import CACHE_NAME, MANIFEST_NAME, file_entries
 from teacher_cache.reader import TeacherCache, open_cache
 from tests.teacher_cache.conftest import World
@@ -105,6 +107,32 @@ def test_it_reads_as_on_a_disk_and_stages_only_what_is_read(remote: str, finishe
     assert cache.sequence("tiny-0023", "response") == local.sequence("tiny-0023", "response")
     assert len(staged_units("columns")) == 2
     assert len(staged_units("tables")) == 1
+
+
+def test_the_tail_profile_takes_no_columns(remote: str, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two small arrays of each shard are read, checked, and once: the sum is kept on this machine."""
+    local = open_cache(finished).tail_profile
+    assert local is not None
+    sums_V = np.zeros(len(local))
+    for shard in open_cache(finished)._shards:
+        file = ColumnFile(finished / "shards" / shard["name"] / "columns.zarr")
+        sums_V += int(shard["positions"]) * file.tail_profile()
+    assert torch.equal(local, torch.from_numpy(sums_V / sums_V.sum()).float())
+    folder = open_folder(remote)
+    name = "shards/samples-000001/columns.zarr/tail_profile/zarr.json"
+    content = folder.read(name)
+    folder.write(name, content.replace(b"float32", b"float64"))
+    with pytest.raises(CacheError, match=f"{name}: damaged .*cache-teacher verify"):
+        _ = open_cache(remote).tail_profile
+    folder.write(name, content)
+    found = open_cache(remote).tail_profile
+    assert found is not None
+    assert torch.equal(found, local)
+    assert staged_units("columns") == []
+    folder.remove_files([name])
+    again = open_cache(remote).tail_profile
+    assert again is not None
+    assert torch.equal(again, local)
 
 
 @pytest.mark.slow

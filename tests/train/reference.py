@@ -16,7 +16,7 @@ from transformers import LlavaForConditionalGeneration
 
 from llavamod_offline.data.images import ImagePreprocessor
 from llavamod_offline.data.sample import Sample
-from llavamod_offline.data.sampler import global_batch
+from llavamod_offline.data.sampler import Order
 from llavamod_offline.data.shards import SampleSet
 from llavamod_offline.data.template import get_template
 from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, sequence_encoder
@@ -48,8 +48,8 @@ class Reader:
 
     def step_samples(self, step: int, size: int) -> list[Sample]:
         """The samples of a step's global batch."""
-        rows = global_batch(step, n=len(self.samples), batch_size=size, seed=0)
-        return [self.samples.read(row) for row in rows]
+        order = Order(len(self.samples), seed=0, batch_size=size)
+        return [self.samples.read(row) for row in order.batch(step).tolist()]
 
     def answer(self, sample: Sample, role: str = "response") -> Answer:
         """One forward pass over one sequence; logits beyond the tokenizer's ids have no probability."""

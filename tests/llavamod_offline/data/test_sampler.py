@@ -1,15 +1,18 @@
-"""The order of training: every row once an epoch, whatever the ranks and wherever a run was cut."""
+"""The order of training: every sample its number of times an epoch, whatever the ranks and wherever a run was cut."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+from math import floor
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llavamod_offline.data.sampler import BatchSchedule, epoch_order, global_batch, rank_batch, stream_rows
+from llavamod_offline.data.sampler import BatchSchedule, Order, Weights, epoch_order
 from llavamod_offline.errors import ConfigError
 
 ROWS = st.integers(1, 60)
@@ -17,17 +20,24 @@ SEEDS = st.integers(-(2**63), 2**64)
 MASK = 2**64 - 1
 
 
-def reference_order(n: int, seed: int, epoch: int) -> list[int]:
-    """The permutation by Python's integers, number by number."""
+def mix(value: int) -> int:
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & MASK
+    return value ^ (value >> 31)
 
-    def mix(value: int) -> int:
-        value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & MASK
-        value = (value ^ (value >> 27)) * 0x94D049BB133111EB & MASK
-        return value ^ (value >> 31)
 
+def reference_hash(number: int, seed: int, epoch: int, kind: int = 0) -> int:
+    """The hash by Python's integers; `kind` 1: of shards, 2: of turns, 3: of batches."""
     gamma = 0x9E3779B97F4A7C15
-    start = mix(mix((seed + gamma) & MASK) ^ epoch)
-    return sorted(range(n), key=lambda row: mix((start + (row + 1) * gamma) & MASK))
+    start = mix((seed + gamma) & MASK) ^ epoch
+    for _ in range(kind + 1):
+        start = mix(start)
+    return mix((start + (number + 1) * gamma) & MASK)
+
+
+def reference_order(n: int, seed: int, epoch: int) -> list[int]:
+    """The permutation, number by number."""
+    return sorted(range(n), key=lambda row: reference_hash(row, seed, epoch))
 
 
 @settings(deadline=None)
@@ -54,51 +64,188 @@ def test_order_is_well_mixed() -> None:
     assert followed == pytest.approx(1 / n, abs=0.01)
 
 
-@settings(max_examples=200, deadline=None)
-@given(n=ROWS, batch_size=st.integers(1, 100), seed=SEEDS, epochs=st.integers(1, 4))
-def test_each_epoch_has_every_row_once(n: int, batch_size: int, seed: int, epochs: int) -> None:
-    steps = -(-n * epochs // batch_size)
-    stream = [row for step in range(steps) for row in global_batch(step, n=n, batch_size=batch_size, seed=seed)]
-    assert all(len(global_batch(step, n=n, batch_size=batch_size, seed=seed)) == batch_size for step in range(steps))
+@dataclass(frozen=True)
+class Case:
+    """A made-up set: samples of each shard, windows, and of each sample source and length; `weights` of the sources."""
+
+    shards: tuple[int, ...]
+    window: int
+    sources: tuple[int, ...]
+    weights: tuple[float, ...] | None
+    lengths: tuple[int, ...] | None
+    seed: int
+
+    @property
+    def n(self) -> int:
+        return sum(self.shards)
+
+    @property
+    def shard_of(self) -> list[int]:
+        return [shard for shard, size in enumerate(self.shards) for _ in range(size)]
+
+    def order(self, batch_size: int) -> Order:
+        weights = None if self.weights is None else Weights(np.array(self.sources), self.weights)
+        return Order(
+            self.n,
+            seed=self.seed,
+            batch_size=batch_size,
+            shards_N=np.array(self.shard_of),
+            window=self.window,
+            weights=weights,
+            lengths_N=None if self.lengths is None else np.array(self.lengths),
+        )
+
+    def copies(self, epoch: int) -> list[int]:
+        """How often each sample is declared to come in an epoch."""
+        copies = [1] * self.n
+        for source, weight in enumerate(self.weights or ()):
+            members = [place for place in range(self.n) if self.sources[place] == source]
+            wanted = max(1, floor(weight * len(members) + 0.5)) if weight and members else 0
+            turns = sorted(members, key=lambda place: reference_hash(place, self.seed, 0, kind=2))
+            extra = wanted % max(len(members), 1)
+            for place in members:
+                copies[place] = wanted // len(members)
+            for turn in range(extra):
+                copies[turns[(epoch * extra + turn) % len(turns)]] += 1
+        return copies
+
+    def epoch(self, epoch: int) -> tuple[list[int], list[tuple[int, int]]]:
+        """An epoch's places where lengths are none of its business, and the windows as pairs of start and stop."""
+        copies = self.copies(epoch)
+        entries = [place for place in range(self.n) for _ in range(copies[place])]
+        there = sorted({self.shard_of[place] for place in entries})
+        shards = sorted(there, key=lambda shard: reference_hash(shard, self.seed, epoch, kind=1))
+        size = self.window or len(shards)
+        found: list[int] = []
+        windows = []
+        for first in range(0, len(shards), size):
+            inside = shards[first : first + size]
+            numbers = [number for number, place in enumerate(entries) if self.shard_of[place] in inside]
+            numbers.sort(key=lambda number: reference_hash(number, self.seed, epoch))
+            windows.append((len(found), len(found) + len(numbers)))
+            found += [entries[number] for number in numbers]
+        return found, windows
+
+
+@st.composite
+def cases(draw: st.DrawFn, *, grouped: bool | None = None) -> Case:
+    shards = draw(st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any))
+    n, kinds = sum(shards), draw(st.integers(1, 3))
+    weight = st.one_of(st.sampled_from([0.0, 0.5, 1.0, 2.0]), st.floats(0, 3))
+    weights = draw(st.none() | st.lists(weight, min_size=kinds, max_size=kinds).map(tuple))
+    sources = tuple(draw(st.integers(0, kinds - 1)) for _ in range(n))
+    if weights is not None and not any(weights[source] for source in sources):
+        weights = None
+    lengths = st.tuples(*[st.integers(1, 9)] * n)
+    by_length = draw(st.booleans()) if grouped is None else grouped
+    return Case(
+        tuple(shards), draw(st.integers(0, 7)), sources, weights, draw(lengths) if by_length else None, draw(SEEDS)
+    )
+
+
+@settings(max_examples=80, deadline=None)
+@given(case=cases(grouped=False), batch_size=st.integers(1, 9), epochs=st.integers(1, 3))
+def test_the_stream_is_the_defined_one(case: Case, batch_size: int, epochs: int) -> None:
+    order = case.order(batch_size)
+    expected = [place for epoch in range(epochs) for place in case.epoch(epoch)[0]]
+    assert order.per_epoch * epochs == len(expected)
+    assert order.places(0, len(expected)).tolist() == expected
+    steps = len(expected) // batch_size
+    assert [place for step in range(steps) for place in order.batch(step).tolist()] == expected[: steps * batch_size]
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=cases(), batch_size=st.integers(1, 30), epochs=st.integers(1, 4))
+def test_each_epoch_has_every_sample_as_often_as_declared(case: Case, batch_size: int, epochs: int) -> None:
+    """Whatever windows, weights and lengths; and each window holds samples of its shards alone."""
+    order = case.order(batch_size)
+    stream = order.places(0, epochs * order.per_epoch).tolist()
     for epoch in range(epochs):
-        assert sorted(stream[epoch * n : (epoch + 1) * n]) == list(range(n))
+        found = Counter(stream[epoch * order.per_epoch : (epoch + 1) * order.per_epoch])
+        assert [found[place] for place in range(case.n)] == case.copies(epoch)
+        for start, stop in case.epoch(epoch)[1]:
+            window = order.window_at(epoch * order.per_epoch + start)
+            assert (window.start, window.stop) == (epoch * order.per_epoch + start, epoch * order.per_epoch + stop)
+            assert {case.shard_of[place] for place in stream[window.start : window.stop]} == set(window.shards.tolist())
+    if case.weights is None:
+        assert sorted(stream) == sorted(list(range(case.n)) * epochs)
+
+
+def test_every_sample_gets_its_turn() -> None:
+    """With weight 0.4 each of 10 samples comes twice in five epochs, 4 in each; with 1.5 three times in two."""
+    for weight, epochs, times in ((0.4, 5, 2), (1.5, 2, 3), (0.001, 10, 1)):
+        order = Order(10, seed=3, batch_size=1, weights=Weights(np.zeros(10, int), [weight]))
+        assert order.per_epoch == max(1, 10 * weight)
+        assert sorted(order.places(0, epochs * order.per_epoch).tolist()) == sorted(list(range(10)) * times)
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=cases(grouped=True), batch_size=st.integers(1, 12))
+def test_whole_batches_of_a_window_are_of_like_length(case: Case, batch_size: int) -> None:
+    """Put in order of length, the batches that lie in a window do not overlap."""
+    order = case.order(batch_size)
+    assert case.lengths is not None
+    for start, stop in case.epoch(0)[1]:
+        steps = range(-(-start // batch_size), stop // batch_size)
+        batches = [[case.lengths[place] for place in order.batch(step).tolist()] for step in steps]
+        assert all(batch == sorted(batch, reverse=True) for batch in batches)
+        batches.sort(reverse=True)
+        assert all(one[-1] >= other[0] for one, other in pairwise(batches))
+
+
+def test_batches_by_length_come_in_a_random_order() -> None:
+    order = Order(64, seed=0, batch_size=8, lengths_N=np.arange(64))
+    first = [int(order.batch(step)[0]) for step in range(8)]
+    assert sorted(first) == list(range(7, 64, 8))
+    assert first not in (sorted(first), sorted(first, reverse=True))
 
 
 def test_an_epochs_end_is_filled_from_the_next() -> None:
-    last = global_batch(2, n=10, batch_size=4, seed=0)
-    assert last == [*epoch_order(10, 0, 0)[8:], *epoch_order(10, 0, 1)[:2]]
-    assert global_batch(0, n=3, batch_size=7, seed=5) == stream_rows(0, 7, n=3, seed=5)
+    order = Order(10, seed=0, batch_size=4)
+    assert order.batch(2).tolist() == [*epoch_order(10, 0, 0)[8:], *epoch_order(10, 0, 1)[:2]]
+    assert Order(3, seed=5, batch_size=7).batch(0).tolist() == [
+        *epoch_order(3, 5, 0), *epoch_order(3, 5, 1), epoch_order(3, 5, 2)[0]
+    ]  # fmt: skip
 
 
 @settings(deadline=None)
-@given(n=ROWS, share=st.integers(1, 6), world_size=st.integers(1, 8), seed=SEEDS, step=st.integers(0, 10**9))
-def test_ranks_share_the_global_batch(n: int, share: int, world_size: int, seed: int, step: int) -> None:
-    batch_size = share * world_size
-    shares = [
-        rank_batch(step, n=n, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
-        for rank in range(world_size)
-    ]
-    whole = global_batch(step, n=n, batch_size=batch_size, seed=seed)
-    assert all(len(rows) == share for rows in shares)
-    assert [row for rows in shares for row in rows] == whole
+@given(case=cases(grouped=False), share=st.integers(1, 6), world_size=st.integers(1, 8), step=st.integers(0, 10**9))
+def test_ranks_share_the_global_batch(case: Case, share: int, world_size: int, step: int) -> None:
+    order = case.order(share * world_size)
+    ranks = [BatchSchedule(order, stop=0, rank=rank, world_size=world_size) for rank in range(world_size)]
+    shares = [schedule.step(step) for schedule in ranks]
+    assert all(len(rows) == 1 and len(rows[0]) == share for rows in shares)
+    assert [row for rows in shares for row in rows[0]] == order.batch(step).tolist()
 
 
 @settings(max_examples=50, deadline=None)
+@given(case=cases(grouped=True), micro=st.integers(1, 4), micros=st.integers(1, 3), step=st.integers(0, 10**6))
+def test_ranks_get_like_lengths_at_a_time(case: Case, micro: int, micros: int, step: int) -> None:
+    """The micro-batches of all ranks, dealt in turn, are the batch by falling length."""
+    order = case.order(micro * micros * 2)
+    ranks = [BatchSchedule(order, 0, rank=rank, world_size=2, micro_batch_size=micro).step(step) for rank in range(2)]
+    dealt = [row for pair in zip(*ranks, strict=True) for rows in pair for row in rows]
+    assert dealt == order.batch(step).tolist()
+
+
+@settings(max_examples=100, deadline=None)
 @given(
-    n=ROWS,
-    seed=SEEDS,
+    case=cases(),
     cuts=st.lists(
         st.tuples(st.integers(0, 12), st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(1, 13)), min_size=1, max_size=4
     ),
 )
-def test_restarts_on_other_ranks_give_the_same_batches(n: int, seed: int, cuts: list[tuple[int, int, int]]) -> None:
-    """A run in pieces, each on its own number of ranks and size of micro-batch, resumed by its step alone."""
+def test_restarts_on_other_ranks_give_the_same_batches(case: Case, cuts: list[tuple[int, int, int]]) -> None:
+    """A run in pieces, each on its own number of ranks and size of micro-batch, resumed by its step alone.
+
+    Each piece makes its order anew, as another process would, and begins in the middle of an epoch and of a window.
+    """
     batch_size, start, found = 12, 0, []
-    for steps, world_size, micro in cuts:
-        ranks = [
-            BatchSchedule(n, batch_size, seed, start + steps, start, rank, world_size, micro)
-            for rank in range(world_size)
-        ]
+    for steps, world_size, size in cuts:
+        share = batch_size // world_size
+        micro = size if case.lengths is None else share // min(size, share) if share % min(size, share) == 0 else share
+        order = case.order(batch_size)
+        ranks = [BatchSchedule(order, start + steps, start, rank, world_size, micro) for rank in range(world_size)]
         streams = [list(schedule) for schedule in ranks]
         assert [len(stream) for stream in streams] == [len(schedule) for schedule in ranks]
         assert all(len(stream) == steps * ranks[0].micro_batches for stream in streams)
@@ -107,21 +254,41 @@ def test_restarts_on_other_ranks_give_the_same_batches(n: int, seed: int, cuts: 
             part = slice(step * ranks[0].micro_batches, (step + 1) * ranks[0].micro_batches)
             found.append(Counter(row for stream in streams for rows in stream[part] for row in rows))
         start += steps
-    expected = [Counter(global_batch(step, n=n, batch_size=batch_size, seed=seed)) for step in range(start)]
-    assert found == expected
+    order = case.order(batch_size)
+    assert found == [Counter(order.batch(step).tolist()) for step in range(start)]
 
 
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
         ({"n": 0}, "0 rows to choose from"),
+        ({"weight": 0.0}, "0 rows to choose from"),
+        ({"weight": -0.5}, "weight -0.5: must not be negative"),
+        ({"weight": float("nan")}, "weight nan: must not be negative"),
+        ({"window": -1}, "window -1: must not be negative"),
         ({"batch_size": 0}, "batch_size 0: must be at least 1"),
         ({"world_size": 3}, "batch_size 4: must be a multiple of the number of ranks, 3"),
         ({"rank": 2, "world_size": 2}, "rank 2 of 2: must be from 0 to 1"),
         ({"rank": -1, "world_size": 2}, "rank -1 of 2"),
         ({"micro_batch_size": 0}, "micro_batch_size 0: must be at least 1"),
+        ({"micro_batch_size": 3, "lengths": True}, "batch_size 4: must be a multiple of micro_batch_size 3 × 1 ranks"),
     ],
 )
-def test_settings_that_do_not_fit(settings: dict[str, int], problem: str) -> None:
+def test_settings_that_do_not_fit(settings: dict[str, float], problem: str) -> None:
+    given = {"n": 5, "batch_size": 4, "window": 0, "rank": 0, "world_size": 1, "micro_batch_size": None} | settings
+    n = int(given["n"] or 0)
     with pytest.raises(ConfigError, match=problem):
-        BatchSchedule(**({"n": 5, "batch_size": 4, "seed": 0, "stop": 1} | settings))
+        BatchSchedule(
+            Order(
+                n,
+                seed=0,
+                batch_size=int(given["batch_size"] or 0),
+                window=int(given["window"] or 0),
+                weights=Weights(np.zeros(n, int), [settings["weight"]]) if "weight" in settings else None,
+                lengths_N=np.ones(n, int) if "lengths" in settings else None,
+            ),
+            stop=1,
+            rank=int(given["rank"] or 0),
+            world_size=int(given["world_size"] or 1),
+            micro_batch_size=settings.get("micro_batch_size"),  # type: ignore[arg-type]
+        )

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 from llavamod_offline.data.prepare import sample_members
 from llavamod_offline.data.shard_writer import ShardWriter
@@ -14,8 +15,8 @@ from tests.tiny import tiny_samples
 
 def test_every_member_lies_where_the_writer_says(tmp_path: Path) -> None:
     shard = ShardWriter(tmp_path, "s")
-    expected = {}
-    places = {}
+    expected: dict[str, bytes] = {}
+    places: dict[str, dict[str, Any]] = {}
     for number, sample in enumerate([*tiny_samples(9), *tiny_samples(4, preference=True)]):
         key = sample.key if number % 3 else "k" * 190 + str(number)
         members = sample_members(sample)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from llavamod_offline.data import shards
+from llavamod_offline.data import shards, tars
 from llavamod_offline.data.pack import write_set
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.data.shards import SampleSet
@@ -135,7 +135,7 @@ def test_forked_processes_share_descriptors_without_harm(folder: Path) -> None:
 
 def test_threads_and_few_open_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Letting shards go while others read from them closes nothing that is in use, and keeps few open."""
-    monkeypatch.setattr(shards, "_MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr(tars, "_MAX_OPEN", 2)
     packed = SampleSet.open(write_tiny_set(tmp_path / "tiny", N, shard_samples=1))
     before = len(os.listdir("/proc/self/fd"))
     rows = list(range(N)) * 40
@@ -184,7 +184,7 @@ def test_a_shard_cut_short(own_folder: Path) -> None:
 def _overwrite(packed: SampleSet, row: int, member: int, content: bytes) -> None:
     entry = packed.index.slice(row, 1).to_pylist()[0]
     name = packed.shard_names[entry["shard"]]
-    with (packed.path / f"{name}.tar").open("r+b") as stream:
+    with (Path(packed.path) / f"{name}.tar").open("r+b") as stream:
         stream.seek(entry["members"][member]["offset"])
         stream.write(content)
 
@@ -223,9 +223,9 @@ def test_folders_that_are_no_set(tmp_path: Path) -> None:
     [
         ("set.json", b"{", r"set\.json cannot be read"),
         ("set.json", b"[]", r"set\.json cannot be read"),
-        ("set.json", b'{"format": 1}', r"set\.json cannot be read"),
-        ("set.json", b'{"format": 2, "shards": []}', "format 2, this version reads 1"),
-        ("set.json", b'{"format": 1, "shards": []}', r"index\.arrow does not fit set\.json"),
+        ("set.json", b'{"format": 2}', r"set\.json cannot be read"),
+        ("set.json", b'{"format": 3, "shards": []}', "format 3, this version reads 2"),
+        ("set.json", b'{"format": 2, "shards": []}', r"index\.arrow does not fit set\.json"),
         ("index.arrow", b"", r"index\.arrow cannot be read"),
         ("index.arrow", b"no arrow" * 10, r"index\.arrow cannot be read"),
     ],
@@ -251,7 +251,7 @@ def test_missing_index_and_other_columns(own_folder: Path) -> None:
 
 
 def test_an_empty_set(tmp_path: Path) -> None:
-    (tmp_path / "set.json").write_text('{"format": 1, "shards": []}')
+    (tmp_path / "set.json").write_text('{"format": 2, "shards": []}')
     with pa.ipc.new_file(str(tmp_path / "index.arrow"), shards.INDEX_SCHEMA):
         pass
     with pytest.raises(DataError, match=r"holds no samples; rejected\.jsonl there may say why"):

@@ -1,0 +1,50 @@
+"""Jobs done in the background before their results are needed, by threads that end with the process."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+
+from llavamod_offline.errors import LlavaModError
+
+Job = Callable[[], object]
+_THREADS = 4
+_PATIENCE_SECONDS = 1.0
+
+
+class Ahead:
+    """Does jobs in their order, a few at once, until it is closed; a context manager that closes.
+
+    An error of a job ends them all, and nothing is said of it: who needs the result does the job again, and meets the
+    error in a place that can name it. To be started after workers were forked, since they would lack its threads.
+    """
+
+    def __init__(self, threads: int = _THREADS) -> None:
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._closed = threading.Event()
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
+
+    def __enter__(self) -> Ahead:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Start no more jobs; one that waits for a network is not waited for."""
+        self._closed.set()
+        for _thread in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join(_PATIENCE_SECONDS)
+
+    def submit(self, job: Job) -> None:
+        """Add a job."""
+        self._jobs.put(job)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None and not self._closed.is_set():
+            try:
+                job()
+            except LlavaModError:
+                self._closed.set()
