@@ -15,14 +15,14 @@ from llavamod_offline.errors import LlavaModError
 INPUT_ERROR_STATUS = 2
 
 
-def run_command(app: typer.Typer, argv: Sequence[str] | None = None) -> NoReturn:
-    """Run `app` on `argv` (default: the process's arguments) and exit with its status.
+def run_command(app: typer.Typer, argv: Sequence[str] | None = None, *, name: str | None = None) -> NoReturn:
+    """Run `app` on `argv` (default: the process's arguments) and exit with its status; `name` is for its help.
 
     A `LlavaModError` is printed as one line and gives status 2; LLAVAMOD_DEBUG=1 shows its traceback. Ctrl-C gives 130.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        app(args=list(sys.argv[1:] if argv is None else argv), standalone_mode=True)
+        app(args=list(sys.argv[1:] if argv is None else argv), prog_name=name, standalone_mode=True)
     except LlavaModError as error:
         if os.environ.get("LLAVAMOD_DEBUG"):
             raise

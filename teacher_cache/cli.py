@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llavamod_offline.command import run_command
+from teacher_cache import cli_generate, cli_judge
+
+if TYPE_CHECKING:
+    from teacher_cache.run import Summary
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,6 +25,7 @@ app = typer.Typer(
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 CacheFolder = Annotated[str, typer.Argument(metavar="CACHE", help="A cache: a folder, or a URL such as s3://….")]
 _DAMAGED_STATUS = 1
+_REJECTED_STATUS = 3
 
 
 @app.command()
@@ -36,35 +40,50 @@ def run(
         list[str] | None,
         typer.Option(metavar="FIELD", help="Go on with a cache although this fingerprint field differs."),
     ] = None,
+    max_rejected: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Stop beyond this share of rejected sequences, such as 0.01.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Capture a packed set into a cache; started again, it does only what is missing.
+
+    Exit status: 0 if all was captured; 3 if all is done, but some sequences were rejected (rejected.jsonl has key and
+    reason); 2 for an error, which may be --max-rejected.
 
     \b
     Examples:
       cache-teacher run data=sets/captions teacher=checkpoints/teacher output=caches/captions
       cache-teacher run capture.yaml capture.preset=compact batch_size=8
+      cache-teacher run data=sets/pairs teacher=checkpoints/teacher output=caches/pairs \
+        capture.preset=reference capture.mismatched=true     # for preference training, unpaired KTO too
       cache-teacher run capture.yaml --slice 3/16        # one of 16 jobs that share the output
+      cache-teacher run capture.yaml engine.ray=true     # a worker on each GPU
+      cache-teacher run capture.yaml --max-rejected 0.01 || [ $? -eq 3 ]   # in a script that ends at errors
 
     \b
     Settings (`cache-teacher settings` lists them with their defaults): data, teacher, output, template,
     image_aspect, max_length, batch_size, dtype, device, workers, slice, capture.{preset, head_mass,
     head_min_prob, head_max, draws_max, draws_per_mass, precision, temperatures, forced_tokens, positions,
-    hidden, hidden_positions, seed}.
+    hidden, hidden_positions, mismatched, seed}, engine.{kind, attention, device_map, compile, …}.
     """
     from llavamod_offline.config import load_config, split_arguments
     from teacher_cache.config import CacheConfig
 
-    files, overrides = split_arguments([*(arguments or []), *([f"slice={part}"] if part else [])])
+    options = {"slice": part, "max_rejected": max_rejected}
+    given = [f"{name}={value}" for name, value in options.items() if value is not None]
+    files, overrides = split_arguments([*(arguments or []), *given])
     config = load_config(CacheConfig, files, overrides)
     from teacher_cache.plan import plan_file, record_run
     from teacher_cache.run import run_job
 
     summary = run_job(config, allow=allow or [])
     record_run(plan_file(config.output), summary)
-    if as_json:
-        print(json.dumps(dataclasses.asdict(summary)))
-        return
+    print(json.dumps(dataclasses.asdict(summary))) if as_json else _print_summary(summary)
+    if not summary.all_captured:
+        raise typer.Exit(_REJECTED_STATUS)
+
+
+def _print_summary(summary: Summary) -> None:
     if summary.sequences or summary.rejected:
         print(
             f"{summary.output}: captured {summary.positions:,} positions of {summary.sequences:,} sequences in "
@@ -72,7 +91,10 @@ def run(
         )
     else:
         print(f"{summary.output}: nothing to do")
-    if summary.rejected:
+    for reason in summary.reasons:
+        more = ", …" if reason.count > len(reason.keys) else ""
+        print(f"rejected {reason.count:,}: {reason.kind} ({', '.join(reason.keys)}{more})")
+    if not summary.all_captured:
         where = "rejected.jsonl" if summary.complete else "shards/*/rejected.jsonl"
         print(f"the rejected sequences and the reasons are in {summary.output}/{where}")
     if not summary.complete:
@@ -86,7 +108,7 @@ def run(
 
 @app.command()
 def settings() -> None:
-    """List the settings of `run` with their types and defaults.
+    """List the settings of `run` and `generate` with their types and defaults.
 
     \b
     Example:
@@ -204,10 +226,11 @@ def inspect(
     """
     from teacher_cache import tables
     from teacher_cache.inspection import describe_cache, describe_key
+    from teacher_cache.names import TokenNames
     from teacher_cache.reader import open_cache
 
     opened = open_cache(cache)
-    about = describe_cache(opened) if key is None else describe_key(opened, key, _id_names(tokenizer))
+    about = describe_cache(opened) if key is None else describe_key(opened, key, TokenNames(tokenizer).label)
     if as_json:
         print(json.dumps(about, ensure_ascii=False))
     elif isinstance(about, dict):
@@ -289,21 +312,9 @@ def merge(
     )
 
 
-def _id_names(folder: Path | None) -> Callable[[int], str]:
-    if folder is None:
-        return lambda number: f"#{number}"
-    from llavamod_offline.models.checkpoint import load_tokenizer
-
-    tokenizer = load_tokenizer(folder)
-
-    def name(number: int) -> str:
-        if number < 0:  # a position without a token, such as an image patch's
-            return "none"
-        text = tokenizer.decode([number])
-        # Part of a character has no text of its own: its byte-level name tells it from others.
-        return repr(text) if "\ufffd" not in text else f"<{tokenizer.convert_ids_to_tokens(number)}>"
-
-    return name
+app.command()(cli_generate.generate)
+app.command()(cli_judge.report)
+app.command()(cli_judge.audit)
 
 
 def main() -> None:

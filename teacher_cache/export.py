@@ -44,7 +44,6 @@ from teacher_cache.fingerprint import check_sequence, check_student, describe_te
 from teacher_cache.reader import TeacherCache
 from teacher_cache.record import Records
 from teacher_cache.sequences import short_hash
-from teacher_cache.walk import sequence_items
 
 FORMATS = ("table", "axolotl")
 UNSUPERVISED = -100
@@ -110,7 +109,7 @@ def export_cache(
     """
     _check_choice(output, layout, top_k, data, tokenizer)
     totals = {"sequences": 0, "positions": 0, "mass": 0.0}
-    items = sequence_items(cache)
+    items = cache.items()
     if layout == "table":
         schema, rows = _TABLE_SCHEMA, _table_rows
     else:
@@ -248,12 +247,14 @@ class _Prompts:
             raise CacheError(f"cache '{cache.path}': its template '{template.name}' has another text than today's")
         self._cache = cache
         self._samples = SampleSet.open(data)
+        if "mismatched" in cache.roles:
+            self._samples = self._samples.with_mismatched()
         self._images = self._samples.index.column("n_images").to_numpy()
         self._encoder = SequenceEncoder(
             loaded,
             template,
-            image_token_id=int(about["images"]["token_id"]),
-            image_tokens=int(about["images"]["tokens"]),
+            image_token_id=-1,  # of text alone: see `is_text`
+            image_tokens=0,
             max_length=int(about["sequence"]["max_length"]),
         )
 

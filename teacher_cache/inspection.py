@@ -17,7 +17,6 @@ from llavamod_offline.errors import CacheError
 from llavamod_offline.losses.targets import EMPTY_ID, SparseTargets
 from teacher_cache.manifest import COLUMNS_NAME, FORMAT_VERSION, SEQUENCES_NAME, canonical
 from teacher_cache.reader import TeacherCache
-from teacher_cache.walk import sequence_items
 
 HEAD_MASS_EDGES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.999, 1.0)
 ENTROPY_EDGES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 3.0, 5.0, math.inf)
@@ -118,7 +117,7 @@ def _histograms(cache: TeacherCache, sample_positions: int) -> dict[str, Any]:
     sequences = len(cache)
     wanted = math.ceil(sequences * sample_positions / max(cache.positions, sample_positions))
     step = max(1, sequences // max(wanted, 1))
-    items = sequence_items(cache, step)
+    items = cache.items(range(0, sequences, step))
     tails, entropies = [], []
     for start in range(0, len(items), _BATCH_SEQUENCES):
         records = cache.records(items[start : start + _BATCH_SEQUENCES])

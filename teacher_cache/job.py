@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llavamod_offline.data.mismatch import PAIRING
 from llavamod_offline.data.shards import SampleSet
 from llavamod_offline.data.template import Template, get_template
 from llavamod_offline.errors import ConfigError, DataError, ModelError
@@ -53,7 +55,7 @@ class Job:
 
 def prepare_job(config: CacheConfig) -> Job:
     """Open set and teacher and check that they fit one another, all but the weights. Errors: a `LlavaModError`."""
-    samples = SampleSet.open(Path(config.data))
+    samples = _open_set(config)
     template = get_template(config.template)
     teacher = open_teacher(
         Path(config.teacher), template, image_aspect=config.image_aspect, max_length=config.max_length
@@ -61,10 +63,11 @@ def prepare_job(config: CacheConfig) -> Job:
     tokenizer = teacher.encoder.tokenizer
     vocab_size = _shared_vocabulary(teacher.folder, tokenizer, teacher.head_rows)
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    preset = config.capture.resolved
     settings, codec = _kept(
-        config.capture.resolved,
-        temperatures=tuple(config.capture.temperatures),
-        forced_ids=_forced_ids(tokenizer, config.capture.forced_tokens, template),
+        preset,
+        temperatures=tuple(preset.temperatures),
+        forced_ids=_forced_ids(tokenizer, preset.forced_tokens, template),
         vocab_size=vocab_size,
         hidden=config.capture.hidden,
     )
@@ -86,6 +89,7 @@ def prepare_job(config: CacheConfig) -> Job:
             "hidden_positions": config.capture.hidden_positions if config.capture.hidden else None,
             "seed": config.capture.seed,
             "vocab_size": vocab_size,
+            **({"mismatched": PAIRING} if config.capture.mismatched else {}),
         },
         "data": {"digest": samples.digest, "samples": len(samples)},
     }
@@ -100,12 +104,24 @@ def prepare_job(config: CacheConfig) -> Job:
     )
 
 
+def _open_set(config: CacheConfig) -> SampleSet:
+    """Open the set, its preference samples paired if they are to be. Errors: `DataError`, `ConfigError`."""
+    samples = SampleSet.open(config.data)
+    if not config.capture.mismatched:
+        return samples
+    if not samples.manifest.get("preferences"):
+        raise ConfigError(
+            f"capture.mismatched: set '{samples.path}' holds no preference samples, which it is for: leave it out"
+        )
+    return samples.with_mismatched()
+
+
 def with_preset(job: Job, preset: Preset) -> Job:
     """The same capture that keeps something else of each distribution; its fingerprint stays as it is."""
     settings, codec = _kept(
         preset,
-        temperatures=job.settings.temperatures,
-        forced_ids=job.settings.forced_ids,
+        temperatures=job.settings.temperatures if preset.temperatures else (),
+        forced_ids=job.settings.forced_ids if preset.forced_tokens is None else (),
         vocab_size=job.codec.vocab_size,
         hidden=job.codec.hidden,
     )
@@ -153,7 +169,9 @@ def _shared_vocabulary(teacher: Path, tokenizer: PreTrainedTokenizerFast, rows: 
     return vocabulary_size(tokenizer, rows)
 
 
-def _forced_ids(tokenizer: PreTrainedTokenizerFast, tokens: list[str] | None, template: Template) -> tuple[int, ...]:
+def _forced_ids(
+    tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str] | None, template: Template
+) -> tuple[int, ...]:
     """The ids of tokens that are named, or of those that go without saying. Errors: `ConfigError` naming a token."""
     if tokens is None:
         words = (template.end, *(template.answer_prefix + word for word in _FORCED_WORDS))

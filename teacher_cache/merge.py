@@ -23,7 +23,6 @@ from teacher_cache.fingerprint import check_allowed, differences
 from teacher_cache.manifest import MANIFEST_NAME, SHARDS_NAME, canonical
 from teacher_cache.reader import TeacherCache
 from teacher_cache.store import CacheStore
-from teacher_cache.walk import sequence_items
 
 # What decides how records are read, and what an id means, is one for a whole cache.
 _NEVER_ALLOWED = (
@@ -130,7 +129,7 @@ def _check_keys(caches: Sequence[TeacherCache]) -> None:
         for earlier in caches[:number]:
             twice = {(key, role) for role in cache.roles for key in earlier.keys(role) & cache.keys(role)}
             if twice:
-                key, role = next(item for item in sequence_items(cache) if item in twice)
+                key, role = next(item for item in cache.items() if item in twice)
                 raise CacheError(
                     f"merge: sample '{key}' ({role}) is in cache '{earlier.path}' and in '{cache.path}', with "
                     f"{len(twice) - 1} more: a cache holds a sequence once: capture the sets under different keys"

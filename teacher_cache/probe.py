@@ -171,7 +171,7 @@ def scattered(count: int) -> list[int]:
 
 
 def _sample_lengths(job: Job, samples: SampleSet, row: int) -> tuple[int, int, int, int, int]:
-    sample = samples.read(row)
+    sample = samples.read(row, scattered=True)
     sequences = []
     for role in sample.roles:
         try:

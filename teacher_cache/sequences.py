@@ -114,14 +114,19 @@ def read_sequences(file: Path) -> pa.RecordBatch:
     return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=SEQUENCE_SCHEMA)
 
 
+def string_buffers(strings: pa.StringArray) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    """The bytes of Arrow strings, and where in them each begins, and the last one ends; no copies."""
+    offsets, text = strings.buffers()[1:]
+    ends = np.frombuffer(offsets or bytes(4), np.int32)[strings.offset : strings.offset + len(strings) + 1]
+    return np.frombuffer(text or b"", np.uint8), ends
+
+
 class SequenceRows:
     """The rows of one shard's table as NumPy views of the mapped file: no copies, no Python object per sequence."""
 
     def __init__(self, table: pa.RecordBatch) -> None:
         self.table = table
-        offsets, text = table.column("key").buffers()[1:]
-        self.key_ends = np.frombuffer(offsets or b"", np.int32)[: len(table) + 1]
-        self.key_bytes = np.frombuffer(text or b"", np.uint8)
+        self.key_bytes, self.key_ends = string_buffers(table.column("key"))
         roles = table.column("role")
         self.role_names: list[str] = roles.dictionary.to_pylist()
         self.role_codes_Q: NDArray[np.int8] = roles.indices.to_numpy()
@@ -136,14 +141,34 @@ class SequenceRows:
         same = self.key_bytes[start:stop].tobytes() == key
         return same and self.role_names[self.role_codes_Q[row]] == role
 
+    def of_role(self, role: str) -> NDArray[np.bool_]:
+        """Which rows are of a role."""
+        code = self.role_names.index(role) if role in self.role_names else -1
+        of_role_Q: NDArray[np.bool_] = self.role_codes_Q == code
+        return of_role_Q
+
+    def has_in_order(self, text: NDArray[np.uint8], ends: NDArray[np.int64], role: str) -> bool:
+        """Whether the sequences of a role have, in their order, the very keys in `text` (see `index.Texts`)."""
+        of_role = self.of_role(role)
+        mine, my_ends = self.key_bytes, self.key_ends
+        if not of_role.all():
+            mine, my_ends = string_buffers(self.table.column("key").filter(pa.array(of_role)))
+        if len(my_ends) != len(ends) or len(ends) == 1:
+            return len(my_ends) == len(ends)
+        mine = mine[my_ends[0] : my_ends[-1]]
+        return np.array_equal(my_ends - my_ends[0], ends) and np.array_equal(mine, text)
+
+    def item(self, row: int) -> tuple[str, str]:
+        """The key and the role of one row."""
+        start, stop = self.key_ends[row : row + 2].tolist()
+        return self.key_bytes[start:stop].tobytes().decode(), self.role_names[self.role_codes_Q[row]]
+
     def sequence(self, row: int) -> CachedSequence:
         """What the table says of one row."""
         tokens, sums, entropies = self._numbers
         targets, contents = self._hashes
-        start, stop = self.key_ends[row : row + 2]
         return CachedSequence(
-            self.key_bytes[start:stop].tobytes().decode(),
-            self.role_names[self.role_codes_Q[row]],
+            *self.item(row),
             targets[row].tobytes().hex(),
             contents[row].tobytes().hex(),
             int(tokens[row]),

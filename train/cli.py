@@ -6,6 +6,7 @@ import difflib
 import json
 import logging
 import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 RECIPES = Path(__file__).parent / "recipes"
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+reports = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def resolve_config(arguments: list[str]) -> TrainConfig:
@@ -81,6 +84,7 @@ def run(
         student.checkpoint=runs/mimic_sparse/student output=runs/preference
       train-student my.yaml optim.lr=1e-5 batch.micro_size=4 --print-config
       torchrun --nproc-per-node 8 --no-python train-student mimic_dense ...
+      train-student report runs/mimic_dense      # the curves as a page; see `train-student report --help`
     """
     config = resolve_config(arguments)
     if print_config:
@@ -104,6 +108,31 @@ def _render(summary: TrainSummary) -> str:
     )
 
 
+@reports.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Output folders of train-student runs.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="The page; RUN/report.html if not given.")
+    ] = None,
+) -> None:
+    """Draw a run's curves, and the load of its experts, on one self-contained page; several runs side by side.
+
+    \b
+    Examples:
+      train-student report runs/mimic_sparse
+      train-student report runs/mimic_dense runs/only_kd -o compare.html
+
+    A run in progress may be drawn at any time.
+    """
+    if output is None and len(runs) > 1:
+        raise ConfigError("--output: name the page of several runs, such as -o report.html")
+    from train.report import write_report
+
+    print(write_report(runs, output or runs[0] / "report.html"))
+
+
 def main() -> NoReturn:
-    """Run the console script."""
+    """Run the console script; its first argument is a recipe or a file, save for the word `report`."""
+    if sys.argv[1:2] == ["report"]:
+        run_command(reports, sys.argv[2:], name="train-student report")
     run_command(app)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-LossKind = Literal["cross_entropy", "only_kd", "kd_lm", "kto_pair", "sigmoid", "ipo", "hinge"]
+LossKind = Literal["cross_entropy", "only_kd", "kd_lm", "kto_pair", "kto", "sigmoid", "ipo", "hinge"]
 Divergence = Literal["forward_kl", "reverse_kl", "js", "skewed_forward_kl", "skewed_reverse_kl", "total_variation"]
 Reading = Literal["shrink", "bucket", "draws", "renormalised"]
 Tail = Literal["auto", "shrink", "bucket", "draws", "renormalised"]
@@ -16,7 +16,7 @@ LOSSES_OF_STAGE: dict[str, tuple[str, ...]] = {
     "sft": ("cross_entropy",),
     "mimic_dense": ("only_kd", "kd_lm"),
     "mimic_sparse": ("only_kd", "kd_lm"),
-    "preference": ("kto_pair", "sigmoid", "ipo", "hinge"),
+    "preference": ("kto_pair", "kto", "sigmoid", "ipo", "hinge"),
 }
 # The divergences that a setting belongs to; it stays as it is for all others.
 _DIVERGENCES_OF: dict[str, tuple[str, ...]] = {
@@ -31,9 +31,10 @@ class LossConfig:
     `js_weight` or `skew`, the reading of the `tail` (auto: `shrink` with forward_kl, for all others the `bucket` that
     they are defined on; shrink is the bucket where T ≠ 1), `temperature`. Mimic: `kd_weight`, `lm_weight` with kd_lm.
 
-    Preference: `beta`, `label_smoothing`, `average_log_probs` (means instead of sums), and two terms on the chosen
-    response beside the preference loss, both means over its tokens: `sft_weight` · its negative log-prob and
-    `distill_weight` · its divergence, from the cache's records.
+    Preference: `beta`, `label_smoothing`, `average_log_probs` (means instead of sums), with `kto` the weights of chosen
+    responses (`desirable_weight`) and of rejected ones (`undesirable_weight`), and two terms on the chosen response
+    beside the preference loss, both means over its tokens: `sft_weight` · its negative log-prob and `distill_weight` ·
+    its divergence, from the cache's records.
     """
 
     kind: LossKind = "cross_entropy"
@@ -47,6 +48,8 @@ class LossConfig:
     beta: float = 0.1
     label_smoothing: float = 0.0
     average_log_probs: bool = False
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
     sft_weight: float = 0.0
     distill_weight: float = 0.0
     router_aux_coef: float = 0.0
@@ -71,6 +74,11 @@ def loss_problems(loss: LossConfig, stage: str) -> Iterable[str]:
         yield f"loss.kind: '{loss.kind}' does not belong to stage {stage}: set it to {choice}"
     if loss.kind != "sigmoid" and loss.label_smoothing:
         yield f"loss.label_smoothing: {loss.kind} knows none: set it to 0, or loss.kind to sigmoid"
+    for name in ("desirable_weight", "undesirable_weight"):
+        if loss.kind != "kto" and getattr(loss, name) != 1.0:
+            yield f"loss.{name}: {loss.kind} knows none: leave it out, or set loss.kind to kto"
+    if loss.kind == "kto" and not loss.desirable_weight + loss.undesirable_weight > 0:
+        yield "loss.desirable_weight: it and loss.undesirable_weight are 0, which leaves nothing: set one above 0"
     if stage.startswith("mimic") and not loss.kd_weight:
         yield "loss.kd_weight: 0 leaves nothing of the teacher: set it above 0, or use stage sft"
     if stage != "preference":
@@ -101,7 +109,8 @@ def _number_problems(loss: LossConfig) -> Iterable[str]:
     for name in ("temperature", "beta"):
         if not getattr(loss, name) > 0:
             yield f"loss.{name}: {getattr(loss, name):g} must be above 0"
-    for name in ("kd_weight", "lm_weight", "sft_weight", "distill_weight", "router_aux_coef"):
+    not_negative = ("kd_weight", "lm_weight", "sft_weight", "distill_weight", "router_aux_coef")
+    for name in (*not_negative, "desirable_weight", "undesirable_weight"):
         if not getattr(loss, name) >= 0:
             yield f"loss.{name}: {getattr(loss, name):g} must not be negative"
     if not 0 <= loss.label_smoothing < 0.5:

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -21,12 +22,15 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class MetricsLog:
-    """Appends one JSON object a logged step to `{output}/metrics.jsonl`.
+    """Appends one JSON object a logged step to `{output}/metrics.jsonl`, and hands it to `also`.
 
     On opening, lines after step `resume_step` are dropped: that part of the run is about to be repeated.
     """
 
-    def __init__(self, output: Path, resume_step: int) -> None:
+    def __init__(
+        self, output: Path, resume_step: int, also: Callable[[dict[str, Any]], None] = lambda entry: None
+    ) -> None:
+        self._also = also
         file = output / METRICS_NAME
         kept = []
         if resume_step and file.is_file():
@@ -38,6 +42,7 @@ class MetricsLog:
         """Append one entry; it is in the file when this returns."""
         self._stream.write(json.dumps(entry) + "\n")
         self._stream.flush()
+        self._also(entry)
 
     def __enter__(self) -> MetricsLog:
         return self

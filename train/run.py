@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import shutil
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from llavamod_offline import atomic
 from llavamod_offline.config import dump_config
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.models.checkpoint import save_student
 from llavamod_offline.models.upcycle import activated_parameters, total_parameters
-from train.batches import Join, rejection_lines
 from train.checkpoint import (
     Progress,
     checkpoint_folder,
@@ -28,12 +30,16 @@ from train.checkpoint import (
 from train.config import TrainConfig
 from train.engine import World, make_engine, process_group
 from train.identity import check_contents, check_settings
+from train.join import Join, rejection_lines
 from train.loop import LoopEnd, LoopSettings, evaluate_loss, run_steps
 from train.metrics import METRICS_NAME, MetricsLog, ProgressLine
+from train.model_card import model_card
 from train.optim import learning_rate, make_optimizer
 from train.prepare import Setup, prepare
 from train.stage import StudentWithLoss
 from train.summary import TrainSummary, finished_summary, write_summary
+from train.tracking import tracker
+from train.zero3 import without_empty_experts
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +83,12 @@ def _train(config: TrainConfig, output: Path, world: World) -> TrainSummary:
     with ExitStack() as stack:
         if config.engine.gradient_checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        empty = stack.enter_context(without_empty_experts(student)) if setup.zero_stage == 3 else {}
         engine = stack.enter_context(_engine(config, setup, world))
         start_optimizer(engine)
         if checkpoint is not None:
             load_optimizer(checkpoint, engine)
-        log = stack.enter_context(MetricsLog(output, progress.step)) if world.is_main else None
+        log = _log(stack, config, output, progress.step) if world.is_main else None
         title = f"{config.stage}"
         line = stack.enter_context(ProgressLine(title, setup.steps, progress.step, silent=not world.is_main))
 
@@ -99,7 +106,7 @@ def _train(config: TrainConfig, output: Path, world: World) -> TrainSummary:
         end = run_steps(
             engine,
             setup.stage,
-            setup.micro_batches(config, world, progress.step),
+            stack.enter_context(closing(setup.micro_batches(config, world, progress.step))),
             settings=_loop_settings(config, setup.steps, world),
             progress=progress,
             world=world,
@@ -109,7 +116,8 @@ def _train(config: TrainConfig, output: Path, world: World) -> TrainSummary:
             evaluate=lambda: evaluate_loss(engine, setup.stage, holdout, world),
         )
         if not end.stopped:
-            _export(output, engine, setup, world)
+            card = _card(config, setup, end, sizes[:2])
+            _export(output, engine, setup, empty, card, world)
     summary = _summary(config, output, setup, end, sizes)
     if world.is_main and summary.finished:
         write_summary(output, summary, config)
@@ -132,6 +140,11 @@ def _begin(config: TrainConfig, output: Path, joined: Join) -> None:
             atomic.write_file(output / REJECTED_NAME, rejection_lines(joined.too_long))
     except OSError as error:
         raise ConfigError(f"output: {output} cannot be written ({error.strerror}): choose another output") from error
+
+
+def _log(stack: ExitStack, config: TrainConfig, output: Path, resume_step: int) -> MetricsLog:
+    track = stack.enter_context(tracker(config.tracker, output, asdict(config), resume_step=resume_step))
+    return stack.enter_context(MetricsLog(output, resume_step, track))
 
 
 def _engine(config: TrainConfig, setup: Setup, world: World) -> AbstractContextManager[Any]:
@@ -171,12 +184,25 @@ def _micro_steps(config: TrainConfig, world: World) -> int:
     return config.batch.global_size // (config.batch.micro_size * world.size)
 
 
-def _export(output: Path, engine: Any, setup: Setup, world: World) -> None:
-    """Write the student as a Hugging Face folder; every process must call it."""
+def _card(config: TrainConfig, setup: Setup, end: LoopEnd, sizes: tuple[int, int]) -> str:
+    identity = setup.identity
+    return model_card(
+        config,
+        setup.student,
+        sizes=sizes,
+        steps=end.progress.step,
+        samples=len(setup.joined.rows),
+        digests={"set": identity["set_digest"], "teacher cache": identity["cache_digest"]},
+        metrics=end.last,
+    )
+
+
+def _export(output: Path, engine: Any, setup: Setup, empty: dict[str, Tensor], card: str, world: World) -> None:
+    """Write the student as a Hugging Face folder, its `empty` tensors too; every process must call it."""
     state = None
     if engine.zero_optimization_stage() == 3:
         whole = engine._zero3_consolidated_16bit_state_dict() or {}
-        state = {name.removeprefix("student."): tensor for name, tensor in whole.items()}
+        state = {name.removeprefix("student."): tensor for name, tensor in whole.items()} | empty
     if world.is_main:
         setup.student.eval()
         save_student(
@@ -185,6 +211,7 @@ def _export(output: Path, engine: Any, setup: Setup, world: World) -> None:
             tokenizer=setup.source.tokenizer,
             processor_source=setup.source.processor,
             state_dict=state,
+            card=card,
         )
     world.barrier()
 

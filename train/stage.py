@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from llavamod_offline.data.tokenise import Positions
 from llavamod_offline.losses.fused import distillation_from_hidden
-from llavamod_offline.losses.preference import PreferenceKind
 from llavamod_offline.losses.shrinkage import Shrinkage
 from train.batches import TrainBatch
 from train.config import TrainConfig
@@ -109,20 +108,22 @@ def make_stage(
         )
     settings: dict[str, Any] = {"average_log_probs": loss.average_log_probs, "vocab_size": vocab_size}
     preferring = preference.make_loss(
-        kind=cast("PreferenceKind", loss.kind),
+        kind=cast("preference.Kind", loss.kind),
         beta=loss.beta,
         label_smoothing=loss.label_smoothing,
+        desirable_weight=loss.desirable_weight,
+        undesirable_weight=loss.undesirable_weight,
         sft_weight=loss.sft_weight,
         distill_weight=loss.distill_weight,
         distillation=distillation,
         **settings,
         **common,
     )
-    shared = loss.kind == "kto_pair"
+    shared = loss.kind in ("kto_pair", "kto")
     return Stage(
         preferring,
         lambda batch: batch.samples,
-        look_ahead=preference.make_log_ratios(**settings) if shared else None,
+        look_ahead=preference.make_log_ratios(mismatched=loss.kind == "kto", **settings) if shared else None,
         share=preference.mean_log_ratios if shared else None,
         shrinkage=shrinkage,
     )

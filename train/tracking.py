@@ -82,12 +82,12 @@ def _nothing(output: Path, settings: Mapping[str, Any], resume_step: int) -> _Op
 def _tensorboard(output: Path, settings: Mapping[str, Any], resume_step: int) -> _Opened:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(output / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)  # type: ignore[no-untyped-call]
+    writer = SummaryWriter(str(output / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
 
     def send(step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
-            writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
-        writer.flush()  # type: ignore[no-untyped-call]
+            writer.add_scalar(name, value, step)
+        writer.flush()
 
     return send, writer.close
 

@@ -1,6 +1,7 @@
 """Sequences and pixels → one right-padded batch, with the places of everything that is supervised.
 
-Letters: B sequences, T tokens of the longest, N supervised tokens of all of them, I images, C channels, H and W pixels.
+Letters: B sequences, T tokens of the longest, N supervised tokens of all of them, I images, P places of them in the
+sequences, C channels, H and W pixels.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ class Batch:
     """What a model and a loss need of B sequences; supervised tokens stand sequence by sequence, in order.
 
     `input_ids_BT`, `attention_mask_BT` int64, padded on the right; `pixel_values_ICHW` float32 in the order of the
-    image tokens, None where no sequence has an image. `prediction_rows_N`: rows of the logits flattened to [B·T, V]
-    that predict the tokens `target_ids_N` (−1: nothing that is supervised); `sequence_of_N`: the sequence each belongs
-    to. `keys`, `roles`: of each.
+    image tokens, None where no sequence has an image. `image_rows_P`: which of the images stands at each place, in the
+    order of the image tokens; None where every image stands at one place. `prediction_rows_N`: rows of the logits
+    flattened to [B·T, V] that predict the tokens `target_ids_N` (−1: nothing that is supervised); `sequence_of_N`: the
+    sequence each belongs to. `keys`, `roles`: of each.
     """
 
     input_ids_BT: Tensor
@@ -36,6 +38,7 @@ class Batch:
     sequence_of_N: Tensor
     keys: tuple[str, ...]
     roles: tuple[str, ...]
+    image_rows_P: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -59,6 +62,7 @@ class Batch:
             input_ids_BT=move(self.input_ids_BT),
             attention_mask_BT=move(self.attention_mask_BT),
             pixel_values_ICHW=None if self.pixel_values_ICHW is None else move(self.pixel_values_ICHW),
+            image_rows_P=None if self.image_rows_P is None else move(self.image_rows_P),
             prediction_rows_N=move(self.prediction_rows_N),
             target_ids_N=move(self.target_ids_N),
             sequence_of_N=move(self.sequence_of_N),
@@ -75,8 +79,8 @@ def collate(
     """Assemble a batch; `pixels` holds each sequence's images [C, H, W] in the order of their placeholders.
 
     With `positions: all` the N positions are all tokens that are not padding, not those that predict an answer alone.
-    Two sequences of one sample (chosen and rejected) each bring its images. Errors: `DataError` if there are no
-    sequences, or the lists differ in length, or the images in shape.
+    Sequences that are given the very same arrays (the roles of one sample) share them in the batch. Errors: `DataError`
+    if there are no sequences, or the lists differ in length, or the images in shape.
     """
     if not sequences or len(sequences) != len(pixels):
         raise DataError(f"batch: {len(sequences)} sequence(s) with the images of {len(pixels)}")
@@ -89,24 +93,42 @@ def collate(
     found = [sequence.rows_and_targets(positions) for sequence in sequences]
     rows = [b * length + rows_N for b, (rows_N, _) in enumerate(found)]
     counts = [len(rows_N) for rows_N, _ in found]
+    pixel_values_ICHW, image_rows_P = _stack(sequences, pixels)
     return Batch(
         input_ids_BT=torch.from_numpy(input_ids_BT),
         attention_mask_BT=torch.from_numpy(attention_mask_BT),
-        pixel_values_ICHW=_stack(sequences, pixels),
+        pixel_values_ICHW=pixel_values_ICHW,
         prediction_rows_N=torch.from_numpy(np.concatenate(rows)),
         target_ids_N=torch.from_numpy(np.concatenate([targets_N for _, targets_N in found])),
         sequence_of_N=torch.from_numpy(np.repeat(np.arange(len(sequences)), counts)),
         keys=tuple(sequence.key for sequence in sequences),
         roles=tuple(sequence.role for sequence in sequences),
+        image_rows_P=image_rows_P,
     )
 
 
-def _stack(sequences: Items[Sequence], pixels: Items[Items[NDArray[np.float32]]]) -> Tensor | None:
+def _stack(
+    sequences: Items[Sequence], pixels: Items[Items[NDArray[np.float32]]]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The different images, and which of them stands at each place where one stands at several."""
     images = [(sequence.key, image) for sequence, own in zip(sequences, pixels, strict=True) for image in own]
     if not images:
-        return None
+        return None, None
     first = images[0][1]
     for key, image in images:
         if image.shape != first.shape:
             raise DataError(f"sample '{key}': pixels of shape {image.shape} in a batch of {first.shape}")
-    return torch.from_numpy(np.stack([image for _, image in images]))
+    different = list({id(image): image for _, image in images}.values())
+    rows = {id(image): row for row, image in enumerate(different)}
+    rows_P = None if len(different) == len(images) else torch.tensor([rows[id(image)] for _, image in images])
+    return torch.from_numpy(_stacked(different)), rows_P
+
+
+def _stacked(images: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """All images in one array: the one that they are slices of, if they are all of it in order, else a copy."""
+    whole = images[0].base
+    if isinstance(whole, np.ndarray) and whole.dtype == np.float32 and whole.shape == (len(images), *images[0].shape):
+        starts = [image.ctypes.data for image in images]
+        if whole.flags.c_contiguous and starts == [whole[number].ctypes.data for number in range(len(images))]:
+            return whole
+    return np.stack(images)

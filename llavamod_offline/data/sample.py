@@ -2,7 +2,9 @@
 
 In a WebDataset tar a sample is `{key}.json` beside `{key}.{jpg,png,webp}` (`{key}.0.jpg`, `{key}.1.png`… where there
 are several images). The JSON is an object: `format` (1), `source`, `turns` (list of `[role, text]`), `chosen` and
-`rejected` (strings, preference samples only), `images` (list of file extensions), `content_hash`.
+`rejected` (strings, preference samples only), `images` (list of file extensions), `content_hash`; where a teacher wrote
+the answer `generated` (an object, see `Generated`); where packing made images smaller `original_sizes` (a list of
+`[width, height]`, null for those that are as they were).
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from llavamod_offline.errors import DataError
@@ -21,6 +24,7 @@ IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_\-]{1,200}")
 
 Role = Literal["user", "assistant"]
+Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,30 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Generated:
+    """Where a teacher's own answer comes from: the sample it was asked with, who answered, and how.
+
+    `teacher`: SHA-256 (hex) over the checkpoint's configuration and weights; `set_digest` and `key`: of the source.
+    `temperature` 0: the most likely token each time. `turns`: which of the assistant's turns were written.
+    """
+
+    teacher: str
+    set_digest: str
+    key: str
+    turns: Literal["last", "all"]
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class Sample:
     """A validated sample; `turns` of a preference sample end with the user, those of a conversation with the assistant.
 
-    `images` are encoded files in the order of their placeholders, `image_extensions` their formats.
+    `images` are encoded files in the order of their placeholders, `image_extensions` their formats. `generated`: who
+    wrote the answer, where it was a teacher. `mismatched`: the response of another preference sample, where a set gives
+    its samples one (see `mismatch.py`); it is no part of the sample's file.
     Errors: `DataError` naming the key if the turns do not alternate, are empty, or do not match the images.
     """
 
@@ -46,6 +70,8 @@ class Sample:
     chosen: str | None = None
     rejected: str | None = None
     source: str = ""
+    generated: Generated | None = None
+    mismatched: str | None = None
 
     def __post_init__(self) -> None:
         problem = _problem(self)
@@ -59,12 +85,14 @@ class Sample:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """The sequences this sample gives: `response`, or `chosen` and `rejected`."""
-        return ("chosen", "rejected") if self.is_preference else ("response",)
+        """The sequences this sample gives: `response`, or `chosen`, `rejected` and, where it has one, `mismatched`."""
+        if not self.is_preference:
+            return ("response",)
+        return ("chosen", "rejected") if self.mismatched is None else ("chosen", "rejected", "mismatched")
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 (hex) over the text and the image bytes; the key is not part of it."""
+        """SHA-256 (hex) over the sample's own text and the image bytes; the key is not part of it."""
         digest = hashlib.sha256()
         text = json.dumps([[t.role, t.text] for t in self.turns] + [self.chosen, self.rejected], ensure_ascii=False)
         for part in (text.encode(), *self.images):
@@ -78,13 +106,16 @@ class Sample:
             raise DataError(f"sample '{self.key}' has no role '{role}': it has {', '.join(self.roles)}")
         if not self.is_preference:
             return self.turns
-        response = self.chosen if role == "chosen" else self.rejected
+        response = {"chosen": self.chosen, "rejected": self.rejected, "mismatched": self.mismatched}[role]
         assert response is not None
         return (*self.turns, Turn("assistant", response))
 
 
-def sample_to_json(sample: Sample) -> bytes:
-    """Serialise everything but the images, as the tar's `{key}.json` holds it."""
+def sample_to_json(sample: Sample, original_sizes: Sequence[Size | None] = ()) -> bytes:
+    """Serialise everything but the images, as the tar's `{key}.json` holds it.
+
+    `original_sizes`: the (width, height) that images had before packing made them smaller, None for the others.
+    """
     content: dict[str, Any] = {
         "format": SAMPLE_FORMAT,
         "source": sample.source,
@@ -94,6 +125,10 @@ def sample_to_json(sample: Sample) -> bytes:
     }
     if sample.is_preference:
         content |= {"chosen": sample.chosen, "rejected": sample.rejected}
+    if sample.generated is not None:
+        content["generated"] = asdict(sample.generated)
+    if any(original_sizes):
+        content["original_sizes"] = list(original_sizes)
     return json.dumps(content, ensure_ascii=False, sort_keys=True).encode()
 
 
@@ -108,10 +143,18 @@ def sample_from_json(key: str, content: bytes, images: tuple[bytes, ...]) -> Sam
     try:
         turns = tuple(Turn(role, text) for role, text in fields["turns"])
         extensions = tuple(fields["images"])
+        generated = Generated(**fields["generated"]) if "generated" in fields else None
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"sample '{key}': bad field in its JSON: {error!r}") from error
     return Sample(
-        key, turns, images, extensions, fields.get("chosen"), fields.get("rejected"), str(fields.get("source", ""))
+        key,
+        turns,
+        images,
+        extensions,
+        fields.get("chosen"),
+        fields.get("rejected"),
+        str(fields.get("source", "")),
+        generated,
     )
 
 
@@ -138,6 +181,8 @@ def _problem(sample: Sample) -> str | None:
     last = sample.turns[-1].role
     if last != ("user" if sample.is_preference else "assistant"):
         return f"the last turn is by '{last}'"
+    if sample.mismatched is not None and not sample.is_preference:
+        return "a conversation has no mismatched response"
     if sample.is_preference and not (str(sample.chosen).strip() and str(sample.rejected).strip()):
         return "the chosen or the rejected response is empty"
     return _image_problem(sample)

@@ -32,9 +32,10 @@ _END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 _IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
 
 
-def load_llava(folder: Path, dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
+def load_llava(folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> LlavaForConditionalGeneration:
     """Load a LLaVA model (dense or sparse text model) in evaluation mode, on the CPU, in `dtype`.
 
+    `settings` go to `from_pretrained`.
     Errors: `ModelError` if `folder` is no LLaVA checkpoint, a tensor is missing, left over, ill-shaped or unreadable,
     or its image preprocessing does not fit its vision tower.
     """
@@ -42,7 +43,8 @@ def load_llava(folder: Path, dtype: torch.dtype = torch.float32) -> LlavaForCond
     image_tokens(config)
     _check_image_size(folder, _image_processor(folder), config)
     return cast(
-        "LlavaForConditionalGeneration", load_weights(LlavaForConditionalGeneration, folder, dtype=dtype, config=config)
+        "LlavaForConditionalGeneration",
+        load_weights(LlavaForConditionalGeneration, folder, dtype=dtype, config=config, **settings),
     )
 
 
@@ -166,11 +168,12 @@ def save_student(
     tokenizer: PreTrainedTokenizerFast,
     processor_source: Path,
     state_dict: dict[str, Tensor] | None = None,
+    card: str | None = None,
 ) -> None:
     """Write a complete checkpoint folder that plain transformers loads; it appears whole or not at all.
 
     `processor_source` is a checkpoint folder whose image preprocessing is copied. `state_dict` replaces the model's own
-    tensors where an engine has sharded them.
+    tensors where an engine has sharded them; `card` becomes its README.md.
     Errors: `ModelError` if `folder` exists, or `processor_source` has no image preprocessing that fits the model.
     """
     if folder.exists():
@@ -183,6 +186,8 @@ def save_student(
     with atomic.new_folder(folder) as aside, _quiet():
         model.save_pretrained(aside, state_dict=state_dict)
         tokenizer.save_pretrained(aside)
+        if card is not None:
+            (aside / "README.md").write_text(card, encoding="utf-8")
         (aside / _IMAGE_PROCESSOR_FILE).write_text(json.dumps(settings, indent=2) + "\n")
         processor = {
             "processor_class": "LlavaProcessor",

@@ -129,12 +129,12 @@ def measure_write(folder: Path, shards: list[list[SequenceRecord]]) -> list[floa
 def measure_read(folder: Path, window: int, seed: int) -> float:
     """Read the sequences of the first `window` shards in shuffled batches, afresh; positions per second."""
     cache = open_cache(folder, temperature=1.0)
-    names = [key for table in cache._tables[:window] for key in table.column("key").to_pylist()]
-    order = np.random.default_rng(seed).permutation(len(names)).tolist()
+    items = cache.items(row for rows in cache.shard_rows()[:window] for row in rows)
+    order = np.random.default_rng(seed).permutation(len(items)).tolist()
     positions = 0
     started = time.perf_counter()
     for start in range(0, len(order), BATCH):
-        positions += len(cache.targets([(names[number], "response") for number in order[start : start + BATCH]]))
+        positions += len(cache.targets([items[number] for number in order[start : start + BATCH]]))
     return positions / (time.perf_counter() - started)
 
 

@@ -75,6 +75,17 @@ def run_and_die(arguments: list[str], output: str, moment: int, counted: Connect
     counted.send(seen[0])
 
 
+def generate_and_die(arguments: list[str], below: str, moment: int, counted: Connection) -> None:
+    """Let a teacher write answers and die before the `moment`-th change; one beyond the last tells how many."""
+    from llavamod_offline.config import load_config
+    from teacher_cache.config import CacheConfig
+    from teacher_cache.generate import generate
+
+    seen = kill_before_change(below, moment)
+    generate(load_config(CacheConfig, (), arguments))
+    counted.send(seen[0])
+
+
 def write_and_die(where: str, moment: int, counted: Connection, variables: Mapping[str, str]) -> None:
     """Write prepared records and die before the `moment`-th change; one beyond the last tells how many there were.
 

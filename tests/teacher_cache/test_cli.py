@@ -11,6 +11,7 @@ import pytest
 
 from llavamod_offline.command import run_command
 from teacher_cache.cli import app
+from teacher_cache.manifest import file_entries
 from teacher_cache.reader import open_cache
 from tests.teacher_cache.conftest import World
 
@@ -56,12 +57,43 @@ def test_rejections_are_pointed_out(
     cache = open_cache(finished)
     lengths = sorted(cache.sequence(key, "response").n_tokens for key in cache.keys("response"))
     limit = lengths[len(lengths) // 2]
-    status, out, _ = _call(capsys, "run", *world.arguments(tmp_path / "c", f"max_length={limit}"))
-    assert status == 0
-    rejected = (tmp_path / "c/rejected.jsonl").read_text().splitlines()
-    assert len(rejected) == sum(length > limit for length in lengths) > 0
+    arguments = world.arguments(tmp_path / "c", f"max_length={limit}")
+    status, out, _ = _call(capsys, "run", *arguments)
+    assert status == 3
+    rejected = [json.loads(line) for line in (tmp_path / "c/rejected.jsonl").read_text().splitlines()]
+    keys = [row["key"] for row in rejected]
+    assert len(rejected) == sum(length > limit for length in lengths) > 3
     assert f", {len(rejected)} rejected" in out
+    assert f"rejected {len(rejected)}: N tokens, more than max_length N" in out
+    assert f"({', '.join(keys[:3])}, …)" in out
     assert f"the rejected sequences and the reasons are in {tmp_path}/c/rejected.jsonl" in out
+    status, out, _ = _call(capsys, "run", *arguments)
+    assert (status, "nothing to do" in out) == (3, True)  # the cache still lacks them
+
+
+def test_a_run_that_rejects_too_much_stops_and_goes_on_when_allowed(
+    world: World, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = open_cache(finished)
+    lengths = sorted(cache.sequence(key, "response").n_tokens for key in cache.keys("response"))
+    limit = lengths[6]
+    short = sum(length <= limit for length in lengths)
+    arguments = world.arguments(tmp_path / "c", f"max_length={limit}")
+    status, out, err = _call(capsys, "run", *arguments, "--max-rejected", "0.2")
+    assert (status, out, err.count("error: ")) == (2, "", 1)
+    assert " of 5 sequences rejected, more than max_rejected=0.2 allows" in err
+    assert "like 'tiny-0001' (sample 'tiny-0001' (response): " in err
+    assert [path.name for path in (tmp_path / "c/shards").iterdir()] == ["samples-000000"]
+    status, _, err = _call(capsys, "run", *arguments, "--max-rejected", "0.2")
+    assert (status, err.count("\n")) == (2, 1)  # what is there counts: no teacher is loaded
+    assert " of 5 sequences rejected" in err
+    status, out, _ = _call(capsys, "run", *arguments, "--max-rejected", "1", "--json")
+    summary = json.loads(out)
+    assert (status, summary["complete"], summary["totals"]["sequences"]) == (3, True, short)
+    assert sum(reason["count"] for reason in summary["reasons"]) == summary["rejected"] < 24 - short
+    assert summary["totals"]["rejected"] == 24 - short
+    world.run(tmp_path / "unlimited", f"max_length={limit}")
+    assert file_entries(tmp_path / "c") == file_entries(tmp_path / "unlimited")
 
 
 @pytest.mark.parametrize(
@@ -77,6 +109,9 @@ def test_rejections_are_pointed_out(
         (["plan", "missing.yaml"], "missing.yaml: no such config file"),
         (["export", "nowhere", "--output", "x.parquet"], "cache 'nowhere': no such folder"),
         (["merge", "nowhere", "elsewhere", "--output", "x"], "cache 'nowhere': no such folder"),
+        (["report", "nowhere", "-o", "x.html"], "cache 'nowhere': no such folder"),
+        (["audit", "nowhere", "data=a", "teacher=b"], "cache 'nowhere': no such folder"),
+        (["audit", "nowhere", "data=a"], "teacher=VALUE"),
     ],
 )
 def test_errors_are_one_line_with_status_2(
@@ -227,6 +262,18 @@ def test_merge_prints_the_new_names(world: World, tmp_path: Path, capsys: pytest
     assert "'pair-0000' (chosen) is in cache" in err
 
 
+def test_report_says_what_it_wrote(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["report", str(finished), "-o", str(tmp_path / "r.html"), "--samples", "1"]
+    status, out, err = _call(capsys, *argv)
+    positions = open_cache(finished).positions
+    assert (status, err) == (0, "")
+    assert f"r.html: {(tmp_path / 'r.html').stat().st_size:,} bytes" in out
+    assert f"distributions over all {positions:,} positions" in out
+    status, out, _ = _call(capsys, *argv, "--positions", "20", "--json")
+    assert status == 0
+    assert json.loads(out)["positions"] < json.loads(out)["of_positions"] == positions
+
+
 def test_settings_lists_every_key_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = _call(capsys, "settings")
     assert status == 0
@@ -237,7 +284,7 @@ def test_settings_lists_every_key_with_its_default(capsys: pytest.CaptureFixture
 def test_help_has_examples_and_needs_no_heavy_import() -> None:
     code = "import sys; from teacher_cache.cli import main\ntry: main()\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'transformers', 'zarr', 'pyarrow', 'rich'} & set(sys.modules)"
-    for command in ("run", "plan", "verify", "inspect", "export", "merge", "settings"):
+    for command in ("run", "plan", "verify", "inspect", "export", "merge", "settings", "report", "audit"):
         done = subprocess.run(
             [sys.executable, "-c", code, command, "--help"], capture_output=True, text=True, check=True
         )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from llavamod_offline.config import dump_config
 from llavamod_offline.data.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import DataError, LlavaModError
@@ -62,6 +65,23 @@ def test_answers_or_pictures_the_teacher_did_not_see_are_refused(world: World, t
         with pytest.raises(LlavaModError, match=problem) as caught:
             train(world.config("mimic_dense", tmp_path / f"run-{name}", *settings))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_the_command_ends_after_an_error_in_a_worker(world: World, tmp_path: Path) -> None:
+    """Workers ignore SIGTERM, so whoever forgets to send them home waits for them for ever."""
+    samples = tiny_samples(4)
+    cache = write_cache(tmp_path / "cache", write_set_of(samples, tmp_path / "set"), world.teacher)
+    turns = (*samples[1].turns[:-1], Turn("assistant", "Something else."))
+    changed = Sample(samples[1].key, turns, samples[1].images, ("png",))
+    data = write_set_of([samples[0], changed, *samples[2:]], tmp_path / "changed")
+    settings = (f"data.set={data}", f"cache.path={cache}", "batch.global_size=4", "workers=2")
+    config = world.config("mimic_dense", tmp_path / "run", *settings)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    command = [str(Path(sys.executable).parent / "train-student"), str(tmp_path / "config.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "its supervised ids are not the cache's" in done.stderr.splitlines()[-1]
 
 
 def write_set_of(samples: list[Sample], folder: Path) -> Path:

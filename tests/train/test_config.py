@@ -63,7 +63,7 @@ def test_the_choices_are_those_of_the_losses() -> None:
     assert set(get_args(Reading)) == set(TAILS)
     assert set(get_args(Tail)) == {"auto", *TAILS}
     assert set(get_args(Divergence)) == set(DIVERGENCE_KINDS)
-    assert set(LOSSES_OF_STAGE["preference"]) == set(PREFERENCE_KINDS)
+    assert set(LOSSES_OF_STAGE["preference"]) == {*PREFERENCE_KINDS, "kto"}
     assert set(get_args(LossKind)) == {kind for kinds in LOSSES_OF_STAGE.values() for kind in kinds}
 
 
@@ -131,7 +131,7 @@ def test_the_tail_is_read_as_the_divergence_allows(settings: tuple[str, ...], re
             "loss.divergence: nothing is distilled in stage preference: set it to for",
         ),
         ("preference", ["loss.sft_weight=-1"], "loss.sft_weight: -1 must not be negative"),
-        ("preference", ["loss.kind=kto"], "loss.kind"),
+        ("preference", ["loss.kind=dpo"], "loss.kind"),
         ("sft", ["batch.micro_size=3"], "batch.micro_size: 3 does not divide batch.global_size 128"),
         ("sft", ["batch.global_size=0"], "batch.global_size: 0 must be above 0"),
         ("sft", ["optim.lr=0"], "optim.lr: 0 must be above 0"),

@@ -37,15 +37,19 @@ def run_two(config: TrainConfig, folder: Path, *settings: str) -> subprocess.Com
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "zero_stage"), [("mimic_sparse", 2), ("preference", 0)])
+@pytest.mark.parametrize(
+    ("stage", "zero_stage", "micro_size"),
+    [("mimic_sparse", 2, 2), ("mimic_sparse", 3, 1), ("mimic_dense", 3, 1), ("preference", 0, 2)],
+)
 def test_two_processes_equal_one_which_can_go_on_for_them(
-    world: World, tmp_path: Path, stage: str, zero_stage: int
+    world: World, tmp_path: Path, stage: str, zero_stage: int, micro_size: int
 ) -> None:
     """Same samples, same losses to rounding, the balance loss and the KL terms included; one of the two prints.
 
-    Their checkpoint of step 2 is then taken up by one process, with the same losses again.
+    Their checkpoint of step 2 is then taken up by one process, with the same losses again. With micro-batches of one
+    sample there are steps in which one process has a picture and the other none.
     """
-    settings = ("batch.micro_size=2", "data.holdout=4", "eval_steps=4")
+    settings = (f"batch.micro_size={micro_size}", "data.holdout=4", "eval_steps=4")
     config = world.config(stage, tmp_path / "two", *settings)
     done = run_two(config, tmp_path, f"engine.zero_stage={zero_stage}", "save_steps=2")
     assert done.returncode == 0, done.stderr
@@ -77,7 +81,6 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     [
         (["batch.micro_size=8"], "batch.global_size: 8 is no multiple of batch.micro_size 8 × 2 processes"),
         (["data.holdout=3"], "data.holdout: 3 is no multiple of the 2 processes"),
-        (["engine.zero_stage=3"], "engine.zero_stage: 3 works in one process only"),
         (["engine.zero_stage=0", "engine.dtype=bfloat16"], "engine.zero_stage: 0 has no float32 weights"),
     ],
 )

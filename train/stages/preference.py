@@ -4,21 +4,25 @@ The loss of a step is the mean over its pairs of the preference loss + sft_weigh
 log-prob + distill_weight · T² · its divergence from the teacher, the last two being means over the response's tokens
 (as in RPO, arXiv 2404.19733), plus the routers' balance loss once.
 
-Letters: B pairs of a micro-batch, S = 2·B sequences, the chosen ones before the rejected ones, N supervised positions,
-C of them in chosen responses, D hidden size.
+With `kto` each pair gives a desirable and an undesirable example, which know nothing of each other: the KL that both
+are compared with is measured on mismatched responses, without gradient.
+
+Letters: B pairs of a micro-batch, R roles (chosen and rejected, or mismatched alone), S = R·B sequences, one role's
+after the other's, N supervised positions, C of them in chosen responses, D hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from llavamod_offline.losses.fused import LossTerms, sequence_log_probs_from_hidden
-from llavamod_offline.losses.preference import PreferenceKind, preference_loss
+from llavamod_offline.losses.kto import kto_loss
+from llavamod_offline.losses.preference import PreferenceKind, PreferenceLoss, preference_loss
 from llavamod_offline.models.forward import head_weight
 from llavamod_offline.models.routing import Routing
 from train.batches import TrainBatch
@@ -32,12 +36,16 @@ if TYPE_CHECKING:
     Loss = Callable[[LlavaForConditionalGeneration, TrainBatch, Tensor | None], LossSums]
     LogRatios = Callable[[LlavaForConditionalGeneration, TrainBatch], Tensor]
 
+Kind = PreferenceKind | Literal["kto"]
+
 
 def make_loss(
     *,
-    kind: PreferenceKind,
+    kind: Kind,
     beta: float,
     label_smoothing: float,
+    desirable_weight: float,
+    undesirable_weight: float,
     average_log_probs: bool,
     sft_weight: float,
     distill_weight: float,
@@ -48,25 +56,33 @@ def make_loss(
 ) -> Loss:
     """The loss of a micro-batch, summed over its pairs.
 
-    It takes, for `kto_pair`, the mean log-ratios [2] of the chosen and the rejected responses over the global batch.
+    It takes mean log-ratios over the global batch, None where the micro-batch is all of it: for `kto_pair` those of the
+    chosen and the rejected responses [2], for `kto` that of the mismatched ones [1].
     """
+    mismatched = make_log_ratios(average_log_probs=average_log_probs, vocab_size=vocab_size, mismatched=True)
 
-    def loss(model: LlavaForConditionalGeneration, batch: TrainBatch, mean_ratios_2: Tensor | None) -> LossSums:
+    def loss(model: LlavaForConditionalGeneration, batch: TrainBatch, mean_ratios_R: Tensor | None) -> LossSums:
         found = _log_probs(model, batch, vocab_size, average_log_probs, train_vision)
-        policy_2B, reference_2B = found.policy_2B, found.reference_2B
-        result = preference_loss(
-            policy_2B[0],
-            policy_2B[1],
-            reference_2B[0],
-            reference_2B[1],
-            kind=kind,
-            beta=beta,
-            label_smoothing=label_smoothing,
-            kl_chosen=None if mean_ratios_2 is None else mean_ratios_2[0],
-            kl_rejected=None if mean_ratios_2 is None else mean_ratios_2[1],
-        )
+        policy_2B, reference_2B = found.policy_RB, found.reference_RB
+        means: dict[str, Tensor] = {}
+        if kind == "kto":
+            ratios_R = mismatched(model, batch).mean(1) if mean_ratios_R is None else mean_ratios_R
+            result, kl = _unpaired(policy_2B, reference_2B, ratios_R, beta, (desirable_weight, undesirable_weight))
+            means["kl"] = kl * batch.samples
+        else:
+            result = preference_loss(
+                policy_2B[0],
+                policy_2B[1],
+                reference_2B[0],
+                reference_2B[1],
+                kind=kind,
+                beta=beta,
+                label_smoothing=label_smoothing,
+                kl_chosen=None if mean_ratios_R is None else mean_ratios_R[0],
+                kl_rejected=None if mean_ratios_R is None else mean_ratios_R[1],
+            )
         total = result.loss_sum
-        means = {
+        means |= {
             "preference": result.loss_sum.detach(),
             "reward_accuracy": result.correct_B.float().sum(),
             "reward_margin": result.margins_B.sum(),
@@ -88,31 +104,55 @@ def make_loss(
     return loss
 
 
-def make_log_ratios(*, average_log_probs: bool, vocab_size: int) -> LogRatios:
-    """The log-ratios [2, B] of policy and reference of a micro-batch, without gradient."""
+def make_log_ratios(*, average_log_probs: bool, vocab_size: int, mismatched: bool) -> LogRatios:
+    """The log-ratios [R, B] of policy and reference of a micro-batch, without gradient.
+
+    Those of the responses that are trained on, or of the mismatched ones alone.
+    """
 
     def log_ratios(model: LlavaForConditionalGeneration, batch: TrainBatch) -> Tensor:
+        wanted = batch.mismatched if mismatched else batch
+        assert wanted is not None
         with torch.no_grad():
-            found = _log_probs(model, batch, vocab_size, average_log_probs, False)
-            return found.policy_2B - found.reference_2B
+            found = _log_probs(model, wanted, vocab_size, average_log_probs, False)
+            return found.policy_RB - found.reference_RB
 
     return log_ratios
 
 
 def mean_log_ratios(ratios: Sequence[Tensor], world: World) -> Tensor:
-    """The mean log-ratios [2] over all micro-batches [2, B] of all processes: what `kto_pair` measures its KL by."""
-    totals_2 = torch.stack([ratios_2B.double().sum(1) for ratios_2B in ratios]).sum(0)
-    count = totals_2.new_tensor([sum(ratios_2B.shape[1] for ratios_2B in ratios)])
-    summed = world.sum(torch.cat([totals_2, count]))
-    return (summed[:2] / summed[2]).float()
+    """The mean log-ratios [R] over all micro-batches [R, B] of all processes: what KTO measures its KL by."""
+    totals_R = torch.stack([ratios_RB.double().sum(1) for ratios_RB in ratios]).sum(0)
+    count = totals_R.new_tensor([sum(ratios_RB.shape[1] for ratios_RB in ratios)])
+    summed = world.sum(torch.cat([totals_R, count]))
+    return (summed[:-1] / summed[-1]).float()
+
+
+def _unpaired(
+    policy_2B: Tensor, reference_2B: Tensor, mean_ratio_1: Tensor, beta: float, weights: tuple[float, float]
+) -> tuple[PreferenceLoss, Tensor]:
+    """KTO on each response by itself; a pair's loss is the mean of its two. Also K."""
+    desirable_2B = torch.ones_like(policy_2B, dtype=torch.bool)
+    desirable_2B[1] = False
+    result = kto_loss(
+        policy_2B.flatten(),
+        reference_2B.flatten(),
+        desirable_2B.flatten(),
+        mismatched_ratios_M=mean_ratio_1,
+        beta=beta,
+        desirable_weight=weights[0],
+        undesirable_weight=weights[1],
+    )
+    rewards_2B = result.rewards_S.view_as(policy_2B)
+    return PreferenceLoss(result.losses_S.view_as(policy_2B).mean(0), rewards_2B[0], rewards_2B[1]), result.kl
 
 
 @dataclass(frozen=True)
 class _LogProbs:
-    """Log-probs of the chosen (0) and the rejected (1) responses, and what they were made from."""
+    """Log-probs of each role's responses, and what they were made from; `chosen_mean_B` is of the first role."""
 
-    policy_2B: Tensor
-    reference_2B: Tensor
+    policy_RB: Tensor
+    reference_RB: Tensor
     chosen_mean_B: Tensor
     lengths_S: Tensor
     hidden_ND: Tensor
@@ -134,7 +174,8 @@ def _log_probs(
     if average:
         policy_S, reference_S = means_S, reference_S / lengths_S
     chosen_mean_B = means_S[: batch.samples]
-    return _LogProbs(policy_S.view(2, -1), reference_S.view(2, -1), chosen_mean_B, lengths_S, hidden_ND, routing)
+    shape = (-1, batch.samples)
+    return _LogProbs(policy_S.view(shape), reference_S.view(shape), chosen_mean_B, lengths_S, hidden_ND, routing)
 
 
 def _distilled(

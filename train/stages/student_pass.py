@@ -34,6 +34,7 @@ def predicting_states(
             inputs.input_ids_BT,
             inputs.attention_mask_BT,
             inputs.pixel_values_ICHW,
+            image_rows_Q=inputs.image_rows_P,
             train_vision=train_vision,
         )
     routing = watch.routing(inputs.attention_mask_BT)

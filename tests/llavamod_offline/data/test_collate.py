@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from llavamod_offline.data.collate import Batch, collate
 from llavamod_offline.data.sample import Sample, Turn
-from llavamod_offline.data.sampler import BatchSchedule
+from llavamod_offline.data.sampler import BatchSchedule, Order
 from llavamod_offline.data.template import get_template
 from llavamod_offline.data.tokenise import Sequence, SequenceEncoder
 from llavamod_offline.errors import DataError
@@ -125,7 +125,7 @@ def _collate(sequences: list[Sequence]) -> Batch:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_same_batches_for_any_number_of_workers(workers: int) -> None:
     samples = [dataclasses.replace(sample, key=f"k{row}") for row, sample in enumerate(tiny_samples(10))]
-    schedule = BatchSchedule(n=10, batch_size=4, seed=1, stop=6, micro_batch_size=3)
+    schedule = BatchSchedule(Order(10, seed=1, batch_size=4), stop=6, micro_batch_size=3)
     loader: DataLoader[Sequence] = DataLoader(
         _Encoded(samples),  # type: ignore[arg-type]
         batch_sampler=schedule,
@@ -135,3 +135,16 @@ def test_the_same_batches_for_any_number_of_workers(workers: int) -> None:
     found = [batch.keys for batch in loader]
     assert len(loader) == len(found) == 12
     assert found == [tuple(f"k{row}" for row in rows) for rows in schedule]
+
+
+def test_an_image_that_stands_at_several_places_is_held_once() -> None:
+    """The roles of a sample are given the very same arrays; equal ones of different samples are different images."""
+    own, other, equal = picture(1.0), picture(2.0), picture(1.0)
+    sequences = [sequence(key, [5, 6], [1], role) for role in ("chosen", "rejected") for key in "abc"]
+    batch = collate(sequences, [[own, other], [], [equal]] * 2, pad_id=PAD)
+    assert batch.pixel_values_ICHW is not None
+    assert batch.image_rows_P is not None
+    assert batch.pixel_values_ICHW[:, 0, 0, 0].tolist() == [1.0, 2.0, 1.0]
+    assert batch.image_rows_P.tolist() == [0, 1, 2, 0, 1, 2]
+    assert batch.to("meta").image_rows_P.device.type == "meta"  # type: ignore[union-attr]
+    assert collate(sequences[:1], [[own]], pad_id=PAD).image_rows_P is None

@@ -104,3 +104,23 @@ def test_head_rows_beyond_the_tokenizer_get_no_probability(tiny_folder: Path) ->
     assert weight_VD.grad is not None
     assert weight_VD.grad[:400].abs().max() > 0
     assert not weight_VD.grad[400:].any()
+
+
+def test_an_image_at_several_places_runs_through_the_tower_once(tiny_folder: Path) -> None:
+    """Hidden states and gradients are those of as many copies of the image; samples 0, 5 (two images) and 3 (none)."""
+    model, batch = load_llava(tiny_folder), make_batch(tiny_folder, [0, 5, 3, 5, 0])
+    distinct, rows = batch.pixel_values_ICHW[[0, 1, 2]], torch.tensor([0, 1, 2, 1, 2, 0])
+    seen: list[int] = []
+    model.model.vision_tower.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    found, gradients = [], []
+    for pixels, places in ((distinct[rows], None), (distinct, rows)):
+        model.zero_grad()
+        inputs = (batch.input_ids_BT, batch.attention_mask_BT, pixels)
+        hidden_BTD = student_hidden_states(model, *inputs, image_rows_Q=places, train_vision=True)
+        hidden_BTD[batch.attention_mask_BT.bool()].square().sum().backward()
+        found.append(hidden_BTD.detach())
+        weight = model.model.vision_tower.embeddings.patch_embedding.weight
+        gradients.append(weight.grad.clone())
+    assert seen == [6, 3]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-3 * float(gradients[0].abs().max()))
