@@ -1,7 +1,7 @@
 """Capturing shards one after another: while the teacher runs on one, the next is read and the last one written.
 
-Threads do both. What they do is waiting for the disk or in NumPy, Blosc and tokenizers, which let other threads run,
-so that processes were no faster, and a thread dies with its run.
+Threads do both. What they do is waiting for the disk or in NumPy, Blosc and tokenizers, which let other threads run; no
+gain of a process over a thread could be measured on two busy cores, and a thread dies with its run.
 """
 
 from __future__ import annotations
