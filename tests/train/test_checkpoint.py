@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +102,33 @@ def test_a_killed_run_repeats_nothing_that_was_saved(world: World, undisturbed: 
     assert_same_run(tmp_path / "run", undisturbed)
     left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert left == ["step-00000006"]
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_it_is_the_same_run(world: World, undisturbed: Path, tmp_path: Path) -> None:
+    """SIGKILL between any two instructions: while it starts, in a step, while a checkpoint is written."""
+    rng = random.Random(5)
+    settings = ("steps=8", "save_steps=1", "keep_last=2")
+    config = world.config("mimic_sparse", tmp_path / "run", *settings)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train.run"])
+    kills = 0
+    while kills < 10:
+        process = context.Process(target=train, args=(config,))
+        process.start()
+        begun = latest_checkpoint(tmp_path / "run")
+        deadline = time.monotonic() + 120
+        if kills % 2:  # every other one dies while it starts, the rest once they have saved something
+            while latest_checkpoint(tmp_path / "run") == begun and process.is_alive():
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+        process.join(rng.uniform(0, 0.1 if kills % 2 else 1.5))
+        assert process.is_alive(), "it failed, or was done too early to be killed ten times"
+        process.kill()
+        process.join()
+        kills += 1
+    train(config)
+    assert_same_run(tmp_path / "run", undisturbed)
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])

@@ -46,12 +46,12 @@ def test_two_processes_equal_one_which_can_go_on_for_them(
 ) -> None:
     """Same samples, same losses to rounding, the balance loss and the KL terms included; one of the two prints.
 
-    Their checkpoint of step 2 is then taken up by one process, with the same losses again. With micro-batches of one
+    Their checkpoint of step 5 is then taken up by one process, with the same losses again. With micro-batches of one
     sample there are steps in which one process has a picture and the other none.
     """
-    settings = (f"batch.micro_size={micro_size}", "data.holdout=4", "eval_steps=4")
+    settings = ("steps=10", f"batch.micro_size={micro_size}", "data.holdout=4", "eval_steps=5")
     config = world.config(stage, tmp_path / "two", *settings)
-    done = run_two(config, tmp_path, f"engine.zero_stage={zero_stage}", "save_steps=2")
+    done = run_two(config, tmp_path, f"engine.zero_stage={zero_stage}", "save_steps=5")
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
     train(world.config(stage, tmp_path / "one", *settings))
@@ -64,7 +64,7 @@ def test_two_processes_equal_one_which_can_go_on_for_them(
 def assert_equal_runs(one: Path, other: Path) -> None:
     """Equal logs to rounding, equal students."""
     logs = read_metrics(one), read_metrics(other)
-    assert len(logs[0]) == len(logs[1]) == 4
+    assert len(logs[0]) == len(logs[1]) == 10
     for ours, theirs in zip(*logs, strict=True):
         assert ours.keys() == theirs.keys()
         for name in sorted({"loss", "grad_norm", "positions", "tokens", "balance", "holdout_loss"} & ours.keys()):
