@@ -156,7 +156,7 @@ def _import_deepspeed() -> Any:
     log.setLevel(logging.WARNING)
     for handler in log.handlers:
         if type(handler) is logging.StreamHandler:  # DeepSpeed's own, on stdout; others may have added theirs
-            handler.setStream(sys.stderr)
+            handler.stream = sys.stderr  # not setStream, which flushes the one before: it may be closed by now
     # On a CPU DeepSpeed would build a C++ extension at the first start (half a minute, and it needs a compiler) for
     # all-reduces in shared memory; gloo serves as well here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -44,8 +44,8 @@ from teacher_cache.job import Job, prepare_job
 from teacher_cache.pipeline import capture_shards
 from teacher_cache.record import rows_per_chunk
 from teacher_cache.store import CacheStore
-from tests.benchmarks.capture_worlds import LARGE, MIDDLE, TOY, Size, random_loader, write_world
 from tests.benchmarks.form import Row, finish, parse_arguments
+from tests.benchmarks.worlds.capture import LARGE, MIDDLE, TOY, Size, random_loader, write_world
 
 NAME = "capture"
 CASES = ("forward", "hf_capture", "run")

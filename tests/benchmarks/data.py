@@ -43,9 +43,9 @@ from llavamod_offline.data.shards import SampleSet
 from llavamod_offline.data.tokenise import Sequence
 from teacher_cache.fingerprint import check_sequence
 from teacher_cache.reader import TeacherCache, open_cache
-from tests.benchmarks.data_world import make_encoder, make_preprocessor, write_large, write_world
 from tests.benchmarks.form import Row, finish, parse_arguments
 from tests.benchmarks.packing import indexing_rate, packing_rate
+from tests.benchmarks.worlds.data import make_encoder, make_preprocessor, write_large, write_world
 from train.batches import Loader
 from train.join import join
 from train.order import DEFAULT_WINDOW

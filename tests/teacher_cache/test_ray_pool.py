@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from llavamod_offline.config import load_config
 from llavamod_offline.data.pack import write_set
@@ -30,6 +32,15 @@ ON_RAY = ("engine.ray=true", "engine.ray_workers=2")
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 pytest.importorskip("ray")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As many threads here as a worker has: the last digits of a product on a CPU depend on them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def in_a_process(code: str, *arguments: str, address: str | None = None) -> subprocess.CompletedProcess[str]:
