@@ -32,7 +32,7 @@ from llavamod_offline.toyworld.draw import encode_scene
 from llavamod_offline.toyworld.scene import random_scene
 from tests.tiny import tiny_image, tiny_tokenizer, write_image_processor
 
-TOY_TEACHER = Path(__file__).parents[2] / "llavamod_offline/toyworld/checkpoints/teacher"
+TOY_TEACHER = Path(__file__).parents[3] / "llavamod_offline/toyworld/checkpoints/teacher"
 _ENTROPY = 2.4
 _WORDS = ("circle", "square", "triangle", "star", "red", "green", "blue", "yellow", "picture", "left", "right", "There")
 
