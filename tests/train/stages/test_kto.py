@@ -113,7 +113,8 @@ def test_a_step_is_the_mean_of_single_responses_against_one_kl(
 @pytest.mark.slow
 def test_two_processes_equal_one(world: World, tmp_path: Path, cache: Path) -> None:
     """The KL is that of all processes' mismatched responses, in training and on held-out samples."""
-    settings = (f"cache.path={cache}", "loss.kind=kto", "batch.micro_size=2", "data.holdout=4", "eval_steps=4")
+    settings = [f"cache.path={cache}", "loss.kind=kto", "steps=10", "batch.micro_size=2"]
+    settings += ["data.holdout=4", "eval_steps=5"]
     done = run_two(world.config("preference", tmp_path / "two", *settings), tmp_path, "engine.zero_stage=0")
     assert done.returncode == 0, done.stderr
     train(world.config("preference", tmp_path / "one", *settings))
