@@ -84,8 +84,10 @@ def write_cache(folder: Path, data: Path, teacher: Path, *settings: str) -> Path
 
 
 def wait_for_lines(file: Path, lines: int) -> None:
-    """Wait until a file has some lines."""
+    """Wait until a file has some lines; whoever should write them is dead if they are not there in minutes."""
+    deadline = time.monotonic() + 300
     while not file.is_file() or len(file.read_text().splitlines()) < lines:
+        assert time.monotonic() < deadline, f"{file} never had {lines} lines"
         time.sleep(0.002)
 
 
