@@ -1,4 +1,7 @@
-"""`eval-student`: answer benchmarks' questions with a model, score answers, export them, compare models."""
+"""`eval-student`: answer benchmarks' questions with a model, score answers, export them, compare models.
+
+`portable` prepares a student for other tools.
+"""
 
 from __future__ import annotations
 
@@ -91,6 +94,16 @@ Examples:
   eval-student report runs/eval/* --root data/eval -o report.md
 """
 
+_PORTABLE_HELP = """Write a copy of a student's folder for other tools: lmms-eval, a chat server, a pipeline.
+
+It has the template's wording as a chat template, its end token, and an image processor that pads as in training.
+
+\b
+Examples:
+  eval-student portable runs/student -o runs/student-portable
+  eval-student portable runs/student -o runs/student-portable --template chatml
+"""
+
 Root = Annotated[Path, typer.Option(help="Folder that holds LLaVA's evaluation folders.")]
 Predictions = Annotated[Path, typer.Option(help="predictions.jsonl, or LLaVA-style answers.")]
 TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The benchmark's name.")]
@@ -179,10 +192,23 @@ def report_command(
     print(output)
 
 
+def portable_command(
+    student: Annotated[Path, typer.Argument(metavar="STUDENT", help="Folder of a trained student.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; it must not be there.")],
+    template: Annotated[str, typer.Option(help="The template of training: qwen or chatml.")] = "qwen",
+    image_aspect: Annotated[str, typer.Option(help="The treatment of pictures in training: pad or square.")] = "pad",
+) -> None:
+    from eval.portable import write_portable
+
+    write_portable(student, output, template=template, image_aspect=image_aspect)
+    print(output)
+
+
 app.command("generate", help=_GENERATE_HELP)(generate_command)
 app.command("score", help=_SCORE_HELP)(score_command)
 app.command("export", help=_EXPORT_HELP)(export_command)
 app.command("report", help=_REPORT_HELP)(report_command)
+app.command("portable", help=_PORTABLE_HELP)(portable_command)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ R = TypeVar("R", covariant=True)
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: there are hundreds of thousands, and frozen ones take thrice as long to make
 class Example(Generic[R]):
     """One question of a benchmark.
 
@@ -35,7 +35,7 @@ class Example(Generic[R]):
     question_id: str | int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen, as above
 class Verdict:
     """What scoring made of one answer: how it was read (empty: not at all) and its share of being right, 0 to 1."""
 
@@ -56,13 +56,13 @@ class Scored:
 class Task(Protocol):
     """The names a task's module has. All of them start without torch.
 
-    `HEADLINE` is the metric that papers quote, `OFFICIAL_N` the number of questions of the published set,
+    `HEADLINE` is the metric that papers quote, `OFFICIAL_N` the numbers of questions of the published sets,
     `MAX_NEW_TOKENS` the published limit of an answer, `PROTOCOL` the published prompt and reading of answers in words.
     """
 
     NAME: str
     HEADLINE: str
-    OFFICIAL_N: int
+    OFFICIAL_N: tuple[int, ...]
     MAX_NEW_TOKENS: int
     PROTOCOL: str
 

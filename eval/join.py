@@ -75,7 +75,7 @@ def _candidates(
 
 
 def _listed(names: Sequence[str], noun: str) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:LISTED])
+    shown = ", ".join(f"'{name}'" if len(name) <= 80 else f"'{name[:80]}…'" for name in names[:LISTED])
     return f"{len(names)} {noun}{'s' if len(names) > 1 else ''} ({shown}{', …' if len(names) > LISTED else ''})"
 
 

@@ -16,11 +16,18 @@ from typing import Any
 from llavamod_offline.errors import EvalError
 
 MAX_LINE_BYTES = 4 * 2**20
+# How files begin that hold predictions in another wrapping, and what to do about it.
+_WRAPPED = {
+    b"\x1f\x8b": "is compressed by gzip: unpack it first",
+    b"PK\x03\x04": "is a zip archive or a spreadsheet: give the JSON lines",
+    b"\xff\xfe": "is in UTF-16: save it as UTF-8",
+    b"\xfe\xff": "is in UTF-16: save it as UTF-8",
+}
 FINISHES = ("stop", "length")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: there are hundreds of thousands, and frozen ones take thrice as long to make
 class Prediction:
     """One answer of a model. `id` is the example's own id, or None where a LLaVA file gives a `question_id` instead."""
 
@@ -71,7 +78,11 @@ def llava_answer_line(question_id: str | int, prompt: str, text: str, model: str
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield the numbered lines that are not blank, never holding more of one than the limit."""
     with path.open("rb") as stream:
-        number = 0
+        number, start = 0, stream.read(4)
+        for magic, problem in _WRAPPED.items():
+            if start.startswith(magic):
+                raise EvalError(f"{path}: {problem}")
+        stream.seek(0)
         while line := stream.readline(MAX_LINE_BYTES + 1):
             number += 1
             if len(line) > MAX_LINE_BYTES:

@@ -101,8 +101,9 @@ def incomparable(column: Headline, runs: Sequence[Run]) -> str | None:
         return NOT_COMPARABLE[column.key]
     measured = {run.scores[column.task].n for run in runs if column.task in run.scores}
     official = get_task(column.task).OFFICIAL_N
-    if measured - {official}:
-        return f"published on {official} questions, measured here on {' and '.join(map(str, sorted(measured)))}"
+    if measured - set(official):
+        asked, here = " or ".join(map(str, official)), " and ".join(map(str, sorted(measured)))
+        return f"published on {asked} questions, measured here on {here}"
     return None
 
 

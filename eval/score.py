@@ -68,10 +68,10 @@ def score_task(
         joined = join(
             examples, answers, question_key=module.question_key, path=predictions, allow_missing=allow_missing
         )
-    texts = {example.id: joined[example.id].text if example.id in joined else None for example in examples}
-    if judge is None:
-        scored, judged = module.score(examples, texts), ""
-    else:
+        texts = {example.id: joined[example.id].text if example.id in joined else None for example in examples}
+        if judge is None:
+            scored, judged = module.score(examples, texts), ""
+    if judge is not None:
         from eval.judged import score_with_judge
 
         record = judge_record or predictions.with_suffix(".judge.jsonl")
@@ -99,6 +99,8 @@ def _collector_paused() -> Iterator[None]:
         yield
     finally:
         if running:
+            gc.freeze()
+            gc.unfreeze()  # what was made meanwhile counts as old, so that it is not walked over at once
             gc.enable()
 
 
@@ -117,8 +119,8 @@ def _protocol(
 ) -> str:
     module = get_task(task)
     parts = [f"{task}: {len(examples)} questions"]
-    if len(examples) != module.OFFICIAL_N:
-        parts.append(f"not the published set of {module.OFFICIAL_N}")
+    if len(examples) not in module.OFFICIAL_N:
+        parts.append(f"not the published set of {' or '.join(map(str, module.OFFICIAL_N))}")
     parts.append(module.PROTOCOL if not judged or task == "mmhal" else module.PROTOCOL.split(" | ")[0])
     parts += [judged] if judged else []
     reworded = sum(e.id in joined and _reworded(e, joined[e.id].prompt) for e in examples)
@@ -144,7 +146,9 @@ def _generation(predictions: Path) -> str:
 
 def _reworded(example: Example[Any], prompt: str) -> bool:
     """Whether a prompt is neither the published one nor, as LLaVA records it for MMBench, its question alone."""
-    return prompt != example.prompt and _plain(prompt) not in (_plain(example.prompt), _plain(example.question))
+    if prompt in (example.prompt, example.question):
+        return False
+    return _plain(prompt) not in (_plain(example.prompt), _plain(example.question))
 
 
 def _plain(prompt: str) -> str:

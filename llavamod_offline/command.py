@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -13,6 +14,7 @@ import typer
 from llavamod_offline.errors import LlavaModError
 
 INPUT_ERROR_STATUS = 2
+_NOT_PRINTED = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # names from files may hold line breaks and worse
 
 
 def run_command(app: typer.Typer, argv: Sequence[str] | None = None, *, name: str | None = None) -> NoReturn:
@@ -26,7 +28,7 @@ def run_command(app: typer.Typer, argv: Sequence[str] | None = None, *, name: st
     except LlavaModError as error:
         if os.environ.get("LLAVAMOD_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_NOT_PRINTED.sub(lambda found: repr(found.group())[1:-1], str(error))}", file=sys.stderr)
         sys.exit(INPUT_ERROR_STATUS)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

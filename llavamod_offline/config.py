@@ -110,6 +110,8 @@ def _merge(schema: type[Any], merged: Any, update: Any, where: str) -> Any:
         if "not in" in message and "Did you mean" not in message:
             nearest = difflib.get_close_matches(key, [line.split(":")[0] for line in _describe(schema, "")], n=1)
             message = f"unknown key '{key}'" + (f". Did you mean: '{nearest[0]}'?" if nearest else "")
+        elif "is not a ListConfig" in message:
+            message = f"takes a list: write [{OmegaConf.select(update, key)}]"
         raise ConfigError(f"{where}: {key}: {message}" if key else f"{where}: {message}") from error
 
 

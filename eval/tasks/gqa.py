@@ -9,7 +9,7 @@ to the reference letter for letter; spaces and articles stay. Questions that are
 answer is wrong (LLaVA-MoD's eval_gqa_1.py skips it, which shrinks the denominator).
 
 Consistency, validity, plausibility and grounding need files that GQA 1.2 no longer has. `distribution` is GQA's
-chi-square over answer groups, divided by 100 (lower is better), where every question has its group.
+chi-square over answer groups, divided by 100 (lower is better), over the questions that have a group (many have none).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from eval.example import Example, Scored, Verdict, first_line_key
 from eval.files import FileImage, Row, as_row, find_file, read_jsonl, read_object
 
 NAME = "gqa"
 HEADLINE = "accuracy"
-OFFICIAL_N = 12578
+OFFICIAL_N: tuple[int, ...] = (12578,)
 MAX_NEW_TOKENS = 128
 PROTOCOL = (
     r"prompt: {question}\nAnswer the question using a single word or phrase. "
     "| answer: trailing '.' removed, lower case, equal to the reference; balanced questions"
 )
+_KINDS = ("types", "groups")
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,9 @@ def score(examples: Sequence[Example[Reference]], texts: Mapping[str, str | None
             groups[f"accuracy{name}"].append(right)
     metrics: dict[str, float | None] = {"accuracy": None}
     metrics |= {name: sum(values) / len(values) for name, values in sorted(groups.items())}
-    if answered and all(reference.group for reference, _ in answered):
-        metrics["distribution"] = _distribution(answered)
+    grouped = [(reference, answer) for reference, answer in answered if reference.group]
+    if grouped:
+        metrics["distribution"] = _distribution(grouped)
     left_out = len(examples) - len(verdicts)
     notes = (f"{left_out} questions that are not balanced left out",) if left_out else ()
     empty = sum(1 for example in examples if texts[example.id] is not None and not parse(str(texts[example.id])))
@@ -121,14 +122,13 @@ def _distribution(answered: Sequence[tuple[Reference, str]]) -> float:
 
 
 def _reference(row: Row) -> Reference:
-    types: Any = row.values.get("types") or {}
-    groups: Any = row.values.get("groups") or {}
+    types, groups = (as_row(row.path, f"{row.place}, {name}", row.values.get(name) or {}) for name in _KINDS)
     return Reference(
         answer=row.text("answer"),
         balanced=bool(row.values.get("isBalanced", True)),
-        structural=str(types.get("structural") or "unknown"),
-        semantic=str(types.get("semantic") or "unknown"),
-        group=str(groups.get("global") or ""),
+        structural=str(types.values.get("structural") or "unknown"),
+        semantic=str(types.values.get("semantic") or "unknown"),
+        group=str(groups.values.get("global") or ""),
     )
 
 

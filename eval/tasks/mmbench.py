@@ -11,7 +11,7 @@ from eval.mmbench import Reference, load_tsv, score_rows
 
 NAME = "mmbench"
 HEADLINE = "circular"
-OFFICIAL_N = 4377
+OFFICIAL_N: tuple[int, ...] = (4329, 4377)  # of 20231003, of 20230712
 MAX_NEW_TOKENS = 1024
 PROTOCOL = (
     r"prompt: [{hint}\n]{question}\nA. …\nB. …\nAnswer with the option's letter from the given choices directly. "

@@ -11,7 +11,7 @@ from eval.mmbench import Reference, load_tsv, score_rows
 
 NAME = "mmbench_cn"
 HEADLINE = "circular"
-OFFICIAL_N = 4329
+OFFICIAL_N: tuple[int, ...] = (4329,)
 MAX_NEW_TOKENS = 1024
 PROTOCOL = (
     r"prompt: [{hint}\n]{question}\nA. …\nB. …\n请直接回答选项字母。 "

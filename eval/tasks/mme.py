@@ -9,8 +9,8 @@ Questions and references are joined on (category, file name up to its first ".",
 "Please answer yes or no." and LLaVA's suffix and with single spaces (one category has two spaces before "Please").
 
 Reading (calculation.py of the official tool): lower case; "yes" if the first four characters hold "yes", else "no" if
-they hold "no" ("not", "now" and "none" among them), else neither, which is wrong. Tabs and line breaks, which break the
-official tool's files, are spaces here.
+they hold "no" ("not", "now" and "none" among them), else neither, which is wrong. Spaces around an answer go, as
+LLaVA's runners strip them. Tabs and line breaks in it, which break the official tool's files, do no harm here.
 
 Score of a category: accuracy × 100 + share of pictures with both questions right × 100, at most 200. Perception is the
 sum over ten categories, cognition over four; published "MME" figures are mostly perception alone.
@@ -18,6 +18,7 @@ sum over ten categories, cognition over four; published "MME" figures are mostly
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from llavamod_offline.errors import EvalError
 
 NAME = "mme"
 HEADLINE = "perception"
-OFFICIAL_N = 2374
+OFFICIAL_N: tuple[int, ...] = (2374,)
 MAX_NEW_TOKENS = 128
 PROTOCOL = (
     r"prompt: {question without 'Please answer yes or no.'}\nAnswer the question using a single word or phrase. "
@@ -91,7 +92,7 @@ def question_key(prompt: str) -> str:
 
 def parse(text: str) -> str:
     """Read an answer as "yes", "no" or "other"."""
-    start = " ".join(text.split()).lower()[:4]
+    start = text.strip().lower()[:4]
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
 
@@ -137,7 +138,7 @@ def _answers(root: Path, category: str) -> Iterator[tuple[tuple[str, str], bool]
     for file in _answer_files(root, category):
         template = file.parent.name == "Your_Results"
         try:
-            lines = file.read_text("utf-8-sig").splitlines()
+            lines = file.read_bytes().decode("utf-8-sig").split("\n")  # splitlines() knows further line breaks
         except (OSError, UnicodeDecodeError) as error:
             raise EvalError(f"{file}: cannot be read: {error}") from error
         for number, line in enumerate(lines, 1):
@@ -154,9 +155,9 @@ def _answers(root: Path, category: str) -> Iterator[tuple[tuple[str, str], bool]
 def _answer_files(root: Path, category: str) -> list[Path]:
     for release in _RELEASES:
         for folder in (root / release / category / "questions_answers_YN", root / release / category):
-            files = sorted(folder.glob("*.txt"))
-            if files:
-                return files
+            names = sorted(name for name in os.listdir(folder) if name.endswith(".txt")) if folder.is_dir() else []
+            if names:
+                return [folder / name for name in names]
     return [find_file(root, f"{_TEMPLATES}/{category}.txt")]
 
 

@@ -28,7 +28,7 @@ from llavamod_offline.errors import EvalError
 
 NAME = "mmhal"
 HEADLINE = "score"
-OFFICIAL_N = 96
+OFFICIAL_N: tuple[int, ...] = (96,)
 MAX_NEW_TOKENS = 1024
 PROTOCOL = "prompt: {question} | judged 0 to 6, below 3 is a hallucination; the last rating of a reply counts"
 UNPARSED_ALLOWED = 0.02

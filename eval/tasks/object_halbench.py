@@ -29,7 +29,7 @@ from llavamod_offline.errors import EvalError
 
 NAME = "object_halbench"
 HEADLINE = "response_hall"
-OFFICIAL_N = 300
+OFFICIAL_N: tuple[int, ...] = (300,)
 MAX_NEW_TOKENS = 1024
 PROTOCOL = (
     "prompt: {question} | variant: chair_string (treebank words, noun lemmas, synonym list; repeated mentions count); "

@@ -24,7 +24,7 @@ from llavamod_offline.errors import EvalError
 
 NAME = "pope"
 HEADLINE = "f1_mean"
-OFFICIAL_N = 8910
+OFFICIAL_N: tuple[int, ...] = (8910,)
 MAX_NEW_TOKENS = 128
 PROTOCOL = (
     r"prompt: {question}\nAnswer the question using a single word or phrase. "
@@ -57,8 +57,9 @@ def load(root: Path) -> list[Example[Label]]:
             labels[category] = _labels(_label_file(root, category))
         yes = labels[category].get((image, question_key(prompt)))
         if yes is None:
+            asked = prompt.split("\n")[0]
             raise row.error(
-                f"no label for '{prompt.splitlines()[0]}' of {image} in coco_pope_{category}.json: "
+                f"no label for '{asked}' of {image} in coco_pope_{category}.json: "
                 "take the label files of POPE's commit e3e3926"
             )
         examples.append(

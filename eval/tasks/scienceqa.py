@@ -23,7 +23,7 @@ from llavamod_offline.errors import EvalError
 
 NAME = "scienceqa"
 HEADLINE = "img_accuracy"
-OFFICIAL_N = 4241
+OFFICIAL_N: tuple[int, ...] = (4241,)
 MAX_NEW_TOKENS = 1024
 SUFFIX = "\nAnswer with the option's letter from the given choices directly."
 PROTOCOL = (

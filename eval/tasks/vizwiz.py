@@ -23,7 +23,7 @@ from llavamod_offline.errors import EvalError
 
 NAME = "vizwiz"
 HEADLINE = "accuracy"
-OFFICIAL_N = 4319
+OFFICIAL_N: tuple[int, ...] = (4319,)
 MAX_NEW_TOKENS = 128
 SUFFIX = "\nWhen the provided information is insufficient, respond with 'Unanswerable'." + SHORT_ANSWER
 PROTOCOL = (

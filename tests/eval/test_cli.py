@@ -53,16 +53,20 @@ def test_generate_then_score_then_export(tmp_path: Path, capsys: pytest.CaptureF
 def test_errors_are_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = pope_root(tmp_path / "data")
     path = write_jsonl(tmp_path / "a.jsonl", answers({1: "Yes", 77: "No"}))
+    odd = write_jsonl(tmp_path / "odd.jsonl", answers({"a\n\x1b[31mb\u2028": "Yes", "x" * 5000: "No"}))
     cases = [
+        (("score", "pope", "--root", root, "--predictions", odd), "2 predictions ('a\\n\\x1b[31mb\\u2028', 'xxx"),
         (("score", "popes", "--root", root, "--predictions", path), "task 'popes' is unknown: choose one of"),
         (("score", "pope", "--root", root, "--predictions", path), "1 prediction ('77') of no question"),
         (("score", "pope", "--root", tmp_path / "no", "--predictions", path), "no such folder"),
         (("score", "pope", "--root", root, "--predictions", path, "--judge-model", "m"), "go with --judge"),
         (("score", "pope", "--root", root, "--predictions", path, "--judge", "nothing"), "neither a URL"),
         (("export", "pope", "--root", root, "--predictions", path, "-o", tmp_path / "x.xlsx"), "written as .jsonl"),
+        (("portable", tmp_path / "none", "-o", tmp_path / "new"), "none: no preprocessor_config.json"),
         (("generate", "batchsize=3"), "Did you mean: 'batch_size'?"),
         (("generate", "model=a", "root=b", "output=c", "tasks=[popes]"), "task 'popes' is unknown"),
         (("generate", "model=a", "root=b", "output=c"), "tasks: name at least one"),
+        (("generate", "model=a", "root=b", "output=c", "tasks=pope,gqa"), "tasks: takes a list: write [pope,gqa]"),
         (("generate", "model=a", "tasks=[pope]"), "no value for"),
         (("generate", tmp_path / "none.yaml"), "no such config file"),
     ]
@@ -72,6 +76,7 @@ def test_errors_are_one_line_and_status_2(tmp_path: Path, capsys: pytest.Capture
         assert message in shown
         assert shown.startswith("error: ")
         assert shown.count("\n") == 1
+        assert shown[:-1].isprintable()
     assert not (tmp_path / "x.xlsx").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,29 @@ def test_a_broken_line_is_one_error_that_names_it(tmp_path: Path, bad: bytes, me
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(line() + b"\n"), "is compressed by gzip: unpack it first"),
+        (b"PK\x03\x04 and so on", "is a zip archive or a spreadsheet"),
+        (line().decode().encode("utf-16"), "is in UTF-16: save it as UTF-8"),
+    ],
+)
+def test_a_wrapped_file_is_told_apart_from_a_damaged_one(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(EvalError) as error:
+        read_predictions(path, "pope")
+    assert str(error.value).startswith(f"{path}: {message}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_byte_order_mark_and_carriage_returns_do_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + line() + b"\r\n\r\n" + line(id="2") + b"\r\n")
+    assert [prediction.id for prediction in read_predictions(path, "pope")] == ["1", "2"]
 
 
 def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def root(tmp_path: Path) -> Path:
 @pytest.fixture
 def runs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """GQA 3/5 each, disagreeing on questions 1 and 2; GQA is taken for the published set, the others are not."""
-    monkeypatch.setattr("eval.tasks.gqa.OFFICIAL_N", 5)
+    monkeypatch.setattr("eval.tasks.gqa.OFFICIAL_N", (5,))
     one, two = tmp_path / "runs" / "dense", tmp_path / "runs" / "sparse"
     write_run(one, root, "gqa", {"1": "</script><img src=x onerror=alert(1)>", "0": "blue"}, "red")
     write_run(two, root, "gqa", {"2": "blue", "0": "blue"}, "red")

@@ -63,3 +63,15 @@ def test_interrupts_and_chosen_statuses() -> None:
 def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert status("--nothing") == 2
     assert "No such option" in capsys.readouterr().err
+
+
+def test_line_breaks_and_control_characters_of_names_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def fail() -> None:
+        raise DataError("sample 'a\nb\x1b[2J\u2028é': twice")
+
+    with pytest.raises(SystemExit):
+        run_command(app, [])
+    assert capsys.readouterr().err == "error: sample 'a\\nb\\x1b[2J\\u2028é': twice\n"

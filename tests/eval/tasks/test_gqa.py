@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,49 @@ def test_distribution_is_the_chi_square_over_groups(tmp_path: Path) -> None:
     assert result.metrics["distribution"] == pytest.approx((1.5 * 3 + 0 * 1) / 4 / 100)
 
 
+def test_questions_without_a_group_are_left_out_of_the_distribution(tmp_path: Path) -> None:
+    """As in GQA's eval.py: most yes/no questions have `"global": null`."""
+    plain = {**reference("yes", "verify"), "groups": {"global": None, "local": "13-pond_cart"}}
+    root = gqa_root(tmp_path, {"1": reference("red"), "2": reference("blue"), "3": plain})
+    result = scored(gqa, root, {"1": "red", "2": "red", "3": "no"})
+    assert result.metrics["distribution"] == pytest.approx(((2 - 1) ** 2 / 1 + (0 - 1) ** 2 / 1) / 100)
+    assert "distribution" not in scored(gqa, gqa_root(tmp_path / "b", {"3": plain}), {"3": "no"}).metrics
+
+
+def test_metrics_equal_the_official_sums(tmp_path: Path) -> None:
+    """GQA's eval.py written out: lists of scores, histograms of answers by group, chi-square by group."""
+    rng, words = random.Random(0), ("red", "blue", "yes", "no", "left")
+    references = {
+        str(number): reference(
+            rng.choice(words), rng.choice(("query", "verify")), rng.choice(("attr", "rel")), rng.choice(("c", "d", ""))
+        )
+        | {"isBalanced": rng.random() < 0.9}
+        for number in range(300)
+    }
+    texts = {name: rng.choice(words).upper() + rng.choice(("", ".", "..")) for name in references}
+    hits: dict[str, list[float]] = {}
+    gold: dict[str, list[str]] = {}
+    said: dict[str, list[str]] = {}
+    for name, question in references.items():
+        if not question["isBalanced"]:
+            continue
+        answer = texts[name].replace(".", "").lower()
+        kind, group = question["types"]["structural"], question["groups"]["global"]
+        for key in ("accuracy", "accuracy_open" if kind == "query" else "accuracy_binary"):
+            hits.setdefault(key, []).append(float(answer == question["answer"]))
+        if group:
+            gold.setdefault(group, []).append(question["answer"])
+            said.setdefault(group, []).append(answer)
+    weighted = 0.0
+    for group, right in gold.items():
+        chi = sum((said[group].count(word) - right.count(word)) ** 2 / right.count(word) for word in set(right))
+        weighted += chi * len(right)
+    metrics = scored(gqa, gqa_root(tmp_path, references), texts).metrics
+    for key, values in hits.items():
+        assert metrics[key] == pytest.approx(sum(values) / len(values))
+    assert metrics["distribution"] == pytest.approx(weighted / sum(map(len, gold.values())) / 100)
+
+
 def test_a_missing_answer_does_not_shrink_the_denominator(tmp_path: Path) -> None:
     root = gqa_root(tmp_path / "data", {"1": reference("red"), "2": reference("blue")})
     path = write_jsonl(tmp_path / "a.jsonl", answers({"1": "red"}))
@@ -80,6 +124,15 @@ def test_both_places_of_the_references(tmp_path: Path) -> None:
         root = gqa_root(tmp_path / below.replace("/", "-"), {"1": reference("red")}, below=below)
         assert len(gqa.load(root)) == 1
         assert [path.name for path in gqa.reference_files(root)][1] == "testdev_balanced_questions.json"
+
+
+@pytest.mark.parametrize("name", ["types", "groups"])
+def test_odd_types_and_groups_are_named(tmp_path: Path, name: str) -> None:
+    root = gqa_root(tmp_path, {"1": reference("red"), "2": reference("red") | {name: "query"}})
+    message = f"testdev_balanced_questions.json: question '2', {name}: expected a JSON object, found str"
+    with pytest.raises(EvalError, match=message):
+        gqa.load(root)
+    assert gqa.load(gqa_root(tmp_path, {"1": reference("red") | {name: None}}))[0].reference.answer == "red"
 
 
 def test_a_question_without_a_reference_is_named(tmp_path: Path) -> None:

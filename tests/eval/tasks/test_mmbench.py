@@ -3,6 +3,7 @@ the published TSV (rotations in the index), VLMEvalKit's prefetch (reading of le
 
 from __future__ import annotations
 
+import random
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,46 @@ def test_circular_asks_for_every_rotation(root: Path) -> None:
     assert result.n_unparsed == 1
     assert "20.00% of rows not read" in result.notes
     assert result.verdicts["1"].read_as == ""
+
+
+def test_circular_equals_the_official_loop(root: Path) -> None:
+    """Rows with one index modulo 1,000,000 are one question, right where every row is; whatever the file's order."""
+    rng = random.Random(5)
+    rows: list[dict[str, str]] = []
+    for number in (*range(20), 999_999):
+        count = rng.choice((2, 3, 4))
+        for turn in range(rng.choice((count, count - 1))):
+            options = MMBENCH_OPTIONS[:count]
+            name = rng.choice(("coarse", "fine"))
+            row = mmbench_row(turn * 1_000_000 + number, options, "ABCD"[turn % count])
+            rows.append(
+                row | {"category": f"{number % 3}", "l2-category": name if turn == 0 else rows[-1]["l2-category"]}
+            )
+    rng.shuffle(rows)
+    write_tsv(root / "mmbench" / "mmbench_dev_20230712.tsv", rows)
+    texts = {row["index"]: row["answer"] if rng.random() < 0.8 else rng.choice("ABCDZ") for row in rows}
+    groups: dict[int, list[tuple[int, bool, str]]] = {}
+    for row in rows:
+        index = int(row["index"])
+        right = texts[row["index"]] == row["answer"]
+        groups.setdefault(index % 1_000_000, []).append((index, right, row["l2-category"]))
+    metrics = scored(mmbench, root, texts).metrics
+    hits = {group: all(right for _, right, _ in found) for group, found in groups.items()}
+    assert metrics["circular"] == pytest.approx(sum(hits.values()) / len(groups))
+    assert metrics["vanilla"] == pytest.approx(sum(min(found)[1] for found in groups.values()) / len(groups))
+    for name in ("coarse", "fine"):
+        of_name = [hits[group] for group, found in groups.items() if found[0][2] == name]
+        assert metrics[name] == pytest.approx(sum(of_name) / len(of_name))
+    assert metrics["0"] == pytest.approx(sum(hits[group] for group in groups if group % 3 == 0) / 8)
+
+
+def test_both_versions_are_published_sets(monkeypatch: pytest.MonkeyPatch, root: Path, tmp_path: Path) -> None:
+    """20231003 has 4329 rows, 20230712 4377."""
+    assert set(mmbench.OFFICIAL_N) == {4329, 4377}
+    path = write_jsonl(tmp_path / "a.jsonl", answers(dict.fromkeys((1, 1_000_001, 2_000_001, 2, 1_000_002), "A")))
+    assert "not the published set of 4329 or 4377" in score_task("mmbench", root, path).protocol
+    monkeypatch.setattr(mmbench, "OFFICIAL_N", (4, 5))
+    assert "published set" not in score_task("mmbench", root, path).protocol
 
 
 def test_pictures_are_read_from_the_tsv(root: Path) -> None:

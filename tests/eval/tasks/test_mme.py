@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,11 @@ def truth(root: Path) -> dict[str, str | None]:
         (" \tYes\tor no", "yes"),
         ("no yes", "no"),
         ("eyes", "yes"),
+        ("\nNo\r\n", "no"),
+        ("I  no", "other"),  # the official tool squeezes no spaces
+        ("a\tno", "no"),  # a tab counts as one
+        ("No yes", "no"),
+        ("nyes", "yes"),  # "yes" is looked for first
     ],
 )
 def test_parse(text: str, read_as: str) -> None:
@@ -125,6 +131,42 @@ def test_category_scores_and_sums(tmp_path: Path) -> None:
     assert result.metrics["perception"] == pytest.approx(325.0)
     assert result.metrics["accuracy"] == pytest.approx(7 / 8)
     assert result.notes == ("3 of the 14 published categories, the sums are over those",)
+
+
+def test_categories_equal_the_official_loop(tmp_path: Path) -> None:
+    """calculation.py: accuracy over all questions, plus the share of pictures with two right, each times 100."""
+    root, rng = release(tmp_path), random.Random(3)
+    for _ in range(20):
+        texts = {name: rng.choice(("Yes", "No", "Maybe", "not sure")) for name in truth(root)}
+        metrics, sums = scored(mme, root, texts).metrics, {"perception": 0.0, "cognition": 0.0}
+        for category, pictures in PICTURES.items():
+            right, pairs_right, asked = 0, 0, 0
+            for name, pair in pictures.items():
+                hits = 0
+                for number, (_, label) in enumerate(pair, 1):
+                    said = texts[f"{category}/{name}#{number}"].lower()
+                    hits += ("yes" if said == "yes" else "no" if said.startswith("no") else "other") == label.lower()
+                right, asked = right + hits, asked + 2
+                pairs_right += hits == 2
+            expected = 100 * right / asked + 100 * pairs_right / len(pictures)
+            assert metrics[category] == pytest.approx(expected)
+            sums["cognition" if category == "code_reasoning" else "perception"] += expected
+        assert metrics["perception"] == pytest.approx(sums["perception"])
+        assert metrics["cognition"] == pytest.approx(sums["cognition"])
+
+
+def test_the_fourteen_categories() -> None:
+    assert len(mme.PERCEPTION) == 10
+    assert len(mme.COGNITION) == 4
+    assert not set(mme.PERCEPTION) & set(mme.COGNITION)
+
+
+def test_references_with_carriage_returns_and_odd_line_breaks(tmp_path: Path) -> None:
+    root = release(tmp_path)
+    path = root / "MME" / "MME_Benchmark_release_version" / "existence" / "0001.txt"
+    text = f"\ufeffIs there a dog?{YES_NO}\tYes\r\nIs there\u2028a cat?{YES_NO}\tNo\r\n\r\n"
+    path.write_bytes(text.encode())
+    assert truth(root)["existence/0001.png#2"] == "No"
 
 
 def test_neither_yes_nor_no_is_wrong_and_counted(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import random
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from eval.files import read_jsonl
 from eval.score import score_task
@@ -36,6 +38,39 @@ from tests.eval.fixtures import answers, pope_root, scored, write_jsonl
 )
 def test_parse(text: str, read_as: str) -> None:
     assert pope.parse(text) == read_as
+
+
+@given(st.lists(st.sampled_from(["No", "no", "not", "NO", "Yes", "yes", "nope", " ", "  ", ",", ".", "\n", "n", "o"])))
+def test_parse_equals_the_official_steps(pieces: list[str]) -> None:
+    """eval_pope.py: cut at the first period where there is one, delete commas, split at each space, look for a word."""
+    text = "".join(pieces)
+    sentence = text[: text.index(".")] if "." in text else text
+    words: list[str] = []
+    word = ""
+    for letter in sentence.replace(",", "") + " ":
+        words, word = ([*words, word], "") if letter == " " else (words, word + letter)
+    assert pope.parse(text) == ("no" if "No" in words or "not" in words or "no" in words else "yes")
+
+
+def test_metrics_equal_the_official_sums(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    labels = [rng.choice(("yes", "no")) for _ in range(50)]
+    root = pope_root(tmp_path, labels)
+    texts = {example.id: rng.choice(("Yes", "No", "no, sir", "NO", "It is not.")) for example in pope.load(root)}
+    metrics, f1s = scored(pope, root, texts).metrics, []
+    for index, category in enumerate(pope.CATEGORIES):
+        said = [texts[str(index * 50 + number + 1)] in ("Yes", "NO") for number in range(50)]
+        pairs = list(zip(said, (label == "yes" for label in labels), strict=True))
+        tp, fp = pairs.count((True, True)), pairs.count((True, False))
+        tn, fn = pairs.count((False, False)), pairs.count((False, True))
+        precision, recall = tp / (tp + fp), tp / (tp + fn)
+        f1s.append(2 * precision * recall / (precision + recall))
+        assert metrics[f"f1_{category}"] == pytest.approx(f1s[-1])
+        assert metrics[f"accuracy_{category}"] == pytest.approx((tp + tn) / 50)
+        assert metrics[f"precision_{category}"] == pytest.approx(precision)
+        assert metrics[f"recall_{category}"] == pytest.approx(recall)
+        assert metrics[f"yes_ratio_{category}"] == pytest.approx(sum(said) / 50)
+    assert metrics["f1_mean"] == pytest.approx(sum(f1s) / 3)
 
 
 def test_scores_against_counts_by_hand(tmp_path: Path) -> None:
@@ -121,6 +156,15 @@ def test_bad_benchmark_files_are_named(tmp_path: Path) -> None:
     labels.write_text(good.splitlines()[0] + "\n")
     with pytest.raises(EvalError, match=r"line 6: no label for 'Is there a dog1 in the image\?'"):
         pope.load(root)
+    questions = root / "pope" / "llava_pope_test.jsonl"
+    first = json.loads(questions.read_text().splitlines()[0])
+    write_jsonl(questions, [{**first, "text": ""}])
+    with pytest.raises(EvalError, match=r"line 1: no label for '' of COCO"):
+        pope.load(root)
+    questions.write_text(json.dumps({**first, "text": "\ud800", "more": "\U0001f600"}) + "\n")
+    with pytest.raises(EvalError, match=r"line 1: not readable as JSON: .*surrogates not allowed"):
+        pope.load(root)
+    write_jsonl(questions, [{**first, "category": "random"}])
     labels.write_text("[not json\n")
     with pytest.raises(EvalError, match=r"coco_pope_random.json: line 1: not readable as JSON"):
         pope.load(root)

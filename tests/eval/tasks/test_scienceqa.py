@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from eval.example import Example
 from eval.score import score_task
 from eval.tasks import scienceqa
 from llavamod_offline.errors import EvalError
@@ -37,6 +41,26 @@ LETTER = "\nAnswer with the option's letter from the given choices directly."
 )
 def test_parse(text: str, letter: str | None) -> None:
     assert scienceqa.parse(text) == letter
+
+
+@given(
+    st.lists(st.sampled_from([*"ABEFa. \n", "The answer is ", "The answer is B", "the answer is A."]), max_size=5),
+    st.integers(2, 5),
+)
+def test_the_chosen_option_equals_the_official_steps(pieces: list[str], choices: int) -> None:
+    """eval_science_qa.py: parse, then the letter's index among the choices there are, else -1: never a guess."""
+    text, options = "".join(pieces), ["A", "B", "C", "D", "E"]
+    found = re.findall("The answer is ([A-Z])[^\n]", text)
+    if text in options:
+        letter = text
+    elif len(text) >= 3 and text[0] in options and text[1:3] == ". ":
+        letter = text[0]
+    else:
+        letter = found[0] if len(found) == 1 else "FAILED"
+    index = options.index(letter) if letter in options[:choices] else -1
+    for right in range(choices):
+        example = Example("1", "Q", scienceqa.Reference(right, choices, True))
+        assert scienceqa.score([example], {"1": text}).metrics["img_accuracy"] == float(index == right)
 
 
 def test_accuracies_and_prompts(tmp_path: Path) -> None:

@@ -63,6 +63,20 @@ def test_llava_answers_are_joined_on_picture_and_question(tmp_path: Path) -> Non
     assert "1 prompts are worded unlike the published ones" in score.protocol
 
 
+def test_questions_that_differ_in_spaces_alone_keep_their_own_answers(tmp_path: Path) -> None:
+    """The official join is on the question as it stands in lower case; only where that finds none, spaces go."""
+    root = textvqa_root(tmp_path)
+    asked = ("What time?", "What  time?", " WHAT time? ")
+    rows = [{"question_id": "cc", "image": "cc.jpg", "text": question + OCR + SHORT} for question in asked]
+    write_jsonl(root / "textvqa" / "llava_textvqa_val_v051_ocr.jsonl", rows)
+    data = [
+        {"image_id": "cc", "question": question, "answers": [answer] * 10}
+        for question, answer in (("what time?", "one"), ("What  time?", "two"))
+    ]
+    write_json(root / "textvqa" / "TextVQA_0.5.1_val.json", {"data": data})
+    assert [example.reference.answers[0] for example in textvqa.load(root)] == ["one", "two", "one"]
+
+
 def test_prompts_without_ocr_are_told(tmp_path: Path) -> None:
     result = scored(textvqa, textvqa_root(tmp_path, ocr=False), {"aa#1": "", "aa#2": "", "bb#1": ""})
     assert result.notes == ("OCR tokens in 0 of 3 published prompts",)
@@ -73,6 +87,9 @@ def test_bad_references_are_named(tmp_path: Path) -> None:
     path = root / "textvqa" / "TextVQA_0.5.1_val.json"
     write_json(path, {"data": [{"image_id": "aa", "question": "What?", "answers": "stop"}]})
     with pytest.raises(EvalError, match="data, item 1: field 'answers' must be a list of strings"):
+        textvqa.load(root)
+    write_json(path, {"data": [{"image_id": "aa", "question": "What?", "answers": []}]})
+    with pytest.raises(EvalError, match="data, item 1: no 'answers': the test split's are hidden"):
         textvqa.load(root)
     write_json(path, {"data": []})
     with pytest.raises(EvalError, match=r"line 1: no human answers to 'what word is it\?' about aa"):

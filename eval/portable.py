@@ -1,0 +1,88 @@
+"""A copy of a student's folder that asks as this project asks, whatever runs it: lmms-eval, a chat server, a pipeline.
+
+The weights and the tokenizer are the student's. What other tools read beside them says what this project knows:
+  chat_template.jinja      the wording of the template that the student was trained with
+  preprocessor_config.json for `image_aspect` "pad", LLaVA's image processor, which pads a picture to a square first
+  tokenizer_config.json, generation_config.json   the template's end token
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from llavamod_offline.atomic import new_folder
+from llavamod_offline.data.images import ASPECTS, ImagePreprocessor, read_processor_settings
+from llavamod_offline.data.sample import IMAGE_PLACEHOLDER
+from llavamod_offline.data.template import Segment, Template, get_template
+from llavamod_offline.errors import ConfigError
+from llavamod_offline.models.checkpoint import load_tokenizer, read_json
+
+
+def write_portable(student: Path, output: Path, *, template: str = "qwen", image_aspect: str = "pad") -> None:
+    """Write a portable copy of the folder `student`; large files are hard links where that is possible.
+
+    Errors: `ConfigError` for the template, the aspect, or an `output` that is there; `ModelError` for the student.
+    """
+    wording = get_template(template)
+    if image_aspect not in ASPECTS:
+        raise ConfigError(f"image aspect '{image_aspect}' is unknown: choose one of {', '.join(ASPECTS)}")
+    if output.exists():
+        raise ConfigError(f"{output}: is there already: name a new folder")
+    ImagePreprocessor.from_checkpoint(student, image_aspect)
+    _, images = read_processor_settings(student)
+    if image_aspect == "pad":
+        images |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    end = load_tokenizer(student).convert_tokens_to_ids(wording.end)
+    changed = {
+        "preprocessor_config.json": images,
+        "tokenizer_config.json": read_json(student, "tokenizer_config.json") | {"eos_token": wording.end},
+        "generation_config.json": read_json(student, "generation_config.json") | {"eos_token_id": end},
+        "processor_config.json": read_json(student, "processor_config.json"),
+    }
+    changed["tokenizer_config.json"].pop("chat_template", None)
+    changed["processor_config.json"].pop("image_processor", None)
+    with new_folder(output) as aside:
+        for file in student.iterdir():
+            if file.is_file() and file.name not in changed and not file.name.startswith("chat_template"):
+                _link(file, aside / file.name)
+        for name, content in changed.items():
+            (aside / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (aside / "chat_template.jinja").write_text(chat_template(wording), encoding="utf-8")
+
+
+def chat_template(template: Template) -> str:
+    """A template as Jinja for transformers' `apply_chat_template`.
+
+    A message's content is a string, or a list of parts of which each image becomes a placeholder on a line of its own.
+    The text always ends where an answer begins, so that `add_generation_prompt` changes nothing.
+    """
+    question = (
+        _literal([*template.user_prefix]) + " + words(message.content) + " + _literal([*template.assistant_prefix])
+    )
+    answer = (
+        f"{_literal([Segment(template.answer_prefix)])} + words(message.content) + {_literal([Segment(template.end)])}"
+    )
+    return (
+        "{%- macro words(content) -%}{%- if content is string -%}{{ content }}{%- else -%}{%- for part in content -%}"
+        f"{{{{ {json.dumps(IMAGE_PLACEHOLDER + chr(10))} if part.type == 'image' else part.text }}}}"
+        "{%- endfor -%}{%- endif -%}{%- endmacro -%}"
+        f"{{{{ {_literal([*template.system])} }}}}{{%- for message in messages -%}}"
+        f"{{%- if message.role == 'user' -%}}{{{{ {question} }}}}"
+        f"{{%- else -%}}{{{{ {answer} + ('' if loop.last else {json.dumps(template.separator)}) }}}}"
+        "{%- endif -%}{%- endfor -%}"
+    )
+
+
+def _literal(segments: Sequence[Segment]) -> str:
+    return json.dumps("".join(segment.text for segment in segments), ensure_ascii=False)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

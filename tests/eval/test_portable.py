@@ -1,0 +1,89 @@
+"""The portable copy asks, pixel by pixel and token by token, as this project's own engine does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoProcessor
+
+from eval.engine_hf import HfEngine
+from eval.engine_processor import ProcessorEngine
+from eval.example import Example
+from eval.files import FileImage
+from eval.portable import write_portable
+from eval.prompts import prompt_ids
+from llavamod_offline.data.images import decode_image
+from llavamod_offline.data.sample import Turn
+from llavamod_offline.errors import ConfigError, ModelError
+from tests.tiny import tiny_image, write_tiny_llava
+
+
+def example(folder: Path, size: tuple[int, int]) -> Example[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{size[0]}.png"
+    (folder / name).write_bytes(tiny_image(3, size))
+    return Example("1", "What is it?\nAnswer briefly.", None, name, FileImage(folder, (name,)))
+
+
+@pytest.mark.parametrize("template", ["qwen", "chatml"])
+@pytest.mark.parametrize("aspect", ["pad", "square"])
+def test_tokens_and_pixels_are_the_engines_own(tmp_path: Path, template: str, aspect: str) -> None:
+    student = write_tiny_llava(tmp_path / "student")
+    write_portable(student, tmp_path / "portable", template=template, image_aspect=aspect)
+    engine = HfEngine(student, template=template, image_aspect=aspect)
+    processor = AutoProcessor.from_pretrained(tmp_path / "portable")
+    for size in ((50, 20), (20, 50), (24, 24)):
+        asked = example(tmp_path / "pictures", size)
+        assert asked.source is not None
+        picture = decode_image(asked.source.read(), name="1")
+        parts = [{"type": "image"}, {"type": "text", "text": asked.prompt}]
+        for content in (parts, f"<image>\n{asked.prompt}"):
+            messages = [{"role": "user", "content": content}]
+            text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            inputs = processor(text=text, images=picture, return_tensors="pt")
+            assert inputs["input_ids"][0].tolist() == prompt_ids(engine.encoder, asked, 4)
+        torch.testing.assert_close(inputs["pixel_values"], engine._pixels([asked]), rtol=0, atol=0.02)
+    assert processor.tokenizer.eos_token == engine.encoder.template.end
+
+
+@pytest.mark.parametrize("template", ["qwen", "chatml"])
+def test_conversations_read_as_the_template_renders_them(tmp_path: Path, template: str) -> None:
+    student = write_tiny_llava(tmp_path / "student")
+    write_portable(student, tmp_path / "portable", template=template)
+    rendered = HfEngine(student, template=template).encoder.template
+    processor = AutoProcessor.from_pretrained(tmp_path / "portable")
+    turns = [
+        Turn("user", 'Is it {{ "a" }}?'),
+        Turn("assistant", "Yes."),
+        Turn("user", "Why?"),
+        Turn("assistant", "So."),
+    ]
+    for count in range(1, 5):
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns[:count]]
+        expected = "".join(segment.text for segment in rendered.render(turns[:count]))
+        assert processor.apply_chat_template(messages, tokenize=False) == expected
+
+
+def test_the_copy_answers_and_shares_its_weights(tmp_path: Path) -> None:
+    student = write_tiny_llava(tmp_path / "student")
+    write_portable(student, tmp_path / "portable")
+    engine = ProcessorEngine(tmp_path / "portable")
+    assert len(engine.answer([example(tmp_path / "pictures", (50, 20))], 3)) == 1
+    weights = "model.safetensors"
+    assert (tmp_path / "portable" / weights).samefile(student / weights)
+    assert "LlavaImageProcessor" not in (student / "preprocessor_config.json").read_text()
+
+
+def test_what_cannot_be_copied_is_told(tmp_path: Path) -> None:
+    student = write_tiny_llava(tmp_path / "student")
+    with pytest.raises(ConfigError, match="is there already"):
+        write_portable(student, student)
+    with pytest.raises(ConfigError, match="template 'x' is unknown"):
+        write_portable(student, tmp_path / "new", template="x")
+    with pytest.raises(ConfigError, match="image aspect 'x' is unknown"):
+        write_portable(student, tmp_path / "new", image_aspect="x")
+    with pytest.raises(ModelError, match=r"no preprocessor_config.json"):
+        write_portable(tmp_path / "nothing", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
