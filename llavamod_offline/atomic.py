@@ -21,6 +21,7 @@ _HOST = re.sub(r"[^A-Za-z0-9_]+", "_", platform.node()) or "here"
 # Whether another machine's process lives cannot be seen; one that writes changes something within this time.
 _FOREIGN_SECONDS = 3600.0
 _FLUSHES = 16
+_CLAIM_SECONDS = 30.0
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -64,7 +65,10 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 
 def create_file(path: Path, content: bytes | str) -> bool:
-    """Write a new file atomically. Gives False, and changes nothing, if `path` is there."""
+    """Write a new file atomically. Gives False, and changes nothing, if `path` is there.
+
+    Of several processes that create a file at once one does, on file systems without hard links too.
+    """
     aside = aside_path(path)
     try:
         _write_aside(aside, content)
@@ -75,13 +79,45 @@ def create_file(path: Path, content: bytes | str) -> bool:
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            if path.exists():  # a file system without hard links: the next best thing
-                return False
-            aside.replace(path)
+            with _claimed(path) as mine:
+                if not mine:
+                    return False
+                aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
     fsync_path(path.parent)
     return True
+
+
+@contextmanager
+def _claimed(path: Path) -> Iterator[bool]:
+    """Hold the right to create `path` where there is no such file; gives whether there is none.
+
+    The right is a file `.NAME.claim`, which one process can create, and which is there no longer than a rename takes.
+    Errors: `OSError` if it stays, as that of a process that was killed in between.
+    """
+    claim = path.with_name(f".{path.name}.claim")
+    deadline = time.monotonic() + _CLAIM_SECONDS
+    while True:
+        try:
+            descriptor = os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            break
+        except FileExistsError:
+            if path.exists():
+                yield False
+                return
+            if time.monotonic() >= deadline:
+                owner = claim.read_text(errors="replace") if claim.exists() else ""
+                raise OSError(
+                    errno.EBUSY, f"process {owner or '?'} holds {claim}: remove that file if the process is dead"
+                ) from None
+            time.sleep(_CLAIM_SECONDS / 1000)
+    try:
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(f"{_HOST}-{os.getpid()}")
+        yield not path.exists()
+    finally:
+        claim.unlink(missing_ok=True)
 
 
 @contextmanager

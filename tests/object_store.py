@@ -6,25 +6,20 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_START_SECONDS = 60.0
+_PATIENCE_SECONDS = 300.0
+_PORTS = 5
 
 
 @contextmanager
 def object_store() -> Iterator[dict[str, str]]:
     """Run the server; yields the environment variables by which every S3 client finds it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    endpoint = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    endpoint, process = _started()
+    with process:
         try:
-            _wait(endpoint, process)
             yield {
                 "AWS_ENDPOINT_URL": endpoint,
                 "AWS_ACCESS_KEY_ID": "test",
@@ -37,12 +32,28 @@ def object_store() -> Iterator[dict[str, str]]:
             process.kill()
 
 
-def _wait(endpoint: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + _START_SECONDS
+def _started() -> tuple[str, subprocess.Popen[bytes]]:
+    """The server at a free port, or at another one if somebody takes that before the server does."""
+    for _ in range(_PORTS):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        endpoint = f"http://127.0.0.1:{port}"
+        if _answers(endpoint, process):
+            return endpoint, process
+        with process:
+            process.kill()
+    raise RuntimeError("the object store did not start")
+
+
+def _answers(endpoint: str, process: subprocess.Popen[bytes]) -> bool:
+    deadline = time.monotonic() + _PATIENCE_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"{endpoint}/moto-api/data.json"):
-                return
-        except (urllib.error.URLError, ConnectionError):
+            with urllib.request.urlopen(f"{endpoint}/moto-api/data.json", timeout=_PATIENCE_SECONDS):
+                return True
+        except OSError:
             time.sleep(0.05)
-    raise RuntimeError("the object store did not start")
+    return False

@@ -7,11 +7,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llavamod_offline.errors import LlavaModError
 
@@ -49,7 +52,7 @@ def run_steps(
     logs.mkdir(parents=True, exist_ok=True)
     threads = max(1, len(os.sched_getaffinity(0)) // at_once)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    running: dict[str, subprocess.Popen[bytes]] = {}
+    running = _Running()
     seconds: dict[str, float] = {}
     waiting = longest_first(steps)
     futures: dict[Future[float], Step] = {}
@@ -65,8 +68,7 @@ def run_steps(
                     seconds[step.name] = future.result()
                     on_end(step, seconds[step.name])
         except BaseException:
-            for process in list(running.values()):
-                process.terminate()
+            running.end()
             raise
     return seconds
 
@@ -85,18 +87,43 @@ def longest_first(steps: Sequence[Step]) -> list[Step]:
     return sorted(steps, key=lambda step: -chain(step.name))
 
 
-def _run(step: Step, log: Path, environment: Mapping[str, str], running: dict[str, subprocess.Popen[bytes]]) -> float:
+class _Running:
+    """The processes that run; none is started any more once they are ended."""
+
+    def __init__(self) -> None:
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._lock = threading.Lock()
+        self._ended = False
+
+    @contextmanager
+    def started(self, name: str, command: Sequence[str], **settings: Any) -> Iterator[subprocess.Popen[bytes]]:
+        """Start a process. Errors: `StepError` after `end`."""
+        with self._lock:
+            if self._ended:
+                raise StepError(f"step '{name}' was not started: another one had failed")
+            process = self._processes[name] = subprocess.Popen(command, **settings)
+        with process:
+            yield process
+        with self._lock:
+            del self._processes[name]
+
+    def end(self) -> None:
+        """End all."""
+        with self._lock:
+            self._ended = True
+            for process in self._processes.values():
+                process.terminate()
+
+
+def _run(step: Step, log: Path, environment: Mapping[str, str], running: _Running) -> float:
     started = time.monotonic()
     with log.open("wb") as stream:
         stream.write(f"$ {step.typed}\n".encode())
         stream.flush()
         command = [_executable(step.command[0]), *step.command[1:]]
-        with subprocess.Popen(
-            command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
-        ) as process:
-            running[step.name] = process
+        settings = {"stdout": stream, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, "env": environment}
+        with running.started(step.name, command, **settings) as process:
             status = process.wait()
-            del running[step.name]
     if status != 0:
         last = log.read_text(errors="replace").strip().splitlines()[-15:]
         raise StepError(f"step '{step.name}' ended with status {status}; the end of {log}:\n" + "\n".join(last))

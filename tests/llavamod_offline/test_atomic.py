@@ -159,15 +159,106 @@ def test_a_new_file_is_not_written_over_an_old_one(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
-def test_a_new_file_where_nothing_can_be_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def refuse_links(monkeypatch: pytest.MonkeyPatch, number: int = errno.EPERM) -> None:
+    """As exFAT, FUSE or a network mount does."""
+
     def refuse(*_: object) -> None:
-        raise PermissionError(errno.EPERM, "Operation not permitted")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "link", refuse)
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+def test_a_new_file_where_nothing_can_be_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    refuse_links(monkeypatch, number)
     assert create_file(tmp_path / "file", "mine")
     assert not create_file(tmp_path / "file", "theirs")
     assert (tmp_path / "file").read_text() == "mine"
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_a_disk_that_fails_is_not_taken_for_one_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_links(monkeypatch, errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"):
+        create_file(tmp_path / "file", "mine")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("other_succeeds", [True, False])
+def test_without_links_a_second_writer_waits_for_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other_succeeds: bool
+) -> None:
+    """Another process has the right to create the file, and uses it, or fails to, while this one waits."""
+    refuse_links(monkeypatch)
+    target, claim = tmp_path / "file", tmp_path / ".file.claim"
+    claim.write_text("elsewhere-1")
+
+    def other_goes_on(_: float) -> None:
+        if other_succeeds:
+            target.write_text("theirs")
+        claim.unlink()
+
+    monkeypatch.setattr(time, "sleep", other_goes_on)
+    assert create_file(target, "mine") is not other_succeeds
+    assert target.read_text() == ("theirs" if other_succeeds else "mine")
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_without_links_a_killed_writer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_links(monkeypatch)
+    monkeypatch.setattr(atomic, "_CLAIM_SECONDS", 0.0)
+    claim = tmp_path / ".file.claim"
+    claim.write_text("elsewhere-1")
+    with pytest.raises(OSError, match=r"process elsewhere-1 holds .*/\.file\.claim: remove that file if") as caught:
+        create_file(tmp_path / "file", "mine")
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == [claim]
+    claim.unlink()
+    assert create_file(tmp_path / "file", "mine")
+
+
+# All begin when the last is ready; whoever reads the file meanwhile finds it whole.
+RACE = """
+import errno, os, sys
+from pathlib import Path
+from llavamod_offline.atomic import create_file
+def refuse(*_):
+    raise OSError(errno.EPERM, "")
+os.link = refuse
+target, me = Path(sys.argv[1]), sys.argv[2] * 100_000
+print("ready", flush=True)
+for number in range(30):
+    sys.stdin.readline()
+    mine = create_file(target / str(number), me)
+    there = (target / str(number)).read_text()
+    print(int(mine), there[0], len(there), len(set(there)), flush=True)
+"""
+
+
+def test_without_links_one_of_several_writers_creates_a_file(tmp_path: Path) -> None:
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACE, str(tmp_path), name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+        for name in "abc"
+    ]
+    pipes = [(writer.stdin, writer.stdout) for writer in writers]
+    assert [said.readline() for _, said in pipes if said] == ["ready\n"] * 3
+    for _ in range(30):
+        for go, _ in pipes:
+            assert go is not None
+            go.write("\n")
+        answers = [said.readline().split() for _, said in pipes if said]
+        assert sorted(answer[0] for answer in answers) == ["0", "0", "1"]
+        winner = "abc"["".join(answer[0] for answer in answers).index("1")]
+        assert [answer[1:] for answer in answers] == [[winner, "100000", "1"]] * 3
+    for writer in writers:
+        writer.communicate()
+    assert len(list(tmp_path.iterdir())) == 30
 
 
 def test_a_folder_vanishes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

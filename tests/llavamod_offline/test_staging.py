@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import multiprocessing
 import os
 import random
@@ -60,12 +61,14 @@ def test_a_unit_is_made_once(tmp_path: Path) -> None:
     assert len(calls) == 1
 
 
-def test_the_least_recently_used_leave_first(tmp_path: Path) -> None:
+def test_the_least_recently_used_leave_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """File times are what use is ordered by: each use has one of its own here, however fast they follow."""
+    touch, uses = os.utime, itertools.count(1)
+    monkeypatch.setattr(os, "utime", lambda file: touch(file, (number := next(uses), number)))
     staging = Staging(tmp_path, 3 * SIZE)
     for name in ("a", "b", "c", "a", "d"):
         with staging.hold(name, SIZE, filler()):
             pass
-        time.sleep(0.01)  # file times are what use is ordered by
         assert staged(staging) <= 3 * SIZE
     assert units(staging) == {"a", "c", "d"}
     with staging.hold("large", 3 * SIZE, filler(b"y" * 3 * SIZE)):
@@ -181,7 +184,7 @@ def test_a_process_forked_by_another_thread_does_not_keep_a_unit(tmp_path: Path)
 
     thread = threading.Thread(target=take_its_place, daemon=True)
     thread.start()
-    thread.join(30)
+    thread.join(300)
     assert not thread.is_alive(), "the child keeps the unit"
     assert units(staging) == {"b"}
     ready.send(None)

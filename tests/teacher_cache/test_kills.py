@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import shutil
@@ -45,11 +46,14 @@ def memory_folder(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_resumes_to_the_same_bytes(whole: Path, memory_folder: Path) -> None:
-    """SIGKILL from outside, after a random time: into the middle of a write as well as between two."""
+    """SIGKILL from outside, after a random time: into the middle of a write as well as between two.
+
+    How long a write takes is learnt as it goes: who lives to its end is followed by others that are killed earlier.
+    """
     expected = file_entries(whole)
     context = fork_server()
     generator = random.Random(0)
-    durations: list[float] = []
+    longest = math.inf
     killed = 0
     for attempt in range(300):
         output = memory_folder / "c"
@@ -59,14 +63,15 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bytes(whole: Path, memory_f
         here.recv()
         started = time.perf_counter()
         if attempt >= 3:
-            time.sleep(generator.uniform(0, 1.1 * min(durations)))
+            time.sleep(generator.uniform(0, longest))
             process.kill()
         process.join()
         if process.exitcode == 0:
-            durations.append(time.perf_counter() - started)
+            longest = min(longest, time.perf_counter() - started) if attempt < 3 else 0.7 * longest
         else:
             assert process.exitcode == -signal.SIGKILL
             killed += 1
+            longest *= 1.1
         write_cache(output)
         assert file_entries(output) == expected
         shutil.rmtree(output)

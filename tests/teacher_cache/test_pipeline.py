@@ -22,7 +22,7 @@ from teacher_cache.record import RecordSettings
 from teacher_cache.store import CacheStore, Rejection
 from tests.teacher_cache.conftest import World
 
-PATIENCE = 60.0  # seconds after which a test that hangs fails
+PATIENCE = 300.0  # seconds after which a test that hangs fails
 
 
 @pytest.fixture
@@ -80,7 +80,9 @@ def test_a_shard_is_written_while_the_next_is_captured(
 
 
 def test_no_more_than_one_shard_waits_to_be_written(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each commit ends after the teacher has begun with the following shard, and must see it begin no other."""
     names = job.samples.shard_names
+    begun = [threading.Event() for _ in names]
     finished: list[str] = []
     waiting: list[int] = []
 
@@ -88,14 +90,20 @@ def test_no_more_than_one_shard_waits_to_be_written(job: Job, tmp_path: Path, mo
         row = job.samples.row_of(key)
         if row % 5 == 0:
             waiting.append(row // 5 - len(finished))
+            begun[row // 5].set()
 
     def commit(name: str, *_: Any) -> None:
-        threading.Event().wait(0.05)  # slower than a teacher that does nothing
+        later = begun[names.index(name) + 1 :]
+        assert all(event.wait(PATIENCE) for event in later[:1])
+        if any(event.wait(0.05) for event in later[1:2]):
+            for event in begun:
+                event.set()  # so that no other commit waits
+            pytest.fail("a second shard was begun")
         finished.append(name)
 
     drain(job, Refusing(job.settings, before), with_commit(job, tmp_path / "c", commit, monkeypatch))
     assert finished == names
-    assert max(waiting) == 1
+    assert waiting == [0, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("failing", [0, 2, 4])

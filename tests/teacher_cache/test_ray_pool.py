@@ -52,7 +52,7 @@ def in_a_process(code: str, *arguments: str, address: str | None = None) -> subp
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, check=False
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while (left := _marked(mark)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left

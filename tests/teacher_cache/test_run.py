@@ -122,7 +122,7 @@ def test_the_command_killed_and_started_again_gives_the_same_digest(
     command = [*COMMAND, "run", *world.arguments(output)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list(output.glob("shards/samples-*")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)

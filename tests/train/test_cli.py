@@ -65,7 +65,7 @@ def test_a_sigterm_to_all_processes_ends_with_status_0(world: World, tmp_path: P
     )
     wait_for_lines(tmp_path / "run" / METRICS_NAME, 3)
     os.killpg(process.pid, signal.SIGTERM)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert b"the same command goes on from there" in stdout
     assert b"Traceback" not in stderr

@@ -120,7 +120,7 @@ def test_processes_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while any(_runs(child) for child in children) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [child for child in children if _runs(child)]
@@ -129,5 +129,5 @@ def test_processes_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
 def _runs(process: int) -> bool:
     try:
         return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter if it ends between our opening and reading
         return False
