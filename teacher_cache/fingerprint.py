@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from llavamod_offline.errors import CacheError, ConfigError, ModelError, TargetError
 from teacher_cache.end_of_turn import Exchange, parse_end_of_turn, teacher_vocabularies
 from teacher_cache.manifest import sha256_file
-from teacher_cache.sequences import short_hash
+from teacher_cache.sequences import CachedSequence, short_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 STUDENT_FIELDS = ("tokenizer.vocabulary", "tokenizer.merges", "tokenizer.added_tokens")
 ENCODING_FIELDS = ("template", "sequence", "images.tokens", "images.token_id")
 LONGER = "rejected"  # what becomes of a sequence of more than max_length tokens
+# Caches of earlier writers say nothing of these; what is not known is no difference.
+_LATER = ("engine.head_dtype", "engine.device")
 _INFORMATIVE = ("tokenizer.size", "tokenizer.pipeline")
 _SHOWN = 16
 _HASHED_AT_ONCE = 4
@@ -81,11 +83,16 @@ def differences(
     allow: Sequence[str] = (),
     names: tuple[str, str] = ("there", "now"),
 ) -> list[str]:
-    """List the fields that differ, both values side by side; `allow` names fields, or whole sections, to pass over."""
+    """List the fields that differ, both values side by side; `allow` names fields, or whole sections, to pass over.
+
+    A field that one side lacks differs, but for those that caches have not always had.
+    """
     flat = [dict(_flatten(side)) for side in (left, right)]
     found = []
     for field in sorted(flat[0].keys() | flat[1].keys()):
         if any(field == allowed or field.startswith(f"{allowed}.") for allowed in allow):
+            continue
+        if field in _LATER and not all(field in side for side in flat):
             continue
         values = [side.get(field, "nothing") for side in flat]
         if values[0] != values[1]:
@@ -180,12 +187,17 @@ def check_allowed(allow: Sequence[str], *fingerprints: Mapping[str, Any]) -> Non
             raise ConfigError(f"allow: the fingerprint has no field '{name}': did you mean '{nearest[0]}'?")
 
 
-def check_sequence(cache: TeacherCache, sequence: TokenSequence, exchange: Exchange | None = None) -> None:
-    """Refuse a student's sequence whose supervised ids are not those of the record.
+def check_sequence(
+    cache: TeacherCache,
+    sequence: TokenSequence,
+    exchange: Exchange | None = None,
+    record: CachedSequence | None = None,
+) -> None:
+    """Refuse a student's sequence whose supervised ids are not those of the record, which is looked up if not given.
 
     Errors: `CacheError` if the cache has no such sequence; `TargetError` showing the first difference.
     """
-    record = cache.sequence(sequence.key, sequence.role)
+    record = record or cache.sequence(sequence.key, sequence.role)
     length = len(sequence.input_ids_T)
     if cache.positions_kept == "all" and record.n_tokens != length:
         raise TargetError(

@@ -16,7 +16,7 @@ from llavamod_offline.data.template import Template, get_template
 from llavamod_offline.errors import ConfigError, DataError, ModelError
 from llavamod_offline.models.checkpoint import vocabulary_size
 from teacher_cache.codec import Codec, HiddenKind
-from teacher_cache.engines import describe_engine
+from teacher_cache.engines.describe import describe_engine
 from teacher_cache.fingerprint import LONGER, describe_template, describe_tokenizer, describe_weights
 from teacher_cache.record import RecordSettings
 from teacher_cache.teachers import Teacher, open_teacher
@@ -78,7 +78,7 @@ def prepare_job(config: CacheConfig) -> Job:
         "sequence": {"max_length": config.max_length, "longer": LONGER},
         "images": teacher.describe_images(),
         "teacher": describe_weights(teacher.folder),
-        "engine": describe_engine(config, dtype),
+        "engine": describe_engine(config, dtype, device),
         "capture": {
             **dataclasses.asdict(settings),
             "temperatures": list(settings.temperatures),

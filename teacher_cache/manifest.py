@@ -29,7 +29,7 @@ def canonical(content: Any) -> bytes:
     return (json.dumps(content, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def sha256_bytes(content: bytes) -> str:
+def sha256_bytes(content: bytes | memoryview) -> str:
     """SHA-256 as hex."""
     return hashlib.sha256(content).hexdigest()
 
@@ -98,10 +98,20 @@ def content_digest(content: Mapping[str, Any]) -> str:
     return sha256_bytes(canonical({name: value for name, value in content.items() if name != "digest"}))
 
 
-def cache_bytes(cache: Mapping[str, Any]) -> int:
-    """The bytes of all files of a cache, from the content of its cache.json."""
+def has_own_digest(content: bytes, parsed: Mapping[str, Any]) -> bool:
+    """Whether a job.json or cache.json, of which both forms are given, says its own digest."""
+    digest = parsed.get("digest")
+    # In the canonical form the digest has a line of its own; to take that out is faster than to serialise the rest.
+    line = f'\n  "digest": "{digest}",\n'.encode()
+    if content.count(line) == 1 and sha256_bytes(content.replace(line, b"\n")) == digest:
+        return True
+    return digest == content_digest(parsed)
+
+
+def cache_bytes(cache: Mapping[str, Any], own_bytes: int | None = None) -> int:
+    """The bytes of all files of a cache, from the content of its cache.json and, if it is known, that file's size."""
     sizes = [cache["totals"]["bytes"], *(entry["bytes"] for entry in cache["files"].values())]
-    return sum(map(int, sizes)) + len(canonical(cache))
+    return sum(map(int, sizes)) + (len(canonical(cache)) if own_bytes is None else own_bytes)
 
 
 def read_object(folder: Folder, name: str, *, way_out: str) -> dict[str, Any]:

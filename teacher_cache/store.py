@@ -89,6 +89,7 @@ class CacheStore:
             return cls(folder, job)
         except OSError as error:
             raise CacheError(f"output '{folder.where}': cannot be read: {error.strerror or error}") from error
+        _check_folders(folder, shard_names)
         return cls(folder, _same_job(folder, content, job, allow))
 
     def start(self) -> None:
@@ -127,6 +128,7 @@ class CacheStore:
         """Commit one shard, all of whose files `fill` writes into a local folder. Errors as of `commit`."""
         shard = f"{SHARDS_NAME}/{name}"
         where = f"{self.folder.where}/{shard}"
+        _check_folders(self.folder, [name])
         try:
             faster = bool(committed_shards(self.folder, [name]))
             if not faster:
@@ -201,7 +203,7 @@ def committed_shards(folder: Folder, names: Iterable[str]) -> set[str]:
     """
     wanted = list(names)
     if isinstance(folder, LocalFolder):
-        return {name for name in wanted if (folder.path / SHARDS_NAME / name).exists()}
+        return {name for name in wanted if (folder.path / SHARDS_NAME / name).is_dir()}
     shards: dict[str, dict[str, int]] = {}
     if len(wanted) == 1:
         shards[wanted[0]] = folder.sizes(f"{SHARDS_NAME}/{wanted[0]}")
@@ -247,6 +249,16 @@ def _is_whole(manifest: bytes, sizes: Mapping[str, int]) -> bool:
 def _rejected_line(item: Rejection) -> bytes:
     row = {"key": item.key, "role": item.role, "reason": item.reason}
     return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+
+
+def _check_folders(folder: Folder, names: Iterable[str]) -> None:
+    """Refuse a file where shards, or one of them, must be a folder. Errors: `CacheError` naming it."""
+    if not isinstance(folder, LocalFolder):
+        return
+    shards = folder.path / SHARDS_NAME
+    for path in (shards, *(shards / name for name in names)):
+        if path.exists() and not path.is_dir():
+            raise CacheError(f"{path}: is a file where the cache has a folder: remove it, or choose another output")
 
 
 def _occupied(folder: Folder) -> bool:

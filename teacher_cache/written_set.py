@@ -99,8 +99,19 @@ class WrittenSet:
         if self.finished:
             return
         rows = self._rows(source, settings, teacher)
-        write_set(rows, self.path, generated=self.about, max_rejected=max_rejected)
+        weights = self._weights(source)
+        write_set(rows, self.path, generated=self.about, max_rejected=max_rejected, weights=weights)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _weights(self, source: SampleSet) -> dict[str, float]:
+        """How often the samples of a source are seen in training: as in the set of the prompts, where any is left."""
+        weights = source.manifest.get("weights") or {}
+        if not weights:
+            return {}
+        origins = source.index.column("source")
+        answers = ((self._read(shard), source.rows_of(shard)) for shard in source.shard_names)
+        left = {origins[row].as_py() for pair in answers for answer, row in zip(*pair, strict=True) if not answer.kind}
+        return {name: weight for name, weight in weights.items() if name in left}
 
     def _rows(self, source: SampleSet, settings: GenerateConfig, teacher: str) -> Iterator[Located | Rejection]:
         for shard in source.shard_names:

@@ -6,8 +6,8 @@ The tower learns from ground truth what each patch shows and is frozen, as CLIP 
 and language model then learn conversations about pictures. The small language model, a student's beginning, is every
 second layer of the teacher's, as depth-pruned students begin: it has to be aligned with a tower and to be taught again.
 
-Letters: B pictures or conversations, C channels, H and W pixels, T tokens, P patches, A attributes, N supervised
-tokens, X classes of all attributes.
+Letters: B pictures or conversations, C channels, H and W pixels, T tokens, D hidden size, V ids, P patches,
+A attributes, N supervised tokens, X classes of all attributes.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from transformers import (
     Qwen2TokenizerFast,
 )
 
+from llavamod_offline.data.collate import collate
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
 from llavamod_offline.data.template import get_template
 from llavamod_offline.data.tokenise import Sequence, SequenceEncoder
@@ -170,17 +171,6 @@ def conversations(
             yield [scene for scene, _ in batch], [sequence for _, sequence in batch]
 
 
-def padded(sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
-    """Right-padded token ids and attention mask, [B, T] each."""
-    length = max(len(sequence.input_ids_T) for sequence in sequences)
-    input_ids_BT = torch.zeros(len(sequences), length, dtype=torch.long)
-    mask_BT = torch.zeros_like(input_ids_BT)
-    for row, sequence in enumerate(sequences):
-        input_ids_BT[row, : len(sequence.input_ids_T)] = torch.from_numpy(sequence.input_ids_T)
-        mask_BT[row, : len(sequence.input_ids_T)] = 1
-    return input_ids_BT, mask_BT
-
-
 def new_teacher(tower: CLIPVisionModel, tokenizer: Qwen2TokenizerFast, seed: int) -> LlavaForConditionalGeneration:
     """The teacher before its training."""
     torch.manual_seed(seed)
@@ -202,16 +192,16 @@ def train_on_pictures(
     batches = conversations(random.Random(seed), encoder, speak)
     for step, optimizer in _steps(model, steps, learning_rate=learning_rate, name="pictures"):
         scenes, sequences = next(batches)
-        input_ids_BT, mask_BT = padded(sequences)
+        batch = collate(sequences, [()] * len(sequences), pad_id=0)
         with _half_precision():
             hidden_BTD = model.model(
-                input_ids=input_ids_BT, attention_mask=mask_BT, pixel_values=pixels(scenes), use_cache=False
+                input_ids=batch.input_ids_BT,
+                attention_mask=batch.attention_mask_BT,
+                pixel_values=pixels(scenes),
+                use_cache=False,
             ).last_hidden_state.float()
-        rows = torch.cat(
-            [torch.from_numpy(s.prediction_rows_N) + i * mask_BT.shape[1] for i, s in enumerate(sequences)]
-        )
-        targets_N = torch.from_numpy(np.concatenate([sequence.target_ids_N for sequence in sequences]))
-        loss = cross_entropy(model.lm_head(hidden_BTD.flatten(0, 1)[rows]), targets_N)
+        logits_NV = model.lm_head(hidden_BTD.flatten(0, 1)[batch.prediction_rows_N])
+        loss = cross_entropy(logits_NV, batch.target_ids_N)
         _update(loss, model, optimizer)
         if step % 50 == 0 or step == steps - 1:
             logger.info("pictures %d/%d loss %.4f", step, steps, loss.item())

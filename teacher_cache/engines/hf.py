@@ -26,14 +26,12 @@ from teacher_cache.codec import HiddenPositions
 from teacher_cache.draws import sequence_uniforms
 from teacher_cache.engines.head import Head
 from teacher_cache.engines.layout import Layout, lay_out
+from teacher_cache.engines.outcome import Outcome, beyond_vocabulary, recorded, rows_with_states
 from teacher_cache.engines.protocol import Request
 from teacher_cache.hidden import HiddenStates
 from teacher_cache.record import Records, RecordSettings, concatenate_records, make_records, rows_per_chunk
-from teacher_cache.sequences import SequenceRecord
 from teacher_cache.store import Rejection
 from teacher_cache.teachers import Picture, Teacher
-
-Outcome = SequenceRecord | Rejection
 
 _LOG = logging.getLogger(__name__)
 _BATCHES_AHEAD = 3
@@ -132,10 +130,7 @@ class HfEngine:
         found = int((item.sequence.input_ids_T == self.teacher.image_token_id).sum())
         if found != expected:
             return f"its pictures take {expected} tokens, its sequence has {found}: the file's header says another size"
-        largest = int(item.sequence.target_ids_N.max(initial=0))
-        if largest >= self.vocab_size:
-            return f"supervised id {largest} is beyond the {self.vocab_size} ids that tokenizer and head share"
-        return None
+        return beyond_vocabulary(item.sequence, self.vocab_size)
 
     def _halve(self, first: _Item, size: int, error: Exception) -> None:
         if size == 1:
@@ -174,7 +169,9 @@ class HfEngine:
         fine = np.split(np.concatenate(finite), np.cumsum(lengths)[:-1])
         hidden = self._hidden_states(sequences, [rows_N for rows_N, _ in found], rows_ND)
         results = zip(pieces, fine, hidden, strict=True)
-        return [_outcome(item, *result) for (item, _), result in zip(batch, results, strict=True)]
+        return [
+            recorded(item.request, item.sequence, *result) for (item, _), result in zip(batch, results, strict=True)
+        ]
 
     def _hidden_states(
         self, sequences: list[TokenSequence], rows: list[Ids], hidden_ND: Tensor
@@ -186,10 +183,8 @@ class HfEngine:
         starts = np.cumsum([0, *(len(rows_N) for rows_N in rows)])
         found: list[HiddenStates | None] = []
         for sequence, rows_N, start in zip(sequences, rows, starts, strict=False):
-            chosen_M = np.arange(len(rows_N))
-            if self.hidden_positions == "image":
-                chosen_M = np.flatnonzero(sequence.input_ids_T[rows_N] == self.teacher.image_token_id)
-            found.append(HiddenStates(chosen_M, states[start + chosen_M]))
+            chosen_M = rows_with_states(sequence, rows_N, self.hidden_positions, self.teacher.image_token_id)
+            found.append(None if chosen_M is None else HiddenStates(chosen_M, states[start + chosen_M]))
         return found
 
     def _hidden_rows(self, sequences: list[TokenSequence], rows: list[Ids], pictures: list[list[Picture]]) -> Tensor:
@@ -242,20 +237,3 @@ def length_batches(requests: Sequence[Request], size: int) -> Iterator[list[tupl
     pairs = [(request, sequence) for request in order for sequence in request.sequences]
     for start in range(0, len(pairs), size):
         yield pairs[start : start + size]
-
-
-def _outcome(item: _Item, records: Records, finite_N: NDArray[np.bool_], hidden: HiddenStates | None) -> Outcome:
-    sequence = item.sequence
-    if not finite_N.all():
-        first = int(np.argmin(finite_N))
-        reason = f"the teacher's logits are not finite (NaN or inf), first at position {first}"
-        return Rejection(sequence.key, sequence.role, reason)
-    return SequenceRecord(
-        key=sequence.key,
-        role=sequence.role,
-        target_hash=sequence.target_hash,
-        content_hash=item.request.content_hash,
-        n_tokens=len(sequence.input_ids_T),
-        records=records,
-        hidden=hidden,
-    )

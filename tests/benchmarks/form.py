@@ -59,6 +59,33 @@ def median_seconds(cases: Mapping[str, Callable[[], object]], *, repeats: int, w
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def least_seconds(
+    cases: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 1
+) -> dict[str, tuple[float, float]]:
+    """Time the cases in turn, `repeats` rounds after `warmup`: each one's least seconds and processor seconds."""
+    least = dict.fromkeys(cases, (math.inf, math.inf))
+    for round_number in range(warmup + repeats):
+        for name, case in cases.items():
+            started, worked = time.perf_counter(), time.process_time()
+            case()
+            taken = (time.perf_counter() - started, time.process_time() - worked)
+            if round_number >= warmup:
+                least[name] = (min(least[name][0], taken[0]), min(least[name][1], taken[1]))
+    return least
+
+
+def resident_bytes(*, peak: bool = False) -> int:
+    """This process's resident memory, now or at its peak since `reset_peak`."""
+    name = "VmHWM:" if peak else "VmRSS:"
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def reset_peak() -> None:
+    """Set the peak of the resident memory back to what is resident."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def finish(
     name: str, arguments: Arguments, *, settings: Mapping[str, Any], rows: Sequence[Row], ratios: Mapping[str, float]
 ) -> None:

@@ -19,12 +19,9 @@ process of its own, on a GPU `torch.cuda.max_memory_allocated`.
 from __future__ import annotations
 
 import importlib.util
-import math
 import multiprocessing
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,7 +29,8 @@ from torch import Tensor
 from llavamod_offline.losses.fused import CHUNK_SIZE, cross_entropy_from_hidden, distillation_from_hidden
 from llavamod_offline.losses.shrinkage import Shrinkage
 from llavamod_offline.losses.targets import SparseTargets
-from tests.benchmarks.form import Row, finish, parse_arguments
+from tests.benchmarks.form import Row, finish, least_seconds, parse_arguments, reset_peak, resident_bytes
+from tests.benchmarks.worlds.targets import random_targets
 
 NAME = "loss"
 HEAD = 32
@@ -75,21 +73,7 @@ def make_inputs(size: Size) -> Inputs:
     generator = torch.Generator().manual_seed(0)
     hidden_ND = torch.randn(n, d, generator=generator).to(size.device, size.dtype)
     weight_VD = (torch.randn(v, d, generator=generator) / d**0.5).to(size.device, size.dtype)
-    ids_NK = torch.randint(v - DRAWS - HEAD, (n, 1), generator=generator) + torch.arange(HEAD + DRAWS)
-    log_probs_NK = torch.randn(n, HEAD, generator=generator).log_softmax(-1).sort(descending=True).values - 0.05
-    targets = SparseTargets(
-        head_ids_NK=ids_NK[:, :HEAD],
-        head_log_probs_NK=log_probs_NK,
-        tail_log_mass_N=torch.log1p(-log_probs_NK.exp().sum(-1)),
-        draw_ids_NM=ids_NK[:, HEAD:],
-        draw_weights_NM=torch.full((n, DRAWS), 1 / DRAWS),
-        target_ids_N=ids_NK[:, 0],
-        target_log_probs_N=log_probs_NK[:, 0],
-        entropy_N=torch.full((n,), 2.0),
-        log_normalisers_NS=torch.zeros(n, 0),
-        temperatures=(),
-        vocab_size=v,
-    ).to(size.device)
+    targets = random_targets(generator, n=n, vocab_size=v, head=HEAD, draws=DRAWS).to(size.device)
     profile_V = torch.rand(v, generator=generator)
     shrinkage = Shrinkage(v, profile_V=profile_V / profile_V.sum())
     few = slice(min(n, 64))
@@ -165,19 +149,6 @@ def make_case(name: str, inputs: Inputs) -> Callable[[], None]:
     return run
 
 
-def least_seconds(cases: dict[str, Callable[[], None]], *, repeats: int) -> dict[str, tuple[float, float]]:
-    """Time the cases in turn, `repeats` rounds after one to warm up: each one's least seconds and processor seconds."""
-    least = dict.fromkeys(cases, (math.inf, math.inf))
-    for round_number in range(1 + repeats):
-        for name, case in cases.items():
-            started, worked = time.perf_counter(), time.process_time()
-            case()
-            taken = (time.perf_counter() - started, time.process_time() - worked)
-            if round_number:
-                least[name] = (min(least[name][0], taken[0]), min(least[name][1], taken[1]))
-    return least
-
-
 def peak_mib(name: str, size: Size, inputs: Inputs) -> float:
     """MiB by which one pass raises the peak above its inputs: of this process on a GPU, else of a fresh one."""
     if size.device.type == "cuda":
@@ -193,16 +164,10 @@ def peak_mib(name: str, size: Size, inputs: Inputs) -> float:
 
 def _peak_here(name: str, size: Size) -> float:
     case = make_case(name, make_inputs(size))
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident
-    before = _resident("VmRSS")
+    reset_peak()
+    before = resident_bytes()
     case()
-    return (_resident("VmHWM") - before) / 1024
-
-
-def _resident(field: str) -> int:
-    """KiB of this process's resident memory, now (VmRSS) or at its peak (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    return (resident_bytes(peak=True) - before) / 2**20
 
 
 def sizes(quick: bool) -> tuple[list[Size], int]:

@@ -21,13 +21,10 @@ Letters: B sequences, T tokens, N supervised positions, V ids, D hidden size.
 from __future__ import annotations
 
 import gc
-import math
 import multiprocessing
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,9 +34,9 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 from llavamod_offline.data.collate import Batch
 from llavamod_offline.losses.fused import distillation_from_hidden
 from llavamod_offline.losses.shrinkage import Shrinkage
-from llavamod_offline.losses.targets import SparseTargets
 from llavamod_offline.models.upcycle import activated_parameters, total_parameters, upcycle
-from tests.benchmarks.form import Row, finish, parse_arguments
+from tests.benchmarks.form import Row, finish, least_seconds, parse_arguments, reset_peak, resident_bytes
+from tests.benchmarks.worlds.targets import random_targets
 from train.batches import TrainBatch
 from train.stages import mimic, sft
 
@@ -138,33 +135,15 @@ def make_batch(size: Size) -> TrainBatch:
     batch = Batch(
         input_ids_BT=ids_BT,
         attention_mask_BT=torch.ones_like(ids_BT),
-        pixel_values_ICHW=torch.randn(size.batch, 3, pixels, pixels, generator=generator),
+        images=torch.randn(size.batch, 3, pixels, pixels, generator=generator),
         prediction_rows_N=rows_N,
         target_ids_N=targets_N,
         sequence_of_N=torch.arange(size.batch).repeat_interleave(size.supervised),
         keys=tuple(str(number) for number in range(size.batch)),
         roles=("response",) * size.batch,
     )
-    return TrainBatch(batch, size.batch, _records(size, targets_N, generator)).to(size.device)
-
-
-def _records(size: Size, targets_N: Tensor, generator: torch.Generator) -> SparseTargets:
-    n = len(targets_N)
-    ids_NK = torch.randint(size.vocab - HEAD - DRAWS, (n, 1), generator=generator) + torch.arange(HEAD + DRAWS)
-    log_probs_NK = torch.randn(n, HEAD, generator=generator).log_softmax(-1).sort(descending=True).values - 0.05
-    return SparseTargets(
-        head_ids_NK=ids_NK[:, :HEAD],
-        head_log_probs_NK=log_probs_NK,
-        tail_log_mass_N=torch.log1p(-log_probs_NK.exp().sum(-1)),
-        draw_ids_NM=ids_NK[:, HEAD:],
-        draw_weights_NM=torch.full((n, DRAWS), 1 / DRAWS),
-        target_ids_N=targets_N,
-        target_log_probs_N=torch.full((n,), -2.0),
-        entropy_N=torch.full((n,), 2.0),
-        log_normalisers_NS=torch.zeros(n, 0),
-        temperatures=(),
-        vocab_size=size.vocab,
-    )
+    records = random_targets(generator, n=len(targets_N), vocab_size=size.vocab, head=HEAD, draws=DRAWS)
+    return TrainBatch(batch, size.batch, replace(records, target_ids_N=targets_N)).to(size.device)
 
 
 def make_case(name: str, size: Size) -> tuple[Callable[[], None], dict[str, int]]:
@@ -244,19 +223,13 @@ def _logits(model: Any, inputs: dict[str, Any], rows_N: Tensor) -> Tensor:
     return logits_NV
 
 
-def least_seconds(size: Size, names: tuple[str, ...], *, repeats: int) -> dict[str, tuple[float, float]]:
+def measure_steps(size: Size, names: tuple[str, ...], *, repeats: int) -> dict[str, tuple[float, float]]:
     """Each case's least seconds and processor seconds: in turn where all fit into memory, else one after another."""
-    least = dict.fromkeys(names, (math.inf, math.inf))
+    least: dict[str, tuple[float, float]] = {}
     together = [names] if size.device.type == "cpu" else [(name,) for name in names]
     for group in together:
         cases = {name: make_case(name, size)[0] for name in group}
-        for round_number in range(2 + repeats):
-            for name, step in cases.items():
-                started, worked = time.perf_counter(), time.process_time()
-                step()
-                taken = (time.perf_counter() - started, time.process_time() - worked)
-                if round_number >= 2:
-                    least[name] = (min(least[name][0], taken[0]), min(least[name][1], taken[1]))
+        least |= least_seconds(cases, repeats=repeats, warmup=2)
         del cases
         _free()
     return least
@@ -278,19 +251,13 @@ def peak_mib(name: str, size: Size) -> tuple[float, dict[str, int]]:
 
 def _peak_here(name: str, size: Size) -> tuple[float, dict[str, int]]:
     make_case("sft", QUICK)[0]()  # what a first step imports and starts
-    before = _resident("VmRSS")
+    before = resident_bytes()
     step, sizes = make_case(name, size)
     _free()
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident
+    reset_peak()
     for _ in range(3):
         step()
-    return (_resident("VmHWM") - before) / 1024, sizes
-
-
-def _resident(field: str) -> int:
-    """KiB of this process's resident memory, now (VmRSS) or at its peak (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    return (resident_bytes(peak=True) - before) / 2**20, sizes
 
 
 def _free() -> None:
@@ -303,7 +270,7 @@ def main() -> None:
     """Measure and report."""
     arguments = parse_arguments(NAME, __doc__ or "")
     size = QUICK if arguments.quick else GPU if torch.cuda.is_available() else CPU
-    least = least_seconds(size, CASES, repeats=2 if arguments.quick else 8)
+    least = measure_steps(size, CASES, repeats=2 if arguments.quick else 8)
     memory: dict[str, float] = {}
     rows: list[Row] = []
     for name in CASES:

@@ -18,13 +18,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
-import os
-import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +49,7 @@ from teacher_cache.reader import TeacherCache, open_cache
 from teacher_cache.record import Records
 from teacher_cache.sequences import SEQUENCE_SCHEMA, SequenceRecord, write_sequences
 from teacher_cache.store import CacheStore
-from tests.benchmarks.form import Row, finish, parse_arguments
+from tests.benchmarks.form import Row, finish, parse_arguments, resident_bytes
 
 NAME = "store"
 VOCABULARY = 151_646
@@ -190,27 +186,13 @@ def measure_open(folder: Path) -> tuple[float, float]:
 
 
 def _open_here(folder: Path) -> tuple[float, float]:
-    before = _resident_mb()
+    before = resident_bytes()
     started = time.perf_counter()
     cache = TeacherCache(folder)
     seconds = time.perf_counter() - started
-    grown = _resident_mb() - before
+    grown = (resident_bytes() - before) / 1e6
     assert (f"llava-{7919:012d}", "response") in cache
     return seconds, grown
-
-
-def _resident_mb() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-@contextmanager
-def _folder() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="benchmark-store-"))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path)
 
 
 def main() -> None:
@@ -218,7 +200,8 @@ def main() -> None:
     arguments = parse_arguments(NAME, __doc__ or "")
     window, shard_sequences, large, repeats = (2, 50, 10_000, 1) if arguments.quick else (4, 1_000, 1_000_000, 5)
     torch.set_num_threads(1)
-    with _folder() as folder:
+    with tempfile.TemporaryDirectory(prefix="benchmark-store-") as scratch:
+        folder = Path(scratch)
         shards = [make_sequences(shard, shard_sequences) for shard in range(window)]
         written = measure_write(folder / "cache", shards)
         size = json.loads((folder / "cache" / CACHE_NAME).read_bytes())["totals"]

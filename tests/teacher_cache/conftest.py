@@ -11,6 +11,7 @@ import pytest
 from llavamod_offline.config import load_config
 from teacher_cache.config import CacheConfig
 from teacher_cache.run import Summary, run_job
+from tests.teacher_cache.generation import SOURCE_SAMPLES, Place, write_prompts
 from tests.tiny import write_tiny_llava, write_tiny_set
 
 FLOAT32 = "capture.precision=exact"
@@ -70,3 +71,25 @@ def copied(finished: Path, tmp_path: Path) -> Callable[[], Path]:
         return Path(shutil.copytree(finished, target))
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set of prompts about toy scenes."""
+    return write_prompts(tmp_path_factory.mktemp("prompts") / "prompts")
+
+
+@pytest.fixture
+def place(prompts: Path, tmp_path: Path) -> Place:
+    """Where a test may let the toy teacher answer the prompts."""
+    return Place(prompts, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def greedy(prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """Greedy answers to the last turns; tests must leave them as they are."""
+    made = Place(prompts, tmp_path_factory.mktemp("greedy"))
+    done = made.generate()
+    assert (done.samples, done.rejected, done.written, done.retokenised) == (SOURCE_SAMPLES, 0, SOURCE_SAMPLES, 0)
+    assert (done.capture.sequences, done.capture.rejected, done.capture.complete) == (SOURCE_SAMPLES, 0, True)
+    return made

@@ -32,6 +32,7 @@ from teacher_cache.fingerprint import (
     differences,
 )
 from teacher_cache.reader import open_cache
+from teacher_cache.store import CacheStore
 from tests.teacher_cache.conftest import World
 from tests.tiny import tiny_tokenizer
 
@@ -106,6 +107,25 @@ def test_differences_name_fields_and_sections_can_be_allowed() -> None:
     assert differences(left, right, allow=["a.x", "c"]) == ["a.y: there [1, 2], now [1, 3]"]
 
 
+def test_what_earlier_caches_did_not_say_is_no_difference(finished: Path, tmp_path: Path) -> None:
+    """A cache that an earlier writer began is gone on with; one that says something else is not."""
+    now = open_cache(finished).fingerprint
+    earlier = copy.deepcopy(now)
+    for name in ("head_dtype", "device"):
+        del earlier["engine"][name]
+    assert differences(earlier, now) == differences(now, earlier) == []
+    CacheStore.open(tmp_path, earlier, ["a"]).start()
+    assert CacheStore.open(tmp_path, now, ["a"]).job["fingerprint"] == earlier
+    other = copy.deepcopy(now)
+    other["engine"].update(head_dtype="bfloat16", device="cuda")
+    assert differences(now, other) == [
+        "engine.device: there cpu, now cuda",
+        "engine.head_dtype: there float32, now bfloat16",
+    ]
+    del earlier["engine"]["dtype"]
+    assert differences(earlier, now) == ["engine.dtype: there nothing, now float32"]
+
+
 def test_what_the_fingerprint_holds(finished: Path) -> None:
     fingerprint = open_cache(finished).fingerprint
     assert set(fingerprint) == {
@@ -119,7 +139,9 @@ def test_what_the_fingerprint_holds(finished: Path) -> None:
         "data",
     }
     assert fingerprint["sequence"]["max_length"] == 2048
-    assert fingerprint["engine"]["name"] == "hf"
+    assert set(fingerprint["engine"]) == {"name", "dtype", "head_dtype", "device", "torch", "transformers"}
+    said = [fingerprint["engine"][name] for name in ("name", "dtype", "head_dtype", "device")]
+    assert said == ["hf", "float32", "float32", "cpu"]
     assert fingerprint["images"]["aspect"] == "pad"
     assert fingerprint["capture"]["vocab_size"] == 400
     assert str(finished.parent) not in json.dumps(fingerprint)

@@ -15,7 +15,7 @@ from llavamod_offline.errors import CacheError
 from teacher_cache import store as store_module
 from teacher_cache.manifest import CACHE_NAME, JOB_NAME, file_entries
 from teacher_cache.store import CacheStore
-from tests.teacher_cache.driver import CODEC, FINGERPRINT, NAMES, captured, rejected
+from tests.teacher_cache.driver import CODEC, FINGERPRINT, NAMES, captured, rejected, write_cache
 
 
 def _write(path: Path, order: list[str], *, again: bool = False) -> str:
@@ -27,6 +27,11 @@ def _write(path: Path, order: list[str], *, again: bool = False) -> str:
             store = CacheStore.open(path, FINGERPRINT, NAMES)
             store.start()
     return str(store.finalise()["digest"])
+
+
+def _whole(path: Path) -> Path:
+    _write(path, NAMES)
+    return path
 
 
 @settings(max_examples=4, deadline=None)
@@ -120,6 +125,25 @@ def test_an_unwritable_place_is_one_clear_error(tmp_path: Path) -> None:
     store = CacheStore.open(tmp_path / "file" / "below", FINGERPRINT, NAMES)
     with pytest.raises(CacheError, match="cannot be written: Not a directory"):
         store.start()
+
+
+@pytest.mark.parametrize("place", ["shards", "shards/s-1"])
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path, place: str) -> None:
+    """Before anything is captured; or when it is committed, if the file came to be meanwhile."""
+    store = CacheStore.open(tmp_path / "c", FINGERPRINT, NAMES)
+    store.start()
+    file = tmp_path / "c" / place
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("mine")
+    problem = rf"c/{place}: is a file where the cache has a folder: remove it, or choose another output"
+    with pytest.raises(CacheError, match=problem):
+        CacheStore.open(tmp_path / "c", FINGERPRINT, NAMES)
+    with pytest.raises(CacheError, match=problem):
+        store.commit("s-1", captured("s-1"), [], CODEC)
+    assert "s-1" in store.missing()
+    file.unlink()
+    assert write_cache(tmp_path / "c", shards=4) is not None
+    assert file_entries(tmp_path / "c") == file_entries(_whole(tmp_path / "whole"))
 
 
 def test_two_runs_of_other_settings_that_begin_at_once_do_not_make_one_cache(tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ def describe_vllm(settings: VllmSettings) -> dict[str, Any]:
     """Version and settings that decide the last digits, as JSON values. Errors: `ConfigError` if vLLM is not there."""
     return {
         "vllm": _version(),
-        "head_dtype": "float32",
         "attention_backend": settings.attention_backend or "auto",
         "eager": settings.eager,
         "max_num_seqs": settings.max_num_seqs,

@@ -22,22 +22,20 @@ from llavamod_offline.vllm import plugin as plain
 from llavamod_offline.vllm.inputs import check_prompt, engine_input
 from llavamod_offline.vllm.session import Session
 from teacher_cache.codec import HiddenPositions
+from teacher_cache.engines.outcome import Outcome, beyond_vocabulary, recorded, rows_with_states
 from teacher_cache.engines.protocol import Request
 from teacher_cache.engines.vllm import plugin as recording
 from teacher_cache.engines.vllm.channel import Channel, PooledRecords
 from teacher_cache.engines.vllm.logprobs import PromptLogprobs
-from teacher_cache.engines.vllm.wire import Answer, Order
+from teacher_cache.engines.vllm.wire import Order
 from teacher_cache.hidden import HiddenStates
 from teacher_cache.record import RecordSettings
-from teacher_cache.sequences import SequenceRecord
 from teacher_cache.store import Rejection
 from teacher_cache.teachers import Picture, Teacher
 
 if TYPE_CHECKING:
     from teacher_cache.config import CacheConfig
     from teacher_cache.job import Job
-
-Outcome = SequenceRecord | Rejection
 
 
 @dataclass(frozen=True)
@@ -150,10 +148,7 @@ class VllmEngine:
         length = len(item.sequence.input_ids_T)
         if length > self.session.longest:
             return f"{length} tokens, vLLM takes {self.session.longest} here"
-        largest = int(item.sequence.target_ids_N.max(initial=0))
-        if largest >= self.vocab_size:
-            return f"supervised id {largest} is beyond the {self.vocab_size} ids that tokenizer and head share"
-        return None
+        return beyond_vocabulary(item.sequence, self.vocab_size)
 
     def _question(self, item: _Item, *, reuse: bool) -> tuple[_Item, Any, Any]:
         sequence = item.sequence
@@ -181,40 +176,22 @@ class VllmEngine:
         )
 
     def _states(self, sequence: TokenSequence) -> np.ndarray[Any, np.dtype[np.int64]] | None:
-        if self.hidden_positions is None:
-            return None
         rows_N, _ = sequence.rows_and_targets(self.positions)
-        if self.hidden_positions == "image":
-            return np.flatnonzero(sequence.input_ids_T[rows_N] == self.teacher.image_token_id)
-        return np.arange(len(rows_N))
+        return rows_with_states(sequence, rows_N, self.hidden_positions, self.teacher.image_token_id)
 
     def _outcome(self, item: _Item, output: Any) -> Outcome | None:
         """What came of a sequence; None if some of its rows came out of the prefix cache."""
         sequence = item.sequence
         check_prompt(output.prompt_token_ids, sequence.input_ids_T, name=sequence.key)
         answer = self.channel.answer(self._order(sequence), output)
-        return None if answer is None else self._recorded(item, answer)
-
-    def _recorded(self, item: _Item, answer: Answer) -> Outcome:
-        sequence = item.sequence
-        if not answer.finite_N.all():
-            first = int(np.argmin(answer.finite_N))
-            reason = f"the teacher's logits are not finite (NaN or inf), first at position {first}"
-            return Rejection(sequence.key, sequence.role, reason)
+        if answer is None:
+            return None
         states_M = self._states(sequence)
         hidden = None
         if states_M is not None:
             states = answer.states_MD if answer.states_MD is not None else np.zeros((0, 0), np.float32)
             hidden = HiddenStates(states_M, states)
-        return SequenceRecord(
-            key=sequence.key,
-            role=sequence.role,
-            target_hash=sequence.target_hash,
-            content_hash=item.request.content_hash,
-            n_tokens=len(sequence.input_ids_T),
-            records=answer.records,
-            hidden=hidden,
-        )
+        return recorded(item.request, sequence, answer.records, answer.finite_N, hidden)
 
 
 def load_vllm_engine(job: Job, config: CacheConfig) -> VllmEngine:

