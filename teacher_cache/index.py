@@ -1,6 +1,7 @@
 """Looking sequences up by (key, role): all hashes of a cache sorted once, keys compared where hashes are equal.
 
-Hashes are made when a cache is opened and live in memory alone. No Python object per sequence is kept.
+Hashes are made when they are first asked for and live in memory alone; what stands in the order of the cache is found
+without them. No Python object per sequence is kept.
 
 Letters: Q sequences of a cache (of a shard, where one is at hand), B of them looked up at once.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -30,23 +32,36 @@ class SequenceIndex:
     def __init__(self, shards: Sequence[SequenceRows]) -> None:
         self.shards = shards
         self.first_rows = np.cumsum([0, *(len(rows) for rows in shards)])
-        salts_Q = np.empty(self.first_rows[-1], np.uint64)
-        positions_Q = np.zeros(len(salts_Q) + 1, np.int64)
-        for rows, start, stop in zip(shards, self.first_rows, self.first_rows[1:], strict=False):
-            salts = np.array([role_salt(name) for name in rows.role_names], np.uint64)
-            salts_Q[start:stop] = salts[rows.role_codes_Q]
-            positions_Q[start + 1 : stop + 1] = rows.n_position_Q
-        hashes_Q = key_hashes(*self._texts(), salts_Q)
         # Where a sequence's positions begin, counted through all shards.
-        self.starts_Q = np.cumsum(positions_Q, out=positions_Q)
-        # The lowest bits make room for the row: numbers are sorted several times as fast as places are.
-        self._row_bits = np.uint64((1 << len(hashes_Q).bit_length()) - 1)
-        sorted_Q = np.sort(hashes_Q & ~self._row_bits | np.arange(len(hashes_Q), dtype=np.uint64))
-        self._order_Q = (sorted_Q & self._row_bits).astype(np.int32 if len(sorted_Q) < 2**31 else np.int64)
-        self._hashes_Q = sorted_Q & ~self._row_bits
+        self.starts_Q = np.zeros(len(self) + 1, np.int64)
+        if shards:
+            np.cumsum(np.concatenate([rows.n_position_Q for rows in shards]), dtype=np.int64, out=self.starts_Q[1:])
+        # The lowest bits of a hash make room for the row: numbers are sorted several times as fast as places are.
+        self._row_bits = np.uint64((1 << len(self).bit_length()) - 1)
 
     def __len__(self) -> int:
-        return len(self._hashes_Q)
+        return int(self.first_rows[-1])
+
+    @cached_property
+    def _sorted(self) -> tuple[NDArray[np.uint64], NDArray[np.integer]]:
+        """The hashes of all rows, rising, and which row each is of."""
+        salts_Q = np.empty(len(self), np.uint64)
+        for rows, start, stop in zip(self.shards, self.first_rows, self.first_rows[1:], strict=False):
+            salts = np.array([role_salt(name) for name in rows.role_names], np.uint64)
+            salts_Q[start:stop] = salts[rows.role_codes_Q]
+        hashes_Q = key_hashes(*self._texts(), salts_Q)
+        sorted_Q = np.sort(hashes_Q & ~self._row_bits | np.arange(len(hashes_Q), dtype=np.uint64))
+        narrow = np.int32 if len(sorted_Q) < 2**31 else np.int64
+        order_Q: NDArray[np.integer] = (sorted_Q & self._row_bits).astype(narrow)
+        return sorted_Q & ~self._row_bits, order_Q
+
+    @property
+    def _hashes_Q(self) -> NDArray[np.uint64]:
+        return self._sorted[0]
+
+    @property
+    def _order_Q(self) -> NDArray[np.integer]:
+        return self._sorted[1]
 
     def find(self, items: Sequence[tuple[str, str]]) -> NDArray[np.int64]:
         """The row of each (key, role), −1 where there is none."""
@@ -63,23 +78,29 @@ class SequenceIndex:
                 rows_B[number] = self._search(int(places_B[number]), hashes_B[number], key, role)
         return rows_B
 
-    def has(self, keys: pa.ChunkedArray, role: str, likely: Iterable[tuple[int, int, int]] = ()) -> NDArray[np.bool_]:
-        """Whether there is a sequence of each key, in one role; for millions of keys at once.
+    def rows(self, keys: pa.ChunkedArray, role: str, likely: Iterable[tuple[int, int, int]] = ()) -> NDArray[np.int64]:
+        """The row of each key in one role, −1 where there is none; for millions of keys at once.
 
         `likely`: shards, and where the keys begin and end that may be theirs in their order: those are seen at once.
         """
-        found_K = np.zeros(len(keys), np.bool_)
-        text, ends = column_texts(keys)
+        rows_K = np.full(len(keys), -1, np.int64)
+        chunk_ends = np.cumsum([0, *map(len, keys.chunks)])
         for shard, start, stop in likely:
-            piece = text[ends[start] : ends[stop]]
-            found_K[start:stop] = self.shards[shard].has_in_order(piece, ends[start : stop + 1] - ends[start], role)
-        left = np.flatnonzero(~found_K)
+            number = int(np.searchsorted(chunk_ends, start, side="right")) - 1
+            inside = number < keys.num_chunks and stop <= chunk_ends[number + 1]
+            # Cut out of its chunk: to cut a column of thousands of chunks takes a look at each.
+            piece = keys.chunk(number).slice(start - chunk_ends[number], stop - start) if inside else keys[start:stop]
+            text, ends = string_buffers(piece) if inside else column_texts(piece)
+            locals_K = self.shards[shard].rows_in_order(text, ends, role)
+            if locals_K is not None:
+                np.add(locals_K, self.first_rows[shard], out=rows_K[start:stop])
+        left = np.flatnonzero(rows_K < 0)
         if len(left):
-            found_K[left] = self._found(keys.take(left) if len(left) < len(keys) else keys, role)
-        return found_K
+            rows_K[left] = self._found(keys.take(left) if len(left) < len(keys) else keys, role)
+        return rows_K
 
-    def _found(self, keys: pa.ChunkedArray, role: str) -> NDArray[np.bool_]:
-        found_K = np.zeros(len(keys), np.bool_)
+    def _found(self, keys: pa.ChunkedArray, role: str) -> NDArray[np.int64]:
+        found_K = np.full(len(keys), -1, np.int64)
         if not len(self):
             return found_K
         mine = column_texts(keys)
@@ -89,9 +110,10 @@ class SequenceIndex:
         same_K = self._hashes_Q.take(places_K, mode="clip") == hashes_K[order_K]
         asked_M, rows_M = order_K[same_K], self._order_Q[places_K[same_K]].astype(np.int64)
         of_role_Q = np.concatenate([rows.of_role(role) for rows in self.shards])
-        found_K[asked_M] = of_role_Q[rows_M] & _equal_texts(mine, asked_M, self._texts(), rows_M)
-        for number in asked_M[~found_K[asked_M]].tolist():  # another key of that hash comes first
-            found_K[number] = self.find_one(keys[number].as_py(), role) >= 0
+        equal_M = of_role_Q[rows_M] & _equal_texts(mine, asked_M, self._texts(), rows_M)
+        found_K[asked_M[equal_M]] = rows_M[equal_M]
+        for number in asked_M[~equal_M].tolist():  # another key of that hash comes first
+            found_K[number] = self.find_one(keys[number].as_py(), role)
         return found_K
 
     def find_one(self, key: str, role: str) -> int:

@@ -32,8 +32,8 @@ from teacher_cache.manifest import (
     MANIFEST_NAME,
     SHARDS_NAME,
     cache_bytes,
-    content_digest,
-    read_object,
+    has_own_digest,
+    parse_object,
 )
 from teacher_cache.record import Records, concatenate_records
 from teacher_cache.sequences import CachedSequence, SequenceRows
@@ -43,9 +43,13 @@ from teacher_cache.targets import sparse_targets
 
 __all__ = ["CachedSequence", "TeacherCache", "open_cache"]
 
+# Sequences, each as (key, role), or all by their rows as `TeacherCache.rows` gives them.
+Items = Sequence[tuple[str, str]] | NDArray[np.int64]
+
 _MEMORY_BYTES = 256 * 2**20
 _MOST_MEMORY_BYTES = 2**30
-_POSITION_BYTES, _HEAD_BYTES, _DRAW_BYTES = 40, 8, 4  # of decoded records, see `Records` and `blocks.py`
+# Of decoded records, see `Records` and `blocks.py`, and not less: a window that is short of a byte is decoded for ever.
+_POSITION_BYTES, _HEAD_BYTES, _DRAW_BYTES, _SHARD_BYTES = 40, 8, 4, 2**14
 
 
 def open_cache(where: Path | str, *, staging: Staging | None = None, temperature: float | None = None) -> TeacherCache:
@@ -79,14 +83,14 @@ class TeacherCache:
         self._staging = staging
         self._folder = open_folder(where)
         self.path = self._folder.where
-        content = _read_cache_file(self._folder)
+        content, own_bytes = _read_cache_file(self._folder)
         self.fingerprint: dict[str, Any] = content["fingerprint"]
         self.digest = str(content["digest"])
         self.totals: dict[str, int] = content["totals"]
         self.positions = int(self.totals["positions"])
         self._shards: list[dict[str, Any]] = content["shards"]
         self.shard_names = [str(shard["name"]) for shard in self._shards]
-        self.bytes = cache_bytes(content)
+        self.bytes = cache_bytes(content, own_bytes)
         self._files: ShardFiles
         if isinstance(self._folder, RemoteFolder):
             self._staging = staging or Staging()
@@ -164,15 +168,15 @@ class TeacherCache:
             found.update(table.filter(pc.equal(table.column("role"), role)).column("key").to_pylist())
         return found
 
-    def has(self, keys: pa.ChunkedArray, role: str, shards: Mapping[str, range] | None = None) -> NDArray[np.bool_]:
-        """Whether there is a sequence of each of many keys, in one role.
+    def rows(self, keys: pa.ChunkedArray, role: str, shards: Mapping[str, range] | None = None) -> NDArray[np.int64]:
+        """The rows of the sequences of many keys, in one role; −1 where there is none.
 
         `shards`: by the names of a set's shards where their keys stand among these, which makes the answer faster.
         """
         numbers = {name: number for number, name in enumerate(self.shard_names)}
-        rows = (shards or {}).items()
-        return self._index.has(
-            keys, role, ((numbers[name], span.start, span.stop) for name, span in rows if name in numbers)
+        spans = (shards or {}).items()
+        return self._index.rows(
+            keys, role, ((numbers[name], span.start, span.stop) for name, span in spans if name in numbers)
         )
 
     @property
@@ -203,6 +207,7 @@ class TeacherCache:
             int(shard["positions"]) * per_position
             + int(shard["heads"]) * _HEAD_BYTES
             + int(shard["draws"]) * _DRAW_BYTES
+            + _SHARD_BYTES
             for shard in self._shards
         ]
 
@@ -245,13 +250,20 @@ class TeacherCache:
         shard, row = self._index.place(self._find_one(key, role))
         return self._rows[shard].sequence(row)
 
+    def sequences(self, items: Items) -> list[CachedSequence]:
+        """Look several sequences up. Errors: `CacheError` if one has no record."""
+        shards_B, locals_B = self._index.places(self._find(items))
+        return [
+            self._rows[shard].sequence(row) for shard, row in zip(shards_B.tolist(), locals_B.tolist(), strict=True)
+        ]
+
     def target_ids(self, key: str, role: str) -> NDArray[np.int64]:
         """The supervised ids of one sequence."""
         ids_N = self.records([(key, role)]).target_ids_N.astype(np.int64)
         supervised_N: NDArray[np.int64] = ids_N[ids_N != NO_TARGET]
         return supervised_N
 
-    def records(self, items: Sequence[tuple[str, str]]) -> Records:
+    def records(self, items: Items) -> Records:
         """Read the records of several sequences, one after another. Errors: `CacheError` if one is not there."""
         rows_B = self._find(items)
         shards_B, spans_B2 = self._spans(rows_B)
@@ -267,7 +279,7 @@ class TeacherCache:
             return concatenate_records([], len(self.temperatures))
         return Records(*(np.concatenate(column) for column in zip(*whole, strict=True)))
 
-    def hidden_states(self, items: Sequence[tuple[str, str]]) -> HiddenStates:
+    def hidden_states(self, items: Items) -> HiddenStates:
         """Read the last hidden states of several sequences, one after another, float32.
 
         Their rows count through the positions that `targets` gives for the same sequences. Errors: `CacheError` if the
@@ -289,7 +301,7 @@ class TeacherCache:
             np.concatenate([part.rows_M for part in found]), np.concatenate([part.states_MD for part in found])
         )
 
-    def targets(self, items: Sequence[tuple[str, str]]) -> SparseTargets:
+    def targets(self, items: Items) -> SparseTargets:
         """Decode several sequences' positions, one after another, as CPU tensors.
 
         Errors: `CacheError` if a sequence has no record or a chunk is damaged.
@@ -303,7 +315,9 @@ class TeacherCache:
         spans_B2 = self._index.starts_Q[np.stack([rows_B, rows_B + 1], 1)] - firsts_B[:, None]
         return shards_B, [(start, stop) for start, stop in spans_B2.tolist()]
 
-    def _find(self, items: Sequence[tuple[str, str]]) -> NDArray[np.int64]:
+    def _find(self, items: Items) -> NDArray[np.int64]:
+        if isinstance(items, np.ndarray):
+            return items
         rows_B = self._index.find(items)
         if len(rows_B) and rows_B.min() < 0:
             raise self._unknown(*items[int(rows_B.argmin())])
@@ -326,13 +340,14 @@ def _reopen(where: str, memory_bytes: int, staging: Staging | None, temperature:
     return TeacherCache(where, memory_bytes, staging=staging, temperature=temperature)
 
 
-def _read_cache_file(folder: LocalFolder | RemoteFolder) -> dict[str, Any]:
+def _read_cache_file(folder: LocalFolder | RemoteFolder) -> tuple[dict[str, Any], int]:
+    """Parse cache.json, and tell its size."""
     where = folder.where
     if isinstance(folder, LocalFolder) and not folder.path.is_dir():
         raise CacheError(f"cache '{where}': no such folder: make one with `cache-teacher run`")
-    names = folder.names()
-    if CACHE_NAME not in names:
-        if JOB_NAME not in names:
+    content = _if_there(folder, CACHE_NAME)  # not looked for in a list of the folder: not every server has one
+    if content is None:
+        if _if_there(folder, JOB_NAME) is None:
             raise CacheError(
                 f"cache '{where}': has no {CACHE_NAME}, so it is no teacher cache: see `cache-teacher run`"
             )
@@ -340,7 +355,16 @@ def _read_cache_file(folder: LocalFolder | RemoteFolder) -> dict[str, Any]:
             f"cache '{where}': unfinished ({CACHE_NAME} is missing): run `cache-teacher run` again with the same "
             "settings to finish it"
         )
-    content = read_object(folder, CACHE_NAME, way_out=VERIFY)
-    if content.get("digest") != content_digest(content):
+    parsed = parse_object(content, f"{where}/{CACHE_NAME}", way_out=VERIFY)
+    if not has_own_digest(content, parsed):
         raise CacheError(f"{where}/{CACHE_NAME}: damaged (its digest is not that of its content): {VERIFY}")
-    return content
+    return parsed, len(content)
+
+
+def _if_there(folder: LocalFolder | RemoteFolder, name: str) -> bytes | None:
+    try:
+        return folder.read(name)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CacheError(f"{folder.where}/{name}: cannot be read: {error.strerror or error}: {VERIFY}") from error

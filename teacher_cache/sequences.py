@@ -104,8 +104,21 @@ def edges(table: pa.RecordBatch) -> NDArray[np.int64]:
 
 def read_sequences(file: Path) -> pa.RecordBatch:
     """Open the table by memory map, as one batch. Errors: `CacheError` if it cannot be read or has other columns."""
+    return parse_sequences(map_file(file), file)
+
+
+def map_file(file: Path) -> pa.Buffer:
+    """The bytes of a file, mapped. Errors: `CacheError` if it cannot be read."""
     try:
-        reader = pa.ipc.open_file(pa.memory_map(str(file)))
+        return pa.memory_map(str(file)).read_buffer()
+    except (OSError, pa.ArrowException) as error:
+        raise CacheError(f"{file}: cannot be read: {error}: run `cache-teacher verify`") from error
+
+
+def parse_sequences(content: pa.Buffer, file: Path) -> pa.RecordBatch:
+    """The table in the bytes of a file, as one batch of views of them. Errors: as of `read_sequences`."""
+    try:
+        reader = pa.ipc.open_file(content)
         batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
     except (OSError, pa.ArrowException) as error:
         raise CacheError(f"{file}: cannot be read: {error}: run `cache-teacher verify`") from error
@@ -147,16 +160,20 @@ class SequenceRows:
         of_role_Q: NDArray[np.bool_] = self.role_codes_Q == code
         return of_role_Q
 
-    def has_in_order(self, text: NDArray[np.uint8], ends: NDArray[np.int64], role: str) -> bool:
-        """Whether the sequences of a role have, in their order, the very keys in `text` (see `index.Texts`)."""
+    def rows_in_order(self, text: NDArray[np.uint8], ends: NDArray[np.integer], role: str) -> NDArray[np.int64] | None:
+        """The rows of a role, if their keys are, in their order, the very ones in `text` between `ends`."""
         of_role = self.of_role(role)
+        rows = np.flatnonzero(of_role)
+        if len(rows) != len(ends) - 1:
+            return None
+        if not len(rows):
+            return rows
         mine, my_ends = self.key_bytes, self.key_ends
-        if not of_role.all():
+        if len(rows) < len(of_role):
             mine, my_ends = string_buffers(self.table.column("key").filter(pa.array(of_role)))
-        if len(my_ends) != len(ends) or len(ends) == 1:
-            return len(my_ends) == len(ends)
-        mine = mine[my_ends[0] : my_ends[-1]]
-        return np.array_equal(my_ends - my_ends[0], ends) and np.array_equal(mine, text)
+        same = np.array_equal(my_ends - my_ends[0], ends - ends[0])
+        same = same and np.array_equal(mine[my_ends[0] : my_ends[-1]], text[ends[0] : ends[-1]])
+        return rows if same else None
 
     def item(self, row: int) -> tuple[str, str]:
         """The key and the role of one row."""

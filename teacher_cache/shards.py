@@ -25,9 +25,8 @@ from teacher_cache.manifest import (
     SHARDS_NAME,
     parse_object,
     sha256_bytes,
-    sha256_file,
 )
-from teacher_cache.sequences import read_sequences
+from teacher_cache.sequences import map_file, parse_sequences
 
 VERIFY = "run `cache-teacher verify`"
 Entry = Mapping[str, Any]
@@ -152,6 +151,7 @@ def column_files(manifest: Mapping[str, Any]) -> dict[str, Entry]:
 
 
 def _checked_table(file: Path, shard: Entry) -> pa.RecordBatch:
-    if not file.is_file() or sha256_file(file) != shard["files"][SEQUENCES_NAME]["sha256"]:
+    content = map_file(file) if file.is_file() else None
+    if content is None or sha256_bytes(memoryview(content)) != shard["files"][SEQUENCES_NAME]["sha256"]:
         raise CacheError(f"{file}: missing, or its checksum is not the one in {CACHE_NAME}: {VERIFY}")
-    return read_sequences(file)
+    return parse_sequences(content, file)

@@ -6,10 +6,9 @@ A `mismatched` role is no part of these: it makes a batch of its own, B sequence
 
 from __future__ import annotations
 
-import copy
 import gc
 import signal
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +29,12 @@ from llavamod_offline.errors import DataError, LlavaModError
 from llavamod_offline.losses.targets import SparseTargets
 from train.join import MISMATCHED
 from train.prefetch import Prefetch
+from train.teacher_states import TeacherStates, WantedStates, read_states
 
 if TYPE_CHECKING:
     from teacher_cache.end_of_turn import Exchange
     from teacher_cache.reader import TeacherCache
+    from teacher_cache.sequences import CachedSequence
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class TrainBatch:
 
     `targets` hold the first positions of `batch`, in its order: all of them (mimic stages), those of the chosen
     responses (preference stage with distillation) or none. `reference_S`: the teacher's log-prob of each sequence,
-    summed over its tokens. `mismatched`: the same samples' mismatched responses, where the loss wants them.
+    summed over its tokens. `mismatched`: the same samples' mismatched responses, where the loss wants them; `states`:
+    the teacher's hidden states, likewise.
     """
 
     batch: Batch
@@ -50,6 +52,7 @@ class TrainBatch:
     targets: SparseTargets | None = None
     reference_S: Tensor | None = None
     mismatched: TrainBatch | None = None
+    states: TeacherStates | None = None
 
     @property
     def positions(self) -> int:
@@ -64,6 +67,7 @@ class TrainBatch:
             targets=None if self.targets is None else self.targets.to(device, non_blocking=True),
             reference_S=None if self.reference_S is None else self.reference_S.to(device, non_blocking=True),
             mismatched=None if self.mismatched is None else self.mismatched.to(device),
+            states=None if self.states is None else self.states.to(device, non_blocking=True),
         )
 
     def pin_memory(self) -> TrainBatch:
@@ -74,15 +78,18 @@ class TrainBatch:
             targets=None if self.targets is None else self.targets.pin_memory(),
             reference_S=None if self.reference_S is None else self.reference_S.pin_memory(),
             mismatched=None if self.mismatched is None else self.mismatched.pin_memory(),
+            states=None if self.states is None else self.states.pin_memory(),
         )
 
 
 class Loader:
     """Micro-batches in the order of a schedule, decoded, tokenised and joined in `workers` processes (0: here).
 
-    `record_roles`: the roles whose records the loss wants, the first ones of `roles`.
+    `records`: the cache's rows of the set's rows, by role (see `Join`). `record_roles`: the roles whose records the
+    loss wants, the first ones of `roles`.
     `exchange`: the ids by which the teacher's end of turn is read as the student's, where they differ.
     `positions`: which positions of a sequence the batches are about, as in the cache.
+    `states`: the teacher's hidden states that the loss wants.
     `prefetch`: copies what lies behind a URL ahead of a schedule; batches that follow none are read piece by piece.
 
     Errors while iterating: `DataError` or `TargetError` naming the sample whose picture, length or answer does not fit.
@@ -97,17 +104,30 @@ class Loader:
         images: ImagePreprocessor,
         roles: Sequence[str],
         cache: TeacherCache | None,
+        records: Mapping[str, NDArray[np.int64]],
         record_roles: Sequence[str],
         pad_id: int,
         workers: int,
         pin_memory: bool,
         exchange: Exchange | None = None,
         positions: Positions = "response",
+        states: WantedStates | None = None,
         prefetch: Prefetch | None = None,
     ) -> None:
         self._prefetch = prefetch
         self._dataset = _Micro(
-            samples, rows, encoder, images, tuple(roles), cache, tuple(record_roles), pad_id, exchange, positions
+            samples,
+            rows,
+            encoder,
+            images,
+            tuple(roles),
+            cache,
+            records,
+            tuple(record_roles),
+            pad_id,
+            exchange,
+            positions,
+            states,
         )
         self._settings: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
         if workers:
@@ -120,7 +140,7 @@ class Loader:
     def batches(self, schedule: BatchSchedule | Sequence[list[int]]) -> Generator[TrainBatch]:
         """Yield the micro-batches of a schedule, whose numbers are places in `rows`; closing it ends the workers."""
         follows = isinstance(schedule, BatchSchedule)
-        dataset = self._dataset if follows else self._dataset.scattered()
+        dataset = self._dataset if follows else replace(self._dataset, scattered=True)
         loader = DataLoader(dataset, batch_sampler=schedule, collate_fn=_as_it_is, **self._settings)  # type: ignore[arg-type]
         batches: Iterator[Any] = iter(loader)  # forks the workers, before any thread is started
         if self._prefetch is not None and isinstance(schedule, BatchSchedule):
@@ -135,32 +155,26 @@ class Loader:
             del batches
 
 
+@dataclass(frozen=True, eq=False)
 class _Micro(Dataset[TrainBatch]):
-    """Makes one micro-batch of several rows at once. An error is handed over as a value, to keep its one line."""
+    """Makes one micro-batch of several rows at once. An error is handed over as a value, to keep its one line.
 
-    def __init__(
-        self,
-        samples: SampleSet,
-        rows: NDArray[np.int64],
-        encoder: SequenceEncoder,
-        images: ImagePreprocessor,
-        roles: tuple[str, ...],
-        cache: TeacherCache | None,
-        record_roles: tuple[str, ...],
-        pad_id: int,
-        exchange: Exchange | None,
-        positions: Positions,
-    ) -> None:
-        self.samples, self.rows, self.encoder, self.images = samples, rows, encoder, images
-        self.roles, self.cache, self.record_roles, self.pad_id = roles, cache, record_roles, pad_id
-        self.exchange, self.positions = exchange, positions
-        self.reads_scattered = False
+    `scattered`: the rows lie anywhere in the set.
+    """
 
-    def scattered(self) -> _Micro:
-        """The same, for rows that lie anywhere in the set."""
-        other = copy.copy(self)
-        other.reads_scattered = True
-        return other
+    samples: SampleSet
+    rows: NDArray[np.int64]
+    encoder: SequenceEncoder
+    images: ImagePreprocessor
+    roles: tuple[str, ...]
+    cache: TeacherCache | None
+    records: Mapping[str, NDArray[np.int64]]
+    record_roles: tuple[str, ...]
+    pad_id: int
+    exchange: Exchange | None
+    positions: Positions
+    states: WantedStates | None
+    scattered: bool = False
 
     def __getitem__(self, place: int) -> TrainBatch:
         raise NotImplementedError("micro-batches are made whole, by __getitems__")
@@ -172,53 +186,60 @@ class _Micro(Dataset[TrainBatch]):
             return error
 
     def _make(self, rows: list[int]) -> TrainBatch:
-        samples = [self.samples.read(row, scattered=self.reads_scattered) for row in rows]
-        pixels = self._pixels(samples)
+        samples = [self.samples.read(row, scattered=self.scattered) for row in rows]
+        images = self._images(samples)
         trained = [role for role in self.roles if role != MISMATCHED]
-        made = self._batch(samples, pixels, trained)
+        made = self._batch(rows, samples, images, trained)
         if len(trained) == len(self.roles):
             return made
-        return replace(made, mismatched=self._batch(samples, pixels, [MISMATCHED]))
+        return replace(made, mismatched=self._batch(rows, samples, images, [MISMATCHED]))
 
-    def _pixels(self, samples: list[Sample]) -> list[list[NDArray[np.float32]]]:
-        """The pixels of each sample's images, slices of one array, so that they need not be copied into a batch."""
-        whole_ICHW = np.empty((sum(len(sample.images) for sample in samples), 3, *self.images.size), np.float32)
-        slices = iter(whole_ICHW)
-        return [
-            [self.images.pixels(image, name=f"{s.key} image {i}", out=next(slices)) for i, image in enumerate(s.images)]
-            for s in samples
-        ]
+    def _images(self, samples: list[Sample]) -> list[list[NDArray[np.uint8]]]:
+        """The bytes of each sample's images, slices of one array, so that they need not be copied into a batch."""
+        whole_IHW3 = np.empty((sum(len(sample.images) for sample in samples), *self.images.size, 3), np.uint8)
+        slices, own = iter(whole_IHW3), []
+        for sample in samples:
+            own.append([next(slices) for _ in sample.images])
+            for number, (encoded, out_HW3) in enumerate(zip(sample.images, own[-1], strict=True)):
+                self.images.pixel_bytes(encoded, out_HW3, name=f"{sample.key} image {number}")
+        return own
 
     def _batch(
-        self, samples: list[Sample], pixels: list[list[NDArray[np.float32]]], roles: Sequence[str]
+        self, rows: list[int], samples: list[Sample], images: list[list[NDArray[np.uint8]]], roles: Sequence[str]
     ) -> TrainBatch:
         sequences = [self.encoder.encode(sample, role) for role in roles for sample in samples]
-        batch = collate(sequences, pixels * len(roles), pad_id=self.pad_id, positions=self.positions)
+        batch = collate(
+            sequences,
+            images * len(roles),
+            pad_id=self.pad_id,
+            positions=self.positions,
+            byte_values_CV=self.images.byte_values_3V,
+        )
         if self.cache is None:
             return TrainBatch(batch, len(samples))
-        sums = [
-            self._checked(self.cache, sequence, sample)
-            for sequence, sample in zip(sequences, samples * len(roles), strict=True)
-        ]
-        items = [(sequence.key, sequence.role) for sequence in sequences if sequence.role in self.record_roles]
-        targets = self.cache.targets(items) if items else None
+        rows_S = np.concatenate([self.records[role][rows] for role in roles])
+        records = self.cache.sequences(rows_S)
+        for sequence, sample, record in zip(sequences, samples * len(roles), records, strict=True):
+            self._check(self.cache, sequence, sample, record)
+        rows_R = rows_S[: len(samples) * sum(role in self.record_roles for role in roles)]
+        targets = self.cache.targets(rows_R) if len(rows_R) else None
         if targets is not None and self.exchange is not None:
             targets = self.exchange.targets(targets)
-        return TrainBatch(batch, len(samples), targets, torch.tensor(sums, dtype=torch.float32))
+        states = read_states(self.cache, rows_R, batch, self.states) if self.states is not None else None
+        sums_S = torch.tensor([record.sum_log_prob for record in records], dtype=torch.float32)
+        return TrainBatch(batch, len(samples), targets, sums_S, states=states)
 
-    def _checked(self, cache: TeacherCache, sequence: Tokens, sample: Sample) -> float:
-        """Refuse a record that was made for other tokens or another sample; gives its summed log-prob."""
+    def _check(self, cache: TeacherCache, sequence: Tokens, sample: Sample, record: CachedSequence) -> None:
+        """Refuse a record that was made for other tokens or another sample."""
         from teacher_cache.fingerprint import check_sequence
         from teacher_cache.sequences import short_hash
 
-        check_sequence(cache, sequence, self.exchange)
-        record = cache.sequence(sequence.key, sequence.role)
+        check_sequence(cache, sequence, self.exchange, record)
         if record.content_hash != short_hash(sample.content_hash):
             raise DataError(
                 f"sample '{sequence.key}' ({sequence.role}): its text or pictures are not those the teacher saw: "
                 "capture again, or set data.set to the set of the cache"
             )
-        return record.sum_log_prob
 
 
 def _begin_worker(worker: int) -> None:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 class Join:
     """The rows of a set that a run uses, in set order: those trained on and those held out.
 
+    `records`: by role, the cache's row of each row of the set, −1 where there is none; no roles without a cache.
     `kept_hash`: SHA-256 (hex) over the keys of those trained on, joined by newlines.
     """
 
@@ -43,6 +44,7 @@ class Join:
     missing: int
     too_long: tuple[tuple[str, str], ...]
     kept_hash: str
+    records: Mapping[str, NDArray[np.int64]]
 
 
 def join(
@@ -64,9 +66,10 @@ def join(
     _check_kind(samples, roles)
     keys = samples.index.column("key")
     kept = np.ones(len(samples), np.bool_)
+    records = {} if cache is None else {role: cache.rows(keys, role, samples.shard_rows) for role in roles}
+    for records_N in records.values():
+        kept &= records_N >= 0
     if cache is not None:
-        for role in roles:
-            kept &= cache.has(keys, role, samples.shard_rows)
         _report_missing(samples, np.flatnonzero(~kept), str(cache.path), missing)
     absent = len(samples) - int(kept.sum())
     too_long = _too_long(samples, kept, roles, encoder) if encoder is not None else {}
@@ -80,11 +83,12 @@ def join(
     held = rows[_lowest(_seeded_hashes(keys.take(rows), seed), holdout)] if holdout else rows[:0]
     kept[held] = False
     return Join(
-        rows=np.flatnonzero(kept),
+        rows=np.flatnonzero(kept) if holdout else rows,
         holdout=held,
         missing=absent,
         too_long=tuple((samples.key_of(row), reason) for row, reason in too_long.items()),
         kept_hash=_hash_of_keys(keys, kept),
+        records=records,
     )
 
 

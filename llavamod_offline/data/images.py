@@ -8,7 +8,7 @@ Outcomes of decoding, whatever the picture:
   16 bits a channel → the high byte; grey, black-and-white, palette, CMYK → Pillow's conversion to RGB
   animated → the first frame
 
-Letters: H, W height and width of the processed image in pixels.
+Letters: H, W height and width of the processed image in pixels, V the 256 values of a byte.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ class ImagePreprocessor:
     """A checkpoint's image processor, behind one decoder and one way to treat the aspect ratio.
 
     `pad` fills up to a square with the processor's mean colour, `int(mean · 255)`; `square` leaves it to the processor
-    (LLaVA's `image_aspect_ratio`). Safe to pickle and to use in workers.
+    (LLaVA's `image_aspect_ratio`). `size`: (H, W). `byte_values_3V` float32: what the processor makes of each byte, for
+    each channel, once it has resized and cropped. Safe to pickle and to use in workers.
     Errors: `ConfigError` for another aspect, `ModelError` if the processor has no fixed output size.
     """
 
@@ -107,7 +108,8 @@ class ImagePreprocessor:
         self._processor = processor
         self.fill = tuple(int(mean * 255) for mean in processor.image_mean)
         self.size = _output_size(processor, aspect)
-        self._values_3 = _pixel_values(processor)
+        self.byte_values_3V = _byte_values(processor)
+        self._pair_values = [_in_pairs(values_V) for values_V in self.byte_values_3V]
 
     @classmethod
     def from_checkpoint(cls, folder: Path, aspect: str = "pad") -> ImagePreprocessor:
@@ -124,23 +126,24 @@ class ImagePreprocessor:
         except (TypeError, ValueError, ModelError) as error:
             raise ModelError(f"{file}: {error}") from error
 
-    def pixels(self, encoded: bytes, *, name: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-        """Decode and preprocess one picture to [3, H, W] float32, `size` = (H, W), in `out` if that is given.
+    def pixels(self, encoded: bytes, *, name: str) -> NDArray[np.float32]:
+        """Decode and preprocess one picture to [3, H, W] float32. Errors: `DataError` naming it."""
+        return self.preprocess(decode_image(encoded, name=name))
 
-        Errors: `DataError` naming it.
-        """
-        image = decode_image(encoded, name=name)
-        return self.preprocess(image, out)
-
-    def preprocess(self, image: Image.Image, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    def preprocess(self, image: Image.Image) -> NDArray[np.float32]:
         """Make pixels of an RGB picture, as the processor does, to the last bit."""
-        if self.aspect == "pad":
-            image = pad_to_square(image, self.fill)
-        image = self._sized(image)
-        pixels_3HW = np.empty((3, *self.size), np.float32) if out is None else out
-        for channel_HW, band, values in zip(pixels_3HW, image.split(), self._values_3, strict=True):
+        pixels_3HW = np.empty((3, *self.size), np.float32)
+        for channel_HW, band, values in zip(pixels_3HW, self.fit(image).split(), self._pair_values, strict=True):
             _look_up(values, np.asarray(band), channel_HW)
         return pixels_3HW
+
+    def pixel_bytes(self, encoded: bytes, out_HW3: NDArray[np.uint8], *, name: str) -> None:
+        """Decode one picture and write bytes, whose `byte_values_3V` are its pixels. Errors: `DataError` naming it."""
+        out_HW3[:] = np.asarray(self.fit(decode_image(encoded, name=name)))
+
+    def fit(self, image: Image.Image) -> Image.Image:
+        """Pad, resize and crop an RGB picture as the processor does: what is left to do is done byte by byte."""
+        return self._sized(pad_to_square(image, self.fill) if self.aspect == "pad" else image)
 
     def _sized(self, image: Image.Image) -> Image.Image:
         """Resize and crop as the processor does, without its copies; Pillow leaves alone what has its size already."""
@@ -292,14 +295,14 @@ def _output_size(processor: CLIPImageProcessorPil, aspect: str) -> tuple[int, in
     )
 
 
-def _pixel_values(processor: CLIPImageProcessorPil) -> list[NDArray[np.float32]]:
-    """What the processor makes of each byte, for each channel: it rescales and normalises pixel by pixel."""
+def _byte_values(processor: CLIPImageProcessorPil) -> NDArray[np.float32]:
+    """What the processor makes of each byte, for each channel, [3, V]: it rescales and normalises pixel by pixel."""
     values_31V = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
     if processor.do_rescale:
         values_31V = processor.rescale(values_31V, processor.rescale_factor)
     if processor.do_normalize:
         values_31V = processor.normalize(values_31V, processor.image_mean, processor.image_std)
-    return [_in_pairs(np.ascontiguousarray(values_1V[0], dtype=np.float32)) for values_1V in values_31V]
+    return np.ascontiguousarray(values_31V[:, 0], dtype=np.float32)
 
 
 def _in_pairs(values_V: NDArray[np.float32]) -> NDArray[np.float32]:

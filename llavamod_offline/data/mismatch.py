@@ -9,8 +9,13 @@ and whoever reads it do not enter. A sample more or less in the set changes the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import DataError
@@ -19,23 +24,33 @@ PAIRING = "next in the ring of SHA-256"  # what a fingerprint says of how pairs 
 _SALT = "mismatched"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MismatchRing:
-    """The rows of a set's preference samples in the order of the ring, and the place of each in it."""
+    """The P rows of a set's preference samples in the order of the ring, and the place in it of each of its N rows."""
 
-    rows: tuple[int, ...]
-    places: Mapping[int, int]
+    rows_P: NDArray[np.int64]
+    places_N: NDArray[np.int64]
 
     @classmethod
-    def of(cls, keys: Mapping[int, str], *, where: str) -> MismatchRing:
-        """Put samples, given as row → key, into a ring. Errors: `DataError` naming `where` if they are fewer than 2."""
-        if len(keys) < 2:
+    def of(cls, index: pa.Table, *, where: str) -> MismatchRing:
+        """Put the preference samples of a set into a ring, by its index.
+
+        Errors: `DataError` naming `where` if they are fewer than 2.
+        """
+        is_preference = pc.equal(index.column("kind"), "preference")
+        rows_P = np.flatnonzero(is_preference.to_numpy())
+        if len(rows_P) < 2:
             raise DataError(
-                f"{where}: {len(keys)} preference sample(s): a mismatched response is that of another one: "
+                f"{where}: {len(rows_P)} preference sample(s): a mismatched response is that of another one: "
                 "use a set of at least 2, or capture without capture.mismatched and train with loss.kind kto_pair"
             )
-        rows = tuple(sorted(keys, key=lambda row: _hash(keys[row])))
-        return cls(rows, {row: place for place, row in enumerate(rows)})
+        keys = index.column("key").filter(is_preference)
+        hashes = b"".join(_hash(key) for chunk in keys.chunks for key in chunk.to_pylist())
+        words_4P = np.frombuffer(hashes, ">u8").reshape(-1, 4).T.astype(np.uint64)
+        rows_P = rows_P[np.lexsort(words_4P[::-1])]  # by the first word, among equal ones by the second, …
+        places_N = np.full(len(index), -1, np.int64)
+        places_N[rows_P] = np.arange(len(rows_P))
+        return cls(rows_P, places_N)
 
     def response(self, row: int, sample: Sample, read: Callable[[int], tuple[str, str]]) -> str:
         """The mismatched response of the sample in `row`; `read` gives the responses of another one by its row.
@@ -44,9 +59,9 @@ class MismatchRing:
         """
         own = {str(sample.chosen).strip(), str(sample.rejected).strip()}
         side = _hash(sample.key)[-1] % 2
-        place = self.places[row]
-        for step in range(1, len(self.rows)):
-            text = read(self.rows[(place + step) % len(self.rows)])[side]
+        place = int(self.places_N[row])
+        for step in range(1, len(self.rows_P)):
+            text = read(int(self.rows_P[(place + step) % len(self.rows_P)]))[side]
             if text.strip() not in own:
                 return text
         raise DataError(f"sample '{sample.key}' (mismatched): no other sample of the set has another response")

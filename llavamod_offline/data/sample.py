@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from llavamod_offline.errors import DataError
@@ -90,7 +91,7 @@ class Sample:
             return ("response",)
         return ("chosen", "rejected") if self.mismatched is None else ("chosen", "rejected", "mismatched")
 
-    @property
+    @cached_property
     def content_hash(self) -> str:
         """SHA-256 (hex) over the sample's own text and the image bytes; the key is not part of it."""
         digest = hashlib.sha256()

@@ -87,7 +87,10 @@ class Order:
         self.n, self.seed, self.batch_size, self.window = n, seed, batch_size, window
         self.lengths_N = lengths_N
         shards_N = np.zeros(n, np.int64) if shards_N is None else shards_N
-        self._shards, self._firsts = np.unique(shards_N, return_index=True)
+        changes = np.ones(n, np.bool_)
+        np.not_equal(shards_N[1:], shards_N[:-1], out=changes[1:])
+        self._firsts = np.flatnonzero(changes)
+        self._shards = shards_N[self._firsts].astype(np.int64)
         self._ends = np.append(self._firsts[1:], n)
         self._copies = None if weights is None else _Copies(weights, seed)
         self.per_epoch = n if self._copies is None else self._copies.total

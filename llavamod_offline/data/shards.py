@@ -150,10 +150,8 @@ class SampleSet:
         Errors: `DataError` if it holds fewer than two preference samples; while reading, naming a sample, if no other
         has another response.
         """
-        kinds = self.index.column("kind").to_pylist()
-        keys = {row: key for row, (key, kind) in enumerate(zip(self.keys, kinds, strict=True)) if kind == "preference"}
         paired = SampleSet(self.path, self.manifest, self.shards, self.index, self._staging)
-        paired._ring = MismatchRing.of(keys, where=f"set '{self.path}'")
+        paired._ring = MismatchRing.of(self.index, where=f"set '{self.path}'")
         return paired
 
     @property

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Ids = NDArray[np.int64]
 Positions = Literal["response", "all"]
 NO_TARGET = -1  # the target of a position that has none, such as an image patch
+_NO_IDS: Ids = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -87,53 +88,69 @@ class SequenceEncoder:
         self.max_length = max_length
         self.image_frame = image_frame
         self._special_ids: dict[str, int] = {}
+        # The plain texts that stand in every prompt, and their ids as soon as they are known.
+        self._wording: dict[str, Ids | None] = dict.fromkeys(_fixed_texts(template))
         self.end_id = self._special_id(template.end)
 
     def encode(self, sample: Sample, role: str, image_token_counts: Items[int] | None = None) -> Sequence:
         """Tokenise one role of a sample. Errors: `DataError` if it is longer than `max_length` or has no answer."""
         counts = image_token_counts or [self.image_tokens] * len(sample.images)
-        ids, supervised = self._tokenise(self.template.render(sample.conversation(role)), list(counts))
-        if len(ids) > self.max_length:
+        ids_T, supervised_N = self._tokenise(self.template.render(sample.conversation(role)), list(counts))
+        if len(ids_T) > self.max_length:
             raise DataError(
-                f"sample '{sample.key}' ({role}): {len(ids)} tokens, more than max_length {self.max_length}"
+                f"sample '{sample.key}' ({role}): {len(ids_T)} tokens, more than max_length {self.max_length}"
             )
-        supervised_N = np.flatnonzero(supervised).astype(np.int64)
-        return Sequence(sample.key, role, np.asarray(ids, dtype=np.int64), supervised_N)
+        return Sequence(sample.key, role, ids_T, supervised_N)
 
     def encode_prompt(self, turns: Items[Turn], image_token_counts: Items[int] | None = None) -> Ids:
         """Tokenise turns that end with the user, up to where the answer begins (for generation)."""
         placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
         counts = image_token_counts or [self.image_tokens] * placeholders
-        ids, _ = self._tokenise(self.template.render(turns), list(counts))
-        return np.asarray(ids, dtype=np.int64)
+        ids_T, _ = self._tokenise(self.template.render(turns), list(counts))
+        return ids_T
 
-    def _tokenise(self, segments: list[Segment], image_counts: list[int]) -> tuple[list[int], list[bool]]:
-        ids: list[int] = []
-        supervised: list[bool] = []
+    def _tokenise(self, segments: list[Segment], image_counts: list[int]) -> tuple[Ids, Ids]:
+        """The ids of all segments, and the places of those that are supervised."""
+        pieces: list[Ids] = [_NO_IDS]
+        supervised: list[Ids] = [_NO_IDS]
+        length = 0
         for segment in _merge_plain(segments):
             if segment.special:
-                piece = [self._special_id(segment.text)]
+                found = [np.array([self._special_id(segment.text)], np.int64)]
             elif segment.supervised:
-                piece = self._plain_ids(segment.text)
+                found = [self._plain_ids(segment.text)]
             else:
-                piece = self._ids_with_images(segment.text, image_counts)
-            ids += piece
-            supervised += [segment.supervised] * len(piece)
-        return ids, supervised
+                found = self._ids_with_images(segment.text, image_counts)
+            pieces += found
+            before, length = length, length + sum(map(len, found))
+            if segment.supervised:
+                supervised.append(np.arange(before, length))
+        return np.concatenate(pieces), np.concatenate(supervised)
 
-    def _ids_with_images(self, text: str, image_counts: list[int]) -> list[int]:
-        parts = text.split(IMAGE_PLACEHOLDER)
+    def _ids_with_images(self, text: str, image_counts: list[int]) -> list[Ids]:
+        first, *others = text.split(IMAGE_PLACEHOLDER)
         before, after = self.image_frame
-        ids = self._plain_ids(parts[0])
-        for part in parts[1:]:
-            ids += [*before, *[self.image_token_id] * image_counts.pop(0), *after]
-            ids += self._plain_ids(part)
-        return ids
+        pieces = [self._prompt_ids(first)]
+        for part in others:
+            image = [np.full(image_counts.pop(0), self.image_token_id, np.int64)]
+            if before or after:
+                image = [np.array(before, np.int64), *image, np.array(after, np.int64)]
+            pieces += [*image, self._prompt_ids(part)]
+        return pieces
 
-    def _plain_ids(self, text: str) -> list[int]:
+    def _prompt_ids(self, text: str) -> Ids:
+        """Tokenise plain text of a prompt; the template's own is known by heart."""
+        if text not in self._wording:
+            return self._plain_ids(text)
+        known = self._wording[text]
+        if known is None:
+            known = self._wording[text] = self._plain_ids(text)
+        return known
+
+    def _plain_ids(self, text: str) -> Ids:
         """Tokenise text in which the names of special tokens are plain characters, whatever a data set says."""
         if not text:
-            return []
+            return _NO_IDS
         # What `tokenizer(text, add_special_tokens=False, split_special_tokens=True)` does, without its preparations.
         backend = self.tokenizer.backend_tokenizer
         if not backend.encode_special_tokens:
@@ -142,8 +159,7 @@ class SequenceEncoder:
             backend.no_truncation()
         if backend.padding is not None:
             backend.no_padding()
-        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
-        return ids
+        return np.array(backend.encode(text, add_special_tokens=False).ids, np.int64)
 
     def _special_id(self, token: str) -> int:
         if token not in self._special_ids:
@@ -164,3 +180,10 @@ def _merge_plain(segments: list[Segment]) -> list[Segment]:
         else:
             merged.append(segment)
     return merged
+
+
+def _fixed_texts(template: Template) -> set[str]:
+    """What a prompt holds of plain text between pictures, special tokens and answers, where its user says no more."""
+    turns = (Turn("user", IMAGE_PLACEHOLDER), Turn("assistant", "")) * 2
+    plain = [part for part in _merge_plain(template.render(turns)) if not (part.special or part.supervised)]
+    return {text for part in plain for text in part.text.split(IMAGE_PLACEHOLDER) if text}

@@ -8,15 +8,19 @@ cache.
   webdataset: `WebDataset(tars).decode("torchrgb")`: scan the tars in order, group members, parse JSON, decode the
   JPEG to a float32 tensor [3, 336, 336] in 0 … 1. No join, no tokens, no batches, no shuffling, no state.
   ours: `train.batches.Loader` in a shuffled order that can be resumed at any step: read by position, parse and check
-  the sample, decode the JPEG, CLIP's preprocessing, tokenise, compare the sample's and the answer's hash with the
-  record's, decode the records (60 positions a sample, 20 to 26 ids each), collate 16 samples to padded tensors.
-Rows `ours: …` are the parts, each timed by itself; `clip preprocessing` is resizing, cropping and normalising, beside
-what transformers' own processor takes for the same pixels.
+  the sample, decode the JPEG and fit it to CLIP's size (which it has: nothing is resized), tokenise, compare the
+  sample's and the answer's hash with the record's, find the records (80 positions a sample, 20 to 26 ids each; they are
+  decoded already and kept, see below), collate 16 samples to padded tensors. Pictures stay bytes [336, 336, 3] in a
+  batch: rescaling and normalising them is a look-up where the student's forward pass begins, which is not counted here.
+That is a quarter of the bytes that webdataset is asked to write; row `webdataset torchrgb8` is its rate without floats,
+and `later: pixel values` what ours has put off, on a CPU. Rows `ours: …` are the parts, each by itself, the second time
+that it is done; `ours: decode records` comes once for each shard where all records fit in memory, as here, and else
+once for each window. `transformers: …` is what its own processor takes for the same pixels.
 `worker_memory_growth_mb`: growth of the private memory of a loader's worker from a tenth of the samples to all of them
 (200,000; pictures of 48 pixels, as their size does not matter here).
 `first_batch_seconds`: from opening set and cache to the first batch of 64, with two workers, imports not counted: 5,000
 shards of 1,000 samples under made keys, tars and columns hard links to one shard's; opening, checking every table's
-checksum, joining by key, hashing the kept keys, shuffling, forking.
+checksum, joining by key, hashing the kept keys, shuffling, forking, decoding the records of a window of 16 shards.
 `packing_samples_per_core_s`, `indexing_samples_per_core_s`: see `packing.py`.
 """
 
@@ -24,18 +28,19 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 
-from llavamod_offline.data.collate import collate
+from llavamod_offline.data.collate import collate, pixel_values
 from llavamod_offline.data.images import decode_image
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.data.sampler import BatchSchedule, Order
@@ -66,6 +71,7 @@ def open_loader(folder: Path, workers: int, batch_size: int = BATCH) -> tuple[Lo
         images=make_preprocessor(),
         roles=("response",),
         cache=cache,
+        records=joined.records,
         record_roles=("response",),
         pad_id=0,
         workers=workers,
@@ -90,13 +96,18 @@ def measure_rates(folder: Path, passes: int) -> dict[str, list[float]]:
         schedule = BatchSchedule(order, stop=(number + 1) * steps, start=number * steps)
         return sum(batch.samples for batch in loader.batches(schedule))
 
-    def theirs(number: int) -> int:
-        found = webdataset.WebDataset(tars, shardshuffle=False).decode("torchrgb")
+    def theirs(kind: str) -> int:
+        found = webdataset.WebDataset(tars, shardshuffle=False).decode(kind)
         return sum(tuple(sample["jpg"].shape) == (3, 336, 336) for sample in found)
 
-    rates: dict[str, list[float]] = {"ours": [], "webdataset": []}
+    cases: dict[str, Callable[[int], int]] = {
+        "ours": ours,
+        "webdataset": lambda _: theirs("torchrgb"),
+        "webdataset torchrgb8": lambda _: theirs("torchrgb8"),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(passes + 1):
-        for name, run in (("ours", ours), ("webdataset", theirs)):
+        for name, run in cases.items():
             started = time.process_time()
             samples = run(number)
             if number:  # the first pass warms up
@@ -110,38 +121,63 @@ def measure_parts(folder: Path, count: int) -> dict[str, float]:
     encoder, images = make_encoder(), make_preprocessor()
     rows = np.random.default_rng(0).permutation(len(samples))[:count].tolist()
     read = [samples.read(row) for row in rows]
-    pictures = [decode_image(sample.images[0], name=sample.key) for sample in read]
-    pixels = [images.pixels(sample.images[0], name=sample.key) for sample in read]
+    pictures = [decode_image(sample.images[0], name=sample.key) for sample in read[:BATCH]]
+    bytes_IHW3 = np.zeros((BATCH, *images.size, 3), np.uint8)
+    values_3V = images.byte_values_3V
     sequences = [encoder.encode(sample, "response") for sample in read]
+    records = cache.rows(samples.index.column("key"), "response", samples.shard_rows)[rows]
     batches = [slice(start, start + BATCH) for start in range(0, count, BATCH)]
-    fresh = open_cache(folder / "cache", temperature=1.0)
+    unhashed = iter([[replace(sample) for sample in read] for _ in range(2)])
     parts: dict[str, Callable[[], object]] = {
         "ours: read and check the sample": lambda: [samples.read(row) for row in rows],
         "ours: decode the JPEG": lambda: [decode_image(s.images[0], name=s.key) for s in read],
-        "ours: CLIP preprocessing": lambda: [images.preprocess(picture) for picture in pictures],
+        "ours: fit and copy the picture": lambda: [
+            _copy(images.fit(picture), out_HW3)
+            for _ in batches
+            for picture, out_HW3 in zip(pictures, bytes_IHW3, strict=True)
+        ],
         "transformers: CLIP preprocessing": lambda: [
-            images._processor(picture, return_tensors="np") for picture in pictures
+            images._processor(picture, return_tensors="np") for _ in batches for picture in pictures
         ],
         "ours: tokenise": lambda: [encoder.encode(sample, "response") for sample in read],
-        "ours: compare hashes": lambda: [_compare(cache, q, s) for q, s in zip(sequences, read, strict=True)],
-        "ours: records": lambda: [
-            fresh.targets([(sequence.key, "response") for sequence in sequences[batch]]) for batch in batches
+        "ours: compare hashes": lambda: [
+            _compare(cache, records[batch], sequences[batch], some[batch])
+            for some in [next(unhashed)]
+            for batch in batches
         ],
+        "ours: records": lambda: [cache.targets(records[batch]) for batch in batches],
         "ours: collate": lambda: [
-            collate(sequences[batch], [[image] for image in pixels[batch]], pad_id=0) for batch in batches
+            collate(sequences[batch], [[image] for image in bytes_IHW3], pad_id=0, byte_values_CV=values_3V)
+            for batch in batches
+        ],
+        "later: pixel values": lambda: [
+            pixel_values(torch.from_numpy(bytes_IHW3), torch.from_numpy(values_3V)) for _ in batches
         ],
     }
     milliseconds = {}
     for name, part in parts.items():
-        started = time.process_time()
-        part()
-        milliseconds[name] = (time.process_time() - started) / count * 1e3
+        for _ in range(2):
+            started = time.process_time()
+            part()
+            milliseconds[name] = (time.process_time() - started) / count * 1e3
+    fresh = open_cache(folder / "cache", temperature=1.0)
+    started = time.process_time()
+    fresh.targets(np.arange(len(fresh)))
+    milliseconds["ours: decode records"] = (time.process_time() - started) / len(fresh) * 1e3
     return milliseconds
 
 
-def _compare(cache: TeacherCache, sequence: Sequence, sample: Sample) -> str:
-    check_sequence(cache, sequence)
-    return sample.content_hash
+def _copy(picture: Image.Image, out_HW3: NDArray[np.uint8]) -> tuple[int, int]:
+    out_HW3[:] = np.asarray(picture)
+    return picture.size
+
+
+def _compare(
+    cache: TeacherCache, rows_B: NDArray[np.int64], sequences: list[Sequence], samples: list[Sample]
+) -> list[str]:
+    for sequence, record in zip(sequences, cache.sequences(rows_B), strict=True):
+        check_sequence(cache, sequence, record=record)
+    return [sample.content_hash for sample in samples]
 
 
 def measure_memory(folder: Path, samples: int) -> list[tuple[int, float]]:
@@ -192,15 +228,6 @@ def _private_mb(process: int) -> float:
     return kilobytes / 1e3
 
 
-@contextmanager
-def _folder() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="benchmark-data-"))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path)
-
-
 def main() -> None:
     """Measure and report."""
     arguments = parse_arguments(NAME, __doc__ or "")
@@ -208,7 +235,8 @@ def main() -> None:
     samples, passes, of_memory, rows = (64, 1, 640, 2_000) if quick else (2_000, 5, 200_000, 5_000_000)
     shard = 32 if quick else 1_000
     torch.set_num_threads(1)
-    with _folder() as folder:
+    with tempfile.TemporaryDirectory(prefix="benchmark-data-") as scratch:
+        folder = Path(scratch)
         write_world(folder / "world", samples, shard_samples=shard)
         rates = measure_rates(folder / "world", passes)
         parts = measure_parts(folder / "world", min(samples, 512))

@@ -39,10 +39,11 @@ def poor(hashes: int) -> tuple[Callable[..., int], Callable[..., np.ndarray]]:
     )
 
 
-def check_has(index: SequenceIndex, shards: list[Items], absent: Items, role: str) -> None:
+def check_rows(index: SequenceIndex, shards: list[Items], absent: Items, role: str) -> None:
     """Many keys of one role at once: in the order of the shards, where that helps, and in any other."""
     of_role = [[key for key, its_role in items if its_role == role] for items in shards]
-    known, others = {key for keys in of_role for key in keys}, [key for key, _ in absent]
+    known = {item: row for row, item in enumerate(item for items in shards for item in items)}
+    others = [key for key, _ in absent]
     keys = [key for some in of_role for key in some]
     ends = np.cumsum([0, *map(len, of_role)]).tolist()
     likely = [(shard, ends[shard], ends[shard + 1]) for shard in range(len(shards))]
@@ -55,9 +56,10 @@ def check_has(index: SequenceIndex, shards: list[Items], absent: Items, role: st
         ),
         (others + keys, []),
     ):
-        pieces = [asked[:2], [], asked[2:]]
-        column = pa.chunked_array([pa.array(piece, pa.string()) for piece in pieces])
-        assert index.has(column, role, hints).tolist() == [key in known for key in asked]
+        for pieces in ([asked[:2], [], asked[2:]], [asked[start:stop] for _, start, stop in likely]):
+            column = pa.chunked_array([pa.array(piece, pa.string()) for piece in pieces], pa.string())
+            rows = [known.get((key, role), -1) for piece in pieces for key in piece]
+            assert index.rows(column, role, hints if len(column) == len(asked) else likely).tolist() == rows
 
 
 @settings(deadline=None)
@@ -78,7 +80,7 @@ def test_everything_is_found_where_it_is_and_nothing_else(shards: list[Items], a
         assert [index.find_one(*item) for item in asked] == [known.get(item, -1) for item in asked]
         assert index.repeated() == []
         for role in ROLES:
-            check_has(index, unique, absent, role)
+            check_rows(index, unique, absent, role)
     assert len(index) == len(known)
     for row, item in enumerate(known):
         shard, local = index.place(row)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -24,6 +25,7 @@ from teacher_cache.fingerprint import check_sequence
 from teacher_cache.manifest import CACHE_NAME, canonical, content_digest
 from teacher_cache.quantise import FINE, log_prob_bound
 from teacher_cache.reader import TeacherCache, open_cache
+from teacher_cache.record import Records
 from tests.teacher_cache.conftest import World
 
 
@@ -93,6 +95,42 @@ def test_a_batch_is_its_sequences_one_after_another(finished: Path) -> None:
     assert start == len(batch)
 
 
+def test_rows_say_what_keys_and_roles_say(world: World, finished: Path) -> None:
+    """Also where the keys are in another order than the cache's, and one of them is unknown."""
+    cache = open_cache(finished)
+    keys = SampleSet.open(world.samples).index.column("key")
+    shuffled = pa.chunked_array([pa.array([*keys.to_pylist()[::-1], "nobody"])])
+    in_order = cache.rows(keys, "response", SampleSet.open(world.samples).shard_rows)
+    assert cache.rows(shuffled, "response").tolist() == [*in_order.tolist()[::-1], -1]
+    assert cache.rows(keys, "chosen").tolist() == [-1] * len(keys)
+    items = [(key, "response") for key in keys.to_pylist()]
+    assert cache.items(in_order.tolist()) == items
+    chosen = in_order[[17, 3, 20]]
+    named = [items[place] for place in (17, 3, 20)]
+    assert cache.sequences(chosen) == cache.sequences(named) == [cache.sequence(*item) for item in named]
+    assert _equal(cache.targets(chosen), cache.targets(named))
+
+
+def test_a_window_that_is_kept_is_decoded_once(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget that is a byte short of a window decodes blocks again for as long as the window is read."""
+    monkeypatch.setattr(columns, "BLOCK_POSITIONS", 9)
+    world.run(tmp_path / "c")
+    decoded: list[tuple[str, int]] = []
+    read = columns.ColumnFile.records
+
+    def count(file: columns.ColumnFile, first: int, last: int, temperatures: tuple[float, ...]) -> list[Records]:
+        decoded.extend((str(file.folder), number) for number in range(first, last))
+        return read(file, first, last, temperatures)
+
+    monkeypatch.setattr(columns.ColumnFile, "records", count)
+    cache = TeacherCache(tmp_path / "c", memory_bytes=0)
+    cache.keep_shards(len(cache.shard_names))
+    items = cache.items()
+    for number in range(3 * len(items)):
+        cache.targets([items[number * 7 % len(items)]])
+    assert len(decoded) == len(set(decoded))
+
+
 def test_targets_are_whole_distributions(finished: Path) -> None:
     cache = open_cache(finished)
     targets = cache.targets([(key, "response") for key in cache.keys("response")])
@@ -141,7 +179,7 @@ def test_a_fork_while_another_thread_reads_does_not_hang(finished: Path) -> None
     child = multiprocessing.get_context("fork").Process(target=lambda: far_end.send(dataset[0]), daemon=True)
     with dataset.cache._blocks._lock:
         child.start()
-    assert pipe.poll(30), "the forked reader hangs"
+    assert pipe.poll(300), "the forked reader hangs"
     assert pipe.recv() == expected
     child.join()
 
@@ -215,6 +253,18 @@ def test_another_format_version_is_refused(copied: Callable[[], Path]) -> None:
     (path / CACHE_NAME).write_bytes(canonical(content))
     with pytest.raises(CacheError, match="format version 9, this version of the project reads 1"):
         open_cache(path)
+
+
+def test_a_cache_file_in_another_form_is_the_same(copied: Callable[[], Path]) -> None:
+    """The digest is of the content, however a tool has written it; what it does not fit is refused in any form."""
+    path = copied()
+    content = json.loads((path / CACHE_NAME).read_bytes())
+    (path / CACHE_NAME).write_text(json.dumps(content))
+    assert open_cache(path).digest == content["digest"]
+    for form in (json.dumps, lambda changed: canonical(changed).decode()):
+        (path / CACHE_NAME).write_text(form(content | {"format_version": 1, "more": 0}))
+        with pytest.raises(CacheError, match="its digest is not that of its content"):
+            open_cache(path)
 
 
 @pytest.mark.parametrize("name", [CACHE_NAME, "shards/samples-000002/sequences.arrow"])

@@ -79,7 +79,7 @@ def test_the_command_ends_after_an_error_in_a_worker(world: World, tmp_path: Pat
     config = world.config("mimic_dense", tmp_path / "run", *settings)
     (tmp_path / "config.yaml").write_text(dump_config(config))
     command = [str(Path(sys.executable).parent / "train-student"), str(tmp_path / "config.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2, done.stderr
     assert "its supervised ids are not the cache's" in done.stderr.splitlines()[-1]
 

@@ -30,9 +30,10 @@ class SomeKeys:
     def __init__(self, **known: set[str]) -> None:
         self.known = known
 
-    def has(self, keys: pa.ChunkedArray, role: str, shards: Mapping[str, range]) -> NDArray[np.bool_]:
+    def rows(self, keys: pa.ChunkedArray, role: str, shards: Mapping[str, range]) -> NDArray[np.int64]:
         assert sum(len(rows) for rows in shards.values()) == len(keys)
-        return np.array([key in self.known[role] for key in keys.to_pylist()])
+        places = {key: row for row, key in enumerate(sorted(self.known[role]))}
+        return np.array([places.get(key, -1) for key in keys.to_pylist()])
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,9 @@ def test_rows_and_their_hash(pairs: SampleSet, absent: list[set[int]], holdout: 
     assert sorted([*found.rows.tolist(), *found.holdout.tolist()]) == usable
     assert found.rows.tolist() == sorted(found.rows.tolist())
     assert (len(found.holdout), found.missing) == (holdout, N - len(usable))
+    for role, its_keys in cache.known.items():
+        records = found.records[role][found.rows].tolist()
+        assert [sorted(its_keys)[row] for row in records] == [pairs.keys[row] for row in found.rows.tolist()]
     text = "\n".join(pairs.keys[row] for row in found.rows.tolist())
     assert found.kept_hash == hashlib.sha256(text.encode()).hexdigest()
 

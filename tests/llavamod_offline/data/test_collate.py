@@ -45,10 +45,29 @@ def test_a_batch_by_hand() -> None:
     assert {value.dtype for value in integers} == {torch.int64}
 
 
+def test_bytes_become_pixels_where_the_batch_lies() -> None:
+    """A quarter of the memory until then; every byte has a value of its own in each channel."""
+    rng = np.random.default_rng(0)
+    values_3V = rng.normal(size=(3, 256)).astype(np.float32)
+    bytes_IHW3 = rng.integers(0, 256, (2, 4, 5, 3), dtype=np.uint8)
+    sequences = [sequence(key, [5, 6], [1]) for key in "ab"]
+    batch = collate(sequences, [[image] for image in bytes_IHW3], pad_id=PAD, byte_values_CV=values_3V)
+    assert batch.images is not None
+    assert np.shares_memory(batch.images.numpy(), bytes_IHW3)  # slices of one array are not copied
+    expected = np.stack([values_3V[channel][bytes_IHW3[..., channel]] for channel in range(3)], axis=1)
+    assert batch.pixel_values_ICHW is not None
+    assert np.array_equal(batch.pixel_values_ICHW.numpy(), expected)
+    moved = batch.to("meta")
+    assert moved.pixel_values_ICHW is not None
+    assert (moved.pixel_values_ICHW.device.type, moved.pixel_values_ICHW.shape) == ("meta", (2, 3, 4, 5))
+
+
 def test_text_only_batches_have_no_pixels() -> None:
     batch = collate([sequence("a", [5, 6], [1])], [[]], pad_id=PAD)
     assert batch.pixel_values_ICHW is None
     assert batch.to("cpu").pixel_values_ICHW is None
+    values_3V = np.zeros((3, 256), np.float32)
+    assert collate([sequence("a", [5, 6], [1])], [[]], pad_id=PAD, byte_values_CV=values_3V).byte_values_CV is None
 
 
 def test_to_moves_every_tensor() -> None:
@@ -63,7 +82,7 @@ def test_what_does_not_fit() -> None:
         collate([], [], pad_id=PAD)
     with pytest.raises(DataError, match=r"1 sequence\(s\) with the images of 2"):
         collate([sequence("a", [5, 6], [1])], [[], []], pad_id=PAD)
-    with pytest.raises(DataError, match=r"sample 'b': pixels of shape \(3, 5, 5\) in a batch of \(3, 4, 4\)"):
+    with pytest.raises(DataError, match=r"sample 'b': an image of shape \(3, 5, 5\) in a batch of \(3, 4, 4\)"):
         collate(
             [sequence("a", [5, 6], [1]), sequence("b", [5, 6], [1])], [[picture(1)], [picture(1, size=5)]], pad_id=PAD
         )

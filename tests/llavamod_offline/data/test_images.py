@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from llavamod_offline.data import images
+from llavamod_offline.data.collate import pixel_values
 from llavamod_offline.data.images import ImagePreprocessor, decode_image, image_extension, pad_to_square
 from llavamod_offline.errors import ConfigError, DataError, ModelError
 from tests.tiny import tiny_image, write_image_processor
@@ -266,6 +268,10 @@ def test_pixels_are_the_processors_to_the_last_bit(tmp_path: Path, changes: dict
         found = preprocessor.pixels(encode(image), name="x")
         assert found.flags.c_contiguous
         assert np.array_equal(found, expected.astype(np.float32))
+        bytes_HW3 = np.empty((*preprocessor.size, 3), np.uint8)
+        preprocessor.pixel_bytes(encode(image), bytes_HW3, name="x")
+        (later,) = pixel_values(torch.from_numpy(bytes_HW3)[None], torch.from_numpy(preprocessor.byte_values_3V))
+        assert np.array_equal(later.numpy(), found)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 1), (2, 3), (1, 200)])
@@ -328,6 +334,8 @@ def test_pixels_names_the_picture(tmp_path: Path) -> None:
     preprocessor = ImagePreprocessor.from_checkpoint(processor_folder(tmp_path))
     with pytest.raises(DataError, match=r"image 'k/0\.jpg'"):
         preprocessor.pixels(tiny_image(0)[:40], name="k/0.jpg")
+    with pytest.raises(DataError, match=r"image 'k/0\.jpg'"):
+        preprocessor.pixel_bytes(tiny_image(0)[:40], np.empty((24, 24, 3), np.uint8), name="k/0.jpg")
 
 
 def test_unusable_processors(tmp_path: Path) -> None:

@@ -93,6 +93,24 @@ def test_image_in_the_middle_of_the_text() -> None:
     assert TOKENIZER.decode(ids[: first[0]].tolist()).endswith("USER: Look at ")
 
 
+@pytest.mark.parametrize("template", ["qwen", "chatml"])
+def test_wording_that_is_known_by_heart_changes_nothing(template: str) -> None:
+    """The same ids from an encoder that tokenises every piece, at the first and at every further sample."""
+    samples = [
+        conversation("<image>", "7", "<image>", "8", images=2),
+        conversation("Look: <image>\nWhich number?", "7", "And\n<image>this?", "8.", images=2),
+        conversation("user\n", "assistant\n", "\n", " ASSISTANT:"),
+    ]
+    quick, plain = encoder(template), encoder(template)
+    plain._wording = {}
+    assert quick._wording
+    for sample in samples * 2:
+        found, expected = (one.encode(sample, "response") for one in (quick, plain))
+        assert found.input_ids_T.tolist() == expected.input_ids_T.tolist()
+        assert found.supervised_N.tolist() == expected.supervised_N.tolist()
+    assert all(ids is not None for ids in quick._wording.values())
+
+
 def test_image_token_counts_may_differ() -> None:
     sample = conversation("<image> or <image>?", "Done.", images=2)
     ids = encoder().encode(sample, "response", image_token_counts=[2, 5]).input_ids_T

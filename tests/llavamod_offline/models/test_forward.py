@@ -124,3 +124,14 @@ def test_an_image_at_several_places_runs_through_the_tower_once(tiny_folder: Pat
     assert seen == [6, 3]
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-3 * float(gradients[0].abs().max()))
+
+
+def test_features_at_hand_stand_for_the_images(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tower is left alone then, and the result is the same to the last bit."""
+    model, batch = load_llava(tiny_folder).eval(), make_batch(tiny_folder, [0, 3, 5])
+    assert batch.pixel_values_ICHW is not None
+    inputs = (model, batch.input_ids_BT, batch.attention_mask_BT)
+    whole_BTD = student_hidden_states(*inputs, batch.pixel_values_ICHW)
+    features_IPC = vision_features(model, batch.pixel_values_ICHW)
+    monkeypatch.setattr(model.model.vision_tower, "forward", None)
+    assert torch.equal(student_hidden_states(*inputs, features_IPC=features_IPC), whole_BTD)
