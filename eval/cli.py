@@ -195,7 +195,7 @@ def report_command(
 def portable_command(
     student: Annotated[Path, typer.Argument(metavar="STUDENT", help="Folder of a trained student.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; it must not be there.")],
-    template: Annotated[str, typer.Option(help="The template of training: qwen or chatml.")] = "qwen",
+    template: Annotated[str, typer.Option(help="The template of training: qwen, chatml or tokenizer.")] = "qwen",
     image_aspect: Annotated[str, typer.Option(help="The treatment of pictures in training: pad or square.")] = "pad",
 ) -> None:
     from eval.portable import write_portable

@@ -17,8 +17,8 @@ from transformers import GenerationConfig
 from eval.example import Example
 from eval.generate import Answer
 from eval.prompts import never_answers, prompt_ids, read_answer
+from llavamod_offline.data.chat_template import choose_template
 from llavamod_offline.data.images import ImagePreprocessor
-from llavamod_offline.data.template import get_template
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, sequence_encoder
 
@@ -45,7 +45,9 @@ class HfEngine:
         self.model = load_llava(folder, dtype=DTYPES[self.dtype]).to(self.device)
         self.tokenizer = load_tokenizer(folder)
         limit = int(self.model.config.text_config.max_position_embeddings)
-        self.encoder = sequence_encoder(self.model.config, self.tokenizer, get_template(template), limit)
+        self.encoder = sequence_encoder(
+            self.model.config, self.tokenizer, choose_template(template, lambda: self.tokenizer), limit
+        )
         self.images = ImagePreprocessor.from_checkpoint(folder, image_aspect)
         self.folder = folder
         self._suppressed = never_answers(self.encoder, int(self.model.config.text_config.vocab_size))

@@ -17,8 +17,8 @@ from eval.engine_hf import DTYPES, checkpoint_digest, pick_device, pick_dtype
 from eval.example import Example
 from eval.generate import Answer
 from eval.prompts import never_answers, prompt_ids, read_answer
+from llavamod_offline.data.chat_template import choose_template
 from llavamod_offline.data.images import ImagePreprocessor
-from llavamod_offline.data.template import get_template
 from llavamod_offline.models.checkpoint import load_config, load_tokenizer, sequence_encoder
 from llavamod_offline.vllm import plugin
 from llavamod_offline.vllm.inputs import check_prompt, engine_input
@@ -56,7 +56,8 @@ class VllmEngine:
         self.folder = folder
         config = load_config(folder)
         limit = int(config.text_config.max_position_embeddings)
-        self.encoder = sequence_encoder(config, load_tokenizer(folder), get_template(template), limit)
+        tokenizer = load_tokenizer(folder)
+        self.encoder = sequence_encoder(config, tokenizer, choose_template(template, lambda: tokenizer), limit)
         self.images = ImagePreprocessor.from_checkpoint(folder, image_aspect)
         self._suppressed = never_answers(self.encoder, int(config.text_config.vocab_size))
         self.session = Session(

@@ -11,13 +11,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from llavamod_offline.atomic import new_folder
+from llavamod_offline.data.chat_template import choose_template, to_jinja
 from llavamod_offline.data.images import ASPECTS, ImagePreprocessor, read_processor_settings
-from llavamod_offline.data.sample import IMAGE_PLACEHOLDER
-from llavamod_offline.data.template import Segment, Template, get_template
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.models.checkpoint import load_tokenizer, read_json
 
@@ -27,7 +25,7 @@ def write_portable(student: Path, output: Path, *, template: str = "qwen", image
 
     Errors: `ConfigError` for the template, the aspect, or an `output` that is there; `ModelError` for the student.
     """
-    wording = get_template(template)
+    wording = choose_template(template, lambda: load_tokenizer(student))
     if image_aspect not in ASPECTS:
         raise ConfigError(f"image aspect '{image_aspect}' is unknown: choose one of {', '.join(ASPECTS)}")
     if output.exists():
@@ -51,34 +49,7 @@ def write_portable(student: Path, output: Path, *, template: str = "qwen", image
                 _link(file, aside / file.name)
         for name, content in changed.items():
             (aside / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (aside / "chat_template.jinja").write_text(chat_template(wording), encoding="utf-8")
-
-
-def chat_template(template: Template) -> str:
-    """A template as Jinja for transformers' `apply_chat_template`.
-
-    A message's content is a string, or a list of parts of which each image becomes a placeholder on a line of its own.
-    The text always ends where an answer begins, so that `add_generation_prompt` changes nothing.
-    """
-    question = (
-        _literal([*template.user_prefix]) + " + words(message.content) + " + _literal([*template.assistant_prefix])
-    )
-    answer = (
-        f"{_literal([Segment(template.answer_prefix)])} + words(message.content) + {_literal([Segment(template.end)])}"
-    )
-    return (
-        "{%- macro words(content) -%}{%- if content is string -%}{{ content }}{%- else -%}{%- for part in content -%}"
-        f"{{{{ {json.dumps(IMAGE_PLACEHOLDER + chr(10))} if part.type == 'image' else part.text }}}}"
-        "{%- endfor -%}{%- endif -%}{%- endmacro -%}"
-        f"{{{{ {_literal([*template.system])} }}}}{{%- for message in messages -%}}"
-        f"{{%- if message.role == 'user' -%}}{{{{ {question} }}}}"
-        f"{{%- else -%}}{{{{ {answer} + ('' if loop.last else {json.dumps(template.separator)}) }}}}"
-        "{%- endif -%}{%- endfor -%}"
-    )
-
-
-def _literal(segments: Sequence[Segment]) -> str:
-    return json.dumps("".join(segment.text for segment in segments), ensure_ascii=False)
+        (aside / "chat_template.jinja").write_text(to_jinja(wording), encoding="utf-8")
 
 
 def _link(source: Path, target: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_type_hints
@@ -15,7 +14,7 @@ from typing import Any, TypeVar, cast, get_args, get_type_hints
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llavamod_offline.errors import ConfigError
+from llavamod_offline.errors import ConfigError, first_line
 
 T = TypeVar("T")
 
@@ -39,7 +38,7 @@ def load_config(schema: type[T], files: Sequence[Path] = (), overrides: Sequence
     try:
         return cast("T", OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"config: {_first_line(error)}") from error
+        raise ConfigError(f"config: {first_line(error)}") from error
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -88,7 +87,7 @@ def _read_yaml(file: Path) -> Any:
     try:
         loaded = OmegaConf.load(file)
     except Exception as error:
-        raise ConfigError(f"{file}: not readable as YAML: {_first_line(error)}") from error
+        raise ConfigError(f"{file}: not readable as YAML: {first_line(error)}") from error
     if not OmegaConf.is_dict(loaded):
         raise ConfigError(f"{file}: a config file must hold a mapping of keys to values")
     return loaded
@@ -98,7 +97,7 @@ def _read_override(override: str) -> Any:
     try:
         return OmegaConf.from_dotlist([override])
     except Exception as error:
-        raise ConfigError(f"argument '{override}': {_first_line(error)}") from error
+        raise ConfigError(f"argument '{override}': {first_line(error)}") from error
 
 
 def _merge(schema: type[Any], merged: Any, update: Any, where: str) -> Any:
@@ -106,15 +105,10 @@ def _merge(schema: type[Any], merged: Any, update: Any, where: str) -> Any:
         return OmegaConf.merge(merged, update)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or ""
-        message = _first_line(error)
+        message = first_line(error)
         if "not in" in message and "Did you mean" not in message:
             nearest = difflib.get_close_matches(key, [line.split(":")[0] for line in _describe(schema, "")], n=1)
             message = f"unknown key '{key}'" + (f". Did you mean: '{nearest[0]}'?" if nearest else "")
         elif "is not a ListConfig" in message:
             message = f"takes a list: write [{OmegaConf.select(update, key)}]"
         raise ConfigError(f"{where}: {key}: {message}" if key else f"{where}: {message}") from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return re.sub(r"\s+", " ", text.splitlines()[0]).strip()

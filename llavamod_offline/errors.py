@@ -35,3 +35,8 @@ class EvalError(LlavaModError):
 
 class StorageError(LlavaModError):
     """A bucket or another remote folder, or the local copies of its files, cannot be read or written."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, for a one-line message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()

@@ -126,6 +126,7 @@ class GenerateConfig:
 class CacheConfig:
     """One capture: which set, by which teacher, into which cache.
 
+    `template`: qwen (LLaVA-MoD's own), chatml, or tokenizer: the chat template in the teacher's folder.
     `slice: i/n` captures shards i, i + n, i + 2n … (i from 0), for job arrays that share one output.
     `image_aspect`: pad (to a square), square (what LLaVA calls so: the processor's own way), or auto, which is pad for
     LLaVA and the processor's own way where it takes pictures of any shape.

@@ -34,8 +34,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from llavamod_offline import atomic
+from llavamod_offline.data.chat_template import choose_template
 from llavamod_offline.data.shards import SampleSet
-from llavamod_offline.data.template import get_template
 from llavamod_offline.data.tokenise import Sequence as TokenSequence
 from llavamod_offline.data.tokenise import SequenceEncoder
 from llavamod_offline.errors import CacheError, ConfigError, DataError
@@ -242,7 +242,7 @@ class _Prompts:
         about = cache.fingerprint
         loaded = load_tokenizer(tokenizer)
         check_student(about, loaded)
-        template = get_template(about["template"]["name"])
+        template = choose_template(about["template"]["name"], lambda: loaded)
         if describe_template(template) != about["template"]:
             raise CacheError(f"cache '{cache.path}': its template '{template.name}' has another text than today's")
         self._cache = cache

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llavamod_offline.data.chat_template import choose_template
 from llavamod_offline.data.mismatch import PAIRING
 from llavamod_offline.data.shards import SampleSet
-from llavamod_offline.data.template import Template, get_template
+from llavamod_offline.data.template import Template
 from llavamod_offline.errors import ConfigError, DataError, ModelError
-from llavamod_offline.models.checkpoint import vocabulary_size
+from llavamod_offline.models.checkpoint import load_tokenizer, vocabulary_size
 from teacher_cache.codec import Codec, HiddenKind
 from teacher_cache.engines.describe import describe_engine
 from teacher_cache.fingerprint import LONGER, describe_template, describe_tokenizer, describe_weights
@@ -56,7 +57,7 @@ class Job:
 def prepare_job(config: CacheConfig) -> Job:
     """Open set and teacher and check that they fit one another, all but the weights. Errors: a `LlavaModError`."""
     samples = _open_set(config)
-    template = get_template(config.template)
+    template = choose_template(config.template, lambda: load_tokenizer(Path(config.teacher)))
     teacher = open_teacher(
         Path(config.teacher), template, image_aspect=config.image_aspect, max_length=config.max_length
     )

@@ -20,16 +20,18 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
 from llavamod_offline import atomic
+from llavamod_offline.data.chat_template import to_jinja
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER
 from llavamod_offline.data.template import Template
 from llavamod_offline.data.tokenise import SequenceEncoder
-from llavamod_offline.errors import ModelError
+from llavamod_offline.errors import ModelError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 _IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
+_CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 
 def load_llava(folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> LlavaForConditionalGeneration:
@@ -169,11 +171,13 @@ def save_student(
     processor_source: Path,
     state_dict: dict[str, Tensor] | None = None,
     card: str | None = None,
+    template: Template | None = None,
 ) -> None:
     """Write a complete checkpoint folder that plain transformers loads; it appears whole or not at all.
 
     `processor_source` is a checkpoint folder whose image preprocessing is copied. `state_dict` replaces the model's own
-    tensors where an engine has sharded them; `card` becomes its README.md.
+    tensors where an engine has sharded them; `card` becomes its README.md. `template`: how the student was taught to
+    converse, so that other tools word conversations, and end answers, as it does; null: as the tokenizer says.
     Errors: `ModelError` if `folder` exists, or `processor_source` has no image preprocessing that fits the model.
     """
     if folder.exists():
@@ -182,10 +186,12 @@ def save_student(
     if settings is None:
         raise ModelError(f"{processor_source}: no {_IMAGE_PROCESSOR_FILE}: give a folder that has an image processor")
     _check_image_size(processor_source, settings, model.config)
-    _complete_generation_config(model, tokenizer)
+    _complete_generation_config(model, tokenizer, template)
     with atomic.new_folder(folder) as aside, _quiet():
         model.save_pretrained(aside, state_dict=state_dict)
         tokenizer.save_pretrained(aside)
+        if template is not None:
+            (aside / _CHAT_TEMPLATE_FILE).write_text(to_jinja(template), encoding="utf-8")
         if card is not None:
             (aside / "README.md").write_text(card, encoding="utf-8")
         (aside / _IMAGE_PROCESSOR_FILE).write_text(json.dumps(settings, indent=2) + "\n")
@@ -215,11 +221,6 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, for a one-line message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
-
-
 def _image_processor(folder: Path) -> dict[str, Any] | None:
     """The settings of a folder's image processor, where transformers looks for them; None if it has none."""
     for name in ("processor_config.json", _IMAGE_PROCESSOR_FILE):
@@ -244,13 +245,19 @@ def _check_image_size(folder: Path, settings: dict[str, Any] | None, config: Lla
         )
 
 
-def _complete_generation_config(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Let generation stop at the template's end tokens, where the checkpoint does not say so itself."""
+def _complete_generation_config(
+    model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, template: Template | None
+) -> None:
+    """Let generation stop at the template's end token, and at those that the checkpoint names or, failing that, has."""
     generation = model.generation_config
     vocabulary = tokenizer.get_vocab()
-    if generation.eos_token_id is None:
-        ends = [vocabulary[token] for token in _END_TOKENS if token in vocabulary]
-        generation.eos_token_id = ends or tokenizer.eos_token_id
+    named = generation.eos_token_id
+    if named is None:
+        named = [vocabulary[token] for token in _END_TOKENS if token in vocabulary] or tokenizer.eos_token_id
+    if template is not None and template.end in vocabulary:
+        others = [] if named is None else [named] if isinstance(named, int) else named
+        named = list(dict.fromkeys([vocabulary[template.end], *others]))
+    generation.eos_token_id = named
     if generation.pad_token_id is None:
         generation.pad_token_id = vocabulary.get("<|endoftext|>", tokenizer.pad_token_id)
 

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from llavamod_offline.errors import ConfigError, LlavaModError, ModelError
-from llavamod_offline.models.checkpoint import first_line, read_json
+from llavamod_offline.errors import ConfigError, LlavaModError, ModelError, first_line
+from llavamod_offline.models.checkpoint import read_json
 from llavamod_offline.vllm.settings import VllmSettings
 from llavamod_offline.vllm.weights import check_weights
 

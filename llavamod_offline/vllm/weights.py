@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llavamod_offline.errors import ModelError
-from llavamod_offline.models.checkpoint import first_line, load_tensors, read_json
+from llavamod_offline.errors import ModelError, first_line
+from llavamod_offline.models.checkpoint import load_tensors, read_json
 
 _DTYPE = torch.bfloat16  # of tensors that hold a single number, whatever their shape
 

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from llavamod_offline.data.images import read_processor_settings
 from llavamod_offline.data.sample import Sample
-from llavamod_offline.errors import ConfigError, DataError, ModelError
-from llavamod_offline.models.checkpoint import first_line
+from llavamod_offline.errors import ConfigError, DataError, ModelError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

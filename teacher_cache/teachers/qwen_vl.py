@@ -17,8 +17,8 @@ from torch import Tensor
 from llavamod_offline.data.images import DECODER, decode_image, image_size, pad_to_square
 from llavamod_offline.data.template import Template
 from llavamod_offline.data.tokenise import SequenceEncoder
-from llavamod_offline.errors import DataError, ModelError
-from llavamod_offline.models.checkpoint import first_line, load_tokenizer, load_weights, read_json
+from llavamod_offline.errors import DataError, ModelError, first_line
+from llavamod_offline.models.checkpoint import load_tokenizer, load_weights, read_json
 from teacher_cache.teachers import folder as folders
 from teacher_cache.teachers.protocol import Picture
 

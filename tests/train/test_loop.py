@@ -106,6 +106,16 @@ def test_the_exported_student_is_a_whole_checkpoint(world: World, tmp_path: Path
     assert again.finished
 
 
+def test_the_next_stage_may_take_the_wording_of_the_one_before(world: World, tmp_path: Path) -> None:
+    """The exported folder holds it, for any tool, as its tokenizer's chat template."""
+    train(world.config("sft", tmp_path / "first", "steps=2", "template=chatml"))
+    student = f"student.checkpoint={tmp_path / 'first' / 'student'}"
+    for template in ("chatml", "tokenizer"):
+        train(world.config("sft", tmp_path / template, "steps=2", f"template={template}", student))
+    losses = [[entry["loss"] for entry in read_metrics(tmp_path / name)] for name in ("chatml", "tokenizer")]
+    assert losses[0] == losses[1]
+
+
 def test_a_loss_that_is_no_number_stops_with_the_samples(world: World, tmp_path: Path) -> None:
     """Nothing is saved or exported, and the line names the samples of the micro-batch."""
     broken = tmp_path / "broken"

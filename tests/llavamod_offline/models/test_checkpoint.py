@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from llavamod_offline.data.sample import Turn
 from llavamod_offline.data.template import get_template
 from llavamod_offline.errors import ModelError
 from llavamod_offline.models.checkpoint import (
@@ -63,6 +64,23 @@ def test_generation_stops_at_the_templates_end_tokens(tiny_folder: Path) -> None
     tokenizer = load_tokenizer(tiny_folder)
     ends = {tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")}
     assert set(load_llava(tiny_folder).generation_config.eos_token_id) == ends
+
+
+@pytest.mark.parametrize(("named", "ends"), [(None, [398, 396]), (396, [398, 396]), ([5, 398], [398, 5])])
+def test_a_student_says_how_it_was_taught_to_converse(
+    tiny_folder: Path, tmp_path: Path, named: int | list[int] | None, ends: list[int]
+) -> None:
+    """A base model's own settings know neither the wording nor the end of an answer that training has taught."""
+    model, tokenizer = load_llava(tiny_folder), load_tokenizer(tiny_folder)
+    assert tokenizer.convert_ids_to_tokens([398, 396]) == ["<|im_end|>", "<|endoftext|>"]
+    model.generation_config.eos_token_id = named
+    template = get_template("chatml")
+    save_student(model, tmp_path / "student", tokenizer=tokenizer, processor_source=tiny_folder, template=template)
+    saved = AutoProcessor.from_pretrained(tmp_path / "student")
+    for speaker in (saved, saved.tokenizer):
+        text = speaker.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+        assert text == "".join(segment.text for segment in template.render([Turn("user", "Hi")]))
+    assert load_llava(tmp_path / "student").generation_config.eos_token_id == ends
 
 
 def test_saving_never_overwrites_and_leaves_nothing_half_written(tiny_folder: Path, tmp_path: Path) -> None:
