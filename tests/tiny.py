@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
 )
 
 from llavamod_offline.data.sample import Sample, Turn
@@ -79,12 +80,14 @@ def write_tiny_llava(
     seed: int = 0,
     vocabulary: int | None = None,
     tied: bool = True,
+    text_config: type[Qwen2Config] | type[Qwen3Config] = Qwen2Config,
 ) -> Path:
     """Write a random LLaVA folder (24×24 pixels, 9 image tokens); `head_rows` defaults to the tokenizer's length."""
     tokenizer = tiny_tokenizer(vocabulary)
+    rows = head_rows or len(tokenizer)
     config = LlavaConfig(
         vision_config=tiny_vision_config(),
-        text_config=tiny_text_config(head_rows or len(tokenizer), hidden=hidden, layers=layers, tied=tied),
+        text_config=tiny_text_config(rows, hidden=hidden, layers=layers, tied=tied, kind=text_config),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=IMAGE_TOKENS,
         vision_feature_layer=-2,
@@ -143,9 +146,16 @@ def tiny_vision_config() -> CLIPVisionConfig:
     )
 
 
-def tiny_text_config(rows: int, *, hidden: int = 64, layers: int = 2, tied: bool = True) -> Qwen2Config:
-    """The configuration of a small Qwen2 with grouped-query attention."""
-    return Qwen2Config(
+def tiny_text_config(
+    rows: int,
+    *,
+    hidden: int = 64,
+    layers: int = 2,
+    tied: bool = True,
+    kind: type[Qwen2Config] | type[Qwen3Config] = Qwen2Config,
+) -> Qwen2Config | Qwen3Config:
+    """The configuration of a small Qwen2 (or Qwen3, with wide heads) with grouped-query attention."""
+    return kind(
         vocab_size=rows,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
@@ -156,6 +166,7 @@ def tiny_text_config(rows: int, *, hidden: int = 64, layers: int = 2, tied: bool
         tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=None,
+        **({"head_dim": hidden // 2} if kind is Qwen3Config else {}),
     )
 
 

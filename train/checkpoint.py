@@ -1,7 +1,8 @@
 """Resumable checkpoints: the trained tensors, AdamW's state and what identifies the run, in safetensors and JSON.
 
     {output}/checkpoints/step-00001000/   appears whole or not at all; the highest number is the latest
-        weights.safetensors               the trained parameters, full and in float32, by name
+        weights.safetensors               the trained parameters, full and in float32, by name; those of a projection
+                                          beside the student too
         optimizer.safetensors             `{name}/exp_avg`, `{name}/exp_avg_sq`, `{name}/step`
         tail.safetensors                  what the loss has learnt of the records' tails, if it does
         state.json                        step, counters, and the run's identity (see `identity.py`)
@@ -95,10 +96,10 @@ def save_checkpoint(
     world.barrier()
 
 
-def load_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Put a checkpoint's trained tensors into a student that no engine holds yet. Errors: `ModelError`."""
+def load_weights(checkpoint: Path, module: nn.Module) -> None:
+    """Put a checkpoint's trained tensors into a module that no engine holds yet. Errors: `ModelError`."""
     weights = _load(checkpoint / "weights.safetensors")
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = dict(_trained(module))
     if {name: tuple(p.shape) for name, p in trained.items()} != {n: tuple(w.shape) for n, w in weights.items()}:
         raise ModelError(f"{checkpoint}: holds other tensors than this run trains: choose another output")
     with torch.no_grad():
@@ -112,7 +113,7 @@ def load_optimizer(checkpoint: Path, engine: Any) -> None:
     weights = _load(checkpoint / "weights.safetensors")
     inner = _inner_optimizer(engine)
     if inner is engine.optimizer:
-        for name, parameter in _trained(engine):
+        for name, parameter in _trained(engine.module):
             if f"{name}/step" in moments:
                 state = {key: moments[f"{name}/{key}"].to(parameter.device) for key in _MOMENTS}
                 inner.state[parameter] = {"step": moments[f"{name}/step"].clone(), **state}
@@ -120,7 +121,7 @@ def load_optimizer(checkpoint: Path, engine: Any) -> None:
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     start_optimizer(engine, next(tensor for name, tensor in moments.items() if name.endswith("/step")))
-    for name, parameter in _trained(engine):
+    for name, parameter in _trained(engine.module):
         safe_set_full_fp32_param(parameter, weights[name])
         for key in _MOMENTS:
             safe_set_full_optimizer_state(parameter, moments[f"{name}/{key}"], key)
@@ -145,25 +146,25 @@ def _write(
 
 def _full_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
     if _inner_optimizer(engine) is engine.optimizer:
-        yield from ((name, parameter.detach()) for name, parameter in _trained(engine))
+        yield from ((name, parameter.detach()) for name, parameter in _trained(engine.module))
         return
     from deepspeed.utils import safe_get_full_fp32_param
 
-    for name, parameter in _trained(engine):
+    for name, parameter in _trained(engine.module):
         yield name, safe_get_full_fp32_param(parameter)
 
 
 def _full_moments(engine: Any) -> Iterator[tuple[str, Tensor]]:
     inner = _inner_optimizer(engine)
     if inner is engine.optimizer:
-        for name, parameter in _trained(engine):
+        for name, parameter in _trained(engine.module):
             for key, value in inner.state.get(parameter, {}).items():
                 yield f"{name}/{key}", value
         return
     from deepspeed.utils import safe_get_full_optimizer_state
 
     step = next(state["step"] for state in inner.state.values())
-    for name, parameter in _trained(engine):
+    for name, parameter in _trained(engine.module):
         for key in _MOMENTS:
             yield f"{name}/{key}", safe_get_full_optimizer_state(parameter, key)
         yield f"{name}/step", step.clone()
@@ -188,9 +189,9 @@ def start_optimizer(engine: Any, step: Tensor | None = None) -> None:
         link()
 
 
-def _trained(engine: Any) -> list[tuple[str, nn.Parameter]]:
-    """The trained parameters by the student's own names: the engine's module is a wrapper with a `student`."""
-    return [(name, p) for name, p in engine.module.student.named_parameters() if p.requires_grad]
+def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """What a module with a `student` trains: the student's parameters by its own names, and those that stand beside."""
+    return [(name.removeprefix("student."), p) for name, p in module.named_parameters() if p.requires_grad]
 
 
 def _inner_optimizer(engine: Any) -> torch.optim.Optimizer:

@@ -125,8 +125,11 @@ def evaluate_loss(engine: Any, stage: Stage, micros: Sequence[TrainBatch], world
     units = world.sum(torch.tensor([local], dtype=torch.float64, device=world.device))
     engine.eval()
     with torch.no_grad():
-        shared = _shared(engine, stage, micros, world)
-        parts = [_without_gradient(engine(batch.to(world.device), shared)[1]) for batch in micros]
+        shared, features = _shared(engine, stage, micros, world)
+        parts = [
+            _without_gradient(engine(batch.to(world.device), shared, own)[1])
+            for batch, own in zip(micros, features, strict=True)
+        ]
     engine.train()
     sums = combine(parts, float(units[0]), world)
     return {"holdout_loss": sums.loss, **{f"holdout_{name}": value for name, value in sums.means.items()}}
@@ -155,12 +158,12 @@ def _step_counts(stage: Stage, micros: Sequence[TrainBatch], stop: bool, world: 
 
 def _backward(engine: Any, stage: Stage, micros: Sequence[TrainBatch], units: float, world: World) -> list[LossSums]:
     """Accumulate the gradient of the step's mean loss; no weight is changed."""
-    shared = _shared(engine, stage, micros, world)
+    shared, features = _shared(engine, stage, micros, world)
     parts = []
     for place, batch in enumerate(micros):
         last = place == len(micros) - 1
         engine.set_gradient_accumulation_boundary(is_boundary=last)
-        loss, sums = engine(batch.to(world.device), shared)
+        loss, sums = engine(batch.to(world.device), shared, features[place])
         engine.backward(loss * (world.size / units), scale_wrt_gas=False)
         if not last:
             engine.step()  # moves to the next micro-batch; the weights change at the boundary alone
@@ -168,12 +171,24 @@ def _backward(engine: Any, stage: Stage, micros: Sequence[TrainBatch], units: fl
     return parts
 
 
-def _shared(engine: Any, stage: Stage, micros: Sequence[TrainBatch], world: World) -> Tensor | None:
-    """What the losses of a step share. A step of one micro-batch knows it all by itself."""
-    if stage.look_ahead is None or stage.share is None or (len(micros) == 1 and world.size == 1):
-        return None
+def _shared(
+    engine: Any, stage: Stage, micros: Sequence[TrainBatch], world: World
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """What the losses of a step share, and the tower's features of each micro-batch, as far as they were made for it.
+
+    A step of one micro-batch knows it all by itself.
+    """
+    nothing: list[Tensor | None] = [None] * len(micros)
+    if len(micros) == 1 and world.size == 1:
+        return None, nothing
+    if stage.totals is not None:
+        totals = world.sum(torch.stack([stage.totals(batch) for batch in micros]).sum(0).to(world.device))
+        return totals.cpu(), nothing
+    if stage.look_ahead is None or stage.share is None:
+        return None, nothing
     with torch.no_grad():
-        return stage.share([engine(batch.to(world.device), None, ahead=True) for batch in micros], world)
+        ahead = [engine(batch.to(world.device), None, ahead=True) for batch in micros]
+        return stage.share([one.value for one in ahead], world), [one.features_IPC for one in ahead]
 
 
 def _entry(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 LossKind = Literal["cross_entropy", "only_kd", "kd_lm", "kto_pair", "kto", "sigmoid", "ipo", "hinge"]
 Divergence = Literal["forward_kl", "reverse_kl", "js", "skewed_forward_kl", "skewed_reverse_kl", "total_variation"]
 Reading = Literal["shrink", "bucket", "draws", "renormalised"]
 Tail = Literal["auto", "shrink", "bucket", "draws", "renormalised"]
+Distance = Literal["mse", "cosine"]
+RelationOf = Literal["hidden", "logits"]
 
 LOSSES_OF_STAGE: dict[str, tuple[str, ...]] = {
     "align": ("cross_entropy",),
@@ -26,10 +28,44 @@ _DIVERGENCES_OF: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
+class AlignConfig:
+    """What mimic distillation may compare beside distributions of answers; each part is a mean, times its weight.
+
+    `feature_weight` (LLAVADI): the teacher's last hidden states at the positions that predict answers, by
+    `feature_distance`, through a projection that is trained with the student and not exported with it.
+    `visual_kl_weight` (LLaVA-KD): the distributions at image tokens, by forward KL, their tails as a bucket.
+    `relation_weight` (LLaVA-KD): how an image's tokens relate to one another, by the cosine of Gram matrices of last
+    `hidden` states, or of `logits` (`relation_of`); the latter reads the head of the checkpoint at `teacher_head`.
+    """
+
+    feature_weight: float = 0.0
+    feature_distance: Distance = "mse"
+    visual_kl_weight: float = 0.0
+    relation_weight: float = 0.0
+    relation_of: RelationOf = "hidden"
+    teacher_head: str | None = None
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is compared."""
+        return any(getattr(self, name) for name in ALIGN_WEIGHTS)
+
+    @property
+    def wants_states(self) -> bool:
+        """Whether the teacher's hidden states are read."""
+        return bool(self.feature_weight or self.relation_weight)
+
+
+ALIGN_WEIGHTS = ("feature_weight", "visual_kl_weight", "relation_weight")
+
+
+@dataclass(frozen=True)
 class LossConfig:
     """The loss. Distillation (the mimic stages, and preference with a `distill_weight`): `divergence` with its
     `js_weight` or `skew`, the reading of the `tail` (auto: `shrink` with forward_kl, for all others the `bucket` that
-    they are defined on; shrink is the bucket where T ≠ 1), `temperature`. Mimic: `kd_weight`, `lm_weight` with kd_lm.
+    they are defined on; shrink is the bucket where T ≠ 1), `temperature`. Mimic: `kd_weight`, `lm_weight` with kd_lm,
+    `align` for what else is compared, and `positions` to distil at: auto, all that the cache records; response, those
+    that predict answers, whatever it records.
 
     Preference: `beta`, `label_smoothing`, `average_log_probs` (means instead of sums), with `kto` the weights of chosen
     responses (`desirable_weight`) and of rejected ones (`undesirable_weight`), and two terms on the chosen response
@@ -45,6 +81,8 @@ class LossConfig:
     temperature: float = 1.0
     kd_weight: float = 1.0
     lm_weight: float = 1.0
+    positions: Literal["auto", "response"] = "auto"
+    align: AlignConfig = field(default_factory=AlignConfig)
     beta: float = 0.1
     label_smoothing: float = 0.0
     average_log_probs: bool = False
@@ -86,6 +124,7 @@ def loss_problems(loss: LossConfig, stage: str) -> Iterable[str]:
             if getattr(loss, name):
                 yield f"loss.{name}: belongs to stage preference, not to {stage}: set it to 0"
     yield from _divergence_problems(loss, stage)
+    yield from _align_problems(loss, stage)
 
 
 def _divergence_problems(loss: LossConfig, stage: str) -> Iterable[str]:
@@ -103,6 +142,33 @@ def _divergence_problems(loss: LossConfig, stage: str) -> Iterable[str]:
                 f"loss.{name}: {loss.divergence} knows none: leave it out, or set loss.divergence to "
                 f"{' or '.join(divergences)}"
             )
+
+
+def _align_problems(loss: LossConfig, stage: str) -> Iterable[str]:
+    align = loss.align
+    for name in ALIGN_WEIGHTS:
+        if not getattr(align, name) >= 0:
+            yield f"loss.align.{name}: {getattr(align, name):g} must not be negative"
+        if getattr(align, name) and not stage.startswith("mimic"):
+            yield f"loss.align.{name}: belongs to the mimic stages, not to {stage}: set it to 0"
+    if loss.positions != "auto" and not stage.startswith("mimic"):
+        yield f"loss.positions: belongs to the mimic stages, not to {stage}: set it to auto"
+    if align.feature_distance != AlignConfig.feature_distance and not align.feature_weight:
+        yield "loss.align.feature_distance: no features are compared: leave it out, or set loss.align.feature_weight"
+    if align.visual_kl_weight and loss.positions == "auto":
+        yield (
+            "loss.align.visual_kl_weight: a cache of all positions is distilled at image tokens already: set "
+            "loss.positions to response"
+        )
+    if align.relation_of == "logits" and not align.relation_weight:
+        yield "loss.align.relation_of: no relations are compared: leave it out, or set loss.align.relation_weight"
+    if align.relation_of == "logits" and align.teacher_head is None:
+        yield (
+            "loss.align.teacher_head: the relations of logits want the teacher's head, which no cache holds: set it to "
+            "the teacher's folder, or loss.align.relation_of to hidden"
+        )
+    if align.teacher_head is not None and align.relation_of != "logits":
+        yield "loss.align.teacher_head: no logits are compared: leave it out, or set loss.align.relation_of to logits"
 
 
 def _number_problems(loss: LossConfig) -> Iterable[str]:

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
     from train.config import TrainConfig
 
-_SAID = ("loss", "divergence", "kl", "cross_entropy", "top1_agreement", "preference", "reward_accuracy", "holdout_loss")
+_SAID = (
+    "loss", "divergence", "kl", "cross_entropy", "top1_agreement", "feature_distance", "visual_kl", "relation_distance",
+    "preference", "reward_accuracy", "holdout_loss",
+)  # fmt: skip
 _STAGES = {
     "align": "its projector was aligned with a language model, by cross-entropy",
     "mimic_dense": "it imitates a larger teacher's cached distributions (mimic distillation, dense to dense)",
@@ -39,7 +42,7 @@ def model_card(
     """Write the card as Markdown. `sizes`: parameters, and those a token passes; `metrics`: the last step's entry."""
     text, vision = model.config.text_config, model.config.vision_config
     experts = ""
-    if text.model_type == "qwen2_moe":
+    if getattr(text, "num_experts", None):
         experts = f", {text.num_experts} experts of which a token takes {text.num_experts_per_tok}"
     rows = [
         ("text model", f"{text.model_type}, {text.num_hidden_layers} layers, hidden size {text.hidden_size}{experts}"),

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from llavamod_offline.data.chat_template import choose_template
 from llavamod_offline.data.images import ImagePreprocessor
 from llavamod_offline.data.sampler import BatchSchedule, Order
 from llavamod_offline.data.shards import SampleSet
-from llavamod_offline.data.template import get_template
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.models.checkpoint import sequence_encoder, vocabulary_size
+from train.alignment import check_cache, prepare_alignment
 from train.batches import Loader, TrainBatch
 from train.config import TrainConfig
 from train.engine import World
@@ -24,6 +25,7 @@ from train.identity import identity_of
 from train.join import MISMATCHED, Join, join
 from train.optim import choose_trainable, frozen_digest
 from train.order import make_order, order_settings
+from train.pairing import check_pairs
 from train.prefetch import Prefetch
 from train.stage import Stage, make_stage
 from train.student import Source, make_student, open_source
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import LlavaForConditionalGeneration
 
+    from llavamod_offline.data.template import Template
     from llavamod_offline.data.tokenise import Positions, SequenceEncoder
     from teacher_cache.end_of_turn import Exchange
     from teacher_cache.reader import TeacherCache
@@ -45,6 +48,7 @@ class Setup:
 
     student: LlavaForConditionalGeneration
     source: Source
+    template: Template
     stage: Stage
     loader: Loader
     joined: Join
@@ -81,8 +85,8 @@ def prepare(config: TrainConfig, world: World) -> Setup:
     """
     zero_stage, dtype = _engine_choice(config, world)
     _check_processes(config, world)
-    template = get_template(config.template)
     source = open_source(config.student)
+    template = choose_template(config.template, lambda: source.tokenizer)
     samples = SampleSet.open(config.data.set)
     cache, exchange = _open_cache(config, source)
     if MISMATCHED in config.roles:
@@ -101,6 +105,8 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         seed=config.seed,
         encoder=encoder if config.data.too_long == "drop" else None,
     )
+    if cache is not None and MISMATCHED in config.roles:
+        check_pairs(samples, cache, joined.rows, encoder, exchange)
     settings = order_settings(config, samples, cache, encoder.image_tokens)
     order = make_order(settings, samples, joined.rows, seed=config.seed, size=config.batch.global_size)
     if cache is not None and order.window:
@@ -114,8 +120,18 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         order=settings.describe(),
         frozen_digest=frozen_digest(student),
     )
-    head_rows = student.get_output_embeddings().weight.shape[0]
+    head_rows, student_size = student.get_output_embeddings().weight.shape
     positions = _positions(config, cache)
+    cached_vocab_size = _cached_vocabulary(cache, exchange, head_rows)
+    alignment, states = prepare_alignment(
+        config.loss,
+        cache,
+        student_size=student_size,
+        vocab_size=cached_vocab_size,
+        encoder=encoder,
+        seed=config.seed,
+        device=world.device,
+    )
     loader = Loader(
         samples,
         np.concatenate([joined.rows, joined.holdout]),
@@ -123,8 +139,10 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         images=images,
         roles=config.roles,
         cache=cache,
+        records=joined.records,
         exchange=exchange,
         positions=positions,
+        states=states,
         record_roles=config.roles[:1] if config.loss.distils(config.stage) else (),
         pad_id=_pad_id(source, encoder.image_token_id),
         workers=_workers(config, world),
@@ -135,12 +153,14 @@ def prepare(config: TrainConfig, world: World) -> Setup:
     return Setup(
         student=student,
         source=source,
+        template=template,
         stage=make_stage(
             config,
             vocab_size=vocabulary_size(source.tokenizer, head_rows),
-            cached_vocab_size=_cached_vocabulary(cache, exchange, head_rows),
+            cached_vocab_size=cached_vocab_size,
             tail_profile_V=_tail_profile(config, cache, exchange),
             positions=positions,
+            alignment=alignment,
         ),
         loader=loader,
         joined=joined,
@@ -200,6 +220,7 @@ def _open_cache(config: TrainConfig, source: Source) -> tuple[TeacherCache | Non
             f"{key}: cache '{config.cache.path}' holds the log-probs of its tokens and no distributions: "
             "capture with another capture.preset than reference"
         )
+    check_cache(config.loss, cache)
     missing = sorted(set(config.roles) - set(cache.roles))
     if missing == [MISMATCHED]:
         raise ConfigError(

@@ -69,10 +69,10 @@ def _train(config: TrainConfig, output: Path, world: World) -> TrainSummary:
     if checkpoint is not None:
         check_settings(output, before["settings"], config)
     setup = prepare(config, world)
-    student = setup.student
+    student, module = setup.student, StudentWithLoss(setup.student, setup.stage)
     if checkpoint is not None:
         check_contents(output, before, setup.identity)
-        load_weights(checkpoint, student)
+        load_weights(checkpoint, module)
         if setup.stage.shrinkage is not None:
             load_shrinkage(checkpoint, setup.stage.shrinkage)
         logger.info("%s: going on after step %d", output, progress.step)
@@ -84,7 +84,7 @@ def _train(config: TrainConfig, output: Path, world: World) -> TrainSummary:
         if config.engine.gradient_checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         empty = stack.enter_context(without_empty_experts(student)) if setup.zero_stage == 3 else {}
-        engine = stack.enter_context(_engine(config, setup, world))
+        engine = stack.enter_context(_engine(config, setup, module, world))
         start_optimizer(engine)
         if checkpoint is not None:
             load_optimizer(checkpoint, engine)
@@ -147,13 +147,11 @@ def _log(stack: ExitStack, config: TrainConfig, output: Path, resume_step: int) 
     return stack.enter_context(MetricsLog(output, resume_step, track))
 
 
-def _engine(config: TrainConfig, setup: Setup, world: World) -> AbstractContextManager[Any]:
+def _engine(config: TrainConfig, setup: Setup, module: StudentWithLoss, world: World) -> AbstractContextManager[Any]:
     optim = config.optim
-    optimizer = make_optimizer(
-        setup.student, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
-    )
+    optimizer = make_optimizer(module, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
     return make_engine(
-        StudentWithLoss(setup.student, setup.stage),
+        module,
         optimizer,
         world=world,
         micro_size=config.batch.micro_size,
@@ -202,7 +200,8 @@ def _export(output: Path, engine: Any, setup: Setup, empty: dict[str, Tensor], c
     state = None
     if engine.zero_optimization_stage() == 3:
         whole = engine._zero3_consolidated_16bit_state_dict() or {}
-        state = {name.removeprefix("student."): tensor for name, tensor in whole.items()} | empty
+        own = {name: tensor for name, tensor in whole.items() if name.startswith("student.")}
+        state = {name.removeprefix("student."): tensor for name, tensor in own.items()} | empty
     if world.is_main:
         setup.student.eval()
         save_student(
@@ -212,6 +211,7 @@ def _export(output: Path, engine: Any, setup: Setup, empty: dict[str, Tensor], c
             processor_source=setup.source.processor,
             state_dict=state,
             card=card,
+            template=setup.template,
         )
     world.barrier()
 

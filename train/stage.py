@@ -19,6 +19,8 @@ from train.batches import TrainBatch
 from train.config import TrainConfig
 from train.engine import World
 from train.stages import align, mimic, preference, sft
+from train.stages.alignment import Alignment
+from train.stages.student_pass import Ahead
 from train.sums import LossSums
 
 if TYPE_CHECKING:
@@ -31,32 +33,42 @@ Student = Any
 class Stage:
     """What the loop needs of a stage.
 
-    `loss(student, batch, shared)` gives a micro-batch's sums; `count` its units. `look_ahead`, if any, is run over all
-    micro-batches of a step before the first loss, and `share` turns its results into what the losses share.
+    `loss(student, batch, shared, features)` gives a micro-batch's sums; `count` its units. What the losses of a step
+    share is made before the first one: `totals`, if any, summed over all micro-batches without running the student; or
+    else `look_ahead`, if any, is run over them, `share` makes one of its results, and each loss is handed its features.
     `shrinkage`, if any, is what the loss learns about the records' tails; every step ends with its `finish_step`.
+    `projection`, if any, is trained beside the student.
     """
 
-    loss: Callable[[Student, TrainBatch, Tensor | None], LossSums]
+    loss: Callable[[Student, TrainBatch, Tensor | None, Tensor | None], LossSums]
     count: Callable[[TrainBatch], int]
-    look_ahead: Callable[[Student, TrainBatch], Tensor] | None = None
+    totals: Callable[[TrainBatch], Tensor] | None = None
+    look_ahead: Callable[[Student, TrainBatch], Ahead] | None = None
     share: Callable[[Sequence[Tensor], World], Tensor] | None = None
     shrinkage: Shrinkage | None = None
+    projection: nn.Module | None = None
 
 
 class StudentWithLoss(nn.Module):
-    """The module of the engine: `forward` gives a micro-batch's loss as a tensor of its own, and its sums."""
+    """The module of the engine: `forward` gives a micro-batch's loss as a tensor of its own, and its sums.
+
+    What is trained beside the student is a module of its own here, so that exporting the student leaves it behind.
+    """
 
     def __init__(self, student: LlavaForConditionalGeneration, stage: Stage) -> None:
         super().__init__()
         self.student = student
+        self.projection = stage.projection
         self._stage = stage
 
-    def forward(self, batch: TrainBatch, shared: Tensor | None, *, ahead: bool = False) -> Any:
+    def forward(
+        self, batch: TrainBatch, shared: Tensor | None, features_IPC: Tensor | None = None, *, ahead: bool = False
+    ) -> Any:
         """The loss and the sums of a micro-batch; with `ahead` what the stage wants to know before any loss."""
         if ahead:
             assert self._stage.look_ahead is not None
             return self._stage.look_ahead(self.student, batch)
-        sums = self._stage.loss(self.student, batch, shared)
+        sums = self._stage.loss(self.student, batch, shared, features_IPC)
         return sums.loss, sums
 
 
@@ -67,17 +79,18 @@ def make_stage(
     cached_vocab_size: int | None,
     tail_profile_V: Tensor | None = None,
     positions: Positions = "response",
+    alignment: Alignment | None = None,
 ) -> Stage:
     """Choose the loss of the configured stage; `vocab_size` is the number of ids that have a probability.
 
     `cached_vocab_size`: that of the records, where there is a cache; `tail_profile_V` its mean tail, where it has one.
-    `positions`: the ones that the mimic stages' batches are about.
+    `positions`: the ones that the mimic stages' batches are about; `alignment` what these compare beside distributions.
     """
     loss = config.loss
     common: dict[str, Any] = {"router_aux_coef": loss.router_aux_coef, "train_vision": "vision" in config.trainable}
     if config.stage in ("align", "sft"):
         supervised = (align if config.stage == "align" else sft).make_loss(vocab_size=vocab_size, **common)
-        return Stage(lambda student, batch, _: supervised(student, batch), lambda batch: batch.positions)
+        return Stage(lambda student, batch, *_: supervised(student, batch), lambda batch: batch.positions)
     shrinkage = None
     if loss.distils(config.stage) and loss.reading == "shrink" and loss.temperature == 1.0:
         assert cached_vocab_size is not None
@@ -92,19 +105,20 @@ def make_stage(
         temperature=loss.temperature,
     )
     if config.stage in ("mimic_dense", "mimic_sparse"):
-        imitation = mimic.make_loss(
-            distillation=partial(distillation, kd_weight=loss.kd_weight),
-            lm_weight=loss.lm_weight if loss.kind == "kd_lm" else 0.0,
-            all_positions=positions == "all",
-            **common,
-        )
-        everywhere = positions == "all" and loss.kind == "kd_lm"
+        answers_only = positions == "all" and loss.positions == "response"
+        chosen: dict[str, Any] = {
+            "lm_weight": loss.lm_weight if loss.kind == "kd_lm" else 0.0,
+            "all_positions": positions == "all",
+            "answers_only": answers_only,
+            "alignment": alignment,
+        }
+        imitation = mimic.make_loss(distillation=partial(distillation, kd_weight=loss.kd_weight), **chosen, **common)
         return Stage(
-            imitation,
-            lambda batch: batch.positions,
-            look_ahead=mimic.count_targets if everywhere else None,
-            share=mimic.positions_per_target if everywhere else None,
+            lambda student, batch, shared, _: imitation(student, batch, shared),
+            partial(mimic.count_units, answers_only=answers_only),
+            totals=mimic.make_totals(**chosen),
             shrinkage=shrinkage,
+            projection=None if alignment is None else alignment.projection,
         )
     settings: dict[str, Any] = {"average_log_probs": loss.average_log_probs, "vocab_size": vocab_size}
     preferring = preference.make_loss(
@@ -119,11 +133,14 @@ def make_stage(
         **settings,
         **common,
     )
+    look_ahead = preference.make_log_ratios(
+        mismatched=loss.kind == "kto", train_vision=common["train_vision"], **settings
+    )
     shared = loss.kind in ("kto_pair", "kto")
     return Stage(
         preferring,
         lambda batch: batch.samples,
-        look_ahead=preference.make_log_ratios(mismatched=loss.kind == "kto", **settings) if shared else None,
+        look_ahead=look_ahead if shared else None,
         share=preference.mean_log_ratios if shared else None,
         shrinkage=shrinkage,
     )

@@ -10,13 +10,11 @@ from llavamod_offline.errors import ConfigError
 from llavamod_offline.models.build import build_llava, build_tokenizer
 from llavamod_offline.models.capacity import limit_capacity
 from llavamod_offline.models.checkpoint import load_config, load_llava, load_tokenizer
-from llavamod_offline.models.upcycle import upcycle
+from llavamod_offline.models.upcycle import SPARSE_TYPES, upcycle
 from train.config import StudentConfig
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
-
-_SPARSE_TYPES = ("qwen2_moe", "qwen3_moe")
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ def open_source(config: StudentConfig) -> Source:
             raise ConfigError("student.upcycle: a language model is dense: set student.upcycle to make it sparse")
         return Source(build_tokenizer(Path(config.language_model)), Path(config.vision_tower))
     folder = Path(config.checkpoint)
-    sparse = load_config(folder).text_config.model_type in _SPARSE_TYPES
+    sparse = load_config(folder).text_config.model_type in SPARSE_TYPES
     if sparse and config.upcycle is not None:
         raise ConfigError(f"student.upcycle: {folder} is sparse already: set student.upcycle to null")
     if sparse and config.kind == "dense":

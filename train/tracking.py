@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+import sys
+import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
+from llavamod_offline import atomic
 from llavamod_offline.errors import ConfigError
 
 TrackerName = Literal["none", "tensorboard", "trackio", "wandb"]
 Track = Callable[[Mapping[str, Any]], None]
 
 _PROJECT = "llavamod-offline"
+_ID_NAME = "tracker_id"
 _LOG = logging.getLogger(__name__)
 
 
@@ -21,12 +25,15 @@ _LOG = logging.getLogger(__name__)
 def tracker(name: TrackerName, output: Path, settings: Mapping[str, Any], *, resume_step: int) -> Iterator[Track]:
     """Yield a function that sends a log entry to the tracker; its numbers are named as in `metrics.jsonl`.
 
-    `settings` are shown beside the run, which is called as `output` is. After a resume what was sent of later steps is
-    dropped (TensorBoard) or sent again. An error while sending is logged once and ends the tracking, not the training.
+    `settings` are shown beside the run, which is called as `output` is. A resumed run goes on in the tracker (but in
+    W&B's offline mode, which begins another part of it); what was sent of later steps is dropped (TensorBoard), sent
+    again (trackio) or kept (W&B). An error while sending is logged once and ends the tracking, not the training. What
+    trackers print goes to stderr.
     Errors: `ConfigError` if the tracker is not installed, or refuses to start.
     """
     try:
-        send, close = _OPEN[name](output, settings, resume_step)
+        with redirect_stdout(sys.stderr):
+            send, close = _OPEN[name](output, settings, resume_step)
     except ImportError as error:
         raise ConfigError(
             f"tracker: '{name}' is not installed ({error}): pip install {name}, or set it to none"
@@ -41,7 +48,8 @@ def tracker(name: TrackerName, output: Path, settings: Mapping[str, Any], *, res
         if broken:
             return
         try:
-            send(int(entry["step"]), scalars(entry))
+            with redirect_stdout(sys.stderr):
+                send(int(entry["step"]), scalars(entry))
         except Exception as error:
             broken = True
             _LOG.warning("tracker %s: gave up: %s; metrics.jsonl goes on", name, error)
@@ -49,7 +57,8 @@ def tracker(name: TrackerName, output: Path, settings: Mapping[str, Any], *, res
     try:
         yield track
     finally:
-        close()
+        with redirect_stdout(sys.stderr):
+            close()
 
 
 def scalars(entry: Mapping[str, Any]) -> dict[str, float]:
@@ -95,15 +104,32 @@ def _tensorboard(output: Path, settings: Mapping[str, Any], resume_step: int) ->
 def _trackio(output: Path, settings: Mapping[str, Any], resume_step: int) -> _Opened:
     import trackio
 
-    trackio.init(project=_PROJECT, name=output.resolve().name, config=dict(settings), resume="allow")
+    # It knows a run again by its name alone: the folder's would also be that of a folder elsewhere.
+    name = f"{output.resolve().name}-{_run_id(output, resume_step)}"
+    trackio.init(project=_PROJECT, name=name, config=dict(settings), resume="allow")
     return (lambda step, values: trackio.log(values, step=step)), trackio.finish
 
 
 def _wandb(output: Path, settings: Mapping[str, Any], resume_step: int) -> _Opened:
     import wandb
 
-    run = wandb.init(project=_PROJECT, name=output.resolve().name, config=dict(settings), dir=str(output))
+    run = wandb.init(
+        project=_PROJECT,
+        name=output.resolve().name,
+        id=_run_id(output, resume_step),
+        resume="allow",
+        config=dict(settings),
+        dir=str(output),
+    )
     return (lambda step, values: run.log(values, step=step)), run.finish
+
+
+def _run_id(output: Path, resume_step: int) -> str:
+    """What a tracker knows the run by: made when it begins, kept in its folder for when it goes on."""
+    file = output / _ID_NAME
+    if not (resume_step and file.is_file()):
+        atomic.write_file(file, uuid.uuid4().hex[:8])
+    return file.read_text()
 
 
 _OPEN: dict[str, Callable[[Path, Mapping[str, Any], int], _Opened]] = {

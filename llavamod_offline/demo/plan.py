@@ -26,17 +26,18 @@ class DemoSizes:
     benchmark_images: int
     align_steps: int
     distill_steps: int
+    small_steps: int
     sparse_steps: int
     preference_steps: int
 
 
 FULL = DemoSizes(
     align=1600, general=2400, multitask=1200, preference=500, benchmark_images=100,
-    align_steps=60, distill_steps=180, sparse_steps=60, preference_steps=25,
+    align_steps=60, distill_steps=180, small_steps=100, sparse_steps=60, preference_steps=25,
 )  # fmt: skip
 QUICK = DemoSizes(
     align=200, general=400, multitask=200, preference=100, benchmark_images=20,
-    align_steps=10, distill_steps=40, sparse_steps=15, preference_steps=8,
+    align_steps=10, distill_steps=40, small_steps=25, sparse_steps=15, preference_steps=8,
 )  # fmt: skip
 
 BATCH = ("batch.global_size=32", "batch.micro_size=32")
@@ -44,7 +45,7 @@ BATCH = ("batch.global_size=32", "batch.micro_size=32")
 
 @dataclass(frozen=True)
 class Model:
-    """A row of the demo's table: how it is called, where it lies, and the training run that made it."""
+    """A row of the demo's table: how it is called, where it lies, and the training run that made it, if any."""
 
     name: str
     slug: str
@@ -52,12 +53,18 @@ class Model:
     run: Path | None
 
 
+def small_language_model(output: Path) -> Path:
+    """Where the demo puts the language model that the smaller student starts from."""
+    return output / "small_language_model"
+
+
 def models(output: Path) -> list[Model]:
-    """The five models that the demo compares."""
+    """The six models that the demo compares."""
     runs = output / "train"
     trained = (
         ("student without teacher", "sft"),
         ("distilled student", "mimic_dense"),
+        ("smaller student, same cache", "smaller"),
         ("upcycled sparse student", "mimic_sparse"),
         ("after preference distillation", "preference"),
     )
@@ -97,18 +104,20 @@ def _caching(output: Path) -> Iterator[Step]:
 
 
 def _training(output: Path, sizes: DemoSizes) -> Iterator[Step]:
-    def train(stage: str, data: str, steps: int, rate: str, needs: tuple[str, ...], *settings: str) -> Step:
+    def train(
+        stage: str, data: str, steps: int, rate: str, needs: tuple[str, ...], *settings: str, slug: str | None = None
+    ) -> Step:
         command = (
             "train-student",
             stage,
             f"data.set={output / 'sets' / data}",
-            f"output={output / 'train' / stage}",
+            f"output={output / 'train' / (slug or stage)}",
             f"steps={steps}",
             f"optim.lr={rate}",
             *BATCH,
             *settings,
         )
-        return Step(f"train-{stage}", command, needs)
+        return Step(f"train-{slug or stage}", command, needs)
 
     def student(stage: str) -> str:
         return f"student.checkpoint={output / 'train' / stage / 'student'}"
@@ -122,6 +131,11 @@ def _training(output: Path, sizes: DemoSizes) -> Iterator[Step]:
     steps = sizes.distill_steps
     yield train("mimic_dense", "general", steps, "1e-3", distilled, student("align"), cache("general"))
     yield train("sft", "general", steps, "1e-3", ("train-align", "pack-general"), student("align"))
+    # One cache, students of any size: this one differs in depth, width and rows of its head, and skips the alignment.
+    small = (f"student.vision_tower={TEACHER}", f"student.language_model={small_language_model(output)}")
+    steps = sizes.small_steps
+    needs = ("cache-general",)
+    yield train("mimic_dense", "general", steps, "2e-3", needs, *small, cache("general"), slug="smaller")
     sparse = ("train-mimic_dense", "cache-multitask")
     steps = sizes.sparse_steps
     yield train("mimic_sparse", "multitask", steps, "5e-4", sparse, student("mimic_dense"), cache("multitask"))

@@ -14,6 +14,7 @@ from llavamod_offline.demo.plan import Model, models
 
 COLUMNS = {
     "name": "model",
+    "shape": "shape",
     "params": "parameters",
     "activated_params": "activated",
     "accuracy": "accuracy",
@@ -26,7 +27,8 @@ COLUMNS = {
 def summarise(output: Path, seconds: Mapping[str, float]) -> dict[str, Any]:
     """Gather `rows` (a model each), `cache`, and the seconds of every step, from the files the commands wrote.
 
-    `accuracy` is of GQA's form, `hallucination` Object HalBench's share of descriptions that name absent objects.
+    `shape`: layers × hidden size, head rows of the language model. `accuracy` is of GQA's form,
+    `hallucination` Object HalBench's share of descriptions that name absent objects.
     """
     caches = {name: _read(output / "cache" / name / "cache.json") for name in ("general", "multitask", "preference")}
     positions = sum(cache["totals"]["positions"] for cache in caches.values())
@@ -60,8 +62,10 @@ def _row(output: Path, model: Model) -> dict[str, Any]:
     else:
         summary = _read(model.run / "summary.json")
         params, activated, seconds = summary["parameters"], summary["activated_parameters"], summary["seconds"]
+    text = _read(model.checkpoint / "config.json")["text_config"]
     return {
         "name": model.name,
+        "shape": f"{text['num_hidden_layers']} × {text['hidden_size']}, {text['vocab_size']}",
         "params": params,
         "activated_params": activated,
         "accuracy": scores["gqa"]["accuracy"],
@@ -81,7 +85,7 @@ def parameters_of(checkpoint: Path) -> int:
 
 
 def _cell(name: str, value: Any) -> str:
-    if name == "name":
+    if name in ("name", "shape"):
         return str(value)
     if value is None:
         return "undefined"

@@ -12,13 +12,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from llavamod_offline.atomic import write_file
-from llavamod_offline.demo.plan import FULL, QUICK, TEACHER, demo_steps
+from llavamod_offline.demo.plan import FULL, QUICK, TEACHER, demo_steps, small_language_model
 from llavamod_offline.demo.report import write_report
 from llavamod_offline.demo.results import COLUMNS, as_cells, summarise
 from llavamod_offline.demo.scheduler import Step, run_steps
 from llavamod_offline.errors import ConfigError, ModelError
 from llavamod_offline.toyworld.benchmarks import write_benchmarks
 from llavamod_offline.toyworld.datasets import write_datasets
+from llavamod_offline.toyworld.narrow import write_small_language_model
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def run_demo(output: Path, *, quick: bool = False, seed: int = 1) -> Path:
         seed=seed,
     )
     write_benchmarks(output / "benchmarks", images=sizes.benchmark_images, seed=seed + 1)
+    write_small_language_model(TEACHER, small_language_model(output))
     log.info("drew the toy world in %.0f s", time.monotonic() - started)
     steps = demo_steps(output, sizes)
     write_file(output / "commands.sh", "".join(f"{step.typed}\n" for step in steps))

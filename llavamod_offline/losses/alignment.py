@@ -5,7 +5,8 @@ Letters: N positions, D and T hidden size of student and teacher, B images, P vi
 - LLAVADI (arXiv 2407.19409) aligns the last layer's hidden states at the response's tokens, by mean squares or by the
   cosine, through a projection that is trained with the student and dropped with the distillation.
 - LLaVA-KD (arXiv 2410.16236) aligns two things at the image's tokens: the language model's distributions there
-  (visual-token KL), and the relations between them, by the cosine of the two Gram matrices of their logits.
+  (visual-token KL), and the relations between them, by the cosine of the two Gram matrices of their logits. Where the
+  teacher's head is not at hand, the hidden states' own Gram matrices stand for these.
 """
 
 from __future__ import annotations
@@ -76,20 +77,31 @@ def visual_token_kl(
     return distillation_from_hidden(hidden_ND, head_weight_VD, targets, chunk_size=chunk_size)
 
 
-def logit_relations(hidden_BPD: Tensor, head_weight_VD: Tensor, *, vocab_size: int | None = None) -> Tensor:
-    """How the logits of each image's tokens relate: their Gram matrix [B, P, P], in float32.
+def hidden_relations(hidden_BPD: Tensor, metric_DD: Tensor | None = None) -> Tensor:
+    """How the hidden states H of each image's tokens relate: H M Hᵀ [B, P, P], in float32; without a metric M, H Hᵀ."""
+    hidden_BPD = hidden_BPD.float()
+    measured_BPD = hidden_BPD if metric_DD is None else hidden_BPD @ metric_DD
+    return measured_BPD @ hidden_BPD.transpose(1, 2)
+
+
+def head_metric(head_weight_VD: Tensor, *, vocab_size: int | None = None) -> Tensor:
+    """WᵀW [D, D] of a head W, in float32: under this metric hidden states relate as their logits do.
 
     Logits [P, V] are never made: (H Wᵀ)(H Wᵀ)ᵀ = H (WᵀW) Hᵀ. Rows of the head from `vocab_size` on are left out.
     """
     head_VD = head_weight_VD[:vocab_size].float()
-    hidden_BPD = hidden_BPD.float()
-    return hidden_BPD @ (head_VD.T @ head_VD) @ hidden_BPD.transpose(1, 2)
+    return head_VD.T @ head_VD
+
+
+def logit_relations(hidden_BPD: Tensor, head_weight_VD: Tensor, *, vocab_size: int | None = None) -> Tensor:
+    """How the logits of each image's tokens relate: their Gram matrix [B, P, P], in float32."""
+    return hidden_relations(hidden_BPD, head_metric(head_weight_VD, vocab_size=vocab_size))
 
 
 def relation_alignment(student_BPP: Tensor, teacher_BPP: Tensor, *, mask_BP: Tensor | None = None) -> Tensor:
     """1 − the cosine of the two relation matrices of an image, each taken as one long vector; summed over images.
 
-    Shapes: see `logit_relations`; any relations that both models have will do. `mask_BP` (bool) says which tokens
+    Shapes: see `hidden_relations`; any relations that both models have will do. `mask_BP` (bool) says which tokens
     count, where images have unequally many; an image without any adds 0. The teacher's get no gradient. Source:
     LLaVA-KD, arXiv 2410.16236, relation distillation (L_rel).
     Errors: `TargetError` if the shapes differ.

@@ -54,6 +54,10 @@ class SparseTargets:
         """A slice of the positions."""
         return self._map(lambda tensor: tensor[rows])
 
+    def take(self, rows_M: Tensor) -> SparseTargets:
+        """Some of the positions, by their rows (int64) in any order."""
+        return self._map(lambda tensor: tensor.index_select(0, rows_M))
+
     def log_normaliser_N(self, temperature: float) -> Tensor:
         """log Σ p^(1/T) at `temperature`; 0 at T = 1. Errors: `TargetError` if it was not captured."""
         if temperature == 1.0:

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from tokenizers import AddedToken
 from torch import Tensor
-from transformers import CLIPModel, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration, Qwen2ForCausalLM
+from transformers import (
+    CLIPModel,
+    CLIPVisionModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
 
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER
 from llavamod_offline.errors import ModelError
@@ -17,6 +24,8 @@ from llavamod_offline.models.checkpoint import load_llava, load_tensors, load_to
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+_LANGUAGE_MODELS = {"qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
 
 
 def build_llava(
@@ -30,7 +39,7 @@ def build_llava(
     """Join a tower and a language model by a two-layer GELU projector, which alone is random (from `seed`).
 
     `vision_tower` is the folder of a CLIP model, of its vision part, or of a LLaVA whose tower is taken;
-    `language_model` that of a Qwen2 causal language model (Qwen1.5, Qwen2, Qwen2.5).
+    `language_model` that of a dense causal language model, Qwen2 (Qwen1.5, Qwen2, Qwen2.5) or Qwen3.
     The tokenizer that belongs to the result is `build_tokenizer(language_model)`. Where the head has no row for its
     image token, embeddings and head grow, the new rows being the mean of the old ones.
     Errors: `ModelError` if a folder is missing, incomplete or of another kind.
@@ -96,12 +105,12 @@ def _load_tower(folder: Path, dtype: torch.dtype) -> Any:
 
 def _load_language_model(folder: Path, dtype: torch.dtype) -> Any:
     model_type = read_json(folder, "config.json").get("model_type")
-    if model_type == "qwen2":
-        return load_weights(Qwen2ForCausalLM, folder, dtype=dtype)
-    raise ModelError(
-        f"{folder}/config.json: model_type is '{model_type}', expected 'qwen2': "
-        "give the folder of a Qwen1.5, Qwen2 or Qwen2.5 language model"
-    )
+    if model_type not in _LANGUAGE_MODELS:
+        raise ModelError(
+            f"{folder}/config.json: model_type is '{model_type}', expected 'qwen2' or 'qwen3': "
+            "give the folder of a dense Qwen1.5, Qwen2, Qwen2.5 or Qwen3 language model"
+        )
+    return load_weights(_LANGUAGE_MODELS[model_type], folder, dtype=dtype)
 
 
 def _grown(weight_VD: Tensor, rows: int) -> Tensor:

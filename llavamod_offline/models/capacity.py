@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
-from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
+
+from llavamod_offline.models.routing import ROUTERS
 
 
 def limit_capacity(model: LlavaForConditionalGeneration, factor: float) -> None:
@@ -27,7 +28,7 @@ def limit_capacity(model: LlavaForConditionalGeneration, factor: float) -> None:
     second pass drops the same tokens, as long as it comes before the next forward pass. A dense model is left alone.
     """
     mask = _Mask()
-    routers = [module for module in model.modules() if isinstance(module, Qwen2MoeTopKRouter)]
+    routers = [module for module in model.modules() if isinstance(module, ROUTERS)]
     if routers:
         model.model.language_model.register_forward_pre_hook(mask.keep, with_kwargs=True)
     for router in routers:

@@ -1,6 +1,7 @@
 """The student's forward pass up to its last hidden states; the head belongs to the fused losses.
 
-Letters: B sequences, T tokens, D hidden size, V rows of the head, I images, P image tokens of one, Q places of images.
+Letters: B sequences, T tokens, D hidden size, V rows of the head, I images, P image tokens of one, Q places of images,
+C channels.
 """
 
 from __future__ import annotations
@@ -20,19 +21,22 @@ def student_hidden_states(
     pixel_values_ICHW: Tensor | None = None,
     *,
     image_rows_Q: Tensor | None = None,
+    features_IPC: Tensor | None = None,
     train_vision: bool = False,
 ) -> Tensor:
     """Run the student up to its final norm; returns hidden states [B, T, D], in the model's dtype.
 
     `pixel_values_ICHW` holds the images in the order of their tokens, or None if there are none. Where an image stands
     at several places, `image_rows_Q` says which one stands at each; tower and projector run once for it. The tower runs
-    without gradients unless `train_vision` is set. Errors: `ValueError` if image tokens and images at their
+    without gradients unless `train_vision` is set, and not at all where its `features_IPC` (see `vision_features`) are
+    given instead of the images. Errors: `ValueError` if image tokens and images at their
     places differ in number.
     """
     llava = model.model
     embeddings_BTD = llava.get_input_embeddings()(input_ids_BT)
-    if pixel_values_ICHW is not None and len(pixel_values_ICHW):
+    if features_IPC is None and pixel_values_ICHW is not None and len(pixel_values_ICHW):
         features_IPC = vision_features(model, pixel_values_ICHW, train=train_vision)
+    if features_IPC is not None:
         features_QPD = llava.multi_modal_projector(features_IPC).to(embeddings_BTD.dtype)
         if image_rows_Q is not None:
             features_QPD = features_QPD.index_select(0, image_rows_Q)

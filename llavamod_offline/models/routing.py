@@ -17,6 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+# Both give logits [S, E], weights [S, K] and choices [S, K].
+ROUTERS = (Qwen2MoeTopKRouter, Qwen3MoeTopKRouter)
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class RouterWatch:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._routers = [module for module in model.modules() if isinstance(module, Qwen2MoeTopKRouter)]
+        self._routers = [module for module in model.modules() if isinstance(module, ROUTERS)]
         self._hooks: list[Any] = []
         self._train = False
         self._logits: list[list[Tensor]] = [[] for _ in self._routers]
@@ -110,7 +114,7 @@ class RouterWatch:
 
 def is_sparse(model: LlavaForConditionalGeneration) -> bool:
     """Whether the text model has routers."""
-    return any(isinstance(module, Qwen2MoeTopKRouter) for module in model.modules())
+    return any(isinstance(module, ROUTERS) for module in model.modules())
 
 
 def _trained(routers: list[Any]) -> bool:

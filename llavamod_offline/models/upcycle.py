@@ -1,4 +1,6 @@
-"""Dense to sparse: a LLaVA whose Qwen2 text model becomes a Qwen2Moe that computes the same function at first.
+"""Dense to sparse: a LLaVA whose text model becomes a mixture of experts that computes the same function at first.
+
+A Qwen2 becomes a Qwen2Moe, a Qwen3 a Qwen3Moe, which differs in that it has no place for a shared expert.
 
 Every expert of a sparse layer starts as a copy of the dense MLP, and the weights of the chosen experts sum to 1, so the
 output does not change until training moves the experts apart. The result is a standard transformers model.
@@ -11,12 +13,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2MoeConfig
+from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2MoeConfig, Qwen3MoeConfig
 
 from llavamod_offline.errors import ModelError
 from llavamod_offline.models.checkpoint import load_tensors
 
 LayerChoice = str | Sequence[int]
+SPARSE_TYPES = ("qwen2_moe", "qwen3_moe")
 
 
 def upcycle(
@@ -33,13 +36,19 @@ def upcycle(
     `layers`: see `sparse_layers`. `residual` keeps the dense MLP as a shared expert that is always on: its gate starts
     at σ(0) = ½ and the experts' outputs are halved, so that the sum is the dense output again. Routers start as
     `nn.Linear` does (uniform within ±1/√D), from `seed`.
-    Errors: `ModelError` if the text model is no dense Qwen2, or the numbers do not fit.
+    Errors: `ModelError` if the text model is no dense Qwen2 or Qwen3, or the numbers do not fit.
     """
     text = model.config.text_config
-    if text.model_type == "qwen2_moe":
+    if text.model_type in SPARSE_TYPES:
         raise ModelError("the checkpoint is sparse already: set student.upcycle to null")
-    if text.model_type != "qwen2":
-        raise ModelError(f"cannot make a '{text.model_type}' text model sparse: use a Qwen1.5, Qwen2 or Qwen2.5 model")
+    if text.model_type not in ("qwen2", "qwen3"):
+        raise ModelError(
+            f"cannot make a '{text.model_type}' text model sparse: use a Qwen1.5, Qwen2, Qwen2.5 or Qwen3 model"
+        )
+    if residual and text.model_type == "qwen3":
+        raise ModelError(
+            "residual: a sparse Qwen3 has no shared expert: set student.upcycle.residual to false, or use a Qwen2"
+        )
     if not 1 <= top_k <= num_experts:
         raise ModelError(f"top_k is {top_k} with {num_experts} experts: expected 1 ≤ top_k ≤ num_experts")
     chosen = sparse_layers(layers, text.num_hidden_layers)
@@ -94,18 +103,22 @@ def _sparse_config(dense: LlavaConfig, chosen: list[int], num_experts: int, top_
     settings = dense.text_config.to_dict()
     for key in ("model_type", "architectures", "transformers_version"):
         settings.pop(key, None)
-    text = Qwen2MoeConfig(
-        **settings,
-        num_experts=num_experts,
-        num_experts_per_tok=top_k,
-        norm_topk_prob=True,
-        moe_intermediate_size=settings["intermediate_size"],
-        shared_expert_intermediate_size=settings["intermediate_size"] if residual else 0,
-        decoder_sparse_step=1,
-        mlp_only_layers=[i for i in range(settings["num_hidden_layers"]) if i not in chosen],
-        router_aux_loss_coef=0.0,  # the balance loss is added by the training loop alone
-        output_router_logits=False,
-    )
+    settings |= {
+        "num_experts": num_experts,
+        "num_experts_per_tok": top_k,
+        "norm_topk_prob": True,
+        "moe_intermediate_size": settings["intermediate_size"],
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [i for i in range(settings["num_hidden_layers"]) if i not in chosen],
+        "router_aux_loss_coef": 0.0,  # the balance loss is added by the training loop alone
+        "output_router_logits": False,
+    }
+    text: Qwen2MoeConfig | Qwen3MoeConfig
+    if dense.text_config.model_type == "qwen3":
+        text = Qwen3MoeConfig(**settings)
+    else:
+        rows = settings["intermediate_size"] if residual else 0
+        text = Qwen2MoeConfig(**settings, shared_expert_intermediate_size=rows)
     whole = dense.to_dict()
     for key in ("model_type", "architectures", "transformers_version", "text_config"):
         whole.pop(key, None)
@@ -113,7 +126,11 @@ def _sparse_config(dense: LlavaConfig, chosen: list[int], num_experts: int, top_
 
 
 def _sparse_tensors(
-    model: LlavaForConditionalGeneration, chosen: list[int], text: Qwen2MoeConfig, seed: int, residual: bool
+    model: LlavaForConditionalGeneration,
+    chosen: list[int],
+    text: Qwen2MoeConfig | Qwen3MoeConfig,
+    seed: int,
+    residual: bool,
 ) -> dict[str, Tensor]:
     """The tensors of the sparse model by name, all of them copies."""
     dense = model.state_dict()
@@ -130,6 +147,8 @@ def _sparse_tensors(
         tensors[f"{prefix}.gate.weight"] = router.to(gate)
         tensors[f"{prefix}.experts.gate_up_proj"] = torch.cat([gate, up]).repeat(text.num_experts, 1, 1)
         tensors[f"{prefix}.experts.down_proj"] = (down / 2 if residual else down).repeat(text.num_experts, 1, 1)
+        if isinstance(text, Qwen3MoeConfig):
+            continue
         rows = text.shared_expert_intermediate_size
         tensors[f"{prefix}.shared_expert.gate_proj.weight"] = gate[:rows].clone()
         tensors[f"{prefix}.shared_expert.up_proj.weight"] = up[:rows].clone()

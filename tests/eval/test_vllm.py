@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen3Config
 
 from eval.engine_hf import HfEngine
 from eval.engine_vllm import VllmEngine
@@ -26,8 +27,9 @@ HEAD_OF_32 = 128  # hidden size of a tiny LLaVA whose heads have 32 numbers, whi
 
 
 def _student(folder: Path, kind: str) -> Path:
-    dense = write_tiny_llava(folder / "dense", hidden=HEAD_OF_32, head_rows=448)
-    if kind == "dense":
+    text_config = Qwen3Config if kind.startswith("qwen3") else Qwen2Config
+    dense = write_tiny_llava(folder / "dense", hidden=HEAD_OF_32, head_rows=448, text_config=text_config)
+    if kind in ("dense", "qwen3"):
         return dense
     model = upcycle(load_llava(dense), layers="sparse", num_experts=4, top_k=2, seed=0, residual=kind == "residual")
     with torch.no_grad():  # as if trained: experts that differ
@@ -54,7 +56,7 @@ def _examples(folder: Path) -> list[Example[None]]:
     return made
 
 
-@pytest.mark.parametrize("kind", ["dense", "sparse", "residual"])
+@pytest.mark.parametrize("kind", ["dense", "sparse", "residual", "qwen3", "qwen3-sparse"])
 def test_an_exported_student_says_the_same_tokens(tmp_path: Path, kind: str) -> None:
     student = _student(tmp_path, kind)
     examples = _examples(tmp_path)

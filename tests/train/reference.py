@@ -1,6 +1,6 @@
 """A slow, obvious trainer: sample by sample through transformers' own forward pass, plain AdamW, no engine.
 
-Letters: T tokens of a sequence, N supervised ones, V ids.
+Letters: T tokens of a sequence, N supervised ones, V ids, D hidden size.
 """
 
 from __future__ import annotations
@@ -24,11 +24,18 @@ from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, seque
 
 @dataclass(frozen=True)
 class Answer:
-    """The log-probs [N, V] at the supervised positions of one sequence, the tokens there, and those of all, [T, V]."""
+    """The log-probs [N, V] at the supervised positions of one sequence, the tokens there, and those of all, [T, V].
+
+    `logits_TV`, `hidden_TD` and `ids_T` are of all positions, `rows_N` those that predict supervised tokens.
+    """
 
     log_probs_NV: Tensor
     target_ids_N: Tensor
     all_log_probs_TV: Tensor
+    logits_TV: Tensor
+    hidden_TD: Tensor
+    ids_T: Tensor
+    rows_N: Tensor
 
     @property
     def target_log_probs_N(self) -> Tensor:
@@ -60,10 +67,14 @@ class Reader:
             input_ids=ids_1T,
             attention_mask=torch.ones_like(ids_1T),
             pixel_values=torch.stack(pixels) if pixels else None,
+            output_hidden_states=True,
         )
         rows_N = torch.from_numpy(sequence.supervised_N) - 1
-        log_probs_TV = output.logits[0, :, : self.vocab].log_softmax(-1)
-        return Answer(log_probs_TV[rows_N], torch.from_numpy(sequence.target_ids_N), log_probs_TV)
+        logits_TV = output.logits[0, :, : self.vocab]
+        log_probs_TV = logits_TV.log_softmax(-1)
+        targets_N = torch.from_numpy(sequence.target_ids_N)
+        hidden_TD = output.hidden_states[-1][0]
+        return Answer(log_probs_TV[rows_N], targets_N, log_probs_TV, logits_TV, hidden_TD, ids_1T[0], rows_N)
 
     def freeze_all_but(self, *parts: str) -> list[torch.nn.Parameter]:
         """Let the parameters be trained whose names hold one of `parts`; returns them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -11,7 +12,7 @@ from llavamod_offline.config import dump_config, load_config
 from llavamod_offline.errors import ConfigError, LlavaModError
 from train.cli import RECIPES, resolve_config
 from train.config import CACHED_STAGES, Stage, TrainConfig
-from train.loss_config import LOSSES_OF_STAGE, Divergence, LossKind, Reading, Tail
+from train.loss_config import LOSSES_OF_STAGE, Distance, Divergence, LossKind, Reading, Tail
 
 NEEDED = ("data.set=sets/x", "output=runs/x", "student.checkpoint=models/x")
 
@@ -55,7 +56,17 @@ def test_recipes_hold_the_scripts_values() -> None:
     assert resolve_config(arguments("preference")).loss.beta == 0.1
 
 
+def test_the_aligned_recipe_is_mimic_dense_with_llava_kds_loss() -> None:
+    plain = resolve_config(arguments("mimic_dense"))
+    aligned = resolve_config(["mimic_dense_aligned", *arguments("mimic_dense")[1:]])
+    assert replace(aligned, loss=plain.loss) == plain
+    loss = aligned.loss
+    assert (loss.kind, loss.positions, loss.lm_weight, loss.kd_weight) == ("kd_lm", "response", 1.0, 1.0)
+    assert (loss.align.visual_kl_weight, loss.align.relation_weight, loss.align.feature_weight) == (1.0, 0.5, 0.0)
+
+
 def test_the_choices_are_those_of_the_losses() -> None:
+    from llavamod_offline.losses.alignment import HIDDEN_DISTANCES
     from llavamod_offline.losses.events import DIVERGENCE_KINDS
     from llavamod_offline.losses.preference import PREFERENCE_KINDS
     from llavamod_offline.losses.teacher import TAILS
@@ -63,6 +74,7 @@ def test_the_choices_are_those_of_the_losses() -> None:
     assert set(get_args(Reading)) == set(TAILS)
     assert set(get_args(Tail)) == {"auto", *TAILS}
     assert set(get_args(Divergence)) == set(DIVERGENCE_KINDS)
+    assert set(get_args(Distance)) == set(HIDDEN_DISTANCES)
     assert set(LOSSES_OF_STAGE["preference"]) == {*PREFERENCE_KINDS, "kto"}
     assert set(get_args(LossKind)) == {kind for kinds in LOSSES_OF_STAGE.values() for kind in kinds}
 
@@ -132,6 +144,22 @@ def test_the_tail_is_read_as_the_divergence_allows(settings: tuple[str, ...], re
         ),
         ("preference", ["loss.sft_weight=-1"], "loss.sft_weight: -1 must not be negative"),
         ("preference", ["loss.kind=dpo"], "loss.kind"),
+        ("sft", ["loss.align.feature_weight=1"], "loss.align.feature_weight: belongs to the mimic stages, not to sft"),
+        ("mimic_dense", ["loss.align.relation_weight=-1"], "loss.align.relation_weight: -1 must not be negative"),
+        ("preference", ["loss.positions=response"], "loss.positions: belongs to the mimic stages, not to preference"),
+        (
+            "mimic_dense",
+            ["loss.align.feature_distance=cosine"],
+            "loss.align.feature_distance: no features are compared",
+        ),
+        ("mimic_dense", ["loss.align.visual_kl_weight=1"], "loss.align.visual_kl_weight: a cache of all positions is"),
+        ("mimic_dense", ["loss.align.relation_of=logits"], "loss.align.relation_of: no relations are compared"),
+        (
+            "mimic_dense",
+            ["loss.align.relation_weight=1", "loss.align.relation_of=logits"],
+            "loss.align.teacher_head: the relations of logits want the teacher's head, which no cache holds: set it",
+        ),
+        ("mimic_dense", ["loss.align.teacher_head=t"], "loss.align.teacher_head: no logits are compared: leave it out"),
         ("sft", ["batch.micro_size=3"], "batch.micro_size: 3 does not divide batch.global_size 128"),
         ("sft", ["batch.global_size=0"], "batch.global_size: 0 must be above 0"),
         ("sft", ["optim.lr=0"], "optim.lr: 0 must be above 0"),

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from llavamod_offline.data import template as templates
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import LlavaModError
 from llavamod_offline.models.build import build_llava, build_tokenizer
-from llavamod_offline.models.checkpoint import load_tokenizer, save_student, sequence_encoder
+from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, save_student, sequence_encoder
 from tests.teacher_cache.teachers.official import Official, open_official
 from tests.tiny import write_tiny_llava, write_tiny_tower
 from tests.tiny_teachers import QWEN_VL_TOKENS, write_tiny_causal_lm, write_tiny_qwen_vl
@@ -126,3 +126,28 @@ def test_a_cache_of_all_positions_is_for_students_with_the_same_image_tokens(
         LlavaModError, match=r"images\.token_id: cache 402, student 404; images\.tokens: cache by size, student 9: its"
     ):
         train(world.config("mimic_dense", tmp_path / "refused", *settings))
+
+
+def test_qwen3_teaches_qwen3_dense_and_sparse(world: World, tmp_path: Path) -> None:
+    """Normalised queries and keys, wide heads; the sparse student under ZeRO-3 too."""
+    teacher = write_tiny_llava(tmp_path / "teacher", hidden=48, layers=3, seed=7, text_config=Qwen3Config)
+    student = write_tiny_llava(tmp_path / "student", text_config=Qwen3Config)
+    cache = write_cache(tmp_path / "cache", world.chats, teacher, *EXHAUSTIVE)
+    settings = (f"cache.path={cache}", f"student.checkpoint={student}", "batch.global_size=24", "batch.micro_size=6")
+    train(world.config("mimic_dense", tmp_path / "dense", *settings, "steps=1"))
+    readers = [Reader(folder, world.chats) for folder in (teacher, student)]
+    parts = []
+    for row in range(24):
+        sample = readers[0].samples.read(row)
+        with torch.no_grad():
+            p_NV, q_NV = (reader.answer(sample).log_probs_NV for reader in readers)
+        parts.append((p_NV.exp() * (p_NV - q_NV)).sum(-1))
+    assert read_metrics(tmp_path / "dense")[0]["loss"] == pytest.approx(float(torch.cat(parts).mean()), rel=1e-5)
+    losses = []
+    for name, more in (("sparse", ()), ("zero3", ("engine.zero_stage=3",))):
+        summary = train(world.config("mimic_sparse", tmp_path / name, *settings, *more, "steps=3"))
+        assert summary.activated_parameters < summary.parameters
+        assert load_llava(Path(summary.student)).config.text_config.model_type == "qwen3_moe"
+        losses.append([entry["loss"] for entry in read_metrics(tmp_path / name)])
+    assert losses[0][2] < losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -1,12 +1,15 @@
 """Mimic distillation: the student imitates the cached teacher's distributions, dense or sparse alike.
 
-The loss of a step is the mean over all its recorded positions of kd_weight · T² · divergence(teacher, student), plus
-lm_weight times the mean cross-entropy over those that predict a supervised token, plus the routers' balance loss once.
+The loss of a step is the mean over its positions (all that have a record, or those that predict an answer) of
+kd_weight · T² · divergence(teacher, student), plus lm_weight times the mean cross-entropy over those that predict a
+supervised token, plus what is aligned beside (see `alignment.py`), plus the routers' balance loss once.
+
+Letters: N positions of a micro-batch, A those of them that predict a supervised token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor
 from llavamod_offline.data.tokenise import NO_TARGET
 from llavamod_offline.models.forward import head_weight
 from train.batches import TrainBatch
-from train.engine import World
+from train.stages.alignment import Alignment
 from train.stages.student_pass import Distillation, predicting_states, with_balance
 from train.sums import LossSums
 
@@ -30,39 +33,66 @@ def make_loss(
     all_positions: bool,
     router_aux_coef: float,
     train_vision: bool,
+    answers_only: bool = False,
+    alignment: Alignment | None = None,
 ) -> Callable[[LlavaForConditionalGeneration, TrainBatch, Tensor | None], LossSums]:
-    """The loss of a micro-batch, summed over its positions; `lm_weight` 0 is the original's `only_kd`.
+    """The loss of a micro-batch, summed over its units; `lm_weight` 0 is the original's `only_kd`.
 
-    With `all_positions` the loss takes `positions_per_target` of the step, None where the micro-batch is the whole
-    step. A step divides both parts by its positions, so this makes the cross-entropy's mean one over those with a
-    target.
+    The units are the batch's positions, be they all that a cache has (`all_positions`) or those that predict answers;
+    with `answers_only` the latter in any case. The loss takes the step's `make_totals`, if these are not None; None
+    where the micro-batch is the whole step. A step divides all parts by its units, so that each one is scaled by units
+    over its own number to be a mean over that.
     """
+    answers_only = answers_only and all_positions
+    totals = make_totals(
+        lm_weight=lm_weight, all_positions=all_positions, answers_only=answers_only, alignment=alignment
+    )
 
     def loss(model: LlavaForConditionalGeneration, batch: TrainBatch, shared: Tensor | None) -> LossSums:
         assert batch.targets is not None
         hidden_ND, routing = predicting_states(model, batch, train_vision=train_vision)
-        ratio = 1.0
-        if all_positions:
-            ratio = float(positions_per_target([count_targets(model, batch)], None) if shared is None else shared)
-        terms = distillation(hidden_ND, head_weight(model), batch.targets, lm_weight=lm_weight * ratio)
+        per_answer = per_image = 1.0
+        if totals is not None:
+            units, answers, images = (totals(batch) if shared is None else shared).clamp(min=1).tolist()
+            per_answer, per_image = units / answers, units / images
+        chosen_ND, targets = hidden_ND, batch.targets
+        if answers_only:
+            rows_A = (batch.batch.target_ids_N != NO_TARGET).nonzero()[:, 0]
+            chosen_ND, targets = hidden_ND.index_select(0, rows_A), targets.take(rows_A)
+        terms = distillation(chosen_ND, head_weight(model), targets, lm_weight=lm_weight * per_answer)
         means = {"divergence": terms.divergence_sum, **terms.metrics}
         if lm_weight:
-            means["cross_entropy"] = terms.cross_entropy_sum * ratio
-        sums = LossSums(terms.loss_sum, means=means)
-        return with_balance(sums, routing, coefficient=router_aux_coef, count=terms.count)
+            means["cross_entropy"] = terms.cross_entropy_sum * per_answer
+        total = terms.loss_sum
+        if alignment is not None:
+            aligned, parts = alignment.terms(
+                hidden_ND, head_weight(model), batch, per_answer=per_answer, per_image=per_image
+            )
+            total, means = total + aligned, means | parts
+        return with_balance(LossSums(total, means=means), routing, coefficient=router_aux_coef, count=terms.count)
 
     return loss
 
 
-def count_targets(model: LlavaForConditionalGeneration, batch: TrainBatch) -> Tensor:
-    """The micro-batch's positions, and those of them that predict a supervised token [2]; the model is not run."""
-    targets_N = batch.batch.target_ids_N
-    return torch.stack([(targets_N >= NO_TARGET).sum(), (targets_N != NO_TARGET).sum()])
+def count_units(batch: TrainBatch, *, answers_only: bool) -> int:
+    """The positions that the divergence of a micro-batch is taken at."""
+    return int((batch.batch.target_ids_N != NO_TARGET).sum()) if answers_only else batch.positions
 
 
-def positions_per_target(counts: Sequence[Tensor], world: World | None) -> Tensor:
-    """Positions over positions with a target, of all micro-batches [2] of all processes."""
-    totals_2 = torch.stack(list(counts)).double().sum(0)
-    if world is not None:
-        totals_2 = world.sum(totals_2)
-    return totals_2[0] / totals_2[1].clamp(min=1.0)
+def make_totals(
+    *, lm_weight: float, all_positions: bool, answers_only: bool, alignment: Alignment | None
+) -> Callable[[TrainBatch], Tensor] | None:
+    """What the loss must know of a whole step: its units, positions that predict an answer, and images [3].
+
+    None where all parts are means over the units.
+    """
+    if alignment is None and not (lm_weight and all_positions and not answers_only):
+        return None
+
+    def totals(batch: TrainBatch) -> Tensor:
+        units = count_units(batch, answers_only=answers_only)
+        answers = count_units(batch, answers_only=True)
+        images = 0 if alignment is None else alignment.images(batch)
+        return torch.tensor([units, answers, images], dtype=torch.float64)
+
+    return totals

@@ -8,7 +8,8 @@ With `kto` each pair gives a desirable and an undesirable example, which know no
 are compared with is measured on mismatched responses, without gradient.
 
 Letters: B pairs of a micro-batch, R roles (chosen and rejected, or mismatched alone), S = R·B sequences, one role's
-after the other's, N supervised positions, C of them in chosen responses, D hidden size.
+after the other's, N supervised positions, C of them in chosen responses, D hidden size. Those of the
+tower's features are in `student_pass.py`.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from llavamod_offline.models.forward import head_weight
 from llavamod_offline.models.routing import Routing
 from train.batches import TrainBatch
 from train.engine import World
-from train.stages.student_pass import Distillation, predicting_states, with_balance
+from train.stages.student_pass import Ahead, Distillation, predicting_states, tower_features, with_balance
 from train.sums import LossSums
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
-    Loss = Callable[[LlavaForConditionalGeneration, TrainBatch, Tensor | None], LossSums]
-    LogRatios = Callable[[LlavaForConditionalGeneration, TrainBatch], Tensor]
+    Loss = Callable[[LlavaForConditionalGeneration, TrainBatch, Tensor | None, Tensor | None], LossSums]
+    LogRatios = Callable[[LlavaForConditionalGeneration, TrainBatch], Ahead]
 
 Kind = PreferenceKind | Literal["kto"]
 
@@ -57,16 +58,26 @@ def make_loss(
     """The loss of a micro-batch, summed over its pairs.
 
     It takes mean log-ratios over the global batch, None where the micro-batch is all of it: for `kto_pair` those of the
-    chosen and the rejected responses [2], for `kto` that of the mismatched ones [1].
+    chosen and the rejected responses [2], for `kto` that of the mismatched ones [1]. And the tower's features, if what
+    made those had them: a step runs the tower once for each image.
     """
-    mismatched = make_log_ratios(average_log_probs=average_log_probs, vocab_size=vocab_size, mismatched=True)
 
-    def loss(model: LlavaForConditionalGeneration, batch: TrainBatch, mean_ratios_R: Tensor | None) -> LossSums:
-        found = _log_probs(model, batch, vocab_size, average_log_probs, train_vision)
+    def loss(
+        model: LlavaForConditionalGeneration,
+        batch: TrainBatch,
+        mean_ratios_R: Tensor | None,
+        features_IPC: Tensor | None,
+    ) -> LossSums:
+        if features_IPC is None:
+            features_IPC = tower_features(model, batch, train_vision=train_vision)
+        found = _log_probs(model, batch, vocab_size, average_log_probs, features_IPC, train_vision)
         policy_2B, reference_2B = found.policy_RB, found.reference_RB
         means: dict[str, Tensor] = {}
         if kind == "kto":
-            ratios_R = mismatched(model, batch).mean(1) if mean_ratios_R is None else mean_ratios_R
+            ratios_R = mean_ratios_R
+            if ratios_R is None:
+                assert batch.mismatched is not None
+                ratios_R = _log_ratios(model, batch.mismatched, vocab_size, average_log_probs, features_IPC).mean(1)
             result, kl = _unpaired(policy_2B, reference_2B, ratios_R, beta, (desirable_weight, undesirable_weight))
             means["kl"] = kl * batch.samples
         else:
@@ -104,18 +115,17 @@ def make_loss(
     return loss
 
 
-def make_log_ratios(*, average_log_probs: bool, vocab_size: int, mismatched: bool) -> LogRatios:
-    """The log-ratios [R, B] of policy and reference of a micro-batch, without gradient.
+def make_log_ratios(*, average_log_probs: bool, vocab_size: int, mismatched: bool, train_vision: bool) -> LogRatios:
+    """The log-ratios [R, B] of policy and reference of a micro-batch, without gradient, and the tower's features.
 
     Those of the responses that are trained on, or of the mismatched ones alone.
     """
 
-    def log_ratios(model: LlavaForConditionalGeneration, batch: TrainBatch) -> Tensor:
+    def log_ratios(model: LlavaForConditionalGeneration, batch: TrainBatch) -> Ahead:
         wanted = batch.mismatched if mismatched else batch
         assert wanted is not None
-        with torch.no_grad():
-            found = _log_probs(model, wanted, vocab_size, average_log_probs, False)
-            return found.policy_RB - found.reference_RB
+        features_IPC = tower_features(model, wanted, train_vision=train_vision)
+        return Ahead(_log_ratios(model, wanted, vocab_size, average_log_probs, features_IPC), features_IPC)
 
     return log_ratios
 
@@ -159,12 +169,29 @@ class _LogProbs:
     routing: Routing
 
 
+@torch.no_grad()
+def _log_ratios(
+    model: LlavaForConditionalGeneration,
+    batch: TrainBatch,
+    vocab_size: int,
+    average: bool,
+    features_IPC: Tensor | None,
+) -> Tensor:
+    found = _log_probs(model, batch, vocab_size, average, features_IPC, False)
+    return found.policy_RB - found.reference_RB
+
+
 def _log_probs(
-    model: LlavaForConditionalGeneration, batch: TrainBatch, vocab_size: int, average: bool, train_vision: bool
+    model: LlavaForConditionalGeneration,
+    batch: TrainBatch,
+    vocab_size: int,
+    average: bool,
+    features_IPC: Tensor | None,
+    train_vision: bool,
 ) -> _LogProbs:
     assert batch.reference_S is not None
     inputs = batch.batch
-    hidden_ND, routing = predicting_states(model, batch, train_vision=train_vision)
+    hidden_ND, routing = predicting_states(model, batch, train_vision=train_vision, features_IPC=features_IPC)
     policy_S = sequence_log_probs_from_hidden(
         hidden_ND, head_weight(model), inputs.target_ids_N, inputs.sequence_of_N, len(inputs), vocab_size=vocab_size
     )

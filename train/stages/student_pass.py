@@ -1,17 +1,18 @@
 """What every stage does first: the student's hidden states that predict the supervised tokens, and its routing.
 
-Letters: N supervised positions, D hidden size, L sparse layers, E experts.
+Letters: N supervised positions, D hidden size, L sparse layers, E experts, I images of P tokens and C channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from llavamod_offline.losses.fused import LossTerms
-from llavamod_offline.models.forward import student_hidden_states
+from llavamod_offline.models.forward import student_hidden_states, vision_features
 from llavamod_offline.models.routing import RouterWatch, Routing
 from train.batches import TrainBatch
 from train.sums import LossSums
@@ -23,18 +24,47 @@ if TYPE_CHECKING:
 Distillation = Callable[..., LossTerms]
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """What a look-ahead gives: its `value`, and the tower's features for the loss of the same samples, if any."""
+
+    value: Tensor
+    features_IPC: Tensor | None = None
+
+
+def tower_features(
+    model: LlavaForConditionalGeneration, batch: TrainBatch, *, train_vision: bool = False
+) -> Tensor | None:
+    """The vision tower's features of a batch's images, [I, P, C], for every pass over the same samples in a step.
+
+    None where each pass must run the tower itself: there is no image, the tower is trained, or ZeRO-3 shards it, which
+    wants all processes to gather the same weights, whatever images each has.
+    """
+    sharded = hasattr(next(model.model.vision_tower.parameters()), "ds_id")
+    pixel_values_ICHW = None if train_vision or sharded else batch.batch.pixel_values_ICHW
+    return None if pixel_values_ICHW is None else vision_features(model, pixel_values_ICHW)
+
+
 def predicting_states(
-    model: LlavaForConditionalGeneration, batch: TrainBatch, *, train_vision: bool
+    model: LlavaForConditionalGeneration,
+    batch: TrainBatch,
+    *,
+    train_vision: bool,
+    features_IPC: Tensor | None = None,
 ) -> tuple[Tensor, Routing]:
-    """Run the student; returns hidden states [N, D] in the order of the batch's supervised tokens, and the routing."""
+    """Run the student; returns hidden states [N, D] in the order of the batch's supervised tokens, and the routing.
+
+    `features_IPC`: the tower's, where they are at hand.
+    """
     inputs = batch.batch
     with RouterWatch(model) as watch:
         hidden_BTD = student_hidden_states(
             model,
             inputs.input_ids_BT,
             inputs.attention_mask_BT,
-            inputs.pixel_values_ICHW,
+            inputs.pixel_values_ICHW if features_IPC is None else None,
             image_rows_Q=inputs.image_rows_P,
+            features_IPC=features_IPC,
             train_vision=train_vision,
         )
     routing = watch.routing(inputs.attention_mask_BT)

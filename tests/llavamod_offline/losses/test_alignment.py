@@ -13,6 +13,7 @@ from llavamod_offline.losses.alignment import (
     HiddenDistance,
     HiddenProjection,
     hidden_alignment,
+    hidden_relations,
     logit_relations,
     relation_alignment,
     visual_token_kl,
@@ -108,6 +109,16 @@ def test_visual_token_kl_is_the_forward_kl_at_the_images_tokens() -> None:
     torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_some_of_the_positions_are_taken_in_any_order() -> None:
+    targets = truncate(random_teacher(9, 30, 2), head=4)
+    taken = targets.take(torch.tensor([5, 0, 5]))
+    assert len(taken) == 3
+    for place, row in enumerate((5, 0, 5)):
+        for name in ("head_ids_NK", "head_log_probs_NK", "tail_log_mass_N", "target_ids_N", "draw_ids_NM"):
+            assert torch.equal(getattr(taken, name)[place], getattr(targets, name)[row]), name
+    assert taken.vocab_size == targets.vocab_size
+
+
 class TestRelations:
     @pytest.mark.parametrize("vocab_size", [None, 11])
     def test_relations_are_those_of_the_logits(self, vocab_size: int | None) -> None:
@@ -116,6 +127,13 @@ class TestRelations:
         expected_BPP = torch.einsum("bpv,bqv->bpq", logits_BPV, logits_BPV)
         ours_BPP = logit_relations(hidden_BPD.float(), weight_VD.float(), vocab_size=vocab_size)
         torch.testing.assert_close(ours_BPP.double(), expected_BPP, rtol=1e-5, atol=1e-5)
+
+    def test_hidden_states_relate_by_themselves_where_no_head_is_given(self) -> None:
+        hidden_BPD = _normal(2, 5, 4)
+        expected_BPP = torch.einsum("bpd,bqd->bpq", hidden_BPD, hidden_BPD)
+        torch.testing.assert_close(hidden_relations(hidden_BPD.half()).double(), expected_BPP, rtol=2e-3, atol=5e-3)
+        measured_BPP = hidden_relations(hidden_BPD, torch.eye(4))
+        torch.testing.assert_close(measured_BPP.double(), expected_BPP, rtol=1e-5, atol=1e-5)
 
     def test_by_hand(self) -> None:
         # ⟨(1, 0, 0, 1), (1, 1, 1, 1)⟩ / (√2 · 2) = 1/√2

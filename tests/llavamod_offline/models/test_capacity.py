@@ -94,6 +94,52 @@ def test_the_weights_of_what_is_kept_sum_to_one_and_no_expert_exceeds_its_places
         assert rate == pytest.approx(dropped / (2 * int(keep_S.sum())))
 
 
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("factor", [0.31, 0.77, 1.23])
+def test_a_router_gives_what_a_queue_by_hand_gives(tiny_folder: Path, factor: float, normalised: bool) -> None:
+    """Weights, token by token: what is lost goes to what is kept, in proportion; logits and choices stay."""
+    batch, model = make_batch(tiny_folder, [0, 3, 5]), make_sparse(tiny_folder).train()
+    raw: list[tuple[Tensor, Tensor, Tensor]] = []
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    gates = [layer.mlp.gate for layer in model.model.language_model.layers[::2]]
+    for gate in gates:
+        gate.norm_topk_prob = normalised
+        gate.register_forward_hook(lambda module, args, output: raw.append(tuple(output)))
+    limit_capacity(model, factor)
+    for gate in gates:
+        gate.register_forward_hook(lambda module, args, output: seen.append(tuple(output)))
+    hidden_states(model, batch)
+    keep = batch.attention_mask_BT.reshape(-1).bool().tolist()
+    assert factor * 2 * sum(keep) / 4 % 1 > 0  # so that rounding up can be told from rounding down
+    assert not all(keep)
+    for (logits_SE, weights_SK, choices_SK), (ours_SE, ours_SK, our_choices_SK) in zip(raw, seen, strict=True):
+        kept = queue_by_hand(choices_SK.tolist(), keep, math.ceil(factor * 2 * sum(keep) / 4))
+        for weights, found, row in zip(weights_SK.tolist(), kept, ours_SK.tolist(), strict=True):
+            left = sum(weight for weight, is_kept in zip(weights, found, strict=True) if is_kept)
+            expected = [
+                weight * sum(weights) / left if is_kept else 0.0 for weight, is_kept in zip(weights, found, strict=True)
+            ]
+            assert row == pytest.approx(expected, rel=1e-5)
+        assert torch.equal(ours_SE, logits_SE)
+        assert torch.equal(our_choices_SK, choices_SK)
+
+
+def test_routers_learn_through_what_is_kept(tiny_folder: Path) -> None:
+    """The task's gradient reaches a router through its tokens' weights, as far as these have a choice left."""
+    batch, model = make_batch(tiny_folder, [0, 3, 5]), make_sparse(tiny_folder).train()
+    with torch.no_grad():
+        for layer in model.model.language_model.layers[::2]:
+            layer.mlp.experts.down_proj.mul_(torch.arange(1.0, 5.0)[:, None, None])  # experts that differ
+    gradients = []
+    for _ in range(2):  # without a limit, then with one
+        hidden_states(model, batch)[..., 0].sum().backward()
+        gradients.append([layer.mlp.gate.weight.grad.clone() for layer in model.model.language_model.layers[::2]])
+        model.zero_grad()
+        limit_capacity(model, 1.2)
+    for free_ED, limited_ED in zip(*gradients, strict=True):
+        assert limited_ED.norm() > 0.1 * free_ED.norm() > 0
+
+
 def test_padding_takes_no_place(tiny_folder: Path) -> None:
     """More padding, at either end of the batch, changes nothing for the tokens that count."""
     batch, model = make_batch(tiny_folder, [0, 3, 5]), make_sparse(tiny_folder).train()

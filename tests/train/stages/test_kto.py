@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,14 +13,19 @@ from llavamod_offline.data.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.data.shards import SampleSet
 from llavamod_offline.errors import ConfigError, DataError, TargetError
+from teacher_cache.reader import open_cache
 from tests.tiny import tiny_samples
 from tests.train.conftest import World, write_cache
 from tests.train.reference import Reader, train_plainly
 from tests.train.test_processes import assert_equal_runs, run_two
+from train.engine import World as Processes
 from train.metrics import read_metrics
+from train.pairing import check_pairs
+from train.prepare import prepare
 from train.run import train
 
 BETA = 0.1
+ONE = Processes(rank=0, size=1, local_size=1, device=torch.device("cpu"))
 CAPTURE = ("capture.mismatched=true", "capture.preset=reference", "capture.precision=exact")
 
 
@@ -148,8 +154,27 @@ def test_a_set_that_pairs_otherwise_is_refused(world: World, tmp_path: Path, cac
     write_set([*samples[:gone], *samples[gone + 1 :]], tmp_path / "fewer")
     settings = (f"cache.path={cache}", f"data.set={tmp_path / 'fewer'}", "batch.global_size=23", "batch.micro_size=23")
     with pytest.raises(TargetError, match=r"\(mismatched\): the response it is paired with is not the cache's"):
-        train(world.config("preference", tmp_path / "run", "loss.kind=kto", *settings))
+        prepare(world.config("preference", tmp_path / "run", "loss.kind=kto", *settings), ONE)
     train(world.config("preference", tmp_path / "pairs", *settings, "steps=1"))  # without it the two need not agree
+
+
+def test_pairs_are_looked_at_before_anything_is_trained(world: World, tmp_path: Path, cache: Path) -> None:
+    """A set in another order has the same pairs; a rule that nobody knows here is refused by its name."""
+    samples = tiny_samples(24, preference=True)
+    write_set(samples[::-1], tmp_path / "reversed")
+    encoder = Reader(world.teacher, world.pairs).encoder
+    whole, half = SampleSet.open(tmp_path / "reversed"), write_set(samples[:12], tmp_path / "half").path
+    rows = np.arange(24)
+    opened = open_cache(cache)
+    check_pairs(whole.with_mismatched(), opened, rows, encoder)
+    with pytest.raises(
+        TargetError, match=r"\(mismatched\): the response it is paired with .*: set data\.set to the very"
+    ):
+        check_pairs(SampleSet.open(half).with_mismatched(), opened, rows[:12], encoder)
+    opened.fingerprint["capture"]["mismatched"] = "as it comes"
+    with pytest.raises(ConfigError, match=r"loss\.kind: .* by another rule \(as it comes\)") as caught:
+        check_pairs(SampleSet.open(world.pairs).with_mismatched(), opened, rows, encoder)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_sample_whose_mismatched_response_is_too_long_is_left_out(world: World, tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import CLIPVisionModel
 
 from tests.train.conftest import EXHAUSTIVE, World, write_cache
 from tests.train.reference import Reader, train_plainly
@@ -166,3 +168,35 @@ def test_a_sparse_student_balances_both_responses_together(world: World, tmp_pat
     entry = read_metrics(tmp_path / "run")[0]
     assert 0 < entry["loss"] - 2.0 * entry["balance"] < 1  # the mean of kto_pair's terms, each between 0 and 1
     assert sum(entry["expert_load"][0]) == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["kto_pair", "kto", "sigmoid"])
+@pytest.mark.parametrize("micro_size", [2, 8])
+def test_the_tower_sees_each_picture_of_a_step_once(
+    world: World, tmp_path: Path, kind: str, micro_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever looks ahead, and in however many roles; the tower of a step that trains it runs as often as it must."""
+    settings = [f"loss.kind={kind}", f"batch.micro_size={micro_size}", "steps=2"]
+    if kind == "kto":
+        capture = ("capture.mismatched=true", "capture.preset=reference")
+        settings.append(f"cache.path={write_cache(tmp_path / 'cache', world.pairs, world.teacher, *capture)}")
+    seen: list[int] = []
+    run_tower = CLIPVisionModel.forward
+
+    def count(tower: CLIPVisionModel, pixel_values: torch.Tensor, **settings: Any) -> Any:
+        seen.append(len(pixel_values))
+        return run_tower(tower, pixel_values, **settings)
+
+    monkeypatch.setattr(CLIPVisionModel, "forward", count)
+    train(world.config("preference", tmp_path / "run", *settings))
+    reader = Reader(world.student, world.pairs)
+    pictures = sum(len(sample.images) for step in range(2) for sample in reader.step_samples(step, 8))
+    assert sum(seen) == pictures
+    if kind == "sigmoid":
+        return
+    seen.clear()
+    trainable = ("trainable=[vision,projector]", "optim.lr=1e-9")
+    train(world.config("preference", tmp_path / "vision", *settings, *trainable))
+    frozen, trained = (read_metrics(tmp_path / name)[0]["loss"] for name in ("run", "vision"))
+    assert trained == frozen
+    assert sum(seen) == pictures * (1 if (kind, micro_size) == ("kto_pair", 8) else 2)

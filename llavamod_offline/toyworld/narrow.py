@@ -1,0 +1,104 @@
+"""A small language model cut out of the toy teacher's: fewer layers, narrower, a shorter head.
+
+What is kept is what has the largest weights, as pruning by magnitude does; the rest must be taught again.
+
+Letters: D hidden size, F feed-forward size, H heads, V rows of the embeddings, of which the head is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
+
+from llavamod_offline.models.checkpoint import load_llava, load_tokenizer
+
+LAYERS = (0, 2, 3)
+HIDDEN = 96
+HEADS = 3
+INTERMEDIATE = 256
+ROWS = 608
+
+
+def write_small_language_model(teacher: Path, folder: Path) -> Path:
+    """Write an ordinary Qwen2 folder of 3 layers, hidden size 96 and 608 head rows, with the teacher's tokenizer."""
+    tokenizer = load_tokenizer(teacher)
+    model = narrowed(load_llava(teacher), LAYERS, hidden=HIDDEN, heads=HEADS, intermediate=INTERMEDIATE, rows=ROWS)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    # Not the model's save_pretrained, which draws a bar and looks for accelerators.
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def narrowed(
+    teacher: LlavaForConditionalGeneration,
+    layers: Sequence[int],
+    *,
+    hidden: int,
+    heads: int,
+    intermediate: int,
+    rows: int,
+) -> Qwen2ForCausalLM:
+    """The named layers of a teacher's language model, with its strongest dimensions, heads and neurons.
+
+    The teacher's heads must have keys of their own and its embeddings be tied, as the toy teacher's are.
+    """
+    text = teacher.config.text_config
+    size = text.hidden_size // text.num_attention_heads
+    tensors = teacher.model.language_model.state_dict()
+    embeddings_VD, norm_D = tensors["embed_tokens.weight"], tensors["norm.weight"]
+    kept_D = _largest(embeddings_VD.norm(dim=0) * norm_D.abs(), hidden)
+    found = {"embed_tokens.weight": embeddings_VD[:rows, kept_D], "norm.weight": norm_D[kept_D]}
+    for place, layer in enumerate(layers):
+        names = [name for name in tensors if name.startswith(f"layers.{layer}.")]
+        part = {name.removeprefix(f"layers.{layer}."): tensors[name] for name in names}
+        for name, tensor in _layer(part, kept_D, size=size, heads=heads, intermediate=intermediate).items():
+            found[f"layers.{place}.{name}"] = tensor
+    settings = {
+        **text.to_dict(),
+        "hidden_size": hidden,
+        "num_hidden_layers": len(layers),
+        "layer_types": None,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": size,
+        "vocab_size": rows,
+    }
+    model = Qwen2ForCausalLM(Qwen2Config(**settings))
+    model.model.load_state_dict(found)
+    model.tie_weights()
+    return model
+
+
+def _layer(part: dict[str, Tensor], kept_D: Tensor, *, size: int, heads: int, intermediate: int) -> dict[str, Tensor]:
+    """One layer's tensors, cut down; `size` is that of a head."""
+    out_DHS = part["self_attn.o_proj.weight"].unflatten(1, (-1, size))
+    kept_H = _largest(out_DHS.norm(dim=(0, 2)), heads)
+    attended = (kept_H[:, None] * size + torch.arange(size)).flatten()
+    up_FD, gate_FD, down_DF = (part[f"mlp.{name}_proj.weight"] for name in ("up", "gate", "down"))
+    kept_F = _largest(up_FD.norm(dim=1) * gate_FD.norm(dim=1) * down_DF.norm(dim=0), intermediate)
+    found = {
+        "self_attn.o_proj.weight": part["self_attn.o_proj.weight"][kept_D][:, attended],
+        "mlp.up_proj.weight": up_FD[kept_F][:, kept_D],
+        "mlp.gate_proj.weight": gate_FD[kept_F][:, kept_D],
+        "mlp.down_proj.weight": down_DF[kept_D][:, kept_F],
+    }
+    for name in ("q", "k", "v"):
+        found[f"self_attn.{name}_proj.weight"] = part[f"self_attn.{name}_proj.weight"][attended][:, kept_D]
+        found[f"self_attn.{name}_proj.bias"] = part[f"self_attn.{name}_proj.bias"][attended]
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        found[f"{name}.weight"] = part[f"{name}.weight"][kept_D]
+    return found
+
+
+def _largest(values: Tensor, count: int) -> Tensor:
+    """The places of the largest values, in rising order."""
+    return values.topk(count).indices.sort().values

@@ -1,0 +1,96 @@
+"""What mimic distillation aligns beside the distributions of answers: features, image tokens, and their relations.
+
+Letters: N positions of a micro-batch, M those with a teacher's hidden state, A those of them that predict answers,
+I images (at their places in the sequences), P tokens of one, Q = I·P, D and T hidden size of student and teacher, V
+rows of the student's head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llavamod_offline.data.tokenise import NO_TARGET
+from llavamod_offline.losses.alignment import (
+    HiddenProjection,
+    head_metric,
+    hidden_alignment,
+    hidden_relations,
+    relation_alignment,
+    visual_token_kl,
+)
+from train.batches import TrainBatch
+from train.loss_config import AlignConfig
+from train.teacher_states import TeacherStates, image_positions
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """The parts of `settings` that have a weight.
+
+    `image_tokens`: how many each image takes. `vocab_size`: the ids whose logits are related, None: all. `projection`
+    maps features (where they are compared), `teacher_metric_TT` is that of the teacher's head (where logits are
+    related), on the run's device; see `losses/alignment.py`.
+    """
+
+    settings: AlignConfig
+    image_token_id: int
+    image_tokens: int
+    vocab_size: int | None = None
+    projection: HiddenProjection | None = None
+    teacher_metric_TT: Tensor | None = None
+
+    def images(self, batch: TrainBatch) -> int:
+        """The images of a micro-batch, at each of their places."""
+        return int((batch.batch.input_ids_BT == self.image_token_id).sum()) // self.image_tokens
+
+    def terms(
+        self, hidden_ND: Tensor, head_weight_VD: Tensor, batch: TrainBatch, *, per_answer: float, per_image: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of all parts, with gradient, and each part by itself, detached.
+
+        Every part is a sum over its positions or images, times the step's units for each position that predicts an
+        answer (`per_answer`) or each image (`per_image`): divided by the step's units it is the part's mean.
+        """
+        settings = self.settings
+        parts: dict[str, tuple[float, Tensor]] = {}
+        if settings.feature_weight:
+            features = self._features(hidden_ND, batch) * per_answer
+            parts["feature_distance"] = (settings.feature_weight, features)
+        if settings.visual_kl_weight:
+            assert batch.targets is not None
+            rows_Q = image_positions(batch.batch, self.image_token_id).nonzero()[:, 0]
+            terms = visual_token_kl(hidden_ND.index_select(0, rows_Q), head_weight_VD, batch.targets.take(rows_Q))
+            parts["visual_kl"] = (settings.visual_kl_weight, terms.loss_sum * (per_image / self.image_tokens))
+        if settings.relation_weight:
+            relations = self._relations(hidden_ND, head_weight_VD, batch) * per_image
+            parts["relation_distance"] = (settings.relation_weight, relations)
+        total = sum((weight * part for weight, part in parts.values()), hidden_ND.new_zeros(()).float())
+        return total, {name: part.detach() for name, (_, part) in parts.items()}
+
+    def _features(self, hidden_ND: Tensor, batch: TrainBatch) -> Tensor:
+        assert self.projection is not None
+        states = _states(batch)
+        answers_M = batch.batch.target_ids_N.index_select(0, states.rows_M) != NO_TARGET
+        projected_AT = self.projection(hidden_ND.index_select(0, states.rows_M[answers_M]))
+        return hidden_alignment(projected_AT, states.states_MT[answers_M], distance=self.settings.feature_distance)
+
+    def _relations(self, hidden_ND: Tensor, head_weight_VD: Tensor, batch: TrainBatch) -> Tensor:
+        states = _states(batch)
+        images_M = image_positions(batch.batch, self.image_token_id).index_select(0, states.rows_M)
+        student_IPD, teacher_IPT = (
+            rows_QD.view(-1 if len(rows_QD) else 0, self.image_tokens, rows_QD.shape[1])
+            for rows_QD in (hidden_ND.index_select(0, states.rows_M[images_M]), states.states_MT[images_M])
+        )
+        metric_DD = None
+        if self.teacher_metric_TT is not None:
+            metric_DD = head_metric(head_weight_VD, vocab_size=self.vocab_size)
+        return relation_alignment(
+            hidden_relations(student_IPD, metric_DD), hidden_relations(teacher_IPT, self.teacher_metric_TT)
+        )
+
+
+def _states(batch: TrainBatch) -> TeacherStates:
+    assert batch.states is not None
+    return batch.states
