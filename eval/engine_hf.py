@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from eval.engine import Answer
 from eval.example import Example
-from eval.generate import Answer
 from eval.prompts import never_answers, prompt_ids, read_answer
 from llavamod_offline.data.chat_template import choose_template
 from llavamod_offline.data.images import ImagePreprocessor

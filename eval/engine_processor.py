@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
+from eval.engine import Answer
 from eval.engine_hf import DTYPES, checkpoint_digest, pick_device, pick_dtype
 from eval.example import Example
-from eval.generate import Answer
 from llavamod_offline.data.images import decode_image
 from llavamod_offline.errors import ModelError
 from llavamod_offline.models.checkpoint import load_weights

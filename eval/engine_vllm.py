@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eval.engine import Answer
 from eval.engine_hf import DTYPES, checkpoint_digest, pick_device, pick_dtype
 from eval.example import Example
-from eval.generate import Answer
 from eval.prompts import never_answers, prompt_ids, read_answer
 from llavamod_offline.data.chat_template import choose_template
 from llavamod_offline.data.images import ImagePreprocessor

@@ -14,10 +14,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
+from eval.engine import Answer, Engine
 from eval.example import Example, Task
 from eval.export import UPLOADS, write_answers
 from eval.files import FileImage, read_object
@@ -67,27 +68,6 @@ class GenerateConfig:
             raise ConfigError("tasks: name at least one benchmark, such as tasks=[pope]")
         for task in self.tasks:
             get_task(task)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model said: text without special tokens, tokens before the end, and whether it ended by itself."""
-
-    text: str
-    n_tokens: int
-    finish: str
-
-
-class Engine(Protocol):
-    """A model that answers questions."""
-
-    def describe(self) -> dict[str, Any]:
-        """Everything about the model and its decoding that decides the answers, as JSON values."""
-        ...
-
-    def answer(self, examples: Sequence[Example[Any]], max_new_tokens: int) -> list[Answer]:
-        """Answer a batch of questions greedily."""
-        ...
 
 
 def generate(config: GenerateConfig, engine: Engine | None = None) -> dict[str, Path]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from eval.engine import Answer
 from eval.example import Example
-from eval.generate import Answer
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Turn
 from llavamod_offline.data.tokenise import SequenceEncoder
 from llavamod_offline.errors import EvalError

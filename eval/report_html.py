@@ -10,9 +10,9 @@ from html import escape
 from itertools import combinations
 from typing import Any
 
+from eval.comparison import Run, difference, footnotes, headlines, incomparable, references
 from eval.example import Example
 from eval.published import Headline
-from eval.report import Run, difference, footnotes, headlines, incomparable, references
 from llavamod_offline.charts import BarPanel, bar_panels, colour, colour_key
 from llavamod_offline.errors import DataError, EvalError
 from llavamod_offline.page import html_page, json_block, thumbnail

@@ -22,7 +22,8 @@ from llavamod_offline.atomic import fsync_tree, new_folder, remove_leftovers
 from llavamod_offline.data.prepare import Facts
 from llavamod_offline.data.rows import Rejection
 from llavamod_offline.data.sample import KEY_PATTERN
-from llavamod_offline.data.shards import INDEX_NAME, INDEX_SCHEMA, MANIFEST_NAME, REJECTED_NAME, SET_FORMAT, Shard
+from llavamod_offline.data.shards import INDEX_NAME, INDEX_SCHEMA, MANIFEST_NAME, REJECTED_NAME, SET_FORMAT
+from llavamod_offline.data.tars import Shard
 from llavamod_offline.errors import ConfigError, DataError
 
 _INDEX_BATCH = 4096

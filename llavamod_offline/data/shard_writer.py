@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from llavamod_offline.data.shards import Shard
+from llavamod_offline.data.tars import Shard
 
 _TAR_BLOCK = 512
 

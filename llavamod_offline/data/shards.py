@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import posixpath
 from bisect import bisect_right
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from llavamod_offline.data.members import responses_from_text, sample_from_members
 from llavamod_offline.data.mismatch import MismatchRing
 from llavamod_offline.data.sample import Sample
-from llavamod_offline.data.tars import TarFiles
+from llavamod_offline.data.tars import Shard, TarFiles
 from llavamod_offline.errors import DataError
 from llavamod_offline.folders import LocalFolder, is_url, open_folder
 from llavamod_offline.remote import RemoteFolder, Wanted
@@ -66,25 +66,6 @@ INDEX_SCHEMA = pa.schema(
 
 
 _READ_COLUMNS = ("key", "parser", "source", "content_hash", "members")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar of a set: its name without `.tar`, its samples, its size in bytes and its SHA-256 (hex).
-
-    `path`: where it lies, seen from the set's folder, or absolute; empty: `{name}.tar` in that folder.
-    """
-
-    name: str
-    samples: int
-    size: int
-    sha256: str
-    path: str = ""
-
-    @property
-    def again(self) -> str:
-        """What is to be done if it is not as it was."""
-        return "index the tars again" if self.path else "pack the set again"
 
 
 class SampleSet:

@@ -20,9 +20,9 @@ from llavamod_offline.data.prepare import Facts
 from llavamod_offline.data.rows import Rejection, RowError
 from llavamod_offline.data.sample import KEY_PATTERN
 from llavamod_offline.data.set_writer import PackSummary, SetWriter, check_weights, new_set
-from llavamod_offline.data.shards import Shard
 from llavamod_offline.data.tar_reader import TarGroup, TarReader
 from llavamod_offline.data.tar_samples import ReadRule, read_group
+from llavamod_offline.data.tars import Shard
 from llavamod_offline.data.workers import map_in_order
 from llavamod_offline.errors import DataError
 

@@ -9,19 +9,35 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llavamod_offline.errors import DataError
 from llavamod_offline.remote import RemoteFolder, Wanted
 from llavamod_offline.staging import Staging
 
-if TYPE_CHECKING:
-    from llavamod_offline.data.shards import Shard
-
 # With this many open tars all are let go before another is opened, so that sets of thousands of shards stay below the
 # usual limit of descriptors. Threads that open one at the same moment may each go beyond by one.
 _MAX_OPEN = 128
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar of a set: its name without `.tar`, its samples, its size in bytes and its SHA-256 (hex).
+
+    `path`: where it lies, seen from the set's folder, or absolute; empty: `{name}.tar` in that folder.
+    """
+
+    name: str
+    samples: int
+    size: int
+    sha256: str
+    path: str = ""
+
+    @property
+    def again(self) -> str:
+        """What is to be done if it is not as it was."""
+        return "index the tars again" if self.path else "pack the set again"
 
 
 class TarFiles:

@@ -1,0 +1,30 @@
+"""What answers questions, and what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from eval.example import Example
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said: text without special tokens, tokens before the end, and whether it ended by itself."""
+
+    text: str
+    n_tokens: int
+    finish: str
+
+
+class Engine(Protocol):
+    """A model that answers questions."""
+
+    def describe(self) -> dict[str, Any]:
+        """Everything about the model and its decoding that decides the answers, as JSON values."""
+        ...
+
+    def answer(self, examples: Sequence[Example[Any]], max_new_tokens: int) -> list[Answer]:
+        """Answer a batch of questions greedily."""
+        ...
