@@ -20,6 +20,10 @@ _SAID = (
     "loss", "divergence", "kl", "cross_entropy", "top1_agreement", "feature_distance", "visual_kl", "relation_distance",
     "preference", "reward_accuracy", "holdout_loss",
 )  # fmt: skip
+_PADDED = (
+    "In training, pictures were padded to squares; this folder's image processor crops them. What knows nothing else, "
+    "such as lmms-eval, should be given the copy that `eval-student portable FOLDER -o COPY` writes, which pads."
+)
 _STAGES = {
     "align": "its projector was aligned with a language model, by cross-entropy",
     "mimic_dense": "it imitates a larger teacher's cached distributions (mimic distillation, dense to dense)",
@@ -67,7 +71,8 @@ def model_card(
                 "```python\nfrom transformers import AutoProcessor, LlavaForConditionalGeneration\n\n"
                 'model = LlavaForConditionalGeneration.from_pretrained("FOLDER")\n'
                 'processor = AutoProcessor.from_pretrained("FOLDER")\n```',
-                "Prompts are worded by the template above; `eval-student generate model=FOLDER` does it.",
+                "Prompts are worded by the template above, which `processor.apply_chat_template` applies.",
+                *([_PADDED] if config.image_aspect == "pad" else []),
                 "## Settings of the stage",
                 f"```json\n{settings}\n```",
             ]
