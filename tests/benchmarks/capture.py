@@ -208,7 +208,7 @@ def main() -> None:
     arguments = parse_arguments(NAME, __doc__ or "", {"device": "cpu"})
     device = arguments.options["device"]
     sizes = [TOY, MIDDLE] if device == "cpu" else [LARGE]
-    repeats = 1 if arguments.quick else 5
+    repeats = 1 if arguments.quick else 3
     if arguments.quick:
         sizes = [_shortened(size) for size in sizes]
     if device == "cpu":
