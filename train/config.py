@@ -117,8 +117,9 @@ class EngineConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     """One stage of training. `steps` (optimiser steps) overrides `epochs`; `save_steps` 0 saves no checkpoints, and
-    `eval_steps` 0 evaluates nothing. `tracker`: none (metrics.jsonl alone), tensorboard, trackio or wandb. `workers`
-    make the batches, null: one a spare core, at most 8."""
+    `eval_steps` 0 evaluates nothing. `template`: qwen (LLaVA-MoD's own), chatml, or tokenizer: the chat template in the
+    student's folder. `tracker`: none (metrics.jsonl alone), tensorboard, trackio or wandb. `workers` make the batches,
+    null: one a spare core, at most 8."""
 
     stage: Stage = "???"  # type: ignore[assignment]
     output: str = "???"
