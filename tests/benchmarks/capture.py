@@ -208,7 +208,6 @@ def main() -> None:
     arguments = parse_arguments(NAME, __doc__ or "", {"device": "cpu"})
     device = arguments.options["device"]
     sizes = [TOY, MIDDLE] if device == "cpu" else [LARGE]
-    repeats = 1 if arguments.quick else 3
     if arguments.quick:
         sizes = [_shortened(size) for size in sizes]
     if device == "cpu":
@@ -218,19 +217,22 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="benchmark-capture-"))
     try:
         for size in sizes:
-            found, more = measure(size, folder / size.name, device=device, repeats=repeats)
+            found, more = measure(size, folder / size.name, device=device, repeats=size.rounds)
             rows, ratios = rows + found, ratios | more
         if importlib.util.find_spec("vllm") is not None:
             found, more = measure_vllm(folder / "vllm", _shortened(TOY) if arguments.quick else TOY, device)
             rows, ratios = rows + found, ratios | more
     finally:
         shutil.rmtree(folder)
-    settings = {"repeats": repeats, "samples": {size.name: size.samples for size in sizes}}
+    settings = {
+        "rounds": {size.name: size.rounds for size in sizes},
+        "samples": {size.name: size.samples for size in sizes},
+    }
     finish(NAME, arguments, settings=settings, rows=rows, ratios=ratios)
 
 
 def _shortened(size: Size) -> Size:
-    return Size(**{**vars(size), "samples": size.batch_size * 2, "shard_samples": size.batch_size})
+    return Size(**{**vars(size), "samples": size.batch_size * 2, "shard_samples": size.batch_size, "rounds": 1})
 
 
 if __name__ == "__main__":

@@ -39,7 +39,10 @@ _WORDS = ("circle", "square", "triangle", "star", "red", "green", "blue", "yello
 
 @dataclass(frozen=True)
 class Size:
-    """A teacher and a set: how many samples, in shards and batches of how many; `text` is None for the toy teacher."""
+    """A teacher and a set: how many samples, in shards and batches of how many; `text` is None for the toy teacher.
+
+    `rounds`: how often it is measured; short ones vary more.
+    """
 
     name: str
     samples: int
@@ -48,9 +51,10 @@ class Size:
     text: dict[str, int] | None = None
     vision: dict[str, int] | None = None
     answer_words: int = 0
+    rounds: int = 3
 
 
-TOY = Size("toy", samples=600, shard_samples=200, batch_size=32)
+TOY = Size("toy", samples=600, shard_samples=200, batch_size=32, rounds=9)
 MIDDLE = Size(
     "middle",
     samples=48,
