@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 from llavamod_offline.atomic import new_folder
-from llavamod_offline.data.chat_template import choose_template, to_jinja
+from llavamod_offline.data.chat_template import CHAT_TEMPLATE_NAME, choose_template, to_jinja
 from llavamod_offline.data.images import ASPECTS, ImagePreprocessor, read_processor_settings
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.models.checkpoint import load_tokenizer, read_json
@@ -49,7 +49,7 @@ def write_portable(student: Path, output: Path, *, template: str = "qwen", image
                 _link(file, aside / file.name)
         for name, content in changed.items():
             (aside / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (aside / "chat_template.jinja").write_text(to_jinja(wording), encoding="utf-8")
+        (aside / CHAT_TEMPLATE_NAME).write_text(to_jinja(wording), encoding="utf-8")
 
 
 def _link(source: Path, target: Path) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llavamod_offline.errors import ConfigError, ModelError
+from llavamod_offline.errors import ConfigError
 from llavamod_offline.losses.alignment import HiddenProjection
+from llavamod_offline.models.checkpoint import open_tensors
 from train.loss_config import LossConfig
 from train.stages.alignment import Alignment
 from train.teacher_states import WantedStates
@@ -134,14 +134,11 @@ def _find_head(folder: Path) -> tuple[Path, str]:
     """The file and the name of a checkpoint's head; of tied ones the embeddings."""
     named: dict[str, tuple[Path, str]] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118
-                    for ending in _HEAD_NAMES:
-                        if f".{name}".endswith(f".{ending}"):
-                            named[ending] = (file, name)
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{file}: cannot be read: {error}: copy it again") from error
+        with open_tensors(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                for ending in _HEAD_NAMES:
+                    if f".{name}".endswith(f".{ending}"):
+                        named[ending] = (file, name)
     for ending in _HEAD_NAMES:
         if ending in named:
             return named[ending]
@@ -153,11 +150,8 @@ def _find_head(folder: Path) -> tuple[Path, str]:
 
 def _rows(file: Path, name: str, count: int) -> Iterator[Tensor]:
     """The first rows of a matrix in a file, some at a time, float32."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            whole = tensors.get_slice(name)
-            count = min(count, whole.get_shape()[0])
-            for start in range(0, count, _ROWS_AT_ONCE):
-                yield whole[start : min(start + _ROWS_AT_ONCE, count)].float()
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{file}: '{name}' cannot be read: {error}: copy it again") from error
+    with open_tensors(file) as tensors:
+        whole = tensors.get_slice(name)
+        count = min(count, whole.get_shape()[0])
+        for start in range(0, count, _ROWS_AT_ONCE):
+            yield whole[start : min(start + _ROWS_AT_ONCE, count)].float()

@@ -200,8 +200,8 @@ def _export(output: Path, engine: Any, setup: Setup, empty: dict[str, Tensor], c
     state = None
     if engine.zero_optimization_stage() == 3:
         whole = engine._zero3_consolidated_16bit_state_dict() or {}
-        own = {name: tensor for name, tensor in whole.items() if name.startswith("student.")}
-        state = {name.removeprefix("student."): tensor for name, tensor in own.items()} | empty
+        own = (name for name in whole if name.startswith("student."))
+        state = {name.removeprefix("student."): whole[name] for name in own} | empty
     if world.is_main:
         setup.student.eval()
         save_student(

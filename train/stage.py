@@ -108,15 +108,17 @@ def make_stage(
         answers_only = positions == "all" and loss.positions == "response"
         chosen: dict[str, Any] = {
             "lm_weight": loss.lm_weight if loss.kind == "kd_lm" else 0.0,
-            "all_positions": positions == "all",
             "answers_only": answers_only,
             "alignment": alignment,
         }
-        imitation = mimic.make_loss(distillation=partial(distillation, kd_weight=loss.kd_weight), **chosen, **common)
+        totals = mimic.make_totals(all_positions=positions == "all", **chosen)
+        imitation = mimic.make_loss(
+            distillation=partial(distillation, kd_weight=loss.kd_weight), totals=totals, **chosen, **common
+        )
         return Stage(
             lambda student, batch, shared, _: imitation(student, batch, shared),
             partial(mimic.count_units, answers_only=answers_only),
-            totals=mimic.make_totals(**chosen),
+            totals=totals,
             shrinkage=shrinkage,
             projection=None if alignment is None else alignment.projection,
         )

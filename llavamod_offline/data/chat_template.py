@@ -11,25 +11,20 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from llavamod_offline.data import template as templates
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Turn
-from llavamod_offline.data.template import Segment, Template
+from llavamod_offline.data.template import OWN, Segment, Template, get_template
 from llavamod_offline.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-OWN = "tokenizer"
+CHAT_TEMPLATE_NAME = "chat_template.jinja"
 _TURNS = tuple(Turn("assistant" if number % 2 else "user", f"[turn {number}]") for number in range(6))
 
 
 def choose_template(name: str, tokenizer: Callable[[], PreTrainedTokenizerFast]) -> Template:
     """Look a template up by name, or read the tokenizer's own for `tokenizer`. Errors: `ConfigError`."""
-    if name == OWN:
-        return from_tokenizer(tokenizer())
-    if name not in templates.TEMPLATES:
-        raise ConfigError(f"template '{name}' is unknown: choose one of {', '.join((*templates.TEMPLATES, OWN))}")
-    return templates.TEMPLATES[name]
+    return from_tokenizer(tokenizer()) if name == OWN else get_template(name)
 
 
 def to_jinja(template: Template) -> str:

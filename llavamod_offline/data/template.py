@@ -91,8 +91,11 @@ TEMPLATES = {
 }
 
 
+OWN = "tokenizer"  # the name of what a tokenizer brings along: see `chat_template.choose_template`
+
+
 def get_template(name: str) -> Template:
     """Look a template up by name. Errors: `ConfigError` listing the known names."""
     if name not in TEMPLATES:
-        raise ConfigError(f"template '{name}' is unknown: choose one of {', '.join(TEMPLATES)}")
+        raise ConfigError(f"template '{name}' is unknown: choose one of {', '.join((*TEMPLATES, OWN))}")
     return TEMPLATES[name]

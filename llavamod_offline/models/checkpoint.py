@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
 from llavamod_offline import atomic
-from llavamod_offline.data.chat_template import to_jinja
+from llavamod_offline.data.chat_template import CHAT_TEMPLATE_NAME, to_jinja
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER
 from llavamod_offline.data.template import Template
 from llavamod_offline.data.tokenise import SequenceEncoder
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 _IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
-_CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 
 def load_llava(folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> LlavaForConditionalGeneration:
@@ -107,6 +106,16 @@ def _check_complete(info: dict[str, Any], where: str) -> None:
                 f"{where}: {len(names)} {kind.replace('_keys', '')} tensor(s), first '{names[0]}': "
                 "config.json and the weights are of different models, or a file is incomplete"
             )
+
+
+@contextmanager
+def open_tensors(file: Path) -> Iterator[Any]:
+    """Open a safetensors file to look into it, tensor by tensor. Errors: `ModelError` if it cannot be read."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file}: cannot be read: {first_line(error)}: copy it again") from error
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -191,7 +200,7 @@ def save_student(
         model.save_pretrained(aside, state_dict=state_dict)
         tokenizer.save_pretrained(aside)
         if template is not None:
-            (aside / _CHAT_TEMPLATE_FILE).write_text(to_jinja(template), encoding="utf-8")
+            (aside / CHAT_TEMPLATE_NAME).write_text(to_jinja(template), encoding="utf-8")
         if card is not None:
             (aside / "README.md").write_text(card, encoding="utf-8")
         (aside / _IMAGE_PROCESSOR_FILE).write_text(json.dumps(settings, indent=2) + "\n")

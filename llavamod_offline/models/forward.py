@@ -29,8 +29,7 @@ def student_hidden_states(
     `pixel_values_ICHW` holds the images in the order of their tokens, or None if there are none. Where an image stands
     at several places, `image_rows_Q` says which one stands at each; tower and projector run once for it. The tower runs
     without gradients unless `train_vision` is set, and not at all where its `features_IPC` (see `vision_features`) are
-    given instead of the images. Errors: `ValueError` if image tokens and images at their
-    places differ in number.
+    given instead of the images. Errors: `ValueError` if image tokens and images at their places differ in number.
     """
     llava = model.model
     embeddings_BTD = llava.get_input_embeddings()(input_ids_BT)

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llavamod_offline.errors import ModelError, first_line
-from llavamod_offline.models.checkpoint import load_tensors, read_json
+from llavamod_offline.errors import ModelError
+from llavamod_offline.models.checkpoint import load_tensors, open_tensors, read_json
 
 _DTYPE = torch.bfloat16  # of tensors that hold a single number, whatever their shape
 
@@ -37,12 +36,9 @@ def _shapes(folder: Path) -> dict[str, Tensor]:
     """A stand-in of each tensor of the folder."""
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118
-                    found[name] = torch.zeros((), dtype=_DTYPE).expand(tensors.get_slice(name).get_shape())
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{file}: cannot be read: {first_line(error)}: copy it again") from error
+        with open_tensors(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                found[name] = torch.zeros((), dtype=_DTYPE).expand(tensors.get_slice(name).get_shape())
     if not found:
         raise ModelError(f"{folder}: no *.safetensors file: save the checkpoint with save_pretrained first")
     return found

@@ -180,7 +180,7 @@ def _loss(name: str, size: Size, student: Any, teacher: Any) -> Callable[[TrainB
     shrinkage = Shrinkage(size.vocab)
     shrinkage.to(size.device)
     distillation = partial(distillation_from_hidden, tail="shrink", shrinkage=shrinkage, kd_weight=1.0)
-    imitation = mimic.make_loss(distillation=distillation, lm_weight=0.0, all_positions=False, **common)
+    imitation = mimic.make_loss(distillation=distillation, lm_weight=0.0, **common)
 
     def offline(batch: TrainBatch) -> Tensor:
         loss = imitation(student, batch, None).loss / batch.positions

@@ -25,28 +25,26 @@ from train.sums import LossSums
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
+Totals = Callable[[TrainBatch], Tensor]
+
 
 def make_loss(
     *,
     distillation: Distillation,
     lm_weight: float,
-    all_positions: bool,
     router_aux_coef: float,
     train_vision: bool,
     answers_only: bool = False,
+    totals: Totals | None = None,
     alignment: Alignment | None = None,
 ) -> Callable[[LlavaForConditionalGeneration, TrainBatch, Tensor | None], LossSums]:
     """The loss of a micro-batch, summed over its units; `lm_weight` 0 is the original's `only_kd`.
 
-    The units are the batch's positions, be they all that a cache has (`all_positions`) or those that predict answers;
-    with `answers_only` the latter in any case. The loss takes the step's `make_totals`, if these are not None; None
-    where the micro-batch is the whole step. A step divides all parts by its units, so that each one is scaled by units
-    over its own number to be a mean over that.
+    The units are the batch's positions; with `answers_only` those of them that predict answers. `totals`: those of
+    `make_totals` for the same settings. The loss takes what they come to in the step, None where the micro-batch is the
+    whole step. A step divides all parts by its units, so that each one is scaled by units over its own number to be a
+    mean over that.
     """
-    answers_only = answers_only and all_positions
-    totals = make_totals(
-        lm_weight=lm_weight, all_positions=all_positions, answers_only=answers_only, alignment=alignment
-    )
 
     def loss(model: LlavaForConditionalGeneration, batch: TrainBatch, shared: Tensor | None) -> LossSums:
         assert batch.targets is not None
@@ -81,7 +79,7 @@ def count_units(batch: TrainBatch, *, answers_only: bool) -> int:
 
 def make_totals(
     *, lm_weight: float, all_positions: bool, answers_only: bool, alignment: Alignment | None
-) -> Callable[[TrainBatch], Tensor] | None:
+) -> Totals | None:
     """What the loss must know of a whole step: its units, positions that predict an answer, and images [3].
 
     None where all parts are means over the units.
