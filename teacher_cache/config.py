@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
@@ -10,10 +11,37 @@ from llavamod_offline.data.sample import KEY_PATTERN
 from llavamod_offline.data.tokenise import Positions
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.vllm.settings import VllmSettings
-from teacher_cache.codec import HiddenKind, HiddenPositions, PrecisionName
-from teacher_cache.presets import PRESETS, Preset
+from teacher_cache.format.schema import HiddenKind, HiddenPositions, PrecisionName
 
 _SLICE = re.compile(r"(\d+)/(\d+)")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A ready-made choice of what a record keeps and how finely; `python -m tests.benchmarks.codec` measures them.
+
+    See `record.RecordSettings` for what the numbers do. `head_max` None: the whole vocabulary.
+
+    `forced_tokens` None: those that go without saying (see `config.CaptureConfig`).
+    """
+
+    head_mass: float
+    head_min_prob: float
+    head_max: int | None
+    draws_max: int
+    draws_per_mass: float
+    precision: PrecisionName
+    temperatures: Sequence[float] = (1.5, 2.0, 4.0)
+    forced_tokens: Sequence[str] | None = None
+
+
+PRESETS: dict[str, Preset] = {
+    "compact": Preset(1.0, 0.006, 16, 12, 60.0, "coarse"),
+    "standard": Preset(1.0, 0.0007, 128, 16, 100.0, "fine"),
+    "exhaustive": Preset(1.0, 0.0, None, 0, 1.0, "exact"),
+    # The log-probs of the tokens that are there, for preference losses: a head has one id because each must have one.
+    "reference": Preset(1.0, 0.0, 1, 0, 1.0, "fine", temperatures=(), forced_tokens=()),
+}
 
 
 @dataclass(frozen=True)

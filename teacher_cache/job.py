@@ -16,10 +16,10 @@ from llavamod_offline.data.shards import SampleSet
 from llavamod_offline.data.template import Template
 from llavamod_offline.errors import ConfigError, DataError, ModelError
 from llavamod_offline.models.checkpoint import load_tokenizer, vocabulary_size
-from teacher_cache.codec import Codec, HiddenKind
-from teacher_cache.engines.describe import describe_engine
+from teacher_cache.engine_fingerprint import describe_engine
 from teacher_cache.fingerprint import LONGER, describe_template, describe_tokenizer, describe_weights
-from teacher_cache.record import RecordSettings
+from teacher_cache.format.record import RecordSettings
+from teacher_cache.format.schema import Codec, HiddenKind
 from teacher_cache.teachers import Teacher, open_teacher
 
 if TYPE_CHECKING:
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
     from llavamod_offline.data.sample import Sample
     from llavamod_offline.data.tokenise import Sequence as TokenSequence
-    from teacher_cache.config import CacheConfig
-    from teacher_cache.presets import Preset
+    from teacher_cache.config import CacheConfig, Preset
 
 _FORCED_WORDS = ("yes", "no", "Yes", "No", "A", "B", "C", "D")
 

@@ -21,7 +21,7 @@ from train.teacher_states import WantedStates
 
 if TYPE_CHECKING:
     from llavamod_offline.data.tokenise import SequenceEncoder
-    from teacher_cache.reader import TeacherCache
+    from teacher_cache.read.reader import TeacherCache
 
 _HEAD_NAMES = ("lm_head.weight", "embed_tokens.weight")  # the second is the head of a model with tied embeddings
 _ROWS_AT_ONCE = 8_192
@@ -110,7 +110,7 @@ def teacher_metric(folder: Path, cache: TeacherCache, size: int) -> Tensor:
 
     Errors: `ConfigError` if the checkpoint is not the one that the cache was made with; `ModelError` if it is damaged.
     """
-    from teacher_cache.manifest import sha256_file
+    from teacher_cache.format.manifest import sha256_file
 
     file, name = _find_head(folder)
     known = cache.fingerprint["teacher"]["weights"]

@@ -32,9 +32,9 @@ from train.prefetch import Prefetch
 from train.teacher_states import TeacherStates, WantedStates, read_states
 
 if TYPE_CHECKING:
-    from teacher_cache.end_of_turn import Exchange
-    from teacher_cache.reader import TeacherCache
-    from teacher_cache.sequences import CachedSequence
+    from teacher_cache.format.sequences import CachedSequence
+    from teacher_cache.read.reader import TeacherCache
+    from teacher_cache.student.end_of_turn import Exchange
 
 
 @dataclass(frozen=True)
@@ -231,8 +231,8 @@ class _Micro(Dataset[TrainBatch]):
 
     def _check(self, cache: TeacherCache, sequence: Tokens, sample: Sample, record: CachedSequence) -> None:
         """Refuse a record that was made for other tokens or another sample."""
-        from teacher_cache.fingerprint import check_sequence
-        from teacher_cache.sequences import short_hash
+        from teacher_cache.format.sequences import short_hash
+        from teacher_cache.student.check import check_sequence
 
         check_sequence(cache, sequence, self.exchange, record)
         if record.content_hash != short_hash(sample.content_hash):

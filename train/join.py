@@ -24,7 +24,7 @@ from llavamod_offline.data.tokenise import SequenceEncoder
 from llavamod_offline.errors import DataError
 
 if TYPE_CHECKING:
-    from teacher_cache.reader import TeacherCache
+    from teacher_cache.read.reader import TeacherCache
 
 MISMATCHED = "mismatched"
 
@@ -150,7 +150,7 @@ def _too_long(
 
 
 def _seeded_hashes(keys: pa.ChunkedArray, seed: int) -> NDArray[np.uint64]:
-    from teacher_cache.index import column_texts, key_hashes, role_salt
+    from teacher_cache.read.key_index import column_texts, key_hashes, role_salt
 
     return key_hashes(*column_texts(keys), np.full(len(keys), role_salt(f"holdout:{seed}"), np.uint64))
 

@@ -15,7 +15,7 @@ from llavamod_offline.errors import ConfigError
 from train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from teacher_cache.reader import TeacherCache
+    from teacher_cache.read.reader import TeacherCache
 
 DEFAULT_WINDOW = 16  # shards that are shuffled together where not all of them are at hand
 _CHARACTERS_PER_TOKEN = 4  # of English text; lengths are compared, not counted

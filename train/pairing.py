@@ -13,8 +13,8 @@ from llavamod_offline.data.tokenise import SequenceEncoder
 from llavamod_offline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from teacher_cache.end_of_turn import Exchange
-    from teacher_cache.reader import TeacherCache
+    from teacher_cache.read.reader import TeacherCache
+    from teacher_cache.student.end_of_turn import Exchange
 
 _TRIED = 64
 
@@ -42,7 +42,7 @@ def check_pairs(
     captured = cache.fingerprint["data"]["digest"]  # a list of them in a merged cache
     if samples.digest in (captured if isinstance(captured, list) else [captured]):
         return
-    from teacher_cache.fingerprint import check_sequence
+    from teacher_cache.student.check import check_sequence
 
     places = np.unique(np.linspace(0, len(rows) - 1, _TRIED).round().astype(np.int64))
     for row in rows[places].tolist():

@@ -14,7 +14,7 @@ from llavamod_offline.errors import ConfigError
 from llavamod_offline.staging import SIZE_VARIABLE, Staging
 
 if TYPE_CHECKING:
-    from teacher_cache.reader import TeacherCache
+    from teacher_cache.read.reader import TeacherCache
 
 Batch = TypeVar("Batch")
 

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
     from llavamod_offline.data.template import Template
     from llavamod_offline.data.tokenise import Positions, SequenceEncoder
-    from teacher_cache.end_of_turn import Exchange
-    from teacher_cache.reader import TeacherCache
+    from teacher_cache.read.reader import TeacherCache
+    from teacher_cache.student.end_of_turn import Exchange
 
 _MOST_WORKERS = 8
 
@@ -201,8 +201,8 @@ def _open_cache(config: TrainConfig, source: Source) -> tuple[TeacherCache | Non
     """Open the cache and check what can be checked before the student is made."""
     if config.cache.path is None:
         return None, None
-    from teacher_cache.fingerprint import check_student
-    from teacher_cache.reader import open_cache
+    from teacher_cache.read.reader import open_cache
+    from teacher_cache.student.check import check_student
 
     cache = open_cache(config.cache.path, temperature=config.loss.temperature)
     allow, end_of_turn = config.cache.allow, config.cache.end_of_turn
@@ -268,7 +268,7 @@ def _positions(config: TrainConfig, cache: TeacherCache | None) -> Positions:
 
 
 def _check_encoding(config: TrainConfig, cache: TeacherCache, encoder: SequenceEncoder) -> None:
-    from teacher_cache.fingerprint import check_encoding
+    from teacher_cache.student.check import check_encoding
 
     check_encoding(cache.fingerprint, encoder, allow=config.cache.allow, end_of_turn=config.cache.end_of_turn)
 

@@ -18,7 +18,7 @@ from llavamod_offline.data.tokenise import NO_TARGET
 from llavamod_offline.errors import CacheError
 
 if TYPE_CHECKING:
-    from teacher_cache.reader import TeacherCache
+    from teacher_cache.read.reader import TeacherCache
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from llavamod_offline.data.tokenise import Ids
 from llavamod_offline.data.tokenise import Sequence as TokenSequence
-from teacher_cache.codec import HiddenPositions
 from teacher_cache.engines.protocol import Request
-from teacher_cache.hidden import HiddenStates
-from teacher_cache.record import Records
-from teacher_cache.sequences import SequenceRecord
-from teacher_cache.store import Rejection
+from teacher_cache.format.hidden_states import HiddenStates
+from teacher_cache.format.record import Records
+from teacher_cache.format.rejection import Rejection
+from teacher_cache.format.schema import HiddenPositions
+from teacher_cache.format.sequences import SequenceRecord
 
 Outcome = SequenceRecord | Rejection
 

@@ -8,9 +8,9 @@ from typing import Protocol
 
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.data.tokenise import Sequence as TokenSequence
-from teacher_cache.record import RecordSettings
-from teacher_cache.sequences import SequenceRecord
-from teacher_cache.store import Rejection
+from teacher_cache.format.record import RecordSettings
+from teacher_cache.format.rejection import Rejection
+from teacher_cache.format.sequences import SequenceRecord
 
 
 @dataclass(frozen=True)

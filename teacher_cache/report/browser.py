@@ -17,9 +17,9 @@ from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
 from llavamod_offline.data.tokenise import NO_TARGET
 from llavamod_offline.errors import DataError
 from llavamod_offline.page import json_block, thumbnail
-from teacher_cache.names import TokenNames
-from teacher_cache.reader import TeacherCache
-from teacher_cache.record import Records
+from teacher_cache.format.record import Records
+from teacher_cache.inspection.token_labels import TokenNames
+from teacher_cache.read.reader import TeacherCache
 from teacher_cache.report.sets import NO_SOURCE
 
 ALTERNATIVES = 12

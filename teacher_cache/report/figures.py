@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from llavamod_offline.charts import bar_list, histograms
 from llavamod_offline.page import html_table, tiles
-from teacher_cache.inspection import bytes_by_part
-from teacher_cache.reader import TeacherCache
+from teacher_cache.inspection.summary import bytes_by_part
+from teacher_cache.inspection.terminal import readable_bytes
+from teacher_cache.read.reader import TeacherCache
 from teacher_cache.report.rankings import Ranking
 from teacher_cache.report.scan import Scan
-from teacher_cache.tables import readable_bytes
 
 # The first ends where a coarse cache, which rounds to 1/16 of a nat, says 0.
 ENTROPY_EDGES = (0.0, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, math.inf)

@@ -12,8 +12,8 @@ from llavamod_offline.atomic import write_file
 from llavamod_offline.errors import CacheError, ConfigError
 from llavamod_offline.page import html_page
 from teacher_cache.fingerprint import describe_tokenizer, differences
-from teacher_cache.names import TokenNames
-from teacher_cache.reader import TeacherCache
+from teacher_cache.inspection.token_labels import TokenNames
+from teacher_cache.read.reader import TeacherCache
 from teacher_cache.report.browser import Browser, Shown
 from teacher_cache.report.figures import byte_bars, distributions, fingerprint_fields, ranking_cards, total_tiles
 from teacher_cache.report.rankings import Ranking, rank

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from teacher_cache.reader import TeacherCache
+from teacher_cache.read.reader import TeacherCache
 from teacher_cache.report.scan import Scan
 
 Doubles = NDArray[np.float64]

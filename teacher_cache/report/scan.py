@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from llavamod_offline.data.tokenise import NO_TARGET
-from teacher_cache.reader import TeacherCache
-from teacher_cache.record import Records
+from teacher_cache.format.record import Records
+from teacher_cache.read.reader import TeacherCache
 from teacher_cache.report.sets import CacheSets
 
 EVERYTHING = "all positions"

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.data.shards import SampleSet
 from llavamod_offline.errors import CacheError
-from teacher_cache.reader import TeacherCache
-from teacher_cache.sequences import short_hash
+from teacher_cache.format.sequences import short_hash
+from teacher_cache.read.reader import TeacherCache
 
 NO_SET = "not in the sets given"
 NO_SOURCE = "no source named"

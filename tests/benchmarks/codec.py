@@ -34,13 +34,14 @@ from llavamod_offline.losses.in_place import divergence_in_place, no_metrics
 from llavamod_offline.losses.shrinkage import Shrinkage
 from llavamod_offline.losses.targets import SparseTargets
 from llavamod_offline.losses.teacher import Tail, teacher_at
-from teacher_cache.codec import Codec
-from teacher_cache.draws import sequence_uniforms
-from teacher_cache.presets import PRESETS, Preset
-from teacher_cache.reader import TeacherCache, open_cache
-from teacher_cache.record import RecordSettings, make_records
-from teacher_cache.sequences import SequenceRecord
-from teacher_cache.store import CacheStore
+from teacher_cache.config import PRESETS, Preset
+from teacher_cache.engines.draws import sequence_uniforms
+from teacher_cache.engines.make_records import make_records
+from teacher_cache.format.record import RecordSettings
+from teacher_cache.format.schema import Codec
+from teacher_cache.format.sequences import SequenceRecord
+from teacher_cache.read.reader import TeacherCache, open_cache
+from teacher_cache.write.store import CacheStore
 from tests.benchmarks.form import Row, finish, parse_arguments
 from tests.benchmarks.teachers.floor import floor_bytes
 from tests.benchmarks.teachers.rivals import RIVALS, target_gradient

@@ -46,8 +46,8 @@ from llavamod_offline.data.sample import Sample
 from llavamod_offline.data.sampler import BatchSchedule, Order
 from llavamod_offline.data.shards import SampleSet
 from llavamod_offline.data.tokenise import Sequence
-from teacher_cache.fingerprint import check_sequence
-from teacher_cache.reader import TeacherCache, open_cache
+from teacher_cache.read.reader import TeacherCache, open_cache
+from teacher_cache.student.check import check_sequence
 from tests.benchmarks.form import Row, finish, parse_arguments
 from tests.benchmarks.packing import indexing_rate, packing_rate
 from tests.benchmarks.worlds.data import make_encoder, make_preprocessor, write_large, write_world

@@ -27,9 +27,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from teacher_cache.codec import Codec
-from teacher_cache.columns import ColumnFile
-from teacher_cache.manifest import (
+from teacher_cache.config import PRESETS
+from teacher_cache.format.columns import ColumnFile
+from teacher_cache.format.manifest import (
     CACHE_NAME,
     COLUMNS_NAME,
     JOB_NAME,
@@ -44,11 +44,11 @@ from teacher_cache.manifest import (
     job_content,
     shard_entry,
 )
-from teacher_cache.presets import PRESETS
-from teacher_cache.reader import TeacherCache, open_cache
-from teacher_cache.record import Records
-from teacher_cache.sequences import SEQUENCE_SCHEMA, SequenceRecord, write_sequences
-from teacher_cache.store import CacheStore
+from teacher_cache.format.record import Records
+from teacher_cache.format.schema import Codec
+from teacher_cache.format.sequences import SEQUENCE_SCHEMA, SequenceRecord, write_sequences
+from teacher_cache.read.reader import TeacherCache, open_cache
+from teacher_cache.write.store import CacheStore
 from tests.benchmarks.form import Row, finish, parse_arguments, resident_bytes
 
 NAME = "store"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from llavamod_offline.config import load_config
+from teacher_cache.capture.run import Summary, run_job
 from teacher_cache.config import CacheConfig
-from teacher_cache.run import Summary, run_job
-from tests.teacher_cache.generation import SOURCE_SAMPLES, Place, write_prompts
+from tests.teacher_cache.generate.reference import SOURCE_SAMPLES, Place, write_prompts
 from tests.tiny import write_tiny_llava, write_tiny_set
 
 FLOAT32 = "capture.precision=exact"

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from llavamod_offline.config import load_config
+from teacher_cache.capture.run import run_job
 from teacher_cache.config import CacheConfig
-from teacher_cache.run import run_job
 from tests.tiny import write_tiny_llava, write_tiny_set
 from train.cli import resolve_config
 from train.config import TrainConfig

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from llavamod_offline.errors import CacheError, ConfigError, LlavaModError, ModelError
 from llavamod_offline.models.checkpoint import load_llava
 from llavamod_offline.models.forward import head_weight
-from teacher_cache.reader import TeacherCache, open_cache
+from teacher_cache.read.reader import TeacherCache, open_cache
 from tests.tiny import write_tiny_llava
 from tests.train.conftest import World, write_cache
 from train import alignment, teacher_states

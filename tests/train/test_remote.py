@@ -13,7 +13,7 @@ import pytest
 
 from llavamod_offline.errors import ConfigError, DataError, StorageError
 from llavamod_offline.folders import open_folder
-from teacher_cache.reader import open_cache
+from teacher_cache.read.reader import open_cache
 from tests.flaky_proxy import FlakyProxy, flaky_proxy
 from tests.tiny import write_tiny_set
 from tests.train.conftest import World, wait_for_lines, write_cache

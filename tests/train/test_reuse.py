@@ -17,8 +17,8 @@ from llavamod_offline.data.pack import write_set
 from llavamod_offline.data.shards import SampleSet
 from llavamod_offline.errors import LlavaModError
 from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, save_student, sequence_encoder
-from teacher_cache.merge import merge_caches
-from teacher_cache.reader import open_cache
+from teacher_cache.read.reader import open_cache
+from teacher_cache.write.merge import merge_caches
 from tests.tiny import tiny_samples, tiny_text_config, tiny_vision_config, write_image_processor
 from tests.train.conftest import EXHAUSTIVE, World, write_cache
 from tests.train.reference import Reader

@@ -21,16 +21,16 @@ from llavamod_offline.errors import DataError, ModelError
 from llavamod_offline.vllm import plugin as plain
 from llavamod_offline.vllm.inputs import check_prompt, engine_input
 from llavamod_offline.vllm.session import Session
-from teacher_cache.codec import HiddenPositions
 from teacher_cache.engines.outcome import Outcome, beyond_vocabulary, recorded, rows_with_states
 from teacher_cache.engines.protocol import Request
 from teacher_cache.engines.vllm import plugin as recording
 from teacher_cache.engines.vllm.channel import Channel, PooledRecords
 from teacher_cache.engines.vllm.logprobs import PromptLogprobs
 from teacher_cache.engines.vllm.wire import Order
-from teacher_cache.hidden import HiddenStates
-from teacher_cache.record import RecordSettings
-from teacher_cache.store import Rejection
+from teacher_cache.format.hidden_states import HiddenStates
+from teacher_cache.format.record import RecordSettings
+from teacher_cache.format.rejection import Rejection
+from teacher_cache.format.schema import HiddenPositions
 from teacher_cache.teachers import Picture, Teacher
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from llavamod_offline.data.tokenise import NO_TARGET
 from teacher_cache.engines.vllm.wire import Answer, Order
-from teacher_cache.record import Records, RecordSettings
+from teacher_cache.format.record import Records, RecordSettings
 
 if TYPE_CHECKING:
     from vllm.logprobs import FlatLogprobs

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from vllm.model_executor.layers.pooler import PoolingParamsUpdate
 
-from teacher_cache.draws import sequence_uniforms
+from teacher_cache.engines.draws import sequence_uniforms
+from teacher_cache.engines.make_records import make_records, rows_per_chunk
 from teacher_cache.engines.vllm.wire import NOTHING, Order, pack
-from teacher_cache.record import Records, RecordSettings, concatenate_records, make_records, rows_per_chunk
+from teacher_cache.format.record import Records, RecordSettings, concatenate_records
 
 TASK = "token_classify"
 _TRIAL = RecordSettings(1.0, 128, 64, 64.0, (1.5, 2.0, 4.0))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from teacher_cache.record import Records, RecordSettings
+from teacher_cache.format.record import Records, RecordSettings
 
 _COUNTS = 7
 NOTHING = np.zeros(_COUNTS, np.int32)  # the answer where a wanted row came out of the prefix cache

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from teacher_cache.columns import ColumnFile
-from teacher_cache.manifest import COLUMNS_NAME, SEQUENCES_NAME, SHARDS_NAME
-from teacher_cache.reader import TeacherCache
+from teacher_cache.format.columns import ColumnFile
+from teacher_cache.format.manifest import COLUMNS_NAME, SEQUENCES_NAME, SHARDS_NAME
+from teacher_cache.read.reader import TeacherCache
 
 _NUMBERS = ("head_counts", "draw_counts", "target_slots", "entropy", "head_first", "outside_log_probs")
 

@@ -25,7 +25,7 @@ from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.data.shards import INDEX_NAME, INDEX_SCHEMA, MANIFEST_NAME, SampleSet
 from llavamod_offline.data.template import get_template
 from llavamod_offline.data.tokenise import SequenceEncoder
-from teacher_cache.manifest import (
+from teacher_cache.format.manifest import (
     CACHE_NAME,
     COLUMNS_NAME,
     JOB_NAME,
@@ -39,9 +39,9 @@ from teacher_cache.manifest import (
     job_content,
     shard_entry,
 )
-from teacher_cache.manifest import MANIFEST_NAME as SHARD_MANIFEST
-from teacher_cache.sequences import SEQUENCE_SCHEMA, SequenceRecord, read_sequences, write_sequences
-from teacher_cache.store import CacheStore
+from teacher_cache.format.manifest import MANIFEST_NAME as SHARD_MANIFEST
+from teacher_cache.format.sequences import SEQUENCE_SCHEMA, SequenceRecord, read_sequences, write_sequences
+from teacher_cache.write.store import CacheStore
 from tests.benchmarks.store import CODEC, FINGERPRINT, make_records
 from tests.tiny import tiny_tokenizer
 

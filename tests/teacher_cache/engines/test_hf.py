@@ -20,9 +20,9 @@ from llavamod_offline.errors import DataError, ModelError
 from teacher_cache.engines.head import Head
 from teacher_cache.engines.hf import HfEngine, length_batches
 from teacher_cache.engines.protocol import Request
-from teacher_cache.record import RecordSettings
-from teacher_cache.sequences import SequenceRecord
-from teacher_cache.store import Rejection
+from teacher_cache.format.record import RecordSettings
+from teacher_cache.format.rejection import Rejection
+from teacher_cache.format.sequences import SequenceRecord
 from teacher_cache.teachers.llava import LlavaTeacher
 from tests.tiny import tiny_image, tiny_samples, write_tiny_llava
 

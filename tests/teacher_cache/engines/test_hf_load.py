@@ -15,12 +15,12 @@ from llavamod_offline.config import load_config
 from llavamod_offline.data.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import ConfigError, ModelError
+from teacher_cache.capture.run import run_job
 from teacher_cache.config import CacheConfig
 from teacher_cache.engines.hf import HfEngine
 from teacher_cache.engines.hf_load import load_hf_engine
 from teacher_cache.job import prepare_job
-from teacher_cache.reader import open_cache
-from teacher_cache.run import run_job
+from teacher_cache.read.reader import open_cache
 from tests.tiny import write_tiny_set
 from tests.tiny_teachers import write_tiny_causal_lm, write_tiny_qwen_vl
 

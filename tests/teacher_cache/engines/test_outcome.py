@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from llavamod_offline.data.tokenise import Sequence
-from teacher_cache.codec import HiddenPositions
 from teacher_cache.engines.outcome import beyond_vocabulary, recorded, rows_with_states
 from teacher_cache.engines.protocol import Request
-from teacher_cache.record import concatenate_records
-from teacher_cache.sequences import SequenceRecord
-from teacher_cache.store import Rejection
+from teacher_cache.format.record import concatenate_records
+from teacher_cache.format.rejection import Rejection
+from teacher_cache.format.schema import HiddenPositions
+from teacher_cache.format.sequences import SequenceRecord
 
 IMAGE = 9
 SEQUENCE = Sequence("a", "chosen", np.array([1, IMAGE, IMAGE, 4, 7]), np.array([3, 4]))

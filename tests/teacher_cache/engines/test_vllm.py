@@ -22,10 +22,10 @@ from llavamod_offline.errors import ConfigError, ModelError
 from llavamod_offline.models.checkpoint import load_llava, save_student
 from llavamod_offline.vllm import plugin as plain
 from llavamod_offline.vllm.session import Session
-from teacher_cache.codec import HiddenPositions
-from teacher_cache.record import Records, RecordSettings
-from teacher_cache.sequences import SequenceRecord
-from teacher_cache.store import Rejection
+from teacher_cache.format.record import Records, RecordSettings
+from teacher_cache.format.rejection import Rejection
+from teacher_cache.format.schema import HiddenPositions
+from teacher_cache.format.sequences import SequenceRecord
 from teacher_cache.teachers import open_teacher
 from tests.teacher_cache.engines.vllm_world import HEAD_OF_32, TOLERANCE, Start, World, assert_same
 from tests.tiny import tiny_image, tiny_samples, write_tiny_llava

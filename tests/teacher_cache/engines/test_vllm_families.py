@@ -17,9 +17,9 @@ from llavamod_offline.models.checkpoint import load_llava, save_student
 from llavamod_offline.models.upcycle import upcycle
 from llavamod_offline.vllm import plugin as plain
 from teacher_cache.engines.vllm.logprobs import PromptLogprobs
-from teacher_cache.record import RecordSettings
-from teacher_cache.sequences import SequenceRecord
-from teacher_cache.store import Rejection
+from teacher_cache.format.record import RecordSettings
+from teacher_cache.format.rejection import Rejection
+from teacher_cache.format.sequences import SequenceRecord
 from teacher_cache.teachers import open_teacher
 from tests.teacher_cache.engines.vllm_world import HEAD_OF_32, TOLERANCE, Start, assert_same
 from tests.tiny import tiny_samples, write_tiny_llava

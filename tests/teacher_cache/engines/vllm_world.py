@@ -15,9 +15,9 @@ from teacher_cache.engines.hf import HfEngine
 from teacher_cache.engines.protocol import Engine, Request
 from teacher_cache.engines.vllm.channel import PooledRecords
 from teacher_cache.engines.vllm.engine import VllmEngine
-from teacher_cache.record import Records, RecordSettings
-from teacher_cache.sequences import SequenceRecord
-from teacher_cache.store import Rejection
+from teacher_cache.format.record import Records, RecordSettings
+from teacher_cache.format.rejection import Rejection
+from teacher_cache.format.sequences import SequenceRecord
 from teacher_cache.teachers import Teacher
 
 KEPT = RecordSettings(1.0, 12, 8, 40.0, (2.0, 4.0), (1,))

@@ -14,9 +14,9 @@ from llavamod_offline.config import load_config
 from llavamod_offline.data.pack import write_set
 from llavamod_offline.data.template import get_template
 from llavamod_offline.errors import ModelError
+from teacher_cache.capture.run import run_job
 from teacher_cache.config import CacheConfig
-from teacher_cache.reader import open_cache
-from teacher_cache.run import run_job
+from teacher_cache.read.reader import open_cache
 from teacher_cache.teachers import open_teacher
 from teacher_cache.teachers.causal_lm import CausalLmTeacher
 from tests.tiny import tiny_samples

@@ -16,8 +16,8 @@ from llavamod_offline.data.template import get_template
 from llavamod_offline.errors import ConfigError, DataError, ModelError
 from teacher_cache.engines.hf import HfEngine
 from teacher_cache.engines.protocol import Request
-from teacher_cache.record import RecordSettings
-from teacher_cache.sequences import SequenceRecord
+from teacher_cache.format.record import RecordSettings
+from teacher_cache.format.sequences import SequenceRecord
 from teacher_cache.teachers import Picture, Teacher, open_teacher
 from teacher_cache.teachers.llava import LlavaTeacher
 from tests.teacher_cache.teachers.official import FAMILIES, Official, open_official, write_family

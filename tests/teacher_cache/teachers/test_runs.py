@@ -14,14 +14,14 @@ from llavamod_offline.data.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.data.template import get_template
 from llavamod_offline.errors import ModelError
+from teacher_cache.capture.run import run_job
 from teacher_cache.config import CacheConfig
 from teacher_cache.engines.hf import HfEngine
 from teacher_cache.engines.protocol import Request
-from teacher_cache.plan import make_plan
-from teacher_cache.reader import open_cache
-from teacher_cache.record import RecordSettings
-from teacher_cache.run import run_job
-from teacher_cache.store import Rejection
+from teacher_cache.format.record import RecordSettings
+from teacher_cache.format.rejection import Rejection
+from teacher_cache.plan.estimate import make_plan
+from teacher_cache.read.reader import open_cache
 from teacher_cache.teachers import open_teacher
 from tests.tiny import tiny_image, tiny_samples
 from tests.tiny_teachers import write_tiny_onevision, write_tiny_qwen_vl

@@ -13,7 +13,7 @@ from llavamod_offline.data.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.data.shards import SampleSet
 from llavamod_offline.errors import ConfigError, DataError, TargetError
-from teacher_cache.reader import open_cache
+from teacher_cache.read.reader import open_cache
 from tests.tiny import tiny_samples
 from tests.train.conftest import World, write_cache
 from tests.train.reference import Reader, train_plainly

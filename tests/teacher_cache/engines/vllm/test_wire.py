@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from teacher_cache.draws import sequence_uniforms
+from teacher_cache.engines.draws import sequence_uniforms
+from teacher_cache.engines.make_records import make_records
 from teacher_cache.engines.vllm.wire import NOTHING, Order, pack, unpack
-from teacher_cache.record import Records, RecordSettings, make_records
+from teacher_cache.format.record import Records, RecordSettings
 
 SETTINGS = RecordSettings(0.9, 6, 4, 20.0, (2.0, 4.0), (1, 3), 0.001)
 

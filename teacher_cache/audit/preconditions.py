@@ -1,0 +1,114 @@
+"""What an audit compares: the settings of a cache, checked against those that are given, and random sequences."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from llavamod_offline.errors import CacheError
+from teacher_cache.config import CaptureConfig
+from teacher_cache.fingerprint import check_allowed, differences
+from teacher_cache.format.record import RecordSettings
+from teacher_cache.format.sequences import short_hash
+from teacher_cache.job import Job
+from teacher_cache.read.reader import TeacherCache
+from teacher_cache.student.check import check_sequence
+
+_CHECKED = ("tokenizer", "template", "sequence", "images", "teacher")
+_SETTINGS = tuple(field.name for field in dataclasses.fields(RecordSettings))
+_LISTS = ("temperatures", "forced_ids")
+_OTHERS = ("precision", "positions", "seed")
+
+
+def captured_as(cache: TeacherCache) -> CaptureConfig:
+    """The settings of the capture, but for hidden states (not compared) and forced ids (no texts are known)."""
+    capture = cache.fingerprint["capture"]
+    names = (*_SETTINGS, *_OTHERS)
+    merged = [name for name in names if _is_merged(name, capture[name])]
+    if merged:
+        raise CacheError(
+            f"cache '{cache.path}': merged from caches of different capture.{merged[0]}: audit those, each by itself"
+        )
+    return CaptureConfig(
+        **{name: capture[name] for name in names if name not in _LISTS},
+        temperatures=list(capture["temperatures"]),
+        forced_tokens=None if capture["forced_ids"] else [],
+        mismatched=bool(capture.get("mismatched")),
+    )
+
+
+def captured_settings(cache: TeacherCache) -> RecordSettings:
+    capture = cache.fingerprint["capture"]
+    lists = {name: tuple(capture[name]) for name in _LISTS}
+    return RecordSettings(**{name: capture[name] for name in _SETTINGS} | lists)
+
+
+def _is_merged(name: str, value: Any) -> bool:
+    """Whether a field holds the values of several caches: a list, or one of lists."""
+    if name in _LISTS:
+        return any(isinstance(each, list) for each in value)
+    return isinstance(value, list)
+
+
+def check_settings(cache: TeacherCache, job: Job, allow: Sequence[str]) -> list[str]:
+    """Refuse other settings than those of the cache; what may differ is given back as notes."""
+    check_allowed(allow, cache.fingerprint, job.fingerprint)
+    names = ("cache", "now")
+    there, here = cache.fingerprint, job.fingerprint
+    sides = [{name: side[name] for name in _CHECKED} for side in (there, here)]
+    for side, source in zip(sides, (there, here), strict=True):
+        side["capture"] = {"vocab_size": source["capture"]["vocab_size"]}
+        side["data"] = {"digest": source["data"]["digest"]}
+    parts = there["data"]["digest"]
+    if isinstance(parts, list) and here["data"]["digest"] in parts:  # one of the sets of a merged cache
+        sides[0]["data"] = sides[1]["data"]
+    found = differences(*sides, allow=allow, names=names)
+    if found:
+        raise CacheError(
+            f"cache '{cache.path}': was captured from something else: {'; '.join(found)}: give data, teacher, "
+            "template, max_length and image_aspect as in the run, or allow the field by name"
+        )
+    notes = [f"allowed: {line}" for line in differences(*sides, names=names)]
+    engines = [{"engine": side["engine"]} for side in (there, here)]
+    return notes + [f"another engine: {line}" for line in differences(*engines, names=names)]
+
+
+def draw_rows(cache: TeacherCache, job: Job, wanted: int, seed: int) -> list[int]:
+    """Rows of the set whose roles come to about `wanted` sequences, drawn evenly over the cache's shards."""
+    rng = np.random.default_rng(seed)
+    shards = [rows for rows in cache.shard_rows() if len(rows)]
+    order = rng.permutation(len(shards))[:wanted].tolist()
+    turns = [(rng.permutation(len(shards[place]))[:wanted] + shards[place].start).tolist() for place in order]
+    here = set(job.samples.keys)
+    found: dict[str, int] = {}
+    count = 0
+    for row in (row for turn in itertools.zip_longest(*turns) for row in turn if row is not None):
+        ((key, _),) = cache.items([row])
+        if count >= wanted:
+            break
+        if key in here and key not in found:
+            found[key] = job.samples.row_of(key)
+            count += sum((key, role) in cache for role in cache.roles)
+    if not found:
+        where = f"set '{job.samples.path}'"
+        raise CacheError(f"cache '{cache.path}': {where} has none of its samples: give the set that was captured")
+    return sorted(found.values())
+
+
+def check_contents(cache: TeacherCache, job: Job, rows: Iterable[int]) -> None:
+    """Refuse samples of another content, or of other supervised ids, than those of the cache."""
+    for row in rows:
+        sample = job.samples.read(row, verify=True)
+        for role in sample.roles:
+            if (sample.key, role) not in cache:
+                continue
+            if short_hash(sample.content_hash) != cache.sequence(sample.key, role).content_hash:
+                raise CacheError(
+                    f"sample '{sample.key}': its content in set '{job.samples.path}' is not what cache '{cache.path}' "
+                    "was captured from: give the set that was captured"
+                )
+            check_sequence(cache, job.encode(sample, role))

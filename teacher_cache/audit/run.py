@@ -1,0 +1,211 @@
+"""`cache-teacher audit`: the teacher runs again over random sequences, beside what the cache says of them.
+
+Every comparison stands next to a control, the same teacher in batches of another shape, and next to the error that the
+cache's encoding is allowed (`bounds.py`). What remains beyond that error is judged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from teacher_cache.audit.preconditions import captured_as, captured_settings, check_contents, check_settings, draw_rows
+from teacher_cache.audit.record_diff import FIGURES, Differences, Measured, beyond, compare, join, measure
+from teacher_cache.capture.shard import capture_rows
+from teacher_cache.config import CacheConfig
+from teacher_cache.engines import load_engine
+from teacher_cache.engines.protocol import Engine
+from teacher_cache.format.record import Records
+from teacher_cache.job import Job, prepare_job
+from teacher_cache.read.reader import TeacherCache
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What passes: the largest difference beyond the encoding's error, their mean, and the share of positions whose
+    first choices are equal. Log-probs and entropy in nats, tail mass as a probability."""
+
+    largest: float
+    mean: float
+    agreement: float
+
+
+# float32: sums in another order. float16 and bfloat16: layer after layer of rounding, seen in the logits.
+LIMITS = {
+    "float32": Limits(1e-3, 1e-4, 0.995),
+    "float16": Limits(0.25, 0.02, 0.98),
+    "bfloat16": Limits(1.5, 0.1, 0.9),
+}
+
+
+@dataclass(frozen=True)
+class FigureAudit:
+    """One figure of one role: the cache against the teacher, the teacher against itself, what the encoding is allowed,
+    and what of the first is beyond that."""
+
+    role: str
+    figure: str
+    cache: Measured
+    control: Measured
+    allowed: Measured
+    beyond: Measured
+
+
+@dataclass(frozen=True)
+class AgreementAudit:
+    """The share of a role's positions whose first choices are equal."""
+
+    role: str
+    sequences: int
+    positions: int
+    cache: float
+    control: float
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found; `failures` say what is beyond the limits, `notes` what to know when reading it."""
+
+    ok: bool
+    cache: str
+    engine: dict[str, Any]
+    captured_with: dict[str, Any]
+    precision: str
+    limits: Limits
+    figures: list[FigureAudit]
+    agreement: list[AgreementAudit]
+    failures: list[str]
+    notes: list[str]
+
+
+def audit_cache(
+    cache: TeacherCache,
+    config: CacheConfig,
+    *,
+    sequences: int = 64,
+    seed: int = 0,
+    largest: float | None = None,
+    mean: float | None = None,
+    agreement: float | None = None,
+    allow: Sequence[str] = (),
+) -> Audit:
+    """Compare about `sequences` random sequences, evenly over the shards, with the teacher that `config` names.
+
+    Limits that are None follow from the number types. Errors: `CacheError` if set, teacher, tokenizer or template are
+    not those of the cache (fields, or sections, named in `allow` may differ), or a sequence's content is not;
+    `TargetError` if its supervised ids are not; others as of a run.
+    """
+    config = dataclasses.replace(config, capture=captured_as(cache))
+    job = prepare_job(config)
+    job = dataclasses.replace(job, settings=captured_settings(cache))
+    notes = check_settings(cache, job, allow)
+    rows = draw_rows(cache, job, sequences, seed)
+    check_contents(cache, job, rows)
+    if config.batch_size == 1:
+        notes.append("batch_size is 1: the control ran in the same shapes")
+    given = {"largest": largest, "mean": mean, "agreement": agreement}
+    limits = dataclasses.replace(
+        LIMITS[_coarser(cache.fingerprint["engine"], job.fingerprint["engine"])],
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    engine = load_engine(job, config)
+    found, counts, failures = _compared(cache, job, engine, rows, config.batch_size)
+    figures, agreements = _summary(found, counts)
+    bounded = any(side["engine"].get("limits") for side in (cache.fingerprint, job.fingerprint))
+    if bounded:
+        notes.append("the entropy is not judged: an engine gives but a lower bound of it")
+    unjudged = ("entropy",) if bounded else ()
+    failures += _failures(figures, agreements, limits, unjudged)
+    return Audit(
+        ok=not failures,
+        cache=cache.path,
+        engine=job.fingerprint["engine"],
+        captured_with=cache.fingerprint["engine"],
+        precision=str(cache.fingerprint["capture"]["precision"]),
+        limits=limits,
+        figures=figures,
+        agreement=agreements,
+        failures=failures,
+        notes=notes,
+    )
+
+
+def _compared(
+    cache: TeacherCache, job: Job, engine: Engine, rows: Sequence[int], batch_size: int
+) -> tuple[dict[str, list[tuple[Differences, Differences]]], dict[str, int], list[str]]:
+    """By role: cache against teacher, and teacher against itself; the numbers of sequences; what could not be run."""
+    found: dict[str, list[tuple[Differences, Differences]]] = {}
+    counts: dict[str, int] = {}
+    failures: list[str] = []
+    with tqdm(total=len(rows), unit="sample", desc="audit", disable=not sys.stderr.isatty()) as bar:
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            together, rejected = capture_rows(job, engine, batch)
+            alone: dict[tuple[str, str], Records] = {}
+            for row in batch:
+                captured, more = capture_rows(job, engine, [row])
+                alone |= {(item.key, item.role): item.records for item in captured}
+                rejected += more
+                bar.update(1)
+            lost = {(item.key, item.role): item.reason for item in rejected if (item.key, item.role) in cache}
+            failures += [f"{key} ({role}): the teacher rejects it: {reason}" for (key, role), reason in lost.items()]
+            for item in together:
+                place = (item.key, item.role)
+                if place not in cache or place in lost:
+                    continue
+                counts[item.role] = counts.get(item.role, 0) + 1
+                pair = (
+                    compare(item.records, cache.records([place]), job.codec.numbers),
+                    compare(item.records, alone[place], None),
+                )
+                found.setdefault(item.role, []).append(pair)
+    return found, counts, failures
+
+
+def _summary(
+    found: dict[str, list[tuple[Differences, Differences]]], counts: dict[str, int]
+) -> tuple[list[FigureAudit], list[AgreementAudit]]:
+    figures, agreements = [], []
+    for role, pairs in found.items():
+        cached, control = (join(parts) for parts in zip(*pairs, strict=True))
+        for name in FIGURES:
+            values, bounds = cached.values[name], cached.bounds[name]
+            parts = (values, control.values[name], bounds, beyond(values, bounds))
+            figures.append(FigureAudit(role, name, *map(measure, parts)))
+        positions = len(cached.same_first_N)
+        shares = [float(each.same_first_N.mean()) if positions else 1.0 for each in (cached, control)]
+        agreements.append(AgreementAudit(role, counts[role], positions, *shares))
+    return figures, agreements
+
+
+def _failures(
+    figures: Sequence[FigureAudit], agreements: Sequence[AgreementAudit], limits: Limits, unjudged: Sequence[str]
+) -> list[str]:
+    failures = []
+    for each in figures:
+        if each.figure in unjudged:
+            continue
+        for name, value, limit in (
+            ("largest difference", each.beyond.max, limits.largest),
+            ("mean difference", each.beyond.mean, limits.mean),
+        ):
+            if not value <= limit:  # NaN does not pass
+                what = f"{each.role}, {each.figure}: {name} beyond the encoding"
+                failures.append(f"{what} {value:.3g}, more than {limit:g}")
+    for agreed in agreements:
+        if agreed.cache < limits.agreement:
+            share = f"{agreed.cache:.2%}, less than {limits.agreement:.2%}"
+            failures.append(f"{agreed.role}: first choices equal at {share}")
+    return failures
+
+
+def _coarser(*engines: dict[str, Any]) -> str:
+    """The coarsest number type; an engine has several where caches were merged."""
+    found = [engine["dtype"] for engine in engines]
+    kinds: list[str] = [kind for each in found for kind in (each if isinstance(each, list) else [each])]
+    return max(kinds, key=list(LIMITS).index)

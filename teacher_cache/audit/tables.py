@@ -1,0 +1,60 @@
+"""Audits on a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.text import Text
+
+from teacher_cache.audit.record_diff import Measured
+from teacher_cache.audit.run import Audit
+from teacher_cache.inspection.terminal import Justify, add_row, make_table, print_pairs
+
+
+def print_audit(console: Console, audit: Audit) -> None:
+    """Print what an audit found, a table a role, and the verdict last."""
+    limits = audit.limits
+    print_pairs(
+        console,
+        [
+            ("cache", f"{audit.cache} ({audit.precision})"),
+            ("captured by", _engine(audit.captured_with)),
+            ("audited by", _engine(audit.engine)),
+            ("limits", f"beyond the encoding {limits.largest:g} at most and {limits.mean:g} in the mean"),
+            ("", f"first choices equal at {limits.agreement:.1%} of the positions"),
+        ],
+    )
+    console.print()
+    names: list[tuple[str, Justify]] = [("", "left"), ("", "left")]
+    columns: list[tuple[str, Justify]] = [*names, ("max", "right"), ("mean", "right"), ("99 %", "right")]
+    for role in audit.agreement:
+        title = f"{role.role}: {role.sequences:,} sequences, {role.positions:,} positions"
+        table = make_table(console, title, columns)
+        for figure in audit.figures:
+            if figure.role != role.role:
+                continue
+            rows = (
+                ("cache − teacher", figure.cache),
+                ("teacher − teacher, other batches", figure.control),
+                ("encoding's allowed error", figure.allowed),
+                ("beyond it", figure.beyond),
+            )
+            for number, (name, measured) in enumerate(rows):
+                add_row(table, figure.figure if not number else "", name, *_numbers(measured))
+        console.print(table)
+        console.print(f"first choices equal: cache {role.cache:.3%}, control {role.control:.3%}")
+        console.print()
+    for note in audit.notes:
+        console.print(note)
+    for failure in audit.failures:
+        console.print(Text(failure, "red"))
+    console.print(Text("alike" if audit.ok else f"UNLIKE ({len(audit.failures)} findings)", "bold"))
+
+
+def _numbers(measured: Measured) -> tuple[str, str, str]:
+    if not measured.count:
+        return ("–", "–", "–")
+    return f"{measured.max:.2e}", f"{measured.mean:.2e}", f"{measured.p99:.2e}"
+
+
+def _engine(engine: dict[str, object]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in engine.items() if name in ("name", "dtype", "vllm", "torch"))

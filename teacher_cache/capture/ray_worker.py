@@ -1,0 +1,108 @@
+"""One worker of a capture on Ray: an engine that is given whole shards, in a process of its own."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llavamod_offline.errors import LlavaModError
+from teacher_cache.capture.pipeline import ShardCounts
+
+if TYPE_CHECKING:
+    from teacher_cache.config import CacheConfig
+
+_REPORT_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Report:
+    """How far a worker is with the shards that it has, and what it has logged since the last report."""
+
+    samples: dict[str, int]
+    positions: dict[str, int]
+    lines: list[str]
+
+
+class CaptureWorker:
+    """Captures shards and commits them to the store itself.
+
+    Its methods run in threads: of two shards one may be read or written while the teacher runs on the other. An error
+    of ours is returned, not raised, so that it arrives as it is.
+    """
+
+    def __init__(self, config: CacheConfig, allow: Sequence[str]) -> None:
+        self._config = config
+        self._allow = allow
+        self._reading = threading.Lock()  # tokenizers do not like to be set up by two threads at once
+        self._teacher = threading.Lock()
+        self._samples: dict[str, int] = {}
+        self._positions: dict[str, int] = {}
+        self._lines: list[str] = []
+
+    def open(self) -> LlavaModError | None:
+        """Load the teacher, and check that all here is as where the run was started."""
+        from teacher_cache.engines import load_engine
+        from teacher_cache.job import prepare_job
+        from teacher_cache.write.store import CacheStore
+
+        _log_into(self._lines)
+        try:
+            self._job = prepare_job(self._config)
+            names = self._job.samples.shard_names
+            self._store = CacheStore.open(self._config.output, self._job.fingerprint, names, allow=self._allow)
+            self._engine = load_engine(self._job, self._config)
+        except LlavaModError as error:
+            return error
+        return None
+
+    def capture(self, name: str) -> ShardCounts | LlavaModError:
+        """Capture one shard and commit it."""
+        from teacher_cache.capture.shard import capture_prepared, prepare_rows
+
+        job = self._job
+        try:
+            with self._counted(name):
+                with self._reading:
+                    prepared = prepare_rows(job, job.samples.rows_of(name))
+                with self._teacher:
+                    captured, rejected = capture_prepared(
+                        job, self._engine, prepared, lambda samples, positions: self._count(name, samples, positions)
+                    )
+                self._store.commit(name, captured, rejected, job.codec)
+        except LlavaModError as error:
+            return error
+        positions = sum(len(item.records) for item in captured)
+        return ShardCounts(name, prepared.samples, len(captured), positions, tuple(rejected))
+
+    def report(self) -> Report:
+        """Wait a little, then say how far the shards are."""
+        time.sleep(_REPORT_SECONDS)
+        lines, self._lines[:] = self._lines[:], []
+        return Report(dict(self._samples), dict(self._positions), lines)
+
+    @contextmanager
+    def _counted(self, name: str) -> Iterator[None]:
+        self._samples[name] = self._positions[name] = 0
+        try:
+            yield
+        finally:
+            del self._samples[name], self._positions[name]
+
+    def _count(self, name: str, samples: int, positions: int) -> None:
+        self._samples[name] += samples
+        self._positions[name] += positions
+
+
+def _log_into(lines: list[str]) -> None:
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    handler = Handler(logging.WARNING)
+    for package in ("llavamod_offline", "teacher_cache"):
+        logging.getLogger(package).addHandler(handler)

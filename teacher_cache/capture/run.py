@@ -1,0 +1,155 @@
+"""`cache-teacher run`: a packed set and a teacher → a cache, shard by shard, resumable at any moment."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from llavamod_offline.errors import CacheError, ConfigError
+from teacher_cache.capture.pipeline import capture_shards
+from teacher_cache.capture.rejection_limit import Reason, Rejected
+from teacher_cache.engines import load_engine
+from teacher_cache.fingerprint import check_allowed
+from teacher_cache.format.manifest import cache_bytes
+from teacher_cache.job import prepare_job
+from teacher_cache.write.store import CacheStore
+
+if TYPE_CHECKING:
+    from teacher_cache.config import CacheConfig
+    from teacher_cache.engines.protocol import Engine
+    from teacher_cache.job import Job
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did.
+
+    `sequences`, `positions`, `rejected` and `reasons` (why) are this run's; the rest is the whole cache's.
+    """
+
+    output: str
+    complete: bool
+    shards_done: int
+    shards_total: int
+    sequences: int
+    positions: int
+    rejected: int
+    seconds: float
+    positions_per_second: float
+    bytes_per_position: float | None
+    digest: str | None
+    totals: dict[str, int] | None
+    reasons: list[Reason] = field(default_factory=list)
+
+    @property
+    def all_captured(self) -> bool:
+        """Whether neither this run nor, once it is complete, the cache has rejected sequences."""
+        return not (self.rejected or (self.totals or {}).get("rejected"))
+
+
+def run_job(
+    config: CacheConfig,
+    *,
+    allow: Sequence[str] = (),
+    load: Callable[[Job, CacheConfig], Engine] = load_engine,
+) -> Summary:
+    """Capture every shard of the set that the cache lacks, and finish the cache once all are there.
+
+    `allow` names fingerprint fields that may differ from those of an unfinished cache. `load` gives the engine, if any
+    shard is to be captured in this process.
+    Errors: a `LlavaModError` before anything is written, if set, teacher and settings do not fit one another or the
+    cache that is there; later only if the disk or the device's memory gives out, workers on Ray die of a shard, or
+    more is rejected than `max_rejected` allows. The cache can always be resumed.
+    """
+    started = time.perf_counter()
+    if config.output_set is not None:
+        raise ConfigError("config: output_set belongs to `cache-teacher generate`: leave it out")
+    counts = dict.fromkeys(("sequences", "positions"), 0)
+    rejected = Rejected()
+    with ExitStack() as stack:
+        pool = None
+        if config.engine.ray:
+            from teacher_cache.capture.ray_pool import RayPool
+
+            pool = stack.enter_context(RayPool(config, allow))
+            config = pool.config
+        job = prepare_job(config)
+        output = config.output
+        check_allowed(allow, job.fingerprint)
+        store = CacheStore.open(output, job.fingerprint, job.samples.shard_names, allow=allow)
+        part, parts = config.part
+        mine = job.samples.shard_names[part::parts]
+        lacking = set(store.missing())
+        missing = [name for name in mine if name in lacking]
+        limited = Rejected(config.max_rejected)
+        if config.max_rejected is not None and (lacking or not store.complete):
+            limited.add(*store.outcomes([name for name in mine if name not in lacking]))
+            limited.check(output, last=not missing)
+        if missing:
+            _LOG.info("%s: %d of %d shards to capture", output, len(missing), len(job.samples.shard_names))
+            if pool is not None:
+                pool.start(len(missing))
+                capture = pool.capture
+            else:
+                capture = functools.partial(capture_shards, job, load(job, config), store)
+        store.start()
+        if missing:
+            progress = stack.enter_context(_Progress(sum(len(job.samples.rows_of(name)) for name in missing)))
+            for done in stack.enter_context(closing(capture(missing, progress.update))):
+                counts["sequences"] += done.sequences
+                counts["positions"] += done.positions
+                for tally in (rejected, limited):
+                    tally.add(done.sequences, done.rejected)
+                limited.check(output)
+            limited.check(output, last=True)
+    left = store.missing()
+    cache = store.finalise() if not left else None
+    if cache is not None and not cache["totals"]["sequences"]:
+        raise CacheError(f"{output}: not one sequence could be captured: {output}/rejected.jsonl has the reasons")
+    seconds = time.perf_counter() - started
+    return Summary(
+        output=output,
+        complete=cache is not None,
+        shards_done=len(job.samples.shard_names) - len(left),
+        shards_total=len(job.samples.shard_names),
+        **counts,
+        rejected=rejected.count,
+        seconds=round(seconds, 3),
+        positions_per_second=round(counts["positions"] / seconds, 1),
+        bytes_per_position=round(cache_bytes(cache) / max(cache["totals"]["positions"], 1), 3) if cache else None,
+        digest=cache["digest"] if cache else None,
+        totals=cache["totals"] if cache else None,
+        reasons=rejected.reasons(),
+    )
+
+
+class _Progress:
+    """A bar over samples that also shows positions per second."""
+
+    def __init__(self, samples: int) -> None:
+        self._bar = tqdm(total=samples, unit="sample", desc="capture", disable=not sys.stderr.isatty())
+        self._positions = 0
+        self._started = time.perf_counter()
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self, samples: int, positions: int) -> None:
+        """Count finished samples and positions; less than none, if those of a worker were lost."""
+        self._positions += positions
+        rate = self._positions / (time.perf_counter() - self._started)
+        self._bar.set_postfix_str(f"{rate:.0f} positions/s", refresh=False)
+        self._bar.update(int(samples))

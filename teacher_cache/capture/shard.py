@@ -1,0 +1,74 @@
+"""Capturing some rows of a set: samples → requests → an engine → records and rejections, in the order of the set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from llavamod_offline.errors import DataError
+from teacher_cache.engines.protocol import Engine, Request
+from teacher_cache.format.rejection import Rejection
+from teacher_cache.format.sequences import SequenceRecord
+from teacher_cache.job import Job
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows that are ready for an engine: their requests, what could not be tokenised, and the order of all roles."""
+
+    samples: int
+    requests: list[Request]
+    rejected: list[Rejection]
+    order: dict[tuple[str, str], int]
+
+
+def capture_rows(
+    job: Job, engine: Engine, rows: Iterable[int], progress: Progress = lambda samples, positions: None
+) -> tuple[list[SequenceRecord], list[Rejection]]:
+    """Capture some rows of the set, such as a shard's; both lists are in their order, roles in that of the sample."""
+    return capture_prepared(job, engine, prepare_rows(job, rows), progress)
+
+
+def prepare_rows(job: Job, rows: Iterable[int]) -> Prepared:
+    """Read and tokenise some rows, and check that they are what was packed. Errors: `DataError` if they are not."""
+    requests: list[Request] = []
+    rejected: list[Rejection] = []
+    order: dict[tuple[str, str], int] = {}
+    samples = 0
+    for row in rows:
+        sample = job.samples.read(row, verify=True)
+        samples += 1
+        sequences = []
+        for role in sample.roles:
+            order[sample.key, role] = len(order)
+            try:
+                sequences.append(job.encode(sample, role))
+            except DataError as error:
+                rejected.append(Rejection(sample.key, role, str(error)))
+        if sequences:
+            requests.append(Request(row, sample.key, sample.content_hash, tuple(sequences)))
+    return Prepared(samples, requests, rejected, order)
+
+
+def capture_prepared(
+    job: Job, engine: Engine, prepared: Prepared, progress: Progress
+) -> tuple[list[SequenceRecord], list[Rejection]]:
+    """Run the engine over rows that are ready; `progress` is told of finished samples and positions."""
+    captured: list[SequenceRecord] = []
+    rejected = list(prepared.rejected)
+    progress(prepared.samples - len(prepared.requests), 0)
+    left = {request.key: len(request.sequences) for request in prepared.requests}
+    for outcome in engine.capture(prepared.requests, job.samples.read):
+        left[outcome.key] -= 1
+        if isinstance(outcome, Rejection):
+            rejected.append(outcome)
+            progress(left[outcome.key] == 0, 0)
+        else:
+            captured.append(outcome)
+            progress(left[outcome.key] == 0, len(outcome.records))
+    order = prepared.order
+    captured.sort(key=lambda item: order[item.key, item.role])
+    rejected.sort(key=lambda item: order[item.key, item.role])
+    return captured, rejected

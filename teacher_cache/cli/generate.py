@@ -1,0 +1,73 @@
+"""`cache-teacher generate` on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from teacher_cache.generate.run import Generation
+
+_REJECTED_STATUS = 3
+
+
+def generate(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [key=value]...", help="Settings; later ones win.")
+    ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD", help="Go on with a set and a cache although this fingerprint field differs."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Let the teacher answer a set's prompts itself: its answers become a new set, and their records a cache.
+
+    The last answer of each conversation is written anew, given the turns before it (generate.turns=all: every one).
+    Answers that do not end, are empty or make no sample are left out, with the reason, in the new set's rejected.jsonl.
+    Killed and started again it goes on, and ends in the same set and the same cache.
+
+    Exit status: 0 if all was answered and captured; 3 if all is done, but some was rejected; 2 for an error.
+
+    \b
+    Examples:
+      cache-teacher generate data=sets/general teacher=checkpoints/teacher output_set=sets/own output=caches/own
+      cache-teacher generate capture.yaml output_set=sets/own generate.max_new_tokens=1024 batch_size=32
+      cache-teacher generate capture.yaml output_set=sets/sampled generate.temperature=0.7 generate.top_p=0.9 \\
+        generate.seed=1 generate.key_suffix=-s1
+
+    \b
+    Settings: those of `run` (but slice and engine.ray), output_set, generate.{turns, temperature, top_p,
+    max_new_tokens, seed, key_suffix}; `cache-teacher settings` lists all with their defaults.
+    """
+    from llavamod_offline.config import load_config, split_arguments
+    from teacher_cache.config import CacheConfig
+
+    config = load_config(CacheConfig, *split_arguments(arguments or []))
+    from teacher_cache.generate.run import generate as run_generation
+
+    done = run_generation(config, allow=allow or [])
+    print(json.dumps(dataclasses.asdict(done))) if as_json else _print(done)
+    if done.rejected or not done.capture.all_captured:
+        raise typer.Exit(_REJECTED_STATUS)
+
+
+def _print(done: Generation) -> None:
+    if done.written:
+        print(
+            f"{done.output_set}: wrote {done.tokens:,} tokens for {done.written:,} samples in {done.seconds:.1f} s "
+            f"({done.tokens_per_second:,.0f} tokens/s); the texts of {done.retokenised:,} are read as other tokens"
+        )
+    kinds = "".join(f", {count} {kind}" for kind, count in done.rejected_by_kind.items())
+    print(f"{done.output_set}: {done.samples:,} samples, {done.rejected} rejected{kinds}, digest {done.digest}")
+    if done.rejected:
+        print(f"the rejected samples and the reasons are in {done.output_set}/rejected.jsonl")
+    cache = done.capture
+    if cache.totals:
+        print(
+            f"{cache.output}: {cache.totals['positions']:,} positions, {cache.bytes_per_position:.1f} bytes each, "
+            f"{cache.totals['rejected']} rejected, digest {cache.digest}"
+        )

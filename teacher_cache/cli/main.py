@@ -1,0 +1,323 @@
+"""The command `cache-teacher`: run the teacher once and keep what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llavamod_offline.command import run_command
+from teacher_cache.cli import audit_report as cli_judge
+from teacher_cache.cli import generate as cli_generate
+
+if TYPE_CHECKING:
+    from teacher_cache.capture.run import Summary
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Run a teacher once, keep what it says.",
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+CacheFolder = Annotated[str, typer.Argument(metavar="CACHE", help="A cache: a folder, or a URL such as s3://….")]
+_DAMAGED_STATUS = 1
+_REJECTED_STATUS = 3
+
+
+@app.command()
+def run(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [key=value]...", help="Settings; later ones win.")
+    ] = None,
+    part: Annotated[
+        str | None, typer.Option("--slice", metavar="i/n", help="Capture every n-th shard, from the i-th (0-based).")
+    ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD", help="Go on with a cache although this fingerprint field differs."),
+    ] = None,
+    max_rejected: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Stop beyond this share of rejected sequences, such as 0.01.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Capture a packed set into a cache; started again, it does only what is missing.
+
+    Exit status: 0 if all was captured; 3 if all is done, but some sequences were rejected (rejected.jsonl has key and
+    reason); 2 for an error, which may be --max-rejected.
+
+    \b
+    Examples:
+      cache-teacher run data=sets/captions teacher=checkpoints/teacher output=caches/captions
+      cache-teacher run capture.yaml capture.preset=compact batch_size=8
+      cache-teacher run data=sets/pairs teacher=checkpoints/teacher output=caches/pairs \
+        capture.preset=reference capture.mismatched=true     # for preference training, unpaired KTO too
+      cache-teacher run capture.yaml --slice 3/16        # one of 16 jobs that share the output
+      cache-teacher run capture.yaml engine.ray=true     # a worker on each GPU
+      cache-teacher run capture.yaml --max-rejected 0.01 || [ $? -eq 3 ]   # in a script that ends at errors
+
+    \b
+    Settings (`cache-teacher settings` lists them with their defaults): data, teacher, output, template,
+    image_aspect, max_length, batch_size, dtype, device, workers, slice, capture.{preset, head_mass,
+    head_min_prob, head_max, draws_max, draws_per_mass, precision, temperatures, forced_tokens, positions,
+    hidden, hidden_positions, mismatched, seed}, engine.{kind, attention, device_map, compile, …}.
+    """
+    from llavamod_offline.config import load_config, split_arguments
+    from teacher_cache.config import CacheConfig
+
+    options = {"slice": part, "max_rejected": max_rejected}
+    given = [f"{name}={value}" for name, value in options.items() if value is not None]
+    files, overrides = split_arguments([*(arguments or []), *given])
+    config = load_config(CacheConfig, files, overrides)
+    from teacher_cache.capture.run import run_job
+    from teacher_cache.plan.estimate import plan_file, record_run
+
+    summary = run_job(config, allow=allow or [])
+    record_run(plan_file(config.output), summary)
+    print(json.dumps(dataclasses.asdict(summary))) if as_json else _print_summary(summary)
+    if not summary.all_captured:
+        raise typer.Exit(_REJECTED_STATUS)
+
+
+def _print_summary(summary: Summary) -> None:
+    if summary.sequences or summary.rejected:
+        print(
+            f"{summary.output}: captured {summary.positions:,} positions of {summary.sequences:,} sequences in "
+            f"{summary.seconds:.1f} s ({summary.positions_per_second:,.0f} positions/s), {summary.rejected} rejected"
+        )
+    else:
+        print(f"{summary.output}: nothing to do")
+    for reason in summary.reasons:
+        more = ", …" if reason.count > len(reason.keys) else ""
+        print(f"rejected {reason.count:,}: {reason.kind} ({', '.join(reason.keys)}{more})")
+    if not summary.all_captured:
+        where = "rejected.jsonl" if summary.complete else "shards/*/rejected.jsonl"
+        print(f"the rejected sequences and the reasons are in {summary.output}/{where}")
+    if not summary.complete:
+        print(f"{summary.shards_done} of {summary.shards_total} shards are there: run the other slices to finish")
+    elif summary.totals:
+        print(
+            f"complete: {summary.totals['positions']:,} positions, {summary.bytes_per_position:.1f} bytes each all in, "
+            f"{summary.totals['rejected']} rejected, digest {summary.digest}"
+        )
+
+
+@app.command()
+def settings() -> None:
+    """List the settings of `run` and `generate` with their types and defaults.
+
+    \b
+    Example:
+      cache-teacher settings
+    """
+    from llavamod_offline.config import describe_config
+    from teacher_cache.config import CacheConfig
+
+    print(describe_config(CacheConfig))
+
+
+@app.command()
+def plan(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [key=value]...", help="The settings of the run.")
+    ] = None,
+    samples: Annotated[int, typer.Option(metavar="N", min=1, help="Capture at most N samples, evenly spaced.")] = 256,
+    seconds: Annotated[float, typer.Option(metavar="T", min=0, help="Stop the probe after about T seconds.")] = 60.0,
+    file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep the plan there, not in .NAME.plan.jsonl beside the output."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run will come to, or what it came to.
+
+    Before the run: from a short probe of the real teacher on evenly spaced samples. After it: plan against fact.
+
+    \b
+    Examples:
+      cache-teacher plan data=sets/captions teacher=checkpoints/teacher output=caches/captions
+      cache-teacher plan capture.yaml capture.head_max=24 --samples 64 --seconds 20
+      cache-teacher run capture.yaml && cache-teacher plan capture.yaml
+
+    The plan is kept beside the output, and a run adds what it took. Nothing is written into the output itself.
+    """
+    from llavamod_offline.config import load_config, split_arguments
+    from teacher_cache.config import CacheConfig
+
+    config = load_config(CacheConfig, *split_arguments(arguments or []))
+    from teacher_cache.inspection.terminal import make_console
+    from teacher_cache.plan import estimate as planning
+    from teacher_cache.plan import tables as view
+
+    kept = file or planning.plan_file(config.output)
+    finished = planning.finished_cache(config.output)
+    if finished is not None:
+        fact = planning.compare(config.output, finished, kept)
+        print(json.dumps(dataclasses.asdict(fact))) if as_json else view.print_comparison(make_console(), fact)
+        return
+    made = planning.make_plan(config, samples=samples, seconds=seconds)
+    if kept is not None:
+        planning.write_plan(kept, made)
+    print(json.dumps(dataclasses.asdict(made))) if as_json else view.print_plan(make_console(), made, kept)
+
+
+@app.command()
+def verify(
+    cache: CacheFolder,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Remove what is damaged, so that `run` makes just that again.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Recompute every checksum, decode everything and name any damage (exit status 1).
+
+    \b
+    Examples:
+      cache-teacher verify caches/captions
+      cache-teacher verify s3://bucket/captions --json
+      cache-teacher verify caches/captions --repair && cache-teacher run capture.yaml
+
+    Nothing is changed without --repair, which says what it removes; use it when no run is writing the cache.
+    """
+    if repair:
+        from teacher_cache.verify.repair import repair_cache, repair_lines
+
+        done = repair_cache(cache)
+        print(json.dumps(dataclasses.asdict(done)) if as_json else "\n".join(repair_lines(cache, done)))
+        return
+    from teacher_cache.verify.cache import verify_cache
+
+    verdict = verify_cache(cache)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(verdict)))
+    else:
+        for problem in verdict.damage:
+            print(problem)
+        state = "sound" if verdict.ok else f"DAMAGED ({len(verdict.damage)} findings)"
+        print(
+            f"{cache}: {state}: {verdict.shards} shards, {verdict.sequences:,} sequences, "
+            f"{verdict.positions:,} positions, digest {verdict.digest}"
+        )
+    if not verdict.ok:
+        raise typer.Exit(_DAMAGED_STATUS)
+
+
+@app.command()
+def inspect(
+    cache: CacheFolder,
+    key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="A sample's key.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="A checkpoint folder whose tokenizer names the ids.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a cache is and holds, or each token of a sample.
+
+    With a key: each supervised token with the teacher's alternatives, the mass of its tail, and the draws from it.
+
+    \b
+    Examples:
+      cache-teacher inspect caches/captions
+      cache-teacher inspect caches/captions scene-000012 --tokenizer checkpoints/teacher
+    """
+    from teacher_cache.inspection import terminal as tables
+    from teacher_cache.inspection.summary import describe_cache, describe_key
+    from teacher_cache.inspection.token_labels import TokenNames
+    from teacher_cache.read.reader import open_cache
+
+    opened = open_cache(cache)
+    about = describe_cache(opened) if key is None else describe_key(opened, key, TokenNames(tokenizer).label)
+    if as_json:
+        print(json.dumps(about, ensure_ascii=False))
+    elif isinstance(about, dict):
+        tables.print_cache(tables.make_console(), about)
+    else:
+        tables.print_sequences(tables.make_console(), about)
+
+
+@app.command()
+def export(
+    cache: CacheFolder,
+    output: Annotated[Path, typer.Option(metavar="FILE.parquet", help="The file to write.")],
+    layout: Annotated[
+        str, typer.Option("--format", metavar="NAME", help="table, or axolotl (its KD trainer's tokenised rows).")
+    ] = "table",
+    top_k: Annotated[
+        int | None, typer.Option(metavar="K", help="Keep at most K ids of each head, the most likely ones.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(metavar="SET", help="The packed set, for the prompts (axolotl).")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="A checkpoint folder with the teacher's tokenizer (axolotl).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write heads and reference log-probs as parquet.
+
+    One row a sequence; `table` for any reader, `axolotl` for its knowledge-distillation trainer. What the layout cannot
+    hold is said.
+
+    \b
+    Examples:
+      cache-teacher export caches/captions --output captions.parquet
+      cache-teacher export caches/captions --output captions.parquet --top-k 16 --json
+      cache-teacher export caches/texts --format axolotl --data sets/texts \\
+        --tokenizer checkpoints/teacher --output texts.parquet
+    """
+    from teacher_cache.inspection.export import export_cache
+    from teacher_cache.read.reader import open_cache
+
+    done = export_cache(open_cache(cache), output, layout=layout, top_k=top_k, data=data, tokenizer=tokenizer)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(done)))
+        return
+    print(f"{output}: {done.positions:,} positions of {done.sequences:,} sequences, {done.bytes:,} bytes")
+    pictures = f"; {done.with_pictures:,} sequences with pictures left out" if done.with_pictures else ""
+    print(f"not in this layout: {', '.join(done.lost)}; its ids have {done.mass:.4f} of the mass on average{pictures}")
+
+
+@app.command()
+def merge(
+    caches: Annotated[list[str], typer.Argument(metavar="CACHE...", help="Finished caches over different data.")],
+    output: Annotated[str, typer.Option(metavar="CACHE", help="The cache to make.")],
+    allow: Annotated[
+        list[str] | None, typer.Option(metavar="FIELD", help="Go on although this fingerprint field differs.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make one cache out of caches over different data.
+
+    Shards are taken over as they are. Caches that were made with different settings are refused.
+
+    \b
+    Examples:
+      cache-teacher merge caches/general caches/documents --output caches/all
+      cache-teacher merge caches/a caches/b --output caches/all --allow engine.torch
+    """
+    from teacher_cache.read.reader import open_cache
+    from teacher_cache.write.merge import merge_caches
+
+    done = merge_caches([open_cache(cache) for cache in caches], output, allow=allow or [])
+    if as_json:
+        print(json.dumps(dataclasses.asdict(done)))
+        return
+    for before, now in done.renamed.items():
+        print(f"{before} is {now} now: its name was taken")
+    print(
+        f"{output}: {done.positions:,} positions of {done.sequences:,} sequences in {done.shards} shards "
+        f"of {done.caches} caches, digest {done.digest}"
+    )
+
+
+app.command()(cli_generate.generate)
+app.command()(cli_judge.report)
+app.command()(cli_judge.audit)
+
+
+def main() -> None:
+    """Run the command."""
+    run_command(app)

@@ -1,0 +1,203 @@
+"""Answering some rows of a set: samples → prompts → the teacher's tokens → texts, or the reasons why there are none.
+
+For each assistant's turn that is to be written, the prompt is the conversation before it, with the answers that were
+written there. What a sample is answered with depends on the sample, the settings and the weights: random numbers follow
+from (seed, key, turn, place in the answer), batches from the rows alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llavamod_offline.data.rows import RowError
+from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample
+from llavamod_offline.errors import DataError
+from teacher_cache.generate.generated_set import AnsweredSample, with_texts, written_turns
+
+if TYPE_CHECKING:
+    from llavamod_offline.data.tokenise import Ids
+    from teacher_cache.config import GenerateConfig
+    from teacher_cache.engines.hf import HfEngine
+    from teacher_cache.generate.decode_loop import Prompt, Written
+    from teacher_cache.job import Job
+    from teacher_cache.teachers import Picture
+
+Progress = Callable[[int, int], None]
+
+_BATCHES_AHEAD = 2
+
+
+@dataclass
+class _Open:
+    """A sample in the making: the places of its turns to be written, what was written so far, or why it is given up."""
+
+    row: int
+    key: str
+    places: list[int]
+    texts: list[str]
+    tokens: int = 0
+    retokenised: bool = False
+    problem: RowError | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more is to be written."""
+        return self.problem is not None or len(self.texts) == len(self.places)
+
+    def result(self) -> AnsweredSample:
+        """What became of it."""
+        kind, reason = (None, "") if self.problem is None else (self.problem.kind, str(self.problem))
+        texts = () if self.problem else tuple(self.texts)
+        return AnsweredSample(self.key, texts, self.tokens, self.retokenised, kind, reason)
+
+
+class Answerer:
+    """Answers rows of a job's set with an engine's model; `progress` is told of finished samples and written tokens."""
+
+    def __init__(self, job: Job, engine: HfEngine, settings: GenerateConfig, progress: Progress) -> None:
+        self._job, self._engine, self._settings, self._progress = job, engine, settings, progress
+        self._encoder = job.teacher.encoder
+        self._limit = min(self._encoder.max_length, job.teacher.context_length)
+        added = self._encoder.tokenizer.added_tokens_decoder
+        self._special = {number: str(token) for number, token in added.items() if token.special}
+
+    def answer(self, rows: Sequence[int]) -> list[AnsweredSample]:
+        """Answer some rows; the results are in their order. Errors: `DataError` if a sample is not what was packed."""
+        samples = []
+        for row in rows:
+            sample = self._job.samples.read(row, verify=True)
+            samples.append(_Open(row, sample.key, written_turns(sample, self._settings.turns), []))
+        while unfinished := [item for item in samples if not item.done]:
+            self._write_turn(unfinished)
+        return [item.result() for item in samples]
+
+    def _write_turn(self, samples: Sequence[_Open]) -> None:
+        """Write the next turn of each sample, in batches of prompts of like length."""
+        prompts: list[tuple[_Open, Ids]] = []
+        for item in samples:
+            try:
+                prompts.append((item, self._prompt_ids(item)))
+            except DataError as error:
+                self._refuse(item, RowError("unanswerable prompt", str(error)))
+        prompts.sort(key=lambda pair: -len(pair[1]))
+        size = self._engine.batch_size
+        batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+        for batch, pictures in self._with_pictures(batches):
+            self._write_batch(batch, pictures)
+
+    def _write_batch(self, batch: list[tuple[_Open, Ids]], pictures: list[Future[list[Picture]]]) -> None:
+        from teacher_cache.generate.decode_loop import Decoding, Prompt, write_answers
+
+        settings = self._settings
+        ready: list[tuple[_Open, Prompt]] = []
+        for (item, ids_T), coming in zip(batch, pictures, strict=True):
+            try:
+                own = tuple(coming.result())
+                self._check_pictures(ids_T, own)
+            except DataError as error:
+                self._refuse(item, RowError("unanswerable prompt", str(error)))
+                continue
+            stream = f"answer {item.places[len(item.texts)]}"
+            ready.append((item, Prompt(item.key, stream, ids_T, own, self._limit - len(ids_T))))
+        if not ready:
+            return
+        decoding = Decoding(settings.temperature, settings.top_p, settings.max_new_tokens, settings.seed)
+        written = write_answers(self._engine, [prompt for _, prompt in ready], decoding)
+        for (item, prompt), answer in zip(ready, written, strict=True):
+            item.tokens += len(answer.ids)
+            self._progress(0, len(answer.ids))
+            try:
+                self._take(item, prompt, answer)
+            except RowError as problem:
+                self._refuse(item, problem)
+            else:
+                self._progress(int(item.done), 0)
+
+    def _refuse(self, item: _Open, problem: RowError) -> None:
+        item.problem = problem
+        self._progress(1, 0)
+
+    def _with_pictures(
+        self, batches: Sequence[list[tuple[_Open, Ids]]]
+    ) -> Iterator[tuple[list[tuple[_Open, Ids]], list[Future[list[Picture]]]]]:
+        """Each batch with its pictures, which threads prepare a few batches ahead."""
+        coming: list[list[Future[list[Picture]]]] = []
+        with ThreadPoolExecutor(self._engine.workers, thread_name_prefix="images") as pool:
+            for number, batch in enumerate(batches):
+                for ahead in batches[len(coming) : number + 1 + _BATCHES_AHEAD]:
+                    coming.append([pool.submit(self._pictures, item) for item, _ in ahead])
+                yield batch, coming[number]
+                coming[number] = []
+
+    def _pictures(self, item: _Open) -> list[Picture]:
+        return self._job.teacher.pictures(self._cut(item, "-"))
+
+    def _prompt_ids(self, item: _Open) -> Ids:
+        """The tokens up to where the next answer begins. Errors: `DataError` if they leave no room for one."""
+        sequence = self._job.encode(self._cut(item, "-"), "response")
+        return sequence.input_ids_T[: _last_answer(sequence.supervised_N)[0]]
+
+    def _cut(self, item: _Open, answer: str) -> Sample:
+        """The sample up to the turn that is written next, which is `answer`, with the pictures so far."""
+        sample = self._job.samples.read(item.row)
+        place = item.places[len(item.texts)]
+        turns = with_texts(sample.turns, item.places, [*item.texts, answer])[: place + 1]
+        images = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
+        extensions = sample.image_extensions[:images]
+        return replace(sample, turns=turns, images=sample.images[:images], image_extensions=extensions)
+
+    def _check_pictures(self, ids_T: Ids, pictures: Sequence[Picture]) -> None:
+        expected = sum(picture.tokens for picture in pictures)
+        found = int((ids_T == self._job.teacher.image_token_id).sum())
+        if found != expected:
+            raise DataError(
+                f"its pictures take {expected} tokens, its prompt has {found}: the file's header says another size"
+            )
+
+    def _take(self, item: _Open, prompt: Prompt, answer: Written) -> None:
+        """Add an answer to its sample. Errors: `RowError` if it is none that a sample can hold."""
+        if not answer.finite:
+            raise RowError("unusable answer", "the teacher's logits are not finite (NaN or inf)")
+        if not answer.ended:
+            limits = f"generate.max_new_tokens={self._settings.max_new_tokens}"
+            if prompt.room < self._settings.max_new_tokens:
+                limits = f"the {prompt.room} tokens that max_length and the teacher leave it"
+            raise RowError("unfinished answer", f"the answer did not end within {limits}")
+        template, tokenizer = self._encoder.template, self._encoder.tokenizer
+        odd = [self._special[number] for number in answer.ids if number in self._special]
+        if odd:
+            raise RowError(
+                "unusable answer",
+                f"the answer holds '{odd[0]}', which is no text; template '{template.name}' ends with '{template.end}'",
+            )
+        text = str(tokenizer.decode(list(answer.ids), clean_up_tokenization_spaces=False))
+        text = text.removeprefix(template.answer_prefix)
+        if not text.strip():
+            raise RowError("unusable answer", "the answer is empty")
+        try:
+            read_back = self._read_back(item, text)
+        except DataError as error:
+            raise RowError("unusable answer", str(error)) from error
+        same = read_back == [*answer.ids, self._encoder.end_id]
+        if not same and "\ufffd" in text:
+            raise RowError("unusable answer", "the answer's tokens are no text: a part of a character stands alone")
+        item.texts.append(text)
+        item.retokenised |= not same
+
+    def _read_back(self, item: _Open, text: str) -> list[int]:
+        """The tokens of an answer in its conversation. Errors: `DataError` if it makes no sample, or too long a one."""
+        cut = replace(self._cut(item, text), key=f"{item.key}{self._settings.key_suffix}")
+        sequence = self._job.encode(cut, "response")
+        ids: list[int] = sequence.input_ids_T[_last_answer(sequence.supervised_N)].tolist()
+        return ids
+
+
+def _last_answer(supervised_N: Ids) -> Ids:
+    """The places of the last turn's supervised tokens: the last ones without a gap."""
+    gaps = np.flatnonzero(np.diff(supervised_N) > 1)
+    return supervised_N[gaps[-1] + 1 :] if len(gaps) else supervised_N

@@ -1,0 +1,159 @@
+"""A teacher writing answers itself: left-padded batches of prompts, a key-value cache, one token of each a step.
+
+It runs the model as the Hugging Face engine does to capture it (the same embeddings, positions and float32 head), so
+that a token chosen here is one that the record of its position knows as it was.
+
+Letters: B prompts of a batch, T tokens of the longest, D hidden size, V shared vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llavamod_offline.data.tokenise import Ids
+from llavamod_offline.errors import ModelError
+from teacher_cache.engines.draws import sequence_uniforms
+from teacher_cache.engines.hf import HfEngine
+from teacher_cache.generate.sampling import choose_tokens
+from teacher_cache.teachers import Picture
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen, and at most how many; `temperature` 0 is greedy."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: tokens up to where the answer begins, its pictures, and the name of its random numbers.
+
+    `room`: the most tokens that the answer may have, its end included.
+    """
+
+    key: str
+    stream: str
+    input_ids_T: Ids
+    pictures: tuple[Picture, ...]
+    room: int
+
+
+@dataclass(frozen=True)
+class Written:
+    """The answer's token ids without the one that ends it, and whether it came to that one.
+
+    `finite`: whether all logits were; the answer is cut off where they were not.
+    """
+
+    ids: tuple[int, ...]
+    ended: bool
+    finite: bool = True
+
+
+def write_answers(engine: HfEngine, prompts: Sequence[Prompt], decoding: Decoding) -> list[Written]:
+    """Answer a batch of prompts. One that does not fit into memory is halved, for this time.
+
+    Errors: `ModelError` naming the sample if a single prompt does not fit.
+    """
+    try:
+        return _write(engine, prompts, decoding)
+    except torch.OutOfMemoryError as error:
+        if len(prompts) == 1:
+            raise ModelError(
+                f"sample '{prompts[0].key}': its {len(prompts[0].input_ids_T)} tokens and an answer do not fit into "
+                "the device's memory even alone: lower generate.max_new_tokens, or use a larger device"
+            ) from error
+        _LOG.warning("out of memory with %d prompts at once: going on with half of them", len(prompts))
+        torch.cuda.empty_cache()
+    half = len(prompts) // 2
+    return [*write_answers(engine, prompts[:half], decoding), *write_answers(engine, prompts[half:], decoding)]
+
+
+@torch.inference_mode()
+def _write(engine: HfEngine, prompts: Sequence[Prompt], decoding: Decoding) -> list[Written]:
+    rooms = [min(prompt.room, decoding.max_new_tokens) for prompt in prompts]
+    uniforms = np.zeros((len(prompts), max(rooms)))
+    if decoding.temperature:
+        streams = [sequence_uniforms(decoding.seed, p.key, p.stream, max(rooms)) for p in prompts]
+        uniforms = np.stack(streams)
+    end = engine.teacher.encoder.end_id
+    written: list[list[int]] = [[] for _ in prompts]
+    ended, finite = [False] * len(prompts), [True] * len(prompts)
+    steps = _next_logits(engine, prompts)
+    logits_BV = next(steps)
+    for step in range(max(rooms)):
+        fine_B = (logits_BV.isnan() | logits_BV.isposinf()).any(-1).logical_not()
+        logits_BV = torch.where(fine_B[:, None], logits_BV, 0.0)
+        uniforms_B = torch.from_numpy(uniforms[:, step])
+        ids_B = choose_tokens(logits_BV, uniforms_B, temperature=decoding.temperature, top_p=decoding.top_p)
+        for row, (number, fine) in enumerate(zip(ids_B.tolist(), fine_B.tolist(), strict=True)):
+            if ended[row] or not finite[row] or len(written[row]) >= rooms[row]:
+                continue
+            finite[row], ended[row] = fine, fine and number == end
+            if fine and not ended[row]:
+                written[row].append(number)
+        states = zip(written, ended, finite, rooms, strict=True)
+        if all(done or not fine or len(ids) >= room for ids, done, fine, room in states):
+            break
+        logits_BV = steps.send(ids_B)
+    return [Written(tuple(ids), *rest) for ids, *rest in zip(written, ended, finite, strict=True)]
+
+
+def _next_logits(engine: HfEngine, prompts: Sequence[Prompt]) -> Generator[Tensor, Tensor, None]:
+    """Yield the logits [B, V] of the next tokens, −inf for the image's id, and be sent the ids [B] that were chosen."""
+    model, teacher = engine.model, engine.teacher
+    embed, decoder = model.get_input_embeddings(), model.get_decoder()
+    device = embed.weight.device
+    lengths_B = torch.tensor([len(prompt.input_ids_T) for prompt in prompts])
+    longest = int(lengths_B.max())
+    image = teacher.image_token_id
+    ids_BT = torch.full((len(prompts), longest), 0 if image != 0 else 1)
+    for row, prompt in enumerate(prompts):
+        ids_BT[row, : len(prompt.input_ids_T)] = torch.from_numpy(prompt.input_ids_T)
+    mask_BT = (torch.arange(longest) < lengths_B[:, None]).long()
+    pictures = [picture for prompt in prompts for picture in prompt.pictures]
+    positions_BT = teacher.position_ids(model, ids_BT, mask_BT, pictures)
+    if positions_BT is None:
+        positions_BT = torch.arange(longest).expand(ids_BT.shape)
+    # Positions of three kinds (time, height, width) go on together from the largest of them.
+    reached_BT = torch.where(mask_BT.bool(), positions_BT, -1)
+    following_B = reached_BT.amax(-1).reshape(-1, len(prompts)).amax(0) + 1
+    moved_BT = (torch.arange(longest) + lengths_B[:, None]) % longest  # what was at the left stands at the right
+    ids_BT, mask_BT = ids_BT.gather(1, moved_BT), mask_BT.gather(1, moved_BT)
+    positions_BT = positions_BT.gather(-1, moved_BT.expand(positions_BT.shape))
+    embedded_BTD = embed(ids_BT.to(device))
+    if pictures:
+        features = torch.cat(teacher.image_features(model, pictures)).to(embedded_BTD)
+        embedded_BTD = embedded_BTD.masked_scatter(torch.eq(ids_BT, image or 0).to(device)[..., None], features)
+    mask_BT, positions_BT = mask_BT.to(device), positions_BT.to(device)
+    following_B = following_B.to(device)
+    cache = None
+    while True:
+        output = decoder(
+            inputs_embeds=embedded_BTD,
+            attention_mask=mask_BT,
+            position_ids=positions_BT,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache = output.past_key_values
+        logits_BV = engine.head.logits(output.last_hidden_state[:, -1].to(engine.head.device))
+        if image is not None and image < logits_BV.shape[1]:
+            logits_BV[:, image] = -torch.inf
+        chosen_B = (yield logits_BV).to(device)
+        embedded_BTD = embed(chosen_B[:, None])
+        mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(prompts), 1)], 1)
+        positions_BT = following_B[:, None].expand(*positions_BT.shape[:-1], 1)
+        following_B = following_B + 1

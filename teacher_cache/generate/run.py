@@ -1,0 +1,162 @@
+"""`cache-teacher generate`: the teacher answers the prompts of a set; its answers become a set, which is captured.
+
+See `answering.py` for how samples are answered, and `written_set.py` for what is kept until the set is whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from tqdm import tqdm
+
+from llavamod_offline.data.shards import SampleSet
+from llavamod_offline.errors import ConfigError, DataError
+from llavamod_offline.folders import is_url
+from teacher_cache.capture.run import Summary, run_job
+from teacher_cache.config import GenerateConfig
+from teacher_cache.engines import load_engine
+from teacher_cache.fingerprint import check_allowed
+from teacher_cache.format.manifest import canonical
+from teacher_cache.generate.answer_rows import Answerer
+from teacher_cache.generate.generated_set import WrittenSet
+from teacher_cache.job import prepare_job
+
+if TYPE_CHECKING:
+    from teacher_cache.config import CacheConfig
+    from teacher_cache.engines.hf import HfEngine
+
+# What of a capture's fingerprint decides the answers, too.
+_ABOUT = ("tokenizer", "template", "sequence", "images", "teacher", "engine", "data")
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `generate` did. `written`, `tokens` and `retokenised` (samples whose texts are read as other tokens than
+    were written) are this call's; `samples` and `rejected`, in all and by kind, the whole set's."""
+
+    output_set: str
+    samples: int
+    rejected: int
+    rejected_by_kind: dict[str, int]
+    written: int
+    tokens: int
+    retokenised: int
+    seconds: float
+    tokens_per_second: float
+    digest: str
+    capture: Summary
+
+
+def generate(config: CacheConfig, *, allow: Sequence[str] = ()) -> Generation:
+    """Let the teacher answer every prompt that is not answered yet, pack the answers, and capture the new set.
+
+    Started again it goes on where it was stopped. `allow`: see `run.run_job`.
+    Errors: a `LlavaModError` before anything is written, if set, teacher and settings do not fit one another, or what
+    lies at `output_set`; `DataError` if more than `max_rejected` of the answers are rejected; those of `run_job`.
+    """
+    started = time.perf_counter()
+    _check(config)
+    job = prepare_job(config)
+    check_allowed(allow, job.fingerprint)
+    _check_samples(job.samples)
+    settings = config.generate
+    about = {**{name: job.fingerprint[name] for name in _ABOUT}, "generate": asdict(settings)}
+    target = WrittenSet(Path(str(config.output_set)), about, allow=allow)
+    engine = functools.cache(lambda: load_engine(job, config))  # once for both, and not at all if all is done
+    counts: Counter[str] = Counter()
+    missing = target.missing(job.samples.shard_names)
+    if missing:
+        _LOG.info("%s: answers to %d of %d shards to write", target.path, len(missing), len(job.samples.shard_names))
+        with _Progress(sum(len(job.samples.rows_of(name)) for name in missing)) as progress:
+            answerer = Answerer(job, cast("HfEngine", engine()), settings, progress.update)
+            for name in missing:
+                answers = answerer.answer(job.samples.rows_of(name))
+                target.commit(name, answers)
+                counts["written"] += len(answers)
+                counts["tokens"] += sum(answer.tokens for answer in answers)
+                counts["retokenised"] += sum(answer.retokenised for answer in answers)
+    target.finish(job.samples, settings, _identity(target.about["teacher"]), max_rejected=config.max_rejected)
+    seconds = time.perf_counter() - started
+    made = SampleSet.open(target.path).manifest
+    capture = replace(config, data=str(target.path), output_set=None, generate=GenerateConfig())
+    captured = run_job(capture, allow=allow, load=lambda job, config: engine())
+    return Generation(
+        output_set=str(target.path),
+        samples=made["samples"],
+        rejected=made["rejected"],
+        rejected_by_kind=made["rejected_by_kind"],
+        written=counts["written"],
+        tokens=counts["tokens"],
+        retokenised=counts["retokenised"],
+        seconds=round(seconds, 3),
+        tokens_per_second=round(counts["tokens"] / seconds, 1),
+        digest=made["digest"],
+        capture=captured,
+    )
+
+
+def _check(config: CacheConfig) -> None:
+    if config.output_set is None:
+        raise ConfigError("config: output_set is not set: name the folder for the new set")
+    if is_url(config.output_set):
+        raise ConfigError(f"config: output_set is '{config.output_set}': a set is written to a local folder: name one")
+    if config.engine.kind != "hf":
+        raise ConfigError(
+            f"config: engine.kind is '{config.engine.kind}', answers are written with hf alone: set it so"
+        )
+    if config.engine.ray:
+        raise ConfigError(
+            "config: engine.ray: answers are written in one process: leave it out, and capture the set by `run`"
+        )
+    if config.part != (0, 1):
+        raise ConfigError(
+            "config: slice: answers are written in one process: leave it out, and capture the set by `run`"
+        )
+
+
+def _check_samples(samples: SampleSet) -> None:
+    """Refuse preferences, which have no assistant's turn to be written. Errors: `DataError` naming the first."""
+    kinds = samples.index.column("kind").to_pylist()
+    if "preference" in kinds:
+        raise DataError(
+            f"set '{samples.path}': sample '{samples.keys[kinds.index('preference')]}' is a preference: answers are "
+            "written to conversations: set data to a set of those"
+        )
+
+
+def _identity(teacher: Any) -> str:
+    """One SHA-256 (hex) for a checkpoint's configuration and weights."""
+    return hashlib.sha256(canonical(teacher)).hexdigest()
+
+
+class _Progress:
+    """A bar over samples that also shows tokens per second."""
+
+    def __init__(self, samples: int) -> None:
+        self._bar = tqdm(total=samples, unit="sample", desc="generate", disable=not sys.stderr.isatty())
+        self._tokens = 0
+        self._started = time.perf_counter()
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self, samples: int, tokens: int) -> None:
+        """Count finished samples and written tokens."""
+        self._tokens += tokens
+        rate = self._tokens / (time.perf_counter() - self._started)
+        self._bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+        self._bar.update(samples)

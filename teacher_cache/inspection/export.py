@@ -1,0 +1,273 @@
+"""`cache-teacher export`: the heads and reference log-probs of a cache as a parquet file that other trainers read.
+
+One row a sequence, in the order of the cache. Numbers are those the reader gives: natural log-probs at T = 1, not
+renormalised. Two layouts, where n is the sequence's recorded positions, T all its tokens, K the ids kept of a head:
+
+- `table`: `key`, `role` string; `target_ids` [n] int32, the supervised tokens (−1 where a position of a cache of all
+  positions has none); `target_log_probs` [n] float32, their reference log-probs; `sum_log_prob` float64, their sum;
+  `token_ids` [n][K] int32 and `log_probs` [n][K] float32, the head of each: the likely ids, most likely first, then
+  forced ones. K varies from token to token.
+- `axolotl`: tokenised rows for axolotl's knowledge-distillation trainer, with the columns that its collator
+  (`DataCollatorForKD`, read at commit 067b021) takes and no other, since it makes tensors of all of them:
+  `input_ids`, `attention_mask`, `labels` [T], labels −100 where a token is not supervised; `target_token_ids`,
+  `target_logprobs`, `target_mask` [T][K]. The row of index t is the distribution of the model's output at t, so that of
+  the token at t + 1, and is empty where there is no record. Text alone: a sequence with pictures is left out. Its loss
+  takes log-probs as they are, so `kd_normalize_topk: false` fits them.
+
+Letters: N positions of a batch of sequences, H entries of all their heads.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from llavamod_offline import atomic
+from llavamod_offline.data.chat_template import choose_template
+from llavamod_offline.data.shards import SampleSet
+from llavamod_offline.data.tokenise import Sequence as TokenSequence
+from llavamod_offline.data.tokenise import SequenceEncoder
+from llavamod_offline.errors import CacheError, ConfigError, DataError
+from llavamod_offline.models.checkpoint import load_tokenizer
+from teacher_cache.fingerprint import describe_template
+from teacher_cache.format.record import Records
+from teacher_cache.format.sequences import short_hash
+from teacher_cache.read.reader import TeacherCache
+from teacher_cache.student.check import check_sequence, check_student
+
+FORMATS = ("table", "axolotl")
+UNSUPERVISED = -100
+_LOST = ("tail mass", "tail draws", "entropy", "log normalisers")
+_BATCH_HEADS = 2**21
+_BATCH_SEQUENCES = 512
+_IDS, _FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
+_TABLE_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("role", pa.string()),
+        ("target_ids", _IDS),
+        ("target_log_probs", _FLOATS),
+        ("sum_log_prob", pa.float64()),
+        ("token_ids", pa.list_(_IDS)),
+        ("log_probs", pa.list_(_FLOATS)),
+    ]
+)
+_AXOLOTL_SCHEMA = pa.schema(
+    [
+        ("input_ids", _IDS),
+        ("attention_mask", pa.list_(pa.int8())),
+        ("labels", _IDS),
+        ("target_token_ids", pa.list_(_IDS)),
+        ("target_logprobs", pa.list_(_FLOATS)),
+        ("target_mask", pa.list_(pa.list_(pa.int8()))),
+    ]
+)
+
+Item = tuple[str, str]
+Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote. `mass` is the mean probability of the ids that are in it; `lost` is not in it."""
+
+    output: str
+    format: str
+    sequences: int
+    positions: int
+    with_pictures: int
+    top_k: int | None
+    mass: float
+    lost: tuple[str, ...]
+    bytes: int
+
+
+def export_cache(
+    cache: TeacherCache,
+    output: Path,
+    *,
+    layout: str,
+    top_k: int | None = None,
+    data: Path | None = None,
+    tokenizer: Path | None = None,
+) -> Exported:
+    """Write a layout of this page's top to `output`, in bounded memory; it appears whole or not at all.
+
+    `top_k` keeps at most so many ids of each head. `data` and `tokenizer`, the packed set and a checkpoint folder, give
+    `axolotl` the prompts. Errors: `ConfigError` for a choice that does not fit; `CacheError`, `DataError` or
+    `TargetError` if set or tokenizer are not those of the cache.
+    """
+    _check_choice(output, layout, top_k, data, tokenizer)
+    totals = {"sequences": 0, "positions": 0, "mass": 0.0}
+    items = cache.items()
+    if layout == "table":
+        schema, rows = _TABLE_SCHEMA, _table_rows
+    else:
+        assert data is not None
+        assert tokenizer is not None
+        prompts = _Prompts(cache, data, tokenizer)
+        schema, rows = _AXOLOTL_SCHEMA, partial(_axolotl_rows, prompts)
+        items = [(key, role) for key, role in items if prompts.is_text(key)]
+    schema = schema.with_metadata({"llavamod.cache_digest": cache.digest, "llavamod.layout": layout})
+    aside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        atomic.remove_leftovers(output.parent, output.name)
+        with pq.ParquetWriter(aside, schema, compression="zstd") as writer:
+            for batch in tqdm(_batches(cache, items), desc="export", unit="batch", disable=not sys.stderr.isatty()):
+                records = _capped(cache.records(batch), top_k)
+                writer.write_batch(rows(cache, batch, records).cast(schema))
+                totals["sequences"] += len(batch)
+                totals["positions"] += len(records)
+                totals["mass"] += float(np.exp(records.head_log_probs_H, dtype=np.float64).sum())
+        atomic.fsync_path(aside)
+        aside.replace(output)
+        atomic.fsync_path(output.parent)
+    except OSError as error:
+        raise ConfigError(f"output '{output}': cannot be written: {error.strerror or error}: choose another") from error
+    finally:
+        aside.unlink(missing_ok=True)
+    positions = int(totals["positions"])
+    return Exported(
+        output=str(output),
+        format=layout,
+        sequences=int(totals["sequences"]),
+        positions=positions,
+        with_pictures=len(cache) - len(items),
+        top_k=top_k,
+        mass=totals["mass"] / positions if positions else 0.0,
+        lost=_LOST,
+        bytes=output.stat().st_size,
+    )
+
+
+def _check_choice(output: Path, layout: str, top_k: int | None, data: Path | None, tokenizer: Path | None) -> None:
+    if layout not in FORMATS:
+        raise ConfigError(f"--format '{layout}' is unknown: choose one of {', '.join(FORMATS)}")
+    if top_k is not None and top_k < 1:
+        raise ConfigError(f"--top-k {top_k}: must be at least 1")
+    if output.exists():
+        raise ConfigError(f"output '{output}': exists already: choose another, or remove it")
+    if not output.parent.is_dir():
+        raise ConfigError(f"output '{output}': there is no folder '{output.parent}': make it first")
+    if layout == "axolotl" and (data is None or tokenizer is None):
+        missing = "--data SET" if data is None else "--tokenizer FOLDER"
+        raise ConfigError(f"--format axolotl holds whole sequences, and a cache no prompts: give {missing}")
+
+
+def _batches(cache: TeacherCache, items: Sequence[Item]) -> Iterator[Sequence[Item]]:
+    """Cut the sequences into batches of about as many head entries as fit into memory easily."""
+    heads = cache.totals["heads"] / max(cache.totals["sequences"], 1)
+    size = int(min(max(_BATCH_HEADS // max(heads, 1), 1), _BATCH_SEQUENCES))
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _capped(records: Records, top_k: int | None) -> Records:
+    """Keep the first `top_k` entries of each head."""
+    if top_k is None:
+        return records
+    counts_N = records.head_counts_N.astype(np.int64)
+    rank_H = np.arange(len(records.head_ids_H)) - np.repeat(np.cumsum(counts_N) - counts_N, counts_N)
+    kept_H = rank_H < top_k
+    return replace(
+        records,
+        head_counts_N=np.minimum(records.head_counts_N, top_k),
+        head_ids_H=records.head_ids_H[kept_H],
+        head_log_probs_H=records.head_log_probs_H[kept_H],
+    )
+
+
+def _table_rows(cache: TeacherCache, batch: Sequence[Item], records: Records) -> pa.RecordBatch:
+    about = [cache.sequence(*item) for item in batch]
+    lengths = np.array([entry.n_positions for entry in about], np.int64)
+    counts_N = records.head_counts_N.astype(np.int64)
+    columns = {
+        "key": [key for key, _ in batch],
+        "role": [role for _, role in batch],
+        "target_ids": _lists(lengths, records.target_ids_N),
+        "target_log_probs": _lists(lengths, records.target_log_probs_N),
+        "sum_log_prob": [entry.sum_log_prob for entry in about],
+        "token_ids": _lists(lengths, _lists(counts_N, records.head_ids_H)),
+        "log_probs": _lists(lengths, _lists(counts_N, records.head_log_probs_H)),
+    }
+    return pa.RecordBatch.from_pydict(columns)
+
+
+def _axolotl_rows(prompts: _Prompts, cache: TeacherCache, batch: Sequence[Item], records: Records) -> pa.RecordBatch:
+    ids, labels, counts = [], [], []
+    pieces = records.split([cache.sequence(*item).n_positions for item in batch])
+    for item, piece in zip(batch, pieces, strict=True):
+        sequence = prompts.encode(*item)
+        marked_T = np.full(len(sequence.input_ids_T), UNSUPERVISED, np.int64)
+        marked_T[sequence.supervised_N] = sequence.target_ids_N
+        counts_T = np.zeros(len(sequence.input_ids_T), np.int64)
+        counts_T[sequence.rows_and_targets(cache.fingerprint["capture"]["positions"])[0]] = piece.head_counts_N
+        ids.append(sequence.input_ids_T)
+        labels.append(marked_T)
+        counts.append(counts_T)
+    lengths = np.array([len(row) for row in ids], np.int64)
+    counts_T = np.concatenate(counts)
+    ones = np.ones(max(int(lengths.sum()), len(records.head_ids_H)), np.int8)
+    columns = {
+        "input_ids": _lists(lengths, np.concatenate(ids).astype(np.int32)),
+        "attention_mask": _lists(lengths, ones[: lengths.sum()]),
+        "labels": _lists(lengths, np.concatenate(labels).astype(np.int32)),
+        "target_token_ids": _lists(lengths, _lists(counts_T, records.head_ids_H)),
+        "target_logprobs": _lists(lengths, _lists(counts_T, records.head_log_probs_H)),
+        "target_mask": _lists(lengths, _lists(counts_T, ones[: len(records.head_ids_H)])),
+    }
+    return pa.RecordBatch.from_pydict(columns)
+
+
+def _lists(lengths: Counts, values: Any) -> pa.ListArray:
+    """Consecutive pieces of `values`, of the given lengths, as an array of lists."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, values if isinstance(values, pa.Array) else pa.array(values))
+
+
+class _Prompts:
+    """Tokenises sequences of text as the teacher read them. Errors: those of `export_cache`."""
+
+    def __init__(self, cache: TeacherCache, data: Path, tokenizer: Path) -> None:
+        about = cache.fingerprint
+        loaded = load_tokenizer(tokenizer)
+        check_student(about, loaded)
+        template = choose_template(about["template"]["name"], lambda: loaded)
+        if describe_template(template) != about["template"]:
+            raise CacheError(f"cache '{cache.path}': its template '{template.name}' has another text than today's")
+        self._cache = cache
+        self._samples = SampleSet.open(data)
+        if "mismatched" in cache.roles:
+            self._samples = self._samples.with_mismatched()
+        self._images = self._samples.index.column("n_images").to_numpy()
+        self._encoder = SequenceEncoder(
+            loaded,
+            template,
+            image_token_id=-1,  # of text alone: see `is_text`
+            image_tokens=0,
+            max_length=int(about["sequence"]["max_length"]),
+        )
+
+    def is_text(self, key: str) -> bool:
+        """Whether a sample has no pictures."""
+        return not self._images[self._samples.row_of(key)]
+
+    def encode(self, key: str, role: str) -> TokenSequence:
+        """The sequence, which is the one whose records the cache holds."""
+        sample = self._samples.read(self._samples.row_of(key))
+        if short_hash(sample.content_hash) != self._cache.sequence(key, role).content_hash:
+            raise DataError(f"sample '{key}' ({role}): its text is not that the teacher saw: give the cache's own set")
+        sequence = self._encoder.encode(sample, role)
+        check_sequence(self._cache, sequence)
+        return sequence

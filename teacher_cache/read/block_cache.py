@@ -1,0 +1,129 @@
+"""Slices of the shards' records, cut out of decoded blocks of which the latest used are kept."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llavamod_offline.errors import CacheError
+from teacher_cache.format.columns import ColumnFile
+from teacher_cache.format.manifest import COLUMNS_NAME
+from teacher_cache.format.record import Records
+
+_OPEN_SHARDS = 64
+Columns = tuple[NDArray[Any], ...]
+_BLOCKS_AT_ONCE = 4  # a read of an array costs more than a block of it: neighbours are read together
+
+
+class BlockReader:
+    """Reads records by shard number and position; shards are opened when first read.
+
+    Safe in threads and after a fork: a forked process starts with nothing open and nothing kept. At most
+    `memory_bytes` of decoded blocks are kept, or one. Normalisers are decoded for `temperatures` alone (None: all).
+    Errors: `CacheError` naming a file that is missing, short or damaged.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        manifests: Sequence[Mapping[str, Any]],
+        memory_bytes: int,
+        temperatures: tuple[float, ...] | None = None,
+    ) -> None:
+        self._folders = folders
+        self._manifests = manifests
+        self.memory_bytes = memory_bytes
+        self._temperatures = temperatures
+        self._start()
+
+    def pieces(self, shard: int, spans: Sequence[tuple[int, int]]) -> list[list[Columns]]:
+        """Read runs of positions `start` … `stop` of a shard: for each, views of the blocks that it lies in.
+
+        A piece holds the fields of `Records`, in their order: to make one of each costs more than to read it.
+        """
+        file = self.file(shard)
+        length = file.block_positions
+        blocks: dict[int, _Block] = {}
+        found = []
+        for start, stop in spans:
+            pieces = []
+            for number in range(start // length, -(-stop // length)):
+                if number not in blocks:
+                    blocks[number] = self._block(file, shard, number)
+                first = number * length
+                pieces.append(blocks[number].cut(max(start - first, 0), min(stop - first, length)))
+            found.append(pieces)
+        return found
+
+    def file(self, shard: int) -> ColumnFile:
+        """The columns of a shard, opened."""
+        if self._process != os.getpid():
+            self._start()
+        with self._lock:
+            file = self._files.get(shard)
+            if file is None:
+                file = self._files[shard] = self._open(shard)
+                if len(self._files) > _OPEN_SHARDS:
+                    self._files.popitem(last=False)
+            self._files.move_to_end(shard)
+            return file
+
+    def _start(self) -> None:
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._files: OrderedDict[int, ColumnFile] = OrderedDict()
+        self._blocks: OrderedDict[tuple[int, int], _Block] = OrderedDict()
+        self._bytes = 0
+
+    def _block(self, file: ColumnFile, shard: int, number: int) -> _Block:
+        with self._lock:
+            kept = self._blocks.get((shard, number))
+            if kept is not None:
+                self._blocks.move_to_end((shard, number))
+                return kept
+        first = number - number % _BLOCKS_AT_ONCE
+        last = min(first + _BLOCKS_AT_ONCE, file.blocks)
+        decoded = [_Block(records) for records in file.records(first, last, self._temperatures)]
+        with self._lock:
+            for place in sorted(range(first, last), key=lambda place: place == number):  # the wanted one comes last
+                if (shard, place) not in self._blocks:
+                    self._blocks[shard, place] = decoded[place - first]
+                    self._bytes += decoded[place - first].bytes
+            self._blocks.move_to_end((shard, number))
+            while self._bytes > self.memory_bytes and len(self._blocks) > 1:
+                self._bytes -= self._blocks.popitem(last=False)[1].bytes
+        return decoded[number - first]
+
+    def _open(self, shard: int) -> ColumnFile:
+        folder = self._folders[shard]
+        # Zarr takes a missing chunk file for zeros, so presence and size are checked here.
+        for name, entry in self._manifests[shard]["files"].items():
+            file = folder / name
+            if not file.is_file() or file.stat().st_size != entry["bytes"]:
+                raise CacheError(f"{file}: missing, or not {entry['bytes']} bytes long: run `cache-teacher verify`")
+        return ColumnFile(folder / COLUMNS_NAME)
+
+
+class _Block:
+    """Decoded records with the places where each position's head entries and draws begin."""
+
+    def __init__(self, records: Records) -> None:
+        counts = (records.head_counts_N, records.draw_counts_N)
+        self._edges = [np.concatenate([[0], np.cumsum(counts_N, dtype=np.int64)]) for counts_N in counts]
+        axes = [field.name[-1] for field in fields(Records)]
+        self._columns: list[NDArray[Any]] = [getattr(records, field.name) for field in fields(Records)]
+        self._spans = ["NHD".index(axis) if axis in "HD" else 0 for axis in axes]
+        self.bytes = sum(array.nbytes for array in (*self._columns, *self._edges))
+
+    def cut(self, start: int, stop: int) -> Columns:
+        """The positions `start` … `stop`, as views."""
+        spans = [slice(start, stop), *(slice(edges.item(start), edges.item(stop)) for edges in self._edges)]
+        return tuple([column[spans[span]] for column, span in zip(self._columns, self._spans, strict=True)])

@@ -1,0 +1,370 @@
+"""Reading a cache: look-up by (key, role), and batches of positions decoded into `SparseTargets`.
+
+Letters: Q sequences of a cache, B of them asked for at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llavamod_offline.data.tokenise import NO_TARGET, Positions
+from llavamod_offline.errors import CacheError
+from llavamod_offline.folders import LocalFolder, open_folder
+from llavamod_offline.losses.targets import SparseTargets
+from llavamod_offline.remote import RemoteFolder
+from llavamod_offline.staging import Staging
+from teacher_cache.format.hidden_states import HiddenStates
+from teacher_cache.format.manifest import (
+    CACHE_NAME,
+    JOB_NAME,
+    MANIFEST_NAME,
+    SHARDS_NAME,
+    cache_bytes,
+    has_own_digest,
+    parse_object,
+)
+from teacher_cache.format.record import Records, concatenate_records
+from teacher_cache.format.sequences import CachedSequence, SequenceRows
+from teacher_cache.read.block_cache import BlockReader, Columns
+from teacher_cache.read.cache_tail_profile import staged_tail_sums, tail_sums
+from teacher_cache.read.key_index import SequenceIndex
+from teacher_cache.read.shard_files import VERIFY, LocalShards, Manifests, ShardFiles, StagedShards, checked_manifest
+from teacher_cache.read.to_targets import sparse_targets
+
+__all__ = ["CachedSequence", "TeacherCache", "open_cache"]
+
+# Sequences, each as (key, role), or all by their rows as `TeacherCache.rows` gives them.
+Items = Sequence[tuple[str, str]] | NDArray[np.int64]
+
+_MEMORY_BYTES = 256 * 2**20
+_MOST_MEMORY_BYTES = 2**30
+# Of decoded records, see `Records` and `blocks.py`, and not less: a window that is short of a byte is decoded for ever.
+_POSITION_BYTES, _HEAD_BYTES, _DRAW_BYTES, _SHARD_BYTES = 40, 8, 4, 2**14
+
+
+def open_cache(where: Path | str, *, staging: Staging | None = None, temperature: float | None = None) -> TeacherCache:
+    """Open a finished cache by path or URL: small files are read and checked, token-level arrays are not touched.
+
+    `staging`: where copies of what lies behind a URL are kept (default: see `llavamod_offline/staging.py`).
+    `temperature`: the only one that will be used, which makes decoding faster (1 needs no normaliser; None: any).
+    Errors: `CacheError` if there is no cache, it is unfinished, of another format version, or a small file is damaged;
+    `StorageError` if a bucket cannot be read.
+    """
+    return TeacherCache(where, staging=staging, temperature=temperature)
+
+
+class TeacherCache:
+    """An open cache. Safe in threads, and in forked or spawned workers, each of which keeps its own decoded blocks.
+
+    `path` is where it lies, as text; `fingerprint` what it was made from (see `fingerprint.py`); `digest` identifies
+    its whole content; `bytes_per_position` counts every file. At most `memory_bytes` of decoded blocks are kept.
+    """
+
+    def __init__(
+        self,
+        where: Path | str,
+        memory_bytes: int = _MEMORY_BYTES,
+        *,
+        staging: Staging | None = None,
+        temperature: float | None = None,
+    ) -> None:
+        self._memory_bytes = memory_bytes
+        self._temperature = temperature
+        self._staging = staging
+        self._folder = open_folder(where)
+        self.path = self._folder.where
+        content, own_bytes = _read_cache_file(self._folder)
+        self.fingerprint: dict[str, Any] = content["fingerprint"]
+        self.digest = str(content["digest"])
+        self.totals: dict[str, int] = content["totals"]
+        self.positions = int(self.totals["positions"])
+        self._shards: list[dict[str, Any]] = content["shards"]
+        self.shard_names = [str(shard["name"]) for shard in self._shards]
+        self.bytes = cache_bytes(content, own_bytes)
+        self._files: ShardFiles
+        if isinstance(self._folder, RemoteFolder):
+            self._staging = staging or Staging()
+            self._files = StagedShards(self._folder, self._shards, self.digest, self._staging)
+        else:
+            self._files = LocalShards(self._folder, self._shards)
+        self._tables = self._files.tables()
+        self._rows = [SequenceRows(table) for table in self._tables]
+        self._index = SequenceIndex(self._rows)
+        self._profile: Tensor | None = None
+        manifests = Manifests(self._files.folders, self._shards)
+        self._blocks = BlockReader(self._files.folders, manifests, memory_bytes, self.temperatures)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_reopen, (self.path, self._memory_bytes, self._staging, self._temperature))
+
+    def __contains__(self, item: object) -> bool:
+        if not (isinstance(item, tuple) and len(item) == 2):
+            return False
+        return self._index.find_one(str(item[0]), str(item[1])) >= 0
+
+    @property
+    def bytes_per_position(self) -> float:
+        """All bytes of all files over all positions; 0 where there are none."""
+        return self.bytes / self.positions if self.positions else 0.0
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids that the distributions range over."""
+        return int(self.fingerprint["capture"]["vocab_size"])
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """The temperatures whose normalisers are read: of the stored ones, all or the one asked for."""
+        stored = tuple(float(value) for value in self.fingerprint["capture"]["temperatures"])
+        return stored if self._temperature is None else tuple(value for value in stored if value == self._temperature)
+
+    @property
+    def tail_profile(self) -> Tensor | None:
+        """The teacher's mean tail over the whole cache, [V] float32, sum 1; None if there is no tail or no draw.
+
+        Estimated from the draws of all positions. Two small arrays of every shard are read, once.
+        """
+        if self._profile is None:
+            sums_V = self._tail_sums()
+            self._profile = torch.from_numpy(sums_V / max(float(sums_V.sum()), 1e-300)).float()
+        return self._profile if bool(self._profile.any()) else None
+
+    def _tail_sums(self) -> NDArray[np.float64]:
+        if not isinstance(self._folder, RemoteFolder):
+            return tail_sums(self._folder, self._shards, self.vocab_size)
+        staging = self._staging or Staging()
+        return staged_tail_sums(self._folder, self._shards, self.vocab_size, digest=self.digest, staging=staging)
+
+    @property
+    def positions_kept(self) -> Positions:
+        """Which positions of a sequence have records: those that predict its supervised tokens, or all."""
+        return "all" if self.fingerprint["capture"].get("positions") == "all" else "response"
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that occur, sorted."""
+        found: set[str] = set()
+        for table in self._tables:
+            found.update(table.column("role").unique().to_pylist())
+        return tuple(sorted(found))
+
+    def keys(self, role: str) -> set[str]:
+        """The keys of all sequences of one role."""
+        found: set[str] = set()
+        for table in self._tables:
+            found.update(table.filter(pc.equal(table.column("role"), role)).column("key").to_pylist())
+        return found
+
+    def rows(self, keys: pa.ChunkedArray, role: str, shards: Mapping[str, range] | None = None) -> NDArray[np.int64]:
+        """The rows of the sequences of many keys, in one role; −1 where there is none.
+
+        `shards`: by the names of a set's shards where their keys stand among these, which makes the answer faster.
+        """
+        numbers = {name: number for number, name in enumerate(self.shard_names)}
+        spans = (shards or {}).items()
+        return self._index.rows(
+            keys, role, ((numbers[name], span.start, span.stop) for name, span in spans if name in numbers)
+        )
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the cache lies behind a URL."""
+        return isinstance(self._folder, RemoteFolder)
+
+    @property
+    def shard_bytes(self) -> dict[str, int]:
+        """The size of each shard, by its name."""
+        return {str(shard["name"]): int(shard["bytes"]) for shard in self._shards}
+
+    @property
+    def fits_in_memory(self) -> bool:
+        """Whether all records, decoded, fit into what is kept: then any order of reading is as fast as another."""
+        return sum(self._decoded_bytes()) <= self._memory_bytes
+
+    def keep_shards(self, count: int) -> None:
+        """Keep as much decoded as `count` shards take, within bounds: each is decoded once by who reads them mixed."""
+        wanted = sum(sorted(self._decoded_bytes())[-count:])
+        self._memory_bytes = max(self._memory_bytes, min(wanted, _MOST_MEMORY_BYTES))
+        self._blocks.memory_bytes = self._memory_bytes
+
+    def _decoded_bytes(self) -> list[int]:
+        """About what the records of each shard take in memory."""
+        per_position = _POSITION_BYTES + 4 * len(self.temperatures)
+        return [
+            int(shard["positions"]) * per_position
+            + int(shard["heads"]) * _HEAD_BYTES
+            + int(shard["draws"]) * _DRAW_BYTES
+            + _SHARD_BYTES
+            for shard in self._shards
+        ]
+
+    def stage(self, name: str) -> None:
+        """Copy a shard to this machine before it is read, if it lies behind a URL."""
+        with self._files.hold(self.shard_names.index(name)):
+            pass
+
+    def manifests(self) -> list[dict[str, Any]]:
+        """Read every shard's manifest: what files it has, of what size. Errors: `CacheError` if one is damaged."""
+        names = [f"{SHARDS_NAME}/{name}/{MANIFEST_NAME}" for name in self.shard_names]
+        try:
+            contents = self._folder.read_all(names)
+        except OSError as error:
+            raise CacheError(f"cache '{self.path}': a {MANIFEST_NAME} cannot be read: {error}: {VERIFY}") from error
+        return [
+            checked_manifest(content, f"{self.path}/{name}", shard)
+            for content, name, shard in zip(contents, names, self._shards, strict=True)
+        ]
+
+    def items(self, rows: Iterable[int] | None = None) -> list[tuple[str, str]]:
+        """(key, role) of some sequences by their rows, or of all, in the order of the cache.
+
+        Rows count through all shards; neighbours share decoded blocks, so that reading in this order is fast.
+        """
+        places = map(self._index.place, range(len(self)) if rows is None else rows)
+        return [self._rows[shard].item(row) for shard, row in places]
+
+    def numbers(self, name: str) -> NDArray[Any]:
+        """`n_tokens`, `n_position`, `sum_log_prob` or `mean_entropy` of all sequences, in the order of the cache."""
+        return np.concatenate([np.zeros(0), *(table.column(name).to_numpy() for table in self._tables)])
+
+    def shard_rows(self) -> list[range]:
+        """The rows of each shard's sequences, as `items` takes them."""
+        first_rows = self._index.first_rows.tolist()
+        return [range(start, stop) for start, stop in itertools.pairwise(first_rows)]
+
+    def sequence(self, key: str, role: str) -> CachedSequence:
+        """Look one sequence up. Errors: `CacheError` if it has no record."""
+        shard, row = self._index.place(self._find_one(key, role))
+        return self._rows[shard].sequence(row)
+
+    def sequences(self, items: Items) -> list[CachedSequence]:
+        """Look several sequences up. Errors: `CacheError` if one has no record."""
+        shards_B, locals_B = self._index.places(self._find(items))
+        return [
+            self._rows[shard].sequence(row) for shard, row in zip(shards_B.tolist(), locals_B.tolist(), strict=True)
+        ]
+
+    def target_ids(self, key: str, role: str) -> NDArray[np.int64]:
+        """The supervised ids of one sequence."""
+        ids_N = self.records([(key, role)]).target_ids_N.astype(np.int64)
+        supervised_N: NDArray[np.int64] = ids_N[ids_N != NO_TARGET]
+        return supervised_N
+
+    def records(self, items: Items) -> Records:
+        """Read the records of several sequences, one after another. Errors: `CacheError` if one is not there."""
+        rows_B = self._find(items)
+        shards_B, spans_B2 = self._spans(rows_B)
+        pieces: list[list[Columns]] = [[] for _ in items]
+        for shard in np.unique(shards_B).tolist():
+            numbers = np.flatnonzero(shards_B == shard).tolist()
+            with self._files.hold(shard):
+                found = self._blocks.pieces(shard, [spans_B2[number] for number in numbers])
+            for number, parts in zip(numbers, found, strict=True):
+                pieces[number] = parts
+        whole = [part for parts in pieces for part in parts]
+        if not whole:
+            return concatenate_records([], len(self.temperatures))
+        return Records(*(np.concatenate(column) for column in zip(*whole, strict=True)))
+
+    def hidden_states(self, items: Items) -> HiddenStates:
+        """Read the last hidden states of several sequences, one after another, float32.
+
+        Their rows count through the positions that `targets` gives for the same sequences. Errors: `CacheError` if the
+        cache has no hidden states, or a sequence no record.
+        """
+        shards_B, spans_B2 = self._spans(self._find(items))
+        found, before = [], 0
+        for shard, (start, stop) in zip(shards_B.tolist(), spans_B2, strict=True):
+            with self._files.hold(shard):
+                file = self._blocks.file(shard).hidden
+                if file is None:
+                    raise CacheError(f"cache '{self.path}': has no hidden states: capture with capture.hidden=float16")
+                states = file.read(start, stop)
+            found.append(HiddenStates(states.rows_M + before, states.states_MD))
+            before += stop - start
+        if not found:
+            return HiddenStates(np.zeros(0, np.int64), np.zeros((0, 0), np.float32))
+        return HiddenStates(
+            np.concatenate([part.rows_M for part in found]), np.concatenate([part.states_MD for part in found])
+        )
+
+    def targets(self, items: Items) -> SparseTargets:
+        """Decode several sequences' positions, one after another, as CPU tensors.
+
+        Errors: `CacheError` if a sequence has no record or a chunk is damaged.
+        """
+        return sparse_targets(self.records(items), self.temperatures, self.vocab_size)
+
+    def _spans(self, rows_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
+        """The shard of each sequence, and where its positions begin and end in it."""
+        shards_B, _ = self._index.places(rows_B)
+        firsts_B = self._index.starts_Q[self._index.first_rows[shards_B]]
+        spans_B2 = self._index.starts_Q[np.stack([rows_B, rows_B + 1], 1)] - firsts_B[:, None]
+        return shards_B, [(start, stop) for start, stop in spans_B2.tolist()]
+
+    def _find(self, items: Items) -> NDArray[np.int64]:
+        if isinstance(items, np.ndarray):
+            return items
+        rows_B = self._index.find(items)
+        if len(rows_B) and rows_B.min() < 0:
+            raise self._unknown(*items[int(rows_B.argmin())])
+        return rows_B
+
+    def _find_one(self, key: str, role: str) -> int:
+        row = self._index.find_one(key, role)
+        if row < 0:
+            raise self._unknown(key, role)
+        return row
+
+    def _unknown(self, key: str, role: str) -> CacheError:
+        return CacheError(
+            f"cache '{self.path}': no record of sample '{key}' ({role}): its rejected.jsonl may say why; "
+            "or capture the set that holds it"
+        )
+
+
+def _reopen(where: str, memory_bytes: int, staging: Staging | None, temperature: float | None) -> TeacherCache:
+    return TeacherCache(where, memory_bytes, staging=staging, temperature=temperature)
+
+
+def _read_cache_file(folder: LocalFolder | RemoteFolder) -> tuple[dict[str, Any], int]:
+    """Parse cache.json, and tell its size."""
+    where = folder.where
+    if isinstance(folder, LocalFolder) and not folder.path.is_dir():
+        raise CacheError(f"cache '{where}': no such folder: make one with `cache-teacher run`")
+    content = _if_there(folder, CACHE_NAME)  # not looked for in a list of the folder: not every server has one
+    if content is None:
+        if _if_there(folder, JOB_NAME) is None:
+            raise CacheError(
+                f"cache '{where}': has no {CACHE_NAME}, so it is no teacher cache: see `cache-teacher run`"
+            )
+        raise CacheError(
+            f"cache '{where}': unfinished ({CACHE_NAME} is missing): run `cache-teacher run` again with the same "
+            "settings to finish it"
+        )
+    parsed = parse_object(content, f"{where}/{CACHE_NAME}", way_out=VERIFY)
+    if not has_own_digest(content, parsed):
+        raise CacheError(f"{where}/{CACHE_NAME}: damaged (its digest is not that of its content): {VERIFY}")
+    return parsed, len(content)
+
+
+def _if_there(folder: LocalFolder | RemoteFolder, name: str) -> bytes | None:
+    try:
+        return folder.read(name)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CacheError(f"{folder.where}/{name}: cannot be read: {error.strerror or error}: {VERIFY}") from error

@@ -1,0 +1,157 @@
+"""Where an open cache's shards lie on this machine: in the cache itself, or copied from behind a URL.
+
+From a URL the sequence tables are staged together when the cache is opened, and the columns shard by shard when they
+are first read; every file is checked against the checksum that cache.json or the shard's manifest has of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol, overload
+
+import pyarrow as pa
+
+from llavamod_offline.errors import CacheError
+from llavamod_offline.folders import LocalFolder
+from llavamod_offline.remote import RemoteFolder, Wanted
+from llavamod_offline.staging import Staging
+from teacher_cache.format.manifest import (
+    CACHE_NAME,
+    COLUMNS_NAME,
+    MANIFEST_NAME,
+    SEQUENCES_NAME,
+    SHARDS_NAME,
+    parse_object,
+    sha256_bytes,
+)
+from teacher_cache.format.sequences import map_file, parse_sequences
+
+VERIFY = "run `cache-teacher verify`"
+Entry = Mapping[str, Any]
+
+
+class ShardFiles(Protocol):
+    """The files of a cache's shards. `folders[i]` holds a shard's manifest and columns while the shard is held."""
+
+    folders: list[Path]
+
+    def tables(self) -> list[pa.RecordBatch]:
+        """Open the table of every shard. Errors: `CacheError` if one is missing or damaged; `StorageError`."""
+        ...
+
+    def hold(self, shard: int) -> AbstractContextManager[object]:
+        """Keep a shard's columns on this machine. Errors: `CacheError` if a file is damaged; `StorageError`."""
+        ...
+
+
+class LocalShards:
+    """The shards of a cache on a disk."""
+
+    def __init__(self, folder: LocalFolder, shards: Sequence[Entry]) -> None:
+        self._shards = shards
+        self.folders = [folder.path / SHARDS_NAME / shard["name"] for shard in shards]
+
+    def tables(self) -> list[pa.RecordBatch]:
+        """See `ShardFiles`."""
+        files = (folder / SEQUENCES_NAME for folder in self.folders)
+        return [_checked_table(file, shard) for file, shard in zip(files, self._shards, strict=True)]
+
+    def hold(self, shard: int) -> AbstractContextManager[object]:
+        """See `ShardFiles`: they are there."""
+        return nullcontext()
+
+
+class StagedShards:
+    """The shards of a cache behind a URL."""
+
+    def __init__(self, folder: RemoteFolder, shards: Sequence[Entry], digest: str, staging: Staging) -> None:
+        self._folder = folder
+        self._shards = shards
+        self._digest = digest
+        self._staging = staging
+        self._units = [f"columns-{shard['files'][MANIFEST_NAME]['sha256']}" for shard in shards]
+        self.folders = [staging.path(unit) for unit in self._units]
+
+    def tables(self) -> list[pa.RecordBatch]:
+        """See `ShardFiles`. A table that is mapped stays readable when its file is removed."""
+        entries = [shard["files"][SEQUENCES_NAME] for shard in self._shards]
+        names = [f"{SHARDS_NAME}/{shard['name']}/{SEQUENCES_NAME}" for shard in self._shards]
+
+        def fill(aside: Path) -> None:
+            self._fetch((name, aside / name, entry) for name, entry in zip(names, entries, strict=True))
+
+        size = sum(entry["bytes"] for entry in entries)
+        with self._staging.hold(f"tables-{self._digest}", size, fill) as unit:
+            return [_checked_table(unit / name, shard) for name, shard in zip(names, self._shards, strict=True)]
+
+    def hold(self, shard: int) -> AbstractContextManager[object]:
+        """See `ShardFiles`."""
+        folder = f"{SHARDS_NAME}/{self._shards[shard]['name']}"
+
+        def fill(aside: Path) -> None:
+            name = f"{folder}/{MANIFEST_NAME}"
+            self._fetch([(name, aside / MANIFEST_NAME, self._shards[shard]["files"][MANIFEST_NAME])])
+            manifest = checked_manifest((aside / MANIFEST_NAME).read_bytes(), name, self._shards[shard])
+            self._fetch((f"{folder}/{file}", aside / file, entry) for file, entry in column_files(manifest).items())
+
+        return self._staging.hold(self._units[shard], self._shards[shard]["bytes"], fill)
+
+    def _fetch(self, files: Iterable[tuple[str, Path, Entry]]) -> None:
+        """Download files, given by name, place on this machine and entry, and check them."""
+        wanted = [Wanted(name, path, entry["bytes"], entry["sha256"]) for name, path, entry in files]
+        try:
+            damaged = self._folder.fetch(wanted)
+        except FileNotFoundError as error:
+            raise CacheError(f"{error.filename or self._folder.where}: missing: {VERIFY}") from error
+        if damaged:
+            raise CacheError(f"{self._folder.where}/{damaged[0]}: damaged (its checksum is another): {VERIFY}")
+
+
+class Manifests(Sequence[Mapping[str, Any]]):
+    """The shards' manifests, read when asked for: opening a cache takes none. Of the files the columns alone.
+
+    Errors when one is asked for: `CacheError` if it is missing or damaged.
+    """
+
+    def __init__(self, folders: Sequence[Path], shards: Sequence[Entry]) -> None:
+        self._folders = folders
+        self._shards = shards
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    @overload
+    def __getitem__(self, shard: int) -> Mapping[str, Any]: ...
+    @overload
+    def __getitem__(self, shard: slice) -> Sequence[Mapping[str, Any]]: ...
+    def __getitem__(self, shard: int | slice) -> Mapping[str, Any] | Sequence[Mapping[str, Any]]:
+        if isinstance(shard, slice):
+            return Manifests(self._folders[shard], self._shards[shard])
+        file = self._folders[shard] / MANIFEST_NAME
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise CacheError(f"{file}: cannot be read: {error.strerror or error}: {VERIFY}") from error
+        manifest = checked_manifest(content, str(file), self._shards[shard])
+        return {**manifest, "files": column_files(manifest)}
+
+
+def checked_manifest(content: bytes, where: str, shard: Entry) -> dict[str, Any]:
+    """Parse a manifest. Errors: `CacheError` naming it by `where`, if it is not the one that cache.json speaks of."""
+    if sha256_bytes(content) != shard["files"][MANIFEST_NAME]["sha256"]:
+        raise CacheError(f"{where}: its checksum is not the one in {CACHE_NAME}: {VERIFY}")
+    return parse_object(content, where, way_out=VERIFY)
+
+
+def column_files(manifest: Mapping[str, Any]) -> dict[str, Entry]:
+    """The entries of a manifest that are of columns."""
+    return {name: entry for name, entry in manifest["files"].items() if name.startswith(f"{COLUMNS_NAME}/")}
+
+
+def _checked_table(file: Path, shard: Entry) -> pa.RecordBatch:
+    content = map_file(file) if file.is_file() else None
+    if content is None or sha256_bytes(memoryview(content)) != shard["files"][SEQUENCES_NAME]["sha256"]:
+        raise CacheError(f"{file}: missing, or its checksum is not the one in {CACHE_NAME}: {VERIFY}")
+    return parse_sequences(content, file)

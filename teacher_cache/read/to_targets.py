@@ -1,0 +1,58 @@
+"""Records → `SparseTargets`, the padded tensors that losses take.
+
+Letters: N positions, K and M the longest head and list of draws, D draws of all positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llavamod_offline.losses.targets import EMPTY_ID, SparseTargets
+from teacher_cache.format.head_codes import starts
+from teacher_cache.format.record import Records
+
+
+def sparse_targets(records: Records, temperatures: tuple[float, ...], vocab_size: int) -> SparseTargets:
+    """Pad records to the longest head and list of draws, as CPU tensors, ids of 32 bits; each draw weighs alike."""
+    head_width, head_places = _places(records.head_counts_N)
+    draw_width, draw_places = _places(records.draw_counts_N)
+    rows = len(records)
+    drawn_NM = np.arange(draw_width) < records.draw_counts_N[:, None]
+    weights_N = (1 / np.maximum(records.draw_counts_N, 1)).astype(np.float32)
+    return SparseTargets(
+        head_ids_NK=_padded(records.head_ids_H, head_places, rows, head_width, EMPTY_ID),
+        head_log_probs_NK=_padded(records.head_log_probs_H, head_places, rows, head_width, float("-inf")),
+        tail_log_mass_N=_tensor(records.tail_log_mass_N).float(),
+        draw_ids_NM=_padded(records.draw_ids_D, draw_places, rows, draw_width, EMPTY_ID),
+        draw_weights_NM=torch.from_numpy(drawn_NM * weights_N[:, None]),
+        target_ids_N=_tensor(records.target_ids_N).long(),
+        target_log_probs_N=_tensor(records.target_log_probs_N).float(),
+        entropy_N=_tensor(records.entropy_N).float(),
+        log_normalisers_NS=_tensor(records.log_normalisers_NS).float(),
+        temperatures=temperatures,
+        vocab_size=vocab_size,
+    )
+
+
+def _tensor(values: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values))
+
+
+def _places(counts_N: NDArray[np.int32]) -> tuple[int, NDArray[np.int64]]:
+    """The width of a padded table, and where in it, read row by row, each entry goes."""
+    width = int(counts_N.max()) if len(counts_N) else 0
+    gaps_N = np.arange(len(counts_N)) * width - starts(counts_N)
+    places = np.repeat(gaps_N, counts_N)
+    places += np.arange(len(places))
+    return width, places
+
+
+def _padded(values: NDArray[Any], places: NDArray[np.int64], rows: int, width: int, empty: float) -> Tensor:
+    table = np.full(rows * width, empty, values.dtype)
+    table[places] = values
+    return torch.from_numpy(table.reshape(rows, width))

@@ -1,0 +1,101 @@
+"""`cache-teacher verify --repair`: take away what is damaged, so that `cache-teacher run` makes just that again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llavamod_offline.errors import CacheError
+from llavamod_offline.folders import open_folder
+from teacher_cache.format.manifest import (
+    CACHE_NAME,
+    JOB_NAME,
+    MANIFEST_NAME,
+    REJECTED_NAME,
+    SHARDS_NAME,
+    canonical,
+    job_content,
+    sha256_bytes,
+)
+from teacher_cache.verify.cache import examine
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What a repair found and did; names are relative to the cache.
+
+    `shards` are those that a run has to make again (also those that were not made yet); `left` lies beside the cache's
+    own files and was not touched.
+    """
+
+    damage: list[str]
+    restored: list[str]
+    removed: list[str]
+    left: list[str]
+    shards: list[str]
+
+
+def repair_cache(where: Path | str) -> Repair:
+    """Remove a cache's damaged shards, what depends on them, leftovers of killed writers and strays in `shards/`.
+
+    A damaged `job.json` is written anew from `cache.json`. Not to be used while a run writes the cache.
+    Errors: `CacheError` if there is no cache, its disk refuses, or `job.json` is damaged and `cache.json` too.
+    """
+    folder = open_folder(where)
+    findings = examine(folder, unfinished=True)
+    restored, removed = [], []
+    try:
+        if findings.job is None:
+            if findings.cache is None:
+                raise CacheError(
+                    f"{folder.where}/{JOB_NAME}: damaged or missing, and no sound {CACHE_NAME} to restore it from, so "
+                    "nothing says what the shards were made from: put back a copy of one of the two, or remove the "
+                    "folder and run again"
+                )
+            job = job_content(findings.cache["fingerprint"], [shard["name"] for shard in findings.cache["shards"]])
+            if sha256_bytes(canonical(job)) != findings.cache["files"][JOB_NAME]["sha256"]:
+                raise CacheError(
+                    f"{folder.where}/{JOB_NAME}: damaged, and {CACHE_NAME} speaks of another one: put back a copy of "
+                    "it, or remove the folder and run again"
+                )
+            folder.write(JOB_NAME, canonical(job))
+            findings.job = job
+            restored.append(JOB_NAME)
+        names = folder.names()
+        strays = set(findings.strays)
+        if any(line.partition(":")[0] not in {*strays, JOB_NAME} for line in findings.damage):
+            # cache.json first: without it nobody takes the rest for a whole cache
+            for name in (CACHE_NAME, REJECTED_NAME):
+                if name in names:
+                    folder.remove_files([name])
+                    removed.append(name)
+        for name in [f"{SHARDS_NAME}/{shard}" for shard in findings.damaged] + findings.strays:
+            if not any(name.startswith(f"{other}/") for other in removed):
+                folder.remove(name, MANIFEST_NAME)
+                removed.append(name)
+        for name in (JOB_NAME, CACHE_NAME, REJECTED_NAME, f"{SHARDS_NAME}/*"):
+            removed += folder.clear_leftovers(name)
+    except OSError as error:
+        raise CacheError(f"{folder.where}: cannot be repaired: {error.strerror or error}") from error
+    own = {CACHE_NAME, JOB_NAME, REJECTED_NAME, SHARDS_NAME}
+    there = {shard["name"] for shard in findings.found["shards"]} - set(findings.damaged)
+    return Repair(
+        damage=findings.damage,
+        restored=restored,
+        removed=removed,
+        left=sorted(name for name in names - own if not name.startswith(".")),
+        shards=[name for name in findings.job["shards"] if name not in there],
+    )
+
+
+def repair_lines(where: str, done: Repair) -> list[str]:
+    """What a repair did, as text."""
+    lines = [f"found: {problem}" for problem in done.damage]
+    lines += [f"restored: {name}" for name in done.restored]
+    lines += [f"removed: {name}" for name in done.removed]
+    lines += [f"left alone, not part of the cache: {name}" for name in done.left]
+    if done.shards or CACHE_NAME in done.removed:
+        rest = f"{CACHE_NAME} and {REJECTED_NAME}"
+        missing = f"{len(done.shards)} missing shards, {rest}" if done.shards else rest
+        return [*lines, f"{where}: run `cache-teacher run` with the same settings to make {missing}"]
+    return [*lines, f"{where}: sound"]

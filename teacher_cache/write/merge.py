@@ -1,0 +1,180 @@
+"""`cache-teacher merge`: one cache out of finished caches over different data, shard by shard, nothing decoded.
+
+Shards are taken over as they are: hard links on one disk, else copies. One whose name is taken gets another, which its
+manifest says; every other file stays the same to the byte. Interrupted, it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from llavamod_offline.errors import CacheError, ConfigError
+from llavamod_offline.folders import open_folder
+from teacher_cache.fingerprint import check_allowed, differences
+from teacher_cache.format.manifest import MANIFEST_NAME, SHARDS_NAME, canonical
+from teacher_cache.read.reader import TeacherCache
+from teacher_cache.write.store import CacheStore
+
+# What decides how records are read, and what an id means, is one for a whole cache.
+_NEVER_ALLOWED = (
+    "capture.vocab_size",
+    "capture.temperatures",
+    "capture.precision",
+    "capture.positions",
+    "capture.hidden",
+    "capture.head_max",
+    "capture.draws_max",
+    "capture.forced_ids",
+    "tokenizer.vocabulary",
+    "tokenizer.merges",
+    "tokenizer.added_tokens",
+)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge made. `renamed`: each shard that got another name, as `CACHE/NAME`, and its name now."""
+
+    output: str
+    caches: int
+    shards: int
+    sequences: int
+    positions: int
+    bytes: int
+    digest: str
+    renamed: dict[str, str]
+
+
+def merge_caches(caches: Sequence[TeacherCache], output: str, *, allow: Sequence[str] = ()) -> Merged:
+    """Put finished caches together, in the order given.
+
+    All must have one fingerprint but for `data`, and `allow` names fields that may differ; of such a field the merged
+    fingerprint holds the list of values. `data.digest` is the list of the caches' digests, `data.samples` their sum.
+    Errors: `CacheError` with the differing fields side by side, or naming the first (key, role) that two caches have;
+    `ConfigError` for a field that cannot be allowed; the errors of writing a cache.
+    """
+    if len(caches) < 2:
+        raise ConfigError("merge: name two caches or more")
+    _check_fingerprints(caches, allow)
+    _check_keys(caches)
+    shards = list(named_shards(caches))
+    store = CacheStore.open(output, merged_fingerprint([cache.fingerprint for cache in caches]), [s[2] for s in shards])
+    store.start()
+    missing = set(store.missing())
+    for cache, name, new_name in tqdm(shards, desc="merge", unit="shard", disable=not sys.stderr.isatty()):
+        if new_name in missing:
+            _take_over(cache, name, store, new_name)
+    content = store.finalise()
+    return Merged(
+        output=output,
+        caches=len(caches),
+        shards=len(shards),
+        sequences=content["totals"]["sequences"],
+        positions=content["totals"]["positions"],
+        bytes=content["totals"]["bytes"],
+        digest=content["digest"],
+        renamed={f"{cache.path}/{name}": new_name for cache, name, new_name in shards if name != new_name},
+    )
+
+
+def merged_fingerprint(fingerprints: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The fingerprint of a merged cache."""
+    merged: dict[str, Any] = _common(fingerprints)
+    digests = [fingerprint["data"]["digest"] for fingerprint in fingerprints]
+    merged["data"] = {
+        "digest": [part for digest in digests for part in (digest if isinstance(digest, list) else [digest])],
+        "samples": sum(fingerprint["data"]["samples"] for fingerprint in fingerprints),
+    }
+    return merged
+
+
+def _common(values: Sequence[Any]) -> Any:
+    """One value if all are the same, sections field by field, else the list of the different ones in order."""
+    if all(isinstance(value, Mapping) for value in values):
+        fields = dict.fromkeys(field for value in values for field in value)
+        return {field: _common([value.get(field) for value in values]) for field in fields}
+    different = [value for number, value in enumerate(values) if value not in values[:number]]
+    return different[0] if len(different) == 1 else different
+
+
+def _check_fingerprints(caches: Sequence[TeacherCache], allow: Sequence[str]) -> None:
+    check_allowed(allow, *(cache.fingerprint for cache in caches))
+    first = caches[0]
+    for other in caches[1:]:
+        sides = (first.fingerprint, other.fingerprint)
+        found = differences(*sides, allow=[*allow, "data"], names=(f"'{first.path}'", f"'{other.path}'"))
+        if found:
+            raise CacheError(
+                f"merge: the caches were made from other settings: {'; '.join(found)}: "
+                "capture one of them again, or allow a field by name if you know it does no harm"
+            )
+        for field in _NEVER_ALLOWED:
+            section, name = field.split(".")
+            if sides[0][section].get(name) != sides[1][section].get(name):
+                raise ConfigError(f"allow: {field} decides how records are read: it cannot differ within one cache")
+
+
+def _check_keys(caches: Sequence[TeacherCache]) -> None:
+    """Refuse a sequence that two caches have. Errors: `CacheError` naming the first in the order of the later cache."""
+    for number, cache in enumerate(caches):
+        for earlier in caches[:number]:
+            twice = {(key, role) for role in cache.roles for key in earlier.keys(role) & cache.keys(role)}
+            if twice:
+                key, role = next(item for item in cache.items() if item in twice)
+                raise CacheError(
+                    f"merge: sample '{key}' ({role}) is in cache '{earlier.path}' and in '{cache.path}', with "
+                    f"{len(twice) - 1} more: a cache holds a sequence once: capture the sets under different keys"
+                )
+
+
+def named_shards(caches: Sequence[TeacherCache]) -> Iterator[tuple[TeacherCache, str, str]]:
+    """Every shard with its cache, its name there, and its name in the merged cache: the same if it is free."""
+    every = {name for cache in caches for name in cache.shard_names}
+    taken: set[str] = set()
+    for cache in caches:
+        for name in cache.shard_names:
+            new_name, number = name, 1
+            while new_name in taken or (number > 1 and new_name in every):
+                number += 1
+                new_name = f"{name}_{number}"
+            taken.add(new_name)
+            yield cache, name, new_name
+
+
+def _take_over(cache: TeacherCache, name: str, store: CacheStore, new_name: str) -> None:
+    source = open_folder(cache.path)
+    try:
+        with (
+            source.copied(f"{SHARDS_NAME}/{name}") as there,
+            store.folder.commit(f"{SHARDS_NAME}/{new_name}", MANIFEST_NAME) as here,
+        ):
+            for file in sorted(path for path in there.rglob("*") if path.is_file()):
+                target = here / file.relative_to(there)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if name != new_name and file == there / MANIFEST_NAME:
+                    target.write_bytes(canonical({**json.loads(file.read_bytes()), "name": new_name}))
+                else:
+                    _link(file, target)
+    except FileExistsError:
+        return  # another process that merges the same was faster
+    except OSError as error:
+        raise CacheError(
+            f"shard '{name}' of cache '{cache.path}': cannot be taken over: {error.strerror or error}: "
+            "make room or leave, and merge again to go on"
+        ) from error
+
+
+def _link(file: Path, target: Path) -> None:
+    try:
+        os.link(file, target)
+    except OSError:  # another disk, or one that knows no hard links
+        shutil.copyfile(file, target)

@@ -1,0 +1,274 @@
+"""Writing a cache: one immutable cache shard for each data shard, committed atomically; `cache.json` last.
+
+A kill leaves committed shards and perhaps a hidden folder aside, which the next run removes; behind a URL, perhaps the
+files of a shard without its manifest, which the next run writes anew. Several processes and machines may write one
+cache, each its own shards, in any order: the result is the same to the byte.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llavamod_offline.errors import CacheError
+from llavamod_offline.folders import Folder, LocalFolder, open_folder
+from teacher_cache.fingerprint import differences
+from teacher_cache.format.columns import write_columns
+from teacher_cache.format.manifest import (
+    CACHE_NAME,
+    COLUMNS_NAME,
+    FORMAT_VERSION,
+    JOB_NAME,
+    MANIFEST_NAME,
+    REJECTED_NAME,
+    SEQUENCES_NAME,
+    SHARDS_NAME,
+    cache_content,
+    canonical,
+    content_digest,
+    content_entry,
+    file_entries,
+    job_content,
+    parse_object,
+    read_object,
+    shard_entry,
+)
+from teacher_cache.format.record import concatenate_records
+from teacher_cache.format.rejection import Rejection
+from teacher_cache.format.schema import Codec
+from teacher_cache.format.sequences import SequenceRecord, sequence_table, write_sequences
+
+_LOG = logging.getLogger(__name__)
+_REPAIR = "run `cache-teacher verify --repair`"
+_BAD_JOB = f"{_REPAIR}, which restores it from {CACHE_NAME}; without that file, choose another output"
+
+
+class CacheStore:
+    """A cache being written, on a disk or behind a URL. Nothing is written before `start`."""
+
+    def __init__(self, folder: Folder, job: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.job = job
+        self._committed: set[str] = set()
+
+    @classmethod
+    def open(
+        cls,
+        where: str | Path,
+        fingerprint: Mapping[str, Any],
+        shard_names: Sequence[str],
+        *,
+        allow: Sequence[str] = (),
+    ) -> CacheStore:
+        """Look at a path or URL: a new cache, or one to go on with; nothing is written.
+
+        Errors: `CacheError` if the folder holds something else, or a cache of another fingerprint (differing fields
+        side by side; those named in `allow` may differ); `StorageError` if a bucket cannot be used.
+        """
+        folder = open_folder(where)
+        job = job_content(fingerprint, shard_names)
+        try:
+            content = folder.read(JOB_NAME)
+        except (FileNotFoundError, NotADirectoryError):
+            if _occupied(folder):
+                raise CacheError(
+                    f"output '{folder.where}': exists and holds no teacher cache: choose another output"
+                ) from None
+            return cls(folder, job)
+        except OSError as error:
+            raise CacheError(f"output '{folder.where}': cannot be read: {error.strerror or error}") from error
+        _check_folders(folder, shard_names)
+        return cls(folder, _same_job(folder, content, job, allow))
+
+    def start(self) -> None:
+        """Make the folder and say in it what it will hold; clear what killed writers left. Errors: `CacheError`."""
+        try:
+            for name in (JOB_NAME, CACHE_NAME, REJECTED_NAME, f"{SHARDS_NAME}/*"):
+                self.folder.clear_leftovers(name)
+            if not self.folder.create(JOB_NAME, canonical(self.job)):
+                # Two runs that began at once must not make one cache with different settings.
+                _same_job(self.folder, self.folder.read(JOB_NAME), self.job, ())
+            if self.missing():  # shards were taken away since: the cache is unfinished until they are back
+                self.folder.remove_files([CACHE_NAME])
+        except OSError as error:
+            raise CacheError(
+                f"output '{self.folder.where}': cannot be written: {error.strerror or error}: choose another output"
+            ) from error
+
+    @property
+    def complete(self) -> bool:
+        """Whether `cache.json` is there."""
+        return CACHE_NAME in self.folder.names()
+
+    def missing(self) -> list[str]:
+        """The shards that are not committed yet, in order."""
+        names: list[str] = self.job["shards"]
+        self._committed |= committed_shards(self.folder, [name for name in names if name not in self._committed])
+        return [name for name in names if name not in self._committed]
+
+    def commit(
+        self, name: str, captured: Sequence[SequenceRecord], rejected: Sequence[Rejection], codec: Codec
+    ) -> None:
+        """Write one shard, whole or not at all. Errors: `CacheError` if the disk is full or refuses; `StorageError`."""
+        self.add(name, lambda folder: write_shard(folder, name, captured, rejected, codec))
+
+    def add(self, name: str, fill: Callable[[Path], None]) -> None:
+        """Commit one shard, all of whose files `fill` writes into a local folder. Errors as of `commit`."""
+        shard = f"{SHARDS_NAME}/{name}"
+        where = f"{self.folder.where}/{shard}"
+        _check_folders(self.folder, [name])
+        try:
+            faster = bool(committed_shards(self.folder, [name]))
+            if not faster:
+                self.folder.remove_files([f"{shard}/{MANIFEST_NAME}"])  # of a shard that has lost files
+                with self.folder.commit(shard, MANIFEST_NAME) as folder:
+                    fill(folder)
+        except FileExistsError as error:
+            faster = True
+            if not isinstance(self.folder, LocalFolder):  # files of both may lie there
+                raise CacheError(f"{where}: two processes wrote it at once: {_REPAIR}, then run again") from error
+        except OSError as error:
+            raise CacheError(
+                f"{where}: cannot be written: {error.strerror or error}: make room or leave, and run again to resume"
+            ) from error
+        if faster:
+            _LOG.warning("shard %s: another process has committed it meanwhile; its copy stays", name)
+        self._committed.add(name)
+
+    def outcomes(self, names: Sequence[str]) -> tuple[int, list[Rejection]]:
+        """How many sequences some committed shards hold, and which they rejected. Errors: `CacheError`."""
+        captured = 0
+        rejected = []
+        try:
+            for name, content in zip(names, self._read_all(names, MANIFEST_NAME), strict=True):
+                where = f"{self.folder.where}/{SHARDS_NAME}/{name}/{MANIFEST_NAME}"
+                captured += int(parse_object(content, where, way_out=_REPAIR)["sequences"])
+            for content in self._read_all(names, REJECTED_NAME):
+                rejected += [Rejection(**json.loads(line)) for line in content.splitlines()]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CacheError(
+                f"{self.folder.where}: a shard cannot be read ({error}): {_REPAIR}, then run again"
+            ) from error
+        return captured, rejected
+
+    def finalise(self) -> dict[str, Any]:
+        """Write `rejected.jsonl` and `cache.json`, unless that is done; all shards must be committed.
+
+        Returns the content of cache.json.
+        """
+        if self.complete:
+            return read_object(self.folder, CACHE_NAME, way_out=_REPAIR)
+        names: list[str] = self.job["shards"]
+        try:
+            rejected = b"".join(self._read_all(names, REJECTED_NAME))
+            shards = []
+            for name, content in zip(names, self._read_all(names, MANIFEST_NAME), strict=True):
+                where = f"{self.folder.where}/{SHARDS_NAME}/{name}/{MANIFEST_NAME}"
+                shards.append(shard_entry(name, content, parse_object(content, where, way_out=_REPAIR)))
+            job = canonical(self.job)
+            self.folder.write(REJECTED_NAME, rejected)
+            cache = cache_content(
+                self.job, shards, {JOB_NAME: content_entry(job), REJECTED_NAME: content_entry(rejected)}
+            )
+            self.folder.write(CACHE_NAME, canonical(cache))
+        except FileNotFoundError as error:
+            raise CacheError(f"{error.filename or error}: missing: {_REPAIR}, then run again") from error
+        except OSError as error:
+            raise CacheError(
+                f"{self.folder.where}: cannot be written: {error.strerror or error}: run again to finish"
+            ) from error
+        return cache
+
+    def _read_all(self, names: Sequence[str], file: str) -> list[bytes]:
+        return self.folder.read_all(f"{SHARDS_NAME}/{name}/{file}" for name in names)
+
+
+def committed_shards(folder: Folder, names: Iterable[str]) -> set[str]:
+    """Which of the named shards are committed.
+
+    On a disk: those whose folder is there. Behind a URL, where nothing is renamed: those whose manifest is there, as
+    are all files that it names, in their sizes.
+    """
+    wanted = list(names)
+    if isinstance(folder, LocalFolder):
+        return {name for name in wanted if (folder.path / SHARDS_NAME / name).is_dir()}
+    shards: dict[str, dict[str, int]] = {}
+    if len(wanted) == 1:
+        shards[wanted[0]] = folder.sizes(f"{SHARDS_NAME}/{wanted[0]}")
+    elif wanted:
+        for file, size in folder.sizes(SHARDS_NAME).items():
+            name, _, rest = file.partition("/")
+            shards.setdefault(name, {})[rest] = size
+    begun = [name for name in wanted if MANIFEST_NAME in shards.get(name, {})]
+    manifests = folder.read_all(f"{SHARDS_NAME}/{name}/{MANIFEST_NAME}" for name in begun)
+    return {name for name, content in zip(begun, manifests, strict=True) if _is_whole(content, shards[name])}
+
+
+def write_shard(
+    folder: Path, name: str, captured: Sequence[SequenceRecord], rejected: Sequence[Rejection], codec: Codec
+) -> None:
+    """Write all files of a shard into a local folder, the manifest last."""
+    records = concatenate_records([item.records for item in captured], len(codec.temperatures))
+    hidden = [item.hidden for item in captured if item.hidden is not None] if codec.hidden else []
+    write_columns(folder / COLUMNS_NAME, records, codec, hidden, [len(item.records) for item in captured])
+    write_sequences(folder / SEQUENCES_NAME, sequence_table(captured))
+    (folder / REJECTED_NAME).write_bytes(b"".join(_rejected_line(item) for item in rejected))
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "name": name,
+        "sequences": len(captured),
+        "positions": len(records),
+        "heads": len(records.head_ids_H),
+        "draws": len(records.draw_ids_D),
+        "rejected": len(rejected),
+        "files": file_entries(folder),
+    }
+    (folder / MANIFEST_NAME).write_bytes(canonical(manifest))
+
+
+def _is_whole(manifest: bytes, sizes: Mapping[str, int]) -> bool:
+    try:
+        files = parse_object(manifest, "", way_out="")["files"]
+        return all(sizes.get(name) == entry["bytes"] for name, entry in files.items())
+    except (CacheError, KeyError, TypeError, AttributeError):
+        return False  # written in part, by a store that does not write whole files at once
+
+
+def _rejected_line(item: Rejection) -> bytes:
+    row = {"key": item.key, "role": item.role, "reason": item.reason}
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+
+
+def _check_folders(folder: Folder, names: Iterable[str]) -> None:
+    """Refuse a file where shards, or one of them, must be a folder. Errors: `CacheError` naming it."""
+    if not isinstance(folder, LocalFolder):
+        return
+    shards = folder.path / SHARDS_NAME
+    for path in (shards, *(shards / name for name in names)):
+        if path.exists() and not path.is_dir():
+            raise CacheError(f"{path}: is a file where the cache has a folder: remove it, or choose another output")
+
+
+def _occupied(folder: Folder) -> bool:
+    if isinstance(folder, LocalFolder) and not folder.path.is_dir():
+        return folder.path.exists()
+    return any(not name.startswith(".") for name in folder.names())
+
+
+def _same_job(folder: Folder, content: bytes, job: Mapping[str, Any], allow: Sequence[str]) -> dict[str, Any]:
+    """The job that a cache was begun with. Errors: `CacheError` if it is not this one."""
+    there = parse_object(content, f"{folder.where}/{JOB_NAME}", way_out=_BAD_JOB)
+    if there.get("digest") != content_digest(there):
+        raise CacheError(f"{folder.where}/{JOB_NAME}: damaged (its digest is not that of its content): {_BAD_JOB}")
+    found = differences(there["fingerprint"], job["fingerprint"], allow=allow)
+    if there["shards"] != job["shards"] and "data" not in allow:
+        found.append(f"shards: there {len(there['shards'])}, now {len(job['shards'])}")
+    if found:
+        raise CacheError(
+            f"output '{folder.where}': holds a cache made from other settings: {'; '.join(found)}: "
+            "choose another output, or give the same settings again"
+        )
+    return there

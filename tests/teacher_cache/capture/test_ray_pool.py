@@ -1,0 +1,155 @@
+"""A capture on a local Ray cluster: the same cache as without, whoever dies, and nothing but our own lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from llavamod_offline.config import load_config
+from llavamod_offline.data.pack import write_set
+from llavamod_offline.data.sample import Sample
+from teacher_cache.capture.ray_pool import RayPool
+from teacher_cache.config import CacheConfig
+from teacher_cache.format.manifest import file_entries
+from teacher_cache.read.reader import open_cache
+from tests.teacher_cache.conftest import World
+from tests.tiny import tiny_samples
+
+ROOT = Path(__file__).parents[3]
+RUN = "from teacher_cache.cli.main import main; main()"
+MORTAL = "from tests.teacher_cache.capture.ray_driver import main; main()"
+ON_RAY = ("engine.ray=true", "engine.ray_workers=2")
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytest.importorskip("ray")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As many threads here as a worker has: the last digits of a product on a CPU depend on them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def in_a_process(code: str, *arguments: str, address: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run it to its end, and see that no process of its cluster stays behind."""
+    mark = uuid.uuid4().hex
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MARK": mark}
+    environment |= {"RAY_ADDRESS": address} if address else {}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    deadline = time.monotonic() + 300
+    while (left := _marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
+    return done
+
+
+def _marked(mark: str) -> list[str]:
+    """The processes that have a word in their environment."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:  # not ours, or gone
+            continue
+    return found
+
+
+def test_two_workers_make_the_cache_of_one_process(world: World, tmp_path: Path) -> None:
+    """With a picture that cannot be read, and shards that another slice has made."""
+    samples = tiny_samples(10)
+    broken = Sample("broken", samples[0].turns, (b"no picture",), ("png",))
+    write_set([*samples[:3], broken, *samples[3:]], tmp_path / "set", shard_samples=3)
+    alone = world.run(tmp_path / "alone", data=tmp_path / "set")
+    world.run(tmp_path / "c", "slice=0/3", data=tmp_path / "set")
+    done = in_a_process(RUN, "run", *world.arguments(tmp_path / "c", *ON_RAY, data=tmp_path / "set"))
+    assert done.returncode == 3, done.stderr
+    assert f"digest {alone.digest}" in done.stdout
+    assert "rejected 1: " in done.stdout
+    assert "(broken)" in done.stdout
+    assert file_entries(tmp_path / "c") == file_entries(tmp_path / "alone")
+    assert done.stderr.splitlines() == [f"{tmp_path}/c: 2 of 4 shards to capture", "ray: 2 workers"]
+
+
+def test_workers_that_are_killed_amid_a_shard_change_nothing(world: World, finished: Path, tmp_path: Path) -> None:
+    """One shard kills its first worker alone and is then captured; one kills every worker, and is named."""
+    done = in_a_process(MORTAL, "samples-000002", "samples-000003", *world.arguments(tmp_path / "c", *ON_RAY))
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["samples"] == 24 - 5
+    assert said["error"].startswith("shard 'samples-000003': 3 workers died with it: ")
+    assert "run again to resume" in said["error"]
+    died = [(tmp_path / f"died-of-samples-{number:06d}").read_text().split() for number in (2, 3)]
+    assert [len(processes) for processes in died] == [1, 3]
+    assert len({*died[0], *died[1]}) == 4
+    summary = world.run(tmp_path / "c")
+    assert (summary.sequences, summary.digest) == (5, open_cache(finished).digest)
+
+
+def test_a_disk_that_refuses_a_worker_is_one_line(world: World, finished: Path, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(finished, tmp_path / "c"))
+    shutil.rmtree(output / "shards")
+    (output / "shards").symlink_to("/proc")  # where nobody may make a folder
+    done = in_a_process(RUN, "run", *world.arguments(output, *ON_RAY))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].startswith(f"error: {output}/shards/samples-00000")
+    assert "cannot be written: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (("device=cuda:1",), "set device=cuda"),
+        (("teacher=nowhere",), "nowhere"),
+    ],
+)
+def test_bad_settings_are_found_before_a_cluster_is_started(
+    world: World, tmp_path: Path, settings: tuple[str, ...], words: str
+) -> None:
+    done = in_a_process(RUN, "run", *world.arguments(tmp_path / "c", *ON_RAY, *settings))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert words in done.stderr
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_cluster_that_does_not_answer_is_one_line(world: World, tmp_path: Path) -> None:
+    done = in_a_process(RUN, "run", *world.arguments(tmp_path / "c", *ON_RAY), address="127.0.0.1:1")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: ray: no cluster at 127.0.0.1:1: ")
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "gpus"),
+    [
+        (("device=cpu",), "cpu", 0.0),
+        (("device=cuda",), "cuda", 1.0),
+        (("device=cuda", "engine.gpus_per_worker=0.5"), "cuda", 0.5),
+        (("device=cuda", "engine.kind=vllm", "engine.vllm.tensor_parallel=4"), "cuda", 4.0),
+    ],
+)
+def test_a_workers_share_follows_from_device_and_engine(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...], device: str, gpus: float
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = load_config(CacheConfig, (), world.arguments(tmp_path / "c", *ON_RAY, *settings))
+    with RayPool(config, ()) as pool:
+        assert (pool.config.device, pool.config.engine.gpus_per_worker) == (device, gpus)

@@ -1,0 +1,257 @@
+"""`run` as a whole: resumable at any moment, the same result by any road, and clear about what it refuses."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llavamod_offline.data.pack import write_set
+from llavamod_offline.data.sample import Sample, Turn
+from llavamod_offline.errors import CacheError, ConfigError, DataError, LlavaModError, ModelError
+from llavamod_offline.models.checkpoint import load_tokenizer
+from teacher_cache.format.manifest import CACHE_NAME, file_entries
+from teacher_cache.read.reader import open_cache
+from teacher_cache.verify.cache import verify_cache
+from teacher_cache.write import store
+from tests.teacher_cache.capture.killer import fork_server, run_and_die
+from tests.teacher_cache.conftest import World
+from tests.tiny import tiny_samples
+
+COMMAND = [sys.executable, "-c", "from teacher_cache.cli.main import main; main()"]
+
+
+def test_a_run_says_what_it_did_and_the_second_has_nothing_to_do(world: World, tmp_path: Path) -> None:
+    first = world.run(tmp_path / "c")
+    assert (first.complete, first.shards_done, first.shards_total) == (True, 5, 5)
+    assert (first.sequences, first.rejected) == (24, 0)
+    assert first.totals is not None
+    assert first.positions == first.totals["positions"] > 100
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "c").rglob("*")}
+    second = world.run(tmp_path / "c")
+    assert (second.sequences, second.positions, second.digest) == (0, 0, first.digest)
+    assert second.bytes_per_position == first.bytes_per_position
+    assert first.bytes_per_position == round(open_cache(tmp_path / "c").bytes_per_position, 3)
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "c").rglob("*")} == before
+
+
+def test_a_shard_that_was_taken_away_is_made_again(world: World, finished: Path, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(finished, tmp_path / "c"))
+    shutil.rmtree(output / "shards/samples-000003")
+    assert world.run(output).sequences == 5
+    assert file_entries(output) == file_entries(finished)
+
+
+def test_place_time_batch_size_and_workers_do_not_enter_the_cache(world: World, finished: Path, tmp_path: Path) -> None:
+    """What is said of a cache is equal; numbers are equal up to rounding (see the engine's tests)."""
+    world.run(tmp_path / "deep" / "er" / "c", "batch_size=3", "workers=1")
+    ours, other = open_cache(tmp_path / "deep/er/c"), open_cache(finished)
+    assert ours.fingerprint == other.fingerprint
+    items = [(key, "response") for key in sorted(other.keys("response"))]
+    assert torch.allclose(ours.targets(items).entropy_N, other.targets(items).entropy_N, atol=1e-4)
+    text = (tmp_path / "deep/er/c" / CACHE_NAME).read_text() + (tmp_path / "deep/er/c/job.json").read_text()
+    assert str(tmp_path) not in text
+    assert str(world.teacher) not in text
+
+
+def test_the_same_run_elsewhere_gives_the_same_bytes(world: World, finished: Path, tmp_path: Path) -> None:
+    world.run(tmp_path / "again")
+    assert file_entries(tmp_path / "again") == file_entries(finished)
+
+
+def test_slices_by_different_runs_make_the_same_cache(world: World, finished: Path, tmp_path: Path) -> None:
+    for part in (2, 0):
+        summary = world.run(tmp_path / "c", f"slice={part}/3")
+        assert not summary.complete
+        assert summary.digest is None
+        with pytest.raises(CacheError, match="unfinished"):
+            open_cache(tmp_path / "c")
+    last = world.run(tmp_path / "c", "slice=1/3")
+    assert last.complete
+    assert last.digest == open_cache(finished).digest
+
+
+def test_killed_between_any_two_steps_and_resumed_it_is_the_same_cache(
+    world: World, small: Path, tmp_path: Path
+) -> None:
+    """SIGKILL before the n-th change on disk, for n all over the run; each resumed in turn."""
+    data = small.parent / "set"
+    expected = file_entries(small)
+    context = fork_server()
+
+    def attempt(output: Path, moment: int) -> int | None:
+        here, there = context.Pipe()
+        arguments = world.arguments(output, data=data)
+        process = context.Process(target=run_and_die, args=(arguments, str(output), moment, there))
+        process.start()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        return here.recv() if process.exitcode == 0 else None
+
+    changes = attempt(tmp_path / "counted", sys.maxsize)
+    assert changes is not None
+    generator = random.Random(0)
+    middle = changes // 2  # about where the first of two shards is committed
+    moments = {1, 3, middle - 1, middle, middle + 1, changes - 1, changes, *generator.sample(range(4, changes - 1), 4)}
+    for moment in sorted(moments):
+        output = tmp_path / f"c{moment}"
+        assert attempt(output, moment) is None
+        assert not (output / CACHE_NAME).exists()
+        if generator.random() < 0.4:  # and once more while it resumes
+            attempt(output, generator.randrange(1, middle))
+        world.run(output, data=data)
+        assert file_entries(output) == expected, f"killed before change {moment}"
+        shutil.rmtree(output)
+
+
+def test_the_command_killed_and_started_again_gives_the_same_digest(
+    world: World, finished: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "c"
+    command = [*COMMAND, "run", *world.arguments(output)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 300
+    while not list(output.glob("shards/samples-*")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    resumed = subprocess.run([*command, "--json"], env=environment, capture_output=True, text=True, check=True)
+    summary = json.loads(resumed.stdout)
+    assert summary["complete"]
+    assert summary["digest"] == open_cache(finished).digest
+    assert summary["sequences"] < 24 or process.returncode == 0
+    assert verify_cache(output).ok
+
+
+def test_a_disk_that_fills_up_stops_the_run_and_room_lets_it_go_on(
+    world: World, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards are written beside the teacher: its next one is given up, those before are kept."""
+    write = store.write_shard
+
+    def fill(folder: Path, name: str, *rest: Any) -> None:
+        write(folder, name, *rest)
+        if name == "samples-000002":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_shard", fill)
+        with pytest.raises(CacheError, match=r"shards/samples-000002: cannot be written: No space left on device: "):
+            world.run(tmp_path / "c")
+    there = sorted(path.name for path in (tmp_path / "c/shards").iterdir())
+    assert there == ["samples-000000", "samples-000001"]
+    assert world.run(tmp_path / "c").sequences == 14
+    assert file_entries(tmp_path / "c") == file_entries(finished)
+
+
+def test_what_cannot_be_captured_is_on_record(world: World, tmp_path: Path) -> None:
+    samples = tiny_samples(6)
+    long = Sample("long", (Turn("user", "many " * 300), Turn("assistant", "words")))
+    write_set([*samples[:3], long, *samples[3:]], tmp_path / "set", shard_samples=4)
+    summary = world.run(tmp_path / "c", "max_length=200", data=tmp_path / "set")
+    assert (summary.sequences, summary.rejected) == (6, 1)
+    row = json.loads((tmp_path / "c/rejected.jsonl").read_text())
+    assert (row["key"], row["role"]) == ("long", "response")
+    assert "more than max_length 200" in row["reason"]
+    cache = open_cache(tmp_path / "c")
+    assert ("long", "response") not in cache
+    assert cache.totals["rejected"] == 1
+
+
+def test_a_sequence_beyond_the_teachers_context_is_rejected(world: World, tmp_path: Path) -> None:
+    long = Sample("long", (Turn("user", "many " * 1100), Turn("assistant", "words")))
+    write_set([long, *tiny_samples(1)], tmp_path / "set")
+    world.run(tmp_path / "c", "max_length=100000", data=tmp_path / "set")
+    assert "the teacher takes 1024" in (tmp_path / "c/rejected.jsonl").read_text()
+
+
+def test_a_set_of_which_nothing_can_be_captured_is_an_error(world: World, tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match=r"not one sequence could be captured: .*rejected.jsonl has the reasons"):
+        world.run(tmp_path / "c", "max_length=5")
+
+
+def test_preference_samples_give_both_roles(world: World, tmp_path: Path) -> None:
+    summary = world.run(tmp_path / "c", data=world.pairs)
+    cache = open_cache(tmp_path / "c")
+    assert summary.sequences == 14
+    assert cache.roles == ("chosen", "rejected")
+    assert cache.keys("chosen") == cache.keys("rejected") == {f"pair-{number:04d}" for number in range(7)}
+    chosen, rejected = (cache.sequence("pair-0003", role) for role in cache.roles)
+    assert chosen.content_hash == rejected.content_hash
+    assert chosen.target_hash != rejected.target_hash
+    assert chosen.sum_log_prob != rejected.sum_log_prob
+
+
+def test_forced_tokens_are_in_every_head(world: World, tmp_path: Path) -> None:
+    world.run(tmp_path / "c", "capture.forced_tokens=['<|endoftext|>','7']", "capture.head_max=2")
+    cache = open_cache(tmp_path / "c")
+    tokenizer = load_tokenizer(world.teacher)
+    targets = cache.targets([(key, "response") for key in cache.keys("response")])
+    for token in (tokenizer.convert_tokens_to_ids("<|endoftext|>"), tokenizer.encode("7")[0]):
+        assert (targets.head_ids_NK == token).any(-1).all()
+    assert targets.head_ids_NK.shape[1] <= 4
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "words"),
+    [
+        ("capture.head_mas=0.9", ConfigError, "head_mass"),
+        ("capture.head_max=many", ConfigError, "capture.head_max"),
+        ("capture.head_max=0", ConfigError, "head_max is 0, must be at least 1"),
+        ("capture.precision=float8", ConfigError, "capture.precision: Invalid value 'float8', expected one of"),
+        ("capture.positions=some", ConfigError, "capture.positions: Invalid value 'some', expected one of"),
+        ("capture.temperatures=[1.0]", ConfigError, "temperatures must be positive and not 1"),
+        ("capture.forced_tokens=['circle square']", ConfigError, "'circle square' is"),
+        ("batch_size=0", ConfigError, "batch_size is 0, must be at least 1"),
+        ("slice=4/4", ConfigError, "slice '4/4'"),
+        ("slice=half", ConfigError, "expected i/n"),
+        ("max_rejected=1.5", ConfigError, "max_rejected is 1.5, must lie in 0 … 1"),
+        ("engine.ray_workers=0", ConfigError, "engine.ray_workers is 0, must be at least 1"),
+        ("dtype=int4", ConfigError, "dtype is 'int4'"),
+        ("device=warp", ConfigError, "device 'warp': cannot be used"),
+        ("template=vicuna", ConfigError, "template 'vicuna' is unknown"),
+        ("data=nowhere", DataError, "'nowhere'"),
+        ("teacher=nowhere", ModelError, "nowhere"),
+    ],
+)
+def test_bad_settings_are_one_line_and_leave_nothing(
+    world: World, tmp_path: Path, override: str, error: type[LlavaModError], words: str
+) -> None:
+    with pytest.raises(error) as caught:
+        world.run(tmp_path / "c", override)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_with_more_ids_than_the_head_has_rows_is_refused(world: World, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(world.teacher, tmp_path / "teacher"))
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match="largest id is 400, but the model's head has 400 rows"):
+        world.run(tmp_path / "c", f"teacher={folder}")
+    assert not (tmp_path / "c").exists()
+
+
+def test_another_set_or_other_settings_into_the_same_output_are_refused(world: World, finished: Path) -> None:
+    before = file_entries(finished)
+    with pytest.raises(CacheError, match=r"capture.head_max: there 128, now 7; sequence.max_length: there"):
+        world.run(finished, "capture.head_max=7", "max_length=99")
+    with pytest.raises(CacheError, match=r"data.digest: there"):
+        world.run(finished, data=world.pairs)
+    summary = world.run(finished, "capture.head_max=7", allow=("capture.head_max",))
+    assert summary.sequences == 0
+    assert file_entries(finished) == before

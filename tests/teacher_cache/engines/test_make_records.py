@@ -1,0 +1,194 @@
+"""Records against a slow dense float64 reference, one position at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llavamod_offline.errors import ConfigError
+from teacher_cache.engines.draws import sequence_uniforms
+from teacher_cache.engines.make_records import make_records
+from teacher_cache.format.record import Records, RecordSettings, concatenate_records
+
+SETTINGS = RecordSettings(
+    head_mass=0.9, head_max=12, draws_max=10, draws_per_mass=60.0, temperatures=(1.5, 2.0, 4.0), forced_ids=(3, 17)
+)
+
+
+def _logits(rows: int, width: int, seed: int, spread: float = 3.0) -> torch.Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def _make(logits: torch.Tensor, chosen: RecordSettings, key: str = "k") -> Records:
+    targets = torch.arange(len(logits)) % logits.shape[1]
+    uniforms = torch.from_numpy(sequence_uniforms(0, key, "response", len(logits)))
+    records, finite = make_records(logits, targets, uniforms, chosen)
+    assert finite.all()
+    return records
+
+
+def _check_row(records: Records, logits: np.ndarray, target: int, chosen: RecordSettings) -> None:
+    """Compare one position with the dense distribution in float64."""
+    log_probs = logits.astype(np.float64) - np.logaddexp.reduce(logits.astype(np.float64))
+    probs = np.exp(log_probs)
+    order = np.argsort(-log_probs, kind="stable")
+    head: list[int] = []
+    for token in order[: chosen.head_max]:
+        if head and probs[token] < chosen.head_min_prob:
+            break
+        head.append(int(token))
+        if chosen.head_mass < 1.0 and probs[head].sum() >= chosen.head_mass:
+            break
+    head += [token for token in chosen.forced_ids if token not in head]
+    assert records.head_ids_H.tolist() == head
+    assert np.allclose(records.head_log_probs_H, log_probs[head], atol=1e-6, rtol=5e-7)
+    tail = np.setdiff1d(np.arange(len(probs)), head)
+    tail_mass = probs[tail].sum()
+    if len(tail):
+        assert math.isclose(records.tail_log_mass_N[0], math.log(tail_mass), abs_tol=2e-6, rel_tol=5e-7)
+        wanted_draws = min(chosen.draws_max, max(1, math.ceil(tail_mass * chosen.draws_per_mass)))
+    else:
+        assert records.tail_log_mass_N[0] == -np.inf
+        wanted_draws = 0
+    assert abs(len(records.draw_ids_D) - wanted_draws) <= (0.01 < tail_mass * chosen.draws_per_mass % 1 > 0.99)
+    assert set(records.draw_ids_D.tolist()) <= set(tail.tolist())
+    assert math.isclose(records.target_log_probs_N[0], log_probs[target], abs_tol=1e-6, rel_tol=5e-7)
+    assert math.isclose(records.entropy_N[0], -(probs * log_probs).sum(), abs_tol=1e-5)
+    for column, temperature in enumerate(chosen.temperatures):
+        wanted = np.logaddexp.reduce(log_probs / temperature)
+        assert math.isclose(records.log_normalisers_NS[0, column], wanted, abs_tol=3e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    width=st.integers(20, 400),
+    spread=st.sampled_from([0.01, 1.0, 4.0, 30.0]),
+    head_mass=st.sampled_from([0.0, 0.5, 0.97, 1.0]),
+    head_max=st.integers(1, 30),
+    forced=st.sets(st.integers(0, 19), max_size=3),
+    min_prob=st.sampled_from([0.0, 0.003, 0.2]),
+)
+def test_every_number_agrees_with_the_dense_distribution(
+    seed: int, width: int, spread: float, head_mass: float, head_max: int, forced: set[int], min_prob: float
+) -> None:
+    chosen = RecordSettings(head_mass, head_max, 9, 50.0, (1.5, 2.0, 4.0), tuple(sorted(forced)), min_prob)
+    logits = _logits(6, width, seed, spread)
+    rows = _make(logits, chosen).split([1] * 6)
+    for row, record in enumerate(rows):
+        _check_row(record, logits[row].numpy(), row % width, chosen)
+
+
+def test_chunks_change_nothing() -> None:
+    logits = _logits(700, 9000, 0)  # 1 M values a chunk: seven chunks
+    whole = _make(logits, SETTINGS)
+    targets = torch.arange(700)
+    uniforms = torch.from_numpy(sequence_uniforms(0, "k", "response", 700))
+    pieces = [
+        make_records(logits[i : i + 70], targets[i : i + 70], uniforms[i : i + 70], SETTINGS)[0]
+        for i in range(0, 700, 70)
+    ]
+    _assert_equal(whole, concatenate_records(pieces))
+    _assert_equal(whole, concatenate_records(whole.split([100, 0, 599, 1])))
+
+
+def test_a_tiny_tail_keeps_its_mass_and_is_still_drawn_from() -> None:
+    """1 − Σp would be 0 or negative here; the log mass must come from the tail itself."""
+    logits = torch.full((1, 50), -40.0)
+    logits[0, 7], logits[0, 30] = 40.0, -30.0
+    record = _make(logits, dataclasses.replace(SETTINGS, forced_ids=()))
+    assert record.head_ids_H.tolist() == [7]
+    wanted = np.logaddexp.reduce([-70.0] + [-80.0] * 48)
+    assert record.tail_log_mass_N[0] == pytest.approx(wanted, abs=1e-4)
+    assert record.draw_ids_D.tolist() == [30]
+    assert 0 < record.entropy_N[0] < 1e-25
+
+
+def test_equal_log_probs_are_ordered_by_id_and_forced_ids_come_last() -> None:
+    logits = torch.zeros(1, 64)
+    logits[0, [50, 9, 33, 2]] = 6.0
+    record = _make(logits, dataclasses.replace(SETTINGS, head_mass=0.95, head_max=4, forced_ids=(40, 20)))
+    assert record.head_ids_H.tolist() == [2, 9, 33, 50, 40, 20]
+
+
+def test_exhaustive_keeps_every_id_and_has_no_tail() -> None:
+    logits = _logits(5, 300, 3, spread=20.0)
+    records = _make(logits, RecordSettings(1.0, 300, 10, 60.0, (2.0,), (5,)))
+    assert records.head_counts_N.tolist() == [300] * 5
+    assert np.all(np.isneginf(records.tail_log_mass_N))
+    assert len(records.draw_ids_D) == 0
+    dense = logits.log_softmax(-1).numpy()
+    for row, record in enumerate(records.split([1] * 5)):
+        assert np.array_equal(np.sort(record.head_ids_H), np.arange(300))
+        assert np.allclose(record.head_log_probs_H, dense[row][record.head_ids_H], atol=3e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_rows_that_are_not_finite_are_named_and_spoil_no_other(bad: float) -> None:
+    logits = _logits(4, 100, 5)
+    fine = _make(logits, SETTINGS)
+    logits[2, 60] = bad
+    uniforms = torch.from_numpy(sequence_uniforms(0, "k", "response", 4))
+    records, finite = make_records(logits, torch.arange(4), uniforms, SETTINGS)
+    assert finite.tolist() == [True, True, False, True]
+    for row in (0, 1, 3):
+        _assert_equal(records.split([1] * 4)[row], fine.split([1] * 4)[row])
+
+
+def test_head_plus_draws_are_an_unbiased_picture_of_the_whole() -> None:
+    """Over many seeds the reconstructed distribution converges to the true one as 1/√n."""
+    logits = _logits(1, 200, 11, spread=1.5)
+    truth = logits.double().softmax(-1)[0].numpy()
+    chosen = RecordSettings(0.6, 8, 4, 20.0, ())
+    errors = []
+    for replicas in (500, 8000):
+        uniforms = torch.from_numpy(np.stack([sequence_uniforms(i, "k", "response", 1)[0] for i in range(replicas)]))
+        records, _ = make_records(
+            logits.expand(replicas, -1), torch.zeros(replicas, dtype=torch.long), uniforms, chosen
+        )
+        mean = np.zeros(200)
+        np.add.at(mean, records.head_ids_H, np.exp(records.head_log_probs_H.astype(np.float64)) / replicas)
+        row_D = np.repeat(np.arange(replicas), records.draw_counts_N)
+        share_D = 1 / records.draw_counts_N[row_D]
+        mass_D = np.exp(records.tail_log_mass_N.astype(np.float64))[row_D]
+        np.add.at(mean, records.draw_ids_D, share_D * mass_D / replicas)
+        errors.append(np.abs(mean - truth).sum())
+    assert errors[1] < errors[0] / 2.5  # √16 = 4, less the noise of one trial
+    assert errors[1] < 0.04
+
+
+def test_no_rows_give_no_records() -> None:
+    records, finite = make_records(
+        torch.zeros(0, 50), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.float64), SETTINGS
+    )
+    assert len(records) == len(finite) == 0
+    assert records.log_normalisers_NS.shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"head_mass": 1.5}, "head_mass"),
+        ({"head_min_prob": 1.0}, "head_min_prob"),
+        ({"head_max": 0}, "head_max"),
+        ({"draws_max": -1}, "draws_max"),
+        ({"draws_per_mass": 0.0}, "draws_per_mass"),
+        ({"temperatures": (2.0, 1.0)}, "temperatures"),
+        ({"temperatures": (2.0, 2.0)}, "temperatures"),
+        ({"forced_ids": (2, 2)}, "forced"),
+    ],
+)
+def test_settings_out_of_range_are_named(change: dict[str, object], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        dataclasses.replace(SETTINGS, **change)  # type: ignore[arg-type]
+
+
+def _assert_equal(left: Records, right: Records) -> None:
+    for field in dataclasses.fields(Records):
+        assert np.array_equal(getattr(left, field.name), getattr(right, field.name)), field.name

@@ -1,0 +1,324 @@
+"""Plans: what the probe says of the whole set, and what became of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from llavamod_offline.config import load_config
+from llavamod_offline.data.pack import write_set
+from llavamod_offline.data.sample import Sample, Turn
+from llavamod_offline.data.shards import SampleSet
+from llavamod_offline.errors import CacheError, ConfigError, LlavaModError
+from teacher_cache.capture.run import run_job
+from teacher_cache.config import CacheConfig
+from teacher_cache.plan import estimate as planning
+from teacher_cache.plan import probe
+from teacher_cache.plan.estimate import (
+    Plan,
+    compare,
+    finished_cache,
+    make_plan,
+    plan_file,
+    read_plan,
+    record_run,
+    write_plan,
+)
+from teacher_cache.plan.probe import Lengths, even_rows, scattered
+from teacher_cache.plan.tables import print_comparison, print_plan, readable_seconds
+from teacher_cache.read.reader import open_cache
+from tests.teacher_cache.conftest import World
+from tests.tiny import tiny_samples, write_tiny_set
+
+
+@given(total=st.integers(1, 5000), wanted=st.integers(1, 300))
+def test_rows_are_evenly_spaced(total: int, wanted: int) -> None:
+    rows = even_rows(total, wanted)
+    assert len(rows) == min(total, wanted)
+    assert rows.min() >= 0
+    assert rows.max() < total
+    gaps = np.diff(rows)
+    assert len(gaps) == 0 or (gaps.min() >= 1 and gaps.max() - gaps.min() <= 1)
+
+
+@given(count=st.integers(0, 300))
+def test_every_beginning_of_a_scattered_order_is_spread(count: int) -> None:
+    order = scattered(count)
+    assert sorted(order) == list(range(count))
+    for taken in (2, 4, 8):
+        if count >= 2 * taken:
+            largest_gap = np.diff([0, *sorted(order[:taken]), count]).max()
+            assert largest_gap <= 2 * count / taken
+
+
+@pytest.fixture(autouse=True)
+def _few_presets(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probing every preset takes most of a plan's time: one test does."""
+    if "preset" not in request.node.name:
+        monkeypatch.setattr(probe, "PRESETS", {})
+
+
+def _config(world: World, output: Path, *overrides: str, data: Path | None = None) -> CacheConfig:
+    return load_config(CacheConfig, (), world.arguments(output, *overrides, data=data))
+
+
+def _plan(world: World, output: Path, *overrides: str, data: Path | None = None, **limits: Any) -> Plan:
+    return make_plan(_config(world, output, *overrides, data=data), **{"samples": 256, "seconds": 60.0, **limits})
+
+
+@pytest.mark.parametrize("name", ["samples", "pairs"])
+def test_a_probe_of_everything_is_exact_in_number_and_close_in_bytes(world: World, tmp_path: Path, name: str) -> None:
+    data = getattr(world, name)
+    plan = _plan(world, tmp_path / "cache", data=data)
+    assert not (tmp_path / "cache").exists()
+    world.run(tmp_path / "cache", data=data)
+    cache = open_cache(tmp_path / "cache")
+    assert (plan.positions, plan.sequences, plan.rejected) == (cache.positions, len(cache), 0)
+    assert plan.positions_error == 0.0
+    assert plan.probe["samples"] == plan.samples == len(SampleSet.open(data))
+    assert plan.total_bytes == pytest.approx(cache.bytes, rel=0.15)
+    fact = compare(str(tmp_path / "cache"), cache, None)
+    assert set(plan.bytes) == set(fact.bytes)
+    assert sum(fact.bytes.values()) == cache.bytes
+    assert plan.bytes["metadata"] == pytest.approx(fact.bytes["metadata"], rel=0.03)
+    assert plan.gpu_hours is None
+    assert set(plan.seconds) == {"prepare", "load", "capture", "write"}
+    assert plan.total_seconds > 0
+    assert plan.fingerprint == cache.fingerprint
+
+
+def test_the_bytes_of_each_preset_are_planned(world: World, tmp_path: Path) -> None:
+    plan = _plan(world, tmp_path / "cache", "capture.preset=compact")
+    assert plan.presets["compact"] == pytest.approx(plan.total_bytes, rel=0.001)
+    assert plan.presets["compact"] < plan.presets["standard"] < plan.presets["exhaustive"]
+    for preset, size in plan.presets.items():
+        world.run(tmp_path / preset, f"capture.preset={preset}")
+        assert size == pytest.approx(open_cache(tmp_path / preset).bytes, rel=0.15)
+
+
+def test_all_positions_are_planned(world: World, tmp_path: Path) -> None:
+    plan = _plan(world, tmp_path / "cache", "capture.positions=all")
+    world.run(tmp_path / "cache", "capture.positions=all")
+    cache = open_cache(tmp_path / "cache")
+    assert plan.positions == cache.positions
+    assert plan.total_bytes == pytest.approx(cache.bytes, rel=0.15)
+
+
+def test_a_few_samples_stand_for_a_large_set(world: World, tmp_path: Path) -> None:
+    data = write_tiny_set(tmp_path / "set", 160, shard_samples=40)
+    plan = _plan(world, tmp_path / "cache", "batch_size=4", data=data, samples=10)
+    world.run(tmp_path / "cache", data=data)
+    cache = open_cache(tmp_path / "cache")
+    assert (plan.probe["samples"], plan.probe["tokenised"]) == (10, 80)
+    assert 0 < plan.positions_error < 0.1
+    assert abs(plan.positions / cache.positions - 1) < 3 * plan.positions_error
+    assert plan.total_bytes == pytest.approx(cache.bytes, rel=0.2)
+
+
+def test_the_time_is_up_after_one_batch_yet_all_lengths_count(world: World, tmp_path: Path) -> None:
+    plan = _plan(world, tmp_path / "cache", "batch_size=4", samples=24, seconds=0.0)
+    assert (plan.probe["samples"], plan.probe["tokenised"]) == (4, 24)
+    world.run(tmp_path / "cache")
+    assert plan.positions == open_cache(tmp_path / "cache").positions
+    assert _plan(world, tmp_path / "again", samples=10, seconds=0.0).probe["tokenised"] == 10
+
+
+def test_rejections_are_planned(world: World, tmp_path: Path) -> None:
+    lengths = sorted(
+        open_cache(_captured(world, tmp_path / "all")).sequence(k, "response").n_tokens for k in _keys(world)
+    )
+    limit = f"max_length={lengths[15]}"
+    plan = _plan(world, tmp_path / "cache", limit)
+    world.run(tmp_path / "cache", limit)
+    cache = open_cache(tmp_path / "cache")
+    assert cache.totals["rejected"] > 0
+    assert (plan.rejected, plan.sequences, plan.positions) == (cache.totals["rejected"], len(cache), cache.positions)
+    with pytest.raises(CacheError, match="not one of 24 samples could be captured"):
+        _plan(world, tmp_path / "none", "max_length=10")
+
+
+def _captured(world: World, output: Path) -> Path:
+    world.run(output)
+    return output
+
+
+def _keys(world: World) -> list[str]:
+    return SampleSet.open(world.samples).keys
+
+
+def test_what_the_engine_rejects_is_counted_once(world: World, tmp_path: Path) -> None:
+    """A broken picture is found by the engine alone; a preference's long answer already when it is tokenised."""
+    samples = [s for s in tiny_samples(12) if s.images][:8]
+    broken = dataclasses.replace(samples[3], images=(b"no picture",) * len(samples[3].images))
+    write_set([*samples[:3], broken, *samples[4:]], tmp_path / "broken")
+    plan = _plan(world, tmp_path / "a", data=tmp_path / "broken")
+    assert (plan.rejected, plan.sequences) == (1, 7)
+    pairs = [
+        Sample(f"p{n}", (Turn("user", "Say it."),), chosen="red.", rejected="red " * (200 if n == 2 else 1))
+        for n in range(4)
+    ]
+    write_set(pairs, tmp_path / "pairs")
+    plan = _plan(world, tmp_path / "b", "max_length=150", data=tmp_path / "pairs")
+    assert (plan.rejected, plan.sequences) == (1, 7)
+
+
+def test_positions_that_follow_the_text_are_known_exactly(world: World) -> None:
+    """The regression on the text's length, against its formula on made-up positions."""
+    samples = SampleSet.open(world.samples)
+    text = samples.index.column("text_length").to_numpy().astype(np.float64)
+    rows = np.array([1, 2, 5, 11, 17, 20])
+
+    def lengths(positions: np.ndarray[Any, Any]) -> Lengths:
+        ones = np.ones(len(rows), np.int64)
+        return Lengths(rows, ones, positions.astype(np.int64), ones, ones)
+
+    total, error = planning.estimate_total(samples, lengths(3 * text[rows] + 5))
+    assert total == pytest.approx((3 * text + 5).sum())
+    assert error == pytest.approx(0.0, abs=1e-9)
+    noise = np.array([4, -3, 7, 0, -6, 1])
+    total, error = planning.estimate_total(samples, lengths(3 * text[rows] + noise))
+    slope, intercept = np.polyfit(text[rows], 3 * text[rows] + noise, 1)
+    assert total == pytest.approx((slope * text + intercept).sum())
+    assert error > 0
+    total, error = planning.estimate_total(samples, lengths(np.full(6, 9)))
+    assert total == pytest.approx(9 * 24)
+    assert error == 0.0
+
+
+def test_a_plan_is_kept_beside_the_cache_and_runs_add_to_it(world: World, tmp_path: Path) -> None:
+    output = tmp_path / "caches/one"
+    file = plan_file(str(output))
+    assert file == tmp_path / "caches/.one.plan.jsonl"
+    assert plan_file("s3://bucket/one") is None
+    plan = _plan(world, output)
+    write_plan(file, plan)
+    assert list((tmp_path / "caches").iterdir()) == [file]
+    assert read_plan(file) == (plan, [])
+    assert finished_cache(str(output)) is None
+    summaries = []
+    for part in (0, 1):
+        summaries.append(run_job(_config(world, output, f"slice={part}/2")))
+        record_run(file, summaries[-1])
+    record_run(file, run_job(_config(world, output)))  # nothing was left to do
+    cache = finished_cache(str(output))
+    assert cache is not None
+    fact = compare(str(output), cache, file)
+    assert fact.planned == plan
+    assert (fact.runs, fact.runs_positions, fact.differences) == (2, cache.positions, [])
+    assert fact.runs_seconds == pytest.approx(sum(summary.seconds for summary in summaries))
+    write_plan(file, plan)
+    assert compare(str(output), cache, file).runs == 0
+
+
+def test_other_settings_than_planned_are_named(world: World, finished: Path, tmp_path: Path) -> None:
+    file = tmp_path / "plan.jsonl"
+    write_plan(file, _plan(world, tmp_path / "cache", "capture.head_max=8"))
+    cache = open_cache(finished)
+    fact = compare(str(finished), cache, file)
+    difference = f"capture.head_max: plan 8, cache {cache.fingerprint['capture']['head_max']}"
+    assert fact.differences == [difference]
+    assert f"planned with other settings: {difference}" in _printed(print_comparison, fact).replace("\n", " ")
+
+
+def test_a_plan_that_cannot_be_read_is_named(tmp_path: Path, finished: Path) -> None:
+    file = tmp_path / "plan.jsonl"
+    for content in ("", "{", '{"plan": {}}\n', '{"run": {}}\n', "[]\n"):
+        file.write_text(content)
+        with pytest.raises(ConfigError, match=r"plan\.jsonl: no plan that can be read") as caught:
+            compare(str(finished), open_cache(finished), file)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="the plan cannot be kept"):
+        write_plan(file / "below", _any_plan())
+
+
+def test_an_unusable_set_or_teacher_is_refused_before_the_probe(world: World, tmp_path: Path) -> None:
+    with pytest.raises(LlavaModError, match="no such folder"):
+        _plan(world, tmp_path / "cache", data=tmp_path / "nowhere")
+
+
+def _any_plan(**changes: Any) -> Plan:
+    settings: dict[str, Any] = {
+        "output": "caches/one",
+        "device": "cpu",
+        "jobs": 1,
+        "samples": 1000,
+        "sequences": 990,
+        "positions": 100_000,
+        "positions_error": 0.025,
+        "rejected": 10,
+        "bytes": {"head_ids": 2_000_000, "metadata": 1_000_000},
+        "seconds": {"prepare": 10.0, "load": 20.0, "capture": 7170.0, "write": 0.0},
+        "gpu_hours": None,
+        "probe": {"samples": 64, "tokenised": 256, "sequences": 64, "positions": 6400, "seconds": 12.5},
+        "presets": {"compact": 2_000_000, "exhaustive": 900_000_000},
+        "fingerprint": {},
+    }
+    return Plan(**{**settings, **changes})
+
+
+def _printed(function: Any, *arguments: Any) -> str:
+    stream = io.StringIO()
+    function(Console(file=stream, width=80, highlight=False, markup=False, _environ={}), *arguments)
+    assert max(len(line) for line in stream.getvalue().splitlines()) <= 80
+    return stream.getvalue()
+
+
+def test_what_is_printed_of_a_plan() -> None:
+    text = _printed(print_plan, _any_plan(), Path("caches/.one.plan.jsonl"))
+    for words in (
+        "100,000 ± 2.5%",
+        "990, and 10 rejected",
+        "3 MB, 30.00 bytes a position",
+        "2 hours",
+        "head_ids",
+        "900 MB",
+        "9,000.00",
+    ):
+        assert words in text
+    assert "kept in caches/.one.plan.jsonl" in text
+    assert "GPU" not in text
+    text = _printed(print_plan, _any_plan(device="cuda", gpu_hours=2.0, jobs=4), None)
+    assert "GPU-hours  2" in text
+    assert "4, each about 30 minutes" in text
+    assert "not kept" in text
+
+
+def test_what_is_printed_of_a_comparison(finished: Path) -> None:
+    cache = open_cache(finished)
+    size = {"positions": cache.positions // 2, "bytes": {"metadata": cache.bytes}, "fingerprint": cache.fingerprint}
+    fact = dataclasses.replace(compare(str(finished), cache, None), planned=_any_plan(**size))
+    rows = [line.split() for line in _printed(print_comparison, fact).splitlines()]
+    ratio = f"{cache.positions / (cache.positions // 2):.3f}"
+    assert ["positions", f"{cache.positions // 2:,}", f"{cache.positions:,}", ratio] in rows
+    assert ["bytes", f"{cache.bytes:,}", f"{cache.bytes:,}", "1.000"] in rows
+    text = _printed(print_comparison, dataclasses.replace(fact, runs=1, runs_positions=cache.positions // 2))
+    assert f"runs on record: 1, of {cache.positions // 2 / cache.positions:.1%} of the positions in 0.0 s" in text
+    complete = dataclasses.replace(fact, runs=2, runs_positions=cache.positions, runs_seconds=3600.0)
+    assert ["seconds", "7,200", "3,600", "0.500"] in [
+        line.split() for line in _printed(print_comparison, complete).splitlines()
+    ]
+    text = _printed(print_comparison, dataclasses.replace(fact, planned=None))
+    assert "no plan of it was kept" in text
+
+
+def test_seconds_in_their_unit() -> None:
+    assert [readable_seconds(value) for value in (0.5, 90.0, 7200.0, 259200.0)] == [
+        "0.5 seconds",
+        "1.5 minutes",
+        "2 hours",
+        "3 days",
+    ]
+
+
+def test_plans_survive_json(tmp_path: Path) -> None:
+    plan = _any_plan(gpu_hours=1.5)
+    assert Plan(**json.loads(json.dumps(dataclasses.asdict(plan)))) == plan

