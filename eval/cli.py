@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from llavamod_offline.command import run_command
+from llavamod_offline.entrypoint import run_command
 
 app = typer.Typer(
     add_completion=False,
@@ -138,8 +138,8 @@ def score_command(
     judge_key_variable: Annotated[str, typer.Option(help="Environment variable that holds the server's key.")] = "",
 ) -> None:
     from eval.score import score_task
-    from llavamod_offline.atomic import write_file
     from llavamod_offline.errors import ConfigError
+    from llavamod_offline.storage.atomic import write_file
 
     judging = None
     if judge is not None:
@@ -186,7 +186,7 @@ def report_command(
     output: Annotated[Path, typer.Option("-o", "--output", help="Page to write: .html or .md.")],
     samples: Annotated[int, typer.Option(help="Disagreements shown for each benchmark, at most.")] = 24,
 ) -> None:
-    from eval.report import write_report
+    from eval.report.report import write_report
 
     write_report(runs, root, output, samples=samples)
     print(output)

@@ -16,11 +16,11 @@ from eval.example import Example
 from eval.files import EmbeddedImage, read_tsv
 from eval.join import join
 from eval.predictions import llava_answer_line, read_predictions
+from eval.scorers.vqa_accuracy import normalise
 from eval.tasks import get_task, gqa
-from eval.vqa import normalise
 from eval.xlsx import spreadsheet
-from llavamod_offline.atomic import write_file
 from llavamod_offline.errors import ConfigError, EvalError
+from llavamod_offline.storage.atomic import write_file
 
 # The form that a benchmark's server or own script takes, beside LLaVA's answers.
 UPLOADS = {"mmbench": ".xlsx", "mmbench_cn": ".xlsx", "vizwiz": ".json", "gqa": ".json"}

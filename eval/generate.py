@@ -18,15 +18,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from eval.engine import Answer, Engine
+from eval.engines.protocol import Answer, Engine
 from eval.example import Example, Task
 from eval.export import UPLOADS, write_answers
 from eval.files import FileImage, read_object
 from eval.predictions import Prediction, prediction_line, read_predictions
 from eval.score import sidecar
 from eval.tasks import get_task
-from llavamod_offline.atomic import write_file
 from llavamod_offline.errors import ConfigError, EvalError
+from llavamod_offline.storage.atomic import write_file
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def _examples(task: Task, root: Path, limit: int | None) -> list[Example[Any]]:
 
 def _engine(config: GenerateConfig) -> Engine:
     if config.engine == "processor":
-        from eval.engine_processor import ProcessorEngine
+        from eval.engines.processor import ProcessorEngine
 
         return ProcessorEngine(Path(config.model), dtype=config.dtype, device=config.device)
     settings: dict[str, Any] = {
@@ -116,10 +116,10 @@ def _engine(config: GenerateConfig) -> Engine:
         "device": config.device,
     }
     if config.engine == "vllm":
-        from eval.engine_vllm import VllmEngine
+        from eval.engines.llava_vllm import VllmEngine
 
         return VllmEngine(Path(config.model), **settings)
-    from eval.engine_hf import HfEngine
+    from eval.engines.llava_hf import HfEngine
 
     return HfEngine(Path(config.model), **settings)
 

@@ -16,7 +16,7 @@ from typing import Any
 from eval.example import Example, Scored
 from eval.judge import Judge, ask
 from eval.judge_template import JudgeTemplate
-from eval.objects import Mention, ObjectVocabulary, treebank_words
+from eval.scorers.chair import Mention, ObjectVocabulary, treebank_words
 from eval.tasks import mmhal, object_halbench
 from llavamod_offline.errors import ConfigError
 

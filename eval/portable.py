@@ -13,11 +13,11 @@ import os
 import shutil
 from pathlib import Path
 
-from llavamod_offline.atomic import new_folder
-from llavamod_offline.data.chat_template import CHAT_TEMPLATE_NAME, choose_template, to_jinja
+from llavamod_offline.data.encode.chat_template import CHAT_TEMPLATE_NAME, choose_template, to_jinja
 from llavamod_offline.data.images import ASPECTS, ImagePreprocessor, read_processor_settings
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.models.checkpoint import load_tokenizer, read_json
+from llavamod_offline.storage.atomic import new_folder
 
 
 def write_portable(student: Path, output: Path, *, template: str = "qwen", image_aspect: str = "pad") -> None:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from llavamod_offline.command import run_command
+from llavamod_offline.entrypoint import run_command
 
 if TYPE_CHECKING:
-    from llavamod_offline.data.set_writer import PackSummary
+    from llavamod_offline.data.pack.set_writer import PackSummary
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__
@@ -103,12 +103,12 @@ def pack(
     """
     from tqdm import tqdm
 
-    from llavamod_offline.data.catalogue import SHIPPED, read_catalogue, stage_sources
-    from llavamod_offline.data.pack import write_set
-    from llavamod_offline.data.source_arguments import parse_source, parse_weights
-    from llavamod_offline.data.sources import Source, prepare_sources
-    from llavamod_offline.data.tar_samples import ReadRule
-    from llavamod_offline.data.workers import available_cores
+    from llavamod_offline.data.pack.pack import write_set
+    from llavamod_offline.data.pack.process_map import available_cores
+    from llavamod_offline.data.sources.catalogue import SHIPPED, read_catalogue, stage_sources
+    from llavamod_offline.data.sources.read import Source, prepare_sources
+    from llavamod_offline.data.sources.source_arguments import parse_source, parse_weights
+    from llavamod_offline.data.sources.tar_samples import ReadRule
 
     rule = ReadRule.of(caption_prompt, ignore or ())
     files = [Source(path, named, rule=rule) for named, path in map(parse_source, sources or [])]
@@ -171,9 +171,9 @@ def index(
     """
     from tqdm import tqdm
 
-    from llavamod_offline.data.source_arguments import parse_source, parse_weights
-    from llavamod_offline.data.tar_index import find_tars, index_tars
-    from llavamod_offline.data.workers import available_cores
+    from llavamod_offline.data.pack.process_map import available_cores
+    from llavamod_offline.data.sources.source_arguments import parse_source, parse_weights
+    from llavamod_offline.data.sources.tar_index import find_tars, index_tars
 
     tars = [tar for named, path in map(parse_source, sources) for tar in find_tars([path], named)]
     total = sum(tar.path.stat().st_size for tar in tars if tar.path.is_file())
@@ -216,8 +216,8 @@ def doctor(
     """
     from tqdm import tqdm
 
-    from llavamod_offline.data.catalogue import SHIPPED, find_files, read_catalogue
-    from llavamod_offline.data.doctor import examine, render
+    from llavamod_offline.data.sources.catalogue import SHIPPED, find_files, read_catalogue
+    from llavamod_offline.data.sources.doctor import examine, render
 
     sets = read_catalogue(source_list or SHIPPED).of_stage(stage)
     total = sum(

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
+from llavamod_offline.data.encode.tokenize import Positions
 from llavamod_offline.data.sample import KEY_PATTERN
-from llavamod_offline.data.tokenise import Positions
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.vllm.settings import VllmSettings
 from teacher_cache.format.schema import HiddenKind, HiddenPositions, PrecisionName

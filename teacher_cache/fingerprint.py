@@ -24,7 +24,7 @@ from teacher_cache.format.manifest import sha256_file
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from llavamod_offline.data.template import Template
+    from llavamod_offline.data.encode.template import Template
 
 STUDENT_FIELDS = ("tokenizer.vocabulary", "tokenizer.merges", "tokenizer.added_tokens")
 ENCODING_FIELDS = ("template", "sequence", "images.tokens", "images.token_id")

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llavamod_offline.data.chat_template import choose_template
-from llavamod_offline.data.mismatch import PAIRING
-from llavamod_offline.data.shards import SampleSet
-from llavamod_offline.data.template import Template
+from llavamod_offline.data.encode.chat_template import choose_template
+from llavamod_offline.data.encode.template import Template
+from llavamod_offline.data.sets.mismatched import PAIRING
+from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError, DataError, ModelError
 from llavamod_offline.models.checkpoint import load_tokenizer, vocabulary_size
 from teacher_cache.engine_fingerprint import describe_engine
@@ -25,8 +25,8 @@ from teacher_cache.teachers import Teacher, open_teacher
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from llavamod_offline.data.encode.tokenize import Sequence as TokenSequence
     from llavamod_offline.data.sample import Sample
-    from llavamod_offline.data.tokenise import Sequence as TokenSequence
     from teacher_cache.config import CacheConfig, Preset
 
 _FORCED_WORDS = ("yes", "no", "Yes", "No", "A", "B", "C", "D")

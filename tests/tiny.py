@@ -206,7 +206,7 @@ def tiny_samples(n: int, seed: int = 0, preference: bool = False) -> list[Sample
 
 def write_tiny_set(folder: Path, n: int, *, seed: int = 0, preference: bool = False, **settings: Any) -> Path:
     """Pack `n` tiny samples into a set folder; `settings` go to `write_set`."""
-    from llavamod_offline.data.pack import write_set
+    from llavamod_offline.data.pack.pack import write_set
 
     write_set(tiny_samples(n, seed, preference), folder, **settings)
     return folder

@@ -26,10 +26,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llavamod_offline import atomic
 from llavamod_offline.errors import ConfigError, ModelError
 from llavamod_offline.losses.shrinkage import Shrinkage
-from train.engine import World
+from llavamod_offline.storage import atomic
+from train.engine.deepspeed_engine import World
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from llavamod_offline.command import run_command
 from llavamod_offline.config import describe_config, dump_config, load_config, split_arguments
+from llavamod_offline.entrypoint import run_command
 from llavamod_offline.errors import ConfigError
 from train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from train.summary import TrainSummary
+    from train.run_summary import TrainSummary
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def report(
     """
     if output is None and len(runs) > 1:
         raise ConfigError("--output: name the page of several runs, such as -o report.html")
-    from train.report import write_report
+    from train.report.page import write_report
 
     print(write_report(runs, output or runs[0] / "report.html"))
 

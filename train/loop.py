@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from llavamod_offline.errors import ModelError
-from train.batches import TrainBatch
 from train.checkpoint import Progress
-from train.engine import World, apply_gradients
+from train.data.batches import TrainBatch
+from train.engine.deepspeed_engine import World, apply_gradients
 from train.metrics import MetricsLog, ProgressLine
-from train.stage import Stage
-from train.sums import LossSums, StepSums, combine, spread_entry
+from train.stages.build import Stage
+from train.stages.loss_sums import LossSums, StepSums, combine, spread_entry
 
 logger = logging.getLogger(__name__)
 

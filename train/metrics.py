@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from llavamod_offline import atomic
+from llavamod_offline.storage import atomic
 
 logger = logging.getLogger(__name__)
 

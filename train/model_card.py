@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from train.identity import settings_of
+from train.resume_check import settings_of
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from llavamod_offline import atomic
 from llavamod_offline.config import dump_config
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.models.checkpoint import save_student
 from llavamod_offline.models.upcycle import activated_parameters, total_parameters
+from llavamod_offline.storage import atomic
 from train.checkpoint import (
     Progress,
     checkpoint_folder,
@@ -28,18 +28,18 @@ from train.checkpoint import (
     start_optimizer,
 )
 from train.config import TrainConfig
-from train.engine import World, make_engine, process_group
-from train.identity import check_contents, check_settings
-from train.join import Join, rejection_lines
+from train.data.join import Join, rejection_lines
+from train.engine.deepspeed_engine import World, make_engine, process_group
+from train.engine.optim import learning_rate, make_optimizer
+from train.engine.zero3 import without_empty_experts
 from train.loop import LoopEnd, LoopSettings, evaluate_loss, run_steps
 from train.metrics import METRICS_NAME, MetricsLog, ProgressLine
 from train.model_card import model_card
-from train.optim import learning_rate, make_optimizer
-from train.prepare import Setup, prepare
-from train.stage import StudentWithLoss
-from train.summary import TrainSummary, finished_summary, write_summary
+from train.resume_check import check_contents, check_settings
+from train.run_summary import TrainSummary, finished_summary, write_summary
+from train.setup import Setup, prepare
+from train.stages.build import StudentWithLoss
 from train.tracking import tracker
-from train.zero3 import without_empty_experts
 
 logger = logging.getLogger(__name__)
 

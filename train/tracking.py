@@ -10,8 +10,8 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
-from llavamod_offline import atomic
 from llavamod_offline.errors import ConfigError
+from llavamod_offline.storage import atomic
 
 TrackerName = Literal["none", "tensorboard", "trackio", "wandb"]
 Track = Callable[[Mapping[str, Any]], None]

@@ -1,4 +1,4 @@
-"""MMBench, English: `mmbench/mmbench_dev_en_20231003.tsv` or `mmbench_dev_20230712.tsv`; see `eval/mmbench.py`."""
+"""MMBench, English: `mmbench/mmbench_dev_en_20231003.tsv` or `mmbench_dev_20230712.tsv`; `scorers/mmbench.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from eval.example import Example, Scored, first_line_key
 from eval.files import find_file
-from eval.mmbench import Reference, load_tsv, score_rows
+from eval.scorers.mmbench import Reference, load_tsv, score_rows
 
 NAME = "mmbench"
 HEADLINE = "circular"

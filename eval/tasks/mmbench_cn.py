@@ -1,4 +1,4 @@
-"""MMBench, Chinese: `mmbench_cn/mmbench_dev_cn_20231003.tsv`, or in `mmbench/`; see `eval/mmbench.py`."""
+"""MMBench, Chinese: `mmbench_cn/mmbench_dev_cn_20231003.tsv`, or in `mmbench/`; see `eval/scorers/mmbench.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from eval.example import Example, Scored, first_line_key
 from eval.files import find_file
-from eval.mmbench import Reference, load_tsv, score_rows
+from eval.scorers.mmbench import Reference, load_tsv, score_rows
 
 NAME = "mmbench_cn"
 HEADLINE = "circular"

@@ -3,7 +3,7 @@
 Files: `object_halbench/obj_halbench_300_with_image.jsonl` {image (base64), image_id, question}, `synonyms_refine.txt`,
 and COCO 2014's annotations `object_halbench/annotations/captions_*.json` and `instances_*.json`.
 
-Variant `chair_string`: objects are found by string matching (`eval/objects.py`), deterministic and without a network;
+Variant `chair_string`: objects are found by string matching (`scorers/chair.py`), deterministic and without a network;
 an object mentioned twice counts twice. It is the official script without `--use_gpt`. The published figures come from
 the variant that lets a language model extract the objects first (`chair_llm:MODEL`, see `eval/judged.py`), which counts
 each object once: figures of different variants are never to be compared.
@@ -24,7 +24,7 @@ from pathlib import Path
 
 from eval.example import Example, Scored, Verdict, first_line_key
 from eval.files import EmbeddedImage, Row, as_row, find_file, read_jsonl, read_object
-from eval.objects import Mention, ObjectVocabulary
+from eval.scorers.chair import Mention, ObjectVocabulary
 from llavamod_offline.errors import EvalError
 
 NAME = "object_halbench"

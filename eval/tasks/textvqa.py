@@ -18,7 +18,7 @@ from pathlib import Path
 
 from eval.example import Example, Scored, Verdict
 from eval.files import FileImage, as_row, find_file, read_jsonl, read_object
-from eval.vqa import accuracy, normalise
+from eval.scorers.vqa_accuracy import accuracy, normalise
 from llavamod_offline.errors import EvalError
 
 NAME = "textvqa"

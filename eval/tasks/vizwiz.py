@@ -7,7 +7,7 @@ text} where that is there, else made from the references. Published figures are 
 
 Without those references, `vizwiz/llava_test.jsonl` and `vizwiz/test/` are answered and exported, but not scored.
 
-Answers are scored as TextVQA's (`eval/vqa.py`). The export is the server's: [{"image", "answer"}], normalised.
+Answers are scored as TextVQA's (`scorers/vqa_accuracy.py`). The server takes [{"image", "answer"}], normalised.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from eval.example import SHORT_ANSWER, Example, Scored, Verdict, first_line_key
 from eval.files import FileImage, Row, as_row, find_file, read_jsonl, read_rows
-from eval.vqa import accuracy, normalise
+from eval.scorers.vqa_accuracy import accuracy, normalise
 from llavamod_offline.errors import EvalError
 
 NAME = "vizwiz"

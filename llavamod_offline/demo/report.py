@@ -8,10 +8,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from llavamod_offline.charts import line_chart
 from llavamod_offline.demo.plan import models
 from llavamod_offline.demo.results import COLUMNS, as_cells, curves
-from llavamod_offline.page import html_page, html_table, picture
+from llavamod_offline.pages.charts import line_chart
+from llavamod_offline.pages.page import html_page, html_table, picture
 
 PICTURES = 12
 

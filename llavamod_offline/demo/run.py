@@ -11,12 +11,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from llavamod_offline.atomic import write_file
 from llavamod_offline.demo.plan import FULL, QUICK, TEACHER, demo_steps, small_language_model
 from llavamod_offline.demo.report import write_report
 from llavamod_offline.demo.results import COLUMNS, as_cells, summarise
 from llavamod_offline.demo.scheduler import Step, run_steps
 from llavamod_offline.errors import ConfigError, ModelError
+from llavamod_offline.storage.atomic import write_file
 from llavamod_offline.toyworld.benchmarks import write_benchmarks
 from llavamod_offline.toyworld.datasets import write_datasets
 from llavamod_offline.toyworld.narrow import write_small_language_model

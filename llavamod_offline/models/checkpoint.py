@@ -19,12 +19,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
-from llavamod_offline import atomic
-from llavamod_offline.data.chat_template import CHAT_TEMPLATE_NAME, to_jinja
+from llavamod_offline.data.encode.chat_template import CHAT_TEMPLATE_NAME, to_jinja
+from llavamod_offline.data.encode.template import Template
+from llavamod_offline.data.encode.tokenize import SequenceEncoder
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER
-from llavamod_offline.data.template import Template
-from llavamod_offline.data.tokenise import SequenceEncoder
 from llavamod_offline.errors import ModelError, first_line
+from llavamod_offline.storage import atomic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

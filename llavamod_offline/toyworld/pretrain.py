@@ -38,10 +38,10 @@ from transformers import (
     Qwen2TokenizerFast,
 )
 
-from llavamod_offline.data.collate import collate
+from llavamod_offline.data.encode.collate import collate
+from llavamod_offline.data.encode.template import get_template
+from llavamod_offline.data.encode.tokenize import Sequence, SequenceEncoder
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
-from llavamod_offline.data.template import get_template
-from llavamod_offline.data.tokenise import Sequence, SequenceEncoder
 from llavamod_offline.models.checkpoint import load_tokenizer
 from llavamod_offline.toyworld.conversations import mixed, questioned
 from llavamod_offline.toyworld.draw import draw_scene

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import Qwen2TokenizerFast
 
+from llavamod_offline.data.encode.template import TEMPLATES
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER
-from llavamod_offline.data.template import TEMPLATES
 from llavamod_offline.toyworld.conversations import mixed
 from llavamod_offline.toyworld.scene import random_scene
 

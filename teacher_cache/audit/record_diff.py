@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llavamod_offline.data.tokenise import NO_TARGET
+from llavamod_offline.data.encode.tokenize import NO_TARGET
 from teacher_cache.audit.error_bounds import record_bounds
 from teacher_cache.format.head_codes import starts
 from teacher_cache.format.quantise import Precision

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from llavamod_offline.errors import ConfigError, LlavaModError, ModelError
-from llavamod_offline.folders import LocalFolder, open_folder
+from llavamod_offline.storage.folders import LocalFolder, open_folder
 from teacher_cache.capture.pipeline import ShardCounts
 from teacher_cache.capture.ray_worker import CaptureWorker, Report
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llavamod_offline.command import run_command
+from llavamod_offline.entrypoint import run_command
 from teacher_cache.cli import audit_report as cli_judge
 from teacher_cache.cli import generate as cli_generate
 

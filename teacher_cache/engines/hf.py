@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llavamod_offline.data.encode.tokenize import Ids, Positions
+from llavamod_offline.data.encode.tokenize import Sequence as TokenSequence
 from llavamod_offline.data.sample import Sample
-from llavamod_offline.data.tokenise import Ids, Positions
-from llavamod_offline.data.tokenise import Sequence as TokenSequence
 from llavamod_offline.errors import DataError, ModelError
 from teacher_cache.engines.draws import sequence_uniforms
 from teacher_cache.engines.head import Head

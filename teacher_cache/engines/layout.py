@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llavamod_offline.data.tokenise import Ids
+from llavamod_offline.data.encode.tokenize import Ids
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llavamod_offline.data.tokenise import NO_TARGET
+from llavamod_offline.data.encode.tokenize import NO_TARGET
 from teacher_cache.engines.draws import draw_budget, systematic_draws
 from teacher_cache.format.record import Floats, Ints, Records, RecordSettings, concatenate_records
 

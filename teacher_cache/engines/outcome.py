@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from llavamod_offline.data.tokenise import Ids
-from llavamod_offline.data.tokenise import Sequence as TokenSequence
+from llavamod_offline.data.encode.tokenize import Ids
+from llavamod_offline.data.encode.tokenize import Sequence as TokenSequence
 from teacher_cache.engines.protocol import Request
 from teacher_cache.format.hidden_states import HiddenStates
 from teacher_cache.format.record import Records

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from llavamod_offline.data.encode.tokenize import Sequence as TokenSequence
 from llavamod_offline.data.sample import Sample
-from llavamod_offline.data.tokenise import Sequence as TokenSequence
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.sequences import SequenceRecord

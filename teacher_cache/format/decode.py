@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llavamod_offline.data.tokenise import NO_TARGET
+from llavamod_offline.data.encode.tokenize import NO_TARGET
 from llavamod_offline.errors import CacheError
 from teacher_cache.format.head_codes import Ints, Steps, decode_steps, missing_forced, starts
 from teacher_cache.format.id_codes import CodedRanks, decode_ranks

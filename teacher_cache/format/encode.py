@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from llavamod_offline.data.tokenise import NO_TARGET
+from llavamod_offline.data.encode.tokenize import NO_TARGET
 from llavamod_offline.errors import CacheError
 from teacher_cache.format.head_codes import Ints, encode_steps, forced_suffix, missing_forced, starts
 from teacher_cache.format.id_codes import encode_ranks

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llavamod_offline.errors import CacheError
-from llavamod_offline.folders import Folder
+from llavamod_offline.storage.folders import Folder
 
 FORMAT_VERSION = 1
 JOB_NAME = "job.json"

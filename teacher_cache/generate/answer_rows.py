@@ -20,7 +20,7 @@ from llavamod_offline.errors import DataError
 from teacher_cache.generate.generated_set import AnsweredSample, with_texts, written_turns
 
 if TYPE_CHECKING:
-    from llavamod_offline.data.tokenise import Ids
+    from llavamod_offline.data.encode.tokenize import Ids
     from teacher_cache.config import GenerateConfig
     from teacher_cache.engines.hf import HfEngine
     from teacher_cache.generate.decode_loop import Prompt, Written

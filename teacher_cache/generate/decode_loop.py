@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llavamod_offline.data.tokenise import Ids
+from llavamod_offline.data.encode.tokenize import Ids
 from llavamod_offline.errors import ModelError
 from teacher_cache.engines.draws import sequence_uniforms
 from teacher_cache.engines.hf import HfEngine

@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavamod_offline import atomic
-from llavamod_offline.data.pack import write_set
+from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.rows import Located, Rejection, RejectionKind
 from llavamod_offline.data.sample import Generated, Sample, Turn
-from llavamod_offline.data.shards import MANIFEST_NAME, SampleSet
+from llavamod_offline.data.sets.sample_set import MANIFEST_NAME, SampleSet
 from llavamod_offline.errors import ConfigError, DataError
+from llavamod_offline.storage import atomic
 from teacher_cache.fingerprint import differences
 from teacher_cache.format.manifest import canonical
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tqdm import tqdm
 
-from llavamod_offline.data.shards import SampleSet
+from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError, DataError
-from llavamod_offline.folders import is_url
+from llavamod_offline.storage.folders import is_url
 from teacher_cache.capture.run import Summary, run_job
 from teacher_cache.config import GenerateConfig
 from teacher_cache.engines import load_engine

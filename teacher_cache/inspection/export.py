@@ -33,13 +33,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from llavamod_offline import atomic
-from llavamod_offline.data.chat_template import choose_template
-from llavamod_offline.data.shards import SampleSet
-from llavamod_offline.data.tokenise import Sequence as TokenSequence
-from llavamod_offline.data.tokenise import SequenceEncoder
+from llavamod_offline.data.encode.chat_template import choose_template
+from llavamod_offline.data.encode.tokenize import Sequence as TokenSequence
+from llavamod_offline.data.encode.tokenize import SequenceEncoder
+from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import CacheError, ConfigError, DataError
 from llavamod_offline.models.checkpoint import load_tokenizer
+from llavamod_offline.storage import atomic
 from teacher_cache.fingerprint import describe_template
 from teacher_cache.format.record import Records
 from teacher_cache.format.sequences import short_hash

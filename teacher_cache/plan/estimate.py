@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llavamod_offline import atomic
 from llavamod_offline.errors import ConfigError
-from llavamod_offline.folders import is_url, open_folder
+from llavamod_offline.storage import atomic
+from llavamod_offline.storage.folders import is_url, open_folder
 from teacher_cache.fingerprint import differences
 from teacher_cache.format.manifest import CACHE_NAME
 from teacher_cache.inspection.summary import bytes_by_part
@@ -28,7 +28,7 @@ from teacher_cache.plan.probe import Lengths, Parts, all_padded_tokens, measure,
 from teacher_cache.read.reader import TeacherCache, open_cache
 
 if TYPE_CHECKING:
-    from llavamod_offline.data.shards import SampleSet
+    from llavamod_offline.data.sets.sample_set import SampleSet
     from teacher_cache.capture.run import Summary
     from teacher_cache.config import CacheConfig
 

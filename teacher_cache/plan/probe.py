@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from llavamod_offline.data.shards import SampleSet
+from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import CacheError, DataError
 from teacher_cache.capture.shard import capture_rows
 from teacher_cache.config import PRESETS

@@ -16,8 +16,8 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from llavamod_offline.errors import CacheError
-from llavamod_offline.folders import Folder
-from llavamod_offline.staging import Staging
+from llavamod_offline.storage.disk_cache import Staging
+from llavamod_offline.storage.folders import Folder
 from teacher_cache.format.manifest import COLUMNS_NAME, MANIFEST_NAME, SHARDS_NAME, sha256_bytes
 from teacher_cache.format.tail_profile import spread
 from teacher_cache.read.shard_files import VERIFY, checked_manifest

@@ -17,12 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llavamod_offline.data.tokenise import NO_TARGET, Positions
+from llavamod_offline.data.encode.tokenize import NO_TARGET, Positions
 from llavamod_offline.errors import CacheError
-from llavamod_offline.folders import LocalFolder, open_folder
 from llavamod_offline.losses.targets import SparseTargets
-from llavamod_offline.remote import RemoteFolder
-from llavamod_offline.staging import Staging
+from llavamod_offline.storage.disk_cache import Staging
+from llavamod_offline.storage.folders import LocalFolder, open_folder
+from llavamod_offline.storage.remote import RemoteFolder
 from teacher_cache.format.hidden_states import HiddenStates
 from teacher_cache.format.manifest import (
     CACHE_NAME,
@@ -55,7 +55,7 @@ _POSITION_BYTES, _HEAD_BYTES, _DRAW_BYTES, _SHARD_BYTES = 40, 8, 4, 2**14
 def open_cache(where: Path | str, *, staging: Staging | None = None, temperature: float | None = None) -> TeacherCache:
     """Open a finished cache by path or URL: small files are read and checked, token-level arrays are not touched.
 
-    `staging`: where copies of what lies behind a URL are kept (default: see `llavamod_offline/staging.py`).
+    `staging`: where copies of what lies behind a URL are kept (default: see `llavamod_offline/storage/disk_cache.py`).
     `temperature`: the only one that will be used, which makes decoding faster (1 needs no normaliser; None: any).
     Errors: `CacheError` if there is no cache, it is unfinished, of another format version, or a small file is damaged;
     `StorageError` if a bucket cannot be read.

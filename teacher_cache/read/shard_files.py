@@ -14,9 +14,9 @@ from typing import Any, Protocol, overload
 import pyarrow as pa
 
 from llavamod_offline.errors import CacheError
-from llavamod_offline.folders import LocalFolder
-from llavamod_offline.remote import RemoteFolder, Wanted
-from llavamod_offline.staging import Staging
+from llavamod_offline.storage.disk_cache import Staging
+from llavamod_offline.storage.folders import LocalFolder
+from llavamod_offline.storage.remote import RemoteFolder, Wanted
 from teacher_cache.format.manifest import (
     CACHE_NAME,
     COLUMNS_NAME,

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from llavamod_offline.data.encode.tokenize import NO_TARGET
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
-from llavamod_offline.data.tokenise import NO_TARGET
 from llavamod_offline.errors import DataError
-from llavamod_offline.page import json_block, thumbnail
+from llavamod_offline.pages.page import json_block, thumbnail
 from teacher_cache.format.record import Records
 from teacher_cache.inspection.token_labels import TokenNames
 from teacher_cache.read.reader import TeacherCache

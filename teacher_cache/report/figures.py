@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llavamod_offline.charts import bar_list, histograms
-from llavamod_offline.page import html_table, tiles
+from llavamod_offline.pages.charts import bar_list, histograms
+from llavamod_offline.pages.page import html_table, tiles
 from teacher_cache.inspection.summary import bytes_by_part
 from teacher_cache.inspection.terminal import readable_bytes
 from teacher_cache.read.reader import TeacherCache

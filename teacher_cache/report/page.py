@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from llavamod_offline.atomic import write_file
 from llavamod_offline.errors import CacheError, ConfigError
-from llavamod_offline.page import html_page
+from llavamod_offline.pages.page import html_page
+from llavamod_offline.storage.atomic import write_file
 from teacher_cache.fingerprint import describe_tokenizer, differences
 from teacher_cache.inspection.token_labels import TokenNames
 from teacher_cache.read.reader import TeacherCache

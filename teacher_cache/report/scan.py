@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from llavamod_offline.data.tokenise import NO_TARGET
+from llavamod_offline.data.encode.tokenize import NO_TARGET
 from teacher_cache.format.record import Records
 from teacher_cache.read.reader import TeacherCache
 from teacher_cache.report.sets import CacheSets

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from llavamod_offline.data.sample import Sample
-from llavamod_offline.data.shards import SampleSet
+from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import CacheError
 from teacher_cache.format.sequences import short_hash
 from teacher_cache.read.reader import TeacherCache

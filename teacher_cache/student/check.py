@@ -24,8 +24,8 @@ from teacher_cache.student.end_of_turn import Exchange, parse_end_of_turn, teach
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from llavamod_offline.data.tokenise import Sequence as TokenSequence
-    from llavamod_offline.data.tokenise import SequenceEncoder
+    from llavamod_offline.data.encode.tokenize import Sequence as TokenSequence
+    from llavamod_offline.data.encode.tokenize import SequenceEncoder
     from teacher_cache.read.reader import TeacherCache
 
 _LOG = logging.getLogger(__name__)

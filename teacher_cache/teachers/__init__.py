@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llavamod_offline.data.template import Template
+from llavamod_offline.data.encode.template import Template
 from llavamod_offline.errors import ModelError
 from llavamod_offline.models.checkpoint import read_json
 from teacher_cache.teachers.protocol import Picture, Teacher

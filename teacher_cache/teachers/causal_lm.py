@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llavamod_offline.data.template import Template
-from llavamod_offline.data.tokenise import SequenceEncoder
+from llavamod_offline.data.encode.template import Template
+from llavamod_offline.data.encode.tokenize import SequenceEncoder
 from llavamod_offline.errors import DataError
 from llavamod_offline.models.checkpoint import load_tokenizer, load_weights
 from teacher_cache.teachers.folder import context_length, read_config
 from teacher_cache.teachers.protocol import Picture
 
 if TYPE_CHECKING:
+    from llavamod_offline.data.encode.tokenize import Sequence as TokenSequence
     from llavamod_offline.data.sample import Sample
-    from llavamod_offline.data.tokenise import Sequence as TokenSequence
 
 
 class CausalLmTeacher:

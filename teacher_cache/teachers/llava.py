@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llavamod_offline.data.encode.template import Template
 from llavamod_offline.data.images import ImagePreprocessor
-from llavamod_offline.data.template import Template
 from llavamod_offline.models.checkpoint import load_config, load_llava, load_tokenizer, sequence_encoder
 from teacher_cache.teachers.folder import context_length, pixel_array, preparing
 from teacher_cache.teachers.protocol import Picture
 
 if TYPE_CHECKING:
+    from llavamod_offline.data.encode.tokenize import Sequence as TokenSequence
     from llavamod_offline.data.sample import Sample
-    from llavamod_offline.data.tokenise import Sequence as TokenSequence
 
 
 class LlavaTeacher:

@@ -16,17 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llavamod_offline.data.encode.template import Template
+from llavamod_offline.data.encode.tokenize import SequenceEncoder
 from llavamod_offline.data.images import DECODER, decode_image, image_size, pad_to_square
-from llavamod_offline.data.template import Template
-from llavamod_offline.data.tokenise import SequenceEncoder
 from llavamod_offline.errors import DataError, ModelError
 from llavamod_offline.models.checkpoint import load_tokenizer, load_weights
 from teacher_cache.teachers import folder as folders
 from teacher_cache.teachers.protocol import Picture
 
 if TYPE_CHECKING:
+    from llavamod_offline.data.encode.tokenize import Sequence as TokenSequence
     from llavamod_offline.data.sample import Sample
-    from llavamod_offline.data.tokenise import Sequence as TokenSequence
 
 _PROCESSORS = ("LlavaOnevisionImageProcessor", "LlavaOnevisionImageProcessorFast", "LlavaOnevisionImageProcessorPil")
 

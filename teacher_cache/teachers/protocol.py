@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llavamod_offline.data.encode.tokenize import Sequence as TokenSequence
+from llavamod_offline.data.encode.tokenize import SequenceEncoder
 from llavamod_offline.data.sample import Sample
-from llavamod_offline.data.tokenise import Sequence as TokenSequence
-from llavamod_offline.data.tokenise import SequenceEncoder
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llavamod_offline.errors import CacheError
-from llavamod_offline.folders import Folder, LocalFolder, open_folder
+from llavamod_offline.storage.folders import Folder, LocalFolder, open_folder
 from teacher_cache.format.manifest import (
     CACHE_NAME,
     COUNTS,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llavamod_offline.errors import CacheError
-from llavamod_offline.folders import open_folder
+from llavamod_offline.storage.folders import open_folder
 from teacher_cache.format.manifest import (
     CACHE_NAME,
     JOB_NAME,

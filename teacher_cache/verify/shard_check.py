@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from llavamod_offline.data.tokenise import NO_TARGET
+from llavamod_offline.data.encode.tokenize import NO_TARGET
 from llavamod_offline.errors import CacheError
 from teacher_cache.format.columns import ColumnFile
 from teacher_cache.format.head_codes import starts

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llavamod_offline.errors import CacheError, ConfigError
-from llavamod_offline.folders import open_folder
+from llavamod_offline.storage.folders import open_folder
 from teacher_cache.fingerprint import check_allowed, differences
 from teacher_cache.format.manifest import MANIFEST_NAME, SHARDS_NAME, canonical
 from teacher_cache.read.reader import TeacherCache

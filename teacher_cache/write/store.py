@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llavamod_offline.errors import CacheError
-from llavamod_offline.folders import Folder, LocalFolder, open_folder
+from llavamod_offline.storage.folders import Folder, LocalFolder, open_folder
 from teacher_cache.fingerprint import differences
 from teacher_cache.format.columns import write_columns
 from teacher_cache.format.manifest import (

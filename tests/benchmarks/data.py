@@ -7,7 +7,7 @@
 cache.
   webdataset: `WebDataset(tars).decode("torchrgb")`: scan the tars in order, group members, parse JSON, decode the
   JPEG to a float32 tensor [3, 336, 336] in 0 … 1. No join, no tokens, no batches, no shuffling, no state.
-  ours: `train.batches.Loader` in a shuffled order that can be resumed at any step: read by position, parse and check
+  ours: `train.data.batches.Loader` in a shuffled order, resumable at any step: read by position, parse and check
   the sample, decode the JPEG and fit it to CLIP's size (which it has: nothing is resized), tokenise, compare the
   sample's and the answer's hash with the record's, find the records (80 positions a sample, 20 to 26 ids each; they are
   decoded already and kept, see below), collate 16 samples to padded tensors. Pictures stay bytes [336, 336, 3] in a
@@ -40,20 +40,20 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from llavamod_offline.data.collate import collate, pixel_values
+from llavamod_offline.data.encode.collate import collate, pixel_values
+from llavamod_offline.data.encode.tokenize import Sequence
 from llavamod_offline.data.images import decode_image
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.data.sampler import BatchSchedule, Order
-from llavamod_offline.data.shards import SampleSet
-from llavamod_offline.data.tokenise import Sequence
+from llavamod_offline.data.sets.sample_set import SampleSet
 from teacher_cache.read.reader import TeacherCache, open_cache
 from teacher_cache.student.check import check_sequence
 from tests.benchmarks.form import Row, finish, parse_arguments
 from tests.benchmarks.packing import indexing_rate, packing_rate
 from tests.benchmarks.worlds.data import make_encoder, make_preprocessor, write_large, write_world
-from train.batches import Loader
-from train.join import join
-from train.order import DEFAULT_WINDOW
+from train.data.batches import Loader
+from train.data.join import join
+from train.data.sample_order import DEFAULT_WINDOW
 
 NAME = "data"
 BATCH = 16

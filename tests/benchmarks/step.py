@@ -31,13 +31,13 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
-from llavamod_offline.data.collate import Batch
+from llavamod_offline.data.encode.collate import Batch
 from llavamod_offline.losses.fused import distillation_from_hidden
 from llavamod_offline.losses.shrinkage import Shrinkage
 from llavamod_offline.models.upcycle import activated_parameters, total_parameters, upcycle
 from tests.benchmarks.form import Row, finish, least_seconds, parse_arguments, reset_peak, resident_bytes
 from tests.benchmarks.worlds.targets import random_targets
-from train.batches import TrainBatch
+from train.data.batches import TrainBatch
 from train.stages import mimic, sft
 
 NAME = "step"

@@ -13,8 +13,8 @@ import pytest
 from eval.cli import _GENERATE_HELP, app
 from eval.generate import GenerateConfig
 from eval.tasks import TASKS
-from llavamod_offline.command import run_command
 from llavamod_offline.config import describe_config
+from llavamod_offline.entrypoint import run_command
 from tests.eval.fixtures import answers, pope_root, write_jsonl
 from tests.tiny import write_tiny_llava
 

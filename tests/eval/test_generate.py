@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.engine_hf import HfEngine
-from eval.engine_processor import ProcessorEngine
+from eval.engines.llava_hf import HfEngine
+from eval.engines.processor import ProcessorEngine
 from eval.example import Example
 from eval.files import FileImage
 from eval.generate import GenerateConfig, generate
 from eval.predictions import read_predictions
 from eval.score import score_task, sidecar
+from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.sample import Turn
-from llavamod_offline.data.template import get_template
 from llavamod_offline.errors import ConfigError, EvalError, ModelError
 from tests.eval.fixtures import gqa_root, pope_root, write_image
 from tests.tiny import write_tiny_llava

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from eval.engine_hf import HfEngine
-from eval.engine_processor import ProcessorEngine
+from eval.engines.llava_hf import HfEngine
+from eval.engines.processor import ProcessorEngine
+from eval.engines.prompts import prompt_ids
 from eval.example import Example
 from eval.files import FileImage
 from eval.portable import write_portable
-from eval.prompts import prompt_ids
 from llavamod_offline.data.images import decode_image
 from llavamod_offline.data.sample import Turn
 from llavamod_offline.errors import ConfigError, ModelError

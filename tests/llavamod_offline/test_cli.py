@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from llavamod_offline.cli import app
-from llavamod_offline.command import run_command
 from llavamod_offline.data.sample import Sample, Turn
-from llavamod_offline.data.shards import SampleSet
+from llavamod_offline.data.sets.sample_set import SampleSet
+from llavamod_offline.entrypoint import run_command
 from tests.tiny import tiny_image
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]

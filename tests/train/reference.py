@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
+from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.images import ImagePreprocessor
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.data.sampler import Order
-from llavamod_offline.data.shards import SampleSet
-from llavamod_offline.data.template import get_template
+from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, sequence_encoder
 
 

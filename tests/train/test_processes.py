@@ -15,10 +15,10 @@ from llavamod_offline.errors import ConfigError
 from llavamod_offline.models.checkpoint import load_llava
 from tests.train.conftest import World
 from train.config import TrainConfig
-from train.engine import World as Processes
+from train.engine.deepspeed_engine import World as Processes
 from train.metrics import read_metrics
-from train.prepare import prepare
 from train.run import train
+from train.setup import prepare
 
 
 def run_two(config: TrainConfig, folder: Path, *settings: str) -> subprocess.CompletedProcess[str]:

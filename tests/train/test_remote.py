@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from llavamod_offline.errors import ConfigError, DataError, StorageError
-from llavamod_offline.folders import open_folder
+from llavamod_offline.storage.folders import open_folder
 from teacher_cache.read.reader import open_cache
 from tests.flaky_proxy import FlakyProxy, flaky_proxy
 from tests.tiny import write_tiny_set

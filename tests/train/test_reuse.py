@@ -12,9 +12,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from llavamod_offline.data import template as templates
-from llavamod_offline.data.pack import write_set
-from llavamod_offline.data.shards import SampleSet
+from llavamod_offline.data.encode import template as templates
+from llavamod_offline.data.pack.pack import write_set
+from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import LlavaModError
 from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, save_student, sequence_encoder
 from teacher_cache.read.reader import open_cache

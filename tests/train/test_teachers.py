@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
-from llavamod_offline.data import template as templates
+from llavamod_offline.data.encode import template as templates
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import LlavaModError
 from llavamod_offline.models.build import build_llava, build_tokenizer

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from llavamod_offline.data.tokenise import NO_TARGET
+from llavamod_offline.data.encode.tokenize import NO_TARGET
 from llavamod_offline.losses.alignment import (
     HiddenProjection,
     head_metric,
@@ -20,9 +20,9 @@ from llavamod_offline.losses.alignment import (
     relation_alignment,
     visual_token_kl,
 )
-from train.batches import TrainBatch
+from train.data.batches import TrainBatch
+from train.data.teacher_states import TeacherStates, image_positions
 from train.loss_config import AlignConfig
-from train.teacher_states import TeacherStates, image_positions
 
 
 @dataclass(frozen=True, eq=False)

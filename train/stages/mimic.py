@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llavamod_offline.data.tokenise import NO_TARGET
+from llavamod_offline.data.encode.tokenize import NO_TARGET
 from llavamod_offline.models.forward import head_weight
-from train.batches import TrainBatch
+from train.data.batches import TrainBatch
 from train.stages.alignment import Alignment
+from train.stages.loss_sums import LossSums
 from train.stages.student_pass import Distillation, predicting_states, with_balance
-from train.sums import LossSums
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration

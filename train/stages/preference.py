@@ -26,10 +26,10 @@ from llavamod_offline.losses.kto import kto_loss
 from llavamod_offline.losses.preference import PreferenceKind, PreferenceLoss, preference_loss
 from llavamod_offline.models.forward import head_weight
 from llavamod_offline.models.routing import Routing
-from train.batches import TrainBatch
-from train.engine import World
+from train.data.batches import TrainBatch
+from train.engine.deepspeed_engine import World
+from train.stages.loss_sums import LossSums
 from train.stages.student_pass import Ahead, Distillation, predicting_states, tower_features, with_balance
-from train.sums import LossSums
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from llavamod_offline.losses.fused import cross_entropy_from_hidden
 from llavamod_offline.models.forward import head_weight
-from train.batches import TrainBatch
+from train.data.batches import TrainBatch
+from train.stages.loss_sums import LossSums
 from train.stages.student_pass import predicting_states, with_balance
-from train.sums import LossSums
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration

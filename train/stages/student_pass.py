@@ -14,8 +14,8 @@ from torch import Tensor
 from llavamod_offline.losses.fused import LossTerms
 from llavamod_offline.models.forward import student_hidden_states, vision_features
 from llavamod_offline.models.routing import RouterWatch, Routing
-from train.batches import TrainBatch
-from train.sums import LossSums
+from train.data.batches import TrainBatch
+from train.stages.loss_sums import LossSums
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration

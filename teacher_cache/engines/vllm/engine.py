@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from llavamod_offline.data.encode.tokenize import Positions
+from llavamod_offline.data.encode.tokenize import Sequence as TokenSequence
 from llavamod_offline.data.sample import Sample
-from llavamod_offline.data.tokenise import Positions
-from llavamod_offline.data.tokenise import Sequence as TokenSequence
 from llavamod_offline.errors import DataError, ModelError
 from llavamod_offline.vllm import plugin as plain
 from llavamod_offline.vllm.inputs import check_prompt, engine_input

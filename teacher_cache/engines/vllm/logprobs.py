@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llavamod_offline.data.tokenise import NO_TARGET
+from llavamod_offline.data.encode.tokenize import NO_TARGET
 from teacher_cache.engines.vllm.wire import Answer, Order
 from teacher_cache.format.record import Records, RecordSettings
 

@@ -20,7 +20,7 @@ from tests.benchmarks.teachers.ngram import NGram, library_texts, tokenise, trai
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
-    from llavamod_offline.data.collate import Batch
+    from llavamod_offline.data.encode.collate import Batch
 
 SEQUENCE = 100
 
@@ -115,12 +115,12 @@ def toy_world(sequences: int) -> World:
 
 
 def _toy_batches(checkpoint: Path, samples: int, size: int) -> Iterator[Batch]:
-    from llavamod_offline.data.collate import collate
+    from llavamod_offline.data.encode.collate import collate
+    from llavamod_offline.data.encode.template import get_template
     from llavamod_offline.data.images import ImagePreprocessor
-    from llavamod_offline.data.pack import write_set
-    from llavamod_offline.data.shards import SampleSet
-    from llavamod_offline.data.sources import read_sources
-    from llavamod_offline.data.template import get_template
+    from llavamod_offline.data.pack.pack import write_set
+    from llavamod_offline.data.sets.sample_set import SampleSet
+    from llavamod_offline.data.sources.read import read_sources
     from llavamod_offline.models.checkpoint import load_config, load_tokenizer, sequence_encoder
     from llavamod_offline.toyworld.datasets import write_datasets
 

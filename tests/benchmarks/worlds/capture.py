@@ -25,7 +25,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from llavamod_offline.data.pack import write_set
+from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.toyworld.conversations import captioned, chatted, quizzed
 from llavamod_offline.toyworld.draw import encode_scene

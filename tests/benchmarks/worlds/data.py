@@ -19,12 +19,12 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from llavamod_offline.data.encode.template import get_template
+from llavamod_offline.data.encode.tokenize import SequenceEncoder
 from llavamod_offline.data.images import ImagePreprocessor
-from llavamod_offline.data.pack import write_set
+from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
-from llavamod_offline.data.shards import INDEX_NAME, INDEX_SCHEMA, MANIFEST_NAME, SampleSet
-from llavamod_offline.data.template import get_template
-from llavamod_offline.data.tokenise import SequenceEncoder
+from llavamod_offline.data.sets.sample_set import INDEX_NAME, INDEX_SCHEMA, MANIFEST_NAME, SampleSet
 from teacher_cache.format.manifest import (
     CACHE_NAME,
     COLUMNS_NAME,

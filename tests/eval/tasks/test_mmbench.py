@@ -12,8 +12,8 @@ from xml.etree import ElementTree
 import pytest
 
 from eval.export import export
-from eval.mmbench import is_missing, parse
 from eval.score import score_task
+from eval.scorers.mmbench import is_missing, parse
 from eval.tasks import mmbench, mmbench_cn
 from llavamod_offline.errors import EvalError
 from tests.eval.fixtures import (

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from llavamod_offline.data.images import ImagePreprocessor, decode_image, image_extension, image_size
-from llavamod_offline.data.row_formats import json_row_to_sample
+from llavamod_offline.data.parse.row_formats import json_row_to_sample
 from llavamod_offline.data.rows import RowError
 from llavamod_offline.errors import DataError
-from tests.llavamod_offline.data.hostile import bomb, gif
+from tests.llavamod_offline.data.sources.hostile import bomb, gif
 from tests.tiny import tiny_image, write_image_processor
 
 RED, WHITE, BLUE = (255, 0, 0), (255, 255, 255), (0, 0, 255)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from llavamod_offline.data import images
-from llavamod_offline.data.collate import pixel_values
+from llavamod_offline.data.encode.collate import pixel_values
 from llavamod_offline.data.images import ImagePreprocessor, decode_image, image_extension, pad_to_square
 from llavamod_offline.errors import ConfigError, DataError, ModelError
 from tests.tiny import tiny_image, write_image_processor

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llavamod_offline.data.template import get_template
+from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.models.checkpoint import load_tokenizer, sequence_encoder
 from tests.tiny import tiny_samples
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.sample import Turn
-from llavamod_offline.data.template import get_template
 from llavamod_offline.errors import ModelError
 from llavamod_offline.models.checkpoint import (
     image_tokens,

@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from eval.tasks import get_task
-from llavamod_offline.data.pack import write_set
+from llavamod_offline.data.encode.template import TEMPLATES
+from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER
-from llavamod_offline.data.shards import SampleSet
-from llavamod_offline.data.sources import read_sources
-from llavamod_offline.data.template import TEMPLATES
+from llavamod_offline.data.sets.sample_set import SampleSet
+from llavamod_offline.data.sources.read import read_sources
 from llavamod_offline.toyworld.benchmarks import write_benchmarks
 from llavamod_offline.toyworld.conversations import mixed
 from llavamod_offline.toyworld.datasets import write_datasets

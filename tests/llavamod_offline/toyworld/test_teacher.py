@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from llavamod_offline.data.collate import collate
+from llavamod_offline.data.encode.collate import collate
+from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.sample import Sample, Turn
-from llavamod_offline.data.template import get_template
 from llavamod_offline.demo.plan import LANGUAGE_MODEL, TEACHER
 from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, sequence_encoder
 from llavamod_offline.toyworld.draw import draw_scene

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llavamod_offline.data.tokenise import NO_TARGET
+from llavamod_offline.data.encode.tokenize import NO_TARGET
 from teacher_cache.audit.error_bounds import record_bounds
 from teacher_cache.audit.record_diff import compare
 from teacher_cache.engines.draws import sequence_uniforms

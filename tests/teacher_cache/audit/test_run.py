@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llavamod_offline.command import run_command
 from llavamod_offline.config import load_config
-from llavamod_offline.data.pack import write_set
+from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Turn
+from llavamod_offline.entrypoint import run_command
 from llavamod_offline.errors import CacheError, ConfigError, LlavaModError
 from teacher_cache.audit.run import LIMITS, Audit, audit_cache
 from teacher_cache.cli.main import app

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from llavamod_offline.errors import CacheError
-from llavamod_offline.folders import open_folder
+from llavamod_offline.storage.folders import open_folder
 from teacher_cache.format.manifest import CACHE_NAME, MANIFEST_NAME, SEQUENCES_NAME, file_entries
 from teacher_cache.read.reader import open_cache
 from teacher_cache.verify.repair import repair_cache

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from llavamod_offline.config import load_config
-from llavamod_offline.data.pack import write_set
-from llavamod_offline.data.shards import SampleSet
+from llavamod_offline.data.pack.pack import write_set
+from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import CacheError, ConfigError, DataError
 from teacher_cache.config import CacheConfig
 from teacher_cache.inspection.export import export_cache

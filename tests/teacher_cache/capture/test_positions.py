@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llavamod_offline.data.collate import collate
+from llavamod_offline.data.encode.collate import collate
+from llavamod_offline.data.encode.template import get_template
+from llavamod_offline.data.encode.tokenize import NO_TARGET
 from llavamod_offline.data.images import ImagePreprocessor
-from llavamod_offline.data.shards import SampleSet
-from llavamod_offline.data.template import get_template
-from llavamod_offline.data.tokenise import NO_TARGET
+from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, sequence_encoder
 from llavamod_offline.models.forward import head_weight, student_hidden_states
 from teacher_cache.read.reader import open_cache

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from llavamod_offline.config import load_config
-from llavamod_offline.data.pack import write_set
+from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Sample
 from teacher_cache.capture.ray_pool import RayPool
 from teacher_cache.config import CacheConfig

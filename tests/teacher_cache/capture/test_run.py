@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from llavamod_offline.data.pack import write_set
+from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import CacheError, ConfigError, DataError, LlavaModError, ModelError
 from llavamod_offline.models.checkpoint import load_tokenizer

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llavamod_offline.command import run_command
+from llavamod_offline.entrypoint import run_command
 from teacher_cache.cli.main import app
 from teacher_cache.read.reader import open_cache
 from teacher_cache.verify.cache import verify_cache

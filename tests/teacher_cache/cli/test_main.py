@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llavamod_offline.command import run_command
+from llavamod_offline.entrypoint import run_command
 from teacher_cache.cli.main import app
 from teacher_cache.format.manifest import file_entries
 from teacher_cache.read.reader import open_cache

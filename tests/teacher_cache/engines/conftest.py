@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llavamod_offline.data.template import get_template
+from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.vllm.session import Session
 from llavamod_offline.vllm.settings import VllmSettings
 from teacher_cache.engines.vllm import plugin as recording

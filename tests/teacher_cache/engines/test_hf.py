@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from llavamod_offline.data.encode.template import get_template
+from llavamod_offline.data.encode.tokenize import Sequence as TokenSequence
+from llavamod_offline.data.encode.tokenize import SequenceEncoder
 from llavamod_offline.data.sample import Sample, Turn
-from llavamod_offline.data.template import get_template
-from llavamod_offline.data.tokenise import Sequence as TokenSequence
-from llavamod_offline.data.tokenise import SequenceEncoder
 from llavamod_offline.errors import DataError, ModelError
 from teacher_cache.engines.head import Head
 from teacher_cache.engines.hf import HfEngine, length_batches

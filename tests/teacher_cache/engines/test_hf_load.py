@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llavamod_offline.config import load_config
-from llavamod_offline.data.pack import write_set
+from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import ConfigError, ModelError
 from teacher_cache.capture.run import run_job

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llavamod_offline.data.tokenise import Sequence
+from llavamod_offline.data.encode.tokenize import Sequence
 from teacher_cache.engines.outcome import beyond_vocabulary, recorded, rows_with_states
 from teacher_cache.engines.protocol import Request
 from teacher_cache.format.record import concatenate_records

@@ -15,9 +15,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from llavamod_offline.data.encode.template import get_template
+from llavamod_offline.data.encode.tokenize import Positions
 from llavamod_offline.data.sample import Sample, Turn
-from llavamod_offline.data.template import get_template
-from llavamod_offline.data.tokenise import Positions
 from llavamod_offline.errors import ConfigError, ModelError
 from llavamod_offline.models.checkpoint import load_llava, save_student
 from llavamod_offline.vllm import plugin as plain

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from llavamod_offline import toyworld
-from llavamod_offline.data.template import get_template
-from llavamod_offline.data.tokenise import Positions
+from llavamod_offline.data.encode.template import get_template
+from llavamod_offline.data.encode.tokenize import Positions
 from llavamod_offline.models.checkpoint import load_llava, save_student
 from llavamod_offline.models.upcycle import upcycle
 from llavamod_offline.vllm import plugin as plain

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from llavamod_offline.data.collate import collate
+from llavamod_offline.data.encode.collate import collate
+from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.images import ImagePreprocessor
-from llavamod_offline.data.shards import SampleSet
-from llavamod_offline.data.template import get_template
+from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import CacheError, ConfigError
 from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, sequence_encoder
 from llavamod_offline.models.forward import student_hidden_states

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llavamod_offline.data.tokenise import NO_TARGET
+from llavamod_offline.data.encode.tokenize import NO_TARGET
 from llavamod_offline.errors import CacheError
 from teacher_cache.engines.draws import sequence_uniforms
 from teacher_cache.engines.make_records import make_records

@@ -12,12 +12,12 @@ import torch
 from transformers import GenerationConfig
 
 from llavamod_offline.config import load_config
+from llavamod_offline.data.encode.template import get_template
+from llavamod_offline.data.encode.tokenize import SequenceEncoder
 from llavamod_offline.data.images import ImagePreprocessor
-from llavamod_offline.data.pack import write_set
+from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
-from llavamod_offline.data.shards import SampleSet
-from llavamod_offline.data.template import get_template
-from llavamod_offline.data.tokenise import SequenceEncoder
+from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.demo.plan import TEACHER
 from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, sequence_encoder
 from llavamod_offline.toyworld.conversations import captioned, chatted, quizzed

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llavamod_offline.data.sample import Generated, Sample, Turn
-from llavamod_offline.data.shards import SampleSet
+from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.demo.plan import TEACHER
 from llavamod_offline.errors import DataError
 from llavamod_offline.models.checkpoint import load_tokenizer

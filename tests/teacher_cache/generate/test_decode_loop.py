@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.images import decode_image
 from llavamod_offline.data.sample import Sample, Turn
-from llavamod_offline.data.template import get_template
 from llavamod_offline.errors import ModelError
 from teacher_cache.engines.hf import HfEngine
 from teacher_cache.format.record import RecordSettings

@@ -11,8 +11,8 @@ import pytest
 import torch
 from tokenizers import Regex, pre_tokenizers
 
-from llavamod_offline.data.shards import SampleSet
-from llavamod_offline.data.template import get_template
+from llavamod_offline.data.encode.template import get_template
+from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError, DataError, LlavaModError, TargetError
 from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, sequence_encoder
 from teacher_cache.inspection import export

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from llavamod_offline.config import load_config
-from llavamod_offline.data.pack import write_set
+from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
-from llavamod_offline.data.shards import SampleSet
+from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import CacheError, ConfigError, LlavaModError
 from teacher_cache.capture.run import run_job
 from teacher_cache.config import CacheConfig

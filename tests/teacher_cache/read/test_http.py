@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llavamod_offline.data.shards import SampleSet
+from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import CacheError, DataError
-from llavamod_offline.staging import Staging
+from llavamod_offline.storage.disk_cache import Staging
 from teacher_cache.format.manifest import CACHE_NAME, JOB_NAME
 from teacher_cache.read.reader import open_cache
 from tests.teacher_cache.conftest import World

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from llavamod_offline.data.shards import SampleSet
-from llavamod_offline.data.template import get_template
+from llavamod_offline.data.encode.template import get_template
+from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import CacheError, TargetError
 from llavamod_offline.losses.targets import SparseTargets
 from llavamod_offline.models.checkpoint import load_tokenizer, sequence_encoder

@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from llavamod_offline.errors import CacheError, StorageError
-from llavamod_offline.folders import open_folder
-from llavamod_offline.staging import Staging
+from llavamod_offline.storage.disk_cache import Staging
+from llavamod_offline.storage.folders import open_folder
 from teacher_cache.format.columns import ColumnFile
 from teacher_cache.format.manifest import CACHE_NAME, MANIFEST_NAME, file_entries
 from teacher_cache.read.reader import TeacherCache, open_cache
@@ -205,7 +205,7 @@ def test_a_shard_that_lost_a_file_or_its_manifest_is_made_again(bucket: str, tmp
 
 def test_two_writers_of_one_shard_are_found_out(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one, with other numbers, commits while we upload."""
-    from llavamod_offline.remote import RemoteFolder
+    from llavamod_offline.storage.remote import RemoteFolder
 
     folder = open_folder(f"{bucket}/c")
     create = RemoteFolder.create

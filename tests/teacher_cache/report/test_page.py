@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llavamod_offline.data.pack import write_set
+from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
-from llavamod_offline.data.shards import SampleSet
+from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import CacheError, ConfigError
-from llavamod_offline.folders import open_folder
 from llavamod_offline.models.checkpoint import load_tokenizer
+from llavamod_offline.storage.folders import open_folder
 from teacher_cache.read.reader import TeacherCache, open_cache
 from teacher_cache.report.page import write_report
 from teacher_cache.report.rankings import rank
 from teacher_cache.report.scan import scan_cache
 from teacher_cache.report.sets import NO_SET, NO_SOURCE, CacheSets
-from tests.llavamod_offline.test_page import HOSTILE, Parsed
+from tests.llavamod_offline.pages.test_page import HOSTILE, Parsed
 from tests.teacher_cache.conftest import World
 from tests.tiny import tiny_image, tiny_samples, write_tiny_llava
 

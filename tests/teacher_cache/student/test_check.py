@@ -16,8 +16,8 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from llavamod_offline.data.template import get_template
-from llavamod_offline.data.tokenise import Sequence, SequenceEncoder
+from llavamod_offline.data.encode.template import get_template
+from llavamod_offline.data.encode.tokenize import Sequence, SequenceEncoder
 from llavamod_offline.errors import CacheError, ConfigError, ModelError, TargetError
 from llavamod_offline.models.checkpoint import load_tokenizer
 from teacher_cache.fingerprint import (

@@ -24,9 +24,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.images import decode_image
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample
-from llavamod_offline.data.template import get_template
 from tests.tiny_teachers import write_tiny_llava_llama, write_tiny_onevision, write_tiny_qwen_vl
 
 _QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.sample import Sample, Turn
-from llavamod_offline.data.template import get_template
 from llavamod_offline.errors import ConfigError, DataError, ModelError
 from teacher_cache.engines.hf import HfEngine
 from teacher_cache.engines.protocol import Request

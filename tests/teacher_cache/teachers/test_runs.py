@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from llavamod_offline.config import load_config
-from llavamod_offline.data.pack import write_set
+from llavamod_offline.data.encode.template import get_template
+from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
-from llavamod_offline.data.template import get_template
 from llavamod_offline.errors import ModelError
 from teacher_cache.capture.run import run_job
 from teacher_cache.config import CacheConfig

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llavamod_offline.command import run_command
+from llavamod_offline.entrypoint import run_command
 from llavamod_offline.errors import CacheError, LlavaModError
-from llavamod_offline.folders import Folder, open_folder
+from llavamod_offline.storage.folders import Folder, open_folder
 from teacher_cache.cli.main import app
 from teacher_cache.format.manifest import (
     CACHE_NAME,
@@ -218,7 +218,7 @@ def test_a_disk_that_refuses_is_one_line(copy: Path, monkeypatch: pytest.MonkeyP
         raise PermissionError(13, "Permission denied")
 
     (copy / "shards" / NAMES[0] / SEQUENCES_NAME).unlink()
-    monkeypatch.setattr("llavamod_offline.folders.LocalFolder.remove_files", refuse)
+    monkeypatch.setattr("llavamod_offline.storage.folders.LocalFolder.remove_files", refuse)
     with pytest.raises(LlavaModError, match="cannot be repaired: Permission denied"):
         repair_cache(copy)
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llavamod_offline.config import load_config
-from llavamod_offline.data.pack import write_set
+from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.errors import CacheError, ConfigError
 from teacher_cache.capture.run import run_job
 from teacher_cache.config import CacheConfig

@@ -20,11 +20,11 @@ from tests.train.conftest import EXHAUSTIVE, World, write_cache
 from tests.train.reference import Answer, Reader, train_plainly
 from tests.train.test_checkpoint import assert_same_run, train_until_sigterm
 from tests.train.test_processes import assert_equal_runs, run_two
-from train.alignment import make_projection
 from train.checkpoint import latest_checkpoint
 from train.metrics import read_metrics
-from train.report import write_report
+from train.report.page import write_report
 from train.run import train
+from train.stages.alignment_setup import make_projection
 
 IMAGE_ID = 399
 EVERYTHING = (

@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-from llavamod_offline.data.pack import write_set
+from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
-from llavamod_offline.data.shards import SampleSet
+from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError, DataError, TargetError
 from teacher_cache.read.reader import open_cache
 from tests.tiny import tiny_samples
 from tests.train.conftest import World, write_cache
 from tests.train.reference import Reader, train_plainly
 from tests.train.test_processes import assert_equal_runs, run_two
-from train.engine import World as Processes
+from train.data.mismatched_check import check_pairs
+from train.engine.deepspeed_engine import World as Processes
 from train.metrics import read_metrics
-from train.pairing import check_pairs
-from train.prepare import prepare
 from train.run import train
+from train.setup import prepare
 
 BETA = 0.1
 ONE = Processes(rank=0, size=1, local_size=1, device=torch.device("cpu"))

@@ -1,0 +1,138 @@
+"""Answering with a LLaVA checkpoint in transformers: left-padded batches, key-value cache, greedy.
+
+Letters: B questions of a batch, T tokens of the longest prompt, G generated tokens, I pictures, H and W their pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from eval.engines.prompts import never_answers, prompt_ids, read_answer
+from eval.engines.protocol import Answer
+from eval.example import Example
+from llavamod_offline.data.encode.chat_template import choose_template
+from llavamod_offline.data.images import ImagePreprocessor
+from llavamod_offline.errors import ConfigError
+from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, sequence_encoder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class HfEngine:
+    """A LLaVA folder as transformers runs it, with this project's tokenisation and image handling.
+
+    Errors: `ModelError` for the folder, `ConfigError` for the settings.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        template: str = "qwen",
+        image_aspect: str = "pad",
+        dtype: str = "auto",
+        device: str = "auto",
+    ) -> None:
+        self.device = pick_device(device)
+        self.dtype = pick_dtype(dtype, self.device)
+        self.model = load_llava(folder, dtype=DTYPES[self.dtype]).to(self.device)
+        self.tokenizer = load_tokenizer(folder)
+        limit = int(self.model.config.text_config.max_position_embeddings)
+        self.encoder = sequence_encoder(
+            self.model.config, self.tokenizer, choose_template(template, lambda: self.tokenizer), limit
+        )
+        self.images = ImagePreprocessor.from_checkpoint(folder, image_aspect)
+        self.folder = folder
+        self._suppressed = never_answers(self.encoder, int(self.model.config.text_config.vocab_size))
+
+    def describe(self) -> dict[str, Any]:
+        """The settings that decide the answers; the batch size and the device are not among them."""
+        return {
+            "model": self.folder.resolve().name,
+            "model_sha256": checkpoint_digest(self.folder),
+            "engine": "hf",
+            "template": self.encoder.template.name,
+            "image_aspect": self.images.aspect,
+            "dtype": self.dtype,
+            "decoding": "greedy",
+        }
+
+    def answer(self, examples: Sequence[Example[Any]], max_new_tokens: int) -> list[Answer]:
+        """Answer a batch of questions. Errors: `EvalError` for a prompt that leaves no room for an answer."""
+        prompts = [prompt_ids(self.encoder, example, max_new_tokens) for example in examples]
+        input_ids_BT, attention_BT = self._left_padded(prompts)
+        pixels_I3HW = self._pixels(examples)
+        settings = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.encoder.end_id,
+            pad_token_id=self.encoder.end_id,
+            suppress_tokens=self._suppressed or None,
+        )
+        with torch.inference_mode():
+            output_BX = self.model.generate(
+                input_ids=input_ids_BT,
+                attention_mask=attention_BT,
+                pixel_values=pixels_I3HW,
+                generation_config=settings,
+            )
+        generated_BG = output_BX[:, input_ids_BT.shape[1] :].tolist()
+        return [read_answer(self.encoder, ids_G) for ids_G in generated_BG]
+
+    def _left_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        longest = max(len(ids) for ids in prompts)
+        input_ids_BT = torch.full((len(prompts), longest), self.encoder.end_id, dtype=torch.long)
+        attention_BT = torch.zeros_like(input_ids_BT)
+        for row, ids in enumerate(prompts):
+            input_ids_BT[row, longest - len(ids) :] = torch.tensor(ids)
+            attention_BT[row, longest - len(ids) :] = 1
+        return input_ids_BT.to(self.device), attention_BT.to(self.device)
+
+    def _pixels(self, examples: Sequence[Example[Any]]) -> Tensor | None:
+        pixels = [
+            torch.from_numpy(self.images.pixels(example.source.read(), name=f"question '{example.id}'"))
+            for example in examples
+            if example.source is not None
+        ]
+        return torch.stack(pixels).to(self.device, DTYPES[self.dtype]) if pixels else None
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """SHA-256 (hex) over the names, sizes and contents of a checkpoint's weights and configuration."""
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), folder / "config.json", folder / "tokenizer.json"]):
+        with file.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(f"{file.name}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; `auto` is CUDA where there is one. Errors: `ConfigError` for what is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device '{name}' is unknown: choose auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device '{name}': torch sees no CUDA device here: choose cpu")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> str:
+    """The name of a precision; `auto` is float32 on a CPU, else bfloat16. Errors: `ConfigError` for another name."""
+    if name == "auto":
+        return "float32" if device.type == "cpu" else "bfloat16"
+    if name not in DTYPES:
+        raise ConfigError(f"dtype '{name}' is unknown: choose auto, {', '.join(DTYPES)}")
+    return name

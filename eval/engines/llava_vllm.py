@@ -1,0 +1,127 @@
+"""Answering with a LLaVA checkpoint in vLLM: the prompts, pictures and greedy decoding of `engine_hf`.
+
+Letters: T tokens of a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eval.engines.llava_hf import DTYPES, checkpoint_digest, pick_device, pick_dtype
+from eval.engines.prompts import never_answers, prompt_ids, read_answer
+from eval.engines.protocol import Answer
+from eval.example import Example
+from llavamod_offline.data.encode.chat_template import choose_template
+from llavamod_offline.data.images import ImagePreprocessor
+from llavamod_offline.models.checkpoint import load_config, load_tokenizer, sequence_encoder
+from llavamod_offline.vllm import plugin
+from llavamod_offline.vllm.inputs import check_prompt, engine_input
+from llavamod_offline.vllm.session import Session, import_vllm
+from llavamod_offline.vllm.settings import VllmSettings
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """See `llavamod_offline.vllm.inputs.Pixels`."""
+
+    inputs: Mapping[str, NDArray[np.generic]]
+    tokens: int
+
+
+class VllmEngine:
+    """A LLaVA folder as vLLM runs it, with this project's tokenisation and image handling.
+
+    Errors: `ModelError` for the folder, `ConfigError` for the settings and where vLLM is not installed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        template: str = "qwen",
+        image_aspect: str = "pad",
+        dtype: str = "auto",
+        device: str = "auto",
+        settings: VllmSettings | None = None,
+    ) -> None:
+        self.version = str(import_vllm().__version__)
+        where = pick_device(device)
+        self.dtype = pick_dtype(dtype, where)
+        self.folder = folder
+        config = load_config(folder)
+        limit = int(config.text_config.max_position_embeddings)
+        tokenizer = load_tokenizer(folder)
+        self.encoder = sequence_encoder(config, tokenizer, choose_template(template, lambda: tokenizer), limit)
+        self.images = ImagePreprocessor.from_checkpoint(folder, image_aspect)
+        self._suppressed = never_answers(self.encoder, int(config.text_config.vocab_size))
+        self.session = Session(
+            folder,
+            settings or VllmSettings(),
+            prefix=plugin.PREFIX,
+            register=plugin.register,
+            dtype=self.dtype,
+            device=where.type,
+            max_length=limit,
+            runner="generate",
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """The settings that decide the answers; the batch size and the device are not among them."""
+        return {
+            "model": self.folder.resolve().name,
+            "model_sha256": checkpoint_digest(self.folder),
+            "engine": "vllm",
+            "vllm": self.version,
+            "template": self.encoder.template.name,
+            "image_aspect": self.images.aspect,
+            "dtype": self.dtype,
+            "decoding": "greedy",
+        }
+
+    def answer(self, examples: Sequence[Example[Any]], max_new_tokens: int) -> list[Answer]:
+        """Answer a batch of questions. Errors: `EvalError` for a prompt that leaves no room for an answer."""
+        prompts = [np.asarray(prompt_ids(self.encoder, example, max_new_tokens), np.int64) for example in examples]
+        answers: dict[int, Answer] = {}
+        for number, output in self.session.run(self._requests(examples, prompts, max_new_tokens)):
+            check_prompt(output.prompt_token_ids, prompts[number], name=examples[number].id)
+            answers[number] = read_answer(self.encoder, output.outputs[0].token_ids)
+        return [answers[number] for number in range(len(examples))]
+
+    def _requests(
+        self, examples: Sequence[Example[Any]], prompts: Sequence[NDArray[np.int64]], max_new_tokens: int
+    ) -> Iterator[tuple[int, Any, Any]]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        self.session.forget()
+        for number, (example, input_ids_T) in enumerate(zip(examples, prompts, strict=True)):
+            parameters = SamplingParams(
+                temperature=0.0,
+                max_tokens=max_new_tokens,
+                stop_token_ids=[self.encoder.end_id],
+                ignore_eos=True,  # the template's end alone ends an answer
+                logit_bias=dict.fromkeys(self._suppressed, float("-inf")) or None,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            prompt = engine_input(
+                input_ids_T,
+                self._pictures(example),
+                image_token_id=self.encoder.image_token_id,
+                name=example.id,
+                salt=str(number),
+                dtype=DTYPES[self.dtype],
+            )
+            yield number, prompt, parameters
+
+    def _pictures(self, example: Example[Any]) -> list[_Picture]:
+        if example.source is None:
+            return []
+        pixels_3HW = self.images.pixels(example.source.read(), name=f"question '{example.id}'")
+        return [_Picture({"pixel_values": pixels_3HW}, self.encoder.image_tokens)]

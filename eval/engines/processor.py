@@ -1,0 +1,92 @@
+"""Answering with any image-text-to-text checkpoint of transformers, by its own processor and chat template.
+
+For models that are not this project's: prompt wording around the question, image handling and end tokens are the
+checkpoint's own, and the protocol says so. Letters as in `engine_hf`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+
+from eval.engines.llava_hf import DTYPES, checkpoint_digest, pick_device, pick_dtype
+from eval.engines.protocol import Answer
+from eval.example import Example
+from llavamod_offline.data.images import decode_image
+from llavamod_offline.errors import ModelError
+from llavamod_offline.models.checkpoint import load_weights
+
+
+class ProcessorEngine:
+    """A local checkpoint folder with weights, processor and chat template; its own code is never run.
+
+    Errors: `ModelError` for a folder that lacks one of them.
+    """
+
+    def __init__(self, folder: Path, *, dtype: str = "auto", device: str = "auto") -> None:
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{folder}: no such checkpoint folder (it has no config.json)")
+        self.device = pick_device(device)
+        self.dtype = pick_dtype(dtype, self.device)
+        try:
+            self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:
+            raise ModelError(f"{folder}: its processor cannot be loaded: {str(error).splitlines()[0]}") from error
+        if not getattr(self.processor, "chat_template", None):
+            raise ModelError(f"{folder}: its processor has no chat template: use engine=hf for a LLaVA student")
+        self.processor.tokenizer.padding_side = "left"
+        self.model = load_weights(AutoModelForImageTextToText, folder, dtype=DTYPES[self.dtype]).to(self.device)
+        self.folder = folder
+        ends = self.model.generation_config.eos_token_id or self.processor.tokenizer.eos_token_id
+        self.end_ids = list(ends) if isinstance(ends, list | tuple) else [ends]
+        if self.end_ids == [None]:
+            raise ModelError(f"{folder}: neither generation_config.json nor the tokenizer names an end token")
+
+    def describe(self) -> dict[str, Any]:
+        """The settings that decide the answers."""
+        return {
+            "model": self.folder.resolve().name,
+            "model_sha256": checkpoint_digest(self.folder),
+            "engine": "processor",
+            "template": "the checkpoint's chat template",
+            "image_aspect": "the checkpoint's processor",
+            "dtype": self.dtype,
+            "decoding": "greedy",
+        }
+
+    def answer(self, examples: Sequence[Example[Any]], max_new_tokens: int) -> list[Answer]:
+        """Answer a batch of questions greedily."""
+        conversations, images = [], []
+        for example in examples:
+            parts: list[dict[str, str]] = [{"type": "text", "text": example.prompt}]
+            found = []
+            if example.source is not None:
+                parts.insert(0, {"type": "image"})
+                found.append(decode_image(example.source.read(), name=f"question '{example.id}'"))
+            conversations.append([{"role": "user", "content": parts}])
+            images.append(found)
+        texts = self.processor.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
+        pictured = {"images": images} if any(images) else {}
+        inputs = self.processor(text=texts, **pictured, padding=True, return_tensors="pt").to(self.device)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(DTYPES[self.dtype])
+        settings = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.end_ids,
+            pad_token_id=self.end_ids[0],
+        )
+        with torch.inference_mode():
+            output_BX = self.model.generate(**inputs, generation_config=settings)
+        generated_BG = output_BX[:, inputs["input_ids"].shape[1] :].tolist()
+        return [self._answer(ids_G) for ids_G in generated_BG]
+
+    def _answer(self, ids_G: list[int]) -> Answer:
+        end = next((index for index, token in enumerate(ids_G) if token in self.end_ids), None)
+        ids = ids_G if end is None else ids_G[:end]
+        text = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+        return Answer(str(text).strip(), len(ids), "length" if end is None else "stop")

@@ -1,0 +1,44 @@
+"""A question as a LLaVA student reads it, and what it says as an answer; the same whatever runs the student.
+
+Letters: G generated tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from eval.engines.protocol import Answer
+from eval.example import Example
+from llavamod_offline.data.encode.tokenize import SequenceEncoder
+from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Turn
+from llavamod_offline.errors import EvalError
+
+
+def prompt_ids(encoder: SequenceEncoder, example: Example[Any], max_new_tokens: int) -> list[int]:
+    """Tokenise a question, its picture first. Errors: `EvalError` if it leaves no room for an answer."""
+    if IMAGE_PLACEHOLDER in example.prompt:
+        raise EvalError(f"question '{example.id}': its text holds '{IMAGE_PLACEHOLDER}', which stands for a picture")
+    text = f"{IMAGE_PLACEHOLDER}\n{example.prompt}" if example.source is not None else example.prompt
+    ids: list[int] = encoder.encode_prompt([Turn("user", text)]).tolist()
+    if len(ids) + max_new_tokens > encoder.max_length:
+        raise EvalError(
+            f"question '{example.id}': {len(ids)} tokens and an answer of up to {max_new_tokens} do not fit the "
+            f"model's {encoder.max_length} positions: set max_new_tokens lower"
+        )
+    return ids
+
+
+def read_answer(encoder: SequenceEncoder, ids_G: Sequence[int]) -> Answer:
+    """The text before the end token."""
+    ids = list(ids_G)
+    stopped = encoder.end_id in ids
+    if stopped:
+        ids = ids[: ids.index(encoder.end_id)]
+    text = encoder.tokenizer.decode(ids, skip_special_tokens=True)
+    return Answer(str(text).strip(), len(ids), "stop" if stopped else "length")
+
+
+def never_answers(encoder: SequenceEncoder, head_rows: int) -> list[int]:
+    """Ids that no answer may hold: the image token, and rows of the head beyond the tokenizer."""
+    return [encoder.image_token_id, *range(len(encoder.tokenizer), head_rows)]

@@ -1,0 +1,103 @@
+"""What models scored, side by side, and which published figures that may be compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from eval.judge import RecordedJudge
+from eval.report.published import HEADLINES, NOT_COMPARABLE, PUBLISHED, Headline, Published
+from eval.score import TaskScore, score_task
+from eval.tasks import TASKS, get_task
+from llavamod_offline.errors import ConfigError, EvalError
+
+RECORD = "predictions.judge.jsonl"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model's scores by task; `unscored` says why a task has none."""
+
+    name: str
+    scores: dict[str, TaskScore]
+    unscored: dict[str, str] = field(default_factory=dict)
+
+    def figure(self, headline: Headline) -> float | None:
+        """The run's figure of a headline, or None."""
+        score = self.scores.get(headline.task)
+        return None if score is None else score.metrics.get(headline.metric)
+
+
+def load_run(path: Path, root: Path, name: str) -> Run:
+    """Score every `TASK/predictions.jsonl` of an output folder of `generate`.
+
+    MMHal is scored from the judge's recorded replies, where they lie beside its predictions.
+    """
+    found = {task: path / task / "predictions.jsonl" for task in TASKS}
+    found = {task: file for task, file in found.items() if file.is_file()}
+    if not found:
+        raise EvalError(f"{path}: no TASK/predictions.jsonl in it: give an output folder of 'eval-student generate'")
+    scores, unscored = {}, {}
+    for task, file in found.items():
+        judge = None
+        if task == "mmhal":
+            if not (file.parent / RECORD).is_file():
+                unscored[task] = f"no {RECORD}: score it with --judge first"
+                continue
+            judge = RecordedJudge(file.parent / RECORD)
+        scores[task] = score_task(task, root, file, judge=judge)
+    return Run(name, scores, unscored)
+
+
+def run_names(paths: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many of their parents as it takes to tell them apart."""
+    parts = [path.resolve().parts for path in paths]
+    if len(set(parts)) < len(parts):
+        raise ConfigError("report: a run is named twice")
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise AssertionError
+
+
+def headlines(runs: Sequence[Run]) -> list[Headline]:
+    """The headlines of the tasks that any run has a score of."""
+    return [headline for headline in HEADLINES if any(headline.task in run.scores for run in runs)]
+
+
+def references(columns: Sequence[Headline]) -> list[Published]:
+    """The published models that have a figure in any column."""
+    return [published for published in PUBLISHED if any(column.key in published.figures for column in columns)]
+
+
+def incomparable(column: Headline, runs: Sequence[Run]) -> str | None:
+    """Why published figures of this headline are of something else than the runs'; None if they are not."""
+    if column.key in NOT_COMPARABLE:
+        return NOT_COMPARABLE[column.key]
+    measured = {run.scores[column.task].n for run in runs if column.task in run.scores}
+    official = get_task(column.task).OFFICIAL_N
+    if measured - set(official):
+        asked, here = " or ".join(map(str, official)), " and ".join(map(str, sorted(measured)))
+        return f"published on {asked} questions, measured here on {here}"
+    return None
+
+
+def difference(column: Headline, value: float | None, base: float | None) -> str:
+    """A figure's difference from the first run's as tables show it; empty where there is none to show."""
+    if value is None or base is None:
+        return ""
+    sign = "+" if value >= base else "−"
+    return f"{sign}{column.shown(abs(value - base))}"
+
+
+def footnotes(runs: Sequence[Run], columns: Sequence[Headline]) -> list[str]:
+    """What the reader of the table must know about published figures."""
+    shown = references(columns)
+    notes = [f"{published.model}: {published.source}" for published in shown]
+    for column in columns:
+        why = incomparable(column, runs)
+        if why and any(column.key in published.figures for published in shown):
+            notes.append(f"† {column.title}: {why}; not to be compared")
+    return notes

@@ -1,0 +1,134 @@
+"""A template as the Jinja that other tools read in a tokenizer's folder, and a tokenizer's Jinja as a template.
+
+A chat template is a program and could do anything; here it must word each turn alike wherever it stands, which
+`from_tokenizer` finds out by letting it render conversations of marked turns.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from llavamod_offline.data.encode.template import OWN, Segment, Template, get_template
+from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Turn
+from llavamod_offline.errors import ConfigError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+CHAT_TEMPLATE_NAME = "chat_template.jinja"
+_TURNS = tuple(Turn("assistant" if number % 2 else "user", f"[turn {number}]") for number in range(6))
+
+
+def choose_template(name: str, tokenizer: Callable[[], PreTrainedTokenizerFast]) -> Template:
+    """Look a template up by name, or read the tokenizer's own for `tokenizer`. Errors: `ConfigError`."""
+    return from_tokenizer(tokenizer()) if name == OWN else get_template(name)
+
+
+def to_jinja(template: Template) -> str:
+    """A template as Jinja for transformers' `apply_chat_template`.
+
+    A message's content is a string, or a list of parts of which each image becomes a placeholder on a line of its own.
+    The text always ends where an answer begins, so that `add_generation_prompt` changes nothing.
+    """
+    question = (
+        _literal([*template.user_prefix]) + " + words(message.content) + " + _literal([*template.assistant_prefix])
+    )
+    answer = (
+        f"{_literal([Segment(template.answer_prefix)])} + words(message.content) + {_literal([Segment(template.end)])}"
+    )
+    return (
+        "{%- macro words(content) -%}{%- if content is string -%}{{ content }}{%- else -%}{%- for part in content -%}"
+        f"{{{{ {json.dumps(IMAGE_PLACEHOLDER + chr(10))} if part.type == 'image' else part.text }}}}"
+        "{%- endfor -%}{%- endif -%}{%- endmacro -%}"
+        f"{{{{ {_literal([*template.system])} }}}}{{%- for message in messages -%}}"
+        f"{{%- if message.role == 'user' -%}}{{{{ {question} }}}}"
+        f"{{%- else -%}}{{{{ {answer} + ('' if loop.last else {json.dumps(template.separator)}) }}}}"
+        "{%- endif -%}{%- endfor -%}"
+    )
+
+
+def from_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Template:
+    """Read how a tokenizer's chat template words a conversation, without a system message of the user's own.
+
+    Where it ends a conversation with more than the last answer's end token, that is what separates rounds. Errors:
+    `ConfigError` if there is no chat template, or none that a `Template` can say: an answer that does not end with one
+    special token, or turns worded by what stands around them, as those that "think" do.
+    """
+    if not tokenizer.chat_template:
+        raise ConfigError(f"template '{OWN}': {_folder(tokenizer)} has no chat template: choose one by name")
+    try:
+        template = _split(tokenizer)
+        faithful = template is not None and _says_the_same(template, tokenizer)
+    except Exception as error:  # whatever a program of others may raise
+        reason = f"the chat template of {_folder(tokenizer)} fails: {first_line(error)}"
+        raise ConfigError(f"template '{OWN}': {reason}: choose one by name") from error
+    if template is None or not faithful:
+        raise ConfigError(
+            f"template '{OWN}': the chat template of {_folder(tokenizer)} does not word every turn alike, or its "
+            "answers do not end with one special token: choose one by name"
+        )
+    return template
+
+
+def _split(tokenizer: PreTrainedTokenizerFast) -> Template | None:
+    """The template's parts, from what stands between the marked turns; None if they do not fall into place."""
+    user, assistant, again, later = (turn.text for turn in _TURNS[:4])
+    whole = _rendered(tokenizer, _TURNS[:4])
+    found = re.fullmatch("(.*)".join(["", *map(re.escape, (user, assistant, again, later)), ""]), whole, re.DOTALL)
+    prompt = _rendered(tokenizer, _TURNS[:1], answer=True)
+    if found is None or user not in prompt:
+        return None
+    before, asked, between, _, after = found.groups()
+    assistant_prefix = prompt.split(user, 1)[1]
+    specials = [token for token in tokenizer.get_added_vocab() if between.startswith(token) and after.startswith(token)]
+    if not specials or not asked.startswith(assistant_prefix):
+        return None
+    end = max(specials, key=len)
+    separator, following = after[len(end) :], between[len(end) :]
+    user_prefix = following.removeprefix(separator)
+    if not following.startswith(separator) or not before.endswith(user_prefix):
+        return None
+    parts = [
+        _segments(tokenizer, text) for text in (before[: len(before) - len(user_prefix)], user_prefix, assistant_prefix)
+    ]
+    plain = asked[len(assistant_prefix) :], separator
+    if any(segment.special for text in plain for segment in _segments(tokenizer, text)):
+        return None
+    return Template(OWN, parts[0], parts[1], parts[2], answer_prefix=plain[0], end=end, separator=separator)
+
+
+def _says_the_same(template: Template, tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether both word prompts and conversations of every length alike."""
+    for count in range(1, len(_TURNS) + 1):
+        prompt = count % 2 == 1
+        said = _rendered(tokenizer, _TURNS[:count], answer=prompt)
+        if said != _text(template, _TURNS[:count]) + ("" if prompt else template.separator):
+            return False
+    return True
+
+
+def _rendered(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn], *, answer: bool = False) -> str:
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer))
+
+
+def _text(template: Template, turns: Sequence[Turn]) -> str:
+    return "".join(segment.text for segment in template.render(turns))
+
+
+def _segments(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[Segment, ...]:
+    """Text as plain pieces and special tokens."""
+    specials = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+    pieces = re.split(f"({'|'.join(map(re.escape, specials))})", text) if specials else [text]
+    return tuple(Segment(piece, special=piece in specials) for piece in pieces if piece)
+
+
+def _literal(segments: Sequence[Segment]) -> str:
+    return json.dumps("".join(segment.text for segment in segments), ensure_ascii=False)
+
+
+def _folder(tokenizer: PreTrainedTokenizerFast) -> str:
+    return str(tokenizer.name_or_path) or "the tokenizer"

@@ -1,0 +1,161 @@
+"""Sequences and pixels → one right-padded batch, with the places of everything that is supervised.
+
+Letters: B sequences, T tokens of the longest, N supervised tokens of all of them, I images, P places of them in the
+sequences, C channels, H and W pixels, V the 256 values of a byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llavamod_offline.data.encode.tokenize import Positions, Sequence
+from llavamod_offline.errors import DataError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model and a loss need of B sequences; supervised tokens stand sequence by sequence, in order.
+
+    `input_ids_BT`, `attention_mask_BT` int64, padded on the right. `images`: in the order of the image tokens, None
+    where no sequence has one; either their pixels [I, C, H, W] float32, or bytes [I, H, W, C] whose `byte_values_CV`
+    these are, a quarter of their size. `image_rows_P`: which of the images stands at each place, in the order of the
+    image tokens; None where every image stands at one place. `prediction_rows_N`: rows of the logits flattened to
+    [B·T, vocabulary] that predict the tokens `target_ids_N` (−1: nothing that is supervised); `sequence_of_N`: the
+    sequence each belongs to. `keys`, `roles`: of each.
+    """
+
+    input_ids_BT: Tensor
+    attention_mask_BT: Tensor
+    images: Tensor | None
+    prediction_rows_N: Tensor
+    target_ids_N: Tensor
+    sequence_of_N: Tensor
+    keys: tuple[str, ...]
+    roles: tuple[str, ...]
+    image_rows_P: Tensor | None = None
+    byte_values_CV: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of all sequences, padding not counted."""
+        return int(self.attention_mask_BT.sum())
+
+    @property
+    def pixel_values_ICHW(self) -> Tensor | None:
+        """The images' pixels, float32; of bytes they are made here, where the batch lies, and not kept."""
+        if self.images is None or self.byte_values_CV is None:
+            return self.images
+        return pixel_values(self.images, self.byte_values_CV)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """Move every tensor to `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """Pin every tensor, for overlapped copies to a GPU."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(
+            self,
+            input_ids_BT=move(self.input_ids_BT),
+            attention_mask_BT=move(self.attention_mask_BT),
+            images=None if self.images is None else move(self.images),
+            image_rows_P=None if self.image_rows_P is None else move(self.image_rows_P),
+            byte_values_CV=None if self.byte_values_CV is None else move(self.byte_values_CV),
+            prediction_rows_N=move(self.prediction_rows_N),
+            target_ids_N=move(self.target_ids_N),
+            sequence_of_N=move(self.sequence_of_N),
+        )
+
+
+def pixel_values(bytes_IHWC: Tensor, byte_values_CV: Tensor) -> Tensor:
+    """Pixels [I, C, H, W] of images of which bytes are known, and each byte's value in each channel, on any device.
+
+    Values are looked up, not computed: they are the image processor's to the last bit, whatever the device.
+    """
+    images, height, width, channels = bytes_IHWC.shape
+    pixels_ICHW = byte_values_CV.new_empty(images, channels, height, width)
+    for channel, values_V in enumerate(byte_values_CV):
+        bytes_ = bytes_IHWC[..., channel].flatten().int()
+        pixels_ICHW[:, channel] = values_V.index_select(0, bytes_).view(images, height, width)
+    return pixels_ICHW
+
+
+def collate(
+    sequences: Items[Sequence],
+    images: Items[Items[NDArray[Any]]],
+    *,
+    pad_id: int,
+    positions: Positions = "response",
+    byte_values_CV: NDArray[np.float32] | None = None,
+) -> Batch:
+    """Assemble a batch; `images` holds those of each sequence in the order of their placeholders.
+
+    An image is pixels [C, H, W] float32; where `byte_values_CV` is given, bytes [H, W, C] (see `Batch`).
+    With `positions: all` the N positions are all tokens that are not padding, not those that predict an answer alone.
+    Sequences that are given the very same arrays (the roles of one sample) share them in the batch. Errors: `DataError`
+    if there are no sequences, or the lists differ in length, or the images in shape.
+    """
+    if not sequences or len(sequences) != len(images):
+        raise DataError(f"batch: {len(sequences)} sequence(s) with the images of {len(images)}")
+    length = max(len(sequence.input_ids_T) for sequence in sequences)
+    input_ids_BT = np.full((len(sequences), length), pad_id, dtype=np.int64)
+    attention_mask_BT = np.zeros((len(sequences), length), dtype=np.int64)
+    for b, sequence in enumerate(sequences):
+        input_ids_BT[b, : len(sequence.input_ids_T)] = sequence.input_ids_T
+        attention_mask_BT[b, : len(sequence.input_ids_T)] = 1
+    found = [sequence.rows_and_targets(positions) for sequence in sequences]
+    rows = [b * length + rows_N for b, (rows_N, _) in enumerate(found)]
+    counts = [len(rows_N) for rows_N, _ in found]
+    stacked, image_rows_P = _stack(sequences, images)
+    has_bytes = stacked is not None and byte_values_CV is not None
+    return Batch(
+        input_ids_BT=torch.from_numpy(input_ids_BT),
+        attention_mask_BT=torch.from_numpy(attention_mask_BT),
+        images=stacked,
+        prediction_rows_N=torch.from_numpy(np.concatenate(rows)),
+        target_ids_N=torch.from_numpy(np.concatenate([targets_N for _, targets_N in found])),
+        sequence_of_N=torch.from_numpy(np.repeat(np.arange(len(sequences)), counts)),
+        keys=tuple(sequence.key for sequence in sequences),
+        roles=tuple(sequence.role for sequence in sequences),
+        image_rows_P=image_rows_P,
+        byte_values_CV=torch.from_numpy(byte_values_CV) if has_bytes else None,
+    )
+
+
+def _stack(sequences: Items[Sequence], images: Items[Items[NDArray[Any]]]) -> tuple[Tensor | None, Tensor | None]:
+    """The different images, and which of them stands at each place where one stands at several."""
+    placed = [(sequence.key, image) for sequence, own in zip(sequences, images, strict=True) for image in own]
+    if not placed:
+        return None, None
+    first = placed[0][1]
+    for key, image in placed:
+        if image.shape != first.shape:
+            raise DataError(f"sample '{key}': an image of shape {image.shape} in a batch of {first.shape}")
+    different = list({id(image): image for _, image in placed}.values())
+    rows = {id(image): row for row, image in enumerate(different)}
+    rows_P = None if len(different) == len(placed) else torch.tensor([rows[id(image)] for _, image in placed])
+    return torch.from_numpy(_stacked(different)), rows_P
+
+
+def _stacked(images: list[NDArray[Any]]) -> NDArray[Any]:
+    """All images in one array: the one that they are slices of, if they are all of it in order, else a copy."""
+    whole = images[0].base
+    shape = (len(images), *images[0].shape)
+    if isinstance(whole, np.ndarray) and whole.dtype == images[0].dtype and whole.shape == shape:
+        starts = [image.ctypes.data for image in images]
+        if whole.flags.c_contiguous and starts == [whole[number].ctypes.data for number in range(len(images))]:
+            return whole
+    return np.stack(images)

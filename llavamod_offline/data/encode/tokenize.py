@@ -1,0 +1,189 @@
+"""Samples → sequences: token ids with expanded image tokens, and the indices of the supervised tokens.
+
+Letters: T tokens of a sequence, N supervised tokens. If the token at index t is supervised, the distribution that
+predicts it is the model's output at index t − 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llavamod_offline.data.encode.template import Segment, Template
+from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
+from llavamod_offline.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Ids = NDArray[np.int64]
+Positions = Literal["response", "all"]
+NO_TARGET = -1  # the target of a position that has none, such as an image patch
+_NO_IDS: Ids = np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A tokenised (sample, role). `supervised_N` are indices into `input_ids_T`, rising, all ≥ 1."""
+
+    key: str
+    role: str
+    input_ids_T: Ids
+    supervised_N: Ids
+
+    @property
+    def target_ids_N(self) -> Ids:
+        """The supervised token ids, in order."""
+        return self.input_ids_T[self.supervised_N]
+
+    @property
+    def target_hash(self) -> str:
+        """SHA-256 (hex) of the supervised ids as little-endian int64: equal for every student that can use a record."""
+        return hashlib.sha256(self.target_ids_N.astype("<i8").tobytes()).hexdigest()
+
+    @property
+    def prediction_rows_N(self) -> Ids:
+        """The rows of the model's output that predict the supervised tokens: `supervised_N − 1`."""
+        return self.supervised_N - 1
+
+    def rows_and_targets(self, positions: Positions) -> tuple[Ids, Ids]:
+        """The rows of the model's output that are recorded, and the supervised token that each predicts.
+
+        `response`: the rows that predict the supervised tokens. `all`: every row; `NO_TARGET` where none is supervised.
+        """
+        if positions == "response":
+            return self.prediction_rows_N, self.target_ids_N
+        targets_T = np.full(len(self.input_ids_T), NO_TARGET, np.int64)
+        targets_T[self.prediction_rows_N] = self.target_ids_N
+        return np.arange(len(self.input_ids_T)), targets_T
+
+
+class SequenceEncoder:
+    """Turns samples into sequences for one tokenizer, template and image size.
+
+    `image_token_counts` of `encode` says how many tokens each image takes; a LLaVA model takes `image_tokens` for all.
+    `image_frame`: the ids that stand before and after the tokens of each image (none in LLaVA).
+    Errors: `ModelError` if the tokenizer lacks a special token of the template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        template: Template,
+        *,
+        image_token_id: int,
+        image_tokens: int,
+        max_length: int,
+        image_frame: tuple[Items[int], Items[int]] = ((), ()),
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.image_token_id = image_token_id
+        self.image_tokens = image_tokens
+        self.max_length = max_length
+        self.image_frame = image_frame
+        self._special_ids: dict[str, int] = {}
+        # The plain texts that stand in every prompt, and their ids as soon as they are known.
+        self._wording: dict[str, Ids | None] = dict.fromkeys(_fixed_texts(template))
+        self.end_id = self._special_id(template.end)
+
+    def encode(self, sample: Sample, role: str, image_token_counts: Items[int] | None = None) -> Sequence:
+        """Tokenise one role of a sample. Errors: `DataError` if it is longer than `max_length` or has no answer."""
+        counts = image_token_counts or [self.image_tokens] * len(sample.images)
+        ids_T, supervised_N = self._tokenise(self.template.render(sample.conversation(role)), list(counts))
+        if len(ids_T) > self.max_length:
+            raise DataError(
+                f"sample '{sample.key}' ({role}): {len(ids_T)} tokens, more than max_length {self.max_length}"
+            )
+        return Sequence(sample.key, role, ids_T, supervised_N)
+
+    def encode_prompt(self, turns: Items[Turn], image_token_counts: Items[int] | None = None) -> Ids:
+        """Tokenise turns that end with the user, up to where the answer begins (for generation)."""
+        placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
+        counts = image_token_counts or [self.image_tokens] * placeholders
+        ids_T, _ = self._tokenise(self.template.render(turns), list(counts))
+        return ids_T
+
+    def _tokenise(self, segments: list[Segment], image_counts: list[int]) -> tuple[Ids, Ids]:
+        """The ids of all segments, and the places of those that are supervised."""
+        pieces: list[Ids] = [_NO_IDS]
+        supervised: list[Ids] = [_NO_IDS]
+        length = 0
+        for segment in _merge_plain(segments):
+            if segment.special:
+                found = [np.array([self._special_id(segment.text)], np.int64)]
+            elif segment.supervised:
+                found = [self._plain_ids(segment.text)]
+            else:
+                found = self._ids_with_images(segment.text, image_counts)
+            pieces += found
+            before, length = length, length + sum(map(len, found))
+            if segment.supervised:
+                supervised.append(np.arange(before, length))
+        return np.concatenate(pieces), np.concatenate(supervised)
+
+    def _ids_with_images(self, text: str, image_counts: list[int]) -> list[Ids]:
+        first, *others = text.split(IMAGE_PLACEHOLDER)
+        before, after = self.image_frame
+        pieces = [self._prompt_ids(first)]
+        for part in others:
+            image = [np.full(image_counts.pop(0), self.image_token_id, np.int64)]
+            if before or after:
+                image = [np.array(before, np.int64), *image, np.array(after, np.int64)]
+            pieces += [*image, self._prompt_ids(part)]
+        return pieces
+
+    def _prompt_ids(self, text: str) -> Ids:
+        """Tokenise plain text of a prompt; the template's own is known by heart."""
+        if text not in self._wording:
+            return self._plain_ids(text)
+        known = self._wording[text]
+        if known is None:
+            known = self._wording[text] = self._plain_ids(text)
+        return known
+
+    def _plain_ids(self, text: str) -> Ids:
+        """Tokenise text in which the names of special tokens are plain characters, whatever a data set says."""
+        if not text:
+            return _NO_IDS
+        # What `tokenizer(text, add_special_tokens=False, split_special_tokens=True)` does, without its preparations.
+        backend = self.tokenizer.backend_tokenizer
+        if not backend.encode_special_tokens:
+            backend.encode_special_tokens = True
+        if backend.truncation is not None:
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
+        return np.array(backend.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def _special_id(self, token: str) -> int:
+        if token not in self._special_ids:
+            token_id = self.tokenizer.convert_tokens_to_ids(token)
+            if token_id is None or self.tokenizer.convert_ids_to_tokens(token_id) != token:
+                raise ModelError(f"the tokenizer has no token '{token}', which template '{self.template.name}' needs")
+            self._special_ids[token] = int(token_id)
+        return self._special_ids[token]
+
+
+def _merge_plain(segments: list[Segment]) -> list[Segment]:
+    """Join neighbouring unsupervised plain segments, so that a prompt is tokenised as one text."""
+    merged: list[Segment] = []
+    for segment in segments:
+        plain = not (segment.special or segment.supervised)
+        if plain and merged and not (merged[-1].special or merged[-1].supervised):
+            merged[-1] = Segment(merged[-1].text + segment.text)
+        else:
+            merged.append(segment)
+    return merged
+
+
+def _fixed_texts(template: Template) -> set[str]:
+    """What a prompt holds of plain text between pictures, special tokens and answers, where its user says no more."""
+    turns = (Turn("user", IMAGE_PLACEHOLDER), Turn("assistant", "")) * 2
+    plain = [part for part in _merge_plain(template.render(turns)) if not (part.special or part.supervised)]
+    return {text for part in plain for text in part.text.split(IMAGE_PLACEHOLDER) if text}

@@ -1,0 +1,98 @@
+"""Packing: samples and rejections in, a set folder out (its files: see `shards.py`).
+
+The same rows in the same order give the same bytes. What is held in memory is one sample, one shard's tar headers, and
+what `SetWriter` holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llavamod_offline.data.pack.prepare import Prepared, prepare
+from llavamod_offline.data.pack.set_writer import PackSummary, SetWriter, check_weights, new_set
+from llavamod_offline.data.pack.shard_writer import ShardWriter
+from llavamod_offline.data.rows import Located, Rejection
+from llavamod_offline.data.sample import Sample
+
+SHARD_SAMPLES = 1000
+SHARD_BYTES = 512 * 2**20
+
+
+def write_set(
+    rows: Iterable[Sample | Located | Prepared | Rejection],
+    output: Path,
+    *,
+    name: str | None = None,
+    shard_samples: int = SHARD_SAMPLES,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+    max_rejected: float | None = None,
+    duplicate_hint: str = "give every row its own key",
+    weights: Mapping[str, float] | None = None,
+    max_side: int | None = None,
+    generated: Mapping[str, Any] | None = None,
+) -> PackSummary:
+    """Write rows, in their order, to the set folder `output`; shards are called `name` (default: the folder's name).
+
+    A shard is closed when it holds `shard_samples` samples, or when the next one would take it past `shard_bytes`.
+    For the manifest: `weights`, how often the samples of a source are seen in training, for those of which it is not
+    once; `max_side`, the length beyond which images were made smaller; `generated`, what is to be said of the teacher
+    that wrote the answers, if one did.
+    Errors: `DataError` if `output` exists (with `overwrite`: if it is no packed set), for a duplicate key (naming both
+    rows and `duplicate_hint`), if no row gives a sample, if more than the share `max_rejected` of them is rejected;
+    `ConfigError` for a weight of a source that no sample has. Nothing is left behind then.
+    """
+    weights = weights or {}
+    check_weights(weights)
+    more: dict[str, Any] = {} if max_side is None else {"max_side": max_side}
+    if generated is not None:
+        more["generated"] = generated
+    with new_set(output, name, overwrite=overwrite, duplicate_hint=duplicate_hint) as writer:
+        with writer, _Shards(writer, shard_samples, shard_bytes) as shards:
+            for row in rows:
+                if isinstance(row, Rejection):
+                    writer.reject(row)
+                else:
+                    shards.add(_prepared(row, writer.rows))
+            writer.check(max_rejected, weights)
+        return writer.finish(weights, more)
+
+
+def _prepared(row: Sample | Located | Prepared, number: int) -> Prepared:
+    if isinstance(row, Sample):
+        return prepare(row, "samples", number)
+    return prepare(row.sample, row.file, row.row) if isinstance(row, Located) else row
+
+
+class _Shards:
+    """The tars of a new set, one after another; a context manager that closes the last one."""
+
+    def __init__(self, writer: SetWriter, shard_samples: int, shard_bytes: int) -> None:
+        self._writer = writer
+        self._limits = (shard_samples, shard_bytes)
+        self._shard: ShardWriter | None = None
+
+    def __enter__(self) -> _Shards:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._close()
+
+    def add(self, prepared: Prepared) -> None:
+        """Write a sample to the current shard, or to a new one."""
+        self._writer.claim(prepared.facts.key, prepared.file, prepared.row)
+        size = sum(len(content) for _, content in prepared.members)
+        shard_samples, shard_bytes = self._limits
+        shard = self._shard
+        if shard and (shard.samples >= shard_samples or shard.size + size > shard_bytes):
+            self._close()
+        if self._shard is None:
+            self._shard = ShardWriter(self._writer.folder, f"{self._writer.name}-{len(self._writer.shards):06d}")
+        self._writer.add(prepared.facts, self._shard.add(prepared.facts.key, prepared.members))
+
+    def _close(self) -> None:
+        if self._shard:
+            self._writer.shards.append(self._shard.close())
+            self._shard = None

@@ -1,0 +1,67 @@
+"""Samples made ready to be written: what the index says of them, and the files that they become."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llavamod_offline.data.parse.members import Parser
+from llavamod_offline.data.sample import Sample, Size, sample_to_json
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the index says of a sample, save where it lies; fields as the columns in `shards.py`."""
+
+    key: str
+    content_hash: str
+    kind: str
+    n_turns: int
+    n_images: int
+    source: str
+    text_length: int
+    parser: Parser
+    n_shrunk: int
+
+    @classmethod
+    def of(cls, sample: Sample, *, parser: Parser = "sample", n_shrunk: int = 0) -> Facts:
+        """Gather them; the sample's content is hashed."""
+        texts = [turn.text for turn in sample.turns] + [sample.chosen or "", sample.rejected or ""]
+        return cls(
+            key=sample.key,
+            content_hash=sample.content_hash,
+            kind="preference" if sample.is_preference else "conversation",
+            n_turns=len(sample.turns),
+            n_images=len(sample.images),
+            source=sample.source,
+            text_length=sum(len(text) for text in texts),
+            parser=parser,
+            n_shrunk=n_shrunk,
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A sample as it is written, and the row (from 0) of the file that it was read from.
+
+    `members`: the name (without key) and content of each of its files.
+    """
+
+    facts: Facts
+    members: tuple[tuple[str, bytes], ...]
+    file: str
+    row: int
+
+
+def prepare(sample: Sample, file: str, row: int, original_sizes: Sequence[Size | None] = ()) -> Prepared:
+    """Make a sample ready; `original_sizes` of images that were made smaller go into its JSON."""
+    n_shrunk = sum(size is not None for size in original_sizes)
+    return Prepared(Facts.of(sample, n_shrunk=n_shrunk), sample_members(sample, original_sizes), file, row)
+
+
+def sample_members(sample: Sample, original_sizes: Sequence[Size | None] = ()) -> tuple[tuple[str, bytes], ...]:
+    """Name a sample's files: `json`, then `jpg` or, where there are several images, `0.jpg`, `1.png`…"""
+    members = [("json", sample_to_json(sample, original_sizes))]
+    for number, (content, extension) in enumerate(zip(sample.images, sample.image_extensions, strict=True)):
+        members.append((extension if len(sample.images) == 1 else f"{number}.{extension}", content))
+    return tuple(members)

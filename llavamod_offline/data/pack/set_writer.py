@@ -1,0 +1,225 @@
+"""What every set folder has, whoever made its tars: index, list of rejections, manifest (see `shards.py`).
+
+The folder is written aside and renamed when it is complete, so a kill leaves nothing under its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from llavamod_offline.data.pack.prepare import Facts
+from llavamod_offline.data.rows import Rejection
+from llavamod_offline.data.sample import KEY_PATTERN
+from llavamod_offline.data.sets.sample_set import INDEX_NAME, INDEX_SCHEMA, MANIFEST_NAME, REJECTED_NAME, SET_FORMAT
+from llavamod_offline.data.sets.tar_files import Shard
+from llavamod_offline.errors import ConfigError, DataError
+from llavamod_offline.storage.atomic import fsync_tree, new_folder, remove_leftovers
+
+_INDEX_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class PackSummary:
+    """What is in a new set: counts, and rejections by kind; `bytes` is the size of the shards."""
+
+    path: Path
+    name: str
+    samples: int
+    conversations: int
+    preferences: int
+    images: int
+    shrunk: int
+    shards: int
+    bytes: int
+    rejected: int
+    rejected_by_kind: dict[str, int]
+    sources: dict[str, int]
+    weights: dict[str, float]
+    digest: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The summary as JSON values."""
+        return asdict(self) | {"path": str(self.path)}
+
+
+@contextmanager
+def new_set(output: Path, name: str | None, *, overwrite: bool, duplicate_hint: str) -> Iterator[SetWriter]:
+    """Yield the writer of the set folder `output`, which is there when the block ends without an error.
+
+    Errors: `DataError` if `output` exists (with `overwrite`: if it is no set), or cannot be written.
+    """
+    output = Path(output) if Path(output).name not in {"", ".."} else Path(output).resolve()
+    name = output.resolve().name if name is None else name
+    if not KEY_PATTERN.fullmatch(name):
+        raise DataError(f"set name '{name}': only letters, digits, '-' and '_': choose another with --name")
+    _check_output(output, overwrite)
+    try:
+        remove_leftovers(output.parent, output.name)
+        with new_folder(output) as folder:
+            yield SetWriter(folder, output, name, duplicate_hint)
+            displaced = _displace(output, folder)
+    except OSError as error:
+        raise DataError(f"output '{output}': cannot be written: {error.strerror or error}") from error
+    if displaced:
+        shutil.rmtree(displaced, ignore_errors=True)
+
+
+def _displace(output: Path, folder: Path) -> Path | None:
+    """Move the old set aside when the new one, `folder`, is safe on disk, so that the name is free but for a moment."""
+    if not output.exists():
+        return None
+    fsync_tree(folder)
+    displaced = output.with_name(f".{output.name}.old.{os.getpid()}.tmp")
+    return output.rename(displaced)
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if not output.exists() and not output.is_symlink():
+        return
+    if not overwrite:
+        raise DataError(f"output '{output}' exists: choose another folder, or replace it with --overwrite")
+    if output.is_symlink() or not (output / MANIFEST_NAME).is_file():
+        raise DataError(f"output '{output}' is no packed set, so --overwrite leaves it alone: choose another folder")
+
+
+@dataclass
+class SetWriter:
+    """Writes the index and the rejections of a set, row by row; a context manager that closes its files.
+
+    What it holds in memory is a few thousand rows of the index, and the key and place of every row, by which duplicates
+    are found.
+    """
+
+    folder: Path
+    output: Path
+    name: str
+    duplicate_hint: str
+    shards: list[Shard] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    sources: Counter[str] = field(default_factory=Counter)
+    rejections: Counter[str] = field(default_factory=Counter)
+    rows: int = 0
+
+    def __enter__(self) -> SetWriter:
+        self._first_rejection: Rejection | None = None
+        self._places: dict[str, tuple[int, int]] = {}
+        self._files: dict[str, int] = {}
+        self._digest = hashlib.sha256()
+        self._pending: list[dict[str, Any]] = []
+        with ExitStack() as stack:
+            self._rejected = stack.enter_context((self.folder / REJECTED_NAME).open("w", encoding="utf-8"))
+            self._index = stack.enter_context(pa.ipc.new_file(str(self.folder / INDEX_NAME), INDEX_SCHEMA))
+            stack.callback(self._flush_index)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def claim(self, key: str, file: str, row: int) -> None:
+        """Take a key for the row of a file. Errors: `DataError` naming both rows if it is taken."""
+        ordinal = self._files.setdefault(file, len(self._files))
+        if key in self._places:
+            earlier_file, earlier_row = self._places[key]
+            raise DataError(
+                f"duplicate key '{key}': {list(self._files)[earlier_file]} row {earlier_row} and {file} row {row}: "
+                f"{self.duplicate_hint}"
+            )
+        self._places[key] = (ordinal, row)
+
+    def add(self, facts: Facts, members: Sequence[Mapping[str, Any]]) -> None:
+        """Write a sample of the shard that `shards` will hold next; `members` as in the index."""
+        self._pending.append(vars(facts) | {"shard": len(self.shards), "members": members})
+        if len(self._pending) >= _INDEX_BATCH:
+            self._flush_index()
+        self._digest.update(f"{facts.key} {facts.content_hash}\n".encode())
+        self.counts["samples"] += 1
+        self.counts[facts.kind] += 1
+        self.counts["images"] += facts.n_images
+        self.counts["shrunk"] += facts.n_shrunk
+        self.sources[facts.source] += 1
+        self.rows += 1
+
+    def reject(self, rejection: Rejection) -> None:
+        """List a row that is not in the set."""
+        self._first_rejection = self._first_rejection or rejection
+        self.rejections[rejection.kind] += 1
+        self.rows += 1
+        # ASCII, so that what is wrong with a row's text can be written down whatever it is.
+        self._rejected.write(json.dumps(asdict(rejection)) + "\n")
+
+    def check(self, max_rejected: float | None, weights: Mapping[str, float]) -> None:
+        """Refuse a set without samples, with too many rejections, or with weights of sources that it has not."""
+        rejected, first = self.rejections.total(), self._first_rejection
+        example = f"; the first: {first.file} row {first.row}: {first.reason}" if first else ""
+        if not self.counts["samples"]:
+            raise DataError(f"nothing to pack: none of {self.rows} row(s) gives a sample{example}")
+        if max_rejected is not None and rejected > max_rejected * self.rows:
+            raise DataError(
+                f"{rejected} of {self.rows} rows rejected, more than --max-rejected {max_rejected:g} allows{example}"
+            )
+        check_weights(weights)
+        unknown = sorted(weights.keys() - self.sources.keys())
+        if unknown:
+            known = ", ".join(f"'{source}'" for source in sorted(self.sources)[:8])
+            raise ConfigError(f"weight of '{unknown[0]}': no sample is from there: the sources are {known}")
+
+    def finish(self, weights: Mapping[str, float], more: Mapping[str, Any]) -> PackSummary:
+        """Write the manifest, after everything else; `more` is what else it says."""
+        summary = PackSummary(
+            path=self.output,
+            name=self.name,
+            samples=self.counts["samples"],
+            conversations=self.counts["conversation"],
+            preferences=self.counts["preference"],
+            images=self.counts["images"],
+            shrunk=self.counts["shrunk"],
+            shards=len(self.shards),
+            bytes=sum(shard.size for shard in self.shards),
+            rejected=self.rejections.total(),
+            rejected_by_kind=dict(sorted(self.rejections.items())),
+            sources=dict(sorted(self.sources.items())),
+            weights=dict(sorted(weights.items())),
+            digest=self._digest.hexdigest(),
+        )
+        fields = asdict(summary)
+        index = self.folder / INDEX_NAME
+        with index.open("rb") as stream:
+            index_hash = hashlib.file_digest(stream, "sha256").hexdigest()
+        manifest = {
+            "format": SET_FORMAT,
+            **{name: fields[name] for name in fields if name not in {"path", "shards", "bytes"}},
+            "index": {"bytes": index.stat().st_size, "sha256": index_hash},
+            **more,
+            "shards": [_shard_entry(shard) for shard in self.shards],
+        }
+        (self.folder / MANIFEST_NAME).write_text(json.dumps(manifest, ensure_ascii=False, indent=1) + "\n", "utf-8")
+        return summary
+
+    def _flush_index(self) -> None:
+        if self._pending:
+            self._index.write_batch(pa.RecordBatch.from_pylist(self._pending, schema=INDEX_SCHEMA))
+            self._pending = []
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Refuse weights that are no numbers of times. Errors: `ConfigError` naming the source."""
+    for source, weight in weights.items():
+        if not 0 <= weight < 1e6:  # also for NaN
+            raise ConfigError(f"weight of '{source}': {weight:g} is no number of times from 0 on")
+
+
+def _shard_entry(shard: Shard) -> dict[str, Any]:
+    place = {"path": shard.path} if shard.path else {}
+    return {"name": shard.name, "samples": shard.samples, "bytes": shard.size, "sha256": shard.sha256, **place}

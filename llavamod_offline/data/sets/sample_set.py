@@ -1,0 +1,315 @@
+"""A packed set: a folder of WebDataset tars that can be opened at once and read at any place.
+
+    {name}-000000.tar …   samples, see `sample.py`; members are read by position, tars are never scanned. A set that
+                          `llavamod-offline index` made has none: it reads other tars where they lie
+    index.arrow           Arrow IPC file, one row a sample, in the order of the tars; opened by memory map
+    set.json              format, name, counts, digest, weights of sources, and each shard's samples, size, SHA-256
+                          and, where it lies elsewhere, path (relative to this folder, or absolute); written last.
+                          Where a teacher wrote the answers, `generated`: who, how, and from which set
+    rejected.jsonl        the source rows that are not in the set: key, kind, reason, file, row
+
+Columns of the index: `key`; `shard` (ordinal in set.json's list); `content_hash`; `kind` (`conversation` or
+`preference`); `n_turns` and `n_images` (of the sample, answers of a preference not counted); `source`; `text_length`
+(characters of all texts); `parser` (how the sample's files are read, see `members.py`); `n_shrunk` (images that packing
+made smaller); `members`: for each file of the sample its `name` (what follows the key and a dot), and the `offset` and
+`size` of its bytes in the tar, the text first, then the images in order.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+from bisect import bisect_right
+from dataclasses import replace
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from llavamod_offline.data.parse.members import responses_from_text, sample_from_members
+from llavamod_offline.data.sample import Sample
+from llavamod_offline.data.sets.mismatched import MismatchRing
+from llavamod_offline.data.sets.tar_files import Shard, TarFiles
+from llavamod_offline.errors import DataError
+from llavamod_offline.storage.disk_cache import Staging
+from llavamod_offline.storage.folders import LocalFolder, is_url, open_folder
+from llavamod_offline.storage.remote import RemoteFolder, Wanted
+
+SET_FORMAT = 2
+INDEX_NAME = "index.arrow"
+MANIFEST_NAME = "set.json"
+REJECTED_NAME = "rejected.jsonl"
+
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("shard", pa.int32(), nullable=False),
+        pa.field("content_hash", pa.string(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("n_turns", pa.int32(), nullable=False),
+        pa.field("n_images", pa.int32(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("text_length", pa.int64(), nullable=False),
+        pa.field("parser", pa.string(), nullable=False),
+        pa.field("n_shrunk", pa.int32(), nullable=False),
+        pa.field(
+            "members",
+            pa.list_(pa.struct([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])),
+            nullable=False,
+        ),
+    ]
+)
+
+
+_READ_COLUMNS = ("key", "parser", "source", "content_hash", "members")
+
+
+class SampleSet:
+    """The samples of a packed set, numbered in set order.
+
+    Reads are positional and share no state, so a set may be used from threads, forked or spawned workers.
+    `mismatched`: whether its preference samples are read with the response of another one; see `with_mismatched`.
+    Errors of every method: `DataError` naming the set, the shard and the key.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        manifest: dict[str, Any],
+        shards: tuple[Shard, ...],
+        index: pa.Table,
+        staging: Staging | None = None,
+    ) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.shards = shards
+        self.index = index
+        self._ends = list(accumulate(shard.samples for shard in shards))
+        self._staging = staging
+        self.tars = TarFiles(_places(path, shards), shards, str(path), staging)
+        self._ring: MismatchRing | None = None
+
+    @classmethod
+    def open(cls, where: Path | str, *, staging: Staging | None = None) -> SampleSet:
+        """Open a set by path or URL, by its manifest and index; no tar is touched, whatever the size of the set.
+
+        `staging`: where copies of what lies behind a URL are kept (default: see `storage/disk_cache.py`).
+        Errors: `DataError` if it is no set, of another format, empty, or its index does not fit its manifest;
+        `StorageError` if a bucket cannot be read.
+        """
+        folder = open_folder(where)
+        path = folder.path if isinstance(folder, LocalFolder) else folder.where
+        manifest, shards = _read_manifest(folder)
+        if isinstance(folder, RemoteFolder):
+            index = _staged_index(folder, manifest, staging or Staging())
+        else:
+            index = _read_index(folder.path, str(path))
+        if sum(shard.samples for shard in shards) != len(index):
+            raise DataError(f"set '{path}': {INDEX_NAME} does not fit {MANIFEST_NAME}: pack the set again")
+        if not len(index):
+            raise DataError(f"set '{path}': holds no samples; {REJECTED_NAME} there may say why")
+        return cls(path, manifest, shards, index, staging)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_reopen, (self.path, self.mismatched, self._staging))
+
+    @property
+    def mismatched(self) -> bool:
+        """Whether preference samples are read with a mismatched response, a third role of theirs."""
+        return self._ring is not None
+
+    def with_mismatched(self) -> SampleSet:
+        """The same set, whose preference samples are read with the response of another one (see `mismatch.py`).
+
+        Errors: `DataError` if it holds fewer than two preference samples; while reading, naming a sample, if no other
+        has another response.
+        """
+        paired = SampleSet(self.path, self.manifest, self.shards, self.index, self._staging)
+        paired._ring = MismatchRing.of(self.index, where=f"set '{self.path}'")
+        return paired
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) over every key and content hash in order: equal sets have equal digests."""
+        return str(self.manifest["digest"])
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """The keys in set order."""
+        return [str(key) for key in self.index.column("key").to_pylist()]
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether tars lie behind a URL."""
+        return any(self.tars.is_remote(ordinal) for ordinal in range(len(self.shards)))
+
+    @property
+    def shard_names(self) -> list[str]:
+        """The names of the tars, without `.tar`, in set order."""
+        return [shard.name for shard in self.shards]
+
+    def rows_of(self, shard_name: str) -> range:
+        """The rows that lie in a shard."""
+        rows = self.shard_rows.get(shard_name)
+        if rows is None:
+            raise DataError(f"set '{self.path}': has no shard '{shard_name}'")
+        return rows
+
+    @cached_property
+    def shard_rows(self) -> dict[str, range]:
+        """The rows that lie in each shard, by its name."""
+        starts = [0, *self._ends]
+        return {
+            shard.name: range(start, end) for shard, start, end in zip(self.shards, starts, self._ends, strict=False)
+        }
+
+    def shard_numbers(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The ordinals of the shards that rows lie in."""
+        return np.searchsorted(np.array(self._ends, np.int64), rows, side="right")
+
+    def key_of(self, row: int) -> str:
+        """The key of a row."""
+        return str(self.index.column("key")[row])
+
+    def row_of(self, key: str) -> int:
+        """The row of a key."""
+        row = self._rows_by_key.get(key)
+        if row is None:
+            raise DataError(f"set '{self.path}': has no sample '{key}'")
+        return row
+
+    def read(self, row: int, *, verify: bool = False, scattered: bool = False) -> Sample:
+        """Read one sample; `verify` also recomputes its content hash.
+
+        `scattered`: not many of its shard are wanted, so that a shard behind a URL need not be copied for them.
+        """
+        if not 0 <= row < len(self):
+            raise DataError(f"set '{self.path}': has no row {row}: it holds {len(self)} samples")
+        entry, ordinal, where = self._entry(row)
+        key = str(entry["key"])
+        content, *images = (self._read_bytes(ordinal, member, where, scattered) for member in entry["members"])
+        try:
+            sample = sample_from_members(
+                entry["parser"], key, content, tuple(images), entry["source"], self.manifest.get("caption_prompt")
+            )
+        except DataError as error:
+            raise DataError(f"{where}: {error}: {self.shards[ordinal].again}") from error
+        if verify and sample.content_hash != entry["content_hash"]:
+            raise DataError(f"{where}: its content is not what was packed: {self.shards[ordinal].again}")
+        if self._ring is None or not sample.is_preference:
+            return sample
+        return replace(sample, mismatched=self._ring.response(row, sample, self._read_responses))
+
+    def _read_responses(self, row: int) -> tuple[str, str]:
+        """The chosen and the rejected response of a row, without its pictures."""
+        entry, ordinal, where = self._entry(row)
+        member = entry["members"][0]
+        try:
+            return responses_from_text(entry["parser"], self._read_bytes(ordinal, member, where, scattered=True))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise DataError(f"{where}: its JSON cannot be read: {error!r}: pack the set again") from error
+
+    def _entry(self, row: int) -> tuple[dict[str, Any], int, str]:
+        """What the index says of a row, its shard's ordinal, and how errors call it."""
+        entry = {name: column[row].as_py() for name, column in self._read_columns.items()}
+        ordinal = bisect_right(self._ends, row)
+        return entry, ordinal, f"set '{self.path}', shard '{self.shards[ordinal].name}', sample '{entry['key']}'"
+
+    @cached_property
+    def _read_columns(self) -> dict[str, pa.ChunkedArray]:
+        """What reading a sample takes: columns looked up once, as a table puts each together from all its batches."""
+        return {name: self.index.column(name) for name in _READ_COLUMNS}
+
+    @cached_property
+    def _rows_by_key(self) -> dict[str, int]:
+        return {key: row for row, key in enumerate(self.keys)}
+
+    def _read_bytes(self, ordinal: int, member: dict[str, Any], where: str, scattered: bool) -> bytes:
+        content = self.tars.read(ordinal, member["offset"], member["size"], scattered=scattered)
+        if len(content) != member["size"]:
+            there = f"{len(content)} of its {member['size']} bytes are there"
+            raise DataError(f"{where}, member '{member['name']}': {there}: pack the set again")
+        return content
+
+
+def _reopen(path: Path | str, mismatched: bool, staging: Staging | None) -> SampleSet:
+    packed = SampleSet.open(path, staging=staging)
+    return packed.with_mismatched() if mismatched else packed
+
+
+def _places(path: Path | str, shards: tuple[Shard, ...]) -> list[Path | str]:
+    """Where each tar lies."""
+    return [_place(path, shard.path or f"{shard.name}.tar") for shard in shards]
+
+
+def _place(path: Path | str, file: str) -> Path | str:
+    if is_url(file):
+        return file
+    if isinstance(path, Path) or posixpath.isabs(file):
+        return path / Path(file) if isinstance(path, Path) else Path(file)
+    scheme, _, rest = path.partition("://")  # a bucket takes `..` for a name
+    return f"{scheme}://{posixpath.normpath(posixpath.join(rest, file))}"
+
+
+def _read_manifest(folder: LocalFolder | RemoteFolder) -> tuple[dict[str, Any], tuple[Shard, ...]]:
+    path = folder.where
+    if isinstance(folder, LocalFolder) and not folder.path.is_dir():
+        raise DataError(f"set '{path}': no such folder: make one with `llavamod-offline pack`")
+    try:
+        content = folder.read(MANIFEST_NAME)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"set '{path}': has no {MANIFEST_NAME}, so it is no packed set: see `llavamod-offline pack`"
+        ) from error
+    try:
+        manifest = json.loads(content)
+        found = manifest["format"]
+        if found != SET_FORMAT:
+            raise DataError(f"set '{path}': format {found}, this version reads {SET_FORMAT}: pack the set again")
+        shards = tuple(
+            Shard(
+                str(entry["name"]),
+                int(entry["samples"]),
+                int(entry["bytes"]),
+                str(entry["sha256"]),
+                str(entry.get("path", "")),
+            )
+            for entry in manifest["shards"]
+        )
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DataError(f"set '{path}': {MANIFEST_NAME} cannot be read: {error!r}") from error
+    return manifest, shards
+
+
+def _staged_index(folder: RemoteFolder, manifest: dict[str, Any], staging: Staging) -> pa.Table:
+    """Copy the index of a set behind a URL, and open it; what is mapped stays readable when its file is removed."""
+    entry = manifest.get("index")  # sets of earlier versions say nothing of it
+    size = folder.size(INDEX_NAME) if entry is None else int(entry["bytes"])
+
+    def fill(aside: Path) -> None:
+        wanted = Wanted(INDEX_NAME, aside / INDEX_NAME, size, None if entry is None else str(entry["sha256"]))
+        if folder.fetch([wanted]):
+            raise DataError(f"set '{folder.where}': {INDEX_NAME} is not what was packed: upload or pack it again")
+
+    try:
+        with staging.hold(f"index-{manifest['digest']}-{size}", size, fill) as unit:
+            return _read_index(unit, folder.where)
+    except FileNotFoundError as error:
+        raise DataError(f"set '{folder.where}': has no {INDEX_NAME}: upload or pack it again") from error
+
+
+def _read_index(folder: Path, path: str) -> pa.Table:
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(folder / INDEX_NAME))).read_all()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"set '{path}': {INDEX_NAME} cannot be read: {error}: pack the set again") from error
+    if not table.schema.equals(INDEX_SCHEMA):
+        raise DataError(f"set '{path}': {INDEX_NAME} has other columns than this version's: pack the set again")
+    return table

@@ -1,0 +1,147 @@
+"""The bytes of a set's tars, wherever they lie: read by position from a disk, or from copies of what is behind a URL.
+
+A tar behind a URL is copied whole into the staging folder (see `staging.py`) when it is first read, and checked against
+its size and SHA-256 there; or, where few samples of it are wanted, just their bytes are fetched.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from llavamod_offline.errors import DataError
+from llavamod_offline.storage.disk_cache import Staging
+from llavamod_offline.storage.remote import RemoteFolder, Wanted
+
+# With this many open tars all are let go before another is opened, so that sets of thousands of shards stay below the
+# usual limit of descriptors. Threads that open one at the same moment may each go beyond by one.
+_MAX_OPEN = 128
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar of a set: its name without `.tar`, its samples, its size in bytes and its SHA-256 (hex).
+
+    `path`: where it lies, seen from the set's folder, or absolute; empty: `{name}.tar` in that folder.
+    """
+
+    name: str
+    samples: int
+    size: int
+    sha256: str
+    path: str = ""
+
+    @property
+    def again(self) -> str:
+        """What is to be done if it is not as it was."""
+        return "index the tars again" if self.path else "pack the set again"
+
+
+class TarFiles:
+    """The tars of a set; `places` says where each lies: a path, or a URL.
+
+    Reads share no state, so they may come from threads, forked or spawned processes.
+    Errors of every method: `DataError` naming set and shard if a tar is missing, or of another size or checksum;
+    `StorageError` if a bucket cannot be read or there is no room for a copy.
+    """
+
+    def __init__(
+        self, places: Sequence[Path | str], shards: Sequence[Shard], where: str, staging: Staging | None = None
+    ) -> None:
+        self._places, self._shards, self._where = places, shards, where
+        self._open: dict[int, _OpenTar] = {}
+        self._folders: dict[str, RemoteFolder] = {}
+        self._staging = staging
+
+    @property
+    def staging(self) -> Staging:
+        """Where copies are kept."""
+        if self._staging is None:
+            self._staging = Staging()
+        return self._staging
+
+    def is_remote(self, ordinal: int) -> bool:
+        """Whether a tar lies behind a URL."""
+        return isinstance(self._places[ordinal], str)
+
+    def read(self, ordinal: int, offset: int, size: int, *, scattered: bool = False) -> bytes:
+        """Read bytes of a tar; fewer come back where it ends. `scattered`: few reads of this tar are to be expected."""
+        place, shard = self._places[ordinal], self._shards[ordinal]
+        if isinstance(place, Path):
+            tar = self._opened(ordinal, place)  # this reference keeps it open until the bytes are here
+            return os.pread(tar.descriptor, size, offset)
+        if scattered and not self.staging.path(_unit(shard)).is_dir():
+            folder, name = self._behind(place)
+            try:
+                return folder.read(name, offset, offset + size)
+            except FileNotFoundError as error:
+                raise self._missing(shard, place) from error
+        with self.hold(ordinal) as unit:
+            descriptor = os.open(unit / f"{shard.name}.tar", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                return os.pread(descriptor, size, offset)
+            finally:
+                os.close(descriptor)
+
+    def hold(self, ordinal: int) -> AbstractContextManager[Path]:
+        """Keep the copy of a tar behind a URL on this machine; it is made if it is not there."""
+        place, shard = self._places[ordinal], self._shards[ordinal]
+        assert isinstance(place, str)
+        folder, name = self._behind(place)
+
+        def fill(aside: Path) -> None:
+            try:
+                damaged = folder.fetch([Wanted(name, aside / f"{shard.name}.tar", shard.size, shard.sha256)])
+            except FileNotFoundError as error:
+                raise self._missing(shard, place) from error
+            if damaged:
+                raise DataError(
+                    f"set '{self._where}', shard '{shard.name}': {place} is not what was packed (its size or checksum "
+                    "is another): upload or pack it again"
+                )
+
+        return self.staging.hold(_unit(shard), shard.size, fill)
+
+    def _behind(self, url: str) -> tuple[RemoteFolder, str]:
+        parent, name = url.rsplit("/", 1)
+        if parent not in self._folders:
+            self._folders[parent] = RemoteFolder(parent)
+        return self._folders[parent], name
+
+    def _missing(self, shard: Shard, url: str) -> DataError:
+        return DataError(f"set '{self._where}', shard '{shard.name}': {url} is missing: upload or pack it again")
+
+    def _opened(self, ordinal: int, path: Path) -> _OpenTar:
+        opened = self._open
+        tar = opened.get(ordinal)
+        if tar is None:
+            if len(opened) >= _MAX_OPEN:
+                # A reader in another thread keeps its own reference until it is done; nothing is closed under it.
+                opened = self._open = {}
+            tar = opened[ordinal] = _OpenTar(path, self._shards[ordinal], self._where)
+        return tar
+
+
+class _OpenTar:
+    """An open tar; its descriptor is used by position only, so that sharing it with a forked process does no harm."""
+
+    def __init__(self, path: Path, shard: Shard, where: str) -> None:
+        self.descriptor = -1
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise DataError(f"set '{where}', shard '{shard.name}': {error.strerror}: {shard.again}") from error
+        size = os.fstat(self.descriptor).st_size
+        if size != shard.size:
+            raise DataError(f"set '{where}', shard '{shard.name}': {size} bytes instead of {shard.size}: {shard.again}")
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+def _unit(shard: Shard) -> str:
+    return f"tar-{shard.sha256}"

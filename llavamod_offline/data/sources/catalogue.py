@@ -1,0 +1,94 @@
+"""The list of data sets of each stage (`sources.yaml`): what there is to download, and how it is packed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from llavamod_offline.config import load_config
+from llavamod_offline.data.sources.read import SUFFIXES, Source
+from llavamod_offline.errors import ConfigError, DataError
+
+SHIPPED = Path(__file__).with_name("sources.yaml")
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set as it is downloaded; `files` (or patterns) and `images` are paths below one root folder.
+
+    `rows`: how many, exactly; `rows_about`: where only a rounded number was published; `weight`: how often its samples
+    are seen in training. None: not known.
+    """
+
+    files: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
+    rows: int | None = None
+    rows_about: int | None = None
+    weight: float = 1.0
+    licence: str | None = None
+    download: str | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Data sets by name, and the names of those of each stage."""
+
+    sources: dict[str, DataSet] = field(default_factory=dict)
+    stages: dict[str, list[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for stage, names in self.stages.items():
+            unknown = [name for name in names if name not in self.sources]
+            if unknown:
+                raise ConfigError(f"stage '{stage}': no source is called '{unknown[0]}'")
+        for name, entry in self.sources.items():
+            _check(name, entry)
+
+    def of_stage(self, stage: str | None) -> dict[str, DataSet]:
+        """The data sets of a stage, or all. Errors: `ConfigError` naming the stages that there are."""
+        if stage is None:
+            return dict(self.sources)
+        if stage not in self.stages:
+            raise ConfigError(f"stage '{stage}' is unknown: choose one of {', '.join(self.stages)}")
+        return {name: self.sources[name] for name in self.stages[stage]}
+
+
+def read_catalogue(file: Path = SHIPPED) -> Catalogue:
+    """Read a file like the shipped `sources.yaml`. Errors: `ConfigError` naming the file or key."""
+    return load_config(Catalogue, [file])
+
+
+def find_files(entry: DataSet, root: Path) -> list[tuple[str, list[Path]]]:
+    """What there is of each file or pattern, in the order of their names."""
+    return [(file, sorted(path for path in root.glob(file) if path.is_file())) for file in entry.files]
+
+
+def stage_sources(catalogue: Catalogue, stage: str, root: Path) -> tuple[list[Source], dict[str, float]]:
+    """The files of a stage, ready to be packed, and the weights of those that are not seen once.
+
+    Errors: `DataError` naming the first file or folder that is not there.
+    """
+    sources, weights = [], {}
+    for name, entry in catalogue.of_stage(stage).items():
+        found = find_files(entry, root)
+        absent = [file for file, paths in found if not paths]
+        absent += [folder for folder in entry.images if not (root / folder).is_dir()]
+        if absent:
+            raise DataError(f"source '{name}': {root / absent[0]} is missing: `llavamod-offline doctor` lists the rest")
+        folders = tuple(root / folder for folder in entry.images)
+        sources += [Source(path, name, folders) for _, paths in found for path in paths]
+        if entry.weight != 1.0:
+            weights[name] = entry.weight
+    return sources, weights
+
+
+def _check(name: str, entry: DataSet) -> None:
+    if not entry.files:
+        raise ConfigError(f"source '{name}': names no files")
+    for path in (*entry.files, *entry.images):
+        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+            raise ConfigError(f"source '{name}': '{path}' must be a path below the root folder")
+    for path in entry.files:
+        if PurePosixPath(path).suffix not in SUFFIXES:
+            raise ConfigError(f"source '{name}': '{path}' must end in one of {', '.join(SUFFIXES)}")

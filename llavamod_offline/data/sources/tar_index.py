@@ -1,0 +1,204 @@
+"""WebDataset tars that others wrote → a set that reads them where they lie (its files: see `shards.py`).
+
+Each tar is read once, from its first byte to its last; its pictures are decoded, its samples checked and hashed as when
+they are packed. A sample is one of those in `members.py`, with its images beside its text: one called `jpg`, `jpeg`,
+`png` or `webp`, or several called `0.jpg`, `1.png`… in their order. A JSON that holds no sample is passed over beside a
+caption. What gives no sample goes to `rejected.jsonl`; `row` counts the members of a tar from 0.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from llavamod_offline.data.keys import key_from_id
+from llavamod_offline.data.pack.prepare import Facts
+from llavamod_offline.data.pack.process_map import map_in_order
+from llavamod_offline.data.pack.set_writer import PackSummary, SetWriter, check_weights, new_set
+from llavamod_offline.data.rows import Rejection, RowError
+from llavamod_offline.data.sample import KEY_PATTERN
+from llavamod_offline.data.sets.tar_files import Shard
+from llavamod_offline.data.sources.tar_reader import TarGroup, TarReader
+from llavamod_offline.data.sources.tar_samples import ReadRule, read_group
+from llavamod_offline.errors import DataError
+
+TarKeyRule = Literal["member", "shard"]
+
+
+@dataclass(frozen=True)
+class TarSource:
+    """A tar; `name` is the `source` of its samples (default: the name of the folder it lies in)."""
+
+    path: Path
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A sample of a tar, its place in it, and its files as the index has them."""
+
+    facts: Facts
+    row: int
+    members: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class _Tar:
+    """What a tar holds, in its order."""
+
+    path: Path
+    size: int
+    sha256: str
+    rows: tuple[_Found | Rejection, ...]
+
+
+def index_tars(
+    tars: Sequence[TarSource],
+    output: Path,
+    *,
+    keys: TarKeyRule = "member",
+    caption_prompt: str | None = None,
+    ignore: Sequence[str] = (),
+    overwrite: bool = False,
+    max_rejected: float | None = None,
+    weights: Mapping[str, float] | None = None,
+    workers: int = 1,
+    advance: Callable[[int], object] = lambda size: None,
+) -> PackSummary:
+    """Make the set folder `output` of the samples in `tars`, which stay as they are.
+
+    A tar that lies below the folder that `output` is in is found again when both are moved together, another one by
+    its absolute path. `keys`: a sample's key is that of its members (as `key_from_id` writes it), or has the tar's name
+    before it where different tars use the same ones. `caption_prompt`: what captions answer; without it they are
+    rejected. `ignore`: suffixes of members that are passed over. `workers`: processes, each reads a tar at a time.
+    Errors: as `write_set`, and `DataError` if a tar is no file or given twice.
+    """
+    weights = weights or {}
+    check_weights(weights)
+    names = _shard_names(tars)
+    reader = _TarIndexer(keys, ReadRule.of(caption_prompt, ignore))
+    hint = "rename one of them" if keys == "shard" else "put the tars' names before the keys with --keys shard"
+    with new_set(output, None, overwrite=overwrite, duplicate_hint=hint) as writer:
+        with writer:
+            jobs = list(zip(tars, names, strict=True))
+            for (_, name), tar in zip(jobs, map_in_order(reader, jobs, workers=workers, chunk=1), strict=True):
+                _add(writer, name, tar)
+                advance(tar.size)
+            writer.check(max_rejected, weights)
+        return writer.finish(weights, {} if caption_prompt is None else {"caption_prompt": caption_prompt})
+
+
+def find_tars(places: Sequence[Path], name: str = "") -> list[TarSource]:
+    """The tars at `places`, files or folders; those below a folder in the order of their paths.
+
+    Errors: `DataError` if there is nothing at a place, or no tar in a folder.
+    """
+    found = []
+    for place in places:
+        inside = sorted(path for path in place.rglob("*.tar") if path.is_file()) if place.is_dir() else [place]
+        if not inside:
+            raise DataError(f"source '{place}': no .tar in this folder")
+        found += [TarSource(path, name) for path in inside]
+    return found
+
+
+def _add(writer: SetWriter, name: str, tar: _Tar) -> None:
+    samples = 0
+    for row in tar.rows:
+        if isinstance(row, Rejection):
+            writer.reject(row)
+        else:
+            writer.claim(row.facts.key, str(tar.path), row.row)
+            writer.add(row.facts, row.members)
+            samples += 1
+    if samples:
+        writer.shards.append(Shard(name, samples, tar.size, tar.sha256, _path_from(writer.output, tar.path)))
+
+
+def _path_from(output: Path, tar: Path) -> str:
+    tar, folder = tar.resolve(), output.resolve()
+    return Path(os.path.relpath(tar, folder)).as_posix() if tar.is_relative_to(folder.parent) else str(tar)
+
+
+def _shard_names(tars: Sequence[TarSource]) -> list[str]:
+    """A name for each tar: its stem, or where that is not enough its path below the folder that all are in."""
+    seen: dict[Path, Path] = {}
+    for path in (tar.path for tar in tars):
+        if not path.is_file():
+            raise DataError(f"source '{path}': no such file")
+        if seen.setdefault(path.resolve(), path) is not path:
+            raise DataError(f"source '{path}' is given twice")
+    paths = [path.with_suffix("") for path in seen]
+    if len({path.name for path in paths}) < len(paths):
+        common = Path(os.path.commonpath(paths))
+        names = [key_from_id(path.relative_to(common).as_posix()) for path in paths]
+    else:
+        names = [key_from_id(path.name) for path in paths]
+    long = next((path for path, name in zip(paths, names, strict=True) if not KEY_PATTERN.fullmatch(name)), None)
+    if long is not None:
+        raise DataError(f"source '{long}.tar': its name is too long: rename it")
+    return names
+
+
+class _TarIndexer:
+    """Reads tars; may be pickled."""
+
+    def __init__(self, keys: TarKeyRule, rule: ReadRule) -> None:
+        self._keys, self._rule = keys, rule
+
+    def __call__(self, jobs: list[tuple[TarSource, str]]) -> list[_Tar]:
+        return [self._read(source, name) for source, name in jobs]
+
+    def _read(self, source: TarSource, name: str) -> _Tar:
+        reader = TarReader(source.path)
+        file = str(source.path)
+        rows: list[tuple[str, _Found | Rejection]] = []  # with the key that the tar has
+        try:
+            for group in reader.groups():
+                rows.append((group.key, self._row(group, source, name)))
+        except OSError as error:
+            raise DataError(f"source '{file}': cannot be read: {error.strerror or error}") from error
+        times = Counter(key for key, _ in rows)
+        outcomes = [
+            row if times[key] == 1 else Rejection(_row_key(row), "bad member", _apart(key), file, row.row)
+            for key, row in rows
+        ]
+        if reader.problem is not None:
+            outcomes.append(Rejection(name, reader.problem.kind, str(reader.problem), file, reader.rows))
+        return _Tar(source.path, reader.size, reader.sha256, tuple(outcomes))
+
+    def _row(self, group: TarGroup, source: TarSource, shard: str) -> _Found | Rejection:
+        key = key_from_id(group.key)
+        try:
+            if group.problem is not None:
+                raise group.problem
+            folder = source.path.resolve().parent.name
+            _checked(group.key if KEY_PATTERN.fullmatch(group.key) else key)
+            sample, parser, members = read_group(group, key, source.name or folder, self._rule)
+            if parser == "sample" and KEY_PATTERN.fullmatch(group.key):
+                key = group.key  # a tar of this project has its keys written already
+            key = _checked(f"{shard}-{key}" if self._keys == "shard" else key)
+            if source.name:
+                sample = replace(sample, source=source.name)
+            entries = ({"name": m.suffix, "offset": m.offset, "size": len(m.content)} for m in members)
+            return _Found(Facts.of(replace(sample, key=key), parser=parser), group.row, tuple(entries))
+        except RowError as error:
+            return Rejection(key[:400], error.kind, str(error), str(source.path), group.row)
+
+
+def _checked(key: str) -> str:
+    if not KEY_PATTERN.fullmatch(key):
+        raise RowError("malformed row", f"key of {len(key)} characters, more than 200: rename its members")
+    return key
+
+
+def _row_key(row: _Found | Rejection) -> str:
+    return row.key if isinstance(row, Rejection) else row.facts.key
+
+
+def _apart(key: str) -> str:
+    return f"members of '{key}' lie apart in the tar, so that they may be those of different samples"

@@ -1,0 +1,171 @@
+"""One way to read and write a folder, whether it lies on a disk or behind a URL."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from llavamod_offline.storage import atomic
+from llavamod_offline.storage.remote import RemoteFolder
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::.*)?://")
+_LOCAL_URL = re.compile(r"(file|local)://")
+
+
+class Folder(Protocol):
+    """A folder. Names are relative to it, with `/`; what a method writes is there whole, or not at all.
+
+    Errors of every method: `OSError` of the disk, `FileNotFoundError` if a file is missing; behind a URL also
+    `StorageError`.
+    """
+
+    @property
+    def where(self) -> str:
+        """The folder as its user names it."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """Read one file."""
+        ...
+
+    def read_all(self, names: Iterable[str]) -> list[bytes]:
+        """Read many files, in the order of the names."""
+        ...
+
+    def names(self) -> set[str]:
+        """The names of what lies right below the folder; none if there is no such folder."""
+        ...
+
+    def sizes(self, below: str = "") -> dict[str, int]:
+        """The sizes in bytes of all files at any depth below `below`, by name relative to it."""
+        ...
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write one file."""
+        ...
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Write a new file; gives False, and changes nothing, if it is there."""
+        ...
+
+    def commit(self, name: str, last: str) -> AbstractContextManager[Path]:
+        """Yield a local folder to fill; at the end it becomes `name`, its file `last` at the very last.
+
+        Errors: `FileExistsError` if another process has written `name` meanwhile.
+        """
+        ...
+
+    def copied(self, name: str) -> AbstractContextManager[Path]:
+        """Yield a local folder with all that is below `name`, for reading alone."""
+        ...
+
+    def remove_files(self, names: Iterable[str]) -> None:
+        """Remove files; those that are not there do not matter."""
+        ...
+
+    def remove(self, name: str, first: str) -> None:
+        """Remove the folder `name`, its file `first` before all others."""
+        ...
+
+    def clear_leftovers(self, name: str) -> list[str]:
+        """Remove what killed writers of `name` left aside (`FOLDER/*` for all in a folder), and say what it was."""
+        ...
+
+
+class LocalFolder:
+    """A folder on a disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def where(self) -> str:
+        """See `Folder`."""
+        return str(self.path)
+
+    def read(self, name: str) -> bytes:
+        """See `Folder`."""
+        return (self.path / name).read_bytes()
+
+    def read_all(self, names: Iterable[str]) -> list[bytes]:
+        """See `Folder`."""
+        return [self.read(name) for name in names]
+
+    def names(self) -> set[str]:
+        """See `Folder`."""
+        try:
+            return set(os.listdir(self.path))
+        except (FileNotFoundError, NotADirectoryError):
+            return set()
+
+    def sizes(self, below: str = "") -> dict[str, int]:
+        """See `Folder`."""
+        root = self.path / below
+        return {
+            (Path(folder) / file).relative_to(root).as_posix(): (Path(folder) / file).stat().st_size
+            for folder, _, files in os.walk(root)
+            for file in files
+        }
+
+    def write(self, name: str, content: bytes) -> None:
+        """See `Folder`."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        atomic.write_file(self.path / name, content)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """See `Folder`."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        return atomic.create_file(self.path / name, content)
+
+    @contextmanager
+    def commit(self, name: str, last: str) -> Iterator[Path]:
+        """See `Folder`: written aside and renamed, so that `last` appears with all others."""
+        target = self.path / name
+        try:
+            with atomic.new_folder(target) as folder:
+                yield folder
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and target.is_dir():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
+            raise
+
+    @contextmanager
+    def copied(self, name: str) -> Iterator[Path]:
+        """See `Folder`: the folder itself."""
+        yield self.path / name
+
+    def remove_files(self, names: Iterable[str]) -> None:
+        """See `Folder`."""
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+
+    def remove(self, name: str, first: str) -> None:
+        """See `Folder`: renamed aside, then removed."""
+        path = self.path / name
+        if path.is_dir() and not path.is_symlink():
+            atomic.remove_folder(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def clear_leftovers(self, name: str) -> list[str]:
+        """See `Folder`."""
+        target = self.path / name
+        removed = atomic.remove_leftovers(target.parent, target.name)
+        return [path.relative_to(self.path).as_posix() for path in removed]
+
+
+def is_url(where: str | Path) -> bool:
+    """Whether `where` names something behind a URL; `file://` is a path."""
+    return isinstance(where, str) and bool(_URL.match(where)) and not _LOCAL_URL.match(where)
+
+
+def open_folder(where: str | Path) -> LocalFolder | RemoteFolder:
+    """Look at a folder by path or URL; nothing is read or made. Errors: `StorageError` if no backend knows the URL."""
+    if is_url(where):
+        return RemoteFolder(str(where))
+    return LocalFolder(Path(_LOCAL_URL.sub("", str(where))))

@@ -1,0 +1,347 @@
+"""Folders behind a URL (`s3://`, `gs://`, `memory://` …), read and written by fsspec.
+
+An object store has no rename, so a folder is committed by its last file: all others are uploaded before it.
+
+What fails as a network or a busy store does is tried again, after pauses that double up to 10 s, for as many seconds as
+the environment variable LLAVAMOD_RETRY_SECONDS says (default 60).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llavamod_offline.errors import ConfigError, StorageError
+from llavamod_offline.storage.disk_cache import DISK_ERRORS, scratch
+
+logger = logging.getLogger(__name__)
+
+RETRY_VARIABLE = "LLAVAMOD_RETRY_SECONDS"
+
+_T = TypeVar("_T")
+_AT_ONCE = 32
+_EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
+_PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs", "hf": "huggingface_hub"}
+_RETRY_SECONDS = 60.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
+_DOWNLOADS = 3  # of a file that comes damaged
+# What no other attempt would change. A backend may raise anything when its network fails.
+_FINAL = (
+    FileNotFoundError,
+    FileExistsError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    ImportError,
+    NotImplementedError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    StorageError,
+)
+_jitter = random.Random()  # of our own, so that nobody's random numbers depend on the network
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A file to download to `path`, with its size in bytes and its SHA-256 (hex) where they are known."""
+
+    name: str
+    path: Path
+    size: int | None = None
+    sha256: str | None = None
+
+    def fits(self) -> bool:
+        """Whether what lies at `path` is the file that is wanted."""
+        if not self.path.is_file() or self.size not in (None, self.path.stat().st_size):
+            return False
+        if self.sha256 is None:
+            return True
+        with self.path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest() == self.sha256
+
+
+def retry_seconds() -> float:
+    """How long a store that does not answer is tried again. Errors: `ConfigError` if the variable is no number."""
+    text = os.environ.get(RETRY_VARIABLE)
+    try:
+        seconds = float(text) if text else _RETRY_SECONDS
+    except ValueError:
+        seconds = -1.0
+    if not seconds >= 0.0:
+        raise ConfigError(f"{RETRY_VARIABLE}: '{text}' is no number of seconds: set it to one, such as 60")
+    return seconds
+
+
+class RemoteFolder:
+    """A folder behind a URL. Safe in threads, after a fork, and in spawned processes.
+
+    Names are relative to the folder, with `/`. Errors of every method: `StorageError` if the bucket is missing, refuses
+    or cannot be reached; `FileNotFoundError` if a file is missing; `OSError` of the local disk.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.where = url if url.endswith("://") else url.rstrip("/")
+        self._opened: tuple[int, Any, str] | None = None
+        self._open()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (RemoteFolder, (self.where,))
+
+    def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
+        """Read one file, or its bytes `start` … `stop` − 1."""
+        content = self._try(name, "read", lambda: bytes(self._files.cat_file(self._full(name), start=start, end=stop)))
+        if start is not None and stop is not None and len(content) > stop - start:
+            return content[start:stop]  # a web server may send the whole file, whatever it is asked for
+        return content
+
+    def size(self, name: str) -> int:
+        """The size of one file in bytes."""
+        return self._try(name, "read", lambda: int(self._files.info(self._full(name))["size"] or 0))
+
+    def read_all(self, names: Iterable[str]) -> list[bytes]:
+        """Read many files at once, in the order of the names."""
+        return self._at_once(self.read, names)
+
+    def names(self) -> set[str]:
+        """The names of the files and folders right below the folder; none if there is no such folder."""
+
+        def listed() -> list[str]:
+            self._files.invalidate_cache()
+            try:
+                return list(self._files.ls(self._root, detail=False))
+            except FileNotFoundError as error:
+                if _no_bucket(error):
+                    raise
+                return []
+
+        entries = self._try("", "listed", listed)
+        return {str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries} - {""}
+
+    def sizes(self, below: str = "") -> dict[str, int]:
+        """The sizes in bytes of all files at any depth below `below`, by name relative to it."""
+        root = self._full(below)
+
+        def listed() -> dict[str, Any]:
+            self._files.invalidate_cache()
+            return dict(self._files.find(root, detail=True))
+
+        found = self._try(below, "listed", listed)
+        return {
+            path[len(root) :].lstrip("/"): int(entry["size"] or 0)
+            for path, entry in found.items()
+            if path.startswith(f"{root}/") and not path.endswith("/")
+        }
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write one file, whole or not at all."""
+        self._try(name, "written", lambda: self._files.pipe_file(self._full(name), content))
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Write a new file; gives False, and changes nothing, if it is there."""
+        full = self._full(name)
+        attempts = 0
+
+        def made() -> bool:
+            nonlocal attempts
+            attempts += 1
+            try:
+                self._files.pipe_file(full, content, mode="create")
+            except FileExistsError:
+                # The reply to an earlier attempt may have been lost.
+                return attempts > 1 and bytes(self._files.cat_file(full)) == content
+            except Exception as error:  # stores that know no conditional write
+                if not (isinstance(error, NotImplementedError | TypeError) or "NotImplemented" in str(error)):
+                    raise
+                if self._files.exists(full):
+                    return False
+                self._files.pipe_file(full, content)
+            return True
+
+        return self._try(name, "written", made)
+
+    @contextmanager
+    def commit(self, name: str, last: str) -> Iterator[Path]:
+        """Yield a local folder to fill; at the end it is uploaded as `name`, its file `last` at the very last.
+
+        Errors: `FileExistsError` if another process has written `name` meanwhile, and not the same.
+        """
+        with scratch() as folder:
+            yield folder
+            if not self._upload(folder, name, last):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), f"{self.where}/{name}")
+
+    @contextmanager
+    def copied(self, name: str) -> Iterator[Path]:
+        """Yield a local folder with all that is below `name`, for reading alone."""
+        with scratch() as folder:
+            self.download({f"{name}/{file}": folder / file for file in self.sizes(name)})
+            yield folder
+
+    def download(self, names: Mapping[str, Path]) -> None:
+        """Download files to local paths, whose folders are made."""
+        for folder in {path.parent for path in names.values()}:
+            folder.mkdir(parents=True, exist_ok=True)
+
+        def got() -> None:
+            try:
+                self._files.get([self._full(name) for name in names], [str(path) for path in names.values()])
+            except FileNotFoundError as error:  # backends do not say of which
+                lost = next((name for name in names if not self._files.exists(self._full(name))), None)
+                if lost is None:
+                    raise
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self.where}/{lost}") from error
+
+        self._try(next(iter(names), ""), "read", got)
+
+    def fetch(self, files: Iterable[Wanted]) -> list[str]:
+        """Download files and check them, those that come damaged again; gives the names of those that stay so."""
+        left = list(files)
+        for _ in range(_DOWNLOADS):
+            self.download({file.name: file.path for file in left})
+            left = [file for file in left if not file.fits()]
+            if not left:
+                break
+        return [file.name for file in left]
+
+    def remove_files(self, names: Iterable[str]) -> None:
+        """Remove files; those that are not there do not matter."""
+        self._at_once(self._remove_file, names)
+
+    def remove(self, name: str, first: str) -> None:
+        """Remove the folder `name`, its file `first` before all others."""
+        self._remove_file(f"{name}/{first}")
+        self.remove_files([f"{name}/{file}" for file in self.sizes(name)] or [name])
+
+    def clear_leftovers(self, name: str) -> list[str]:
+        """Nothing to do: a file that is being written is not seen."""
+        return []
+
+    def _upload(self, folder: Path, name: str, last: str) -> bool:
+        """Send all of `folder`, `last` once all others are there and nothing else; False if another `last` is there."""
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        content = files.pop(last).read_bytes()
+        sent, targets = [str(path) for path in files.values()], [self._full(f"{name}/{file}") for file in files]
+        self._try(name, "written", lambda: self._files.put(sent, targets))
+        there = self.sizes(name)
+        self.remove_files(f"{name}/{stray}" for stray in there.keys() - files.keys() - {last})
+        lost = sorted(file for file, path in files.items() if there.get(file) != path.stat().st_size)
+        if lost:
+            raise StorageError(f"{self.where}/{name}/{lost[0]}: was not stored whole: run again to upload it")
+        return self.create(f"{name}/{last}", content) or self.read(f"{name}/{last}") == content
+
+    def _remove_file(self, name: str) -> None:
+        def removed() -> None:
+            try:
+                self._files.rm_file(self._full(name))
+            except FileNotFoundError as error:
+                if _no_bucket(error):
+                    raise
+
+        self._try(name, "removed", removed)
+
+    def _at_once(self, function: Callable[[str], _T], names: Iterable[str]) -> list[_T]:
+        with ThreadPoolExecutor(_AT_ONCE) as threads:
+            return list(threads.map(function, names))
+
+    @property
+    def _files(self) -> Any:
+        return self._open()[0]
+
+    @property
+    def _root(self) -> str:
+        return self._open()[1]
+
+    def _full(self, name: str) -> str:
+        return f"{self._root}/{name}" if name else self._root
+
+    def _open(self) -> tuple[Any, str]:
+        """The file system and the folder's path in it; opened anew after a fork, as its threads are gone then."""
+        if self._opened is None or self._opened[0] != os.getpid():
+            from fsspec.core import url_to_fs
+
+            try:
+                files, root = url_to_fs(self.where)
+            except ImportError as error:
+                raise StorageError(f"{self.where}: {_reason(error)}: {_install(self.where)}") from error
+            except (ValueError, OSError) as error:
+                raise StorageError(f"{self.where}: cannot be opened: {_reason(error)}") from error
+            if not root.strip("/"):
+                raise StorageError(f"{self.where}: names no bucket or folder: give one, such as s3://bucket/folder")
+            self._opened = (os.getpid(), files, root.rstrip("/"))
+        return self._opened[1:]
+
+    def _try(self, name: str, done: str, action: Callable[[], _T]) -> _T:
+        """Do something that can be done twice, again and again while the store does not answer."""
+        give_up, pause = time.monotonic() + retry_seconds(), _FIRST_PAUSE
+        with self._errors(name, done):
+            while True:
+                try:
+                    return action()
+                except Exception as error:
+                    left = give_up - time.monotonic()
+                    if _is_final(error) or left <= 0:
+                        raise
+                    if pause == _FIRST_PAUSE:
+                        where = f"{self.where}/{name}" if name else self.where
+                        logger.warning(
+                            "%s: cannot be %s: %s: trying again for %.0f s", where, done, _reason(error), left
+                        )
+                time.sleep(min(pause * _jitter.uniform(0.5, 1.0), left))
+                pause = min(2 * pause, _LONGEST_PAUSE)
+
+    @contextmanager
+    def _errors(self, name: str, done: str) -> Iterator[None]:
+        """Turn what a backend raises, which may be anything, into the errors that are documented."""
+        where = f"{self.where}/{name}" if name else self.where
+        try:
+            yield
+        except FileNotFoundError as error:
+            if _no_bucket(error):
+                raise StorageError(f"{self.where}: there is no such bucket: make it, or correct the name") from error
+            raise
+        except StorageError:
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                raise
+            way_out = (
+                "check the credentials and what they allow" if _refused(error) else "check the network and try again"
+            )
+            raise StorageError(f"{where}: cannot be {done}: {_reason(error)}: {way_out}") from error
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether another attempt would fail as well."""
+    of_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
+    return isinstance(error, _FINAL) or of_disk or _refused(error)
+
+
+def _refused(error: Exception) -> bool:
+    return isinstance(error, PermissionError) or "Credential" in type(error).__name__
+
+
+def _no_bucket(error: FileNotFoundError) -> bool:
+    return "bucket does not exist" in str(error).lower() or "NoSuchBucket" in repr(error.__cause__)
+
+
+def _install(url: str) -> str:
+    scheme = url.split("://", 1)[0].rsplit(":", 1)[-1]
+    if scheme in _EXTRAS:
+        return f"pip install 'llavamod-offline[{_EXTRAS[scheme]}]'"
+    return f"pip install {_PACKAGES[scheme]}" if scheme in _PACKAGES else "install that package"
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,158 @@
+"""The comparison page: figures, differences, what may not be compared, disagreements, hostile text."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from eval.predictions import Prediction, prediction_line
+from eval.report.report import write_report
+from eval.tasks import get_task
+from llavamod_offline.errors import ConfigError, EvalError
+from tests.eval.fixtures import gqa_root, halbench_root, mmhal_root, pope_root
+
+REFERENCES = {str(n): {"answer": "red", "isBalanced": True, "types": {"structural": "query"}} for n in range(5)}
+
+
+def write_run(folder: Path, root: Path, task: str, text: dict[str, str], default: str) -> None:
+    lines = []
+    for example in get_task(task).load(root):
+        answer = text.get(example.id, default)
+        made = Prediction(answer, example.prompt, example.id, None, task, example.image, 1, "stop")
+        lines.append(prediction_line(made))
+    path = folder / task / "predictions.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(lines))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    data = halbench_root(tmp_path / "data", ("dog", "cat"), {11: (["dog"], ["A dog."])})
+    return mmhal_root(gqa_root(pope_root(data), REFERENCES), 2)
+
+
+@pytest.fixture
+def runs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """GQA 3/5 each, disagreeing on questions 1 and 2; GQA is taken for the published set, the others are not."""
+    monkeypatch.setattr("eval.tasks.gqa.OFFICIAL_N", (5,))
+    one, two = tmp_path / "runs" / "dense", tmp_path / "runs" / "sparse"
+    write_run(one, root, "gqa", {"1": "</script><img src=x onerror=alert(1)>", "0": "blue"}, "red")
+    write_run(two, root, "gqa", {"2": "blue", "0": "blue"}, "red")
+    for run in (one, two):
+        write_run(run, root, "pope", {}, "Yes")
+        write_run(run, root, "object_halbench", {}, "A dog with a cat.")
+    return [one, two]
+
+
+class Page(HTMLParser):
+    """What a browser would load, and the sample data."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.samples = ""
+        self._in_samples = False
+        self.feed(content)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self._in_samples = ("id", "samples") in attrs
+        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        if self._in_samples:
+            self.samples += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_samples = False
+
+
+def test_the_page_shows_figures_differences_and_published_ones(root: Path, runs: list[Path], tmp_path: Path) -> None:
+    write_report(runs, root, tmp_path / "report.html")
+    content = (tmp_path / "report.html").read_text()
+    assert "<td>60.0<small></small></td>" in content
+    assert "<td>60.0<small>+0.0</small></td>" in content
+    assert "<td>58.7<small>−1.3</small></td>" in content  # LLaVA-MoD-1.8B's GQA against the first run's 60.0
+    assert "<td>87.0†<small></small></td>" in content  # POPE of other questions than the published ones
+    assert "published on 8910 questions, measured here on 12; not to be compared" in content
+    assert "<td>11.2†<small></small></td>" in content  # another variant of Object HalBench: no difference
+    assert "not to be compared" in content
+    assert "questions" in content
+    assert "data sha256" in content
+    assert "<svg" in content
+
+
+def test_the_page_loads_nothing_and_hostile_text_stays_text(root: Path, runs: list[Path], tmp_path: Path) -> None:
+    write_report(runs, root, tmp_path / "report.html")
+    content = (tmp_path / "report.html").read_text()
+    page = Page(content)
+    assert page.links == []
+    assert "img" not in page.tags
+    assert "b" in page.tags
+    assert re.findall(r"https?://", content) == []
+    samples = json.loads(page.samples)
+    texts = [a["text"] for t in samples["tasks"] for s in t["samples"] for a in s["answers"] if a]
+    assert "</script><img src=x onerror=alert(1)>" in texts
+
+
+def test_the_browser_holds_what_two_runs_disagree_on_with_pictures(
+    root: Path, runs: list[Path], tmp_path: Path
+) -> None:
+    write_report(runs, root, tmp_path / "report.html")
+    samples = json.loads(Page((tmp_path / "report.html").read_text()).samples)
+    assert samples["runs"] == ["dense", "sparse"]
+    assert [task["task"] for task in samples["tasks"]] == ["gqa"]  # on POPE they agree
+    shown = {sample["id"]: sample for sample in samples["tasks"][0]["samples"]}
+    assert sorted(shown) == ["1", "2"]
+    assert [answer["right"] for answer in shown["2"]["answers"]] == [1.0, 0.0]
+    assert shown["1"]["image"].startswith("data:image/png;base64,")
+    assert shown["1"]["prompt"].startswith("What is 1?")
+    write_report(runs, root, tmp_path / "few.html", samples=1)
+    few = json.loads(Page((tmp_path / "few.html").read_text()).samples)
+    assert len(few["tasks"][0]["samples"]) == 1
+
+
+def test_markdown(root: Path, runs: list[Path], tmp_path: Path) -> None:
+    write_report(runs, root, tmp_path / "report.md")
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert table[0].startswith("| model | GQA ↑ | POPE F1 ↑ |")
+    assert table[2].startswith("| **dense** | 60.0 |")
+    assert table[3].startswith("| **sparse** | 60.0 (+0.0) |")
+    assert any("*LLaVA-MoD-2B* (published)" in line and "11.2†" in line for line in table)
+    assert sum("n 5, missing 0, unparsed 0" in line for line in lines) == 2
+
+
+def test_one_run_has_no_browser_and_mmhal_waits_for_its_judge(root: Path, runs: list[Path], tmp_path: Path) -> None:
+    write_run(runs[0], root, "mmhal", {}, "A cat.")
+    write_report(runs[:1], root, tmp_path / "report.html")
+    content = (tmp_path / "report.html").read_text()
+    assert "Where they disagree" not in content
+    assert "mmhal: not scored: no predictions.judge.jsonl: score it with --judge first" in content
+
+
+def test_errors(root: Path, runs: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"ends with .html or .md"):
+        write_report(runs, root, tmp_path / "report.pdf")
+    with pytest.raises(ConfigError, match="a run is named twice"):
+        write_report([runs[0], runs[0]], root, tmp_path / "report.md")
+    with pytest.raises(EvalError, match=r"no TASK/predictions.jsonl in it"):
+        write_report([tmp_path], root, tmp_path / "report.md")
+    path = runs[1] / "gqa" / "predictions.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    with pytest.raises(EvalError, match=r"1 question .* without a prediction"):
+        write_report(runs, root, tmp_path / "report.md")
+    assert not (tmp_path / "report.md").exists()
+
+
+def test_runs_of_the_same_name_are_told_apart(root: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / "a" / "eval", tmp_path / "b" / "eval"]
+    for folder in folders:
+        write_run(folder, root, "gqa", {}, "red")
+    write_report(folders, root, tmp_path / "report.md")
+    assert "**a/eval**" in (tmp_path / "report.md").read_text()

@@ -1,0 +1,102 @@
+"""A tokenizer's chat template as a template, and the way back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from llavamod_offline.data.encode.chat_template import choose_template, from_tokenizer, to_jinja
+from llavamod_offline.data.encode.template import Template, get_template
+from llavamod_offline.data.encode.tokenize import SequenceEncoder
+from llavamod_offline.data.sample import Sample, Turn
+from llavamod_offline.errors import ConfigError
+from tests.tiny import tiny_tokenizer
+
+TURNS = (Turn("user", "What is it?"), Turn("assistant", "A dog."), Turn("user", "Sure?"), Turn("assistant", "Yes."))
+# The chat template of Qwen2's instruction-tuned models: https://huggingface.co/Qwen/Qwen2-1.5B-Instruct
+QWEN2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:
+    made = tiny_tokenizer()
+    made.chat_template = chat_template
+    return made
+
+
+def rendered(words: PreTrainedTokenizerFast, turns: Sequence[Turn], *, answer: bool) -> str:
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    return str(words.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer))
+
+
+def test_qwen2s_own_is_chatml() -> None:
+    assert from_tokenizer(tokenizer(QWEN2)) == dataclasses.replace(get_template("chatml"), name="tokenizer")
+
+
+@pytest.mark.parametrize("name", ["qwen", "chatml"])
+def test_there_and_back(name: str) -> None:
+    template = get_template(name)
+    words = tokenizer(to_jinja(template))
+    for count in range(1, 5):
+        text = "".join(segment.text for segment in template.render(TURNS[:count]))
+        assert rendered(words, TURNS[:count], answer=count % 2 == 1) == text
+    back = choose_template("tokenizer", lambda: words)
+    if name == "qwen":
+        assert back == dataclasses.replace(template, name="tokenizer")
+    else:  # which does not end with its separator there, so it is taken for a part of the next question
+        assert [s.text for s in back.render(TURNS)] != []
+        assert "".join(s.text for s in back.render(TURNS)) == "".join(s.text for s in template.render(TURNS))
+
+
+@pytest.mark.parametrize("chat_template", [QWEN2, to_jinja(get_template("qwen")), to_jinja(get_template("chatml"))])
+def test_ids_are_those_of_the_tokenizers_own_rendering(chat_template: str) -> None:
+    """Special tokens of the template are tokens, and the supervised ones are the answers with their ends."""
+    words = tokenizer(chat_template)
+    template = from_tokenizer(words)
+    encoder = SequenceEncoder(words, template, image_token_id=399, image_tokens=9, max_length=512)
+    sequence = encoder.encode(Sample("a", TURNS), "response")
+    whole = words(rendered(words, TURNS, answer=False), add_special_tokens=False)["input_ids"]
+    ids = sequence.input_ids_T.tolist()
+    assert ids == whole[: len(ids)]
+    assert words.decode(whole[len(ids) :]) == template.separator
+    supervised = words.decode(sequence.input_ids_T[sequence.supervised_N])
+    assert supervised == "".join(template.answer_prefix + turn.text + template.end for turn in TURNS[1::2])
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "reason"),
+    [
+        (None, "has no chat template"),
+        ("{{ raise_exception('only with tools') }}", "fails: only with tools"),
+        ("{{ messages[0].content }}", "does not word every turn alike"),
+        # The last answer is worded otherwise, as by models that think.
+        (QWEN2.replace("message['content']", "(message['content'] + ('!' if loop.last else ''))"), "every turn alike"),
+        # Nothing special ends an answer.
+        ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", "end with one special token"),
+        # Only conversations of two rounds are worded so.
+        (QWEN2.replace("loop.first", "loop.first and messages|length < 5"), "every turn alike"),
+    ],
+)
+def test_what_no_template_can_say_is_refused(chat_template: str | None, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason) as caught:
+        from_tokenizer(tokenizer(chat_template))
+    assert str(caught.value).startswith("template 'tokenizer': ")
+    assert "choose one by name" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    def never() -> PreTrainedTokenizerFast:
+        raise AssertionError("a named template needs no tokenizer")
+
+    assert choose_template("qwen", never) == get_template("qwen")
+    with pytest.raises(ConfigError, match="'vicuna' is unknown: choose one of qwen, chatml, tokenizer"):
+        choose_template("vicuna", never)
+    assert isinstance(get_template("qwen"), Template)

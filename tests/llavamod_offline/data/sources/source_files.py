@@ -1,0 +1,90 @@
+"""Files that samples are packed from, of each format, right and wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llavamod_offline.data.rows import Located, Rejection
+from llavamod_offline.data.sample import Sample, Turn
+from llavamod_offline.data.sources.read import read_sources
+from tests.tiny import tiny_image
+
+JPG, PNG, WEBP = tiny_image(0, format="JPEG"), tiny_image(1), tiny_image(2, format="WEBP")
+
+
+def talk(*texts: str) -> list[dict[str, str]]:
+    """A conversation as LLaVA's JSON has it, the user first."""
+    return [{"from": "gpt" if index % 2 else "human", "value": text} for index, text in enumerate(texts)]
+
+
+GOOD = talk("<image>\nWhat?", "That.")
+TEXT = talk("Is it?", "Yes.")
+
+
+def turns(*texts: str) -> tuple[Turn, ...]:
+    """The same as a sample has it."""
+    return tuple(Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(texts))
+
+
+def write_rows(file: Path, rows: list[Any]) -> Path:
+    """Write JSON, or JSON Lines if the file is called so."""
+    separator, (opening, closing) = ("\n", ("", "")) if file.suffix == ".jsonl" else (",\n", ("[", "]"))
+    file.write_text(opening + separator.join(json.dumps(row) for row in rows) + closing)
+    return file
+
+
+def write_parquet(file: Path, rows: list[dict[str, Any]], **changes: Any) -> Path:
+    """A table with RLAIF-V's columns."""
+    columns: dict[str, Any] = {
+        "ds_name": ["RLAIF-V"] * len(rows),
+        "image": [row.get("image", {"bytes": JPG, "path": "a.jpg"}) for row in rows],
+        "question": [row.get("question", "What?") for row in rows],
+        "chosen": [row.get("chosen", "A dog.") for row in rows],
+        "rejected": [row.get("rejected", "A cat.") for row in rows],
+        "origin_dataset": ["VQAv2"] * len(rows),
+        "origin_split": ['{"model": "x"}'] * len(rows),
+        "idx": [row.get("idx", number) for number, row in enumerate(rows)],
+        "image_path": ["a.jpg"] * len(rows),
+    }
+    columns = {name: column for name, column in (columns | changes).items() if column is not None}
+    pq.write_table(pa.table(columns), file, row_group_size=20)
+    return file
+
+
+def samples(rows: Iterator[Located | Rejection]) -> list[Sample]:
+    """The samples of rows of which none is rejected."""
+    found = list(rows)
+    assert not [row for row in found if isinstance(row, Rejection)]
+    return [row.sample for row in found if isinstance(row, Located)]
+
+
+def only_rejection(tmp_path: Path, row: Any, folders: list[Path]) -> Rejection:
+    """The rejection of a row that stands between two good ones."""
+    good = [{"id": name, "conversations": talk("Is it?", "Yes.")} for name in ("first", "last")]
+    file = write_rows(tmp_path / "rows.json", [good[0], row, good[1]])
+    first, middle, last = read_sources([file], images=folders)
+    assert isinstance(first, Located)
+    assert isinstance(last, Located)
+    assert (first.sample.key, last.sample.key) == ("first", "last")
+    assert isinstance(middle, Rejection)
+    assert (middle.file, middle.row) == (str(file), 1)
+    return middle
+
+
+def write_images(folder: Path) -> Path:
+    """Pictures of every format, some of them broken, and one outside of the folder."""
+    (folder / "coco").mkdir(parents=True)
+    (folder / "coco" / "a.jpg").write_bytes(JPG)
+    (folder / "b.png").write_bytes(PNG)
+    (folder / "c.webp").write_bytes(WEBP)
+    (folder / "wrong.png").write_bytes(JPG)
+    (folder / "cut.jpg").write_bytes(JPG[: len(JPG) // 2])
+    (folder / "text.jpg").write_bytes(b"hello")
+    (folder.parent / "outside.png").write_bytes(PNG)
+    return folder

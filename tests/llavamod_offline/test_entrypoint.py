@@ -1,0 +1,77 @@
+"""What every command does with errors: one line and status 2; a traceback only for defects."""
+
+from __future__ import annotations
+
+import pytest
+import typer
+
+from llavamod_offline.entrypoint import run_command
+from llavamod_offline.errors import DataError
+
+app = typer.Typer(pretty_exceptions_enable=False)
+
+
+@app.command()
+def work(what: str) -> None:
+    """Do one thing, or fail at it."""
+    if what == "input":
+        raise DataError("set 'x': no such folder: make one")
+    if what == "defect":
+        raise ZeroDivisionError("a defect")
+    if what == "interrupt":
+        raise KeyboardInterrupt
+    if what == "exit":
+        raise typer.Exit(3)
+    print("done")
+
+
+def status(what: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        run_command(app, [what])
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+def test_success(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("well") == 0
+    assert capsys.readouterr().out == "done\n"
+
+
+def test_input_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("input") == 2
+    captured = capsys.readouterr()
+    assert captured.err == "error: set 'x': no such folder: make one\n"
+    assert not captured.out
+
+
+def test_debugging_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAVAMOD_DEBUG", "1")
+    with pytest.raises(DataError):
+        run_command(app, ["input"])
+
+
+def test_defects_keep_their_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_command(app, ["defect"])
+
+
+def test_interrupts_and_chosen_statuses() -> None:
+    assert status("interrupt") == 130
+    assert status("exit") == 3
+
+
+def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("--nothing") == 2
+    assert "No such option" in capsys.readouterr().err
+
+
+def test_line_breaks_and_control_characters_of_names_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def fail() -> None:
+        raise DataError("sample 'a\nb\x1b[2J\u2028é': twice")
+
+    with pytest.raises(SystemExit):
+        run_command(app, [])
+    assert capsys.readouterr().err == "error: sample 'a\\nb\\x1b[2J\\u2028é': twice\n"

@@ -1,0 +1,93 @@
+"""The page of a run: what is drawn of its log, and what a damaged or unfinished run gives."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llavamod_offline.errors import ConfigError
+from tests.train.conftest import World
+from train.report.expert_load import expert_load_picture
+from train.report.page import read_run, write_report
+from train.run import train
+
+
+def write_log(folder: Path, entries: list[dict[str, Any]]) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return folder
+
+
+def entry(step: int, **values: Any) -> dict[str, Any]:
+    return {"step": step, "loss": 1 / step, "tokens_per_s": 100.0, "data_wait_share": 0.0, "lr": 1e-3, **values}
+
+
+def test_the_page_of_a_real_sparse_run(world: World, tmp_path: Path) -> None:
+    train(world.config("mimic_sparse", tmp_path / "run", "data.holdout=4", "eval_steps=2"))
+    page = write_report([tmp_path / "run"], tmp_path / "pages" / "run.html").read_text()
+    for title in (
+        "Loss, and its parts", "held-out samples", "True KL", "Load of the experts", "Choices dropped", "Learning rate"
+    ):  # fmt: skip
+        assert title in page, title
+    assert "Preference" not in page
+    assert page.count("<polyline") >= 10
+    assert len(re.findall(r"expert \d, step \d+: ", page)) == 4 * 4  # steps × experts of one sparse layer
+    assert not re.search(r"(src|href)=[\"'](?!data:)", page)
+
+
+def test_several_runs_are_drawn_over_one_another(tmp_path: Path) -> None:
+    folders = [write_log(tmp_path / name / "run", [entry(1, kl=0.5), entry(2, kl=0.4)]) for name in ("a", "b<i>")]
+    page = write_report(folders, tmp_path / "page.html").read_text()
+    assert "a/run: kl" in page
+    assert "b&lt;i&gt;/run: kl" in page
+    assert "<i>/run" not in page
+    with pytest.raises(ConfigError, match="given twice"):
+        write_report([folders[0], folders[0]], tmp_path / "page.html")
+
+
+def test_colours_say_how_far_a_load_is_from_its_share() -> None:
+    logged = [entry(1, expert_load=[[0.25, 0.5, 0.0, 0.25]])]
+    fills = re.findall(r'fill="(#\w+)"', expert_load_picture(logged, title="t"))
+    assert fills == ["#ffffff", "#d97706", "#2563eb", "#ffffff"]
+    assert expert_load_picture([entry(1)], title="t") == ""
+
+
+def test_long_logs_are_drawn_in_spans(tmp_path: Path) -> None:
+    logged = [entry(step, expert_load=[[0.5, 0.5]]) for step in range(1, 1001)]
+    page = expert_load_picture(logged, title="t")
+    assert page.count("<rect") == 96 * 2
+    assert "step 1 to 11" in page
+
+
+def test_a_run_in_progress_and_a_damaged_one(tmp_path: Path) -> None:
+    folder = write_log(tmp_path / "run", [entry(1), entry(2)])
+    file = folder / "metrics.jsonl"
+    file.write_text(file.read_text() + '{"step": 3, "lo')
+    assert [item["step"] for item in read_run(folder).entries] == [1, 2]
+    assert "not finished" in write_report([folder], tmp_path / "page.html").read_text()
+    file.write_text("nonsense\n" + file.read_text())
+    with pytest.raises(ConfigError, match=r"metrics.jsonl: line 1 is no log entry"):
+        read_run(folder)
+    file.write_text("")
+    with pytest.raises(ConfigError, match="the first step is not done yet"):
+        read_run(folder)
+    with pytest.raises(ConfigError, match=r"run '.*none': has no metrics.jsonl"):
+        read_run(tmp_path / "none")
+
+
+def test_the_command(tmp_path: Path) -> None:
+    folder = write_log(tmp_path / "run", [entry(1)])
+    command = [str(Path(sys.executable).parent / "train-student"), "report"]
+    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{folder / 'report.html'}\n")
+    for arguments, problem in (([folder, folder], "--output: name the page"), ([tmp_path], "has no metrics.jsonl")):
+        done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert problem in done.stderr
+        assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,257 @@
+"""Micro-batches: samples and the records that a teacher's cache has of them.
+
+Letters: B samples, S sequences of them (B for one role, 2·B for two, the first role's before the second's).
+A `mismatched` role is no part of these: it makes a batch of its own, B sequences that are read but not trained on.
+"""
+
+from __future__ import annotations
+
+import gc
+import signal
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from llavamod_offline.data.encode.collate import Batch, collate
+from llavamod_offline.data.encode.tokenize import Positions, SequenceEncoder
+from llavamod_offline.data.encode.tokenize import Sequence as Tokens
+from llavamod_offline.data.images import ImagePreprocessor
+from llavamod_offline.data.sample import Sample
+from llavamod_offline.data.sampler import BatchSchedule
+from llavamod_offline.data.sets.sample_set import SampleSet
+from llavamod_offline.errors import DataError, LlavaModError
+from llavamod_offline.losses.targets import SparseTargets
+from train.data.join import MISMATCHED
+from train.data.prefetch import Prefetch
+from train.data.teacher_states import TeacherStates, WantedStates, read_states
+
+if TYPE_CHECKING:
+    from teacher_cache.format.sequences import CachedSequence
+    from teacher_cache.read.reader import TeacherCache
+    from teacher_cache.student.end_of_turn import Exchange
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """A micro-batch: what the student reads, and what the teacher said about it.
+
+    `targets` hold the first positions of `batch`, in its order: all of them (mimic stages), those of the chosen
+    responses (preference stage with distillation) or none. `reference_S`: the teacher's log-prob of each sequence,
+    summed over its tokens. `mismatched`: the same samples' mismatched responses, where the loss wants them; `states`:
+    the teacher's hidden states, likewise.
+    """
+
+    batch: Batch
+    samples: int
+    targets: SparseTargets | None = None
+    reference_S: Tensor | None = None
+    mismatched: TrainBatch | None = None
+    states: TeacherStates | None = None
+
+    @property
+    def positions(self) -> int:
+        """The positions that the loss is taken over."""
+        return len(self.batch.target_ids_N)
+
+    def to(self, device: torch.device) -> TrainBatch:
+        """Move every tensor to `device`."""
+        return replace(
+            self,
+            batch=self.batch.to(device, non_blocking=True),
+            targets=None if self.targets is None else self.targets.to(device, non_blocking=True),
+            reference_S=None if self.reference_S is None else self.reference_S.to(device, non_blocking=True),
+            mismatched=None if self.mismatched is None else self.mismatched.to(device),
+            states=None if self.states is None else self.states.to(device, non_blocking=True),
+        )
+
+    def pin_memory(self) -> TrainBatch:
+        """Pin every tensor, for overlapped copies to a GPU."""
+        return replace(
+            self,
+            batch=self.batch.pin_memory(),
+            targets=None if self.targets is None else self.targets.pin_memory(),
+            reference_S=None if self.reference_S is None else self.reference_S.pin_memory(),
+            mismatched=None if self.mismatched is None else self.mismatched.pin_memory(),
+            states=None if self.states is None else self.states.pin_memory(),
+        )
+
+
+class Loader:
+    """Micro-batches in the order of a schedule, decoded, tokenised and joined in `workers` processes (0: here).
+
+    `records`: the cache's rows of the set's rows, by role (see `Join`). `record_roles`: the roles whose records the
+    loss wants, the first ones of `roles`.
+    `exchange`: the ids by which the teacher's end of turn is read as the student's, where they differ.
+    `positions`: which positions of a sequence the batches are about, as in the cache.
+    `states`: the teacher's hidden states that the loss wants.
+    `prefetch`: copies what lies behind a URL ahead of a schedule; batches that follow none are read piece by piece.
+
+    Errors while iterating: `DataError` or `TargetError` naming the sample whose picture, length or answer does not fit.
+    """
+
+    def __init__(
+        self,
+        samples: SampleSet,
+        rows: NDArray[np.int64],
+        *,
+        encoder: SequenceEncoder,
+        images: ImagePreprocessor,
+        roles: Sequence[str],
+        cache: TeacherCache | None,
+        records: Mapping[str, NDArray[np.int64]],
+        record_roles: Sequence[str],
+        pad_id: int,
+        workers: int,
+        pin_memory: bool,
+        exchange: Exchange | None = None,
+        positions: Positions = "response",
+        states: WantedStates | None = None,
+        prefetch: Prefetch | None = None,
+    ) -> None:
+        self._prefetch = prefetch
+        self._dataset = _Micro(
+            samples,
+            rows,
+            encoder,
+            images,
+            tuple(roles),
+            cache,
+            records,
+            tuple(record_roles),
+            pad_id,
+            exchange,
+            positions,
+            states,
+        )
+        self._settings: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
+        if workers:
+            self._settings |= {
+                "prefetch_factor": 4,
+                "multiprocessing_context": "fork",
+                "worker_init_fn": _begin_worker,
+            }
+
+    def batches(self, schedule: BatchSchedule | Sequence[list[int]]) -> Generator[TrainBatch]:
+        """Yield the micro-batches of a schedule, whose numbers are places in `rows`; closing it ends the workers."""
+        follows = isinstance(schedule, BatchSchedule)
+        dataset = self._dataset if follows else replace(self._dataset, scattered=True)
+        loader = DataLoader(dataset, batch_sampler=schedule, collate_fn=_as_it_is, **self._settings)  # type: ignore[arg-type]
+        batches: Iterator[Any] = iter(loader)  # forks the workers, before any thread is started
+        if self._prefetch is not None and isinstance(schedule, BatchSchedule):
+            batches = self._prefetch.around(batches, schedule)
+        try:
+            for batch in batches:
+                if isinstance(batch, LlavaModError):
+                    raise batch
+                yield batch
+        finally:
+            # Workers go when nobody holds their iterator any more, and an error's traceback holds all that has a name.
+            del batches
+
+
+@dataclass(frozen=True, eq=False)
+class _Micro(Dataset[TrainBatch]):
+    """Makes one micro-batch of several rows at once. An error is handed over as a value, to keep its one line.
+
+    `scattered`: the rows lie anywhere in the set.
+    """
+
+    samples: SampleSet
+    rows: NDArray[np.int64]
+    encoder: SequenceEncoder
+    images: ImagePreprocessor
+    roles: tuple[str, ...]
+    cache: TeacherCache | None
+    records: Mapping[str, NDArray[np.int64]]
+    record_roles: tuple[str, ...]
+    pad_id: int
+    exchange: Exchange | None
+    positions: Positions
+    states: WantedStates | None
+    scattered: bool = False
+
+    def __getitem__(self, place: int) -> TrainBatch:
+        raise NotImplementedError("micro-batches are made whole, by __getitems__")
+
+    def __getitems__(self, places: list[int]) -> TrainBatch | LlavaModError:
+        try:
+            return self._make([int(self.rows[place]) for place in places])
+        except LlavaModError as error:
+            return error
+
+    def _make(self, rows: list[int]) -> TrainBatch:
+        samples = [self.samples.read(row, scattered=self.scattered) for row in rows]
+        images = self._images(samples)
+        trained = [role for role in self.roles if role != MISMATCHED]
+        made = self._batch(rows, samples, images, trained)
+        if len(trained) == len(self.roles):
+            return made
+        return replace(made, mismatched=self._batch(rows, samples, images, [MISMATCHED]))
+
+    def _images(self, samples: list[Sample]) -> list[list[NDArray[np.uint8]]]:
+        """The bytes of each sample's images, slices of one array, so that they need not be copied into a batch."""
+        whole_IHW3 = np.empty((sum(len(sample.images) for sample in samples), *self.images.size, 3), np.uint8)
+        slices, own = iter(whole_IHW3), []
+        for sample in samples:
+            own.append([next(slices) for _ in sample.images])
+            for number, (encoded, out_HW3) in enumerate(zip(sample.images, own[-1], strict=True)):
+                self.images.pixel_bytes(encoded, out_HW3, name=f"{sample.key} image {number}")
+        return own
+
+    def _batch(
+        self, rows: list[int], samples: list[Sample], images: list[list[NDArray[np.uint8]]], roles: Sequence[str]
+    ) -> TrainBatch:
+        sequences = [self.encoder.encode(sample, role) for role in roles for sample in samples]
+        batch = collate(
+            sequences,
+            images * len(roles),
+            pad_id=self.pad_id,
+            positions=self.positions,
+            byte_values_CV=self.images.byte_values_3V,
+        )
+        if self.cache is None:
+            return TrainBatch(batch, len(samples))
+        rows_S = np.concatenate([self.records[role][rows] for role in roles])
+        records = self.cache.sequences(rows_S)
+        for sequence, sample, record in zip(sequences, samples * len(roles), records, strict=True):
+            self._check(self.cache, sequence, sample, record)
+        rows_R = rows_S[: len(samples) * sum(role in self.record_roles for role in roles)]
+        targets = self.cache.targets(rows_R) if len(rows_R) else None
+        if targets is not None and self.exchange is not None:
+            targets = self.exchange.targets(targets)
+        states = read_states(self.cache, rows_R, batch, self.states) if self.states is not None else None
+        sums_S = torch.tensor([record.sum_log_prob for record in records], dtype=torch.float32)
+        return TrainBatch(batch, len(samples), targets, sums_S, states=states)
+
+    def _check(self, cache: TeacherCache, sequence: Tokens, sample: Sample, record: CachedSequence) -> None:
+        """Refuse a record that was made for other tokens or another sample."""
+        from teacher_cache.format.sequences import short_hash
+        from teacher_cache.student.check import check_sequence
+
+        check_sequence(cache, sequence, self.exchange, record)
+        if record.content_hash != short_hash(sample.content_hash):
+            raise DataError(
+                f"sample '{sequence.key}' ({sequence.role}): its text or pictures are not those the teacher saw: "
+                "capture again, or set data.set to the set of the cache"
+            )
+
+
+def _begin_worker(worker: int) -> None:
+    """Leave to the main process what is its own.
+
+    Ctrl-C and SIGTERM, which may be sent to all processes at once: it ends the workers. And objects that nobody uses
+    any more: those that hold a thread, as a process group does, cannot be destroyed where that thread is not.
+    """
+    gc.freeze()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _as_it_is(batch: TrainBatch | LlavaModError) -> TrainBatch | LlavaModError:
+    return batch

@@ -1,0 +1,174 @@
+"""The join of a set and a cache, done once at the start: it decides which samples are trained on.
+
+Nothing is decoded, and no Python object is made for each sample: keys are compared in Arrow's and NumPy's columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from llavamod_offline.data.encode.tokenize import SequenceEncoder
+from llavamod_offline.data.sets.sample_set import SampleSet
+from llavamod_offline.errors import DataError
+
+if TYPE_CHECKING:
+    from teacher_cache.read.reader import TeacherCache
+
+MISMATCHED = "mismatched"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Join:
+    """The rows of a set that a run uses, in set order: those trained on and those held out.
+
+    `records`: by role, the cache's row of each row of the set, −1 where there is none; no roles without a cache.
+    `kept_hash`: SHA-256 (hex) over the keys of those trained on, joined by newlines.
+    """
+
+    rows: NDArray[np.int64]
+    holdout: NDArray[np.int64]
+    missing: int
+    too_long: tuple[tuple[str, str], ...]
+    kept_hash: str
+    records: Mapping[str, NDArray[np.int64]]
+
+
+def join(
+    samples: SampleSet,
+    roles: Sequence[str],
+    cache: TeacherCache | None,
+    *,
+    missing: str,
+    holdout: int,
+    seed: int,
+    encoder: SequenceEncoder | None = None,
+) -> Join:
+    """Decide which rows of a set are used: those with a record for every role, if there is a cache.
+
+    `missing`: `error` or `drop`. `holdout` rows are chosen by a hash of (seed, key). With an `encoder`, samples of more
+    tokens than its `max_length` are left out.
+    Errors: `DataError` if samples are of the wrong kind, lack a record (`error`), or none is left to train on.
+    """
+    _check_kind(samples, roles)
+    keys = samples.index.column("key")
+    kept = np.ones(len(samples), np.bool_)
+    records = {} if cache is None else {role: cache.rows(keys, role, samples.shard_rows) for role in roles}
+    for records_N in records.values():
+        kept &= records_N >= 0
+    if cache is not None:
+        _report_missing(samples, np.flatnonzero(~kept), str(cache.path), missing)
+    absent = len(samples) - int(kept.sum())
+    too_long = _too_long(samples, kept, roles, encoder) if encoder is not None else {}
+    kept[list(too_long)] = False
+    rows = np.flatnonzero(kept)
+    if len(rows) <= holdout:
+        raise DataError(
+            f"set '{samples.path}': {len(rows)} of {len(samples)} samples can be used and {holdout} are held out: "
+            "none is left to train on"
+        )
+    held = rows[_lowest(_seeded_hashes(keys.take(rows), seed), holdout)] if holdout else rows[:0]
+    kept[held] = False
+    return Join(
+        rows=np.flatnonzero(kept) if holdout else rows,
+        holdout=held,
+        missing=absent,
+        too_long=tuple((samples.key_of(row), reason) for row, reason in too_long.items()),
+        kept_hash=_hash_of_keys(keys, kept),
+        records=records,
+    )
+
+
+def rejection_lines(too_long: Sequence[tuple[str, str]]) -> str:
+    """The lines of `rejected.jsonl`."""
+    return "".join(json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in too_long)
+
+
+def _check_kind(samples: SampleSet, roles: Sequence[str]) -> None:
+    wanted, other = "conversation", "preference"
+    if tuple(roles) != ("response",):
+        wanted, other = other, wanted
+    wrong = pc.index(samples.index.column("kind"), other).as_py()
+    if wrong >= 0:
+        raise DataError(
+            f"set '{samples.path}': sample '{samples.key_of(wrong)}' is a {other}, the stage needs {wanted}s: "
+            "set data.set to a set of those"
+        )
+
+
+def _report_missing(samples: SampleSet, absent: NDArray[np.int64], cache: str, policy: str) -> None:
+    if not len(absent):
+        return
+    first = ", ".join(samples.key_of(row) for row in absent[:3].tolist()) + (", …" if len(absent) > 3 else "")
+    said = f"{len(absent)} of {len(samples)} samples have no record in cache '{cache}' ({first})"
+    if policy == "error":
+        raise DataError(f"{said}: capture them, or set cache.missing=drop to train without them")
+    logger.warning("%s: dropped", said)
+
+
+def _too_long(
+    samples: SampleSet, kept: NDArray[np.bool_], roles: Sequence[str], encoder: SequenceEncoder
+) -> dict[int, str]:
+    """Find the samples of more than `max_length` tokens. No text has more tokens than bytes, so few are tokenised."""
+    template = encoder.template
+    around = (*template.system, *template.user_prefix, *template.assistant_prefix)
+    wording = sum(len(segment.text.encode()) for segment in around)
+    wording += sum(len(text.encode()) for text in (template.answer_prefix, template.end, template.separator))
+    texts = pc.struct_field(pc.list_element(samples.index.column("members"), 0), "size").to_numpy()
+    turns = samples.index.column("n_turns").to_numpy() + 1
+    images = samples.index.column("n_images").to_numpy()
+    bounds = texts + turns * wording + images * encoder.image_tokens
+    if MISMATCHED in roles:  # it is another sample's text that is appended
+        bounds = bounds + texts.max()
+    candidates = np.flatnonzero(kept & (bounds > encoder.max_length)).tolist()
+    found: dict[int, str] = {}
+    for row in tqdm(candidates, desc="lengths", unit="sample", disable=not sys.stderr.isatty()):
+        sample = samples.read(row, scattered=True)
+        for role in roles:
+            try:
+                encoder.encode(sample, role)
+            except DataError as error:
+                found[row] = str(error)
+    if found:
+        logger.warning(
+            "%d of %d samples are longer than max_length %d: dropped", len(found), int(kept.sum()), encoder.max_length
+        )
+    return found
+
+
+def _seeded_hashes(keys: pa.ChunkedArray, seed: int) -> NDArray[np.uint64]:
+    from teacher_cache.read.key_index import column_texts, key_hashes, role_salt
+
+    return key_hashes(*column_texts(keys), np.full(len(keys), role_salt(f"holdout:{seed}"), np.uint64))
+
+
+def _lowest(hashes: NDArray[np.uint64], count: int) -> NDArray[np.int64]:
+    """The places of the lowest hashes, in rising order of place; of equal ones the first."""
+    return np.sort(np.argsort(hashes, kind="stable")[:count])
+
+
+def _hash_of_keys(keys: pa.ChunkedArray, kept: NDArray[np.bool_]) -> str:
+    digest, start, separator = hashlib.sha256(), 0, b""
+    for chunk in keys.chunks:
+        stop = start + len(chunk)
+        mine = chunk if kept[start:stop].all() else chunk.filter(pa.array(kept[start:stop]))
+        if len(mine):
+            texts = pa.ListArray.from_arrays(pa.array([0, len(mine)], pa.int32()), mine)
+            digest.update(separator)
+            digest.update(pc.binary_join(texts, "\n")[0].as_buffer())
+            separator = b"\n"
+        start = stop
+    return digest.hexdigest()

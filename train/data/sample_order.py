@@ -1,0 +1,86 @@
+"""Which order a run goes in: what configuration, set and its place say of windows, weights and lengths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from llavamod_offline.data.sampler import Order, Weights
+from llavamod_offline.data.sets.sample_set import SampleSet
+from llavamod_offline.errors import ConfigError
+from train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from teacher_cache.read.reader import TeacherCache
+
+DEFAULT_WINDOW = 16  # shards that are shuffled together where not all of them are at hand
+_CHARACTERS_PER_TOKEN = 4  # of English text; lengths are compared, not counted
+
+
+@dataclass(frozen=True)
+class OrderSettings:
+    """What besides seed, batch size and rows decides the order; `weights` by source, 1 where none is named."""
+
+    window: int
+    weights: dict[str, float]
+    image_length: int | None
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON values, for a run's identity."""
+        return {"window": self.window, "weights": self.weights, "image_length": self.image_length}
+
+
+def order_settings(
+    config: TrainConfig, samples: SampleSet, cache: TeacherCache | None, image_tokens: int
+) -> OrderSettings:
+    """Settle what the configuration leaves open. Errors: `ConfigError` naming a source that the set has not."""
+    window = config.data.window
+    if window is None:
+        all_at_hand = not samples.is_remote and (cache is None or (cache.fits_in_memory and not cache.is_remote))
+        window = 0 if all_at_hand else DEFAULT_WINDOW
+    named = config.data.weights
+    weights = dict(samples.manifest.get("weights") or {}) if named is None else named
+    sources = samples.manifest["sources"]
+    unknown = sorted(weights.keys() - sources.keys())
+    if unknown:
+        known = ", ".join(f"'{source}'" for source in list(sources)[:8])
+        raise ConfigError(f"data.weights: set '{samples.path}' has no source '{unknown[0]}': it has {known}")
+    return OrderSettings(
+        window=0 if window >= len(samples.shards) else window,
+        weights={source: float(weight) for source, weight in sorted(weights.items()) if weight != 1},
+        image_length=_CHARACTERS_PER_TOKEN * image_tokens if config.data.group_by_length else None,
+    )
+
+
+def make_order(settings: OrderSettings, samples: SampleSet, rows: NDArray[np.int64], *, seed: int, size: int) -> Order:
+    """The order of some rows of a set, in batches of `size`. Errors: `ConfigError` if every one has the weight 0."""
+    lengths_N = None
+    if settings.image_length is not None:
+        lengths_N = _numbers(samples, "text_length", rows) + settings.image_length * _numbers(samples, "n_images", rows)
+    return Order(
+        len(rows),
+        seed=seed,
+        batch_size=size,
+        shards_N=samples.shard_numbers(rows) if settings.window else None,
+        window=settings.window,
+        weights=_weights(settings.weights, samples, rows),
+        lengths_N=lengths_N,
+    )
+
+
+def _weights(weights: dict[str, float], samples: SampleSet, rows: NDArray[np.int64]) -> Weights | None:
+    if not weights:
+        return None
+    sources = samples.index.column("source").dictionary_encode().unify_dictionaries()
+    names = sources.chunk(0).dictionary.to_pylist()
+    codes = np.concatenate([chunk.indices.to_numpy() for chunk in sources.chunks])
+    return Weights(codes[rows], [weights.get(name, 1.0) for name in names])
+
+
+def _numbers(samples: SampleSet, column: str, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    numbers: NDArray[np.int64] = samples.index.column(column).cast(pa.int64()).to_numpy()[rows]
+    return numbers

@@ -1,0 +1,157 @@
+"""What a run that aligns more than distributions needs beforehand: checks of its cache, projection, teacher's head.
+
+Letters: D and T hidden size of student and teacher, V rows of the teacher's head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llavamod_offline.errors import ConfigError
+from llavamod_offline.losses.alignment import HiddenProjection
+from llavamod_offline.models.checkpoint import open_tensors
+from train.data.teacher_states import WantedStates
+from train.loss_config import LossConfig
+from train.stages.alignment import Alignment
+
+if TYPE_CHECKING:
+    from llavamod_offline.data.encode.tokenize import SequenceEncoder
+    from teacher_cache.read.reader import TeacherCache
+
+_HEAD_NAMES = ("lm_head.weight", "embed_tokens.weight")  # the second is the head of a model with tied embeddings
+_ROWS_AT_ONCE = 8_192
+
+
+def prepare_alignment(
+    loss: LossConfig,
+    cache: TeacherCache | None,
+    *,
+    student_size: int,
+    vocab_size: int | None,
+    encoder: SequenceEncoder,
+    seed: int,
+    device: torch.device,
+) -> tuple[Alignment | None, WantedStates | None]:
+    """The alignment of a run and the hidden states that its batches must hold; nothing where nothing is aligned.
+
+    `vocab_size`: the ids whose logits are related. The cache must have passed `check_cache`.
+    Errors: `ConfigError` if `teacher_head` is another teacher's; `ModelError` if it is damaged.
+    """
+    align = loss.align
+    if cache is None or not align.is_on:
+        return None, None
+    states = None
+    if align.wants_states:
+        image_token_id = encoder.image_token_id if align.relation_weight else None
+        states = WantedStates(hidden_size(cache), answers=align.feature_weight > 0, image_token_id=image_token_id)
+    projection = None
+    if align.feature_weight:
+        assert states is not None
+        projection = make_projection(student_size, states.size, seed=seed)
+    metric_TT = None
+    if align.relation_of == "logits":
+        assert align.teacher_head is not None
+        assert states is not None
+        metric_TT = teacher_metric(Path(align.teacher_head), cache, states.size).to(device)
+    return (
+        Alignment(
+            align,
+            image_token_id=encoder.image_token_id,
+            image_tokens=encoder.image_tokens,
+            vocab_size=vocab_size,
+            projection=projection,
+            teacher_metric_TT=metric_TT,
+        ),
+        states,
+    )
+
+
+def check_cache(loss: LossConfig, cache: TeacherCache) -> None:
+    """Refuse a cache that lacks what is to be aligned. Errors: `ConfigError` naming the key and the way out."""
+    capture, align = cache.fingerprint["capture"], loss.align
+    named = f"cache '{cache.path}'"
+    for key in ("visual_kl_weight", "relation_weight"):
+        if getattr(align, key) and cache.positions_kept != "all":
+            raise ConfigError(
+                f"loss.align.{key}: {named} records the positions of answers, not those of image tokens: capture with "
+                "capture.positions=all, or set it to 0"
+            )
+    for key in ("feature_weight", "relation_weight"):
+        if getattr(align, key) and capture.get("hidden") is None:
+            raise ConfigError(
+                f"loss.align.{key}: {named} has no hidden states: capture with capture.hidden=float16, or set it to 0"
+            )
+    if align.feature_weight and capture.get("hidden_positions") == "image":
+        raise ConfigError(
+            f"loss.align.feature_weight: {named} has the hidden states of image tokens, not those of answers: capture "
+            "with capture.hidden_positions=recorded, or set it to 0"
+        )
+
+
+def hidden_size(cache: TeacherCache) -> int:
+    """T, as the cache's first sequence has it."""
+    return int(cache.hidden_states(cache.items([0])).states_MD.shape[1])
+
+
+def make_projection(student_size: int, teacher_size: int, *, seed: int) -> HiddenProjection:
+    """A projection whose first weights follow from the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return HiddenProjection(student_size, teacher_size)
+
+
+def teacher_metric(folder: Path, cache: TeacherCache, size: int) -> Tensor:
+    """WᵀW [T, T] of the teacher's head over the cache's ids, float32; nothing else of the checkpoint is read.
+
+    Errors: `ConfigError` if the checkpoint is not the one that the cache was made with; `ModelError` if it is damaged.
+    """
+    from teacher_cache.format.manifest import sha256_file
+
+    file, name = _find_head(folder)
+    known = cache.fingerprint["teacher"]["weights"]
+    if not isinstance(known, dict) or known.get(file.name) != sha256_file(file):
+        raise ConfigError(
+            f"loss.align.teacher_head: {file} is not that of the teacher of cache '{cache.path}': set it to the folder "
+            "that was captured with"
+        )
+    metric_TT = torch.zeros(size, size, dtype=torch.float64)
+    for rows_RT in _rows(file, name, cache.vocab_size):
+        if rows_RT.shape[1] != size:
+            raise ConfigError(
+                f"loss.align.teacher_head: {file}: '{name}' is {rows_RT.shape[1]} wide, the cache's hidden states are "
+                f"{size}: set it to the folder that was captured with"
+            )
+        metric_TT += (rows_RT.T @ rows_RT).double()
+    return metric_TT.float()
+
+
+def _find_head(folder: Path) -> tuple[Path, str]:
+    """The file and the name of a checkpoint's head; of tied ones the embeddings."""
+    named: dict[str, tuple[Path, str]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with open_tensors(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                for ending in _HEAD_NAMES:
+                    if f".{name}".endswith(f".{ending}"):
+                        named[ending] = (file, name)
+    for ending in _HEAD_NAMES:
+        if ending in named:
+            return named[ending]
+    raise ConfigError(
+        f"loss.align.teacher_head: {folder} holds no {' or '.join(_HEAD_NAMES)} in safetensors: set it to the folder "
+        "that was captured with"
+    )
+
+
+def _rows(file: Path, name: str, count: int) -> Iterator[Tensor]:
+    """The first rows of a matrix in a file, some at a time, float32."""
+    with open_tensors(file) as tensors:
+        whole = tensors.get_slice(name)
+        count = min(count, whole.get_shape()[0])
+        for start in range(0, count, _ROWS_AT_ONCE):
+            yield whole[start : min(start + _ROWS_AT_ONCE, count)].float()
