@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llavamod_offline.losses.events import Measure
-from llavamod_offline.losses.in_place import divergence_in_place, no_metrics, shrinkage_for
+from llavamod_offline.losses.bucketed_divergence import Measure
+from llavamod_offline.losses.chunk_gradients import divergence_in_place, no_metrics, shrinkage_for
 from llavamod_offline.losses.shrinkage import Shrinkage
+from llavamod_offline.losses.tail_estimators import Tail, checked_vocabulary, teacher_at
 from llavamod_offline.losses.targets import SparseTargets
-from llavamod_offline.losses.teacher import Tail, checked_vocabulary, teacher_at
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 
 from llavamod_offline.errors import TargetError
-from llavamod_offline.losses.events import DivergenceKind, Measure
-from llavamod_offline.losses.in_place import (
+from llavamod_offline.losses.bucketed_divergence import DivergenceKind, Measure
+from llavamod_offline.losses.chunk_gradients import (
     cross_entropy_in_place,
     divergence_in_place,
     no_metrics,
     shrinkage_for,
 )
-from llavamod_offline.losses.passes import ChunkLoss, FusedHead, TokenLogProbs
+from llavamod_offline.losses.fused_linear import ChunkLoss, FusedHead, TokenLogProbs
 from llavamod_offline.losses.shrinkage import Shrinkage
+from llavamod_offline.losses.tail_estimators import Tail, checked_vocabulary, teacher_at
 from llavamod_offline.losses.targets import SparseTargets
-from llavamod_offline.losses.teacher import Tail, checked_vocabulary, teacher_at
 
 CHUNK_SIZE = 256
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from llavamod_offline.errors import TargetError
-from llavamod_offline.losses.tail_sums import StepSums, TailView, bands
+from llavamod_offline.losses.shrinkage_stats import StepSums, TailView, bands
 
 LEAST_MASS = 1e-6  # of the profile outside a head: with less, rounding would choose its shape
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from teacher_cache.format.head_codes import starts
 from teacher_cache.format.quantise import Precision, encode_shares, log_prob_bound
 from teacher_cache.format.record import Records
+from teacher_cache.format.top_k_codes import starts
 
 Doubles = NDArray[np.float64]
 

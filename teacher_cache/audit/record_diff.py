@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from llavamod_offline.data.encode.tokenize import NO_TARGET
 from teacher_cache.audit.error_bounds import record_bounds
-from teacher_cache.format.head_codes import starts
 from teacher_cache.format.quantise import Precision
 from teacher_cache.format.record import Records
+from teacher_cache.format.top_k_codes import starts
 
 Doubles = NDArray[np.float64]
 FIGURES = ("target log-prob", "head log-probs", "tail mass", "entropy")

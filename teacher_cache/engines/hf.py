@@ -22,12 +22,12 @@ from llavamod_offline.data.encode.tokenize import Ids, Positions
 from llavamod_offline.data.encode.tokenize import Sequence as TokenSequence
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import DataError, ModelError
-from teacher_cache.engines.draws import sequence_uniforms
-from teacher_cache.engines.head import Head
-from teacher_cache.engines.layout import Layout, lay_out
+from teacher_cache.engines.lm_head import Head
 from teacher_cache.engines.make_records import make_records, rows_per_chunk
 from teacher_cache.engines.outcome import Outcome, beyond_vocabulary, recorded, rows_with_states
+from teacher_cache.engines.packing import Layout, lay_out
 from teacher_cache.engines.protocol import Request
+from teacher_cache.engines.tail_samples import sequence_uniforms
 from teacher_cache.format.hidden_states import HiddenStates
 from teacher_cache.format.record import Records, RecordSettings, concatenate_records
 from teacher_cache.format.rejection import Rejection

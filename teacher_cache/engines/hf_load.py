@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llavamod_offline.errors import ConfigError, ModelError
-from teacher_cache.engines.head import Head
 from teacher_cache.engines.hf import HfEngine
+from teacher_cache.engines.lm_head import Head
 
 if TYPE_CHECKING:
     from teacher_cache.config import CacheConfig

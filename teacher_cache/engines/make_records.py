@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llavamod_offline.data.encode.tokenize import NO_TARGET
-from teacher_cache.engines.draws import draw_budget, systematic_draws
+from teacher_cache.engines.tail_samples import draw_budget, systematic_draws
 from teacher_cache.format.record import Floats, Ints, Records, RecordSettings, concatenate_records
 
 _CHUNK_VALUES = {"cpu": 2**20, "cuda": 2**26}

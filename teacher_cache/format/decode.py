@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from llavamod_offline.data.encode.tokenize import NO_TARGET
 from llavamod_offline.errors import CacheError
-from teacher_cache.format.head_codes import Ints, Steps, decode_steps, missing_forced, starts
 from teacher_cache.format.id_codes import CodedRanks, decode_ranks
 from teacher_cache.format.quantise import Precision, decode_entropy, decode_log_probs, decode_shares
 from teacher_cache.format.record import Floats, Records
 from teacher_cache.format.schema import Codec
+from teacher_cache.format.top_k_codes import Ints, Steps, decode_steps, missing_forced, starts
 
 Doubles = NDArray[np.float64]
 

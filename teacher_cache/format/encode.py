@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from llavamod_offline.data.encode.tokenize import NO_TARGET
 from llavamod_offline.errors import CacheError
-from teacher_cache.format.head_codes import Ints, encode_steps, forced_suffix, missing_forced, starts
 from teacher_cache.format.id_codes import encode_ranks
 from teacher_cache.format.quantise import Precision, encode_entropy, encode_log_probs, encode_shares
 from teacher_cache.format.record import Records
 from teacher_cache.format.schema import Block, Codec
+from teacher_cache.format.top_k_codes import Ints, encode_steps, forced_suffix, missing_forced, starts
 
 
 def check_range(codec: Codec, records: Records) -> None:

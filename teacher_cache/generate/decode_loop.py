@@ -18,8 +18,8 @@ from torch import Tensor
 
 from llavamod_offline.data.encode.tokenize import Ids
 from llavamod_offline.errors import ModelError
-from teacher_cache.engines.draws import sequence_uniforms
 from teacher_cache.engines.hf import HfEngine
+from teacher_cache.engines.tail_samples import sequence_uniforms
 from teacher_cache.generate.sampling import choose_tokens
 from teacher_cache.teachers import Picture
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llavamod_offline.losses.targets import EMPTY_ID, SparseTargets
-from teacher_cache.format.head_codes import starts
 from teacher_cache.format.record import Records
+from teacher_cache.format.top_k_codes import starts
 
 
 def sparse_targets(records: Records, temperatures: tuple[float, ...], vocab_size: int) -> SparseTargets:

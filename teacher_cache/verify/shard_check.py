@@ -17,7 +17,6 @@ import pyarrow as pa
 from llavamod_offline.data.encode.tokenize import NO_TARGET
 from llavamod_offline.errors import CacheError
 from teacher_cache.format.columns import ColumnFile
-from teacher_cache.format.head_codes import starts
 from teacher_cache.format.manifest import (
     COLUMNS_NAME,
     MANIFEST_NAME,
@@ -31,6 +30,7 @@ from teacher_cache.format.quantise import log_prob_bound
 from teacher_cache.format.record import Records, concatenate_records
 from teacher_cache.format.schema import Codec
 from teacher_cache.format.sequences import HASH_BYTES, SequenceRows, edges, read_sequences
+from teacher_cache.format.top_k_codes import starts
 
 _ROUNDING = 1e-3
 

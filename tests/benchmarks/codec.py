@@ -29,14 +29,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llavamod_offline.losses.events import Measure
-from llavamod_offline.losses.in_place import divergence_in_place, no_metrics
+from llavamod_offline.losses.bucketed_divergence import Measure
+from llavamod_offline.losses.chunk_gradients import divergence_in_place, no_metrics
 from llavamod_offline.losses.shrinkage import Shrinkage
+from llavamod_offline.losses.tail_estimators import Tail, teacher_at
 from llavamod_offline.losses.targets import SparseTargets
-from llavamod_offline.losses.teacher import Tail, teacher_at
 from teacher_cache.config import PRESETS, Preset
-from teacher_cache.engines.draws import sequence_uniforms
 from teacher_cache.engines.make_records import make_records
+from teacher_cache.engines.tail_samples import sequence_uniforms
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.schema import Codec
 from teacher_cache.format.sequences import SequenceRecord

@@ -67,9 +67,9 @@ def test_the_aligned_recipe_is_mimic_dense_with_llava_kds_loss() -> None:
 
 def test_the_choices_are_those_of_the_losses() -> None:
     from llavamod_offline.losses.alignment import HIDDEN_DISTANCES
-    from llavamod_offline.losses.events import DIVERGENCE_KINDS
+    from llavamod_offline.losses.bucketed_divergence import DIVERGENCE_KINDS
     from llavamod_offline.losses.preference import PREFERENCE_KINDS
-    from llavamod_offline.losses.teacher import TAILS
+    from llavamod_offline.losses.tail_estimators import TAILS
 
     assert set(get_args(Reading)) == set(TAILS)
     assert set(get_args(Tail)) == {"auto", *TAILS}

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from vllm.model_executor.layers.pooler import PoolingParamsUpdate
 
-from teacher_cache.engines.draws import sequence_uniforms
 from teacher_cache.engines.make_records import make_records, rows_per_chunk
+from teacher_cache.engines.tail_samples import sequence_uniforms
 from teacher_cache.engines.vllm.wire import NOTHING, Order, pack
 from teacher_cache.format.record import Records, RecordSettings, concatenate_records
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from llavamod_offline.errors import TargetError
 from llavamod_offline.losses.divergence import forward_kl
+from llavamod_offline.losses.tail_estimators import Tail
 from llavamod_offline.losses.targets import SparseTargets
-from llavamod_offline.losses.teacher import Tail
 from tests.llavamod_offline.losses.reference import full_kl, random_teacher, reference_kl, truncate
 
 READINGS: tuple[Tail, ...] = ("bucket", "draws", "renormalised")

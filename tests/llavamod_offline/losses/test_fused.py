@@ -18,8 +18,8 @@ from llavamod_offline.losses.fused import (
     distillation_from_hidden,
     sequence_log_probs_from_hidden,
 )
+from llavamod_offline.losses.tail_estimators import Tail
 from llavamod_offline.losses.targets import SparseTargets
-from llavamod_offline.losses.teacher import Tail
 from tests.llavamod_offline.losses.reference import random_teacher, reference_kl, truncate
 
 

@@ -15,7 +15,7 @@ from llavamod_offline.errors import TargetError
 from llavamod_offline.losses.divergence import forward_kl
 from llavamod_offline.losses.fused import distillation_from_hidden, estimated_shrinkage
 from llavamod_offline.losses.shrinkage import Shrinkage
-from llavamod_offline.losses.tail_sums import bands
+from llavamod_offline.losses.shrinkage_stats import bands
 from llavamod_offline.losses.targets import EMPTY_ID, SparseTargets
 from tests.llavamod_offline.losses.reference import full_kl, random_teacher, truncate, without_targets
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from llavamod_offline.data.encode.tokenize import NO_TARGET
 from teacher_cache.audit.error_bounds import record_bounds
 from teacher_cache.audit.record_diff import compare
-from teacher_cache.engines.draws import sequence_uniforms
 from teacher_cache.engines.make_records import make_records
+from teacher_cache.engines.tail_samples import sequence_uniforms
 from teacher_cache.format.columns import ColumnFile, write_columns
 from teacher_cache.format.record import Records, RecordSettings, concatenate_records
 from teacher_cache.format.schema import Codec, PrecisionName

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from teacher_cache.engines.draws import sequence_uniforms
 from teacher_cache.engines.make_records import make_records
+from teacher_cache.engines.tail_samples import sequence_uniforms
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.schema import Codec

@@ -17,8 +17,8 @@ from llavamod_offline.data.encode.tokenize import Sequence as TokenSequence
 from llavamod_offline.data.encode.tokenize import SequenceEncoder
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import DataError, ModelError
-from teacher_cache.engines.head import Head
 from teacher_cache.engines.hf import HfEngine, length_batches
+from teacher_cache.engines.lm_head import Head
 from teacher_cache.engines.protocol import Request
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.rejection import Rejection

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llavamod_offline.errors import ConfigError
-from teacher_cache.engines.draws import sequence_uniforms
 from teacher_cache.engines.make_records import make_records
+from teacher_cache.engines.tail_samples import sequence_uniforms
 from teacher_cache.format.record import Records, RecordSettings, concatenate_records
 
 SETTINGS = RecordSettings(

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from llavamod_offline.data.encode.tokenize import NO_TARGET
 from llavamod_offline.errors import CacheError
-from teacher_cache.engines.draws import sequence_uniforms
 from teacher_cache.engines.make_records import make_records
+from teacher_cache.engines.tail_samples import sequence_uniforms
 from teacher_cache.format import columns as columns_module
 from teacher_cache.format.columns import ColumnFile, write_columns
 from teacher_cache.format.manifest import file_entries

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from teacher_cache.engines.draws import sequence_uniforms
 from teacher_cache.engines.make_records import make_records
+from teacher_cache.engines.tail_samples import sequence_uniforms
 from teacher_cache.engines.vllm.wire import NOTHING, Order, pack, unpack
 from teacher_cache.format.record import Records, RecordSettings
 

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llavamod_offline.losses import passes
-from llavamod_offline.losses.events import DIVERGENCE_KINDS
+from llavamod_offline.losses import fused_linear as passes
+from llavamod_offline.losses.bucketed_divergence import DIVERGENCE_KINDS
 from llavamod_offline.losses.fused import (
     cross_entropy_from_hidden,
     distillation_from_hidden,
     sequence_log_probs_from_hidden,
 )
 from llavamod_offline.losses.shrinkage import Shrinkage
-from llavamod_offline.losses.teacher import Tail
+from llavamod_offline.losses.tail_estimators import Tail
 from tests.llavamod_offline.losses.reference import random_teacher, truncate
 
 N, DIM, VOCAB = 37, 12, 53  # multiples of nothing

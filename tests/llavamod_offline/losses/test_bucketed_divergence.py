@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llavamod_offline.errors import TargetError
+from llavamod_offline.losses.bucketed_divergence import DIVERGENCE_KINDS, DivergenceKind
 from llavamod_offline.losses.divergence import (
     Divergence,
     forward_kl,
@@ -22,7 +23,6 @@ from llavamod_offline.losses.divergence import (
     skewed_reverse_kl,
     total_variation,
 )
-from llavamod_offline.losses.events import DIVERGENCE_KINDS, DivergenceKind
 from llavamod_offline.losses.fused import distillation_from_hidden
 from llavamod_offline.losses.targets import SparseTargets, concatenate_targets
 from tests.llavamod_offline.losses.reference import (

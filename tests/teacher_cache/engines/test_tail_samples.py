@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teacher_cache.engines.draws import draw_budget, sequence_uniforms, systematic_draws
+from teacher_cache.engines.tail_samples import draw_budget, sequence_uniforms, systematic_draws
 
 
 def _slow_draws(weights: np.ndarray, uniform: float, budget: int) -> dict[int, int]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from llavamod_offline.errors import TargetError
-from llavamod_offline.losses.events import Measure
+from llavamod_offline.losses.bucketed_divergence import Measure
 from llavamod_offline.losses.targets import EMPTY_ID, SparseTargets
 
 Tail = Literal["shrink", "bucket", "draws", "renormalised"]

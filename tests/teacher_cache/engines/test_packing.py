@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_cache.engines.layout import lay_out
+from teacher_cache.engines.packing import lay_out
 
 IMAGE = 7
 _IDS = st.lists(st.integers(1, 7), min_size=1, max_size=6)

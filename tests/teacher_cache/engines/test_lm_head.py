@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from teacher_cache.engines import head as heads
-from teacher_cache.engines.head import Head, blockwise_logits
+from teacher_cache.engines import lm_head as heads
+from teacher_cache.engines.lm_head import Head, blockwise_logits
 
 
 def _parts(dtype: torch.dtype, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from llavamod_offline.errors import TargetError
-from llavamod_offline.losses.events import Measure, event_divergence, weighted
+from llavamod_offline.losses.bucketed_divergence import Measure, event_divergence, weighted
 from llavamod_offline.losses.shrinkage import Shrinkage, TailWeights
-from llavamod_offline.losses.tail_sums import TailView
+from llavamod_offline.losses.shrinkage_stats import TailView
+from llavamod_offline.losses.tail_estimators import NEVER, TeacherAt
 from llavamod_offline.losses.targets import EMPTY_ID
-from llavamod_offline.losses.teacher import NEVER, TeacherAt
 
 METRICS = ("kl", "teacher_tail", "student_tail", "entropy", "top1_agreement")
 _FORWARD_KL = Measure()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llavamod_offline.errors import CacheError
-from teacher_cache.format.head_codes import decode_steps, encode_steps, forced_suffix, missing_forced
+from teacher_cache.format.top_k_codes import decode_steps, encode_steps, forced_suffix, missing_forced
 
 HEADS = st.lists(st.lists(st.one_of(st.integers(0, 300), st.integers(0, 65535)), min_size=1, max_size=6), max_size=12)
 FORCED = [4, 9, 2]
