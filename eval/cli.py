@@ -22,7 +22,7 @@ app = typer.Typer(
 
 _TASKS = "textvqa gqa scienceqa vizwiz mme mmbench mmbench_cn pope mmhal object_halbench"
 
-# Its keys are those of `GenerateConfig`, written out so that no command has to import what describes them.
+# Its keys are those of `EvalGenerateConfig`, written out so that no command has to import what describes them.
 _GENERATE_HELP = f"""Answer the questions of one or more benchmarks with a model.
 
 CONFIG.yaml and key=value arguments set the keys below; later ones win. Answers go to OUTPUT/TASK/predictions.jsonl;
@@ -112,11 +112,11 @@ TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The benchmark's n
 def generate_command(
     arguments: Annotated[list[str], typer.Argument(metavar="[CONFIG.yaml] [key=value]...", help="Settings.")],
 ) -> None:
-    from eval.generate import GenerateConfig, generate
+    from eval.generate import EvalGenerateConfig, generate
     from llavamod_offline.config import load_config, split_arguments
 
     files, overrides = split_arguments(arguments)
-    for task, path in generate(load_config(GenerateConfig, files, overrides)).items():
+    for task, path in generate(load_config(EvalGenerateConfig, files, overrides)).items():
         print(f"{task}: {path}")
 
 

@@ -20,7 +20,7 @@ class Example(Generic[R]):
     `id` is unique in its task and names the example in our predictions. `aliases` are the `question_id`s by which
     LLaVA-style answer files may name it; where several examples share one, `question` tells them apart.
     `prompt` is the published wording without the image's placeholder, which always comes first. `image` is the name
-    that the benchmark's files give the picture, `source` where its bytes are (None: a question without a picture).
+    that the benchmark's files give the image, `source` where its bytes are (None: a question without an image).
     `question_id` is the id in the type of the question file, for LLaVA's scripts (None: it is `id`).
     `reference` is what scoring compares answers with; it is the task's own business.
     """

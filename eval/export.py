@@ -1,7 +1,7 @@
 """Predictions in the forms that other tools take.
 
 .jsonl  LLaVA-1.5's answers (question_id, prompt, text), for its own scripts; every benchmark
-.xlsx   MMBench's upload: the TSV without its pictures and categories, with a column `prediction`
+.xlsx   MMBench's upload: the TSV without its images and categories, with a column `prediction`
 .json   VizWiz's upload [{image, answer}] with normalised answers; GQA's [{questionId, prediction}]
 """
 

@@ -21,19 +21,19 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 @dataclass(frozen=True)
 class FileImage:
-    """A picture in a file of its own: the first of `names` below `folder` that is there."""
+    """An image in a file of its own: the first of `names` below `folder` that is there."""
 
     folder: Path
     names: tuple[str, ...]
 
     @property
     def path(self) -> Path:
-        """Where the picture is, or, where none of the names is there, would be by its first name."""
+        """Where the image is, or, where none of the names is there, would be by its first name."""
         places = [self.folder / name for name in self.names]
         return next((place for place in places if place.is_file()), places[0])
 
     def read(self) -> bytes:
-        """The encoded picture. Errors: `EvalError` if the file is missing or unreadable."""
+        """The encoded image. Errors: `EvalError` if the file is missing or unreadable."""
         try:
             return self.path.read_bytes()
         except OSError as error:
@@ -42,7 +42,7 @@ class FileImage:
 
 @dataclass(frozen=True)
 class EmbeddedImage:
-    """A picture in base64 in the `column` of the JSON line or, where `columns` are given, TSV row at `offset`."""
+    """An image in base64 in the `column` of the JSON line or, where `columns` are given, TSV row at `offset`."""
 
     path: Path
     offset: int
@@ -50,7 +50,7 @@ class EmbeddedImage:
     columns: tuple[str, ...] = ()
 
     def read(self) -> bytes:
-        """The encoded picture. Errors: `EvalError` if it is no base64."""
+        """The encoded image. Errors: `EvalError` if it is no base64."""
         with self.path.open("rb") as stream:
             stream.seek(self.offset)
             if self.columns:
@@ -153,7 +153,7 @@ def as_row(path: Path, place: str, value: Any, offset: int = 0) -> Row:
 
 
 def read_jsonl(path: Path, *, drop: Sequence[str] = ()) -> list[Row]:
-    """Read a file of one JSON object a line, without the fields in `drop` (pictures, which are read when needed)."""
+    """Read a file of one JSON object a line, without the fields in `drop` (images, which are read when needed)."""
     rows, offset = [], 0
     with path.open("rb") as stream:
         for number, line in enumerate(stream, 1):
@@ -220,7 +220,7 @@ def _counted(stream: Any, consumed: list[int], path: Path) -> Iterator[str]:
 
 
 def _csv_rows(lines: Iterator[str]) -> Iterator[list[str]]:
-    limit = csv.field_size_limit(sys.maxsize)  # a picture in base64 is longer than the default limit
+    limit = csv.field_size_limit(sys.maxsize)  # an image in base64 is longer than the default limit
     try:
         yield from csv.reader(lines, delimiter="\t")
     except csv.Error as error:

@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from eval.engines.protocol import Answer, Engine
+from eval.engines.protocol import Answer, AnswerEngine
 from eval.example import Example, Task
 from eval.export import UPLOADS, write_answers
 from eval.files import FileImage, read_object
@@ -34,7 +34,7 @@ ENGINES = ("hf", "vllm", "processor")
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class EvalGenerateConfig:
     """What `eval-student generate` takes. `model` and `root` are folders; `tasks` names benchmarks.
 
     `engine` hf: a LLaVA student, with this project's `template` and `image_aspect`, which must be those of training;
@@ -70,10 +70,10 @@ class GenerateConfig:
             get_task(task)
 
 
-def generate(config: GenerateConfig, engine: Engine | None = None) -> dict[str, Path]:
+def generate(config: EvalGenerateConfig, engine: AnswerEngine | None = None) -> dict[str, Path]:
     """Answer the questions of every benchmark in `config.tasks` → the predictions file of each.
 
-    Errors: `EvalError` for unreadable benchmark files, missing pictures, or an output folder of other settings;
+    Errors: `EvalError` for unreadable benchmark files, missing images, or an output folder of other settings;
     `ModelError` and `ConfigError` for the model and the settings.
     """
     root = Path(config.root)
@@ -93,7 +93,7 @@ def generate(config: GenerateConfig, engine: Engine | None = None) -> dict[str, 
 
 
 def _examples(task: Task, root: Path, limit: int | None) -> list[Example[Any]]:
-    """Load a benchmark's questions and make sure that the pictures are there before a model is loaded."""
+    """Load a benchmark's questions and make sure that the images are there before a model is loaded."""
     examples = task.load(root)[:limit]
     if not examples:
         raise EvalError(f"{root}: the question file of '{task.NAME}' is empty")
@@ -104,7 +104,7 @@ def _examples(task: Task, root: Path, limit: int | None) -> list[Example[Any]]:
     return examples
 
 
-def _engine(config: GenerateConfig) -> Engine:
+def _engine(config: EvalGenerateConfig) -> AnswerEngine:
     if config.engine == "processor":
         from eval.engines.processor import ProcessorEngine
 
@@ -116,16 +116,16 @@ def _engine(config: GenerateConfig) -> Engine:
         "device": config.device,
     }
     if config.engine == "vllm":
-        from eval.engines.llava_vllm import VllmEngine
+        from eval.engines.llava_vllm import LlavaVllmEngine
 
-        return VllmEngine(Path(config.model), **settings)
-    from eval.engines.llava_hf import HfEngine
+        return LlavaVllmEngine(Path(config.model), **settings)
+    from eval.engines.llava_hf import LlavaHfEngine
 
-    return HfEngine(Path(config.model), **settings)
+    return LlavaHfEngine(Path(config.model), **settings)
 
 
 def _settings(
-    config: GenerateConfig, task: Task, engine: Engine, max_new_tokens: int, examples: Sequence[Example[Any]]
+    config: EvalGenerateConfig, task: Task, engine: AnswerEngine, max_new_tokens: int, examples: Sequence[Example[Any]]
 ) -> dict[str, Any]:
     questions = hashlib.sha256()
     for example in examples:
@@ -156,7 +156,7 @@ def _agree_on_settings(path: Path, settings: dict[str, Any]) -> None:
 
 
 def _answer_all(
-    engine: Engine, name: str, examples: Sequence[Example[Any]], path: Path, batch_size: int, max_new_tokens: int
+    engine: AnswerEngine, name: str, examples: Sequence[Example[Any]], path: Path, batch_size: int, max_new_tokens: int
 ) -> None:
     """Answer what is not answered yet, appending to the file batch by batch."""
     done = _finished(path, name)

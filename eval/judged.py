@@ -24,8 +24,8 @@ SHORT_ANSWER_WORDS = 3
 HALBENCH_SLOTS = ("question", "answer")
 HALBENCH_TEMPLATE = JudgeTemplate(
     "object-halbench-default-1",
-    """Below is a request about a picture and the answer to it. List every physical object that the answer says can be
-seen in the picture.
+    """Below is a request about an image and the answer to it. List every physical object that the answer says can be
+seen in the image.
 
 Request: {question}
 Answer: {answer}

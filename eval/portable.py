@@ -2,7 +2,7 @@
 
 The weights and the tokenizer are the student's. What other tools read beside them says what this project knows:
   chat_template.jinja      the wording of the template that the student was trained with
-  preprocessor_config.json for `image_aspect` "pad", LLaVA's image processor, which pads a picture to a square first
+  preprocessor_config.json for `image_aspect` "pad", LLaVA's image processor, which pads an image to a square first
   tokenizer_config.json, generation_config.json   the template's end token
 """
 

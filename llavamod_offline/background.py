@@ -13,7 +13,7 @@ _THREADS = 4
 _PATIENCE_SECONDS = 1.0
 
 
-class Ahead:
+class BackgroundIterator:
     """Does jobs in their order, a few at once, until it is closed; a context manager that closes.
 
     An error of a job ends them all, and nothing is said of it: who needs the result does the job again, and meets the
@@ -25,7 +25,7 @@ class Ahead:
         self._closed = threading.Event()
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> BackgroundIterator:
         for thread in self._threads:
             thread.start()
         return self

@@ -91,7 +91,7 @@ def pack(
     """Pack conversations or preferences and their images into a set: WebDataset shards with an index.
 
     Rows that cannot be used are listed with their reason in the set's rejected.jsonl, and counted; the rest is packed.
-    Pictures keep their bytes, unless --max-side is given. The set is the same whatever the number of workers.
+    Images keep their bytes, unless --max-side is given. The set is the same whatever the number of workers.
     A folder of samples has KEY.json or KEY.txt beside KEY.jpg, as the tars that `index` reads.
 
     \b
@@ -160,7 +160,7 @@ def index(
 ) -> None:
     """Make a set of WebDataset tars that are there, without writing them anew.
 
-    A sample is KEY.json, as `pack` writes it or with LLaVA's `conversations`, or a caption KEY.txt; and its picture
+    A sample is KEY.json, as `pack` writes it or with LLaVA's `conversations`, or a caption KEY.txt; and its image
     KEY.jpg (.jpeg, .png, .webp), or KEY.0.jpg, KEY.1.jpg and so on. Each tar is read once. Tars beside or below the new
     set's folder may be moved together with it; others are found again where they are now.
 
@@ -205,7 +205,7 @@ def doctor(
 ) -> None:
     """List the data sets of each stage: what is on this disk, what is missing, and where it is to be had.
 
-    The shipped list has LLaVA-MoD's. Rows are counted, and every picture that they name is looked for. Exit status 1 if
+    The shipped list has LLaVA-MoD's. Rows are counted, and every image that they name is looked for. Exit status 1 if
     anything is missing.
 
     \b

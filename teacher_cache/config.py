@@ -20,16 +20,16 @@ _SLICE = re.compile(r"(\d+)/(\d+)")
 class Preset:
     """A ready-made choice of what a record keeps and how finely; `python -m tests.benchmarks.codec` measures them.
 
-    See `record.RecordSettings` for what the numbers do. `head_max` None: the whole vocabulary.
+    See `record.RecordSettings` for what the numbers do. `top_k` None: the whole vocabulary.
 
     `forced_tokens` None: those that go without saying (see `config.CaptureConfig`).
     """
 
-    head_mass: float
-    head_min_prob: float
-    head_max: int | None
-    draws_max: int
-    draws_per_mass: float
+    top_p: float
+    min_prob: float
+    top_k: int | None
+    tail_samples_max: int
+    tail_samples_per_mass: float
     precision: PrecisionName
     temperatures: Sequence[float] = (1.5, 2.0, 4.0)
     forced_tokens: Sequence[str] | None = None
@@ -60,11 +60,11 @@ class CaptureConfig:
     """
 
     preset: str = "standard"
-    head_mass: float | None = None
-    head_min_prob: float | None = None
-    head_max: int | None = None
-    draws_max: int | None = None
-    draws_per_mass: float | None = None
+    top_p: float | None = None
+    min_prob: float | None = None
+    top_k: int | None = None
+    tail_samples_max: int | None = None
+    tail_samples_per_mass: float | None = None
     precision: PrecisionName | None = None
     temperatures: list[float] | None = None
     forced_tokens: list[str] | None = None
@@ -87,7 +87,7 @@ class CaptureConfig:
 
 
 @dataclass(frozen=True)
-class EngineConfig:
+class TeacherEngineConfig:
     """What runs the teacher. `kind`: hf (Hugging Face transformers), vllm (records are made in vLLM's workers), or
     vllm_logprobs (what vLLM says of any model: heads and the log-probs of targets alone, and slower; `vllm` has the
     settings of both).
@@ -151,14 +151,14 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
-class CacheConfig:
+class CacheTeacherConfig:
     """One capture: which set, by which teacher, into which cache.
 
     `template`: qwen (LLaVA-MoD's own), chatml, or tokenizer: the chat template in the teacher's folder.
     `slice: i/n` captures shards i, i + n, i + 2n … (i from 0), for job arrays that share one output.
     `image_aspect`: pad (to a square), square (what LLaVA calls so: the processor's own way), or auto, which is pad for
-    LLaVA and the processor's own way where it takes pictures of any shape.
-    `dtype: auto` is float32 on a CPU and bfloat16 on a GPU. `workers` threads prepare pictures.
+    LLaVA and the processor's own way where it takes images of any shape.
+    `dtype: auto` is float32 on a CPU and bfloat16 on a GPU. `workers` threads prepare images.
     `max_rejected`: the share of sequences that may be rejected; beyond it the run stops. null: any.
     `output_set`: the set that `generate` writes, whose answers are then captured instead of those of `data`.
     """
@@ -175,7 +175,7 @@ class CacheConfig:
     workers: int = 4
     slice: str = "0/1"
     max_rejected: float | None = None
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine: TeacherEngineConfig = field(default_factory=TeacherEngineConfig)
     capture: CaptureConfig = field(default_factory=CaptureConfig)
     output_set: str | None = None
     generate: GenerateConfig = field(default_factory=GenerateConfig)

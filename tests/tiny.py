@@ -190,7 +190,7 @@ def write_image_processor(folder: Path) -> None:
 
 
 def tiny_image(seed: int, size: tuple[int, int] = (32, 24), format: str = "PNG") -> bytes:  # noqa: A002
-    """An encoded picture (width, height) of random blocks of colour."""
+    """An encoded image (width, height) of random blocks of colour."""
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 256, size=(4, 4, 3), dtype=np.uint8)
     buffer = io.BytesIO()
@@ -234,7 +234,7 @@ def _tiny_sample(index: int, rng: np.random.Generator, preference: bool) -> Samp
 
 
 def _sharpen(model: LlavaForConditionalGeneration) -> None:
-    """Scale the random weights up, so that predictions differ visibly between tokens and pictures."""
+    """Scale the random weights up, so that predictions differ visibly between tokens and images."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2 and "vision_tower" not in name:

@@ -152,7 +152,7 @@ def write_tiny_onevision(folder: Path, *, seed: int = 0, spare_rows: int = 12) -
 def write_tiny_causal_lm(
     folder: Path, kind: str = "qwen2", *, special: tuple[str, ...] = (), seed: int = 0, spare_rows: int = 12
 ) -> Path:
-    """Write a random language model without pictures, a Qwen2 or (`kind` llama) a Llama, with more `special` tokens."""
+    """Write a random language model without images, a Qwen2 or (`kind` llama) a Llama, with more `special` tokens."""
     tokenizer = tokenizer_with(*special)
     settings = _text_settings(len(tokenizer) + spare_rows)
     if kind == "llama":
@@ -210,7 +210,7 @@ def _write(
 
 
 def _random_model(model_class: Any, config: Any, seed: int) -> Any:
-    """Random weights, scaled up so that predictions differ visibly between tokens and pictures."""
+    """Random weights, scaled up so that predictions differ visibly between tokens and images."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = model_class(config).eval()

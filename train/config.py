@@ -39,7 +39,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class CacheConfig:
+class CacheSourceConfig:
     """The teacher's cache, and what to do with samples that it lacks.
 
     `end_of_turn: <teacher token>=<student token>` declares the one token in which the two may differ. `allow` names
@@ -102,7 +102,7 @@ class BatchConfig:
 
 
 @dataclass(frozen=True)
-class EngineConfig:
+class TrainEngineConfig:
     """DeepSpeed's settings. `dtype` auto: bfloat16 on a GPU, float32 elsewhere.
 
     `zero_stage` null: 2 for several processes or with offloading, for one process 0 in float32 and 1 in bfloat16.
@@ -124,7 +124,7 @@ class TrainConfig:
     stage: Stage = "???"  # type: ignore[assignment]
     output: str = "???"
     data: DataConfig = field(default_factory=DataConfig)
-    cache: CacheConfig = field(default_factory=CacheConfig)
+    cache: CacheSourceConfig = field(default_factory=CacheSourceConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     template: str = "qwen"
     image_aspect: Literal["pad", "square"] = "pad"
@@ -135,7 +135,7 @@ class TrainConfig:
     epochs: int = 1
     steps: int | None = None
     trainable: list[str] = field(default_factory=lambda: ["projector", "text"])
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine: TrainEngineConfig = field(default_factory=TrainEngineConfig)
     seed: int = 0
     save_steps: int = 1000
     keep_last: int = 2

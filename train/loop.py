@@ -27,7 +27,7 @@ from train.checkpoint import Progress
 from train.data.batches import TrainBatch
 from train.engine.deepspeed_engine import World, apply_gradients
 from train.metrics import MetricsLog, ProgressLine
-from train.stages.build import Stage
+from train.stages.build import Objective
 from train.stages.loss_sums import LossSums, StepSums, combine, spread_entry
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class LoopEnd:
 
 def run_steps(
     engine: Any,
-    stage: Stage,
+    stage: Objective,
     micro_batches: Iterator[TrainBatch],
     *,
     settings: LoopSettings,
@@ -119,7 +119,7 @@ def run_steps(
     return LoopEnd(progress, entry, stopped=False)
 
 
-def evaluate_loss(engine: Any, stage: Stage, micros: Sequence[TrainBatch], world: World) -> Entry:
+def evaluate_loss(engine: Any, stage: Objective, micros: Sequence[TrainBatch], world: World) -> Entry:
     """The loss and its parts over held-out micro-batches, as log entries named `holdout_…`; nothing is trained."""
     local = float(sum(stage.count(batch) for batch in micros))
     units = world.sum(torch.tensor([local], dtype=torch.float64, device=world.device))
@@ -145,7 +145,7 @@ class _Counts:
     stop: bool
 
 
-def _step_counts(stage: Stage, micros: Sequence[TrainBatch], stop: bool, world: World) -> _Counts:
+def _step_counts(stage: Objective, micros: Sequence[TrainBatch], stop: bool, world: World) -> _Counts:
     local = (
         float(sum(stage.count(batch) for batch in micros)),
         float(sum(batch.batch.tokens for batch in micros)),
@@ -156,7 +156,9 @@ def _step_counts(stage: Stage, micros: Sequence[TrainBatch], stop: bool, world: 
     return _Counts(units, int(tokens), int(positions), stops > 0)
 
 
-def _backward(engine: Any, stage: Stage, micros: Sequence[TrainBatch], units: float, world: World) -> list[LossSums]:
+def _backward(
+    engine: Any, stage: Objective, micros: Sequence[TrainBatch], units: float, world: World
+) -> list[LossSums]:
     """Accumulate the gradient of the step's mean loss; no weight is changed."""
     shared, features = _shared(engine, stage, micros, world)
     parts = []
@@ -172,7 +174,7 @@ def _backward(engine: Any, stage: Stage, micros: Sequence[TrainBatch], units: fl
 
 
 def _shared(
-    engine: Any, stage: Stage, micros: Sequence[TrainBatch], world: World
+    engine: Any, stage: Objective, micros: Sequence[TrainBatch], world: World
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """What the losses of a step share, and the tower's features of each micro-batch, as far as they were made for it.
 

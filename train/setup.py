@@ -27,8 +27,8 @@ from train.engine.deepspeed_engine import World
 from train.engine.optim import choose_trainable, frozen_digest
 from train.resume_check import identity_of
 from train.stages.alignment_setup import check_cache, prepare_alignment
-from train.stages.build import Stage, make_stage
-from train.student import Source, make_student, open_source
+from train.stages.build import Objective, make_stage
+from train.student import StudentSource, make_student, open_source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from llavamod_offline.data.encode.template import Template
     from llavamod_offline.data.encode.tokenize import Positions, SequenceEncoder
     from teacher_cache.read.reader import TeacherCache
-    from teacher_cache.student.end_of_turn import Exchange
+    from teacher_cache.student.end_of_turn import TokenIdSwap
 
 _MOST_WORKERS = 8
 
@@ -47,9 +47,9 @@ class Setup:
     """A run that is ready to start; `identity` is what a checkpoint of it must match."""
 
     student: LlavaForConditionalGeneration
-    source: Source
+    source: StudentSource
     template: Template
-    stage: Stage
+    stage: Objective
     loader: Loader
     joined: Join
     order: Order
@@ -197,7 +197,7 @@ def _check_processes(config: TrainConfig, world: World) -> None:
         raise ConfigError(f"data.holdout: {config.data.holdout} is no multiple of the {processes} processes: change it")
 
 
-def _open_cache(config: TrainConfig, source: Source) -> tuple[TeacherCache | None, Exchange | None]:
+def _open_cache(config: TrainConfig, source: StudentSource) -> tuple[TeacherCache | None, TokenIdSwap | None]:
     """Open the cache and check what can be checked before the student is made."""
     if config.cache.path is None:
         return None, None
@@ -240,14 +240,14 @@ def _with_mismatched(samples: SampleSet) -> SampleSet:
     return samples.with_mismatched() if samples.manifest.get("preferences") else samples
 
 
-def _cached_vocabulary(cache: TeacherCache | None, exchange: Exchange | None, head_rows: int) -> int | None:
+def _cached_vocabulary(cache: TeacherCache | None, exchange: TokenIdSwap | None, head_rows: int) -> int | None:
     """The number of ids that the records range over, as far as the student's head goes."""
     if cache is None:
         return None
     return min(cache.vocab_size if exchange is None else exchange.vocab_size(cache.vocab_size), head_rows)
 
 
-def _tail_profile(config: TrainConfig, cache: TeacherCache | None, exchange: Exchange | None) -> Tensor | None:
+def _tail_profile(config: TrainConfig, cache: TeacherCache | None, exchange: TokenIdSwap | None) -> Tensor | None:
     """The teacher's mean tail as the student's ids name it, where the loss reads it."""
     if cache is None or not config.loss.distils(config.stage) or config.loss.reading != "shrink":
         return None
@@ -273,7 +273,7 @@ def _check_encoding(config: TrainConfig, cache: TeacherCache, encoder: SequenceE
     check_encoding(cache.fingerprint, encoder, allow=config.cache.allow, end_of_turn=config.cache.end_of_turn)
 
 
-def _pad_id(source: Source, image_token_id: int) -> int:
+def _pad_id(source: StudentSource, image_token_id: int) -> int:
     """An id to fill up with: any but the image's, since it is masked."""
     named = source.tokenizer.pad_token_id
     usable = named is not None and named != image_token_id

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Source:
+class StudentSource:
     """The folders a student is made of: that of its tokenizer and that of its image processor."""
 
     tokenizer: PreTrainedTokenizerFast
     processor: Path
 
 
-def open_source(config: StudentConfig) -> Source:
+def open_source(config: StudentConfig) -> StudentSource:
     """Find the student's tokenizer and image processor, and check what can be checked without its weights.
 
     Errors: `ConfigError` if the checkpoint is sparse where a dense one is asked for or the other way round;
@@ -36,7 +36,7 @@ def open_source(config: StudentConfig) -> Source:
         assert config.language_model is not None
         if config.kind == "sparse" and config.upcycle is None:
             raise ConfigError("student.upcycle: a language model is dense: set student.upcycle to make it sparse")
-        return Source(build_tokenizer(Path(config.language_model)), Path(config.vision_tower))
+        return StudentSource(build_tokenizer(Path(config.language_model)), Path(config.vision_tower))
     folder = Path(config.checkpoint)
     sparse = load_config(folder).text_config.model_type in SPARSE_TYPES
     if sparse and config.upcycle is not None:
@@ -47,7 +47,7 @@ def open_source(config: StudentConfig) -> Source:
         raise ConfigError(
             f"student.upcycle: {folder} is dense: set student.upcycle to make it sparse, or student.kind to dense"
         )
-    return Source(load_tokenizer(folder), folder)
+    return StudentSource(load_tokenizer(folder), folder)
 
 
 def make_student(config: StudentConfig, *, seed: int) -> LlavaForConditionalGeneration:

@@ -1,6 +1,6 @@
 """Answering with a LLaVA checkpoint in transformers: left-padded batches, key-value cache, greedy.
 
-Letters: B questions of a batch, T tokens of the longest prompt, G generated tokens, I pictures, H and W their pixels.
+Shape suffixes: B questions of a batch, T tokens of the longest prompt, G generated tokens, I images, H and W their pixels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, seque
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class HfEngine:
+class LlavaHfEngine:
     """A LLaVA folder as transformers runs it, with this project's tokenisation and image handling.
 
     Errors: `ModelError` for the folder, `ConfigError` for the settings.

@@ -1,6 +1,6 @@
-"""Answering with a LLaVA checkpoint in vLLM: the prompts, pictures and greedy decoding of `engine_hf`.
+"""Answering with a LLaVA checkpoint in vLLM: the prompts, images and greedy decoding of `engine_hf`.
 
-Letters: T tokens of a prompt.
+Shape suffixes: T tokens of a prompt.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from llavamod_offline.vllm.settings import VllmSettings
 
 
 @dataclass(frozen=True)
-class _Picture:
+class _ExampleImage:
     """See `llavamod_offline.vllm.inputs.Pixels`."""
 
     inputs: Mapping[str, NDArray[np.generic]]
     tokens: int
 
 
-class VllmEngine:
+class LlavaVllmEngine:
     """A LLaVA folder as vLLM runs it, with this project's tokenisation and image handling.
 
     Errors: `ModelError` for the folder, `ConfigError` for the settings and where vLLM is not installed.
@@ -120,8 +120,8 @@ class VllmEngine:
             )
             yield number, prompt, parameters
 
-    def _pictures(self, example: Example[Any]) -> list[_Picture]:
+    def _pictures(self, example: Example[Any]) -> list[_ExampleImage]:
         if example.source is None:
             return []
         pixels_3HW = self.images.pixels(example.source.read(), name=f"question '{example.id}'")
-        return [_Picture({"pixel_values": pixels_3HW}, self.encoder.image_tokens)]
+        return [_ExampleImage({"pixel_values": pixels_3HW}, self.encoder.image_tokens)]

@@ -1,7 +1,7 @@
 """Answering with any image-text-to-text checkpoint of transformers, by its own processor and chat template.
 
 For models that are not this project's: prompt wording around the question, image handling and end tokens are the
-checkpoint's own, and the protocol says so. Letters as in `engine_hf`.
+checkpoint's own, and the protocol says so. Shape suffixes as in `engine_hf`.
 """
 
 from __future__ import annotations

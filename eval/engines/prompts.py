@@ -1,6 +1,6 @@
 """A question as a LLaVA student reads it, and what it says as an answer; the same whatever runs the student.
 
-Letters: G generated tokens.
+Shape suffixes: G generated tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llavamod_offline.errors import EvalError
 
 
 def prompt_ids(encoder: SequenceEncoder, example: Example[Any], max_new_tokens: int) -> list[int]:
-    """Tokenise a question, its picture first. Errors: `EvalError` if it leaves no room for an answer."""
+    """Tokenise a question, its image first. Errors: `EvalError` if it leaves no room for an answer."""
     if IMAGE_PLACEHOLDER in example.prompt:
         raise EvalError(f"question '{example.id}': its text holds '{IMAGE_PLACEHOLDER}', which stands for a picture")
     text = f"{IMAGE_PLACEHOLDER}\n{example.prompt}" if example.source is not None else example.prompt

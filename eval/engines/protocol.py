@@ -18,7 +18,7 @@ class Answer:
     finish: str
 
 
-class Engine(Protocol):
+class AnswerEngine(Protocol):
     """A model that answers questions."""
 
     def describe(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ RECORD = "predictions.judge.jsonl"
 
 
 @dataclass(frozen=True)
-class Run:
+class ScoredRun:
     """A model's scores by task; `unscored` says why a task has none."""
 
     name: str
@@ -29,7 +29,7 @@ class Run:
         return None if score is None else score.metrics.get(headline.metric)
 
 
-def load_run(path: Path, root: Path, name: str) -> Run:
+def load_run(path: Path, root: Path, name: str) -> ScoredRun:
     """Score every `TASK/predictions.jsonl` of an output folder of `generate`.
 
     MMHal is scored from the judge's recorded replies, where they lie beside its predictions.
@@ -47,7 +47,7 @@ def load_run(path: Path, root: Path, name: str) -> Run:
                 continue
             judge = RecordedJudge(file.parent / RECORD)
         scores[task] = score_task(task, root, file, judge=judge)
-    return Run(name, scores, unscored)
+    return ScoredRun(name, scores, unscored)
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
@@ -62,7 +62,7 @@ def run_names(paths: Sequence[Path]) -> list[str]:
     raise AssertionError
 
 
-def headlines(runs: Sequence[Run]) -> list[Headline]:
+def headlines(runs: Sequence[ScoredRun]) -> list[Headline]:
     """The headlines of the tasks that any run has a score of."""
     return [headline for headline in HEADLINES if any(headline.task in run.scores for run in runs)]
 
@@ -72,7 +72,7 @@ def references(columns: Sequence[Headline]) -> list[Published]:
     return [published for published in PUBLISHED if any(column.key in published.figures for column in columns)]
 
 
-def incomparable(column: Headline, runs: Sequence[Run]) -> str | None:
+def incomparable(column: Headline, runs: Sequence[ScoredRun]) -> str | None:
     """Why published figures of this headline are of something else than the runs'; None if they are not."""
     if column.key in NOT_COMPARABLE:
         return NOT_COMPARABLE[column.key]
@@ -92,7 +92,7 @@ def difference(column: Headline, value: float | None, base: float | None) -> str
     return f"{sign}{column.shown(abs(value - base))}"
 
 
-def footnotes(runs: Sequence[Run], columns: Sequence[Headline]) -> list[str]:
+def footnotes(runs: Sequence[ScoredRun], columns: Sequence[Headline]) -> list[str]:
     """What the reader of the table must know about published figures."""
     shown = references(columns)
     notes = [f"{published.model}: {published.source}" for published in shown]

@@ -11,7 +11,7 @@ from itertools import combinations
 from typing import Any
 
 from eval.example import Example
-from eval.report.comparison import Run, difference, footnotes, headlines, incomparable, references
+from eval.report.comparison import ScoredRun, difference, footnotes, headlines, incomparable, references
 from eval.report.published import Headline
 from llavamod_offline.errors import DataError, EvalError
 from llavamod_offline.pages.charts import BarPanel, bar_panels, colour, colour_key
@@ -50,7 +50,7 @@ cards.append(card)})}
 """
 
 
-def page(runs: Sequence[Run], examples: Mapping[str, Sequence[Example[Any]]], *, samples: int) -> str:
+def page(runs: Sequence[ScoredRun], examples: Mapping[str, Sequence[Example[Any]]], *, samples: int) -> str:
     """The whole page."""
     columns = headlines(runs)
     keys = "".join(colour_key(index, run.name) + " &nbsp; " for index, run in enumerate(runs))
@@ -72,7 +72,9 @@ def page(runs: Sequence[Run], examples: Mapping[str, Sequence[Example[Any]]], *,
     )
 
 
-def disagreements(runs: Sequence[Run], task: str, examples: Sequence[Example[Any]], limit: int) -> list[Example[Any]]:
+def disagreements(
+    runs: Sequence[ScoredRun], task: str, examples: Sequence[Example[Any]], limit: int
+) -> list[Example[Any]]:
     """Examples of which one run of some pair is righter than the other, at most `limit` a pair, spread over the set."""
     chosen: dict[str, Example[Any]] = {}
     for one, two in combinations([run for run in runs if task in run.scores], 2):
@@ -83,7 +85,7 @@ def disagreements(runs: Sequence[Run], task: str, examples: Sequence[Example[Any
     return list(chosen.values())
 
 
-def _bars(runs: Sequence[Run], columns: Sequence[Headline]) -> str:
+def _bars(runs: Sequence[ScoredRun], columns: Sequence[Headline]) -> str:
     """One panel a headline; thin marks show published figures that may be compared."""
     panels = []
     for column in columns:
@@ -104,7 +106,7 @@ def _bars(runs: Sequence[Run], columns: Sequence[Headline]) -> str:
     return bar_panels("Scores of the compared models", panels)
 
 
-def _table(runs: Sequence[Run], columns: Sequence[Headline]) -> str:
+def _table(runs: Sequence[ScoredRun], columns: Sequence[Headline]) -> str:
     head = "".join(f"<th>{escape(c.title)} {'↓' if c.lower_is_better else '↑'}</th>" for c in columns)
     lines = [f"<tr><th>model</th>{head}</tr>"]
     for index, run in enumerate(runs):
@@ -131,7 +133,7 @@ def _cell(column: Headline, value: float | None, base: float | None, mark: str =
     return f"<td>{column.shown(value)}{mark}<small>{difference(column, value, base)}</small></td>"
 
 
-def _details(task: str, runs: Sequence[Run]) -> str:
+def _details(task: str, runs: Sequence[ScoredRun]) -> str:
     scored = [run for run in runs if task in run.scores]
     names = dict.fromkeys(name for run in scored for name in run.scores[task].metrics)
     head = "".join(f"<th>{escape(run.name)}</th>" for run in scored)
@@ -151,7 +153,7 @@ def _details(task: str, runs: Sequence[Run]) -> str:
     return f"<details><summary>{task}</summary><table>{''.join(lines)}</table>{protocols}</details>"
 
 
-def _unscored(runs: Sequence[Run]) -> list[str]:
+def _unscored(runs: Sequence[ScoredRun]) -> list[str]:
     return [
         f"<p>{escape(run.name)}, {task}: not scored: {escape(why)}</p>"
         for run in runs
@@ -159,7 +161,7 @@ def _unscored(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def _browser(runs: Sequence[Run], examples: Mapping[str, Sequence[Example[Any]]], samples: int) -> str:
+def _browser(runs: Sequence[ScoredRun], examples: Mapping[str, Sequence[Example[Any]]], samples: int) -> str:
     tasks = []
     for task, asked in examples.items():
         found = [_sample(runs, task, example) for example in disagreements(runs, task, asked, samples)]
@@ -174,7 +176,7 @@ def _browser(runs: Sequence[Run], examples: Mapping[str, Sequence[Example[Any]]]
     )
 
 
-def _sample(runs: Sequence[Run], task: str, example: Example[Any]) -> dict[str, Any]:
+def _sample(runs: Sequence[ScoredRun], task: str, example: Example[Any]) -> dict[str, Any]:
     answers: list[dict[str, Any] | None] = []
     for run in runs:
         score = run.scores.get(task)
@@ -194,7 +196,7 @@ def _sample(runs: Sequence[Run], task: str, example: Example[Any]) -> dict[str, 
 
 
 def _thumbnail(example: Example[Any]) -> str:
-    """A small copy of the picture as a data URI; empty where there is none or it cannot be read."""
+    """A small copy of the image as a data URI; empty where there is none or it cannot be read."""
     if example.source is None:
         return ""
     try:

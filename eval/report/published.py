@@ -22,7 +22,7 @@ class Headline:
         return f"{self.task}.{self.metric}"
 
     def shown(self, value: float) -> str:
-        """A figure as tables and pictures show it."""
+        """A figure as tables and images show it."""
         return f"{100 * value:.1f}" if self.percent else f"{value:.1f}" if self.best > 10 else f"{value:.2f}"
 
 

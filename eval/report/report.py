@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from eval.example import Example
-from eval.report.comparison import Run, difference, footnotes, headlines, incomparable, load_run, references, run_names
+from eval.report.comparison import (
+    ScoredRun,
+    difference,
+    footnotes,
+    headlines,
+    incomparable,
+    load_run,
+    references,
+    run_names,
+)
 from eval.report.published import Headline
 from eval.tasks import TASKS, get_task
 from llavamod_offline.errors import ConfigError
@@ -34,7 +43,7 @@ def write_report(paths: Sequence[Path], root: Path, output: Path, *, samples: in
     write_file(output, page(runs, examples, samples=samples))
 
 
-def markdown(runs: Sequence[Run]) -> str:
+def markdown(runs: Sequence[ScoredRun]) -> str:
     """The comparison as Markdown."""
     columns = headlines(runs)
     titles = [f"{column.title} {'↓' if column.lower_is_better else '↑'}" for column in columns]

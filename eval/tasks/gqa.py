@@ -2,7 +2,7 @@
 
 Files: `gqa/llava_gqa_testdev_balanced.jsonl` {question_id, image, text}; references
 `gqa/testdev_balanced_questions.json` or, as LLaVA keeps it, `gqa/data/testdev_balanced_questions.json`
-{id: {answer, isBalanced, types, groups}}; pictures `gqa/data/images/`.
+{id: {answer, isBalanced, types, groups}}; images `gqa/data/images/`.
 
 Reading (scripts/convert_gqa_for_eval.py, then GQA's own eval.py): all trailing "." removed, lower case, and then equal
 to the reference letter for letter; spaces and articles stay. Questions that are not balanced are not counted. A missing

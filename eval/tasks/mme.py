@@ -1,9 +1,9 @@
-"""MME: two yes/no questions a picture, fourteen categories (arXiv 2306.13394).
+"""MME: two yes/no questions an image, fourteen categories (arXiv 2306.13394).
 
 Files: `MME/llava_mme.jsonl` {question_id "category/file", image, text, category}, whose `question_id` both questions of
-a picture share. References, whichever is there: the release, `MME/MME_Benchmark_release_version/CATEGORY/` with
+an image share. References, whichever is there: the release, `MME/MME_Benchmark_release_version/CATEGORY/` with
 `questions_answers_YN/*.txt` or `*.txt` (`question<TAB>Yes|No`), or the official tool's templates
-`MME/eval_tool/Your_Results/CATEGORY.txt` (`file<TAB>question<TAB>Yes|No<TAB>`). Pictures lie in the release's folders.
+`MME/eval_tool/Your_Results/CATEGORY.txt` (`file<TAB>question<TAB>Yes|No<TAB>`). Images lie in the release's folders.
 
 Questions and references are joined on (category, file name up to its first ".", question), the question without
 "Please answer yes or no." and LLaVA's suffix and with single spaces (one category has two spaces before "Please").
@@ -12,7 +12,7 @@ Reading (calculation.py of the official tool): lower case; "yes" if the first fo
 they hold "no" ("not", "now" and "none" among them), else neither, which is wrong. Spaces around an answer go, as
 LLaVA's runners strip them. Tabs and line breaks in it, which break the official tool's files, do no harm here.
 
-Score of a category: accuracy × 100 + share of pictures with both questions right × 100, at most 200. Perception is the
+Score of a category: accuracy × 100 + share of images with both questions right × 100, at most 200. Perception is the
 sum over ten categories, cognition over four; published "MME" figures are mostly perception alone.
 """
 
@@ -48,7 +48,7 @@ _YES_NO = "Please answer yes or no."
 
 @dataclass(frozen=True)
 class Reference:
-    """The right answer and the picture that the question shares with its twin."""
+    """The right answer and the image that the question shares with its twin."""
 
     category: str
     picture: str
@@ -56,7 +56,7 @@ class Reference:
 
 
 def load(root: Path) -> list[Example[Reference]]:
-    """Read questions and references. Errors: `EvalError` for a question without one, or a picture without two."""
+    """Read questions and references. Errors: `EvalError` for a question without one, or an image without two."""
     answers: dict[str, dict[tuple[str, str], bool]] = {}
     examples, seen = [], Counter[str]()
     for row in read_jsonl(_question_file(root)):
@@ -134,7 +134,7 @@ def _sum(categories: Mapping[str, float], names: Sequence[str]) -> float | None:
 
 
 def _answers(root: Path, category: str) -> Iterator[tuple[tuple[str, str], bool]]:
-    """Yield ((picture, question), yes) from the release's files or the tool's templates."""
+    """Yield ((image, question), yes) from the release's files or the tool's templates."""
     for file in _answer_files(root, category):
         template = file.parent.name == "Your_Results"
         try:
@@ -162,7 +162,7 @@ def _answer_files(root: Path, category: str) -> list[Path]:
 
 
 def _picture_names(category: str, image: str) -> tuple[str, ...]:
-    """Where the picture may be: as the question file says, or in the category's `images` folder."""
+    """Where the image may be: as the question file says, or in the category's `images` folder."""
     within = (image, f"{category}/images/{image.split('/')[-1]}")
     return tuple(f"{release}/{place}" for release in _RELEASES for place in within)
 

@@ -1,7 +1,7 @@
 """MMHal-Bench: 96 questions that tempt to hallucinate, rated 0 to 6 by a judge (arXiv 2309.14525).
 
 Files: `mmhal/response_template.json` or, as RLAIF-V calls it, `mmhal/mmhal-bench_answer_template.json` [{question_type,
-image_id, image_src, image_content, question, gt_answer}]; pictures `mmhal/images/` (named by `image_id`, by the last
+image_id, image_src, image_content, question, gt_answer}]; images `mmhal/images/` (named by `image_id`, by the last
 part of `image_src`, or by the question's number from 0), or `mmhal/mmhal-bench_with_image.jsonl` (base64).
 
 The prompt is the bare question: with a suffix that asks for a short answer, as LLaVA-MoD's runner appends it by
@@ -38,16 +38,16 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SLOTS = ("image_content", "question", "gt_answer", "model_answer")
 DEFAULT_TEMPLATE = JudgeTemplate(
     "mmhal-default-1",
-    """You compare an assistant's answer about a picture with what is known about that picture.
-You do not see the picture. You know which objects it shows, and how a careful person answered the same question.
+    """You compare an assistant's answer about an image with what is known about that image.
+You do not see the image. You know which objects it shows, and how a careful person answered the same question.
 
 Decide two things.
-First: does the answer state something about the picture that contradicts what is known, or that nothing known supports?
+First: does the answer state something about the image that contradicts what is known, or that nothing known supports?
 That is a hallucination. Careful wording, admitting uncertainty, general knowledge and leaving things out are none. The
 person's answer may be short and need not name everything, so do not call every further detail a hallucination.
 Second: how informative is the answer to the question? Sound explanation and reasoning make it more so.
 
-Objects in the picture: {image_content}
+Objects in the image: {image_content}
 Question: {question}
 Answer of a careful person: {gt_answer}
 Answer to rate: {model_answer}

@@ -1,4 +1,4 @@
-"""Object HalBench: objects that a description mentions and the picture does not show (CHAIR, as RLAIF-V runs it).
+"""Object HalBench: objects that a description mentions and the image does not show (CHAIR, as RLAIF-V runs it).
 
 Files: `object_halbench/obj_halbench_300_with_image.jsonl` {image (base64), image_id, question}, `synonyms_refine.txt`,
 and COCO 2014's annotations `object_halbench/annotations/captions_*.json` and `instances_*.json`.
@@ -8,7 +8,7 @@ an object mentioned twice counts twice. It is the official script without `--use
 the variant that lets a language model extract the objects first (`chair_llm:MODEL`, see `eval/judged.py`), which counts
 each object once: figures of different variants are never to be compared.
 
-True objects of a picture: the classes of its instances, and the objects that its captions mention.
+True objects of an image: the classes of its instances, and the objects that its captions mention.
 `response_hall`: descriptions with an object that is not there / descriptions that mention any object ("CHAIRs_refine").
 `object_hall`: mentions of objects that are not there / mentions of objects ("CHAIRi"). `response_hall_all` has all
 descriptions below the line ("CHAIRs"); papers mix the two up. `object_recall`: true classes mentioned / true classes.
@@ -40,16 +40,16 @@ _FOLDER = "object_halbench"
 
 @dataclass(frozen=True)
 class Reference:
-    """The objects in a picture, and the vocabulary that finds the objects in a description."""
+    """The objects in an image, and the vocabulary that finds the objects in a description."""
 
     objects: frozenset[str]
     vocabulary: ObjectVocabulary
 
 
 def load(root: Path) -> list[Example[Reference]]:
-    """Read questions, and the true objects of their pictures from COCO's annotations.
+    """Read questions, and the true objects of their images from COCO's annotations.
 
-    Errors: `EvalError` for a picture without annotations, or a category that the synonym list lacks.
+    Errors: `EvalError` for an image without annotations, or a category that the synonym list lacks.
     """
     vocabulary = ObjectVocabulary.read(find_file(root, f"{_FOLDER}/synonyms_refine.txt"))
     file = _question_file(root)

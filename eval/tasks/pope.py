@@ -1,7 +1,7 @@
-"""POPE: is an object in the picture? Three ways of choosing the objects that are not (arXiv 2305.10355).
+"""POPE: is an object in the image? Three ways of choosing the objects that are not (arXiv 2305.10355).
 
 Files: `pope/llava_pope_test.jsonl` {question_id, image, text, category}; labels
-`pope/coco/coco_pope_{adversarial,popular,random}.json` {image, text, label} as JSON lines; pictures `pope/val2014/`.
+`pope/coco/coco_pope_{adversarial,popular,random}.json` {image, text, label} as JSON lines; images `pope/val2014/`.
 
 Questions and labels are joined on (category, image, question), never by their order: the label file of "random" has
 been replaced upstream by one of another length and order, and zipping them scores noise (POPE #17, LLaVA #626).
@@ -39,7 +39,7 @@ _DECIDED = re.compile(r"\b(yes|no|not)\b", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Label:
-    """Whether the object is in the picture."""
+    """Whether the object is in the image."""
 
     category: str
     yes: bool

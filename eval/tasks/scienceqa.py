@@ -1,11 +1,11 @@
-"""ScienceQA, test split: multiple choice from school science, half of it with a picture (arXiv 2209.09513).
+"""ScienceQA, test split: multiple choice from school science, half of it with an image (arXiv 2209.09513).
 
 Files: `scienceqa/llava_test_CQM-A.json` [{id, image?, conversations}], `scienceqa/problems.json` {id: {choices,
-answer}}, `scienceqa/pid_splits.json` {"test": [id]}; pictures `scienceqa/images/test/`.
+answer}}, `scienceqa/pid_splits.json` {"test": [id]}; images `scienceqa/images/test/`.
 
 Reading (llava/eval/eval_science_qa.py): the whole answer is a letter A to E; else it begins with a letter and ". ";
 else "The answer is X" followed by one more character occurs exactly once; else it is not read, which is wrong, as is a
-letter beyond the choices. `img_accuracy`, the published figure, is over questions with a picture. Which those are is
+letter beyond the choices. `img_accuracy`, the published figure, is over questions with an image. Which those are is
 taken from the question file (the official script takes it from the answer's prompt, so that missing answers change it).
 """
 
@@ -36,7 +36,7 @@ _SENTENCE = re.compile(r"The answer is ([A-Z]).")
 
 @dataclass(frozen=True)
 class Reference:
-    """The right choice's index, how many there are, and whether the question has a picture."""
+    """The right choice's index, how many there are, and whether the question has an image."""
 
     answer: int
     choices: int
@@ -79,7 +79,7 @@ def parse(text: str) -> str | None:
 
 
 def score(examples: Sequence[Example[Reference]], texts: Mapping[str, str | None]) -> Scored:
-    """Accuracy over questions with a picture, over those without, and over all."""
+    """Accuracy over questions with an image, over those without, and over all."""
     verdicts, unparsed = {}, 0
     groups: dict[str, list[float]] = {"img_accuracy": [], "accuracy": [], "text_accuracy": []}
     for example in examples:

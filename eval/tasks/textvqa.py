@@ -1,7 +1,7 @@
-"""TextVQA, validation: questions about text in pictures (arXiv 1904.08920).
+"""TextVQA, validation: questions about text in images (arXiv 1904.08920).
 
 Files: `textvqa/llava_textvqa_val_v051_ocr.jsonl` {question_id (the image's), image, text}; references
-`textvqa/TextVQA_0.5.1_val.json` {"data": [{image_id, question, answers}]}; pictures `textvqa/train_images/`.
+`textvqa/TextVQA_0.5.1_val.json` {"data": [{image_id, question, answers}]}; images `textvqa/train_images/`.
 
 LLaVA's prompt hints at the tokens that an OCR system read; that is worth about 12 points, so figures with and without
 it are of different benchmarks, and the protocol counts the prompts that have it. Questions and references are joined on

@@ -2,7 +2,7 @@
 
 The answers of the test split are hidden, and the server that scored them is closed. So figures here are of the
 validation split, "VizWiz-val": references `vizwiz/Annotations/val.json` or `vizwiz/val.json` [{image, question,
-answers: [{answer}], answerable}]; pictures `vizwiz/val/`; questions from `vizwiz/llava_val.jsonl` {question_id, image,
+answers: [{answer}], answerable}]; images `vizwiz/val/`; questions from `vizwiz/llava_val.jsonl` {question_id, image,
 text} where that is there, else made from the references. Published figures are of the test split.
 
 Without those references, `vizwiz/llava_test.jsonl` and `vizwiz/test/` are answered and exported, but not scored.
@@ -36,7 +36,7 @@ _LABELS = ("vizwiz/Annotations/val.json", "vizwiz/val.json")
 
 @dataclass(frozen=True)
 class Reference:
-    """What people answered, and whether the picture answers the question; None of either on the test split."""
+    """What people answered, and whether the image answers the question; None of either on the test split."""
 
     answers: tuple[str, ...]
     answerable: bool | None
@@ -73,7 +73,7 @@ question_key = first_line_key
 
 
 def score(examples: Sequence[Example[Reference]], texts: Mapping[str, str | None]) -> Scored:
-    """VQA accuracy over all questions, over those that the picture answers and over those that it does not."""
+    """VQA accuracy over all questions, over those that the image answers and over those that it does not."""
     if any(example.reference.answerable is None for example in examples):
         raise EvalError(
             "vizwiz: the test split's answers are hidden and its server is closed: "

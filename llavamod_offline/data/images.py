@@ -1,14 +1,14 @@
 """Images: encoded bytes → RGB → the pixels that a vision tower wants; the same at packing, capture and training.
 
-Outcomes of decoding, whatever the picture:
+Outcomes of decoding, whatever the image:
   truncated, damaged, empty, more than one of the limits below → `DataError`
   a format other than JPEG (MPO included), PNG, WebP → `DataError`
-  EXIF orientation → applied; an unreadable EXIF block → the picture as it is stored
+  EXIF orientation → applied; an unreadable EXIF block → the image as it is stored
   transparency (LA, RGBA, a palette's or a grey's transparent colour) → over white, so that dark text stays readable
   16 bits a channel → the high byte; grey, black-and-white, palette, CMYK → Pillow's conversion to RGB
   animated → the first frame
 
-Letters: H, W height and width of the processed image in pixels, V the 256 values of a byte.
+Shape suffixes: H, W height and width of the processed image in pixels, V the 256 values of a byte.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ _ORIENTATIONS = {
 
 
 def decode_image(encoded: bytes, *, name: str) -> Image.Image:
-    """Decode a whole picture to RGB. Errors: `DataError` naming the picture, see the outcomes above."""
+    """Decode a whole image to RGB. Errors: `DataError` naming the image, see the outcomes above."""
     image, _ = _decode(encoded, name)
     return image
 
 
 def image_extension(encoded: bytes, *, name: str) -> str:
-    """Decode a whole picture and tell its format, as `jpg`, `png` or `webp`. Errors: as `decode_image`."""
+    """Decode a whole image and tell its format, as `jpg`, `png` or `webp`. Errors: as `decode_image`."""
     _, extension = _decode(encoded, name)
     return extension
 
@@ -82,7 +82,7 @@ def image_size(encoded: bytes, *, name: str) -> tuple[int, int]:
 
 
 def pad_to_square(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:
-    """Centre an RGB picture on a square canvas of one colour, odd pixels going right or below, as LLaVA pads."""
+    """Centre an RGB image on a square canvas of one colour, odd pixels going right or below, as LLaVA pads."""
     width, height = image.size
     if width == height:
         return image
@@ -127,22 +127,22 @@ class ImagePreprocessor:
             raise ModelError(f"{file}: {error}") from error
 
     def pixels(self, encoded: bytes, *, name: str) -> NDArray[np.float32]:
-        """Decode and preprocess one picture to [3, H, W] float32. Errors: `DataError` naming it."""
+        """Decode and preprocess one image to [3, H, W] float32. Errors: `DataError` naming it."""
         return self.preprocess(decode_image(encoded, name=name))
 
     def preprocess(self, image: Image.Image) -> NDArray[np.float32]:
-        """Make pixels of an RGB picture, as the processor does, to the last bit."""
+        """Make pixels of an RGB image, as the processor does, to the last bit."""
         pixels_3HW = np.empty((3, *self.size), np.float32)
         for channel_HW, band, values in zip(pixels_3HW, self.fit(image).split(), self._pair_values, strict=True):
             _look_up(values, np.asarray(band), channel_HW)
         return pixels_3HW
 
     def pixel_bytes(self, encoded: bytes, out_HW3: NDArray[np.uint8], *, name: str) -> None:
-        """Decode one picture and write bytes, whose `byte_values_3V` are its pixels. Errors: `DataError` naming it."""
+        """Decode one image and write bytes, whose `byte_values_3V` are its pixels. Errors: `DataError` naming it."""
         out_HW3[:] = np.asarray(self.fit(decode_image(encoded, name=name)))
 
     def fit(self, image: Image.Image) -> Image.Image:
-        """Pad, resize and crop an RGB picture as the processor does: what is left to do is done byte by byte."""
+        """Pad, resize and crop an RGB image as the processor does: what is left to do is done byte by byte."""
         return self._sized(pad_to_square(image, self.fill) if self.aspect == "pad" else image)
 
     def _sized(self, image: Image.Image) -> Image.Image:
@@ -158,7 +158,7 @@ class ImagePreprocessor:
         if image.size == (width, height):
             return image
         left, top = (image.width - width) // 2, (image.height - height) // 2
-        return image.crop((left, top, left + width, top + height))  # black beyond the picture
+        return image.crop((left, top, left + width, top + height))  # black beyond the image
 
     def describe(self) -> dict[str, object]:
         """Everything that decides the pixels, as JSON values, for a fingerprint."""
@@ -208,7 +208,7 @@ def _decode(encoded: bytes, name: str) -> tuple[Image.Image, str]:
 
 @contextmanager
 def _decoding(name: str) -> Iterator[None]:
-    """Turn whatever a decoder trips over into a `DataError` naming the picture."""
+    """Turn whatever a decoder trips over into a `DataError` naming the image."""
     try:
         yield
     except DataError:
@@ -223,7 +223,7 @@ def _decoding(name: str) -> Iterator[None]:
 
 @contextmanager
 def _strict_pillow() -> Iterator[None]:
-    """Without Pillow's warnings (large pictures, bad EXIF: settled here) and its switch that lets cut pictures pass."""
+    """Without Pillow's warnings (large images, bad EXIF: settled here) and its switch that lets cut images pass."""
     lenient = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:

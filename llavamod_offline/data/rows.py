@@ -24,7 +24,7 @@ RejectionKind = Literal[
 
 
 class RowError(DataError):
-    """One row gives no sample; it becomes a `Rejection` and the next row is read."""
+    """One row gives no sample; it becomes a `RejectedRow` and the next row is read."""
 
     def __init__(self, kind: RejectionKind, reason: str) -> None:
         super().__init__(reason)
@@ -44,7 +44,7 @@ class Located:
 
 
 @dataclass(frozen=True)
-class Rejection:
+class RejectedRow:
     """A row that gives no sample; `kind` is what a summary counts, `reason` says what is wrong with this one."""
 
     key: str

@@ -9,7 +9,7 @@ window is shuffled as a whole (`window` 0: one window of all shards, a full shuf
 many copies in an epoch; with lengths, batches of a window hold samples of like length. All of it is defined by 64-bit
 integer arithmetic alone and does not depend on any library's random generator.
 
-Letters: N samples, numbered in set order (so shard by shard); a *place* is such a number.
+Shape suffixes: N samples, numbered in set order (so shard by shard); a *place* is such a number.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ SETS = ("align", "general", "multitask", "preference")
 
 @dataclass(frozen=True)
 class DemoSizes:
-    """How much of everything: samples of each set, pictures of each benchmark, steps of each stage."""
+    """How much of everything: samples of each set, images of each benchmark, steps of each stage."""
 
     align: int
     general: int

@@ -1,4 +1,4 @@
-"""The demo's page: the table, the curves, and a few pictures with every model's answers."""
+"""The demo's page: the table, the curves, and a few images with every model's answers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _charts(output: Path) -> str:
 
 
 def _pictures(output: Path) -> str:
-    """The first pictures of the GQA-form benchmark, a question each that not every model answers alike."""
+    """The first images of the GQA-form benchmark, a question each that not every model answers alike."""
     root = output / "benchmarks" / "gqa"
     truth = json.loads((root / "testdev_balanced_questions.json").read_text())
     answers = {

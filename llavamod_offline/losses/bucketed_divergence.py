@@ -1,6 +1,6 @@
 """Divergences over a few events: a record's head ids and, last, its tail as one bucket. Value and slope.
 
-Letters: N positions, E events. p is the teacher, q the student, both over the same events; everything is in nats.
+Shape suffixes: N positions, E events. p is the teacher, q the student, both over the same events; everything is in nats.
 
 - `forward_kl`: Σ p log(p/q).
 - `reverse_kl`: Σ q log(q/p); on the cached support this is MiniLLM's (arXiv 2306.08543).
@@ -30,7 +30,7 @@ DIVERGENCE_KINDS: tuple[str, ...] = get_args(DivergenceKind)
 
 
 @dataclass(frozen=True)
-class Measure:
+class DivergenceSpec:
     """Which divergence: its kind, and the weight (`js`) or the skew (the skewed ones) that belongs to it.
 
     Errors: `TargetError` for an unknown kind, or a weight or skew outside (0, 1).
@@ -50,7 +50,7 @@ class Measure:
                 )
 
 
-def event_divergence(log_p_NE: Tensor, log_q_NE: Tensor, measure: Measure) -> tuple[Tensor, Tensor]:
+def event_divergence(log_p_NE: Tensor, log_q_NE: Tensor, measure: DivergenceSpec) -> tuple[Tensor, Tensor]:
     """The divergence of each position, [N], and its slopes q·∂D/∂q in the student's log-probs, [N, E].
 
     A slope takes q's sum as free: with s the slopes and S their sum, the gradient in the events' logits is s − S·q.
@@ -64,39 +64,39 @@ def weighted(weights_NE: Tensor, values_NE: Tensor) -> Tensor:
     return torch.where(weights_NE > 0, weights_NE * values_NE, 0.0)
 
 
-def _forward_kl(log_p_NE: Tensor, log_q_NE: Tensor, measure: Measure) -> tuple[Tensor, Tensor]:
+def _forward_kl(log_p_NE: Tensor, log_q_NE: Tensor, measure: DivergenceSpec) -> tuple[Tensor, Tensor]:
     p_NE = log_p_NE.exp()
     return weighted(p_NE, log_p_NE - log_q_NE).sum(-1), -p_NE
 
 
-def _reverse_kl(log_p_NE: Tensor, log_q_NE: Tensor, measure: Measure) -> tuple[Tensor, Tensor]:
+def _reverse_kl(log_p_NE: Tensor, log_q_NE: Tensor, measure: DivergenceSpec) -> tuple[Tensor, Tensor]:
     q_NE = log_q_NE.exp()
     terms_NE = weighted(q_NE, log_q_NE - log_p_NE)
     return terms_NE.sum(-1), terms_NE + q_NE
 
 
-def _js(log_p_NE: Tensor, log_q_NE: Tensor, measure: Measure) -> tuple[Tensor, Tensor]:
+def _js(log_p_NE: Tensor, log_q_NE: Tensor, measure: DivergenceSpec) -> tuple[Tensor, Tensor]:
     weight, p_NE, q_NE = measure.js_weight, log_p_NE.exp(), log_q_NE.exp()
     log_m_NE = _log_mixture(log_p_NE, log_q_NE, weight)
     student_NE = (1 - weight) * weighted(q_NE, log_q_NE - log_m_NE)
     return weight * weighted(p_NE, log_p_NE - log_m_NE).sum(-1) + student_NE.sum(-1), student_NE
 
 
-def _skewed_forward_kl(log_p_NE: Tensor, log_q_NE: Tensor, measure: Measure) -> tuple[Tensor, Tensor]:
+def _skewed_forward_kl(log_p_NE: Tensor, log_q_NE: Tensor, measure: DivergenceSpec) -> tuple[Tensor, Tensor]:
     skew, p_NE = measure.skew, log_p_NE.exp()
     log_m_NE = _log_mixture(log_p_NE, log_q_NE, skew)
     slope_NE = -(1 - skew) * weighted(p_NE, (log_q_NE - log_m_NE).exp())
     return weighted(p_NE, log_p_NE - log_m_NE).sum(-1), slope_NE
 
 
-def _skewed_reverse_kl(log_p_NE: Tensor, log_q_NE: Tensor, measure: Measure) -> tuple[Tensor, Tensor]:
+def _skewed_reverse_kl(log_p_NE: Tensor, log_q_NE: Tensor, measure: DivergenceSpec) -> tuple[Tensor, Tensor]:
     skew, q_NE = measure.skew, log_q_NE.exp()
     log_ratio_NE = log_q_NE - _log_mixture(log_p_NE, log_q_NE, 1 - skew)
     terms_NE = weighted(q_NE, log_ratio_NE)
     return terms_NE.sum(-1), terms_NE + weighted(q_NE, 1 - skew * log_ratio_NE.exp())
 
 
-def _total_variation(log_p_NE: Tensor, log_q_NE: Tensor, measure: Measure) -> tuple[Tensor, Tensor]:
+def _total_variation(log_p_NE: Tensor, log_q_NE: Tensor, measure: DivergenceSpec) -> tuple[Tensor, Tensor]:
     q_NE = log_q_NE.exp()
     difference_NE = q_NE - log_p_NE.exp()
     return 0.5 * difference_NE.abs().sum(-1), 0.5 * q_NE * difference_NE.sign()
@@ -107,7 +107,7 @@ def _log_mixture(log_p_NE: Tensor, log_q_NE: Tensor, weight_p: float) -> Tensor:
     return torch.logaddexp(log_p_NE + math.log(weight_p), log_q_NE + math.log1p(-weight_p))
 
 
-_FORMULAS: dict[str, Callable[[Tensor, Tensor, Measure], tuple[Tensor, Tensor]]] = {
+_FORMULAS: dict[str, Callable[[Tensor, Tensor, DivergenceSpec], tuple[Tensor, Tensor]]] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
     "js": _js,

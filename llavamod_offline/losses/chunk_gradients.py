@@ -1,6 +1,6 @@
 """From logits to the gradient of a loss, in the logits' own memory: one softmax, whatever the divergence.
 
-Letters: N positions, V vocabulary, K slots of the head, M slots of tail draws, E = K + 1 events, J columns of features.
+Shape suffixes: N positions, V vocabulary, K slots of the head, M slots of tail draws, E = K + 1 events, J columns of features.
 
 Every divergence here sees the student through the log-probs of a few events (see `events.py`). Its gradient in the
 logits is then a number for each id of the head and, in the tail, `own`·v − `pull`·m: v is the student's own tail shape,
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from llavamod_offline.errors import TargetError
-from llavamod_offline.losses.bucketed_divergence import Measure, event_divergence, weighted
+from llavamod_offline.losses.bucketed_divergence import DivergenceSpec, event_divergence, weighted
 from llavamod_offline.losses.shrinkage import Shrinkage, TailWeights
 from llavamod_offline.losses.shrinkage_stats import TailView
-from llavamod_offline.losses.tail_estimators import NEVER, TeacherAt
+from llavamod_offline.losses.tail_estimators import NEVER, PreparedTargets
 from llavamod_offline.losses.targets import EMPTY_ID
 
 METRICS = ("kl", "teacher_tail", "student_tail", "entropy", "top1_agreement")
-_FORWARD_KL = Measure()
+_FORWARD_KL = DivergenceSpec()
 _ROWS_AT_TWO_TEMPERATURES = 32
 _BLOCK_VALUES = {"cpu": 2**23, "cuda": 2**25}
 
@@ -43,7 +43,7 @@ def no_metrics(device: torch.device) -> dict[str, Tensor]:
 
 
 def shrinkage_for(
-    teacher: TeacherAt, shrinkage: Shrinkage | None, vocab: int, device: torch.device
+    teacher: PreparedTargets, shrinkage: Shrinkage | None, vocab: int, device: torch.device
 ) -> Shrinkage | None:
     """The state that the teacher's reading of the tail wants, on `device`; None for every reading but `shrink`.
 
@@ -61,7 +61,7 @@ def shrinkage_for(
 
 def divergence_in_place(
     logits_NV: Tensor,
-    teacher: TeacherAt,
+    teacher: PreparedTargets,
     metrics: dict[str, Tensor],
     *,
     kd_weight: float = 1.0,
@@ -85,15 +85,15 @@ def divergence_in_place(
     if temperature != 1.0:
         logits_NV.div_(temperature)
     actual_N = _gather_one(logits_NV, target_ids_N) if lm_weight and target_ids_N is not None else None
-    draws_NM = logits_NV.gather(1, teacher.draw_ids_NM)
-    head_NK = logits_NV.gather(1, teacher.head_ids_NK).masked_fill(~teacher.head_valid_NK, NEVER)
+    draws_NM = logits_NV.gather(1, teacher.tail_ids_NM)
+    topk_NK = logits_NV.gather(1, teacher.topk_ids_NK).masked_fill(~teacher.topk_valid_NK, NEVER)
 
     # With the head masked, one pass over V gives the tail's normaliser without cancellation, and the head's is small.
-    logits_NV.scatter_add_(1, teacher.head_ids_NK, torch.zeros_like(head_NK).masked_fill(teacher.head_valid_NK, NEVER))
+    logits_NV.scatter_add_(1, teacher.topk_ids_NK, torch.zeros_like(topk_NK).masked_fill(teacher.topk_valid_NK, NEVER))
     peak_N = logits_NV.amax(-1)
     shift_N = peak_N.masked_fill(torch.isneginf(peak_N), 0.0)
     tail_sum_N = logits_NV.sub_(shift_N[:, None]).exp_().sum(-1)
-    events_NE = torch.cat([head_NK, (tail_sum_N.log() + shift_N)[:, None]], 1)
+    events_NE = torch.cat([topk_NK, (tail_sum_N.log() + shift_N)[:, None]], 1)
     lse_N = events_NE.logsumexp(-1)
     log_q_NE = events_NE - lse_N[:, None]
 
@@ -108,20 +108,20 @@ def divergence_in_place(
     slope_NE = torch.where(teacher.has_target_N[:, None], rate_N[:, None] * slope_NE, 0.0)
     token_N = weight_N if target_ids_N is None else weight_N.masked_fill(target_ids_N == EMPTY_ID, 0.0)
     own_NE = (lm_weight * token_N - slope_NE.sum(-1))[:, None] * log_q_NE.exp()
-    head_gradient_NK = own_NE[:, :-1] + slope_NE[:, :-1]
+    topk_gradient_NK = own_NE[:, :-1] + slope_NE[:, :-1]
     tail = _Tail(own_N=own_NE[:, -1], pull_N=-slope_NE[:, -1], sum_N=tail_sum_N)
     if teacher.tail == "shrink" and shrinkage is not None:
-        outside_N = shrinkage.profile_outside_N(teacher.head_ids_NK, teacher.head_valid_NK)
+        outside_N = shrinkage.profile_outside_N(teacher.topk_ids_NK, teacher.topk_valid_NK)
         if features_NJ is not None:
             shrinkage.observe(_view(logits_NV, tail_sum_N, teacher, weight_N, outside_N), features_NJ)
-        head_gradient_NK += _shrunk_tail(logits_NV, tail, teacher, shrinkage.weights, outside_N)
+        topk_gradient_NK += _shrunk_tail(logits_NV, tail, teacher, shrinkage.weights, outside_N)
     elif teacher.tail == "draws":
         drawn_pull_N = torch.where(teacher.drawn_N, tail.pull_N, 0.0)
         _scale_tail(logits_NV, tail.own_N - (tail.pull_N - drawn_pull_N), tail_sum_N)
-        logits_NV.scatter_add_(1, teacher.draw_ids_NM, -drawn_pull_N[:, None] * teacher.draw_weights_NM)
+        logits_NV.scatter_add_(1, teacher.tail_ids_NM, -drawn_pull_N[:, None] * teacher.tail_weights_NM)
     else:
         _scale_tail(logits_NV, tail.own_N - tail.pull_N, tail_sum_N)
-    logits_NV.scatter_add_(1, teacher.head_ids_NK, head_gradient_NK)
+    logits_NV.scatter_add_(1, teacher.topk_ids_NK, topk_gradient_NK)
     cross_entropy = lse_N.new_zeros(())
     if actual_N is not None and target_ids_N is not None:
         logits_NV.scatter_add_(1, target_ids_N.clamp(min=0)[:, None], -lm_weight * token_N[:, None])
@@ -129,7 +129,7 @@ def divergence_in_place(
 
     divergence = weighted(torch.where(teacher.has_target_N, weight_N, 0.0), value_N).sum() * temperature**2
     known_N = torch.isfinite(teacher.full_log_probs_NE).any(-1)
-    agrees_N = head_NK[:, 0] >= torch.maximum(head_NK.amax(-1), peak_N) if head_NK.shape[1] else torch.zeros_like(lse_N)
+    agrees_N = topk_NK[:, 0] >= torch.maximum(topk_NK.amax(-1), peak_N) if topk_NK.shape[1] else torch.zeros_like(lse_N)
     teacher_tail_N, student_tail_N = teacher.full_log_probs_NE[:, -1].exp(), log_q_NE[:, -1].exp()
     values = (full_kl_N, teacher_tail_N, student_tail_N, teacher.entropy_N, agrees_N)
     for name, metric_N in zip(METRICS, values, strict=True):
@@ -157,7 +157,7 @@ def cross_entropy_in_place(
 
 def _at_two_temperatures(
     logits_NV: Tensor,
-    teacher: TeacherAt,
+    teacher: PreparedTargets,
     metrics: dict[str, Tensor],
     kd_weight: float,
     lm_weight: float,
@@ -176,14 +176,14 @@ def _at_two_temperatures(
     return divergence, cross_entropy
 
 
-def _full_kl(teacher: TeacherAt, log_q_NE: Tensor, draws_log_q_NM: Tensor) -> Tensor:
+def _full_kl(teacher: PreparedTargets, log_q_NE: Tensor, draws_log_q_NM: Tensor) -> Tensor:
     """The best estimate of the forward KL over the whole vocabulary: by the draws where there are any, or bucketed."""
     bucketed_N, _ = event_divergence(teacher.full_log_probs_NE, log_q_NE, _FORWARD_KL)
-    if not teacher.draw_ids_NM.shape[1]:
+    if not teacher.tail_ids_NM.shape[1]:
         return bucketed_N
     p_NE = teacher.full_log_probs_NE.exp()
     head_N = weighted(p_NE[:, :-1], log_q_NE[:, :-1]).sum(-1)
-    tail_N = p_NE[:, -1] * weighted(teacher.draw_weights_NM, draws_log_q_NM).sum(-1)
+    tail_N = p_NE[:, -1] * weighted(teacher.tail_weights_NM, draws_log_q_NM).sum(-1)
     return torch.where(teacher.drawn_N, -head_N - tail_N - teacher.entropy_N, bucketed_N)
 
 
@@ -193,7 +193,7 @@ def _scale_tail(exponentials_NV: Tensor, mass_N: Tensor, sum_N: Tensor) -> None:
 
 
 def _view(
-    exponentials_NV: Tensor, sum_N: Tensor, teacher: TeacherAt, weight_N: Tensor, outside_N: Tensor | None
+    exponentials_NV: Tensor, sum_N: Tensor, teacher: PreparedTargets, weight_N: Tensor, outside_N: Tensor | None
 ) -> TailView:
     """What `shrinkage` learns from: positions with draws, and with some of the profile outside the head."""
     counted_N = teacher.drawn_N if outside_N is None else teacher.drawn_N & (outside_N > 0)
@@ -201,34 +201,38 @@ def _view(
         exponentials_NV,
         sum_N,
         torch.where(counted_N, weight_N * teacher.log_probs_NE[:, -1].exp(), 0.0),
-        teacher.head_ids_NK,
-        teacher.head_valid_NK,
-        teacher.draw_ids_NM,
-        teacher.draw_weights_NM,
+        teacher.topk_ids_NK,
+        teacher.topk_valid_NK,
+        teacher.tail_ids_NM,
+        teacher.tail_weights_NM,
         outside_N,
     )
 
 
 def _shrunk_tail(
-    exponentials_NV: Tensor, tail: _Tail, teacher: TeacherAt, weights: TailWeights | None, outside_N: Tensor | None
+    exponentials_NV: Tensor,
+    tail: _Tail,
+    teacher: PreparedTargets,
+    weights: TailWeights | None,
+    outside_N: Tensor | None,
 ) -> Tensor:
     """Turn the tail's exponentials into own·v − pull·m, m the mixture of v, profile and draws, scaled to a sum of 1.
 
     Returns what must be added at the head's ids, [N, K], since the profile is taken off there as well. Position by
     position, a mixture that leaves nothing is read as the bucket.
     """
-    nothing_NK = torch.zeros_like(teacher.head_ids_NK, dtype=torch.float32)
+    nothing_NK = torch.zeros_like(teacher.topk_ids_NK, dtype=torch.float32)
     if weights is None:
         _scale_tail(exponentials_NV, tail.own_N - tail.pull_N, tail.sum_N)
         return nothing_NK
     per_sum_N = torch.where(tail.sum_N > 0, 1 / tail.sum_N, 0.0)
-    drawn_NM = teacher.draw_weights_NM * weights.draws_V[teacher.draw_ids_NM]
+    drawn_NM = teacher.tail_weights_NM * weights.draws_V[teacher.tail_ids_NM]
     mixed_N = (exponentials_NV @ weights.own_V) * per_sum_N + drawn_NM.sum(-1)
-    profile_head_NK = nothing_NK
+    profile_topk_NK = nothing_NK
     if outside_N is not None:
-        profile_head_NK = torch.where(teacher.head_valid_NK, weights.profile_V[teacher.head_ids_NK], 0.0)
+        profile_topk_NK = torch.where(teacher.topk_valid_NK, weights.profile_V[teacher.topk_ids_NK], 0.0)
         per_mass_N = torch.where(outside_N > 0, 1 / outside_N, 0.0)
-        mixed_N = mixed_N + (weights.profile_V.sum() - profile_head_NK.sum(-1)) * per_mass_N
+        mixed_N = mixed_N + (weights.profile_V.sum() - profile_topk_NK.sum(-1)) * per_mass_N
     pull_N = torch.where(mixed_N > 0, tail.pull_N / mixed_N, 0.0)
     own_N = torch.where(mixed_N > 0, tail.own_N, tail.own_N - tail.pull_N) * per_sum_N
     # Some rows at a time: the factors [rows, V] stay small, yet threads are not sent for a row each.
@@ -241,8 +245,8 @@ def _shrunk_tail(
         block_RV.mul_(torch.addcmul(own_R1, pull_R1, weights.own_V, value=-1, out=factor_RV))
         if outside_N is not None:
             block_RV.addr_((pull_N * per_mass_N)[block], weights.profile_V, alpha=-1)
-    exponentials_NV.scatter_add_(1, teacher.draw_ids_NM, -pull_N[:, None] * drawn_NM)
-    return profile_head_NK * (pull_N * per_mass_N)[:, None] if outside_N is not None else nothing_NK
+    exponentials_NV.scatter_add_(1, teacher.tail_ids_NM, -pull_N[:, None] * drawn_NM)
+    return profile_topk_NK * (pull_N * per_mass_N)[:, None] if outside_N is not None else nothing_NK
 
 
 def _gather_one(logits_NV: Tensor, ids_N: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Divergences between a cached teacher and a student, from the student's logits, in value and gradient.
 
-Letters: N positions, V vocabulary. Everything is in nats.
+Shape suffixes: N positions, V vocabulary. Everything is in nats.
 
 The forward KL reads the tail in one of four ways (see `teacher.py`); all others are defined on head and
 bucket (see `events.py` for their formulas). A temperature T divides the student's logits and raises the teacher's
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llavamod_offline.losses.bucketed_divergence import Measure
+from llavamod_offline.losses.bucketed_divergence import DivergenceSpec
 from llavamod_offline.losses.chunk_gradients import divergence_in_place, no_metrics, shrinkage_for
 from llavamod_offline.losses.shrinkage import Shrinkage
 from llavamod_offline.losses.tail_estimators import Tail, checked_vocabulary, teacher_at
@@ -54,7 +54,7 @@ def forward_kl(
     Errors: `TargetError` if an id lies beyond V, `temperature` has no stored normaliser, the records have a tail but no
     draws that `draws` could use at that temperature, or `shrink` has no state for this vocabulary.
     """
-    return _divergence(logits_NV, targets, Measure("forward_kl"), temperature, tail, shrinkage)
+    return _divergence(logits_NV, targets, DivergenceSpec("forward_kl"), temperature, tail, shrinkage)
 
 
 def reverse_kl(logits_NV: Tensor, targets: SparseTargets, *, temperature: float = 1.0) -> Divergence:
@@ -63,7 +63,7 @@ def reverse_kl(logits_NV: Tensor, targets: SparseTargets, *, temperature: float 
     Source: MiniLLM, arXiv 2306.08543, on the cached support. Errors: `TargetError` as `forward_kl`, or if it is
     infinite, since the teacher gives ids no probability that the student can.
     """
-    return _divergence(logits_NV, targets, Measure("reverse_kl"), temperature)
+    return _divergence(logits_NV, targets, DivergenceSpec("reverse_kl"), temperature)
 
 
 def jensen_shannon(
@@ -73,7 +73,7 @@ def jensen_shannon(
 
     `weight` w in (0, 1); summed over positions; shapes and errors as `forward_kl`. Source: GKD, arXiv 2306.13649.
     """
-    return _divergence(logits_NV, targets, Measure("js", js_weight=weight), temperature)
+    return _divergence(logits_NV, targets, DivergenceSpec("js", js_weight=weight), temperature)
 
 
 def skewed_forward_kl(
@@ -83,7 +83,7 @@ def skewed_forward_kl(
 
     `skew` α in (0, 1); shapes and errors as `forward_kl`. Source: DistiLLM, arXiv 2402.03898.
     """
-    return _divergence(logits_NV, targets, Measure("skewed_forward_kl", skew=skew), temperature)
+    return _divergence(logits_NV, targets, DivergenceSpec("skewed_forward_kl", skew=skew), temperature)
 
 
 def skewed_reverse_kl(
@@ -93,7 +93,7 @@ def skewed_reverse_kl(
 
     `skew` α in (0, 1); shapes and errors as `forward_kl`. Source: DistiLLM, arXiv 2402.03898.
     """
-    return _divergence(logits_NV, targets, Measure("skewed_reverse_kl", skew=skew), temperature)
+    return _divergence(logits_NV, targets, DivergenceSpec("skewed_reverse_kl", skew=skew), temperature)
 
 
 def total_variation(logits_NV: Tensor, targets: SparseTargets, *, temperature: float = 1.0) -> Divergence:
@@ -101,13 +101,13 @@ def total_variation(logits_NV: Tensor, targets: SparseTargets, *, temperature: f
 
     Shapes and errors as `forward_kl`. An event that both give the same probability has a slope of 0.
     """
-    return _divergence(logits_NV, targets, Measure("total_variation"), temperature)
+    return _divergence(logits_NV, targets, DivergenceSpec("total_variation"), temperature)
 
 
 def _divergence(
     logits_NV: Tensor,
     targets: SparseTargets,
-    measure: Measure,
+    measure: DivergenceSpec,
     temperature: float,
     tail: Tail = "bucket",
     shrinkage: Shrinkage | None = None,

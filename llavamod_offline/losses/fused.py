@@ -1,6 +1,6 @@
 """Head and loss in one: from hidden states and the head's weight, in chunks, so that logits [N, V] never exist whole.
 
-Letters: N positions, D hidden size, V rows of the head, C positions of a chunk, S sequences.
+Shape suffixes: N positions, D hidden size, V rows of the head, C positions of a chunk, S sequences.
 
 The gradients with respect to hidden states and head are computed in the forward pass, while a chunk's logits are at
 hand (see `passes.py`). Losses are sums over positions; divide by the number of positions of the optimiser step. Under
@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from llavamod_offline.errors import TargetError
-from llavamod_offline.losses.bucketed_divergence import DivergenceKind, Measure
+from llavamod_offline.losses.bucketed_divergence import DivergenceKind, DivergenceSpec
 from llavamod_offline.losses.chunk_gradients import (
     cross_entropy_in_place,
     divergence_in_place,
     no_metrics,
     shrinkage_for,
 )
-from llavamod_offline.losses.fused_linear import ChunkLoss, FusedHead, TokenLogProbs
+from llavamod_offline.losses.fused_linear import ChunkLoss, FusedLinearDivergence, TokenLogProbs
 from llavamod_offline.losses.shrinkage import Shrinkage
 from llavamod_offline.losses.tail_estimators import Tail, checked_vocabulary, teacher_at
 from llavamod_offline.losses.targets import SparseTargets
@@ -97,7 +97,7 @@ def distillation_from_hidden(
     zero = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
     metrics = no_metrics(hidden_ND.device)
     parts = {"divergence": zero, "cross_entropy": zero}
-    measure = Measure(divergence, js_weight, skew)
+    measure = DivergenceSpec(divergence, js_weight, skew)
     teacher = teacher_at(targets, vocab, measure=measure, tail=tail, temperature=temperature) if kd_weight else None
     state = shrinkage_for(teacher, shrinkage, vocab, hidden_ND.device) if teacher is not None else None
     learns = torch.is_grad_enabled()  # asked here, since it is always off inside an autograd function
@@ -220,5 +220,5 @@ def _vocabulary(head_weight_VD: Tensor, target_ids_N: Tensor, vocab_size: int | 
 def _fused(hidden_ND: Tensor, head_weight_VD: Tensor, vocab: int, chunk_size: int, chunk_loss: ChunkLoss) -> Tensor:
     # needs_input_grad says True under no_grad as well: an evaluation must not pay for gradients.
     train = torch.is_grad_enabled()
-    applied = FusedHead.apply(hidden_ND, head_weight_VD, vocab, chunk_size, chunk_loss, train)  # type: ignore[no-untyped-call]
+    applied = FusedLinearDivergence.apply(hidden_ND, head_weight_VD, vocab, chunk_size, chunk_loss, train)  # type: ignore[no-untyped-call]
     return cast("Tensor", applied)

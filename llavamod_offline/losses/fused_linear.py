@@ -1,6 +1,6 @@
 """Passes over hidden states and head in chunks: logits of a chunk, what a loss makes of them, and on to the next.
 
-Letters: N positions, D hidden size, V rows of the head, C positions of a chunk.
+Shape suffixes: N positions, D hidden size, V rows of the head, C positions of a chunk.
 
 Logits, softmax and sums over chunks are float32. Products take the weight's dtype, and add up and answer in float32: on
 a GPU by themselves; a CPU has none like that for low precision, so there a slab of the head at a time is made float32.
@@ -20,7 +20,7 @@ ChunkLoss = Callable[[Tensor, slice], Tensor]
 _SLAB = 8_192
 
 
-class FusedHead(torch.autograd.Function):
+class FusedLinearDivergence(torch.autograd.Function):
     """hidden [N, D], weight [V, D] → summed loss; both gradients are made on the way, chunk by chunk.
 
     That takes three matrix products a chunk, where making the logits again in the backward pass would take four.

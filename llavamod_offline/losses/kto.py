@@ -1,6 +1,6 @@
 """KTO on single responses, each marked desirable or not, with the teacher's log-probs as the reference.
 
-Letters: S responses, M mismatched ones. With r = policy's − reference's log-prob of a response, weights w, and
+Shape suffixes: S responses, M mismatched ones. With r = policy's − reference's log-prob of a response, weights w, and
 K = max(0, mean r over *mismatched* responses, answers that belong to other prompts), without gradient:
 
 - desirable: w₊ · (1 − σ(β(r − K)))

@@ -1,6 +1,6 @@
 """Preference losses on sequence log-probs, with the teacher's log-probs as the reference.
 
-Letters: B pairs. With r = policy's − reference's log-prob of a response (w chosen, l rejected), β, and the label
+Shape suffixes: B pairs. With r = policy's − reference's log-prob of a response (w chosen, l rejected), β, and the label
 smoothing ε:
 
 - `sigmoid`: −(1 − ε) log σ(β(r_w − r_l)) − ε log σ(−β(r_w − r_l))             (DPO, arXiv 2305.18290; ε: cDPO)
@@ -26,7 +26,7 @@ PREFERENCE_KINDS: tuple[str, ...] = get_args(PreferenceKind)
 
 
 @dataclass(frozen=True)
-class PreferenceLoss:
+class PreferenceTerms:
     """The losses of B pairs (with gradient), and the detached rewards β·r of their responses."""
 
     losses_B: Tensor
@@ -60,7 +60,7 @@ def preference_loss(
     label_smoothing: float = 0.0,
     kl_chosen: Tensor | None = None,
     kl_rejected: Tensor | None = None,
-) -> PreferenceLoss:
+) -> PreferenceTerms:
     """The preference loss of each pair, from log-probs (sums or means) in nats, computed in float32.
 
     `kl_chosen`, `kl_rejected` (for `kto_pair`): mean log-ratios r over the global batch, where it is larger than the
@@ -81,7 +81,7 @@ def preference_loss(
         kl_w, kl_l = _anchor(chosen_B, kl_chosen), _anchor(rejected_B, kl_rejected)
         # 1 − σ(x) = σ(−x)
         losses_B = (torch.sigmoid(-beta * (chosen_B - kl_l)) + torch.sigmoid(-beta * (kl_w - rejected_B))) / 2
-    return PreferenceLoss(losses_B, beta * chosen_B.detach(), beta * rejected_B.detach())
+    return PreferenceTerms(losses_B, beta * chosen_B.detach(), beta * rejected_B.detach())
 
 
 def _anchor(log_ratios_B: Tensor, given: Tensor | None) -> Tensor:

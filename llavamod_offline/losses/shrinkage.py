@@ -1,6 +1,6 @@
 """The tail read by shrinkage: how far to trust the draws and the teacher's mean tail, learnt while training.
 
-Letters: N positions, V vocabulary, D hidden size, J columns of features, R bands of the vocabulary, K slots of the
+Shape suffixes: N positions, V vocabulary, D hidden size, J columns of features, R bands of the vocabulary, K slots of the
 head, M slots of tail draws.
 
 One position: tail mass r, the student's tail shape v, the teacher's mean tail g over the whole cache (its *profile*),
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from llavamod_offline.errors import TargetError
-from llavamod_offline.losses.shrinkage_stats import StepSums, TailView, bands
+from llavamod_offline.losses.shrinkage_stats import ShrinkageSums, TailView, bands
 
 LEAST_MASS = 1e-6  # of the profile outside a head: with less, rounding would choose its shape
 
@@ -78,7 +78,7 @@ class Shrinkage:
         self._running_4R = torch.zeros(4, self._bands, dtype=torch.float64)
         self._counts_3 = torch.zeros(3, dtype=torch.float64)
         self._projection_DJ: Tensor | None = None
-        self._sums: StepSums | None = None
+        self._sums: ShrinkageSums | None = None
         self.weights: TailWeights | None = None
 
     def to(self, device: torch.device) -> None:
@@ -100,17 +100,17 @@ class Shrinkage:
         hidden_ND = hidden_ND.detach().float()
         return torch.cat([hidden_ND @ self._projection_DJ, torch.ones_like(hidden_ND[:, :1])], 1)
 
-    def profile_outside_N(self, head_ids_NK: Tensor, head_valid_NK: Tensor) -> Tensor | None:
+    def profile_outside_N(self, topk_ids_NK: Tensor, topk_valid_NK: Tensor) -> Tensor | None:
         """The profile's mass outside each head, 0 where it is next to nothing; None without a profile."""
         if self._profile_V is None:
             return None
-        outside_N = 1.0 - torch.where(head_valid_NK, self._profile_V[head_ids_NK], 0.0).sum(-1)
+        outside_N = 1.0 - torch.where(topk_valid_NK, self._profile_V[topk_ids_NK], 0.0).sum(-1)
         return torch.where(outside_N > LEAST_MASS, outside_N, 0.0)
 
     def observe(self, view: TailView, features_NJ: Tensor) -> None:
         """Add a chunk of positions to the step's sums."""
         if self._sums is None:
-            self._sums = StepSums(len(self._band_V), features_NJ.shape[1], self._bands, features_NJ.device)
+            self._sums = ShrinkageSums(len(self._band_V), features_NJ.shape[1], self._bands, features_NJ.device)
         self._sums.add(view, features_NJ, self._profile_V, self._band_V)
 
     def finish_step(self, sum_over_ranks: Callable[[Tensor], Tensor] = lambda values: values) -> None:
@@ -129,7 +129,7 @@ class Shrinkage:
         self._set_weights()
 
     def entry(self) -> dict[str, list[float]]:
-        """The weights in force, of each band, for the log: a as `tail_profile_weight`, λ as `tail_draws_weight`."""
+        """The weights in force, of each band, for the log: a as `tail_profile_weight`, λ as `tail_samples_weight`."""
         zeros_R = torch.zeros(self._bands)
         profile_R = zeros_R if self.weights is None else self.weights.profile_R
         draws_R = zeros_R if self.weights is None else self.weights.draws_R

@@ -1,6 +1,6 @@
 """What the tails of one optimiser step's positions say in common: sums over positions, then a few numbers a band.
 
-Letters as in `shrinkage.py`: N positions, V vocabulary, J columns of features, R bands, K slots of the head, M slots of
+Shape suffixes as in `shrinkage.py`: N positions, V vocabulary, J columns of features, R bands, K slots of the head, M slots of
 tail draws; r tail mass, v the student's tail shape, g the profile's, û the draws, φ features.
 """
 
@@ -26,14 +26,14 @@ class TailView:
     exponentials_NV: Tensor
     tail_sum_N: Tensor
     rates_N: Tensor
-    head_ids_NK: Tensor
-    head_valid_NK: Tensor
-    draw_ids_NM: Tensor
-    draw_weights_NM: Tensor
+    topk_ids_NK: Tensor
+    topk_valid_NK: Tensor
+    tail_ids_NM: Tensor
+    tail_weights_NM: Tensor
     outside_N: Tensor | None
 
 
-class StepSums:
+class ShrinkageSums:
     """The sums S = Σ r(û − v)⊗φ and what gives G = Σ r(g − v)⊗φ, over the chunks and micro-batches of a step.
 
     G = S − `rest` + g⊗`shared`: `rest` = Σ r·û⊗φ + Σ r·g(head)/`outside`⊗φ, so that the wide product with v is done
@@ -56,15 +56,15 @@ class StepSums:
         features_NJ = torch.where(counted_N[:, None], features_NJ, 0.0)
         per_sum_N = torch.where(counted_N & (view.tail_sum_N > 0), rates_N / view.tail_sum_N, 0.0)
         self._difference_VJ.addmm_(view.exponentials_NV.T, per_sum_N[:, None] * features_NJ, alpha=-1)
-        drawn_NM = rates_N[:, None] * view.draw_weights_NM
-        draw_ids_L, drawn_LJ = view.draw_ids_NM.flatten(), _spread(drawn_NM, features_NJ)
-        self._difference_VJ.index_add_(0, draw_ids_L, drawn_LJ)
-        self._noise_RJ.index_add_(0, band_V[draw_ids_L], drawn_LJ.square())
+        drawn_NM = rates_N[:, None] * view.tail_weights_NM
+        tail_ids_L, drawn_LJ = view.tail_ids_NM.flatten(), _spread(drawn_NM, features_NJ)
+        self._difference_VJ.index_add_(0, tail_ids_L, drawn_LJ)
+        self._noise_RJ.index_add_(0, band_V[tail_ids_L], drawn_LJ.square())
         if profile_V is not None and view.outside_N is not None:
-            self._rest_VJ.index_add_(0, draw_ids_L, drawn_LJ)
+            self._rest_VJ.index_add_(0, tail_ids_L, drawn_LJ)
             per_mass_N = torch.where(counted_N, rates_N / view.outside_N, 0.0)
-            head_NK = torch.where(view.head_valid_NK, profile_V[view.head_ids_NK], 0.0) * per_mass_N[:, None]
-            self._rest_VJ.index_add_(0, view.head_ids_NK.flatten(), _spread(head_NK, features_NJ))
+            topk_NK = torch.where(view.topk_valid_NK, profile_V[view.topk_ids_NK], 0.0) * per_mass_N[:, None]
+            self._rest_VJ.index_add_(0, view.topk_ids_NK.flatten(), _spread(topk_NK, features_NJ))
             self._shared_J += (per_mass_N[:, None] * features_NJ).sum(0)
         self._squares_J += features_NJ.square().sum(0)
         self._positions += counted_N.sum()

@@ -1,6 +1,6 @@
 """The cached teacher as a divergence wants it: at one temperature, in one reading of the tail, as a few events.
 
-Letters: N positions, K slots of the head, M of tail draws, E = K + 1 events: the head's ids, then the tail as a bucket.
+Shape suffixes: N positions, K slots of the head, M of tail draws, E = K + 1 events: the head's ids, then the tail as a bucket.
 
 The readings of the tail differ in the target p̂, whose gradient in the logits is q − p̂ under the forward KL. With the
 teacher p, the tail's mass r and the student q:
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from llavamod_offline.errors import TargetError
-from llavamod_offline.losses.bucketed_divergence import Measure
+from llavamod_offline.losses.bucketed_divergence import DivergenceSpec
 from llavamod_offline.losses.targets import EMPTY_ID, SparseTargets
 
 Tail = Literal["shrink", "bucket", "draws", "renormalised"]
@@ -34,7 +34,7 @@ NEVER = float("-inf")
 
 
 @dataclass(frozen=True)
-class TeacherAt:
+class PreparedTargets:
     """The teacher at one temperature; empty slots hold id 0, log-prob −inf and weight 0.
 
     `log_probs_NE` is what the loss imitates and sums to 1 in each row; `full_log_probs_NE` what the metrics compare
@@ -42,20 +42,20 @@ class TeacherAt:
     nor tail, which adds nothing to anything; `drawn_N` says which rows have a tail and draws from it.
     """
 
-    head_ids_NK: Tensor
-    head_valid_NK: Tensor
+    topk_ids_NK: Tensor
+    topk_valid_NK: Tensor
     log_probs_NE: Tensor
     full_log_probs_NE: Tensor
-    draw_ids_NM: Tensor
-    draw_weights_NM: Tensor
+    tail_ids_NM: Tensor
+    tail_weights_NM: Tensor
     entropy_N: Tensor
     has_target_N: Tensor
     drawn_N: Tensor
     temperature: float
     tail: Tail
-    measure: Measure
+    measure: DivergenceSpec
 
-    def __getitem__(self, rows: slice) -> TeacherAt:
+    def __getitem__(self, rows: slice) -> PreparedTargets:
         """A slice of the positions."""
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
         sliced: dict[str, Any] = {name: value[rows] for name, value in values if isinstance(value, Tensor)}
@@ -66,7 +66,7 @@ def checked_vocabulary(targets: SparseTargets, head_rows: int) -> int:
     """The number of ids the divergence ranges over. Errors: `TargetError` if a target's id is beyond the head."""
     if targets.vocab_size <= head_rows:
         return targets.vocab_size
-    ids = (targets.head_ids_NK, targets.draw_ids_NM, targets.target_ids_N)
+    ids = (targets.topk_ids_NK, targets.tail_ids_NM, targets.target_ids_N)
     largest = max((int(tensor.max()) for tensor in ids if tensor.numel()), default=EMPTY_ID)
     if largest >= head_rows:
         raise TargetError(
@@ -77,8 +77,8 @@ def checked_vocabulary(targets: SparseTargets, head_rows: int) -> int:
 
 
 def teacher_at(
-    targets: SparseTargets, vocab: int, *, measure: Measure, tail: Tail = "bucket", temperature: float = 1.0
-) -> TeacherAt:
+    targets: SparseTargets, vocab: int, *, measure: DivergenceSpec, tail: Tail = "bucket", temperature: float = 1.0
+) -> PreparedTargets:
     """Bring the records to a temperature and a reading of the tail, for one divergence over `vocab` ids.
 
     Errors: `TargetError` if `tail` is unknown or not `bucket` where the divergence is defined on head and bucket alone;
@@ -93,39 +93,39 @@ def teacher_at(
         )
     if not temperature > 0:
         raise TargetError(f"temperature {temperature:g}: expected a number above 0")
-    valid_NK = targets.head_ids_NK != EMPTY_ID
+    valid_NK = targets.topk_ids_NK != EMPTY_ID
     normaliser_N = targets.log_normaliser_N(temperature).double()
-    head_NK = targets.head_log_probs_NK.double() / temperature - normaliser_N[:, None]
-    head_NK = head_NK.masked_fill(~valid_NK, NEVER)
+    topk_NK = targets.topk_log_probs_NK.double() / temperature - normaliser_N[:, None]
+    topk_NK = topk_NK.masked_fill(~valid_NK, NEVER)
     tail_N = targets.tail_log_mass_N.double()
     if temperature != 1.0:
         tail_ids_N = (targets.vocab_size - valid_NK.sum(-1)).clamp(min=1)
-        tail_N = _tail_at(tail_N, tail_ids_N, head_NK, normaliser_N, temperature)
+        tail_N = _tail_at(tail_N, tail_ids_N, topk_NK, normaliser_N, temperature)
     # A head that holds the whole vocabulary leaves no tail, whatever rounding says.
     whole_N = valid_NK.sum(-1) >= vocab
-    full_NE = _normalised(torch.cat([head_NK, tail_N.masked_fill(whole_N, NEVER)[:, None]], 1))
+    full_NE = _normalised(torch.cat([topk_NK, tail_N.masked_fill(whole_N, NEVER)[:, None]], 1))
     log_probs_NE = full_NE if tail != "renormalised" else _without_tail(full_NE)
     has_target_N = torch.isfinite(log_probs_NE).any(-1)
     if measure.kind == "reverse_kl":
         _check_support(log_probs_NE, valid_NK, whole_N | ~has_target_N)
-    draw_ids_NM, draw_weights_NM = _usable_draws(targets, full_NE[:, -1], tail, temperature)
-    return TeacherAt(
-        head_ids_NK=targets.head_ids_NK.long().clamp(min=0),
-        head_valid_NK=valid_NK,
+    tail_ids_NM, tail_weights_NM = _usable_tail_samples(targets, full_NE[:, -1], tail, temperature)
+    return PreparedTargets(
+        topk_ids_NK=targets.topk_ids_NK.long().clamp(min=0),
+        topk_valid_NK=valid_NK,
         log_probs_NE=log_probs_NE.float(),
         full_log_probs_NE=full_NE.float(),
-        draw_ids_NM=draw_ids_NM,
-        draw_weights_NM=draw_weights_NM,
+        tail_ids_NM=tail_ids_NM,
+        tail_weights_NM=tail_weights_NM,
         entropy_N=targets.entropy_N,
         has_target_N=has_target_N,
-        drawn_N=(draw_weights_NM.sum(-1) > 0) & torch.isfinite(full_NE[:, -1]),
+        drawn_N=(tail_weights_NM.sum(-1) > 0) & torch.isfinite(full_NE[:, -1]),
         temperature=temperature,
         tail="bucket" if tail == "shrink" and temperature != 1.0 else tail,
         measure=measure,
     )
 
 
-def _tail_at(tail_N: Tensor, ids_N: Tensor, head_NK: Tensor, normaliser_N: Tensor, temperature: float) -> Tensor:
+def _tail_at(tail_N: Tensor, ids_N: Tensor, topk_NK: Tensor, normaliser_N: Tensor, temperature: float) -> Tensor:
     """The tail's log mass at T: what the head at T leaves, within what a tail of that mass over so many ids allows.
 
     The difference is rounded where little is left. Σ p^(1/T) over a tail of n ids and mass r lies between r^(1/T), all
@@ -133,7 +133,7 @@ def _tail_at(tail_N: Tensor, ids_N: Tensor, head_NK: Tensor, normaliser_N: Tenso
     """
     one_id_N = tail_N / temperature - normaliser_N
     evenly_N = one_id_N + (1 - 1 / temperature) * ids_N.double().log()
-    left_N = (1.0 - head_NK.exp().sum(-1)).clamp(min=0.0).log()
+    left_N = (1.0 - topk_NK.exp().sum(-1)).clamp(min=0.0).log()
     left_N = left_N.clamp(torch.minimum(one_id_N, evenly_N), torch.maximum(one_id_N, evenly_N))
     return torch.where(torch.isneginf(tail_N), tail_N, left_N)
 
@@ -160,9 +160,11 @@ def _check_support(log_probs_NE: Tensor, valid_NK: Tensor, tail_unreachable_N: T
         )
 
 
-def _usable_draws(targets: SparseTargets, tail_N: Tensor, tail: Tail, temperature: float) -> tuple[Tensor, Tensor]:
+def _usable_tail_samples(
+    targets: SparseTargets, tail_N: Tensor, tail: Tail, temperature: float
+) -> tuple[Tensor, Tensor]:
     """The draws as ids ≥ 0 and float32 weights, or none at a temperature they were not drawn at."""
-    ids_NM = targets.draw_ids_NM
+    ids_NM = targets.tail_ids_NM
     if tail == "draws" and bool(torch.isfinite(tail_N).any()):
         if temperature != 1.0:
             raise TargetError(
@@ -175,5 +177,5 @@ def _usable_draws(targets: SparseTargets, tail_N: Tensor, tail: Tail, temperatur
             )
     if temperature != 1.0:
         ids_NM = ids_NM[:, :0]
-    weights_NM = targets.draw_weights_NM[:, : ids_NM.shape[1]].float()
+    weights_NM = targets.tail_weights_NM[:, : ids_NM.shape[1]].float()
     return ids_NM.long().clamp(min=0), weights_NM

@@ -1,6 +1,6 @@
 """SparseTargets: the one in-memory form of a cached teacher; the losses know nothing of the disk format.
 
-Letters: N positions, K slots of the longest head, M slots of the longest list of tail draws, S stored temperatures.
+Shape suffixes: N positions, K slots of the longest head, M slots of the longest list of tail draws, S stored temperatures.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ EMPTY_ID = -1
 class SparseTargets:
     """The teacher's distributions at N positions, truncated faithfully; all log-probs are natural, float32, at T = 1.
 
-    `head_ids_NK`, `head_log_probs_NK`: the head, most likely first; an empty slot holds −1 and −inf.
+    `topk_ids_NK`, `topk_log_probs_NK`: the head, most likely first; an empty slot holds −1 and −inf.
     `tail_log_mass_N`: log of the probability outside the head, −inf where there is no tail.
-    `draw_ids_NM`, `draw_weights_NM`: ids drawn from the tail and the share of the tail's mass each stands for (a row
+    `tail_ids_NM`, `tail_weights_NM`: ids drawn from the tail and the share of the tail's mass each stands for (a row
     sums to 1, or to 0 where nothing was drawn); an empty slot holds −1 and 0.
     `target_ids_N`, `target_log_probs_N`: the actual token and its log-prob. `entropy_N`: of the full one, nats.
     `log_normalisers_NS`: log Σ_v p(v)^(1/T) for each of `temperatures`. Ids, of 32 or 64 bits, are < `vocab_size`.
     """
 
-    head_ids_NK: Tensor
-    head_log_probs_NK: Tensor
+    topk_ids_NK: Tensor
+    topk_log_probs_NK: Tensor
     tail_log_mass_N: Tensor
-    draw_ids_NM: Tensor
-    draw_weights_NM: Tensor
+    tail_ids_NM: Tensor
+    tail_weights_NM: Tensor
     target_ids_N: Tensor
     target_log_probs_N: Tensor
     entropy_N: Tensor
@@ -40,7 +40,7 @@ class SparseTargets:
     vocab_size: int
 
     def __len__(self) -> int:
-        return self.head_ids_NK.shape[0]
+        return self.topk_ids_NK.shape[0]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SparseTargets:
         """Move every tensor to `device`."""
@@ -92,11 +92,11 @@ def concatenate_targets(parts: list[SparseTargets]) -> SparseTargets:
         return torch.cat([getattr(part, name) for part in parts])
 
     return SparseTargets(
-        head_ids_NK=join("head_ids_NK", EMPTY_ID),
-        head_log_probs_NK=join("head_log_probs_NK", float("-inf")),
+        topk_ids_NK=join("head_ids_NK", EMPTY_ID),
+        topk_log_probs_NK=join("head_log_probs_NK", float("-inf")),
         tail_log_mass_N=stack("tail_log_mass_N"),
-        draw_ids_NM=join("draw_ids_NM", EMPTY_ID),
-        draw_weights_NM=join("draw_weights_NM", 0.0),
+        tail_ids_NM=join("draw_ids_NM", EMPTY_ID),
+        tail_weights_NM=join("draw_weights_NM", 0.0),
         target_ids_N=stack("target_ids_N"),
         target_log_probs_N=stack("target_log_probs_N"),
         entropy_N=stack("entropy_N"),

@@ -6,7 +6,7 @@ its weight to the experts it keeps; one that loses all has the residual stream a
 Source: GShard (arXiv 2006.16668) as DeepSpeed's top-2 gate does it, but without noise in the second choice, and with
 padding outside of the count. Evaluation never drops.
 
-Letters: B sequences, T tokens, S = B·T tokens in a row, E experts, K choices a token.
+Shape suffixes: B sequences, T tokens, S = B·T tokens in a row, E experts, K choices a token.
 """
 
 from __future__ import annotations

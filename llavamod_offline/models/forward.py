@@ -1,6 +1,6 @@
 """The student's forward pass up to its last hidden states; the head belongs to the fused losses.
 
-Letters: B sequences, T tokens, D hidden size, V rows of the head, I images, P image tokens of one, Q places of images,
+Shape suffixes: B sequences, T tokens, D hidden size, V rows of the head, I images, P image tokens of one, Q places of images,
 C channels.
 """
 

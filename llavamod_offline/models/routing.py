@@ -1,6 +1,6 @@
 """Watching the routers of a sparse student during a training step: the balance loss and the experts' load.
 
-Letters: B sequences, T tokens, S = B·T tokens in a row, E experts, K experts a token, L sparse layers.
+Shape suffixes: B sequences, T tokens, S = B·T tokens in a row, E experts, K experts a token, L sparse layers.
 
 The balance loss of a layer is E · Σ_e mean(gate_e) · fraction_first_choice(e) over the tokens that are no padding: 1
 when balanced, E when one expert gets all. Source: GShard (arXiv 2006.16668) as DeepSpeed's top-2 gate computes it. It

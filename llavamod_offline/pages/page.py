@@ -16,7 +16,7 @@ from typing import Any
 
 PALETTE = ("#2563eb", "#d97706", "#059669", "#7c3aed", "#dc2626", "#0891b2", "#be185d", "#4d7c0f")
 THUMBNAIL_SIDE = 320
-_LOSSLESS_SIDE = 96  # small pictures are kept to the pixel
+_LOSSLESS_SIDE = 96  # small images are kept to the pixel
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --card: #ffffff; --page: #f8fafc;
@@ -110,12 +110,12 @@ def tiles(figures: Mapping[str, str]) -> str:
 
 
 def picture(encoded: bytes, *, description: str) -> str:
-    """An image file as an inline picture."""
+    """An image file as an inline image."""
     return f'<img class="picture" alt="{escape(description)}" src="{_data_uri(encoded)}">'
 
 
 def thumbnail(encoded: bytes, *, name: str, side: int = THUMBNAIL_SIDE) -> tuple[str, tuple[int, int]]:
-    """A copy of a picture with no side longer than `side`, as a data URI, and the picture's own (width, height).
+    """A copy of an image with no side longer than `side`, as a data URI, and the picture's own (width, height).
 
     Errors: `DataError` naming it if it cannot be decoded.
     """

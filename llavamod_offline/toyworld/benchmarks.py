@@ -27,7 +27,7 @@ _MME_KINDS = {"presence": "existence", "relation": "position"}
 
 
 def write_benchmarks(root: Path, *, images: int, seed: int) -> None:
-    """Write all four benchmarks below `root`, over `images` pictures each, POPE with its three rounds over half."""
+    """Write all four benchmarks below `root`, over `images` images each, POPE with its three rounds over half."""
     rng = random.Random(seed)
     _write_pope(root / "pope", _object_scenes(-(-images // 2), rng), rng)
     _write_gqa(root / "gqa", [random_scene(rng) for _ in range(images)], rng)
@@ -104,7 +104,7 @@ def _write_gqa(folder: Path, scenes: Sequence[Scene], rng: random.Random) -> Non
 
 
 def _write_mme(folder: Path, scenes: Sequence[Scene], rng: random.Random) -> None:
-    """Two questions a picture, one whose answer is yes and one whose answer is no."""
+    """Two questions an image, one whose answer is yes and one whose answer is no."""
     rows = []
     for index, scene in enumerate(scenes):
         asked = questions(scene, rng, 40)

@@ -10,7 +10,7 @@ from llavamod_offline.toyworld.scene import Scene
 
 
 def captioned(scene: Scene, rng: random.Random) -> list[Turn]:
-    """One request for a description and the caption; the picture stands before or after the words."""
+    """One request for a description and the caption; the image stands before or after the words."""
     request = rng.choice((DESCRIBE, DESCRIBE, BRIEFLY))
     text = rng.choice(
         (f"{IMAGE_PLACEHOLDER}\n{request}", f"{IMAGE_PLACEHOLDER}\n{request}", f"{request}\n{IMAGE_PLACEHOLDER}")
@@ -38,7 +38,7 @@ def quizzed(scene: Scene, rng: random.Random, rounds: int) -> list[Turn]:
 
 
 def with_image(turns: list[Turn]) -> list[Turn]:
-    """Put the picture at the head of the first turn."""
+    """Put the image at the head of the first turn."""
     return [Turn("user", f"{IMAGE_PLACEHOLDER}\n{turns[0].text}"), *turns[1:]]
 
 

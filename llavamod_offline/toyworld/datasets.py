@@ -23,10 +23,10 @@ _SPEAKER = {"user": "human", "assistant": "gpt"}
 def write_datasets(
     folder: Path, *, align: int, general: int, multitask: int, preference: int, error_share: float, seed: int
 ) -> dict[str, Path]:
-    """Write `align.json`, `general.json`, `multitask.json` (pictures below `images/`) and `preference.parquet`.
+    """Write `align.json`, `general.json`, `multitask.json` (images below `images/`) and `preference.parquet`.
 
     `align` has captions; `general` captions, conversations and quizzes; `multitask` quizzes of counting, reading,
-    charts and yes/no. `error_share` of the answers in `general` and `multitask` belong to another picture,
+    charts and yes/no. `error_share` of the answers in `general` and `multitask` belong to another image,
     as answers do that people and programs write at the scale of the web. Returns the file of each set; sizes are in
     samples.
     """
@@ -78,7 +78,7 @@ def _llava_row(
 def _with_errors(
     turns: list[Turn], speak: Callable[[Scene, random.Random], list[Turn]], rng: random.Random, error_share: float
 ) -> list[Turn]:
-    """Replace a share of the answers by what is said of some other picture in reply to a request of the same kind."""
+    """Replace a share of the answers by what is said of some other image in reply to a request of the same kind."""
     replaced = []
     for position, turn in enumerate(turns):
         if turn.role == "assistant" and rng.random() < error_share:
@@ -103,7 +103,7 @@ def _sentence_like(turn: Turn) -> bool:
 
 
 def _preference_table(size: int, rng: random.Random) -> pa.Table:
-    """Pairs of descriptions with the columns of RLAIF-V; the rejected one names objects that are not in the picture."""
+    """Pairs of descriptions with the columns of RLAIF-V; the rejected one names objects that are not in the image."""
     rows = []
     for index in range(size):
         scene = random_scene(rng)

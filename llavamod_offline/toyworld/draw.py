@@ -1,4 +1,4 @@
-"""Drawing scenes as 96×96 pictures with Pillow, from plain shapes and a bitmap font of our own."""
+"""Drawing scenes as 96×96 images with Pillow, from plain shapes and a bitmap font of our own."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _GLYPHS = {
 
 
 def draw_scene(scene: Scene) -> Image.Image:
-    """Draw a scene as an RGB picture of `IMAGE_SIDE` pixels a side; the same scene gives the same pixels."""
+    """Draw a scene as an RGB image of `IMAGE_SIDE` pixels a side; the same scene gives the same pixels."""
     image = Image.new("RGB", (IMAGE_SIDE, IMAGE_SIDE), _BACKGROUND_RGB[scene.background])
     canvas = ImageDraw.Draw(image)
     jitter = random.Random(scene.jitter_seed)

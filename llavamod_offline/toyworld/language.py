@@ -46,7 +46,7 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 
 def hallucinated_caption(scene: Scene, rng: random.Random) -> str:
-    """A caption that names one or two objects that are not in the picture, in place of or beside those that are."""
+    """A caption that names one or two objects that are not in the image, in place of or beside those that are."""
     taken = {thing.cell for thing in scene.things} | ({scene.sign.cell} if scene.sign else set())
     free = [cell for cell in range(len(PLACES)) if cell not in taken]
     things = list(scene.things)

@@ -2,7 +2,7 @@
 
 What is kept is what has the largest weights, as pruning by magnitude does; the rest must be taught again.
 
-Letters: D hidden size, F feed-forward size, H heads, V rows of the embeddings, of which the head is made.
+Shape suffixes: D hidden size, F feed-forward size, H heads, V rows of the embeddings, of which the head is made.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     python -m llavamod_offline.toyworld.pretrain --output DIR
 
 The tower learns from ground truth what each patch shows and is frozen, as CLIP is in LLaVA; the teacher's projector
-and language model then learn conversations about pictures. The small language model, a student's beginning, is every
+and language model then learn conversations about images. The small language model, a student's beginning, is every
 second layer of the teacher's, as depth-pruned students begin: it has to be aligned with a tower and to be taught again.
 
-Letters: B pictures or conversations, C channels, H and W pixels, T tokens, D hidden size, V ids, P patches,
+Shape suffixes: B images or conversations, C channels, H and W pixels, T tokens, D hidden size, V ids, P patches,
 A attributes, N supervised tokens, X classes of all attributes.
 """
 
@@ -40,7 +40,7 @@ from transformers import (
 
 from llavamod_offline.data.encode.collate import collate
 from llavamod_offline.data.encode.template import get_template
-from llavamod_offline.data.encode.tokenize import Sequence, SequenceEncoder
+from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequence
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
 from llavamod_offline.models.checkpoint import load_tokenizer
 from llavamod_offline.toyworld.conversations import mixed, questioned
@@ -155,7 +155,7 @@ def new_llava(
 
 def conversations(
     rng: random.Random, encoder: SequenceEncoder, speak: Speaker
-) -> Iterator[tuple[list[Scene], list[Sequence]]]:
+) -> Iterator[tuple[list[Scene], list[TokenizedSequence]]]:
     """Endless batches of conversations, four batches' worth sorted by length at a time to spare padding."""
     while True:
         drawn = []
@@ -188,7 +188,7 @@ def train_on_pictures(
     seed: int,
     folder: Path,
 ) -> None:
-    """Train projector and language model on pictures, the tower frozen; save to `folder` as it goes."""
+    """Train projector and language model on images, the tower frozen; save to `folder` as it goes."""
     batches = conversations(random.Random(seed), encoder, speak)
     for step, optimizer in _steps(model, steps, learning_rate=learning_rate, name="pictures"):
         scenes, sequences = next(batches)

@@ -1,6 +1,6 @@
-"""Scenes of the toy world: what is in a picture, drawn at random from a seed, with everything there is to know of it.
+"""Scenes of the toy world: what is in an image, drawn at random from a seed, with everything there is to know of it.
 
-A picture is a 3×3 grid. A scene holds either one to four objects (shape, colour, size, place) and perhaps a sign with a
+An image is a 3×3 grid. A scene holds either one to four objects (shape, colour, size, place) and perhaps a sign with a
 written word or number, or a bar chart.
 """
 
@@ -59,7 +59,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything there is to know of one picture. `bars` is empty unless the scene is a chart."""
+    """Everything there is to know of one image. `bars` is empty unless the scene is a chart."""
 
     things: tuple[Thing, ...]
     sign: Sign | None
@@ -69,7 +69,7 @@ class Scene:
 
     @property
     def is_chart(self) -> bool:
-        """Whether the picture is a bar chart."""
+        """Whether the image is a bar chart."""
         return bool(self.bars)
 
 

@@ -1,6 +1,6 @@
-"""Ground truth as numbers: what each patch of a picture shows, to train the toy vision tower.
+"""Ground truth as numbers: what each patch of an image shows, to train the toy vision tower.
 
-Letters: P patches of a picture (6×6, two by two of them a cell), A attributes.
+Shape suffixes: P patches of an image (6×6, two by two of them a cell), A attributes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def patch_labels(scene: Scene) -> NDArray[np.int64]:
 
 
 def presence_labels(scene: Scene) -> NDArray[np.float32]:
-    """Which (colour, shape) classes the picture holds, as zeros and ones, [PRESENCE_CLASSES]."""
+    """Which (colour, shape) classes the image holds, as zeros and ones, [PRESENCE_CLASSES]."""
     present = np.zeros(PRESENCE_CLASSES, dtype=np.float32)
     for thing in scene.things:
         present[COLOURS.index(thing.colour) * len(SHAPES) + SHAPES.index(thing.shape)] = 1

@@ -1,1 +1,1 @@
-"""vLLM, driven with this project's own tokens and pictures; imported only where an engine asks for it."""
+"""vLLM, driven with this project's own tokens and images; imported only where an engine asks for it."""

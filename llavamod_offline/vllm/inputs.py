@@ -1,6 +1,6 @@
-"""Our tokens and pictures as vLLM's own processed input: nothing is tokenised, expanded or resized a second time.
+"""Our tokens and images as vLLM's own processed input: nothing is tokenised, expanded or resized a second time.
 
-Letters: T tokens of a prompt.
+Shape suffixes: T tokens of a prompt.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from numpy.typing import NDArray
 
 from llavamod_offline.errors import ModelError
 
-TOKENS_FIELD = "llavamod_picture_tokens"  # goes with each picture into the model, which compares
-_NAMES = {"image_size": "image_sizes"}  # of several pictures, as models are given them
+TOKENS_FIELD = "llavamod_picture_tokens"  # goes with each image into the model, which compares
+_NAMES = {"image_size": "image_sizes"}  # of several images, as models are given them
 _ON_CPU = frozenset({TOKENS_FIELD, "image_grid_thw", "image_sizes"})  # models read these as numbers
 
 
 class Pixels(Protocol):
-    """One picture as the model takes it: its named arrays, and the number of image tokens it takes."""
+    """One image as the model takes it: its named arrays, and the number of image tokens it takes."""
 
     @property
     def inputs(self) -> Mapping[str, NDArray[np.generic]]:
-        """The arrays that Hugging Face's model takes, of this picture alone."""
+        """The arrays that Hugging Face's model takes, of this image alone."""
         ...
 
     @property
@@ -42,9 +42,9 @@ def engine_input(
     salt: str,
     dtype: torch.dtype,
 ) -> Any:
-    """A prompt of vLLM's engine. `salt`: prompts share cached prefixes and pictures only with those of the same salt.
+    """A prompt of vLLM's engine. `salt`: prompts share cached prefixes and images only with those of the same salt.
 
-    Errors: `ModelError` naming the prompt if its image tokens are not those of its pictures.
+    Errors: `ModelError` naming the prompt if its image tokens are not those of its images.
     """
     from vllm.inputs.engine import mm_input, tokens_input
     from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange

@@ -1,4 +1,4 @@
-"""Twins of vLLM's models that load what transformers 5 and upcycling save, and check what a picture becomes.
+"""Twins of vLLM's models that load what transformers 5 and upcycling save, and check what an image becomes.
 
 `OfflineX` of this module is vLLM's X, for the generating runner.
 """
@@ -36,7 +36,7 @@ def vllm_model(architecture: str) -> Any:
 def twin(base: Any, name: str, *others: Any, **body: Any) -> type:
     """A subclass of one of vLLM's model classes (and of `others`), with what is in `body`.
 
-    It raises `ModelError` where a picture becomes another number of tokens than our sequences hold for it.
+    It raises `ModelError` where an image becomes another number of tokens than our sequences hold for it.
     """
 
     def embed_multimodal(self: Any, **kwargs: Any) -> Any:

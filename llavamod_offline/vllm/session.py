@@ -93,7 +93,7 @@ class Session:
                     enforce_eager=settings.eager,
                     enable_chunked_prefill=True,
                     enable_prefix_caching=True,
-                    mm_processor_cache_gb=0,  # pictures come processed,
+                    mm_processor_cache_gb=0,  # images come processed,
                     mm_device_do_normalize=False,  # and normalised
                     disable_log_stats=True,
                     use_tqdm_on_load=False,

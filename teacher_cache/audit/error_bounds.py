@@ -1,6 +1,6 @@
 """How far decoded records may lie from those that were captured: the errors of FORMAT.md, sections 3.1 to 3.4.
 
-Letters: N positions, H entries of all heads.
+Shape suffixes: N positions, H entries of all heads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Doubles = NDArray[np.float64]
 class Bounds:
     """The largest error of each number: log-probs (of targets outside the head as well) and entropy in nats."""
 
-    head_H: Doubles
+    topk_H: Doubles
     outside_N: Doubles
     shift_N: Doubles
     tail_N: Doubles
@@ -31,22 +31,22 @@ class Bounds:
 def record_bounds(captured: Records, precision: Precision | None) -> Bounds:
     """Bound what encoding and decoding does to records; zeros for `exact` (None).
 
-    A head is shifted as a whole to restore the mass (3.3): by at most `shift_N`, which `head_H` includes and which a
+    A head is shifted as a whole to restore the mass (3.3): by at most `shift_N`, which `topk_H` includes and which a
     target in the head shares.
     """
     nothing_N = np.zeros(len(captured))
     if precision is None or not len(captured):
-        return Bounds(np.zeros(len(captured.head_ids_H)), nothing_N, nothing_N, nothing_N, nothing_N)
+        return Bounds(np.zeros(len(captured.topk_ids_H)), nothing_N, nothing_N, nothing_N, nothing_N)
     tail_N = np.exp(captured.tail_log_mass_N.astype(np.float64))
     low_N, high_N = _share_range(tail_N, precision)
-    own_H = log_prob_bound(captured.head_log_probs_H, precision)
-    probs_H = np.exp(captured.head_log_probs_H.astype(np.float64))
-    begin_N = starts(captured.head_counts_N)
+    own_H = log_prob_bound(captured.topk_log_probs_H, precision)
+    probs_H = np.exp(captured.topk_log_probs_H.astype(np.float64))
+    begin_N = starts(captured.topk_counts_N)
     raised_N = np.add.reduceat(probs_H * np.exp(own_H), begin_N) / np.add.reduceat(probs_H, begin_N)
     mass_N = np.maximum(np.abs(np.log1p(-low_N) - np.log1p(-tail_N)), np.abs(np.log1p(-high_N) - np.log1p(-tail_N)))
     shift_N = np.log(raised_N) + mass_N
     return Bounds(
-        head_H=own_H + np.repeat(shift_N, captured.head_counts_N),
+        topk_H=own_H + np.repeat(shift_N, captured.topk_counts_N),
         outside_N=log_prob_bound(captured.target_log_probs_N, precision),
         shift_N=shift_N,
         tail_N=np.maximum(high_N - tail_N, tail_N - low_N),

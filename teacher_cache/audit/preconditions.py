@@ -14,7 +14,7 @@ from teacher_cache.config import CaptureConfig
 from teacher_cache.fingerprint import check_allowed, differences
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.sequences import short_hash
-from teacher_cache.job import Job
+from teacher_cache.capture_setup import CaptureSetup
 from teacher_cache.read.reader import TeacherCache
 from teacher_cache.student.check import check_sequence
 
@@ -54,7 +54,7 @@ def _is_merged(name: str, value: Any) -> bool:
     return isinstance(value, list)
 
 
-def check_settings(cache: TeacherCache, job: Job, allow: Sequence[str]) -> list[str]:
+def check_settings(cache: TeacherCache, job: CaptureSetup, allow: Sequence[str]) -> list[str]:
     """Refuse other settings than those of the cache; what may differ is given back as notes."""
     check_allowed(allow, cache.fingerprint, job.fingerprint)
     names = ("cache", "now")
@@ -77,7 +77,7 @@ def check_settings(cache: TeacherCache, job: Job, allow: Sequence[str]) -> list[
     return notes + [f"another engine: {line}" for line in differences(*engines, names=names)]
 
 
-def draw_rows(cache: TeacherCache, job: Job, wanted: int, seed: int) -> list[int]:
+def draw_rows(cache: TeacherCache, job: CaptureSetup, wanted: int, seed: int) -> list[int]:
     """Rows of the set whose roles come to about `wanted` sequences, drawn evenly over the cache's shards."""
     rng = np.random.default_rng(seed)
     shards = [rows for rows in cache.shard_rows() if len(rows)]
@@ -99,7 +99,7 @@ def draw_rows(cache: TeacherCache, job: Job, wanted: int, seed: int) -> list[int
     return sorted(found.values())
 
 
-def check_contents(cache: TeacherCache, job: Job, rows: Iterable[int]) -> None:
+def check_contents(cache: TeacherCache, job: CaptureSetup, rows: Iterable[int]) -> None:
     """Refuse samples of another content, or of other supervised ids, than those of the cache."""
     for row in rows:
         sample = job.samples.read(row, verify=True)

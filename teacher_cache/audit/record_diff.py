@@ -1,6 +1,6 @@
 """What two records of the same positions differ in.
 
-Letters: N positions, P of them with a target, H entries of a head that both have.
+Shape suffixes: N positions, P of them with a target, H entries of a head that both have.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Differences:
 
 
 @dataclass(frozen=True)
-class Measured:
+class RecordDifference:
     """Some differences in numbers; zeros where there are none."""
 
     count: int
@@ -56,13 +56,13 @@ def compare(captured: Records, other: Records, precision: Precision | None) -> D
     return Differences(
         values={
             "target log-prob": _gap(captured.target_log_probs_N, other.target_log_probs_N)[target_N],
-            "head log-probs": _gap(captured.head_log_probs_H[mine], other.head_log_probs_H[theirs]),
+            "head log-probs": _gap(captured.topk_log_probs_H[mine], other.topk_log_probs_H[theirs]),
             "tail mass": np.abs(_outside(captured, mine) - _outside(other, theirs)),
             "entropy": _gap(captured.entropy_N, other.entropy_N),
         },
         bounds={
             "target log-prob": (bounds.outside_N + np.where(inside_N, bounds.shift_N, 0.0))[target_N],
-            "head log-probs": bounds.head_H[mine],
+            "head log-probs": bounds.topk_H[mine],
             "tail mass": bounds.tail_N,
             "entropy": bounds.entropy_N,
         },
@@ -79,11 +79,11 @@ def join(parts: Sequence[Differences]) -> Differences:
     )
 
 
-def measure(values: Doubles) -> Measured:
+def measure(values: Doubles) -> RecordDifference:
     """Largest, mean and 99th percentile."""
     if not len(values):
-        return Measured(0, 0.0, 0.0, 0.0)
-    return Measured(len(values), float(values.max()), float(values.mean()), float(np.quantile(values, 0.99)))
+        return RecordDifference(0, 0.0, 0.0, 0.0)
+    return RecordDifference(len(values), float(values.max()), float(values.mean()), float(np.quantile(values, 0.99)))
 
 
 def beyond(values: Doubles, bounds: Doubles) -> Doubles:
@@ -93,7 +93,7 @@ def beyond(values: Doubles, bounds: Doubles) -> Doubles:
 
 def _keys(records: Records) -> NDArray[np.int64]:
     """A number for each (position, id) of the heads."""
-    return (np.repeat(np.arange(len(records), dtype=np.int64), records.head_counts_N) << 32) + records.head_ids_H
+    return (np.repeat(np.arange(len(records), dtype=np.int64), records.topk_counts_N) << 32) + records.topk_ids_H
 
 
 def _target_keys(records: Records) -> NDArray[np.int64]:
@@ -102,15 +102,15 @@ def _target_keys(records: Records) -> NDArray[np.int64]:
 
 def _outside(records: Records, shared: NDArray[np.int64]) -> Doubles:
     """The mass outside of some head entries: the tail's, and that of the other entries."""
-    probs_H = np.exp(records.head_log_probs_H.astype(np.float64))
+    probs_H = np.exp(records.topk_log_probs_H.astype(np.float64))
     probs_H[shared] = 0.0
-    owner_H = np.repeat(np.arange(len(records)), records.head_counts_N)
+    owner_H = np.repeat(np.arange(len(records)), records.topk_counts_N)
     others_N = np.bincount(owner_H, weights=probs_H, minlength=len(records))
     return np.exp(records.tail_log_mass_N.astype(np.float64)) + others_N
 
 
 def _firsts(records: Records) -> NDArray[np.int32]:
-    return records.head_ids_H[starts(records.head_counts_N)]
+    return records.topk_ids_H[starts(records.topk_counts_N)]
 
 
 def _gap(left: NDArray[np.float32], right: NDArray[np.float32]) -> Doubles:

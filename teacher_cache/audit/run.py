@@ -15,13 +15,13 @@ from typing import Any
 from tqdm import tqdm
 
 from teacher_cache.audit.preconditions import captured_as, captured_settings, check_contents, check_settings, draw_rows
-from teacher_cache.audit.record_diff import FIGURES, Differences, Measured, beyond, compare, join, measure
+from teacher_cache.audit.record_diff import FIGURES, Differences, RecordDifference, beyond, compare, join, measure
 from teacher_cache.capture.shard import capture_rows
-from teacher_cache.config import CacheConfig
+from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.engines import load_engine
-from teacher_cache.engines.protocol import Engine
+from teacher_cache.engines.protocol import CaptureEngine
 from teacher_cache.format.record import Records
-from teacher_cache.job import Job, prepare_job
+from teacher_cache.capture_setup import CaptureSetup, prepare_capture
 from teacher_cache.read.reader import TeacherCache
 
 
@@ -50,10 +50,10 @@ class FigureAudit:
 
     role: str
     figure: str
-    cache: Measured
-    control: Measured
-    allowed: Measured
-    beyond: Measured
+    cache: RecordDifference
+    control: RecordDifference
+    allowed: RecordDifference
+    beyond: RecordDifference
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Audit:
 
 def audit_cache(
     cache: TeacherCache,
-    config: CacheConfig,
+    config: CacheTeacherConfig,
     *,
     sequences: int = 64,
     seed: int = 0,
@@ -101,7 +101,7 @@ def audit_cache(
     `TargetError` if its supervised ids are not; others as of a run.
     """
     config = dataclasses.replace(config, capture=captured_as(cache))
-    job = prepare_job(config)
+    job = prepare_capture(config)
     job = dataclasses.replace(job, settings=captured_settings(cache))
     notes = check_settings(cache, job, allow)
     rows = draw_rows(cache, job, sequences, seed)
@@ -136,7 +136,7 @@ def audit_cache(
 
 
 def _compared(
-    cache: TeacherCache, job: Job, engine: Engine, rows: Sequence[int], batch_size: int
+    cache: TeacherCache, job: CaptureSetup, engine: CaptureEngine, rows: Sequence[int], batch_size: int
 ) -> tuple[dict[str, list[tuple[Differences, Differences]]], dict[str, int], list[str]]:
     """By role: cache against teacher, and teacher against itself; the numbers of sequences; what could not be run."""
     found: dict[str, list[tuple[Differences, Differences]]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
-from teacher_cache.audit.record_diff import Measured
+from teacher_cache.audit.record_diff import RecordDifference
 from teacher_cache.audit.run import Audit
 from teacher_cache.inspection.terminal import Justify, add_row, make_table, print_pairs
 
@@ -50,7 +50,7 @@ def print_audit(console: Console, audit: Audit) -> None:
     console.print(Text("alike" if audit.ok else f"UNLIKE ({len(audit.failures)} findings)", "bold"))
 
 
-def _numbers(measured: Measured) -> tuple[str, str, str]:
+def _numbers(measured: RecordDifference) -> tuple[str, str, str]:
     if not measured.count:
         return ("–", "–", "–")
     return f"{measured.max:.2e}", f"{measured.mean:.2e}", f"{measured.p99:.2e}"

@@ -12,10 +12,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from teacher_cache.capture.shard import Prepared, Progress, capture_prepared, prepare_rows
-from teacher_cache.engines.protocol import Engine
+from teacher_cache.capture.shard import PreparedRows, Progress, capture_prepared, prepare_rows
+from teacher_cache.engines.protocol import CaptureEngine
 from teacher_cache.format.rejection import Rejection
-from teacher_cache.job import Job
+from teacher_cache.capture_setup import CaptureSetup
 from teacher_cache.write.store import CacheStore
 
 
@@ -31,7 +31,7 @@ class ShardCounts:
 
 
 def capture_shards(
-    job: Job, engine: Engine, store: CacheStore, names: Sequence[str], progress: Progress
+    job: CaptureSetup, engine: CaptureEngine, store: CacheStore, names: Sequence[str], progress: Progress
 ) -> Generator[ShardCounts]:
     """Capture shards and commit them in the background; yields each once it is captured, and ends once all are written.
 
@@ -46,7 +46,7 @@ def capture_shards(
             writing.popleft().result()
         progress(samples, positions)
 
-    def captured_shard(name: str, prepared: Prepared) -> ShardCounts:
+    def captured_shard(name: str, prepared: PreparedRows) -> ShardCounts:
         captured, rejected = capture_prepared(job, engine, prepared, watched)
         while writing:
             writing.popleft().result()

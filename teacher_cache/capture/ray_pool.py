@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 from llavamod_offline.errors import ConfigError, LlavaModError, ModelError
 from llavamod_offline.storage.folders import LocalFolder, open_folder
 from teacher_cache.capture.pipeline import ShardCounts
-from teacher_cache.capture.ray_worker import CaptureWorker, Report
+from teacher_cache.capture.ray_worker import CaptureWorker, WorkerReport
 
 if TYPE_CHECKING:
     from teacher_cache.capture.shard import Progress
-    from teacher_cache.config import CacheConfig
+    from teacher_cache.config import CacheTeacherConfig
 
 _LOG = logging.getLogger(__name__)
 _DEATHS = 3  # of workers by one shard; without any shard, as often for each worker
@@ -40,7 +40,9 @@ class RayPool:
     Errors: `ConfigError` if Ray is not installed, the cluster cannot be reached, or settings do not fit it.
     """
 
-    def __init__(self, config: CacheConfig, allow: Sequence[str], worker: type[CaptureWorker] = CaptureWorker) -> None:
+    def __init__(
+        self, config: CacheTeacherConfig, allow: Sequence[str], worker: type[CaptureWorker] = CaptureWorker
+    ) -> None:
         self._ray = _import_ray()
         self._allow = tuple(allow)
         self._class = worker
@@ -143,7 +145,7 @@ class RayPool:
             worker.alone = False
             self._idle_deaths = 0
             return worker, answer
-        if isinstance(answer, Report):
+        if isinstance(answer, WorkerReport):
             worker.report = answer
             for line in answer.lines:
                 _LOG.warning("worker %d: %s", worker.number, line)
@@ -196,7 +198,7 @@ class RayPool:
                 )
         return min(fits.values())
 
-    def _resolved(self, config: CacheConfig) -> CacheConfig:
+    def _resolved(self, config: CacheTeacherConfig) -> CacheTeacherConfig:
         device = config.device
         if device == "auto":
             if self._address:
@@ -251,7 +253,7 @@ class _Worker:
         self.dead = False
         self.alone = False
         self.shards: list[str] = []
-        self.report = Report({}, {}, [])
+        self.report = WorkerReport({}, {}, [])
 
     def progress(self) -> tuple[int, int]:
         """Samples and positions of the shards that it has not finished, as far as it has told."""
@@ -276,7 +278,7 @@ def _check_deaths(deaths: Counter[str]) -> None:
             )
 
 
-def _anywhere(config: CacheConfig) -> CacheConfig:
+def _anywhere(config: CacheTeacherConfig) -> CacheTeacherConfig:
     """The settings with paths that mean the same in other working folders."""
 
     def absolute(where: str) -> str:

@@ -14,13 +14,13 @@ from llavamod_offline.errors import LlavaModError
 from teacher_cache.capture.pipeline import ShardCounts
 
 if TYPE_CHECKING:
-    from teacher_cache.config import CacheConfig
+    from teacher_cache.config import CacheTeacherConfig
 
 _REPORT_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class Report:
+class WorkerReport:
     """How far a worker is with the shards that it has, and what it has logged since the last report."""
 
     samples: dict[str, int]
@@ -35,7 +35,7 @@ class CaptureWorker:
     of ours is returned, not raised, so that it arrives as it is.
     """
 
-    def __init__(self, config: CacheConfig, allow: Sequence[str]) -> None:
+    def __init__(self, config: CacheTeacherConfig, allow: Sequence[str]) -> None:
         self._config = config
         self._allow = allow
         self._reading = threading.Lock()  # tokenizers do not like to be set up by two threads at once
@@ -47,12 +47,12 @@ class CaptureWorker:
     def open(self) -> LlavaModError | None:
         """Load the teacher, and check that all here is as where the run was started."""
         from teacher_cache.engines import load_engine
-        from teacher_cache.job import prepare_job
+        from teacher_cache.capture_setup import prepare_capture
         from teacher_cache.write.store import CacheStore
 
         _log_into(self._lines)
         try:
-            self._job = prepare_job(self._config)
+            self._job = prepare_capture(self._config)
             names = self._job.samples.shard_names
             self._store = CacheStore.open(self._config.output, self._job.fingerprint, names, allow=self._allow)
             self._engine = load_engine(self._job, self._config)
@@ -79,11 +79,11 @@ class CaptureWorker:
         positions = sum(len(item.records) for item in captured)
         return ShardCounts(name, prepared.samples, len(captured), positions, tuple(rejected))
 
-    def report(self) -> Report:
+    def report(self) -> WorkerReport:
         """Wait a little, then say how far the shards are."""
         time.sleep(_REPORT_SECONDS)
         lines, self._lines[:] = self._lines[:], []
-        return Report(dict(self._samples), dict(self._positions), lines)
+        return WorkerReport(dict(self._samples), dict(self._positions), lines)
 
     @contextmanager
     def _counted(self, name: str) -> Iterator[None]:

@@ -19,13 +19,13 @@ from teacher_cache.capture.rejection_limit import Reason, Rejected
 from teacher_cache.engines import load_engine
 from teacher_cache.fingerprint import check_allowed
 from teacher_cache.format.manifest import cache_bytes
-from teacher_cache.job import prepare_job
+from teacher_cache.capture_setup import prepare_capture
 from teacher_cache.write.store import CacheStore
 
 if TYPE_CHECKING:
-    from teacher_cache.config import CacheConfig
-    from teacher_cache.engines.protocol import Engine
-    from teacher_cache.job import Job
+    from teacher_cache.config import CacheTeacherConfig
+    from teacher_cache.engines.protocol import CaptureEngine
+    from teacher_cache.capture_setup import CaptureSetup
 
 _LOG = logging.getLogger(__name__)
 
@@ -57,11 +57,11 @@ class Summary:
         return not (self.rejected or (self.totals or {}).get("rejected"))
 
 
-def run_job(
-    config: CacheConfig,
+def run_capture(
+    config: CacheTeacherConfig,
     *,
     allow: Sequence[str] = (),
-    load: Callable[[Job, CacheConfig], Engine] = load_engine,
+    load: Callable[[CaptureSetup, CacheTeacherConfig], CaptureEngine] = load_engine,
 ) -> Summary:
     """Capture every shard of the set that the cache lacks, and finish the cache once all are there.
 
@@ -83,7 +83,7 @@ def run_job(
 
             pool = stack.enter_context(RayPool(config, allow))
             config = pool.config
-        job = prepare_job(config)
+        job = prepare_capture(config)
         output = config.output
         check_allowed(allow, job.fingerprint)
         store = CacheStore.open(output, job.fingerprint, job.samples.shard_names, allow=allow)

@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from llavamod_offline.errors import DataError
-from teacher_cache.engines.protocol import Engine, Request
+from teacher_cache.engines.protocol import CaptureEngine, Request
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.sequences import SequenceRecord
-from teacher_cache.job import Job
+from teacher_cache.capture_setup import CaptureSetup
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedRows:
     """Rows that are ready for an engine: their requests, what could not be tokenised, and the order of all roles."""
 
     samples: int
@@ -25,13 +25,13 @@ class Prepared:
 
 
 def capture_rows(
-    job: Job, engine: Engine, rows: Iterable[int], progress: Progress = lambda samples, positions: None
+    job: CaptureSetup, engine: CaptureEngine, rows: Iterable[int], progress: Progress = lambda samples, positions: None
 ) -> tuple[list[SequenceRecord], list[Rejection]]:
     """Capture some rows of the set, such as a shard's; both lists are in their order, roles in that of the sample."""
     return capture_prepared(job, engine, prepare_rows(job, rows), progress)
 
 
-def prepare_rows(job: Job, rows: Iterable[int]) -> Prepared:
+def prepare_rows(job: CaptureSetup, rows: Iterable[int]) -> PreparedRows:
     """Read and tokenise some rows, and check that they are what was packed. Errors: `DataError` if they are not."""
     requests: list[Request] = []
     rejected: list[Rejection] = []
@@ -49,11 +49,11 @@ def prepare_rows(job: Job, rows: Iterable[int]) -> Prepared:
                 rejected.append(Rejection(sample.key, role, str(error)))
         if sequences:
             requests.append(Request(row, sample.key, sample.content_hash, tuple(sequences)))
-    return Prepared(samples, requests, rejected, order)
+    return PreparedRows(samples, requests, rejected, order)
 
 
 def capture_prepared(
-    job: Job, engine: Engine, prepared: Prepared, progress: Progress
+    job: CaptureSetup, engine: CaptureEngine, prepared: PreparedRows, progress: Progress
 ) -> tuple[list[SequenceRecord], list[Rejection]]:
     """Run the engine over rows that are ready; `progress` is told of finished samples and positions."""
     captured: list[SequenceRecord] = []

@@ -34,7 +34,7 @@ def report(
 ) -> None:
     """Show a cache as one HTML page: figures by source, the strangest sequences, samples token by token.
 
-    The page holds all it needs, pictures too (large ones shrunk). Hover over a token, tap it or go to it with the
+    The page holds all it needs, images too (large ones shrunk). Hover over a token, tap it or go to it with the
     arrow keys to see what else the teacher thought of.
 
     \b
@@ -95,10 +95,10 @@ def audit(
     bfloat16 1.5 (0.1, 0.9).
     """
     from llavamod_offline.config import load_config, split_arguments
-    from teacher_cache.config import CacheConfig
+    from teacher_cache.config import CacheTeacherConfig
 
     files, overrides = split_arguments(arguments or [])
-    config = load_config(CacheConfig, files, [*overrides, f"output={cache}"])
+    config = load_config(CacheTeacherConfig, files, [*overrides, f"output={cache}"])
     from teacher_cache.audit import tables as audit_tables
     from teacher_cache.audit.run import audit_cache
     from teacher_cache.inspection.terminal import make_console

@@ -44,9 +44,9 @@ def generate(
     max_new_tokens, seed, key_suffix}; `cache-teacher settings` lists all with their defaults.
     """
     from llavamod_offline.config import load_config, split_arguments
-    from teacher_cache.config import CacheConfig
+    from teacher_cache.config import CacheTeacherConfig
 
-    config = load_config(CacheConfig, *split_arguments(arguments or []))
+    config = load_config(CacheTeacherConfig, *split_arguments(arguments or []))
     from teacher_cache.generate.run import generate as run_generation
 
     done = run_generation(config, allow=allow or [])

@@ -63,21 +63,21 @@ def run(
 
     \b
     Settings (`cache-teacher settings` lists them with their defaults): data, teacher, output, template,
-    image_aspect, max_length, batch_size, dtype, device, workers, slice, capture.{preset, head_mass,
-    head_min_prob, head_max, draws_max, draws_per_mass, precision, temperatures, forced_tokens, positions,
+    image_aspect, max_length, batch_size, dtype, device, workers, slice, capture.{preset, top_p,
+    min_prob, top_k, tail_samples_max, tail_samples_per_mass, precision, temperatures, forced_tokens, positions,
     hidden, hidden_positions, mismatched, seed}, engine.{kind, attention, device_map, compile, …}.
     """
     from llavamod_offline.config import load_config, split_arguments
-    from teacher_cache.config import CacheConfig
+    from teacher_cache.config import CacheTeacherConfig
 
     options = {"slice": part, "max_rejected": max_rejected}
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
     files, overrides = split_arguments([*(arguments or []), *given])
-    config = load_config(CacheConfig, files, overrides)
-    from teacher_cache.capture.run import run_job
+    config = load_config(CacheTeacherConfig, files, overrides)
+    from teacher_cache.capture.run import run_capture
     from teacher_cache.plan.estimate import plan_file, record_run
 
-    summary = run_job(config, allow=allow or [])
+    summary = run_capture(config, allow=allow or [])
     record_run(plan_file(config.output), summary)
     print(json.dumps(dataclasses.asdict(summary))) if as_json else _print_summary(summary)
     if not summary.all_captured:
@@ -116,9 +116,9 @@ def settings() -> None:
       cache-teacher settings
     """
     from llavamod_offline.config import describe_config
-    from teacher_cache.config import CacheConfig
+    from teacher_cache.config import CacheTeacherConfig
 
-    print(describe_config(CacheConfig))
+    print(describe_config(CacheTeacherConfig))
 
 
 @app.command()
@@ -141,15 +141,15 @@ def plan(
     \b
     Examples:
       cache-teacher plan data=sets/captions teacher=checkpoints/teacher output=caches/captions
-      cache-teacher plan capture.yaml capture.head_max=24 --samples 64 --seconds 20
+      cache-teacher plan capture.yaml capture.top_k=24 --samples 64 --seconds 20
       cache-teacher run capture.yaml && cache-teacher plan capture.yaml
 
     The plan is kept beside the output, and a run adds what it took. Nothing is written into the output itself.
     """
     from llavamod_offline.config import load_config, split_arguments
-    from teacher_cache.config import CacheConfig
+    from teacher_cache.config import CacheTeacherConfig
 
-    config = load_config(CacheConfig, *split_arguments(arguments or []))
+    config = load_config(CacheTeacherConfig, *split_arguments(arguments or []))
     from teacher_cache.inspection.terminal import make_console
     from teacher_cache.plan import estimate as planning
     from teacher_cache.plan import tables as view

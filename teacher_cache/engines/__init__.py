@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from teacher_cache.config import CacheConfig
-    from teacher_cache.engines.protocol import Engine
-    from teacher_cache.job import Job
+    from teacher_cache.config import CacheTeacherConfig
+    from teacher_cache.engines.protocol import CaptureEngine
+    from teacher_cache.capture_setup import CaptureSetup
 
 
-def load_engine(job: Job, config: CacheConfig) -> Engine:
+def load_engine(job: CaptureSetup, config: CacheTeacherConfig) -> CaptureEngine:
     """Load the teacher's weights. Errors: `ModelError` if they do not fit, `ConfigError` if the device is not there."""
     if config.engine.kind != "hf":
         from teacher_cache.engines.vllm.engine import load_vllm_engine

@@ -1,6 +1,6 @@
 """The Hugging Face engine: a checkpoint in this process, run over length-bucketed batches.
 
-Letters: S sequences of a batch in B rows, U tokens of the longest sequence, T of the longest row, N recorded positions
+Shape suffixes: S sequences of a batch in B rows, U tokens of the longest sequence, T of the longest row, N recorded positions
 of the batch (R of them in a chunk), D hidden size, V shared vocabulary.
 """
 
@@ -18,8 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llavamod_offline.data.encode.tokenize import Ids, Positions
-from llavamod_offline.data.encode.tokenize import Sequence as TokenSequence
+from llavamod_offline.data.encode.tokenize import Ids, Positions, TokenizedSequence
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import DataError, ModelError
 from teacher_cache.engines.lm_head import Head
@@ -32,22 +31,22 @@ from teacher_cache.format.hidden_states import HiddenStates
 from teacher_cache.format.record import Records, RecordSettings, concatenate_records
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.schema import HiddenPositions
-from teacher_cache.teachers import Picture, Teacher
+from teacher_cache.teachers import SampleImage, Teacher
 
 _LOG = logging.getLogger(__name__)
 _BATCHES_AHEAD = 3
 
 
 @dataclass(frozen=True)
-class _Item:
-    """One sequence of a batch, with its pictures on the way."""
+class _BatchItem:
+    """One sequence of a batch, with its images on the way."""
 
     request: Request
-    sequence: TokenSequence
-    pictures: Future[list[Picture]]
+    sequence: TokenizedSequence
+    pictures: Future[list[SampleImage]]
 
 
-class HfEngine:
+class HfCaptureEngine:
     """Runs `model` (in evaluation mode, on its device and in its type) and makes records of its positions.
 
     `positions`: those that predict supervised tokens, or all. `hidden_positions`: which of them also give the last
@@ -85,28 +84,28 @@ class HfEngine:
         self._batch_limit = batch_size
 
     def capture(self, requests: Sequence[Request], load: Callable[[int], Sample]) -> Iterator[Outcome]:
-        """Capture one data shard; see `protocol.Engine`. Pictures are prepared a few batches ahead, in threads."""
-        ahead: deque[list[_Item]] = deque()
+        """Capture one data shard; see `protocol.Engine`. Images are prepared a few batches ahead, in threads."""
+        ahead: deque[list[_BatchItem]] = deque()
         with ThreadPoolExecutor(self.workers, thread_name_prefix="images") as pool:
             row = -1
-            pictures: Future[list[Picture]] = Future()
+            pictures: Future[list[SampleImage]] = Future()
             for batch in length_batches(requests, self.batch_size):
                 items = []
                 for request, sequence in batch:
-                    if request.row != row:  # the roles of a sample are neighbours and share their pictures
+                    if request.row != row:  # the roles of a sample are neighbours and share their images
                         row, pictures = request.row, pool.submit(self._pictures, request.row, load)
-                    items.append(_Item(request, sequence, pictures))
+                    items.append(_BatchItem(request, sequence, pictures))
                 ahead.append(items)
                 if len(ahead) > _BATCHES_AHEAD:
                     yield from self._capture_batch(ahead.popleft())
             while ahead:
                 yield from self._capture_batch(ahead.popleft())
 
-    def _pictures(self, row: int, load: Callable[[int], Sample]) -> list[Picture]:
+    def _pictures(self, row: int, load: Callable[[int], Sample]) -> list[SampleImage]:
         return self.teacher.pictures(load(row))
 
-    def _capture_batch(self, items: list[_Item]) -> Iterator[Outcome]:
-        ready: list[tuple[_Item, list[Picture]]] = []
+    def _capture_batch(self, items: list[_BatchItem]) -> Iterator[Outcome]:
+        ready: list[tuple[_BatchItem, list[SampleImage]]] = []
         for item in items:
             problem = self._problem(item)
             if problem:
@@ -123,7 +122,7 @@ class HfEngine:
             ready = ready[len(piece) :]
             yield from outcomes
 
-    def _problem(self, item: _Item) -> str | None:
+    def _problem(self, item: _BatchItem) -> str | None:
         try:
             expected = sum(picture.tokens for picture in item.pictures.result())
         except DataError as error:
@@ -133,7 +132,7 @@ class HfEngine:
             return f"its pictures take {expected} tokens, its sequence has {found}: the file's header says another size"
         return beyond_vocabulary(item.sequence, self.vocab_size)
 
-    def _halve(self, first: _Item, size: int, error: Exception) -> None:
+    def _halve(self, first: _BatchItem, size: int, error: Exception) -> None:
         if size == 1:
             tokens = len(first.sequence.input_ids_T)
             raise ModelError(
@@ -145,7 +144,7 @@ class HfEngine:
         torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def _run(self, batch: list[tuple[_Item, list[Picture]]]) -> list[Outcome]:
+    def _run(self, batch: list[tuple[_BatchItem, list[SampleImage]]]) -> list[Outcome]:
         sequences = [item.sequence for item, _ in batch]
         found = [sequence.rows_and_targets(self.positions) for sequence in sequences]
         lengths = [len(rows_N) for rows_N, _ in found]
@@ -175,7 +174,7 @@ class HfEngine:
         ]
 
     def _hidden_states(
-        self, sequences: list[TokenSequence], rows: list[Ids], hidden_ND: Tensor
+        self, sequences: list[TokenizedSequence], rows: list[Ids], hidden_ND: Tensor
     ) -> list[HiddenStates | None]:
         """Each sequence's states at the chosen ones of its rows; None where none are wanted."""
         if self.hidden_positions is None:
@@ -188,7 +187,9 @@ class HfEngine:
             found.append(None if chosen_M is None else HiddenStates(chosen_M, states[start + chosen_M]))
         return found
 
-    def _hidden_rows(self, sequences: list[TokenSequence], rows: list[Ids], pictures: list[list[Picture]]) -> Tensor:
+    def _hidden_rows(
+        self, sequences: list[TokenizedSequence], rows: list[Ids], pictures: list[list[SampleImage]]
+    ) -> Tensor:
         """Run the model but for its head: the last hidden states of each sequence's rows, [N, D]."""
         keys = [s.key if self.shared_prompts else number for number, s in enumerate(sequences)]
         image = self.teacher.image_token_id
@@ -214,7 +215,7 @@ class HfEngine:
         picked = (torch.from_numpy(which_N).to(hidden_BTD.device), torch.from_numpy(where_N).to(hidden_BTD.device))
         return hidden_BTD[picked].to(self.head.device)
 
-    def _positions(self, ids: list[Ids], layout: Layout, pictures: list[list[Picture]]) -> Tensor | None:
+    def _positions(self, ids: list[Ids], layout: Layout, pictures: list[list[SampleImage]]) -> Tensor | None:
         """Positions as the decoder wants them, for the rows; None where it counts for itself."""
         longest = max(map(len, ids))
         ids_SU = torch.from_numpy(np.stack([np.pad(one, (0, longest - len(one))) for one in ids]))
@@ -224,15 +225,15 @@ class HfEngine:
             found = torch.arange(longest).expand(ids_SU.shape)
         return None if found is None else layout.positions(found)
 
-    def _features(self, pictures: list[Picture]) -> list[Tensor]:
-        """The image features of each picture; roles of a sample have theirs in common, which run once."""
+    def _features(self, pictures: list[SampleImage]) -> list[Tensor]:
+        """The image features of each image; roles of a sample have theirs in common, which run once."""
         distinct = {id(picture): picture for picture in pictures}
         features = self.teacher.image_features(self.model, list(distinct.values()))
         found = dict(zip(distinct, features, strict=True))
         return [found[id(picture)] for picture in pictures]
 
 
-def length_batches(requests: Sequence[Request], size: int) -> Iterator[list[tuple[Request, TokenSequence]]]:
+def length_batches(requests: Sequence[Request], size: int) -> Iterator[list[tuple[Request, TokenizedSequence]]]:
     """Group sequences of like length, longest first, `size` at a time; the roles of a sample stay neighbours."""
     order = sorted(requests, key=lambda r: (-max(len(s.input_ids_T) for s in r.sequences), r.row))
     pairs = [(request, sequence) for request in order for sequence in request.sequences]

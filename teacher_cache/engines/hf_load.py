@@ -1,6 +1,6 @@
 """Loading a teacher for the Hugging Face engine: devices, attention, compiling, and what is tried out beforehand.
 
-Letters: V shared vocabulary.
+Shape suffixes: V shared vocabulary.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llavamod_offline.errors import ConfigError, ModelError
-from teacher_cache.engines.hf import HfEngine
+from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.engines.lm_head import Head
 
 if TYPE_CHECKING:
-    from teacher_cache.config import CacheConfig
-    from teacher_cache.job import Job
+    from teacher_cache.config import CacheTeacherConfig
+    from teacher_cache.capture_setup import CaptureSetup
 
 _SHARING_ATTENTION = "sdpa"
 
 
-def load_hf_engine(job: Job, config: CacheConfig) -> HfEngine:
+def load_hf_engine(job: CaptureSetup, config: CacheTeacherConfig) -> HfCaptureEngine:
     """Load the weights onto the device, or the devices.
 
     Errors: `ModelError` if they do not fit config.json, or their logits are more than a linear map of the last hidden
@@ -42,7 +42,7 @@ def load_hf_engine(job: Job, config: CacheConfig) -> HfEngine:
     shared = config.engine.attention == _SHARING_ATTENTION and _may_share(model)
     if config.engine.compile:
         model.get_decoder().compile(dynamic=True)
-    return HfEngine(
+    return HfCaptureEngine(
         model,
         job.teacher,
         job.settings,
@@ -56,7 +56,7 @@ def load_hf_engine(job: Job, config: CacheConfig) -> HfEngine:
     )
 
 
-def _load_settings(job: Job, config: CacheConfig) -> dict[str, Any]:
+def _load_settings(job: CaptureSetup, config: CacheTeacherConfig) -> dict[str, Any]:
     """What `from_pretrained` is told. Errors: `ConfigError` for a package that is missing."""
     attention, device_map = config.engine.attention, config.engine.device_map
     if attention == "flash_attention_2":
@@ -84,7 +84,7 @@ def _move(model: Any, device: str) -> None:
 
 
 @torch.inference_mode()
-def _check_head(job: Job, model: Any) -> None:
+def _check_head(job: CaptureSetup, model: Any) -> None:
     """Refuse a model whose logits are scaled or capped after its head. Errors: `ModelError`."""
     layer, image = model.get_output_embeddings(), job.teacher.image_token_id
     ids = [number for number in range(job.codec.vocab_size) if number != image][:8]

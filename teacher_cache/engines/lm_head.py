@@ -1,6 +1,6 @@
 """The output layer in float32, without a float32 copy of a half-precision weight on a GPU.
 
-Letters: R rows, D hidden size, V ids.
+Shape suffixes: R rows, D hidden size, V ids.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Records made from logits, chunk by chunk on the device they are on.
 
-Letters: N positions (R of them in a chunk), V ids, K slots of a head being built, F forced ids, S temperatures;
+Shape suffixes: N positions (R of them in a chunk), V ids, K slots of a head being built, F forced ids, S temperatures;
 H and D are the lengths of all heads and of all lists of tail draws, one after another (as in a CSR matrix).
 """
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llavamod_offline.data.encode.tokenize import NO_TARGET
-from teacher_cache.engines.tail_samples import draw_budget, systematic_draws
+from teacher_cache.engines.tail_samples import systematic_tail_samples, tail_sample_budget
 from teacher_cache.format.record import Floats, Ints, Records, RecordSettings, concatenate_records
 
 _CHUNK_VALUES = {"cpu": 2**20, "cuda": 2**26}
@@ -53,30 +53,30 @@ def _chunk_records(
     finite_R = torch.isfinite(entropy_R)  # NaN for a row with any logit that is not finite
     if not bool(finite_R.all()):
         shifted_RV, log_z_R, entropy_R = _normalise(torch.where(finite_R[:, None], logits_RV, 0.0))
-    head_ids_RK, head_shifted_RK, kept_RK = _head(shifted_RV, log_z_R, settings)
+    topk_ids_RK, topk_shifted_RK, kept_RK = _head(shifted_RV, log_z_R, settings)
     # Σ exp(x/T) ≥ exp(0): no shift is needed, whatever T.
     normalisers = [(shifted_RV / t).exp_().sum(-1).log() - log_z_R / t for t in settings.temperatures]
     targets = shifted_RV.gather(1, targets_R.clamp(min=0)[:, None])[:, 0] - log_z_R
     targets = torch.where(targets_R == NO_TARGET, 0.0, targets)
     # Slots that are not kept point at the first one, so that every write to a cell is the same.
-    tail_RV = shifted_RV.scatter_(1, torch.where(kept_RK, head_ids_RK, head_ids_RK[:, :1]), float("-inf"))
+    tail_RV = shifted_RV.scatter_(1, torch.where(kept_RK, topk_ids_RK, topk_ids_RK[:, :1]), float("-inf"))
     largest_R = tail_RV.amax(-1)
     largest_R = largest_R.masked_fill(torch.isneginf(largest_R), 0.0)
     weights_RV = tail_RV.sub_(largest_R[:, None]).exp_()
     tail_log_mass_R = weights_RV.sum(-1).log() + largest_R - log_z_R
-    budget_R = draw_budget(tail_log_mass_R, settings.draws_max, settings.draws_per_mass)
-    draw_ids_D = systematic_draws(weights_RV, uniforms_R, budget_R)
+    budget_R = tail_sample_budget(tail_log_mass_R, settings.tail_samples_max, settings.tail_samples_per_mass)
+    tail_ids_D = systematic_tail_samples(weights_RV, uniforms_R, budget_R)
     return finite_R, Records(
         target_ids_N=_ints(targets_R),
         target_log_probs_N=_floats(targets),
         entropy_N=_floats(entropy_R),
         tail_log_mass_N=_floats(tail_log_mass_R),
         log_normalisers_NS=_floats(torch.stack(normalisers, 1) if normalisers else logits_RV[:, :0]),
-        head_counts_N=_ints(kept_RK.sum(-1)),
-        draw_counts_N=_ints(budget_R),
-        head_ids_H=_ints(head_ids_RK[kept_RK]),
-        head_log_probs_H=_floats((head_shifted_RK - log_z_R[:, None])[kept_RK]),
-        draw_ids_D=_ints(draw_ids_D),
+        topk_counts_N=_ints(kept_RK.sum(-1)),
+        tail_counts_N=_ints(budget_R),
+        topk_ids_H=_ints(topk_ids_RK[kept_RK]),
+        topk_log_probs_H=_floats((topk_shifted_RK - log_z_R[:, None])[kept_RK]),
+        tail_ids_D=_ints(tail_ids_D),
     )
 
 
@@ -96,7 +96,7 @@ def _normalise(logits_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _head(shifted_RV: Tensor, log_z_R: Tensor, settings: RecordSettings) -> tuple[Tensor, Tensor, Tensor]:
     """Choose the head: ids, shifted logits and which slots are kept, [R, K] each; likely ids, then forced ones."""
-    slots = min(settings.head_max, shifted_RV.shape[1])
+    slots = min(settings.top_k, shifted_RV.shape[1])
     shifted_RK, ids_RK = shifted_RV.topk(slots)
     # Equal logits are common in low-precision models: their order must not depend on how topk met them.
     tied_R = (shifted_RK[:, 1:] == shifted_RK[:, :-1]).any(-1)
@@ -106,10 +106,10 @@ def _head(shifted_RV: Tensor, log_z_R: Tensor, settings: RecordSettings) -> tupl
         ids_RK[tied_R] = ids_RK[tied_R].gather(1, order)
     count_R = torch.full((len(ids_RK),), slots, device=ids_RK.device)
     probs_RK = (shifted_RK - log_z_R[:, None]).double().exp()
-    if settings.head_mass < 1.0:  # at 1 the mass does not end it: a sum of rounded numbers may reach 1 early, or never
-        count_R = torch.minimum(count_R, (probs_RK.cumsum(-1) < settings.head_mass).sum(-1) + 1)
-    if settings.head_min_prob > 0.0:
-        count_R = torch.minimum(count_R, (probs_RK >= settings.head_min_prob).sum(-1).clamp(min=1))
+    if settings.top_p < 1.0:  # at 1 the mass does not end it: a sum of rounded numbers may reach 1 early, or never
+        count_R = torch.minimum(count_R, (probs_RK.cumsum(-1) < settings.top_p).sum(-1) + 1)
+    if settings.min_prob > 0.0:
+        count_R = torch.minimum(count_R, (probs_RK >= settings.min_prob).sum(-1).clamp(min=1))
     kept_RK = torch.arange(slots, device=ids_RK.device) < count_R[:, None]
     if settings.forced_ids:
         forced_F = torch.tensor(settings.forced_ids, device=ids_RK.device)

@@ -1,6 +1,6 @@
 """What an engine makes of a sequence: its record, or the reason why it has none. The same whichever engine ran it.
 
-Letters: N recorded positions of the sequence, M those of them whose hidden state is kept.
+Shape suffixes: N recorded positions of the sequence, M those of them whose hidden state is kept.
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from llavamod_offline.data.encode.tokenize import Ids
-from llavamod_offline.data.encode.tokenize import Sequence as TokenSequence
+from llavamod_offline.data.encode.tokenize import Ids, TokenizedSequence
 from teacher_cache.engines.protocol import Request
 from teacher_cache.format.hidden_states import HiddenStates
 from teacher_cache.format.record import Records
@@ -20,7 +19,7 @@ from teacher_cache.format.sequences import SequenceRecord
 Outcome = SequenceRecord | Rejection
 
 
-def beyond_vocabulary(sequence: TokenSequence, vocab_size: int) -> str | None:
+def beyond_vocabulary(sequence: TokenizedSequence, vocab_size: int) -> str | None:
     """Why a sequence cannot be captured if one of its supervised ids has no probability; None if all have one."""
     largest = int(sequence.target_ids_N.max(initial=0))
     if largest < vocab_size:
@@ -29,7 +28,7 @@ def beyond_vocabulary(sequence: TokenSequence, vocab_size: int) -> str | None:
 
 
 def rows_with_states(
-    sequence: TokenSequence, rows_N: Ids, which: HiddenPositions | None, image_token_id: int | None
+    sequence: TokenizedSequence, rows_N: Ids, which: HiddenPositions | None, image_token_id: int | None
 ) -> NDArray[np.int64] | None:
     """Which of the recorded rows keep their hidden state, as indices [M] into `rows_N`; None where none are wanted."""
     if which is None:
@@ -41,7 +40,7 @@ def rows_with_states(
 
 def recorded(
     request: Request,
-    sequence: TokenSequence,
+    sequence: TokenizedSequence,
     records: Records,
     finite_N: NDArray[np.bool_],
     hidden: HiddenStates | None,

@@ -1,10 +1,10 @@
 """Laying sequences out in the rows of a batch; those of one sample may share the row of their common beginning.
 
-Chosen and rejected answers follow the same prompt and pictures. In a shared row stand the first sequence and then what
+Chosen and rejected answers follow the same prompt and images. In a shared row stand the first sequence and then what
 follows the common beginning in each of the others; a mask lets them see that beginning and themselves, and positions
 count on from it, so that every token gets what it gets in a row of its own.
 
-Letters: S sequences, U tokens of the longest, B rows, T columns of the longest row.
+Shape suffixes: S sequences, U tokens of the longest, B rows, T columns of the longest row.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Layout:
     """Where each token of each sequence stands: in row `rows_S[s]`, at the columns `columns[s]`.
 
     `mask`: [B, T] of ones and zeros where no row is shared, else [B, 1, T, T], whether a column (the second T) is seen.
-    `first_S`: whether a sequence is the first one of its row, whose pictures are those of the row.
+    `first_S`: whether a sequence is the first one of its row, whose images are those of the row.
     """
 
     input_ids_BT: Tensor

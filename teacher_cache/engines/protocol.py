@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from llavamod_offline.data.encode.tokenize import Sequence as TokenSequence
+from llavamod_offline.data.encode.tokenize import TokenizedSequence
 from llavamod_offline.data.sample import Sample
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.rejection import Rejection
@@ -20,10 +20,10 @@ class Request:
     row: int
     key: str
     content_hash: str
-    sequences: tuple[TokenSequence, ...]
+    sequences: tuple[TokenizedSequence, ...]
 
 
-class Engine(Protocol):
+class CaptureEngine(Protocol):
     """A way to run the teacher; `settings` say what its records keep, and may be others in a copy of it."""
 
     settings: RecordSettings

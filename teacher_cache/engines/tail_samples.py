@@ -1,6 +1,6 @@
 """Systematic sampling of tail ids, with uniforms that depend on (seed, key, role, position) alone.
 
-Letters: N positions (R of them in a chunk), V ids, D draws of all of them.
+Shape suffixes: N positions (R of them in a chunk), V ids, D draws of all of them.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ def sequence_uniforms(seed: int, key: str, role: str, count: int) -> NDArray[np.
     return (counter >> np.uint64(11)).astype(np.float64) / _TWO_53
 
 
-def draw_budget(log_tail_mass_N: Tensor, draws_max: int, draws_per_mass: float) -> Tensor:
+def tail_sample_budget(log_tail_mass_N: Tensor, tail_samples_max: int, tail_samples_per_mass: float) -> Tensor:
     """Say how many times to draw at each position: in proportion to the tail's mass, at least once where there is any.
 
     The variance of a tail of mass r seen through m draws is about r²/m, so a fixed total is best spent with m ∝ r.
-    Result: [N] int64 in 1…`draws_max`, and 0 where the log mass is −inf or `draws_max` is 0.
+    Result: [N] int64 in 1…`tail_samples_max`, and 0 where the log mass is −inf or `tail_samples_max` is 0.
     """
-    wanted = (log_tail_mass_N.double().exp() * draws_per_mass).ceil().clamp(1, max(draws_max, 1)).long()
-    return torch.where(torch.isneginf(log_tail_mass_N) | (draws_max == 0), torch.zeros_like(wanted), wanted)
+    wanted = (log_tail_mass_N.double().exp() * tail_samples_per_mass).ceil().clamp(1, max(tail_samples_max, 1)).long()
+    return torch.where(torch.isneginf(log_tail_mass_N) | (tail_samples_max == 0), torch.zeros_like(wanted), wanted)
 
 
-def systematic_draws(weights_RV: Tensor, uniforms_R: Tensor, budget_R: Tensor) -> Tensor:
+def systematic_tail_samples(weights_RV: Tensor, uniforms_R: Tensor, budget_R: Tensor) -> Tensor:
     """Draw `budget_R` ids a row by systematic sampling in order of id; an id may be drawn several times.
 
     Row r puts budget points at (u + j) / budget, j = 0, 1, …, on the cumulated weights, so id v is drawn

@@ -1,6 +1,6 @@
 """A shard's columns on disk: one Zarr v3 group, each array in one shard file of one chunk a block (zstd, CRC-32C).
 
-Letters: B blocks, W numbers a position has in a column, L longest row of a block, D draws, V ids, F frequent ids.
+Shape suffixes: B blocks, W numbers a position has in a column, L longest row of a block, D draws, V ids, F frequent ids.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def write_columns(
     Errors: `CacheError` if an id or a count is out of range, or a head lacks a forced id.
     """
     check_range(codec, records)
-    ids = np.concatenate([records.head_ids_H, records.draw_ids_D])
+    ids = np.concatenate([records.topk_ids_H, records.tail_ids_D])
     frequent_F = frequent_ids(ids, codec.vocab_size, -(-len(records) // _POSITIONS_PER_FREQUENT_ID))
     ranks_V = ranks_by_id(ids_by_rank(frequent_F, codec.vocab_size))
     lengths = [min(BLOCK_POSITIONS, len(records) - start) for start in range(0, len(records), BLOCK_POSITIONS)]

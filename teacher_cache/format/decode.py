@@ -1,6 +1,6 @@
 """The columns of one block of positions → records.
 
-Letters: N positions, H entries of all heads, P those that are likely ones (the others are forced), D draws, V ids,
+Shape suffixes: N positions, H entries of all heads, P those that are likely ones (the others are forced), D draws, V ids,
 F forced ids, S temperatures, T = 1 + S.
 """
 
@@ -69,8 +69,8 @@ def decode_block(
         entropy_N = decode_entropy(block["entropy"], numbers)
     target_ids_N = np.full(len(slots_N), NO_TARGET, np.int32)
     target_log_probs_N = np.zeros(len(slots_N), np.float32)
-    inside = np.flatnonzero((slots_N > 0) & (slots_N <= codec.head_limit))
-    if np.any(slots_N[inside] > counts_N[inside]) or np.any(slots_N > codec.head_limit + 1):
+    inside = np.flatnonzero((slots_N > 0) & (slots_N <= codec.topk_limit))
+    if np.any(slots_N[inside] > counts_N[inside]) or np.any(slots_N > codec.topk_limit + 1):
         raise CacheError("a target's place is beyond its head")
     places = starts(counts_N)[inside] + slots_N[inside] - 1
     target_ids_N[inside], target_log_probs_N[inside] = ids_H[places], log_probs_H[places]
@@ -81,11 +81,11 @@ def decode_block(
         entropy_N=entropy_N,
         tail_log_mass_N=tail_log_mass_N,
         log_normalisers_NS=log_normalisers_NS,
-        head_counts_N=counts_N,
-        draw_counts_N=draws_N,
-        head_ids_H=ids_H,
-        head_log_probs_H=log_probs_H,
-        draw_ids_D=ids[likely : likely + draws],
+        topk_counts_N=counts_N,
+        tail_counts_N=draws_N,
+        topk_ids_H=ids_H,
+        topk_log_probs_H=log_probs_H,
+        tail_ids_D=ids[likely : likely + draws],
     )
 
 

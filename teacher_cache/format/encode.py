@@ -1,6 +1,6 @@
 """Records → the columns of one block of positions.
 
-Letters: N positions, H entries of all heads, P those that are likely ones (the others are forced), D draws, V ids,
+Shape suffixes: N positions, H entries of all heads, P those that are likely ones (the others are forced), D draws, V ids,
 S temperatures, T = 1 + S.
 """
 
@@ -24,8 +24,8 @@ def check_range(codec: Codec, records: Records) -> None:
         "head_ids_H": (0, codec.vocab_size - 1),
         "draw_ids_D": (0, codec.vocab_size - 1),
         "target_ids_N": (NO_TARGET, codec.vocab_size - 1),
-        "head_counts_N": (1, codec.head_limit),
-        "draw_counts_N": (0, codec.draw_limit),
+        "head_counts_N": (1, codec.topk_limit),
+        "draw_counts_N": (0, codec.tail_limit),
     }
     for name, (low, high) in limits.items():
         values = getattr(records, name)
@@ -35,21 +35,21 @@ def check_range(codec: Codec, records: Records) -> None:
 
 def encode_block(codec: Codec, records: Records, ranks_V: Ints) -> Block:
     """Turn records into columns; `ranks_V` gives each id's rank. Errors: `CacheError` if a forced id is missing."""
-    counts_N = records.head_counts_N
-    slots_N = _target_slots(records, codec.head_limit)
+    counts_N = records.topk_counts_N
+    slots_N = _target_slots(records, codec.topk_limit)
     outside_N = slots_N == 0
     likely_N = counts_N
     if codec.numbers is not None and codec.forced_ids:
-        likely_N = counts_N - forced_suffix(records.head_ids_H, counts_N, codec.forced_by_id_V)
-    place_H = np.arange(len(records.head_ids_H)) - np.repeat(starts(counts_N), counts_N)
+        likely_N = counts_N - forced_suffix(records.topk_ids_H, counts_N, codec.forced_by_id_V)
+    place_H = np.arange(len(records.topk_ids_H)) - np.repeat(starts(counts_N), counts_N)
     likely_H = place_H < np.repeat(likely_N, counts_N)
-    ids_P = records.head_ids_H[likely_H]
-    draws_D = _differences(_sorted_within(ranks_V[records.draw_ids_D], records.draw_counts_N), records.draw_counts_N)
+    ids_P = records.topk_ids_H[likely_H]
+    draws_D = _differences(_sorted_within(ranks_V[records.tail_ids_D], records.tail_counts_N), records.tail_counts_N)
     ids = encode_ranks(np.concatenate([ranks_V[ids_P], draws_D, ranks_V[records.target_ids_N[outside_N]]]))
     outside_log_probs = records.target_log_probs_N[outside_N]
     block: Block = {
         "head_counts": likely_N,
-        "draw_counts": records.draw_counts_N,
+        "draw_counts": records.tail_counts_N,
         "target_slots": slots_N,
         "id_codes": ids.codes,
         "id_low": ids.low,
@@ -60,11 +60,11 @@ def encode_block(codec: Codec, records: Records, ranks_V: Ints) -> Block:
             "entropy": records.entropy_N,
             "tail_log_mass": records.tail_log_mass_N,
             "log_normalisers": records.log_normalisers_NS.T,
-            "head_log_probs": records.head_log_probs_H,
+            "head_log_probs": records.topk_log_probs_H,
             "outside_log_probs": outside_log_probs,
         }
     else:
-        codes_H = encode_log_probs(records.head_log_probs_H, codec.numbers)
+        codes_H = encode_log_probs(records.topk_log_probs_H, codec.numbers)
         steps = encode_steps(codes_H[likely_H], likely_N)
         block |= {
             "entropy": encode_entropy(records.entropy_N, codec.numbers),
@@ -84,14 +84,14 @@ def encode_block(codec: Codec, records: Records, ranks_V: Ints) -> Block:
     return {name: np.ascontiguousarray(block[name], dtype=column.dtype) for name, column in codec.columns.items()}
 
 
-def _target_slots(records: Records, head_limit: int) -> Ints:
-    """1 + the target's place in the head, 0 where it is not in it, `head_limit` + 1 where there is no target."""
-    counts_N = records.head_counts_N
-    hits = np.flatnonzero(records.head_ids_H == np.repeat(records.target_ids_N, counts_N))
+def _target_slots(records: Records, topk_limit: int) -> Ints:
+    """1 + the target's place in the head, 0 where it is not in it, `topk_limit` + 1 where there is no target."""
+    counts_N = records.topk_counts_N
+    hits = np.flatnonzero(records.topk_ids_H == np.repeat(records.target_ids_N, counts_N))
     rows = np.searchsorted(np.cumsum(counts_N), hits, side="right")
     slots_N = np.zeros(len(records), np.int32)
     slots_N[rows] = hits - starts(counts_N)[rows] + 1
-    slots_N[records.target_ids_N == NO_TARGET] = head_limit + 1
+    slots_N[records.target_ids_N == NO_TARGET] = topk_limit + 1
     return slots_N
 
 
@@ -110,8 +110,8 @@ def _differences(ranks_D: Ints, counts_N: Ints) -> Ints:
 
 def _share_steps(records: Records, temperatures: tuple[float, ...], numbers: Precision) -> NDArray[np.int32]:
     """Codes of the tail's share of Σ p^(1/T) [T, N]: at T = 1 as it is, then differences from one T to the next."""
-    counts_N = records.head_counts_N
-    log_probs_H = records.head_log_probs_H.astype(np.float64)
+    counts_N = records.topk_counts_N
+    log_probs_H = records.topk_log_probs_H.astype(np.float64)
     shares = [np.exp(records.tail_log_mass_N.astype(np.float64))]
     for column, temperature in enumerate(temperatures):
         head_N = np.add.reduceat(np.exp(log_probs_H / temperature), starts(counts_N)) if len(counts_N) else np.zeros(0)

@@ -2,7 +2,7 @@
 
 `float16` rounds to 11 bits. `int8` keeps a state in 127ths of its largest magnitude, and errs by half of one at most.
 
-Letters: N recorded positions of a shard or sequence, M those of them with a state, D the teacher's hidden size.
+Shape suffixes: N recorded positions of a shard or sequence, M those of them with a state, D the teacher's hidden size.
 """
 
 from __future__ import annotations

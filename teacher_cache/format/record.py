@@ -1,6 +1,6 @@
 """The record: what is kept of the teacher's distribution at each supervised position, in columns.
 
-Letters: N positions, S temperatures;
+Shape suffixes: N positions, S temperatures;
 H and D are the lengths of all heads and of all lists of tail draws, one after another (as in a CSR matrix).
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,36 +21,52 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class RecordSettings:
-    """What a record holds. The head: the most likely ids until their mass reaches `head_mass`, their number `head_max`,
-    or the next one's probability is below `head_min_prob`; at least one, and all of `forced_ids`. The tail:
-    `draws_per_mass` draws per unit of its mass, 1 to `draws_max` (0 for none). `temperatures`: those T ≠ 1 whose
-    log Σ p^(1/T) is kept.
+    """What a record holds: the top-k part, samples of the tail, and normalisers.
 
-    `head_mass=1.0, head_max=V` keeps every id (exhaustive). Errors: `ConfigError` naming the value out of range.
+    Top-k: the most likely ids until their mass reaches `top_p`, their number `top_k`, or the next one's probability is
+    below `min_prob`; at least one, and all of `forced_ids`. Tail: `tail_samples_per_mass` samples per unit of its mass,
+    1 to `tail_samples_max` (0 for none). `temperatures`: those T ≠ 1 whose log Σ p^(1/T) is kept.
+
+    `top_p=1.0, top_k=V` keeps every id (exhaustive). Errors: `ConfigError` naming the value out of range.
     """
 
-    head_mass: float
-    head_max: int
-    draws_max: int
-    draws_per_mass: float
+    top_p: float
+    top_k: int
+    tail_samples_max: int
+    tail_samples_per_mass: float
     temperatures: tuple[float, ...]
     forced_ids: tuple[int, ...] = ()
-    head_min_prob: float = 0.0
+    min_prob: float = 0.0
 
     def __post_init__(self) -> None:
         checks = (
-            (0.0 <= self.head_mass <= 1.0, f"head_mass is {self.head_mass:g}, must lie in 0 … 1"),
-            (0.0 <= self.head_min_prob < 1.0, f"head_min_prob is {self.head_min_prob:g}, must lie in 0 … 1"),
-            (self.head_max >= 1, f"head_max is {self.head_max}, must be at least 1"),
-            (0 <= self.draws_max <= 65535, f"draws_max is {self.draws_max}, must lie in 0 … 65535"),
-            (self.draws_per_mass > 0, f"draws_per_mass is {self.draws_per_mass:g}, must be more than 0"),
+            (0.0 <= self.top_p <= 1.0, f"top_p is {self.top_p:g}, must be in 0 … 1"),
+            (0.0 <= self.min_prob < 1.0, f"min_prob is {self.min_prob:g}, must be at least 0 and below 1"),
+            (self.top_k >= 1, f"top_k is {self.top_k}, must be at least 1"),
+            (0 <= self.tail_samples_max <= 65535, f"tail_samples_max is {self.tail_samples_max}, must be in 0 … 65535"),
+            (
+                self.tail_samples_per_mass > 0,
+                f"tail_samples_per_mass is {self.tail_samples_per_mass:g}, must be above 0",
+            ),
             (all(t > 0 and t != 1.0 for t in self.temperatures), "temperatures must be positive and not 1"),
             (len(set(self.temperatures)) == len(self.temperatures), "temperatures holds a value twice"),
-            (len(set(self.forced_ids)) == len(self.forced_ids), "forced tokens hold one twice"),
+            (len(set(self.forced_ids)) == len(self.forced_ids), "forced tokens holds a token twice"),
         )
         for fine, problem in checks:
             if not fine:
                 raise ConfigError(f"capture: {problem}")
+
+    def stored(self) -> dict[str, Any]:
+        """The settings under the names that format version 1 stores in a fingerprint."""
+        return {
+            "head_mass": self.top_p,
+            "head_max": self.top_k,
+            "draws_max": self.tail_samples_max,
+            "draws_per_mass": self.tail_samples_per_mass,
+            "temperatures": list(self.temperatures),
+            "forced_ids": list(self.forced_ids),
+            "head_min_prob": self.min_prob,
+        }
 
 
 @dataclass(frozen=True)
@@ -58,9 +75,9 @@ class Records:
 
     `target_ids_N` is −1 where a position has no target (its `target_log_probs_N` is 0 then).
 
-    `head_counts_N` [N] says how many of `head_ids_H` and `head_log_probs_H` belong to each position, most likely first
+    `topk_counts_N` [N] says how many of `topk_ids_H` and `topk_log_probs_H` belong to each position, most likely first
     (equal ones by rising id), then the forced ids that are not among those, in the order of `forced_ids`.
-    `draw_counts_N` likewise for `draw_ids_D`, in any order; an id drawn twice stands twice. `tail_log_mass_N` is −inf
+    `tail_counts_N` likewise for `tail_ids_D`, in any order; an id drawn twice stands twice. `tail_log_mass_N` is −inf
     where every id is in the head. `log_normalisers_NS`: log Σ_v p(v)^(1/T).
     """
 
@@ -69,11 +86,11 @@ class Records:
     entropy_N: Floats
     tail_log_mass_N: Floats
     log_normalisers_NS: Floats
-    head_counts_N: Ints
-    draw_counts_N: Ints
-    head_ids_H: Ints
-    head_log_probs_H: Floats
-    draw_ids_D: Ints
+    topk_counts_N: Ints
+    tail_counts_N: Ints
+    topk_ids_H: Ints
+    topk_log_probs_H: Floats
+    tail_ids_D: Ints
 
     def __len__(self) -> int:
         return len(self.target_ids_N)
@@ -81,8 +98,8 @@ class Records:
     def split(self, lengths: Sequence[int]) -> list[Records]:
         """Cut into consecutive pieces of the given numbers of positions, as views."""
         edges_N = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        edges_H = np.concatenate([[0], np.cumsum(self.head_counts_N)])[edges_N]
-        edges_D = np.concatenate([[0], np.cumsum(self.draw_counts_N)])[edges_N]
+        edges_H = np.concatenate([[0], np.cumsum(self.topk_counts_N)])[edges_N]
+        edges_D = np.concatenate([[0], np.cumsum(self.tail_counts_N)])[edges_N]
         edges = {"H": edges_H, "D": edges_D}
         pieces = []
         for piece in range(len(lengths)):

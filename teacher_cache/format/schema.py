@@ -48,8 +48,8 @@ class Codec:
     vocab_size: int
     temperatures: tuple[float, ...]
     precision: PrecisionName
-    head_limit: int
-    draw_limit: int
+    topk_limit: int
+    tail_limit: int
     forced_ids: tuple[int, ...] = ()
     hidden: HiddenKind | None = None
 
@@ -61,8 +61,8 @@ class Codec:
             "vocab_size": self.vocab_size,
             "temperatures": list(self.temperatures),
             "precision": self.precision,
-            "head_limit": self.head_limit,
-            "draw_limit": self.draw_limit,
+            "head_limit": self.topk_limit,
+            "draw_limit": self.tail_limit,
             "forced_ids": list(self.forced_ids),
             "hidden": self.hidden,
         }
@@ -98,9 +98,9 @@ class Codec:
     def columns(self) -> dict[str, Column]:
         """Every array of a shard with its little-endian type."""
         columns: dict[str, tuple[str, int | None]] = {
-            "head_counts": (narrowest(self.head_limit), 0),
-            "draw_counts": (narrowest(self.draw_limit), 0),
-            "target_slots": (narrowest(self.head_limit + 1), 0),
+            "head_counts": (narrowest(self.topk_limit), 0),
+            "draw_counts": (narrowest(self.tail_limit), 0),
+            "target_slots": (narrowest(self.topk_limit + 1), 0),
             "id_codes": ("|u1", None),
             "id_low": ("|u1", None),
             "id_high": ("<u2", None),

@@ -3,7 +3,7 @@
 The sequences' positions, head entries and draws lie one after another in the order of the table, so where a sequence's
 begin is the sum of the counts before it.
 
-Letters: Q sequences of a shard.
+Shape suffixes: Q sequences of a shard.
 """
 
 from __future__ import annotations

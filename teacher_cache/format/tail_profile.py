@@ -2,7 +2,7 @@
 
 A shard keeps it for its frequent ids, beside one number for all other ids together, which are taken as even.
 
-Letters: V ids, F frequent ids, D draws of all positions.
+Shape suffixes: V ids, F frequent ids, D draws of all positions.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from teacher_cache.format.record import Records
 
 def mean_tail(records: Records, frequent_F: NDArray[np.int32], vocab_size: int) -> NDArray[np.float32]:
     """Mean tail mass of each frequent id, and of all others together [F + 1]; each draw carries its share of a tail."""
-    mass_N = np.exp(records.tail_log_mass_N.astype(np.float64)) / np.maximum(records.draw_counts_N, 1)
-    mass_D = np.repeat(mass_N, records.draw_counts_N)
-    sums_V = np.bincount(records.draw_ids_D, weights=mass_D, minlength=vocab_size)
+    mass_N = np.exp(records.tail_log_mass_N.astype(np.float64)) / np.maximum(records.tail_counts_N, 1)
+    mass_D = np.repeat(mass_N, records.tail_counts_N)
+    sums_V = np.bincount(records.tail_ids_D, weights=mass_D, minlength=vocab_size)
     frequent = sums_V[frequent_F]
     return (np.append(frequent, sums_V.sum() - frequent.sum()) / max(len(records), 1)).clip(min=0).astype(np.float32)
 

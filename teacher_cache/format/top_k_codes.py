@@ -4,7 +4,7 @@ Likely ids stand by falling log-prob, so their codes rise and the steps between 
 each, 255 saying that a step stands among the *far steps* of 16 bits. Forced ids that are not among a head's likely ones
 need no id: they stand last, in the order of the list, and a code for each says their log-prob.
 
-Letters: N positions, H entries of all heads, P those of them that are likely ones, F forced ids.
+Shape suffixes: N positions, H entries of all heads, P those of them that are likely ones, F forced ids.
 """
 
 from __future__ import annotations

@@ -22,10 +22,10 @@ from teacher_cache.generate.generated_set import AnsweredSample, with_texts, wri
 if TYPE_CHECKING:
     from llavamod_offline.data.encode.tokenize import Ids
     from teacher_cache.config import GenerateConfig
-    from teacher_cache.engines.hf import HfEngine
+    from teacher_cache.engines.hf import HfCaptureEngine
     from teacher_cache.generate.decode_loop import Prompt, Written
-    from teacher_cache.job import Job
-    from teacher_cache.teachers import Picture
+    from teacher_cache.capture_setup import CaptureSetup
+    from teacher_cache.teachers import SampleImage
 
 Progress = Callable[[int, int], None]
 
@@ -59,7 +59,9 @@ class _Open:
 class Answerer:
     """Answers rows of a job's set with an engine's model; `progress` is told of finished samples and written tokens."""
 
-    def __init__(self, job: Job, engine: HfEngine, settings: GenerateConfig, progress: Progress) -> None:
+    def __init__(
+        self, job: CaptureSetup, engine: HfCaptureEngine, settings: GenerateConfig, progress: Progress
+    ) -> None:
         self._job, self._engine, self._settings, self._progress = job, engine, settings, progress
         self._encoder = job.teacher.encoder
         self._limit = min(self._encoder.max_length, job.teacher.context_length)
@@ -90,7 +92,7 @@ class Answerer:
         for batch, pictures in self._with_pictures(batches):
             self._write_batch(batch, pictures)
 
-    def _write_batch(self, batch: list[tuple[_Open, Ids]], pictures: list[Future[list[Picture]]]) -> None:
+    def _write_batch(self, batch: list[tuple[_Open, Ids]], pictures: list[Future[list[SampleImage]]]) -> None:
         from teacher_cache.generate.decode_loop import Decoding, Prompt, write_answers
 
         settings = self._settings
@@ -124,9 +126,9 @@ class Answerer:
 
     def _with_pictures(
         self, batches: Sequence[list[tuple[_Open, Ids]]]
-    ) -> Iterator[tuple[list[tuple[_Open, Ids]], list[Future[list[Picture]]]]]:
-        """Each batch with its pictures, which threads prepare a few batches ahead."""
-        coming: list[list[Future[list[Picture]]]] = []
+    ) -> Iterator[tuple[list[tuple[_Open, Ids]], list[Future[list[SampleImage]]]]]:
+        """Each batch with its images, which threads prepare a few batches ahead."""
+        coming: list[list[Future[list[SampleImage]]]] = []
         with ThreadPoolExecutor(self._engine.workers, thread_name_prefix="images") as pool:
             for number, batch in enumerate(batches):
                 for ahead in batches[len(coming) : number + 1 + _BATCHES_AHEAD]:
@@ -134,7 +136,7 @@ class Answerer:
                 yield batch, coming[number]
                 coming[number] = []
 
-    def _pictures(self, item: _Open) -> list[Picture]:
+    def _pictures(self, item: _Open) -> list[SampleImage]:
         return self._job.teacher.pictures(self._cut(item, "-"))
 
     def _prompt_ids(self, item: _Open) -> Ids:
@@ -143,7 +145,7 @@ class Answerer:
         return sequence.input_ids_T[: _last_answer(sequence.supervised_N)[0]]
 
     def _cut(self, item: _Open, answer: str) -> Sample:
-        """The sample up to the turn that is written next, which is `answer`, with the pictures so far."""
+        """The sample up to the turn that is written next, which is `answer`, with the images so far."""
         sample = self._job.samples.read(item.row)
         place = item.places[len(item.texts)]
         turns = with_texts(sample.turns, item.places, [*item.texts, answer])[: place + 1]
@@ -151,7 +153,7 @@ class Answerer:
         extensions = sample.image_extensions[:images]
         return replace(sample, turns=turns, images=sample.images[:images], image_extensions=extensions)
 
-    def _check_pictures(self, ids_T: Ids, pictures: Sequence[Picture]) -> None:
+    def _check_pictures(self, ids_T: Ids, pictures: Sequence[SampleImage]) -> None:
         expected = sum(picture.tokens for picture in pictures)
         found = int((ids_T == self._job.teacher.image_token_id).sum())
         if found != expected:

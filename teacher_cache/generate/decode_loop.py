@@ -3,7 +3,7 @@
 It runs the model as the Hugging Face engine does to capture it (the same embeddings, positions and float32 head), so
 that a token chosen here is one that the record of its position knows as it was.
 
-Letters: B prompts of a batch, T tokens of the longest, D hidden size, V shared vocabulary.
+Shape suffixes: B prompts of a batch, T tokens of the longest, D hidden size, V shared vocabulary.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from llavamod_offline.data.encode.tokenize import Ids
 from llavamod_offline.errors import ModelError
-from teacher_cache.engines.hf import HfEngine
+from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.engines.tail_samples import sequence_uniforms
 from teacher_cache.generate.sampling import choose_tokens
-from teacher_cache.teachers import Picture
+from teacher_cache.teachers import SampleImage
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: tokens up to where the answer begins, its pictures, and the name of its random numbers.
+    """One prompt: tokens up to where the answer begins, its images, and the name of its random numbers.
 
     `room`: the most tokens that the answer may have, its end included.
     """
@@ -46,7 +46,7 @@ class Prompt:
     key: str
     stream: str
     input_ids_T: Ids
-    pictures: tuple[Picture, ...]
+    pictures: tuple[SampleImage, ...]
     room: int
 
 
@@ -62,7 +62,7 @@ class Written:
     finite: bool = True
 
 
-def write_answers(engine: HfEngine, prompts: Sequence[Prompt], decoding: Decoding) -> list[Written]:
+def write_answers(engine: HfCaptureEngine, prompts: Sequence[Prompt], decoding: Decoding) -> list[Written]:
     """Answer a batch of prompts. One that does not fit into memory is halved, for this time.
 
     Errors: `ModelError` naming the sample if a single prompt does not fit.
@@ -82,7 +82,7 @@ def write_answers(engine: HfEngine, prompts: Sequence[Prompt], decoding: Decodin
 
 
 @torch.inference_mode()
-def _write(engine: HfEngine, prompts: Sequence[Prompt], decoding: Decoding) -> list[Written]:
+def _write(engine: HfCaptureEngine, prompts: Sequence[Prompt], decoding: Decoding) -> list[Written]:
     rooms = [min(prompt.room, decoding.max_new_tokens) for prompt in prompts]
     uniforms = np.zeros((len(prompts), max(rooms)))
     if decoding.temperature:
@@ -111,7 +111,7 @@ def _write(engine: HfEngine, prompts: Sequence[Prompt], decoding: Decoding) -> l
     return [Written(tuple(ids), *rest) for ids, *rest in zip(written, ended, finite, strict=True)]
 
 
-def _next_logits(engine: HfEngine, prompts: Sequence[Prompt]) -> Generator[Tensor, Tensor, None]:
+def _next_logits(engine: HfCaptureEngine, prompts: Sequence[Prompt]) -> Generator[Tensor, Tensor, None]:
     """Yield the logits [B, V] of the next tokens, −inf for the image's id, and be sent the ids [B] that were chosen."""
     model, teacher = engine.model, engine.teacher
     embed, decoder = model.get_input_embeddings(), model.get_decoder()

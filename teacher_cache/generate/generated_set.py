@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavamod_offline.data.pack.pack import write_set
-from llavamod_offline.data.rows import Located, Rejection, RejectionKind
+from llavamod_offline.data.rows import Located, RejectedRow, RejectionKind
 from llavamod_offline.data.sample import Generated, Sample, Turn
 from llavamod_offline.data.sets.sample_set import MANIFEST_NAME, SampleSet
 from llavamod_offline.errors import ConfigError, DataError
@@ -113,7 +113,7 @@ class WrittenSet:
         left = {origins[row].as_py() for pair in answers for answer, row in zip(*pair, strict=True) if not answer.kind}
         return {name: weight for name, weight in weights.items() if name in left}
 
-    def _rows(self, source: SampleSet, settings: GenerateConfig, teacher: str) -> Iterator[Located | Rejection]:
+    def _rows(self, source: SampleSet, settings: GenerateConfig, teacher: str) -> Iterator[Located | RejectedRow]:
         for shard in source.shard_names:
             for answer, row in zip(self._read(shard), source.rows_of(shard), strict=True):
                 sample = source.read(row, verify=True)
@@ -123,7 +123,7 @@ class WrittenSet:
                     )
                 file = f"{shard}.tar"
                 if answer.kind is not None:
-                    yield Rejection(sample.key, answer.kind, answer.reason, file, row)
+                    yield RejectedRow(sample.key, answer.kind, answer.reason, file, row)
                 else:
                     written = written_sample(sample, answer.texts, settings, teacher=teacher, source=source.digest)
                     yield Located(written, file, row)

@@ -21,18 +21,18 @@ from tqdm import tqdm
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError, DataError
 from llavamod_offline.storage.folders import is_url
-from teacher_cache.capture.run import Summary, run_job
+from teacher_cache.capture.run import Summary, run_capture
 from teacher_cache.config import GenerateConfig
 from teacher_cache.engines import load_engine
 from teacher_cache.fingerprint import check_allowed
 from teacher_cache.format.manifest import canonical
 from teacher_cache.generate.answer_rows import Answerer
 from teacher_cache.generate.generated_set import WrittenSet
-from teacher_cache.job import prepare_job
+from teacher_cache.capture_setup import prepare_capture
 
 if TYPE_CHECKING:
-    from teacher_cache.config import CacheConfig
-    from teacher_cache.engines.hf import HfEngine
+    from teacher_cache.config import CacheTeacherConfig
+    from teacher_cache.engines.hf import HfCaptureEngine
 
 # What of a capture's fingerprint decides the answers, too.
 _ABOUT = ("tokenizer", "template", "sequence", "images", "teacher", "engine", "data")
@@ -58,16 +58,16 @@ class Generation:
     capture: Summary
 
 
-def generate(config: CacheConfig, *, allow: Sequence[str] = ()) -> Generation:
+def generate(config: CacheTeacherConfig, *, allow: Sequence[str] = ()) -> Generation:
     """Let the teacher answer every prompt that is not answered yet, pack the answers, and capture the new set.
 
-    Started again it goes on where it was stopped. `allow`: see `run.run_job`.
+    Started again it goes on where it was stopped. `allow`: see `run.run_capture`.
     Errors: a `LlavaModError` before anything is written, if set, teacher and settings do not fit one another, or what
-    lies at `output_set`; `DataError` if more than `max_rejected` of the answers are rejected; those of `run_job`.
+    lies at `output_set`; `DataError` if more than `max_rejected` of the answers are rejected; those of `run_capture`.
     """
     started = time.perf_counter()
     _check(config)
-    job = prepare_job(config)
+    job = prepare_capture(config)
     check_allowed(allow, job.fingerprint)
     _check_samples(job.samples)
     settings = config.generate
@@ -78,8 +78,8 @@ def generate(config: CacheConfig, *, allow: Sequence[str] = ()) -> Generation:
     missing = target.missing(job.samples.shard_names)
     if missing:
         _LOG.info("%s: answers to %d of %d shards to write", target.path, len(missing), len(job.samples.shard_names))
-        with _Progress(sum(len(job.samples.rows_of(name)) for name in missing)) as progress:
-            answerer = Answerer(job, cast("HfEngine", engine()), settings, progress.update)
+        with _GenerateProgress(sum(len(job.samples.rows_of(name)) for name in missing)) as progress:
+            answerer = Answerer(job, cast("HfCaptureEngine", engine()), settings, progress.update)
             for name in missing:
                 answers = answerer.answer(job.samples.rows_of(name))
                 target.commit(name, answers)
@@ -90,7 +90,7 @@ def generate(config: CacheConfig, *, allow: Sequence[str] = ()) -> Generation:
     seconds = time.perf_counter() - started
     made = SampleSet.open(target.path).manifest
     capture = replace(config, data=str(target.path), output_set=None, generate=GenerateConfig())
-    captured = run_job(capture, allow=allow, load=lambda job, config: engine())
+    captured = run_capture(capture, allow=allow, load=lambda job, config: engine())
     return Generation(
         output_set=str(target.path),
         samples=made["samples"],
@@ -106,7 +106,7 @@ def generate(config: CacheConfig, *, allow: Sequence[str] = ()) -> Generation:
     )
 
 
-def _check(config: CacheConfig) -> None:
+def _check(config: CacheTeacherConfig) -> None:
     if config.output_set is None:
         raise ConfigError("config: output_set is not set: name the folder for the new set")
     if is_url(config.output_set):
@@ -140,7 +140,7 @@ def _identity(teacher: Any) -> str:
     return hashlib.sha256(canonical(teacher)).hexdigest()
 
 
-class _Progress:
+class _GenerateProgress:
     """A bar over samples that also shows tokens per second."""
 
     def __init__(self, samples: int) -> None:
@@ -148,7 +148,7 @@ class _Progress:
         self._tokens = 0
         self._started = time.perf_counter()
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> _GenerateProgress:
         return self
 
     def __exit__(self, *_: object) -> None:

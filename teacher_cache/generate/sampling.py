@@ -1,6 +1,6 @@
 """Choosing a next token: the likeliest, or one drawn from what temperature and top-p leave of the distribution.
 
-Letters: B rows, V ids.
+Shape suffixes: B rows, V ids.
 """
 
 from __future__ import annotations

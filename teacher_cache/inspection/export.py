@@ -11,10 +11,10 @@ renormalised. Two layouts, where n is the sequence's recorded positions, T all i
   (`DataCollatorForKD`, read at commit 067b021) takes and no other, since it makes tensors of all of them:
   `input_ids`, `attention_mask`, `labels` [T], labels −100 where a token is not supervised; `target_token_ids`,
   `target_logprobs`, `target_mask` [T][K]. The row of index t is the distribution of the model's output at t, so that of
-  the token at t + 1, and is empty where there is no record. Text alone: a sequence with pictures is left out. Its loss
+  the token at t + 1, and is empty where there is no record. Text alone: a sequence with images is left out. Its loss
   takes log-probs as they are, so `kd_normalize_topk: false` fits them.
 
-Letters: N positions of a batch of sequences, H entries of all their heads.
+Shape suffixes: N positions of a batch of sequences, H entries of all their heads.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from llavamod_offline.data.encode.chat_template import choose_template
-from llavamod_offline.data.encode.tokenize import Sequence as TokenSequence
-from llavamod_offline.data.encode.tokenize import SequenceEncoder
+from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequence
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import CacheError, ConfigError, DataError
 from llavamod_offline.models.checkpoint import load_tokenizer
@@ -129,7 +128,7 @@ def export_cache(
                 writer.write_batch(rows(cache, batch, records).cast(schema))
                 totals["sequences"] += len(batch)
                 totals["positions"] += len(records)
-                totals["mass"] += float(np.exp(records.head_log_probs_H, dtype=np.float64).sum())
+                totals["mass"] += float(np.exp(records.topk_log_probs_H, dtype=np.float64).sum())
         atomic.fsync_path(aside)
         aside.replace(output)
         atomic.fsync_path(output.parent)
@@ -177,29 +176,29 @@ def _capped(records: Records, top_k: int | None) -> Records:
     """Keep the first `top_k` entries of each head."""
     if top_k is None:
         return records
-    counts_N = records.head_counts_N.astype(np.int64)
-    rank_H = np.arange(len(records.head_ids_H)) - np.repeat(np.cumsum(counts_N) - counts_N, counts_N)
+    counts_N = records.topk_counts_N.astype(np.int64)
+    rank_H = np.arange(len(records.topk_ids_H)) - np.repeat(np.cumsum(counts_N) - counts_N, counts_N)
     kept_H = rank_H < top_k
     return replace(
         records,
-        head_counts_N=np.minimum(records.head_counts_N, top_k),
-        head_ids_H=records.head_ids_H[kept_H],
-        head_log_probs_H=records.head_log_probs_H[kept_H],
+        topk_counts_N=np.minimum(records.topk_counts_N, top_k),
+        topk_ids_H=records.topk_ids_H[kept_H],
+        topk_log_probs_H=records.topk_log_probs_H[kept_H],
     )
 
 
 def _table_rows(cache: TeacherCache, batch: Sequence[Item], records: Records) -> pa.RecordBatch:
     about = [cache.sequence(*item) for item in batch]
     lengths = np.array([entry.n_positions for entry in about], np.int64)
-    counts_N = records.head_counts_N.astype(np.int64)
+    counts_N = records.topk_counts_N.astype(np.int64)
     columns = {
         "key": [key for key, _ in batch],
         "role": [role for _, role in batch],
         "target_ids": _lists(lengths, records.target_ids_N),
         "target_log_probs": _lists(lengths, records.target_log_probs_N),
         "sum_log_prob": [entry.sum_log_prob for entry in about],
-        "token_ids": _lists(lengths, _lists(counts_N, records.head_ids_H)),
-        "log_probs": _lists(lengths, _lists(counts_N, records.head_log_probs_H)),
+        "token_ids": _lists(lengths, _lists(counts_N, records.topk_ids_H)),
+        "log_probs": _lists(lengths, _lists(counts_N, records.topk_log_probs_H)),
     }
     return pa.RecordBatch.from_pydict(columns)
 
@@ -212,20 +211,20 @@ def _axolotl_rows(prompts: _Prompts, cache: TeacherCache, batch: Sequence[Item],
         marked_T = np.full(len(sequence.input_ids_T), UNSUPERVISED, np.int64)
         marked_T[sequence.supervised_N] = sequence.target_ids_N
         counts_T = np.zeros(len(sequence.input_ids_T), np.int64)
-        counts_T[sequence.rows_and_targets(cache.fingerprint["capture"]["positions"])[0]] = piece.head_counts_N
+        counts_T[sequence.rows_and_targets(cache.fingerprint["capture"]["positions"])[0]] = piece.topk_counts_N
         ids.append(sequence.input_ids_T)
         labels.append(marked_T)
         counts.append(counts_T)
     lengths = np.array([len(row) for row in ids], np.int64)
     counts_T = np.concatenate(counts)
-    ones = np.ones(max(int(lengths.sum()), len(records.head_ids_H)), np.int8)
+    ones = np.ones(max(int(lengths.sum()), len(records.topk_ids_H)), np.int8)
     columns = {
         "input_ids": _lists(lengths, np.concatenate(ids).astype(np.int32)),
         "attention_mask": _lists(lengths, ones[: lengths.sum()]),
         "labels": _lists(lengths, np.concatenate(labels).astype(np.int32)),
-        "target_token_ids": _lists(lengths, _lists(counts_T, records.head_ids_H)),
-        "target_logprobs": _lists(lengths, _lists(counts_T, records.head_log_probs_H)),
-        "target_mask": _lists(lengths, _lists(counts_T, ones[: len(records.head_ids_H)])),
+        "target_token_ids": _lists(lengths, _lists(counts_T, records.topk_ids_H)),
+        "target_logprobs": _lists(lengths, _lists(counts_T, records.topk_log_probs_H)),
+        "target_mask": _lists(lengths, _lists(counts_T, ones[: len(records.topk_ids_H)])),
     }
     return pa.RecordBatch.from_pydict(columns)
 
@@ -260,10 +259,10 @@ class _Prompts:
         )
 
     def is_text(self, key: str) -> bool:
-        """Whether a sample has no pictures."""
+        """Whether a sample has no images."""
         return not self._images[self._samples.row_of(key)]
 
-    def encode(self, key: str, role: str) -> TokenSequence:
+    def encode(self, key: str, role: str) -> TokenizedSequence:
         """The sequence, which is the one whose records the cache holds."""
         sample = self._samples.read(self._samples.row_of(key))
         if short_hash(sample.content_hash) != self._cache.sequence(key, role).content_hash:

@@ -1,6 +1,6 @@
 """What `cache-teacher inspect` says, as plain objects: what a cache is, what its bytes go to, how sure the teacher was.
 
-Letters: N positions of the sequences looked at.
+Shape suffixes: N positions of the sequences looked at.
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ def describe_key(cache: TeacherCache, key: str, show: Callable[[int], str]) -> l
 def _describe_position(target: SparseTargets, show: Callable[[int], str]) -> dict[str, Any]:
     number = int(target.target_ids_N[0])
     tail = math.exp(float(target.tail_log_mass_N[0]))
-    head = zip(target.head_ids_NK[0].tolist(), target.head_log_probs_NK[0].tolist(), strict=True)
+    head = zip(target.topk_ids_NK[0].tolist(), target.topk_log_probs_NK[0].tolist(), strict=True)
     draws: dict[int, float] = {}
-    for drawn, share in zip(target.draw_ids_NM[0].tolist(), target.draw_weights_NM[0].tolist(), strict=True):
+    for drawn, share in zip(target.tail_ids_NM[0].tolist(), target.tail_weights_NM[0].tolist(), strict=True):
         if drawn != EMPTY_ID:
             draws[drawn] = draws.get(drawn, 0.0) + tail * share
     return {
@@ -123,13 +123,13 @@ def _histograms(cache: TeacherCache, sample_positions: int) -> dict[str, Any]:
         records = cache.records(items[start : start + _BATCH_SEQUENCES])
         tails.append(records.tail_log_mass_N)
         entropies.append(records.entropy_N)
-    head_mass_N = -np.expm1(np.concatenate([np.zeros(0), *tails]).astype(np.float64))
+    topk_mass_N = -np.expm1(np.concatenate([np.zeros(0), *tails]).astype(np.float64))
     entropy_N = np.concatenate([np.zeros(0), *entropies]).astype(np.float64)
     return {
         "sequences": len(items),
         "of_sequences": sequences,
         "positions": len(entropy_N),
-        "head_mass": _histogram(head_mass_N, HEAD_MASS_EDGES),
+        "head_mass": _histogram(topk_mass_N, HEAD_MASS_EDGES),
         "entropy": _histogram(entropy_N, ENTROPY_EDGES),
     }
 

@@ -108,10 +108,15 @@ def print_sequences(console: Console, sequences: Sequence[dict[str, Any]]) -> No
         ]
         borders = 20 if console.is_terminal else 12
         left = max(console.width - len(str(len(tokens))) - _NUMBERS - borders, 24)
-        token_width, draws_width = left // 4, left // 4
-        others_width = left - token_width - draws_width
+        token_width, tail_samples_width = left // 4, left // 4
+        others_width = left - token_width - tail_samples_width
         table = make_table(
-            console, title, columns, token=token_width, alternatives=others_width, **{"tail's draws": draws_width}
+            console,
+            title,
+            columns,
+            token=token_width,
+            alternatives=others_width,
+            **{"tail's draws": tail_samples_width},
         )
         for number, token in enumerate(tokens):
             others = [entry for entry in token["head"] if entry["id"] != token["id"]]
@@ -123,7 +128,7 @@ def print_sequences(console: Console, sequences: Sequence[dict[str, Any]]) -> No
                 f"{token['entropy']:.3f}",
                 f"{token['tail_mass']:.4f}",
                 _filled([f"{e['token']} {math.exp(e['log_prob']):.3f}" for e in others], _ALTERNATIVES, others_width),
-                _filled([f"{e['token']} {e['mass']:.3f}" for e in token["draws"]], _DRAWS, draws_width),
+                _filled([f"{e['token']} {e['mass']:.3f}" for e in token["draws"]], _DRAWS, tail_samples_width),
             )
         console.print(table)
         console.print()

@@ -30,7 +30,7 @@ from teacher_cache.read.reader import TeacherCache, open_cache
 if TYPE_CHECKING:
     from llavamod_offline.data.sets.sample_set import SampleSet
     from teacher_cache.capture.run import Summary
-    from teacher_cache.config import CacheConfig
+    from teacher_cache.config import CacheTeacherConfig
 
 _LOG = logging.getLogger(__name__)
 
@@ -90,16 +90,16 @@ class Comparison:
     differences: list[str]
 
 
-def make_plan(config: CacheConfig, *, samples: int, seconds: float) -> Plan:
+def make_plan(config: CacheTeacherConfig, *, samples: int, seconds: float) -> Plan:
     """Probe up to `samples` samples for about `seconds` and scale the result up to the whole set.
 
     Errors: those of a run that can be known before it; `CacheError` if no sample of the probe could be captured.
     """
     from teacher_cache.engines import load_engine
-    from teacher_cache.job import prepare_job
+    from teacher_cache.capture_setup import prepare_capture
 
     started = time.perf_counter()
-    job = prepare_job(config)
+    job = prepare_capture(config)
     prepared = time.perf_counter()
     _LOG.info("probe: up to %d of %d samples on %s", samples, len(job.samples), job.device)
     lengths = measure_lengths(job, samples, seconds=seconds)

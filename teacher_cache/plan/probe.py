@@ -2,7 +2,7 @@
 
 Many samples are tokenised first, which costs little and says how many positions and tokens the set has. Some of them
 are then captured in batches of like length, as a run does it, until the time is up; what was captured is written into a
-cache that is thrown away. Letters: N samples that are tokenised.
+cache that is thrown away. Shape suffixes: N samples that are tokenised.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import CacheError, DataError
 from teacher_cache.capture.shard import capture_rows
 from teacher_cache.config import PRESETS
-from teacher_cache.engines.protocol import Engine
+from teacher_cache.engines.protocol import CaptureEngine
 from teacher_cache.format.manifest import MANIFEST_NAME
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.sequences import SequenceRecord
 from teacher_cache.inspection.summary import shard_parts
-from teacher_cache.job import Job, with_preset
+from teacher_cache.capture_setup import CaptureSetup, with_preset
 from teacher_cache.read.reader import open_cache
 from teacher_cache.write.store import CacheStore, write_shard
 
@@ -52,7 +52,7 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ProbedRun:
     """What was captured of the probe and what it took, in seconds and bytes; `rejected`: what tokenising let pass.
 
     `token_seconds`: of one token in a padded batch. `write_seconds`: of a shard, and of each position in it.
@@ -76,7 +76,7 @@ def even_rows(total: int, wanted: int) -> NDArray[np.int64]:
     return ((np.arange(count) + 0.5) * total / count).astype(np.int64)
 
 
-def measure_lengths(job: Job, samples: int, *, seconds: float) -> Lengths:
+def measure_lengths(job: CaptureSetup, samples: int, *, seconds: float) -> Lengths:
     """Tokenise 8 · `samples` evenly spaced samples of the set; fewer if `seconds` are up, but at least `samples`."""
     started = time.perf_counter()
     rows = even_rows(len(job.samples), _TOKENISED * samples)
@@ -88,7 +88,9 @@ def measure_lengths(job: Job, samples: int, *, seconds: float) -> Lengths:
     return Lengths(*np.array(sorted(table), np.int64).reshape(-1, 5).T)
 
 
-def measure(job: Job, engine: Engine, lengths: Lengths, *, samples: int, batch_size: int, seconds: float) -> Measured:
+def measure(
+    job: CaptureSetup, engine: CaptureEngine, lengths: Lengths, *, samples: int, batch_size: int, seconds: float
+) -> ProbedRun:
     """Capture `samples` evenly spaced ones of those tokenised, batch by batch, at least one batch, for about `seconds`.
 
     One batch before them is not counted: it starts libraries and device.
@@ -120,7 +122,7 @@ def measure(job: Job, engine: Engine, lengths: Lengths, *, samples: int, batch_s
 
 
 def measure_presets(
-    job: Job, engine: Engine, lengths: Lengths, *, samples: int, batch_size: int, seconds: float
+    job: CaptureSetup, engine: CaptureEngine, lengths: Lengths, *, samples: int, batch_size: int, seconds: float
 ) -> dict[str, Parts]:
     """The parts of what each preset would keep, by the same weights, in about `seconds` each.
 
@@ -131,7 +133,7 @@ def measure_presets(
         variant = with_preset(job, preset)
         other = copy.copy(engine)
         other.settings = variant.settings
-        few = int(_PRESET_IDS / variant.settings.head_max / max(float(lengths.positions_N.mean()), 1.0))
+        few = int(_PRESET_IDS / variant.settings.top_k / max(float(lengths.positions_N.mean()), 1.0))
         captured: list[SequenceRecord] = []
         started = time.perf_counter()
         for batch in _batches(lengths, max(1, min(samples, few)), batch_size):
@@ -171,7 +173,7 @@ def scattered(count: int) -> list[int]:
     return [number for number in reversed_bits if number < count]
 
 
-def _sample_lengths(job: Job, samples: SampleSet, row: int) -> tuple[int, int, int, int, int]:
+def _sample_lengths(job: CaptureSetup, samples: SampleSet, row: int) -> tuple[int, int, int, int, int]:
     sample = samples.read(row, scattered=True)
     sequences = []
     for role in sample.roles:
@@ -186,15 +188,15 @@ def _sample_lengths(job: Job, samples: SampleSet, row: int) -> tuple[int, int, i
 
 
 def _written(
-    job: Job, captured: Sequence[SequenceRecord], rejected: Sequence[Rejection], measured: Mapping[str, float]
-) -> Measured:
+    job: CaptureSetup, captured: Sequence[SequenceRecord], rejected: Sequence[Rejection], measured: Mapping[str, float]
+) -> ProbedRun:
     """Write what was captured into a cache that is thrown away."""
     parts = _parts(job, captured)
     with tempfile.TemporaryDirectory(prefix=_SCRATCH) as folder:
         seconds = [_commit(job, Path(folder) / "one", captured[:1], [])]
         seconds.append(_commit(job, Path(folder) / "all", captured, rejected))
         cache = open_cache(Path(folder) / "all")
-    return Measured(
+    return ProbedRun(
         samples=int(measured["samples"]),
         sequences=len(captured),
         positions=cache.positions,
@@ -207,7 +209,7 @@ def _written(
     )
 
 
-def _parts(job: Job, captured: Sequence[SequenceRecord]) -> Parts:
+def _parts(job: CaptureSetup, captured: Sequence[SequenceRecord]) -> Parts:
     """Write a shard of one sequence and a shard of all, to be thrown away: what a shard costs, and each unit in it."""
     with tempfile.TemporaryDirectory(prefix=_SCRATCH) as folder:
         sizes = []
@@ -228,7 +230,7 @@ def _line(values: Sequence[float], units: Sequence[int]) -> tuple[float, float]:
     return max(values[0] - each * units[0], 0.0), each
 
 
-def _commit(job: Job, path: Path, captured: Sequence[SequenceRecord], rejected: Sequence[Rejection]) -> float:
+def _commit(job: CaptureSetup, path: Path, captured: Sequence[SequenceRecord], rejected: Sequence[Rejection]) -> float:
     store = CacheStore.open(path, job.fingerprint, [_SHARD])
     store.start()
     started = time.perf_counter()

@@ -116,7 +116,7 @@ class _Block:
     """Decoded records with the places where each position's head entries and draws begin."""
 
     def __init__(self, records: Records) -> None:
-        counts = (records.head_counts_N, records.draw_counts_N)
+        counts = (records.topk_counts_N, records.tail_counts_N)
         self._edges = [np.concatenate([[0], np.cumsum(counts_N, dtype=np.int64)]) for counts_N in counts]
         axes = [field.name[-1] for field in fields(Records)]
         self._columns: list[NDArray[Any]] = [getattr(records, field.name) for field in fields(Records)]

@@ -1,6 +1,6 @@
 """The tail profile of a whole cache, from two small arrays of every shard; the rest of the shards is not touched.
 
-Letters: V ids.
+Shape suffixes: V ids.
 """
 
 from __future__ import annotations

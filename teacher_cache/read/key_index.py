@@ -3,7 +3,7 @@
 Hashes are made when they are first asked for and live in memory alone; what stands in the order of the cache is found
 without them. No Python object per sequence is kept.
 
-Letters: Q sequences of a cache (of a shard, where one is at hand), B of them looked up at once.
+Shape suffixes: Q sequences of a cache (of a shard, where one is at hand), B of them looked up at once.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Reading a cache: look-up by (key, role), and batches of positions decoded into `SparseTargets`.
 
-Letters: Q sequences of a cache, B of them asked for at once.
+Shape suffixes: Q sequences of a cache, B of them asked for at once.
 """
 
 from __future__ import annotations

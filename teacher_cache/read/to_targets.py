@@ -1,6 +1,6 @@
 """Records → `SparseTargets`, the padded tensors that losses take.
 
-Letters: N positions, K and M the longest head and list of draws, D draws of all positions.
+Shape suffixes: N positions, K and M the longest head and list of draws, D draws of all positions.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from teacher_cache.format.top_k_codes import starts
 
 def sparse_targets(records: Records, temperatures: tuple[float, ...], vocab_size: int) -> SparseTargets:
     """Pad records to the longest head and list of draws, as CPU tensors, ids of 32 bits; each draw weighs alike."""
-    head_width, head_places = _places(records.head_counts_N)
-    draw_width, draw_places = _places(records.draw_counts_N)
+    head_width, head_places = _places(records.topk_counts_N)
+    draw_width, draw_places = _places(records.tail_counts_N)
     rows = len(records)
-    drawn_NM = np.arange(draw_width) < records.draw_counts_N[:, None]
-    weights_N = (1 / np.maximum(records.draw_counts_N, 1)).astype(np.float32)
+    drawn_NM = np.arange(draw_width) < records.tail_counts_N[:, None]
+    weights_N = (1 / np.maximum(records.tail_counts_N, 1)).astype(np.float32)
     return SparseTargets(
-        head_ids_NK=_padded(records.head_ids_H, head_places, rows, head_width, EMPTY_ID),
-        head_log_probs_NK=_padded(records.head_log_probs_H, head_places, rows, head_width, float("-inf")),
+        topk_ids_NK=_padded(records.topk_ids_H, head_places, rows, head_width, EMPTY_ID),
+        topk_log_probs_NK=_padded(records.topk_log_probs_H, head_places, rows, head_width, float("-inf")),
         tail_log_mass_N=_tensor(records.tail_log_mass_N).float(),
-        draw_ids_NM=_padded(records.draw_ids_D, draw_places, rows, draw_width, EMPTY_ID),
-        draw_weights_NM=torch.from_numpy(drawn_NM * weights_N[:, None]),
+        tail_ids_NM=_padded(records.tail_ids_D, draw_places, rows, draw_width, EMPTY_ID),
+        tail_weights_NM=torch.from_numpy(drawn_NM * weights_N[:, None]),
         target_ids_N=_tensor(records.target_ids_N).long(),
         target_log_probs_N=_tensor(records.target_log_probs_N).float(),
         entropy_N=_tensor(records.entropy_N).float(),

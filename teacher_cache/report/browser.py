@@ -1,4 +1,4 @@
-"""The browser of samples: pictures, conversations, and every supervised token with the teacher's alternatives.
+"""The browser of samples: images, conversations, and every supervised token with the teacher's alternatives.
 
 The page is whole without its script, which adds what a token's alternatives were, and a choice of samples.
 """
@@ -159,15 +159,15 @@ class Browser:
 def _rows(records: Records, positions: Sequence[int]) -> list[list[Any]]:
     """What the script shows of each position: target, log p, entropy, tail mass, likely ids and their probabilities,
     how many more there are and their mass, drawn ids and how often, and the number of draws."""
-    heads_N = np.concatenate([[0], np.cumsum(records.head_counts_N, dtype=np.int64)])
-    draws_N = np.concatenate([[0], np.cumsum(records.draw_counts_N, dtype=np.int64)])
+    heads_N = np.concatenate([[0], np.cumsum(records.topk_counts_N, dtype=np.int64)])
+    draws_N = np.concatenate([[0], np.cumsum(records.tail_counts_N, dtype=np.int64)])
     rows = []
     for at in positions:
         head = slice(int(heads_N[at]), int(heads_N[at + 1]))
-        probs_K = np.exp(records.head_log_probs_H[head].astype(np.float64))
+        probs_K = np.exp(records.topk_log_probs_H[head].astype(np.float64))
         order = np.argsort(-probs_K, kind="stable")  # forced ids stand last in a head, whatever their probability
         shown, rest = order[:ALTERNATIVES], order[ALTERNATIVES:]
-        drawn, times = np.unique(records.draw_ids_D[draws_N[at] : draws_N[at + 1]], return_counts=True)
+        drawn, times = np.unique(records.tail_ids_D[draws_N[at] : draws_N[at + 1]], return_counts=True)
         often = np.argsort(-times, kind="stable")[:DRAWS]
         rows.append(
             [
@@ -175,13 +175,13 @@ def _rows(records: Records, positions: Sequence[int]) -> list[list[Any]]:
                 _short(float(records.target_log_probs_N[at])),
                 _short(float(records.entropy_N[at])),
                 _short(math.exp(float(records.tail_log_mass_N[at]))),
-                records.head_ids_H[head][shown].tolist(),
+                records.topk_ids_H[head][shown].tolist(),
                 [_short(value) for value in probs_K[shown].tolist()],
                 len(rest),
                 _short(float(probs_K[rest].sum())),
                 drawn[often].tolist(),
                 times[often].tolist(),
-                int(records.draw_counts_N[at]),
+                int(records.tail_counts_N[at]),
             ]
         )
     return rows

@@ -39,7 +39,7 @@ def total_tiles(cache: TeacherCache, scan: Scan) -> str:
         "ids in a head": f"{cache.totals['heads'] / positions:.1f}",
         "draws from a tail": f"{cache.totals['draws'] / positions:.1f}",
         "nats, mean entropy": _mean(scan.entropy_N, "{:.3f}"),
-        "mean mass of the head": _mean(scan.head_mass_N, "{:.4f}"),
+        "mean mass of the head": _mean(scan.topk_mass_N, "{:.4f}"),
         "of tokens are the teacher's first choice": _mean(chosen_N, "{:.1%}"),
     }
     return tiles(figures)
@@ -57,7 +57,7 @@ def distributions(cache: TeacherCache, scan: Scan, by_source: bool) -> str:
     charts = []
     for title, values_N, edges in (
         ("Entropy, nats", scan.entropy_N, ENTROPY_EDGES),
-        ("Mass of the head", scan.head_mass_N, HEAD_MASS_EDGES),
+        ("Mass of the head", scan.topk_mass_N, HEAD_MASS_EDGES),
     ):
         finite = [*edges[:-1], min(edges[-1], _FAR)]
         series = {}
@@ -89,7 +89,7 @@ def _row(scan: Scan, where: NDArray[np.bool_]) -> list[str]:
         f"{len(entropy_N):,}",
         f"{entropy_N.mean():.3f}",
         *(f"{value:.3f}" for value in np.quantile(entropy_N, [0.5, 0.9])),
-        f"{scan.head_mass_N[where].mean():.4f}",
+        f"{scan.topk_mass_N[where].mean():.4f}",
         f"−{surprise_N[target_N].mean():.3f}" if target_N.any() else "–",
         f"{chosen_N[target_N].mean():.1%}" if target_N.any() else "–",
     ]

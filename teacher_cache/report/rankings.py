@@ -1,6 +1,6 @@
 """Which sequences are the strangest, and which the longest.
 
-Letters: Q all sequences of a cache.
+Shape suffixes: Q all sequences of a cache.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Figures over the positions of a cache: all of them, or those of evenly spaced sequences.
 
-Letters: Q sequences scanned, N their positions (P of them with a target), H and D entries of heads and draws.
+Shape suffixes: Q sequences scanned, N their positions (P of them with a target), H and D entries of heads and draws.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Doubles = NDArray[np.float64]
 class Scan:
     """What was scanned. `groups` are the sources, largest first; positions without a target are groups of their own.
 
-    `entropy_N` in nats; `head_mass_N`; `group_N` indexes `groups`. Over the positions of a sequence that have a target:
+    `entropy_N` in nats; `topk_mass_N`; `group_N` indexes `groups`. Over the positions of a sequence that have a target:
     `entropy_Q`, `log_prob_Q`, `tail_Q`, their means (NaN where there is none). `surprise_N` is −log p of the target and
     `chosen_N` whether it is the teacher's first choice (NaN where there is no target).
     """
@@ -38,7 +38,7 @@ class Scan:
     groups: tuple[str, ...]
     group_N: NDArray[np.int64]
     entropy_N: Doubles
-    head_mass_N: Doubles
+    topk_mass_N: Doubles
     surprise_N: Doubles
     chosen_N: Doubles
     entropy_Q: Doubles
@@ -64,7 +64,7 @@ def scan_cache(cache: TeacherCache, sets: CacheSets, most_positions: int) -> Sca
             for column, values_N in zip(columns, _figures(cache.records(batch)), strict=True):
                 column.append(values_N)
             bar.update(len(batch))
-    entropy_N, head_mass_N, tail_N, surprise_N, chosen_N = (np.concatenate([np.zeros(0), *found]) for found in columns)
+    entropy_N, topk_mass_N, tail_N, surprise_N, chosen_N = (np.concatenate([np.zeros(0), *found]) for found in columns)
     owner_N = np.repeat(np.arange(len(items)), lengths)
     target_N = ~np.isnan(surprise_N)
     with np.errstate(invalid="ignore"):
@@ -74,16 +74,16 @@ def scan_cache(cache: TeacherCache, sets: CacheSets, most_positions: int) -> Sca
             for values_N in (entropy_N, -surprise_N, tail_N)
         ]
     groups, group_N = _grouped(names, owner_N, target_N)
-    return Scan(rows_Q, groups, group_N, entropy_N, head_mass_N, surprise_N, chosen_N, *means)
+    return Scan(rows_Q, groups, group_N, entropy_N, topk_mass_N, surprise_N, chosen_N, *means)
 
 
 def _figures(records: Records) -> tuple[Doubles, ...]:
     """Entropy, mass of head and of tail, −log p of the target, and whether it is the first of its head, [N] each."""
     tail_N = np.exp(records.tail_log_mass_N.astype(np.float64))
     target_N = records.target_ids_N != NO_TARGET
-    firsts_N = np.cumsum(records.head_counts_N) - records.head_counts_N
+    firsts_N = np.cumsum(records.topk_counts_N) - records.topk_counts_N
     surprise_N = np.where(target_N, -records.target_log_probs_N.astype(np.float64), np.nan)
-    chosen_N = np.where(target_N, records.head_ids_H[firsts_N] == records.target_ids_N, np.nan)
+    chosen_N = np.where(target_N, records.topk_ids_H[firsts_N] == records.target_ids_N, np.nan)
     return records.entropy_N.astype(np.float64), 1.0 - tail_N, tail_N, surprise_N, chosen_N
 
 

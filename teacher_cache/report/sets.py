@@ -1,6 +1,6 @@
 """The samples of a cache in the packed sets that it was made from.
 
-Letters: Q sequences asked for.
+Shape suffixes: Q sequences asked for.
 """
 
 from __future__ import annotations

@@ -19,13 +19,12 @@ from teacher_cache.fingerprint import (
     differences,
 )
 from teacher_cache.format.sequences import CachedSequence, short_hash
-from teacher_cache.student.end_of_turn import Exchange, parse_end_of_turn, teacher_vocabularies
+from teacher_cache.student.end_of_turn import TokenIdSwap, parse_end_of_turn, teacher_vocabularies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from llavamod_offline.data.encode.tokenize import Sequence as TokenSequence
-    from llavamod_offline.data.encode.tokenize import SequenceEncoder
+    from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequence
     from teacher_cache.read.reader import TeacherCache
 
 _LOG = logging.getLogger(__name__)
@@ -37,10 +36,10 @@ def check_student(
     *,
     allow: Sequence[str] = (),
     end_of_turn: str | None = None,
-) -> Exchange | None:
+) -> TokenIdSwap | None:
     """Refuse a student whose tokenizer is not the one that a cache was made with.
 
-    It may have more tokens behind the teacher's, such as `<image>` where the teacher writes pictures in another way.
+    It may have more tokens behind the teacher's, such as `<image>` where the teacher writes images in another way.
     `end_of_turn` declares the one token that may differ (see `end_of_turn.py`); the exchange of ids that follows from
     it is returned, None without one. `allow` overrides fields (or sections, such as `tokenizer`) by name; what it
     overrides is logged.
@@ -110,8 +109,8 @@ def check_encoding(
 
 def check_sequence(
     cache: TeacherCache,
-    sequence: TokenSequence,
-    exchange: Exchange | None = None,
+    sequence: TokenizedSequence,
+    exchange: TokenIdSwap | None = None,
     record: CachedSequence | None = None,
 ) -> None:
     """Refuse a student's sequence whose supervised ids are not those of the record, which is looked up if not given.
@@ -154,7 +153,7 @@ def check_sequence(
 
 def _resolve(
     theirs: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, end_of_turn: str, allow: Sequence[str]
-) -> tuple[dict[str, str], Exchange]:
+) -> tuple[dict[str, str], TokenIdSwap]:
     """Find the exchange of ids under which a student's vocabulary is the teacher's; the first one if none fits."""
     tokens = parse_end_of_turn(end_of_turn)
     found = []

@@ -23,14 +23,14 @@ Vocabulary = Mapping[str, int]
 
 
 @dataclass(frozen=True)
-class Exchange:
+class TokenIdSwap:
     """Two ids that change places: the teacher's id of its end-of-turn token, and the student's id of its own."""
 
     teacher_id: int
     student_id: int
 
     def ids(self, ids: NDArray[Any]) -> NDArray[Any]:
-        """Exchange the two ids wherever they occur; it undoes itself."""
+        """TokenIdSwap the two ids wherever they occur; it undoes itself."""
         changed = ids.copy()
         changed[ids == self.teacher_id] = self.student_id
         changed[ids == self.student_id] = self.teacher_id
@@ -40,8 +40,8 @@ class Exchange:
         """The targets as the student's ids name them. Both ids belong to the vocabulary, so V may grow by one."""
         return replace(
             targets,
-            head_ids_NK=self._tensor(targets.head_ids_NK),
-            draw_ids_NM=self._tensor(targets.draw_ids_NM),
+            topk_ids_NK=self._tensor(targets.topk_ids_NK),
+            tail_ids_NM=self._tensor(targets.tail_ids_NM),
             target_ids_N=self._tensor(targets.target_ids_N),
             vocab_size=self.vocab_size(targets.vocab_size),
         )
@@ -73,7 +73,7 @@ def parse_end_of_turn(setting: str) -> tuple[str, str]:
     return parts[0], parts[1]
 
 
-def teacher_vocabularies(student: Vocabulary, theirs: str, mine: str) -> Iterator[tuple[dict[str, int], Exchange]]:
+def teacher_vocabularies(student: Vocabulary, theirs: str, mine: str) -> Iterator[tuple[dict[str, int], TokenIdSwap]]:
     """The vocabularies that a teacher can have whose tokenizer differs from the student's in the end of turn alone.
 
     `student` maps tokens to ids; `theirs` and `mine` are the tokens. Which one it is, is decided by its hash. Errors:
@@ -86,9 +86,9 @@ def teacher_vocabularies(student: Vocabulary, theirs: str, mine: str) -> Iterato
     own, beyond = student[mine], max(student.values()) + 1
     rest = {token: number for token, number in student.items() if token != mine}
     if theirs not in student:
-        yield {**rest, theirs: own}, Exchange(own, own)  # the same id under another name
-        yield {**student, theirs: beyond}, Exchange(beyond, own)  # the teacher has one token more
+        yield {**rest, theirs: own}, TokenIdSwap(own, own)  # the same id under another name
+        yield {**student, theirs: beyond}, TokenIdSwap(beyond, own)  # the teacher has one token more
         return
-    yield dict(student), Exchange(student[theirs], own)  # the same tokenizer, ending answers with another token
-    yield {**rest, theirs: own, mine: student[theirs]}, Exchange(own, own)  # the two at each other's id
-    yield rest, Exchange(student[theirs], own)  # the student has one token more
+    yield dict(student), TokenIdSwap(student[theirs], own)  # the same tokenizer, ending answers with another token
+    yield {**rest, theirs: own, mine: student[theirs]}, TokenIdSwap(own, own)  # the two at each other's id
+    yield rest, TokenIdSwap(student[theirs], own)  # the student has one token more

@@ -8,9 +8,9 @@ from typing import Any
 from llavamod_offline.data.encode.template import Template
 from llavamod_offline.errors import ModelError
 from llavamod_offline.models.checkpoint import read_json
-from teacher_cache.teachers.protocol import Picture, Teacher
+from teacher_cache.teachers.protocol import SampleImage, Teacher
 
-__all__ = ["Picture", "Teacher", "open_teacher"]
+__all__ = ["SampleImage", "Teacher", "open_teacher"]
 
 
 _QWEN_VL = ("qwen2_vl", "qwen2_5_vl")
@@ -49,5 +49,5 @@ def _is_causal_lm(model_type: Any) -> bool:
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     )
 
-    # Some models with pictures stand in both lists.
+    # Some models with images stand in both lists.
     return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys()

@@ -1,4 +1,4 @@
-"""Language models without pictures: samples of text alone are captured, those with pictures are rejected."""
+"""Language models without images: samples of text alone are captured, those with images are rejected."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from llavamod_offline.data.encode.tokenize import SequenceEncoder
 from llavamod_offline.errors import DataError
 from llavamod_offline.models.checkpoint import load_tokenizer, load_weights
 from teacher_cache.teachers.folder import context_length, read_config
-from teacher_cache.teachers.protocol import Picture
+from teacher_cache.teachers.protocol import SampleImage
 
 if TYPE_CHECKING:
-    from llavamod_offline.data.encode.tokenize import Sequence as TokenSequence
+    from llavamod_offline.data.encode.tokenize import TokenizedSequence
     from llavamod_offline.data.sample import Sample
 
 
@@ -36,8 +36,8 @@ class CausalLmTeacher:
         self.head_rows = int(config.vocab_size)
         self.context_length = context_length(config)
 
-    def encode(self, sample: Sample, role: str) -> TokenSequence:
-        """Tokenise one role of a sample. Errors: `DataError` if it has pictures."""
+    def encode(self, sample: Sample, role: str) -> TokenizedSequence:
+        """Tokenise one role of a sample. Errors: `DataError` if it has images."""
         if sample.images:
             raise DataError(
                 f"sample '{sample.key}' ({role}): it has {len(sample.images)} picture(s), and the teacher is a "
@@ -45,12 +45,12 @@ class CausalLmTeacher:
             )
         return self.encoder.encode(sample, role)
 
-    def pictures(self, sample: Sample) -> list[Picture]:
-        """None: `encode` lets no sample with pictures pass."""
+    def pictures(self, sample: Sample) -> list[SampleImage]:
+        """None: `encode` lets no sample with images pass."""
         return []
 
     def describe_images(self) -> dict[str, Any]:
-        """No pictures, no tokens."""
+        """No images, no tokens."""
         return {"tokens": 0, "token_id": None}
 
     def load(self, dtype: torch.dtype, **settings: Any) -> Any:
@@ -59,12 +59,12 @@ class CausalLmTeacher:
 
         return load_weights(AutoModelForCausalLM, self.folder, dtype=dtype, **settings)
 
-    def image_features(self, model: Any, pictures: Sequence[Picture]) -> list[Tensor]:
-        """None, for there are no pictures."""
+    def image_features(self, model: Any, pictures: Sequence[SampleImage]) -> list[Tensor]:
+        """None, for there are no images."""
         return []
 
     def position_ids(
-        self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, pictures: Sequence[Picture]
+        self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, pictures: Sequence[SampleImage]
     ) -> Tensor | None:
         """Plain counting."""
         return None

@@ -60,7 +60,7 @@ def context_length(text_config: Any) -> int:
 
 
 def own_aspect(aspect: str, family: str) -> bool:
-    """Say whether pictures are padded to squares first. Errors: `ConfigError` for what the family has no use for."""
+    """Say whether images are padded to squares first. Errors: `ConfigError` for what the family has no use for."""
     if aspect == "square":
         raise ConfigError(
             f"image_aspect is 'square', but {family} takes pictures of any shape: set auto, or pad to fill them up"

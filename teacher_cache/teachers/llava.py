@@ -1,6 +1,6 @@
-"""LLaVA: a CLIP tower, a projector and a language model; every picture takes the same number of tokens.
+"""LLaVA: a CLIP tower, a projector and a language model; every image takes the same number of tokens.
 
-Letters: D hidden size, I pictures, H, W their pixels.
+Shape suffixes: D hidden size, I images, H, W their pixels.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from llavamod_offline.data.encode.template import Template
 from llavamod_offline.data.images import ImagePreprocessor
 from llavamod_offline.models.checkpoint import load_config, load_llava, load_tokenizer, sequence_encoder
 from teacher_cache.teachers.folder import context_length, pixel_array, preparing
-from teacher_cache.teachers.protocol import Picture
+from teacher_cache.teachers.protocol import SampleImage
 
 if TYPE_CHECKING:
-    from llavamod_offline.data.encode.tokenize import Sequence as TokenSequence
+    from llavamod_offline.data.encode.tokenize import TokenizedSequence
     from llavamod_offline.data.sample import Sample
 
 
@@ -37,21 +37,21 @@ class LlavaTeacher:
         self.head_rows = int(config.text_config.vocab_size)
         self.context_length = context_length(config.text_config)
 
-    def encode(self, sample: Sample, role: str) -> TokenSequence:
+    def encode(self, sample: Sample, role: str) -> TokenizedSequence:
         """Tokenise one role of a sample."""
         return self.encoder.encode(sample, role)
 
-    def pictures(self, sample: Sample) -> list[Picture]:
+    def pictures(self, sample: Sample) -> list[SampleImage]:
         """Decode and preprocess: `pixel_values` [3, H, W] float32."""
         made = []
         for image in sample.images:
             with preparing(sample):
                 pixels_3HW = pixel_array(self.preprocessor.pixels(image, name=sample.key), sample)
-            made.append(Picture({"pixel_values": pixels_3HW}, self.encoder.image_tokens))
+            made.append(SampleImage({"pixel_values": pixels_3HW}, self.encoder.image_tokens))
         return made
 
     def describe_images(self) -> dict[str, Any]:
-        """The processor's settings, and the tokens that a picture takes."""
+        """The processor's settings, and the tokens that an image takes."""
         tokens = {"tokens": self.encoder.image_tokens, "token_id": self.image_token_id}
         return {**self.preprocessor.describe(), **tokens}
 
@@ -59,14 +59,14 @@ class LlavaTeacher:
         """Load the model."""
         return load_llava(self.folder, dtype=dtype, **settings)
 
-    def image_features(self, model: Any, pictures: Sequence[Picture]) -> list[Tensor]:
+    def image_features(self, model: Any, pictures: Sequence[SampleImage]) -> list[Tensor]:
         """Run tower and projector."""
         stacked = np.stack([picture.inputs["pixel_values"] for picture in pictures])
         pixels_I3HW = torch.from_numpy(stacked).to(model.device, model.dtype)
         return list(model.model.get_image_features(pixel_values=pixels_I3HW, return_dict=True).pooler_output)
 
     def position_ids(
-        self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, pictures: Sequence[Picture]
+        self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, pictures: Sequence[SampleImage]
     ) -> Tensor | None:
         """Plain counting."""
         return None

@@ -1,8 +1,8 @@
-"""LLaVA-OneVision: a picture alone is cut into tiles on the grid that fits it best, several are shrunk to a tile each.
+"""LLaVA-OneVision: an image alone is cut into tiles on the grid that fits it best, several are shrunk to a tile each.
 
-A picture alone takes the tokens of the whole picture in one tile, and those of its tiles without their padding, a
+An image alone takes the tokens of the whole image in one tile, and those of its tiles without their padding, a
 newline token after each row; if these are too many they are shrunk. One of several takes a tile's tokens and a newline.
-Letters: D hidden size, S tiles of a picture, H, W a tile's pixels.
+Shape suffixes: D hidden size, S tiles of an image, H, W a tile's pixels.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from llavamod_offline.data.images import DECODER, decode_image, image_size, pad_
 from llavamod_offline.errors import DataError, ModelError
 from llavamod_offline.models.checkpoint import load_tokenizer, load_weights
 from teacher_cache.teachers import folder as folders
-from teacher_cache.teachers.protocol import Picture
+from teacher_cache.teachers.protocol import SampleImage
 
 if TYPE_CHECKING:
-    from llavamod_offline.data.encode.tokenize import Sequence as TokenSequence
+    from llavamod_offline.data.encode.tokenize import TokenizedSequence
     from llavamod_offline.data.sample import Sample
 
 _PROCESSORS = ("LlavaOnevisionImageProcessor", "LlavaOnevisionImageProcessorFast", "LlavaOnevisionImageProcessorPil")
@@ -34,7 +34,7 @@ _PROCESSORS = ("LlavaOnevisionImageProcessor", "LlavaOnevisionImageProcessorFast
 class LlavaOnevisionTeacher:
     """A folder of a LlavaOnevisionForConditionalGeneration; see `protocol.Teacher`.
 
-    `image_aspect` auto leaves pictures to the processor; pad fills them up to squares first.
+    `image_aspect` auto leaves images to the processor; pad fills them up to squares first.
     """
 
     def __init__(self, folder: Path, template: Template, *, image_aspect: str, max_length: int) -> None:
@@ -65,13 +65,13 @@ class LlavaOnevisionTeacher:
         self.head_rows = int(config.text_config.vocab_size)
         self.context_length = folders.context_length(config.text_config)
 
-    def encode(self, sample: Sample, role: str) -> TokenSequence:
+    def encode(self, sample: Sample, role: str) -> TokenizedSequence:
         """Tokenise one role of a sample."""
         sizes = [image_size(image, name=sample.key) for image in sample.images]
         counts = [self._tokens(size, sample) for size in sizes]
         return self.encoder.encode(sample, role, counts)
 
-    def pictures(self, sample: Sample) -> list[Picture]:
+    def pictures(self, sample: Sample) -> list[SampleImage]:
         """Decode and preprocess: `pixel_values` [S, 3, H, W] float32 of each, `image_size` [2] (height, width)."""
         images = [decode_image(encoded, name=sample.key) for encoded in sample.images]
         if self.padded:
@@ -86,7 +86,7 @@ class LlavaOnevisionTeacher:
             size_2 = np.array([height, width], np.int64)
             pixels_S3HW = folders.pixel_array(pixels_S3HW, sample)
             tokens = self._tokens((width, height), sample)
-            made.append(Picture({"pixel_values": pixels_S3HW, "image_size": size_2}, tokens))
+            made.append(SampleImage({"pixel_values": pixels_S3HW, "image_size": size_2}, tokens))
         return made
 
     def describe_images(self) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class LlavaOnevisionTeacher:
 
         return load_weights(LlavaOnevisionForConditionalGeneration, self.folder, dtype=dtype, **settings)
 
-    def image_features(self, model: Any, pictures: Sequence[Picture]) -> list[Tensor]:
+    def image_features(self, model: Any, pictures: Sequence[SampleImage]) -> list[Tensor]:
         """Run tower and projector over the tiles, and put each picture's together, newlines and all."""
         found: dict[int, Tensor] = {}
         alone = [len(picture.inputs["pixel_values"]) > 1 for picture in pictures]
@@ -129,13 +129,13 @@ class LlavaOnevisionTeacher:
         return [found[number] for number in range(len(pictures))]
 
     def position_ids(
-        self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, pictures: Sequence[Picture]
+        self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, pictures: Sequence[SampleImage]
     ) -> Tensor | None:
         """Plain counting."""
         return None
 
     def _tokens(self, size: tuple[int, int], sample: Sample) -> int:
-        """The tokens of a picture of this width and height in a sample."""
+        """The tokens of an image of this width and height in a sample."""
         from transformers.image_processing_utils import select_best_resolution
 
         width, height = (max(size), max(size)) if self.padded else size
@@ -157,7 +157,7 @@ class LlavaOnevisionTeacher:
         return own + rows * columns + rows
 
     def _most_tiles(self, rule: str) -> int:
-        """How many tiles' worth of features a picture keeps: n of `anyres_max_n`."""
+        """How many tiles' worth of features an image keeps: n of `anyres_max_n`."""
         number = rule.removeprefix("anyres_max_")
         if not number.isdecimal() or int(number) < 1:
             raise ModelError(f"{self.folder}/config.json: vision_aspect_ratio is '{rule}', expected anyres_max_9 or so")

@@ -1,6 +1,6 @@
-"""What a family of checkpoints knows: how its pictures become tokens and inputs, and how it is loaded and run.
+"""What a family of checkpoints knows: how its images become tokens and inputs, and how it is loaded and run.
 
-Letters: B sequences of a batch, T tokens of the longest, D hidden size, V ids.
+Shape suffixes: B sequences of a batch, T tokens of the longest, D hidden size, V ids.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llavamod_offline.data.encode.tokenize import Sequence as TokenSequence
-from llavamod_offline.data.encode.tokenize import SequenceEncoder
+from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequence
 from llavamod_offline.data.sample import Sample
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture as the model takes it: its named arrays, and the number of image tokens it takes in a sequence."""
+class SampleImage:
+    """One image as the model takes it: its named arrays, and the number of image tokens it takes in a sequence."""
 
     inputs: Mapping[str, NDArray[np.generic]]
     tokens: int
@@ -41,21 +40,21 @@ class Teacher(Protocol):
     head_rows: int
     context_length: int
 
-    def encode(self, sample: Sample, role: str) -> TokenSequence:
-        """Tokenise one role of a sample, its pictures' tokens expanded. Of pictures only headers are read.
+    def encode(self, sample: Sample, role: str) -> TokenizedSequence:
+        """Tokenise one role of a sample, its pictures' tokens expanded. Of images only headers are read.
 
         Errors: `DataError` naming the sample.
         """
         ...
 
-    def pictures(self, sample: Sample) -> list[Picture]:
-        """Decode and preprocess a sample's pictures, in order. Errors: `DataError` naming the sample."""
+    def pictures(self, sample: Sample) -> list[SampleImage]:
+        """Decode and preprocess a sample's images, in order. Errors: `DataError` naming the sample."""
         ...
 
     def describe_images(self) -> dict[str, Any]:
         """Everything that decides pixels and image tokens, as JSON values, for the fingerprint.
 
-        `tokens`: how many a picture takes, or `by size`; `token_id`: what stands at them.
+        `tokens`: how many an image takes, or `by size`; `token_id`: what stands at them.
         """
         ...
 
@@ -66,12 +65,12 @@ class Teacher(Protocol):
         """
         ...
 
-    def image_features(self, model: Any, pictures: Sequence[Picture]) -> list[Tensor]:
-        """Run the vision tower and what follows it: [tokens, D] of each picture, as they enter the decoder."""
+    def image_features(self, model: Any, pictures: Sequence[SampleImage]) -> list[Tensor]:
+        """Run the vision tower and what follows it: [tokens, D] of each image, as they enter the decoder."""
         ...
 
     def position_ids(
-        self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, pictures: Sequence[Picture]
+        self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, pictures: Sequence[SampleImage]
     ) -> Tensor | None:
         """The decoder's positions, on the CPU like the arguments; None where it counts them itself.
 

@@ -1,6 +1,6 @@
-"""Qwen2-VL and Qwen2.5-VL: pictures of any size, their tokens framed by start and end, positions in three dimensions.
+"""Qwen2-VL and Qwen2.5-VL: images of any size, their tokens framed by start and end, positions in three dimensions.
 
-Letters: B sequences of a batch, T tokens of the longest, D hidden size, P patches of one picture or of all of them, C
+Shape suffixes: B sequences of a batch, T tokens of the longest, D hidden size, P patches of one image or of all of them, C
 numbers of a patch.
 """
 
@@ -20,10 +20,10 @@ from llavamod_offline.data.images import DECODER, decode_image, image_size, pad_
 from llavamod_offline.errors import DataError, ModelError, first_line
 from llavamod_offline.models.checkpoint import load_tokenizer, load_weights, read_json
 from teacher_cache.teachers import folder as folders
-from teacher_cache.teachers.protocol import Picture
+from teacher_cache.teachers.protocol import SampleImage
 
 if TYPE_CHECKING:
-    from llavamod_offline.data.encode.tokenize import Sequence as TokenSequence
+    from llavamod_offline.data.encode.tokenize import TokenizedSequence
     from llavamod_offline.data.sample import Sample
 
 _PROCESSORS = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
@@ -33,7 +33,7 @@ _IMAGE, _START, _END = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
 class QwenVlTeacher:
     """A folder of a Qwen2-VL or Qwen2.5-VL; see `protocol.Teacher`.
 
-    `image_aspect` auto leaves pictures to the processor, which resizes them to a whole number of merged patches; pad
+    `image_aspect` auto leaves images to the processor, which resizes them to a whole number of merged patches; pad
     fills them up to squares first.
     """
 
@@ -64,12 +64,12 @@ class QwenVlTeacher:
         self.head_rows = int(config.text_config.vocab_size)
         self.context_length = folders.context_length(config.text_config)
 
-    def encode(self, sample: Sample, role: str) -> TokenSequence:
+    def encode(self, sample: Sample, role: str) -> TokenizedSequence:
         """Tokenise one role of a sample."""
         counts = [self._tokens(image_size(image, name=sample.key), sample) for image in sample.images]
         return self.encoder.encode(sample, role, counts)
 
-    def pictures(self, sample: Sample) -> list[Picture]:
+    def pictures(self, sample: Sample) -> list[SampleImage]:
         """Decode and preprocess: `pixel_values` [P, C] float32 of each, `image_grid_thw` [3] its patches."""
         made = []
         for encoded in sample.images:
@@ -81,7 +81,7 @@ class QwenVlTeacher:
             grid_3 = np.asarray(found["image_grid_thw"][0], np.int64)
             pixels_PC = folders.pixel_array(found["pixel_values"], sample)
             tokens = int(grid_3.prod()) // int(self.processor.merge_size) ** 2
-            made.append(Picture({"pixel_values": pixels_PC, "image_grid_thw": grid_3}, tokens))
+            made.append(SampleImage({"pixel_values": pixels_PC, "image_grid_thw": grid_3}, tokens))
         return made
 
     def describe_images(self) -> dict[str, Any]:
@@ -104,15 +104,15 @@ class QwenVlTeacher:
         model_class = Qwen2_5_VLForConditionalGeneration if self._newer else Qwen2VLForConditionalGeneration
         return load_weights(model_class, self.folder, dtype=dtype, **settings)
 
-    def image_features(self, model: Any, pictures: Sequence[Picture]) -> list[Tensor]:
-        """Run the tower with its merger over the patches of all pictures, one after another."""
+    def image_features(self, model: Any, pictures: Sequence[SampleImage]) -> list[Tensor]:
+        """Run the tower with its merger over the patches of all images, one after another."""
         patches_PC = np.concatenate([picture.inputs["pixel_values"] for picture in pictures])
         pixels_PC = torch.from_numpy(patches_PC).to(model.device, model.dtype)
         found = model.model.get_image_features(pixels_PC, _grids(pictures).to(model.device), return_dict=True)
         return list(found.pooler_output)
 
     def position_ids(
-        self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, pictures: Sequence[Picture]
+        self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, pictures: Sequence[SampleImage]
     ) -> Tensor | None:
         """M-RoPE: time, height and width of each token, [3, B, T] (Qwen2-VL, arXiv 2409.12191, section 2.1)."""
         types_BT = torch.eq(input_ids_BT, self.encoder.image_token_id).int()
@@ -123,7 +123,7 @@ class QwenVlTeacher:
         return found
 
     def _tokens(self, size: tuple[int, int], sample: Sample) -> int:
-        """The tokens of a picture of this width and height."""
+        """The tokens of an image of this width and height."""
         width, height = (max(size), max(size)) if self.padded else size
         try:
             patches = self.processor.get_number_of_image_patches(height, width, {})
@@ -132,7 +132,7 @@ class QwenVlTeacher:
         return int(patches) // int(self.processor.merge_size) ** 2
 
     def _check_patches(self, vision: Any) -> None:
-        """Refuse a processor that cuts pictures in another way than the tower expects."""
+        """Refuse a processor that cuts images in another way than the tower expects."""
         names = {
             "patch_size": "patch_size",
             "temporal_patch_size": "temporal_patch_size",
@@ -147,5 +147,5 @@ class QwenVlTeacher:
                 )
 
 
-def _grids(pictures: Sequence[Picture]) -> Tensor:
+def _grids(pictures: Sequence[SampleImage]) -> Tensor:
     return torch.from_numpy(np.stack([picture.inputs["image_grid_thw"] for picture in pictures]).astype(np.int64))

@@ -33,7 +33,7 @@ from teacher_cache.verify.shard_check import ShardCheck
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CacheVerdict:
     """What `verify` found. `digest` is recomputed from the bytes on disk; `damage` names each thing that is wrong."""
 
     ok: bool
@@ -61,7 +61,7 @@ class Findings:
     strays: list[str] = field(default_factory=list)
 
 
-def verify_cache(where: Path | str) -> Verdict:
+def verify_cache(where: Path | str) -> CacheVerdict:
     """Check a finished cache, by path or URL, byte by byte and number by number. Nothing is changed.
 
     Errors: `CacheError` if there is no cache, or it is unfinished; damage is not raised but reported. `StorageError` if
@@ -70,10 +70,10 @@ def verify_cache(where: Path | str) -> Verdict:
     return verdict_of(examine(open_folder(where)))
 
 
-def verdict_of(findings: Findings) -> Verdict:
+def verdict_of(findings: Findings) -> CacheVerdict:
     """Sum up what was found."""
     totals = findings.found["totals"]
-    return Verdict(
+    return CacheVerdict(
         ok=not findings.damage,
         shards=len(findings.found["shards"]),
         sequences=totals["sequences"],

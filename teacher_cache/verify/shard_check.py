@@ -1,6 +1,6 @@
 """What can be wrong with one shard: checksums, counts, and every number that can be checked by itself.
 
-Letters: N positions of a block or a sequence, H entries of their heads.
+Shape suffixes: N positions of a block or a sequence, H entries of their heads.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ class ShardCheck:
         row = 0
         for number in range(columns.blocks):
             (block,) = columns.records(number, number + 1)
-            counts["heads"] += len(block.head_ids_H)
-            counts["draws"] += len(block.draw_ids_D)
+            counts["heads"] += len(block.topk_ids_H)
+            counts["draws"] += len(block.tail_ids_D)
             for name, fine in _number_checks(block, columns.codec.vocab_size):
                 if not fine:
                     yield f"{COLUMNS_NAME}/{name}: holds impossible values"
@@ -141,10 +141,10 @@ def _number_checks(records: Records, vocab_size: int) -> Iterator[tuple[str, boo
     for name in ("target_log_probs_N", "head_log_probs_H", "tail_log_mass_N"):
         values = getattr(records, name)
         yield name[:-2], bool((values <= _ROUNDING).all() and not np.isnan(values).any())
-    yield "head_counts", bool((records.head_counts_N >= 1).all() and (records.head_counts_N <= vocab_size).all())
+    yield "head_counts", bool((records.topk_counts_N >= 1).all() and (records.topk_counts_N <= vocab_size).all())
     yield "entropy", bool((records.entropy_N >= -_ROUNDING).all())
     yield "log_normalisers", bool(np.isfinite(records.log_normalisers_NS).all())
-    begins_N = starts(records.head_counts_N)
-    head_N = np.add.reduceat(np.exp(records.head_log_probs_H, dtype=np.float64), begins_N) if len(records) else 0.0
+    begins_N = starts(records.topk_counts_N)
+    head_N = np.add.reduceat(np.exp(records.topk_log_probs_H, dtype=np.float64), begins_N) if len(records) else 0.0
     mass_N = head_N + np.exp(records.tail_log_mass_N, dtype=np.float64)
     yield "head_log_probs", bool((np.abs(mass_N - 1) <= _ROUNDING).all())

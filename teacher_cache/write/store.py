@@ -221,8 +221,8 @@ def write_shard(
         "name": name,
         "sequences": len(captured),
         "positions": len(records),
-        "heads": len(records.head_ids_H),
-        "draws": len(records.draw_ids_D),
+        "heads": len(records.topk_ids_H),
+        "draws": len(records.tail_ids_D),
         "rejected": len(rejected),
         "files": file_entries(folder),
     }

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.capture [--quick] [--device cuda] --json FILE
 
 `forward`: the teacher over prepared batches, the same as the engine's: hidden states of every token, and the output
-layer at the supervised positions. `hf_capture`: from packed samples to records (tokens, pictures and draws included).
+layer at the supervised positions. `hf_capture`: from packed samples to records (tokens, images and draws included).
 `run`: from packed samples to a finished cache on the disk, as `cache-teacher run` makes one, but for `prepare` (the
 weights are hashed) and `load`, which a run does once, whatever the size of its set.
 
@@ -15,7 +15,7 @@ Sizes: on a CPU the toy world's teacher (V = 600) and a random one with 8 layers
 random Qwen2-7B (28 layers of 3,584, V = 152,064) with CLIP-L/336. Where vLLM is installed: the toy world's teacher by
 records made in its workers against `prompt_logprobs`.
 
-Letters: B sequences of a batch, T tokens, I pictures, N supervised positions of the batch, R of them in a chunk.
+Shape suffixes: B sequences of a batch, T tokens, I images, N supervised positions of the batch, R of them in a chunk.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from torch import Tensor
 from llavamod_offline.config import load_config
 from teacher_cache.capture.pipeline import capture_shards
 from teacher_cache.capture.shard import capture_prepared, capture_rows, prepare_rows
-from teacher_cache.config import CacheConfig
+from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.engines import load_engine
-from teacher_cache.engines.hf import HfEngine, length_batches
+from teacher_cache.engines.hf import HfCaptureEngine, length_batches
 from teacher_cache.engines.make_records import rows_per_chunk
-from teacher_cache.job import Job, prepare_job
+from teacher_cache.capture_setup import CaptureSetup, prepare_capture
 from teacher_cache.write.store import CacheStore
 from tests.benchmarks.form import Row, finish, parse_arguments
 from tests.benchmarks.worlds.capture import LARGE, MIDDLE, TOY, Size, random_loader, write_world
@@ -50,7 +50,7 @@ from tests.benchmarks.worlds.capture import LARGE, MIDDLE, TOY, Size, random_loa
 NAME = "capture"
 CASES = ("forward", "hf_capture", "run")
 # What prompt_logprobs can give, for both.
-_LISTED = ("capture.temperatures=[]", "capture.draws_max=0", "capture.forced_tokens=[]")
+_LISTED = ("capture.temperatures=[]", "capture.tail_samples_max=0", "capture.forced_tokens=[]")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Batch:
     where_N: Tensor
 
 
-def prepared_batches(job: Job, batch_size: int) -> list[Batch]:
+def prepared_batches(job: CaptureSetup, batch_size: int) -> list[Batch]:
     """Every batch of the set as the engine makes them, shard by shard."""
     batches = []
     for name in job.samples.shard_names:
@@ -92,7 +92,7 @@ def prepared_batches(job: Job, batch_size: int) -> list[Batch]:
 
 
 @torch.inference_mode()
-def forward(engine: HfEngine, batches: list[Batch]) -> None:
+def forward(engine: HfCaptureEngine, batches: list[Batch]) -> None:
     """Run the teacher over the batches, and its output layer at their supervised positions."""
     model, device = engine.model, engine.model.device
     for batch in batches:
@@ -110,7 +110,7 @@ def forward(engine: HfEngine, batches: list[Batch]) -> None:
         torch.cuda.synchronize()
 
 
-def capture_all(job: Job, engine: HfEngine) -> int:
+def capture_all(job: CaptureSetup, engine: HfCaptureEngine) -> int:
     """Capture every shard and keep nothing; gives the positions."""
     positions = 0
     for name in job.samples.shard_names:
@@ -120,7 +120,7 @@ def capture_all(job: Job, engine: HfEngine) -> int:
     return positions
 
 
-def make_cache(job: Job, engine: HfEngine, output: Path) -> None:
+def make_cache(job: CaptureSetup, engine: HfCaptureEngine, output: Path) -> None:
     """Do what a run does once its teacher is there."""
     store = CacheStore.open(output, job.fingerprint, job.samples.shard_names)
     store.start()
@@ -133,9 +133,9 @@ def measure(size: Size, folder: Path, *, device: str, repeats: int) -> tuple[lis
     """Time all cases of one size; rows and ratios."""
     teacher, data = write_world(folder, size)
     settings = [f"data={data}", f"teacher={teacher}", f"output={folder / 'cache'}", f"device={device}"]
-    config = load_config(CacheConfig, (), [*settings, f"batch_size={size.batch_size}"])
+    config = load_config(CacheTeacherConfig, (), [*settings, f"batch_size={size.batch_size}"])
     started = time.perf_counter()
-    job = prepare_job(config)
+    job = prepare_capture(config)
     fixed = {"prepare": time.perf_counter() - started}
     with ExitStack() as stack:
         if size.text is not None:
@@ -143,7 +143,7 @@ def measure(size: Size, folder: Path, *, device: str, repeats: int) -> tuple[lis
         started = time.perf_counter()
         engine = load_engine(job, config)
         fixed["load"] = time.perf_counter() - started
-    assert isinstance(engine, HfEngine)
+    assert isinstance(engine, HfCaptureEngine)
     batches = prepared_batches(job, size.batch_size)
     outputs = iter(folder / f"cache-{number}" for number in range(repeats + 1))
     positions = capture_all(job, engine)  # warms up
@@ -187,8 +187,8 @@ def measure_vllm(folder: Path, size: Size, device: str) -> tuple[list[Row], dict
     rates: dict[str, float] = {}
     for kind in ("vllm", "vllm_logprobs"):
         settings = [f"data={data}", f"teacher={teacher}", f"output={folder / 'none'}", f"device={device}"]
-        config = load_config(CacheConfig, (), [*settings, f"engine.kind={kind}", *_LISTED])
-        job = prepare_job(config)
+        config = load_config(CacheTeacherConfig, (), [*settings, f"engine.kind={kind}", *_LISTED])
+        job = prepare_capture(config)
         engine: Any = load_engine(job, config)
         ready = [prepare_rows(job, job.samples.rows_of(name)) for name in job.samples.shard_names]
         capture_prepared(job, engine, ready[0], lambda samples, positions: None)

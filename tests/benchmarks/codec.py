@@ -13,7 +13,7 @@ other positions of the same cache. `kl`: KL(full ‖ p̂) for the student `mid`,
 
 `floor`: the bytes that an ideal coder of single symbols would need for the ids and numbers that a cache holds.
 
-Letters: N positions, V ids, D hidden size, H head entries of all positions.
+Shape suffixes: N positions, V ids, D hidden size, H head entries of all positions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llavamod_offline.losses.bucketed_divergence import Measure
+from llavamod_offline.losses.bucketed_divergence import DivergenceSpec
 from llavamod_offline.losses.chunk_gradients import divergence_in_place, no_metrics
 from llavamod_offline.losses.shrinkage import Shrinkage
 from llavamod_offline.losses.tail_estimators import Tail, teacher_at
@@ -56,7 +56,7 @@ DEFAULT: Tail = "shrink"
 
 
 def main() -> None:
-    """Measure and report."""
+    """DivergenceSpec and report."""
     arguments = parse_arguments(NAME, __doc__ or "", {"model": ""})
     sequences, measured = (6, 2) if arguments.quick else (205, 41)
     ngram = ngram_world(sequences, 1_000, 60) if arguments.quick else ngram_world(sequences)
@@ -80,16 +80,16 @@ def main() -> None:
 def capture(world: World, preset: Preset, folder: Path) -> TeacherCache:
     """Write a cache of all the world's sequences by a preset, and open it."""
     settings = RecordSettings(
-        head_mass=preset.head_mass,
-        head_min_prob=preset.head_min_prob,
-        head_max=min(preset.head_max or world.vocab_size, world.vocab_size),
-        draws_max=preset.draws_max,
-        draws_per_mass=preset.draws_per_mass,
+        top_p=preset.top_p,
+        min_prob=preset.min_prob,
+        top_k=min(preset.top_k or world.vocab_size, world.vocab_size),
+        tail_samples_max=preset.tail_samples_max,
+        tail_samples_per_mass=preset.tail_samples_per_mass,
         temperatures=TEMPERATURES,
         forced_ids=world.forced_ids,
     )
-    limit = settings.head_max + len(world.forced_ids)
-    codec = Codec(world.vocab_size, TEMPERATURES, preset.precision, limit, preset.draws_max, world.forced_ids)
+    limit = settings.top_k + len(world.forced_ids)
+    codec = Codec(world.vocab_size, TEMPERATURES, preset.precision, limit, preset.tail_samples_max, world.forced_ids)
     captured = []
     for number in range(world.sequences):
         rows, key = world.rows(number), f"run-{number:09d}"
@@ -199,7 +199,7 @@ def _gradient(
     learn: bool,
 ) -> Tensor:
     """The gradient in the student's logits, by the library's loss."""
-    teacher = teacher_at(targets, log_q_NV.shape[1], measure=Measure(), tail=tail, temperature=temperature)
+    teacher = teacher_at(targets, log_q_NV.shape[1], measure=DivergenceSpec(), tail=tail, temperature=temperature)
     features_NJ = torch.ones_like(log_q_NV[:, :1]) if hidden_ND is None else state.features(hidden_ND)
     gradient_NV = log_q_NV.clone()
     divergence_in_place(

@@ -10,14 +10,14 @@ cache.
   ours: `train.data.batches.Loader` in a shuffled order, resumable at any step: read by position, parse and check
   the sample, decode the JPEG and fit it to CLIP's size (which it has: nothing is resized), tokenise, compare the
   sample's and the answer's hash with the record's, find the records (80 positions a sample, 20 to 26 ids each; they are
-  decoded already and kept, see below), collate 16 samples to padded tensors. Pictures stay bytes [336, 336, 3] in a
+  decoded already and kept, see below), collate 16 samples to padded tensors. Images stay bytes [336, 336, 3] in a
   batch: rescaling and normalising them is a look-up where the student's forward pass begins, which is not counted here.
 That is a quarter of the bytes that webdataset is asked to write; row `webdataset torchrgb8` is its rate without floats,
 and `later: pixel values` what ours has put off, on a CPU. Rows `ours: …` are the parts, each by itself, the second time
 that it is done; `ours: decode records` comes once for each shard where all records fit in memory, as here, and else
 once for each window. `transformers: …` is what its own processor takes for the same pixels.
 `worker_memory_growth_mb`: growth of the private memory of a loader's worker from a tenth of the samples to all of them
-(200,000; pictures of 48 pixels, as their size does not matter here).
+(200,000; images of 48 pixels, as their size does not matter here).
 `first_batch_seconds`: from opening set and cache to the first batch of 64, with two workers, imports not counted: 5,000
 shards of 1,000 samples under made keys, tars and columns hard links to one shard's; opening, checking every table's
 checksum, joining by key, hashing the kept keys, shuffling, forking, decoding the records of a window of 16 shards.
@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from llavamod_offline.data.encode.collate import collate, pixel_values
-from llavamod_offline.data.encode.tokenize import Sequence
+from llavamod_offline.data.encode.tokenize import TokenizedSequence
 from llavamod_offline.data.images import decode_image
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.data.sampler import BatchSchedule, Order
@@ -173,7 +173,7 @@ def _copy(picture: Image.Image, out_HW3: NDArray[np.uint8]) -> tuple[int, int]:
 
 
 def _compare(
-    cache: TeacherCache, rows_B: NDArray[np.int64], sequences: list[Sequence], samples: list[Sample]
+    cache: TeacherCache, rows_B: NDArray[np.int64], sequences: list[TokenizedSequence], samples: list[Sample]
 ) -> list[str]:
     for sequence, record in zip(sequences, cache.sequences(rows_B), strict=True):
         check_sequence(cache, sequence, record=record)

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.loss [--quick] --json FILE
 
-Letters: N positions, D hidden size, V vocabulary, K slots of the head, M tail draws.
+Shape suffixes: N positions, D hidden size, V vocabulary, K slots of the head, M tail draws.
 
 Cases, each a forward and a backward pass: `ours` (forward KL, tail by shrinkage with its learning), other readings and
 divergences, `ce` (cross-entropy by the same chunked method), `dense` (distillation from full teacher logits as trainers

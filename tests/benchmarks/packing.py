@@ -43,7 +43,7 @@ class Rate:
 
 
 def packing_rate(folder: Path, *, samples: int, workers: int, pictures: bool = True) -> Rate:
-    """How fast `pack` is; files of rows and pictures lie below `folder` (they are made there if need be)."""
+    """How fast `pack` is; files of rows and images lie below `folder` (they are made there if need be)."""
     rows = write_rows(folder, samples, pictures=pictures)
     output = folder / f"set-{rows.stem}-{workers}"
 
@@ -68,7 +68,7 @@ def indexing_rate(folder: Path, *, samples: int, workers: int) -> Rate:
 
 
 def write_rows(folder: Path, samples: int, *, pictures: bool = True) -> Path:
-    """Write a LLaVA file of `samples` rows, and their pictures, if they are not there."""
+    """Write a LLaVA file of `samples` rows, and their images, if they are not there."""
     file = folder / f"{'rows' if pictures else 'text'}-{samples}.json"
     if file.exists():
         return file

@@ -4,8 +4,8 @@
 
 Every row is the command as a user types it, from the start of its process to its end: reading questions, references
 and answers, joining, scoring, the checksum of the benchmark's files. The benchmarks are made up in the published
-formats, and the answers in LLaVA's: `pope` three questions a picture; `gqa`; `textvqa` with OCR tokens in the prompts
-and ten human answers a question; `mme` two questions a picture, references in the official tool's one file a category;
+formats, and the answers in LLaVA's: `pope` three questions an image; `gqa`; `textvqa` with OCR tokens in the prompts
+and ten human answers a question; `mme` two questions an image, references in the official tool's one file a category;
 `mmbench` 25,000 questions in four rotations.
 `NAME_seconds`: the median over the repeats. `start_seconds`: the same command on six answers. `processor s` is what the
 process took of a core, which other load on the machine changes less.
@@ -88,7 +88,7 @@ def write_gqa(root: Path, count: int, rng: random.Random) -> Iterator[dict[str, 
 
 
 def write_textvqa(root: Path, count: int, rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Questions, two a picture, and ten human answers each → answers."""
+    """Questions, two an image, and ten human answers each → answers."""
     questions, data = [], []
     for number in range(count):
         image, asked = f"{number // 2:016x}", f"What is written on sign {number % 2}?"
@@ -103,7 +103,7 @@ def write_textvqa(root: Path, count: int, rng: random.Random) -> Iterator[dict[s
 
 
 def write_mme(root: Path, count: int, rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Two questions a picture and the official tool's templates → answers."""
+    """Two questions an image and the official tool's templates → answers."""
     questions: list[dict[str, Any]] = []
     lines: dict[str, list[str]] = {category: [] for category in CATEGORIES}
     for number in range(count // 2):
@@ -121,7 +121,7 @@ def write_mme(root: Path, count: int, rng: random.Random) -> Iterator[dict[str, 
 
 
 def write_mmbench(root: Path, count: int, rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Questions in four rotations → answers; pictures are a few hundred bytes."""
+    """Questions in four rotations → answers; images are a few hundred bytes."""
     rows = []
     for number in range(count // 4):
         for turn in range(4):

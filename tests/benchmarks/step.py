@@ -15,7 +15,7 @@ threads. Memory: the peak of a few steps, models and optimiser included: on a CP
 its own beyond its imports, on a GPU what torch has allocated. Making records into tensors is the loader's work and not
 in the step.
 
-Letters: B sequences, T tokens, N supervised positions, V ids, D hidden size.
+Shape suffixes: B sequences, T tokens, N supervised positions, V ids, D hidden size.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def make_model(size: Size, shape: Shape) -> LlavaForConditionalGeneration:
 
 
 def make_batch(size: Size) -> TrainBatch:
-    """Random tokens, a picture in each sequence, and records of a few ids for the supervised tokens, the last ones."""
+    """Random tokens, an image in each sequence, and records of a few ids for the supervised tokens, the last ones."""
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(0, size.vocab - 1, (size.batch, size.tokens), generator=generator)
     ids_BT[:, 4 : 4 + size.image_tokens] = size.vocab - 1

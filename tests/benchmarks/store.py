@@ -10,7 +10,7 @@ decode whole shards for a temperature of 1. `read_positions_per_s`: batches of 6
 shards, each block decoded once, as `SparseTargets`. `open_seconds` and `open_mb` (growth of the resident memory):
 `open_cache` in a process of its own.
 
-Letters: N positions, K slots of a head or a list of draws.
+Shape suffixes: N positions, K slots of a head or a list of draws.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ NAME = "store"
 VOCABULARY = 151_646
 TEMPERATURES = (1.5, 2.0, 4.0)
 PRESET = PRESETS["standard"]
-CODEC = Codec(VOCABULARY, TEMPERATURES, PRESET.precision, PRESET.head_max or VOCABULARY, PRESET.draws_max)
+CODEC = Codec(VOCABULARY, TEMPERATURES, PRESET.precision, PRESET.top_k or VOCABULARY, PRESET.tail_samples_max)
 FINGERPRINT = {"capture": {"vocab_size": VOCABULARY, "temperatures": list(TEMPERATURES)}}
 SHARD_SEQUENCES = 1_000
 BATCH = 64
@@ -89,11 +89,11 @@ def make_records(n: int, seed: int) -> Records:
         entropy_N=entropy_N.astype(np.float32),
         tail_log_mass_N=tail_N.astype(np.float32),
         log_normalisers_NS=normalisers_NS.astype(np.float32),
-        head_counts_N=counts_N,
-        draw_counts_N=draws_N,
-        head_ids_H=ids_NK[kept_NK],
-        head_log_probs_H=log_probs_NK[kept_NK].astype(np.float32),
-        draw_ids_D=drawn_NK[drawn_NK < VOCABULARY],
+        topk_counts_N=counts_N,
+        tail_counts_N=draws_N,
+        topk_ids_H=ids_NK[kept_NK],
+        topk_log_probs_H=log_probs_NK[kept_NK].astype(np.float32),
+        tail_ids_D=drawn_NK[drawn_NK < VOCABULARY],
     )
 
 

@@ -31,7 +31,7 @@ def write_json(path: Path, content: Any) -> Path:
 
 
 def write_image(path: Path, seed: int = 0) -> None:
-    """Write a small picture, making the folder."""
+    """Write a small image, making the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(tiny_image(seed))
 
@@ -73,7 +73,7 @@ def pope_root(root: Path, labels: Sequence[str] = ("yes", "no", "yes", "no")) ->
 
 
 def gqa_root(root: Path, references: Mapping[str, Mapping[str, Any]], *, below: str = "gqa/data") -> Path:
-    """GQA with the given references; a picture is shared by all questions."""
+    """GQA with the given references; an image is shared by all questions."""
     write_image(root / "gqa" / "data" / "images" / "n1.jpg")
     write_json(root / below / "testdev_balanced_questions.json", references)
     rows = [{"question_id": key, "image": "n1.jpg", "text": f"What is {key}?{SHORT}"} for key in references]
@@ -142,7 +142,7 @@ def mmhal_root(root: Path, count: int) -> Path:
 
 
 def science_root(root: Path) -> Path:
-    """Two questions with a picture, one without; right answers B, A, C."""
+    """Two questions with an image, one without; right answers B, A, C."""
     rows = [("4", "B", True), ("5", "A", True), ("11", "C", False)]
     questions, problems = [], {}
     for name, letter, pictured in rows:

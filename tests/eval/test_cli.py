@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from eval.cli import _GENERATE_HELP, app
-from eval.generate import GenerateConfig
+from eval.generate import EvalGenerateConfig
 from eval.tasks import TASKS
 from llavamod_offline.config import describe_config
 from llavamod_offline.entrypoint import run_command
@@ -81,7 +81,7 @@ def test_errors_are_one_line_and_status_2(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_help_names_every_key_and_benchmark() -> None:
-    keys = "\n".join(f"  {line}" for line in describe_config(GenerateConfig).splitlines())
+    keys = "\n".join(f"  {line}" for line in describe_config(EvalGenerateConfig).splitlines())
     assert _GENERATE_HELP.endswith(f"Keys:\n{keys}\n")
     assert " ".join(TASKS) in _GENERATE_HELP
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.engines.llava_hf import HfEngine
+from eval.engines.llava_hf import LlavaHfEngine
 from eval.engines.processor import ProcessorEngine
 from eval.example import Example
 from eval.files import FileImage
-from eval.generate import GenerateConfig, generate
+from eval.generate import EvalGenerateConfig, generate
 from eval.predictions import read_predictions
 from eval.score import score_task, sidecar
 from llavamod_offline.data.encode.template import get_template
@@ -29,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def examples(tmp_path: Path) -> list[Example[None]]:
-    """Prompts of very different lengths, one of them without a picture."""
+    """Prompts of very different lengths, one of them without an image."""
     prompts = ["Is there a dog?", "What colour has the large square on the left of the star?" * 3, "Why", "How many?"]
     made = []
     for number, prompt in enumerate(prompts):
@@ -39,14 +39,14 @@ def examples(tmp_path: Path) -> list[Example[None]]:
     return made
 
 
-def config(model: Path, root: Path, output: Path) -> GenerateConfig:
-    return GenerateConfig(
+def config(model: Path, root: Path, output: Path) -> EvalGenerateConfig:
+    return EvalGenerateConfig(
         model=str(model), root=str(root), output=str(output), tasks=["pope"], batch_size=5, max_new_tokens=6
     )
 
 
 def test_a_left_padded_batch_gives_the_tokens_of_single_questions(model: Path, examples: list[Example[None]]) -> None:
-    engine = HfEngine(model)
+    engine = LlavaHfEngine(model)
     together = engine.answer(examples, 24)
     alone = [engine.answer([example], 24)[0] for example in examples]
     assert together == alone
@@ -54,7 +54,7 @@ def test_a_left_padded_batch_gives_the_tokens_of_single_questions(model: Path, e
 
 
 def test_generation_is_greedy_decoding_without_a_cache(model: Path, examples: list[Example[None]]) -> None:
-    engine = HfEngine(model)
+    engine = LlavaHfEngine(model)
     example = examples[0]
     ids = torch.from_numpy(engine.encoder.encode_prompt([Turn("user", f"<image>\n{example.prompt}")]))[None]
     assert example.source is not None
@@ -76,7 +76,7 @@ def test_generation_is_greedy_decoding_without_a_cache(model: Path, examples: li
 def test_no_answer_holds_the_image_token_or_a_row_beyond_the_tokenizer(
     tmp_path: Path, examples: list[Example[None]]
 ) -> None:
-    engine = HfEngine(write_tiny_llava(tmp_path / "model", head_rows=448, tied=False))
+    engine = LlavaHfEngine(write_tiny_llava(tmp_path / "model", head_rows=448, tied=False))
     free = engine.answer(examples[:1], 1)
     first = engine.tokenizer(free[0].text, add_special_tokens=False)["input_ids"][0]
     head = engine.model.get_output_embeddings().weight
@@ -91,7 +91,7 @@ def test_no_answer_holds_the_image_token_or_a_row_beyond_the_tokenizer(
 def test_an_answer_ends_at_the_templates_end_token(
     model: Path, examples: list[Example[None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = HfEngine(model)
+    engine = LlavaHfEngine(model)
     free = engine.answer([examples[0]], 12)[0]
     assert free.finish == "length"
     assert free.n_tokens == 12
@@ -180,7 +180,7 @@ def test_any_checkpoint_answers_by_its_own_processor(tmp_path: Path, examples: l
         "{% else %}{{ part['text'] }}{% endif %}{% endfor %} ASSISTANT:"
     )
     (folder / "chat_template.jinja").write_text(template)
-    theirs, ours = ProcessorEngine(folder), HfEngine(folder, image_aspect="square")
+    theirs, ours = ProcessorEngine(folder), LlavaHfEngine(folder, image_aspect="square")
     assert [a.text for a in theirs.answer(examples, 8)] == [a.text for a in ours.answer(examples, 8)]
     assert theirs.answer([examples[2]], 8) == theirs.answer(examples, 8)[2:3]
     assert theirs.describe()["template"] == "the checkpoint's chat template"

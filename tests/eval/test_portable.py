@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from eval.engines.llava_hf import HfEngine
+from eval.engines.llava_hf import LlavaHfEngine
 from eval.engines.processor import ProcessorEngine
 from eval.engines.prompts import prompt_ids
 from eval.example import Example
@@ -32,7 +32,7 @@ def example(folder: Path, size: tuple[int, int]) -> Example[None]:
 def test_tokens_and_pixels_are_the_engines_own(tmp_path: Path, template: str, aspect: str) -> None:
     student = write_tiny_llava(tmp_path / "student")
     write_portable(student, tmp_path / "portable", template=template, image_aspect=aspect)
-    engine = HfEngine(student, template=template, image_aspect=aspect)
+    engine = LlavaHfEngine(student, template=template, image_aspect=aspect)
     processor = AutoProcessor.from_pretrained(tmp_path / "portable")
     for size in ((50, 20), (20, 50), (24, 24)):
         asked = example(tmp_path / "pictures", size)
@@ -52,7 +52,7 @@ def test_tokens_and_pixels_are_the_engines_own(tmp_path: Path, template: str, as
 def test_conversations_read_as_the_template_renders_them(tmp_path: Path, template: str) -> None:
     student = write_tiny_llava(tmp_path / "student")
     write_portable(student, tmp_path / "portable", template=template)
-    rendered = HfEngine(student, template=template).encoder.template
+    rendered = LlavaHfEngine(student, template=template).encoder.template
     processor = AutoProcessor.from_pretrained(tmp_path / "portable")
     turns = [
         Turn("user", 'Is it {{ "a" }}?'),

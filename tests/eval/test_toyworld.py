@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from eval.example import Example
-from eval.generate import GenerateConfig, generate
+from eval.generate import EvalGenerateConfig, generate
 from eval.score import score_task
 from eval.tasks import get_task, object_halbench
 from llavamod_offline.toyworld.benchmarks import write_benchmarks
@@ -29,7 +29,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_format_is_answered_and_scored(root: Path, tmp_path: Path) -> None:
     model = write_tiny_llava(tmp_path / "model")
-    settings = GenerateConfig(
+    settings = EvalGenerateConfig(
         model=str(model), root=str(root), output=str(tmp_path / "out"), tasks=TASKS, batch_size=7, max_new_tokens=3
     )
     for task, path in generate(settings).items():

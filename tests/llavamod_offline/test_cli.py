@@ -25,7 +25,7 @@ TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A small mixture as people have it: pictures, a JSON with a bad row, and a parquet of pairs."""
+    """A small mixture as people have it: images, a JSON with a bad row, and a parquet of pairs."""
     (tmp_path / "pictures").mkdir()
     for number in range(3):
         (tmp_path / "pictures" / f"{number}.png").write_bytes(tiny_image(number))

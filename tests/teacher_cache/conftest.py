@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from llavamod_offline.config import load_config
-from teacher_cache.capture.run import Summary, run_job
-from teacher_cache.config import CacheConfig
+from teacher_cache.capture.run import Summary, run_capture
+from teacher_cache.config import CacheTeacherConfig
 from tests.teacher_cache.generate.reference import SOURCE_SAMPLES, Place, write_prompts
 from tests.tiny import write_tiny_llava, write_tiny_set
 
@@ -31,7 +31,9 @@ class World:
 
     def run(self, output: Path, *overrides: str, data: Path | None = None, allow: tuple[str, ...] = ()) -> Summary:
         """Capture in this process."""
-        return run_job(load_config(CacheConfig, (), self.arguments(output, *overrides, data=data)), allow=allow)
+        return run_capture(
+            load_config(CacheTeacherConfig, (), self.arguments(output, *overrides, data=data)), allow=allow
+        )
 
 
 @pytest.fixture(scope="session")

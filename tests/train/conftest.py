@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from llavamod_offline.config import load_config
-from teacher_cache.capture.run import run_job
-from teacher_cache.config import CacheConfig
+from teacher_cache.capture.run import run_capture
+from teacher_cache.config import CacheTeacherConfig
 from tests.tiny import write_tiny_llava, write_tiny_set
 from train.cli import resolve_config
 from train.config import TrainConfig
@@ -79,7 +79,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def write_cache(folder: Path, data: Path, teacher: Path, *settings: str) -> Path:
     """Capture a set with a teacher."""
     given = (f"data={data}", f"teacher={teacher}", f"output={folder}", "workers=1")
-    run_job(load_config(CacheConfig, (), [*given, *settings]))
+    run_capture(load_config(CacheTeacherConfig, (), [*given, *settings]))
     return folder
 
 

@@ -1,6 +1,6 @@
 """A slow, obvious trainer: sample by sample through transformers' own forward pass, plain AdamW, no engine.
 
-Letters: T tokens of a sequence, N supervised ones, V ids, D hidden size.
+Shape suffixes: T tokens of a sequence, N supervised ones, V ids, D hidden size.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def test_two_processes_equal_one_which_can_go_on_for_them(
     """Same samples, same losses to rounding, the balance loss and the KL terms included; one of the two prints.
 
     Their checkpoint of step 5 is then taken up by one process, with the same losses again. With micro-batches of one
-    sample there are steps in which one process has a picture and the other none.
+    sample there are steps in which one process has an image and the other none.
     """
     settings = ("steps=10", f"batch.micro_size={micro_size}", "data.holdout=4", "eval_steps=5")
     config = world.config(stage, tmp_path / "two", *settings)

@@ -1,4 +1,4 @@
-"""One cache for students that differ from the teacher in prompt, picture, head size or end of turn, up to the loss."""
+"""One cache for students that differ from the teacher in prompt, image, head size or end of turn, up to the loss."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_spare_head_rows_take_no_part_in_the_loss(world: World, tmp_path: Path) 
 
 
 def test_another_wording_and_resolution_join_a_cache_of_responses(world: World, tmp_path: Path) -> None:
-    """The loss is the divergence from the teacher on its own prompt, of a student on another prompt and picture."""
+    """The loss is the divergence from the teacher on its own prompt, of a student on another prompt and image."""
     folder = _student_of(tmp_path / "coarse", image_size=16, tokenizer=world.student)
     found = _first_loss(world, tmp_path / "run", f"student.checkpoint={folder}", "template=short")
     teacher, student = Reader(world.teacher, world.chats), Reader(folder, world.chats)

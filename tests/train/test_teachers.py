@@ -1,4 +1,4 @@
-"""A LLaVA student of a teacher of another family: other pictures, other tokens for them, one vocabulary."""
+"""A LLaVA student of a teacher of another family: other images, other tokens for them, one vocabulary."""
 
 from __future__ import annotations
 

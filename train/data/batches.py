@@ -1,6 +1,6 @@
 """Micro-batches: samples and the records that a teacher's cache has of them.
 
-Letters: B samples, S sequences of them (B for one role, 2·B for two, the first role's before the second's).
+Shape suffixes: B samples, S sequences of them (B for one role, 2·B for two, the first role's before the second's).
 A `mismatched` role is no part of these: it makes a batch of its own, B sequences that are read but not trained on.
 """
 
@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from llavamod_offline.data.encode.collate import Batch, collate
-from llavamod_offline.data.encode.tokenize import Positions, SequenceEncoder
-from llavamod_offline.data.encode.tokenize import Sequence as Tokens
+from llavamod_offline.data.encode.tokenize import Positions, SequenceEncoder, TokenizedSequence
 from llavamod_offline.data.images import ImagePreprocessor
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.data.sampler import BatchSchedule
@@ -34,7 +33,7 @@ from train.data.teacher_states import TeacherStates, WantedStates, read_states
 if TYPE_CHECKING:
     from teacher_cache.format.sequences import CachedSequence
     from teacher_cache.read.reader import TeacherCache
-    from teacher_cache.student.end_of_turn import Exchange
+    from teacher_cache.student.end_of_turn import TokenIdSwap
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ class Loader:
     `states`: the teacher's hidden states that the loss wants.
     `prefetch`: copies what lies behind a URL ahead of a schedule; batches that follow none are read piece by piece.
 
-    Errors while iterating: `DataError` or `TargetError` naming the sample whose picture, length or answer does not fit.
+    Errors while iterating: `DataError` or `TargetError` naming the sample whose image, length or answer does not fit.
     """
 
     def __init__(
@@ -109,7 +108,7 @@ class Loader:
         pad_id: int,
         workers: int,
         pin_memory: bool,
-        exchange: Exchange | None = None,
+        exchange: TokenIdSwap | None = None,
         positions: Positions = "response",
         states: WantedStates | None = None,
         prefetch: Prefetch | None = None,
@@ -171,7 +170,7 @@ class _Micro(Dataset[TrainBatch]):
     records: Mapping[str, NDArray[np.int64]]
     record_roles: tuple[str, ...]
     pad_id: int
-    exchange: Exchange | None
+    exchange: TokenIdSwap | None
     positions: Positions
     states: WantedStates | None
     scattered: bool = False
@@ -229,7 +228,7 @@ class _Micro(Dataset[TrainBatch]):
         sums_S = torch.tensor([record.sum_log_prob for record in records], dtype=torch.float32)
         return TrainBatch(batch, len(samples), targets, sums_S, states=states)
 
-    def _check(self, cache: TeacherCache, sequence: Tokens, sample: Sample, record: CachedSequence) -> None:
+    def _check(self, cache: TeacherCache, sequence: TokenizedSequence, sample: Sample, record: CachedSequence) -> None:
         """Refuse a record that was made for other tokens or another sample."""
         from teacher_cache.format.sequences import short_hash
         from teacher_cache.student.check import check_sequence

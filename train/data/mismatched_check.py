@@ -14,7 +14,7 @@ from llavamod_offline.errors import ConfigError
 
 if TYPE_CHECKING:
     from teacher_cache.read.reader import TeacherCache
-    from teacher_cache.student.end_of_turn import Exchange
+    from teacher_cache.student.end_of_turn import TokenIdSwap
 
 _TRIED = 64
 
@@ -24,7 +24,7 @@ def check_pairs(
     cache: TeacherCache,
     rows: NDArray[np.int64],
     encoder: SequenceEncoder,
-    exchange: Exchange | None = None,
+    exchange: TokenIdSwap | None = None,
 ) -> None:
     """Refuse a set whose mismatched responses are others than those of a cache.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from llavamod_offline.background import Ahead, Job
+from llavamod_offline.background import BackgroundIterator, Job
 from llavamod_offline.data.sampler import BatchSchedule, Order
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError
@@ -48,7 +48,7 @@ class Prefetch:
             yield from batches
             return
         size = self._order.batch_size
-        with Ahead() as ahead:
+        with BackgroundIterator() as ahead:
             submitted: set[tuple[int, int]] = set()  # where windows begin, and their shards
             self._submit(ahead, schedule.start * size, schedule.stop * size, submitted)
             for number, batch in enumerate(batches):
@@ -57,7 +57,7 @@ class Prefetch:
                     self._submit(ahead, place, schedule.stop * size, submitted)
                 yield batch
 
-    def _submit(self, ahead: Ahead, place: int, end: int, submitted: set[tuple[int, int]]) -> None:
+    def _submit(self, ahead: BackgroundIterator, place: int, end: int, submitted: set[tuple[int, int]]) -> None:
         """Have the shards of the window at a place copied, and those of the next one for which there is room beside."""
         window = self._order.window_at(place)
         room = self._staging.limit_bytes - sum(self._sizes[shard] for shard in window.shards.tolist())

@@ -1,6 +1,6 @@
 """The teacher's last hidden states of a micro-batch, at those of its positions that a loss compares.
 
-Letters: N positions of the batch, M those of them with a state, S sequences, T the teacher's hidden size.
+Shape suffixes: N positions of the batch, M those of them with a state, S sequences, T the teacher's hidden size.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The picture of the experts' load over training: a band of rows for each sparse layer, a row for each expert.
+"""The image of the experts' load over training: a band of rows for each sparse layer, a row for each expert.
 
-Letters: C columns (spans of logged steps), L sparse layers, E experts.
+Shape suffixes: C columns (spans of logged steps), L sparse layers, E experts.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ _CHARTS: tuple[tuple[str, str, dict[str, str]], ...] = (
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """A run as its folder tells of it; `summary` is empty while it is not finished."""
 
     name: str
@@ -61,7 +61,7 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
     """Write the page of one or several runs' folders. Errors: `ConfigError` naming a folder that is no run's."""
     runs = [read_run(folder) for folder in folders]
     names = _names(folders)
-    runs = [Run(name, run.entries, run.summary) for name, run in zip(names, runs, strict=True)]
+    runs = [TrainingRun(name, run.entries, run.summary) for name, run in zip(names, runs, strict=True)]
     sections = [("Runs", _overview(runs))]
     for section in dict.fromkeys(section for section, _, _ in _CHARTS):
         charts = [_chart(title, kinds, runs) for part, title, kinds in _CHARTS if part == section]
@@ -79,7 +79,7 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
     return output
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> TrainingRun:
     """Read a run's log, up to a line that is being written, and its summary. Errors: `ConfigError` if it has no log."""
     file = folder / METRICS_NAME
     if not file.is_file():
@@ -101,7 +101,7 @@ def read_run(folder: Path) -> Run:
         summary = json.loads((folder / SUMMARY_NAME).read_bytes())
     except (OSError, ValueError):
         summary = {}
-    return Run(folder.name, entries, summary if isinstance(summary, dict) else {})
+    return TrainingRun(folder.name, entries, summary if isinstance(summary, dict) else {})
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -114,13 +114,13 @@ def _names(folders: Sequence[Path]) -> list[str]:
     raise ConfigError("the same run is given twice: name each once")
 
 
-def _lead(runs: Sequence[Run]) -> str:
+def _lead(runs: Sequence[TrainingRun]) -> str:
     steps = ", ".join(f"{run.entries[-1]['step']:,}" for run in runs)
     unfinished = [run.name for run in runs if not run.summary]
     return f"{steps} steps" + (f"; not finished: {', '.join(unfinished)}" if unfinished else "")
 
 
-def _figures(run: Run) -> dict[str, str]:
+def _figures(run: TrainingRun) -> dict[str, str]:
     last, summary = run.entries[-1], run.summary
     figures = {"steps": f"{last['step']:,}", "last loss": f"{last['loss']:.4f}"}
     if "kl" in last:
@@ -138,8 +138,8 @@ def _figures(run: Run) -> dict[str, str]:
     return figures
 
 
-def _overview(runs: Sequence[Run]) -> str:
-    fields: dict[str, Callable[[Run], str]] = {
+def _overview(runs: Sequence[TrainingRun]) -> str:
+    fields: dict[str, Callable[[TrainingRun], str]] = {
         "stage": lambda run: str(run.summary.get("stage", "not finished")),
         "steps": lambda run: f"{run.entries[-1]['step']:,}",
         "loss": lambda run: f"{run.entries[-1]['loss']:.4f}",
@@ -151,7 +151,7 @@ def _overview(runs: Sequence[Run]) -> str:
     return html_table(["run", *fields], [[run.name, *(field(run) for field in fields.values())] for run in runs])
 
 
-def _chart(title: str, kinds: Mapping[str, str], runs: Sequence[Run]) -> str:
+def _chart(title: str, kinds: Mapping[str, str], runs: Sequence[TrainingRun]) -> str:
     series = {}
     if len(runs) > 1:  # one curve a run, or nobody could tell them apart
         kinds = {name: path for name, path in kinds.items() if name == ("p50" if "p50" in kinds else next(iter(kinds)))}
@@ -177,7 +177,7 @@ def _points(entries: Sequence[Entry], path: str) -> Points:
     return points
 
 
-def _expert_pictures(runs: Sequence[Run]) -> list[str]:
+def _expert_pictures(runs: Sequence[TrainingRun]) -> list[str]:
     about = "Load of the experts over training"
     titles = [about if len(runs) == 1 else f"{about}: {run.name}" for run in runs]
     return [expert_load_picture(run.entries, title=title) for run, title in zip(runs, titles, strict=True)]

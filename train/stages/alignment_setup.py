@@ -1,6 +1,6 @@
 """What a run that aligns more than distributions needs beforehand: checks of its cache, projection, teacher's head.
 
-Letters: D and T hidden size of student and teacher, V rows of the teacher's head.
+Shape suffixes: D and T hidden size of student and teacher, V rows of the teacher's head.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from train.engine.deepspeed_engine import World
 from train.stages import align, mimic, preference, sft
 from train.stages.alignment import Alignment
 from train.stages.loss_sums import LossSums
-from train.stages.student_pass import Ahead
+from train.stages.student_pass import TowerAhead
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -30,7 +30,7 @@ Student = Any
 
 
 @dataclass(frozen=True)
-class Stage:
+class Objective:
     """What the loop needs of a stage.
 
     `loss(student, batch, shared, features)` gives a micro-batch's sums; `count` its units. What the losses of a step
@@ -43,7 +43,7 @@ class Stage:
     loss: Callable[[Student, TrainBatch, Tensor | None, Tensor | None], LossSums]
     count: Callable[[TrainBatch], int]
     totals: Callable[[TrainBatch], Tensor] | None = None
-    look_ahead: Callable[[Student, TrainBatch], Ahead] | None = None
+    look_ahead: Callable[[Student, TrainBatch], TowerAhead] | None = None
     share: Callable[[Sequence[Tensor], World], Tensor] | None = None
     shrinkage: Shrinkage | None = None
     projection: nn.Module | None = None
@@ -55,7 +55,7 @@ class StudentWithLoss(nn.Module):
     What is trained beside the student is a module of its own here, so that exporting the student leaves it behind.
     """
 
-    def __init__(self, student: LlavaForConditionalGeneration, stage: Stage) -> None:
+    def __init__(self, student: LlavaForConditionalGeneration, stage: Objective) -> None:
         super().__init__()
         self.student = student
         self.projection = stage.projection
@@ -80,7 +80,7 @@ def make_stage(
     tail_profile_V: Tensor | None = None,
     positions: Positions = "response",
     alignment: Alignment | None = None,
-) -> Stage:
+) -> Objective:
     """Choose the loss of the configured stage; `vocab_size` is the number of ids that have a probability.
 
     `cached_vocab_size`: that of the records, where there is a cache; `tail_profile_V` its mean tail, where it has one.
@@ -90,7 +90,7 @@ def make_stage(
     common: dict[str, Any] = {"router_aux_coef": loss.router_aux_coef, "train_vision": "vision" in config.trainable}
     if config.stage in ("align", "sft"):
         supervised = (align if config.stage == "align" else sft).make_loss(vocab_size=vocab_size, **common)
-        return Stage(lambda student, batch, *_: supervised(student, batch), lambda batch: batch.positions)
+        return Objective(lambda student, batch, *_: supervised(student, batch), lambda batch: batch.positions)
     shrinkage = None
     if loss.distils(config.stage) and loss.reading == "shrink" and loss.temperature == 1.0:
         assert cached_vocab_size is not None
@@ -115,7 +115,7 @@ def make_stage(
         imitation = mimic.make_loss(
             distillation=partial(distillation, kd_weight=loss.kd_weight), totals=totals, **chosen, **common
         )
-        return Stage(
+        return Objective(
             lambda student, batch, shared, _: imitation(student, batch, shared),
             partial(mimic.count_units, answers_only=answers_only),
             totals=totals,
@@ -139,7 +139,7 @@ def make_stage(
         mismatched=loss.kind == "kto", train_vision=common["train_vision"], **settings
     )
     shared = loss.kind in ("kto_pair", "kto")
-    return Stage(
+    return Objective(
         preferring,
         lambda batch: batch.samples,
         look_ahead=look_ahead if shared else None,

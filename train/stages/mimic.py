@@ -4,7 +4,7 @@ The loss of a step is the mean over its positions (all that have a record, or th
 kd_weight · T² · divergence(teacher, student), plus lm_weight times the mean cross-entropy over those that predict a
 supervised token, plus what is aligned beside (see `alignment.py`), plus the routers' balance loss once.
 
-Letters: N positions of a micro-batch, A those of them that predict a supervised token.
+Shape suffixes: N positions of a micro-batch, A those of them that predict a supervised token.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ log-prob + distill_weight · T² · its divergence from the teacher, the last tw
 With `kto` each pair gives a desirable and an undesirable example, which know nothing of each other: the KL that both
 are compared with is measured on mismatched responses, without gradient.
 
-Letters: B pairs of a micro-batch, R roles (chosen and rejected, or mismatched alone), S = R·B sequences, one role's
+Shape suffixes: B pairs of a micro-batch, R roles (chosen and rejected, or mismatched alone), S = R·B sequences, one role's
 after the other's, N supervised positions, C of them in chosen responses, D hidden size.
 Those of the tower's features are in `student_pass.py`.
 """
@@ -23,19 +23,19 @@ from torch import Tensor
 
 from llavamod_offline.losses.fused import LossTerms, sequence_log_probs_from_hidden
 from llavamod_offline.losses.kto import kto_loss
-from llavamod_offline.losses.preference import PreferenceKind, PreferenceLoss, preference_loss
+from llavamod_offline.losses.preference import PreferenceKind, PreferenceTerms, preference_loss
 from llavamod_offline.models.forward import head_weight
 from llavamod_offline.models.routing import Routing
 from train.data.batches import TrainBatch
 from train.engine.deepspeed_engine import World
 from train.stages.loss_sums import LossSums
-from train.stages.student_pass import Ahead, Distillation, predicting_states, tower_features, with_balance
+from train.stages.student_pass import Distillation, TowerAhead, predicting_states, tower_features, with_balance
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
     Loss = Callable[[LlavaForConditionalGeneration, TrainBatch, Tensor | None, Tensor | None], LossSums]
-    LogRatios = Callable[[LlavaForConditionalGeneration, TrainBatch], Ahead]
+    LogRatios = Callable[[LlavaForConditionalGeneration, TrainBatch], TowerAhead]
 
 Kind = PreferenceKind | Literal["kto"]
 
@@ -121,11 +121,11 @@ def make_log_ratios(*, average_log_probs: bool, vocab_size: int, mismatched: boo
     Those of the responses that are trained on, or of the mismatched ones alone.
     """
 
-    def log_ratios(model: LlavaForConditionalGeneration, batch: TrainBatch) -> Ahead:
+    def log_ratios(model: LlavaForConditionalGeneration, batch: TrainBatch) -> TowerAhead:
         wanted = batch.mismatched if mismatched else batch
         assert wanted is not None
         features_IPC = tower_features(model, wanted, train_vision=train_vision)
-        return Ahead(_log_ratios(model, wanted, vocab_size, average_log_probs, features_IPC), features_IPC)
+        return TowerAhead(_log_ratios(model, wanted, vocab_size, average_log_probs, features_IPC), features_IPC)
 
     return log_ratios
 
@@ -140,7 +140,7 @@ def mean_log_ratios(ratios: Sequence[Tensor], world: World) -> Tensor:
 
 def _unpaired(
     policy_2B: Tensor, reference_2B: Tensor, mean_ratio_1: Tensor, beta: float, weights: tuple[float, float]
-) -> tuple[PreferenceLoss, Tensor]:
+) -> tuple[PreferenceTerms, Tensor]:
     """KTO on each response by itself; a pair's loss is the mean of its two. Also K."""
     desirable_2B = torch.ones_like(policy_2B, dtype=torch.bool)
     desirable_2B[1] = False
@@ -154,7 +154,7 @@ def _unpaired(
         undesirable_weight=weights[1],
     )
     rewards_2B = result.rewards_S.view_as(policy_2B)
-    return PreferenceLoss(result.losses_S.view_as(policy_2B).mean(0), rewards_2B[0], rewards_2B[1]), result.kl
+    return PreferenceTerms(result.losses_S.view_as(policy_2B).mean(0), rewards_2B[0], rewards_2B[1]), result.kl
 
 
 @dataclass(frozen=True)

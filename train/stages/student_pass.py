@@ -1,6 +1,6 @@
 """What every stage does first: the student's hidden states that predict the supervised tokens, and its routing.
 
-Letters: N supervised positions, D hidden size, L sparse layers, E experts, I images of P tokens and C channels.
+Shape suffixes: N supervised positions, D hidden size, L sparse layers, E experts, I images of P tokens and C channels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Distillation = Callable[..., LossTerms]
 
 
 @dataclass(frozen=True)
-class Ahead:
+class TowerAhead:
     """What a look-ahead gives: its `value`, and the tower's features for the loss of the same samples, if any."""
 
     value: Tensor

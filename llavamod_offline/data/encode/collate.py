@@ -1,13 +1,12 @@
 """Sequences and pixels → one right-padded batch, with the places of everything that is supervised.
 
-Letters: B sequences, T tokens of the longest, N supervised tokens of all of them, I images, P places of them in the
+Shape suffixes: B sequences, T tokens of the longest, N supervised tokens of all of them, I images, P places of them in the
 sequences, C channels, H and W pixels, V the 256 values of a byte.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Items
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llavamod_offline.data.encode.tokenize import Positions, Sequence
+from llavamod_offline.data.encode.tokenize import Positions, TokenizedSequence
 from llavamod_offline.errors import DataError
 
 
@@ -94,8 +93,8 @@ def pixel_values(bytes_IHWC: Tensor, byte_values_CV: Tensor) -> Tensor:
 
 
 def collate(
-    sequences: Items[Sequence],
-    images: Items[Items[NDArray[Any]]],
+    sequences: Sequence[TokenizedSequence],
+    images: Sequence[Sequence[NDArray[Any]]],
     *,
     pad_id: int,
     positions: Positions = "response",
@@ -135,7 +134,9 @@ def collate(
     )
 
 
-def _stack(sequences: Items[Sequence], images: Items[Items[NDArray[Any]]]) -> tuple[Tensor | None, Tensor | None]:
+def _stack(
+    sequences: Sequence[TokenizedSequence], images: Sequence[Sequence[NDArray[Any]]]
+) -> tuple[Tensor | None, Tensor | None]:
     """The different images, and which of them stands at each place where one stands at several."""
     placed = [(sequence.key, image) for sequence, own in zip(sequences, images, strict=True) for image in own]
     if not placed:

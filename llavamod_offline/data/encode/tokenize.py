@@ -1,13 +1,13 @@
 """Samples → sequences: token ids with expanded image tokens, and the indices of the supervised tokens.
 
-Letters: T tokens of a sequence, N supervised tokens. If the token at index t is supervised, the distribution that
+Shape suffixes: T tokens of a sequence, N supervised tokens. If the token at index t is supervised, the distribution that
 predicts it is the model's output at index t − 1.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -28,7 +28,7 @@ _NO_IDS: Ids = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
-class Sequence:
+class TokenizedSequence:
     """A tokenised (sample, role). `supervised_N` are indices into `input_ids_T`, rising, all ≥ 1."""
 
     key: str
@@ -79,7 +79,7 @@ class SequenceEncoder:
         image_token_id: int,
         image_tokens: int,
         max_length: int,
-        image_frame: tuple[Items[int], Items[int]] = ((), ()),
+        image_frame: tuple[Sequence[int], Sequence[int]] = ((), ()),
     ) -> None:
         self.tokenizer = tokenizer
         self.template = template
@@ -92,7 +92,7 @@ class SequenceEncoder:
         self._wording: dict[str, Ids | None] = dict.fromkeys(_fixed_texts(template))
         self.end_id = self._special_id(template.end)
 
-    def encode(self, sample: Sample, role: str, image_token_counts: Items[int] | None = None) -> Sequence:
+    def encode(self, sample: Sample, role: str, image_token_counts: Sequence[int] | None = None) -> TokenizedSequence:
         """Tokenise one role of a sample. Errors: `DataError` if it is longer than `max_length` or has no answer."""
         counts = image_token_counts or [self.image_tokens] * len(sample.images)
         ids_T, supervised_N = self._tokenise(self.template.render(sample.conversation(role)), list(counts))
@@ -100,9 +100,9 @@ class SequenceEncoder:
             raise DataError(
                 f"sample '{sample.key}' ({role}): {len(ids_T)} tokens, more than max_length {self.max_length}"
             )
-        return Sequence(sample.key, role, ids_T, supervised_N)
+        return TokenizedSequence(sample.key, role, ids_T, supervised_N)
 
-    def encode_prompt(self, turns: Items[Turn], image_token_counts: Items[int] | None = None) -> Ids:
+    def encode_prompt(self, turns: Sequence[Turn], image_token_counts: Sequence[int] | None = None) -> Ids:
         """Tokenise turns that end with the user, up to where the answer begins (for generation)."""
         placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
         counts = image_token_counts or [self.image_tokens] * placeholders
@@ -183,7 +183,7 @@ def _merge_plain(segments: list[Segment]) -> list[Segment]:
 
 
 def _fixed_texts(template: Template) -> set[str]:
-    """What a prompt holds of plain text between pictures, special tokens and answers, where its user says no more."""
+    """What a prompt holds of plain text between images, special tokens and answers, where its user says no more."""
     turns = (Turn("user", IMAGE_PLACEHOLDER), Turn("assistant", "")) * 2
     plain = [part for part in _merge_plain(template.render(turns)) if not (part.special or part.supervised)]
     return {text for part in plain for text in part.text.split(IMAGE_PLACEHOLDER) if text}

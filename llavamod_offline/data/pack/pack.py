@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llavamod_offline.data.pack.prepare import Prepared, prepare
+from llavamod_offline.data.pack.prepare import PreparedSources, prepare
 from llavamod_offline.data.pack.set_writer import PackSummary, SetWriter, check_weights, new_set
 from llavamod_offline.data.pack.shard_writer import ShardWriter
-from llavamod_offline.data.rows import Located, Rejection
+from llavamod_offline.data.rows import Located, RejectedRow
 from llavamod_offline.data.sample import Sample
 
 SHARD_SAMPLES = 1000
@@ -21,7 +21,7 @@ SHARD_BYTES = 512 * 2**20
 
 
 def write_set(
-    rows: Iterable[Sample | Located | Prepared | Rejection],
+    rows: Iterable[Sample | Located | PreparedSources | RejectedRow],
     output: Path,
     *,
     name: str | None = None,
@@ -52,7 +52,7 @@ def write_set(
     with new_set(output, name, overwrite=overwrite, duplicate_hint=duplicate_hint) as writer:
         with writer, _Shards(writer, shard_samples, shard_bytes) as shards:
             for row in rows:
-                if isinstance(row, Rejection):
+                if isinstance(row, RejectedRow):
                     writer.reject(row)
                 else:
                     shards.add(_prepared(row, writer.rows))
@@ -60,7 +60,7 @@ def write_set(
         return writer.finish(weights, more)
 
 
-def _prepared(row: Sample | Located | Prepared, number: int) -> Prepared:
+def _prepared(row: Sample | Located | PreparedSources, number: int) -> PreparedSources:
     if isinstance(row, Sample):
         return prepare(row, "samples", number)
     return prepare(row.sample, row.file, row.row) if isinstance(row, Located) else row
@@ -80,7 +80,7 @@ class _Shards:
     def __exit__(self, *error: object) -> None:
         self._close()
 
-    def add(self, prepared: Prepared) -> None:
+    def add(self, prepared: PreparedSources) -> None:
         """Write a sample to the current shard, or to a new one."""
         self._writer.claim(prepared.facts.key, prepared.file, prepared.row)
         size = sum(len(content) for _, content in prepared.members)

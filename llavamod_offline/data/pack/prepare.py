@@ -41,7 +41,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedSources:
     """A sample as it is written, and the row (from 0) of the file that it was read from.
 
     `members`: the name (without key) and content of each of its files.
@@ -53,10 +53,10 @@ class Prepared:
     row: int
 
 
-def prepare(sample: Sample, file: str, row: int, original_sizes: Sequence[Size | None] = ()) -> Prepared:
+def prepare(sample: Sample, file: str, row: int, original_sizes: Sequence[Size | None] = ()) -> PreparedSources:
     """Make a sample ready; `original_sizes` of images that were made smaller go into its JSON."""
     n_shrunk = sum(size is not None for size in original_sizes)
-    return Prepared(Facts.of(sample, n_shrunk=n_shrunk), sample_members(sample, original_sizes), file, row)
+    return PreparedSources(Facts.of(sample, n_shrunk=n_shrunk), sample_members(sample, original_sizes), file, row)
 
 
 def sample_members(sample: Sample, original_sizes: Sequence[Size | None] = ()) -> tuple[tuple[str, bytes], ...]:

@@ -1,6 +1,6 @@
 """Work on many items in several processes, results in the order of the items.
 
-Processes, not threads: decoding a picture needs Pillow's switches, which hold for a whole process.
+Processes, not threads: decoding an image needs Pillow's switches, which hold for a whole process.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from llavamod_offline.data.pack.prepare import Facts
-from llavamod_offline.data.rows import Rejection
+from llavamod_offline.data.rows import RejectedRow
 from llavamod_offline.data.sample import KEY_PATTERN
 from llavamod_offline.data.sets.sample_set import INDEX_NAME, INDEX_SCHEMA, MANIFEST_NAME, REJECTED_NAME, SET_FORMAT
 from llavamod_offline.data.sets.tar_files import Shard
@@ -112,7 +112,7 @@ class SetWriter:
     rows: int = 0
 
     def __enter__(self) -> SetWriter:
-        self._first_rejection: Rejection | None = None
+        self._first_rejection: RejectedRow | None = None
         self._places: dict[str, tuple[int, int]] = {}
         self._files: dict[str, int] = {}
         self._digest = hashlib.sha256()
@@ -151,7 +151,7 @@ class SetWriter:
         self.sources[facts.source] += 1
         self.rows += 1
 
-    def reject(self, rejection: Rejection) -> None:
+    def reject(self, rejection: RejectedRow) -> None:
         """List a row that is not in the set."""
         self._first_rejection = self._first_rejection or rejection
         self.rejections[rejection.kind] += 1

@@ -22,7 +22,7 @@ _ENCODINGS: dict[str, tuple[str, dict[str, Any]]] = {
 def shrink_sample(sample: Sample, max_side: int) -> tuple[Sample, tuple[Size | None, ...]]:
     """Re-encode those images of a sample that have a side longer than `max_side` pixels; the others keep their bytes.
 
-    Gives the sample, and the (width, height) that each image had if it was re-encoded, else None. A picture keeps its
+    Gives the sample, and the (width, height) that each image had if it was re-encoded, else None. An image keeps its
     format; it is decoded as everywhere (see `images.py`), so that its orientation and transparency are settled.
     """
     shrunk = [

@@ -54,7 +54,7 @@ def responses_of_row(row: Any) -> tuple[str, str]:
 
 
 def parquet_row_to_sample(row: Mapping[str, Any], *, key: str, source: str) -> Sample:
-    """Build a preference sample from an RLAIF-V row, whose picture lies in the row itself."""
+    """Build a preference sample from an RLAIF-V row, whose image lies in the row itself."""
     for field in ("question", "chosen", "rejected"):
         if not isinstance(row[field], str):
             raise RowError("malformed row", f"field '{field}' is {type(row[field]).__name__}, expected a string")
@@ -65,12 +65,12 @@ def parquet_row_to_sample(row: Mapping[str, Any], *, key: str, source: str) -> S
     turns = (Turn("user", f"{IMAGE_PLACEHOLDER}\n{row['question']}"),)
     _check_placeholders(turns, 1)
     names = (str(image.get("path") or "image"),)
-    said = _Row(turns, names, row["chosen"], row["rejected"])
+    said = _ParsedRow(turns, names, row["chosen"], row["rejected"])
     return _build(key, said, (encoded,), _decoded_extensions((encoded,), names), source)
 
 
 @dataclass(frozen=True)
-class _Row:
+class _ParsedRow:
     """What a row says; the turns of a preference are its prompt."""
 
     turns: tuple[Turn, ...]
@@ -79,7 +79,7 @@ class _Row:
     rejected: str | None
 
 
-def _read_row(row: Any) -> _Row:
+def _read_row(row: Any) -> _ParsedRow:
     if not isinstance(row, dict):
         raise RowError("malformed row", f"expected an object, found {type(row).__name__}")
     other = [name for name in _OTHER_MEDIA if row.get(name)]
@@ -89,9 +89,9 @@ def _read_row(row: Any) -> _Row:
     if ("conversations" in row) == ("chosen" in row or "rejected" in row):
         raise RowError("malformed row", "expected either 'conversations', or both 'chosen' and 'rejected'")
     if "conversations" in row:
-        return _Row(_turns(row["conversations"], "conversations"), names, None, None)
+        return _ParsedRow(_turns(row["conversations"], "conversations"), names, None, None)
     turns, chosen, rejected = _preference(row)
-    return _Row(turns, names, chosen, rejected)
+    return _ParsedRow(turns, names, chosen, rejected)
 
 
 def _decoded_extensions(images: tuple[bytes, ...], names: tuple[str, ...]) -> tuple[str, ...]:
@@ -101,7 +101,7 @@ def _decoded_extensions(images: tuple[bytes, ...], names: tuple[str, ...]) -> tu
         raise RowError("undecodable image", str(error)) from error
 
 
-def _build(key: str, said: _Row, images: tuple[bytes, ...], extensions: tuple[str, ...], source: str) -> Sample:
+def _build(key: str, said: _ParsedRow, images: tuple[bytes, ...], extensions: tuple[str, ...], source: str) -> Sample:
     try:
         return Sample(key, said.turns, images, extensions, said.chosen, said.rejected, source)
     except DataError as error:

@@ -208,7 +208,7 @@ class SampleSet:
         return replace(sample, mismatched=self._ring.response(row, sample, self._read_responses))
 
     def _read_responses(self, row: int) -> tuple[str, str]:
-        """The chosen and the rejected response of a row, without its pictures."""
+        """The chosen and the rejected response of a row, without its images."""
         entry, ordinal, where = self._entry(row)
         member = entry["members"][0]
         try:

@@ -1,4 +1,4 @@
-"""What is on a disk of the data sets in a catalogue, and what is missing: files, rows, pictures."""
+"""What is on a disk of the data sets in a catalogue, and what is missing: files, rows, images."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def examine(
     count: bool = True,
     advance: Advance = lambda size: None,
 ) -> Iterator[Finding]:
-    """Look for each data set below `root`; with `count` read its rows, and look for every picture that they name.
+    """Look for each data set below `root`; with `count` read its rows, and look for every image that they name.
 
     Nothing is changed. `advance` is told how many bytes of the files were read.
     """
@@ -97,7 +97,7 @@ def render(finding: Finding) -> str:
 
 
 class _Tally:
-    """Counts rows and the pictures that they name."""
+    """Counts rows and the images that they name."""
 
     def __init__(self, folders: list[Path]) -> None:
         self._folders = ImageFolders(folders)
@@ -121,7 +121,7 @@ class _Tally:
             raise DataError(f"{path}: {error.strerror or error}") from error
 
     def problems(self) -> list[str]:
-        """What is missing, pictures by the first two folders of their names."""
+        """What is missing, images by the first two folders of their names."""
         lines = [f"unreadable: {self._unreadable:,} rows are no JSON objects"] if self._unreadable else []
         if self._missing:
             places = ", ".join(f"{place} ({times:,})" for place, times in self._missing.most_common(6))

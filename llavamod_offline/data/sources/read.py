@@ -1,7 +1,7 @@
 """Sources: files of rows, streamed into samples and rejections; the format is told by suffix and by each row's fields.
 
 `.json` is a list of rows, `.jsonl` a row a line (both: see `row_formats.py`), `.parquet` is RLAIF-V's table; a folder
-has a sample's text beside its pictures (see `tar_samples.py`). Keys come from the rows' ids (`id`, in parquet `idx`, in
+has a sample's text beside its images (see `tar_samples.py`). Keys come from the rows' ids (`id`, in parquet `idx`, in
 a folder the files' names), or from file stem and row number where there is none or `keys="row"`.
 """
 
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llavamod_offline.data.keys import key_from_id, row_key
-from llavamod_offline.data.pack.prepare import Prepared, prepare
+from llavamod_offline.data.pack.prepare import PreparedSources, prepare
 from llavamod_offline.data.pack.process_map import map_in_order
 from llavamod_offline.data.pack.shrink import shrink_sample
 from llavamod_offline.data.parse.row_formats import json_row_to_sample, parquet_row_to_sample
-from llavamod_offline.data.rows import Located, Rejection, RowError
+from llavamod_offline.data.rows import Located, RejectedRow, RowError
 from llavamod_offline.data.sample import KEY_PATTERN, Sample
 from llavamod_offline.data.sources.image_folders import ImageFolders
 from llavamod_offline.data.sources.json_stream import Advance, stream_array, stream_lines
@@ -30,13 +30,13 @@ SUFFIXES = (".json", ".jsonl", ".parquet")
 
 _PARQUET_COLUMNS = ("image", "question", "chosen", "rejected")
 _PARQUET_OPTIONAL = ("idx", "ds_name")
-_PARQUET_BATCH = 32  # rows, each with its picture
+_PARQUET_BATCH = 32  # rows, each with its image
 _CHUNK = 16  # rows that a process works on at a time
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file of rows, or a folder of samples; `name` is their `source`, `images` the folders that pictures are in.
+    """A file of rows, or a folder of samples; `name` is their `source`, `images` the folders that images are in.
 
     Without a name, the source is the file's stem, or what a parquet row's `ds_name` says. Without folders, those that
     `read_sources` is given. `rule`: how a folder's files are read.
@@ -49,7 +49,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class _Row:
+class _SourceRow:
     """A row as it was read, its number, and which of the sources it is from."""
 
     source: int
@@ -63,8 +63,8 @@ def read_sources(
     images: Sequence[Path] = (),
     keys: KeyRule = "id",
     advance: Advance = lambda size: None,
-) -> Iterator[Located | Rejection]:
-    """Stream the rows of `files`, in order, as samples or rejections; `images` are the folders that hold pictures.
+) -> Iterator[Located | RejectedRow]:
+    """Stream the rows of `files`, in order, as samples or rejections; `images` are the folders that hold images.
 
     `advance` is told about every piece read, in bytes; over all files they add up to their sizes.
     Errors: `DataError` at once if a file or folder is missing, of an unknown kind or given twice, or two files would
@@ -83,11 +83,11 @@ def prepare_sources(
     advance: Advance = lambda size: None,
     max_side: int | None = None,
     workers: int = 1,
-) -> Iterator[Prepared | Rejection]:
+) -> Iterator[PreparedSources | RejectedRow]:
     """As `read_sources`, the samples ready to be written; the result is the same for every number of `workers`.
 
-    They are processes that read and decode pictures. `max_side`: the length in pixels beyond which pictures are made
-    smaller (None: every picture keeps its bytes). Further errors: those of `map_in_order`.
+    They are processes that read and decode images. `max_side`: the length in pixels beyond which images are made
+    smaller (None: every image keeps its bytes). Further errors: those of `map_in_order`.
     """
     sources = _checked(files, images, keys)
     reader = _RowReader(sources, keys, max_side)
@@ -129,7 +129,7 @@ class _RowReader:
         self._sources, self._keys, self._max_side = sources, keys, max_side
         self._folders = [ImageFolders(source.images) for source in sources]
 
-    def located(self, row: _Row) -> Located | Rejection:
+    def located(self, row: _SourceRow) -> Located | RejectedRow:
         """The sample of a row, or why there is none."""
         source = self._sources[row.source]
         file, key = source.path, row_key(source.path.stem, row.number)
@@ -142,7 +142,7 @@ class _RowReader:
             key = _key(row.content, key, self._keys, "idx" if file.suffix == ".parquet" else "id")
             return Located(_sample(source, row.content, key, self._folders[row.source]), str(file), row.number)
         except RowError as error:
-            return Rejection(key, error.kind, str(error), str(file), row.number)
+            return RejectedRow(key, error.kind, str(error), str(file), row.number)
 
     def _from_files(self, source: Source, group: FileGroup, key: str) -> Sample:
         name = source.name or source.path.resolve().name
@@ -150,22 +150,22 @@ class _RowReader:
         sample = replace(sample, source=name) if source.name else sample
         return replace(sample, key=key) if self._keys == "row" else sample  # one of this project's brings its key
 
-    def prepared(self, rows: list[_Row]) -> list[Prepared | Rejection]:
+    def prepared(self, rows: list[_SourceRow]) -> list[PreparedSources | RejectedRow]:
         """The same of several rows, ready to be written."""
-        return [row if isinstance(row, Rejection) else self._prepare(row) for row in map(self.located, rows)]
+        return [row if isinstance(row, RejectedRow) else self._prepare(row) for row in map(self.located, rows)]
 
-    def _prepare(self, located: Located) -> Prepared:
+    def _prepare(self, located: Located) -> PreparedSources:
         if self._max_side is None:
             return prepare(located.sample, located.file, located.row)
         sample, original_sizes = shrink_sample(located.sample, self._max_side)
         return prepare(sample, located.file, located.row, original_sizes)
 
 
-def _all_rows(sources: tuple[Source, ...], advance: Advance) -> Iterator[_Row]:
+def _all_rows(sources: tuple[Source, ...], advance: Advance) -> Iterator[_SourceRow]:
     for ordinal, source in enumerate(sources):
         try:
             for number, content in _rows(source.path, advance):
-                yield _Row(ordinal, number, content)
+                yield _SourceRow(ordinal, number, content)
         except OSError as error:
             raise DataError(f"source '{source.path}': cannot be read: {error.strerror or error}") from error
 

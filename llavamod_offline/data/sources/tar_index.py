@@ -1,6 +1,6 @@
 """WebDataset tars that others wrote → a set that reads them where they lie (its files: see `shards.py`).
 
-Each tar is read once, from its first byte to its last; its pictures are decoded, its samples checked and hashed as when
+Each tar is read once, from its first byte to its last; its images are decoded, its samples checked and hashed as when
 they are packed. A sample is one of those in `members.py`, with its images beside its text: one called `jpg`, `jpeg`,
 `png` or `webp`, or several called `0.jpg`, `1.png`… in their order. A JSON that holds no sample is passed over beside a
 caption. What gives no sample goes to `rejected.jsonl`; `row` counts the members of a tar from 0.
@@ -19,7 +19,7 @@ from llavamod_offline.data.keys import key_from_id
 from llavamod_offline.data.pack.prepare import Facts
 from llavamod_offline.data.pack.process_map import map_in_order
 from llavamod_offline.data.pack.set_writer import PackSummary, SetWriter, check_weights, new_set
-from llavamod_offline.data.rows import Rejection, RowError
+from llavamod_offline.data.rows import RejectedRow, RowError
 from llavamod_offline.data.sample import KEY_PATTERN
 from llavamod_offline.data.sets.tar_files import Shard
 from llavamod_offline.data.sources.tar_reader import TarGroup, TarReader
@@ -53,7 +53,7 @@ class _Tar:
     path: Path
     size: int
     sha256: str
-    rows: tuple[_Found | Rejection, ...]
+    rows: tuple[_Found | RejectedRow, ...]
 
 
 def index_tars(
@@ -109,7 +109,7 @@ def find_tars(places: Sequence[Path], name: str = "") -> list[TarSource]:
 def _add(writer: SetWriter, name: str, tar: _Tar) -> None:
     samples = 0
     for row in tar.rows:
-        if isinstance(row, Rejection):
+        if isinstance(row, RejectedRow):
             writer.reject(row)
         else:
             writer.claim(row.facts.key, str(tar.path), row.row)
@@ -156,7 +156,7 @@ class _TarIndexer:
     def _read(self, source: TarSource, name: str) -> _Tar:
         reader = TarReader(source.path)
         file = str(source.path)
-        rows: list[tuple[str, _Found | Rejection]] = []  # with the key that the tar has
+        rows: list[tuple[str, _Found | RejectedRow]] = []  # with the key that the tar has
         try:
             for group in reader.groups():
                 rows.append((group.key, self._row(group, source, name)))
@@ -164,14 +164,14 @@ class _TarIndexer:
             raise DataError(f"source '{file}': cannot be read: {error.strerror or error}") from error
         times = Counter(key for key, _ in rows)
         outcomes = [
-            row if times[key] == 1 else Rejection(_row_key(row), "bad member", _apart(key), file, row.row)
+            row if times[key] == 1 else RejectedRow(_row_key(row), "bad member", _apart(key), file, row.row)
             for key, row in rows
         ]
         if reader.problem is not None:
-            outcomes.append(Rejection(name, reader.problem.kind, str(reader.problem), file, reader.rows))
+            outcomes.append(RejectedRow(name, reader.problem.kind, str(reader.problem), file, reader.rows))
         return _Tar(source.path, reader.size, reader.sha256, tuple(outcomes))
 
-    def _row(self, group: TarGroup, source: TarSource, shard: str) -> _Found | Rejection:
+    def _row(self, group: TarGroup, source: TarSource, shard: str) -> _Found | RejectedRow:
         key = key_from_id(group.key)
         try:
             if group.problem is not None:
@@ -187,7 +187,7 @@ class _TarIndexer:
             entries = ({"name": m.suffix, "offset": m.offset, "size": len(m.content)} for m in members)
             return _Found(Facts.of(replace(sample, key=key), parser=parser), group.row, tuple(entries))
         except RowError as error:
-            return Rejection(key[:400], error.kind, str(error), str(source.path), group.row)
+            return RejectedRow(key[:400], error.kind, str(error), str(source.path), group.row)
 
 
 def _checked(key: str) -> str:
@@ -196,8 +196,8 @@ def _checked(key: str) -> str:
     return key
 
 
-def _row_key(row: _Found | Rejection) -> str:
-    return row.key if isinstance(row, Rejection) else row.facts.key
+def _row_key(row: _Found | RejectedRow) -> str:
+    return row.key if isinstance(row, RejectedRow) else row.facts.key
 
 
 def _apart(key: str) -> str:

@@ -34,7 +34,7 @@ class ReadRule:
 
 
 def read_group(group: TarGroup, key: str, source: str, rule: ReadRule) -> tuple[Sample, Parser, tuple[TarMember, ...]]:
-    """Build the sample of a group, its pictures decoded; say what parses it, and its members, the text first.
+    """Build the sample of a group, its images decoded; say what parses it, and its members, the text first.
 
     `key` and `source` are for samples that are not this project's own, which bring theirs. Errors: `RowError`.
     """
@@ -64,7 +64,7 @@ def read_group(group: TarGroup, key: str, source: str, rule: ReadRule) -> tuple[
 
 
 def _pictures(members: dict[str, TarMember]) -> tuple[TarMember, ...]:
-    """The pictures in their order. Errors: `RowError` if there is something else, or no one order."""
+    """The images in their order. Errors: `RowError` if there is something else, or no one order."""
     numbers: dict[int | None, TarMember] = {}
     for suffix, member in members.items():
         match = _IMAGE.fullmatch(suffix)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from teacher_cache.engines.vllm.wire import Answer, Order, unpack
+from teacher_cache.engines.vllm.wire import RecordReply, RecordRequest, unpack
 
 
 class Channel(Protocol):
@@ -12,11 +12,11 @@ class Channel(Protocol):
 
     shares_prefixes: bool
 
-    def parameters(self, order: Order, *, reuse: bool) -> Any:
+    def parameters(self, order: RecordRequest, *, reuse: bool) -> Any:
         """vLLM's parameters of the request; `reuse`: the prompt's beginning may come from the prefix cache."""
         ...
 
-    def answer(self, order: Order, output: Any) -> Answer | None:
+    def answer(self, order: RecordRequest, output: Any) -> RecordReply | None:
         """The answer in vLLM's output; None if some wanted row was not computed."""
         ...
 
@@ -26,7 +26,7 @@ class PooledRecords:
 
     shares_prefixes = True
 
-    def parameters(self, order: Order, *, reuse: bool) -> Any:
+    def parameters(self, order: RecordRequest, *, reuse: bool) -> Any:
         """The order goes along as it is."""
         from vllm import PoolingParams
 
@@ -34,6 +34,6 @@ class PooledRecords:
 
         return PoolingParams(task=TASK, skip_reading_prefix_cache=not reuse, extra_kwargs=order.to_arguments())
 
-    def answer(self, order: Order, output: Any) -> Answer | None:
+    def answer(self, order: RecordRequest, output: Any) -> RecordReply | None:
         """Unpack the tensor."""
         return unpack(output.outputs.data.numpy())

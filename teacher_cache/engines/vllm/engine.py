@@ -1,6 +1,6 @@
 """The vLLM engine: requests → orders to vLLM's workers → records, in the order in which vLLM finishes them.
 
-Letters: T tokens of a sequence, N its recorded positions, M those of them whose hidden state is wanted.
+Shape suffixes: T tokens of a sequence, N its recorded positions, M those of them whose hidden state is wanted.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from llavamod_offline.data.encode.tokenize import Positions
-from llavamod_offline.data.encode.tokenize import Sequence as TokenSequence
+from llavamod_offline.data.encode.tokenize import Positions, TokenizedSequence
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import DataError, ModelError
 from llavamod_offline.vllm import plugin as plain
@@ -26,32 +25,32 @@ from teacher_cache.engines.protocol import Request
 from teacher_cache.engines.vllm import plugin as recording
 from teacher_cache.engines.vllm.channel import Channel, PooledRecords
 from teacher_cache.engines.vllm.logprobs import PromptLogprobs
-from teacher_cache.engines.vllm.wire import Order
+from teacher_cache.engines.vllm.wire import RecordRequest
 from teacher_cache.format.hidden_states import HiddenStates
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.schema import HiddenPositions
-from teacher_cache.teachers import Picture, Teacher
+from teacher_cache.teachers import SampleImage, Teacher
 
 if TYPE_CHECKING:
-    from teacher_cache.config import CacheConfig
-    from teacher_cache.job import Job
+    from teacher_cache.config import CacheTeacherConfig
+    from teacher_cache.capture_setup import CaptureSetup
 
 
 @dataclass(frozen=True)
-class _Item:
-    """One sequence on its way: its pictures, and whether its prefix may come from the cache."""
+class _QueuedItem:
+    """One sequence on its way: its images, and whether its prefix may come from the cache."""
 
     request: Request
-    sequence: TokenSequence
-    pictures: Future[list[Picture]]
+    sequence: TokenizedSequence
+    pictures: Future[list[SampleImage]]
     reuse: bool
 
 
-class VllmEngine:
+class VllmCaptureEngine:
     """Runs a checkpoint in vLLM and makes records of its positions there; see `hf.HfEngine` for the settings.
 
-    The roles of a sample share what they begin with, pictures and prompt, as far as no recorded row lies in it.
+    The roles of a sample share what they begin with, images and prompt, as far as no recorded row lies in it.
     """
 
     def __init__(
@@ -80,10 +79,10 @@ class VllmEngine:
         self.hidden_positions = hidden_positions
 
     def capture(self, requests: Sequence[Request], load: Callable[[int], Sample]) -> Iterator[Outcome]:
-        """Capture one data shard; see `protocol.Engine`. Pictures are prepared a window ahead, in threads."""
+        """Capture one data shard; see `protocol.Engine`. Images are prepared a window ahead, in threads."""
         self.session.forget()
         rejected: deque[Rejection] = deque()
-        redo: list[_Item] = []
+        redo: list[_QueuedItem] = []
         with ThreadPoolExecutor(self.workers, thread_name_prefix="images") as pool:
             items = self._items(requests, load, pool)
             for item, output in self.session.run(self._asked(items, rejected)):
@@ -104,8 +103,8 @@ class VllmEngine:
 
     def _items(
         self, requests: Sequence[Request], load: Callable[[int], Sample], pool: ThreadPoolExecutor
-    ) -> Iterator[_Item]:
-        ahead: deque[tuple[Request, Future[list[Picture]]]] = deque()
+    ) -> Iterator[_QueuedItem]:
+        ahead: deque[tuple[Request, Future[list[SampleImage]]]] = deque()
         for request in _longest_first(requests):
             ahead.append((request, pool.submit(self._pictures, request.row, load)))
             if len(ahead) > self.session.window:
@@ -113,15 +112,15 @@ class VllmEngine:
         while ahead:
             yield from self._roles(*ahead.popleft())
 
-    def _pictures(self, row: int, load: Callable[[int], Sample]) -> list[Picture]:
+    def _pictures(self, row: int, load: Callable[[int], Sample]) -> list[SampleImage]:
         return self.teacher.pictures(load(row))
 
-    def _roles(self, request: Request, pictures: Future[list[Picture]]) -> Iterator[_Item]:
+    def _roles(self, request: Request, pictures: Future[list[SampleImage]]) -> Iterator[_QueuedItem]:
         first = request.sequences[0]
         for number, sequence in enumerate(request.sequences):
-            yield _Item(request, sequence, pictures, number > 0 and self._may_share(first, sequence))
+            yield _QueuedItem(request, sequence, pictures, number > 0 and self._may_share(first, sequence))
 
-    def _may_share(self, first: TokenSequence, second: TokenSequence) -> bool:
+    def _may_share(self, first: TokenizedSequence, second: TokenizedSequence) -> bool:
         """Whether no whole block of what two sequences have in common holds a row that is wanted of the second."""
         if not self.channel.shares_prefixes:
             return False
@@ -132,7 +131,9 @@ class VllmEngine:
         rows_N, _ = second.rows_and_targets(self.positions)
         return blocks > 0 and (not len(rows_N) or blocks * self.session.block_size <= int(rows_N[0]))
 
-    def _asked(self, items: Iterator[_Item], rejected: deque[Rejection]) -> Iterator[tuple[_Item, Any, Any]]:
+    def _asked(
+        self, items: Iterator[_QueuedItem], rejected: deque[Rejection]
+    ) -> Iterator[tuple[_QueuedItem, Any, Any]]:
         for item in items:
             problem = self._problem(item)
             if problem:
@@ -140,7 +141,7 @@ class VllmEngine:
             else:
                 yield self._question(item, reuse=item.reuse)
 
-    def _problem(self, item: _Item) -> str | None:
+    def _problem(self, item: _QueuedItem) -> str | None:
         try:
             item.pictures.result()
         except DataError as error:
@@ -150,7 +151,7 @@ class VllmEngine:
             return f"{length} tokens, vLLM takes {self.session.longest} here"
         return beyond_vocabulary(item.sequence, self.vocab_size)
 
-    def _question(self, item: _Item, *, reuse: bool) -> tuple[_Item, Any, Any]:
+    def _question(self, item: _QueuedItem, *, reuse: bool) -> tuple[_QueuedItem, Any, Any]:
         sequence = item.sequence
         prompt = engine_input(
             sequence.input_ids_T,
@@ -162,9 +163,9 @@ class VllmEngine:
         )
         return item, prompt, self.channel.parameters(self._order(sequence), reuse=reuse)
 
-    def _order(self, sequence: TokenSequence) -> Order:
+    def _order(self, sequence: TokenizedSequence) -> RecordRequest:
         rows_N, targets_N = sequence.rows_and_targets(self.positions)
-        return Order(
+        return RecordRequest(
             rows_N=rows_N,
             targets_N=targets_N,
             key=sequence.key,
@@ -175,11 +176,11 @@ class VllmEngine:
             states_M=self._states(sequence),
         )
 
-    def _states(self, sequence: TokenSequence) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+    def _states(self, sequence: TokenizedSequence) -> np.ndarray[Any, np.dtype[np.int64]] | None:
         rows_N, _ = sequence.rows_and_targets(self.positions)
         return rows_with_states(sequence, rows_N, self.hidden_positions, self.teacher.image_token_id)
 
-    def _outcome(self, item: _Item, output: Any) -> Outcome | None:
+    def _outcome(self, item: _QueuedItem, output: Any) -> Outcome | None:
         """What came of a sequence; None if some of its rows came out of the prefix cache."""
         sequence = item.sequence
         check_prompt(output.prompt_token_ids, sequence.input_ids_T, name=sequence.key)
@@ -194,7 +195,7 @@ class VllmEngine:
         return recorded(item.request, sequence, answer.records, answer.finite_N, hidden)
 
 
-def load_vllm_engine(job: Job, config: CacheConfig) -> VllmEngine:
+def load_vllm_engine(job: CaptureSetup, config: CacheTeacherConfig) -> VllmCaptureEngine:
     """Start vLLM on the teacher. Errors: `ModelError` if it cannot run it, `ConfigError` if it is not there."""
     records = config.engine.kind == "vllm"
     models = recording if records else plain
@@ -213,7 +214,7 @@ def load_vllm_engine(job: Job, config: CacheConfig) -> VllmEngine:
         max_length=longest,
         **options,
     )
-    return VllmEngine(
+    return VllmCaptureEngine(
         session,
         PooledRecords() if records else PromptLogprobs(),
         job.teacher,

@@ -1,6 +1,6 @@
 """The fallback for models that cannot be made to record: vLLM's `prompt_logprobs`, and the records they allow.
 
-Letters: T tokens of a prompt, N wanted rows, K most likely ids that are listed of each, V ids, R head entries.
+Shape suffixes: T tokens of a prompt, N wanted rows, K most likely ids that are listed of each, V ids, R head entries.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llavamod_offline.data.encode.tokenize import NO_TARGET
-from teacher_cache.engines.vllm.wire import Answer, Order
+from teacher_cache.engines.vllm.wire import RecordReply, RecordRequest
 from teacher_cache.format.record import Records, RecordSettings
 
 if TYPE_CHECKING:
@@ -25,11 +25,11 @@ class PromptLogprobs:
 
     shares_prefixes = False
 
-    def parameters(self, order: Order, *, reuse: bool) -> Any:
+    def parameters(self, order: RecordRequest, *, reuse: bool) -> Any:
         """The most likely ids of every row; of the last row too if it is wanted, as that of the generated token."""
         from vllm import SamplingParams
 
-        listed = min(order.settings.head_max, order.vocab_size)
+        listed = min(order.settings.top_k, order.vocab_size)
         return SamplingParams(
             max_tokens=1,
             temperature=0.0,
@@ -40,7 +40,7 @@ class PromptLogprobs:
             skip_reading_prefix_cache=True,
         )
 
-    def answer(self, order: Order, output: Any) -> Answer:
+    def answer(self, order: RecordRequest, output: Any) -> RecordReply:
         """Records of the wanted rows. Column 0 of what vLLM lists is the token that is there."""
         ids_TK, log_probs_TK = _table(output.prompt_logprobs)
         last_ids_K, last_log_probs_K = _table(output.outputs[0].logprobs)
@@ -54,7 +54,7 @@ class PromptLogprobs:
             order.settings,
             vocab_size=order.vocab_size,
         )
-        return Answer(records, finite_N, None)
+        return RecordReply(records, finite_N, None)
 
 
 def listed_records(
@@ -81,9 +81,9 @@ def listed_records(
     ids_NK = np.take_along_axis(ids_NK, order_NK, 1)
     log_probs_NK = np.take_along_axis(log_probs_NK, order_NK, 1)
     probs_NK = np.exp(log_probs_NK)
-    kept_NK = (np.arange(ids_NK.shape[1]) < settings.head_max) & (probs_NK >= settings.head_min_prob)
-    if settings.head_mass < 1.0:
-        kept_NK &= np.cumsum(probs_NK, 1) - probs_NK < settings.head_mass
+    kept_NK = (np.arange(ids_NK.shape[1]) < settings.top_k) & (probs_NK >= settings.min_prob)
+    if settings.top_p < 1.0:
+        kept_NK &= np.cumsum(probs_NK, 1) - probs_NK < settings.top_p
     kept_NK[:, 0] = True
     kept_NK &= ~np.isneginf(log_probs_NK)
     counts_N = kept_NK.sum(1)
@@ -100,11 +100,11 @@ def listed_records(
         entropy_N=np.maximum(terms_NK.sum(1) + bucket_N, 0.0).astype(np.float32),
         tail_log_mass_N=tail_log_mass_N.astype(np.float32),
         log_normalisers_NS=np.zeros((len(ids_NK), 0), np.float32),
-        head_counts_N=counts_N.astype(np.int32),
-        draw_counts_N=np.zeros(len(ids_NK), np.int32),
-        head_ids_H=ids_NK[kept_NK].astype(np.int32),
-        head_log_probs_H=np.minimum(log_probs_NK[kept_NK], 0.0).astype(np.float32),
-        draw_ids_D=np.zeros(0, np.int32),
+        topk_counts_N=counts_N.astype(np.int32),
+        tail_counts_N=np.zeros(len(ids_NK), np.int32),
+        topk_ids_H=ids_NK[kept_NK].astype(np.int32),
+        topk_log_probs_H=np.minimum(log_probs_NK[kept_NK], 0.0).astype(np.float32),
+        tail_ids_D=np.zeros(0, np.int32),
     )
     return records, finite_N
 

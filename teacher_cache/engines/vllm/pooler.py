@@ -1,6 +1,6 @@
 """The pooler of a recording model: hidden states at the wanted rows → the head → records, on the model's device.
 
-Letters: T rows of a step, N wanted rows of a sequence or of all that end in a step, R of them in a chunk, M hidden
+Shape suffixes: T rows of a step, N wanted rows of a sequence or of all that end in a step, R of them in a chunk, M hidden
 states of a sequence, D their size, V ids.
 """
 
@@ -18,7 +18,7 @@ from vllm.model_executor.layers.pooler import PoolingParamsUpdate
 
 from teacher_cache.engines.make_records import make_records, rows_per_chunk
 from teacher_cache.engines.tail_samples import sequence_uniforms
-from teacher_cache.engines.vllm.wire import NOTHING, Order, pack
+from teacher_cache.engines.vllm.wire import NOTHING, RecordRequest, pack
 from teacher_cache.format.record import Records, RecordSettings, concatenate_records
 
 TASK = "token_classify"
@@ -26,7 +26,7 @@ _TRIAL = RecordSettings(1.0, 128, 64, 64.0, (1.5, 2.0, 4.0))
 
 
 class RecordPooler(nn.Module):
-    """Answers each request with the packed records of the rows that its `Order` names (vLLM's `Pooler` interface).
+    """Answers each request with the packed records of the rows its `RecordRequest` names (vLLM's `Pooler` interface).
 
     A prompt may come in pieces (chunked prefill), and its beginning from the prefix cache. Rows that were not computed
     here cannot be recorded: the answer is then `wire.NOTHING`.
@@ -50,7 +50,7 @@ class RecordPooler(nn.Module):
         if any(params.extra_kwargs is None for params in pooling_metadata.pooling_params):
             return self._trial(hidden_states, len(pooling_metadata.pooling_params))
         answers: list[Tensor | None] = [None] * len(pooling_metadata.pooling_params)
-        ready: list[tuple[int, Order, Tensor]] = []
+        ready: list[tuple[int, RecordRequest, Tensor]] = []
         step = zip(
             pooling_metadata.pooling_params,
             pooling_metadata.pooling_states,
@@ -60,7 +60,7 @@ class RecordPooler(nn.Module):
             strict=True,
         )
         for number, (params, state, states_TD, end, finished) in enumerate(step):
-            order = Order.from_arguments(params.extra_kwargs)
+            order = RecordRequest.from_arguments(params.extra_kwargs)
             parts: list[tuple[int, Tensor]] = state.hidden_states_cache
             _keep(parts, order.rows_N, states_TD, end - len(states_TD))
             if not finished:
@@ -76,7 +76,7 @@ class RecordPooler(nn.Module):
                 answers[number] = torch.from_numpy(answer)
         return answers
 
-    def _answer(self, ready: list[tuple[int, Order, Tensor]]) -> list[tuple[int, NDArray[np.int32]]]:
+    def _answer(self, ready: list[tuple[int, RecordRequest, Tensor]]) -> list[tuple[int, NDArray[np.int32]]]:
         """The records of sequences that want the same of each row, in one go: their rows fill common chunks."""
         settings, vocab_size = ready[0][1].settings, ready[0][1].vocab_size
         rows_ND = torch.cat([rows for _, _, rows in ready])

@@ -3,7 +3,7 @@
 An answer holds seven counts (positions, temperatures, head entries, draws, hidden states, their width, and 1, or 0 for
 `NOTHING`), then the columns of `Records`, whether each position was finite, and the hidden states; float32 bit by bit.
 
-Letters: N recorded positions, S temperatures, H head entries, D draws, M hidden states.
+Shape suffixes: N recorded positions, S temperatures, H head entries, D draws, M hidden states.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NOTHING = np.zeros(_COUNTS, np.int32)  # the answer where a wanted row came out 
 
 
 @dataclass(frozen=True)
-class Order:
+class RecordRequest:
     """What is wanted of one sequence: at which rows (rising), their targets, whose draws, and what a record keeps.
 
     `states_M` are indices into `rows_N` of the positions whose hidden state is wanted too; None for none.
@@ -53,7 +53,7 @@ class Order:
         }
 
     @classmethod
-    def from_arguments(cls, arguments: Mapping[str, Any]) -> Order:
+    def from_arguments(cls, arguments: Mapping[str, Any]) -> RecordRequest:
         """The order again, lists for tuples or not."""
         settings = dict(arguments["settings"])
         for name in ("temperatures", "forced_ids"):
@@ -72,7 +72,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Answer:
+class RecordReply:
     """What came back: the records, which of the N positions had finite logits, and the hidden states if wanted."""
 
     records: Records
@@ -85,13 +85,13 @@ def pack(
 ) -> NDArray[np.int32]:
     """One sequence's answer as one array of int32."""
     states = np.zeros((0, 0), np.float32) if states_MD is None else states_MD
-    counts = [len(records), records.log_normalisers_NS.shape[1], len(records.head_ids_H), len(records.draw_ids_D)]
+    counts = [len(records), records.log_normalisers_NS.shape[1], len(records.topk_ids_H), len(records.tail_ids_D)]
     columns = [getattr(records, field.name) for field in dataclasses.fields(Records)]
     parts = [np.array([*counts, *states.shape, 1], np.int32), *columns, finite_N.astype(np.int32), states]
     return np.concatenate([np.ascontiguousarray(part).view(np.int32).ravel() for part in parts])
 
 
-def unpack(packed: NDArray[np.int32]) -> Answer | None:
+def unpack(packed: NDArray[np.int32]) -> RecordReply | None:
     """The answer in an array of int32, as views; None for `NOTHING`."""
     positions, temperatures, head, draws, states, width, computed = packed[:_COUNTS].tolist()
     if not computed:
@@ -106,4 +106,4 @@ def unpack(packed: NDArray[np.int32]) -> Answer | None:
     columns["log_normalisers_NS"] = columns["log_normalisers_NS"].reshape(positions, temperatures)
     finite_N = packed[at : at + positions].astype(np.bool_)
     states_MD = packed[at + positions :].view(np.float32).reshape(states, width) if width else None
-    return Answer(Records(**columns), finite_N, states_MD)
+    return RecordReply(Records(**columns), finite_N, states_MD)

@@ -30,13 +30,13 @@ def floor_bytes(cache: TeacherCache) -> float:
 
 def _shard_bits(file: ColumnFile) -> float:
     blocks, records = file.columns(0, file.blocks), file.records(0, file.blocks)
-    ids = np.concatenate([piece.head_ids_H for piece in records])
+    ids = np.concatenate([piece.topk_ids_H for piece in records])
     if file.codec.forced_ids:  # forced ids at the end of a head need no id
         pairs = zip(records, blocks, strict=True)
-        ids = ids[np.concatenate([_likely(piece.head_counts_N, block["head_counts"]) for piece, block in pairs])]
+        ids = ids[np.concatenate([_likely(piece.topk_counts_N, block["head_counts"]) for piece, block in pairs])]
     bits = entropy_bits(ids)
-    draws = np.concatenate([piece.draw_ids_D for piece in records])
-    counts = np.concatenate([piece.draw_counts_N for piece in records])
+    draws = np.concatenate([piece.tail_ids_D for piece in records])
+    counts = np.concatenate([piece.tail_counts_N for piece in records])
     bits += entropy_bits(draws) - _order_bits(draws, counts)
     for block, piece in zip(blocks, records, strict=True):
         bits += entropy_bits(piece.target_ids_N[block["target_slots"] == 0])

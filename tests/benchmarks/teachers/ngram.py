@@ -3,7 +3,7 @@
 Every Python has the text; the tokenizer is trained on it, to 110,000 ids. The model interpolates by absolute
 discounting (Ney, Essen and Kneser, 1994) and is trained on nine files of ten; it is asked about the others.
 
-Letters: N positions, V ids, C tokens of context.
+Shape suffixes: N positions, V ids, C tokens of context.
 """
 
 from __future__ import annotations

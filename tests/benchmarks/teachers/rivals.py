@@ -9,7 +9,7 @@ its authors offer. The ids' share of the bytes is ⌈log2 V⌉ bits an id where 
 - `distillkit`, `distillkit_budget`: DistillKit's recommended and budget layouts: k = 128 with 16 values in bfloat16 and
   the others by a polynomial of six terms in float32; k = 50 with one and three. What is missing is one event.
 
-Letters: N positions, V ids, K kept ids.
+Shape suffixes: N positions, V ids, K kept ids.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Teachers to measure caches on: whole distributions at many positions, with a student's hidden states where there are.
 
-Letters: N positions of a sequence, V ids, D hidden size.
+Shape suffixes: N positions of a sequence, V ids, D hidden size.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def causal_world(path: str, sequences: int) -> World:
 def toy_world(sequences: int) -> World:
     """The toy teacher that ships with the package, with the toy student at the beginning of its training.
 
-    A sequence is all answers to eight pictures.
+    A sequence is all answers to eight images.
     """
     from llavamod_offline.demo.plan import LANGUAGE_MODEL, TEACHER
     from llavamod_offline.models.build import build_llava

@@ -1,6 +1,6 @@
-"""What the benchmark of data loading reads: a packed set of pictures, its cache, and both blown up to millions of rows.
+"""What the benchmark of data loading reads: a packed set of images, its cache, and both blown up to millions of rows.
 
-The pictures are JPEGs of 336×336 pixels, smooth shapes under some noise, of about 27 kB; the conversations one question
+The images are JPEGs of 336×336 pixels, smooth shapes under some noise, of about 27 kB; the conversations one question
 and an answer of about 60 tokens. Records are those of the synthetic teacher of `store.py`. The large set repeats one
 shard under other keys: its tars and its cache's columns are hard links to the same files, its index and its sequence
 tables are files of their own.
@@ -70,7 +70,7 @@ def make_preprocessor() -> ImagePreprocessor:
 
 
 def make_sample(number: int, side: int = SIDE) -> Sample:
-    """A picture, a question and an answer."""
+    """An image, a question and an answer."""
     rng = np.random.default_rng(number)
     colour, shape = _COLOURS[number % 5], _SHAPES[number % 4]
     words = " ".join(f"There is a {_COLOURS[i]} {_SHAPES[j]} in it." for i, j in rng.integers(0, 4, (6, 2)).tolist())

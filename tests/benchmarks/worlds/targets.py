@@ -1,6 +1,6 @@
 """Random records for benchmarks of losses and steps: which ids and numbers they hold changes nothing of their cost.
 
-Letters: N positions, K slots of a head, M tail draws.
+Shape suffixes: N positions, K slots of a head, M tail draws.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ def random_targets(
     ids_NK = torch.randint(vocab_size - draws - head, (n, 1), generator=generator) + torch.arange(head + draws)
     log_probs_NK = torch.randn(n, head, generator=generator).log_softmax(-1).sort(descending=True).values - 0.05
     return SparseTargets(
-        head_ids_NK=ids_NK[:, :head],
-        head_log_probs_NK=log_probs_NK,
+        topk_ids_NK=ids_NK[:, :head],
+        topk_log_probs_NK=log_probs_NK,
         tail_log_mass_N=torch.log1p(-log_probs_NK.exp().sum(-1)),
-        draw_ids_NM=ids_NK[:, head:],
-        draw_weights_NM=torch.full((n, draws), 1 / draws),
+        tail_ids_NM=ids_NK[:, head:],
+        tail_weights_NM=torch.full((n, draws), 1 / draws),
         target_ids_N=ids_NK[:, 0],
         target_log_probs_N=log_probs_NK[:, 0],
         entropy_N=torch.full((n,), 2.0),

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen3Config
 
-from eval.engines.llava_hf import HfEngine
-from eval.engines.llava_vllm import VllmEngine
+from eval.engines.llava_hf import LlavaHfEngine
+from eval.engines.llava_vllm import LlavaVllmEngine
 from eval.example import Example
 from eval.files import FileImage
-from eval.generate import GenerateConfig, generate
+from eval.generate import EvalGenerateConfig, generate
 from eval.predictions import read_predictions
 from llavamod_offline.errors import ConfigError, EvalError
 from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, save_student
@@ -41,7 +41,7 @@ def _student(folder: Path, kind: str) -> Path:
 
 
 def _examples(folder: Path) -> list[Example[None]]:
-    """Prompts of very different lengths, some of them without a picture."""
+    """Prompts of very different lengths, some of them without an image."""
     prompts = [
         "Is there a dog?",
         "What colour has the large square on the left of the star?" * 3,
@@ -60,14 +60,14 @@ def _examples(folder: Path) -> list[Example[None]]:
 def test_an_exported_student_says_the_same_tokens(tmp_path: Path, kind: str) -> None:
     student = _student(tmp_path, kind)
     examples = _examples(tmp_path)
-    theirs = VllmEngine(student, settings=SETTINGS)
+    theirs = LlavaVllmEngine(student, settings=SETTINGS)
     try:
         found = theirs.answer(examples, 24)
         with pytest.raises(EvalError, match=r"question '0': .* do not fit the model's 1024 positions"):
             theirs.answer(examples, 1020)
     finally:
         theirs.session.close()
-    mine = HfEngine(student)
+    mine = LlavaHfEngine(student)
     expected = mine.answer(examples, 24)
     assert found == expected
     assert sum(answer.n_tokens for answer in expected) > 100
@@ -80,7 +80,7 @@ def test_generate_answers_a_benchmark_and_goes_on_where_it_stopped(tmp_path: Pat
     answers = {}
     for engine in ("vllm", "hf"):
         output = tmp_path / engine
-        config = GenerateConfig(
+        config = EvalGenerateConfig(
             model=str(student),
             root=str(root),
             output=str(output),
@@ -98,7 +98,7 @@ def test_generate_answers_a_benchmark_and_goes_on_where_it_stopped(tmp_path: Pat
     assert answers["vllm"] == answers["hf"]
     with pytest.raises(EvalError, match="was generated with engine"):
         generate(
-            GenerateConfig(
+            EvalGenerateConfig(
                 model=str(student),
                 root=str(root),
                 output=str(tmp_path / "vllm"),
@@ -111,4 +111,4 @@ def test_generate_answers_a_benchmark_and_goes_on_where_it_stopped(tmp_path: Pat
 
 def test_a_device_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="torch sees no CUDA device here"):
-        VllmEngine(_student(tmp_path, "dense"), device="cuda")
+        LlavaVllmEngine(_student(tmp_path, "dense"), device="cuda")

@@ -42,7 +42,7 @@ def questions(root: Path) -> None:
 
 
 def release(root: Path) -> Path:
-    """The release's layout: a folder of questions in some categories, beside the pictures in others."""
+    """The release's layout: a folder of questions in some categories, beside the images in others."""
     questions(root)
     base = root / "MME" / "MME_Benchmark_release_version"
     for category, pictures in PICTURES.items():
@@ -124,7 +124,7 @@ def test_category_scores_and_sums(tmp_path: Path) -> None:
     result = scored(mme, root, texts)
     assert result.metrics["perception"] == 400.0
     assert result.metrics["cognition"] == 200.0
-    # one of artwork's four answers wrong: accuracy 75, both right for one picture of two: 50
+    # one of artwork's four answers wrong: accuracy 75, both right for one image of two: 50
     texts["artwork/10002.jpg#2"] = "Yes"
     result = scored(mme, root, texts)
     assert result.metrics["artwork"] == pytest.approx(125.0)
@@ -134,7 +134,7 @@ def test_category_scores_and_sums(tmp_path: Path) -> None:
 
 
 def test_categories_equal_the_official_loop(tmp_path: Path) -> None:
-    """calculation.py: accuracy over all questions, plus the share of pictures with two right, each times 100."""
+    """calculation.py: accuracy over all questions, plus the share of images with two right, each times 100."""
     root, rng = release(tmp_path), random.Random(3)
     for _ in range(20):
         texts = {name: rng.choice(("Yes", "No", "Maybe", "not sure")) for name in truth(root)}

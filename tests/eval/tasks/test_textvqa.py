@@ -15,7 +15,7 @@ OCR = "\nReference OCR token: STOP, 42"
 
 
 def textvqa_root(root: Path, *, ocr: bool = True) -> Path:
-    """Two questions about one picture, one about another."""
+    """Two questions about one image, one about another."""
     rows = [("aa", "What word is it?"), ("aa", "Which Number?"), ("bb", "What word is it?")]
     write_jsonl(
         root / "textvqa" / "llava_textvqa_val_v051_ocr.jsonl",

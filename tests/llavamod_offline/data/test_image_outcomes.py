@@ -1,4 +1,4 @@
-"""Every kind of picture has one outcome: the same when it is packed, captured and trained on."""
+"""Every kind of image has one outcome: the same when it is packed, captured and trained on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The size of a picture from its header: what decoding would give, without decoding."""
+"""The size of an image from its header: what decoding would give, without decoding."""
 
 from __future__ import annotations
 

@@ -115,10 +115,10 @@ def test_largest_that_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation(orientation: int, kind: str) -> None:
-    """The shown picture has red at its upper left, whatever way round it is stored."""
+    """The shown image has red at its upper left, whatever way round it is stored."""
     shown = np.zeros((16, 32, 3), dtype=np.uint8)
     shown[:8, :16] = RED
-    stored = {  # orientation: how the shown picture is turned for storing (EXIF 2.32, tag 0x0112)
+    stored = {  # orientation: how the shown image is turned for storing (EXIF 2.32, tag 0x0112)
         1: shown,
         2: shown[:, ::-1],
         3: shown[::-1, ::-1],
@@ -254,7 +254,7 @@ def test_pixels_are_clips(tmp_path: Path, size: tuple[int, int], changes: dict[s
     ids=lambda changes: " ".join(changes) or "clip",
 )
 def test_pixels_are_the_processors_to_the_last_bit(tmp_path: Path, changes: dict[str, Any], aspect: str) -> None:
-    """Also of pictures that have the size already, and of those that a crop goes beyond."""
+    """Also of images that have the size already, and of those that a crop goes beyond."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     folder = processor_folder(tmp_path, **changes)

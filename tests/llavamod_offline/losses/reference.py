@@ -52,11 +52,11 @@ def truncate(
     targets = torch.multinomial(log_probs_NV.exp(), 1, generator=generator).squeeze(1) if n else torch.zeros(0).long()
     normalisers = [(log_probs_NV / t).logsumexp(-1) for t in temperatures]
     return SparseTargets(
-        head_ids_NK=head_ids,
-        head_log_probs_NK=head_log_probs,
+        topk_ids_NK=head_ids,
+        topk_log_probs_NK=head_log_probs,
         tail_log_mass_N=tail,
-        draw_ids_NM=draw_ids,
-        draw_weights_NM=draw_weights,
+        tail_ids_NM=draw_ids,
+        tail_weights_NM=draw_weights,
         target_ids_N=targets,
         target_log_probs_N=log_probs_NV.gather(1, targets[:, None]).squeeze(1).float(),
         entropy_N=torch.special.entr(log_probs_NV.exp()).sum(-1).float(),
@@ -82,10 +82,10 @@ def reference_kl(
     for i in range(len(targets)):
         p = (log_probs_NV[i] / temperature).softmax(-1)
         log_q = (logits_NV[i, :vocab] / temperature).log_softmax(-1)
-        ids = [int(v) for v in targets.head_ids_NK[i] if v != EMPTY_ID]
+        ids = [int(v) for v in targets.topk_ids_NK[i] if v != EMPTY_ID]
         rest = [v for v in range(vocab) if v not in ids]
         drawn = [
-            (int(v), float(w)) for v, w in zip(targets.draw_ids_NM[i], targets.draw_weights_NM[i], strict=True) if w > 0
+            (int(v), float(w)) for v, w in zip(targets.tail_ids_NM[i], targets.tail_weights_NM[i], strict=True) if w > 0
         ]
         if tail == "renormalised":
             mass = p[ids].sum()
@@ -118,7 +118,7 @@ def reference_divergence(
     vocab = log_probs_NV.shape[1]
     total = logits_NV.sum() * 0.0
     for i in range(len(targets)):
-        ids = [int(v) for v in targets.head_ids_NK[i] if v != EMPTY_ID]
+        ids = [int(v) for v in targets.topk_ids_NK[i] if v != EMPTY_ID]
         rest = [v for v in range(vocab) if v not in ids]
         p = (log_probs_NV[i] / temperature).softmax(-1)
         q = (logits_NV[i, :vocab] / temperature).softmax(-1)

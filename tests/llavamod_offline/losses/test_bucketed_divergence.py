@@ -207,7 +207,7 @@ def test_the_bucket_bounds_from_below_what_the_whole_vocabulary_gives(kind: str)
     other = 2 * _normal(1, 40, seed=1).float()
     assert DENSE[kind](other, some).loss_sum.item() < DENSE[kind](other, whole).loss_sum.item() - 1e-3
     shifted = log_probs_NV[:1].float()
-    shifted[0, some.head_ids_NK[0]] += torch.tensor([1.0, -1.0, 0.5, -2.0, 3.0, 0.0])
+    shifted[0, some.topk_ids_NK[0]] += torch.tensor([1.0, -1.0, 0.5, -2.0, 3.0, 0.0])
     torch.testing.assert_close(
         DENSE[kind](shifted, some).loss_sum, DENSE[kind](shifted, whole).loss_sum, rtol=1e-5, atol=1e-6
     )
@@ -255,7 +255,7 @@ def test_extreme_logits_stay_finite(kind: str) -> None:
     log_probs_NV = random_teacher(4, 12, 0)
     targets = truncate(log_probs_NV, head=4, draws=2)
     logits = torch.zeros(4, 12)
-    logits[0, int(targets.head_ids_NK[0, 0])] = 300.0  # the student puts nothing outside the head
+    logits[0, int(targets.topk_ids_NK[0, 0])] = 300.0  # the student puts nothing outside the head
     logits[1, 5] = -300.0
     logits[2] = 1e4
     logits[3, 0] = -math.inf
@@ -292,8 +292,8 @@ def test_the_log_is_the_same_whatever_the_divergence(kind: str) -> None:
     whole = truncate(log_probs_NV, head=25)
     even = dataclasses.replace(
         whole,
-        head_ids_NK=log_probs_NV.argsort(descending=True),
-        head_log_probs_NK=log_probs_NV.sort(descending=True).values.float(),
+        topk_ids_NK=log_probs_NV.argsort(descending=True),
+        topk_log_probs_NK=log_probs_NV.sort(descending=True).values.float(),
         tail_log_mass_N=torch.full((9,), -math.inf),
     )
     exact = full_kl(log_probs_NV, logits.double())
@@ -355,10 +355,10 @@ class TestErrors:
             TargetError, match=r"reverse_kl is infinite at 2 position\(s\).*: use skewed_reverse_kl or js"
         ):
             reverse_kl(self.logits, tailless)
-        log_probs = self.targets.head_log_probs_NK.clone()
+        log_probs = self.targets.topk_log_probs_NK.clone()
         log_probs[0, 4] = -math.inf
         with pytest.raises(TargetError, match="infinite at 1 position"):
-            reverse_kl(self.logits, dataclasses.replace(self.targets, head_log_probs_NK=log_probs))
+            reverse_kl(self.logits, dataclasses.replace(self.targets, topk_log_probs_NK=log_probs))
         for kind in ("js", "skewed_forward_kl", "skewed_reverse_kl", "total_variation"):
             assert math.isfinite(DENSE[kind](self.logits, tailless).loss_sum.item())
 

@@ -66,8 +66,8 @@ def test_whole_head_gives_the_full_divergence(tail: Tail, temperature: float) ->
     log_probs_NV = random_teacher(5, 31, 1)
     even = dataclasses.replace(
         truncate(log_probs_NV, head=31, temperatures=(2.0,)),
-        head_ids_NK=log_probs_NV.argsort(descending=True),
-        head_log_probs_NK=log_probs_NV.sort(descending=True).values.float(),
+        topk_ids_NK=log_probs_NV.argsort(descending=True),
+        topk_log_probs_NK=log_probs_NV.sort(descending=True).values.float(),
         # What rounding might leave of a tail, where the head already holds every id.
         tail_log_mass_N=torch.full((5,), -17.0),
     )
@@ -131,7 +131,7 @@ def test_extreme_logits_stay_finite() -> None:
     log_probs_NV = random_teacher(3, 12, 0)
     targets = truncate(log_probs_NV, head=4, draws=2)
     logits = torch.zeros(3, 12)
-    logits[0, int(targets.head_ids_NK[0, 0])] = 300.0  # the student puts nothing outside the head
+    logits[0, int(targets.topk_ids_NK[0, 0])] = 300.0  # the student puts nothing outside the head
     logits[1, 5] = -300.0
     logits[2] = 1e4
     logits.requires_grad_()
@@ -148,11 +148,11 @@ def test_metrics_are_sums_over_positions() -> None:
     logits = _student(9, 25)
     logits[:4] = log_probs_NV[:4]
     metrics = forward_kl(logits.float(), targets).metrics
-    agreement = (logits.argmax(-1) == log_probs_NV.argmax(-1)) & (targets.head_ids_NK[:, 0] >= 0)
+    agreement = (logits.argmax(-1) == log_probs_NV.argmax(-1)) & (targets.topk_ids_NK[:, 0] >= 0)
     assert float(metrics["top1_agreement"]) == float(agreement.sum())
     student = logits.softmax(-1)
     outside = sum(
-        1 - float(student[i, [int(v) for v in targets.head_ids_NK[i] if v >= 0]].sum()) for i in range(len(targets))
+        1 - float(student[i, [int(v) for v in targets.topk_ids_NK[i] if v >= 0]].sum()) for i in range(len(targets))
     )
     assert float(metrics["student_tail"]) == pytest.approx(outside, abs=1e-4)
     assert float(metrics["teacher_tail"]) == pytest.approx(float(targets.tail_log_mass_N.exp().sum()), rel=1e-5)
@@ -205,7 +205,7 @@ class TestErrors:
             forward_kl(self.logits, truncate(random_teacher(4, 20, 4), head=5), tail="draws")
 
     def test_ids_beyond_the_head(self) -> None:
-        largest = max(int(self.targets.head_ids_NK.max()), int(self.targets.draw_ids_NM.max()))
+        largest = max(int(self.targets.topk_ids_NK.max()), int(self.targets.tail_ids_NM.max()))
         with pytest.raises(TargetError, match="beyond the student's head of 8 rows"):
             forward_kl(torch.zeros(4, 8), self.targets)
         assert largest >= 8

@@ -165,8 +165,8 @@ def test_narrow_ids_and_an_id_drawn_twice_will_do(tail: Tail) -> None:
     narrow = replace(TARGETS, **{name: getattr(TARGETS, name).int() for name in names})
     twice = replace(
         TARGETS,
-        draw_ids_NM=TARGETS.draw_ids_NM.repeat(1, 2),
-        draw_weights_NM=torch.cat([0.3 * TARGETS.draw_weights_NM, 0.7 * TARGETS.draw_weights_NM], 1),
+        tail_ids_NM=TARGETS.tail_ids_NM.repeat(1, 2),
+        tail_weights_NM=torch.cat([0.3 * TARGETS.tail_weights_NM, 0.7 * TARGETS.tail_weights_NM], 1),
     )
     results, logs = [], []
     for targets in (TARGETS, narrow, twice):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llavamod_offline.errors import ConfigError
-from llavamod_offline.losses.preference import PreferenceKind, PreferenceLoss, preference_loss
+from llavamod_offline.losses.preference import PreferenceKind, PreferenceTerms, preference_loss
 
 # Two pairs: r_w = (2, −1), r_l = (−1, 1), so r_w − r_l = (3, −2).
 POLICY_CHOSEN = torch.tensor([-8.0, -21.0])
@@ -20,7 +20,7 @@ def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def _loss(kind: PreferenceKind, **settings: float | Tensor) -> PreferenceLoss:
+def _loss(kind: PreferenceKind, **settings: float | Tensor) -> PreferenceTerms:
     values: dict[str, float | Tensor] = {"beta": 0.1, **settings}
     return preference_loss(
         POLICY_CHOSEN,

@@ -39,11 +39,11 @@ def _positions(
 ) -> list[Position]:
     found = []
     for i in range(len(targets)):
-        head = [int(v) for v in targets.head_ids_NK[i] if v != EMPTY_ID]
+        head = [int(v) for v in targets.topk_ids_NK[i] if v != EMPTY_ID]
         outside_V = torch.ones(V, dtype=torch.float64)
         outside_V[head] = 0
         q_V = logits_NV[i, :V].double().softmax(-1)
-        slots = zip(targets.draw_ids_NM[i].tolist(), targets.draw_weights_NM[i].tolist(), strict=True)
+        slots = zip(targets.tail_ids_NM[i].tolist(), targets.tail_weights_NM[i].tolist(), strict=True)
         found.append(
             Position(
                 r=float((log_probs_NV[i].exp() * outside_V).sum()),
@@ -232,7 +232,7 @@ def test_a_profile_that_lies_in_the_heads_is_left_out() -> None:
     """Then only the student's shape and the draws are left, and no row divides by nothing."""
     _, targets, hidden_ND = _batch(30, 7, head=5)
     profile_V = torch.zeros(V)
-    profile_V[targets.head_ids_NK[0]] = 0.2
+    profile_V[targets.topk_ids_NK[0]] = 0.2
     state = Shrinkage(V, profile_V=profile_V)
     for _ in range(2):
         _run(state, hidden_ND, targets)
@@ -247,15 +247,15 @@ def test_a_profile_that_lies_in_the_heads_is_left_out() -> None:
 def test_an_id_drawn_twice_counts_as_two_draws() -> None:
     """Two slots of weights ¼ and ½ pull like one of ¾, but are squared one by one in what is chance."""
     _, targets, hidden_ND = _batch(30, 7, draws=2)
-    drawn = targets.draw_weights_NM.sum(-1) > 0
-    ids_NM = targets.draw_ids_NM[:, :1].clamp(min=0)
+    drawn = targets.tail_weights_NM.sum(-1) > 0
+    ids_NM = targets.tail_ids_NM[:, :1].clamp(min=0)
     weights_NM = drawn[:, None].float()
 
     def drawn_as(shares: list[float]) -> SparseTargets:
         return replace(
             targets,
-            draw_ids_NM=ids_NM.expand(-1, len(shares)),
-            draw_weights_NM=weights_NM * torch.tensor(shares),
+            tail_ids_NM=ids_NM.expand(-1, len(shares)),
+            tail_weights_NM=weights_NM * torch.tensor(shares),
         )
 
     entries = []

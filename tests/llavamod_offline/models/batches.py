@@ -15,7 +15,7 @@ from tests.tiny import tiny_samples
 
 @dataclass(frozen=True)
 class Batch:
-    """Letters: B sequences, T tokens, I images."""
+    """Shape suffixes: B sequences, T tokens, I images."""
 
     input_ids_BT: Tensor
     attention_mask_BT: Tensor

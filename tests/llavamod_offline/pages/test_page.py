@@ -1,4 +1,4 @@
-"""Pages: text stays text, nothing is loaded, no script runs but the page's own, pictures are inlined."""
+"""Pages: text stays text, nothing is loaded, no script runs but the page's own, images are inlined."""
 
 from __future__ import annotations
 

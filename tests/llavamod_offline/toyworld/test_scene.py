@@ -1,4 +1,4 @@
-"""Scenes and their pictures: what is drawn is what the scene says."""
+"""Scenes and their images: what is drawn is what the scene says."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def test_both_checkpoints_share_a_tokenizer_and_are_in_bfloat16() -> None:
 
 
 def test_plain_transformers_answers_with_the_teacher() -> None:
-    """Processor and model as anybody would use them, on a picture of one large red circle."""
+    """Processor and model as anybody would use them, on an image of one large red circle."""
     processor = AutoProcessor.from_pretrained(TEACHER, local_files_only=True)
     model = LlavaForConditionalGeneration.from_pretrained(TEACHER, dtype=torch.float32, local_files_only=True)
     rng = random.Random(4)
@@ -48,7 +48,7 @@ def test_plain_transformers_answers_with_the_teacher() -> None:
 
 @pytest.mark.slow
 def test_the_teacher_is_good_and_not_perfect() -> None:
-    """At least 0.90 exact answers (the most likely token at every place) on pictures that no training drew."""
+    """At least 0.90 exact answers (the most likely token at every place) on images that no training drew."""
     model, tokenizer = load_llava(TEACHER), load_tokenizer(TEACHER)
     encoder = sequence_encoder(TEACHER, tokenizer, get_template("qwen"), 2048)
     rng = random.Random(20_000_003)

@@ -1,4 +1,4 @@
-"""Where pictures stand in a prompt, and prompts that are not ours; all of it without vLLM."""
+"""Where images stand in a prompt, and prompts that are not ours; all of it without vLLM."""
 
 from __future__ import annotations
 

@@ -34,8 +34,8 @@ def records_of(rows: int, width: int, seed: int, scale: float, kept: RecordSetti
     rows=st.integers(0, 40),
     width=st.sampled_from([3, 300, 9_000]),
     scale=st.sampled_from([0.1, 3.0, 40.0]),
-    head_mass=st.sampled_from([0.0, 0.9, 1.0]),
-    head_max=st.sampled_from([1, 16, 9_000]),
+    top_p=st.sampled_from([0.0, 0.9, 1.0]),
+    top_k=st.sampled_from([1, 16, 9_000]),
     forced=st.sampled_from([(), (2, 0)]),
     precision=st.sampled_from(get_args(PrecisionName)),
     seed=st.integers(0, 999),
@@ -44,16 +44,16 @@ def test_decoded_records_lie_within_the_bounds(
     rows: int,
     width: int,
     scale: float,
-    head_mass: float,
-    head_max: int,
+    top_p: float,
+    top_k: int,
     forced: tuple[int, ...],
     precision: PrecisionName,
     seed: int,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    kept = RecordSettings(head_mass, min(head_max, width), 4, 20.0, (), forced)
+    kept = RecordSettings(top_p, min(top_k, width), 4, 20.0, (), forced)
     records = records_of(rows, width, seed, scale, kept)
-    codec = Codec(width, (), precision, kept.head_max + len(forced), 4, forced)
+    codec = Codec(width, (), precision, kept.top_k + len(forced), 4, forced)
     folder = tmp_path_factory.mktemp("c") / "columns.zarr"
     write_columns(folder, records, codec)
     file = ColumnFile(folder)
@@ -65,7 +65,7 @@ def test_decoded_records_lie_within_the_bounds(
         if precision == "exact":
             assert not found.bounds[name].any()
             assert not values.any()
-    assert len(found.values["head log-probs"]) == len(records.head_ids_H)
+    assert len(found.values["head log-probs"]) == len(records.topk_ids_H)
 
 
 @pytest.mark.parametrize("precision", ["coarse", "fine"])
@@ -75,7 +75,7 @@ def test_the_bounds_are_not_much_wider_than_what_happens(precision: PrecisionNam
     assert numbers is not None
     bounds = record_bounds(records_of(500, 300, 1, 3.0, kept), numbers)
     # Near p = 1, and far down: as FORMAT.md says, and the shift of a head by its own errors on top.
-    assert bounds.head_H.min() < 0.03
-    assert bounds.head_H.max() < 2 * numbers.log_prob_step
+    assert bounds.topk_H.min() < 0.03
+    assert bounds.topk_H.max() < 2 * numbers.log_prob_step
     assert bounds.entropy_N.max() == 0.5 / numbers.entropy_steps
     assert bounds.tail_N.max() < np.pi / (4 * numbers.share_levels)

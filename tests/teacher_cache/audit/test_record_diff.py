@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from teacher_cache.audit.record_diff import FIGURES, Measured, beyond, compare, join, measure
+from teacher_cache.audit.record_diff import FIGURES, RecordDifference, beyond, compare, join, measure
 from teacher_cache.format.record import Records
 
 
@@ -23,11 +23,11 @@ def by_hand(heads: list[dict[int, float]], targets: list[tuple[int, float]], ent
         entropy_N=np.array(entropy, np.float32),
         tail_log_mass_N=np.log(tails).astype(np.float32),
         log_normalisers_NS=np.zeros((len(heads), 0), np.float32),
-        head_counts_N=np.array([len(head) for head in heads], np.int32),
-        draw_counts_N=none,
-        head_ids_H=np.array(ids, np.int32),
-        head_log_probs_H=np.log(probs).astype(np.float32),
-        draw_ids_D=none[:0],
+        topk_counts_N=np.array([len(head) for head in heads], np.int32),
+        tail_counts_N=none,
+        topk_ids_H=np.array(ids, np.int32),
+        topk_log_probs_H=np.log(probs).astype(np.float32),
+        tail_ids_D=none[:0],
     )
 
 
@@ -53,7 +53,7 @@ def test_the_same_records_do_not_differ_and_parts_are_joined() -> None:
     measured = measure(both.values["entropy"])
     assert (measured.count, measured.max, measured.mean) == (2, 2.0, 1.0)
     assert measured.p99 == pytest.approx(1.98)
-    assert measure(join([]).values["entropy"]) == Measured(0, 0.0, 0.0, 0.0)
+    assert measure(join([]).values["entropy"]) == RecordDifference(0, 0.0, 0.0, 0.0)
     assert beyond(np.array([1.0, 3.0]), np.array([2.0, 1.0])).tolist() == [0.0, 2.0]
 
 

@@ -17,7 +17,7 @@ from llavamod_offline.entrypoint import run_command
 from llavamod_offline.errors import CacheError, ConfigError, LlavaModError
 from teacher_cache.audit.run import LIMITS, Audit, audit_cache
 from teacher_cache.cli.main import app
-from teacher_cache.config import CacheConfig
+from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.read.reader import open_cache
 from teacher_cache.write.merge import merge_caches
 from tests.teacher_cache.conftest import FLOAT32, World
@@ -31,7 +31,7 @@ def audit(world: World) -> Auditor:
     """Audits a cache of the world's samples, with overrides of the settings."""
 
     def run(cache: Path, *overrides: str, data: Path | None = None, **settings: object) -> Audit:
-        config = load_config(CacheConfig, (), world.arguments(cache, *overrides, data=data))
+        config = load_config(CacheTeacherConfig, (), world.arguments(cache, *overrides, data=data))
         return audit_cache(open_cache(cache), config, **settings)  # type: ignore[arg-type]
 
     return run
@@ -64,7 +64,7 @@ def _forced(cache: object) -> int:
     from teacher_cache.read.reader import TeacherCache
 
     assert isinstance(cache, TeacherCache)
-    return len(cache.records(cache.items()).head_ids_H) - cache.totals["heads"]
+    return len(cache.records(cache.items()).topk_ids_H) - cache.totals["heads"]
 
 
 def test_batches_of_one_and_of_sixteen_make_the_same_cache(world: World, tmp_path: Path, audit: Auditor) -> None:
@@ -92,7 +92,7 @@ def test_other_captures_and_both_roles(
     assert [each.role for each in done.agreement] == ["chosen", "rejected"]
     cache = open_cache(tmp_path / "c")
     entries = [each.cache.count for each in done.figures if each.figure == "head log-probs"]
-    assert sum(entries) == len(cache.records(cache.items()).head_ids_H)  # forced ids too
+    assert sum(entries) == len(cache.records(cache.items()).topk_ids_H)  # forced ids too
     assert sum(each.positions for each in done.agreement) == cache.positions
 
 
@@ -161,10 +161,10 @@ def test_what_was_captured_from_something_else_is_refused(
 def test_sequences_are_drawn_evenly_over_the_shards(finished: Path, world: World, audit: Auditor) -> None:
     """24 samples in 5 shards of 5: ten of them are two of each shard; another seed draws others."""
     from teacher_cache.audit.preconditions import draw_rows
-    from teacher_cache.job import prepare_job
+    from teacher_cache.capture_setup import prepare_capture
 
     cache = open_cache(finished)
-    job = prepare_job(load_config(CacheConfig, (), world.arguments(finished)))
+    job = prepare_capture(load_config(CacheTeacherConfig, (), world.arguments(finished)))
     drawn = [draw_rows(cache, job, 10, seed) for seed in (0, 1, 0)]
     assert drawn[0] == drawn[2] != drawn[1]
     for rows in drawn:
@@ -181,10 +181,10 @@ def test_a_merged_cache_is_audited_set_by_set(world: World, finished: Path, tmp_
     done = audit(tmp_path / "both", data=world.pairs)
     assert done.ok, done.failures
     assert {each.role: each.sequences for each in done.agreement} == {"chosen": 7, "rejected": 7}
-    world.run(tmp_path / "fewer", "capture.head_mass=0.5", data=world.pairs)
+    world.run(tmp_path / "fewer", "capture.top_p=0.5", data=world.pairs)
     merged = str(tmp_path / "unlike")
-    merge_caches([open_cache(finished), open_cache(tmp_path / "fewer")], merged, allow=["capture.head_mass"])
-    with pytest.raises(CacheError, match=r"merged from caches of different capture.head_mass"):
+    merge_caches([open_cache(finished), open_cache(tmp_path / "fewer")], merged, allow=["capture.top_p"])
+    with pytest.raises(CacheError, match=r"merged from caches of different capture.top_p"):
         audit(Path(merged), data=world.pairs)
 
 
@@ -193,12 +193,12 @@ def test_a_sequence_that_the_teacher_rejects_now_is_a_failure(
 ) -> None:
     from teacher_cache.engines import hf
 
-    problem = hf.HfEngine._problem
+    problem = hf.HfCaptureEngine._problem
 
-    def picky(self: hf.HfEngine, item: hf._Item) -> str | None:
+    def picky(self: hf.HfCaptureEngine, item: hf._BatchItem) -> str | None:
         return "a picture like that" if item.request.key == "tiny-0004" else problem(self, item)
 
-    monkeypatch.setattr(hf.HfEngine, "_problem", picky)
+    monkeypatch.setattr(hf.HfCaptureEngine, "_problem", picky)
     done = audit(finished)
     assert done.failures == ["tiny-0004 (response): the teacher rejects it: a picture like that"]
     assert done.agreement[0].sequences == 23

@@ -67,22 +67,22 @@ def kill_before_upload(moment: int) -> list[int]:
 def run_and_die(arguments: list[str], output: str, moment: int, counted: Connection) -> None:
     """Run a capture and die before the `moment`-th change below `output`; one beyond the last tells how many."""
     from llavamod_offline.config import load_config
-    from teacher_cache.capture.run import run_job
-    from teacher_cache.config import CacheConfig
+    from teacher_cache.capture.run import run_capture
+    from teacher_cache.config import CacheTeacherConfig
 
     seen = kill_before_change(output, moment)
-    run_job(load_config(CacheConfig, (), arguments))
+    run_capture(load_config(CacheTeacherConfig, (), arguments))
     counted.send(seen[0])
 
 
 def generate_and_die(arguments: list[str], below: str, moment: int, counted: Connection) -> None:
     """Let a teacher write answers and die before the `moment`-th change; one beyond the last tells how many."""
     from llavamod_offline.config import load_config
-    from teacher_cache.config import CacheConfig
+    from teacher_cache.config import CacheTeacherConfig
     from teacher_cache.generate.run import generate
 
     seen = kill_before_change(below, moment)
-    generate(load_config(CacheConfig, (), arguments))
+    generate(load_config(CacheTeacherConfig, (), arguments))
     counted.send(seen[0])
 
 

@@ -12,8 +12,8 @@ from llavamod_offline.config import load_config
 from llavamod_offline.errors import LlavaModError
 from teacher_cache.capture.ray_pool import RayPool
 from teacher_cache.capture.ray_worker import CaptureWorker
-from teacher_cache.config import CacheConfig
-from teacher_cache.job import prepare_job
+from teacher_cache.config import CacheTeacherConfig
+from teacher_cache.capture_setup import prepare_capture
 from teacher_cache.write.store import CacheStore
 
 
@@ -33,7 +33,7 @@ class Mortal(CaptureWorker):
 def main() -> None:
     """Capture with mortal workers, the shard that always kills last; prints the error, and what progress was told."""
     os.environ["ONCE"], os.environ["ALWAYS"], *settings = sys.argv[1:]
-    config = load_config(CacheConfig, (), settings)
+    config = load_config(CacheTeacherConfig, (), settings)
     told = [0, 0]
 
     def progress(samples: int, positions: int) -> None:
@@ -42,7 +42,7 @@ def main() -> None:
 
     error = ""
     with RayPool(config, (), Mortal) as pool:
-        job = prepare_job(pool.config)
+        job = prepare_capture(pool.config)
         store = CacheStore.open(config.output, job.fingerprint, job.samples.shard_names)
         store.start()
         fatal = os.environ["ALWAYS"]

@@ -14,9 +14,9 @@ from llavamod_offline.config import load_config
 from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import CacheError, ConfigError, DataError
-from teacher_cache.config import CacheConfig
+from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.inspection.export import export_cache
-from teacher_cache.job import prepare_job
+from teacher_cache.capture_setup import prepare_capture
 from teacher_cache.plan.estimate import make_plan
 from teacher_cache.read.reader import open_cache
 from teacher_cache.verify.cache import verify_cache
@@ -50,8 +50,8 @@ def test_every_role_has_the_teachers_log_probs_of_its_own_tokens(world: World, c
             records = cache.records([(sample.key, role)])
             assert np.allclose(records.target_log_probs_N, expected_N, atol=1e-4)
             assert cache.sequence(sample.key, role).sum_log_prob == pytest.approx(float(expected_N.sum()), abs=1e-3)
-            assert (records.head_counts_N == 1).all()
-            assert not len(records.draw_ids_D)
+            assert (records.topk_counts_N == 1).all()
+            assert not len(records.tail_ids_D)
     assert verify_cache(captured).ok
 
 
@@ -73,7 +73,7 @@ def test_the_other_roles_and_the_fingerprint_are_those_of_a_cache_without_it(wor
 
 def test_a_plan_counts_the_third_role(world: World, tmp_path: Path) -> None:
     arguments = world.arguments(tmp_path / "c", MISMATCHED, "capture.preset=reference", data=world.pairs)
-    plan = make_plan(load_config(CacheConfig, (), arguments), samples=7, seconds=5)
+    plan = make_plan(load_config(CacheTeacherConfig, (), arguments), samples=7, seconds=5)
     done = world.run(tmp_path / "c", MISMATCHED, "capture.preset=reference", data=world.pairs)
     assert (plan.sequences, plan.positions) == (21, done.positions)
     assert plan.presets["reference"] == min(plan.presets.values())
@@ -103,7 +103,7 @@ def test_every_role_is_exported(world: World, captured: Path, tmp_path: Path) ->
 
 def test_sets_that_cannot_be_paired_are_refused(world: World, tmp_path: Path) -> None:
     def prepare(data: Path) -> None:
-        prepare_job(load_config(CacheConfig, (), world.arguments(tmp_path / "c", MISMATCHED, data=data)))
+        prepare_capture(load_config(CacheTeacherConfig, (), world.arguments(tmp_path / "c", MISMATCHED, data=data)))
 
     with pytest.raises(ConfigError, match=r"capture.mismatched: set .* holds no preference samples"):
         prepare(world.samples)
@@ -115,9 +115,9 @@ def test_sets_that_cannot_be_paired_are_refused(world: World, tmp_path: Path) ->
 def test_reference_keeps_what_is_asked_for_besides(world: World, tmp_path: Path) -> None:
     """The preset brings no temperatures and no forced tokens of its own; named ones are kept."""
     arguments = world.arguments(tmp_path / "c", "capture.preset=reference")
-    plain = prepare_job(load_config(CacheConfig, (), arguments)).fingerprint["capture"]
+    plain = prepare_capture(load_config(CacheTeacherConfig, (), arguments)).fingerprint["capture"]
     assert (plain["head_max"], plain["draws_max"], plain["temperatures"], plain["forced_ids"]) == (1, 0, [], [])
-    more = ("capture.temperatures=[2.0]", 'capture.forced_tokens=["<|im_end|>"]', "capture.head_max=4")
-    named = prepare_job(load_config(CacheConfig, (), [*arguments, *more])).fingerprint["capture"]
+    more = ("capture.temperatures=[2.0]", 'capture.forced_tokens=["<|im_end|>"]', "capture.top_k=4")
+    named = prepare_capture(load_config(CacheTeacherConfig, (), [*arguments, *more])).fingerprint["capture"]
     assert (named["head_max"], named["temperatures"], len(named["forced_ids"])) == (4, [2.0], 1)
     assert json.loads(json.dumps(named)) == named

@@ -15,11 +15,11 @@ from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import CacheError, ModelError
 from teacher_cache.capture.pipeline import capture_shards
 from teacher_cache.capture.shard import Progress
-from teacher_cache.config import CacheConfig
+from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.engines.protocol import Request
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.rejection import Rejection
-from teacher_cache.job import Job, prepare_job
+from teacher_cache.capture_setup import CaptureSetup, prepare_capture
 from teacher_cache.write.store import CacheStore
 from tests.teacher_cache.conftest import World
 
@@ -27,9 +27,9 @@ PATIENCE = 300.0  # seconds after which a test that hangs fails
 
 
 @pytest.fixture
-def job(world: World, tmp_path: Path) -> Job:
+def job(world: World, tmp_path: Path) -> CaptureSetup:
     """A capture of five shards, 24 samples."""
-    return prepare_job(load_config(CacheConfig, (), world.arguments(tmp_path / "c")))
+    return prepare_capture(load_config(CacheTeacherConfig, (), world.arguments(tmp_path / "c")))
 
 
 class Refusing:
@@ -47,20 +47,24 @@ class Refusing:
                 yield Rejection(request.key, sequence.role, "no")
 
 
-def with_commit(job: Job, where: Path, commit: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> CacheStore:
+def with_commit(
+    job: CaptureSetup, where: Path, commit: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> CacheStore:
     """A store of which only committing is replaced."""
     store = CacheStore.open(where, job.fingerprint, job.samples.shard_names)
     monkeypatch.setattr(store, "commit", commit)
     return store
 
 
-def drain(job: Job, engine: Refusing, store: CacheStore, progress: Progress = lambda samples, positions: None) -> int:
+def drain(
+    job: CaptureSetup, engine: Refusing, store: CacheStore, progress: Progress = lambda samples, positions: None
+) -> int:
     """Capture all shards; gives the samples."""
     return sum(done.samples for done in capture_shards(job, engine, store, job.samples.shard_names, progress))
 
 
 def test_a_shard_is_written_while_the_next_is_captured(
-    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: CaptureSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each commit but the last waits for the teacher to begin with the following shard."""
     names = job.samples.shard_names
@@ -80,7 +84,9 @@ def test_a_shard_is_written_while_the_next_is_captured(
     assert committed == names
 
 
-def test_no_more_than_one_shard_waits_to_be_written(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_than_one_shard_waits_to_be_written(
+    job: CaptureSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each commit ends after the teacher has begun with the following shard, and must see it begin no other."""
     names = job.samples.shard_names
     begun = [threading.Event() for _ in names]
@@ -109,7 +115,7 @@ def test_no_more_than_one_shard_waits_to_be_written(job: Job, tmp_path: Path, mo
 
 @pytest.mark.parametrize("failing", [0, 2, 4])
 def test_an_error_of_the_writer_stops_the_run_amid_the_next_shard(
-    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+    job: CaptureSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
     names = job.samples.shard_names
     begun = threading.Event()
@@ -140,7 +146,7 @@ def test_an_error_of_the_writer_stops_the_run_amid_the_next_shard(
 
 
 def test_what_was_captured_before_the_teacher_failed_is_written(
-    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: CaptureSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     committed: list[str] = []
 
@@ -154,7 +160,7 @@ def test_what_was_captured_before_the_teacher_failed_is_written(
     assert committed == job.samples.shard_names[:2]
 
 
-def test_progress_counts_every_sample_once(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_counts_every_sample_once(job: CaptureSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[int, int]] = []
     store = with_commit(job, tmp_path / "c", lambda *_: None, monkeypatch)
     drain(job, Refusing(job.settings), store, lambda samples, positions: told.append((samples, positions)))

@@ -39,7 +39,7 @@ def test_every_position_is_the_models_own_distribution(world: World, tmp_path: P
             dense_TV = (hidden_BTD[0] @ head_weight(model).T)[:, : cache.vocab_size].log_softmax(-1)
         targets = cache.targets([(sample.key, "response")])
         assert len(targets) == len(sequence.input_ids_T) == cache.sequence(sample.key, "response").n_tokens
-        found_TV = torch.empty_like(dense_TV).scatter_(1, targets.head_ids_NK, targets.head_log_probs_NK)
+        found_TV = torch.empty_like(dense_TV).scatter_(1, targets.topk_ids_NK, targets.topk_log_probs_NK)
         assert torch.allclose(found_TV, dense_TV, atol=2e-4)
         assert torch.equal(targets.target_ids_N, batch.target_ids_N)
         assert int((targets.target_ids_N != NO_TARGET).sum()) == len(sequence.supervised_N)

@@ -19,7 +19,7 @@ from llavamod_offline.config import load_config
 from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Sample
 from teacher_cache.capture.ray_pool import RayPool
-from teacher_cache.config import CacheConfig
+from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.format.manifest import file_entries
 from teacher_cache.read.reader import open_cache
 from tests.teacher_cache.conftest import World
@@ -72,7 +72,7 @@ def _marked(mark: str) -> list[str]:
 
 
 def test_two_workers_make_the_cache_of_one_process(world: World, tmp_path: Path) -> None:
-    """With a picture that cannot be read, and shards that another slice has made."""
+    """With an image that cannot be read, and shards that another slice has made."""
     samples = tiny_samples(10)
     broken = Sample("broken", samples[0].turns, (b"no picture",), ("png",))
     write_set([*samples[:3], broken, *samples[3:]], tmp_path / "set", shard_samples=3)
@@ -150,6 +150,6 @@ def test_a_workers_share_follows_from_device_and_engine(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...], device: str, gpus: float
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    config = load_config(CacheConfig, (), world.arguments(tmp_path / "c", *ON_RAY, *settings))
+    config = load_config(CacheTeacherConfig, (), world.arguments(tmp_path / "c", *ON_RAY, *settings))
     with RayPool(config, ()) as pool:
         assert (pool.config.device, pool.config.engine.gpus_per_worker) == (device, gpus)

@@ -195,21 +195,21 @@ def test_preference_samples_give_both_roles(world: World, tmp_path: Path) -> Non
 
 
 def test_forced_tokens_are_in_every_head(world: World, tmp_path: Path) -> None:
-    world.run(tmp_path / "c", "capture.forced_tokens=['<|endoftext|>','7']", "capture.head_max=2")
+    world.run(tmp_path / "c", "capture.forced_tokens=['<|endoftext|>','7']", "capture.top_k=2")
     cache = open_cache(tmp_path / "c")
     tokenizer = load_tokenizer(world.teacher)
     targets = cache.targets([(key, "response") for key in cache.keys("response")])
     for token in (tokenizer.convert_tokens_to_ids("<|endoftext|>"), tokenizer.encode("7")[0]):
-        assert (targets.head_ids_NK == token).any(-1).all()
-    assert targets.head_ids_NK.shape[1] <= 4
+        assert (targets.topk_ids_NK == token).any(-1).all()
+    assert targets.topk_ids_NK.shape[1] <= 4
 
 
 @pytest.mark.parametrize(
     ("override", "error", "words"),
     [
-        ("capture.head_mas=0.9", ConfigError, "head_mass"),
-        ("capture.head_max=many", ConfigError, "capture.head_max"),
-        ("capture.head_max=0", ConfigError, "head_max is 0, must be at least 1"),
+        ("capture.min_prop=0.9", ConfigError, "min_prob"),
+        ("capture.top_k=many", ConfigError, "capture.top_k"),
+        ("capture.top_k=0", ConfigError, "top_k is 0, must be at least 1"),
         ("capture.precision=float8", ConfigError, "capture.precision: Invalid value 'float8', expected one of"),
         ("capture.positions=some", ConfigError, "capture.positions: Invalid value 'some', expected one of"),
         ("capture.temperatures=[1.0]", ConfigError, "temperatures must be positive and not 1"),
@@ -248,10 +248,10 @@ def test_a_tokenizer_with_more_ids_than_the_head_has_rows_is_refused(world: Worl
 
 def test_another_set_or_other_settings_into_the_same_output_are_refused(world: World, finished: Path) -> None:
     before = file_entries(finished)
-    with pytest.raises(CacheError, match=r"capture.head_max: there 128, now 7; sequence.max_length: there"):
-        world.run(finished, "capture.head_max=7", "max_length=99")
+    with pytest.raises(CacheError, match=r"capture.top_k: there 128, now 7; sequence.max_length: there"):
+        world.run(finished, "capture.top_k=7", "max_length=99")
     with pytest.raises(CacheError, match=r"data.digest: there"):
         world.run(finished, data=world.pairs)
-    summary = world.run(finished, "capture.head_max=7", allow=("capture.head_max",))
+    summary = world.run(finished, "capture.top_k=7", allow=("capture.top_k",))
     assert summary.sequences == 0
     assert file_entries(finished) == before

@@ -28,15 +28,15 @@ def _call(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str
 
 def test_run_from_a_yaml_file_with_overrides(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "capture.yaml"
-    config.write_text(f"data: {world.pairs}\nteacher: {world.teacher}\noutput: nowhere\ncapture: {{head_max: 9}}\n")
-    status, out, _ = _call(capsys, "run", str(config), f"output={tmp_path}/c", "capture.head_mass=0.5", "--json")
+    config.write_text(f"data: {world.pairs}\nteacher: {world.teacher}\noutput: nowhere\ncapture: {{top_k: 9}}\n")
+    status, out, _ = _call(capsys, "run", str(config), f"output={tmp_path}/c", "capture.top_p=0.5", "--json")
     assert status == 0
     summary = json.loads(out)
     assert summary["complete"]
     assert summary["sequences"] == 14
     capture = open_cache(tmp_path / "c").fingerprint["capture"]
     assert (capture["head_max"], capture["head_mass"]) == (9, 0.5)
-    status, out, _ = _call(capsys, "run", str(config), f"output={tmp_path}/c", "capture.head_mass=0.5")
+    status, out, _ = _call(capsys, "run", str(config), f"output={tmp_path}/c", "capture.top_p=0.5")
     assert status == 0
     assert f"{tmp_path}/c: nothing to do" in out
     assert summary["digest"] in out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,10 @@ import pytest
 import torch
 
 from llavamod_offline.data.encode.template import get_template
-from llavamod_offline.data.encode.tokenize import Sequence as TokenSequence
-from llavamod_offline.data.encode.tokenize import SequenceEncoder
+from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequence
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import DataError, ModelError
-from teacher_cache.engines.hf import HfEngine, length_batches
+from teacher_cache.engines.hf import HfCaptureEngine, length_batches
 from teacher_cache.engines.lm_head import Head
 from teacher_cache.engines.protocol import Request
 from teacher_cache.format.record import RecordSettings
@@ -45,8 +44,8 @@ class Teacher:
     def vocab_size(self) -> int:
         return len(self.encoder.tokenizer)
 
-    def engine(self, batch_size: int = 8, settings: RecordSettings = SETTINGS) -> HfEngine:
-        return HfEngine(
+    def engine(self, batch_size: int = 8, settings: RecordSettings = SETTINGS) -> HfCaptureEngine:
+        return HfCaptureEngine(
             self.model,
             self.family,
             settings,
@@ -56,19 +55,19 @@ class Teacher:
             workers=2,
         )
 
-    def requests(self, samples: Items[Sample]) -> list[Request]:
+    def requests(self, samples: Sequence[Sample]) -> list[Request]:
         return [
             Request(row, s.key, s.content_hash, tuple(self.encoder.encode(s, role) for role in s.roles))
             for row, s in enumerate(samples)
         ]
 
-    def capture(self, samples: Items[Sample], **settings: Any) -> dict[tuple[str, str], SequenceRecord]:
+    def capture(self, samples: Sequence[Sample], **settings: Any) -> dict[tuple[str, str], SequenceRecord]:
         outcomes = list(self.engine(**settings).capture(self.requests(samples), lambda row: samples[row]))
         assert not [outcome for outcome in outcomes if isinstance(outcome, Rejection)]
         return {(o.key, o.role): o for o in outcomes if isinstance(o, SequenceRecord)}
 
     @torch.inference_mode()
-    def log_probs(self, sample: Sample, sequence: TokenSequence) -> torch.Tensor:
+    def log_probs(self, sample: Sample, sequence: TokenizedSequence) -> torch.Tensor:
         """[T, V] of the whole sequence: row t is the distribution of token t + 1."""
         pixels = [torch.from_numpy(self.family.preprocessor.pixels(i, name=sample.key)) for i in sample.images]
         logits = self.model(
@@ -91,7 +90,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
     return load_teacher(folder)
 
 
-def _assert_live(record: SequenceRecord, dense_NV: torch.Tensor, sequence: TokenSequence) -> None:
+def _assert_live(record: SequenceRecord, dense_NV: torch.Tensor, sequence: TokenizedSequence) -> None:
     records = record.records
     assert record.target_hash == sequence.target_hash
     assert np.array_equal(records.target_ids_N, sequence.target_ids_N)
@@ -100,13 +99,13 @@ def _assert_live(record: SequenceRecord, dense_NV: torch.Tensor, sequence: Token
     assert np.allclose(records.entropy_N, -(dense_NV.exp() * dense_NV).sum(-1).numpy(), atol=2e-5)
     assert np.allclose(records.log_normalisers_NS[:, 0], (dense_NV / 2).logsumexp(-1).numpy(), atol=2e-5)
     for row, piece in enumerate(records.split([1] * len(records))):
-        head = torch.from_numpy(piece.head_ids_H).long()
-        assert np.allclose(piece.head_log_probs_H, dense_NV[row][head].numpy(), atol=2e-5)
+        head = torch.from_numpy(piece.topk_ids_H).long()
+        assert np.allclose(piece.topk_log_probs_H, dense_NV[row][head].numpy(), atol=2e-5)
         assert set(dense_NV[row].topk(3).indices[: len(head) - 1].tolist()) <= set(head.tolist())
         tail = dense_NV[row].clone()
         tail[head] = float("-inf")
         assert piece.tail_log_mass_N[0] == pytest.approx(float(tail.logsumexp(-1)), abs=2e-5)
-        assert not set(piece.draw_ids_D.tolist()) & set(head.tolist())
+        assert not set(piece.tail_ids_D.tolist()) & set(head.tolist())
 
 
 @pytest.mark.parametrize("preference", [False, True])
@@ -155,10 +154,10 @@ def test_the_batch_size_changes_nothing_but_rounding(teacher: Teacher) -> None:
         for field in ("target_log_probs_N", "entropy_N", "tail_log_mass_N", "log_normalisers_NS"):
             left, right = getattr(one.records, field), getattr(many[name].records, field)
             assert np.allclose(left, right, atol=3e-5), (name, field)
-        dense = [dict(zip(r.records.head_ids_H, r.records.head_log_probs_H, strict=True)) for r in (one, many[name])]
+        dense = [dict(zip(r.records.topk_ids_H, r.records.topk_log_probs_H, strict=True)) for r in (one, many[name])]
         assert dense[0].keys() == dense[1].keys()
         # Draws fall on the same ids unless a point lies within rounding of an interval's edge.
-        both = [set(zip(_rows(r), r.records.draw_ids_D.tolist(), strict=True)) for r in (one, many[name])]
+        both = [set(zip(_rows(r), r.records.tail_ids_D.tolist(), strict=True)) for r in (one, many[name])]
         assert len(both[0] ^ both[1]) <= 0.02 * len(both[0]) + 2
 
 
@@ -293,4 +292,4 @@ def test_a_sample_longer_than_max_length_never_reaches_the_engine(teacher: Teach
 
 
 def _rows(record: SequenceRecord) -> list[int]:
-    return np.repeat(np.arange(len(record.records)), record.records.draw_counts_N).tolist()
+    return np.repeat(np.arange(len(record.records)), record.records.tail_counts_N).tolist()

@@ -15,11 +15,11 @@ from llavamod_offline.config import load_config
 from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import ConfigError, ModelError
-from teacher_cache.capture.run import run_job
-from teacher_cache.config import CacheConfig
-from teacher_cache.engines.hf import HfEngine
+from teacher_cache.capture.run import run_capture
+from teacher_cache.config import CacheTeacherConfig
+from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.engines.hf_load import load_hf_engine
-from teacher_cache.job import prepare_job
+from teacher_cache.capture_setup import prepare_capture
 from teacher_cache.read.reader import open_cache
 from tests.tiny import write_tiny_set
 from tests.tiny_teachers import write_tiny_causal_lm, write_tiny_qwen_vl
@@ -34,46 +34,46 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def settings(world: tuple[Path, Path], tmp_path: Path) -> Callable[..., CacheConfig]:
-    def make(name: str = "cache", *overrides: str, teacher: Path = world[0]) -> CacheConfig:
+def settings(world: tuple[Path, Path], tmp_path: Path) -> Callable[..., CacheTeacherConfig]:
+    def make(name: str = "cache", *overrides: str, teacher: Path = world[0]) -> CacheTeacherConfig:
         given = [f"data={world[1]}", f"teacher={teacher}", f"output={tmp_path / name}", "template=chatml"]
-        return load_config(CacheConfig, (), [*given, "capture.preset=exhaustive", "workers=1", *overrides])
+        return load_config(CacheTeacherConfig, (), [*given, "capture.preset=exhaustive", "workers=1", *overrides])
 
     return make
 
 
-def _load(config: CacheConfig) -> HfEngine:
-    return load_hf_engine(prepare_job(config), config)
+def _load(config: CacheTeacherConfig) -> HfCaptureEngine:
+    return load_hf_engine(prepare_capture(config), config)
 
 
-def _sums(config: CacheConfig) -> list[float]:
-    run_job(config)
+def _sums(config: CacheTeacherConfig) -> list[float]:
+    run_capture(config)
     cache = open_cache(config.output)
     return [cache.sequence(f"pair-{n:04d}", role).sum_log_prob for n in range(6) for role in ("chosen", "rejected")]
 
 
-def test_roles_share_their_prompt_where_the_decoder_lets_them(settings: Callable[..., CacheConfig]) -> None:
+def test_roles_share_their_prompt_where_the_decoder_lets_them(settings: Callable[..., CacheTeacherConfig]) -> None:
     assert _load(settings()).shared_prompts
     eager = _load(settings("eager", "engine.attention=eager"))
     assert not eager.shared_prompts
     assert eager.model.get_decoder().config._attn_implementation == "eager"
 
 
-def test_attention_is_a_matter_of_rounding_and_of_the_fingerprint(settings: Callable[..., CacheConfig]) -> None:
+def test_attention_is_a_matter_of_rounding_and_of_the_fingerprint(settings: Callable[..., CacheTeacherConfig]) -> None:
     """Rows of their own and shared ones too: eager attention shares none."""
     plain, eager = settings("plain"), settings("eager", "engine.attention=eager")
     assert np.allclose(_sums(plain), _sums(eager), atol=1e-3)
-    assert "attention" not in prepare_job(plain).fingerprint["engine"]
-    assert prepare_job(eager).fingerprint["engine"]["attention"] == "eager"
+    assert "attention" not in prepare_capture(plain).fingerprint["engine"]
+    assert prepare_capture(eager).fingerprint["engine"]["attention"] == "eager"
 
 
-def test_compiling_is_a_matter_of_the_fingerprint(settings: Callable[..., CacheConfig]) -> None:
+def test_compiling_is_a_matter_of_the_fingerprint(settings: Callable[..., CacheTeacherConfig]) -> None:
     """What is joined into one operation is not rounded in between, if the model is in half precision."""
-    assert "compile" not in prepare_job(settings()).fingerprint["engine"]
-    assert prepare_job(settings("compiled", "engine.compile=true")).fingerprint["engine"]["compile"] is True
+    assert "compile" not in prepare_capture(settings()).fingerprint["engine"]
+    assert prepare_capture(settings("compiled", "engine.compile=true")).fingerprint["engine"]["compile"] is True
 
 
-def test_a_sliding_window_shares_no_rows(settings: Callable[..., CacheConfig], tmp_path: Path) -> None:
+def test_a_sliding_window_shares_no_rows(settings: Callable[..., CacheTeacherConfig], tmp_path: Path) -> None:
     """A mask of our own would not slide."""
     from transformers import AutoConfig
 
@@ -89,7 +89,7 @@ def test_a_sliding_window_shares_no_rows(settings: Callable[..., CacheConfig], t
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
 def test_a_compiled_decoder_says_the_same(
-    settings: Callable[..., CacheConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., CacheTeacherConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Traced as for a GPU, but run without generated code, which takes a minute to build."""
     compiled_by = torch.nn.Module.compile
@@ -102,14 +102,14 @@ def test_a_compiled_decoder_says_the_same(
     sums = []
     for name, compiled in (("plain", "false"), ("fast", "true")):
         chosen = (f"data={tmp_path / 'set'}", f"engine.compile={compiled}", "batch_size=6")
-        run_job(settings(name, *chosen, teacher=folder))
+        run_capture(settings(name, *chosen, teacher=folder))
         cache = open_cache(str(tmp_path / name))
         sums.append([cache.sequence(f"pair-{n}", "rejected").sum_log_prob for n in range(3)])
     assert np.allclose(sums[0], sums[1], atol=1e-3)
 
 
 def test_logits_that_are_more_than_a_head_are_refused(
-    settings: Callable[..., CacheConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., CacheTeacherConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such as capped or scaled ones: what the head gives would not be the teacher's distribution."""
     from transformers import Qwen2ForCausalLM
@@ -129,13 +129,13 @@ def test_logits_that_are_more_than_a_head_are_refused(
 
 
 @pytest.mark.skipif(not _HAS_ACCELERATE, reason="needs accelerate")
-def test_a_device_map_changes_nothing(settings: Callable[..., CacheConfig]) -> None:
+def test_a_device_map_changes_nothing(settings: Callable[..., CacheTeacherConfig]) -> None:
     assert np.allclose(_sums(settings("plain")), _sums(settings("mapped", "engine.device_map=auto")), atol=1e-5)
 
 
 @pytest.mark.skipif(not _HAS_ACCELERATE, reason="needs accelerate")
 def test_a_model_in_several_places_says_the_same(
-    settings: Callable[..., CacheConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    settings: Callable[..., CacheTeacherConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Parts that come from the disk whenever they run stand in for those on other GPUs: both hang on hooks."""
     from teacher_cache.engines import hf_load
@@ -174,7 +174,7 @@ def test_a_model_in_several_places_says_the_same(
     ],
 )
 def test_a_missing_package_is_named_with_its_setting(
-    settings: Callable[..., CacheConfig],
+    settings: Callable[..., CacheTeacherConfig],
     monkeypatch: pytest.MonkeyPatch,
     overrides: tuple[str, ...],
     missing: str,
@@ -186,7 +186,9 @@ def test_a_missing_package_is_named_with_its_setting(
         _load(settings("cache", *overrides))
 
 
-def test_flash_attention_needs_a_gpu(settings: Callable[..., CacheConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_needs_a_gpu(
+    settings: Callable[..., CacheTeacherConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: found("json" if name == "flash_attn" else name))
     with pytest.raises(ConfigError, match=r"needs a GPU and dtype=bfloat16 or float16: use sdpa"):
@@ -194,19 +196,21 @@ def test_flash_attention_needs_a_gpu(settings: Callable[..., CacheConfig], monke
 
 
 @pytest.mark.parametrize("setting", ["engine.attention=paged", "engine.device_map=balanced", "image_aspect=tall"])
-def test_unknown_choices_are_refused(settings: Callable[..., CacheConfig], setting: str) -> None:
+def test_unknown_choices_are_refused(settings: Callable[..., CacheTeacherConfig], setting: str) -> None:
     with pytest.raises(ConfigError, match=r"must be one of"):
         settings("cache", setting)
 
 
-def test_a_tokenizer_with_ids_beyond_the_head_is_refused(settings: Callable[..., CacheConfig], tmp_path: Path) -> None:
+def test_a_tokenizer_with_ids_beyond_the_head_is_refused(
+    settings: Callable[..., CacheTeacherConfig], tmp_path: Path
+) -> None:
     """Before the weights are loaded, whatever the family."""
     from tests.tiny_teachers import QWEN_VL_TOKENS, tokenizer_with
 
     vision = write_tiny_qwen_vl(tmp_path / "vision", spare_rows=0)
     text = write_tiny_causal_lm(tmp_path / "text", spare_rows=0)
     for folder, tokens in ((vision, QWEN_VL_TOKENS), (text, ())):
-        prepare_job(settings("cache", teacher=folder))
+        prepare_capture(settings("cache", teacher=folder))
         tokenizer_with(*tokens, "<|beyond|>").save_pretrained(folder)
         with pytest.raises(ModelError, match=r"the tokenizer's largest id is \d+, but the model's head has \d+ rows"):
-            prepare_job(settings("cache", teacher=folder))
+            prepare_capture(settings("cache", teacher=folder))

@@ -17,7 +17,12 @@ from teacher_cache.engines.tail_samples import sequence_uniforms
 from teacher_cache.format.record import Records, RecordSettings, concatenate_records
 
 SETTINGS = RecordSettings(
-    head_mass=0.9, head_max=12, draws_max=10, draws_per_mass=60.0, temperatures=(1.5, 2.0, 4.0), forced_ids=(3, 17)
+    top_p=0.9,
+    top_k=12,
+    tail_samples_max=10,
+    tail_samples_per_mass=60.0,
+    temperatures=(1.5, 2.0, 4.0),
+    forced_ids=(3, 17),
 )
 
 
@@ -39,25 +44,27 @@ def _check_row(records: Records, logits: np.ndarray, target: int, chosen: Record
     probs = np.exp(log_probs)
     order = np.argsort(-log_probs, kind="stable")
     head: list[int] = []
-    for token in order[: chosen.head_max]:
-        if head and probs[token] < chosen.head_min_prob:
+    for token in order[: chosen.top_k]:
+        if head and probs[token] < chosen.min_prob:
             break
         head.append(int(token))
-        if chosen.head_mass < 1.0 and probs[head].sum() >= chosen.head_mass:
+        if chosen.top_p < 1.0 and probs[head].sum() >= chosen.top_p:
             break
     head += [token for token in chosen.forced_ids if token not in head]
-    assert records.head_ids_H.tolist() == head
-    assert np.allclose(records.head_log_probs_H, log_probs[head], atol=1e-6, rtol=5e-7)
+    assert records.topk_ids_H.tolist() == head
+    assert np.allclose(records.topk_log_probs_H, log_probs[head], atol=1e-6, rtol=5e-7)
     tail = np.setdiff1d(np.arange(len(probs)), head)
     tail_mass = probs[tail].sum()
     if len(tail):
         assert math.isclose(records.tail_log_mass_N[0], math.log(tail_mass), abs_tol=2e-6, rel_tol=5e-7)
-        wanted_draws = min(chosen.draws_max, max(1, math.ceil(tail_mass * chosen.draws_per_mass)))
+        wanted_tail_samples = min(chosen.tail_samples_max, max(1, math.ceil(tail_mass * chosen.tail_samples_per_mass)))
     else:
         assert records.tail_log_mass_N[0] == -np.inf
-        wanted_draws = 0
-    assert abs(len(records.draw_ids_D) - wanted_draws) <= (0.01 < tail_mass * chosen.draws_per_mass % 1 > 0.99)
-    assert set(records.draw_ids_D.tolist()) <= set(tail.tolist())
+        wanted_tail_samples = 0
+    assert abs(len(records.tail_ids_D) - wanted_tail_samples) <= (
+        0.01 < tail_mass * chosen.tail_samples_per_mass % 1 > 0.99
+    )
+    assert set(records.tail_ids_D.tolist()) <= set(tail.tolist())
     assert math.isclose(records.target_log_probs_N[0], log_probs[target], abs_tol=1e-6, rel_tol=5e-7)
     assert math.isclose(records.entropy_N[0], -(probs * log_probs).sum(), abs_tol=1e-5)
     for column, temperature in enumerate(chosen.temperatures):
@@ -70,15 +77,15 @@ def _check_row(records: Records, logits: np.ndarray, target: int, chosen: Record
     seed=st.integers(0, 10_000),
     width=st.integers(20, 400),
     spread=st.sampled_from([0.01, 1.0, 4.0, 30.0]),
-    head_mass=st.sampled_from([0.0, 0.5, 0.97, 1.0]),
-    head_max=st.integers(1, 30),
+    top_p=st.sampled_from([0.0, 0.5, 0.97, 1.0]),
+    top_k=st.integers(1, 30),
     forced=st.sets(st.integers(0, 19), max_size=3),
     min_prob=st.sampled_from([0.0, 0.003, 0.2]),
 )
 def test_every_number_agrees_with_the_dense_distribution(
-    seed: int, width: int, spread: float, head_mass: float, head_max: int, forced: set[int], min_prob: float
+    seed: int, width: int, spread: float, top_p: float, top_k: int, forced: set[int], min_prob: float
 ) -> None:
-    chosen = RecordSettings(head_mass, head_max, 9, 50.0, (1.5, 2.0, 4.0), tuple(sorted(forced)), min_prob)
+    chosen = RecordSettings(top_p, top_k, 9, 50.0, (1.5, 2.0, 4.0), tuple(sorted(forced)), min_prob)
     logits = _logits(6, width, seed, spread)
     rows = _make(logits, chosen).split([1] * 6)
     for row, record in enumerate(rows):
@@ -103,30 +110,30 @@ def test_a_tiny_tail_keeps_its_mass_and_is_still_drawn_from() -> None:
     logits = torch.full((1, 50), -40.0)
     logits[0, 7], logits[0, 30] = 40.0, -30.0
     record = _make(logits, dataclasses.replace(SETTINGS, forced_ids=()))
-    assert record.head_ids_H.tolist() == [7]
+    assert record.topk_ids_H.tolist() == [7]
     wanted = np.logaddexp.reduce([-70.0] + [-80.0] * 48)
     assert record.tail_log_mass_N[0] == pytest.approx(wanted, abs=1e-4)
-    assert record.draw_ids_D.tolist() == [30]
+    assert record.tail_ids_D.tolist() == [30]
     assert 0 < record.entropy_N[0] < 1e-25
 
 
 def test_equal_log_probs_are_ordered_by_id_and_forced_ids_come_last() -> None:
     logits = torch.zeros(1, 64)
     logits[0, [50, 9, 33, 2]] = 6.0
-    record = _make(logits, dataclasses.replace(SETTINGS, head_mass=0.95, head_max=4, forced_ids=(40, 20)))
-    assert record.head_ids_H.tolist() == [2, 9, 33, 50, 40, 20]
+    record = _make(logits, dataclasses.replace(SETTINGS, top_p=0.95, top_k=4, forced_ids=(40, 20)))
+    assert record.topk_ids_H.tolist() == [2, 9, 33, 50, 40, 20]
 
 
 def test_exhaustive_keeps_every_id_and_has_no_tail() -> None:
     logits = _logits(5, 300, 3, spread=20.0)
     records = _make(logits, RecordSettings(1.0, 300, 10, 60.0, (2.0,), (5,)))
-    assert records.head_counts_N.tolist() == [300] * 5
+    assert records.topk_counts_N.tolist() == [300] * 5
     assert np.all(np.isneginf(records.tail_log_mass_N))
-    assert len(records.draw_ids_D) == 0
+    assert len(records.tail_ids_D) == 0
     dense = logits.log_softmax(-1).numpy()
     for row, record in enumerate(records.split([1] * 5)):
-        assert np.array_equal(np.sort(record.head_ids_H), np.arange(300))
-        assert np.allclose(record.head_log_probs_H, dense[row][record.head_ids_H], atol=3e-6)
+        assert np.array_equal(np.sort(record.topk_ids_H), np.arange(300))
+        assert np.allclose(record.topk_log_probs_H, dense[row][record.topk_ids_H], atol=3e-6)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -153,11 +160,11 @@ def test_head_plus_draws_are_an_unbiased_picture_of_the_whole() -> None:
             logits.expand(replicas, -1), torch.zeros(replicas, dtype=torch.long), uniforms, chosen
         )
         mean = np.zeros(200)
-        np.add.at(mean, records.head_ids_H, np.exp(records.head_log_probs_H.astype(np.float64)) / replicas)
-        row_D = np.repeat(np.arange(replicas), records.draw_counts_N)
-        share_D = 1 / records.draw_counts_N[row_D]
+        np.add.at(mean, records.topk_ids_H, np.exp(records.topk_log_probs_H.astype(np.float64)) / replicas)
+        row_D = np.repeat(np.arange(replicas), records.tail_counts_N)
+        share_D = 1 / records.tail_counts_N[row_D]
         mass_D = np.exp(records.tail_log_mass_N.astype(np.float64))[row_D]
-        np.add.at(mean, records.draw_ids_D, share_D * mass_D / replicas)
+        np.add.at(mean, records.tail_ids_D, share_D * mass_D / replicas)
         errors.append(np.abs(mean - truth).sum())
     assert errors[1] < errors[0] / 2.5  # √16 = 4, less the noise of one trial
     assert errors[1] < 0.04
@@ -174,11 +181,11 @@ def test_no_rows_give_no_records() -> None:
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"head_mass": 1.5}, "head_mass"),
-        ({"head_min_prob": 1.0}, "head_min_prob"),
-        ({"head_max": 0}, "head_max"),
-        ({"draws_max": -1}, "draws_max"),
-        ({"draws_per_mass": 0.0}, "draws_per_mass"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"min_prob": 1.0}, "min_prob"),
+        ({"top_k": 0}, "top_k"),
+        ({"tail_samples_max": -1}, "tail_samples_max"),
+        ({"tail_samples_per_mass": 0.0}, "tail_samples_per_mass"),
         ({"temperatures": (2.0, 1.0)}, "temperatures"),
         ({"temperatures": (2.0, 2.0)}, "temperatures"),
         ({"forced_ids": (2, 2)}, "forced"),

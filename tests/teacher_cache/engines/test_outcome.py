@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llavamod_offline.data.encode.tokenize import Sequence
+from llavamod_offline.data.encode.tokenize import TokenizedSequence
 from teacher_cache.engines.outcome import beyond_vocabulary, recorded, rows_with_states
 from teacher_cache.engines.protocol import Request
 from teacher_cache.format.record import concatenate_records
@@ -14,14 +14,14 @@ from teacher_cache.format.schema import HiddenPositions
 from teacher_cache.format.sequences import SequenceRecord
 
 IMAGE = 9
-SEQUENCE = Sequence("a", "chosen", np.array([1, IMAGE, IMAGE, 4, 7]), np.array([3, 4]))
+SEQUENCE = TokenizedSequence("a", "chosen", np.array([1, IMAGE, IMAGE, 4, 7]), np.array([3, 4]))
 REQUEST = Request(0, "a", "0123", (SEQUENCE,))
 
 
 def test_a_supervised_id_must_have_a_probability() -> None:
     assert beyond_vocabulary(SEQUENCE, 8) is None  # the image's id stands where nothing is supervised
     assert beyond_vocabulary(SEQUENCE, 7) == "supervised id 7 is beyond the 7 ids that tokenizer and head share"
-    assert beyond_vocabulary(Sequence("a", "chosen", np.array([1]), np.array([], np.int64)), 1) is None
+    assert beyond_vocabulary(TokenizedSequence("a", "chosen", np.array([1]), np.array([], np.int64)), 1) is None
 
 
 @pytest.mark.parametrize(("which", "expected"), [(None, None), ("recorded", [0, 1, 2]), ("image", [1])])

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teacher_cache.engines.tail_samples import draw_budget, sequence_uniforms, systematic_draws
+from teacher_cache.engines.tail_samples import sequence_uniforms, systematic_tail_samples, tail_sample_budget
 
 
-def _slow_draws(weights: np.ndarray, uniform: float, budget: int) -> dict[int, int]:
+def _slow_tail_samples(weights: np.ndarray, uniform: float, budget: int) -> dict[int, int]:
     """One row, by the definition: points (u + j) / m on the cumulated weights."""
     cumulated = np.cumsum(weights.astype(np.float64))
     found: dict[int, int] = {}
@@ -35,7 +35,7 @@ def test_draws_follow_the_definition(width: int, budgets: list[int], seed: int, 
     weights[generator.random(weights.shape) < empty_share] = 0.0
     weights[:, generator.integers(width)] += 1.0
     uniforms = generator.random(len(budgets))
-    ids = systematic_draws(torch.from_numpy(weights), torch.from_numpy(uniforms), torch.tensor(budgets))
+    ids = systematic_tail_samples(torch.from_numpy(weights), torch.from_numpy(uniforms), torch.tensor(budgets))
     assert len(ids) == sum(budgets)
     start = 0
     for row, budget in enumerate(budgets):
@@ -44,7 +44,7 @@ def test_draws_follow_the_definition(width: int, budgets: list[int], seed: int, 
         assert drawn == sorted(drawn)
         got = Counter(drawn)
         assert all(weights[row, token] > 0 for token in got)
-        wanted = _slow_draws(weights[row], float(uniforms[row]), budget)
+        wanted = _slow_tail_samples(weights[row], float(uniforms[row]), budget)
         # A point within float32 rounding of an interval's edge may fall on either side of it.
         moved = sum(abs(got[token] - wanted.get(token, 0)) for token in got.keys() | wanted.keys())
         assert moved <= 2
@@ -62,7 +62,7 @@ def test_draws_are_unbiased_to_well_below_one_percent() -> None:
     found = np.zeros(2000)
     squares = np.zeros(2000)
     for start in range(0, replicas, 2000):
-        ids = systematic_draws(
+        ids = systematic_tail_samples(
             torch.from_numpy(weights).expand(2000, -1),
             uniforms[start : start + 2000],
             torch.full((2000,), budget),
@@ -88,7 +88,7 @@ def test_draws_over_a_grid_of_uniforms_integrate_to_the_tail() -> None:
     weights = np.random.default_rng(1).pareto(0.8, 3000).astype(np.float32)
     share = weights.astype(np.float64) / weights.sum(dtype=np.float64)
     grid, budget = 4000, 12
-    ids = systematic_draws(
+    ids = systematic_tail_samples(
         torch.from_numpy(weights).expand(grid, -1),
         (torch.arange(grid, dtype=torch.float64) + 0.5) / grid,
         torch.full((grid,), budget),
@@ -129,5 +129,5 @@ def test_the_stream_of_uniforms_is_fixed_for_ever() -> None:
 
 def test_budget_grows_with_the_mass_and_is_zero_without_a_tail() -> None:
     log_mass = torch.tensor([float("-inf"), -80.0, np.log(0.009), np.log(0.055), np.log(0.5)])
-    assert draw_budget(log_mass, 24, 100.0).tolist() == [0, 1, 1, 6, 24]
-    assert draw_budget(log_mass, 0, 100.0).tolist() == [0, 0, 0, 0, 0]
+    assert tail_sample_budget(log_mass, 24, 100.0).tolist() == [0, 1, 1, 6, 24]
+    assert tail_sample_budget(log_mass, 0, 100.0).tolist() == [0, 0, 0, 0, 0]

@@ -58,7 +58,7 @@ def test_two_hundred_sequences_get_the_records_of_the_hugging_face_engine(world:
 
 
 def test_pictures_reach_the_model_as_they_are(world: World) -> None:
-    """The same question about other pixels gets other records: the comparison above is not blind to pictures."""
+    """The same question about other pixels gets other records: the comparison above is not blind to images."""
     turns = (Turn("user", "<image>\nWhat?"), Turn("assistant", "It is a red circle."))
     pictures = [tiny_image(seed, size) for seed, size in ((1, (32, 24)), (2, (32, 24)), (1, (24, 32)))]
     samples = [Sample(f"p{number}", turns, (image,), ("png",)) for number, image in enumerate(pictures)]
@@ -89,7 +89,7 @@ def test_settings_of_a_copy_are_its_own(world: World) -> None:
     engine = world.vllm()
     engine.settings = RecordSettings(1.0, world.vocab_size, 0, 1.0, ())
     for record in world.capture(engine, samples).values():
-        assert (record.records.head_counts_N == world.vocab_size).all()
+        assert (record.records.topk_counts_N == world.vocab_size).all()
         assert np.isneginf(record.records.tail_log_mass_N).all()
 
 
@@ -105,7 +105,7 @@ def test_a_capture_made_again_is_the_same(world: World) -> None:
 
 
 def test_samples_that_cannot_be_used_are_rejected_alone(world: World) -> None:
-    """A broken picture, and an id beyond the vocabulary: the same reasons as the Hugging Face engine gives."""
+    """A broken image, and an id beyond the vocabulary: the same reasons as the Hugging Face engine gives."""
     samples = tiny_samples(6, seed=6, preference=True)
     assert samples[1].images
     broken = dataclasses.replace(samples[1], images=(b"\x89PNG broken",))
@@ -172,7 +172,7 @@ def test_a_picture_that_takes_other_tokens_in_vllm_is_refused(start: Start, fold
 
 
 def test_prompts_in_pieces_and_prefixes_from_the_cache(start: Start, folder: Path) -> None:
-    """Steps of at most 48 tokens, in blocks of 32: nearly every prompt is cut, pictures too."""
+    """Steps of at most 48 tokens, in blocks of 32: nearly every prompt is cut, images too."""
     world = start(folder, dataclasses.replace(SETTINGS, max_num_batched_tokens=48, max_num_seqs=4, block_size=32))
     long = " ".join(["Which colour has the large square on the left?"] * 6)
     samples = [*tiny_samples(12, seed=8), *(_with_prompt(s, long) for s in tiny_samples(12, seed=8, preference=True))]

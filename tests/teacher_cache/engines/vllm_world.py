@@ -11,10 +11,10 @@ import torch
 
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.vllm.session import Session
-from teacher_cache.engines.hf import HfEngine
-from teacher_cache.engines.protocol import Engine, Request
+from teacher_cache.engines.hf import HfCaptureEngine
+from teacher_cache.engines.protocol import CaptureEngine, Request
 from teacher_cache.engines.vllm.channel import PooledRecords
-from teacher_cache.engines.vllm.engine import VllmEngine
+from teacher_cache.engines.vllm.engine import VllmCaptureEngine
 from teacher_cache.format.record import Records, RecordSettings
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.sequences import SequenceRecord
@@ -39,8 +39,8 @@ class World:
     def vocab_size(self) -> int:
         return min(len(self.teacher.encoder.tokenizer), self.teacher.head_rows)
 
-    def vllm(self, **settings: Any) -> VllmEngine:
-        return VllmEngine(
+    def vllm(self, **settings: Any) -> VllmCaptureEngine:
+        return VllmCaptureEngine(
             self.session,
             settings.pop("channel", PooledRecords()),
             self.teacher,
@@ -52,8 +52,8 @@ class World:
             **settings,
         )
 
-    def hf(self, **settings: Any) -> HfEngine:
-        return HfEngine(
+    def hf(self, **settings: Any) -> HfCaptureEngine:
+        return HfCaptureEngine(
             self.teacher.load(torch.float32),
             self.teacher,
             settings.pop("kept", KEPT),
@@ -70,10 +70,10 @@ class World:
             for row, s in enumerate(samples)
         ]
 
-    def outcomes(self, engine: Engine, samples: Sequence[Sample]) -> list[SequenceRecord | Rejection]:
+    def outcomes(self, engine: CaptureEngine, samples: Sequence[Sample]) -> list[SequenceRecord | Rejection]:
         return list(engine.capture(self.requests(samples), lambda row: samples[row]))
 
-    def capture(self, engine: Engine, samples: Sequence[Sample]) -> Captured:
+    def capture(self, engine: CaptureEngine, samples: Sequence[Sample]) -> Captured:
         outcomes = self.outcomes(engine, samples)
         assert not [outcome for outcome in outcomes if isinstance(outcome, Rejection)]
         found = {(o.key, o.role): o for o in outcomes if isinstance(o, SequenceRecord)}
@@ -93,8 +93,8 @@ def assert_same(
             assert getattr(one, field) == getattr(other, field), (name, field)
         for number, (mine, theirs) in enumerate(zip(_rows(one.records), _rows(other.records), strict=True)):
             _assert_row(mine, theirs, where=(*name, number))
-            odd += len(set(mine.draw_ids_D.tolist()) ^ set(theirs.draw_ids_D.tolist()))
-            drawn += len(mine.draw_ids_D)
+            odd += len(set(mine.tail_ids_D.tolist()) ^ set(theirs.tail_ids_D.tolist()))
+            drawn += len(mine.tail_ids_D)
     # A draw falls on another id only where a point lies within rounding of an interval's edge.
     assert odd <= 0.01 * drawn + 2
 
@@ -110,9 +110,9 @@ def _assert_row(mine: Records, theirs: Records, *, where: tuple[str, str, int]) 
         assert np.allclose(left, right, rtol=0, atol=TOLERANCE), (where, field, left, right)
     for field in ("target_ids_N", "head_counts_N", "draw_counts_N"):
         assert np.array_equal(getattr(mine, field), getattr(theirs, field)), (where, field)
-    steps = -np.diff(mine.head_log_probs_H, prepend=np.inf, append=-np.inf)
+    steps = -np.diff(mine.topk_log_probs_H, prepend=np.inf, append=-np.inf)
     alone = (np.abs(steps[:-1]) > GAP) & (np.abs(steps[1:]) > GAP)
-    assert np.array_equal(mine.head_ids_H[alone], theirs.head_ids_H[alone]), where
+    assert np.array_equal(mine.topk_ids_H[alone], theirs.topk_ids_H[alone]), where
 
 
 Start = Callable[..., World]

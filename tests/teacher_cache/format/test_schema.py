@@ -51,8 +51,8 @@ def _there_and_back(folder: Path, records: Records, codec: Codec) -> Records:
     return concatenate_records(file.records(0, file.blocks), len(codec.temperatures))
 
 
-def _sorted_draws(records: Records) -> list[list[int]]:
-    return [sorted(piece.draw_ids_D.tolist()) for piece in records.split([1] * len(records))]
+def _sorted_tail_ids(records: Records) -> list[list[int]]:
+    return [sorted(piece.tail_ids_D.tolist()) for piece in records.split([1] * len(records))]
 
 
 @settings(max_examples=25, deadline=None)
@@ -74,7 +74,7 @@ def test_exact_comes_back_exactly(
         if field.name != "draw_ids_D":
             assert np.array_equal(getattr(back, field.name), getattr(records, field.name)), field.name
             assert getattr(back, field.name).dtype == getattr(records, field.name).dtype
-    assert _sorted_draws(back) == _sorted_draws(records)
+    assert _sorted_tail_ids(back) == _sorted_tail_ids(records)
 
 
 @settings(max_examples=25, deadline=None)
@@ -102,7 +102,7 @@ def test_rounded_numbers_keep_their_bounds_and_the_mass_is_one(
     assert numbers is not None
     for name in EXACT_FIELDS:
         assert np.array_equal(getattr(back, name), getattr(records, name)), name
-    assert _sorted_draws(back) == _sorted_draws(records)
+    assert _sorted_tail_ids(back) == _sorted_tail_ids(records)
     assert np.all(np.abs(back.entropy_N - records.entropy_N) <= 0.5 / numbers.entropy_steps + 1e-6)
     share_step = np.pi / numbers.share_levels / 4
     tails = [np.exp(each.tail_log_mass_N.astype(np.float64)) for each in (records, back)]
@@ -111,15 +111,15 @@ def test_rounded_numbers_keep_their_bounds_and_the_mass_is_one(
     assert np.array_equal(np.isneginf(records.tail_log_mass_N), np.isneginf(back.tail_log_mass_N))
     # A head is shifted as a whole, by no more than its own errors and the tail's allow; within it codes keep theirs.
     for old, new in zip(records.split([1] * rows), back.split([1] * rows), strict=True):
-        bounds = log_prob_bound(old.head_log_probs_H, numbers)
-        shift = new.head_log_probs_H - old.head_log_probs_H
-        mass = np.exp(new.head_log_probs_H.astype(np.float64)).sum() + np.exp(float(new.tail_log_mass_N[0]))
+        bounds = log_prob_bound(old.topk_log_probs_H, numbers)
+        shift = new.topk_log_probs_H - old.topk_log_probs_H
+        mass = np.exp(new.topk_log_probs_H.astype(np.float64)).sum() + np.exp(float(new.tail_log_mass_N[0]))
         assert mass == pytest.approx(1.0, abs=1e-5)
         assert shift.max() - shift.min() <= 2 * bounds.max() + 1e-4
         for column, temperature in enumerate(temperatures):
-            head = np.exp(new.head_log_probs_H.astype(np.float64) / temperature).sum()
+            head = np.exp(new.topk_log_probs_H.astype(np.float64) / temperature).sum()
             share = 1 - head / np.exp(float(new.log_normalisers_NS[0, column]))
-            dense = 1 - np.exp(old.head_log_probs_H.astype(np.float64) / temperature).sum() / np.exp(
+            dense = 1 - np.exp(old.topk_log_probs_H.astype(np.float64) / temperature).sum() / np.exp(
                 float(old.log_normalisers_NS[0, column])
             )
             angles_T = [np.arcsin(np.sqrt(np.clip(value, 0, 1))) for value in (share, dense)]
@@ -162,8 +162,8 @@ def test_the_profile_is_the_mean_of_the_draws(tmp_path: Path) -> None:
     write_columns(tmp_path / "c", records, _codec(60))
     file = ColumnFile(tmp_path / "c")
     wanted = np.zeros(60)
-    row = np.repeat(np.arange(800), records.draw_counts_N)
-    np.add.at(wanted, records.draw_ids_D, (np.exp(records.tail_log_mass_N) / records.draw_counts_N)[row] / 800)
+    row = np.repeat(np.arange(800), records.tail_counts_N)
+    np.add.at(wanted, records.tail_ids_D, (np.exp(records.tail_log_mass_N) / records.tail_counts_N)[row] / 800)
     frequent = file.frequent_ids_F
     assert len(frequent) == 50
     profile = file.tail_profile()

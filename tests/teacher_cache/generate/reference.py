@@ -23,7 +23,7 @@ from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, seque
 from llavamod_offline.toyworld.conversations import captioned, chatted, quizzed
 from llavamod_offline.toyworld.draw import encode_scene
 from llavamod_offline.toyworld.scene import random_scene
-from teacher_cache.config import CacheConfig
+from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.generate.run import Generation, generate
 
 SOURCE_SAMPLES = 9
@@ -43,7 +43,7 @@ class Place:
 
     def generate(self, *settings: str, **more: Any) -> Generation:
         """Generate in this process."""
-        return generate(load_config(CacheConfig, (), self.arguments(*settings, **more)))
+        return generate(load_config(CacheTeacherConfig, (), self.arguments(*settings, **more)))
 
     def set(self, name: str = "own") -> Path:
         return self.folder / name

@@ -55,8 +55,8 @@ def test_each_written_token_is_the_likeliest_of_its_record(greedy: Place) -> Non
             [1] * cache.sequence(sample.key, "response").n_positions
         )
         for record in records[-length:]:
-            assert record.head_ids_H[0] == record.target_ids_N[0]
-            assert np.isclose(record.head_log_probs_H[0], record.target_log_probs_N[0], atol=1e-3)
+            assert record.topk_ids_H[0] == record.target_ids_N[0]
+            assert np.isclose(record.topk_log_probs_H[0], record.target_log_probs_N[0], atol=1e-3)
 
 
 def test_all_turns_follow_one_another(place: Place) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.images import decode_image
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import ModelError
-from teacher_cache.engines.hf import HfEngine
+from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.generate.decode_loop import Decoding, Prompt, write_answers
 from teacher_cache.teachers import open_teacher
@@ -26,16 +26,16 @@ STEPS = 10
 GREEDY = Decoding(0.0, 1.0, STEPS, 0)
 
 
-def engine_of(folder: Path, *, image_aspect: str = "auto") -> HfEngine:
+def engine_of(folder: Path, *, image_aspect: str = "auto") -> HfCaptureEngine:
     """The engine of a folder, in float32."""
     teacher = open_teacher(folder, get_template("chatml"), image_aspect=image_aspect, max_length=512)
     vocab_size = len(teacher.encoder.tokenizer)
     settings = RecordSettings(1.0, 1, 0, 1.0, ())
     model = teacher.load(torch.float32)
-    return HfEngine(model, teacher, settings, vocab_size=vocab_size, seed=0, batch_size=8, workers=1)
+    return HfCaptureEngine(model, teacher, settings, vocab_size=vocab_size, seed=0, batch_size=8, workers=1)
 
 
-def prompts_of(engine: HfEngine, samples: Items[Sample], *, room: int = 99) -> list[Prompt]:
+def prompts_of(engine: HfCaptureEngine, samples: Sequence[Sample], *, room: int = 99) -> list[Prompt]:
     """The samples' prompts: everything before the answer."""
     made = []
     for sample in samples:
@@ -46,7 +46,7 @@ def prompts_of(engine: HfEngine, samples: Items[Sample], *, room: int = 99) -> l
 
 
 def samples(pictures: bool) -> list[Sample]:
-    """Prompts of different lengths with no, one and two pictures of different sizes."""
+    """Prompts of different lengths with no, one and two images of different sizes."""
     texts = ("Why?", "What colour has the large square on the left of the star? " * 3, "Is there a dog?", "How many?")
     sizes = ((), ((24, 24),), ((60, 31),), ((17, 44), (33, 20)))
     made = []
@@ -57,7 +57,7 @@ def samples(pictures: bool) -> list[Sample]:
     return made
 
 
-def settings_of(engine: HfEngine) -> GenerationConfig:
+def settings_of(engine: HfCaptureEngine) -> GenerationConfig:
     """Greedy, to the end or `STEPS` tokens, without the image's id and those beyond the tokenizer."""
     rows = engine.model.get_output_embeddings().weight.shape[0]
     image = [] if engine.teacher.image_token_id is None else [engine.teacher.image_token_id]
@@ -70,7 +70,7 @@ def settings_of(engine: HfEngine) -> GenerationConfig:
     )
 
 
-def official_answer(official: Official, engine: HfEngine, sample: Sample) -> list[int]:
+def official_answer(official: Official, engine: HfCaptureEngine, sample: Sample) -> list[int]:
     """What transformers itself answers to the official processor's inputs."""
     text = official.text(sample, "response").rpartition("-")[0]
     images = [decode_image(image, name=sample.key) for image in sample.images]
@@ -97,12 +97,12 @@ def test_a_batch_gives_what_transformers_gives_alone(family: str, tmp_path: Path
 
 
 @pytest.fixture(scope="module")
-def text_engine(tmp_path_factory: pytest.TempPathFactory) -> HfEngine:
-    """A language model without pictures."""
+def text_engine(tmp_path_factory: pytest.TempPathFactory) -> HfCaptureEngine:
+    """A language model without images."""
     return engine_of(write_tiny_causal_lm(tmp_path_factory.mktemp("text") / "teacher", "qwen2"))
 
 
-def test_a_language_model_answers_too(text_engine: HfEngine, tmp_path: Path) -> None:
+def test_a_language_model_answers_too(text_engine: HfCaptureEngine, tmp_path: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(text_engine.teacher.folder, dtype=torch.float32).eval()
     prompts = prompts_of(text_engine, samples(pictures=False))
     for prompt, answer in zip(prompts, write_answers(text_engine, prompts, GREEDY), strict=True):
@@ -129,7 +129,7 @@ def test_no_answer_holds_the_images_id(tmp_path: Path, monkeypatch: pytest.Monke
     assert write_answers(engine, prompts, GREEDY) == free
 
 
-def test_samples_depend_on_seed_and_name_alone(text_engine: HfEngine) -> None:
+def test_samples_depend_on_seed_and_name_alone(text_engine: HfCaptureEngine) -> None:
     prompts = prompts_of(text_engine, samples(pictures=False))
     warm = Decoding(2.0, 0.95, STEPS, 0)
     together = write_answers(text_engine, prompts, warm)
@@ -142,7 +142,7 @@ def test_samples_depend_on_seed_and_name_alone(text_engine: HfEngine) -> None:
     assert nearly_greedy == write_answers(text_engine, prompts, GREEDY)
 
 
-def test_an_answer_ends_at_its_room_and_says_so(text_engine: HfEngine) -> None:
+def test_an_answer_ends_at_its_room_and_says_so(text_engine: HfCaptureEngine) -> None:
     prompts = prompts_of(text_engine, samples(pictures=False)[:2])
     free = write_answers(text_engine, prompts, GREEDY)
     cut = Prompt(prompts[0].key, "answer", prompts[0].input_ids_T, (), 3)
@@ -153,7 +153,7 @@ def test_an_answer_ends_at_its_room_and_says_so(text_engine: HfEngine) -> None:
 
 
 def test_logits_that_are_not_finite_spoil_one_answer_only(
-    text_engine: HfEngine, monkeypatch: pytest.MonkeyPatch
+    text_engine: HfCaptureEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = prompts_of(text_engine, samples(pictures=False)[:2])
     free = write_answers(text_engine, prompts, GREEDY)
@@ -173,7 +173,7 @@ def test_logits_that_are_not_finite_spoil_one_answer_only(
     assert found[1] == free[1]
 
 
-def test_a_batch_that_does_not_fit_is_halved(text_engine: HfEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_does_not_fit_is_halved(text_engine: HfCaptureEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = prompts_of(text_engine, samples(pictures=False))
     free = write_answers(text_engine, prompts, GREEDY)
     decoder = type(text_engine.model.get_decoder())

@@ -19,16 +19,16 @@ from llavamod_offline.config import load_config
 from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError, DataError, LlavaModError
-from teacher_cache.capture.run import run_job
-from teacher_cache.config import CacheConfig
+from teacher_cache.capture.run import run_capture
+from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.engines import load_engine
-from teacher_cache.engines.protocol import Engine
+from teacher_cache.engines.protocol import CaptureEngine
 from teacher_cache.format.manifest import file_entries
 from teacher_cache.generate import decode_loop as answers
 from teacher_cache.generate.decode_loop import Written
 from teacher_cache.generate.generated_set import WrittenSet
 from teacher_cache.generate.run import generate
-from teacher_cache.job import Job
+from teacher_cache.capture_setup import CaptureSetup
 from teacher_cache.read.reader import open_cache
 from tests.teacher_cache.capture.killer import fork_server, generate_and_die
 from tests.teacher_cache.generate.reference import SOURCE_SAMPLES, Place, rows
@@ -47,7 +47,7 @@ def test_again_there_is_nothing_to_do_and_no_weights_are_loaded(
 
     loads: list[str] = []
 
-    def counted(job: Job, config: CacheConfig) -> Engine:
+    def counted(job: CaptureSetup, config: CacheTeacherConfig) -> CaptureEngine:
         loads.append(config.output)
         return load_engine(job, config)
 
@@ -132,7 +132,7 @@ def test_other_settings_into_the_same_set_are_refused_begun_or_finished(place: P
     ):
         greedy.generate("generate.seed=1")
     assert file_entries(greedy.set()) == before
-    config = load_config(CacheConfig, (), place.arguments())
+    config = load_config(CacheTeacherConfig, (), place.arguments())
 
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -166,7 +166,7 @@ def test_the_new_set_has_the_weights_of_the_sources_that_are_left_in_it(
 
 def test_run_refuses_what_belongs_to_generate(place: Place) -> None:
     with pytest.raises(ConfigError, match="output_set belongs to `cache-teacher generate`"):
-        run_job(load_config(CacheConfig, (), place.arguments()))
+        run_capture(load_config(CacheTeacherConfig, (), place.arguments()))
 
 
 def test_the_command_prints_one_json_object_and_its_status_tells_of_rejections(place: Place, greedy: Place) -> None:

@@ -42,8 +42,8 @@ def test_the_table_holds_what_the_reader_gives(world: World, finished: Path, tmp
         assert row["target_log_probs"] == records.target_log_probs_N.tolist()
         assert row["sum_log_prob"] == cache.sequence(*item).sum_log_prob
         for position, record in enumerate(records.split([1] * len(records))):
-            assert row["token_ids"][position] == record.head_ids_H.tolist()[:top_k]
-            assert row["log_probs"][position] == record.head_log_probs_H.tolist()[:top_k]
+            assert row["token_ids"][position] == record.topk_ids_H.tolist()[:top_k]
+            assert row["log_probs"][position] == record.topk_log_probs_H.tolist()[:top_k]
             mass += sum(torch.tensor(row["log_probs"][position], dtype=torch.float64).exp().tolist())
     assert done.mass == pytest.approx(mass / cache.positions)
     metadata = pq.read_schema(tmp_path / "out.parquet").metadata
@@ -93,8 +93,8 @@ def test_axolotl_rows_are_whole_sequences_of_text(world: World, finished: Path, 
         records = iter(cache.records([(sample.key, "response")]).split([1] * len(supervised)))
         for t in range(length):
             record = next(records) if t + 1 in supervised else None
-            assert row["target_token_ids"][t] == ([] if record is None else record.head_ids_H.tolist()[:5])
-            assert row["target_logprobs"][t] == ([] if record is None else record.head_log_probs_H.tolist()[:5])
+            assert row["target_token_ids"][t] == ([] if record is None else record.topk_ids_H.tolist()[:5])
+            assert row["target_logprobs"][t] == ([] if record is None else record.topk_log_probs_H.tolist()[:5])
             assert row["target_mask"][t] == [1] * len(row["target_token_ids"][t])
 
 

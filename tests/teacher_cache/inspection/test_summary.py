@@ -69,7 +69,7 @@ def test_pipes_get_plain_text_and_terminals_colour(finished: Path) -> None:
     plain, coloured = (_printed(tables.print_cache, about, terminal=terminal) for terminal in (False, True))
     assert "\x1b" not in plain
     assert "\x1b[" in coloured
-    for text in (about["digest"], "capture.head_mass", "0.97", "qwen", "float32", f"{about['positions']:,} positions"):
+    for text in (about["digest"], "capture.top_p", "0.97", "qwen", "float32", f"{about['positions']:,} positions"):
         assert text in plain
 
 
@@ -108,9 +108,9 @@ def test_a_key_shows_head_tail_and_draws(finished: Path) -> None:
     targets = cache.targets([("tiny-0000", "response")])
     assert len(sequence["tokens"]) == len(targets) == 8
     for row, token in enumerate(sequence["tokens"]):
-        head = [number for number in targets.head_ids_NK[row].tolist() if number != EMPTY_ID]
+        head = [number for number in targets.topk_ids_NK[row].tolist() if number != EMPTY_ID]
         assert [entry["id"] for entry in token["head"]] == head
-        drawn = {number for number in targets.draw_ids_NM[row].tolist() if number != EMPTY_ID}
+        drawn = {number for number in targets.tail_ids_NM[row].tolist() if number != EMPTY_ID}
         assert {entry["id"] for entry in token["draws"]} == drawn
         assert len(token["draws"]) == len(drawn)
         mass = sum(math.exp(entry["log_prob"]) for entry in token["head"]) + token["tail_mass"]

@@ -19,8 +19,8 @@ from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import CacheError, ConfigError, LlavaModError
-from teacher_cache.capture.run import run_job
-from teacher_cache.config import CacheConfig
+from teacher_cache.capture.run import run_capture
+from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.plan import estimate as planning
 from teacher_cache.plan import probe
 from teacher_cache.plan.estimate import (
@@ -67,8 +67,8 @@ def _few_presets(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(probe, "PRESETS", {})
 
 
-def _config(world: World, output: Path, *overrides: str, data: Path | None = None) -> CacheConfig:
-    return load_config(CacheConfig, (), world.arguments(output, *overrides, data=data))
+def _config(world: World, output: Path, *overrides: str, data: Path | None = None) -> CacheTeacherConfig:
+    return load_config(CacheTeacherConfig, (), world.arguments(output, *overrides, data=data))
 
 
 def _plan(world: World, output: Path, *overrides: str, data: Path | None = None, **limits: Any) -> Plan:
@@ -156,7 +156,7 @@ def _keys(world: World) -> list[str]:
 
 
 def test_what_the_engine_rejects_is_counted_once(world: World, tmp_path: Path) -> None:
-    """A broken picture is found by the engine alone; a preference's long answer already when it is tokenised."""
+    """A broken image is found by the engine alone; a preference's long answer already when it is tokenised."""
     samples = [s for s in tiny_samples(12) if s.images][:8]
     broken = dataclasses.replace(samples[3], images=(b"no picture",) * len(samples[3].images))
     write_set([*samples[:3], broken, *samples[4:]], tmp_path / "broken")
@@ -206,9 +206,9 @@ def test_a_plan_is_kept_beside_the_cache_and_runs_add_to_it(world: World, tmp_pa
     assert finished_cache(str(output)) is None
     summaries = []
     for part in (0, 1):
-        summaries.append(run_job(_config(world, output, f"slice={part}/2")))
+        summaries.append(run_capture(_config(world, output, f"slice={part}/2")))
         record_run(file, summaries[-1])
-    record_run(file, run_job(_config(world, output)))  # nothing was left to do
+    record_run(file, run_capture(_config(world, output)))  # nothing was left to do
     cache = finished_cache(str(output))
     assert cache is not None
     fact = compare(str(output), cache, file)
@@ -221,7 +221,7 @@ def test_a_plan_is_kept_beside_the_cache_and_runs_add_to_it(world: World, tmp_pa
 
 def test_other_settings_than_planned_are_named(world: World, finished: Path, tmp_path: Path) -> None:
     file = tmp_path / "plan.jsonl"
-    write_plan(file, _plan(world, tmp_path / "cache", "capture.head_max=8"))
+    write_plan(file, _plan(world, tmp_path / "cache", "capture.top_k=8"))
     cache = open_cache(finished)
     fact = compare(str(finished), cache, file)
     difference = f"capture.head_max: plan 8, cache {cache.fingerprint['capture']['head_max']}"

@@ -69,7 +69,7 @@ def test_what_a_web_server_has_is_read_as_from_a_disk(
     assert [there.read(row) for row in range(len(there))] == [here.read(row) for row in range(len(here))]
     rows = far.rows(there.index.column("key"), "response", there.shard_rows)
     ours, theirs = (cache.targets(rows) for cache in (near, far))
-    assert np.array_equal(theirs.head_ids_NK.numpy(), ours.head_ids_NK.numpy())
+    assert np.array_equal(theirs.topk_ids_NK.numpy(), ours.topk_ids_NK.numpy())
     assert np.array_equal(theirs.target_log_probs_N.numpy(), ours.target_log_probs_N.numpy())
 
 

@@ -42,7 +42,7 @@ class CacheDataset(Dataset[list[float]]):
 
     def __getitem__(self, index: int) -> list[float]:
         targets = self.cache.targets([(self.keys[index], "response")])
-        return [*targets.target_log_probs_N.tolist(), float(targets.head_ids_NK.sum())]
+        return [*targets.target_log_probs_N.tolist(), float(targets.topk_ids_NK.sum())]
 
 
 def _equal(left: SparseTargets, right: SparseTargets) -> bool:
@@ -135,14 +135,14 @@ def test_a_window_that_is_kept_is_decoded_once(world: World, tmp_path: Path, mon
 def test_targets_are_whole_distributions(finished: Path) -> None:
     cache = open_cache(finished)
     targets = cache.targets([(key, "response") for key in cache.keys("response")])
-    mass_N = targets.head_log_probs_NK.double().exp().sum(-1) + targets.tail_log_mass_N.double().exp()
+    mass_N = targets.topk_log_probs_NK.double().exp().sum(-1) + targets.tail_log_mass_N.double().exp()
     assert torch.allclose(mass_N, torch.ones_like(mass_N), atol=1e-6)
-    drawn_N = targets.draw_weights_NM.sum(-1)
+    drawn_N = targets.tail_weights_NM.sum(-1)
     assert torch.allclose(drawn_N, torch.ones_like(drawn_N), atol=1e-6)
-    assert (targets.draw_ids_NM[targets.draw_weights_NM > 0] >= 0).all()
+    assert (targets.tail_ids_NM[targets.tail_weights_NM > 0] >= 0).all()
     assert targets.vocab_size == cache.vocab_size == 400
     assert targets.temperatures == cache.temperatures == (1.5, 2.0, 4.0)
-    assert (targets.head_log_probs_NK[:, 0:1] >= targets.head_log_probs_NK).all()
+    assert (targets.topk_log_probs_NK[:, 0:1] >= targets.topk_log_probs_NK).all()
 
 
 def test_no_items_give_no_positions(finished: Path) -> None:
@@ -155,11 +155,11 @@ def test_exhaustive_is_the_whole_log_softmax(world: World, tmp_path: Path) -> No
     world.run(tmp_path / "c", "capture.preset=exhaustive")
     cache = open_cache(tmp_path / "c")
     targets = cache.targets([(key, "response") for key in sorted(cache.keys("response"))[:5]])
-    assert targets.head_ids_NK.shape[1] == 400
-    assert torch.equal(targets.head_ids_NK.sort(-1).values, torch.arange(400).expand(len(targets), -1))
+    assert targets.topk_ids_NK.shape[1] == 400
+    assert torch.equal(targets.topk_ids_NK.sort(-1).values, torch.arange(400).expand(len(targets), -1))
     assert targets.tail_log_mass_N.isneginf().all()
-    assert targets.draw_ids_NM.shape[1] == 0
-    dense_NV = torch.empty(len(targets), 400).scatter_(1, targets.head_ids_NK, targets.head_log_probs_NK)
+    assert targets.tail_ids_NM.shape[1] == 0
+    dense_NV = torch.empty(len(targets), 400).scatter_(1, targets.topk_ids_NK, targets.topk_log_probs_NK)
     assert torch.allclose(dense_NV.logsumexp(-1), torch.zeros(len(targets)), atol=1e-5)
     assert torch.allclose(dense_NV.gather(1, targets.target_ids_N[:, None])[:, 0], targets.target_log_probs_N)
 

@@ -159,7 +159,7 @@ def test_a_shard_is_fetched_once_and_again_after_it_had_to_leave(remote: str, tm
     again = pickle.loads(pickle.dumps(cache))
     for number in (0, 7, 12, 0, 7):
         item = [(f"tiny-{number:04d}", "response")]
-        assert torch.equal(cache.targets(item).head_ids_NK, again.targets(item).head_ids_NK)
+        assert torch.equal(cache.targets(item).topk_ids_NK, again.targets(item).topk_ids_NK)
     with pytest.raises(StorageError, match="are to be staged, 100 are allowed: set LLAVAMOD_STAGING_GB to more"):
         open_cache(remote, staging=Staging(tmp_path / "tiny", 100))
 

@@ -70,7 +70,7 @@ def test_figures_by_source_are_those_of_plain_counting(mixed: tuple[Path, Path])
         source = packed.read(packed.row_of(key)).source or NO_SOURCE
         for row in range(len(targets)):
             tail = math.exp(float(targets.tail_log_mass_N[row]))
-            first = float(targets.head_ids_NK[row, 0] == targets.target_ids_N[row])
+            first = float(targets.topk_ids_NK[row, 0] == targets.target_ids_N[row])
             figures = (float(targets.entropy_N[row]), 1 - tail, -float(targets.target_log_probs_N[row]), first)
             expected.setdefault(source, []).append(figures)
     assert set(scan.groups) == set(expected) == {"a", "b", NO_SOURCE, HOSTILE}
@@ -78,7 +78,7 @@ def test_figures_by_source_are_those_of_plain_counting(mixed: tuple[Path, Path])
     assert sizes == sorted(sizes, reverse=True)
     for place, name in enumerate(scan.groups):
         mine = scan.group_N == place
-        columns = (scan.entropy_N, scan.head_mass_N, scan.surprise_N, scan.chosen_N)
+        columns = (scan.entropy_N, scan.topk_mass_N, scan.surprise_N, scan.chosen_N)
         found = np.stack([column[mine] for column in columns], 1)
         assert np.allclose(sorted(found.tolist()), sorted(expected[name]), atol=1e-6)
 
@@ -170,21 +170,21 @@ def test_alternatives_are_the_records(world: World, finished: Path, tmp_path: Pa
             assert row[1] == pytest.approx(float(record.target_log_probs_N[0]), rel=1e-3)
             assert row[2] == pytest.approx(float(record.entropy_N[0]), rel=1e-3)
             assert row[3] == pytest.approx(math.exp(float(record.tail_log_mass_N[0])), rel=1e-3)
-            probs = dict(zip(record.head_ids_H.tolist(), np.exp(record.head_log_probs_H).tolist(), strict=True))
+            probs = dict(zip(record.topk_ids_H.tolist(), np.exp(record.topk_log_probs_H).tolist(), strict=True))
             ranked = sorted(probs, key=lambda number: -probs[number])
             assert len(row[4]) == min(len(ranked), 12)
             assert [probs[number] for number in row[4]] == [probs[number] for number in ranked[:12]]
             assert row[5] == pytest.approx([probs[number] for number in row[4]], rel=1e-3)
             assert row[6] == len(probs) - len(row[4])
             assert sum(row[5]) + row[7] == pytest.approx(sum(probs.values()), rel=1e-3)
-            assert row[10] == int(record.draw_counts_N[0])
-            assert set(row[8]) <= set(record.draw_ids_D.tolist())
+            assert row[10] == int(record.tail_counts_N[0])
+            assert set(row[8]) <= set(record.tail_ids_D.tolist())
     shown = {str(number) for rows in content["sequences"] for row in rows for number in (row[0], *row[4], *row[8])}
     assert set(content["names"]) == shown
 
 
 @pytest.mark.parametrize(
-    "overrides", [("capture.preset=exhaustive",), ("capture.draws_max=0",), ("capture.positions=all",)]
+    "overrides", [("capture.preset=exhaustive",), ("capture.tail_samples_max=0",), ("capture.positions=all",)]
 )
 def test_every_kind_of_cache_has_a_page(world: World, tmp_path: Path, overrides: tuple[str, ...]) -> None:
     world.run(tmp_path / "c", *overrides, data=world.pairs)

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from llavamod_offline.data.encode.template import get_template
-from llavamod_offline.data.encode.tokenize import Sequence, SequenceEncoder
+from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequence
 from llavamod_offline.errors import CacheError, ConfigError, ModelError, TargetError
 from llavamod_offline.models.checkpoint import load_tokenizer
 from teacher_cache.fingerprint import (
@@ -29,7 +29,7 @@ from teacher_cache.fingerprint import (
 )
 from teacher_cache.read.reader import open_cache
 from teacher_cache.student.check import check_encoding, check_sequence, check_student
-from teacher_cache.student.end_of_turn import Exchange
+from teacher_cache.student.end_of_turn import TokenIdSwap
 from teacher_cache.write.store import CacheStore
 from tests.teacher_cache.conftest import World
 from tests.tiny import tiny_tokenizer
@@ -186,7 +186,7 @@ def test_prompts_may_differ_unless_they_have_records(
 
 def test_only_fields_that_exist_can_be_allowed(finished: Path) -> None:
     fingerprint = open_cache(finished).fingerprint
-    check_allowed(["template", "capture.head_max", "images.size.shortest_edge", "images.size"], fingerprint)
+    check_allowed(["template", "capture.top_k", "images.size.shortest_edge", "images.size"], fingerprint)
     with pytest.raises(ConfigError, match=r"no field 'tokenizer.vocabluary': did you mean 'tokenizer.vocabulary'\?"):
         check_student(fingerprint, tiny_tokenizer(), allow=["tokenizer.vocabluary"])
 
@@ -213,15 +213,15 @@ def _teacher(change: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "end_of_turn", "exchange"),
     [
-        ("none", f"{END}={OTHER}", Exchange(398, 396)),
-        ("renamed", f"<|eot|>={OTHER}", Exchange(396, 396)),
-        ("exchanged", f"{END}={OTHER}", Exchange(396, 396)),
-        ("one more", f"<|eot|>={OTHER}", Exchange(400, 396)),
-        ("one less", f"{OTHER}=<image>", Exchange(396, 399)),
+        ("none", f"{END}={OTHER}", TokenIdSwap(398, 396)),
+        ("renamed", f"<|eot|>={OTHER}", TokenIdSwap(396, 396)),
+        ("exchanged", f"{END}={OTHER}", TokenIdSwap(396, 396)),
+        ("one more", f"<|eot|>={OTHER}", TokenIdSwap(400, 396)),
+        ("one less", f"{OTHER}=<image>", TokenIdSwap(396, 399)),
     ],
 )
 def test_a_declared_end_of_turn_is_the_one_thing_that_may_differ(
-    change: str, end_of_turn: str, exchange: Exchange
+    change: str, end_of_turn: str, exchange: TokenIdSwap
 ) -> None:
     teacher = _teacher(change)
     student = tiny_tokenizer()
@@ -247,13 +247,13 @@ def _longer(*tokens: str) -> PreTrainedTokenizerFast:
 
 
 def test_a_student_may_have_more_tokens_behind_the_teachers() -> None:
-    """Such as `<image>` in a student of a teacher that writes pictures with tokens of its own."""
+    """Such as `<image>` in a student of a teacher that writes images with tokens of its own."""
     teacher = _teacher("none")
     student = _longer("<|more|>", "<|still more|>")
     assert len(student) == 402
     assert check_student(teacher, student) is None
-    assert check_student(teacher, student, end_of_turn=f"{END}={OTHER}") == Exchange(398, 396)
-    assert check_student(teacher, student, end_of_turn=f"{END}=<|more|>") == Exchange(398, 400)
+    assert check_student(teacher, student, end_of_turn=f"{END}={OTHER}") == TokenIdSwap(398, 396)
+    assert check_student(teacher, student, end_of_turn=f"{END}=<|more|>") == TokenIdSwap(398, 400)
     mine = {"tokenizer": describe_tokenizer(student), "capture": {"positions": "response"}}
     with pytest.raises(CacheError, match=r"tokenizer\.added_tokens: cache \w+…, student \w+…; tokenizer\.vocabulary: "):
         check_student(mine, tiny_tokenizer())
@@ -302,21 +302,21 @@ def test_supervised_ids_are_compared_as_the_exchange_reads_them(finished: Path) 
     theirs = cache.target_ids(key, "response")
     assert np.flatnonzero(theirs == 396).tolist() == [10, 13]  # two turns
 
-    def sequence(*replaced: tuple[int, int]) -> Sequence:
+    def sequence(*replaced: tuple[int, int]) -> TokenizedSequence:
         ids = np.concatenate([[7], theirs])
         for index, number in replaced:
             ids[index + 1] = number
-        return Sequence(key, "response", ids, np.arange(1, len(ids)))
+        return TokenizedSequence(key, "response", ids, np.arange(1, len(ids)))
 
     check_sequence(cache, sequence())
     mine = sequence((10, 398), (13, 398))
-    check_sequence(cache, mine, Exchange(396, 398))
+    check_sequence(cache, mine, TokenIdSwap(396, 398))
     with pytest.raises(
         TargetError, match=r"at position 10 the cache has 396 of 14, the student 398 .*cache\.end_of_turn"
     ):
         check_sequence(cache, mine)
     with pytest.raises(TargetError, match=r"at position 13 the cache has 398 of 14, the student 396 of 14"):
-        check_sequence(cache, sequence((10, 398)), Exchange(396, 398))
+        check_sequence(cache, sequence((10, 398)), TokenIdSwap(396, 398))
     with pytest.raises(TargetError, match=r"at position 3 ") as caught:
         check_sequence(cache, sequence((3, 5), (13, 398)))
     assert "end_of_turn" not in str(caught.value)
@@ -328,7 +328,7 @@ def test_every_token_of_a_sequence_must_be_there_if_all_have_records(finished: P
     theirs = cache.target_ids("tiny-0000", "response")
     length = cache.sequence("tiny-0000", "response").n_tokens
     whole, longer = (
-        Sequence(
+        TokenizedSequence(
             "tiny-0000",
             "response",
             np.concatenate([np.full(total - len(theirs), 7), theirs]),

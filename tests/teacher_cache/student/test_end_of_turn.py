@@ -14,14 +14,14 @@ from torch import Tensor
 from llavamod_offline.losses.divergence import forward_kl
 from llavamod_offline.losses.targets import EMPTY_ID, SparseTargets
 from teacher_cache.read.reader import open_cache
-from teacher_cache.student.end_of_turn import Exchange
+from teacher_cache.student.end_of_turn import TokenIdSwap
 
 IDS = st.integers(0, 30)
 
 
 @given(ids=st.lists(IDS), a=IDS, b=IDS)
 def test_ids_change_places(ids: list[int], a: int, b: int) -> None:
-    exchange = Exchange(a, b)
+    exchange = TokenIdSwap(a, b)
     there = exchange.ids(np.array(ids, np.int64))
     assert there.tolist() == [b if number == a else a if number == b else number for number in ids]
     assert exchange.ids(there).tolist() == ids
@@ -31,8 +31,8 @@ def _dense(targets: SparseTargets, vocab: int) -> Tensor:
     """Head and draws as a table over the vocabulary, [N, vocab]: what the teacher gives each id."""
     table = torch.zeros(len(targets), vocab, dtype=torch.float64)
     for ids_NK, mass_NK in (
-        (targets.head_ids_NK, targets.head_log_probs_NK.double().exp()),
-        (targets.draw_ids_NM, targets.draw_weights_NM.double() * targets.tail_log_mass_N.double().exp()[:, None]),
+        (targets.topk_ids_NK, targets.topk_log_probs_NK.double().exp()),
+        (targets.tail_ids_NM, targets.tail_weights_NM.double() * targets.tail_log_mass_N.double().exp()[:, None]),
     ):
         for row in range(len(targets)):
             for number, mass in zip(ids_NK[row].tolist(), mass_NK[row].tolist(), strict=True):
@@ -46,11 +46,11 @@ def test_the_teachers_distribution_has_two_columns_exchanged(finished: Path, a: 
     """Also where a head, or a tail's draws, hold both ids."""
     cache = open_cache(finished)
     targets = cache.targets([(key, "response") for key in sorted(cache.keys("response"))[:6]])
-    before, after = _dense(targets, 401), _dense(Exchange(a, b).targets(targets), 401)
+    before, after = _dense(targets, 401), _dense(TokenIdSwap(a, b).targets(targets), 401)
     order = torch.arange(401)
     order[[a, b]] = order[[b, a]]
     assert torch.equal(after, before[:, order])
-    read = Exchange(a, b).targets(targets)
+    read = TokenIdSwap(a, b).targets(targets)
     assert read.vocab_size == max(400, a + 1, b + 1)
     for name in ("head_log_probs_NK", "tail_log_mass_N", "target_log_probs_N", "entropy_N", "log_normalisers_NS"):
         assert torch.equal(getattr(read, name), getattr(targets, name))
@@ -59,8 +59,8 @@ def test_the_teachers_distribution_has_two_columns_exchanged(finished: Path, a: 
 def test_a_student_with_exchanged_columns_has_the_same_loss(finished: Path) -> None:
     cache = open_cache(finished)
     targets = cache.targets([(key, "response") for key in sorted(cache.keys("response"))[:6]])
-    likely = int(targets.head_ids_NK[0, 0])
-    exchange = Exchange(likely, 398)
+    likely = int(targets.topk_ids_NK[0, 0])
+    exchange = TokenIdSwap(likely, 398)
     logits_NV = torch.randn(len(targets), 400, generator=torch.Generator().manual_seed(0))
     logits_NV[:, likely] += 6.0
     other_NV = logits_NV.clone()
@@ -73,7 +73,7 @@ def test_a_student_with_exchanged_columns_has_the_same_loss(finished: Path) -> N
 @pytest.mark.parametrize(("a", "b"), [(1, 4), (2, 2), (1, 6)])
 def test_a_profile_is_exchanged_over_as_many_ids_as_the_targets(a: int, b: int) -> None:
     profile_V = torch.tensor([0.1, 0.4, 0.0, 0.2, 0.25, 0.05])
-    exchange = Exchange(a, b)
+    exchange = TokenIdSwap(a, b)
     dense = dict(enumerate(profile_V.tolist()))
     expected = {**dense, a: dense.get(b, 0.0), b: dense.get(a, 0.0)}
     assert exchange.profile(profile_V).tolist() == [expected[number] for number in range(exchange.vocab_size(6))]

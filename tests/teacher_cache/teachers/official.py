@@ -1,8 +1,8 @@
-"""The official road to a teacher's logits: the checkpoint's own processor over text and pictures, then the model."""
+"""The official road to a teacher's logits: the checkpoint's own processor over text and images, then the model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ FAMILIES = ("llava_llama", "qwen2_vl", "qwen2_5_vl", "llava_onevision")
 
 @dataclass(frozen=True)
 class Official:
-    """Processor and model of a folder; `image` is how a picture is written in text."""
+    """Processor and model of a folder; `image` is how an image is written in text."""
 
     folder: Path
     processor: Any
@@ -56,12 +56,12 @@ class Official:
     image: str
 
     def text(self, sample: Sample, role: str, template: str = "chatml") -> str:
-        """The whole conversation as one text, one image token a picture."""
+        """The whole conversation as one text, one image token an image."""
         pieces = [segment.text for segment in get_template(template).render(sample.conversation(role))]
         return "".join(pieces).replace(IMAGE_PLACEHOLDER, self.image)
 
     @torch.inference_mode()
-    def log_probs(self, pairs: Items[tuple[Sample, str]]) -> list[tuple[np.ndarray, torch.Tensor]]:
+    def log_probs(self, pairs: Sequence[tuple[Sample, str]]) -> list[tuple[np.ndarray, torch.Tensor]]:
         """One padded batch of (sample, role): the token ids [T] and log-probs [T, head rows] of each."""
         images = [[decode_image(image, name=sample.key) for image in sample.images] for sample, _ in pairs]
         inputs = self.processor(

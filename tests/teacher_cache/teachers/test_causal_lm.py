@@ -1,4 +1,4 @@
-"""Language models without pictures as teachers, and what is no teacher at all."""
+"""Language models without images as teachers, and what is no teacher at all."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from llavamod_offline.config import load_config
 from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.errors import ModelError
-from teacher_cache.capture.run import run_job
-from teacher_cache.config import CacheConfig
+from teacher_cache.capture.run import run_capture
+from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.read.reader import open_cache
 from teacher_cache.teachers import open_teacher
 from teacher_cache.teachers.causal_lm import CausalLmTeacher
@@ -30,7 +30,7 @@ def test_text_is_captured_and_pictures_are_rejected(tmp_path: Path, kind: str, p
     samples = tiny_samples(24, preference=preference)
     write_set(samples, tmp_path / "set")
     settings = [f"data={tmp_path / 'set'}", f"teacher={folder}", f"output={tmp_path / 'cache'}", "batch_size=4"]
-    summary = run_job(load_config(CacheConfig, (), [*settings, "template=chatml"]))
+    summary = run_capture(load_config(CacheTeacherConfig, (), [*settings, "template=chatml"]))
     texts = [sample for sample in samples if not sample.images]
     roles = 2 if preference else 1
     assert (summary.sequences, summary.rejected) == (len(texts) * roles, (24 - len(texts)) * roles)

@@ -1,9 +1,9 @@
-"""Every family of teachers with pictures: what is captured is what the official processor and the whole model say."""
+"""Every family of teachers with images: what is captured is what the official processor and the whole model say."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import torch
 from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import ConfigError, DataError, ModelError
-from teacher_cache.engines.hf import HfEngine
+from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.engines.protocol import Request
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.sequences import SequenceRecord
-from teacher_cache.teachers import Picture, Teacher, open_teacher
+from teacher_cache.teachers import SampleImage, Teacher, open_teacher
 from teacher_cache.teachers.llava import LlavaTeacher
 from tests.teacher_cache.teachers.official import FAMILIES, Official, open_official, write_family
 from tests.tiny import tiny_image
@@ -39,8 +39,8 @@ class Family:
     def vocab_size(self) -> int:
         return len(self.teacher.encoder.tokenizer)
 
-    def capture(self, samples: Items[Sample], batch_size: int = 5, **settings: Any) -> dict[Any, SequenceRecord]:
-        engine = HfEngine(
+    def capture(self, samples: Sequence[Sample], batch_size: int = 5, **settings: Any) -> dict[Any, SequenceRecord]:
+        engine = HfCaptureEngine(
             self.model,
             self.teacher,
             RecordSettings(1.0, self.vocab_size, 0, 1.0, ()),
@@ -71,7 +71,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def conversations() -> list[Sample]:
-    """One, two and three pictures, none, one and two turns, a picture in the second turn."""
+    """One, two and three images, none, one and two turns, an image in the second turn."""
     images = [tiny_image(number, size) for number, size in enumerate(SIZES)]
     made = [_sample(f"one-{n}", (image,), ("<image>\nWhat is it?", f"A star {n}.")) for n, image in enumerate(images)]
     two = "<image>\nWhich colour?", "Red.", "And the <image> number?", "It is 7."
@@ -82,7 +82,7 @@ def conversations() -> list[Sample]:
 
 
 def preferences() -> list[Sample]:
-    """Answers that begin alike, and answers of different lengths; with one picture, two, and none."""
+    """Answers that begin alike, and answers of different lengths; with one image, two, and none."""
     turns = (Turn("user", "<image>\nWhat is it?"),)
     images = [tiny_image(number, size) for number, size in enumerate(SIZES)]
     answers = [
@@ -102,7 +102,7 @@ def _sample(key: str, images: tuple[bytes, ...], texts: tuple[str, ...]) -> Samp
     return Sample(key, turns, images, ("png",) * len(images))
 
 
-def _assert_official(family: Family, samples: Items[Sample], captured: dict[Any, SequenceRecord]) -> None:
+def _assert_official(family: Family, samples: Sequence[Sample], captured: dict[Any, SequenceRecord]) -> None:
     pairs = [(sample, role) for sample in samples for role in sample.roles]
     assert captured.keys() == {(sample.key, role) for sample, role in pairs}
     for (sample, role), (ids_T, logits_TV) in zip(pairs, family.official.log_probs(pairs), strict=True):
@@ -110,9 +110,9 @@ def _assert_official(family: Family, samples: Items[Sample], captured: dict[Any,
         assert np.array_equal(sequence.input_ids_T, ids_T), (sample.key, role)
         dense_NV = logits_TV[sequence.prediction_rows_N, : family.vocab_size].log_softmax(-1).numpy()
         records = captured[sample.key, role].records
-        heads = records.head_ids_H.reshape(len(dense_NV), family.vocab_size)
+        heads = records.topk_ids_H.reshape(len(dense_NV), family.vocab_size)
         found = np.empty_like(dense_NV)
-        np.put_along_axis(found, heads.astype(np.int64), records.head_log_probs_H.reshape(heads.shape), 1)
+        np.put_along_axis(found, heads.astype(np.int64), records.topk_log_probs_H.reshape(heads.shape), 1)
         assert np.allclose(found, dense_NV, atol=1e-4), (sample.key, role, np.abs(found - dense_NV).max())
 
 
@@ -135,7 +135,7 @@ def test_preferences_are_captured_alike_with_and_without_shared_prompts(family: 
 
 
 def test_pictures_decide_what_is_captured(family: Family) -> None:
-    """Else the tests above would pass on a model that sees no pictures."""
+    """Else the tests above would pass on a model that sees no images."""
     first = conversations()[1]
     other = dataclasses.replace(first, images=(tiny_image(77, SIZES[1]),))
     gaps = [
@@ -149,7 +149,7 @@ def test_a_picture_runs_through_the_tower_once_for_all_roles(family: Family, mon
     counts = []
     run = family.teacher.image_features
 
-    def counted(model: Any, pictures: Items[Picture]) -> list[torch.Tensor]:
+    def counted(model: Any, pictures: Sequence[SampleImage]) -> list[torch.Tensor]:
         counts.append(len(pictures))
         return run(model, pictures)
 

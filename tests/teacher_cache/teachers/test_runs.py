@@ -14,9 +14,9 @@ from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import ModelError
-from teacher_cache.capture.run import run_job
-from teacher_cache.config import CacheConfig
-from teacher_cache.engines.hf import HfEngine
+from teacher_cache.capture.run import run_capture
+from teacher_cache.config import CacheTeacherConfig
+from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.engines.protocol import Request
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.rejection import Rejection
@@ -27,9 +27,9 @@ from tests.tiny import tiny_image, tiny_samples
 from tests.tiny_teachers import write_tiny_onevision, write_tiny_qwen_vl
 
 
-def _settings(teacher: Path, data: Path, output: Path, *overrides: str) -> CacheConfig:
+def _settings(teacher: Path, data: Path, output: Path, *overrides: str) -> CacheTeacherConfig:
     given = [f"data={data}", f"teacher={teacher}", f"output={output}", "template=chatml", "workers=1", *overrides]
-    return load_config(CacheConfig, (), given)
+    return load_config(CacheTeacherConfig, (), given)
 
 
 def test_a_capture_and_its_plan(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_a_capture_and_its_plan(tmp_path: Path) -> None:
     write_set([*samples, Sample("long", turns)], tmp_path / "set")
     config = _settings(teacher, tmp_path / "set", tmp_path / "cache", "max_length=8192")
     plan = make_plan(config, samples=13, seconds=30)
-    summary = run_job(config)
+    summary = run_capture(config)
     assert (summary.sequences, summary.rejected) == (12, 1)
     assert plan.positions == pytest.approx(summary.positions, rel=0.01)
     rejected = json.loads((tmp_path / "cache" / "rejected.jsonl").read_text())
@@ -48,7 +48,7 @@ def test_a_capture_and_its_plan(tmp_path: Path) -> None:
     images = open_cache(tmp_path / "cache").fingerprint["images"]
     assert (images["aspect"], images["tokens"], images["token_id"]) == ("own", "by size", 402)
     assert images["size"] == {"shortest_edge": 256, "longest_edge": 2304}
-    again = run_job(dataclasses.replace(config, output=str(tmp_path / "again"), workers=3))
+    again = run_capture(dataclasses.replace(config, output=str(tmp_path / "again"), workers=3))
     assert again.digest == summary.digest
 
 
@@ -63,7 +63,7 @@ def test_pictures_that_cannot_be_used_reject_their_samples_alone(tmp_path: Path,
     images = (samples[0].images[0][:-30], b"\x89PNG", tiny_image(2, (90, 20)), samples[3].images[0])
     shown = [dataclasses.replace(sample, images=(image,)) for sample, image in zip(samples, images, strict=True)]
     assert len(teacher.encode(shown[0], "response").input_ids_T)  # its header is sound
-    engine = HfEngine(
+    engine = HfCaptureEngine(
         teacher.load(torch.float32),
         teacher,
         RecordSettings(0.9, 8, 4, 10.0, ()),

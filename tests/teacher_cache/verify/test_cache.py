@@ -92,7 +92,7 @@ def test_impossible_numbers_under_right_checksums_are_found(
     ],
 )
 def test_impossible_exact_numbers_are_found(world: World, tmp_path: Path, column: str, value: float, word: str) -> None:
-    world.run(tmp_path / "c", FLOAT32, "capture.head_max=3")
+    world.run(tmp_path / "c", FLOAT32, "capture.top_k=3")
     _rewrite(tmp_path / "c", ColumnFile(tmp_path / "c" / SHARD / "columns.zarr"), column, value)
     verdict = verify_cache(tmp_path / "c")
     assert any(word in problem and problem.startswith(SHARD) for problem in verdict.damage)

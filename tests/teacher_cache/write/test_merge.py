@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from llavamod_offline.config import load_config
 from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.errors import CacheError, ConfigError
-from teacher_cache.capture.run import run_job
-from teacher_cache.config import CacheConfig
+from teacher_cache.capture.run import run_capture
+from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.inspection.export import export_cache
 from teacher_cache.inspection.summary import bytes_by_part
 from teacher_cache.plan.estimate import compare, finished_cache
@@ -167,7 +167,7 @@ def test_other_settings_are_refused_side_by_side_unless_allowed(world: World, pa
 
 
 @pytest.mark.parametrize(
-    ("setting", "field"), [("capture.temperatures=[2.0]", "temperatures"), ("capture.draws_max=3", "draws_max")]
+    ("setting", "field"), [("capture.temperatures=[2.0]", "temperatures"), ("capture.tail_samples_max=3", "draws_max")]
 )
 def test_what_decides_how_records_are_read_cannot_be_allowed(
     world: World, parts: Parts, tmp_path: Path, setting: str, field: str
@@ -192,9 +192,11 @@ def test_an_output_that_holds_something_else_is_left_alone(parts: Parts, tmp_pat
 
 def test_caches_in_a_bucket_merge(world: World, parts: Parts, tmp_path: Path, bucket: str) -> None:
     """From a disk and a bucket into a bucket: the same cache as on a disk, and commands read it there."""
-    run_job(
+    run_capture(
         load_config(
-            CacheConfig, (), [*world.arguments(tmp_path), f"data={parts.second.parent / 'set'}", f"output={bucket}/b"]
+            CacheTeacherConfig,
+            (),
+            [*world.arguments(tmp_path), f"data={parts.second.parent / 'set'}", f"output={bucket}/b"],
         )
     )
     done = merge_caches([open_cache(parts.first), open_cache(f"{bucket}/b")], f"{bucket}/all")

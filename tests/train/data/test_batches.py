@@ -50,7 +50,7 @@ def test_samples_that_are_too_long_are_left_out_on_request(world: World, tmp_pat
 
 
 def test_answers_or_pictures_the_teacher_did_not_see_are_refused(world: World, tmp_path: Path) -> None:
-    """Same keys, but one answer differs in its last word; then the same answers over another picture."""
+    """Same keys, but one answer differs in its last word; then the same answers over another image."""
     samples = tiny_samples(4)
     turn = Turn("assistant", samples[1].turns[-1].text.replace(".", "!"))
     other_answer = Sample(samples[1].key, (*samples[1].turns[:-1], turn), samples[1].images, ("png",))

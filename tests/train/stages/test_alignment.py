@@ -1,6 +1,6 @@
 """What is aligned beside distributions equals a slow trainer that runs teacher and student itself.
 
-Letters: T tokens of a sequence, P those of an image, N positions that predict answers, D and E hidden sizes.
+Shape suffixes: T tokens of a sequence, P those of an image, N positions that predict answers, D and E hidden sizes.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def test_under_zero_it_is_the_same(world: World, cache: Path, tmp_path: Path, ze
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "zero_stage"), [("mimic_dense", 2), ("mimic_sparse", 3)])
 def test_two_processes_equal_one(world: World, cache: Path, tmp_path: Path, stage: str, zero_stage: int) -> None:
-    """With micro-batches of one sample, so that one process has a picture where the other has none."""
+    """With micro-batches of one sample, so that one process has an image where the other has none."""
     settings = (*EVERYTHING, f"cache.path={cache}", "steps=10", "batch.micro_size=1")
     config = world.config(stage, tmp_path / "two", *settings)
     done = run_two(config, tmp_path, f"engine.zero_stage={zero_stage}")

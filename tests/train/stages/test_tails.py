@@ -17,7 +17,7 @@ from train.run import train
 @pytest.fixture(scope="module")
 def truncated(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache whose heads leave tails, with draws from them."""
-    settings = ("capture.head_mass=0.5", "capture.head_max=4", "capture.draws_max=6")
+    settings = ("capture.top_p=0.5", "capture.top_k=4", "capture.tail_samples_max=6")
     return write_cache(tmp_path_factory.mktemp("truncated") / "cache", world.chats, world.teacher, *settings)
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from llavamod_offline.data.encode.collate import Batch, collate
 from llavamod_offline.data.encode.template import get_template
-from llavamod_offline.data.encode.tokenize import Sequence, SequenceEncoder
+from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequence
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.data.sampler import BatchSchedule, Order
 from llavamod_offline.errors import DataError
@@ -22,8 +22,8 @@ PAD = 3
 Pixels = NDArray[np.float32]
 
 
-def sequence(key: str, ids: list[int], supervised: list[int], role: str = "response") -> Sequence:
-    return Sequence(key, role, np.array(ids, dtype=np.int64), np.array(supervised, dtype=np.int64))
+def sequence(key: str, ids: list[int], supervised: list[int], role: str = "response") -> TokenizedSequence:
+    return TokenizedSequence(key, role, np.array(ids, dtype=np.int64), np.array(supervised, dtype=np.int64))
 
 
 def picture(value: float, size: int = 4) -> Pixels:
@@ -133,11 +133,11 @@ class _Encoded:
     def __init__(self, samples: list[Sample]) -> None:
         self.samples = samples
 
-    def __getitem__(self, row: int) -> Sequence:
+    def __getitem__(self, row: int) -> TokenizedSequence:
         return ENCODER.encode(self.samples[row], "response")
 
 
-def _collate(sequences: list[Sequence]) -> Batch:
+def _collate(sequences: list[TokenizedSequence]) -> Batch:
     return collate(sequences, [[] for _ in sequences], pad_id=PAD)
 
 
@@ -145,7 +145,7 @@ def _collate(sequences: list[Sequence]) -> Batch:
 def test_the_same_batches_for_any_number_of_workers(workers: int) -> None:
     samples = [dataclasses.replace(sample, key=f"k{row}") for row, sample in enumerate(tiny_samples(10))]
     schedule = BatchSchedule(Order(10, seed=1, batch_size=4), stop=6, micro_batch_size=3)
-    loader: DataLoader[Sequence] = DataLoader(
+    loader: DataLoader[TokenizedSequence] = DataLoader(
         _Encoded(samples),  # type: ignore[arg-type]
         batch_sampler=schedule,
         collate_fn=_collate,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from llavamod_offline.data.encode.template import get_template
-from llavamod_offline.data.encode.tokenize import Sequence, SequenceEncoder
+from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequence
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import DataError, ModelError
 from tests.tiny import tiny_image, tiny_samples, tiny_tokenizer
@@ -39,7 +39,7 @@ def conversation(*texts: str, images: int = 0) -> Sample:
     return Sample("k", turns, (PNG,) * images, ("png",) * images)
 
 
-def text_at(sequence: Sequence, places: NDArray[np.int64] | slice) -> str:
+def text_at(sequence: TokenizedSequence, places: NDArray[np.int64] | slice) -> str:
     return str(TOKENIZER.decode(sequence.input_ids_T[places].tolist()))
 
 

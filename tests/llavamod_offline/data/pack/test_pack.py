@@ -18,21 +18,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llavamod_offline.data.pack.pack import write_set
-from llavamod_offline.data.rows import Located, Rejection
+from llavamod_offline.data.rows import Located, RejectedRow
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError, DataError
 from tests.tiny import tiny_image, tiny_samples
 
-Rows = list[Sample | Located | Rejection]
+Rows = list[Sample | Located | RejectedRow]
 
 
 def text_sample(key: str, answer: str = "Yes.") -> Sample:
     return Sample(key, (Turn("user", "Is it?"), Turn("assistant", answer)), source="text")
 
 
-def rejection(key: str, kind: str = "missing image") -> Rejection:
-    return Rejection(key, kind, f"why not {key} \ud800", "rows.json", 7)  # type: ignore[arg-type]
+def rejection(key: str, kind: str = "missing image") -> RejectedRow:
+    return RejectedRow(key, kind, f"why not {key} \ud800", "rows.json", 7)  # type: ignore[arg-type]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

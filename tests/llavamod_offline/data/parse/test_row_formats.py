@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llavamod_offline.data.rows import Located, Rejection
+from llavamod_offline.data.rows import Located, RejectedRow
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.data.sources.read import read_sources
 from llavamod_offline.errors import DataError
@@ -173,7 +173,7 @@ def test_parquet_rows_that_give_no_sample(tmp_path: Path) -> None:
         {"idx": None},
     ]
     found = list(read_sources([write_parquet(tmp_path / "pairs.parquet", rows)]))
-    rejections = [row for row in found if isinstance(row, Rejection)]
+    rejections = [row for row in found if isinstance(row, RejectedRow)]
     assert [(rejection.key, rejection.kind) for rejection in rejections] == [
         ("0", "undecodable image"),
         ("1", "missing image"),

@@ -1,4 +1,4 @@
-"""Hostile files: tars, rows and pictures as no data set should have them, each beside a good sample."""
+"""Hostile files: tars, rows and images as no data set should have them, each beside a good sample."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def _write_to(folder: Path, entries: list[Entry]) -> None:
 
 
 def _rows(name: str, bad: Any, *rejected: tuple[str, str, str], **files: bytes) -> Case:
-    """A JSON list with a bad row; `files` are pictures beside the good one, a dot for the last underscore."""
+    """A JSON list with a bad row; `files` are images beside the good one, a dot for the last underscore."""
 
     def write(folder: Path) -> None:
         pictures(folder, files)
@@ -220,7 +220,7 @@ def _text(name: str, suffix: str, content: bytes, *rejected: tuple[str, str, str
 
 
 def pictures(folder: Path, files: dict[str, bytes]) -> None:
-    """Write the pictures that rows name."""
+    """Write the images that rows name."""
     (folder / "pictures").mkdir()
     for name, content in {"good_png": PNG, **files}.items():
         (folder / "pictures" / name.replace("_", ".")).write_bytes(content)

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llavamod_offline.data.rows import Located, Rejection
+from llavamod_offline.data.rows import Located, RejectedRow
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.data.sources.read import read_sources
 from tests.tiny import tiny_image
@@ -57,14 +57,14 @@ def write_parquet(file: Path, rows: list[dict[str, Any]], **changes: Any) -> Pat
     return file
 
 
-def samples(rows: Iterator[Located | Rejection]) -> list[Sample]:
+def samples(rows: Iterator[Located | RejectedRow]) -> list[Sample]:
     """The samples of rows of which none is rejected."""
     found = list(rows)
-    assert not [row for row in found if isinstance(row, Rejection)]
+    assert not [row for row in found if isinstance(row, RejectedRow)]
     return [row.sample for row in found if isinstance(row, Located)]
 
 
-def only_rejection(tmp_path: Path, row: Any, folders: list[Path]) -> Rejection:
+def only_rejection(tmp_path: Path, row: Any, folders: list[Path]) -> RejectedRow:
     """The rejection of a row that stands between two good ones."""
     good = [{"id": name, "conversations": talk("Is it?", "Yes.")} for name in ("first", "last")]
     file = write_rows(tmp_path / "rows.json", [good[0], row, good[1]])
@@ -72,7 +72,7 @@ def only_rejection(tmp_path: Path, row: Any, folders: list[Path]) -> Rejection:
     assert isinstance(first, Located)
     assert isinstance(last, Located)
     assert (first.sample.key, last.sample.key) == ("first", "last")
-    assert isinstance(middle, Rejection)
+    assert isinstance(middle, RejectedRow)
     assert (middle.file, middle.row) == (str(file), 1)
     return middle
 

@@ -21,7 +21,7 @@ ENTRY = DataSet(files=["a/rows.json"], images=["a/p"], rows=3, licence="mit", do
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Three rows with four pictures, and a table of two rows."""
+    """Three rows with four images, and a table of two rows."""
     (tmp_path / "a" / "p" / "coco" / "train").mkdir(parents=True)
     for name in ("coco/train/1.png", "coco/train/2.png", "own.png"):
         (tmp_path / "a" / "p" / name).write_bytes(tiny_image(0))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llavamod_offline.data.pack.pack import write_set
-from llavamod_offline.data.rows import Located, Rejection
+from llavamod_offline.data.rows import Located, RejectedRow
 from llavamod_offline.data.sample import Sample, sample_to_json
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.data.sources import image_folders
@@ -42,7 +42,7 @@ def test_bad_lines_do_not_stop_a_file(tmp_path: Path) -> None:
     good = json.dumps({"id": "a", "conversations": TEXT})
     file.write_text(f"{{bad\n{good}\n")
     bad, row = read_sources([file])
-    assert isinstance(bad, Rejection)
+    assert isinstance(bad, RejectedRow)
     assert (bad.key, bad.kind, bad.row) == ("chat-000000000", "malformed row", 0)
     assert isinstance(row, Located)
     assert row.row == 1
@@ -165,7 +165,7 @@ def test_prepared_rows_are_the_same_from_any_number_of_processes(tmp_path: Path,
 
 
 def test_folders_of_samples(tmp_path: Path) -> None:
-    """What a tar holds, unpacked: texts and captions beside pictures, at any depth, this project's own files too."""
+    """What a tar holds, unpacked: texts and captions beside images, at any depth, this project's own files too."""
     folder = tmp_path / "mine"
     (folder / "sub").mkdir(parents=True)
     own = tiny_samples(1)[0]
@@ -191,7 +191,7 @@ def test_folders_of_samples(tmp_path: Path) -> None:
         Sample("sub_x2Fa", turns("<image>\nDescribe it.", "A dog."), (PNG,), ("png",), source="mine"),
         "sub_x2Flost",
     ]
-    rejections = [row for row in found if isinstance(row, Rejection)]
+    rejections = [row for row in found if isinstance(row, RejectedRow)]
     assert "file 'c.txt': cannot be read: No such file" in rejections[0].reason
     assert "has no text" in rejections[1].reason
     by_row = [row for row in read_sources([Source(folder, "n", rule=rule)], keys="row") if isinstance(row, Located)]

@@ -54,19 +54,19 @@ def test_what_is_listed_is_recorded_as_from_the_whole_distribution(settings: Rec
     log_probs_NV, targets_N = _dense(VOCAB)
     uniforms_N = torch.zeros(ROWS, dtype=torch.float64)
     expected, _ = make_records(torch.from_numpy(log_probs_NV), torch.from_numpy(targets_N), uniforms_N, settings)
-    found, finite_N = _recorded(log_probs_NV, targets_N, min(settings.head_max, VOCAB), settings)
+    found, finite_N = _recorded(log_probs_NV, targets_N, min(settings.top_k, VOCAB), settings)
     assert finite_N.all()
-    assert np.array_equal(found.head_counts_N, expected.head_counts_N)
-    assert np.array_equal(found.head_ids_H, expected.head_ids_H)
-    assert np.allclose(found.head_log_probs_H, expected.head_log_probs_H, atol=1e-5)
+    assert np.array_equal(found.topk_counts_N, expected.topk_counts_N)
+    assert np.array_equal(found.topk_ids_H, expected.topk_ids_H)
+    assert np.allclose(found.topk_log_probs_H, expected.topk_log_probs_H, atol=1e-5)
     assert np.allclose(found.target_log_probs_N, expected.target_log_probs_N, atol=1e-5)
     assert np.array_equal(found.target_ids_N, expected.target_ids_N)
     assert np.allclose(np.exp(found.tail_log_mass_N), np.exp(expected.tail_log_mass_N), atol=1e-6)
     assert np.array_equal(np.isneginf(found.tail_log_mass_N), np.isneginf(expected.tail_log_mass_N))
     assert (found.entropy_N <= expected.entropy_N + 1e-5).all()
-    if settings.head_max == VOCAB:
+    if settings.top_k == VOCAB:
         assert np.allclose(found.entropy_N, expected.entropy_N, atol=1e-5)
-    assert not found.draw_counts_N.any()
+    assert not found.tail_counts_N.any()
     assert found.log_normalisers_NS.shape == (ROWS, 0)
 
 
@@ -77,8 +77,8 @@ def test_listed_ids_beyond_the_vocabulary_leave_the_distribution() -> None:
     inside_NV = torch.from_numpy(log_probs_NV[:, :VOCAB])
     expected, _ = make_records(inside_NV, torch.from_numpy(targets_N), uniforms_N, settings)
     found, _ = _recorded(log_probs_NV, targets_N, WIDTH, settings)
-    assert np.array_equal(found.head_ids_H, expected.head_ids_H)
-    assert np.allclose(found.head_log_probs_H, expected.head_log_probs_H, atol=1e-5)
+    assert np.array_equal(found.topk_ids_H, expected.topk_ids_H)
+    assert np.allclose(found.topk_log_probs_H, expected.topk_log_probs_H, atol=1e-5)
     assert np.allclose(found.target_log_probs_N, expected.target_log_probs_N, atol=1e-5)
     assert np.isneginf(found.tail_log_mass_N).all()
 
@@ -88,7 +88,7 @@ def test_equal_log_probs_stand_by_rising_id() -> None:
     ids = np.array([[9, 2, 30, 4]])
     log_probs = np.log(np.array([[0.4, 0.2, 0.2, 0.1]]))
     found, _ = listed_records(ids[:, [0, 2, 1, 3]], log_probs, np.array([9]), log_probs[:, 0], settings, vocab_size=50)
-    assert found.head_ids_H.tolist() == [9, 2, 30, 4]
+    assert found.topk_ids_H.tolist() == [9, 2, 30, 4]
     assert found.tail_log_mass_N[0] == pytest.approx(np.log(0.1), abs=1e-6)
 
 

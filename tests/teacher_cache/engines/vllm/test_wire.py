@@ -11,7 +11,7 @@ import torch
 
 from teacher_cache.engines.make_records import make_records
 from teacher_cache.engines.tail_samples import sequence_uniforms
-from teacher_cache.engines.vllm.wire import NOTHING, Order, pack, unpack
+from teacher_cache.engines.vllm.wire import NOTHING, RecordRequest, pack, unpack
 from teacher_cache.format.record import Records, RecordSettings
 
 SETTINGS = RecordSettings(0.9, 6, 4, 20.0, (2.0, 4.0), (1, 3), 0.001)
@@ -56,7 +56,7 @@ def test_nothing_is_no_answer_and_an_answer_without_rows_is_one() -> None:
 
 @pytest.mark.parametrize("states_M", [None, np.array([0, 2]), np.zeros(0, np.int64)])
 def test_an_order_survives_the_way_to_another_process(states_M: np.ndarray | None) -> None:
-    order = Order(
+    order = RecordRequest(
         rows_N=np.array([4, 5, 9]),
         targets_N=np.array([7, -1, 2**31]),
         key="sample-1",
@@ -66,8 +66,8 @@ def test_an_order_survives_the_way_to_another_process(states_M: np.ndarray | Non
         settings=SETTINGS,
         states_M=states_M,
     )
-    found = Order.from_arguments(_carried(order.to_arguments()))
-    for field in dataclasses.fields(Order):
+    found = RecordRequest.from_arguments(_carried(order.to_arguments()))
+    for field in dataclasses.fields(RecordRequest):
         assert np.array_equal(getattr(order, field.name), getattr(found, field.name)), field.name
     assert found.settings == SETTINGS
 

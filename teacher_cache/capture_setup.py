@@ -25,15 +25,15 @@ from teacher_cache.teachers import Teacher, open_teacher
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from llavamod_offline.data.encode.tokenize import Sequence as TokenSequence
+    from llavamod_offline.data.encode.tokenize import TokenizedSequence
     from llavamod_offline.data.sample import Sample
-    from teacher_cache.config import CacheConfig, Preset
+    from teacher_cache.config import CacheTeacherConfig, Preset
 
 _FORCED_WORDS = ("yes", "no", "Yes", "No", "A", "B", "C", "D")
 
 
 @dataclass(frozen=True)
-class Job:
+class CaptureSetup:
     """Everything about a capture that is known before the teacher's weights are loaded."""
 
     samples: SampleSet
@@ -44,7 +44,7 @@ class Job:
     device: str
     fingerprint: dict[str, Any]
 
-    def encode(self, sample: Sample, role: str) -> TokenSequence:
+    def encode(self, sample: Sample, role: str) -> TokenizedSequence:
         """Tokenise one role. Errors: `DataError` if it is too long for the settings or for the teacher."""
         sequence = self.teacher.encode(sample, role)
         length, limit = len(sequence.input_ids_T), self.teacher.context_length
@@ -53,7 +53,7 @@ class Job:
         return sequence
 
 
-def prepare_job(config: CacheConfig) -> Job:
+def prepare_capture(config: CacheTeacherConfig) -> CaptureSetup:
     """Open set and teacher and check that they fit one another, all but the weights. Errors: a `LlavaModError`."""
     samples = _open_set(config)
     template = choose_template(config.template, lambda: load_tokenizer(Path(config.teacher)))
@@ -80,9 +80,7 @@ def prepare_job(config: CacheConfig) -> Job:
         "teacher": describe_weights(teacher.folder),
         "engine": describe_engine(config, dtype, device),
         "capture": {
-            **dataclasses.asdict(settings),
-            "temperatures": list(settings.temperatures),
-            "forced_ids": list(settings.forced_ids),
+            **settings.stored(),
             "precision": codec.precision,
             "positions": config.capture.positions,
             "hidden": config.capture.hidden,
@@ -93,7 +91,7 @@ def prepare_job(config: CacheConfig) -> Job:
         },
         "data": {"digest": samples.digest, "samples": len(samples)},
     }
-    return Job(
+    return CaptureSetup(
         samples=samples,
         teacher=teacher,
         settings=settings,
@@ -104,7 +102,7 @@ def prepare_job(config: CacheConfig) -> Job:
     )
 
 
-def _open_set(config: CacheConfig) -> SampleSet:
+def _open_set(config: CacheTeacherConfig) -> SampleSet:
     """Open the set, its preference samples paired if they are to be. Errors: `DataError`, `ConfigError`."""
     samples = SampleSet.open(config.data)
     if not config.capture.mismatched:
@@ -116,7 +114,7 @@ def _open_set(config: CacheConfig) -> SampleSet:
     return samples.with_mismatched()
 
 
-def with_preset(job: Job, preset: Preset) -> Job:
+def with_preset(job: CaptureSetup, preset: Preset) -> CaptureSetup:
     """The same capture that keeps something else of each distribution; its fingerprint stays as it is."""
     settings, codec = _kept(
         preset,
@@ -138,11 +136,11 @@ def _kept(
 ) -> tuple[RecordSettings, Codec]:
     """What a record keeps, and how it is encoded."""
     settings = RecordSettings(
-        head_mass=capture.head_mass,
-        head_min_prob=capture.head_min_prob,
-        head_max=vocab_size if capture.head_max is None else min(capture.head_max, vocab_size),
-        draws_max=capture.draws_max,
-        draws_per_mass=capture.draws_per_mass,
+        top_p=capture.top_p,
+        min_prob=capture.min_prob,
+        top_k=vocab_size if capture.top_k is None else min(capture.top_k, vocab_size),
+        tail_samples_max=capture.tail_samples_max,
+        tail_samples_per_mass=capture.tail_samples_per_mass,
         temperatures=temperatures,
         forced_ids=forced_ids,
     )
@@ -150,8 +148,8 @@ def _kept(
         vocab_size=vocab_size,
         temperatures=temperatures,
         precision=capture.precision,
-        head_limit=settings.head_max + len(forced_ids),
-        draw_limit=settings.draws_max,
+        topk_limit=settings.top_k + len(forced_ids),
+        tail_limit=settings.tail_samples_max,
         forced_ids=forced_ids,
         hidden=hidden,
     )
