@@ -1,6 +1,7 @@
 """Answering with a LLaVA checkpoint in transformers: left-padded batches, key-value cache, greedy.
 
-Shape suffixes: B questions of a batch, T tokens of the longest prompt, G generated tokens, I images, H and W their pixels.
+Shape suffixes: B questions of a batch, T tokens of the longest prompt, G generated tokens, I images, H and W their
+pixels.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Losses that align what happens inside teacher and student, for teachers whose hidden states or relations are at hand.
 
-Shape suffixes: N positions, D and T hidden size of student and teacher, B images, P visual tokens of one, V rows of the head.
+Shape suffixes: N positions, D and T hidden size of student and teacher, B images, P visual tokens of one, V rows of the
+head.
 
 - LLAVADI (arXiv 2407.19409) aligns the last layer's hidden states at the response's tokens, by mean squares or by the
   cosine, through a projection that is trained with the student and dropped with the distillation.

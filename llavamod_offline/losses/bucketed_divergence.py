@@ -1,6 +1,7 @@
 """Divergences over a few events: a record's head ids and, last, its tail as one bucket. Value and slope.
 
-Shape suffixes: N positions, E events. p is the teacher, q the student, both over the same events; everything is in nats.
+Shape suffixes: N positions, E events. p is the teacher, q the student, both over the same events; everything is in
+nats.
 
 - `forward_kl`: Σ p log(p/q).
 - `reverse_kl`: Σ q log(q/p); on the cached support this is MiniLLM's (arXiv 2306.08543).

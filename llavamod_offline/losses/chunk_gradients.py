@@ -1,6 +1,7 @@
 """From logits to the gradient of a loss, in the logits' own memory: one softmax, whatever the divergence.
 
-Shape suffixes: N positions, V vocabulary, K slots of the head, M slots of tail draws, E = K + 1 events, J columns of features.
+Shape suffixes: N positions, V vocabulary, K slots of the head, M slots of tail draws, E = K + 1 events, J columns of
+features.
 
 Every divergence here sees the student through the log-probs of a few events (see `events.py`). Its gradient in the
 logits is then a number for each id of the head and, in the tail, `own`·v − `pull`·m: v is the student's own tail shape,

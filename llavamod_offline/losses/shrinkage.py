@@ -1,7 +1,7 @@
 """The tail read by shrinkage: how far to trust the draws and the teacher's mean tail, learnt while training.
 
-Shape suffixes: N positions, V vocabulary, D hidden size, J columns of features, R bands of the vocabulary, K slots of the
-head, M slots of tail draws.
+Shape suffixes: N positions, V vocabulary, D hidden size, J columns of features, R bands of the vocabulary, K slots of
+the head, M slots of tail draws.
 
 One position: tail mass r, the student's tail shape v, the teacher's mean tail g over the whole cache (its *profile*),
 the draws û; v and g without the head's ids, each summing to 1. Outside the head the target is r · m / Σ m with

@@ -1,7 +1,7 @@
 """What the tails of one optimiser step's positions say in common: sums over positions, then a few numbers a band.
 
-Shape suffixes as in `shrinkage.py`: N positions, V vocabulary, J columns of features, R bands, K slots of the head, M slots of
-tail draws; r tail mass, v the student's tail shape, g the profile's, û the draws, φ features.
+Shape suffixes as in `shrinkage.py`: N positions, V vocabulary, J columns of features, R bands, K slots of the head, M
+slots of tail draws; r tail mass, v the student's tail shape, g the profile's, û the draws, φ features.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The cached teacher as a divergence wants it: at one temperature, in one reading of the tail, as a few events.
 
-Shape suffixes: N positions, K slots of the head, M of tail draws, E = K + 1 events: the head's ids, then the tail as a bucket.
+Shape suffixes: N positions, K slots of the head, M of tail draws, E = K + 1 events: the head's ids, then the tail as a
+bucket.
 
 The readings of the tail differ in the target p̂, whose gradient in the logits is q − p̂ under the forward KL. With the
 teacher p, the tail's mass r and the student q:

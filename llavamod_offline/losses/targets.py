@@ -1,6 +1,7 @@
 """SparseTargets: the one in-memory form of a cached teacher; the losses know nothing of the disk format.
 
-Shape suffixes: N positions, K slots of the longest head, M slots of the longest list of tail draws, S stored temperatures.
+Shape suffixes: N positions, K slots of the longest head, M slots of the longest list of tail draws, S stored
+temperatures.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The student's forward pass up to its last hidden states; the head belongs to the fused losses.
 
-Shape suffixes: B sequences, T tokens, D hidden size, V rows of the head, I images, P image tokens of one, Q places of images,
-C channels.
+Shape suffixes: B sequences, T tokens, D hidden size, V rows of the head, I images, P image tokens of one, Q places of
+images, C channels.
 """
 
 from __future__ import annotations

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from llavamod_offline.errors import CacheError
+from teacher_cache.capture_setup import CaptureSetup
 from teacher_cache.config import CaptureConfig
 from teacher_cache.fingerprint import check_allowed, differences
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.sequences import short_hash
-from teacher_cache.capture_setup import CaptureSetup
 from teacher_cache.read.reader import TeacherCache
 from teacher_cache.student.check import check_sequence
 

@@ -17,11 +17,11 @@ from tqdm import tqdm
 from teacher_cache.audit.preconditions import captured_as, captured_settings, check_contents, check_settings, draw_rows
 from teacher_cache.audit.record_diff import FIGURES, Differences, RecordDifference, beyond, compare, join, measure
 from teacher_cache.capture.shard import capture_rows
+from teacher_cache.capture_setup import CaptureSetup, prepare_capture
 from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.engines import load_engine
 from teacher_cache.engines.protocol import CaptureEngine
 from teacher_cache.format.record import Records
-from teacher_cache.capture_setup import CaptureSetup, prepare_capture
 from teacher_cache.read.reader import TeacherCache
 
 

@@ -13,9 +13,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from teacher_cache.capture.shard import PreparedRows, Progress, capture_prepared, prepare_rows
+from teacher_cache.capture_setup import CaptureSetup
 from teacher_cache.engines.protocol import CaptureEngine
 from teacher_cache.format.rejection import Rejection
-from teacher_cache.capture_setup import CaptureSetup
 from teacher_cache.write.store import CacheStore
 
 

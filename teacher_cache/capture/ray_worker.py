@@ -46,8 +46,8 @@ class CaptureWorker:
 
     def open(self) -> LlavaModError | None:
         """Load the teacher, and check that all here is as where the run was started."""
-        from teacher_cache.engines import load_engine
         from teacher_cache.capture_setup import prepare_capture
+        from teacher_cache.engines import load_engine
         from teacher_cache.write.store import CacheStore
 
         _log_into(self._lines)

@@ -16,16 +16,16 @@ from tqdm import tqdm
 from llavamod_offline.errors import CacheError, ConfigError
 from teacher_cache.capture.pipeline import capture_shards
 from teacher_cache.capture.rejection_limit import Reason, Rejected
+from teacher_cache.capture_setup import prepare_capture
 from teacher_cache.engines import load_engine
 from teacher_cache.fingerprint import check_allowed
 from teacher_cache.format.manifest import cache_bytes
-from teacher_cache.capture_setup import prepare_capture
 from teacher_cache.write.store import CacheStore
 
 if TYPE_CHECKING:
+    from teacher_cache.capture_setup import CaptureSetup
     from teacher_cache.config import CacheTeacherConfig
     from teacher_cache.engines.protocol import CaptureEngine
-    from teacher_cache.capture_setup import CaptureSetup
 
 _LOG = logging.getLogger(__name__)
 

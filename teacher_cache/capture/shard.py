@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from llavamod_offline.errors import DataError
+from teacher_cache.capture_setup import CaptureSetup
 from teacher_cache.engines.protocol import CaptureEngine, Request
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.sequences import SequenceRecord
-from teacher_cache.capture_setup import CaptureSetup
 
 Progress = Callable[[int, int], None]
 

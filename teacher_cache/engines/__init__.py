@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from teacher_cache.capture_setup import CaptureSetup
     from teacher_cache.config import CacheTeacherConfig
     from teacher_cache.engines.protocol import CaptureEngine
-    from teacher_cache.capture_setup import CaptureSetup
 
 
 def load_engine(job: CaptureSetup, config: CacheTeacherConfig) -> CaptureEngine:

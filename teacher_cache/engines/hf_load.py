@@ -15,8 +15,8 @@ from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.engines.lm_head import Head
 
 if TYPE_CHECKING:
-    from teacher_cache.config import CacheTeacherConfig
     from teacher_cache.capture_setup import CaptureSetup
+    from teacher_cache.config import CacheTeacherConfig
 
 _SHARING_ATTENTION = "sdpa"
 

@@ -1,6 +1,7 @@
 """A shard's columns on disk: one Zarr v3 group, each array in one shard file of one chunk a block (zstd, CRC-32C).
 
-Shape suffixes: B blocks, W numbers a position has in a column, L longest row of a block, D draws, V ids, F frequent ids.
+Shape suffixes: B blocks, W numbers a position has in a column, L longest row of a block, D draws, V ids, F frequent
+ids.
 """
 
 from __future__ import annotations

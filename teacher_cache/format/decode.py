@@ -1,7 +1,7 @@
 """The columns of one block of positions → records.
 
-Shape suffixes: N positions, H entries of all heads, P those that are likely ones (the others are forced), D draws, V ids,
-F forced ids, S temperatures, T = 1 + S.
+Shape suffixes: N positions, H entries of all heads, P those that are likely ones (the others are forced), D draws, V
+ids, F forced ids, S temperatures, T = 1 + S.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Records → the columns of one block of positions.
 
-Shape suffixes: N positions, H entries of all heads, P those that are likely ones (the others are forced), D draws, V ids,
-S temperatures, T = 1 + S.
+Shape suffixes: N positions, H entries of all heads, P those that are likely ones (the others are forced), D draws, V
+ids, S temperatures, T = 1 + S.
 """
 
 from __future__ import annotations

@@ -21,10 +21,10 @@ from teacher_cache.generate.generated_set import AnsweredSample, with_texts, wri
 
 if TYPE_CHECKING:
     from llavamod_offline.data.encode.tokenize import Ids
+    from teacher_cache.capture_setup import CaptureSetup
     from teacher_cache.config import GenerateConfig
     from teacher_cache.engines.hf import HfCaptureEngine
     from teacher_cache.generate.decode_loop import Prompt, Written
-    from teacher_cache.capture_setup import CaptureSetup
     from teacher_cache.teachers import SampleImage
 
 Progress = Callable[[int, int], None]

@@ -22,13 +22,13 @@ from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError, DataError
 from llavamod_offline.storage.folders import is_url
 from teacher_cache.capture.run import Summary, run_capture
+from teacher_cache.capture_setup import prepare_capture
 from teacher_cache.config import GenerateConfig
 from teacher_cache.engines import load_engine
 from teacher_cache.fingerprint import check_allowed
 from teacher_cache.format.manifest import canonical
 from teacher_cache.generate.answer_rows import Answerer
 from teacher_cache.generate.generated_set import WrittenSet
-from teacher_cache.capture_setup import prepare_capture
 
 if TYPE_CHECKING:
     from teacher_cache.config import CacheTeacherConfig

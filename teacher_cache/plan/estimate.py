@@ -95,8 +95,8 @@ def make_plan(config: CacheTeacherConfig, *, samples: int, seconds: float) -> Pl
 
     Errors: those of a run that can be known before it; `CacheError` if no sample of the probe could be captured.
     """
-    from teacher_cache.engines import load_engine
     from teacher_cache.capture_setup import prepare_capture
+    from teacher_cache.engines import load_engine
 
     started = time.perf_counter()
     job = prepare_capture(config)

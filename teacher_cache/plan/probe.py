@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import CacheError, DataError
 from teacher_cache.capture.shard import capture_rows
+from teacher_cache.capture_setup import CaptureSetup, with_preset
 from teacher_cache.config import PRESETS
 from teacher_cache.engines.protocol import CaptureEngine
 from teacher_cache.format.manifest import MANIFEST_NAME
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.sequences import SequenceRecord
 from teacher_cache.inspection.summary import shard_parts
-from teacher_cache.capture_setup import CaptureSetup, with_preset
 from teacher_cache.read.reader import open_cache
 from teacher_cache.write.store import CacheStore, write_shard
 

@@ -38,11 +38,11 @@ from torch import Tensor
 from llavamod_offline.config import load_config
 from teacher_cache.capture.pipeline import capture_shards
 from teacher_cache.capture.shard import capture_prepared, capture_rows, prepare_rows
+from teacher_cache.capture_setup import CaptureSetup, prepare_capture
 from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.engines import load_engine
 from teacher_cache.engines.hf import HfCaptureEngine, length_batches
 from teacher_cache.engines.make_records import rows_per_chunk
-from teacher_cache.capture_setup import CaptureSetup, prepare_capture
 from teacher_cache.write.store import CacheStore
 from tests.benchmarks.form import Row, finish, parse_arguments
 from tests.benchmarks.worlds.capture import LARGE, MIDDLE, TOY, Size, random_loader, write_world

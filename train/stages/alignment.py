@@ -1,8 +1,8 @@
 """What mimic distillation aligns beside the distributions of answers: features, image tokens, and their relations.
 
-Shape suffixes: N positions of a micro-batch, M those with a teacher's hidden state, A those of them that predict answers,
-I images (at their places in the sequences), P tokens of one, Q = I·P, D and T hidden size of student and teacher, V
-rows of the student's head.
+Shape suffixes: N positions of a micro-batch, M those with a teacher's hidden state, A those of them that predict
+answers, I images (at their places in the sequences), P tokens of one, Q = I·P, D and T hidden size of student and
+teacher, V rows of the student's head.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ log-prob + distill_weight · T² · its divergence from the teacher, the last tw
 With `kto` each pair gives a desirable and an undesirable example, which know nothing of each other: the KL that both
 are compared with is measured on mismatched responses, without gradient.
 
-Shape suffixes: B pairs of a micro-batch, R roles (chosen and rejected, or mismatched alone), S = R·B sequences, one role's
-after the other's, N supervised positions, C of them in chosen responses, D hidden size.
-Those of the tower's features are in `student_pass.py`.
+Shape suffixes: B pairs of a micro-batch, R roles (chosen and rejected, or mismatched alone), S = R·B sequences, one
+role's after the other's, N supervised positions, C of them in chosen responses, D hidden size. Those of the tower's
+features are in `student_pass.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Sequences and pixels → one right-padded batch, with the places of everything that is supervised.
 
-Shape suffixes: B sequences, T tokens of the longest, N supervised tokens of all of them, I images, P places of them in the
-sequences, C channels, H and W pixels, V the 256 values of a byte.
+Shape suffixes: B sequences, T tokens of the longest, N supervised tokens of all of them, I images, P places of them in
+the sequences, C channels, H and W pixels, V the 256 values of a byte.
 """
 
 from __future__ import annotations

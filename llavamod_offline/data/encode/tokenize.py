@@ -1,7 +1,7 @@
 """Samples → sequences: token ids with expanded image tokens, and the indices of the supervised tokens.
 
-Shape suffixes: T tokens of a sequence, N supervised tokens. If the token at index t is supervised, the distribution that
-predicts it is the model's output at index t − 1.
+Shape suffixes: T tokens of a sequence, N supervised tokens. If the token at index t is supervised, the distribution
+that predicts it is the model's output at index t − 1.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ from teacher_cache.format.schema import HiddenPositions
 from teacher_cache.teachers import SampleImage, Teacher
 
 if TYPE_CHECKING:
-    from teacher_cache.config import CacheTeacherConfig
     from teacher_cache.capture_setup import CaptureSetup
+    from teacher_cache.config import CacheTeacherConfig
 
 
 @dataclass(frozen=True)

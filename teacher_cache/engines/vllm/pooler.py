@@ -1,7 +1,7 @@
 """The pooler of a recording model: hidden states at the wanted rows → the head → records, on the model's device.
 
-Shape suffixes: T rows of a step, N wanted rows of a sequence or of all that end in a step, R of them in a chunk, M hidden
-states of a sequence, D their size, V ids.
+Shape suffixes: T rows of a step, N wanted rows of a sequence or of all that end in a step, R of them in a chunk, M
+hidden states of a sequence, D their size, V ids.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from llavamod_offline.config import load_config
 from llavamod_offline.errors import LlavaModError
 from teacher_cache.capture.ray_pool import RayPool
 from teacher_cache.capture.ray_worker import CaptureWorker
-from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.capture_setup import prepare_capture
+from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.write.store import CacheStore
 
 

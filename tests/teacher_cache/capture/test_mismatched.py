@@ -14,9 +14,9 @@ from llavamod_offline.config import load_config
 from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import CacheError, ConfigError, DataError
+from teacher_cache.capture_setup import prepare_capture
 from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.inspection.export import export_cache
-from teacher_cache.capture_setup import prepare_capture
 from teacher_cache.plan.estimate import make_plan
 from teacher_cache.read.reader import open_cache
 from teacher_cache.verify.cache import verify_cache

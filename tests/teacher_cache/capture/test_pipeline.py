@@ -15,11 +15,11 @@ from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import CacheError, ModelError
 from teacher_cache.capture.pipeline import capture_shards
 from teacher_cache.capture.shard import Progress
+from teacher_cache.capture_setup import CaptureSetup, prepare_capture
 from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.engines.protocol import Request
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.rejection import Rejection
-from teacher_cache.capture_setup import CaptureSetup, prepare_capture
 from teacher_cache.write.store import CacheStore
 from tests.teacher_cache.conftest import World
 

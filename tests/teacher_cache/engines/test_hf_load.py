@@ -16,10 +16,10 @@ from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import ConfigError, ModelError
 from teacher_cache.capture.run import run_capture
+from teacher_cache.capture_setup import prepare_capture
 from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.engines.hf_load import load_hf_engine
-from teacher_cache.capture_setup import prepare_capture
 from teacher_cache.read.reader import open_cache
 from tests.tiny import write_tiny_set
 from tests.tiny_teachers import write_tiny_causal_lm, write_tiny_qwen_vl

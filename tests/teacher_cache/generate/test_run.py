@@ -20,6 +20,7 @@ from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError, DataError, LlavaModError
 from teacher_cache.capture.run import run_capture
+from teacher_cache.capture_setup import CaptureSetup
 from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.engines import load_engine
 from teacher_cache.engines.protocol import CaptureEngine
@@ -28,7 +29,6 @@ from teacher_cache.generate import decode_loop as answers
 from teacher_cache.generate.decode_loop import Written
 from teacher_cache.generate.generated_set import WrittenSet
 from teacher_cache.generate.run import generate
-from teacher_cache.capture_setup import CaptureSetup
 from teacher_cache.read.reader import open_cache
 from tests.teacher_cache.capture.killer import fork_server, generate_and_die
 from tests.teacher_cache.generate.reference import SOURCE_SAMPLES, Place, rows
