@@ -1,0 +1,28 @@
+"""The teacher's cache: made by running a teacher once, read by any number of students.
+
+`open_cache` opens a `TeacherCache` by path or URL; `check_student` compares its tokenizer with a student's, and
+`check_labels` the labels of a batch with the records that are joined to them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llavamod_offline import __version__
+from llavamod_offline.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from teacher_cache.read.reader import TeacherCache, open_cache
+    from teacher_cache.student.check import check_student
+    from teacher_cache.student.labels import check_labels
+
+__all__ = ["TeacherCache", "__version__", "check_labels", "check_student", "open_cache"]
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "TeacherCache": "teacher_cache.read.reader",
+        "check_labels": "teacher_cache.student.labels",
+        "check_student": "teacher_cache.student.check",
+        "open_cache": "teacher_cache.read.reader",
+    },
+)

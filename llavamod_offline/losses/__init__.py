@@ -1,0 +1,80 @@
+"""Losses over cached teacher distributions, for any training loop.
+
+`CachedDistillation` is the whole distillation loss as one module. `distillation_from_hidden` and its relatives fuse the
+LM head with the loss, so that logits [N, V] never exist in full. `preference_loss` and `kto_loss` take the summed
+log-probs of policy and reference. `SparseTargets` holds a cache's records in memory.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llavamod_offline.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from llavamod_offline.losses.cached_distillation import CachedDistillation, DistillationOutput
+    from llavamod_offline.losses.divergence import (
+        Divergence,
+        forward_kl,
+        jensen_shannon,
+        reverse_kl,
+        skewed_forward_kl,
+        skewed_reverse_kl,
+        total_variation,
+    )
+    from llavamod_offline.losses.fused import (
+        LossTerms,
+        cross_entropy_from_hidden,
+        distillation_from_hidden,
+        sequence_log_probs_from_hidden,
+    )
+    from llavamod_offline.losses.kto import KtoLoss, kto_loss
+    from llavamod_offline.losses.preference import PreferenceTerms, preference_loss
+    from llavamod_offline.losses.shrinkage import Shrinkage
+    from llavamod_offline.losses.targets import SparseTargets
+
+__all__ = [
+    "CachedDistillation",
+    "DistillationOutput",
+    "Divergence",
+    "KtoLoss",
+    "LossTerms",
+    "PreferenceTerms",
+    "Shrinkage",
+    "SparseTargets",
+    "cross_entropy_from_hidden",
+    "distillation_from_hidden",
+    "forward_kl",
+    "jensen_shannon",
+    "kto_loss",
+    "preference_loss",
+    "reverse_kl",
+    "sequence_log_probs_from_hidden",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "total_variation",
+]
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "CachedDistillation": f"{__name__}.cached_distillation",
+        "DistillationOutput": f"{__name__}.cached_distillation",
+        "Divergence": f"{__name__}.divergence",
+        "forward_kl": f"{__name__}.divergence",
+        "jensen_shannon": f"{__name__}.divergence",
+        "reverse_kl": f"{__name__}.divergence",
+        "skewed_forward_kl": f"{__name__}.divergence",
+        "skewed_reverse_kl": f"{__name__}.divergence",
+        "total_variation": f"{__name__}.divergence",
+        "LossTerms": f"{__name__}.fused",
+        "cross_entropy_from_hidden": f"{__name__}.fused",
+        "distillation_from_hidden": f"{__name__}.fused",
+        "sequence_log_probs_from_hidden": f"{__name__}.fused",
+        "KtoLoss": f"{__name__}.kto",
+        "kto_loss": f"{__name__}.kto",
+        "PreferenceTerms": f"{__name__}.preference",
+        "preference_loss": f"{__name__}.preference",
+        "Shrinkage": f"{__name__}.shrinkage",
+        "SparseTargets": f"{__name__}.targets",
+    },
+)

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from llavamod_offline.data.encode.tokenize import hash_ids
 from llavamod_offline.errors import CacheError, ConfigError, TargetError
 from teacher_cache.fingerprint import (
     INFORMATIVE,
@@ -24,7 +25,7 @@ from teacher_cache.student.end_of_turn import TokenIdSwap, parse_end_of_turn, te
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequence
+    from llavamod_offline.data.encode.tokenize import Ids, SequenceEncoder, TokenizedSequence
     from teacher_cache.read.reader import TeacherCache
 
 _LOG = logging.getLogger(__name__)
@@ -124,13 +125,23 @@ def check_sequence(
             f"sample '{sequence.key}' ({sequence.role}): {length} tokens, the cache has records of {record.n_tokens}: "
             "use the teacher's template and image tokens, or capture with capture.positions=response"
         )
-    mine = sequence.target_ids_N
-    read = sequence  # as the teacher's ids name it
-    if exchange is not None:
-        read = dataclasses.replace(sequence, input_ids_T=exchange.ids(sequence.input_ids_T))
-    if record.target_hash == short_hash(read.target_hash):
+    check_target_ids(cache, sequence.key, sequence.role, sequence.target_ids_N, exchange, record)
+
+
+def check_target_ids(
+    cache: TeacherCache,
+    key: str,
+    role: str,
+    target_ids_N: Ids,
+    exchange: TokenIdSwap | None = None,
+    record: CachedSequence | None = None,
+) -> None:
+    """Refuse supervised ids that are not those of a sequence's record. Errors: as `check_sequence`."""
+    record = record or cache.sequence(key, role)
+    teachers_N = target_ids_N if exchange is None else exchange.ids(target_ids_N)
+    if record.target_hash == short_hash(hash_ids(teachers_N)):
         return
-    theirs = cache.target_ids(sequence.key, sequence.role)
+    theirs, mine = cache.target_ids(key, role), target_ids_N
     if exchange is not None:
         theirs = exchange.ids(theirs)
     same = min(len(theirs), len(mine))
@@ -139,13 +150,13 @@ def check_sequence(
     shown = [str(int(side[where])) if where < len(side) else "the end" for side in (theirs, mine)]
     pairs = {(int(theirs[index]), int(mine[index])) for index in unequal}
     one_token = len(pairs) == 1 and len(theirs) == len(mine) and exchange is None
-    if sequence.role == "mismatched" and not one_token:
+    if role == "mismatched" and not one_token:
         raise TargetError(
-            f"sample '{sequence.key}' (mismatched): the response it is paired with is not the cache's: pairs are made "
+            f"sample '{key}' (mismatched): the response it is paired with is not the cache's: pairs are made "
             "over a whole set: set data.set to the very set that was captured, or capture this one"
         )
     raise TargetError(
-        f"sample '{sequence.key}' ({sequence.role}): its supervised ids are not the cache's: at position {where} the "
+        f"sample '{key}' ({role}): its supervised ids are not the cache's: at position {where} the "
         f"cache has {shown[0]} of {len(theirs)}, the student {shown[1]} of {len(mine)}: use the teacher's template and "
         f"tokenizer, {'declare its end of turn as cache.end_of_turn, ' if one_token else ''}or capture the cache again"
     )

@@ -30,7 +30,7 @@ class TokenIdSwap:
     student_id: int
 
     def ids(self, ids: NDArray[Any]) -> NDArray[Any]:
-        """TokenIdSwap the two ids wherever they occur; it undoes itself."""
+        """Swap the two ids wherever they occur; it undoes itself."""
         changed = ids.copy()
         changed[ids == self.teacher_id] = self.student_id
         changed[ids == self.student_id] = self.teacher_id

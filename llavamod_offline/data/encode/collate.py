@@ -57,6 +57,22 @@ class Batch:
             return self.images
         return pixel_values(self.images, self.byte_values_CV)
 
+    def model_inputs(self) -> dict[str, Tensor]:
+        """The keyword arguments of a transformers model: ids, mask, pixels, and labels (−100: not supervised)."""
+        labels_M = torch.full_like(self.input_ids_BT, -100).flatten()
+        supervised_N = self.target_ids_N >= 0
+        labels_M[self.prediction_rows_N[supervised_N] + 1] = self.target_ids_N[supervised_N]
+        inputs = {
+            "input_ids": self.input_ids_BT,
+            "attention_mask": self.attention_mask_BT,
+            "labels": labels_M.view_as(self.input_ids_BT),
+        }
+        pixel_values_ICHW = self.pixel_values_ICHW
+        if pixel_values_ICHW is not None:
+            rows_P = self.image_rows_P
+            inputs["pixel_values"] = pixel_values_ICHW if rows_P is None else pixel_values_ICHW[rows_P]
+        return inputs
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """Move every tensor to `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))

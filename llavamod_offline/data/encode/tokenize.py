@@ -43,8 +43,8 @@ class TokenizedSequence:
 
     @property
     def target_hash(self) -> str:
-        """SHA-256 (hex) of the supervised ids as little-endian int64: equal for every student that can use a record."""
-        return hashlib.sha256(self.target_ids_N.astype("<i8").tobytes()).hexdigest()
+        """`hash_ids` of the supervised ids: equal for every student that can use a record."""
+        return hash_ids(self.target_ids_N)
 
     @property
     def prediction_rows_N(self) -> Ids:
@@ -61,6 +61,11 @@ class TokenizedSequence:
         targets_T = np.full(len(self.input_ids_T), NO_TARGET, np.int64)
         targets_T[self.prediction_rows_N] = self.target_ids_N
         return np.arange(len(self.input_ids_T)), targets_T
+
+
+def hash_ids(ids_N: Ids) -> str:
+    """SHA-256 (hex) of token ids as little-endian int64."""
+    return hashlib.sha256(ids_N.astype("<i8").tobytes()).hexdigest()
 
 
 class SequenceEncoder:

@@ -1,0 +1,18 @@
+"""Public names of a package that are imported when they are first asked for, so that importing the package is cheap."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def lazy_exports(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Make a package's `__getattr__` and `__dir__` (PEP 562); `modules` says which module defines each public name."""
+
+    def load(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module '{package}' has no attribute '{name}'")
+        return getattr(importlib.import_module(modules[name]), name)
+
+    return load, lambda: sorted(modules)

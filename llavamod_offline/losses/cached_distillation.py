@@ -1,0 +1,266 @@
+"""Distillation from a cache as one module, for training loops other than `train-student`.
+
+Shape suffixes: B sequences, T tokens, N positions that have records, D hidden size, V rows of the LM head.
+"""
+
+from __future__ import annotations
+
+import logging
+from types import MethodType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llavamod_offline.errors import ModelError, TargetError
+from llavamod_offline.losses.bucketed_divergence import DivergenceKind
+from llavamod_offline.losses.fused import CHUNK_SIZE, distillation_from_hidden
+from llavamod_offline.losses.shrinkage import Shrinkage
+from llavamod_offline.losses.tail_estimators import Tail
+from llavamod_offline.losses.targets import SparseTargets
+
+IGNORED = -100  # the label of an unsupervised token, as transformers has it
+_NO_TARGET = -1
+_FORGOTTEN_STEPS = 256  # forward passes in training without a single `step`
+_LOG = logging.getLogger(__name__)
+
+
+class CachedTeacher(Protocol):
+    """What the loss needs to know of a cache; `teacher_cache.TeacherCache` has it."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def tail_profile(self) -> Tensor | None: ...
+    @property
+    def positions_kept(self) -> str: ...
+
+
+class DistillationOutput(NamedTuple):
+    """`loss` carries the gradient; the others are detached means over the batch's positions.
+
+    `metrics`: see `divergence.Divergence`.
+    """
+
+    loss: Tensor
+    divergence: Tensor
+    cross_entropy: Tensor
+    positions: int
+    metrics: dict[str, Tensor]
+
+
+class CachedDistillation(nn.Module):
+    """kd_weight · T² · divergence(teacher, student) + lm_weight · cross-entropy, from a cache's records.
+
+    The defaults are those of `train-student`'s recipes: forward KL at T = 1 with the tail by shrinkage (`tail` None:
+    `shrink` for the forward KL at T = 1, else `bucket`). Shrinkage learns from each optimiser step: call `step` after
+    each one, on every process. `state_dict` holds its state.
+
+    `attach` makes a transformers model return this loss from its own forward pass, which is what HF `Trainer`, DDP,
+    FSDP and ZeRO-3 want. Without it, call the module on hidden states and the weight of the LM head.
+    """
+
+    def __init__(
+        self,
+        cache: CachedTeacher,
+        *,
+        divergence: DivergenceKind = "forward_kl",
+        tail: Tail | None = None,
+        temperature: float = 1.0,
+        kd_weight: float = 1.0,
+        lm_weight: float = 0.0,
+        js_weight: float = 0.5,
+        skew: float = 0.1,
+        horizon: float = 10.0,
+        seed: int = 0,
+        chunk_size: int = CHUNK_SIZE,
+    ) -> None:
+        super().__init__()
+        if tail is None:
+            tail = "shrink" if divergence == "forward_kl" and temperature == 1.0 else "bucket"
+        self.vocab_size = cache.vocab_size
+        self.all_positions = cache.positions_kept == "all"
+        self.lm_weight = lm_weight
+        self.shrinkage: Shrinkage | None = None
+        if tail == "shrink" and temperature == 1.0:
+            self.shrinkage = Shrinkage(cache.vocab_size, profile_V=cache.tail_profile, horizon=horizon, seed=seed)
+        self._settings: dict[str, Any] = {
+            "divergence": divergence,
+            "tail": tail,
+            "temperature": temperature,
+            "kd_weight": kd_weight,
+            "js_weight": js_weight,
+            "skew": skew,
+            "chunk_size": chunk_size,
+        }
+        self._unfinished = 0
+
+    def forward(
+        self,
+        hidden_BTD: Tensor,
+        lm_head_VD: Tensor,
+        labels_BT: Tensor,
+        targets: SparseTargets,
+        *,
+        attention_mask_BT: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> DistillationOutput:
+        """Compute the loss of a batch from its last hidden states and its labels (−100: unsupervised).
+
+        `targets` are the records of the batch's sequences, in order, as `TeacherCache.targets` gives them. The loss is
+        the mean over the batch's positions; with `num_items_in_batch`, the labels of all micro-batches and processes of
+        the step (HF `Trainer` passes it), this batch's share of the step's mean. A cache of all positions needs
+        `attention_mask_BT` where there is padding.
+
+        Errors: `TargetError` if a record was made for another token than the label; `ModelError` if the weight of the
+        LM head is sharded here.
+        """
+        _check_whole(lm_head_VD, hidden_BTD.shape[-1])
+        rows_N, target_ids_N = _positions(labels_BT, attention_mask_BT, self.all_positions)
+        targets = targets.to(hidden_BTD.device)
+        check_target_ids(target_ids_N, targets)
+        answers = int((target_ids_N != _NO_TARGET).sum())
+        positions = len(rows_N)
+        with torch.autocast(hidden_BTD.device.type, enabled=False):
+            terms = distillation_from_hidden(
+                hidden_BTD.flatten(0, 1).index_select(0, rows_N),
+                lm_head_VD.to(hidden_BTD.dtype),
+                targets,
+                shrinkage=self.shrinkage,
+                lm_weight=self.lm_weight * positions / max(answers, 1),
+                **self._settings,
+            )
+        share = 1.0 / max(positions, 1)
+        scale = share if num_items_in_batch is None else share * answers / num_items_in_batch
+        if self.shrinkage is not None and torch.is_grad_enabled():
+            self._unfinished += 1
+            if self._unfinished == _FORGOTTEN_STEPS:
+                _LOG.warning(
+                    "%d batches without CachedDistillation.step(): call it after each optimiser step", positions
+                )
+        return DistillationOutput(
+            terms.loss_sum * scale,
+            terms.divergence_sum * share,
+            terms.cross_entropy_sum / max(answers, 1),
+            positions,
+            {name: value * share for name, value in terms.metrics.items()},
+        )
+
+    def attach(self, student: Any) -> None:
+        """Let `student(**inputs, labels=…, targets=…)` return this loss as a `DistillationOutput`.
+
+        `student` is a transformers model with a language-model head; without `targets` it answers as before. Attach
+        before wrapping it in DDP, FSDP or DeepSpeed, and before making a `Trainer` with `remove_unused_columns=False`.
+        Errors: `ModelError` if its logits are more than a product of hidden states and the LM head's weight.
+        """
+        check_lm_head(student)
+        original = student.forward
+        distillation = self
+
+        def forward(self: Any, *args: Any, targets: SparseTargets | None = None, **inputs: Any) -> Any:
+            if targets is None:
+                return original(*args, **inputs)
+            labels_BT, items = inputs.pop("labels"), inputs.pop("num_items_in_batch", None)
+            hidden_BTD = self.base_model(*args, **inputs, use_cache=False).last_hidden_state
+            return distillation(
+                hidden_BTD,
+                self.get_output_embeddings().weight,
+                labels_BT,
+                targets,
+                attention_mask_BT=inputs.get("attention_mask"),
+                num_items_in_batch=items,
+            )
+
+        student.forward = MethodType(forward, student)
+
+    def step(self) -> None:
+        """Let shrinkage learn from the optimiser step that has just been made; once a step, on every process."""
+        self._unfinished = 0
+        if self.shrinkage is not None:
+            self.shrinkage.finish_step(_sum_over_processes)
+
+    def get_extra_state(self) -> Tensor:
+        """What `state_dict` holds: the running statistics of shrinkage, float64; empty without it."""
+        if self.shrinkage is None:
+            return torch.zeros(0, dtype=torch.float64)
+        return torch.cat([value.flatten() for value in self.shrinkage.state().values()])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take up the statistics of a checkpoint. Errors: `TargetError` if they are of another vocabulary."""
+        own = {} if self.shrinkage is None else self.shrinkage.state()
+        sizes = [value.numel() for value in own.values()]
+        if sum(sizes) != state.numel():
+            raise TargetError("tail statistics: the checkpoint was made with other settings or for another vocabulary")
+        if self.shrinkage is not None:
+            parts = state.double().cpu().split(sizes)
+            self.shrinkage.load_state({name: part.view_as(own[name]) for name, part in zip(own, parts, strict=True)})
+
+
+def check_target_ids(target_ids_N: Tensor, targets: SparseTargets) -> None:
+    """Refuse records that were made for other tokens than those of the batch. Errors: `TargetError`."""
+    if len(target_ids_N) != len(targets):
+        raise TargetError(
+            f"the labels supervise {len(target_ids_N)} positions, their records hold {len(targets)}: pass the records "
+            "of the same sequences in the same order, and labels of exactly the tokens that the cache supervises"
+        )
+    unequal_N = target_ids_N != targets.target_ids_N
+    if bool(unequal_N.any()):
+        place = int(unequal_N.nonzero()[0])
+        raise TargetError(
+            f"position {place} of the batch: its label is token {int(target_ids_N[place])}, its record was made for "
+            f"token {int(targets.target_ids_N[place])}: pass the records of the same sequences, in the same order"
+        )
+
+
+@torch.no_grad()
+def check_lm_head(student: Any) -> None:
+    """Refuse a model whose logits are more than a product of hidden states and the LM head's weight.
+
+    The model answers two tokens, unless its weights are sharded already. Errors: `ModelError`.
+    """
+    head, name = student.get_output_embeddings(), type(student).__name__
+    if getattr(head, "bias", None) is not None:
+        raise ModelError(f"{name}: its LM head has a bias, which the fused losses do not apply")
+    weight_VD = head.weight
+    if weight_VD.dim() != 2 or weight_VD.is_meta or hasattr(weight_VD, "placements"):
+        return
+    ids_BT = torch.zeros(1, 2, dtype=torch.int64, device=weight_VD.device)
+    training = student.training
+    student.eval()
+    try:
+        theirs_TV = student(input_ids=ids_BT, use_cache=False).logits[0].float()
+        hidden_TD = student.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state[0]
+    finally:
+        student.train(training)
+    gap = float((theirs_TV - hidden_TD.float() @ weight_VD.float().T).abs().max())
+    if gap > (1e-4 if weight_VD.dtype == torch.float32 else 2e-2) * float(theirs_TV.abs().max()):
+        raise ModelError(f"{name}: scales or caps the logits of its LM head, which the fused losses do not")
+
+
+def _positions(labels_BT: Tensor, mask_BT: Tensor | None, everywhere: bool) -> tuple[Tensor, Tensor]:
+    """The rows of the flattened output that have records, and the token that each predicts (−1: none), both [N]."""
+    next_BT = torch.full_like(labels_BT, IGNORED)
+    next_BT[:, :-1] = labels_BT[:, 1:]
+    if bool((labels_BT[:, 0] != IGNORED).any()):
+        raise TargetError("labels: the first token of a sequence is supervised, and nothing predicts it: label it −100")
+    next_ids_M = next_BT.flatten()
+    kept_M = next_ids_M != IGNORED
+    if everywhere:
+        kept_M = torch.ones_like(kept_M) if mask_BT is None else mask_BT.flatten().bool()
+    rows_N = kept_M.nonzero()[:, 0]
+    target_ids_N = next_ids_M[rows_N]
+    return rows_N, torch.where(target_ids_N == IGNORED, _NO_TARGET, target_ids_N)
+
+
+def _check_whole(lm_head_VD: Tensor, hidden_size: int) -> None:
+    if hasattr(lm_head_VD, "placements") or lm_head_VD.dim() != 2 or lm_head_VD.shape[1] != hidden_size:
+        raise ModelError(
+            f"the LM head's weight has shape {list(lm_head_VD.shape)}, the hidden size is {hidden_size}: if FSDP or "
+            "ZeRO-3 has sharded it, call `CachedDistillation.attach(student)` before wrapping the student"
+        )
+
+
+def _sum_over_processes(values: Tensor) -> Tensor:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(values)
+    return values
