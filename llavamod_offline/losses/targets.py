@@ -93,11 +93,11 @@ def concatenate_targets(parts: list[SparseTargets]) -> SparseTargets:
         return torch.cat([getattr(part, name) for part in parts])
 
     return SparseTargets(
-        topk_ids_NK=join("head_ids_NK", EMPTY_ID),
-        topk_log_probs_NK=join("head_log_probs_NK", float("-inf")),
+        topk_ids_NK=join("topk_ids_NK", EMPTY_ID),
+        topk_log_probs_NK=join("topk_log_probs_NK", float("-inf")),
         tail_log_mass_N=stack("tail_log_mass_N"),
-        tail_ids_NM=join("draw_ids_NM", EMPTY_ID),
-        tail_weights_NM=join("draw_weights_NM", 0.0),
+        tail_ids_NM=join("tail_ids_NM", EMPTY_ID),
+        tail_weights_NM=join("tail_weights_NM", 0.0),
         target_ids_N=stack("target_ids_N"),
         target_log_probs_N=stack("target_log_probs_N"),
         entropy_N=stack("entropy_N"),

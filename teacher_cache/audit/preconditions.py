@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,13 +12,12 @@ from llavamod_offline.errors import CacheError
 from teacher_cache.capture_setup import CaptureSetup
 from teacher_cache.config import CaptureConfig
 from teacher_cache.fingerprint import check_allowed, differences
-from teacher_cache.format.record import RecordSettings
+from teacher_cache.format.record import STORED_SETTINGS
 from teacher_cache.format.sequences import short_hash
 from teacher_cache.read.reader import TeacherCache
 from teacher_cache.student.check import check_sequence
 
 _CHECKED = ("tokenizer", "template", "sequence", "images", "teacher")
-_SETTINGS = tuple(field.name for field in dataclasses.fields(RecordSettings))
 _LISTS = ("temperatures", "forced_ids")
 _OTHERS = ("precision", "positions", "seed")
 
@@ -27,24 +25,18 @@ _OTHERS = ("precision", "positions", "seed")
 def captured_as(cache: TeacherCache) -> CaptureConfig:
     """The settings of the capture, but for hidden states (not compared) and forced ids (no texts are known)."""
     capture = cache.fingerprint["capture"]
-    names = (*_SETTINGS, *_OTHERS)
+    names = (*STORED_SETTINGS, *_OTHERS)
     merged = [name for name in names if _is_merged(name, capture[name])]
     if merged:
         raise CacheError(
             f"cache '{cache.path}': merged from caches of different capture.{merged[0]}: audit those, each by itself"
         )
     return CaptureConfig(
-        **{name: capture[name] for name in names if name not in _LISTS},
+        **{STORED_SETTINGS.get(name, name): capture[name] for name in names if name not in _LISTS},
         temperatures=list(capture["temperatures"]),
         forced_tokens=None if capture["forced_ids"] else [],
         mismatched=bool(capture.get("mismatched")),
     )
-
-
-def captured_settings(cache: TeacherCache) -> RecordSettings:
-    capture = cache.fingerprint["capture"]
-    lists = {name: tuple(capture[name]) for name in _LISTS}
-    return RecordSettings(**{name: capture[name] for name in _SETTINGS} | lists)
 
 
 def _is_merged(name: str, value: Any) -> bool:

@@ -14,14 +14,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from teacher_cache.audit.preconditions import captured_as, captured_settings, check_contents, check_settings, draw_rows
+from teacher_cache.audit.preconditions import captured_as, check_contents, check_settings, draw_rows
 from teacher_cache.audit.record_diff import FIGURES, Differences, RecordDifference, beyond, compare, join, measure
 from teacher_cache.capture.shard import capture_rows
 from teacher_cache.capture_setup import CaptureSetup, prepare_capture
 from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.engines import load_engine
 from teacher_cache.engines.protocol import CaptureEngine
-from teacher_cache.format.record import Records
+from teacher_cache.format.record import Records, RecordSettings
 from teacher_cache.read.reader import TeacherCache
 
 
@@ -102,7 +102,7 @@ def audit_cache(
     """
     config = dataclasses.replace(config, capture=captured_as(cache))
     job = prepare_capture(config)
-    job = dataclasses.replace(job, settings=captured_settings(cache))
+    job = dataclasses.replace(job, settings=RecordSettings.from_stored(cache.fingerprint["capture"]))
     notes = check_settings(cache, job, allow)
     rows = draw_rows(cache, job, sequences, seed)
     check_contents(cache, job, rows)

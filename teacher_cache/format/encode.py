@@ -21,11 +21,11 @@ from teacher_cache.format.top_k_codes import Ints, encode_steps, forced_suffix, 
 def check_range(codec: Codec, records: Records) -> None:
     """Refuse what would wrap around in a column. Errors: `CacheError` naming the field of an id or a count."""
     limits = {
-        "head_ids_H": (0, codec.vocab_size - 1),
-        "draw_ids_D": (0, codec.vocab_size - 1),
+        "topk_ids_H": (0, codec.vocab_size - 1),
+        "tail_ids_D": (0, codec.vocab_size - 1),
         "target_ids_N": (NO_TARGET, codec.vocab_size - 1),
-        "head_counts_N": (1, codec.topk_limit),
-        "draw_counts_N": (0, codec.tail_limit),
+        "topk_counts_N": (1, codec.topk_limit),
+        "tail_counts_N": (0, codec.tail_limit),
     }
     for name, (low, high) in limits.items():
         values = getattr(records, name)

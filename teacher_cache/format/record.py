@@ -6,7 +6,7 @@ H and D are the lengths of all heads and of all lists of tail draws, one after a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,6 +17,17 @@ from llavamod_offline.errors import ConfigError
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
+
+# The names that format version 1 stores in a fingerprint, and those of today.
+STORED_SETTINGS = {
+    "head_mass": "top_p",
+    "head_max": "top_k",
+    "draws_max": "tail_samples_max",
+    "draws_per_mass": "tail_samples_per_mass",
+    "temperatures": "temperatures",
+    "forced_ids": "forced_ids",
+    "head_min_prob": "min_prob",
+}
 
 
 @dataclass(frozen=True)
@@ -57,16 +68,17 @@ class RecordSettings:
                 raise ConfigError(f"capture: {problem}")
 
     def stored(self) -> dict[str, Any]:
-        """The settings under the names that format version 1 stores in a fingerprint."""
-        return {
-            "head_mass": self.top_p,
-            "head_max": self.top_k,
-            "draws_max": self.tail_samples_max,
-            "draws_per_mass": self.tail_samples_per_mass,
-            "temperatures": list(self.temperatures),
-            "forced_ids": list(self.forced_ids),
-            "head_min_prob": self.min_prob,
-        }
+        """The settings as JSON values under the names that format version 1 stores in a fingerprint."""
+        values = {name: getattr(self, own) for name, own in STORED_SETTINGS.items()}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_stored(cls, capture: Mapping[str, Any]) -> RecordSettings:
+        """The settings that a fingerprint's `capture` section holds."""
+        values: dict[str, Any] = {own: capture[name] for name, own in STORED_SETTINGS.items()}
+        for name in ("temperatures", "forced_ids"):
+            values[name] = tuple(values[name])
+        return cls(**values)
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ def _sum_tolerance(part: Records, codec: Codec) -> float:
 
 def _number_checks(records: Records, vocab_size: int) -> Iterator[tuple[str, bool]]:
     """Each column's name, and whether its numbers can be; ids beyond the vocabulary are refused while decoding."""
-    for name in ("target_log_probs_N", "head_log_probs_H", "tail_log_mass_N"):
+    for name in ("target_log_probs_N", "topk_log_probs_H", "tail_log_mass_N"):
         values = getattr(records, name)
         yield name[:-2], bool((values <= _ROUNDING).all() and not np.isnan(values).any())
     yield "head_counts", bool((records.topk_counts_N >= 1).all() and (records.topk_counts_N <= vocab_size).all())

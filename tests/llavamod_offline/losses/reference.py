@@ -149,9 +149,9 @@ def _term(kind: str, p: Tensor, q: Tensor, w: float, a: float) -> Tensor:
 def without_targets(targets: SparseTargets, rows: list[int]) -> SparseTargets:
     """The same positions, of which some have neither head nor tail, neither draws nor an actual token."""
     values = {name: tensor.clone() for name, tensor in vars(targets).items() if isinstance(tensor, Tensor)}
-    for name in ("head_ids_NK", "draw_ids_NM", "target_ids_N"):
+    for name in ("topk_ids_NK", "tail_ids_NM", "target_ids_N"):
         values[name][rows] = EMPTY_ID
-    for name in ("head_log_probs_NK", "tail_log_mass_N"):
+    for name in ("topk_log_probs_NK", "tail_log_mass_N"):
         values[name][rows] = -math.inf
-    values["draw_weights_NM"][rows] = 0.0
+    values["tail_weights_NM"][rows] = 0.0
     return replace(targets, **values)  # type: ignore[arg-type]

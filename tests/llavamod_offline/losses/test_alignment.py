@@ -114,7 +114,7 @@ def test_some_of_the_positions_are_taken_in_any_order() -> None:
     taken = targets.take(torch.tensor([5, 0, 5]))
     assert len(taken) == 3
     for place, row in enumerate((5, 0, 5)):
-        for name in ("head_ids_NK", "head_log_probs_NK", "tail_log_mass_N", "target_ids_N", "draw_ids_NM"):
+        for name in ("topk_ids_NK", "topk_log_probs_NK", "tail_log_mass_N", "target_ids_N", "tail_ids_NM"):
             assert torch.equal(getattr(taken, name)[place], getattr(targets, name)[row]), name
     assert taken.vocab_size == targets.vocab_size
 

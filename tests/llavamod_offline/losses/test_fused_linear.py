@@ -161,7 +161,7 @@ def test_rows_beyond_the_vocabulary_get_neither_probability_nor_gradient(name: s
 def test_narrow_ids_and_an_id_drawn_twice_will_do(tail: Tail) -> None:
     """Ids of 32 bits give the same bits; a draw in two slots that share its weight gives the same divergence."""
     hidden_ND, weight_VD = _leaves(VOCAB)
-    names = ("head_ids_NK", "draw_ids_NM", "target_ids_N")
+    names = ("topk_ids_NK", "tail_ids_NM", "target_ids_N")
     narrow = replace(TARGETS, **{name: getattr(TARGETS, name).int() for name in names})
     twice = replace(
         TARGETS,

@@ -18,7 +18,7 @@ from llavamod_offline.storage.atomic import create_file, new_folder, remove_fold
 KILLED_FOLDER = """
 import os, signal, sys
 from pathlib import Path
-from llavamod_offline.atomic import new_folder
+from llavamod_offline.storage.atomic import new_folder
 with new_folder(Path(sys.argv[1])) as folder:
     (folder / "half").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -28,7 +28,7 @@ with new_folder(Path(sys.argv[1])) as folder:
 KILLED_FILE = """
 import os, signal, sys
 from pathlib import Path
-from llavamod_offline import atomic
+from llavamod_offline.storage import atomic
 Path.replace = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 atomic.write_file(Path(sys.argv[1]), "new")
 """
@@ -221,7 +221,7 @@ def test_without_links_a_killed_writer_is_named(tmp_path: Path, monkeypatch: pyt
 RACE = """
 import errno, os, sys
 from pathlib import Path
-from llavamod_offline.atomic import create_file
+from llavamod_offline.storage.atomic import create_file
 def refuse(*_):
     raise OSError(errno.EPERM, "")
 os.link = refuse

@@ -28,7 +28,7 @@ FILL = """
 import json, subprocess, sys
 from pathlib import Path
 from llavamod_offline.errors import CacheError
-from tests.teacher_cache.driver import write_cache
+from tests.teacher_cache.capture.driver import write_cache
 folder, size, stops = Path(sys.argv[1]), 4, []
 subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", folder], check=True)
 while True:

@@ -104,11 +104,11 @@ def _rows(records: Records) -> list[Records]:
 
 
 def _assert_row(mine: Records, theirs: Records, *, where: tuple[str, str, int]) -> None:
-    for field in ("target_log_probs_N", "entropy_N", "tail_log_mass_N", "log_normalisers_NS", "head_log_probs_H"):
+    for field in ("target_log_probs_N", "entropy_N", "tail_log_mass_N", "log_normalisers_NS", "topk_log_probs_H"):
         left, right = getattr(mine, field), getattr(theirs, field)
         assert left.shape == right.shape, (where, field)
         assert np.allclose(left, right, rtol=0, atol=TOLERANCE), (where, field, left, right)
-    for field in ("target_ids_N", "head_counts_N", "draw_counts_N"):
+    for field in ("target_ids_N", "topk_counts_N", "tail_counts_N"):
         assert np.array_equal(getattr(mine, field), getattr(theirs, field)), (where, field)
     steps = -np.diff(mine.topk_log_probs_H, prepend=np.inf, append=-np.inf)
     alone = (np.abs(steps[:-1]) > GAP) & (np.abs(steps[1:]) > GAP)

@@ -22,7 +22,7 @@ from teacher_cache.format.quantise import log_prob_bound
 from teacher_cache.format.record import Records, RecordSettings, concatenate_records
 from teacher_cache.format.schema import Codec, PrecisionName, narrowest
 
-EXACT_FIELDS = ("target_ids_N", "head_counts_N", "head_ids_H", "draw_counts_N")
+EXACT_FIELDS = ("target_ids_N", "topk_counts_N", "topk_ids_H", "tail_counts_N")
 
 
 def _records(
@@ -71,7 +71,7 @@ def test_exact_comes_back_exactly(
         patch.setattr(columns_module, "BLOCK_POSITIONS", block)
         back = _there_and_back(tmp_path_factory.mktemp("c") / "columns.zarr", records, _codec(width, forced=forced))
     for field in dataclasses.fields(Records):
-        if field.name != "draw_ids_D":
+        if field.name != "tail_ids_D":
             assert np.array_equal(getattr(back, field.name), getattr(records, field.name)), field.name
             assert getattr(back, field.name).dtype == getattr(records, field.name).dtype
     assert _sorted_tail_ids(back) == _sorted_tail_ids(records)
@@ -178,7 +178,7 @@ def test_counts_take_the_narrowest_type_that_holds_them(largest: int, kind: str)
     assert narrowest(largest) == kind
 
 
-@pytest.mark.parametrize("field", ["head_ids_H", "target_ids_N", "draw_ids_D"])
+@pytest.mark.parametrize("field", ["topk_ids_H", "target_ids_N", "tail_ids_D"])
 @pytest.mark.parametrize("value", [40, -2, 131_072])
 def test_an_id_beyond_the_vocabulary_is_refused(field: str, value: int, tmp_path: Path) -> None:
     records = _records(5, 40, 0)

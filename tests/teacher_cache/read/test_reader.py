@@ -87,10 +87,10 @@ def test_a_batch_is_its_sequences_one_after_another(finished: Path) -> None:
         alone = cache.targets([item])
         piece = batch[start : start + len(alone)]
         start += len(alone)
-        for name in ("head_ids_NK", "head_log_probs_NK", "draw_ids_NM", "draw_weights_NM"):
+        for name in ("topk_ids_NK", "topk_log_probs_NK", "tail_ids_NM", "tail_weights_NM"):
             wide, narrow = getattr(piece, name), getattr(alone, name)
             assert torch.equal(wide[:, : narrow.shape[1]], narrow)
-            empty = {"head_ids_NK": -1, "head_log_probs_NK": float("-inf"), "draw_ids_NM": -1}.get(name, 0)
+            empty = {"topk_ids_NK": -1, "topk_log_probs_NK": float("-inf"), "tail_ids_NM": -1}.get(name, 0)
             assert (wide[:, narrow.shape[1] :] == empty).all()
         assert torch.equal(piece.log_normalisers_NS, alone.log_normalisers_NS)
     assert start == len(batch)

@@ -101,7 +101,7 @@ def test_it_reads_as_on_a_disk_and_stages_only_what_is_read(remote: str, finishe
     assert cache.manifests() == local.manifests()
     assert staged_units("columns") == []
     items = [(f"tiny-{number:04d}", "response") for number in (1, 0, 7)]
-    for name in ("head_ids_NK", "head_log_probs_NK", "draw_weights_NM", "log_normalisers_NS"):
+    for name in ("topk_ids_NK", "topk_log_probs_NK", "tail_weights_NM", "log_normalisers_NS"):
         assert torch.equal(getattr(cache.targets(items), name), getattr(local.targets(items), name))
     assert len(staged_units("columns")) == 2
     assert cache.sequence("tiny-0023", "response") == local.sequence("tiny-0023", "response")

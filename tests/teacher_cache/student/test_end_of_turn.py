@@ -52,7 +52,7 @@ def test_the_teachers_distribution_has_two_columns_exchanged(finished: Path, a: 
     assert torch.equal(after, before[:, order])
     read = TokenIdSwap(a, b).targets(targets)
     assert read.vocab_size == max(400, a + 1, b + 1)
-    for name in ("head_log_probs_NK", "tail_log_mass_N", "target_log_probs_N", "entropy_N", "log_normalisers_NS"):
+    for name in ("topk_log_probs_NK", "tail_log_mass_N", "target_log_probs_N", "entropy_N", "log_normalisers_NS"):
         assert torch.equal(getattr(read, name), getattr(targets, name))
 
 

@@ -212,7 +212,7 @@ def test_an_error_while_reading_leaves_nothing(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from llavamod_offline.data.pack import write_set
+from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
 
 def rows():

@@ -97,8 +97,8 @@ def test_no_workers() -> None:
 PARENT = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
-from tests.llavamod_offline.data.test_workers import process
-from llavamod_offline.data.workers import map_in_order
+from tests.llavamod_offline.data.pack.test_process_map import process
+from llavamod_offline.data.pack.process_map import map_in_order
 if __name__ == "__main__":
     results = map_in_order(process, iter(int, 1), workers=2, chunk=5)
     print(" ".join(map(str, {next(results) for _ in range(200)})), flush=True)
