@@ -1,4 +1,4 @@
-"""Plans on a terminal, and plans against what became of them."""
+"""Plans, and their comparison with finished caches, on a terminal."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from rich.console import Console
 from teacher_cache.inspection.terminal import Justify, add_row, make_table, print_pairs, print_parts, readable_bytes
 from teacher_cache.plan.estimate import Comparison, Plan
 
-_COUNTS = ("positions", "sequences", "rejected", "bytes", "bytes a position")
+_COUNTS = ("positions", "sequences", "rejected", "bytes", "bytes per position")
 _UNITS = (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0))
 
 
 def print_plan(console: Console, plan: Plan, kept: Path | None) -> None:
-    """Print a plan and where it is kept."""
+    """Print a plan and where it is saved."""
     probe = plan.probe
     pairs = [
         ("output", plan.output),
         (
             "probe",
-            f"{probe['samples']:,} samples captured in {probe['seconds']:.1f} s on {plan.device}, "
-            f"{probe['tokenised']:,} tokenised, of {plan.samples:,}",
+            f"{probe['samples']:,} of {plan.samples:,} samples captured in {probe['seconds']:.1f} s on {plan.device}",
         ),
         ("positions", f"{plan.positions:,} ± {plan.positions_error:.1%} (standard error)"),
-        ("sequences", f"{plan.sequences:,}, and {plan.rejected:,} rejected"),
+        ("sequences", f"{plan.sequences:,}, plus {plan.rejected:,} rejected"),
         ("size", f"{readable_bytes(plan.total_bytes)}, {_per_position(plan.total_bytes, plan.positions)}"),
         ("time", readable_seconds(plan.total_seconds)),
     ]
@@ -32,7 +31,7 @@ def print_plan(console: Console, plan: Plan, kept: Path | None) -> None:
         pairs.append(("GPU-hours", f"{plan.gpu_hours:.3g}"))
     if plan.jobs > 1:
         each = readable_seconds(plan.total_seconds / plan.jobs)
-        pairs.append(("jobs", f"{plan.jobs:,}, each about {each}; the figures above are of all together"))
+        pairs.append(("jobs", f"{plan.jobs:,}, about {each} each; the figures above are totals"))
     print_pairs(console, pairs)
     console.print()
     table = make_table(console, "Time", [("part", "left"), ("seconds", "right")])
@@ -41,40 +40,44 @@ def print_plan(console: Console, plan: Plan, kept: Path | None) -> None:
     console.print(table)
     console.print()
     positions = max(plan.positions, 1)
-    print_parts(console, "Bytes a position", {name: size / positions for name, size in plan.bytes.items()})
-    columns: list[tuple[str, Justify]] = [("capture.preset", "left"), ("bytes a position", "right"), ("size", "right")]
+    print_parts(console, "Bytes per position", {name: size / positions for name, size in plan.bytes.items()})
+    columns: list[tuple[str, Justify]] = [
+        ("capture.preset", "left"),
+        ("bytes per position", "right"),
+        ("size", "right"),
+    ]
     table = make_table(console, "With each preset", columns)
     for name, size in plan.presets.items():
         add_row(table, name, f"{size / positions:,.2f}", readable_bytes(size))
     console.print(table)
     console.print()
-    where = f"kept in {kept}" if kept is not None else "not kept: the output is no local folder; name a --file"
+    where = f"saved in {kept}" if kept is not None else "not saved, since the output is a URL: choose a --file"
     print_pairs(console, [("plan", where)])
 
 
-def print_comparison(console: Console, fact: Comparison) -> None:
-    """Print a finished cache beside its plan."""
-    real = _figures(fact.positions, fact.sequences, fact.rejected, fact.bytes)
-    planned = _planned_figures(fact.planned)
-    if fact.runs_positions >= fact.positions:  # every run was recorded
-        real["seconds"] = fact.runs_seconds
-        real["GPU-hours"] = fact.runs_seconds / 3600
+def print_comparison(console: Console, done: Comparison) -> None:
+    """Print a finished cache next to its plan."""
+    actual = _figures(done.positions, done.sequences, done.rejected, done.bytes)
+    planned = _planned_figures(done.planned)
+    if done.runs_positions >= done.positions:  # every run was recorded
+        actual["seconds"] = done.runs_seconds
+        actual["GPU-hours"] = done.runs_seconds / 3600
     columns: list[tuple[str, Justify]] = [
         ("", "left"),
         ("planned", "right"),
-        ("real", "right"),
-        ("real/planned", "right"),
+        ("actual", "right"),
+        ("actual/planned", "right"),
     ]
-    print_pairs(console, [("output", fact.output)])
+    print_pairs(console, [("output", done.output)])
     console.print()
-    table = make_table(console, "Plan against fact", columns)
-    for name in (*_COUNTS, "seconds", "GPU-hours", *(f"bytes of {part}" for part in fact.bytes)):
-        expected, found = planned.get(name), real.get(name)
-        if fact.planned is None or expected is not None or name.startswith("bytes of"):
+    table = make_table(console, "Plan and result", columns)
+    for name in (*_COUNTS, "seconds", "GPU-hours", *(f"bytes of {part}" for part in done.bytes)):
+        expected, found = planned.get(name), actual.get(name)
+        if done.planned is None or expected is not None or name.startswith("bytes of"):
             ratio = f"{found / expected:.3f}" if found is not None and expected else ""
             add_row(table, name, _number(expected), _number(found), ratio)
     console.print(table)
-    for line in _remarks(fact):
+    for line in _remarks(done):
         console.print(line)
 
 
@@ -99,7 +102,7 @@ def _number(value: float | None) -> str:
 
 
 def readable_seconds(seconds: float) -> str:
-    """Seconds in the largest unit of which there is at least one."""
+    """Seconds in the largest unit that gives at least 1."""
     for name, unit in _UNITS:
         if seconds >= unit:
             return f"{seconds / unit:.3g} {name}"
@@ -107,17 +110,17 @@ def readable_seconds(seconds: float) -> str:
 
 
 def _per_position(size: int, positions: int) -> str:
-    return f"{size / max(positions, 1):.2f} bytes a position all in"
+    return f"{size / max(positions, 1):.2f} bytes per position in total"
 
 
-def _remarks(fact: Comparison) -> list[str]:
-    if fact.planned is None:
-        return ["no plan of it was kept: plan before the run"]
-    remarks = [f"planned with other settings: {line}" for line in fact.differences]
-    if fact.runs_positions < fact.positions:
-        share = fact.runs_positions / max(fact.positions, 1)
+def _remarks(done: Comparison) -> list[str]:
+    if done.planned is None:
+        return ["no saved plan: run `cache-teacher plan` before the capture"]
+    remarks = [f"planned with other settings: {line}" for line in done.differences]
+    if done.runs_positions < done.positions:
+        share = done.runs_positions / max(done.positions, 1)
         remarks.append(
-            f"runs on record: {fact.runs}, of {share:.1%} of the positions in {fact.runs_seconds:,.1f} s; "
-            "what a killed run took is not known"
+            f"recorded runs: {done.runs}, with {share:.1%} of the positions in {done.runs_seconds:,.1f} s; "
+            "killed runs are not recorded"
         )
     return remarks

@@ -200,7 +200,7 @@ def test_only_a_field_of_the_fingerprint_can_be_allowed(
 
 
 def test_plan_run_and_plan_again(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Before the run the plan, after it plan against fact; nothing undeclared lies in the cache."""
+    """A plan before the run, its comparison afterwards; nothing undeclared lies in the cache."""
     arguments = world.arguments(tmp_path / "c", data=world.pairs)
     status, out, err = _call(capsys, "plan", *arguments, "--json")
     assert (status, err) == (0, "")
@@ -208,7 +208,7 @@ def test_plan_run_and_plan_again(world: World, tmp_path: Path, capsys: pytest.Ca
     assert [path.name for path in tmp_path.iterdir()] == [".c.plan.jsonl"]
     status, out, _ = _call(capsys, "plan", *arguments, "--samples", "1", "--seconds", "0")
     assert status == 0
-    assert "1 tokenised, of 7" in out.replace("\n", " ")
+    assert "1 of 7 samples captured" in out.replace("\n", " ")
     _call(capsys, "plan", *arguments, "--file", str(tmp_path / "kept.jsonl"))
     _call(capsys, "run", *arguments, "--slice", "0/2")
     _call(capsys, "run", *arguments)
@@ -218,9 +218,9 @@ def test_plan_run_and_plan_again(world: World, tmp_path: Path, capsys: pytest.Ca
     assert status == 0
     fact = json.loads(out)
     assert fact["positions"] == planned["positions"] == fact["runs_positions"]
-    assert (fact["runs"], fact["planned"]["probe"]["tokenised"]) == (2, 1)
+    assert (fact["runs"], fact["planned"]["probe"]["samples"]) == (2, 1)
     status, out, _ = _call(capsys, "plan", *arguments)
-    assert (status, out.count("Plan against fact")) == (0, 1)
+    assert (status, out.count("Plan and result")) == (0, 1)
     status, out, _ = _call(capsys, "plan", *arguments, "--file", str(tmp_path / "kept.jsonl"), "--json")
     assert json.loads(out)["runs"] == 0
 
