@@ -1,4 +1,7 @@
-"""Running commands that need one another's results, a few at a time."""
+"""Run commands that depend on one another, a few at a time.
+
+Our own, as `graphlib` sorts but does not put the longest chain first, which keeps two cores busy to the end.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,19 @@ import shlex
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llavamod_offline.errors import LlavaModError
+
+_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command, and the names of the steps that must have ended before it starts."""
+    """A command, and the names of the steps that must finish before it starts."""
 
     name: str
     command: tuple[str, ...]
@@ -29,7 +30,7 @@ class Step:
 
     @property
     def typed(self) -> str:
-        """The command as one would type it."""
+        """The command as typed in a shell."""
         return shlex.join(self.command)
 
 
@@ -44,37 +45,39 @@ def run_steps(
     at_once: int,
     on_end: Callable[[Step, float], None] = lambda step, seconds: None,
 ) -> dict[str, float]:
-    """Run all steps, at most `at_once` together, each with its share of the cores; give each one's seconds.
+    """Run all steps, at most `at_once` together, each with its share of the cores; return the seconds of each.
 
-    Output goes to `logs/NAME.log`. Errors: `StepError` with the end of the log of the first step that fails; the steps
-    then running are ended.
+    Output goes to `logs/NAME.log`. Errors: `StepError` with the end of the log of the first step that fails; running
+    steps are terminated.
     """
     logs.mkdir(parents=True, exist_ok=True)
     threads = max(1, len(os.sched_getaffinity(0)) // at_once)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    running = _Running()
     seconds: dict[str, float] = {}
     waiting = longest_first(steps)
-    futures: dict[Future[float], Step] = {}
-    with ThreadPoolExecutor(at_once) as pool:
-        try:
-            while waiting or futures:
-                ready = [step for step in waiting if all(need in seconds for need in step.needs)]
-                for step in ready[: at_once - len(futures)]:
-                    waiting.remove(step)
-                    futures[pool.submit(_run, step, logs / f"{step.name}.log", environment, running)] = step
-                for future in wait(futures, return_when=FIRST_COMPLETED).done:
-                    step = futures.pop(future)
-                    seconds[step.name] = future.result()
-                    on_end(step, seconds[step.name])
-        except BaseException:
-            running.end()
-            raise
+    running: dict[Step, tuple[subprocess.Popen[bytes], float]] = {}
+    try:
+        while waiting or running:
+            ready = [step for step in waiting if seconds.keys() >= set(step.needs)]
+            for step in ready[: at_once - len(running)]:
+                waiting.remove(step)
+                running[step] = (_start(step, logs / f"{step.name}.log", environment), time.monotonic())
+            time.sleep(_POLL_SECONDS)
+            for step in [step for step, (process, _) in running.items() if process.poll() is not None]:
+                process, started = running.pop(step)
+                _check(step, process.returncode, logs / f"{step.name}.log")
+                seconds[step.name] = time.monotonic() - started
+                on_end(step, seconds[step.name])
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+        for process, _ in running.values():
+            process.wait()
     return seconds
 
 
 def longest_first(steps: Sequence[Step]) -> list[Step]:
-    """Sort steps by the length of the longest chain that waits for them. Errors: `StepError` for a need unmet."""
+    """Sort steps by the longest chain of steps that depends on each. Errors: `StepError` for an unmet need."""
     names = {step.name for step in steps}
     for step in steps:
         unmet = [need for need in step.needs if need not in names]
@@ -87,47 +90,20 @@ def longest_first(steps: Sequence[Step]) -> list[Step]:
     return sorted(steps, key=lambda step: -chain(step.name))
 
 
-class _Running:
-    """The processes that run; none is started any more once they are ended."""
-
-    def __init__(self) -> None:
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._lock = threading.Lock()
-        self._ended = False
-
-    @contextmanager
-    def started(self, name: str, command: Sequence[str], **settings: Any) -> Iterator[subprocess.Popen[bytes]]:
-        """Start a process. Errors: `StepError` after `end`."""
-        with self._lock:
-            if self._ended:
-                raise StepError(f"step '{name}' was not started: another one had failed")
-            process = self._processes[name] = subprocess.Popen(command, **settings)
-        with process:
-            yield process
-        with self._lock:
-            del self._processes[name]
-
-    def end(self) -> None:
-        """End all."""
-        with self._lock:
-            self._ended = True
-            for process in self._processes.values():
-                process.terminate()
-
-
-def _run(step: Step, log: Path, environment: Mapping[str, str], running: _Running) -> float:
-    started = time.monotonic()
+def _start(step: Step, log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     with log.open("wb") as stream:
         stream.write(f"$ {step.typed}\n".encode())
         stream.flush()
         command = [_executable(step.command[0]), *step.command[1:]]
-        settings = {"stdout": stream, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, "env": environment}
-        with running.started(step.name, command, **settings) as process:
-            status = process.wait()
+        return subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+        )
+
+
+def _check(step: Step, status: int, log: Path) -> None:
     if status != 0:
         last = log.read_text(errors="replace").strip().splitlines()[-15:]
         raise StepError(f"step '{step.name}' ended with status {status}; the end of {log}:\n" + "\n".join(last))
-    return time.monotonic() - started
 
 
 def _executable(name: str) -> str:

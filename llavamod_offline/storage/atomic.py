@@ -1,7 +1,7 @@
-"""Writing that never leaves a half-written file or folder behind under its final name.
+"""Write files and folders so that none is ever seen half-written under its final name.
 
-What is being written lies aside under `.NAME.HOST-PID.tmp`, so that leftovers of the dead can be told from the work of
-the living, on this machine and on others that share the disk.
+Until it is complete, it is called `.NAME.HOST-PID.tmp`, which tells the leftovers of killed processes from the work of
+running ones, on this machine and on others that share the disk.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _HOST = re.sub(r"[^A-Za-z0-9_]+", "_", platform.node()) or "here"
-# Whether another machine's process lives cannot be seen; one that writes changes something within this time.
+# We cannot see whether another machine's process is running; one that writes changes something within this time.
 _FOREIGN_SECONDS = 3600.0
 _FLUSHES = 16
 _CLAIM_SECONDS = 30.0
@@ -37,7 +37,7 @@ def fsync_path(path: Path) -> None:
 def fsync_tree(folder: Path) -> None:
     """Flush every file and folder below `folder`, and `folder` itself.
 
-    A flush waits for the disk, which takes several at once: one after another they cost more than the writing.
+    In parallel: each flush waits for the disk, and one after another they cost more than the writing.
     """
     folders = [Path(root) for root, _, _ in os.walk(folder)]
     files = [Path(root) / name for root, _, names in os.walk(folder) for name in names]
@@ -48,7 +48,7 @@ def fsync_tree(folder: Path) -> None:
 
 
 def aside_path(target: Path) -> Path:
-    """Where this process writes what is to become `target`."""
+    """The temporary path at which this process writes `target`."""
     return target.with_name(f".{target.name}.{_HOST}-{os.getpid()}.tmp")
 
 
@@ -65,9 +65,10 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 
 def create_file(path: Path, content: bytes | str) -> bool:
-    """Write a new file atomically. Gives False, and changes nothing, if `path` is there.
+    """Write a new file atomically; return False, and change nothing, if `path` exists.
 
-    Of several processes that create a file at once one does, on file systems without hard links too.
+    Exactly one of several concurrent processes succeeds, on file systems without hard links too; opening `path` itself
+    exclusively would let the others read a half-written file.
     """
     aside = aside_path(path)
     try:
@@ -91,16 +92,16 @@ def create_file(path: Path, content: bytes | str) -> bool:
 
 @contextmanager
 def _claimed(path: Path) -> Iterator[bool]:
-    """Hold the right to create `path` where there is no such file; gives whether there is none.
+    """Hold the exclusive right to create `path`; yield whether it is still missing.
 
-    The right is a file `.NAME.claim`, which one process can create, and which is there no longer than a rename takes.
-    Errors: `OSError` if it stays, as that of a process that was killed in between.
+    The right is a file `.NAME.claim` that exists only for the duration of a rename.
+    Errors: `OSError` if another process's claim stays, because that process was killed in between.
     """
     claim = path.with_name(f".{path.name}.claim")
     deadline = time.monotonic() + _CLAIM_SECONDS
     while True:
         try:
-            descriptor = os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            stream = claim.open("x")
             break
         except FileExistsError:
             if path.exists():
@@ -109,11 +110,11 @@ def _claimed(path: Path) -> Iterator[bool]:
             if time.monotonic() >= deadline:
                 owner = claim.read_text(errors="replace") if claim.exists() else ""
                 raise OSError(
-                    errno.EBUSY, f"process {owner or '?'} holds {claim}: remove that file if the process is dead"
+                    errno.EBUSY, f"process {owner or '?'} holds {claim}: remove that file if the process has ended"
                 ) from None
             time.sleep(_CLAIM_SECONDS / 1000)
     try:
-        with os.fdopen(descriptor, "w") as stream:
+        with stream:
             stream.write(f"{_HOST}-{os.getpid()}")
         yield not path.exists()
     finally:
@@ -122,9 +123,9 @@ def _claimed(path: Path) -> Iterator[bool]:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder aside; on success flush it and rename it to `target`, on failure remove it.
+    """Yield a temporary folder; on success flush it and rename it to `target`, on failure remove it.
 
-    `target` must not exist. A kill leaves only the folder aside, which `remove_leftovers` clears.
+    `target` must not exist. A killed process leaves only the temporary folder, which `remove_leftovers` clears.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = aside_path(target)
@@ -141,7 +142,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder so that no part of it is ever seen under its name: rename it aside, then delete."""
+    """Remove a folder at once: rename it to a temporary name, then delete it."""
     aside = aside_path(folder)
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
@@ -150,9 +151,9 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path, name: str) -> list[Path]:
-    """Remove what killed writers of `folder/name` left aside, and say what it was.
+    """Remove what killed writers of `folder/name` left behind, and return what it was.
 
-    Kept is what belongs to a running process of this machine, and what another machine changed within the last hour.
+    Keeps what belongs to a running process of this machine, and what another machine changed within the last hour.
     """
     removed = []
     for aside in sorted(folder.glob(f".{name}.*.tmp")):
@@ -179,7 +180,7 @@ def _write_aside(aside: Path, content: bytes | str) -> None:
 
 
 def _last_change(path: Path) -> float:
-    """When the newest thing at or below `path` was changed; now, if it vanishes meanwhile."""
+    """When `path` or anything below it last changed; now, if it vanishes meanwhile."""
     try:
         return max(entry.stat().st_mtime for entry in (path, *path.rglob("*")))
     except OSError:

@@ -1,14 +1,15 @@
 """Local copies of remote files: complete or absent, bounded in bytes, shared by all processes of a machine.
 
-    ID/          a unit: a folder that is complete from the moment it has this name; never changed
-    ID.lock      its size in bytes; locked shared by those who read it, exclusively by who makes or removes it;
-                 its time of change is that of the last use
-    ID.tmp/      the unit being made
-    .lock        held while room is made
+    ID/          an entry: a folder, complete as soon as it has this name; never changed
+    ID.lock      its size in bytes; readers lock it shared, whoever makes or removes the entry locks it exclusively;
+                 its modification time is that of the last use
+    ID.tmp/      the entry being made
+    .lock        held while space is freed
 
-A unit is named by a checksum of what it holds, so that every reader of the same bytes shares it. The folder is that of
-the environment variable LLAVAMOD_STAGING, or `llavamod-offline/staging` in the user's folder for caches; its size is
-LLAVAMOD_STAGING_GB gigabytes (default 20), least recently used units leave first.
+An entry is named by a checksum of its content, so that all readers of the same bytes share it. The environment variable
+LLAVAMOD_STAGING names the folder (default: `llavamod-offline/staging` in the user's cache folder, in four lines that
+are not worth a dependency), LLAVAMOD_STAGING_GB its size limit in gigabytes (default 20). Least recently used entries
+are removed first. Our own, as no library offers a cache that is bounded, checked, and locked between processes.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from llavamod_offline.storage import atomic
 
 FOLDER_VARIABLE = "LLAVAMOD_STAGING"
 SIZE_VARIABLE = "LLAVAMOD_STAGING_GB"
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # those of a disk, never of a network
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # raised by a disk, never by a network
 _DEFAULT_GB = 20.0
 _IDENTITY = re.compile(r"[0-9a-z-]+")
 _PAUSE_SECONDS = 0.02
 
 
 def staging_folder() -> Path:
-    """Where copies of remote files lie on this machine."""
+    """The folder that holds copies of remote files on this machine."""
     named = os.environ.get(FOLDER_VARIABLE)
     if named:
         return Path(named).expanduser()
@@ -49,22 +50,22 @@ def staging_folder() -> Path:
 
 
 def staging_bytes() -> int:
-    """How many bytes of copies may lie there. Errors: `ConfigError` if the variable is no positive number."""
+    """The limit of that folder in bytes. Errors: `ConfigError` if the variable is not a positive number."""
     text = os.environ.get(SIZE_VARIABLE)
     try:
         gigabytes = float(text) if text else _DEFAULT_GB
     except ValueError:
         gigabytes = 0.0
     if not 0.0 < gigabytes < 1e9:
-        raise ConfigError(f"{SIZE_VARIABLE}: '{text}' is no number of gigabytes: set it to one, such as 20")
+        raise ConfigError(f"{SIZE_VARIABLE}: '{text}' is not a positive number of gigabytes: set it to one, such as 20")
     return int(gigabytes * 1e9)
 
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """Yield a new folder beside the staged units, which is removed at the end (that of a killed process by the next).
+    """Yield a new folder beside the entries and remove it afterwards; the next process clears up after a killed one.
 
-    Errors: `StorageError` if it cannot be made, or the disk is full while it is used.
+    Errors: `StorageError` if the folder cannot be made, or if the disk fills up while it is in use.
     """
     root = staging_folder()
     try:
@@ -84,10 +85,10 @@ def scratch() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class Staging:
-    """The staged units of a folder, at most `limit_bytes` of them together (defaults: see above).
+class DiskCache:
+    """Cached entries in a folder, at most `limit_bytes` in total (defaults: see above).
 
-    Safe in threads, after forks, and between processes. Nothing is made before the first unit is staged.
+    Safe in threads, after forks, and between processes. The folder is created with the first entry.
     """
 
     def __init__(self, folder: Path | None = None, limit_bytes: int | None = None) -> None:
@@ -95,62 +96,61 @@ class Staging:
         self.limit_bytes = staging_bytes() if limit_bytes is None else limit_bytes
 
     def path(self, identity: str) -> Path:
-        """Where a unit lies, or will."""
+        """The folder of an entry, whether it exists yet or not."""
         return self.folder / identity
 
     @contextmanager
     def hold(self, identity: str, size: int, fill: Callable[[Path], None]) -> Iterator[Path]:
-        """Yield a unit's folder, which stays while it is held; `fill` makes its content if it is not there.
+        """Yield an entry's folder, which stays while it is held; if it is missing, `fill` makes its content.
 
-        `size`: the bytes that `fill` writes. To keep the bound, hold one unit at a time, and not for long: where there
-        is no room, a process waits until others let go of theirs.
-        Errors: `StorageError` if the unit is larger than the bound, or the disk is full; whatever `fill` raises.
+        `size`: the bytes that `fill` writes. Hold one entry at a time, and briefly: when the cache is full, a process
+        waits until others release theirs.
+        Errors: `StorageError` if the entry is larger than the limit, or the disk is full; whatever `fill` raises.
         """
         if not _IDENTITY.fullmatch(identity):
-            raise ValueError(f"a unit cannot be named '{identity}'")
+            raise ValueError(f"'{identity}' cannot name an entry")
         if size > self.limit_bytes:
             raise StorageError(
-                f"{self.folder}: {size:,} bytes are to be staged, {self.limit_bytes:,} are allowed: "
-                f"set {SIZE_VARIABLE} to more"
+                f"{self.folder}: {size:,} bytes exceed the limit of {self.limit_bytes:,}: raise {SIZE_VARIABLE}"
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _unusable(self.folder, error) from error
-        unit = self.path(identity)
+        entry = self.path(identity)
         while True:
             with self._locked(identity, exclusive=False) as lock:
-                if lock is not None and unit.is_dir():
+                if lock is not None and entry.is_dir():
                     os.utime(lock)
-                    yield unit
+                    yield entry
                     return
-            # Never wait for an exclusive lock: who holds a unit may be waiting for another one.
+            # Never wait for an exclusive lock: whoever holds an entry may be waiting for another one.
             with self._locked(identity, exclusive=True) as lock:
-                if lock is not None and not unit.is_dir() and self._reserve(identity, lock, size):
-                    self._make(unit, fill)
+                if lock is not None and not entry.is_dir() and self._reserve(identity, lock, size):
+                    self._make(entry, fill)
                     continue
             time.sleep(_PAUSE_SECONDS)
 
-    def _make(self, unit: Path, fill: Callable[[Path], None]) -> None:
-        aside = unit.with_name(f"{unit.name}.tmp")
+    def _make(self, entry: Path, fill: Callable[[Path], None]) -> None:
+        aside = entry.with_name(f"{entry.name}.tmp")
         try:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
             fill(aside)
-            aside.rename(unit)
+            aside.rename(entry)
         except BaseException as error:
             shutil.rmtree(aside, ignore_errors=True)
-            unit.with_name(f"{unit.name}.lock").unlink(missing_ok=True)
+            entry.with_name(f"{entry.name}.lock").unlink(missing_ok=True)
             if isinstance(error, OSError):
                 raise _unusable(self.folder, error) from error
             raise
 
     def _reserve(self, identity: str, lock: int, size: int) -> bool:
-        """Write the unit's size into its lock file, if there is room or can be made."""
+        """Write the entry's size into its lock file, if there is or can be enough space."""
         try:
             with (self.folder / ".lock").open("a") as whole:
                 fcntl.flock(whole, fcntl.LOCK_EX)
-                if not self._make_room(identity, size):
+                if not self._free_space(identity, size):
                     return False
                 os.truncate(lock, 0)
                 os.pwrite(lock, str(size).encode(), 0)
@@ -158,18 +158,18 @@ class Staging:
         except OSError as error:
             raise _unusable(self.folder, error) from error
 
-    def _make_room(self, identity: str, size: int) -> bool:
-        units = []
+    def _free_space(self, identity: str, size: int) -> bool:
+        entries = []
         for file in self.folder.glob("*.lock"):
             if file.stem not in ("", identity) and file.name != ".lock":
                 with suppress(OSError, ValueError):
-                    units.append((file.stat().st_mtime_ns, file.stem, int(file.read_text() or "0")))
-        taken = sum(unit[2] for unit in units)
-        for _, other, other_size in sorted(units):
+                    entries.append((file.stat().st_mtime_ns, file.stem, int(file.read_text() or "0")))
+        taken = sum(entry_size for _, _, entry_size in entries)
+        for _, other, other_size in sorted(entries):
             if taken + size <= self.limit_bytes:
                 break
             with self._locked(other, exclusive=True) as lock:
-                if lock is not None:  # nobody reads it, and nobody is making it
+                if lock is not None:  # no one reads or makes it
                     for name in (other, f"{other}.tmp"):
                         shutil.rmtree(self.folder / name, ignore_errors=True)
                     (self.folder / f"{other}.lock").unlink(missing_ok=True)
@@ -178,7 +178,7 @@ class Staging:
 
     @contextmanager
     def _locked(self, identity: str, *, exclusive: bool) -> Iterator[int | None]:
-        """Lock a unit: shared, waiting for who makes it; or exclusively, without waiting (None if others hold it)."""
+        """Lock an entry: shared, waiting until it is made; or exclusively, without waiting (None if others hold it)."""
         file = self.folder / f"{identity}.lock"
         try:
             lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
@@ -193,13 +193,13 @@ class Staging:
             try:
                 yield lock if _is_file(lock, file) else None
             finally:
-                fcntl.flock(lock, fcntl.LOCK_UN)  # a process forked meanwhile shares the lock: closing is not enough
+                fcntl.flock(lock, fcntl.LOCK_UN)  # a forked process shares the lock, so closing is not enough
         finally:
             os.close(lock)
 
 
 def _is_file(lock: int, file: Path) -> bool:
-    """Whether a lock is on the file that is there now: it may have been removed with its unit before we had it."""
+    """Whether a lock is on the current file: another process may have removed the entry before we locked it."""
     try:
         return os.path.samestat(os.fstat(lock), file.stat())
     except FileNotFoundError:
@@ -208,7 +208,7 @@ def _is_file(lock: int, file: Path) -> bool:
 
 @functools.cache
 def _clear_scratch(root: Path, process: int) -> None:
-    """Remove what killed processes left, before the first scratch folder of this process."""
+    """Remove the scratch folders of killed processes, once in each process."""
     atomic.remove_leftovers(root, "scratch")
 
 

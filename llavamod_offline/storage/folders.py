@@ -1,4 +1,4 @@
-"""One way to read and write a folder, whether it lies on a disk or behind a URL."""
+"""Folders on a disk and behind a URL, read and written in the same way."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LOCAL_URL = re.compile(r"(file|local)://")
 
 
 class Folder(Protocol):
-    """A folder. Names are relative to it, with `/`; what a method writes is there whole, or not at all.
+    """A folder. Names are relative to it, with `/`; a file appears complete, or not at all.
 
     Errors of every method: `OSError` of the disk, `FileNotFoundError` if a file is missing; behind a URL also
     `StorageError`.
@@ -38,7 +38,7 @@ class Folder(Protocol):
         ...
 
     def names(self) -> set[str]:
-        """The names of what lies right below the folder; none if there is no such folder."""
+        """The names of the files and folders in the folder; none if it does not exist."""
         ...
 
     def sizes(self, below: str = "") -> dict[str, int]:
@@ -50,22 +50,22 @@ class Folder(Protocol):
         ...
 
     def create(self, name: str, content: bytes) -> bool:
-        """Write a new file; gives False, and changes nothing, if it is there."""
+        """Write a new file; return False, and change nothing, if it exists."""
         ...
 
     def commit(self, name: str, last: str) -> AbstractContextManager[Path]:
-        """Yield a local folder to fill; at the end it becomes `name`, its file `last` at the very last.
+        """Yield a local folder to fill; at the end it becomes `name`, with its file `last` appearing last.
 
         Errors: `FileExistsError` if another process has written `name` meanwhile.
         """
         ...
 
     def copied(self, name: str) -> AbstractContextManager[Path]:
-        """Yield a local folder with all that is below `name`, for reading alone."""
+        """Yield a local, read-only folder with everything below `name`."""
         ...
 
     def remove_files(self, names: Iterable[str]) -> None:
-        """Remove files; those that are not there do not matter."""
+        """Remove files; missing ones are ignored."""
         ...
 
     def remove(self, name: str, first: str) -> None:
@@ -73,7 +73,7 @@ class Folder(Protocol):
         ...
 
     def clear_leftovers(self, name: str) -> list[str]:
-        """Remove what killed writers of `name` left aside (`FOLDER/*` for all in a folder), and say what it was."""
+        """Remove what killed writers of `name` left behind (`FOLDER/*`: of all in a folder), and return what it was."""
         ...
 
 
@@ -124,7 +124,7 @@ class LocalFolder:
 
     @contextmanager
     def commit(self, name: str, last: str) -> Iterator[Path]:
-        """See `Folder`: written aside and renamed, so that `last` appears with all others."""
+        """See `Folder`: written under another name and renamed, so that `last` appears with all others."""
         target = self.path / name
         try:
             with atomic.new_folder(target) as folder:
@@ -145,7 +145,7 @@ class LocalFolder:
             (self.path / name).unlink(missing_ok=True)
 
     def remove(self, name: str, first: str) -> None:
-        """See `Folder`: renamed aside, then removed."""
+        """See `Folder`: renamed, then removed."""
         path = self.path / name
         if path.is_dir() and not path.is_symlink():
             atomic.remove_folder(path)
@@ -160,12 +160,12 @@ class LocalFolder:
 
 
 def is_url(where: str | Path) -> bool:
-    """Whether `where` names something behind a URL; `file://` is a path."""
+    """Whether `where` is a URL; `file://` counts as a path."""
     return isinstance(where, str) and bool(_URL.match(where)) and not _LOCAL_URL.match(where)
 
 
 def open_folder(where: str | Path) -> LocalFolder | RemoteFolder:
-    """Look at a folder by path or URL; nothing is read or made. Errors: `StorageError` if no backend knows the URL."""
+    """A folder by path or URL; nothing is read or created. Errors: `StorageError` if no backend knows the URL."""
     if is_url(where):
         return RemoteFolder(str(where))
     return LocalFolder(Path(_LOCAL_URL.sub("", str(where))))

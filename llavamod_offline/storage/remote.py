@@ -2,8 +2,9 @@
 
 An object store has no rename, so a folder is committed by its last file: all others are uploaded before it.
 
-What fails as a network or a busy store does is tried again, after pauses that double up to 10 s, for as many seconds as
-the environment variable LLAVAMOD_RETRY_SECONDS says (default 60).
+Failures of the network or of a busy store are retried, with pauses that double up to 10 s, for as many seconds as the
+environment variable LLAVAMOD_RETRY_SECONDS says (default 60). Our own loop: with tenacity it is no shorter, as the last
+attempt comes at the deadline, only the first warns, and the pauses leave Python's shared random generator alone.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
 _PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs", "hf": "huggingface_hub"}
 _RETRY_SECONDS = 60.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
-_DOWNLOADS = 3  # of a file that comes damaged
-# What no other attempt would change. A backend may raise anything when its network fails.
+_DOWNLOADS = 3  # attempts at a file that arrives damaged
+# Errors that a retry would not change. A backend may raise anything when its network fails.
 _FINAL = (
     FileNotFoundError,
     FileExistsError,
@@ -50,12 +51,12 @@ _FINAL = (
     ValueError,
     StorageError,
 )
-_jitter = random.Random()  # of our own, so that nobody's random numbers depend on the network
+_jitter = random.Random()  # its own, so that no other random numbers depend on the network
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A file to download to `path`, with its size in bytes and its SHA-256 (hex) where they are known."""
+    """A file to download to `path`, with its size in bytes and its SHA-256 (hex) where known."""
 
     name: str
     path: Path
@@ -63,7 +64,7 @@ class Wanted:
     sha256: str | None = None
 
     def fits(self) -> bool:
-        """Whether what lies at `path` is the file that is wanted."""
+        """Whether the file at `path` is the wanted one."""
         if not self.path.is_file() or self.size not in (None, self.path.stat().st_size):
             return False
         if self.sha256 is None:
@@ -73,14 +74,14 @@ class Wanted:
 
 
 def retry_seconds() -> float:
-    """How long a store that does not answer is tried again. Errors: `ConfigError` if the variable is no number."""
+    """How long to retry a store that does not answer. Errors: `ConfigError` if the variable is not a number."""
     text = os.environ.get(RETRY_VARIABLE)
     try:
         seconds = float(text) if text else _RETRY_SECONDS
     except ValueError:
         seconds = -1.0
     if not seconds >= 0.0:
-        raise ConfigError(f"{RETRY_VARIABLE}: '{text}' is no number of seconds: set it to one, such as 60")
+        raise ConfigError(f"{RETRY_VARIABLE}: '{text}' is not a number of seconds: set it to one, such as 60")
     return seconds
 
 
@@ -88,7 +89,7 @@ class RemoteFolder:
     """A folder behind a URL. Safe in threads, after a fork, and in spawned processes.
 
     Names are relative to the folder, with `/`. Errors of every method: `StorageError` if the bucket is missing, refuses
-    or cannot be reached; `FileNotFoundError` if a file is missing; `OSError` of the local disk.
+    access or cannot be reached; `FileNotFoundError` if a file is missing; `OSError` of the local disk.
     """
 
     def __init__(self, url: str) -> None:
@@ -103,7 +104,7 @@ class RemoteFolder:
         """Read one file, or its bytes `start` … `stop` − 1."""
         content = self._try(name, "read", lambda: bytes(self._files.cat_file(self._full(name), start=start, end=stop)))
         if start is not None and stop is not None and len(content) > stop - start:
-            return content[start:stop]  # a web server may send the whole file, whatever it is asked for
+            return content[start:stop]  # a web server may send the whole file regardless
         return content
 
     def size(self, name: str) -> int:
@@ -115,7 +116,7 @@ class RemoteFolder:
         return self._at_once(self.read, names)
 
     def names(self) -> set[str]:
-        """The names of the files and folders right below the folder; none if there is no such folder."""
+        """The names of the files and folders in the folder; none if it does not exist."""
 
         def listed() -> list[str]:
             self._files.invalidate_cache()
@@ -145,11 +146,11 @@ class RemoteFolder:
         }
 
     def write(self, name: str, content: bytes) -> None:
-        """Write one file, whole or not at all."""
+        """Write one file completely or not at all."""
         self._try(name, "written", lambda: self._files.pipe_file(self._full(name), content))
 
     def create(self, name: str, content: bytes) -> bool:
-        """Write a new file; gives False, and changes nothing, if it is there."""
+        """Write a new file; return False, and change nothing, if it exists."""
         full = self._full(name)
         attempts = 0
 
@@ -161,7 +162,7 @@ class RemoteFolder:
             except FileExistsError:
                 # The reply to an earlier attempt may have been lost.
                 return attempts > 1 and bytes(self._files.cat_file(full)) == content
-            except Exception as error:  # stores that know no conditional write
+            except Exception as error:  # stores without conditional writes
                 if not (isinstance(error, NotImplementedError | TypeError) or "NotImplemented" in str(error)):
                     raise
                 if self._files.exists(full):
@@ -173,9 +174,9 @@ class RemoteFolder:
 
     @contextmanager
     def commit(self, name: str, last: str) -> Iterator[Path]:
-        """Yield a local folder to fill; at the end it is uploaded as `name`, its file `last` at the very last.
+        """Yield a local folder to fill; at the end it is uploaded as `name`, its file `last` after all others.
 
-        Errors: `FileExistsError` if another process has written `name` meanwhile, and not the same.
+        Errors: `FileExistsError` if another process has written a different `name` meanwhile.
         """
         with scratch() as folder:
             yield folder
@@ -184,20 +185,20 @@ class RemoteFolder:
 
     @contextmanager
     def copied(self, name: str) -> Iterator[Path]:
-        """Yield a local folder with all that is below `name`, for reading alone."""
+        """Yield a local, read-only folder with everything below `name`."""
         with scratch() as folder:
             self.download({f"{name}/{file}": folder / file for file in self.sizes(name)})
             yield folder
 
     def download(self, names: Mapping[str, Path]) -> None:
-        """Download files to local paths, whose folders are made."""
+        """Download files to local paths, creating their folders."""
         for folder in {path.parent for path in names.values()}:
             folder.mkdir(parents=True, exist_ok=True)
 
         def got() -> None:
             try:
                 self._files.get([self._full(name) for name in names], [str(path) for path in names.values()])
-            except FileNotFoundError as error:  # backends do not say of which
+            except FileNotFoundError as error:  # backends do not name the file
                 lost = next((name for name in names if not self._files.exists(self._full(name))), None)
                 if lost is None:
                     raise
@@ -206,7 +207,7 @@ class RemoteFolder:
         self._try(next(iter(names), ""), "read", got)
 
     def fetch(self, files: Iterable[Wanted]) -> list[str]:
-        """Download files and check them, those that come damaged again; gives the names of those that stay so."""
+        """Download and check files, damaged ones again; return the names of those that stay damaged."""
         left = list(files)
         for _ in range(_DOWNLOADS):
             self.download({file.name: file.path for file in left})
@@ -216,7 +217,7 @@ class RemoteFolder:
         return [file.name for file in left]
 
     def remove_files(self, names: Iterable[str]) -> None:
-        """Remove files; those that are not there do not matter."""
+        """Remove files; missing ones are ignored."""
         self._at_once(self._remove_file, names)
 
     def remove(self, name: str, first: str) -> None:
@@ -225,11 +226,11 @@ class RemoteFolder:
         self.remove_files([f"{name}/{file}" for file in self.sizes(name)] or [name])
 
     def clear_leftovers(self, name: str) -> list[str]:
-        """Nothing to do: a file that is being written is not seen."""
+        """Nothing to do: an unfinished upload is invisible."""
         return []
 
     def _upload(self, folder: Path, name: str, last: str) -> bool:
-        """Send all of `folder`, `last` once all others are there and nothing else; False if another `last` is there."""
+        """Upload `folder`, `last` after all others and with strays removed; False if a different `last` exists."""
         files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
         content = files.pop(last).read_bytes()
         sent, targets = [str(path) for path in files.values()], [self._full(f"{name}/{file}") for file in files]
@@ -238,7 +239,7 @@ class RemoteFolder:
         self.remove_files(f"{name}/{stray}" for stray in there.keys() - files.keys() - {last})
         lost = sorted(file for file, path in files.items() if there.get(file) != path.stat().st_size)
         if lost:
-            raise StorageError(f"{self.where}/{name}/{lost[0]}: was not stored whole: run again to upload it")
+            raise StorageError(f"{self.where}/{name}/{lost[0]}: was stored incompletely: rerun to upload it")
         return self.create(f"{name}/{last}", content) or self.read(f"{name}/{last}") == content
 
     def _remove_file(self, name: str) -> None:
@@ -267,7 +268,7 @@ class RemoteFolder:
         return f"{self._root}/{name}" if name else self._root
 
     def _open(self) -> tuple[Any, str]:
-        """The file system and the folder's path in it; opened anew after a fork, as its threads are gone then."""
+        """The file system and the folder's path in it; reopened after a fork, which its threads do not survive."""
         if self._opened is None or self._opened[0] != os.getpid():
             from fsspec.core import url_to_fs
 
@@ -278,12 +279,12 @@ class RemoteFolder:
             except (ValueError, OSError) as error:
                 raise StorageError(f"{self.where}: cannot be opened: {_reason(error)}") from error
             if not root.strip("/"):
-                raise StorageError(f"{self.where}: names no bucket or folder: give one, such as s3://bucket/folder")
+                raise StorageError(f"{self.where}: names no bucket or folder: name one, such as s3://bucket/folder")
             self._opened = (os.getpid(), files, root.rstrip("/"))
         return self._opened[1:]
 
     def _try(self, name: str, done: str, action: Callable[[], _T]) -> _T:
-        """Do something that can be done twice, again and again while the store does not answer."""
+        """Run an action that may run twice, and retry it while the store does not answer."""
         give_up, pause = time.monotonic() + retry_seconds(), _FIRST_PAUSE
         with self._errors(name, done):
             while True:
@@ -295,21 +296,19 @@ class RemoteFolder:
                         raise
                     if pause == _FIRST_PAUSE:
                         where = f"{self.where}/{name}" if name else self.where
-                        logger.warning(
-                            "%s: cannot be %s: %s: trying again for %.0f s", where, done, _reason(error), left
-                        )
+                        logger.warning("%s: cannot be %s: %s: retrying for %.0f s", where, done, _reason(error), left)
                 time.sleep(min(pause * _jitter.uniform(0.5, 1.0), left))
                 pause = min(2 * pause, _LONGEST_PAUSE)
 
     @contextmanager
     def _errors(self, name: str, done: str) -> Iterator[None]:
-        """Turn what a backend raises, which may be anything, into the errors that are documented."""
+        """Turn whatever a backend raises into the documented errors."""
         where = f"{self.where}/{name}" if name else self.where
         try:
             yield
         except FileNotFoundError as error:
             if _no_bucket(error):
-                raise StorageError(f"{self.where}: there is no such bucket: make it, or correct the name") from error
+                raise StorageError(f"{self.where}: no such bucket: create it, or correct the name") from error
             raise
         except StorageError:
             raise
@@ -317,13 +316,13 @@ class RemoteFolder:
             if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 raise
             way_out = (
-                "check the credentials and what they allow" if _refused(error) else "check the network and try again"
+                "check the credentials and their permissions" if _refused(error) else "check the network and try again"
             )
             raise StorageError(f"{where}: cannot be {done}: {_reason(error)}: {way_out}") from error
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether another attempt would fail as well."""
+    """Whether a retry would fail as well."""
     of_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
     return isinstance(error, _FINAL) or of_disk or _refused(error)
 

@@ -16,7 +16,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from llavamod_offline.errors import CacheError
-from llavamod_offline.storage.disk_cache import Staging
+from llavamod_offline.storage.disk_cache import DiskCache
 from llavamod_offline.storage.folders import Folder
 from teacher_cache.format.manifest import COLUMNS_NAME, MANIFEST_NAME, SHARDS_NAME, sha256_bytes
 from teacher_cache.format.tail_profile import spread
@@ -38,7 +38,7 @@ def tail_sums(folder: Folder, shards: Sequence[Mapping[str, Any]], vocab_size: i
 
 
 def staged_tail_sums(
-    folder: Folder, shards: Sequence[Mapping[str, Any]], vocab_size: int, *, digest: str, staging: Staging
+    folder: Folder, shards: Sequence[Mapping[str, Any]], vocab_size: int, *, digest: str, staging: DiskCache
 ) -> NDArray[np.float64]:
     """The same of a cache behind a URL, kept on this machine for the next time; `digest` is the cache's."""
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from llavamod_offline.data.encode.tokenize import NO_TARGET, Positions
 from llavamod_offline.errors import CacheError
 from llavamod_offline.losses.targets import SparseTargets
-from llavamod_offline.storage.disk_cache import Staging
+from llavamod_offline.storage.disk_cache import DiskCache
 from llavamod_offline.storage.folders import LocalFolder, open_folder
 from llavamod_offline.storage.remote import RemoteFolder
 from teacher_cache.format.hidden_states import HiddenStates
@@ -52,7 +52,9 @@ _MOST_MEMORY_BYTES = 2**30
 _POSITION_BYTES, _HEAD_BYTES, _DRAW_BYTES, _SHARD_BYTES = 40, 8, 4, 2**14
 
 
-def open_cache(where: Path | str, *, staging: Staging | None = None, temperature: float | None = None) -> TeacherCache:
+def open_cache(
+    where: Path | str, *, staging: DiskCache | None = None, temperature: float | None = None
+) -> TeacherCache:
     """Open a finished cache by path or URL: small files are read and checked, token-level arrays are not touched.
 
     `staging`: where copies of what lies behind a URL are kept (default: see `llavamod_offline/storage/disk_cache.py`).
@@ -75,7 +77,7 @@ class TeacherCache:
         where: Path | str,
         memory_bytes: int = _MEMORY_BYTES,
         *,
-        staging: Staging | None = None,
+        staging: DiskCache | None = None,
         temperature: float | None = None,
     ) -> None:
         self._memory_bytes = memory_bytes
@@ -93,7 +95,7 @@ class TeacherCache:
         self.bytes = cache_bytes(content, own_bytes)
         self._files: ShardFiles
         if isinstance(self._folder, RemoteFolder):
-            self._staging = staging or Staging()
+            self._staging = staging or DiskCache()
             self._files = StagedShards(self._folder, self._shards, self.digest, self._staging)
         else:
             self._files = LocalShards(self._folder, self._shards)
@@ -145,7 +147,7 @@ class TeacherCache:
     def _tail_sums(self) -> NDArray[np.float64]:
         if not isinstance(self._folder, RemoteFolder):
             return tail_sums(self._folder, self._shards, self.vocab_size)
-        staging = self._staging or Staging()
+        staging = self._staging or DiskCache()
         return staged_tail_sums(self._folder, self._shards, self.vocab_size, digest=self.digest, staging=staging)
 
     @property
@@ -336,7 +338,7 @@ class TeacherCache:
         )
 
 
-def _reopen(where: str, memory_bytes: int, staging: Staging | None, temperature: float | None) -> TeacherCache:
+def _reopen(where: str, memory_bytes: int, staging: DiskCache | None, temperature: float | None) -> TeacherCache:
     return TeacherCache(where, memory_bytes, staging=staging, temperature=temperature)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol, overload
 import pyarrow as pa
 
 from llavamod_offline.errors import CacheError
-from llavamod_offline.storage.disk_cache import Staging
+from llavamod_offline.storage.disk_cache import DiskCache
 from llavamod_offline.storage.folders import LocalFolder
 from llavamod_offline.storage.remote import RemoteFolder, Wanted
 from teacher_cache.format.manifest import (
@@ -66,7 +66,7 @@ class LocalShards:
 class StagedShards:
     """The shards of a cache behind a URL."""
 
-    def __init__(self, folder: RemoteFolder, shards: Sequence[Entry], digest: str, staging: Staging) -> None:
+    def __init__(self, folder: RemoteFolder, shards: Sequence[Entry], digest: str, staging: DiskCache) -> None:
         self._folder = folder
         self._shards = shards
         self._digest = digest

@@ -11,7 +11,7 @@ from llavamod_offline.background import BackgroundIterator, Job
 from llavamod_offline.data.sampler import BatchSchedule, Order
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError
-from llavamod_offline.storage.disk_cache import SIZE_VARIABLE, Staging
+from llavamod_offline.storage.disk_cache import SIZE_VARIABLE, DiskCache
 
 if TYPE_CHECKING:
     from teacher_cache.read.reader import TeacherCache
@@ -86,7 +86,7 @@ class Prefetch:
         return copy
 
     @property
-    def _staging(self) -> Staging:
+    def _staging(self) -> DiskCache:
         return self._samples.tars.staging
 
     def _check_room(self) -> None:

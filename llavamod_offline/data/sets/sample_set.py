@@ -35,7 +35,7 @@ from llavamod_offline.data.sample import Sample
 from llavamod_offline.data.sets.mismatched import MismatchRing
 from llavamod_offline.data.sets.tar_files import Shard, TarFiles
 from llavamod_offline.errors import DataError
-from llavamod_offline.storage.disk_cache import Staging
+from llavamod_offline.storage.disk_cache import DiskCache
 from llavamod_offline.storage.folders import LocalFolder, is_url, open_folder
 from llavamod_offline.storage.remote import RemoteFolder, Wanted
 
@@ -82,7 +82,7 @@ class SampleSet:
         manifest: dict[str, Any],
         shards: tuple[Shard, ...],
         index: pa.Table,
-        staging: Staging | None = None,
+        staging: DiskCache | None = None,
     ) -> None:
         self.path = path
         self.manifest = manifest
@@ -94,7 +94,7 @@ class SampleSet:
         self._ring: MismatchRing | None = None
 
     @classmethod
-    def open(cls, where: Path | str, *, staging: Staging | None = None) -> SampleSet:
+    def open(cls, where: Path | str, *, staging: DiskCache | None = None) -> SampleSet:
         """Open a set by path or URL, by its manifest and index; no tar is touched, whatever the size of the set.
 
         `staging`: where copies of what lies behind a URL are kept (default: see `storage/disk_cache.py`).
@@ -105,7 +105,7 @@ class SampleSet:
         path = folder.path if isinstance(folder, LocalFolder) else folder.where
         manifest, shards = _read_manifest(folder)
         if isinstance(folder, RemoteFolder):
-            index = _staged_index(folder, manifest, staging or Staging())
+            index = _staged_index(folder, manifest, staging or DiskCache())
         else:
             index = _read_index(folder.path, str(path))
         if sum(shard.samples for shard in shards) != len(index):
@@ -239,7 +239,7 @@ class SampleSet:
         return content
 
 
-def _reopen(path: Path | str, mismatched: bool, staging: Staging | None) -> SampleSet:
+def _reopen(path: Path | str, mismatched: bool, staging: DiskCache | None) -> SampleSet:
     packed = SampleSet.open(path, staging=staging)
     return packed.with_mismatched() if mismatched else packed
 
@@ -288,7 +288,7 @@ def _read_manifest(folder: LocalFolder | RemoteFolder) -> tuple[dict[str, Any], 
     return manifest, shards
 
 
-def _staged_index(folder: RemoteFolder, manifest: dict[str, Any], staging: Staging) -> pa.Table:
+def _staged_index(folder: RemoteFolder, manifest: dict[str, Any], staging: DiskCache) -> pa.Table:
     """Copy the index of a set behind a URL, and open it; what is mapped stays readable when its file is removed."""
     entry = manifest.get("index")  # sets of earlier versions say nothing of it
     size = folder.size(INDEX_NAME) if entry is None else int(entry["bytes"])

@@ -1,7 +1,7 @@
-"""The bytes of a set's tars, wherever they lie: read by position from a disk, or from copies of what is behind a URL.
+"""The bytes of a set's tars, read by position from a disk, or from local copies of remote tars.
 
-A tar behind a URL is copied whole into the staging folder (see `staging.py`) when it is first read, and checked against
-its size and SHA-256 there; or, where few samples of it are wanted, just their bytes are fetched.
+The first read of a remote tar copies it into the disk cache and checks its size and SHA-256; where few of its samples
+are wanted, only their bytes are fetched.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llavamod_offline.errors import DataError
-from llavamod_offline.storage.disk_cache import Staging
+from llavamod_offline.storage.disk_cache import DiskCache
 from llavamod_offline.storage.remote import RemoteFolder, Wanted
 
-# With this many open tars all are let go before another is opened, so that sets of thousands of shards stay below the
-# usual limit of descriptors. Threads that open one at the same moment may each go beyond by one.
+# At this many open tars all are closed before another is opened: sets of thousands of shards stay below the usual limit
+# of descriptors. Threads that open one at the same moment may each exceed it by one.
 _MAX_OPEN = 128
 
 
@@ -25,7 +25,7 @@ _MAX_OPEN = 128
 class Shard:
     """One tar of a set: its name without `.tar`, its samples, its size in bytes and its SHA-256 (hex).
 
-    `path`: where it lies, seen from the set's folder, or absolute; empty: `{name}.tar` in that folder.
+    `path`: relative to the set's folder, or absolute; empty: `{name}.tar` in that folder.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Shard:
 
     @property
     def again(self) -> str:
-        """What is to be done if it is not as it was."""
+        """What to do if it has changed."""
         return "index the tars again" if self.path else "pack the set again"
 
 
@@ -49,7 +49,7 @@ class TarFiles:
     """
 
     def __init__(
-        self, places: Sequence[Path | str], shards: Sequence[Shard], where: str, staging: Staging | None = None
+        self, places: Sequence[Path | str], shards: Sequence[Shard], where: str, staging: DiskCache | None = None
     ) -> None:
         self._places, self._shards, self._where = places, shards, where
         self._open: dict[int, _OpenTar] = {}
@@ -57,10 +57,10 @@ class TarFiles:
         self._staging = staging
 
     @property
-    def staging(self) -> Staging:
-        """Where copies are kept."""
+    def staging(self) -> DiskCache:
+        """The cache that holds the copies."""
         if self._staging is None:
-            self._staging = Staging()
+            self._staging = DiskCache()
         return self._staging
 
     def is_remote(self, ordinal: int) -> bool:
@@ -68,26 +68,26 @@ class TarFiles:
         return isinstance(self._places[ordinal], str)
 
     def read(self, ordinal: int, offset: int, size: int, *, scattered: bool = False) -> bytes:
-        """Read bytes of a tar; fewer come back where it ends. `scattered`: few reads of this tar are to be expected."""
+        """Read bytes of a tar, fewer at its end. `scattered`: expect few reads of this tar."""
         place, shard = self._places[ordinal], self._shards[ordinal]
         if isinstance(place, Path):
             tar = self._opened(ordinal, place)  # this reference keeps it open until the bytes are here
             return os.pread(tar.descriptor, size, offset)
-        if scattered and not self.staging.path(_unit(shard)).is_dir():
+        if scattered and not self.staging.path(_entry_name(shard)).is_dir():
             folder, name = self._behind(place)
             try:
                 return folder.read(name, offset, offset + size)
             except FileNotFoundError as error:
                 raise self._missing(shard, place) from error
-        with self.hold(ordinal) as unit:
-            descriptor = os.open(unit / f"{shard.name}.tar", os.O_RDONLY | os.O_CLOEXEC)
+        with self.hold(ordinal) as entry:
+            descriptor = os.open(entry / f"{shard.name}.tar", os.O_RDONLY | os.O_CLOEXEC)
             try:
                 return os.pread(descriptor, size, offset)
             finally:
                 os.close(descriptor)
 
     def hold(self, ordinal: int) -> AbstractContextManager[Path]:
-        """Keep the copy of a tar behind a URL on this machine; it is made if it is not there."""
+        """Keep the local copy of a remote tar while in the context, and download it if it is missing."""
         place, shard = self._places[ordinal], self._shards[ordinal]
         assert isinstance(place, str)
         folder, name = self._behind(place)
@@ -103,7 +103,7 @@ class TarFiles:
                     "is another): upload or pack it again"
                 )
 
-        return self.staging.hold(_unit(shard), shard.size, fill)
+        return self.staging.hold(_entry_name(shard), shard.size, fill)
 
     def _behind(self, url: str) -> tuple[RemoteFolder, str]:
         parent, name = url.rsplit("/", 1)
@@ -119,14 +119,14 @@ class TarFiles:
         tar = opened.get(ordinal)
         if tar is None:
             if len(opened) >= _MAX_OPEN:
-                # A reader in another thread keeps its own reference until it is done; nothing is closed under it.
+                # A reader in another thread keeps its own reference until it is done, so its tar stays open.
                 opened = self._open = {}
             tar = opened[ordinal] = _OpenTar(path, self._shards[ordinal], self._where)
         return tar
 
 
 class _OpenTar:
-    """An open tar; its descriptor is used by position only, so that sharing it with a forked process does no harm."""
+    """An open tar; reads are positional, so that a forked process may share its descriptor."""
 
     def __init__(self, path: Path, shard: Shard, where: str) -> None:
         self.descriptor = -1
@@ -143,5 +143,5 @@ class _OpenTar:
             os.close(self.descriptor)
 
 
-def _unit(shard: Shard) -> str:
+def _entry_name(shard: Shard) -> str:
     return f"tar-{shard.sha256}"

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from llavamod_offline.errors import ConfigError, StorageError
-from llavamod_offline.storage.disk_cache import Staging, scratch, staging_bytes, staging_folder
+from llavamod_offline.storage.disk_cache import DiskCache, scratch, staging_bytes, staging_folder
 
 SIZE = 1000
 
@@ -35,12 +35,12 @@ def filler(content: bytes = b"x" * SIZE, calls: list[int] | None = None) -> Call
     return fill
 
 
-def units(staging: Staging) -> set[str]:
+def units(staging: DiskCache) -> set[str]:
     """The units that are there."""
     return {path.name for path in staging.folder.iterdir() if path.is_dir()}
 
 
-def staged(staging: Staging) -> int:
+def staged(staging: DiskCache) -> int:
     """The bytes that lie there, in whatever state."""
     total = 0
     for folder, _, files in os.walk(staging.folder):
@@ -51,7 +51,7 @@ def staged(staging: Staging) -> int:
 
 
 def test_a_unit_is_made_once(tmp_path: Path) -> None:
-    staging = Staging(tmp_path / "deep" / "s", 10 * SIZE)
+    staging = DiskCache(tmp_path / "deep" / "s", 10 * SIZE)
     assert not staging.folder.exists()
     calls: list[int] = []
     for _ in range(3):
@@ -65,7 +65,7 @@ def test_the_least_recently_used_leave_first(tmp_path: Path, monkeypatch: pytest
     """File times are what use is ordered by: each use has one of its own here, however fast they follow."""
     touch, uses = os.utime, itertools.count(1)
     monkeypatch.setattr(os, "utime", lambda file: touch(file, (number := next(uses), number)))
-    staging = Staging(tmp_path, 3 * SIZE)
+    staging = DiskCache(tmp_path, 3 * SIZE)
     for name in ("a", "b", "c", "a", "d"):
         with staging.hold(name, SIZE, filler()):
             pass
@@ -77,7 +77,7 @@ def test_the_least_recently_used_leave_first(tmp_path: Path, monkeypatch: pytest
 
 
 def test_what_is_held_stays_and_others_wait(tmp_path: Path) -> None:
-    staging = Staging(tmp_path, 2 * SIZE)
+    staging = DiskCache(tmp_path, 2 * SIZE)
     order: list[str] = []
 
     def other() -> None:
@@ -98,13 +98,13 @@ def test_what_is_held_stays_and_others_wait(tmp_path: Path) -> None:
 
 
 def test_a_unit_larger_than_the_bound_is_refused(tmp_path: Path) -> None:
-    staging = Staging(tmp_path, SIZE - 1)
-    with pytest.raises(StorageError, match=r"1,000 bytes are to be staged, 999 are allowed: set LLAVAMOD_STAGING_GB"):
+    staging = DiskCache(tmp_path, SIZE - 1)
+    with pytest.raises(StorageError, match=r"1,000 bytes exceed the limit of 999: raise LLAVAMOD_STAGING_GB"):
         staging.hold("a", SIZE, filler()).__enter__()
 
 
 def test_a_failed_unit_leaves_nothing(tmp_path: Path) -> None:
-    staging = Staging(tmp_path, 10 * SIZE)
+    staging = DiskCache(tmp_path, 10 * SIZE)
 
     def full(aside: Path) -> None:
         (aside / "data").write_bytes(b"half")
@@ -124,7 +124,7 @@ def test_a_failed_unit_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_is_made_anew(tmp_path: Path) -> None:
-    staging = Staging(tmp_path, 2 * SIZE)
+    staging = DiskCache(tmp_path, 2 * SIZE)
 
     def die(aside: Path) -> None:
         (aside / "half").write_bytes(b"")
@@ -145,7 +145,7 @@ def test_what_a_killed_process_left_is_made_anew(tmp_path: Path) -> None:
 
 
 def _read_much(folder: Path, seed: int, failures: multiprocessing.SimpleQueue[str]) -> None:
-    staging = Staging(folder, 4 * SIZE)
+    staging = DiskCache(folder, 4 * SIZE)
     generator = random.Random(seed)
     for _ in range(60):
         name = generator.choice("abcdefgh")
@@ -172,7 +172,7 @@ def test_many_processes_share_a_small_space(tmp_path: Path, method: str) -> None
 
 def test_a_process_forked_by_another_thread_does_not_keep_a_unit(tmp_path: Path) -> None:
     """A lock lives as long as any copy of its descriptor, unless it is given up."""
-    staging = Staging(tmp_path, SIZE)
+    staging = DiskCache(tmp_path, SIZE)
     ready, wait = multiprocessing.Pipe()
     with staging.hold("a", SIZE, filler()):
         child = multiprocessing.get_context("fork").Process(target=wait.recv, daemon=True)
@@ -194,7 +194,7 @@ def test_a_process_forked_by_another_thread_does_not_keep_a_unit(tmp_path: Path)
 def test_a_folder_of_the_user_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "data").write_text("mine")
-    staging = Staging(tmp_path, SIZE)
+    staging = DiskCache(tmp_path, SIZE)
     for name in ("a", "b"):
         with staging.hold(name, SIZE, filler()):
             pass
@@ -210,7 +210,7 @@ def test_the_place_and_the_bound_come_from_the_environment(monkeypatch: pytest.M
     monkeypatch.setenv("LLAVAMOD_STAGING", str(tmp_path / "here"))
     monkeypatch.setenv("LLAVAMOD_STAGING_GB", "0.5")
     assert staging_folder() == tmp_path / "here"
-    assert Staging().limit_bytes == 500_000_000
+    assert DiskCache().limit_bytes == 500_000_000
     for value in ("much", "0", "-1", "nan"):
         monkeypatch.setenv("LLAVAMOD_STAGING_GB", value)
         with pytest.raises(ConfigError, match="LLAVAMOD_STAGING_GB"):
@@ -220,7 +220,7 @@ def test_the_place_and_the_bound_come_from_the_environment(monkeypatch: pytest.M
 def test_a_folder_that_cannot_be_made_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot be used: Not a directory: set LLAVAMOD_STAGING to another folder"):
-        Staging(tmp_path / "file" / "s", SIZE).hold("a", 1, filler()).__enter__()
+        DiskCache(tmp_path / "file" / "s", SIZE).hold("a", 1, filler()).__enter__()
     monkeypatch.setenv("LLAVAMOD_STAGING", str(tmp_path / "file" / "s"))
     with pytest.raises(StorageError, match="Not a directory"):
         scratch().__enter__()
@@ -258,7 +258,7 @@ def test_scratch_folders_vanish_also_those_of_the_dead(monkeypatch: pytest.Monke
 
 def test_a_lock_is_on_the_file_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Someone takes a unit away, its lock file too, between our opening that file and our locking it."""
-    staging = Staging(tmp_path, SIZE)
+    staging = DiskCache(tmp_path, SIZE)
     lock = fcntl.flock
     exclusive = fcntl.LOCK_EX | fcntl.LOCK_NB
     calls: list[int] = []

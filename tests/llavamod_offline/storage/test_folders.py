@@ -128,7 +128,7 @@ def test_a_missing_bucket_is_named(bucket: str) -> None:
         lambda: folder.create("a", b""),
     ]
     for call in calls:
-        with pytest.raises(StorageError, match=r"bucket-.*-not/here: there is no such bucket: make it") as caught:
+        with pytest.raises(StorageError, match=r"bucket-.*-not/here: no such bucket: create it") as caught:
             call()
         assert "\n" not in str(caught.value)
 
@@ -179,7 +179,7 @@ def test_what_fails_for_a_while_is_tried_again(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(StorageError, match=r"folder/x: cannot be read: reset by peer: check the network"):
         folder._try("x", "read", action)
     monkeypatch.setenv("LLAVAMOD_RETRY_SECONDS", "soon")
-    with pytest.raises(ConfigError, match="LLAVAMOD_RETRY_SECONDS: 'soon' is no number of seconds"):
+    with pytest.raises(ConfigError, match="LLAVAMOD_RETRY_SECONDS: 'soon' is not a number of seconds"):
         folder.read("x")
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import CacheError, DataError
-from llavamod_offline.storage.disk_cache import Staging
+from llavamod_offline.storage.disk_cache import DiskCache
 from teacher_cache.format.manifest import CACHE_NAME, JOB_NAME
 from teacher_cache.read.reader import open_cache
 from tests.teacher_cache.conftest import World
@@ -61,7 +61,7 @@ def served(world: World, finished: Path, tmp_path: Path) -> Iterator[str]:
 def test_what_a_web_server_has_is_read_as_from_a_disk(
     served: str, world: World, finished: Path, tmp_path: Path
 ) -> None:
-    staging = Staging(tmp_path / "staging", 10**9)
+    staging = DiskCache(tmp_path / "staging", 10**9)
     here, there = SampleSet.open(world.samples), SampleSet.open(f"{served}/set", staging=staging)
     near, far = open_cache(finished), open_cache(f"{served}/cache", staging=staging)
     assert (there.digest, far.digest) == (here.digest, near.digest)
@@ -74,7 +74,7 @@ def test_what_a_web_server_has_is_read_as_from_a_disk(
 
 
 def test_what_a_web_server_lacks_is_named(served: str, tmp_path: Path) -> None:
-    staging = Staging(tmp_path / "staging", 10**9)
+    staging = DiskCache(tmp_path / "staging", 10**9)
     with pytest.raises(CacheError, match=rf"cache '{served}/set': has no {CACHE_NAME}, so it is no teacher cache"):
         open_cache(f"{served}/set", staging=staging)
     with pytest.raises(CacheError, match=r"unfinished .*run `cache-teacher run` again"):

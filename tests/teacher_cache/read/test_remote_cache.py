@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from llavamod_offline.errors import CacheError, StorageError
-from llavamod_offline.storage.disk_cache import Staging
+from llavamod_offline.storage.disk_cache import DiskCache
 from llavamod_offline.storage.folders import open_folder
 from teacher_cache.format.columns import ColumnFile
 from teacher_cache.format.manifest import CACHE_NAME, MANIFEST_NAME, file_entries
@@ -141,7 +141,7 @@ def test_loader_workers_share_a_small_space(remote: str, finished: Path, tmp_pat
     """Two workers and this process read five shards through a space for about two."""
     expected = [Answers(open_cache(finished))[index] for index in range(24)]
     sizes = [shard["bytes"] for shard in open_cache(remote)._shards]
-    staging = Staging(tmp_path / "small", 2 * max(sizes))
+    staging = DiskCache(tmp_path / "small", 2 * max(sizes))
     dataset = Answers(open_cache(remote, staging=staging))
     assert [dataset[index] for index in (0, 23)] == [expected[0], expected[23]]  # connected before the fork
     context = multiprocessing.get_context(method)
@@ -154,14 +154,14 @@ def test_loader_workers_share_a_small_space(remote: str, finished: Path, tmp_pat
 
 def test_a_shard_is_fetched_once_and_again_after_it_had_to_leave(remote: str, tmp_path: Path) -> None:
     sizes = [shard["bytes"] for shard in open_cache(remote)._shards]
-    staging = Staging(tmp_path / "small", max(sizes))
+    staging = DiskCache(tmp_path / "small", max(sizes))
     cache = open_cache(remote, staging=staging)
     again = pickle.loads(pickle.dumps(cache))
     for number in (0, 7, 12, 0, 7):
         item = [(f"tiny-{number:04d}", "response")]
         assert torch.equal(cache.targets(item).topk_ids_NK, again.targets(item).topk_ids_NK)
-    with pytest.raises(StorageError, match="are to be staged, 100 are allowed: set LLAVAMOD_STAGING_GB to more"):
-        open_cache(remote, staging=Staging(tmp_path / "tiny", 100))
+    with pytest.raises(StorageError, match="exceed the limit of 100: raise LLAVAMOD_STAGING_GB"):
+        open_cache(remote, staging=DiskCache(tmp_path / "tiny", 100))
 
 
 @pytest.mark.parametrize("harm", ["flipped", "missing"])
