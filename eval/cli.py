@@ -1,16 +1,15 @@
-"""`eval-student`: answer benchmarks' questions with a model, score answers, export them, compare models.
-
-`portable` prepares a student for other tools.
-"""
+"""`eval-student`: answer benchmarks' questions, score and export answers, compare models, copy for other tools."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
+from eval.tasks import TASKS
 from llavamod_offline.entrypoint import run_command
 
 app = typer.Typer(
@@ -20,17 +19,16 @@ app = typer.Typer(
     help="Answer benchmarks' questions with a student, score the answers, and compare models.",
 )
 
-_TASKS = "textvqa gqa scienceqa vizwiz mme mmbench mmbench_cn pope mmhal object_halbench"
+_TASKS = " ".join(TASKS)
 
-# Its keys are those of `EvalGenerateConfig`, written out so that no command has to import what describes them.
 _GENERATE_HELP = f"""Answer the questions of one or more benchmarks with a model.
 
-CONFIG.yaml and key=value arguments set the keys below; later ones win. Answers go to OUTPUT/TASK/predictions.jsonl;
-started again, the command goes on where it stopped.
+Set the keys below in CONFIG.yaml and as key=value arguments; later ones win. Answers go to
+OUTPUT/TASK/predictions.jsonl. Run the same command again to resume.
 
-engine=hf answers with a LLaVA student, engine=vllm does so in vLLM (give it a larger batch_size), engine=processor with
-any other image-text-to-text checkpoint, by its own chat template and image processor. A key without a default is
-required; max_new_tokens None is each benchmark's own limit.
+engine=hf answers with a LLaVA student, engine=vllm does so in vLLM (use a larger batch_size), engine=processor with any
+other image-text-to-text checkpoint, by its own chat template and image processor. max_new_tokens=None is each
+benchmark's published limit.
 
 Benchmarks: {_TASKS}
 
@@ -39,27 +37,12 @@ Examples:
   eval-student generate eval.yaml
   eval-student generate eval.yaml tasks=[pope,gqa] batch_size=16
   eval-student generate model=runs/student root=data/eval output=runs/eval tasks=[pope] limit=100
-
-\b
-Keys:
-  model: str = required
-  root: str = required
-  output: str = required
-  tasks: list[str] = []
-  engine: str = 'hf'
-  template: str = 'qwen'
-  image_aspect: str = 'pad'
-  batch_size: int = 8
-  max_new_tokens: int | None = None
-  limit: int | None = None
-  dtype: str = 'auto'
-  device: str = 'auto'
 """
 
 _SCORE_HELP = f"""Score a predictions file on a benchmark, without loading a model.
 
 PREDICTIONS is a predictions.jsonl, or an answer file of LLaVA's scripts (question_id, prompt, text). The denominator is
-the benchmark's question file. All shares are fractions of 1; MME's figures are points.
+the benchmark's question file. Shares are fractions of 1; MME's figures are points.
 
 Benchmarks: {_TASKS}
 
@@ -72,10 +55,10 @@ Examples:
   eval-student score mmhal --root data/eval --predictions runs/eval/mmhal/predictions.jsonl --judge replies.jsonl
 """
 
-_EXPORT_HELP = """Write a predictions file in the form that another tool takes.
+_EXPORT_HELP = """Write a predictions file in another tool's format.
 
-The ending of OUTPUT names the form: .jsonl for LLaVA's scripts, .xlsx for MMBench's server, .json for VizWiz's server
-and GQA's script.
+The suffix of OUTPUT chooses the format: .jsonl for LLaVA's scripts, .xlsx for MMBench's server, .json for VizWiz's
+server and GQA's script.
 
 \b
 Examples:
@@ -83,10 +66,10 @@ Examples:
   eval-student export pope --root data/eval --predictions runs/eval/pope/predictions.jsonl -o answers.jsonl
 """
 
-_REPORT_HELP = """Compare models: their scores side by side, with the published ones.
+_REPORT_HELP = """Compare models: their scores side by side, with published ones.
 
-A RUN is an output folder of 'generate'. Its scores are remade from its predictions. OUTPUT ends with .html or .md; the
-.html page needs no other file, and shows where two models disagree, with the pictures.
+A RUN is an output folder of 'generate'; its predictions are scored again. OUTPUT ends in .html or .md. The .html page
+is self-contained and shows the questions on which two models disagree, with their images.
 
 \b
 Examples:
@@ -96,7 +79,7 @@ Examples:
 
 _PORTABLE_HELP = """Write a copy of a student's folder for other tools: lmms-eval, a chat server, a pipeline.
 
-It has the template's wording as a chat template, its end token, and an image processor that pads as in training.
+It contains the template as a chat template, its end token, and an image processor that pads as in training.
 
 \b
 Examples:
@@ -104,7 +87,21 @@ Examples:
   eval-student portable runs/student -o runs/student-portable --template chatml
 """
 
-Root = Annotated[Path, typer.Option(help="Folder that holds LLaVA's evaluation folders.")]
+
+class _GenerateCommand(TyperCommand):
+    """Adds the settings to the help when it is shown: importing what describes them is slow."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write every key with its type and default."""
+        from eval.generate import EvalGenerateConfig
+        from llavamod_offline.config import describe_config
+
+        with formatter.section("Keys"):
+            for line in describe_config(EvalGenerateConfig).splitlines():
+                formatter.write(f"  {line}\n")
+
+
+Root = Annotated[Path, typer.Option(help="Folder with LLaVA's evaluation folders.")]
 Predictions = Annotated[Path, typer.Option(help="predictions.jsonl, or LLaVA-style answers.")]
 TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The benchmark's name.")]
 
@@ -129,11 +126,11 @@ def score_command(
     judge: Annotated[
         str | None, typer.Option(help="URL of a chat server, a model's folder, or a file of recorded replies.")
     ] = None,
-    judge_model: Annotated[str, typer.Option(help="The judge's model, where the server or record has several.")] = "",
-    judge_template: Annotated[Path | None, typer.Option(help="The judge's question in words of your own.")] = None,
+    judge_model: Annotated[str, typer.Option(help="The judge's model, if the server or record has several.")] = "",
+    judge_template: Annotated[Path | None, typer.Option(help="Your own wording of the judge's question.")] = None,
     judge_record: Annotated[
         Path | None,
-        typer.Option(help="Where replies are recorded [default: beside the predictions]", show_default=False),
+        typer.Option(help="File that records replies [default: beside the predictions]", show_default=False),
     ] = None,
     judge_key_variable: Annotated[str, typer.Option(help="Environment variable that holds the server's key.")] = "",
 ) -> None:
@@ -172,7 +169,7 @@ def export_command(
     root: Root,
     predictions: Predictions,
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write: .jsonl, .xlsx or .json.")],
-    model: Annotated[str, typer.Option(help="Name of the model, for LLaVA's answers.")] = "",
+    model: Annotated[str, typer.Option(help="Model name for LLaVA's answers.")] = "",
 ) -> None:
     from eval.export import export
 
@@ -184,7 +181,7 @@ def report_command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Output folders of 'generate'.")],
     root: Root,
     output: Annotated[Path, typer.Option("-o", "--output", help="Page to write: .html or .md.")],
-    samples: Annotated[int, typer.Option(help="Disagreements shown for each benchmark, at most.")] = 24,
+    samples: Annotated[int, typer.Option(help="Maximum number of disagreements shown per benchmark.")] = 24,
 ) -> None:
     from eval.report.report import write_report
 
@@ -194,9 +191,9 @@ def report_command(
 
 def portable_command(
     student: Annotated[Path, typer.Argument(metavar="STUDENT", help="Folder of a trained student.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; it must not be there.")],
-    template: Annotated[str, typer.Option(help="The template of training: qwen, chatml or tokenizer.")] = "qwen",
-    image_aspect: Annotated[str, typer.Option(help="The treatment of pictures in training: pad or square.")] = "pad",
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; it must not exist.")],
+    template: Annotated[str, typer.Option(help="Template used in training: qwen, chatml or tokenizer.")] = "qwen",
+    image_aspect: Annotated[str, typer.Option(help="Image treatment in training: pad or square.")] = "pad",
 ) -> None:
     from eval.portable import write_portable
 
@@ -204,7 +201,7 @@ def portable_command(
     print(output)
 
 
-app.command("generate", help=_GENERATE_HELP)(generate_command)
+app.command("generate", cls=_GenerateCommand, help=_GENERATE_HELP)(generate_command)
 app.command("score", help=_SCORE_HELP)(score_command)
 app.command("export", help=_EXPORT_HELP)(export_command)
 app.command("report", help=_REPORT_HELP)(report_command)

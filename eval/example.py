@@ -1,11 +1,9 @@
-"""What a benchmark is to this project: examples to answer, and a pure function that scores the answers."""
+"""A benchmark's questions, and the results of scoring their answers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from eval.files import EmbeddedImage, FileImage
 
@@ -13,16 +11,16 @@ R = TypeVar("R", covariant=True)
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 
 
-@dataclass(slots=True)  # not frozen: there are hundreds of thousands, and frozen ones take thrice as long to make
+@dataclass(slots=True)  # not frozen: creating hundreds of thousands would take three times as long
 class Example(Generic[R]):
     """One question of a benchmark.
 
-    `id` is unique in its task and names the example in our predictions. `aliases` are the `question_id`s by which
-    LLaVA-style answer files may name it; where several examples share one, `question` tells them apart.
-    `prompt` is the published wording without the image's placeholder, which always comes first. `image` is the name
-    that the benchmark's files give the image, `source` where its bytes are (None: a question without an image).
-    `question_id` is the id in the type of the question file, for LLaVA's scripts (None: it is `id`).
-    `reference` is what scoring compares answers with; it is the task's own business.
+    `id` is unique in its task and names the example in our predictions. `aliases`: the `question_id`s by which
+    LLaVA-style answer files may name it; `question` distinguishes examples that share one.
+    `prompt`: the published wording without the image placeholder, which always comes first. `image`: the image's name
+    in the benchmark's files; `source`: where its bytes are (None: no image).
+    `question_id`: the id in the type of the question file, for LLaVA's scripts (None: `id`).
+    `reference`: what the task's scoring compares answers with.
     """
 
     id: str
@@ -37,7 +35,7 @@ class Example(Generic[R]):
 
 @dataclass(slots=True)  # not frozen, as above
 class Verdict:
-    """What scoring made of one answer: how it was read (empty: not at all) and its share of being right, 0 to 1."""
+    """The score of one answer: how it was read (empty: not readable) and its credit, 0 to 1."""
 
     read_as: str
     right: float
@@ -45,7 +43,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Scored:
-    """A task's result. A metric is None where the data leave it undefined; `notes` go into the protocol."""
+    """A task's result. An undefined metric is None; `notes` go into the protocol."""
 
     metrics: dict[str, float | None]
     n_unparsed: int = 0
@@ -53,37 +51,7 @@ class Scored:
     notes: tuple[str, ...] = ()
 
 
-class Task(Protocol):
-    """The names a task's module has. All of them start without torch.
-
-    `HEADLINE` is the metric that papers quote, `OFFICIAL_N` the numbers of questions of the published sets,
-    `MAX_NEW_TOKENS` the published limit of an answer, `PROTOCOL` the published prompt and reading of answers in words.
-    """
-
-    NAME: str
-    HEADLINE: str
-    OFFICIAL_N: tuple[int, ...]
-    MAX_NEW_TOKENS: int
-    PROTOCOL: str
-
-    def load(self, root: Path) -> list[Example[Any]]:
-        """Read the questions, with their references, from LLaVA-1.5's folder layout below `root`."""
-        ...
-
-    def reference_files(self, root: Path) -> list[Path]:
-        """The files that `load` reads, for their checksum."""
-        ...
-
-    def question_key(self, prompt: str) -> str:
-        """Reduce a prompt to the question it asks, as `Example.question` holds it."""
-        ...
-
-    def score(self, examples: Sequence[Example[Any]], texts: Mapping[str, str | None]) -> Scored:
-        """Score answers by example id; None is a missing answer, which counts as wrong."""
-        ...
-
-
 def first_line_key(prompt: str) -> str:
-    """The first line of a prompt in lower case with single spaces: the question, where nothing comes before it."""
+    """The first line of a prompt in lower case with single spaces."""
     lines = prompt.removeprefix("<image>\n").strip().split("\n")
     return " ".join(lines[0].lower().split())

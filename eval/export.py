@@ -1,90 +1,46 @@
-"""Predictions in the forms that other tools take.
-
-.jsonl  LLaVA-1.5's answers (question_id, prompt, text), for its own scripts; every benchmark
-.xlsx   MMBench's upload: the TSV without its images and categories, with a column `prediction`
-.json   VizWiz's upload [{image, answer}] with normalised answers; GQA's [{questionId, prediction}]
-"""
+"""Writing predictions for other tools: LLaVA-1.5's answers (.jsonl), and the upload of a task that has one."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from eval.example import Example
-from eval.files import EmbeddedImage, read_tsv
 from eval.join import join
 from eval.predictions import llava_answer_line, read_predictions
-from eval.scorers.vqa_accuracy import normalise
-from eval.tasks import get_task, gqa
-from eval.xlsx import spreadsheet
-from llavamod_offline.errors import ConfigError, EvalError
+from eval.task import Task
+from eval.tasks import get_task
+from llavamod_offline.errors import ConfigError
 from llavamod_offline.storage.atomic import write_file
 
-# The form that a benchmark's server or own script takes, beside LLaVA's answers.
-UPLOADS = {"mmbench": ".xlsx", "mmbench_cn": ".xlsx", "vizwiz": ".json", "gqa": ".json"}
-_MMBENCH_DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
-_MMBENCH_PREDICTION = 6  # where the official converter puts the column
 
+def export(name: str, root: Path, predictions: Path, output: Path, *, model: str = "") -> None:
+    """Write the predictions of a task in the format that `output`'s suffix names.
 
-def export(task: str, root: Path, predictions: Path, output: Path, *, model: str = "") -> None:
-    """Write a predictions file in the form that `output`'s ending names.
-
-    Errors: `EvalError` for missing, unknown or duplicate ids; `ConfigError` for a form that the benchmark lacks.
+    Errors: `EvalError` for missing, unknown or duplicate ids; `ConfigError` for a format that the task lacks.
     """
-    module = get_task(task)
-    allowed = (".jsonl", *([UPLOADS[task]] if task in UPLOADS else []))
+    task = get_task(name)
+    allowed = (".jsonl", *([task.upload.suffix] if task.upload else []))
     if output.suffix not in allowed:
-        raise ConfigError(f"{output}: answers of '{task}' are written as {' or '.join(allowed)}")
-    examples = module.load(root)
-    answers = read_predictions(predictions, task)
-    joined = join(examples, answers, question_key=module.question_key, path=predictions)
-    texts = {name: prediction.text for name, prediction in joined.items()}
-    write_answers(task, examples, texts, output, model=model)
+        raise ConfigError(f"{output}: answers of '{name}' are written as {' or '.join(allowed)}")
+    examples = task.load(root)
+    joined = join(examples, read_predictions(predictions, name), question_key=task.question_key, path=predictions)
+    write_answers(task, examples, {name: found.text for name, found in joined.items()}, output, model=model)
 
 
 def write_answers(
-    task: str, examples: Sequence[Example[Any]], texts: Mapping[str, str], output: Path, *, model: str
+    task: Task, examples: Sequence[Example[Any]], texts: Mapping[str, str], output: Path, *, model: str
 ) -> None:
-    """Write texts by example id in the form that `output`'s ending names."""
+    """Write texts by example id in the format that `output`'s suffix names."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    if output.suffix == ".jsonl":
-        lines = (llava_answer_line(_question_id(e), _llava_prompt(task, e), texts[e.id], model) for e in examples)
-        write_file(output, b"".join(lines))
-    elif output.suffix == ".xlsx":
-        write_file(output, _mmbench(examples, texts))
-    elif task == "vizwiz":
-        rows = [{"image": example.image, "answer": normalise(texts[example.id])} for example in examples]
-        write_file(output, json.dumps(rows, ensure_ascii=False))
-    else:
-        answers = [{"questionId": example.id, "prediction": gqa.parse(texts[example.id])} for example in examples]
-        write_file(output, json.dumps(answers, ensure_ascii=False))
+    if output.suffix != ".jsonl" and task.upload:
+        task.upload.check()
+        write_file(output, task.upload.content(examples, texts))
+        return
+    lines = (llava_answer_line(_question_id(e), task.llava_prompt(e), texts[e.id], model) for e in examples)
+    write_file(output, b"".join(lines))
 
 
 def _question_id(example: Example[Any]) -> str | int:
     return example.id if example.question_id is None else example.question_id
-
-
-def _llava_prompt(task: str, example: Example[Any]) -> str:
-    """The prompt as LLaVA's runners record it; their ScienceQA script tells pictured questions by `<image>` in it."""
-    if task.startswith("mmbench"):
-        return example.question
-    return f"<image>\n{example.prompt}" if task == "scienceqa" and example.source is not None else example.prompt
-
-
-def _mmbench(examples: Sequence[Example[Any]], texts: Mapping[str, str]) -> bytes:
-    source = examples[0].source
-    assert isinstance(source, EmbeddedImage)
-    path = source.path
-    columns, rows = read_tsv(path, drop=_MMBENCH_DROPPED)
-    kept = [column for column in columns if column not in _MMBENCH_DROPPED]
-    table: list[list[str | int | None]] = [[*kept[:_MMBENCH_PREDICTION], "prediction", *kept[_MMBENCH_PREDICTION:]]]
-    for row in rows:
-        cells: list[str | int | None] = [row.text(column) or None for column in kept]
-        cells[kept.index("index")] = int(row.text("index"))
-        table.append([*cells[:_MMBENCH_PREDICTION], texts[row.text("index")], *cells[_MMBENCH_PREDICTION:]])
-    try:
-        return spreadsheet(table)
-    except ValueError as error:
-        raise EvalError(f"{path}: the upload cannot be written: {error}") from error

@@ -1,7 +1,7 @@
-"""Answering a benchmark's questions with a model, resumably: `OUTPUT/TASK/predictions.jsonl`.
+"""Answering benchmarks' questions with a model, resumably: `OUTPUT/TASK/predictions.jsonl`.
 
-Beside the predictions lies `predictions.protocol.json`, the settings that decide the answers. A run that is started
-again with the same settings skips what is answered; with others it is refused.
+`predictions.protocol.json` beside it records the settings that determine the answers. A rerun with the same settings
+skips answered questions; a rerun with other settings is refused.
 """
 
 from __future__ import annotations
@@ -18,30 +18,29 @@ from typing import Any
 
 from tqdm import tqdm
 
+from eval.engines import ENGINES, open_engine
 from eval.engines.protocol import Answer, AnswerEngine
-from eval.example import Example, Task
-from eval.export import UPLOADS, write_answers
+from eval.example import Example
+from eval.export import write_answers
 from eval.files import FileImage, read_object
 from eval.predictions import Prediction, prediction_line, read_predictions
 from eval.score import sidecar
+from eval.task import Task
 from eval.tasks import get_task
 from llavamod_offline.errors import ConfigError, EvalError
 from llavamod_offline.storage.atomic import write_file
 
 log = logging.getLogger(__name__)
 
-ENGINES = ("hf", "vllm", "processor")
-
 
 @dataclass(frozen=True)
 class EvalGenerateConfig:
-    """What `eval-student generate` takes. `model` and `root` are folders; `tasks` names benchmarks.
+    """The settings of `eval-student generate`. `model` and `root` are folders; `tasks` names benchmarks.
 
-    `engine` hf: a LLaVA student, with this project's `template` and `image_aspect`, which must be those of training;
-    vllm: the same in vLLM, which wants a larger `batch_size`;
-    processor: any image-text-to-text checkpoint, with its own chat template and image processor.
+    `engine` hf: a LLaVA student, with the `template` and `image_aspect` of its training; vllm: the same in vLLM, for
+    larger `batch_size`; processor: any image-text-to-text checkpoint, with its own chat template and image processor.
     `max_new_tokens` None: each benchmark's published limit.
-    `limit` answers the first so many questions only, for a try: their score needs all.
+    `limit`: answer only the first questions, for a trial run; a score needs all.
     """
 
     model: str = "???"
@@ -73,79 +72,69 @@ class EvalGenerateConfig:
 def generate(config: EvalGenerateConfig, engine: AnswerEngine | None = None) -> dict[str, Path]:
     """Answer the questions of every benchmark in `config.tasks` → the predictions file of each.
 
-    Errors: `EvalError` for unreadable benchmark files, missing images, or an output folder of other settings;
+    Errors: `EvalError` for unreadable benchmark files, missing images, or an output folder with other settings;
     `ModelError` and `ConfigError` for the model and the settings.
     """
-    root = Path(config.root)
-    examples = {name: _examples(get_task(name), root, config.limit) for name in config.tasks}
-    engine = engine or _engine(config)
+    root, model, limit = Path(config.root), Path(config.model), config.limit
+    tasks = {name: get_task(name) for name in config.tasks}
+    examples = {name: _examples(task, root, limit) for name, task in tasks.items()}
+    for task in tasks.values():
+        if limit is None and task.upload:
+            task.upload.check()
+    engine = engine or open_engine(
+        config.engine,
+        model,
+        template=config.template,
+        image_aspect=config.image_aspect,
+        dtype=config.dtype,
+        device=config.device,
+    )
     paths = {}
-    for name, asked in examples.items():
-        task = get_task(name)
+    for name, task in tasks.items():
         path = Path(config.output) / name / "predictions.jsonl"
-        tokens = config.max_new_tokens or task.MAX_NEW_TOKENS
-        _agree_on_settings(path, _settings(config, task, engine, tokens, asked))
-        _answer_all(engine, name, asked, path, config.batch_size, tokens)
-        if config.limit is None:
-            _export(name, asked, path, Path(config.model).name)
+        tokens = config.max_new_tokens or task.max_new_tokens
+        _check_settings(path, _settings(name, engine, tokens, limit, examples[name]))
+        _answer_all(engine, name, examples[name], path, config.batch_size, tokens)
+        if limit is None:
+            _export(task, examples[name], path, model.name)
         paths[name] = path
     return paths
 
 
 def _examples(task: Task, root: Path, limit: int | None) -> list[Example[Any]]:
-    """Load a benchmark's questions and make sure that the images are there before a model is loaded."""
+    """Load a benchmark's questions and check, before a model is loaded, that their images exist."""
     examples = task.load(root)[:limit]
     if not examples:
-        raise EvalError(f"{root}: the question file of '{task.NAME}' is empty")
+        raise EvalError(f"{root}: the question file of '{task.name}' is empty")
     sources = [example.source.path for example in examples if isinstance(example.source, FileImage)]
     missing = [path for path in dict.fromkeys(sources) if not path.is_file()]
     if missing:
-        raise EvalError(f"{missing[0]}: no such picture ({len(missing)} of '{task.NAME}' are missing): put them there")
+        raise EvalError(f"{missing[0]}: no such image ({len(missing)} of '{task.name}' are missing): put them there")
     return examples
 
 
-def _engine(config: EvalGenerateConfig) -> AnswerEngine:
-    if config.engine == "processor":
-        from eval.engines.processor import ProcessorEngine
-
-        return ProcessorEngine(Path(config.model), dtype=config.dtype, device=config.device)
-    settings: dict[str, Any] = {
-        "template": config.template,
-        "image_aspect": config.image_aspect,
-        "dtype": config.dtype,
-        "device": config.device,
-    }
-    if config.engine == "vllm":
-        from eval.engines.llava_vllm import LlavaVllmEngine
-
-        return LlavaVllmEngine(Path(config.model), **settings)
-    from eval.engines.llava_hf import LlavaHfEngine
-
-    return LlavaHfEngine(Path(config.model), **settings)
-
-
 def _settings(
-    config: EvalGenerateConfig, task: Task, engine: AnswerEngine, max_new_tokens: int, examples: Sequence[Example[Any]]
+    task: str, engine: AnswerEngine, max_new_tokens: int, limit: int | None, examples: Sequence[Example[Any]]
 ) -> dict[str, Any]:
     questions = hashlib.sha256()
     for example in examples:
         questions.update(json.dumps([example.id, example.prompt, example.image]).encode())
-    settings = {"task": task.NAME, **engine.describe(), "max_new_tokens": max_new_tokens}
+    settings = {"task": task, **engine.describe(), "max_new_tokens": max_new_tokens}
     settings["questions_sha256"] = questions.hexdigest()
-    if config.limit is not None:
-        settings["limit"] = config.limit
+    if limit is not None:
+        settings["limit"] = limit
     return settings
 
 
-def _agree_on_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Write the settings beside a new predictions file, or compare them with those of one begun before."""
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Write the settings beside a new predictions file, or compare them with those of an existing one."""
     file = sidecar(path)
     if not path.exists() or not path.stat().st_size:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(file, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         return
     if not file.is_file():
-        raise EvalError(f"{path}: was not begun by this command ({file.name} is missing): choose another output")
+        raise EvalError(f"{path}: was not written by this command ({file.name} is missing): choose another output")
     before = read_object(file)
     for name in sorted(settings.keys() | before.keys()):
         if settings.get(name) != before.get(name):
@@ -158,12 +147,12 @@ def _agree_on_settings(path: Path, settings: dict[str, Any]) -> None:
 def _answer_all(
     engine: AnswerEngine, name: str, examples: Sequence[Example[Any]], path: Path, batch_size: int, max_new_tokens: int
 ) -> None:
-    """Answer what is not answered yet, appending to the file batch by batch."""
+    """Answer the unanswered questions, appending to the file batch by batch."""
     done = _finished(path, name)
     waiting = [example for example in examples if example.id not in done]
     started, tokens = time.monotonic(), 0
     if done:
-        log.info("%s: %d of %d questions are answered already", name, len(done), len(examples))
+        log.info("%s: %d of %d questions are already answered", name, len(done), len(examples))
     with path.open("ab") as stream, tqdm(total=len(waiting), desc=name, disable=not sys.stderr.isatty()) as bar:
         for batch in _batches(waiting, batch_size):
             answers = engine.answer(batch, max_new_tokens)
@@ -176,12 +165,11 @@ def _answer_all(
     log.info("%s: %d answers in %.1f s (%.1f tokens/s) → %s", name, len(waiting), seconds, tokens / seconds, path)
 
 
-def _export(task: str, examples: Sequence[Example[Any]], path: Path, model: str) -> None:
-    """Write the answers in the forms that LLaVA's scripts and the benchmark's own server or script take."""
-    texts = {prediction.name: prediction.text for prediction in read_predictions(path, task)}
-    write_answers(task, examples, texts, path.with_name("answers.jsonl"), model=model)
-    if task in UPLOADS:
-        write_answers(task, examples, texts, path.with_name(f"upload{UPLOADS[task]}"), model=model)
+def _export(task: Task, examples: Sequence[Example[Any]], path: Path, model: str) -> None:
+    """Write the answers for LLaVA's scripts and, if the task has one, the upload."""
+    texts = {prediction.name: prediction.text for prediction in read_predictions(path, task.name)}
+    for name in ["answers.jsonl", *([f"upload{task.upload.suffix}"] if task.upload else [])]:
+        write_answers(task, examples, texts, path.with_name(name), model=model)
 
 
 def _prediction(task: str, example: Example[Any], answer: Answer) -> Prediction:
@@ -197,14 +185,14 @@ def _prediction(task: str, example: Example[Any], answer: Answer) -> Prediction:
 
 
 def _finished(path: Path, task: str) -> set[str]:
-    """The ids that are answered; a last line that a kill cut short is taken off."""
+    """The answered ids; an incomplete last line, left by a killed run, is removed."""
     if not path.exists():
         return set()
     with path.open("r+b") as stream:
         content = stream.read()
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
-            log.info("%s: the last line was cut short and is taken off", path)
+            log.info("%s: removing an incomplete last line", path)
             stream.truncate(whole)
     return {prediction.name for prediction in read_predictions(path, task)}
 

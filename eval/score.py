@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from eval.example import Example, Scored, Verdict
 from eval.files import data_checksum, read_object
 from eval.join import join
+from eval.judge_template import JudgeTemplate
 from eval.predictions import Prediction, read_predictions
-from eval.tasks import get_task
-from llavamod_offline.errors import EvalError
+from eval.task import Task
+from eval.tasks import TASKS, get_task
+from llavamod_offline.errors import ConfigError, EvalError
 
 if TYPE_CHECKING:
     from eval.judge import Judge
@@ -25,7 +27,7 @@ SIDECAR_SUFFIX = ".protocol.json"
 
 @dataclass(frozen=True)
 class TaskScore:
-    """A task's score with everything that a reader needs to trust it; `texts` and `verdicts` are by example id."""
+    """A task's score and how it was obtained; `texts` and `verdicts` are by example id."""
 
     task: str
     metrics: dict[str, float | None]
@@ -44,7 +46,7 @@ class TaskScore:
 
 
 def score_task(
-    task: str,
+    name: str,
     root: Path,
     predictions: Path,
     *,
@@ -53,46 +55,74 @@ def score_task(
     judge_record: Path | None = None,
     judge_template: Path | None = None,
 ) -> TaskScore:
-    """Score `predictions` on the benchmark `task` whose files lie below `root`.
+    """Score `predictions` on the benchmark `name`, whose files are below `root`.
 
     The denominator is the benchmark's question file. With `allow_missing`, questions without a prediction are wrong.
     A `judge`'s replies are recorded in `judge_record`, by default beside the predictions.
-    Errors: `EvalError` for unreadable files, and for unknown, duplicate or missing ids; `ConfigError` for the task.
+    Errors: `EvalError` for unreadable files, for unknown, duplicate or missing ids, for a missing or failing judge;
+    `ConfigError` for the task, a judge that it does not take, or a template without a required slot.
     """
-    module = get_task(task)
+    task = get_task(name)
     with _collector_paused():
-        examples = module.load(root)
+        examples = task.load(root)
         if not examples:
-            raise EvalError(f"{root}: the question file of '{task}' is empty")
-        answers = read_predictions(predictions, task)
-        joined = join(
-            examples, answers, question_key=module.question_key, path=predictions, allow_missing=allow_missing
-        )
+            raise EvalError(f"{root}: the question file of '{name}' is empty")
+        answers = read_predictions(predictions, name)
+        joined = join(examples, answers, question_key=task.question_key, path=predictions, allow_missing=allow_missing)
         texts = {example.id: joined[example.id].text if example.id in joined else None for example in examples}
         if judge is None:
-            scored, judged = module.score(examples, texts), ""
+            if task.score is None:
+                raise EvalError(
+                    f"{name} needs a judge: name one with --judge URL, a model's folder, or recorded replies"
+                )
+            scored, protocol = task.score(examples, texts), task.protocol
     if judge is not None:
-        from eval.judged import score_with_judge
-
         record = judge_record or predictions.with_suffix(".judge.jsonl")
-        scored, judged = score_with_judge(task, examples, texts, judge, record=record, template_file=judge_template)
-    missing = len(examples) - len(joined)
+        scored, protocol = _score_judged(task, examples, texts, judge, record, judge_template)
     return TaskScore(
-        task=task,
+        task=name,
         metrics=scored.metrics,
         n=len(examples),
-        n_missing=missing,
+        n_missing=len(examples) - len(joined),
         n_unparsed=scored.n_unparsed,
-        protocol=_protocol(task, examples, joined, scored, predictions, judged),
-        data_sha256=data_checksum(root, module.reference_files(root)),
+        protocol=_protocol(task, protocol, examples, joined, scored, predictions),
+        data_sha256=data_checksum(root, task.reference_files(root)),
         texts=texts,
         verdicts=scored.verdicts,
     )
 
 
+def _score_judged(
+    task: Task,
+    examples: Sequence[Example[Any]],
+    texts: Mapping[str, str | None],
+    judge: Judge,
+    record: Path,
+    template_file: Path | None,
+) -> tuple[Scored, str]:
+    """Score a task with a judge → the score, and the protocol."""
+    from eval.judge import ask
+
+    judging = task.judging
+    if judging is None:
+        takers = " and ".join(name for name, known in TASKS.items() if known.judging)
+        raise ConfigError(f"task '{task.name}' takes no judge: remove --judge (only {takers} take one)")
+    template = JudgeTemplate.read(template_file, judging.template.slots) if template_file else judging.template
+    questions = {}
+    for example in examples:
+        text = texts[example.id]
+        values = None if text is None else judging.slots(example, text)
+        if values is not None:
+            questions[example.id] = template.fill(values)
+    scored = judging.score(examples, texts, ask(judge, questions, record))
+    wording = f"template {template.name} (sha256 {template.sha256})"
+    protocol = judging.protocol.replace("JUDGE", judge.model)
+    return scored, f"{protocol} | judge: {judge.model} at temperature 0, {wording}"
+
+
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Pause the cyclic garbage collector, which else walks over all questions again and again while they are read."""
+    """Pause the cyclic garbage collector, which would otherwise traverse all questions repeatedly while loading."""
     running = gc.isenabled()
     gc.disable()
     try:
@@ -100,29 +130,27 @@ def _collector_paused() -> Iterator[None]:
     finally:
         if running:
             gc.freeze()
-            gc.unfreeze()  # what was made meanwhile counts as old, so that it is not walked over at once
+            gc.unfreeze()  # counts new objects as old, so they are not traversed at once
             gc.enable()
 
 
 def sidecar(predictions: Path) -> Path:
-    """Where the settings that a predictions file was generated with are kept."""
+    """The file with the settings that a predictions file was generated with."""
     return predictions.with_name(predictions.name.removesuffix(".jsonl") + SIDECAR_SUFFIX)
 
 
 def _protocol(
-    task: str,
-    examples: list[Example[Any]],
+    task: Task,
+    protocol: str,
+    examples: Sequence[Example[Any]],
     joined: Mapping[str, Prediction],
     scored: Scored,
     predictions: Path,
-    judged: str,
 ) -> str:
-    module = get_task(task)
-    parts = [f"{task}: {len(examples)} questions"]
-    if len(examples) not in module.OFFICIAL_N:
-        parts.append(f"not the published set of {' or '.join(map(str, module.OFFICIAL_N))}")
-    parts.append(module.PROTOCOL if not judged or task == "mmhal" else module.PROTOCOL.split(" | ")[0])
-    parts += [judged] if judged else []
+    parts = [f"{task.name}: {len(examples)} questions"]
+    if len(examples) not in task.official_n:
+        parts.append(f"not the published set of {' or '.join(map(str, task.official_n))}")
+    parts.append(protocol)
     reworded = sum(e.id in joined and _reworded(e, joined[e.id].prompt) for e in examples)
     if reworded:
         parts.append(f"{reworded} prompts are worded unlike the published ones")
@@ -134,7 +162,7 @@ def _protocol(
 
 
 def _generation(predictions: Path) -> str:
-    """The settings of the generation, from the file that lies beside our predictions."""
+    """The settings of the generation, from the file beside our predictions."""
     file = sidecar(predictions)
     if not file.is_file():
         return "not recorded"
@@ -145,7 +173,7 @@ def _generation(predictions: Path) -> str:
 
 
 def _reworded(example: Example[Any], prompt: str) -> bool:
-    """Whether a prompt is neither the published one nor, as LLaVA records it for MMBench, its question alone."""
+    """Whether a prompt is neither the published one nor its question alone, as LLaVA records for MMBench."""
     if prompt in (example.prompt, example.question):
         return False
     return _plain(prompt) not in (_plain(example.prompt), _plain(example.question))

@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class LlavaHfEngine:
-    """A LLaVA folder as transformers runs it, with this project's tokenisation and image handling.
+    """A LLaVA folder in transformers, with this project's tokenization and image handling.
 
     Errors: `ModelError` for the folder, `ConfigError` for the settings.
     """
@@ -54,7 +54,7 @@ class LlavaHfEngine:
         self._suppressed = never_answers(self.encoder, int(self.model.config.text_config.vocab_size))
 
     def describe(self) -> dict[str, Any]:
-        """The settings that decide the answers; the batch size and the device are not among them."""
+        """The settings that determine the answers, which batch size and device do not."""
         return {
             "model": self.folder.resolve().name,
             "model_sha256": checkpoint_digest(self.folder),
@@ -66,7 +66,7 @@ class LlavaHfEngine:
         }
 
     def answer(self, examples: Sequence[Example[Any]], max_new_tokens: int) -> list[Answer]:
-        """Answer a batch of questions. Errors: `EvalError` for a prompt that leaves no room for an answer."""
+        """Answer a batch of questions. Errors: `EvalError` for a prompt too long to leave space for an answer."""
         prompts = [prompt_ids(self.encoder, example, max_new_tokens) for example in examples]
         input_ids_BT, attention_BT = self._left_padded(prompts)
         pixels_I3HW = self._pixels(examples)
@@ -118,7 +118,7 @@ def checkpoint_digest(folder: Path) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a name; `auto` is CUDA where there is one. Errors: `ConfigError` for what is not there."""
+    """The device of a name; `auto` is CUDA if available. Errors: `ConfigError` for an unavailable device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -131,7 +131,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> str:
-    """The name of a precision; `auto` is float32 on a CPU, else bfloat16. Errors: `ConfigError` for another name."""
+    """The name of a precision; `auto` is float32 on a CPU, else bfloat16. Errors: `ConfigError` for another."""
     if name == "auto":
         return "float32" if device.type == "cpu" else "bfloat16"
     if name not in DTYPES:

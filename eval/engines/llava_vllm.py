@@ -1,4 +1,4 @@
-"""Answering with a LLaVA checkpoint in vLLM: the prompts, images and greedy decoding of `engine_hf`.
+"""Answering with a LLaVA checkpoint in vLLM: prompts, images and greedy decoding as in `llava_hf`.
 
 Shape suffixes: T tokens of a prompt.
 """
@@ -35,9 +35,9 @@ class _ExampleImage:
 
 
 class LlavaVllmEngine:
-    """A LLaVA folder as vLLM runs it, with this project's tokenisation and image handling.
+    """A LLaVA folder in vLLM, with this project's tokenization and image handling.
 
-    Errors: `ModelError` for the folder, `ConfigError` for the settings and where vLLM is not installed.
+    Errors: `ModelError` for the folder, `ConfigError` for the settings or if vLLM is not installed.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class LlavaVllmEngine:
         )
 
     def describe(self) -> dict[str, Any]:
-        """The settings that decide the answers; the batch size and the device are not among them."""
+        """The settings that determine the answers, which batch size and device do not."""
         return {
             "model": self.folder.resolve().name,
             "model_sha256": checkpoint_digest(self.folder),
@@ -85,7 +85,7 @@ class LlavaVllmEngine:
         }
 
     def answer(self, examples: Sequence[Example[Any]], max_new_tokens: int) -> list[Answer]:
-        """Answer a batch of questions. Errors: `EvalError` for a prompt that leaves no room for an answer."""
+        """Answer a batch of questions. Errors: `EvalError` for a prompt too long to leave space for an answer."""
         prompts = [np.asarray(prompt_ids(self.encoder, example, max_new_tokens), np.int64) for example in examples]
         answers: dict[int, Answer] = {}
         for number, output in self.session.run(self._requests(examples, prompts, max_new_tokens)):
@@ -105,14 +105,14 @@ class LlavaVllmEngine:
                 temperature=0.0,
                 max_tokens=max_new_tokens,
                 stop_token_ids=[self.encoder.end_id],
-                ignore_eos=True,  # the template's end alone ends an answer
+                ignore_eos=True,  # only the template's end token ends an answer
                 logit_bias=dict.fromkeys(self._suppressed, float("-inf")) or None,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
             prompt = engine_input(
                 input_ids_T,
-                self._pictures(example),
+                self._images(example),
                 image_token_id=self.encoder.image_token_id,
                 name=example.id,
                 salt=str(number),
@@ -120,7 +120,7 @@ class LlavaVllmEngine:
             )
             yield number, prompt, parameters
 
-    def _pictures(self, example: Example[Any]) -> list[_ExampleImage]:
+    def _images(self, example: Example[Any]) -> list[_ExampleImage]:
         if example.source is None:
             return []
         pixels_3HW = self.images.pixels(example.source.read(), name=f"question '{example.id}'")

@@ -1,7 +1,7 @@
 """Answering with any image-text-to-text checkpoint of transformers, by its own processor and chat template.
 
-For models that are not this project's: prompt wording around the question, image handling and end tokens are the
-checkpoint's own, and the protocol says so. Shape suffixes as in `engine_hf`.
+For models from elsewhere: the prompt wording around the question, image handling and end tokens are the checkpoint's
+own, and the protocol says so. Shape suffixes as in `llava_hf`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from llavamod_offline.models.checkpoint import load_weights
 class ProcessorEngine:
     """A local checkpoint folder with weights, processor and chat template; its own code is never run.
 
-    Errors: `ModelError` for a folder that lacks one of them.
+    This project's `template` and `image_aspect` have no effect. Errors: `ModelError` for an incomplete folder.
     """
 
-    def __init__(self, folder: Path, *, dtype: str = "auto", device: str = "auto") -> None:
+    def __init__(
+        self, folder: Path, *, template: str = "", image_aspect: str = "", dtype: str = "auto", device: str = "auto"
+    ) -> None:
         if not (folder / "config.json").is_file():
             raise ModelError(f"{folder}: no such checkpoint folder (it has no config.json)")
         self.device = pick_device(device)
@@ -47,7 +49,7 @@ class ProcessorEngine:
             raise ModelError(f"{folder}: neither generation_config.json nor the tokenizer names an end token")
 
     def describe(self) -> dict[str, Any]:
-        """The settings that decide the answers."""
+        """The settings that determine the answers."""
         return {
             "model": self.folder.resolve().name,
             "model_sha256": checkpoint_digest(self.folder),
@@ -70,8 +72,8 @@ class ProcessorEngine:
             conversations.append([{"role": "user", "content": parts}])
             images.append(found)
         texts = self.processor.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
-        pictured = {"images": images} if any(images) else {}
-        inputs = self.processor(text=texts, **pictured, padding=True, return_tensors="pt").to(self.device)
+        pixels = {"images": images} if any(images) else {}
+        inputs = self.processor(text=texts, **pixels, padding=True, return_tensors="pt").to(self.device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(DTYPES[self.dtype])
         settings = GenerationConfig(

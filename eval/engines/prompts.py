@@ -1,4 +1,4 @@
-"""A question as a LLaVA student reads it, and what it says as an answer; the same whatever runs the student.
+"""Encoding a question for a LLaVA student and decoding its answer, for every engine that runs one.
 
 Shape suffixes: G generated tokens.
 """
@@ -16,9 +16,9 @@ from llavamod_offline.errors import EvalError
 
 
 def prompt_ids(encoder: SequenceEncoder, example: Example[Any], max_new_tokens: int) -> list[int]:
-    """Tokenise a question, its image first. Errors: `EvalError` if it leaves no room for an answer."""
+    """Tokenize a question, its image first. Errors: `EvalError` if it leaves no space for an answer."""
     if IMAGE_PLACEHOLDER in example.prompt:
-        raise EvalError(f"question '{example.id}': its text holds '{IMAGE_PLACEHOLDER}', which stands for a picture")
+        raise EvalError(f"question '{example.id}': remove '{IMAGE_PLACEHOLDER}' from its text: it stands for an image")
     text = f"{IMAGE_PLACEHOLDER}\n{example.prompt}" if example.source is not None else example.prompt
     ids: list[int] = encoder.encode_prompt([Turn("user", text)]).tolist()
     if len(ids) + max_new_tokens > encoder.max_length:
@@ -39,6 +39,6 @@ def read_answer(encoder: SequenceEncoder, ids_G: Sequence[int]) -> Answer:
     return Answer(str(text).strip(), len(ids), "stop" if stopped else "length")
 
 
-def never_answers(encoder: SequenceEncoder, head_rows: int) -> list[int]:
-    """Ids that no answer may hold: the image token, and rows of the head beyond the tokenizer."""
-    return [encoder.image_token_id, *range(len(encoder.tokenizer), head_rows)]
+def never_answers(encoder: SequenceEncoder, lm_head_rows: int) -> list[int]:
+    """Ids that no answer may contain: the image token, and rows of the LM head beyond the tokenizer."""
+    return [encoder.image_token_id, *range(len(encoder.tokenizer), lm_head_rows)]

@@ -1,4 +1,4 @@
-"""What answers questions, and what it gives."""
+"""The interface of answer engines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from eval.example import Example
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said: text without special tokens, tokens before the end, and whether it ended by itself."""
+    """A model's answer: text without special tokens, tokens before the end; `finish`: "stop" or "length"."""
 
     text: str
     n_tokens: int
@@ -22,7 +22,7 @@ class AnswerEngine(Protocol):
     """A model that answers questions."""
 
     def describe(self) -> dict[str, Any]:
-        """Everything about the model and its decoding that decides the answers, as JSON values."""
+        """Everything about the model and its decoding that determines the answers, as JSON values."""
         ...
 
     def answer(self, examples: Sequence[Example[Any]], max_new_tokens: int) -> list[Answer]:

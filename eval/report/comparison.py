@@ -1,4 +1,4 @@
-"""What models scored, side by side, and which published figures that may be compared with."""
+"""Models' scores side by side, and the published figures that they may be compared with."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from eval.judge import RecordedJudge
-from eval.report.published import HEADLINES, NOT_COMPARABLE, PUBLISHED, Headline, Published
+from eval.report.published import SOURCES, Published
 from eval.score import TaskScore, score_task
+from eval.task import Headline
 from eval.tasks import TASKS, get_task
 from llavamod_offline.errors import ConfigError, EvalError
 
@@ -32,16 +33,16 @@ class ScoredRun:
 def load_run(path: Path, root: Path, name: str) -> ScoredRun:
     """Score every `TASK/predictions.jsonl` of an output folder of `generate`.
 
-    MMHal is scored from the judge's recorded replies, where they lie beside its predictions.
+    Tasks that need a judge are scored from its recorded replies beside the predictions.
     """
     found = {task: path / task / "predictions.jsonl" for task in TASKS}
     found = {task: file for task, file in found.items() if file.is_file()}
     if not found:
-        raise EvalError(f"{path}: no TASK/predictions.jsonl in it: give an output folder of 'eval-student generate'")
+        raise EvalError(f"{path}: no TASK/predictions.jsonl in it: name an output folder of 'eval-student generate'")
     scores, unscored = {}, {}
     for task, file in found.items():
         judge = None
-        if task == "mmhal":
+        if TASKS[task].score is None:
             if not (file.parent / RECORD).is_file():
                 unscored[task] = f"no {RECORD}: score it with --judge first"
                 continue
@@ -51,7 +52,7 @@ def load_run(path: Path, root: Path, name: str) -> ScoredRun:
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
-    """The folders' names, with as many of their parents as it takes to tell them apart."""
+    """The folders' names, with as many parents as make them distinct."""
     parts = [path.resolve().parts for path in paths]
     if len(set(parts)) < len(parts):
         raise ConfigError("report: a run is named twice")
@@ -64,20 +65,25 @@ def run_names(paths: Sequence[Path]) -> list[str]:
 
 def headlines(runs: Sequence[ScoredRun]) -> list[Headline]:
     """The headlines of the tasks that any run has a score of."""
-    return [headline for headline in HEADLINES if any(headline.task in run.scores for run in runs)]
+    scored = [task for name, task in TASKS.items() if any(name in run.scores for run in runs)]
+    return [headline for task in scored for headline in task.headlines]
 
 
 def references(columns: Sequence[Headline]) -> list[Published]:
     """The published models that have a figure in any column."""
-    return [published for published in PUBLISHED if any(column.key in published.figures for column in columns)]
+    found = []
+    for model, source in SOURCES.items():
+        figures = {column.key: column.published[model] for column in columns if model in column.published}
+        found += [Published(model, source, figures)] if figures else []
+    return found
 
 
 def incomparable(column: Headline, runs: Sequence[ScoredRun]) -> str | None:
-    """Why published figures of this headline are of something else than the runs'; None if they are not."""
-    if column.key in NOT_COMPARABLE:
-        return NOT_COMPARABLE[column.key]
+    """Why published figures of a headline are not comparable with the runs'; None if they are."""
+    if column.not_comparable:
+        return column.not_comparable
     measured = {run.scores[column.task].n for run in runs if column.task in run.scores}
-    official = get_task(column.task).OFFICIAL_N
+    official = get_task(column.task).official_n
     if measured - set(official):
         asked, here = " or ".join(map(str, official)), " and ".join(map(str, sorted(measured)))
         return f"published on {asked} questions, measured here on {here}"
@@ -85,7 +91,7 @@ def incomparable(column: Headline, runs: Sequence[ScoredRun]) -> str | None:
 
 
 def difference(column: Headline, value: float | None, base: float | None) -> str:
-    """A figure's difference from the first run's as tables show it; empty where there is none to show."""
+    """A figure's difference from the first run's, formatted; empty if either is missing."""
     if value is None or base is None:
         return ""
     sign = "+" if value >= base else "−"
@@ -93,7 +99,7 @@ def difference(column: Headline, value: float | None, base: float | None) -> str
 
 
 def footnotes(runs: Sequence[ScoredRun], columns: Sequence[Headline]) -> list[str]:
-    """What the reader of the table must know about published figures."""
+    """The sources of the published figures, and why some are not comparable."""
     shown = references(columns)
     notes = [f"{published.model}: {published.source}" for published in shown]
     for column in columns:

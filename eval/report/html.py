@@ -12,7 +12,7 @@ from typing import Any
 
 from eval.example import Example
 from eval.report.comparison import ScoredRun, difference, footnotes, headlines, incomparable, references
-from eval.report.published import Headline
+from eval.task import Headline
 from llavamod_offline.errors import DataError, EvalError
 from llavamod_offline.pages.charts import BarPanel, bar_panels, colour, colour_key
 from llavamod_offline.pages.page import html_page, json_block, thumbnail

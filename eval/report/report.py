@@ -1,4 +1,4 @@
-"""Comparing models: what each scored, beside published figures, as one HTML page or Markdown."""
+"""Comparing models: their scores beside published figures, as one HTML page or Markdown."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from eval.report.comparison import (
     references,
     run_names,
 )
-from eval.report.published import Headline
+from eval.task import Headline
 from eval.tasks import TASKS, get_task
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.storage.atomic import write_file
 
 
 def write_report(paths: Sequence[Path], root: Path, output: Path, *, samples: int = 24) -> None:
-    """Score the runs' predictions and write the comparison; `samples` disagreements a benchmark and pair are shown.
+    """Score the runs' predictions and write the comparison, with `samples` disagreements per benchmark and pair.
 
-    Errors: `ConfigError` for an ending other than .html and .md; `EvalError` for a folder without predictions, and for
+    Errors: `ConfigError` for a suffix other than .html and .md; `EvalError` for a folder without predictions, or with
     predictions that cannot be scored.
     """
     if output.suffix not in (".html", ".md"):
-        raise ConfigError(f"{output}: a report's name ends with .html or .md")
+        raise ConfigError(f"{output}: a report's name must end in .html or .md")
     runs = [load_run(path, root, name) for path, name in zip(paths, run_names(paths), strict=True)]
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".md":

@@ -1,16 +1,18 @@
-"""Finding the objects that a caption mentions, by string matching alone (CHAIR, arXiv 1809.02156).
+"""Finding the objects that a caption mentions by string matching (CHAIR, arXiv 1809.02156).
 
-The rules are those of RLAIF-V's `eval/eval_gpt_obj_halbench.py` without `--use_gpt`: lower case, words as the Penn
-Treebank splits them, each word's WordNet noun lemma, then pairs of words, then the synonym list.
+The rules are those of RLAIF-V's `eval/eval_gpt_obj_halbench.py`: lower case, Penn Treebank words, each word's WordNet
+noun lemma, then pairs of words, then the synonym list.
 
-WordNet itself is not needed. Its lemmatiser takes the shortest noun among a word and the forms that its suffix rules
-give; whether a form is a noun matters only for forms that the synonym list knows, and for the few that lead such a word
-astray, which `_LEMMAS` lists. So "men", "vases" and "smartphones" name no object here, as they name none there.
+WordNet itself is not needed. Its lemmatiser takes the shortest noun among a word and the forms from its suffix rules.
+Whether a form is a noun matters only for forms in the synonym list, and for the few exceptions in `_LEMMAS`. So "men",
+"vases" and "smartphones" name no object, as in the original.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,14 +30,14 @@ _PAIRS = {
     **{f"passenger {vehicle}": vehicle for vehicle in _VEHICLES},
 }
 
-# Suffixes of plurals and what takes their place, as WordNet's morphology has them for nouns.
+# WordNet's plural suffixes of nouns and their replacements.
 _SUFFIXES = (
     *(("s", ""), ("ses", "s"), ("ves", "f"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh")),
     *(("men", "man"), ("ies", "y")),
 )
-# What WordNet 3.0 makes of COCO's words and their plurals where the rules above would not: irregular plurals; plurals
-# that are shorter as another noun ("vas" is a vessel of the body) or nouns themselves ("men"); words that it lacks,
-# whose plurals stay as they are.
+# WordNet 3.0's lemmas of COCO's words and plurals where they differ from the rules above: irregular plurals; plurals
+# that match a shorter noun ("vas" is a vessel of the body) or are nouns themselves ("men"); plurals of unknown words,
+# which stay as they are.
 _LEMMAS = {
     **{"children": "child", "grandchildren": "grandchild", "women": "woman", "brethren": "brother", "oxen": "ox"},
     **{"geese": "goose", "mice": "mouse", "knives": "knife", "pocketknives": "pocketknife", "calves": "calf"},
@@ -80,7 +82,7 @@ class ObjectVocabulary:
 
     @classmethod
     def read(cls, path: Path) -> ObjectVocabulary:
-        """Read `synonyms_refine.txt`. Errors: `EvalError` if it is missing or holds no class."""
+        """Read `synonyms_refine.txt`. Errors: `EvalError` if it is missing or empty."""
         try:
             lines = path.read_text("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
@@ -90,7 +92,7 @@ class ObjectVocabulary:
             words = [word.strip() for word in line.strip().split(", ") if word.strip()]
             synonyms |= dict.fromkeys(words, next(iter(words), ""))
         if not synonyms:
-            raise EvalError(f"{path}: no object in the synonym list: one line an object, 'name, synonym, synonym'")
+            raise EvalError(f"{path}: the synonym list is empty: write one object a line, 'name, synonym, synonym'")
         return cls(synonyms)
 
     def mentions(self, caption: str) -> list[Mention]:
@@ -101,8 +103,20 @@ class ObjectVocabulary:
             words = [word for word in words if word != "seat"]
         return [Mention(word, self.synonyms[word]) for word in words if word in self.synonyms]
 
+    def named(self, objects: Sequence[str]) -> list[Mention]:
+        """The objects of a judge's list, each once: known pairs of words, or the whole name, or its last word."""
+        found: dict[str, str] = {}
+        for name in objects:
+            words = [self.lemma(word) for word in treebank_words(name)]
+            pairs = self.pairs_in(words)
+            known = [word for word in pairs or [" ".join(words)] if word in self.synonyms]
+            if not known and not pairs:
+                known = [word for word in words[-1:] if word in self.synonyms]
+            found |= {word: self.synonyms[word] for word in known}
+        return [Mention(word, name) for word, name in found.items() if not (word == "seat" and "toilet" in found)]
+
     def lemma(self, word: str) -> str:
-        """The singular of a word in so far as the list knows it; the shortest, where there are several."""
+        """The shortest singular of a word that the list knows, or the word itself."""
         if word in _LEMMAS:
             return _LEMMAS[word]
         forms = [word] + [
@@ -111,7 +125,7 @@ class ObjectVocabulary:
         return min((form for form in forms if form in self.words), key=len, default=word)
 
     def pairs_in(self, words: list[str]) -> list[str]:
-        """What the pairs of neighbouring words mean together, from left to right, leaving all else out."""
+        """The known pairs of neighbouring words, from left to right, by their meaning."""
         found, index = [], 0
         while index < len(words):
             pair = " ".join(words[index : index + 2])
@@ -121,7 +135,7 @@ class ObjectVocabulary:
         return found
 
     def _joined(self, words: list[str]) -> list[str]:
-        """Replace pairs of neighbouring words by what they mean together, from left to right."""
+        """Replace known pairs of neighbouring words by their meaning, from left to right."""
         joined, index = [], 0
         while index < len(words):
             pair = " ".join(words[index : index + 2])
@@ -130,8 +144,22 @@ class ObjectVocabulary:
         return joined
 
 
+def parse_objects(reply: str) -> list[str] | None:
+    """The JSON list of a judge's reply: all of it, its last line, or the text in its brackets; None without one."""
+    text = reply.strip()
+    start, end = text.find("["), text.rfind("]")
+    for candidate in (text, text.split("\n")[-1], text[start : end + 1] if 0 <= start < end else ""):
+        try:
+            found = json.loads(candidate)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(found, list) and all(isinstance(item, str) for item in found):
+            return found
+    return None
+
+
 def treebank_words(text: str) -> list[str]:
-    """Split lower-cased text into words and punctuation as the Penn Treebank does; "a/b" and "a-b" stay one word."""
+    """Lower-case text and split it into words and punctuation as the Penn Treebank does; "a/b" stays one word."""
     text = text.lower()
     for pattern, replacement in _SPLITS:
         text = pattern.sub(replacement, text)

@@ -4,38 +4,34 @@ Files: `gqa/llava_gqa_testdev_balanced.jsonl` {question_id, image, text}; refere
 `gqa/testdev_balanced_questions.json` or, as LLaVA keeps it, `gqa/data/testdev_balanced_questions.json`
 {id: {answer, isBalanced, types, groups}}; images `gqa/data/images/`.
 
-Reading (scripts/convert_gqa_for_eval.py, then GQA's own eval.py): all trailing "." removed, lower case, and then equal
-to the reference letter for letter; spaces and articles stay. Questions that are not balanced are not counted. A missing
-answer is wrong (LLaVA-MoD's eval_gqa_1.py skips it, which shrinks the denominator).
+Reading (scripts/convert_gqa_for_eval.py, then GQA's own eval.py): remove all trailing ".", lower-case, then require an
+exact match with the reference; spaces and articles stay. Only balanced questions count. A missing answer is wrong
+(LLaVA-MoD's eval_gqa_1.py skips it, which shrinks the denominator).
 
-Consistency, validity, plausibility and grounding need files that GQA 1.2 no longer has. `distribution` is GQA's
-chi-square over answer groups, divided by 100 (lower is better), over the questions that have a group (many have none).
+Consistency, validity, plausibility and grounding need files that GQA 1.2 no longer ships. `distribution` is GQA's
+chi-square over answer groups, divided by 100 (lower is better), over the questions that have a group (many do not).
+
+Upload: GQA's own script takes [{questionId, prediction}].
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.example import Example, Scored, Verdict, first_line_key
+from eval.example import Example, Scored, Verdict
 from eval.files import FileImage, Row, as_row, find_file, read_jsonl, read_object
+from eval.task import Headline, Task, Upload
 
-NAME = "gqa"
-HEADLINE = "accuracy"
-OFFICIAL_N: tuple[int, ...] = (12578,)
-MAX_NEW_TOKENS = 128
-PROTOCOL = (
-    r"prompt: {question}\nAnswer the question using a single word or phrase. "
-    "| answer: trailing '.' removed, lower case, equal to the reference; balanced questions"
-)
 _KINDS = ("types", "groups")
 
 
 @dataclass(frozen=True)
-class Reference:
-    """The reference answer and what GQA groups its questions by; `group` is empty where there is none."""
+class GqaReference:
+    """The reference answer and the groups of its question; `group` is empty if it has none."""
 
     answer: str
     balanced: bool
@@ -44,22 +40,22 @@ class Reference:
     group: str
 
 
-def load(root: Path) -> list[Example[Reference]]:
+def load(root: Path) -> list[Example[GqaReference]]:
     """Read questions and references. Errors: `EvalError` for a question without a reference."""
     file = _reference_file(root)
-    references, pictures = read_object(file), root / "gqa" / "data" / "images"
+    references, images = read_object(file), root / "gqa" / "data" / "images"
     examples = []
     for row in read_jsonl(_question_file(root)):
         identifier = row.identifier("question_id")
         if identifier not in references:
-            raise row.error(f"question '{identifier}' is not in {file.name}: take the balanced test-dev questions")
+            raise row.error(f"question '{identifier}' is not in {file.name}: use the balanced test-dev questions")
         examples.append(
             Example(
                 id=identifier,
                 prompt=row.text("text"),
                 reference=_reference(as_row(file, f"question '{identifier}'", references[identifier])),
                 image=row.text("image"),
-                source=FileImage(pictures, (row.text("image"),)),
+                source=FileImage(images, (row.text("image"),)),
                 aliases=(identifier,),
                 question_id=row.values["question_id"],
             )
@@ -72,19 +68,16 @@ def reference_files(root: Path) -> list[Path]:
     return [_question_file(root), _reference_file(root)]
 
 
-question_key = first_line_key
-
-
 def parse(text: str) -> str:
-    """Read an answer: trailing periods go, then lower case."""
+    """Remove trailing periods and lower-case."""
     return text.rstrip(".").lower()
 
 
-def score(examples: Sequence[Example[Reference]], texts: Mapping[str, str | None]) -> Scored:
-    """Accuracy over balanced questions, for open and yes/no questions, and for each type."""
+def score(examples: Sequence[Example[GqaReference]], texts: Mapping[str, str | None]) -> Scored:
+    """Accuracy over balanced questions: all, open, yes/no, and each type."""
     verdicts: dict[str, Verdict] = {}
     groups: dict[str, list[float]] = defaultdict(list)
-    answered: list[tuple[Reference, str]] = []
+    answered: list[tuple[GqaReference, str]] = []
     for example in examples:
         reference, text = example.reference, texts[example.id]
         if not reference.balanced:
@@ -102,13 +95,13 @@ def score(examples: Sequence[Example[Reference]], texts: Mapping[str, str | None
     if grouped:
         metrics["distribution"] = _distribution(grouped)
     left_out = len(examples) - len(verdicts)
-    notes = (f"{left_out} questions that are not balanced left out",) if left_out else ()
+    notes = (f"{left_out} unbalanced questions left out",) if left_out else ()
     empty = sum(1 for example in examples if texts[example.id] is not None and not parse(str(texts[example.id])))
     return Scored(metrics, empty, verdicts, notes)
 
 
-def _distribution(answered: Sequence[tuple[Reference, str]]) -> float:
-    """Chi-square of predicted against true answers, averaged over the groups by their size, over 100."""
+def _distribution(answered: Sequence[tuple[GqaReference, str]]) -> float:
+    """Chi-square of predicted against true answers, averaged over groups weighted by size, divided by 100."""
     true: dict[str, Counter[str]] = defaultdict(Counter)
     predicted: dict[str, Counter[str]] = defaultdict(Counter)
     for reference, answer in answered:
@@ -121,9 +114,9 @@ def _distribution(answered: Sequence[tuple[Reference, str]]) -> float:
     return weighted / len(answered) / 100
 
 
-def _reference(row: Row) -> Reference:
+def _reference(row: Row) -> GqaReference:
     types, groups = (as_row(row.path, f"{row.place}, {name}", row.values.get(name) or {}) for name in _KINDS)
-    return Reference(
+    return GqaReference(
         answer=row.text("answer"),
         balanced=bool(row.values.get("isBalanced", True)),
         structural=str(types.values.get("structural") or "unknown"),
@@ -132,9 +125,30 @@ def _reference(row: Row) -> Reference:
     )
 
 
+def _upload(examples: Sequence[Example[GqaReference]], texts: Mapping[str, str]) -> str:
+    answers = [{"questionId": example.id, "prediction": parse(texts[example.id])} for example in examples]
+    return json.dumps(answers, ensure_ascii=False)
+
+
 def _question_file(root: Path) -> Path:
     return find_file(root, "gqa/llava_gqa_testdev_balanced.jsonl")
 
 
 def _reference_file(root: Path) -> Path:
     return find_file(root, "gqa/testdev_balanced_questions.json", "gqa/data/testdev_balanced_questions.json")
+
+
+TASK = Task(
+    name="gqa",
+    headlines=(Headline("gqa", "accuracy", "GQA", published={"LLaVA-MoD-1.8B": 0.587, "LLaVA-MoD-0.5B": 0.562}),),
+    official_n=(12578,),
+    max_new_tokens=128,
+    protocol=(
+        r"prompt: {question}\nAnswer the question using a single word or phrase. "
+        "| answer: trailing '.' removed, lower case, equal to the reference; balanced questions"
+    ),
+    load=load,
+    reference_files=reference_files,
+    score=score,
+    upload=Upload(".json", _upload),
+)

@@ -4,13 +4,13 @@ Files: `mmhal/response_template.json` or, as RLAIF-V calls it, `mmhal/mmhal-benc
 image_id, image_src, image_content, question, gt_answer}]; images `mmhal/images/` (named by `image_id`, by the last
 part of `image_src`, or by the question's number from 0), or `mmhal/mmhal-bench_with_image.jsonl` (base64).
 
-The prompt is the bare question: with a suffix that asks for a short answer, as LLaVA-MoD's runner appends it by
-default, models hallucinate less, and the figure means nothing.
+The prompt is the bare question. LLaVA-MoD's runner appends a request for a short answer by default, with which models
+hallucinate less and the figure means nothing.
 
-The judge sees the picture's contents, the question, the human answer and the model's, and ends with "Rating: 0" … "6";
-below 3 is a hallucination. The last rating of a reply counts. (RLAIF-V's reader takes replies with several different
-ratings, or none, for 0.) Replies without one are unparsed and count 0; above 2 % of them there is no headline.
-`informativeness` is RLAIF-V's: the mean of rating − 3 from 3 on, of the rating below, over 3.
+The judge reads the image's contents, the question, the human answer and the model's, and ends with "Rating: 0" … "6";
+below 3 is a hallucination. The last rating of a reply counts (RLAIF-V's reader scores replies with several different
+ratings, or none, 0). Replies without a rating are unparsed and count 0; if more than 2 % are, all metrics are withheld.
+`informativeness` is RLAIF-V's: the mean of rating − 3 for ratings of 3 and more, of the rating below 3, over 3.
 """
 
 from __future__ import annotations
@@ -21,17 +21,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.example import Example, Scored, Verdict, first_line_key
+from eval.example import Example, Scored, Verdict
 from eval.files import EmbeddedImage, FileImage, Row, find_file, read_jsonl, read_rows
 from eval.judge_template import JudgeTemplate
-from llavamod_offline.errors import EvalError
+from eval.task import Headline, Judging, Task, withhold_unreadable
 
-NAME = "mmhal"
-HEADLINE = "score"
-OFFICIAL_N: tuple[int, ...] = (96,)
-MAX_NEW_TOKENS = 1024
 PROTOCOL = "prompt: {question} | judged 0 to 6, below 3 is a hallucination; the last rating of a reply counts"
-UNPARSED_ALLOWED = 0.02
 _FOLDER = "mmhal"
 _RATING = re.compile(r"rating\W{0,6}([0-6])(?![0-9])", re.IGNORECASE)
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -66,7 +61,7 @@ Rating: 0 (hallucination, not informative)
 
 
 @dataclass(frozen=True)
-class Reference:
+class MmhalReference:
     """What the judge is told, and the kind of question."""
 
     kind: str
@@ -75,10 +70,10 @@ class Reference:
     answer: str
 
 
-def load(root: Path) -> list[Example[Reference]]:
+def load(root: Path) -> list[Example[MmhalReference]]:
     """Read the 96 questions. Errors: `EvalError` naming a field that is missing."""
-    pictures = _embedded(root)
-    return [_example(root, number, row, pictures) for number, row in enumerate(read_rows(_question_file(root)))]
+    images = _embedded(root)
+    return [_example(root, number, row, images) for number, row in enumerate(read_rows(_question_file(root)))]
 
 
 def reference_files(root: Path) -> list[Path]:
@@ -86,16 +81,8 @@ def reference_files(root: Path) -> list[Path]:
     return [_question_file(root)]
 
 
-question_key = first_line_key
-
-
-def score(examples: Sequence[Example[Reference]], texts: Mapping[str, str | None]) -> Scored:
-    """MMHal has no score without a judge. Errors: `EvalError` that says how to name one."""
-    raise EvalError("mmhal: is scored by a judge: name one with --judge URL, a model's folder, or a file of replies")
-
-
-def judge_slots(example: Example[Reference], text: str) -> dict[str, str] | None:
-    """What fills the judge's template for an answer."""
+def judge_slots(example: Example[MmhalReference], text: str) -> dict[str, str] | None:
+    """The values of the judge's template for an answer."""
     reference = example.reference
     return {
         "image_content": ", ".join(reference.contents),
@@ -112,7 +99,7 @@ def parse_rating(reply: str) -> int | None:
 
 
 def score_judged(
-    examples: Sequence[Example[Reference]], texts: Mapping[str, str | None], replies: Mapping[str, str]
+    examples: Sequence[Example[MmhalReference]], texts: Mapping[str, str | None], replies: Mapping[str, str]
 ) -> Scored:
     """Mean rating and hallucination rate, over all and for each kind of question; a missing answer counts 0."""
     ratings, kinds = {}, defaultdict[str, list[int]](list)
@@ -131,28 +118,25 @@ def score_judged(
         "informativeness": _mean([value - 3 if value >= 3 else value for value in values]) / 3,
     }
     metrics |= {f"score_{kind}": _mean(found) for kind, found in sorted(kinds.items())}
-    notes = [f"{several} replies hold several ratings"] if several else []
-    if unparsed > UNPARSED_ALLOWED * len(examples):
-        metrics = dict.fromkeys(metrics, None)
-        notes.append(f"no headline: {unparsed} of {len(examples)} replies of the judge cannot be read (2 % at most)")
+    notes = (f"{several} replies contain several ratings",) if several else ()
     verdicts = {name: Verdict(f"rating {value}", float(value >= 3)) for name, value in ratings.items()}
-    return Scored(metrics, unparsed, verdicts, tuple(notes))
+    return withhold_unreadable(Scored(metrics, unparsed, verdicts, notes), len(examples))
 
 
 def _mean(values: Sequence[int]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _example(root: Path, number: int, row: Row, pictures: Mapping[str, EmbeddedImage]) -> Example[Reference]:
+def _example(root: Path, number: int, row: Row, images: Mapping[str, EmbeddedImage]) -> Example[MmhalReference]:
     image = row.identifier("image_id")
     kind = row.text("question_type")
-    reference = Reference(kind, tuple(row.texts("image_content")), row.text("question"), row.text("gt_answer"))
-    source = pictures.get(image) or FileImage(root / _FOLDER / "images", _picture_names(number, row))
+    reference = MmhalReference(kind, tuple(row.texts("image_content")), row.text("question"), row.text("gt_answer"))
+    source = images.get(image) or FileImage(root / _FOLDER / "images", _image_names(number, row))
     aliases = tuple(dict.fromkeys((str(number), image)))
     return Example(str(number), row.text("question"), reference, image, source, aliases, question_id=number)
 
 
-def _picture_names(number: int, row: Row) -> tuple[str, ...]:
+def _image_names(number: int, row: Row) -> tuple[str, ...]:
     names = [stem + suffix for stem in (row.identifier("image_id"), str(number)) for suffix in _SUFFIXES]
     source = Path(str(row.values.get("image_src", ""))).name
     return (source, *names) if source else tuple(names)
@@ -168,3 +152,19 @@ def _embedded(root: Path) -> dict[str, EmbeddedImage]:
 
 def _question_file(root: Path) -> Path:
     return find_file(root, f"{_FOLDER}/response_template.json", f"{_FOLDER}/mmhal-bench_answer_template.json")
+
+
+TASK = Task(
+    name="mmhal",
+    headlines=(
+        Headline("mmhal", "score", "MMHal score", 6.0, percent=False),
+        Headline("mmhal", "hallucination_rate", "MMHal hallucination", lower_is_better=True),
+    ),
+    official_n=(96,),
+    max_new_tokens=1024,
+    protocol=PROTOCOL,
+    load=load,
+    reference_files=reference_files,
+    score=None,
+    judging=Judging(DEFAULT_TEMPLATE, judge_slots, score_judged, PROTOCOL),
+)

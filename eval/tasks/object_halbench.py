@@ -3,15 +3,18 @@
 Files: `object_halbench/obj_halbench_300_with_image.jsonl` {image (base64), image_id, question}, `synonyms_refine.txt`,
 and COCO 2014's annotations `object_halbench/annotations/captions_*.json` and `instances_*.json`.
 
-Variant `chair_string`: objects are found by string matching (`scorers/chair.py`), deterministic and without a network;
-an object mentioned twice counts twice. It is the official script without `--use_gpt`. The published figures come from
-the variant that lets a language model extract the objects first (`chair_llm:MODEL`, see `eval/judged.py`), which counts
-each object once: figures of different variants are never to be compared.
+Variant `chair_string` finds objects by string matching (`scorers/chair.py`): deterministic, no network; an object
+mentioned twice counts twice. It is the official script without `--use_gpt`.
+Variant `chair_llm:MODEL` (`--use_gpt`), which the published figures are from: a judge lists the objects that a
+description states as visible, as a JSON list, and each object counts once. Answers of at most three words mention no
+object. The original takes noun spans from spaCy; here an object's whole name, or else its last word, is looked up.
+Replies that are no JSON list are unparsed, and their descriptions count as one false mention; if more than 2 % are, all
+metrics are withheld. Figures of the two variants are not comparable.
 
 True objects of an image: the classes of its instances, and the objects that its captions mention.
-`response_hall`: descriptions with an object that is not there / descriptions that mention any object ("CHAIRs_refine").
-`object_hall`: mentions of objects that are not there / mentions of objects ("CHAIRi"). `response_hall_all` has all
-descriptions below the line ("CHAIRs"); papers mix the two up. `object_recall`: true classes mentioned / true classes.
+`response_hall`: descriptions with a hallucinated object / descriptions that mention any object ("CHAIRs_refine").
+`object_hall`: mentions of hallucinated objects / mentions of objects ("CHAIRi"). `response_hall_all` divides by all
+descriptions ("CHAIRs"); papers confuse the two. `object_recall`: true classes mentioned / true classes.
 All are fractions; lower is better for the first three. A missing description counts as one false mention.
 """
 
@@ -19,34 +22,44 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from eval.example import Example, Scored, Verdict, first_line_key
+from eval.example import Example, Scored, Verdict
 from eval.files import EmbeddedImage, Row, as_row, find_file, read_jsonl, read_object
-from eval.scorers.chair import Mention, ObjectVocabulary
+from eval.judge_template import JudgeTemplate
+from eval.scorers.chair import Mention, ObjectVocabulary, parse_objects
+from eval.task import Headline, Judging, Task, withhold_unreadable
 from llavamod_offline.errors import EvalError
 
-NAME = "object_halbench"
-HEADLINE = "response_hall"
-OFFICIAL_N: tuple[int, ...] = (300,)
-MAX_NEW_TOKENS = 1024
-PROTOCOL = (
-    "prompt: {question} | variant: chair_string (treebank words, noun lemmas, synonym list; repeated mentions count); "
-    "response_hall: over descriptions with an object; object_hall: over mentions"
-)
 _FOLDER = "object_halbench"
+_OTHER_VARIANT = "published with objects found by GPT-3.5 (chair_llm), here by string matching"
+_SHORT_ANSWER_WORDS = 3
+DEFAULT_TEMPLATE = JudgeTemplate(
+    "object-halbench-default-1",
+    """Below is a request about an image and the answer to it. List every physical object that the answer says can be
+seen in the image.
+
+Request: {question}
+Answer: {answer}
+
+Take only objects that the answer itself names, one entry for each kind, in the singular, without colour, material, size
+or number. Leave out what the answer denies, supposes, or names only in general. Reply with a JSON list of strings and
+nothing else, for example ["cat", "dining table"]; reply [] if there is none.
+""",
+    ("question", "answer"),
+)
 
 
 @dataclass(frozen=True)
-class Reference:
+class HalbenchReference:
     """The objects in an image, and the vocabulary that finds the objects in a description."""
 
     objects: frozenset[str]
     vocabulary: ObjectVocabulary
 
 
-def load(root: Path) -> list[Example[Reference]]:
+def load(root: Path) -> list[Example[HalbenchReference]]:
     """Read questions, and the true objects of their images from COCO's annotations.
 
     Errors: `EvalError` for an image without annotations, or a category that the synonym list lacks.
@@ -60,15 +73,15 @@ def load(root: Path) -> list[Example[Reference]]:
     for index, row in enumerate(rows):
         identifier = row.identifier("image_id")
         if identifier not in objects:
-            raise row.error(f"image {identifier} is in no annotation file below {root / _FOLDER / 'annotations'}")
+            raise row.error(f"image {identifier} is not annotated in {root / _FOLDER / 'annotations'}")
         examples.append(
             Example(
                 id=identifier,
                 prompt=row.text("question"),
-                reference=Reference(frozenset(objects[identifier]), vocabulary),
+                reference=HalbenchReference(frozenset(objects[identifier]), vocabulary),
                 image=identifier,
                 source=EmbeddedImage(file, row.offset, "image"),
-                # RLAIF-V's answer files count the questions from 0
+                # RLAIF-V's answer files number the questions from 0
                 aliases=(identifier,) if str(index) in images else (identifier, str(index)),
                 question_id=index,
             )
@@ -82,10 +95,7 @@ def reference_files(root: Path) -> list[Path]:
     return [_question_file(root), synonyms, *_annotations(root, "captions"), *_annotations(root, "instances")]
 
 
-question_key = first_line_key
-
-
-def score(examples: Sequence[Example[Reference]], texts: Mapping[str, str | None]) -> Scored:
+def score(examples: Sequence[Example[HalbenchReference]], texts: Mapping[str, str | None]) -> Scored:
     """Hallucination rates of descriptions, by string matching."""
     mentions = {}
     for example in examples:
@@ -94,12 +104,31 @@ def score(examples: Sequence[Example[Reference]], texts: Mapping[str, str | None
     return rates(examples, texts, mentions)
 
 
+def judge_slots(example: Example[HalbenchReference], text: str) -> dict[str, str] | None:
+    """The values of the judge's template; None for a short answer."""
+    return {"question": example.prompt, "answer": text} if len(text.split()) > _SHORT_ANSWER_WORDS else None
+
+
+def score_judged(
+    examples: Sequence[Example[HalbenchReference]], texts: Mapping[str, str | None], replies: Mapping[str, str]
+) -> Scored:
+    """Hallucination rates from the judge's lists of objects by example id; answers without a reply are short."""
+    mentions: dict[str, list[Mention] | None] = {}
+    unparsed = 0
+    for example in examples:
+        objects = parse_objects(replies.get(example.id, "[]"))
+        unparsed += objects is None
+        known = objects is not None and texts[example.id] is not None
+        mentions[example.id] = example.reference.vocabulary.named(objects or []) if known else None
+    return withhold_unreadable(replace(rates(examples, texts, mentions), n_unparsed=unparsed), len(examples))
+
+
 def rates(
-    examples: Sequence[Example[Reference]],
+    examples: Sequence[Example[HalbenchReference]],
     texts: Mapping[str, str | None],
     mentions: Mapping[str, list[Mention] | None],
 ) -> Scored:
-    """Hallucination rates from the objects found in each description; None is a missing description."""
+    """Hallucination rates from the objects found in each description; None counts as one false mention."""
     verdicts = {}
     mentioned = false = with_objects = with_false = recalled = true = words = 0
     for example in examples:
@@ -124,7 +153,7 @@ def rates(
         "mean_words": _ratio(words, count),
     }
     silent = count - with_objects
-    return Scored(metrics, 0, verdicts, (f"{silent} descriptions mention no object of the list",) if silent else ())
+    return Scored(metrics, 0, verdicts, (f"{silent} descriptions mention no object in the list",) if silent else ())
 
 
 def _ratio(part: int, whole: int) -> float | None:
@@ -153,7 +182,7 @@ def _true_objects(root: Path, vocabulary: ObjectVocabulary, images: set[str]) ->
 def _items(file: Path, name: str) -> Iterator[Row]:
     items = read_object(file).get(name)
     if not isinstance(items, list):
-        raise EvalError(f"{file}: no list '{name}': take COCO's annotation files")
+        raise EvalError(f"{file}: no list '{name}': use COCO's annotation files")
     for number, item in enumerate(items):
         yield as_row(file, f"{name}[{number}]", item)
 
@@ -168,3 +197,36 @@ def _annotations(root: Path, kind: str) -> list[Path]:
 
 def _question_file(root: Path) -> Path:
     return find_file(root, f"{_FOLDER}/obj_halbench_300_with_image.jsonl")
+
+
+TASK = Task(
+    name="object_halbench",
+    headlines=(
+        Headline(
+            "object_halbench",
+            "response_hall",
+            "Object HalBench response",
+            lower_is_better=True,
+            published={"LLaVA-MoD-2B": 0.112},
+            not_comparable=_OTHER_VARIANT,
+        ),
+        Headline(
+            "object_halbench",
+            "object_hall",
+            "Object HalBench object",
+            lower_is_better=True,
+            published={"LLaVA-MoD-2B": 0.059},
+            not_comparable=_OTHER_VARIANT,
+        ),
+    ),
+    official_n=(300,),
+    max_new_tokens=1024,
+    protocol=(
+        "prompt: {question} | variant: chair_string (treebank words, noun lemmas, synonym list; repeated mentions "
+        "count); response_hall: over descriptions with an object; object_hall: over mentions"
+    ),
+    load=load,
+    reference_files=reference_files,
+    score=score,
+    judging=Judging(DEFAULT_TEMPLATE, judge_slots, score_judged, "prompt: {question} | variant: chair_llm:JUDGE"),
+)

@@ -1,14 +1,14 @@
-"""POPE: is an object in the image? Three ways of choosing the objects that are not (arXiv 2305.10355).
+"""POPE: is an object in the image? Absent objects are chosen in three ways (arXiv 2305.10355).
 
 Files: `pope/llava_pope_test.jsonl` {question_id, image, text, category}; labels
 `pope/coco/coco_pope_{adversarial,popular,random}.json` {image, text, label} as JSON lines; images `pope/val2014/`.
 
-Questions and labels are joined on (category, image, question), never by their order: the label file of "random" has
-been replaced upstream by one of another length and order, and zipping them scores noise (POPE #17, LLaVA #626).
+Questions and labels are joined on (category, image, question), never by order: upstream replaced the label file of
+"random" with one of another length and order, so pairing them line by line scores noise (POPE #17, LLaVA #626).
 
-Reading (llava/eval/eval_pope.py): the text before the first "."; commas deleted; split at single spaces; "no" if a word
-is exactly "No", "not" or "no", else "yes". So an empty answer, "NO" and "nope" are read as "yes"; answers with neither
-a "yes" nor a "no" of any case are counted as unparsed beside that.
+Reading (llava/eval/eval_pope.py): take the text before the first ".", delete commas, split at single spaces; "no" if a
+word is exactly "No", "not" or "no", else "yes". An empty answer, "NO" and "nope" thus read as "yes"; answers without
+"yes" or "no" in any case are also counted as unparsed.
 """
 
 from __future__ import annotations
@@ -20,17 +20,9 @@ from pathlib import Path
 
 from eval.example import Example, Scored, Verdict, first_line_key
 from eval.files import FileImage, Row, find_file, read_jsonl
+from eval.task import Headline, Task
 from llavamod_offline.errors import EvalError
 
-NAME = "pope"
-HEADLINE = "f1_mean"
-OFFICIAL_N: tuple[int, ...] = (8910,)
-MAX_NEW_TOKENS = 128
-PROTOCOL = (
-    r"prompt: {question}\nAnswer the question using a single word or phrase. "
-    "| answer: 'no' if a word of the first sentence is No, not or no, else 'yes'; positive class: yes; "
-    "headline: mean F1 of the categories"
-)
 CATEGORIES = ("adversarial", "popular", "random")
 _LABELS = "pope/coco/coco_pope_{}.json"
 _NO_WORDS = {"No", "not", "no"}
@@ -38,21 +30,21 @@ _DECIDED = re.compile(r"\b(yes|no|not)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Label:
+class PopeLabel:
     """Whether the object is in the image."""
 
     category: str
     yes: bool
 
 
-def load(root: Path) -> list[Example[Label]]:
+def load(root: Path) -> list[Example[PopeLabel]]:
     """Read questions and labels. Errors: `EvalError` for a question without a label, or contradicting labels."""
     labels: dict[str, dict[tuple[str, str], bool]] = {}
-    examples, pictures = [], root / "pope" / "val2014"
+    examples, images = [], root / "pope" / "val2014"
     for row in read_jsonl(_question_file(root)):
         category, image, prompt = row.text("category"), row.text("image"), row.text("text")
         if category not in CATEGORIES:
-            raise row.error(f"category '{category}' is none of {', '.join(CATEGORIES)}")
+            raise row.error(f"category '{category}' is unknown: expected one of {', '.join(CATEGORIES)}")
         if category not in labels:
             labels[category] = _labels(_label_file(root, category))
         yes = labels[category].get((image, question_key(prompt)))
@@ -60,15 +52,15 @@ def load(root: Path) -> list[Example[Label]]:
             asked = prompt.split("\n")[0]
             raise row.error(
                 f"no label for '{asked}' of {image} in coco_pope_{category}.json: "
-                "take the label files of POPE's commit e3e3926"
+                "use the label files of POPE's commit e3e3926"
             )
         examples.append(
             Example(
                 id=row.identifier("question_id"),
                 prompt=prompt,
-                reference=Label(category, yes),
+                reference=PopeLabel(category, yes),
                 image=image,
-                source=FileImage(pictures, (image,)),
+                source=FileImage(images, (image,)),
                 aliases=(row.identifier("question_id"),),
                 question_id=row.values["question_id"],
             )
@@ -77,13 +69,13 @@ def load(root: Path) -> list[Example[Label]]:
 
 
 def reference_files(root: Path) -> list[Path]:
-    """The question file and the label files that are there."""
+    """The question file and the label files that exist."""
     labels = (root / _LABELS.format(category) for category in CATEGORIES)
     return [_question_file(root), *(path for path in labels if path.is_file())]
 
 
 def question_key(prompt: str) -> str:
-    """The question in lower case; some of the published ones read "imange"."""
+    """The question in lower case, with the published typo "imange" corrected."""
     return first_line_key(prompt).replace("imange", "image")
 
 
@@ -93,8 +85,8 @@ def parse(text: str) -> str:
     return "no" if _NO_WORDS.intersection(words) else "yes"
 
 
-def score(examples: Sequence[Example[Label]], texts: Mapping[str, str | None]) -> Scored:
-    """F1, accuracy, precision, recall and share of "yes" for each category and over all; a missing answer is wrong."""
+def score(examples: Sequence[Example[PopeLabel]], texts: Mapping[str, str | None]) -> Scored:
+    """F1, accuracy, precision, recall and share of "yes", for each category and overall."""
     verdicts, unparsed = {}, 0
     counts = {category: [0, 0, 0, 0] for category in CATEGORIES}  # right yes, wrong yes, right no, wrong no
     for example in examples:
@@ -130,7 +122,7 @@ def _rates(count: Sequence[int], suffix: str) -> dict[str, float | None]:
 
 
 def _ratio(part: int, whole: int) -> float:
-    """A ratio that is 0 where nothing was counted, as for a model that never says yes."""
+    """A ratio, or 0 if the denominator is 0, as for a model that never says yes."""
     return part / whole if whole else 0.0
 
 
@@ -139,7 +131,7 @@ def _labels(path: Path) -> dict[tuple[str, str], bool]:
     for row in read_jsonl(path):
         key, yes = (row.text("image"), question_key(row.text("text"))), _is_yes(row)
         if labels.setdefault(key, yes) != yes:
-            raise EvalError(f"{path}: {row.place}: contradicts an earlier label of the same question")
+            raise EvalError(f"{path}: {row.place}: contradicts an earlier label of the question: download it again")
     return labels
 
 
@@ -156,3 +148,20 @@ def _question_file(root: Path) -> Path:
 
 def _label_file(root: Path, category: str) -> Path:
     return find_file(root, _LABELS.format(category))
+
+
+TASK = Task(
+    name="pope",
+    headlines=(Headline("pope", "f1_mean", "POPE F1", published={"LLaVA-MoD-1.8B": 0.870, "LLaVA-1.5-13B": 0.859}),),
+    official_n=(8910,),
+    max_new_tokens=128,
+    protocol=(
+        r"prompt: {question}\nAnswer the question using a single word or phrase. "
+        "| answer: 'no' if a word of the first sentence is No, not or no, else 'yes'; positive class: yes; "
+        "headline: mean F1 of the categories"
+    ),
+    load=load,
+    reference_files=reference_files,
+    score=score,
+    question_key=question_key,
+)

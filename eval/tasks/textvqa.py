@@ -3,9 +3,9 @@
 Files: `textvqa/llava_textvqa_val_v051_ocr.jsonl` {question_id (the image's), image, text}; references
 `textvqa/TextVQA_0.5.1_val.json` {"data": [{image_id, question, answers}]}; images `textvqa/train_images/`.
 
-LLaVA's prompt hints at the tokens that an OCR system read; that is worth about 12 points, so figures with and without
-it are of different benchmarks, and the protocol counts the prompts that have it. Questions and references are joined on
-(image, question in lower case), as llava/eval/eval_textvqa.py does; where only the spaces in it differ, without them.
+LLaVA's prompt contains the tokens that an OCR system read. They are worth about 12 points, so figures with and without
+them are not comparable; the protocol counts the prompts that have them. Questions and references are joined on (image,
+question in lower case), as in llava/eval/eval_textvqa.py; if that fails, ignoring differences in spacing.
 """
 
 from __future__ import annotations
@@ -19,31 +19,24 @@ from pathlib import Path
 from eval.example import Example, Scored, Verdict
 from eval.files import FileImage, as_row, find_file, read_jsonl, read_object
 from eval.scorers.vqa_accuracy import accuracy, normalise
+from eval.task import Headline, Task
 from llavamod_offline.errors import EvalError
 
-NAME = "textvqa"
-HEADLINE = "accuracy"
-OFFICIAL_N: tuple[int, ...] = (5000,)
-MAX_NEW_TOKENS = 128
-PROTOCOL = (
-    r"prompt: {question}\nReference OCR token: {tokens}\nAnswer the question using a single word or phrase. "
-    "| answer: normalised as EvalAI does, leave-one-out accuracy over the human answers (M4C evaluator)"
-)
 _OCR = "Reference OCR token: "
 _OLDER = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What people answered; `hinted`: the prompt names the OCR tokens."""
+class TextVqaReference:
+    """The human answers; `hinted`: the prompt contains the OCR tokens."""
 
     answers: tuple[str, ...]
     hinted: bool
 
 
-def load(root: Path) -> list[Example[Reference]]:
+def load(root: Path) -> list[Example[TextVqaReference]]:
     """Read questions and references. Errors: `EvalError` for a question without human answers."""
-    answers, pictures = _answers(_reference_file(root)), root / "textvqa" / "train_images"
+    answers, images = _answers(_reference_file(root)), root / "textvqa" / "train_images"
     examples, seen = [], Counter[str]()
     for row in read_jsonl(_question_file(root)):
         image_id, prompt = row.identifier("question_id"), row.text("text")
@@ -56,9 +49,9 @@ def load(root: Path) -> list[Example[Reference]]:
             Example(
                 id=f"{image_id}#{seen[image_id]}",
                 prompt=prompt,
-                reference=Reference(given, _OCR in prompt),
+                reference=TextVqaReference(given, _OCR in prompt),
                 image=row.text("image"),
-                source=FileImage(pictures, (row.text("image"),)),
+                source=FileImage(images, (row.text("image"),)),
                 aliases=(image_id,),
                 question_id=row.values["question_id"],
                 question=question,
@@ -73,7 +66,7 @@ def reference_files(root: Path) -> list[Path]:
 
 
 def question_key(prompt: str) -> str:
-    """The question in lower case and with single spaces, from any of the prompt's three published forms."""
+    """The question in lower case with single spaces, from any of the three published prompt forms."""
     return " ".join(_asked(prompt).lower().split())
 
 
@@ -85,7 +78,7 @@ def _asked(prompt: str) -> str:
     return older.group(1) if older else lines[1 if second else 0]
 
 
-def score(examples: Sequence[Example[Reference]], texts: Mapping[str, str | None]) -> Scored:
+def score(examples: Sequence[Example[TextVqaReference]], texts: Mapping[str, str | None]) -> Scored:
     """VQA accuracy; a missing answer counts 0."""
     verdicts = {}
     for example in examples:
@@ -103,7 +96,7 @@ def score(examples: Sequence[Example[Reference]], texts: Mapping[str, str | None
 def _answers(path: Path) -> dict[tuple[str, str], tuple[str, ...]]:
     data = read_object(path).get("data")
     if not isinstance(data, list):
-        raise EvalError(f"{path}: no list 'data': take TextVQA_0.5.1_val.json")
+        raise EvalError(f"{path}: no list 'data': use TextVQA_0.5.1_val.json")
     exact: dict[tuple[str, str], tuple[str, ...]] = {}
     spaced: dict[tuple[str, str], tuple[str, ...]] = {}
     for number, item in enumerate(data, 1):
@@ -111,7 +104,7 @@ def _answers(path: Path) -> dict[tuple[str, str], tuple[str, ...]]:
         image_id, question = row.identifier("image_id"), row.text("question").lower()
         given = tuple(row.texts("answers"))
         if not given:
-            raise row.error("no 'answers': the test split's are hidden, take TextVQA_0.5.1_val.json")
+            raise row.error("no 'answers': those of the test split are hidden, use TextVQA_0.5.1_val.json")
         exact[image_id, question] = given
         spaced[image_id, " ".join(question.split())] = given
     return spaced | exact
@@ -123,3 +116,21 @@ def _question_file(root: Path) -> Path:
 
 def _reference_file(root: Path) -> Path:
     return find_file(root, "textvqa/TextVQA_0.5.1_val.json")
+
+
+TASK = Task(
+    name="textvqa",
+    headlines=(
+        Headline("textvqa", "accuracy", "TextVQA", published={"LLaVA-MoD-1.8B": 0.585, "LLaVA-1.5-13B": 0.613}),
+    ),
+    official_n=(5000,),
+    max_new_tokens=128,
+    protocol=(
+        r"prompt: {question}\nReference OCR token: {tokens}\nAnswer the question using a single word or phrase. "
+        "| answer: normalised as EvalAI does, leave-one-out accuracy over the human answers (M4C evaluator)"
+    ),
+    load=load,
+    reference_files=reference_files,
+    score=score,
+    question_key=question_key,
+)

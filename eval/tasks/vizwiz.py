@@ -1,53 +1,46 @@
 """VizWiz-VQA: questions that blind people asked about their photographs (arXiv 1802.08218).
 
-The answers of the test split are hidden, and the server that scored them is closed. So figures here are of the
-validation split, "VizWiz-val": references `vizwiz/Annotations/val.json` or `vizwiz/val.json` [{image, question,
-answers: [{answer}], answerable}]; images `vizwiz/val/`; questions from `vizwiz/llava_val.jsonl` {question_id, image,
-text} where that is there, else made from the references. Published figures are of the test split.
+The answers of the test split are hidden and its server is closed, so this task scores the validation split,
+"VizWiz-val": references `vizwiz/Annotations/val.json` or `vizwiz/val.json` [{image, question, answers: [{answer}],
+answerable}]; images `vizwiz/val/`; questions from `vizwiz/llava_val.jsonl` {question_id, image, text} if it exists,
+otherwise built from the references. Published figures are for the test split.
 
-Without those references, `vizwiz/llava_test.jsonl` and `vizwiz/test/` are answered and exported, but not scored.
+Without these references, `vizwiz/llava_test.jsonl` and `vizwiz/test/` are answered and exported, but not scored.
 
-Answers are scored as TextVQA's (`scorers/vqa_accuracy.py`). The server takes [{"image", "answer"}], normalised.
+Scoring as for TextVQA (`scorers/vqa_accuracy.py`). The server takes [{"image", "answer"}], normalised.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.example import SHORT_ANSWER, Example, Scored, Verdict, first_line_key
+from eval.example import SHORT_ANSWER, Example, Scored, Verdict
 from eval.files import FileImage, Row, as_row, find_file, read_jsonl, read_rows
 from eval.scorers.vqa_accuracy import accuracy, normalise
+from eval.task import Headline, Task, Upload
 from llavamod_offline.errors import EvalError
 
-NAME = "vizwiz"
-HEADLINE = "accuracy"
-OFFICIAL_N: tuple[int, ...] = (4319,)
-MAX_NEW_TOKENS = 128
 SUFFIX = "\nWhen the provided information is insufficient, respond with 'Unanswerable'." + SHORT_ANSWER
-PROTOCOL = (
-    r"VizWiz-val, not the published test split | prompt: {question}\nWhen the provided information is insufficient, "
-    r"respond with 'Unanswerable'.\nAnswer the question using a single word or phrase. "
-    "| answer: normalised as EvalAI does, leave-one-out accuracy over the human answers"
-)
 _LABELS = ("vizwiz/Annotations/val.json", "vizwiz/val.json")
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What people answered, and whether the image answers the question; None of either on the test split."""
+class VizWizReference:
+    """The human answers, and whether the image answers the question; empty and None on the test split."""
 
     answers: tuple[str, ...]
     answerable: bool | None
 
 
-def load(root: Path) -> list[Example[Reference]]:
-    """Read the validation split, or, where its references are not there, the test split's questions."""
+def load(root: Path) -> list[Example[VizWizReference]]:
+    """Read the validation split or, without its references, the test split's questions."""
     labels = _label_file(root)
     if labels is None:
         rows = read_jsonl(find_file(root, "vizwiz/llava_test.jsonl"))
-        return [_example(root, "test", row, Reference((), None)) for row in rows]
+        return [_example(root, "test", row, VizWizReference((), None)) for row in rows]
     references = {row.text("image"): (row, _reference(row)) for row in read_rows(labels)}
     questions = root / "vizwiz" / "llava_val.jsonl"
     if not questions.is_file():
@@ -55,13 +48,13 @@ def load(root: Path) -> list[Example[Reference]]:
     examples = []
     for row in read_jsonl(questions):
         if row.text("image") not in references:
-            raise row.error(f"picture '{row.text('image')}' is not in {labels.name}: take the validation split of both")
+            raise row.error(f"image '{row.text('image')}' is not in {labels.name}: use the validation split of both")
         examples.append(_example(root, "val", row, references[row.text("image")][1]))
     return examples
 
 
 def reference_files(root: Path) -> list[Path]:
-    """The references, and the question file where one is there."""
+    """The references, and the question file if it exists."""
     labels = _label_file(root)
     if labels is None:
         return [find_file(root, "vizwiz/llava_test.jsonl")]
@@ -69,11 +62,8 @@ def reference_files(root: Path) -> list[Path]:
     return [labels, questions] if questions.is_file() else [labels]
 
 
-question_key = first_line_key
-
-
-def score(examples: Sequence[Example[Reference]], texts: Mapping[str, str | None]) -> Scored:
-    """VQA accuracy over all questions, over those that the image answers and over those that it does not."""
+def score(examples: Sequence[Example[VizWizReference]], texts: Mapping[str, str | None]) -> Scored:
+    """VQA accuracy over all, answerable and unanswerable questions."""
     if any(example.reference.answerable is None for example in examples):
         raise EvalError(
             "vizwiz: the test split's answers are hidden and its server is closed: "
@@ -92,7 +82,7 @@ def score(examples: Sequence[Example[Reference]], texts: Mapping[str, str | None
     return Scored({name: sum(values) / len(values) for name, values in groups.items()}, empty, verdicts)
 
 
-def _example(root: Path, split: str, row: Row, reference: Reference) -> Example[Reference]:
+def _example(root: Path, split: str, row: Row, reference: VizWizReference) -> Example[VizWizReference]:
     image, identifier = row.text("image"), row.identifier("question_id")
     return Example(
         id=image,
@@ -106,18 +96,48 @@ def _example(root: Path, split: str, row: Row, reference: Reference) -> Example[
 
 
 def _question(row: Row) -> Row:
-    """A question in LLaVA's form from an annotation."""
+    """Convert an annotation to a question in LLaVA's form."""
     values = {"question_id": row.text("image"), "image": row.text("image"), "text": row.text("question") + SUFFIX}
     return Row(row.path, row.place, values)
 
 
-def _reference(row: Row) -> Reference:
+def _reference(row: Row) -> VizWizReference:
     items = row.values.get("answers")
     if not isinstance(items, list) or not items:
-        raise row.error("no 'answers': the test split's are hidden, take val.json")
+        raise row.error("no 'answers': those of the test split are hidden, use val.json")
     answers = tuple(as_row(row.path, f"{row.place}, answers", item).text("answer") for item in items)
-    return Reference(answers, bool(row.values.get("answerable", 1)))
+    return VizWizReference(answers, bool(row.values.get("answerable", 1)))
+
+
+def _upload(examples: Sequence[Example[VizWizReference]], texts: Mapping[str, str]) -> str:
+    rows = [{"image": example.image, "answer": normalise(texts[example.id])} for example in examples]
+    return json.dumps(rows, ensure_ascii=False)
 
 
 def _label_file(root: Path) -> Path | None:
     return next((root / place for place in _LABELS if (root / place).is_file()), None)
+
+
+TASK = Task(
+    name="vizwiz",
+    headlines=(
+        Headline(
+            "vizwiz",
+            "accuracy",
+            "VizWiz",
+            published={"LLaVA-MoD-1.8B": 0.392},
+            not_comparable="published on the test split, measured here on the validation split",
+        ),
+    ),
+    official_n=(4319,),
+    max_new_tokens=128,
+    protocol=(
+        r"VizWiz-val, not the published test split | prompt: {question}\nWhen the provided information is "
+        r"insufficient, respond with 'Unanswerable'.\nAnswer the question using a single word or phrase. "
+        "| answer: normalised as EvalAI does, leave-one-out accuracy over the human answers"
+    ),
+    load=load,
+    reference_files=reference_files,
+    score=score,
+    upload=Upload(".json", _upload),
+)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.example import Example, Scored, Task
+from eval.example import Example, Scored
 from tests.tiny import tiny_image
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -44,10 +44,11 @@ def answers(texts: Mapping[str | int, str], prompts: Mapping[str | int, str] | N
     ]
 
 
-def scored(task: Task, root: Path, texts: Mapping[str, str | None]) -> Scored:
-    """Load a benchmark and score texts by example id."""
+def scored(task: Any, root: Path, texts: Mapping[str, str | None]) -> Scored:
+    """Load a benchmark (a task or its module) and score texts by example id."""
     examples: Sequence[Example[Any]] = task.load(root)
-    return task.score(examples, texts)
+    result: Scored = task.score(examples, texts)
+    return result
 
 
 def pope_root(root: Path, labels: Sequence[str] = ("yes", "no", "yes", "no")) -> Path:
@@ -84,9 +85,9 @@ def gqa_root(root: Path, references: Mapping[str, Mapping[str, Any]], *, below: 
 def halbench_root(
     root: Path,
     synonyms: Sequence[str],
-    pictures: Mapping[int, tuple[Sequence[str], Sequence[str]]],
+    images: Mapping[int, tuple[Sequence[str], Sequence[str]]],
 ) -> Path:
-    """Object HalBench; `pictures` gives, by image id, the categories of its instances and its captions."""
+    """Object HalBench; `images` gives, by image id, the categories of its instances and its captions."""
     folder = root / "object_halbench"
     write_jsonl(
         folder / "obj_halbench_300_with_image.jsonl",
@@ -96,22 +97,22 @@ def halbench_root(
                 "image_id": image,
                 "question": "Provide a thorough description of the given image.",
             }
-            for image in pictures
+            for image in images
         ],
     )
     (folder / "synonyms_refine.txt").write_text("\n".join(synonyms) + "\n")
-    names = sorted({name for categories, _ in pictures.values() for name in categories})
+    names = sorted({name for categories, _ in images.values() for name in categories})
     instances = {
         "categories": [{"id": number, "name": name} for number, name in enumerate(names)],
         "annotations": [
             {"image_id": image, "category_id": names.index(name)}
-            for image, (categories, _) in pictures.items()
+            for image, (categories, _) in images.items()
             for name in categories
         ],
     }
     captions = {
         "annotations": [
-            {"image_id": image, "caption": caption} for image, (_, texts) in pictures.items() for caption in texts
+            {"image_id": image, "caption": caption} for image, (_, texts) in images.items() for caption in texts
         ]
     }
     write_json(folder / "annotations" / "instances_val2014.json", instances)

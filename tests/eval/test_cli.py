@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from eval.cli import _GENERATE_HELP, app
+from eval.cli import app
 from eval.generate import EvalGenerateConfig
 from eval.tasks import TASKS
 from llavamod_offline.config import describe_config
 from llavamod_offline.entrypoint import run_command
-from tests.eval.fixtures import answers, pope_root, write_jsonl
+from tests.eval.fixtures import MMBENCH_ROWS, answers, pope_root, write_jsonl, write_tsv
 from tests.tiny import write_tiny_llava
 
 
@@ -80,10 +80,33 @@ def test_errors_are_one_line_and_status_2(tmp_path: Path, capsys: pytest.Capture
     assert not (tmp_path / "x.xlsx").exists()
 
 
-def test_help_names_every_key_and_benchmark() -> None:
+def test_help_names_every_key_and_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", "--help") == 0
+    shown = capsys.readouterr().out
     keys = "\n".join(f"  {line}" for line in describe_config(EvalGenerateConfig).splitlines())
-    assert _GENERATE_HELP.endswith(f"Keys:\n{keys}\n")
-    assert " ".join(TASKS) in _GENERATE_HELP
+    assert shown.endswith(f"Keys:\n{keys}\n")
+    assert " ".join(TASKS) in " ".join(shown.split())
+
+
+def test_python_m_eval_is_the_command() -> None:
+    shown = subprocess.run([sys.executable, "-m", "eval", "--help"], capture_output=True, text=True, check=True).stdout
+    assert all(name in shown for name in ("generate", "score", "export", "report", "portable"))
+
+
+def test_an_upload_without_its_package_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tsv(tmp_path / "mmbench" / "mmbench_dev_20230712.tsv", MMBENCH_ROWS)
+    path = write_jsonl(tmp_path / "a.jsonl", answers(dict.fromkeys((int(row["index"]) for row in MMBENCH_ROWS), "A")))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = "error: .xlsx files need xlsxwriter: pip install 'llavamod-offline[eval]'\n"
+    commands: list[tuple[object, ...]] = [
+        ("export", "mmbench", "--root", tmp_path, "--predictions", path, "-o", tmp_path / "x.xlsx"),
+        ("generate", f"root={tmp_path}", "model=none", f"output={tmp_path}", "tasks=[mmbench]"),
+    ]
+    for command in commands:
+        assert run(*command) == 2
+        assert capsys.readouterr().err == message
 
 
 def test_scoring_imports_no_heavy_library() -> None:

@@ -127,7 +127,7 @@ def test_other_settings_do_not_continue_a_file(model: Path, tmp_path: Path) -> N
     with pytest.raises(EvalError, match='image_aspect "pad", not "square"'):
         generate(replace(settings, image_aspect="square"))
     sidecar(path).unlink()
-    with pytest.raises(EvalError, match="was not begun by this command"):
+    with pytest.raises(EvalError, match="was not written by this command"):
         generate(settings)
 
 
@@ -146,10 +146,10 @@ def test_several_benchmarks_in_one_run(model: Path, tmp_path: Path) -> None:
     assert score_task("gqa", root, paths["gqa"]).n == 1
 
 
-def test_missing_pictures_are_named_before_the_model_is_loaded(tmp_path: Path) -> None:
+def test_missing_images_are_named_before_the_model_is_loaded(tmp_path: Path) -> None:
     root = pope_root(tmp_path / "data")
     (root / "pope" / "val2014" / "COCO_val2014_000000000002.png").unlink()
-    with pytest.raises(EvalError, match=r"000000000002.png: no such picture \(1 of 'pope' are missing\)"):
+    with pytest.raises(EvalError, match=r"000000000002.png: no such image \(1 of 'pope' are missing\)"):
         generate(config(tmp_path / "no-model", root, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import pytest
 
 from eval.judge import LocalJudge, RecordedJudge, UrlJudge, ask, open_judge, record_key
-from eval.judged import parse_objects
 from eval.score import score_task
+from eval.scorers.chair import parse_objects
 from llavamod_offline.errors import ConfigError, EvalError, ModelError
 from tests.eval.fixtures import answers, halbench_root, mmhal_root, write_jsonl
 from tests.tiny import write_tiny_language_model, write_tiny_llava

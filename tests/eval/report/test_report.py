@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from eval.predictions import Prediction, prediction_line
 from eval.report.report import write_report
-from eval.tasks import get_task
+from eval.tasks import TASKS, get_task
 from llavamod_offline.errors import ConfigError, EvalError
 from tests.eval.fixtures import gqa_root, halbench_root, mmhal_root, pope_root
 
@@ -38,7 +39,7 @@ def root(tmp_path: Path) -> Path:
 @pytest.fixture
 def runs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """GQA 3/5 each, disagreeing on questions 1 and 2; GQA is taken for the published set, the others are not."""
-    monkeypatch.setattr("eval.tasks.gqa.OFFICIAL_N", (5,))
+    monkeypatch.setitem(TASKS, "gqa", replace(TASKS["gqa"], official_n=(5,)))
     one, two = tmp_path / "runs" / "dense", tmp_path / "runs" / "sparse"
     write_run(one, root, "gqa", {"1": "</script><img src=x onerror=alert(1)>", "0": "blue"}, "red")
     write_run(two, root, "gqa", {"2": "blue", "0": "blue"}, "red")
@@ -137,7 +138,7 @@ def test_one_run_has_no_browser_and_mmhal_waits_for_its_judge(root: Path, runs: 
 
 
 def test_errors(root: Path, runs: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"ends with .html or .md"):
+    with pytest.raises(ConfigError, match=r"must end in .html or .md"):
         write_report(runs, root, tmp_path / "report.pdf")
     with pytest.raises(ConfigError, match="a run is named twice"):
         write_report([runs[0], runs[0]], root, tmp_path / "report.md")

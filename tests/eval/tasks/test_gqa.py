@@ -55,7 +55,7 @@ def test_splits_and_types(tmp_path: Path) -> None:
     assert result.metrics["accuracy_structural_verify"] == 1.0
     assert result.metrics["accuracy_semantic_rel"] == 1.0
     assert result.metrics["accuracy_semantic_obj"] == 0.0
-    assert "1 questions that are not balanced left out" in result.notes
+    assert "1 unbalanced questions left out" in result.notes
 
 
 def test_distribution_is_the_chi_square_over_groups(tmp_path: Path) -> None:

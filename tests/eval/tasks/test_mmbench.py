@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -13,8 +14,8 @@ import pytest
 
 from eval.export import export
 from eval.score import score_task
-from eval.scorers.mmbench import is_missing, parse
-from eval.tasks import mmbench, mmbench_cn
+from eval.tasks import TASKS
+from eval.tasks.mmbench import CHINESE, ENGLISH, is_missing, parse
 from llavamod_offline.errors import EvalError
 from tests.eval.fixtures import (
     MMBENCH_COLUMNS,
@@ -37,7 +38,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_prompts(root: Path) -> None:
-    english, chinese = mmbench.load(root), mmbench_cn.load(root)
+    english, chinese = ENGLISH.load(root), CHINESE.load(root)
     assert english[0].prompt == (
         'What is "it" 1?\nA. a red cat\nB. a dog\nC. two birds\nD. none of them\n'
         "Answer with the option's letter from the given choices directly."
@@ -51,7 +52,7 @@ def test_cells_that_count_as_missing_end_the_options(root: Path, cell: str) -> N
     """pandas' missing values, then `is_none`: an option "None" ends the list of options."""
     assert is_missing(cell)
     write_tsv(root / "mmbench" / "mmbench_dev_20230712.tsv", [mmbench_row(1, ("x", "y", cell, "w"), "A")])
-    assert mmbench.load(root)[0].reference.options == ("x", "y")
+    assert ENGLISH.load(root)[0].reference.options == ("x", "y")
     assert not is_missing("nothing")
 
 
@@ -92,19 +93,19 @@ def test_reading_of_letters(text: str, letter: str) -> None:
 
 def test_circular_asks_for_every_rotation(root: Path) -> None:
     right = {"1": "A", "1000001": "B", "2000001": "C", "2": "B", "1000002": "A"}
-    assert scored(mmbench, root, right).metrics == {
+    assert scored(ENGLISH, root, right).metrics == {
         "circular": 1.0,
         "vanilla": 1.0,
         "coarse": 1.0,
         "count": 1.0,
         "identity": 1.0,
     }
-    result = scored(mmbench, root, {**right, "2000001": "A"})
+    result = scored(ENGLISH, root, {**right, "2000001": "A"})
     assert result.metrics["circular"] == 0.5
     assert result.metrics["vanilla"] == 1.0
     assert result.metrics["identity"] == 0.0
     assert result.metrics["count"] == 1.0
-    result = scored(mmbench, root, {**right, "1": "I cannot tell"})
+    result = scored(ENGLISH, root, {**right, "1": "I cannot tell"})
     assert result.metrics["vanilla"] == 0.5
     assert result.n_unparsed == 1
     assert "20.00% of rows not read" in result.notes
@@ -132,7 +133,7 @@ def test_circular_equals_the_official_loop(root: Path) -> None:
         index = int(row["index"])
         right = texts[row["index"]] == row["answer"]
         groups.setdefault(index % 1_000_000, []).append((index, right, row["l2-category"]))
-    metrics = scored(mmbench, root, texts).metrics
+    metrics = scored(ENGLISH, root, texts).metrics
     hits = {group: all(right for _, right, _ in found) for group, found in groups.items()}
     assert metrics["circular"] == pytest.approx(sum(hits.values()) / len(groups))
     assert metrics["vanilla"] == pytest.approx(sum(min(found)[1] for found in groups.values()) / len(groups))
@@ -144,22 +145,22 @@ def test_circular_equals_the_official_loop(root: Path) -> None:
 
 def test_both_versions_are_published_sets(monkeypatch: pytest.MonkeyPatch, root: Path, tmp_path: Path) -> None:
     """20231003 has 4329 rows, 20230712 4377."""
-    assert set(mmbench.OFFICIAL_N) == {4329, 4377}
+    assert set(ENGLISH.official_n) == {4329, 4377}
     path = write_jsonl(tmp_path / "a.jsonl", answers(dict.fromkeys((1, 1_000_001, 2_000_001, 2, 1_000_002), "A")))
     assert "not the published set of 4329 or 4377" in score_task("mmbench", root, path).protocol
-    monkeypatch.setattr(mmbench, "OFFICIAL_N", (4, 5))
+    monkeypatch.setitem(TASKS, "mmbench", replace(ENGLISH, official_n=(4, 5)))
     assert "published set" not in score_task("mmbench", root, path).protocol
 
 
-def test_pictures_are_read_from_the_tsv(root: Path) -> None:
-    for example in mmbench.load(root):
+def test_images_are_read_from_the_tsv(root: Path) -> None:
+    for example in ENGLISH.load(root):
         assert example.source is not None
         assert example.source.read() == tiny_image(int(example.id) % 1_000_000)
 
 
 def test_llavas_answers_hold_the_question_alone_as_prompt(root: Path, tmp_path: Path) -> None:
     texts: dict[str | int, str] = {1: "A", 1_000_001: "B", 2_000_001: "C", 2: "B", 1_000_002: "A"}
-    prompts: dict[str | int, str] = {int(example.id): example.question for example in mmbench.load(root)}
+    prompts: dict[str | int, str] = {int(example.id): example.question for example in ENGLISH.load(root)}
     path = write_jsonl(tmp_path / "a.jsonl", answers(texts, prompts))
     score = score_task("mmbench", root, path)
     assert score.metrics["circular"] == 1.0
@@ -207,29 +208,29 @@ def test_no_answer_becomes_a_formula(root: Path, tmp_path: Path, text: str) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"answer": "E"}, "row 1: answer 'E' is no letter of its 4 options"),
-        ({"answer": ""}, "row 1: answer '' is no letter"),
-        ({"answer": "AB"}, "row 1: answer 'AB' is no letter"),
-        ({"index": "x"}, "row 1: index 'x' is no whole number"),
+        ({"answer": "E"}, "row 1: answer 'E' is not the letter of one of its 4 options"),
+        ({"answer": ""}, "row 1: answer '' is not the letter"),
+        ({"answer": "AB"}, "row 1: answer 'AB' is not the letter"),
+        ({"index": "x"}, "row 1: index 'x' is not a whole number"),
     ],
 )
 def test_bad_rows_are_named(root: Path, changes: dict[str, Any], message: str) -> None:
     write_tsv(root / "mmbench" / "mmbench_dev_20230712.tsv", [mmbench_row(1, MMBENCH_OPTIONS, "A") | changes])
     with pytest.raises(EvalError, match=message):
-        mmbench.load(root)
+        ENGLISH.load(root)
 
 
 def test_a_tsv_of_another_form_is_named(root: Path) -> None:
     path = root / "mmbench" / "mmbench_dev_20230712.tsv"
     write_tsv(path, MMBENCH_ROWS, tuple(name for name in MMBENCH_COLUMNS if name != "answer"))
-    with pytest.raises(EvalError, match="no column 'answer': take the TSV of MMBench's dev split"):
-        mmbench.load(root)
+    with pytest.raises(EvalError, match="no column 'answer': use the TSV of MMBench's dev split"):
+        ENGLISH.load(root)
     path.write_text("index\tquestion\tA\tB\tanswer\timage\n1\tQ\n")
     with pytest.raises(EvalError, match="row 1 has 2 fields for 6 columns"):
-        mmbench.load(root)
+        ENGLISH.load(root)
     path.write_text("index\tquestion\tA\tB\tanswer\timage\n1\tQ\rR\ta\tb\tA\tx\n", newline="")
     with pytest.raises(EvalError, match="not readable as tab-separated values"):
-        mmbench.load(root)
+        ENGLISH.load(root)
 
 
 def test_columns_that_are_not_there_are_no_error_in_the_upload(root: Path, tmp_path: Path) -> None:

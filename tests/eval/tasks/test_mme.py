@@ -13,7 +13,7 @@ from llavamod_offline.errors import EvalError
 from tests.eval.fixtures import SHORT, answers, scored, write_image, write_jsonl
 
 YES_NO = " Please answer yes or no."
-PICTURES = {
+IMAGES = {
     "existence": {"0001.png": (("Is there a dog?", "Yes"), ("Is there a cat?", "No"))},
     "artwork": {
         "10002.jpg": (("Is it from 1500?", "Yes"), ("Is it from 1900?", "No")),
@@ -34,8 +34,8 @@ def questions(root: Path) -> None:
                 "text": question.strip() + SHORT,
                 "category": category,
             }
-            for category, pictures in PICTURES.items()
-            for name, pair in pictures.items()
+            for category, images in IMAGES.items()
+            for name, pair in images.items()
             for question, _ in pair
         ],
     )
@@ -45,9 +45,9 @@ def release(root: Path) -> Path:
     """The release's layout: a folder of questions in some categories, beside the images in others."""
     questions(root)
     base = root / "MME" / "MME_Benchmark_release_version"
-    for category, pictures in PICTURES.items():
+    for category, images in IMAGES.items():
         nested = category == "artwork"
-        for name, pair in pictures.items():
+        for name, pair in images.items():
             write_image(base / category / ("images" if nested else ".") / name)
             texts = base / category / ("questions_answers_YN" if nested else ".")
             texts.mkdir(exist_ok=True)
@@ -61,8 +61,8 @@ def templates(root: Path) -> Path:
     questions(root)
     base = root / "MME" / "eval_tool" / "Your_Results"
     base.mkdir(parents=True)
-    for category, pictures in PICTURES.items():
-        lines = [f"{n}\t{q}{YES_NO}\t{a}\t\n" for n, pair in pictures.items() for q, a in pair]
+    for category, images in IMAGES.items():
+        lines = [f"{n}\t{q}{YES_NO}\t{a}\t\n" for n, pair in images.items() for q, a in pair]
         (base / f"{category}.txt").write_text("".join(lines))
     return root
 
@@ -112,7 +112,7 @@ def test_both_layouts_give_the_same_references(tmp_path: Path) -> None:
     assert [e.id for e in mme.load(one)][:2] == ["existence/0001.png#1", "existence/0001.png#2"]
 
 
-def test_pictures_are_found_in_both_places(tmp_path: Path) -> None:
+def test_images_are_found_in_both_places(tmp_path: Path) -> None:
     for example in mme.load(release(tmp_path)):
         assert example.source is not None
         assert example.source.read()
@@ -130,7 +130,7 @@ def test_category_scores_and_sums(tmp_path: Path) -> None:
     assert result.metrics["artwork"] == pytest.approx(125.0)
     assert result.metrics["perception"] == pytest.approx(325.0)
     assert result.metrics["accuracy"] == pytest.approx(7 / 8)
-    assert result.notes == ("3 of the 14 published categories, the sums are over those",)
+    assert result.notes == ("3 of the 14 published categories, which are all that the sums cover",)
 
 
 def test_categories_equal_the_official_loop(tmp_path: Path) -> None:
@@ -139,16 +139,16 @@ def test_categories_equal_the_official_loop(tmp_path: Path) -> None:
     for _ in range(20):
         texts = {name: rng.choice(("Yes", "No", "Maybe", "not sure")) for name in truth(root)}
         metrics, sums = scored(mme, root, texts).metrics, {"perception": 0.0, "cognition": 0.0}
-        for category, pictures in PICTURES.items():
+        for category, images in IMAGES.items():
             right, pairs_right, asked = 0, 0, 0
-            for name, pair in pictures.items():
+            for name, pair in images.items():
                 hits = 0
                 for number, (_, label) in enumerate(pair, 1):
                     said = texts[f"{category}/{name}#{number}"].lower()
                     hits += ("yes" if said == "yes" else "no" if said.startswith("no") else "other") == label.lower()
                 right, asked = right + hits, asked + 2
                 pairs_right += hits == 2
-            expected = 100 * right / asked + 100 * pairs_right / len(pictures)
+            expected = 100 * right / asked + 100 * pairs_right / len(images)
             assert metrics[category] == pytest.approx(expected)
             sums["cognition" if category == "code_reasoning" else "perception"] += expected
         assert metrics["perception"] == pytest.approx(sums["perception"])
@@ -206,12 +206,12 @@ def test_categories_of_other_names_enter_no_sum(tmp_path: Path) -> None:
     assert "in no sum: maps" in result.notes
 
 
-def test_a_picture_needs_two_questions_and_every_question_an_answer(tmp_path: Path) -> None:
+def test_an_image_needs_two_questions_and_every_question_an_answer(tmp_path: Path) -> None:
     root = release(tmp_path)
     path = root / "MME" / "llava_mme.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[1:]))
-    with pytest.raises(EvalError, match="picture 'existence/0001' has 1 questions, expected 2"):
+    with pytest.raises(EvalError, match="image 'existence/0001' has 1 questions, expected 2"):
         mme.load(root)
     path.write_text("".join(lines).replace("Is there a dog?", "Is there a hog?"))
     with pytest.raises(EvalError, match=r"line 1: no answer to 'Is there a hog\?' about existence/0001.png"):

@@ -10,7 +10,7 @@ from eval.judge_template import JudgeTemplate
 from eval.score import score_task
 from eval.tasks import mmhal
 from llavamod_offline.errors import ConfigError, EvalError
-from tests.eval.fixtures import answers, mmhal_root, scored, write_image, write_jsonl
+from tests.eval.fixtures import answers, mmhal_root, write_image, write_jsonl
 from tests.tiny import tiny_image
 
 
@@ -70,7 +70,7 @@ def test_the_prompt_is_the_bare_question(tmp_path: Path) -> None:
     assert mmhal.load(mmhal_root(tmp_path, 1))[0].prompt == "Question 0?"
 
 
-def test_pictures_by_id_by_source_and_embedded(tmp_path: Path) -> None:
+def test_images_by_id_by_source_and_embedded(tmp_path: Path) -> None:
     root = mmhal_root(tmp_path, 3)
     write_image(root / "mmhal" / "images" / "1_o.jpg", 31)  # as in image_src
     first, second, third = (example.source for example in mmhal.load(root))
@@ -90,8 +90,6 @@ def test_pictures_by_id_by_source_and_embedded(tmp_path: Path) -> None:
 
 def test_without_a_judge_it_says_how_to_name_one(tmp_path: Path) -> None:
     root = mmhal_root(tmp_path / "data", 1)
-    with pytest.raises(EvalError, match="name one with --judge"):
-        scored(mmhal, root, {"0": "A"})
     with pytest.raises(EvalError, match="name one with --judge"):
         score_task("mmhal", root, write_jsonl(tmp_path / "a.jsonl", answers({0: "A"})))
 

@@ -19,7 +19,7 @@ SYNONYMS = ("dog, puppy", "cat, kitten", "person, man, woman", "car", "dining ta
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Picture 11 has a dog (instance) and a table (caption only); 12 a cat and a person; 13 nothing."""
+    """Image 11 has a dog (instance) and a table (caption only); 12 a cat and a person; 13 nothing."""
     return halbench_root(
         tmp_path / "data",
         SYNONYMS,
@@ -51,7 +51,7 @@ def test_rates_count_mentions_and_the_reported_one_leaves_silent_descriptions_ou
     assert result.metrics["object_hall"] == pytest.approx(2 / 6)  # CHAIRi, "Object Hall."
     assert result.metrics["object_recall"] == pytest.approx(3 / 4)
     assert result.metrics["mean_words"] == pytest.approx((8 + 7 + 2) / 3)
-    assert result.notes == ("1 descriptions mention no object of the list",)
+    assert result.notes == ("1 descriptions mention no object in the list",)
     assert result.verdicts["12"].read_as == "cat, car!, car!"
     assert [result.verdicts[name].right for name in ("11", "12", "13")] == [1.0, 0.0, 1.0]
 
@@ -79,7 +79,7 @@ def test_the_protocol_names_the_variant_and_answers_may_count_from_zero(root: Pa
     assert "not the published set of 300" in by_index.protocol
 
 
-def test_pictures_are_read_from_the_question_file(root: Path) -> None:
+def test_images_are_read_from_the_question_file(root: Path) -> None:
     for example in object_halbench.load(root):
         assert example.source is not None
         assert example.source.read() == tiny_image(int(example.id))
@@ -96,7 +96,7 @@ def test_damaged_files_are_named(root: Path) -> None:
     with pytest.raises(EvalError, match="'image' is no picture in base64"):
         source.read()
     write_jsonl(path, [{**row, "image_id": 99, "image": base64.b64encode(b"x").decode()}])
-    with pytest.raises(EvalError, match="line 1: image 99 is in no annotation file"):
+    with pytest.raises(EvalError, match="line 1: image 99 is not annotated in"):
         object_halbench.load(root)
     path.write_text(good)
     annotations = folder / "annotations"

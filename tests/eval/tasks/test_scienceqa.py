@@ -59,7 +59,7 @@ def test_the_chosen_option_equals_the_official_steps(pieces: list[str], choices:
         letter = found[0] if len(found) == 1 else "FAILED"
     index = options.index(letter) if letter in options[:choices] else -1
     for right in range(choices):
-        example = Example("1", "Q", scienceqa.Reference(right, choices, True))
+        example = Example("1", "Q", scienceqa.ScienceQaReference(right, choices, True))
         assert scienceqa.score([example], {"1": text}).metrics["img_accuracy"] == float(index == right)
 
 
@@ -98,7 +98,7 @@ def test_the_three_files_must_agree(tmp_path: Path) -> None:
     with pytest.raises(EvalError, match="lacks 1 questions of the test split, first '12'"):
         scienceqa.load(root)
     write_json(root / "scienceqa" / "pid_splits.json", {"test": ["4", "5"]})
-    with pytest.raises(EvalError, match="item 3: question '11' is not of the test split"):
+    with pytest.raises(EvalError, match="item 3: question '11' is not in the test split"):
         scienceqa.load(root)
     write_json(root / "scienceqa" / "pid_splits.json", {"val": []})
     with pytest.raises(EvalError, match="field 'test' must be a list of strings"):

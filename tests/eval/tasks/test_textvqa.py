@@ -89,7 +89,7 @@ def test_bad_references_are_named(tmp_path: Path) -> None:
     with pytest.raises(EvalError, match="data, item 1: field 'answers' must be a list of strings"):
         textvqa.load(root)
     write_json(path, {"data": [{"image_id": "aa", "question": "What?", "answers": []}]})
-    with pytest.raises(EvalError, match="data, item 1: no 'answers': the test split's are hidden"):
+    with pytest.raises(EvalError, match="data, item 1: no 'answers': those of the test split are hidden"):
         textvqa.load(root)
     write_json(path, {"data": []})
     with pytest.raises(EvalError, match=r"line 1: no human answers to 'what word is it\?' about aa"):

@@ -40,7 +40,7 @@ def test_the_validation_split_is_scored(tmp_path: Path) -> None:
         assert result.metrics["accuracy"] == pytest.approx((0.6 + 1) / 2)
         assert result.metrics["accuracy_answerable"] == pytest.approx(0.6)
         assert result.metrics["accuracy_unanswerable"] == 1.0
-    assert "VizWiz-val" in vizwiz.PROTOCOL
+    assert "VizWiz-val" in vizwiz.TASK.protocol
 
 
 def test_a_question_file_decides_which_questions_and_their_ids(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_a_question_file_decides_which_questions_and_their_ids(tmp_path: Path) -
     path = write_jsonl(tmp_path / "a.jsonl", answers({7: "unanswerable"}))
     assert score_task("vizwiz", root, path).metrics["accuracy"] == 1.0
     write_jsonl(root / "vizwiz" / "llava_val.jsonl", [{"question_id": 7, "image": "v9.jpg", "text": "Which?"}])
-    with pytest.raises(EvalError, match=r"line 1: picture 'v9.jpg' is not in val.json"):
+    with pytest.raises(EvalError, match=r"line 1: image 'v9.jpg' is not in val.json"):
         vizwiz.load(root)
 
 

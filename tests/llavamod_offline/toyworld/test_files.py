@@ -63,6 +63,7 @@ def test_benchmarks_load_and_a_right_answer_is_scored_right(tmp_path: Path, task
     examples = module.load(tmp_path)
     assert len(examples) >= 4
     if task == "gqa":
+        assert module.score is not None
         truth = json.loads((tmp_path / "gqa" / "testdev_balanced_questions.json").read_text())
         scored = module.score(examples, {example.id: truth[example.id]["answer"] for example in examples})
         assert scored.metrics["accuracy"] == 1.0

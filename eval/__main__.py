@@ -1,0 +1,5 @@
+"""`python -m eval` runs `eval-student`."""
+
+from eval.cli import main
+
+main()
