@@ -1,6 +1,6 @@
-"""How far decoded records may lie from those that were captured: the errors of FORMAT.md, sections 3.1 to 3.4.
+"""Bounds on the difference between decoded and captured records: the errors of FORMAT.md, sections 4.1 to 4.4.
 
-Shape suffixes: N positions, H entries of all heads.
+Shape suffixes: N positions, H top-k ids of all positions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Doubles = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Bounds:
-    """The largest error of each number: log-probs (of targets outside the head as well) and entropy in nats."""
+    """The largest error of each number: log-probs (of targets outside the top-k part as well) and entropy in nats."""
 
     topk_H: Doubles
     outside_N: Doubles
@@ -31,8 +31,8 @@ class Bounds:
 def record_bounds(captured: Records, precision: Precision | None) -> Bounds:
     """Bound what encoding and decoding does to records; zeros for `exact` (None).
 
-    A head is shifted as a whole to restore the mass (3.3): by at most `shift_N`, which `topk_H` includes and which a
-    target in the head shares.
+    Restoring the mass (4.3) shifts the log-probs of all top-k ids of a position by at most `shift_N`, which `topk_H`
+    includes.
     """
     nothing_N = np.zeros(len(captured))
     if precision is None or not len(captured):
@@ -62,5 +62,5 @@ def _share_range(shares_N: Doubles, precision: Precision) -> tuple[Doubles, Doub
     error_N = np.where(codes_N == 0, 0.0, np.where(ends_N, 3.0, 1.0) * np.pi / (4 * levels))
     angles_N = np.arcsin(np.sqrt(np.clip(shares_N, 0.0, 1.0)))
     low_N = np.maximum(angles_N - error_N, 0.0)
-    high_N = np.clip(angles_N + error_N, low_N, np.pi / 2 * (1 - 1e-9))  # a head keeps some mass
+    high_N = np.clip(angles_N + error_N, low_N, np.pi / 2 * (1 - 1e-9))  # the top-k part keeps some mass
     return np.sin(low_N) ** 2, np.sin(high_N) ** 2

@@ -1,4 +1,4 @@
-"""What an audit compares: the settings of a cache, checked against those that are given, and random sequences."""
+"""Preparing an audit: check that settings and samples are those of the cache, and draw random sequences."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _OTHERS = ("precision", "positions", "seed")
 
 
 def captured_as(cache: TeacherCache) -> CaptureConfig:
-    """The settings of the capture, but for hidden states (not compared) and forced ids (no texts are known)."""
+    """The settings of the capture, except hidden states (not compared) and forced ids (their texts are unknown)."""
     capture = cache.fingerprint["capture"]
     names = (*STORED_SETTINGS, *_OTHERS)
     merged = [name for name in names if _is_merged(name, capture[name])]
     if merged:
         raise CacheError(
-            f"cache '{cache.path}': merged from caches of different capture.{merged[0]}: audit those, each by itself"
+            f"cache '{cache.path}': merged from caches with different capture.{merged[0]}: audit each of those caches"
         )
     return CaptureConfig(
         **{STORED_SETTINGS.get(name, name): capture[name] for name in names if name not in _LISTS},
@@ -47,7 +47,7 @@ def _is_merged(name: str, value: Any) -> bool:
 
 
 def check_settings(cache: TeacherCache, job: CaptureSetup, allow: Sequence[str]) -> list[str]:
-    """Refuse other settings than those of the cache; what may differ is given back as notes."""
+    """Refuse settings that differ from the cache's; return allowed differences as notes."""
     check_allowed(allow, cache.fingerprint, job.fingerprint)
     names = ("cache", "now")
     there, here = cache.fingerprint, job.fingerprint
@@ -61,7 +61,7 @@ def check_settings(cache: TeacherCache, job: CaptureSetup, allow: Sequence[str])
     found = differences(*sides, allow=allow, names=names)
     if found:
         raise CacheError(
-            f"cache '{cache.path}': was captured from something else: {'; '.join(found)}: give data, teacher, "
+            f"cache '{cache.path}': was captured with different settings: {'; '.join(found)}: give data, teacher, "
             "template, max_length and image_aspect as in the run, or allow the field by name"
         )
     notes = [f"allowed: {line}" for line in differences(*sides, names=names)]
@@ -70,7 +70,7 @@ def check_settings(cache: TeacherCache, job: CaptureSetup, allow: Sequence[str])
 
 
 def draw_rows(cache: TeacherCache, job: CaptureSetup, wanted: int, seed: int) -> list[int]:
-    """Rows of the set whose roles come to about `wanted` sequences, drawn evenly over the cache's shards."""
+    """Draw rows of the set with about `wanted` sequences in all, evenly over the cache's shards."""
     rng = np.random.default_rng(seed)
     shards = [rows for rows in cache.shard_rows() if len(rows)]
     order = rng.permutation(len(shards))[:wanted].tolist()
@@ -87,12 +87,12 @@ def draw_rows(cache: TeacherCache, job: CaptureSetup, wanted: int, seed: int) ->
             count += sum((key, role) in cache for role in cache.roles)
     if not found:
         where = f"set '{job.samples.path}'"
-        raise CacheError(f"cache '{cache.path}': {where} has none of its samples: give the set that was captured")
+        raise CacheError(f"cache '{cache.path}': {where} has none of its samples: pass the captured set as data=")
     return sorted(found.values())
 
 
 def check_contents(cache: TeacherCache, job: CaptureSetup, rows: Iterable[int]) -> None:
-    """Refuse samples of another content, or of other supervised ids, than those of the cache."""
+    """Refuse samples whose content or supervised ids differ from the cache's."""
     for row in rows:
         sample = job.samples.read(row, verify=True)
         for role in sample.roles:
@@ -100,7 +100,7 @@ def check_contents(cache: TeacherCache, job: CaptureSetup, rows: Iterable[int]) 
                 continue
             if short_hash(sample.content_hash) != cache.sequence(sample.key, role).content_hash:
                 raise CacheError(
-                    f"sample '{sample.key}': its content in set '{job.samples.path}' is not what cache '{cache.path}' "
-                    "was captured from: give the set that was captured"
+                    f"sample '{sample.key}': its content in set '{job.samples.path}' differs from that captured in "
+                    f"cache '{cache.path}': pass the captured set as data="
                 )
             check_sequence(cache, job.encode(sample, role))

@@ -1,6 +1,6 @@
-"""What two records of the same positions differ in.
+"""Differences between two records of the same positions.
 
-Shape suffixes: N positions, P of them with a target, H entries of a head that both have.
+Shape suffixes: N positions, P of them with a target, H top-k ids of all positions.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from teacher_cache.format.record import Records
 from teacher_cache.format.top_k_codes import starts
 
 Doubles = NDArray[np.float64]
-FIGURES = ("target log-prob", "head log-probs", "tail mass", "entropy")
+FIGURES = ("target log-prob", "top-k log-probs", "tail mass", "entropy")
 
 
 @dataclass(frozen=True)
 class Differences:
-    """Absolute differences by figure (see `FIGURES`), the errors that encoding is allowed at these numbers, and where
-    the first choices are equal, [N]."""
+    """Absolute differences by figure (see `FIGURES`), the largest errors of the encoding at these numbers, and where
+    the most likely ids are equal, [N]."""
 
     values: dict[str, Doubles]
     bounds: dict[str, Doubles]
@@ -33,7 +33,7 @@ class Differences:
 
 @dataclass(frozen=True)
 class RecordDifference:
-    """Some differences in numbers; zeros where there are none."""
+    """Statistics of some differences; zeros for no differences."""
 
     count: int
     max: float
@@ -44,8 +44,8 @@ class RecordDifference:
 def compare(captured: Records, other: Records, precision: Precision | None) -> Differences:
     """Compare records as captured with others, such as a cache's, whose targets are the same.
 
-    Heads may hold different ids where probabilities are nearly equal: those that both have are compared, and of the
-    tails the mass of all that is outside of these. `precision`: of the encoding of `other`; None: it is exact.
+    Where probabilities are nearly equal, the top-k ids may differ: only shared ids are compared, and as tail mass that
+    of all other ids. `precision`: of the encoding of `other`; None: exact.
     """
     assert np.array_equal(captured.target_ids_N, other.target_ids_N)
     own, others = _keys(captured), _keys(other)
@@ -56,13 +56,13 @@ def compare(captured: Records, other: Records, precision: Precision | None) -> D
     return Differences(
         values={
             "target log-prob": _gap(captured.target_log_probs_N, other.target_log_probs_N)[target_N],
-            "head log-probs": _gap(captured.topk_log_probs_H[mine], other.topk_log_probs_H[theirs]),
+            "top-k log-probs": _gap(captured.topk_log_probs_H[mine], other.topk_log_probs_H[theirs]),
             "tail mass": np.abs(_outside(captured, mine) - _outside(other, theirs)),
             "entropy": _gap(captured.entropy_N, other.entropy_N),
         },
         bounds={
             "target log-prob": (bounds.outside_N + np.where(inside_N, bounds.shift_N, 0.0))[target_N],
-            "head log-probs": bounds.topk_H[mine],
+            "top-k log-probs": bounds.topk_H[mine],
             "tail mass": bounds.tail_N,
             "entropy": bounds.entropy_N,
         },
@@ -87,12 +87,12 @@ def measure(values: Doubles) -> RecordDifference:
 
 
 def beyond(values: Doubles, bounds: Doubles) -> Doubles:
-    """What of differences is more than their bounds."""
+    """The part of differences that exceeds their bounds."""
     return np.maximum(values - bounds, 0.0)
 
 
 def _keys(records: Records) -> NDArray[np.int64]:
-    """A number for each (position, id) of the heads."""
+    """A number for each (position, top-k id)."""
     return (np.repeat(np.arange(len(records), dtype=np.int64), records.topk_counts_N) << 32) + records.topk_ids_H
 
 
@@ -101,7 +101,7 @@ def _target_keys(records: Records) -> NDArray[np.int64]:
 
 
 def _outside(records: Records, shared: NDArray[np.int64]) -> Doubles:
-    """The mass outside of some head entries: the tail's, and that of the other entries."""
+    """The mass outside the shared top-k ids: the tail's, and that of the other top-k ids."""
     probs_H = np.exp(records.topk_log_probs_H.astype(np.float64))
     probs_H[shared] = 0.0
     owner_H = np.repeat(np.arange(len(records)), records.topk_counts_N)

@@ -1,7 +1,7 @@
-"""`cache-teacher audit`: the teacher runs again over random sequences, beside what the cache says of them.
+"""`cache-teacher audit`: run the teacher again over random sequences and compare with the cache.
 
-Every comparison stands next to a control, the same teacher in batches of another shape, and next to the error that the
-cache's encoding is allowed (`bounds.py`). What remains beyond that error is judged.
+Each comparison comes with a control, the same teacher in batches of another shape, and with the largest error of the
+cache's encoding (`error_bounds.py`). Limits apply to what exceeds that error.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from teacher_cache.read.reader import TeacherCache
 
 @dataclass(frozen=True)
 class Limits:
-    """What passes: the largest difference beyond the encoding's error, their mean, and the share of positions whose
-    first choices are equal. Log-probs and entropy in nats, tail mass as a probability."""
+    """What passes: the largest difference beyond the encoding's error, their mean, and the share of positions with
+    equal most likely ids. Log-probs and entropy in nats, tail mass as a probability."""
 
     largest: float
     mean: float
     agreement: float
 
 
-# float32: sums in another order. float16 and bfloat16: layer after layer of rounding, seen in the logits.
+# float32: sums in another order. float16 and bfloat16: rounding in every layer, which reaches the logits.
 LIMITS = {
     "float32": Limits(1e-3, 1e-4, 0.995),
     "float16": Limits(0.25, 0.02, 0.98),
@@ -45,8 +45,8 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class FigureAudit:
-    """One figure of one role: the cache against the teacher, the teacher against itself, what the encoding is allowed,
-    and what of the first is beyond that."""
+    """One figure of one role: the cache against the teacher, the teacher against itself, the encoding's largest error,
+    and the part of the first that exceeds it."""
 
     role: str
     figure: str
@@ -58,7 +58,7 @@ class FigureAudit:
 
 @dataclass(frozen=True)
 class AgreementAudit:
-    """The share of a role's positions whose first choices are equal."""
+    """The share of a role's positions with equal most likely ids."""
 
     role: str
     sequences: int
@@ -69,7 +69,7 @@ class AgreementAudit:
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit found; `failures` say what is beyond the limits, `notes` what to know when reading it."""
+    """What an audit found; `failures` lists what exceeds the limits, `notes` explains the result."""
 
     ok: bool
     cache: str
@@ -96,9 +96,9 @@ def audit_cache(
 ) -> Audit:
     """Compare about `sequences` random sequences, evenly over the shards, with the teacher that `config` names.
 
-    Limits that are None follow from the number types. Errors: `CacheError` if set, teacher, tokenizer or template are
-    not those of the cache (fields, or sections, named in `allow` may differ), or a sequence's content is not;
-    `TargetError` if its supervised ids are not; others as of a run.
+    Limits that are None follow from the number types. Errors: `CacheError` if set, teacher, tokenizer, template or a
+    sequence's content differ from the cache's (fields, or sections, named in `allow` may differ); `TargetError` if its
+    supervised ids do; others as for a run.
     """
     config = dataclasses.replace(config, capture=captured_as(cache))
     job = prepare_capture(config)
@@ -107,7 +107,7 @@ def audit_cache(
     rows = draw_rows(cache, job, sequences, seed)
     check_contents(cache, job, rows)
     if config.batch_size == 1:
-        notes.append("batch_size is 1: the control ran in the same shapes")
+        notes.append("batch_size is 1, so the control used the same shapes: raise it for a real control")
     given = {"largest": largest, "mean": mean, "agreement": agreement}
     limits = dataclasses.replace(
         LIMITS[_coarser(cache.fingerprint["engine"], job.fingerprint["engine"])],
@@ -118,7 +118,7 @@ def audit_cache(
     figures, agreements = _summary(found, counts)
     bounded = any(side["engine"].get("limits") for side in (cache.fingerprint, job.fingerprint))
     if bounded:
-        notes.append("the entropy is not judged: an engine gives but a lower bound of it")
+        notes.append("entropy is not checked: one of the engines gives only a lower bound of it")
     unjudged = ("entropy",) if bounded else ()
     failures += _failures(figures, agreements, limits, unjudged)
     return Audit(
@@ -138,7 +138,7 @@ def audit_cache(
 def _compared(
     cache: TeacherCache, job: CaptureSetup, engine: CaptureEngine, rows: Sequence[int], batch_size: int
 ) -> tuple[dict[str, list[tuple[Differences, Differences]]], dict[str, int], list[str]]:
-    """By role: cache against teacher, and teacher against itself; the numbers of sequences; what could not be run."""
+    """By role: cache against teacher, and teacher against itself; the numbers of sequences; sequences that failed."""
     found: dict[str, list[tuple[Differences, Differences]]] = {}
     counts: dict[str, int] = {}
     failures: list[str] = []
@@ -200,12 +200,12 @@ def _failures(
     for agreed in agreements:
         if agreed.cache < limits.agreement:
             share = f"{agreed.cache:.2%}, less than {limits.agreement:.2%}"
-            failures.append(f"{agreed.role}: first choices equal at {share}")
+            failures.append(f"{agreed.role}: equal most likely ids at {share}")
     return failures
 
 
 def _coarser(*engines: dict[str, Any]) -> str:
-    """The coarsest number type; an engine has several where caches were merged."""
+    """The coarsest number type; merged caches may have several."""
     found = [engine["dtype"] for engine in engines]
     kinds: list[str] = [kind for each in found for kind in (each if isinstance(each, list) else [each])]
     return max(kinds, key=list(LIMITS).index)

@@ -11,7 +11,7 @@ from teacher_cache.inspection.terminal import Justify, add_row, make_table, prin
 
 
 def print_audit(console: Console, audit: Audit) -> None:
-    """Print what an audit found, a table a role, and the verdict last."""
+    """Print an audit: a table for each role, then the verdict."""
     limits = audit.limits
     print_pairs(
         console,
@@ -19,8 +19,8 @@ def print_audit(console: Console, audit: Audit) -> None:
             ("cache", f"{audit.cache} ({audit.precision})"),
             ("captured by", _engine(audit.captured_with)),
             ("audited by", _engine(audit.engine)),
-            ("limits", f"beyond the encoding {limits.largest:g} at most and {limits.mean:g} in the mean"),
-            ("", f"first choices equal at {limits.agreement:.1%} of the positions"),
+            ("limits", f"beyond the encoding: {limits.largest:g} at most, {limits.mean:g} on average"),
+            ("", f"equal most likely ids at {limits.agreement:.1%} of the positions"),
         ],
     )
     console.print()
@@ -35,19 +35,19 @@ def print_audit(console: Console, audit: Audit) -> None:
             rows = (
                 ("cache − teacher", figure.cache),
                 ("teacher − teacher, other batches", figure.control),
-                ("encoding's allowed error", figure.allowed),
+                ("encoding's largest error", figure.allowed),
                 ("beyond it", figure.beyond),
             )
             for number, (name, measured) in enumerate(rows):
                 add_row(table, figure.figure if not number else "", name, *_numbers(measured))
         console.print(table)
-        console.print(f"first choices equal: cache {role.cache:.3%}, control {role.control:.3%}")
+        console.print(f"equal most likely ids: cache {role.cache:.3%}, control {role.control:.3%}")
         console.print()
     for note in audit.notes:
         console.print(note)
     for failure in audit.failures:
         console.print(Text(failure, "red"))
-    console.print(Text("alike" if audit.ok else f"UNLIKE ({len(audit.failures)} findings)", "bold"))
+    console.print(Text("equal within limits" if audit.ok else f"DIFFERENT ({len(audit.failures)} findings)", "bold"))
 
 
 def _numbers(measured: RecordDifference) -> tuple[str, str, str]:

@@ -1,4 +1,4 @@
-"""The commands of `cache-teacher` that judge a finished cache: `report` and `audit`."""
+"""The commands `cache-teacher report` and `cache-teacher audit`, which examine a finished cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-_UNLIKE_STATUS = 1
+_DIFFERENT_STATUS = 1
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 _Cache = Annotated[str, typer.Argument(metavar="CACHE", help="A cache: a folder, or a URL such as s3://….")]
 
@@ -19,23 +19,23 @@ def report(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.html", help="The page to write.")],
     data: Annotated[
         list[str] | None,
-        typer.Option(metavar="SET", help="A packed set it was captured from, as often as it has sets; or their URLs."),
+        typer.Option(metavar="SET", help="A packed set it was captured from, or its URL; repeat it for several sets."),
     ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="A checkpoint folder whose tokenizer names the ids.")
     ] = None,
     samples: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Show N evenly spaced samples besides the strangest.")
+        int, typer.Option(metavar="N", min=0, help="Show N evenly spaced samples besides the most unusual ones.")
     ] = 24,
     positions: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Take the distributions over about N positions at most.")
+        int, typer.Option(metavar="N", min=1, help="Compute the distributions from about N positions at most.")
     ] = 1_000_000,
     as_json: _Json = False,
 ) -> None:
-    """Show a cache as one HTML page: figures by source, the strangest sequences, samples token by token.
+    """Write an HTML page about a cache: figures by source, the most unusual sequences, samples token by token.
 
-    The page holds all it needs, images too (large ones shrunk). Hover over a token, tap it or go to it with the
-    arrow keys to see what else the teacher thought of.
+    The page is self-contained, images included (large ones shrunk). Hover over a token, tap it or move to it with the
+    arrow keys to see the teacher's alternatives.
 
     \b
     Examples:
@@ -62,36 +62,41 @@ def report(
 def audit(
     cache: _Cache,
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [key=value]...", help="Settings, as those of `run`.")
+        list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [key=value]...", help="Settings of `run`.")
     ] = None,
     sequences: Annotated[int, typer.Option("--n", metavar="N", min=1, help="Compare N random sequences.")] = 64,
-    seed: Annotated[int, typer.Option(metavar="SEED", help="Which ones are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="SEED", help="Seed that selects the sequences.")] = 0,
     largest: Annotated[
         float | None, typer.Option("--max", metavar="D", min=0, help="Largest difference that passes.")
     ] = None,
-    mean: Annotated[float | None, typer.Option("--mean", metavar="D", min=0, help="Mean that passes.")] = None,
+    mean: Annotated[
+        float | None, typer.Option("--mean", metavar="D", min=0, help="Largest mean difference that passes.")
+    ] = None,
     agreement: Annotated[
-        float | None, typer.Option("--agreement", metavar="S", min=0, max=1, help="Share of equal first choices.")
+        float | None,
+        typer.Option(
+            "--agreement", metavar="S", min=0, max=1, help="Smallest share of equal most likely ids that passes."
+        ),
     ] = None,
     allow: Annotated[
         list[str] | None,
-        typer.Option(metavar="FIELD", help="Go on although this fingerprint field, or section, differs."),
+        typer.Option(metavar="FIELD", help="Continue although this fingerprint field, or section, differs."),
     ] = None,
     as_json: _Json = False,
 ) -> None:
-    """Run the teacher again over random sequences and compare with the cache (exit status 1 if they are unlike).
+    """Run the teacher again over random sequences and compare with the cache (exit status 1 if they differ).
 
-    Beside the differences of cache and teacher stand those of the teacher with itself in batches of another shape, and
-    the error that the cache's encoding is allowed. `--max` and `--mean` are what may remain beyond that error.
+    Also prints the differences of the teacher with itself in batches of another shape, and the error that the cache's
+    encoding may make. `--max` and `--mean` limit the differences beyond that error.
 
     \b
     Examples:
       cache-teacher audit caches/captions data=sets/captions teacher=checkpoints/teacher
-      cache-teacher audit caches/captions capture.yaml engine.kind=vllm    # made by one engine, judged by another
+      cache-teacher audit caches/captions capture.yaml engine.kind=vllm    # captured by one engine, checked by another
       cache-teacher audit caches/captions capture.yaml --n 256 --max 1e-4 --json
 
-    What is kept of a distribution comes from the cache, whatever capture.* says. Without options the limits follow
-    from the coarser number type of both: float32 0.001 (mean 0.0001, agreement 0.995), float16 0.25 (0.02, 0.98),
+    The cache decides what is recorded of a distribution; capture.* is ignored. The default limits follow from the
+    coarser number type of the two: float32 0.001 (mean 0.0001, agreement 0.995), float16 0.25 (0.02, 0.98),
     bfloat16 1.5 (0.1, 0.9).
     """
     from llavamod_offline.config import load_config, split_arguments
@@ -116,4 +121,4 @@ def audit(
     )
     print(json.dumps(dataclasses.asdict(done))) if as_json else audit_tables.print_audit(make_console(), done)
     if not done.ok:
-        raise typer.Exit(_UNLIKE_STATUS)
+        raise typer.Exit(_DIFFERENT_STATUS)

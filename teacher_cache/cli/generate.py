@@ -20,17 +20,17 @@ def generate(
     ] = None,
     allow: Annotated[
         list[str] | None,
-        typer.Option(metavar="FIELD", help="Go on with a set and a cache although this fingerprint field differs."),
+        typer.Option(metavar="FIELD", help="Continue a set and a cache although this fingerprint field differs."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
-    """Let the teacher answer a set's prompts itself: its answers become a new set, and their records a cache.
+    """Let the teacher answer a set's prompts: the answers become a new set, their records a cache.
 
-    The last answer of each conversation is written anew, given the turns before it (generate.turns=all: every one).
-    Answers that do not end, are empty or make no sample are left out, with the reason, in the new set's rejected.jsonl.
-    Killed and started again it goes on, and ends in the same set and the same cache.
+    Replaces the last answer of each conversation, given the turns before it (generate.turns=all: every answer).
+    Answers without an end, empty or invalid ones are listed with the reason in the new set's rejected.jsonl.
+    A run that is killed and started again continues, and gives the same set and the same cache.
 
-    Exit status: 0 if all was answered and captured; 3 if all is done, but some was rejected; 2 for an error.
+    Exit status: 0 if everything was answered and captured; 3 if some was rejected; 2 for an error.
 
     \b
     Examples:
@@ -40,7 +40,7 @@ def generate(
         generate.seed=1 generate.key_suffix=-s1
 
     \b
-    Settings: those of `run` (but slice and engine.ray), output_set, generate.{turns, temperature, top_p,
+    Settings: those of `run` (except slice and engine.ray), output_set, generate.{turns, temperature, top_p,
     max_new_tokens, seed, key_suffix}; `cache-teacher settings` lists all with their defaults.
     """
     from llavamod_offline.config import load_config, split_arguments
@@ -59,12 +59,12 @@ def _print(done: Generation) -> None:
     if done.written:
         print(
             f"{done.output_set}: wrote {done.tokens:,} tokens for {done.written:,} samples in {done.seconds:.1f} s "
-            f"({done.tokens_per_second:,.0f} tokens/s); the texts of {done.retokenised:,} are read as other tokens"
+            f"({done.tokens_per_second:,.0f} tokens/s); {done.retokenised:,} texts tokenise differently when read back"
         )
     kinds = "".join(f", {count} {kind}" for kind, count in done.rejected_by_kind.items())
     print(f"{done.output_set}: {done.samples:,} samples, {done.rejected} rejected{kinds}, digest {done.digest}")
     if done.rejected:
-        print(f"the rejected samples and the reasons are in {done.output_set}/rejected.jsonl")
+        print(f"rejected samples and reasons: {done.output_set}/rejected.jsonl")
     cache = done.capture
     if cache.totals:
         print(

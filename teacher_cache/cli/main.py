@@ -1,4 +1,4 @@
-"""The command `cache-teacher`: run the teacher once and keep what it says."""
+"""The command `cache-teacher`: run a teacher once and cache its distributions."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llavamod_offline.entrypoint import run_command
-from teacher_cache.cli import audit_report as cli_judge
-from teacher_cache.cli import generate as cli_generate
+from teacher_cache.cli.audit_report import audit, report
+from teacher_cache.cli.generate import generate
 
 if TYPE_CHECKING:
     from teacher_cache.capture.run import Summary
@@ -20,7 +20,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
-    help="Run a teacher once, keep what it says.",
+    help="Run a teacher once and cache its distributions for any number of students.",
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -39,17 +39,17 @@ def run(
     ] = None,
     allow: Annotated[
         list[str] | None,
-        typer.Option(metavar="FIELD", help="Go on with a cache although this fingerprint field differs."),
+        typer.Option(metavar="FIELD", help="Continue a cache although this fingerprint field differs."),
     ] = None,
     max_rejected: Annotated[
         float | None, typer.Option(metavar="SHARE", help="Stop beyond this share of rejected sequences, such as 0.01.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Capture a packed set into a cache; started again, it does only what is missing.
+    """Capture a packed set into a cache. A rerun captures only what is missing.
 
-    Exit status: 0 if all was captured; 3 if all is done, but some sequences were rejected (rejected.jsonl has key and
-    reason); 2 for an error, which may be --max-rejected.
+    Exit status: 0 if every sequence was captured; 3 if some were rejected (rejected.jsonl lists keys and reasons);
+    2 for an error, including more rejections than --max-rejected.
 
     \b
     Examples:
@@ -59,7 +59,7 @@ def run(
         capture.preset=reference capture.mismatched=true     # for preference training, unpaired KTO too
       cache-teacher run capture.yaml --slice 3/16        # one of 16 jobs that share the output
       cache-teacher run capture.yaml engine.ray=true     # a worker on each GPU
-      cache-teacher run capture.yaml --max-rejected 0.01 || [ $? -eq 3 ]   # in a script that ends at errors
+      cache-teacher run capture.yaml --max-rejected 0.01 || [ $? -eq 3 ]   # in a script that stops at errors
 
     \b
     Settings (`cache-teacher settings` lists them with their defaults): data, teacher, output, template,
@@ -97,12 +97,12 @@ def _print_summary(summary: Summary) -> None:
         print(f"rejected {reason.count:,}: {reason.kind} ({', '.join(reason.keys)}{more})")
     if not summary.all_captured:
         where = "rejected.jsonl" if summary.complete else "shards/*/rejected.jsonl"
-        print(f"the rejected sequences and the reasons are in {summary.output}/{where}")
+        print(f"rejected sequences and reasons: {summary.output}/{where}")
     if not summary.complete:
-        print(f"{summary.shards_done} of {summary.shards_total} shards are there: run the other slices to finish")
+        print(f"{summary.shards_done} of {summary.shards_total} shards are done: run the other slices to finish")
     elif summary.totals:
         print(
-            f"complete: {summary.totals['positions']:,} positions, {summary.bytes_per_position:.1f} bytes each all in, "
+            f"complete: {summary.totals['positions']:,} positions, {summary.bytes_per_position:.1f} bytes each, "
             f"{summary.totals['rejected']} rejected, digest {summary.digest}"
         )
 
@@ -130,13 +130,13 @@ def plan(
     seconds: Annotated[float, typer.Option(metavar="T", min=0, help="Stop the probe after about T seconds.")] = 60.0,
     file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Keep the plan there, not in .NAME.plan.jsonl beside the output."),
+        typer.Option(metavar="FILE", help="Save the plan in FILE instead of .NAME.plan.jsonl next to the output."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a run will come to, or what it came to.
+    """Estimate size and time of a run, or compare a finished one with its plan.
 
-    Before the run: from a short probe of the real teacher on evenly spaced samples. After it: plan against fact.
+    The estimate comes from a short probe of the real teacher on evenly spaced samples.
 
     \b
     Examples:
@@ -170,11 +170,11 @@ def plan(
 def verify(
     cache: CacheFolder,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Remove what is damaged, so that `run` makes just that again.")
+        bool, typer.Option("--repair", help="Remove damaged shards, so that `run` captures just those again.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Recompute every checksum, decode everything and name any damage (exit status 1).
+    """Recompute every checksum, decode all records and list any damage (exit status 1).
 
     \b
     Examples:
@@ -182,7 +182,7 @@ def verify(
       cache-teacher verify s3://bucket/captions --json
       cache-teacher verify caches/captions --repair && cache-teacher run capture.yaml
 
-    Nothing is changed without --repair, which says what it removes; use it when no run is writing the cache.
+    Only --repair changes anything, and lists what it removes; use it while no run is writing the cache.
     """
     if repair:
         from teacher_cache.verify.repair import repair_cache, repair_lines
@@ -216,16 +216,16 @@ def inspect(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a cache is and holds, or each token of a sample.
+    """Describe a cache, or each token of a sample.
 
-    With a key: each supervised token with the teacher's alternatives, the mass of its tail, and the draws from it.
+    With a key: each supervised token with the teacher's alternatives, the mass of the tail, and the tail samples.
 
     \b
     Examples:
       cache-teacher inspect caches/captions
       cache-teacher inspect caches/captions scene-000012 --tokenizer checkpoints/teacher
     """
-    from teacher_cache.inspection import terminal as tables
+    from teacher_cache.inspection import terminal
     from teacher_cache.inspection.summary import describe_cache, describe_key
     from teacher_cache.inspection.token_labels import TokenNames
     from teacher_cache.read.reader import open_cache
@@ -235,9 +235,9 @@ def inspect(
     if as_json:
         print(json.dumps(about, ensure_ascii=False))
     elif isinstance(about, dict):
-        tables.print_cache(tables.make_console(), about)
+        terminal.print_cache(terminal.make_console(), about)
     else:
-        tables.print_sequences(tables.make_console(), about)
+        terminal.print_sequences(terminal.make_console(), about)
 
 
 @app.command()
@@ -283,15 +283,15 @@ def export(
 @app.command()
 def merge(
     caches: Annotated[list[str], typer.Argument(metavar="CACHE...", help="Finished caches over different data.")],
-    output: Annotated[str, typer.Option(metavar="CACHE", help="The cache to make.")],
+    output: Annotated[str, typer.Option(metavar="CACHE", help="The cache to write.")],
     allow: Annotated[
-        list[str] | None, typer.Option(metavar="FIELD", help="Go on although this fingerprint field differs.")
+        list[str] | None, typer.Option(metavar="FIELD", help="Merge although this fingerprint field differs.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make one cache out of caches over different data.
+    """Merge caches over different data into one.
 
-    Shards are taken over as they are. Caches that were made with different settings are refused.
+    Shards are copied unchanged. Caches with different settings are refused.
 
     \b
     Examples:
@@ -306,16 +306,15 @@ def merge(
         print(json.dumps(dataclasses.asdict(done)))
         return
     for before, now in done.renamed.items():
-        print(f"{before} is {now} now: its name was taken")
+        print(f"{before} is now {now}: its name was already used")
     print(
         f"{output}: {done.positions:,} positions of {done.sequences:,} sequences in {done.shards} shards "
         f"of {done.caches} caches, digest {done.digest}"
     )
 
 
-app.command()(cli_generate.generate)
-app.command()(cli_judge.report)
-app.command()(cli_judge.audit)
+for command in (generate, report, audit):
+    app.command()(command)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What `cache-teacher inspect` says, as plain objects: what a cache is, what its bytes go to, how sure the teacher was.
+"""What `cache-teacher inspect` shows, as plain objects: content and size of a cache, the teacher's confidence, tokens.
 
 Shape suffixes: N positions of the sequences looked at.
 """
@@ -18,16 +18,16 @@ from llavamod_offline.losses.targets import EMPTY_ID, SparseTargets
 from teacher_cache.format.manifest import COLUMNS_NAME, FORMAT_VERSION, SEQUENCES_NAME, canonical
 from teacher_cache.read.reader import TeacherCache
 
-HEAD_MASS_EDGES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.999, 1.0)
+TOPK_MASS_EDGES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.999, 1.0)
 ENTROPY_EDGES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 3.0, 5.0, math.inf)
 _SAMPLE_POSITIONS = 50_000
 _BATCH_SEQUENCES = 64
 
 
 def describe_cache(cache: TeacherCache, sample_positions: int = _SAMPLE_POSITIONS) -> dict[str, Any]:
-    """What a cache is: totals, bytes per position by part (every file counted once), histograms, the fingerprint.
+    """Describe a cache: totals, bytes per position by part (each file counted once), histograms, the fingerprint.
 
-    The histograms are over all positions, or over evenly spaced sequences with about `sample_positions` of them.
+    The histograms cover all positions, or evenly spaced sequences with about `sample_positions` positions.
     """
     parts = bytes_by_part(cache)
     positions = max(cache.positions, 1)
@@ -36,13 +36,15 @@ def describe_cache(cache: TeacherCache, sample_positions: int = _SAMPLE_POSITION
         "format_version": FORMAT_VERSION,
         "digest": cache.digest,
         "shards": len(cache.shard_names),
-        **{name: cache.totals[name] for name in ("sequences", "positions", "heads", "draws", "rejected")},
+        **{name: cache.totals[name] for name in ("sequences", "positions", "rejected")},
+        "topk_ids": cache.totals["heads"],
+        "tail_samples": cache.totals["draws"],
         "roles": list(cache.roles),
         "bytes": cache.bytes,
         "bytes_per_position": round(cache.bytes_per_position, 3),
         "bytes_per_position_by_part": {name: round(size / positions, 3) for name, size in parts.items()},
-        "head_ids_per_position": round(cache.totals["heads"] / positions, 3),
-        "draws_per_position": round(cache.totals["draws"] / positions, 3),
+        "topk_ids_per_position": round(cache.totals["heads"] / positions, 3),
+        "tail_samples_per_position": round(cache.totals["draws"] / positions, 3),
         "histograms": _histograms(cache, sample_positions),
         "fingerprint": cache.fingerprint,
     }
@@ -70,7 +72,7 @@ def shard_parts(manifest: Mapping[str, Any]) -> dict[str, int]:
 
 
 def describe_key(cache: TeacherCache, key: str, show: Callable[[int], str]) -> list[dict[str, Any]]:
-    """Every role of a key, every supervised token with its head and its tail's draws; `show` names an id.
+    """Describe every supervised token of a key, in every role: its top-k ids and tail samples; `show` labels an id.
 
     Errors: `CacheError` if the key has no record.
     """
@@ -97,19 +99,19 @@ def describe_key(cache: TeacherCache, key: str, show: Callable[[int], str]) -> l
 def _describe_position(target: SparseTargets, show: Callable[[int], str]) -> dict[str, Any]:
     number = int(target.target_ids_N[0])
     tail = math.exp(float(target.tail_log_mass_N[0]))
-    head = zip(target.topk_ids_NK[0].tolist(), target.topk_log_probs_NK[0].tolist(), strict=True)
-    draws: dict[int, float] = {}
+    topk = zip(target.topk_ids_NK[0].tolist(), target.topk_log_probs_NK[0].tolist(), strict=True)
+    samples: dict[int, float] = {}
     for drawn, share in zip(target.tail_ids_NM[0].tolist(), target.tail_weights_NM[0].tolist(), strict=True):
         if drawn != EMPTY_ID:
-            draws[drawn] = draws.get(drawn, 0.0) + tail * share
+            samples[drawn] = samples.get(drawn, 0.0) + tail * share
     return {
         "id": number,
         "token": show(number),
         "log_prob": float(target.target_log_probs_N[0]),
         "entropy": float(target.entropy_N[0]),
         "tail_mass": tail,
-        "head": [{"id": i, "token": show(i), "log_prob": log_prob} for i, log_prob in head if i != EMPTY_ID],
-        "draws": [{"id": i, "token": show(i), "mass": mass} for i, mass in sorted(draws.items())],
+        "topk": [{"id": i, "token": show(i), "log_prob": log_prob} for i, log_prob in topk if i != EMPTY_ID],
+        "tail_samples": [{"id": i, "token": show(i), "mass": mass} for i, mass in sorted(samples.items())],
     }
 
 
@@ -129,14 +131,14 @@ def _histograms(cache: TeacherCache, sample_positions: int) -> dict[str, Any]:
         "sequences": len(items),
         "of_sequences": sequences,
         "positions": len(entropy_N),
-        "head_mass": _histogram(topk_mass_N, HEAD_MASS_EDGES),
+        "topk_mass": _histogram(topk_mass_N, TOPK_MASS_EDGES),
         "entropy": _histogram(entropy_N, ENTROPY_EDGES),
     }
 
 
 def _histogram(values_N: NDArray[np.float64], edges: Sequence[float]) -> dict[str, Any]:
-    """Counts between edges, each bin with its lower edge, the last one with both; JSON has no infinity: null."""
-    inside_N = np.clip(values_N, edges[0], edges[-1])  # rounding may lead a hair beyond
+    """Counts per bin, lower edges included, in the last bin both; an infinite edge is null, as JSON has no infinity."""
+    inside_N = np.clip(values_N, edges[0], edges[-1])  # rounding may exceed the edges slightly
     counts = np.histogram(inside_N, [*edges[:-1], np.finfo(np.float64).max if edges[-1] == math.inf else edges[-1]])[0]
     return {
         "edges": [None if edge == math.inf else edge for edge in edges],

@@ -1,4 +1,4 @@
-"""Tables on a terminal: coloured there, plain text in a pipe, never wider than the terminal (80 columns in a pipe)."""
+"""Tables for a terminal: coloured there, plain text in a pipe, never wider than the terminal (80 columns in a pipe)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 _ALTERNATIVES = 6
-_DRAWS = 4
+_TAIL_SAMPLES = 4
 _BAR = 24
 _NUMBERS = 19  # the width of p, entropy and tail together
 _HASH = 64
@@ -22,12 +22,12 @@ Justify = Literal["left", "right"]
 
 
 def make_console() -> Console:
-    """A console on standard output that prints what it is given and reads no markup in it."""
+    """A console on standard output that prints text as it is, without interpreting markup."""
     return Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
 
 
 def make_table(console: Console, title: str, columns: Sequence[tuple[str, Justify]], **widths: int) -> Table:
-    """Print a title and make an empty table for below it; `widths` fix those of the columns they name."""
+    """Print a title and make the empty table that follows it; `widths` fixes the widths of the named columns."""
     console.print(Text(title, "bold"))
     table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, pad_edge=False, header_style="dim")
     for name, justify in columns:
@@ -36,12 +36,12 @@ def make_table(console: Console, title: str, columns: Sequence[tuple[str, Justif
 
 
 def add_row(table: Table, *cells: object) -> None:
-    """Add a row of plain text, in which nothing is read as markup."""
+    """Add a row of plain text, without interpreting markup."""
     table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in cells))
 
 
 def print_pairs(console: Console, pairs: Iterable[tuple[str, object]]) -> None:
-    """Print names with their values, one a line; a long value goes on in the next line below itself."""
+    """Print names with their values, one per line; long values wrap within their column."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -51,7 +51,7 @@ def print_pairs(console: Console, pairs: Iterable[tuple[str, object]]) -> None:
 
 
 def print_cache(console: Console, about: dict[str, Any]) -> None:
-    """Print what `inspection.describe_cache` found."""
+    """Print the result of `summary.describe_cache`."""
     print_pairs(
         console,
         [
@@ -62,22 +62,25 @@ def print_cache(console: Console, about: dict[str, Any]) -> None:
                 f"{about['positions']:,} positions in {about['sequences']:,} sequences ({', '.join(about['roles'])}), "
                 f"{about['shards']:,} shards, {about['rejected']:,} rejected",
             ),
-            ("size", f"{readable_bytes(about['bytes'])}, {about['bytes_per_position']:.2f} bytes a position all in"),
             (
-                "a position",
-                f"{about['head_ids_per_position']:.2f} ids in its head, {about['draws_per_position']:.2f} distinct "
-                "draws from its tail",
+                "size",
+                f"{readable_bytes(about['bytes'])}, {about['bytes_per_position']:.2f} bytes per position in total",
+            ),
+            (
+                "per position",
+                f"{about['topk_ids_per_position']:.2f} top-k ids, "
+                f"{about['tail_samples_per_position']:.2f} tail samples",
             ),
         ],
     )
     console.print()
-    print_parts(console, "Bytes a position", about["bytes_per_position_by_part"])
+    print_parts(console, "Bytes per position", about["bytes_per_position_by_part"])
     _print_histograms(console, about["histograms"])
     _print_fingerprint(console, about["fingerprint"])
 
 
 def print_parts(console: Console, title: str, parts: dict[str, float]) -> None:
-    """Print what each part takes, with its share."""
+    """Print the size of each part, with its share."""
     table = make_table(console, title, [("part", "left"), ("bytes", "right"), ("share", "right"), ("", "left")])
     total = sum(parts.values())
     for name, size in parts.items():
@@ -89,7 +92,7 @@ def print_parts(console: Console, title: str, parts: dict[str, float]) -> None:
 
 
 def print_sequences(console: Console, sequences: Sequence[dict[str, Any]]) -> None:
-    """Print what `inspection.describe_key` found: likely alternatives, and the mass that each draw stands for."""
+    """Print the result of `summary.describe_key`: likely alternatives, and the mass of each tail sample."""
     for sequence in sequences:
         tokens = sequence["tokens"]
         supervised = sum(token["id"] >= 0 for token in tokens)
@@ -104,7 +107,7 @@ def print_sequences(console: Console, sequences: Sequence[dict[str, Any]]) -> No
             ("entropy", "right"),
             ("tail", "right"),
             ("alternatives", "left"),
-            ("tail's draws", "left"),
+            ("tail samples", "left"),
         ]
         borders = 20 if console.is_terminal else 12
         left = max(console.width - len(str(len(tokens))) - _NUMBERS - borders, 24)
@@ -116,10 +119,10 @@ def print_sequences(console: Console, sequences: Sequence[dict[str, Any]]) -> No
             columns,
             token=token_width,
             alternatives=others_width,
-            **{"tail's draws": tail_samples_width},
+            **{"tail samples": tail_samples_width},
         )
         for number, token in enumerate(tokens):
-            others = [entry for entry in token["head"] if entry["id"] != token["id"]]
+            others = [entry for entry in token["topk"] if entry["id"] != token["id"]]
             add_row(
                 table,
                 number,
@@ -128,14 +131,16 @@ def print_sequences(console: Console, sequences: Sequence[dict[str, Any]]) -> No
                 f"{token['entropy']:.3f}",
                 f"{token['tail_mass']:.4f}",
                 _filled([f"{e['token']} {math.exp(e['log_prob']):.3f}" for e in others], _ALTERNATIVES, others_width),
-                _filled([f"{e['token']} {e['mass']:.3f}" for e in token["draws"]], _DRAWS, tail_samples_width),
+                _filled(
+                    [f"{e['token']} {e['mass']:.3f}" for e in token["tail_samples"]], _TAIL_SAMPLES, tail_samples_width
+                ),
             )
         console.print(table)
         console.print()
 
 
 def readable_bytes(size: float) -> str:
-    """Bytes in the largest decimal unit of which there is at least one."""
+    """Bytes in the largest decimal unit that gives at least 1."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if abs(size) < 1000:
             return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:.3g} {unit}"
@@ -144,7 +149,7 @@ def readable_bytes(size: float) -> str:
 
 
 def _filled(entries: list[str], limit: int, width: int) -> str:
-    """Fill lines of some width with the first entries, each whole where it fits, and say how many more there are."""
+    """Fill lines of `width` with the first `limit` entries, unbroken where they fit, then the number of others."""
     more = len(entries) - limit
     lines = [""]
     for entry in [*entries[:limit], *([f"+{more:,}"] if more > 0 else [])]:
@@ -160,7 +165,7 @@ def _print_histograms(console: Console, histograms: dict[str, Any]) -> None:
     some, every = histograms["sequences"], histograms["of_sequences"]
     whole = "all sequences" if some == every else f"{some:,} evenly spaced of {every:,} sequences"
     over = f"{whole}, {histograms['positions']:,} positions"
-    for name, title, unit in (("head_mass", "Mass of the head", ""), ("entropy", "Entropy", " nats")):
+    for name, title, unit in (("topk_mass", "Top-k mass", ""), ("entropy", "Entropy", " nats")):
         histogram = histograms[name]
         edges, counts = histogram["edges"], histogram["counts"]
         total = max(sum(counts), 1)
@@ -174,7 +179,7 @@ def _print_histograms(console: Console, histograms: dict[str, Any]) -> None:
 
 
 def _print_fingerprint(console: Console, fingerprint: dict[str, Any]) -> None:
-    table = make_table(console, "Made from and with", [("field", "left"), ("value", "left")])
+    table = make_table(console, "Fingerprint", [("field", "left"), ("value", "left")])
     for section in ("engine", "teacher", "template", "sequence", "images", "tokenizer", "capture", "data"):
         for field, value in _fields(fingerprint.get(section, {}), section):
             add_row(table, field, _shown(value))

@@ -1,4 +1,4 @@
-"""What ids are called when a cache is shown, and how their tokens read as running text."""
+"""Labels of token ids, and tokens as running text, for reports on a cache."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_BROKEN = "\ufffd"  # what decoding gives for part of a character
+_BROKEN = "\ufffd"  # the result of decoding part of a character
 _MOST_PARTS = 12
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One token in running text. `kind`: `text`; `special`; `part`, of a character that stands at an earlier token;
-    `name`, where it has no text of its own."""
+    """One token in running text. `kind`: `text`; `special`; `part` of a character shown at an earlier token; `name` for
+    a token without text."""
 
     text: str
     kind: str
 
 
 class TokenNames:
-    """Names ids by the tokenizer of a checkpoint folder, or by number without one. Errors: `ModelError`."""
+    """Labels ids with the tokenizer of a checkpoint folder, or by number without one. Errors: `ModelError`."""
 
     def __init__(self, folder: Path | None) -> None:
         self.tokenizer: PreTrainedTokenizerFast | None = None
@@ -36,17 +36,17 @@ class TokenNames:
             self._special = set(self.tokenizer.get_added_vocab().values())
 
     def label(self, number: int) -> str:
-        """A name that shows white space, and tells apart what has no text of its own."""
+        """A label that shows white space and distinguishes tokens without text."""
         if number < 0:  # a position without a token, such as an image patch's
             return "none"
         if self.tokenizer is None:
             return f"#{number}"
         text = self._decoded([number])
-        # Part of a character has no text of its own: its byte-level name tells it from others.
+        # Part of a character has no text: its byte-level name identifies it.
         return repr(text) if _BROKEN not in text else f"<{self.tokenizer.convert_ids_to_tokens(number)}>"
 
     def pieces(self, numbers: Sequence[int]) -> list[Piece]:
-        """Tokens as running text; a character that several tokens make up stands at the first of them."""
+        """Tokens as running text; a character made of several tokens is shown at the first of them."""
         found: list[Piece] = []
         while len(found) < len(numbers):
             at = len(found)

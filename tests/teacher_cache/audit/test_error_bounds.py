@@ -65,7 +65,7 @@ def test_decoded_records_lie_within_the_bounds(
         if precision == "exact":
             assert not found.bounds[name].any()
             assert not values.any()
-    assert len(found.values["head log-probs"]) == len(records.topk_ids_H)
+    assert len(found.values["top-k log-probs"]) == len(records.topk_ids_H)
 
 
 @pytest.mark.parametrize("precision", ["coarse", "fine"])

@@ -37,7 +37,7 @@ def test_heads_of_different_ids_are_compared_where_they_meet() -> None:
     two = by_hand([{3: 0.4, 8: 0.2}, {2: 0.6, 1: 0.3}], [(3, -0.9), (-1, 0.0)], [1.5, 0.4])
     found = compare(one, two, None)
     assert found.values["target log-prob"] == pytest.approx([0.2])
-    assert found.values["head log-probs"] == pytest.approx([np.log(0.5 / 0.4), np.log(0.9 / 0.3)])
+    assert found.values["top-k log-probs"] == pytest.approx([np.log(0.5 / 0.4), np.log(0.9 / 0.3)])
     assert found.values["tail mass"] == pytest.approx([0.1, 0.6])
     assert found.values["entropy"] == pytest.approx([0.5, 0.0])
     assert found.same_first_N.tolist() == [True, False]
@@ -49,7 +49,7 @@ def test_the_same_records_do_not_differ_and_parts_are_joined() -> None:
     other = dataclasses.replace(one, entropy_N=one.entropy_N + 2)
     both = join([compare(one, one, None), compare(one, other, None)])
     assert both.values["entropy"].tolist() == [0.0, 2.0]
-    assert len(both.values["head log-probs"]) == 4
+    assert len(both.values["top-k log-probs"]) == 4
     measured = measure(both.values["entropy"])
     assert (measured.count, measured.max, measured.mean) == (2, 2.0, 1.0)
     assert measured.p99 == pytest.approx(1.98)

@@ -50,13 +50,13 @@ def test_a_cache_is_what_the_teacher_says_up_to_its_encoding(finished: Path, aud
     ((role, sequences, positions, same, control),) = [dataclasses.astuple(each) for each in done.agreement]
     assert (role, sequences, positions, same, control) == ("response", 24, cache.positions, 1.0, 1.0)
     figures = {each.figure: each for each in done.figures}
-    assert list(figures) == ["target log-prob", "head log-probs", "tail mass", "entropy"]
+    assert list(figures) == ["target log-prob", "top-k log-probs", "tail mass", "entropy"]
     for each in figures.values():
         assert each.cache.max > 10 * each.control.max  # what is seen is the encoding,
         assert each.beyond.max < 1e-4  # and nothing else
         assert each.cache.max <= each.allowed.max + 1e-4
         assert each.cache.mean <= each.cache.p99 <= each.cache.max
-    assert figures["head log-probs"].cache.count == cache.totals["heads"] + _forced(cache)
+    assert figures["top-k log-probs"].cache.count == cache.totals["heads"] + _forced(cache)
 
 
 def _forced(cache: object) -> int:
@@ -91,7 +91,7 @@ def test_other_captures_and_both_roles(
     assert done.ok, done.failures
     assert [each.role for each in done.agreement] == ["chosen", "rejected"]
     cache = open_cache(tmp_path / "c")
-    entries = [each.cache.count for each in done.figures if each.figure == "head log-probs"]
+    entries = [each.cache.count for each in done.figures if each.figure == "top-k log-probs"]
     assert sum(entries) == len(cache.records(cache.items()).topk_ids_H)  # forced ids too
     assert sum(each.positions for each in done.agreement) == cache.positions
 
@@ -109,7 +109,7 @@ def test_another_teacher_is_refused_and_if_allowed_found_out(
     assert figures["target log-prob"].beyond.mean > 0.5
     assert figures["target log-prob"].control.max < 1e-3
     assert done.agreement[0].cache < 0.5
-    assert any("first choices equal" in line for line in done.failures)
+    assert any("equal most likely ids" in line for line in done.failures)
     assert any("largest difference beyond the encoding" in line for line in done.failures)
 
 
@@ -154,7 +154,7 @@ def test_what_was_captured_from_something_else_is_refused(
         dataclasses.replace(s, turns=(Turn("user", s.turns[0].text + "?"), *s.turns[1:])) for s in tiny_samples(24)
     ]
     write_set(changed, tmp_path / "changed")
-    with pytest.raises(CacheError, match=r"its content in set .* is not what cache"):
+    with pytest.raises(CacheError, match=r"its content in set .* differs from that captured in cache"):
         audit(finished, data=tmp_path / "changed", allow=["data"])
 
 
@@ -184,7 +184,7 @@ def test_a_merged_cache_is_audited_set_by_set(world: World, finished: Path, tmp_
     world.run(tmp_path / "fewer", "capture.top_p=0.5", data=world.pairs)
     merged = str(tmp_path / "unlike")
     merge_caches([open_cache(finished), open_cache(tmp_path / "fewer")], merged, allow=["capture.head_mass"])
-    with pytest.raises(CacheError, match=r"merged from caches of different capture.head_mass"):
+    with pytest.raises(CacheError, match=r"merged from caches with different capture.head_mass"):
         audit(Path(merged), data=world.pairs)
 
 
@@ -228,13 +228,17 @@ def test_the_command_prints_tables_and_exits_by_the_verdict(
     status, out, _ = call(*arguments)
     assert status == 0
     assert "response: 6 sequences" in out
-    assert out.endswith("alike\n")
+    assert out.endswith("equal within limits\n")
     assert max(map(len, out.splitlines())) <= 80
     status, out, _ = call(*arguments, "batch_size=1", "--json")
     about = json.loads(out)
-    assert (status, about["ok"], about["notes"]) == (0, True, ["batch_size is 1: the control ran in the same shapes"])
+    assert (status, about["ok"], about["notes"]) == (
+        0,
+        True,
+        ["batch_size is 1, so the control used the same shapes: raise it for a real control"],
+    )
     status, out, _ = call(*arguments, f"teacher={other_teacher}", "--allow", "teacher")
     assert status == 1
-    assert "UNLIKE" in out
+    assert "DIFFERENT" in out
     status, out, err = call(*arguments, f"teacher={other_teacher}")
     assert (status, out, err.count("\n")) == (2, "", 1)

@@ -46,7 +46,7 @@ def test_run_of_a_slice_says_what_is_left(world: World, tmp_path: Path, capsys: 
     arguments = world.arguments(tmp_path / "c", data=world.pairs)
     status, out, _ = _call(capsys, "run", *arguments, "--slice", "1/2")
     assert status == 0
-    assert "1 of 2 shards are there: run the other slices to finish" in out
+    assert "1 of 2 shards are done: run the other slices to finish" in out
     status, _, err = _call(capsys, "verify", str(tmp_path / "c"))
     assert (status, err.count("\n")) == (2, 1)
 
@@ -66,7 +66,7 @@ def test_rejections_are_pointed_out(
     assert f", {len(rejected)} rejected" in out
     assert f"rejected {len(rejected)}: N tokens, more than max_length N" in out
     assert f"({', '.join(keys[:3])}, …)" in out
-    assert f"the rejected sequences and the reasons are in {tmp_path}/c/rejected.jsonl" in out
+    assert f"rejected sequences and reasons: {tmp_path}/c/rejected.jsonl" in out
     status, out, _ = _call(capsys, "run", *arguments)
     assert (status, "nothing to do" in out) == (3, True)  # the cache still lacks them
 
@@ -178,7 +178,7 @@ def test_inspect_shows_each_token_of_a_key_with_its_alternatives(
     cache = open_cache(finished)
     assert [token["id"] for token in sequence["tokens"]] == cache.target_ids("tiny-0003", "response").tolist()
     assert "".join(json.loads(f'"{token["token"][1:-1]}"') for token in sequence["tokens"][:2]).startswith(" The")
-    assert all(len(token["head"]) >= 1 for token in sequence["tokens"])
+    assert all(len(token["topk"]) >= 1 for token in sequence["tokens"])
     status, out, _ = _call(capsys, *argv)
     assert "'<|endoftext|>'" in out
     status, out, _ = _call(capsys, *argv[:3])

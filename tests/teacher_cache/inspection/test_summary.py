@@ -15,7 +15,7 @@ from rich.console import Console
 
 from llavamod_offline.losses.targets import EMPTY_ID
 from teacher_cache.inspection import terminal as tables
-from teacher_cache.inspection.summary import ENTROPY_EDGES, HEAD_MASS_EDGES, describe_cache, describe_key
+from teacher_cache.inspection.summary import ENTROPY_EDGES, TOPK_MASS_EDGES, describe_cache, describe_key
 from teacher_cache.read.reader import open_cache
 from tests.teacher_cache.conftest import World
 from tests.tiny import write_tiny_set
@@ -35,9 +35,9 @@ def test_histograms_count_every_position(finished: Path) -> None:
     found = describe_cache(cache)["histograms"]
     records = cache.records([(key, "response") for key in sorted(cache.keys("response"))])
     masses = [1.0 - math.exp(value) for value in records.tail_log_mass_N.tolist()]
-    assert found["head_mass"]["counts"] == _counted(masses, HEAD_MASS_EDGES)
+    assert found["topk_mass"]["counts"] == _counted(masses, TOPK_MASS_EDGES)
     assert found["entropy"]["counts"] == _counted(records.entropy_N.tolist(), ENTROPY_EDGES)
-    assert found["head_mass"]["mean"] == pytest.approx(np.mean(masses))
+    assert found["topk_mass"]["mean"] == pytest.approx(np.mean(masses))
     assert (found["sequences"], found["of_sequences"], found["positions"]) == (24, 24, cache.positions)
     assert sum(found["entropy"]["counts"]) == cache.positions
     assert json.loads(json.dumps(found))["entropy"]["edges"][-1] is None
@@ -102,24 +102,24 @@ def test_tokens_are_printed_as_they_are(finished: Path, capsys: pytest.CaptureFi
     assert f"[b]:cat:{sequences[0]['tokens'][0]['id']} " in capsys.readouterr().out
 
 
-def test_a_key_shows_head_tail_and_draws(finished: Path) -> None:
+def test_a_key_shows_topk_ids_and_tail_samples(finished: Path) -> None:
     cache = open_cache(finished)
     (sequence,) = describe_key(cache, "tiny-0000", lambda number: f"#{number}")
     targets = cache.targets([("tiny-0000", "response")])
     assert len(sequence["tokens"]) == len(targets) == 8
     for row, token in enumerate(sequence["tokens"]):
         head = [number for number in targets.topk_ids_NK[row].tolist() if number != EMPTY_ID]
-        assert [entry["id"] for entry in token["head"]] == head
+        assert [entry["id"] for entry in token["topk"]] == head
         drawn = {number for number in targets.tail_ids_NM[row].tolist() if number != EMPTY_ID}
-        assert {entry["id"] for entry in token["draws"]} == drawn
-        assert len(token["draws"]) == len(drawn)
-        mass = sum(math.exp(entry["log_prob"]) for entry in token["head"]) + token["tail_mass"]
+        assert {entry["id"] for entry in token["tail_samples"]} == drawn
+        assert len(token["tail_samples"]) == len(drawn)
+        mass = sum(math.exp(entry["log_prob"]) for entry in token["topk"]) + token["tail_mass"]
         assert mass == pytest.approx(1.0, abs=1e-5)
-        assert sum(entry["mass"] for entry in token["draws"]) == pytest.approx(token["tail_mass"])
+        assert sum(entry["mass"] for entry in token["tail_samples"]) == pytest.approx(token["tail_mass"])
     text = _printed(tables.print_sequences, [sequence], width=120)
     first = sequence["tokens"][0]
-    assert f"{first['head'][0]['token']} {math.exp(first['head'][0]['log_prob']):.3f}" in text
-    assert f"{first['draws'][0]['token']} {first['draws'][0]['mass']:.3f}" in text
+    assert f"{first['topk'][0]['token']} {math.exp(first['topk'][0]['log_prob']):.3f}" in text
+    assert f"{first['tail_samples'][0]['token']} {first['tail_samples'][0]['mass']:.3f}" in text
     assert f"{first['tail_mass']:.4f}" in text
 
 
