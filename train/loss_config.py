@@ -6,19 +6,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-LossKind = Literal["cross_entropy", "only_kd", "kd_lm", "kto_pair", "kto", "sigmoid", "ipo", "hinge"]
-Divergence = Literal["forward_kl", "reverse_kl", "js", "skewed_forward_kl", "skewed_reverse_kl", "total_variation"]
-Reading = Literal["shrink", "bucket", "draws", "renormalised"]
-Tail = Literal["auto", "shrink", "bucket", "draws", "renormalised"]
-Distance = Literal["mse", "cosine"]
-RelationOf = Literal["hidden", "logits"]
+from llavamod_offline.losses.kinds import (
+    PREFERENCE_KINDS,
+    DivergenceKind,
+    HiddenDistance,
+    Positions,
+    PreferenceKind,
+    RelationSource,
+    TailEstimator,
+)
+
+LossKind = Literal["cross_entropy", "only_kd", "kd_lm", "kto", PreferenceKind]
 
 LOSSES_OF_STAGE: dict[str, tuple[str, ...]] = {
     "align": ("cross_entropy",),
     "sft": ("cross_entropy",),
     "mimic_dense": ("only_kd", "kd_lm"),
     "mimic_sparse": ("only_kd", "kd_lm"),
-    "preference": ("kto_pair", "kto", "sigmoid", "ipo", "hinge"),
+    "preference": ("kto", *PREFERENCE_KINDS),
 }
 # The divergences that a setting belongs to; it stays as it is for all others.
 _DIVERGENCES_OF: dict[str, tuple[str, ...]] = {
@@ -39,10 +44,10 @@ class AlignConfig:
     """
 
     feature_weight: float = 0.0
-    feature_distance: Distance = "mse"
+    feature_distance: HiddenDistance = "mse"
     visual_kl_weight: float = 0.0
     relation_weight: float = 0.0
-    relation_of: RelationOf = "hidden"
+    relation_of: RelationSource = "hidden"
     teacher_head: str | None = None
 
     @property
@@ -62,7 +67,7 @@ ALIGN_WEIGHTS = ("feature_weight", "visual_kl_weight", "relation_weight")
 @dataclass(frozen=True)
 class LossConfig:
     """The loss. Distillation (the mimic stages, and preference with a `distill_weight`): `divergence` with its
-    `js_weight` or `skew`, the reading of the `tail` (auto: `shrink` with forward_kl, for all others the `bucket` that
+    `js_weight` or `skew`, the estimator of the `tail` (auto: `shrink` with forward_kl, for all others the `bucket` that
     they are defined on; shrink is the bucket where T ≠ 1), `temperature`. Mimic: `kd_weight`, `lm_weight` with kd_lm,
     `align` for what else is compared, and `positions` to distil at: auto, all that the cache records; response, those
     that predict answers, whatever it records.
@@ -74,14 +79,14 @@ class LossConfig:
     """
 
     kind: LossKind = "cross_entropy"
-    divergence: Divergence = "forward_kl"
+    divergence: DivergenceKind = "forward_kl"
     js_weight: float = 0.5
     skew: float = 0.1
-    tail: Tail = "auto"
+    tail: Literal["auto", TailEstimator] = "auto"
     temperature: float = 1.0
     kd_weight: float = 1.0
     lm_weight: float = 1.0
-    positions: Literal["auto", "response"] = "auto"
+    positions: Positions = "auto"
     align: AlignConfig = field(default_factory=AlignConfig)
     beta: float = 0.1
     label_smoothing: float = 0.0
@@ -93,8 +98,8 @@ class LossConfig:
     router_aux_coef: float = 0.0
 
     @property
-    def reading(self) -> Reading:
-        """The reading of the tail, `auto` resolved."""
+    def tail_estimator(self) -> TailEstimator:
+        """The estimator of the tail, `auto` resolved."""
         if self.tail != "auto":
             return self.tail
         return "shrink" if self.divergence == "forward_kl" else "bucket"
@@ -131,7 +136,7 @@ def _divergence_problems(loss: LossConfig, stage: str) -> Iterable[str]:
     if loss.divergence != "forward_kl" and not loss.distils(stage):
         way_out = "set loss.distill_weight above 0" if stage == "preference" else "use a mimic stage"
         yield f"loss.divergence: nothing is distilled in stage {stage}: set it to forward_kl, or {way_out}"
-    if loss.divergence != "forward_kl" and loss.reading != "bucket":
+    if loss.divergence != "forward_kl" and loss.tail_estimator != "bucket":
         yield (
             f"loss.tail: {loss.divergence} is defined on head and bucket: set it to bucket, or loss.divergence to "
             "forward_kl"

@@ -249,7 +249,7 @@ def _cached_vocabulary(cache: TeacherCache | None, exchange: TokenIdSwap | None,
 
 def _tail_profile(config: TrainConfig, cache: TeacherCache | None, exchange: TokenIdSwap | None) -> Tensor | None:
     """The teacher's mean tail as the student's ids name it, where the loss reads it."""
-    if cache is None or not config.loss.distils(config.stage) or config.loss.reading != "shrink":
+    if cache is None or not config.loss.distils(config.stage) or config.loss.tail_estimator != "shrink":
         return None
     profile_V = cache.tail_profile
     return profile_V if profile_V is None or exchange is None else exchange.profile(profile_V)

@@ -12,17 +12,15 @@ head.
 
 from __future__ import annotations
 
-from typing import Literal, cast, get_args
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from llavamod_offline.errors import ConfigError, TargetError
 from llavamod_offline.losses.fused import CHUNK_SIZE, LossTerms, distillation_from_hidden
+from llavamod_offline.losses.kinds import HIDDEN_DISTANCES, HiddenDistance
 from llavamod_offline.losses.targets import SparseTargets
-
-HiddenDistance = Literal["cosine", "mse"]
-HIDDEN_DISTANCES: tuple[str, ...] = get_args(HiddenDistance)
 
 
 class HiddenProjection(nn.Module):
@@ -67,7 +65,7 @@ def hidden_alignment(
 
 
 def visual_token_kl(
-    hidden_ND: Tensor, head_weight_VD: Tensor, targets: SparseTargets, *, chunk_size: int = CHUNK_SIZE
+    hidden_ND: Tensor, lm_head_VD: Tensor, targets: SparseTargets, *, chunk_size: int = CHUNK_SIZE
 ) -> LossTerms:
     """Forward KL(teacher ‖ student) of the distributions at the image's tokens, summed over them.
 
@@ -75,7 +73,7 @@ def visual_token_kl(
     teacher's distributions there. Source: LLaVA-KD, arXiv 2410.16236, multimodal distillation (L_vis).
     Errors: `TargetError` as `distillation_from_hidden`.
     """
-    return distillation_from_hidden(hidden_ND, head_weight_VD, targets, chunk_size=chunk_size)
+    return distillation_from_hidden(hidden_ND, lm_head_VD, targets, chunk_size=chunk_size)
 
 
 def hidden_relations(hidden_BPD: Tensor, metric_DD: Tensor | None = None) -> Tensor:
@@ -85,18 +83,13 @@ def hidden_relations(hidden_BPD: Tensor, metric_DD: Tensor | None = None) -> Ten
     return measured_BPD @ hidden_BPD.transpose(1, 2)
 
 
-def head_metric(head_weight_VD: Tensor, *, vocab_size: int | None = None) -> Tensor:
+def lm_head_metric(lm_head_VD: Tensor, *, vocab_size: int | None = None) -> Tensor:
     """WᵀW [D, D] of a head W, in float32: under this metric hidden states relate as their logits do.
 
     Logits [P, V] are never made: (H Wᵀ)(H Wᵀ)ᵀ = H (WᵀW) Hᵀ. Rows of the head from `vocab_size` on are left out.
     """
-    head_VD = head_weight_VD[:vocab_size].float()
-    return head_VD.T @ head_VD
-
-
-def logit_relations(hidden_BPD: Tensor, head_weight_VD: Tensor, *, vocab_size: int | None = None) -> Tensor:
-    """How the logits of each image's tokens relate: their Gram matrix [B, P, P], in float32."""
-    return hidden_relations(hidden_BPD, head_metric(head_weight_VD, vocab_size=vocab_size))
+    lm_head_VD = lm_head_VD[:vocab_size].float()
+    return lm_head_VD.T @ lm_head_VD
 
 
 def relation_alignment(student_BPP: Tensor, teacher_BPP: Tensor, *, mask_BP: Tensor | None = None) -> Tensor:

@@ -19,15 +19,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from llavamod_offline.errors import TargetError
-
-DivergenceKind = Literal["forward_kl", "reverse_kl", "js", "skewed_forward_kl", "skewed_reverse_kl", "total_variation"]
-DIVERGENCE_KINDS: tuple[str, ...] = get_args(DivergenceKind)
+from llavamod_offline.losses.kinds import DIVERGENCE_KINDS, DivergenceKind
 
 
 @dataclass(frozen=True)
@@ -51,13 +48,13 @@ class DivergenceSpec:
                 )
 
 
-def event_divergence(log_p_NE: Tensor, log_q_NE: Tensor, measure: DivergenceSpec) -> tuple[Tensor, Tensor]:
+def event_divergence(log_p_NE: Tensor, log_q_NE: Tensor, spec: DivergenceSpec) -> tuple[Tensor, Tensor]:
     """The divergence of each position, [N], and its slopes q·∂D/∂q in the student's log-probs, [N, E].
 
     A slope takes q's sum as free: with s the slopes and S their sum, the gradient in the events' logits is s − S·q.
     Events of no probability, on either side, are −inf.
     """
-    return _FORMULAS[measure.kind](log_p_NE, log_q_NE, measure)
+    return _FORMULAS[spec.kind](log_p_NE, log_q_NE, spec)
 
 
 def weighted(weights_NE: Tensor, values_NE: Tensor) -> Tensor:
@@ -65,39 +62,39 @@ def weighted(weights_NE: Tensor, values_NE: Tensor) -> Tensor:
     return torch.where(weights_NE > 0, weights_NE * values_NE, 0.0)
 
 
-def _forward_kl(log_p_NE: Tensor, log_q_NE: Tensor, measure: DivergenceSpec) -> tuple[Tensor, Tensor]:
+def _forward_kl(log_p_NE: Tensor, log_q_NE: Tensor, spec: DivergenceSpec) -> tuple[Tensor, Tensor]:
     p_NE = log_p_NE.exp()
     return weighted(p_NE, log_p_NE - log_q_NE).sum(-1), -p_NE
 
 
-def _reverse_kl(log_p_NE: Tensor, log_q_NE: Tensor, measure: DivergenceSpec) -> tuple[Tensor, Tensor]:
+def _reverse_kl(log_p_NE: Tensor, log_q_NE: Tensor, spec: DivergenceSpec) -> tuple[Tensor, Tensor]:
     q_NE = log_q_NE.exp()
     terms_NE = weighted(q_NE, log_q_NE - log_p_NE)
     return terms_NE.sum(-1), terms_NE + q_NE
 
 
-def _js(log_p_NE: Tensor, log_q_NE: Tensor, measure: DivergenceSpec) -> tuple[Tensor, Tensor]:
-    weight, p_NE, q_NE = measure.js_weight, log_p_NE.exp(), log_q_NE.exp()
+def _js(log_p_NE: Tensor, log_q_NE: Tensor, spec: DivergenceSpec) -> tuple[Tensor, Tensor]:
+    weight, p_NE, q_NE = spec.js_weight, log_p_NE.exp(), log_q_NE.exp()
     log_m_NE = _log_mixture(log_p_NE, log_q_NE, weight)
     student_NE = (1 - weight) * weighted(q_NE, log_q_NE - log_m_NE)
     return weight * weighted(p_NE, log_p_NE - log_m_NE).sum(-1) + student_NE.sum(-1), student_NE
 
 
-def _skewed_forward_kl(log_p_NE: Tensor, log_q_NE: Tensor, measure: DivergenceSpec) -> tuple[Tensor, Tensor]:
-    skew, p_NE = measure.skew, log_p_NE.exp()
+def _skewed_forward_kl(log_p_NE: Tensor, log_q_NE: Tensor, spec: DivergenceSpec) -> tuple[Tensor, Tensor]:
+    skew, p_NE = spec.skew, log_p_NE.exp()
     log_m_NE = _log_mixture(log_p_NE, log_q_NE, skew)
     slope_NE = -(1 - skew) * weighted(p_NE, (log_q_NE - log_m_NE).exp())
     return weighted(p_NE, log_p_NE - log_m_NE).sum(-1), slope_NE
 
 
-def _skewed_reverse_kl(log_p_NE: Tensor, log_q_NE: Tensor, measure: DivergenceSpec) -> tuple[Tensor, Tensor]:
-    skew, q_NE = measure.skew, log_q_NE.exp()
+def _skewed_reverse_kl(log_p_NE: Tensor, log_q_NE: Tensor, spec: DivergenceSpec) -> tuple[Tensor, Tensor]:
+    skew, q_NE = spec.skew, log_q_NE.exp()
     log_ratio_NE = log_q_NE - _log_mixture(log_p_NE, log_q_NE, 1 - skew)
     terms_NE = weighted(q_NE, log_ratio_NE)
     return terms_NE.sum(-1), terms_NE + weighted(q_NE, 1 - skew * log_ratio_NE.exp())
 
 
-def _total_variation(log_p_NE: Tensor, log_q_NE: Tensor, measure: DivergenceSpec) -> tuple[Tensor, Tensor]:
+def _total_variation(log_p_NE: Tensor, log_q_NE: Tensor, spec: DivergenceSpec) -> tuple[Tensor, Tensor]:
     q_NE = log_q_NE.exp()
     difference_NE = q_NE - log_p_NE.exp()
     return 0.5 * difference_NE.abs().sum(-1), 0.5 * q_NE * difference_NE.sign()

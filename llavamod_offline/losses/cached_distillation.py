@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from llavamod_offline.errors import ModelError, TargetError
-from llavamod_offline.losses.bucketed_divergence import DivergenceKind
 from llavamod_offline.losses.fused import CHUNK_SIZE, distillation_from_hidden
+from llavamod_offline.losses.kinds import DivergenceKind, TailEstimator
 from llavamod_offline.losses.shrinkage import Shrinkage
-from llavamod_offline.losses.tail_estimators import Tail
 from llavamod_offline.losses.targets import SparseTargets
 
 IGNORED = -100  # the label of an unsupervised token, as transformers has it
@@ -65,7 +64,7 @@ class CachedDistillation(nn.Module):
         cache: CachedTeacher,
         *,
         divergence: DivergenceKind = "forward_kl",
-        tail: Tail | None = None,
+        tail: TailEstimator | None = None,
         temperature: float = 1.0,
         kd_weight: float = 1.0,
         lm_weight: float = 0.0,

@@ -38,7 +38,7 @@ class _Tail:
     sum_N: Tensor
 
 
-def no_metrics(device: torch.device) -> dict[str, Tensor]:
+def zero_metrics(device: torch.device) -> dict[str, Tensor]:
     """The metrics of no position: zeros to add to."""
     return {name: torch.zeros((), dtype=torch.float32, device=device) for name in METRICS}
 
@@ -86,7 +86,7 @@ def divergence_in_place(
     if temperature != 1.0:
         logits_NV.div_(temperature)
     actual_N = _gather_one(logits_NV, target_ids_N) if lm_weight and target_ids_N is not None else None
-    draws_NM = logits_NV.gather(1, teacher.tail_ids_NM)
+    tail_logits_NM = logits_NV.gather(1, teacher.tail_ids_NM)
     topk_NK = logits_NV.gather(1, teacher.topk_ids_NK).masked_fill(~teacher.topk_valid_NK, NEVER)
 
     # With the head masked, one pass over V gives the tail's normaliser without cancellation, and the head's is small.
@@ -98,9 +98,9 @@ def divergence_in_place(
     lse_N = events_NE.logsumexp(-1)
     log_q_NE = events_NE - lse_N[:, None]
 
-    full_kl_N = _full_kl(teacher, log_q_NE, draws_NM - lse_N[:, None])
-    value_N, slope_NE = event_divergence(teacher.log_probs_NE, log_q_NE, teacher.measure)
-    if teacher.tail == "draws":
+    full_kl_N = _full_kl(teacher, log_q_NE, tail_logits_NM - lse_N[:, None])
+    value_N, slope_NE = event_divergence(teacher.log_probs_NE, log_q_NE, teacher.spec)
+    if teacher.tail == "samples":
         value_N = full_kl_N
 
     # T² of the loss over the T of the logits; a row without target would have infinite slopes.
@@ -116,10 +116,10 @@ def divergence_in_place(
         if features_NJ is not None:
             shrinkage.observe(_view(logits_NV, tail_sum_N, teacher, weight_N, outside_N), features_NJ)
         topk_gradient_NK += _shrunk_tail(logits_NV, tail, teacher, shrinkage.weights, outside_N)
-    elif teacher.tail == "draws":
-        drawn_pull_N = torch.where(teacher.drawn_N, tail.pull_N, 0.0)
-        _scale_tail(logits_NV, tail.own_N - (tail.pull_N - drawn_pull_N), tail_sum_N)
-        logits_NV.scatter_add_(1, teacher.tail_ids_NM, -drawn_pull_N[:, None] * teacher.tail_weights_NM)
+    elif teacher.tail == "samples":
+        sampled_pull_N = torch.where(teacher.has_samples_N, tail.pull_N, 0.0)
+        _scale_tail(logits_NV, tail.own_N - (tail.pull_N - sampled_pull_N), tail_sum_N)
+        logits_NV.scatter_add_(1, teacher.tail_ids_NM, -sampled_pull_N[:, None] * teacher.tail_weights_NM)
     else:
         _scale_tail(logits_NV, tail.own_N - tail.pull_N, tail_sum_N)
     logits_NV.scatter_add_(1, teacher.topk_ids_NK, topk_gradient_NK)
@@ -177,15 +177,15 @@ def _at_two_temperatures(
     return divergence, cross_entropy
 
 
-def _full_kl(teacher: PreparedTargets, log_q_NE: Tensor, draws_log_q_NM: Tensor) -> Tensor:
+def _full_kl(teacher: PreparedTargets, log_q_NE: Tensor, tail_log_q_NM: Tensor) -> Tensor:
     """The best estimate of the forward KL over the whole vocabulary: by the draws where there are any, or bucketed."""
     bucketed_N, _ = event_divergence(teacher.full_log_probs_NE, log_q_NE, _FORWARD_KL)
     if not teacher.tail_ids_NM.shape[1]:
         return bucketed_N
     p_NE = teacher.full_log_probs_NE.exp()
     head_N = weighted(p_NE[:, :-1], log_q_NE[:, :-1]).sum(-1)
-    tail_N = p_NE[:, -1] * weighted(teacher.tail_weights_NM, draws_log_q_NM).sum(-1)
-    return torch.where(teacher.drawn_N, -head_N - tail_N - teacher.entropy_N, bucketed_N)
+    tail_N = p_NE[:, -1] * weighted(teacher.tail_weights_NM, tail_log_q_NM).sum(-1)
+    return torch.where(teacher.has_samples_N, -head_N - tail_N - teacher.entropy_N, bucketed_N)
 
 
 def _scale_tail(exponentials_NV: Tensor, mass_N: Tensor, sum_N: Tensor) -> None:
@@ -197,7 +197,7 @@ def _view(
     exponentials_NV: Tensor, sum_N: Tensor, teacher: PreparedTargets, weight_N: Tensor, outside_N: Tensor | None
 ) -> TailView:
     """What `shrinkage` learns from: positions with draws, and with some of the profile outside the head."""
-    counted_N = teacher.drawn_N if outside_N is None else teacher.drawn_N & (outside_N > 0)
+    counted_N = teacher.has_samples_N if outside_N is None else teacher.has_samples_N & (outside_N > 0)
     return TailView(
         exponentials_NV,
         sum_N,
@@ -227,8 +227,8 @@ def _shrunk_tail(
         _scale_tail(exponentials_NV, tail.own_N - tail.pull_N, tail.sum_N)
         return nothing_NK
     per_sum_N = torch.where(tail.sum_N > 0, 1 / tail.sum_N, 0.0)
-    drawn_NM = teacher.tail_weights_NM * weights.draws_V[teacher.tail_ids_NM]
-    mixed_N = (exponentials_NV @ weights.own_V) * per_sum_N + drawn_NM.sum(-1)
+    sample_weights_NM = teacher.tail_weights_NM * weights.samples_V[teacher.tail_ids_NM]
+    mixed_N = (exponentials_NV @ weights.own_V) * per_sum_N + sample_weights_NM.sum(-1)
     profile_topk_NK = nothing_NK
     if outside_N is not None:
         profile_topk_NK = torch.where(teacher.topk_valid_NK, weights.profile_V[teacher.topk_ids_NK], 0.0)
@@ -246,7 +246,7 @@ def _shrunk_tail(
         block_RV.mul_(torch.addcmul(own_R1, pull_R1, weights.own_V, value=-1, out=factor_RV))
         if outside_N is not None:
             block_RV.addr_((pull_N * per_mass_N)[block], weights.profile_V, alpha=-1)
-    exponentials_NV.scatter_add_(1, teacher.tail_ids_NM, -pull_N[:, None] * drawn_NM)
+    exponentials_NV.scatter_add_(1, teacher.tail_ids_NM, -pull_N[:, None] * sample_weights_NM)
     return profile_topk_NK * (pull_N * per_mass_N)[:, None] if outside_N is not None else nothing_NK
 
 

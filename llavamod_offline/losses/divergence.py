@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from llavamod_offline.losses.bucketed_divergence import DivergenceSpec
-from llavamod_offline.losses.chunk_gradients import divergence_in_place, no_metrics, shrinkage_for
+from llavamod_offline.losses.chunk_gradients import divergence_in_place, shrinkage_for, zero_metrics
+from llavamod_offline.losses.kinds import TailEstimator
 from llavamod_offline.losses.shrinkage import Shrinkage
-from llavamod_offline.losses.tail_estimators import Tail, checked_vocabulary, teacher_at
+from llavamod_offline.losses.tail_estimators import checked_vocabulary, prepare_targets
 from llavamod_offline.losses.targets import SparseTargets
 
 
@@ -42,7 +43,7 @@ def forward_kl(
     logits_NV: Tensor,
     targets: SparseTargets,
     *,
-    tail: Tail = "bucket",
+    tail: TailEstimator = "bucket",
     shrinkage: Shrinkage | None = None,
     temperature: float = 1.0,
 ) -> Divergence:
@@ -107,16 +108,16 @@ def total_variation(logits_NV: Tensor, targets: SparseTargets, *, temperature: f
 def _divergence(
     logits_NV: Tensor,
     targets: SparseTargets,
-    measure: DivergenceSpec,
+    spec: DivergenceSpec,
     temperature: float,
-    tail: Tail = "bucket",
+    tail: TailEstimator = "bucket",
     shrinkage: Shrinkage | None = None,
 ) -> Divergence:
     vocab = checked_vocabulary(targets, logits_NV.shape[1])
-    teacher = teacher_at(targets, vocab, measure=measure, tail=tail, temperature=temperature)
+    teacher = prepare_targets(targets, vocab, spec=spec, tail=tail, temperature=temperature)
     state = shrinkage_for(teacher, shrinkage, vocab, logits_NV.device)
     learns = state is not None and torch.is_grad_enabled()
-    metrics = no_metrics(logits_NV.device)
+    metrics = zero_metrics(logits_NV.device)
 
     def in_place(gradient_NV: Tensor) -> Tensor:
         features_N1 = torch.ones_like(gradient_NV[:, :1]) if learns else None

@@ -18,16 +18,17 @@ import torch
 from torch import Tensor
 
 from llavamod_offline.errors import TargetError
-from llavamod_offline.losses.bucketed_divergence import DivergenceKind, DivergenceSpec
+from llavamod_offline.losses.bucketed_divergence import DivergenceSpec
 from llavamod_offline.losses.chunk_gradients import (
     cross_entropy_in_place,
     divergence_in_place,
-    no_metrics,
     shrinkage_for,
+    zero_metrics,
 )
 from llavamod_offline.losses.fused_linear import ChunkLoss, FusedLinearDivergence, TokenLogProbs
+from llavamod_offline.losses.kinds import DivergenceKind, TailEstimator
 from llavamod_offline.losses.shrinkage import Shrinkage
-from llavamod_offline.losses.tail_estimators import Tail, checked_vocabulary, teacher_at
+from llavamod_offline.losses.tail_estimators import checked_vocabulary, prepare_targets
 from llavamod_offline.losses.targets import SparseTargets
 
 CHUNK_SIZE = 256
@@ -67,13 +68,13 @@ class LossTerms:
 @_outside_graphs
 def distillation_from_hidden(
     hidden_ND: Tensor,
-    head_weight_VD: Tensor,
+    lm_head_VD: Tensor,
     targets: SparseTargets,
     *,
     divergence: DivergenceKind = "forward_kl",
     js_weight: float = 0.5,
     skew: float = 0.1,
-    tail: Tail = "bucket",
+    tail: TailEstimator = "bucket",
     shrinkage: Shrinkage | None = None,
     temperature: float = 1.0,
     kd_weight: float = 1.0,
@@ -89,16 +90,16 @@ def distillation_from_hidden(
     learns from the positions. Rows of the head from `targets.vocab_size` on get no probability and no gradient. N = 0
     gives 0 with zero gradients; so does a position with neither head nor tail, and for the cross-entropy one whose
     target is −1.
-    Errors: `TargetError` as `teacher.teacher_at`, or if N differs.
+    Errors: `TargetError` as `teacher.prepare_targets`, or if N differs.
     """
     if len(hidden_ND) != len(targets):
         raise TargetError(f"{len(hidden_ND)} hidden states for {len(targets)} cached positions: they must be the same")
-    vocab = checked_vocabulary(targets, head_weight_VD.shape[0])
+    vocab = checked_vocabulary(targets, lm_head_VD.shape[0])
     zero = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-    metrics = no_metrics(hidden_ND.device)
+    metrics = zero_metrics(hidden_ND.device)
     parts = {"divergence": zero, "cross_entropy": zero}
-    measure = DivergenceSpec(divergence, js_weight, skew)
-    teacher = teacher_at(targets, vocab, measure=measure, tail=tail, temperature=temperature) if kd_weight else None
+    spec = DivergenceSpec(divergence, js_weight, skew)
+    teacher = prepare_targets(targets, vocab, spec=spec, tail=tail, temperature=temperature) if kd_weight else None
     state = shrinkage_for(teacher, shrinkage, vocab, hidden_ND.device) if teacher is not None else None
     learns = torch.is_grad_enabled()  # asked here, since it is always off inside an autograd function
     target_ids_N = targets.target_ids_N.long()
@@ -125,42 +126,14 @@ def distillation_from_hidden(
         parts["cross_entropy"] = parts["cross_entropy"] + cross_entropy_sum
         return kd_weight * divergence_sum + lm_weight * cross_entropy_sum
 
-    loss_sum = _fused(hidden_ND, head_weight_VD, vocab, chunk_size, chunk_loss)
+    loss_sum = _fused(hidden_ND, lm_head_VD, vocab, chunk_size, chunk_loss)
     return LossTerms(loss_sum, parts["divergence"], parts["cross_entropy"], len(targets), metrics)
-
-
-def estimated_shrinkage(
-    hidden_ND: Tensor,
-    head_weight_VD: Tensor,
-    targets: SparseTargets,
-    *,
-    profile_V: Tensor | None = None,
-    chunk_size: int = CHUNK_SIZE,
-) -> Shrinkage:
-    """The state of `shrink` with the weights that these positions themselves ask for, taken by themselves.
-
-    For measurements over one set of positions: training takes its weights from the steps before. Shapes and errors as
-    `distillation_from_hidden`.
-    """
-    vocab = checked_vocabulary(targets, head_weight_VD.shape[0])
-    shrinkage = Shrinkage(vocab, profile_V=profile_V, horizon=1.0)
-    with torch.enable_grad():  # which is what makes it learn; no gradient is asked for
-        distillation_from_hidden(
-            hidden_ND.detach(),
-            head_weight_VD.detach(),
-            targets,
-            tail="shrink",
-            shrinkage=shrinkage,
-            chunk_size=chunk_size,
-        )
-    shrinkage.finish_step()
-    return shrinkage
 
 
 @_outside_graphs
 def cross_entropy_from_hidden(
     hidden_ND: Tensor,
-    head_weight_VD: Tensor,
+    lm_head_VD: Tensor,
     target_ids_N: Tensor,
     *,
     vocab_size: int | None = None,
@@ -172,20 +145,20 @@ def cross_entropy_from_hidden(
     Errors: `TargetError` if an id is beyond the vocabulary.
     """
     target_ids_N = target_ids_N.long()
-    vocab = _vocabulary(head_weight_VD, target_ids_N, vocab_size)
+    vocab = _vocabulary(lm_head_VD, target_ids_N, vocab_size)
 
     def chunk_loss(logits_CV: Tensor, rows: slice) -> Tensor:
         return cross_entropy_in_place(logits_CV, target_ids_N[rows])
 
-    loss_sum = _fused(hidden_ND, head_weight_VD, vocab, chunk_size, chunk_loss)
+    loss_sum = _fused(hidden_ND, lm_head_VD, vocab, chunk_size, chunk_loss)
     zero = torch.zeros_like(loss_sum.detach())
-    return LossTerms(loss_sum, zero, loss_sum.detach(), len(target_ids_N), no_metrics(hidden_ND.device))
+    return LossTerms(loss_sum, zero, loss_sum.detach(), len(target_ids_N), zero_metrics(hidden_ND.device))
 
 
 @_outside_graphs
 def sequence_log_probs_from_hidden(
     hidden_ND: Tensor,
-    head_weight_VD: Tensor,
+    lm_head_VD: Tensor,
     target_ids_N: Tensor,
     sequence_of_N: Tensor,
     n_sequences: int,
@@ -199,16 +172,16 @@ def sequence_log_probs_from_hidden(
     Errors: `TargetError` if an id is beyond the vocabulary.
     """
     target_ids_N = target_ids_N.long()
-    vocab = _vocabulary(head_weight_VD, target_ids_N, vocab_size)
+    vocab = _vocabulary(lm_head_VD, target_ids_N, vocab_size)
     log_probs_N = cast(
         "Tensor",
-        TokenLogProbs.apply(hidden_ND, head_weight_VD, target_ids_N, vocab, chunk_size),  # type: ignore[no-untyped-call]
+        TokenLogProbs.apply(hidden_ND, lm_head_VD, target_ids_N, vocab, chunk_size),  # type: ignore[no-untyped-call]
     )
     return log_probs_N.new_zeros(n_sequences).index_add(0, sequence_of_N, log_probs_N)
 
 
-def _vocabulary(head_weight_VD: Tensor, target_ids_N: Tensor, vocab_size: int | None) -> int:
-    vocab = min(vocab_size or head_weight_VD.shape[0], head_weight_VD.shape[0])
+def _vocabulary(lm_head_VD: Tensor, target_ids_N: Tensor, vocab_size: int | None) -> int:
+    vocab = min(vocab_size or lm_head_VD.shape[0], lm_head_VD.shape[0])
     if target_ids_N.numel() and int(target_ids_N.max()) >= vocab:
         raise TargetError(
             f"target id {int(target_ids_N.max())} lies beyond the student's vocabulary of {vocab} ids: "
@@ -217,8 +190,8 @@ def _vocabulary(head_weight_VD: Tensor, target_ids_N: Tensor, vocab_size: int | 
     return vocab
 
 
-def _fused(hidden_ND: Tensor, head_weight_VD: Tensor, vocab: int, chunk_size: int, chunk_loss: ChunkLoss) -> Tensor:
+def _fused(hidden_ND: Tensor, lm_head_VD: Tensor, vocab: int, chunk_size: int, chunk_loss: ChunkLoss) -> Tensor:
     # needs_input_grad says True under no_grad as well: an evaluation must not pay for gradients.
     train = torch.is_grad_enabled()
-    applied = FusedLinearDivergence.apply(hidden_ND, head_weight_VD, vocab, chunk_size, chunk_loss, train)  # type: ignore[no-untyped-call]
+    applied = FusedLinearDivergence.apply(hidden_ND, lm_head_VD, vocab, chunk_size, chunk_loss, train)  # type: ignore[no-untyped-call]
     return cast("Tensor", applied)

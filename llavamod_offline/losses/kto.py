@@ -6,7 +6,7 @@ K = max(0, mean r over *mismatched* responses, answers that belong to other prom
 - desirable: w₊ · (1 − σ(β(r − K)))
 - undesirable: w₋ · (1 − σ(β(K − r)))
 
-K stands for the KL of policy and reference. The responses that are trained on cannot measure it, since it is they that
+K stands for the KL of policy and reference. The responses that are trained on cannot spec it, since it is they that
 the policy is moved by; `kto_pair` (see `preference.py`) does so all the same. Source: KTO, arXiv 2402.01306.
 """
 
@@ -67,7 +67,7 @@ def kto_loss(
         if not weight >= 0:
             raise ConfigError(f"kto: {name} is {weight:g}, expected a number not below 0")
     if not mismatched_ratios_M.numel() and len(policy_S):
-        raise TargetError("kto: no mismatched response to measure the KL by: give those of the whole global batch")
+        raise TargetError("kto: no mismatched response to spec the KL by: give those of the whole global batch")
     ratios_S = policy_S.float() - reference_S.detach().float()
     kl = ratios_S.new_zeros(())
     if mismatched_ratios_M.numel():

@@ -13,16 +13,13 @@ smoothing ε:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from llavamod_offline.errors import ConfigError
-
-PreferenceKind = Literal["kto_pair", "sigmoid", "ipo", "hinge"]
-PREFERENCE_KINDS: tuple[str, ...] = get_args(PreferenceKind)
+from llavamod_offline.losses.kinds import PREFERENCE_KINDS, PreferenceKind
 
 
 @dataclass(frozen=True)

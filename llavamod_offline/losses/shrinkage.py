@@ -41,9 +41,9 @@ class TailWeights:
 
     own_V: Tensor
     profile_V: Tensor
-    draws_V: Tensor
+    samples_V: Tensor
     profile_R: Tensor
-    draws_R: Tensor
+    samples_R: Tensor
 
 
 class Shrinkage:
@@ -132,8 +132,8 @@ class Shrinkage:
         """The weights in force, of each band, for the log: a as `tail_profile_weight`, λ as `tail_samples_weight`."""
         zeros_R = torch.zeros(self._bands)
         profile_R = zeros_R if self.weights is None else self.weights.profile_R
-        draws_R = zeros_R if self.weights is None else self.weights.draws_R
-        return {"tail_profile_weight": profile_R.tolist(), "tail_draws_weight": draws_R.tolist()}
+        samples_R = zeros_R if self.weights is None else self.weights.samples_R
+        return {"tail_profile_weight": profile_R.tolist(), "tail_samples_weight": samples_R.tolist()}
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps, between two steps."""

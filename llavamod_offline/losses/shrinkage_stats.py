@@ -56,12 +56,12 @@ class ShrinkageSums:
         features_NJ = torch.where(counted_N[:, None], features_NJ, 0.0)
         per_sum_N = torch.where(counted_N & (view.tail_sum_N > 0), rates_N / view.tail_sum_N, 0.0)
         self._difference_VJ.addmm_(view.exponentials_NV.T, per_sum_N[:, None] * features_NJ, alpha=-1)
-        drawn_NM = rates_N[:, None] * view.tail_weights_NM
-        tail_ids_L, drawn_LJ = view.tail_ids_NM.flatten(), _spread(drawn_NM, features_NJ)
-        self._difference_VJ.index_add_(0, tail_ids_L, drawn_LJ)
-        self._noise_RJ.index_add_(0, band_V[tail_ids_L], drawn_LJ.square())
+        sample_weights_NM = rates_N[:, None] * view.tail_weights_NM
+        tail_ids_L, samples_LJ = view.tail_ids_NM.flatten(), _spread(sample_weights_NM, features_NJ)
+        self._difference_VJ.index_add_(0, tail_ids_L, samples_LJ)
+        self._noise_RJ.index_add_(0, band_V[tail_ids_L], samples_LJ.square())
         if profile_V is not None and view.outside_N is not None:
-            self._rest_VJ.index_add_(0, tail_ids_L, drawn_LJ)
+            self._rest_VJ.index_add_(0, tail_ids_L, samples_LJ)
             per_mass_N = torch.where(counted_N, rates_N / view.outside_N, 0.0)
             topk_NK = torch.where(view.topk_valid_NK, profile_V[view.topk_ids_NK], 0.0) * per_mass_N[:, None]
             self._rest_VJ.index_add_(0, view.topk_ids_NK.flatten(), _spread(topk_NK, features_NJ))

@@ -20,17 +20,16 @@ mass.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llavamod_offline.errors import TargetError
 from llavamod_offline.losses.bucketed_divergence import DivergenceSpec
+from llavamod_offline.losses.kinds import TAIL_ESTIMATORS, TailEstimator
 from llavamod_offline.losses.targets import EMPTY_ID, SparseTargets
 
-Tail = Literal["shrink", "bucket", "draws", "renormalised"]
-TAILS: tuple[str, ...] = get_args(Tail)
 NEVER = float("-inf")
 
 
@@ -40,7 +39,7 @@ class PreparedTargets:
 
     `log_probs_NE` is what the loss imitates and sums to 1 in each row; `full_log_probs_NE` what the metrics compare
     with: the same, but for `renormalised`, which forgets the tail. `has_target_N` is False for a row with neither head
-    nor tail, which adds nothing to anything; `drawn_N` says which rows have a tail and draws from it.
+    nor tail, which adds nothing to anything; `has_samples_N` says which rows have a tail and draws from it.
     """
 
     topk_ids_NK: Tensor
@@ -51,10 +50,10 @@ class PreparedTargets:
     tail_weights_NM: Tensor
     entropy_N: Tensor
     has_target_N: Tensor
-    drawn_N: Tensor
+    has_samples_N: Tensor
     temperature: float
-    tail: Tail
-    measure: DivergenceSpec
+    tail: TailEstimator
+    spec: DivergenceSpec
 
     def __getitem__(self, rows: slice) -> PreparedTargets:
         """A slice of the positions."""
@@ -77,8 +76,13 @@ def checked_vocabulary(targets: SparseTargets, head_rows: int) -> int:
     return head_rows
 
 
-def teacher_at(
-    targets: SparseTargets, vocab: int, *, measure: DivergenceSpec, tail: Tail = "bucket", temperature: float = 1.0
+def prepare_targets(
+    targets: SparseTargets,
+    vocab: int,
+    *,
+    spec: DivergenceSpec,
+    tail: TailEstimator = "bucket",
+    temperature: float = 1.0,
 ) -> PreparedTargets:
     """Bring the records to a temperature and a reading of the tail, for one divergence over `vocab` ids.
 
@@ -86,11 +90,11 @@ def teacher_at(
     `temperature` has no stored normaliser; the records have a tail but no draws that `draws` could use at that
     temperature; or a reverse KL would be infinite, since the teacher gives ids no probability that the student can.
     """
-    if tail not in TAILS:
-        raise TargetError(f"tail reading '{tail}' is unknown: choose one of {', '.join(TAILS)}")
-    if tail != "bucket" and measure.kind != "forward_kl":
+    if tail not in TAIL_ESTIMATORS:
+        raise TargetError(f"tail reading '{tail}' is unknown: choose one of {', '.join(TAIL_ESTIMATORS)}")
+    if tail != "bucket" and spec.kind != "forward_kl":
         raise TargetError(
-            f"tail '{tail}': {measure.kind} is defined on head and bucket: set tail to 'bucket', or use forward_kl"
+            f"tail '{tail}': {spec.kind} is defined on head and bucket: set tail to 'bucket', or use forward_kl"
         )
     if not temperature > 0:
         raise TargetError(f"temperature {temperature:g}: expected a number above 0")
@@ -107,7 +111,7 @@ def teacher_at(
     full_NE = _normalised(torch.cat([topk_NK, tail_N.masked_fill(whole_N, NEVER)[:, None]], 1))
     log_probs_NE = full_NE if tail != "renormalised" else _without_tail(full_NE)
     has_target_N = torch.isfinite(log_probs_NE).any(-1)
-    if measure.kind == "reverse_kl":
+    if spec.kind == "reverse_kl":
         _check_support(log_probs_NE, valid_NK, whole_N | ~has_target_N)
     tail_ids_NM, tail_weights_NM = _usable_tail_samples(targets, full_NE[:, -1], tail, temperature)
     return PreparedTargets(
@@ -119,10 +123,10 @@ def teacher_at(
         tail_weights_NM=tail_weights_NM,
         entropy_N=targets.entropy_N,
         has_target_N=has_target_N,
-        drawn_N=(tail_weights_NM.sum(-1) > 0) & torch.isfinite(full_NE[:, -1]),
+        has_samples_N=(tail_weights_NM.sum(-1) > 0) & torch.isfinite(full_NE[:, -1]),
         temperature=temperature,
         tail="bucket" if tail == "shrink" and temperature != 1.0 else tail,
-        measure=measure,
+        spec=spec,
     )
 
 
@@ -162,19 +166,20 @@ def _check_support(log_probs_NE: Tensor, valid_NK: Tensor, tail_unreachable_N: T
 
 
 def _usable_tail_samples(
-    targets: SparseTargets, tail_N: Tensor, tail: Tail, temperature: float
+    targets: SparseTargets, tail_N: Tensor, tail: TailEstimator, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """The draws as ids ≥ 0 and float32 weights, or none at a temperature they were not drawn at."""
     ids_NM = targets.tail_ids_NM
-    if tail == "draws" and bool(torch.isfinite(tail_N).any()):
+    if tail == "samples" and bool(torch.isfinite(tail_N).any()):
         if temperature != 1.0:
             raise TargetError(
-                f"tail 'draws' at temperature {temperature:g}: the draws were made at temperature 1: "
+                f"tail 'samples' at temperature {temperature:g}: tail samples were drawn at temperature 1: "
                 "set tail to 'bucket', or temperature to 1"
             )
         if ids_NM.shape[1] == 0:
             raise TargetError(
-                "tail 'draws': the cache holds no tail draws: set tail to 'bucket', or capture with draws"
+                "tail 'samples': the cache holds no tail samples: set tail to 'bucket', or capture it again with "
+                "capture.tail_samples_max above 0"
             )
     if temperature != 1.0:
         ids_NM = ids_NM[:, :0]

@@ -75,33 +75,3 @@ class SparseTargets:
         assert callable(function)
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return SparseTargets(**{k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()})
-
-
-def concatenate_targets(parts: list[SparseTargets]) -> SparseTargets:
-    """Stack the positions of several targets, padding heads and draws to the widest. Errors: `TargetError` if none."""
-    if not parts:
-        raise TargetError("no targets to concatenate")
-    first = parts[0]
-
-    def join(name: str, empty: float) -> Tensor:
-        tensors = [getattr(part, name) for part in parts]
-        width = max(tensor.shape[1] for tensor in tensors)
-        padded = [torch.nn.functional.pad(t, (0, width - t.shape[1]), value=empty) for t in tensors]
-        return torch.cat(padded)
-
-    def stack(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in parts])
-
-    return SparseTargets(
-        topk_ids_NK=join("topk_ids_NK", EMPTY_ID),
-        topk_log_probs_NK=join("topk_log_probs_NK", float("-inf")),
-        tail_log_mass_N=stack("tail_log_mass_N"),
-        tail_ids_NM=join("tail_ids_NM", EMPTY_ID),
-        tail_weights_NM=join("tail_weights_NM", 0.0),
-        target_ids_N=stack("target_ids_N"),
-        target_log_probs_N=stack("target_log_probs_N"),
-        entropy_N=stack("entropy_N"),
-        log_normalisers_NS=stack("log_normalisers_NS"),
-        temperatures=first.temperatures,
-        vocab_size=first.vocab_size,
-    )

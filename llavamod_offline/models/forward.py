@@ -62,7 +62,7 @@ def vision_features(model: LlavaForConditionalGeneration, pixel_values_ICHW: Ten
     return features_IPC[:, 1:] if config.vision_feature_select_strategy == "default" else features_IPC
 
 
-def head_weight(model: LlavaForConditionalGeneration) -> Tensor:
+def lm_head_weight(model: LlavaForConditionalGeneration) -> Tensor:
     """The head's weight [V, D]; with tied embeddings it is the embedding's."""
     return cast("Tensor", model.get_output_embeddings().weight)
 

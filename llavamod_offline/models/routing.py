@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
@@ -110,11 +109,6 @@ class RouterWatch:
             self._weights[layer].append(weights_SK)
 
         return collect
-
-
-def is_sparse(model: LlavaForConditionalGeneration) -> bool:
-    """Whether the text model has routers."""
-    return any(isinstance(module, ROUTERS) for module in model.modules())
 
 
 def _trained(routers: list[Any]) -> bool:

@@ -30,9 +30,10 @@ import torch
 from torch import Tensor
 
 from llavamod_offline.losses.bucketed_divergence import DivergenceSpec
-from llavamod_offline.losses.chunk_gradients import divergence_in_place, no_metrics
+from llavamod_offline.losses.chunk_gradients import divergence_in_place, zero_metrics
+from llavamod_offline.losses.kinds import TailEstimator
 from llavamod_offline.losses.shrinkage import Shrinkage
-from llavamod_offline.losses.tail_estimators import Tail, teacher_at
+from llavamod_offline.losses.tail_estimators import prepare_targets
 from llavamod_offline.losses.targets import SparseTargets
 from teacher_cache.config import PRESETS, Preset
 from teacher_cache.engines.make_records import make_records
@@ -50,9 +51,9 @@ from tests.benchmarks.teachers.worlds import World, causal_world, ngram_world, t
 NAME = "codec"
 TEMPERATURES = (1.5, 2.0, 4.0)
 STUDENTS = {"near": 0.9, "mid": 0.5, "fresh": 0.0}
-READINGS: tuple[Tail, ...] = ("shrink", "bucket", "draws", "renormalised")
+ESTIMATORS: tuple[TailEstimator, ...] = ("shrink", "bucket", "samples", "renormalised")
 MEASURED = ("compact", "standard")
-DEFAULT: Tail = "shrink"
+DEFAULT: TailEstimator = "shrink"
 
 
 def main() -> None:
@@ -68,7 +69,7 @@ def main() -> None:
     for world in worlds:
         with tempfile.TemporaryDirectory() as folder:
             caches = {name: capture(world, PRESETS[name], Path(folder) / name) for name in MEASURED}
-            found = measure(world, caches, measured)
+            found = spec(world, caches, measured)
             sizes = {name: (cache.bytes_per_position, floor_bytes(cache)) for name, cache in caches.items()}
         rows += table(world, found, sizes)
         suffix = "" if world.name == "ngram" else f"_{world.name}"
@@ -130,7 +131,7 @@ class Sums:
 Found = dict[tuple[str, str, str, float], tuple[float, float, float]]
 
 
-def measure(world: World, caches: dict[str, TeacherCache], sequences: int) -> Found:
+def spec(world: World, caches: dict[str, TeacherCache], sequences: int) -> Found:
     """(target, reading, student, T) → errors of bias and weight gradient, and KL."""
     states: dict[tuple[str, str], Shrinkage] = {}
     for number in range(sequences, 2 * sequences):
@@ -179,8 +180,8 @@ def _targets_gradients(
     """The gradient [N, V] of one sequence by every target and reading."""
     for name, cache in caches.items():
         targets = _targets(cache, number)
-        for reading in READINGS:
-            if reading == "draws" and temperature != 1.0:
+        for reading in ESTIMATORS:
+            if reading == "samples" and temperature != 1.0:
                 continue
             state = states[name, student]
             yield name, reading, _gradient(log_q_NV, targets, reading, temperature, state, hidden_ND, learn=False)
@@ -191,7 +192,7 @@ def _targets_gradients(
 def _gradient(
     log_q_NV: Tensor,
     targets: SparseTargets,
-    tail: Tail,
+    tail: TailEstimator,
     temperature: float,
     state: Shrinkage,
     hidden_ND: Tensor | None,
@@ -199,13 +200,13 @@ def _gradient(
     learn: bool,
 ) -> Tensor:
     """The gradient in the student's logits, by the library's loss."""
-    teacher = teacher_at(targets, log_q_NV.shape[1], measure=DivergenceSpec(), tail=tail, temperature=temperature)
+    teacher = prepare_targets(targets, log_q_NV.shape[1], spec=DivergenceSpec(), tail=tail, temperature=temperature)
     features_NJ = torch.ones_like(log_q_NV[:, :1]) if hidden_ND is None else state.features(hidden_ND)
     gradient_NV = log_q_NV.clone()
     divergence_in_place(
         gradient_NV,
         teacher,
-        no_metrics(log_q_NV.device),
+        zero_metrics(log_q_NV.device),
         shrinkage=state if teacher.tail == "shrink" else None,
         features_NJ=features_NJ if learn else None,
     )

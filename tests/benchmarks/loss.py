@@ -35,9 +35,9 @@ from tests.benchmarks.worlds.targets import random_targets
 NAME = "loss"
 HEAD = 32
 DRAWS = 8
-CASES = ("ours", "bucket", "draws", "js", "kd_lm", "ce", "dense", "dense_lean", "torch", "liger")
+CASES = ("ours", "bucket", "samples", "js", "kd_lm", "ce", "dense", "dense_lean", "torch", "liger")
 RIVALS = ("ce", "dense", "dense_lean", "torch", "liger")
-AT_FIRST_SIZE = ("draws", "js", "kd_lm")
+AT_FIRST_SIZE = ("samples", "js", "kd_lm")
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def make_case(name: str, inputs: Inputs) -> Callable[[], None]:
     functions: dict[str, Callable[[], Tensor]] = {
         "ours": ours,
         "bucket": lambda: distillation_from_hidden(hidden_ND, weight_VD, targets).loss_sum,
-        "draws": lambda: distillation_from_hidden(hidden_ND, weight_VD, targets, tail="draws").loss_sum,
+        "samples": lambda: distillation_from_hidden(hidden_ND, weight_VD, targets, tail="samples").loss_sum,
         "js": lambda: distillation_from_hidden(hidden_ND, weight_VD, targets, divergence="js").loss_sum,
         "kd_lm": lambda: distillation_from_hidden(hidden_ND, weight_VD, targets, lm_weight=1.0).loss_sum,
         "ce": lambda: cross_entropy_from_hidden(hidden_ND, weight_VD, ids_N).loss_sum,

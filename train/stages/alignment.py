@@ -14,9 +14,9 @@ from torch import Tensor
 from llavamod_offline.data.encode.tokenize import NO_TARGET
 from llavamod_offline.losses.alignment import (
     HiddenProjection,
-    head_metric,
     hidden_alignment,
     hidden_relations,
+    lm_head_metric,
     relation_alignment,
     visual_token_kl,
 )
@@ -46,7 +46,7 @@ class Alignment:
         return int((batch.batch.input_ids_BT == self.image_token_id).sum()) // self.image_tokens
 
     def terms(
-        self, hidden_ND: Tensor, head_weight_VD: Tensor, batch: TrainBatch, *, per_answer: float, per_image: float
+        self, hidden_ND: Tensor, lm_head_VD: Tensor, batch: TrainBatch, *, per_answer: float, per_image: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of all parts, with gradient, and each part by itself, detached.
 
@@ -61,10 +61,10 @@ class Alignment:
         if settings.visual_kl_weight:
             assert batch.targets is not None
             rows_Q = image_positions(batch.batch, self.image_token_id).nonzero()[:, 0]
-            terms = visual_token_kl(hidden_ND.index_select(0, rows_Q), head_weight_VD, batch.targets.take(rows_Q))
+            terms = visual_token_kl(hidden_ND.index_select(0, rows_Q), lm_head_VD, batch.targets.take(rows_Q))
             parts["visual_kl"] = (settings.visual_kl_weight, terms.loss_sum * (per_image / self.image_tokens))
         if settings.relation_weight:
-            relations = self._relations(hidden_ND, head_weight_VD, batch) * per_image
+            relations = self._relations(hidden_ND, lm_head_VD, batch) * per_image
             parts["relation_distance"] = (settings.relation_weight, relations)
         total = sum((weight * part for weight, part in parts.values()), hidden_ND.new_zeros(()).float())
         return total, {name: part.detach() for name, (_, part) in parts.items()}
@@ -76,7 +76,7 @@ class Alignment:
         projected_AT = self.projection(hidden_ND.index_select(0, states.rows_M[answers_M]))
         return hidden_alignment(projected_AT, states.states_MT[answers_M], distance=self.settings.feature_distance)
 
-    def _relations(self, hidden_ND: Tensor, head_weight_VD: Tensor, batch: TrainBatch) -> Tensor:
+    def _relations(self, hidden_ND: Tensor, lm_head_VD: Tensor, batch: TrainBatch) -> Tensor:
         states = _states(batch)
         images_M = image_positions(batch.batch, self.image_token_id).index_select(0, states.rows_M)
         student_IPD, teacher_IPT = (
@@ -85,7 +85,7 @@ class Alignment:
         )
         metric_DD = None
         if self.teacher_metric_TT is not None:
-            metric_DD = head_metric(head_weight_VD, vocab_size=self.vocab_size)
+            metric_DD = lm_head_metric(lm_head_VD, vocab_size=self.vocab_size)
         return relation_alignment(
             hidden_relations(student_IPD, metric_DD), hidden_relations(teacher_IPT, self.teacher_metric_TT)
         )

@@ -92,7 +92,7 @@ def make_stage(
         supervised = (align if config.stage == "align" else sft).make_loss(vocab_size=vocab_size, **common)
         return Objective(lambda student, batch, *_: supervised(student, batch), lambda batch: batch.positions)
     shrinkage = None
-    if loss.distils(config.stage) and loss.reading == "shrink" and loss.temperature == 1.0:
+    if loss.distils(config.stage) and loss.tail_estimator == "shrink" and loss.temperature == 1.0:
         assert cached_vocab_size is not None
         shrinkage = _shrinkage(config, cached_vocab_size, tail_profile_V)
     distillation = partial(
@@ -100,7 +100,7 @@ def make_stage(
         divergence=loss.divergence,
         js_weight=loss.js_weight,
         skew=loss.skew,
-        tail=loss.reading,
+        tail=loss.tail_estimator,
         shrinkage=shrinkage,
         temperature=loss.temperature,
     )

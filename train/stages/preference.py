@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from llavamod_offline.losses.fused import LossTerms, sequence_log_probs_from_hidden
+from llavamod_offline.losses.kinds import PreferenceKind
 from llavamod_offline.losses.kto import kto_loss
-from llavamod_offline.losses.preference import PreferenceKind, PreferenceTerms, preference_loss
-from llavamod_offline.models.forward import head_weight
+from llavamod_offline.losses.preference import PreferenceTerms, preference_loss
+from llavamod_offline.models.forward import lm_head_weight
 from llavamod_offline.models.routing import Routing
 from train.data.batches import TrainBatch
 from train.engine.deepspeed_engine import World
@@ -193,7 +194,7 @@ def _log_probs(
     inputs = batch.batch
     hidden_ND, routing = predicting_states(model, batch, train_vision=train_vision, features_IPC=features_IPC)
     policy_S = sequence_log_probs_from_hidden(
-        hidden_ND, head_weight(model), inputs.target_ids_N, inputs.sequence_of_N, len(inputs), vocab_size=vocab_size
+        hidden_ND, lm_head_weight(model), inputs.target_ids_N, inputs.sequence_of_N, len(inputs), vocab_size=vocab_size
     )
     lengths_S = torch.bincount(inputs.sequence_of_N, minlength=len(inputs))
     means_S = policy_S / lengths_S
@@ -212,4 +213,4 @@ def _distilled(
     assert batch.targets is not None
     chosen_C = slice(len(batch.targets))
     weights_C = 1.0 / found.lengths_S[batch.batch.sequence_of_N[chosen_C]]
-    return distillation(found.hidden_ND[chosen_C], head_weight(model), batch.targets, weights_N=weights_C)
+    return distillation(found.hidden_ND[chosen_C], lm_head_weight(model), batch.targets, weights_N=weights_C)

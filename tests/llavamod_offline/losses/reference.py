@@ -21,42 +21,42 @@ def truncate(
     log_probs_NV: Tensor,
     *,
     head: int,
-    draws: int = 0,
+    samples: int = 0,
     temperatures: tuple[float, ...] = (),
     seed: int = 0,
     vocab_size: int | None = None,
 ) -> SparseTargets:
-    """Records of full distributions with heads of 0 to `head` ids (ragged) and `draws` weighted tail ids."""
+    """Records of full distributions with heads of 0 to `head` ids (ragged) and `samples` weighted tail ids."""
     generator = torch.Generator().manual_seed(seed)
     n, vocab = log_probs_NV.shape
     head = min(head, vocab)
     head_ids = torch.full((n, head), EMPTY_ID)
-    head_log_probs = torch.full((n, head), -math.inf)
+    topk_log_probs = torch.full((n, head), -math.inf)
     tail = torch.full((n,), -math.inf)
-    draw_ids = torch.full((n, draws), EMPTY_ID)
-    draw_weights = torch.zeros(n, draws)
+    tail_ids = torch.full((n, samples), EMPTY_ID)
+    tail_weights = torch.zeros(n, samples)
     for i in range(n):
         k = head - (i % (head + 1)) if i % 3 == 1 else head
         order = log_probs_NV[i].argsort(descending=True)
         head_ids[i, :k] = order[:k]
-        head_log_probs[i, :k] = log_probs_NV[i, order[:k]].float()
+        topk_log_probs[i, :k] = log_probs_NV[i, order[:k]].float()
         if k == vocab:
             continue
         tail[i] = log_probs_NV[i, order[k:]].logsumexp(0).float()
-        if draws and i % 5 != 4:  # every fifth position has a tail, but nothing drawn from it
+        if samples and i % 5 != 4:  # every fifth position has a tail, but nothing drawn from it
             shape = log_probs_NV[i, order[k:]].softmax(0)
-            drawn = order[k:][torch.multinomial(shape, draws, replacement=True, generator=generator)]
+            drawn = order[k:][torch.multinomial(shape, samples, replacement=True, generator=generator)]
             ids, counts = drawn.unique(return_counts=True)
-            draw_ids[i, : len(ids)] = ids
-            draw_weights[i, : len(ids)] = counts / draws
+            tail_ids[i, : len(ids)] = ids
+            tail_weights[i, : len(ids)] = counts / samples
     targets = torch.multinomial(log_probs_NV.exp(), 1, generator=generator).squeeze(1) if n else torch.zeros(0).long()
     normalisers = [(log_probs_NV / t).logsumexp(-1) for t in temperatures]
     return SparseTargets(
         topk_ids_NK=head_ids,
-        topk_log_probs_NK=head_log_probs,
+        topk_log_probs_NK=topk_log_probs,
         tail_log_mass_N=tail,
-        tail_ids_NM=draw_ids,
-        tail_weights_NM=draw_weights,
+        tail_ids_NM=tail_ids,
+        tail_weights_NM=tail_weights,
         target_ids_N=targets,
         target_log_probs_N=log_probs_NV.gather(1, targets[:, None]).squeeze(1).float(),
         entropy_N=torch.special.entr(log_probs_NV.exp()).sum(-1).float(),
@@ -76,7 +76,7 @@ def full_kl(log_probs_NV: Tensor, logits_NV: Tensor, temperature: float = 1.0) -
 def reference_kl(
     log_probs_NV: Tensor, targets: SparseTargets, logits_NV: Tensor, tail: str, temperature: float = 1.0
 ) -> Tensor:
-    """What each reading of the tail means, position by position, from the full teacher and the heads' ids."""
+    """What each estimator of the tail means, position by position, from the full teacher and the heads' ids."""
     vocab = log_probs_NV.shape[1]
     total = logits_NV.sum() * 0.0
     for i in range(len(targets)):
@@ -90,7 +90,7 @@ def reference_kl(
         if tail == "renormalised":
             mass = p[ids].sum()
             total = total + sum((p[v] / mass * (torch.log(p[v] / mass) - log_q[v]) for v in ids), start=p.new_zeros(()))
-        elif tail == "draws" and drawn and rest:
+        elif tail == "samples" and drawn and rest:
             r = p[rest].sum()
             cross = -sum((p[v] * log_q[v] for v in ids), start=p.new_zeros(()))
             cross = cross - sum((r * w * log_q[v] for v, w in drawn), start=p.new_zeros(()))
@@ -147,7 +147,7 @@ def _term(kind: str, p: Tensor, q: Tensor, w: float, a: float) -> Tensor:
 
 
 def without_targets(targets: SparseTargets, rows: list[int]) -> SparseTargets:
-    """The same positions, of which some have neither head nor tail, neither draws nor an actual token."""
+    """The same positions, of which some have neither head nor tail, neither samples nor an actual token."""
     values = {name: tensor.clone() for name, tensor in vars(targets).items() if isinstance(tensor, Tensor)}
     for name in ("topk_ids_NK", "tail_ids_NM", "target_ids_N"):
         values[name][rows] = EMPTY_ID

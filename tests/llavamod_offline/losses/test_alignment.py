@@ -10,14 +10,14 @@ from torch import Tensor
 
 from llavamod_offline.errors import ConfigError, TargetError
 from llavamod_offline.losses.alignment import (
-    HiddenDistance,
     HiddenProjection,
     hidden_alignment,
     hidden_relations,
-    logit_relations,
+    lm_head_metric,
     relation_alignment,
     visual_token_kl,
 )
+from llavamod_offline.losses.kinds import HiddenDistance
 from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, save_student
 from tests.llavamod_offline.losses.reference import full_kl, random_teacher, truncate
 from tests.tiny import write_tiny_llava
@@ -71,7 +71,7 @@ class TestHiddenAlignment:
     def test_errors(self) -> None:
         with pytest.raises(TargetError, match=r"\(2, 3\) projected for \(2, 4\) of the teacher"):
             hidden_alignment(torch.zeros(2, 3), torch.zeros(2, 4))
-        with pytest.raises(ConfigError, match="'l1' is unknown: choose one of cosine, mse"):
+        with pytest.raises(ConfigError, match="'l1' is unknown: choose one of mse, cosine"):
             hidden_alignment(torch.zeros(2, 3), torch.zeros(2, 3), distance="l1")  # type: ignore[arg-type]
 
 
@@ -125,7 +125,7 @@ class TestRelations:
         hidden_BPD, weight_VD = _normal(2, 5, 4), _normal(13, 4, seed=1)
         logits_BPV = (hidden_BPD @ weight_VD.T)[..., :vocab_size]
         expected_BPP = torch.einsum("bpv,bqv->bpq", logits_BPV, logits_BPV)
-        ours_BPP = logit_relations(hidden_BPD.float(), weight_VD.float(), vocab_size=vocab_size)
+        ours_BPP = hidden_relations(hidden_BPD.float(), lm_head_metric(weight_VD.float(), vocab_size=vocab_size))
         torch.testing.assert_close(ours_BPP.double(), expected_BPP, rtol=1e-5, atol=1e-5)
 
     def test_hidden_states_relate_by_themselves_where_no_head_is_given(self) -> None:
@@ -147,9 +147,13 @@ class TestRelations:
         """Students and teachers of other widths and heads; images of unequally many tokens, one of none."""
         student_BPD = _normal(4, 5, 6).to(dtype).requires_grad_()
         weight_VD = _normal(13, 6, seed=1).to(dtype)
-        teacher_BPP = logit_relations(_normal(4, 5, 9, seed=2), _normal(17, 9, seed=3)).requires_grad_()
+        teacher_BPP = hidden_relations(
+            _normal(4, 5, 9, seed=2), lm_head_metric(_normal(17, 9, seed=3))
+        ).requires_grad_()
         mask_BP = torch.arange(5) < torch.tensor([5, 3, 0, 1])[:, None]
-        loss = relation_alignment(logit_relations(student_BPD, weight_VD), teacher_BPP, mask_BP=mask_BP)
+        loss = relation_alignment(
+            hidden_relations(student_BPD, lm_head_metric(weight_VD)), teacher_BPP, mask_BP=mask_BP
+        )
         loss.backward()
         wide_BPD = student_BPD.detach().double().requires_grad_()
         total = wide_BPD.sum() * 0.0

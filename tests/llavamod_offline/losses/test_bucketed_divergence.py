@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llavamod_offline.errors import TargetError
-from llavamod_offline.losses.bucketed_divergence import DIVERGENCE_KINDS, DivergenceKind
 from llavamod_offline.losses.divergence import (
     Divergence,
     forward_kl,
@@ -24,7 +23,8 @@ from llavamod_offline.losses.divergence import (
     total_variation,
 )
 from llavamod_offline.losses.fused import distillation_from_hidden
-from llavamod_offline.losses.targets import SparseTargets, concatenate_targets
+from llavamod_offline.losses.kinds import DIVERGENCE_KINDS, DivergenceKind
+from llavamod_offline.losses.targets import SparseTargets
 from tests.llavamod_offline.losses.reference import (
     full_kl,
     random_teacher,
@@ -34,7 +34,7 @@ from tests.llavamod_offline.losses.reference import (
 )
 
 WEIGHT, SKEW = 0.3, 0.2
-KINDS: tuple[DivergenceKind, ...] = DIVERGENCE_KINDS  # type: ignore[assignment]
+KINDS = DIVERGENCE_KINDS
 DENSE: dict[str, Callable[..., Divergence]] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
@@ -55,18 +55,18 @@ def _normal(*shape: int, seed: int) -> Tensor:
     vocab=st.integers(2, 23),
     extra=st.integers(0, 3),
     head=st.integers(0, 25),
-    draws=st.integers(0, 3),
+    samples=st.integers(0, 3),
     kind=st.sampled_from(KINDS),
     temperature=st.sampled_from((1.0, 2.0, 4.0)),
     masked=st.sets(st.integers(0, 6)),
     seed=st.integers(0, 2**20),
 )
 def test_value_and_gradient_equal_the_reference(
-    n: int, vocab: int, extra: int, head: int, draws: int, kind: str, temperature: float, masked: set[int], seed: int
+    n: int, vocab: int, extra: int, head: int, samples: int, kind: str, temperature: float, masked: set[int], seed: int
 ) -> None:
-    """Odd shapes, empty batches, heads without tail, tails without head, rows without either, no draws at all."""
+    """Odd shapes, empty batches, heads without tail, tails without head, rows without either, no samples at all."""
     log_probs_NV = random_teacher(n, vocab, seed)
-    targets = truncate(log_probs_NV, head=head, draws=draws, temperatures=(2.0, 4.0), seed=seed)
+    targets = truncate(log_probs_NV, head=head, samples=samples, temperatures=(2.0, 4.0), seed=seed)
     targets = without_targets(targets, [row for row in masked if row < n])
     expected_logits = (2 * _normal(n, vocab + extra, seed=seed + 1)).requires_grad_()
     expected = reference_divergence(
@@ -111,7 +111,7 @@ def test_fused_equals_the_reference_in_any_chunks(
 ) -> None:
     log_probs_NV = random_teacher(n, vocab, seed)
     targets = without_targets(
-        truncate(log_probs_NV, head=head, draws=2, temperatures=(2.0,), seed=seed), [row for row in masked if row < n]
+        truncate(log_probs_NV, head=head, samples=2, temperatures=(2.0,), seed=seed), [row for row in masked if row < n]
     )
     kd_weight, lm_weight = weights
     weights_N = _normal(n, seed=seed + 2).exp().float() if weighted else None
@@ -253,7 +253,7 @@ def test_they_tend_to_one_another_as_they_should() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_extreme_logits_stay_finite(kind: str) -> None:
     log_probs_NV = random_teacher(4, 12, 0)
-    targets = truncate(log_probs_NV, head=4, draws=2)
+    targets = truncate(log_probs_NV, head=4, samples=2)
     logits = torch.zeros(4, 12)
     logits[0, int(targets.topk_ids_NK[0, 0])] = 300.0  # the student puts nothing outside the head
     logits[1, 5] = -300.0
@@ -280,11 +280,11 @@ def test_half_precision_logits_are_computed_in_float32(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_log_is_the_same_whatever_the_divergence(kind: str) -> None:
-    """The forward KL by the draws and the stored entropy, the tails' shares, and how often the first choices agree."""
+    """The forward KL by samples and the stored entropy, the tails' shares, and how often the first choices agree."""
     log_probs_NV = random_teacher(9, 25, 8)
-    targets = truncate(log_probs_NV, head=7, draws=3)
+    targets = truncate(log_probs_NV, head=7, samples=3)
     logits = (2 * _normal(9, 25, seed=7)).float()
-    drawn = forward_kl(logits, targets, tail="draws")
+    drawn = forward_kl(logits, targets, tail="samples")
     metrics = DENSE[kind](logits, targets).metrics
     assert metrics["kl"].item() == pytest.approx(drawn.loss_sum.item(), rel=1e-5)
     assert metrics == drawn.metrics
@@ -303,9 +303,9 @@ def test_the_log_is_the_same_whatever_the_divergence(kind: str) -> None:
 @pytest.mark.parametrize("lm_weight", [0.0, 1.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_without_any_target_add_nothing(kind: DivergenceKind, lm_weight: float) -> None:
-    targets = truncate(random_teacher(6, 20, 4), head=5, draws=2)
+    targets = truncate(random_teacher(6, 20, 4), head=5, samples=2)
     masked = without_targets(targets, [0, 2, 3])
-    left = concatenate_targets([targets[1:2], targets[4:6]])
+    left = targets.take(torch.tensor([1, 4, 5]))
     hidden_ND, weight_VD = _normal(6, 6, seed=1).float().requires_grad_(), _normal(20, 6, seed=2).float()
     terms = distillation_from_hidden(hidden_ND, weight_VD, masked, divergence=kind, lm_weight=lm_weight)
     fewer = distillation_from_hidden(hidden_ND[[1, 4, 5]], weight_VD, left, divergence=kind, lm_weight=lm_weight)
@@ -322,7 +322,7 @@ def test_rows_without_any_target_add_nothing(kind: DivergenceKind, lm_weight: fl
 
 
 class TestErrors:
-    targets: SparseTargets = truncate(random_teacher(4, 20, 4), head=5, draws=2, temperatures=(2.0,))
+    targets: SparseTargets = truncate(random_teacher(4, 20, 4), head=5, samples=2, temperatures=(2.0,))
     logits = torch.zeros(4, 20)
     hidden_ND, weight_VD = torch.zeros(4, 6), torch.zeros(20, 6)
 
@@ -336,8 +336,8 @@ class TestErrors:
         with pytest.raises(TargetError, match=r"temperature 2 .*stored: none.* with 2 in capture.temperatures"):
             DENSE[kind](self.logits, without, temperature=2.0)
 
-    @pytest.mark.parametrize("tail", ["draws", "renormalised"])
-    def test_another_reading_than_the_bucket(self, tail: str) -> None:
+    @pytest.mark.parametrize("tail", ["samples", "renormalised"])
+    def test_another_estimator_than_the_bucket(self, tail: str) -> None:
         for kind in KINDS[1:]:
             with pytest.raises(TargetError, match=f"tail '{tail}': {kind} is defined on head and bucket"):
                 distillation_from_hidden(

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from llavamod_offline.errors import TargetError
 from llavamod_offline.losses.divergence import forward_kl
-from llavamod_offline.losses.tail_estimators import Tail
+from llavamod_offline.losses.kinds import TailEstimator
 from llavamod_offline.losses.targets import SparseTargets
 from tests.llavamod_offline.losses.reference import full_kl, random_teacher, reference_kl, truncate
 
-READINGS: tuple[Tail, ...] = ("bucket", "draws", "renormalised")
+ESTIMATORS: tuple[TailEstimator, ...] = ("bucket", "samples", "renormalised")
 
 
 def _student(n: int, rows: int, seed: int = 7) -> Tensor:
@@ -22,7 +22,9 @@ def _student(n: int, rows: int, seed: int = 7) -> Tensor:
     return 2 * torch.randn(n, rows, generator=generator, dtype=torch.float64)
 
 
-def _check(log_probs_NV: Tensor, targets: SparseTargets, rows: int, tail: Tail, temperature: float = 1.0) -> None:
+def _check(
+    log_probs_NV: Tensor, targets: SparseTargets, rows: int, tail: TailEstimator, temperature: float = 1.0
+) -> None:
     expected_logits = _student(len(targets), rows).requires_grad_()
     expected = reference_kl(log_probs_NV, targets, expected_logits, tail, temperature)
     (expected_gradient,) = torch.autograd.grad(3.0 * expected, expected_logits)
@@ -40,29 +42,29 @@ def _check(log_probs_NV: Tensor, targets: SparseTargets, rows: int, tail: Tail, 
     vocab=st.integers(2, 23),
     extra=st.integers(0, 3),
     head=st.integers(0, 25),
-    draws=st.integers(1, 6),
-    tail=st.sampled_from(READINGS),
+    samples=st.integers(1, 6),
+    tail=st.sampled_from(ESTIMATORS),
     seed=st.integers(0, 2**20),
 )
 def test_value_and_gradient_equal_the_dense_reference(
-    n: int, vocab: int, extra: int, head: int, draws: int, tail: Tail, seed: int
+    n: int, vocab: int, extra: int, head: int, samples: int, tail: TailEstimator, seed: int
 ) -> None:
     log_probs_NV = random_teacher(n, vocab, seed)
-    _check(log_probs_NV, truncate(log_probs_NV, head=head, draws=draws, seed=seed), vocab + extra, tail)
+    _check(log_probs_NV, truncate(log_probs_NV, head=head, samples=samples, seed=seed), vocab + extra, tail)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0, 4.0])
 @pytest.mark.parametrize("tail", ["bucket", "renormalised"])
 @pytest.mark.parametrize("head", [0, 3, 17])
-def test_temperature_equals_the_dense_reference(temperature: float, tail: Tail, head: int) -> None:
+def test_temperature_equals_the_dense_reference(temperature: float, tail: TailEstimator, head: int) -> None:
     log_probs_NV = random_teacher(6, 17, 3)
-    targets = truncate(log_probs_NV, head=head, draws=2, temperatures=(2.0, 0.5, 4.0))
+    targets = truncate(log_probs_NV, head=head, samples=2, temperatures=(2.0, 0.5, 4.0))
     _check(log_probs_NV, targets, 19, tail, temperature)
 
 
-@pytest.mark.parametrize("tail", READINGS)
+@pytest.mark.parametrize("tail", ESTIMATORS)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_whole_head_gives_the_full_divergence(tail: Tail, temperature: float) -> None:
+def test_whole_head_gives_the_full_divergence(tail: TailEstimator, temperature: float) -> None:
     log_probs_NV = random_teacher(5, 31, 1)
     even = dataclasses.replace(
         truncate(log_probs_NV, head=31, temperatures=(2.0,)),
@@ -99,14 +101,14 @@ def test_bucket_is_zero_for_the_teacher_itself_and_never_negative(head: int, tem
         assert other.loss_sum.item() >= -1e-5
 
 
-def test_bucket_bounds_the_full_divergence_from_below_and_draws_estimate_it_without_bias() -> None:
+def test_bucket_bounds_the_full_divergence_from_below_and_samples_estimate_it_without_bias() -> None:
     log_probs_NV = random_teacher(4, 60, 2)
     logits = _student(4, 60)
     full = float(full_kl(log_probs_NV, logits))
     bucket = forward_kl(logits.float(), truncate(log_probs_NV, head=6)).loss_sum.item()
     assert bucket < full - 0.05
     estimates = [
-        forward_kl(logits.float(), truncate(log_probs_NV, head=6, draws=8, seed=s), tail="draws").loss_sum.item()
+        forward_kl(logits.float(), truncate(log_probs_NV, head=6, samples=8, seed=s), tail="samples").loss_sum.item()
         for s in range(400)
     ]
     error = torch.tensor(estimates).std() / 20
@@ -115,7 +117,7 @@ def test_bucket_bounds_the_full_divergence_from_below_and_draws_estimate_it_with
 
 def test_rows_beyond_the_vocabulary_get_no_probability_and_no_gradient() -> None:
     log_probs_NV = random_teacher(6, 20, 4)
-    targets = truncate(log_probs_NV, head=5, draws=2)
+    targets = truncate(log_probs_NV, head=5, samples=2)
     logits = _student(6, 52).float()
     logits[:, 20:] = 100.0
     logits.requires_grad_()
@@ -129,13 +131,13 @@ def test_rows_beyond_the_vocabulary_get_no_probability_and_no_gradient() -> None
 
 def test_extreme_logits_stay_finite() -> None:
     log_probs_NV = random_teacher(3, 12, 0)
-    targets = truncate(log_probs_NV, head=4, draws=2)
+    targets = truncate(log_probs_NV, head=4, samples=2)
     logits = torch.zeros(3, 12)
     logits[0, int(targets.topk_ids_NK[0, 0])] = 300.0  # the student puts nothing outside the head
     logits[1, 5] = -300.0
     logits[2] = 1e4
     logits.requires_grad_()
-    for tail in READINGS:
+    for tail in ESTIMATORS:
         result = forward_kl(logits, targets, tail=tail)
         (gradient,) = torch.autograd.grad(result.loss_sum, logits)
         assert torch.isfinite(result.loss_sum)
@@ -144,7 +146,7 @@ def test_extreme_logits_stay_finite() -> None:
 
 def test_metrics_are_sums_over_positions() -> None:
     log_probs_NV = random_teacher(9, 25, 8)
-    targets = truncate(log_probs_NV, head=25 - 1, draws=3)
+    targets = truncate(log_probs_NV, head=25 - 1, samples=3)
     logits = _student(9, 25)
     logits[:4] = log_probs_NV[:4]
     metrics = forward_kl(logits.float(), targets).metrics
@@ -157,13 +159,13 @@ def test_metrics_are_sums_over_positions() -> None:
     assert float(metrics["student_tail"]) == pytest.approx(outside, abs=1e-4)
     assert float(metrics["teacher_tail"]) == pytest.approx(float(targets.tail_log_mass_N.exp().sum()), rel=1e-5)
     assert float(metrics["entropy"]) == pytest.approx(float(targets.entropy_N.sum()), rel=1e-6)
-    drawn = reference_kl(log_probs_NV, targets, logits, "draws")
+    drawn = reference_kl(log_probs_NV, targets, logits, "samples")
     assert float(metrics["kl"]) == pytest.approx(float(drawn), rel=1e-4)
     assert not any(value.requires_grad for value in metrics.values())
 
 
 def test_no_positions_give_zero_with_zero_gradient() -> None:
-    targets = truncate(random_teacher(0, 11, 0), head=3, draws=2)
+    targets = truncate(random_teacher(0, 11, 0), head=3, samples=2)
     logits = torch.zeros(0, 11, requires_grad=True)
     result = forward_kl(logits, targets)
     result.loss_sum.backward()
@@ -187,22 +189,22 @@ def test_half_precision_logits_are_computed_in_float32() -> None:
 
 
 class TestErrors:
-    targets = truncate(random_teacher(4, 20, 4), head=5, draws=2, temperatures=(2.0,))
+    targets = truncate(random_teacher(4, 20, 4), head=5, samples=2, temperatures=(2.0,))
     logits = torch.zeros(4, 20)
 
     def test_temperature_without_normaliser(self) -> None:
         with pytest.raises(TargetError, match=r"temperature 3 .*capture.*capture.temperatures"):
             forward_kl(self.logits, self.targets, temperature=3.0)
 
-    def test_draws_at_another_temperature(self) -> None:
-        with pytest.raises(TargetError, match="made at temperature 1"):
-            forward_kl(self.logits, self.targets, tail="draws", temperature=2.0)
-        whole = truncate(random_teacher(1, 20, 4), head=20, draws=2, temperatures=(2.0,))
-        forward_kl(self.logits[:1], whole, tail="draws", temperature=2.0)
+    def test_samples_at_another_temperature(self) -> None:
+        with pytest.raises(TargetError, match="drawn at temperature 1"):
+            forward_kl(self.logits, self.targets, tail="samples", temperature=2.0)
+        whole = truncate(random_teacher(1, 20, 4), head=20, samples=2, temperatures=(2.0,))
+        forward_kl(self.logits[:1], whole, tail="samples", temperature=2.0)
 
-    def test_a_cache_without_draws(self) -> None:
-        with pytest.raises(TargetError, match="no tail draws"):
-            forward_kl(self.logits, truncate(random_teacher(4, 20, 4), head=5), tail="draws")
+    def test_a_cache_without_samples(self) -> None:
+        with pytest.raises(TargetError, match="no tail samples"):
+            forward_kl(self.logits, truncate(random_teacher(4, 20, 4), head=5), tail="samples")
 
     def test_ids_beyond_the_head(self) -> None:
         largest = max(int(self.targets.topk_ids_NK.max()), int(self.targets.tail_ids_NM.max()))
@@ -216,7 +218,7 @@ class TestErrors:
             forward_kl(self.logits, self.targets).loss_sum.item()
         )
 
-    def test_unknown_reading_and_bad_temperature(self) -> None:
+    def test_unknown_estimator_and_bad_temperature(self) -> None:
         with pytest.raises(TargetError, match="'buckets' is unknown: choose one of shrink, bucket"):
             forward_kl(self.logits, self.targets, tail="buckets")  # type: ignore[arg-type]
         with pytest.raises(TargetError, match="temperature 0"):

@@ -18,7 +18,7 @@ from llavamod_offline.losses.fused import (
     distillation_from_hidden,
     sequence_log_probs_from_hidden,
 )
-from llavamod_offline.losses.tail_estimators import Tail
+from llavamod_offline.losses.kinds import TailEstimator
 from llavamod_offline.losses.targets import SparseTargets
 from tests.llavamod_offline.losses.reference import random_teacher, reference_kl, truncate
 
@@ -41,7 +41,7 @@ def _single(tensor: Tensor) -> Tensor:
     extra=st.integers(0, 3),
     head=st.integers(0, 19),
     chunk=st.integers(1, 11),
-    tail=st.sampled_from(("bucket", "draws", "renormalised")),
+    tail=st.sampled_from(("bucket", "samples", "renormalised")),
     temperature=st.sampled_from((1.0, 2.0)),
     weights=st.sampled_from(((1.0, 0.0), (1.0, 1.0), (0.5, 2.0), (0.0, 1.0))),
     seed=st.integers(0, 2**20),
@@ -52,15 +52,15 @@ def test_distillation_equals_the_dense_reference_in_any_chunks(
     extra: int,
     head: int,
     chunk: int,
-    tail: Tail,
+    tail: TailEstimator,
     temperature: float,
     weights: tuple[float, float],
     seed: int,
 ) -> None:
-    if tail == "draws":
+    if tail == "samples":
         temperature = 1.0
     log_probs_NV = random_teacher(n, vocab, seed)
-    targets = truncate(log_probs_NV, head=head, draws=3, temperatures=(2.0,), seed=seed)
+    targets = truncate(log_probs_NV, head=head, samples=3, temperatures=(2.0,), seed=seed)
     kd_weight, lm_weight = weights
     hidden_ND, weight_VD = _leaves(n, vocab + extra)
     logits_NV = hidden_ND @ weight_VD.T
@@ -93,7 +93,7 @@ def test_distillation_equals_the_dense_reference_in_any_chunks(
 
 
 def test_metrics_do_not_depend_on_the_chunks_and_equal_the_dense_ones() -> None:
-    targets = truncate(random_teacher(11, 30, 1), head=6, draws=3)
+    targets = truncate(random_teacher(11, 30, 1), head=6, samples=3)
     hidden_ND, weight_VD = (_single(leaf) for leaf in _leaves(11, 32))
     dense = forward_kl((hidden_ND @ weight_VD.T).detach(), targets).metrics
     for chunk in (1, 4, 11, 100):
@@ -139,7 +139,7 @@ def test_sequence_log_probs_equal_torch_with_a_gradient_of_their_own_each(vocab_
 
 
 def test_tied_embeddings_collect_both_gradients() -> None:
-    targets = truncate(random_teacher(5, 12, 1), head=4, draws=2)
+    targets = truncate(random_teacher(5, 12, 1), head=4, samples=2)
     ids_N = torch.tensor([1, 2, 3, 4, 11])
     weight_VD = _single(_leaves(0, 12)[1])
     distillation_from_hidden(weight_VD[ids_N], weight_VD, targets, lm_weight=1.0, chunk_size=2).loss_sum.backward()
@@ -176,7 +176,7 @@ def test_evaluation_makes_no_gradient() -> None:
 
 @pytest.mark.parametrize("lm_weight", [0.0, 1.0])
 def test_no_positions_give_zero_with_zero_gradients(lm_weight: float) -> None:
-    targets = truncate(random_teacher(0, 9, 0), head=3, draws=2)
+    targets = truncate(random_teacher(0, 9, 0), head=3, samples=2)
     hidden_ND, weight_VD = (_single(leaf) for leaf in _leaves(0, 9))
     terms: LossTerms = distillation_from_hidden(hidden_ND, weight_VD, targets, lm_weight=lm_weight)
     terms.loss_sum.backward()
@@ -226,7 +226,7 @@ class _LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("lm_weight", [0.0, 1.0])
 def test_logits_never_exist_whole(lm_weight: float) -> None:
     n, vocab, chunk = 600, 100, 16
-    targets = truncate(random_teacher(n, vocab, 1), head=4, draws=2)
+    targets = truncate(random_teacher(n, vocab, 1), head=4, samples=2)
     hidden_ND, weight_VD = (_single(leaf) for leaf in _leaves(n, vocab))
     ids_N = targets.target_ids_N
     with _LargestTensor() as largest:

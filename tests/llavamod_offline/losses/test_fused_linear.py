@@ -12,18 +12,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llavamod_offline.losses import fused_linear as passes
-from llavamod_offline.losses.bucketed_divergence import DIVERGENCE_KINDS
 from llavamod_offline.losses.fused import (
     cross_entropy_from_hidden,
     distillation_from_hidden,
     sequence_log_probs_from_hidden,
 )
+from llavamod_offline.losses.kinds import DIVERGENCE_KINDS, TailEstimator
 from llavamod_offline.losses.shrinkage import Shrinkage
-from llavamod_offline.losses.tail_estimators import Tail
 from tests.llavamod_offline.losses.reference import random_teacher, truncate
 
 N, DIM, VOCAB = 37, 12, 53  # multiples of nothing
-TARGETS = truncate(random_teacher(N, VOCAB, 1), head=7, draws=3, temperatures=(2.0,))
+TARGETS = truncate(random_teacher(N, VOCAB, 1), head=7, samples=3, temperatures=(2.0,))
 IDS_N, SEQUENCE_OF_N = TARGETS.target_ids_N, torch.arange(N) % 3
 UPSTREAM_S = torch.tensor([1.0, -2.0, 0.5])
 
@@ -45,7 +44,7 @@ def _sequences(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
 
 LOSSES: dict[str, Loss] = {
     **{kind: _distillation(divergence=kind, lm_weight=0.5) for kind in DIVERGENCE_KINDS},
-    "draws": _distillation(tail="draws", lm_weight=0.5),
+    "samples": _distillation(tail="samples", lm_weight=0.5),
     "two temperatures": _distillation(temperature=2.0, lm_weight=0.5),
     "cross-entropy": lambda hidden_ND, weight_VD: (
         cross_entropy_from_hidden(hidden_ND, weight_VD, IDS_N, vocab_size=VOCAB, chunk_size=5).loss_sum
@@ -120,8 +119,8 @@ def test_a_compiled_function_around_it_gives_the_same(name: str) -> None:
     inputs_ND, weight_VD = _leaves()
     layer = nn.Linear(DIM, DIM)
 
-    def plain(x_ND: Tensor, head_VD: Tensor) -> Tensor:
-        return LOSSES[name](torch.tanh(layer(x_ND)), head_VD * 1.0) * 2.0
+    def plain(x_ND: Tensor, lm_head_VD: Tensor) -> Tensor:
+        return LOSSES[name](torch.tanh(layer(x_ND)), lm_head_VD * 1.0) * 2.0
 
     compiled: Loss = torch.compile(plain, backend="aot_eager")
     for rows in (N, N):  # the second call runs what the first has compiled
@@ -157,8 +156,8 @@ def test_rows_beyond_the_vocabulary_get_neither_probability_nor_gradient(name: s
     assert not weight_gradient[VOCAB:].any()
 
 
-@pytest.mark.parametrize("tail", ["shrink", "bucket", "draws", "renormalised"])
-def test_narrow_ids_and_an_id_drawn_twice_will_do(tail: Tail) -> None:
+@pytest.mark.parametrize("tail", ["shrink", "bucket", "samples", "renormalised"])
+def test_narrow_ids_and_an_id_drawn_twice_will_do(tail: TailEstimator) -> None:
     """Ids of 32 bits give the same bits; a draw in two slots that share its weight gives the same divergence."""
     hidden_ND, weight_VD = _leaves(VOCAB)
     names = ("topk_ids_NK", "tail_ids_NM", "target_ids_N")
@@ -192,8 +191,8 @@ def test_a_frozen_head_costs_no_gradient(name: str) -> None:
     (frozen_gradient,) = torch.autograd.grad(LOSSES[name](free, weight_VD), free)
     _, hidden_gradient, _ = _gradients(LOSSES[name], hidden_ND, weight_VD)
     assert torch.equal(frozen_gradient, hidden_gradient)
-    frozen_hidden, head_VD = hidden_ND.detach(), weight_VD.clone().requires_grad_()
-    (weight_gradient,) = torch.autograd.grad(LOSSES[name](frozen_hidden, head_VD), head_VD)
+    frozen_hidden, lm_head_VD = hidden_ND.detach(), weight_VD.clone().requires_grad_()
+    (weight_gradient,) = torch.autograd.grad(LOSSES[name](frozen_hidden, lm_head_VD), lm_head_VD)
     assert torch.equal(weight_gradient, _gradients(LOSSES[name], hidden_ND, weight_VD)[2])
 
 

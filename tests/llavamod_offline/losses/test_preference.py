@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from llavamod_offline.errors import ConfigError
-from llavamod_offline.losses.preference import PreferenceKind, PreferenceTerms, preference_loss
+from llavamod_offline.losses.kinds import PreferenceKind
+from llavamod_offline.losses.preference import PreferenceTerms, preference_loss
 
 # Two pairs: r_w = (2, −1), r_l = (−1, 1), so r_w − r_l = (3, −2).
 POLICY_CHOSEN = torch.tensor([-8.0, -21.0])

@@ -1,4 +1,4 @@
-"""The reading `shrink` against its definition, position by position and id by id, in float64."""
+"""The estimator `shrink` against its definition, position by position and id by id, in float64."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llavamod_offline.errors import TargetError
 from llavamod_offline.losses.divergence import forward_kl
-from llavamod_offline.losses.fused import distillation_from_hidden, estimated_shrinkage
+from llavamod_offline.losses.fused import distillation_from_hidden
 from llavamod_offline.losses.shrinkage import Shrinkage
 from llavamod_offline.losses.shrinkage_stats import bands
 from llavamod_offline.losses.targets import EMPTY_ID, SparseTargets
@@ -113,11 +113,11 @@ def _gradient(position: Position, a_V: Tensor, lambda_V: Tensor, log_p_V: Tensor
     return position.q_V - target_V
 
 
-def _batch(n: int, seed: int, *, head: int = 5, draws: int = 4) -> tuple[Tensor, SparseTargets, Tensor]:
+def _batch(n: int, seed: int, *, head: int = 5, samples: int = 4) -> tuple[Tensor, SparseTargets, Tensor]:
     """Teachers whose tails lean to the same ids, their records, and hidden states."""
     lean_V = torch.linspace(2.0, -2.0, V, dtype=torch.float64)[torch.randperm(V, generator=_seeded(99))]
     log_probs_NV = (random_teacher(n, V, seed, sharpness=1.0) + lean_V).log_softmax(-1)
-    targets = truncate(log_probs_NV, head=head, draws=draws, seed=seed)
+    targets = truncate(log_probs_NV, head=head, samples=samples, seed=seed)
     hidden_ND = torch.randn(n, D, generator=_seeded(seed + 1))
     return log_probs_NV, targets, hidden_ND
 
@@ -153,14 +153,14 @@ def _run(
 @given(
     n=st.integers(1, 9),
     head=st.integers(0, 12),
-    draws=st.integers(1, 5),
+    samples=st.integers(1, 5),
     with_profile=st.booleans(),
     lm_weight=st.sampled_from((0.0, 0.7)),
     chunk=st.integers(1, 10),
     seed=st.integers(0, 2**20),
 )
 def test_weights_and_gradients_equal_their_definition(
-    n: int, head: int, draws: int, with_profile: bool, lm_weight: float, chunk: int, seed: int
+    n: int, head: int, samples: int, with_profile: bool, lm_weight: float, chunk: int, seed: int
 ) -> None:
     """Two steps of two micro-batches each, cut into chunks; then a third whose gradient is looked at."""
     profile_V = _profile() if with_profile else None
@@ -181,9 +181,9 @@ def test_weights_and_gradients_equal_their_definition(
     assert float(lambda_R.max()) > 0.05
     entry = state.entry()
     assert entry["tail_profile_weight"] == pytest.approx(a_R.tolist(), rel=1e-3, abs=1e-5)
-    assert entry["tail_draws_weight"] == pytest.approx(lambda_R.tolist(), rel=1e-3, abs=1e-4)
+    assert entry["tail_samples_weight"] == pytest.approx(lambda_R.tolist(), rel=1e-3, abs=1e-4)
 
-    log_probs_NV, targets, hidden_ND = _batch(n, seed, head=head, draws=draws)
+    log_probs_NV, targets, hidden_ND = _batch(n, seed, head=head, samples=samples)
     logits_NV = (hidden_ND @ WEIGHT_VD.T).double()
     found = _positions(log_probs_NV, targets, logits_NV, wide_V)
     gradients = [_gradient(p, a_R[band_V], lambda_R[band_V], log_probs_NV[i]) for i, p in enumerate(found)]
@@ -209,13 +209,13 @@ def test_before_the_first_step_it_is_the_bucket() -> None:
 
 
 @pytest.mark.parametrize("make", [lambda t: t, lambda t: without_targets(t, [0, 3])])
-def test_records_without_draws_or_tail_stay_finite(make: Callable[[SparseTargets], SparseTargets]) -> None:
+def test_records_without_samples_or_tail_stay_finite(make: Callable[[SparseTargets], SparseTargets]) -> None:
     state = Shrinkage(V, profile_V=_profile())
     _, targets, hidden_ND = _batch(50, 7)
     _run(state, hidden_ND, targets)
     state.finish_step()
-    for draws, head in ((0, 5), (3, 0), (3, V), (0, V)):
-        log_probs_NV, targets, hidden_ND = _batch(6, 2, head=head, draws=draws)
+    for samples, head in ((0, 5), (3, 0), (3, V), (0, V)):
+        log_probs_NV, targets, hidden_ND = _batch(6, 2, head=head, samples=samples)
         value, *gradients = _run(state, hidden_ND, make(targets))
         assert all(bool(torch.isfinite(tensor).all()) for tensor in (value, *gradients))
         if head == V and make(targets) is targets:
@@ -229,7 +229,7 @@ def test_records_without_draws_or_tail_stay_finite(make: Callable[[SparseTargets
 
 
 def test_a_profile_that_lies_in_the_heads_is_left_out() -> None:
-    """Then only the student's shape and the draws are left, and no row divides by nothing."""
+    """Then only the student's shape and the samples are left, and no row divides by nothing."""
     _, targets, hidden_ND = _batch(30, 7, head=5)
     profile_V = torch.zeros(V)
     profile_V[targets.topk_ids_NK[0]] = 0.2
@@ -244,9 +244,9 @@ def test_a_profile_that_lies_in_the_heads_is_left_out() -> None:
     assert bool(torch.isfinite(again[1]).all())
 
 
-def test_an_id_drawn_twice_counts_as_two_draws() -> None:
+def test_an_id_drawn_twice_counts_as_two_samples() -> None:
     """Two slots of weights ¼ and ½ pull like one of ¾, but are squared one by one in what is chance."""
-    _, targets, hidden_ND = _batch(30, 7, draws=2)
+    _, targets, hidden_ND = _batch(30, 7, samples=2)
     drawn = targets.tail_weights_NM.sum(-1) > 0
     ids_NM = targets.tail_ids_NM[:, :1].clamp(min=0)
     weights_NM = drawn[:, None].float()
@@ -263,7 +263,7 @@ def test_an_id_drawn_twice_counts_as_two_draws() -> None:
         state = Shrinkage(V, horizon=1.0)
         _run(state, hidden_ND, drawn_as(shares))
         state.finish_step()
-        entries.append(state.entry()["tail_draws_weight"])
+        entries.append(state.entry()["tail_samples_weight"])
     assert all(two > one for one, two in zip(*entries, strict=True) if 0 < one < 1)
     state = Shrinkage(V)
     _run(state, hidden_ND, targets)
@@ -280,7 +280,7 @@ def test_evaluation_teaches_it_nothing() -> None:
     with torch.no_grad():
         distillation_from_hidden(hidden_ND, WEIGHT_VD, targets, tail="shrink", shrinkage=state)
     state.finish_step()
-    assert not any(state.entry()["tail_draws_weight"])
+    assert not any(state.entry()["tail_samples_weight"])
 
 
 def test_state_survives_a_checkpoint_bit_for_bit() -> None:
@@ -297,7 +297,7 @@ def test_state_survives_a_checkpoint_bit_for_bit() -> None:
         for state in states:
             state.finish_step()
     assert states[0].entry() == states[1].entry()
-    assert any(states[0].entry()["tail_draws_weight"])
+    assert any(states[0].entry()["tail_samples_weight"])
     with pytest.raises(TargetError, match="of another vocabulary"):
         Shrinkage(8).load_state(states[0].state())
 
@@ -323,21 +323,23 @@ def test_ranks_share_their_statistics() -> None:
     noise_R, n = ranks[0][3] + ranks[1][3], ranks[0][4] + ranks[1][4]
     excess_R = (ranks[0][2] + ranks[1][2]).clamp(min=0) / (ranks[0][4] ** 2 + ranks[1][4] ** 2) * (10 * n) ** 2
     lambda_R = excess_R / (excess_R + noise_R * 10)
-    assert states[0].entry()["tail_draws_weight"] == pytest.approx(lambda_R.tolist(), rel=1e-3, abs=1e-4)
+    assert states[0].entry()["tail_samples_weight"] == pytest.approx(lambda_R.tolist(), rel=1e-3, abs=1e-4)
 
 
-def test_it_comes_nearer_to_the_full_divergence_than_bucket_and_draws() -> None:
-    """The gradients of head and bias over many positions: the error is less than that of either reading alone."""
-    log_probs_NV, targets, hidden_ND = _batch(1500, 7, head=3, draws=3)
+def test_it_comes_nearer_to_the_full_divergence_than_bucket_and_samples() -> None:
+    """The gradients of head and bias over many positions: the error is less than that of either estimator alone."""
+    log_probs_NV, targets, hidden_ND = _batch(1500, 7, head=3, samples=3)
     leaves = hidden_ND.requires_grad_(), WEIGHT_VD.clone().requires_grad_()
     exact = torch.autograd.grad(full_kl(log_probs_NV, leaves[0].double() @ leaves[1].double().T), leaves)[1]
-    state = estimated_shrinkage(hidden_ND, WEIGHT_VD, targets, profile_V=_profile())
+    state = Shrinkage(V, profile_V=_profile(), horizon=1.0)
+    distillation_from_hidden(hidden_ND, WEIGHT_VD, targets, tail="shrink", shrinkage=state)
+    state.finish_step()
     errors = {}
-    for tail in ("shrink", "bucket", "draws"):
+    for tail in ("shrink", "bucket", "samples"):
         terms = distillation_from_hidden(*leaves, targets, tail=tail, shrinkage=state)
         gradient = torch.autograd.grad(terms.loss_sum, leaves)[1]
         errors[tail] = float((gradient - exact).norm() / exact.norm())
-    assert errors["shrink"] < 0.7 * min(errors["bucket"], errors["draws"])
+    assert errors["shrink"] < 0.7 * min(errors["bucket"], errors["samples"])
 
 
 def test_dense_logits_know_the_constant_alone() -> None:
@@ -351,7 +353,7 @@ def test_dense_logits_know_the_constant_alone() -> None:
     found = _positions(log_probs_NV, targets, logits_NV.detach(), profile_V.double())
     a_R, lambda_R = _weights([_statistics(found, torch.ones(60, 1), band_V, int(band_V.max()) + 1)], 0.9, 1.0)
     assert state.entry()["tail_profile_weight"] == pytest.approx(a_R.tolist(), rel=1e-3, abs=1e-5)
-    assert state.entry()["tail_draws_weight"] == pytest.approx(lambda_R.tolist(), rel=1e-3, abs=1e-4)
+    assert state.entry()["tail_samples_weight"] == pytest.approx(lambda_R.tolist(), rel=1e-3, abs=1e-4)
     (gradient,) = torch.autograd.grad(
         forward_kl(logits_NV, targets, tail="shrink", shrinkage=state).loss_sum, logits_NV
     )
@@ -361,7 +363,7 @@ def test_dense_logits_know_the_constant_alone() -> None:
 
 def test_at_another_temperature_it_is_the_bucket() -> None:
     log_probs_NV, _, hidden_ND = _batch(9, 1)
-    targets = truncate(log_probs_NV, head=5, draws=3, temperatures=(2.0,))
+    targets = truncate(log_probs_NV, head=5, samples=3, temperatures=(2.0,))
     logits_NV = hidden_ND @ WEIGHT_VD.T
     shrunk = forward_kl(logits_NV, targets, tail="shrink", temperature=2.0)
     assert shrunk.loss_sum == forward_kl(logits_NV, targets, temperature=2.0).loss_sum
@@ -377,7 +379,7 @@ def test_bands_are_by_rank_on_a_log_scale() -> None:
 
 
 class TestErrors:
-    def test_a_reading_without_its_state(self) -> None:
+    def test_an_estimator_without_its_state(self) -> None:
         _, targets, hidden_ND = _batch(4, 1)
         with pytest.raises(TargetError, match="tail 'shrink': it learns its weights while training"):
             distillation_from_hidden(hidden_ND, WEIGHT_VD, targets, tail="shrink")

@@ -24,7 +24,7 @@ def truncated(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tails_are_shrunk_unless_something_else_is_asked_for(world: World, tmp_path: Path, truncated: Path) -> None:
     """The first step is the bucket's, with nothing learnt; the weights then leave 0, and the weights' paths part."""
     logs = {}
-    for tail in ("auto", "shrink", "bucket", "draws"):
+    for tail in ("auto", "shrink", "bucket", "samples"):
         settings = (f"cache.path={truncated}", "steps=5", f"loss.tail={tail}")
         train(world.config("mimic_dense", tmp_path / tail, *settings))
         logs[tail] = read_metrics(tmp_path / tail)
@@ -32,12 +32,12 @@ def test_tails_are_shrunk_unless_something_else_is_asked_for(world: World, tmp_p
     assert losses["auto"] == losses["shrink"]
     assert losses["auto"][:2] == losses["bucket"][:2]
     assert losses["auto"][2:] != losses["bucket"][2:]
-    assert losses["draws"] != losses["bucket"]
-    weights = [entry["tail_draws_weight"] for entry in logs["auto"]]
+    assert losses["samples"] != losses["bucket"]
+    weights = [entry["tail_samples_weight"] for entry in logs["auto"]]
     assert not any(weights[0])
     assert all(any(of_step) for of_step in weights[1:])
     assert all(0 <= weight <= 1 for of_step in weights for weight in of_step)
-    assert "tail_draws_weight" not in logs["bucket"][0]
+    assert "tail_samples_weight" not in logs["bucket"][0]
 
 
 def test_what_is_learnt_of_tails_does_not_depend_on_micro_batches(
@@ -51,7 +51,7 @@ def test_what_is_learnt_of_tails_does_not_depend_on_micro_batches(
     for one, other in zip(*logs, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
-        assert one["tail_draws_weight"] == pytest.approx(other["tail_draws_weight"], rel=1e-3, abs=1e-5)
+        assert one["tail_samples_weight"] == pytest.approx(other["tail_samples_weight"], rel=1e-3, abs=1e-5)
 
 
 def test_what_is_learnt_of_tails_survives_a_stop(world: World, tmp_path: Path, truncated: Path) -> None:
@@ -70,7 +70,7 @@ def test_what_is_learnt_of_tails_survives_a_stop(world: World, tmp_path: Path, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [("loss.kind=kd_lm",), ("loss.divergence=js",), ("loss.tail=draws",)])
+@pytest.mark.parametrize("settings", [("loss.kind=kd_lm",), ("loss.divergence=js",), ("loss.tail=samples",)])
 def test_zero_3_gathers_the_head(world: World, tmp_path: Path, truncated: Path, settings: tuple[str, ...]) -> None:
     """The same losses and gradients as without ZeRO, tied embeddings and all."""
     logs = []
@@ -90,7 +90,7 @@ def test_gradient_checkpointing_changes_nothing(world: World, tmp_path: Path, tr
         train(world.config("mimic_dense", tmp_path / checkpointing, *settings))
         logs.append(read_metrics(tmp_path / checkpointing))
     for plain, recomputed in zip(*logs, strict=True):
-        for name in ("loss", "grad_norm", "tail_draws_weight"):
+        for name in ("loss", "grad_norm", "tail_samples_weight"):
             assert recomputed[name] == plain[name]
 
 
@@ -104,7 +104,7 @@ def test_two_processes_learn_one_set_of_weights(world: World, tmp_path: Path, tr
     train(world.config("mimic_dense", tmp_path / "one", *settings))
     two, one = read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one")
     assert [entry["loss"] for entry in two[:2]] == pytest.approx([entry["loss"] for entry in one[:2]], rel=1e-5)
-    assert any(two[1]["tail_draws_weight"])
+    assert any(two[1]["tail_samples_weight"])
     assert [entry["loss"] for entry in two] == pytest.approx([entry["loss"] for entry in one], rel=0.05)
     (tmp_path / "two" / "summary.json").unlink()
     assert train(config).finished  # one process goes on for two, with what both have learnt
