@@ -1,14 +1,14 @@
-"""Images: encoded bytes → RGB → the pixels that a vision tower wants; the same at packing, capture and training.
+"""Images: encoded bytes → RGB → a vision tower's pixels, in the same way for packing, capture and training.
 
-Outcomes of decoding, whatever the image:
-  truncated, damaged, empty, more than one of the limits below → `DataError`
-  a format other than JPEG (MPO included), PNG, WebP → `DataError`
-  EXIF orientation → applied; an unreadable EXIF block → the image as it is stored
-  transparency (LA, RGBA, a palette's or a grey's transparent colour) → over white, so that dark text stays readable
+Outcomes of decoding:
+  truncated, damaged, empty, or beyond one of the limits below → `DataError`
+  a format other than JPEG (including MPO), PNG, WebP → `DataError`
+  EXIF orientation → applied; an unreadable EXIF block → the image as stored
+  transparency (LA, RGBA, a palette's or a grey's transparent colour) → over white, which keeps dark text readable
   16 bits a channel → the high byte; grey, black-and-white, palette, CMYK → Pillow's conversion to RGB
   animated → the first frame
 
-Shape suffixes: H, W height and width of the processed image in pixels, V the 256 values of a byte.
+Shape suffixes: I images, C channels, H and W pixels of the processed image, V the 256 values of a byte.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from llavamod_offline.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 Aspect = Literal["pad", "square"]
@@ -57,32 +58,32 @@ _ORIENTATIONS = {
 
 
 def decode_image(encoded: bytes, *, name: str) -> Image.Image:
-    """Decode a whole image to RGB. Errors: `DataError` naming the image, see the outcomes above."""
+    """Decode a whole image to RGB. Errors: `DataError` naming the image, as listed above."""
     image, _ = _decode(encoded, name)
     return image
 
 
 def image_extension(encoded: bytes, *, name: str) -> str:
-    """Decode a whole image and tell its format, as `jpg`, `png` or `webp`. Errors: as `decode_image`."""
+    """Decode a whole image and return its format: `jpg`, `png` or `webp`. Errors: as `decode_image`."""
     _, extension = _decode(encoded, name)
     return extension
 
 
 def image_size(encoded: bytes, *, name: str) -> tuple[int, int]:
-    """The (width, height) that `decode_image` gives, from the header where it can tell. Errors: as `decode_image`."""
+    """The (width, height) after `decode_image`, read from the header where possible. Errors: as `decode_image`."""
     if len(encoded) > MAX_ENCODED_BYTES:
         raise DataError(f"image '{name}': {len(encoded)} bytes, more than {MAX_ENCODED_BYTES}")
     with _strict_pillow(), _decoding(name), Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
         _check_size(image.size, name)
         width, height = image.size
-        # A PNG may say how it is turned after its pixels, and Pillow decodes them to find out.
+        # A PNG may state its orientation after its pixels, which Pillow then has to decode.
         if image.format == "PNG" and not any(mark in encoded for mark in _PNG_ORIENTATION_MARKS):
             return width, height
         return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
 
 
 def pad_to_square(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:
-    """Centre an RGB image on a square canvas of one colour, odd pixels going right or below, as LLaVA pads."""
+    """Centre an RGB image on a square canvas of one colour, an odd pixel right or below, as LLaVA pads."""
     width, height = image.size
     if width == height:
         return image
@@ -93,11 +94,11 @@ def pad_to_square(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:
 
 
 class ImagePreprocessor:
-    """A checkpoint's image processor, behind one decoder and one way to treat the aspect ratio.
+    """A checkpoint's image processor with our decoder and handling of the aspect ratio.
 
-    `pad` fills up to a square with the processor's mean colour, `int(mean · 255)`; `square` leaves it to the processor
-    (LLaVA's `image_aspect_ratio`). `size`: (H, W). `byte_values_3V` float32: what the processor makes of each byte, for
-    each channel, once it has resized and cropped. Safe to pickle and to use in workers.
+    `pad` pads to a square with the processor's mean colour, `int(mean · 255)`; `square` leaves it to the processor
+    (LLaVA's `image_aspect_ratio`). `size`: (H, W). `byte_values_3V` float32: the processor's value of each byte in each
+    channel, after resizing and cropping. Picklable, and safe in workers.
     Errors: `ConfigError` for another aspect, `ModelError` if the processor has no fixed output size.
     """
 
@@ -109,11 +110,10 @@ class ImagePreprocessor:
         self.fill = tuple(int(mean * 255) for mean in processor.image_mean)
         self.size = _output_size(processor, aspect)
         self.byte_values_3V = _byte_values(processor)
-        self._pair_values = [_in_pairs(values_V) for values_V in self.byte_values_3V]
 
     @classmethod
     def from_checkpoint(cls, folder: Path, aspect: str = "pad") -> ImagePreprocessor:
-        """Read the processor of a checkpoint folder. Errors: `ModelError` if it has none, or one that is not CLIP's."""
+        """Read a checkpoint folder's processor. Errors: `ModelError` if it has none, or none of CLIP's."""
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
         file, settings = read_processor_settings(Path(folder))
@@ -132,21 +132,22 @@ class ImagePreprocessor:
 
     def preprocess(self, image: Image.Image) -> NDArray[np.float32]:
         """Make pixels of an RGB image, as the processor does, to the last bit."""
-        pixels_3HW = np.empty((3, *self.size), np.float32)
-        for channel_HW, band, values in zip(pixels_3HW, self.fit(image).split(), self._pair_values, strict=True):
-            _look_up(values, np.asarray(band), channel_HW)
+        import torch  # not wherever an image is decoded
+
+        bytes_1HW3 = torch.from_numpy(np.array(self.fit(image))[None])
+        pixels_3HW: NDArray[np.float32] = pixel_values(bytes_1HW3, torch.from_numpy(self.byte_values_3V))[0].numpy()
         return pixels_3HW
 
     def pixel_bytes(self, encoded: bytes, out_HW3: NDArray[np.uint8], *, name: str) -> None:
-        """Decode one image and write bytes, whose `byte_values_3V` are its pixels. Errors: `DataError` naming it."""
+        """Decode one image and write its bytes, before `byte_values_3V`. Errors: `DataError` naming it."""
         out_HW3[:] = np.asarray(self.fit(decode_image(encoded, name=name)))
 
     def fit(self, image: Image.Image) -> Image.Image:
-        """Pad, resize and crop an RGB image as the processor does: what is left to do is done byte by byte."""
+        """Pad, resize and crop an RGB image as the processor does; what remains works byte by byte."""
         return self._sized(pad_to_square(image, self.fill) if self.aspect == "pad" else image)
 
     def _sized(self, image: Image.Image) -> Image.Image:
-        """Resize and crop as the processor does, without its copies; Pillow leaves alone what has its size already."""
+        """Resize and crop as the processor does, without its copies."""
         processor, (height, width) = self._processor, self.size
         if processor.do_resize:
             size = _plain_size(processor.size)
@@ -161,7 +162,7 @@ class ImagePreprocessor:
         return image.crop((left, top, left + width, top + height))  # black beyond the image
 
     def describe(self) -> dict[str, object]:
-        """Everything that decides the pixels, as JSON values, for a fingerprint."""
+        """Everything that determines the pixels, as JSON values, for a fingerprint."""
         processor = self._processor
         fields: dict[str, object] = {
             "aspect": self.aspect,
@@ -182,10 +183,23 @@ class ImagePreprocessor:
         return fields
 
 
-def read_processor_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Find an image processor's settings where transformers does: in the processor's file, else in one of their own.
+def pixel_values(bytes_IHWC: Tensor, byte_values_CV: Tensor) -> Tensor:
+    """Pixels [I, C, H, W] of images given as bytes, by the value of each byte in each channel, on any device.
 
-    Result: the file, and its settings. Errors: `ModelError` if there is none, or it is unreadable.
+    Values are looked up, not computed: they equal the image processor's to the last bit on every device.
+    """
+    images, height, width, channels = bytes_IHWC.shape
+    pixels_ICHW = byte_values_CV.new_empty(images, channels, height, width)
+    for channel, values_V in enumerate(byte_values_CV):
+        bytes_ = bytes_IHWC[..., channel].flatten().int()
+        pixels_ICHW[:, channel] = values_V.index_select(0, bytes_).view(images, height, width)
+    return pixels_ICHW
+
+
+def read_processor_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Find an image processor's settings as transformers does: in the processor's file, else in a file of their own.
+
+    Result: the file and its settings. Errors: `ModelError` if it is missing or unreadable.
     """
     file = folder / "processor_config.json"
     if file.is_file() and "image_processor" in (nested := _read_object(file)):
@@ -193,7 +207,7 @@ def read_processor_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
     file = folder / "preprocessor_config.json"
     if file.is_file():
         return file, _read_object(file)
-    raise ModelError(f"{folder}: no preprocessor_config.json: give a checkpoint folder that has its image processor")
+    raise ModelError(f"{folder}: no preprocessor_config.json: name a checkpoint folder with its image processor")
 
 
 def _decode(encoded: bytes, name: str) -> tuple[Image.Image, str]:
@@ -208,7 +222,7 @@ def _decode(encoded: bytes, name: str) -> tuple[Image.Image, str]:
 
 @contextmanager
 def _decoding(name: str) -> Iterator[None]:
-    """Turn whatever a decoder trips over into a `DataError` naming the image."""
+    """Turn any decoder's error into a `DataError` naming the image."""
     try:
         yield
     except DataError:
@@ -223,7 +237,7 @@ def _decoding(name: str) -> Iterator[None]:
 
 @contextmanager
 def _strict_pillow() -> Iterator[None]:
-    """Without Pillow's warnings (large images, bad EXIF: settled here) and its switch that lets cut images pass."""
+    """Suppress Pillow's warnings (large images, bad EXIF: handled here) and refuse truncated images."""
     lenient = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
@@ -235,7 +249,7 @@ def _strict_pillow() -> Iterator[None]:
 
 
 def _check_size(size: tuple[int, int], name: str) -> None:
-    """Refuse by the header alone what would take too much memory to decode, pad or resize."""
+    """Refuse, by the header alone, images that take too much memory to decode, pad or resize."""
     if max(size) > MAX_IMAGE_SIDE:
         raise DataError(f"image '{name}': {size[0]}×{size[1]} pixels, more than {MAX_IMAGE_SIDE} a side: shrink it")
     if max(size) > MAX_ASPECT_RATIO * min(size):
@@ -250,7 +264,7 @@ def _upright(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> Any:
     try:
         return image.getexif().get(_ORIENTATION_TAG)
-    except Exception:  # a damaged EXIF block says nothing about the orientation
+    except Exception:  # a damaged EXIF block holds no orientation
         return None
 
 
@@ -280,7 +294,7 @@ def _checked(file: Path, settings: Any) -> dict[str, Any]:
 
 def _output_size(processor: CLIPImageProcessorPil, aspect: str) -> tuple[int, int]:
     if getattr(processor, "do_pad", None):
-        raise ModelError("it pads pictures, which CLIP's does not")
+        raise ModelError("it pads images, which CLIP's does not")
     if processor.do_resize and set(_plain_size(processor.size)) not in ({"height", "width"}, {"shortest_edge"}):
         raise ModelError(f"its size is {_plain_size(processor.size)}: it must be a shortest_edge, or height and width")
     if processor.do_center_crop:
@@ -290,35 +304,17 @@ def _output_size(processor: CLIPImageProcessorPil, aspect: str) -> tuple[int, in
         return size["height"], size["width"]
     if size.keys() == {"shortest_edge"} and aspect == "pad":
         return size["shortest_edge"], size["shortest_edge"]
-    raise ModelError(
-        f"its output size depends on the picture (aspect '{aspect}'): it needs a crop, or height and width"
-    )
+    raise ModelError(f"its output size depends on the image (aspect '{aspect}'): it needs a crop, or height and width")
 
 
 def _byte_values(processor: CLIPImageProcessorPil) -> NDArray[np.float32]:
-    """What the processor makes of each byte, for each channel, [3, V]: it rescales and normalises pixel by pixel."""
+    """The processor's value of each byte in each channel, [3, V]: it rescales and normalises pixel by pixel."""
     values_31V = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
     if processor.do_rescale:
         values_31V = processor.rescale(values_31V, processor.rescale_factor)
     if processor.do_normalize:
         values_31V = processor.normalize(values_31V, processor.image_mean, processor.image_std)
     return np.ascontiguousarray(values_31V[:, 0], dtype=np.float32)
-
-
-def _in_pairs(values_V: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The values of every two bytes that stand side by side, by both as one number of the machine's byte order."""
-    pairs = np.arange(2**16, dtype=np.uint16).view(np.uint8)
-    return values_V[pairs].reshape(2**16, 2)
-
-
-def _look_up(values_P2: NDArray[np.float32], bytes_HW: NDArray[np.uint8], out_HW: NDArray[np.float32]) -> None:
-    """Write the value of each byte; by pairs, as that takes half the time."""
-    found, wanted = out_HW.reshape(-1), bytes_HW.reshape(-1)
-    even = len(wanted) // 2 * 2
-    values = values_P2.view(np.complex64)[:, 0]  # two float32 that are moved as one
-    np.take(values, wanted[:even].view(np.uint16), out=found[:even].view(np.complex64), mode="clip")
-    if even < len(wanted):
-        found[even] = values_P2[int(wanted[even]) * 257, 0]  # that of the byte beside itself
 
 
 def _plain_size(size: Any) -> dict[str, int]:

@@ -40,9 +40,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from llavamod_offline.data.encode.collate import collate, pixel_values
+from llavamod_offline.data.encode.collate import collate
 from llavamod_offline.data.encode.tokenize import TokenizedSequence
-from llavamod_offline.data.images import decode_image
+from llavamod_offline.data.images import decode_image, pixel_values
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.data.sampler import BatchSchedule, Order
 from llavamod_offline.data.sets.sample_set import SampleSet

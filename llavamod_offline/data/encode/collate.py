@@ -1,4 +1,4 @@
-"""Sequences and pixels → one right-padded batch, with the places of everything that is supervised.
+"""Sequences and pixels → one right-padded batch, with the positions of all supervised tokens.
 
 Shape suffixes: B sequences, T tokens of the longest, N supervised tokens of all of them, I images, P places of them in
 the sequences, C channels, H and W pixels, V the 256 values of a byte.
@@ -16,19 +16,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llavamod_offline.data.encode.tokenize import Positions, TokenizedSequence
+from llavamod_offline.data.images import pixel_values
 from llavamod_offline.errors import DataError
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model and a loss need of B sequences; supervised tokens stand sequence by sequence, in order.
+    """What a model and a loss need of B sequences; supervised tokens are in order, sequence by sequence.
 
     `input_ids_BT`, `attention_mask_BT` int64, padded on the right. `images`: in the order of the image tokens, None
-    where no sequence has one; either their pixels [I, C, H, W] float32, or bytes [I, H, W, C] whose `byte_values_CV`
-    these are, a quarter of their size. `image_rows_P`: which of the images stands at each place, in the order of the
-    image tokens; None where every image stands at one place. `prediction_rows_N`: rows of the logits flattened to
-    [B·T, vocabulary] that predict the tokens `target_ids_N` (−1: nothing that is supervised); `sequence_of_N`: the
-    sequence each belongs to. `keys`, `roles`: of each.
+    if there are none; either pixels [I, C, H, W] float32, or bytes [I, H, W, C], a quarter of the size, with
+    `byte_values_CV` their pixels. `image_rows_P`: the image at each place, in the order of the image tokens; None if
+    every image has one place. `prediction_rows_N`: rows of the logits, flattened to [B·T, vocabulary], that predict the
+    tokens `target_ids_N` (−1: none is supervised); `sequence_of_N`: the sequence of each. `keys`, `roles`: of each
+    sequence.
     """
 
     input_ids_BT: Tensor
@@ -47,12 +48,12 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """The tokens of all sequences, padding not counted."""
+        """The tokens of all sequences, without padding."""
         return int(self.attention_mask_BT.sum())
 
     @property
     def pixel_values_ICHW(self) -> Tensor | None:
-        """The images' pixels, float32; of bytes they are made here, where the batch lies, and not kept."""
+        """The images' pixels, float32; computed from bytes on the batch's device, and not kept."""
         if self.images is None or self.byte_values_CV is None:
             return self.images
         return pixel_values(self.images, self.byte_values_CV)
@@ -95,19 +96,6 @@ class Batch:
         )
 
 
-def pixel_values(bytes_IHWC: Tensor, byte_values_CV: Tensor) -> Tensor:
-    """Pixels [I, C, H, W] of images of which bytes are known, and each byte's value in each channel, on any device.
-
-    Values are looked up, not computed: they are the image processor's to the last bit, whatever the device.
-    """
-    images, height, width, channels = bytes_IHWC.shape
-    pixels_ICHW = byte_values_CV.new_empty(images, channels, height, width)
-    for channel, values_V in enumerate(byte_values_CV):
-        bytes_ = bytes_IHWC[..., channel].flatten().int()
-        pixels_ICHW[:, channel] = values_V.index_select(0, bytes_).view(images, height, width)
-    return pixels_ICHW
-
-
 def collate(
     sequences: Sequence[TokenizedSequence],
     images: Sequence[Sequence[NDArray[Any]]],
@@ -116,12 +104,12 @@ def collate(
     positions: Positions = "response",
     byte_values_CV: NDArray[np.float32] | None = None,
 ) -> Batch:
-    """Assemble a batch; `images` holds those of each sequence in the order of their placeholders.
+    """Assemble a batch; `images` holds each sequence's images in the order of their placeholders.
 
-    An image is pixels [C, H, W] float32; where `byte_values_CV` is given, bytes [H, W, C] (see `Batch`).
-    With `positions: all` the N positions are all tokens that are not padding, not those that predict an answer alone.
-    Sequences that are given the very same arrays (the roles of one sample) share them in the batch. Errors: `DataError`
-    if there are no sequences, or the lists differ in length, or the images in shape.
+    An image is pixels [C, H, W] float32 or, with `byte_values_CV`, bytes [H, W, C] (see `Batch`).
+    With `positions` "all" the N positions are all tokens but padding, not only those that predict an answer.
+    Sequences that share arrays (the roles of one sample) share them in the batch. Errors: `DataError` if there are no
+    sequences, or if the lists differ in length or the images in shape.
     """
     if not sequences or len(sequences) != len(images):
         raise DataError(f"batch: {len(sequences)} sequence(s) with the images of {len(images)}")
@@ -153,7 +141,7 @@ def collate(
 def _stack(
     sequences: Sequence[TokenizedSequence], images: Sequence[Sequence[NDArray[Any]]]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The different images, and which of them stands at each place where one stands at several."""
+    """The distinct images, and the image at each place if one has several places."""
     placed = [(sequence.key, image) for sequence, own in zip(sequences, images, strict=True) for image in own]
     if not placed:
         return None, None

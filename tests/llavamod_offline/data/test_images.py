@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from llavamod_offline.data import images
-from llavamod_offline.data.encode.collate import pixel_values
-from llavamod_offline.data.images import ImagePreprocessor, decode_image, image_extension, pad_to_square
+from llavamod_offline.data.images import ImagePreprocessor, decode_image, image_extension, pad_to_square, pixel_values
 from llavamod_offline.errors import ConfigError, DataError, ModelError
 from tests.tiny import tiny_image, write_image_processor
 
@@ -348,7 +347,7 @@ def test_unusable_processors(tmp_path: Path) -> None:
         ImagePreprocessor.from_checkpoint(tmp_path)
     processor_folder(tmp_path, do_center_crop=False)
     assert ImagePreprocessor.from_checkpoint(tmp_path).size == (24, 24)
-    with pytest.raises(ModelError, match=r"preprocessor_config\.json: its output size depends on the picture"):
+    with pytest.raises(ModelError, match=r"preprocessor_config\.json: its output size depends on the image"):
         ImagePreprocessor.from_checkpoint(tmp_path, "square")
     for name, content in (("pre", "{"), ("pre", "[]"), ("", '{"image_processor": 3}')):
         file = tmp_path / f"{name}processor_config.json"
