@@ -33,14 +33,6 @@ _SHARDS, _COPIES, _BATCHES = 1, 2, 3  # what else than samples is put in an orde
 _GROUPED_BATCHES = 64  # as many batches are sorted by length together
 
 
-def epoch_order(n: int, seed: int, epoch: int) -> Rows:
-    """The permutation of `range(n)` that epoch `epoch` goes through without windows, weights and lengths.
-
-    Numbers are sorted by the SplitMix64 hash (Steele, Lea and Flood, OOPSLA 2014) of (seed, epoch, number).
-    """
-    return np.argsort(_hashes(np.arange(n), seed, epoch)).astype(np.int64)
-
-
 @dataclass(frozen=True)
 class Weights:
     """How often the samples of each source come in an epoch: `sources_N` holds indices into `weights`."""

@@ -1,17 +1,16 @@
-"""Samples made ready to be written: what the index says of them, and the files that they become."""
+"""Samples ready to be written: their row in the index, and their files."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llavamod_offline.data.parse.members import Parser
 from llavamod_offline.data.sample import Sample, Size, sample_to_json
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the index says of a sample, save where it lies; fields as the columns in `shards.py`."""
+    """The index's row of a sample without its position; fields as the columns in `sample_set.py`."""
 
     key: str
     content_hash: str
@@ -20,12 +19,12 @@ class Facts:
     n_images: int
     source: str
     text_length: int
-    parser: Parser
+    parser: str
     n_shrunk: int
 
     @classmethod
-    def of(cls, sample: Sample, *, parser: Parser = "sample", n_shrunk: int = 0) -> Facts:
-        """Gather them; the sample's content is hashed."""
+    def of(cls, sample: Sample, *, parser: str = "sample", n_shrunk: int = 0) -> Facts:
+        """Gather them, hashing the sample's content."""
         texts = [turn.text for turn in sample.turns] + [sample.chosen or "", sample.rejected or ""]
         return cls(
             key=sample.key,
@@ -42,7 +41,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class PreparedSources:
-    """A sample as it is written, and the row (from 0) of the file that it was read from.
+    """A sample as it is written, with the source file and row (from 0).
 
     `members`: the name (without key) and content of each of its files.
     """
@@ -54,13 +53,13 @@ class PreparedSources:
 
 
 def prepare(sample: Sample, file: str, row: int, original_sizes: Sequence[Size | None] = ()) -> PreparedSources:
-    """Make a sample ready; `original_sizes` of images that were made smaller go into its JSON."""
+    """Prepare a sample; the `original_sizes` of shrunk images go into its JSON."""
     n_shrunk = sum(size is not None for size in original_sizes)
     return PreparedSources(Facts.of(sample, n_shrunk=n_shrunk), sample_members(sample, original_sizes), file, row)
 
 
 def sample_members(sample: Sample, original_sizes: Sequence[Size | None] = ()) -> tuple[tuple[str, bytes], ...]:
-    """Name a sample's files: `json`, then `jpg` or, where there are several images, `0.jpg`, `1.png`…"""
+    """Name a sample's files: `json`, then `jpg`, or `0.jpg`, `1.png`… for several images."""
     members = [("json", sample_to_json(sample, original_sizes))]
     for number, (content, extension) in enumerate(zip(sample.images, sample.image_extensions, strict=True)):
         members.append((extension if len(sample.images) == 1 else f"{number}.{extension}", content))

@@ -2,58 +2,88 @@
 
     sample    {key}.json as this project writes it (see `sample.py`), and its images
     llava     {key}.json with `conversations`, or with `chosen` and `rejected` (see `row_formats.py`), and its images
-    caption   {key}.txt, the caption of one image: the answer to a request that is the same for the whole set
+    caption   {key}.txt, the caption of one image: the answer to one request for the whole set
 
-Which of them a sample is was settled when its tar was packed or indexed; its images were decoded then.
+Packing or indexing chooses the format and decodes the images; the index then names the format. To add one, write its
+functions and enter them in `TEXT_FORMATS`.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 from llavamod_offline.data.parse.row_formats import responses_of_row, tar_row_to_sample
 from llavamod_offline.data.rows import RowError
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample, Turn, sample_from_json
 from llavamod_offline.errors import DataError
 
-Parser = Literal["sample", "llava", "caption"]
-
 _SIGNATURES = (("jpg", b"\xff\xd8\xff"), ("png", b"\x89PNG\r\n\x1a\n"), ("webp", b"RIFF"))
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """A format of a sample's text: the suffix of its file, and for JSON which objects are of this format.
+
+    `read` takes what `_read_caption` does; `responses` finds a preference's chosen and rejected response in its JSON.
+    """
+
+    suffix: str
+    matches: Callable[[Any], bool]
+    read: Callable[..., Sample]
+    responses: Callable[[Any], tuple[str, str]] = responses_of_row
 
 
 def sample_from_members(
     parser: str, key: str, text: bytes, images: tuple[bytes, ...], source: str, caption_prompt: str | None = None
 ) -> Sample:
-    """Read a sample: its text's bytes by one of the parsers above, and the bytes of its images in their order.
+    """Read a sample from the bytes of its text, in one of the formats above, and of its images in order.
 
     `caption_prompt`: the request that captions answer, see `caption_request`.
-    Errors: `DataError` that says what is wrong with the text, or that it does not fit the images.
+    Errors: `DataError` if the text is malformed or does not fit the images.
     """
-    if parser == "sample":
-        sample = sample_from_json(key, text, images)
-        return sample if sample.source == source else replace(sample, source=source)
+    if parser not in TEXT_FORMATS:
+        raise DataError(f"text format '{parser}' is unknown")
     extensions = tuple(_extension(image) for image in images)
-    if parser == "llava":
-        return tar_row_to_sample(_json(text), key=key, source=source, images=images, extensions=extensions)
-    if parser == "caption" and caption_prompt is not None:
-        return caption_to_sample(text, caption_prompt, key=key, source=source, images=images, extensions=extensions)
-    raise DataError(f"nothing reads text as '{parser}'")
+    read = TEXT_FORMATS[parser].read
+    sample = read(text, caption_prompt, key=key, source=source, images=images, extensions=extensions)
+    return sample if sample.source == source else replace(sample, source=source)
 
 
 def responses_from_text(parser: str, text: bytes) -> tuple[str, str]:
-    """The chosen and the rejected response of a preference, from its text alone. Errors: as it is parsed."""
-    fields = _json(text)
-    if parser == "llava":
-        return responses_of_row(fields)
-    return str(fields["chosen"]), str(fields["rejected"])
+    """The chosen and the rejected response of a preference, from its text alone. Errors: as for parsing."""
+    return TEXT_FORMATS[parser].responses(parse_json(text))
 
 
-def caption_to_sample(
-    text: bytes, prompt: str, *, key: str, source: str, images: tuple[bytes, ...], extensions: tuple[str, ...]
+def parse_json(text: bytes) -> Any:
+    """Parse a sample's JSON. Errors: `RowError`."""
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise RowError("malformed row", f"its JSON cannot be read: {error}") from error
+
+
+def caption_request(prompt: str) -> str:
+    """The text that captions answer: the prompt, after `<image>` and a line break unless it places the image itself."""
+    return prompt if IMAGE_PLACEHOLDER in prompt else f"{IMAGE_PLACEHOLDER}\n{prompt}"
+
+
+def _read_own(text: bytes, _: str | None, *, key: str, images: tuple[bytes, ...], **__: object) -> Sample:
+    return sample_from_json(key, text, images)
+
+
+def _read_llava(text: bytes, _: str | None, **settings: Any) -> Sample:
+    return tar_row_to_sample(parse_json(text), **settings)
+
+
+def _read_caption(
+    text: bytes, prompt: str | None, *, key: str, source: str, images: tuple[bytes, ...], extensions: tuple[str, ...]
 ) -> Sample:
-    """Build a sample from a caption, white space around it removed, and its image. Errors: `RowError`."""
+    """Build a sample from a caption, stripped, and its image."""
+    if prompt is None:
+        raise RowError("malformed row", "a caption: set the prompt it answers with --caption-prompt")
     try:
         caption = text.decode().strip()
     except UnicodeDecodeError as error:
@@ -67,17 +97,18 @@ def caption_to_sample(
         raise RowError("bad conversation", str(error).removeprefix(f"sample '{key}': ")) from error
 
 
-def caption_request(prompt: str) -> str:
-    """The text that captions answer: `<image>`, a line break and the prompt, unless the prompt says where it stands."""
-    return prompt if IMAGE_PLACEHOLDER in prompt else f"{IMAGE_PLACEHOLDER}\n{prompt}"
-
-
-def _json(text: bytes) -> Any:
-    try:
-        return json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise RowError("malformed row", f"its JSON cannot be read: {error}") from error
-
-
 def _extension(image: bytes) -> str:
     return next((extension for extension, signature in _SIGNATURES if image.startswith(signature)), "")
+
+
+# In the order in which a sample's files are tried.
+TEXT_FORMATS: dict[str, TextFormat] = {
+    "sample": TextFormat(
+        "json",
+        lambda row: {"turns", "format"} <= row.keys(),
+        _read_own,
+        lambda row: (str(row["chosen"]), str(row["rejected"])),
+    ),
+    "llava": TextFormat("json", lambda row: bool({"conversations", "chosen", "rejected"} & row.keys()), _read_llava),
+    "caption": TextFormat("txt", lambda _: True, _read_caption),
+}

@@ -1,4 +1,4 @@
-"""The list of data sets of each stage (`sources.yaml`): what there is to download, and how it is packed."""
+"""The list of data sets of each stage (`sources.yaml`): what to download, and how to pack it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from llavamod_offline.config import load_config
-from llavamod_offline.data.sources.read import SUFFIXES, Source
+from llavamod_offline.data.sources.read import Source
+from llavamod_offline.data.sources.row_files import ROW_FILES
 from llavamod_offline.errors import ConfigError, DataError
 
 SHIPPED = Path(__file__).with_name("sources.yaml")
@@ -14,10 +15,10 @@ SHIPPED = Path(__file__).with_name("sources.yaml")
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set as it is downloaded; `files` (or patterns) and `images` are paths below one root folder.
+    """A data set as downloaded; `files` (or patterns) and `images` are paths below one root folder.
 
-    `rows`: how many, exactly; `rows_about`: where only a rounded number was published; `weight`: how often its samples
-    are seen in training. None: not known.
+    `rows`: the exact count; `rows_about`: a count that was published rounded; `weight`: how often training sees its
+    samples. None: unknown.
     """
 
     files: list[str] = field(default_factory=list)
@@ -32,7 +33,7 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Data sets by name, and the names of those of each stage."""
+    """Data sets by name, and each stage's names."""
 
     sources: dict[str, DataSet] = field(default_factory=dict)
     stages: dict[str, list[str]] = field(default_factory=dict)
@@ -41,12 +42,12 @@ class Catalogue:
         for stage, names in self.stages.items():
             unknown = [name for name in names if name not in self.sources]
             if unknown:
-                raise ConfigError(f"stage '{stage}': no source is called '{unknown[0]}'")
+                raise ConfigError(f"stage '{stage}': source '{unknown[0]}' is unknown: list it under sources")
         for name, entry in self.sources.items():
             _check(name, entry)
 
     def of_stage(self, stage: str | None) -> dict[str, DataSet]:
-        """The data sets of a stage, or all. Errors: `ConfigError` naming the stages that there are."""
+        """The data sets of a stage, or all. Errors: `ConfigError` naming the known stages."""
         if stage is None:
             return dict(self.sources)
         if stage not in self.stages:
@@ -60,14 +61,14 @@ def read_catalogue(file: Path = SHIPPED) -> Catalogue:
 
 
 def find_files(entry: DataSet, root: Path) -> list[tuple[str, list[Path]]]:
-    """What there is of each file or pattern, in the order of their names."""
+    """Each file or pattern with the files found, sorted by name."""
     return [(file, sorted(path for path in root.glob(file) if path.is_file())) for file in entry.files]
 
 
 def stage_sources(catalogue: Catalogue, stage: str, root: Path) -> tuple[list[Source], dict[str, float]]:
-    """The files of a stage, ready to be packed, and the weights of those that are not seen once.
+    """The files of a stage, ready to be packed, and the weights other than 1.
 
-    Errors: `DataError` naming the first file or folder that is not there.
+    Errors: `DataError` naming the first missing file or folder.
     """
     sources, weights = [], {}
     for name, entry in catalogue.of_stage(stage).items():
@@ -85,10 +86,10 @@ def stage_sources(catalogue: Catalogue, stage: str, root: Path) -> tuple[list[So
 
 def _check(name: str, entry: DataSet) -> None:
     if not entry.files:
-        raise ConfigError(f"source '{name}': names no files")
+        raise ConfigError(f"source '{name}': names no files: add some")
     for path in (*entry.files, *entry.images):
         if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
             raise ConfigError(f"source '{name}': '{path}' must be a path below the root folder")
     for path in entry.files:
-        if PurePosixPath(path).suffix not in SUFFIXES:
-            raise ConfigError(f"source '{name}': '{path}' must end in one of {', '.join(SUFFIXES)}")
+        if PurePosixPath(path).suffix not in ROW_FILES:
+            raise ConfigError(f"source '{name}': '{path}' must end in one of {', '.join(ROW_FILES)}")

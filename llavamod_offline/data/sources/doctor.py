@@ -1,4 +1,4 @@
-"""What is on a disk of the data sets in a catalogue, and what is missing: files, rows, images."""
+"""Check which data sets of a catalogue are on disk, and which files, rows and images are missing."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from typing import Any
 from llavamod_offline.data.rows import RowError
 from llavamod_offline.data.sources.catalogue import DataSet, find_files
 from llavamod_offline.data.sources.image_folders import ImageFolders
-from llavamod_offline.data.sources.json_stream import Advance, stream_array, stream_lines
+from llavamod_offline.data.sources.json_stream import Advance
+from llavamod_offline.data.sources.row_files import ROW_FILES
 from llavamod_offline.errors import DataError
 
-_ROUNDED = 0.99  # of a rounded count of rows
+_ROUNDED = 0.99  # smallest share of a rounded row count that passes
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is there of one data set; `problems` is empty if that is all. Counts are None where nothing was counted."""
+    """What was found of one data set; `problems` is empty if it is complete. Counts are None if not counted."""
 
     name: str
     files: tuple[str, ...]
     bytes: int
     rows: int | None
     rows_expected: str
-    pictures: int | None
+    images: int | None
     licence: str
     download: str
     note: str
@@ -44,9 +45,9 @@ def examine(
     count: bool = True,
     advance: Advance = lambda size: None,
 ) -> Iterator[Finding]:
-    """Look for each data set below `root`; with `count` read its rows, and look for every image that they name.
+    """Look for each data set below `root`; with `count` also read its rows, and look for every image they name.
 
-    Nothing is changed. `advance` is told how many bytes of the files were read.
+    `advance` gets the number of bytes read, piece by piece.
     """
     for name, entry in sets.items():
         found = find_files(entry, root)
@@ -54,13 +55,13 @@ def examine(
         problems = [f"missing: {root / file}" for file, matches in found if not matches]
         folders = [root / folder for folder in entry.images]
         problems += [f"missing: {folder}/" for folder in folders if not folder.is_dir()]
-        rows, pictures = None, None
+        rows, images = None, None
         if count and paths:
             tally = _Tally([folder for folder in folders if folder.is_dir()])
             try:
                 for path in paths:
                     tally.read(path, advance)
-                rows, pictures = tally.rows, tally.pictures
+                rows, images = tally.rows, tally.images
                 problems += tally.problems()
                 if all(matches for _, matches in found):
                     problems += _too_few(entry, rows)
@@ -72,7 +73,7 @@ def examine(
             bytes=sum(path.stat().st_size for path in paths),
             rows=rows,
             rows_expected=_expected(entry),
-            pictures=pictures,
+            images=images,
             licence=entry.licence or "unknown",
             download=entry.download or "unknown",
             note=entry.note,
@@ -81,7 +82,7 @@ def examine(
 
 
 def render(finding: Finding) -> str:
-    """A finding in a few lines."""
+    """A finding as a few lines of text."""
     state = "MISSING" if finding.problems else "there"
     rows = "not counted" if finding.rows is None else f"{finding.rows:,}"
     lines = [
@@ -97,48 +98,32 @@ def render(finding: Finding) -> str:
 
 
 class _Tally:
-    """Counts rows and the images that they name."""
+    """Counts rows and the images they name."""
 
     def __init__(self, folders: list[Path]) -> None:
         self._folders = ImageFolders(folders)
         self.rows = 0
-        self.pictures = 0
+        self.images = 0
         self._unreadable = 0
         self._missing: Counter[str] = Counter()
 
     def read(self, path: Path, advance: Advance) -> None:
         """Count one file. Errors: `DataError` if it cannot be read to its end."""
-        if path.suffix == ".parquet":
-            self._read_parquet(path, advance)
-            return
-        lines = path.suffix == ".jsonl"
-        rows = (row for _, row in stream_lines(path, advance)) if lines else stream_array(path, advance)
         try:
-            for row in rows:
+            for _, row in ROW_FILES[path.suffix].outline(path, advance):
                 self.rows += 1
                 self._read_row(row)
         except OSError as error:
             raise DataError(f"{path}: {error.strerror or error}") from error
 
     def problems(self) -> list[str]:
-        """What is missing, images by the first two folders of their names."""
-        lines = [f"unreadable: {self._unreadable:,} rows are no JSON objects"] if self._unreadable else []
+        """What is missing; images are grouped by the first two folders of their names."""
+        lines = [f"unreadable: {self._unreadable:,} rows are not JSON objects"] if self._unreadable else []
         if self._missing:
             places = ", ".join(f"{place} ({times:,})" for place, times in self._missing.most_common(6))
             more = f" and {len(self._missing) - 6} more places" if len(self._missing) > 6 else ""
-            lines.append(f"missing: {self._missing.total():,} of {self.pictures:,} pictures: {places}{more}")
+            lines.append(f"missing: {self._missing.total():,} of {self.images:,} images: {places}{more}")
         return lines
-
-    def _read_parquet(self, path: Path, advance: Advance) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            with pq.ParquetFile(path) as table:
-                self.rows += table.metadata.num_rows
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from error
-        advance(path.stat().st_size)
 
     def _read_row(self, row: Any) -> None:
         if isinstance(row, RowError) or not isinstance(row, dict):
@@ -146,7 +131,7 @@ class _Tally:
             return
         names = row.get("image")
         for name in [names] if isinstance(names, str) else names if isinstance(names, list) else []:
-            self.pictures += 1
+            self.images += 1
             if not isinstance(name, str) or not self._folders.has(name):
                 self._missing["/".join(str(name).split("/")[:-1][:2]) or "."] += 1
 

@@ -1,8 +1,7 @@
-"""Sources: files of rows, streamed into samples and rejections; the format is told by suffix and by each row's fields.
+"""Sources: files of rows (see `row_files.py`) and folders of samples, streamed into samples and rejections.
 
-`.json` is a list of rows, `.jsonl` a row a line (both: see `row_formats.py`), `.parquet` is RLAIF-V's table; a folder
-has a sample's text beside its images (see `tar_samples.py`). Keys come from the rows' ids (`id`, in parquet `idx`, in
-a folder the files' names), or from file stem and row number where there is none or `keys="row"`.
+A folder holds each sample's text beside its images (see `tar_samples.py`). Keys come from the rows' ids (`id`, in
+parquet `idx`, in a folder the files' names), or from file stem and row number if a row has no id or `keys="row"`.
 """
 
 from __future__ import annotations
@@ -16,30 +15,25 @@ from llavamod_offline.data.keys import key_from_id, row_key
 from llavamod_offline.data.pack.prepare import PreparedSources, prepare
 from llavamod_offline.data.pack.process_map import map_in_order
 from llavamod_offline.data.pack.shrink import shrink_sample
-from llavamod_offline.data.parse.row_formats import json_row_to_sample, parquet_row_to_sample
 from llavamod_offline.data.rows import Located, RejectedRow, RowError
 from llavamod_offline.data.sample import KEY_PATTERN, Sample
 from llavamod_offline.data.sources.image_folders import ImageFolders
-from llavamod_offline.data.sources.json_stream import Advance, stream_array, stream_lines
+from llavamod_offline.data.sources.json_stream import Advance
+from llavamod_offline.data.sources.row_files import ROW_FILES
 from llavamod_offline.data.sources.sample_folders import FileGroup, list_groups, read_files
 from llavamod_offline.data.sources.tar_samples import ReadRule, read_group
 from llavamod_offline.errors import DataError
 
 KeyRule = Literal["id", "row"]
-SUFFIXES = (".json", ".jsonl", ".parquet")
-
-_PARQUET_COLUMNS = ("image", "question", "chosen", "rejected")
-_PARQUET_OPTIONAL = ("idx", "ds_name")
-_PARQUET_BATCH = 32  # rows, each with its image
-_CHUNK = 16  # rows that a process works on at a time
+_CHUNK = 16  # rows given to a process at a time
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file of rows, or a folder of samples; `name` is their `source`, `images` the folders that images are in.
+    """A file of rows, or a folder of samples; `name` is their `source`, `images` the folders with their images.
 
-    Without a name, the source is the file's stem, or what a parquet row's `ds_name` says. Without folders, those that
-    `read_sources` is given. `rule`: how a folder's files are read.
+    Defaults: of the name, a parquet row's `ds_name` or the file's stem; of the folders, those of `prepare_sources`.
+    `rule`: how a folder's files are read.
     """
 
     path: Path
@@ -50,29 +44,11 @@ class Source:
 
 @dataclass(frozen=True)
 class _SourceRow:
-    """A row as it was read, its number, and which of the sources it is from."""
+    """A row as read, its number, and the ordinal of its source."""
 
     source: int
     number: int
     content: Any
-
-
-def read_sources(
-    files: Sequence[Path | Source],
-    *,
-    images: Sequence[Path] = (),
-    keys: KeyRule = "id",
-    advance: Advance = lambda size: None,
-) -> Iterator[Located | RejectedRow]:
-    """Stream the rows of `files`, in order, as samples or rejections; `images` are the folders that hold images.
-
-    `advance` is told about every piece read, in bytes; over all files they add up to their sizes.
-    Errors: `DataError` at once if a file or folder is missing, of an unknown kind or given twice, or two files would
-    give the same row keys; while reading, if a file as a whole cannot be read.
-    """
-    sources = _checked(files, images, keys)
-    reader = _RowReader(sources, keys, None)
-    return (reader.located(row) for row in _all_rows(sources, advance))
 
 
 def prepare_sources(
@@ -84,10 +60,13 @@ def prepare_sources(
     max_side: int | None = None,
     workers: int = 1,
 ) -> Iterator[PreparedSources | RejectedRow]:
-    """As `read_sources`, the samples ready to be written; the result is the same for every number of `workers`.
+    """Stream the rows of `files`, in order, as samples ready to be written, or as rejections.
 
-    They are processes that read and decode images. `max_side`: the length in pixels beyond which images are made
-    smaller (None: every image keeps its bytes). Further errors: those of `map_in_order`.
+    `images`: folders with the images. `advance` gets the size of every piece read, in bytes; over all files these add
+    up to their sizes. `max_side`: length in pixels beyond which images are shrunk (None: every image keeps its bytes).
+    `workers`: processes that read and decode images; the result does not depend on their number.
+    Errors: `DataError` at once if a file or folder is missing, of an unknown kind or given twice, or if two files would
+    give the same row keys; while reading, if a file cannot be read at all; those of `map_in_order`.
     """
     sources = _checked(files, images, keys)
     reader = _RowReader(sources, keys, max_side)
@@ -102,9 +81,9 @@ def _checked(files: Sequence[Path | Source], images: Sequence[Path], keys: KeyRu
             raise DataError(f"source '{file}': tars are indexed in place with `llavamod-offline index`")
         if not file.exists():
             raise DataError(f"source '{file}': no such file")
-        if file.suffix not in SUFFIXES and not file.is_dir():
+        if file.suffix not in ROW_FILES and not file.is_dir():
             hint = ": tars are indexed in place with `llavamod-offline index`" if file.suffix == ".tar" else ""
-            raise DataError(f"source '{file}': its name must end in one of {', '.join(SUFFIXES)}{hint}")
+            raise DataError(f"source '{file}': its name must end in one of {', '.join(ROW_FILES)}{hint}")
         if seen.setdefault(file.resolve(), file) is not file:
             raise DataError(f"source '{file}' is given twice")
     if keys == "row":
@@ -123,14 +102,14 @@ def _check_stems(files: Sequence[Path]) -> None:
 
 
 class _RowReader:
-    """Rows → samples, and samples that are ready to be written; may be pickled."""
+    """Rows → samples → samples ready to be written; picklable."""
 
     def __init__(self, sources: tuple[Source, ...], keys: KeyRule, max_side: int | None) -> None:
         self._sources, self._keys, self._max_side = sources, keys, max_side
         self._folders = [ImageFolders(source.images) for source in sources]
 
-    def located(self, row: _SourceRow) -> Located | RejectedRow:
-        """The sample of a row, or why there is none."""
+    def _located(self, row: _SourceRow) -> Located | RejectedRow:
+        """The sample of a row, or why it has none."""
         source = self._sources[row.source]
         file, key = source.path, row_key(source.path.stem, row.number)
         try:
@@ -139,8 +118,12 @@ class _RowReader:
             if isinstance(row.content, FileGroup):
                 key = key if self._keys == "row" else _key({"id": row.content.key}, key, "id", "id")
                 return Located(self._from_files(source, row.content, key), str(file), row.number)
-            key = _key(row.content, key, self._keys, "idx" if file.suffix == ".parquet" else "id")
-            return Located(_sample(source, row.content, key, self._folders[row.source]), str(file), row.number)
+            kind = ROW_FILES[file.suffix]
+            key = _key(row.content, key, self._keys, kind.id_field)
+            named = row.content.get(kind.source_field) if kind.source_field else None
+            name = source.name or (named if isinstance(named, str) and named else file.stem)
+            sample = kind.to_sample(row.content, key, name, self._folders[row.source].read)
+            return Located(sample, str(file), row.number)
         except RowError as error:
             return RejectedRow(key, error.kind, str(error), str(file), row.number)
 
@@ -148,11 +131,11 @@ class _RowReader:
         name = source.name or source.path.resolve().name
         sample, _, _ = read_group(read_files(source.path, group), key, name, source.rule)
         sample = replace(sample, source=name) if source.name else sample
-        return replace(sample, key=key) if self._keys == "row" else sample  # one of this project's brings its key
+        return replace(sample, key=key) if self._keys == "row" else sample  # our own samples keep theirs
 
     def prepared(self, rows: list[_SourceRow]) -> list[PreparedSources | RejectedRow]:
-        """The same of several rows, ready to be written."""
-        return [row if isinstance(row, RejectedRow) else self._prepare(row) for row in map(self.located, rows)]
+        """The samples of several rows, ready to be written, or why they have none."""
+        return [row if isinstance(row, RejectedRow) else self._prepare(row) for row in map(self._located, rows)]
 
     def _prepare(self, located: Located) -> PreparedSources:
         if self._max_side is None:
@@ -164,28 +147,11 @@ class _RowReader:
 def _all_rows(sources: tuple[Source, ...], advance: Advance) -> Iterator[_SourceRow]:
     for ordinal, source in enumerate(sources):
         try:
-            for number, content in _rows(source.path, advance):
-                yield _SourceRow(ordinal, number, content)
+            path = source.path
+            rows = enumerate(list_groups(path)) if path.is_dir() else ROW_FILES[path.suffix].rows(path, advance)
+            yield from (_SourceRow(ordinal, number, content) for number, content in rows)
         except OSError as error:
             raise DataError(f"source '{source.path}': cannot be read: {error.strerror or error}") from error
-
-
-def _rows(file: Path, advance: Advance) -> Iterator[tuple[int, Any]]:
-    if file.is_dir():
-        return enumerate(list_groups(file))
-    if file.suffix == ".json":
-        return enumerate(stream_array(file, advance))
-    if file.suffix == ".jsonl":
-        return stream_lines(file, advance)
-    return enumerate(_stream_parquet(file, advance))
-
-
-def _sample(source: Source, row: Any, key: str, folders: ImageFolders) -> Sample:
-    if source.path.suffix == ".parquet":
-        named = row.get("ds_name")
-        name = source.name or (named if isinstance(named, str) and named else source.path.stem)
-        return parquet_row_to_sample(row, key=key, source=name)
-    return json_row_to_sample(row, key=key, source=source.name or source.path.stem, read_image=folders.read)
 
 
 def _key(row: Any, fallback: str, keys: KeyRule, field: str) -> str:
@@ -193,33 +159,9 @@ def _key(row: Any, fallback: str, keys: KeyRule, field: str) -> str:
     if keys == "row" or identity is None:
         key = fallback
     elif isinstance(identity, bool) or not isinstance(identity, str | int) or identity == "":
-        raise RowError("malformed row", f"field '{field}' must be a string or a whole number, and not empty")
+        raise RowError("malformed row", f"field '{field}' must be a non-empty string or a whole number")
     else:
         key = key_from_id(identity)
     if not KEY_PATTERN.fullmatch(key):
-        raise RowError("malformed row", f"key of {len(key)} characters, more than 200: number the rows by --keys row")
+        raise RowError("malformed row", f"key of {len(key)} characters, more than 200: number the rows with --keys row")
     return key
-
-
-def _stream_parquet(file: Path, advance: Advance) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    size, told = file.stat().st_size, 0
-    try:
-        with pq.ParquetFile(file) as table:
-            names = table.schema_arrow.names
-            missing = [name for name in _PARQUET_COLUMNS if name not in names]
-            if missing:
-                raise DataError(f"{file}: no column '{missing[0]}': it has {', '.join(names)}")
-            columns = [name for name in (*_PARQUET_COLUMNS, *_PARQUET_OPTIONAL) if name in names]
-            rows = 0
-            for batch in table.iter_batches(batch_size=_PARQUET_BATCH, columns=columns):
-                yield from batch.to_pylist()
-                rows += len(batch)
-                reached = size * rows // table.metadata.num_rows
-                advance(reached - told)
-                told = reached
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: cannot be read as parquet: {str(error).splitlines()[0]}") from error
-    advance(size - told)

@@ -120,14 +120,14 @@ def _toy_batches(checkpoint: Path, samples: int, size: int) -> Iterator[Batch]:
     from llavamod_offline.data.images import ImagePreprocessor
     from llavamod_offline.data.pack.pack import write_set
     from llavamod_offline.data.sets.sample_set import SampleSet
-    from llavamod_offline.data.sources.read import read_sources
+    from llavamod_offline.data.sources.read import prepare_sources
     from llavamod_offline.models.checkpoint import load_config, load_tokenizer, sequence_encoder
     from llavamod_offline.toyworld.datasets import write_datasets
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         files = write_datasets(root, align=0, general=samples, multitask=0, preference=1, error_share=0.1, seed=9)
-        write_set(read_sources([files["general"]], images=[root / "images"], keys="id"), root / "set")
+        write_set(prepare_sources([files["general"]], images=[root / "images"], keys="id"), root / "set")
         packed = SampleSet.open(root / "set")
         encoder = sequence_encoder(load_config(checkpoint), load_tokenizer(checkpoint), get_template("qwen"), 2048)
         images = ImagePreprocessor.from_checkpoint(checkpoint)

@@ -12,12 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llavamod_offline.data.sampler import BatchSchedule, Order, Weights, epoch_order
+from llavamod_offline.data.sampler import BatchSchedule, Order, Rows, Weights
 from llavamod_offline.errors import ConfigError
 
 ROWS = st.integers(1, 60)
 SEEDS = st.integers(-(2**63), 2**64)
 MASK = 2**64 - 1
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> Rows:
+    """One epoch without windows, weights and lengths."""
+    return Order(n, seed=seed, batch_size=1).places(epoch * n, (epoch + 1) * n)
 
 
 def mix(value: int) -> int:

@@ -14,7 +14,7 @@ from llavamod_offline.data.encode.template import TEMPLATES
 from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER
 from llavamod_offline.data.sets.sample_set import SampleSet
-from llavamod_offline.data.sources.read import read_sources
+from llavamod_offline.data.sources.read import prepare_sources
 from llavamod_offline.toyworld.benchmarks import write_benchmarks
 from llavamod_offline.toyworld.conversations import mixed
 from llavamod_offline.toyworld.datasets import write_datasets
@@ -31,7 +31,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize(("name", "size"), [("align", 6), ("general", 30), ("multitask", 12), ("preference", 7)])
 def test_every_set_packs_without_a_rejection(files: dict[str, Path], tmp_path: Path, name: str, size: int) -> None:
     images = [files[name].parent / "images"] if name != "preference" else []
-    summary = write_set(read_sources([files[name]], images=images, keys="id"), tmp_path / name)
+    summary = write_set(prepare_sources([files[name]], images=images, keys="id"), tmp_path / name)
     assert (summary.samples, summary.rejected) == (size, 0)
     packed = SampleSet.open(tmp_path / name)
     sample = packed.read(0)

@@ -11,7 +11,6 @@ import pytest
 
 from llavamod_offline.data.rows import Located, RejectedRow
 from llavamod_offline.data.sample import Sample
-from llavamod_offline.data.sources.read import read_sources
 from llavamod_offline.errors import DataError
 from tests.llavamod_offline.data.sources.source_files import (
     GOOD,
@@ -20,6 +19,7 @@ from tests.llavamod_offline.data.sources.source_files import (
     TEXT,
     WEBP,
     only_rejection,
+    read_sources,
     samples,
     talk,
     turns,
@@ -93,9 +93,9 @@ def test_preference_rows(tmp_path: Path, images: Path) -> None:
         ({"id": "k", "images": ["b.png"], "conversations": TEXT}, "malformed row", "'images' is not read"),
         ({"id": "k", "video": "a.mp4", "conversations": TEXT}, "malformed row", "'video' is not read"),
         ({"id": "k" * 201, "conversations": TEXT}, "malformed row", "key of 201 characters"),
-        ({"id": True, "conversations": TEXT}, "malformed row", "'id' must be a string or a whole number"),
-        ({"id": 1.5, "conversations": TEXT}, "malformed row", "'id' must be a string or a whole number"),
-        ({"id": "", "conversations": TEXT}, "malformed row", "'id' must be a string or a whole number"),
+        ({"id": True, "conversations": TEXT}, "malformed row", "'id' must be a non-empty string or a whole number"),
+        ({"id": 1.5, "conversations": TEXT}, "malformed row", "'id' must be a non-empty string or a whole number"),
+        ({"id": "", "conversations": TEXT}, "malformed row", "'id' must be a non-empty string or a whole number"),
         ({"id": "k", "chosen": TEXT}, "malformed row", "'rejected' must be a list of turns"),
         ({"id": "k", "chosen": "a", "rejected": "b"}, "malformed row", "'chosen' must be a list of turns"),
         ({"id": "k", "chosen": TEXT, "rejected": talk("Was it?", "No.")}, "bad conversation", "different prompts"),

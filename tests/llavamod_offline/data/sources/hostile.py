@@ -163,13 +163,13 @@ TARS = [
     _tar("a long key", _pair("k" * 300, ASK, JPG), ("k" * 300, ROW, "key of 300 characters")),
     _tar("JSON without end", [("bad.json", deep())], ("bad", ROW, "JSON cannot be read")),
     _tar("JSON of another encoding", [("bad.json", '{"a": "ä"}'.encode("latin-1"))], ("bad", ROW, "cannot be read")),
-    _tar("JSON of no sample", [("bad.json", b'{"width": 3}')], ("bad", ROW, "no 'conversations'")),
+    _tar("JSON of no sample", [("bad.json", b'{"width": 3}')], ("bad", ROW, "neither 'conversations' nor")),
     _tar("a number of 5,000 digits", [("bad.json", b"9" * 5000)], ("bad", ROW, "cannot be read")),
     _tar(
         "another text than was hashed",
         [("bad.json", json.dumps({"format": 1, "turns": [["user", "A?"], ["assistant", "B"]], "images": [],
                                   "content_hash": "0" * 64, "source": ""}).encode())],
-        ("bad", "bad conversation", "has the hash of"),
+        ("bad", "bad conversation", "does not match the hash"),
     ),
     _tar(
         "a packed sample of wrong types",

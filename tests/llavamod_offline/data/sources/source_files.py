@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llavamod_offline.data.rows import Located, RejectedRow
-from llavamod_offline.data.sample import Sample, Turn
-from llavamod_offline.data.sources.read import read_sources
+from llavamod_offline.data.sample import Sample, Turn, sample_from_json
+from llavamod_offline.data.sources.read import Source, prepare_sources
 from tests.tiny import tiny_image
 
 JPG, PNG, WEBP = tiny_image(0, format="JPEG"), tiny_image(1), tiny_image(2, format="WEBP")
@@ -55,6 +55,20 @@ def write_parquet(file: Path, rows: list[dict[str, Any]], **changes: Any) -> Pat
     columns = {name: column for name, column in (columns | changes).items() if column is not None}
     pq.write_table(pa.table(columns), file, row_group_size=20)
     return file
+
+
+def read_sources(files: Sequence[Path | Source], **settings: Any) -> Iterator[Located | RejectedRow]:
+    """The samples that rows are packed as, and rejections."""
+    return (
+        row
+        if isinstance(row, RejectedRow)
+        else Located(
+            sample_from_json(row.facts.key, row.members[0][1], tuple(image for _, image in row.members[1:])),
+            row.file,
+            row.row,
+        )
+        for row in prepare_sources(files, **settings)
+    )
 
 
 def samples(rows: Iterator[Located | RejectedRow]) -> list[Sample]:

@@ -56,14 +56,14 @@ def test_what_is_missing(root: Path) -> None:
     (root / "a" / "p" / "coco" / "train" / "1.png").unlink()
     (root / "a" / "p" / "own.png").unlink()
     finding = only(ENTRY, root)
-    assert finding.problems == ("missing: 2 of 3 pictures: coco/train (1), . (1)",)
+    assert finding.problems == ("missing: 2 of 3 images: coco/train (1), . (1)",)
     assert only(ENTRY, root, count=False).problems == ()
     assert only(ENTRY, root, count=False).rows is None
     absent = DataSet(files=["a/rows.json", "a/none_*.jsonl"], images=["a/p", "b"], rows=9)
     assert only(absent, root).problems == (
         f"missing: {root / 'a' / 'none_*.jsonl'}",
         f"missing: {root / 'b'}/",
-        "missing: 2 of 3 pictures: coco/train (1), . (1)",
+        "missing: 2 of 3 images: coco/train (1), . (1)",
     )
     assert render(only(absent, root)).splitlines()[0] == "mine: MISSING"
 
@@ -90,8 +90,8 @@ def test_damaged_files(root: Path) -> None:
     assert "row 1" in only(ENTRY, root).problems[0]
     assert "cannot be read as parquet" in only(DataSet(files=["t_*.parquet"]), root).problems[0]
     assert only(DataSet(files=["b.jsonl"]), root).problems == (
-        "unreadable: 2 rows are no JSON objects",
-        "missing: 1 of 1 pictures: /etc (1)",
+        "unreadable: 2 rows are not JSON objects",
+        "missing: 1 of 1 images: /etc (1)",
     )
 
 
@@ -110,7 +110,7 @@ def test_the_shipped_list() -> None:
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ("stages: {align: [x]}", "stage 'align': no source is called 'x'"),
+        ("stages: {align: [x]}", "stage 'align': source 'x' is unknown"),
         ("sources: {x: {files: []}}", "source 'x': names no files"),
         ("sources: {x: {files: [a.json, /b.json]}}", "'/b.json' must be a path below the root folder"),
         ("sources: {x: {files: [../b.json]}}", "must be a path below the root folder"),
