@@ -80,7 +80,7 @@ def _images(members: dict[str, TarMember]) -> tuple[TarMember, ...]:
             raise RowError("bad member", f"a member '.{suffix}', which is not read: skip it with --ignore {suffix}")
         number = None if match[1] is None else int(match[1])
         if number in numbers:
-            raise RowError("bad member", f"'.{numbers[number].suffix}' and '.{suffix}' have one number: rename one")
+            raise RowError("bad member", f"'.{numbers[number].suffix}' and '.{suffix}' are the same image: keep one")
         numbers[number] = member
     if None in numbers and len(numbers) > 1:
         raise RowError("bad member", "several images, not all numbered: name them 0.jpg, 1.jpg…")

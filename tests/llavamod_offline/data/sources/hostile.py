@@ -130,7 +130,7 @@ TARS = [
     _tar("two members of one name", [*_pair("bad", ASK, JPG), ("bad.jpg", PNG)], ("bad", BAD, "called 'bad.jpg'")),
     _tar("two texts of one name", [("bad.json", ASK), *_pair("bad", ASK, JPG)], ("bad", BAD, "called 'bad.json'")),
     _tar("one name in two cases", [*_pair("bad", ASK, JPG), ("bad.JPG", PNG)], ("bad", BAD, "two members")),
-    _tar("two suffixes of one image", [*_pair("bad", ASK, JPG), ("bad.jpeg", PNG)], ("bad", BAD, "which image")),
+    _tar("two suffixes of one image", [*_pair("bad", ASK, JPG), ("bad.jpeg", PNG)], ("bad", BAD, "are the same image")),
     Case(
         "members that lie apart",
         lambda folder: _write_to(folder, [("bad.json", ASK), *GOOD, ("bad.jpg", JPG)]),
@@ -159,7 +159,7 @@ TARS = [
     _tar("other pictures than named", _pair("bad", row("<image>?", "A", image=["a", "b"]), JPG),
          ("bad", MISMATCH, "names 2")),
     _tar("pictures in no order", [("bad.json", ASK), ("bad.0.jpg", JPG), ("bad.jpg", PNG)], ("bad", BAD, "not all")),
-    _tar("a gap", [("bad.json", ASK), ("bad.0.jpg", JPG), ("bad.2.jpg", PNG)], ("bad", BAD, "without a gap")),
+    _tar("a gap", [("bad.json", ASK), ("bad.0.jpg", JPG), ("bad.2.jpg", PNG)], ("bad", BAD, "without gaps")),
     _tar("a long key", _pair("k" * 300, ASK, JPG), ("k" * 300, ROW, "key of 300 characters")),
     _tar("JSON without end", [("bad.json", deep())], ("bad", ROW, "JSON cannot be read")),
     _tar("JSON of another encoding", [("bad.json", '{"a": "ä"}'.encode("latin-1"))], ("bad", ROW, "cannot be read")),
