@@ -10,7 +10,8 @@ from llavamod_offline.errors import ConfigError
 from llavamod_offline.models.build import build_llava, build_tokenizer
 from llavamod_offline.models.capacity import limit_capacity
 from llavamod_offline.models.checkpoint import load_config, load_llava, load_tokenizer
-from llavamod_offline.models.upcycle import SPARSE_TYPES, upcycle
+from llavamod_offline.models.language_models import MOE_TYPES
+from llavamod_offline.models.upcycle import upcycle
 from train.config import StudentConfig
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def open_source(config: StudentConfig) -> StudentSource:
             raise ConfigError("student.upcycle: a language model is dense: set student.upcycle to make it sparse")
         return StudentSource(build_tokenizer(Path(config.language_model)), Path(config.vision_tower))
     folder = Path(config.checkpoint)
-    sparse = load_config(folder).text_config.model_type in SPARSE_TYPES
+    sparse = load_config(folder).text_config.model_type in MOE_TYPES
     if sparse and config.upcycle is not None:
         raise ConfigError(f"student.upcycle: {folder} is sparse already: set student.upcycle to null")
     if sparse and config.kind == "dense":

@@ -1,4 +1,4 @@
-"""Building a LLaVA student out of a vision tower, a language model and a fresh projector."""
+"""Build a LLaVA student from a vision tower, a language model and a new projector."""
 
 from __future__ import annotations
 
@@ -9,23 +9,15 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from tokenizers import AddedToken
 from torch import Tensor
-from transformers import (
-    CLIPModel,
-    CLIPVisionModel,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    Qwen2ForCausalLM,
-    Qwen3ForCausalLM,
-)
+from transformers import CLIPModel, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
 
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER
 from llavamod_offline.errors import ModelError
 from llavamod_offline.models.checkpoint import load_llava, load_tensors, load_tokenizer, load_weights, read_json
+from llavamod_offline.models.language_models import LANGUAGE_MODELS, NAMES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-_LANGUAGE_MODELS = {"qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
 
 
 def build_llava(
@@ -36,13 +28,13 @@ def build_llava(
     vision_feature_layer: int = -2,
     dtype: torch.dtype = torch.float32,
 ) -> LlavaForConditionalGeneration:
-    """Join a tower and a language model by a two-layer GELU projector, which alone is random (from `seed`).
+    """Join a tower and a language model by a two-layer GELU projector, initialised at random from `seed`.
 
-    `vision_tower` is the folder of a CLIP model, of its vision part, or of a LLaVA whose tower is taken;
-    `language_model` that of a dense causal language model, Qwen2 (Qwen1.5, Qwen2, Qwen2.5) or Qwen3.
-    The tokenizer that belongs to the result is `build_tokenizer(language_model)`. Where the head has no row for its
-    image token, embeddings and head grow, the new rows being the mean of the old ones.
-    Errors: `ModelError` if a folder is missing, incomplete or of another kind.
+    `vision_tower` is the folder of a CLIP model, of a CLIP vision model, or of a LLaVA model with a CLIP tower;
+    `language_model` that of a dense model listed in `LANGUAGE_MODELS`. Use the result with
+    `build_tokenizer(language_model)`; if that adds an image token beyond the last row, the embeddings and the LM head
+    grow by copies of their mean row.
+    Errors: `ModelError` if a folder is missing, incomplete or holds another kind of model.
     """
     tower = _load_tower(vision_tower, dtype)
     text = _load_language_model(language_model, dtype)
@@ -51,7 +43,7 @@ def build_llava(
     rows = max(len(tokenizer), text.config.vocab_size)
     layers = vision_config.num_hidden_layers
     if not -layers - 1 <= vision_feature_layer <= layers:
-        raise ModelError(f"vision_feature_layer {vision_feature_layer}: the vision tower has {layers} layers")
+        raise ModelError(f"vision_feature_layer is {vision_feature_layer}: expected {-layers - 1} to {layers}")
     config = LlavaConfig(
         vision_config=vision_config.to_dict(),
         text_config=text.config.to_dict() | {"vocab_size": rows},
@@ -75,7 +67,7 @@ def build_llava(
 
 
 def build_tokenizer(language_model: Path) -> PreTrainedTokenizerFast:
-    """A language model's tokenizer with `<image>` as a special token, added at the end if it has none.
+    """Load a language model's tokenizer and add the special token `<image>` if it has none.
 
     Errors: `ModelError` if the folder has no tokenizer.
     """
@@ -91,7 +83,7 @@ def _load_tower(folder: Path, dtype: torch.dtype) -> Any:
     if model_type == "llava":
         tower = load_llava(folder, dtype).model.vision_tower
         if tower.config.model_type != "clip_vision_model":
-            raise ModelError(f"{folder}: the vision tower is a '{tower.config.model_type}': use a CLIP tower")
+            raise ModelError(f"{folder}: the vision tower is of type '{tower.config.model_type}': use a CLIP tower")
         return tower
     if model_type == "clip_vision_model":
         return load_weights(CLIPVisionModel, folder, dtype=dtype)
@@ -105,27 +97,28 @@ def _load_tower(folder: Path, dtype: torch.dtype) -> Any:
 
 def _load_language_model(folder: Path, dtype: torch.dtype) -> Any:
     model_type = read_json(folder, "config.json").get("model_type")
-    if model_type not in _LANGUAGE_MODELS:
+    if model_type not in LANGUAGE_MODELS:
+        expected = " or ".join(f"'{name}'" for name in LANGUAGE_MODELS)
         raise ModelError(
-            f"{folder}/config.json: model_type is '{model_type}', expected 'qwen2' or 'qwen3': "
-            "give the folder of a dense Qwen1.5, Qwen2, Qwen2.5 or Qwen3 language model"
+            f"{folder}/config.json: model_type is '{model_type}', expected {expected}: "
+            f"give the folder of a dense language model ({NAMES})"
         )
-    return load_weights(_LANGUAGE_MODELS[model_type], folder, dtype=dtype)
+    return load_weights(LANGUAGE_MODELS[model_type].dense, folder, dtype=dtype)
 
 
 def _grown(weight_VD: Tensor, rows: int) -> Tensor:
-    """Append the mean row until there are `rows`."""
+    """Append copies of the mean row, up to `rows` rows."""
     new = weight_VD.mean(0, keepdim=True).expand(rows - len(weight_VD), -1)
     return torch.cat([weight_VD, new])
 
 
 def _projector(vision: int, hidden: int, seed: int) -> dict[str, Tensor]:
-    """The projector's tensors, uniform within ±1/√inputs as `nn.Linear` draws them."""
+    """Initialise the projector's tensors as `nn.Linear` does: uniform within ±1/√inputs."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for name, inputs in (("linear_1", vision), ("linear_2", hidden)):
         bound = 1 / math.sqrt(inputs)
         for part, shape in (("weight", (hidden, inputs)), ("bias", (hidden,))):
-            drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator)
-            tensors[f"model.multi_modal_projector.{name}.{part}"] = drawn
+            values = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+            tensors[f"model.multi_modal_projector.{name}.{part}"] = values
     return tensors

@@ -1,12 +1,12 @@
-"""Capacity: in training an expert takes a limited number of tokens; what comes later loses that expert.
+"""Expert capacity: in training, an expert accepts a limited number of tokens and drops the rest.
 
-A layer of E experts, K choices a token and n tokens that are no padding gives each expert ⌈factor · K · n / E⌉ places.
-Tokens queue in their order in the batch, all first choices before all second ones. A token that loses an expert gives
-its weight to the experts it keeps; one that loses all has the residual stream alone (and the shared expert, if any).
-Source: GShard (arXiv 2006.16668) as DeepSpeed's top-2 gate does it, but without noise in the second choice, and with
-padding outside of the count. Evaluation never drops.
+With E experts, K choices per token and n non-padding tokens, each expert accepts ⌈factor · K · n / E⌉ tokens. Tokens
+are accepted in batch order, all first choices before all second choices. A token dropped by one expert gives that
+weight to the experts it keeps; a token dropped by all passes through the residual stream only (and the shared expert,
+if any). Nothing is dropped in evaluation. Source: GShard (arXiv 2006.16668), as in DeepSpeed's top-2 gate, but without
+noise in the second choice and without counting padding.
 
-Shape suffixes: B sequences, T tokens, S = B·T tokens in a row, E experts, K choices a token.
+Shape suffixes: B sequences, T tokens, S = B·T tokens in a row, E experts, K choices per token.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from llavamod_offline.models.routing import ROUTERS
+from llavamod_offline.models.language_models import ROUTERS
 
 
 def limit_capacity(model: LlavaForConditionalGeneration, factor: float) -> None:
-    """Let the routers of a sparse student drop what goes beyond their experts' capacity, while it is in training mode.
+    """Make a sparse student's routers drop tokens beyond their experts' capacity in training mode.
 
-    The weights and the configuration stay as they are: a saved student knows nothing of it. Gradient checkpointing's
-    second pass drops the same tokens, as long as it comes before the next forward pass. A dense model is left alone.
+    Weights and configuration do not change, and a saved student carries no trace of it. The recomputation of gradient
+    checkpointing drops the same tokens if it runs before the next forward pass. No-op for dense models.
     """
     mask = _Mask()
     routers = [module for module in model.modules() if isinstance(module, ROUTERS)]
@@ -36,7 +36,7 @@ def limit_capacity(model: LlavaForConditionalGeneration, factor: float) -> None:
 
 
 def places(choices_SK: Tensor, keep_S: Tensor, experts: int, capacity: int) -> Tensor:
-    """Which choices find a place, [S, K] bool; a token that `keep_S` leaves out takes none and loses none."""
+    """Which choices are within capacity, [S, K] bool. Tokens outside `keep_S` take no capacity and are not dropped."""
     found = []
     taken_E = torch.zeros(experts, dtype=torch.long, device=choices_SK.device)
     for choice in range(choices_SK.shape[1]):
@@ -48,13 +48,13 @@ def places(choices_SK: Tensor, keep_S: Tensor, experts: int, capacity: int) -> T
 
 
 class _Mask:
-    """The padding of the latest forward pass, which the routers themselves do not see."""
+    """The padding mask of the latest forward pass, which routers are not given."""
 
     def __init__(self) -> None:
         self.keep_S: Tensor | None = None
 
     def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note the attention mask that the language model is called with."""
+        """Store the attention mask passed to the language model."""
         mask_BT = kwargs.get("attention_mask")
         self.keep_S = None if mask_BT is None else mask_BT.reshape(-1).to(torch.bool)
 
@@ -73,7 +73,7 @@ def _drop(mask: _Mask, factor: float) -> Any:
         capacity = math.ceil(factor * choices_SK.shape[1] * int(keep_S.sum()) / experts)
         kept_SK = weights_SK * places(choices_SK, keep_S, experts, capacity)
         total_S1 = kept_SK.sum(-1, keepdim=True)
-        # A token without any place has weights of zero, and a gradient of zero.
+        # A token dropped by every expert has zero weights and a zero gradient.
         scale_S1 = weights_SK.sum(-1, keepdim=True) / torch.where(total_S1 > 0, total_S1, 1.0)
         return logits_SE, kept_SK * scale_S1, choices_SK
 

@@ -1,7 +1,7 @@
-"""Loading and saving LLaVA models as standard Hugging Face folders, from local files alone.
+"""Load and save LLaVA models as standard Hugging Face folders, using local files only.
 
-Whatever transformers only warns about (missing, unexpected or ill-shaped tensors) is an error here: a model with
-random weights in it must never train or answer.
+Missing, unexpected and mis-shaped tensors are errors here, although transformers only warns about them: a model with
+randomly initialised weights must never be trained or evaluated.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
 
 
 def load_llava(folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> LlavaForConditionalGeneration:
-    """Load a LLaVA model (dense or sparse text model) in evaluation mode, on the CPU, in `dtype`.
+    """Load a LLaVA model with a dense or sparse text model, in evaluation mode, on the CPU, in `dtype`.
 
-    `settings` go to `from_pretrained`.
-    Errors: `ModelError` if `folder` is no LLaVA checkpoint, a tensor is missing, left over, ill-shaped or unreadable,
-    or its image preprocessing does not fit its vision tower.
+    `settings` are passed to `from_pretrained`.
+    Errors: `ModelError` if `folder` is not a LLaVA checkpoint, a tensor is missing, unexpected, mis-shaped or
+    unreadable, or the image processor does not fit the vision tower.
     """
     config = load_config(folder)
     image_tokens(config)
@@ -50,7 +50,7 @@ def load_llava(folder: Path, dtype: torch.dtype = torch.float32, **settings: Any
 
 
 def load_config(folder: Path) -> LlavaConfig:
-    """Read a LLaVA folder's configuration. Errors: `ModelError` if there is none, or it is another model's."""
+    """Read a LLaVA folder's configuration. Errors: `ModelError` if it is missing or of another model type."""
     model_type = read_json(folder, "config.json").get("model_type")
     if model_type != "llava":
         raise ModelError(
@@ -60,13 +60,13 @@ def load_config(folder: Path) -> LlavaConfig:
     try:
         return LlavaConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise ModelError(f"{folder}/config.json: not a usable LLaVA configuration: {first_line(error)}") from error
+        raise ModelError(f"{folder}/config.json: invalid LLaVA configuration: {first_line(error)}") from error
 
 
 def load_weights(model_class: Any, folder: Path, *, dtype: torch.dtype, **settings: Any) -> Any:
-    """Load a model of `model_class` from a folder of safetensors, completely or not at all.
+    """Load a model of `model_class` from a folder of safetensors files.
 
-    Errors: `ModelError` if a tensor is missing, left over, ill-shaped or unreadable.
+    Errors: `ModelError` if a tensor is missing, unexpected, mis-shaped or unreadable.
     """
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"{folder}: no *.safetensors file: save the checkpoint with save_pretrained first")
@@ -82,9 +82,9 @@ def load_weights(model_class: Any, folder: Path, *, dtype: torch.dtype, **settin
 
 
 def load_tensors(model_class: Any, config: Any, tensors: dict[str, Tensor], *, dtype: torch.dtype) -> Any:
-    """Make a model of `model_class` out of named tensors, which it may keep; in evaluation mode.
+    """Make a model of `model_class` from named tensors, which it may share; in evaluation mode.
 
-    Errors: `ModelError` if a tensor is missing, left over or ill-shaped.
+    Errors: `ModelError` if a tensor is missing, unexpected or mis-shaped.
     """
     try:
         with _quiet():
@@ -98,19 +98,19 @@ def load_tensors(model_class: Any, config: Any, tensors: dict[str, Tensor], *, d
 
 
 def _check_complete(info: dict[str, Any], where: str) -> None:
-    """Refuse a model of which some tensor was not loaded."""
+    """Reject a model unless all its tensors, and no others, were loaded."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(key) for key in info[kind])
         if names:
             raise ModelError(
                 f"{where}: {len(names)} {kind.replace('_keys', '')} tensor(s), first '{names[0]}': "
-                "config.json and the weights are of different models, or a file is incomplete"
+                "config.json and the weights belong to different models, or a file is incomplete"
             )
 
 
 @contextmanager
 def open_tensors(file: Path) -> Iterator[Any]:
-    """Open a safetensors file to look into it, tensor by tensor. Errors: `ModelError` if it cannot be read."""
+    """Open a safetensors file to read single tensors. Errors: `ModelError` if it cannot be read."""
     try:
         with safe_open(file, framework="pt") as tensors:
             yield tensors
@@ -119,7 +119,7 @@ def open_tensors(file: Path) -> Iterator[Any]:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Load a folder's tokenizer. Errors: `ModelError` if there is none, or it is no fast tokenizer."""
+    """Load a folder's fast tokenizer. Errors: `ModelError` if it is missing or cannot be loaded."""
     if not (folder / "tokenizer.json").is_file():
         raise ModelError(f"{folder}: no tokenizer.json: give a folder with a fast tokenizer")
     try:
@@ -130,13 +130,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def image_tokens(config: LlavaConfig) -> int:
-    """Count the tokens an image takes in the sequence: the vision tower's patches (and its class token if kept).
+    """The number of tokens per image: the vision tower's patches, plus its class token if kept.
 
-    Errors: `ModelError` if `image_seq_length` says another number, or the patches do not tile the image.
+    Errors: `ModelError` if `image_seq_length` differs, or the patches do not tile the image.
     """
     size, patch = config.vision_config.image_size, config.vision_config.patch_size
     if not isinstance(size, int) or not isinstance(patch, int) or size % patch:
-        raise ModelError(f"vision_config: image_size {size} is no multiple of patch_size {patch}")
+        raise ModelError(f"vision_config: image_size {size} is not a multiple of patch_size {patch}")
     count = (size // patch) ** 2 + (config.vision_feature_select_strategy == "full")
     if config.image_seq_length != count:
         raise ModelError(
@@ -151,7 +151,7 @@ def sequence_encoder(
 ) -> SequenceEncoder:
     """Make the encoder that turns samples into this model's sequences; `source` is its folder or configuration.
 
-    Errors: `ModelError` if the image token of the model is not the tokenizer's.
+    Errors: `ModelError` if model and tokenizer have different image tokens.
     """
     config = load_config(source) if isinstance(source, Path) else source
     image_token_id = int(config.image_token_index)
@@ -167,9 +167,9 @@ def sequence_encoder(
     )
 
 
-def vocabulary_size(tokenizer: PreTrainedTokenizerFast, *head_rows: int) -> int:
-    """The number of ids that a distribution ranges over: the tokenizer's, or a head's rows if there are fewer."""
-    return min([len(tokenizer), *head_rows])
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast, *lm_head_rows: int) -> int:
+    """The number of ids a distribution covers: the smallest of the tokenizer's size and the LM heads' rows."""
+    return min([len(tokenizer), *lm_head_rows])
 
 
 def save_student(
@@ -182,12 +182,12 @@ def save_student(
     card: str | None = None,
     template: Template | None = None,
 ) -> None:
-    """Write a complete checkpoint folder that plain transformers loads; it appears whole or not at all.
+    """Write a complete checkpoint folder, atomically, that plain transformers loads.
 
-    `processor_source` is a checkpoint folder whose image preprocessing is copied. `state_dict` replaces the model's own
-    tensors where an engine has sharded them; `card` becomes its README.md. `template`: how the student was taught to
-    converse, so that other tools word conversations, and end answers, as it does; null: as the tokenizer says.
-    Errors: `ModelError` if `folder` exists, or `processor_source` has no image preprocessing that fits the model.
+    `processor_source` is a checkpoint folder whose image processor is copied. `state_dict` replaces the model's own
+    tensors if an engine has sharded them; `card` is written to README.md. `template` is the conversation template the
+    student was trained with, written as its chat template and end token; None keeps the tokenizer's.
+    Errors: `ModelError` if `folder` exists, or `processor_source` has no image processor that fits the model.
     """
     if folder.exists():
         raise ModelError(f"{folder}: exists already: choose another folder or remove it")
@@ -207,7 +207,7 @@ def save_student(
         processor = {
             "processor_class": "LlavaProcessor",
             "image_token": tokenizer.convert_ids_to_tokens(model.config.image_token_index),
-            "num_additional_image_tokens": 1,  # the class token, which the "default" strategy takes off again
+            "num_additional_image_tokens": 1,  # the class token, which the "default" strategy removes
             "patch_size": model.config.vision_config.patch_size,
             "vision_feature_select_strategy": model.config.vision_feature_select_strategy,
         }
@@ -220,7 +220,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         raise ModelError(f"{folder}: no such checkpoint folder")
     file = folder / name
     if not file.is_file():
-        raise ModelError(f"{folder}: no {name}: this is no Hugging Face checkpoint folder")
+        raise ModelError(f"{folder}: no {name}: give a Hugging Face checkpoint folder")
     try:
         content = json.loads(file.read_text())
     except ValueError as error:
@@ -231,7 +231,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _image_processor(folder: Path) -> dict[str, Any] | None:
-    """The settings of a folder's image processor, where transformers looks for them; None if it has none."""
+    """The settings of a folder's image processor, from the file that transformers reads; None if it has none."""
     for name in ("processor_config.json", _IMAGE_PROCESSOR_FILE):
         if (folder / name).is_file():
             content = read_json(folder, name)
@@ -242,7 +242,7 @@ def _image_processor(folder: Path) -> dict[str, Any] | None:
 
 
 def _check_image_size(folder: Path, settings: dict[str, Any] | None, config: LlavaConfig) -> None:
-    """Refuse an image processor whose crops are not the tower's size."""
+    """Reject an image processor whose crop size is not the tower's image size."""
     if settings is None or not settings.get("do_center_crop", True):
         return
     crop, size = settings.get("crop_size"), config.vision_config.image_size
@@ -257,7 +257,7 @@ def _check_image_size(folder: Path, settings: dict[str, Any] | None, config: Lla
 def _complete_generation_config(
     model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, template: Template | None
 ) -> None:
-    """Let generation stop at the template's end token, and at those that the checkpoint names or, failing that, has."""
+    """Stop generation at the template's end token and at those configured, by default those in the vocabulary."""
     generation = model.generation_config
     vocabulary = tokenizer.get_vocab()
     named = generation.eos_token_id
@@ -273,14 +273,14 @@ def _complete_generation_config(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' own progress bars and load report; what matters is raised as an error."""
+    """Silence transformers' progress bars and load report; real problems are raised as errors."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            # A sparse student without residual expert has a shared expert of size 0.
+            # A sparse Qwen2 without `residual` has a shared expert of size 0.
             warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
             yield
     finally:

@@ -1,7 +1,7 @@
-"""The student's forward pass up to its last hidden states; the head belongs to the fused losses.
+"""The student's forward pass up to its last hidden states; the fused losses apply the LM head.
 
-Shape suffixes: B sequences, T tokens, D hidden size, V rows of the head, I images, P image tokens of one, Q places of
-images, C channels.
+Shape suffixes: B sequences, T tokens, D hidden size, V rows of the LM head, I images, P tokens per image, Q image
+occurrences, C channels.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def student_hidden_states(
     features_IPC: Tensor | None = None,
     train_vision: bool = False,
 ) -> Tensor:
-    """Run the student up to its final norm; returns hidden states [B, T, D], in the model's dtype.
+    """Run the student up to its final norm; returns hidden states [B, T, D] in the model's dtype.
 
-    `pixel_values_ICHW` holds the images in the order of their tokens, or None if there are none. Where an image stands
-    at several places, `image_rows_Q` says which one stands at each; tower and projector run once for it. The tower runs
-    without gradients unless `train_vision` is set, and not at all where its `features_IPC` (see `vision_features`) are
-    given instead of the images. Errors: `ValueError` if image tokens and images at their places differ in number.
+    `pixel_values_ICHW`: the images in the order of their tokens, or None without images. If an image occurs more than
+    once, `image_rows_Q` gives the image of each occurrence, and tower and projector run once per image. The tower runs
+    without gradients unless `train_vision` is set, and is skipped if `features_IPC` (see `vision_features`) are given
+    instead of images. Errors: `ValueError` if the numbers of image tokens and of image features differ.
     """
     llava = model.model
     embeddings_BTD = llava.get_input_embeddings()(input_ids_BT)
@@ -42,7 +42,7 @@ def student_hidden_states(
         mask_BTD = llava.get_placeholder_mask(input_ids_BT, inputs_embeds=embeddings_BTD, image_features=features_QPD)
         embeddings_BTD = embeddings_BTD.masked_scatter(mask_BTD.expand_as(embeddings_BTD), features_QPD)
     else:
-        # A projector that saw no image has a gradient of zero, not none: stages that train it alone need a graph.
+        # Without images the projector must still get a zero gradient: stages that train only it need a graph.
         embeddings_BTD = embeddings_BTD + _no_features(model, train_vision).sum().to(embeddings_BTD.dtype)
     outputs = llava.language_model(
         inputs_embeds=embeddings_BTD, attention_mask=attention_mask_BT, use_cache=False, return_dict=True
@@ -51,7 +51,7 @@ def student_hidden_states(
 
 
 def vision_features(model: LlavaForConditionalGeneration, pixel_values_ICHW: Tensor, *, train: bool = False) -> Tensor:
-    """The tower's features that the projector takes, [I, P, C]: the configured layer, without the class token."""
+    """The tower's features for the projector, [I, P, C]: the configured layers; `default` drops the class token."""
     tower, config = model.model.vision_tower, model.config
     # no_grad, not inference_mode: the projector saves these features for its backward pass.
     with nullcontext() if train else torch.no_grad():
@@ -63,15 +63,15 @@ def vision_features(model: LlavaForConditionalGeneration, pixel_values_ICHW: Ten
 
 
 def lm_head_weight(model: LlavaForConditionalGeneration) -> Tensor:
-    """The head's weight [V, D]; with tied embeddings it is the embedding's."""
+    """The LM head's weight [V, D]; with tied embeddings, the embedding's weight."""
     return cast("Tensor", model.get_output_embeddings().weight)
 
 
 def _no_features(model: LlavaForConditionalGeneration, train_vision: bool) -> Tensor:
-    """The projection of no image at all: empty, but part of the graph."""
+    """The projector's output for zero images: empty, but part of the autograd graph."""
     projector, tower = model.model.multi_modal_projector, model.model.vision_tower
     if hasattr(next(tower.parameters()), "ds_id"):
-        # ZeRO-3 gathers weights on all processes at once: where another one has images, this one must run the tower.
+        # ZeRO-3 gathers weights collectively: this process must run the tower too if another one has images.
         size = model.config.vision_config.image_size
         blank_1CHW = torch.zeros(1, 3, size, size, device=model.device)
         return cast("Tensor", projector(vision_features(model, blank_1CHW, train=train_vision)[:0]))

@@ -1,10 +1,10 @@
-"""Watching the routers of a sparse student during a training step: the balance loss and the experts' load.
+"""Watch a sparse student's routers during a training step: balance loss and expert load.
 
 Shape suffixes: B sequences, T tokens, S = B·T tokens in a row, E experts, K experts a token, L sparse layers.
 
-The balance loss of a layer is E · Σ_e mean(gate_e) · fraction_first_choice(e) over the tokens that are no padding: 1
-when balanced, E when one expert gets all. Source: GShard (arXiv 2006.16668) as DeepSpeed's top-2 gate computes it. It
-is summed over the layers; the coefficient is the training loop's, which adds it once.
+The balance loss of a layer is E · Σ_e mean(gate_e) · fraction_first_choice(e) over the non-padding tokens: 1 when
+balanced, E when one expert gets every token. It is summed over layers; the training loop multiplies it by its
+coefficient and adds it once. Source: GShard (arXiv 2006.16668), as computed by DeepSpeed's top-2 gate.
 """
 
 from __future__ import annotations
@@ -15,21 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-# Both give logits [S, E], weights [S, K] and choices [S, K].
-ROUTERS = (Qwen2MoeTopKRouter, Qwen3MoeTopKRouter)
+from llavamod_offline.models.language_models import ROUTERS
 
 
 @dataclass(frozen=True)
 class Routing:
     """What the routers did with one batch.
 
-    `balance_loss`: summed over layers, with gradient; 0 for a dense model or a batch of padding alone.
-    `loads_LE`: the share of the tokens' choices (K a token) that asked for each expert, rows sum to 1; detached.
-    `entropies_L`: mean entropy of the gates' distributions over E, nats; detached. `drop_rates_L`: the share of the
-    choices that found no place (see `capacity.py`). `tokens`: those that are no padding.
+    `balance_loss`: summed over layers, differentiable; 0 for a dense model or a batch of padding only.
+    `loads_LE`: each expert's share of the tokens' choices (K per token); rows sum to 1. `entropies_L`: mean entropy of
+    the gate distributions, in nats. `drop_rates_L`: the share of choices dropped for lack of capacity (see
+    `capacity.py`). `tokens`: the number of non-padding tokens. All but `balance_loss` are detached.
     """
 
     balance_loss: Tensor
@@ -40,10 +37,10 @@ class Routing:
 
 
 class RouterWatch:
-    """Collects the routers' outputs of the forward passes inside a `with` block.
+    """Collects the router outputs of the forward pass inside a `with` block. No-op for dense models.
 
-    The hooks keep references and compute nothing, so a gradient checkpoint's second pass sees the same operations; they
-    are gone when the block ends. Leave `backward()` outside of it. A dense model is watched in vain.
+    The hooks only keep references, so that the recomputation of gradient checkpointing runs the same operations; they
+    are removed at the end of the block. Call `backward()` after the block.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -69,10 +66,10 @@ class RouterWatch:
         self._hooks = []
 
     def routing(self, attention_mask_BT: Tensor) -> Routing:
-        """Summarise the one forward pass that the block held; `attention_mask_BT` is its mask.
+        """Summarise the forward pass run inside the block; `attention_mask_BT` is its mask.
 
-        Errors: `RuntimeError` if the block held no forward pass, or several, or the gradient was cut by a reentrant
-        gradient checkpoint.
+        Errors: `RuntimeError` if the block ran no forward pass or several, or if reentrant gradient checkpointing
+        detached the routers.
         """
         keep_S = attention_mask_BT.reshape(-1).to(torch.bool)
         tokens = int(keep_S.sum())
@@ -83,10 +80,10 @@ class RouterWatch:
         for logits, choices, weights in zip(self._logits, self._choices, self._weights, strict=True):
             if len(logits) != 1 or len(logits[0]) != len(keep_S):
                 raise RuntimeError(
-                    f"a router ran {len(logits)} time(s) in the watched block; expected one pass, same mask"
+                    f"a router ran {len(logits)} time(s) in the watched block: run one forward pass, with this mask"
                 )
             if self._train and not logits[0].requires_grad and _trained(self._routers):
-                raise RuntimeError("the routers' gradient is cut: use gradient checkpointing with use_reentrant=False")
+                raise RuntimeError("the routers get no gradient: use gradient checkpointing with use_reentrant=False")
             loss, load_E, entropy = _summary(logits[0], choices[0], keep_S)
             losses.append(loss)
             loads.append(load_E)
@@ -116,7 +113,7 @@ def _trained(routers: list[Any]) -> bool:
 
 
 def _summary(logits_SE: Tensor, choices_SK: Tensor, keep_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Balance loss, load and gate entropy of one layer over the tokens to keep; zeros if there are none."""
+    """Balance loss, load and gate entropy of one layer over the tokens to keep; zeros if none are kept."""
     experts = logits_SE.shape[1]
     gates_SE = torch.softmax(logits_SE.float(), dim=-1)
     weight_S = keep_S.float() / keep_S.sum().clamp(min=1)

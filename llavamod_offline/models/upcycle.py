@@ -1,25 +1,24 @@
-"""Dense to sparse: a LLaVA whose text model becomes a mixture of experts that computes the same function at first.
+"""Upcycling: turn a LLaVA's dense text model into a mixture of experts that initially computes the same function.
 
-A Qwen2 becomes a Qwen2Moe, a Qwen3 a Qwen3Moe, which differs in that it has no place for a shared expert.
-
-Every expert of a sparse layer starts as a copy of the dense MLP, and the weights of the chosen experts sum to 1, so the
-output does not change until training moves the experts apart. The result is a standard transformers model.
+Each expert of a sparse layer starts as a copy of the dense MLP and the weights of the chosen experts sum to 1, so the
+output stays the same until training makes the experts differ. The result is a standard transformers model.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from llavamod_offline.errors import ModelError
 from llavamod_offline.models.checkpoint import load_tensors
+from llavamod_offline.models.language_models import LANGUAGE_MODELS, MOE_TYPES, NAMES
 
 LayerChoice = str | Sequence[int]
-SPARSE_TYPES = ("qwen2_moe", "qwen3_moe")
 
 
 def upcycle(
@@ -31,23 +30,22 @@ def upcycle(
     seed: int,
     residual: bool = False,
 ) -> LlavaForConditionalGeneration:
-    """Make a sparse student of a dense one; the dense model is left as it is and shares no memory with the result.
+    """Make a sparse copy of a dense student; the two share no memory.
 
-    `layers`: see `sparse_layers`. `residual` keeps the dense MLP as a shared expert that is always on: its gate starts
-    at σ(0) = ½ and the experts' outputs are halved, so that the sum is the dense output again. Routers start as
-    `nn.Linear` does (uniform within ±1/√D), from `seed`.
-    Errors: `ModelError` if the text model is no dense Qwen2 or Qwen3, or the numbers do not fit.
+    `layers`: see `sparse_layers`. `residual` also keeps the dense MLP as a shared expert that every token uses: its
+    gate starts at σ(0) = ½ and the experts' outputs are halved, so that the sum equals the dense output. Routers are
+    initialised from `seed` as `nn.Linear` does (uniform within ±1/√D).
+    Errors: `ModelError` if the text model is not a dense one of `LANGUAGE_MODELS`, or an argument is out of range.
     """
     text = model.config.text_config
-    if text.model_type in SPARSE_TYPES:
+    if text.model_type in MOE_TYPES:
         raise ModelError("the checkpoint is sparse already: set student.upcycle to null")
-    if text.model_type not in ("qwen2", "qwen3"):
+    if text.model_type not in LANGUAGE_MODELS:
+        raise ModelError(f"a '{text.model_type}' text model cannot be made sparse: use one of {NAMES}")
+    if residual and not LANGUAGE_MODELS[text.model_type].shared_expert:
         raise ModelError(
-            f"cannot make a '{text.model_type}' text model sparse: use a Qwen1.5, Qwen2, Qwen2.5 or Qwen3 model"
-        )
-    if residual and text.model_type == "qwen3":
-        raise ModelError(
-            "residual: a sparse Qwen3 has no shared expert: set student.upcycle.residual to false, or use a Qwen2"
+            f"residual: the sparse form of '{text.model_type}' has no shared expert: "
+            "set student.upcycle.residual to false"
         )
     if not 1 <= top_k <= num_experts:
         raise ModelError(f"top_k is {top_k} with {num_experts} experts: expected 1 ≤ top_k ≤ num_experts")
@@ -60,10 +58,10 @@ def upcycle(
 
 
 def sparse_layers(choice: LayerChoice, layers: int) -> list[int]:
-    """The indices of the layers that become sparse, rising.
+    """The indices of the layers to make sparse, ascending.
 
-    `sparse`: every second one, from 0 · `first_half` · `second_half` · `dense`: all of them · or their indices.
-    Errors: `ModelError` for another name, an index that is no layer, or none at all.
+    `choice`: `sparse` (every second layer, from 0), `first_half`, `second_half`, `dense` (all layers) or the indices.
+    Errors: `ModelError` for an unknown name, an index out of range, or an empty choice.
     """
     named: dict[str, list[int]] = {
         "sparse": list(range(0, layers, 2)),
@@ -81,17 +79,17 @@ def sparse_layers(choice: LayerChoice, layers: int) -> list[int]:
         if wrong:
             raise ModelError(f"layer {wrong[0]} does not exist: the text model has layers 0 to {layers - 1}")
     if not chosen:
-        raise ModelError(f"layers '{choice}' leaves no layer sparse in a text model of {layers}: choose others")
+        raise ModelError(f"layers '{choice}' selects none of the text model's {layers} layers: choose others")
     return chosen
 
 
 def total_parameters(model: LlavaForConditionalGeneration) -> int:
-    """All parameters, tied ones once."""
+    """The number of parameters, counting tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def activated_parameters(model: LlavaForConditionalGeneration) -> int:
-    """The parameters a token passes: all but the experts that its router leaves out. Equals the total if dense."""
+    """The number of parameters used per token: all except the experts not chosen. Equals the total if dense."""
     text = model.config.text_config
     experts: int = sum(parameter.numel() for name, parameter in model.named_parameters() if ".mlp.experts." in name)
     if not experts:
@@ -110,15 +108,13 @@ def _sparse_config(dense: LlavaConfig, chosen: list[int], num_experts: int, top_
         "moe_intermediate_size": settings["intermediate_size"],
         "decoder_sparse_step": 1,
         "mlp_only_layers": [i for i in range(settings["num_hidden_layers"]) if i not in chosen],
-        "router_aux_loss_coef": 0.0,  # the balance loss is added by the training loop alone
+        "router_aux_loss_coef": 0.0,  # the training loop adds the balance loss
         "output_router_logits": False,
     }
-    text: Qwen2MoeConfig | Qwen3MoeConfig
-    if dense.text_config.model_type == "qwen3":
-        text = Qwen3MoeConfig(**settings)
-    else:
-        rows = settings["intermediate_size"] if residual else 0
-        text = Qwen2MoeConfig(**settings, shared_expert_intermediate_size=rows)
+    language_model = LANGUAGE_MODELS[dense.text_config.model_type]
+    if language_model.shared_expert:
+        settings["shared_expert_intermediate_size"] = settings["intermediate_size"] if residual else 0
+    text = language_model.moe_config(**settings)
     whole = dense.to_dict()
     for key in ("model_type", "architectures", "transformers_version", "text_config"):
         whole.pop(key, None)
@@ -126,13 +122,9 @@ def _sparse_config(dense: LlavaConfig, chosen: list[int], num_experts: int, top_
 
 
 def _sparse_tensors(
-    model: LlavaForConditionalGeneration,
-    chosen: list[int],
-    text: Qwen2MoeConfig | Qwen3MoeConfig,
-    seed: int,
-    residual: bool,
+    model: LlavaForConditionalGeneration, chosen: list[int], text: Any, seed: int, residual: bool
 ) -> dict[str, Tensor]:
-    """The tensors of the sparse model by name, all of them copies."""
+    """Copies of the dense model's tensors, named and arranged as in the sparse model."""
     dense = model.state_dict()
     generator = torch.Generator().manual_seed(seed)
     prefixes = [f"model.language_model.layers.{index}.mlp" for index in chosen]
@@ -147,7 +139,7 @@ def _sparse_tensors(
         tensors[f"{prefix}.gate.weight"] = router.to(gate)
         tensors[f"{prefix}.experts.gate_up_proj"] = torch.cat([gate, up]).repeat(text.num_experts, 1, 1)
         tensors[f"{prefix}.experts.down_proj"] = (down / 2 if residual else down).repeat(text.num_experts, 1, 1)
-        if isinstance(text, Qwen3MoeConfig):
+        if not LANGUAGE_MODELS[model.config.text_config.model_type].shared_expert:
             continue
         rows = text.shared_expert_intermediate_size
         tensors[f"{prefix}.shared_expert.gate_proj.weight"] = gate[:rows].clone()

@@ -108,5 +108,5 @@ class TestErrors:
             build_llava(parts[0], text, seed=0)
 
     def test_a_layer_the_tower_does_not_have(self, parts: tuple[Path, Path]) -> None:
-        with pytest.raises(ModelError, match="vision_feature_layer -5: the vision tower has 3 layers"):
+        with pytest.raises(ModelError, match="vision_feature_layer is -5: expected -4 to 3"):
             build_llava(*parts, seed=0, vision_feature_layer=-5)

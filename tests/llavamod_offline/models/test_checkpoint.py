@@ -148,7 +148,7 @@ class TestBadFolders:
 
     def test_wrong_value_in_config(self, folder: Path) -> None:
         _edit(folder / "config.json", text_config__model_type="no such model")
-        with pytest.raises(ModelError, match="not a usable LLaVA configuration"):
+        with pytest.raises(ModelError, match="invalid LLaVA configuration"):
             load_llava(folder)
 
     def test_no_weights(self, folder: Path) -> None:

@@ -13,7 +13,8 @@ from llavamod_offline.models.build import build_llava, build_tokenizer
 from llavamod_offline.models.capacity import limit_capacity
 from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, save_student
 from llavamod_offline.models.forward import lm_head_weight, student_hidden_states
-from llavamod_offline.models.routing import ROUTERS, RouterWatch
+from llavamod_offline.models.language_models import ROUTERS
+from llavamod_offline.models.routing import RouterWatch
 from llavamod_offline.models.upcycle import activated_parameters, total_parameters, upcycle
 from tests.llavamod_offline.models.batches import Batch, make_batch
 from tests.tiny import tiny_text_config, write_tiny_language_model, write_tiny_llava, write_tiny_tower

@@ -11,7 +11,8 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 
 from llavamod_offline.models.checkpoint import load_llava
 from llavamod_offline.models.forward import student_hidden_states
-from llavamod_offline.models.routing import ROUTERS, RouterWatch, Routing
+from llavamod_offline.models.language_models import ROUTERS
+from llavamod_offline.models.routing import RouterWatch, Routing
 from llavamod_offline.models.upcycle import upcycle
 from tests.llavamod_offline.models.batches import Batch, make_batch
 

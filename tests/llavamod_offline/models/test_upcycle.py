@@ -123,9 +123,9 @@ class TestErrors:
             sparse_layers("spare", 4)
         with pytest.raises(ModelError, match="layer 4 does not exist: the text model has layers 0 to 3"):
             sparse_layers([1, 4], 4)
-        with pytest.raises(ModelError, match="leaves no layer sparse"):
+        with pytest.raises(ModelError, match="selects none of the text model's"):
             sparse_layers([], 4)
-        with pytest.raises(ModelError, match="leaves no layer sparse"):
+        with pytest.raises(ModelError, match="selects none of the text model's"):
             sparse_layers("first_half", 1)
 
     def test_experts_and_choices(self, tiny_folder: Path) -> None:
