@@ -38,9 +38,6 @@ def write_answers(
         task.upload.check()
         write_file(output, task.upload.content(examples, texts))
         return
-    lines = (llava_answer_line(_question_id(e), task.llava_prompt(e), texts[e.id], model) for e in examples)
+    ids = [example.id if example.question_id is None else example.question_id for example in examples]
+    lines = (llava_answer_line(i, task.llava_prompt(e), texts[e.id], model) for i, e in zip(ids, examples, strict=True))
     write_file(output, b"".join(lines))
-
-
-def _question_id(example: Example[Any]) -> str | int:
-    return example.id if example.question_id is None else example.question_id

@@ -1,4 +1,4 @@
-"""Reading benchmarks' files, with errors that name file, line and field."""
+"""Reading benchmark files, with errors that name file, line and field."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 @dataclass(frozen=True)
 class FileImage:
-    """An image in a file of its own: the first of `names` below `folder` that is there."""
+    """An image file: the first of `names` below `folder` that exists."""
 
     folder: Path
     names: tuple[str, ...]
 
     @property
     def path(self) -> Path:
-        """Where the image is, or, where none of the names is there, would be by its first name."""
+        """The image's path; by its first name if none exists."""
         places = [self.folder / name for name in self.names]
         return next((place for place in places if place.is_file()), places[0])
 
@@ -37,12 +37,12 @@ class FileImage:
         try:
             return self.path.read_bytes()
         except OSError as error:
-            raise EvalError(f"{self.path}: the picture cannot be read: {error.strerror}") from error
+            raise EvalError(f"{self.path}: the image cannot be read: {error.strerror}") from error
 
 
 @dataclass(frozen=True)
 class EmbeddedImage:
-    """An image in base64 in the `column` of the JSON line or, where `columns` are given, TSV row at `offset`."""
+    """A base64 image in a `column` of the JSON line, or with `columns` of the TSV row, at `offset`."""
 
     path: Path
     offset: int
@@ -50,7 +50,7 @@ class EmbeddedImage:
     columns: tuple[str, ...] = ()
 
     def read(self) -> bytes:
-        """The encoded image. Errors: `EvalError` if it is no base64."""
+        """The encoded image. Errors: `EvalError` if it is not base64."""
         with self.path.open("rb") as stream:
             stream.seek(self.offset)
             if self.columns:
@@ -62,12 +62,12 @@ class EmbeddedImage:
             return base64.b64decode(value, validate=True)
         except (binascii.Error, ValueError, TypeError) as error:
             where = f"{self.path}: byte {self.offset}"
-            raise EvalError(f"{where}: '{self.column}' is no picture in base64: download the file again") from error
+            raise EvalError(f"{where}: '{self.column}' is not a base64 image: download the file again") from error
 
 
-@dataclass(slots=True)  # not frozen: there are hundreds of thousands, and frozen ones take thrice as long to make
+@dataclass(slots=True)  # not frozen: creating hundreds of thousands would take three times as long
 class Row:
-    """One object of a benchmark's file; its getters raise `EvalError` naming file, place and field."""
+    """One object of a benchmark file; its getters raise `EvalError` naming file, place and field."""
 
     path: Path
     place: str
@@ -110,12 +110,12 @@ class Row:
 
 
 def find_file(root: Path, *candidates: str) -> Path:
-    """The first of several places below `root` where a file is. Errors: `EvalError` naming the places."""
+    """The first of several files below `root` that exists. Errors: `EvalError` naming them."""
     for candidate in candidates:
         if (root / candidate).is_file():
             return root / candidate
     if not root.is_dir():
-        raise EvalError(f"{root}: no such folder: 'root' is the folder that holds LLaVA's evaluation folders")
+        raise EvalError(f"{root}: no such folder: set 'root' to the folder with LLaVA's evaluation folders")
     raise EvalError(f"{root}: no {' nor '.join(candidates)}: put the benchmark's files there")
 
 
@@ -130,7 +130,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds one object."""
+    """Read a JSON file of one object."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise EvalError(f"{path}: expected a JSON object")
@@ -138,7 +138,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read a JSON file that holds a list of objects."""
+    """Read a JSON file of a list of objects."""
     content = read_json(path)
     if not isinstance(content, list):
         raise EvalError(f"{path}: expected a JSON list")
@@ -146,14 +146,14 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def as_row(path: Path, place: str, value: Any, offset: int = 0) -> Row:
-    """Wrap an object of a file. Errors: `EvalError` if it is none."""
+    """Wrap a JSON object. Errors: `EvalError` for any other value."""
     if not isinstance(value, dict):
         raise EvalError(f"{path}: {place}: expected a JSON object, found {type(value).__name__}")
     return Row(path, place, value, offset)
 
 
 def read_jsonl(path: Path, *, drop: Sequence[str] = ()) -> list[Row]:
-    """Read a file of one JSON object a line, without the fields in `drop` (images, which are read when needed)."""
+    """Read one JSON object per line, without the fields in `drop` (images, which are read when needed)."""
     rows, offset = [], 0
     with path.open("rb") as stream:
         for number, line in enumerate(stream, 1):
@@ -191,9 +191,9 @@ def read_tsv(path: Path, *, drop: Sequence[str] = ()) -> tuple[tuple[str, ...], 
 
 
 def data_checksum(root: Path, files: Sequence[Path]) -> str:
-    """SHA-256 (hex) over the names below `root` and the contents of `files`, in the order of their names."""
+    """SHA-256 (hex) over the names below `root` and the contents of `files`, sorted by name."""
     digest, prefix = hashlib.sha256(), (root / "x").as_posix()[:-1]
-    for file in sorted(set(files), key=lambda file: file.parts):  # comparing parts themselves is much slower
+    for file in sorted(set(files), key=lambda file: file.parts):  # comparing paths is much slower
         with file.open("rb") as stream:
             content = hashlib.file_digest(stream, "sha256").hexdigest()
         path = file.as_posix()
@@ -203,7 +203,7 @@ def data_checksum(root: Path, files: Sequence[Path]) -> str:
 
 
 def _loads(encoded: bytes, *, mark: bool = True) -> Any:
-    """Parse JSON in UTF-8, perhaps behind a byte order mark. Errors: `ValueError`, for half a surrogate pair too."""
+    """Parse UTF-8 JSON, perhaps after a byte order mark. Errors: `ValueError`, also for a lone surrogate."""
     value = json.loads(encoded.decode("utf-8-sig" if mark else "utf-8"))
     if _SURROGATE.search(encoded):
         json.dumps(value, ensure_ascii=False).encode()
@@ -220,7 +220,7 @@ def _counted(stream: Any, consumed: list[int], path: Path) -> Iterator[str]:
 
 
 def _csv_rows(lines: Iterator[str]) -> Iterator[list[str]]:
-    limit = csv.field_size_limit(sys.maxsize)  # an image in base64 is longer than the default limit
+    limit = csv.field_size_limit(sys.maxsize)  # a base64 image exceeds the default limit
     try:
         yield from csv.reader(lines, delimiter="\t")
     except csv.Error as error:

@@ -69,7 +69,7 @@ class EvalGenerateConfig:
             get_task(task)
 
 
-def generate(config: EvalGenerateConfig, engine: AnswerEngine | None = None) -> dict[str, Path]:
+def generate(config: EvalGenerateConfig) -> dict[str, Path]:
     """Answer the questions of every benchmark in `config.tasks` → the predictions file of each.
 
     Errors: `EvalError` for unreadable benchmark files, missing images, or an output folder with other settings;
@@ -81,7 +81,7 @@ def generate(config: EvalGenerateConfig, engine: AnswerEngine | None = None) -> 
     for task in tasks.values():
         if limit is None and task.upload:
             task.upload.check()
-    engine = engine or open_engine(
+    engine = open_engine(
         config.engine,
         model,
         template=config.template,

@@ -1,4 +1,4 @@
-"""Which prediction answers which example."""
+"""Matching predictions with examples."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def join(
 ) -> dict[str, Prediction]:
     """Match predictions with examples → prediction by example id.
 
-    Our predictions are matched by `id`. LLaVA-style answers are matched by `question_id`, and where several examples
-    share one (MME: two questions an image; TextVQA: the image's id) also by the question that their prompt asks.
+    Our predictions are matched by `id`, LLaVA-style answers by `question_id`. If several examples share one (MME: two
+    questions per image; TextVQA: the image's id), the question in the prompt decides.
     Errors: `EvalError` listing the first five unknown, duplicate or (unless `allow_missing`) missing ids.
     """
     by_id = {example.id: example for example in examples}
     if len(by_id) != len(examples):
-        raise EvalError(f"{path}: the benchmark's question file names an example twice: download it again")
+        raise EvalError(f"{path}: the benchmark's question file has duplicate ids: download it again")
     by_alias: dict[str, list[Example[Any]]] = defaultdict(list)
     for example in examples:
         for alias in example.aliases:
@@ -47,9 +47,11 @@ def join(
             (duplicate if candidates else unknown).append(prediction.name)
     missing = [example.id for example in examples if example.id not in joined]
     if unknown:
-        raise EvalError(f"{path}: {_listed(unknown, 'prediction')} of no question: {_wrong_set(predictions)}")
+        raise EvalError(
+            f"{path}: {_listed(unknown, 'prediction')} without a matching question: {_wrong_set(predictions)}"
+        )
     if duplicate:
-        raise EvalError(f"{path}: {_listed(duplicate, 'prediction')} of a question answered before: keep one of each")
+        raise EvalError(f"{path}: {_listed(duplicate, 'prediction')} duplicating an earlier one: keep one of each")
     if missing and not allow_missing:
         raise EvalError(
             f"{path}: {_listed(missing, 'question')} without a prediction: generate them, "
@@ -80,4 +82,4 @@ def _listed(names: Sequence[str], noun: str) -> str:
 
 
 def _wrong_set(predictions: Sequence[Prediction]) -> str:
-    return f"are these {len(predictions)} predictions of this benchmark and this version of its question file?"
+    return f"are the {len(predictions)} predictions of this benchmark and this version of its question file?"

@@ -1,7 +1,7 @@
-"""Judges: language models that read answers. One protocol, three kinds, and a record of every reply.
+"""Judges: language models that rate answers. One protocol, three kinds, and a record of every reply.
 
-A record is a file of JSON lines {"key", "model", "messages", "reply"}; `key` is the SHA-256 of model and messages. What
-is on record is never asked again, so that a score can be remade anywhere from its record, without the judge.
+A record is a file of JSON lines {"key", "model", "messages", "reply"}; `key` is the SHA-256 of model and messages.
+Recorded questions are never asked again, so a score can be reproduced from its record without the judge.
 """
 
 from __future__ import annotations
@@ -35,19 +35,20 @@ _RETRIED = (408, 429, 500, 502, 503, 504)
 
 
 class Judge(Protocol):
-    """Something that replies to messages ({"role", "content"}), always alike; `model` names it in the record."""
+    """Replies to messages ({"role", "content"}) deterministically; `model` names it in the record."""
 
     model: str
 
     def complete(self, messages: Sequence[Message]) -> str:
-        """Reply. Errors: `EvalError` if it cannot."""
+        """Reply. Errors: `EvalError` on failure."""
         ...
 
 
 class UrlJudge:
-    """A server that speaks OpenAI's chat completions, such as a local vLLM: `url` ends before `/chat/completions`.
+    """A server with OpenAI's chat completions API, such as a local vLLM; `url` ends before `/chat/completions`.
 
-    The key, where one is needed, is read from the environment variable `key_variable`.
+    The environment variable `key_variable` holds the key, if one is needed. urllib suffices for one kind of request;
+    the `openai` client would add a dozen packages.
     """
 
     def __init__(self, url: str, model: str, *, key_variable: str = "") -> None:
@@ -63,7 +64,7 @@ class UrlJudge:
         self._key_variable = key_variable
 
     def complete(self, messages: Sequence[Message]) -> str:
-        """Ask the server at temperature 0; busy and broken connections are tried again, twice."""
+        """Ask the server at temperature 0; busy servers and failed connections are retried twice."""
         body = {"model": self.model, "messages": list(messages), "temperature": 0, "max_tokens": MAX_REPLY_TOKENS}
         headers = {"Content-Type": "application/json"}
         if self._key_variable:
@@ -88,12 +89,12 @@ class UrlJudge:
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise EvalError(f"judge {self.url}: not a chat completion: {_start(body)}") from error
         if not isinstance(reply, str):
-            raise EvalError(f"judge {self.url}: the reply holds no text: {_start(body)}")
+            raise EvalError(f"judge {self.url}: the reply contains no text: {_start(body)}")
         return reply
 
 
 class LocalJudge:
-    """A chat model in a local folder, run by transformers, greedy."""
+    """A chat model in a local folder, run greedily in transformers."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModelForCausalLM
@@ -103,7 +104,7 @@ class LocalJudge:
 
         self.tokenizer = load_tokenizer(folder)
         if not self.tokenizer.chat_template:
-            raise ModelError(f"{folder}: the tokenizer has no chat template: take an instruction-tuned model")
+            raise ModelError(f"{folder}: the tokenizer has no chat template: use an instruction-tuned model")
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -132,15 +133,15 @@ class LocalJudge:
 
 
 class RecordedJudge:
-    """Replies from a record alone; `model` is the record's, and must be one."""
+    """Replies from a record; `model` may be omitted if the record has only one."""
 
     def __init__(self, path: Path, model: str = "") -> None:
         self._path = path
         self._replies, models = read_record(path)
         if model and model not in models:
-            raise ConfigError(f"{path}: holds no reply of '{model}': it holds {', '.join(sorted(models)) or 'nothing'}")
+            raise ConfigError(f"{path}: no reply of '{model}': its models are {', '.join(sorted(models)) or 'none'}")
         if not model and len(models) != 1:
-            raise ConfigError(f"{path}: holds replies of {len(models)} models: name one with --judge-model")
+            raise ConfigError(f"{path}: has replies of {len(models)} models: name one with --judge-model")
         self.model = model or models.pop()
 
     def complete(self, messages: Sequence[Message]) -> str:
@@ -153,7 +154,7 @@ class RecordedJudge:
 
 
 def open_judge(name: str, *, model: str = "", key_variable: str = "") -> Judge:
-    """Open a judge by what `--judge` says: a URL, a model's folder, or a file of recorded replies."""
+    """Open the judge that `--judge` names: a URL, a model's folder, or a file of recorded replies."""
     if "://" in name:
         return UrlJudge(name, model, key_variable=key_variable)
     path = Path(name)
@@ -165,7 +166,7 @@ def open_judge(name: str, *, model: str = "", key_variable: str = "") -> Judge:
 
 
 def ask(judge: Judge, questions: Mapping[str, str], record: Path) -> dict[str, str]:
-    """Ask the judge each question by id, recording every reply before the next; what is on record is not asked."""
+    """Ask the judge each question that is not on record, recording every reply at once → replies by id."""
     known = read_record(record)[0] if record.exists() else {}
     replies = {}
     record.parent.mkdir(parents=True, exist_ok=True)
@@ -184,13 +185,13 @@ def ask(judge: Judge, questions: Mapping[str, str], record: Path) -> dict[str, s
 
 
 def record_key(model: str, messages: Sequence[Message]) -> str:
-    """SHA-256 (hex) of a judge's model and the messages it was sent."""
+    """SHA-256 (hex) of a judge's model and the messages sent to it."""
     content = json.dumps([model, [[m["role"], m["content"]] for m in messages]], ensure_ascii=False)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def read_record(path: Path) -> tuple[dict[str, str], set[str]]:
-    """Read a record → replies by key, and the models that gave them. Errors: `EvalError` naming the line."""
+    """Read a record → replies by key, and their models. Errors: `EvalError` naming the line."""
     replies, models = {}, set()
     for row in read_jsonl(path):
         messages: Any = row.values.get("messages")
@@ -199,7 +200,7 @@ def read_record(path: Path) -> tuple[dict[str, str], set[str]]:
         except (TypeError, KeyError) as error:
             raise row.error("'messages' must be a list of {role, content}") from error
         if row.text("key") != key:
-            raise row.error("'key' does not belong to its model and messages: the record was edited")
+            raise row.error("'key' does not match its model and messages: the record was edited, remove the line")
         replies[key] = row.text("reply")
         models.add(row.text("model"))
     return replies, models

@@ -13,7 +13,7 @@ from llavamod_offline.errors import ConfigError
 
 @dataclass(frozen=True)
 class JudgeTemplate:
-    """Text with a place for each of `slots`: all as `{name}`, or all as `{}` in their order."""
+    """Text with a placeholder for each of `slots`: all as `{name}`, or all as `{}` in their order."""
 
     name: str
     text: str
@@ -21,7 +21,7 @@ class JudgeTemplate:
 
     @classmethod
     def read(cls, path: Path, slots: Sequence[str]) -> JudgeTemplate:
-        """Read a template file. Errors: `ConfigError` if it is missing or its places are not those of `slots`."""
+        """Read a template file. Errors: `ConfigError` if it is missing or its placeholders do not match `slots`."""
         try:
             text = path.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -36,19 +36,21 @@ class JudgeTemplate:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     def pieces(self) -> list[str]:
-        """The text cut at its places: plain, name, plain, name, … Errors: `ConfigError`, see `read`."""
+        """The text split at its placeholders: plain, name, plain, name, … Errors: `ConfigError`, see `read`."""
         named = re.split("{(" + "|".join(self.slots) + ")}", self.text)
         if set(named[1::2]) == set(self.slots):
             return named
         plain = self.text.split("{}")
         if len(plain) != len(self.slots) + 1 or len(named) > 1:
             wanted = ", ".join(f"{{{name}}}" for name in self.slots)
-            raise ConfigError(f"{self.name}: a template needs a place for {wanted}, or {len(self.slots)} times {{}}")
+            raise ConfigError(
+                f"{self.name}: a template needs placeholders for {wanted}, or {len(self.slots)} times {{}}"
+            )
         pieces = [plain[0]]
         for name, text in zip(self.slots, plain[1:], strict=True):
             pieces += [name, text]
         return pieces
 
     def fill(self, values: Mapping[str, str]) -> str:
-        """Put `values` in their places; braces in them stay as they are."""
+        """Insert `values`; braces in them stay as they are."""
         return "".join(values[piece] if index % 2 else piece for index, piece in enumerate(self.pieces()))

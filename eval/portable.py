@@ -1,8 +1,8 @@
-"""A copy of a student's folder that asks as this project asks, whatever runs it: lmms-eval, a chat server, a pipeline.
+"""Copying a student's folder so that other tools prompt it as this project does: lmms-eval, chat servers, pipelines.
 
-The weights and the tokenizer are the student's. What other tools read beside them says what this project knows:
-  chat_template.jinja      the wording of the template that the student was trained with
-  preprocessor_config.json for `image_aspect` "pad", LLaVA's image processor, which pads an image to a square first
+The copy has the student's weights and tokenizer. These files carry this project's settings to other tools:
+  chat_template.jinja      the template that the student was trained with
+  preprocessor_config.json for `image_aspect` "pad", LLaVA's image processor, which first pads an image to a square
   tokenizer_config.json, generation_config.json   the template's end token
 """
 
@@ -21,15 +21,15 @@ from llavamod_offline.storage.atomic import new_folder
 
 
 def write_portable(student: Path, output: Path, *, template: str = "qwen", image_aspect: str = "pad") -> None:
-    """Write a portable copy of the folder `student`; large files are hard links where that is possible.
+    """Write a portable copy of the folder `student`, with hard links where possible.
 
-    Errors: `ConfigError` for the template, the aspect, or an `output` that is there; `ModelError` for the student.
+    Errors: `ConfigError` for the template, the aspect, or an existing `output`; `ModelError` for the student.
     """
     wording = choose_template(template, lambda: load_tokenizer(student))
     if image_aspect not in ASPECTS:
         raise ConfigError(f"image aspect '{image_aspect}' is unknown: choose one of {', '.join(ASPECTS)}")
     if output.exists():
-        raise ConfigError(f"{output}: is there already: name a new folder")
+        raise ConfigError(f"{output}: already exists: name a new folder")
     ImagePreprocessor.from_checkpoint(student, image_aspect)
     _, images = read_processor_settings(student)
     if image_aspect == "pad":

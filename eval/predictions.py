@@ -16,10 +16,10 @@ from typing import Any
 from llavamod_offline.errors import EvalError
 
 MAX_LINE_BYTES = 4 * 2**20
-# How files begin that hold predictions in another wrapping, and what to do about it.
+# First bytes of files in other containers or encodings, and what to do about them.
 _WRAPPED = {
-    b"\x1f\x8b": "is compressed by gzip: unpack it first",
-    b"PK\x03\x04": "is a zip archive or a spreadsheet: give the JSON lines",
+    b"\x1f\x8b": "is compressed with gzip: unpack it first",
+    b"PK\x03\x04": "is a zip archive or a spreadsheet: use the JSON lines",
     b"\xff\xfe": "is in UTF-16: save it as UTF-8",
     b"\xfe\xff": "is in UTF-16: save it as UTF-8",
 }
@@ -27,9 +27,9 @@ FINISHES = ("stop", "length")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-@dataclass(slots=True)  # not frozen: there are hundreds of thousands, and frozen ones take thrice as long to make
+@dataclass(slots=True)  # not frozen: creating hundreds of thousands would take three times as long
 class Prediction:
-    """One answer of a model. `id` is the example's own id, or None where a LLaVA file gives a `question_id` instead."""
+    """One answer of a model. `id` is the example's id, or None if a LLaVA file has a `question_id` instead."""
 
     text: str
     prompt: str
@@ -42,17 +42,17 @@ class Prediction:
 
     @property
     def name(self) -> str:
-        """How an error message calls this prediction."""
+        """The name of this prediction in error messages."""
         return self.id if self.id is not None else str(self.question_id)
 
 
 def read_predictions(path: Path, task: str) -> list[Prediction]:
-    """Read a predictions file of either form; every line must be of the same task.
+    """Read a predictions file of either form; every line must be for `task`.
 
     Errors: `EvalError` naming file and line for bad JSON, a wrong type, a NUL byte, an overlong line, another task.
     """
     if not path.is_file():
-        raise EvalError(f"{path}: no such predictions file: write one with 'eval-student generate'")
+        raise EvalError(f"{path}: no such predictions file: create one with 'eval-student generate'")
     return [_prediction(path, number, line, task) for number, line in _lines(path)]
 
 
@@ -76,7 +76,7 @@ def llava_answer_line(question_id: str | int, prompt: str, text: str, model: str
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the numbered lines that are not blank, never holding more of one than the limit."""
+    """Yield the non-blank lines with their numbers, reading no more of one than the limit."""
     with path.open("rb") as stream:
         number, start = 0, stream.read(4)
         for magic, problem in _WRAPPED.items():
@@ -86,7 +86,9 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         while line := stream.readline(MAX_LINE_BYTES + 1):
             number += 1
             if len(line) > MAX_LINE_BYTES:
-                raise EvalError(f"{path}: line {number} is longer than {MAX_LINE_BYTES} bytes: no answer is that long")
+                raise EvalError(
+                    f"{path}: line {number} is longer than {MAX_LINE_BYTES} bytes: remove it, no answer is that long"
+                )
             if line.strip():
                 yield number, line
 
@@ -94,7 +96,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 def _prediction(path: Path, number: int, line: bytes, task: str) -> Prediction:
     where = f"{path}: line {number}"
     if b"\0" in line:
-        raise EvalError(f"{where}: holds a NUL byte: the file is damaged, generate or copy it again")
+        raise EvalError(f"{where}: contains a NUL byte: the file is damaged, generate or copy it again")
     try:
         row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
@@ -110,7 +112,7 @@ def _prediction(path: Path, number: int, line: bytes, task: str) -> Prediction:
         raise EvalError(f"{where}: has neither 'id' (our predictions) nor 'question_id' (LLaVA's answers)")
     found = _text(row, "task", where)
     if found != task:
-        raise EvalError(f"{where}: is of task '{found}', not '{task}': give the predictions of that task")
+        raise EvalError(f"{where}: is for task '{found}', not '{task}': use the predictions of that task")
     tokens, finish = row.get("n_tokens"), _text(row, "finish", where)
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0:
         raise EvalError(f"{where}: 'n_tokens' must be a whole number, found {_shown(tokens)}")
@@ -126,9 +128,9 @@ def _text(row: dict[str, Any], name: str, where: str) -> str:
         found = "is missing" if name not in row else f"must be a string, found {_shown(value)}"
         raise EvalError(f"{where}: '{name}' {found}")
     if "\0" in value:
-        raise EvalError(f"{where}: '{name}' holds a NUL character: the file is damaged, generate or copy it again")
+        raise EvalError(f"{where}: '{name}' contains a NUL character: the file is damaged, generate or copy it again")
     if not value.isascii() and _SURROGATE.search(value):
-        raise EvalError(f"{where}: '{name}' holds half a surrogate pair: it is no text, generate it again")
+        raise EvalError(f"{where}: '{name}' contains a lone surrogate: it is not valid text, generate it again")
     return value
 
 

@@ -19,7 +19,7 @@ UNREADABLE_ALLOWED = 0.02
 class Headline:
     """A column of the comparison: a task's metric, its title, and its best value, which scales the bars.
 
-    `published`: figures by the models of `report/published.py`, in this project's units. `not_comparable`: why they
+    `published`: figures by the models in `report/comparison.py`, in this project's units. `not_comparable`: why they
     measure something else than the metric does; the report then shows no difference.
     """
 

@@ -55,15 +55,7 @@ class LlavaHfEngine:
 
     def describe(self) -> dict[str, Any]:
         """The settings that determine the answers, which batch size and device do not."""
-        return {
-            "model": self.folder.resolve().name,
-            "model_sha256": checkpoint_digest(self.folder),
-            "engine": "hf",
-            "template": self.encoder.template.name,
-            "image_aspect": self.images.aspect,
-            "dtype": self.dtype,
-            "decoding": "greedy",
-        }
+        return settings_of(self.folder, {"engine": "hf"}, self.encoder.template.name, self.images.aspect, self.dtype)
 
     def answer(self, examples: Sequence[Example[Any]], max_new_tokens: int) -> list[Answer]:
         """Answer a batch of questions. Errors: `EvalError` for a prompt too long to leave space for an answer."""
@@ -105,6 +97,12 @@ class LlavaHfEngine:
             if example.source is not None
         ]
         return torch.stack(pixels).to(self.device, DTYPES[self.dtype]) if pixels else None
+
+
+def settings_of(folder: Path, engine: dict[str, str], template: str, image_aspect: str, dtype: str) -> dict[str, Any]:
+    """What `AnswerEngine.describe` gives, for an `engine` of this name (and version)."""
+    model = {"model": folder.resolve().name, "model_sha256": checkpoint_digest(folder)}
+    return model | engine | {"template": template, "image_aspect": image_aspect, "dtype": dtype, "decoding": "greedy"}
 
 
 def checkpoint_digest(folder: Path) -> str:

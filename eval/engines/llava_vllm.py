@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.engines.llava_hf import DTYPES, checkpoint_digest, pick_device, pick_dtype
+from eval.engines.llava_hf import DTYPES, pick_device, pick_dtype, settings_of
 from eval.engines.prompts import never_answers, prompt_ids, read_answer
 from eval.engines.protocol import Answer
 from eval.example import Example
@@ -73,16 +73,8 @@ class LlavaVllmEngine:
 
     def describe(self) -> dict[str, Any]:
         """The settings that determine the answers, which batch size and device do not."""
-        return {
-            "model": self.folder.resolve().name,
-            "model_sha256": checkpoint_digest(self.folder),
-            "engine": "vllm",
-            "vllm": self.version,
-            "template": self.encoder.template.name,
-            "image_aspect": self.images.aspect,
-            "dtype": self.dtype,
-            "decoding": "greedy",
-        }
+        engine = {"engine": "vllm", "vllm": self.version}
+        return settings_of(self.folder, engine, self.encoder.template.name, self.images.aspect, self.dtype)
 
     def answer(self, examples: Sequence[Example[Any]], max_new_tokens: int) -> list[Answer]:
         """Answer a batch of questions. Errors: `EvalError` for a prompt too long to leave space for an answer."""

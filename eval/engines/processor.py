@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from eval.engines.llava_hf import DTYPES, checkpoint_digest, pick_device, pick_dtype
+from eval.engines.llava_hf import DTYPES, pick_device, pick_dtype, settings_of
 from eval.engines.protocol import Answer
 from eval.example import Example
 from llavamod_offline.data.images import decode_image
@@ -50,15 +50,8 @@ class ProcessorEngine:
 
     def describe(self) -> dict[str, Any]:
         """The settings that determine the answers."""
-        return {
-            "model": self.folder.resolve().name,
-            "model_sha256": checkpoint_digest(self.folder),
-            "engine": "processor",
-            "template": "the checkpoint's chat template",
-            "image_aspect": "the checkpoint's processor",
-            "dtype": self.dtype,
-            "decoding": "greedy",
-        }
+        template, aspect = "the checkpoint's chat template", "the checkpoint's processor"
+        return settings_of(self.folder, {"engine": "processor"}, template, aspect, self.dtype)
 
     def answer(self, examples: Sequence[Example[Any]], max_new_tokens: int) -> list[Answer]:
         """Answer a batch of questions greedily."""

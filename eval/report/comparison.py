@@ -7,13 +7,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from eval.judge import RecordedJudge
-from eval.report.published import SOURCES, Published
 from eval.score import TaskScore, score_task
 from eval.task import Headline
 from eval.tasks import TASKS, get_task
 from llavamod_offline.errors import ConfigError, EvalError
 
 RECORD = "predictions.judge.jsonl"
+# Models whose published figures, which the tasks' headlines hold, are shown beside one's own.
+SOURCES = {
+    "LLaVA-MoD-2B": "LLaVA-MoD, arXiv 2408.15881",
+    "LLaVA-MoD-1.8B": "as quoted by LLaVA-KD, arXiv 2410.16236",
+    "LLaVA-MoD-0.5B": "as quoted by LLaVA-KD, arXiv 2410.16236",
+    "LLaVA-1.5-13B": "LLaVA's MODEL_ZOO",
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A model's published figures by `Headline.key`."""
+
+    model: str
+    source: str
+    figures: dict[str, float]
 
 
 @dataclass(frozen=True)

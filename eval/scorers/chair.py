@@ -97,7 +97,7 @@ class ObjectVocabulary:
 
     def mentions(self, caption: str) -> list[Mention]:
         """The objects a caption mentions, in order, with repetitions."""
-        words = self._joined([self.lemma(word) for word in treebank_words(caption)])
+        words, _ = self._joined([self.lemma(word) for word in treebank_words(caption)])
         # "the seat of the toilet" is no chair
         if "toilet" in words and "seat" in words:
             words = [word for word in words if word != "seat"]
@@ -108,7 +108,7 @@ class ObjectVocabulary:
         found: dict[str, str] = {}
         for name in objects:
             words = [self.lemma(word) for word in treebank_words(name)]
-            pairs = self.pairs_in(words)
+            _, pairs = self._joined(words)
             known = [word for word in pairs or [" ".join(words)] if word in self.synonyms]
             if not known and not pairs:
                 known = [word for word in words[-1:] if word in self.synonyms]
@@ -124,24 +124,15 @@ class ObjectVocabulary:
         ]
         return min((form for form in forms if form in self.words), key=len, default=word)
 
-    def pairs_in(self, words: list[str]) -> list[str]:
-        """The known pairs of neighbouring words, from left to right, by their meaning."""
-        found, index = [], 0
-        while index < len(words):
-            pair = " ".join(words[index : index + 2])
-            if pair in self.pairs:
-                found.append(self.pairs[pair])
-            index += 2 if pair in self.pairs else 1
-        return found
-
-    def _joined(self, words: list[str]) -> list[str]:
-        """Replace known pairs of neighbouring words by their meaning, from left to right."""
-        joined, index = [], 0
+    def _joined(self, words: list[str]) -> tuple[list[str], list[str]]:
+        """Replace known pairs of neighbouring words by their meaning, from left to right → all words, the pairs."""
+        joined, pairs, index = [], [], 0
         while index < len(words):
             pair = " ".join(words[index : index + 2])
             joined.append(self.pairs.get(pair, words[index]))
+            pairs += joined[-1:] if pair in self.pairs else []
             index += 2 if pair in self.pairs else 1
-        return joined
+        return joined, pairs
 
 
 def parse_objects(reply: str) -> list[str] | None:

@@ -1,14 +1,13 @@
-"""The accuracy of VQA challenges: answers normalised as EvalAI does it, against ten human answers.
+"""VQA accuracy: answers normalised as EvalAI does, against ten human answers.
 
-Written to give, letter for letter, what the M4C evaluator that LLaVA ships (llava/eval/m4c_evaluator.py) gives,
-including what looks odd in it:
-  1. lower case; "," and "?" deleted; "'s" becomes " 's", which is why contractions with an "'s" are never found;
+The results equal those of the M4C evaluator that LLaVA ships (llava/eval/m4c_evaluator.py), oddities included:
+  1. lower case; "," and "?" deleted; "'s" becomes " 's", so contractions with an "'s" are never found;
   2. line breaks and tabs become spaces;
-  3. each of 21 punctuation marks is deleted if it stands beside a space anywhere in the text, else becomes a space;
-  4. of the periods that no digit follows, the first 32 are deleted ("3." → "3", "1.5" stays, "a.com" → "acom");
-  5. number words none, zero … ten become digits, a, an and the are deleted (so that "A" is an empty answer), and
-     contractions without their apostrophe get it.
-The official VQA evaluation lacks step 1, and skips everything where all ten answers are the same; it is not used here.
+  3. each of 21 punctuation marks is deleted if it is next to a space anywhere in the text, else becomes a space;
+  4. the first 32 periods that no digit follows are deleted ("3." → "3", "1.5" stays, "a.com" → "acom");
+  5. number words none, zero … ten become digits; a, an and the are deleted (so "A" is an empty answer); missing
+     apostrophes of contractions are restored.
+The official VQA evaluation, not used here, lacks step 1 and skips all steps if the ten answers are identical.
 
 Accuracy of an answer: the mean, over the ten human answers, of min(1, how many of the *other* nine agree / 3), which is
 0, .3, .6, .9 and 1 for none to four and more of ten. The shorter min(n/3, 1) gives other values.
@@ -17,12 +16,15 @@ Accuracy of an answer: the mean, over the ten human answers, of min(1, how many 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
+
+from eval.example import Example, Verdict
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"\.(?!\d)")
-_PERIODS_REMOVED = 32  # the flag re.UNICODE, given where the count of replacements belongs
+_PERIODS_REMOVED = 32  # the original passes the flag re.UNICODE as the count of replacements
 _PLAIN = re.compile(r"[a-z0-9 ]*")
 _NUMBERS = {
     **{"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6"},
@@ -78,7 +80,7 @@ _IRREGULAR = {
     "youd've": "you'd've",
     "you'dve": "you'd've",
 }
-# The regular ones, with their apostrophe.
+# The regular contractions, with their apostrophe.
 _REGULAR = """
 ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's
 isn't it'd it'll might've mightn't must've mustn't needn't oughtn't shan't should've shouldn't somebody'll
@@ -91,7 +93,7 @@ _CONTRACTIONS = _IRREGULAR | {word.replace("'", ""): word for word in _REGULAR.s
 
 @lru_cache(maxsize=2**17)
 def normalise(answer: str) -> str:
-    """Normalise an answer as EvalAI does, see above."""
+    """Normalise an answer as EvalAI does (see above)."""
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
     if not _PLAIN.fullmatch(text):
@@ -108,6 +110,17 @@ def accuracy(answer: str, references: Sequence[str]) -> float:
         return 0.0
     others = len(normalised) - agreeing
     return (agreeing * min(1.0, (agreeing - 1) / 3) + others * min(1.0, agreeing / 3)) / len(normalised)
+
+
+def score_answers(examples: Sequence[Example[Any]], texts: Mapping[str, str | None]) -> tuple[dict[str, Verdict], int]:
+    """Score texts by example id against `reference.answers` → verdicts, and how many texts normalise to nothing."""
+    verdicts, empty = {}, 0
+    for example in examples:
+        text = texts[example.id]
+        read_as = "" if text is None else normalise(text)
+        empty += text is not None and not read_as
+        verdicts[example.id] = Verdict(read_as, 0.0 if text is None else accuracy(read_as, example.reference.answers))
+    return verdicts, empty
 
 
 def _without_punctuation(text: str) -> str:

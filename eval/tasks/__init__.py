@@ -12,16 +12,8 @@ from llavamod_offline.errors import ConfigError
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        gqa.TASK,
-        vizwiz.TASK,
-        scienceqa.TASK,
-        textvqa.TASK,
-        mme.TASK,
-        mmbench.ENGLISH,
-        mmbench.CHINESE,
-        pope.TASK,
-        mmhal.TASK,
-        object_halbench.TASK,
+        *(gqa.TASK, vizwiz.TASK, scienceqa.TASK, textvqa.TASK, mme.TASK, mmbench.ENGLISH, mmbench.CHINESE),
+        *(pope.TASK, mmhal.TASK, object_halbench.TASK),
     )
 }
 

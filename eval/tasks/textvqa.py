@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.example import Example, Scored, Verdict
+from eval.example import Example, Scored
 from eval.files import FileImage, as_row, find_file, read_jsonl, read_object
-from eval.scorers.vqa_accuracy import accuracy, normalise
+from eval.scorers.vqa_accuracy import score_answers
 from eval.task import Headline, Task
 from llavamod_offline.errors import EvalError
 
@@ -80,13 +80,7 @@ def _asked(prompt: str) -> str:
 
 def score(examples: Sequence[Example[TextVqaReference]], texts: Mapping[str, str | None]) -> Scored:
     """VQA accuracy; a missing answer counts 0."""
-    verdicts = {}
-    for example in examples:
-        text = texts[example.id]
-        read_as = "" if text is None else normalise(text)
-        right = 0.0 if text is None else accuracy(read_as, example.reference.answers)
-        verdicts[example.id] = Verdict(read_as, right)
-    empty = sum(1 for example in examples if texts[example.id] is not None and not verdicts[example.id].read_as)
+    verdicts, empty = score_answers(examples, texts)
     hinted = sum(example.reference.hinted for example in examples)
     total = sum(verdict.right for verdict in verdicts.values())
     notes = (f"OCR tokens in {hinted} of {len(examples)} published prompts",)

@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.example import SHORT_ANSWER, Example, Scored, Verdict
+from eval.example import SHORT_ANSWER, Example, Scored
 from eval.files import FileImage, Row, as_row, find_file, read_jsonl, read_rows
-from eval.scorers.vqa_accuracy import accuracy, normalise
+from eval.scorers.vqa_accuracy import normalise, score_answers
 from eval.task import Headline, Task, Upload
 from llavamod_offline.errors import EvalError
 
@@ -69,16 +69,12 @@ def score(examples: Sequence[Example[VizWizReference]], texts: Mapping[str, str 
             "vizwiz: the test split's answers are hidden and its server is closed: "
             "put the validation split's val.json in vizwiz/Annotations, or use 'eval-student export'"
         )
-    verdicts, groups = {}, dict[str, list[float]]()
+    verdicts, empty = score_answers(examples, texts)
+    groups: dict[str, list[float]] = {}
     for example in examples:
-        text = texts[example.id]
-        read_as = "" if text is None else normalise(text)
-        right = 0.0 if text is None else accuracy(read_as, example.reference.answers)
-        verdicts[example.id] = Verdict(read_as, right)
         kind = "answerable" if example.reference.answerable else "unanswerable"
         for name in ("accuracy", f"accuracy_{kind}"):
-            groups.setdefault(name, []).append(right)
-    empty = sum(1 for example in examples if texts[example.id] is not None and not verdicts[example.id].read_as)
+            groups.setdefault(name, []).append(verdicts[example.id].right)
     return Scored({name: sum(values) / len(values) for name, values in groups.items()}, empty, verdicts)
 
 

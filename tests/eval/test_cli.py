@@ -57,7 +57,7 @@ def test_errors_are_one_line_and_status_2(tmp_path: Path, capsys: pytest.Capture
     cases = [
         (("score", "pope", "--root", root, "--predictions", odd), "2 predictions ('a\\n\\x1b[31mb\\u2028', 'xxx"),
         (("score", "popes", "--root", root, "--predictions", path), "task 'popes' is unknown: choose one of"),
-        (("score", "pope", "--root", root, "--predictions", path), "1 prediction ('77') of no question"),
+        (("score", "pope", "--root", root, "--predictions", path), "1 prediction ('77') without a matching question"),
         (("score", "pope", "--root", tmp_path / "no", "--predictions", path), "no such folder"),
         (("score", "pope", "--root", root, "--predictions", path, "--judge-model", "m"), "go with --judge"),
         (("score", "pope", "--root", root, "--predictions", path, "--judge", "nothing"), "neither a URL"),

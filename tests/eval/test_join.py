@@ -50,22 +50,24 @@ def test_missing_ids_are_listed_and_allowed_on_request() -> None:
 
 
 def test_only_the_first_five_are_listed() -> None:
-    with pytest.raises(EvalError, match=r"7 predictions \('u0', 'u1', 'u2', 'u3', 'u4', …\) of no question"):
+    with pytest.raises(
+        EvalError, match=r"7 predictions \('u0', 'u1', 'u2', 'u3', 'u4', …\) without a matching question"
+    ):
         joined(*(ours(f"u{number}") for number in range(7)), allow_missing=True)
 
 
 def test_duplicates_are_errors_in_both_forms() -> None:
-    with pytest.raises(EvalError, match=r"1 prediction \('2'\) of a question answered before"):
+    with pytest.raises(EvalError, match=r"1 prediction \('2'\) duplicating an earlier one"):
         joined(ours("2"), ours("2"), allow_missing=True)
-    with pytest.raises(EvalError, match=r"1 prediction \('x'\) of a question answered before"):
+    with pytest.raises(EvalError, match=r"1 prediction \('x'\) duplicating an earlier one"):
         joined(theirs("x", "Who?"), theirs("x", "who? \n…"), allow_missing=True)
 
 
 def test_an_unknown_question_of_a_shared_id_is_unknown() -> None:
-    with pytest.raises(EvalError, match=r"1 prediction \('x'\) of no question"):
+    with pytest.raises(EvalError, match=r"1 prediction \('x'\) without a matching question"):
         joined(theirs("x", "Where?"), allow_missing=True)
 
 
 def test_our_ids_are_no_aliases() -> None:
-    with pytest.raises(EvalError, match="of no question"):
+    with pytest.raises(EvalError, match="without a matching question"):
         joined(ours("x"), allow_missing=True)

@@ -78,7 +78,7 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_one_line(url: str) -> Non
         (400, "status 400"),
         (500, "status 500"),
         (b"{}", "not a chat completion"),
-        (b'{"choices": [{"message": {"content": null}}]}', "holds no text"),
+        (b'{"choices": [{"message": {"content": null}}]}', "contains no text"),
     ):
         Server.replies = [reply]
         with pytest.raises(EvalError, match=message) as error:
@@ -117,8 +117,8 @@ def test_an_edited_record_is_refused(tmp_path: Path) -> None:
     line = {"key": record_key("m", QUESTION), "model": "m", "messages": QUESTION, "reply": "Rating: 5"}
     assert RecordedJudge(write_jsonl(tmp_path / "r.jsonl", [line])).complete(QUESTION) == "Rating: 5"
     for change, message in (
-        ({"messages": [{"role": "user", "content": "Rate that."}]}, "does not belong"),
-        ({"model": "n"}, "does not belong"),
+        ({"messages": [{"role": "user", "content": "Rate that."}]}, "does not match"),
+        ({"model": "n"}, "does not match"),
         ({"messages": "x"}, "'messages' must be a list"),
         ({"reply": 5}, "field 'reply' must be a string"),
     ):
@@ -140,10 +140,10 @@ def test_judges_are_told_apart_by_what_they_are(tmp_path: Path, url: str, monkey
     for model in ("m", "n"):
         rows.append({"key": record_key(model, QUESTION), "model": model, "messages": QUESTION, "reply": model})
     record = write_jsonl(tmp_path / "r.jsonl", rows)
-    with pytest.raises(ConfigError, match="holds replies of 2 models"):
+    with pytest.raises(ConfigError, match="has replies of 2 models"):
         open_judge(str(record))
     assert open_judge(str(record), model="n").complete(QUESTION) == "n"
-    with pytest.raises(ConfigError, match="holds no reply of 'o'"):
+    with pytest.raises(ConfigError, match="no reply of 'o'"):
         open_judge(str(record), model="o")
 
 

@@ -35,14 +35,14 @@ def test_tokens_and_pixels_are_the_engines_own(tmp_path: Path, template: str, as
     engine = LlavaHfEngine(student, template=template, image_aspect=aspect)
     processor = AutoProcessor.from_pretrained(tmp_path / "portable")
     for size in ((50, 20), (20, 50), (24, 24)):
-        asked = example(tmp_path / "pictures", size)
+        asked = example(tmp_path / "images", size)
         assert asked.source is not None
-        picture = decode_image(asked.source.read(), name="1")
+        image = decode_image(asked.source.read(), name="1")
         parts = [{"type": "image"}, {"type": "text", "text": asked.prompt}]
         for content in (parts, f"<image>\n{asked.prompt}"):
             messages = [{"role": "user", "content": content}]
             text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            inputs = processor(text=text, images=picture, return_tensors="pt")
+            inputs = processor(text=text, images=image, return_tensors="pt")
             assert inputs["input_ids"][0].tolist() == prompt_ids(engine.encoder, asked, 4)
         torch.testing.assert_close(inputs["pixel_values"], engine._pixels([asked]), rtol=0, atol=0.02)
     assert processor.tokenizer.eos_token == engine.encoder.template.end
@@ -70,7 +70,7 @@ def test_the_copy_answers_and_shares_its_weights(tmp_path: Path) -> None:
     student = write_tiny_llava(tmp_path / "student")
     write_portable(student, tmp_path / "portable")
     engine = ProcessorEngine(tmp_path / "portable")
-    assert len(engine.answer([example(tmp_path / "pictures", (50, 20))], 3)) == 1
+    assert len(engine.answer([example(tmp_path / "images", (50, 20))], 3)) == 1
     weights = "model.safetensors"
     assert (tmp_path / "portable" / weights).samefile(student / weights)
     assert "LlavaImageProcessor" not in (student / "preprocessor_config.json").read_text()
@@ -78,7 +78,7 @@ def test_the_copy_answers_and_shares_its_weights(tmp_path: Path) -> None:
 
 def test_what_cannot_be_copied_is_told(tmp_path: Path) -> None:
     student = write_tiny_llava(tmp_path / "student")
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="already exists"):
         write_portable(student, student)
     with pytest.raises(ConfigError, match="template 'x' is unknown"):
         write_portable(student, tmp_path / "new", template="x")

@@ -64,13 +64,13 @@ def test_what_is_written_is_read_again(text: str, tokens: int) -> None:
         (line(id=True), "'id' must be a string, found true"),
         (line(id=1.5), "'id' must be a string, found 1.5"),
         (line(id="DROP"), "has neither 'id'"),
-        (line(task="gqa"), "is of task 'gqa', not 'pope'"),
+        (line(task="gqa"), "is for task 'gqa', not 'pope'"),
         (line(n_tokens=-1), "'n_tokens' must be a whole number"),
         (line(n_tokens=float("nan")), "'n_tokens' must be a whole number, found NaN"),
         (line(finish="crash"), "'finish' must be one of stop, length"),
-        (line(text="a\0b"), "'text' holds a NUL character"),
-        (b'{"text": "a\0b"}', "holds a NUL byte"),
-        (line(text="\ud800"), "'text' holds half a surrogate pair"),
+        (line(text="a\0b"), "'text' contains a NUL character"),
+        (b'{"text": "a\0b"}', "contains a NUL byte"),
+        (line(text="\ud800"), "'text' contains a lone surrogate"),
         (b'{"text": "\xff\xfe"}', "not UTF-8"),
         (line(text="x" * 10_000_000), f"is longer than {MAX_LINE_BYTES} bytes"),
     ],
@@ -88,7 +88,7 @@ def test_a_broken_line_is_one_error_that_names_it(tmp_path: Path, bad: bytes, me
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(line() + b"\n"), "is compressed by gzip: unpack it first"),
+        (gzip.compress(line() + b"\n"), "is compressed with gzip: unpack it first"),
         (b"PK\x03\x04 and so on", "is a zip archive or a spreadsheet"),
         (line().decode().encode("utf-16"), "is in UTF-16: save it as UTF-8"),
     ],
@@ -109,5 +109,5 @@ def test_a_byte_order_mark_and_carriage_returns_do_no_harm(tmp_path: Path) -> No
 
 
 def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(EvalError, match="no such predictions file: write one with 'eval-student generate'"):
+    with pytest.raises(EvalError, match="no such predictions file: create one with 'eval-student generate'"):
         read_predictions(tmp_path / "nothing.jsonl", "pope")

@@ -101,9 +101,7 @@ def test_the_page_loads_nothing_and_hostile_text_stays_text(root: Path, runs: li
     assert "</script><img src=x onerror=alert(1)>" in texts
 
 
-def test_the_browser_holds_what_two_runs_disagree_on_with_pictures(
-    root: Path, runs: list[Path], tmp_path: Path
-) -> None:
+def test_the_browser_holds_what_two_runs_disagree_on_with_images(root: Path, runs: list[Path], tmp_path: Path) -> None:
     write_report(runs, root, tmp_path / "report.html")
     samples = json.loads(Page((tmp_path / "report.html").read_text()).samples)
     assert samples["runs"] == ["dense", "sparse"]

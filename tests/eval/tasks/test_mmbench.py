@@ -205,6 +205,12 @@ def test_no_answer_becomes_a_formula(root: Path, tmp_path: Path, text: str) -> N
     assert cells(tmp_path / "u.xlsx")[1]["G"] == ("inlineStr", shown)
 
 
+def test_an_answer_longer_than_a_cell_is_refused(root: Path, tmp_path: Path) -> None:
+    texts: dict[str | int, str] = dict.fromkeys((1, 1_000_001, 2_000_001, 2, 1_000_002), "x" * 32_768)
+    with pytest.raises(EvalError, match="row 2: a text of 32768 characters"):
+        export("mmbench", root, write_jsonl(tmp_path / "a.jsonl", answers(texts)), tmp_path / "u.xlsx")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

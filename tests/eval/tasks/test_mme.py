@@ -187,7 +187,7 @@ def test_llava_answers_share_a_question_id_and_may_come_in_any_order(tmp_path: P
     score = score_task("mme", root, path)
     assert score.metrics["perception"] == 400.0
     assert score.n == 8
-    with pytest.raises(EvalError, match="answered before"):
+    with pytest.raises(EvalError, match="duplicating an earlier one"):
         score_task("mme", root, write_jsonl(path, [*rows, rows[0]]))
 
 

@@ -94,7 +94,7 @@ def test_without_a_judge_it_says_how_to_name_one(tmp_path: Path) -> None:
         score_task("mmhal", root, write_jsonl(tmp_path / "a.jsonl", answers({0: "A"})))
 
 
-def test_a_template_has_a_place_for_everything(tmp_path: Path) -> None:
+def test_a_template_has_a_placeholder_for_everything(tmp_path: Path) -> None:
     values = {"image_content": "Cat, {x}", "question": "{}", "gt_answer": "G", "model_answer": "{question}"}
     path = tmp_path / "template.txt"
     path.write_text("C {} Q {} G {} A {}\n")  # as RLAIF-V's template has them
@@ -103,7 +103,7 @@ def test_a_template_has_a_place_for_everything(tmp_path: Path) -> None:
     assert JudgeTemplate.read(path, mmhal.SLOTS).fill(values) == '{"a": 1} {question} G {} Cat, {x} {}'
     for bad in ("{} {} {}", "{question}", "{question} {} {} {}", ""):
         path.write_text(bad)
-        with pytest.raises(ConfigError, match="a template needs a place for"):
+        with pytest.raises(ConfigError, match="a template needs placeholders for"):
             JudgeTemplate.read(path, mmhal.SLOTS)
     with pytest.raises(ConfigError, match="cannot be read"):
         JudgeTemplate.read(tmp_path / "none.txt", mmhal.SLOTS)

@@ -81,7 +81,7 @@ def test_a_letter_beyond_the_choices_is_wrong_and_never_a_guess(tmp_path: Path) 
         assert result.n_unparsed == 0
 
 
-def test_a_missing_answer_stays_a_question_with_a_picture(tmp_path: Path) -> None:
+def test_a_missing_answer_stays_a_question_with_an_image(tmp_path: Path) -> None:
     """The official script takes the image from the answer's prompt, so a missing one leaves the set."""
     root = science_root(tmp_path / "data")
     path = write_jsonl(tmp_path / "a.jsonl", answers({"4": "B", "11": "C"}, {"4": "<image>\nQ", "11": "Q"}))

@@ -53,7 +53,7 @@ def test_accuracy(tmp_path: Path) -> None:
     assert scored(textvqa, textvqa_root(tmp_path), {"aa#1": "A", "aa#2": None, "bb#1": "x"}).n_unparsed == 1
 
 
-def test_llava_answers_are_joined_on_picture_and_question(tmp_path: Path) -> None:
+def test_llava_answers_are_joined_on_image_and_question(tmp_path: Path) -> None:
     root = textvqa_root(tmp_path / "data")
     rows = answers({"bb": "exit"}, {"bb": f"what WORD is it?{SHORT}"})
     rows += answers({"aa": "42"}, {"aa": f"Which Number?{OCR}{SHORT}"})
