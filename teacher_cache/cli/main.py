@@ -245,7 +245,10 @@ def export(
     cache: CacheFolder,
     output: Annotated[Path, typer.Option(metavar="FILE.parquet", help="The file to write.")],
     layout: Annotated[
-        str, typer.Option("--format", metavar="NAME", help="table, or axolotl (its KD trainer's tokenised rows).")
+        str,
+        typer.Option(
+            "--format", metavar="NAME", help="table, axolotl (for its KD trainer) or trl (reference log-probs)."
+        ),
     ] = "table",
     top_k: Annotated[
         int | None, typer.Option(metavar="K", help="Keep at most K ids of each head, the most likely ones.")
@@ -267,6 +270,7 @@ def export(
       cache-teacher export caches/captions --output captions.parquet --top-k 16 --json
       cache-teacher export caches/texts --format axolotl --data sets/texts \\
         --tokenizer checkpoints/teacher --output texts.parquet
+      cache-teacher export caches/preference --format trl --output reference.parquet
     """
     from teacher_cache.inspection.export import export_cache
     from teacher_cache.read.reader import open_cache
@@ -274,6 +278,9 @@ def export(
     done = export_cache(open_cache(cache), output, layout=layout, top_k=top_k, data=data, tokenizer=tokenizer)
     if as_json:
         print(json.dumps(dataclasses.asdict(done)))
+        return
+    if layout == "trl":
+        print(f"{output}: reference log-probs of {done.sequences // 2:,} pairs, {done.bytes:,} bytes")
         return
     print(f"{output}: {done.positions:,} positions of {done.sequences:,} sequences, {done.bytes:,} bytes")
     pictures = f"; {done.with_pictures:,} sequences with pictures left out" if done.with_pictures else ""

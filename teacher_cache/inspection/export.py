@@ -1,7 +1,7 @@
 """`cache-teacher export`: the heads and reference log-probs of a cache as a parquet file that other trainers read.
 
 One row a sequence, in the order of the cache. Numbers are those the reader gives: natural log-probs at T = 1, not
-renormalised. Two layouts, where n is the sequence's recorded positions, T all its tokens, K the ids kept of a head:
+renormalised. Three layouts, where n is the sequence's recorded positions, T all its tokens, K the ids kept of a head:
 
 - `table`: `key`, `role` string; `target_ids` [n] int32, the supervised tokens (−1 where a position of a cache of all
   positions has none); `target_log_probs` [n] float32, their reference log-probs; `sum_log_prob` float64, their sum;
@@ -13,6 +13,8 @@ renormalised. Two layouts, where n is the sequence's recorded positions, T all i
   `target_logprobs`, `target_mask` [T][K]. The row of index t is the distribution of the model's output at t, so that of
   the token at t + 1, and is empty where there is no record. Text alone: a sequence with images is left out. Its loss
   takes log-probs as they are, so `kd_normalize_topk: false` fits them.
+- `trl`: one row a preference sample, for TRL's DPO trainer: `key` string; `ref_chosen_logps` and `ref_rejected_logps`
+  float64, the teacher's log-probs of the two responses, summed over their tokens, the end of the turn included.
 
 Shape suffixes: N positions of a batch of sequences, H entries of all their heads.
 """
@@ -45,7 +47,7 @@ from teacher_cache.format.sequences import short_hash
 from teacher_cache.read.reader import TeacherCache
 from teacher_cache.student.check import check_sequence, check_student
 
-FORMATS = ("table", "axolotl")
+FORMATS = ("table", "axolotl", "trl")
 UNSUPERVISED = -100
 _LOST = ("tail mass", "tail draws", "entropy", "log normalisers")
 _BATCH_HEADS = 2**21
@@ -61,6 +63,9 @@ _TABLE_SCHEMA = pa.schema(
         ("token_ids", pa.list_(_IDS)),
         ("log_probs", pa.list_(_FLOATS)),
     ]
+)
+_TRL_SCHEMA = pa.schema(
+    [("key", pa.string()), ("ref_chosen_logps", pa.float64()), ("ref_rejected_logps", pa.float64())]
 )
 _AXOLOTL_SCHEMA = pa.schema(
     [
@@ -112,6 +117,11 @@ def export_cache(
     items = cache.items()
     if layout == "table":
         schema, rows = _TABLE_SCHEMA, _table_rows
+    elif layout == "trl":
+        schema = _TRL_SCHEMA
+        items = [(key, role) for key, role in items if role == "chosen" and (key, "rejected") in cache]
+        if not items:
+            raise CacheError(f"cache '{cache.path}': holds no pairs of responses, which --format trl is about")
     else:
         assert data is not None
         assert tokenizer is not None
@@ -124,6 +134,10 @@ def export_cache(
         atomic.remove_leftovers(output.parent, output.name)
         with pq.ParquetWriter(aside, schema, compression="zstd") as writer:
             for batch in tqdm(_batches(cache, items), desc="export", unit="batch", disable=not sys.stderr.isatty()):
+                if layout == "trl":  # needs no more than sums
+                    writer.write_batch(_trl_rows(cache, batch).cast(schema))
+                    totals["sequences"] += 2 * len(batch)
+                    continue
                 records = _capped(cache.records(batch), top_k)
                 writer.write_batch(rows(cache, batch, records).cast(schema))
                 totals["sequences"] += len(batch)
@@ -142,10 +156,10 @@ def export_cache(
         format=layout,
         sequences=int(totals["sequences"]),
         positions=positions,
-        with_pictures=len(cache) - len(items),
+        with_pictures=len(cache) - len(items) if layout == "axolotl" else 0,
         top_k=top_k,
         mass=totals["mass"] / positions if positions else 0.0,
-        lost=_LOST,
+        lost=("distributions",) if layout == "trl" else _LOST,
         bytes=output.stat().st_size,
     )
 
@@ -155,6 +169,8 @@ def _check_choice(output: Path, layout: str, top_k: int | None, data: Path | Non
         raise ConfigError(f"--format '{layout}' is unknown: choose one of {', '.join(FORMATS)}")
     if top_k is not None and top_k < 1:
         raise ConfigError(f"--top-k {top_k}: must be at least 1")
+    if top_k is not None and layout == "trl":
+        raise ConfigError("--top-k: --format trl writes no distributions: leave it out")
     if output.exists():
         raise ConfigError(f"output '{output}': exists already: choose another, or remove it")
     if not output.parent.is_dir():
@@ -200,6 +216,13 @@ def _table_rows(cache: TeacherCache, batch: Sequence[Item], records: Records) ->
         "token_ids": _lists(lengths, _lists(counts_N, records.topk_ids_H)),
         "log_probs": _lists(lengths, _lists(counts_N, records.topk_log_probs_H)),
     }
+    return pa.RecordBatch.from_pydict(columns)
+
+
+def _trl_rows(cache: TeacherCache, batch: Sequence[Item]) -> pa.RecordBatch:
+    columns: dict[str, list[Any]] = {"key": [key for key, _ in batch]}
+    for role in ("chosen", "rejected"):
+        columns[f"ref_{role}_logps"] = [cache.sequence(key, role).sum_log_prob for key, _ in batch]
     return pa.RecordBatch.from_pydict(columns)
 
 

@@ -1,0 +1,111 @@
+"""One process of several on shared batches: `torchrun … sharded_driver.py WRAPPER TAIL STUDENT DATA CACHE OUTPUT`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+from llavamod_offline.data.sets.sample_set import SampleSet
+from llavamod_offline.examples.batches import Batches
+from llavamod_offline.losses import CachedDistillation
+from llavamod_offline.losses.tail_estimators import Tail
+from llavamod_offline.models.checkpoint import load_llava
+from teacher_cache import open_cache
+
+Wrapper = Callable[[Any, float], tuple[Any, Callable[[Any], None]]]
+STEPS = 3
+RATE = 0.05
+
+
+def keys_with_one_image(data: Path) -> list[str]:
+    """Samples whose images every process can run its tower on."""
+    index = SampleSet.open(data).index
+    counts = zip(index["key"].to_pylist(), index["n_images"].to_pylist(), strict=True)
+    return [key for key, count in counts if count == 1][:8]
+
+
+def train(student: Path, data: Path, cache_path: Path, wrap: Wrapper, tail: Tail) -> dict[str, Any]:
+    """Losses of some steps over the same keys, by plain gradient descent; each process has every `size`-th key."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    cache, batches, model = open_cache(cache_path), Batches(student, data), load_llava(student)
+    model.model.vision_tower.requires_grad_(False)
+    distillation = CachedDistillation(cache, tail=tail)
+    distillation.attach(model)
+    keys = keys_with_one_image(data)
+    items = sum(cache.sequence(key, "response").n_positions for key in keys)
+    mine = keys[rank::size]
+    losses = []
+    wrapped, update = wrap(model, RATE)
+    for _ in range(STEPS):
+        inputs = batches.make(mine, ["response"], cache)
+        targets = cache.targets([(key, "response") for key in mine])
+        output = wrapped(**inputs, targets=targets, num_items_in_batch=items)
+        update(output.loss * size)  # wrappers average gradients over processes
+        distillation.step()
+        total = output.loss.detach().clone()
+        if size > 1:
+            dist.all_reduce(total)
+        losses.append(float(total))
+    return {"losses": losses, "statistics": distillation.get_extra_state().tolist()}
+
+
+def ddp(model: Any, rate: float) -> tuple[Any, Callable[[Any], None]]:
+    return plain(torch.nn.parallel.DistributedDataParallel(model), rate)
+
+
+def fsdp(model: Any, rate: float) -> tuple[Any, Callable[[Any], None]]:
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.model.language_model.layers:
+        fully_shard(layer)
+    return plain(fully_shard(model), rate)
+
+
+def zero3(model: Any, rate: float) -> tuple[Any, Callable[[Any], None]]:
+    from train.engine.deepspeed_engine import _import_deepspeed
+
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=rate)
+    settings = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": 3},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    engine, *_ = _import_deepspeed().initialize(model=model, optimizer=optimizer, config=settings)
+
+    def update(loss: Any) -> None:
+        engine.backward(loss)
+        engine.step()
+
+    return engine, update
+
+
+def plain(model: Any, rate: float) -> tuple[Any, Callable[[Any], None]]:
+    """The model, and what a step does with its loss."""
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=rate)
+
+    def update(loss: Any) -> None:
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return model, update
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    wrapper = {"ddp": ddp, "fsdp": fsdp, "zero3": zero3}[sys.argv[1]]
+    student, data, cache, output = map(Path, sys.argv[3:])
+    found = train(student, data, cache, wrapper, cast("Tail", sys.argv[2]))
+    output.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(found))
+    dist.destroy_process_group()

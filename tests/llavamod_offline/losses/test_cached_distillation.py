@@ -1,0 +1,211 @@
+"""Distillation as a module: equal to its parts, safe against wrong records, and the same however it is sharded."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llavamod_offline.errors import ModelError, TargetError
+from llavamod_offline.examples.batches import Batches
+from llavamod_offline.losses import CachedDistillation, Shrinkage, distillation_from_hidden
+from llavamod_offline.models.checkpoint import load_llava
+from teacher_cache import TeacherCache, check_labels, open_cache
+from tests.llavamod_offline.losses import sharded_driver
+from tests.tiny import write_tiny_llava, write_tiny_set
+from tests.train.conftest import write_cache
+
+Folders = dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    root = tmp_path_factory.mktemp("distillation")
+    teacher = write_tiny_llava(root / "teacher", hidden=48, layers=3, seed=7, tied=False)
+    data = write_tiny_set(root / "set", 24)
+    small = ("capture.preset=compact", "capture.top_k=4")
+    return {
+        "student": write_tiny_llava(root / "student"),
+        "data": data,
+        "cache": write_cache(root / "cache", data, teacher, *small),
+        "all": write_cache(root / "all", data, teacher, *small, "capture.positions=all"),
+    }
+
+
+def _batch(folders: Folders, cache: TeacherCache, keys: list[str]) -> dict[str, Any]:
+    inputs = Batches(folders["student"], folders["data"]).make(keys, ["response"], cache)
+    return {**inputs, "targets": cache.targets([(key, "response") for key in keys])}
+
+
+def _keys(cache: TeacherCache, count: int = 6) -> list[str]:
+    return [key for key, _ in cache.items(range(count))]
+
+
+@pytest.mark.parametrize(
+    ("settings", "tail"),
+    [({}, "shrink"), ({"divergence": "reverse_kl"}, "bucket"), ({"temperature": 2.0, "lm_weight": 0.5}, "bucket")],
+)
+@pytest.mark.parametrize("which", ["cache", "all"])
+def test_it_equals_the_fused_loss_over_the_recorded_positions(
+    folders: Folders, settings: dict[str, Any], tail: Any, which: str
+) -> None:
+    """Positions are found one by one here; gradients of LM head and hidden states too."""
+    cache, model = open_cache(folders[which]), load_llava(folders["student"])
+    batch = _batch(folders, cache, _keys(cache))
+    targets, labels = batch.pop("targets"), batch.pop("labels")
+    hidden = model.base_model(**batch).last_hidden_state.detach().requires_grad_()
+    output = CachedDistillation(cache, **settings)(
+        hidden, model.lm_head.weight, labels, targets, attention_mask_BT=batch["attention_mask"]
+    )
+    output.loss.backward()
+    found = hidden.grad, model.lm_head.weight.grad
+    rows, answers = [], 0
+    for b, row in enumerate(labels.tolist()):
+        for t in range(len(row)):
+            supervised = t + 1 < len(row) and row[t + 1] != -100
+            answers += supervised
+            if supervised or (which == "all" and batch["attention_mask"][b, t]):
+                rows.append((b, t))
+    other, weight = hidden.detach().requires_grad_(), model.lm_head.weight.detach().requires_grad_()
+    shrinkage = Shrinkage(cache.vocab_size, profile_V=cache.tail_profile) if tail == "shrink" else None
+    settings = {**settings, "lm_weight": settings.get("lm_weight", 0.0) * len(rows) / answers}
+    places = torch.tensor(rows)
+    terms = distillation_from_hidden(
+        other[places[:, 0], places[:, 1]], weight, targets, tail=tail, shrinkage=shrinkage, **settings
+    )
+    (terms.loss_sum / len(rows)).backward()
+    assert output.positions == len(rows) == len(targets)
+    torch.testing.assert_close(output.loss.detach(), terms.loss_sum.detach() / len(rows))
+    for ours, theirs in zip(found, (other.grad, weight.grad), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_micro_batches_add_up_to_the_whole(folders: Folders) -> None:
+    cache, model = open_cache(folders["cache"]), load_llava(folders["student"])
+    distillation = CachedDistillation(cache)
+    distillation.attach(model)
+    keys = _keys(cache)
+    whole = model(**_batch(folders, cache, keys)).loss
+    items = sum(cache.sequence(key, "response").n_positions for key in keys)
+    parts = [model(**_batch(folders, cache, part), num_items_in_batch=items).loss for part in (keys[:2], keys[2:])]
+    assert float(sum(parts).detach()) == pytest.approx(float(whole.detach()), rel=1e-6)
+
+
+def test_records_of_other_samples_are_refused(folders: Folders) -> None:
+    """Whether their numbers of positions differ or not."""
+    cache, model = open_cache(folders["cache"]), load_llava(folders["student"])
+    CachedDistillation(cache).attach(model)
+    keys = _keys(cache)
+    batch = _batch(folders, cache, keys)
+    swapped = [keys[1], keys[0], *keys[2:]]
+    with pytest.raises(TargetError, match=r"its label is token \d+, its record was made for token \d+"):
+        model(**{**batch, "targets": cache.targets([(key, "response") for key in swapped])})
+    with pytest.raises(TargetError, match="the labels supervise"):
+        model(**{**batch, "targets": cache.targets([(key, "response") for key in keys[1:]])})
+    one_token = batch["labels"].clone()
+    one_token[2, one_token[2].ne(-100).nonzero()[0]] += 1
+    with pytest.raises(TargetError, match="pass the records of the same sequences"):
+        model(**{**batch, "labels": one_token})
+
+
+def test_labels_are_checked_against_the_cache_by_sample(folders: Folders) -> None:
+    cache = open_cache(folders["cache"])
+    keys = _keys(cache)
+    labels, items = _batch(folders, cache, keys)["labels"], [(key, "response") for key in keys]
+    check_labels(labels, items, cache)
+    swapped = labels[[1, 0, 2, 3, 4, 5]]
+    with pytest.raises(TargetError, match=rf"sample '{keys[0]}' \(response\): its supervised ids"):
+        check_labels(swapped, items, cache)
+    with pytest.raises(TargetError, match="labels of 6 sequences for 5 items"):
+        check_labels(labels, items[1:], cache)
+
+
+def test_the_first_token_cannot_be_supervised(folders: Folders) -> None:
+    cache = open_cache(folders["cache"])
+    batch = _batch(folders, cache, _keys(cache))
+    batch["labels"][0, 0] = 1
+    hidden = torch.zeros(*batch["labels"].shape, 8)
+    with pytest.raises(TargetError, match="the first token of a sequence is supervised"):
+        CachedDistillation(cache)(hidden, torch.zeros(400, 8), batch["labels"], batch["targets"])
+
+
+def test_a_sharded_head_is_named_with_the_way_out(folders: Folders) -> None:
+    cache = open_cache(folders["cache"])
+    batch = _batch(folders, cache, _keys(cache))
+    hidden = torch.zeros(*batch["labels"].shape, 8)
+    with pytest.raises(ModelError, match=r"has shape \[0\].*attach\(student\)"):
+        CachedDistillation(cache)(hidden, torch.zeros(0), batch["labels"], batch["targets"])
+
+
+def test_heads_that_are_more_than_a_product_are_refused(folders: Folders) -> None:
+    cache, model = open_cache(folders["cache"]), load_llava(folders["student"])
+    biased = copy.deepcopy(model)
+    biased.lm_head.bias = torch.nn.Parameter(torch.ones(biased.lm_head.weight.shape[0]))
+    with pytest.raises(ModelError, match="its LM head has a bias"):
+        CachedDistillation(cache).attach(biased)
+    scaled = copy.deepcopy(model)
+    scaled.lm_head.register_forward_hook(lambda module, inputs, logits: 30 * torch.tanh(logits / 30))
+    with pytest.raises(ModelError, match="scales or caps the logits"):
+        CachedDistillation(cache).attach(scaled)
+
+
+def test_without_targets_an_attached_student_answers_as_before(folders: Folders) -> None:
+    cache, model = open_cache(folders["cache"]), load_llava(folders["student"])
+    ids = torch.tensor([[5, 6, 7]])
+    before = model(input_ids=ids).logits
+    CachedDistillation(cache).attach(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, before)
+
+
+def test_its_state_survives_a_checkpoint(folders: Folders) -> None:
+    """Bit for bit, whatever dtype the module is cast to."""
+    cache, model = open_cache(folders["cache"]), load_llava(folders["student"])
+    distillation = CachedDistillation(cache)
+    distillation.attach(model)
+    for start in range(0, 18, 6):
+        model(**_batch(folders, cache, [key for key, _ in cache.items(range(start, start + 6))])).loss.backward()
+        distillation.step()
+    fresh = CachedDistillation(cache).bfloat16()
+    fresh.load_state_dict(distillation.state_dict())
+    assert distillation.shrinkage is not None
+    assert fresh.shrinkage is not None
+    assert any(distillation.shrinkage.entry()["tail_draws_weight"])
+    assert fresh.shrinkage.entry() == distillation.shrinkage.entry()
+    with pytest.raises(TargetError, match="made with other settings"):
+        CachedDistillation(cache, temperature=2.0).load_state_dict(distillation.state_dict())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("wrapper", "tail"), [("ddp", "bucket"), ("fsdp", "bucket"), ("zero3", "bucket"), ("zero3", "shrink")]
+)
+def test_two_processes_learn_as_one(folders: Folders, tmp_path: Path, wrapper: str, tail: Any) -> None:
+    """The LM head is whole inside the student's forward pass; losses and updates are those of one process.
+
+    Shrinkage sums each process's own positions before it squares, so that two processes learn it slightly differently,
+    but both the same.
+    """
+    places = (folders["student"], folders["data"], folders["cache"])
+    torchrun = Path(sys.executable).with_name("torchrun")
+    command = [str(torchrun), "--standalone", "--nproc-per-node", "2", sharded_driver.__file__, wrapper, tail]
+    done = subprocess.run(
+        [*command, *map(str, places), str(tmp_path / "found")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"found.{rank}").read_text()) for rank in (0, 1))
+    alone = sharded_driver.train(*places, sharded_driver.plain, tail)
+    assert len(set(alone["losses"])) == sharded_driver.STEPS
+    assert first == second
+    assert first["losses"] == pytest.approx(alone["losses"], rel=1e-5 if tail == "bucket" else 1e-3)
