@@ -43,7 +43,7 @@ def train(student: Path, data: Path, cache_path: Path, steps: Sequence[Sequence[
 
 if __name__ == "__main__":
     student, data, cache = map(Path, sys.argv[1:])
-    keys = open_cache(cache).items()
-    steps = [[key for key, _ in keys[start : start + 16]] for start in range(0, 10 * 16, 16)]
+    keys = [key for key, _ in open_cache(cache).items()]
+    steps = [keys[start : start + 16] for start in range(0, len(keys), 16)][:10]
     for number, loss in enumerate(train(student, data, cache, steps, 1e-3), start=1):
         print(f"step {number}: loss {loss:.4f}")
