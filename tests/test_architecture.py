@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "llavamod_offline" / "examples"
 PACKAGES = ("llavamod_offline", "teacher_cache", "train", "eval")
 MAY_IMPORT = {
     "llavamod_offline": set(),
@@ -33,8 +34,16 @@ def test_a_package_imports_only_what_stands_below_it(package: str) -> None:
     files = sorted((ROOT / package).rglob("*.py"))
     assert files
     for file in files:
+        if EXAMPLES in file.parents:  # uses the packages from outside, as a reader would
+            continue
         unexpected = imported_packages(file) - MAY_IMPORT[package] - {package}
         assert not unexpected, f"{file.relative_to(ROOT)} imports {unexpected}"
+
+
+def test_nothing_imports_the_examples() -> None:
+    for package in PACKAGES:
+        for file in (ROOT / package).rglob("*.py"):
+            assert EXAMPLES in file.parents or "llavamod_offline.examples" not in file.read_text(), file
 
 
 def test_no_package_imports_the_tests() -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.examples.batches import Batches
 from llavamod_offline.losses import CachedDistillation
-from llavamod_offline.losses.tail_estimators import Tail
+from llavamod_offline.losses.kinds import TailEstimator
 from llavamod_offline.models.checkpoint import load_llava
 from teacher_cache import open_cache
 
@@ -31,7 +31,7 @@ def keys_with_one_image(data: Path) -> list[str]:
     return [key for key, count in counts if count == 1][:8]
 
 
-def train(student: Path, data: Path, cache_path: Path, wrap: Wrapper, tail: Tail) -> dict[str, Any]:
+def train(student: Path, data: Path, cache_path: Path, wrap: Wrapper, tail: TailEstimator) -> dict[str, Any]:
     """Losses of some steps over the same keys, by plain gradient descent; each process has every `size`-th key."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     cache, batches, model = open_cache(cache_path), Batches(student, data), load_llava(student)
@@ -106,6 +106,6 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     wrapper = {"ddp": ddp, "fsdp": fsdp, "zero3": zero3}[sys.argv[1]]
     student, data, cache, output = map(Path, sys.argv[3:])
-    found = train(student, data, cache, wrapper, cast("Tail", sys.argv[2]))
+    found = train(student, data, cache, wrapper, cast("TailEstimator", sys.argv[2]))
     output.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(found))
     dist.destroy_process_group()
