@@ -176,7 +176,7 @@ def test_its_state_survives_a_checkpoint(folders: Folders) -> None:
     fresh.load_state_dict(distillation.state_dict())
     assert distillation.shrinkage is not None
     assert fresh.shrinkage is not None
-    assert any(distillation.shrinkage.entry()["tail_draws_weight"])
+    assert any(distillation.shrinkage.entry()["tail_samples_weight"])
     assert fresh.shrinkage.entry() == distillation.shrinkage.entry()
     with pytest.raises(TargetError, match="made with other settings"):
         CachedDistillation(cache, temperature=2.0).load_state_dict(distillation.state_dict())
