@@ -4,65 +4,50 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from llavamod_offline.demo.plan import models
-from llavamod_offline.demo.results import COLUMNS, as_cells, curves
-from llavamod_offline.pages.charts import line_chart
-from llavamod_offline.pages.page import html_page, html_table, picture
+from llavamod_offline.demo.results import COLUMNS, as_cells
+from llavamod_offline.demo.results import curves as logged
+from llavamod_offline.pages.charts import CURVE_SCRIPTS, CURVE_STYLES, curves
+from llavamod_offline.pages.page import data_uri, render
 
-PICTURES = 12
+IMAGES = 12
 
 
 def write_report(output: Path, summary: Mapping[str, Any]) -> Path:
     """Write `report.html` below `output` and give its path."""
-    table = html_table(list(COLUMNS.values()), [as_cells(row) for row in summary["rows"]])
-    cache = summary["cache"]
-    note = (
-        f'<p class="soft">The teacher ran once: {cache["positions"]:,} supervised positions in '
-        f"{cache['bytes_per_position']:.1f} bytes each, all in. "
-        "The smaller student learnt from the very records that the distilled one did. "
-        "Shape: layers × hidden size, rows of the head. "
-        "Accuracy: exact answers on the toy questions (GQA's form). "
-        "Hallucination: share of descriptions that name something absent, lower is better.</p>"
-    )
-    lead = "One teacher, run once; five students that never met it."
-    page = html_page(
-        "LLaVA-MoD Offline: the demo",
-        lead,
-        [("Models", table + note), ("Training", _charts(output)), ("Pictures", _pictures(output))],
-    )
     path = output / "report.html"
+    page = render(
+        Path(__file__).with_name("report.html.jinja"),
+        styles=CURVE_STYLES,
+        scripts=CURVE_SCRIPTS,
+        title="LLaVA-MoD Offline: the demo",
+        lead="One teacher, run once; five students trained without loading it.",
+        header=COLUMNS.values(),
+        rows=[as_cells(row) for row in summary["rows"]],
+        cache=summary["cache"],
+        charts=_charts(output / "train"),
+        cards=_cards(output),
+    )
     path.write_text(page, encoding="utf-8")
     return path
 
 
-def _charts(output: Path) -> str:
-    train = output / "train"
-    charts = [
-        line_chart(
-            "True KL(teacher ‖ student), nats a token",
-            {name: curves(train / name, "kl") for name in ("mimic_dense", "smaller", "mimic_sparse")},
-            x_label="step",
-        ),
-        line_chart(
-            "Cross-entropy without a teacher, nats a token",
-            {name: curves(train / name, "loss") for name in ("align", "sft")},
-            x_label="step",
-        ),
-        line_chart(
-            "Preference: margin of chosen over rejected beyond the teacher's, β·(r_w − r_l)",
-            {"reward margin": curves(train / "preference", "reward_margin")},
-            x_label="step",
-        ),
+def _charts(train: Path) -> list[dict[str, Any]]:
+    return [
+        curves(title, unit, {run: logged(train / run, field) for run in runs})
+        for title, unit, field, runs in (
+            ("True KL(teacher ‖ student)", "nats per token", "kl", ("mimic_dense", "smaller", "mimic_sparse")),
+            ("Cross-entropy without a teacher", "nats per token", "loss", ("align", "sft")),
+            ("Margin of chosen over rejected, beyond the teacher's", "β·(r_w − r_l)", "reward_margin", ("preference",)),
+        )
     ]
-    return f'<div class="grid">{"".join(charts)}</div>'
 
 
-def _pictures(output: Path) -> str:
-    """The first images of the GQA-form benchmark, a question each that not every model answers alike."""
+def _cards(output: Path) -> list[dict[str, Any]]:
+    """The first images of the benchmark in GQA's format, each with a question that the models answer differently."""
     root = output / "benchmarks" / "gqa"
     truth = json.loads((root / "testdev_balanced_questions.json").read_text())
     answers = {
@@ -70,24 +55,24 @@ def _pictures(output: Path) -> str:
     }
     chosen: dict[str, str] = {}
     for identifier, question in truth.items():
-        said = {answers[name].get(identifier, "").lower() for name in answers}
-        if len(said) > 1 and question["imageId"] not in chosen:
-            chosen[question["imageId"]] = identifier
+        given = {texts.get(identifier, "").lower() for texts in answers.values()}
+        if len(given) > 1:
+            chosen.setdefault(question["imageId"], identifier)
     cards = []
-    for image, identifier in list(chosen.items())[:PICTURES]:
+    for image, identifier in list(chosen.items())[:IMAGES]:
         question = truth[identifier]
-        rows = []
-        for name in answers:
-            answer = answers[name].get(identifier, "")
-            verdict = "right" if answer.rstrip(".").lower() == question["answer"] else "wrong"
-            rows.append(f'<tr><td>{escape(name)}</td><td class="{verdict}">{escape(answer)}</td></tr>')
-        encoded = (root / "data" / "images" / f"{image}.jpg").read_bytes()
+        texts = {model: found.get(identifier, "") for model, found in answers.items()}
         cards.append(
-            f'<div class="card">{picture(encoded, description=question["question"])}'
-            f"<p><b>{escape(question['question'])}</b> {escape(question['answer'])}</p>"
-            f"<table>{''.join(rows)}</table></div>"
+            {
+                "image": data_uri((root / "data" / "images" / f"{image}.jpg").read_bytes()),
+                "question": question["question"],
+                "answer": question["answer"],
+                "answers": [
+                    (model, text, text.rstrip(".").lower() == question["answer"]) for model, text in texts.items()
+                ],
+            }
         )
-    return f'<div class="grid">{"".join(cards)}</div>'
+    return cards
 
 
 def _answers(file: Path) -> dict[str, str]:

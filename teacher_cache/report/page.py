@@ -1,4 +1,4 @@
-"""The page of a report, from top to bottom."""
+"""Writes the page of a cache from its template."""
 
 from __future__ import annotations
 
@@ -9,28 +9,27 @@ from pathlib import Path
 import numpy as np
 
 from llavamod_offline.errors import CacheError, ConfigError
-from llavamod_offline.pages.page import html_page
+from llavamod_offline.pages.page import render
 from llavamod_offline.storage.atomic import write_file
 from teacher_cache.fingerprint import describe_tokenizer, differences
 from teacher_cache.inspection.token_labels import TokenNames
 from teacher_cache.read.reader import TeacherCache
-from teacher_cache.report.browser import Browser, Shown
-from teacher_cache.report.figures import byte_bars, distributions, fingerprint_fields, ranking_cards, total_tiles
+from teacher_cache.report.browser import DARKEST, IMAGE_SIDE, Browser, Shown
+from teacher_cache.report.figures import bytes_per_part, distributions, fingerprint_fields, totals
 from teacher_cache.report.rankings import Ranking, rank
 from teacher_cache.report.scan import scan_cache
-from teacher_cache.report.script import SCRIPT, STYLE
 from teacher_cache.report.sets import CacheSets
 
 POSITIONS = 1_000_000
 SAMPLES = 24
-_STRANGE = 5
+_RANKED = 5
 _EVEN = "even"
 _ROLES = ("response", "chosen", "rejected", "mismatched")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was written: the file, its size in bytes, the samples in it, and how many positions its figures are over."""
+    """What was written: the file, its size in bytes, the samples in it, and the positions behind its figures."""
 
     output: str
     bytes: int
@@ -50,9 +49,9 @@ def write_report(
 ) -> Report:
     """Write the page of a cache; `data` are packed sets, `tokenizer` is the folder that names ids.
 
-    `samples` evenly spaced ones are shown besides the strangest; distributions are over all positions, or over evenly
-    spaced sequences with about `positions` of them. Errors: `ConfigError` for another ending than .html; `CacheError`
-    if a sample of the sets is not what was captured, or the sets have none.
+    Shows `samples` evenly spaced samples and the extreme ones; distributions cover all positions, or evenly spaced
+    sequences with about `positions` of them. Errors: `ConfigError` unless `output` ends with .html; `CacheError` if a
+    sample differs from what was captured, or the sets have none of the samples.
     """
     if output.suffix != ".html":
         raise ConfigError(f"{output}: a report's name ends with .html")
@@ -60,7 +59,7 @@ def write_report(
     names = TokenNames(tokenizer)
     _check_names(cache, names)
     scan = scan_cache(cache, sets, positions)
-    rankings = rank(cache, scan, _STRANGE)
+    rankings = rank(cache, scan, _RANKED)
     browser = Browser(cache, names)
     chosen = _chosen(cache, rankings, samples)
     shown = [_shown(cache, sets, key, reasons) for key, reasons in chosen.items()]
@@ -69,19 +68,30 @@ def write_report(
         raise CacheError(f"cache '{cache.path}': set {where} has none of its samples: give the set that was captured")
     for each in shown:
         browser.add(each)
-    page = html_page(
-        f"Teacher cache {cache.path.rstrip('/').rsplit('/', 1)[-1]}",
-        f"{cache.positions:,} positions in {len(cache):,} sequences ({', '.join(cache.roles)}): what the teacher said, "
-        "and how sure it was.",
-        [
-            ("How sure the teacher was", distributions(cache, scan, bool(sets))),
-            ("The strangest and the longest", ranking_cards(cache, rankings)),
-            ("What it takes, and what it was made from", byte_bars(cache) + fingerprint_fields(cache)),
-            ("Samples", browser.html({_EVEN: "evenly spaced", **{r.slug: r.title.lower() for r in rankings}})),
-        ],
-        style=STYLE,
-        script=SCRIPT,
-        top=total_tiles(cache, scan),
+    sources = sorted({card["source"] for card in browser.cards} - {""})
+    parts = bytes_per_part(cache)
+    page = render(
+        Path(__file__).with_name("page.html.jinja"),
+        styles=["page.css"],
+        scripts=["page.js"],
+        title=f"Teacher cache {cache.path.rstrip('/').rsplit('/', 1)[-1]}",
+        lead=f"{cache.positions:,} positions in {len(cache):,} sequences ({', '.join(cache.roles)}): what the teacher "
+        "predicted, and how sure it was.",
+        totals=totals(cache, scan),
+        **distributions(cache, scan, bool(sets)),
+        rankings=rankings,
+        sequences=len(cache),
+        several_roles=len(cache.roles) > 1,
+        parts_of_bytes=parts,
+        largest_part=max((size for _, size, _ in parts), default=0.0),
+        fingerprint=fingerprint_fields(cache),
+        reasons={_EVEN: "evenly spaced", **{ranking.slug: ranking.title.lower() for ranking in rankings}},
+        sources=dict(zip(sources, sources, strict=True)),
+        cards=browser.cards,
+        data=browser.data,
+        shades=[DARKEST * (part / 4) ** 2 for part in range(5)],
+        shrunk=browser.shrunk,
+        image_side=IMAGE_SIDE,
     )
     content = page.encode()
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +100,7 @@ def write_report(
 
 
 def _check_names(cache: TeacherCache, names: TokenNames) -> None:
-    """Refuse a tokenizer that would call ids by other names. Errors: `CacheError`."""
+    """Refuse a tokenizer with another vocabulary. Errors: `CacheError`."""
     if names.tokenizer is None:
         return
     there, here = cache.fingerprint["tokenizer"], describe_tokenizer(names.tokenizer)
@@ -101,7 +111,7 @@ def _check_names(cache: TeacherCache, names: TokenNames) -> None:
 
 
 def _chosen(cache: TeacherCache, rankings: Sequence[Ranking], samples: int) -> dict[str, dict[str, str]]:
-    """The keys to show with the reasons, by slug: evenly spaced ones and the strangest, in the order of the cache."""
+    """The keys to show, each with its reasons by slug: evenly spaced and extreme ones."""
     count = min(samples, len(cache))
     even = ((np.arange(count) + 0.5) * len(cache) / max(count, 1)).astype(np.int64).tolist()
     found: dict[str, dict[str, str]] = {key: {_EVEN: "evenly spaced"} for key, _ in cache.items(even)}

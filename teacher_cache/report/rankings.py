@@ -1,4 +1,4 @@
-"""Which sequences are the strangest, and which the longest.
+"""Rankings of extreme sequences: uncertain, unlikely, large tails, long.
 
 Shape suffixes: Q all sequences of a cache.
 """
@@ -18,7 +18,7 @@ Doubles = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Ranking:
-    """The first sequences by one figure. `slug` names it in the page, `of` says how many had the figure."""
+    """The first sequences by one figure. `slug` identifies it in the page; `of` counts the sequences that have it."""
 
     slug: str
     title: str
@@ -31,8 +31,8 @@ class Ranking:
 def rank(cache: TeacherCache, scan: Scan, count: int) -> list[Ranking]:
     """Highest mean entropy, least likely answers, largest tails, most tokens; `count` sequences each.
 
-    Of a cache of response positions the table of sequences knows all but the tails, so all sequences are ranked; what
-    it does not know is ranked among the scanned ones.
+    In a cache of response positions the sequence table has all figures but the tails, so all sequences are ranked;
+    figures that the table lacks rank only the scanned sequences.
     """
     tokens_Q = cache.numbers("n_tokens").astype(np.float64)
     entropy_Q, log_prob_Q, tail_Q = (
@@ -46,15 +46,15 @@ def rank(cache: TeacherCache, scan: Scan, count: int) -> list[Ranking]:
     return [
         _ranking(cache, "entropy", "The most uncertain", "mean entropy, nats a token", entropy_Q, "{:.3f}", count),
         _ranking(cache, "unlikely", "The least likely", "log-prob a token, nats", -log_prob_Q, "−{:.3f}", count),
-        _ranking(cache, "tail", "The largest tails", "mean mass outside the head", tail_Q, "{:.4f}", count),
-        _ranking(cache, "longest", "The longest", "tokens: they take the time", tokens_Q, "{:,.0f}", count),
+        _ranking(cache, "tail", "The largest tails", "mean mass outside the top-k", tail_Q, "{:.4f}", count),
+        _ranking(cache, "longest", "The longest", "tokens: they take the most time", tokens_Q, "{:,.0f}", count),
     ]
 
 
 def _ranking(
     cache: TeacherCache, slug: str, title: str, note: str, values_Q: Doubles, form: str, count: int
 ) -> Ranking:
-    above = np.flatnonzero(values_Q > 0)  # nothing is strange about a tail of 0, or an entropy
+    above = np.flatnonzero(values_Q > 0)  # an entropy or a tail of 0 is not extreme
     rows = above[np.argsort(-values_Q[above], kind="stable")[:count]]
     texts = tuple(form.format(values_Q[row]) for row in rows)
     return Ranking(slug, title, note, int((~np.isnan(values_Q)).sum()), tuple(cache.items(rows.tolist())), texts)

@@ -1,6 +1,6 @@
 """Figures over the positions of a cache: all of them, or those of evenly spaced sequences.
 
-Shape suffixes: Q sequences scanned, N their positions (P of them with a target), H and D entries of heads and draws.
+Shape suffixes: Q sequences scanned, N their positions (P of them with a target), H top-k entries, D tail samples.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from teacher_cache.report.sets import CacheSets
 
 EVERYTHING = "all positions"
 _WITHOUT_TARGET = ", no target"
-_HEAD_ENTRIES = 50_000_000  # most to decode, which tells in caches of whole distributions
+_TOPK_ENTRIES = 50_000_000  # the most to decode; limits caches of whole distributions
 _BATCH_SEQUENCES = 64
 Doubles = NDArray[np.float64]
 
@@ -49,7 +49,7 @@ class Scan:
 def scan_cache(cache: TeacherCache, sets: CacheSets, most_positions: int) -> Scan:
     """Decode all sequences, or evenly spaced ones with about `most_positions`. Errors: `CacheError`."""
     width = cache.totals["heads"] / max(cache.positions, 1)
-    most = max(1, min(most_positions, int(_HEAD_ENTRIES / max(width, 1.0))))
+    most = max(1, min(most_positions, int(_TOPK_ENTRIES / max(width, 1.0))))
     step = max(1, math.ceil(cache.positions / most))
     rows_Q = np.arange(0, len(cache), step)
     items = cache.items(rows_Q.tolist())
@@ -78,7 +78,7 @@ def scan_cache(cache: TeacherCache, sets: CacheSets, most_positions: int) -> Sca
 
 
 def _figures(records: Records) -> tuple[Doubles, ...]:
-    """Entropy, mass of head and of tail, −log p of the target, and whether it is the first of its head, [N] each."""
+    """Entropy, mass of top-k and of tail, −log p of the target, and whether the target is the top token, [N] each."""
     tail_N = np.exp(records.tail_log_mass_N.astype(np.float64))
     target_N = records.target_ids_N != NO_TARGET
     firsts_N = np.cumsum(records.topk_counts_N) - records.topk_counts_N
@@ -90,7 +90,7 @@ def _figures(records: Records) -> tuple[Doubles, ...]:
 def _grouped(
     names: list[str], owner_N: NDArray[np.int64], target_N: NDArray[np.bool_]
 ) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """The groups, by falling number of positions, and that of each position."""
+    """The groups, by decreasing number of positions, and the group of each position."""
     sources = sorted(set(names))
     codes_Q = np.array([sources.index(name) for name in names], np.int64)
     codes_N = codes_Q[owner_N] * 2 + ~target_N

@@ -24,7 +24,7 @@ NO_SOURCE = "no source named"
 
 
 class CacheSets:
-    """Packed sets, opened to look up what a cache has records of. Errors: `DataError` if one cannot be opened."""
+    """Packed sets, opened to look up the samples of a cache. Errors: `DataError` if one cannot be opened."""
 
     def __init__(self, cache: TeacherCache, paths: Sequence[Path | str]) -> None:
         self.cache = cache
@@ -50,7 +50,7 @@ class CacheSets:
     def places(self, items: Sequence[tuple[str, str]]) -> NDArray[np.int64]:
         """The set and the row of each (key, role), [Q, 2] int64; −1 where no set has it.
 
-        Errors: `CacheError` naming a sample whose content is not what was captured.
+        Errors: `CacheError` naming a sample whose content differs from what was captured.
         """
         places_Q2 = np.full((len(items), 2), -1, np.int64)
         keys = pa.array([key for key, _ in items], pa.string())

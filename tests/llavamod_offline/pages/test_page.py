@@ -7,12 +7,15 @@ import hashlib
 import io
 import json
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
 
 import pytest
+from jinja2 import UndefinedError
 from PIL import Image
 
 from llavamod_offline.errors import DataError
-from llavamod_offline.pages.page import html_page, html_table, json_block, picture, thumbnail, tiles
+from llavamod_offline.pages.page import data_uri, render, thumbnail
 from tests.tiny import tiny_image
 
 HOSTILE = "</script><script>alert(1)</script><img src=//evil.example onerror=alert(1)>\"'&\u2028"
@@ -55,12 +58,25 @@ class Parsed(HTMLParser):
         return [name for _, attrs in self.tags for name in attrs if name.startswith("on")]
 
 
-def test_text_stays_text_and_only_the_pages_own_script_may_run() -> None:
-    script = "document.title = 'it runs';"
-    sections = [(HOSTILE, html_table([HOSTILE], [[HOSTILE]]) + tiles({HOSTILE: HOSTILE}))]
-    page = Parsed(
-        html_page(HOSTILE, HOSTILE, [*sections, ("Data", json_block("data", {HOSTILE: [HOSTILE]}))], script=script)
+def render_body(folder: Path, body: str, **values: Any) -> str:
+    """A page whose body is a piece of template."""
+    template = folder / "page.html.jinja"
+    template.write_text(
+        '{% extends "base.html.jinja" %}{% import "parts.html.jinja" as parts %}{% block body %}'
+        + body
+        + "{% endblock %}"
     )
+    return render(template, **{"title": "a", "lead": "b", **values})
+
+
+def test_text_stays_text_and_only_the_pages_own_script_may_run(tmp_path: Path) -> None:
+    script = "document.title = 'it runs';"
+    (tmp_path / "own.js").write_text(script)
+    body = (
+        "<h2>{{ text }}</h2>{{ parts.table([text], [[text]]) }}{{ parts.tiles({text: text}) }}"
+        '<script type="application/json" id="data">{{ {text: [text]}|tojson }}</script>'
+    )
+    page = Parsed(render_body(tmp_path, body, scripts=["own.js"], title=HOSTILE, lead=HOSTILE, text=HOSTILE))
     assert (page.loads, page.handlers) == ([], [])
     assert [tag for tag, _ in page.tags].count("script") == 2
     assert [(kind, text) for kind, text in page.scripts if kind is None] == [(None, script)]
@@ -71,10 +87,12 @@ def test_text_stays_text_and_only_the_pages_own_script_may_run() -> None:
     assert policy is not None
     assert policy.startswith("default-src 'none'")
     assert f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in policy
-    assert "script-src 'none'" in html_page("a", "b", [])
+    assert "script-src 'none'" in render_body(tmp_path, "")
+    with pytest.raises(UndefinedError, match="missing"):
+        render_body(tmp_path, "{{ missing }}")
 
 
-def test_a_thumbnail_is_small_and_knows_the_pictures_size() -> None:
+def test_a_thumbnail_is_small_and_keeps_the_images_size() -> None:
     uri, size = thumbnail(tiny_image(0, (640, 200)), name="wide", side=320)
     assert size == (640, 200)
     head, data = uri.split(",")
@@ -85,6 +103,6 @@ def test_a_thumbnail_is_small_and_knows_the_pictures_size() -> None:
     assert uri.startswith("data:image/png;base64,")
     small = Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
     assert (small.size, small.tobytes()) == (size, Image.open(io.BytesIO(encoded)).tobytes())
-    assert base64.b64encode(encoded).decode() in picture(encoded, description="it")
-    with pytest.raises(DataError, match="'no picture'"):
-        thumbnail(b"nothing", name="no picture")
+    assert data_uri(encoded) == f"data:image/png;base64,{base64.b64encode(encoded).decode()}"
+    with pytest.raises(DataError, match="'no image'"):
+        thumbnail(b"nothing", name="no image")
