@@ -114,7 +114,7 @@ def test_a_large_cache_is_sampled_and_the_page_says_so(finished: Path, tmp_path:
     assert done.bytes == (tmp_path / "r.html").stat().st_size
 
 
-def test_hostile_samples_stay_text_with_their_tokens_and_pictures(
+def test_hostile_samples_stay_text_with_their_tokens_and_images(
     world: World, mixed: tuple[Path, Path], tmp_path: Path
 ) -> None:
     data, where = mixed
@@ -126,7 +126,7 @@ def test_hostile_samples_stay_text_with_their_tokens_and_pictures(
     images = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
     packed = SampleSet.open(data)
     assert len(images) == sum(packed.index.column("n_images").to_pylist())
-    assert "1 pictures are shrunk to 448 pixels" in page.text
+    assert "images shrunk to 448 pixels for this page: 1" in page.text
     assert "900 × 90" in page.text
     # Every supervised token stands in the page, in its order, with the teacher's entropy as its shade.
     assert len(tokens(page)) == cache.positions
