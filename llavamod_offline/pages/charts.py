@@ -33,10 +33,7 @@ def histograms(edges: Sequence[float], series: Mapping[str, tuple[Sequence[int],
     """
     shares = {name: [count / max(sum(counts), 1) for count in counts] for name, (counts, _) in series.items()}
     tallest = max((share for found in shares.values() for share in found), default=0.0) or 1.0
-    spans = [
-        f"{low:g} or more" if math.isinf(high) else f"{low:g} to {high:g}"
-        for low, high in pairwise(edges)
-    ]
+    spans = [f"{low:g} or more" if math.isinf(high) else f"{low:g} to {high:g}" for low, high in pairwise(edges)]
     return [
         {
             "name": name,
