@@ -73,7 +73,7 @@ def score_task(
         if judge is None:
             if task.score is None:
                 raise EvalError(
-                    f"{name} needs a judge: name one with --judge URL, a model's folder, or recorded replies"
+                    f"{name}: needs a judge: name one with --judge URL, a model's folder, or recorded replies"
                 )
             scored, protocol = task.score(examples, texts), task.protocol
     if judge is not None:

@@ -13,7 +13,7 @@ from eval.tasks import TASKS, get_task
 from llavamod_offline.errors import ConfigError, EvalError
 
 RECORD = "predictions.judge.jsonl"
-# Models whose published figures, which the tasks' headlines hold, are shown beside one's own.
+# Models with published figures (see the tasks' headlines), and the sources of these.
 SOURCES = {
     "LLaVA-MoD-2B": "LLaVA-MoD, arXiv 2408.15881",
     "LLaVA-MoD-1.8B": "as quoted by LLaVA-KD, arXiv 2410.16236",

@@ -40,7 +40,7 @@ _YES_NO = "Please answer yes or no."
 
 @dataclass(frozen=True)
 class MmeReference:
-    """The right answer, and the image, about which there is a second question."""
+    """The right answer, and the image, which two questions share."""
 
     category: str
     image: str

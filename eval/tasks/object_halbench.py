@@ -8,7 +8,7 @@ mentioned twice counts twice. It is the official script without `--use_gpt`.
 Variant `chair_llm:MODEL` (`--use_gpt`), which the published figures are from: a judge lists the objects that a
 description states as visible, as a JSON list, and each object counts once. Answers of at most three words mention no
 object. The original takes noun spans from spaCy; here an object's whole name, or else its last word, is looked up.
-Replies that are no JSON list are unparsed, and their descriptions count as one false mention; if more than 2 % are, all
+Replies without a JSON list are unparsed, and their descriptions count as one false mention; if more than 2 % are, all
 metrics are withheld. Figures of the two variants are not comparable.
 
 True objects of an image: the classes of its instances, and the objects that its captions mention.
