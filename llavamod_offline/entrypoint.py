@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import typer
+from typer.main import get_command
 
+from llavamod_offline import __version__
 from llavamod_offline.errors import LlavaModError
 
 INPUT_ERROR_STATUS = 2
@@ -23,8 +25,14 @@ def run_command(app: typer.Typer, argv: Sequence[str] | None = None, *, name: st
     A `LlavaModError` is printed as one line and gives status 2; LLAVAMOD_DEBUG=1 shows its traceback. Ctrl-C gives 130.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:  # not an option of Typer's, which would make a group of a command that stands alone
+        print(f"llavamod-offline {__version__}")
+        sys.exit(0)
+    command = get_command(app)
+    command.epilog = "\n\n".join(filter(None, (command.epilog, "--version prints the version.")))
     try:
-        app(args=list(sys.argv[1:] if argv is None else argv), prog_name=name, standalone_mode=True)
+        command(args=arguments, prog_name=name, standalone_mode=True)
     except LlavaModError as error:
         if os.environ.get("LLAVAMOD_DEBUG"):
             raise

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import typer
 
+from llavamod_offline import __version__
 from llavamod_offline.entrypoint import run_command
 from llavamod_offline.errors import DataError
 
@@ -75,3 +80,12 @@ def test_line_breaks_and_control_characters_of_names_are_escaped(capsys: pytest.
     with pytest.raises(SystemExit):
         run_command(app, [])
     assert capsys.readouterr().err == "error: sample 'a\\nb\\x1b[2J\\u2028é': twice\n"
+
+
+@pytest.mark.parametrize("name", ["llavamod-offline", "cache-teacher", "train-student", "eval-student"])
+def test_every_command_tells_its_version(name: str) -> None:
+    script = Path(sys.executable).with_name(name)
+    done = subprocess.run([str(script), "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"llavamod-offline {__version__}\n"
+    shown = subprocess.run([str(script), "--help"], capture_output=True, text=True, check=True)
+    assert "--version prints the version." in shown.stdout
