@@ -1,7 +1,6 @@
-"""A shard's columns on disk: one Zarr v3 group, each array in one shard file of one chunk a block (zstd, CRC-32C).
+"""A shard's columns on disk: one Zarr v3 group, each array in one shard file with a chunk per block (zstd, CRC-32C).
 
-Shape suffixes: B blocks, W numbers a position has in a column, L longest row of a block, D draws, V ids, F frequent
-ids.
+Shape suffixes: V ids, F frequent ids.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ def write_columns(
 ) -> None:
     """Write all records as the Zarr group `folder`. Equal records give equal bytes.
 
-    `hidden`: the states of each sequence, if the codec has any; `sequences`: the positions of each.
+    `hidden`: the states of each sequence, if the codec has any; `sequences`: the number of positions of each.
 
-    Errors: `CacheError` if an id or a count is out of range, or a head lacks a forced id.
+    Errors: `CacheError` if an id or a count is out of range, or a forced id is missing.
     """
     check_range(codec, records)
     ids = np.concatenate([records.topk_ids_H, records.tail_ids_D])
@@ -77,7 +76,7 @@ def write_blocks(
 
 
 def _write(group: zarr.Group, name: str, table: NDArray[Any]) -> zarr.Array[Any]:
-    """Write one array, one chunk a block and row."""
+    """Write one array, one chunk per block and row."""
     length = max(1, table.shape[-1])
     array = group.create_array(
         name,
@@ -120,7 +119,7 @@ class ColumnFile:
             self._ids_V = ids_by_rank(self.frequent_ids_F, self.codec.vocab_size)
         except CacheError:
             raise
-        except Exception as error:  # a damaged file may make zarr stumble in any way
+        except Exception as error:  # a damaged file may raise anything in zarr
             raise CacheError(_damaged(folder, error)) from error
 
     @property
@@ -144,12 +143,12 @@ class ColumnFile:
         return HiddenFile(self._group, self.codec.hidden, self.positions, str(self.folder))
 
     def columns(self, first: int, last: int) -> list[Block]:
-        """Read the columns of the blocks `first` … `last` − 1, as they are stored."""
+        """Read the stored columns of the blocks `first` … `last` − 1."""
         blocks: list[Block] = [{} for _ in range(first, last)]
         for name, column in self.codec.columns.items():
             try:
                 rows = np.asarray(self._arrays[name][first:last])
-            except Exception as error:  # a damaged chunk may make a codec stumble in any way
+            except Exception as error:  # a damaged chunk may raise anything in a codec
                 raise CacheError(_damaged(self.folder / name, error)) from error
             for place, block in enumerate(blocks):
                 number = first + place

@@ -1,7 +1,7 @@
 """Records → the columns of one block of positions.
 
-Shape suffixes: N positions, H entries of all heads, P those that are likely ones (the others are forced), D draws, V
-ids, S temperatures, T = 1 + S.
+Shape suffixes: N positions, H top-k ids of all positions, P the likely ones of them (the others are forced), D tail
+samples, V ids, S temperatures, T = 1 + S.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from teacher_cache.format.top_k_codes import Ints, encode_steps, forced_suffix, 
 
 
 def check_range(codec: Codec, records: Records) -> None:
-    """Refuse what would wrap around in a column. Errors: `CacheError` naming the field of an id or a count."""
+    """Refuse values that would overflow a column. Errors: `CacheError` naming the field of an id or a count."""
     limits = {
         "topk_ids_H": (0, codec.vocab_size - 1),
         "tail_ids_D": (0, codec.vocab_size - 1),
@@ -44,8 +44,10 @@ def encode_block(codec: Codec, records: Records, ranks_V: Ints) -> Block:
     place_H = np.arange(len(records.topk_ids_H)) - np.repeat(starts(counts_N), counts_N)
     likely_H = place_H < np.repeat(likely_N, counts_N)
     ids_P = records.topk_ids_H[likely_H]
-    draws_D = _differences(_sorted_within(ranks_V[records.tail_ids_D], records.tail_counts_N), records.tail_counts_N)
-    ids = encode_ranks(np.concatenate([ranks_V[ids_P], draws_D, ranks_V[records.target_ids_N[outside_N]]]))
+    tail_steps_D = _differences(
+        _sorted_within(ranks_V[records.tail_ids_D], records.tail_counts_N), records.tail_counts_N
+    )
+    ids = encode_ranks(np.concatenate([ranks_V[ids_P], tail_steps_D, ranks_V[records.target_ids_N[outside_N]]]))
     outside_log_probs = records.target_log_probs_N[outside_N]
     block: Block = {
         "head_counts": likely_N,
@@ -77,7 +79,7 @@ def encode_block(codec: Codec, records: Records, ranks_V: Ints) -> Block:
         if codec.forced_ids:
             missing_NF = missing_forced(ids_P, likely_N, codec.forced_by_id_V)
             if not np.array_equal(missing_NF.sum(1), counts_N - likely_N):
-                raise CacheError("a head lacks a forced id")
+                raise CacheError("the top-k ids of a position lack a forced id")
             forced_NF = np.zeros(missing_NF.shape, np.uint16)
             forced_NF[missing_NF] = codes_H[~likely_H]
             block["forced_log_probs"] = forced_NF.T
@@ -85,7 +87,7 @@ def encode_block(codec: Codec, records: Records, ranks_V: Ints) -> Block:
 
 
 def _target_slots(records: Records, topk_limit: int) -> Ints:
-    """1 + the target's place in the head, 0 where it is not in it, `topk_limit` + 1 where there is no target."""
+    """1 + the target's index among the top-k ids, 0 if it is not one of them, `topk_limit` + 1 without a target."""
     counts_N = records.topk_counts_N
     hits = np.flatnonzero(records.topk_ids_H == np.repeat(records.target_ids_N, counts_N))
     rows = np.searchsorted(np.cumsum(counts_N), hits, side="right")
@@ -101,7 +103,7 @@ def _sorted_within(ranks_D: Ints, counts_N: Ints) -> Ints:
 
 
 def _differences(ranks_D: Ints, counts_N: Ints) -> Ints:
-    """The first of each position as it is, then how much more each is than the one before."""
+    """The first rank of each position, then the increase from each to the next."""
     steps_D = np.diff(ranks_D, prepend=0)
     first = starts(counts_N)[counts_N > 0]
     steps_D[first] = ranks_D[first]
@@ -109,14 +111,14 @@ def _differences(ranks_D: Ints, counts_N: Ints) -> Ints:
 
 
 def _share_steps(records: Records, temperatures: tuple[float, ...], numbers: Precision) -> NDArray[np.int32]:
-    """Codes of the tail's share of Σ p^(1/T) [T, N]: at T = 1 as it is, then differences from one T to the next."""
+    """Codes of the tail's share of Σ p^(1/T) [T, N]: at T = 1, then the differences from one T to the next."""
     counts_N = records.topk_counts_N
     log_probs_H = records.topk_log_probs_H.astype(np.float64)
     shares = [np.exp(records.tail_log_mass_N.astype(np.float64))]
     for column, temperature in enumerate(temperatures):
-        head_N = np.add.reduceat(np.exp(log_probs_H / temperature), starts(counts_N)) if len(counts_N) else np.zeros(0)
-        share_N = 1.0 - head_N / np.exp(records.log_normalisers_NS[:, column].astype(np.float64))
-        # What cancels here is far below a step of the code, but a tail that is there must not vanish.
+        topk_N = np.add.reduceat(np.exp(log_probs_H / temperature), starts(counts_N)) if len(counts_N) else np.zeros(0)
+        share_N = 1.0 - topk_N / np.exp(records.log_normalisers_NS[:, column].astype(np.float64))
+        # Cancellation is far below a step of the code, but a non-empty tail must not vanish.
         shares.append(np.where(shares[0] > 0.0, np.maximum(share_N, 1e-30), 0.0))
     codes_TN = encode_shares(np.stack(shares), numbers).astype(np.int32)
     return np.diff(codes_TN, axis=0, prepend=0)

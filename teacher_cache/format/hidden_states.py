@@ -1,6 +1,7 @@
-"""Last hidden states of the teacher at chosen positions: what feature and relation distillation compare with.
+"""Last hidden states of the teacher at chosen positions, the targets of feature and relation distillation.
 
-`float16` rounds to 11 bits. `int8` keeps a state in 127ths of its largest magnitude, and errs by half of one at most.
+`float16` rounds to 11 bits. `int8` rounds to 127ths of a state's largest magnitude, with an error of at most half a
+step.
 
 Shape suffixes: N recorded positions of a shard or sequence, M those of them with a state, D the teacher's hidden size.
 """
@@ -27,16 +28,16 @@ _LARGEST = float(np.finfo(np.float16).max)
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """The states of one sequence: `rows_M` says which of its recorded positions have one, rising."""
+    """The states of one sequence; `rows_M`: the recorded positions that have one, rising."""
 
     rows_M: NDArray[np.int64]
     states_MD: NDArray[np.float32]
 
 
 def write_hidden(group: zarr.Group, parts: Sequence[HiddenStates], lengths: Sequence[int], kind: HiddenKind) -> None:
-    """Add the states of a shard's sequences to its columns; `lengths` are the sequences' recorded positions.
+    """Add the states of a shard's sequences to its columns; `lengths`: the number of recorded positions of each.
 
-    Errors: `CacheError` if a state is beyond what float16 holds.
+    Errors: `CacheError` if a state overflows float16.
     """
     starts = np.cumsum([0, *lengths])
     flags_N = np.zeros(starts[-1], np.uint8)
@@ -46,7 +47,7 @@ def write_hidden(group: zarr.Group, parts: Sequence[HiddenStates], lengths: Sequ
     _write(group, "hidden_flags", flags_N, _FLAGS_PER_CHUNK)
     if kind == "float16":
         if len(states_MD) and np.abs(states_MD).max() > _LARGEST:
-            raise CacheError("a hidden state is beyond float16: capture with capture.hidden=int8")
+            raise CacheError("a hidden state overflows float16: capture with capture.hidden=int8")
         _write(group, "hidden", states_MD.astype("<f2"), _STATES_PER_CHUNK)
         return
     scales_M = (np.abs(states_MD).max(axis=1, initial=0.0) / _LEVELS).astype("<f4")
@@ -69,7 +70,7 @@ class HiddenFile:
         flags_N = self._read("hidden_flags", 0, positions)
         self._rows_M = np.flatnonzero(flags_N)
         if len(flags_N) != positions or len(self._rows_M) != self._arrays["hidden"].shape[0]:
-            raise CacheError(f"{where}/hidden: its length does not fit: run `cache-teacher verify`")
+            raise CacheError(f"{where}/hidden: its length does not match hidden_flags: run `cache-teacher verify`")
 
     def read(self, start: int, stop: int) -> HiddenStates:
         """The states of the positions `start` … `stop`, their rows counted from `start`."""
@@ -82,7 +83,7 @@ class HiddenFile:
     def _read(self, name: str, start: int, stop: int) -> NDArray[Any]:
         try:
             return np.asarray(self._arrays[name][start:stop])
-        except Exception as error:  # a damaged chunk may make a codec stumble in any way
+        except Exception as error:  # a damaged chunk may raise anything in a codec
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CacheError(f"{self._where}/{name}: cannot be read: {reason}: run `cache-teacher verify`") from error
 

@@ -1,10 +1,10 @@
 """Ids as small symbols: a rank by frequency, coded in one byte for the frequent ones and two or four for the others.
 
-The most frequent ids of a shard stand in a table, by falling frequency; the ids that are not in it follow in order of
-id. An id's place in that list is its *rank*. A rank below 160 is its own code. The codes 160 … 254 stand for 256 ranks
-each, from 160 on, and one *low* byte says which. The code 255 stands for all further ranks: what lies beyond is split
-into a low byte and a *high* number of 16 bits. An entropy coder sees the codes as one stream of bytes, as skewed as
-the ids' frequencies are, and the low bytes, which are nearly uniform, as another.
+A table lists the most frequent ids of a shard by falling frequency; the other ids follow in order of id. An id's index
+in that list is its *rank*. A rank below 160 is its own code. The codes 160 … 254 denote 256 ranks each, from 160 on,
+and one *low* byte selects the rank. The code 255 denotes all further ranks: the excess is split into a low byte and a
+*high* number of 16 bits. An entropy coder thus gets the codes as one stream of bytes, as skewed as the frequencies of
+ids, and the nearly uniform low bytes as another.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _BASES = np.concatenate([np.arange(DIRECT), DIRECT + 256 * np.arange(ESCAPE - DI
 
 
 def decode_ranks(coded: CodedRanks) -> Ranks:
-    """Join the streams. Errors: `CacheError` if their lengths do not fit each other."""
+    """Join the streams. Errors: `CacheError` if their lengths are inconsistent."""
     ranks = _BASES.take(coded.codes)
     beyond = np.flatnonzero(coded.codes >= DIRECT)
     if len(beyond) != len(coded.low):
@@ -65,7 +65,7 @@ def decode_ranks(coded: CodedRanks) -> Ranks:
 
 
 def frequent_ids(ids: NDArray[np.int32], vocab_size: int, limit: int) -> NDArray[np.int32]:
-    """Give at most `limit` of the ids by falling frequency, equal ones by rising id; none that occurs once."""
+    """At most `limit` of the ids that occur more than once, by falling frequency, ties by rising id."""
     counts_V = np.bincount(ids, minlength=vocab_size)
     order_V = np.argsort(-counts_V, kind="stable")
     return order_V[: min(limit, int((counts_V > 1).sum()))].astype(np.int32)
@@ -75,10 +75,10 @@ def ids_by_rank(table: NDArray[np.int32], vocab_size: int) -> NDArray[np.int32]:
     """List all ids by rank. Errors: `CacheError` if the table holds an id twice or one beyond the vocabulary."""
     rest_V = np.ones(vocab_size, np.bool_)
     if len(table) and not 0 <= int(table.min()) <= int(table.max()) < vocab_size:
-        raise CacheError(f"its table of frequent ids goes beyond the vocabulary of {vocab_size}")
+        raise CacheError(f"the table of frequent ids exceeds the vocabulary of {vocab_size}")
     rest_V[table] = False
     if int(rest_V.sum()) != vocab_size - len(table):
-        raise CacheError("its table of frequent ids holds one twice")
+        raise CacheError("the table of frequent ids has duplicates")
     return np.concatenate([table, np.flatnonzero(rest_V).astype(np.int32)])
 
 

@@ -1,4 +1,4 @@
-"""The small JSON files of a cache, in one canonical form, with the checksums that tie everything together."""
+"""The small JSON files of a cache, in canonical form, with the checksums that cover everything else."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _READ_BYTES = 2**20
 
 
 def canonical(content: Any) -> bytes:
-    """Serialise JSON in the one form that checksums cover: keys sorted, two spaces, UTF-8, a newline at the end."""
+    """Serialise JSON in the form that checksums cover: sorted keys, two spaces, UTF-8, a final newline."""
     return (json.dumps(content, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
@@ -35,7 +35,7 @@ def sha256_bytes(content: bytes | memoryview) -> str:
 
 
 def sha256_file(file: Path) -> str:
-    """SHA-256 of a file, as hex, read in pieces."""
+    """SHA-256 of a file, as hex."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while piece := stream.read(_READ_BYTES):
@@ -60,7 +60,7 @@ def file_entries(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def shard_entry(name: str, content: bytes, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What cache.json says of a shard, from its manifest and that file's content."""
+    """The entry of a shard in cache.json, from its parsed manifest and the manifest's bytes."""
     files = manifest["files"]
     return {
         "name": name,
@@ -91,17 +91,17 @@ def job_content(fingerprint: Mapping[str, Any], shard_names: Sequence[str]) -> d
 
 
 def content_digest(content: Mapping[str, Any]) -> str:
-    """SHA-256 of all of job.json or cache.json but the digest itself.
+    """SHA-256 of job.json or cache.json without the digest itself.
 
-    Through the checksums in cache.json its digest is one of the whole cache.
+    Through its checksums, the digest of cache.json covers the whole cache.
     """
     return sha256_bytes(canonical({name: value for name, value in content.items() if name != "digest"}))
 
 
 def has_own_digest(content: bytes, parsed: Mapping[str, Any]) -> bool:
-    """Whether a job.json or cache.json, of which both forms are given, says its own digest."""
+    """Whether a job.json or cache.json, given as bytes and parsed, contains its own digest."""
     digest = parsed.get("digest")
-    # In the canonical form the digest has a line of its own; to take that out is faster than to serialise the rest.
+    # In canonical form the digest has its own line; removing that is faster than serialising the rest.
     line = f'\n  "digest": "{digest}",\n'.encode()
     if content.count(line) == 1 and sha256_bytes(content.replace(line, b"\n")) == digest:
         return True
@@ -109,13 +109,13 @@ def has_own_digest(content: bytes, parsed: Mapping[str, Any]) -> bool:
 
 
 def cache_bytes(cache: Mapping[str, Any], own_bytes: int | None = None) -> int:
-    """The bytes of all files of a cache, from the content of its cache.json and, if it is known, that file's size."""
+    """The bytes of all files of a cache, from its parsed cache.json and, if known, that file's size."""
     sizes = [cache["totals"]["bytes"], *(entry["bytes"] for entry in cache["files"].values())]
     return sum(map(int, sizes)) + (len(canonical(cache)) if own_bytes is None else own_bytes)
 
 
 def read_object(folder: Folder, name: str, *, way_out: str) -> dict[str, Any]:
-    """Read a JSON object of this format version. Errors: `CacheError` naming the file, ending with the way out."""
+    """Read a JSON object of this format version. Errors: `CacheError` naming the file, ending with `way_out`."""
     where = f"{folder.where}/{name}"
     try:
         content = folder.read(name)
@@ -127,7 +127,7 @@ def read_object(folder: Folder, name: str, *, way_out: str) -> dict[str, Any]:
 
 
 def parse_object(content: bytes, where: str, *, way_out: str) -> dict[str, Any]:
-    """Parse a JSON object of this format version; `where` names it in errors. Errors: `CacheError`."""
+    """Parse a JSON object of this format version. Errors: `CacheError` starting with `where`, ending with `way_out`."""
     try:
         parsed = json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -1,8 +1,8 @@
-"""Numbers that a record keeps as small integers, each with a known error. FORMAT.md, section 3, is the specification.
+"""Numbers of a record as small integers, each with a known error. FORMAT.md, section 4, is the specification.
 
-A log-prob −x is kept as the integer nearest to f(x) = 2s·(1 − e^(−x/2)) + x/d. The first term is uniform in √p, which
-makes the error of a likely id small (the KL that a rounding costs is 2·Δ(√p)²); the second keeps unlikely ids apart.
-A tail's share r is kept as the integer nearest to (2L/π)·arcsin √r: uniform in the same sense for two outcomes.
+A log-prob −x is stored as the integer nearest to f(x) = 2s·(1 − e^(−x/2)) + x/d. The first term is uniform in √p, which
+makes the error of a likely id small (the KL that a rounding costs is 2·Δ(√p)²); the second distinguishes unlikely ids.
+A tail's share r is stored as the integer nearest to (2L/π)·arcsin √r: uniform in the same sense for two outcomes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TABLE = 8192
 
 @dataclass(frozen=True)
 class Precision:
-    """How finely numbers are kept: `s` and `d` of log-probs, `L` of tail shares, steps a nat of the entropy."""
+    """How finely numbers are rounded: `s` and `d` of log-probs, `L` of tail shares, entropy steps per nat."""
 
     probability_levels: int
     log_prob_step: float
@@ -37,13 +37,13 @@ FINE = Precision(probability_levels=256, log_prob_step=0.125, share_levels=1023,
 
 
 def encode_log_probs(log_probs: Floats, precision: Precision) -> Codes:
-    """Round log-probs ≤ 0 to codes, rising as the log-prob falls; −∞ and what is beyond get the last one."""
+    """Round log-probs ≤ 0 to codes, rising as the log-prob falls; −∞ and values out of range get the last code."""
     x = np.maximum(-log_probs.astype(np.float64), 0.0)
     return np.minimum(np.rint(_companded(x, precision)), _LARGEST).astype(np.uint16)
 
 
 def decode_log_probs(codes: NDArray[Any], precision: Precision) -> Floats:
-    """Give the log-prob of each code. |error| ≤ ½ / f′(x), f′ taken at the less likely of the two."""
+    """Decode log-probs. |error| ≤ ½ / f′(x), f′ taken at the less likely of the two."""
     table = log_prob_table(precision)
     if not len(codes) or codes.max() < _TABLE:
         return table.take(codes)
@@ -51,7 +51,7 @@ def decode_log_probs(codes: NDArray[Any], precision: Precision) -> Floats:
 
 
 def log_prob_bound(log_probs: Floats, precision: Precision) -> Doubles:
-    """The largest error that `decode_log_probs` makes for log-probs."""
+    """The largest error of `decode_log_probs` at each log-prob."""
     x = -log_probs.astype(np.float64) + 0.5 * precision.log_prob_step
     return 0.5 / (precision.probability_levels * np.exp(-x / 2) + 1 / precision.log_prob_step)
 
@@ -63,14 +63,14 @@ def log_prob_table(precision: Precision) -> Floats:
 
 
 def encode_shares(shares: Doubles, precision: Precision) -> Codes:
-    """Round shares of a tail to codes: 0 for no tail alone, L − 1 at most (a head always keeps some mass)."""
+    """Round shares of a tail to codes: 0 only for an empty tail, at most L − 1 (the top-k part keeps some mass)."""
     levels = precision.share_levels
     codes = np.rint(np.arcsin(np.sqrt(np.clip(shares, 0.0, 1.0))) * (2 * levels / np.pi))
     return np.where(shares == 0.0, 0, np.clip(codes, 1, levels - 1)).astype(np.uint16)
 
 
 def decode_shares(codes: Codes, precision: Precision) -> Doubles:
-    """Give the share of each code; |error of √share| ≤ π/4L, or 3π/4L where the smallest or largest code stands."""
+    """Decode shares; |error of arcsin √share| ≤ π/4L, or 3π/4L for the smallest and largest codes."""
     return np.sin(codes.astype(np.float64) * (np.pi / (2 * precision.share_levels))) ** 2
 
 
@@ -80,7 +80,7 @@ def encode_entropy(entropy_N: Floats, precision: Precision) -> Codes:
 
 
 def decode_entropy(codes_N: Codes, precision: Precision) -> Floats:
-    """Give the entropy of each code; |error| ≤ half a step."""
+    """Decode entropies; |error| ≤ half a step."""
     return codes_N.astype(np.float32) / np.float32(precision.entropy_steps)
 
 
@@ -89,7 +89,7 @@ def _companded(x: Doubles, precision: Precision) -> Doubles:
 
 
 def _inverse(codes: Doubles, precision: Precision) -> Doubles:
-    """Solve f(x) = code. f is concave and rising, so Newton's steps from 0 rise to the solution and never pass it."""
+    """Solve f(x) = code. f is concave and increasing, so Newton's method from 0 never overshoots."""
     x = np.zeros_like(codes)
     for _ in range(60):
         slope = precision.probability_levels * np.exp(-x / 2) + 1 / precision.log_prob_step

@@ -1,7 +1,7 @@
-"""The record: what is kept of the teacher's distribution at each supervised position, in columns.
+"""Records: what a cache keeps of the teacher's distribution at each recorded position, in columns.
 
-Shape suffixes: N positions, S temperatures;
-H and D are the lengths of all heads and of all lists of tail draws, one after another (as in a CSR matrix).
+Shape suffixes: N positions, S temperatures; H top-k ids and D tail samples of all positions, concatenated (as in a CSR
+matrix).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llavamod_offline.errors import ConfigError
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 
-# The names that format version 1 stores in a fingerprint, and those of today.
+# The names that format version 1 stores in a fingerprint, and the fields of `RecordSettings`.
 STORED_SETTINGS = {
     "head_mass": "top_p",
     "head_max": "top_k",
@@ -60,8 +60,8 @@ class RecordSettings:
                 f"tail_samples_per_mass is {self.tail_samples_per_mass:g}, must be above 0",
             ),
             (all(t > 0 and t != 1.0 for t in self.temperatures), "temperatures must be positive and not 1"),
-            (len(set(self.temperatures)) == len(self.temperatures), "temperatures holds a value twice"),
-            (len(set(self.forced_ids)) == len(self.forced_ids), "forced tokens holds a token twice"),
+            (len(set(self.temperatures)) == len(self.temperatures), "temperatures has duplicates: list each once"),
+            (len(set(self.forced_ids)) == len(self.forced_ids), "forced_tokens has duplicates: list each token once"),
         )
         for fine, problem in checks:
             if not fine:
@@ -85,12 +85,12 @@ class RecordSettings:
 class Records:
     """N positions' records in columns; log-probs are natural, float32, at T = 1.
 
-    `target_ids_N` is −1 where a position has no target (its `target_log_probs_N` is 0 then).
+    `target_ids_N` is −1 for a position without target, whose `target_log_probs_N` is 0.
 
-    `topk_counts_N` [N] says how many of `topk_ids_H` and `topk_log_probs_H` belong to each position, most likely first
+    `topk_counts_N`: how many of `topk_ids_H` and `topk_log_probs_H` belong to each position, most likely first
     (equal ones by rising id), then the forced ids that are not among those, in the order of `forced_ids`.
-    `tail_counts_N` likewise for `tail_ids_D`, in any order; an id drawn twice stands twice. `tail_log_mass_N` is −inf
-    where every id is in the head. `log_normalisers_NS`: log Σ_v p(v)^(1/T).
+    `tail_counts_N` likewise for `tail_ids_D`, in any order; an id drawn twice occurs twice. `tail_log_mass_N` is −inf
+    if the tail is empty. `log_normalisers_NS`: log Σ_v p(v)^(1/T).
     """
 
     target_ids_N: Ints
@@ -108,7 +108,7 @@ class Records:
         return len(self.target_ids_N)
 
     def split(self, lengths: Sequence[int]) -> list[Records]:
-        """Cut into consecutive pieces of the given numbers of positions, as views."""
+        """Split into consecutive pieces with the given numbers of positions, as views."""
         edges_N = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         edges_H = np.concatenate([[0], np.cumsum(self.topk_counts_N)])[edges_N]
         edges_D = np.concatenate([[0], np.cumsum(self.tail_counts_N)])[edges_N]
@@ -124,7 +124,7 @@ class Records:
 
 
 def concatenate_records(parts: Sequence[Records], temperatures: int = 0) -> Records:
-    """Stack the positions of several records in order; no parts give no positions (`temperatures` columns wide)."""
+    """Concatenate records in order; no parts give no positions, with `temperatures` normalisers."""
     if not parts:
         i, f = np.zeros(0, np.int32), np.zeros(0, np.float32)
         return Records(i, f, f, f, np.zeros((0, temperatures), np.float32), i, i, i, f, i)

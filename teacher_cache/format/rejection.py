@@ -1,4 +1,4 @@
-"""A sequence without a record."""
+"""Sequences without a record."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """How a cache encodes its records: which arrays a shard has, and their types. FORMAT.md is the specification.
 
-`precision: coarse | fine` keeps numbers as small integers with known errors (`quantise.py`), `exact` keeps float32.
-`encoding.py` turns records into these columns, `decoding.py` turns them back.
+`precision: coarse | fine` stores numbers as small integers with known errors (`quantise.py`), `exact` as float32.
+`encode.py` turns records into these columns, `decode.py` turns them back.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ Block = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Column:
-    """One array of a shard. `rows`: numbers a position has in it, as rows of their own; 0: one number, no rows; None:
-    as many as the block's content asks for."""
+    """One array of a shard. `rows`: how many numbers each position has, one per row; 0: one number, without an axis of
+    rows; None: a varying number per block."""
 
     dtype: np.dtype[Any]
     rows: int | None
 
     @property
     def middle(self) -> tuple[int, ...]:
-        """The array's shape between its blocks and their numbers."""
+        """The axes between that of the blocks and that of the numbers."""
         return (self.rows,) if self.rows else ()
 
 
@@ -54,7 +54,7 @@ class Codec:
     hidden: HiddenKind | None = None
 
     def attributes(self) -> dict[str, Any]:
-        """What a shard's array group says about its encoding."""
+        """The attributes of a shard's array group, under their stored names."""
         return {
             "codec": CODEC_NAME,
             "codec_version": CODEC_VERSION,
@@ -69,7 +69,7 @@ class Codec:
 
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any], *, where: str) -> Codec:
-        """Read a group's attributes back. Errors: `CacheError` for another codec, or a missing or odd attribute."""
+        """Read a group's attributes back. Errors: `CacheError` for another codec, or a missing or invalid attribute."""
         found = (attributes.get("codec"), attributes.get("codec_version"))
         if found != (CODEC_NAME, CODEC_VERSION):
             raise CacheError(
@@ -87,7 +87,7 @@ class Codec:
                 {None: None, "float16": "float16", "int8": "int8"}[attributes["hidden"]],
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise CacheError(f"{where}: bad attribute {error}: see `cache-teacher verify`") from error
+            raise CacheError(f"{where}: bad attribute {error}: run `cache-teacher verify`") from error
 
     @property
     def numbers(self) -> Precision | None:
@@ -129,7 +129,7 @@ class Codec:
 
     @cached_property
     def forced_by_id_V(self) -> NDArray[np.uint8]:
-        """1 + an id's place among the forced ones; 0 for all others."""
+        """1 + an id's index among the forced ids; 0 for all others."""
         places_V = np.zeros(self.vocab_size, np.uint8)
         places_V[list(self.forced_ids)] = np.arange(1, len(self.forced_ids) + 1)
         return places_V

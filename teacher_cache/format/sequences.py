@@ -1,7 +1,7 @@
-"""The table of a cache shard's sequences: one row each, an Arrow IPC file that is opened by memory map.
+"""The table of a cache shard's sequences: one row each, in a memory-mapped Arrow IPC file.
 
-The sequences' positions, head entries and draws lie one after another in the order of the table, so where a sequence's
-begin is the sum of the counts before it.
+Positions, top-k ids and tail samples are stored in the order of the table, so a sequence's begin at the sum of the
+counts before it.
 
 Shape suffixes: Q sequences of a shard.
 """
@@ -52,7 +52,7 @@ class SequenceRecord:
 
 @dataclass(frozen=True)
 class CachedSequence:
-    """What a cache says of one sequence; of the hashes the first 16 bytes, as hex; log-probs and entropy in nats."""
+    """The table's row of one sequence; hashes are cut to 16 bytes, as hex; log-probs and entropy in nats."""
 
     key: str
     role: str
@@ -65,12 +65,12 @@ class CachedSequence:
 
 
 def short_hash(digest: str) -> str:
-    """What a cache keeps of a SHA-256 in hex: its first 16 bytes."""
+    """The part of a SHA-256 in hex that a cache stores: its first 16 bytes."""
     return digest[: 2 * HASH_BYTES]
 
 
 def sequence_table(captured: Sequence[SequenceRecord]) -> pa.RecordBatch:
-    """Make the table of sequences whose records lie one after another in the given order."""
+    """Make the table of sequences, in the order in which their records are stored."""
     columns: dict[str, list[object]] = {name: [] for name in SEQUENCE_SCHEMA.names}
     for item in captured:
         records = item.records
@@ -98,12 +98,12 @@ def write_sequences(file: Path, table: pa.RecordBatch) -> None:
 
 
 def edges(table: pa.RecordBatch) -> NDArray[np.int64]:
-    """Where each sequence's positions begin, and where the last one's end."""
+    """Where the positions of each sequence begin, and where the last end."""
     return np.concatenate([[0], np.cumsum(table.column("n_position").to_numpy(), dtype=np.int64)])
 
 
 def read_sequences(file: Path) -> pa.RecordBatch:
-    """Open the table by memory map, as one batch. Errors: `CacheError` if it cannot be read or has other columns."""
+    """Memory-map the table as one batch. Errors: `CacheError` if it cannot be read or has other columns."""
     return parse_sequences(map_file(file), file)
 
 
@@ -116,19 +116,19 @@ def map_file(file: Path) -> pa.Buffer:
 
 
 def parse_sequences(content: pa.Buffer, file: Path) -> pa.RecordBatch:
-    """The table in the bytes of a file, as one batch of views of them. Errors: as of `read_sequences`."""
+    """Parse the table as one batch of views of `content`. Errors: as `read_sequences`."""
     try:
         reader = pa.ipc.open_file(content)
         batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
     except (OSError, pa.ArrowException) as error:
         raise CacheError(f"{file}: cannot be read: {error}: run `cache-teacher verify`") from error
     if not reader.schema.equals(SEQUENCE_SCHEMA) or len(batches) > 1:
-        raise CacheError(f"{file}: not the table of format 1: run `cache-teacher verify`")
+        raise CacheError(f"{file}: not a sequence table of format 1: run `cache-teacher verify`")
     return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=SEQUENCE_SCHEMA)
 
 
 def string_buffers(strings: pa.StringArray) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    """The bytes of Arrow strings, and where in them each begins, and the last one ends; no copies."""
+    """The bytes of Arrow strings, and the offsets between them; no copies."""
     offsets, text = strings.buffers()[1:]
     ends = np.frombuffer(offsets or bytes(4), np.int32)[strings.offset : strings.offset + len(strings) + 1]
     return np.frombuffer(text or b"", np.uint8), ends
@@ -149,7 +149,7 @@ class SequenceRows:
         return len(self.role_codes_Q)
 
     def is_at(self, row: int, key: bytes, role: str) -> bool:
-        """Whether a row is that of a key (in UTF-8) and a role."""
+        """Whether a row has this key (in UTF-8) and role."""
         start, stop = self.key_ends[row : row + 2].tolist()
         same = self.key_bytes[start:stop].tobytes() == key
         return same and self.role_names[self.role_codes_Q[row]] == role
@@ -161,7 +161,7 @@ class SequenceRows:
         return of_role_Q
 
     def rows_in_order(self, text: NDArray[np.uint8], ends: NDArray[np.integer], role: str) -> NDArray[np.int64] | None:
-        """The rows of a role, if their keys are, in their order, the very ones in `text` between `ends`."""
+        """The rows of a role, if their keys, in order, are exactly those in `text` between `ends`."""
         of_role = self.of_role(role)
         rows = np.flatnonzero(of_role)
         if len(rows) != len(ends) - 1:
@@ -181,7 +181,7 @@ class SequenceRows:
         return self.key_bytes[start:stop].tobytes().decode(), self.role_names[self.role_codes_Q[row]]
 
     def sequence(self, row: int) -> CachedSequence:
-        """What the table says of one row."""
+        """One row as an object."""
         tokens, sums, entropies = self._numbers
         targets, contents = self._hashes
         return CachedSequence(

@@ -1,8 +1,8 @@
-"""The tail profile: the teacher's mean tail over all positions, estimated from their draws.
+"""The tail profile: the teacher's mean tail over all positions, estimated from tail samples.
 
-A shard keeps it for its frequent ids, beside one number for all other ids together, which are taken as even.
+A shard stores it for its frequent ids, plus one number for all other ids, which are treated as uniform.
 
-Shape suffixes: V ids, F frequent ids, D draws of all positions.
+Shape suffixes: V ids, F frequent ids, D tail samples of all positions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from teacher_cache.format.record import Records
 
 
 def mean_tail(records: Records, frequent_F: NDArray[np.int32], vocab_size: int) -> NDArray[np.float32]:
-    """Mean tail mass of each frequent id, and of all others together [F + 1]; each draw carries its share of a tail."""
+    """Mean tail mass of each frequent id, and of all others together [F + 1]; samples of a tail share its mass."""
     mass_N = np.exp(records.tail_log_mass_N.astype(np.float64)) / np.maximum(records.tail_counts_N, 1)
     mass_D = np.repeat(mass_N, records.tail_counts_N)
     sums_V = np.bincount(records.tail_ids_D, weights=mass_D, minlength=vocab_size)

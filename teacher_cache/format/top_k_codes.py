@@ -1,10 +1,10 @@
-"""The numbers of heads as small symbols: the first log-prob's code, then the steps from one to the next.
+"""Log-probs of top-k ids as small symbols: the code of the first, then the steps from one to the next.
 
-Likely ids stand by falling log-prob, so their codes rise and the steps between them are ≥ 0 and mostly small: one byte
-each, 255 saying that a step stands among the *far steps* of 16 bits. Forced ids that are not among a head's likely ones
-need no id: they stand last, in the order of the list, and a code for each says their log-prob.
+Likely ids are sorted by falling log-prob, so their codes rise and the steps between them are ≥ 0 and mostly small: one
+byte each, where 255 refers to the *far steps* of 16 bits. Forced ids that are not among the likely ids need no stored
+id: they come last, in the order of the list, each with a code for its log-prob.
 
-Shape suffixes: N positions, H entries of all heads, P those of them that are likely ones, F forced ids.
+Shape suffixes: N positions, H top-k ids of all positions, P the likely ones of them, F forced ids.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Words = NDArray[np.uint16]
 
 @dataclass(frozen=True)
 class Steps:
-    """Rising codes of all heads, as the first one of each, and the steps after it."""
+    """Rising codes of all positions: the first code of each, and the steps after it."""
 
     first_N: Words
     near: NDArray[np.uint8]
@@ -32,7 +32,7 @@ class Steps:
 
 
 def encode_steps(codes_P: Words, counts_N: Ints) -> Steps:
-    """Turn each head's rising codes into steps; every head has at least one."""
+    """Turn the rising codes of each position into steps; every position has at least one code."""
     starts_N = starts(counts_N)
     steps_P = np.diff(codes_P.astype(np.int32), prepend=0)
     later_P = np.ones(len(codes_P), np.bool_)
@@ -43,7 +43,7 @@ def encode_steps(codes_P: Words, counts_N: Ints) -> Steps:
 
 
 def decode_steps(steps: Steps, counts_N: Ints) -> Ints:
-    """Give the codes of all heads back. Errors: `CacheError` if the streams' lengths do not fit."""
+    """Decode the codes of all positions. Errors: `CacheError` if the streams have unequal lengths."""
     total = int(counts_N.sum())
     if len(steps.near) != total - len(counts_N):
         raise CacheError(f"{len(steps.near)} steps for {total - len(counts_N)} entries")
@@ -57,16 +57,16 @@ def decode_steps(steps: Steps, counts_N: Ints) -> Ints:
     if len(far) != len(steps.far):
         raise CacheError(f"{len(steps.far)} far steps for {len(far)} entries")
     steps_P[far] = steps.far
-    # One running sum over all heads, shifted so that each begins with its own first code.
+    # One running sum over all positions, shifted so that each begins with its own first code.
     codes_P = np.cumsum(steps_P, dtype=np.int32)
     codes_P += np.repeat(steps.first_N - codes_P[starts_N], counts_N)
     return codes_P
 
 
 def forced_suffix(ids_H: Ints, counts_N: Ints, forced_by_id_V: NDArray[np.uint8]) -> Ints:
-    """Count, for each head, the forced ids that stand at its end in the order of the list.
+    """Count the forced ids at the end of each position's top-k ids, in the order of the list.
 
-    `forced_by_id_V`: 1 + an id's place among the forced ones, 0 for all others. The first entry is never counted.
+    `forced_by_id_V`: 1 + an id's index among the forced ids, 0 for all others. The first entry is never counted.
     """
     ends_N = np.cumsum(counts_N)
     suffix_N = np.zeros(len(counts_N), np.int32)
@@ -82,7 +82,7 @@ def forced_suffix(ids_H: Ints, counts_N: Ints, forced_by_id_V: NDArray[np.uint8]
 
 
 def missing_forced(ids_P: Ints, counts_N: Ints, forced_by_id_V: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Say [N, F] which forced ids are not among each head's likely ones."""
+    """Which forced ids are missing from each position's likely ids [N, F]."""
     places_P = forced_by_id_V.take(ids_P)
     hits = np.flatnonzero(places_P)
     rows = np.searchsorted(np.cumsum(counts_N), hits, side="right")
@@ -92,5 +92,5 @@ def missing_forced(ids_P: Ints, counts_N: Ints, forced_by_id_V: NDArray[np.uint8
 
 
 def starts(counts_N: Ints) -> NDArray[np.int64]:
-    """Where each position's entries begin."""
+    """Where the entries of each position begin."""
     return np.cumsum(counts_N, dtype=np.int64) - counts_N

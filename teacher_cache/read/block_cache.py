@@ -1,4 +1,4 @@
-"""Slices of the shards' records, cut out of decoded blocks of which the latest used are kept."""
+"""Slices of the shards' records, cut from decoded blocks in a least-recently-used cache."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from teacher_cache.format.record import Records
 
 _OPEN_SHARDS = 64
 Columns = tuple[NDArray[Any], ...]
-_BLOCKS_AT_ONCE = 4  # a read of an array costs more than a block of it: neighbours are read together
+_BLOCKS_AT_ONCE = 4  # reading an array costs more than decoding a block, so neighbours are read together
 
 
 class BlockReader:
     """Reads records by shard number and position; shards are opened when first read.
 
-    Safe in threads and after a fork: a forked process starts with nothing open and nothing kept. At most
-    `memory_bytes` of decoded blocks are kept, or one. Normalisers are decoded for `temperatures` alone (None: all).
+    Safe in threads and after a fork: a forked process starts with no open files and no blocks. Keeps at most
+    `memory_bytes` of decoded blocks, but at least one. Decodes normalisers only for `temperatures` (None: all).
     Errors: `CacheError` naming a file that is missing, short or damaged.
     """
 
@@ -45,9 +45,9 @@ class BlockReader:
         self._start()
 
     def pieces(self, shard: int, spans: Sequence[tuple[int, int]]) -> list[list[Columns]]:
-        """Read runs of positions `start` … `stop` of a shard: for each, views of the blocks that it lies in.
+        """Read ranges of positions `start` … `stop` of a shard: for each, views of the blocks that contain it.
 
-        A piece holds the fields of `Records`, in their order: to make one of each costs more than to read it.
+        A piece is a tuple of the fields of `Records`: making a `Records` of each would cost more than reading it.
         """
         file = self.file(shard)
         length = file.block_positions
@@ -104,7 +104,7 @@ class BlockReader:
 
     def _open(self, shard: int) -> ColumnFile:
         folder = self._folders[shard]
-        # Zarr takes a missing chunk file for zeros, so presence and size are checked here.
+        # Zarr reads a missing chunk file as zeros, so check presence and size here.
         for name, entry in self._manifests[shard]["files"].items():
             file = folder / name
             if not file.is_file() or file.stat().st_size != entry["bytes"]:
@@ -113,7 +113,7 @@ class BlockReader:
 
 
 class _Block:
-    """Decoded records with the places where each position's head entries and draws begin."""
+    """Decoded records, with the offsets of each position's top-k ids and tail samples."""
 
     def __init__(self, records: Records) -> None:
         counts = (records.topk_counts_N, records.tail_counts_N)

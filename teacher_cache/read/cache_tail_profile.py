@@ -1,4 +1,4 @@
-"""The tail profile of a whole cache, from two small arrays of every shard; the rest of the shards is not touched.
+"""The tail profile of a whole cache, from two small arrays of every shard; nothing else is read.
 
 Shape suffixes: V ids.
 """
@@ -40,7 +40,7 @@ def tail_sums(folder: Folder, shards: Sequence[Mapping[str, Any]], vocab_size: i
 def staged_tail_sums(
     folder: Folder, shards: Sequence[Mapping[str, Any]], vocab_size: int, *, digest: str, staging: DiskCache
 ) -> NDArray[np.float64]:
-    """The same of a cache behind a URL, kept on this machine for the next time; `digest` is the cache's."""
+    """The same for a remote cache, kept on this machine under the cache's `digest`."""
 
     def fill(aside: Path) -> None:
         tail_sums(folder, shards, vocab_size).astype("<f8").tofile(aside / "sums")
@@ -51,7 +51,7 @@ def staged_tail_sums(
 
 
 def _array_files(folder: Folder, shards: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, bytes]]:
-    """Of each shard the files of the arrays, by their names within the columns."""
+    """The arrays' files of each shard, by their names within the columns."""
     folders = [f"{SHARDS_NAME}/{shard['name']}" for shard in shards]
     manifests = [
         checked_manifest(content, f"{folder.where}/{place}/{MANIFEST_NAME}", shard)
@@ -68,7 +68,7 @@ def _array_files(folder: Folder, shards: Sequence[Mapping[str, Any]]) -> Iterato
         for name in some:
             content = next(contents)
             if sha256_bytes(content) != manifest["files"][name]["sha256"]:
-                raise CacheError(f"{folder.where}/{place}/{name}: damaged (its checksum is another): {VERIFY}")
+                raise CacheError(f"{folder.where}/{place}/{name}: damaged (wrong checksum): {VERIFY}")
             files[name.removeprefix(f"{COLUMNS_NAME}/")] = content
         yield files
 
@@ -85,6 +85,6 @@ def _arrays(files: Mapping[str, bytes], where: str) -> tuple[NDArray[np.float32]
     store = MemoryStore({name: make(content) for name, content in files.items()}, read_only=True)
     try:
         frequent, mean = (zarr.open_array(store, path=name, mode="r", zarr_format=3)[0] for name in _ARRAYS)
-    except Exception as error:  # a damaged file may make zarr stumble in any way
+    except Exception as error:  # a damaged file may raise anything in zarr
         raise CacheError(f"{where}: cannot be read: {error}: {VERIFY}") from error
     return np.asarray(mean), np.asarray(frequent).astype(np.int32)

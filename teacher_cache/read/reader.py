@@ -1,6 +1,6 @@
 """Reading a cache: look-up by (key, role), and batches of positions decoded into `SparseTargets`.
 
-Shape suffixes: Q sequences of a cache, B of them asked for at once.
+Shape suffixes: Q sequences of a cache, B of them requested at once.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ from teacher_cache.read.to_targets import sparse_targets
 
 __all__ = ["CachedSequence", "TeacherCache", "open_cache"]
 
-# Sequences, each as (key, role), or all by their rows as `TeacherCache.rows` gives them.
+# Sequences as (key, role) pairs, or as rows from `TeacherCache.rows`.
 Items = Sequence[tuple[str, str]] | NDArray[np.int64]
 
 _MEMORY_BYTES = 256 * 2**20
 _MOST_MEMORY_BYTES = 2**30
-# Of decoded records, see `Records` and `blocks.py`, and not less: a window that is short of a byte is decoded for ever.
-_POSITION_BYTES, _HEAD_BYTES, _DRAW_BYTES, _SHARD_BYTES = 40, 8, 4, 2**14
+# Sizes of decoded records (`Records`, `block_cache.py`): underestimating by one byte causes endless re-decoding.
+_POSITION_BYTES, _TOPK_BYTES, _TAIL_SAMPLE_BYTES, _SHARD_BYTES = 40, 8, 4, 2**14
 
 
 def open_cache(
     where: Path | str, *, staging: DiskCache | None = None, temperature: float | None = None
 ) -> TeacherCache:
-    """Open a finished cache by path or URL: small files are read and checked, token-level arrays are not touched.
+    """Open a finished cache by path or URL: reads and checks small files, not token-level arrays.
 
-    `staging`: where copies of what lies behind a URL are kept (default: see `llavamod_offline/storage/disk_cache.py`).
-    `temperature`: the only one that will be used, which makes decoding faster (1 needs no normaliser; None: any).
-    Errors: `CacheError` if there is no cache, it is unfinished, of another format version, or a small file is damaged;
+    `staging`: where copies of remote files are kept (default: see `llavamod_offline/storage/disk_cache.py`).
+    `temperature`: the only one to be used, which makes decoding faster (1 needs no normaliser; None: any).
+    Errors: `CacheError` if the cache is missing, unfinished or of another format version, or a small file is damaged;
     `StorageError` if a bucket cannot be read.
     """
     return TeacherCache(where, staging=staging, temperature=temperature)
@@ -68,8 +68,8 @@ def open_cache(
 class TeacherCache:
     """An open cache. Safe in threads, and in forked or spawned workers, each of which keeps its own decoded blocks.
 
-    `path` is where it lies, as text; `fingerprint` what it was made from (see `fingerprint.py`); `digest` identifies
-    its whole content; `bytes_per_position` counts every file. At most `memory_bytes` of decoded blocks are kept.
+    `path`: its location as text; `fingerprint`: what it was made from (see `fingerprint.py`); `digest` identifies its
+    whole content; `bytes_per_position` counts every file. Keeps at most `memory_bytes` of decoded blocks.
     """
 
     def __init__(
@@ -119,25 +119,25 @@ class TeacherCache:
 
     @property
     def bytes_per_position(self) -> float:
-        """All bytes of all files over all positions; 0 where there are none."""
+        """Bytes of all files divided by positions; 0 for an empty cache."""
         return self.bytes / self.positions if self.positions else 0.0
 
     @property
     def vocab_size(self) -> int:
-        """The number of ids that the distributions range over."""
+        """The number of ids that the distributions cover."""
         return int(self.fingerprint["capture"]["vocab_size"])
 
     @property
     def temperatures(self) -> tuple[float, ...]:
-        """The temperatures whose normalisers are read: of the stored ones, all or the one asked for."""
+        """The temperatures whose normalisers are read: all stored ones, or the requested one."""
         stored = tuple(float(value) for value in self.fingerprint["capture"]["temperatures"])
         return stored if self._temperature is None else tuple(value for value in stored if value == self._temperature)
 
     @property
     def tail_profile(self) -> Tensor | None:
-        """The teacher's mean tail over the whole cache, [V] float32, sum 1; None if there is no tail or no draw.
+        """The teacher's mean tail over the whole cache, [V] float32, sum 1; None without tails or tail samples.
 
-        Estimated from the draws of all positions. Two small arrays of every shard are read, once.
+        Estimated from the tail samples of all positions. Reads two small arrays of every shard, once.
         """
         if self._profile is None:
             sums_V = self._tail_sums()
@@ -171,9 +171,9 @@ class TeacherCache:
         return found
 
     def rows(self, keys: pa.ChunkedArray, role: str, shards: Mapping[str, range] | None = None) -> NDArray[np.int64]:
-        """The rows of the sequences of many keys, in one role; −1 where there is none.
+        """The rows of the sequences of many keys, in one role; −1 if missing.
 
-        `shards`: by the names of a set's shards where their keys stand among these, which makes the answer faster.
+        `shards`: where the keys of a set's shards, by name, are among `keys`, which makes the look-up faster.
         """
         numbers = {name: number for number, name in enumerate(self.shard_names)}
         spans = (shards or {}).items()
@@ -183,7 +183,7 @@ class TeacherCache:
 
     @property
     def is_remote(self) -> bool:
-        """Whether the cache lies behind a URL."""
+        """Whether the cache is remote."""
         return isinstance(self._folder, RemoteFolder)
 
     @property
@@ -193,33 +193,33 @@ class TeacherCache:
 
     @property
     def fits_in_memory(self) -> bool:
-        """Whether all records, decoded, fit into what is kept: then any order of reading is as fast as another."""
+        """Whether all decoded records fit into `memory_bytes`, so that any order of reading is equally fast."""
         return sum(self._decoded_bytes()) <= self._memory_bytes
 
     def keep_shards(self, count: int) -> None:
-        """Keep as much decoded as `count` shards take, within bounds: each is decoded once by who reads them mixed."""
+        """Keep up to `count` decoded shards, within bounds, so that reading them interleaved decodes each once."""
         wanted = sum(sorted(self._decoded_bytes())[-count:])
         self._memory_bytes = max(self._memory_bytes, min(wanted, _MOST_MEMORY_BYTES))
         self._blocks.memory_bytes = self._memory_bytes
 
     def _decoded_bytes(self) -> list[int]:
-        """About what the records of each shard take in memory."""
+        """The approximate memory of each shard's decoded records."""
         per_position = _POSITION_BYTES + 4 * len(self.temperatures)
         return [
             int(shard["positions"]) * per_position
-            + int(shard["heads"]) * _HEAD_BYTES
-            + int(shard["draws"]) * _DRAW_BYTES
+            + int(shard["heads"]) * _TOPK_BYTES
+            + int(shard["draws"]) * _TAIL_SAMPLE_BYTES
             + _SHARD_BYTES
             for shard in self._shards
         ]
 
     def stage(self, name: str) -> None:
-        """Copy a shard to this machine before it is read, if it lies behind a URL."""
+        """Copy a remote shard to this machine before it is read."""
         with self._files.hold(self.shard_names.index(name)):
             pass
 
     def manifests(self) -> list[dict[str, Any]]:
-        """Read every shard's manifest: what files it has, of what size. Errors: `CacheError` if one is damaged."""
+        """Read every shard's manifest, which lists files and sizes. Errors: `CacheError` if one is damaged."""
         names = [f"{SHARDS_NAME}/{name}/{MANIFEST_NAME}" for name in self.shard_names]
         try:
             contents = self._folder.read_all(names)
@@ -231,9 +231,9 @@ class TeacherCache:
         ]
 
     def items(self, rows: Iterable[int] | None = None) -> list[tuple[str, str]]:
-        """(key, role) of some sequences by their rows, or of all, in the order of the cache.
+        """(key, role) of the sequences in some rows, or of all, in the order of the cache.
 
-        Rows count through all shards; neighbours share decoded blocks, so that reading in this order is fast.
+        Rows are numbered across shards; neighbours share decoded blocks, so reading in this order is fast.
         """
         places = map(self._index.place, range(len(self)) if rows is None else rows)
         return [self._rows[shard].item(row) for shard, row in places]
@@ -248,12 +248,12 @@ class TeacherCache:
         return [range(start, stop) for start, stop in itertools.pairwise(first_rows)]
 
     def sequence(self, key: str, role: str) -> CachedSequence:
-        """Look one sequence up. Errors: `CacheError` if it has no record."""
+        """Look up one sequence. Errors: `CacheError` if it has no record."""
         shard, row = self._index.place(self._find_one(key, role))
         return self._rows[shard].sequence(row)
 
     def sequences(self, items: Items) -> list[CachedSequence]:
-        """Look several sequences up. Errors: `CacheError` if one has no record."""
+        """Look up several sequences. Errors: `CacheError` if one has no record."""
         shards_B, locals_B = self._index.places(self._find(items))
         return [
             self._rows[shard].sequence(row) for shard, row in zip(shards_B.tolist(), locals_B.tolist(), strict=True)
@@ -266,7 +266,7 @@ class TeacherCache:
         return supervised_N
 
     def records(self, items: Items) -> Records:
-        """Read the records of several sequences, one after another. Errors: `CacheError` if one is not there."""
+        """Read and concatenate the records of several sequences. Errors: `CacheError` if one has no record."""
         rows_B = self._find(items)
         shards_B, spans_B2 = self._spans(rows_B)
         pieces: list[list[Columns]] = [[] for _ in items]
@@ -282,9 +282,9 @@ class TeacherCache:
         return Records(*(np.concatenate(column) for column in zip(*whole, strict=True)))
 
     def hidden_states(self, items: Items) -> HiddenStates:
-        """Read the last hidden states of several sequences, one after another, float32.
+        """Read and concatenate the last hidden states of several sequences, float32.
 
-        Their rows count through the positions that `targets` gives for the same sequences. Errors: `CacheError` if the
+        Their rows index the positions that `targets` gives for the same sequences. Errors: `CacheError` if the
         cache has no hidden states, or a sequence no record.
         """
         shards_B, spans_B2 = self._spans(self._find(items))
@@ -304,14 +304,14 @@ class TeacherCache:
         )
 
     def targets(self, items: Items) -> SparseTargets:
-        """Decode several sequences' positions, one after another, as CPU tensors.
+        """Decode and concatenate the positions of several sequences, as CPU tensors.
 
         Errors: `CacheError` if a sequence has no record or a chunk is damaged.
         """
         return sparse_targets(self.records(items), self.temperatures, self.vocab_size)
 
     def _spans(self, rows_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
-        """The shard of each sequence, and where its positions begin and end in it."""
+        """The shard of each sequence, and the range of its positions there."""
         shards_B, _ = self._index.places(rows_B)
         firsts_B = self._index.starts_Q[self._index.first_rows[shards_B]]
         spans_B2 = self._index.starts_Q[np.stack([rows_B, rows_B + 1], 1)] - firsts_B[:, None]
@@ -343,15 +343,15 @@ def _reopen(where: str, memory_bytes: int, staging: DiskCache | None, temperatur
 
 
 def _read_cache_file(folder: LocalFolder | RemoteFolder) -> tuple[dict[str, Any], int]:
-    """Parse cache.json, and tell its size."""
+    """Parse cache.json; also return its size."""
     where = folder.where
     if isinstance(folder, LocalFolder) and not folder.path.is_dir():
-        raise CacheError(f"cache '{where}': no such folder: make one with `cache-teacher run`")
-    content = _if_there(folder, CACHE_NAME)  # not looked for in a list of the folder: not every server has one
+        raise CacheError(f"cache '{where}': no such folder: create it with `cache-teacher run`")
+    content = _if_there(folder, CACHE_NAME)  # read, not looked up in a listing, which some servers lack
     if content is None:
         if _if_there(folder, JOB_NAME) is None:
             raise CacheError(
-                f"cache '{where}': has no {CACHE_NAME}, so it is no teacher cache: see `cache-teacher run`"
+                f"cache '{where}': has no {CACHE_NAME}, so it is not a teacher cache: see `cache-teacher run`"
             )
         raise CacheError(
             f"cache '{where}': unfinished ({CACHE_NAME} is missing): run `cache-teacher run` again with the same "

@@ -1,7 +1,7 @@
-"""Where an open cache's shards lie on this machine: in the cache itself, or copied from behind a URL.
+"""Local files of an open cache's shards: those of the cache itself, or copies of remote ones.
 
-From a URL the sequence tables are staged together when the cache is opened, and the columns shard by shard when they
-are first read; every file is checked against the checksum that cache.json or the shard's manifest has of it.
+A remote cache's sequence tables are copied together when it is opened, its columns shard by shard when first read;
+every file is checked against its checksum in cache.json or the shard's manifest.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Entry = Mapping[str, Any]
 
 
 class ShardFiles(Protocol):
-    """The files of a cache's shards. `folders[i]` holds a shard's manifest and columns while the shard is held."""
+    """The files of a cache's shards. `folders[i]` has a shard's manifest and columns while `hold` is active."""
 
     folders: list[Path]
 
@@ -47,7 +47,7 @@ class ShardFiles(Protocol):
 
 
 class LocalShards:
-    """The shards of a cache on a disk."""
+    """The shards of a local cache."""
 
     def __init__(self, folder: LocalFolder, shards: Sequence[Entry]) -> None:
         self._shards = shards
@@ -59,12 +59,12 @@ class LocalShards:
         return [_checked_table(file, shard) for file, shard in zip(files, self._shards, strict=True)]
 
     def hold(self, shard: int) -> AbstractContextManager[object]:
-        """See `ShardFiles`: they are there."""
+        """See `ShardFiles`."""
         return nullcontext()
 
 
 class StagedShards:
-    """The shards of a cache behind a URL."""
+    """The shards of a remote cache, copied to this machine."""
 
     def __init__(self, folder: RemoteFolder, shards: Sequence[Entry], digest: str, staging: DiskCache) -> None:
         self._folder = folder
@@ -75,7 +75,7 @@ class StagedShards:
         self.folders = [staging.path(unit) for unit in self._units]
 
     def tables(self) -> list[pa.RecordBatch]:
-        """See `ShardFiles`. A table that is mapped stays readable when its file is removed."""
+        """See `ShardFiles`. A mapped table stays readable after its file is removed."""
         entries = [shard["files"][SEQUENCES_NAME] for shard in self._shards]
         names = [f"{SHARDS_NAME}/{shard['name']}/{SEQUENCES_NAME}" for shard in self._shards]
 
@@ -99,20 +99,20 @@ class StagedShards:
         return self._staging.hold(self._units[shard], self._shards[shard]["bytes"], fill)
 
     def _fetch(self, files: Iterable[tuple[str, Path, Entry]]) -> None:
-        """Download files, given by name, place on this machine and entry, and check them."""
+        """Download files, given by name, local path and entry, and check them."""
         wanted = [Wanted(name, path, entry["bytes"], entry["sha256"]) for name, path, entry in files]
         try:
             damaged = self._folder.fetch(wanted)
         except FileNotFoundError as error:
             raise CacheError(f"{error.filename or self._folder.where}: missing: {VERIFY}") from error
         if damaged:
-            raise CacheError(f"{self._folder.where}/{damaged[0]}: damaged (its checksum is another): {VERIFY}")
+            raise CacheError(f"{self._folder.where}/{damaged[0]}: damaged (wrong checksum): {VERIFY}")
 
 
 class Manifests(Sequence[Mapping[str, Any]]):
-    """The shards' manifests, read when asked for: opening a cache takes none. Of the files the columns alone.
+    """The shards' manifests, read on access, with only the columns among their files.
 
-    Errors when one is asked for: `CacheError` if it is missing or damaged.
+    Errors on access: `CacheError` if a manifest is missing or damaged.
     """
 
     def __init__(self, folders: Sequence[Path], shards: Sequence[Entry]) -> None:
@@ -139,14 +139,14 @@ class Manifests(Sequence[Mapping[str, Any]]):
 
 
 def checked_manifest(content: bytes, where: str, shard: Entry) -> dict[str, Any]:
-    """Parse a manifest. Errors: `CacheError` naming it by `where`, if it is not the one that cache.json speaks of."""
+    """Parse a manifest. Errors: `CacheError` naming it by `where`, if its checksum is not that in cache.json."""
     if sha256_bytes(content) != shard["files"][MANIFEST_NAME]["sha256"]:
         raise CacheError(f"{where}: its checksum is not the one in {CACHE_NAME}: {VERIFY}")
     return parse_object(content, where, way_out=VERIFY)
 
 
 def column_files(manifest: Mapping[str, Any]) -> dict[str, Entry]:
-    """The entries of a manifest that are of columns."""
+    """The entries of a manifest for files of columns."""
     return {name: entry for name, entry in manifest["files"].items() if name.startswith(f"{COLUMNS_NAME}/")}
 
 

@@ -1,6 +1,6 @@
 """Records → `SparseTargets`, the padded tensors that losses take.
 
-Shape suffixes: N positions, K and M the longest head and list of draws, D draws of all positions.
+Shape suffixes: N positions, K and M the largest numbers of top-k ids and tail samples of a position.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from teacher_cache.format.top_k_codes import starts
 
 
 def sparse_targets(records: Records, temperatures: tuple[float, ...], vocab_size: int) -> SparseTargets:
-    """Pad records to the longest head and list of draws, as CPU tensors, ids of 32 bits; each draw weighs alike."""
-    head_width, head_places = _places(records.topk_counts_N)
-    draw_width, draw_places = _places(records.tail_counts_N)
+    """Pad records to the most top-k ids and tail samples, as CPU tensors, ids of 32 bits; samples weigh equally."""
+    topk_width, topk_places = _places(records.topk_counts_N)
+    tail_width, tail_places = _places(records.tail_counts_N)
     rows = len(records)
-    drawn_NM = np.arange(draw_width) < records.tail_counts_N[:, None]
+    drawn_NM = np.arange(tail_width) < records.tail_counts_N[:, None]
     weights_N = (1 / np.maximum(records.tail_counts_N, 1)).astype(np.float32)
     return SparseTargets(
-        topk_ids_NK=_padded(records.topk_ids_H, head_places, rows, head_width, EMPTY_ID),
-        topk_log_probs_NK=_padded(records.topk_log_probs_H, head_places, rows, head_width, float("-inf")),
+        topk_ids_NK=_padded(records.topk_ids_H, topk_places, rows, topk_width, EMPTY_ID),
+        topk_log_probs_NK=_padded(records.topk_log_probs_H, topk_places, rows, topk_width, float("-inf")),
         tail_log_mass_N=_tensor(records.tail_log_mass_N).float(),
-        tail_ids_NM=_padded(records.tail_ids_D, draw_places, rows, draw_width, EMPTY_ID),
+        tail_ids_NM=_padded(records.tail_ids_D, tail_places, rows, tail_width, EMPTY_ID),
         tail_weights_NM=torch.from_numpy(drawn_NM * weights_N[:, None]),
         target_ids_N=_tensor(records.target_ids_N).long(),
         target_log_probs_N=_tensor(records.target_log_probs_N).float(),
@@ -44,7 +44,7 @@ def _tensor(values: NDArray[Any]) -> Tensor:
 
 
 def _places(counts_N: NDArray[np.int32]) -> tuple[int, NDArray[np.int64]]:
-    """The width of a padded table, and where in it, read row by row, each entry goes."""
+    """The width of a padded table, and the index of each entry in its flattened form."""
     width = int(counts_N.max()) if len(counts_N) else 0
     gaps_N = np.arange(len(counts_N)) * width - starts(counts_N)
     places = np.repeat(gaps_N, counts_N)

@@ -40,18 +40,17 @@ def check_student(
 ) -> TokenIdSwap | None:
     """Refuse a student whose tokenizer is not the one that a cache was made with.
 
-    It may have more tokens behind the teacher's, such as `<image>` where the teacher writes images in another way.
-    `end_of_turn` declares the one token that may differ (see `end_of_turn.py`); the exchange of ids that follows from
-    it is returned, None without one. `allow` overrides fields (or sections, such as `tokenizer`) by name; what it
-    overrides is logged.
-    Errors: `CacheError` with the differing fields side by side; `ConfigError` for a field or a token that is unknown.
+    It may have additional tokens after the teacher's, such as `<image>`. `end_of_turn` declares the one token that may
+    differ (see `end_of_turn.py`); returns the resulting swap of ids, None without one. `allow` overrides fields (or
+    sections, such as `tokenizer`) by name, and logs them.
+    Errors: `CacheError` listing the differing fields; `ConfigError` for an unknown field or token.
     """
     check_allowed(allow, fingerprint)
     theirs = {"tokenizer": fingerprint["tokenizer"]}
     mine = {"tokenizer": describe_tokenizer(tokenizer)}
-    exchange = None
+    swap = None
     if end_of_turn is not None:
-        vocabulary, exchange = _resolve(theirs, tokenizer, end_of_turn, allow)
+        vocabulary, swap = _resolve(theirs, tokenizer, end_of_turn, allow)
         mine["tokenizer"].update(vocabulary)
     elif isinstance(size := theirs["tokenizer"]["size"], int) and len(tokenizer) > size:
         mine["tokenizer"].update(describe_vocabulary(*_known_ids(tokenizer, size)))
@@ -59,10 +58,10 @@ def check_student(
         theirs,
         mine,
         allow,
-        "use a student with the teacher's tokenizer, declare its end of turn as cache.end_of_turn if that is all, or "
-        "allow the field by name if you know it does no harm",
+        "use a student with the teacher's tokenizer, declare its end of turn as cache.end_of_turn if only that differs, "
+        "or allow the field by name if you know it is harmless",
     )
-    return exchange
+    return swap
 
 
 def check_encoding(
@@ -72,10 +71,10 @@ def check_encoding(
     allow: Sequence[str] = (),
     end_of_turn: str | None = None,
 ) -> None:
-    """Refuse a student that would put other tokens around the answers than the teacher saw, where these have records.
+    """Refuse a student whose tokens around the answers differ from the teacher's, if these have records.
 
-    For a cache of response positions only the declared end of turn is checked. Errors: `CacheError` with the differing
-    fields side by side; `ConfigError` if the student's template ends answers with another token than declared.
+    For a cache of response positions only the declared end of turn is checked. Errors: `CacheError` listing the
+    differing fields; `ConfigError` if the student's template ends answers with another token than declared.
     """
     template = encoder.template
     if end_of_turn is not None:
@@ -103,18 +102,18 @@ def check_encoding(
         cache,
         student,
         allow,
-        "its records are of all positions: give the student the teacher's template, max_length and image tokens, "
-        "capture with capture.positions=response, or allow the field by name if you know it does no harm",
+        "it has records of all positions: give the student the teacher's template, max_length and image tokens, "
+        "capture with capture.positions=response, or allow the field by name if you know it is harmless",
     )
 
 
 def check_sequence(
     cache: TeacherCache,
     sequence: TokenizedSequence,
-    exchange: TokenIdSwap | None = None,
+    swap: TokenIdSwap | None = None,
     record: CachedSequence | None = None,
 ) -> None:
-    """Refuse a student's sequence whose supervised ids are not those of the record, which is looked up if not given.
+    """Refuse a student's sequence whose supervised ids differ from those of `record` (None: look it up).
 
     Errors: `CacheError` if the cache has no such sequence; `TargetError` showing the first difference.
     """
@@ -125,7 +124,7 @@ def check_sequence(
             f"sample '{sequence.key}' ({sequence.role}): {length} tokens, the cache has records of {record.n_tokens}: "
             "use the teacher's template and image tokens, or capture with capture.positions=response"
         )
-    check_target_ids(cache, sequence.key, sequence.role, sequence.target_ids_N, exchange, record)
+    check_target_ids(cache, sequence.key, sequence.role, sequence.target_ids_N, swap, record)
 
 
 def check_target_ids(
@@ -133,27 +132,27 @@ def check_target_ids(
     key: str,
     role: str,
     target_ids_N: Ids,
-    exchange: TokenIdSwap | None = None,
+    swap: TokenIdSwap | None = None,
     record: CachedSequence | None = None,
 ) -> None:
-    """Refuse supervised ids that are not those of a sequence's record. Errors: as `check_sequence`."""
+    """Refuse supervised ids that differ from those of a sequence's record. Errors: as `check_sequence`."""
     record = record or cache.sequence(key, role)
-    teachers_N = target_ids_N if exchange is None else exchange.ids(target_ids_N)
+    teachers_N = target_ids_N if swap is None else swap.ids(target_ids_N)
     if record.target_hash == short_hash(hash_ids(teachers_N)):
         return
     theirs, mine = cache.target_ids(key, role), target_ids_N
-    if exchange is not None:
-        theirs = exchange.ids(theirs)
+    if swap is not None:
+        theirs = swap.ids(theirs)
     same = min(len(theirs), len(mine))
     unequal = [index for index in range(same) if theirs[index] != mine[index]]
     where = unequal[0] if unequal else same
     shown = [str(int(side[where])) if where < len(side) else "the end" for side in (theirs, mine)]
     pairs = {(int(theirs[index]), int(mine[index])) for index in unequal}
-    one_token = len(pairs) == 1 and len(theirs) == len(mine) and exchange is None
+    one_token = len(pairs) == 1 and len(theirs) == len(mine) and swap is None
     if role == "mismatched" and not one_token:
         raise TargetError(
-            f"sample '{key}' (mismatched): the response it is paired with is not the cache's: pairs are made "
-            "over a whole set: set data.set to the very set that was captured, or capture this one"
+            f"sample '{key}' (mismatched): its paired response is not the cache's, since pairs depend on "
+            "the whole set: set data.set to the captured set, or capture this one"
         )
     raise TargetError(
         f"sample '{key}' ({role}): its supervised ids are not the cache's: at position {where} the "
@@ -165,19 +164,19 @@ def check_target_ids(
 def _resolve(
     theirs: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, end_of_turn: str, allow: Sequence[str]
 ) -> tuple[dict[str, str], TokenIdSwap]:
-    """Find the exchange of ids under which a student's vocabulary is the teacher's; the first one if none fits."""
+    """Find the swap of ids that turns a student's vocabulary into the teacher's; the first one if none does."""
     tokens = parse_end_of_turn(end_of_turn)
     found = []
-    size = theirs["tokenizer"]["size"]  # a list of them in a cache merged in spite of it
+    size = theirs["tokenizer"]["size"]  # a list in a cache merged with `--allow`
     for limit in (None, size if isinstance(size, int) else None):
         own, special_ids = _known_ids(tokenizer, limit, keep=tokens[1])
         added = set(special_ids)
         if tokens[1] in added and tokens[0] not in own:
             added.add(tokens[0])
-        for vocabulary, exchange in teacher_vocabularies(own, *tokens):
+        for vocabulary, swap in teacher_vocabularies(own, *tokens):
             special = {token: vocabulary[token] for token in added if token in vocabulary}
             described = describe_vocabulary(vocabulary, special)
-            found.append((described, exchange))
+            found.append((described, swap))
             fields = {"tokenizer": {name: theirs["tokenizer"][name] for name in described}}
             if not differences(fields, {"tokenizer": described}, allow=allow):
                 return found[-1]
@@ -187,7 +186,7 @@ def _resolve(
 def _known_ids(
     tokenizer: PreTrainedTokenizerFast, limit: int | None, keep: str | None = None
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """A tokenizer's tokens, and the added ones among them, with ids below `limit`; `keep` whatever its id."""
+    """A tokenizer's tokens, and its added tokens, with ids below `limit`; `keep` is always included."""
     everything, added = tokenizer.get_vocab(), added_tokens(tokenizer)
     if limit is not None:
         everything = {token: number for token, number in everything.items() if number < limit or token == keep}

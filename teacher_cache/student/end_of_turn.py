@@ -1,9 +1,9 @@
-"""A declared exchange of one id: the teacher's end-of-turn token is read as the student's.
+"""A declared swap of two ids: the teacher's end-of-turn token is read as the student's.
 
-Where teacher and student differ in nothing but the token that ends an answer, `cache.end_of_turn: "<A>=<B>"` says so.
-The teacher's id of A and the student's id of B change places in all that is read: supervised ids, heads, draws. As a
-permutation of ids that keeps every distribution one: no id occurs twice, no mass is added or lost, and where a head
-holds both ids each takes the other's mass. Log normalisers, entropy and summed log-probs do not depend on ids' names.
+`cache.end_of_turn: "<A>=<B>"` declares that teacher and student differ only in the token that ends an answer. Reading
+then swaps the teacher's id of A and the student's id of B everywhere: in supervised ids, top-k ids and tail samples.
+Since that permutes ids, every distribution stays one: no id occurs twice, no mass is added or lost, and if both ids are
+among the top-k, each takes the other's mass. Log normalisers, entropy and summed log-probs do not depend on ids.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ Vocabulary = Mapping[str, int]
 
 @dataclass(frozen=True)
 class TokenIdSwap:
-    """Two ids that change places: the teacher's id of its end-of-turn token, and the student's id of its own."""
+    """Two ids to swap: the teacher's id of its end-of-turn token, and the student's id of its own."""
 
     teacher_id: int
     student_id: int
 
     def ids(self, ids: NDArray[Any]) -> NDArray[Any]:
-        """Swap the two ids wherever they occur; it undoes itself."""
+        """Swap the two ids wherever they occur; its own inverse."""
         changed = ids.copy()
         changed[ids == self.teacher_id] = self.student_id
         changed[ids == self.student_id] = self.teacher_id
         return changed
 
     def targets(self, targets: SparseTargets) -> SparseTargets:
-        """The targets as the student's ids name them. Both ids belong to the vocabulary, so V may grow by one."""
+        """Targets in the student's ids. Both ids belong to the vocabulary, so V may grow by one."""
         return replace(
             targets,
             topk_ids_NK=self._tensor(targets.topk_ids_NK),
@@ -47,11 +47,11 @@ class TokenIdSwap:
         )
 
     def vocab_size(self, cached: int) -> int:
-        """The ids that a distribution over `cached` ids ranges over after the exchange."""
+        """The vocabulary size, `cached` before the swap, after it."""
         return max(cached, self.teacher_id + 1, self.student_id + 1)
 
     def profile(self, profile_V: Tensor) -> Tensor:
-        """A tail profile [V] as the student's ids name it, over as many ids as the targets."""
+        """A tail profile [V] in the student's ids, as long as the targets' vocabulary."""
         longer_V = torch.nn.functional.pad(profile_V, (0, self.vocab_size(len(profile_V)) - len(profile_V)))
         changed_V = longer_V.clone()
         changed_V[self.teacher_id], changed_V[self.student_id] = longer_V[self.student_id], longer_V[self.teacher_id]
@@ -67,21 +67,20 @@ def parse_end_of_turn(setting: str) -> tuple[str, str]:
     parts = setting.split("=")
     if len(parts) != 2 or not all(parts):
         raise ConfigError(
-            f"cache.end_of_turn: '{setting}': expected the teacher's token, '=' and the student's, "
-            "such as '<|im_end|>=<|endoftext|>'"
+            f"cache.end_of_turn: '{setting}': expected TEACHER_TOKEN=STUDENT_TOKEN, such as '<|im_end|>=<|endoftext|>'"
         )
     return parts[0], parts[1]
 
 
 def teacher_vocabularies(student: Vocabulary, theirs: str, mine: str) -> Iterator[tuple[dict[str, int], TokenIdSwap]]:
-    """The vocabularies that a teacher can have whose tokenizer differs from the student's in the end of turn alone.
+    """The possible vocabularies of a teacher whose tokenizer differs from the student's only in the end of turn.
 
-    `student` maps tokens to ids; `theirs` and `mine` are the tokens. Which one it is, is decided by its hash. Errors:
-    `ConfigError` if the student has no token `mine`.
+    `student` maps tokens to ids; `theirs` and `mine` are the tokens. Hashes decide which vocabulary is the teacher's.
+    Errors: `ConfigError` if the student has no token `mine`.
     """
     if mine not in student:
         raise ConfigError(
-            f"cache.end_of_turn: the student's tokenizer has no token '{mine}': name the one it ends with"
+            f"cache.end_of_turn: the student's tokenizer has no token '{mine}': name the token that ends its answers"
         )
     own, beyond = student[mine], max(student.values()) + 1
     rest = {token: number for token, number in student.items() if token != mine}

@@ -1,4 +1,4 @@
-"""`cache-teacher verify`: recompute every checksum, decode everything, and name whatever is wrong."""
+"""`cache-teacher verify`: recompute every checksum, decode everything, and list any damage."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from teacher_cache.verify.shard_check import ShardCheck
 
 @dataclass(frozen=True)
 class CacheVerdict:
-    """What `verify` found. `digest` is recomputed from the bytes on disk; `damage` names each thing that is wrong."""
+    """The result of `verify`. `digest` is recomputed from the bytes on disk; `damage` lists every problem."""
 
     ok: bool
     shards: int
@@ -48,8 +48,8 @@ class CacheVerdict:
 class Findings:
     """Everything about a cache, finished or not. Names are relative to the cache.
 
-    `cache` and `job` are the contents of these files where they are sound; `found` is what cache.json would have to say
-    of the files that are there; `damaged` names damaged shards, `strays` what does not belong into `shards/`.
+    `cache` and `job`: the contents of these files if sound; `found`: what cache.json should contain, given the existing
+    files; `damaged`: the names of damaged shards; `strays`: files that do not belong in `shards/`.
     """
 
     finished: bool
@@ -62,16 +62,16 @@ class Findings:
 
 
 def verify_cache(where: Path | str) -> CacheVerdict:
-    """Check a finished cache, by path or URL, byte by byte and number by number. Nothing is changed.
+    """Check every byte and number of a finished cache, by path or URL, without changing anything.
 
-    Errors: `CacheError` if there is no cache, or it is unfinished; damage is not raised but reported. `StorageError` if
+    Errors: `CacheError` if the cache is missing or unfinished; damage is reported, not raised. `StorageError` if
     a bucket cannot be read.
     """
     return verdict_of(examine(open_folder(where)))
 
 
 def verdict_of(findings: Findings) -> CacheVerdict:
-    """Sum up what was found."""
+    """Summarise findings."""
     totals = findings.found["totals"]
     return CacheVerdict(
         ok=not findings.damage,
@@ -84,15 +84,15 @@ def verdict_of(findings: Findings) -> CacheVerdict:
 
 
 def examine(folder: Folder, *, unfinished: bool = False) -> Findings:
-    """Look at everything that a cache holds. Errors: `CacheError` if there is none, or it is not to be `unfinished`."""
+    """Examine all files of a cache. Errors: `CacheError` if it is missing, or unfinished and that is not allowed."""
     names = folder.names() if not isinstance(folder, LocalFolder) or folder.path.is_dir() else set()
     if not names & {CACHE_NAME, JOB_NAME}:
-        raise CacheError(f"cache '{folder.where}': {CACHE_NAME} is missing: it is no cache")
+        raise CacheError(f"cache '{folder.where}': {CACHE_NAME} is missing, so it is not a cache: check the path")
     if not (unfinished or CACHE_NAME in names):
         raise CacheError(f"cache '{folder.where}': {CACHE_NAME} is missing: run `cache-teacher run` again to finish it")
     findings = Findings(CACHE_NAME in names, *_small_files(folder))
     if findings.finished and findings.cache is None:
-        findings.damage.append(f"{CACHE_NAME}: damaged (its digest is not that of its content)")
+        findings.damage.append(f"{CACHE_NAME}: damaged (wrong digest)")
     there = _shards_there(folder)
     said = {str(shard["name"]): shard for shard in findings.cache["shards"]} if findings.cache else {}
     expected = list(said) or list((findings.job or {}).get("shards", sorted(there)))
@@ -102,7 +102,7 @@ def examine(folder: Folder, *, unfinished: bool = False) -> Findings:
     rows: dict[str, SequenceRows] = {}
     for name in tqdm(expected, desc="verify", unit="shard", disable=not sys.stderr.isatty()):
         if not findings.finished and name not in there:
-            continue  # not yet made
+            continue  # not captured yet
         manifest = said[name]["files"][MANIFEST_NAME]["sha256"] if name in said else None
         with folder.copied(f"{SHARDS_NAME}/{name}") as copy:
             check = ShardCheck(copy, name, manifest)
@@ -116,7 +116,7 @@ def examine(folder: Folder, *, unfinished: bool = False) -> Findings:
             except (KeyError, TypeError) as error:
                 check.problems.append(f"{MANIFEST_NAME}: cannot be used: {error!r}")
         if not check.problems and name in said and said[name] != entry:
-            check.problems.append(f"{MANIFEST_NAME}: not what {CACHE_NAME} says")
+            check.problems.append(f"{MANIFEST_NAME}: differs from {CACHE_NAME}")
         shards.append(entry)
         _add(findings, name, check.problems)
     for name, problem in _twice(rows):
@@ -134,7 +134,7 @@ def _add(findings: Findings, shard: str, problems: Iterable[str]) -> None:
 
 
 def _small_files(folder: Folder) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """cache.json and job.json where they are sound: in canonical form, the digest right, the job's checksum right."""
+    """cache.json and job.json if sound: in canonical form, with correct digest and checksum."""
     contents: dict[str, bytes] = {}
     parsed: dict[str, dict[str, Any]] = {}
     for name in (CACHE_NAME, JOB_NAME):
@@ -142,7 +142,7 @@ def _small_files(folder: Folder) -> tuple[dict[str, Any] | None, dict[str, Any] 
             contents[name] = folder.read(name)
             parsed[name] = parse_object(contents[name], name, way_out="")
         except (CacheError, OSError):
-            continue  # damaged or missing: reported by who asked
+            continue  # damaged or missing: the caller reports it
         if canonical(parsed[name]) != contents[name]:
             del parsed[name]
     cache, job = parsed.get(CACHE_NAME), parsed.get(JOB_NAME)
@@ -153,13 +153,13 @@ def _small_files(folder: Folder) -> tuple[dict[str, Any] | None, dict[str, Any] 
             job = None
         if job is not None and job != job_content(job["fingerprint"], job["shards"]):
             job = None
-    except (KeyError, TypeError, AttributeError):  # right checksums over something that no run writes
+    except (KeyError, TypeError, AttributeError):  # correct checksums of content that no run writes
         return None, job
     return cache, job
 
 
 def _beside(folder: Folder, findings: Findings, shards: list[dict[str, Any]]) -> None:
-    """Check the files beside the shards, and put together what cache.json would have to say."""
+    """Check the files beside the shards, and assemble what cache.json should contain."""
     files = {}
     for name in (JOB_NAME, REJECTED_NAME):
         try:
@@ -174,7 +174,7 @@ def _beside(folder: Folder, findings: Findings, shards: list[dict[str, Any]]) ->
     job = findings.job or findings.cache or {"fingerprint": {}}
     findings.found = cache_content(job, shards, files)
     if findings.cache is not None and findings.found["digest"] != findings.cache["digest"] and not findings.damage:
-        findings.damage.append(f"{CACHE_NAME}: its digest is not that of the files")
+        findings.damage.append(f"{CACHE_NAME}: its digest does not match the files")
 
 
 def _twice(rows: dict[str, SequenceRows]) -> Iterator[tuple[str, str]]:
@@ -187,7 +187,7 @@ def _twice(rows: dict[str, SequenceRows]) -> Iterator[tuple[str, str]]:
 
 
 def _shards_there(folder: Folder) -> set[str]:
-    """Everything below `shards/` that is not hidden, by its first name."""
+    """The names directly below `shards/` that are not hidden."""
     if isinstance(folder, LocalFolder):
         below = LocalFolder(folder.path / SHARDS_NAME).names()
     else:

@@ -1,4 +1,4 @@
-"""`cache-teacher verify --repair`: take away what is damaged, so that `cache-teacher run` makes just that again."""
+"""`cache-teacher verify --repair`: remove damaged shards, so that `cache-teacher run` captures just those again."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from teacher_cache.verify.cache import examine
 
 @dataclass(frozen=True)
 class Repair:
-    """What a repair found and did; names are relative to the cache.
+    """The result of a repair; names are relative to the cache.
 
-    `shards` are those that a run has to make again (also those that were not made yet); `left` lies beside the cache's
-    own files and was not touched.
+    `shards`: those that a run must capture, including those never captured; `left`: other files in the folder,
+    untouched.
     """
 
     damage: list[str]
@@ -38,8 +38,8 @@ class Repair:
 def repair_cache(where: Path | str) -> Repair:
     """Remove a cache's damaged shards, what depends on them, leftovers of killed writers and strays in `shards/`.
 
-    A damaged `job.json` is written anew from `cache.json`. Not to be used while a run writes the cache.
-    Errors: `CacheError` if there is no cache, its disk refuses, or `job.json` is damaged and `cache.json` too.
+    Restores a damaged `job.json` from `cache.json`. Do not use it while a run writes the cache.
+    Errors: `CacheError` if the cache is missing or cannot be written, or both `job.json` and `cache.json` are damaged.
     """
     folder = open_folder(where)
     findings = examine(folder, unfinished=True)
@@ -48,15 +48,14 @@ def repair_cache(where: Path | str) -> Repair:
         if findings.job is None:
             if findings.cache is None:
                 raise CacheError(
-                    f"{folder.where}/{JOB_NAME}: damaged or missing, and no sound {CACHE_NAME} to restore it from, so "
-                    "nothing says what the shards were made from: put back a copy of one of the two, or remove the "
-                    "folder and run again"
+                    f"{folder.where}/{JOB_NAME}: damaged or missing, and so is {CACHE_NAME}, from which it could be "
+                    "restored: put back a copy of either, or remove the folder and rerun"
                 )
             job = job_content(findings.cache["fingerprint"], [shard["name"] for shard in findings.cache["shards"]])
             if sha256_bytes(canonical(job)) != findings.cache["files"][JOB_NAME]["sha256"]:
                 raise CacheError(
-                    f"{folder.where}/{JOB_NAME}: damaged, and {CACHE_NAME} speaks of another one: put back a copy of "
-                    "it, or remove the folder and run again"
+                    f"{folder.where}/{JOB_NAME}: damaged, and {CACHE_NAME} does not match it: put back a copy, or "
+                    "remove the folder and rerun"
                 )
             folder.write(JOB_NAME, canonical(job))
             findings.job = job
@@ -64,7 +63,7 @@ def repair_cache(where: Path | str) -> Repair:
         names = folder.names()
         strays = set(findings.strays)
         if any(line.partition(":")[0] not in {*strays, JOB_NAME} for line in findings.damage):
-            # cache.json first: without it nobody takes the rest for a whole cache
+            # cache.json first: without it the cache counts as unfinished
             for name in (CACHE_NAME, REJECTED_NAME):
                 if name in names:
                     folder.remove_files([name])
@@ -89,7 +88,7 @@ def repair_cache(where: Path | str) -> Repair:
 
 
 def repair_lines(where: str, done: Repair) -> list[str]:
-    """What a repair did, as text."""
+    """A repair as lines of text."""
     lines = [f"found: {problem}" for problem in done.damage]
     lines += [f"restored: {name}" for name in done.restored]
     lines += [f"removed: {name}" for name in done.removed]
@@ -97,5 +96,5 @@ def repair_lines(where: str, done: Repair) -> list[str]:
     if done.shards or CACHE_NAME in done.removed:
         rest = f"{CACHE_NAME} and {REJECTED_NAME}"
         missing = f"{len(done.shards)} missing shards, {rest}" if done.shards else rest
-        return [*lines, f"{where}: run `cache-teacher run` with the same settings to make {missing}"]
+        return [*lines, f"{where}: run `cache-teacher run` with the same settings to write {missing}"]
     return [*lines, f"{where}: sound"]

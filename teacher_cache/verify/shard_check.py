@@ -1,6 +1,6 @@
-"""What can be wrong with one shard: checksums, counts, and every number that can be checked by itself.
+"""Checks of one shard: checksums, counts, and every number that can be checked on its own.
 
-Shape suffixes: N positions of a block or a sequence, H entries of their heads.
+Shape suffixes: N positions of a block or a sequence, H their top-k ids.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _ROUNDING = 1e-3
 
 
 class ShardCheck:
-    """A shard's folder, examined. `problems` begin with a file's name; `strays` are files that no manifest names.
+    """An examined folder of a shard. `problems` begin with a file's name; `strays`: files not in the manifest.
 
-    `manifest` and `rows` are there if they can be used; `content` is the manifest's, empty if there is none.
+    `manifest` and `rows`: None if unusable; `content`: the manifest's bytes, empty if it is missing.
     """
 
     def __init__(self, folder: Path, name: str, manifest_sha256: str | None) -> None:
@@ -54,13 +54,13 @@ class ShardCheck:
             return
         self.content = (folder / MANIFEST_NAME).read_bytes()
         if manifest_sha256 not in (None, found["sha256"]):
-            self.problems.append(f"{MANIFEST_NAME}: damaged (not what cache.json says)")
+            self.problems.append(f"{MANIFEST_NAME}: damaged (differs from cache.json)")
             return
         try:
             manifest = parse_object(self.content, MANIFEST_NAME, way_out="")
             said: dict[str, dict[str, Any]] = dict(manifest["files"])
             if canonical(manifest) != self.content or manifest["name"] != name:
-                raise ValueError("not as it was written")  # noqa: TRY301
+                raise ValueError("not in canonical form, or of another shard")  # noqa: TRY301
         except (CacheError, KeyError, TypeError, ValueError) as error:
             self.problems.append(f"{MANIFEST_NAME}: cannot be used: {error}")
             return
@@ -70,7 +70,7 @@ class ShardCheck:
             if said[file] != there.get(file):
                 self.problems.append(f"{file}: {'damaged' if file in there else 'missing'}")
         if self.problems:
-            return  # decoding damaged bytes says nothing new
+            return  # decoding damaged bytes would add nothing
         try:
             self.problems += self._content_problems(folder, manifest)
         except (CacheError, KeyError, TypeError, ValueError, IndexError) as error:
@@ -88,7 +88,7 @@ class ShardCheck:
         rejected = (folder / REJECTED_NAME).read_bytes()
         ends = edges(table)
         if ends[-1] != columns.positions:
-            yield f"{SEQUENCES_NAME}: the sequences' positions do not add up to those that are there"
+            yield f"{SEQUENCES_NAME}: the positions of its sequences do not add up to those in {COLUMNS_NAME}"
             return
         counts = {"sequences": len(table), "positions": columns.positions, "heads": 0, "draws": 0}
         counts["rejected"] = rejected.count(b"\n")
@@ -101,7 +101,7 @@ class ShardCheck:
             for name, fine in _number_checks(block, columns.codec.vocab_size):
                 if not fine:
                     yield f"{COLUMNS_NAME}/{name}: holds impossible values"
-            # A block may end within a sequence, which then waits for its other positions.
+            # A block may end within a sequence, whose other positions are in the next one.
             whole = concatenate_records([left, block])
             stop = int(np.searchsorted(ends, ends[row] + len(whole), side="right")) - 1
             *parts, left = whole.split([*np.diff(ends[row : stop + 1]), int(ends[row] + len(whole) - ends[stop])])
@@ -109,14 +109,14 @@ class ShardCheck:
             row = stop
         for name, count in counts.items():
             if manifest[name] != count:
-                yield f"{MANIFEST_NAME}: says {manifest[name]} {name}, there are {count}"
+                yield f"{MANIFEST_NAME}: lists {manifest[name]} {name}, found {count}"
         for line in rejected.splitlines():
             if json.loads(line).keys() != {"key", "role", "reason"}:
-                yield f"{REJECTED_NAME}: a row has other fields than key, role and reason"
+                yield f"{REJECTED_NAME}: a row has fields other than key, role and reason"
 
 
 def _sequence_problems(rows: SequenceRows, first: int, parts: Sequence[Records], codec: Codec) -> Iterator[str]:
-    """Compare records, sequence by sequence, with what the table says of them."""
+    """Compare the records of each sequence with its row of the table."""
     for row, part in enumerate(parts, first):
         entry = rows.sequence(row)
         ids = part.target_ids_N[part.target_ids_N != NO_TARGET].astype("<i8").tobytes()
@@ -125,19 +125,19 @@ def _sequence_problems(rows: SequenceRows, first: int, parts: Sequence[Records],
             total - entry.sum_log_prob
         ) <= _sum_tolerance(part, codec)
         if not same:
-            yield f"{SEQUENCES_NAME}: '{entry.key}' ({entry.role}) does not fit its records"
+            yield f"{SEQUENCES_NAME}: '{entry.key}' ({entry.role}) does not match its records"
 
 
 def _sum_tolerance(part: Records, codec: Codec) -> float:
-    """How far the sum of a sequence's decoded log-probs may lie from the one that was taken before rounding."""
+    """The largest difference between the sums of a sequence's log-probs after and before rounding."""
     if codec.numbers is None:
         return 1e-9 * (1 + float(np.abs(part.target_log_probs_N).sum()))
-    # Twice a log-prob's own error: a head is also shifted as a whole, by about as much, for its mass to be right.
+    # Twice a log-prob's own error: restoring the mass shifts all top-k log-probs by about as much.
     return 1e-3 + 2 * float(log_prob_bound(part.target_log_probs_N, codec.numbers).sum())
 
 
 def _number_checks(records: Records, vocab_size: int) -> Iterator[tuple[str, bool]]:
-    """Each column's name, and whether its numbers can be; ids beyond the vocabulary are refused while decoding."""
+    """Each column's name, and whether its numbers are possible; decoding already refuses ids beyond the vocabulary."""
     for name in ("target_log_probs_N", "topk_log_probs_H", "tail_log_mass_N"):
         values = getattr(records, name)
         yield name[:-2], bool((values <= _ROUNDING).all() and not np.isnan(values).any())
@@ -145,6 +145,6 @@ def _number_checks(records: Records, vocab_size: int) -> Iterator[tuple[str, boo
     yield "entropy", bool((records.entropy_N >= -_ROUNDING).all())
     yield "log_normalisers", bool(np.isfinite(records.log_normalisers_NS).all())
     begins_N = starts(records.topk_counts_N)
-    head_N = np.add.reduceat(np.exp(records.topk_log_probs_H, dtype=np.float64), begins_N) if len(records) else 0.0
-    mass_N = head_N + np.exp(records.tail_log_mass_N, dtype=np.float64)
+    topk_N = np.add.reduceat(np.exp(records.topk_log_probs_H, dtype=np.float64), begins_N) if len(records) else 0.0
+    mass_N = topk_N + np.exp(records.tail_log_mass_N, dtype=np.float64)
     yield "head_log_probs", bool((np.abs(mass_N - 1) <= _ROUNDING).all())

@@ -1,7 +1,7 @@
-"""`cache-teacher merge`: one cache out of finished caches over different data, shard by shard, nothing decoded.
+"""`cache-teacher merge`: merge finished caches over different data, shard by shard, without decoding.
 
-Shards are taken over as they are: hard links on one disk, else copies. One whose name is taken gets another, which its
-manifest says; every other file stays the same to the byte. Interrupted, it goes on where it stopped.
+Shards are hard-linked where possible, else copied. A shard whose name is already used is renamed, also in its manifest;
+all other files stay byte-identical. An interrupted merge resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from teacher_cache.format.manifest import MANIFEST_NAME, SHARDS_NAME, canonical
 from teacher_cache.read.reader import TeacherCache
 from teacher_cache.write.store import CacheStore
 
-# What decides how records are read, and what an id means, is one for a whole cache.
+# These decide how records are read and what an id means, so they must be equal in a whole cache.
 _NEVER_ALLOWED = (
     "capture.vocab_size",
     "capture.temperatures",
@@ -42,7 +42,7 @@ _NEVER_ALLOWED = (
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge made. `renamed`: each shard that got another name, as `CACHE/NAME`, and its name now."""
+    """The result of a merge. `renamed`: the new name of each renamed shard, by `CACHE/NAME`."""
 
     output: str
     caches: int
@@ -55,15 +55,15 @@ class Merged:
 
 
 def merge_caches(caches: Sequence[TeacherCache], output: str, *, allow: Sequence[str] = ()) -> Merged:
-    """Put finished caches together, in the order given.
+    """Merge finished caches in the given order.
 
-    All must have one fingerprint but for `data`, and `allow` names fields that may differ; of such a field the merged
-    fingerprint holds the list of values. `data.digest` is the list of the caches' digests, `data.samples` their sum.
-    Errors: `CacheError` with the differing fields side by side, or naming the first (key, role) that two caches have;
+    Their fingerprints must be equal except for `data` and the fields in `allow`; of these the merged fingerprint lists
+    all values. `data.digest` is the list of the caches' digests, `data.samples` their sum.
+    Errors: `CacheError` listing the differing fields, or naming the first (key, role) that two caches share;
     `ConfigError` for a field that cannot be allowed; the errors of writing a cache.
     """
     if len(caches) < 2:
-        raise ConfigError("merge: name two caches or more")
+        raise ConfigError("merge: pass at least two caches")
     _check_fingerprints(caches, allow)
     _check_keys(caches)
     shards = list(named_shards(caches))
@@ -72,7 +72,7 @@ def merge_caches(caches: Sequence[TeacherCache], output: str, *, allow: Sequence
     missing = set(store.missing())
     for cache, name, new_name in tqdm(shards, desc="merge", unit="shard", disable=not sys.stderr.isatty()):
         if new_name in missing:
-            _take_over(cache, name, store, new_name)
+            _copy_shard(cache, name, store, new_name)
     content = store.finalise()
     return Merged(
         output=output,
@@ -98,7 +98,7 @@ def merged_fingerprint(fingerprints: Sequence[Mapping[str, Any]]) -> dict[str, A
 
 
 def _common(values: Sequence[Any]) -> Any:
-    """One value if all are the same, sections field by field, else the list of the different ones in order."""
+    """The value if all are equal (field by field in sections), else the list of distinct values in order."""
     if all(isinstance(value, Mapping) for value in values):
         fields = dict.fromkeys(field for value in values for field in value)
         return {field: _common([value.get(field) for value in values]) for field in fields}
@@ -114,7 +114,7 @@ def _check_fingerprints(caches: Sequence[TeacherCache], allow: Sequence[str]) ->
         found = differences(*sides, allow=[*allow, "data"], names=(f"'{first.path}'", f"'{other.path}'"))
         if found:
             raise CacheError(
-                f"merge: the caches were made from other settings: {'; '.join(found)}: "
+                f"merge: the caches have different settings: {'; '.join(found)}: "
                 "capture one of them again, or allow a field by name if you know it does no harm"
             )
         for field in _NEVER_ALLOWED:
@@ -124,7 +124,7 @@ def _check_fingerprints(caches: Sequence[TeacherCache], allow: Sequence[str]) ->
 
 
 def _check_keys(caches: Sequence[TeacherCache]) -> None:
-    """Refuse a sequence that two caches have. Errors: `CacheError` naming the first in the order of the later cache."""
+    """Refuse a sequence that two caches share. Errors: `CacheError` naming the first, in the later cache's order."""
     for number, cache in enumerate(caches):
         for earlier in caches[:number]:
             twice = {(key, role) for role in cache.roles for key in earlier.keys(role) & cache.keys(role)}
@@ -132,12 +132,12 @@ def _check_keys(caches: Sequence[TeacherCache]) -> None:
                 key, role = next(item for item in cache.items() if item in twice)
                 raise CacheError(
                     f"merge: sample '{key}' ({role}) is in cache '{earlier.path}' and in '{cache.path}', with "
-                    f"{len(twice) - 1} more: a cache holds a sequence once: capture the sets under different keys"
+                    f"{len(twice) - 1} more: a cache holds each sequence once: capture the sets with different keys"
                 )
 
 
 def named_shards(caches: Sequence[TeacherCache]) -> Iterator[tuple[TeacherCache, str, str]]:
-    """Every shard with its cache, its name there, and its name in the merged cache: the same if it is free."""
+    """Every shard with its cache, its name there, and its name in the merged cache: the same if unused."""
     every = {name for cache in caches for name in cache.shard_names}
     taken: set[str] = set()
     for cache in caches:
@@ -150,7 +150,7 @@ def named_shards(caches: Sequence[TeacherCache]) -> Iterator[tuple[TeacherCache,
             yield cache, name, new_name
 
 
-def _take_over(cache: TeacherCache, name: str, store: CacheStore, new_name: str) -> None:
+def _copy_shard(cache: TeacherCache, name: str, store: CacheStore, new_name: str) -> None:
     source = open_folder(cache.path)
     try:
         with (
@@ -165,16 +165,16 @@ def _take_over(cache: TeacherCache, name: str, store: CacheStore, new_name: str)
                 else:
                     _link(file, target)
     except FileExistsError:
-        return  # another process that merges the same was faster
+        return  # another process merging the same caches was faster
     except OSError as error:
         raise CacheError(
-            f"shard '{name}' of cache '{cache.path}': cannot be taken over: {error.strerror or error}: "
-            "make room or leave, and merge again to go on"
+            f"shard '{name}' of cache '{cache.path}': cannot be copied: {error.strerror or error}: "
+            "free disk space or fix permissions, then merge again to resume"
         ) from error
 
 
 def _link(file: Path, target: Path) -> None:
     try:
         os.link(file, target)
-    except OSError:  # another disk, or one that knows no hard links
+    except OSError:  # another disk, or a file system without hard links
         shutil.copyfile(file, target)

@@ -1,8 +1,8 @@
 """Writing a cache: one immutable cache shard for each data shard, committed atomically; `cache.json` last.
 
-A kill leaves committed shards and perhaps a hidden folder aside, which the next run removes; behind a URL, perhaps the
-files of a shard without its manifest, which the next run writes anew. Several processes and machines may write one
-cache, each its own shards, in any order: the result is the same to the byte.
+A killed run leaves committed shards and perhaps a hidden folder, which the next run removes, or, in an object store,
+the files of a shard without its manifest, which the next run rewrites. Several processes and machines may write one
+cache, each its own shards, in any order, with byte-identical results.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _BAD_JOB = f"{_REPAIR}, which restores it from {CACHE_NAME}; without that file, 
 
 
 class CacheStore:
-    """A cache being written, on a disk or behind a URL. Nothing is written before `start`."""
+    """A cache being written, local or remote. Nothing is written before `start`."""
 
     def __init__(self, folder: Folder, job: Mapping[str, Any]) -> None:
         self.folder = folder
@@ -63,10 +63,10 @@ class CacheStore:
         *,
         allow: Sequence[str] = (),
     ) -> CacheStore:
-        """Look at a path or URL: a new cache, or one to go on with; nothing is written.
+        """Open a new cache, or one to continue, at a path or URL; nothing is written.
 
-        Errors: `CacheError` if the folder holds something else, or a cache of another fingerprint (differing fields
-        side by side; those named in `allow` may differ); `StorageError` if a bucket cannot be used.
+        Errors: `CacheError` if the folder contains something else, or a cache with another fingerprint (lists differing
+        fields; those named in `allow` may differ); `StorageError` if a bucket cannot be used.
         """
         folder = open_folder(where)
         job = job_content(fingerprint, shard_names)
@@ -75,7 +75,7 @@ class CacheStore:
         except (FileNotFoundError, NotADirectoryError):
             if _occupied(folder):
                 raise CacheError(
-                    f"output '{folder.where}': exists and holds no teacher cache: choose another output"
+                    f"output '{folder.where}': exists but is not a teacher cache: choose another output"
                 ) from None
             return cls(folder, job)
         except OSError as error:
@@ -84,14 +84,14 @@ class CacheStore:
         return cls(folder, _same_job(folder, content, job, allow))
 
     def start(self) -> None:
-        """Make the folder and say in it what it will hold; clear what killed writers left. Errors: `CacheError`."""
+        """Create the folder and its job.json; remove leftovers of killed writers. Errors: `CacheError`."""
         try:
             for name in (JOB_NAME, CACHE_NAME, REJECTED_NAME, f"{SHARDS_NAME}/*"):
                 self.folder.clear_leftovers(name)
             if not self.folder.create(JOB_NAME, canonical(self.job)):
-                # Two runs that began at once must not make one cache with different settings.
+                # Two runs that started together must not write one cache with different settings.
                 _same_job(self.folder, self.folder.read(JOB_NAME), self.job, ())
-            if self.missing():  # shards were taken away since: the cache is unfinished until they are back
+            if self.missing():  # shards were removed: the cache is unfinished until they are back
                 self.folder.remove_files([CACHE_NAME])
         except OSError as error:
             raise CacheError(
@@ -100,11 +100,11 @@ class CacheStore:
 
     @property
     def complete(self) -> bool:
-        """Whether `cache.json` is there."""
+        """Whether `cache.json` exists."""
         return CACHE_NAME in self.folder.names()
 
     def missing(self) -> list[str]:
-        """The shards that are not committed yet, in order."""
+        """The uncommitted shards, in order."""
         names: list[str] = self.job["shards"]
         self._committed |= committed_shards(self.folder, [name for name in names if name not in self._committed])
         return [name for name in names if name not in self._committed]
@@ -112,34 +112,35 @@ class CacheStore:
     def commit(
         self, name: str, captured: Sequence[SequenceRecord], rejected: Sequence[Rejection], codec: Codec
     ) -> None:
-        """Write one shard, whole or not at all. Errors: `CacheError` if the disk is full or refuses; `StorageError`."""
+        """Write one shard atomically. Errors: `CacheError` if the disk is full or refuses; `StorageError`."""
         self.add(name, lambda folder: write_shard(folder, name, captured, rejected, codec))
 
     def add(self, name: str, fill: Callable[[Path], None]) -> None:
-        """Commit one shard, all of whose files `fill` writes into a local folder. Errors as of `commit`."""
+        """Commit one shard, whose files `fill` writes into a local folder. Errors: as `commit`."""
         shard = f"{SHARDS_NAME}/{name}"
         where = f"{self.folder.where}/{shard}"
         _check_folders(self.folder, [name])
         try:
             faster = bool(committed_shards(self.folder, [name]))
             if not faster:
-                self.folder.remove_files([f"{shard}/{MANIFEST_NAME}"])  # of a shard that has lost files
+                self.folder.remove_files([f"{shard}/{MANIFEST_NAME}"])  # left by a shard with missing files
                 with self.folder.commit(shard, MANIFEST_NAME) as folder:
                     fill(folder)
         except FileExistsError as error:
             faster = True
-            if not isinstance(self.folder, LocalFolder):  # files of both may lie there
-                raise CacheError(f"{where}: two processes wrote it at once: {_REPAIR}, then run again") from error
+            if not isinstance(self.folder, LocalFolder):  # it may contain files of both
+                raise CacheError(f"{where}: two processes wrote it at the same time: {_REPAIR}, then rerun") from error
         except OSError as error:
             raise CacheError(
-                f"{where}: cannot be written: {error.strerror or error}: make room or leave, and run again to resume"
+                f"{where}: cannot be written: {error.strerror or error}: free disk space or fix permissions, then "
+                "rerun to resume"
             ) from error
         if faster:
-            _LOG.warning("shard %s: another process has committed it meanwhile; its copy stays", name)
+            _LOG.warning("shard %s: another process committed it first; keeping that copy", name)
         self._committed.add(name)
 
     def outcomes(self, names: Sequence[str]) -> tuple[int, list[Rejection]]:
-        """How many sequences some committed shards hold, and which they rejected. Errors: `CacheError`."""
+        """The number of sequences in some committed shards, and their rejections. Errors: `CacheError`."""
         captured = 0
         rejected = []
         try:
@@ -149,13 +150,11 @@ class CacheStore:
             for content in self._read_all(names, REJECTED_NAME):
                 rejected += [Rejection(**json.loads(line)) for line in content.splitlines()]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CacheError(
-                f"{self.folder.where}: a shard cannot be read ({error}): {_REPAIR}, then run again"
-            ) from error
+            raise CacheError(f"{self.folder.where}: a shard cannot be read ({error}): {_REPAIR}, then rerun") from error
         return captured, rejected
 
     def finalise(self) -> dict[str, Any]:
-        """Write `rejected.jsonl` and `cache.json`, unless that is done; all shards must be committed.
+        """Write `rejected.jsonl` and `cache.json` if missing; all shards must be committed.
 
         Returns the content of cache.json.
         """
@@ -175,10 +174,10 @@ class CacheStore:
             )
             self.folder.write(CACHE_NAME, canonical(cache))
         except FileNotFoundError as error:
-            raise CacheError(f"{error.filename or error}: missing: {_REPAIR}, then run again") from error
+            raise CacheError(f"{error.filename or error}: missing: {_REPAIR}, then rerun") from error
         except OSError as error:
             raise CacheError(
-                f"{self.folder.where}: cannot be written: {error.strerror or error}: run again to finish"
+                f"{self.folder.where}: cannot be written: {error.strerror or error}: rerun to finish"
             ) from error
         return cache
 
@@ -189,8 +188,8 @@ class CacheStore:
 def committed_shards(folder: Folder, names: Iterable[str]) -> set[str]:
     """Which of the named shards are committed.
 
-    On a disk: those whose folder is there. Behind a URL, where nothing is renamed: those whose manifest is there, as
-    are all files that it names, in their sizes.
+    Local: those whose folder exists. Remote, where nothing is renamed: those whose manifest exists, and every file
+    that it names, with its size.
     """
     wanted = list(names)
     if isinstance(folder, LocalFolder):
@@ -234,7 +233,7 @@ def _is_whole(manifest: bytes, sizes: Mapping[str, int]) -> bool:
         files = parse_object(manifest, "", way_out="")["files"]
         return all(sizes.get(name) == entry["bytes"] for name, entry in files.items())
     except (CacheError, KeyError, TypeError, AttributeError):
-        return False  # written in part, by a store that does not write whole files at once
+        return False  # partly written, by a store without atomic writes
 
 
 def _rejected_line(item: Rejection) -> bytes:
@@ -243,13 +242,13 @@ def _rejected_line(item: Rejection) -> bytes:
 
 
 def _check_folders(folder: Folder, names: Iterable[str]) -> None:
-    """Refuse a file where shards, or one of them, must be a folder. Errors: `CacheError` naming it."""
+    """Refuse a file in place of the folder of shards or of one shard. Errors: `CacheError` naming it."""
     if not isinstance(folder, LocalFolder):
         return
     shards = folder.path / SHARDS_NAME
     for path in (shards, *(shards / name for name in names)):
         if path.exists() and not path.is_dir():
-            raise CacheError(f"{path}: is a file where the cache has a folder: remove it, or choose another output")
+            raise CacheError(f"{path}: is a file, but must be a folder: remove it, or choose another output")
 
 
 def _occupied(folder: Folder) -> bool:
@@ -259,16 +258,16 @@ def _occupied(folder: Folder) -> bool:
 
 
 def _same_job(folder: Folder, content: bytes, job: Mapping[str, Any], allow: Sequence[str]) -> dict[str, Any]:
-    """The job that a cache was begun with. Errors: `CacheError` if it is not this one."""
+    """The job.json of an existing cache. Errors: `CacheError` if it differs from this job."""
     there = parse_object(content, f"{folder.where}/{JOB_NAME}", way_out=_BAD_JOB)
     if there.get("digest") != content_digest(there):
-        raise CacheError(f"{folder.where}/{JOB_NAME}: damaged (its digest is not that of its content): {_BAD_JOB}")
+        raise CacheError(f"{folder.where}/{JOB_NAME}: damaged (wrong digest): {_BAD_JOB}")
     found = differences(there["fingerprint"], job["fingerprint"], allow=allow)
     if there["shards"] != job["shards"] and "data" not in allow:
         found.append(f"shards: there {len(there['shards'])}, now {len(job['shards'])}")
     if found:
         raise CacheError(
-            f"output '{folder.where}': holds a cache made from other settings: {'; '.join(found)}: "
-            "choose another output, or give the same settings again"
+            f"output '{folder.where}': contains a cache with different settings: {'; '.join(found)}: "
+            "choose another output, or use the same settings"
         )
     return there

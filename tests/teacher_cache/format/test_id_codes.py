@@ -53,7 +53,7 @@ def test_ranks_follow_frequency_then_id(ids: list[int], limit: int) -> None:
     assert by_rank[ranks_by_id(by_rank)].tolist() == list(range(41))
 
 
-@pytest.mark.parametrize(("table", "problem"), [([3, 3], "twice"), ([1, 50], "beyond"), ([-1], "beyond")])
+@pytest.mark.parametrize(("table", "problem"), [([3, 3], "duplicates"), ([1, 50], "exceeds"), ([-1], "exceeds")])
 def test_a_damaged_table_is_refused(table: list[int], problem: str) -> None:
     with pytest.raises(CacheError, match=problem):
         ids_by_rank(np.array(table, np.int32), 50)

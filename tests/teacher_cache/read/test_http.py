@@ -75,7 +75,7 @@ def test_what_a_web_server_has_is_read_as_from_a_disk(
 
 def test_what_a_web_server_lacks_is_named(served: str, tmp_path: Path) -> None:
     staging = DiskCache(tmp_path / "staging", 10**9)
-    with pytest.raises(CacheError, match=rf"cache '{served}/set': has no {CACHE_NAME}, so it is no teacher cache"):
+    with pytest.raises(CacheError, match=rf"cache '{served}/set': has no {CACHE_NAME}, so it is not a teacher cache"):
         open_cache(f"{served}/set", staging=staging)
     with pytest.raises(CacheError, match=r"unfinished .*run `cache-teacher run` again"):
         open_cache(f"{served}/unfinished", staging=staging)

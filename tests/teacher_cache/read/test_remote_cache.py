@@ -218,7 +218,7 @@ def test_two_writers_of_one_shard_are_found_out(bucket: str, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(RemoteFolder, "create", too_late)
         with pytest.raises(
-            CacheError, match=r"s-0: two processes wrote it at once: run `cache-teacher verify --repair`"
+            CacheError, match=r"s-0: two processes wrote it at the same time: run `cache-teacher verify --repair`"
         ):
             write_cache(f"{bucket}/c")
     assert write_cache(f"{bucket}/c") == write_cache(f"{bucket}/d")
@@ -229,7 +229,7 @@ def test_what_is_no_cache_is_one_line(bucket: str, where: str) -> None:
     url = f"{bucket}-none/c" if where == "missing" else f"{bucket}/c"
     if where == "else":
         open_folder(url).write("thesis.txt", b"mine")
-        with pytest.raises(CacheError, match="holds no teacher cache: choose another output"):
+        with pytest.raises(CacheError, match="is not a teacher cache: choose another output"):
             write_cache(url)
     reason, error = ("no such bucket", StorageError) if where == "missing" else ("no teacher cache", CacheError)
     with pytest.raises(error, match=reason) as caught:

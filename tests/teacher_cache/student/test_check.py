@@ -266,8 +266,8 @@ def test_a_student_may_have_more_tokens_behind_the_teachers() -> None:
 @pytest.mark.parametrize(
     ("setting", "problem"),
     [
-        ("<|im_end|>", "expected the teacher's token, '=' and the student's"),
-        ("=<|im_end|>", "expected the teacher's token, '=' and the student's"),
+        ("<|im_end|>", "expected TEACHER_TOKEN=STUDENT_TOKEN"),
+        ("=<|im_end|>", "expected TEACHER_TOKEN=STUDENT_TOKEN"),
         ("<|im_end|>=<|eot|>", "the student's tokenizer has no token '<|eot|>'"),
     ],
 )

@@ -66,7 +66,7 @@ def test_a_lost_or_foreign_shard_is_named(copied: Callable[[], Path]) -> None:
         ("target_slots", 200, "cannot be decoded"),
         ("head_counts", 0, "ids for"),
         ("head_counts", 9, "ids for"),
-        ("outside_log_probs", 60000, "does not fit its records"),
+        ("outside_log_probs", 60000, "does not match its records"),
     ],
 )
 def test_impossible_numbers_under_right_checksums_are_found(
@@ -137,7 +137,7 @@ def test_a_sequence_that_is_there_twice_is_named(tmp_path: Path) -> None:
 
 
 def test_no_cache_and_an_unfinished_one_are_errors(tmp_path: Path, copied: Callable[[], Path]) -> None:
-    with pytest.raises(CacheError, match="it is no cache"):
+    with pytest.raises(CacheError, match="it is not a cache"):
         verify_cache(tmp_path)
     path = copied()
     (path / CACHE_NAME).unlink()

@@ -183,9 +183,9 @@ def test_a_damaged_job_is_restored_from_cache_json(copy: Path, whole: Path, harm
 
 def test_a_cache_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(CacheError, match="it is no cache"):
+    with pytest.raises(CacheError, match="it is not a cache"):
         repair_cache(tmp_path)
-    with pytest.raises(CacheError, match="it is no cache"):
+    with pytest.raises(CacheError, match="it is not a cache"):
         repair_cache(tmp_path / "nowhere")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -242,7 +242,7 @@ def test_the_command_says_what_it_removed(copy: Path, capsys: pytest.CaptureFixt
         f"removed: {CACHE_NAME}",
         f"removed: {REJECTED_NAME}",
         f"removed: shards/{NAMES[1]}",
-        f"{copy}: run `cache-teacher run` with the same settings to make 1 missing shards, {CACHE_NAME} and "
+        f"{copy}: run `cache-teacher run` with the same settings to write 1 missing shards, {CACHE_NAME} and "
         f"{REJECTED_NAME}",
     ]
     write_cache(copy)

@@ -183,7 +183,7 @@ def test_an_output_that_holds_something_else_is_left_alone(parts: Parts, tmp_pat
     caches = [open_cache(parts.first), open_cache(parts.second)]
     shutil.copytree(parts.first, tmp_path / "busy")
     before = _files(tmp_path / "busy")
-    with pytest.raises(CacheError, match="holds a cache made from other settings"):
+    with pytest.raises(CacheError, match="contains a cache with different settings"):
         merge_caches(caches, str(tmp_path / "busy"))
     assert _files(tmp_path / "busy") == before
     with pytest.raises(ConfigError, match="two caches or more"):

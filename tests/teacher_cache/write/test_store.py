@@ -64,7 +64,7 @@ def test_a_failed_commit_leaves_nothing_and_can_be_repeated(tmp_path: Path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(store_module, "write_sequences", full)
-        with pytest.raises(CacheError, match="No space left on device: make room or leave, and run again to resume"):
+        with pytest.raises(CacheError, match="No space left on device: free disk space or fix permissions, then rerun to resume"):
             store.commit("s-0", captured("s-0"), [], CODEC)
     assert list((tmp_path / "c" / "shards").iterdir()) == []
     store.commit("s-0", captured("s-0"), [], CODEC)
@@ -104,7 +104,7 @@ def test_something_else_at_the_output_is_left_alone(tmp_path: Path, there: str) 
         output.mkdir()
         (output / "thesis.txt").write_text("mine")
     before = file_entries(tmp_path)
-    with pytest.raises(CacheError, match="holds no teacher cache: choose another output"):
+    with pytest.raises(CacheError, match="is not a teacher cache: choose another output"):
         CacheStore.open(output, FINGERPRINT, NAMES)
     assert file_entries(tmp_path) == before
 
@@ -135,7 +135,7 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path, place: str) ->
     file = tmp_path / "c" / place
     file.parent.mkdir(exist_ok=True)
     file.write_text("mine")
-    problem = rf"c/{place}: is a file where the cache has a folder: remove it, or choose another output"
+    problem = rf"c/{place}: is a file, but must be a folder: remove it, or choose another output"
     with pytest.raises(CacheError, match=problem):
         CacheStore.open(tmp_path / "c", FINGERPRINT, NAMES)
     with pytest.raises(CacheError, match=problem):

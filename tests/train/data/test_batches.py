@@ -119,7 +119,7 @@ def test_a_student_is_built_from_a_tower_and_a_language_model(world: World, tmp_
         ("sft", ["data.set={student}"], "has no set.json"),
         ("sft", ["data.set={pairs}"], "is a preference, the stage needs conversations"),
         ("preference", ["data.set={chats}"], "is a conversation, the stage needs preferences"),
-        ("mimic_dense", ["cache.path={chats}"], "it is no teacher cache"),
+        ("mimic_dense", ["cache.path={chats}"], "it is not a teacher cache"),
         (
             "preference",
             ["cache.path={chats_cache}"],

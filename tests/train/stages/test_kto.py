@@ -153,7 +153,7 @@ def test_a_set_that_pairs_otherwise_is_refused(world: World, tmp_path: Path, cac
     gone = next(n for n, sample in enumerate(samples) if texts.count(sample.chosen or "") == 1)
     write_set([*samples[:gone], *samples[gone + 1 :]], tmp_path / "fewer")
     settings = (f"cache.path={cache}", f"data.set={tmp_path / 'fewer'}", "batch.global_size=23", "batch.micro_size=23")
-    with pytest.raises(TargetError, match=r"\(mismatched\): the response it is paired with is not the cache's"):
+    with pytest.raises(TargetError, match=r"\(mismatched\): its paired response is not the cache's"):
         prepare(world.config("preference", tmp_path / "run", "loss.kind=kto", *settings), ONE)
     train(world.config("preference", tmp_path / "pairs", *settings, "steps=1"))  # without it the two need not agree
 
