@@ -1,9 +1,10 @@
-"""Looking sequences up by (key, role): all hashes of a cache sorted once, keys compared where hashes are equal.
+"""Look-up of sequences by (key, role): all hashes of a cache sorted once, keys compared where hashes are equal.
 
-Hashes are made when they are first asked for and live in memory alone; what stands in the order of the cache is found
-without them. No Python object per sequence is kept.
+Hashes are computed on first use and kept in memory only; keys in the order of the cache are found without them. Arrow's
+`index_in` would rebuild its table of all keys for every batch (0.25 s at a million keys, against 0.1 ms), so it serves
+only look-ups of many keys at once.
 
-Shape suffixes: Q sequences of a cache (of a shard, where one is at hand), B of them looked up at once.
+Shape suffixes: Q sequences of a cache (or of one shard), B of them looked up at once, K keys of a column.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from teacher_cache.format.sequences import SequenceRows, string_buffers
@@ -22,21 +24,21 @@ from teacher_cache.format.sequences import SequenceRows, string_buffers
 _WORD = 8
 _MIX = 0xBF58476D1CE4E5B9
 _SHIFT = 32
-# Strings one after another: their bytes, where each begins, and where the last one ends.
+# Concatenated strings: their bytes, and the offsets between them.
 Texts = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 
 class SequenceIndex:
-    """Where the sequence of each (key, role) lies: rows count through all shards, in their order."""
+    """The row of each (key, role); rows are numbered across shards, in their order."""
 
     def __init__(self, shards: Sequence[SequenceRows]) -> None:
         self.shards = shards
         self.first_rows = np.cumsum([0, *(len(rows) for rows in shards)])
-        # Where a sequence's positions begin, counted through all shards.
+        # Where each sequence's positions begin, numbered across shards.
         self.starts_Q = np.zeros(len(self) + 1, np.int64)
         if shards:
             np.cumsum(np.concatenate([rows.n_position_Q for rows in shards]), dtype=np.int64, out=self.starts_Q[1:])
-        # The lowest bits of a hash make room for the row: numbers are sorted several times as fast as places are.
+        # The lowest bits of a hash give way to the row: sorting numbers is several times as fast as sorting indices.
         self._row_bits = np.uint64((1 << len(self).bit_length()) - 1)
 
     def __len__(self) -> int:
@@ -44,7 +46,7 @@ class SequenceIndex:
 
     @cached_property
     def _sorted(self) -> tuple[NDArray[np.uint64], NDArray[np.integer]]:
-        """The hashes of all rows, rising, and which row each is of."""
+        """The hashes of all rows, sorted, and the row of each."""
         salts_Q = np.empty(len(self), np.uint64)
         for rows, start, stop in zip(self.shards, self.first_rows, self.first_rows[1:], strict=False):
             salts = np.array([role_salt(name) for name in rows.role_names], np.uint64)
@@ -64,7 +66,7 @@ class SequenceIndex:
         return self._sorted[1]
 
     def find(self, items: Sequence[tuple[str, str]]) -> NDArray[np.int64]:
-        """The row of each (key, role), −1 where there is none."""
+        """The row of each (key, role), −1 if missing."""
         keys = [key.encode() for key, _ in items]
         ends = np.cumsum([0, *map(len, keys)], dtype=np.int64)
         salts_B = np.array([role_salt(role) for _, role in items], np.uint64)
@@ -79,16 +81,16 @@ class SequenceIndex:
         return rows_B
 
     def rows(self, keys: pa.ChunkedArray, role: str, likely: Iterable[tuple[int, int, int]] = ()) -> NDArray[np.int64]:
-        """The row of each key in one role, −1 where there is none; for millions of keys at once.
+        """The row of each key in one role, −1 if missing; for millions of keys at once.
 
-        `likely`: shards, and where the keys begin and end that may be theirs in their order: those are seen at once.
+        `likely`: shards, each with the range of `keys` that are probably its keys in order, which is checked first.
         """
         rows_K = np.full(len(keys), -1, np.int64)
         chunk_ends = np.cumsum([0, *map(len, keys.chunks)])
         for shard, start, stop in likely:
             number = int(np.searchsorted(chunk_ends, start, side="right")) - 1
             inside = number < keys.num_chunks and stop <= chunk_ends[number + 1]
-            # Cut out of its chunk: to cut a column of thousands of chunks takes a look at each.
+            # Slice the chunk: slicing a column of thousands of chunks visits each of them.
             piece = keys.chunk(number).slice(start - chunk_ends[number], stop - start) if inside else keys[start:stop]
             text, ends = string_buffers(piece) if inside else column_texts(piece)
             locals_K = self.shards[shard].rows_in_order(text, ends, role)
@@ -100,35 +102,22 @@ class SequenceIndex:
         return rows_K
 
     def _found(self, keys: pa.ChunkedArray, role: str) -> NDArray[np.int64]:
-        found_K = np.full(len(keys), -1, np.int64)
-        if not len(self):
-            return found_K
-        mine = column_texts(keys)
-        hashes_K = key_hashes(*mine, np.full(len(keys), role_salt(role), np.uint64)) & ~self._row_bits
-        order_K = np.argsort(hashes_K)
-        places_K = np.searchsorted(self._hashes_Q, hashes_K[order_K])  # sorted, so that few reads miss the caches
-        same_K = self._hashes_Q.take(places_K, mode="clip") == hashes_K[order_K]
-        asked_M, rows_M = order_K[same_K], self._order_Q[places_K[same_K]].astype(np.int64)
-        of_role_Q = np.concatenate([rows.of_role(role) for rows in self.shards])
-        equal_M = of_role_Q[rows_M] & _equal_texts(mine, asked_M, self._texts(), rows_M)
-        found_K[asked_M[equal_M]] = rows_M[equal_M]
-        for number in asked_M[~equal_M].tolist():  # another key of that hash comes first
-            found_K[number] = self.find_one(keys[number].as_py(), role)
-        return found_K
+        of_role_Q = np.concatenate([np.zeros(0, np.bool_), *(rows.of_role(role) for rows in self.shards)])
+        stored = pa.chunked_array([rows.table.column("key") for rows in self.shards], pa.string())
+        places_K = pc.index_in(keys, value_set=stored.filter(pa.array(of_role_Q))).fill_null(-1).to_numpy()
+        return np.append(np.flatnonzero(of_role_Q), -1)[places_K]
 
     def find_one(self, key: str, role: str) -> int:
-        """The row of one (key, role), −1 if there is none."""
-        content = key.encode()
-        wanted = np.uint64(key_hash(content, role_salt(role))) & ~self._row_bits
-        return self._search(int(self._hashes_Q.searchsorted(wanted)), wanted, content, role)
+        """The row of one (key, role), −1 if missing."""
+        return int(self.find([(key, role)])[0])
 
     def places(self, rows_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The shards of rows, and the rows in these shards' tables."""
+        """The shards of rows, and their rows in the shards' tables."""
         shards_B = np.searchsorted(self.first_rows, rows_B, side="right") - 1
         return shards_B, rows_B - self.first_rows[shards_B]
 
     def repeated(self) -> list[int]:
-        """The rows whose (key, role) an earlier row has too."""
+        """The rows whose (key, role) an earlier row has."""
         found = []
         for place in (np.flatnonzero(self._hashes_Q[1:] == self._hashes_Q[:-1]) + 1).tolist():
             first = int(np.searchsorted(self._hashes_Q, self._hashes_Q[place]))
@@ -138,7 +127,7 @@ class SequenceIndex:
         return sorted(set(found))
 
     def _texts(self) -> Texts:
-        """The keys of all rows, one after another."""
+        """The keys of all rows, concatenated."""
         return _joined([(rows.key_bytes, rows.key_ends) for rows in self.shards if len(rows)])
 
     def _name(self, row: int) -> tuple[str, str]:
@@ -147,7 +136,7 @@ class SequenceIndex:
         return entry.key, entry.role
 
     def _search(self, place: int, wanted: np.uint64, key: bytes, role: str) -> int:
-        """Look at every row of one hash: different keys may have it."""
+        """Compare every row with one hash, which different keys may share."""
         while place < len(self) and self._hashes_Q[place] == wanted:
             row = int(self._order_Q[place])
             shard, local = self.place(row)
@@ -157,13 +146,13 @@ class SequenceIndex:
         return -1
 
     def place(self, row: int) -> tuple[int, int]:
-        """The shard of a row, and the row in that shard's table."""
+        """The shard of a row, and its row in the shard's table."""
         shard = int(np.searchsorted(self.first_rows, row, side="right")) - 1
         return shard, row - int(self.first_rows[shard])
 
 
 def column_texts(keys: pa.ChunkedArray) -> Texts:
-    """The strings of an Arrow column, one after another."""
+    """The strings of an Arrow column, concatenated."""
     return _joined([string_buffers(chunk) for chunk in keys.chunks if len(chunk)])
 
 
@@ -175,63 +164,30 @@ def _joined(pieces: Sequence[tuple[NDArray[np.uint8], NDArray[np.int32]]]) -> Te
     return text, np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
-def _equal_texts(one: Texts, rows_M: NDArray[np.int64], other: Texts, others_M: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Whether the texts in some rows of one are those in some rows of the other, word by word."""
-    sides = [
-        (_words(text), ends[rows], np.diff(ends)[rows]) for (text, ends), rows in ((one, rows_M), (other, others_M))
-    ]
-    (words, starts_M, lengths_M), (other_words, other_starts_M, other_lengths_M) = sides
-    equal_M: NDArray[np.bool_] = lengths_M == other_lengths_M
-    rows = np.flatnonzero(equal_M)
-    for at in range(0, int(lengths_M.max(initial=0)), _WORD):
-        rows = rows[lengths_M[rows] > at]
-        surplus = _surplus_bits(lengths_M[rows], at)
-        differ = (words[starts_M[rows] + at] ^ other_words[other_starts_M[rows] + at]) << surplus
-        equal_M[rows[differ != 0]] = False
-    return equal_M
-
-
-def _words(text: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """The 8 bytes (little-endian) that begin at every byte, zeros beyond the end."""
-    padded = np.concatenate([text, np.zeros(_WORD, np.uint8)])
-    return np.ndarray((len(padded) - _WORD + 1,), "<u8", padded, strides=(1,))
-
-
-def _surplus_bits(lengths: NDArray[np.int64], at: int) -> NDArray[np.uint64]:
-    """How many bits of the word at `at` lie beyond the end of a text of some length."""
-    return np.maximum(at + _WORD - lengths, 0).astype(np.uint64) * np.uint64(8)
-
-
 @functools.cache
 def role_salt(role: str) -> int:
-    """What the hashes of a role begin with."""
+    """The initial value of a role's hashes."""
     return int.from_bytes(hashlib.blake2b(role.encode(), digest_size=_WORD).digest(), "little")
-
-
-def key_hash(key: bytes, salt: int) -> int:
-    """The hash of one key, as `key_hashes` defines it."""
-    hashed = salt ^ len(key)
-    for at in range(0, len(key), _WORD):
-        hashed = (hashed ^ int.from_bytes(key[at : at + _WORD], "little")) * _MIX % 2**64
-        hashed ^= hashed >> _SHIFT
-    return hashed
 
 
 def key_hashes(
     key_bytes: NDArray[np.uint8], ends_Q: NDArray[np.integer], salts_Q: NDArray[np.uint64]
 ) -> NDArray[np.uint64]:
-    """64-bit hashes of keys that lie one after another in `key_bytes`, key q from `ends_Q[q]` to `ends_Q[q + 1]`.
+    """64-bit hashes of keys concatenated in `key_bytes`, key q from `ends_Q[q]` to `ends_Q[q + 1]`.
 
-    Each begins with its salt and length; then every 8 bytes of the key (little-endian, zeros after its end) are added
-    by xor and mixed in: h ← h · BF58476D1CE4E5B9₁₆, h ← h ⊕ (h ≫ 32), modulo 2⁶⁴.
+    Each starts as salt xor length; then every 8 bytes of the key (little-endian, zeros after its end) are xored and
+    mixed in: h ← h · BF58476D1CE4E5B9₁₆, h ← h ⊕ (h ≫ 32), modulo 2⁶⁴.
     """
     starts_Q, lengths_Q = ends_Q[:-1].astype(np.int64), np.diff(ends_Q).astype(np.int64)
     hashes_Q = salts_Q ^ lengths_Q.astype(np.uint64)
-    words = _words(key_bytes)
+    # The 8 bytes that begin at every byte, zeros beyond the end.
+    words = np.ndarray(
+        (len(key_bytes) + 1,), "<u8", np.concatenate([key_bytes, np.zeros(_WORD, np.uint8)]), strides=(1,)
+    )
     rows = np.arange(len(hashes_Q))
     for at in range(0, int(lengths_Q.max(initial=0)), _WORD):
         rows = rows[lengths_Q[rows] > at]
-        surplus = _surplus_bits(lengths_Q[rows], at)
+        surplus = np.maximum(at + _WORD - lengths_Q[rows], 0).astype(np.uint64) * np.uint64(8)  # bits beyond the end
         word = words[starts_Q[rows] + at] << surplus >> surplus
         mixed = (hashes_Q[rows] ^ word) * np.uint64(_MIX)
         hashes_Q[rows] = mixed ^ (mixed >> np.uint64(_SHIFT))

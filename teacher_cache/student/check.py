@@ -58,8 +58,8 @@ def check_student(
         theirs,
         mine,
         allow,
-        "use a student with the teacher's tokenizer, declare its end of turn as cache.end_of_turn if only that differs, "
-        "or allow the field by name if you know it is harmless",
+        "use a student with the teacher's tokenizer, declare its end of turn as cache.end_of_turn if only that "
+        "differs, or allow the field by name if you know it is harmless",
     )
     return swap
 

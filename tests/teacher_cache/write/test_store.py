@@ -64,7 +64,9 @@ def test_a_failed_commit_leaves_nothing_and_can_be_repeated(tmp_path: Path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(store_module, "write_sequences", full)
-        with pytest.raises(CacheError, match="No space left on device: free disk space or fix permissions, then rerun to resume"):
+        with pytest.raises(
+            CacheError, match="No space left on device: free disk space or fix permissions, then rerun to resume"
+        ):
             store.commit("s-0", captured("s-0"), [], CODEC)
     assert list((tmp_path / "c" / "shards").iterdir()) == []
     store.commit("s-0", captured("s-0"), [], CODEC)
