@@ -359,7 +359,7 @@ def _read_cache_file(folder: LocalFolder | RemoteFolder) -> tuple[dict[str, Any]
         )
     parsed = parse_object(content, f"{where}/{CACHE_NAME}", way_out=VERIFY)
     if not has_own_digest(content, parsed):
-        raise CacheError(f"{where}/{CACHE_NAME}: damaged (its digest is not that of its content): {VERIFY}")
+        raise CacheError(f"{where}/{CACHE_NAME}: damaged (wrong digest): {VERIFY}")
     return parsed, len(content)
 
 

@@ -231,7 +231,7 @@ def test_what_is_no_cache_is_one_line(bucket: str, where: str) -> None:
         open_folder(url).write("thesis.txt", b"mine")
         with pytest.raises(CacheError, match="is not a teacher cache: choose another output"):
             write_cache(url)
-    reason, error = ("no such bucket", StorageError) if where == "missing" else ("no teacher cache", CacheError)
+    reason, error = ("no such bucket", StorageError) if where == "missing" else ("not a teacher cache", CacheError)
     with pytest.raises(error, match=reason) as caught:
         open_cache(url)
     assert "\n" not in str(caught.value)

@@ -123,7 +123,7 @@ def test_counts_that_lie_are_found(copied: Callable[[], Path]) -> None:
     manifest["positions"] += 1
     file.write_bytes(canonical(manifest))
     _seal(path, manifests=False)
-    assert any("positions, there are" in problem for problem in verify_cache(path).damage)
+    assert any("positions, found" in problem for problem in verify_cache(path).damage)
 
 
 def test_a_sequence_that_is_there_twice_is_named(tmp_path: Path) -> None:

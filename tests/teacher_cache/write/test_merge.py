@@ -186,7 +186,7 @@ def test_an_output_that_holds_something_else_is_left_alone(parts: Parts, tmp_pat
     with pytest.raises(CacheError, match="contains a cache with different settings"):
         merge_caches(caches, str(tmp_path / "busy"))
     assert _files(tmp_path / "busy") == before
-    with pytest.raises(ConfigError, match="two caches or more"):
+    with pytest.raises(ConfigError, match="at least two caches"):
         merge_caches(caches[:1], str(tmp_path / "all"))
 
 
