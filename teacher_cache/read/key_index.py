@@ -105,7 +105,8 @@ class SequenceIndex:
         of_role_Q = np.concatenate([np.zeros(0, np.bool_), *(rows.of_role(role) for rows in self.shards)])
         stored = pa.chunked_array([rows.table.column("key") for rows in self.shards], pa.string())
         places_K = pc.index_in(keys, value_set=stored.filter(pa.array(of_role_Q))).fill_null(-1).to_numpy()
-        return np.append(np.flatnonzero(of_role_Q), -1)[places_K]
+        rows_K: NDArray[np.int64] = np.append(np.flatnonzero(of_role_Q), -1)[places_K]
+        return rows_K
 
     def find_one(self, key: str, role: str) -> int:
         """The row of one (key, role), −1 if missing."""
