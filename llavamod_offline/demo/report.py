@@ -14,6 +14,7 @@ from llavamod_offline.pages.charts import CURVE_SCRIPTS, CURVE_STYLES, curves
 from llavamod_offline.pages.page import data_uri, render
 
 IMAGES = 12
+_RUNS = ("mimic_dense", "smaller", "mimic_sparse", "align", "sft", "preference")
 
 
 def write_report(output: Path, summary: Mapping[str, Any]) -> Path:
@@ -37,11 +38,11 @@ def write_report(output: Path, summary: Mapping[str, Any]) -> Path:
 
 def _charts(train: Path) -> list[dict[str, Any]]:
     return [
-        curves(title, unit, {run: logged(train / run, field) for run in runs})
-        for title, unit, field, runs in (
-            ("True KL(teacher ‖ student)", "nats per token", "kl", ("mimic_dense", "smaller", "mimic_sparse")),
-            ("Cross-entropy without a teacher", "nats per token", "loss", ("align", "sft")),
-            ("Margin of chosen over rejected, beyond the teacher's", "β·(r_w − r_l)", "reward_margin", ("preference",)),
+        curves(title, unit, {run: logged(train / run, field) for run in _RUNS[first:end]}, colours=range(first, end))
+        for title, unit, field, first, end in (
+            ("True KL(teacher ‖ student)", "nats per token", "kl", 0, 3),
+            ("Cross-entropy without a teacher", "nats per token", "loss", 3, 5),
+            ("Margin of chosen over rejected, beyond the teacher's", "β·(r_w − r_l)", "reward_margin", 5, 6),
         )
     ]
 
