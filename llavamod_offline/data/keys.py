@@ -1,8 +1,8 @@
 """Sample keys from the ids of a data set, one to one.
 
 A key has only letters, digits, '-' and '_', so that it can name a tar's members and a cache's rows. Every other
-character of an id is written as `_xHH` for each byte of its UTF-8 form; a '_' that stands before an 'x' is written
-`_x5F`, so that no two ids share a key: `coco/a.jpg` → `coco_x2Fa_x2Ejpg`, `a_1` → `a_1`, `a_x` → `a_x5Fx`.
+character of an id becomes `_xHH` for each of its UTF-8 bytes; a '_' before an 'x' becomes `_x5F`, so that no two ids
+share a key: `coco/a.jpg` → `coco_x2Fa_x2Ejpg`, `a_1` → `a_1`, `a_x` → `a_x5Fx`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ _ESCAPED = re.compile(r"[^A-Za-z0-9_\-]|_(?=x)")
 
 
 def key_from_id(identity: str | int) -> str:
-    """Write an id as a key; different ids give different keys (a number gives that of its digits)."""
+    """Write an id as a key; different ids give different keys (a number gives its digits' key)."""
     return _ESCAPED.sub(lambda match: _escape(match.group()), str(identity))
 
 
 def row_key(stem: str, row: int) -> str:
-    """The key of a row that has no id, or whose id is not used: file stem and row number from 0."""
+    """The key of a row without id, or whose id is not used: file stem and row number from 0."""
     return f"{key_from_id(stem)}-{row:09d}"
 
 

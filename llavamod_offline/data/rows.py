@@ -1,4 +1,4 @@
-"""What a source gives for each of its rows: a sample and its place, or a rejection that says why there is none."""
+"""The outcome of a source's row: a sample with its origin, or a rejection with the reason."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import DataError
 
 RejectionKind = Literal[
-    "malformed row",  # not the shape that the format asks for
-    "bad conversation",  # roles, turns or texts that make no sample
+    "malformed row",  # not of the format's shape
+    "bad conversation",  # invalid roles, turns or texts
     "placeholder mismatch",  # more or fewer <image> than images
-    "bad image path",  # absolute, leading out of the image folders, in two of them
+    "bad image path",  # absolute, outside the image folders, or in two of them
     "missing image",
-    "undecodable image",  # damaged, too large, or of a format that is not taken
-    "bad member",  # a tar's member that is no plain file, has a name that is not taken, or the name of another
-    "damaged tar",  # cut short, or with something in it that is no tar
-    "unanswerable prompt",  # a teacher that writes answers cannot take it
-    "unfinished answer",  # the teacher did not come to an end
-    "unusable answer",  # what the teacher wrote makes no sample
+    "undecodable image",  # damaged, too large, or of an unsupported format
+    "bad member",  # a tar's member that is not a plain file, or has an invalid or repeated name
+    "damaged tar",  # truncated, or with foreign data
+    "unanswerable prompt",  # the teacher that writes answers cannot process it
+    "unfinished answer",  # the teacher reached its token limit
+    "unusable answer",  # the teacher's answer gives no valid sample
 ]
 
 
 class RowError(DataError):
-    """One row gives no sample; it becomes a `RejectedRow` and the next row is read."""
+    """A row gives no sample; it becomes a `RejectedRow`, and reading continues."""
 
     def __init__(self, kind: RejectionKind, reason: str) -> None:
         super().__init__(reason)
@@ -36,7 +36,7 @@ class RowError(DataError):
 
 @dataclass(frozen=True)
 class Located:
-    """A sample and the row (from 0) of the file that it was read from."""
+    """A sample with its source file and row (from 0)."""
 
     sample: Sample
     file: str
@@ -45,7 +45,7 @@ class Located:
 
 @dataclass(frozen=True)
 class RejectedRow:
-    """A row that gives no sample; `kind` is what a summary counts, `reason` says what is wrong with this one."""
+    """A row that gives no sample; summaries count each `kind`, `reason` explains this one."""
 
     key: str
     kind: RejectionKind

@@ -1,10 +1,10 @@
 """A sample: one conversation with zero or more images, or one prompt with a chosen and a rejected response.
 
-In a WebDataset tar a sample is `{key}.json` beside `{key}.{jpg,png,webp}` (`{key}.0.jpg`, `{key}.1.png`… where there
-are several images). The JSON is an object: `format` (1), `source`, `turns` (list of `[role, text]`), `chosen` and
-`rejected` (strings, preference samples only), `images` (list of file extensions), `content_hash`; where a teacher wrote
-the answer `generated` (an object, see `Generated`); where packing made images smaller `original_sizes` (a list of
-`[width, height]`, null for those that are as they were).
+In a WebDataset tar a sample is `{key}.json` beside `{key}.{jpg,png,webp}` (with several images `{key}.0.jpg`,
+`{key}.1.png`…). The JSON is an object: `format` (1), `source`, `turns` (list of `[role, text]`), `chosen` and
+`rejected` (strings, preference samples only), `images` (list of file extensions), `content_hash`; if a teacher wrote
+the answer, `generated` (an object, see `Generated`); if packing shrank images, `original_sizes` (a list of
+`[width, height]`, null for unchanged ones).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Turn:
-    """One message of a conversation; `<image>` in a user's text marks where the next image stands."""
+    """One message of a conversation; `<image>` in a user's text marks the position of the next image."""
 
     role: Role
     text: str
@@ -38,10 +38,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Generated:
-    """Where a teacher's own answer comes from: the sample it was asked with, who answered, and how.
+    """The origin of a teacher's answer: the prompt's sample, the teacher, and the settings.
 
-    `teacher`: SHA-256 (hex) over the checkpoint's configuration and weights; `set_digest` and `key`: of the source.
-    `temperature` 0: the most likely token each time. `turns`: which of the assistant's turns were written.
+    `teacher`: SHA-256 (hex) over the checkpoint's configuration and weights; `set_digest` and `key`: of the source
+    sample. `temperature` 0: greedy. `turns`: which of the assistant's turns the teacher wrote.
     """
 
     teacher: str
@@ -58,9 +58,9 @@ class Generated:
 class Sample:
     """A validated sample; `turns` of a preference sample end with the user, those of a conversation with the assistant.
 
-    `images` are encoded files in the order of their placeholders, `image_extensions` their formats. `generated`: who
-    wrote the answer, where it was a teacher. `mismatched`: the response of another preference sample, where a set gives
-    its samples one (see `mismatch.py`); it is no part of the sample's file.
+    `images` are encoded files in the order of their placeholders, `image_extensions` their formats. `generated`: the
+    origin of an answer that a teacher wrote. `mismatched`: the response of another preference sample, which a set may
+    add (see `mismatched.py`); it is not part of the sample's file.
     Errors: `DataError` naming the key if the turns do not alternate, are empty, or do not match the images.
     """
 
@@ -86,14 +86,14 @@ class Sample:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """The sequences this sample gives: `response`, or `chosen`, `rejected` and, where it has one, `mismatched`."""
+        """The sample's sequences: `response`, or `chosen`, `rejected` and, if it has one, `mismatched`."""
         if not self.is_preference:
             return ("response",)
         return ("chosen", "rejected") if self.mismatched is None else ("chosen", "rejected", "mismatched")
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 (hex) over the sample's own text and the image bytes; the key is not part of it."""
+        """SHA-256 (hex) over the sample's own text and the image bytes, without the key."""
         digest = hashlib.sha256()
         text = json.dumps([[t.role, t.text] for t in self.turns] + [self.chosen, self.rejected], ensure_ascii=False)
         for part in (text.encode(), *self.images):
@@ -113,9 +113,9 @@ class Sample:
 
 
 def sample_to_json(sample: Sample, original_sizes: Sequence[Size | None] = ()) -> bytes:
-    """Serialise everything but the images, as the tar's `{key}.json` holds it.
+    """Serialise everything but the images, as stored in the tar's `{key}.json`.
 
-    `original_sizes`: the (width, height) that images had before packing made them smaller, None for the others.
+    `original_sizes`: the (width, height) of images before packing shrank them, None for the others.
     """
     content: dict[str, Any] = {
         "format": SAMPLE_FORMAT,
@@ -160,17 +160,17 @@ def sample_from_json(key: str, content: bytes, images: tuple[bytes, ...]) -> Sam
 
 
 def _problem(sample: Sample) -> str | None:
-    """Say what is wrong with a sample, or nothing."""
+    """What is wrong with a sample, if anything."""
     if not KEY_PATTERN.fullmatch(sample.key):
-        return "a key is 1 to 200 letters, digits, '-' or '_'"
+        return "a key must be 1 to 200 letters, digits, '-' or '_'"
     texts = [turn.text for turn in sample.turns]
     texts += [text for text in (sample.chosen, sample.rejected) if text is not None]
     if not sample.turns or not all(isinstance(text, str) for text in texts):
-        return "a turn's text is missing or no string" if sample.turns else "the conversation is empty"
+        return "a turn's text is missing or not a string" if sample.turns else "the conversation is empty"
     try:
         "".join([*texts, sample.source]).encode()
     except UnicodeEncodeError:
-        return "its text holds half a surrogate pair, which is no character"
+        return "its text holds a lone surrogate, which is not a character"
     if (sample.chosen is None) != (sample.rejected is None):
         return "a preference needs both a chosen and a rejected response"
     for index, turn in enumerate(sample.turns):
@@ -193,11 +193,11 @@ def _image_problem(sample: Sample) -> str | None:
     answers = [turn.text for turn in sample.turns if turn.role == "assistant"]
     answers += [text for text in (sample.chosen, sample.rejected) if text is not None]
     if any(IMAGE_PLACEHOLDER in text for text in answers):
-        return f"'{IMAGE_PLACEHOLDER}' stands in an answer; only a user's text may hold it"
+        return f"'{IMAGE_PLACEHOLDER}' is in an answer; only a user's text may hold it"
     placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in sample.turns)
     if placeholders != len(sample.images):
         return f"{placeholders} '{IMAGE_PLACEHOLDER}' in the text for {len(sample.images)} image(s)"
     if len(sample.images) != len(sample.image_extensions):
-        return "the images and their extensions differ in number"
+        return "the numbers of images and of extensions differ"
     unknown = [extension for extension in sample.image_extensions if extension not in IMAGE_EXTENSIONS]
     return f"image format '{unknown[0]}' is none of {', '.join(IMAGE_EXTENSIONS)}" if unknown else None

@@ -1,13 +1,13 @@
-"""The order of training as a pure function: which rows make up step `s`, for any number of ranks and workers.
+"""The order of training as a pure function: the rows of step `s`, for any number of ranks and workers.
 
-One endless stream of places is epoch 0, then epoch 1, and so on. Step `s` of batch size `G` takes the stream's places
-`s·G … (s+1)·G − 1`. So nothing is lost or doubled within an epoch; a batch at an epoch's end is filled up from the next
-one; and the state of a run is one integer, the step.
+Epochs follow one another in one endless stream. Step `s` of batch size `G` takes its elements `s·G … (s+1)·G − 1`. So
+each epoch is complete and without repeats, a batch at an epoch's end is filled from the next epoch, and the state of a
+run is one integer, the step.
 
-An epoch goes through *windows*: the shards are shuffled, every `window` of them in a row make one, and what lies in a
-window is shuffled as a whole (`window` 0: one window of all shards, a full shuffle). With weights a sample has that
-many copies in an epoch; with lengths, batches of a window hold samples of like length. All of it is defined by 64-bit
-integer arithmetic alone and does not depend on any library's random generator.
+An epoch consists of *windows*: the shards are shuffled and split into groups of `window`, and the samples of each group
+are shuffled together (`window` 0: one window of all shards, a full shuffle). With weights a sample has that many copies
+in an epoch; with lengths, the batches of a window hold samples of similar length. Everything is defined by 64-bit
+integer arithmetic and independent of any library's random generator.
 
 Shape suffixes: N samples, numbered in set order (so shard by shard); a *place* is such a number.
 """
@@ -29,13 +29,13 @@ _T = TypeVar("_T")
 
 _MASK = 2**64 - 1
 _GAMMA = 0x9E3779B97F4A7C15
-_SHARDS, _COPIES, _BATCHES = 1, 2, 3  # what else than samples is put in an order
-_GROUPED_BATCHES = 64  # as many batches are sorted by length together
+_SHARDS, _COPIES, _BATCHES = 1, 2, 3  # what is ordered, other than samples
+_GROUPED_BATCHES = 64  # this many batches are sorted by length together
 
 
 @dataclass(frozen=True)
 class Weights:
-    """How often the samples of each source come in an epoch: `sources_N` holds indices into `weights`."""
+    """How often an epoch holds the samples of each source: `sources_N` holds indices into `weights`."""
 
     sources_N: NDArray[np.integer]
     weights: Sequence[float]
@@ -52,13 +52,13 @@ class Window:
 
 
 class Order:
-    """The endless stream over `n` samples, of which each step takes a batch of `batch_size`.
+    """The endless stream over `n` samples, from which each step takes a batch of `batch_size`.
 
-    `shards_N`: the shard of each sample, never falling. `window`: how many shards are shuffled together, 0: all.
-    `lengths_N`: of the samples, in any unit, if batches are to hold like lengths.
-    With weight w each sample of a source comes ⌊w⌋ times in an epoch, and as many of them once more as make it w times
-    their number, rounded, or 1; those change from epoch to epoch, so that each gets its turn.
-    Errors: `ConfigError` if nothing is left to choose from, or a number is out of range.
+    `shards_N`: the shard of each sample, non-decreasing. `window`: shards shuffled together, 0: all.
+    `lengths_N`: of the samples, in any unit, if batches are to hold similar lengths.
+    With weight w an epoch holds each sample of a source ⌊w⌋ times, and some once more, so that the total is w times
+    their number, rounded, and at least 1; which ones rotates from epoch to epoch.
+    Errors: `ConfigError` if no samples are left, or a number is out of range.
     """
 
     def __init__(
@@ -92,14 +92,14 @@ class Order:
         self._shuffled: dict[Hashable, Rows] = {}
 
     def batch(self, step: int) -> Rows:
-        """The places of one step (from 0), over all ranks; by falling length if these are known."""
+        """The places of one step (from 0), over all ranks; by decreasing length if lengths are known."""
         places = self.places(step * self.batch_size, (step + 1) * self.batch_size)
         if self.lengths_N is not None:
             places = places[np.argsort(-self.lengths_N[places].astype(np.int64), kind="stable")]
         return places
 
     def places(self, start: int, stop: int) -> Rows:
-        """What stands at `start … stop − 1` of the endless stream."""
+        """Elements `start … stop − 1` of the endless stream."""
         found = []
         while start < stop:
             window = self.window_at(start)
@@ -108,7 +108,7 @@ class Order:
         return np.concatenate(found) if found else np.zeros(0, np.int64)
 
     def window_at(self, place: int) -> Window:
-        """The window in which a place of the stream lies."""
+        """The window that holds an element of the stream."""
         epoch, offset = divmod(place, self.per_epoch)
         layout = self._layout(epoch)
         number = int(np.searchsorted(layout.window_ends, offset, side="right"))
@@ -156,7 +156,7 @@ class Order:
         return places if layout.copies_N is None else np.repeat(places, layout.copies_N[first:end])
 
     def _grouped(self, places: Rows, window: Window, lengths_N: NDArray[np.integer]) -> Rows:
-        """Sort by length within every 64 of the batches that lie in the window whole, and shuffle these batches."""
+        """Sort by length within every 64 of the window's complete batches, and shuffle these batches."""
         size = self.batch_size
         places = places.copy()
         first = -window.start % size
@@ -172,8 +172,8 @@ class Order:
 
 @dataclass(frozen=True)
 class _Layout:
-    """An epoch's shards: in which `order` they come, where each window ends in the epoch, where each shard's copies
-    begin when they are numbered shard by shard, and how many each sample has (None: one)."""
+    """An epoch's shards in `order`, where each window ends in the epoch, where each shard's copies begin if numbered
+    shard by shard, and how many copies each sample has (None: one)."""
 
     order: Rows
     window_ends: Rows
@@ -210,14 +210,14 @@ class _Copies:
 
 @dataclass(frozen=True)
 class BatchSchedule:
-    """The micro-batches of one rank from step `start` up to `stop`, as a DataLoader's `batch_sampler` wants them.
+    """The micro-batches of one rank from step `start` up to `stop`, as a DataLoader's `batch_sampler`.
 
-    A step gives `micro_batches` lists of at most `micro_batch_size` rows each (None: the rank's whole share), the same
-    number on every rank. A rank takes its share of a batch in one piece, so that micro-batches are the same on any
-    number of ranks that their size allows: a loss that is no mere sum over samples, such as the routers' balance, is
-    the same then too. Batches by length are dealt out by micro-batches in turn, so that ranks have like lengths at a
-    time. To resume is to begin at another `start`.
-    Errors: `ConfigError` if a batch cannot be dealt out evenly.
+    A step has `micro_batches` lists of at most `micro_batch_size` rows each (None: the rank's whole share), the same
+    number on every rank. A rank's share is a contiguous piece of the batch, so that micro-batches do not depend on the
+    number of ranks, nor does a loss that is not a sum over samples, such as the routers' balance loss. Batches by
+    length go to the ranks one micro-batch in turn, so that ranks work on similar lengths at a time. To resume, begin at
+    another `start`.
+    Errors: `ConfigError` if a batch cannot be divided evenly.
     """
 
     order: Order
@@ -238,12 +238,12 @@ class BatchSchedule:
         if self.order.lengths_N is not None and self._share % self._micro_size:
             raise ConfigError(
                 f"batch_size {size}: must be a multiple of micro_batch_size {self._micro_size} × {ranks} ranks, "
-                "where samples are grouped by length"
+                "if samples are grouped by length"
             )
 
     @property
     def micro_batches(self) -> int:
-        """How many micro-batches make up a step."""
+        """The number of micro-batches of a step."""
         return -(-self._share // self._micro_size)
 
     @property
@@ -272,7 +272,7 @@ class BatchSchedule:
 
 
 def _kept(kept: dict[Hashable, _T], key: Hashable, make: Callable[[], _T]) -> _T:
-    """Look up what was made, or make it and let the oldest go: a batch touches one window, or two at a seam."""
+    """Look up a value, or make it and drop the oldest: a batch touches one window, or two at a boundary."""
     if key not in kept:
         while len(kept) >= 2:
             del kept[next(iter(kept))]
@@ -281,7 +281,7 @@ def _kept(kept: dict[Hashable, _T], key: Hashable, make: Callable[[], _T]) -> _T
 
 
 def _hashes(numbers: NDArray[np.integer], seed: int, epoch: int, kind: int = 0) -> NDArray[np.uint64]:
-    """64-bit hashes of numbers, different for different numbers; `kind` tells apart what is numbered."""
+    """64-bit SplitMix64 hashes (Steele, Lea and Flood, OOPSLA 2014), injective; `kind`: what is numbered."""
     start = _mix(np.array([(seed + _GAMMA) & _MASK], dtype=np.uint64)) ^ np.uint64(epoch)
     for _ in range(kind):
         start = _mix(start)

@@ -1,7 +1,7 @@
-"""A template as the Jinja that other tools read in a tokenizer's folder, and a tokenizer's Jinja as a template.
+"""Convert templates to the Jinja that a tokenizer's folder holds, and a tokenizer's Jinja to a template.
 
-A chat template is a program and could do anything; here it must word each turn alike wherever it stands, which
-`from_tokenizer` finds out by letting it render conversations of marked turns.
+A chat template is a program and may do anything; ours must word each turn alike wherever it stands. `from_tokenizer`
+checks this by rendering conversations of marked turns.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _TURNS = tuple(Turn("assistant" if number % 2 else "user", f"[turn {number}]") f
 
 
 def choose_template(name: str, tokenizer: Callable[[], PreTrainedTokenizerFast]) -> Template:
-    """Look a template up by name, or read the tokenizer's own for `tokenizer`. Errors: `ConfigError`."""
+    """Look up a template by name; `tokenizer` stands for the tokenizer's own. Errors: `ConfigError`."""
     return from_tokenizer(tokenizer()) if name == OWN else get_template(name)
 
 
 def to_jinja(template: Template) -> str:
     """A template as Jinja for transformers' `apply_chat_template`.
 
-    A message's content is a string, or a list of parts of which each image becomes a placeholder on a line of its own.
-    The text always ends where an answer begins, so that `add_generation_prompt` changes nothing.
+    A message's content is a string, or a list of parts, where each image becomes a placeholder on its own line. A user
+    turn's text ends where the answer begins, so `add_generation_prompt` has no effect.
     """
     question = (
         _literal([*template.user_prefix]) + " + words(message.content) + " + _literal([*template.assistant_prefix])
@@ -51,18 +51,18 @@ def to_jinja(template: Template) -> str:
 
 
 def from_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Template:
-    """Read how a tokenizer's chat template words a conversation, without a system message of the user's own.
+    """Convert a tokenizer's chat template, without a system message from the user.
 
-    Where it ends a conversation with more than the last answer's end token, that is what separates rounds. Errors:
-    `ConfigError` if there is no chat template, or none that a `Template` can say: an answer that does not end with one
-    special token, or turns worded by what stands around them, as those that "think" do.
+    Whatever follows the last answer's end token counts as the separator of rounds. Errors: `ConfigError` if there is no
+    chat template, or one that a `Template` cannot express: answers that do not end with one special token, or turns
+    whose wording depends on their neighbours, as with "thinking" models.
     """
     if not tokenizer.chat_template:
         raise ConfigError(f"template '{OWN}': {_folder(tokenizer)} has no chat template: choose one by name")
     try:
         template = _split(tokenizer)
         faithful = template is not None and _says_the_same(template, tokenizer)
-    except Exception as error:  # whatever a program of others may raise
+    except Exception as error:  # a template may raise anything
         reason = f"the chat template of {_folder(tokenizer)} fails: {first_line(error)}"
         raise ConfigError(f"template '{OWN}': {reason}: choose one by name") from error
     if template is None or not faithful:
@@ -74,7 +74,7 @@ def from_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Template:
 
 
 def _split(tokenizer: PreTrainedTokenizerFast) -> Template | None:
-    """The template's parts, from what stands between the marked turns; None if they do not fall into place."""
+    """The template's parts, from the text between the marked turns; None if they do not fit together."""
     user, assistant, again, later = (turn.text for turn in _TURNS[:4])
     whole = _rendered(tokenizer, _TURNS[:4])
     found = re.fullmatch("(.*)".join(["", *map(re.escape, (user, assistant, again, later)), ""]), whole, re.DOTALL)
@@ -101,7 +101,7 @@ def _split(tokenizer: PreTrainedTokenizerFast) -> Template | None:
 
 
 def _says_the_same(template: Template, tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether both word prompts and conversations of every length alike."""
+    """Whether both render prompts and conversations of every length alike."""
     for count in range(1, len(_TURNS) + 1):
         prompt = count % 2 == 1
         said = _rendered(tokenizer, _TURNS[:count], answer=prompt)
@@ -120,7 +120,7 @@ def _text(template: Template, turns: Sequence[Turn]) -> str:
 
 
 def _segments(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[Segment, ...]:
-    """Text as plain pieces and special tokens."""
+    """Split text into plain pieces and special tokens."""
     specials = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
     pieces = re.split(f"({'|'.join(map(re.escape, specials))})", text) if specials else [text]
     return tuple(Segment(piece, special=piece in specials) for piece in pieces if piece)

@@ -1,6 +1,6 @@
 """Conversation templates: turns → segments of text, each marked as supervised or not.
 
-Supervision is decided here, by construction; nothing downstream searches rendered text for answers.
+Supervision follows from the segments; nothing downstream searches rendered text for answers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _QWEN_SYSTEM = (
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a rendered conversation; `special` pieces are names of single special tokens, never plain text."""
+    """A piece of a rendered conversation; a `special` piece is the name of one special token."""
 
     text: str
     supervised: bool = False
@@ -28,10 +28,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class Template:
-    """How turns are worded. Each field is plain text, save `end` and those in `special`, which are special tokens.
+    """How turns are worded: plain text, except for the special token `end` and segments marked as special.
 
-    A conversation reads: system · (user_prefix · text · user_suffix · assistant_prefix · answer · end · separator)*.
-    The answer (with `answer_prefix`) and its `end` token are supervised.
+    A conversation reads: system · (user_prefix · text · assistant_prefix · answer_prefix · answer · end · separator)*,
+    without the last separator. The answer (with `answer_prefix`) and its `end` token are supervised.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Template:
     separator: str
 
     def render(self, turns: Sequence[Turn]) -> list[Segment]:
-        """Render turns; if they end with the user, the result is a prompt that ends where the answer begins."""
+        """Render turns; if the user's is last, the result is a prompt that ends where the answer begins."""
         segments = list(self.system)
         for turn in turns:
             if turn.role == "user":
@@ -91,11 +91,11 @@ TEMPLATES = {
 }
 
 
-OWN = "tokenizer"  # the name of what a tokenizer brings along: see `chat_template.choose_template`
+OWN = "tokenizer"  # selects the tokenizer's own template: see `chat_template.choose_template`
 
 
 def get_template(name: str) -> Template:
-    """Look a template up by name. Errors: `ConfigError` listing the known names."""
+    """Look up a template by name. Errors: `ConfigError` listing the known names."""
     if name not in TEMPLATES:
         raise ConfigError(f"template '{name}' is unknown: choose one of {', '.join((*TEMPLATES, OWN))}")
     return TEMPLATES[name]

@@ -29,7 +29,7 @@ _NO_IDS: Ids = np.zeros(0, np.int64)
 
 @dataclass(frozen=True)
 class TokenizedSequence:
-    """A tokenised (sample, role). `supervised_N` are indices into `input_ids_T`, rising, all ≥ 1."""
+    """A tokenized (sample, role). `supervised_N`: increasing indices into `input_ids_T`, all ≥ 1."""
 
     key: str
     role: str
@@ -52,9 +52,9 @@ class TokenizedSequence:
         return self.supervised_N - 1
 
     def rows_and_targets(self, positions: Positions) -> tuple[Ids, Ids]:
-        """The rows of the model's output that are recorded, and the supervised token that each predicts.
+        """The recorded rows of the model's output, and the supervised token that each predicts.
 
-        `response`: the rows that predict the supervised tokens. `all`: every row; `NO_TARGET` where none is supervised.
+        `response`: the rows that predict supervised tokens. `all`: every row, `NO_TARGET` where it predicts none.
         """
         if positions == "response":
             return self.prediction_rows_N, self.target_ids_N
@@ -71,8 +71,8 @@ def hash_ids(ids_N: Ids) -> str:
 class SequenceEncoder:
     """Turns samples into sequences for one tokenizer, template and image size.
 
-    `image_token_counts` of `encode` says how many tokens each image takes; a LLaVA model takes `image_tokens` for all.
-    `image_frame`: the ids that stand before and after the tokens of each image (none in LLaVA).
+    `image_token_counts` of `encode`: the tokens of each image (default: `image_tokens`, as in LLaVA models).
+    `image_frame`: the ids before and after the tokens of each image (none in LLaVA).
     Errors: `ModelError` if the tokenizer lacks a special token of the template.
     """
 
@@ -93,14 +93,14 @@ class SequenceEncoder:
         self.max_length = max_length
         self.image_frame = image_frame
         self._special_ids: dict[str, int] = {}
-        # The plain texts that stand in every prompt, and their ids as soon as they are known.
+        # The plain texts of every prompt, and their ids once known.
         self._wording: dict[str, Ids | None] = dict.fromkeys(_fixed_texts(template))
         self.end_id = self._special_id(template.end)
 
     def encode(self, sample: Sample, role: str, image_token_counts: Sequence[int] | None = None) -> TokenizedSequence:
-        """Tokenise one role of a sample. Errors: `DataError` if it is longer than `max_length` or has no answer."""
+        """Tokenize one role of a sample. Errors: `DataError` if it is longer than `max_length` or has no answer."""
         counts = image_token_counts or [self.image_tokens] * len(sample.images)
-        ids_T, supervised_N = self._tokenise(self.template.render(sample.conversation(role)), list(counts))
+        ids_T, supervised_N = self._tokenize(self.template.render(sample.conversation(role)), list(counts))
         if len(ids_T) > self.max_length:
             raise DataError(
                 f"sample '{sample.key}' ({role}): {len(ids_T)} tokens, more than max_length {self.max_length}"
@@ -108,14 +108,14 @@ class SequenceEncoder:
         return TokenizedSequence(sample.key, role, ids_T, supervised_N)
 
     def encode_prompt(self, turns: Sequence[Turn], image_token_counts: Sequence[int] | None = None) -> Ids:
-        """Tokenise turns that end with the user, up to where the answer begins (for generation)."""
+        """Tokenize turns that end with the user, up to the start of the answer (for generation)."""
         placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
         counts = image_token_counts or [self.image_tokens] * placeholders
-        ids_T, _ = self._tokenise(self.template.render(turns), list(counts))
+        ids_T, _ = self._tokenize(self.template.render(turns), list(counts))
         return ids_T
 
-    def _tokenise(self, segments: list[Segment], image_counts: list[int]) -> tuple[Ids, Ids]:
-        """The ids of all segments, and the places of those that are supervised."""
+    def _tokenize(self, segments: list[Segment], image_counts: list[int]) -> tuple[Ids, Ids]:
+        """The ids of all segments, and the indices of the supervised ones."""
         pieces: list[Ids] = [_NO_IDS]
         supervised: list[Ids] = [_NO_IDS]
         length = 0
@@ -144,7 +144,7 @@ class SequenceEncoder:
         return pieces
 
     def _prompt_ids(self, text: str) -> Ids:
-        """Tokenise plain text of a prompt; the template's own is known by heart."""
+        """Tokenize plain text of a prompt; the template's own is cached."""
         if text not in self._wording:
             return self._plain_ids(text)
         known = self._wording[text]
@@ -153,10 +153,10 @@ class SequenceEncoder:
         return known
 
     def _plain_ids(self, text: str) -> Ids:
-        """Tokenise text in which the names of special tokens are plain characters, whatever a data set says."""
+        """Tokenize text; names of special tokens in it stay plain characters."""
         if not text:
             return _NO_IDS
-        # What `tokenizer(text, add_special_tokens=False, split_special_tokens=True)` does, without its preparations.
+        # As `tokenizer(text, add_special_tokens=False, split_special_tokens=True)`, without its overhead.
         backend = self.tokenizer.backend_tokenizer
         if not backend.encode_special_tokens:
             backend.encode_special_tokens = True
@@ -176,7 +176,7 @@ class SequenceEncoder:
 
 
 def _merge_plain(segments: list[Segment]) -> list[Segment]:
-    """Join neighbouring unsupervised plain segments, so that a prompt is tokenised as one text."""
+    """Join neighbouring unsupervised plain segments, so that a prompt is tokenized as one text."""
     merged: list[Segment] = []
     for segment in segments:
         plain = not (segment.special or segment.supervised)
@@ -188,7 +188,7 @@ def _merge_plain(segments: list[Segment]) -> list[Segment]:
 
 
 def _fixed_texts(template: Template) -> set[str]:
-    """What a prompt holds of plain text between images, special tokens and answers, where its user says no more."""
+    """The template's own plain texts between images, special tokens and answers."""
     turns = (Turn("user", IMAGE_PLACEHOLDER), Turn("assistant", "")) * 2
     plain = [part for part in _merge_plain(template.render(turns)) if not (part.special or part.supervised)]
     return {text for part in plain for text in part.text.split(IMAGE_PLACEHOLDER) if text}

@@ -1,7 +1,7 @@
-"""Packing: samples and rejections in, a set folder out (its files: see `shards.py`).
+"""Packing: samples and rejections in, a set folder out (its files: see `sample_set.py`).
 
-The same rows in the same order give the same bytes. What is held in memory is one sample, one shard's tar headers, and
-what `SetWriter` holds.
+The same rows in the same order give the same bytes. Memory holds one sample, one shard's tar headers, and what
+`SetWriter` holds.
 """
 
 from __future__ import annotations
@@ -34,15 +34,14 @@ def write_set(
     max_side: int | None = None,
     generated: Mapping[str, Any] | None = None,
 ) -> PackSummary:
-    """Write rows, in their order, to the set folder `output`; shards are called `name` (default: the folder's name).
+    """Write rows, in order, to the set folder `output`; shards are named `name` (default: the folder's name).
 
-    A shard is closed when it holds `shard_samples` samples, or when the next one would take it past `shard_bytes`.
-    For the manifest: `weights`, how often the samples of a source are seen in training, for those of which it is not
-    once; `max_side`, the length beyond which images were made smaller; `generated`, what is to be said of the teacher
-    that wrote the answers, if one did.
-    Errors: `DataError` if `output` exists (with `overwrite`: if it is no packed set), for a duplicate key (naming both
-    rows and `duplicate_hint`), if no row gives a sample, if more than the share `max_rejected` of them is rejected;
-    `ConfigError` for a weight of a source that no sample has. Nothing is left behind then.
+    A shard is closed when it holds `shard_samples` samples, or when the next one would exceed `shard_bytes`.
+    For the manifest: `weights`, how often training sees a source's samples, if not once; `max_side`, the length beyond
+    which images were shrunk; `generated`, a description of the teacher that wrote the answers.
+    Errors: `DataError` if `output` exists (with `overwrite`: and is not a set), for a duplicate key (naming both rows
+    and `duplicate_hint`), if no row gives a sample, if more than the share `max_rejected` is rejected;
+    `ConfigError` for the weight of a source without samples. Errors leave nothing behind.
     """
     weights = weights or {}
     check_weights(weights)

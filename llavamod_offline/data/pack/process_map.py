@@ -1,6 +1,6 @@
-"""Work on many items in several processes, results in the order of the items.
+"""Process many items in several processes, with results in the order of the items.
 
-Processes, not threads: decoding an image needs Pillow's switches, which hold for a whole process.
+Processes, not threads: decoding an image sets Pillow's switches, which apply to a whole process.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from llavamod_offline.errors import ConfigError, DataError
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 _Value = TypeVar("_Value")
-_AHEAD = 2  # lists of items that wait for each process
+_AHEAD = 2  # queued lists of items for each process
 
 
 def available_cores() -> int:
-    """The processor cores that this process may use."""
+    """The number of processor cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def map_in_order(
     function: Callable[[list[_Item]], list[_Result]], items: Iterable[_Item], *, workers: int, chunk: int
 ) -> Iterator[_Result]:
-    """Apply `function` to lists of `chunk` items in `workers` processes; give the results in the items' order.
+    """Apply `function` to lists of `chunk` items in `workers` processes; yield the results in the items' order.
 
-    `function` and items must be picklable. With one worker, or few items, everything happens in this process. Items are
-    taken as the work goes on: no more than a few lists for each process are in memory.
+    `function` and items must be picklable. With one worker, or few items, everything runs in this process. Items are
+    taken as the work proceeds: memory holds a few lists for each process.
     Errors: those of `function`; `ConfigError` for no workers; `DataError` if a process dies.
     """
     if workers < 1:
@@ -61,13 +61,13 @@ def map_in_order(
         while pending:
             yield from _unless_failed(pending.popleft()).result()
     except BrokenProcessPool as error:
-        raise DataError("a worker process was killed, perhaps for want of memory: use fewer --workers") from error
+        raise DataError("a worker process was killed, perhaps for lack of memory: use fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _lists(items: Iterable[_Item], chunk: int) -> Iterator[list[_Item] | Exception]:
-    """Lists of items; last, where taking them ends with an error, that error, so that its turn comes after theirs."""
+    """Lists of items; if taking them fails, the error comes last, after the items before it."""
     part: list[_Item] = []
     failure = None
     try:
@@ -91,7 +91,7 @@ def _unless_failed(value: _Value | Exception) -> _Value:
 
 
 def _start() -> None:
-    """Leave Ctrl-C to the parent process, and end when it is gone, however it went."""
+    """Leave Ctrl-C to the parent process, and exit when it ends for any reason."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -1,6 +1,6 @@
-"""What every set folder has, whoever made its tars: index, list of rejections, manifest (see `shards.py`).
+"""The files of every set folder besides tars: index, list of rejections, manifest (see `sample_set.py`).
 
-The folder is written aside and renamed when it is complete, so a kill leaves nothing under its name.
+The folder gets its name when it is complete, so a killed process leaves nothing under that name.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _INDEX_BATCH = 4096
 
 @dataclass(frozen=True)
 class PackSummary:
-    """What is in a new set: counts, and rejections by kind; `bytes` is the size of the shards."""
+    """A new set's contents: counts, and rejections by kind; `bytes` is the size of the shards."""
 
     path: Path
     name: str
@@ -55,14 +55,14 @@ class PackSummary:
 
 @contextmanager
 def new_set(output: Path, name: str | None, *, overwrite: bool, duplicate_hint: str) -> Iterator[SetWriter]:
-    """Yield the writer of the set folder `output`, which is there when the block ends without an error.
+    """Yield the writer of the set folder `output`, which appears when the block ends without an error.
 
-    Errors: `DataError` if `output` exists (with `overwrite`: if it is no set), or cannot be written.
+    Errors: `DataError` if `output` exists (with `overwrite`: if it is not a set), or cannot be written.
     """
     output = Path(output) if Path(output).name not in {"", ".."} else Path(output).resolve()
     name = output.resolve().name if name is None else name
     if not KEY_PATTERN.fullmatch(name):
-        raise DataError(f"set name '{name}': only letters, digits, '-' and '_': choose another with --name")
+        raise DataError(f"set name '{name}': only letters, digits, '-' and '_' are allowed: choose another with --name")
     _check_output(output, overwrite)
     try:
         remove_leftovers(output.parent, output.name)
@@ -76,7 +76,7 @@ def new_set(output: Path, name: str | None, *, overwrite: bool, duplicate_hint: 
 
 
 def _displace(output: Path, folder: Path) -> Path | None:
-    """Move the old set aside when the new one, `folder`, is safe on disk, so that the name is free but for a moment."""
+    """Rename the old set once the new one, `folder`, is flushed, so that the name is unused only for a moment."""
     if not output.exists():
         return None
     fsync_tree(folder)
@@ -90,15 +90,14 @@ def _check_output(output: Path, overwrite: bool) -> None:
     if not overwrite:
         raise DataError(f"output '{output}' exists: choose another folder, or replace it with --overwrite")
     if output.is_symlink() or not (output / MANIFEST_NAME).is_file():
-        raise DataError(f"output '{output}' is no packed set, so --overwrite leaves it alone: choose another folder")
+        raise DataError(f"output '{output}' is not a packed set, so --overwrite keeps it: choose another folder")
 
 
 @dataclass
 class SetWriter:
     """Writes the index and the rejections of a set, row by row; a context manager that closes its files.
 
-    What it holds in memory is a few thousand rows of the index, and the key and place of every row, by which duplicates
-    are found.
+    Memory holds a few thousand rows of the index, and every row's key and origin to detect duplicates.
     """
 
     folder: Path
@@ -128,7 +127,7 @@ class SetWriter:
         self._stack.close()
 
     def claim(self, key: str, file: str, row: int) -> None:
-        """Take a key for the row of a file. Errors: `DataError` naming both rows if it is taken."""
+        """Reserve a key for the row of a file. Errors: `DataError` naming both rows if it is taken."""
         ordinal = self._files.setdefault(file, len(self._files))
         if key in self._places:
             earlier_file, earlier_row = self._places[key]
@@ -139,7 +138,7 @@ class SetWriter:
         self._places[key] = (ordinal, row)
 
     def add(self, facts: Facts, members: Sequence[Mapping[str, Any]]) -> None:
-        """Write a sample of the shard that `shards` will hold next; `members` as in the index."""
+        """Add a sample of the next shard to the index; `members` as stored there."""
         self._pending.append(vars(facts) | {"shard": len(self.shards), "members": members})
         if len(self._pending) >= _INDEX_BATCH:
             self._flush_index()
@@ -152,19 +151,19 @@ class SetWriter:
         self.rows += 1
 
     def reject(self, rejection: RejectedRow) -> None:
-        """List a row that is not in the set."""
+        """List a row as rejected."""
         self._first_rejection = self._first_rejection or rejection
         self.rejections[rejection.kind] += 1
         self.rows += 1
-        # ASCII, so that what is wrong with a row's text can be written down whatever it is.
+        # ASCII, as a rejected row's text may not be encodable.
         self._rejected.write(json.dumps(asdict(rejection)) + "\n")
 
     def check(self, max_rejected: float | None, weights: Mapping[str, float]) -> None:
-        """Refuse a set without samples, with too many rejections, or with weights of sources that it has not."""
+        """Refuse a set without samples, with too many rejections, or with weights for unknown sources."""
         rejected, first = self.rejections.total(), self._first_rejection
         example = f"; the first: {first.file} row {first.row}: {first.reason}" if first else ""
         if not self.counts["samples"]:
-            raise DataError(f"nothing to pack: none of {self.rows} row(s) gives a sample{example}")
+            raise DataError(f"nothing to pack: no sample in {self.rows} row(s){example}")
         if max_rejected is not None and rejected > max_rejected * self.rows:
             raise DataError(
                 f"{rejected} of {self.rows} rows rejected, more than --max-rejected {max_rejected:g} allows{example}"
@@ -173,10 +172,10 @@ class SetWriter:
         unknown = sorted(weights.keys() - self.sources.keys())
         if unknown:
             known = ", ".join(f"'{source}'" for source in sorted(self.sources)[:8])
-            raise ConfigError(f"weight of '{unknown[0]}': no sample is from there: the sources are {known}")
+            raise ConfigError(f"weight of '{unknown[0]}': no sample is from that source: name one of {known}")
 
     def finish(self, weights: Mapping[str, float], more: Mapping[str, Any]) -> PackSummary:
-        """Write the manifest, after everything else; `more` is what else it says."""
+        """Write the manifest, after everything else, with the further fields `more`."""
         summary = PackSummary(
             path=self.output,
             name=self.name,
@@ -214,10 +213,10 @@ class SetWriter:
 
 
 def check_weights(weights: Mapping[str, float]) -> None:
-    """Refuse weights that are no numbers of times. Errors: `ConfigError` naming the source."""
+    """Refuse invalid weights. Errors: `ConfigError` naming the source."""
     for source, weight in weights.items():
         if not 0 <= weight < 1e6:  # also for NaN
-            raise ConfigError(f"weight of '{source}': {weight:g} is no number of times from 0 on")
+            raise ConfigError(f"weight of '{source}': {weight:g} must be a number from 0 to 1,000,000")
 
 
 def _shard_entry(shard: Shard) -> dict[str, Any]:

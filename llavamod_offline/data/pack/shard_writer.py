@@ -1,4 +1,4 @@
-"""One shard: a WebDataset tar, written sample by sample, with the place of each member's bytes in it."""
+"""Write a shard: a WebDataset tar, sample by sample, recording the position of each member's bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TAR_BLOCK = 512
 
 
 class ShardWriter:
-    """Writes one tar with WebDataset's writer and says where each member's bytes lie in it."""
+    """Writes one tar with WebDataset's writer and returns the position of each member's bytes."""
 
     def __init__(self, folder: Path, name: str) -> None:
         from webdataset.writer import TarWriter  # takes seconds to import, with torch
@@ -22,7 +22,7 @@ class ShardWriter:
         self.samples = 0
         self._file = (folder / f"{name}.tar").open("wb")
         self._stream = _HashingStream(self._file)
-        # PAX: a key may be longer than the 100 characters that ustar has room for.
+        # PAX: a key may be longer than ustar's 100 characters.
         self._tar = TarWriter(
             self._stream, user="root", group="root", mode=0o444, mtime=0, encoder=False, format="PAX_FORMAT"
         )
@@ -33,7 +33,7 @@ class ShardWriter:
         return int(self._tar.tarstream.offset)
 
     def add(self, key: str, members: Sequence[tuple[str, bytes]]) -> list[dict[str, Any]]:
-        """Write a sample's files and return the index's `members`."""
+        """Write a sample's files and return its `members` for the index."""
         self.samples += 1
         entries = []
         for name, content in members:
@@ -50,7 +50,7 @@ class ShardWriter:
 
 
 class _HashingStream:
-    """A file that hashes and counts what is written to it."""
+    """A file that hashes and counts the bytes written."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.stream = stream

@@ -1,4 +1,4 @@
-"""Pictures made smaller while packing, where that is asked for."""
+"""Shrink large images while packing, if requested."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 from llavamod_offline.data.images import decode_image, image_size
 from llavamod_offline.data.sample import Sample, Size
 
-# Near enough to lossless that a vision tower's pixels differ by resizing alone; the same bytes from the same Pillow.
+# Nearly lossless, so that a vision tower's pixels differ by resizing only; deterministic for one version of Pillow.
 _ENCODINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
     "png": ("PNG", {}),
@@ -20,10 +20,10 @@ _ENCODINGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def shrink_sample(sample: Sample, max_side: int) -> tuple[Sample, tuple[Size | None, ...]]:
-    """Re-encode those images of a sample that have a side longer than `max_side` pixels; the others keep their bytes.
+    """Re-encode a sample's images with a side longer than `max_side` pixels; the others keep their bytes.
 
-    Gives the sample, and the (width, height) that each image had if it was re-encoded, else None. An image keeps its
-    format; it is decoded as everywhere (see `images.py`), so that its orientation and transparency are settled.
+    Result: the sample, and each image's original (width, height), None if unchanged. An image keeps its format;
+    decoding (see `images.py`) applies its orientation and transparency.
     """
     shrunk = [
         shrink_image(image, extension, max_side)
@@ -35,7 +35,7 @@ def shrink_sample(sample: Sample, max_side: int) -> tuple[Sample, tuple[Size | N
 
 
 def shrink_image(encoded: bytes, extension: str, max_side: int) -> tuple[bytes, Size | None]:
-    """One image, and the size that it had if it was made smaller."""
+    """One image, and its original size if it was shrunk."""
     width, height = image_size(encoded, name=extension)
     if max(width, height) <= max_side:
         return encoded, None

@@ -1,11 +1,11 @@
-"""Rows of the known formats → samples.
+"""Rows in the known formats → samples.
 
     conversation   {"id", "image": path | [path…], "conversations": [{"from": "human" | "gpt", "value"}…]}   (LLaVA)
     preference     {"id", "image": path | [path…], "chosen": [human, gpt], "rejected": [human, gpt]}      (LLaVA-MoD)
     parquet        columns image {bytes, path}, question, chosen, rejected, optional idx and ds_name        (RLAIF-V)
 
-No image key, null or an empty list means text only. The prompt of a parquet row is `<image>`, a line break and the
-question. A row that breaks the format is a `RowError`; nothing is repaired.
+A missing image key, null or an empty list means text only. The prompt of a parquet row is `<image>`, a line break and
+the question. A row that breaks the format is a `RowError`; nothing is repaired.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _OTHER_MEDIA = ("images", "video", "videos", "audio", "audios")
 
 
 def json_row_to_sample(row: Any, *, key: str, source: str, read_image: ReadImage) -> Sample:
-    """Build a sample from a LLaVA conversation or a LLaVA-MoD preference; which of them, its fields tell."""
+    """Build a sample from a LLaVA conversation or a LLaVA-MoD preference, depending on its fields."""
     said = _read_row(row)
     _check_placeholders(said.turns, len(said.image_names))
     images = tuple(read_image(name) for name in said.image_names)
@@ -36,10 +36,10 @@ def json_row_to_sample(row: Any, *, key: str, source: str, read_image: ReadImage
 def tar_row_to_sample(
     row: Any, *, key: str, source: str, images: tuple[bytes, ...], extensions: tuple[str, ...]
 ) -> Sample:
-    """Build a sample from such a row that lies in a tar with its images; the row need not name them."""
+    """Build a sample from such a row in a tar that also holds its images; the row need not name them."""
     said = _read_row(row)
     if said.image_names and len(said.image_names) != len(images):
-        reason = f"field 'image' names {len(said.image_names)} image(s), {len(images)} lie beside it"
+        reason = f"field 'image' names {len(said.image_names)} image(s), the tar holds {len(images)}"
         raise RowError("placeholder mismatch", reason)
     _check_placeholders(said.turns, len(images))
     return _build(key, said, images, extensions, source)
@@ -54,7 +54,7 @@ def responses_of_row(row: Any) -> tuple[str, str]:
 
 
 def parquet_row_to_sample(row: Mapping[str, Any], *, key: str, source: str) -> Sample:
-    """Build a preference sample from an RLAIF-V row, whose image lies in the row itself."""
+    """Build a preference sample from an RLAIF-V row, which contains its image."""
     for field in ("question", "chosen", "rejected"):
         if not isinstance(row[field], str):
             raise RowError("malformed row", f"field '{field}' is {type(row[field]).__name__}, expected a string")
@@ -71,7 +71,7 @@ def parquet_row_to_sample(row: Mapping[str, Any], *, key: str, source: str) -> S
 
 @dataclass(frozen=True)
 class _ParsedRow:
-    """What a row says; the turns of a preference are its prompt."""
+    """The contents of a row; the turns of a preference are its prompt."""
 
     turns: tuple[Turn, ...]
     image_names: tuple[str, ...]
@@ -84,7 +84,7 @@ def _read_row(row: Any) -> _ParsedRow:
         raise RowError("malformed row", f"expected an object, found {type(row).__name__}")
     other = [name for name in _OTHER_MEDIA if row.get(name)]
     if other:
-        raise RowError("malformed row", f"field '{other[0]}' is not read: name its pictures in 'image'")
+        raise RowError("malformed row", f"field '{other[0]}' is not read: name its images in 'image'")
     names = tuple(_image_names(row.get("image")))
     if ("conversations" in row) == ("chosen" in row or "rejected" in row):
         raise RowError("malformed row", "expected either 'conversations', or both 'chosen' and 'rejected'")
@@ -146,7 +146,7 @@ def _check_placeholders(turns: tuple[Turn, ...], images: int) -> None:
     found = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
     if images and not found:
         hint = f"put '{IMAGE_PLACEHOLDER}' where a human turn refers to it, or remove 'image'"
-        raise RowError("placeholder mismatch", f"has an image that its text never shows the model: {hint}")
+        raise RowError("placeholder mismatch", f"has an image that its text does not refer to: {hint}")
     if found != images:
         reason = f"{found} '{IMAGE_PLACEHOLDER}' in the human turns for {images} image(s)"
         raise RowError("placeholder mismatch", reason)

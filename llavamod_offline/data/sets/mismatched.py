@@ -1,9 +1,9 @@
-"""Prompts paired with answers that belong to others: what unpaired KTO measures the KL of policy and reference by.
+"""Pair prompts with answers of other samples, by which unpaired KTO estimates the KL of policy and reference.
 
-The preference samples of a set stand in a ring, by the SHA-256 of their keys. A sample's *mismatched* response is the
-chosen or the rejected one (by the last bit of that hash) of the next sample in the ring; of the one after it where the
-text is one of the sample's own, and so on. So the pairs follow from the samples of a set alone: its order, its shards
-and whoever reads it do not enter. A sample more or less in the set changes the pairs of its neighbours in the ring.
+The preference samples of a set form a ring, ordered by the SHA-256 of their keys. A sample's *mismatched* response is
+the chosen or the rejected one (by the last bit of that hash) of the next sample in the ring; of the one after it if the
+text is one of the sample's own, and so on. So the pairs depend on the samples of a set alone, not on its order, its
+shards or the reader. Adding or removing a sample changes only the pairs of its neighbours in the ring.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from numpy.typing import NDArray
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import DataError
 
-PAIRING = "next in the ring of SHA-256"  # what a fingerprint says of how pairs were made
+PAIRING = "next in the ring of SHA-256"  # in fingerprints: how pairs were made
 _SALT = "mismatched"
 
 
 @dataclass(frozen=True, eq=False)
 class MismatchRing:
-    """The P rows of a set's preference samples in the order of the ring, and the place in it of each of its N rows."""
+    """The P rows of a set's preference samples in ring order, and the place in the ring of each of its N rows."""
 
     rows_P: NDArray[np.int64]
     places_N: NDArray[np.int64]
 
     @classmethod
     def of(cls, index: pa.Table, *, where: str) -> MismatchRing:
-        """Put the preference samples of a set into a ring, by its index.
+        """Form the ring of a set's preference samples from its index.
 
-        Errors: `DataError` naming `where` if they are fewer than 2.
+        Errors: `DataError` naming `where` if there are fewer than 2.
         """
         is_preference = pc.equal(index.column("kind"), "preference")
         rows_P = np.flatnonzero(is_preference.to_numpy())
@@ -47,15 +47,15 @@ class MismatchRing:
         keys = index.column("key").filter(is_preference)
         hashes = b"".join(_hash(key) for chunk in keys.chunks for key in chunk.to_pylist())
         words_4P = np.frombuffer(hashes, ">u8").reshape(-1, 4).T.astype(np.uint64)
-        rows_P = rows_P[np.lexsort(words_4P[::-1])]  # by the first word, among equal ones by the second, …
+        rows_P = rows_P[np.lexsort(words_4P[::-1])]  # by the first word, then the second, …
         places_N = np.full(len(index), -1, np.int64)
         places_N[rows_P] = np.arange(len(rows_P))
         return cls(rows_P, places_N)
 
     def response(self, row: int, sample: Sample, read: Callable[[int], tuple[str, str]]) -> str:
-        """The mismatched response of the sample in `row`; `read` gives the responses of another one by its row.
+        """The mismatched response of the sample in `row`; `read` returns the responses of another row.
 
-        Errors: `DataError` naming the sample if no other one has a response that differs from both of its own.
+        Errors: `DataError` naming the sample if no other sample has a response different from both of its own.
         """
         own = {str(sample.chosen).strip(), str(sample.rejected).strip()}
         side = _hash(sample.key)[-1] % 2

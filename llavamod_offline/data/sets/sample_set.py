@@ -1,17 +1,17 @@
-"""A packed set: a folder of WebDataset tars that can be opened at once and read at any place.
+"""A packed set: a folder of WebDataset tars with an index, for fast opening and random access.
 
-    {name}-000000.tar …   samples, see `sample.py`; members are read by position, tars are never scanned. A set that
-                          `llavamod-offline index` made has none: it reads other tars where they lie
-    index.arrow           Arrow IPC file, one row a sample, in the order of the tars; opened by memory map
+    {name}-000000.tar …   samples, see `sample.py`; members are read by position, tars are never scanned. Sets made by
+                          `llavamod-offline index` have none: they read other tars in place
+    index.arrow           Arrow IPC file, one row a sample, in the order of the tars; memory-mapped
     set.json              format, name, counts, digest, weights of sources, and each shard's samples, size, SHA-256
-                          and, where it lies elsewhere, path (relative to this folder, or absolute); written last.
-                          Where a teacher wrote the answers, `generated`: who, how, and from which set
+                          and, if it is elsewhere, path (relative to this folder, or absolute); written last.
+                          If a teacher wrote the answers, `generated`: which, how, and from which set
     rejected.jsonl        the source rows that are not in the set: key, kind, reason, file, row
 
 Columns of the index: `key`; `shard` (ordinal in set.json's list); `content_hash`; `kind` (`conversation` or
 `preference`); `n_turns` and `n_images` (of the sample, answers of a preference not counted); `source`; `text_length`
-(characters of all texts); `parser` (how the sample's files are read, see `members.py`); `n_shrunk` (images that packing
-made smaller); `members`: for each file of the sample its `name` (what follows the key and a dot), and the `offset` and
+(characters of all texts); `parser` (the format of its text, see `members.py`); `n_shrunk` (images that packing
+shrank); `members`: for each file of the sample its `name` (what follows the key and a dot), and the `offset` and
 `size` of its bytes in the tar, the text first, then the images in order.
 """
 
@@ -71,8 +71,7 @@ _READ_COLUMNS = ("key", "parser", "source", "content_hash", "members")
 class SampleSet:
     """The samples of a packed set, numbered in set order.
 
-    Reads are positional and share no state, so a set may be used from threads, forked or spawned workers.
-    `mismatched`: whether its preference samples are read with the response of another one; see `with_mismatched`.
+    Reads are positional and share no state, so threads, forked and spawned workers may use a set.
     Errors of every method: `DataError` naming the set, the shard and the key.
     """
 
@@ -95,10 +94,10 @@ class SampleSet:
 
     @classmethod
     def open(cls, where: Path | str, *, staging: DiskCache | None = None) -> SampleSet:
-        """Open a set by path or URL, by its manifest and index; no tar is touched, whatever the size of the set.
+        """Open a set by path or URL; reads its manifest and index, but no tar.
 
-        `staging`: where copies of what lies behind a URL are kept (default: see `storage/disk_cache.py`).
-        Errors: `DataError` if it is no set, of another format, empty, or its index does not fit its manifest;
+        `staging`: the cache for copies of remote files (default: see `storage/disk_cache.py`).
+        Errors: `DataError` if it is not a set, of another format, empty, or its index does not match its manifest;
         `StorageError` if a bucket cannot be read.
         """
         folder = open_folder(where)
@@ -109,9 +108,9 @@ class SampleSet:
         else:
             index = _read_index(folder.path, str(path))
         if sum(shard.samples for shard in shards) != len(index):
-            raise DataError(f"set '{path}': {INDEX_NAME} does not fit {MANIFEST_NAME}: pack the set again")
+            raise DataError(f"set '{path}': {INDEX_NAME} does not match {MANIFEST_NAME}: pack the set again")
         if not len(index):
-            raise DataError(f"set '{path}': holds no samples; {REJECTED_NAME} there may say why")
+            raise DataError(f"set '{path}': holds no samples: see {REJECTED_NAME} in it for the reasons")
         return cls(path, manifest, shards, index, staging)
 
     def __len__(self) -> int:
@@ -122,14 +121,14 @@ class SampleSet:
 
     @property
     def mismatched(self) -> bool:
-        """Whether preference samples are read with a mismatched response, a third role of theirs."""
+        """Whether preference samples have a mismatched response, as their third role."""
         return self._ring is not None
 
     def with_mismatched(self) -> SampleSet:
-        """The same set, whose preference samples are read with the response of another one (see `mismatch.py`).
+        """The same set, whose preference samples also have the response of another one (see `mismatched.py`).
 
-        Errors: `DataError` if it holds fewer than two preference samples; while reading, naming a sample, if no other
-        has another response.
+        Errors: `DataError` if it holds fewer than two preference samples; while reading, naming the sample, if no other
+        sample has a different response.
         """
         paired = SampleSet(self.path, self.manifest, self.shards, self.index, self._staging)
         paired._ring = MismatchRing.of(self.index, where=f"set '{self.path}'")
@@ -147,7 +146,7 @@ class SampleSet:
 
     @property
     def is_remote(self) -> bool:
-        """Whether tars lie behind a URL."""
+        """Whether any tar is behind a URL."""
         return any(self.tars.is_remote(ordinal) for ordinal in range(len(self.shards)))
 
     @property
@@ -156,7 +155,7 @@ class SampleSet:
         return [shard.name for shard in self.shards]
 
     def rows_of(self, shard_name: str) -> range:
-        """The rows that lie in a shard."""
+        """The rows in a shard."""
         rows = self.shard_rows.get(shard_name)
         if rows is None:
             raise DataError(f"set '{self.path}': has no shard '{shard_name}'")
@@ -164,14 +163,14 @@ class SampleSet:
 
     @cached_property
     def shard_rows(self) -> dict[str, range]:
-        """The rows that lie in each shard, by its name."""
+        """The rows in each shard, by its name."""
         starts = [0, *self._ends]
         return {
             shard.name: range(start, end) for shard, start, end in zip(self.shards, starts, self._ends, strict=False)
         }
 
     def shard_numbers(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The ordinals of the shards that rows lie in."""
+        """The ordinals of the rows' shards."""
         return np.searchsorted(np.array(self._ends, np.int64), rows, side="right")
 
     def key_of(self, row: int) -> str:
@@ -188,7 +187,7 @@ class SampleSet:
     def read(self, row: int, *, verify: bool = False, scattered: bool = False) -> Sample:
         """Read one sample; `verify` also recomputes its content hash.
 
-        `scattered`: not many of its shard are wanted, so that a shard behind a URL need not be copied for them.
+        `scattered`: few samples of its shard are wanted, so that a remote shard is not copied for them.
         """
         if not 0 <= row < len(self):
             raise DataError(f"set '{self.path}': has no row {row}: it holds {len(self)} samples")
@@ -202,7 +201,7 @@ class SampleSet:
         except DataError as error:
             raise DataError(f"{where}: {error}: {self.shards[ordinal].again}") from error
         if verify and sample.content_hash != entry["content_hash"]:
-            raise DataError(f"{where}: its content is not what was packed: {self.shards[ordinal].again}")
+            raise DataError(f"{where}: its content differs from what was packed: {self.shards[ordinal].again}")
         if self._ring is None or not sample.is_preference:
             return sample
         return replace(sample, mismatched=self._ring.response(row, sample, self._read_responses))
@@ -217,14 +216,14 @@ class SampleSet:
             raise DataError(f"{where}: its JSON cannot be read: {error!r}: pack the set again") from error
 
     def _entry(self, row: int) -> tuple[dict[str, Any], int, str]:
-        """What the index says of a row, its shard's ordinal, and how errors call it."""
+        """A row of the index, its shard's ordinal, and its name in errors."""
         entry = {name: column[row].as_py() for name, column in self._read_columns.items()}
         ordinal = bisect_right(self._ends, row)
         return entry, ordinal, f"set '{self.path}', shard '{self.shards[ordinal].name}', sample '{entry['key']}'"
 
     @cached_property
     def _read_columns(self) -> dict[str, pa.ChunkedArray]:
-        """What reading a sample takes: columns looked up once, as a table puts each together from all its batches."""
+        """The columns that reading needs, looked up once, as a table assembles each from all its batches."""
         return {name: self.index.column(name) for name in _READ_COLUMNS}
 
     @cached_property
@@ -234,7 +233,7 @@ class SampleSet:
     def _read_bytes(self, ordinal: int, member: dict[str, Any], where: str, scattered: bool) -> bytes:
         content = self.tars.read(ordinal, member["offset"], member["size"], scattered=scattered)
         if len(content) != member["size"]:
-            there = f"{len(content)} of its {member['size']} bytes are there"
+            there = f"the tar holds {len(content)} of its {member['size']} bytes"
             raise DataError(f"{where}, member '{member['name']}': {there}: pack the set again")
         return content
 
@@ -245,7 +244,7 @@ def _reopen(path: Path | str, mismatched: bool, staging: DiskCache | None) -> Sa
 
 
 def _places(path: Path | str, shards: tuple[Shard, ...]) -> list[Path | str]:
-    """Where each tar lies."""
+    """The location of each tar."""
     return [_place(path, shard.path or f"{shard.name}.tar") for shard in shards]
 
 
@@ -254,19 +253,19 @@ def _place(path: Path | str, file: str) -> Path | str:
         return file
     if isinstance(path, Path) or posixpath.isabs(file):
         return path / Path(file) if isinstance(path, Path) else Path(file)
-    scheme, _, rest = path.partition("://")  # a bucket takes `..` for a name
+    scheme, _, rest = path.partition("://")  # in a bucket, `..` is an ordinary name
     return f"{scheme}://{posixpath.normpath(posixpath.join(rest, file))}"
 
 
 def _read_manifest(folder: LocalFolder | RemoteFolder) -> tuple[dict[str, Any], tuple[Shard, ...]]:
     path = folder.where
     if isinstance(folder, LocalFolder) and not folder.path.is_dir():
-        raise DataError(f"set '{path}': no such folder: make one with `llavamod-offline pack`")
+        raise DataError(f"set '{path}': no such folder: make a set with `llavamod-offline pack`")
     try:
         content = folder.read(MANIFEST_NAME)
     except FileNotFoundError as error:
         raise DataError(
-            f"set '{path}': has no {MANIFEST_NAME}, so it is no packed set: see `llavamod-offline pack`"
+            f"set '{path}': has no {MANIFEST_NAME}, so it is not a packed set: make one with `llavamod-offline pack`"
         ) from error
     try:
         manifest = json.loads(content)
@@ -289,20 +288,20 @@ def _read_manifest(folder: LocalFolder | RemoteFolder) -> tuple[dict[str, Any], 
 
 
 def _staged_index(folder: RemoteFolder, manifest: dict[str, Any], staging: DiskCache) -> pa.Table:
-    """Copy the index of a set behind a URL, and open it; what is mapped stays readable when its file is removed."""
-    entry = manifest.get("index")  # sets of earlier versions say nothing of it
+    """Copy a remote set's index and open it; a mapped file stays readable after its removal."""
+    entry = manifest.get("index")  # absent in sets of earlier versions
     size = folder.size(INDEX_NAME) if entry is None else int(entry["bytes"])
 
     def fill(aside: Path) -> None:
         wanted = Wanted(INDEX_NAME, aside / INDEX_NAME, size, None if entry is None else str(entry["sha256"]))
         if folder.fetch([wanted]):
-            raise DataError(f"set '{folder.where}': {INDEX_NAME} is not what was packed: upload or pack it again")
+            raise DataError(f"set '{folder.where}': {INDEX_NAME} differs from what was packed: upload or pack it again")
 
     try:
-        with staging.hold(f"index-{manifest['digest']}-{size}", size, fill) as unit:
-            return _read_index(unit, folder.where)
+        with staging.hold(f"index-{manifest['digest']}-{size}", size, fill) as entry_folder:
+            return _read_index(entry_folder, folder.where)
     except FileNotFoundError as error:
-        raise DataError(f"set '{folder.where}': has no {INDEX_NAME}: upload or pack it again") from error
+        raise DataError(f"set '{folder.where}': no {INDEX_NAME}: upload or pack it again") from error
 
 
 def _read_index(folder: Path, path: str) -> pa.Table:

@@ -41,11 +41,11 @@ class Shard:
 
 
 class TarFiles:
-    """The tars of a set; `places` says where each lies: a path, or a URL.
+    """The tars of a set; `places` holds the path or URL of each.
 
     Reads share no state, so they may come from threads, forked or spawned processes.
     Errors of every method: `DataError` naming set and shard if a tar is missing, or of another size or checksum;
-    `StorageError` if a bucket cannot be read or there is no room for a copy.
+    `StorageError` if a bucket cannot be read or the cache has no space for a copy.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class TarFiles:
         return self._staging
 
     def is_remote(self, ordinal: int) -> bool:
-        """Whether a tar lies behind a URL."""
+        """Whether a tar is behind a URL."""
         return isinstance(self._places[ordinal], str)
 
     def read(self, ordinal: int, offset: int, size: int, *, scattered: bool = False) -> bytes:
@@ -99,8 +99,8 @@ class TarFiles:
                 raise self._missing(shard, place) from error
             if damaged:
                 raise DataError(
-                    f"set '{self._where}', shard '{shard.name}': {place} is not what was packed (its size or checksum "
-                    "is another): upload or pack it again"
+                    f"set '{self._where}', shard '{shard.name}': {place} has another size or checksum than when "
+                    "packed: upload or pack it again"
                 )
 
         return self.staging.hold(_entry_name(shard), shard.size, fill)

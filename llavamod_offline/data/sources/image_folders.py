@@ -1,4 +1,4 @@
-"""Images by the relative paths that data sets name them by, looked up in one or several folders."""
+"""Look up images, by the relative paths that data sets use, in one or several folders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llavamod_offline.errors import DataError
 
 
 class ImageFolders:
-    """Folders that hold images. Errors: `DataError` if one of them is no folder."""
+    """Folders that hold images. Errors: `DataError` if one of them is not a folder."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         for folder in folders:
@@ -25,10 +25,10 @@ class ImageFolders:
         return _is_inside(PurePosixPath(name)) and any(os.path.isfile(folder / name) for folder in self.folders)
 
     def read(self, name: str) -> bytes:
-        """Read the file of that relative path.
+        """Read an image by its relative path.
 
-        Errors: `RowError` if the path leads out of the folders, names no file or one in several folders, or the file is
-        too large or cannot be read. `DataError` if there are no folders to look in.
+        Errors: `RowError` if the path leads out of the folders, exists in none or several of them, or the file is too
+        large or unreadable. `DataError` if no folders were given.
         """
         if not self.folders:
             raise DataError(f"image '{name}': no folder to find it in: name it with --images DIR")

@@ -1,6 +1,7 @@
-"""JSON arrays and JSON lines, read row by row; what is held in memory is one row and a piece of the file.
+"""Read JSON arrays and JSON lines row by row, holding one row and a piece of the file in memory.
 
-`advance` is told how many bytes were read, for a progress bar.
+`advance` gets the number of bytes read, for a progress bar. Our own, as ijson bounds no row's memory, locates no fault,
+and refuses what `json` reads: a BOM, Infinity, and integers beyond 64 bits beside floats.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ _SPACE = " \t\n\r"
 def stream_array(path: Path, advance: Advance) -> Iterator[Any]:
     """Yield the elements of the JSON array in a file.
 
-    Errors: `DataError` naming file, row and character if it is no array or not valid JSON to its end: without its
-    commas and brackets nothing after a fault can be told apart.
+    Errors: `DataError` naming file, row and character if it is not an array or not valid JSON to its end: rows after a
+    fault cannot be delimited.
     """
     with path.open("rb") as stream:
         text = _Text(path, stream.read, advance)
@@ -43,13 +44,13 @@ def stream_array(path: Path, advance: Advance) -> Iterator[Any]:
             if separator != "]":
                 raise text.error("expected ',' or ']'" if separator else "the file ends before its list does")
         if text.peek():
-            raise text.error("something stands behind the list")
+            raise text.error("unexpected text after the list")
 
 
 def stream_lines(path: Path, advance: Advance) -> Iterator[tuple[int, Any]]:
-    """Yield (line number from 0, value) of a file of one JSON value a line; blank lines are passed over.
+    """Yield (line number from 0, value) of a file of one JSON value a line; blank lines are skipped.
 
-    A line that is not valid JSON is yielded as the `RowError` that says so; one without end is a `DataError`.
+    An invalid line is yielded as a `RowError`; one longer than `MAX_ROW` is a `DataError`.
     """
     with path.open("rb") as stream:
         number = 0
@@ -71,7 +72,7 @@ def _parse_line(line: bytes) -> Any:
 
 
 class _Text:
-    """The text of a file from a moving position on."""
+    """The text of a file, with a moving position."""
 
     def __init__(self, path: Path, read: Callable[[int], bytes], advance: Advance) -> None:
         self._path = path
@@ -86,7 +87,7 @@ class _Text:
         self._ended = False
 
     def peek(self) -> str:
-        """The next character that is no space, or '' at the end of the file."""
+        """The next character other than a space, or '' at the end of the file."""
         while True:
             while self._position < len(self._buffer):
                 character = self._buffer[self._position]
@@ -98,7 +99,7 @@ class _Text:
             self._fill()
 
     def take(self) -> str:
-        """As `peek`, and go past it."""
+        """As `peek`, and advance past it."""
         character = self.peek()
         self._position += len(character)
         return character
@@ -113,7 +114,7 @@ class _Text:
                 if self._ended or not isinstance(error, json.JSONDecodeError):
                     raise self.error(getattr(error, "msg", str(error)), getattr(error, "pos", None)) from error
             else:
-                # A number's end is only certain by what follows it: '1' may go on as '12' or '1.5' in the next piece.
+                # Only what follows a number ends it: '1' may continue as '12' or '1.5' in the next piece.
                 closed = isinstance(value, dict | list | str) or self._buffer[end : end + 1] in {",", "]", *_SPACE}
                 if closed or self._ended:
                     self._position = end
@@ -124,12 +125,12 @@ class _Text:
             self._fill()
 
     def error(self, message: str, position: int | None = None) -> DataError:
-        """An error that names the place."""
+        """An error that names row and character."""
         place = self._passed + (self._position if position is None else position)
         return DataError(f"{self._path}: row {self._row} (character {place}): {message}")
 
     def _fill(self) -> None:
-        """Read on; a piece as large as what is there already keeps the work linear in the row's length."""
+        """Read a piece as large as the buffer, which keeps the work linear in the row's length."""
         content = self._read(max(_CHUNK, len(self._buffer) - self._position))
         self._ended = not content
         self._advance(len(content))

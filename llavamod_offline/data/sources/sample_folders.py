@@ -1,4 +1,4 @@
-"""Folders of samples: what a WebDataset tar holds, unpacked. `000.json` or `000.txt` beside `000.jpg`, at any depth."""
+"""Folders of samples, as an unpacked WebDataset tar: `000.json` or `000.txt` beside `000.jpg`, at any depth."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from llavamod_offline.data.sources.tar_reader import TarGroup, TarMember, split_
 
 @dataclass(frozen=True)
 class FileGroup:
-    """The files of one key below a folder, by their names in it; the key is written as those of a tar's members are."""
+    """The files of one key below a folder, by their relative names; keys are formed as for a tar's members."""
 
     key: str
     names: tuple[str, ...]
 
 
 def list_groups(folder: Path) -> Iterator[FileGroup]:
-    """The groups of a folder, in the order of their keys; links to folders are not followed."""
+    """The groups of a folder, sorted by key; links to folders are not followed."""
     groups: dict[str, list[str]] = {}
     for root, _, names in os.walk(folder):
         below = Path(root).relative_to(folder)
@@ -33,7 +33,7 @@ def list_groups(folder: Path) -> Iterator[FileGroup]:
 
 
 def read_files(folder: Path, group: FileGroup) -> TarGroup:
-    """Read the files of a group. Errors: `RowError` for a name that is not taken, a file that cannot be read."""
+    """Read the files of a group. Errors: `RowError` for an invalid name or an unreadable file."""
     read = TarGroup(group.key, 0)
     for name in group.names:
         _, suffix, problem = split_name(name)

@@ -1,4 +1,4 @@
-"""How sources and their weights are typed: `NAME=PLACE` and `NAME=NUMBER`."""
+"""Parse sources and their weights from the command line: `NAME=PATH` and `NAME=NUMBER`."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from llavamod_offline.errors import ConfigError
 
 
 def parse_source(argument: str) -> tuple[str, Path]:
-    """The name (or nothing) and the place of a source; what is there as a whole is a place, whatever its name has.
+    """The name (or nothing) and the path of a source; an existing path wins even if it contains "=".
 
-    Errors: `ConfigError` for an empty name or place.
+    Errors: `ConfigError` for an empty name or path.
     """
     name, equals, place = argument.partition("=")
     if not equals or Path(argument).exists():
         return "", Path(argument)
     if not name.strip() or not place:
-        raise ConfigError(f"source '{argument}': expected PLACE or NAME=PLACE")
+        raise ConfigError(f"source '{argument}': expected PATH or NAME=PATH")
     return name, Path(place)
 
 
 def parse_weights(arguments: Sequence[str]) -> dict[str, float]:
-    """The weights of sources by their names. Errors: `ConfigError` for anything that is no `NAME=NUMBER`, or twice."""
+    """The weights of sources by name. Errors: `ConfigError` for anything but `NAME=NUMBER`, or a repeated name."""
     weights: dict[str, float] = {}
     for argument in arguments:
         name, _, number = argument.rpartition("=")

@@ -1,9 +1,9 @@
-"""WebDataset tars that others wrote → a set that reads them where they lie (its files: see `shards.py`).
+"""Index existing WebDataset tars as a set that reads them in place (its files: see `sample_set.py`).
 
-Each tar is read once, from its first byte to its last; its images are decoded, its samples checked and hashed as when
-they are packed. A sample is one of those in `members.py`, with its images beside its text: one called `jpg`, `jpeg`,
-`png` or `webp`, or several called `0.jpg`, `1.png`… in their order. A JSON that holds no sample is passed over beside a
-caption. What gives no sample goes to `rejected.jsonl`; `row` counts the members of a tar from 0.
+Each tar is read once, from its first byte to its last; images are decoded, samples checked and hashed as in packing. A
+sample is one of those in `members.py`, with its images beside its text: one named `jpg`, `jpeg`, `png` or `webp`, or
+several named `0.jpg`, `1.png`… in order. Beside a caption, a JSON without a sample is ignored. Everything else goes to
+`rejected.jsonl`; `row` counts the members of a tar from 0.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TarKeyRule = Literal["member", "shard"]
 
 @dataclass(frozen=True)
 class TarSource:
-    """A tar; `name` is the `source` of its samples (default: the name of the folder it lies in)."""
+    """A tar; `name` is the `source` of its samples (default: the name of its folder)."""
 
     path: Path
     name: str = ""
@@ -39,7 +39,7 @@ class TarSource:
 
 @dataclass(frozen=True)
 class _Found:
-    """A sample of a tar, its place in it, and its files as the index has them."""
+    """A sample of a tar, its row, and its files as in the index."""
 
     facts: Facts
     row: int
@@ -48,7 +48,7 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Tar:
-    """What a tar holds, in its order."""
+    """The contents of a tar, in order."""
 
     path: Path
     size: int
@@ -69,13 +69,13 @@ def index_tars(
     workers: int = 1,
     advance: Callable[[int], object] = lambda size: None,
 ) -> PackSummary:
-    """Make the set folder `output` of the samples in `tars`, which stay as they are.
+    """Make the set folder `output` of the samples in `tars`, which stay unchanged.
 
-    A tar that lies below the folder that `output` is in is found again when both are moved together, another one by
-    its absolute path. `keys`: a sample's key is that of its members (as `key_from_id` writes it), or has the tar's name
-    before it where different tars use the same ones. `caption_prompt`: what captions answer; without it they are
-    rejected. `ignore`: suffixes of members that are passed over. `workers`: processes, each reads a tar at a time.
-    Errors: as `write_set`, and `DataError` if a tar is no file or given twice.
+    Tars below the folder that holds `output` are stored by relative path, so that both can be moved together; others by
+    absolute path. `keys`: the members' key (as `key_from_id` writes it), or with the tar's name before it, for tars
+    that use the same keys. `caption_prompt`: what captions answer; without it they are rejected. `ignore`: suffixes of
+    members to ignore. `workers`: processes, each of which reads a tar at a time.
+    Errors: as `write_set`, and `DataError` if a tar is not a file or given twice.
     """
     weights = weights or {}
     check_weights(weights)
@@ -93,9 +93,9 @@ def index_tars(
 
 
 def find_tars(places: Sequence[Path], name: str = "") -> list[TarSource]:
-    """The tars at `places`, files or folders; those below a folder in the order of their paths.
+    """The tars at `places`, files or folders; tars below a folder are sorted by path.
 
-    Errors: `DataError` if there is nothing at a place, or no tar in a folder.
+    Errors: `DataError` if a folder holds no tar.
     """
     found = []
     for place in places:
@@ -125,7 +125,7 @@ def _path_from(output: Path, tar: Path) -> str:
 
 
 def _shard_names(tars: Sequence[TarSource]) -> list[str]:
-    """A name for each tar: its stem, or where that is not enough its path below the folder that all are in."""
+    """A unique name for each tar: its stem, or if that is ambiguous its path below their common folder."""
     seen: dict[Path, Path] = {}
     for path in (tar.path for tar in tars):
         if not path.is_file():
@@ -145,7 +145,7 @@ def _shard_names(tars: Sequence[TarSource]) -> list[str]:
 
 
 class _TarIndexer:
-    """Reads tars; may be pickled."""
+    """Reads tars; picklable."""
 
     def __init__(self, keys: TarKeyRule, rule: ReadRule) -> None:
         self._keys, self._rule = keys, rule
@@ -156,7 +156,7 @@ class _TarIndexer:
     def _read(self, source: TarSource, name: str) -> _Tar:
         reader = TarReader(source.path)
         file = str(source.path)
-        rows: list[tuple[str, _Found | RejectedRow]] = []  # with the key that the tar has
+        rows: list[tuple[str, _Found | RejectedRow]] = []  # with the key in the tar
         try:
             for group in reader.groups():
                 rows.append((group.key, self._row(group, source, name)))
@@ -180,7 +180,7 @@ class _TarIndexer:
             _checked(group.key if KEY_PATTERN.fullmatch(group.key) else key)
             sample, parser, members = read_group(group, key, source.name or folder, self._rule)
             if parser == "sample" and KEY_PATTERN.fullmatch(group.key):
-                key = group.key  # a tar of this project has its keys written already
+                key = group.key  # our own tars hold keys in their final form
             key = _checked(f"{shard}-{key}" if self._keys == "shard" else key)
             if source.name:
                 sample = replace(sample, source=source.name)
@@ -201,4 +201,4 @@ def _row_key(row: _Found | RejectedRow) -> str:
 
 
 def _apart(key: str) -> str:
-    return f"members of '{key}' lie apart in the tar, so that they may be those of different samples"
+    return f"members of '{key}' lie apart in the tar, so they may belong to different samples"

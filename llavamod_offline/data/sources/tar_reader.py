@@ -1,13 +1,13 @@
-"""Tars that others wrote, read once from the first byte to the last: their members in groups of one key.
+"""Read any tar once, from the first byte to the last: its members in groups of one key.
 
-A member's key is what stands before the first dot of its file name, folders included, as WebDataset has it; a group is
-the members of one key that lie together. Nothing is ever extracted. Whatever a tar holds has one of these outcomes:
+As in WebDataset, a member's key is its path up to the first dot of the file name; a group is consecutive members of one
+key. Nothing is extracted. Outcomes of what a tar may hold:
 
-  a link, a device, a sparse file; a name that is absolute, goes through `..` or has no key or no suffix; two members of
-  one name; members of one key that lie apart; a member too large → its group has a problem
-  a folder → passed over
-  a member cut short, a damaged header, bytes behind the end, a compressed file → a problem of the tar; what stands
-  before it is good
+  a link, a device, a sparse file; a name that is absolute, contains `..` or has no key or no suffix; two members of one
+  name; members of one key that lie apart; a member too large → a problem of its group
+  a folder → ignored
+  a truncated member, a damaged header, bytes after the end, a compressed file → a problem of the tar; what precedes it
+  is good
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _PIECE = 2**20
 _MAX_HEADER = 2**20  # bytes of a long name or of PAX fields
 _MAX_GROUP = 2**29
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-# What a damaged or hostile header makes Python's reader raise.
+# Errors of Python's reader at a damaged or hostile header.
 _HEADER_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError, UnicodeError)
 
 
 @dataclass(frozen=True)
 class TarMember:
-    """A file of a tar: what follows its key and a dot, where its bytes lie, and the bytes."""
+    """A file of a tar: what follows its key and a dot, the position of its bytes, and the bytes."""
 
     suffix: str
     offset: int
@@ -44,7 +44,7 @@ class TarMember:
 
 @dataclass
 class TarGroup:
-    """The members of one key that lie together; `row` is the number of the first, `problem` says why it is unusable."""
+    """Consecutive members of one key; `row` is the number of the first, `problem` says why the group is unusable."""
 
     key: str
     row: int
@@ -52,22 +52,22 @@ class TarGroup:
     problem: RowError | None = None
 
     def add(self, member: TarMember) -> None:
-        """Add a member, or note why it cannot be."""
+        """Add a member, or note why that is impossible."""
         if member.suffix in self.members:
-            self.reject("bad member", f"two members are called '{self.key}.{member.suffix}'")
+            self.reject("bad member", f"two members are named '{self.key}.{member.suffix}'")
         elif len(member.content) + sum(len(other.content) for other in self.members.values()) > _MAX_GROUP:
             self.reject("bad member", f"its files have more than {_MAX_GROUP} bytes")
         else:
             self.members[member.suffix] = member
 
     def reject(self, kind: str, reason: str) -> None:
-        """Note why the group is unusable; the first reason counts. What was read is let go."""
+        """Note why the group is unusable, unless a reason is known, and drop its members."""
         self.members.clear()
         self.problem = self.problem or RowError(kind, reason)  # type: ignore[arg-type]
 
 
 class TarReader:
-    """Reads one tar; its `size`, `sha256` and `problem`, and how many `rows` (members) it has, are known at the end."""
+    """Reads one tar; its `size`, `sha256`, `problem` and number of `rows` (members) are known at the end."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -98,20 +98,20 @@ class TarReader:
             self.sha256 = bytes_read.digest.hexdigest()
 
     def _members(self, stream: BinaryIO, read: _Hashed) -> Iterator[tuple[str, str, tuple[int, bytes] | RowError]]:
-        """Key, suffix and place and bytes of each member, or what is wrong with it."""
-        end = 0  # of what is understood
+        """Key, suffix, position and bytes of each member, or its problem."""
+        end = 0  # of the valid part
         try:
             start = os.pread(stream.fileno(), 8, 0)
             packer = next((name for magic, name in _MAGIC.items() if start.startswith(magic)), None)
             if packer:
-                self._damaged(f"is compressed with {packer}, so that nothing in it can be found by position: unpack it")
+                self._damaged(f"is compressed with {packer}, which rules out reading by position: unpack it")
                 return
             tar = tarfile.TarFile(fileobj=_Headers(stream), mode="r", errorlevel=0, errors="surrogateescape")
             while (header := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # it would keep every header until the end
                 key, suffix, problem = split_name(header.name)
                 if header.size < 0 or header.offset_data < end:
-                    self._damaged(f"has a header at byte {header.offset} that makes no sense")
+                    self._damaged(f"has an invalid header at byte {header.offset}")
                     return
                 plain = header.isreg() and not header.issparse()
                 end = tar.offset
@@ -119,11 +119,11 @@ class TarReader:
                     continue
                 if header.isreg() and header.offset_data + header.size > self.size:
                     there = max(0, self.size - header.offset_data)
-                    reason = f"member '{_shown(header.name)}': {there} of its {header.size} bytes are there"
-                    yield key, suffix, RowError("damaged tar", f"the tar is cut short: {reason}")
+                    reason = f"member '{_shown(header.name)}': has {there} of its {header.size} bytes"
+                    yield key, suffix, RowError("damaged tar", f"the tar is truncated: {reason}")
                     return
                 if not plain:
-                    problem = problem or RowError("bad member", f"{_kind(header)}, and no plain file")
+                    problem = problem or RowError("bad member", f"{_kind(header)}, not a plain file")
                 elif header.size > MAX_ENCODED_BYTES:
                     problem = problem or RowError("bad member", f"{header.size} bytes, more than {MAX_ENCODED_BYTES}")
                 if problem is not None:
@@ -131,16 +131,16 @@ class TarReader:
                 else:
                     yield key, suffix, (header.offset_data, read.take(header.offset_data, header.size))
         except _HEADER_ERRORS as error:
-            self._damaged(f"cannot be read on from byte {end}: {error or type(error).__name__}")
+            self._damaged(f"cannot be read from byte {end} on: {error or type(error).__name__}")
             return
         self._check_end(stream, end)
 
     def _check_end(self, stream: BinaryIO, end: int) -> None:
-        """A tar ends with zeros: Python's reader takes anything that is no header for the end."""
+        """Check that zeros follow: Python's reader takes anything but a header for the end."""
         place = end
         while piece := os.pread(stream.fileno(), _PIECE, place):
             if piece.count(0) != len(piece):
-                self._damaged(f"has something at byte {end} that is neither a member nor its end")
+                self._damaged(f"has data at byte {end} that is neither a member nor its end")
                 return
             place += len(piece)
         if end == 0:
@@ -151,7 +151,7 @@ class TarReader:
 
 
 class _Hashed:
-    """A file's bytes, taken in rising order, hashed on the way."""
+    """A file's bytes, read in increasing order and hashed."""
 
     def __init__(self, stream: BinaryIO, size: int) -> None:
         self._descriptor = stream.fileno()
@@ -176,7 +176,7 @@ class _Hashed:
 
 
 class _Headers(io.RawIOBase):
-    """A file for reading headers from; none may claim to be so long that reading it fills the memory."""
+    """A file for reading headers; refuses headers so long that they would fill the memory."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -194,16 +194,16 @@ class _Headers(io.RawIOBase):
 
 
 def split_name(name: str) -> tuple[str, str, RowError | None]:
-    """A member's key and suffix, and what is wrong with its name."""
+    """A member's key and suffix, and the problem with its name, if any."""
     while name.startswith("./"):
         name = name[2:]
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     problem = None
     if name.startswith("/") or ".." in PurePosixPath(name).parts:
-        problem = RowError("bad member", "its name leads out of the folder that it would be unpacked in")
+        problem = RowError("bad member", "its name leads out of the folder it would be unpacked into")
     elif not stem or not suffix:
-        problem = RowError("bad member", "its name is no key, a dot and a suffix")
+        problem = RowError("bad member", "its name is not a key, a dot and a suffix")
     return f"{folder}{slash}{stem}" if stem else name, suffix.lower(), problem
 
 

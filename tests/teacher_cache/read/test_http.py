@@ -79,5 +79,5 @@ def test_what_a_web_server_lacks_is_named(served: str, tmp_path: Path) -> None:
         open_cache(f"{served}/set", staging=staging)
     with pytest.raises(CacheError, match=r"unfinished .*run `cache-teacher run` again"):
         open_cache(f"{served}/unfinished", staging=staging)
-    with pytest.raises(DataError, match=r"has no set\.json, so it is no packed set"):
+    with pytest.raises(DataError, match=r"has no set\.json, so it is not a packed set"):
         SampleSet.open(f"{served}/cache", staging=staging)

@@ -133,9 +133,9 @@ def test_duplicate_keys_name_both_rows(tmp_path: Path) -> None:
 
 
 def test_nothing_to_pack(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none of 2 row\(s\) gives a sample; the first: rows.json row 7: why not a"):
+    with pytest.raises(DataError, match=r"no sample in 2 row\(s\); the first: rows.json row 7: why not a"):
         write_set([rejection("a"), rejection("b")], tmp_path / "set")
-    with pytest.raises(DataError, match=r"none of 0 row\(s\) gives a sample$"):
+    with pytest.raises(DataError, match=r"no sample in 0 row\(s\)$"):
         write_set([], tmp_path / "set")
     assert not list(tmp_path.iterdir())
 
@@ -172,7 +172,7 @@ def test_overwrite_spares_what_is_no_set(tmp_path: Path) -> None:
     write_set([text_sample("a")], tmp_path / "real")
     link.symlink_to(tmp_path / "real")
     for output in (other, file, link):
-        with pytest.raises(DataError, match="is no packed set, so --overwrite leaves it alone"):
+        with pytest.raises(DataError, match="is not a packed set, so --overwrite keeps it"):
             write_set([text_sample("a")], output, overwrite=True)
     assert (other / "mine.jpg").read_bytes() == b"dear"
 
@@ -257,10 +257,10 @@ def test_weights(tmp_path: Path) -> None:
     summary = write_set(rows, tmp_path / "set", weights={"tiny": 2.5, "text": 0})
     manifest = json.loads((tmp_path / "set" / "set.json").read_text())
     assert manifest["weights"] == summary.weights == {"text": 0, "tiny": 2.5}
-    with pytest.raises(ConfigError, match="weight of 'other': no sample is from there: the sources are 'text', 'tiny'"):
+    with pytest.raises(ConfigError, match="weight of 'other': no sample is from that source: name one of 'text'"):
         write_set(rows, tmp_path / "unknown", weights={"other": 2})
     for weight in (-1, float("nan"), float("inf")):
-        with pytest.raises(ConfigError, match=r"weight of 'tiny': .* is no number of times"):
+        with pytest.raises(ConfigError, match=r"weight of 'tiny': .* must be a number from 0"):
             write_set(rows, tmp_path / "bad", weights={"tiny": weight})
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
     write_set(rows, tmp_path / "plain")

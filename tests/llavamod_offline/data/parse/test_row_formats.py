@@ -107,7 +107,7 @@ def test_preference_rows(tmp_path: Path, images: Path) -> None:
         ({"id": "k", "conversations": TEXT[:1]}, "bad conversation", "the last turn is by 'user'"),
         ({"id": "k", "conversations": talk("Is it?", " ")}, "bad conversation", "the assistant's text is empty"),
         ({"id": "k", "conversations": talk("Is it?", "\ud800")}, "bad conversation", "surrogate"),
-        ({"id": "k", "conversations": talk("Is it?", "<image>")}, "bad conversation", "stands in an answer"),
+        ({"id": "k", "conversations": talk("Is it?", "<image>")}, "bad conversation", "is in an answer"),
         ({"id": "k", "conversations": [{"from": "system", "value": "s"}, *TEXT]}, "bad conversation", "by 'system'"),
         ({"id": "k", "conversations": [{"from": "bot", "value": "s"}]}, "bad conversation", "turn 0 is by 'bot'"),
         ({"id": "k", "image": "b.png", "conversations": TEXT}, "placeholder mismatch", "put '<image>' where"),

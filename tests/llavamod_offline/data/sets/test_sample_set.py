@@ -195,7 +195,7 @@ def test_changed_bytes(own_folder: Path) -> None:
     _overwrite(packed, 0, 1, b"XXXX")
     packed.read(0)
     where = r"shard 'tiny-000000', sample 'tiny-0000'"
-    with pytest.raises(DataError, match=f"{where}: its content is not what was packed"):
+    with pytest.raises(DataError, match=f"{where}: its content differs from what was packed"):
         packed.read(0, verify=True)
     _overwrite(packed, 0, 0, b"XXXX")
     with pytest.raises(DataError, match=f"{where}: .*JSON cannot be read"):
@@ -208,12 +208,12 @@ def test_members_beyond_the_tar(own_folder: Path) -> None:
     rows[0]["members"][0]["size"] = 2**20
     with pa.ipc.new_file(str(own_folder / "index.arrow"), shards.INDEX_SCHEMA) as writer:
         writer.write_table(pa.Table.from_pylist(rows, schema=shards.INDEX_SCHEMA))
-    with pytest.raises(DataError, match=r"sample 'tiny-0000', member 'json': \d+ of its 1048576 bytes are there"):
+    with pytest.raises(DataError, match=r"sample 'tiny-0000', member 'json': the tar holds \d+ of its 1048576 bytes"):
         SampleSet.open(own_folder).read(0)
 
 
 def test_folders_that_are_no_set(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such folder: make one with `llavamod-offline pack`"):
+    with pytest.raises(DataError, match="no such folder: make a set with `llavamod-offline pack`"):
         SampleSet.open(tmp_path / "nothing")
     with pytest.raises(DataError, match=r"has no set\.json"):
         SampleSet.open(tmp_path)
@@ -226,7 +226,7 @@ def test_folders_that_are_no_set(tmp_path: Path) -> None:
         ("set.json", b"[]", r"set\.json cannot be read"),
         ("set.json", b'{"format": 2}', r"set\.json cannot be read"),
         ("set.json", b'{"format": 3, "shards": []}', "format 3, this version reads 2"),
-        ("set.json", b'{"format": 2, "shards": []}', r"index\.arrow does not fit set\.json"),
+        ("set.json", b'{"format": 2, "shards": []}', r"index\.arrow does not match set\.json"),
         ("index.arrow", b"", r"index\.arrow cannot be read"),
         ("index.arrow", b"no arrow" * 10, r"index\.arrow cannot be read"),
     ],
@@ -255,5 +255,5 @@ def test_an_empty_set(tmp_path: Path) -> None:
     (tmp_path / "set.json").write_text('{"format": 2, "shards": []}')
     with pa.ipc.new_file(str(tmp_path / "index.arrow"), shards.INDEX_SCHEMA):
         pass
-    with pytest.raises(DataError, match=r"holds no samples; rejected\.jsonl there may say why"):
+    with pytest.raises(DataError, match=r"holds no samples: see rejected\.jsonl"):
         SampleSet.open(tmp_path)

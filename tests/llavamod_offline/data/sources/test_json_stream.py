@@ -74,7 +74,7 @@ def test_numbers_are_not_cut_at_a_pieces_end(tmp_path: Path, monkeypatch: pytest
         (b'[{"a": 1} {"a": 2}]', r"row 1 \(character 11\): expected ',' or '\]'"),
         (b'[{"a": 1},]', r"row 1 \(character 10\): Expecting value"),
         (b'[{"a": 1}, nope]', r"row 1 \(character 11\): Expecting value"),
-        (b"[1] [2]", "something stands behind the list"),
+        (b"[1] [2]", "unexpected text after the list"),
         (b'["\xff"]', "not UTF-8: invalid start byte"),
         (b'["\xc3', "not UTF-8: unexpected end of data"),
         (b"[" * 200_000, "recursion"),

@@ -17,7 +17,7 @@ def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("lr=1.json").write_text("[]")
     assert parse_source("lr=1.json") == ("", Path("lr=1.json"))
     for argument in ("=a.json", "caps="):
-        with pytest.raises(ConfigError, match="expected PLACE or NAME=PLACE"):
+        with pytest.raises(ConfigError, match="expected PATH or NAME=PATH"):
             parse_source(argument)
 
 

@@ -144,7 +144,7 @@ def test_a_tar_that_changed_is_noticed(tmp_path: Path, tar: Path) -> None:
     content = tar.read_bytes()
     tar.write_bytes(content.replace(b"Quite", b"Maybe"))
     packed = SampleSet.open(tmp_path / "set")
-    with pytest.raises(DataError, match="sample '003': its content is not what was packed: index the tars again"):
+    with pytest.raises(DataError, match="sample '003': its content differs from what was packed: index the tars again"):
         packed.read(packed.row_of("003"), verify=True)
     tar.write_bytes(content + bytes(512))
     with pytest.raises(DataError, match=r"shard 'a': \d+ bytes instead of \d+: index the tars again"):
