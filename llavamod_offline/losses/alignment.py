@@ -1,13 +1,13 @@
-"""Losses that align what happens inside teacher and student, for teachers whose hidden states or relations are at hand.
+"""Losses that align hidden states, or relations between tokens, of teacher and student.
 
-Shape suffixes: N positions, D and T hidden size of student and teacher, B images, P visual tokens of one, V rows of the
-head.
+Shape suffixes: N positions, D and T hidden sizes of student and teacher, B images, P visual tokens per image, V rows of
+the LM head.
 
-- LLAVADI (arXiv 2407.19409) aligns the last layer's hidden states at the response's tokens, by mean squares or by the
-  cosine, through a projection that is trained with the student and dropped with the distillation.
-- LLaVA-KD (arXiv 2410.16236) aligns two things at the image's tokens: the language model's distributions there
-  (visual-token KL), and the relations between them, by the cosine of the two Gram matrices of their logits. Where the
-  teacher's head is not at hand, the hidden states' own Gram matrices stand for these.
+- LLAVADI (arXiv 2407.19409) aligns the last hidden states at the response's tokens, by mean squares or cosine, through
+  a projection that is trained with the student and discarded afterwards.
+- LLaVA-KD (arXiv 2410.16236) aligns the next-token distributions at the image's tokens (visual-token KL) and the
+  relations between these tokens, by the cosine of the Gram matrices of teacher's and student's logits. Without the
+  teacher's LM head, Gram matrices of hidden states replace those of logits.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from llavamod_offline.losses.targets import SparseTargets
 
 
 class HiddenProjection(nn.Module):
-    """Maps the student's hidden states [.., D] into the teacher's space [.., T]: linear, GELU, linear, as LLAVADI does.
+    """Maps the student's hidden states [.., D] to the teacher's hidden size [.., T]: linear, GELU, linear (LLAVADI).
 
-    It stands beside the student, not inside: an optimiser trains both, and saving the student leaves it behind.
+    It is not part of the student: the optimiser trains both, but only the student is saved.
     """
 
     def __init__(self, student_size: int, teacher_size: int) -> None:
@@ -35,7 +35,7 @@ class HiddenProjection(nn.Module):
         self.outer = nn.Linear(teacher_size, teacher_size)
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
-        """Project hidden states, in the projection's dtype."""
+        """Project hidden states; the result has the projection's dtype."""
         hidden_NT = self.inner(hidden_ND.to(self.inner.weight.dtype))
         return cast("Tensor", self.outer(nn.functional.gelu(hidden_NT)))
 
@@ -45,14 +45,15 @@ def hidden_alignment(
 ) -> Tensor:
     """The distance of projected hidden states from the teacher's, summed over positions, in float32.
 
-    `mse`: the mean over the T dimensions of the squared differences. `cosine`: 1 − cos, 1 where either is 0. `mask_N`
-    (bool) says which positions count. The teacher's get no gradient. Source: LLAVADI, arXiv 2407.19409.
-    Errors: `TargetError` if the shapes differ, `ConfigError` for another distance.
+    Shapes: both [N, T] float; `mask_N` [N] bool selects positions; the teacher's states are detached. `mse`: the mean
+    squared difference over T. `cosine`: 1 − cos, 1 if either state is 0.
+    Errors: `TargetError` if the shapes differ, `ConfigError` for an unknown distance.
+    Source: LLAVADI, arXiv 2407.19409.
     """
     if projected_NT.shape != teacher_NT.shape:
         raise TargetError(
             f"hidden states: {tuple(projected_NT.shape)} projected for {tuple(teacher_NT.shape)} of the teacher: "
-            "they must be the same"
+            "their shapes must be equal"
         )
     projected_NT, teacher_NT = projected_NT.float(), teacher_NT.detach().float()
     if distance == "mse":
@@ -67,43 +68,43 @@ def hidden_alignment(
 def visual_token_kl(
     hidden_ND: Tensor, lm_head_VD: Tensor, targets: SparseTargets, *, chunk_size: int = CHUNK_SIZE
 ) -> LossTerms:
-    """Forward KL(teacher ‖ student) of the distributions at the image's tokens, summed over them.
+    """Forward KL(teacher ‖ student) at the image's tokens, summed over them.
 
     Shapes: `hidden_ND` [N, D] are the student's hidden states *at* the N visual tokens of all images, `targets` the
-    teacher's distributions there. Source: LLaVA-KD, arXiv 2410.16236, multimodal distillation (L_vis).
-    Errors: `TargetError` as `distillation_from_hidden`.
+    teacher's distributions at the same tokens.
+    Errors: as `distillation_from_hidden`. Source: LLaVA-KD, arXiv 2410.16236, multimodal distillation (L_vis).
     """
     return distillation_from_hidden(hidden_ND, lm_head_VD, targets, chunk_size=chunk_size)
 
 
 def hidden_relations(hidden_BPD: Tensor, metric_DD: Tensor | None = None) -> Tensor:
-    """How the hidden states H of each image's tokens relate: H M Hᵀ [B, P, P], in float32; without a metric M, H Hᵀ."""
+    """Relations between the hidden states H of each image's tokens: H M Hᵀ [B, P, P], float32; by default M = I."""
     hidden_BPD = hidden_BPD.float()
     measured_BPD = hidden_BPD if metric_DD is None else hidden_BPD @ metric_DD
     return measured_BPD @ hidden_BPD.transpose(1, 2)
 
 
 def lm_head_metric(lm_head_VD: Tensor, *, vocab_size: int | None = None) -> Tensor:
-    """WᵀW [D, D] of a head W, in float32: under this metric hidden states relate as their logits do.
+    """WᵀW [D, D] of an LM head W, in float32: the metric that gives the relations between logits.
 
-    Logits [P, V] are never made: (H Wᵀ)(H Wᵀ)ᵀ = H (WᵀW) Hᵀ. Rows of the head from `vocab_size` on are left out.
+    It avoids computing logits [P, V]: (H Wᵀ)(H Wᵀ)ᵀ = H (WᵀW) Hᵀ. Rows from `vocab_size` on are ignored.
     """
     lm_head_VD = lm_head_VD[:vocab_size].float()
     return lm_head_VD.T @ lm_head_VD
 
 
 def relation_alignment(student_BPP: Tensor, teacher_BPP: Tensor, *, mask_BP: Tensor | None = None) -> Tensor:
-    """1 − the cosine of the two relation matrices of an image, each taken as one long vector; summed over images.
+    """1 − the cosine between the two flattened relation matrices of each image, summed over images.
 
-    Shapes: see `hidden_relations`; any relations that both models have will do. `mask_BP` (bool) says which tokens
-    count, where images have unequally many; an image without any adds 0. The teacher's get no gradient. Source:
-    LLaVA-KD, arXiv 2410.16236, relation distillation (L_rel).
+    Shapes: both [B, P, P], see `hidden_relations`; the teacher's are detached. `mask_BP` [B, P] bool selects
+    tokens, for images of different lengths; images without any add 0.
     Errors: `TargetError` if the shapes differ.
+    Source: LLaVA-KD, arXiv 2410.16236, relation distillation (L_rel).
     """
     if student_BPP.shape != teacher_BPP.shape:
         raise TargetError(
             f"relations: {tuple(student_BPP.shape)} of the student for {tuple(teacher_BPP.shape)} of the teacher: "
-            "they must be the same"
+            "their shapes must be equal"
         )
     if mask_BP is None:
         mask_BP = torch.ones(student_BPP.shape[:2], dtype=torch.bool, device=student_BPP.device)

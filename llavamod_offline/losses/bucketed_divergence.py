@@ -1,17 +1,17 @@
-"""Divergences over a few events: a record's head ids and, last, its tail as one bucket. Value and slope.
+"""Divergences over a record's top-k ids and one bucket for the tail: their values and slopes.
 
-Shape suffixes: N positions, E events. p is the teacher, q the student, both over the same events; everything is in
-nats.
+Shape suffixes: N positions, E events (the top-k ids, then the bucket). p is the teacher and q the student, both over
+the same events; all values are in nats.
 
 - `forward_kl`: Σ p log(p/q).
-- `reverse_kl`: Σ q log(q/p); on the cached support this is MiniLLM's (arXiv 2306.08543).
+- `reverse_kl`: Σ q log(q/p). Source: MiniLLM, arXiv 2306.08543.
 - `js`: w·KL(p ‖ m) + (1 − w)·KL(q ‖ m) with m = w·p + (1 − w)·q; w is `js_weight`. Source: GKD, arXiv 2306.13649.
 - `skewed_forward_kl`: KL(p ‖ α·p + (1 − α)·q); α is `skew`. Source: DistiLLM, arXiv 2402.03898.
 - `skewed_reverse_kl`: KL(q ‖ (1 − α)·p + α·q), likewise.
 - `total_variation`: ½ Σ |p − q|.
 
-Merging the tail's ids into one event makes each of them a lower bound of itself over the whole vocabulary (the data
-processing inequality), equal to it where the student's tail has the teacher's shape. All are ≥ 0, and 0 at p = q.
+By the data-processing inequality, each is a lower bound of the same divergence over the whole vocabulary, with equality
+where the student's tail has the teacher's shape. All are ≥ 0, and 0 at p = q.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from llavamod_offline.losses.kinds import DIVERGENCE_KINDS, DivergenceKind
 
 @dataclass(frozen=True)
 class DivergenceSpec:
-    """Which divergence: its kind, and the weight (`js`) or the skew (the skewed ones) that belongs to it.
+    """A divergence and its parameter: `js_weight` for `js`, `skew` for the skewed kinds.
 
-    Errors: `TargetError` for an unknown kind, or a weight or skew outside (0, 1).
+    Errors: `TargetError` for an unknown kind, or a `js_weight` or `skew` outside (0, 1).
     """
 
     kind: DivergenceKind = "forward_kl"
@@ -43,22 +43,20 @@ class DivergenceSpec:
             raise TargetError(f"divergence '{self.kind}' is unknown: choose one of {', '.join(DIVERGENCE_KINDS)}")
         for name, value in (("js_weight", self.js_weight), ("skew", self.skew)):
             if not 0 < value < 1:
-                raise TargetError(
-                    f"divergence: {name} is {value:g}, expected a number between 0 and 1, neither of them"
-                )
+                raise TargetError(f"{name} is {value:g}: expected 0 < {name} < 1")
 
 
 def event_divergence(log_p_NE: Tensor, log_q_NE: Tensor, spec: DivergenceSpec) -> tuple[Tensor, Tensor]:
-    """The divergence of each position, [N], and its slopes q·∂D/∂q in the student's log-probs, [N, E].
+    """The divergence D of each position, [N], and its slopes q·∂D/∂q, [N, E].
 
-    A slope takes q's sum as free: with s the slopes and S their sum, the gradient in the events' logits is s − S·q.
-    Events of no probability, on either side, are −inf.
+    Slopes treat the q of each event as independent: with slopes s and their sum S, the gradient with respect to the
+    events' logits is s − S·q. Events of probability 0 have log-prob −inf.
     """
     return _FORMULAS[spec.kind](log_p_NE, log_q_NE, spec)
 
 
 def weighted(weights_NE: Tensor, values_NE: Tensor) -> Tensor:
-    """weight · value, and 0 where the weight is 0, whatever the value."""
+    """weight · value, but 0 where the weight is 0, even if the value is infinite."""
     return torch.where(weights_NE > 0, weights_NE * values_NE, 0.0)
 
 

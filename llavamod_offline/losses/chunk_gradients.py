@@ -1,12 +1,11 @@
-"""From logits to the gradient of a loss, in the logits' own memory: one softmax, whatever the divergence.
+"""Replace a chunk's logits by the gradient of a loss, in place and with one softmax for any divergence.
 
-Shape suffixes: N positions, V vocabulary, K slots of the head, M slots of tail draws, E = K + 1 events, J columns of
-features.
+Shape suffixes: N positions, V vocabulary, K top-k slots, M tail sample slots, E = K + 1 events, J feature columns.
 
-Every divergence here sees the student through the log-probs of a few events (see `events.py`). Its gradient in the
-logits is then a number for each id of the head and, in the tail, `own`·v − `pull`·m: v is the student's own tail shape,
-`pull` goes with the teacher's tail mass, and m is the tail's target shape: v itself for a bucket, the drawn ids, or a
-mixture of both and of the teacher's mean tail (see `shrinkage.py`).
+A divergence depends on the student only through the log-probs of a few events (see `bucketed_divergence.py`). Its
+gradient is thus one number per top-k id and, in the tail, `own`·v − `pull`·m: v is the student's own tail shape, `pull`
+is proportional to the teacher's tail mass, and m is the target shape of the tail: v itself for a bucket, the tail
+samples, or a mixture of both and the teacher's mean tail (see `shrinkage.py`).
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _BLOCK_VALUES = {"cpu": 2**23, "cuda": 2**25}
 
 @dataclass(frozen=True)
 class _Tail:
-    """The gradient in the tail, `own`·v − `pull`·m, and the sum of the exponentials that make v."""
+    """The gradient in the tail, `own`·v − `pull`·m, and the sum of the exponentials that normalises v."""
 
     own_N: Tensor
     pull_N: Tensor
@@ -39,23 +38,25 @@ class _Tail:
 
 
 def zero_metrics(device: torch.device) -> dict[str, Tensor]:
-    """The metrics of no position: zeros to add to."""
+    """Metrics of 0 positions, to accumulate into."""
     return {name: torch.zeros((), dtype=torch.float32, device=device) for name in METRICS}
 
 
 def shrinkage_for(
     teacher: PreparedTargets, shrinkage: Shrinkage | None, vocab: int, device: torch.device
 ) -> Shrinkage | None:
-    """The state that the teacher's reading of the tail wants, on `device`; None for every reading but `shrink`.
+    """Move the state that `shrink` needs to `device`; None for all other tail estimators.
 
-    Errors: `TargetError` if it is missing, or belongs to another vocabulary.
+    Errors: `TargetError` if it is missing or was made for another vocabulary.
     """
     if teacher.tail != "shrink":
         return None
     if shrinkage is None:
-        raise TargetError("tail 'shrink': it learns its weights while training: give it a Shrinkage, or use 'bucket'")
+        raise TargetError("tail 'shrink' learns its weights in training: pass `shrinkage`, or set tail to 'bucket'")
     if shrinkage.vocab_size != vocab:
-        raise TargetError(f"tail 'shrink': a state for {shrinkage.vocab_size} ids, but the divergence has {vocab}")
+        raise TargetError(
+            f"tail 'shrink': `shrinkage` has {shrinkage.vocab_size} ids, the divergence {vocab}: make it for {vocab}"
+        )
     shrinkage.to(device)
     return shrinkage
 
@@ -72,12 +73,12 @@ def divergence_in_place(
     shrinkage: Shrinkage | None = None,
     features_NJ: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Replace float32 logits by the gradient of kd_weight · divergence · T² + lm_weight · cross-entropy, summed.
+    """Replace float32 logits by the gradient of the summed kd_weight · divergence · T² + lm_weight · cross-entropy.
 
-    Returns the two sums, not multiplied by their weights (the divergence times T²), and adds to `metrics`. `weights_N`
-    weighs the positions in all of them. `shrinkage` belongs to the reading of that name; with `features_NJ` the
-    positions enter its statistics. No further [N, V] tensor is made; where T ≠ 1 and both parts are asked for, their
-    softmaxes differ, and a few rows at a time are copied.
+    Returns divergence · T² and cross-entropy, summed but not multiplied by their weights, and adds to `metrics`.
+    `weights_N` weighs positions in all of these. `shrinkage` is for the estimator `shrink`; given `features_NJ`, it
+    learns from these positions. Allocates no other [N, V] tensor; with both losses at T ≠ 1, whose softmaxes differ, it
+    copies a few rows at a time.
     """
     if lm_weight and teacher.temperature != 1.0:
         assert target_ids_N is not None
@@ -89,7 +90,7 @@ def divergence_in_place(
     tail_logits_NM = logits_NV.gather(1, teacher.tail_ids_NM)
     topk_NK = logits_NV.gather(1, teacher.topk_ids_NK).masked_fill(~teacher.topk_valid_NK, NEVER)
 
-    # With the head masked, one pass over V gives the tail's normaliser without cancellation, and the head's is small.
+    # Masking the top-k gives the tail's normaliser in one pass over V, without cancellation.
     logits_NV.scatter_add_(1, teacher.topk_ids_NK, torch.zeros_like(topk_NK).masked_fill(teacher.topk_valid_NK, NEVER))
     peak_N = logits_NV.amax(-1)
     shift_N = peak_N.masked_fill(torch.isneginf(peak_N), 0.0)
@@ -103,7 +104,7 @@ def divergence_in_place(
     if teacher.tail == "samples":
         value_N = full_kl_N
 
-    # T² of the loss over the T of the logits; a row without target would have infinite slopes.
+    # T² of the loss divided by T of the logits; rows without a target would have infinite slopes.
     weight_N = torch.ones_like(lse_N) if weights_N is None else weights_N
     rate_N = torch.where(teacher.has_target_N, kd_weight * temperature * weight_N, 0.0)
     slope_NE = torch.where(teacher.has_target_N[:, None], rate_N[:, None] * slope_NE, 0.0)
@@ -141,9 +142,9 @@ def divergence_in_place(
 def cross_entropy_in_place(
     logits_NV: Tensor, target_ids_N: Tensor, *, weight: float = 1.0, weights_N: Tensor | None = None
 ) -> Tensor:
-    """Replace float32 logits by weight · gradient of the summed cross-entropy; returns the sum, not times `weight`.
+    """Replace float32 logits by weight · the gradient of the summed cross-entropy; returns the sum without `weight`.
 
-    `weights_N` weighs the positions; one whose target is −1 adds nothing.
+    `weights_N` weighs positions; those with target −1 add nothing.
     """
     target_N = _gather_one(logits_NV, target_ids_N)
     peak_N = logits_NV.amax(-1)
@@ -178,25 +179,25 @@ def _at_two_temperatures(
 
 
 def _full_kl(teacher: PreparedTargets, log_q_NE: Tensor, tail_log_q_NM: Tensor) -> Tensor:
-    """The best estimate of the forward KL over the whole vocabulary: by the draws where there are any, or bucketed."""
+    """Estimate the forward KL over the whole vocabulary: by tail samples where available, else bucketed."""
     bucketed_N, _ = event_divergence(teacher.full_log_probs_NE, log_q_NE, _FORWARD_KL)
     if not teacher.tail_ids_NM.shape[1]:
         return bucketed_N
     p_NE = teacher.full_log_probs_NE.exp()
-    head_N = weighted(p_NE[:, :-1], log_q_NE[:, :-1]).sum(-1)
+    topk_N = weighted(p_NE[:, :-1], log_q_NE[:, :-1]).sum(-1)
     tail_N = p_NE[:, -1] * weighted(teacher.tail_weights_NM, tail_log_q_NM).sum(-1)
-    return torch.where(teacher.has_samples_N, -head_N - tail_N - teacher.entropy_N, bucketed_N)
+    return torch.where(teacher.has_samples_N, -topk_N - tail_N - teacher.entropy_N, bucketed_N)
 
 
 def _scale_tail(exponentials_NV: Tensor, mass_N: Tensor, sum_N: Tensor) -> None:
-    """Turn the tail's exponentials into `mass` · v."""
+    """Turn the tail's exponentials into mass · v."""
     exponentials_NV.mul_(torch.where(sum_N > 0, mass_N / sum_N, 0.0)[:, None])
 
 
 def _view(
     exponentials_NV: Tensor, sum_N: Tensor, teacher: PreparedTargets, weight_N: Tensor, outside_N: Tensor | None
 ) -> TailView:
-    """What `shrinkage` learns from: positions with draws, and with some of the profile outside the head."""
+    """The input of `Shrinkage.observe`; counts positions with tail samples and profile mass outside the top-k."""
     counted_N = teacher.has_samples_N if outside_N is None else teacher.has_samples_N & (outside_N > 0)
     return TailView(
         exponentials_NV,
@@ -217,10 +218,10 @@ def _shrunk_tail(
     weights: TailWeights | None,
     outside_N: Tensor | None,
 ) -> Tensor:
-    """Turn the tail's exponentials into own·v − pull·m, m the mixture of v, profile and draws, scaled to a sum of 1.
+    """Turn the tail's exponentials into own·v − pull·m, with m the normalised mixture of v, profile and samples.
 
-    Returns what must be added at the head's ids, [N, K], since the profile is taken off there as well. Position by
-    position, a mixture that leaves nothing is read as the bucket.
+    Returns a correction [N, K] to add at the top-k ids, from which the profile is subtracted as well. Positions whose
+    mixture is empty use the bucket.
     """
     nothing_NK = torch.zeros_like(teacher.topk_ids_NK, dtype=torch.float32)
     if weights is None:
@@ -236,7 +237,7 @@ def _shrunk_tail(
         mixed_N = mixed_N + (weights.profile_V.sum() - profile_topk_NK.sum(-1)) * per_mass_N
     pull_N = torch.where(mixed_N > 0, tail.pull_N / mixed_N, 0.0)
     own_N = torch.where(mixed_N > 0, tail.own_N, tail.own_N - tail.pull_N) * per_sum_N
-    # Some rows at a time: the factors [rows, V] stay small, yet threads are not sent for a row each.
+    # In blocks of rows: the factors [rows, V] stay small, with enough work per call for all threads.
     rows = max(1, _BLOCK_VALUES.get(exponentials_NV.device.type, 2**23) // exponentials_NV.shape[1])
     factors_RV = torch.empty_like(exponentials_NV[:rows])
     for start in range(0, len(exponentials_NV), rows):
@@ -251,5 +252,5 @@ def _shrunk_tail(
 
 
 def _gather_one(logits_NV: Tensor, ids_N: Tensor) -> Tensor:
-    """The logit of one id a row; of id 0 where there is none (−1)."""
+    """The logit of one id per row; of id 0 where the id is −1."""
     return logits_NV.gather(1, ids_N.clamp(min=0)[:, None]).squeeze(1)

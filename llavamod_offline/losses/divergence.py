@@ -1,10 +1,10 @@
-"""Divergences between a cached teacher and a student, from the student's logits, in value and gradient.
+"""Divergences between a cached teacher and a student, computed from the student's logits.
 
-Shape suffixes: N positions, V vocabulary. Everything is in nats.
+Shape suffixes: N positions, V vocabulary. All values are in nats.
 
-The forward KL reads the tail in one of four ways (see `teacher.py`); all others are defined on head and
-bucket (see `events.py` for their formulas). A temperature T divides the student's logits and raises the teacher's
-probabilities to 1/T. Losses are multiplied by T², so that gradients keep their scale.
+The forward KL has four tail estimators (see `tail_estimators.py`); all other divergences are defined on the top-k ids
+and one bucket for the tail (see `bucketed_divergence.py` for their formulas). A temperature T divides the student's
+logits and raises the teacher's probabilities to 1/T; losses are multiplied by T² to keep the scale of the gradients.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from llavamod_offline.losses.targets import SparseTargets
 
 @dataclass(frozen=True)
 class Divergence:
-    """A divergence summed over `count` positions, × T²; `metrics` are detached sums over the same positions.
+    """A divergence summed over `count` positions, times T², with metrics: detached sums over the same positions.
 
-    `kl`: the best estimate of the full forward KL that the records allow, whatever the divergence: with tail draws and
-    at T = 1 the unbiased one with the stored entropy (a sum can fall below 0), else the bucket's lower bound at T.
-    `teacher_tail` and `student_tail`: the mass outside the teacher's head. `entropy`: the teacher's at T = 1.
-    `top1_agreement`: positions whose most likely token is the same.
+    `kl`: the best available estimate of the full forward KL, for every divergence. With tail samples and T = 1 it is
+    unbiased and uses the stored entropy (it can fall below 0), otherwise the lower bound of the bucket at T.
+    `teacher_tail`, `student_tail`: the mass outside the teacher's top-k. `entropy`: the teacher's, at T = 1.
+    `top1_agreement`: the number of positions where teacher and student have the same most likely token.
     """
 
     loss_sum: Tensor
@@ -49,20 +49,20 @@ def forward_kl(
 ) -> Divergence:
     """Forward KL(teacher ‖ student) over cached targets, summed over positions, times T².
 
-    Shapes: `logits_NV` [N, V] float, any float dtype (computed in float32); logits of ids ≥ `targets.vocab_size` count
-    as −∞. `bucket` is ≥ 0 and 0 when the student equals the teacher; so is every reading of records without a tail.
-    `shrinkage` belongs to the reading `shrink`, and learns where gradients are on; of the hidden states it knows none.
-    Errors: `TargetError` if an id lies beyond V, `temperature` has no stored normaliser, the records have a tail but no
-    draws that `draws` could use at that temperature, or `shrink` has no state for this vocabulary.
+    Shapes: `logits_NV` [N, V] of any float dtype (computed in float32); logits of ids ≥ `targets.vocab_size` count as
+    −∞. `tail`: see `tail_estimators.py`. `shrink` needs `shrinkage`, which learns if gradients are enabled, here
+    without features of the hidden states.
+    Errors: `TargetError` if an id lies beyond V, `temperature` has no stored normaliser, `samples` finds no tail
+    samples for that temperature, or `shrinkage` is missing or made for another vocabulary.
     """
     return _divergence(logits_NV, targets, DivergenceSpec("forward_kl"), temperature, tail, shrinkage)
 
 
 def reverse_kl(logits_NV: Tensor, targets: SparseTargets, *, temperature: float = 1.0) -> Divergence:
-    """Reverse KL(student ‖ teacher) on head and bucket, summed over positions, times T²; shapes as `forward_kl`.
+    """Reverse KL(student ‖ teacher) over top-k and bucket, summed over positions, times T².
 
-    Source: MiniLLM, arXiv 2306.08543, on the cached support. Errors: `TargetError` as `forward_kl`, or if it is
-    infinite, since the teacher gives ids no probability that the student can.
+    Shapes: as `forward_kl`. Source: MiniLLM, arXiv 2306.08543, on the cached support.
+    Errors: `TargetError` as `forward_kl`, or if it is infinite because a record gives some ids no probability.
     """
     return _divergence(logits_NV, targets, DivergenceSpec("reverse_kl"), temperature)
 
@@ -70,9 +70,9 @@ def reverse_kl(logits_NV: Tensor, targets: SparseTargets, *, temperature: float 
 def jensen_shannon(
     logits_NV: Tensor, targets: SparseTargets, *, weight: float = 0.5, temperature: float = 1.0
 ) -> Divergence:
-    """w·KL(teacher ‖ m) + (1 − w)·KL(student ‖ m), m = w·teacher + (1 − w)·student, on head and bucket, times T².
+    """w·KL(teacher ‖ m) + (1 − w)·KL(student ‖ m), m = w·teacher + (1 − w)·student, over top-k and bucket, times T².
 
-    `weight` w in (0, 1); summed over positions; shapes and errors as `forward_kl`. Source: GKD, arXiv 2306.13649.
+    `weight` is w in (0, 1); summed over positions. Shapes and errors: as `forward_kl`. Source: GKD, arXiv 2306.13649.
     """
     return _divergence(logits_NV, targets, DivergenceSpec("js", js_weight=weight), temperature)
 
@@ -80,9 +80,9 @@ def jensen_shannon(
 def skewed_forward_kl(
     logits_NV: Tensor, targets: SparseTargets, *, skew: float = 0.1, temperature: float = 1.0
 ) -> Divergence:
-    """KL(teacher ‖ α·teacher + (1 − α)·student) on head and bucket, summed over positions, times T².
+    """KL(teacher ‖ α·teacher + (1 − α)·student) over top-k and bucket, summed over positions, times T².
 
-    `skew` α in (0, 1); shapes and errors as `forward_kl`. Source: DistiLLM, arXiv 2402.03898.
+    `skew` is α in (0, 1). Shapes and errors: as `forward_kl`. Source: DistiLLM, arXiv 2402.03898.
     """
     return _divergence(logits_NV, targets, DivergenceSpec("skewed_forward_kl", skew=skew), temperature)
 
@@ -90,17 +90,17 @@ def skewed_forward_kl(
 def skewed_reverse_kl(
     logits_NV: Tensor, targets: SparseTargets, *, skew: float = 0.1, temperature: float = 1.0
 ) -> Divergence:
-    """KL(student ‖ (1 − α)·teacher + α·student) on head and bucket, summed over positions, times T².
+    """KL(student ‖ (1 − α)·teacher + α·student) over top-k and bucket, summed over positions, times T².
 
-    `skew` α in (0, 1); shapes and errors as `forward_kl`. Source: DistiLLM, arXiv 2402.03898.
+    `skew` is α in (0, 1). Shapes and errors: as `forward_kl`. Source: DistiLLM, arXiv 2402.03898.
     """
     return _divergence(logits_NV, targets, DivergenceSpec("skewed_reverse_kl", skew=skew), temperature)
 
 
 def total_variation(logits_NV: Tensor, targets: SparseTargets, *, temperature: float = 1.0) -> Divergence:
-    """Half the L1 distance of teacher and student on head and bucket, summed over positions, times T².
+    """Half the L1 distance between teacher and student over top-k and bucket, summed over positions, times T².
 
-    Shapes and errors as `forward_kl`. An event that both give the same probability has a slope of 0.
+    Shapes and errors: as `forward_kl`. Events to which both give the same probability have gradient 0.
     """
     return _divergence(logits_NV, targets, DivergenceSpec("total_variation"), temperature)
 
@@ -128,7 +128,7 @@ def _divergence(
 
 
 class _Dense(torch.autograd.Function):
-    """Dense logits in, summed divergence out; the gradient is computed with the value."""
+    """Dense logits → summed divergence; the forward pass computes the gradient as well."""
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, vocab: int, in_place: Callable[[Tensor], Tensor]) -> Tensor:

@@ -1,10 +1,10 @@
-"""Head and loss in one: from hidden states and the head's weight, in chunks, so that logits [N, V] never exist whole.
+"""LM head and loss fused: computed from hidden states in chunks, so that the logits [N, V] are never stored in full.
 
-Shape suffixes: N positions, D hidden size, V rows of the head, C positions of a chunk, S sequences.
+Shape suffixes: N positions, D hidden size, V rows of the LM head, C positions of a chunk, S sequences.
 
-The gradients with respect to hidden states and head are computed in the forward pass, while a chunk's logits are at
-hand (see `passes.py`). Losses are sums over positions; divide by the number of positions of the optimiser step. Under
-`torch.compile` each function here stands outside the compiled graph.
+The forward pass computes the gradients of hidden states and LM head as well, from each chunk's logits (see
+`fused_linear.py`). Losses are sums over positions: divide by the number of positions of the optimiser step. Under
+`torch.compile` these functions run outside the compiled graph.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ Result = TypeVar("Result")
 
 
 def _outside_graphs(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Let `torch.compile` break its graph here: traced, a loss's sums for the log would not stay detached."""
+    """Break the graph of `torch.compile` here: when traced, a loss's metrics would not stay detached."""
 
     @wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        if torch.compiler.is_compiling():  # not a decorator of torch's: it would import the compiler for everybody
+        if torch.compiler.is_compiling():  # torch's own decorator would always import the compiler
             return cast("Result", torch.compiler.disable(function)(*args, **kwargs))
         return function(*args, **kwargs)
 
@@ -51,11 +51,11 @@ def _outside_graphs(function: Callable[Arguments, Result]) -> Callable[Arguments
 
 @dataclass(frozen=True)
 class LossTerms:
-    """A loss summed over `count` positions, with its parts and metrics as detached sums over the same positions.
+    """A loss summed over `count` positions, with its parts and metrics: detached sums over the same positions.
 
-    `loss_sum` = kd_weight · `divergence_sum` + lm_weight · `cross_entropy_sum`; only it carries a gradient. A part of
-    weight 0 is not computed and is 0. `metrics`: see `divergence.Divergence`; zeros if there is no divergence. Where
-    positions have weights, all of these are weighted sums.
+    `loss_sum` = kd_weight · `divergence_sum` + lm_weight · `cross_entropy_sum`; only `loss_sum` carries a gradient. A
+    part of weight 0 is not computed and is 0. `metrics`: see `divergence.Divergence`; zeros without a divergence. If
+    positions have weights, all sums are weighted.
     """
 
     loss_sum: Tensor
@@ -85,15 +85,15 @@ def distillation_from_hidden(
     """kd_weight · T² · divergence(teacher, student) + lm_weight · cross-entropy with the actual tokens, summed.
 
     Shapes: `hidden_ND` [N, D] are the hidden states that predict the N positions of `targets`, on the same device;
-    `weights_N` ≥ 0 weighs the positions. `js_weight` belongs to `js`, `skew` to the skewed divergences (see
-    `events.py`), and `shrinkage` to the reading `shrink`: it gives the weights in force and, where gradients are made,
-    learns from the positions. Rows of the head from `targets.vocab_size` on get no probability and no gradient. N = 0
-    gives 0 with zero gradients; so does a position with neither head nor tail, and for the cross-entropy one whose
-    target is −1.
-    Errors: `TargetError` as `teacher.prepare_targets`, or if N differs.
+    `lm_head_VD` [V, D] is the LM head's weight; `weights_N` [N] ≥ 0 weighs positions. `divergence` with its `js_weight`
+    or `skew`: see `bucketed_divergence.py`; `tail`: see `tail_estimators.py`. `shrink` needs `shrinkage`, which learns
+    from the positions if gradients are enabled. Rows of the LM head from `targets.vocab_size` on get no probability and
+    no gradient. Positions with neither top-k nor tail add nothing, nor do targets of −1 to the cross-entropy; N = 0
+    gives 0 with zero gradients.
+    Errors: `TargetError` if the number of positions differs, or as `prepare_targets` and `shrinkage_for`.
     """
     if len(hidden_ND) != len(targets):
-        raise TargetError(f"{len(hidden_ND)} hidden states for {len(targets)} cached positions: they must be the same")
+        raise TargetError(f"{len(hidden_ND)} hidden states for {len(targets)} cached positions: pass one for each")
     vocab = checked_vocabulary(targets, lm_head_VD.shape[0])
     zero = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
     metrics = zero_metrics(hidden_ND.device)
@@ -101,7 +101,7 @@ def distillation_from_hidden(
     spec = DivergenceSpec(divergence, js_weight, skew)
     teacher = prepare_targets(targets, vocab, spec=spec, tail=tail, temperature=temperature) if kd_weight else None
     state = shrinkage_for(teacher, shrinkage, vocab, hidden_ND.device) if teacher is not None else None
-    learns = torch.is_grad_enabled()  # asked here, since it is always off inside an autograd function
+    learns = torch.is_grad_enabled()  # always False inside an autograd function
     target_ids_N = targets.target_ids_N.long()
 
     def chunk_loss(logits_CV: Tensor, rows: slice) -> Tensor:
@@ -139,10 +139,11 @@ def cross_entropy_from_hidden(
     vocab_size: int | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> LossTerms:
-    """Cross-entropy with the target ids, summed over positions; ids from `vocab_size` on get no probability.
+    """Cross-entropy with the target ids, summed over positions.
 
-    A position whose target is −1 adds nothing.
-    Errors: `TargetError` if an id is beyond the vocabulary.
+    Shapes: as `distillation_from_hidden`; `target_ids_N` [N] int, −1 adds nothing. Ids from `vocab_size` on get no
+    probability.
+    Errors: `TargetError` if a target id is outside the vocabulary.
     """
     target_ids_N = target_ids_N.long()
     vocab = _vocabulary(lm_head_VD, target_ids_N, vocab_size)
@@ -166,10 +167,11 @@ def sequence_log_probs_from_hidden(
     vocab_size: int | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> Tensor:
-    """Log-probs of the target ids summed over each sequence's positions, [S], float32 and differentiable.
+    """Log-probs of the target ids summed over each sequence's positions, [S] float32, differentiable.
 
-    `sequence_of_N` says which sequence a position belongs to. Divide by the counts for means.
-    Errors: `TargetError` if an id is beyond the vocabulary.
+    Shapes: as `cross_entropy_from_hidden`; `sequence_of_N` [N] int64 is the sequence of each position. Divide by the
+    sequences' lengths for means.
+    Errors: `TargetError` if a target id is outside the vocabulary.
     """
     target_ids_N = target_ids_N.long()
     vocab = _vocabulary(lm_head_VD, target_ids_N, vocab_size)
@@ -185,13 +187,13 @@ def _vocabulary(lm_head_VD: Tensor, target_ids_N: Tensor, vocab_size: int | None
     if target_ids_N.numel() and int(target_ids_N.max()) >= vocab:
         raise TargetError(
             f"target id {int(target_ids_N.max())} lies beyond the student's vocabulary of {vocab} ids: "
-            "use the tokenizer that belongs to the student"
+            "use the student's own tokenizer"
         )
     return vocab
 
 
 def _fused(hidden_ND: Tensor, lm_head_VD: Tensor, vocab: int, chunk_size: int, chunk_loss: ChunkLoss) -> Tensor:
-    # needs_input_grad says True under no_grad as well: an evaluation must not pay for gradients.
+    # needs_input_grad is True even under no_grad, where gradients must not be computed.
     train = torch.is_grad_enabled()
     applied = FusedLinearDivergence.apply(hidden_ND, lm_head_VD, vocab, chunk_size, chunk_loss, train)  # type: ignore[no-untyped-call]
     return cast("Tensor", applied)

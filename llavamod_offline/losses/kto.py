@@ -1,13 +1,13 @@
-"""KTO on single responses, each marked desirable or not, with the teacher's log-probs as the reference.
+"""KTO on single responses, each marked desirable or not, with the teacher as the reference.
 
-Shape suffixes: S responses, M mismatched ones. With r = policy's − reference's log-prob of a response, weights w, and
-K = max(0, mean r over *mismatched* responses, answers that belong to other prompts), without gradient:
+Shape suffixes: S responses, M mismatched responses. With r = log-prob of a response under the policy − under the
+reference, weights w, and K = max(0, mean r over *mismatched* responses, i.e. answers to other prompts), detached:
 
 - desirable: w₊ · (1 − σ(β(r − K)))
 - undesirable: w₋ · (1 − σ(β(K − r)))
 
-K stands for the KL of policy and reference. The responses that are trained on cannot spec it, since it is they that
-the policy is moved by; `kto_pair` (see `preference.py`) does so all the same. Source: KTO, arXiv 2402.01306.
+K estimates the KL of policy and reference. The training responses would bias it, since the policy is trained on them;
+`kto_pair` (see `preference.py`) uses them nevertheless. Source: KTO, arXiv 2402.01306.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llavamod_offline.errors import ConfigError, TargetError
 
 @dataclass(frozen=True)
 class KtoLoss:
-    """The losses of S responses (with gradient), their detached rewards β·r, which are desirable, and K."""
+    """The losses of S responses (differentiable), their rewards β·r (detached), which are desirable, and K."""
 
     losses_S: Tensor
     rewards_S: Tensor
@@ -36,7 +36,7 @@ class KtoLoss:
 
     @property
     def desirable_rewards(self) -> Tensor:
-        """The rewards of the desirable responses; how far they lie above those of the others is the margin."""
+        """The rewards of the desirable responses."""
         return self.rewards_S[self.desirable_S]
 
     @property
@@ -57,17 +57,18 @@ def kto_loss(
 ) -> KtoLoss:
     """The KTO loss of each response, from log-probs (sums or means) in nats, computed in float32.
 
-    Shapes: `policy_S`, `reference_S` float, `desirable_S` bool; `mismatched_ratios_M` are log-ratios r of mismatched
-    responses over the whole global batch (or their mean alone, [1]), detached and clamped here.
-    Errors: `ConfigError` for β ≤ 0 or a negative weight; `TargetError` if there are responses but no mismatched one.
+    Shapes: `policy_S`, `reference_S` [S] float, `desirable_S` [S] bool; `mismatched_ratios_M` [M] are the log-ratios r
+    of the mismatched responses of the global batch (or their mean, [1]), detached and clamped here.
+    Errors: `ConfigError` for β ≤ 0 or a negative weight; `TargetError` for responses without a mismatched one.
+    Source: KTO, arXiv 2402.01306.
     """
     if not beta > 0:
-        raise ConfigError(f"kto: beta is {beta:g}, expected a number above 0")
+        raise ConfigError(f"kto: beta is {beta:g}: expected a number above 0")
     for name, weight in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)):
         if not weight >= 0:
-            raise ConfigError(f"kto: {name} is {weight:g}, expected a number not below 0")
+            raise ConfigError(f"kto: {name} is {weight:g}: expected a number ≥ 0")
     if not mismatched_ratios_M.numel() and len(policy_S):
-        raise TargetError("kto: no mismatched response to spec the KL by: give those of the whole global batch")
+        raise TargetError("kto: mismatched_ratios_M is empty: pass the mismatched responses of the global batch")
     ratios_S = policy_S.float() - reference_S.detach().float()
     kl = ratios_S.new_zeros(())
     if mismatched_ratios_M.numel():

@@ -1,13 +1,13 @@
-"""Preference losses on sequence log-probs, with the teacher's log-probs as the reference.
+"""Preference losses on sequence log-probs, with the teacher as the reference.
 
-Shape suffixes: B pairs. With r = policy's − reference's log-prob of a response (w chosen, l rejected), β, and the label
-smoothing ε:
+Shape suffixes: B pairs. With r = log-prob of a response under the policy − under the reference (w chosen, l rejected),
+β, and label smoothing ε:
 
 - `sigmoid`: −(1 − ε) log σ(β(r_w − r_l)) − ε log σ(−β(r_w − r_l))             (DPO, arXiv 2305.18290; ε: cDPO)
 - `ipo`: ((r_w − r_l) − 1/(2β))²                                               (IPO, arXiv 2310.12036)
 - `hinge`: max(0, 1 − β(r_w − r_l))                                            (SLiC-HF, arXiv 2305.10425)
-- `kto_pair`: the mean of 1 − σ(β(r_w − K_l)) and 1 − σ(β(K_w − r_l)), K = max(0, mean r) of each side over the batch,
-  without gradient                                                             (KTO, arXiv 2402.01306, on pairs)
+- `kto_pair`: the mean of 1 − σ(β(r_w − K_l)) and 1 − σ(β(K_w − r_l)), with K = max(0, mean r) of each side over the
+  batch, detached                                                              (KTO, arXiv 2402.01306, on pairs)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from llavamod_offline.losses.kinds import PREFERENCE_KINDS, PreferenceKind
 
 @dataclass(frozen=True)
 class PreferenceTerms:
-    """The losses of B pairs (with gradient), and the detached rewards β·r of their responses."""
+    """The losses of B pairs (differentiable), and the rewards β·r of their responses (detached)."""
 
     losses_B: Tensor
     chosen_rewards_B: Tensor
@@ -32,12 +32,12 @@ class PreferenceTerms:
 
     @property
     def margins_B(self) -> Tensor:
-        """β(r_w − r_l): how much more than the reference the policy prefers the chosen response."""
+        """β(r_w − r_l): how much more strongly than the reference the policy prefers the chosen response."""
         return self.chosen_rewards_B - self.rejected_rewards_B
 
     @property
     def correct_B(self) -> Tensor:
-        """Which pairs have a positive margin; the mean is the accuracy."""
+        """The pairs with a positive margin, bool; their mean is the accuracy."""
         return self.margins_B > 0
 
     @property
@@ -60,9 +60,10 @@ def preference_loss(
 ) -> PreferenceTerms:
     """The preference loss of each pair, from log-probs (sums or means) in nats, computed in float32.
 
-    `kl_chosen`, `kl_rejected` (for `kto_pair`): mean log-ratios r over the global batch, where it is larger than the
-    tensors given; they are clamped at 0 and detached here. Without them the given batch's means are used.
-    Errors: `ConfigError` for an unknown kind, β ≤ 0, or a label smoothing that the kind does not have.
+    Shapes: all tensors [B] float; references are detached. `kl_chosen`, `kl_rejected` (scalars, for `kto_pair`): mean
+    log-ratios r over the global batch, clamped at 0 and detached here; by default those of the given pairs.
+    Errors: `ConfigError` for an unknown kind, β ≤ 0, or label smoothing with a kind other than `sigmoid`.
+    Source: the papers named above.
     """
     _check(kind, beta, label_smoothing)
     chosen_B = policy_chosen_B.float() - reference_chosen_B.detach().float()
@@ -82,7 +83,7 @@ def preference_loss(
 
 
 def _anchor(log_ratios_B: Tensor, given: Tensor | None) -> Tensor:
-    """K: the estimated KL of policy and reference, max(0, mean r), without gradient; 0 for an empty batch."""
+    """K: the estimated KL of policy and reference, max(0, mean r), detached; 0 for an empty batch."""
     if given is not None:
         return given.detach().float().clamp(min=0.0)
     if not len(log_ratios_B):
@@ -94,10 +95,10 @@ def _check(kind: str, beta: float, label_smoothing: float) -> None:
     if kind not in PREFERENCE_KINDS:
         raise ConfigError(f"preference loss '{kind}' is unknown: choose one of {', '.join(PREFERENCE_KINDS)}")
     if beta <= 0:
-        raise ConfigError(f"preference loss: beta is {beta:g}, expected a number above 0")
+        raise ConfigError(f"preference loss: beta is {beta:g}: expected a number above 0")
     if not 0 <= label_smoothing < 0.5:
         raise ConfigError(
-            f"preference loss: label_smoothing is {label_smoothing:g}, expected 0 ≤ label_smoothing < 0.5"
+            f"preference loss: label_smoothing is {label_smoothing:g}: expected 0 ≤ label_smoothing < 0.5"
         )
     if label_smoothing and kind != "sigmoid":
         raise ConfigError(

@@ -1,24 +1,24 @@
-"""The tail read by shrinkage: how far to trust the draws and the teacher's mean tail, learnt while training.
+"""The tail estimator `shrink`: learns in training how much to trust tail samples and the teacher's mean tail.
 
-Shape suffixes: N positions, V vocabulary, D hidden size, J columns of features, R bands of the vocabulary, K slots of
-the head, M slots of tail draws.
+Shape suffixes: N positions, V vocabulary, D hidden size, J feature columns, R bands of the vocabulary, K top-k slots, M
+tail sample slots.
 
-One position: tail mass r, the student's tail shape v, the teacher's mean tail g over the whole cache (its *profile*),
-the draws û; v and g without the head's ids, each summing to 1. Outside the head the target is r · m / Σ m with
+A position has tail mass r, the student's tail shape v, the teacher's mean tail g over the whole cache (its *profile*)
+and tail samples û; v and g exclude the top-k ids and sum to 1. Outside the top-k the target is r · m / Σ m with
 
-    m(i) = (1 − λ)·[(1 − a)·v(i) + a·g(i)] + λ·û(i),      a and λ of the band that id i lies in.
+    m(i) = (1 − λ)·[(1 − a)·v(i) + a·g(i)] + λ·û(i),      with the a and λ of the band of id i.
 
-a = λ = 0 is the bucket, λ = 1 the draws. v is right where the student's tail has the teacher's shape, g where tails are
-all alike, û on average. Which holds shows in sums over the positions of an optimiser step, against features φ of the
-student's hidden states (the head's gradient is such a sum, against the hidden states themselves):
+a = λ = 0 is the bucket, λ = 1 the tail samples. v is exact where the student's tail has the teacher's shape, g where
+all tails are alike, and û on average. Sums over the positions of an optimiser step tell which holds, using features φ
+of the student's hidden states (the LM head's gradient is such a sum, over the hidden states themselves):
 
-    S = Σ r(û − v)⊗φ      what the draws ask for beyond v: chance grows like √n, a wrong shape like n
-    G = Σ r(g − v)⊗φ      what the profile asks for beyond v
-    B = Σ r² ‖φ‖² Σ w²    the size of chance, w the weights of the draws
-    a = S·G / G·G within [0, 1];      K = ‖S − aG‖² − B;      λ = K / (K + B), a K below 0 counting as 0
+    S = Σ r(û − v)⊗φ      samples minus v: noise grows like √n, a wrong shape like n
+    G = Σ r(g − v)⊗φ      profile minus v
+    B = Σ r² ‖φ‖² Σ w²    the expected noise in ‖S‖², w the weights of the samples
+    a = S·G / G·G, clamped to [0, 1];      K = max(0, ‖S − aG‖² − B);      λ = K / (K + B)
 
-each over the ids of a band, in the manner of James and Stein. K grows like n² and B like n, so their decayed means over
-steps give λ for as many positions as the optimiser averages over.
+each over the ids of a band, as in James–Stein shrinkage. K grows like n² and B like n, so their decayed means over
+steps give λ for the number of positions that the optimiser averages over.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from torch import Tensor
 from llavamod_offline.errors import TargetError
 from llavamod_offline.losses.shrinkage_stats import ShrinkageSums, TailView, bands
 
-LEAST_MASS = 1e-6  # of the profile outside a head: with less, rounding would choose its shape
+LEAST_MASS = 1e-6  # of the profile outside the top-k: below it, rounding determines the shape
 
 
 @dataclass(frozen=True)
 class TailWeights:
-    """The weights in force. By id: (1 − λ)(1 − a), (1 − λ)·a·g and λ, each [V]; by band: a and λ, [R]."""
+    """The current weights. By id: (1 − λ)(1 − a), (1 − λ)·a·g and λ, each [V]; by band: a and λ, each [R]."""
 
     own_V: Tensor
     profile_V: Tensor
@@ -47,13 +47,13 @@ class TailWeights:
 
 
 class Shrinkage:
-    """The state of `shrink`: running statistics of each band, and the sums of the optimiser step in progress.
+    """The state of `shrink`: running statistics per band, and the sums of the current optimiser step.
 
-    `profile_V`: the cache's tail profile, ≥ 0, sum 1; None does without (a = 0, bands by id). `decay` of the statistics
-    from step to step, `horizon` the steps that the optimiser averages over, `columns` J: J − 1 random projections of
-    the hidden states, drawn from `seed`, and a constant. Weights change in `finish_step` alone, so that the chance that
-    a step weighs is not the chance that it has measured; before the first one all are 0, which is the bucket.
-    Errors: `TargetError` if the profile has another length than `vocab_size`.
+    `profile_V`: the cache's tail profile, ≥ 0, sum 1; without one, a = 0 and bands are by id. `decay`: of the
+    statistics, per step. `horizon`: the number of steps the optimiser averages over. `columns`: J, of which J − 1 are
+    random projections of the hidden states (from `seed`) and one is constant. Weights change only in `finish_step`, so
+    that they are independent of the noise of the step that uses them; until its first call the estimator is the bucket.
+    Errors: `TargetError` if the length of the profile is not `vocab_size`.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Shrinkage:
     ) -> None:
         if profile_V is not None and profile_V.shape != (vocab_size,):
             raise TargetError(
-                f"tail profile: {profile_V.numel()} numbers for a vocabulary of {vocab_size}: capture the cache again"
+                f"tail profile: {profile_V.numel()} values for a vocabulary of {vocab_size}: capture the cache again"
             )
         self.vocab_size = vocab_size
         self._decay, self._horizon, self._columns, self._seed = decay, horizon, columns, seed
@@ -82,7 +82,7 @@ class Shrinkage:
         self.weights: TailWeights | None = None
 
     def to(self, device: torch.device) -> None:
-        """Move everything to `device`, where it is not there already; a step in progress starts anew."""
+        """Move the state to `device`; if that is another device, the current step's sums are discarded."""
         if self._band_V.device == device:
             return
         self._band_V, self._sums = self._band_V.to(device), None
@@ -92,7 +92,7 @@ class Shrinkage:
         self._set_weights()
 
     def features(self, hidden_ND: Tensor) -> Tensor:
-        """φ: random projections of hidden states beside a constant 1, [N, J] float32. Their scale does not matter."""
+        """φ: random projections of the hidden states and a constant 1, [N, J] float32. Their scale does not matter."""
         if self._projection_DJ is None:
             generator = torch.Generator().manual_seed(self._seed)
             shape = (hidden_ND.shape[1], self._columns - 1)
@@ -101,7 +101,7 @@ class Shrinkage:
         return torch.cat([hidden_ND @ self._projection_DJ, torch.ones_like(hidden_ND[:, :1])], 1)
 
     def profile_outside_N(self, topk_ids_NK: Tensor, topk_valid_NK: Tensor) -> Tensor | None:
-        """The profile's mass outside each head, 0 where it is next to nothing; None without a profile."""
+        """The profile's mass outside each top-k, 0 if below `LEAST_MASS`; None without a profile."""
         if self._profile_V is None:
             return None
         outside_N = 1.0 - torch.where(topk_valid_NK, self._profile_V[topk_ids_NK], 0.0).sum(-1)
@@ -114,10 +114,9 @@ class Shrinkage:
         self._sums.add(view, features_NJ, self._profile_V, self._band_V)
 
     def finish_step(self, sum_over_ranks: Callable[[Tensor], Tensor] = lambda values: values) -> None:
-        """Take the step's sums into the statistics, and set the weights of the next one. Once for an optimiser step.
+        """Update the statistics by the step's sums and set the next step's weights. Call once per optimiser step.
 
-        `sum_over_ranks` adds a float64 vector up over all processes. Each brings the sums of its own positions, and
-        must call this even if it has none.
+        `sum_over_ranks` sums a float64 vector over all processes; each must call this, even without positions.
         """
         local_L = torch.zeros(4 * self._bands + 2, dtype=torch.float64, device=self._band_V.device)
         if self._sums is not None:
@@ -129,23 +128,21 @@ class Shrinkage:
         self._set_weights()
 
     def entry(self) -> dict[str, list[float]]:
-        """The weights in force, of each band, for the log: a as `tail_profile_weight`, λ as `tail_samples_weight`."""
+        """The current weights per band, for the log: a as `tail_profile_weight`, λ as `tail_samples_weight`."""
         zeros_R = torch.zeros(self._bands)
         profile_R = zeros_R if self.weights is None else self.weights.profile_R
         samples_R = zeros_R if self.weights is None else self.weights.samples_R
         return {"tail_profile_weight": profile_R.tolist(), "tail_samples_weight": samples_R.tolist()}
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps, between two steps."""
+        """The state for a checkpoint, to be taken between optimiser steps."""
         return {"running_4R": self._running_4R.cpu(), "counts_3": self._counts_3.cpu()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint. Errors: `TargetError` if it is another vocabulary's."""
+        """Restore a checkpoint's state. Errors: `TargetError` if it was made for another vocabulary."""
         own = self.state()
         if {name: tensor.shape for name, tensor in state.items()} != {name: own[name].shape for name in own}:
-            raise TargetError(
-                "tail statistics: the checkpoint holds those of another vocabulary: choose another output"
-            )
+            raise TargetError("tail statistics: the checkpoint was made for another vocabulary: choose another output")
         self._running_4R = state["running_4R"].to(self._running_4R)
         self._counts_3 = state["counts_3"].to(self._counts_3)
         self._set_weights()

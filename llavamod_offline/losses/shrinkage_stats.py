@@ -1,7 +1,7 @@
-"""What the tails of one optimiser step's positions say in common: sums over positions, then a few numbers a band.
+"""Statistics for `shrinkage.py`: sums over the positions of an optimiser step, reduced to a few numbers per band.
 
-Shape suffixes as in `shrinkage.py`: N positions, V vocabulary, J columns of features, R bands, K slots of the head, M
-slots of tail draws; r tail mass, v the student's tail shape, g the profile's, û the draws, φ features.
+Shape suffixes: N positions, V vocabulary, J feature columns, R bands, K top-k slots, M tail sample slots. Symbols: r
+tail mass, v the student's tail shape, g the profile, û the tail samples, φ features.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _FIRST_EDGE, _EDGE_DECADES = 10, 0.45
 
 @dataclass(frozen=True)
 class TailView:
-    """The tails of one chunk of positions, as the teacher and the student see them; ids ≥ 0, empty slots weigh 0.
+    """The teacher's and the student's tails at one chunk of positions; ids ≥ 0, empty slots have weight 0.
 
-    `exponentials_NV` / `tail_sum_N` is v, 0 in the head. `rates_N` is r, times a position's weight, and 0 where nothing
-    was drawn. `outside_N`: the profile's mass outside each head, None without a profile.
+    `exponentials_NV` / `tail_sum_N` is v, 0 at the top-k ids. `rates_N` is r times the position's weight, 0 without
+    tail samples. `outside_N`: the profile's mass outside each top-k, None without a profile.
     """
 
     exponentials_NV: Tensor
@@ -34,11 +34,11 @@ class TailView:
 
 
 class ShrinkageSums:
-    """The sums S = Σ r(û − v)⊗φ and what gives G = Σ r(g − v)⊗φ, over the chunks and micro-batches of a step.
+    """Accumulates S = Σ r(û − v)⊗φ and the parts of G = Σ r(g − v)⊗φ over the micro-batches of a step.
 
-    G = S − `rest` + g⊗`shared`: `rest` = Σ r·û⊗φ + Σ r·g(head)/`outside`⊗φ, so that the wide product with v is done
-    once. An id drawn twice at a position counts as two draws: their weights are squared one by one, which measures the
-    chance of the drawing and not what the draws agree on.
+    G = S − `rest` + g⊗`shared` with `rest` = Σ r·û⊗φ + Σ r·g(top-k)/`outside`⊗φ, so that the wide product with v is
+    computed once. An id sampled twice at a position counts as two samples, whose weights are squared separately: this
+    measures the noise of sampling, not what the samples agree on.
     """
 
     def __init__(self, vocab_size: int, columns: int, bands: int, device: torch.device) -> None:
@@ -70,7 +70,7 @@ class ShrinkageSums:
         self._positions += counted_N.sum()
 
     def statistics(self, profile_V: Tensor | None, band_V: Tensor, bands: int) -> Tensor:
-        """S·G, G·G, ‖S‖² − B and B of each band, then n² and n: [4·R + 2] float64. Features have unit mean square."""
+        """S·G, G·G, ‖S‖² − B and B per band, then n² and n: [4·R + 2] float64; features scaled to mean square 1."""
         scale_J = torch.where(self._squares_J > 0, self._positions.float() / self._squares_J, 0.0)
         sums_4V = torch.zeros(4, len(band_V), dtype=torch.float64, device=band_V.device)
         difference_VJ = self._difference_VJ
@@ -86,9 +86,9 @@ class ShrinkageSums:
 
 
 def bands(vocab_size: int, profile_V: Tensor | None) -> Tensor:
-    """Each id's band, [V]: by falling probability in the profile (by id without one), on a log scale of ranks.
+    """Each id's band, [V]: by descending profile probability (by id without a profile), on a log scale of ranks.
 
-    The ten likeliest ids are the first; from there on each band reaches 10^0.45 times as far as the one before.
+    The first band holds the ten most likely ids; each further band ends at 10^0.45 times the rank of the previous one.
     """
     order_V = torch.arange(vocab_size)
     if profile_V is not None:

@@ -1,20 +1,21 @@
-"""The cached teacher as a divergence wants it: at one temperature, in one reading of the tail, as a few events.
+"""Prepare cached targets for a divergence: one temperature, one estimator of the tail, a few events per position.
 
-Shape suffixes: N positions, K slots of the head, M of tail draws, E = K + 1 events: the head's ids, then the tail as a
-bucket.
+Shape suffixes: N positions, K top-k slots, M tail sample slots, E = K + 1 events: the top-k ids, then a bucket for the
+tail.
 
-The readings of the tail differ in the target p̂, whose gradient in the logits is q − p̂ under the forward KL. With the
+The estimators differ in the target p̂; the gradient of the forward KL with respect to the logits is q − p̂. With the
 teacher p, the tail's mass r and the student q:
 
-- `bucket`: the tail is one event. p̂ spreads r by the student's own tail shape. A lower bound of the full divergence.
-- `draws`: p̂ puts r on the ids drawn from the tail, by their weights: unbiased in value and gradient. A position with a
-  tail but no draw is read as a bucket. Source: random-sampling distillation, arXiv 2503.16870.
-- `shrink`: p̂ spreads r over a mixture of the student's own tail shape, the teacher's mean tail and the draws, by
-  weights learnt while training (see `shrinkage.py`). The loss's value is the bucket's. The bucket where T ≠ 1.
-- `renormalised`: the tail is forgotten and the head scaled up to 1. Biased; the baseline that others use.
+- `bucket`: the tail is one event, and p̂ spreads r by the student's own tail shape. A lower bound of the full
+  divergence.
+- `samples`: p̂ puts r on the tail samples, by their weights: unbiased in value and gradient. Positions with a tail but
+  without samples use the bucket. Source: random-sampling distillation, arXiv 2503.16870.
+- `shrink`: p̂ spreads r over a mixture of the student's own tail shape, the teacher's mean tail and the tail samples,
+  with weights learnt in training (see `shrinkage.py`). The loss's value is the bucket's. At T ≠ 1 it is the bucket.
+- `renormalised`: drops the tail and scales the top-k up to 1. Biased; the baseline of other systems.
 
-A temperature T raises the teacher's probabilities to 1/T; the stored normaliser makes that exact in the head and in the
-mass.
+A temperature T raises the teacher's probabilities to 1/T; with the stored normaliser this is exact for the top-k and
+for the tail's mass.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ NEVER = float("-inf")
 class PreparedTargets:
     """The teacher at one temperature; empty slots hold id 0, log-prob −inf and weight 0.
 
-    `log_probs_NE` is what the loss imitates and sums to 1 in each row; `full_log_probs_NE` what the metrics compare
-    with: the same, but for `renormalised`, which forgets the tail. `has_target_N` is False for a row with neither head
-    nor tail, which adds nothing to anything; `has_samples_N` says which rows have a tail and draws from it.
+    `log_probs_NE` is the target of the loss, each row summing to 1; `full_log_probs_NE` is the target of the metrics,
+    which keeps the tail even for `renormalised`. `has_target_N` is False for rows with neither top-k nor tail, which
+    add nothing; `has_samples_N` is True for rows with tail samples.
     """
 
     topk_ids_NK: Tensor
@@ -62,18 +63,18 @@ class PreparedTargets:
         return replace(self, **sliced)
 
 
-def checked_vocabulary(targets: SparseTargets, head_rows: int) -> int:
-    """The number of ids the divergence ranges over. Errors: `TargetError` if a target's id is beyond the head."""
-    if targets.vocab_size <= head_rows:
+def checked_vocabulary(targets: SparseTargets, lm_head_rows: int) -> int:
+    """The number of ids the divergence covers. Errors: `TargetError` if the LM head has no row for a target's id."""
+    if targets.vocab_size <= lm_head_rows:
         return targets.vocab_size
     ids = (targets.topk_ids_NK, targets.tail_ids_NM, targets.target_ids_N)
     largest = max((int(tensor.max()) for tensor in ids if tensor.numel()), default=EMPTY_ID)
-    if largest >= head_rows:
+    if largest >= lm_head_rows:
         raise TargetError(
-            f"target id {largest} lies beyond the student's head of {head_rows} rows (the cache has a vocabulary of "
-            f"{targets.vocab_size}): use a student with the teacher's vocabulary, or capture with a smaller one"
+            f"target id {largest} lies beyond the {lm_head_rows} rows of the student's LM head (the cache's vocabulary "
+            f"has {targets.vocab_size} ids): use a student with the teacher's vocabulary, or capture with a smaller one"
         )
-    return head_rows
+    return lm_head_rows
 
 
 def prepare_targets(
@@ -84,17 +85,17 @@ def prepare_targets(
     tail: TailEstimator = "bucket",
     temperature: float = 1.0,
 ) -> PreparedTargets:
-    """Bring the records to a temperature and a reading of the tail, for one divergence over `vocab` ids.
+    """Prepare records for the divergence `spec` over `vocab` ids, at a temperature and with a tail estimator.
 
-    Errors: `TargetError` if `tail` is unknown or not `bucket` where the divergence is defined on head and bucket alone;
-    `temperature` has no stored normaliser; the records have a tail but no draws that `draws` could use at that
-    temperature; or a reverse KL would be infinite, since the teacher gives ids no probability that the student can.
+    Errors: `TargetError` if `tail` is unknown, or not `bucket` for a divergence other than `forward_kl`; if
+    `temperature` has no stored normaliser; if `samples` finds no tail samples for that temperature; or if a reverse KL
+    is infinite because a record gives some ids no probability.
     """
     if tail not in TAIL_ESTIMATORS:
-        raise TargetError(f"tail reading '{tail}' is unknown: choose one of {', '.join(TAIL_ESTIMATORS)}")
+        raise TargetError(f"tail estimator '{tail}' is unknown: choose one of {', '.join(TAIL_ESTIMATORS)}")
     if tail != "bucket" and spec.kind != "forward_kl":
         raise TargetError(
-            f"tail '{tail}': {spec.kind} is defined on head and bucket: set tail to 'bucket', or use forward_kl"
+            f"tail '{tail}': {spec.kind} supports only 'bucket': set tail to 'bucket', or divergence to forward_kl"
         )
     if not temperature > 0:
         raise TargetError(f"temperature {temperature:g}: expected a number above 0")
@@ -106,7 +107,7 @@ def prepare_targets(
     if temperature != 1.0:
         tail_ids_N = (targets.vocab_size - valid_NK.sum(-1)).clamp(min=1)
         tail_N = _tail_at(tail_N, tail_ids_N, topk_NK, normaliser_N, temperature)
-    # A head that holds the whole vocabulary leaves no tail, whatever rounding says.
+    # A top-k of the whole vocabulary leaves no tail, even if rounding says otherwise.
     whole_N = valid_NK.sum(-1) >= vocab
     full_NE = _normalised(torch.cat([topk_NK, tail_N.masked_fill(whole_N, NEVER)[:, None]], 1))
     log_probs_NE = full_NE if tail != "renormalised" else _without_tail(full_NE)
@@ -131,10 +132,10 @@ def prepare_targets(
 
 
 def _tail_at(tail_N: Tensor, ids_N: Tensor, topk_NK: Tensor, normaliser_N: Tensor, temperature: float) -> Tensor:
-    """The tail's log mass at T: what the head at T leaves, within what a tail of that mass over so many ids allows.
+    """The tail's log mass at T: 1 − the top-k's mass at T, clamped to what a tail of this mass and size can have.
 
-    The difference is rounded where little is left. Σ p^(1/T) over a tail of n ids and mass r lies between r^(1/T), all
-    of it on one id, and n^(1 − 1/T) · r^(1/T), spread evenly.
+    The clamp is for small tails, where rounding dominates the difference: Σ p^(1/T) over n ids of mass r lies between
+    r^(1/T) (all on one id) and n^(1 − 1/T) · r^(1/T) (spread evenly).
     """
     one_id_N = tail_N / temperature - normaliser_N
     evenly_N = one_id_N + (1 - 1 / temperature) * ids_N.double().log()
@@ -144,31 +145,31 @@ def _tail_at(tail_N: Tensor, ids_N: Tensor, topk_NK: Tensor, normaliser_N: Tenso
 
 
 def _normalised(log_probs_NE: Tensor) -> Tensor:
-    """Scale rows to a sum of 1: stored log-probs are rounded, and a divergence of targets must not be negative."""
+    """Scale rows to a sum of 1: stored log-probs are rounded, and divergences must not become negative."""
     total_N1 = log_probs_NE.logsumexp(-1, keepdim=True)
     return log_probs_NE - total_N1.masked_fill(torch.isneginf(total_N1), 0.0)
 
 
 def _without_tail(log_probs_NE: Tensor) -> Tensor:
-    """Forget the bucket, and scale the head up to 1."""
+    """Drop the bucket and scale the top-k up to 1."""
     return _normalised(torch.cat([log_probs_NE[:, :-1], torch.full_like(log_probs_NE[:, -1:], NEVER)], 1))
 
 
 def _check_support(log_probs_NE: Tensor, valid_NK: Tensor, tail_unreachable_N: Tensor) -> None:
-    """Refuse positions where the teacher gives no probability to an event that the student can reach."""
+    """Reject positions where the teacher gives an event probability 0 and the student may not."""
     reachable_NE = torch.cat([valid_NK, ~tail_unreachable_N[:, None]], 1)
     infinite_N = (torch.isneginf(log_probs_NE) & reachable_NE).any(-1)
     if bool(infinite_N.any()):
         raise TargetError(
-            f"reverse_kl is infinite at {int(infinite_N.sum())} position(s), whose records give some ids no "
-            "probability at all: use skewed_reverse_kl or js"
+            f"reverse_kl is infinite at {int(infinite_N.sum())} position(s) whose records give some ids no "
+            "probability: use skewed_reverse_kl or js"
         )
 
 
 def _usable_tail_samples(
     targets: SparseTargets, tail_N: Tensor, tail: TailEstimator, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """The draws as ids ≥ 0 and float32 weights, or none at a temperature they were not drawn at."""
+    """The tail samples as ids ≥ 0 and float32 weights; none at T ≠ 1, since they were drawn at T = 1."""
     ids_NM = targets.tail_ids_NM
     if tail == "samples" and bool(torch.isfinite(tail_N).any()):
         if temperature != 1.0:

@@ -1,12 +1,14 @@
-"""SparseTargets: the one in-memory form of a cached teacher; the losses know nothing of the disk format.
+"""SparseTargets: a cached teacher's records in memory, independent of the format on disk.
 
-Shape suffixes: N positions, K slots of the longest head, M slots of the longest list of tail draws, S stored
+Shape suffixes: N positions, K slots of the longest top-k, M slots of the longest list of tail samples, S stored
 temperatures.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +20,14 @@ EMPTY_ID = -1
 
 @dataclass(frozen=True)
 class SparseTargets:
-    """The teacher's distributions at N positions, truncated faithfully; all log-probs are natural, float32, at T = 1.
+    """The teacher's truncated distributions at N positions; log-probs are natural, float32, at T = 1.
 
-    `topk_ids_NK`, `topk_log_probs_NK`: the head, most likely first; an empty slot holds −1 and −inf.
-    `tail_log_mass_N`: log of the probability outside the head, −inf where there is no tail.
-    `tail_ids_NM`, `tail_weights_NM`: ids drawn from the tail and the share of the tail's mass each stands for (a row
-    sums to 1, or to 0 where nothing was drawn); an empty slot holds −1 and 0.
-    `target_ids_N`, `target_log_probs_N`: the actual token and its log-prob. `entropy_N`: of the full one, nats.
-    `log_normalisers_NS`: log Σ_v p(v)^(1/T) for each of `temperatures`. Ids, of 32 or 64 bits, are < `vocab_size`.
+    `topk_ids_NK`, `topk_log_probs_NK`: the recorded top-k, most likely first; empty slots hold −1 and −inf.
+    `tail_log_mass_N`: log of the probability outside the top-k, −inf without a tail.
+    `tail_ids_NM`, `tail_weights_NM`: ids sampled from the tail, and the share of its mass that each represents (a row
+    sums to 1, or to 0 without samples); empty slots hold −1 and 0.
+    `target_ids_N`, `target_log_probs_N`: the actual token, its log-prob. `entropy_N`: of the full distribution, nats.
+    `log_normalisers_NS`: log Σ_v p(v)^(1/T) for each T of `temperatures`. Ids are int32 or int64, < `vocab_size`.
     """
 
     topk_ids_NK: Tensor
@@ -48,15 +50,15 @@ class SparseTargets:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> SparseTargets:
-        """Pin every tensor, for overlapped copies to a GPU."""
+        """Pin every tensor's memory, so that copies to a GPU can overlap with computation."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def __getitem__(self, rows: slice) -> SparseTargets:
-        """A slice of the positions."""
+        """The positions of a slice."""
         return self._map(lambda tensor: tensor[rows])
 
     def take(self, rows_M: Tensor) -> SparseTargets:
-        """Some of the positions, by their rows (int64) in any order."""
+        """The positions at `rows_M` (int64), in that order."""
         return self._map(lambda tensor: tensor.index_select(0, rows_M))
 
     def log_normaliser_N(self, temperature: float) -> Tensor:
@@ -71,7 +73,7 @@ class SparseTargets:
             )
         return self.log_normalisers_NS[:, self.temperatures.index(temperature)]
 
-    def _map(self, function: object) -> SparseTargets:
-        assert callable(function)
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return SparseTargets(**{k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()})
+    def _map(self, function: Callable[[Tensor], Tensor]) -> SparseTargets:
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        mapped: dict[str, Any] = {name: function(value) for name, value in values if isinstance(value, Tensor)}
+        return replace(self, **mapped)

@@ -69,7 +69,7 @@ def main() -> None:
     for world in worlds:
         with tempfile.TemporaryDirectory() as folder:
             caches = {name: capture(world, PRESETS[name], Path(folder) / name) for name in MEASURED}
-            found = spec(world, caches, measured)
+            found = measure(world, caches, measured)
             sizes = {name: (cache.bytes_per_position, floor_bytes(cache)) for name, cache in caches.items()}
         rows += table(world, found, sizes)
         suffix = "" if world.name == "ngram" else f"_{world.name}"
@@ -131,7 +131,7 @@ class Sums:
 Found = dict[tuple[str, str, str, float], tuple[float, float, float]]
 
 
-def spec(world: World, caches: dict[str, TeacherCache], sequences: int) -> Found:
+def measure(world: World, caches: dict[str, TeacherCache], sequences: int) -> Found:
     """(target, reading, student, T) → errors of bias and weight gradient, and KL."""
     states: dict[tuple[str, str], Shrinkage] = {}
     for number in range(sequences, 2 * sequences):

@@ -20,25 +20,25 @@ def random_teacher(n: int, vocab: int, seed: int, sharpness: float = 2.0) -> Ten
 def truncate(
     log_probs_NV: Tensor,
     *,
-    head: int,
+    top_k: int,
     samples: int = 0,
     temperatures: tuple[float, ...] = (),
     seed: int = 0,
     vocab_size: int | None = None,
 ) -> SparseTargets:
-    """Records of full distributions with heads of 0 to `head` ids (ragged) and `samples` weighted tail ids."""
+    """Records of full distributions with a top-k of 0 to `top_k` ids (ragged) and `samples` weighted tail ids."""
     generator = torch.Generator().manual_seed(seed)
     n, vocab = log_probs_NV.shape
-    head = min(head, vocab)
-    head_ids = torch.full((n, head), EMPTY_ID)
-    topk_log_probs = torch.full((n, head), -math.inf)
+    top_k = min(top_k, vocab)
+    topk_ids = torch.full((n, top_k), EMPTY_ID)
+    topk_log_probs = torch.full((n, top_k), -math.inf)
     tail = torch.full((n,), -math.inf)
     tail_ids = torch.full((n, samples), EMPTY_ID)
     tail_weights = torch.zeros(n, samples)
     for i in range(n):
-        k = head - (i % (head + 1)) if i % 3 == 1 else head
+        k = top_k - (i % (top_k + 1)) if i % 3 == 1 else top_k
         order = log_probs_NV[i].argsort(descending=True)
-        head_ids[i, :k] = order[:k]
+        topk_ids[i, :k] = order[:k]
         topk_log_probs[i, :k] = log_probs_NV[i, order[:k]].float()
         if k == vocab:
             continue
@@ -52,7 +52,7 @@ def truncate(
     targets = torch.multinomial(log_probs_NV.exp(), 1, generator=generator).squeeze(1) if n else torch.zeros(0).long()
     normalisers = [(log_probs_NV / t).logsumexp(-1) for t in temperatures]
     return SparseTargets(
-        topk_ids_NK=head_ids,
+        topk_ids_NK=topk_ids,
         topk_log_probs_NK=topk_log_probs,
         tail_log_mass_N=tail,
         tail_ids_NM=tail_ids,
@@ -76,7 +76,7 @@ def full_kl(log_probs_NV: Tensor, logits_NV: Tensor, temperature: float = 1.0) -
 def reference_kl(
     log_probs_NV: Tensor, targets: SparseTargets, logits_NV: Tensor, tail: str, temperature: float = 1.0
 ) -> Tensor:
-    """What each estimator of the tail means, position by position, from the full teacher and the heads' ids."""
+    """What each estimator of the tail means, position by position, from the full teacher and the top-k ids."""
     vocab = log_probs_NV.shape[1]
     total = logits_NV.sum() * 0.0
     for i in range(len(targets)):
@@ -114,7 +114,7 @@ def reference_divergence(
     temperature: float = 1.0,
     weights_N: Tensor | None = None,
 ) -> Tensor:
-    """T² · Σ of a divergence over the head's ids and one bucket, event by event, from the full teacher."""
+    """T² · Σ of a divergence over the top-k ids and one bucket, event by event, from the full teacher."""
     vocab = log_probs_NV.shape[1]
     total = logits_NV.sum() * 0.0
     for i in range(len(targets)):
@@ -125,7 +125,7 @@ def reference_divergence(
         events = [[v] for v in ids] + ([rest] if rest else [])
         pairs = [(p[event].sum(), q[event].sum()) for event in events]
         if not ids and targets.tail_log_mass_N[i] == -math.inf:
-            continue  # neither head nor tail
+            continue  # neither top-k nor tail
         weight = 1.0 if weights_N is None else float(weights_N[i])
         total = total + weight * sum((_term(kind, a, b, js_weight, skew) for a, b in pairs), start=p.new_zeros(()))
     return total * temperature**2
@@ -147,7 +147,7 @@ def _term(kind: str, p: Tensor, q: Tensor, w: float, a: float) -> Tensor:
 
 
 def without_targets(targets: SparseTargets, rows: list[int]) -> SparseTargets:
-    """The same positions, of which some have neither head nor tail, neither samples nor an actual token."""
+    """The same positions, of which some have neither top-k nor tail, neither samples nor an actual token."""
     values = {name: tensor.clone() for name, tensor in vars(targets).items() if isinstance(tensor, Tensor)}
     for name in ("topk_ids_NK", "tail_ids_NM", "target_ids_N"):
         values[name][rows] = EMPTY_ID

@@ -99,7 +99,7 @@ def test_the_projection_learns_beside_the_student_and_stays_behind(tmp_path: Pat
 
 def test_visual_token_kl_is_the_forward_kl_at_the_images_tokens() -> None:
     log_probs_NV = random_teacher(9, 30, 2)
-    targets = truncate(log_probs_NV[:1], head=30)
+    targets = truncate(log_probs_NV[:1], top_k=30)
     hidden_ND, weight_VD = _normal(1, 6).float().requires_grad_(), _normal(33, 6, seed=1).float()
     terms = visual_token_kl(hidden_ND, weight_VD, targets)
     wide_ND = hidden_ND.detach().double().requires_grad_()
@@ -110,7 +110,7 @@ def test_visual_token_kl_is_the_forward_kl_at_the_images_tokens() -> None:
 
 
 def test_some_of_the_positions_are_taken_in_any_order() -> None:
-    targets = truncate(random_teacher(9, 30, 2), head=4)
+    targets = truncate(random_teacher(9, 30, 2), top_k=4)
     taken = targets.take(torch.tensor([5, 0, 5]))
     assert len(taken) == 3
     for place, row in enumerate((5, 0, 5)):
@@ -144,7 +144,7 @@ class TestRelations:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_equals_a_loop_over_images_and_pairs_of_tokens(self, dtype: torch.dtype) -> None:
-        """Students and teachers of other widths and heads; images of unequally many tokens, one of none."""
+        """Students and teachers of other widths and LM heads; images of unequally many tokens, one of none."""
         student_BPD = _normal(4, 5, 6).to(dtype).requires_grad_()
         weight_VD = _normal(13, 6, seed=1).to(dtype)
         teacher_BPP = hidden_relations(

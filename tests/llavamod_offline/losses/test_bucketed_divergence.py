@@ -1,4 +1,4 @@
-"""Every divergence on head and bucket against a reference that goes event by event, alone and by the fused head."""
+"""Every divergence on top-k and bucket against a reference that goes event by event, alone and by the fused LM head."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _normal(*shape: int, seed: int) -> Tensor:
     n=st.integers(0, 7),
     vocab=st.integers(2, 23),
     extra=st.integers(0, 3),
-    head=st.integers(0, 25),
+    top_k=st.integers(0, 25),
     samples=st.integers(0, 3),
     kind=st.sampled_from(KINDS),
     temperature=st.sampled_from((1.0, 2.0, 4.0)),
@@ -62,11 +62,11 @@ def _normal(*shape: int, seed: int) -> Tensor:
     seed=st.integers(0, 2**20),
 )
 def test_value_and_gradient_equal_the_reference(
-    n: int, vocab: int, extra: int, head: int, samples: int, kind: str, temperature: float, masked: set[int], seed: int
+    n: int, vocab: int, extra: int, top_k: int, samples: int, kind: str, temperature: float, masked: set[int], seed: int
 ) -> None:
-    """Odd shapes, empty batches, heads without tail, tails without head, rows without either, no samples at all."""
+    """Odd shapes, empty batches, top-k without tail, tails without top-k, rows without either, no samples at all."""
     log_probs_NV = random_teacher(n, vocab, seed)
-    targets = truncate(log_probs_NV, head=head, samples=samples, temperatures=(2.0, 4.0), seed=seed)
+    targets = truncate(log_probs_NV, top_k=top_k, samples=samples, temperatures=(2.0, 4.0), seed=seed)
     targets = without_targets(targets, [row for row in masked if row < n])
     expected_logits = (2 * _normal(n, vocab + extra, seed=seed + 1)).requires_grad_()
     expected = reference_divergence(
@@ -87,7 +87,7 @@ def test_value_and_gradient_equal_the_reference(
     n=st.integers(0, 9),
     vocab=st.integers(2, 19),
     extra=st.integers(0, 3),
-    head=st.integers(0, 19),
+    top_k=st.integers(0, 19),
     chunk=st.integers(1, 11),
     kind=st.sampled_from(KINDS),
     temperature=st.sampled_from((1.0, 2.0)),
@@ -100,7 +100,7 @@ def test_fused_equals_the_reference_in_any_chunks(
     n: int,
     vocab: int,
     extra: int,
-    head: int,
+    top_k: int,
     chunk: int,
     kind: DivergenceKind,
     temperature: float,
@@ -111,7 +111,8 @@ def test_fused_equals_the_reference_in_any_chunks(
 ) -> None:
     log_probs_NV = random_teacher(n, vocab, seed)
     targets = without_targets(
-        truncate(log_probs_NV, head=head, samples=2, temperatures=(2.0,), seed=seed), [row for row in masked if row < n]
+        truncate(log_probs_NV, top_k=top_k, samples=2, temperatures=(2.0,), seed=seed),
+        [row for row in masked if row < n],
     )
     kd_weight, lm_weight = weights
     weights_N = _normal(n, seed=seed + 2).exp().float() if weighted else None
@@ -161,10 +162,10 @@ def test_fused_equals_the_reference_in_any_chunks(
 
 
 def test_by_hand() -> None:
-    """Teacher (½, ¼ | ¼), student (¼, ½ | ¼): the head's two ids and the bucket, in round numbers."""
+    """Teacher (½, ¼ | ¼), student (¼, ½ | ¼): the two top-k ids and the bucket, in round numbers."""
     teacher = torch.tensor([[0.5, 0.25, 0.15, 0.1]], dtype=torch.float64).log()
     logits = torch.tensor([[0.25, 0.5, 0.2, 0.05]]).log()
-    targets = truncate(teacher, head=2)
+    targets = truncate(teacher, top_k=2)
     ln2 = math.log(2.0)
     skewed = 0.5 * math.log(0.5 / 0.3) + 0.25 * math.log(
         0.25 / 0.45
@@ -184,10 +185,10 @@ def test_by_hand() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("head", [0, 8, 40])
-def test_zero_for_the_teacher_itself_and_never_negative(kind: str, temperature: float, head: int) -> None:
+@pytest.mark.parametrize("top_k", [0, 8, 40])
+def test_zero_for_the_teacher_itself_and_never_negative(kind: str, temperature: float, top_k: int) -> None:
     log_probs_NV = random_teacher(50, 40, 5)
-    targets = truncate(log_probs_NV, head=head, temperatures=(2.0,))
+    targets = truncate(log_probs_NV, top_k=top_k, temperatures=(2.0,))
     same = log_probs_NV.float().requires_grad_()
     result = DENSE[kind](same, targets, temperature=temperature)
     assert abs(result.loss_sum.item()) < 1e-4
@@ -203,7 +204,7 @@ def test_zero_for_the_teacher_itself_and_never_negative(kind: str, temperature: 
 def test_the_bucket_bounds_from_below_what_the_whole_vocabulary_gives(kind: str) -> None:
     """And is equal where the student's tail has the teacher's shape."""
     log_probs_NV = random_teacher(5, 40, 2)
-    some, whole = (truncate(log_probs_NV[:1], head=head) for head in (6, 40))
+    some, whole = (truncate(log_probs_NV[:1], top_k=top_k) for top_k in (6, 40))
     other = 2 * _normal(1, 40, seed=1).float()
     assert DENSE[kind](other, some).loss_sum.item() < DENSE[kind](other, whole).loss_sum.item() - 1e-3
     shifted = log_probs_NV[:1].float()
@@ -215,10 +216,10 @@ def test_the_bucket_bounds_from_below_what_the_whole_vocabulary_gives(kind: str)
 
 @pytest.mark.parametrize("temperature", [0.25, 0.5, 2.0])
 def test_a_tail_that_rounding_swallows_keeps_a_mass(temperature: float) -> None:
-    """One id of probability 1e-20: at T = ¼ it has 1e-80, which no head's sum can leave over."""
+    """One id of probability 1e-20: at T = ¼ it has 1e-80, which no top-k sum can leave over."""
     tiny = 1e-20
     log_probs_1V = torch.tensor([[0.7, 0.3, tiny]], dtype=torch.float64).log()
-    targets = truncate(log_probs_1V, head=2, temperatures=(0.25, 0.5, 2.0))
+    targets = truncate(log_probs_1V, top_k=2, temperatures=(0.25, 0.5, 2.0))
     logits = torch.tensor([[0.1, -0.3, -90.0]], requires_grad=True)
     for kind in KINDS:
         expected = reference_divergence(
@@ -238,7 +239,7 @@ def test_a_tail_that_rounding_swallows_keeps_a_mass(temperature: float) -> None:
 
 def test_they_tend_to_one_another_as_they_should() -> None:
     log_probs_NV, logits = random_teacher(9, 30, 2), (2 * _normal(9, 30, seed=1)).float()
-    targets = truncate(log_probs_NV, head=9)
+    targets = truncate(log_probs_NV, top_k=9)
     forward, reverse = (DENSE[kind](logits, targets).loss_sum.item() for kind in ("forward_kl", "reverse_kl"))
     assert abs(forward - reverse) > 0.1
     small = 1e-4
@@ -253,9 +254,9 @@ def test_they_tend_to_one_another_as_they_should() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_extreme_logits_stay_finite(kind: str) -> None:
     log_probs_NV = random_teacher(4, 12, 0)
-    targets = truncate(log_probs_NV, head=4, samples=2)
+    targets = truncate(log_probs_NV, top_k=4, samples=2)
     logits = torch.zeros(4, 12)
-    logits[0, int(targets.topk_ids_NK[0, 0])] = 300.0  # the student puts nothing outside the head
+    logits[0, int(targets.topk_ids_NK[0, 0])] = 300.0  # the student puts nothing outside the top-k
     logits[1, 5] = -300.0
     logits[2] = 1e4
     logits[3, 0] = -math.inf
@@ -269,7 +270,7 @@ def test_extreme_logits_stay_finite(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_logits_are_computed_in_float32(kind: str) -> None:
-    targets = truncate(random_teacher(6, 40, 3), head=9)
+    targets = truncate(random_teacher(6, 40, 3), top_k=9)
     half = (2 * _normal(6, 40, seed=7)).bfloat16().requires_grad_()
     result = DENSE[kind](half, targets)
     assert result.loss_sum.dtype == torch.float32
@@ -282,14 +283,14 @@ def test_half_precision_logits_are_computed_in_float32(kind: str) -> None:
 def test_the_log_is_the_same_whatever_the_divergence(kind: str) -> None:
     """The forward KL by samples and the stored entropy, the tails' shares, and how often the first choices agree."""
     log_probs_NV = random_teacher(9, 25, 8)
-    targets = truncate(log_probs_NV, head=7, samples=3)
+    targets = truncate(log_probs_NV, top_k=7, samples=3)
     logits = (2 * _normal(9, 25, seed=7)).float()
     drawn = forward_kl(logits, targets, tail="samples")
     metrics = DENSE[kind](logits, targets).metrics
     assert metrics["kl"].item() == pytest.approx(drawn.loss_sum.item(), rel=1e-5)
     assert metrics == drawn.metrics
     assert metrics == forward_kl(logits, targets, tail="renormalised").metrics
-    whole = truncate(log_probs_NV, head=25)
+    whole = truncate(log_probs_NV, top_k=25)
     even = dataclasses.replace(
         whole,
         topk_ids_NK=log_probs_NV.argsort(descending=True),
@@ -303,7 +304,7 @@ def test_the_log_is_the_same_whatever_the_divergence(kind: str) -> None:
 @pytest.mark.parametrize("lm_weight", [0.0, 1.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_without_any_target_add_nothing(kind: DivergenceKind, lm_weight: float) -> None:
-    targets = truncate(random_teacher(6, 20, 4), head=5, samples=2)
+    targets = truncate(random_teacher(6, 20, 4), top_k=5, samples=2)
     masked = without_targets(targets, [0, 2, 3])
     left = targets.take(torch.tensor([1, 4, 5]))
     hidden_ND, weight_VD = _normal(6, 6, seed=1).float().requires_grad_(), _normal(20, 6, seed=2).float()
@@ -322,7 +323,7 @@ def test_rows_without_any_target_add_nothing(kind: DivergenceKind, lm_weight: fl
 
 
 class TestErrors:
-    targets: SparseTargets = truncate(random_teacher(4, 20, 4), head=5, samples=2, temperatures=(2.0,))
+    targets: SparseTargets = truncate(random_teacher(4, 20, 4), top_k=5, samples=2, temperatures=(2.0,))
     logits = torch.zeros(4, 20)
     hidden_ND, weight_VD = torch.zeros(4, 6), torch.zeros(20, 6)
 
@@ -332,14 +333,14 @@ class TestErrors:
             TargetError, match=r"temperature 3 has no stored normaliser \(stored: 2\): capture the cache"
         ):
             DENSE[kind](self.logits, self.targets, temperature=3.0)
-        without = truncate(random_teacher(4, 20, 4), head=5)
+        without = truncate(random_teacher(4, 20, 4), top_k=5)
         with pytest.raises(TargetError, match=r"temperature 2 .*stored: none.* with 2 in capture.temperatures"):
             DENSE[kind](self.logits, without, temperature=2.0)
 
     @pytest.mark.parametrize("tail", ["samples", "renormalised"])
     def test_another_estimator_than_the_bucket(self, tail: str) -> None:
         for kind in KINDS[1:]:
-            with pytest.raises(TargetError, match=f"tail '{tail}': {kind} is defined on head and bucket"):
+            with pytest.raises(TargetError, match=f"tail '{tail}': {kind} supports only 'bucket'"):
                 distillation_from_hidden(
                     self.hidden_ND,
                     self.weight_VD,
@@ -349,7 +350,7 @@ class TestErrors:
                 )
 
     def test_an_infinite_reverse_kl(self) -> None:
-        """A tail that the teacher never enters is out of the student's reach only if the head holds every id."""
+        """A tail that the teacher never enters is out of the student's reach only if the top-k holds every id."""
         tailless = dataclasses.replace(self.targets, tail_log_mass_N=torch.tensor([-1.0, -math.inf, -1.0, -math.inf]))
         with pytest.raises(
             TargetError, match=r"reverse_kl is infinite at 2 position\(s\).*: use skewed_reverse_kl or js"
@@ -365,9 +366,9 @@ class TestErrors:
     def test_unknown_kinds_and_weights_out_of_range(self) -> None:
         with pytest.raises(TargetError, match="'kl' is unknown: choose one of forward_kl, reverse_kl, js"):
             distillation_from_hidden(self.hidden_ND, self.weight_VD, self.targets, divergence="kl")  # type: ignore[arg-type]
-        with pytest.raises(TargetError, match="js_weight is 1, expected a number between 0 and 1"):
+        with pytest.raises(TargetError, match="js_weight is 1: expected 0 < js_weight < 1"):
             jensen_shannon(self.logits, self.targets, weight=1.0)
-        with pytest.raises(TargetError, match="skew is 0, expected"):
+        with pytest.raises(TargetError, match="skew is 0: expected"):
             skewed_forward_kl(self.logits, self.targets, skew=0.0)
         with pytest.raises(TargetError, match="temperature nan"):
             reverse_kl(self.logits, self.targets, temperature=math.nan)

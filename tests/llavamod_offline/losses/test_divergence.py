@@ -41,24 +41,24 @@ def _check(
     n=st.integers(0, 7),
     vocab=st.integers(2, 23),
     extra=st.integers(0, 3),
-    head=st.integers(0, 25),
+    top_k=st.integers(0, 25),
     samples=st.integers(1, 6),
     tail=st.sampled_from(ESTIMATORS),
     seed=st.integers(0, 2**20),
 )
 def test_value_and_gradient_equal_the_dense_reference(
-    n: int, vocab: int, extra: int, head: int, samples: int, tail: TailEstimator, seed: int
+    n: int, vocab: int, extra: int, top_k: int, samples: int, tail: TailEstimator, seed: int
 ) -> None:
     log_probs_NV = random_teacher(n, vocab, seed)
-    _check(log_probs_NV, truncate(log_probs_NV, head=head, samples=samples, seed=seed), vocab + extra, tail)
+    _check(log_probs_NV, truncate(log_probs_NV, top_k=top_k, samples=samples, seed=seed), vocab + extra, tail)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0, 4.0])
 @pytest.mark.parametrize("tail", ["bucket", "renormalised"])
-@pytest.mark.parametrize("head", [0, 3, 17])
-def test_temperature_equals_the_dense_reference(temperature: float, tail: TailEstimator, head: int) -> None:
+@pytest.mark.parametrize("top_k", [0, 3, 17])
+def test_temperature_equals_the_dense_reference(temperature: float, tail: TailEstimator, top_k: int) -> None:
     log_probs_NV = random_teacher(6, 17, 3)
-    targets = truncate(log_probs_NV, head=head, samples=2, temperatures=(2.0, 0.5, 4.0))
+    targets = truncate(log_probs_NV, top_k=top_k, samples=2, temperatures=(2.0, 0.5, 4.0))
     _check(log_probs_NV, targets, 19, tail, temperature)
 
 
@@ -67,10 +67,10 @@ def test_temperature_equals_the_dense_reference(temperature: float, tail: TailEs
 def test_whole_head_gives_the_full_divergence(tail: TailEstimator, temperature: float) -> None:
     log_probs_NV = random_teacher(5, 31, 1)
     even = dataclasses.replace(
-        truncate(log_probs_NV, head=31, temperatures=(2.0,)),
+        truncate(log_probs_NV, top_k=31, temperatures=(2.0,)),
         topk_ids_NK=log_probs_NV.argsort(descending=True),
         topk_log_probs_NK=log_probs_NV.sort(descending=True).values.float(),
-        # What rounding might leave of a tail, where the head already holds every id.
+        # What rounding might leave of a tail, where the top-k already holds every id.
         tail_log_mass_N=torch.full((5,), -17.0),
     )
     logits = _student(5, 31).float().requires_grad_()
@@ -86,10 +86,10 @@ def test_whole_head_gives_the_full_divergence(tail: TailEstimator, temperature: 
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("head", [0, 1, 8, 40])
-def test_bucket_is_zero_for_the_teacher_itself_and_never_negative(head: int, temperature: float) -> None:
+@pytest.mark.parametrize("top_k", [0, 1, 8, 40])
+def test_bucket_is_zero_for_the_teacher_itself_and_never_negative(top_k: int, temperature: float) -> None:
     log_probs_NV = random_teacher(50, 40, 5)
-    targets = truncate(log_probs_NV, head=head, temperatures=(2.0,))
+    targets = truncate(log_probs_NV, top_k=top_k, temperatures=(2.0,))
     same = log_probs_NV.float().requires_grad_()
     result = forward_kl(same, targets, temperature=temperature)
     result.loss_sum.backward()
@@ -105,10 +105,10 @@ def test_bucket_bounds_the_full_divergence_from_below_and_samples_estimate_it_wi
     log_probs_NV = random_teacher(4, 60, 2)
     logits = _student(4, 60)
     full = float(full_kl(log_probs_NV, logits))
-    bucket = forward_kl(logits.float(), truncate(log_probs_NV, head=6)).loss_sum.item()
+    bucket = forward_kl(logits.float(), truncate(log_probs_NV, top_k=6)).loss_sum.item()
     assert bucket < full - 0.05
     estimates = [
-        forward_kl(logits.float(), truncate(log_probs_NV, head=6, samples=8, seed=s), tail="samples").loss_sum.item()
+        forward_kl(logits.float(), truncate(log_probs_NV, top_k=6, samples=8, seed=s), tail="samples").loss_sum.item()
         for s in range(400)
     ]
     error = torch.tensor(estimates).std() / 20
@@ -117,7 +117,7 @@ def test_bucket_bounds_the_full_divergence_from_below_and_samples_estimate_it_wi
 
 def test_rows_beyond_the_vocabulary_get_no_probability_and_no_gradient() -> None:
     log_probs_NV = random_teacher(6, 20, 4)
-    targets = truncate(log_probs_NV, head=5, samples=2)
+    targets = truncate(log_probs_NV, top_k=5, samples=2)
     logits = _student(6, 52).float()
     logits[:, 20:] = 100.0
     logits.requires_grad_()
@@ -131,9 +131,9 @@ def test_rows_beyond_the_vocabulary_get_no_probability_and_no_gradient() -> None
 
 def test_extreme_logits_stay_finite() -> None:
     log_probs_NV = random_teacher(3, 12, 0)
-    targets = truncate(log_probs_NV, head=4, samples=2)
+    targets = truncate(log_probs_NV, top_k=4, samples=2)
     logits = torch.zeros(3, 12)
-    logits[0, int(targets.topk_ids_NK[0, 0])] = 300.0  # the student puts nothing outside the head
+    logits[0, int(targets.topk_ids_NK[0, 0])] = 300.0  # the student puts nothing outside the top-k
     logits[1, 5] = -300.0
     logits[2] = 1e4
     logits.requires_grad_()
@@ -146,7 +146,7 @@ def test_extreme_logits_stay_finite() -> None:
 
 def test_metrics_are_sums_over_positions() -> None:
     log_probs_NV = random_teacher(9, 25, 8)
-    targets = truncate(log_probs_NV, head=25 - 1, samples=3)
+    targets = truncate(log_probs_NV, top_k=25 - 1, samples=3)
     logits = _student(9, 25)
     logits[:4] = log_probs_NV[:4]
     metrics = forward_kl(logits.float(), targets).metrics
@@ -165,7 +165,7 @@ def test_metrics_are_sums_over_positions() -> None:
 
 
 def test_no_positions_give_zero_with_zero_gradient() -> None:
-    targets = truncate(random_teacher(0, 11, 0), head=3, samples=2)
+    targets = truncate(random_teacher(0, 11, 0), top_k=3, samples=2)
     logits = torch.zeros(0, 11, requires_grad=True)
     result = forward_kl(logits, targets)
     result.loss_sum.backward()
@@ -177,7 +177,7 @@ def test_no_positions_give_zero_with_zero_gradient() -> None:
 
 def test_half_precision_logits_are_computed_in_float32() -> None:
     log_probs_NV = random_teacher(6, 40, 3)
-    targets = truncate(log_probs_NV, head=9)
+    targets = truncate(log_probs_NV, top_k=9)
     half = _student(6, 40).bfloat16().requires_grad_()
     result = forward_kl(half, targets)
     expected = forward_kl(half.detach().float(), targets)
@@ -189,7 +189,7 @@ def test_half_precision_logits_are_computed_in_float32() -> None:
 
 
 class TestErrors:
-    targets = truncate(random_teacher(4, 20, 4), head=5, samples=2, temperatures=(2.0,))
+    targets = truncate(random_teacher(4, 20, 4), top_k=5, samples=2, temperatures=(2.0,))
     logits = torch.zeros(4, 20)
 
     def test_temperature_without_normaliser(self) -> None:
@@ -199,16 +199,16 @@ class TestErrors:
     def test_samples_at_another_temperature(self) -> None:
         with pytest.raises(TargetError, match="drawn at temperature 1"):
             forward_kl(self.logits, self.targets, tail="samples", temperature=2.0)
-        whole = truncate(random_teacher(1, 20, 4), head=20, samples=2, temperatures=(2.0,))
+        whole = truncate(random_teacher(1, 20, 4), top_k=20, samples=2, temperatures=(2.0,))
         forward_kl(self.logits[:1], whole, tail="samples", temperature=2.0)
 
     def test_a_cache_without_samples(self) -> None:
         with pytest.raises(TargetError, match="no tail samples"):
-            forward_kl(self.logits, truncate(random_teacher(4, 20, 4), head=5), tail="samples")
+            forward_kl(self.logits, truncate(random_teacher(4, 20, 4), top_k=5), tail="samples")
 
     def test_ids_beyond_the_head(self) -> None:
         largest = max(int(self.targets.topk_ids_NK.max()), int(self.targets.tail_ids_NM.max()))
-        with pytest.raises(TargetError, match="beyond the student's head of 8 rows"):
+        with pytest.raises(TargetError, match="beyond the 8 rows of the student's LM head"):
             forward_kl(torch.zeros(4, 8), self.targets)
         assert largest >= 8
 

@@ -39,7 +39,7 @@ def _single(tensor: Tensor) -> Tensor:
     n=st.integers(0, 9),
     vocab=st.integers(2, 19),
     extra=st.integers(0, 3),
-    head=st.integers(0, 19),
+    top_k=st.integers(0, 19),
     chunk=st.integers(1, 11),
     tail=st.sampled_from(("bucket", "samples", "renormalised")),
     temperature=st.sampled_from((1.0, 2.0)),
@@ -50,7 +50,7 @@ def test_distillation_equals_the_dense_reference_in_any_chunks(
     n: int,
     vocab: int,
     extra: int,
-    head: int,
+    top_k: int,
     chunk: int,
     tail: TailEstimator,
     temperature: float,
@@ -60,7 +60,7 @@ def test_distillation_equals_the_dense_reference_in_any_chunks(
     if tail == "samples":
         temperature = 1.0
     log_probs_NV = random_teacher(n, vocab, seed)
-    targets = truncate(log_probs_NV, head=head, samples=3, temperatures=(2.0,), seed=seed)
+    targets = truncate(log_probs_NV, top_k=top_k, samples=3, temperatures=(2.0,), seed=seed)
     kd_weight, lm_weight = weights
     hidden_ND, weight_VD = _leaves(n, vocab + extra)
     logits_NV = hidden_ND @ weight_VD.T
@@ -93,7 +93,7 @@ def test_distillation_equals_the_dense_reference_in_any_chunks(
 
 
 def test_metrics_do_not_depend_on_the_chunks_and_equal_the_dense_ones() -> None:
-    targets = truncate(random_teacher(11, 30, 1), head=6, samples=3)
+    targets = truncate(random_teacher(11, 30, 1), top_k=6, samples=3)
     hidden_ND, weight_VD = (_single(leaf) for leaf in _leaves(11, 32))
     dense = forward_kl((hidden_ND @ weight_VD.T).detach(), targets).metrics
     for chunk in (1, 4, 11, 100):
@@ -139,7 +139,7 @@ def test_sequence_log_probs_equal_torch_with_a_gradient_of_their_own_each(vocab_
 
 
 def test_tied_embeddings_collect_both_gradients() -> None:
-    targets = truncate(random_teacher(5, 12, 1), head=4, samples=2)
+    targets = truncate(random_teacher(5, 12, 1), top_k=4, samples=2)
     ids_N = torch.tensor([1, 2, 3, 4, 11])
     weight_VD = _single(_leaves(0, 12)[1])
     distillation_from_hidden(weight_VD[ids_N], weight_VD, targets, lm_weight=1.0, chunk_size=2).loss_sum.backward()
@@ -153,7 +153,7 @@ def test_tied_embeddings_collect_both_gradients() -> None:
 
 
 def test_frozen_head_gets_no_gradient_and_hidden_states_the_same() -> None:
-    targets = truncate(random_teacher(5, 12, 1), head=4)
+    targets = truncate(random_teacher(5, 12, 1), top_k=4)
     hidden_ND, weight_VD = (_single(leaf) for leaf in _leaves(5, 12))
     distillation_from_hidden(hidden_ND, weight_VD, targets).loss_sum.backward()
     frozen_ND = hidden_ND.detach().requires_grad_()
@@ -164,19 +164,19 @@ def test_frozen_head_gets_no_gradient_and_hidden_states_the_same() -> None:
 
 
 def test_evaluation_makes_no_gradient() -> None:
-    targets = truncate(random_teacher(5, 12, 1), head=4)
+    targets = truncate(random_teacher(5, 12, 1), top_k=4)
     hidden_ND, weight_VD = (_single(leaf) for leaf in _leaves(5, 12))
     trained = distillation_from_hidden(hidden_ND, weight_VD, targets).loss_sum
     with torch.no_grad(), _LargestTensor() as largest:
         evaluated = distillation_from_hidden(hidden_ND, weight_VD, targets, chunk_size=1).loss_sum
     assert not evaluated.requires_grad
     torch.testing.assert_close(evaluated, trained.detach())
-    assert largest.numel < 12 * 6  # less than the head's gradient
+    assert largest.numel < 12 * 6  # less than the LM head's gradient
 
 
 @pytest.mark.parametrize("lm_weight", [0.0, 1.0])
 def test_no_positions_give_zero_with_zero_gradients(lm_weight: float) -> None:
-    targets = truncate(random_teacher(0, 9, 0), head=3, samples=2)
+    targets = truncate(random_teacher(0, 9, 0), top_k=3, samples=2)
     hidden_ND, weight_VD = (_single(leaf) for leaf in _leaves(0, 9))
     terms: LossTerms = distillation_from_hidden(hidden_ND, weight_VD, targets, lm_weight=lm_weight)
     terms.loss_sum.backward()
@@ -191,7 +191,7 @@ def test_no_positions_give_zero_with_zero_gradients(lm_weight: float) -> None:
 
 def test_bfloat16_keeps_logits_and_sums_in_float32() -> None:
     n, vocab = 64, 50
-    targets = truncate(random_teacher(n, vocab, 1), head=8)
+    targets = truncate(random_teacher(n, vocab, 1), top_k=8)
     hidden_ND, weight_VD = (leaf.detach().bfloat16().requires_grad_() for leaf in _leaves(n, vocab, dim=32))
     terms = distillation_from_hidden(hidden_ND, weight_VD, targets, lm_weight=1.0, chunk_size=4)
     terms.loss_sum.backward()
@@ -226,7 +226,7 @@ class _LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("lm_weight", [0.0, 1.0])
 def test_logits_never_exist_whole(lm_weight: float) -> None:
     n, vocab, chunk = 600, 100, 16
-    targets = truncate(random_teacher(n, vocab, 1), head=4, samples=2)
+    targets = truncate(random_teacher(n, vocab, 1), top_k=4, samples=2)
     hidden_ND, weight_VD = (_single(leaf) for leaf in _leaves(n, vocab))
     ids_N = targets.target_ids_N
     with _LargestTensor() as largest:
@@ -240,7 +240,7 @@ def test_logits_never_exist_whole(lm_weight: float) -> None:
 
 
 class TestErrors:
-    targets: SparseTargets = truncate(random_teacher(5, 12, 1), head=4)
+    targets: SparseTargets = truncate(random_teacher(5, 12, 1), top_k=4)
 
     def test_positions_that_differ_in_number(self) -> None:
         hidden_ND, weight_VD = _leaves(4, 12)
@@ -249,7 +249,7 @@ class TestErrors:
 
     def test_ids_beyond_the_head(self) -> None:
         hidden_ND, weight_VD = (_single(leaf) for leaf in _leaves(5, 8))
-        with pytest.raises(TargetError, match="beyond the student's head of 8 rows"):
+        with pytest.raises(TargetError, match="beyond the 8 rows of the student's LM head"):
             distillation_from_hidden(hidden_ND, weight_VD, self.targets)
         ids_N = torch.tensor([0, 1, 2, 3, 8])
         with pytest.raises(TargetError, match="8 lies beyond the student's vocabulary of 8"):

@@ -1,4 +1,4 @@
-"""The fused head where training puts it: low precision, recomputed layers, compiled functions, strange vocabularies."""
+"""The fused LM head in training conditions: low precision, recomputed layers, compiled functions, odd vocabularies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llavamod_offline.losses import fused_linear as passes
+from llavamod_offline.losses import fused_linear
 from llavamod_offline.losses.fused import (
     cross_entropy_from_hidden,
     distillation_from_hidden,
@@ -22,7 +22,7 @@ from llavamod_offline.losses.shrinkage import Shrinkage
 from tests.llavamod_offline.losses.reference import random_teacher, truncate
 
 N, DIM, VOCAB = 37, 12, 53  # multiples of nothing
-TARGETS = truncate(random_teacher(N, VOCAB, 1), head=7, samples=3, temperatures=(2.0,))
+TARGETS = truncate(random_teacher(N, VOCAB, 1), top_k=7, samples=3, temperatures=(2.0,))
 IDS_N, SEQUENCE_OF_N = TARGETS.target_ids_N, torch.arange(N) % 3
 UPSTREAM_S = torch.tensor([1.0, -2.0, 0.5])
 
@@ -67,7 +67,7 @@ def _gradients(loss: Loss, *leaves: Tensor) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("name", LOSSES)
 def test_low_precision_is_exact_but_for_its_inputs_and_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products, logits and sums over chunks are float32: only the gradients' own rounding to bfloat16 is left."""
-    monkeypatch.setattr(passes, "_SLAB", 10)
+    monkeypatch.setattr(fused_linear, "_SLAB", 10)
     low = [leaf.bfloat16() for leaf in _leaves()]
     value, *gradients = _gradients(LOSSES[name], *low)
     expected_value, *expected = _gradients(LOSSES[name], *(leaf.float() for leaf in low))
@@ -83,29 +83,29 @@ def test_low_precision_is_exact_but_for_its_inputs_and_results(name: str, monkey
 def test_checkpointed_layers_change_nothing(name: str, inside: bool, reentrant: bool) -> None:
     """Below the loss, as a student recomputes its layers, or with the loss inside the recomputed part."""
     inputs_ND, weight_VD = _leaves()
-    layer, head = nn.Linear(DIM, DIM), nn.Linear(DIM, len(weight_VD), bias=False)
+    layer, lm_head = nn.Linear(DIM, DIM), nn.Linear(DIM, len(weight_VD), bias=False)
 
     def body(x_ND: Tensor) -> Tensor:
         return torch.tanh(layer(x_ND))
 
     def whole(x_ND: Tensor) -> Tensor:
-        return LOSSES[name](body(x_ND), head.weight)
+        return LOSSES[name](body(x_ND), lm_head.weight)
 
     def recomputed(x_ND: Tensor) -> Tensor:
         if inside:
             result: Tensor = checkpoint(whole, x_ND, use_reentrant=reentrant)
             return result
-        return LOSSES[name](checkpoint(body, x_ND, use_reentrant=reentrant), head.weight)
+        return LOSSES[name](checkpoint(body, x_ND, use_reentrant=reentrant), lm_head.weight)
 
     results = []
     for function in (whole, recomputed):
         layer.zero_grad()
-        head.zero_grad()
+        lm_head.zero_grad()
         value = function(inputs_ND.requires_grad_())
         value.backward()
         assert layer.weight.grad is not None
-        assert head.weight.grad is not None
-        results.append((value.detach(), layer.weight.grad.clone(), head.weight.grad.clone()))
+        assert lm_head.weight.grad is not None
+        results.append((value.detach(), layer.weight.grad.clone(), lm_head.weight.grad.clone()))
     for ours, plain in zip(*results, strict=True):
         assert torch.equal(ours, plain)
 
@@ -199,9 +199,9 @@ def test_a_frozen_head_costs_no_gradient(name: str) -> None:
 @pytest.mark.parametrize("name", ["forward_kl", "sequences"])
 def test_a_frozen_head_gets_no_product(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*arguments: Tensor) -> None:
-        raise AssertionError("a frozen head's gradient was computed")
+        raise AssertionError("a frozen LM head's gradient was computed")
 
-    monkeypatch.setattr(passes, "_add_outer", refused)
+    monkeypatch.setattr(fused_linear, "_add_outer", refused)
     hidden_ND, weight_VD = _leaves()
     LOSSES[name](hidden_ND.requires_grad_(), weight_VD).backward()
     with pytest.raises(AssertionError, match="was computed"):

@@ -112,5 +112,5 @@ def test_bad_settings() -> None:
         kto_loss(POLICY, REFERENCE, DESIRABLE, mismatched_ratios_M=none, beta=0.0)
     with pytest.raises(ConfigError, match="undesirable_weight is -1"):
         kto_loss(POLICY, REFERENCE, DESIRABLE, mismatched_ratios_M=none, beta=0.1, undesirable_weight=-1.0)
-    with pytest.raises(TargetError, match="no mismatched response to spec the KL by"):
+    with pytest.raises(TargetError, match="mismatched_ratios_M is empty"):
         kto_loss(POLICY, REFERENCE, DESIRABLE, mismatched_ratios_M=torch.zeros(0), beta=0.1)

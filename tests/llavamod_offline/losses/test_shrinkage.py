@@ -24,10 +24,10 @@ V, D = 40, 6
 
 @dataclass(frozen=True)
 class Position:
-    """One position, taken apart: masses, tail shapes over all V ids (0 in the head), the head's ids."""
+    """One position, taken apart: masses, tail shapes over all V ids (0 in the top-k), the top-k ids."""
 
     r: float
-    head: list[int]
+    top_k: list[int]
     q_V: Tensor
     v_V: Tensor
     g_V: Tensor | None
@@ -39,15 +39,15 @@ def _positions(
 ) -> list[Position]:
     found = []
     for i in range(len(targets)):
-        head = [int(v) for v in targets.topk_ids_NK[i] if v != EMPTY_ID]
+        top_k = [int(v) for v in targets.topk_ids_NK[i] if v != EMPTY_ID]
         outside_V = torch.ones(V, dtype=torch.float64)
-        outside_V[head] = 0
+        outside_V[top_k] = 0
         q_V = logits_NV[i, :V].double().softmax(-1)
         slots = zip(targets.tail_ids_NM[i].tolist(), targets.tail_weights_NM[i].tolist(), strict=True)
         found.append(
             Position(
                 r=float((log_probs_NV[i].exp() * outside_V).sum()),
-                head=head,
+                top_k=top_k,
                 q_V=q_V,
                 v_V=q_V * outside_V / (q_V * outside_V).sum(),
                 g_V=None if profile_V is None else profile_V * outside_V / (profile_V * outside_V).sum(),
@@ -109,15 +109,15 @@ def _gradient(position: Position, a_V: Tensor, lambda_V: Tensor, log_p_V: Tensor
     for v, w in position.drawn:
         m_V[v] += lambda_V[v] * w
     target_V = position.r * m_V / m_V.sum() if position.r > 0 else torch.zeros(V, dtype=torch.float64)
-    target_V[position.head] = log_p_V[position.head].exp()
+    target_V[position.top_k] = log_p_V[position.top_k].exp()
     return position.q_V - target_V
 
 
-def _batch(n: int, seed: int, *, head: int = 5, samples: int = 4) -> tuple[Tensor, SparseTargets, Tensor]:
+def _batch(n: int, seed: int, *, top_k: int = 5, samples: int = 4) -> tuple[Tensor, SparseTargets, Tensor]:
     """Teachers whose tails lean to the same ids, their records, and hidden states."""
     lean_V = torch.linspace(2.0, -2.0, V, dtype=torch.float64)[torch.randperm(V, generator=_seeded(99))]
     log_probs_NV = (random_teacher(n, V, seed, sharpness=1.0) + lean_V).log_softmax(-1)
-    targets = truncate(log_probs_NV, head=head, samples=samples, seed=seed)
+    targets = truncate(log_probs_NV, top_k=top_k, samples=samples, seed=seed)
     hidden_ND = torch.randn(n, D, generator=_seeded(seed + 1))
     return log_probs_NV, targets, hidden_ND
 
@@ -152,7 +152,7 @@ def _run(
 @settings(deadline=None, max_examples=25)
 @given(
     n=st.integers(1, 9),
-    head=st.integers(0, 12),
+    top_k=st.integers(0, 12),
     samples=st.integers(1, 5),
     with_profile=st.booleans(),
     lm_weight=st.sampled_from((0.0, 0.7)),
@@ -160,7 +160,7 @@ def _run(
     seed=st.integers(0, 2**20),
 )
 def test_weights_and_gradients_equal_their_definition(
-    n: int, head: int, samples: int, with_profile: bool, lm_weight: float, chunk: int, seed: int
+    n: int, top_k: int, samples: int, with_profile: bool, lm_weight: float, chunk: int, seed: int
 ) -> None:
     """Two steps of two micro-batches each, cut into chunks; then a third whose gradient is looked at."""
     profile_V = _profile() if with_profile else None
@@ -183,7 +183,7 @@ def test_weights_and_gradients_equal_their_definition(
     assert entry["tail_profile_weight"] == pytest.approx(a_R.tolist(), rel=1e-3, abs=1e-5)
     assert entry["tail_samples_weight"] == pytest.approx(lambda_R.tolist(), rel=1e-3, abs=1e-4)
 
-    log_probs_NV, targets, hidden_ND = _batch(n, seed, head=head, samples=samples)
+    log_probs_NV, targets, hidden_ND = _batch(n, seed, top_k=top_k, samples=samples)
     logits_NV = (hidden_ND @ WEIGHT_VD.T).double()
     found = _positions(log_probs_NV, targets, logits_NV, wide_V)
     gradients = [_gradient(p, a_R[band_V], lambda_R[band_V], log_probs_NV[i]) for i, p in enumerate(found)]
@@ -214,11 +214,11 @@ def test_records_without_samples_or_tail_stay_finite(make: Callable[[SparseTarge
     _, targets, hidden_ND = _batch(50, 7)
     _run(state, hidden_ND, targets)
     state.finish_step()
-    for samples, head in ((0, 5), (3, 0), (3, V), (0, V)):
-        log_probs_NV, targets, hidden_ND = _batch(6, 2, head=head, samples=samples)
+    for samples, top_k in ((0, 5), (3, 0), (3, V), (0, V)):
+        log_probs_NV, targets, hidden_ND = _batch(6, 2, top_k=top_k, samples=samples)
         value, *gradients = _run(state, hidden_ND, make(targets))
         assert all(bool(torch.isfinite(tensor).all()) for tensor in (value, *gradients))
-        if head == V and make(targets) is targets:
+        if top_k == V and make(targets) is targets:
             exact = full_kl(log_probs_NV[:1], hidden_ND[:1] @ WEIGHT_VD.T)
             one = _run(state, hidden_ND[:1], targets[:1])[0]
             assert one.item() == pytest.approx(float(exact), rel=1e-4)
@@ -230,7 +230,7 @@ def test_records_without_samples_or_tail_stay_finite(make: Callable[[SparseTarge
 
 def test_a_profile_that_lies_in_the_heads_is_left_out() -> None:
     """Then only the student's shape and the samples are left, and no row divides by nothing."""
-    _, targets, hidden_ND = _batch(30, 7, head=5)
+    _, targets, hidden_ND = _batch(30, 7, top_k=5)
     profile_V = torch.zeros(V)
     profile_V[targets.topk_ids_NK[0]] = 0.2
     state = Shrinkage(V, profile_V=profile_V)
@@ -298,7 +298,7 @@ def test_state_survives_a_checkpoint_bit_for_bit() -> None:
             state.finish_step()
     assert states[0].entry() == states[1].entry()
     assert any(states[0].entry()["tail_samples_weight"])
-    with pytest.raises(TargetError, match="of another vocabulary"):
+    with pytest.raises(TargetError, match="for another vocabulary"):
         Shrinkage(8).load_state(states[0].state())
 
 
@@ -327,8 +327,8 @@ def test_ranks_share_their_statistics() -> None:
 
 
 def test_it_comes_nearer_to_the_full_divergence_than_bucket_and_samples() -> None:
-    """The gradients of head and bias over many positions: the error is less than that of either estimator alone."""
-    log_probs_NV, targets, hidden_ND = _batch(1500, 7, head=3, samples=3)
+    """The gradients of LM head and bias over many positions: the error is less than that of either estimator alone."""
+    log_probs_NV, targets, hidden_ND = _batch(1500, 7, top_k=3, samples=3)
     leaves = hidden_ND.requires_grad_(), WEIGHT_VD.clone().requires_grad_()
     exact = torch.autograd.grad(full_kl(log_probs_NV, leaves[0].double() @ leaves[1].double().T), leaves)[1]
     state = Shrinkage(V, profile_V=_profile(), horizon=1.0)
@@ -363,7 +363,7 @@ def test_dense_logits_know_the_constant_alone() -> None:
 
 def test_at_another_temperature_it_is_the_bucket() -> None:
     log_probs_NV, _, hidden_ND = _batch(9, 1)
-    targets = truncate(log_probs_NV, head=5, samples=3, temperatures=(2.0,))
+    targets = truncate(log_probs_NV, top_k=5, samples=3, temperatures=(2.0,))
     logits_NV = hidden_ND @ WEIGHT_VD.T
     shrunk = forward_kl(logits_NV, targets, tail="shrink", temperature=2.0)
     assert shrunk.loss_sum == forward_kl(logits_NV, targets, temperature=2.0).loss_sum
@@ -381,14 +381,14 @@ def test_bands_are_by_rank_on_a_log_scale() -> None:
 class TestErrors:
     def test_an_estimator_without_its_state(self) -> None:
         _, targets, hidden_ND = _batch(4, 1)
-        with pytest.raises(TargetError, match="tail 'shrink': it learns its weights while training"):
+        with pytest.raises(TargetError, match="tail 'shrink' learns its weights in training"):
             distillation_from_hidden(hidden_ND, WEIGHT_VD, targets, tail="shrink")
 
     def test_a_state_of_another_vocabulary(self) -> None:
         _, targets, hidden_ND = _batch(4, 1)
-        with pytest.raises(TargetError, match=f"a state for 41 ids, but the divergence has {V}"):
+        with pytest.raises(TargetError, match=f"`shrinkage` has 41 ids, the divergence {V}"):
             distillation_from_hidden(hidden_ND, WEIGHT_VD, targets, tail="shrink", shrinkage=Shrinkage(V + 1))
 
     def test_a_profile_of_another_length(self) -> None:
-        with pytest.raises(TargetError, match="tail profile: 40 numbers for a vocabulary of 50"):
+        with pytest.raises(TargetError, match="tail profile: 40 values for a vocabulary of 50"):
             Shrinkage(50, profile_V=torch.ones(40) / 40)

@@ -9,5 +9,5 @@ from tests.tiny import write_tiny_llava
 
 @pytest.fixture(scope="package")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense LLaVA of four layers whose head has 32 more rows than the tokenizer; read only."""
+    """A dense LLaVA of four layers whose LM head has 32 more rows than the tokenizer; read only."""
     return write_tiny_llava(tmp_path_factory.mktemp("models") / "llava", layers=4, head_rows=432)

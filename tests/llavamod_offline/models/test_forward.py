@@ -63,7 +63,7 @@ def test_text_alone_leaves_the_projector_a_gradient_of_zero(tiny_folder: Path) -
     model.model.multi_modal_projector.requires_grad_(True)
     hidden_BTD = student_hidden_states(model, batch.input_ids_BT, batch.attention_mask_BT)
     hidden_ND = hidden_BTD[0, 20:25]
-    targets = truncate(random_teacher(5, 400, 0), head=3)
+    targets = truncate(random_teacher(5, 400, 0), top_k=3)
     distillation_from_hidden(hidden_ND, lm_head_weight(model), targets).loss_sum.backward()
     for parameter in model.model.multi_modal_projector.parameters():
         assert parameter.grad is not None
@@ -98,7 +98,7 @@ def test_head_rows_beyond_the_tokenizer_get_no_probability(tiny_folder: Path) ->
     weight_VD.requires_grad_()
     # The teacher is the student over the 400 ids of the tokenizer: a divergence of 0, whatever the other rows say.
     log_probs_NV = (hidden_ND @ weight_VD[:400].T).detach().double().log_softmax(-1)
-    terms = distillation_from_hidden(hidden_ND, weight_VD, truncate(log_probs_NV, head=12), lm_weight=1.0)
+    terms = distillation_from_hidden(hidden_ND, weight_VD, truncate(log_probs_NV, top_k=12), lm_weight=1.0)
     terms.loss_sum.backward()
     assert terms.divergence_sum.item() == pytest.approx(0.0, abs=1e-4)
     assert weight_VD.grad is not None
