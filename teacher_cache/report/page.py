@@ -49,7 +49,7 @@ def write_report(
 ) -> Report:
     """Write the page of a cache; `data` are packed sets, `tokenizer` is the folder that names ids.
 
-    Shows `samples` evenly spaced samples and the extreme ones; distributions cover all positions, or evenly spaced
+    Shows `samples` evenly spaced samples and the most unusual ones; distributions cover all positions, or evenly spaced
     sequences with about `positions` of them. Errors: `ConfigError` unless `output` ends with .html; `CacheError` if a
     sample differs from what was captured, or the sets have none of the samples.
     """
@@ -111,7 +111,7 @@ def _check_names(cache: TeacherCache, names: TokenNames) -> None:
 
 
 def _chosen(cache: TeacherCache, rankings: Sequence[Ranking], samples: int) -> dict[str, dict[str, str]]:
-    """The keys to show, each with its reasons by slug: evenly spaced and extreme ones."""
+    """The keys to show, each with its reasons by slug: evenly spaced and unusual ones."""
     count = min(samples, len(cache))
     even = ((np.arange(count) + 0.5) * len(cache) / max(count, 1)).astype(np.int64).tolist()
     found: dict[str, dict[str, str]] = {key: {_EVEN: "evenly spaced"} for key, _ in cache.items(even)}

@@ -1,4 +1,4 @@
-"""Rankings of extreme sequences: uncertain, unlikely, large tails, long.
+"""Rankings of the most unusual sequences: uncertain, unlikely, large tails, long.
 
 Shape suffixes: Q all sequences of a cache.
 """
@@ -54,7 +54,7 @@ def rank(cache: TeacherCache, scan: Scan, count: int) -> list[Ranking]:
 def _ranking(
     cache: TeacherCache, slug: str, title: str, note: str, values_Q: Doubles, form: str, count: int
 ) -> Ranking:
-    above = np.flatnonzero(values_Q > 0)  # an entropy or a tail of 0 is not extreme
+    above = np.flatnonzero(values_Q > 0)  # an entropy or a tail of 0 is not unusual
     rows = above[np.argsort(-values_Q[above], kind="stable")[:count]]
     texts = tuple(form.format(values_Q[row]) for row in rows)
     return Ranking(slug, title, note, int((~np.isnan(values_Q)).sum()), tuple(cache.items(rows.tolist())), texts)

@@ -27,10 +27,10 @@ Doubles = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Scan:
-    """What was scanned. `groups` are the sources, largest first; positions without a target are groups of their own.
+    """Figures of the scanned positions. `groups`: the sources, largest first; positions without a target are separate.
 
-    `entropy_N` in nats; `topk_mass_N`; `group_N` indexes `groups`. Over the positions of a sequence that have a target:
-    `entropy_Q`, `log_prob_Q`, `tail_Q`, their means (NaN where there is none). `surprise_N` is −log p of the target and
+    `entropy_N` in nats; `topk_mass_N`; `group_N` indexes `groups`. Means over a sequence's positions with a target:
+    `entropy_Q`, `log_prob_Q`, `tail_Q` (NaN without any). `surprise_N` is −log p of the target and
     `chosen_N` whether it is the teacher's first choice (NaN where there is no target).
     """
 
