@@ -1,8 +1,8 @@
 """The loop: one optimiser step after another, each the mean over all units of its global batch.
 
 A step's units (supervised positions, or pairs) are counted over all micro-batches and processes before the first
-backward pass, so every micro-batch's sum of losses is divided by the same number: short and long micro-batches weigh
-by what they hold. DeepSpeed averages gradients over processes, so each one's loss is scaled by their number beforehand.
+backward pass, and every micro-batch's summed loss is divided by that count: each unit has equal weight, however it is
+batched. DeepSpeed averages gradients over processes, so the loss is multiplied by their number first.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What the loop is told; 0 in `save_steps` or `eval_steps` means never."""
+    """The loop's settings; 0 for `save_steps` or `eval_steps` means never."""
 
     steps: int
     micro_steps: int
@@ -50,7 +50,7 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class LoopEnd:
-    """How the loop ended: after the last step, or stopped by SIGTERM; `last` is the last step's log entry."""
+    """How the loop ended: after the last step, or `stopped` by SIGTERM; `last` is the last step's log entry."""
 
     progress: Progress
     last: Entry
@@ -59,7 +59,7 @@ class LoopEnd:
 
 def run_steps(
     engine: Any,
-    stage: Objective,
+    objective: Objective,
     micro_batches: Iterator[TrainBatch],
     *,
     settings: LoopSettings,
@@ -70,35 +70,35 @@ def run_steps(
     save: Callable[[Progress], None],
     evaluate: Callable[[], Entry],
 ) -> LoopEnd:
-    """Train from `progress` to the last step; `micro_batches` must begin with that step's.
+    """Train from `progress` to the last step; `micro_batches` must start at the next step.
 
-    Errors: `ModelError` naming step and samples if a loss or a gradient is not finite; nothing is saved then. A SIGTERM
-    ends the loop after the step in progress, with a checkpoint.
+    A SIGTERM ends the loop after the current step, with a checkpoint.
+    Errors: `ModelError` naming step and samples if a loss or a gradient is not finite; nothing is saved then.
     """
     entry: Entry = {}
-    if stage.shrinkage is not None:
-        stage.shrinkage.to(world.device)
+    if objective.shrinkage is not None:
+        objective.shrinkage.to(world.device)
     with _sigterm() as stop:
         for step in range(progress.step, settings.steps):
             began = time.perf_counter()
             micros = list(islice(micro_batches, settings.micro_steps))
             waited = time.perf_counter() - began
-            counts = _step_counts(stage, micros, stop.is_set(), world)
+            counts = _step_counts(objective, micros, stop.is_set(), world)
             if counts.stop:
                 if progress.step:
                     save(progress)
                 return LoopEnd(progress, entry, stopped=True)
             torch.manual_seed(_step_seed(settings.seed, step, world.rank))
-            parts = _backward(engine, stage, micros, counts.units, world)
+            parts = _backward(engine, objective, micros, counts.units, world)
             sums = combine(parts, counts.units, world)
             _check_finite(sums.loss, step, parts, micros, world)
             rate = settings.learning_rate(step)
             norm = apply_gradients(engine, rate)
             if not math.isfinite(norm):
                 raise ModelError(_not_finite("gradient", norm, step, micros))
-            learnt = {} if stage.shrinkage is None else stage.shrinkage.entry()
-            if stage.shrinkage is not None:
-                stage.shrinkage.finish_step(world.sum)
+            learnt = {} if objective.shrinkage is None else objective.shrinkage.entry()
+            if objective.shrinkage is not None:
+                objective.shrinkage.finish_step(world.sum)
             seconds = time.perf_counter() - began
             progress = Progress(
                 step + 1,
@@ -119,13 +119,13 @@ def run_steps(
     return LoopEnd(progress, entry, stopped=False)
 
 
-def evaluate_loss(engine: Any, stage: Objective, micros: Sequence[TrainBatch], world: World) -> Entry:
-    """The loss and its parts over held-out micro-batches, as log entries named `holdout_…`; nothing is trained."""
-    local = float(sum(stage.count(batch) for batch in micros))
+def evaluate_loss(engine: Any, objective: Objective, micros: Sequence[TrainBatch], world: World) -> Entry:
+    """Compute the loss and its parts over held-out micro-batches, as log entries named `holdout_…`."""
+    local = float(sum(objective.count(batch) for batch in micros))
     units = world.sum(torch.tensor([local], dtype=torch.float64, device=world.device))
     engine.eval()
     with torch.no_grad():
-        shared, features = _shared(engine, stage, micros, world)
+        shared, features = _shared(engine, objective, micros, world)
         parts = [
             _without_gradient(engine(batch.to(world.device), shared, own)[1])
             for batch, own in zip(micros, features, strict=True)
@@ -137,7 +137,7 @@ def evaluate_loss(engine: Any, stage: Objective, micros: Sequence[TrainBatch], w
 
 @dataclass(frozen=True)
 class _Counts:
-    """What a step's global batch holds, and whether any process was told to stop."""
+    """Counts over a step's global batch, and whether any process was told to stop."""
 
     units: float
     tokens: int
@@ -145,9 +145,9 @@ class _Counts:
     stop: bool
 
 
-def _step_counts(stage: Objective, micros: Sequence[TrainBatch], stop: bool, world: World) -> _Counts:
+def _step_counts(objective: Objective, micros: Sequence[TrainBatch], stop: bool, world: World) -> _Counts:
     local = (
-        float(sum(stage.count(batch) for batch in micros)),
+        float(sum(objective.count(batch) for batch in micros)),
         float(sum(batch.batch.tokens for batch in micros)),
         float(sum(batch.positions for batch in micros)),
         float(stop),
@@ -157,10 +157,10 @@ def _step_counts(stage: Objective, micros: Sequence[TrainBatch], stop: bool, wor
 
 
 def _backward(
-    engine: Any, stage: Objective, micros: Sequence[TrainBatch], units: float, world: World
+    engine: Any, objective: Objective, micros: Sequence[TrainBatch], units: float, world: World
 ) -> list[LossSums]:
-    """Accumulate the gradient of the step's mean loss; no weight is changed."""
-    shared, features = _shared(engine, stage, micros, world)
+    """Accumulate the gradient of the step's mean loss, without changing weights."""
+    shared, features = _shared(engine, objective, micros, world)
     parts = []
     for place, batch in enumerate(micros):
         last = place == len(micros) - 1
@@ -168,29 +168,29 @@ def _backward(
         loss, sums = engine(batch.to(world.device), shared, features[place])
         engine.backward(loss * (world.size / units), scale_wrt_gas=False)
         if not last:
-            engine.step()  # moves to the next micro-batch; the weights change at the boundary alone
+            engine.step()  # only advances to the next micro-batch: weights change at the boundary
         parts.append(_without_gradient(sums))
     return parts
 
 
 def _shared(
-    engine: Any, stage: Objective, micros: Sequence[TrainBatch], world: World
+    engine: Any, objective: Objective, micros: Sequence[TrainBatch], world: World
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """What the losses of a step share, and the tower's features of each micro-batch, as far as they were made for it.
+    """Compute what the losses of a step share, and the tower's features of each micro-batch if that needed them.
 
-    A step of one micro-batch knows it all by itself.
+    Nothing for a step of a single micro-batch, whose loss computes both itself.
     """
     nothing: list[Tensor | None] = [None] * len(micros)
     if len(micros) == 1 and world.size == 1:
         return None, nothing
-    if stage.totals is not None:
-        totals = world.sum(torch.stack([stage.totals(batch) for batch in micros]).sum(0).to(world.device))
+    if objective.totals is not None:
+        totals = world.sum(torch.stack([objective.totals(batch) for batch in micros]).sum(0).to(world.device))
         return totals.cpu(), nothing
-    if stage.look_ahead is None or stage.share is None:
+    if objective.look_ahead is None or objective.share is None:
         return None, nothing
     with torch.no_grad():
         ahead = [engine(batch.to(world.device), None, ahead=True) for batch in micros]
-        return stage.share([one.value for one in ahead], world), [one.features_IPC for one in ahead]
+        return objective.share([one.value for one in ahead], world), [one.features_IPC for one in ahead]
 
 
 def _entry(
@@ -217,7 +217,7 @@ def _check_finite(
         return
     guilty = [batch for batch, part in zip(micros, parts, strict=True) if not bool(torch.isfinite(part.loss))]
     if not guilty and world.size > 1:
-        raise ModelError(f"step {step + 1}: the loss is {loss} in another process, which names the samples")
+        raise ModelError(f"step {step + 1}: the loss is {loss} in another process: see its error for the samples")
     raise ModelError(_not_finite("loss", loss, step, guilty or micros))
 
 
@@ -226,7 +226,7 @@ def _not_finite(what: str, value: float, step: int, micros: Sequence[TrainBatch]
     named = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
     return (
         f"step {step + 1}: the {what} is {value} on sample(s) {named}: lower optim.lr, set optim.grad_clip, "
-        "or take these samples out"
+        "or remove these samples"
     )
 
 
@@ -235,17 +235,17 @@ def _without_gradient(sums: LossSums) -> LossSums:
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
-    """One seed for each step and process, so that random numbers need no state of their own."""
+    """Derive a seed for each step and process, so that checkpoints need no random state."""
     return hash((seed, step, rank)) % 2**63
 
 
 @contextmanager
 def _sigterm() -> Iterator[threading.Event]:
-    """Note a SIGTERM instead of dying of it; outside the main thread signals are left alone."""
+    """Record a SIGTERM instead of exiting; does nothing outside the main thread, where Python allows no handlers."""
     stop = threading.Event()
 
     def note(number: int, frame: FrameType | None) -> None:
-        logger.warning("SIGTERM: saving after this step")
+        logger.warning("SIGTERM: saving a checkpoint after this step")
         stop.set()
 
     if threading.current_thread() is not threading.main_thread():

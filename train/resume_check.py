@@ -1,16 +1,15 @@
-"""What makes a run the same run: settings and contents that a resume must not change without notice.
+"""What a resumed run must share with the one it continues: settings and contents that decide the losses.
 
-Folders, logging, saving, ZeRO stage and number of processes may change; what decides the losses may not.
+Folders, logging, saving, ZeRO stage and the number of processes may change.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llavamod_offline.errors import ConfigError
-from train.config import TrainConfig
 
 _FREE_KEYS = (
     "output",
@@ -32,7 +31,7 @@ _FREE_KEYS = (
     "tracker",
     "workers",
 )
-# The keys that decide a content, to be named when it differs.
+# The config key to name when one of these contents differs.
 _CONTENTS = {
     "set_digest": "data.set",
     "cache_digest": "cache.path",
@@ -42,44 +41,23 @@ _CONTENTS = {
 }
 
 
-def identity_of(
-    config: TrainConfig,
-    *,
-    set_digest: str,
-    cache_digest: str | None,
-    kept_hash: str,
-    order: dict[str, Any],
-    frozen_digest: str,
-) -> dict[str, Any]:
-    """Put together what is stored with a checkpoint and compared when it is taken up again."""
-    contents = {
-        "set_digest": set_digest,
-        "cache_digest": cache_digest,
-        "kept_hash": kept_hash,
-        "order": order,
-        "frozen_digest": frozen_digest,
-    }
-    return {"settings": settings_of(config), **contents}
-
-
-def settings_of(config: TrainConfig) -> dict[str, Any]:
-    """The settings that matter, flat, by their dotted keys."""
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten a nested configuration to dotted keys, without those that a resumed run may change."""
     flat: dict[str, Any] = {}
 
     def walk(value: Any, key: str) -> None:
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             for name, inner in value.items():
                 walk(inner, f"{key}.{name}" if key else str(name))
         elif key not in _FREE_KEYS:
             flat[key] = list(value) if isinstance(value, tuple | list) else value
 
-    walk(asdict(config), "")
+    walk(config, "")
     return flat
 
 
-def check_settings(output: Path, before: dict[str, Any], config: TrainConfig) -> None:
-    """Refuse to go on with other settings. Errors: `ConfigError` naming the key, its old and its new value."""
-    now = settings_of(config)
+def check_settings(output: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Compare flat settings. Errors: `ConfigError` naming the first key that differs, its old and its new value."""
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             raise ConfigError(
@@ -89,10 +67,10 @@ def check_settings(output: Path, before: dict[str, Any], config: TrainConfig) ->
 
 
 def check_contents(output: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to go on with other data, records or frozen weights. Errors: `ConfigError` naming the key."""
+    """Compare digests of data, records and frozen weights. Errors: `ConfigError` naming the key."""
     for name, key in _CONTENTS.items():
         if before.get(name) != now[name]:
             raise ConfigError(
-                f"{key}: not the one that the run in {output} was started with ({name} differs): "
+                f"{key}: the run in {output} was started with other contents ({name} differs): "
                 "set it back, or choose another output"
             )

@@ -1,11 +1,12 @@
-"""One training run from a configuration to an exported student; may be called several times in a process."""
+"""One training run, from a configuration to an exported student; a process may call it several times."""
 
 from __future__ import annotations
 
 import logging
 import shutil
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,14 @@ from train.checkpoint import (
     start_optimizer,
 )
 from train.config import TrainConfig
-from train.data.join import Join, rejection_lines
+from train.data.join import rejection_lines
 from train.engine.deepspeed_engine import World, make_engine, process_group
 from train.engine.optim import learning_rate, make_optimizer
 from train.engine.zero3 import without_empty_experts
 from train.loop import LoopEnd, LoopSettings, evaluate_loss, run_steps
 from train.metrics import METRICS_NAME, MetricsLog, ProgressLine
 from train.model_card import model_card
-from train.resume_check import check_contents, check_settings
+from train.resume_check import check_contents, check_settings, settings_of
 from train.run_summary import TrainSummary, finished_summary, write_summary
 from train.setup import Setup, prepare
 from train.stages.build import StudentWithLoss
@@ -49,154 +50,135 @@ REJECTED_NAME = "rejected.jsonl"
 
 
 def train(config: TrainConfig) -> TrainSummary:
-    """Train a stage, or go on where an earlier call was stopped, and export the student to `{output}/student`.
+    """Train one stage, resuming from its last checkpoint if it has one, and export the student to `{output}/student`.
 
-    A finished run is not repeated: its summary is returned. Errors: a `LlavaModError` naming what to change, before the
-    first step wherever that can be known by then.
+    If the run is finished already, only its summary is returned. Errors: a `LlavaModError` naming what to change,
+    before the first step where possible.
     """
-    output = Path(config.output)
-    finished = finished_summary(output, config)
+    output, settings = Path(config.output), settings_of(asdict(config))
+    finished = finished_summary(output, settings)
     if finished is not None:
-        logger.info("%s: finished already, after %d steps", output, finished.steps)
+        logger.info("%s: already finished, after %d steps", output, finished.steps)
         return finished
     with process_group() as world:
-        return _train(config, output, world)
+        return _train(config, settings, output, world)
 
 
-def _train(config: TrainConfig, output: Path, world: World) -> TrainSummary:
+def _train(config: TrainConfig, settings: dict[str, Any], output: Path, world: World) -> TrainSummary:
     checkpoint = latest_checkpoint(output)
     progress, before = read_progress(checkpoint) if checkpoint is not None else (Progress(), {})
     if checkpoint is not None:
-        check_settings(output, before["settings"], config)
+        check_settings(output, before["settings"], settings)
     setup = prepare(config, world)
-    student, module = setup.student, StudentWithLoss(setup.student, setup.stage)
+    student, objective = setup.student, setup.objective
+    module = StudentWithLoss(student, objective)
     if checkpoint is not None:
-        check_contents(output, before, setup.identity)
+        check_contents(output, before, setup.contents)
         load_weights(checkpoint, module)
-        if setup.stage.shrinkage is not None:
-            load_shrinkage(checkpoint, setup.stage.shrinkage)
-        logger.info("%s: going on after step %d", output, progress.step)
+        if objective.shrinkage is not None:
+            load_shrinkage(checkpoint, objective.shrinkage)
+        logger.info("%s: resuming after step %d", output, progress.step)
     sizes = _sizes(setup)
-    holdout = setup.holdout_batches(config, world)
+    holdout = setup.holdout_batches(world)
     if world.is_main:
-        _begin(config, output, setup.joined)
+        _begin(output, dump_config(config), rejection_lines(setup.joined.too_long))
+    optim, micro_size = config.optim, config.batch.micro_size
+    micro_steps = config.batch.global_size // (micro_size * world.size)
     with ExitStack() as stack:
         if config.engine.gradient_checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         empty = stack.enter_context(without_empty_experts(student)) if setup.zero_stage == 3 else {}
-        engine = stack.enter_context(_engine(config, setup, module, world))
+        engine = stack.enter_context(
+            make_engine(
+                module,
+                make_optimizer(module, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay),
+                world=world,
+                micro_size=micro_size,
+                micro_steps=micro_steps,
+                zero_stage=setup.zero_stage,
+                offload=config.engine.offload,
+                dtype=setup.dtype,
+                grad_clip=optim.grad_clip,
+            )
+        )
         start_optimizer(engine)
         if checkpoint is not None:
             load_optimizer(checkpoint, engine)
-        log = _log(stack, config, output, progress.step) if world.is_main else None
-        title = f"{config.stage}"
-        line = stack.enter_context(ProgressLine(title, setup.steps, progress.step, silent=not world.is_main))
-
-        def save(now: Progress) -> None:
-            save_checkpoint(
-                output,
-                engine,
-                now,
-                setup.identity,
-                shrinkage=setup.stage.shrinkage,
-                keep_last=config.keep_last,
-                world=world,
-            )
-
+        log = None
+        if world.is_main:
+            track = stack.enter_context(tracker(config.tracker, output, asdict(config), resume_step=progress.step))
+            log = stack.enter_context(MetricsLog(output, progress.step, track))
         end = run_steps(
             engine,
-            setup.stage,
-            stack.enter_context(closing(setup.micro_batches(config, world, progress.step))),
-            settings=_loop_settings(config, setup.steps, world),
+            objective,
+            stack.enter_context(closing(setup.micro_batches(world, progress.step))),
+            settings=LoopSettings(
+                steps=setup.steps,
+                micro_steps=micro_steps,
+                seed=config.seed,
+                log_steps=config.log_steps,
+                save_steps=config.save_steps,
+                eval_steps=config.eval_steps,
+                learning_rate=partial(
+                    learning_rate,
+                    steps=setup.steps,
+                    peak=optim.lr,
+                    warmup_ratio=optim.warmup_ratio,
+                    schedule=optim.schedule,
+                ),
+            ),
             progress=progress,
             world=world,
             log=log,
-            line=line,
-            save=save,
-            evaluate=lambda: evaluate_loss(engine, setup.stage, holdout, world),
+            line=stack.enter_context(ProgressLine(config.stage, setup.steps, progress.step, silent=not world.is_main)),
+            save=lambda now: save_checkpoint(
+                output,
+                engine,
+                now,
+                {"settings": settings, **setup.contents},
+                shrinkage=objective.shrinkage,
+                keep_last=config.keep_last,
+                world=world,
+            ),
+            evaluate=lambda: evaluate_loss(engine, objective, holdout, world),
         )
         if not end.stopped:
-            card = _card(config, setup, end, sizes[:2])
+            card = model_card(
+                settings,
+                student,
+                sizes=sizes[:2],
+                steps=end.progress.step,
+                samples=len(setup.joined.rows),
+                digests={"set": setup.contents["set_digest"], "teacher cache": setup.contents["cache_digest"]},
+                metrics=end.last,
+            )
             _export(output, engine, setup, empty, card, world)
-    summary = _summary(config, output, setup, end, sizes)
+    summary = _summary(config.stage, output, setup, end, sizes)
     if world.is_main and summary.finished:
-        write_summary(output, summary, config)
+        write_summary(output, summary, settings)
     world.barrier()
     return summary
 
 
-def _begin(config: TrainConfig, output: Path, joined: Join) -> None:
-    """Make the output folder, and clear what a killed run may have left half done. Errors: `ConfigError`."""
+def _begin(output: Path, config: str, rejected: str) -> None:
+    """Make the output folder and remove what a killed run left incomplete. Errors: `ConfigError`."""
     student = output / STUDENT_NAME
     if student.exists() and not (output / METRICS_NAME).is_file():
-        raise ConfigError(f"output: {output} holds a student that is no run's: choose another output")
+        raise ConfigError(f"output: {output} holds a student that no run wrote: choose another output")
     try:
         output.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(student, ignore_errors=True)
         atomic.remove_leftovers(output, STUDENT_NAME)
         atomic.remove_leftovers(checkpoint_folder(output), "step-*")
-        atomic.write_file(output / CONFIG_NAME, dump_config(config))
-        if joined.too_long:
-            atomic.write_file(output / REJECTED_NAME, rejection_lines(joined.too_long))
+        atomic.write_file(output / CONFIG_NAME, config)
+        if rejected:
+            atomic.write_file(output / REJECTED_NAME, rejected)
     except OSError as error:
         raise ConfigError(f"output: {output} cannot be written ({error.strerror}): choose another output") from error
 
 
-def _log(stack: ExitStack, config: TrainConfig, output: Path, resume_step: int) -> MetricsLog:
-    track = stack.enter_context(tracker(config.tracker, output, asdict(config), resume_step=resume_step))
-    return stack.enter_context(MetricsLog(output, resume_step, track))
-
-
-def _engine(config: TrainConfig, setup: Setup, module: StudentWithLoss, world: World) -> AbstractContextManager[Any]:
-    optim = config.optim
-    optimizer = make_optimizer(module, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
-    return make_engine(
-        module,
-        optimizer,
-        world=world,
-        micro_size=config.batch.micro_size,
-        micro_steps=_micro_steps(config, world),
-        zero_stage=setup.zero_stage,
-        offload=config.engine.offload,
-        dtype=setup.dtype,
-        grad_clip=optim.grad_clip,
-    )
-
-
-def _loop_settings(config: TrainConfig, steps: int, world: World) -> LoopSettings:
-    optim = config.optim
-    return LoopSettings(
-        steps=steps,
-        micro_steps=_micro_steps(config, world),
-        seed=config.seed,
-        log_steps=config.log_steps,
-        save_steps=config.save_steps,
-        eval_steps=config.eval_steps,
-        learning_rate=lambda step: learning_rate(
-            step, steps=steps, peak=optim.lr, warmup_ratio=optim.warmup_ratio, schedule=optim.schedule
-        ),
-    )
-
-
-def _micro_steps(config: TrainConfig, world: World) -> int:
-    return config.batch.global_size // (config.batch.micro_size * world.size)
-
-
-def _card(config: TrainConfig, setup: Setup, end: LoopEnd, sizes: tuple[int, int]) -> str:
-    identity = setup.identity
-    return model_card(
-        config,
-        setup.student,
-        sizes=sizes,
-        steps=end.progress.step,
-        samples=len(setup.joined.rows),
-        digests={"set": identity["set_digest"], "teacher cache": identity["cache_digest"]},
-        metrics=end.last,
-    )
-
-
 def _export(output: Path, engine: Any, setup: Setup, empty: dict[str, Tensor], card: str, world: World) -> None:
-    """Write the student as a Hugging Face folder, its `empty` tensors too; every process must call it."""
+    """Write the student as a Hugging Face folder, with its `empty` tensors; every process must call this."""
     state = None
     if engine.zero_optimization_stage() == 3:
         whole = engine._zero3_consolidated_16bit_state_dict() or {}
@@ -217,17 +199,15 @@ def _export(output: Path, engine: Any, setup: Setup, empty: dict[str, Tensor], c
 
 
 def _sizes(setup: Setup) -> tuple[int, int, int]:
-    """Parameters, those a token passes, and those trained; counted before an engine may shard them."""
+    """Count all parameters, those active for a token, and those trained, before an engine may shard them."""
     student = setup.student
     trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
     return total_parameters(student), activated_parameters(student), trained
 
 
-def _summary(
-    config: TrainConfig, output: Path, setup: Setup, end: LoopEnd, sizes: tuple[int, int, int]
-) -> TrainSummary:
+def _summary(stage: str, output: Path, setup: Setup, end: LoopEnd, sizes: tuple[int, int, int]) -> TrainSummary:
     return TrainSummary(
-        stage=config.stage,
+        stage=stage,
         output=str(output),
         student=str(output / STUDENT_NAME),
         finished=not end.stopped,
@@ -241,6 +221,6 @@ def _summary(
         parameters=sizes[0],
         activated_parameters=sizes[1],
         trained_parameters=sizes[2],
-        cache_digest=setup.identity["cache_digest"],
+        cache_digest=setup.contents["cache_digest"],
         metrics=end.last,
     )

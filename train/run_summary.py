@@ -1,4 +1,4 @@
-"""What a finished run leaves for others to read: `{output}/summary.json`."""
+"""The summary of a finished run: `{output}/summary.json`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from typing import Any
 
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.storage import atomic
-from train.config import TrainConfig
-from train.resume_check import check_settings, settings_of
+from train.resume_check import check_settings
 
 SUMMARY_NAME = "summary.json"
 
 
 @dataclass(frozen=True)
 class TrainSummary:
-    """What a run came to. `finished` is false where a SIGTERM stopped it; `metrics` are the last step's.
+    """A run's outcome. `finished` is false if a SIGTERM stopped it; `metrics` are those of the last step.
 
-    `tokens` counts all tokens of the sequences, `positions` the supervised ones, `seconds` those spent on steps;
-    `samples` are those trained on, the other two those left out of the set.
+    `tokens` counts all tokens of the sequences, `positions` the supervised ones, `seconds` the time spent on steps;
+    `samples` counts those trained on, `samples_without_record` and `samples_too_long` those left out.
     """
 
     stage: str
@@ -41,14 +40,14 @@ class TrainSummary:
     metrics: dict[str, Any]
 
 
-def write_summary(output: Path, summary: TrainSummary, config: TrainConfig) -> None:
+def write_summary(output: Path, summary: TrainSummary, settings: dict[str, Any]) -> None:
     """Write the summary of a finished run, with the settings that made it."""
-    content = asdict(summary) | {"settings": settings_of(config)}
+    content = asdict(summary) | {"settings": settings}
     atomic.write_file(output / SUMMARY_NAME, json.dumps(content, indent=2) + "\n")
 
 
-def finished_summary(output: Path, config: TrainConfig) -> TrainSummary | None:
-    """The summary of a run that is finished already, or nothing.
+def finished_summary(output: Path, settings: dict[str, Any]) -> TrainSummary | None:
+    """Read the summary of a finished run; None if the run is not finished.
 
     Errors: `ConfigError` if it was made with other settings, or cannot be read.
     """
@@ -60,6 +59,6 @@ def finished_summary(output: Path, config: TrainConfig) -> TrainSummary | None:
         before = content.pop("settings")
         summary = TrainSummary(**content)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(f"output: {file} is no run's summary ({error!r}): choose another output") from error
-    check_settings(output, before, config)
+        raise ConfigError(f"output: {file} is not the summary of a run ({error!r}): choose another output") from error
+    check_settings(output, before, settings)
     return summary

@@ -1,4 +1,4 @@
-"""Everything a run needs before its first step, made and checked in an order that finds mistakes early."""
+"""Make and check everything a run needs before its first step, in an order that finds mistakes early."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from llavamod_offline.data.images import ImagePreprocessor
 from llavamod_offline.data.sampler import BatchSchedule, Order
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError
+from llavamod_offline.losses.shrinkage import Shrinkage
 from llavamod_offline.models.checkpoint import sequence_encoder, vocabulary_size
 from train.config import TrainConfig
 from train.data.batches import Loader, TrainBatch
@@ -25,17 +26,15 @@ from train.data.prefetch import Prefetch
 from train.data.sample_order import make_order, order_settings
 from train.engine.deepspeed_engine import World
 from train.engine.optim import choose_trainable, frozen_digest
-from train.resume_check import identity_of
 from train.stages.alignment_setup import check_cache, prepare_alignment
-from train.stages.build import Objective, make_stage
+from train.stages.build import Objective, make_objective
 from train.student import StudentSource, make_student, open_source
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import LlavaForConditionalGeneration
 
     from llavamod_offline.data.encode.template import Template
-    from llavamod_offline.data.encode.tokenize import Positions, SequenceEncoder
+    from llavamod_offline.data.encode.tokenize import Positions
     from teacher_cache.read.reader import TeacherCache
     from teacher_cache.student.end_of_turn import TokenIdSwap
 
@@ -44,42 +43,43 @@ _MOST_WORKERS = 8
 
 @dataclass(frozen=True)
 class Setup:
-    """A run that is ready to start; `identity` is what a checkpoint of it must match."""
+    """A run that is ready to start; `contents` are the digests that a checkpoint to resume from must match."""
 
     student: LlavaForConditionalGeneration
     source: StudentSource
     template: Template
-    stage: Objective
+    objective: Objective
     loader: Loader
     joined: Join
     order: Order
+    micro_size: int
     steps: int
     zero_stage: int
     dtype: torch.dtype
-    identity: dict[str, Any]
+    contents: dict[str, Any]
 
-    def micro_batches(self, config: TrainConfig, world: World, start: int) -> Generator[TrainBatch]:
-        """This process's micro-batches from step `start` on; to be closed, whatever happens."""
+    def micro_batches(self, world: World, start: int) -> Generator[TrainBatch]:
+        """Yield this process's micro-batches from step `start` on; close it in any case."""
         schedule = BatchSchedule(
             self.order,
             start=start,
             stop=self.steps,
             rank=world.rank,
             world_size=world.size,
-            micro_batch_size=config.batch.micro_size,
+            micro_batch_size=self.micro_size,
         )
         return self.loader.batches(schedule)
 
-    def holdout_batches(self, config: TrainConfig, world: World) -> list[TrainBatch]:
-        """This process's share of the held-out samples."""
-        size, share = config.batch.micro_size, len(self.joined.holdout) // world.size
+    def holdout_batches(self, world: World) -> list[TrainBatch]:
+        """Make micro-batches of this process's share of the held-out samples."""
+        size, share = self.micro_size, len(self.joined.holdout) // world.size
         first = len(self.joined.rows) + world.rank * share
         places = list(range(first, first + share))
         return list(self.loader.batches([places[i : i + size] for i in range(0, len(places), size)])) if places else []
 
 
 def prepare(config: TrainConfig, world: World) -> Setup:
-    """Open set, cache and checkpoint, join them, and make the student; nothing is written.
+    """Open set, cache and checkpoint, join them, and make the student, without writing anything.
 
     Errors: a `LlavaModError` naming what does not fit and the key to change.
     """
@@ -89,13 +89,15 @@ def prepare(config: TrainConfig, world: World) -> Setup:
     template = choose_template(config.template, lambda: source.tokenizer)
     samples = SampleSet.open(config.data.set)
     cache, exchange = _open_cache(config, source)
-    if MISMATCHED in config.roles:
-        samples = _with_mismatched(samples)
+    if MISMATCHED in config.roles and samples.manifest.get("preferences"):  # without preferences, the join refuses it
+        samples = samples.with_mismatched()
     images = ImagePreprocessor.from_checkpoint(source.processor, config.image_aspect)
     student = make_student(config.student, seed=config.seed)
     encoder = sequence_encoder(student.config, source.tokenizer, template, config.max_length)
     if cache is not None:
-        _check_encoding(config, cache, encoder)
+        from teacher_cache.student.check import check_encoding
+
+        check_encoding(cache.fingerprint, encoder, allow=config.cache.allow, end_of_turn=config.cache.end_of_turn)
     joined = join(
         samples,
         config.roles,
@@ -107,24 +109,22 @@ def prepare(config: TrainConfig, world: World) -> Setup:
     )
     if cache is not None and MISMATCHED in config.roles:
         check_pairs(samples, cache, joined.rows, encoder, exchange)
-    settings = order_settings(config, samples, cache, encoder.image_tokens)
+    settings = order_settings(
+        samples,
+        cache,
+        window=config.data.window,
+        weights=config.data.weights,
+        image_tokens=encoder.image_tokens if config.data.group_by_length else None,
+    )
     order = make_order(settings, samples, joined.rows, seed=config.seed, size=config.batch.global_size)
     if cache is not None and order.window:
         cache.keep_shards(order.window)
     choose_trainable(student, config.trainable)
-    identity = identity_of(
-        config,
-        set_digest=samples.digest,
-        cache_digest=None if cache is None else cache.digest,
-        kept_hash=joined.kept_hash,
-        order=settings.describe(),
-        frozen_digest=frozen_digest(student),
-    )
     head_rows, student_size = student.get_output_embeddings().weight.shape
     positions = _positions(config, cache)
     cached_vocab_size = _cached_vocabulary(cache, exchange, head_rows)
-    alignment, states = prepare_alignment(
-        config.loss,
+    alignment = prepare_alignment(
+        config.loss.align,
         cache,
         student_size=student_size,
         vocab_size=cached_vocab_size,
@@ -142,7 +142,7 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         records=joined.records,
         exchange=exchange,
         positions=positions,
-        states=states,
+        states=None if alignment is None else alignment.states,
         record_roles=config.roles[:1] if config.loss.distils(config.stage) else (),
         pad_id=_pad_id(source, encoder.image_token_id),
         workers=_workers(config, world),
@@ -154,26 +154,34 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         student=student,
         source=source,
         template=template,
-        stage=make_stage(
-            config,
+        objective=make_objective(
+            config.stage,
+            config.loss,
             vocab_size=vocabulary_size(source.tokenizer, head_rows),
-            cached_vocab_size=cached_vocab_size,
-            tail_profile_V=_tail_profile(config, cache, exchange),
+            train_vision="vision" in config.trainable,
+            shrinkage=_shrinkage(config, cache, exchange, cached_vocab_size),
             positions=positions,
             alignment=alignment,
         ),
         loader=loader,
         joined=joined,
         order=order,
+        micro_size=config.batch.micro_size,
         steps=steps,
         zero_stage=zero_stage,
         dtype=dtype,
-        identity=identity,
+        contents={
+            "set_digest": samples.digest,
+            "cache_digest": None if cache is None else cache.digest,
+            "kept_hash": joined.kept_hash,
+            "order": settings.describe(),
+            "frozen_digest": frozen_digest(student),
+        },
     )
 
 
 def _engine_choice(config: TrainConfig, world: World) -> tuple[int, torch.dtype]:
-    """The ZeRO stage and the type of the weights, where the configuration leaves them open."""
+    """Choose the ZeRO stage and the weights' dtype where the configuration leaves them open."""
     chosen = config.engine
     on_gpu = world.device.type == "cuda"
     dtype = torch.bfloat16 if chosen.dtype == "bfloat16" or (chosen.dtype == "auto" and on_gpu) else torch.float32
@@ -181,7 +189,9 @@ def _engine_choice(config: TrainConfig, world: World) -> tuple[int, torch.dtype]
     if chosen.zero_stage is None:
         return (2 if world.size > 1 or chosen.offload else least), dtype
     if chosen.zero_stage < least:
-        raise ConfigError("engine.zero_stage: 0 has no float32 weights beside bfloat16: set it to 1, 2 or null")
+        raise ConfigError(
+            "engine.zero_stage: 0 keeps no float32 weights for bfloat16 training: set it to 1, 2, 3 or null"
+        )
     return chosen.zero_stage, dtype
 
 
@@ -190,15 +200,17 @@ def _check_processes(config: TrainConfig, world: World) -> None:
     batch, processes = config.batch, world.size
     if batch.global_size % (batch.micro_size * processes):
         raise ConfigError(
-            f"batch.global_size: {batch.global_size} is no multiple of batch.micro_size {batch.micro_size} × "
+            f"batch.global_size: {batch.global_size} is not a multiple of batch.micro_size {batch.micro_size} × "
             f"{processes} processes: change one of them"
         )
     if config.data.holdout % processes:
-        raise ConfigError(f"data.holdout: {config.data.holdout} is no multiple of the {processes} processes: change it")
+        raise ConfigError(
+            f"data.holdout: {config.data.holdout} is not a multiple of the {processes} processes: change it"
+        )
 
 
 def _open_cache(config: TrainConfig, source: StudentSource) -> tuple[TeacherCache | None, TokenIdSwap | None]:
-    """Open the cache and check what can be checked before the student is made."""
+    """Open the cache and check what does not need the student."""
     if config.cache.path is None:
         return None, None
     from teacher_cache.read.reader import open_cache
@@ -210,21 +222,21 @@ def _open_cache(config: TrainConfig, source: StudentSource) -> tuple[TeacherCach
     if config.loss.temperature not in (1.0, *cache.temperatures) and config.loss.distils(config.stage):
         stored = ", ".join(f"{value:g}" for value in (1.0, *cache.fingerprint["capture"]["temperatures"]))
         raise ConfigError(
-            f"loss.temperature: cache '{cache.path}' holds what is needed for {stored}, not for "
+            f"loss.temperature: cache '{cache.path}' supports temperatures {stored}, not "
             f"{config.loss.temperature:g}: choose one of these, or capture with it in capture.temperatures"
         )
     capture = cache.fingerprint["capture"]
     if config.loss.distils(config.stage) and (capture["head_max"], capture["draws_max"]) == (1, 0):
         key = "loss.distill_weight" if config.stage == "preference" else "cache.path"
         raise ConfigError(
-            f"{key}: cache '{config.cache.path}' holds the log-probs of its tokens and no distributions: "
+            f"{key}: cache '{config.cache.path}' holds log-probs of its tokens but no distributions: "
             "capture with another capture.preset than reference"
         )
-    check_cache(config.loss, cache)
+    check_cache(config.loss.align, cache)
     missing = sorted(set(config.roles) - set(cache.roles))
     if missing == [MISMATCHED]:
         raise ConfigError(
-            f"loss.kind: kto measures its KL by mismatched responses, and cache '{config.cache.path}' has none: "
+            f"loss.kind: kto estimates its KL on mismatched responses, and cache '{config.cache.path}' has none: "
             "capture with capture.mismatched=true, or set loss.kind to kto_pair"
         )
     if missing:
@@ -235,46 +247,44 @@ def _open_cache(config: TrainConfig, source: StudentSource) -> tuple[TeacherCach
     return cache, exchange
 
 
-def _with_mismatched(samples: SampleSet) -> SampleSet:
-    """Pair the samples as their capture did; a set without preference samples is left to the join to refuse."""
-    return samples.with_mismatched() if samples.manifest.get("preferences") else samples
-
-
 def _cached_vocabulary(cache: TeacherCache | None, exchange: TokenIdSwap | None, head_rows: int) -> int | None:
-    """The number of ids that the records range over, as far as the student's head goes."""
+    """Count the ids that the records cover and the student's LM head has."""
     if cache is None:
         return None
     return min(cache.vocab_size if exchange is None else exchange.vocab_size(cache.vocab_size), head_rows)
 
 
-def _tail_profile(config: TrainConfig, cache: TeacherCache | None, exchange: TokenIdSwap | None) -> Tensor | None:
-    """The teacher's mean tail as the student's ids name it, where the loss reads it."""
-    if cache is None or not config.loss.distils(config.stage) or config.loss.tail_estimator != "shrink":
+def _shrinkage(
+    config: TrainConfig, cache: TeacherCache | None, exchange: TokenIdSwap | None, vocab_size: int | None
+) -> Shrinkage | None:
+    """Make the initial tail estimate from the teacher's mean tail over the student's ids, if the loss uses one."""
+    loss = config.loss
+    if cache is None or not loss.distils(config.stage) or loss.tail_estimator != "shrink" or loss.temperature != 1.0:
         return None
+    assert vocab_size is not None
     profile_V = cache.tail_profile
-    return profile_V if profile_V is None or exchange is None else exchange.profile(profile_V)
+    if profile_V is not None and exchange is not None:
+        profile_V = exchange.profile(profile_V)
+    if profile_V is not None and len(profile_V) > vocab_size:
+        profile_V = profile_V[:vocab_size] / profile_V[:vocab_size].sum()
+    horizon = 1 / (1 - config.optim.betas[0])  # the steps that AdamW's first moment averages over
+    return Shrinkage(vocab_size, profile_V=profile_V, horizon=horizon, seed=config.seed)
 
 
 def _positions(config: TrainConfig, cache: TeacherCache | None) -> Positions:
-    """The positions of a sequence that the loss is taken over: the supervised ones, or all that the cache records."""
+    """Choose the positions that batches hold: the supervised ones, or all that the cache records."""
     if cache is None or cache.positions_kept == "response" or not config.loss.distils(config.stage):
         return "response"
     if config.stage == "preference":
         raise ConfigError(
-            f"loss.distill_weight: cache '{cache.path}' records all positions, not the responses alone: set it to 0, "
+            f"loss.distill_weight: cache '{cache.path}' records all positions, not only responses: set it to 0, "
             "or capture with capture.positions=response"
         )
     return "all"
 
 
-def _check_encoding(config: TrainConfig, cache: TeacherCache, encoder: SequenceEncoder) -> None:
-    from teacher_cache.student.check import check_encoding
-
-    check_encoding(cache.fingerprint, encoder, allow=config.cache.allow, end_of_turn=config.cache.end_of_turn)
-
-
 def _pad_id(source: StudentSource, image_token_id: int) -> int:
-    """An id to fill up with: any but the image's, since it is masked."""
+    """Choose an id for padding, which is masked: any but the image token."""
     named = source.tokenizer.pad_token_id
     usable = named is not None and named != image_token_id
     return int(named) if usable else int(image_token_id == 0)

@@ -81,3 +81,29 @@ def test_errors_are_one_line_with_status_2(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr == "error: none: no such checkpoint folder\n"
     assert list(tmp_path.iterdir()) == []
+
+
+_WITHOUT_DEEPSPEED = """
+import sys
+sys.modules["deepspeed"] = None
+import train.run, train.setup, train.loop, train.checkpoint
+from train.cli import main
+main()
+"""
+
+
+def test_without_deepspeed_a_run_is_refused_before_anything_is_written(world: World, tmp_path: Path) -> None:
+    config = world.config("align", tmp_path / "run", "steps=1")
+    (tmp_path / "mine.yaml").write_text(dump_config(config))
+    for arguments, status in ((["mine.yaml", "--print-config"], 0), (["--help"], 0), (["mine.yaml"], 2)):
+        command = [sys.executable, "-c", _WITHOUT_DEEPSPEED, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode == status, done.stderr
+    assert done.stderr == "error: train-student needs deepspeed: pip install 'llavamod-offline[train]'\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_python_dash_m_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "train", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "train-student mimic_sparse" in done.stdout

@@ -21,7 +21,7 @@ def test_the_card_says_what_made_the_student(world: World, tmp_path: Path, stage
     assert f"| stage | {stage}, 2 steps over 24 samples |" in card
     assert f"| loss | {read_metrics(tmp_path / 'run')[-1]['loss']:.5g} |" in card
     assert (f"`{summary.cache_digest}`" in card) == (stage != "sft")
-    assert ("4 experts of which a token takes 2" in card) == (stage == "mimic_sparse")
+    assert ("4 experts, 2 per token" in card) == (stage == "mimic_sparse")
     assert ("eval-student portable" in card) == (aspect == "pad")
     settings = json.loads(card.split("```json\n")[1].split("```")[0])
     assert settings["stage"] == stage

@@ -1,4 +1,4 @@
-"""Which order a run goes in: what configuration, set and its place say of windows, weights and lengths."""
+"""The order of a run's samples: settles shuffling windows, source weights and grouping by length."""
 
 from __future__ import annotations
 
@@ -12,38 +12,44 @@ from numpy.typing import NDArray
 from llavamod_offline.data.sampler import Order, Weights
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError
-from train.config import TrainConfig
 
 if TYPE_CHECKING:
     from teacher_cache.read.reader import TeacherCache
 
-DEFAULT_WINDOW = 16  # shards that are shuffled together where not all of them are at hand
-_CHARACTERS_PER_TOKEN = 4  # of English text; lengths are compared, not counted
+DEFAULT_WINDOW = 16  # shards shuffled together where the data is remote or too large for memory
+_CHARACTERS_PER_TOKEN = 4  # in English text; good enough to compare lengths
 
 
 @dataclass(frozen=True)
 class OrderSettings:
-    """What besides seed, batch size and rows decides the order; `weights` by source, 1 where none is named."""
+    """What decides the order besides seed, batch size and rows; `weights` by source, 1 for those not named."""
 
     window: int
     weights: dict[str, float]
     image_length: int | None
 
     def describe(self) -> dict[str, Any]:
-        """As JSON values, for a run's identity."""
+        """Give the settings as JSON values, to compare when a run is resumed."""
         return {"window": self.window, "weights": self.weights, "image_length": self.image_length}
 
 
 def order_settings(
-    config: TrainConfig, samples: SampleSet, cache: TeacherCache | None, image_tokens: int
+    samples: SampleSet,
+    cache: TeacherCache | None,
+    *,
+    window: int | None,
+    weights: dict[str, float] | None,
+    image_tokens: int | None,
 ) -> OrderSettings:
-    """Settle what the configuration leaves open. Errors: `ConfigError` naming a source that the set has not."""
-    window = config.data.window
+    """Fill in a `window` and `weights` that are None; with `image_tokens`, the tokens of an image, group by length.
+
+    Errors: `ConfigError` naming a source that the set does not have.
+    """
     if window is None:
-        all_at_hand = not samples.is_remote and (cache is None or (cache.fits_in_memory and not cache.is_remote))
-        window = 0 if all_at_hand else DEFAULT_WINDOW
-    named = config.data.weights
-    weights = dict(samples.manifest.get("weights") or {}) if named is None else named
+        local = not samples.is_remote and (cache is None or (cache.fits_in_memory and not cache.is_remote))
+        window = 0 if local else DEFAULT_WINDOW
+    if weights is None:
+        weights = dict(samples.manifest.get("weights") or {})
     sources = samples.manifest["sources"]
     unknown = sorted(weights.keys() - sources.keys())
     if unknown:
@@ -52,12 +58,12 @@ def order_settings(
     return OrderSettings(
         window=0 if window >= len(samples.shards) else window,
         weights={source: float(weight) for source, weight in sorted(weights.items()) if weight != 1},
-        image_length=_CHARACTERS_PER_TOKEN * image_tokens if config.data.group_by_length else None,
+        image_length=None if image_tokens is None else _CHARACTERS_PER_TOKEN * image_tokens,
     )
 
 
 def make_order(settings: OrderSettings, samples: SampleSet, rows: NDArray[np.int64], *, seed: int, size: int) -> Order:
-    """The order of some rows of a set, in batches of `size`. Errors: `ConfigError` if every one has the weight 0."""
+    """Make the order of some rows of a set, in batches of `size`. Errors: `ConfigError` if all of them weigh 0."""
     lengths_N = None
     if settings.image_length is not None:
         lengths_N = _numbers(samples, "text_length", rows) + settings.image_length * _numbers(samples, "n_images", rows)

@@ -150,8 +150,10 @@ def apply_gradients(engine: Any, rate: float) -> float:
 
 def _import_deepspeed() -> Any:
     """Import DeepSpeed with its log on stderr, from warnings upwards, and nothing compiled behind the user's back."""
-    import deepspeed
-
+    try:
+        import deepspeed
+    except ModuleNotFoundError as error:
+        raise ConfigError("train-student needs deepspeed: pip install 'llavamod-offline[train]'") from error
     log = logging.getLogger("DeepSpeed")
     log.setLevel(logging.WARNING)
     for handler in log.handlers:

@@ -1,8 +1,8 @@
-"""What mimic distillation aligns beside the distributions of answers: features, image tokens, and their relations.
+"""Alignment terms that mimic distillation adds to its divergence: features, image tokens, relations between them.
 
 Shape suffixes: N positions of a micro-batch, M those with a teacher's hidden state, A those of them that predict
 answers, I images (at their places in the sequences), P tokens of one, Q = I·P, D and T hidden size of student and
-teacher, V rows of the student's head.
+teacher, V rows of the student's LM head.
 """
 
 from __future__ import annotations
@@ -21,37 +21,38 @@ from llavamod_offline.losses.alignment import (
     visual_token_kl,
 )
 from train.data.batches import TrainBatch
-from train.data.teacher_states import TeacherStates, image_positions
+from train.data.teacher_states import TeacherStates, WantedStates, image_positions
 from train.loss_config import AlignConfig
 
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
-    """The parts of `settings` that have a weight.
+    """The terms of `settings` that have a weight.
 
-    `image_tokens`: how many each image takes. `vocab_size`: the ids whose logits are related, None: all. `projection`
-    maps features (where they are compared), `teacher_metric_TT` is that of the teacher's head (where logits are
-    related), on the run's device; see `losses/alignment.py`.
+    `image_tokens`: the tokens of one image. `states`: the teacher's hidden states that a batch must hold.
+    `vocab_size`: the ids whose logits are compared, None: all. `projection` maps the student's features to the
+    teacher's size; `teacher_metric_TT` is WᵀW of the teacher's LM head, for relations of logits, on the run's device.
     """
 
     settings: AlignConfig
     image_token_id: int
     image_tokens: int
+    states: WantedStates | None = None
     vocab_size: int | None = None
     projection: HiddenProjection | None = None
     teacher_metric_TT: Tensor | None = None
 
     def images(self, batch: TrainBatch) -> int:
-        """The images of a micro-batch, at each of their places."""
+        """Count the images of a micro-batch, with repetitions."""
         return int((batch.batch.input_ids_BT == self.image_token_id).sum()) // self.image_tokens
 
     def terms(
         self, hidden_ND: Tensor, lm_head_VD: Tensor, batch: TrainBatch, *, per_answer: float, per_image: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of all parts, with gradient, and each part by itself, detached.
+        """Return the weighted sum of all terms, with gradient, and each term by itself, detached.
 
-        Every part is a sum over its positions or images, times the step's units for each position that predicts an
-        answer (`per_answer`) or each image (`per_image`): divided by the step's units it is the part's mean.
+        A term is a sum over its positions or images, times the step's units per position that predicts an answer
+        (`per_answer`) or per image (`per_image`): divided by the step's units it becomes the term's mean.
         """
         settings = self.settings
         parts: dict[str, tuple[float, Tensor]] = {}

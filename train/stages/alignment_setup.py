@@ -1,6 +1,6 @@
-"""What a run that aligns more than distributions needs beforehand: checks of its cache, projection, teacher's head.
+"""Prepare the alignment terms of mimic distillation: check the cache, make the projection, read the teacher's LM head.
 
-Shape suffixes: D and T hidden size of student and teacher, V rows of the teacher's head.
+Shape suffixes: D and T hidden size of student and teacher, V rows of the teacher's LM head.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from llavamod_offline.errors import ConfigError
 from llavamod_offline.losses.alignment import HiddenProjection
 from llavamod_offline.models.checkpoint import open_tensors
 from train.data.teacher_states import WantedStates
-from train.loss_config import LossConfig
+from train.loss_config import AlignConfig
 from train.stages.alignment import Alignment
 
 if TYPE_CHECKING:
     from llavamod_offline.data.encode.tokenize import SequenceEncoder
     from teacher_cache.read.reader import TeacherCache
 
-_HEAD_NAMES = ("lm_head.weight", "embed_tokens.weight")  # the second is the head of a model with tied embeddings
+_HEAD_NAMES = ("lm_head.weight", "embed_tokens.weight")  # tied embeddings are stored under the second name
 _ROWS_AT_ONCE = 8_192
 
 
 def prepare_alignment(
-    loss: LossConfig,
+    align: AlignConfig,
     cache: TeacherCache | None,
     *,
     student_size: int,
@@ -36,15 +36,14 @@ def prepare_alignment(
     encoder: SequenceEncoder,
     seed: int,
     device: torch.device,
-) -> tuple[Alignment | None, WantedStates | None]:
-    """The alignment of a run and the hidden states that its batches must hold; nothing where nothing is aligned.
+) -> Alignment | None:
+    """Make the alignment of a run; None if no term has a weight. The cache must have passed `check_cache`.
 
-    `vocab_size`: the ids whose logits are related. The cache must have passed `check_cache`.
-    Errors: `ConfigError` if `teacher_head` is another teacher's; `ModelError` if it is damaged.
+    `vocab_size`: the ids whose logits are compared.
+    Errors: `ConfigError` if `teacher_head` belongs to another teacher; `ModelError` if it is damaged.
     """
-    align = loss.align
     if cache is None or not align.is_on:
-        return None, None
+        return None
     states = None
     if align.wants_states:
         image_token_id = encoder.image_token_id if align.relation_weight else None
@@ -58,22 +57,20 @@ def prepare_alignment(
         assert align.teacher_head is not None
         assert states is not None
         metric_TT = teacher_metric(Path(align.teacher_head), cache, states.size).to(device)
-    return (
-        Alignment(
-            align,
-            image_token_id=encoder.image_token_id,
-            image_tokens=encoder.image_tokens,
-            vocab_size=vocab_size,
-            projection=projection,
-            teacher_metric_TT=metric_TT,
-        ),
-        states,
+    return Alignment(
+        align,
+        image_token_id=encoder.image_token_id,
+        image_tokens=encoder.image_tokens,
+        states=states,
+        vocab_size=vocab_size,
+        projection=projection,
+        teacher_metric_TT=metric_TT,
     )
 
 
-def check_cache(loss: LossConfig, cache: TeacherCache) -> None:
-    """Refuse a cache that lacks what is to be aligned. Errors: `ConfigError` naming the key and the way out."""
-    capture, align = cache.fingerprint["capture"], loss.align
+def check_cache(align: AlignConfig, cache: TeacherCache) -> None:
+    """Check that a cache records what is compared. Errors: `ConfigError` naming the key and the remedy."""
+    capture = cache.fingerprint["capture"]
     named = f"cache '{cache.path}'"
     for key in ("visual_kl_weight", "relation_weight"):
         if getattr(align, key) and cache.positions_kept != "all":
@@ -94,21 +91,21 @@ def check_cache(loss: LossConfig, cache: TeacherCache) -> None:
 
 
 def hidden_size(cache: TeacherCache) -> int:
-    """T, as the cache's first sequence has it."""
+    """Read T from the cache's first sequence."""
     return int(cache.hidden_states(cache.items([0])).states_MD.shape[1])
 
 
 def make_projection(student_size: int, teacher_size: int, *, seed: int) -> HiddenProjection:
-    """A projection whose first weights follow from the seed alone."""
+    """Make a projection whose initial weights depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return HiddenProjection(student_size, teacher_size)
 
 
 def teacher_metric(folder: Path, cache: TeacherCache, size: int) -> Tensor:
-    """WᵀW [T, T] of the teacher's head over the cache's ids, float32; nothing else of the checkpoint is read.
+    """Compute WᵀW [T, T], float32, of the teacher's LM head over the cache's ids, reading no other weights.
 
-    Errors: `ConfigError` if the checkpoint is not the one that the cache was made with; `ModelError` if it is damaged.
+    Errors: `ConfigError` if the checkpoint is not the one captured; `ModelError` if it is damaged.
     """
     from teacher_cache.format.manifest import sha256_file
 
@@ -116,22 +113,22 @@ def teacher_metric(folder: Path, cache: TeacherCache, size: int) -> Tensor:
     known = cache.fingerprint["teacher"]["weights"]
     if not isinstance(known, dict) or known.get(file.name) != sha256_file(file):
         raise ConfigError(
-            f"loss.align.teacher_head: {file} is not that of the teacher of cache '{cache.path}': set it to the folder "
-            "that was captured with"
+            f"loss.align.teacher_head: {file} is not that of the teacher of cache '{cache.path}': set it to that "
+            "teacher's folder"
         )
     metric_TT = torch.zeros(size, size, dtype=torch.float64)
     for rows_RT in _rows(file, name, cache.vocab_size):
         if rows_RT.shape[1] != size:
             raise ConfigError(
                 f"loss.align.teacher_head: {file}: '{name}' is {rows_RT.shape[1]} wide, the cache's hidden states are "
-                f"{size}: set it to the folder that was captured with"
+                f"{size}: set it to the folder of the cache's teacher"
             )
         metric_TT += (rows_RT.T @ rows_RT).double()
     return metric_TT.float()
 
 
 def _find_head(folder: Path) -> tuple[Path, str]:
-    """The file and the name of a checkpoint's head; of tied ones the embeddings."""
+    """Find the file and the name of a checkpoint's LM head, or of its embeddings if they are tied."""
     named: dict[str, tuple[Path, str]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with open_tensors(file) as tensors:
@@ -144,12 +141,12 @@ def _find_head(folder: Path) -> tuple[Path, str]:
             return named[ending]
     raise ConfigError(
         f"loss.align.teacher_head: {folder} holds no {' or '.join(_HEAD_NAMES)} in safetensors: set it to the folder "
-        "that was captured with"
+        "of the cache's teacher"
     )
 
 
 def _rows(file: Path, name: str, count: int) -> Iterator[Tensor]:
-    """The first rows of a matrix in a file, some at a time, float32."""
+    """Yield the first `count` rows of a matrix in a file, a chunk at a time, in float32."""
     with open_tensors(file) as tensors:
         whole = tensors.get_slice(name)
         count = min(count, whole.get_shape()[0])

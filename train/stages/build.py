@@ -1,6 +1,6 @@
-"""A stage as the loop sees it, and the module that DeepSpeed wraps: the student with the stage's loss inside.
+"""A stage's objective, as the loop uses it, and the module that DeepSpeed wraps: the student with its loss.
 
-The loss lies inside the engine's forward pass, so that ZeRO-3 has gathered the head when the fused loss wants it.
+The loss runs inside the engine's forward pass, where ZeRO-3 has gathered the LM head that the fused loss needs.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from llavamod_offline.data.encode.tokenize import Positions
 from llavamod_offline.losses.fused import distillation_from_hidden
 from llavamod_offline.losses.shrinkage import Shrinkage
-from train.config import TrainConfig
 from train.data.batches import TrainBatch
 from train.engine.deepspeed_engine import World
-from train.stages import align, mimic, preference, sft
+from train.loss_config import LossConfig
+from train.stages import mimic, preference, sft
 from train.stages.alignment import Alignment
 from train.stages.loss_sums import LossSums
 from train.stages.student_pass import TowerAhead
@@ -31,13 +31,13 @@ Student = Any
 
 @dataclass(frozen=True)
 class Objective:
-    """What the loop needs of a stage.
+    """What a stage optimises.
 
-    `loss(student, batch, shared, features)` gives a micro-batch's sums; `count` its units. What the losses of a step
-    share is made before the first one: `totals`, if any, summed over all micro-batches without running the student; or
-    else `look_ahead`, if any, is run over them, `share` makes one of its results, and each loss is handed its features.
-    `shrinkage`, if any, is what the loss learns about the records' tails; every step ends with its `finish_step`.
-    `projection`, if any, is trained beside the student.
+    `loss(student, batch, shared, features)` returns a micro-batch's sums, `count` its units. What the losses of a step
+    `share` is computed before the first of them: either from `totals`, summed over all micro-batches without running
+    the student, or by running `look_ahead` over them and combining the results; each loss then receives its features.
+    `shrinkage`: the loss's estimate of the records' tails, updated by its `finish_step` after every step.
+    `projection`: a module trained with the student.
     """
 
     loss: Callable[[Student, TrainBatch, Tensor | None, Tensor | None], LossSums]
@@ -50,51 +50,46 @@ class Objective:
 
 
 class StudentWithLoss(nn.Module):
-    """The module of the engine: `forward` gives a micro-batch's loss as a tensor of its own, and its sums.
+    """The module that the engine wraps: `forward` returns a micro-batch's loss as a separate tensor, and its sums.
 
-    What is trained beside the student is a module of its own here, so that exporting the student leaves it behind.
+    The projection is a sibling of the student, so it is not exported with it.
     """
 
-    def __init__(self, student: LlavaForConditionalGeneration, stage: Objective) -> None:
+    def __init__(self, student: LlavaForConditionalGeneration, objective: Objective) -> None:
         super().__init__()
         self.student = student
-        self.projection = stage.projection
-        self._stage = stage
+        self.projection = objective.projection
+        self._objective = objective
 
     def forward(
         self, batch: TrainBatch, shared: Tensor | None, features_IPC: Tensor | None = None, *, ahead: bool = False
     ) -> Any:
-        """The loss and the sums of a micro-batch; with `ahead` what the stage wants to know before any loss."""
+        """Return the loss and the sums of a micro-batch; with `ahead`, its look-ahead instead."""
         if ahead:
-            assert self._stage.look_ahead is not None
-            return self._stage.look_ahead(self.student, batch)
-        sums = self._stage.loss(self.student, batch, shared, features_IPC)
+            assert self._objective.look_ahead is not None
+            return self._objective.look_ahead(self.student, batch)
+        sums = self._objective.loss(self.student, batch, shared, features_IPC)
         return sums.loss, sums
 
 
-def make_stage(
-    config: TrainConfig,
+def make_objective(
+    stage: str,
+    loss: LossConfig,
     *,
     vocab_size: int,
-    cached_vocab_size: int | None,
-    tail_profile_V: Tensor | None = None,
+    train_vision: bool,
+    shrinkage: Shrinkage | None = None,
     positions: Positions = "response",
     alignment: Alignment | None = None,
 ) -> Objective:
-    """Choose the loss of the configured stage; `vocab_size` is the number of ids that have a probability.
+    """Make a stage's objective; `vocab_size` is the number of ids that can have a probability.
 
-    `cached_vocab_size`: that of the records, where there is a cache; `tail_profile_V` its mean tail, where it has one.
-    `positions`: the ones that the mimic stages' batches are about; `alignment` what these compare beside distributions.
+    The mimic stages also use `positions`, those that their batches hold, and `alignment`, their further terms.
     """
-    loss = config.loss
-    common: dict[str, Any] = {"router_aux_coef": loss.router_aux_coef, "train_vision": "vision" in config.trainable}
-    if config.stage in ("align", "sft"):
-        supervised = (align if config.stage == "align" else sft).make_loss(vocab_size=vocab_size, **common)
+    common: dict[str, Any] = {"router_aux_coef": loss.router_aux_coef, "train_vision": train_vision}
+    if stage in ("align", "sft"):
+        supervised = sft.make_loss(vocab_size=vocab_size, **common)
         return Objective(lambda student, batch, *_: supervised(student, batch), lambda batch: batch.positions)
-    shrinkage = None
-    if loss.distils(config.stage) and loss.tail_estimator == "shrink" and loss.temperature == 1.0:
-        assert cached_vocab_size is not None
-        shrinkage = _shrinkage(config, cached_vocab_size, tail_profile_V)
     distillation = partial(
         distillation_from_hidden,
         divergence=loss.divergence,
@@ -104,7 +99,7 @@ def make_stage(
         shrinkage=shrinkage,
         temperature=loss.temperature,
     )
-    if config.stage in ("mimic_dense", "mimic_sparse"):
+    if stage in ("mimic_dense", "mimic_sparse"):
         answers_only = positions == "all" and loss.positions == "response"
         chosen: dict[str, Any] = {
             "lm_weight": loss.lm_weight if loss.kind == "kd_lm" else 0.0,
@@ -146,11 +141,3 @@ def make_stage(
         share=preference.mean_log_ratios if shared else None,
         shrinkage=shrinkage,
     )
-
-
-def _shrinkage(config: TrainConfig, vocab_size: int, tail_profile_V: Tensor | None) -> Shrinkage:
-    """The tail's state, at its beginning; of a profile over more ids those that the student has are taken."""
-    if tail_profile_V is not None and len(tail_profile_V) > vocab_size:
-        tail_profile_V = tail_profile_V[:vocab_size] / tail_profile_V[:vocab_size].sum()
-    horizon = 1 / (1 - config.optim.betas[0])  # the steps that AdamW's first moment averages over
-    return Shrinkage(vocab_size, profile_V=tail_profile_V, horizon=horizon, seed=config.seed)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: cross-entropy on the supervised tokens, without a teacher."""
+"""The align and sft stages: cross-entropy on the supervised tokens, without a teacher. Their recipes differ."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def make_loss(
     *, vocab_size: int, router_aux_coef: float, train_vision: bool
 ) -> Callable[[LlavaForConditionalGeneration, TrainBatch], LossSums]:
-    """The loss of a micro-batch, summed over its supervised positions; ids from `vocab_size` on get no probability."""
+    """Return the loss of a micro-batch, summed over its positions; ids from `vocab_size` on get probability 0."""
 
     def loss(model: LlavaForConditionalGeneration, batch: TrainBatch) -> LossSums:
         hidden_ND, routing = predicting_states(model, batch, train_vision=train_vision)

@@ -125,7 +125,7 @@ def test_a_student_is_built_from_a_tower_and_a_language_model(world: World, tmp_
             ["cache.path={chats_cache}"],
             "cache.path: .* holds response, stage preference needs chosen, rej",
         ),
-        ("mimic_dense", ["loss.temperature=3.0"], "loss.temperature: cache .* holds what is needed for 1, 1.5, 2, 4"),
+        ("mimic_dense", ["loss.temperature=3.0"], "loss.temperature: cache .* supports temperatures 1, 1.5, 2, 4"),
         ("mimic_dense", ["student.checkpoint={other_tokenizer}"], "tokenizer"),
         ("mimic_sparse", ["student.upcycle=null"], "student.upcycle: .* is dense"),
         ("mimic_sparse", ["student.upcycle.layers=second"], "layers"),
@@ -133,7 +133,7 @@ def test_a_student_is_built_from_a_tower_and_a_language_model(world: World, tmp_
         ("sft", ["trainable=[head]"], "trainable: no parameter of this student belongs to 'head'"),
         ("sft", ["data.holdout=24"], "none is left to train on"),
         ("sft", ["output={chats}/set.json/x"], "output: .* cannot be written"),
-        ("sft", ["output={holds_student}"], "output: .* holds a student that is no run's"),
+        ("sft", ["output={holds_student}"], "output: .* holds a student that no run wrote"),
     ],
 )
 def test_what_does_not_fit_is_said_before_the_first_step(

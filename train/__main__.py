@@ -1,0 +1,5 @@
+"""`python -m train` runs `train-student`."""
+
+from train.cli import main
+
+main()
