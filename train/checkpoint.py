@@ -1,15 +1,15 @@
-"""Resumable checkpoints: the trained tensors, AdamW's state and what identifies the run, in safetensors and JSON.
+"""Resumable checkpoints: the trained tensors, AdamW's state and the run's identity, in safetensors and JSON.
 
     {output}/checkpoints/step-00001000/   appears whole or not at all; the highest number is the latest
-        weights.safetensors               the trained parameters, full and in float32, by name; those of a projection
-                                          beside the student too
+        weights.safetensors               the trained parameters, full and in float32, by name, including those of an
+                                          alignment projection
         optimizer.safetensors             `{name}/exp_avg`, `{name}/exp_avg_sq`, `{name}/step`
-        tail.safetensors                  what the loss has learnt of the records' tails, if it does
-        state.json                        step, counters, and the run's identity (see `identity.py`)
+        tail.safetensors                  the loss's estimate of the records' tails, if it keeps one
+        state.json                        step, counters, and the run's identity (see `resume_check.py`)
 
-Frozen parameters are not kept: the run's identity holds their digest. Tensors are stored whole, whatever ZeRO stage
-and number of processes wrote them, so that any other may go on. Order of samples, learning rate and random numbers are
-functions of (seed, step), so the step is all the state there is.
+Frozen parameters are represented by a digest in the run's identity. Tensors are stored unsharded, so a run can resume
+with another ZeRO stage or number of processes. The order of samples, the learning rate and random numbers are functions
+of (seed, step), so they need no state.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: optimiser steps done, tokens and positions seen, seconds spent on them."""
+    """A run's progress: optimiser steps done, tokens and positions seen, seconds spent on them."""
 
     step: int = 0
     tokens: int = 0
@@ -45,18 +45,18 @@ class Progress:
 
 
 def checkpoint_folder(output: Path) -> Path:
-    """Where the checkpoints of a run lie."""
+    """Return the folder of a run's checkpoints."""
     return output / "checkpoints"
 
 
 def latest_checkpoint(output: Path) -> Path | None:
-    """The checkpoint to go on from: the one with the highest step."""
+    """Return the checkpoint to resume from, the one with the highest step."""
     found = sorted(path for path in checkpoint_folder(output).glob("step-*") if path.is_dir())
     return found[-1] if found else None
 
 
 def read_progress(checkpoint: Path) -> tuple[Progress, dict[str, Any]]:
-    """A checkpoint's progress and the identity of its run. Errors: `ModelError` if it is damaged."""
+    """Read a checkpoint's progress and the identity of its run. Errors: `ModelError` if it is damaged."""
     try:
         state = json.loads((checkpoint / "state.json").read_bytes())
         return Progress(**state["progress"]), dict(state["identity"])
@@ -74,9 +74,9 @@ def save_checkpoint(
     keep_last: int,
     world: World,
 ) -> None:
-    """Write a checkpoint and remove all but the last `keep_last`; every process must call it.
+    """Write a checkpoint and remove all but the last `keep_last`; every process must call this.
 
-    Errors: `ConfigError` if the disk is full or refuses; the checkpoints before stay.
+    Errors: `ConfigError` if it cannot be written; earlier checkpoints stay.
     """
     weights = {name: _cpu(tensor) for name, tensor in _full_weights(engine) if world.is_main}
     moments = {name: _cpu(tensor) for name, tensor in _full_moments(engine) if world.is_main}
@@ -88,8 +88,8 @@ def save_checkpoint(
             _write(folder / f"step-{progress.step:08d}", weights, moments, tail, state)
         except (OSError, SafetensorError) as error:
             raise ConfigError(
-                f"output: no checkpoint can be written to {folder} ({error}): make room; the same command goes on from "
-                "the last one"
+                f"output: cannot write a checkpoint to {folder} ({error}): free disk space, then repeat the command to "
+                "resume from the last one"
             ) from error
         for old in sorted(folder.glob("step-*"))[:-keep_last]:
             shutil.rmtree(old)
@@ -97,18 +97,18 @@ def save_checkpoint(
 
 
 def load_weights(checkpoint: Path, module: nn.Module) -> None:
-    """Put a checkpoint's trained tensors into a module that no engine holds yet. Errors: `ModelError`."""
+    """Load a checkpoint's trained tensors into a module before an engine wraps it. Errors: `ModelError`."""
     weights = _load(checkpoint / "weights.safetensors")
     trained = dict(_trained(module))
     if {name: tuple(p.shape) for name, p in trained.items()} != {n: tuple(w.shape) for n, w in weights.items()}:
-        raise ModelError(f"{checkpoint}: holds other tensors than this run trains: choose another output")
+        raise ModelError(f"{checkpoint}: its tensors are not those that this run trains: choose another output")
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(weights[name])
 
 
 def load_optimizer(checkpoint: Path, engine: Any) -> None:
-    """Put a checkpoint's optimiser state (and float32 weights, where the engine keeps its own) into a new engine."""
+    """Load a checkpoint's optimiser state (and float32 weights, if the engine keeps its own) into a new engine."""
     moments = _load(checkpoint / "optimizer.safetensors")
     weights = _load(checkpoint / "weights.safetensors")
     inner = _inner_optimizer(engine)
@@ -128,7 +128,7 @@ def load_optimizer(checkpoint: Path, engine: Any) -> None:
 
 
 def load_shrinkage(checkpoint: Path, shrinkage: Shrinkage) -> None:
-    """Put back what the loss had learnt of the records' tails. Errors: `ModelError` if it is damaged."""
+    """Load the loss's estimate of the records' tails. Errors: `ModelError` if it is damaged."""
     shrinkage.load_state(_load(checkpoint / "tail.safetensors"))
 
 
@@ -171,16 +171,16 @@ def _full_moments(engine: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def start_optimizer(engine: Any, step: Tensor | None = None) -> None:
-    """Give a wrapped AdamW the state that it would make at its first step, at `step` (default 0).
+    """Initialise the state of a wrapped AdamW as its first step would, at `step` (default 0).
 
-    DeepSpeed finds a parameter's moments through links that it sets in its first step, when the second of our groups
-    has none yet; with the state made beforehand all of them are found.
+    DeepSpeed links parameters to their moments during its first step, before the second of our groups has any; with
+    the state made beforehand, it links all of them.
     """
     wrapper, inner = engine.optimizer, _inner_optimizer(engine)
     if wrapper is inner:
         return
     step = torch.zeros(()) if step is None else step
-    flats = getattr(wrapper, "fp32_partitioned_groups_flat", None)  # ZeRO-3's; the others hand theirs to AdamW
+    flats = getattr(wrapper, "fp32_partitioned_groups_flat", None)  # ZeRO-3's; other stages pass theirs to AdamW
     for flat in flats or [tensor for group in inner.param_groups for tensor in group["params"]]:
         inner.state[flat] = {"step": step.clone(), **{key: torch.zeros_like(flat) for key in _MOMENTS}}
     link = getattr(wrapper, "_lazy_init_hp_params_optimizer_state", None)
@@ -190,12 +190,12 @@ def start_optimizer(engine: Any, step: Tensor | None = None) -> None:
 
 
 def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """What a module with a `student` trains: the student's parameters by its own names, and those that stand beside."""
+    """List a module's trained parameters by name, without the prefix `student.`."""
     return [(name.removeprefix("student."), p) for name, p in module.named_parameters() if p.requires_grad]
 
 
 def _inner_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """The torch optimiser, which DeepSpeed wraps under ZeRO and bf16 and leaves as it is otherwise."""
+    """Return the torch optimiser, which DeepSpeed wraps under ZeRO and bf16 only."""
     optimizer = engine.optimizer
     return optimizer if isinstance(optimizer, torch.optim.AdamW) else optimizer.optimizer
 

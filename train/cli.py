@@ -37,7 +37,7 @@ def resolve_config(arguments: list[str]) -> TrainConfig:
 
 
 def _recipe(file: Path) -> Path:
-    """A packaged recipe, if `file` is a bare name that is no file here. Errors: `ConfigError` if it is none either."""
+    """Find the packaged recipe of a bare name, unless a file has that name. Errors: `ConfigError` if neither exists."""
     if file.exists() or file.suffix or file.name != str(file):
         return file
     names = recipe_names()
@@ -49,7 +49,7 @@ def _recipe(file: Path) -> Path:
 
 
 def recipe_names() -> list[str]:
-    """The packaged recipes."""
+    """List the packaged recipes."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
@@ -69,8 +69,8 @@ def run(
 ) -> None:
     """Train a student through one stage: align, mimic_dense, mimic_sparse, preference, or sft (no teacher).
 
-    The teacher is never loaded; what it said is read from its cache. The same command again goes on where a run was
-    stopped. The student is written to OUTPUT/student, the log to OUTPUT/metrics.jsonl.
+    The teacher is never loaded: its outputs come from the cache. To resume a stopped run, repeat the same command. The
+    student is written to OUTPUT/student, the log to OUTPUT/metrics.jsonl.
 
     \b
     Examples:
@@ -100,7 +100,7 @@ def run(
 
 def _render(summary: TrainSummary) -> str:
     if not summary.finished:
-        return f"{summary.output}: stopped after step {summary.steps}; the same command goes on from there"
+        return f"{summary.output}: stopped after step {summary.steps}; repeat the command to resume"
     loss = summary.metrics.get("loss", float("nan"))
     return (
         f"{summary.stage}: {summary.steps} steps, {summary.tokens:,} tokens in {summary.seconds:.0f} s, last loss "
@@ -112,27 +112,27 @@ def _render(summary: TrainSummary) -> str:
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Output folders of train-student runs.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="The page; RUN/report.html if not given.")
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="The page; default: RUN/report.html.")
     ] = None,
 ) -> None:
-    """Draw a run's curves, and the load of its experts, on one self-contained page; several runs side by side.
+    """Plot a run's curves and expert load on one self-contained page; several runs side by side.
 
     \b
     Examples:
       train-student report runs/mimic_sparse
       train-student report runs/mimic_dense runs/only_kd -o compare.html
 
-    A run in progress may be drawn at any time.
+    Works at any time, also on a run in progress.
     """
     if output is None and len(runs) > 1:
-        raise ConfigError("--output: name the page of several runs, such as -o report.html")
+        raise ConfigError("--output: required for several runs, such as -o report.html")
     from train.report.page import write_report
 
     print(write_report(runs, output or runs[0] / "report.html"))
 
 
 def main() -> NoReturn:
-    """Run the console script; its first argument is a recipe or a file, save for the word `report`."""
+    """Run the console script; `report` as the first argument is a subcommand, anything else a recipe or a file."""
     if sys.argv[1:2] == ["report"]:
         run_command(reports, sys.argv[2:], name="train-student report")
     run_command(app)

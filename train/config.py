@@ -1,6 +1,6 @@
-"""The configuration of a training run, and the checks that need nothing but the configuration itself.
+"""The configuration of a training run, and the checks that need nothing else.
 
-What needs the checkpoint, the data or the cache to be checked is checked by `run.py`, before the first step.
+Checks that need the checkpoint, the data or the cache are in `setup.py`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ PARTS = ("vision", "projector", "text", "embeddings", "attention", "mlp", "exper
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the samples are, by path or URL; `holdout` of them are kept out of training, for the loss on unseen ones.
+    """The samples, by path or URL; `holdout` of them are not trained on but used to evaluate the loss.
 
-    `too_long`: a sample of more than `max_length` tokens ends the run, or is left out and listed in rejected.jsonl.
-    `window`: as many shards are shuffled together, 0 all; null: all, or 16 where set or cache lies behind a URL or the
-    cache's records, decoded, take more than 256 MB. `weights`: how often the samples of a source come in an epoch,
-    {coco: 2, ocr: 0.5}; 1 where none is named; null: as the set says.
-    `group_by_length`: batches of samples of like length.
+    `too_long`: a sample of more than `max_length` tokens ends the run (error), or is skipped and listed in
+    rejected.jsonl (drop). `window`: the number of shards shuffled together, 0 for all; null: all, or 16 if the set or
+    the cache is remote or the cache's decoded records exceed 256 MB. `weights`: how often each source's samples occur
+    in an epoch, such as {coco: 2, ocr: 0.5}, default 1; null: the set's own. `group_by_length`: batch samples of
+    similar length.
     """
 
     set: str = "???"
@@ -40,10 +40,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class CacheSourceConfig:
-    """The teacher's cache, and what to do with samples that it lacks.
+    """The teacher's cache, and what to do with samples that are `missing` from it.
 
-    `end_of_turn: <teacher token>=<student token>` declares the one token in which the two may differ. `allow` names
-    fields of the cache's fingerprint that may differ from the student's.
+    `end_of_turn: <teacher token>=<student token>` declares the one token that may differ between the two. `allow`
+    names fields of the cache's fingerprint that may differ from the student's.
     """
 
     path: str | None = None
@@ -55,7 +55,7 @@ class CacheSourceConfig:
 @dataclass(frozen=True)
 class UpcycleConfig:
     """Which dense layers become mixtures of experts: `sparse` (every other), `first_half`, `second_half`, `dense` (all)
-    or a list of indices. `residual` keeps the dense MLP as a shared expert; `seed` is the routers'."""
+    or a list of indices. `residual` keeps the dense MLP as a shared expert; `seed` initialises the routers."""
 
     layers: str | list[int] = "sparse"
     num_experts: int = 4
@@ -66,10 +66,10 @@ class UpcycleConfig:
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """Where the student starts: a LLaVA checkpoint, or a vision tower and a language model with a fresh projector.
+    """The initial student: a LLaVA checkpoint, or a vision tower and a language model with a new projector.
 
-    `capacity_factor`: in training an expert of a sparse student takes at most ⌈factor · top_k · tokens / num_experts⌉
-    tokens of a micro-batch; null: as many as come.
+    `capacity_factor`: in training, an expert of a sparse student takes at most ⌈factor · top_k · tokens / num_experts⌉
+    tokens of a micro-batch; null: no limit.
     """
 
     checkpoint: str | None = None
@@ -82,7 +82,7 @@ class StudentConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, a linear warm-up over `warmup_ratio` of the steps, then the schedule; `grad_clip` 0 clips nothing."""
+    """AdamW, a linear warm-up over `warmup_ratio` of the steps, then the schedule; `grad_clip` 0 turns clipping off."""
 
     lr: float = 2e-5
     betas: tuple[float, float] = (0.9, 0.999)
@@ -116,10 +116,10 @@ class TrainEngineConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One stage of training. `steps` (optimiser steps) overrides `epochs`; `save_steps` 0 saves no checkpoints, and
-    `eval_steps` 0 evaluates nothing. `template`: qwen (LLaVA-MoD's own), chatml, or tokenizer: the chat template in the
-    student's folder. `tracker`: none (metrics.jsonl alone), tensorboard, trackio or wandb. `workers` make the batches,
-    null: one a spare core, at most 8."""
+    """One stage of training. `steps` (optimiser steps) overrides `epochs`; `save_steps` 0 saves no checkpoints,
+    `eval_steps` 0 evaluates nothing. `template`: qwen (LLaVA-MoD's own), chatml, or tokenizer for the chat template in
+    the student's folder. `tracker`: none (metrics.jsonl alone), tensorboard, trackio or wandb. `workers`: processes
+    that make the batches; null: one per spare core, at most 8."""
 
     stage: Stage = "???"  # type: ignore[assignment]
     output: str = "???"
@@ -162,14 +162,14 @@ class TrainConfig:
 
 
 def _problems(config: TrainConfig) -> Iterable[str]:
-    """Say what does not fit, each in a line that names the key to change; lazily, so that the first suffices."""
+    """Yield one line for each problem, naming the key to change."""
     yield from _number_problems(config)
     yield from loss_problems(config.loss, config.stage)
     yield from _stage_problems(config)
     yield from _student_problems(config.student)
     unknown = [part for part in config.trainable if part not in PARTS]
     if unknown or not config.trainable:
-        named = f"'{unknown[0]}' is no part" if unknown else "names no part"
+        named = f"'{unknown[0]}' is unknown" if unknown else "is empty"
         yield f"trainable: {named}: choose from {', '.join(PARTS)}"
 
 
@@ -177,7 +177,7 @@ def _stage_problems(config: TrainConfig) -> Iterable[str]:
     if config.needs_cache and config.cache.path is None:
         yield f"cache.path: stage {config.stage} learns from a teacher's cache: set cache.path to one"
     if not config.needs_cache and config.cache.path is not None:
-        yield f"cache.path: stage {config.stage} uses no teacher: leave cache.path out"
+        yield f"cache.path: stage {config.stage} uses no teacher: remove cache.path"
     if config.stage == "mimic_dense" and config.student.kind != "dense":
         yield "student.kind: stage mimic_dense trains a dense student: set it to dense, or stage to mimic_sparse"
     if config.stage == "mimic_sparse" and config.student.kind != "sparse":
@@ -185,7 +185,7 @@ def _stage_problems(config: TrainConfig) -> Iterable[str]:
     if config.loss.router_aux_coef and config.student.kind != "sparse":
         yield "loss.router_aux_coef: a dense student has no router: set it to 0, or student.kind to sparse"
     if "router" in config.trainable and config.student.kind != "sparse":
-        yield "trainable: a dense student has no router: take 'router' out, or set student.kind to sparse"
+        yield "trainable: a dense student has no router: remove 'router', or set student.kind to sparse"
 
 
 def _student_problems(student: StudentConfig) -> Iterable[str]:
@@ -198,7 +198,7 @@ def _student_problems(student: StudentConfig) -> Iterable[str]:
         )
     if student.checkpoint is not None and parts != (None, None):
         named = "vision_tower" if student.vision_tower is not None else "language_model"
-        yield f"student.{named}: a student starts from student.checkpoint or from parts, not both: leave one out"
+        yield f"student.{named}: a student starts from student.checkpoint or from parts, not both: remove one"
     if student.capacity_factor is not None and student.kind != "sparse":
         yield "student.capacity_factor: a dense student has no experts: set it to null, or student.kind to sparse"
     if student.capacity_factor is not None and not student.capacity_factor > 0:
@@ -246,7 +246,7 @@ def _number_problems(config: TrainConfig) -> Iterable[str]:
     if not all(0 <= beta < 1 for beta in optim.betas):
         yield f"optim.betas: {list(optim.betas)} must lie in [0, 1)"
     if config.engine.zero_stage not in (None, 0, 1, 2, 3):
-        yield f"engine.zero_stage: {config.engine.zero_stage} is none of 0, 1, 2, 3"
+        yield f"engine.zero_stage: {config.engine.zero_stage} is not 0, 1, 2 or 3"
     if config.engine.offload and config.engine.zero_stage not in (None, 2, 3):
         yield "engine.offload: offloading needs ZeRO: set engine.zero_stage to 2 or 3"
     if config.batch.global_size % config.batch.micro_size:
@@ -254,4 +254,4 @@ def _number_problems(config: TrainConfig) -> Iterable[str]:
             f"batch.micro_size: {config.batch.micro_size} does not divide batch.global_size {config.batch.global_size}"
         )
     if config.eval_steps and not config.data.holdout:
-        yield "eval_steps: there is nothing to evaluate on: set data.holdout to a number of samples"
+        yield "eval_steps: needs held-out samples: set data.holdout to their number"

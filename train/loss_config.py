@@ -1,4 +1,4 @@
-"""The loss of a training run: its settings, which of them belong to which stage, and what does not fit together."""
+"""The loss of a training run: its settings, and checks that they suit the stage and each other."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOSSES_OF_STAGE: dict[str, tuple[str, ...]] = {
     "mimic_sparse": ("only_kd", "kd_lm"),
     "preference": ("kto", *PREFERENCE_KINDS),
 }
-# The divergences that a setting belongs to; it stays as it is for all others.
+# The divergences that use a setting; all others require its default.
 _DIVERGENCES_OF: dict[str, tuple[str, ...]] = {
     "js_weight": ("js",),
     "skew": ("skewed_forward_kl", "skewed_reverse_kl"),
@@ -34,13 +34,13 @@ _DIVERGENCES_OF: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class AlignConfig:
-    """What mimic distillation may compare beside distributions of answers; each part is a mean, times its weight.
+    """Terms that mimic distillation can add to the divergence at answers; each is a mean, times its weight.
 
     `feature_weight` (LLAVADI): the teacher's last hidden states at the positions that predict answers, by
-    `feature_distance`, through a projection that is trained with the student and not exported with it.
-    `visual_kl_weight` (LLaVA-KD): the distributions at image tokens, by forward KL, their tails as a bucket.
-    `relation_weight` (LLaVA-KD): how an image's tokens relate to one another, by the cosine of Gram matrices of last
-    `hidden` states, or of `logits` (`relation_of`); the latter reads the head of the checkpoint at `teacher_head`.
+    `feature_distance`, through a projection that is trained with the student but not exported.
+    `visual_kl_weight` (LLaVA-KD): the distributions at image tokens, by forward KL with the tail as one bucket.
+    `relation_weight` (LLaVA-KD): relations between an image's tokens, by the cosine of Gram matrices of last `hidden`
+    states or of `logits` (`relation_of`), which needs the LM head of the checkpoint at `teacher_head`.
     """
 
     feature_weight: float = 0.0
@@ -52,12 +52,12 @@ class AlignConfig:
 
     @property
     def is_on(self) -> bool:
-        """Whether anything is compared."""
+        """Whether any term has a weight."""
         return any(getattr(self, name) for name in ALIGN_WEIGHTS)
 
     @property
     def wants_states(self) -> bool:
-        """Whether the teacher's hidden states are read."""
+        """Whether a term needs the teacher's hidden states."""
         return bool(self.feature_weight or self.relation_weight)
 
 
@@ -67,15 +67,15 @@ ALIGN_WEIGHTS = ("feature_weight", "visual_kl_weight", "relation_weight")
 @dataclass(frozen=True)
 class LossConfig:
     """The loss. Distillation (the mimic stages, and preference with a `distill_weight`): `divergence` with its
-    `js_weight` or `skew`, the estimator of the `tail` (auto: `shrink` with forward_kl, for all others the `bucket` that
-    they are defined on; shrink is the bucket where T ≠ 1), `temperature`. Mimic: `kd_weight`, `lm_weight` with kd_lm,
-    `align` for what else is compared, and `positions` to distil at: auto, all that the cache records; response, those
-    that predict answers, whatever it records.
+    `js_weight` or `skew`, the estimator of the `tail` (auto: `shrink` with forward_kl, otherwise `bucket`, on which the
+    others are defined; at T ≠ 1 shrink equals bucket), `temperature`. Mimic: `kd_weight`, `lm_weight` with kd_lm,
+    further terms under `align`, and `positions` to distil at: auto, all that the cache records; response, only those
+    that predict answers.
 
     Preference: `beta`, `label_smoothing`, `average_log_probs` (means instead of sums), with `kto` the weights of chosen
-    responses (`desirable_weight`) and of rejected ones (`undesirable_weight`), and two terms on the chosen response
-    beside the preference loss, both means over its tokens: `sft_weight` · its negative log-prob and `distill_weight` ·
-    its divergence, from the cache's records.
+    responses (`desirable_weight`) and of rejected ones (`undesirable_weight`), and two more terms
+    on the chosen response, means over its tokens: `sft_weight` · its negative log-prob and `distill_weight` · its
+    divergence from the cached teacher.
     """
 
     kind: LossKind = "cross_entropy"
@@ -99,7 +99,7 @@ class LossConfig:
 
     @property
     def tail_estimator(self) -> TailEstimator:
-        """The estimator of the tail, `auto` resolved."""
+        """The tail estimator, with `auto` resolved."""
         if self.tail != "auto":
             return self.tail
         return "shrink" if self.divergence == "forward_kl" else "bucket"
@@ -110,20 +110,20 @@ class LossConfig:
 
 
 def loss_problems(loss: LossConfig, stage: str) -> Iterable[str]:
-    """Say what does not fit, each in a line that names the key to change; lazily, so that the first suffices."""
+    """Yield one line for each problem, naming the key to change."""
     yield from _number_problems(loss)
     if loss.kind not in LOSSES_OF_STAGE[stage]:
         choice = " or ".join(LOSSES_OF_STAGE[stage])
         yield f"loss.kind: '{loss.kind}' does not belong to stage {stage}: set it to {choice}"
     if loss.kind != "sigmoid" and loss.label_smoothing:
-        yield f"loss.label_smoothing: {loss.kind} knows none: set it to 0, or loss.kind to sigmoid"
+        yield f"loss.label_smoothing: not used with {loss.kind}: set it to 0, or loss.kind to sigmoid"
     for name in ("desirable_weight", "undesirable_weight"):
         if loss.kind != "kto" and getattr(loss, name) != 1.0:
-            yield f"loss.{name}: {loss.kind} knows none: leave it out, or set loss.kind to kto"
+            yield f"loss.{name}: not used with {loss.kind}: remove it, or set loss.kind to kto"
     if loss.kind == "kto" and not loss.desirable_weight + loss.undesirable_weight > 0:
-        yield "loss.desirable_weight: it and loss.undesirable_weight are 0, which leaves nothing: set one above 0"
+        yield "loss.desirable_weight: it and loss.undesirable_weight are both 0: set one of them above 0"
     if stage.startswith("mimic") and not loss.kd_weight:
-        yield "loss.kd_weight: 0 leaves nothing of the teacher: set it above 0, or use stage sft"
+        yield "loss.kd_weight: 0 turns distillation off: set it above 0, or use stage sft"
     if stage != "preference":
         for name in ("sft_weight", "distill_weight"):
             if getattr(loss, name):
@@ -138,13 +138,13 @@ def _divergence_problems(loss: LossConfig, stage: str) -> Iterable[str]:
         yield f"loss.divergence: nothing is distilled in stage {stage}: set it to forward_kl, or {way_out}"
     if loss.divergence != "forward_kl" and loss.tail_estimator != "bucket":
         yield (
-            f"loss.tail: {loss.divergence} is defined on head and bucket: set it to bucket, or loss.divergence to "
+            f"loss.tail: {loss.divergence} is defined on top-k and bucket: set it to bucket, or loss.divergence to "
             "forward_kl"
         )
     for name, divergences in _DIVERGENCES_OF.items():
         if getattr(loss, name) != getattr(LossConfig, name) and loss.divergence not in divergences:
             yield (
-                f"loss.{name}: {loss.divergence} knows none: leave it out, or set loss.divergence to "
+                f"loss.{name}: not used with {loss.divergence}: remove it, or set loss.divergence to "
                 f"{' or '.join(divergences)}"
             )
 
@@ -159,21 +159,21 @@ def _align_problems(loss: LossConfig, stage: str) -> Iterable[str]:
     if loss.positions != "auto" and not stage.startswith("mimic"):
         yield f"loss.positions: belongs to the mimic stages, not to {stage}: set it to auto"
     if align.feature_distance != AlignConfig.feature_distance and not align.feature_weight:
-        yield "loss.align.feature_distance: no features are compared: leave it out, or set loss.align.feature_weight"
+        yield "loss.align.feature_distance: no features are compared: remove it, or set loss.align.feature_weight"
     if align.visual_kl_weight and loss.positions == "auto":
         yield (
-            "loss.align.visual_kl_weight: a cache of all positions is distilled at image tokens already: set "
-            "loss.positions to response"
+            "loss.align.visual_kl_weight: positions=auto already distils at image tokens: set loss.positions to "
+            "response"
         )
     if align.relation_of == "logits" and not align.relation_weight:
-        yield "loss.align.relation_of: no relations are compared: leave it out, or set loss.align.relation_weight"
+        yield "loss.align.relation_of: no relations are compared: remove it, or set loss.align.relation_weight"
     if align.relation_of == "logits" and align.teacher_head is None:
         yield (
-            "loss.align.teacher_head: the relations of logits want the teacher's head, which no cache holds: set it to "
-            "the teacher's folder, or loss.align.relation_of to hidden"
+            "loss.align.teacher_head: relations of logits need the teacher's LM head, which caches lack: set it to the "
+            "teacher's folder, or loss.align.relation_of to hidden"
         )
     if align.teacher_head is not None and align.relation_of != "logits":
-        yield "loss.align.teacher_head: no logits are compared: leave it out, or set loss.align.relation_of to logits"
+        yield "loss.align.teacher_head: no logits are compared: remove it, or set loss.align.relation_of to logits"
 
 
 def _number_problems(loss: LossConfig) -> Iterable[str]:
@@ -188,4 +188,4 @@ def _number_problems(loss: LossConfig) -> Iterable[str]:
         yield f"loss.label_smoothing: {loss.label_smoothing:g} is not in [0, 0.5)"
     for name in ("js_weight", "skew"):
         if not 0 < getattr(loss, name) < 1:
-            yield f"loss.{name}: {getattr(loss, name):g} is not between 0 and 1, ends excluded"
+            yield f"loss.{name}: {getattr(loss, name):g} is not strictly between 0 and 1"

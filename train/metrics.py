@@ -1,4 +1,4 @@
-"""What a run says about itself: `metrics.jsonl`, and a progress line on stderr."""
+"""The output of a run in progress: `metrics.jsonl`, and a progress line on stderr."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class MetricsLog:
-    """Appends one JSON object a logged step to `{output}/metrics.jsonl`, and hands it to `also`.
+    """Appends one JSON object per logged step to `{output}/metrics.jsonl`, and passes it to `also`.
 
-    On opening, lines after step `resume_step` are dropped: that part of the run is about to be repeated.
+    On opening, drops lines after step `resume_step`, since the run will repeat those steps.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class MetricsLog:
         self._stream: IO[str] = file.open("a")
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Append one entry; it is in the file when this returns."""
+        """Append one entry and flush it to the file."""
         self._stream.write(json.dumps(entry) + "\n")
         self._stream.flush()
         self._also(entry)
@@ -54,7 +54,7 @@ class MetricsLog:
 
 
 class ProgressLine:
-    """Shows loss, tokens/s and time left: a bar on a terminal, elsewhere a line every ten seconds."""
+    """Shows loss, tokens/s and time left: a bar on a terminal, otherwise a line every ten seconds."""
 
     def __init__(self, title: str, steps: int, done: int, *, silent: bool = False) -> None:
         self._title, self._steps, self._done, self._first = title, steps, done, done
@@ -72,7 +72,7 @@ class ProgressLine:
         self._bar.close()
 
     def update(self, step: int, loss: float, tokens_per_s: float) -> None:
-        """Tell that `step` optimiser steps are done."""
+        """Report that `step` optimiser steps are done."""
         self._done = step
         self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
         self._bar.update(step - self._bar.n)
@@ -88,13 +88,8 @@ class ProgressLine:
         )
 
 
-def read_metrics(output: Path) -> list[dict[str, Any]]:
-    """Read a run's logged steps."""
-    return [json.loads(line) for line in (output / METRICS_NAME).read_text().splitlines()]
-
-
 def _step_of(line: str) -> float:
-    """The step of a line; a line that a kill cut short belongs to no step."""
+    """Return the step of a line, or infinity if the line was truncated by a kill."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""Where a student comes from: a checkpoint of an earlier stage, or a vision tower, a language model and a projector."""
+"""Load a student from a checkpoint of an earlier stage, or build it from a vision tower and a language model."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ class StudentSource:
 
 
 def open_source(config: StudentConfig) -> StudentSource:
-    """Find the student's tokenizer and image processor, and check what can be checked without its weights.
+    """Find the student's tokenizer and image processor, and check what does not need its weights.
 
-    Errors: `ConfigError` if the checkpoint is sparse where a dense one is asked for or the other way round;
-    `ModelError` if a folder is no checkpoint.
+    Errors: `ConfigError` if the checkpoint is sparse and `kind` dense or the reverse; `ModelError` if a folder is not a
+    checkpoint.
     """
     if config.checkpoint is None:
         assert config.vision_tower is not None
         assert config.language_model is not None
         if config.kind == "sparse" and config.upcycle is None:
-            raise ConfigError("student.upcycle: a language model is dense: set student.upcycle to make it sparse")
+            raise ConfigError("student.upcycle: the language model is dense: set student.upcycle to make it sparse")
         return StudentSource(build_tokenizer(Path(config.language_model)), Path(config.vision_tower))
     folder = Path(config.checkpoint)
     sparse = load_config(folder).text_config.model_type in MOE_TYPES
     if sparse and config.upcycle is not None:
-        raise ConfigError(f"student.upcycle: {folder} is sparse already: set student.upcycle to null")
+        raise ConfigError(f"student.upcycle: {folder} is already sparse: set student.upcycle to null")
     if sparse and config.kind == "dense":
         raise ConfigError(f"student.kind: {folder} is sparse: set student.kind to sparse, or use a dense checkpoint")
     if not sparse and config.kind == "sparse" and config.upcycle is None:
@@ -52,7 +52,7 @@ def open_source(config: StudentConfig) -> StudentSource:
 
 
 def make_student(config: StudentConfig, *, seed: int) -> LlavaForConditionalGeneration:
-    """Load or build the student, and upcycle it where asked; float32, on the CPU, in training mode."""
+    """Load or build the student, upcycling it if configured; float32, on the CPU, in training mode."""
     if config.checkpoint is not None:
         model = load_llava(Path(config.checkpoint))
     else:

@@ -1,4 +1,7 @@
-"""Trackers beside `metrics.jsonl`: TensorBoard, trackio or Weights & Biases, imported only when asked for."""
+"""Trackers in addition to `metrics.jsonl`: TensorBoard, trackio or Weights & Biases, imported only on request.
+
+Not `accelerate.tracking`: it neither purges repeated steps, nor resumes a run under its id, nor survives an error.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,13 @@ _LOG = logging.getLogger(__name__)
 
 @contextmanager
 def tracker(name: TrackerName, output: Path, settings: Mapping[str, Any], *, resume_step: int) -> Iterator[Track]:
-    """Yield a function that sends a log entry to the tracker; its numbers are named as in `metrics.jsonl`.
+    """Yield a function that sends a log entry to the tracker, with the names of `metrics.jsonl`.
 
-    `settings` are shown beside the run, which is called as `output` is. A resumed run goes on in the tracker (but in
-    W&B's offline mode, which begins another part of it); what was sent of later steps is dropped (TensorBoard), sent
-    again (trackio) or kept (W&B). An error while sending is logged once and ends the tracking, not the training. What
-    trackers print goes to stderr.
-    Errors: `ConfigError` if the tracker is not installed, or refuses to start.
+    `settings` are stored with the run, which is named after the `output` folder. A resumed run continues in the tracker
+    (W&B's offline mode starts another segment of it); entries of repeated steps are dropped (TensorBoard), sent again
+    (trackio) or kept (W&B). An error while sending is logged once and ends tracking, not training. Trackers' own output
+    goes to stderr.
+    Errors: `ConfigError` if the tracker is not installed or does not start.
     """
     try:
         with redirect_stdout(sys.stderr):
@@ -52,7 +55,7 @@ def tracker(name: TrackerName, output: Path, settings: Mapping[str, Any], *, res
                 send(int(entry["step"]), scalars(entry))
         except Exception as error:
             broken = True
-            _LOG.warning("tracker %s: gave up: %s; metrics.jsonl goes on", name, error)
+            _LOG.warning("tracker %s: gave up: %s; metrics.jsonl continues", name, error)
 
     try:
         yield track
@@ -62,7 +65,7 @@ def tracker(name: TrackerName, output: Path, settings: Mapping[str, Any], *, res
 
 
 def scalars(entry: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a log entry under flat names: `chosen_reward/p50`, `expert_load/0/3` (layer, expert)."""
+    """Flatten the numbers of a log entry: `chosen_reward/p50`, `expert_load/0/3` (layer, expert)."""
     found: dict[str, float] = {}
 
     def flatten(name: str, value: Any) -> None:
@@ -104,7 +107,7 @@ def _tensorboard(output: Path, settings: Mapping[str, Any], resume_step: int) ->
 def _trackio(output: Path, settings: Mapping[str, Any], resume_step: int) -> _Opened:
     import trackio
 
-    # It knows a run again by its name alone: the folder's would also be that of a folder elsewhere.
+    # trackio identifies a run by its name alone, and folders elsewhere may share this one's name.
     name = f"{output.resolve().name}-{_run_id(output, resume_step)}"
     trackio.init(project=_PROJECT, name=name, config=dict(settings), resume="allow")
     return (lambda step, values: trackio.log(values, step=step)), trackio.finish
@@ -125,7 +128,7 @@ def _wandb(output: Path, settings: Mapping[str, Any], resume_step: int) -> _Open
 
 
 def _run_id(output: Path, resume_step: int) -> str:
-    """What a tracker knows the run by: made when it begins, kept in its folder for when it goes on."""
+    """Return the run's id in the tracker, created on a fresh start and kept in the output folder for resuming."""
     file = output / _ID_NAME
     if not (resume_step and file.is_file()):
         atomic.write_file(file, uuid.uuid4().hex[:8])

@@ -5,10 +5,12 @@ Shape suffixes: T tokens of a sequence, N supervised ones, V ids, D hidden size.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from llavamod_offline.data.sample import Sample
 from llavamod_offline.data.sampler import Order
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, sequence_encoder
+from train.metrics import METRICS_NAME
 
 
 @dataclass(frozen=True)
@@ -99,3 +102,8 @@ def train_plainly(
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses, norms
+
+
+def read_metrics(output: Path) -> list[dict[str, Any]]:
+    """Read a run's logged steps."""
+    return [json.loads(line) for line in (output / METRICS_NAME).read_text().splitlines()]

@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 
 from llavamod_offline.errors import ConfigError, LlavaModError, ModelError
 from tests.train.conftest import World, wait_for_lines
+from tests.train.reference import read_metrics
 from train.checkpoint import latest_checkpoint
 from train.config import TrainConfig
-from train.metrics import METRICS_NAME, MetricsLog, read_metrics
+from train.metrics import METRICS_NAME, MetricsLog
 from train.run import train
 
 _CLOCK = ("seconds", "tokens_per_s", "data_wait_share")
@@ -210,7 +211,7 @@ def test_a_damaged_checkpoint_is_named(world: World, tmp_path: Path) -> None:
 def test_a_checkpoint_that_cannot_be_written_is_one_line(world: World, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").write_text("a file stands where the folder should be")
-    with pytest.raises(ConfigError, match=r"^output: no checkpoint can be written to .*/run/checkpoints") as caught:
+    with pytest.raises(ConfigError, match=r"^output: cannot write a checkpoint to .*/run/checkpoints") as caught:
         train(world.config("align", tmp_path / "run", "save_steps=1"))
     assert "\n" not in str(caught.value)
 

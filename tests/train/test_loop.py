@@ -14,8 +14,7 @@ from llavamod_offline.errors import LlavaModError, ModelError
 from llavamod_offline.models.checkpoint import load_llava, load_tokenizer
 from tests.tiny import tiny_image, tiny_samples
 from tests.train.conftest import World
-from tests.train.reference import Reader, train_plainly
-from train.metrics import read_metrics
+from tests.train.reference import Reader, read_metrics, train_plainly
 from train.run import train
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.train.conftest import World
-from train.metrics import read_metrics
+from tests.train.reference import read_metrics
 from train.run import train
 
 

@@ -14,9 +14,9 @@ from llavamod_offline.config import dump_config
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.models.checkpoint import load_llava
 from tests.train.conftest import World
+from tests.train.reference import read_metrics
 from train.config import TrainConfig
 from train.engine.deepspeed_engine import World as Processes
-from train.metrics import read_metrics
 from train.run import train
 from train.setup import prepare
 
@@ -79,9 +79,9 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        (["batch.micro_size=8"], "batch.global_size: 8 is no multiple of batch.micro_size 8 × 2 processes"),
-        (["data.holdout=3"], "data.holdout: 3 is no multiple of the 2 processes"),
-        (["engine.zero_stage=0", "engine.dtype=bfloat16"], "engine.zero_stage: 0 has no float32 weights"),
+        (["batch.micro_size=8"], "batch.global_size: 8 is not a multiple of batch.micro_size 8 × 2 processes"),
+        (["data.holdout=3"], "data.holdout: 3 is not a multiple of the 2 processes"),
+        (["engine.zero_stage=0", "engine.dtype=bfloat16"], "engine.zero_stage: 0 keeps no float32 weights"),
     ],
 )
 def test_what_does_not_fit_two_processes_is_refused(

@@ -21,8 +21,7 @@ from teacher_cache.read.reader import open_cache
 from teacher_cache.write.merge import merge_caches
 from tests.tiny import tiny_samples, tiny_text_config, tiny_vision_config, write_image_processor
 from tests.train.conftest import EXHAUSTIVE, World, write_cache
-from tests.train.reference import Reader
-from train.metrics import read_metrics
+from tests.train.reference import Reader, read_metrics
 from train.run import train
 
 END, OTHER = "<|im_end|>", "<|endoftext|>"

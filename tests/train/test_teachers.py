@@ -19,8 +19,7 @@ from tests.teacher_cache.teachers.official import Official, open_official
 from tests.tiny import write_tiny_llava, write_tiny_tower
 from tests.tiny_teachers import QWEN_VL_TOKENS, write_tiny_causal_lm, write_tiny_qwen_vl
 from tests.train.conftest import EXHAUSTIVE, World, write_cache
-from tests.train.reference import Reader
-from train.metrics import read_metrics
+from tests.train.reference import Reader, read_metrics
 from train.run import train
 
 

@@ -19,7 +19,7 @@ import pytest
 from llavamod_offline.config import dump_config
 from llavamod_offline.errors import ConfigError
 from tests.train.conftest import World
-from train.metrics import read_metrics
+from tests.train.reference import read_metrics
 from train.run import train
 from train.tracking import _run_id, scalars, tracker
 

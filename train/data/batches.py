@@ -1,7 +1,7 @@
-"""Micro-batches: samples and the records that a teacher's cache has of them.
+"""Micro-batches: samples with their records in a teacher's cache.
 
 Shape suffixes: B samples, S sequences of them (B for one role, 2·B for two, the first role's before the second's).
-A `mismatched` role is no part of these: it makes a batch of its own, B sequences that are read but not trained on.
+A `mismatched` role is excluded: it has a batch of its own, B sequences that are evaluated but not trained on.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """A micro-batch: what the student reads, and what the teacher said about it.
+    """A micro-batch: the student's inputs and the teacher's cached outputs.
 
-    `targets` hold the first positions of `batch`, in its order: all of them (mimic stages), those of the chosen
+    `targets` cover the first positions of `batch`, in its order: all of them (mimic stages), those of the chosen
     responses (preference stage with distillation) or none. `reference_S`: the teacher's log-prob of each sequence,
-    summed over its tokens. `mismatched`: the same samples' mismatched responses, where the loss wants them; `states`:
-    the teacher's hidden states, likewise.
+    summed over its tokens. If the loss needs them, `mismatched` holds the samples' mismatched responses and `states`
+    the teacher's hidden states.
     """
 
     batch: Batch
@@ -55,7 +55,7 @@ class TrainBatch:
 
     @property
     def positions(self) -> int:
-        """The positions that the loss is taken over."""
+        """The number of positions that the loss covers."""
         return len(self.batch.target_ids_N)
 
     def to(self, device: torch.device) -> TrainBatch:
@@ -82,16 +82,14 @@ class TrainBatch:
 
 
 class Loader:
-    """Micro-batches in the order of a schedule, decoded, tokenised and joined in `workers` processes (0: here).
+    """Micro-batches in the order of a schedule, decoded, tokenized and joined in `workers` processes (0: this one).
 
     `records`: the cache's rows of the set's rows, by role (see `Join`). `record_roles`: the roles whose records the
-    loss wants, the first ones of `roles`.
-    `exchange`: the ids by which the teacher's end of turn is read as the student's, where they differ.
-    `positions`: which positions of a sequence the batches are about, as in the cache.
-    `states`: the teacher's hidden states that the loss wants.
-    `prefetch`: copies what lies behind a URL ahead of a schedule; batches that follow none are read piece by piece.
+    loss needs, the first ones of `roles`. `exchange`: swaps a differing end of turn for the student's.
+    `positions`: the positions of a sequence that batches hold, as in the cache. `states`: the teacher's hidden states
+    that the loss needs. `prefetch`: copies remote shards ahead of a schedule; other reads fetch samples one by one.
 
-    Errors while iterating: `DataError` or `TargetError` naming the sample whose image, length or answer does not fit.
+    Errors while iterating: `DataError` or `TargetError` naming the sample whose image, length or answer is unsuitable.
     """
 
     def __init__(
@@ -137,11 +135,11 @@ class Loader:
             }
 
     def batches(self, schedule: BatchSchedule | Sequence[list[int]]) -> Generator[TrainBatch]:
-        """Yield the micro-batches of a schedule, whose numbers are places in `rows`; closing it ends the workers."""
+        """Yield the micro-batches of a schedule of indices into `rows`; closing the generator ends the workers."""
         follows = isinstance(schedule, BatchSchedule)
         dataset = self._dataset if follows else replace(self._dataset, scattered=True)
         loader = DataLoader(dataset, batch_sampler=schedule, collate_fn=_as_it_is, **self._settings)  # type: ignore[arg-type]
-        batches: Iterator[Any] = iter(loader)  # forks the workers, before any thread is started
+        batches: Iterator[Any] = iter(loader)  # forks the workers: must precede any thread
         if self._prefetch is not None and isinstance(schedule, BatchSchedule):
             batches = self._prefetch.around(batches, schedule)
         try:
@@ -150,15 +148,15 @@ class Loader:
                     raise batch
                 yield batch
         finally:
-            # Workers go when nobody holds their iterator any more, and an error's traceback holds all that has a name.
+            # Workers end with their last reference, and an error's traceback would keep this variable alive.
             del batches
 
 
 @dataclass(frozen=True, eq=False)
 class _Micro(Dataset[TrainBatch]):
-    """Makes one micro-batch of several rows at once. An error is handed over as a value, to keep its one line.
+    """Makes a micro-batch from several rows. Errors are returned as values: a worker would add its traceback.
 
-    `scattered`: the rows lie anywhere in the set.
+    `scattered`: the rows are spread over the set.
     """
 
     samples: SampleSet
@@ -176,7 +174,7 @@ class _Micro(Dataset[TrainBatch]):
     scattered: bool = False
 
     def __getitem__(self, place: int) -> TrainBatch:
-        raise NotImplementedError("micro-batches are made whole, by __getitems__")
+        raise NotImplementedError("use __getitems__, which makes whole micro-batches")
 
     def __getitems__(self, places: list[int]) -> TrainBatch | LlavaModError:
         try:
@@ -194,7 +192,7 @@ class _Micro(Dataset[TrainBatch]):
         return replace(made, mismatched=self._batch(rows, samples, images, [MISMATCHED]))
 
     def _images(self, samples: list[Sample]) -> list[list[NDArray[np.uint8]]]:
-        """The bytes of each sample's images, slices of one array, so that they need not be copied into a batch."""
+        """Decode each sample's images into slices of one array, so that a batch needs no copy."""
         whole_IHW3 = np.empty((sum(len(sample.images) for sample in samples), *self.images.size, 3), np.uint8)
         slices, own = iter(whole_IHW3), []
         for sample in samples:
@@ -229,23 +227,22 @@ class _Micro(Dataset[TrainBatch]):
         return TrainBatch(batch, len(samples), targets, sums_S, states=states)
 
     def _check(self, cache: TeacherCache, sequence: TokenizedSequence, sample: Sample, record: CachedSequence) -> None:
-        """Refuse a record that was made for other tokens or another sample."""
+        """Check that a record was made for these tokens and this sample. Errors: `TargetError`, `DataError`."""
         from teacher_cache.format.sequences import short_hash
         from teacher_cache.student.check import check_sequence
 
         check_sequence(cache, sequence, self.exchange, record)
         if record.content_hash != short_hash(sample.content_hash):
             raise DataError(
-                f"sample '{sequence.key}' ({sequence.role}): its text or pictures are not those the teacher saw: "
+                f"sample '{sequence.key}' ({sequence.role}): its text or images differ from those captured: "
                 "capture again, or set data.set to the set of the cache"
             )
 
 
 def _begin_worker(worker: int) -> None:
-    """Leave to the main process what is its own.
+    """Ignore Ctrl-C and SIGTERM, which may reach all processes: the main process ends the workers.
 
-    Ctrl-C and SIGTERM, which may be sent to all processes at once: it ends the workers. And objects that nobody uses
-    any more: those that hold a thread, as a process group does, cannot be destroyed where that thread is not.
+    Freeze inherited objects too: destroying one that owns a thread, such as a process group, fails after a fork.
     """
     gc.freeze()
     for number in (signal.SIGINT, signal.SIGTERM):

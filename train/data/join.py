@@ -1,6 +1,6 @@
-"""The join of a set and a cache, done once at the start: it decides which samples are trained on.
+"""Join a set and a cache once at the start, to decide which samples are trained on.
 
-Nothing is decoded, and no Python object is made for each sample: keys are compared in Arrow's and NumPy's columns.
+Compares keys in Arrow and NumPy columns, without decoding samples or making Python objects for them.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 class Join:
     """The rows of a set that a run uses, in set order: those trained on and those held out.
 
-    `records`: by role, the cache's row of each row of the set, −1 where there is none; no roles without a cache.
-    `kept_hash`: SHA-256 (hex) over the keys of those trained on, joined by newlines.
+    `records`: for each role, the cache's row of each row of the set, −1 if it has none; empty without a cache.
+    `kept_hash`: SHA-256 (hex) over the keys of `rows`, joined by newlines.
     """
 
     rows: NDArray[np.int64]
@@ -57,10 +57,10 @@ def join(
     seed: int,
     encoder: SequenceEncoder | None = None,
 ) -> Join:
-    """Decide which rows of a set are used: those with a record for every role, if there is a cache.
+    """Choose the rows of a set to use: with a cache, those that have a record for every role.
 
     `missing`: `error` or `drop`. `holdout` rows are chosen by a hash of (seed, key). With an `encoder`, samples of more
-    tokens than its `max_length` are left out.
+    tokens than its `max_length` are skipped.
     Errors: `DataError` if samples are of the wrong kind, lack a record (`error`), or none is left to train on.
     """
     _check_kind(samples, roles)
@@ -93,7 +93,7 @@ def join(
 
 
 def rejection_lines(too_long: Sequence[tuple[str, str]]) -> str:
-    """The lines of `rejected.jsonl`."""
+    """Format the lines of `rejected.jsonl`."""
     return "".join(json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in too_long)
 
 
@@ -105,7 +105,7 @@ def _check_kind(samples: SampleSet, roles: Sequence[str]) -> None:
     if wrong >= 0:
         raise DataError(
             f"set '{samples.path}': sample '{samples.key_of(wrong)}' is a {other}, the stage needs {wanted}s: "
-            "set data.set to a set of those"
+            "set data.set to one of those"
         )
 
 
@@ -122,7 +122,7 @@ def _report_missing(samples: SampleSet, absent: NDArray[np.int64], cache: str, p
 def _too_long(
     samples: SampleSet, kept: NDArray[np.bool_], roles: Sequence[str], encoder: SequenceEncoder
 ) -> dict[int, str]:
-    """Find the samples of more than `max_length` tokens. No text has more tokens than bytes, so few are tokenised."""
+    """Find samples of more than `max_length` tokens. A text has at most one token per byte, so few are tokenized."""
     template = encoder.template
     around = (*template.system, *template.user_prefix, *template.assistant_prefix)
     wording = sum(len(segment.text.encode()) for segment in around)
@@ -131,7 +131,7 @@ def _too_long(
     turns = samples.index.column("n_turns").to_numpy() + 1
     images = samples.index.column("n_images").to_numpy()
     bounds = texts + turns * wording + images * encoder.image_tokens
-    if MISMATCHED in roles:  # it is another sample's text that is appended
+    if MISMATCHED in roles:  # its response comes from another sample
         bounds = bounds + texts.max()
     candidates = np.flatnonzero(kept & (bounds > encoder.max_length)).tolist()
     found: dict[int, str] = {}
@@ -156,7 +156,7 @@ def _seeded_hashes(keys: pa.ChunkedArray, seed: int) -> NDArray[np.uint64]:
 
 
 def _lowest(hashes: NDArray[np.uint64], count: int) -> NDArray[np.int64]:
-    """The places of the lowest hashes, in rising order of place; of equal ones the first."""
+    """Return the indices of the lowest hashes, ascending; the first of equal ones win."""
     return np.sort(np.argsort(hashes, kind="stable")[:count])
 
 

@@ -1,4 +1,4 @@
-"""Whether a set pairs its prompts with the responses that a cache has records of, looked at before the first step."""
+"""Check before the first step that a set's mismatched responses are those recorded in a cache."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def check_pairs(
     encoder: SequenceEncoder,
     exchange: TokenIdSwap | None = None,
 ) -> None:
-    """Refuse a set whose mismatched responses are others than those of a cache.
+    """Compare the mismatched responses of a set with those of a cache.
 
-    Pairs follow from a set's samples alone: those of the set that was captured are the cache's. Of another set, such as
-    a part of that one, some of `rows` are compared here, and each when it is trained on.
+    Pairs depend on a set's samples alone, so the captured set always matches. For another set, such as a part of it,
+    this compares some of `rows`; the loader compares each one that is trained on.
     Errors: `ConfigError` if the cache's pairs were made by another rule, `TargetError` naming a sample.
     """
     rule = cache.fingerprint["capture"].get("mismatched")
     if rule != PAIRING:
         raise ConfigError(
-            f"loss.kind: the mismatched responses of cache '{cache.path}' were chosen by another rule ({rule}) than "
-            f"those of data.set are ({PAIRING}): capture it again with capture.mismatched=true, or set loss.kind to "
+            f"loss.kind: the mismatched responses of cache '{cache.path}' follow another pairing rule ({rule}) than "
+            f"those of data.set ({PAIRING}): capture it again with capture.mismatched=true, or set loss.kind to "
             "kto_pair"
         )
-    captured = cache.fingerprint["data"]["digest"]  # a list of them in a merged cache
+    captured = cache.fingerprint["data"]["digest"]  # a list in a merged cache
     if samples.digest in (captured if isinstance(captured, list) else [captured]):
         return
     from teacher_cache.student.check import check_sequence
@@ -47,5 +47,5 @@ def check_pairs(
     places = np.unique(np.linspace(0, len(rows) - 1, _TRIED).round().astype(np.int64))
     for row in rows[places].tolist():
         sample = samples.read(row, scattered=True)
-        for role in sample.roles:  # the sample's own first: what is wrong there is not the pair's fault
+        for role in sample.roles:  # the sample's own first: an error there is not about the pairing
             check_sequence(cache, encoder.encode(sample, role), exchange)

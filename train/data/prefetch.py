@@ -1,4 +1,4 @@
-"""Shards behind a URL are copied before they are needed: those of the window in use, then of the next one."""
+"""Copy remote shards to the disk cache before they are read: the current window's, then the next one's."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Batch = TypeVar("Batch")
 
 
 class Prefetch:
-    """Copies what an order will read, a window's worth and as much of the next one as the staging folder holds.
+    """Copies the shards an order will read: a window, and as much of the next one as the disk cache holds.
 
-    A shard of the set brings the cache's shard of that name. Errors: `ConfigError` if there is no room for a window.
+    With a set's shard it copies the teacher cache's shard of that name. Errors: `ConfigError` if a window does not fit.
     """
 
     def __init__(self, order: Order, samples: SampleSet, cache: TeacherCache | None) -> None:
@@ -39,17 +39,17 @@ class Prefetch:
 
     @property
     def is_needed(self) -> bool:
-        """Whether anything lies behind a URL."""
+        """Whether any shard is remote."""
         return any(self._sizes)
 
     def around(self, batches: Iterable[Batch], schedule: BatchSchedule) -> Iterator[Batch]:
-        """Pass a schedule's micro-batches on, and copy ahead of them meanwhile."""
+        """Yield a schedule's micro-batches, copying ahead of them in the background."""
         if not self.is_needed:
             yield from batches
             return
         size = self._order.batch_size
         with BackgroundIterator() as ahead:
-            submitted: set[tuple[int, int]] = set()  # where windows begin, and their shards
+            submitted: set[tuple[int, int]] = set()  # (start of a window, shard)
             self._submit(ahead, schedule.start * size, schedule.stop * size, submitted)
             for number, batch in enumerate(batches):
                 if number % schedule.micro_batches == 0:
@@ -58,7 +58,7 @@ class Prefetch:
                 yield batch
 
     def _submit(self, ahead: BackgroundIterator, place: int, end: int, submitted: set[tuple[int, int]]) -> None:
-        """Have the shards of the window at a place copied, and those of the next one for which there is room beside."""
+        """Submit copies of the window's shards at a place, and of those of the next window that also fit."""
         window = self._order.window_at(place)
         room = self._staging.limit_bytes - sum(self._sizes[shard] for shard in window.shards.tolist())
         wanted = [(window.start, shard) for shard in window.shards.tolist()]
@@ -97,6 +97,6 @@ class Prefetch:
         if needed > self._staging.limit_bytes:
             raise ConfigError(
                 f"data.window: {count} shards and their records are up to {needed / 1e9:.1f} GB, and "
-                f"{self._staging.folder} may hold {self._staging.limit_bytes / 1e9:.1f}: set {SIZE_VARIABLE} to "
-                "more, or data.window to less"
+                f"{self._staging.folder} is limited to {self._staging.limit_bytes / 1e9:.1f}: raise {SIZE_VARIABLE}, "
+                "or lower data.window"
             )

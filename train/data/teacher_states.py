@@ -1,6 +1,6 @@
-"""The teacher's last hidden states of a micro-batch, at those of its positions that a loss compares.
+"""The teacher's last hidden states at the positions of a micro-batch that a loss compares.
 
-Shape suffixes: N positions of the batch, M those of them with a state, S sequences, T the teacher's hidden size.
+Shape suffixes: N positions of the batch, M those with a state, S sequences, T the teacher's hidden size.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WantedStates:
-    """Which states a loss compares: of `answers` (positions that predict a supervised token), of image tokens (by
-    their id; None: not these), all `size` wide."""
+    """The states a loss compares: at `answers` (positions that predict a supervised token), at image tokens (by their
+    id; None: not these); `size` is their width."""
 
     size: int
     answers: bool
@@ -33,7 +33,7 @@ class WantedStates:
 
 @dataclass(frozen=True)
 class TeacherStates:
-    """`states_MT`, float32, and the batch's positions that they are of: `rows_M` index its N, rising."""
+    """`states_MT`, float32, and their positions in the batch: `rows_M`, ascending indices into its N."""
 
     rows_M: Tensor
     states_MT: Tensor
@@ -50,7 +50,7 @@ class TeacherStates:
 
 
 def image_positions(batch: Batch, image_token_id: int) -> Tensor:
-    """Which of the batch's positions are image tokens, [N] bool; meant for batches of all positions."""
+    """Return which of the batch's positions are image tokens, [N] bool; for batches of all positions."""
     ids_N: Tensor = batch.input_ids_BT.flatten().index_select(0, batch.prediction_rows_N)
     return ids_N == image_token_id
 
@@ -58,7 +58,7 @@ def image_positions(batch: Batch, image_token_id: int) -> Tensor:
 def read_states(cache: TeacherCache, rows_S: NDArray[np.int64], batch: Batch, wanted: WantedStates) -> TeacherStates:
     """Read the states of a batch's sequences, by their rows in the cache, and keep the wanted ones.
 
-    Errors: `CacheError` naming the samples if the cache lacks one of them, or has another size.
+    Errors: `CacheError` naming the samples if states are missing or have another size.
     """
     found = cache.hidden_states(rows_S)
     wanted_N = torch.zeros(len(batch.target_ids_N), dtype=torch.bool)

@@ -1,7 +1,6 @@
-"""DeepSpeed, held at arm's length: one process without a launcher, or many under torchrun or `deepspeed`.
+"""The process group and the DeepSpeed engine: one process without a launcher, or many under torchrun or `deepspeed`.
 
-A run asks this module for the process group and an engine, and leaves nothing behind: several runs may follow one
-another in a process.
+Both are context managers that clean up, so that a process can make several runs in turn.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTE
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, those of them on this machine, and this one's place among all."""
+    """This process's rank among all processes of the run, their number in all and on this machine, and its device."""
 
     rank: int
     size: int
@@ -39,13 +38,13 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Add `values` over all processes; the result is the same on each."""
+        """Sum `values` over all processes, in place; the result is the same on each."""
         if self.size > 1:
             torch.distributed.all_reduce(values)
         return values
 
     def gather(self, values: Tensor) -> Tensor:
-        """Put the `values` [n] of all processes, which hold equally many, one after another, on the CPU."""
+        """Concatenate the `values` [n] of all processes, equally many on each, on the CPU."""
         if self.size == 1:
             return values.cpu()
         parts = [torch.empty_like(values) for _ in range(self.size)]
@@ -60,9 +59,9 @@ class World:
 
 @contextmanager
 def process_group() -> Iterator[World]:
-    """Enter the process group that the launcher describes, or one of this process alone, and leave it again.
+    """Enter the process group that the launcher describes, or one of this process alone.
 
-    Errors: `ConfigError` if the environment holds only a part of a launcher's variables.
+    Errors: `ConfigError` if DeepSpeed is not installed, or some of a launcher's environment variables are missing.
     """
     present = [name for name in _LAUNCHER_VARIABLES if name in os.environ]
     launched = "RANK" in present and "WORLD_SIZE" in present
@@ -80,14 +79,14 @@ def process_group() -> Iterator[World]:
         if launched:
             torch.distributed.init_process_group(backend)
         else:
-            # A store in memory: no port to choose, nothing that another run could collide with.
+            # A store in memory needs no port, so runs cannot collide.
             store = torch.distributed.HashStore()  # type: ignore[attr-defined]
             torch.distributed.init_process_group(backend, rank=0, world_size=1, store=store)
         try:
             rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
             yield World(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", size)), device)
         finally:
-            # DeepSpeed keeps references of its own, once an engine has been made.
+            # Once an engine was made, DeepSpeed holds its own references to the group.
             communication = _import_deepspeed().comm
             owner = communication if communication.is_initialized() else torch.distributed
             owner.destroy_process_group()
@@ -106,7 +105,7 @@ def make_engine(
     dtype: torch.dtype,
     grad_clip: float,
 ) -> Iterator[Any]:
-    """Yield a DeepSpeed engine around `module`, and take it down afterwards."""
+    """Yield a DeepSpeed engine around `module`, and destroy it afterwards."""
     deepspeed = _import_deepspeed()
     zero: dict[str, Any] = {"stage": zero_stage}
     if offload:
@@ -133,8 +132,8 @@ def make_engine(
 def apply_gradients(engine: Any, rate: float) -> float:
     """Clip the accumulated gradients and take AdamW's step at the given learning rate.
 
-    Returns the norm before clipping. Where it is not finite, the weights stay as they were, unless ZeRO or bf16 is on:
-    DeepSpeed tells the norm only after its step then.
+    Returns the norm before clipping. If it is not finite, the weights stay unchanged, except under ZeRO or bf16, where
+    DeepSpeed reports the norm only after its step.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
@@ -149,7 +148,7 @@ def apply_gradients(engine: Any, rate: float) -> float:
 
 
 def _import_deepspeed() -> Any:
-    """Import DeepSpeed with its log on stderr, from warnings upwards, and nothing compiled behind the user's back."""
+    """Import DeepSpeed, logging warnings to stderr and compiling nothing. Errors: `ConfigError` if not installed."""
     try:
         import deepspeed
     except ModuleNotFoundError as error:
@@ -157,17 +156,17 @@ def _import_deepspeed() -> Any:
     log = logging.getLogger("DeepSpeed")
     log.setLevel(logging.WARNING)
     for handler in log.handlers:
-        if type(handler) is logging.StreamHandler:  # DeepSpeed's own, on stdout; others may have added theirs
-            handler.stream = sys.stderr  # not setStream, which flushes the one before: it may be closed by now
-    # On a CPU DeepSpeed would build a C++ extension at the first start (half a minute, and it needs a compiler) for
-    # all-reduces in shared memory; gloo serves as well here.
+        if type(handler) is logging.StreamHandler:  # DeepSpeed's own handler, on stdout
+            handler.stream = sys.stderr  # setStream would flush the old one, which may be closed
+    # On a CPU, DeepSpeed would compile a C++ extension for all-reduces in shared memory at the first start (half a
+    # minute, and it needs a compiler); gloo does the same here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 @contextmanager
 def _environment(variables: dict[str, str], *, default_accelerator: bool) -> Iterator[None]:
-    """Set environment variables for a while; the accelerator's only if the user has not chosen one."""
+    """Set environment variables temporarily; the accelerator's only if the user has not set it."""
     if default_accelerator and "DS_ACCELERATOR" not in os.environ:
         variables = {**variables, "DS_ACCELERATOR": "cpu"}
     before = {name: os.environ.get(name) for name in variables}
@@ -184,7 +183,7 @@ def _environment(variables: dict[str, str], *, default_accelerator: bool) -> Ite
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the deprecations that DeepSpeed causes inside torch from the user, who can do nothing about them."""
+    """Hide deprecation warnings that DeepSpeed causes inside torch: users cannot act on them."""
     with warnings.catch_warnings():
         for category in (DeprecationWarning, FutureWarning):
             warnings.filterwarnings("ignore", category=category, module=r"(torch|deepspeed|pydantic)\b.*")

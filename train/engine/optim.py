@@ -1,4 +1,4 @@
-"""What is trained and how fast: parts of the student, AdamW's groups, and the learning rate of each step."""
+"""Choose the trainable parts of a student, AdamW's parameter groups, and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from llavamod_offline.errors import ConfigError
 
-# A parameter of the student belongs to a part if its name holds the pattern.
+# A parameter of the student belongs to a part if its name matches the pattern.
 _PATTERNS = {
     "vision": r"(^|\.)vision_tower\.",
     "projector": r"(^|\.)multi_modal_projector\.",
@@ -28,18 +28,18 @@ _PATTERNS = {
 
 
 def choose_trainable(model: nn.Module, parts: Sequence[str]) -> list[str]:
-    """Let only the named `parts` of a student be trained; returns the names of their parameters.
+    """Make only the named `parts` of a student trainable; returns the names of their parameters.
 
-    `text` is the whole language model with embeddings and head; `mlp` its feed-forward layers, experts included,
-    without routers. Errors: `ConfigError` if a part holds no parameter of this student.
+    `text` is the whole language model with embeddings and LM head; `mlp` its feed-forward layers, with experts but
+    without routers. Errors: `ConfigError` if the student has no parameter in a part.
     """
     names = [name for name, _ in model.named_parameters()]
     chosen: set[str] = set()
     for part in parts:
         found = {name for name in names if re.search(_PATTERNS[part], name)}
         if not found:
-            hint = "its head is tied to 'embeddings'" if part == "head" else "it has none"
-            raise ConfigError(f"trainable: no parameter of this student belongs to '{part}' ({hint}): take it out")
+            hint = "its LM head is tied to 'embeddings'" if part == "head" else "it has none"
+            raise ConfigError(f"trainable: no parameter of this student belongs to '{part}' ({hint}): remove it")
         chosen |= found
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen and parameter.numel() > 0)
@@ -49,7 +49,7 @@ def choose_trainable(model: nn.Module, parts: Sequence[str]) -> list[str]:
 def make_optimizer(
     model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; only matrices are decayed, never biases and norms."""
+    """Make AdamW over the trainable parameters, with weight decay on matrices but not on biases and norms."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
@@ -59,7 +59,7 @@ def make_optimizer(
 
 
 def learning_rate(step: int, *, steps: int, peak: float, warmup_ratio: float, schedule: str) -> float:
-    """The learning rate of optimiser step `step` (from 0) of `steps`: linear warm-up, then cosine to 0 or constant."""
+    """Return the learning rate of `step` (from 0) of `steps`: linear warm-up, then cosine to 0 or constant."""
     warmup = math.ceil(warmup_ratio * steps)
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
@@ -70,7 +70,7 @@ def learning_rate(step: int, *, steps: int, peak: float, warmup_ratio: float, sc
 
 
 def frozen_digest(model: nn.Module) -> str:
-    """Identify the frozen parameters, which checkpoints do not hold: a hash over names, shapes and sums of bits."""
+    """Hash the names, shapes and summed bits of the frozen parameters, which checkpoints omit."""
     digest = hashlib.sha256()
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     for name, parameter in sorted(model.named_parameters()):

@@ -1,7 +1,7 @@
-"""What ZeRO-3 asks of a student: no parameter without elements, which DeepSpeed's gather cannot handle.
+"""Remove empty parameters from a student for ZeRO-3, since DeepSpeed cannot gather them.
 
-A sparse student without a residual expert has a shared expert of size 0, as the checkpoint's format wants it. It is
-taken out while the engine holds the student, and its empty tensors are put back into what is exported.
+A sparse student without a residual expert has a shared expert of size 0, which the checkpoint format requires. It is
+removed while an engine wraps the student, and its empty tensors are added again on export.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def without_empty_experts(model: LlavaForConditionalGeneration) -> Iterator[dict[str, Tensor]]:
-    """Take the shared experts of size 0 out for a while; yields their tensors by name. The output stays the same."""
+    """Remove the shared experts of size 0 temporarily, without changing the output; yields their tensors by name."""
     taken: list[tuple[nn.Module, nn.Module]] = []
     tensors: dict[str, Tensor] = {}
     for name, module in model.named_modules():
@@ -37,7 +37,7 @@ def without_empty_experts(model: LlavaForConditionalGeneration) -> Iterator[dict
 
 
 class _NoExpert(nn.Module):
-    """An expert of size 0: it adds nothing."""
+    """An expert of size 0, which contributes nothing."""
 
     def forward(self, hidden_SD: Tensor) -> Tensor:
         return torch.zeros_like(hidden_SD)

@@ -1,4 +1,4 @@
-"""What a micro-batch gives: a loss summed over its units, and sums for the log; the step divides once, for all of them.
+"""Losses and log values summed over a micro-batch's units, and their combination into those of a step.
 
 A unit is a supervised position (align, sft, mimic) or a pair (preference).
 """
@@ -16,10 +16,10 @@ from train.engine.deepspeed_engine import World
 
 @dataclass(frozen=True)
 class LossSums:
-    """One micro-batch's share. `loss` is a scalar with gradient; all else is detached.
+    """A micro-batch's sums. `loss` is a scalar with gradient; all else is detached.
 
-    `means`: scalars summed over the units, which the log divides by the step's count. `totals`: tensors that the log
-    adds up as they are. `spreads`: values whose distribution over the step is logged.
+    `means`: scalars summed over the units, which the log divides by the step's count. `totals`: tensors summed over
+    the step without division. `spreads`: values whose distribution over the step is logged.
     """
 
     loss: Tensor
@@ -30,7 +30,7 @@ class LossSums:
 
 @dataclass(frozen=True)
 class StepSums:
-    """A whole optimiser step: means already divided by the count, totals, and all values of each spread."""
+    """The sums of an optimiser step: means divided by the count, totals, and all values of each spread."""
 
     loss: float
     means: dict[str, float]
@@ -39,7 +39,7 @@ class StepSums:
 
 
 def combine(parts: Sequence[LossSums], count: float, world: World) -> StepSums:
-    """Add the micro-batches of all processes up and divide once by `count`, the units of the step."""
+    """Sum the micro-batches of all processes and divide once by `count`, the units of the step."""
     first = parts[0]
     losses = torch.stack([part.loss.detach().double() for part in parts]).sum()
     means = {name: torch.stack([p.means[name].detach().double() for p in parts]).sum() for name in first.means}
@@ -60,7 +60,7 @@ def combine(parts: Sequence[LossSums], count: float, world: World) -> StepSums:
 
 
 def spread_entry(values: Tensor) -> dict[str, float]:
-    """Mean, extremes and quantiles of a step's values, as they are logged."""
+    """Return mean, extremes and quantiles of a step's values for the log."""
     points = torch.quantile(values.double(), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
     names = ("mean", "min", "p10", "p50", "p90", "max")
     numbers = (float(values.double().mean()), float(values.min()), *points, float(values.max()))

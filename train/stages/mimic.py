@@ -1,8 +1,8 @@
-"""Mimic distillation: the student imitates the cached teacher's distributions, dense or sparse alike.
+"""Mimic distillation: a dense or sparse student imitates the cached teacher's distributions.
 
 The loss of a step is the mean over its positions (all that have a record, or those that predict an answer) of
 kd_weight · T² · divergence(teacher, student), plus lm_weight times the mean cross-entropy over those that predict a
-supervised token, plus what is aligned beside (see `alignment.py`), plus the routers' balance loss once.
+supervised token, plus alignment terms (see `alignment.py`), plus the routers' balance loss once.
 
 Shape suffixes: N positions of a micro-batch, A those of them that predict a supervised token.
 """
@@ -38,12 +38,11 @@ def make_loss(
     totals: Totals | None = None,
     alignment: Alignment | None = None,
 ) -> Callable[[LlavaForConditionalGeneration, TrainBatch, Tensor | None], LossSums]:
-    """The loss of a micro-batch, summed over its units; `lm_weight` 0 is the original's `only_kd`.
+    """Return the loss of a micro-batch, summed over its units; `lm_weight` 0 is the original's `only_kd`.
 
-    The units are the batch's positions; with `answers_only` those of them that predict answers. `totals`: those of
-    `make_totals` for the same settings. The loss takes what they come to in the step, None where the micro-batch is the
-    whole step. A step divides all parts by its units, so that each one is scaled by units over its own number to be a
-    mean over that.
+    The units are the batch's positions, with `answers_only` those that predict answers. `totals`: from `make_totals`
+    with the same settings; the loss takes their sum over the step, or None if the micro-batch is the whole step. A step
+    divides all terms by its units, so a term that is a mean over n others is multiplied by units / n here.
     """
 
     def loss(model: LlavaForConditionalGeneration, batch: TrainBatch, shared: Tensor | None) -> LossSums:
@@ -73,16 +72,16 @@ def make_loss(
 
 
 def count_units(batch: TrainBatch, *, answers_only: bool) -> int:
-    """The positions that the divergence of a micro-batch is taken at."""
+    """Count the positions of a micro-batch that the divergence covers."""
     return int((batch.batch.target_ids_N != NO_TARGET).sum()) if answers_only else batch.positions
 
 
 def make_totals(
     *, lm_weight: float, all_positions: bool, answers_only: bool, alignment: Alignment | None
 ) -> Totals | None:
-    """What the loss must know of a whole step: its units, positions that predict an answer, and images [3].
+    """Return a function that counts a micro-batch's units, positions that predict an answer, and images [3].
 
-    None where all parts are means over the units.
+    None if all terms are means over the units, since the loss needs no counts of the step then.
     """
     if alignment is None and not (lm_weight and all_positions and not answers_only):
         return None

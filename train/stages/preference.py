@@ -1,15 +1,15 @@
-"""Preference distillation: the student learns which response to prefer, the cached teacher being the reference.
+"""Preference distillation: the student learns which response to prefer, with the cached teacher as reference.
 
 The loss of a step is the mean over its pairs of the preference loss + sft_weight · the chosen response's negative
 log-prob + distill_weight · T² · its divergence from the teacher, the last two being means over the response's tokens
-(as in RPO, arXiv 2404.19733), plus the routers' balance loss once.
+(as in RPO, arXiv 2404.19733); plus the routers' balance loss once.
 
-With `kto` each pair gives a desirable and an undesirable example, which know nothing of each other: the KL that both
-are compared with is measured on mismatched responses, without gradient.
+With `kto` each pair is split into a desirable and an undesirable example; their common baseline, a KL, is estimated on
+mismatched responses, without gradient.
 
-Shape suffixes: B pairs of a micro-batch, R roles (chosen and rejected, or mismatched alone), S = R·B sequences, one
-role's after the other's, N supervised positions, C of them in chosen responses, D hidden size. Those of the tower's
-features are in `student_pass.py`.
+Shape suffixes: B pairs of a micro-batch, R roles (chosen and rejected, or mismatched alone), S = R·B sequences, role
+by role, N supervised positions, C of them in chosen responses, D hidden size. For the tower's
+features see `student_pass.py`.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ def make_loss(
     router_aux_coef: float,
     train_vision: bool,
 ) -> Loss:
-    """The loss of a micro-batch, summed over its pairs.
+    """Return the loss of a micro-batch, summed over its pairs.
 
-    It takes mean log-ratios over the global batch, None where the micro-batch is all of it: for `kto_pair` those of the
-    chosen and the rejected responses [2], for `kto` that of the mismatched ones [1]. And the tower's features, if what
-    made those had them: a step runs the tower once for each image.
+    It takes mean log-ratios over the global batch, None if the micro-batch is all of it: for `kto_pair` those of the
+    chosen and the rejected responses [2], for `kto` that of the mismatched ones [1]. It also takes the tower's features
+    if those were computed for the ratios, so that a step runs the tower once per image.
     """
 
     def loss(
@@ -117,9 +117,9 @@ def make_loss(
 
 
 def make_log_ratios(*, average_log_probs: bool, vocab_size: int, mismatched: bool, train_vision: bool) -> LogRatios:
-    """The log-ratios [R, B] of policy and reference of a micro-batch, without gradient, and the tower's features.
+    """Return a look-ahead: log-ratios [R, B] of policy and reference, without gradient, and the tower's features.
 
-    Those of the responses that are trained on, or of the mismatched ones alone.
+    The ratios are those of the trained responses, or only of the `mismatched` ones.
     """
 
     def log_ratios(model: LlavaForConditionalGeneration, batch: TrainBatch) -> TowerAhead:
@@ -132,7 +132,7 @@ def make_log_ratios(*, average_log_probs: bool, vocab_size: int, mismatched: boo
 
 
 def mean_log_ratios(ratios: Sequence[Tensor], world: World) -> Tensor:
-    """The mean log-ratios [R] over all micro-batches [R, B] of all processes: what KTO measures its KL by."""
+    """Average log-ratios [R, B] over all micro-batches and processes to [R], from which KTO estimates its KL."""
     totals_R = torch.stack([ratios_RB.double().sum(1) for ratios_RB in ratios]).sum(0)
     count = totals_R.new_tensor([sum(ratios_RB.shape[1] for ratios_RB in ratios)])
     summed = world.sum(torch.cat([totals_R, count]))
@@ -142,7 +142,7 @@ def mean_log_ratios(ratios: Sequence[Tensor], world: World) -> Tensor:
 def _unpaired(
     policy_2B: Tensor, reference_2B: Tensor, mean_ratio_1: Tensor, beta: float, weights: tuple[float, float]
 ) -> tuple[PreferenceTerms, Tensor]:
-    """KTO on each response by itself; a pair's loss is the mean of its two. Also K."""
+    """Apply KTO to each response by itself; returns pairs' terms, a loss being the mean of its two, and the KL."""
     desirable_2B = torch.ones_like(policy_2B, dtype=torch.bool)
     desirable_2B[1] = False
     result = kto_loss(
@@ -160,7 +160,7 @@ def _unpaired(
 
 @dataclass(frozen=True)
 class _LogProbs:
-    """Log-probs of each role's responses, and what they were made from; `chosen_mean_B` is of the first role."""
+    """Log-probs of each role's responses, and their inputs; `chosen_mean_B` belongs to the first role."""
 
     policy_RB: Tensor
     reference_RB: Tensor
@@ -209,7 +209,7 @@ def _log_probs(
 def _distilled(
     model: LlavaForConditionalGeneration, batch: TrainBatch, found: _LogProbs, distillation: Distillation
 ) -> LossTerms:
-    """The divergence of the chosen responses, each the mean over its tokens; metrics likewise."""
+    """Compute the divergence on chosen responses, a mean over each one's tokens; metrics likewise."""
     assert batch.targets is not None
     chosen_C = slice(len(batch.targets))
     weights_C = 1.0 / found.lengths_S[batch.batch.sequence_of_N[chosen_C]]

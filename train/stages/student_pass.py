@@ -1,4 +1,4 @@
-"""What every stage does first: the student's hidden states that predict the supervised tokens, and its routing.
+"""The student's forward pass, shared by all stages: hidden states that predict supervised tokens, and the routing.
 
 Shape suffixes: N supervised positions, D hidden size, L sparse layers, E experts, I images of P tokens and C channels.
 """
@@ -20,13 +20,13 @@ from train.stages.loss_sums import LossSums
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
-# `distillation_from_hidden` with the configured divergence: it takes hidden states, head, records, and weights.
+# `distillation_from_hidden` with the configured divergence: it takes hidden states, LM head, targets and weights.
 Distillation = Callable[..., LossTerms]
 
 
 @dataclass(frozen=True)
 class TowerAhead:
-    """What a look-ahead gives: its `value`, and the tower's features for the loss of the same samples, if any."""
+    """The result of a look-ahead: its `value`, and the tower's features of the same samples, to reuse in the loss."""
 
     value: Tensor
     features_IPC: Tensor | None = None
@@ -35,10 +35,10 @@ class TowerAhead:
 def tower_features(
     model: LlavaForConditionalGeneration, batch: TrainBatch, *, train_vision: bool = False
 ) -> Tensor | None:
-    """The vision tower's features of a batch's images, [I, P, C], for every pass over the same samples in a step.
+    """Compute the vision tower's features of a batch's images, [I, P, C], to reuse in every pass over them in a step.
 
-    None where each pass must run the tower itself: there is no image, the tower is trained, or ZeRO-3 shards it, which
-    wants all processes to gather the same weights, whatever images each has.
+    None if each pass must run the tower itself: without images, if the tower is trained, or under ZeRO-3, where all
+    processes must gather the same weights, whether they have images or not.
     """
     sharded = hasattr(next(model.model.vision_tower.parameters()), "ds_id")
     pixel_values_ICHW = None if train_vision or sharded else batch.batch.pixel_values_ICHW
@@ -54,7 +54,7 @@ def predicting_states(
 ) -> tuple[Tensor, Routing]:
     """Run the student; returns hidden states [N, D] in the order of the batch's supervised tokens, and the routing.
 
-    `features_IPC`: the tower's, where they are at hand.
+    `features_IPC`: the tower's, if already computed.
     """
     inputs = batch.batch
     with RouterWatch(model) as watch:
@@ -72,10 +72,10 @@ def predicting_states(
 
 
 def with_balance(sums: LossSums, routing: Routing, *, coefficient: float, count: int) -> LossSums:
-    """Add the routers' balance loss, weighted by the micro-batch's units so that the step's mean holds it once.
+    """Add the routers' balance loss, times the micro-batch's units, so that the step's mean includes it once.
 
-    Logs `balance` and, as totals over tokens, `expert_load` [L, E], `gate_entropy` and `drop_rate` [L]; a dense student
-    has none of them.
+    Logs `balance` and, as totals over tokens, `expert_load` [L, E], `gate_entropy` and `drop_rate` [L], for sparse
+    students only.
     """
     if not len(routing.loads_LE):
         return sums

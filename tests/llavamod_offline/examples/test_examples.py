@@ -14,8 +14,8 @@ from llavamod_offline.data.encode.collate import Batch
 from llavamod_offline.errors import TargetError
 from llavamod_offline.toyworld.datasets import write_datasets
 from teacher_cache import open_cache
+from tests.train.reference import read_metrics
 from train.cli import resolve_config
-from train.metrics import read_metrics
 from train.run import train
 
 ROOT = Path(__file__).parents[3]

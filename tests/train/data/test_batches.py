@@ -17,7 +17,7 @@ from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import DataError, LlavaModError
 from tests.tiny import tiny_image, tiny_samples, write_tiny_language_model, write_tiny_llava, write_tiny_tower
 from tests.train.conftest import World, write_cache
-from train.metrics import read_metrics
+from tests.train.reference import read_metrics
 from train.run import train
 
 
@@ -49,7 +49,7 @@ def test_samples_that_are_too_long_are_left_out_on_request(world: World, tmp_pat
     assert json.loads(line)["key"] == "long"
 
 
-def test_answers_or_pictures_the_teacher_did_not_see_are_refused(world: World, tmp_path: Path) -> None:
+def test_answers_or_images_the_teacher_did_not_see_are_refused(world: World, tmp_path: Path) -> None:
     """Same keys, but one answer differs in its last word; then the same answers over another image."""
     samples = tiny_samples(4)
     turn = Turn("assistant", samples[1].turns[-1].text.replace(".", "!"))
@@ -58,7 +58,7 @@ def test_answers_or_pictures_the_teacher_did_not_see_are_refused(world: World, t
     cache = write_cache(tmp_path / "cache", write_set_of(samples, tmp_path / "set"), world.teacher)
     for name, changed, problem in (
         ("answer", other_answer, r"'tiny-0001' \(response\): its supervised ids are not the cache's: at position \d+"),
-        ("picture", other_picture, r"'tiny-0001' \(response\): its text or pictures are not those the teacher saw"),
+        ("picture", other_picture, r"'tiny-0001' \(response\): its text or images differ from those captured"),
     ):
         data = write_set_of([samples[0], changed, *samples[2:]], tmp_path / name)
         settings = (f"data.set={data}", f"cache.path={cache}", "batch.global_size=4", "workers=1")
@@ -156,7 +156,7 @@ def test_what_does_not_fit_is_said_before_the_first_step(
 def test_a_sparse_checkpoint_is_not_upcycled_again(world: World, tmp_path: Path) -> None:
     first = train(world.config("mimic_sparse", tmp_path / "first", "steps=1"))
     sparse = f"student.checkpoint={first.student}"
-    with pytest.raises(LlavaModError, match=r"student\.upcycle: .* is sparse already: set student\.upcycle to null"):
+    with pytest.raises(LlavaModError, match=r"student\.upcycle: .* is already sparse: set student\.upcycle to null"):
         train(world.config("mimic_sparse", tmp_path / "second", sparse))
     with pytest.raises(LlavaModError, match=r"student\.kind: .* is sparse: set student\.kind to sparse"):
         train(world.config("sft", tmp_path / "third", sparse))

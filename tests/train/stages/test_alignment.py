@@ -17,11 +17,10 @@ from llavamod_offline.losses.alignment import HiddenProjection
 from llavamod_offline.models.checkpoint import load_llava
 from tests.tiny import IMAGE_TOKENS, write_tiny_llava
 from tests.train.conftest import EXHAUSTIVE, World, write_cache
-from tests.train.reference import Answer, Reader, train_plainly
+from tests.train.reference import Answer, Reader, read_metrics, train_plainly
 from tests.train.test_checkpoint import assert_same_run, train_until_sigterm
 from tests.train.test_processes import assert_equal_runs, run_two
 from train.checkpoint import latest_checkpoint
-from train.metrics import read_metrics
 from train.report.page import write_report
 from train.run import train
 from train.stages.alignment_setup import make_projection
@@ -181,7 +180,7 @@ def test_features_need_no_more_than_the_positions_of_answers(world: World, cache
     assert logs[0] == pytest.approx(logs[1], rel=1e-5)
 
 
-def test_a_step_without_pictures_has_nothing_to_relate(world: World, cache: Path, tmp_path: Path) -> None:
+def test_a_step_without_images_has_nothing_to_relate(world: World, cache: Path, tmp_path: Path) -> None:
     """Every fourth sample has none: micro-batches of one, and steps of one."""
     settings = (*EVERYTHING, f"cache.path={cache}", "batch.global_size=1", "batch.micro_size=1", "steps=12")
     train(world.config("mimic_dense", tmp_path / "run", *settings))

@@ -16,11 +16,10 @@ from llavamod_offline.errors import ConfigError, DataError, TargetError
 from teacher_cache.read.reader import open_cache
 from tests.tiny import tiny_samples
 from tests.train.conftest import World, write_cache
-from tests.train.reference import Reader, train_plainly
+from tests.train.reference import Reader, read_metrics, train_plainly
 from tests.train.test_processes import assert_equal_runs, run_two
 from train.data.mismatched_check import check_pairs
 from train.engine.deepspeed_engine import World as Processes
-from train.metrics import read_metrics
 from train.run import train
 from train.setup import prepare
 
@@ -170,7 +169,7 @@ def test_pairs_are_looked_at_before_anything_is_trained(world: World, tmp_path: 
     with pytest.raises(TargetError, match=r"\(mismatched\): its paired response .*: set data\.set to the captured set"):
         check_pairs(SampleSet.open(half).with_mismatched(), opened, rows[:12], encoder)
     opened.fingerprint["capture"]["mismatched"] = "as it comes"
-    with pytest.raises(ConfigError, match=r"loss\.kind: .* by another rule \(as it comes\)") as caught:
+    with pytest.raises(ConfigError, match=r"loss\.kind: .* another pairing rule \(as it comes\)") as caught:
         check_pairs(SampleSet.open(world.pairs).with_mismatched(), opened, rows, encoder)
     assert "\n" not in str(caught.value)
 

@@ -11,8 +11,7 @@ from llavamod_offline.errors import ConfigError
 from llavamod_offline.models.checkpoint import load_llava
 from llavamod_offline.models.upcycle import upcycle
 from tests.train.conftest import EXHAUSTIVE, World, write_cache
-from tests.train.reference import Reader, train_plainly
-from train.metrics import read_metrics
+from tests.train.reference import Reader, read_metrics, train_plainly
 from train.run import train
 
 
@@ -141,9 +140,7 @@ def test_a_temperature_scales_as_t_squared(world: World, tmp_path: Path) -> None
 
 
 def test_a_temperature_the_cache_was_not_captured_with_is_refused(world: World, tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"loss.temperature: cache .* holds what is needed for 1, 1.5, 2, 4, not for 3"
-    ):
+    with pytest.raises(ConfigError, match=r"loss.temperature: cache .* supports temperatures 1, 1.5, 2, 4, not 3"):
         train(world.config("mimic_dense", tmp_path / "run", "loss.temperature=3.0"))
     cache = write_cache(tmp_path / "cache", world.chats, world.teacher, "capture.temperatures=[]")
     with pytest.raises(ConfigError, match=r"choose one of these, or capture with it in capture.temperatures"):

@@ -10,8 +10,7 @@ import torch
 from transformers import CLIPVisionModel
 
 from tests.train.conftest import EXHAUSTIVE, World, write_cache
-from tests.train.reference import Reader, train_plainly
-from train.metrics import read_metrics
+from tests.train.reference import Reader, read_metrics, train_plainly
 from train.run import train
 
 BETA = 0.1
@@ -190,8 +189,8 @@ def test_the_tower_sees_each_picture_of_a_step_once(
     monkeypatch.setattr(CLIPVisionModel, "forward", count)
     train(world.config("preference", tmp_path / "run", *settings))
     reader = Reader(world.student, world.pairs)
-    pictures = sum(len(sample.images) for step in range(2) for sample in reader.step_samples(step, 8))
-    assert sum(seen) == pictures
+    images = sum(len(sample.images) for step in range(2) for sample in reader.step_samples(step, 8))
+    assert sum(seen) == images
     if kind == "sigmoid":
         return
     seen.clear()
@@ -199,4 +198,4 @@ def test_the_tower_sees_each_picture_of_a_step_once(
     train(world.config("preference", tmp_path / "vision", *settings, *trainable))
     frozen, trained = (read_metrics(tmp_path / name)[0]["loss"] for name in ("run", "vision"))
     assert trained == frozen
-    assert sum(seen) == pictures * (1 if (kind, micro_size) == ("kto_pair", 8) else 2)
+    assert sum(seen) == images * (1 if (kind, micro_size) == ("kto_pair", 8) else 2)

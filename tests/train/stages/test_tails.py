@@ -8,9 +8,9 @@ import pytest
 
 from llavamod_offline.errors import ModelError
 from tests.train.conftest import World, write_cache
+from tests.train.reference import read_metrics
 from tests.train.test_checkpoint import assert_same_run, train_until_sigterm
 from tests.train.test_processes import run_two
-from train.metrics import read_metrics
 from train.run import train
 
 
