@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
-_METRICS = (
-    "loss", "divergence", "kl", "cross_entropy", "top1_agreement", "feature_distance", "visual_kl", "relation_distance",
-    "preference", "reward_accuracy", "holdout_loss",
-)  # fmt: skip
+# What the log says about the run rather than about the student.
+_RUN_METRICS = {"step", "lr", "grad_norm", "positions", "tokens", "tokens_per_s", "seconds", "data_wait_share"}
 _PADDED = (
     "In training, images were padded to squares, but this folder's image processor crops them. For tools that only use "
     "the processor, such as lmms-eval, write a copy that pads: `eval-student portable FOLDER -o COPY`."
@@ -56,7 +54,11 @@ def model_card(
         ("conversation template", f"{settings['template']}; images: {settings['image_aspect']}"),
         *((name, f"`{digest}`") for name, digest in digests.items() if digest),
     ]
-    last = [(name, f"{metrics[name]:.5g}") for name in _METRICS if isinstance(metrics.get(name), int | float)]
+    last = [
+        (name, f"{value:.5g}")
+        for name, value in metrics.items()
+        if isinstance(value, int | float) and name not in _RUN_METRICS
+    ]
     return (
         "\n\n".join(
             [

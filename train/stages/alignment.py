@@ -55,27 +55,29 @@ class Alignment:
         (`per_answer`) or per image (`per_image`): divided by the step's units it becomes the term's mean.
         """
         settings = self.settings
-        parts: dict[str, tuple[float, Tensor]] = {}
-        if settings.feature_weight:
-            features = self._features(hidden_ND, batch) * per_answer
-            parts["feature_distance"] = (settings.feature_weight, features)
-        if settings.visual_kl_weight:
-            assert batch.targets is not None
-            rows_Q = image_positions(batch.batch, self.image_token_id).nonzero()[:, 0]
-            terms = visual_token_kl(hidden_ND.index_select(0, rows_Q), lm_head_VD, batch.targets.take(rows_Q))
-            parts["visual_kl"] = (settings.visual_kl_weight, terms.loss_sum * (per_image / self.image_tokens))
-        if settings.relation_weight:
-            relations = self._relations(hidden_ND, lm_head_VD, batch) * per_image
-            parts["relation_distance"] = (settings.relation_weight, relations)
-        total = sum((weight * part for weight, part in parts.values()), hidden_ND.new_zeros(()).float())
-        return total, {name: part.detach() for name, (_, part) in parts.items()}
+        table = {
+            "feature_distance": (settings.feature_weight, self._features, per_answer),
+            "visual_kl": (settings.visual_kl_weight, self._visual_kl, per_image / self.image_tokens),
+            "relation_distance": (settings.relation_weight, self._relations, per_image),
+        }
+        total, parts = hidden_ND.new_zeros(()).float(), {}
+        for name, (weight, term, scale) in table.items():
+            if weight:
+                part = term(hidden_ND, lm_head_VD, batch) * scale
+                total, parts[name] = total + weight * part, part.detach()
+        return total, parts
 
-    def _features(self, hidden_ND: Tensor, batch: TrainBatch) -> Tensor:
+    def _features(self, hidden_ND: Tensor, lm_head_VD: Tensor, batch: TrainBatch) -> Tensor:
         assert self.projection is not None
         states = _states(batch)
         answers_M = batch.batch.target_ids_N.index_select(0, states.rows_M) != NO_TARGET
         projected_AT = self.projection(hidden_ND.index_select(0, states.rows_M[answers_M]))
         return hidden_alignment(projected_AT, states.states_MT[answers_M], distance=self.settings.feature_distance)
+
+    def _visual_kl(self, hidden_ND: Tensor, lm_head_VD: Tensor, batch: TrainBatch) -> Tensor:
+        assert batch.targets is not None
+        rows_Q = image_positions(batch.batch, self.image_token_id).nonzero()[:, 0]
+        return visual_token_kl(hidden_ND.index_select(0, rows_Q), lm_head_VD, batch.targets.take(rows_Q)).loss_sum
 
     def _relations(self, hidden_ND: Tensor, lm_head_VD: Tensor, batch: TrainBatch) -> Tensor:
         states = _states(batch)
