@@ -16,7 +16,7 @@ from train.tracking import TrackerName
 Stage = Literal["align", "mimic_dense", "mimic_sparse", "preference", "sft"]
 
 CACHED_STAGES = ("mimic_dense", "mimic_sparse", "preference")
-PARTS = ("vision", "projector", "text", "embeddings", "attention", "mlp", "experts", "router", "norms", "head")
+PARTS = ("vision", "projector", "text", "embeddings", "attention", "mlp", "experts", "router", "norms", "lm_head")
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class AlignConfig:
     `feature_distance`, through a projection that is trained with the student but not exported.
     `visual_kl_weight` (LLaVA-KD): the distributions at image tokens, by forward KL with the tail as one bucket.
     `relation_weight` (LLaVA-KD): relations between an image's tokens, by the cosine of Gram matrices of last `hidden`
-    states or of `logits` (`relation_of`), which needs the LM head of the checkpoint at `teacher_head`.
+    states or of `logits` (`relation_of`), which needs the LM head of the checkpoint at `teacher_lm_head`.
     """
 
     feature_weight: float = 0.0
@@ -48,7 +48,7 @@ class AlignConfig:
     visual_kl_weight: float = 0.0
     relation_weight: float = 0.0
     relation_of: RelationSource = "hidden"
-    teacher_head: str | None = None
+    teacher_lm_head: str | None = None
 
     @property
     def is_on(self) -> bool:
@@ -167,13 +167,13 @@ def _align_problems(loss: LossConfig, stage: str) -> Iterable[str]:
         )
     if align.relation_of == "logits" and not align.relation_weight:
         yield "loss.align.relation_of: no relations are compared: remove it, or set loss.align.relation_weight"
-    if align.relation_of == "logits" and align.teacher_head is None:
+    if align.relation_of == "logits" and align.teacher_lm_head is None:
         yield (
-            "loss.align.teacher_head: relations of logits need the teacher's LM head, which caches lack: set it to the "
-            "teacher's folder, or loss.align.relation_of to hidden"
+            "loss.align.teacher_lm_head: relations of logits need the teacher's LM head, which caches lack: set it to "
+            "the teacher's folder, or loss.align.relation_of to hidden"
         )
-    if align.teacher_head is not None and align.relation_of != "logits":
-        yield "loss.align.teacher_head: no logits are compared: remove it, or set loss.align.relation_of to logits"
+    if align.teacher_lm_head is not None and align.relation_of != "logits":
+        yield "loss.align.teacher_lm_head: no logits are compared: remove it, or set loss.align.relation_of to logits"
 
 
 def _number_problems(loss: LossConfig) -> Iterable[str]:

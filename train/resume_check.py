@@ -19,7 +19,7 @@ _FREE_KEYS = (
     "student.checkpoint",
     "student.vision_tower",
     "student.language_model",
-    "loss.align.teacher_head",
+    "loss.align.teacher_lm_head",
     "batch.micro_size",
     "engine.zero_stage",
     "engine.offload",

@@ -153,9 +153,13 @@ def test_the_tail_is_read_as_the_divergence_allows(settings: tuple[str, ...], es
         (
             "mimic_dense",
             ["loss.align.relation_weight=1", "loss.align.relation_of=logits"],
-            "loss.align.teacher_head: relations of logits need the teacher's LM head, which caches lack: set it",
+            "loss.align.teacher_lm_head: relations of logits need the teacher's LM head, which caches lack: set it",
         ),
-        ("mimic_dense", ["loss.align.teacher_head=t"], "loss.align.teacher_head: no logits are compared: remove it"),
+        (
+            "mimic_dense",
+            ["loss.align.teacher_lm_head=t"],
+            "loss.align.teacher_lm_head: no logits are compared: remove it",
+        ),
         ("sft", ["batch.micro_size=3"], "batch.micro_size: 3 does not divide batch.global_size 128"),
         ("sft", ["batch.global_size=0"], "batch.global_size: 0 must be above 0"),
         ("sft", ["optim.lr=0"], "optim.lr: 0 must be above 0"),

@@ -23,7 +23,7 @@ _PATTERNS = {
     "experts": r"(^|\.)language_model\..*\.mlp\.(experts|shared_expert)\.",
     "router": r"(^|\.)language_model\..*\.mlp\.(gate|shared_expert_gate)\.",
     "norms": r"(^|\.)language_model\..*norm\.",
-    "head": r"(^|\.)lm_head\.",
+    "lm_head": r"(^|\.)lm_head\.",
 }
 
 
@@ -38,7 +38,7 @@ def choose_trainable(model: nn.Module, parts: Sequence[str]) -> list[str]:
     for part in parts:
         found = {name for name in names if re.search(_PATTERNS[part], name)}
         if not found:
-            hint = "its LM head is tied to 'embeddings'" if part == "head" else "it has none"
+            hint = "it is tied to 'embeddings'" if part == "lm_head" else "it has none"
             raise ConfigError(f"trainable: no parameter of this student belongs to '{part}' ({hint}): remove it")
         chosen |= found
     for name, parameter in model.named_parameters():

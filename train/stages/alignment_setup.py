@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from llavamod_offline.data.encode.tokenize import SequenceEncoder
     from teacher_cache.read.reader import TeacherCache
 
-_HEAD_NAMES = ("lm_head.weight", "embed_tokens.weight")  # tied embeddings are stored under the second name
+_LM_HEAD_NAMES = ("lm_head.weight", "embed_tokens.weight")  # tied embeddings are stored under the second name
 _ROWS_AT_ONCE = 8_192
 
 
@@ -40,7 +40,7 @@ def prepare_alignment(
     """Make the alignment of a run; None if no term has a weight. The cache must have passed `check_cache`.
 
     `vocab_size`: the ids whose logits are compared.
-    Errors: `ConfigError` if `teacher_head` belongs to another teacher; `ModelError` if it is damaged.
+    Errors: `ConfigError` if `teacher_lm_head` belongs to another teacher; `ModelError` if it is damaged.
     """
     if cache is None or not align.is_on:
         return None
@@ -54,9 +54,9 @@ def prepare_alignment(
         projection = make_projection(student_size, states.size, seed=seed)
     metric_TT = None
     if align.relation_of == "logits":
-        assert align.teacher_head is not None
+        assert align.teacher_lm_head is not None
         assert states is not None
-        metric_TT = teacher_metric(Path(align.teacher_head), cache, states.size).to(device)
+        metric_TT = teacher_metric(Path(align.teacher_lm_head), cache, states.size).to(device)
     return Alignment(
         align,
         image_token_id=encoder.image_token_id,
@@ -109,39 +109,39 @@ def teacher_metric(folder: Path, cache: TeacherCache, size: int) -> Tensor:
     """
     from teacher_cache.format.manifest import sha256_file
 
-    file, name = _find_head(folder)
+    file, name = _find_lm_head(folder)
     known = cache.fingerprint["teacher"]["weights"]
     if not isinstance(known, dict) or known.get(file.name) != sha256_file(file):
         raise ConfigError(
-            f"loss.align.teacher_head: {file} is not that of the teacher of cache '{cache.path}': set it to that "
+            f"loss.align.teacher_lm_head: {file} is not that of the teacher of cache '{cache.path}': set it to that "
             "teacher's folder"
         )
     metric_TT = torch.zeros(size, size, dtype=torch.float64)
     for rows_RT in _rows(file, name, cache.vocab_size):
         if rows_RT.shape[1] != size:
             raise ConfigError(
-                f"loss.align.teacher_head: {file}: '{name}' is {rows_RT.shape[1]} wide, the cache's hidden states are "
-                f"{size}: set it to the folder of the cache's teacher"
+                f"loss.align.teacher_lm_head: {file}: '{name}' is {rows_RT.shape[1]} wide, the cache's hidden states "
+                f"are {size}: set it to the folder of the cache's teacher"
             )
         metric_TT += (rows_RT.T @ rows_RT).double()
     return metric_TT.float()
 
 
-def _find_head(folder: Path) -> tuple[Path, str]:
+def _find_lm_head(folder: Path) -> tuple[Path, str]:
     """Find the file and the name of a checkpoint's LM head, or of its embeddings if they are tied."""
     named: dict[str, tuple[Path, str]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with open_tensors(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118
-                for ending in _HEAD_NAMES:
+                for ending in _LM_HEAD_NAMES:
                     if f".{name}".endswith(f".{ending}"):
                         named[ending] = (file, name)
-    for ending in _HEAD_NAMES:
+    for ending in _LM_HEAD_NAMES:
         if ending in named:
             return named[ending]
     raise ConfigError(
-        f"loss.align.teacher_head: {folder} holds no {' or '.join(_HEAD_NAMES)} in safetensors: set it to the folder "
-        "of the cache's teacher"
+        f"loss.align.teacher_lm_head: {folder} holds no {' or '.join(_LM_HEAD_NAMES)} in safetensors: set it to the "
+        "folder of the cache's teacher"
     )
 
 

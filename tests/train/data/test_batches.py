@@ -130,7 +130,7 @@ def test_a_student_is_built_from_a_tower_and_a_language_model(world: World, tmp_
         ("mimic_sparse", ["student.upcycle=null"], "student.upcycle: .* is dense"),
         ("mimic_sparse", ["student.upcycle.layers=second"], "layers"),
         ("sft", ["template=vicuna"], "template 'vicuna' is unknown"),
-        ("sft", ["trainable=[head]"], "trainable: no parameter of this student belongs to 'head'"),
+        ("sft", ["trainable=[lm_head]"], "trainable: no parameter of this student belongs to 'lm_head'"),
         ("sft", ["data.holdout=24"], "none is left to train on"),
         ("sft", ["output={chats}/set.json/x"], "output: .* cannot be written"),
         ("sft", ["output={holds_student}"], "output: .* holds a student that no run wrote"),

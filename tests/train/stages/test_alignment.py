@@ -161,7 +161,7 @@ def test_each_part_stands_beside_the_divergence_of_all_positions(
     given, checkpoint = [f"loss.align.{setting}" for setting in settings], None
     if "relation_of=logits" in settings:
         checkpoint = write_tiny_llava(tmp_path / "wide", head_rows=416)  # the spare rows have no logits to relate
-        given += [f"loss.align.teacher_head={world.teacher}", f"student.checkpoint={checkpoint}"]
+        given += [f"loss.align.teacher_lm_head={world.teacher}", f"student.checkpoint={checkpoint}"]
     losses, norms = _train_live(world, loss, 2, checkpoint)
     train(world.config("mimic_dense", tmp_path / "run", *given, f"cache.path={cache}", "steps=2"))
     log = read_metrics(tmp_path / "run")

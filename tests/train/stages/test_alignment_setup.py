@@ -66,10 +66,10 @@ def test_other_caches_that_do_not_do(world: World, of_images: Path, tmp_path: Pa
     everything = write_cache(tmp_path / "all", world.chats, world.teacher, "capture.positions=all")
     assert "loss.align.relation_weight: " in refused(everything, "loss.align.relation_weight=1")
     logits = ("loss.align.relation_weight=1", "loss.align.relation_of=logits")
-    said = refused(of_images, *logits, f"loss.align.teacher_head={world.student}")
-    assert said.startswith("loss.align.teacher_head: ")
+    said = refused(of_images, *logits, f"loss.align.teacher_lm_head={world.student}")
+    assert said.startswith("loss.align.teacher_lm_head: ")
     assert "is not that of the teacher of cache" in said
-    assert "holds no lm_head.weight" in refused(of_images, *logits, f"loss.align.teacher_head={tmp_path}")
+    assert "holds no lm_head.weight" in refused(of_images, *logits, f"loss.align.teacher_lm_head={tmp_path}")
     reference = write_cache(tmp_path / "reference", world.chats, world.teacher, *REFERENCE)
     said = refused(reference, "loss.align.visual_kl_weight=1", "loss.positions=response")
     assert "no distributions: capture with another capture.preset" in said
