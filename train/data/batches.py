@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import signal
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -60,25 +60,16 @@ class TrainBatch:
 
     def to(self, device: torch.device) -> TrainBatch:
         """Move every tensor to `device`."""
-        return replace(
-            self,
-            batch=self.batch.to(device, non_blocking=True),
-            targets=None if self.targets is None else self.targets.to(device, non_blocking=True),
-            reference_S=None if self.reference_S is None else self.reference_S.to(device, non_blocking=True),
-            mismatched=None if self.mismatched is None else self.mismatched.to(device),
-            states=None if self.states is None else self.states.to(device, non_blocking=True),
-        )
+        return self._map(lambda part: part.to(device, non_blocking=True))
 
     def pin_memory(self) -> TrainBatch:
         """Pin every tensor, for overlapped copies to a GPU."""
-        return replace(
-            self,
-            batch=self.batch.pin_memory(),
-            targets=None if self.targets is None else self.targets.pin_memory(),
-            reference_S=None if self.reference_S is None else self.reference_S.pin_memory(),
-            mismatched=None if self.mismatched is None else self.mismatched.pin_memory(),
-            states=None if self.states is None else self.states.pin_memory(),
-        )
+        return self._map(lambda part: part.pin_memory())
+
+    def _map(self, move: Callable[[Any], Any]) -> TrainBatch:
+        parts = {name: getattr(self, name) for name in ("batch", "targets", "reference_S", "states")}
+        moved = {name: move(part) for name, part in parts.items() if part is not None}
+        return replace(self, mismatched=self.mismatched and self.mismatched._map(move), **moved)
 
 
 class Loader:
