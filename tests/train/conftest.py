@@ -1,4 +1,4 @@
-"""What the tests of the student's floor share: a tiny checkpoint, packed sets and their caches, made once."""
+"""Shared fixtures of the training tests: a tiny checkpoint, packed sets and their caches, made once."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class World:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """The folders, made once for all tests of this floor."""
+    """The folders, made once for all tests."""
     root = tmp_path_factory.mktemp("world")
     teacher = write_tiny_llava(root / "teacher", hidden=48, layers=3, seed=7, tied=False)
     chats, pairs = write_tiny_set(root / "chats", 24), write_tiny_set(root / "pairs", 24, preference=True)

@@ -1,4 +1,4 @@
-"""Stopping and going on: the curve and the weights are those of a run that nobody disturbed."""
+"""Stopping and resuming: the curve and the weights equal those of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_killed_at_ten_random_moments_it_is_the_same_run(world: World, undisturb
 def test_zero_resumes_what_plain_training_saved_and_the_other_way_round(
     world: World, tmp_path: Path, zero_stage: int
 ) -> None:
-    """Checkpoints hold whole tensors: any ZeRO stage goes on from any other's, with equal losses up to rounding."""
+    """Checkpoints hold whole tensors: any ZeRO stage resumes from any other's, with equal losses up to rounding."""
     train(world.config("sft", tmp_path / "plain", "steps=6", "engine.zero_stage=0"))
     for first, then in ((0, zero_stage), (zero_stage, 0)):
         output = tmp_path / f"{first}-{then}"

@@ -107,4 +107,4 @@ def test_two_processes_learn_one_set_of_weights(world: World, tmp_path: Path, tr
     assert any(two[1]["tail_samples_weight"])
     assert [entry["loss"] for entry in two] == pytest.approx([entry["loss"] for entry in one], rel=0.05)
     (tmp_path / "two" / "summary.json").unlink()
-    assert train(config).finished  # one process goes on for two, with what both have learnt
+    assert train(config).finished  # one process resumes for two, with the estimates of both
