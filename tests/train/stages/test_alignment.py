@@ -134,7 +134,7 @@ def test_all_parts_together_equal_the_live_teachers(world: World, cache: Path, t
         assert parts == pytest.approx(entry["loss"], rel=1e-5)
         assert all(entry[part] > 1e-3 for part in PARTS)
     page = write_report([tmp_path / "run"], tmp_path / "run.html").read_text()
-    for title in ("features", "image tokens", "relations"):
+    for title in ("features", "image tokens", "Relations"):
         assert title in page
 
 
