@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from llavamod_offline.errors import CacheError, ConfigError
 from teacher_cache.capture.pipeline import capture_shards
+from teacher_cache.capture.progress import ProgressBar
 from teacher_cache.capture.rejection_limit import Reason, Rejected
 from teacher_cache.capture_setup import prepare_capture
 from teacher_cache.engines import load_engine
@@ -104,7 +102,9 @@ def run_capture(
                 capture = functools.partial(capture_shards, job, load(job, config), store)
         store.start()
         if missing:
-            progress = stack.enter_context(_Progress(sum(len(job.samples.rows_of(name)) for name in missing)))
+            progress = stack.enter_context(
+                ProgressBar(sum(len(job.samples.rows_of(name)) for name in missing), "capture", "positions")
+            )
             for done in stack.enter_context(closing(capture(missing, progress.update))):
                 counts["sequences"] += done.sequences
                 counts["positions"] += done.positions
@@ -131,25 +131,3 @@ def run_capture(
         totals=cache["totals"] if cache else None,
         reasons=rejected.reasons(),
     )
-
-
-class _Progress:
-    """A bar over samples that also shows positions per second."""
-
-    def __init__(self, samples: int) -> None:
-        self._bar = tqdm(total=samples, unit="sample", desc="capture", disable=not sys.stderr.isatty())
-        self._positions = 0
-        self._started = time.perf_counter()
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def update(self, samples: int, positions: int) -> None:
-        """Count finished samples and positions; less than none, if those of a worker were lost."""
-        self._positions += positions
-        rate = self._positions / (time.perf_counter() - self._started)
-        self._bar.set_postfix_str(f"{rate:.0f} positions/s", refresh=False)
-        self._bar.update(int(samples))

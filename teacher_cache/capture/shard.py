@@ -16,7 +16,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class PreparedRows:
-    """Rows that are ready for an engine: their requests, what could not be tokenised, and the order of all roles."""
+    """Rows that are ready for an engine: their requests, what could not be tokenised, and the order of all roles.
+
+    The requests hold the images as they are in the tar, each read once; decoded, only a few batches exist at a time.
+    """
 
     samples: int
     requests: list[Request]
@@ -48,7 +51,7 @@ def prepare_rows(job: CaptureSetup, rows: Iterable[int]) -> PreparedRows:
             except DataError as error:
                 rejected.append(Rejection(sample.key, role, str(error)))
         if sequences:
-            requests.append(Request(row, sample.key, sample.content_hash, tuple(sequences)))
+            requests.append(Request(row, sample, tuple(sequences)))
     return PreparedRows(samples, requests, rejected, order)
 
 
@@ -59,8 +62,8 @@ def capture_prepared(
     captured: list[SequenceRecord] = []
     rejected = list(prepared.rejected)
     progress(prepared.samples - len(prepared.requests), 0)
-    left = {request.key: len(request.sequences) for request in prepared.requests}
-    for outcome in engine.capture(prepared.requests, job.samples.read):
+    left = {request.sample.key: len(request.sequences) for request in prepared.requests}
+    for outcome in engine.capture(prepared.requests):
         left[outcome.key] -= 1
         if isinstance(outcome, Rejection):
             rejected.append(outcome)

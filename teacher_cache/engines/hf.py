@@ -6,34 +6,31 @@ positions of the batch (R of them in a chunk), D hidden size, V shared vocabular
 
 from __future__ import annotations
 
-import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from llavamod_offline.data.encode.tokenize import Ids, Positions, TokenizedSequence
-from llavamod_offline.data.sample import Sample
-from llavamod_offline.errors import DataError, ModelError
-from teacher_cache.engines.lm_head import Head
-from teacher_cache.engines.make_records import make_records, rows_per_chunk
+from llavamod_offline.errors import DataError
+from teacher_cache.engines.batch_limit import BatchLimit
+from teacher_cache.engines.lm_head import LmHead
+from teacher_cache.engines.make_records import make_sequence_records
 from teacher_cache.engines.outcome import Outcome, beyond_vocabulary, recorded, rows_with_states
 from teacher_cache.engines.packing import Layout, lay_out
 from teacher_cache.engines.protocol import Request
 from teacher_cache.engines.tail_samples import sequence_uniforms
 from teacher_cache.format.hidden_states import HiddenStates
-from teacher_cache.format.record import Records, RecordSettings, concatenate_records
+from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.schema import HiddenPositions
 from teacher_cache.teachers import SampleImage, Teacher
 
-_LOG = logging.getLogger(__name__)
 _BATCHES_AHEAD = 3
 
 
@@ -43,7 +40,7 @@ class _BatchItem:
 
     request: Request
     sequence: TokenizedSequence
-    pictures: Future[list[SampleImage]]
+    images: Future[list[SampleImage]]
 
 
 class HfCaptureEngine:
@@ -80,97 +77,68 @@ class HfCaptureEngine:
         self.hidden_positions = hidden_positions
         self.shared_prompts = shared_prompts
         layer = model.get_output_embeddings()
-        self.head = Head(layer.weight, getattr(layer, "bias", None), vocab_size)
-        self._batch_limit = batch_size
+        self.lm_head = LmHead(layer.weight, getattr(layer, "bias", None), vocab_size)
+        self._limit = BatchLimit(batch_size, "sequences")
 
-    def capture(self, requests: Sequence[Request], load: Callable[[int], Sample]) -> Iterator[Outcome]:
+    def capture(self, requests: Sequence[Request]) -> Iterator[Outcome]:
         """Capture one data shard; see `protocol.Engine`. Images are prepared a few batches ahead, in threads."""
         ahead: deque[list[_BatchItem]] = deque()
         with ThreadPoolExecutor(self.workers, thread_name_prefix="images") as pool:
             row = -1
-            pictures: Future[list[SampleImage]] = Future()
+            images: Future[list[SampleImage]] = Future()
             for batch in length_batches(requests, self.batch_size):
                 items = []
                 for request, sequence in batch:
                     if request.row != row:  # the roles of a sample are neighbours and share their images
-                        row, pictures = request.row, pool.submit(self._pictures, request.row, load)
-                    items.append(_BatchItem(request, sequence, pictures))
+                        row, images = request.row, pool.submit(self.teacher.images, request.sample)
+                    items.append(_BatchItem(request, sequence, images))
                 ahead.append(items)
                 if len(ahead) > _BATCHES_AHEAD:
                     yield from self._capture_batch(ahead.popleft())
             while ahead:
                 yield from self._capture_batch(ahead.popleft())
 
-    def _pictures(self, row: int, load: Callable[[int], Sample]) -> list[SampleImage]:
-        return self.teacher.pictures(load(row))
-
     def _capture_batch(self, items: list[_BatchItem]) -> Iterator[Outcome]:
         ready: list[tuple[_BatchItem, list[SampleImage]]] = []
         for item in items:
             problem = self._problem(item)
             if problem:
-                yield Rejection(item.request.key, item.sequence.role, problem)
+                yield Rejection(item.sequence.key, item.sequence.role, problem)
             else:
-                ready.append((item, item.pictures.result()))
-        while ready:
-            piece = ready[: self._batch_limit]
-            try:
-                outcomes = self._run(piece)
-            except torch.OutOfMemoryError as error:
-                self._halve(piece[0][0], len(piece), error)
-                continue
-            ready = ready[len(piece) :]
-            yield from outcomes
+                ready.append((item, item.images.result()))
+        yield from self._limit.run(ready, self._run, _too_large)
 
     def _problem(self, item: _BatchItem) -> str | None:
         try:
-            expected = sum(picture.tokens for picture in item.pictures.result())
+            expected = sum(image.tokens for image in item.images.result())
         except DataError as error:
             return str(error)
         found = int((item.sequence.input_ids_T == self.teacher.image_token_id).sum())
         if found != expected:
-            return f"its pictures take {expected} tokens, its sequence has {found}: the file's header says another size"
+            return f"its images take {expected} tokens, its sequence has {found}: the file's header says another size"
         return beyond_vocabulary(item.sequence, self.vocab_size)
 
-    def _halve(self, first: _BatchItem, size: int, error: Exception) -> None:
-        if size == 1:
-            tokens = len(first.sequence.input_ids_T)
-            raise ModelError(
-                f"sample '{first.request.key}' ({first.sequence.role}): its {tokens} tokens do not "
-                "fit into the device's memory even alone: lower max_length, or use a larger device"
-            ) from error
-        self._batch_limit = size // 2
-        _LOG.warning("out of memory with %d sequences at once: going on with %d", size, self._batch_limit)
-        torch.cuda.empty_cache()
-
     @torch.inference_mode()
-    def _run(self, batch: list[tuple[_BatchItem, list[SampleImage]]]) -> list[Outcome]:
+    def _run(self, batch: Sequence[tuple[_BatchItem, list[SampleImage]]]) -> list[Outcome]:
         sequences = [item.sequence for item, _ in batch]
         found = [sequence.rows_and_targets(self.positions) for sequence in sequences]
-        lengths = [len(rows_N) for rows_N, _ in found]
-        pictures = [some for _, some in batch]
-        rows_ND = self._hidden_rows(sequences, [rows_N for rows_N, _ in found], pictures)
-        targets_N = torch.from_numpy(np.concatenate([targets_N for _, targets_N in found])).to(rows_ND.device)
-        uniforms_N = torch.from_numpy(
-            np.concatenate(
-                [sequence_uniforms(self.seed, s.key, s.role, n) for s, n in zip(sequences, lengths, strict=True)]
-            )
-        ).to(rows_ND.device)
-        parts: list[Records] = []
-        finite: list[NDArray[np.bool_]] = []
-        step = rows_per_chunk(self.vocab_size, rows_ND.device.type)
-        for start in range(0, len(rows_ND), step):
-            chunk = slice(start, start + step)
-            logits_RV = self.head.logits(rows_ND[chunk])
-            records, finite_R = make_records(logits_RV, targets_N[chunk], uniforms_N[chunk], self.settings)
-            parts.append(records)
-            finite.append(finite_R)
-        pieces = concatenate_records(parts, len(self.settings.temperatures)).split(lengths)
-        fine = np.split(np.concatenate(finite), np.cumsum(lengths)[:-1])
+        images = [some for _, some in batch]
+        rows_ND = self._hidden_rows(sequences, [rows_N for rows_N, _ in found], images)
+        pieces = make_sequence_records(
+            rows_ND,
+            [targets_N for _, targets_N in found],
+            [
+                sequence_uniforms(self.seed, s.key, s.role, len(rows_N))
+                for s, (rows_N, _) in zip(sequences, found, strict=True)
+            ],
+            self.settings,
+            logits_of=self.lm_head.logits,
+            vocab_size=self.vocab_size,
+        )
         hidden = self._hidden_states(sequences, [rows_N for rows_N, _ in found], rows_ND)
-        results = zip(pieces, fine, hidden, strict=True)
         return [
-            recorded(item.request, item.sequence, *result) for (item, _), result in zip(batch, results, strict=True)
+            recorded(item.request, item.sequence, *piece, states)
+            for (item, _), piece, states in zip(batch, pieces, hidden, strict=True)
         ]
 
     def _hidden_states(
@@ -188,15 +156,15 @@ class HfCaptureEngine:
         return found
 
     def _hidden_rows(
-        self, sequences: list[TokenizedSequence], rows: list[Ids], pictures: list[list[SampleImage]]
+        self, sequences: list[TokenizedSequence], rows: list[Ids], images: list[list[SampleImage]]
     ) -> Tensor:
         """Run the model but for its head: the last hidden states of each sequence's rows, [N, D]."""
         keys = [s.key if self.shared_prompts else number for number, s in enumerate(sequences)]
         image = self.teacher.image_token_id
         ids = [sequence.input_ids_T for sequence in sequences]
         layout = lay_out(ids, keys, pad=0 if image != 0 else 1, image_token_id=image)
-        positions = self._positions(ids, layout, pictures)
-        mine = [picture for own, first in zip(pictures, layout.first_S, strict=True) if first for picture in own]
+        positions = self._positions(ids, layout, images)
+        mine = [image for own, first in zip(images, layout.first_S, strict=True) if first for image in own]
         device = self.model.get_input_embeddings().weight.device
         inputs: dict[str, Any] = {"input_ids": layout.input_ids_BT.to(device)}
         if mine:
@@ -213,24 +181,32 @@ class HfCaptureEngine:
         which_N = np.repeat(layout.rows_S, [len(rows_N) for rows_N in rows])
         where_N = np.concatenate([columns[rows_N] for columns, rows_N in zip(layout.columns, rows, strict=True)])
         picked = (torch.from_numpy(which_N).to(hidden_BTD.device), torch.from_numpy(where_N).to(hidden_BTD.device))
-        return hidden_BTD[picked].to(self.head.device)
+        return hidden_BTD[picked].to(self.lm_head.device)
 
-    def _positions(self, ids: list[Ids], layout: Layout, pictures: list[list[SampleImage]]) -> Tensor | None:
+    def _positions(self, ids: list[Ids], layout: Layout, images: list[list[SampleImage]]) -> Tensor | None:
         """Positions as the decoder wants them, for the rows; None where it counts for itself."""
         longest = max(map(len, ids))
         ids_SU = torch.from_numpy(np.stack([np.pad(one, (0, longest - len(one))) for one in ids]))
         mask_SU = (torch.arange(longest) < torch.tensor([len(one) for one in ids])[:, None]).long()
-        found = self.teacher.position_ids(self.model, ids_SU, mask_SU, [p for own in pictures for p in own])
+        found = self.teacher.position_ids(self.model, ids_SU, mask_SU, [p for own in images for p in own])
         if found is None and layout.shared:
             found = torch.arange(longest).expand(ids_SU.shape)
         return None if found is None else layout.positions(found)
 
-    def _features(self, pictures: list[SampleImage]) -> list[Tensor]:
+    def _features(self, images: list[SampleImage]) -> list[Tensor]:
         """The image features of each image; roles of a sample have theirs in common, which run once."""
-        distinct = {id(picture): picture for picture in pictures}
+        distinct = {id(image): image for image in images}
         features = self.teacher.image_features(self.model, list(distinct.values()))
         found = dict(zip(distinct, features, strict=True))
-        return [found[id(picture)] for picture in pictures]
+        return [found[id(image)] for image in images]
+
+
+def _too_large(ready: tuple[_BatchItem, list[SampleImage]]) -> str:
+    sequence = ready[0].sequence
+    return (
+        f"sample '{sequence.key}' ({sequence.role}): its {len(sequence.input_ids_T)} tokens do not fit into the "
+        "device's memory even alone: lower max_length, or use a larger device"
+    )
 
 
 def length_batches(requests: Sequence[Request], size: int) -> Iterator[list[tuple[Request, TokenizedSequence]]]:

@@ -12,7 +12,7 @@ import torch
 
 from llavamod_offline.errors import ConfigError, ModelError
 from teacher_cache.engines.hf import HfCaptureEngine
-from teacher_cache.engines.lm_head import Head
+from teacher_cache.engines.lm_head import LmHead
 
 if TYPE_CHECKING:
     from teacher_cache.capture_setup import CaptureSetup
@@ -90,7 +90,7 @@ def _check_head(job: CaptureSetup, model: Any) -> None:
     ids = [number for number in range(job.codec.vocab_size) if number != image][:8]
     input_ids = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
     theirs = model(input_ids=input_ids, use_cache=False).logits[0, :, : job.codec.vocab_size].float()
-    head = Head(layer.weight, getattr(layer, "bias", None), job.codec.vocab_size)
+    head = LmHead(layer.weight, getattr(layer, "bias", None), job.codec.vocab_size)
     hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
     ours = head.logits(hidden[0].to(head.device)).to(theirs.device)
     if not bool(theirs.isfinite().all()):

@@ -11,7 +11,7 @@ from torch import Tensor
 _BLOCK_VALUES = 2**26
 
 
-class Head:
+class LmHead:
     """Logits in float32 of rows of hidden states, over the first `vocab_size` ids.
 
     A float32 weight is used as it is. On a CPU, where casting costs more than the product, another one is copied once.

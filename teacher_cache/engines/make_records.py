@@ -1,17 +1,20 @@
 """Records made from logits, chunk by chunk on the device they are on.
 
-Shape suffixes: N positions (R of them in a chunk), V ids, K slots of a head being built, F forced ids, S temperatures;
-H and D are the lengths of all heads and of all lists of tail draws, one after another (as in a CSR matrix).
+Shape suffixes: N positions (R of them in a chunk), X what a row holds, V ids, K slots of the top-k being built, F
+forced ids, S temperatures; H and D count all top-k entries and all tail samples, one position after another (as in a
+CSR matrix).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llavamod_offline.data.encode.tokenize import NO_TARGET
+from llavamod_offline.data.encode.tokenize import NO_TARGET, Ids
 from teacher_cache.engines.tail_samples import systematic_tail_samples, tail_sample_budget
 from teacher_cache.format.record import Floats, Ints, Records, RecordSettings, concatenate_records
 
@@ -25,25 +28,54 @@ def rows_per_chunk(vocab_size: int, device_type: str) -> int:
 
 @torch.inference_mode()
 def make_records(
-    logits_NV: Tensor, target_ids_N: Tensor, uniforms_N: Tensor, settings: RecordSettings
+    rows_NX: Tensor,
+    target_ids_N: Tensor,
+    uniforms_N: Tensor,
+    settings: RecordSettings,
+    *,
+    logits_of: Callable[[Tensor], Tensor] = Tensor.float,
+    vocab_size: int | None = None,
 ) -> tuple[Records, NDArray[np.bool_]]:
-    """Make the records of N rows of logits, chunk by chunk on the device they are on.
+    """Make the records of N rows, chunk by chunk on the device they are on.
 
-    Shapes: `logits_NV` [N, V] float, already cut to the shared vocabulary; `target_ids_N` int64 < V, or −1 for none;
-    `uniforms_N` float64, from `draws.sequence_uniforms`. Result: the records, and [N] bool: whether the row's
-    logits were finite (the record of a row that was not is meaningless).
+    `logits_of` turns rows [R, X] into logits [R, V] cut to the shared vocabulary of `vocab_size` ids; by default the
+    rows are the logits.
+    Shapes: `rows_NX` [N, X]; `target_ids_N` int64 < V, or −1 for none; `uniforms_N` float64, from
+    `tail_samples.sequence_uniforms`. Result: the records, and [N] bool: whether the row's logits were finite (the
+    record of a row that was not is meaningless).
     """
-    rows, width = logits_NV.shape
-    chunk = rows_per_chunk(width, logits_NV.device.type)
-    parts = []
-    finite = []
-    for start in range(0, rows, chunk):
-        piece = slice(start, start + chunk)
-        fine_R, part = _chunk_records(logits_NV[piece].float(), target_ids_N[piece], uniforms_N[piece], settings)
+    step = rows_per_chunk(vocab_size or rows_NX.shape[1], rows_NX.device.type)
+    parts: list[Records] = []
+    finite: list[NDArray[np.bool_]] = [np.zeros(0, np.bool_)]
+    for start in range(0, len(rows_NX), step):
+        chunk = slice(start, start + step)
+        logits_RV = logits_of(rows_NX[chunk]).float()
+        finite_R, part = _chunk_records(logits_RV, target_ids_N[chunk], uniforms_N[chunk], settings)
         parts.append(part)
-        finite.append(fine_R.cpu().numpy())
-    records = concatenate_records(parts, len(settings.temperatures))
-    return records, np.concatenate(finite) if finite else np.zeros(0, np.bool_)
+        finite.append(finite_R.cpu().numpy())
+    return concatenate_records(parts, len(settings.temperatures)), np.concatenate(finite)
+
+
+def make_sequence_records(
+    rows_ND: Tensor,
+    targets: Sequence[Ids],
+    uniforms: Sequence[NDArray[np.float64]],
+    settings: RecordSettings,
+    *,
+    logits_of: Callable[[Tensor], Tensor],
+    vocab_size: int,
+) -> list[tuple[Records, NDArray[np.bool_]]]:
+    """Make the records of several sequences whose rows [N, D] follow one another; their rows fill common chunks."""
+    records, finite_N = make_records(
+        rows_ND,
+        torch.from_numpy(np.concatenate(targets)).to(rows_ND.device),
+        torch.from_numpy(np.concatenate(uniforms)).to(rows_ND.device),
+        settings,
+        logits_of=logits_of,
+        vocab_size=vocab_size,
+    )
+    lengths = [len(targets_N) for targets_N in targets]
+    return list(zip(records.split(lengths), np.split(finite_N, np.cumsum(lengths)[:-1]), strict=True))
 
 
 def _chunk_records(
@@ -53,7 +85,7 @@ def _chunk_records(
     finite_R = torch.isfinite(entropy_R)  # NaN for a row with any logit that is not finite
     if not bool(finite_R.all()):
         shifted_RV, log_z_R, entropy_R = _normalise(torch.where(finite_R[:, None], logits_RV, 0.0))
-    topk_ids_RK, topk_shifted_RK, kept_RK = _head(shifted_RV, log_z_R, settings)
+    topk_ids_RK, topk_shifted_RK, kept_RK = _top_k(shifted_RV, log_z_R, settings)
     # Σ exp(x/T) ≥ exp(0): no shift is needed, whatever T.
     normalisers = [(shifted_RV / t).exp_().sum(-1).log() - log_z_R / t for t in settings.temperatures]
     targets = shifted_RV.gather(1, targets_R.clamp(min=0)[:, None])[:, 0] - log_z_R
@@ -94,8 +126,8 @@ def _normalise(logits_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return shifted_RV, log_z_R, log_z_R + spread_R / z_R
 
 
-def _head(shifted_RV: Tensor, log_z_R: Tensor, settings: RecordSettings) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose the head: ids, shifted logits and which slots are kept, [R, K] each; likely ids, then forced ones."""
+def _top_k(shifted_RV: Tensor, log_z_R: Tensor, settings: RecordSettings) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose the top-k: ids, shifted logits and which slots are kept, [R, K] each; likely ids, then forced ones."""
     slots = min(settings.top_k, shifted_RV.shape[1])
     shifted_RK, ids_RK = shifted_RV.topk(slots)
     # Equal logits are common in low-precision models: their order must not depend on how topk met them.

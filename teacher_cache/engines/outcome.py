@@ -54,7 +54,7 @@ def recorded(
         key=sequence.key,
         role=sequence.role,
         target_hash=sequence.target_hash,
-        content_hash=request.content_hash,
+        content_hash=request.sample.content_hash,
         n_tokens=len(sequence.input_ids_T),
         records=records,
         hidden=hidden,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,11 +15,10 @@ from teacher_cache.format.sequences import SequenceRecord
 
 @dataclass(frozen=True)
 class Request:
-    """One sample to capture: its row in the set, and its tokenised roles."""
+    """One sample to capture: its row in the set, what was read there, and its tokenised roles."""
 
     row: int
-    key: str
-    content_hash: str
+    sample: Sample
     sequences: tuple[TokenizedSequence, ...]
 
 
@@ -28,10 +27,8 @@ class CaptureEngine(Protocol):
 
     settings: RecordSettings
 
-    def capture(
-        self, requests: Sequence[Request], load: Callable[[int], Sample]
-    ) -> Iterator[SequenceRecord | Rejection]:
-        """Capture every sequence of one data shard, in any order; `load` reads a sample by its row, in any thread.
+    def capture(self, requests: Sequence[Request]) -> Iterator[SequenceRecord | Rejection]:
+        """Capture every sequence of one data shard, in any order.
 
         What goes into a batch depends on `requests` alone, so that a shard made again is the same.
         """

@@ -36,8 +36,7 @@ _BATCHES_AHEAD = 2
 class _Open:
     """A sample in the making: the places of its turns to be written, what was written so far, or why it is given up."""
 
-    row: int
-    key: str
+    sample: Sample
     places: list[int]
     texts: list[str]
     tokens: int = 0
@@ -53,7 +52,7 @@ class _Open:
         """What became of it."""
         kind, reason = (None, "") if self.problem is None else (self.problem.kind, str(self.problem))
         texts = () if self.problem else tuple(self.texts)
-        return AnsweredSample(self.key, texts, self.tokens, self.retokenised, kind, reason)
+        return AnsweredSample(self.sample.key, texts, self.tokens, self.retokenised, kind, reason)
 
 
 class Answerer:
@@ -73,7 +72,7 @@ class Answerer:
         samples = []
         for row in rows:
             sample = self._job.samples.read(row, verify=True)
-            samples.append(_Open(row, sample.key, written_turns(sample, self._settings.turns), []))
+            samples.append(_Open(sample, written_turns(sample, self._settings.turns), []))
         while unfinished := [item for item in samples if not item.done]:
             self._write_turn(unfinished)
         return [item.result() for item in samples]
@@ -89,23 +88,23 @@ class Answerer:
         prompts.sort(key=lambda pair: -len(pair[1]))
         size = self._engine.batch_size
         batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-        for batch, pictures in self._with_pictures(batches):
-            self._write_batch(batch, pictures)
+        for batch, images in self._with_images(batches):
+            self._write_batch(batch, images)
 
-    def _write_batch(self, batch: list[tuple[_Open, Ids]], pictures: list[Future[list[SampleImage]]]) -> None:
+    def _write_batch(self, batch: list[tuple[_Open, Ids]], images: list[Future[list[SampleImage]]]) -> None:
         from teacher_cache.generate.decode_loop import Decoding, Prompt, write_answers
 
         settings = self._settings
         ready: list[tuple[_Open, Prompt]] = []
-        for (item, ids_T), coming in zip(batch, pictures, strict=True):
+        for (item, ids_T), coming in zip(batch, images, strict=True):
             try:
                 own = tuple(coming.result())
-                self._check_pictures(ids_T, own)
+                self._check_images(ids_T, own)
             except DataError as error:
                 self._refuse(item, RowError("unanswerable prompt", str(error)))
                 continue
             stream = f"answer {item.places[len(item.texts)]}"
-            ready.append((item, Prompt(item.key, stream, ids_T, own, self._limit - len(ids_T))))
+            ready.append((item, Prompt(item.sample.key, stream, ids_T, own, self._limit - len(ids_T))))
         if not ready:
             return
         decoding = Decoding(settings.temperature, settings.top_p, settings.max_new_tokens, settings.seed)
@@ -124,7 +123,7 @@ class Answerer:
         item.problem = problem
         self._progress(1, 0)
 
-    def _with_pictures(
+    def _with_images(
         self, batches: Sequence[list[tuple[_Open, Ids]]]
     ) -> Iterator[tuple[list[tuple[_Open, Ids]], list[Future[list[SampleImage]]]]]:
         """Each batch with its images, which threads prepare a few batches ahead."""
@@ -132,12 +131,12 @@ class Answerer:
         with ThreadPoolExecutor(self._engine.workers, thread_name_prefix="images") as pool:
             for number, batch in enumerate(batches):
                 for ahead in batches[len(coming) : number + 1 + _BATCHES_AHEAD]:
-                    coming.append([pool.submit(self._pictures, item) for item, _ in ahead])
+                    coming.append([pool.submit(self._images, item) for item, _ in ahead])
                 yield batch, coming[number]
                 coming[number] = []
 
-    def _pictures(self, item: _Open) -> list[SampleImage]:
-        return self._job.teacher.pictures(self._cut(item, "-"))
+    def _images(self, item: _Open) -> list[SampleImage]:
+        return self._job.teacher.images(self._cut(item, "-"))
 
     def _prompt_ids(self, item: _Open) -> Ids:
         """The tokens up to where the next answer begins. Errors: `DataError` if they leave no room for one."""
@@ -146,19 +145,18 @@ class Answerer:
 
     def _cut(self, item: _Open, answer: str) -> Sample:
         """The sample up to the turn that is written next, which is `answer`, with the images so far."""
-        sample = self._job.samples.read(item.row)
-        place = item.places[len(item.texts)]
+        sample, place = item.sample, item.places[len(item.texts)]
         turns = with_texts(sample.turns, item.places, [*item.texts, answer])[: place + 1]
         images = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
         extensions = sample.image_extensions[:images]
         return replace(sample, turns=turns, images=sample.images[:images], image_extensions=extensions)
 
-    def _check_pictures(self, ids_T: Ids, pictures: Sequence[SampleImage]) -> None:
-        expected = sum(picture.tokens for picture in pictures)
+    def _check_images(self, ids_T: Ids, images: Sequence[SampleImage]) -> None:
+        expected = sum(image.tokens for image in images)
         found = int((ids_T == self._job.teacher.image_token_id).sum())
         if found != expected:
             raise DataError(
-                f"its pictures take {expected} tokens, its prompt has {found}: the file's header says another size"
+                f"its images take {expected} tokens, its prompt has {found}: the file's header says another size"
             )
 
     def _take(self, item: _Open, prompt: Prompt, answer: Written) -> None:
@@ -193,7 +191,7 @@ class Answerer:
 
     def _read_back(self, item: _Open, text: str) -> list[int]:
         """The tokens of an answer in its conversation. Errors: `DataError` if it makes no sample, or too long a one."""
-        cut = replace(self._cut(item, text), key=f"{item.key}{self._settings.key_suffix}")
+        cut = replace(self._cut(item, text), key=f"{item.sample.key}{self._settings.key_suffix}")
         sequence = self._job.encode(cut, "response")
         ids: list[int] = sequence.input_ids_T[_last_answer(sequence.supervised_N)].tolist()
         return ids

@@ -8,7 +8,6 @@ Shape suffixes: B prompts of a batch, T tokens of the longest, D hidden size, V 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
@@ -17,13 +16,11 @@ import torch
 from torch import Tensor
 
 from llavamod_offline.data.encode.tokenize import Ids
-from llavamod_offline.errors import ModelError
+from teacher_cache.engines.batch_limit import BatchLimit
 from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.engines.tail_samples import sequence_uniforms
 from teacher_cache.generate.sampling import choose_tokens
 from teacher_cache.teachers import SampleImage
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class Prompt:
     key: str
     stream: str
     input_ids_T: Ids
-    pictures: tuple[SampleImage, ...]
+    images: tuple[SampleImage, ...]
     room: int
 
 
@@ -63,22 +60,19 @@ class Written:
 
 
 def write_answers(engine: HfCaptureEngine, prompts: Sequence[Prompt], decoding: Decoding) -> list[Written]:
-    """Answer a batch of prompts. One that does not fit into memory is halved, for this time.
+    """Answer a batch of prompts, in halves if it does not fit into memory.
 
     Errors: `ModelError` naming the sample if a single prompt does not fit.
     """
-    try:
-        return _write(engine, prompts, decoding)
-    except torch.OutOfMemoryError as error:
-        if len(prompts) == 1:
-            raise ModelError(
-                f"sample '{prompts[0].key}': its {len(prompts[0].input_ids_T)} tokens and an answer do not fit into "
-                "the device's memory even alone: lower generate.max_new_tokens, or use a larger device"
-            ) from error
-        _LOG.warning("out of memory with %d prompts at once: going on with half of them", len(prompts))
-        torch.cuda.empty_cache()
-    half = len(prompts) // 2
-    return [*write_answers(engine, prompts[:half], decoding), *write_answers(engine, prompts[half:], decoding)]
+    limit = BatchLimit(len(prompts), "prompts")
+    return list(limit.run(prompts, lambda piece: _write(engine, piece, decoding), _too_large))
+
+
+def _too_large(prompt: Prompt) -> str:
+    return (
+        f"sample '{prompt.key}': its {len(prompt.input_ids_T)} tokens and an answer do not fit into the device's "
+        "memory even alone: lower generate.max_new_tokens, or use a larger device"
+    )
 
 
 @torch.inference_mode()
@@ -123,8 +117,8 @@ def _next_logits(engine: HfCaptureEngine, prompts: Sequence[Prompt]) -> Generato
     for row, prompt in enumerate(prompts):
         ids_BT[row, : len(prompt.input_ids_T)] = torch.from_numpy(prompt.input_ids_T)
     mask_BT = (torch.arange(longest) < lengths_B[:, None]).long()
-    pictures = [picture for prompt in prompts for picture in prompt.pictures]
-    positions_BT = teacher.position_ids(model, ids_BT, mask_BT, pictures)
+    images = [image for prompt in prompts for image in prompt.images]
+    positions_BT = teacher.position_ids(model, ids_BT, mask_BT, images)
     if positions_BT is None:
         positions_BT = torch.arange(longest).expand(ids_BT.shape)
     # Positions of three kinds (time, height, width) go on together from the largest of them.
@@ -134,8 +128,8 @@ def _next_logits(engine: HfCaptureEngine, prompts: Sequence[Prompt]) -> Generato
     ids_BT, mask_BT = ids_BT.gather(1, moved_BT), mask_BT.gather(1, moved_BT)
     positions_BT = positions_BT.gather(-1, moved_BT.expand(positions_BT.shape))
     embedded_BTD = embed(ids_BT.to(device))
-    if pictures:
-        features = torch.cat(teacher.image_features(model, pictures)).to(embedded_BTD)
+    if images:
+        features = torch.cat(teacher.image_features(model, images)).to(embedded_BTD)
         embedded_BTD = embedded_BTD.masked_scatter(torch.eq(ids_BT, image or 0).to(device)[..., None], features)
     mask_BT, positions_BT = mask_BT.to(device), positions_BT.to(device)
     following_B = following_B.to(device)
@@ -149,7 +143,7 @@ def _next_logits(engine: HfCaptureEngine, prompts: Sequence[Prompt]) -> Generato
             use_cache=True,
         )
         cache = output.past_key_values
-        logits_BV = engine.head.logits(output.last_hidden_state[:, -1].to(engine.head.device))
+        logits_BV = engine.lm_head.logits(output.last_hidden_state[:, -1].to(engine.lm_head.device))
         if image is not None and image < logits_BV.shape[1]:
             logits_BV[:, image] = -torch.inf
         chosen_B = (yield logits_BV).to(device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -16,11 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from tqdm import tqdm
-
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError, DataError
 from llavamod_offline.storage.folders import is_url
+from teacher_cache.capture.progress import ProgressBar
 from teacher_cache.capture.run import Summary, run_capture
 from teacher_cache.capture_setup import prepare_capture
 from teacher_cache.config import GenerateConfig
@@ -78,7 +76,7 @@ def generate(config: CacheTeacherConfig, *, allow: Sequence[str] = ()) -> Genera
     missing = target.missing(job.samples.shard_names)
     if missing:
         _LOG.info("%s: answers to %d of %d shards to write", target.path, len(missing), len(job.samples.shard_names))
-        with _GenerateProgress(sum(len(job.samples.rows_of(name)) for name in missing)) as progress:
+        with ProgressBar(sum(len(job.samples.rows_of(name)) for name in missing), "generate", "tokens") as progress:
             answerer = Answerer(job, cast("HfCaptureEngine", engine()), settings, progress.update)
             for name in missing:
                 answers = answerer.answer(job.samples.rows_of(name))
@@ -138,25 +136,3 @@ def _check_samples(samples: SampleSet) -> None:
 def _identity(teacher: Any) -> str:
     """One SHA-256 (hex) for a checkpoint's configuration and weights."""
     return hashlib.sha256(canonical(teacher)).hexdigest()
-
-
-class _GenerateProgress:
-    """A bar over samples that also shows tokens per second."""
-
-    def __init__(self, samples: int) -> None:
-        self._bar = tqdm(total=samples, unit="sample", desc="generate", disable=not sys.stderr.isatty())
-        self._tokens = 0
-        self._started = time.perf_counter()
-
-    def __enter__(self) -> _GenerateProgress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def update(self, samples: int, tokens: int) -> None:
-        """Count finished samples and written tokens."""
-        self._tokens += tokens
-        rate = self._tokens / (time.perf_counter() - self._started)
-        self._bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
-        self._bar.update(samples)

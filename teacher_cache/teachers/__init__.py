@@ -39,7 +39,7 @@ def open_teacher(folder: Path, template: Template, *, image_aspect: str, max_len
         return CausalLmTeacher(folder, template, **settings)
     raise ModelError(
         f"{folder}/config.json: model_type is '{model_type}', which is none of {', '.join(KNOWN)}, nor a causal "
-        "language model without pictures: give the folder of such a checkpoint"
+        "language model without images: give the folder of such a checkpoint"
     )
 
 

@@ -40,12 +40,12 @@ class CausalLmTeacher:
         """Tokenise one role of a sample. Errors: `DataError` if it has images."""
         if sample.images:
             raise DataError(
-                f"sample '{sample.key}' ({role}): it has {len(sample.images)} picture(s), and the teacher is a "
-                "language model without pictures"
+                f"sample '{sample.key}' ({role}): it has {len(sample.images)} image(s), and the teacher is a "
+                "language model without images"
             )
         return self.encoder.encode(sample, role)
 
-    def pictures(self, sample: Sample) -> list[SampleImage]:
+    def images(self, sample: Sample) -> list[SampleImage]:
         """None: `encode` lets no sample with images pass."""
         return []
 
@@ -59,12 +59,12 @@ class CausalLmTeacher:
 
         return load_weights(AutoModelForCausalLM, self.folder, dtype=dtype, **settings)
 
-    def image_features(self, model: Any, pictures: Sequence[SampleImage]) -> list[Tensor]:
+    def image_features(self, model: Any, images: Sequence[SampleImage]) -> list[Tensor]:
         """None, for there are no images."""
         return []
 
     def position_ids(
-        self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, pictures: Sequence[SampleImage]
+        self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, images: Sequence[SampleImage]
     ) -> Tensor | None:
         """Plain counting."""
         return None

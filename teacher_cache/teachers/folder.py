@@ -63,7 +63,7 @@ def own_aspect(aspect: str, family: str) -> bool:
     """Say whether images are padded to squares first. Errors: `ConfigError` for what the family has no use for."""
     if aspect == "square":
         raise ConfigError(
-            f"image_aspect is 'square', but {family} takes pictures of any shape: set auto, or pad to fill them up"
+            f"image_aspect is 'square', but {family} takes images of any shape: set auto, or pad to fill them up"
         )
     return aspect == "pad"
 
@@ -76,14 +76,14 @@ def preparing(sample: Sample) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"sample '{sample.key}': its picture cannot be prepared: {first_line(error)}") from error
+        raise DataError(f"sample '{sample.key}': its image cannot be prepared: {first_line(error)}") from error
 
 
 def pixel_array(pixels: Any, sample: Sample) -> NDArray[np.float32]:
     """An image processor's pixels as float32. Errors: `DataError` naming the sample if one is no number."""
     array = np.asarray(pixels, np.float32)
     if not np.isfinite(array).all():
-        raise DataError(f"sample '{sample.key}': its picture's pixels are not finite")
+        raise DataError(f"sample '{sample.key}': its image's pixels are not finite")
     return array
 
 

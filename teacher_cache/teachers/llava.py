@@ -41,7 +41,7 @@ class LlavaTeacher:
         """Tokenise one role of a sample."""
         return self.encoder.encode(sample, role)
 
-    def pictures(self, sample: Sample) -> list[SampleImage]:
+    def images(self, sample: Sample) -> list[SampleImage]:
         """Decode and preprocess: `pixel_values` [3, H, W] float32."""
         made = []
         for image in sample.images:
@@ -59,14 +59,14 @@ class LlavaTeacher:
         """Load the model."""
         return load_llava(self.folder, dtype=dtype, **settings)
 
-    def image_features(self, model: Any, pictures: Sequence[SampleImage]) -> list[Tensor]:
+    def image_features(self, model: Any, images: Sequence[SampleImage]) -> list[Tensor]:
         """Run tower and projector."""
-        stacked = np.stack([picture.inputs["pixel_values"] for picture in pictures])
+        stacked = np.stack([image.inputs["pixel_values"] for image in images])
         pixels_I3HW = torch.from_numpy(stacked).to(model.device, model.dtype)
         return list(model.model.get_image_features(pixel_values=pixels_I3HW, return_dict=True).pooler_output)
 
     def position_ids(
-        self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, pictures: Sequence[SampleImage]
+        self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, images: Sequence[SampleImage]
     ) -> Tensor | None:
         """Plain counting."""
         return None

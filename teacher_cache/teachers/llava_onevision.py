@@ -71,7 +71,7 @@ class LlavaOnevisionTeacher:
         counts = [self._tokens(size, sample) for size in sizes]
         return self.encoder.encode(sample, role, counts)
 
-    def pictures(self, sample: Sample) -> list[SampleImage]:
+    def images(self, sample: Sample) -> list[SampleImage]:
         """Decode and preprocess: `pixel_values` [S, 3, H, W] float32 of each, `image_size` [2] (height, width)."""
         images = [decode_image(encoded, name=sample.key) for encoded in sample.images]
         if self.padded:
@@ -90,7 +90,7 @@ class LlavaOnevisionTeacher:
         return made
 
     def describe_images(self) -> dict[str, Any]:
-        """The processor's settings; a picture's tokens follow from its size and whether it is alone."""
+        """The processor's settings; a image's tokens follow from its size and whether it is alone."""
         names = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor")
         means = ("do_normalize", "image_mean", "image_std", "image_grid_pinpoints")
         return {
@@ -108,17 +108,17 @@ class LlavaOnevisionTeacher:
 
         return load_weights(LlavaOnevisionForConditionalGeneration, self.folder, dtype=dtype, **settings)
 
-    def image_features(self, model: Any, pictures: Sequence[SampleImage]) -> list[Tensor]:
-        """Run tower and projector over the tiles, and put each picture's together, newlines and all."""
+    def image_features(self, model: Any, images: Sequence[SampleImage]) -> list[Tensor]:
+        """Run tower and projector over the tiles, and put each image's together, newlines and all."""
         found: dict[int, Tensor] = {}
-        alone = [len(picture.inputs["pixel_values"]) > 1 for picture in pictures]
+        alone = [len(image.inputs["pixel_values"]) > 1 for image in images]
         for kind in (True, False):
             numbers = [number for number, single in enumerate(alone) if single == kind]
             if not numbers:
                 continue
-            inputs = [pictures[number].inputs for number in numbers]
-            tiles = torch.from_numpy(np.concatenate([picture["pixel_values"] for picture in inputs]))
-            sizes = torch.from_numpy(np.stack([picture["image_size"] for picture in inputs]))
+            inputs = [images[number].inputs for number in numbers]
+            tiles = torch.from_numpy(np.concatenate([image["pixel_values"] for image in inputs]))
+            sizes = torch.from_numpy(np.stack([image["image_size"] for image in inputs]))
             features = model.model.get_image_features(
                 tiles.to(model.device, model.dtype),
                 sizes,
@@ -126,10 +126,10 @@ class LlavaOnevisionTeacher:
                 return_dict=True,
             ).pooler_output
             found |= dict(zip(numbers, features, strict=True))
-        return [found[number] for number in range(len(pictures))]
+        return [found[number] for number in range(len(images))]
 
     def position_ids(
-        self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, pictures: Sequence[SampleImage]
+        self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, images: Sequence[SampleImage]
     ) -> Tensor | None:
         """Plain counting."""
         return None
@@ -144,7 +144,7 @@ class LlavaOnevisionTeacher:
             return own + 1
         best = select_best_resolution((height, width), self.processor.image_grid_pinpoints)
         if best is None:
-            raise DataError(f"sample '{sample.key}': {width}×{height} pixels fit no grid of tiles: crop the picture")
+            raise DataError(f"sample '{sample.key}': {width}×{height} pixels fit no grid of tiles: crop the image")
         rows, columns = (side * (int(length) // self.tile) for length in best)
         # What follows rounds as the model's `unpad_image` does.
         if width / height > columns / rows:

@@ -41,13 +41,13 @@ class Teacher(Protocol):
     context_length: int
 
     def encode(self, sample: Sample, role: str) -> TokenizedSequence:
-        """Tokenise one role of a sample, its pictures' tokens expanded. Of images only headers are read.
+        """Tokenise one role of a sample, its images' tokens expanded. Of images only headers are read.
 
         Errors: `DataError` naming the sample.
         """
         ...
 
-    def pictures(self, sample: Sample) -> list[SampleImage]:
+    def images(self, sample: Sample) -> list[SampleImage]:
         """Decode and preprocess a sample's images, in order. Errors: `DataError` naming the sample."""
         ...
 
@@ -65,15 +65,15 @@ class Teacher(Protocol):
         """
         ...
 
-    def image_features(self, model: Any, pictures: Sequence[SampleImage]) -> list[Tensor]:
+    def image_features(self, model: Any, images: Sequence[SampleImage]) -> list[Tensor]:
         """Run the vision tower and what follows it: [tokens, D] of each image, as they enter the decoder."""
         ...
 
     def position_ids(
-        self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, pictures: Sequence[SampleImage]
+        self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, images: Sequence[SampleImage]
     ) -> Tensor | None:
         """The decoder's positions, on the CPU like the arguments; None where it counts them itself.
 
-        `pictures` are those of the whole batch, in the order of their tokens; padding stands at the right.
+        `images` are those of the whole batch, in the order of their tokens; padding stands at the right.
         """
         ...

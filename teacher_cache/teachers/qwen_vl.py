@@ -52,7 +52,7 @@ class QwenVlTeacher:
             tokenizer,
             template,
             image_token_id=image,
-            image_tokens=0,  # `encode` counts each picture's
+            image_tokens=0,  # `encode` counts each image's
             max_length=max_length,
             image_frame=((start,), (end,)),
         )
@@ -69,7 +69,7 @@ class QwenVlTeacher:
         counts = [self._tokens(image_size(image, name=sample.key), sample) for image in sample.images]
         return self.encoder.encode(sample, role, counts)
 
-    def pictures(self, sample: Sample) -> list[SampleImage]:
+    def images(self, sample: Sample) -> list[SampleImage]:
         """Decode and preprocess: `pixel_values` [P, C] float32 of each, `image_grid_thw` [3] its patches."""
         made = []
         for encoded in sample.images:
@@ -85,7 +85,7 @@ class QwenVlTeacher:
         return made
 
     def describe_images(self) -> dict[str, Any]:
-        """The processor's settings; a picture's tokens follow from its size."""
+        """The processor's settings; a image's tokens follow from its size."""
         processor = self.processor
         switches = ("do_resize", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "size")
         patches = ("patch_size", "temporal_patch_size", "merge_size", "resample")
@@ -104,19 +104,19 @@ class QwenVlTeacher:
         model_class = Qwen2_5_VLForConditionalGeneration if self._newer else Qwen2VLForConditionalGeneration
         return load_weights(model_class, self.folder, dtype=dtype, **settings)
 
-    def image_features(self, model: Any, pictures: Sequence[SampleImage]) -> list[Tensor]:
+    def image_features(self, model: Any, images: Sequence[SampleImage]) -> list[Tensor]:
         """Run the tower with its merger over the patches of all images, one after another."""
-        patches_PC = np.concatenate([picture.inputs["pixel_values"] for picture in pictures])
+        patches_PC = np.concatenate([image.inputs["pixel_values"] for image in images])
         pixels_PC = torch.from_numpy(patches_PC).to(model.device, model.dtype)
-        found = model.model.get_image_features(pixels_PC, _grids(pictures).to(model.device), return_dict=True)
+        found = model.model.get_image_features(pixels_PC, _grids(images).to(model.device), return_dict=True)
         return list(found.pooler_output)
 
     def position_ids(
-        self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, pictures: Sequence[SampleImage]
+        self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, images: Sequence[SampleImage]
     ) -> Tensor | None:
         """M-RoPE: time, height and width of each token, [3, B, T] (Qwen2-VL, arXiv 2409.12191, section 2.1)."""
         types_BT = torch.eq(input_ids_BT, self.encoder.image_token_id).int()
-        grids = _grids(pictures) if pictures else None
+        grids = _grids(images) if images else None
         found: Tensor = model.model.get_rope_index(
             input_ids_BT, mm_token_type_ids=types_BT, image_grid_thw=grids, attention_mask=mask_BT
         )[0]
@@ -147,5 +147,5 @@ class QwenVlTeacher:
                 )
 
 
-def _grids(pictures: Sequence[SampleImage]) -> Tensor:
-    return torch.from_numpy(np.stack([picture.inputs["image_grid_thw"] for picture in pictures]).astype(np.int64))
+def _grids(images: Sequence[SampleImage]) -> Tensor:
+    return torch.from_numpy(np.stack([image.inputs["image_grid_thw"] for image in images]).astype(np.int64))

@@ -75,10 +75,8 @@ def prepared_batches(job: CaptureSetup, batch_size: int) -> list[Batch]:
             lengths = [len(sequence.input_ids_T) for sequence in sequences]
             ids_BT = np.stack([np.pad(s.input_ids_T, (0, longest - len(s.input_ids_T))) for s in sequences])
             rows = [sequence.rows_and_targets("response")[0] for sequence in sequences]
-            pictures = [
-                picture for request, _ in pairs for picture in job.teacher.pictures(job.samples.read(request.row))
-            ]
-            pixels = [np.asarray(picture.inputs["pixel_values"]) for picture in pictures]
+            images = [image for request, _ in pairs for image in job.teacher.images(request.sample)]
+            pixels = [np.asarray(image.inputs["pixel_values"]) for image in images]
             batches.append(
                 Batch(
                     torch.from_numpy(ids_BT),
@@ -105,7 +103,7 @@ def forward(engine: HfCaptureEngine, batches: list[Batch]) -> None:
         ).last_hidden_state
         rows_ND = hidden_BTD[batch.which_N.to(device), batch.where_N.to(device)]
         for rows_RD in rows_ND.split(rows_per_chunk(engine.vocab_size, device.type)):
-            engine.head.logits(rows_RD)
+            engine.lm_head.logits(rows_RD)
     if device.type == "cuda":
         torch.cuda.synchronize()
 

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llavamod_offline.config import load_config
+from llavamod_offline.data.sets.sample_set import SampleSet
 from teacher_cache.capture.run import Summary, run_capture
 from teacher_cache.config import CacheTeacherConfig
 from tests.teacher_cache.generate.reference import SOURCE_SAMPLES, Place, write_prompts
 from tests.tiny import write_tiny_llava, write_tiny_set
 
 FLOAT32 = "capture.precision=exact"
+
+
+def count_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, int]]:
+    """Count the reads of each member of a tar, by set and place, from now on."""
+    reads: Counter[tuple[str, int]] = Counter()
+    read = SampleSet._read_bytes
+
+    def counted(samples: SampleSet, ordinal: int, member: dict[str, Any], where: str, scattered: bool) -> bytes:
+        reads[f"{samples.path} {ordinal}", member["offset"]] += 1
+        return read(samples, ordinal, member, where, scattered)
+
+    monkeypatch.setattr(SampleSet, "_read_bytes", counted)
+    return reads
 
 
 @dataclass(frozen=True)

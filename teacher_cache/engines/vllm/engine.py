@@ -6,7 +6,7 @@ Shape suffixes: T tokens of a sequence, N its recorded positions, M those of the
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from llavamod_offline.data.encode.tokenize import Positions, TokenizedSequence
-from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import DataError, ModelError
 from llavamod_offline.vllm import plugin as plain
 from llavamod_offline.vllm.inputs import check_prompt, engine_input
@@ -43,7 +42,7 @@ class _QueuedItem:
 
     request: Request
     sequence: TokenizedSequence
-    pictures: Future[list[SampleImage]]
+    images: Future[list[SampleImage]]
     reuse: bool
 
 
@@ -78,13 +77,13 @@ class VllmCaptureEngine:
         self.positions: Positions = positions
         self.hidden_positions = hidden_positions
 
-    def capture(self, requests: Sequence[Request], load: Callable[[int], Sample]) -> Iterator[Outcome]:
+    def capture(self, requests: Sequence[Request]) -> Iterator[Outcome]:
         """Capture one data shard; see `protocol.Engine`. Images are prepared a window ahead, in threads."""
         self.session.forget()
         rejected: deque[Rejection] = deque()
         redo: list[_QueuedItem] = []
         with ThreadPoolExecutor(self.workers, thread_name_prefix="images") as pool:
-            items = self._items(requests, load, pool)
+            items = self._items(requests, pool)
             for item, output in self.session.run(self._asked(items, rejected)):
                 outcome = self._outcome(item, output)
                 if outcome is None:
@@ -101,24 +100,19 @@ class VllmCaptureEngine:
                 raise ModelError(f"sample '{item.sequence.key}' ({item.sequence.role}): vLLM computed too few rows")
             yield outcome
 
-    def _items(
-        self, requests: Sequence[Request], load: Callable[[int], Sample], pool: ThreadPoolExecutor
-    ) -> Iterator[_QueuedItem]:
+    def _items(self, requests: Sequence[Request], pool: ThreadPoolExecutor) -> Iterator[_QueuedItem]:
         ahead: deque[tuple[Request, Future[list[SampleImage]]]] = deque()
         for request in _longest_first(requests):
-            ahead.append((request, pool.submit(self._pictures, request.row, load)))
+            ahead.append((request, pool.submit(self.teacher.images, request.sample)))
             if len(ahead) > self.session.window:
                 yield from self._roles(*ahead.popleft())
         while ahead:
             yield from self._roles(*ahead.popleft())
 
-    def _pictures(self, row: int, load: Callable[[int], Sample]) -> list[SampleImage]:
-        return self.teacher.pictures(load(row))
-
-    def _roles(self, request: Request, pictures: Future[list[SampleImage]]) -> Iterator[_QueuedItem]:
+    def _roles(self, request: Request, images: Future[list[SampleImage]]) -> Iterator[_QueuedItem]:
         first = request.sequences[0]
         for number, sequence in enumerate(request.sequences):
-            yield _QueuedItem(request, sequence, pictures, number > 0 and self._may_share(first, sequence))
+            yield _QueuedItem(request, sequence, images, number > 0 and self._may_share(first, sequence))
 
     def _may_share(self, first: TokenizedSequence, second: TokenizedSequence) -> bool:
         """Whether no whole block of what two sequences have in common holds a row that is wanted of the second."""
@@ -137,13 +131,13 @@ class VllmCaptureEngine:
         for item in items:
             problem = self._problem(item)
             if problem:
-                rejected.append(Rejection(item.request.key, item.sequence.role, problem))
+                rejected.append(Rejection(item.sequence.key, item.sequence.role, problem))
             else:
                 yield self._question(item, reuse=item.reuse)
 
     def _problem(self, item: _QueuedItem) -> str | None:
         try:
-            item.pictures.result()
+            item.images.result()
         except DataError as error:
             return str(error)
         length = len(item.sequence.input_ids_T)
@@ -155,10 +149,10 @@ class VllmCaptureEngine:
         sequence = item.sequence
         prompt = engine_input(
             sequence.input_ids_T,
-            item.pictures.result(),
+            item.images.result(),
             image_token_id=self.teacher.image_token_id,
             name=sequence.key,
-            salt=item.request.content_hash,
+            salt=item.request.sample.content_hash,
             dtype=self.dtype,
         )
         return item, prompt, self.channel.parameters(self._order(sequence), reuse=reuse)

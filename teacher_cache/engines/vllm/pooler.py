@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from vllm.model_executor.layers.pooler import PoolingParamsUpdate
 
-from teacher_cache.engines.make_records import make_records, rows_per_chunk
+from teacher_cache.engines.make_records import make_records, make_sequence_records, rows_per_chunk
 from teacher_cache.engines.tail_samples import sequence_uniforms
 from teacher_cache.engines.vllm.wire import NOTHING, RecordRequest, pack
-from teacher_cache.format.record import Records, RecordSettings, concatenate_records
+from teacher_cache.format.record import RecordSettings
 
 TASK = "token_classify"
 _TRIAL = RecordSettings(1.0, 128, 64, 64.0, (1.5, 2.0, 4.0))
@@ -80,23 +80,16 @@ class RecordPooler(nn.Module):
         """The records of sequences that want the same of each row, in one go: their rows fill common chunks."""
         settings, vocab_size = ready[0][1].settings, ready[0][1].vocab_size
         rows_ND = torch.cat([rows for _, _, rows in ready])
-        targets_N = torch.from_numpy(np.concatenate([order.targets_N for _, order, _ in ready])).to(rows_ND.device)
-        uniforms = [sequence_uniforms(order.seed, order.key, order.role, len(rows)) for _, order, rows in ready]
-        uniforms_N = torch.from_numpy(np.concatenate(uniforms)).to(rows_ND.device)
-        parts: list[Records] = []
-        finite: list[NDArray[np.bool_]] = [np.zeros(0, np.bool_)]
-        step = rows_per_chunk(vocab_size, rows_ND.device.type)
-        for start in range(0, len(rows_ND), step):
-            chunk = slice(start, start + step)
-            logits_RV = self._logits(rows_ND[chunk])[:, :vocab_size]
-            records, finite_R = make_records(logits_RV, targets_N[chunk], uniforms_N[chunk], settings)
-            parts.append(records)
-            finite.append(finite_R)
-        lengths = [len(rows) for _, _, rows in ready]
-        pieces = concatenate_records(parts, len(settings.temperatures)).split(lengths)
-        fine = np.split(np.concatenate(finite), np.cumsum(lengths)[:-1])
+        pieces = make_sequence_records(
+            rows_ND,
+            [order.targets_N for _, order, _ in ready],
+            [sequence_uniforms(order.seed, order.key, order.role, len(rows)) for _, order, rows in ready],
+            settings,
+            logits_of=lambda rows_RD: self._logits(rows_RD)[:, :vocab_size],
+            vocab_size=vocab_size,
+        )
         answers = []
-        for (number, order, rows), records, finite_N in zip(ready, pieces, fine, strict=True):
+        for (number, order, rows), (records, finite_N) in zip(ready, pieces, strict=True):
             states_MD = None
             if order.states_M is not None:
                 states_MD = rows[torch.from_numpy(order.states_M).to(rows.device)].float().cpu().numpy()

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,14 +119,15 @@ def test_a_number_that_was_changed_is_found(
 ) -> None:
     """Not by a checksum: the capture itself was wrong, at one position in each sequence."""
     from teacher_cache.engines import hf
-    from teacher_cache.engines.make_records import make_records as make
+    from teacher_cache.engines.make_records import make_sequence_records as make
 
-    def wrong(*arguments: object) -> object:
-        records, finite = make(*arguments)  # type: ignore[arg-type]
-        records.target_log_probs_N[0] -= 0.3
-        return records, finite
+    def wrong(*arguments: Any, **settings: Any) -> object:
+        made = make(*arguments, **settings)
+        for records, _ in made:
+            records.target_log_probs_N[0] -= 0.3
+        return made
 
-    monkeypatch.setattr(hf, "make_records", wrong)
+    monkeypatch.setattr(hf, "make_sequence_records", wrong)
     world.run(tmp_path / "c", FLOAT32, "batch_size=1")
     monkeypatch.undo()
     done = audit(tmp_path / "c", mean=1.0)
@@ -196,7 +198,7 @@ def test_a_sequence_that_the_teacher_rejects_now_is_a_failure(
     problem = hf.HfCaptureEngine._problem
 
     def picky(self: hf.HfCaptureEngine, item: hf._BatchItem) -> str | None:
-        return "a picture like that" if item.request.key == "tiny-0004" else problem(self, item)
+        return "a picture like that" if item.request.sample.key == "tiny-0004" else problem(self, item)
 
     monkeypatch.setattr(hf.HfCaptureEngine, "_problem", picky)
     done = audit(finished)

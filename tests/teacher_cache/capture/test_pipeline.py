@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from llavamod_offline.config import load_config
-from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import CacheError, ModelError
 from teacher_cache.capture.pipeline import capture_shards
 from teacher_cache.capture.shard import Progress
@@ -39,12 +38,12 @@ class Refusing:
         self.settings = settings
         self._before = before
 
-    def capture(self, requests: Sequence[Request], load: Callable[[int], Sample]) -> Iterator[Rejection]:
+    def capture(self, requests: Sequence[Request]) -> Iterator[Rejection]:
         """Reject every sequence."""
         for request in requests:
-            self._before(request.key)
+            self._before(request.sample.key)
             for sequence in request.sequences:
-                yield Rejection(request.key, sequence.role, "no")
+                yield Rejection(request.sample.key, sequence.role, "no")
 
 
 def with_commit(
@@ -124,15 +123,15 @@ def test_an_error_of_the_writer_stops_the_run_amid_the_next_shard(
     class Slow(Refusing):
         """Is not done with the shard after the failing one before the run is stopped."""
 
-        def capture(self, requests: Sequence[Request], load: Callable[[int], Sample]) -> Iterator[Rejection]:
+        def capture(self, requests: Sequence[Request]) -> Iterator[Rejection]:
             shards.append(requests[0].row // 5)
             if shards[-1] == failing + 1:
                 begun.set()
                 deadline = time.monotonic() + PATIENCE
                 while time.monotonic() < deadline:
-                    yield Rejection(requests[0].key, "response", "no")
+                    yield Rejection(requests[0].sample.key, "response", "no")
                 pytest.fail("the error was not seen")
-            yield from super().capture(requests, load)
+            yield from super().capture(requests)
 
     def commit(name: str, *_: Any) -> None:
         if name == names[failing]:

@@ -19,6 +19,7 @@ import torch
 
 from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
+from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import CacheError, ConfigError, DataError, LlavaModError, ModelError
 from llavamod_offline.models.checkpoint import load_tokenizer
 from teacher_cache.format.manifest import CACHE_NAME, file_entries
@@ -26,7 +27,7 @@ from teacher_cache.read.reader import open_cache
 from teacher_cache.verify.cache import verify_cache
 from teacher_cache.write import store
 from tests.teacher_cache.capture.killer import fork_server, run_and_die
-from tests.teacher_cache.conftest import World
+from tests.teacher_cache.conftest import World, count_reads
 from tests.tiny import tiny_samples
 
 COMMAND = [sys.executable, "-c", "from teacher_cache.cli.main import main; main()"]
@@ -255,3 +256,15 @@ def test_another_set_or_other_settings_into_the_same_output_are_refused(world: W
     summary = world.run(finished, "capture.top_k=7", allow=("capture.head_max",))
     assert summary.sequences == 0
     assert file_entries(finished) == before
+
+
+@pytest.mark.parametrize("data", ["samples", "pairs"])
+def test_each_member_of_a_tar_is_read_once(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str
+) -> None:
+    reads = count_reads(monkeypatch)
+    packed = world.samples if data == "samples" else world.pairs
+    world.run(tmp_path / "c", data=packed)
+    members = SampleSet.open(packed).index.column("members").to_pylist()
+    assert set(reads.values()) == {1}
+    assert len(reads) == sum(map(len, members))

@@ -17,7 +17,7 @@ from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequ
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import DataError, ModelError
 from teacher_cache.engines.hf import HfCaptureEngine, length_batches
-from teacher_cache.engines.lm_head import Head
+from teacher_cache.engines.lm_head import LmHead
 from teacher_cache.engines.protocol import Request
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.rejection import Rejection
@@ -57,12 +57,11 @@ class Teacher:
 
     def requests(self, samples: Sequence[Sample]) -> list[Request]:
         return [
-            Request(row, s.key, s.content_hash, tuple(self.encoder.encode(s, role) for role in s.roles))
-            for row, s in enumerate(samples)
+            Request(row, s, tuple(self.encoder.encode(s, role) for role in s.roles)) for row, s in enumerate(samples)
         ]
 
     def capture(self, samples: Sequence[Sample], **settings: Any) -> dict[tuple[str, str], SequenceRecord]:
-        outcomes = list(self.engine(**settings).capture(self.requests(samples), lambda row: samples[row]))
+        outcomes = list(self.engine(**settings).capture(self.requests(samples)))
         assert not [outcome for outcome in outcomes if isinstance(outcome, Rejection)]
         return {(o.key, o.role): o for o in outcomes if isinstance(o, SequenceRecord)}
 
@@ -186,8 +185,8 @@ def test_a_sequence_with_logits_that_are_not_finite_is_rejected_alone(teacher: T
         weight[poison] = float("nan")
     try:
         engine = teacher.engine()
-        engine.head = Head(untied, None, teacher.vocab_size)  # the tiny head is tied: keep it sound
-        outcomes = list(engine.capture(teacher.requests([*samples, bad]), lambda row: [*samples, bad][row]))
+        engine.lm_head = LmHead(untied, None, teacher.vocab_size)  # the tiny head is tied: keep it sound
+        outcomes = list(engine.capture(teacher.requests([*samples, bad])))
     finally:
         with torch.no_grad():
             weight.copy_(untied)
@@ -206,24 +205,22 @@ def test_an_image_that_cannot_be_read_rejects_its_sample_alone(teacher: Teacher)
     assert samples[1].images
     broken = dataclasses.replace(samples[1], images=(b"\x89PNG broken",))
 
-    def load(row: int) -> Sample:
-        return broken if row == 1 else samples[row]
-
-    outcomes = list(teacher.engine().capture(teacher.requests(samples), load))
+    requests = teacher.requests(samples)
+    requests[1] = dataclasses.replace(requests[1], sample=broken)
+    outcomes = list(teacher.engine().capture(requests))
     rejected = [outcome for outcome in outcomes if isinstance(outcome, Rejection)]
     assert {(item.key, item.role) for item in rejected} == {(samples[1].key, "chosen"), (samples[1].key, "rejected")}
     assert all(samples[1].key in item.reason for item in rejected)
     assert len(outcomes) == 8
 
 
-def test_a_set_that_cannot_be_read_is_no_rejection(teacher: Teacher) -> None:
-    samples = tiny_samples(4, seed=6)
-
-    def load(row: int) -> Sample:
+def test_a_defect_while_images_are_prepared_is_no_rejection(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    def images(sample: Sample) -> Any:
         raise RuntimeError("disk on fire")
 
+    monkeypatch.setattr(teacher.family, "images", images)
     with pytest.raises(RuntimeError, match="disk on fire"):
-        list(teacher.engine().capture(teacher.requests(samples), load))
+        list(teacher.engine().capture(teacher.requests(tiny_samples(4, seed=6))))
 
 
 def test_a_target_beyond_the_shared_vocabulary_is_rejected(teacher: Teacher) -> None:
@@ -234,7 +231,7 @@ def test_a_target_beyond_the_shared_vocabulary_is_rejected(teacher: Teacher) -> 
     requests[0] = dataclasses.replace(
         requests[0], sequences=(dataclasses.replace(requests[0].sequences[0], input_ids_T=ids),)
     )
-    outcomes = list(teacher.engine().capture(requests, lambda row: samples[row]))
+    outcomes = list(teacher.engine().capture(requests))
     reasons = {outcome.key: outcome.reason for outcome in outcomes if isinstance(outcome, Rejection)}
     assert list(reasons) == [samples[0].key]
     assert f"id {teacher.vocab_size + 3} is beyond the {teacher.vocab_size} ids" in reasons[samples[0].key]
@@ -258,7 +255,7 @@ def test_out_of_memory_halves_the_batch_and_says_so(
     with caplog.at_level(logging.WARNING):
         captured = teacher.capture(samples)
     assert sizes == [8, 4, 2, 2, 2, 2, 2]
-    assert "out of memory with 8 sequences at once: going on with 4" in caplog.text
+    assert "out of memory with 8 sequences at once: continuing with 4" in caplog.text
     assert captured.keys() == expected.keys()
     for name, record in captured.items():
         left, right = record.records.target_log_probs_N, expected[name].records.target_log_probs_N

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from teacher_cache.engines import lm_head as heads
-from teacher_cache.engines.lm_head import Head, blockwise_logits
+from teacher_cache.engines.lm_head import LmHead, blockwise_logits
 
 
 def _parts(dtype: torch.dtype, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -22,14 +22,14 @@ def test_logits_are_those_of_everything_cast(dtype: torch.dtype, biased: bool) -
     expected_RV = torch.nn.functional.linear(
         rows_RD.float(), weight_VD[:100].float(), bias_V[:100].float() if biased else None
     )
-    found_RV = Head(weight_VD, bias_V if biased else None, 100).logits(rows_RD)
+    found_RV = LmHead(weight_VD, bias_V if biased else None, 100).logits(rows_RD)
     assert found_RV.dtype == torch.float32
     assert torch.equal(found_RV, expected_RV)
 
 
 def test_a_full_precision_weight_is_not_copied() -> None:
     _, weight_VD, _ = _parts(torch.float32)
-    assert Head(weight_VD, None, 100).weight_VD.data_ptr() == weight_VD.data_ptr()
+    assert LmHead(weight_VD, None, 100).weight_VD.data_ptr() == weight_VD.data_ptr()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -46,7 +46,7 @@ def test_blocks_of_the_weight_cast_in_turn_give_the_same(dtype: torch.dtype, mon
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_on_a_gpu_half_precision_weights_are_neither_copied_nor_rounded_twice(dtype: torch.dtype) -> None:
     rows_RD, weight_VD, bias_V = _parts(dtype, "cuda")
-    head = Head(weight_VD, bias_V, 100)
+    head = LmHead(weight_VD, bias_V, 100)
     assert head.weight_VD.data_ptr() == weight_VD.data_ptr()
     expected_RV = torch.nn.functional.linear(rows_RD.float(), weight_VD[:100].float(), bias_V[:100].float())
     for found_RV in (head.logits(rows_RD), head.logits(rows_RD.float())):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from llavamod_offline.data.encode.tokenize import TokenizedSequence
+from llavamod_offline.data.sample import Sample, Turn
 from teacher_cache.engines.outcome import beyond_vocabulary, recorded, rows_with_states
 from teacher_cache.engines.protocol import Request
 from teacher_cache.format.record import concatenate_records
@@ -15,7 +16,8 @@ from teacher_cache.format.sequences import SequenceRecord
 
 IMAGE = 9
 SEQUENCE = TokenizedSequence("a", "chosen", np.array([1, IMAGE, IMAGE, 4, 7]), np.array([3, 4]))
-REQUEST = Request(0, "a", "0123", (SEQUENCE,))
+SAMPLE = Sample("a", (Turn("user", "?"), Turn("assistant", "!")))
+REQUEST = Request(0, SAMPLE, (SEQUENCE,))
 
 
 def test_a_supervised_id_must_have_a_probability() -> None:
@@ -35,7 +37,7 @@ def test_logits_that_are_not_finite_reject_a_sequence() -> None:
     records = concatenate_records([])
     kept = recorded(REQUEST, SEQUENCE, records, np.array([True, True]), None)
     assert isinstance(kept, SequenceRecord)
-    assert (kept.key, kept.role, kept.content_hash, kept.n_tokens) == ("a", "chosen", "0123", 5)
+    assert (kept.key, kept.role, kept.content_hash, kept.n_tokens) == ("a", "chosen", SAMPLE.content_hash, 5)
     assert kept.target_hash == SEQUENCE.target_hash
     lost = recorded(REQUEST, SEQUENCE, records, np.array([True, False]), None)
     reason = "the teacher's logits are not finite (NaN or inf), first at position 1"

@@ -116,10 +116,8 @@ def test_samples_that_cannot_be_used_are_rejected_alone(world: World) -> None:
     sequences = (dataclasses.replace(first, input_ids_T=ids), *requests[2].sequences[1:])
     requests[2] = dataclasses.replace(requests[2], sequences=sequences)
 
-    def load(row: int) -> Sample:
-        return broken if row == 1 else samples[row]
-
-    outcomes = [{(o.key, o.role): o for o in e.capture(requests, load)} for e in (world.hf(), world.vllm())]
+    requests[1] = dataclasses.replace(requests[1], sample=broken)
+    outcomes = [{(o.key, o.role): o for o in e.capture(requests)} for e in (world.hf(), world.vllm())]
     for found in outcomes:
         rejected = {name for name, outcome in found.items() if isinstance(outcome, Rejection)}
         assert rejected == {(samples[1].key, "chosen"), (samples[1].key, "rejected"), (samples[2].key, "chosen")}
@@ -130,14 +128,16 @@ def test_samples_that_cannot_be_used_are_rejected_alone(world: World) -> None:
     assert_same(*records)
 
 
-def test_a_set_that_cannot_be_read_is_no_rejection(world: World) -> None:
+def test_a_defect_while_images_are_prepared_is_no_rejection(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = tiny_samples(4, seed=6)
 
-    def load(row: int) -> Sample:
+    def images(sample: Sample) -> Any:
         raise RuntimeError("disk on fire")
 
-    with pytest.raises(RuntimeError, match="disk on fire"):
-        list(world.vllm().capture(world.requests(samples), load))
+    with monkeypatch.context() as patched:
+        patched.setattr(world.teacher, "images", images)
+        with pytest.raises(RuntimeError, match="disk on fire"):
+            list(world.vllm().capture(world.requests(samples)))
     assert len(world.capture(world.vllm(), samples)) == 4
 
 
@@ -164,9 +164,9 @@ def test_a_picture_that_takes_other_tokens_in_vllm_is_refused(start: Start, fold
     """As from a configuration that vLLM reads otherwise: our sequences hold 8 tokens for what is 9 there."""
     world = start(folder)
     teacher = world.teacher
-    pictures = teacher.pictures
+    images = teacher.images
     teacher.encoder.image_tokens = 8
-    teacher.pictures = lambda sample: [dataclasses.replace(p, tokens=8) for p in pictures(sample)]  # type: ignore[method-assign]
+    teacher.images = lambda sample: [dataclasses.replace(p, tokens=8) for p in images(sample)]  # type: ignore[method-assign]
     with pytest.raises(ModelError, match=r"vLLM makes \[9.*\] tokens of pictures that take \[8.*\] in our sequences"):
         world.capture(world.vllm(), tiny_samples(1, seed=7))
 

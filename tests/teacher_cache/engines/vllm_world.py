@@ -66,12 +66,11 @@ class World:
 
     def requests(self, samples: Sequence[Sample]) -> list[Request]:
         return [
-            Request(row, s.key, s.content_hash, tuple(self.teacher.encode(s, role) for role in s.roles))
-            for row, s in enumerate(samples)
+            Request(row, s, tuple(self.teacher.encode(s, role) for role in s.roles)) for row, s in enumerate(samples)
         ]
 
     def outcomes(self, engine: CaptureEngine, samples: Sequence[Sample]) -> list[SequenceRecord | Rejection]:
-        return list(engine.capture(self.requests(samples), lambda row: samples[row]))
+        return list(engine.capture(self.requests(samples)))
 
     def capture(self, engine: CaptureEngine, samples: Sequence[Sample]) -> Captured:
         outcomes = self.outcomes(engine, samples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,11 @@ from llavamod_offline.demo.plan import TEACHER
 from llavamod_offline.errors import DataError
 from llavamod_offline.models.checkpoint import load_tokenizer
 from teacher_cache.generate import decode_loop as answers
+from teacher_cache.generate.answer_rows import Answerer
 from teacher_cache.generate.decode_loop import Written
+from teacher_cache.generate.generated_set import AnsweredSample
 from teacher_cache.read.reader import open_cache
+from tests.teacher_cache.conftest import count_reads
 from tests.teacher_cache.generate.reference import SOURCE_SAMPLES, Place, Reference, rows
 
 
@@ -148,3 +152,22 @@ def test_long_answers_and_long_prompts_are_rejected(place: Place) -> None:
     with pytest.raises(DataError, match=r"of 9 rows rejected, more than"):
         place.generate("generate.max_new_tokens=4", "max_rejected=0.01", name="strict")
     assert not place.set("strict").exists()
+
+
+def test_answers_take_one_read_of_each_member(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many turns are written; packing and capturing the new set read anew."""
+    reads = count_reads(monkeypatch)
+    found: list[dict[tuple[str, int], int]] = []
+
+    def counted(answerer: Answerer, numbers: Sequence[int]) -> list[AnsweredSample]:
+        reads.clear()
+        done = answer(answerer, numbers)
+        found.append(dict(reads))
+        return done
+
+    answer = Answerer.answer
+    monkeypatch.setattr(Answerer, "answer", counted)
+    place.generate("generate.turns=all")
+    members = SampleSet.open(place.source).index.column("members").to_pylist()
+    assert sum(map(len, found)) == sum(map(len, members))
+    assert all(set(counts.values()) == {1} for counts in found)

@@ -41,7 +41,7 @@ def prompts_of(engine: HfCaptureEngine, samples: Sequence[Sample], *, room: int 
     for sample in samples:
         sequence = engine.teacher.encode(sample, "response")
         ids_T = sequence.input_ids_T[: sequence.supervised_N[0]]
-        made.append(Prompt(sample.key, "answer", ids_T, tuple(engine.teacher.pictures(sample)), room))
+        made.append(Prompt(sample.key, "answer", ids_T, tuple(engine.teacher.images(sample)), room))
     return made
 
 
@@ -117,7 +117,7 @@ def test_no_answer_holds_the_images_id(tmp_path: Path, monkeypatch: pytest.Monke
     engine = engine_of(write_family("llava_llama", tmp_path / "teacher"), image_aspect="square")
     prompts = prompts_of(engine, samples(pictures=True)[:2])
     free = write_answers(engine, prompts, GREEDY)
-    image, logits = engine.teacher.image_token_id, engine.head.logits
+    image, logits = engine.teacher.image_token_id, engine.lm_head.logits
     assert image is not None
 
     def eager(rows_RD: torch.Tensor) -> torch.Tensor:
@@ -125,7 +125,7 @@ def test_no_answer_holds_the_images_id(tmp_path: Path, monkeypatch: pytest.Monke
         found[:, image] = found.amax() + 5
         return found
 
-    monkeypatch.setattr(engine.head, "logits", eager)
+    monkeypatch.setattr(engine.lm_head, "logits", eager)
     assert write_answers(engine, prompts, GREEDY) == free
 
 
@@ -157,7 +157,7 @@ def test_logits_that_are_not_finite_spoil_one_answer_only(
 ) -> None:
     prompts = prompts_of(text_engine, samples(pictures=False)[:2])
     free = write_answers(text_engine, prompts, GREEDY)
-    logits = text_engine.head.logits
+    logits = text_engine.lm_head.logits
     calls: list[int] = []
 
     def spoilt(rows_RD: torch.Tensor) -> torch.Tensor:
@@ -167,7 +167,7 @@ def test_logits_that_are_not_finite_spoil_one_answer_only(
             found[0, 5] = torch.nan
         return found
 
-    monkeypatch.setattr(text_engine.head, "logits", spoilt)
+    monkeypatch.setattr(text_engine.lm_head, "logits", spoilt)
     found = write_answers(text_engine, prompts, GREEDY)
     assert (found[0].ids, found[0].ended, found[0].finite) == (free[0].ids[:2], False, False)
     assert found[1] == free[1]

@@ -51,11 +51,10 @@ class Family:
             **settings,
         )
         requests = [
-            Request(row, s.key, s.content_hash, tuple(self.teacher.encode(s, role) for role in s.roles))
-            for row, s in enumerate(samples)
+            Request(row, s, tuple(self.teacher.encode(s, role) for role in s.roles)) for row, s in enumerate(samples)
         ]
         found = {}
-        for outcome in engine.capture(requests, lambda row: samples[row]):
+        for outcome in engine.capture(requests):
             assert isinstance(outcome, SequenceRecord), outcome
             found[outcome.key, outcome.role] = outcome
         return found
@@ -186,7 +185,7 @@ def test_headers_alone_tell_the_tokens_of_any_shape(family: Family) -> None:
         for count in (1, 2):
             sample = _sample("k", (image,) * count, ("<image>" * count + "a", "b"))
             sequence = family.teacher.encode(sample, "response")
-            pictures = family.teacher.pictures(sample)
+            pictures = family.teacher.images(sample)
             assert (sequence.input_ids_T == family.teacher.image_token_id).sum() == sum(p.tokens for p in pictures)
             features = family.teacher.image_features(family.model, pictures)
             assert [len(feature) for feature in features] == [p.tokens for p in pictures], (size, count)
@@ -198,7 +197,7 @@ def test_padding_to_squares_is_ours_where_it_is_asked_for(family: Family) -> Non
     wide, square = (_sample("k", (tiny_image(1, size),), ("<image>a", "b")) for size in ((60, 20), (60, 60)))
     lengths = {len(teacher.encode(sample, "response").input_ids_T) for sample in (wide, square)}
     assert len(lengths) == 1
-    assert teacher.pictures(wide)[0].tokens == teacher.pictures(square)[0].tokens
+    assert teacher.images(wide)[0].tokens == teacher.images(square)[0].tokens
     assert teacher.describe_images()["aspect"] == "pad"
     assert teacher.describe_images() != family.teacher.describe_images()
 
@@ -212,7 +211,7 @@ def test_a_picture_that_the_processor_refuses_is_a_data_error(family: Family, mo
     else:
         monkeypatch.setattr(family.teacher, "processor", refuse)
     with pytest.raises(DataError, match=r"sample 'one-0': its picture cannot be prepared: not with me"):
-        family.teacher.pictures(conversations()[0])
+        family.teacher.images(conversations()[0])
 
 
 def test_a_setting_without_a_meaning_is_refused(family: Family) -> None:

@@ -59,9 +59,9 @@ def test_pictures_that_cannot_be_used_reject_their_samples_alone(tmp_path: Path,
     teacher = open_teacher(folder, get_template("chatml"), image_aspect="auto", max_length=1024)
     turns = (Turn("user", "<image>What?"), Turn("assistant", "A star."))
     samples = [Sample(f"s{n}", turns, (tiny_image(n, (40, 30)),), ("png",)) for n in range(4)]
-    requests = [Request(row, s.key, s.content_hash, (teacher.encode(s, "response"),)) for row, s in enumerate(samples)]
     images = (samples[0].images[0][:-30], b"\x89PNG", tiny_image(2, (90, 20)), samples[3].images[0])
     shown = [dataclasses.replace(sample, images=(image,)) for sample, image in zip(samples, images, strict=True)]
+    requests = [Request(n, shown[n], (teacher.encode(s, "response"),)) for n, s in enumerate(samples)]
     assert len(teacher.encode(shown[0], "response").input_ids_T)  # its header is sound
     engine = HfCaptureEngine(
         teacher.load(torch.float32),
@@ -72,7 +72,7 @@ def test_pictures_that_cannot_be_used_reject_their_samples_alone(tmp_path: Path,
         batch_size=4,
         workers=2,
     )
-    outcomes = {outcome.key: outcome for outcome in engine.capture(requests, lambda row: shown[row])}
+    outcomes = {outcome.key: outcome for outcome in engine.capture(requests)}
     reasons = {key: outcome.reason for key, outcome in outcomes.items() if isinstance(outcome, Rejection)}
     assert reasons.keys() == {"s0", "s1", "s2"}
     assert "image 's0': cannot be decoded" in reasons["s0"]
