@@ -11,6 +11,7 @@ from llavamod_offline.data.encode.tokenize import Positions
 from llavamod_offline.data.sample import KEY_PATTERN
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.vllm.settings import VllmSettings
+from teacher_cache.engines.registry import ENGINES
 from teacher_cache.format.schema import HiddenKind, HiddenPositions, PrecisionName
 
 _SLICE = re.compile(r"(\d+)/(\d+)")
@@ -112,7 +113,7 @@ class TeacherEngineConfig:
     vllm: VllmSettings = field(default_factory=VllmSettings)
 
     def __post_init__(self) -> None:
-        _choice("engine.kind", self.kind, ("hf", "vllm", "vllm_logprobs"))
+        _choice("engine.kind", self.kind, tuple(ENGINES))
         _choice("engine.attention", self.attention, ("sdpa", "eager", "flash_attention_2"))
         if self.device_map is not None:
             _choice("engine.device_map", self.device_map, ("auto",))

@@ -20,6 +20,7 @@ from llavamod_offline.errors import ConfigError, LlavaModError, ModelError
 from llavamod_offline.storage.folders import LocalFolder, open_folder
 from teacher_cache.capture.pipeline import ShardCounts
 from teacher_cache.capture.ray_worker import CaptureWorker, WorkerReport
+from teacher_cache.engines.registry import engine_module
 
 if TYPE_CHECKING:
     from teacher_cache.capture.shard import Progress
@@ -212,7 +213,7 @@ class RayPool:
             raise ConfigError(f"config: device is '{device}': on Ray every worker has GPUs of its own: set device=cuda")
         gpus = config.engine.gpus_per_worker
         if gpus is None:
-            gpus = 0 if device == "cpu" else config.engine.vllm.tensor_parallel if config.engine.kind != "hf" else 1
+            gpus = 0 if device == "cpu" else engine_module(config.engine.kind).gpus(config.engine.vllm)
         engine = dataclasses.replace(config.engine, gpus_per_worker=float(gpus))
         return dataclasses.replace(config, device=device, engine=engine)
 

@@ -1,8 +1,10 @@
-"""Ways to run the teacher, one module each; they take the same requests and give the same records."""
+"""Engines that run the teacher; they take the same requests and give the same records. `registry` lists them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from teacher_cache.engines.registry import engine_module
 
 if TYPE_CHECKING:
     from teacher_cache.capture_setup import CaptureSetup
@@ -10,12 +12,6 @@ if TYPE_CHECKING:
     from teacher_cache.engines.protocol import CaptureEngine
 
 
-def load_engine(job: CaptureSetup, config: CacheTeacherConfig) -> CaptureEngine:
+def load_engine(setup: CaptureSetup, config: CacheTeacherConfig) -> CaptureEngine:
     """Load the teacher's weights. Errors: `ModelError` if they do not fit, `ConfigError` if the device is not there."""
-    if config.engine.kind != "hf":
-        from teacher_cache.engines.vllm.engine import load_vllm_engine
-
-        return load_vllm_engine(job, config)
-    from teacher_cache.engines.hf_load import load_hf_engine
-
-    return load_hf_engine(job, config)
+    return engine_module(config.engine.kind).load_engine(setup, config)

