@@ -45,7 +45,7 @@ class CaptureSetup:
     fingerprint: dict[str, Any]
 
     def encode(self, sample: Sample, role: str) -> TokenizedSequence:
-        """Tokenise one role. Errors: `DataError` if it is too long for the settings or for the teacher."""
+        """Tokenize one role. Errors: `DataError` if it is too long for the settings or for the teacher."""
         sequence = self.teacher.encode(sample, role)
         length, limit = len(sequence.input_ids_T), self.teacher.context_length
         if length > limit:
@@ -108,22 +108,20 @@ def _open_set(config: CacheTeacherConfig) -> SampleSet:
     if not config.capture.mismatched:
         return samples
     if not samples.manifest.get("preferences"):
-        raise ConfigError(
-            f"capture.mismatched: set '{samples.path}' holds no preference samples, which it is for: leave it out"
-        )
+        raise ConfigError(f"capture.mismatched: set '{samples.path}' holds no preference samples: remove the setting")
     return samples.with_mismatched()
 
 
-def with_preset(job: CaptureSetup, preset: Preset) -> CaptureSetup:
+def with_preset(setup: CaptureSetup, preset: Preset) -> CaptureSetup:
     """The same capture that keeps something else of each distribution; its fingerprint stays as it is."""
     settings, codec = _kept(
         preset,
-        temperatures=job.settings.temperatures if preset.temperatures else (),
-        forced_ids=job.settings.forced_ids if preset.forced_tokens is None else (),
-        vocab_size=job.codec.vocab_size,
-        hidden=job.codec.hidden,
+        temperatures=setup.settings.temperatures if preset.temperatures else (),
+        forced_ids=setup.settings.forced_ids if preset.forced_tokens is None else (),
+        vocab_size=setup.codec.vocab_size,
+        hidden=setup.codec.hidden,
     )
-    return dataclasses.replace(job, settings=settings, codec=codec)
+    return dataclasses.replace(setup, settings=settings, codec=codec)
 
 
 def _kept(
@@ -157,11 +155,11 @@ def _kept(
 
 
 def _shared_vocabulary(teacher: Path, tokenizer: PreTrainedTokenizerFast, rows: int) -> int:
-    """V = min(len(tokenizer), rows of the head). Errors: `ModelError` if the tokenizer has ids beyond the head."""
+    """V = min(len(tokenizer), rows of the LM head). Errors: `ModelError` if the tokenizer has ids beyond it."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise ModelError(
-            f"{teacher}: the tokenizer's largest id is {largest}, but the model's head has {rows} rows: "
+            f"{teacher}: the tokenizer's largest id is {largest}, but the model's LM head has {rows} rows: "
             "use the tokenizer that belongs to the checkpoint, or resize its embeddings"
         )
     return vocabulary_size(tokenizer, rows)
@@ -170,7 +168,7 @@ def _shared_vocabulary(teacher: Path, tokenizer: PreTrainedTokenizerFast, rows: 
 def _forced_ids(
     tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str] | None, template: Template
 ) -> tuple[int, ...]:
-    """The ids of tokens that are named, or of those that go without saying. Errors: `ConfigError` naming a token."""
+    """The ids of tokens that are named, or of the default ones. Errors: `ConfigError` naming a token."""
     if tokens is None:
         words = (template.end, *(template.answer_prefix + word for word in _FORCED_WORDS))
         found = [_ids_of(tokenizer, text) for text in words]

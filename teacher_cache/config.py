@@ -23,7 +23,7 @@ class Preset:
 
     See `record.RecordSettings` for what the numbers do. `top_k` None: the whole vocabulary.
 
-    `forced_tokens` None: those that go without saying (see `config.CaptureConfig`).
+    `forced_tokens` None: the defaults (see `CaptureConfig`).
     """
 
     top_p: float
@@ -40,7 +40,7 @@ PRESETS: dict[str, Preset] = {
     "compact": Preset(1.0, 0.006, 16, 12, 60.0, "coarse"),
     "standard": Preset(1.0, 0.0007, 128, 16, 100.0, "fine"),
     "exhaustive": Preset(1.0, 0.0, None, 0, 1.0, "exact"),
-    # The log-probs of the tokens that are there, for preference losses: a head has one id because each must have one.
+    # The log-probs of the targets, for preference losses; the one top-k id is there because each record needs one.
     "reference": Preset(1.0, 0.0, 1, 0, 1.0, "fine", temperatures=(), forced_tokens=()),
 }
 
@@ -55,7 +55,7 @@ class CaptureConfig:
     ` yes`); null: the template's end of a turn, yes, no and the letters A to D, as far as they are single tokens; none
     with reference.
     `precision`: coarse, fine or exact (float32). `positions`: response (those that predict supervised tokens), or all
-    that are not padding, image patches too. `seed`: of the tail's draws. `hidden`: keep the teacher's last hidden
+    that are not padding, image patches too. `seed`: of the tail samples. `hidden`: keep the teacher's last hidden
     states, as float16 or int8, at all recorded positions or at those of image patches (`hidden_positions`).
     `mismatched`: capture preference samples in a third role too, with the response of another one (for `kto`).
     """
@@ -90,7 +90,7 @@ class CaptureConfig:
 @dataclass(frozen=True)
 class TeacherEngineConfig:
     """What runs the teacher. `kind`: hf (Hugging Face transformers), vllm (records are made in vLLM's workers), or
-    vllm_logprobs (what vLLM says of any model: heads and the log-probs of targets alone, and slower; `vllm` has the
+    vllm_logprobs (what vLLM says of any model: the top-k and the log-probs of targets alone, and slower; `vllm` has the
     settings of both).
 
     hf's own: `attention`: sdpa, eager or flash_attention_2. `device_map` auto spreads a model over several GPUs, layer

@@ -3,8 +3,8 @@
 A nested JSON object. Sections: `tokenizer`, `template`, `sequence`, `images`, `teacher`, `engine`, `capture`, `data`.
 A cache of response positions enforces `tokenizer` alone, so that a student may word the prompt and see the image in
 its own way; a cache of all positions enforces what decides the other tokens too (`ENCODING_FIELDS`). Each sequence's
-supervised ids are compared when it is joined. Everything else informs, and decides whether a run may go on with a
-cache, or caches be merged.
+supervised ids are compared when it is joined. Everything else informs, and decides whether a run may resume a
+cache and whether caches may be merged.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 STUDENT_FIELDS = ("tokenizer.vocabulary", "tokenizer.merges", "tokenizer.added_tokens")
 ENCODING_FIELDS = ("template", "sequence", "images.tokens", "images.token_id")
-LONGER = "rejected"  # what becomes of a sequence of more than max_length tokens
-# Caches of earlier writers say nothing of these; what is not known is no difference.
+LONGER = "rejected"  # what happens to a sequence of more than max_length tokens
+# Caches of earlier versions lack these; a missing value is no difference.
 _LATER = ("engine.head_dtype", "engine.device")
 INFORMATIVE = ("tokenizer.size", "tokenizer.pipeline")
 _SHOWN = 16

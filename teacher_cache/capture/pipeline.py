@@ -31,7 +31,7 @@ class ShardCounts:
 
 
 def capture_shards(
-    job: CaptureSetup, engine: CaptureEngine, store: CacheStore, names: Sequence[str], progress: Progress
+    setup: CaptureSetup, engine: CaptureEngine, store: CacheStore, names: Sequence[str], progress: Progress
 ) -> Generator[ShardCounts]:
     """Capture shards and commit them in the background; yields each once it is captured, and ends once all are written.
 
@@ -47,22 +47,22 @@ def capture_shards(
         progress(samples, positions)
 
     def captured_shard(name: str, prepared: PreparedRows) -> ShardCounts:
-        captured, rejected = capture_prepared(job, engine, prepared, watched)
+        captured, rejected = capture_prepared(setup, engine, prepared, watched)
         while writing:
             writing.popleft().result()
-        writing.append(writer.submit(store.commit, name, captured, rejected, job.codec))
+        writing.append(writer.submit(store.commit, name, captured, rejected, setup.codec))
         positions = sum(len(item.records) for item in captured)
         return ShardCounts(name, prepared.samples, len(captured), positions, tuple(rejected))
 
     with ExitStack() as stack:
         reader = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="read"))
         writer = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="write"))
-        following = reader.submit(prepare_rows, job, job.samples.rows_of(names[0])) if names else None
+        following = reader.submit(prepare_rows, setup, setup.samples.rows_of(names[0])) if names else None
         for number, name in enumerate(names):
             assert following is not None
             prepared = following.result()
             if number + 1 < len(names):
-                following = reader.submit(prepare_rows, job, job.samples.rows_of(names[number + 1]))
+                following = reader.submit(prepare_rows, setup, setup.samples.rows_of(names[number + 1]))
             yield captured_shard(name, prepared)
         while writing:
             writing.popleft().result()

@@ -52,10 +52,10 @@ class CaptureWorker:
 
         _log_into(self._lines)
         try:
-            self._job = prepare_capture(self._config)
-            names = self._job.samples.shard_names
-            self._store = CacheStore.open(self._config.output, self._job.fingerprint, names, allow=self._allow)
-            self._engine = load_engine(self._job, self._config)
+            self._setup = prepare_capture(self._config)
+            names = self._setup.samples.shard_names
+            self._store = CacheStore.open(self._config.output, self._setup.fingerprint, names, allow=self._allow)
+            self._engine = load_engine(self._setup, self._config)
         except LlavaModError as error:
             return error
         return None
@@ -64,16 +64,16 @@ class CaptureWorker:
         """Capture one shard and commit it."""
         from teacher_cache.capture.shard import capture_prepared, prepare_rows
 
-        job = self._job
+        setup = self._setup
         try:
             with self._counted(name):
                 with self._reading:
-                    prepared = prepare_rows(job, job.samples.rows_of(name))
+                    prepared = prepare_rows(setup, setup.samples.rows_of(name))
                 with self._teacher:
                     captured, rejected = capture_prepared(
-                        job, self._engine, prepared, lambda samples, positions: self._count(name, samples, positions)
+                        setup, self._engine, prepared, lambda samples, positions: self._count(name, samples, positions)
                     )
-                self._store.commit(name, captured, rejected, job.codec)
+                self._store.commit(name, captured, rejected, setup.codec)
         except LlavaModError as error:
             return error
         positions = sum(len(item.records) for item in captured)

@@ -75,7 +75,7 @@ class Rejected:
         raise DataError(
             f"{output}: {self.count} of {seen} sequences rejected, more than max_rejected={self._limit:g} allows; "
             f"{reason.count} of them like '{reason.keys[0]}' ({reason.example}); all are in "
-            f"{output}/shards/*/rejected.jsonl: mend the set or the settings, or allow more and run again to go on"
+            f"{output}/shards/*/rejected.jsonl: correct the set or the settings, or allow more and run again to resume"
         )
 
 

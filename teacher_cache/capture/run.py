@@ -81,12 +81,12 @@ def run_capture(
 
             pool = stack.enter_context(RayPool(config, allow))
             config = pool.config
-        job = prepare_capture(config)
+        setup = prepare_capture(config)
         output = config.output
-        check_allowed(allow, job.fingerprint)
-        store = CacheStore.open(output, job.fingerprint, job.samples.shard_names, allow=allow)
+        check_allowed(allow, setup.fingerprint)
+        store = CacheStore.open(output, setup.fingerprint, setup.samples.shard_names, allow=allow)
         part, parts = config.part
-        mine = job.samples.shard_names[part::parts]
+        mine = setup.samples.shard_names[part::parts]
         lacking = set(store.missing())
         missing = [name for name in mine if name in lacking]
         limited = Rejected(config.max_rejected)
@@ -94,16 +94,16 @@ def run_capture(
             limited.add(*store.outcomes([name for name in mine if name not in lacking]))
             limited.check(output, last=not missing)
         if missing:
-            _LOG.info("%s: %d of %d shards to capture", output, len(missing), len(job.samples.shard_names))
+            _LOG.info("%s: %d of %d shards to capture", output, len(missing), len(setup.samples.shard_names))
             if pool is not None:
                 pool.start(len(missing))
                 capture = pool.capture
             else:
-                capture = functools.partial(capture_shards, job, load(job, config), store)
+                capture = functools.partial(capture_shards, setup, load(setup, config), store)
         store.start()
         if missing:
             progress = stack.enter_context(
-                ProgressBar(sum(len(job.samples.rows_of(name)) for name in missing), "capture", "positions")
+                ProgressBar(sum(len(setup.samples.rows_of(name)) for name in missing), "capture", "positions")
             )
             for done in stack.enter_context(closing(capture(missing, progress.update))):
                 counts["sequences"] += done.sequences
@@ -120,8 +120,8 @@ def run_capture(
     return Summary(
         output=output,
         complete=cache is not None,
-        shards_done=len(job.samples.shard_names) - len(left),
-        shards_total=len(job.samples.shard_names),
+        shards_done=len(setup.samples.shard_names) - len(left),
+        shards_total=len(setup.samples.shard_names),
         **counts,
         rejected=rejected.count,
         seconds=round(seconds, 3),

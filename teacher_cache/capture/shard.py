@@ -16,7 +16,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class PreparedRows:
-    """Rows that are ready for an engine: their requests, what could not be tokenised, and the order of all roles.
+    """Rows that are ready for an engine: their requests, what could not be tokenized, and the order of all roles.
 
     The requests hold the images as they are in the tar, each read once; decoded, only a few batches exist at a time.
     """
@@ -28,26 +28,29 @@ class PreparedRows:
 
 
 def capture_rows(
-    job: CaptureSetup, engine: CaptureEngine, rows: Iterable[int], progress: Progress = lambda samples, positions: None
+    setup: CaptureSetup,
+    engine: CaptureEngine,
+    rows: Iterable[int],
+    progress: Progress = lambda samples, positions: None,
 ) -> tuple[list[SequenceRecord], list[Rejection]]:
     """Capture some rows of the set, such as a shard's; both lists are in their order, roles in that of the sample."""
-    return capture_prepared(job, engine, prepare_rows(job, rows), progress)
+    return capture_prepared(setup, engine, prepare_rows(setup, rows), progress)
 
 
-def prepare_rows(job: CaptureSetup, rows: Iterable[int]) -> PreparedRows:
-    """Read and tokenise some rows, and check that they are what was packed. Errors: `DataError` if they are not."""
+def prepare_rows(setup: CaptureSetup, rows: Iterable[int]) -> PreparedRows:
+    """Read and tokenize some rows, and check that they are what was packed. Errors: `DataError` if they are not."""
     requests: list[Request] = []
     rejected: list[Rejection] = []
     order: dict[tuple[str, str], int] = {}
     samples = 0
     for row in rows:
-        sample = job.samples.read(row, verify=True)
+        sample = setup.samples.read(row, verify=True)
         samples += 1
         sequences = []
         for role in sample.roles:
             order[sample.key, role] = len(order)
             try:
-                sequences.append(job.encode(sample, role))
+                sequences.append(setup.encode(sample, role))
             except DataError as error:
                 rejected.append(Rejection(sample.key, role, str(error)))
         if sequences:
@@ -56,7 +59,7 @@ def prepare_rows(job: CaptureSetup, rows: Iterable[int]) -> PreparedRows:
 
 
 def capture_prepared(
-    job: CaptureSetup, engine: CaptureEngine, prepared: PreparedRows, progress: Progress
+    setup: CaptureSetup, engine: CaptureEngine, prepared: PreparedRows, progress: Progress
 ) -> tuple[list[SequenceRecord], list[Rejection]]:
     """Run the engine over rows that are ready; `progress` is told of finished samples and positions."""
     captured: list[SequenceRecord] = []

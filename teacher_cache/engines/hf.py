@@ -47,9 +47,9 @@ class HfCaptureEngine:
     """Runs `model` (in evaluation mode, on its device and in its type) and makes records of its positions.
 
     `positions`: those that predict supervised tokens, or all. `hidden_positions`: which of them also give the last
-    hidden state. The head runs in float32 on their rows alone. If memory
-    runs out a batch is halved, for good, and the log says so. Errors of `capture`: `ModelError` if a single sequence
-    does not fit into memory.
+    hidden state. The LM head runs in float32 on their rows alone. If memory
+    runs out, this and all later batches are halved, which is logged. Errors of `capture`: `ModelError` if a single
+    sequence does not fit into memory.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class HfCaptureEngine:
         self._limit = BatchLimit(batch_size, "sequences")
 
     def capture(self, requests: Sequence[Request]) -> Iterator[Outcome]:
-        """Capture one data shard; see `protocol.Engine`. Images are prepared a few batches ahead, in threads."""
+        """Capture one data shard; see `protocol.CaptureEngine`. Images are prepared a few batches ahead, in threads."""
         ahead: deque[list[_BatchItem]] = deque()
         with ThreadPoolExecutor(self.workers, thread_name_prefix="images") as pool:
             row = -1
@@ -115,7 +115,7 @@ class HfCaptureEngine:
             return str(error)
         found = int((item.sequence.input_ids_T == self.teacher.image_token_id).sum())
         if found != expected:
-            return f"its images take {expected} tokens, its sequence has {found}: the file's header says another size"
+            return f"its images take {expected} tokens, its sequence has {found}: its header gives a wrong size"
         return beyond_vocabulary(item.sequence, self.vocab_size)
 
     @torch.inference_mode()
@@ -158,7 +158,7 @@ class HfCaptureEngine:
     def _hidden_rows(
         self, sequences: list[TokenizedSequence], rows: list[Ids], images: list[list[SampleImage]]
     ) -> Tensor:
-        """Run the model but for its head: the last hidden states of each sequence's rows, [N, D]."""
+        """Run the model without its LM head: the last hidden states of each sequence's rows, [N, D]."""
         keys = [s.key if self.shared_prompts else number for number, s in enumerate(sequences)]
         image = self.teacher.image_token_id
         ids = [sequence.input_ids_T for sequence in sequences]

@@ -34,12 +34,12 @@ def load_engine(setup: CaptureSetup, config: CacheTeacherConfig) -> HfCaptureEng
     rows = int(layer.weight.shape[0])
     if rows < setup.codec.vocab_size:
         raise ModelError(
-            f"{setup.teacher.folder}: the head has {rows} rows, config.json says {setup.codec.vocab_size} or more"
+            f"{setup.teacher.folder}: the LM head has {rows} rows, config.json says {setup.codec.vocab_size} or more"
         )
     if config.engine.device_map is None:
         _move(model, setup.device)
     elif layer.weight.device.type == "meta":
-        raise ModelError(f"{setup.teacher.folder}: the devices have no room for the head: use more or larger ones")
+        raise ModelError(f"{setup.teacher.folder}: the LM head does not fit on the devices: use more or larger ones")
     _check_head(setup, model)
     shared = config.engine.attention == _SHARING_ATTENTION and _may_share(model)
     if config.engine.compile:
@@ -115,7 +115,7 @@ def _check_head(setup: CaptureSetup, model: Any) -> None:
     rounding = 1e-4 if setup.dtype == torch.float32 else 2e-2
     if float((theirs - ours).abs().max()) > rounding * float(theirs.abs().max()):
         raise ModelError(
-            f"{setup.teacher.folder}: the model scales or caps the logits of its LM head: such a teacher cannot be captured"
+            f"{setup.teacher.folder}: the model scales or caps the logits of its LM head: choose another teacher"
         )
 
 

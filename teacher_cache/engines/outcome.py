@@ -24,7 +24,7 @@ def beyond_vocabulary(sequence: TokenizedSequence, vocab_size: int) -> str | Non
     largest = int(sequence.target_ids_N.max(initial=0))
     if largest < vocab_size:
         return None
-    return f"supervised id {largest} is beyond the {vocab_size} ids that tokenizer and head share"
+    return f"supervised id {largest} is beyond the {vocab_size} ids that the tokenizer and the LM head share"
 
 
 def rows_with_states(

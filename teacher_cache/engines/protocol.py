@@ -15,7 +15,7 @@ from teacher_cache.format.sequences import SequenceRecord
 
 @dataclass(frozen=True)
 class Request:
-    """One sample to capture: its row in the set, what was read there, and its tokenised roles."""
+    """One sample to capture: its row in the set, what was read there, and its tokenized roles."""
 
     row: int
     sample: Sample

@@ -1,6 +1,6 @@
 """Systematic sampling of tail ids, with uniforms that depend on (seed, key, role, position) alone.
 
-Shape suffixes: N positions (R of them in a chunk), V ids, D draws of all of them.
+Shape suffixes: N positions (R of them in a chunk), V ids, D tail samples of all of them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def systematic_tail_samples(weights_RV: Tensor, uniforms_R: Tensor, budget_R: Te
     ids are drawn about once or more.
 
     Shapes: `weights_RV` ≥ 0, finite, each row with a budget having a positive sum; `uniforms_R` float64 in [0, 1).
-    Result: `ids_D` int64, the rows' draws one after another, `budget_R` of each, ids rising within a row.
+    Result: `ids_D` int64, the rows' samples one after another, `budget_R` of each, ids rising within a row.
     Sums are in float64 over blocks of ids, then inside the blocks that were hit: one pass over V, not a full float64
     cumulation, and no id's share is off by more than float32 rounding of its own block.
     """

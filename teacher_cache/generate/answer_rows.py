@@ -56,14 +56,14 @@ class _Open:
 
 
 class Answerer:
-    """Answers rows of a job's set with an engine's model; `progress` is told of finished samples and written tokens."""
+    """Answers rows of a set with an engine's model; reports finished samples and written tokens to `progress`."""
 
     def __init__(
-        self, job: CaptureSetup, engine: HfCaptureEngine, settings: GenerateConfig, progress: Progress
+        self, setup: CaptureSetup, engine: HfCaptureEngine, settings: GenerateConfig, progress: Progress
     ) -> None:
-        self._job, self._engine, self._settings, self._progress = job, engine, settings, progress
-        self._encoder = job.teacher.encoder
-        self._limit = min(self._encoder.max_length, job.teacher.context_length)
+        self._setup, self._engine, self._settings, self._progress = setup, engine, settings, progress
+        self._encoder = setup.teacher.encoder
+        self._limit = min(self._encoder.max_length, setup.teacher.context_length)
         added = self._encoder.tokenizer.added_tokens_decoder
         self._special = {number: str(token) for number, token in added.items() if token.special}
 
@@ -71,7 +71,7 @@ class Answerer:
         """Answer some rows; the results are in their order. Errors: `DataError` if a sample is not what was packed."""
         samples = []
         for row in rows:
-            sample = self._job.samples.read(row, verify=True)
+            sample = self._setup.samples.read(row, verify=True)
             samples.append(_Open(sample, written_turns(sample, self._settings.turns), []))
         while unfinished := [item for item in samples if not item.done]:
             self._write_turn(unfinished)
@@ -136,11 +136,11 @@ class Answerer:
                 coming[number] = []
 
     def _images(self, item: _Open) -> list[SampleImage]:
-        return self._job.teacher.images(self._cut(item, "-"))
+        return self._setup.teacher.images(self._cut(item, "-"))
 
     def _prompt_ids(self, item: _Open) -> Ids:
         """The tokens up to where the next answer begins. Errors: `DataError` if they leave no room for one."""
-        sequence = self._job.encode(self._cut(item, "-"), "response")
+        sequence = self._setup.encode(self._cut(item, "-"), "response")
         return sequence.input_ids_T[: _last_answer(sequence.supervised_N)[0]]
 
     def _cut(self, item: _Open, answer: str) -> Sample:
@@ -153,11 +153,9 @@ class Answerer:
 
     def _check_images(self, ids_T: Ids, images: Sequence[SampleImage]) -> None:
         expected = sum(image.tokens for image in images)
-        found = int((ids_T == self._job.teacher.image_token_id).sum())
+        found = int((ids_T == self._setup.teacher.image_token_id).sum())
         if found != expected:
-            raise DataError(
-                f"its images take {expected} tokens, its prompt has {found}: the file's header says another size"
-            )
+            raise DataError(f"its images take {expected} tokens, its prompt has {found}: its header gives a wrong size")
 
     def _take(self, item: _Open, prompt: Prompt, answer: Written) -> None:
         """Add an answer to its sample. Errors: `RowError` if it is none that a sample can hold."""
@@ -173,7 +171,7 @@ class Answerer:
         if odd:
             raise RowError(
                 "unusable answer",
-                f"the answer holds '{odd[0]}', which is no text; template '{template.name}' ends with '{template.end}'",
+                f"the answer holds the special token '{odd[0]}'; template '{template.name}' ends with '{template.end}'",
             )
         text = str(tokenizer.decode(list(answer.ids), clean_up_tokenization_spaces=False))
         text = text.removeprefix(template.answer_prefix)
@@ -185,14 +183,16 @@ class Answerer:
             raise RowError("unusable answer", str(error)) from error
         same = read_back == [*answer.ids, self._encoder.end_id]
         if not same and "\ufffd" in text:
-            raise RowError("unusable answer", "the answer's tokens are no text: a part of a character stands alone")
+            raise RowError(
+                "unusable answer", "the answer's tokens do not decode to text: part of a character stands alone"
+            )
         item.texts.append(text)
         item.retokenised |= not same
 
     def _read_back(self, item: _Open, text: str) -> list[int]:
         """The tokens of an answer in its conversation. Errors: `DataError` if it makes no sample, or too long a one."""
         cut = replace(self._cut(item, text), key=f"{item.sample.key}{self._settings.key_suffix}")
-        sequence = self._job.encode(cut, "response")
+        sequence = self._setup.encode(cut, "response")
         ids: list[int] = sequence.input_ids_T[_last_answer(sequence.supervised_N)].tolist()
         return ids
 

@@ -86,7 +86,7 @@ class WrittenSet:
         except OSError as error:
             raise DataError(
                 f"output_set '{self.path}': answers cannot be kept in {self._folder}: {error.strerror or error}: "
-                "make room or leave, and run again to go on"
+                "free disk space or get permission to write there, and run again to resume"
             ) from error
 
     def finish(

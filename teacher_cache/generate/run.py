@@ -1,6 +1,6 @@
 """`cache-teacher generate`: the teacher answers the prompts of a set; its answers become a set, which is captured.
 
-See `answering.py` for how samples are answered, and `written_set.py` for what is kept until the set is whole.
+See `answer_rows.py` for how samples are answered, and `generated_set.py` for what is kept until the set is complete.
 """
 
 from __future__ import annotations
@@ -60,36 +60,36 @@ class Generation:
 def generate(config: CacheTeacherConfig, *, allow: Sequence[str] = ()) -> Generation:
     """Let the teacher answer every prompt that is not answered yet, pack the answers, and capture the new set.
 
-    Started again it goes on where it was stopped. `allow`: see `run.run_capture`.
+    Run again, it resumes where it was stopped. `allow`: see `run.run_capture`.
     Errors: a `LlavaModError` before anything is written, if set, teacher and settings do not fit one another, or what
     lies at `output_set`; `DataError` if more than `max_rejected` of the answers are rejected; those of `run_capture`.
     """
     started = time.perf_counter()
     _check(config)
-    job = prepare_capture(config)
-    check_allowed(allow, job.fingerprint)
-    _check_samples(job.samples)
+    setup = prepare_capture(config)
+    check_allowed(allow, setup.fingerprint)
+    _check_samples(setup.samples)
     settings = config.generate
-    about = {**{name: job.fingerprint[name] for name in _ABOUT}, "generate": asdict(settings)}
+    about = {**{name: setup.fingerprint[name] for name in _ABOUT}, "generate": asdict(settings)}
     target = WrittenSet(Path(str(config.output_set)), about, allow=allow)
-    engine = functools.cache(lambda: load_engine(job, config))  # once for both, and not at all if all is done
+    engine = functools.cache(lambda: load_engine(setup, config))  # once for both, and not at all if all is done
     counts: Counter[str] = Counter()
-    missing = target.missing(job.samples.shard_names)
+    missing = target.missing(setup.samples.shard_names)
     if missing:
-        _LOG.info("%s: answers to %d of %d shards to write", target.path, len(missing), len(job.samples.shard_names))
-        with ProgressBar(sum(len(job.samples.rows_of(name)) for name in missing), "generate", "tokens") as progress:
-            answerer = Answerer(job, cast("HfCaptureEngine", engine()), settings, progress.update)
+        _LOG.info("%s: answers to %d of %d shards to write", target.path, len(missing), len(setup.samples.shard_names))
+        with ProgressBar(sum(len(setup.samples.rows_of(name)) for name in missing), "generate", "tokens") as progress:
+            answerer = Answerer(setup, cast("HfCaptureEngine", engine()), settings, progress.update)
             for name in missing:
-                answers = answerer.answer(job.samples.rows_of(name))
+                answers = answerer.answer(setup.samples.rows_of(name))
                 target.commit(name, answers)
                 counts["written"] += len(answers)
                 counts["tokens"] += sum(answer.tokens for answer in answers)
                 counts["retokenised"] += sum(answer.retokenised for answer in answers)
-    target.finish(job.samples, settings, _identity(target.about["teacher"]), max_rejected=config.max_rejected)
+    target.finish(setup.samples, settings, _identity(target.about["teacher"]), max_rejected=config.max_rejected)
     seconds = time.perf_counter() - started
     made = SampleSet.open(target.path).manifest
     capture = replace(config, data=str(target.path), output_set=None, generate=GenerateConfig())
-    captured = run_capture(capture, allow=allow, load=lambda job, config: engine())
+    captured = run_capture(capture, allow=allow, load=lambda setup, config: engine())
     return Generation(
         output_set=str(target.path),
         samples=made["samples"],
@@ -116,11 +116,11 @@ def _check(config: CacheTeacherConfig) -> None:
         )
     if config.engine.ray:
         raise ConfigError(
-            "config: engine.ray: answers are written in one process: leave it out, and capture the set by `run`"
+            "config: engine.ray: answers are written in one process: remove it, and capture the set with `run`"
         )
     if config.part != (0, 1):
         raise ConfigError(
-            "config: slice: answers are written in one process: leave it out, and capture the set by `run`"
+            "config: slice: answers are written in one process: remove it, and capture the set with `run`"
         )
 
 

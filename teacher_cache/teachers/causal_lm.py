@@ -37,7 +37,7 @@ class CausalLmTeacher:
         self.context_length = context_length(config)
 
     def encode(self, sample: Sample, role: str) -> TokenizedSequence:
-        """Tokenise one role of a sample. Errors: `DataError` if it has images."""
+        """Tokenize one role of a sample. Errors: `DataError` if it has images."""
         if sample.images:
             raise DataError(
                 f"sample '{sample.key}' ({role}): it has {len(sample.images)} image(s), and the teacher is a "

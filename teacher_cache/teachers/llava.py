@@ -38,7 +38,7 @@ class LlavaTeacher:
         self.context_length = context_length(config.text_config)
 
     def encode(self, sample: Sample, role: str) -> TokenizedSequence:
-        """Tokenise one role of a sample."""
+        """Tokenize one role of a sample."""
         return self.encoder.encode(sample, role)
 
     def images(self, sample: Sample) -> list[SampleImage]:

@@ -66,7 +66,7 @@ class LlavaOnevisionTeacher:
         self.context_length = folders.context_length(config.text_config)
 
     def encode(self, sample: Sample, role: str) -> TokenizedSequence:
-        """Tokenise one role of a sample."""
+        """Tokenize one role of a sample."""
         sizes = [image_size(image, name=sample.key) for image in sample.images]
         counts = [self._tokens(size, sample) for size in sizes]
         return self.encoder.encode(sample, role, counts)

@@ -31,7 +31,7 @@ class Teacher(Protocol):
     """A checkpoint folder of one family, opened without its weights.
 
     `image_token_id`: the id that stands at an image's positions; None where the model sees no images. `head_rows`: the
-    rows of its head as its configuration says; `context_length`: the most tokens it takes.
+    rows of its LM head by its configuration; `context_length`: the most tokens it takes.
     """
 
     folder: Path
@@ -41,7 +41,7 @@ class Teacher(Protocol):
     context_length: int
 
     def encode(self, sample: Sample, role: str) -> TokenizedSequence:
-        """Tokenise one role of a sample, its images' tokens expanded. Of images only headers are read.
+        """Tokenize one role of a sample, its images' tokens expanded. Of images only headers are read.
 
         Errors: `DataError` naming the sample.
         """

@@ -65,7 +65,7 @@ class QwenVlTeacher:
         self.context_length = folders.context_length(config.text_config)
 
     def encode(self, sample: Sample, role: str) -> TokenizedSequence:
-        """Tokenise one role of a sample."""
+        """Tokenize one role of a sample."""
         counts = [self._tokens(image_size(image, name=sample.key), sample) for image in sample.images]
         return self.encoder.encode(sample, role, counts)
 

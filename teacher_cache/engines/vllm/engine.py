@@ -52,7 +52,7 @@ class _QueuedItem:
 
 
 class VllmCaptureEngine:
-    """Runs a checkpoint in vLLM and makes records of its positions there; see `hf.HfEngine` for the settings.
+    """Runs a checkpoint in vLLM and makes records of its positions there; see `hf.HfCaptureEngine` for the settings.
 
     The roles of a sample share what they begin with, images and prompt, as far as no recorded row lies in it.
     """
@@ -83,7 +83,7 @@ class VllmCaptureEngine:
         self.hidden_positions = hidden_positions
 
     def capture(self, requests: Sequence[Request]) -> Iterator[Outcome]:
-        """Capture one data shard; see `protocol.Engine`. Images are prepared a window ahead, in threads."""
+        """Capture one data shard; see `protocol.CaptureEngine`. Images are prepared a window ahead, in threads."""
         self.session.forget()
         rejected: deque[Rejection] = deque()
         redo: list[_QueuedItem] = []

@@ -1,6 +1,6 @@
 """The fallback for models that cannot be made to record: vLLM's `prompt_logprobs`, and the records they allow.
 
-Shape suffixes: T tokens of a prompt, N wanted rows, K most likely ids that are listed of each, V ids, R head entries.
+Shape suffixes: T tokens of a prompt, N wanted rows, K most likely ids that are listed of each, V ids, R top-k entries.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def listed_records(
 ) -> tuple[Records, NDArray[np.bool_]]:
     """Records of N rows of which only the K most likely ids are known, and [N] whether these were finite.
 
-    Listed ids beyond the vocabulary are taken out and the rest is normalised again. There are no draws and no
+    Listed ids beyond the vocabulary are taken out and the rest is normalised again. They have no tail samples and no
     normalisers; the entropy counts the tail as one bucket, which is a lower bound.
     """
     finite_N = np.isfinite(log_probs_NK).all(1) & np.isfinite(target_log_probs_N)

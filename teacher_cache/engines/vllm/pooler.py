@@ -1,4 +1,4 @@
-"""The pooler of a recording model: hidden states at the wanted rows → the head → records, on the model's device.
+"""The pooler of a recording model: hidden states at the wanted rows → the LM head → records, on the model's device.
 
 Shape suffixes: T rows of a step, N wanted rows of a sequence or of all that end in a step, R of them in a chunk, M
 hidden states of a sequence, D their size, V ids.

@@ -1,9 +1,9 @@
 """What passes between a capture and vLLM's workers: an order with each request, one int32 tensor with each answer.
 
-An answer holds seven counts (positions, temperatures, head entries, draws, hidden states, their width, and 1, or 0 for
-`NOTHING`), then the columns of `Records`, whether each position was finite, and the hidden states; float32 bit by bit.
+An answer holds seven counts (positions, temperatures, top-k entries, tail samples, hidden states, their width, and 1,
+or 0 for `NOTHING`), then the columns of `Records`, whether each position was finite, and the hidden states; float32 bit by bit.
 
-Shape suffixes: N recorded positions, S temperatures, H head entries, D draws, M hidden states.
+Shape suffixes: N recorded positions, S temperatures, H top-k entries, D tail samples, M hidden states.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NOTHING = np.zeros(_COUNTS, np.int32)  # the answer where a wanted row came out 
 
 @dataclass(frozen=True)
 class RecordRequest:
-    """What is wanted of one sequence: at which rows (rising), their targets, whose draws, and what a record keeps.
+    """The records wanted of one sequence: rows (rising), their targets, the tail samples' seed, what a record keeps.
 
     `states_M` are indices into `rows_N` of the positions whose hidden state is wanted too; None for none.
     """
@@ -93,10 +93,10 @@ def pack(
 
 def unpack(packed: NDArray[np.int32]) -> RecordReply | None:
     """The answer in an array of int32, as views; None for `NOTHING`."""
-    positions, temperatures, head, draws, states, width, computed = packed[:_COUNTS].tolist()
+    positions, temperatures, topk, samples, states, width, computed = packed[:_COUNTS].tolist()
     if not computed:
         return None
-    lengths = {"H": head, "D": draws}
+    lengths = {"H": topk, "D": samples}
     at = _COUNTS
     columns: dict[str, NDArray[Any]] = {}
     for field in dataclasses.fields(Records):

@@ -242,7 +242,7 @@ def test_a_tokenizer_with_more_ids_than_the_head_has_rows_is_refused(world: Worl
     tokenizer = load_tokenizer(folder)
     tokenizer.add_tokens(["<extra>"])
     tokenizer.save_pretrained(folder)
-    with pytest.raises(ModelError, match="largest id is 400, but the model's head has 400 rows"):
+    with pytest.raises(ModelError, match="largest id is 400, but the model's LM head has 400 rows"):
         world.run(tmp_path / "c", f"teacher={folder}")
     assert not (tmp_path / "c").exists()
 

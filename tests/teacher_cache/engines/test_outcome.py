@@ -22,7 +22,9 @@ REQUEST = Request(0, SAMPLE, (SEQUENCE,))
 
 def test_a_supervised_id_must_have_a_probability() -> None:
     assert beyond_vocabulary(SEQUENCE, 8) is None  # the image's id stands where nothing is supervised
-    assert beyond_vocabulary(SEQUENCE, 7) == "supervised id 7 is beyond the 7 ids that tokenizer and head share"
+    assert (
+        beyond_vocabulary(SEQUENCE, 7) == "supervised id 7 is beyond the 7 ids that the tokenizer and the LM head share"
+    )
     assert beyond_vocabulary(TokenizedSequence("a", "chosen", np.array([1]), np.array([], np.int64)), 1) is None
 
 
