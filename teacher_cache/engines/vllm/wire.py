@@ -1,7 +1,8 @@
 """What passes between a capture and vLLM's workers: an order with each request, one int32 tensor with each answer.
 
 An answer holds seven counts (positions, temperatures, top-k entries, tail samples, hidden states, their width, and 1,
-or 0 for `NOTHING`), then the columns of `Records`, whether each position was finite, and the hidden states; float32 bit by bit.
+or 0 for `NOTHING`), then the columns of `Records`, whether each position was finite, and the hidden states; float32 bit
+by bit.
 
 Shape suffixes: N recorded positions, S temperatures, H top-k entries, D tail samples, M hidden states.
 """
