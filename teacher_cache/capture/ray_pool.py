@@ -1,4 +1,8 @@
-"""A capture by several workers on Ray: each takes whole shards, and what a dead one had goes to another."""
+"""A capture by several workers on Ray: each captures whole shards, and another takes over those of a dead one.
+
+Ray's own `max_restarts` and `max_task_retries` do not replace this: they would charge a worker's death to both of its
+shards, so that the shard that kills workers could not be named.
+"""
 
 from __future__ import annotations
 

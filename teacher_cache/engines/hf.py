@@ -115,7 +115,7 @@ class HfCaptureEngine:
             return str(error)
         found = int((item.sequence.input_ids_T == self.teacher.image_token_id).sum())
         if found != expected:
-            return f"its images take {expected} tokens, its sequence has {found}: its header gives a wrong size"
+            return f"its images take {expected} tokens, its sequence has {found}: an image's header gives a wrong size"
         return beyond_vocabulary(item.sequence, self.vocab_size)
 
     @torch.inference_mode()

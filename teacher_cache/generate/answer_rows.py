@@ -155,7 +155,9 @@ class Answerer:
         expected = sum(image.tokens for image in images)
         found = int((ids_T == self._setup.teacher.image_token_id).sum())
         if found != expected:
-            raise DataError(f"its images take {expected} tokens, its prompt has {found}: its header gives a wrong size")
+            raise DataError(
+                f"its images take {expected} tokens, its prompt has {found}: an image's header gives a wrong size"
+            )
 
     def _take(self, item: _Open, prompt: Prompt, answer: Written) -> None:
         """Add an answer to its sample. Errors: `RowError` if it is none that a sample can hold."""
