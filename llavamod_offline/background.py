@@ -1,4 +1,4 @@
-"""Jobs done in the background before their results are needed, by threads that end with the process."""
+"""Run jobs in the background before their results are needed, on daemon threads."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _PATIENCE_SECONDS = 1.0
 
 
 class BackgroundIterator:
-    """Does jobs in their order, a few at once, until it is closed; a context manager that closes.
+    """Runs jobs in order, a few at once, until it is closed; a context manager.
 
-    An error of a job ends them all, and nothing is said of it: who needs the result does the job again, and meets the
-    error in a place that can name it. To be started after workers were forked, since they would lack its threads.
+    A job's error silently stops all jobs: the caller that needs the result repeats the job and reports the error with
+    its context. Start it after forking workers: threads do not survive a fork.
     """
 
     def __init__(self, threads: int = _THREADS) -> None:
@@ -31,7 +31,7 @@ class BackgroundIterator:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Start no more jobs; one that waits for a network is not waited for."""
+        """Start no more jobs; do not wait long for one that waits for a network."""
         self._closed.set()
         for _thread in self._threads:
             self._jobs.put(None)

@@ -1,4 +1,4 @@
-"""`llavamod-offline`: sets of samples, made from the files that people have."""
+"""`llavamod-offline`: pack data into sets of samples, check data sets, run the demo."""
 
 from __future__ import annotations
 
@@ -34,25 +34,24 @@ class TarKeys(StrEnum):
     SHARD = "shard"
 
 
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a set that is there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing set.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
 MaxRejected = Annotated[
-    float | None, typer.Option(min=0, max=1, help="Share of rejected rows above which nothing is made.")
+    float | None, typer.Option(min=0, max=1, help="Largest share of rejected rows; above it no set is made.")
 ]
 WeightOption = Annotated[
     list[str] | None,
-    typer.Option("--weight", metavar="NAME=N", help="How often training sees the samples of a source; repeatable."),
+    typer.Option("--weight", metavar="NAME=N", help="How often training sees a source's samples; may be repeated."),
 ]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes; as many as there are cores if not given.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Number of processes [default: all cores].")]
 CaptionPrompt = Annotated[
-    str | None, typer.Option(metavar="TEXT", help="What captions (KEY.txt) answer; without it they are rejected.")
+    str | None,
+    typer.Option(metavar="TEXT", help="The prompt that captions (KEY.txt) answer; required for them."),
 ]
-Ignore = Annotated[
-    list[str] | None, typer.Option(metavar="SUFFIX", help="Files of samples to pass over; may be repeated.")
-]
-Root = Annotated[Path, typer.Option(metavar="DIR", help="The folder that a list's paths are below.")]
+Ignore = Annotated[list[str] | None, typer.Option(metavar="SUFFIX", help="Suffix of files to ignore; may be repeated.")]
+Root = Annotated[Path, typer.Option(metavar="DIR", help="The folder that a list's paths are relative to.")]
 SourceList = Annotated[
-    Path | None, typer.Option("--from", metavar="YAML", help="A list of data sets; the shipped one if not given.")
+    Path | None, typer.Option("--from", metavar="YAML", help="A list of data sets [default: the shipped one].")
 ]
 
 
@@ -69,19 +68,19 @@ def pack(
         typer.Argument(metavar="[NAME=]SOURCE...", help="LLaVA .json or .jsonl, RLAIF-V .parquet, folders of samples."),
     ] = None,
     images: Annotated[
-        list[Path] | None, typer.Option(metavar="DIR", help="A folder that images are found in; may be repeated.")
+        list[Path] | None, typer.Option(metavar="DIR", help="A folder of images; may be repeated.")
     ] = None,
-    stage: Annotated[str | None, typer.Option(help="Pack the data sets that a list names for this stage.")] = None,
+    stage: Annotated[str | None, typer.Option(help="Pack the data sets that the list names for this stage.")] = None,
     source_list: SourceList = None,
     root: Root = Path(),
     weight: WeightOption = None,
-    name: Annotated[str | None, typer.Option(help="Name of the shards; the folder's name if not given.")] = None,
-    shard_samples: Annotated[int, typer.Option(min=1, help="Samples a shard holds at most.")] = 1000,
+    name: Annotated[str | None, typer.Option(help="Name of the shards [default: the folder's name].")] = None,
+    shard_samples: Annotated[int, typer.Option(min=1, help="Largest number of samples in a shard.")] = 1000,
     keys: Annotated[Keys, typer.Option(help="Sample keys: the rows' ids, or file name and row number.")] = Keys.ID,
     caption_prompt: CaptionPrompt = None,
     ignore: Ignore = None,
     max_side: Annotated[
-        int | None, typer.Option(min=1, help="Make pictures smaller whose longer side has more pixels.")
+        int | None, typer.Option(min=1, help="Shrink images whose longer side has more pixels than this.")
     ] = None,
     max_rejected: MaxRejected = None,
     workers: Workers = None,
@@ -90,9 +89,9 @@ def pack(
 ) -> None:
     """Pack conversations or preferences and their images into a set: WebDataset shards with an index.
 
-    Rows that cannot be used are listed with their reason in the set's rejected.jsonl, and counted; the rest is packed.
-    Images keep their bytes, unless --max-side is given. The set is the same whatever the number of workers.
-    A folder of samples has KEY.json or KEY.txt beside KEY.jpg, as the tars that `index` reads.
+    Unusable rows are counted and listed with the reason in the set's rejected.jsonl; the rest is packed.
+    Images keep their bytes unless --max-side shrinks them. The number of workers does not change the set.
+    A folder of samples has KEY.json or KEY.txt beside KEY.jpg, like the tars that `index` reads.
 
     \b
     Examples:
@@ -117,7 +116,7 @@ def pack(
         listed, weights = stage_sources(read_catalogue(source_list or SHIPPED), stage, root)
         files = [*listed, *files]
     if not files:
-        raise typer.BadParameter("name files, or a --stage", param_hint="SOURCE")
+        raise typer.BadParameter("name source files, or a --stage", param_hint="SOURCE")
     total = sum(source.path.stat().st_size for source in files if source.path.is_file())
     with tqdm(total=total, unit="B", unit_scale=True, desc="pack", disable=not sys.stderr.isatty()) as bar:
         rows = prepare_sources(
@@ -145,7 +144,7 @@ def pack(
 
 @app.command()
 def index(
-    sources: Annotated[list[str], typer.Argument(metavar="[NAME=]PLACE...", help="Tars, or folders of tars.")],
+    sources: Annotated[list[str], typer.Argument(metavar="[NAME=]PATH...", help="Tars, or folders of tars.")],
     output: Annotated[Path, typer.Option(metavar="DIR", help="The set folder to make.")],
     caption_prompt: CaptionPrompt = None,
     keys: Annotated[
@@ -158,11 +157,11 @@ def index(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a set of WebDataset tars that are there, without writing them anew.
+    """Make a set of existing WebDataset tars, without copying them.
 
     A sample is KEY.json, as `pack` writes it or with LLaVA's `conversations`, or a caption KEY.txt; and its image
     KEY.jpg (.jpeg, .png, .webp), or KEY.0.jpg, KEY.1.jpg and so on. Each tar is read once. Tars beside or below the new
-    set's folder may be moved together with it; others are found again where they are now.
+    set's folder may be moved together with it; others must stay in place.
 
     \b
     Examples:
@@ -196,17 +195,17 @@ def index(
 @app.command()
 def doctor(
     source_list: Annotated[
-        Path | None, typer.Argument(metavar="[YAML]", help="A list of data sets; the shipped one if not given.")
+        Path | None, typer.Argument(metavar="[YAML]", help="A list of data sets [default: the shipped one].")
     ] = None,
     root: Root = Path(),
     stage: Annotated[str | None, typer.Option(help="Only the data sets of this stage.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Look for files and folders, do not read rows.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Look for files and folders, but skip rows.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the data sets of each stage: what is on this disk, what is missing, and where it is to be had.
+    """Check the data sets of each stage: what is on disk, what is missing, and where to download it.
 
-    The shipped list has LLaVA-MoD's. Rows are counted, and every image that they name is looked for. Exit status 1 if
-    anything is missing.
+    The shipped list has LLaVA-MoD's. Counts rows and looks for every image they name. Exits with status 1 if anything
+    is missing.
 
     \b
     Examples:
@@ -232,21 +231,21 @@ def doctor(
         print("\n".join(render(finding) for finding in findings))
     incomplete = sum(bool(finding.problems) for finding in findings)
     if not as_json:
-        print(f"{len(findings) - incomplete} of {len(findings)} data sets are there, below {root}")
+        print(f"{len(findings) - incomplete} of {len(findings)} data sets are complete below {root}")
     if incomplete:
         raise typer.Exit(1)
 
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to make, or to make anew.")] = Path("runs/demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="A tenth of the data and the steps: does it run?")] = False,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder; replaces an earlier demo.")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="A fraction of the data and steps, as a smoke test.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the toy world's data.")] = 1,
 ) -> None:
     """Distil a toy teacher into small students, score them all, and write a table and a page.
 
-    Draws a toy world and runs the same commands on it that you would type for your own data and teacher; they are
-    written to DIR/commands.sh. Takes a few minutes on two cores. Needs no network.
+    Draws a toy world and runs the commands that you would type for your own data and teacher, which it also writes to
+    DIR/commands.sh. Takes a few minutes on two cores, without network access.
 
     \b
     Examples:
@@ -265,7 +264,7 @@ def _render(summary: PackSummary, done: str) -> str:
         f"{summary.bytes / 1e6:.1f} MB"
     ]
     if summary.shrunk:
-        lines.append(f"made {summary.shrunk} image(s) smaller")
+        lines.append(f"shrank {summary.shrunk} image(s)")
     if summary.rejected:
         rows = summary.samples + summary.rejected
         lines.append(f"rejected {summary.rejected} of {rows} rows, listed in {summary.path / 'rejected.jsonl'}:")

@@ -1,4 +1,4 @@
-"""Configuration: frozen dataclasses at the edge, YAML files and `key=value` arguments merged over their defaults.
+"""Configuration: frozen dataclasses, with YAML files and `key=value` arguments merged over their defaults.
 
 Config objects stop at the commands: losses, models and stores take plain arguments.
 """
@@ -42,7 +42,7 @@ def load_config(schema: type[T], files: Sequence[Path] = (), overrides: Sequence
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Tell the files from the `key=value` overrides of a command line; files come first, overrides after them."""
+    """Separate a command line's files from its `key=value` overrides, which apply after the files."""
     files = [Path(argument) for argument in arguments if "=" not in argument]
     return files, [argument for argument in arguments if "=" in argument]
 
@@ -53,7 +53,7 @@ def dump_config(config: Any) -> str:
 
 
 def describe_config(schema: type[Any]) -> str:
-    """List every key of `schema` with its type and default, a line each, for `--help`."""
+    """List every key of `schema` with its type and default, one a line, for `--help`."""
     return "\n".join(_describe(schema, ""))
 
 

@@ -1,4 +1,4 @@
-"""What the four console scripts share: errors as one line with exit status 2, and plain logging."""
+"""Run a console script: errors as one line with exit status 2, and plain logging."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from llavamod_offline import __version__
 from llavamod_offline.errors import LlavaModError
 
 INPUT_ERROR_STATUS = 2
-_NOT_PRINTED = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # names from files may hold line breaks and worse
+_NOT_PRINTED = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # names in files may contain control characters
 
 
 def run_command(app: typer.Typer, argv: Sequence[str] | None = None, *, name: str | None = None) -> NoReturn:
-    """Run `app` on `argv` (default: the process's arguments) and exit with its status; `name` is for its help.
+    """Run `app` on `argv` (default: the process's arguments) and exit with its status; `name` appears in its help.
 
-    A `LlavaModError` is printed as one line and gives status 2; LLAVAMOD_DEBUG=1 shows its traceback. Ctrl-C gives 130.
+    A `LlavaModError` prints one line and gives status 2; LLAVAMOD_DEBUG=1 shows its traceback. Ctrl-C gives 130.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     arguments = list(sys.argv[1:] if argv is None else argv)

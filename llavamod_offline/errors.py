@@ -1,7 +1,7 @@
-"""The errors that reach a user: one line that names the file, key or sample and the way out.
+"""Errors for users: one line that names the file, key or sample and what to do.
 
-Every command prints such an error without a traceback and exits with status 2 (see `command.py`). Anything else that
-is raised is a defect of this project and keeps its traceback.
+Every command prints such an error without a traceback and exits with status 2 (see `entrypoint.py`). Any other
+exception is a bug of this project and keeps its traceback.
 """
 
 
@@ -10,7 +10,7 @@ class LlavaModError(Exception):
 
 
 class ConfigError(LlavaModError):
-    """A setting is unknown, of the wrong type, or does not fit another one."""
+    """A setting is unknown, of the wrong type, or contradicts another."""
 
 
 class DataError(LlavaModError):
@@ -18,23 +18,23 @@ class DataError(LlavaModError):
 
 
 class ModelError(LlavaModError):
-    """A checkpoint is missing, is no checkpoint, or does not fit its role."""
+    """A checkpoint is missing, invalid, or unsuitable for its role."""
 
 
 class TargetError(LlavaModError):
-    """Cached targets do not fit the loss or the student that wants them."""
+    """Cached targets do not match the loss or the student."""
 
 
 class CacheError(LlavaModError):
-    """A teacher cache is missing, damaged, or was made for something else."""
+    """A teacher cache is missing, damaged, or incompatible."""
 
 
 class EvalError(LlavaModError):
-    """Predictions or a benchmark's files cannot be scored as they are."""
+    """Predictions or a benchmark's files cannot be scored."""
 
 
 class StorageError(LlavaModError):
-    """A bucket or another remote folder, or the local copies of its files, cannot be read or written."""
+    """A remote folder, or the local cache of its files, cannot be read or written."""
 
 
 def first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The demo's commands: the whole road on the toy world, exactly as one would type it for other data."""
+"""The demo's commands: the whole pipeline on the toy world, exactly as typed for other data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SETS = ("align", "general", "multitask", "preference")
 
 @dataclass(frozen=True)
 class DemoSizes:
-    """How much of everything: samples of each set, images of each benchmark, steps of each stage."""
+    """Sizes: samples of each set, images of each benchmark, steps of each stage."""
 
     align: int
     general: int
@@ -45,7 +45,7 @@ BATCH = ("batch.global_size=32", "batch.micro_size=32")
 
 @dataclass(frozen=True)
 class Model:
-    """A row of the demo's table: how it is called, where it lies, and the training run that made it, if any."""
+    """A row of the demo's table: its name, its checkpoint, and the training run that made it, if any."""
 
     name: str
     slug: str
@@ -54,7 +54,7 @@ class Model:
 
 
 def small_language_model(output: Path) -> Path:
-    """Where the demo puts the language model that the smaller student starts from."""
+    """The folder of the language model that the smaller student starts from."""
     return output / "small_language_model"
 
 
@@ -73,7 +73,7 @@ def models(output: Path) -> list[Model]:
 
 
 def demo_steps(output: Path, sizes: DemoSizes) -> list[Step]:
-    """Every command of the demo with what it needs, in an order in which they can be typed."""
+    """Every command of the demo with the steps it needs, in a valid order."""
     return [*_packing(output), *_caching(output), *_training(output, sizes), *_evaluation(output)]
 
 
@@ -131,7 +131,7 @@ def _training(output: Path, sizes: DemoSizes) -> Iterator[Step]:
     steps = sizes.distill_steps
     yield train("mimic_dense", "general", steps, "1e-3", distilled, student("align"), cache("general"))
     yield train("sft", "general", steps, "1e-3", ("train-align", "pack-general"), student("align"))
-    # One cache, students of any size: this one differs in depth, width and rows of its head, and skips the alignment.
+    # One cache, students of any size: this one differs in depth, width and LM head rows, and skips the alignment.
     small = (f"student.vision_tower={TEACHER}", f"student.language_model={small_language_model(output)}")
     steps = sizes.small_steps
     needs = ("cache-general",)

@@ -1,4 +1,4 @@
-"""What the demo's commands left behind, as one table."""
+"""The results of the demo's commands as one table."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ COLUMNS = {
 
 
 def summarise(output: Path, seconds: Mapping[str, float]) -> dict[str, Any]:
-    """Gather `rows` (a model each), `cache`, and the seconds of every step, from the files the commands wrote.
+    """Gather `rows` (one a model), `cache`, and the seconds of every step, from the commands' output files.
 
-    `shape`: layers × hidden size, head rows of the language model. `accuracy` is of GQA's form,
-    `hallucination` Object HalBench's share of descriptions that name absent objects.
+    `shape`: layers × hidden size, LM head rows. `accuracy`: on questions in GQA's form; `hallucination`: Object
+    HalBench's share of descriptions that name absent objects.
     """
     caches = {name: _read(output / "cache" / name / "cache.json") for name in ("general", "multitask", "preference")}
     positions = sum(cache["totals"]["positions"] for cache in caches.values())

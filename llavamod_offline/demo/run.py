@@ -1,4 +1,4 @@
-"""`llavamod-offline demo`: draw a toy world, run every command of the road on it, and compare the models."""
+"""`llavamod-offline demo`: draw a toy world, run the whole pipeline on it, and compare the models."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ AT_ONCE = 2
 
 
 def run_demo(output: Path, *, quick: bool = False, seed: int = 1) -> Path:
-    """Run the demo into `output` (made anew) and give the path of its summary.
+    """Run the demo into `output`, replacing an earlier demo, and return the path of its summary.
 
-    Errors: `ConfigError` if `output` holds something that no demo made; `StepError` if a command fails.
+    Errors: `ConfigError` if `output` holds anything but a demo; `StepError` if a command fails.
     """
     if not (TEACHER / "config.json").exists():
         raise ModelError(f"{TEACHER}: the toy teacher is missing: install the project again")
@@ -64,16 +64,16 @@ def run_demo(output: Path, *, quick: bool = False, seed: int = 1) -> Path:
     path = output / "summary.json"
     write_file(path, json.dumps(summary, indent=1) + "\n")
     print(_as_text(summary))
-    print(f"\n{output / 'report.html'}: the curves and some pictures with each model's answers")
+    print(f"\n{output / 'report.html'}: the curves, and some images with each model's answers")
     print(f"{output / 'commands.sh'}: the {len(steps)} commands that the demo ran, in {summary['total_seconds']:.0f} s")
     return path
 
 
 def _clear(output: Path) -> None:
-    """Empty the folder of an earlier demo; touch nothing else."""
+    """Empty the folder of an earlier demo, and no other."""
     if output.exists() and any(output.iterdir()):
         if not (output / MARKER).exists():
-            raise ConfigError(f"{output}: holds files that no demo made: choose another folder with --output")
+            raise ConfigError(f"{output}: holds files that are not from a demo: choose another folder with --output")
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
     (output / MARKER).touch()

@@ -45,7 +45,7 @@ def _object_scenes(count: int, rng: random.Random) -> list[Scene]:
 
 
 def _write_pope(folder: Path, scenes: Sequence[Scene], rng: random.Random) -> None:
-    """As many absent as present objects are asked for: any, the commonest, or those that resemble a present one."""
+    """Ask for as many absent as present objects: any, the most frequent, or those that resemble a present one."""
     frequency = Counter((thing.colour, thing.shape) for scene in scenes for thing in scene.things)
     rows: list[dict[str, Any]] = []
     for category in ("adversarial", "popular", "random"):
@@ -104,7 +104,7 @@ def _write_gqa(folder: Path, scenes: Sequence[Scene], rng: random.Random) -> Non
 
 
 def _write_mme(folder: Path, scenes: Sequence[Scene], rng: random.Random) -> None:
-    """Two questions an image, one whose answer is yes and one whose answer is no."""
+    """Two questions an image, one answered yes and one answered no."""
     rows = []
     for index, scene in enumerate(scenes):
         asked = questions(scene, rng, 40)
@@ -135,13 +135,13 @@ def _write_object_halbench(folder: Path, scenes: Sequence[Scene], rng: random.Ra
         rows.append({"image_id": index, "question": DESCRIBE, "image": image})
         instances += [{"image_id": index, "category_id": names.index(thing.name) + 1} for thing in scene.things]
         captions += [{"image_id": index, "caption": caption(scene, rng)} for _ in range(5)]
-    pictures = [{"id": index, "file_name": f"{index:012d}.jpg"} for index in range(len(scenes))]
+    images = [{"id": index, "file_name": f"{index:012d}.jpg"} for index in range(len(scenes))]
     categories = [{"id": number + 1, "name": name} for number, name in enumerate(names)]
     _write_jsonl(folder / "obj_halbench_300_with_image.jsonl", rows)
     _write(folder / "synonyms_refine.txt", "".join(f"{name}\n" for name in names).encode())
-    annotations = {"images": pictures, "categories": categories, "annotations": instances}
+    annotations = {"images": images, "categories": categories, "annotations": instances}
     _write(folder / "annotations" / "instances_val2014.json", json.dumps(annotations).encode())
-    spoken = {"images": pictures, "annotations": captions}
+    spoken = {"images": images, "annotations": captions}
     _write(folder / "annotations" / "captions_val2014.json", json.dumps(spoken).encode())
 
 

@@ -1,4 +1,4 @@
-"""Conversations about a scene in the manner of the data sets that the stages of the original are trained on."""
+"""Conversations about a scene, in the style of the data sets of the original's stages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llavamod_offline.toyworld.scene import Scene
 
 
 def captioned(scene: Scene, rng: random.Random) -> list[Turn]:
-    """One request for a description and the caption; the image stands before or after the words."""
+    """One request for a description and the caption; the image comes before or after the words."""
     request = rng.choice((DESCRIBE, DESCRIBE, BRIEFLY))
     text = rng.choice(
         (f"{IMAGE_PLACEHOLDER}\n{request}", f"{IMAGE_PLACEHOLDER}\n{request}", f"{request}\n{IMAGE_PLACEHOLDER}")
@@ -19,7 +19,7 @@ def captioned(scene: Scene, rng: random.Random) -> list[Turn]:
 
 
 def chatted(scene: Scene, rng: random.Random, rounds: int) -> list[Turn]:
-    """Several rounds of questions answered in whole sentences, the first of them perhaps a caption."""
+    """Several rounds of questions answered in whole sentences, perhaps with a caption first."""
     turns: list[Turn] = []
     if rng.random() < 0.3:
         turns += [Turn("user", DESCRIBE), Turn("assistant", caption(scene, rng))]
@@ -29,7 +29,7 @@ def chatted(scene: Scene, rng: random.Random, rounds: int) -> list[Turn]:
 
 
 def quizzed(scene: Scene, rng: random.Random, rounds: int) -> list[Turn]:
-    """Several rounds of short answers, asked for once, in the first round, as LLaVA's mixture does."""
+    """Several rounds of short answers, requested in the first round only, as in LLaVA's mixture."""
     turns: list[Turn] = []
     for question in questions(scene, rng, rounds):
         suffix = "" if turns else SHORT_ANSWER
@@ -38,12 +38,12 @@ def quizzed(scene: Scene, rng: random.Random, rounds: int) -> list[Turn]:
 
 
 def with_image(turns: list[Turn]) -> list[Turn]:
-    """Put the image at the head of the first turn."""
+    """Put the image at the start of the first turn."""
     return [Turn("user", f"{IMAGE_PLACEHOLDER}\n{turns[0].text}"), *turns[1:]]
 
 
 def questioned(scene: Scene, rng: random.Random) -> list[Turn]:
-    """Mostly quizzes: a short answer is one token in ten of a mixture, too few to learn from."""
+    """Mostly quizzes: in a mixture only one token in ten is a short answer, too few to learn from."""
     share = rng.random()
     if share < 0.15:
         return captioned(scene, rng)
@@ -51,7 +51,7 @@ def questioned(scene: Scene, rng: random.Random) -> list[Turn]:
 
 
 def mixed(scene: Scene, rng: random.Random) -> list[Turn]:
-    """Any of the three, as a teacher sees them at first."""
+    """Any of the three, for the teacher's first round."""
     share = rng.random()
     if share < 0.3:
         return captioned(scene, rng)

@@ -1,4 +1,4 @@
-"""Training sets of the toy world in the files that the original's users have: LLaVA JSON and RLAIF-V parquet."""
+"""Training sets of the toy world in common file formats: LLaVA JSON and RLAIF-V parquet."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ def write_datasets(
     """Write `align.json`, `general.json`, `multitask.json` (images below `images/`) and `preference.parquet`.
 
     `align` has captions; `general` captions, conversations and quizzes; `multitask` quizzes of counting, reading,
-    charts and yes/no. `error_share` of the answers in `general` and `multitask` belong to another image,
-    as answers do that people and programs write at the scale of the web. Returns the file of each set; sizes are in
-    samples.
+    charts and yes/no. `error_share` of the answers in `general` and `multitask` belong to another image, like the
+    noise of web data. Returns the file of each set; sizes are in samples.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
@@ -78,7 +77,7 @@ def _llava_row(
 def _with_errors(
     turns: list[Turn], speak: Callable[[Scene, random.Random], list[Turn]], rng: random.Random, error_share: float
 ) -> list[Turn]:
-    """Replace a share of the answers by what is said of some other image in reply to a request of the same kind."""
+    """Replace a share of the answers by answers about other images to requests of the same kind."""
     replaced = []
     for position, turn in enumerate(turns):
         if turn.role == "assistant" and rng.random() < error_share:
@@ -103,7 +102,7 @@ def _sentence_like(turn: Turn) -> bool:
 
 
 def _preference_table(size: int, rng: random.Random) -> pa.Table:
-    """Pairs of descriptions with the columns of RLAIF-V; the rejected one names objects that are not in the image."""
+    """Pairs of descriptions with RLAIF-V's columns; the rejected one names absent objects."""
     rows = []
     for index in range(size):
         scene = random_scene(rng)

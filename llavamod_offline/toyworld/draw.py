@@ -1,4 +1,4 @@
-"""Drawing scenes as 96×96 images with Pillow, from plain shapes and a bitmap font of our own."""
+"""Draw scenes as 96×96 images with Pillow, from plain shapes and a small bitmap font."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BACKGROUND_RGB = {"white": (250, 250, 250), "gray": (205, 208, 212), "cream": (
 _INK = (20, 20, 20)
 _RADIUS = {"small": 7, "large": 13}
 
-# Three columns by five rows, a row a group of three characters.
+# Three columns by five rows; each group of three characters is a row.
 _GLYPHS = {
     "a": ".#. #.# ### #.# #.#", "b": "##. #.# ##. #.# ##.", "c": ".## #.. #.. #.. .##", "e": "### #.. ##. #.. ###",
     "f": "### #.. ##. #.. #..", "i": "### .#. .#. .#. ###", "k": "#.# #.# ##. #.# #.#", "l": "#.. #.. #.. #.. ###",

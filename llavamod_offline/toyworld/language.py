@@ -1,6 +1,6 @@
-"""What is said of a scene: captions in varied words, questions of eight kinds with exact answers, preference pairs.
+"""Texts about a scene: varied captions, questions of eight kinds with exact answers, preference pairs.
 
-Everything takes a `random.Random`, so that a set of texts follows from a seed.
+Everything takes a `random.Random`, so that a seed determines a set of texts.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 
 def hallucinated_caption(scene: Scene, rng: random.Random) -> str:
-    """A caption that names one or two objects that are not in the image, in place of or beside those that are."""
+    """A caption that names one or two absent objects, in place of or beside those in the image."""
     taken = {thing.cell for thing in scene.things} | ({scene.sign.cell} if scene.sign else set())
     free = [cell for cell in range(len(PLACES)) if cell not in taken]
     things = list(scene.things)
@@ -68,7 +68,7 @@ def absent_names(scene: Scene, things: tuple[Thing, ...] | None = None) -> list[
 
 
 def questions(scene: Scene, rng: random.Random, count: int) -> list[Question]:
-    """Draw up to `count` different questions that the scene answers without doubt, in random order."""
+    """Draw up to `count` different questions with an unambiguous answer, in random order."""
     pool = _chart_questions(scene, rng) if scene.is_chart else _object_questions(scene, rng)
     by_kind: dict[str, list[Question]] = {}
     for question in {question.text: question for question in pool}.values():
@@ -142,7 +142,7 @@ def _relation_questions(things: tuple[Thing, ...], rng: random.Random) -> list[Q
 
 
 def _unmistakable(things: tuple[Thing, ...]) -> list[Thing]:
-    """The objects that their shape alone tells from all others, so that a question may name them by it."""
+    """The objects of a unique shape, by which a question may name them."""
     return [thing for thing in things if sum(other.shape == thing.shape for other in things) == 1]
 
 

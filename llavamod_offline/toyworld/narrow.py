@@ -1,8 +1,8 @@
-"""A small language model cut out of the toy teacher's: fewer layers, narrower, a shorter head.
+"""Prune the toy teacher's language model: fewer layers, smaller hidden size, fewer LM head rows.
 
-What is kept is what has the largest weights, as pruning by magnitude does; the rest must be taught again.
+Keeps the largest weights, as magnitude pruning does; training must recover the rest.
 
-Shape suffixes: D hidden size, F feed-forward size, H heads, V rows of the embeddings, of which the head is made.
+Shape suffixes: D hidden size, F feed-forward size, H attention heads, V rows of the embeddings and tied LM head.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ ROWS = 608
 
 
 def write_small_language_model(teacher: Path, folder: Path) -> Path:
-    """Write an ordinary Qwen2 folder of 3 layers, hidden size 96 and 608 head rows, with the teacher's tokenizer."""
+    """Write a Qwen2 folder of 3 layers, hidden size 96 and 608 LM head rows, with the teacher's tokenizer."""
     tokenizer = load_tokenizer(teacher)
     model = narrowed(load_llava(teacher), LAYERS, hidden=HIDDEN, heads=HEADS, intermediate=INTERMEDIATE, rows=ROWS)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    # Not the model's save_pretrained, which draws a bar and looks for accelerators.
+    # Not the model's save_pretrained, which shows a progress bar and looks for accelerators.
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
@@ -46,9 +46,9 @@ def narrowed(
     intermediate: int,
     rows: int,
 ) -> Qwen2ForCausalLM:
-    """The named layers of a teacher's language model, with its strongest dimensions, heads and neurons.
+    """The given layers of a teacher's language model, with its strongest dimensions, attention heads and neurons.
 
-    The teacher's heads must have keys of their own and its embeddings be tied, as the toy teacher's are.
+    The teacher must have as many key-value heads as heads, and tied embeddings.
     """
     text = teacher.config.text_config
     size = text.hidden_size // text.num_attention_heads
@@ -79,7 +79,7 @@ def narrowed(
 
 
 def _layer(part: dict[str, Tensor], kept_D: Tensor, *, size: int, heads: int, intermediate: int) -> dict[str, Tensor]:
-    """One layer's tensors, cut down; `size` is that of a head."""
+    """One layer's pruned tensors; `size` is that of an attention head."""
     out_DHS = part["self_attn.o_proj.weight"].unflatten(1, (-1, size))
     kept_H = _largest(out_DHS.norm(dim=(0, 2)), heads)
     attended = (kept_H[:, None] * size + torch.arange(size)).flatten()
@@ -100,5 +100,5 @@ def _layer(part: dict[str, Tensor], kept_D: Tensor, *, size: int, heads: int, in
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
-    """The places of the largest values, in rising order."""
+    """The indices of the largest values, in increasing order."""
     return values.topk(count).indices.sort().values

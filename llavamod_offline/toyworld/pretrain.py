@@ -1,10 +1,10 @@
-"""Making the checkpoints that ship with the toy world: its vision tower, its teacher, and a small language model.
+"""Make the checkpoints shipped with the toy world: its vision tower, its teacher, and a small language model.
 
     python -m llavamod_offline.toyworld.pretrain --output DIR
 
-The tower learns from ground truth what each patch shows and is frozen, as CLIP is in LLaVA; the teacher's projector
-and language model then learn conversations about images. The small language model, a student's beginning, is every
-second layer of the teacher's, as depth-pruned students begin: it has to be aligned with a tower and to be taught again.
+The tower learns from ground truth what each patch shows and is then frozen, as CLIP in LLaVA; the teacher's projector
+and language model then learn conversations about images. The small language model, from which a student starts, is
+every second layer of the teacher's, as after depth pruning: it must be aligned with a tower and trained again.
 
 Shape suffixes: B images or conversations, C channels, H and W pixels, T tokens, D hidden size, V ids, P patches,
 A attributes, N supervised tokens, X classes of all attributes.
@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 PIXELS = 48
 PATCH = 8
 IMAGE_TOKENS = (PIXELS // PATCH) ** 2
-TEACHER_ROWS = 640  # rows of the teacher's head: more than the tokenizer has ids, as Qwen2-7B's 152,064 are
+TEACHER_ROWS = 640  # rows of the teacher's LM head: more than the tokenizer has ids, as in Qwen2-7B (152,064)
 VOCABULARY = 600
 BATCH = 32
 SAVE_STEPS = 500
@@ -85,25 +85,6 @@ def new_tower(seed: int) -> CLIPVisionModel:
     )
 
 
-def text_config(
-    tokenizer: Qwen2TokenizerFast, *, hidden: int, layers: int, intermediate: int, rows: int
-) -> Qwen2Config:
-    """A Qwen2 text model with heads of 32 dimensions and tied embeddings."""
-    return Qwen2Config(
-        vocab_size=rows,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 32,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
 def pixels(scenes: list[Scene]) -> Tensor:
     """Draw and preprocess scenes: [B, C, H, W] float32."""
     images = [draw_scene(scene) for scene in scenes]
@@ -111,7 +92,7 @@ def pixels(scenes: list[Scene]) -> Tensor:
 
 
 def train_tower(steps: int, seed: int) -> CLIPVisionModel:
-    """Train the tower: probes on its second-last layer name what each patch shows, its class token what is present."""
+    """Train the tower: probes on its second-last layer name each patch's contents, its class token the image's."""
     tower = new_tower(seed)
     width = tower.config.hidden_size
     probe = nn.Linear(width, sum(ATTRIBUTES.values()))
@@ -135,28 +116,10 @@ def train_tower(steps: int, seed: int) -> CLIPVisionModel:
     return tower.eval()
 
 
-def new_llava(
-    tower: CLIPVisionModel, tokenizer: Qwen2TokenizerFast, text: Qwen2Config
-) -> LlavaForConditionalGeneration:
-    """A LLaVA model with a given tower and a random projector and language model."""
-    config = LlavaConfig(
-        vision_config=tower.config,
-        text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),
-        image_seq_length=IMAGE_TOKENS,
-        vision_feature_layer=TOWER_LAYER,
-        tie_word_embeddings=True,
-    )
-    model = LlavaForConditionalGeneration(config)
-    model.model.vision_tower.load_state_dict(tower.state_dict())
-    model.model.vision_tower.requires_grad_(False)
-    return model
-
-
 def conversations(
     rng: random.Random, encoder: SequenceEncoder, speak: Speaker
 ) -> Iterator[tuple[list[Scene], list[TokenizedSequence]]]:
-    """Endless batches of conversations, four batches' worth sorted by length at a time to spare padding."""
+    """Endless batches of conversations, sorted by length four batches at a time to reduce padding."""
     while True:
         drawn = []
         for index in range(4 * BATCH):
@@ -172,13 +135,36 @@ def conversations(
 
 
 def new_teacher(tower: CLIPVisionModel, tokenizer: Qwen2TokenizerFast, seed: int) -> LlavaForConditionalGeneration:
-    """The teacher before its training."""
+    """The untrained teacher: the given tower, frozen, with a random projector and Qwen2 text model."""
     torch.manual_seed(seed)
-    text = text_config(tokenizer, hidden=160, layers=4, intermediate=432, rows=TEACHER_ROWS)
-    return new_llava(tower, tokenizer, text)
+    text = Qwen2Config(
+        vocab_size=TEACHER_ROWS,
+        hidden_size=160,
+        intermediate_size=432,
+        num_hidden_layers=4,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),
+        image_seq_length=IMAGE_TOKENS,
+        vision_feature_layer=TOWER_LAYER,
+        tie_word_embeddings=True,
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    model.model.vision_tower.requires_grad_(False)
+    return model
 
 
-def train_on_pictures(
+def train_teacher(
     model: LlavaForConditionalGeneration,
     encoder: SequenceEncoder,
     speak: Speaker,
@@ -190,7 +176,7 @@ def train_on_pictures(
 ) -> None:
     """Train projector and language model on images, the tower frozen; save to `folder` as it goes."""
     batches = conversations(random.Random(seed), encoder, speak)
-    for step, optimizer in _steps(model, steps, learning_rate=learning_rate, name="pictures"):
+    for step, optimizer in _steps(model, steps, learning_rate=learning_rate, name="teacher"):
         scenes, sequences = next(batches)
         batch = collate(sequences, [()] * len(sequences), pad_id=0)
         with _half_precision():
@@ -204,13 +190,13 @@ def train_on_pictures(
         loss = cross_entropy(logits_NV, batch.target_ids_N)
         _update(loss, model, optimizer)
         if step % 50 == 0 or step == steps - 1:
-            logger.info("pictures %d/%d loss %.4f", step, steps, loss.item())
+            logger.info("teacher %d/%d loss %.4f", step, steps, loss.item())
         if (step + 1) % SAVE_STEPS == 0 or step == steps - 1:
             save(copy.deepcopy(model), encoder.tokenizer, folder)
 
 
 def every_second_layer(teacher: LlavaForConditionalGeneration) -> Qwen2ForCausalLM:
-    """The teacher's language model without every second of its layers, sharing its embeddings' values and head."""
+    """The teacher's language model with every second layer and the same embeddings."""
     text = teacher.config.text_config
     kept = range(0, text.num_hidden_layers, 2)
     settings = {**text.to_dict(), "num_hidden_layers": len(kept), "layer_types": None}
@@ -259,7 +245,7 @@ def _steps(model: nn.Module, steps: int, *, learning_rate: float, name: str) -> 
 
 
 def _half_precision() -> torch.autocast:
-    """bf16 matrix products over fp32 weights: about twice as fast on a CPU that has them, and no worse here."""
+    """bf16 matrix products over fp32 weights: about twice as fast on CPUs that support them, and no worse here."""
     return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
@@ -271,7 +257,7 @@ def _update(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer) ->
 
 
 def main() -> None:
-    """Train whatever is asked for and write it below the output folder."""
+    """Train the requested parts and write them below the output folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for tower/, teacher/ and language_model/")
     parser.add_argument("--tower-steps", type=int, default=1200)
@@ -281,7 +267,7 @@ def main() -> None:
     parser.add_argument(
         "--only",
         choices=("tower", "teacher", "questions", "language_model"),
-        help="one part alone, on what is there",
+        help="only this part, with the others from the output folder",
     )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -302,12 +288,12 @@ def main() -> None:
         tower = CLIPVisionModel.from_pretrained(output / "tower", dtype=torch.float32)
         teacher = new_teacher(tower, tokenizer, seed)
         first = {"steps": arguments.teacher_steps, "learning_rate": 2e-3, "seed": seed + 1}
-        train_on_pictures(teacher, encoder, mixed, **first, folder=output / "teacher")
+        train_teacher(teacher, encoder, mixed, **first, folder=output / "teacher")
     if wanted in (None, "questions"):
         teacher = LlavaForConditionalGeneration.from_pretrained(output / "teacher", dtype=torch.float32)
         teacher.model.vision_tower.requires_grad_(False)
         second = {"steps": arguments.question_steps, "learning_rate": 1.5e-3, "seed": seed + 3}
-        train_on_pictures(teacher, encoder, questioned, **second, folder=output / "teacher")
+        train_teacher(teacher, encoder, questioned, **second, folder=output / "teacher")
     if wanted in (None, "language_model"):
         teacher = LlavaForConditionalGeneration.from_pretrained(output / "teacher", dtype=torch.float32)
         save(every_second_layer(teacher), tokenizer, output / "language_model")

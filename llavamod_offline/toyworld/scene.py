@@ -1,7 +1,7 @@
-"""Scenes of the toy world: what is in an image, drawn at random from a seed, with everything there is to know of it.
+"""Scenes of the toy world: the contents of an image, drawn at random from a seed.
 
-An image is a 3×3 grid. A scene holds either one to four objects (shape, colour, size, place) and perhaps a sign with a
-written word or number, or a bar chart.
+An image is a 3×3 grid. A scene holds one to four objects (shape, colour, size, place) and perhaps a sign with a word
+or number, or else a bar chart.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Sign:
-    """A white plate with a written word or number."""
+    """A white plate with a word or number."""
 
     text: str
     cell: int
@@ -59,7 +59,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything there is to know of one image. `bars` is empty unless the scene is a chart."""
+    """The full contents of one image. `bars` is empty unless the scene is a chart."""
 
     things: tuple[Thing, ...]
     sign: Sign | None

@@ -16,14 +16,14 @@ from llavamod_offline.toyworld.scene import random_scene
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", IMAGE_PLACEHOLDER)
 
-# Qwen2's way of cutting text before BPE (the pattern of its published tokenizer.json).
+# Qwen2's pre-tokenization pattern (from its published tokenizer.json).
 _QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
 def train_tokenizer(vocabulary_size: int, *, scenes: int = 2000, seed: int = 0) -> Qwen2TokenizerFast:
-    """Train the tokenizer; special tokens come after the learned vocabulary, as in Qwen2."""
+    """Train the tokenizer; special tokens follow the learned vocabulary, as in Qwen2."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

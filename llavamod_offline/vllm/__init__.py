@@ -1,1 +1,1 @@
-"""vLLM, driven with this project's own tokens and images; imported only where an engine asks for it."""
+"""Run vLLM with this project's tokens and images; imported only by engines that need it."""

@@ -1,4 +1,4 @@
-"""Our tokens and images as vLLM's own processed input: nothing is tokenised, expanded or resized a second time.
+"""Our tokens and images as vLLM's processed input, so that it does not tokenize, expand or resize again.
 
 Shape suffixes: T tokens of a prompt.
 """
@@ -14,49 +14,49 @@ from numpy.typing import NDArray
 
 from llavamod_offline.errors import ModelError
 
-TOKENS_FIELD = "llavamod_picture_tokens"  # goes with each image into the model, which compares
-_NAMES = {"image_size": "image_sizes"}  # of several images, as models are given them
+TOKENS_FIELD = "llavamod_image_tokens"  # accompanies each image into the model, which checks it
+_NAMES = {"image_size": "image_sizes"}  # plural, as models expect them
 _ON_CPU = frozenset({TOKENS_FIELD, "image_grid_thw", "image_sizes"})  # models read these as numbers
 
 
 class Pixels(Protocol):
-    """One image as the model takes it: its named arrays, and the number of image tokens it takes."""
+    """One image as model input: its named arrays, and its number of image tokens."""
 
     @property
     def inputs(self) -> Mapping[str, NDArray[np.generic]]:
-        """The arrays that Hugging Face's model takes, of this image alone."""
+        """The arrays that Hugging Face's model takes for this image."""
         ...
 
     @property
     def tokens(self) -> int:
-        """Image tokens in a sequence."""
+        """The number of image tokens in a sequence."""
         ...
 
 
 def engine_input(
     input_ids_T: NDArray[np.int64],
-    pictures: Sequence[Pixels],
+    images: Sequence[Pixels],
     *,
     image_token_id: int | None,
     name: str,
     salt: str,
     dtype: torch.dtype,
 ) -> Any:
-    """A prompt of vLLM's engine. `salt`: prompts share cached prefixes and images only with those of the same salt.
+    """A prompt for vLLM's engine. `salt`: prompts share cached prefixes and images only within one salt.
 
-    Errors: `ModelError` naming the prompt if its image tokens are not those of its images.
+    Errors: `ModelError` naming the prompt if its image tokens do not match its images.
     """
     from vllm.inputs.engine import mm_input, tokens_input
     from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
 
     prompt = input_ids_T.tolist()
-    if not pictures:
+    if not images:
         return tokens_input(prompt, cache_salt=salt)
-    places = placeholders(input_ids_T, [picture.tokens for picture in pictures], image_token_id, name=name)
+    places = placeholders(input_ids_T, [image.tokens for image in images], image_token_id, name=name)
     return mm_input(
         prompt,
-        MultiModalKwargsItems({"image": [_item(picture, dtype) for picture in pictures]}),
-        {"image": [f"{salt}/{number}" for number in range(len(pictures))]},
+        MultiModalKwargsItems({"image": [_item(image, dtype) for image in images]}),
+        {"image": [f"{salt}/{number}" for number in range(len(images))]},
         {"image": [PlaceholderRange(offset=offset, length=length) for offset, length in places]},
         cache_salt=salt,
     )
@@ -65,7 +65,7 @@ def engine_input(
 def placeholders(
     input_ids_T: NDArray[np.int64], counts: Sequence[int], image_token_id: int | None, *, name: str
 ) -> list[tuple[int, int]]:
-    """Where each picture's tokens stand: offset and length. Errors: `ModelError` if they are not `counts` in a row."""
+    """Offset and length of each image's tokens. Errors: `ModelError` unless these are runs of `counts` tokens."""
     found = np.flatnonzero(input_ids_T == (-1 if image_token_id is None else image_token_id))
     starts = np.cumsum([0, *counts])[:-1]
     places = [
@@ -74,14 +74,14 @@ def placeholders(
     whole = [token for offset, length in places for token in range(offset, offset + length)]
     if len(places) != len(counts) or whole != found.tolist():
         raise ModelError(
-            f"sample '{name}': its {len(found)} image tokens do not stand as its {len(counts)} picture(s) take them, "
+            f"sample '{name}': its {len(found)} image tokens do not match its {len(counts)} image(s), which need "
             f"{' + '.join(map(str, counts))}: use the engine hf"
         )
     return places
 
 
 def check_prompt(prompt_token_ids: Sequence[int], input_ids_T: NDArray[np.int64], *, name: str) -> None:
-    """Refuse another prompt than ours. Errors: `ModelError` naming it and the first difference."""
+    """Refuse a prompt other than ours. Errors: `ModelError` naming it and the first difference."""
     theirs_T = np.asarray(prompt_token_ids, np.int64)
     if np.array_equal(theirs_T, input_ids_T):
         return
@@ -94,8 +94,8 @@ def check_prompt(prompt_token_ids: Sequence[int], input_ids_T: NDArray[np.int64]
     )
 
 
-def _item(picture: Pixels, dtype: torch.dtype) -> Any:
-    """One picture's arrays as vLLM keeps them until it batches them."""
+def _item(image: Pixels, dtype: torch.dtype) -> Any:
+    """One image's arrays as vLLM keeps them until batching."""
     from vllm.multimodal.inputs import (
         MultiModalBatchedField,
         MultiModalFieldElem,
@@ -104,7 +104,7 @@ def _item(picture: Pixels, dtype: torch.dtype) -> Any:
     )
 
     elements = {}
-    arrays: Mapping[str, NDArray[Any]] = {**picture.inputs, TOKENS_FIELD: np.array(picture.tokens)}
+    arrays: Mapping[str, NDArray[Any]] = {**image.inputs, TOKENS_FIELD: np.array(image.tokens)}
     for own_name, array in arrays.items():
         field = _NAMES.get(own_name, own_name)
         data = torch.from_numpy(np.array(array, order="C"))

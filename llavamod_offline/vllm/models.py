@@ -1,4 +1,4 @@
-"""Twins of vLLM's models that load what transformers 5 and upcycling save, and check what an image becomes.
+"""Subclasses of vLLM's models that load checkpoints of transformers 5 and of upcycling, and check image tokens.
 
 `OfflineX` of this module is vLLM's X, for the generating runner.
 """
@@ -15,7 +15,7 @@ from llavamod_offline.errors import ModelError
 from llavamod_offline.vllm.inputs import TOKENS_FIELD
 from llavamod_offline.vllm.plugin import PREFIX
 
-# transformers 5 saves a CLIP or SigLIP tower without the level that vLLM's class has.
+# transformers 5 saves a CLIP or SigLIP tower without the `vision_model` level of vLLM's class.
 _TOWER_PARTS = ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.", "head.")
 _TOWER_NAMES = WeightsMapper(
     orig_to_new_prefix={f"vision_tower.{part}": f"vision_tower.vision_model.{part}" for part in _TOWER_PARTS}
@@ -34,21 +34,21 @@ def vllm_model(architecture: str) -> Any:
 
 
 def twin(base: Any, name: str, *others: Any, **body: Any) -> type:
-    """A subclass of one of vLLM's model classes (and of `others`), with what is in `body`.
+    """A subclass of one of vLLM's model classes (and of `others`), with the attributes in `body`.
 
-    It raises `ModelError` where an image becomes another number of tokens than our sequences hold for it.
+    It raises `ModelError` if an image gives another number of tokens than our sequences hold for it.
     """
 
     def embed_multimodal(self: Any, **kwargs: Any) -> Any:
         expected = kwargs.pop(TOKENS_FIELD, None)
         embeddings = base.embed_multimodal(self, **kwargs)
-        if expected is not None:  # None in the engine's own trial run
+        if expected is not None:  # None in the engine's profiling run
             _check_tokens([len(rows_TD) for rows_TD in embeddings], [int(tokens) for tokens in expected])
         return embeddings
 
     def load_weights(self: Any, weights: Iterable[tuple[str, Any]]) -> Any:
         config = getattr(self.config, "text_config", self.config)
-        if getattr(config, "shared_expert_intermediate_size", None) == 0:  # vLLM has no such module then
+        if getattr(config, "shared_expert_intermediate_size", None) == 0:  # vLLM then has no such module
             weights = ((key, tensor) for key, tensor in weights if ".mlp.shared_expert" not in key)
         return base.load_weights(self, weights)
 
@@ -60,7 +60,7 @@ def twin(base: Any, name: str, *others: Any, **body: Any) -> type:
 
 
 def _tower_names(base: Any) -> Any:
-    """The other names of a tower's weights, for a model whose tower has them at all."""
+    """The renaming of a tower's weights, for models that have a tower."""
     known: Mapping[str, Any] = getattr(base, "hf_to_vllm_mapper", WeightsMapper()).orig_to_new_prefix
     has_tower = any("vision_tower." in str(new) for new in known.values())
     return _TOWER_NAMES if has_tower else WeightsMapper()
@@ -69,6 +69,6 @@ def _tower_names(base: Any) -> Any:
 def _check_tokens(made: list[int], expected: list[int]) -> None:
     if made != expected:
         raise ModelError(
-            f"vLLM makes {made} tokens of pictures that take {expected} in our sequences: it reads the checkpoint's "
-            "configuration otherwise: use the engine hf"
+            f"vLLM makes {made} tokens of images that take {expected} in our sequences, as it reads the checkpoint's "
+            "configuration differently: use the engine hf"
         )

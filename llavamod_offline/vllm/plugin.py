@@ -1,4 +1,4 @@
-"""What vLLM loads in each of its processes (entry point `vllm.general_plugins`): names for the models of `models`."""
+"""vLLM's plugin (entry point `vllm.general_plugins`), loaded in each of its processes: registers `models`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ PREFIX = "Offline"
 
 
 def register() -> None:
-    """Name a twin of every architecture of vLLM's; nothing is imported until one is asked for."""
+    """Register a twin of each of vLLM's architectures; each is imported on first use."""
     register_twins(PREFIX, "llavamod_offline.vllm.models")
 
 
 def register_twins(prefix: str, module: str) -> None:
-    """Let `prefix` + X be the attribute of that name in `module`, for every architecture X that vLLM itself has."""
+    """Register `prefix` + X as the attribute of that name in `module`, for each of vLLM's own architectures X."""
     from vllm import ModelRegistry
 
     for name, model in list(ModelRegistry.models.items()):

@@ -1,4 +1,4 @@
-"""Driving vLLM in this process: start it on a checkpoint folder, and keep a window of requests in flight."""
+"""Run vLLM in this process: start it on a checkpoint folder, and keep a window of requests in flight."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOG = logging.getLogger(__name__)
 Tag = TypeVar("Tag")
 
 _SHOWN = 300
-# In one process requests meet the scheduler in our order, so that what goes into a batch is the same each time.
+# In one process, requests reach the scheduler in our order, so that batches are the same in every run.
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
@@ -30,9 +30,9 @@ _ENVIRONMENT = {
 
 
 def import_vllm() -> Any:
-    """Import vLLM, in one process, offline and quiet as far as the environment does not say otherwise.
+    """Import vLLM, in one process, offline and quiet unless the environment overrides it.
 
-    Errors: `ConfigError` if it is not installed, or does not fit what is.
+    Errors: `ConfigError` if it is not installed, or incompatible with other packages.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -48,9 +48,8 @@ def import_vllm() -> Any:
 class Session:
     """vLLM on one checkpoint folder, as `prefix` + its architecture; `options` are further arguments of vLLM's.
 
-    `register` makes these names known (again: vLLM's other processes find the plugin by its entry point).
-
-    Errors: `ConfigError` for a device that this vLLM does not have; `ModelError` if the checkpoint is not complete, or
+    `register` registers these names in this process; vLLM's other processes find the plugin by its entry point.
+    Errors: `ConfigError` for a device that this vLLM does not support; `ModelError` if the checkpoint is incomplete, or
     vLLM cannot load it.
     """
 
@@ -93,7 +92,7 @@ class Session:
                     enforce_eager=settings.eager,
                     enable_chunked_prefill=True,
                     enable_prefix_caching=True,
-                    mm_processor_cache_gb=0,  # images come processed,
+                    mm_processor_cache_gb=0,  # images arrive preprocessed,
                     mm_device_do_normalize=False,  # and normalised
                     disable_log_stats=True,
                     use_tqdm_on_load=False,
@@ -102,20 +101,20 @@ class Session:
             )
         except LlavaModError:
             raise
-        except Exception as error:  # whatever vLLM trips over, the checkpoint cannot be used with it
+        except Exception as error:  # vLLM may raise anything
             raise ModelError(f"{folder}: vLLM cannot load it: {_reason(error)}: use the engine hf") from error
         finally:
             torch.random.set_rng_state(state)
         self.window = 2 * settings.max_num_seqs
         self.block_size = int(self.engine.vllm_config.cache_config.block_size)
-        self.longest = max_length - (options.get("runner") == "generate")  # room for one token
+        self.longest = max_length - (options.get("runner") == "generate")  # one token is generated
         self._count = 0
         _LOG.info("vLLM %s: attention %s, blocks of %d tokens", vllm.__version__, self._attention(), self.block_size)
 
     def run(self, requests: Iterable[tuple[Tag, Any, Any]]) -> Generator[tuple[Tag, Any]]:
-        """Run (tag, prompt, parameters); give (tag, output) as they finish. The window is full before each step.
+        """Run (tag, prompt, parameters); yield (tag, output) as they finish. The window is refilled before each step.
 
-        Errors: `ModelError` with vLLM's reason if a step fails. Whoever stops early leaves nothing behind in vLLM.
+        Errors: `ModelError` with vLLM's reason if a step fails. Closing the generator early aborts its requests.
         """
         waiting = iter(requests)
         flying: dict[str, Tag] = {}
@@ -140,19 +139,19 @@ class Session:
                 self.engine.abort_request(list(flying))
 
     def forget(self) -> None:
-        """Drop what is cached of prompts, so that nothing that ran before shows in what runs next."""
+        """Drop cached prompts and images, so that earlier runs do not affect later ones."""
         self.engine.reset_prefix_cache()
         self.engine.reset_encoder_cache()
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
         self.engine.engine_core.shutdown()
 
     def _attention(self) -> str:
-        """The names of the backends that vLLM chose; none where the model is in other processes."""
+        """The backends that vLLM chose; unknown if the model is in other processes."""
         layers = self.engine.vllm_config.compilation_config.static_forward_context.values()
         names = {layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")}
-        return ", ".join(sorted(names)) or "of its choice"
+        return ", ".join(sorted(names)) or "chosen by vLLM"
 
     def _guarded(self, call: Any, *arguments: Any) -> Any:
         try:
@@ -164,7 +163,7 @@ class Session:
 
 
 def _architecture(folder: Path) -> str:
-    """The one architecture that a checkpoint names. Errors: `ModelError` if vLLM does not have it."""
+    """A checkpoint's architecture. Errors: `ModelError` unless there is exactly one, which vLLM supports."""
     from vllm import ModelRegistry
 
     named = read_json(folder, "config.json").get("architectures") or []
@@ -179,15 +178,15 @@ def _check_device(device: str) -> None:
     there = current_platform.device_type
     kind, _, number = device.partition(":")
     if kind != there:
-        raise ConfigError(f"device '{device}': this vLLM runs on '{there}' alone: set device={there or 'cpu'}")
+        raise ConfigError(f"device '{device}': this vLLM runs only on '{there}': set device={there or 'cpu'}")
     if number:
         raise ConfigError(
-            f"device '{device}': vLLM takes the first it sees: set device={kind} and CUDA_VISIBLE_DEVICES={number}"
+            f"device '{device}': vLLM uses the first visible one: set device={kind} and CUDA_VISIBLE_DEVICES={number}"
         )
 
 
 def _reason(error: BaseException) -> str:
-    """The line that says what went wrong first."""
+    """The first line of the root cause."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -11,9 +11,9 @@ from llavamod_offline.errors import ConfigError
 class VllmSettings:
     """How vLLM uses its device: at most `max_num_seqs` sequences and `max_num_batched_tokens` tokens at once.
 
-    `tensor_parallel` GPUs share the model; vLLM takes `gpu_memory_utilization` of a GPU's memory, `kv_cache_gib` of it
-    for keys and values (null: what the model leaves; on a CPU 1), in blocks of `block_size` tokens (null: its choice).
-    `attention_backend`: one of vLLM's, null: its choice. `eager: false` compiles the model first.
+    `tensor_parallel` GPUs share the model; vLLM uses `gpu_memory_utilization` of a GPU's memory, `kv_cache_gib` of it
+    for keys and values (null: the rest; on a CPU 1), in blocks of `block_size` tokens (null: vLLM's choice).
+    `attention_backend`: one of vLLM's (null: its choice). `eager: false` compiles the model first.
     """
 
     max_num_seqs: int = 128

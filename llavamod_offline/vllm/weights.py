@@ -1,4 +1,4 @@
-"""Whether a checkpoint folder holds every weight of its model: vLLM leaves what is missing as memory happens to be."""
+"""Check that a checkpoint folder holds every weight of its model: vLLM leaves missing ones uninitialised."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 from llavamod_offline.errors import ModelError
 from llavamod_offline.models.checkpoint import load_tensors, open_tensors, read_json
 
-_DTYPE = torch.bfloat16  # of tensors that hold a single number, whatever their shape
+_DTYPE = torch.bfloat16  # of the stand-ins, each an expanded single number
 
 
 def check_weights(folder: Path) -> None:
-    """Compare names and shapes with what transformers makes of config.json; only headers are read.
+    """Compare names and shapes with those that transformers derives from config.json; reads headers only.
 
-    Errors: `ModelError` if a tensor is missing, left over or ill-shaped, or a file cannot be read.
+    Errors: `ModelError` if a tensor is missing, unexpected or of the wrong shape, or a file cannot be read.
     """
     import transformers
 
@@ -33,7 +33,7 @@ def check_weights(folder: Path) -> None:
 
 
 def _shapes(folder: Path) -> dict[str, Tensor]:
-    """A stand-in of each tensor of the folder."""
+    """A stand-in for each tensor of the folder."""
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         with open_tensors(file) as tensors:

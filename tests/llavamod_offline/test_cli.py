@@ -125,7 +125,7 @@ def test_sources_with_names_weights_and_a_limit(folder: Path, run: Run) -> None:
     arguments = ["pack", "talk=chat.json", "pairs.parquet", "--images", "pictures", "--output", "set"]
     result = run(*arguments, "--weight", "talk=2", "--weight", "pairs=0.5", "--max-side", "16", "--workers", "2")
     assert (result.status, result.err) == (0, "")
-    assert "made 4 image(s) smaller\n" in result.out
+    assert "shrank 4 image(s)\n" in result.out
     manifest = SampleSet.open(folder / "set").manifest
     assert manifest["sources"] == {"pairs": 1, "talk": 4}
     assert manifest["weights"] == {"pairs": 0.5, "talk": 2.0}
@@ -174,7 +174,7 @@ def test_doctor_and_the_stages_of_a_list(folder: Path, run: Run) -> None:
     whole = run("doctor", "list.yaml", "--stage", "general")
     assert (whole.status, whole.err) == (0, "")
     assert whole.out.splitlines()[0] == "chat: there"
-    assert whole.out.splitlines()[-1] == "1 of 1 data sets are there, below ."
+    assert whole.out.splitlines()[-1] == "1 of 1 data sets are complete below ."
     assert run("doctor", "list.yaml", "--root", "pictures", "--quick").status == 1
     assert run("doctor", "list.yaml", "--stage", "x").err == "error: stage 'x' is unknown: choose one of general, all\n"
     assert run("pack", "--from", "list.yaml", "--stage", "all", "--output", "set").status == 0

@@ -36,7 +36,7 @@ def test_pictures_stand_at_their_tokens(ids: list[int], counts: list[int], expec
     ],
 )
 def test_other_tokens_than_the_pictures_take_are_refused(ids: list[int], counts: list[int]) -> None:
-    with pytest.raises(ModelError, match=r"sample 'k': its \d image tokens do not stand as"):
+    with pytest.raises(ModelError, match=r"sample 'k': its \d image tokens do not match"):
         placeholders(np.array(ids), counts, IMAGE, name="k")
 
 

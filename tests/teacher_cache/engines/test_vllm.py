@@ -167,7 +167,7 @@ def test_a_picture_that_takes_other_tokens_in_vllm_is_refused(start: Start, fold
     images = teacher.images
     teacher.encoder.image_tokens = 8
     teacher.images = lambda sample: [dataclasses.replace(p, tokens=8) for p in images(sample)]  # type: ignore[method-assign]
-    with pytest.raises(ModelError, match=r"vLLM makes \[9.*\] tokens of pictures that take \[8.*\] in our sequences"):
+    with pytest.raises(ModelError, match=r"vLLM makes \[9.*\] tokens of images that take \[8.*\] in our sequences"):
         world.capture(world.vllm(), tiny_samples(1, seed=7))
 
 
@@ -265,7 +265,7 @@ def test_a_sequence_with_logits_that_are_not_finite_is_rejected_alone(start: Sta
 
 
 def test_what_vllm_cannot_run_is_one_line(start: Start, folder: Path, tmp_path: Path) -> None:
-    for device, problem in (("cuda", "this vLLM runs on 'cpu' alone: set device=cpu"), ("cpu:1", "set device=cpu and")):
+    for device, problem in (("cuda", "this vLLM runs only on 'cpu': set device=cpu"), ("cpu:1", "set device=cpu and")):
         with pytest.raises(ConfigError, match=f"device '{device}': .*{problem}"):
             Session(folder, SETTINGS, prefix="", register=plain.register, dtype="float32", device=device, max_length=64)
     torn = shutil.copytree(folder, tmp_path / "torn")
