@@ -132,7 +132,7 @@ def test_sources_with_names_weights_and_a_limit(folder: Path, run: Run) -> None:
     assert manifest["max_side"] == 16
     refused = run(*arguments, "--overwrite", "--weight", "chat=2")
     assert (refused.status, refused.err) == (
-        2, "error: weight of 'chat': no sample is from there: the sources are 'pairs', 'talk'\n"
+        2, "error: weight of 'chat': no sample is from that source: name one of 'pairs', 'talk'\n"
     )  # fmt: skip
     assert SampleSet.open(folder / "set").manifest == manifest
 
@@ -168,7 +168,7 @@ def test_doctor_and_the_stages_of_a_list(folder: Path, run: Run) -> None:
     result = run("doctor", "list.yaml", "--json")
     chat, pairs = json.loads(result.out)
     assert result.status == 1
-    assert chat["problems"] == ["missing: 1 of 4 pictures: . (1)"]
+    assert chat["problems"] == ["missing: 1 of 4 images: . (1)"]
     assert (pairs["problems"], pairs["rows"], pairs["download"]) == ([], 1, "https://example.org")
     (folder / "pictures" / "3.png").write_bytes(tiny_image(3))
     whole = run("doctor", "list.yaml", "--stage", "general")

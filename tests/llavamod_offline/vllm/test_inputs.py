@@ -42,7 +42,7 @@ def test_other_tokens_than_the_pictures_take_are_refused(ids: list[int], counts:
 
 def test_a_model_without_image_tokens_takes_no_pictures() -> None:
     assert placeholders(np.array([1, 2]), [], None, name="k") == []
-    with pytest.raises(ModelError, match="image tokens do not stand"):
+    with pytest.raises(ModelError, match="image tokens do not match"):
         placeholders(np.array([1, 2]), [1], None, name="k")
 
 
