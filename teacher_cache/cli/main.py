@@ -251,7 +251,7 @@ def export(
         ),
     ] = "table",
     top_k: Annotated[
-        int | None, typer.Option(metavar="K", help="Keep at most K ids of each head, the most likely ones.")
+        int | None, typer.Option(metavar="K", help="Keep only the K most likely ids of each position.")
     ] = None,
     data: Annotated[Path | None, typer.Option(metavar="SET", help="The packed set, for the prompts (axolotl).")] = None,
     tokenizer: Annotated[
@@ -259,10 +259,10 @@ def export(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write heads and reference log-probs as parquet.
+    """Write top-k ids and reference log-probs as parquet, and list what the layout cannot hold.
 
-    One row a sequence; `table` for any reader, `axolotl` for its knowledge-distillation trainer. What the layout cannot
-    hold is said.
+    One row per sequence: `table` for any reader, `axolotl` for its knowledge-distillation trainer; one row per pair:
+    `trl` for its DPO trainer.
 
     \b
     Examples:
@@ -283,8 +283,8 @@ def export(
         print(f"{output}: reference log-probs of {done.sequences // 2:,} pairs, {done.bytes:,} bytes")
         return
     print(f"{output}: {done.positions:,} positions of {done.sequences:,} sequences, {done.bytes:,} bytes")
-    pictures = f"; {done.with_pictures:,} sequences with pictures left out" if done.with_pictures else ""
-    print(f"not in this layout: {', '.join(done.lost)}; its ids have {done.mass:.4f} of the mass on average{pictures}")
+    images = f"; {done.with_images:,} sequences with images left out" if done.with_images else ""
+    print(f"not in this layout: {', '.join(done.lost)}; its ids have {done.mass:.4f} of the mass on average{images}")
 
 
 @app.command()

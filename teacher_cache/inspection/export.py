@@ -1,22 +1,21 @@
-"""`cache-teacher export`: the heads and reference log-probs of a cache as a parquet file that other trainers read.
+"""`cache-teacher export`: top-k ids and reference log-probs of a cache as a parquet file for other trainers.
 
-One row a sequence, in the order of the cache. Numbers are those the reader gives: natural log-probs at T = 1, not
-renormalised. Three layouts, where n is the sequence's recorded positions, T all its tokens, K the ids kept of a head:
+One row per sequence, in the order of the cache, with natural log-probs at T = 1 as the reader gives them, not
+renormalised. Three layouts, where n is the sequence's recorded positions, T all its tokens, K the top-k ids kept:
 
 - `table`: `key`, `role` string; `target_ids` [n] int32, the supervised tokens (−1 where a position of a cache of all
   positions has none); `target_log_probs` [n] float32, their reference log-probs; `sum_log_prob` float64, their sum;
-  `token_ids` [n][K] int32 and `log_probs` [n][K] float32, the head of each: the likely ids, most likely first, then
-  forced ones. K varies from token to token.
+  `token_ids` [n][K] int32 and `log_probs` [n][K] float32, the top-k ids: likely ids, most likely first, then
+  forced ones. K varies by position.
 - `axolotl`: tokenised rows for axolotl's knowledge-distillation trainer, with the columns that its collator
-  (`DataCollatorForKD`, read at commit 067b021) takes and no other, since it makes tensors of all of them:
-  `input_ids`, `attention_mask`, `labels` [T], labels −100 where a token is not supervised; `target_token_ids`,
-  `target_logprobs`, `target_mask` [T][K]. The row of index t is the distribution of the model's output at t, so that of
-  the token at t + 1, and is empty where there is no record. Text alone: a sequence with images is left out. Its loss
-  takes log-probs as they are, so `kd_normalize_topk: false` fits them.
-- `trl`: one row a preference sample, for TRL's DPO trainer: `key` string; `ref_chosen_logps` and `ref_rejected_logps`
+  (`DataCollatorForKD`, read at commit 067b021) takes, and no others, since it makes tensors of all:
+  `input_ids`, `attention_mask`, `labels` [T], labels −100 for unsupervised tokens; `target_token_ids`,
+  `target_logprobs`, `target_mask` [T][K]. Row t is the model's output at t, the distribution of the token at t + 1, and
+  is empty without a record. Text only: sequences with images are left out. Use it with `kd_normalize_topk: false`.
+- `trl`: one row per preference sample, for TRL's DPO trainer: `key` string; `ref_chosen_logps` and `ref_rejected_logps`
   float64, the teacher's log-probs of the two responses, summed over their tokens, the end of the turn included.
 
-Shape suffixes: N positions of a batch of sequences, H entries of all their heads.
+Shape suffixes: N positions of a batch of sequences, H top-k ids of all of them.
 """
 
 from __future__ import annotations
@@ -49,8 +48,8 @@ from teacher_cache.student.check import check_sequence, check_student
 
 FORMATS = ("table", "axolotl", "trl")
 UNSUPERVISED = -100
-_LOST = ("tail mass", "tail draws", "entropy", "log normalisers")
-_BATCH_HEADS = 2**21
+_LOST = ("tail mass", "tail samples", "entropy", "log normalisers")
+_BATCH_IDS = 2**21
 _BATCH_SEQUENCES = 512
 _IDS, _FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
 _TABLE_SCHEMA = pa.schema(
@@ -84,13 +83,13 @@ Counts = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote. `mass` is the mean probability of the ids that are in it; `lost` is not in it."""
+    """The result of an export. `mass`: mean probability of the exported ids per position; `lost`: what was left out."""
 
     output: str
     format: str
     sequences: int
     positions: int
-    with_pictures: int
+    with_images: int
     top_k: int | None
     mass: float
     lost: tuple[str, ...]
@@ -106,10 +105,10 @@ def export_cache(
     data: Path | None = None,
     tokenizer: Path | None = None,
 ) -> Exported:
-    """Write a layout of this page's top to `output`, in bounded memory; it appears whole or not at all.
+    """Write one of the layouts above to `output`, atomically and in bounded memory.
 
-    `top_k` keeps at most so many ids of each head. `data` and `tokenizer`, the packed set and a checkpoint folder, give
-    `axolotl` the prompts. Errors: `ConfigError` for a choice that does not fit; `CacheError`, `DataError` or
+    `top_k`: keep at most so many ids per position. `data` and `tokenizer`, the packed set and a checkpoint folder,
+    provide the prompts for `axolotl`. Errors: `ConfigError` for an invalid choice; `CacheError`, `DataError` or
     `TargetError` if set or tokenizer are not those of the cache.
     """
     _check_choice(output, layout, top_k, data, tokenizer)
@@ -121,7 +120,7 @@ def export_cache(
         schema = _TRL_SCHEMA
         items = [(key, role) for key, role in items if role == "chosen" and (key, "rejected") in cache]
         if not items:
-            raise CacheError(f"cache '{cache.path}': holds no pairs of responses, which --format trl is about")
+            raise CacheError(f"cache '{cache.path}': has no pairs of responses for --format trl: choose another format")
     else:
         assert data is not None
         assert tokenizer is not None
@@ -134,7 +133,7 @@ def export_cache(
         atomic.remove_leftovers(output.parent, output.name)
         with pq.ParquetWriter(aside, schema, compression="zstd") as writer:
             for batch in tqdm(_batches(cache, items), desc="export", unit="batch", disable=not sys.stderr.isatty()):
-                if layout == "trl":  # needs no more than sums
+                if layout == "trl":  # needs only sums
                     writer.write_batch(_trl_rows(cache, batch).cast(schema))
                     totals["sequences"] += 2 * len(batch)
                     continue
@@ -156,7 +155,7 @@ def export_cache(
         format=layout,
         sequences=int(totals["sequences"]),
         positions=positions,
-        with_pictures=len(cache) - len(items) if layout == "axolotl" else 0,
+        with_images=len(cache) - len(items) if layout == "axolotl" else 0,
         top_k=top_k,
         mass=totals["mass"] / positions if positions else 0.0,
         lost=("distributions",) if layout == "trl" else _LOST,
@@ -174,22 +173,22 @@ def _check_choice(output: Path, layout: str, top_k: int | None, data: Path | Non
     if output.exists():
         raise ConfigError(f"output '{output}': exists already: choose another, or remove it")
     if not output.parent.is_dir():
-        raise ConfigError(f"output '{output}': there is no folder '{output.parent}': make it first")
+        raise ConfigError(f"output '{output}': folder '{output.parent}' does not exist: create it first")
     if layout == "axolotl" and (data is None or tokenizer is None):
         missing = "--data SET" if data is None else "--tokenizer FOLDER"
-        raise ConfigError(f"--format axolotl holds whole sequences, and a cache no prompts: give {missing}")
+        raise ConfigError(f"--format axolotl needs prompts, which a cache does not store: pass {missing}")
 
 
 def _batches(cache: TeacherCache, items: Sequence[Item]) -> Iterator[Sequence[Item]]:
-    """Cut the sequences into batches of about as many head entries as fit into memory easily."""
-    heads = cache.totals["heads"] / max(cache.totals["sequences"], 1)
-    size = int(min(max(_BATCH_HEADS // max(heads, 1), 1), _BATCH_SEQUENCES))
+    """Split the sequences into batches with a limited number of top-k ids."""
+    ids = cache.totals["heads"] / max(cache.totals["sequences"], 1)
+    size = int(min(max(_BATCH_IDS // max(ids, 1), 1), _BATCH_SEQUENCES))
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
 
 def _capped(records: Records, top_k: int | None) -> Records:
-    """Keep the first `top_k` entries of each head."""
+    """Keep the first `top_k` ids of each position."""
     if top_k is None:
         return records
     counts_N = records.topk_counts_N.astype(np.int64)
@@ -267,7 +266,9 @@ class _Prompts:
         check_student(about, loaded)
         template = choose_template(about["template"]["name"], lambda: loaded)
         if describe_template(template) != about["template"]:
-            raise CacheError(f"cache '{cache.path}': its template '{template.name}' has another text than today's")
+            raise CacheError(
+                f"cache '{cache.path}': its template '{template.name}' has changed: capture the cache again"
+            )
         self._cache = cache
         self._samples = SampleSet.open(data)
         if "mismatched" in cache.roles:
@@ -276,7 +277,7 @@ class _Prompts:
         self._encoder = SequenceEncoder(
             loaded,
             template,
-            image_token_id=-1,  # of text alone: see `is_text`
+            image_token_id=-1,  # text only, see `is_text`
             image_tokens=0,
             max_length=int(about["sequence"]["max_length"]),
         )
@@ -286,10 +287,10 @@ class _Prompts:
         return not self._images[self._samples.row_of(key)]
 
     def encode(self, key: str, role: str) -> TokenizedSequence:
-        """The sequence, which is the one whose records the cache holds."""
+        """The sequence, checked against its record."""
         sample = self._samples.read(self._samples.row_of(key))
         if short_hash(sample.content_hash) != self._cache.sequence(key, role).content_hash:
-            raise DataError(f"sample '{key}' ({role}): its text is not that the teacher saw: give the cache's own set")
+            raise DataError(f"sample '{key}' ({role}): its text is not the captured one: pass the captured set")
         sequence = self._encoder.encode(sample, role)
         check_sequence(self._cache, sequence)
         return sequence

@@ -234,13 +234,13 @@ def test_export_says_what_it_wrote_and_what_it_left_out(
     assert status == 0
     first, second = out.splitlines()
     assert f"a.parquet: {cache.positions:,} positions of 24 sequences, " in first
-    assert second.startswith("not in this layout: tail mass, tail draws, entropy, log normalisers; its ids have 0.9")
+    assert second.startswith("not in this layout: tail mass, tail samples, entropy, log normalisers; its ids have 0.9")
     whole = ["--format", "axolotl", "--data", str(world.samples), "--tokenizer", str(world.teacher), "--top-k", "4"]
     status, out, _ = _call(capsys, *argv, str(tmp_path / "b.parquet"), *whole)
     assert status == 0
-    assert out.endswith("; 18 sequences with pictures left out\n")
+    assert out.endswith("; 18 sequences with images left out\n")
     status, out, _ = _call(capsys, *argv, str(tmp_path / "c.parquet"), *whole, "--json")
-    assert (json.loads(out)["with_pictures"], json.loads(out)["top_k"]) == (18, 4)
+    assert (json.loads(out)["with_images"], json.loads(out)["top_k"]) == (18, 4)
     status, _, err = _call(capsys, *argv, str(tmp_path / "c.parquet"))
     assert (status, err.count("\n")) == (2, 1)
 

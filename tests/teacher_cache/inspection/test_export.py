@@ -33,7 +33,7 @@ def test_the_table_holds_what_the_reader_gives(world: World, finished: Path, tmp
     done = export_cache(cache, tmp_path / "out.parquet", layout="table", top_k=top_k)
     rows = _rows(tmp_path / "out.parquet")
     assert [row["key"] for row in rows] == SampleSet.open(world.samples).keys
-    assert (done.sequences, done.positions, done.with_pictures) == (24, cache.positions, 0)
+    assert (done.sequences, done.positions, done.with_images) == (24, cache.positions, 0)
     mass = 0.0
     for row in rows:
         item = (row["key"], row["role"])
@@ -53,7 +53,7 @@ def test_the_table_holds_what_the_reader_gives(world: World, finished: Path, tmp
 def test_batches_leave_no_trace(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = open_cache(finished)
     export_cache(cache, tmp_path / "one.parquet", layout="table")
-    for name, value in (("_BATCH_SEQUENCES", 5), ("_BATCH_HEADS", 300)):
+    for name, value in (("_BATCH_SEQUENCES", 5), ("_BATCH_IDS", 300)):
         monkeypatch.setattr(export, name, value)
         export_cache(cache, tmp_path / f"{name}.parquet", layout="table")
         assert pq.read_table(tmp_path / f"{name}.parquet").equals(pq.read_table(tmp_path / "one.parquet"))
@@ -73,7 +73,7 @@ def test_axolotl_rows_are_whole_sequences_of_text(world: World, finished: Path, 
     rows = _rows(tmp_path / "out.parquet")
     texts = [sample for sample in map(samples.read, range(len(samples))) if not sample.images]
     assert len(rows) == done.sequences == len(texts) == 6
-    assert done.with_pictures == 18
+    assert done.with_images == 18
     encoder = sequence_encoder(world.teacher, load_tokenizer(world.teacher), get_template("qwen"), 2048)
     for row, sample in zip(rows, texts, strict=True):
         assert set(row) == {
@@ -139,10 +139,10 @@ def test_choices_that_do_not_fit_are_refused(world: World, finished: Path, tmp_p
         ({"layout": "csv"}, "x.parquet", ConfigError, "'csv' is unknown: choose one of table, axolotl"),
         ({"layout": "table", "top_k": 0}, "x.parquet", ConfigError, "--top-k 0: must be at least 1"),
         ({"layout": "table"}, "there.parquet", ConfigError, "exists already"),
-        ({"layout": "table"}, "no/x.parquet", ConfigError, "make it first"),
-        ({**axolotl, "data": None}, "x.parquet", ConfigError, "give --data SET"),
-        ({**axolotl, "tokenizer": None}, "x.parquet", ConfigError, "give --tokenizer FOLDER"),
-        ({**axolotl, "data": other}, "x.parquet", DataError, "its text is not that the teacher saw"),
+        ({"layout": "table"}, "no/x.parquet", ConfigError, "create it first"),
+        ({**axolotl, "data": None}, "x.parquet", ConfigError, "pass --data SET"),
+        ({**axolotl, "tokenizer": None}, "x.parquet", ConfigError, "pass --tokenizer FOLDER"),
+        ({**axolotl, "data": other}, "x.parquet", DataError, "its text is not the captured one"),
         ({**axolotl, "data": fewer}, "x.parquet", DataError, "has no sample 'tiny-0008'"),
         ({**axolotl, "tokenizer": stranger}, "x.parquet", LlavaModError, "tokenizer.vocabulary: cache"),
     ):
