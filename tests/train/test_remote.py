@@ -133,7 +133,7 @@ def test_a_staging_folder_too_small_for_a_window_is_refused(
     remote = upload(local / "set", f"{bucket}/set")
     monkeypatch.setenv("LLAVAMOD_STAGING_GB", "0.00003")
     with pytest.raises(
-        ConfigError, match=r"data\.window: 6 shards .* set LLAVAMOD_STAGING_GB to more, or data\.window"
+        ConfigError, match=r"data\.window: 6 shards .* raise LLAVAMOD_STAGING_GB, or lower data\.window"
     ):
         train(world.config("sft", tmp_path / "run", f"data.set={remote}"))
 
