@@ -13,7 +13,7 @@ from PIL import Image
 
 from llavamod_offline.toyworld.draw import _RGB, CELL_SIDE, IMAGE_SIDE, draw_scene, encode_scene
 from llavamod_offline.toyworld.scene import PLACES, Scene, Sign, Thing, random_scene
-from llavamod_offline.toyworld.supervision import ATTRIBUTES, patch_labels, presence_labels
+from tests.toy_teacher.supervision import ATTRIBUTES, patch_labels, presence_labels
 
 scenes = st.integers(0, 10**9).map(lambda seed: random_scene(random.Random(seed)))
 

@@ -16,8 +16,8 @@ from llavamod_offline.demo.plan import LANGUAGE_MODEL, TEACHER
 from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, sequence_encoder
 from llavamod_offline.toyworld.draw import draw_scene
 from llavamod_offline.toyworld.language import SHORT_ANSWER, questions
-from llavamod_offline.toyworld.pretrain import pixels
 from llavamod_offline.toyworld.scene import random_scene
+from tests.toy_teacher.pretrain import pixels
 
 
 def test_the_teacher_takes_at_most_four_megabytes() -> None:

@@ -1,6 +1,6 @@
 """Make the checkpoints shipped with the toy world: its vision tower, its teacher, and a small language model.
 
-    python -m llavamod_offline.toyworld.pretrain --output DIR
+    python -m tests.toy_teacher.pretrain --output DIR
 
 The tower learns from ground truth what each patch shows and is then frozen, as CLIP in LLaVA; the teacher's projector
 and language model then learn conversations about images. The small language model, from which a student starts, is
@@ -46,8 +46,8 @@ from llavamod_offline.models.checkpoint import load_tokenizer
 from llavamod_offline.toyworld.conversations import mixed, questioned
 from llavamod_offline.toyworld.draw import draw_scene
 from llavamod_offline.toyworld.scene import Scene, random_scene
-from llavamod_offline.toyworld.supervision import ATTRIBUTES, PRESENCE_CLASSES, patch_labels, presence_labels
 from llavamod_offline.toyworld.tokenizer import train_tokenizer
+from tests.toy_teacher.supervision import ATTRIBUTES, PRESENCE_CLASSES, patch_labels, presence_labels
 
 Speaker = Callable[[Scene, random.Random], list[Turn]]
 
