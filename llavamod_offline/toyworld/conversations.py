@@ -40,19 +40,3 @@ def quizzed(scene: Scene, rng: random.Random, rounds: int) -> list[Turn]:
 def with_image(turns: list[Turn]) -> list[Turn]:
     """Put the image at the start of the first turn."""
     return [Turn("user", f"{IMAGE_PLACEHOLDER}\n{turns[0].text}"), *turns[1:]]
-
-
-def questioned(scene: Scene, rng: random.Random) -> list[Turn]:
-    """Mostly quizzes: in a mixture only one token in ten is a short answer, too few to learn from."""
-    share = rng.random()
-    if share < 0.15:
-        return captioned(scene, rng)
-    return chatted(scene, rng, 4) if share < 0.3 else quizzed(scene, rng, 8)
-
-
-def mixed(scene: Scene, rng: random.Random) -> list[Turn]:
-    """Any of the three, for the teacher's first round."""
-    share = rng.random()
-    if share < 0.3:
-        return captioned(scene, rng)
-    return chatted(scene, rng, 4) if share < 0.5 else quizzed(scene, rng, 5)

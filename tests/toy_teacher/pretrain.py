@@ -43,11 +43,11 @@ from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequence
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
 from llavamod_offline.models.checkpoint import load_tokenizer
-from llavamod_offline.toyworld.conversations import mixed, questioned
 from llavamod_offline.toyworld.draw import draw_scene
 from llavamod_offline.toyworld.scene import Scene, random_scene
-from llavamod_offline.toyworld.tokenizer import train_tokenizer
+from tests.toy_teacher.mixtures import mixed, questioned
 from tests.toy_teacher.supervision import ATTRIBUTES, PRESENCE_CLASSES, patch_labels, presence_labels
+from tests.toy_teacher.tokenizer import train_tokenizer
 
 Speaker = Callable[[Scene, random.Random], list[Turn]]
 

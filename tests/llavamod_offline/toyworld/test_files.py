@@ -16,10 +16,10 @@ from llavamod_offline.data.sample import IMAGE_PLACEHOLDER
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.data.sources.read import prepare_sources
 from llavamod_offline.toyworld.benchmarks import write_benchmarks
-from llavamod_offline.toyworld.conversations import mixed
 from llavamod_offline.toyworld.datasets import write_datasets
 from llavamod_offline.toyworld.scene import random_scene
-from llavamod_offline.toyworld.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from tests.toy_teacher.mixtures import mixed
+from tests.toy_teacher.tokenizer import SPECIAL_TOKENS, train_tokenizer
 
 
 @pytest.fixture(scope="module")

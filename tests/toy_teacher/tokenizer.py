@@ -10,8 +10,8 @@ from transformers import Qwen2TokenizerFast
 
 from llavamod_offline.data.encode.template import TEMPLATES
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER
-from llavamod_offline.toyworld.conversations import mixed
 from llavamod_offline.toyworld.scene import random_scene
+from tests.toy_teacher.mixtures import mixed
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", IMAGE_PLACEHOLDER)
