@@ -88,7 +88,7 @@ def prepare(config: TrainConfig, world: World) -> Setup:
     source = open_source(config.student)
     template = choose_template(config.template, lambda: source.tokenizer)
     samples = SampleSet.open(config.data.set)
-    cache, exchange = _open_cache(config, source)
+    cache, swap = _open_cache(config, source)
     if MISMATCHED in config.roles and samples.manifest.get("preferences"):  # without preferences, the join refuses it
         samples = samples.with_mismatched()
     images = ImagePreprocessor.from_checkpoint(source.processor, config.image_aspect)
@@ -108,7 +108,7 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         encoder=encoder if config.data.too_long == "drop" else None,
     )
     if cache is not None and MISMATCHED in config.roles:
-        check_pairs(samples, cache, joined.rows, encoder, exchange)
+        check_pairs(samples, cache, joined.rows, encoder, swap)
     settings = order_settings(
         samples,
         cache,
@@ -122,7 +122,7 @@ def prepare(config: TrainConfig, world: World) -> Setup:
     choose_trainable(student, config.trainable)
     head_rows, student_size = student.get_output_embeddings().weight.shape
     positions = _positions(config, cache)
-    cached_vocab_size = _cached_vocabulary(cache, exchange, head_rows)
+    cached_vocab_size = _cached_vocabulary(cache, swap, head_rows)
     alignment = prepare_alignment(
         config.loss.align,
         cache,
@@ -140,7 +140,7 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         roles=config.roles,
         cache=cache,
         records=joined.records,
-        exchange=exchange,
+        swap=swap,
         positions=positions,
         states=None if alignment is None else alignment.states,
         record_roles=config.roles[:1] if config.loss.distils(config.stage) else (),
@@ -159,7 +159,7 @@ def prepare(config: TrainConfig, world: World) -> Setup:
             config.loss,
             vocab_size=vocabulary_size(source.tokenizer, head_rows),
             train_vision="vision" in config.trainable,
-            shrinkage=_shrinkage(config, cache, exchange, cached_vocab_size),
+            shrinkage=_shrinkage(config, cache, swap, cached_vocab_size),
             positions=positions,
             alignment=alignment,
         ),
@@ -218,7 +218,7 @@ def _open_cache(config: TrainConfig, source: StudentSource) -> tuple[TeacherCach
 
     cache = open_cache(config.cache.path, temperature=config.loss.temperature)
     allow, end_of_turn = config.cache.allow, config.cache.end_of_turn
-    exchange = check_student(cache.fingerprint, source.tokenizer, allow=allow, end_of_turn=end_of_turn)
+    swap = check_student(cache.fingerprint, source.tokenizer, allow=allow, end_of_turn=end_of_turn)
     if config.loss.temperature not in (1.0, *cache.temperatures) and config.loss.distils(config.stage):
         stored = ", ".join(f"{value:g}" for value in (1.0, *cache.fingerprint["capture"]["temperatures"]))
         raise ConfigError(
@@ -244,18 +244,18 @@ def _open_cache(config: TrainConfig, source: StudentSource) -> tuple[TeacherCach
             f"cache.path: '{cache.path}' holds {', '.join(cache.roles)}, stage {config.stage} needs "
             f"{', '.join(config.roles)}: set it to a cache of data.set"
         )
-    return cache, exchange
+    return cache, swap
 
 
-def _cached_vocabulary(cache: TeacherCache | None, exchange: TokenIdSwap | None, head_rows: int) -> int | None:
+def _cached_vocabulary(cache: TeacherCache | None, swap: TokenIdSwap | None, head_rows: int) -> int | None:
     """Count the ids that the records cover and the student's LM head has."""
     if cache is None:
         return None
-    return min(cache.vocab_size if exchange is None else exchange.vocab_size(cache.vocab_size), head_rows)
+    return min(cache.vocab_size if swap is None else swap.vocab_size(cache.vocab_size), head_rows)
 
 
 def _shrinkage(
-    config: TrainConfig, cache: TeacherCache | None, exchange: TokenIdSwap | None, vocab_size: int | None
+    config: TrainConfig, cache: TeacherCache | None, swap: TokenIdSwap | None, vocab_size: int | None
 ) -> Shrinkage | None:
     """Make the initial tail estimate from the teacher's mean tail over the student's ids, if the loss uses one."""
     loss = config.loss
@@ -263,8 +263,8 @@ def _shrinkage(
         return None
     assert vocab_size is not None
     profile_V = cache.tail_profile
-    if profile_V is not None and exchange is not None:
-        profile_V = exchange.profile(profile_V)
+    if profile_V is not None and swap is not None:
+        profile_V = swap.profile(profile_V)
     if profile_V is not None and len(profile_V) > vocab_size:
         profile_V = profile_V[:vocab_size] / profile_V[:vocab_size].sum()
     horizon = 1 / (1 - config.optim.betas[0])  # the steps that AdamW's first moment averages over

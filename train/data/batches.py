@@ -76,7 +76,7 @@ class Loader:
     """Micro-batches in the order of a schedule, decoded, tokenized and joined in `workers` processes (0: this one).
 
     `records`: the cache's rows of the set's rows, by role (see `Join`). `record_roles`: the roles whose records the
-    loss needs, the first ones of `roles`. `exchange`: swaps a differing end of turn for the student's.
+    loss needs, the first ones of `roles`. `swap`: swaps a differing end of turn for the student's.
     `positions`: the positions of a sequence that batches hold, as in the cache. `states`: the teacher's hidden states
     that the loss needs. `prefetch`: copies remote shards ahead of a schedule; other reads fetch samples one by one.
 
@@ -97,7 +97,7 @@ class Loader:
         pad_id: int,
         workers: int,
         pin_memory: bool,
-        exchange: TokenIdSwap | None = None,
+        swap: TokenIdSwap | None = None,
         positions: Positions = "response",
         states: WantedStates | None = None,
         prefetch: Prefetch | None = None,
@@ -113,7 +113,7 @@ class Loader:
             records,
             tuple(record_roles),
             pad_id,
-            exchange,
+            swap,
             positions,
             states,
         )
@@ -159,7 +159,7 @@ class _Micro(Dataset[TrainBatch]):
     records: Mapping[str, NDArray[np.int64]]
     record_roles: tuple[str, ...]
     pad_id: int
-    exchange: TokenIdSwap | None
+    swap: TokenIdSwap | None
     positions: Positions
     states: WantedStates | None
     scattered: bool = False
@@ -211,8 +211,8 @@ class _Micro(Dataset[TrainBatch]):
             self._check(self.cache, sequence, sample, record)
         rows_R = rows_S[: len(samples) * sum(role in self.record_roles for role in roles)]
         targets = self.cache.targets(rows_R) if len(rows_R) else None
-        if targets is not None and self.exchange is not None:
-            targets = self.exchange.targets(targets)
+        if targets is not None and self.swap is not None:
+            targets = self.swap.targets(targets)
         states = read_states(self.cache, rows_R, batch, self.states) if self.states is not None else None
         sums_S = torch.tensor([record.sum_log_prob for record in records], dtype=torch.float32)
         return TrainBatch(batch, len(samples), targets, sums_S, states=states)
@@ -222,7 +222,7 @@ class _Micro(Dataset[TrainBatch]):
         from teacher_cache.format.sequences import short_hash
         from teacher_cache.student.check import check_sequence
 
-        check_sequence(cache, sequence, self.exchange, record)
+        check_sequence(cache, sequence, self.swap, record)
         if record.content_hash != short_hash(sample.content_hash):
             raise DataError(
                 f"sample '{sequence.key}' ({sequence.role}): its text or images differ from those captured: "

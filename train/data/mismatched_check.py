@@ -24,7 +24,7 @@ def check_pairs(
     cache: TeacherCache,
     rows: NDArray[np.int64],
     encoder: SequenceEncoder,
-    exchange: TokenIdSwap | None = None,
+    swap: TokenIdSwap | None = None,
 ) -> None:
     """Compare the mismatched responses of a set with those of a cache.
 
@@ -48,4 +48,4 @@ def check_pairs(
     for row in rows[places].tolist():
         sample = samples.read(row, scattered=True)
         for role in sample.roles:  # the sample's own first: an error there is not about the pairing
-            check_sequence(cache, encoder.encode(sample, role), exchange)
+            check_sequence(cache, encoder.encode(sample, role), swap)

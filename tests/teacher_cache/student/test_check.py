@@ -221,12 +221,12 @@ def _teacher(change: str) -> dict[str, Any]:
     ],
 )
 def test_a_declared_end_of_turn_is_the_one_thing_that_may_differ(
-    change: str, end_of_turn: str, exchange: TokenIdSwap
+    change: str, end_of_turn: str, swap: TokenIdSwap
 ) -> None:
     teacher = _teacher(change)
     student = tiny_tokenizer()
     assert student.convert_tokens_to_ids([OTHER, END, "<image>"]) == [396, 398, 399]
-    assert check_student(teacher, student, end_of_turn=end_of_turn) == exchange
+    assert check_student(teacher, student, end_of_turn=end_of_turn) == swap
     if change not in ("none", "one less"):
         with pytest.raises(CacheError, match=r"tokenizer\.vocabulary: cache .*declare its end of turn"):
             check_student(teacher, student)

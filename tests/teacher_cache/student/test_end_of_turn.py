@@ -21,10 +21,10 @@ IDS = st.integers(0, 30)
 
 @given(ids=st.lists(IDS), a=IDS, b=IDS)
 def test_ids_change_places(ids: list[int], a: int, b: int) -> None:
-    exchange = TokenIdSwap(a, b)
-    there = exchange.ids(np.array(ids, np.int64))
+    swap = TokenIdSwap(a, b)
+    there = swap.ids(np.array(ids, np.int64))
     assert there.tolist() == [b if number == a else a if number == b else number for number in ids]
-    assert exchange.ids(there).tolist() == ids
+    assert swap.ids(there).tolist() == ids
 
 
 def _dense(targets: SparseTargets, vocab: int) -> Tensor:
@@ -60,21 +60,21 @@ def test_a_student_with_exchanged_columns_has_the_same_loss(finished: Path) -> N
     cache = open_cache(finished)
     targets = cache.targets([(key, "response") for key in sorted(cache.keys("response"))[:6]])
     likely = int(targets.topk_ids_NK[0, 0])
-    exchange = TokenIdSwap(likely, 398)
+    swap = TokenIdSwap(likely, 398)
     logits_NV = torch.randn(len(targets), 400, generator=torch.Generator().manual_seed(0))
     logits_NV[:, likely] += 6.0
     other_NV = logits_NV.clone()
     other_NV[:, [likely, 398]] = logits_NV[:, [398, likely]]
     before = float(forward_kl(logits_NV, targets).loss_sum)
-    assert float(forward_kl(other_NV, exchange.targets(targets)).loss_sum) == pytest.approx(before, rel=1e-6)
-    assert float(forward_kl(logits_NV, exchange.targets(targets)).loss_sum) > before + 1.0
+    assert float(forward_kl(other_NV, swap.targets(targets)).loss_sum) == pytest.approx(before, rel=1e-6)
+    assert float(forward_kl(logits_NV, swap.targets(targets)).loss_sum) > before + 1.0
 
 
 @pytest.mark.parametrize(("a", "b"), [(1, 4), (2, 2), (1, 6)])
 def test_a_profile_is_exchanged_over_as_many_ids_as_the_targets(a: int, b: int) -> None:
     profile_V = torch.tensor([0.1, 0.4, 0.0, 0.2, 0.25, 0.05])
-    exchange = TokenIdSwap(a, b)
+    swap = TokenIdSwap(a, b)
     dense = dict(enumerate(profile_V.tolist()))
     expected = {**dense, a: dense.get(b, 0.0), b: dense.get(a, 0.0)}
-    assert exchange.profile(profile_V).tolist() == [expected[number] for number in range(exchange.vocab_size(6))]
-    assert exchange.vocab_size(6) == max(6, b + 1)
+    assert swap.profile(profile_V).tolist() == [expected[number] for number in range(swap.vocab_size(6))]
+    assert swap.vocab_size(6) == max(6, b + 1)
