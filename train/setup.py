@@ -265,8 +265,6 @@ def _shrinkage(
     profile_V = cache.tail_profile
     if profile_V is not None and swap is not None:
         profile_V = swap.profile(profile_V)
-    if profile_V is not None and len(profile_V) > vocab_size:
-        profile_V = profile_V[:vocab_size] / profile_V[:vocab_size].sum()
     horizon = 1 / (1 - config.optim.betas[0])  # the steps that AdamW's first moment averages over
     return Shrinkage(vocab_size, profile_V=profile_V, horizon=horizon, seed=config.seed)
 

@@ -35,6 +35,14 @@ class CachedTeacher(Protocol):
     def positions_kept(self) -> str: ...
 
 
+class Swap(Protocol):
+    """Two token ids that teacher and student have swapped; `teacher_cache.check_student` returns it."""
+
+    def vocab_size(self, cached: int) -> int: ...
+    def profile(self, profile_V: Tensor) -> Tensor: ...
+    def targets(self, targets: SparseTargets) -> SparseTargets: ...
+
+
 class DistillationOutput(NamedTuple):
     """`loss` carries the gradient; the others are detached means over the batch's positions.
 
@@ -55,6 +63,9 @@ class CachedDistillation(nn.Module):
     `shrink` for the forward KL at T = 1, else `bucket`). Shrinkage learns from each optimiser step: call `step` after
     each one, on every process. `state_dict` holds its state.
 
+    `swap`: what `check_student` returned for a student with another end of turn. `student_rows`: the rows of the
+    student's LM head, if they are fewer than the cache's ids. `horizon`: the steps that the optimiser averages over.
+
     `attach` makes a transformers model return this loss from its own forward pass, which is what HF `Trainer`, DDP,
     FSDP and ZeRO-3 want. Without it, call the module on hidden states and the weight of the LM head.
     """
@@ -72,17 +83,24 @@ class CachedDistillation(nn.Module):
         skew: float = 0.1,
         horizon: float = 10.0,
         seed: int = 0,
+        swap: Swap | None = None,
+        student_rows: int | None = None,
         chunk_size: int = CHUNK_SIZE,
     ) -> None:
         super().__init__()
         if tail is None:
             tail = "shrink" if divergence == "forward_kl" and temperature == 1.0 else "bucket"
-        self.vocab_size = cache.vocab_size
+        vocab_size, profile_V = cache.vocab_size, cache.tail_profile
+        if swap is not None:
+            vocab_size = swap.vocab_size(vocab_size)
+            profile_V = None if profile_V is None else swap.profile(profile_V)
+        vocab_size = min(vocab_size, student_rows or vocab_size)
+        self.swap = swap
         self.all_positions = cache.positions_kept == "all"
         self.lm_weight = lm_weight
         self.shrinkage: Shrinkage | None = None
         if tail == "shrink" and temperature == 1.0:
-            self.shrinkage = Shrinkage(cache.vocab_size, profile_V=cache.tail_profile, horizon=horizon, seed=seed)
+            self.shrinkage = Shrinkage(vocab_size, profile_V=profile_V, horizon=horizon, seed=seed)
         self._settings: dict[str, Any] = {
             "divergence": divergence,
             "tail": tail,
@@ -116,7 +134,7 @@ class CachedDistillation(nn.Module):
         """
         _check_whole(lm_head_VD, hidden_BTD.shape[-1])
         rows_N, target_ids_N = _positions(labels_BT, attention_mask_BT, self.all_positions)
-        targets = targets.to(hidden_BTD.device)
+        targets = (targets if self.swap is None else self.swap.targets(targets)).to(hidden_BTD.device)
         check_target_ids(target_ids_N, targets)
         answers = int((target_ids_N != _NO_TARGET).sum())
         positions = len(rows_N)

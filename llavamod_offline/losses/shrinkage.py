@@ -49,11 +49,12 @@ class TailWeights:
 class Shrinkage:
     """The state of `shrink`: running statistics per band, and the sums of the current optimiser step.
 
-    `profile_V`: the cache's tail profile, ≥ 0, sum 1; without one, a = 0 and bands are by id. `decay`: of the
-    statistics, per step. `horizon`: the number of steps the optimiser averages over. `columns`: J, of which J − 1 are
-    random projections of the hidden states (from `seed`) and one is constant. Weights change only in `finish_step`, so
-    that they are independent of the noise of the step that uses them; until its first call the estimator is the bucket.
-    Errors: `TargetError` if the length of the profile is not `vocab_size`.
+    `profile_V`: the cache's tail profile, ≥ 0, sum 1, of which the first V ids are used; without one, a = 0 and bands
+    are by id. `decay`: of the statistics, per step. `horizon`: the number of steps the optimiser averages over.
+    `columns`: J, of which J − 1 are random projections of the hidden states (from `seed`) and one is constant. Weights
+    change only in `finish_step`, so that they are independent of the noise of the step that uses them; until its first
+    call the estimator is the bucket.
+    Errors: `TargetError` if the profile is shorter than `vocab_size`.
     """
 
     def __init__(
@@ -66,10 +67,12 @@ class Shrinkage:
         columns: int = 8,
         seed: int = 0,
     ) -> None:
-        if profile_V is not None and profile_V.shape != (vocab_size,):
+        if profile_V is not None and len(profile_V) < vocab_size:
             raise TargetError(
                 f"tail profile: {profile_V.numel()} values for a vocabulary of {vocab_size}: capture the cache again"
             )
+        if profile_V is not None and len(profile_V) > vocab_size:  # the student has fewer ids
+            profile_V = profile_V[:vocab_size] / profile_V[:vocab_size].sum()
         self.vocab_size = vocab_size
         self._decay, self._horizon, self._columns, self._seed = decay, horizon, columns, seed
         self._profile_V = None if profile_V is None else profile_V.float()

@@ -18,6 +18,7 @@ from llavamod_offline.examples.batches import Batches
 from llavamod_offline.losses import CachedDistillation, Shrinkage, distillation_from_hidden
 from llavamod_offline.models.checkpoint import load_llava
 from teacher_cache import TeacherCache, check_labels, open_cache
+from teacher_cache.student.end_of_turn import TokenIdSwap
 from tests.llavamod_offline.losses import sharded_driver
 from tests.tiny import write_tiny_llava, write_tiny_set
 from tests.train.conftest import write_cache
@@ -154,6 +155,30 @@ def test_heads_that_are_more_than_a_product_are_refused(folders: Folders) -> Non
     scaled.lm_head.register_forward_hook(lambda module, inputs, logits: 30 * torch.tanh(logits / 30))
     with pytest.raises(ModelError, match="scales or caps the logits"):
         CachedDistillation(cache).attach(scaled)
+
+
+def test_a_student_with_swapped_ids_and_one_with_fewer_rows(folders: Folders) -> None:
+    """Records are read by the student's ids; an id that it lacks is named."""
+    cache, model = open_cache(folders["cache"]), load_llava(folders["student"])
+    batch = _batch(folders, cache, _keys(cache))
+    targets, labels = batch.pop("targets"), batch.pop("labels")
+    hidden = model.base_model(**batch).last_hidden_state.detach()
+    weight = model.lm_head.weight.detach()
+    swap = TokenIdSwap(3, 11)
+    rows = torch.arange(len(weight))
+    rows[[3, 11]] = rows[[11, 3]]
+    swapped = torch.where(labels == 3, 11, torch.where(labels == 11, 3, labels))
+    plain, other = (CachedDistillation(cache, swap=one) for one in (None, swap))
+    for _ in range(2):
+        loss = plain(hidden, weight, labels, targets).loss
+        torch.testing.assert_close(other(hidden, weight[rows], swapped, targets).loss, loss)
+        plain.step()
+        other.step()
+    smaller = CachedDistillation(cache, student_rows=300)
+    assert smaller.shrinkage is not None
+    assert smaller.shrinkage.vocab_size == 300
+    with pytest.raises(TargetError, match="300"):  # records name ids that such a student lacks
+        smaller(hidden, weight[:300], labels, targets)
 
 
 def test_without_targets_an_attached_student_answers_as_before(folders: Folders) -> None:
