@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_type_hints
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -27,15 +30,15 @@ def load_config(schema: type[T], files: Sequence[Path] = (), overrides: Sequence
     """
     merged = OmegaConf.structured(schema)
     for file in files:
-        merged = _merge(schema, merged, _read_yaml(file), str(file))
+        merged = _merge(schema, merged, _read_yaml(schema, file), str(file))
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"argument '{override}': expected a YAML file that exists, or key=value")
-        merged = _merge(schema, merged, _read_override(override), f"argument '{override}'")
-    missing = sorted(OmegaConf.missing_keys(merged))
-    if missing:
-        raise ConfigError(f"config: no value for '{missing[0]}': set it in a YAML file or as {missing[0]}=VALUE")
+        merged = _merge(schema, merged, _read_override(schema, override), f"argument '{override}'")
     try:
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ConfigError(f"config: no value for '{missing[0]}': set it in a YAML file or as {missing[0]}=VALUE")
         return cast("T", OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ConfigError(f"config: {first_line(error)}") from error
@@ -81,11 +84,11 @@ def _describe(schema: type[Any], prefix: str) -> list[str]:
     return lines
 
 
-def _read_yaml(file: Path) -> Any:
+def _read_yaml(schema: type[Any], file: Path) -> Any:
     if not file.is_file():
         raise ConfigError(f"{file}: no such config file")
     try:
-        loaded = OmegaConf.load(file)
+        loaded = OmegaConf.load(io.StringIO(_quote_text(schema, file.read_text(encoding="utf-8"))))
     except Exception as error:
         raise ConfigError(f"{file}: not readable as YAML: {first_line(error)}") from error
     if not OmegaConf.is_dict(loaded):
@@ -93,11 +96,52 @@ def _read_yaml(file: Path) -> Any:
     return loaded
 
 
-def _read_override(override: str) -> Any:
+def _read_override(schema: type[Any], override: str) -> Any:
+    key, _, text = override.partition("=")
+    hint = _type_of(schema, key)
     try:
-        return OmegaConf.from_dotlist([override])
+        if not _is_text(hint):
+            return OmegaConf.from_dotlist([f"{key}={_quote_text(hint, text)}"])
+        value = None if text == "null" and hint is not str else _expand_home(text).replace("${", r"\${")
+        nested: Any = OmegaConf.create({})
+        OmegaConf.update(nested, key, value, force_add=True)
     except Exception as error:
         raise ConfigError(f"argument '{override}': {first_line(error)}") from error
+    return nested
+
+
+def _quote_text(hint: Any, text: str) -> str:
+    """Rewrite YAML so that values whose type in the schema is `str` are read as they are written.
+
+    YAML would make a number of 2024_11_01. A leading ~/ becomes the home folder.
+    """
+    tree = yaml.compose(text, Loader=yaml.SafeLoader)
+    _mark_text(hint, tree)
+    return "" if tree is None else str(yaml.serialize(tree, Dumper=yaml.SafeDumper, allow_unicode=True))
+
+
+def _mark_text(hint: Any, node: Any) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            _mark_text(_type_of(hint, key.value) if isinstance(key, yaml.ScalarNode) else None, value)
+    elif isinstance(node, yaml.ScalarNode) and _is_text(hint) and (hint is str or not node.tag.endswith(":null")):
+        node.tag, node.value, node.style = "tag:yaml.org,2002:str", _expand_home(node.value), '"'
+
+
+def _type_of(hint: Any, key: str) -> Any:
+    """The type of a dotted key below a dataclass, or below an optional one; None if it has no such key."""
+    for name in key.split("."):
+        kinds = [kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)]
+        hint = get_type_hints(kinds[0]).get(name) if kinds else None
+    return hint
+
+
+def _is_text(hint: Any) -> bool:
+    return hint is str or set(get_args(hint)) == {str, type(None)}
+
+
+def _expand_home(text: str) -> str:
+    return os.path.expanduser(text) if text.startswith("~/") else text
 
 
 def _merge(schema: type[Any], merged: Any, update: Any, where: str) -> Any:

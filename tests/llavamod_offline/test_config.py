@@ -51,6 +51,34 @@ def test_values_may_hold_equals_signs() -> None:
     assert load_config(Recipe, overrides=["student=a=b"]).student == "a=b"
 
 
+AS_TYPED = ("2024_11_01", "007", "1e3", "10:30", "3.10", "off", "runs/exp #2", "a: b", "[1]", "${steps}", "'x'")
+
+
+@pytest.mark.parametrize("text", AS_TYPED)
+def test_text_is_taken_as_it_is_typed(text: str) -> None:
+    """A folder's name is no number, and "#" begins no comment in it."""
+    assert load_config(Recipe, overrides=[f"student={text}"]).student == text
+
+
+@pytest.mark.parametrize(
+    "text", [text for text in AS_TYPED if text[0].isalnum() and "#" not in text and " " not in text]
+)
+def test_text_in_a_file_is_not_converted(tmp_path: Path, text: str) -> None:
+    assert load_config(Recipe, [write(tmp_path, f"student: {text}  # a comment\nsteps: 1_0\n")]).student == text
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert load_config(Recipe, overrides=["student=~/models/x"]).student == "/home/someone/models/x"
+    assert load_config(Recipe, [write(tmp_path, "student: ~/models/x\n")]).student == "/home/someone/models/x"
+    assert load_config(Recipe, overrides=["student=a~/b"]).student == "a~/b"
+
+
+def test_a_reference_to_nothing_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^config: Interpolation key 'nothing' not found$"):
+        load_config(Recipe, [write(tmp_path, "student: ${nothing}\n")])
+
+
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
