@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ def join(
     path: Path,
     allow_missing: bool = False,
 ) -> dict[str, Prediction]:
-    """Match predictions with examples → prediction by example id.
+    """Match predictions with examples → prediction by example id, its answer without white space around it.
+
+    LLaVA's runners strip answers; the official scorers of GQA, POPE and ScienceQA misread those of runners that do not.
 
     Our predictions are matched by `id`, LLaVA-style answers by `question_id`. If several examples share one (MME: two
     questions per image; TextVQA: the image's id), the question in the prompt decides.
@@ -42,7 +45,7 @@ def join(
         candidates = _candidates(prediction, by_id, by_alias, question_key)
         free = next((example for example in candidates if example.id not in joined), None)
         if free is not None:
-            joined[free.id] = prediction
+            joined[free.id] = replace(prediction, text=prediction.text.strip())
         else:
             (duplicate if candidates else unknown).append(prediction.name)
     missing = [example.id for example in examples if example.id not in joined]

@@ -37,7 +37,8 @@ def write_portable(student: Path, output: Path, *, template: str = "qwen", image
     end = load_tokenizer(student).convert_tokens_to_ids(wording.end)
     changed = {
         "preprocessor_config.json": images,
-        "tokenizer_config.json": read_json(student, "tokenizer_config.json") | {"eos_token": wording.end},
+        "tokenizer_config.json": read_json(student, "tokenizer_config.json")
+        | {"eos_token": wording.end, "padding_side": "left"},
         "generation_config.json": read_json(student, "generation_config.json") | {"eos_token_id": end},
         "processor_config.json": read_json(student, "processor_config.json"),
     }

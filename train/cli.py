@@ -38,7 +38,7 @@ def resolve_config(arguments: list[str]) -> TrainConfig:
 
 def _recipe(file: Path) -> Path:
     """Find the packaged recipe of a bare name, unless a file has that name. Errors: `ConfigError` if neither exists."""
-    if file.exists() or file.suffix or file.name != str(file):
+    if file.is_file() or file.suffix or file.name != str(file):
         return file
     names = recipe_names()
     if file.name not in names:

@@ -199,6 +199,7 @@ def save_student(
     with atomic.new_folder(folder) as aside, _quiet():
         model.save_pretrained(aside, state_dict=state_dict)
         tokenizer.save_pretrained(aside)
+        _pad_on_the_left(aside / "tokenizer_config.json")
         if template is not None:
             (aside / CHAT_TEMPLATE_NAME).write_text(to_jinja(template), encoding="utf-8")
         if card is not None:
@@ -212,6 +213,12 @@ def save_student(
             "vision_feature_select_strategy": model.config.vision_feature_select_strategy,
         }
         (aside / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+
+
+def _pad_on_the_left(file: Path) -> None:
+    """Generation in batches continues after the last token, which must not be padding."""
+    settings = json.loads(file.read_text(encoding="utf-8")) | {"padding_side": "left"}
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:

@@ -36,6 +36,12 @@ def test_ours_are_matched_by_id_in_any_order() -> None:
     assert joined(ours("x#2"), ours("2"), ours("1"), ours("x#1")) == {n: n for n in ("1", "2", "x#1", "x#2")}
 
 
+@pytest.mark.parametrize("text", ["red\n", "\tred", "  red \r\n", "red"])
+def test_white_space_around_an_answer_is_no_part_of_it(text: str) -> None:
+    found = joined(ours("1", text), theirs("2", text=text), allow_missing=True)
+    assert found == {"1": "red", "2": "red"}
+
+
 def test_llavas_are_matched_by_question_id_and_where_it_is_shared_by_their_question() -> None:
     found = joined(
         theirs("x", "WHO?\nanother suffix", "b"), theirs("2"), theirs("1"), theirs("x", "<image>\nWhat?", "a")

@@ -10,9 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from llavamod_offline.config import dump_config
 from tests.train.conftest import World, wait_for_lines
 from train.checkpoint import latest_checkpoint
+from train.cli import resolve_config
 from train.metrics import METRICS_NAME
 
 
@@ -90,6 +93,12 @@ import train.run, train.setup, train.loop, train.checkpoint
 from train.cli import main
 main()
 """
+
+
+def test_a_folder_does_not_hide_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "align").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert resolve_config(["align", "data.set=s", "output=o", "student.checkpoint=c"]).stage == "align"
 
 
 def test_without_deepspeed_a_run_is_refused_before_anything_is_written(world: World, tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
+_UNKNOWN_ROLE = json.dumps("This model was trained on messages from user and assistant alone, not from: ")
+_UNKNOWN_PART = json.dumps("This model was trained on messages of text and image parts alone, not of: ")
 _TURNS = tuple(Turn("assistant" if number % 2 else "user", f"[turn {number}]") for number in range(6))
 
 
@@ -30,7 +32,8 @@ def choose_template(name: str, tokenizer: Callable[[], PreTrainedTokenizerFast])
 def to_jinja(template: Template) -> str:
     """A template as Jinja for transformers' `apply_chat_template`.
 
-    A message's content is a string, or a list of parts, where each image becomes a placeholder on its own line. A user
+    A message's content is a string, or a list of parts, where each image becomes a placeholder on its own line. Roles
+    and parts that no training sample has, such as a system message, raise an exception. A user
     turn's text ends where the answer begins, so `add_generation_prompt` has no effect.
     """
     question = (
@@ -41,11 +44,15 @@ def to_jinja(template: Template) -> str:
     )
     return (
         "{%- macro words(content) -%}{%- if content is string -%}{{ content }}{%- else -%}{%- for part in content -%}"
-        f"{{{{ {json.dumps(IMAGE_PLACEHOLDER + chr(10))} if part.type == 'image' else part.text }}}}"
+        f"{{%- if part.type == 'image' -%}}{{{{ {json.dumps(IMAGE_PLACEHOLDER + chr(10))} }}}}"
+        "{%- elif part.type == 'text' -%}{{ part.text }}"
+        f"{{%- else -%}}{{{{ raise_exception({_UNKNOWN_PART} + part.type) }}}}{{%- endif -%}}"
         "{%- endfor -%}{%- endif -%}{%- endmacro -%}"
         f"{{{{ {_literal([*template.system])} }}}}{{%- for message in messages -%}}"
         f"{{%- if message.role == 'user' -%}}{{{{ {question} }}}}"
-        f"{{%- else -%}}{{{{ {answer} + ('' if loop.last else {json.dumps(template.separator)}) }}}}"
+        f"{{%- elif message.role == 'assistant' -%}}"
+        f"{{{{ {answer} + ('' if loop.last else {json.dumps(template.separator)}) }}}}"
+        f"{{%- else -%}}{{{{ raise_exception({_UNKNOWN_ROLE} + message.role) }}}}"
         "{%- endif -%}{%- endfor -%}"
     )
 

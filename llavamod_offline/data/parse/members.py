@@ -85,7 +85,7 @@ def _read_caption(
     if prompt is None:
         raise RowError("malformed row", "a caption: set the prompt it answers with --caption-prompt")
     try:
-        caption = text.decode().strip()
+        caption = text.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise RowError("malformed row", f"its caption is not UTF-8: {error.reason}") from error
     if len(images) != 1:

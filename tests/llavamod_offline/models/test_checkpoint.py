@@ -60,6 +60,23 @@ def test_saved_student_is_loaded_by_plain_transformers(tiny_folder: Path, tmp_pa
     assert torch.equal(answer, model.generate(**inputs, max_new_tokens=4, do_sample=False))
 
 
+def test_a_batch_of_prompts_gets_the_answers_of_each_alone(tiny_folder: Path, tmp_path: Path) -> None:
+    """Other tools pad as the exported processor says: on the left, or generation would continue after padding."""
+    model, tokenizer = load_llava(tiny_folder), load_tokenizer(tiny_folder)
+    tokenizer.padding_side = "right"
+    save_student(model, tmp_path / "student", tokenizer=tokenizer, processor_source=tiny_folder)
+    processor = AutoProcessor.from_pretrained(tmp_path / "student")
+    prompts = ["USER: <image>\nWhat is it? ASSISTANT:", "USER: <image>\nHow many red circles are there? ASSISTANT:"]
+
+    def answers(texts: list[str]) -> list[list[int]]:
+        images = [torch.ones(3, 24, 24)] * len(texts)
+        inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
+        made = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        return [row[inputs["input_ids"].shape[1] :].tolist() for row in made]
+
+    assert answers(prompts) == [answers([prompt])[0] for prompt in prompts]
+
+
 def test_generation_stops_at_the_templates_end_tokens(tiny_folder: Path) -> None:
     tokenizer = load_tokenizer(tiny_folder)
     ends = {tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")}

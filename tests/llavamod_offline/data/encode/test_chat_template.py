@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -53,6 +54,25 @@ def test_there_and_back(name: str) -> None:
     else:  # which does not end with its separator there, so it is taken for a part of the next question
         assert [s.text for s in back.render(TURNS)] != []
         assert "".join(s.text for s in back.render(TURNS)) == "".join(s.text for s in template.render(TURNS))
+
+
+@pytest.mark.parametrize("name", ["qwen", "chatml"])
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"role": "system", "content": "Answer in French."}, "user and assistant alone, not from: system"),
+        ({"role": "tool", "content": "42"}, "user and assistant alone, not from: tool"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "not of: image_url"),
+    ],
+)
+def test_messages_that_no_student_was_trained_on_raise(name: str, message: dict[str, Any], reason: str) -> None:
+    """They are not worded as an answer of the student, and nothing of them vanishes."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = to_jinja(get_template(name))
+    known = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}]}]
+    assert "<image>\nHi" in str(tokenizer.apply_chat_template(known, tokenize=False))
+    with pytest.raises(Exception, match=reason):
+        tokenizer.apply_chat_template([*known, message], tokenize=False)
 
 
 @pytest.mark.parametrize("chat_template", [QWEN2, to_jinja(get_template("qwen")), to_jinja(get_template("chatml"))])

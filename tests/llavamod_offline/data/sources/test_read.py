@@ -173,7 +173,7 @@ def test_folders_of_samples(tmp_path: Path) -> None:
     files = {
         "b.json": json.dumps({"conversations": GOOD}).encode(),
         "b.JPG": JPG,
-        "sub/a.txt": b" A dog. ",
+        "sub/a.txt": b"\xef\xbb\xbf A dog. ",  # as Windows editors begin a file
         "sub/a.png": PNG,
         "sub/lost.png": PNG,
         "a_x2F.json": sample_to_json(own),
