@@ -24,11 +24,11 @@ _TASKS = " ".join(TASKS)
 _GENERATE_HELP = f"""Answer the questions of one or more benchmarks with a model.
 
 Set the keys below in CONFIG.yaml and as key=value arguments; later ones win. Answers go to
-OUTPUT/TASK/predictions.jsonl. Run the same command again to resume.
+OUTPUT/TASK/predictions.jsonl. Rerun the same command to resume.
 
-engine=hf answers with a LLaVA student, engine=vllm does so in vLLM (use a larger batch_size), engine=processor with any
-other image-text-to-text checkpoint, by its own chat template and image processor. max_new_tokens=None is each
-benchmark's published limit.
+engine=hf runs a LLaVA student in transformers, engine=vllm in vLLM (use a larger batch_size), engine=processor any
+other image-text-to-text checkpoint with its own chat template and image processor. Without max_new_tokens, each
+benchmark's published limit applies.
 
 Benchmarks: {_TASKS}
 
@@ -42,7 +42,7 @@ Examples:
 _SCORE_HELP = f"""Score a predictions file on a benchmark, without loading a model.
 
 PREDICTIONS is a predictions.jsonl, or an answer file of LLaVA's scripts (question_id, prompt, text). The denominator is
-the benchmark's question file. Shares are fractions of 1; MME's figures are points.
+the benchmark's question file. Rates are fractions of 1; MME scores are points.
 
 Benchmarks: {_TASKS}
 
@@ -66,9 +66,9 @@ Examples:
   eval-student export pope --root data/eval --predictions runs/eval/pope/predictions.jsonl -o answers.jsonl
 """
 
-_REPORT_HELP = """Compare models: their scores side by side, with published ones.
+_REPORT_HELP = """Compare models: scores side by side, with published figures.
 
-A RUN is an output folder of 'generate'; its predictions are scored again. OUTPUT ends in .html or .md. The .html page
+A RUN is an output folder of 'generate'; its predictions are rescored. OUTPUT ends in .html or .md. The .html page
 is self-contained and shows the questions on which two models disagree, with their images.
 
 \b
@@ -89,7 +89,7 @@ Examples:
 
 
 class _GenerateCommand(TyperCommand):
-    """Adds the settings to the help when it is shown: importing what describes them is slow."""
+    """Adds the settings to the help only when it is shown: describing them needs slow imports."""
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Write every key with its type and default."""
@@ -101,7 +101,7 @@ class _GenerateCommand(TyperCommand):
                 formatter.write(f"  {line}\n")
 
 
-Root = Annotated[Path, typer.Option(help="Folder with LLaVA's evaluation folders.")]
+Root = Annotated[Path, typer.Option(help="Folder with the benchmarks' files, in LLaVA-1.5's layout.")]
 Predictions = Annotated[Path, typer.Option(help="predictions.jsonl, or LLaVA-style answers.")]
 TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The benchmark's name.")]
 
@@ -144,7 +144,7 @@ def score_command(
 
         judging = open_judge(judge, model=judge_model, key_variable=judge_key_variable)
     elif judge_model or judge_template or judge_record or judge_key_variable:
-        raise ConfigError("--judge-model, --judge-template, --judge-record and --judge-key-variable go with --judge")
+        raise ConfigError("--judge-model, --judge-template, --judge-record and --judge-key-variable need --judge")
     score = score_task(
         task,
         root,
@@ -193,7 +193,7 @@ def portable_command(
     student: Annotated[Path, typer.Argument(metavar="STUDENT", help="Folder of a trained student.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; it must not exist.")],
     template: Annotated[str, typer.Option(help="Template used in training: qwen, chatml or tokenizer.")] = "qwen",
-    image_aspect: Annotated[str, typer.Option(help="Image treatment in training: pad or square.")] = "pad",
+    image_aspect: Annotated[str, typer.Option(help="Image handling in training: pad or square.")] = "pad",
 ) -> None:
     from eval.portable import write_portable
 

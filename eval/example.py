@@ -35,7 +35,7 @@ class Example(Generic[R]):
 
 @dataclass(slots=True)  # not frozen, as above
 class Verdict:
-    """The score of one answer: how it was read (empty: not readable) and its credit, 0 to 1."""
+    """The score of one answer: how it was read (empty: unreadable) and its credit, 0 to 1."""
 
     read_as: str
     right: float

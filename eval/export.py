@@ -23,7 +23,7 @@ def export(name: str, root: Path, predictions: Path, output: Path, *, model: str
     task = get_task(name)
     allowed = (".jsonl", *([task.upload.suffix] if task.upload else []))
     if output.suffix not in allowed:
-        raise ConfigError(f"{output}: answers of '{name}' are written as {' or '.join(allowed)}")
+        raise ConfigError(f"{output}: '{name}' can only be exported as {' or '.join(allowed)}: rename the output")
     examples = task.load(root)
     joined = join(examples, read_predictions(predictions, name), question_key=task.question_key, path=predictions)
     write_answers(task, examples, {name: found.text for name, found in joined.items()}, output, model=model)

@@ -115,8 +115,8 @@ def find_file(root: Path, *candidates: str) -> Path:
         if (root / candidate).is_file():
             return root / candidate
     if not root.is_dir():
-        raise EvalError(f"{root}: no such folder: set 'root' to the folder with LLaVA's evaluation folders")
-    raise EvalError(f"{root}: no {' nor '.join(candidates)}: put the benchmark's files there")
+        raise EvalError(f"{root}: no such folder: set 'root' to the folder with the benchmarks' folders")
+    raise EvalError(f"{root}: no {' or '.join(candidates)}: put the benchmark's files there")
 
 
 def read_json(path: Path) -> Any:

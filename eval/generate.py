@@ -62,7 +62,7 @@ class EvalGenerateConfig:
         for name in ("batch_size", "max_new_tokens", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"{name}: must be at least 1, is {value}")
+                raise ConfigError(f"{name} is {value}: must be at least 1")
         if not self.tasks:
             raise ConfigError("tasks: name at least one benchmark, such as tasks=[pope]")
         for task in self.tasks:

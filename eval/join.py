@@ -51,7 +51,8 @@ def join(
     missing = [example.id for example in examples if example.id not in joined]
     if unknown:
         raise EvalError(
-            f"{path}: {_listed(unknown, 'prediction')} without a matching question: {_wrong_set(predictions)}"
+            f"{path}: {_listed(unknown, 'prediction')} without a matching question: check that the "
+            f"{len(predictions)} predictions are for this benchmark and this version of its question file"
         )
     if duplicate:
         raise EvalError(f"{path}: {_listed(duplicate, 'prediction')} duplicating an earlier one: keep one of each")
@@ -82,7 +83,3 @@ def _candidates(
 def _listed(names: Sequence[str], noun: str) -> str:
     shown = ", ".join(f"'{name}'" if len(name) <= 80 else f"'{name[:80]}…'" for name in names[:LISTED])
     return f"{len(names)} {noun}{'s' if len(names) > 1 else ''} ({shown}{', …' if len(names) > LISTED else ''})"
-
-
-def _wrong_set(predictions: Sequence[Prediction]) -> str:
-    return f"are the {len(predictions)} predictions of this benchmark and this version of its question file?"

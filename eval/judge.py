@@ -139,9 +139,11 @@ class RecordedJudge:
         self._path = path
         self._replies, models = read_record(path)
         if model and model not in models:
-            raise ConfigError(f"{path}: no reply of '{model}': its models are {', '.join(sorted(models)) or 'none'}")
+            raise ConfigError(
+                f"{path}: no reply by '{model}', only by {', '.join(sorted(models)) or 'none'}: change --judge-model"
+            )
         if not model and len(models) != 1:
-            raise ConfigError(f"{path}: has replies of {len(models)} models: name one with --judge-model")
+            raise ConfigError(f"{path}: has replies by {len(models)} models: name one with --judge-model")
         self.model = model or models.pop()
 
     def complete(self, messages: Sequence[Message]) -> str:
@@ -149,7 +151,7 @@ class RecordedJudge:
         key = record_key(self.model, messages)
         if key not in self._replies:
             start = messages[-1]["content"].strip().splitlines()[-1][:60]
-            raise EvalError(f"{self._path}: no recorded reply of '{self.model}' to '…{start}' ({key[:12]}…)")
+            raise EvalError(f"{self._path}: no recorded reply by '{self.model}' to '…{start}' ({key[:12]}…)")
         return self._replies[key]
 
 
@@ -166,7 +168,7 @@ def open_judge(name: str, *, model: str = "", key_variable: str = "") -> Judge:
 
 
 def ask(judge: Judge, questions: Mapping[str, str], record: Path) -> dict[str, str]:
-    """Ask the judge each question that is not on record, recording every reply at once → replies by id."""
+    """Ask the judge each unrecorded question, recording every reply immediately → replies by id."""
     known = read_record(record)[0] if record.exists() else {}
     replies = {}
     record.parent.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,7 @@ class JudgeTemplate:
         if len(plain) != len(self.slots) + 1 or len(named) > 1:
             wanted = ", ".join(f"{{{name}}}" for name in self.slots)
             raise ConfigError(
-                f"{self.name}: a template needs placeholders for {wanted}, or {len(self.slots)} times {{}}"
+                f"{self.name}: a template needs the placeholders {wanted}, or {{}} {len(self.slots)} times"
             )
         pieces = [plain[0]]
         for name, text in zip(self.slots, plain[1:], strict=True):

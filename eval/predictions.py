@@ -1,4 +1,4 @@
-"""Predictions: one JSON object a line, ours (`predictions.jsonl`) or LLaVA's answer files.
+"""Predictions: one JSON object per line, ours (`predictions.jsonl`) or LLaVA's answer files.
 
 Ours:   {"task", "id", "image", "prompt", "text", "n_tokens", "finish"}  (`finish`: "stop" or "length")
 LLaVA:  {"question_id", "prompt", "text", …}  (further fields are ignored)

@@ -57,7 +57,7 @@ def score_task(
 ) -> TaskScore:
     """Score `predictions` on the benchmark `name`, whose files are below `root`.
 
-    The denominator is the benchmark's question file. With `allow_missing`, questions without a prediction are wrong.
+    The denominator is the benchmark's question file. With `allow_missing`, missing predictions count as wrong.
     A `judge`'s replies are recorded in `judge_record`, by default beside the predictions.
     Errors: `EvalError` for unreadable files, for unknown, duplicate or missing ids, for a missing or failing judge;
     `ConfigError` for the task, a judge that it does not take, or a template without a required slot.
@@ -72,9 +72,7 @@ def score_task(
         texts = {example.id: joined[example.id].text if example.id in joined else None for example in examples}
         if judge is None:
             if task.score is None:
-                raise EvalError(
-                    f"{name}: needs a judge: name one with --judge URL, a model's folder, or recorded replies"
-                )
+                raise EvalError(f"{name}: needs a judge: pass --judge URL, a model's folder, or recorded replies")
             scored, protocol = task.score(examples, texts), task.protocol
     if judge is not None:
         record = judge_record or predictions.with_suffix(".judge.jsonl")

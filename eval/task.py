@@ -1,4 +1,4 @@
-"""What a benchmark task is: one module of `eval/tasks/`, which ends in a `Task` and has an entry in `TASKS`."""
+"""The definition of a benchmark: a module of `eval/tasks/` that ends in a `Task` and has an entry in `TASKS`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Headline:
     """A column of the comparison: a task's metric, its title, and its best value, which scales the bars.
 
     `published`: figures by the models in `report/comparison.py`, in this project's units. `not_comparable`: why they
-    measure something else than the metric does; the report then shows no difference.
+    measure something other than the metric; the report then shows no difference.
     """
 
     task: str

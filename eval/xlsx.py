@@ -29,6 +29,6 @@ def spreadsheet(rows: Sequence[Sequence[str | int | None]]) -> bytes:
                 if isinstance(value, int):
                     sheet.write_number(row, column, value)
                 elif value is not None and sheet.write_string(row, column, value) == _TOO_LONG:
-                    problem = f"a text of {len(value)} characters, but an .xlsx cell holds 32,767"
+                    problem = f"a text of {len(value)} characters, but an .xlsx cell holds at most 32,767"
                     raise EvalError(f"upload, row {row + 1}: {problem}: generate again with a lower max_new_tokens")
     return buffer.getvalue()

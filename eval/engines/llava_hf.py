@@ -54,7 +54,7 @@ class LlavaHfEngine:
         self._suppressed = never_answers(self.encoder, int(self.model.config.text_config.vocab_size))
 
     def describe(self) -> dict[str, Any]:
-        """The settings that determine the answers, which batch size and device do not."""
+        """The settings that determine the answers; batch size and device do not."""
         return settings_of(self.folder, {"engine": "hf"}, self.encoder.template.name, self.images.aspect, self.dtype)
 
     def answer(self, examples: Sequence[Example[Any]], max_new_tokens: int) -> list[Answer]:
@@ -100,7 +100,7 @@ class LlavaHfEngine:
 
 
 def settings_of(folder: Path, engine: dict[str, str], template: str, image_aspect: str, dtype: str) -> dict[str, Any]:
-    """What `AnswerEngine.describe` gives, for an `engine` of this name (and version)."""
+    """The result of `AnswerEngine.describe` for an `engine` of this name (and version)."""
     model = {"model": folder.resolve().name, "model_sha256": checkpoint_digest(folder)}
     return model | engine | {"template": template, "image_aspect": image_aspect, "dtype": dtype, "decoding": "greedy"}
 
@@ -116,7 +116,7 @@ def checkpoint_digest(folder: Path) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a name; `auto` is CUDA if available. Errors: `ConfigError` for an unavailable device."""
+    """Resolve a device name; `auto` is CUDA if available. Errors: `ConfigError` for an unavailable device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -129,7 +129,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> str:
-    """The name of a precision; `auto` is float32 on a CPU, else bfloat16. Errors: `ConfigError` for another."""
+    """Resolve a precision; `auto` is float32 on a CPU, else bfloat16. Errors: `ConfigError` if it is unknown."""
     if name == "auto":
         return "float32" if device.type == "cpu" else "bfloat16"
     if name not in DTYPES:

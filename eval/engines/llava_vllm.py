@@ -72,7 +72,7 @@ class LlavaVllmEngine:
         )
 
     def describe(self) -> dict[str, Any]:
-        """The settings that determine the answers, which batch size and device do not."""
+        """The settings that determine the answers; batch size and device do not."""
         engine = {"engine": "vllm", "vllm": self.version}
         return settings_of(self.folder, engine, self.encoder.template.name, self.images.aspect, self.dtype)
 

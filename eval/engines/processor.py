@@ -1,7 +1,7 @@
 """Answering with any image-text-to-text checkpoint of transformers, by its own processor and chat template.
 
 For models from elsewhere: the prompt wording around the question, image handling and end tokens are the checkpoint's
-own, and the protocol says so. Shape suffixes as in `llava_hf`.
+own, as the protocol states. Shape suffixes as in `llava_hf`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llavamod_offline.models.checkpoint import load_weights
 
 
 class ProcessorEngine:
-    """A local checkpoint folder with weights, processor and chat template; its own code is never run.
+    """A local checkpoint folder with weights, processor and chat template; code in the folder is never run.
 
     This project's `template` and `image_aspect` have no effect. Errors: `ModelError` for an incomplete folder.
     """

@@ -13,7 +13,7 @@ from eval.tasks import TASKS, get_task
 from llavamod_offline.errors import ConfigError, EvalError
 
 RECORD = "predictions.judge.jsonl"
-# Models with published figures (see the tasks' headlines), and the sources of these.
+# Models with published figures (see the tasks' headlines), and their sources.
 SOURCES = {
     "LLaVA-MoD-2B": "LLaVA-MoD, arXiv 2408.15881",
     "LLaVA-MoD-1.8B": "as quoted by LLaVA-KD, arXiv 2410.16236",
@@ -53,7 +53,7 @@ def load_run(path: Path, root: Path, name: str) -> ScoredRun:
     found = {task: path / task / "predictions.jsonl" for task in TASKS}
     found = {task: file for task, file in found.items() if file.is_file()}
     if not found:
-        raise EvalError(f"{path}: no TASK/predictions.jsonl in it: name an output folder of 'eval-student generate'")
+        raise EvalError(f"{path}: has no TASK/predictions.jsonl: name an output folder of 'eval-student generate'")
     scores, unscored = {}, {}
     for task, file in found.items():
         judge = None
@@ -70,7 +70,7 @@ def run_names(paths: Sequence[Path]) -> list[str]:
     """The folders' names, with as many parents as make them distinct."""
     parts = [path.resolve().parts for path in paths]
     if len(set(parts)) < len(parts):
-        raise ConfigError("report: a run is named twice")
+        raise ConfigError("report: a run is named twice: remove one")
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):
@@ -79,7 +79,7 @@ def run_names(paths: Sequence[Path]) -> list[str]:
 
 
 def headlines(runs: Sequence[ScoredRun]) -> list[Headline]:
-    """The headlines of the tasks that any run has a score of."""
+    """The headlines of all tasks that any run has a score for."""
     scored = [task for name, task in TASKS.items() if any(name in run.scores for run in runs)]
     return [headline for task in scored for headline in task.headlines]
 
@@ -120,5 +120,5 @@ def footnotes(runs: Sequence[ScoredRun], columns: Sequence[Headline]) -> list[st
     for column in columns:
         why = incomparable(column, runs)
         if why and any(column.key in published.figures for published in shown):
-            notes.append(f"† {column.title}: {why}; not to be compared")
+            notes.append(f"† {column.title}: {why}; not comparable")
     return notes

@@ -57,7 +57,7 @@ def _bars(runs: Sequence[ScoredRun], column: Headline) -> dict[str, Any]:
     found = [(run.name, run.figure(column)) for run in runs]
     published = [] if incomparable(column, runs) else references([column])
     marks = [(f"{model.model}, published", model.figures[column.key]) for model in published]
-    # Bars start at zero; rates far below their best get a scale of their own.
+    # Bars start at zero; rates far below the best possible value get their own scale.
     largest = max([value for _, value in [*found, *marks] if value is not None], default=0.0)
     return {
         "title": column.title,
@@ -69,7 +69,7 @@ def _bars(runs: Sequence[ScoredRun], column: Headline) -> dict[str, Any]:
 
 
 def _metrics(task: str, scored: Sequence[ScoredRun]) -> dict[str, Any]:
-    """The runs with a score of a task, and (metric, a value per run)."""
+    """The runs with a score for a task, and (metric, a value per run)."""
     scores = [run.scores[task] for run in scored]
     rows = [
         (name, ["–" if name not in score.metrics else f"{score.metrics[name]:.4f}" for score in scores])
@@ -108,7 +108,7 @@ def _sample(runs: Sequence[ScoredRun], task: str, example: Example[Any]) -> dict
 
 
 def _thumbnail(example: Example[Any]) -> str:
-    """A small copy of the image as a data URI; empty where there is none or it cannot be read."""
+    """A small copy of the image as a data URI; empty if it is missing or unreadable."""
     if example.source is None:
         return ""
     try:

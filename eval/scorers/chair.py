@@ -92,7 +92,7 @@ class ObjectVocabulary:
             words = [word.strip() for word in line.strip().split(", ") if word.strip()]
             synonyms |= dict.fromkeys(words, next(iter(words), ""))
         if not synonyms:
-            raise EvalError(f"{path}: the synonym list is empty: write one object a line, 'name, synonym, synonym'")
+            raise EvalError(f"{path}: the synonym list is empty: write one object per line, 'name, synonym, synonym'")
         return cls(synonyms)
 
     def mentions(self, caption: str) -> list[Mention]:
@@ -116,7 +116,7 @@ class ObjectVocabulary:
         return [Mention(word, name) for word, name in found.items() if not (word == "seat" and "toilet" in found)]
 
     def lemma(self, word: str) -> str:
-        """The shortest singular of a word that the list knows, or the word itself."""
+        """The shortest singular of a word that is in the list, or the word itself."""
         if word in _LEMMAS:
             return _LEMMAS[word]
         forms = [word] + [

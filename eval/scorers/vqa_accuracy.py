@@ -9,8 +9,8 @@ The results equal those of the M4C evaluator that LLaVA ships (llava/eval/m4c_ev
      apostrophes of contractions are restored.
 The official VQA evaluation, not used here, lacks step 1 and skips all steps if the ten answers are identical.
 
-Accuracy of an answer: the mean, over the ten human answers, of min(1, how many of the *other* nine agree / 3), which is
-0, .3, .6, .9 and 1 for none to four and more of ten. The shorter min(n/3, 1) gives other values.
+Accuracy of an answer: the mean, over the ten human answers, of min(1, how many of the *other* nine agree / 3), that is
+0, .3, .6, .9 and 1 for 0, 1, 2, 3 and at least 4 of ten. The simpler min(n/3, 1) gives other values.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Files: `gqa/llava_gqa_testdev_balanced.jsonl` {question_id, image, text}; refere
 `gqa/testdev_balanced_questions.json` or, as LLaVA keeps it, `gqa/data/testdev_balanced_questions.json`
 {id: {answer, isBalanced, types, groups}}; images `gqa/data/images/`.
 
-Reading (scripts/convert_gqa_for_eval.py, then GQA's own eval.py): remove all trailing ".", lower-case, then require an
+Parsing (scripts/convert_gqa_for_eval.py, then GQA's own eval.py): remove all trailing ".", lower-case, then require an
 exact match with the reference; spaces and articles stay. Only balanced questions count. A missing answer is wrong
 (LLaVA-MoD's eval_gqa_1.py skips it, which shrinks the denominator).
 

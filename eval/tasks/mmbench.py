@@ -1,4 +1,4 @@
-"""MMBench, English and Chinese: questions from its TSV, reading of letters, CircularEval (arXiv 2307.06281).
+"""MMBench, English and Chinese: questions from its TSV, answer letters, CircularEval (arXiv 2307.06281).
 
 Files: `mmbench/mmbench_dev_en_20231003.tsv` or `mmbench/mmbench_dev_20230712.tsv`; Chinese:
 `mmbench_dev_cn_20231003.tsv` in `mmbench_cn/` or `mmbench/`.
@@ -9,10 +9,10 @@ i, 1000000 + i, 2000000 + i, … So each row is asked once, without rotating (LL
 `circular`, the published figure: share of questions answered correctly in *every* rotation. `vanilla`: share of
 questions answered correctly in their first row.
 
-Reading, without a language model: (1) the answer is a letter; (2) it begins with a letter, perhaps in parentheses, and
+Parsing, without a language model: (1) the answer is a letter; (2) it begins with a letter, perhaps in parentheses, and
 one of ").:,"; (3) it contains exactly one letter standing alone, where an "A" among more than three words is taken for
-the article; (4) it contains exactly one option's text; else it is unparsed, hence wrong. The official server asks GPT-4
-to read what (1) to (3) cannot, so quote the unparsed share with every figure, above all in Chinese.
+the article; (4) it contains exactly one option's text; else it is unparsed, hence wrong. The official server has GPT-4
+read what (1) to (3) cannot, so quote the unparsed share with every figure, especially in Chinese.
 
 Upload: the TSV as .xlsx without images and categories, with a column `prediction`.
 """

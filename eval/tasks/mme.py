@@ -1,4 +1,4 @@
-"""MME: two yes/no questions an image, fourteen categories (arXiv 2306.13394).
+"""MME: two yes/no questions per image, fourteen categories (arXiv 2306.13394).
 
 Files: `MME/llava_mme.jsonl` {question_id "category/file", image, text, category}; both questions of an image share a
 `question_id`. References, whichever exists: the release, `MME/MME_Benchmark_release_version/CATEGORY/` with
@@ -8,7 +8,7 @@ Files: `MME/llava_mme.jsonl` {question_id "category/file", image, text, category
 Questions and references are joined on (category, file name up to its first ".", question); the question is compared
 without "Please answer yes or no." and LLaVA's suffix, with single spaces (one category has two before "Please").
 
-Reading (calculation.py of the official tool): strip spaces, as LLaVA's runners do, and lower-case; "yes" if the first
+Parsing (calculation.py of the official tool): strip spaces, as LLaVA's runners do, and lower-case; "yes" if the first
 four characters contain "yes", else "no" if they contain "no" (so "not", "now" and "none" count), else wrong. Tabs and
 line breaks in an answer, which break the official tool's files, are harmless here.
 

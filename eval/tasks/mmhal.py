@@ -1,14 +1,14 @@
-"""MMHal-Bench: 96 questions that tempt to hallucinate, rated 0 to 6 by a judge (arXiv 2309.14525).
+"""MMHal-Bench: 96 questions that invite hallucination, rated 0 to 6 by a judge (arXiv 2309.14525).
 
 Files: `mmhal/response_template.json` or, as RLAIF-V calls it, `mmhal/mmhal-bench_answer_template.json` [{question_type,
 image_id, image_src, image_content, question, gt_answer}]; images `mmhal/images/` (named by `image_id`, by the last
 part of `image_src`, or by the question's number from 0), or `mmhal/mmhal-bench_with_image.jsonl` (base64).
 
-The prompt is the bare question. LLaVA-MoD's runner appends a request for a short answer by default, with which models
-hallucinate less and the figure means nothing.
+The prompt is the bare question. LLaVA-MoD's runner appends a request for a short answer by default; models then
+hallucinate less, and the figure is meaningless.
 
 The judge reads the image's contents, the question, the human answer and the model's, and ends with "Rating: 0" … "6";
-below 3 is a hallucination. The last rating of a reply counts (RLAIF-V's reader scores replies with several different
+below 3 is a hallucination. The last rating of a reply counts (RLAIF-V's parser scores replies with several different
 ratings, or none, 0). Replies without a rating are unparsed and count 0; if more than 2 % are, all metrics are withheld.
 `informativeness` is RLAIF-V's: the mean of rating − 3 for ratings of 3 and more, of the rating below 3, over 3.
 """
@@ -62,7 +62,7 @@ Rating: 0 (hallucination, not informative)
 
 @dataclass(frozen=True)
 class MmhalReference:
-    """What the judge is told, and the kind of question."""
+    """What the judge's template needs, and the kind of question."""
 
     kind: str
     contents: tuple[str, ...]

@@ -5,7 +5,7 @@ and COCO 2014's annotations `object_halbench/annotations/captions_*.json` and `i
 
 Variant `chair_string` finds objects by string matching (`scorers/chair.py`): deterministic, no network; an object
 mentioned twice counts twice. It is the official script without `--use_gpt`.
-Variant `chair_llm:MODEL` (`--use_gpt`), which the published figures are from: a judge lists the objects that a
+Variant `chair_llm:MODEL` (`--use_gpt`), used for the published figures: a judge lists the objects that a
 description states as visible, as a JSON list, and each object counts once. Answers of at most three words mention no
 object. The original takes noun spans from spaCy; here an object's whole name, or else its last word, is looked up.
 Replies without a JSON list are unparsed, and their descriptions count as one false mention; if more than 2 % are, all

@@ -3,7 +3,7 @@
 Files: `scienceqa/llava_test_CQM-A.json` [{id, image?, conversations}], `scienceqa/problems.json` {id: {choices,
 answer}}, `scienceqa/pid_splits.json` {"test": [id]}; images `scienceqa/images/test/`.
 
-Reading (llava/eval/eval_science_qa.py): the whole answer is a letter A to E; else it begins with a letter and ". ";
+Parsing (llava/eval/eval_science_qa.py): the whole answer is a letter A to E; else it begins with a letter and ". ";
 else "The answer is X" followed by one more character occurs exactly once; else it is unparsed, hence wrong, as is a
 letter beyond the choices. `img_accuracy`, the published figure, is over questions with an image according to the
 question file (the official script looks at the answer's prompt, so missing answers change the denominator).

@@ -100,7 +100,7 @@ def test_every_reply_is_recorded_and_replayed(url: str, tmp_path: Path) -> None:
     again = RecordedJudge(record)
     assert again.model == "big"
     assert ask(again, {"c": "three"}, tmp_path / "other.jsonl") == {"c": "Rating: 3"}
-    with pytest.raises(EvalError, match="no recorded reply of 'big' to '…four'"):
+    with pytest.raises(EvalError, match="no recorded reply by 'big' to '…four'"):
         ask(again, {"d": "four"}, tmp_path / "other.jsonl")
 
 
@@ -140,10 +140,10 @@ def test_judges_are_told_apart_by_what_they_are(tmp_path: Path, url: str, monkey
     for model in ("m", "n"):
         rows.append({"key": record_key(model, QUESTION), "model": model, "messages": QUESTION, "reply": model})
     record = write_jsonl(tmp_path / "r.jsonl", rows)
-    with pytest.raises(ConfigError, match="has replies of 2 models"):
+    with pytest.raises(ConfigError, match="has replies by 2 models"):
         open_judge(str(record))
     assert open_judge(str(record), model="n").complete(QUESTION) == "n"
-    with pytest.raises(ConfigError, match="no reply of 'o'"):
+    with pytest.raises(ConfigError, match="no reply by 'o'"):
         open_judge(str(record), model="o")
 
 

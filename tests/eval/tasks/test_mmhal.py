@@ -90,7 +90,7 @@ def test_images_by_id_by_source_and_embedded(tmp_path: Path) -> None:
 
 def test_without_a_judge_it_says_how_to_name_one(tmp_path: Path) -> None:
     root = mmhal_root(tmp_path / "data", 1)
-    with pytest.raises(EvalError, match="name one with --judge"):
+    with pytest.raises(EvalError, match="pass --judge URL"):
         score_task("mmhal", root, write_jsonl(tmp_path / "a.jsonl", answers({0: "A"})))
 
 
@@ -103,7 +103,7 @@ def test_a_template_has_a_placeholder_for_everything(tmp_path: Path) -> None:
     assert JudgeTemplate.read(path, mmhal.SLOTS).fill(values) == '{"a": 1} {question} G {} Cat, {x} {}'
     for bad in ("{} {} {}", "{question}", "{question} {} {} {}", ""):
         path.write_text(bad)
-        with pytest.raises(ConfigError, match="a template needs placeholders for"):
+        with pytest.raises(ConfigError, match="a template needs the placeholders"):
             JudgeTemplate.read(path, mmhal.SLOTS)
     with pytest.raises(ConfigError, match="cannot be read"):
         JudgeTemplate.read(tmp_path / "none.txt", mmhal.SLOTS)
