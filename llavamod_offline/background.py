@@ -31,7 +31,7 @@ class BackgroundIterator:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Start no more jobs; do not wait long for one that waits for a network."""
+        """Start no more jobs; wait only briefly for one that is blocked on the network."""
         self._closed.set()
         for _thread in self._threads:
             self._jobs.put(None)

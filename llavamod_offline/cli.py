@@ -37,7 +37,7 @@ class TarKeys(StrEnum):
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing set.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
 MaxRejected = Annotated[
-    float | None, typer.Option(min=0, max=1, help="Largest share of rejected rows; above it no set is made.")
+    float | None, typer.Option(min=0, max=1, help="Largest share of rows that may be rejected; more is an error.")
 ]
 WeightOption = Annotated[
     list[str] | None,
@@ -46,10 +46,10 @@ WeightOption = Annotated[
 Workers = Annotated[int | None, typer.Option(min=1, help="Number of processes [default: all cores].")]
 CaptionPrompt = Annotated[
     str | None,
-    typer.Option(metavar="TEXT", help="The prompt that captions (KEY.txt) answer; required for them."),
+    typer.Option(metavar="TEXT", help="Prompt of captions (KEY.txt); required if there are any."),
 ]
 Ignore = Annotated[list[str] | None, typer.Option(metavar="SUFFIX", help="Suffix of files to ignore; may be repeated.")]
-Root = Annotated[Path, typer.Option(metavar="DIR", help="The folder that a list's paths are relative to.")]
+Root = Annotated[Path, typer.Option(metavar="DIR", help="Folder that the list's paths are relative to.")]
 SourceList = Annotated[
     Path | None, typer.Option("--from", metavar="YAML", help="A list of data sets [default: the shipped one].")
 ]
@@ -148,7 +148,7 @@ def index(
     output: Annotated[Path, typer.Option(metavar="DIR", help="The set folder to make.")],
     caption_prompt: CaptionPrompt = None,
     keys: Annotated[
-        TarKeys, typer.Option(help="Sample keys: those of the members, or with the tar's name before them.")
+        TarKeys, typer.Option(help="Sample keys: the members' own, or prefixed with the tar's name.")
     ] = TarKeys.MEMBER,
     ignore: Ignore = None,
     weight: WeightOption = None,
@@ -157,11 +157,11 @@ def index(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a set of existing WebDataset tars, without copying them.
+    """Make a set from existing WebDataset tars, without copying them.
 
-    A sample is KEY.json, as `pack` writes it or with LLaVA's `conversations`, or a caption KEY.txt; and its image
-    KEY.jpg (.jpeg, .png, .webp), or KEY.0.jpg, KEY.1.jpg and so on. Each tar is read once. Tars beside or below the new
-    set's folder may be moved together with it; others must stay in place.
+    A sample is KEY.json, as `pack` writes it or with LLaVA's `conversations`, or a caption KEY.txt, beside its image
+    KEY.jpg (.jpeg, .png, .webp) or images KEY.0.jpg, KEY.1.jpg and so on. Each tar is read once. Tars beside or below
+    the new set's folder may be moved together with it; others must stay in place.
 
     \b
     Examples:
@@ -199,13 +199,13 @@ def doctor(
     ] = None,
     root: Root = Path(),
     stage: Annotated[str | None, typer.Option(help="Only the data sets of this stage.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Look for files and folders, but skip rows.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Check only for files and folders, not for rows.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check the data sets of each stage: what is on disk, what is missing, and where to download it.
 
-    The shipped list has LLaVA-MoD's. Counts rows and looks for every image they name. Exits with status 1 if anything
-    is missing.
+    The shipped list covers LLaVA-MoD's data. Counts rows and looks for every image they name. Exits with status 1 if
+    anything is missing.
 
     \b
     Examples:
@@ -238,14 +238,16 @@ def doctor(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder; replaces an earlier demo.")] = Path("runs/demo"),
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder; an earlier demo is replaced.")] = Path(
+        "runs/demo"
+    ),
     quick: Annotated[bool, typer.Option("--quick", help="A fraction of the data and steps, as a smoke test.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the toy world's data.")] = 1,
 ) -> None:
     """Distil a toy teacher into small students, score them all, and write a table and a page.
 
-    Draws a toy world and runs the commands that you would type for your own data and teacher, which it also writes to
-    DIR/commands.sh. Takes a few minutes on two cores, without network access.
+    Generates a toy world and runs the commands that you would type for your own data and teacher; DIR/commands.sh lists
+    them. Takes a few minutes on two cores, without network access.
 
     \b
     Examples:

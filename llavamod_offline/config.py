@@ -1,6 +1,6 @@
 """Configuration: frozen dataclasses, with YAML files and `key=value` arguments merged over their defaults.
 
-Config objects stop at the commands: losses, models and stores take plain arguments.
+Only commands use config objects; losses, models and stores take plain arguments.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ T = TypeVar("T")
 def load_config(schema: type[T], files: Sequence[Path] = (), overrides: Sequence[str] = ()) -> T:
     """Merge defaults, YAML `files` in order, then dotted `key=value` overrides into a `schema` object.
 
-    Errors: `ConfigError` for a missing or unreadable file, an unknown key (with the nearest right one), a value of the
-    wrong type, a missing required value; `schema.__post_init__` may raise it for values that do not fit together.
+    Errors: `ConfigError` for a missing or unreadable file, an unknown key (with the closest known one), a value of the
+    wrong type, a missing required value; `schema.__post_init__` may raise it for conflicting values.
     """
     merged = OmegaConf.structured(schema)
     for file in files:
         merged = _merge(schema, merged, _read_yaml(schema, file), str(file))
     for override in overrides:
         if "=" not in override:
-            raise ConfigError(f"argument '{override}': expected a YAML file that exists, or key=value")
+            raise ConfigError(f"argument '{override}': expected an existing YAML file, or key=value")
         merged = _merge(schema, merged, _read_override(schema, override), f"argument '{override}'")
     try:
         missing = sorted(OmegaConf.missing_keys(merged))

@@ -26,7 +26,7 @@ def run_command(app: typer.Typer, argv: Sequence[str] | None = None, *, name: st
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments == ["--version"]:  # not an option of Typer's, which would make a group of a command that stands alone
+    if arguments == ["--version"]:  # not a Typer option, which would turn a single command into a group
         print(f"llavamod-offline {__version__}")
         sys.exit(0)
     command = get_command(app)

@@ -1,4 +1,4 @@
-"""Public names of a package that are imported when they are first asked for, so that importing the package is cheap."""
+"""Import a package's public names on first use, so that importing the package itself is cheap."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def lazy_exports(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Make a package's `__getattr__` and `__dir__` (PEP 562); `modules` says which module defines each public name."""
+    """Make a package's `__getattr__` and `__dir__` (PEP 562); `modules` maps each public name to its module."""
 
     def load(name: str) -> Any:
         if name not in modules:

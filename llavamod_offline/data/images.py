@@ -35,7 +35,7 @@ Aspect = Literal["pad", "square"]
 ASPECTS: tuple[Aspect, ...] = ("pad", "square")
 DECODER = "rgb-over-white-1"  # what `decode_image` does, for fingerprints
 
-# A side of 9,000 bounds the padded canvas at 243 MB; Qwen2-VL's processor draws the line at a ratio of 200 as well.
+# A side of 9,000 bounds the padded canvas at 243 MB; Qwen2-VL's processor also limits the ratio to 200.
 MAX_IMAGE_SIDE = 9_000
 MAX_ASPECT_RATIO = 200
 MAX_ENCODED_BYTES = 128 * 2**20
@@ -113,7 +113,7 @@ class ImagePreprocessor:
 
     @classmethod
     def from_checkpoint(cls, folder: Path, aspect: str = "pad") -> ImagePreprocessor:
-        """Read a checkpoint folder's processor. Errors: `ModelError` if it has none, or none of CLIP's."""
+        """Read a checkpoint folder's processor. Errors: `ModelError` if it has none, or none of CLIP's kind."""
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
         file, settings = read_processor_settings(Path(folder))
@@ -131,8 +131,8 @@ class ImagePreprocessor:
         return self.preprocess(decode_image(encoded, name=name))
 
     def preprocess(self, image: Image.Image) -> NDArray[np.float32]:
-        """Make pixels of an RGB image, as the processor does, to the last bit."""
-        import torch  # not wherever an image is decoded
+        """Convert an RGB image to pixels, bit for bit as the processor does."""
+        import torch  # slow, and not needed for decoding alone
 
         bytes_1HW3 = torch.from_numpy(np.array(self.fit(image))[None])
         pixels_3HW: NDArray[np.float32] = pixel_values(bytes_1HW3, torch.from_numpy(self.byte_values_3V))[0].numpy()
@@ -143,7 +143,7 @@ class ImagePreprocessor:
         out_HW3[:] = np.asarray(self.fit(decode_image(encoded, name=name)))
 
     def fit(self, image: Image.Image) -> Image.Image:
-        """Pad, resize and crop an RGB image as the processor does; what remains works byte by byte."""
+        """Pad, resize and crop an RGB image as the processor does; its remaining steps work byte by byte."""
         return self._sized(pad_to_square(image, self.fill) if self.aspect == "pad" else image)
 
     def _sized(self, image: Image.Image) -> Image.Image:
@@ -184,9 +184,9 @@ class ImagePreprocessor:
 
 
 def pixel_values(bytes_IHWC: Tensor, byte_values_CV: Tensor) -> Tensor:
-    """Pixels [I, C, H, W] of images given as bytes, by the value of each byte in each channel, on any device.
+    """Convert images stored as bytes to pixels [I, C, H, W], on any device, by each byte's value per channel.
 
-    Values are looked up, not computed: they equal the image processor's to the last bit on every device.
+    Values are looked up, not computed: they equal the image processor's bit for bit on every device.
     """
     images, height, width, channels = bytes_IHWC.shape
     pixels_ICHW = byte_values_CV.new_empty(images, channels, height, width)
@@ -264,7 +264,7 @@ def _upright(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> Any:
     try:
         return image.getexif().get(_ORIENTATION_TAG)
-    except Exception:  # a damaged EXIF block holds no orientation
+    except Exception:  # a damaged EXIF block counts as none
         return None
 
 
@@ -294,9 +294,9 @@ def _checked(file: Path, settings: Any) -> dict[str, Any]:
 
 def _output_size(processor: CLIPImageProcessorPil, aspect: str) -> tuple[int, int]:
     if getattr(processor, "do_pad", None):
-        raise ModelError("it pads images, which CLIP's does not")
+        raise ModelError("it pads images (do_pad), which is not supported")
     if processor.do_resize and set(_plain_size(processor.size)) not in ({"height", "width"}, {"shortest_edge"}):
-        raise ModelError(f"its size is {_plain_size(processor.size)}: it must be a shortest_edge, or height and width")
+        raise ModelError(f"its size is {_plain_size(processor.size)}: expected shortest_edge, or height and width")
     if processor.do_center_crop:
         return int(processor.crop_size["height"]), int(processor.crop_size["width"])
     size = _plain_size(processor.size) if processor.do_resize else {}
@@ -304,7 +304,7 @@ def _output_size(processor: CLIPImageProcessorPil, aspect: str) -> tuple[int, in
         return size["height"], size["width"]
     if size.keys() == {"shortest_edge"} and aspect == "pad":
         return size["shortest_edge"], size["shortest_edge"]
-    raise ModelError(f"its output size depends on the image (aspect '{aspect}'): it needs a crop, or height and width")
+    raise ModelError(f"its output size depends on the image (aspect '{aspect}'): set a crop, or height and width")
 
 
 def _byte_values(processor: CLIPImageProcessorPil) -> NDArray[np.float32]:

@@ -13,7 +13,7 @@ _ESCAPED = re.compile(r"[^A-Za-z0-9_\-]|_(?=x)")
 
 
 def key_from_id(identity: str | int) -> str:
-    """Write an id as a key; different ids give different keys (a number gives its digits' key)."""
+    """Convert an id to a key; different ids give different keys (a number counts as its digits)."""
     return _ESCAPED.sub(lambda match: _escape(match.group()), str(identity))
 
 

@@ -24,7 +24,7 @@ RejectionKind = Literal[
 
 
 class RowError(DataError):
-    """A row gives no sample; it becomes a `RejectedRow`, and reading continues."""
+    """A row yields no sample; it becomes a `RejectedRow`, and reading continues."""
 
     def __init__(self, kind: RejectionKind, reason: str) -> None:
         super().__init__(reason)
@@ -45,7 +45,7 @@ class Located:
 
 @dataclass(frozen=True)
 class RejectedRow:
-    """A row that gives no sample; summaries count each `kind`, `reason` explains this one."""
+    """A row that yields no sample; summaries count each `kind`, `reason` explains this one."""
 
     key: str
     kind: RejectionKind

@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 
 _MASK = 2**64 - 1
 _GAMMA = 0x9E3779B97F4A7C15
-_SHARDS, _COPIES, _BATCHES = 1, 2, 3  # what is ordered, other than samples
+_SHARDS, _COPIES, _BATCHES = 1, 2, 3  # kinds of hashed numbers other than samples
 _GROUPED_BATCHES = 64  # this many batches are sorted by length together
 
 
@@ -57,7 +57,7 @@ class Order:
     `shards_N`: the shard of each sample, non-decreasing. `window`: shards shuffled together, 0: all.
     `lengths_N`: of the samples, in any unit, if batches are to hold similar lengths.
     With weight w an epoch holds each sample of a source ⌊w⌋ times, and some once more, so that the total is w times
-    their number, rounded, and at least 1; which ones rotates from epoch to epoch.
+    their number, rounded, and at least 1; which ones changes from epoch to epoch.
     Errors: `ConfigError` if no samples are left, or a number is out of range.
     """
 
@@ -87,7 +87,7 @@ class Order:
         self._copies = None if weights is None else _Copies(weights, seed)
         self.per_epoch = n if self._copies is None else self._copies.total
         if self.per_epoch < 1:
-            raise ConfigError(f"sampler: {self.per_epoch} rows to choose from: the set or what is left of it is empty")
+            raise ConfigError("sampler: no samples: the set is empty, or all are excluded or of weight 0")
         self._layouts: dict[Hashable, _Layout] = {}
         self._shuffled: dict[Hashable, Rows] = {}
 
@@ -214,9 +214,9 @@ class BatchSchedule:
 
     A step has `micro_batches` lists of at most `micro_batch_size` rows each (None: the rank's whole share), the same
     number on every rank. A rank's share is a contiguous piece of the batch, so that micro-batches do not depend on the
-    number of ranks, nor does a loss that is not a sum over samples, such as the routers' balance loss. Batches by
-    length go to the ranks one micro-batch in turn, so that ranks work on similar lengths at a time. To resume, begin at
-    another `start`.
+    number of ranks, nor does a loss that is not a sum over samples, such as the routers' balance loss. Batches sorted
+    by length are dealt to the ranks one micro-batch at a time, so that all ranks work on similar lengths. To resume,
+    begin at another `start`.
     Errors: `ConfigError` if a batch cannot be divided evenly.
     """
 

@@ -18,7 +18,7 @@ _RUNS = ("mimic_dense", "smaller", "mimic_sparse", "align", "sft", "preference")
 
 
 def write_report(output: Path, summary: Mapping[str, Any]) -> Path:
-    """Write `report.html` below `output` and give its path."""
+    """Write `report.html` below `output` and return its path."""
     path = output / "report.html"
     page = render(
         Path(__file__).with_name("report.html.jinja"),

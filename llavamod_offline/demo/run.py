@@ -33,7 +33,7 @@ def run_demo(output: Path, *, quick: bool = False, seed: int = 1) -> Path:
     Errors: `ConfigError` if `output` holds anything but a demo; `StepError` if a command fails.
     """
     if not (TEACHER / "config.json").exists():
-        raise ModelError(f"{TEACHER}: the toy teacher is missing: install the project again")
+        raise ModelError(f"{TEACHER}: the toy teacher is missing: reinstall the project")
     _clear(output)
     sizes = QUICK if quick else FULL
     started = time.monotonic()

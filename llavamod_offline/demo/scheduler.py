@@ -1,6 +1,6 @@
 """Run commands that depend on one another, a few at a time.
 
-Our own, as `graphlib` sorts but does not put the longest chain first, which keeps two cores busy to the end.
+Not `graphlib`, which does not put the longest chain first; that keeps two cores busy to the end.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def longest_first(steps: Sequence[Step]) -> list[Step]:
     for step in steps:
         unmet = [need for need in step.needs if need not in names]
         if unmet:
-            raise StepError(f"step '{step.name}' waits for '{unmet[0]}', which is no step")
+            raise StepError(f"step '{step.name}' waits for '{unmet[0]}', which does not exist")
 
     def chain(name: str) -> int:
         return 1 + max((chain(step.name) for step in steps if name in step.needs), default=0)
@@ -111,5 +111,5 @@ def _executable(name: str) -> str:
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:
-        raise StepError(f"the command '{name}' is not installed beside {sys.executable}: install the project again")
+        raise StepError(f"the command '{name}' is not installed beside {sys.executable}: reinstall the project")
     return found

@@ -1,4 +1,4 @@
-"""What the examples share: a packed set as batches of a transformers model's inputs. Put your own data here."""
+"""Shared by the examples: samples of a packed set as batches of model inputs. Replace it for your own data."""
 
 from __future__ import annotations
 

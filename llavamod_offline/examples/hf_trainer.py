@@ -21,7 +21,7 @@ from teacher_cache import check_student, open_cache
 
 
 class StepCallback(TrainerCallback):  # type: ignore[misc]
-    """Lets the distillation learn from each optimiser step."""
+    """Calls `CachedDistillation.step` after each optimiser step."""
 
     def __init__(self, distillation: CachedDistillation) -> None:
         self.distillation = distillation

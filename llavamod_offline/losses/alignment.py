@@ -52,8 +52,8 @@ def hidden_alignment(
     """
     if projected_NT.shape != teacher_NT.shape:
         raise TargetError(
-            f"hidden states: {tuple(projected_NT.shape)} projected for {tuple(teacher_NT.shape)} of the teacher: "
-            "their shapes must be equal"
+            f"hidden states: the projected shape is {tuple(projected_NT.shape)}, "
+            f"the teacher's {tuple(teacher_NT.shape)}: they must be equal"
         )
     projected_NT, teacher_NT = projected_NT.float(), teacher_NT.detach().float()
     if distance == "mse":
@@ -103,8 +103,8 @@ def relation_alignment(student_BPP: Tensor, teacher_BPP: Tensor, *, mask_BP: Ten
     """
     if student_BPP.shape != teacher_BPP.shape:
         raise TargetError(
-            f"relations: {tuple(student_BPP.shape)} of the student for {tuple(teacher_BPP.shape)} of the teacher: "
-            "their shapes must be equal"
+            f"relations: the student's shape is {tuple(student_BPP.shape)}, "
+            f"the teacher's {tuple(teacher_BPP.shape)}: they must be equal"
         )
     if mask_BP is None:
         mask_BP = torch.ones(student_BPP.shape[:2], dtype=torch.bool, device=student_BPP.device)

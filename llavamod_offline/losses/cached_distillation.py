@@ -20,12 +20,12 @@ from llavamod_offline.losses.targets import SparseTargets
 
 IGNORED = -100  # the label of an unsupervised token, as transformers has it
 _NO_TARGET = -1
-_FORGOTTEN_STEPS = 256  # forward passes in training without a single `step`
+_FORGOTTEN_STEPS = 256  # training forward passes without any `step` before a warning
 _LOG = logging.getLogger(__name__)
 
 
 class CachedTeacher(Protocol):
-    """What the loss needs to know of a cache; `teacher_cache.TeacherCache` has it."""
+    """The part of a cache that the loss needs; `teacher_cache.TeacherCache` implements it."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -67,7 +67,7 @@ class CachedDistillation(nn.Module):
     student's LM head, if they are fewer than the cache's ids. `horizon`: the steps that the optimiser averages over.
 
     `attach` makes a transformers model return this loss from its own forward pass, which is what HF `Trainer`, DDP,
-    FSDP and ZeRO-3 want. Without it, call the module on hidden states and the weight of the LM head.
+    FSDP and ZeRO-3 need. Without it, call the module on hidden states and the weight of the LM head.
     """
 
     def __init__(
@@ -166,9 +166,9 @@ class CachedDistillation(nn.Module):
     def attach(self, student: Any) -> None:
         """Let `student(**inputs, labels=…, targets=…)` return this loss as a `DistillationOutput`.
 
-        `student` is a transformers model with a language-model head; without `targets` it answers as before. Attach
+        `student` is a transformers model with an LM head; without `targets` it behaves as before. Attach
         before wrapping it in DDP, FSDP or DeepSpeed, and before making a `Trainer` with `remove_unused_columns=False`.
-        Errors: `ModelError` if its logits are more than a product of hidden states and the LM head's weight.
+        Errors: `ModelError` if its logits are not simply the product of hidden states and the LM head's weight.
         """
         check_lm_head(student)
         original = student.forward
@@ -191,7 +191,7 @@ class CachedDistillation(nn.Module):
         student.forward = MethodType(forward, student)
 
     def step(self) -> None:
-        """Let shrinkage learn from the optimiser step that has just been made; once a step, on every process."""
+        """Update shrinkage from the optimiser step just made; call it once per step, on every process."""
         self._unfinished = 0
         if self.shrinkage is not None:
             self.shrinkage.finish_step(_sum_over_processes)
@@ -203,7 +203,7 @@ class CachedDistillation(nn.Module):
         return torch.cat([value.flatten() for value in self.shrinkage.state().values()])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take up the statistics of a checkpoint. Errors: `TargetError` if they are of another vocabulary."""
+        """Restore a checkpoint's statistics. Errors: `TargetError` if they belong to another vocabulary."""
         own = {} if self.shrinkage is None else self.shrinkage.state()
         sizes = [value.numel() for value in own.values()]
         if sum(sizes) != state.numel():
@@ -231,9 +231,9 @@ def check_target_ids(target_ids_N: Tensor, targets: SparseTargets) -> None:
 
 @torch.no_grad()
 def check_lm_head(student: Any) -> None:
-    """Refuse a model whose logits are more than a product of hidden states and the LM head's weight.
+    """Refuse a model whose logits are not simply the product of hidden states and the LM head's weight.
 
-    The model answers two tokens, unless its weights are sharded already. Errors: `ModelError`.
+    Runs the model on two tokens, unless its weights are sharded already. Errors: `ModelError`.
     """
     head, name = student.get_output_embeddings(), type(student).__name__
     if getattr(head, "bias", None) is not None:
@@ -251,7 +251,7 @@ def check_lm_head(student: Any) -> None:
         student.train(training)
     gap = float((theirs_TV - hidden_TD.float() @ weight_VD.float().T).abs().max())
     if gap > (1e-4 if weight_VD.dtype == torch.float32 else 2e-2) * float(theirs_TV.abs().max()):
-        raise ModelError(f"{name}: scales or caps the logits of its LM head, which the fused losses do not")
+        raise ModelError(f"{name}: scales or caps the logits of its LM head, which the fused losses do not support")
 
 
 def _positions(labels_BT: Tensor, mask_BT: Tensor | None, everywhere: bool) -> tuple[Tensor, Tensor]:
@@ -259,7 +259,7 @@ def _positions(labels_BT: Tensor, mask_BT: Tensor | None, everywhere: bool) -> t
     next_BT = torch.full_like(labels_BT, IGNORED)
     next_BT[:, :-1] = labels_BT[:, 1:]
     if bool((labels_BT[:, 0] != IGNORED).any()):
-        raise TargetError("labels: the first token of a sequence is supervised, and nothing predicts it: label it −100")
+        raise TargetError("labels: the first token of a sequence is supervised, but nothing predicts it: label it −100")
     next_ids_M = next_BT.flatten()
     kept_M = next_ids_M != IGNORED
     if everywhere:

@@ -90,7 +90,7 @@ class TokenLogProbs(torch.autograd.Function):
 def _loss_and_gradients(
     hidden_ND: Tensor, lm_head_VD: Tensor, vocab: int, chunk_size: int, chunk_loss: ChunkLoss, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The summed loss and, as `needs` says, the gradients of hidden states (their dtype) and LM head (float32)."""
+    """The summed loss and, if `needs` is true, the gradients of hidden states (their dtype) and LM head (float32)."""
     used_VD = lm_head_VD[:vocab]
     hidden_gradient_ND = torch.empty_like(hidden_ND) if needs[0] else None
     lm_head_gradient_VD = torch.zeros_like(lm_head_VD, dtype=torch.float32) if needs[1] else None

@@ -117,7 +117,7 @@ class Shrinkage:
         self._sums.add(view, features_NJ, self._profile_V, self._band_V)
 
     def finish_step(self, sum_over_ranks: Callable[[Tensor], Tensor] = lambda values: values) -> None:
-        """Update the statistics by the step's sums and set the next step's weights. Call once per optimiser step.
+        """Update the statistics with the step's sums and set the next step's weights. Call once per optimiser step.
 
         `sum_over_ranks` sums a float64 vector over all processes; each must call this, even without positions.
         """

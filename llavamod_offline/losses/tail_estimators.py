@@ -169,12 +169,12 @@ def _check_support(log_probs_NE: Tensor, valid_NK: Tensor, tail_unreachable_N: T
 def _usable_tail_samples(
     targets: SparseTargets, tail_N: Tensor, tail: TailEstimator, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """The tail samples as ids ≥ 0 and float32 weights; none at T ≠ 1, since they were drawn at T = 1."""
+    """The tail samples as ids ≥ 0 and float32 weights; none at T ≠ 1, because they are sampled at T = 1."""
     ids_NM = targets.tail_ids_NM
     if tail == "samples" and bool(torch.isfinite(tail_N).any()):
         if temperature != 1.0:
             raise TargetError(
-                f"tail 'samples' at temperature {temperature:g}: tail samples were drawn at temperature 1: "
+                f"tail 'samples' at temperature {temperature:g}: tail samples are sampled at temperature 1: "
                 "set tail to 'bucket', or temperature to 1"
             )
         if ids_NM.shape[1] == 0:

@@ -91,7 +91,7 @@ def _load_tower(folder: Path, dtype: torch.dtype) -> Any:
         return load_weights(CLIPModel, folder, dtype=dtype).vision_model
     raise ModelError(
         f"{folder}/config.json: model_type is '{model_type}', expected 'clip', 'clip_vision_model' or 'llava': "
-        "give the folder of a CLIP vision tower"
+        "use the folder of a CLIP vision tower"
     )
 
 
@@ -101,7 +101,7 @@ def _load_language_model(folder: Path, dtype: torch.dtype) -> Any:
         expected = " or ".join(f"'{name}'" for name in LANGUAGE_MODELS)
         raise ModelError(
             f"{folder}/config.json: model_type is '{model_type}', expected {expected}: "
-            f"give the folder of a dense language model ({NAMES})"
+            f"use the folder of a dense language model ({NAMES})"
         )
     return load_weights(LANGUAGE_MODELS[model_type].dense, folder, dtype=dtype)
 

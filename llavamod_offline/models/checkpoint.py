@@ -55,7 +55,7 @@ def load_config(folder: Path) -> LlavaConfig:
     if model_type != "llava":
         raise ModelError(
             f"{folder}/config.json: model_type is '{model_type}', expected 'llava': "
-            "give the folder of a LlavaForConditionalGeneration checkpoint"
+            "use a LlavaForConditionalGeneration checkpoint"
         )
     try:
         return LlavaConfig.from_pretrained(folder, local_files_only=True)
@@ -121,7 +121,7 @@ def open_tensors(file: Path) -> Iterator[Any]:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Load a folder's fast tokenizer. Errors: `ModelError` if it is missing or cannot be loaded."""
     if not (folder / "tokenizer.json").is_file():
-        raise ModelError(f"{folder}: no tokenizer.json: give a folder with a fast tokenizer")
+        raise ModelError(f"{folder}: no tokenizer.json: use a folder with a fast tokenizer")
     try:
         with _quiet():
             return cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(folder, local_files_only=True))
@@ -193,7 +193,7 @@ def save_student(
         raise ModelError(f"{folder}: exists already: choose another folder or remove it")
     settings = _image_processor(processor_source)
     if settings is None:
-        raise ModelError(f"{processor_source}: no {_IMAGE_PROCESSOR_FILE}: give a folder that has an image processor")
+        raise ModelError(f"{processor_source}: no {_IMAGE_PROCESSOR_FILE}: use a folder with an image processor")
     _check_image_size(processor_source, settings, model.config)
     _complete_generation_config(model, tokenizer, template)
     with atomic.new_folder(folder) as aside, _quiet():
@@ -227,7 +227,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         raise ModelError(f"{folder}: no such checkpoint folder")
     file = folder / name
     if not file.is_file():
-        raise ModelError(f"{folder}: no {name}: give a Hugging Face checkpoint folder")
+        raise ModelError(f"{folder}: no {name}: use a Hugging Face checkpoint folder")
     try:
         content = json.loads(file.read_text())
     except ValueError as error:

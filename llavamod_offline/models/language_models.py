@@ -1,4 +1,4 @@
-"""The language models that a student can be built on, each with the mixture of experts that it can be upcycled to.
+"""The language models that a student can be built on, each with the mixture-of-experts model it can be upcycled to.
 
 To support another one, add an entry to `LANGUAGE_MODELS`.
 """

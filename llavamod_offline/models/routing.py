@@ -1,6 +1,6 @@
 """Watch a sparse student's routers during a training step: balance loss and expert load.
 
-Shape suffixes: B sequences, T tokens, S = B·T tokens in a row, E experts, K experts a token, L sparse layers.
+Shape suffixes: B sequences, T tokens, S = B·T tokens in a row, E experts, K experts per token, L sparse layers.
 
 The balance loss of a layer is E · Σ_e mean(gate_e) · fraction_first_choice(e) over the non-padding tokens: 1 when
 balanced, E when one expert gets every token. It is summed over layers; the training loop multiplies it by its

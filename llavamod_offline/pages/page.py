@@ -1,7 +1,7 @@
 """Self-contained HTML pages from Jinja2 templates: style, script, data and images are inlined, nothing is fetched.
 
-Templates escape text; `tojson` keeps data from ending its script block. A page's policy allows its own script only, by
-its hash.
+Templates escape text; `tojson` keeps data from ending its script block. A page's security policy allows
+only its own script, by hash.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Write files and folders so that none is ever seen half-written under its final name.
 
-Until it is complete, it is called `.NAME.HOST-PID.tmp`, which tells the leftovers of killed processes from the work of
+Until complete, it is called `.NAME.HOST-PID.tmp`, which distinguishes leftovers of killed processes from the work of
 running ones, on this machine and on others that share the disk.
 """
 
@@ -151,7 +151,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path, name: str) -> list[Path]:
-    """Remove what killed writers of `folder/name` left behind, and return what it was.
+    """Remove what killed writers of `folder/name` left behind, and return the removed paths.
 
     Keeps what belongs to a running process of this machine, and what another machine changed within the last hour.
     """

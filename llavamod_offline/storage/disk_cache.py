@@ -7,9 +7,9 @@
     .lock        held while space is freed
 
 An entry is named by a checksum of its content, so that all readers of the same bytes share it. The environment variable
-LLAVAMOD_STAGING names the folder (default: `llavamod-offline/staging` in the user's cache folder, in four lines that
-are not worth a dependency), LLAVAMOD_STAGING_GB its size limit in gigabytes (default 20). Least recently used entries
-are removed first. Our own, as no library offers a cache that is bounded, checked, and locked between processes.
+LLAVAMOD_STAGING names the folder (default: `llavamod-offline/staging` in the user's cache folder), LLAVAMOD_STAGING_GB
+its size limit in gigabytes (default 20). Least recently used entries are removed first. Our own code, because no
+library offers a cache that is bounded, verified, and locked between processes.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class Folder(Protocol):
         ...
 
     def clear_leftovers(self, name: str) -> list[str]:
-        """Remove what killed writers of `name` left behind (`FOLDER/*`: of all in a folder), and return what it was."""
+        """Remove what killed writers of `name` left behind (`FOLDER/*`: of all in a folder), and return the names."""
         ...
 
 
@@ -165,7 +165,7 @@ def is_url(where: str | Path) -> bool:
 
 
 def open_folder(where: str | Path) -> LocalFolder | RemoteFolder:
-    """A folder by path or URL; nothing is read or created. Errors: `StorageError` if no backend knows the URL."""
+    """A folder by path or URL; nothing is read or created. Errors: `StorageError` if no backend supports it."""
     if is_url(where):
         return RemoteFolder(str(where))
     return LocalFolder(Path(_LOCAL_URL.sub("", str(where))))

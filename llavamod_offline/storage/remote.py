@@ -2,9 +2,9 @@
 
 An object store has no rename, so a folder is committed by its last file: all others are uploaded before it.
 
-Failures of the network or of a busy store are retried, with pauses that double up to 10 s, for as many seconds as the
-environment variable LLAVAMOD_RETRY_SECONDS says (default 60). Our own loop: with tenacity it is no shorter, as the last
-attempt comes at the deadline, only the first warns, and the pauses leave Python's shared random generator alone.
+Failures of the network or of a busy store are retried, with pauses that double up to 10 s, for the number of
+seconds in the environment variable LLAVAMOD_RETRY_SECONDS (default 60). Our own loop, which tenacity would not shorten:
+the last attempt is at the deadline, only the first failure warns, and pauses do not use the shared random generator.
 """
 
 from __future__ import annotations

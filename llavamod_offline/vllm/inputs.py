@@ -89,8 +89,8 @@ def check_prompt(prompt_token_ids: Sequence[int], input_ids_T: NDArray[np.int64]
     unequal = np.flatnonzero(theirs_T[:same] != input_ids_T[:same])
     where = int(unequal[0]) if len(unequal) else same
     raise ModelError(
-        f"sample '{name}': vLLM ran a prompt of {len(theirs_T)} tokens, ours has {len(input_ids_T)}, and the first "
-        f"that differs is at {where}: use the engine hf"
+        f"sample '{name}': vLLM ran a prompt of {len(theirs_T)} tokens, ours has {len(input_ids_T)}, and they "
+        f"first differ at {where}: use the engine hf"
     )
 
 

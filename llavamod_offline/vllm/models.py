@@ -69,6 +69,6 @@ def _tower_names(base: Any) -> Any:
 def _check_tokens(made: list[int], expected: list[int]) -> None:
     if made != expected:
         raise ModelError(
-            f"vLLM makes {made} tokens of images that take {expected} in our sequences, as it reads the checkpoint's "
+            f"vLLM makes {made} tokens from images that take {expected} in our sequences: it reads the checkpoint's "
             "configuration differently: use the engine hf"
         )

@@ -132,7 +132,7 @@ def test_sources_with_names_weights_and_a_limit(folder: Path, run: Run) -> None:
     assert manifest["max_side"] == 16
     refused = run(*arguments, "--overwrite", "--weight", "chat=2")
     assert (refused.status, refused.err) == (
-        2, "error: weight of 'chat': no sample is from that source: name one of 'pairs', 'talk'\n"
+        2, "error: weight of 'chat': no samples from that source: name one of 'pairs', 'talk'\n"
     )  # fmt: skip
     assert SampleSet.open(folder / "set").manifest == manifest
 

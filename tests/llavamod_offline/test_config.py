@@ -90,7 +90,7 @@ def test_a_reference_to_nothing_is_one_line(tmp_path: Path) -> None:
         ("resume=5.5", "resume"),
         ("optimiser=fast", "optimiser"),
         ("steps=null", "steps"),
-        ("steps", "argument 'steps': expected a YAML file that exists, or key=value"),
+        ("steps", "argument 'steps': expected an existing YAML file, or key=value"),
         ("steps=[1", "argument"),
         ("steps=0", "steps 0: must be at least 1"),
     ],

@@ -1,7 +1,7 @@
-"""Convert templates to the Jinja that a tokenizer's folder holds, and a tokenizer's Jinja to a template.
+"""Convert a `Template` to a tokenizer's Jinja chat template, and back.
 
-A chat template is a program and may do anything; ours must word each turn alike wherever it stands. `from_tokenizer`
-checks this by rendering conversations of marked turns.
+A chat template is a program that may do anything; a `Template` words a turn the same way wherever it occurs.
+`from_tokenizer` checks this by rendering conversations of marked turns.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TURNS = tuple(Turn("assistant" if number % 2 else "user", f"[turn {number}]") f
 
 
 def choose_template(name: str, tokenizer: Callable[[], PreTrainedTokenizerFast]) -> Template:
-    """Look up a template by name; `tokenizer` stands for the tokenizer's own. Errors: `ConfigError`."""
+    """Look up a template by name; "tokenizer" means the tokenizer's own. Errors: `ConfigError`."""
     return from_tokenizer(tokenizer()) if name == OWN else get_template(name)
 
 
@@ -68,13 +68,13 @@ def from_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Template:
         raise ConfigError(f"template '{OWN}': {_folder(tokenizer)} has no chat template: choose one by name")
     try:
         template = _split(tokenizer)
-        faithful = template is not None and _says_the_same(template, tokenizer)
+        faithful = template is not None and _renders_alike(template, tokenizer)
     except Exception as error:  # a template may raise anything
         reason = f"the chat template of {_folder(tokenizer)} fails: {first_line(error)}"
         raise ConfigError(f"template '{OWN}': {reason}: choose one by name") from error
     if template is None or not faithful:
         raise ConfigError(
-            f"template '{OWN}': the chat template of {_folder(tokenizer)} does not word every turn alike, or its "
+            f"template '{OWN}': the chat template of {_folder(tokenizer)} words a turn differently by position, or its "
             "answers do not end with one special token: choose one by name"
         )
     return template
@@ -107,12 +107,12 @@ def _split(tokenizer: PreTrainedTokenizerFast) -> Template | None:
     return Template(OWN, parts[0], parts[1], parts[2], answer_prefix=plain[0], end=end, separator=separator)
 
 
-def _says_the_same(template: Template, tokenizer: PreTrainedTokenizerFast) -> bool:
+def _renders_alike(template: Template, tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether both render prompts and conversations of every length alike."""
     for count in range(1, len(_TURNS) + 1):
         prompt = count % 2 == 1
-        said = _rendered(tokenizer, _TURNS[:count], answer=prompt)
-        if said != _text(template, _TURNS[:count]) + ("" if prompt else template.separator):
+        rendered = _rendered(tokenizer, _TURNS[:count], answer=prompt)
+        if rendered != _text(template, _TURNS[:count]) + ("" if prompt else template.separator):
             return False
     return True
 

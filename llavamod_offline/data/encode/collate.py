@@ -48,7 +48,7 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """The tokens of all sequences, without padding."""
+        """The number of tokens in all sequences, without padding."""
         return int(self.attention_mask_BT.sum())
 
     @property
@@ -156,7 +156,7 @@ def _stack(
 
 
 def _stacked(images: list[NDArray[Any]]) -> NDArray[Any]:
-    """All images in one array: the one that they are slices of, if they are all of it in order, else a copy."""
+    """All images in one array: the array they are slices of, if they cover it in order, else a copy."""
     whole = images[0].base
     shape = (len(images), *images[0].shape)
     if isinstance(whole, np.ndarray) and whole.dtype == images[0].dtype and whole.shape == shape:

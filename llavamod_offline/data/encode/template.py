@@ -43,7 +43,7 @@ class Template:
     separator: str
 
     def render(self, turns: Sequence[Turn]) -> list[Segment]:
-        """Render turns; if the user's is last, the result is a prompt that ends where the answer begins."""
+        """Render turns; if the last is the user's, the result is a prompt that ends where the answer begins."""
         segments = list(self.system)
         for turn in turns:
             if turn.role == "user":

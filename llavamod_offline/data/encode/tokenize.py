@@ -93,7 +93,7 @@ class SequenceEncoder:
         self.max_length = max_length
         self.image_frame = image_frame
         self._special_ids: dict[str, int] = {}
-        # The plain texts of every prompt, and their ids once known.
+        # The plain texts of every prompt, and their ids once tokenized.
         self._wording: dict[str, Ids | None] = dict.fromkeys(_fixed_texts(template))
         self.end_id = self._special_id(template.end)
 
@@ -144,7 +144,7 @@ class SequenceEncoder:
         return pieces
 
     def _prompt_ids(self, text: str) -> Ids:
-        """Tokenize plain text of a prompt; the template's own is cached."""
+        """Tokenize plain text of a prompt, caching the template's own texts."""
         if text not in self._wording:
             return self._plain_ids(text)
         known = self._wording[text]

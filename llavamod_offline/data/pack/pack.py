@@ -39,7 +39,7 @@ def write_set(
     A shard is closed when it holds `shard_samples` samples, or when the next one would exceed `shard_bytes`.
     For the manifest: `weights`, how often training sees a source's samples, if not once; `max_side`, the length beyond
     which images were shrunk; `generated`, a description of the teacher that wrote the answers.
-    Errors: `DataError` if `output` exists (with `overwrite`: and is not a set), for a duplicate key (naming both rows
+    Errors: `DataError` if `output` exists (with `overwrite`: unless it is a set), for a duplicate key (naming both rows
     and `duplicate_hint`), if no row gives a sample, if more than the share `max_rejected` is rejected;
     `ConfigError` for the weight of a source without samples. Errors leave nothing behind.
     """

@@ -10,7 +10,7 @@ from llavamod_offline.data.sample import Sample, Size, sample_to_json
 
 @dataclass(frozen=True)
 class Facts:
-    """The index's row of a sample without its position; fields as the columns in `sample_set.py`."""
+    """A sample's row in the index, without its position; fields as the columns in `sample_set.py`."""
 
     key: str
     content_hash: str
@@ -24,7 +24,7 @@ class Facts:
 
     @classmethod
     def of(cls, sample: Sample, *, parser: str = "sample", n_shrunk: int = 0) -> Facts:
-        """Gather them, hashing the sample's content."""
+        """Collect them for a sample, hashing its content."""
         texts = [turn.text for turn in sample.turns] + [sample.chosen or "", sample.rejected or ""]
         return cls(
             key=sample.key,
@@ -41,7 +41,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class PreparedSources:
-    """A sample as it is written, with the source file and row (from 0).
+    """A sample ready to be written, with its source file and row (from 0).
 
     `members`: the name (without key) and content of each of its files.
     """

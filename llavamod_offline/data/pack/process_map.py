@@ -1,6 +1,6 @@
 """Process many items in several processes, with results in the order of the items.
 
-Processes, not threads: decoding an image sets Pillow's switches, which apply to a whole process.
+Processes, not threads: decoding an image sets global switches of Pillow, which apply to a whole process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llavamod_offline.errors import ConfigError, DataError
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 _Value = TypeVar("_Value")
-_AHEAD = 2  # queued lists of items for each process
+_AHEAD = 2  # queued lists of items per process
 
 
 def available_cores() -> int:
@@ -36,7 +36,7 @@ def map_in_order(
     """Apply `function` to lists of `chunk` items in `workers` processes; yield the results in the items' order.
 
     `function` and items must be picklable. With one worker, or few items, everything runs in this process. Items are
-    taken as the work proceeds: memory holds a few lists for each process.
+    consumed lazily: memory holds a few lists per process.
     Errors: those of `function`; `ConfigError` for no workers; `DataError` if a process dies.
     """
     if workers < 1:

@@ -90,7 +90,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
     if not overwrite:
         raise DataError(f"output '{output}' exists: choose another folder, or replace it with --overwrite")
     if output.is_symlink() or not (output / MANIFEST_NAME).is_file():
-        raise DataError(f"output '{output}' is not a packed set, so --overwrite keeps it: choose another folder")
+        raise DataError(f"output '{output}' is not a set, so --overwrite does not replace it: choose another folder")
 
 
 @dataclass
@@ -155,7 +155,7 @@ class SetWriter:
         self._first_rejection = self._first_rejection or rejection
         self.rejections[rejection.kind] += 1
         self.rows += 1
-        # ASCII, as a rejected row's text may not be encodable.
+        # ASCII, because a rejected row's text may not be encodable.
         self._rejected.write(json.dumps(asdict(rejection)) + "\n")
 
     def check(self, max_rejected: float | None, weights: Mapping[str, float]) -> None:
@@ -172,7 +172,7 @@ class SetWriter:
         unknown = sorted(weights.keys() - self.sources.keys())
         if unknown:
             known = ", ".join(f"'{source}'" for source in sorted(self.sources)[:8])
-            raise ConfigError(f"weight of '{unknown[0]}': no sample is from that source: name one of {known}")
+            raise ConfigError(f"weight of '{unknown[0]}': no samples from that source: name one of {known}")
 
     def finish(self, weights: Mapping[str, float], more: Mapping[str, Any]) -> PackSummary:
         """Write the manifest, after everything else, with the further fields `more`."""
@@ -216,7 +216,7 @@ def check_weights(weights: Mapping[str, float]) -> None:
     """Refuse invalid weights. Errors: `ConfigError` naming the source."""
     for source, weight in weights.items():
         if not 0 <= weight < 1e6:  # also for NaN
-            raise ConfigError(f"weight of '{source}': {weight:g} must be a number from 0 to 1,000,000")
+            raise ConfigError(f"weight of '{source}' is {weight:g}: must be a number from 0 to 1,000,000")
 
 
 def _shard_entry(shard: Shard) -> dict[str, Any]:

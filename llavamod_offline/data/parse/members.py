@@ -1,8 +1,8 @@
-"""A sample's files in a tar → the sample, whoever wrote the tar.
+"""A sample's files in a tar → the sample, in any of these formats.
 
     sample    {key}.json as this project writes it (see `sample.py`), and its images
     llava     {key}.json with `conversations`, or with `chosen` and `rejected` (see `row_formats.py`), and its images
-    caption   {key}.txt, the caption of one image: the answer to one request for the whole set
+    caption   {key}.txt, the caption of one image: the answer to a request shared by the whole set
 
 Packing or indexing chooses the format and decodes the images; the index then names the format. To add one, write its
 functions and enter them in `TEXT_FORMATS`.
@@ -27,7 +27,7 @@ _SIGNATURES = (("jpg", b"\xff\xd8\xff"), ("png", b"\x89PNG\r\n\x1a\n"), ("webp",
 class TextFormat:
     """A format of a sample's text: the suffix of its file, and for JSON which objects are of this format.
 
-    `read` takes what `_read_caption` does; `responses` finds a preference's chosen and rejected response in its JSON.
+    `read` has the parameters of `_read_caption`; `responses` finds a preference's two responses in its JSON.
     """
 
     suffix: str
@@ -83,7 +83,7 @@ def _read_caption(
 ) -> Sample:
     """Build a sample from a caption, stripped, and its image."""
     if prompt is None:
-        raise RowError("malformed row", "a caption: set the prompt it answers with --caption-prompt")
+        raise RowError("malformed row", "a caption without a prompt: set one with --caption-prompt")
     try:
         caption = text.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:

@@ -84,7 +84,7 @@ def _read_row(row: Any) -> _ParsedRow:
         raise RowError("malformed row", f"expected an object, found {type(row).__name__}")
     other = [name for name in _OTHER_MEDIA if row.get(name)]
     if other:
-        raise RowError("malformed row", f"field '{other[0]}' is not read: name its images in 'image'")
+        raise RowError("malformed row", f"field '{other[0]}' is not supported: name its images in 'image'")
     names = tuple(_image_names(row.get("image")))
     if ("conversations" in row) == ("chosen" in row or "rejected" in row):
         raise RowError("malformed row", "expected either 'conversations', or both 'chosen' and 'rejected'")

@@ -1,4 +1,4 @@
-"""Pair prompts with answers of other samples, by which unpaired KTO estimates the KL of policy and reference.
+"""Pair prompts with answers of other samples, from which unpaired KTO estimates the KL of policy and reference.
 
 The preference samples of a set form a ring, ordered by the SHA-256 of their keys. A sample's *mismatched* response is
 the chosen or the rejected one (by the last bit of that hash) of the next sample in the ring; of the one after it if the
@@ -41,7 +41,7 @@ class MismatchRing:
         rows_P = np.flatnonzero(is_preference.to_numpy())
         if len(rows_P) < 2:
             raise DataError(
-                f"{where}: {len(rows_P)} preference sample(s): a mismatched response is that of another one: "
+                f"{where}: {len(rows_P)} preference sample(s), but mismatched responses come from other samples: "
                 "use a set of at least 2, or capture without capture.mismatched and train with loss.kind kto_pair"
             )
         keys = index.column("key").filter(is_preference)
@@ -64,7 +64,7 @@ class MismatchRing:
             text = read(int(self.rows_P[(place + step) % len(self.rows_P)]))[side]
             if text.strip() not in own:
                 return text
-        raise DataError(f"sample '{sample.key}' (mismatched): no other sample of the set has another response")
+        raise DataError(f"sample '{sample.key}' (mismatched): no other sample has a different response")
 
 
 def _hash(key: str) -> bytes:

@@ -187,7 +187,7 @@ class SampleSet:
     def read(self, row: int, *, verify: bool = False, scattered: bool = False) -> Sample:
         """Read one sample; `verify` also recomputes its content hash.
 
-        `scattered`: few samples of its shard are wanted, so that a remote shard is not copied for them.
+        `scattered`: few samples of its shard are needed, so a remote shard is not copied for them.
         """
         if not 0 <= row < len(self):
             raise DataError(f"set '{self.path}': has no row {row}: it holds {len(self)} samples")
@@ -283,7 +283,7 @@ def _read_manifest(folder: LocalFolder | RemoteFolder) -> tuple[dict[str, Any], 
             for entry in manifest["shards"]
         )
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise DataError(f"set '{path}': {MANIFEST_NAME} cannot be read: {error!r}") from error
+        raise DataError(f"set '{path}': {MANIFEST_NAME} cannot be read: {error!r}: pack the set again") from error
     return manifest, shards
 
 

@@ -1,7 +1,7 @@
 """The bytes of a set's tars, read by position from a disk, or from local copies of remote tars.
 
-The first read of a remote tar copies it into the disk cache and checks its size and SHA-256; where few of its samples
-are wanted, only their bytes are fetched.
+The first read of a remote tar copies it into the disk cache and checks its size and SHA-256; if few of its samples
+are needed, only their bytes are fetched.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from llavamod_offline.errors import DataError
 from llavamod_offline.storage.disk_cache import DiskCache
 from llavamod_offline.storage.remote import RemoteFolder, Wanted
 
-# At this many open tars all are closed before another is opened: sets of thousands of shards stay below the usual limit
-# of descriptors. Threads that open one at the same moment may each exceed it by one.
+# When this many tars are open, all are closed before another is opened, so that sets of thousands of shards stay below
+# the usual limit of descriptors. Threads that open tars at the same time may each exceed it by one.
 _MAX_OPEN = 128
 
 

@@ -20,7 +20,7 @@ _ROUNDED = 0.99  # smallest share of a rounded row count that passes
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one data set; `problems` is empty if it is complete. Counts are None if not counted."""
+    """The state of one data set on disk; `problems` is empty if it is complete. Counts are None if not counted."""
 
     name: str
     files: tuple[str, ...]
@@ -47,7 +47,7 @@ def examine(
 ) -> Iterator[Finding]:
     """Look for each data set below `root`; with `count` also read its rows, and look for every image they name.
 
-    `advance` gets the number of bytes read, piece by piece.
+    `advance` is called with the size in bytes of each piece read.
     """
     for name, entry in sets.items():
         found = find_files(entry, root)
@@ -138,9 +138,9 @@ class _Tally:
 
 def _too_few(entry: DataSet, rows: int) -> list[str]:
     if entry.rows is not None and rows != entry.rows:
-        return [f"rows: {rows:,} instead of {entry.rows:,}: another version, or cut short"]
+        return [f"rows: {rows:,} instead of {entry.rows:,}: another version, or truncated"]
     if entry.rows_about is not None and rows < _ROUNDED * entry.rows_about:
-        return [f"rows: {rows:,} instead of about {entry.rows_about:,}: another version, or cut short"]
+        return [f"rows: {rows:,} instead of about {entry.rows_about:,}: another version, or truncated"]
     return []
 
 

@@ -31,7 +31,7 @@ class ImageFolders:
         large or unreadable. `DataError` if no folders were given.
         """
         if not self.folders:
-            raise DataError(f"image '{name}': no folder to find it in: name it with --images DIR")
+            raise DataError(f"image '{name}': no image folder: name one with --images DIR")
         path = PurePosixPath(name)
         if not _is_inside(path):
             raise RowError("bad image path", f"image '{name}': must be a path inside an image folder")

@@ -1,7 +1,7 @@
 """Read JSON arrays and JSON lines row by row, holding one row and a piece of the file in memory.
 
-`advance` gets the number of bytes read, for a progress bar. Our own, as ijson bounds no row's memory, locates no fault,
-and refuses what `json` reads: a BOM, Infinity, and integers beyond 64 bits beside floats.
+`advance` is called with the number of bytes read, for a progress bar. Not ijson, which does not bound a row's memory
+or locate errors, and rejects what `json` reads: a BOM, Infinity, and integers beyond 64 bits beside floats.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def stream_array(path: Path, advance: Advance) -> Iterator[Any]:
         text = _Text(path, stream.read, advance)
         opening = text.take()
         if opening != "[":
-            hint = ": a file of one object a line is called .jsonl" if opening == "{" else ""
+            hint = ": name a file of one object per line .jsonl" if opening == "{" else ""
             raise DataError(f"{path}: expected a JSON list of rows, found {opening or 'nothing'!r}{hint}")
         if text.peek() == "]":
             text.take()
@@ -42,13 +42,13 @@ def stream_array(path: Path, advance: Advance) -> Iterator[Any]:
                 yield text.value()
                 separator = text.take()
             if separator != "]":
-                raise text.error("expected ',' or ']'" if separator else "the file ends before its list does")
+                raise text.error("expected ',' or ']'" if separator else "the file ends inside the list")
         if text.peek():
             raise text.error("unexpected text after the list")
 
 
 def stream_lines(path: Path, advance: Advance) -> Iterator[tuple[int, Any]]:
-    """Yield (line number from 0, value) of a file of one JSON value a line; blank lines are skipped.
+    """Yield (line number from 0, value) of a file of one JSON value per line; blank lines are skipped.
 
     An invalid line is yielded as a `RowError`; one longer than `MAX_ROW` is a `DataError`.
     """

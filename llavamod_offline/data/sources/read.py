@@ -25,14 +25,14 @@ from llavamod_offline.data.sources.tar_samples import ReadRule, read_group
 from llavamod_offline.errors import DataError
 
 KeyRule = Literal["id", "row"]
-_CHUNK = 16  # rows given to a process at a time
+_CHUNK = 16  # rows passed to a process at a time
 
 
 @dataclass(frozen=True)
 class Source:
     """A file of rows, or a folder of samples; `name` is their `source`, `images` the folders with their images.
 
-    Defaults: of the name, a parquet row's `ds_name` or the file's stem; of the folders, those of `prepare_sources`.
+    Defaults: for `name`, a parquet row's `ds_name` or the file's stem; for `images`, those of `prepare_sources`.
     `rule`: how a folder's files are read.
     """
 
@@ -62,8 +62,8 @@ def prepare_sources(
 ) -> Iterator[PreparedSources | RejectedRow]:
     """Stream the rows of `files`, in order, as samples ready to be written, or as rejections.
 
-    `images`: folders with the images. `advance` gets the size of every piece read, in bytes; over all files these add
-    up to their sizes. `max_side`: length in pixels beyond which images are shrunk (None: every image keeps its bytes).
+    `images`: folders with the images. `advance` is called with the size in bytes of every piece read; over
+    all files these add up to their sizes. `max_side`: length in pixels beyond which images are shrunk (None: none are).
     `workers`: processes that read and decode images; the result does not depend on their number.
     Errors: `DataError` at once if a file or folder is missing, of an unknown kind or given twice, or if two files would
     give the same row keys; while reading, if a file cannot be read at all; those of `map_in_order`.
@@ -78,14 +78,14 @@ def _checked(files: Sequence[Path | Source], images: Sequence[Path], keys: KeyRu
     seen: dict[Path, Path] = {}
     for file in (source.path for source in sources):
         if file.is_dir() and any(file.glob("*.tar")):
-            raise DataError(f"source '{file}': tars are indexed in place with `llavamod-offline index`")
+            raise DataError(f"source '{file}': index tars in place with `llavamod-offline index`")
         if not file.exists():
             raise DataError(f"source '{file}': no such file")
         if file.suffix not in ROW_FILES and not file.is_dir():
-            hint = ": tars are indexed in place with `llavamod-offline index`" if file.suffix == ".tar" else ""
+            hint = ": index tars in place with `llavamod-offline index`" if file.suffix == ".tar" else ""
             raise DataError(f"source '{file}': its name must end in one of {', '.join(ROW_FILES)}{hint}")
         if seen.setdefault(file.resolve(), file) is not file:
-            raise DataError(f"source '{file}' is given twice")
+            raise DataError(f"source '{file}' is given twice: remove one")
     if keys == "row":
         _check_stems([source.path for source in sources])
     found = tuple(replace(source, images=source.images or tuple(images)) for source in sources)

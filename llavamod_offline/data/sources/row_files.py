@@ -28,11 +28,11 @@ _PARQUET_BATCH = 32  # rows, each with its image
 
 @dataclass(frozen=True)
 class RowFile:
-    """How files of one suffix are read; every row that is not a `RowError` or rubbish is a mapping of fields.
+    """How files of one suffix are read; every valid row is a mapping of fields.
 
-    `rows`: all of a file's rows; `outline`: the same as far as counting needs, without images that the file itself
-    holds. `to_sample` takes a row, its key, its source, and a function that reads an image by name. `id_field`: what
-    gives a row its key; `source_field`: what names its source.
+    `rows`: all of a file's rows; `outline`: as much of them as counting needs, without images stored in the file.
+    `to_sample` takes a row, its key, its source, and a function that reads an image by name. `id_field`: the field with
+    a row's id; `source_field`: the field with its source.
     """
 
     rows: Rows

@@ -1,8 +1,8 @@
 """Index existing WebDataset tars as a set that reads them in place (its files: see `sample_set.py`).
 
 Each tar is read once, from its first byte to its last; images are decoded, samples checked and hashed as in packing. A
-sample is one of those in `members.py`, with its images beside its text: one named `jpg`, `jpeg`, `png` or `webp`, or
-several named `0.jpg`, `1.png`… in order. Beside a caption, a JSON without a sample is ignored. Everything else goes to
+sample has one of the formats in `members.py`, with its images beside its text: one `jpg`, `jpeg`, `png` or `webp`, or
+several, `0.jpg`, `1.png`… in order. Beside a caption, a JSON without a sample is ignored. Everything else goes to
 `rejected.jsonl`; `row` counts the members of a tar from 0.
 """
 
@@ -69,19 +69,19 @@ def index_tars(
     workers: int = 1,
     advance: Callable[[int], object] = lambda size: None,
 ) -> PackSummary:
-    """Make the set folder `output` of the samples in `tars`, which stay unchanged.
+    """Make the set folder `output` from the samples in `tars`, which stay unchanged.
 
     Tars below the folder that holds `output` are stored by relative path, so that both can be moved together; others by
-    absolute path. `keys`: the members' key (as `key_from_id` writes it), or with the tar's name before it, for tars
-    that use the same keys. `caption_prompt`: what captions answer; without it they are rejected. `ignore`: suffixes of
-    members to ignore. `workers`: processes, each of which reads a tar at a time.
+    absolute path. `keys`: the members' key (as `key_from_id` writes it), or that prefixed with the tar's name, for
+    tars that use the same keys. `caption_prompt`: the prompt of captions; without it they are rejected. `ignore`:
+    suffixes of members to ignore. `workers`: processes, each of which reads a tar at a time.
     Errors: as `write_set`, and `DataError` if a tar is not a file or given twice.
     """
     weights = weights or {}
     check_weights(weights)
     names = _shard_names(tars)
     reader = _TarIndexer(keys, ReadRule.of(caption_prompt, ignore))
-    hint = "rename one of them" if keys == "shard" else "put the tars' names before the keys with --keys shard"
+    hint = "rename one of them" if keys == "shard" else "prefix the keys with the tars' names by --keys shard"
     with new_set(output, None, overwrite=overwrite, duplicate_hint=hint) as writer:
         with writer:
             jobs = list(zip(tars, names, strict=True))
@@ -131,7 +131,7 @@ def _shard_names(tars: Sequence[TarSource]) -> list[str]:
         if not path.is_file():
             raise DataError(f"source '{path}': no such file")
         if seen.setdefault(path.resolve(), path) is not path:
-            raise DataError(f"source '{path}' is given twice")
+            raise DataError(f"source '{path}' is given twice: remove one")
     paths = [path.with_suffix("") for path in seen]
     if len({path.name for path in paths}) < len(paths):
         common = Path(os.path.commonpath(paths))
@@ -201,4 +201,4 @@ def _row_key(row: _Found | RejectedRow) -> str:
 
 
 def _apart(key: str) -> str:
-    return f"members of '{key}' lie apart in the tar, so they may belong to different samples"
+    return f"members of '{key}' are not adjacent in the tar, so they may belong to different samples"

@@ -1,10 +1,10 @@
-"""Read any tar once, from the first byte to the last: its members in groups of one key.
+"""Read any tar once, from the first byte to the last: its members, grouped by key.
 
 As in WebDataset, a member's key is its path up to the first dot of the file name; a group is consecutive members of one
-key. Nothing is extracted. Outcomes of what a tar may hold:
+key. Nothing is extracted. Outcomes:
 
   a link, a device, a sparse file; a name that is absolute, contains `..` or has no key or no suffix; two members of one
-  name; members of one key that lie apart; a member too large → a problem of its group
+  name; members of one key that are not adjacent; a member too large → a problem of its group
   a folder → ignored
   a truncated member, a damaged header, bytes after the end, a compressed file → a problem of the tar; what precedes it
   is good
@@ -136,7 +136,7 @@ class TarReader:
         self._check_end(stream, end)
 
     def _check_end(self, stream: BinaryIO, end: int) -> None:
-        """Check that zeros follow: Python's reader takes anything but a header for the end."""
+        """Check that zeros follow: Python's reader treats anything but a header as the end."""
         place = end
         while piece := os.pread(stream.fileno(), _PIECE, place):
             if piece.count(0) != len(piece):
@@ -201,7 +201,7 @@ def split_name(name: str) -> tuple[str, str, RowError | None]:
     stem, _, suffix = base.partition(".")
     problem = None
     if name.startswith("/") or ".." in PurePosixPath(name).parts:
-        problem = RowError("bad member", "its name leads out of the folder it would be unpacked into")
+        problem = RowError("bad member", "its name leads out of the folder in which it would be unpacked")
     elif not stem or not suffix:
         problem = RowError("bad member", "its name is not a key, a dot and a suffix")
     return f"{folder}{slash}{stem}" if stem else name, suffix.lower(), problem

@@ -19,7 +19,7 @@ _IMAGE = re.compile(r"(?:(0|[1-9][0-9]{0,3})\.)?(?:jpg|jpeg|png|webp)")
 
 @dataclass(frozen=True)
 class ReadRule:
-    """What captions answer (None: they are rejected), and which suffixes to ignore."""
+    """The prompt of captions (None: they are rejected), and which suffixes to ignore."""
 
     caption_prompt: str | None = None
     ignore: frozenset[str] = frozenset()
@@ -33,7 +33,7 @@ class ReadRule:
 def read_group(group: TarGroup, key: str, source: str, rule: ReadRule) -> tuple[Sample, str, tuple[TarMember, ...]]:
     """Build the sample of a group, with its images decoded; return it, its text format, and its members, text first.
 
-    `key` and `source` are ignored by this project's own samples, which bring theirs. Errors: `RowError`.
+    `key` and `source` are ignored for this project's own samples, which contain them. Errors: `RowError`.
     """
     members = {suffix: member for suffix, member in group.members.items() if suffix not in rule.ignore}
     texts: dict[str, TarMember] = {suffix: members.pop(suffix) for suffix in ("json", "txt") if suffix in members}
@@ -77,7 +77,7 @@ def _images(members: dict[str, TarMember]) -> tuple[TarMember, ...]:
     for suffix, member in members.items():
         match = _IMAGE.fullmatch(suffix)
         if match is None:
-            raise RowError("bad member", f"a member '.{suffix}', which is not read: skip it with --ignore {suffix}")
+            raise RowError("bad member", f"unsupported member '.{suffix}': skip it with --ignore {suffix}")
         number = None if match[1] is None else int(match[1])
         if number in numbers:
             raise RowError("bad member", f"'.{numbers[number].suffix}' and '.{suffix}' are the same image: keep one")

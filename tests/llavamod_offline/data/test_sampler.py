@@ -266,8 +266,8 @@ def test_restarts_on_other_ranks_give_the_same_batches(case: Case, cuts: list[tu
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"n": 0}, "0 rows to choose from"),
-        ({"weight": 0.0}, "0 rows to choose from"),
+        ({"n": 0}, "sampler: no samples"),
+        ({"weight": 0.0}, "sampler: no samples"),
         ({"weight": -0.5}, "weight -0.5: must not be negative"),
         ({"weight": float("nan")}, "weight nan: must not be negative"),
         ({"window": -1}, "window -1: must not be negative"),

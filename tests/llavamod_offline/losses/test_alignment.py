@@ -69,7 +69,7 @@ class TestHiddenAlignment:
         assert torch.isfinite(student.grad).all()
 
     def test_errors(self) -> None:
-        with pytest.raises(TargetError, match=r"\(2, 3\) projected for \(2, 4\) of the teacher"):
+        with pytest.raises(TargetError, match=r"projected shape is \(2, 3\), the teacher's \(2, 4\)"):
             hidden_alignment(torch.zeros(2, 3), torch.zeros(2, 4))
         with pytest.raises(ConfigError, match="'l1' is unknown: choose one of mse, cosine"):
             hidden_alignment(torch.zeros(2, 3), torch.zeros(2, 3), distance="l1")  # type: ignore[arg-type]
@@ -186,5 +186,5 @@ class TestRelations:
         assert not zeros.grad.any()
 
     def test_errors(self) -> None:
-        with pytest.raises(TargetError, match=r"\(1, 2, 2\) of the student for \(1, 3, 3\) of the teacher"):
+        with pytest.raises(TargetError, match=r"student's shape is \(1, 2, 2\), the teacher's \(1, 3, 3\)"):
             relation_alignment(torch.zeros(1, 2, 2), torch.zeros(1, 3, 3))

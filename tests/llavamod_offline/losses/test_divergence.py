@@ -197,7 +197,7 @@ class TestErrors:
             forward_kl(self.logits, self.targets, temperature=3.0)
 
     def test_samples_at_another_temperature(self) -> None:
-        with pytest.raises(TargetError, match="drawn at temperature 1"):
+        with pytest.raises(TargetError, match="sampled at temperature 1"):
             forward_kl(self.logits, self.targets, tail="samples", temperature=2.0)
         whole = truncate(random_teacher(1, 20, 4), top_k=20, samples=2, temperatures=(2.0,))
         forward_kl(self.logits[:1], whole, tail="samples", temperature=2.0)

@@ -48,7 +48,7 @@ def test_a_model_without_image_tokens_takes_no_pictures() -> None:
 
 def test_a_prompt_that_is_not_ours_is_refused_with_the_first_difference() -> None:
     check_prompt([1, 9, 9, 2], np.array([1, 9, 9, 2]), name="k")
-    with pytest.raises(ModelError, match="ran a prompt of 3 tokens, ours has 4, and the first that differs is at 2"):
+    with pytest.raises(ModelError, match="ran a prompt of 3 tokens, ours has 4, and they first differ at 2"):
         check_prompt([1, 9, 2], np.array([1, 9, 9, 2]), name="k")
-    with pytest.raises(ModelError, match="of 5 tokens, ours has 4, and the first that differs is at 4"):
+    with pytest.raises(ModelError, match="of 5 tokens, ours has 4, and they first differ at 4"):
         check_prompt([1, 9, 9, 2, 3], np.array([1, 9, 9, 2]), name="k")

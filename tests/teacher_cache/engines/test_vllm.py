@@ -167,7 +167,7 @@ def test_a_picture_that_takes_other_tokens_in_vllm_is_refused(start: Start, fold
     images = teacher.images
     teacher.encoder.image_tokens = 8
     teacher.images = lambda sample: [dataclasses.replace(p, tokens=8) for p in images(sample)]  # type: ignore[method-assign]
-    with pytest.raises(ModelError, match=r"vLLM makes \[9.*\] tokens of images that take \[8.*\] in our sequences"):
+    with pytest.raises(ModelError, match=r"vLLM makes \[9.*\] tokens from images that take \[8.*\] in our sequences"):
         world.capture(world.vllm(), tiny_samples(1, seed=7))
 
 

@@ -95,13 +95,16 @@ def test_ids_are_those_of_the_tokenizers_own_rendering(chat_template: str) -> No
     [
         (None, "has no chat template"),
         ("{{ raise_exception('only with tools') }}", "fails: only with tools"),
-        ("{{ messages[0].content }}", "does not word every turn alike"),
+        ("{{ messages[0].content }}", "words a turn differently by position"),
         # The last answer is worded otherwise, as by models that think.
-        (QWEN2.replace("message['content']", "(message['content'] + ('!' if loop.last else ''))"), "every turn alike"),
+        (
+            QWEN2.replace("message['content']", "(message['content'] + ('!' if loop.last else ''))"),
+            "words a turn differently by position",
+        ),
         # Nothing special ends an answer.
         ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", "end with one special token"),
         # Only conversations of two rounds are worded so.
-        (QWEN2.replace("loop.first", "loop.first and messages|length < 5"), "every turn alike"),
+        (QWEN2.replace("loop.first", "loop.first and messages|length < 5"), "words a turn differently by position"),
     ],
 )
 def test_what_no_template_can_say_is_refused(chat_template: str | None, reason: str) -> None:

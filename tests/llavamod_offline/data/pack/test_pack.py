@@ -172,7 +172,7 @@ def test_overwrite_spares_what_is_no_set(tmp_path: Path) -> None:
     write_set([text_sample("a")], tmp_path / "real")
     link.symlink_to(tmp_path / "real")
     for output in (other, file, link):
-        with pytest.raises(DataError, match="is not a packed set, so --overwrite keeps it"):
+        with pytest.raises(DataError, match="is not a set, so --overwrite does not replace it"):
             write_set([text_sample("a")], output, overwrite=True)
     assert (other / "mine.jpg").read_bytes() == b"dear"
 
@@ -257,10 +257,10 @@ def test_weights(tmp_path: Path) -> None:
     summary = write_set(rows, tmp_path / "set", weights={"tiny": 2.5, "text": 0})
     manifest = json.loads((tmp_path / "set" / "set.json").read_text())
     assert manifest["weights"] == summary.weights == {"text": 0, "tiny": 2.5}
-    with pytest.raises(ConfigError, match="weight of 'other': no sample is from that source: name one of 'text'"):
+    with pytest.raises(ConfigError, match="weight of 'other': no samples from that source: name one of 'text'"):
         write_set(rows, tmp_path / "unknown", weights={"other": 2})
     for weight in (-1, float("nan"), float("inf")):
-        with pytest.raises(ConfigError, match=r"weight of 'tiny': .* must be a number from 0"):
+        with pytest.raises(ConfigError, match=r"weight of 'tiny' is .*: must be a number from 0"):
             write_set(rows, tmp_path / "bad", weights={"tiny": weight})
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
     write_set(rows, tmp_path / "plain")

@@ -69,7 +69,7 @@ def test_a_set_without_another_response_is_refused(tmp_path: Path) -> None:
         SampleSet.open(tmp_path / "one").with_mismatched()
     write_set([Sample(key, ASK, chosen="Yes.", rejected="No.") for key in "ab"], tmp_path / "same")
     paired = SampleSet.open(tmp_path / "same").with_mismatched()
-    with pytest.raises(DataError, match=r"sample 'a' \(mismatched\): no other sample of the set has another response"):
+    with pytest.raises(DataError, match=r"sample 'a' \(mismatched\): no other sample has a different response"):
         paired.read(0)
 
 

@@ -132,14 +132,14 @@ TARS = [
     _tar("one name in two cases", [*_pair("bad", ASK, JPG), ("bad.JPG", PNG)], ("bad", BAD, "two members")),
     _tar("two suffixes of one image", [*_pair("bad", ASK, JPG), ("bad.jpeg", PNG)], ("bad", BAD, "are the same image")),
     Case(
-        "members that lie apart",
+        "members that are not adjacent",
         lambda folder: _write_to(folder, [("bad.json", ASK), *GOOD, ("bad.jpg", JPG)]),
-        (("bad", BAD, "lie apart"), ("bad", BAD, "lie apart")),
+        (("bad", BAD, "are not adjacent"), ("bad", BAD, "are not adjacent")),
     ),
     Case(
         "a second sample of one key",
         lambda folder: _write_to(folder, [*GOOD, *_pair("k", ASK, JPG), *GOOD]),
-        (("good", BAD, "lie apart"), ("good", BAD, "lie apart")),
+        (("good", BAD, "are not adjacent"), ("good", BAD, "are not adjacent")),
         good=False,
     ),
     _tar("a pickle", [*_pair("bad", ASK, JPG), ("bad.pkl", pickle.dumps(Boom()))], ("bad", BAD, "'.pkl'")),

@@ -71,9 +71,9 @@ def test_what_is_missing(root: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "about", "problem"),
     [
-        (4, None, "rows: 3 instead of 4: another version, or cut short"),
-        (2, None, "rows: 3 instead of 2: another version, or cut short"),
-        (None, 4, "rows: 3 instead of about 4: another version, or cut short"),
+        (4, None, "rows: 3 instead of 4: another version, or truncated"),
+        (2, None, "rows: 3 instead of 2: another version, or truncated"),
+        (None, 4, "rows: 3 instead of about 4: another version, or truncated"),
         (None, 2, None),
         (None, None, None),
     ],

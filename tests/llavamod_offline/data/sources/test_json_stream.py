@@ -66,11 +66,11 @@ def test_numbers_are_not_cut_at_a_pieces_end(tmp_path: Path, monkeypatch: pytest
     ("content", "problem"),
     [
         (b"", "expected a JSON list of rows, found 'nothing'"),
-        (b'{"a": 1}', r"found '\{': a file of one object a line is called \.jsonl"),
+        (b'{"a": 1}', r"found '\{': name a file of one object per line \.jsonl"),
         (b"hello", "expected a JSON list of rows, found 'h'"),
         (b'[{"a": 1}, {"a"', r"row 1 \(character 15\): Expecting ':' delimiter"),
         (b'[{"a": 1}, ', r"row 1 \(character 11\): Expecting value"),
-        (b'[{"a": 1}', r"row 1 .*the file ends before its list does"),
+        (b'[{"a": 1}', r"row 1 .*the file ends inside the list"),
         (b'[{"a": 1} {"a": 2}]', r"row 1 \(character 11\): expected ',' or '\]'"),
         (b'[{"a": 1},]', r"row 1 \(character 10\): Expecting value"),
         (b'[{"a": 1}, nope]', r"row 1 \(character 11\): Expecting value"),

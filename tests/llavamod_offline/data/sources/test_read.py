@@ -82,7 +82,7 @@ def test_large_files_are_not_read(tmp_path: Path, images: Path, monkeypatch: pyt
 
 def test_images_without_a_folder_are_an_error_of_the_call(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "a.json", [{"id": 1, "image": "b.png", "conversations": GOOD}])
-    with pytest.raises(DataError, match=r"image 'b\.png': no folder to find it in: name it with --images DIR"):
+    with pytest.raises(DataError, match=r"image 'b\.png': no image folder: name one with --images DIR"):
         list(read_sources([file]))
 
 
@@ -133,7 +133,7 @@ def test_named_sources_with_folders_of_their_own(tmp_path: Path, images: Path) -
 def test_tars_belong_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"")
     for place in (tmp_path, tmp_path / "a.tar"):
-        with pytest.raises(DataError, match="tars are indexed in place with `llavamod-offline index`"):
+        with pytest.raises(DataError, match="index tars in place with `llavamod-offline index`"):
             read_sources([place])
 
 
