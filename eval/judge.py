@@ -79,7 +79,7 @@ class UrlJudge:
                     raise EvalError(f"judge {self.url}: status {error.code}: {_start(error.read())}") from error
             except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
                 if attempt == TRIES:
-                    raise EvalError(f"judge {self.url}: cannot be reached: {error}") from error
+                    raise EvalError(f"judge {self.url}: cannot be reached: {error}: check --judge") from error
             time.sleep(attempt)
         raise AssertionError
 

@@ -64,7 +64,7 @@ class Judging:
     """How a judge scores a task.
 
     `slots` fills the template for an answer; None: the judge is not asked about it. `score` takes the replies by
-    example id. `protocol` replaces the task's; "JUDGE" in it stands for the judge's model.
+    example id. `protocol` replaces the task's; "JUDGE" in it becomes the judge's model.
     """
 
     template: JudgeTemplate
@@ -81,7 +81,7 @@ class Task:
     files it reads, for their checksum. `score` takes answers by example id; None is a missing answer, which counts as
     wrong. A task without `score` needs a judge. `official_n`: sizes of the published sets. `max_new_tokens`: the
     published limit of an answer. `protocol`: the published prompt and how answers are read, in words.
-    `question_key` reduces a prompt to its question, as `Example.question` holds it. `llava_prompt` gives the prompt
+    `question_key` reduces a prompt to its question, as `Example.question` holds it. `llava_prompt` returns the prompt
     that LLaVA's runners record.
     """
 

@@ -15,7 +15,7 @@ _TOO_LONG = -2
 def spreadsheet(rows: Sequence[Sequence[str | int | None]]) -> bytes:
     """An .xlsx file of `rows`; None is an empty cell.
 
-    Text is stored as inline strings, which a spreadsheet program shows and never evaluates, whatever they begin with.
+    Text is stored as inline strings, which a spreadsheet program never evaluates, even if they begin with "=".
     Errors: `EvalError` for a text longer than a cell holds.
     """
     import xlsxwriter

@@ -22,7 +22,7 @@ _NOT_PRINTED = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # names in files 
 def run_command(app: typer.Typer, argv: Sequence[str] | None = None, *, name: str | None = None) -> NoReturn:
     """Run `app` on `argv` (default: the process's arguments) and exit with its status; `name` appears in its help.
 
-    A `LlavaModError` prints one line and gives status 2; LLAVAMOD_DEBUG=1 shows its traceback. Ctrl-C gives 130.
+    A `LlavaModError` prints one line and exits with 2; LLAVAMOD_DEBUG=1 shows its traceback. Ctrl-C exits with 130.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     arguments = list(sys.argv[1:] if argv is None else argv)

@@ -18,7 +18,7 @@ from llavamod_offline.errors import EvalError
 def prompt_ids(encoder: SequenceEncoder, example: Example[Any], max_new_tokens: int) -> list[int]:
     """Tokenize a question, its image first. Errors: `EvalError` if it leaves no space for an answer."""
     if IMAGE_PLACEHOLDER in example.prompt:
-        raise EvalError(f"question '{example.id}': remove '{IMAGE_PLACEHOLDER}' from its text: it stands for an image")
+        raise EvalError(f"question '{example.id}': remove '{IMAGE_PLACEHOLDER}' from its text: it marks an image")
     text = f"{IMAGE_PLACEHOLDER}\n{example.prompt}" if example.source is not None else example.prompt
     ids: list[int] = encoder.encode_prompt([Turn("user", text)]).tolist()
     if len(ids) + max_new_tokens > encoder.max_length:

@@ -98,7 +98,7 @@ class ObjectVocabulary:
     def mentions(self, caption: str) -> list[Mention]:
         """The objects a caption mentions, in order, with repetitions."""
         words, _ = self._joined([self.lemma(word) for word in treebank_words(caption)])
-        # "the seat of the toilet" is no chair
+        # "the seat of the toilet" is not a chair
         if "toilet" in words and "seat" in words:
             words = [word for word in words if word != "seat"]
         return [Mention(word, self.synonyms[word]) for word in words if word in self.synonyms]

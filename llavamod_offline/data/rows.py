@@ -19,7 +19,7 @@ RejectionKind = Literal[
     "damaged tar",  # truncated, or with foreign data
     "unanswerable prompt",  # the teacher that writes answers cannot process it
     "unfinished answer",  # the teacher reached its token limit
-    "unusable answer",  # the teacher's answer gives no valid sample
+    "unusable answer",  # the teacher's answer makes no valid sample
 ]
 
 

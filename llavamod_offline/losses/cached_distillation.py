@@ -124,7 +124,7 @@ class CachedDistillation(nn.Module):
     ) -> DistillationOutput:
         """Compute the loss of a batch from its last hidden states and its labels (−100: unsupervised).
 
-        `targets` are the records of the batch's sequences, in order, as `TeacherCache.targets` gives them. The loss is
+        `targets` are the records of the batch's sequences, in order, as returned by `TeacherCache.targets`. The loss is
         the mean over the batch's positions; with `num_items_in_batch`, the labels of all micro-batches and processes of
         the step (HF `Trainer` passes it), this batch's share of the step's mean. A cache of all positions needs
         `attention_mask_BT` where there is padding.

@@ -62,7 +62,7 @@ def reverse_kl(logits_NV: Tensor, targets: SparseTargets, *, temperature: float 
     """Reverse KL(student ‖ teacher) over top-k and bucket, summed over positions, times T².
 
     Shapes: as `forward_kl`. Source: MiniLLM, arXiv 2306.08543, on the cached support.
-    Errors: `TargetError` as `forward_kl`, or if it is infinite because a record gives some ids no probability.
+    Errors: `TargetError` as `forward_kl`, or if it is infinite because a record assigns some ids no probability.
     """
     return _divergence(logits_NV, targets, DivergenceSpec("reverse_kl"), temperature)
 
@@ -100,7 +100,7 @@ def skewed_reverse_kl(
 def total_variation(logits_NV: Tensor, targets: SparseTargets, *, temperature: float = 1.0) -> Divergence:
     """Half the L1 distance between teacher and student over top-k and bucket, summed over positions, times T².
 
-    Shapes and errors: as `forward_kl`. Events to which both give the same probability have gradient 0.
+    Shapes and errors: as `forward_kl`. Events to which both assign the same probability have gradient 0.
     """
     return _divergence(logits_NV, targets, DivergenceSpec("total_variation"), temperature)
 

@@ -89,7 +89,7 @@ def prepare_targets(
 
     Errors: `TargetError` if `tail` is unknown, or not `bucket` for a divergence other than `forward_kl`; if
     `temperature` has no stored normaliser; if `samples` finds no tail samples for that temperature; or if a reverse KL
-    is infinite because a record gives some ids no probability.
+    is infinite because a record assigns some ids no probability.
     """
     if tail not in TAIL_ESTIMATORS:
         raise TargetError(f"tail estimator '{tail}' is unknown: choose one of {', '.join(TAIL_ESTIMATORS)}")
@@ -161,7 +161,7 @@ def _check_support(log_probs_NE: Tensor, valid_NK: Tensor, tail_unreachable_N: T
     infinite_N = (torch.isneginf(log_probs_NE) & reachable_NE).any(-1)
     if bool(infinite_N.any()):
         raise TargetError(
-            f"reverse_kl is infinite at {int(infinite_N.sum())} position(s) whose records give some ids no "
+            f"reverse_kl is infinite at {int(infinite_N.sum())} position(s) whose records assign some ids no "
             "probability: use skewed_reverse_kl or js"
         )
 

@@ -48,7 +48,7 @@ def places(choices_SK: Tensor, keep_S: Tensor, experts: int, capacity: int) -> T
 
 
 class _Mask:
-    """The padding mask of the latest forward pass, which routers are not given."""
+    """The padding mask of the latest forward pass, which routers do not receive."""
 
     def __init__(self) -> None:
         self.keep_S: Tensor | None = None

@@ -141,7 +141,7 @@ def image_tokens(config: LlavaConfig) -> int:
     if config.image_seq_length != count:
         raise ModelError(
             f"config.json: image_seq_length is {config.image_seq_length}, but a vision tower of {size} pixels with "
-            f"patches of {patch} gives {count} image tokens: set image_seq_length to {count} or use the right tower"
+            f"patches of {patch} gives {count} image tokens: set image_seq_length to {count} or use the matching tower"
         )
     return int(count)
 

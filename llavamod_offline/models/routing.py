@@ -25,7 +25,7 @@ class Routing:
 
     `balance_loss`: summed over layers, differentiable; 0 for a dense model or a batch of padding only.
     `loads_LE`: each expert's share of the tokens' choices (K per token); rows sum to 1. `entropies_L`: mean entropy of
-    the gate distributions, in nats. `drop_rates_L`: the share of choices dropped for lack of capacity (see
+    the gate distributions, in nats. `drop_rates_L`: the share of choices dropped beyond capacity (see
     `capacity.py`). `tokens`: the number of non-padding tokens. All but `balance_loss` are detached.
     """
 

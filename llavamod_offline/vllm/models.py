@@ -36,7 +36,7 @@ def vllm_model(architecture: str) -> Any:
 def twin(base: Any, name: str, *others: Any, **body: Any) -> type:
     """A subclass of one of vLLM's model classes (and of `others`), with the attributes in `body`.
 
-    It raises `ModelError` if an image gives another number of tokens than our sequences hold for it.
+    It raises `ModelError` if an image yields a different number of tokens than our sequences hold for it.
     """
 
     def embed_multimodal(self: Any, **kwargs: Any) -> Any:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
-_UNKNOWN_ROLE = json.dumps("This model was trained on messages from user and assistant alone, not from: ")
-_UNKNOWN_PART = json.dumps("This model was trained on messages of text and image parts alone, not of: ")
+_UNKNOWN_ROLE = json.dumps("This model was trained only on messages from user and assistant, not from: ")
+_UNKNOWN_PART = json.dumps("This model was trained only on text and image parts, not on: ")
 _TURNS = tuple(Turn("assistant" if number % 2 else "user", f"[turn {number}]") for number in range(6))
 
 
@@ -33,8 +33,8 @@ def to_jinja(template: Template) -> str:
     """A template as Jinja for transformers' `apply_chat_template`.
 
     A message's content is a string, or a list of parts, where each image becomes a placeholder on its own line. Roles
-    and parts that no training sample has, such as a system message, raise an exception. A user
-    turn's text ends where the answer begins, so `add_generation_prompt` has no effect.
+    and parts that no training sample has, such as a system message, raise an exception. A user turn's text ends where
+    the answer begins, so `add_generation_prompt` has no effect.
     """
     question = (
         _literal([*template.user_prefix]) + " + words(message.content) + " + _literal([*template.assistant_prefix])

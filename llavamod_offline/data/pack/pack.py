@@ -1,6 +1,6 @@
 """Packing: samples and rejections in, a set folder out (its files: see `sample_set.py`).
 
-The same rows in the same order give the same bytes. Memory holds one sample, one shard's tar headers, and what
+The same rows in the same order produce the same bytes. Memory holds one sample, one shard's tar headers, and what
 `SetWriter` holds.
 """
 
@@ -40,7 +40,7 @@ def write_set(
     For the manifest: `weights`, how often training sees a source's samples, if not once; `max_side`, the length beyond
     which images were shrunk; `generated`, a description of the teacher that wrote the answers.
     Errors: `DataError` if `output` exists (with `overwrite`: unless it is a set), for a duplicate key (naming both rows
-    and `duplicate_hint`), if no row gives a sample, if more than the share `max_rejected` is rejected;
+    and `duplicate_hint`), if no row yields a sample, if more than the share `max_rejected` is rejected;
     `ConfigError` for the weight of a source without samples. Errors leave nothing behind.
     """
     weights = weights or {}

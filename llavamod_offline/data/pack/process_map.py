@@ -61,7 +61,7 @@ def map_in_order(
         while pending:
             yield from _unless_failed(pending.popleft()).result()
     except BrokenProcessPool as error:
-        raise DataError("a worker process was killed, perhaps for lack of memory: use fewer --workers") from error
+        raise DataError("a worker process was killed, perhaps by running out of memory: use fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -27,30 +27,30 @@ _OTHER_MEDIA = ("images", "video", "videos", "audio", "audios")
 
 def json_row_to_sample(row: Any, *, key: str, source: str, read_image: ReadImage) -> Sample:
     """Build a sample from a LLaVA conversation or a LLaVA-MoD preference, depending on its fields."""
-    said = _read_row(row)
-    _check_placeholders(said.turns, len(said.image_names))
-    images = tuple(read_image(name) for name in said.image_names)
-    return _build(key, said, images, _decoded_extensions(images, said.image_names), source)
+    parsed = _read_row(row)
+    _check_placeholders(parsed.turns, len(parsed.image_names))
+    images = tuple(read_image(name) for name in parsed.image_names)
+    return _build(key, parsed, images, _decoded_extensions(images, parsed.image_names), source)
 
 
 def tar_row_to_sample(
     row: Any, *, key: str, source: str, images: tuple[bytes, ...], extensions: tuple[str, ...]
 ) -> Sample:
     """Build a sample from such a row in a tar that also holds its images; the row need not name them."""
-    said = _read_row(row)
-    if said.image_names and len(said.image_names) != len(images):
-        reason = f"field 'image' names {len(said.image_names)} image(s), the tar holds {len(images)}"
+    parsed = _read_row(row)
+    if parsed.image_names and len(parsed.image_names) != len(images):
+        reason = f"field 'image' names {len(parsed.image_names)} image(s), the tar holds {len(images)}"
         raise RowError("placeholder mismatch", reason)
-    _check_placeholders(said.turns, len(images))
-    return _build(key, said, images, extensions, source)
+    _check_placeholders(parsed.turns, len(images))
+    return _build(key, parsed, images, extensions, source)
 
 
 def responses_of_row(row: Any) -> tuple[str, str]:
     """The chosen and the rejected response of a LLaVA-MoD preference."""
-    said = _read_row(row)
-    if said.chosen is None or said.rejected is None:
+    parsed = _read_row(row)
+    if parsed.chosen is None or parsed.rejected is None:
         raise RowError("malformed row", "has no 'chosen' and 'rejected'")
-    return said.chosen, said.rejected
+    return parsed.chosen, parsed.rejected
 
 
 def parquet_row_to_sample(row: Mapping[str, Any], *, key: str, source: str) -> Sample:
@@ -65,8 +65,8 @@ def parquet_row_to_sample(row: Mapping[str, Any], *, key: str, source: str) -> S
     turns = (Turn("user", f"{IMAGE_PLACEHOLDER}\n{row['question']}"),)
     _check_placeholders(turns, 1)
     names = (str(image.get("path") or "image"),)
-    said = _ParsedRow(turns, names, row["chosen"], row["rejected"])
-    return _build(key, said, (encoded,), _decoded_extensions((encoded,), names), source)
+    parsed = _ParsedRow(turns, names, row["chosen"], row["rejected"])
+    return _build(key, parsed, (encoded,), _decoded_extensions((encoded,), names), source)
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ def _decoded_extensions(images: tuple[bytes, ...], names: tuple[str, ...]) -> tu
         raise RowError("undecodable image", str(error)) from error
 
 
-def _build(key: str, said: _ParsedRow, images: tuple[bytes, ...], extensions: tuple[str, ...], source: str) -> Sample:
+def _build(key: str, parsed: _ParsedRow, images: tuple[bytes, ...], extensions: tuple[str, ...], source: str) -> Sample:
     try:
-        return Sample(key, said.turns, images, extensions, said.chosen, said.rejected, source)
+        return Sample(key, parsed.turns, images, extensions, parsed.chosen, parsed.rejected, source)
     except DataError as error:
         raise RowError("bad conversation", str(error).removeprefix(f"sample '{key}': ")) from error
 

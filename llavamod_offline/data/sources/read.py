@@ -66,7 +66,7 @@ def prepare_sources(
     all files these add up to their sizes. `max_side`: length in pixels beyond which images are shrunk (None: none are).
     `workers`: processes that read and decode images; the result does not depend on their number.
     Errors: `DataError` at once if a file or folder is missing, of an unknown kind or given twice, or if two files would
-    give the same row keys; while reading, if a file cannot be read at all; those of `map_in_order`.
+    yield the same row keys; while reading, if a file cannot be read at all; those of `map_in_order`.
     """
     sources = _checked(files, images, keys)
     reader = _RowReader(sources, keys, max_side)
@@ -98,7 +98,7 @@ def _check_stems(files: Sequence[Path]) -> None:
     stems: dict[str, Path] = {}
     for file in files:
         if stems.setdefault(file.stem, file) is not file:
-            raise DataError(f"sources '{stems[file.stem]}' and '{file}' give the same row keys: rename one of them")
+            raise DataError(f"sources '{stems[file.stem]}' and '{file}' yield the same row keys: rename one of them")
 
 
 class _RowReader:

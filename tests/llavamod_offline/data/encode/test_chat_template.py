@@ -60,9 +60,12 @@ def test_there_and_back(name: str) -> None:
 @pytest.mark.parametrize(
     ("message", "reason"),
     [
-        ({"role": "system", "content": "Answer in French."}, "user and assistant alone, not from: system"),
-        ({"role": "tool", "content": "42"}, "user and assistant alone, not from: tool"),
-        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "not of: image_url"),
+        ({"role": "system", "content": "Answer in French."}, "user and assistant, not from: system"),
+        ({"role": "tool", "content": "42"}, "user and assistant, not from: tool"),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+            "image parts, not on: image_url",
+        ),
     ],
 )
 def test_messages_that_no_student_was_trained_on_raise(name: str, message: dict[str, Any], reason: str) -> None:

@@ -109,7 +109,7 @@ def test_sources_that_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"image folder '.*none': no such folder"):
         read_sources([file], images=[tmp_path / "none"])
     read_sources([file, same])
-    with pytest.raises(DataError, match="give the same row keys: rename one of them"):
+    with pytest.raises(DataError, match="yield the same row keys: rename one of them"):
         read_sources([file, same], keys="row")
 
 
