@@ -210,7 +210,7 @@ def test_a_picture_that_the_processor_refuses_is_a_data_error(family: Family, mo
         monkeypatch.setattr(family.teacher.preprocessor, "pixels", refuse)
     else:
         monkeypatch.setattr(family.teacher, "processor", refuse)
-    with pytest.raises(DataError, match=r"sample 'one-0': its picture cannot be prepared: not with me"):
+    with pytest.raises(DataError, match=r"sample 'one-0': its image cannot be prepared: not with me"):
         family.teacher.images(conversations()[0])
 
 
