@@ -24,7 +24,6 @@ from typing import BinaryIO
 from llavamod_offline.data.images import MAX_ENCODED_BYTES
 from llavamod_offline.data.rows import RowError
 
-_BLOCK = 512
 _PIECE = 2**20
 _MAX_HEADER = 2**20  # bytes of a long name or of PAX fields
 _MAX_GROUP = 2**29
