@@ -1,10 +1,10 @@
 """The fingerprint: what a cache was made from and with, and what a student must share to read it.
 
 A nested JSON object. Sections: `tokenizer`, `template`, `sequence`, `images`, `teacher`, `engine`, `capture`, `data`.
-A cache of response positions enforces `tokenizer` alone, so that a student may word the prompt and see the image in
-its own way; a cache of all positions enforces what decides the other tokens too (`ENCODING_FIELDS`). Each sequence's
-supervised ids are compared when it is joined. Everything else informs, and decides whether a run may resume a
-cache and whether caches may be merged.
+A cache of response positions enforces `tokenizer` alone, so a student's prompt wording and image processing may differ;
+a cache of all positions also enforces what decides the other tokens (`ENCODING_FIELDS`). Each sequence's supervised ids
+are compared when it is joined. All other fields only decide whether a run may resume a cache and whether caches may be
+merged.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 STUDENT_FIELDS = ("tokenizer.vocabulary", "tokenizer.merges", "tokenizer.added_tokens")
 ENCODING_FIELDS = ("template", "sequence", "images.tokens", "images.token_id")
 LONGER = "rejected"  # what happens to a sequence of more than max_length tokens
-# Caches of earlier versions lack these; a missing value is no difference.
+# Caches of earlier versions lack these; a missing value counts as equal.
 _LATER = ("engine.head_dtype", "engine.device")
 INFORMATIVE = ("tokenizer.size", "tokenizer.pipeline")
 _SHOWN = 16
@@ -39,7 +39,7 @@ _HASHED_AT_ONCE = 4
 def describe_tokenizer(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """Hash a tokenizer: its vocabulary with ids (added tokens too), its merges in order, its added tokens with ids.
 
-    Errors: `ModelError` if it is no fast tokenizer.
+    Errors: `ModelError` if it is not a fast tokenizer.
     """
     content = _tokenizer_content(tokenizer)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"].get("merges") or []]
@@ -57,7 +57,7 @@ def describe_template(template: Template) -> dict[str, Any]:
 
 
 def describe_weights(folder: Path) -> dict[str, Any]:
-    """Identify a checkpoint by the SHA-256 of its configuration and of each safetensors file; paths do not enter."""
+    """Identify a checkpoint by the SHA-256 of its configuration and of each safetensors file, not by paths."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelError(f"{folder}: no *.safetensors file: save the checkpoint with save_pretrained first")
@@ -74,11 +74,11 @@ def differences(
     right: Mapping[str, Any],
     *,
     allow: Sequence[str] = (),
-    names: tuple[str, str] = ("there", "now"),
+    names: tuple[str, str] = ("was", "now"),
 ) -> list[str]:
-    """List the fields that differ, both values side by side; `allow` names fields, or whole sections, to pass over.
+    """List the fields that differ, both values side by side; `allow` names fields, or whole sections, to ignore.
 
-    A field that one side lacks differs, but for those that caches have not always had.
+    A field that one side lacks differs, unless it is one that older caches lack.
     """
     flat = [dict(_flatten(side)) for side in (left, right)]
     found = []
@@ -87,14 +87,14 @@ def differences(
             continue
         if field in _LATER and not all(field in side for side in flat):
             continue
-        values = [side.get(field, "nothing") for side in flat]
+        values = [side.get(field, "unset") for side in flat]
         if values[0] != values[1]:
             found.append(f"{field}: {names[0]} {_short(values[0])}, {names[1]} {_short(values[1])}")
     return found
 
 
 def check_allowed(allow: Sequence[str], *fingerprints: Mapping[str, Any]) -> None:
-    """Refuse to allow what no fingerprint has. Errors: `ConfigError` with the nearest name."""
+    """Refuse `allow` names that no fingerprint has. Errors: `ConfigError` with the nearest name."""
     fields = {field for fingerprint in fingerprints for field, _ in _flatten(fingerprint)}
     known = fields | {field[:at] for field in fields for at, sign in enumerate(field) if sign == "."}
     for name in allow:

@@ -61,7 +61,7 @@ def read_progress(checkpoint: Path) -> tuple[Progress, dict[str, Any]]:
         state = json.loads((checkpoint / "state.json").read_bytes())
         return Progress(**state["progress"]), dict(state["identity"])
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"{checkpoint}: damaged checkpoint ({error!r}): remove the folder and start again") from error
+        raise ModelError(f"{checkpoint}: damaged checkpoint ({error!r}): remove the folder and rerun") from error
 
 
 def save_checkpoint(
@@ -88,7 +88,7 @@ def save_checkpoint(
             _write(folder / f"step-{progress.step:08d}", weights, moments, tail, state)
         except (OSError, SafetensorError) as error:
             raise ConfigError(
-                f"output: cannot write a checkpoint to {folder} ({error}): free disk space, then repeat the command to "
+                f"output: cannot write a checkpoint to {folder} ({error}): free disk space, then rerun the command to "
                 "resume from the last one"
             ) from error
         for old in sorted(folder.glob("step-*"))[:-keep_last]:
@@ -101,7 +101,7 @@ def load_weights(checkpoint: Path, module: nn.Module) -> None:
     weights = _load(checkpoint / "weights.safetensors")
     trained = dict(_trained(module))
     if {name: tuple(p.shape) for name, p in trained.items()} != {n: tuple(w.shape) for n, w in weights.items()}:
-        raise ModelError(f"{checkpoint}: its tensors are not those that this run trains: choose another output")
+        raise ModelError(f"{checkpoint}: its tensors are not the ones that this run trains: choose another output")
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(weights[name])
@@ -173,7 +173,7 @@ def _full_moments(engine: Any) -> Iterator[tuple[str, Tensor]]:
 def start_optimizer(engine: Any, step: Tensor | None = None) -> None:
     """Initialise the state of a wrapped AdamW as its first step would, at `step` (default 0).
 
-    DeepSpeed links parameters to their moments during its first step, before the second of our groups has any; with
+    DeepSpeed links parameters to their moments during its first step, before our second parameter group has any; with
     the state made beforehand, it links all of them.
     """
     wrapper, inner = engine.optimizer, _inner_optimizer(engine)
@@ -204,7 +204,7 @@ def _load(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{file}: damaged checkpoint ({error}): remove its folder and start again") from error
+        raise ModelError(f"{file}: damaged checkpoint ({error}): remove its folder and rerun") from error
 
 
 def _cpu(tensor: Tensor) -> Tensor:

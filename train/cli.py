@@ -64,12 +64,12 @@ def run(
         list[str],
         typer.Argument(metavar="RECIPE [MORE.yaml ...] [KEY=VALUE ...]", help="A recipe or YAML files, then keys."),
     ],
-    print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved config and stop.")] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved config and exit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Train a student through one stage: align, mimic_dense, mimic_sparse, preference, or sft (no teacher).
 
-    The teacher is never loaded: its outputs come from the cache. To resume a stopped run, repeat the same command. The
+    The teacher is never loaded: its outputs come from the cache. To resume a stopped run, rerun the same command. The
     student is written to OUTPUT/student, the log to OUTPUT/metrics.jsonl.
 
     \b
@@ -100,7 +100,7 @@ def run(
 
 def _render(summary: TrainSummary) -> str:
     if not summary.finished:
-        return f"{summary.output}: stopped after step {summary.steps}; repeat the command to resume"
+        return f"{summary.output}: stopped after step {summary.steps}; rerun the command to resume"
     loss = summary.metrics.get("loss", float("nan"))
     return (
         f"{summary.stage}: {summary.steps} steps, {summary.tokens:,} tokens in {summary.seconds:.0f} s, last loss "
@@ -122,7 +122,7 @@ def report(
       train-student report runs/mimic_sparse
       train-student report runs/mimic_dense runs/only_kd -o compare.html
 
-    Works at any time, also on a run in progress.
+    Also works on a run in progress.
     """
     if output is None and len(runs) > 1:
         raise ConfigError("--output: required for several runs, such as -o report.html")

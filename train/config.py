@@ -42,7 +42,7 @@ class DataConfig:
 class CacheSourceConfig:
     """The teacher's cache, and what to do with samples that are `missing` from it.
 
-    `end_of_turn: <teacher token>=<student token>` declares the one token that may differ between the two. `allow`
+    `end_of_turn: <teacher token>=<student token>` declares the one token that may differ from the student's. `allow`
     names fields of the cache's fingerprint that may differ from the student's.
     """
 
@@ -95,7 +95,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """Samples of an optimiser step over all processes, and of one forward pass of one process."""
+    """Samples per optimiser step over all processes, and per forward pass of one process."""
 
     global_size: int = 128
     micro_size: int = 1
@@ -150,7 +150,7 @@ class TrainConfig:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """The roles of a sample that the stage wants; it trains on all but `mismatched`, which only measures."""
+        """The sample roles that the stage reads; it trains on all but `mismatched`, which is only evaluated."""
         if self.stage != "preference":
             return ("response",)
         return ("chosen", "rejected", "mismatched") if self.loss.kind == "kto" else ("chosen", "rejected")

@@ -73,7 +73,7 @@ def run_steps(
     """Train from `progress` to the last step; `micro_batches` must start at the next step.
 
     A SIGTERM ends the loop after the current step, with a checkpoint.
-    Errors: `ModelError` naming step and samples if a loss or a gradient is not finite; nothing is saved then.
+    Errors: `ModelError` naming step and samples if a loss or a gradient is not finite; no checkpoint is saved.
     """
     entry: Entry = {}
     if objective.shrinkage is not None:
@@ -178,7 +178,7 @@ def _shared(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Compute what the losses of a step share, and the tower's features of each micro-batch if that needed them.
 
-    Nothing for a step of a single micro-batch, whose loss computes both itself.
+    Does nothing for a step of a single micro-batch, whose loss computes both itself.
     """
     nothing: list[Tensor | None] = [None] * len(micros)
     if len(micros) == 1 and world.size == 1:

@@ -69,13 +69,13 @@ class LossConfig:
     """The loss. Distillation (the mimic stages, and preference with a `distill_weight`): `divergence` with its
     `js_weight` or `skew`, the estimator of the `tail` (auto: `shrink` with forward_kl, otherwise `bucket`, on which the
     others are defined; at T ≠ 1 shrink equals bucket), `temperature`. Mimic: `kd_weight`, `lm_weight` with kd_lm,
-    further terms under `align`, and `positions` to distil at: auto, all that the cache records; response, only those
-    that predict answers.
+    more terms under `align`, and `positions` to distil at: auto, all that the cache records; response, only those that
+    predict answers.
 
     Preference: `beta`, `label_smoothing`, `average_log_probs` (means instead of sums), with `kto` the weights of chosen
-    responses (`desirable_weight`) and of rejected ones (`undesirable_weight`), and two more terms
-    on the chosen response, means over its tokens: `sft_weight` · its negative log-prob and `distill_weight` · its
-    divergence from the cached teacher.
+    responses (`desirable_weight`) and of rejected ones (`undesirable_weight`), and two more terms on the chosen
+    response, means over its tokens: `sft_weight` · its negative log-prob and `distill_weight` · its divergence from the
+    cached teacher.
     """
 
     kind: LossKind = "cross_entropy"
@@ -121,7 +121,7 @@ def loss_problems(loss: LossConfig, stage: str) -> Iterable[str]:
         if loss.kind != "kto" and getattr(loss, name) != 1.0:
             yield f"loss.{name}: not used with {loss.kind}: remove it, or set loss.kind to kto"
     if loss.kind == "kto" and not loss.desirable_weight + loss.undesirable_weight > 0:
-        yield "loss.desirable_weight: it and loss.undesirable_weight are both 0: set one of them above 0"
+        yield "loss.desirable_weight: this and loss.undesirable_weight are both 0: set one of them above 0"
     if stage.startswith("mimic") and not loss.kd_weight:
         yield "loss.kd_weight: 0 turns distillation off: set it above 0, or use stage sft"
     if stage != "preference":

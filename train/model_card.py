@@ -1,6 +1,6 @@
 """The README.md of an exported student: what it is, how it was made, its last metrics, how to load it.
 
-It names contents by their digests, never folders of the machine that trained it.
+Data is named by digest, never by a folder of the training machine.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
-# What the log says about the run rather than about the student.
+# Log fields about the run, not about the student.
 _RUN_METRICS = {"step", "lr", "grad_norm", "positions", "tokens", "tokens_per_s", "seconds", "data_wait_share"}
 _PADDED = (
     "In training, images were padded to squares, but this folder's image processor crops them. For tools that only use "
@@ -37,7 +37,7 @@ def model_card(
     digests: Mapping[str, str | None],
     metrics: Mapping[str, Any],
 ) -> str:
-    """Write the card as Markdown.
+    """Return the card as Markdown.
 
     `settings`: those of the run, by dotted key; `sizes`: all parameters, and those active for a token; `metrics`: the
     last log entry.

@@ -61,7 +61,7 @@ def check_settings(output: Path, before: dict[str, Any], now: dict[str, Any]) ->
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             raise ConfigError(
-                f"{key}: the run in {output} was started with {before.get(key)}, now it is {now.get(key)}: "
+                f"{key}: the run in {output} was started with {before.get(key)}, not {now.get(key)}: "
                 "set it back, or choose another output"
             )
 

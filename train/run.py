@@ -164,7 +164,7 @@ def _begin(output: Path, config: str, rejected: str) -> None:
     """Make the output folder and remove what a killed run left incomplete. Errors: `ConfigError`."""
     student = output / STUDENT_NAME
     if student.exists() and not (output / METRICS_NAME).is_file():
-        raise ConfigError(f"output: {output} holds a student that no run wrote: choose another output")
+        raise ConfigError(f"output: {output} holds a student not written by train-student: choose another output")
     try:
         output.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(student, ignore_errors=True)

@@ -59,7 +59,7 @@ class Setup:
     contents: dict[str, Any]
 
     def micro_batches(self, world: World, start: int) -> Generator[TrainBatch]:
-        """Yield this process's micro-batches from step `start` on; close it in any case."""
+        """Yield this process's micro-batches from step `start` on; always close the generator."""
         schedule = BatchSchedule(
             self.order,
             start=start,
@@ -230,18 +230,18 @@ def _open_cache(config: TrainConfig, source: StudentSource) -> tuple[TeacherCach
         key = "loss.distill_weight" if config.stage == "preference" else "cache.path"
         raise ConfigError(
             f"{key}: cache '{config.cache.path}' holds log-probs of its tokens but no distributions: "
-            "capture with another capture.preset than reference"
+            "capture with a capture.preset other than reference"
         )
     check_cache(config.loss.align, cache)
     missing = sorted(set(config.roles) - set(cache.roles))
     if missing == [MISMATCHED]:
         raise ConfigError(
-            f"loss.kind: kto estimates its KL on mismatched responses, and cache '{config.cache.path}' has none: "
+            f"loss.kind: kto estimates its KL on mismatched responses, which cache '{config.cache.path}' lacks: "
             "capture with capture.mismatched=true, or set loss.kind to kto_pair"
         )
     if missing:
         raise ConfigError(
-            f"cache.path: '{cache.path}' holds {', '.join(cache.roles)}, stage {config.stage} needs "
+            f"cache.path: '{cache.path}' holds {', '.join(cache.roles)}, but stage {config.stage} needs "
             f"{', '.join(config.roles)}: set it to a cache of data.set"
         )
     return cache, swap

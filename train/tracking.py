@@ -55,7 +55,7 @@ def tracker(name: TrackerName, output: Path, settings: Mapping[str, Any], *, res
                 send(int(entry["step"]), scalars(entry))
         except Exception as error:
             broken = True
-            _LOG.warning("tracker %s: gave up: %s; metrics.jsonl continues", name, error)
+            _LOG.warning("tracker %s: stopped: %s; metrics.jsonl continues", name, error)
 
     try:
         yield track

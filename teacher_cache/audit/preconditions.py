@@ -61,7 +61,7 @@ def check_settings(cache: TeacherCache, job: CaptureSetup, allow: Sequence[str])
     found = differences(*sides, allow=allow, names=names)
     if found:
         raise CacheError(
-            f"cache '{cache.path}': was captured with different settings: {'; '.join(found)}: give data, teacher, "
+            f"cache '{cache.path}': was captured with different settings: {'; '.join(found)}: set data, teacher, "
             "template, max_length and image_aspect as in the run, or allow the field by name"
         )
     notes = [f"allowed: {line}" for line in differences(*sides, names=names)]

@@ -44,8 +44,8 @@ class RecordDifference:
 def compare(captured: Records, other: Records, precision: Precision | None) -> Differences:
     """Compare records as captured with others, such as a cache's, whose targets are the same.
 
-    Where probabilities are nearly equal, the top-k ids may differ: only shared ids are compared, and as tail mass that
-    of all other ids. `precision`: of the encoding of `other`; None: exact.
+    Where probabilities are nearly equal, the top-k ids may differ: only shared ids are compared, and all
+    others count as tail mass. `precision`: of the encoding of `other`; None: exact.
     """
     assert np.array_equal(captured.target_ids_N, other.target_ids_N)
     own, others = _keys(captured), _keys(other)

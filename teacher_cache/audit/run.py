@@ -118,7 +118,7 @@ def audit_cache(
     figures, agreements = _summary(found, counts)
     bounded = any(side["engine"].get("limits") for side in (cache.fingerprint, job.fingerprint))
     if bounded:
-        notes.append("entropy is not checked: one of the engines gives only a lower bound of it")
+        notes.append("entropy is not checked: one of the engines gives only a lower bound")
     unjudged = ("entropy",) if bounded else ()
     failures += _failures(figures, agreements, limits, unjudged)
     return Audit(
@@ -153,7 +153,7 @@ def _compared(
                 rejected += more
                 bar.update(1)
             lost = {(item.key, item.role): item.reason for item in rejected if (item.key, item.role) in cache}
-            failures += [f"{key} ({role}): the teacher rejects it: {reason}" for (key, role), reason in lost.items()]
+            failures += [f"{key} ({role}): rejected by the teacher: {reason}" for (key, role), reason in lost.items()]
             for item in together:
                 place = (item.key, item.role)
                 if place not in cache or place in lost:

@@ -19,16 +19,16 @@ def report(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.html", help="The page to write.")],
     data: Annotated[
         list[str] | None,
-        typer.Option(metavar="SET", help="A packed set it was captured from, or its URL; repeat it for several sets."),
+        typer.Option(metavar="SET", help="A captured packed set, by path or URL; repeat for several."),
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="A checkpoint folder whose tokenizer names the ids.")
+        Path | None, typer.Option(metavar="FOLDER", help="A checkpoint folder whose tokenizer labels the ids.")
     ] = None,
     samples: Annotated[
         int, typer.Option(metavar="N", min=0, help="Show N evenly spaced samples besides the most unusual ones.")
     ] = 24,
     positions: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Compute the distributions from about N positions at most.")
+        int, typer.Option(metavar="N", min=1, help="Compute the distributions from at most about N positions.")
     ] = 1_000_000,
     as_json: _Json = False,
 ) -> None:
@@ -80,14 +80,14 @@ def audit(
     ] = None,
     allow: Annotated[
         list[str] | None,
-        typer.Option(metavar="FIELD", help="Continue although this fingerprint field, or section, differs."),
+        typer.Option(metavar="FIELD", help="Continue even if this fingerprint field, or section, differs."),
     ] = None,
     as_json: _Json = False,
 ) -> None:
     """Run the teacher again over random sequences and compare with the cache (exit status 1 if they differ).
 
-    Also prints the differences of the teacher with itself in batches of another shape, and the error that the cache's
-    encoding may make. `--max` and `--mean` limit the differences beyond that error.
+    Also prints how the teacher differs from itself in batches of another shape, and the largest error of the cache's
+    encoding. `--max` and `--mean` limit the differences beyond that error.
 
     \b
     Examples:
@@ -95,8 +95,8 @@ def audit(
       cache-teacher audit caches/captions capture.yaml engine.kind=vllm    # captured by one engine, checked by another
       cache-teacher audit caches/captions capture.yaml --n 256 --max 1e-4 --json
 
-    The cache decides what is recorded of a distribution; capture.* is ignored. The default limits follow from the
-    coarser number type of the two: float32 0.001 (mean 0.0001, agreement 0.995), float16 0.25 (0.02, 0.98),
+    Records are made with the cache's own settings; capture.* is ignored. The default limits depend on the coarser of
+    the two number types: float32 0.001 (mean 0.0001, agreement 0.995), float16 0.25 (0.02, 0.98),
     bfloat16 1.5 (0.1, 0.9).
     """
     from llavamod_offline.config import load_config, split_arguments

@@ -20,7 +20,7 @@ def generate(
     ] = None,
     allow: Annotated[
         list[str] | None,
-        typer.Option(metavar="FIELD", help="Continue a set and a cache although this fingerprint field differs."),
+        typer.Option(metavar="FIELD", help="Continue a set and a cache even if this fingerprint field differs."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
@@ -28,9 +28,9 @@ def generate(
 
     Replaces the last answer of each conversation, given the turns before it (generate.turns=all: every answer).
     Answers without an end, empty or invalid ones are listed with the reason in the new set's rejected.jsonl.
-    A run that is killed and started again continues, and gives the same set and the same cache.
+    Rerun a killed run to continue; it gives the same set and the same cache.
 
-    Exit status: 0 if everything was answered and captured; 3 if some was rejected; 2 for an error.
+    Exit status: 0 if everything was answered and captured; 3 if something was rejected; 2 for an error.
 
     \b
     Examples:
@@ -59,7 +59,7 @@ def _print(done: Generation) -> None:
     if done.written:
         print(
             f"{done.output_set}: wrote {done.tokens:,} tokens for {done.written:,} samples in {done.seconds:.1f} s "
-            f"({done.tokens_per_second:,.0f} tokens/s); {done.retokenised:,} texts tokenise differently when read back"
+            f"({done.tokens_per_second:,.0f} tokens/s); {done.retokenised:,} texts tokenize differently when read back"
         )
     kinds = "".join(f", {count} {kind}" for kind, count in done.rejected_by_kind.items())
     print(f"{done.output_set}: {done.samples:,} samples, {done.rejected} rejected{kinds}, digest {done.digest}")

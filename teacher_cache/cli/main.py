@@ -39,10 +39,10 @@ def run(
     ] = None,
     allow: Annotated[
         list[str] | None,
-        typer.Option(metavar="FIELD", help="Continue a cache although this fingerprint field differs."),
+        typer.Option(metavar="FIELD", help="Continue a cache even if this fingerprint field differs."),
     ] = None,
     max_rejected: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="Stop beyond this share of rejected sequences, such as 0.01.")
+        float | None, typer.Option(metavar="SHARE", help="Stop if more than this share of sequences is rejected.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -56,7 +56,7 @@ def run(
       cache-teacher run data=sets/captions teacher=checkpoints/teacher output=caches/captions
       cache-teacher run capture.yaml capture.preset=compact batch_size=8
       cache-teacher run data=sets/pairs teacher=checkpoints/teacher output=caches/pairs \
-        capture.preset=reference capture.mismatched=true     # for preference training, unpaired KTO too
+        capture.preset=reference capture.mismatched=true     # for preference training, including unpaired KTO
       cache-teacher run capture.yaml --slice 3/16        # one of 16 jobs that share the output
       cache-teacher run capture.yaml engine.ray=true     # a worker on each GPU
       cache-teacher run capture.yaml --max-rejected 0.01 || [ $? -eq 3 ]   # in a script that stops at errors
@@ -144,7 +144,7 @@ def plan(
       cache-teacher plan capture.yaml capture.top_k=24 --samples 64 --seconds 20
       cache-teacher run capture.yaml && cache-teacher plan capture.yaml
 
-    The plan is kept beside the output, and a run adds what it took. Nothing is written into the output itself.
+    The plan is kept beside the output; runs append their time. Nothing is written into the output itself.
     """
     from llavamod_offline.config import load_config, split_arguments
     from teacher_cache.config import CacheTeacherConfig
@@ -182,7 +182,7 @@ def verify(
       cache-teacher verify s3://bucket/captions --json
       cache-teacher verify caches/captions --repair && cache-teacher run capture.yaml
 
-    Only --repair changes anything, and lists what it removes; use it while no run is writing the cache.
+    Only --repair changes anything, and lists what it removes; do not use it while a run writes the cache.
     """
     if repair:
         from teacher_cache.verify.repair import repair_cache, repair_lines
@@ -212,7 +212,7 @@ def inspect(
     cache: CacheFolder,
     key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="A sample's key.")] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="A checkpoint folder whose tokenizer names the ids.")
+        Path | None, typer.Option(metavar="FOLDER", help="A checkpoint folder whose tokenizer labels the ids.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -284,7 +284,7 @@ def export(
         return
     print(f"{output}: {done.positions:,} positions of {done.sequences:,} sequences, {done.bytes:,} bytes")
     images = f"; {done.with_images:,} sequences with images left out" if done.with_images else ""
-    print(f"not in this layout: {', '.join(done.lost)}; its ids have {done.mass:.4f} of the mass on average{images}")
+    print(f"not in this layout: {', '.join(done.lost)}; its ids hold {done.mass:.4f} of the mass on average{images}")
 
 
 @app.command()
@@ -292,7 +292,7 @@ def merge(
     caches: Annotated[list[str], typer.Argument(metavar="CACHE...", help="Finished caches over different data.")],
     output: Annotated[str, typer.Option(metavar="CACHE", help="The cache to write.")],
     allow: Annotated[
-        list[str] | None, typer.Option(metavar="FIELD", help="Merge although this fingerprint field differs.")
+        list[str] | None, typer.Option(metavar="FIELD", help="Merge even if this fingerprint field differs.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -313,7 +313,7 @@ def merge(
         print(json.dumps(dataclasses.asdict(done)))
         return
     for before, now in done.renamed.items():
-        print(f"{before} is now {now}: its name was already used")
+        print(f"renamed {before} to {now}: the name was already used")
     print(
         f"{output}: {done.positions:,} positions of {done.sequences:,} sequences in {done.shards} shards "
         f"of {done.caches} caches, digest {done.digest}"
@@ -325,5 +325,5 @@ for command in (generate, report, audit):
 
 
 def main() -> None:
-    """Run the command."""
+    """Run `cache-teacher`."""
     run_command(app)

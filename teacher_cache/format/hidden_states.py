@@ -28,7 +28,7 @@ _LARGEST = float(np.finfo(np.float16).max)
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """The states of one sequence; `rows_M`: the recorded positions that have one, rising."""
+    """The states of one sequence; `rows_M`: the recorded positions that have one, ascending."""
 
     rows_M: NDArray[np.int64]
     states_MD: NDArray[np.float32]

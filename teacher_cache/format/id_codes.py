@@ -1,8 +1,8 @@
 """Ids as small symbols: a rank by frequency, coded in one byte for the frequent ones and two or four for the others.
 
-A table lists the most frequent ids of a shard by falling frequency; the other ids follow in order of id. An id's index
-in that list is its *rank*. A rank below 160 is its own code. The codes 160 … 254 denote 256 ranks each, from 160 on,
-and one *low* byte selects the rank. The code 255 denotes all further ranks: the excess is split into a low byte and a
+A table lists a shard's most frequent ids by decreasing frequency; the other ids follow in order of id. An id's index in
+that list is its *rank*. A rank below 160 is its own code. The codes 160 … 254 denote 256 ranks each, from 160 on, and
+one *low* byte selects the rank. The code 255 denotes all further ranks: the excess is split into a low byte and a
 *high* number of 16 bits. An entropy coder thus gets the codes as one stream of bytes, as skewed as the frequencies of
 ids, and the nearly uniform low bytes as another.
 """
@@ -65,7 +65,7 @@ def decode_ranks(coded: CodedRanks) -> Ranks:
 
 
 def frequent_ids(ids: NDArray[np.int32], vocab_size: int, limit: int) -> NDArray[np.int32]:
-    """At most `limit` of the ids that occur more than once, by falling frequency, ties by rising id."""
+    """At most `limit` of the ids that occur more than once, by decreasing frequency, ties by increasing id."""
     counts_V = np.bincount(ids, minlength=vocab_size)
     order_V = np.argsort(-counts_V, kind="stable")
     return order_V[: min(limit, int((counts_V > 1).sum()))].astype(np.int32)

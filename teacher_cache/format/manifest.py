@@ -99,7 +99,7 @@ def content_digest(content: Mapping[str, Any]) -> str:
 
 
 def has_own_digest(content: bytes, parsed: Mapping[str, Any]) -> bool:
-    """Whether a job.json or cache.json, given as bytes and parsed, contains its own digest."""
+    """Whether a job.json or cache.json, given as bytes and parsed, contains the digest of its content."""
     digest = parsed.get("digest")
     # In canonical form the digest has its own line; removing that is faster than serialising the rest.
     line = f'\n  "digest": "{digest}",\n'.encode()
@@ -136,5 +136,5 @@ def parse_object(content: bytes, where: str, *, way_out: str) -> dict[str, Any]:
         raise CacheError(f"{where}: not a JSON object: {way_out}")
     version = parsed.get("format_version")
     if version != FORMAT_VERSION:
-        raise CacheError(f"{where}: format version {version}, this version of the project reads {FORMAT_VERSION}")
+        raise CacheError(f"{where}: format version {version}, not {FORMAT_VERSION}: update the project to read it")
     return parsed

@@ -88,8 +88,8 @@ class Records:
     `target_ids_N` is −1 for a position without target, whose `target_log_probs_N` is 0.
 
     `topk_counts_N`: how many of `topk_ids_H` and `topk_log_probs_H` belong to each position, most likely first
-    (equal ones by rising id), then the forced ids that are not among those, in the order of `forced_ids`.
-    `tail_counts_N` likewise for `tail_ids_D`, in any order; an id drawn twice occurs twice. `tail_log_mass_N` is −inf
+    (ties by increasing id), then the forced ids that are not among those, in the order of `forced_ids`.
+    `tail_counts_N` likewise for `tail_ids_D`, in any order; an id sampled twice occurs twice. `tail_log_mass_N` is −inf
     if the tail is empty. `log_normalisers_NS`: log Σ_v p(v)^(1/T).
     """
 

@@ -73,7 +73,7 @@ class Codec:
         found = (attributes.get("codec"), attributes.get("codec_version"))
         if found != (CODEC_NAME, CODEC_VERSION):
             raise CacheError(
-                f"{where}: encoded by codec '{found[0]}' {found[1]}, this reads '{CODEC_NAME}' {CODEC_VERSION}: "
+                f"{where}: encoded by codec '{found[0]}' {found[1]}, not '{CODEC_NAME}' {CODEC_VERSION}: "
                 "update the project or capture the cache again"
             )
         try:

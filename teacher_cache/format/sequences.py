@@ -1,7 +1,7 @@
 """The table of a cache shard's sequences: one row each, in a memory-mapped Arrow IPC file.
 
-Positions, top-k ids and tail samples are stored in the order of the table, so a sequence's begin at the sum of the
-counts before it.
+Positions, top-k ids and tail samples are stored in the order of the table, so a sequence's entries begin at the sum
+of the counts before it.
 
 Shape suffixes: Q sequences of a shard.
 """
@@ -22,7 +22,7 @@ from llavamod_offline.errors import CacheError
 from teacher_cache.format.hidden_states import HiddenStates
 from teacher_cache.format.record import Records
 
-HASH_BYTES = 16  # of a SHA-256: what is stored of target and content hashes
+HASH_BYTES = 16  # stored of each SHA-256 of targets and content
 SEQUENCE_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -155,7 +155,7 @@ class SequenceRows:
         return same and self.role_names[self.role_codes_Q[row]] == role
 
     def of_role(self, role: str) -> NDArray[np.bool_]:
-        """Which rows are of a role."""
+        """Which rows have a role."""
         code = self.role_names.index(role) if role in self.role_names else -1
         of_role_Q: NDArray[np.bool_] = self.role_codes_Q == code
         return of_role_Q

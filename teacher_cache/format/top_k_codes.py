@@ -1,6 +1,6 @@
 """Log-probs of top-k ids as small symbols: the code of the first, then the steps from one to the next.
 
-Likely ids are sorted by falling log-prob, so their codes rise and the steps between them are ≥ 0 and mostly small: one
+Likely ids are sorted by decreasing log-prob, so their codes rise; the steps between them are ≥ 0 and mostly small: one
 byte each, where 255 refers to the *far steps* of 16 bits. Forced ids that are not among the likely ids need no stored
 id: they come last, in the order of the list, each with a code for its log-prob.
 

@@ -1,14 +1,14 @@
 """`cache-teacher export`: top-k ids and reference log-probs of a cache as a parquet file for other trainers.
 
-One row per sequence, in the order of the cache, with natural log-probs at T = 1 as the reader gives them, not
+One row per sequence, in the order of the cache, with natural log-probs at T = 1 as the reader returns them, not
 renormalised. Three layouts, where n is the sequence's recorded positions, T all its tokens, K the top-k ids kept:
 
 - `table`: `key`, `role` string; `target_ids` [n] int32, the supervised tokens (−1 where a position of a cache of all
   positions has none); `target_log_probs` [n] float32, their reference log-probs; `sum_log_prob` float64, their sum;
   `token_ids` [n][K] int32 and `log_probs` [n][K] float32, the top-k ids: likely ids, most likely first, then
   forced ones. K varies by position.
-- `axolotl`: tokenised rows for axolotl's knowledge-distillation trainer, with the columns that its collator
-  (`DataCollatorForKD`, read at commit 067b021) takes, and no others, since it makes tensors of all:
+- `axolotl`: tokenized rows for axolotl's knowledge-distillation trainer, with exactly the columns that its collator
+  (`DataCollatorForKD`, read at commit 067b021) takes, since it makes a tensor of each:
   `input_ids`, `attention_mask`, `labels` [T], labels −100 for unsupervised tokens; `target_token_ids`,
   `target_logprobs`, `target_mask` [T][K]. Row t is the model's output at t, the distribution of the token at t + 1, and
   is empty without a record. Text only: sequences with images are left out. Use it with `kd_normalize_topk: false`.
@@ -107,9 +107,9 @@ def export_cache(
 ) -> Exported:
     """Write one of the layouts above to `output`, atomically and in bounded memory.
 
-    `top_k`: keep at most so many ids per position. `data` and `tokenizer`, the packed set and a checkpoint folder,
+    `top_k`: keep at most this many ids per position. `data` and `tokenizer`, the packed set and a checkpoint folder,
     provide the prompts for `axolotl`. Errors: `ConfigError` for an invalid choice; `CacheError`, `DataError` or
-    `TargetError` if set or tokenizer are not those of the cache.
+    `TargetError` if set or tokenizer do not match the cache.
     """
     _check_choice(output, layout, top_k, data, tokenizer)
     totals = {"sequences": 0, "positions": 0, "mass": 0.0}
@@ -169,9 +169,9 @@ def _check_choice(output: Path, layout: str, top_k: int | None, data: Path | Non
     if top_k is not None and top_k < 1:
         raise ConfigError(f"--top-k {top_k}: must be at least 1")
     if top_k is not None and layout == "trl":
-        raise ConfigError("--top-k: --format trl writes no distributions: leave it out")
+        raise ConfigError("--top-k: --format trl writes no distributions: remove it")
     if output.exists():
-        raise ConfigError(f"output '{output}': exists already: choose another, or remove it")
+        raise ConfigError(f"output '{output}': already exists: choose another, or remove it")
     if not output.parent.is_dir():
         raise ConfigError(f"output '{output}': folder '{output.parent}' does not exist: create it first")
     if layout == "axolotl" and (data is None or tokenizer is None):
@@ -258,7 +258,7 @@ def _lists(lengths: Counts, values: Any) -> pa.ListArray:
 
 
 class _Prompts:
-    """Tokenises sequences of text as the teacher read them. Errors: those of `export_cache`."""
+    """Tokenizes text sequences as in the capture. Errors: those of `export_cache`."""
 
     def __init__(self, cache: TeacherCache, data: Path, tokenizer: Path) -> None:
         about = cache.fingerprint
@@ -290,7 +290,7 @@ class _Prompts:
         """The sequence, checked against its record."""
         sample = self._samples.read(self._samples.row_of(key))
         if short_hash(sample.content_hash) != self._cache.sequence(key, role).content_hash:
-            raise DataError(f"sample '{key}' ({role}): its text is not the captured one: pass the captured set")
+            raise DataError(f"sample '{key}' ({role}): its text differs from the captured one: pass the captured set")
         sequence = self._encoder.encode(sample, role)
         check_sequence(self._cache, sequence)
         return sequence

@@ -1,6 +1,6 @@
 """What `cache-teacher inspect` shows, as plain objects: content and size of a cache, the teacher's confidence, tokens.
 
-Shape suffixes: N positions of the sequences looked at.
+Shape suffixes: N positions of the sampled sequences.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def describe_key(cache: TeacherCache, key: str, show: Callable[[int], str]) -> l
     """
     roles = [role for role in cache.roles if (key, role) in cache]
     if not roles:
-        raise CacheError(f"cache '{cache.path}': no record of sample '{key}': its rejected.jsonl may say why")
+        raise CacheError(f"cache '{cache.path}': no record of sample '{key}': look for it in rejected.jsonl")
     found = []
     for role in roles:
         about = cache.sequence(key, role)

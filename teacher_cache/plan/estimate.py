@@ -87,7 +87,7 @@ class Comparison:
 def make_plan(config: CacheTeacherConfig, *, samples: int, seconds: float) -> Plan:
     """Probe up to `samples` samples for about `seconds` and scale the result up to the whole set.
 
-    Errors: those of a run that can be known before it; `CacheError` if no sample of the probe could be captured.
+    Errors: those that a run finds before it captures; `CacheError` if no sample of the probe could be captured.
     """
     from teacher_cache.capture_setup import prepare_capture
     from teacher_cache.engines import load_engine

@@ -26,13 +26,13 @@ from teacher_cache.format.sequences import SequenceRecord
 from teacher_cache.inspection.summary import shard_parts
 from teacher_cache.write.store import write_shard
 
-_ROUND_BATCHES = 4  # batches captured between two looks at the clock
+_ROUND_BATCHES = 4  # batches captured between two checks of the clock
 _PRESET_IDS = 2**24  # most top-k ids to capture for a preset, since they are held in memory
 
 
 @dataclass(frozen=True)
 class ProbedRun:
-    """What `samples` samples gave, and the seconds it took."""
+    """What capturing `samples` samples gave, and the seconds it took."""
 
     samples: int
     captured: list[SequenceRecord]
@@ -51,15 +51,15 @@ class ProbedRun:
 
 
 def even_rows(total: int, wanted: int) -> list[int]:
-    """`wanted` numbers below `total`, evenly spaced; all of them if there are no more."""
+    """`wanted` numbers below `total`, evenly spaced; all of them if `total` is no larger."""
     count = min(total, wanted)
     return [(2 * number + 1) * total // (2 * count) for number in range(count)]
 
 
 def probe(job: CaptureSetup, engine: CaptureEngine, *, samples: int, batch_size: int, seconds: float) -> ProbedRun:
-    """Capture up to `samples` samples, in rounds that are evenly spaced too, until `seconds` are over.
+    """Capture up to `samples` samples, in rounds that are evenly spaced too, until `seconds` have passed.
 
-    One batch before them is not timed: it warms up the device. Errors: `CacheError` if no sequence could be captured.
+    An untimed batch first warms up the device. Errors: `CacheError` if no sequence could be captured.
     """
     rows = even_rows(len(job.samples), samples)
     rounds = -(-len(rows) // (_ROUND_BATCHES * batch_size))
@@ -77,7 +77,7 @@ def probe(job: CaptureSetup, engine: CaptureEngine, *, samples: int, batch_size:
         if spent >= seconds:
             break
     if not captured:
-        raise CacheError(f"plan: none of {done} samples could be captured, such as: {rejected[0].reason}")
+        raise CacheError(f"plan: none of {done} samples could be captured; the first: {rejected[0].reason}")
     return ProbedRun(done, captured, len(rejected), spent)
 
 
@@ -96,7 +96,7 @@ def preset_bytes(job: CaptureSetup, engine: CaptureEngine, run: ProbedRun, *, se
 
 
 def whole_cache(job: CaptureSetup, captured: Sequence[SequenceRecord], samples: int) -> tuple[dict[str, int], float]:
-    """The bytes of each part of a cache of the whole set, and the seconds of writing it, from what `samples` gave.
+    """The bytes of each part of a cache of the whole set, and the seconds of writing it, scaled from `samples`.
 
     An empty shard shows what every shard costs; the rest grows with the number of samples.
     """

@@ -51,7 +51,7 @@ def print_plan(console: Console, plan: Plan, kept: Path | None) -> None:
         add_row(table, name, f"{size / positions:,.2f}", readable_bytes(size))
     console.print(table)
     console.print()
-    where = f"saved in {kept}" if kept is not None else "not saved, since the output is a URL: choose a --file"
+    where = f"saved in {kept}" if kept is not None else "not saved, since the output is a URL: pass --file"
     print_pairs(console, [("plan", where)])
 
 

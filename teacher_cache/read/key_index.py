@@ -1,8 +1,8 @@
 """Look-up of sequences by (key, role): all hashes of a cache sorted once, keys compared where hashes are equal.
 
 Hashes are computed on first use and kept in memory only; keys in the order of the cache are found without them. Arrow's
-`index_in` would rebuild its table of all keys for every batch (0.25 s at a million keys, against 0.1 ms), so it serves
-only look-ups of many keys at once.
+`index_in` would rebuild its table of all keys for every batch (0.25 s at a million keys, against 0.1 ms), so it is
+only used to look up many keys at once.
 
 Shape suffixes: Q sequences of a cache (or of one shard), B of them looked up at once, K keys of a column.
 """
@@ -38,7 +38,7 @@ class SequenceIndex:
         self.starts_Q = np.zeros(len(self) + 1, np.int64)
         if shards:
             np.cumsum(np.concatenate([rows.n_position_Q for rows in shards]), dtype=np.int64, out=self.starts_Q[1:])
-        # The lowest bits of a hash give way to the row: sorting numbers is several times as fast as sorting indices.
+        # The row replaces the lowest bits of a hash: sorting numbers is several times as fast as sorting indices.
         self._row_bits = np.uint64((1 << len(self).bit_length()) - 1)
 
     def __len__(self) -> int:

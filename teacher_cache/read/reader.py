@@ -333,8 +333,8 @@ class TeacherCache:
 
     def _unknown(self, key: str, role: str) -> CacheError:
         return CacheError(
-            f"cache '{self.path}': no record of sample '{key}' ({role}): its rejected.jsonl may say why; "
-            "or capture the set that holds it"
+            f"cache '{self.path}': no record of sample '{key}' ({role}): look for it in rejected.jsonl, "
+            "or capture the set that contains it"
         )
 
 
@@ -354,7 +354,7 @@ def _read_cache_file(folder: LocalFolder | RemoteFolder) -> tuple[dict[str, Any]
                 f"cache '{where}': has no {CACHE_NAME}, so it is not a teacher cache: see `cache-teacher run`"
             )
         raise CacheError(
-            f"cache '{where}': unfinished ({CACHE_NAME} is missing): run `cache-teacher run` again with the same "
+            f"cache '{where}': unfinished ({CACHE_NAME} is missing): rerun `cache-teacher run` with the same "
             "settings to finish it"
         )
     parsed = parse_object(content, f"{where}/{CACHE_NAME}", way_out=VERIFY)

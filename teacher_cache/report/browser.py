@@ -25,7 +25,7 @@ from teacher_cache.report.sets import NO_SOURCE
 
 ALTERNATIVES = 12
 TAIL_IDS = 6
-TOKENS = 1200  # the most shown of a sequence
+TOKENS = 1200  # most tokens shown per sequence
 IMAGE_SIDE = 448
 DARKEST = 4.0  # nats of entropy at which the shade is full
 
@@ -64,7 +64,7 @@ class Browser:
         if sample is not None:
             turns = sample.conversation(first) if first in sample.roles else sample.turns
         answers = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
-        # Another template may give other runs than the turns suggest: text and tokens are then shown separately.
+        # With another template the runs may not match the turns: text and tokens are then shown separately.
         fits = bool(answers) and all(len(runs[role]) == len(answers) for role in shown.roles)
         self.cards.append(
             {

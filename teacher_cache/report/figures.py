@@ -47,7 +47,7 @@ def distributions(cache: TeacherCache, scan: Scan, by_source: bool) -> dict[str,
     scanned, every = len(scan.entropy_N), cache.positions
     over = f"all {every:,} positions" if scanned == every else f"{scanned:,} of {every:,} positions, evenly spaced"
     if not by_source:
-        over += "; name the packed set with --data to see them by source"
+        over += "; pass the packed set with --data to see them by source"
     panels = {}
     for title, values_N, edges in (
         ("Entropy, nats", scan.entropy_N, ENTROPY_EDGES),

@@ -54,7 +54,7 @@ def write_report(
     sample differs from what was captured, or the sets have none of the samples.
     """
     if output.suffix != ".html":
-        raise ConfigError(f"{output}: a report's name ends with .html")
+        raise ConfigError(f"{output}: the name of a report must end with .html")
     sets = CacheSets(cache, data)
     names = TokenNames(tokenizer)
     _check_names(cache, names)
@@ -65,7 +65,7 @@ def write_report(
     shown = [_shown(cache, sets, key, reasons) for key, reasons in chosen.items()]
     if sets and shown and not any(each.sample for each in shown):
         where = ", ".join(f"'{path}'" for path in data)
-        raise CacheError(f"cache '{cache.path}': set {where} has none of its samples: give the set that was captured")
+        raise CacheError(f"cache '{cache.path}': set {where} has none of its samples: pass the captured set")
     for each in shown:
         browser.add(each)
     sources = sorted({card["source"] for card in browser.cards} - {""})
@@ -107,7 +107,7 @@ def _check_names(cache: TeacherCache, names: TokenNames) -> None:
     sides = [{"tokenizer": {"vocabulary": side["vocabulary"]}} for side in (there, here)]
     found = differences(*sides, names=("cache", "now"))
     if found:
-        raise CacheError(f"cache '{cache.path}': {found[0]}: give the folder of the teacher's tokenizer")
+        raise CacheError(f"cache '{cache.path}': {found[0]}: pass the folder of the teacher's tokenizer")
 
 
 def _chosen(cache: TeacherCache, rankings: Sequence[Ranking], samples: int) -> dict[str, dict[str, str]]:

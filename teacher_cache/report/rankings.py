@@ -44,10 +44,10 @@ def rank(cache: TeacherCache, scan: Scan, count: int) -> list[Ranking]:
         entropy_Q = np.where(np.isnan(positions_Q), np.nan, cache.numbers("mean_entropy"))
         log_prob_Q = cache.numbers("sum_log_prob") / positions_Q
     return [
-        _ranking(cache, "entropy", "The most uncertain", "mean entropy, nats a token", entropy_Q, "{:.3f}", count),
-        _ranking(cache, "unlikely", "The least likely", "log-prob a token, nats", -log_prob_Q, "−{:.3f}", count),
+        _ranking(cache, "entropy", "The most uncertain", "mean entropy, nats per token", entropy_Q, "{:.3f}", count),
+        _ranking(cache, "unlikely", "The least likely", "log-prob, nats per token", -log_prob_Q, "−{:.3f}", count),
         _ranking(cache, "tail", "The largest tails", "mean mass outside the top-k", tail_Q, "{:.4f}", count),
-        _ranking(cache, "longest", "The longest", "tokens: they take the most time", tokens_Q, "{:,.0f}", count),
+        _ranking(cache, "longest", "The longest", "tokens", tokens_Q, "{:,.0f}", count),
     ]
 
 

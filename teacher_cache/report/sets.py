@@ -19,8 +19,8 @@ from llavamod_offline.errors import CacheError
 from teacher_cache.format.sequences import short_hash
 from teacher_cache.read.reader import TeacherCache
 
-NO_SET = "not in the sets given"
-NO_SOURCE = "no source named"
+NO_SET = "not in the given sets"
+NO_SOURCE = "no source"
 
 
 class CacheSets:
@@ -68,7 +68,7 @@ class CacheSets:
         for number, path in other.items():
             if places_Q2[number, 0] < 0:
                 raise CacheError(
-                    f"sample '{items[number][0]}': its content in set '{path}' is not what cache '{self.cache.path}' "
-                    "was captured from: give the set that was captured"
+                    f"sample '{items[number][0]}': its content in set '{path}' differs from that captured in "
+                    f"cache '{self.cache.path}': pass the captured set"
                 )
         return places_Q2

@@ -102,7 +102,7 @@ def check_encoding(
         cache,
         student,
         allow,
-        "it has records of all positions: give the student the teacher's template, max_length and image tokens, "
+        "it has records of all positions: use the teacher's template, max_length and image tokens, "
         "capture with capture.positions=response, or allow the field by name if you know it is harmless",
     )
 
@@ -121,7 +121,7 @@ def check_sequence(
     length = len(sequence.input_ids_T)
     if cache.positions_kept == "all" and record.n_tokens != length:
         raise TargetError(
-            f"sample '{sequence.key}' ({sequence.role}): {length} tokens, the cache has records of {record.n_tokens}: "
+            f"sample '{sequence.key}' ({sequence.role}): {length} tokens, but {record.n_tokens} in the cache: "
             "use the teacher's template and image tokens, or capture with capture.positions=response"
         )
     check_target_ids(cache, sequence.key, sequence.role, sequence.target_ids_N, swap, record)
@@ -151,11 +151,11 @@ def check_target_ids(
     one_token = len(pairs) == 1 and len(theirs) == len(mine) and swap is None
     if role == "mismatched" and not one_token:
         raise TargetError(
-            f"sample '{key}' (mismatched): its paired response is not the cache's, since pairs depend on "
+            f"sample '{key}' (mismatched): its paired response differs from the cache's, since pairs depend on "
             "the whole set: set data.set to the captured set, or capture this one"
         )
     raise TargetError(
-        f"sample '{key}' ({role}): its supervised ids are not the cache's: at position {where} the "
+        f"sample '{key}' ({role}): its supervised ids differ from the cache's: at position {where} the "
         f"cache has {shown[0]} of {len(theirs)}, the student {shown[1]} of {len(mine)}: use the teacher's template and "
         f"tokenizer, {'declare its end of turn as cache.end_of_turn, ' if one_token else ''}or capture the cache again"
     )

@@ -2,7 +2,7 @@
 
 `cache.end_of_turn: "<A>=<B>"` declares that teacher and student differ only in the token that ends an answer. Reading
 then swaps the teacher's id of A and the student's id of B everywhere: in supervised ids, top-k ids and tail samples.
-Since that permutes ids, every distribution stays one: no id occurs twice, no mass is added or lost, and if both ids are
+Since that permutes ids, all distributions stay valid: no id occurs twice, no mass is added or lost, and if both ids are
 among the top-k, each takes the other's mass. Log normalisers, entropy and summed log-probs do not depend on ids.
 """
 
@@ -89,5 +89,5 @@ def teacher_vocabularies(student: Vocabulary, theirs: str, mine: str) -> Iterato
         yield {**student, theirs: beyond}, TokenIdSwap(beyond, own)  # the teacher has one token more
         return
     yield dict(student), TokenIdSwap(student[theirs], own)  # the same tokenizer, ending answers with another token
-    yield {**rest, theirs: own, mine: student[theirs]}, TokenIdSwap(own, own)  # the two at each other's id
+    yield {**rest, theirs: own, mine: student[theirs]}, TokenIdSwap(own, own)  # the two ids swapped
     yield rest, TokenIdSwap(student[theirs], own)  # the student has one token more

@@ -32,7 +32,7 @@ def check_labels(
     Errors: `TargetError` naming the sample and its first difference; `CacheError` if a sample has no record.
     """
     if len(labels) != len(items):
-        raise TargetError(f"labels of {len(labels)} sequences for {len(items)} items: give one (key, role) for each")
+        raise TargetError(f"labels of {len(labels)} sequences for {len(items)} items: pass one (key, role) for each")
     for (key, role), labels_T in zip(items, labels, strict=True):
         supervised_N = torch.as_tensor(labels_T)[torch.as_tensor(labels_T) != _IGNORED]
         check_target_ids(cache, key, role, supervised_N.cpu().numpy().astype("int64"), swap)

@@ -89,7 +89,7 @@ def examine(folder: Folder, *, unfinished: bool = False) -> Findings:
     if not names & {CACHE_NAME, JOB_NAME}:
         raise CacheError(f"cache '{folder.where}': {CACHE_NAME} is missing, so it is not a cache: check the path")
     if not (unfinished or CACHE_NAME in names):
-        raise CacheError(f"cache '{folder.where}': {CACHE_NAME} is missing: run `cache-teacher run` again to finish it")
+        raise CacheError(f"cache '{folder.where}': {CACHE_NAME} is missing: rerun `cache-teacher run` to finish it")
     findings = Findings(CACHE_NAME in names, *_small_files(folder))
     if findings.finished and findings.cache is None:
         findings.damage.append(f"{CACHE_NAME}: damaged (wrong digest)")

@@ -36,7 +36,7 @@ _ROUNDING = 1e-3
 
 
 class ShardCheck:
-    """An examined folder of a shard. `problems` begin with a file's name; `strays`: files not in the manifest.
+    """A shard's folder, examined. `problems` begin with a file's name; `strays`: files not in the manifest.
 
     `manifest` and `rows`: None if unusable; `content`: the manifest's bytes, empty if it is missing.
     """

@@ -24,7 +24,7 @@ from teacher_cache.format.manifest import MANIFEST_NAME, SHARDS_NAME, canonical
 from teacher_cache.read.reader import TeacherCache
 from teacher_cache.write.store import CacheStore
 
-# These decide how records are read and what an id means, so they must be equal in a whole cache.
+# These decide how records are read and what an id means, so they must be equal across a cache.
 _NEVER_ALLOWED = (
     "capture.vocab_size",
     "capture.temperatures",
@@ -115,7 +115,7 @@ def _check_fingerprints(caches: Sequence[TeacherCache], allow: Sequence[str]) ->
         if found:
             raise CacheError(
                 f"merge: the caches have different settings: {'; '.join(found)}: "
-                "capture one of them again, or allow a field by name if you know it does no harm"
+                "capture one of them again, or allow a field by name if you know it is harmless"
             )
         for field in _NEVER_ALLOWED:
             section, name = field.split(".")

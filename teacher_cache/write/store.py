@@ -91,7 +91,7 @@ class CacheStore:
             if not self.folder.create(JOB_NAME, canonical(self.job)):
                 # Two runs that started together must not write one cache with different settings.
                 _same_job(self.folder, self.folder.read(JOB_NAME), self.job, ())
-            if self.missing():  # shards were removed: the cache is unfinished until they are back
+            if self.missing():  # shards were removed: unfinished until they are captured again
                 self.folder.remove_files([CACHE_NAME])
         except OSError as error:
             raise CacheError(
@@ -112,7 +112,7 @@ class CacheStore:
     def commit(
         self, name: str, captured: Sequence[SequenceRecord], rejected: Sequence[Rejection], codec: Codec
     ) -> None:
-        """Write one shard atomically. Errors: `CacheError` if the disk is full or refuses; `StorageError`."""
+        """Write one shard atomically. Errors: `CacheError` if it cannot be written; `StorageError`."""
         self.add(name, lambda folder: write_shard(folder, name, captured, rejected, codec))
 
     def add(self, name: str, fill: Callable[[Path], None]) -> None:
@@ -264,7 +264,7 @@ def _same_job(folder: Folder, content: bytes, job: Mapping[str, Any], allow: Seq
         raise CacheError(f"{folder.where}/{JOB_NAME}: damaged (wrong digest): {_BAD_JOB}")
     found = differences(there["fingerprint"], job["fingerprint"], allow=allow)
     if there["shards"] != job["shards"] and "data" not in allow:
-        found.append(f"shards: there {len(there['shards'])}, now {len(job['shards'])}")
+        found.append(f"shards: was {len(there['shards'])}, now {len(job['shards'])}")
     if found:
         raise CacheError(
             f"output '{folder.where}': contains a cache with different settings: {'; '.join(found)}: "

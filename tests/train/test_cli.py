@@ -70,7 +70,7 @@ def test_a_sigterm_to_all_processes_ends_with_status_0(world: World, tmp_path: P
     os.killpg(process.pid, signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
-    assert b"repeat the command to resume" in stdout
+    assert b"rerun the command to resume" in stdout
     assert b"Traceback" not in stderr
     assert latest_checkpoint(tmp_path / "run") is not None
 

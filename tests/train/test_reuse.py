@@ -112,7 +112,7 @@ def test_one_declared_token_at_the_end_is_enough(world: World, tmp_path: Path) -
     cache = write_cache(tmp_path / "cache", world.chats, world.teacher, *EXHAUSTIVE, *given)
     settings = (f"cache.path={cache}", f"student.checkpoint={world.student}")
     with pytest.raises(
-        LlavaModError, match=r"its supervised ids are not the cache's: at position \d+ the cache has 398 "
+        LlavaModError, match=r"its supervised ids differ from the cache's: at position \d+ the cache has 398 "
     ):
         _first_loss(world, tmp_path / "refused", *settings)
     with pytest.raises(LlavaModError, match="name the teacher's token first"):

@@ -61,7 +61,7 @@ def join(
 
     `missing`: `error` or `drop`. `holdout` rows are chosen by a hash of (seed, key). With an `encoder`, samples of more
     tokens than its `max_length` are skipped.
-    Errors: `DataError` if samples are of the wrong kind, lack a record (`error`), or none is left to train on.
+    Errors: `DataError` if samples are of the wrong kind, lack a record (`error`), or nothing is left to train on.
     """
     _check_kind(samples, roles)
     keys = samples.index.column("key")
@@ -78,7 +78,7 @@ def join(
     if len(rows) <= holdout:
         raise DataError(
             f"set '{samples.path}': {len(rows)} of {len(samples)} samples can be used and {holdout} are held out: "
-            "none is left to train on"
+            "nothing is left to train on: lower data.holdout or use more data"
         )
     held = rows[_lowest(_seeded_hashes(keys.take(rows), seed), holdout)] if holdout else rows[:0]
     kept[held] = False
@@ -104,7 +104,7 @@ def _check_kind(samples: SampleSet, roles: Sequence[str]) -> None:
     wrong = pc.index(samples.index.column("kind"), other).as_py()
     if wrong >= 0:
         raise DataError(
-            f"set '{samples.path}': sample '{samples.key_of(wrong)}' is a {other}, the stage needs {wanted}s: "
+            f"set '{samples.path}': sample '{samples.key_of(wrong)}' is a {other}, but the stage needs {wanted}s: "
             "set data.set to one of those"
         )
 

@@ -96,7 +96,7 @@ class Prefetch:
         needed = int(np.sort(self._sizes)[-count:].sum())
         if needed > self._staging.limit_bytes:
             raise ConfigError(
-                f"data.window: {count} shards and their records are up to {needed / 1e9:.1f} GB, and "
+                f"data.window: {count} shards and their records take up to {needed / 1e9:.1f} GB, but "
                 f"{self._staging.folder} is limited to {self._staging.limit_bytes / 1e9:.1f}: raise {SIZE_VARIABLE}, "
                 "or lower data.window"
             )

@@ -1,4 +1,4 @@
-"""The order of a run's samples: settles shuffling windows, source weights and grouping by length."""
+"""The order of a run's samples: resolves shuffling windows, source weights and grouping by length."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class OrderSettings:
     image_length: int | None
 
     def describe(self) -> dict[str, Any]:
-        """Give the settings as JSON values, to compare when a run is resumed."""
+        """Return the settings as JSON values, to compare when a run is resumed."""
         return {"window": self.window, "weights": self.weights, "image_length": self.image_length}
 
 
@@ -41,7 +41,7 @@ def order_settings(
     weights: dict[str, float] | None,
     image_tokens: int | None,
 ) -> OrderSettings:
-    """Fill in a `window` and `weights` that are None; with `image_tokens`, the tokens of an image, group by length.
+    """Choose `window` and `weights` where they are None; group by length if `image_tokens` (per image) is set.
 
     Errors: `ConfigError` naming a source that the set does not have.
     """
@@ -54,7 +54,7 @@ def order_settings(
     unknown = sorted(weights.keys() - sources.keys())
     if unknown:
         known = ", ".join(f"'{source}'" for source in list(sources)[:8])
-        raise ConfigError(f"data.weights: set '{samples.path}' has no source '{unknown[0]}': it has {known}")
+        raise ConfigError(f"data.weights: set '{samples.path}' has no source '{unknown[0]}': choose from {known}")
     return OrderSettings(
         window=0 if window >= len(samples.shards) else window,
         weights={source: float(weight) for source, weight in sorted(weights.items()) if weight != 1},

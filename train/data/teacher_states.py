@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class WantedStates:
     """The states a loss compares: at `answers` (positions that predict a supervised token), at image tokens (by their
-    id; None: not these); `size` is their width."""
+    id; None: none); `size` is their width."""
 
     size: int
     answers: bool
@@ -72,6 +72,6 @@ def read_states(cache: TeacherCache, rows_S: NDArray[np.int64], batch: Batch, wa
         named = ", ".join(dict.fromkeys(batch.keys))
         raise CacheError(
             f"cache '{cache.path}': sample(s) {named}: {int(kept_M.sum())} hidden states of size {states_MT.shape[1]}, "
-            f"expected {int(wanted_N.sum())} of size {wanted.size}: capture all of the set with the same settings"
+            f"expected {int(wanted_N.sum())} of size {wanted.size}: capture the whole set with the same settings"
         )
     return TeacherStates(rows_M[kept_M], states_MT[kept_M])

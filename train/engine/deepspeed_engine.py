@@ -25,7 +25,7 @@ _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTE
 
 @dataclass(frozen=True)
 class World:
-    """This process's rank among all processes of the run, their number in all and on this machine, and its device."""
+    """This process's rank among all processes of the run, their number in total and on this machine, and its device."""
 
     rank: int
     size: int
@@ -44,7 +44,7 @@ class World:
         return values
 
     def gather(self, values: Tensor) -> Tensor:
-        """Concatenate the `values` [n] of all processes, equally many on each, on the CPU."""
+        """Concatenate the `values` [n] of all processes, the same number on each, on the CPU."""
         if self.size == 1:
             return values.cpu()
         parts = [torch.empty_like(values) for _ in range(self.size)]
@@ -86,7 +86,7 @@ def process_group() -> Iterator[World]:
             rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
             yield World(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", size)), device)
         finally:
-            # Once an engine was made, DeepSpeed holds its own references to the group.
+            # Once an engine exists, DeepSpeed holds its own references to the group.
             communication = _import_deepspeed().comm
             owner = communication if communication.is_initialized() else torch.distributed
             owner.destroy_process_group()

@@ -21,7 +21,7 @@ from train.run_summary import SUMMARY_NAME
 Entry = dict[str, Any]
 Points = list[tuple[float, float]]
 
-# Section, chart title, unit, and the log fields to draw by the names in the legend.
+# Section, chart title, unit, and the log fields to draw, by their names in the legend.
 _CHARTS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
     ("Loss", "Loss and its terms", "nats per token", {
         "loss": "loss", "divergence": "divergence", "cross-entropy": "cross_entropy", "preference": "preference",
@@ -92,7 +92,7 @@ def read_run(folder: Path) -> TrainingRun:
     """Read a run's log, without an incomplete last line, and its summary. Errors: `ConfigError` without a log."""
     file = folder / METRICS_NAME
     if not file.is_file():
-        raise ConfigError(f"run '{folder}': has no {METRICS_NAME}: give the output folder of a train-student run")
+        raise ConfigError(f"run '{folder}': has no {METRICS_NAME}: pass the output folder of a train-student run")
     entries = []
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
@@ -102,10 +102,10 @@ def read_run(folder: Path) -> TrainingRun:
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):  # a run in progress, or one that was killed
                 break
-            raise ConfigError(f"{file}: line {number} is no log entry ({error!r}): the file is damaged") from error
+            raise ConfigError(f"{file}: line {number} is not a log entry ({error!r}): the file is damaged") from error
         entries.append(entry)
     if not entries:
-        raise ConfigError(f"run '{folder}': {METRICS_NAME} is empty: the first step is not done yet")
+        raise ConfigError(f"run '{folder}': {METRICS_NAME} is empty: wait for the first step")
     try:
         summary = json.loads((folder / SUMMARY_NAME).read_bytes())
     except (OSError, ValueError):
@@ -120,7 +120,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):
             return names
-    raise ConfigError("the same run is given twice: name each once")
+    raise ConfigError("the same run is listed twice: list each once")
 
 
 def _lead(runs: Sequence[TrainingRun]) -> str:
@@ -149,7 +149,7 @@ def _figures(run: TrainingRun) -> dict[str, str]:
 
 def _chart(title: str, unit: str, fields: Mapping[str, str], runs: Sequence[TrainingRun]) -> dict[str, Any]:
     """The chart of some log fields: of one run with a colour per field, of several with a colour per run."""
-    if len(runs) > 1:  # one curve a run keeps them distinguishable
+    if len(runs) > 1:  # one curve per run keeps them distinguishable
         name = "p50" if "p50" in fields else next(iter(fields))
         fields = {name: fields[name]}
     found = [

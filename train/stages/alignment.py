@@ -30,7 +30,7 @@ class Alignment:
     """The terms of `settings` that have a weight.
 
     `image_tokens`: the tokens of one image. `states`: the teacher's hidden states that a batch must hold.
-    `vocab_size`: the ids whose logits are compared, None: all. `projection` maps the student's features to the
+    `vocab_size`: how many ids' logits are compared, None: all. `projection` maps the student's features to the
     teacher's size; `teacher_metric_TT` is WᵀW of the teacher's LM head, for relations of logits, on the run's device.
     """
 

@@ -39,7 +39,7 @@ def prepare_alignment(
 ) -> Alignment | None:
     """Make the alignment of a run; None if no term has a weight. The cache must have passed `check_cache`.
 
-    `vocab_size`: the ids whose logits are compared.
+    `vocab_size`: the number of ids whose logits are compared.
     Errors: `ConfigError` if `teacher_lm_head` belongs to another teacher; `ModelError` if it is damaged.
     """
     if cache is None or not align.is_on:
@@ -75,7 +75,7 @@ def check_cache(align: AlignConfig, cache: TeacherCache) -> None:
     for key in ("visual_kl_weight", "relation_weight"):
         if getattr(align, key) and cache.positions_kept != "all":
             raise ConfigError(
-                f"loss.align.{key}: {named} records the positions of answers, not those of image tokens: capture with "
+                f"loss.align.{key}: {named} records positions of answers, not of image tokens: capture with "
                 "capture.positions=all, or set it to 0"
             )
     for key in ("feature_weight", "relation_weight"):
@@ -85,7 +85,7 @@ def check_cache(align: AlignConfig, cache: TeacherCache) -> None:
             )
     if align.feature_weight and capture.get("hidden_positions") == "image":
         raise ConfigError(
-            f"loss.align.feature_weight: {named} has the hidden states of image tokens, not those of answers: capture "
+            f"loss.align.feature_weight: {named} has hidden states of image tokens, not of answers: capture "
             "with capture.hidden_positions=recorded, or set it to 0"
         )
 
@@ -113,8 +113,8 @@ def teacher_metric(folder: Path, cache: TeacherCache, size: int) -> Tensor:
     known = cache.fingerprint["teacher"]["weights"]
     if not isinstance(known, dict) or known.get(file.name) != sha256_file(file):
         raise ConfigError(
-            f"loss.align.teacher_lm_head: {file} is not that of the teacher of cache '{cache.path}': set it to that "
-            "teacher's folder"
+            f"loss.align.teacher_lm_head: {file} differs from that of the teacher of cache '{cache.path}': set it to "
+            "that teacher's folder"
         )
     metric_TT = torch.zeros(size, size, dtype=torch.float64)
     for rows_RT in _rows(file, name, cache.vocab_size):

@@ -33,9 +33,9 @@ Student = Any
 class Objective:
     """What a stage optimises.
 
-    `loss(student, batch, shared, features)` returns a micro-batch's sums, `count` its units. What the losses of a step
-    `share` is computed before the first of them: either from `totals`, summed over all micro-batches without running
-    the student, or by running `look_ahead` over them and combining the results; each loss then receives its features.
+    `loss(student, batch, shared, features)` returns a micro-batch's sums, `count` its units. `shared` is common to all
+    losses of a step and computed before them: from `totals`, summed over all micro-batches without running the student,
+    or by running `look_ahead` over them and combining the results with `share`; each loss then gets its features.
     `shrinkage`: the loss's estimate of the records' tails, updated by its `finish_step` after every step.
     `projection`: a module trained with the student.
     """
@@ -84,7 +84,7 @@ def make_objective(
 ) -> Objective:
     """Make a stage's objective; `vocab_size` is the number of ids that can have a probability.
 
-    The mimic stages also use `positions`, those that their batches hold, and `alignment`, their further terms.
+    The mimic stages also use `positions`, which their batches hold, and `alignment`, their additional terms.
     """
     common: dict[str, Any] = {"router_aux_coef": loss.router_aux_coef, "train_vision": train_vision}
     if stage in ("align", "sft"):

@@ -40,7 +40,7 @@ def make_loss(
 ) -> Callable[[LlavaForConditionalGeneration, TrainBatch, Tensor | None], LossSums]:
     """Return the loss of a micro-batch, summed over its units; `lm_weight` 0 is the original's `only_kd`.
 
-    The units are the batch's positions, with `answers_only` those that predict answers. `totals`: from `make_totals`
+    The units are the batch's positions, or with `answers_only` those that predict answers. `totals`: from `make_totals`
     with the same settings; the loss takes their sum over the step, or None if the micro-batch is the whole step. A step
     divides all terms by its units, so a term that is a mean over n others is multiplied by units / n here.
     """
@@ -81,7 +81,7 @@ def make_totals(
 ) -> Totals | None:
     """Return a function that counts a micro-batch's units, positions that predict an answer, and images [3].
 
-    None if all terms are means over the units, since the loss needs no counts of the step then.
+    None if all terms are means over the units: the loss then needs no counts.
     """
     if alignment is None and not (lm_weight and all_positions and not answers_only):
         return None

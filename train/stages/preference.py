@@ -8,8 +8,8 @@ With `kto` each pair is split into a desirable and an undesirable example; their
 mismatched responses, without gradient.
 
 Shape suffixes: B pairs of a micro-batch, R roles (chosen and rejected, or mismatched alone), S = R·B sequences, role
-by role, N supervised positions, C of them in chosen responses, D hidden size. For the tower's
-features see `student_pass.py`.
+by role, N supervised positions, C of them in chosen responses, D hidden size. For the tower's features see
+`student_pass.py`.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def make_loss(
 ) -> Loss:
     """Return the loss of a micro-batch, summed over its pairs.
 
-    It takes mean log-ratios over the global batch, None if the micro-batch is all of it: for `kto_pair` those of the
-    chosen and the rejected responses [2], for `kto` that of the mismatched ones [1]. It also takes the tower's features
-    if those were computed for the ratios, so that a step runs the tower once per image.
+    The loss takes mean log-ratios over the global batch, or None if the micro-batch is the whole batch: for `kto_pair`
+    those of chosen and rejected responses [2], for `kto` that of mismatched ones [1]. It also takes the tower's
+    features if the ratios needed them, so that a step runs the tower once per image.
     """
 
     def loss(
@@ -142,7 +142,7 @@ def mean_log_ratios(ratios: Sequence[Tensor], world: World) -> Tensor:
 def _unpaired(
     policy_2B: Tensor, reference_2B: Tensor, mean_ratio_1: Tensor, beta: float, weights: tuple[float, float]
 ) -> tuple[PreferenceTerms, Tensor]:
-    """Apply KTO to each response by itself; returns pairs' terms, a loss being the mean of its two, and the KL."""
+    """Apply KTO to each response separately; returns each pair's terms, its loss the mean of both, and the KL."""
     desirable_2B = torch.ones_like(policy_2B, dtype=torch.bool)
     desirable_2B[1] = False
     result = kto_loss(

@@ -132,7 +132,7 @@ def test_swapped_labels_are_refused(world: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Batch, "model_inputs", swapped)
     keys = sorted(open_cache(world / "general-cache").keys("response"))
-    with pytest.raises(TargetError, match="its supervised ids are not the cache's"):
+    with pytest.raises(TargetError, match="its supervised ids differ from the cache's"):
         train_plainly(*_places(world), [keys], 1e-3)
 
 

@@ -202,7 +202,7 @@ def test_a_sequence_that_the_teacher_rejects_now_is_a_failure(
 
     monkeypatch.setattr(hf.HfCaptureEngine, "_problem", picky)
     done = audit(finished)
-    assert done.failures == ["tiny-0004 (response): the teacher rejects it: a picture like that"]
+    assert done.failures == ["tiny-0004 (response): rejected by the teacher: a picture like that"]
     assert done.agreement[0].sequences == 23
 
 

@@ -67,7 +67,7 @@ def test_the_other_roles_and_the_fingerprint_are_those_of_a_cache_without_it(wor
             assert np.array_equal(getattr(ours.records(items), name), values), name
     assert ours.fingerprint["capture"].pop("mismatched") == "next in the ring of SHA-256"
     assert ours.fingerprint == theirs.fingerprint
-    with pytest.raises(CacheError, match=r"capture.mismatched: there nothing, now next in the ring"):
+    with pytest.raises(CacheError, match=r"capture.mismatched: was unset, now next in the ring"):
         world.run(tmp_path / "without", MISMATCHED, data=world.pairs)
 
 

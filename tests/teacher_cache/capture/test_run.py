@@ -249,9 +249,9 @@ def test_a_tokenizer_with_more_ids_than_the_head_has_rows_is_refused(world: Worl
 
 def test_another_set_or_other_settings_into_the_same_output_are_refused(world: World, finished: Path) -> None:
     before = file_entries(finished)
-    with pytest.raises(CacheError, match=r"capture.head_max: there 128, now 7; sequence.max_length: there"):
+    with pytest.raises(CacheError, match=r"capture.head_max: was 128, now 7; sequence.max_length: was"):
         world.run(finished, "capture.top_k=7", "max_length=99")
-    with pytest.raises(CacheError, match=r"data.digest: there"):
+    with pytest.raises(CacheError, match=r"data.digest: was"):
         world.run(finished, data=world.pairs)
     summary = world.run(finished, "capture.top_k=7", allow=("capture.head_max",))
     assert summary.sequences == 0

@@ -194,7 +194,7 @@ def test_a_head_without_a_forced_id_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_foreign_codec_is_refused_by_name() -> None:
-    with pytest.raises(CacheError, match="'entropic' 7, this reads 'ranked' 1"):
+    with pytest.raises(CacheError, match="'entropic' 7, not 'ranked' 1"):
         Codec.from_attributes({"codec": "entropic", "codec_version": 7}, where="x")
     attributes = _codec(40).attributes()
     del attributes["precision"]

@@ -127,9 +127,7 @@ def test_bad_settings_are_one_line_and_leave_nothing(
 
 def test_other_settings_into_the_same_set_are_refused_begun_or_finished(place: Place, greedy: Place) -> None:
     before = file_entries(greedy.set())
-    with pytest.raises(
-        ConfigError, match=r"was generated with other settings: generate.seed: there 0, now 1: set them"
-    ):
+    with pytest.raises(ConfigError, match=r"was generated with other settings: generate.seed: was 0, now 1: set them"):
         greedy.generate("generate.seed=1")
     assert file_entries(greedy.set()) == before
     config = load_config(CacheTeacherConfig, (), place.arguments())
@@ -141,7 +139,7 @@ def test_other_settings_into_the_same_set_are_refused_begun_or_finished(place: P
         patch.setattr(WrittenSet, "finish", interrupted)
         with pytest.raises(KeyboardInterrupt):
             generate(config)
-    with pytest.raises(ConfigError, match=r"was begun with other settings: generate.temperature: there 0.0, now 0.5"):
+    with pytest.raises(ConfigError, match=r"was begun with other settings: generate.temperature: was 0.0, now 0.5"):
         place.generate("generate.temperature=0.5")
     assert place.generate().written == 0
     assert file_entries(place.set()) == before

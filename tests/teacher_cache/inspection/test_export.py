@@ -124,7 +124,7 @@ def test_a_tokenizer_that_splits_words_otherwise_is_noticed(world: World, finish
     shutil.copytree(world.teacher, tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     settings: dict[str, Any] = {"data": world.samples, "tokenizer": tmp_path / "other"}
-    with pytest.raises(TargetError, match="its supervised ids are not the cache's"):
+    with pytest.raises(TargetError, match="its supervised ids differ from the cache's"):
         export_cache(open_cache(finished), tmp_path / "out.parquet", layout="axolotl", **settings)
 
 
@@ -138,11 +138,11 @@ def test_choices_that_do_not_fit_are_refused(world: World, finished: Path, tmp_p
     for settings, name, kind, problem in (
         ({"layout": "csv"}, "x.parquet", ConfigError, "'csv' is unknown: choose one of table, axolotl"),
         ({"layout": "table", "top_k": 0}, "x.parquet", ConfigError, "--top-k 0: must be at least 1"),
-        ({"layout": "table"}, "there.parquet", ConfigError, "exists already"),
+        ({"layout": "table"}, "there.parquet", ConfigError, "already exists"),
         ({"layout": "table"}, "no/x.parquet", ConfigError, "create it first"),
         ({**axolotl, "data": None}, "x.parquet", ConfigError, "pass --data SET"),
         ({**axolotl, "tokenizer": None}, "x.parquet", ConfigError, "pass --tokenizer FOLDER"),
-        ({**axolotl, "data": other}, "x.parquet", DataError, "its text is not the captured one"),
+        ({**axolotl, "data": other}, "x.parquet", DataError, "its text differs from the captured one"),
         ({**axolotl, "data": fewer}, "x.parquet", DataError, "has no sample 'tiny-0008'"),
         ({**axolotl, "tokenizer": stranger}, "x.parquet", LlavaModError, "tokenizer.vocabulary: cache"),
     ):

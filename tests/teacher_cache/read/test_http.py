@@ -77,7 +77,7 @@ def test_what_a_web_server_lacks_is_named(served: str, tmp_path: Path) -> None:
     staging = DiskCache(tmp_path / "staging", 10**9)
     with pytest.raises(CacheError, match=rf"cache '{served}/set': has no {CACHE_NAME}, so it is not a teacher cache"):
         open_cache(f"{served}/set", staging=staging)
-    with pytest.raises(CacheError, match=r"unfinished .*run `cache-teacher run` again"):
+    with pytest.raises(CacheError, match=r"unfinished .*rerun `cache-teacher run`"):
         open_cache(f"{served}/unfinished", staging=staging)
     with pytest.raises(DataError, match=r"has no set\.json, so it is not a packed set"):
         SampleSet.open(f"{served}/cache", staging=staging)

@@ -238,7 +238,7 @@ def test_other_supervised_ids_are_refused_with_the_first_difference(world: World
 def test_an_unfinished_cache_says_how_to_finish(copied: Callable[[], Path], tmp_path: Path) -> None:
     path = copied()
     (path / CACHE_NAME).unlink()
-    with pytest.raises(CacheError, match=r"unfinished .*run `cache-teacher run` again"):
+    with pytest.raises(CacheError, match=r"unfinished .*rerun `cache-teacher run`"):
         open_cache(path)
     with pytest.raises(CacheError, match="no such folder"):
         open_cache(tmp_path / "nowhere")
@@ -252,7 +252,7 @@ def test_another_format_version_is_refused(copied: Callable[[], Path]) -> None:
     content = json.loads((path / CACHE_NAME).read_bytes()) | {"format_version": 9}
     content["digest"] = content_digest(content)
     (path / CACHE_NAME).write_bytes(canonical(content))
-    with pytest.raises(CacheError, match="format version 9, this version of the project reads 1"):
+    with pytest.raises(CacheError, match="format version 9, not 1: update the project"):
         open_cache(path)
 
 

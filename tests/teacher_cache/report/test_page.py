@@ -154,7 +154,7 @@ def test_hostile_vocabularies_stay_text_and_another_one_is_refused(
     assert page.text.count(HOSTILE) == 1
     assert sum(tag == "script" for tag, _ in page.tags) == 2
     with pytest.raises(
-        CacheError, match=r"tokenizer.vocabulary: cache \w+…?, now \w+…?: give the folder of the teacher"
+        CacheError, match=r"tokenizer.vocabulary: cache \w+…?, now \w+…?: pass the folder of the teacher"
     ):
         write_report(open_cache(finished), tmp_path / "r.html", tokenizer=teacher)
 
@@ -213,11 +213,11 @@ def test_every_kind_of_cache_has_a_page(world: World, tmp_path: Path, overrides:
 def test_without_a_set_or_a_tokenizer_it_is_readable(finished: Path, tmp_path: Path) -> None:
     cache = open_cache(finished)
     page, _ = page_of(cache, tmp_path / "r.html", samples=1)
-    assert "name the packed set with --data" in page.text
+    assert "pass the packed set with --data" in page.text
     first = cache.target_ids(*cache.items([12])[0])
     assert f"#{first[0]}" in page.text
     assert "img" not in [tag for tag, _ in page.tags]
-    with pytest.raises(ConfigError, match=r"ends with .html"):
+    with pytest.raises(ConfigError, match=r"must end with .html"):
         write_report(cache, tmp_path / "r.pdf")
 
 
@@ -237,13 +237,13 @@ def test_the_sets_must_be_those_that_were_captured(
     world: World, mixed: tuple[Path, Path], finished: Path, tmp_path: Path
 ) -> None:
     cache = open_cache(finished)
-    with pytest.raises(CacheError, match=r"has none of its samples: give the set that was captured"):
+    with pytest.raises(CacheError, match=r"has none of its samples: pass the captured set"):
         write_report(cache, tmp_path / "r.html", data=[world.pairs])
     changed = [
         dataclasses.replace(sample, turns=(*sample.turns[:-1], Turn("assistant", "no"))) for sample in tiny_samples(24)
     ]
     write_set(changed, tmp_path / "changed")
-    with pytest.raises(CacheError, match=r"sample 'tiny-0000': its content in set .* is not what cache"):
+    with pytest.raises(CacheError, match=r"'tiny-0000': its content in set .* differs from that captured in cache"):
         write_report(cache, tmp_path / "r.html", data=[tmp_path / "changed"])
     # One of several sets: what it lacks is shown as such.
     write_set(tiny_samples(8), tmp_path / "part")

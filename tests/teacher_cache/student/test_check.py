@@ -97,12 +97,12 @@ def test_differences_name_fields_and_sections_can_be_allowed() -> None:
     left = {"a": {"x": 1, "y": [1, 2]}, "b": "same", "c": {"only": "here"}}
     right = {"a": {"x": 2, "y": [1, 3]}, "b": "same"}
     assert differences(left, right) == [
-        "a.x: there 1, now 2",
-        "a.y: there [1, 2], now [1, 3]",
-        "c.only: there here, now nothing",
+        "a.x: was 1, now 2",
+        "a.y: was [1, 2], now [1, 3]",
+        "c.only: was here, now unset",
     ]
     assert differences(left, right, allow=["a", "c.only"]) == []
-    assert differences(left, right, allow=["a.x", "c"]) == ["a.y: there [1, 2], now [1, 3]"]
+    assert differences(left, right, allow=["a.x", "c"]) == ["a.y: was [1, 2], now [1, 3]"]
 
 
 def test_what_earlier_caches_did_not_say_is_no_difference(finished: Path, tmp_path: Path) -> None:
@@ -117,11 +117,11 @@ def test_what_earlier_caches_did_not_say_is_no_difference(finished: Path, tmp_pa
     other = copy.deepcopy(now)
     other["engine"].update(head_dtype="bfloat16", device="cuda")
     assert differences(now, other) == [
-        "engine.device: there cpu, now cuda",
-        "engine.head_dtype: there float32, now bfloat16",
+        "engine.device: was cpu, now cuda",
+        "engine.head_dtype: was float32, now bfloat16",
     ]
     del earlier["engine"]["dtype"]
-    assert differences(earlier, now) == ["engine.dtype: there nothing, now float32"]
+    assert differences(earlier, now) == ["engine.dtype: was unset, now float32"]
 
 
 def test_what_the_fingerprint_holds(finished: Path) -> None:
@@ -339,5 +339,5 @@ def test_every_token_of_a_sequence_must_be_there_if_all_have_records(finished: P
     check_sequence(cache, longer)
     cache.fingerprint = _of_all_positions(cache.fingerprint)
     check_sequence(cache, whole)
-    with pytest.raises(TargetError, match=f"{length + 1} tokens, the cache has records of {length}"):
+    with pytest.raises(TargetError, match=f"{length + 1} tokens, but {length} in the cache"):
         check_sequence(cache, longer)

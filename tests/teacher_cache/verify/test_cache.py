@@ -141,7 +141,7 @@ def test_no_cache_and_an_unfinished_one_are_errors(tmp_path: Path, copied: Calla
         verify_cache(tmp_path)
     path = copied()
     (path / CACHE_NAME).unlink()
-    with pytest.raises(CacheError, match="run `cache-teacher run` again to finish it"):
+    with pytest.raises(CacheError, match="rerun `cache-teacher run` to finish it"):
         verify_cache(path)
 
 

@@ -116,9 +116,9 @@ def test_other_settings_are_refused_side_by_side_unless_allowed(tmp_path: Path) 
     other = {"capture": {"vocab_size": 31, "temperatures": [2.0]}, "data": {"digest": "e" * 64}}
     with pytest.raises(CacheError) as caught:
         CacheStore.open(tmp_path / "c", other, NAMES)
-    assert "capture.vocab_size: there 30, now 31; data.digest: there dddddddddddddddd…, now eeee" in str(caught.value)
+    assert "capture.vocab_size: was 30, now 31; data.digest: was dddddddddddddddd…, now eeee" in str(caught.value)
     assert CacheStore.open(tmp_path / "c", other, NAMES, allow=["capture.vocab_size", "data"]).missing() == []
-    with pytest.raises(CacheError, match="shards: there 4, now 3"):
+    with pytest.raises(CacheError, match="shards: was 4, now 3"):
         CacheStore.open(tmp_path / "c", FINGERPRINT, NAMES[:3])
 
 
@@ -153,7 +153,7 @@ def test_two_runs_of_other_settings_that_begin_at_once_do_not_make_one_cache(tmp
     other = {**FINGERPRINT, "capture": {"vocab_size": 31, "temperatures": [2.0]}}
     first, second, third = (CacheStore.open(tmp_path / "c", job, NAMES) for job in (FINGERPRINT, other, FINGERPRINT))
     first.start()
-    with pytest.raises(CacheError, match=r"capture.vocab_size: there 30, now 31"):
+    with pytest.raises(CacheError, match=r"capture.vocab_size: was 30, now 31"):
         second.start()
     third.start()
     assert third.missing() == NAMES

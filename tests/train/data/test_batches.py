@@ -57,7 +57,7 @@ def test_answers_or_images_the_teacher_did_not_see_are_refused(world: World, tmp
     other_picture = Sample(samples[1].key, samples[1].turns, (tiny_image(99),), ("png",))
     cache = write_cache(tmp_path / "cache", write_set_of(samples, tmp_path / "set"), world.teacher)
     for name, changed, problem in (
-        ("answer", other_answer, r"'tiny-0001' \(response\): its supervised ids are not the cache's: at position \d+"),
+        ("answer", other_answer, r"sample 'tiny-0001' \(response\): its supervised ids differ from the cache's: at"),
         ("picture", other_picture, r"'tiny-0001' \(response\): its text or images differ from those captured"),
     ):
         data = write_set_of([samples[0], changed, *samples[2:]], tmp_path / name)
@@ -81,7 +81,7 @@ def test_the_command_ends_after_an_error_in_a_worker(world: World, tmp_path: Pat
     command = [str(Path(sys.executable).parent / "train-student"), str(tmp_path / "config.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2, done.stderr
-    assert "its supervised ids are not the cache's" in done.stderr.splitlines()[-1]
+    assert "its supervised ids differ from the cache's" in done.stderr.splitlines()[-1]
 
 
 def write_set_of(samples: list[Sample], folder: Path) -> Path:
@@ -117,8 +117,8 @@ def test_a_student_is_built_from_a_tower_and_a_language_model(world: World, tmp_
     [
         ("sft", ["student.checkpoint={chats}"], "no config.json"),
         ("sft", ["data.set={student}"], "has no set.json"),
-        ("sft", ["data.set={pairs}"], "is a preference, the stage needs conversations"),
-        ("preference", ["data.set={chats}"], "is a conversation, the stage needs preferences"),
+        ("sft", ["data.set={pairs}"], "is a preference, but the stage needs conversations"),
+        ("preference", ["data.set={chats}"], "is a conversation, but the stage needs preferences"),
         ("mimic_dense", ["cache.path={chats}"], "it is not a teacher cache"),
         (
             "preference",
@@ -131,9 +131,9 @@ def test_a_student_is_built_from_a_tower_and_a_language_model(world: World, tmp_
         ("mimic_sparse", ["student.upcycle.layers=second"], "layers"),
         ("sft", ["template=vicuna"], "template 'vicuna' is unknown"),
         ("sft", ["trainable=[lm_head]"], "trainable: no parameter of this student belongs to 'lm_head'"),
-        ("sft", ["data.holdout=24"], "none is left to train on"),
+        ("sft", ["data.holdout=24"], "nothing is left to train on"),
         ("sft", ["output={chats}/set.json/x"], "output: .* cannot be written"),
-        ("sft", ["output={holds_student}"], "output: .* holds a student that no run wrote"),
+        ("sft", ["output={holds_student}"], "output: .* holds a student not written by train-student"),
     ],
 )
 def test_what_does_not_fit_is_said_before_the_first_step(

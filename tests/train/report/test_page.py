@@ -32,7 +32,7 @@ def test_the_page_of_a_real_sparse_run(world: World, tmp_path: Path) -> None:
     train(world.config("mimic_sparse", tmp_path / "run", "data.holdout=4", "eval_steps=2"))
     page = write_report([tmp_path / "run"], tmp_path / "pages" / "run.html").read_text()
     for title in (
-        "Loss and its terms", "held-out samples", "True KL", "Load of the experts", "Choices dropped", "Learning rate"
+        "Loss and its terms", "held-out samples", "True KL", "Expert load over", "Choices dropped", "Learning rate"
     ):  # fmt: skip
         assert title in page, title
     assert "Preference" not in page
@@ -48,7 +48,7 @@ def test_several_runs_are_drawn_over_one_another(tmp_path: Path) -> None:
     assert "b\\u003ci\\u003e/run: kl" in page
     assert "b&lt;i&gt;/run" in page
     assert "<i>/run" not in page
-    with pytest.raises(ConfigError, match="given twice"):
+    with pytest.raises(ConfigError, match="listed twice"):
         write_report([folders[0], folders[0]], tmp_path / "page.html")
 
 
@@ -74,10 +74,10 @@ def test_a_run_in_progress_and_a_damaged_one(tmp_path: Path) -> None:
     assert [item["step"] for item in read_run(folder).entries] == [1, 2]
     assert "not finished" in write_report([folder], tmp_path / "page.html").read_text()
     file.write_text("nonsense\n" + file.read_text())
-    with pytest.raises(ConfigError, match=r"metrics.jsonl: line 1 is no log entry"):
+    with pytest.raises(ConfigError, match=r"metrics.jsonl: line 1 is not a log entry"):
         read_run(folder)
     file.write_text("")
-    with pytest.raises(ConfigError, match="the first step is not done yet"):
+    with pytest.raises(ConfigError, match="is empty: wait for the first step"):
         read_run(folder)
     with pytest.raises(ConfigError, match=r"run '.*none': has no metrics.jsonl"):
         read_run(tmp_path / "none")

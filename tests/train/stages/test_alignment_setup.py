@@ -68,11 +68,11 @@ def test_other_caches_that_do_not_do(world: World, of_images: Path, tmp_path: Pa
     logits = ("loss.align.relation_weight=1", "loss.align.relation_of=logits")
     said = refused(of_images, *logits, f"loss.align.teacher_lm_head={world.student}")
     assert said.startswith("loss.align.teacher_lm_head: ")
-    assert "is not that of the teacher of cache" in said
+    assert "differs from that of the teacher of cache" in said
     assert "holds no lm_head.weight" in refused(of_images, *logits, f"loss.align.teacher_lm_head={tmp_path}")
     reference = write_cache(tmp_path / "reference", world.chats, world.teacher, *REFERENCE)
     said = refused(reference, "loss.align.visual_kl_weight=1", "loss.positions=response")
-    assert "no distributions: capture with another capture.preset" in said
+    assert "no distributions: capture with a capture.preset other than reference" in said
 
 
 def test_a_cache_of_image_states_is_enough_for_relations(world: World, of_images: Path, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_a_head_that_cannot_be_read_is_named(of_images: Path, world: World, tmp_
     with pytest.raises(ModelError, match=r"cannot be read: .*: copy it again"):
         teacher_metric(folder, cache, 48)
     save_file({"lm_head.weight": torch.zeros(400, 48)}, folder / "model.safetensors")
-    with pytest.raises(ConfigError, match="is not that of the teacher of cache"):
+    with pytest.raises(ConfigError, match="differs from that of the teacher of cache"):
         teacher_metric(folder, cache, 48)
 
 

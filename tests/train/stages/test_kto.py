@@ -138,9 +138,9 @@ def test_what_does_not_fit_is_refused_before_the_first_step(world: World, tmp_pa
     refused(ConfigError, r"capture\.mismatched=true", "loss.kind=kto", f"cache.path={world.pairs_cache}")
     refused(ConfigError, r"loss.desirable_weight: not used with kto_pair", "loss.desirable_weight=2")
     both = ("loss.desirable_weight=0", "loss.undesirable_weight=0")
-    refused(ConfigError, r"loss.desirable_weight: it and .* are both 0", "loss.kind=kto", *both)
+    refused(ConfigError, r"loss.desirable_weight: this and .* are both 0", "loss.kind=kto", *both)
     refused(ConfigError, r"loss.undesirable_weight: -1 must not be", "loss.kind=kto", "loss.undesirable_weight=-1")
-    refused(DataError, "is a conversation, the stage needs preferences", "loss.kind=kto", f"data.set={world.chats}")
+    refused(DataError, "is a conversation, but the stage needs preferences", "loss.kind=kto", f"data.set={world.chats}")
     refused(ConfigError, r"loss.distill_weight: .* no distributions", "loss.kind=kto", "loss.distill_weight=0.5")
 
 
@@ -152,7 +152,7 @@ def test_a_set_that_pairs_otherwise_is_refused(world: World, tmp_path: Path, cac
     gone = next(n for n, sample in enumerate(samples) if texts.count(sample.chosen or "") == 1)
     write_set([*samples[:gone], *samples[gone + 1 :]], tmp_path / "fewer")
     settings = (f"cache.path={cache}", f"data.set={tmp_path / 'fewer'}", "batch.global_size=23", "batch.micro_size=23")
-    with pytest.raises(TargetError, match=r"\(mismatched\): its paired response is not the cache's"):
+    with pytest.raises(TargetError, match=r"\(mismatched\): its paired response differs from the cache's"):
         prepare(world.config("preference", tmp_path / "run", "loss.kind=kto", *settings), ONE)
     train(world.config("preference", tmp_path / "pairs", *settings, "steps=1"))  # without it the two need not agree
 
