@@ -35,7 +35,7 @@ class Objective:
 
     `loss(student, batch, shared, features)` returns a micro-batch's sums, `count` its units. `shared` is common to all
     losses of a step and computed before them: from `totals`, summed over all micro-batches without running the student,
-    or by running `look_ahead` over them and combining the results with `share`; each loss then gets its features.
+    or by running `look_ahead` over them and combining the results by `share`; each loss then also gets its features.
     `shrinkage`: the loss's estimate of the records' tails, updated by its `finish_step` after every step.
     `projection`: a module trained with the student.
     """

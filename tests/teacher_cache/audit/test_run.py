@@ -148,7 +148,7 @@ def test_what_was_captured_from_something_else_is_refused(
     for overrides, data, allow, words in cases:
         with pytest.raises(CacheError, match=words):
             audit(finished, *overrides, data=data, allow=allow)
-    with pytest.raises(LlavaModError, match=r"supervised ids are not the cache's"):
+    with pytest.raises(LlavaModError, match=r"supervised ids differ from the cache's"):
         audit(finished, "template=chatml", allow=["template"])
     with pytest.raises(ConfigError, match=r"the fingerprint has no field 'teachr': did you mean 'teacher'"):
         audit(finished, allow=["teachr"])

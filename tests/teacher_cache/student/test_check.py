@@ -211,7 +211,7 @@ def _teacher(change: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("change", "end_of_turn", "exchange"),
+    ("change", "end_of_turn", "swap"),
     [
         ("none", f"{END}={OTHER}", TokenIdSwap(398, 396)),
         ("renamed", f"<|eot|>={OTHER}", TokenIdSwap(396, 396)),
