@@ -234,7 +234,7 @@ def test_export_says_what_it_wrote_and_what_it_left_out(
     assert status == 0
     first, second = out.splitlines()
     assert f"a.parquet: {cache.positions:,} positions of 24 sequences, " in first
-    assert second.startswith("not in this layout: tail mass, tail samples, entropy, log normalisers; its ids have 0.9")
+    assert second.startswith("not in this layout: tail mass, tail samples, entropy, log normalisers; its ids hold 0.9")
     whole = ["--format", "axolotl", "--data", str(world.samples), "--tokenizer", str(world.teacher), "--top-k", "4"]
     status, out, _ = _call(capsys, *argv, str(tmp_path / "b.parquet"), *whole)
     assert status == 0

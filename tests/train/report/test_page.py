@@ -88,7 +88,10 @@ def test_the_command(tmp_path: Path) -> None:
     command = [str(Path(sys.executable).parent / "train-student"), "report"]
     done = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, f"{folder / 'report.html'}\n")
-    for arguments, problem in (([folder, folder], "--output: required for several runs"), ([tmp_path], "has no metrics.jsonl")):
+    for arguments, problem in (
+        ([folder, folder], "--output: required for several runs"),
+        ([tmp_path], "has no metrics.jsonl"),
+    ):
         done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, check=False)
         assert done.returncode == 2
         assert problem in done.stderr

@@ -40,9 +40,9 @@ def of_images(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (
             ("visual_kl_weight=1",),
-            r"loss\.align\.visual_kl_weight: cache .* records the positions of answers, .* capture\.positions=all",
+            r"loss\.align\.visual_kl_weight: cache .* records positions of answers, .* capture\.positions=all",
         ),
-        (("relation_weight=1",), r"loss\.align\.relation_weight: cache .* not those of image tokens"),
+        (("relation_weight=1",), r"loss\.align\.relation_weight: cache .* not of image tokens"),
     ],
 )
 def test_a_cache_without_it_is_refused(world: World, tmp_path: Path, settings: tuple[str, ...], problem: str) -> None:
