@@ -122,7 +122,8 @@ def test_a_cache_of_all_positions_is_for_students_with_the_same_image_tokens(
     cache = write_cache(tmp_path / "cache", world.chats, teacher, "template=chatml", "capture.positions=all")
     settings = (f"cache.path={cache}", f"student.checkpoint={student}", "template=chatml")
     with pytest.raises(
-        LlavaModError, match=r"images\.token_id: cache 402, student 404; images\.tokens: cache by size, student 9: it has"
+        LlavaModError,
+        match=r"images\.token_id: cache 402, student 404; images\.tokens: cache by size, student 9: it has",
     ):
         train(world.config("mimic_dense", tmp_path / "refused", *settings))
 
