@@ -123,7 +123,7 @@ def test_a_student_is_built_from_a_tower_and_a_language_model(world: World, tmp_
         (
             "preference",
             ["cache.path={chats_cache}"],
-            "cache.path: .* holds response, but stage preference needs chosen",
+            "cache.path: .* holds response, but stage preference needs chosen, rejected",
         ),
         ("mimic_dense", ["loss.temperature=3.0"], "loss.temperature: cache .* supports temperatures 1, 1.5, 2, 4"),
         ("mimic_dense", ["student.checkpoint={other_tokenizer}"], "tokenizer"),
