@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 
@@ -16,25 +16,55 @@ from llavamod_offline.data.sets.mismatched import PAIRING
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError, DataError, ModelError
 from llavamod_offline.models.checkpoint import load_tokenizer, vocabulary_size
-from teacher_cache.engine_fingerprint import describe_engine
+from teacher_cache.engines.registry import describe_engine, engine_module
 from teacher_cache.fingerprint import LONGER, describe_template, describe_tokenizer, describe_weights
 from teacher_cache.format.record import RecordSettings
-from teacher_cache.format.schema import Codec, HiddenKind
+from teacher_cache.format.schema import Codec, HiddenKind, HiddenPositions
 from teacher_cache.teachers import Teacher, open_teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from llavamod_offline.data.encode.tokenize import TokenizedSequence
+    from llavamod_offline.data.encode.tokenize import Positions, TokenizedSequence
     from llavamod_offline.data.sample import Sample
-    from teacher_cache.config import CacheTeacherConfig, Preset
+    from llavamod_offline.vllm.settings import VllmSettings
+    from teacher_cache.config import Preset
+    from teacher_cache.engines.protocol import CaptureEngine
 
 _FORCED_WORDS = ("yes", "no", "Yes", "No", "A", "B", "C", "D")
 
 
+class SetupValues(TypedDict):
+    """What a capture is set up from: values of `config.CacheTeacherConfig`, with the preset resolved to `keep`."""
+
+    data: str
+    teacher: str
+    template: str
+    image_aspect: str
+    max_length: int
+    batch_size: int
+    workers: int
+    dtype: str
+    device: str
+    keep: Preset
+    positions: Positions
+    hidden: HiddenKind | None
+    hidden_positions: HiddenPositions
+    mismatched: bool
+    seed: int
+    engine: str
+    attention: str
+    device_map: str | None
+    compile: bool
+    vllm: VllmSettings
+
+
 @dataclass(frozen=True)
 class CaptureSetup:
-    """Everything about a capture that is known before the teacher's weights are loaded."""
+    """Everything about a capture that is known before the teacher's weights are loaded.
+
+    `engine` names one of `engines.registry.ENGINES`; the fields after it configure that engine.
+    """
 
     samples: SampleSet
     teacher: Teacher
@@ -43,6 +73,20 @@ class CaptureSetup:
     dtype: torch.dtype
     device: str
     fingerprint: dict[str, Any]
+    positions: Positions
+    hidden_positions: HiddenPositions | None
+    seed: int
+    engine: str
+    batch_size: int
+    workers: int
+    attention: str
+    device_map: str | None
+    compile: bool
+    vllm: VllmSettings
+
+    def load(self) -> CaptureEngine:
+        """Load the teacher's weights. Errors: `ModelError` if they do not fit, `ConfigError` for a missing device."""
+        return engine_module(self.engine).load_engine(self)
 
     def encode(self, sample: Sample, role: str) -> TokenizedSequence:
         """Tokenize one role. Errors: `DataError` if it is too long for the settings or for the teacher."""
@@ -53,41 +97,47 @@ class CaptureSetup:
         return sequence
 
 
-def prepare_capture(config: CacheTeacherConfig) -> CaptureSetup:
-    """Open set and teacher and check that they fit one another, all but the weights. Errors: a `LlavaModError`."""
-    samples = _open_set(config)
-    template = choose_template(config.template, lambda: load_tokenizer(Path(config.teacher)))
-    teacher = open_teacher(
-        Path(config.teacher), template, image_aspect=config.image_aspect, max_length=config.max_length
-    )
+def prepare_capture(**given: Unpack[SetupValues]) -> CaptureSetup:
+    """Open set and teacher and check that they fit together, except the weights. Errors: a `LlavaModError`."""
+    keep, folder, seed, positions = given["keep"], Path(given["teacher"]), given["seed"], given["positions"]
+    samples = SampleSet.open(given["data"])
+    if given["mismatched"]:
+        if not samples.manifest.get("preferences"):
+            raise ConfigError(f"capture.mismatched: set '{samples.path}' has no preference samples: remove the setting")
+        samples = samples.with_mismatched()
+    template = choose_template(given["template"], lambda: load_tokenizer(folder))
+    teacher = open_teacher(folder, template, image_aspect=given["image_aspect"], max_length=given["max_length"])
     tokenizer = teacher.encoder.tokenizer
-    vocab_size = _shared_vocabulary(teacher.folder, tokenizer, teacher.head_rows)
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    preset = config.capture.resolved
+    vocab_size = _shared_vocabulary(folder, tokenizer, teacher.head_rows)
     settings, codec = _kept(
-        preset,
-        temperatures=tuple(preset.temperatures),
-        forced_ids=_forced_ids(tokenizer, preset.forced_tokens, template),
+        keep,
+        temperatures=tuple(keep.temperatures),
+        forced_ids=_forced_ids(tokenizer, keep.forced_tokens, template),
         vocab_size=vocab_size,
-        hidden=config.capture.hidden,
+        hidden=given["hidden"],
     )
-    dtype = config.dtype if config.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
+    device, dtype = given["device"], given["dtype"]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    hidden_positions = given["hidden_positions"] if given["hidden"] else None
     fingerprint = {
         "tokenizer": describe_tokenizer(tokenizer),
         "template": describe_template(template),
-        "sequence": {"max_length": config.max_length, "longer": LONGER},
+        "sequence": {"max_length": given["max_length"], "longer": LONGER},
         "images": teacher.describe_images(),
-        "teacher": describe_weights(teacher.folder),
-        "engine": describe_engine(config, dtype, device),
+        "teacher": describe_weights(folder),
+        "engine": describe_engine(given, dtype, device),
         "capture": {
             **settings.stored(),
             "precision": codec.precision,
-            "positions": config.capture.positions,
-            "hidden": config.capture.hidden,
-            "hidden_positions": config.capture.hidden_positions if config.capture.hidden else None,
-            "seed": config.capture.seed,
+            "positions": positions,
+            "hidden": given["hidden"],
+            "hidden_positions": hidden_positions,
+            "seed": seed,
             "vocab_size": vocab_size,
-            **({"mismatched": PAIRING} if config.capture.mismatched else {}),
+            **({"mismatched": PAIRING} if given["mismatched"] else {}),
         },
         "data": {"digest": samples.digest, "samples": len(samples)},
     }
@@ -99,21 +149,21 @@ def prepare_capture(config: CacheTeacherConfig) -> CaptureSetup:
         dtype=getattr(torch, dtype),
         device=device,
         fingerprint=fingerprint,
+        positions=positions,
+        hidden_positions=hidden_positions,
+        seed=seed,
+        engine=given["engine"],
+        batch_size=given["batch_size"],
+        workers=given["workers"],
+        attention=given["attention"],
+        device_map=given["device_map"],
+        compile=given["compile"],
+        vllm=given["vllm"],
     )
 
 
-def _open_set(config: CacheTeacherConfig) -> SampleSet:
-    """Open the set, its preference samples paired if they are to be. Errors: `DataError`, `ConfigError`."""
-    samples = SampleSet.open(config.data)
-    if not config.capture.mismatched:
-        return samples
-    if not samples.manifest.get("preferences"):
-        raise ConfigError(f"capture.mismatched: set '{samples.path}' holds no preference samples: remove the setting")
-    return samples.with_mismatched()
-
-
 def with_preset(setup: CaptureSetup, preset: Preset) -> CaptureSetup:
-    """The same capture that keeps something else of each distribution; its fingerprint stays as it is."""
+    """The same capture with another preset; its fingerprint stays as it is."""
     settings, codec = _kept(
         preset,
         temperatures=setup.settings.temperatures if preset.temperatures else (),
@@ -168,7 +218,7 @@ def _shared_vocabulary(teacher: Path, tokenizer: PreTrainedTokenizerFast, rows: 
 def _forced_ids(
     tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str] | None, template: Template
 ) -> tuple[int, ...]:
-    """The ids of tokens that are named, or of the default ones. Errors: `ConfigError` naming a token."""
+    """The ids of the named tokens, or of the default ones. Errors: `ConfigError` naming a token."""
     if tokens is None:
         words = (template.end, *(template.answer_prefix + word for word in _FORCED_WORDS))
         found = [_ids_of(tokenizer, text) for text in words]

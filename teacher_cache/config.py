@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from llavamod_offline.data.encode.tokenize import Positions
 from llavamod_offline.data.sample import KEY_PATTERN
@@ -14,16 +14,17 @@ from llavamod_offline.vllm.settings import VllmSettings
 from teacher_cache.engines.registry import ENGINES
 from teacher_cache.format.schema import HiddenKind, HiddenPositions, PrecisionName
 
+if TYPE_CHECKING:
+    from teacher_cache.capture_setup import SetupValues
+
 _SLICE = re.compile(r"(\d+)/(\d+)")
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A ready-made choice of what a record keeps and how finely; `python -m tests.benchmarks.codec` measures them.
+    """What a record keeps and how precisely (see `record.RecordSettings`); `tests.benchmarks.codec` measures presets.
 
-    See `record.RecordSettings` for what the numbers do. `top_k` None: the whole vocabulary.
-
-    `forced_tokens` None: the defaults (see `CaptureConfig`).
+    `top_k` None: the whole vocabulary. `forced_tokens` None: the defaults (see `CaptureConfig`).
     """
 
     top_p: float
@@ -40,7 +41,7 @@ PRESETS: dict[str, Preset] = {
     "compact": Preset(1.0, 0.006, 16, 12, 60.0, "coarse"),
     "standard": Preset(1.0, 0.0007, 128, 16, 100.0, "fine"),
     "exhaustive": Preset(1.0, 0.0, None, 0, 1.0, "exact"),
-    # The log-probs of the targets, for preference losses; the one top-k id is there because each record needs one.
+    # The log-probs of the targets, for preference losses; each record needs at least one top-k id.
     "reference": Preset(1.0, 0.0, 1, 0, 1.0, "fine", temperatures=(), forced_tokens=()),
 }
 
@@ -49,15 +50,14 @@ PRESETS: dict[str, Preset] = {
 class CaptureConfig:
     """What a record keeps of each distribution; see `record.RecordSettings` and FORMAT.md.
 
-    `preset`: compact, standard, exhaustive (the whole vocabulary) or reference (log-probs of the tokens that are there,
-    and no distributions); each setting that is not null changes it. `temperatures` null: 1.5, 2 and 4; none with
-    reference. `forced_tokens`: tokens always recorded, by their text (each a single token, such as `<|im_end|>` or
-    ` yes`); null: the template's end of a turn, yes, no and the letters A to D, as far as they are single tokens; none
-    with reference.
-    `precision`: coarse, fine or exact (float32). `positions`: response (those that predict supervised tokens), or all
-    that are not padding, image patches too. `seed`: of the tail samples. `hidden`: keep the teacher's last hidden
-    states, as float16 or int8, at all recorded positions or at those of image patches (`hidden_positions`).
-    `mismatched`: capture preference samples in a third role too, with the response of another one (for `kto`).
+    `preset`: compact, standard, exhaustive (the whole vocabulary) or reference (log-probs of the actual tokens only);
+    settings that are not null override it. `temperatures` null: 1.5, 2 and 4; none with reference.
+    `forced_tokens`: tokens always recorded, each the text of a single token such as `<|im_end|>` or ` yes`; null: the
+    template's end of turn, yes, no and A to D where these are single tokens; none with reference.
+    `precision`: coarse, fine or exact (float32). `positions`: response (those that predict supervised tokens) or all
+    except padding, including image patches. `seed`: of the tail samples. `hidden`: keep the teacher's last hidden
+    states, as float16 or int8, at all recorded positions or only at image patches (`hidden_positions`).
+    `mismatched`: also capture each preference sample with another sample's response (for `kto`).
     """
 
     preset: str = "standard"
@@ -82,7 +82,7 @@ class CaptureConfig:
 
     @property
     def resolved(self) -> Preset:
-        """The preset with the settings that change it."""
+        """The preset with its overrides."""
         own = {item.name: getattr(self, item.name) for item in fields(Preset)}
         return replace(PRESETS[self.preset], **{name: value for name, value in own.items() if value is not None})
 
@@ -90,16 +90,16 @@ class CaptureConfig:
 @dataclass(frozen=True)
 class TeacherEngineConfig:
     """What runs the teacher. `kind`: hf (Hugging Face transformers), vllm (records are made in vLLM's workers), or
-    vllm_logprobs (what vLLM says of any model: the top-k and the log-probs of targets alone, and slower; `vllm` has the
-    settings of both).
+    vllm_logprobs (any model that vLLM runs, but only the top-k and the targets' log-probs, and slower); `vllm` holds
+    the settings of both.
 
-    hf's own: `attention`: sdpa, eager or flash_attention_2. `device_map` auto spreads a model over several GPUs, layer
-    by layer, where one is too small (needs accelerate; `device` is then its choice). `compile`: the decoder, by
-    torch.compile, which takes minutes and pays off on long runs.
+    For hf only: `attention`: sdpa, eager or flash_attention_2. `device_map` auto spreads the layers of a model over
+    several GPUs when one is too small (needs accelerate; ignores `device`). `compile`: run torch.compile on the
+    decoder, which takes minutes and pays off on long runs.
 
-    `ray`: shards are captured by workers on Ray, each with an engine of its own: on the cluster at RAY_ADDRESS, which
-    must see the same files, otherwise on this machine. `ray_workers` null: as many as fit. Each has `cpus_per_worker`
-    and `gpus_per_worker`, null: one, vLLM's `tensor_parallel`, or none where device is cpu or there is no GPU.
+    `ray`: capture shards in Ray workers, each with its own engine: on the cluster at RAY_ADDRESS, which must see the
+    same files, otherwise on this machine. `ray_workers` null: as many as fit. Each gets `cpus_per_worker` CPUs and
+    `gpus_per_worker` GPUs; null: none on a CPU, else one, or vLLM's `tensor_parallel`.
     """
 
     kind: str = "hf"
@@ -125,12 +125,12 @@ class TeacherEngineConfig:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """How the teacher writes answers (`cache-teacher generate` alone). `turns`: which of the assistant's turns: last
-    (the others stay as they are) or all, one after another, each following those that were written before it.
+    """How the teacher writes answers (`cache-teacher generate` only). `turns`: replace the last answer of each
+    conversation, or all of them in order, each given the new ones before it.
 
-    `temperature` 0 takes the most likely token each time; else tokens are drawn from the likeliest ones that together
-    have the probability `top_p`, by random numbers that follow from `seed` and the sample's key. An answer of more than
-    `max_new_tokens` tokens is rejected. `key_suffix` is appended to the keys of the new set.
+    `temperature` 0 is greedy; otherwise tokens are sampled from the top-p (nucleus) set, with random numbers that
+    depend on `seed` and the sample's key alone. An answer of more than `max_new_tokens` tokens is rejected.
+    `key_suffix` is appended to the keys of the new set.
     """
 
     turns: Literal["last", "all"] = "last"
@@ -153,15 +153,15 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class CacheTeacherConfig:
-    """One capture: which set, by which teacher, into which cache.
+    """One capture: a set, a teacher, and the cache to write.
 
     `template`: qwen (LLaVA-MoD's own), chatml, or tokenizer: the chat template in the teacher's folder.
     `slice: i/n` captures shards i, i + n, i + 2n … (i from 0), for job arrays that share one output.
-    `image_aspect`: pad (to a square), square (what LLaVA calls so: the processor's own way), or auto, which is pad for
-    LLaVA and the processor's own way where it takes images of any shape.
+    `image_aspect`: pad (to a square), square (LLaVA's name for the processor's own resizing), or auto: pad for LLaVA,
+    the processor's own resizing for families that take images of any shape.
     `dtype: auto` is float32 on a CPU and bfloat16 on a GPU. `workers` threads prepare images.
-    `max_rejected`: the share of sequences that may be rejected; beyond it the run stops. null: any.
-    `output_set`: the set that `generate` writes, whose answers are then captured instead of those of `data`.
+    `max_rejected`: stop when a larger share of sequences is rejected; null: never.
+    `output_set`: the set that `generate` writes; its answers are then captured instead of those of `data`.
     """
 
     data: str = "???"
@@ -200,6 +200,33 @@ class CacheTeacherConfig:
         if not match:
             raise ConfigError(f"config: slice '{self.slice}': expected i/n, such as 0/4")
         return int(match[1]), int(match[2])
+
+    @property
+    def setup_values(self) -> SetupValues:
+        """What `capture_setup.prepare_capture` takes."""
+        capture, engine = self.capture, self.engine
+        return {
+            "data": self.data,
+            "teacher": self.teacher,
+            "template": self.template,
+            "image_aspect": self.image_aspect,
+            "max_length": self.max_length,
+            "batch_size": self.batch_size,
+            "workers": self.workers,
+            "dtype": self.dtype,
+            "device": self.device,
+            "keep": capture.resolved,
+            "positions": capture.positions,
+            "hidden": capture.hidden,
+            "hidden_positions": capture.hidden_positions,
+            "mismatched": capture.mismatched,
+            "seed": capture.seed,
+            "engine": engine.kind,
+            "attention": engine.attention,
+            "device_map": engine.device_map,
+            "compile": engine.compile,
+            "vllm": engine.vllm,
+        }
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:

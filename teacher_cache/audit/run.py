@@ -19,7 +19,6 @@ from teacher_cache.audit.record_diff import FIGURES, Differences, RecordDifferen
 from teacher_cache.capture.shard import capture_rows
 from teacher_cache.capture_setup import CaptureSetup, prepare_capture
 from teacher_cache.config import CacheTeacherConfig
-from teacher_cache.engines import load_engine
 from teacher_cache.engines.protocol import CaptureEngine
 from teacher_cache.format.record import Records, RecordSettings
 from teacher_cache.read.reader import TeacherCache
@@ -100,21 +99,19 @@ def audit_cache(
     sequence's content differ from the cache's (fields, or sections, named in `allow` may differ); `TargetError` if its
     supervised ids do; others as for a run.
     """
-    config = dataclasses.replace(config, capture=captured_as(cache))
-    job = prepare_capture(config)
+    job = prepare_capture(**dataclasses.replace(config, capture=captured_as(cache)).setup_values)
     job = dataclasses.replace(job, settings=RecordSettings.from_stored(cache.fingerprint["capture"]))
     notes = check_settings(cache, job, allow)
     rows = draw_rows(cache, job, sequences, seed)
     check_contents(cache, job, rows)
-    if config.batch_size == 1:
+    if job.batch_size == 1:
         notes.append("batch_size is 1, so the control used the same shapes: raise it for a real control")
     given = {"largest": largest, "mean": mean, "agreement": agreement}
     limits = dataclasses.replace(
         LIMITS[_coarser(cache.fingerprint["engine"], job.fingerprint["engine"])],
         **{name: value for name, value in given.items() if value is not None},
     )
-    engine = load_engine(job, config)
-    found, counts, failures = _compared(cache, job, engine, rows, config.batch_size)
+    found, counts, failures = _compared(cache, job, job.load(), rows)
     figures, agreements = _summary(found, counts)
     bounded = any(side["engine"].get("limits") for side in (cache.fingerprint, job.fingerprint))
     if bounded:
@@ -136,15 +133,15 @@ def audit_cache(
 
 
 def _compared(
-    cache: TeacherCache, job: CaptureSetup, engine: CaptureEngine, rows: Sequence[int], batch_size: int
+    cache: TeacherCache, job: CaptureSetup, engine: CaptureEngine, rows: Sequence[int]
 ) -> tuple[dict[str, list[tuple[Differences, Differences]]], dict[str, int], list[str]]:
     """By role: cache against teacher, and teacher against itself; the numbers of sequences; sequences that failed."""
     found: dict[str, list[tuple[Differences, Differences]]] = {}
     counts: dict[str, int] = {}
     failures: list[str] = []
     with tqdm(total=len(rows), unit="sample", desc="audit", disable=not sys.stderr.isatty()) as bar:
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
+        for start in range(0, len(rows), job.batch_size):
+            batch = rows[start : start + job.batch_size]
             together, rejected = capture_rows(job, engine, batch)
             alone: dict[tuple[str, str], Records] = {}
             for row in batch:

@@ -1,4 +1,4 @@
-"""One worker of a capture on Ray: an engine that is given whole shards, in a process of its own."""
+"""One worker of a capture on Ray: an engine in its own process that captures whole shards."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from llavamod_offline.errors import LlavaModError
 from teacher_cache.capture.pipeline import ShardCounts
 
 if TYPE_CHECKING:
-    from teacher_cache.config import CacheTeacherConfig
+    from teacher_cache.capture_setup import SetupValues
 
 _REPORT_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class WorkerReport:
-    """How far a worker is with the shards that it has, and what it has logged since the last report."""
+    """A worker's progress on each of its shards, and what it has logged since the last report."""
 
     samples: dict[str, int]
     positions: dict[str, int]
@@ -29,33 +29,31 @@ class WorkerReport:
 
 
 class CaptureWorker:
-    """Captures shards and commits them to the store itself.
+    """Captures shards of the set that `values` name and commits them to the store itself.
 
-    Its methods run in threads: of two shards one may be read or written while the teacher runs on the other. An error
-    of ours is returned, not raised, so that it arrives as it is.
+    Its methods run in threads: one shard may be read or written while the teacher runs on another. A `LlavaModError` is
+    returned, not raised, since Ray would wrap it.
     """
 
-    def __init__(self, config: CacheTeacherConfig, allow: Sequence[str]) -> None:
-        self._config = config
-        self._allow = allow
-        self._reading = threading.Lock()  # tokenizers do not like to be set up by two threads at once
+    def __init__(self, values: SetupValues, output: str, allow: Sequence[str]) -> None:
+        self._values, self._output, self._allow = values, output, allow
+        self._reading = threading.Lock()  # a tokenizer must not be set up by two threads at once
         self._teacher = threading.Lock()
         self._samples: dict[str, int] = {}
         self._positions: dict[str, int] = {}
         self._lines: list[str] = []
 
     def open(self) -> LlavaModError | None:
-        """Load the teacher, and check that all here is as where the run was started."""
+        """Load the teacher, and check that set and fingerprint are those of the driver."""
         from teacher_cache.capture_setup import prepare_capture
-        from teacher_cache.engines import load_engine
         from teacher_cache.write.store import CacheStore
 
         _log_into(self._lines)
         try:
-            self._setup = prepare_capture(self._config)
+            self._setup = prepare_capture(**self._values)
             names = self._setup.samples.shard_names
-            self._store = CacheStore.open(self._config.output, self._setup.fingerprint, names, allow=self._allow)
-            self._engine = load_engine(self._setup, self._config)
+            self._store = CacheStore.open(self._output, self._setup.fingerprint, names, allow=self._allow)
+            self._engine = self._setup.load()
         except LlavaModError as error:
             return error
         return None
@@ -80,7 +78,7 @@ class CaptureWorker:
         return ShardCounts(name, prepared.samples, len(captured), positions, tuple(rejected))
 
     def report(self) -> WorkerReport:
-        """Wait a little, then say how far the shards are."""
+        """Wait a little, then report progress and log lines."""
         time.sleep(_REPORT_SECONDS)
         lines, self._lines[:] = self._lines[:], []
         return WorkerReport(dict(self._samples), dict(self._positions), lines)

@@ -1,4 +1,4 @@
-"""`cache-teacher run`: a packed set and a teacher → a cache, shard by shard, resumable at any moment."""
+"""`cache-teacher run`: a packed set and a teacher → a cache, shard by shard, resumable at any time."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ from llavamod_offline.errors import CacheError, ConfigError
 from teacher_cache.capture.pipeline import capture_shards
 from teacher_cache.capture.progress import ProgressBar
 from teacher_cache.capture.rejection_limit import Reason, Rejected
-from teacher_cache.capture_setup import prepare_capture
-from teacher_cache.engines import load_engine
+from teacher_cache.capture_setup import CaptureSetup, prepare_capture
 from teacher_cache.fingerprint import check_allowed
 from teacher_cache.format.manifest import cache_bytes
 from teacher_cache.write.store import CacheStore
 
 if TYPE_CHECKING:
-    from teacher_cache.capture_setup import CaptureSetup
     from teacher_cache.config import CacheTeacherConfig
     from teacher_cache.engines.protocol import CaptureEngine
 
@@ -59,30 +57,30 @@ def run_capture(
     config: CacheTeacherConfig,
     *,
     allow: Sequence[str] = (),
-    load: Callable[[CaptureSetup, CacheTeacherConfig], CaptureEngine] = load_engine,
+    load: Callable[[CaptureSetup], CaptureEngine] = CaptureSetup.load,
 ) -> Summary:
-    """Capture every shard of the set that the cache lacks, and finish the cache once all are there.
+    """Capture every shard of the set that the cache lacks, and complete the cache once it has all.
 
     `allow` names fingerprint fields that may differ from those of an unfinished cache. `load` gives the engine, if any
     shard is to be captured in this process.
-    Errors: a `LlavaModError` before anything is written, if set, teacher and settings do not fit one another or the
-    cache that is there; later only if the disk or the device's memory gives out, workers on Ray die of a shard, or
-    more is rejected than `max_rejected` allows. The cache can always be resumed.
+    Errors: a `LlavaModError` before anything is written, if set, teacher, settings and existing cache do not fit
+    together; later only if disk or device memory runs out, a shard kills workers on Ray, or more is rejected than
+    `max_rejected` allows. The cache can always be resumed.
     """
     started = time.perf_counter()
     if config.output_set is not None:
-        raise ConfigError("config: output_set belongs to `cache-teacher generate`: leave it out")
+        raise ConfigError("config: output_set belongs to `cache-teacher generate`: remove it")
     counts = dict.fromkeys(("sequences", "positions"), 0)
     rejected = Rejected()
     with ExitStack() as stack:
-        pool = None
-        if config.engine.ray:
+        pool, values, output, ray = None, config.setup_values, config.output, config.engine
+        if ray.ray:
             from teacher_cache.capture.ray_pool import RayPool
 
-            pool = stack.enter_context(RayPool(config, allow))
-            config = pool.config
-        setup = prepare_capture(config)
-        output = config.output
+            workers, cpus, gpus = ray.ray_workers, ray.cpus_per_worker, ray.gpus_per_worker
+            pool = stack.enter_context(RayPool(values, output, allow, workers=workers, cpus=cpus, gpus=gpus))
+            values = pool.values
+        setup = prepare_capture(**values)
         check_allowed(allow, setup.fingerprint)
         store = CacheStore.open(output, setup.fingerprint, setup.samples.shard_names, allow=allow)
         part, parts = config.part
@@ -99,7 +97,7 @@ def run_capture(
                 pool.start(len(missing))
                 capture = pool.capture
             else:
-                capture = functools.partial(capture_shards, setup, load(setup, config), store)
+                capture = functools.partial(capture_shards, setup, load(setup), store)
         store.start()
         if missing:
             progress = stack.enter_context(
@@ -115,7 +113,7 @@ def run_capture(
     left = store.missing()
     cache = store.finalise() if not left else None
     if cache is not None and not cache["totals"]["sequences"]:
-        raise CacheError(f"{output}: not one sequence could be captured: {output}/rejected.jsonl has the reasons")
+        raise CacheError(f"{output}: no sequence could be captured: see the reasons in {output}/rejected.jsonl")
     seconds = time.perf_counter() - started
     return Summary(
         output=output,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from teacher_cache.engines.lm_head import LmHead
 from teacher_cache.engines.make_records import make_sequence_records
 from teacher_cache.engines.outcome import Outcome, beyond_vocabulary, recorded, rows_with_states
 from teacher_cache.engines.packing import Layout, lay_out
-from teacher_cache.engines.protocol import Request
+from teacher_cache.engines.protocol import Request, longest_first
 from teacher_cache.engines.tail_samples import sequence_uniforms
 from teacher_cache.format.hidden_states import HiddenStates
 from teacher_cache.format.record import RecordSettings
@@ -36,49 +36,38 @@ _BATCHES_AHEAD = 3
 
 @dataclass(frozen=True)
 class _BatchItem:
-    """One sequence of a batch, with its images on the way."""
+    """One sequence of a batch, and its images, which may still be in preparation."""
 
     request: Request
     sequence: TokenizedSequence
     images: Future[list[SampleImage]]
 
 
+@dataclass(eq=False)
 class HfCaptureEngine:
-    """Runs `model` (in evaluation mode, on its device and in its type) and makes records of its positions.
+    """Runs `model` (in evaluation mode, on its device and in its dtype) and makes records of its positions.
 
     `positions`: those that predict supervised tokens, or all. `hidden_positions`: which of them also give the last
-    hidden state. The LM head runs in float32 on their rows alone. If memory
-    runs out, this and all later batches are halved, which is logged. Errors of `capture`: `ModelError` if a single
+    hidden state. The LM head runs in float32 on the recorded rows only. Errors of `capture`: `ModelError` if a single
     sequence does not fit into memory.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        teacher: Teacher,
-        settings: RecordSettings,
-        *,
-        vocab_size: int,
-        seed: int,
-        batch_size: int,
-        workers: int,
-        positions: Positions = "response",
-        hidden_positions: HiddenPositions | None = None,
-        shared_prompts: bool = False,
-    ) -> None:
-        self.model = model
-        self.teacher = teacher
-        self.settings = settings
-        self.vocab_size = vocab_size
-        self.seed = seed
-        self.batch_size = batch_size
-        self.workers = workers
-        self.positions: Positions = positions
-        self.hidden_positions = hidden_positions
-        self.shared_prompts = shared_prompts
-        layer = model.get_output_embeddings()
-        self.lm_head = LmHead(layer.weight, getattr(layer, "bias", None), vocab_size)
-        self._limit = BatchLimit(batch_size, "sequences")
+    model: Any
+    teacher: Teacher
+    settings: RecordSettings
+    _: KW_ONLY
+    vocab_size: int
+    seed: int
+    batch_size: int
+    workers: int
+    positions: Positions = "response"
+    hidden_positions: HiddenPositions | None = None
+    shared_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        layer = self.model.get_output_embeddings()
+        self.lm_head = LmHead(layer.weight, getattr(layer, "bias", None), self.vocab_size)
+        self._limit = BatchLimit(self.batch_size, "sequences")
 
     def capture(self, requests: Sequence[Request]) -> Iterator[Outcome]:
         """Capture one data shard; see `protocol.CaptureEngine`. Images are prepared a few batches ahead, in threads."""
@@ -121,30 +110,29 @@ class HfCaptureEngine:
     @torch.inference_mode()
     def _run(self, batch: Sequence[tuple[_BatchItem, list[SampleImage]]]) -> list[Outcome]:
         sequences = [item.sequence for item, _ in batch]
-        found = [sequence.rows_and_targets(self.positions) for sequence in sequences]
-        images = [some for _, some in batch]
-        rows_ND = self._hidden_rows(sequences, [rows_N for rows_N, _ in found], images)
+        rows, targets = zip(*(sequence.rows_and_targets(self.positions) for sequence in sequences), strict=True)
+        rows_ND = self._hidden_rows(sequences, rows, [images for _, images in batch])
         pieces = make_sequence_records(
             rows_ND,
-            [targets_N for _, targets_N in found],
+            targets,
             [
                 sequence_uniforms(self.seed, s.key, s.role, len(rows_N))
-                for s, (rows_N, _) in zip(sequences, found, strict=True)
+                for s, rows_N in zip(sequences, rows, strict=True)
             ],
             self.settings,
             logits_of=self.lm_head.logits,
             vocab_size=self.vocab_size,
         )
-        hidden = self._hidden_states(sequences, [rows_N for rows_N, _ in found], rows_ND)
+        hidden = self._hidden_states(sequences, rows, rows_ND)
         return [
             recorded(item.request, item.sequence, *piece, states)
             for (item, _), piece, states in zip(batch, pieces, hidden, strict=True)
         ]
 
     def _hidden_states(
-        self, sequences: list[TokenizedSequence], rows: list[Ids], hidden_ND: Tensor
+        self, sequences: list[TokenizedSequence], rows: Sequence[Ids], hidden_ND: Tensor
     ) -> list[HiddenStates | None]:
-        """Each sequence's states at the chosen ones of its rows; None where none are wanted."""
+        """The states of each sequence at the chosen rows; None if none are wanted."""
         if self.hidden_positions is None:
             return [None for _ in sequences]
         states = hidden_ND.float().cpu().numpy()
@@ -156,7 +144,7 @@ class HfCaptureEngine:
         return found
 
     def _hidden_rows(
-        self, sequences: list[TokenizedSequence], rows: list[Ids], images: list[list[SampleImage]]
+        self, sequences: list[TokenizedSequence], rows: Sequence[Ids], images: list[list[SampleImage]]
     ) -> Tensor:
         """Run the model without its LM head: the last hidden states of each sequence's rows, [N, D]."""
         keys = [s.key if self.shared_prompts else number for number, s in enumerate(sequences)]
@@ -184,7 +172,7 @@ class HfCaptureEngine:
         return hidden_BTD[picked].to(self.lm_head.device)
 
     def _positions(self, ids: list[Ids], layout: Layout, images: list[list[SampleImage]]) -> Tensor | None:
-        """Positions as the decoder wants them, for the rows; None where it counts for itself."""
+        """The rows' position ids; None to let the decoder count them itself."""
         longest = max(map(len, ids))
         ids_SU = torch.from_numpy(np.stack([np.pad(one, (0, longest - len(one))) for one in ids]))
         mask_SU = (torch.arange(longest) < torch.tensor([len(one) for one in ids])[:, None]).long()
@@ -194,7 +182,7 @@ class HfCaptureEngine:
         return None if found is None else layout.positions(found)
 
     def _features(self, images: list[SampleImage]) -> list[Tensor]:
-        """The image features of each image; roles of a sample have theirs in common, which run once."""
+        """The features of each image; an image that several roles share runs only once."""
         distinct = {id(image): image for image in images}
         features = self.teacher.image_features(self.model, list(distinct.values()))
         found = dict(zip(distinct, features, strict=True))
@@ -210,8 +198,7 @@ def _too_large(ready: tuple[_BatchItem, list[SampleImage]]) -> str:
 
 
 def length_batches(requests: Sequence[Request], size: int) -> Iterator[list[tuple[Request, TokenizedSequence]]]:
-    """Group sequences of like length, longest first, `size` at a time; the roles of a sample stay neighbours."""
-    order = sorted(requests, key=lambda r: (-max(len(s.input_ids_T) for s in r.sequences), r.row))
-    pairs = [(request, sequence) for request in order for sequence in request.sequences]
+    """Group sequences of similar length, longest first, `size` at a time; the roles of a sample stay neighbours."""
+    pairs = [(request, sequence) for request in longest_first(requests) for sequence in request.sequences]
     for start in range(0, len(pairs), size):
         yield pairs[start : start + size]

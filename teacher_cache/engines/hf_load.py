@@ -1,7 +1,4 @@
-"""Loading a teacher for the Hugging Face engine: devices, attention, compiling, and what is tried out beforehand.
-
-Shape suffixes: V shared vocabulary.
-"""
+"""Loading a teacher for the Hugging Face engine: devices, attention, compilation, and checks of the loaded model."""
 
 from __future__ import annotations
 
@@ -15,81 +12,65 @@ from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.engines.lm_head import LmHead
 
 if TYPE_CHECKING:
-    from llavamod_offline.vllm.settings import VllmSettings
-    from teacher_cache.capture_setup import CaptureSetup
-    from teacher_cache.config import CacheTeacherConfig, CaptureConfig, TeacherEngineConfig
-
-_SHARING_ATTENTION = "sdpa"
-WRITES_ANSWERS = True
+    from teacher_cache.capture_setup import CaptureSetup, SetupValues
 
 
-def load_engine(setup: CaptureSetup, config: CacheTeacherConfig) -> HfCaptureEngine:
+def load_engine(setup: CaptureSetup) -> HfCaptureEngine:
     """Load the weights onto the device, or the devices.
 
-    Errors: `ModelError` if they do not fit config.json, or their logits are more than a linear map of the last hidden
-    states; `ConfigError` for a missing device or package.
+    Errors: `ModelError` if they do not fit config.json, or the logits are not a linear map of the last hidden states;
+    `ConfigError` for a missing device or package.
     """
-    model = setup.teacher.load(setup.dtype, **_load_settings(setup, config))
+    model = setup.teacher.load(setup.dtype, **_load_settings(setup))
     layer = model.get_output_embeddings()
-    rows = int(layer.weight.shape[0])
-    if rows < setup.codec.vocab_size:
-        raise ModelError(
-            f"{setup.teacher.folder}: the LM head has {rows} rows, config.json says {setup.codec.vocab_size} or more"
-        )
-    if config.engine.device_map is None:
+    rows, vocab_size = int(layer.weight.shape[0]), setup.codec.vocab_size
+    if rows < vocab_size:
+        raise ModelError(f"{setup.teacher.folder}: the LM head has {rows} rows, config.json says {vocab_size} or more")
+    if setup.device_map is None:
         _move(model, setup.device)
     elif layer.weight.device.type == "meta":
         raise ModelError(f"{setup.teacher.folder}: the LM head does not fit on the devices: use more or larger ones")
     _check_head(setup, model)
-    shared = config.engine.attention == _SHARING_ATTENTION and _may_share(model)
-    if config.engine.compile:
+    shared = setup.attention == "sdpa" and _may_share(model)
+    if setup.compile:
         model.get_decoder().compile(dynamic=True)
     return HfCaptureEngine(
         model,
         setup.teacher,
         setup.settings,
-        vocab_size=setup.codec.vocab_size,
-        seed=config.capture.seed,
-        batch_size=config.batch_size,
-        workers=config.workers,
-        positions=config.capture.positions,
-        hidden_positions=config.capture.hidden_positions if config.capture.hidden else None,
+        vocab_size=vocab_size,
+        seed=setup.seed,
+        batch_size=setup.batch_size,
+        workers=setup.workers,
+        positions=setup.positions,
+        hidden_positions=setup.hidden_positions,
         shared_prompts=shared,
     )
 
 
-def describe(engine: TeacherEngineConfig, capture: CaptureConfig) -> dict[str, Any]:
-    """The settings that change the arithmetic; see `registry.EngineModule`."""
-    described: dict[str, Any] = {}
-    if engine.attention != "sdpa":
-        described["attention"] = engine.attention
-    if engine.compile:  # fuses operations between which a model in half precision would round
-        described["compile"] = True
-    return described
+def describe(given: SetupValues) -> dict[str, Any]:
+    """The settings that change the arithmetic; see `registry.describe_engine`."""
+    attention = {} if given["attention"] == "sdpa" else {"attention": given["attention"]}
+    # Compiling fuses operations between which a model in half precision would round.
+    return {**attention, "compile": True} if given["compile"] else attention
 
 
-def gpus(vllm: VllmSettings) -> int:
-    """One: more need a `device_map`."""
-    return 1
-
-
-def _load_settings(setup: CaptureSetup, config: CacheTeacherConfig) -> dict[str, Any]:
-    """What `from_pretrained` is told. Errors: `ConfigError` for a package that is missing."""
-    attention, device_map = config.engine.attention, config.engine.device_map
-    if attention == "flash_attention_2":
+def _load_settings(setup: CaptureSetup) -> dict[str, Any]:
+    """Arguments of `from_pretrained`. Errors: `ConfigError` for attention or a device map that cannot work here."""
+    if setup.attention == "flash_attention_2":
         if importlib.util.find_spec("flash_attn") is None:
             raise ConfigError("engine.attention is 'flash_attention_2', which needs the package flash-attn: install it")
         if setup.dtype == torch.float32 or not setup.device.startswith("cuda"):
             raise ConfigError(
                 "engine.attention is 'flash_attention_2', which needs a GPU and dtype=bfloat16 or float16: use sdpa"
             )
-    if device_map is not None and importlib.util.find_spec("accelerate") is None:
+    if setup.device_map is not None and importlib.util.find_spec("accelerate") is None:
         raise ConfigError(
-            f"engine.device_map is '{device_map}', which needs the package accelerate: "
+            f"engine.device_map is '{setup.device_map}', which needs the package accelerate: "
             "pip install llavamod-offline[device-map]"
         )
-    settings: dict[str, Any] = {"attn_implementation": attention}
-    return settings if device_map is None else {**settings, "device_map": device_map}
+    placement = {} if setup.device_map is None else {"device_map": setup.device_map}
+    return {"attn_implementation": setup.attention, **placement}
 
 
 def _move(model: Any, device: str) -> None:
@@ -102,7 +83,7 @@ def _move(model: Any, device: str) -> None:
 
 @torch.inference_mode()
 def _check_head(setup: CaptureSetup, model: Any) -> None:
-    """Refuse a model whose logits are scaled or capped after its head. Errors: `ModelError`."""
+    """Refuse a model whose logits are scaled or capped after its LM head. Errors: `ModelError`."""
     layer, image = model.get_output_embeddings(), setup.teacher.image_token_id
     ids = [number for number in range(setup.codec.vocab_size) if number != image][:8]
     input_ids = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
@@ -111,7 +92,7 @@ def _check_head(setup: CaptureSetup, model: Any) -> None:
     hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
     ours = head.logits(hidden[0].to(head.device)).to(theirs.device)
     if not bool(theirs.isfinite().all()):
-        return  # each sequence is looked at when it is captured
+        return  # each sequence is checked when it is captured
     rounding = 1e-4 if setup.dtype == torch.float32 else 2e-2
     if float((theirs - ours).abs().max()) > rounding * float(theirs.abs().max()):
         raise ModelError(
@@ -120,10 +101,8 @@ def _check_head(setup: CaptureSetup, model: Any) -> None:
 
 
 def _may_share(model: Any) -> bool:
-    """Whether positions and a mask are all that tells the decoder what a token follows."""
+    """Whether the decoder knows what a token follows from positions and mask alone."""
     decoder = model.get_decoder()
-    kinds = getattr(decoder.config, "layer_types", None) or ["full_attention"]
-    window = (
-        getattr(decoder.config, "sliding_window", None) if not getattr(decoder.config, "layer_types", None) else None
-    )
-    return hasattr(decoder, "rotary_emb") and set(kinds) == {"full_attention"} and window is None
+    kinds = getattr(decoder.config, "layer_types", None)
+    full = set(kinds) == {"full_attention"} if kinds else getattr(decoder.config, "sliding_window", None) is None
+    return full and hasattr(decoder, "rotary_emb")

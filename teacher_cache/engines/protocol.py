@@ -1,4 +1,4 @@
-"""What every engine does: take a data shard's sequences, give back their records."""
+"""The interface of an engine: a data shard's sequences in, their records out."""
 
 from __future__ import annotations
 
@@ -15,21 +15,26 @@ from teacher_cache.format.sequences import SequenceRecord
 
 @dataclass(frozen=True)
 class Request:
-    """One sample to capture: its row in the set, what was read there, and its tokenized roles."""
+    """One sample to capture: its row in the set, its content, and its tokenized roles."""
 
     row: int
     sample: Sample
     sequences: tuple[TokenizedSequence, ...]
 
 
+def longest_first(requests: Sequence[Request]) -> list[Request]:
+    """Requests by falling length, those of equal length by row."""
+    return sorted(requests, key=lambda r: (-max(len(s.input_ids_T) for s in r.sequences), r.row))
+
+
 class CaptureEngine(Protocol):
-    """A way to run the teacher; `settings` say what its records keep, and may be others in a copy of it."""
+    """A way to run the teacher; `settings` say what its records keep, and may be replaced in a copy."""
 
     settings: RecordSettings
 
     def capture(self, requests: Sequence[Request]) -> Iterator[SequenceRecord | Rejection]:
         """Capture every sequence of one data shard, in any order.
 
-        What goes into a batch depends on `requests` alone, so that a shard made again is the same.
+        Batches depend on `requests` alone, so that capturing a shard again gives the same records.
         """
         ...

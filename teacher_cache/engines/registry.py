@@ -1,42 +1,65 @@
-"""The engines by the name of `engine.kind`: each one module, imported when it is needed."""
+"""The engines by the name of `engine.kind`: one module each, imported on first use."""
 
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
-    from llavamod_offline.vllm.settings import VllmSettings
+    from teacher_cache.capture_setup import CaptureSetup, SetupValues
     from teacher_cache.engines.protocol import CaptureEngine
 
+
+@dataclass(frozen=True)
+class EngineEntry:
+    """An engine's module, whether `generate` can use it, and whether `vllm.tensor_parallel` GPUs share its model."""
+
+    module: str
+    writes_answers: bool = False
+    tensor_parallel: bool = False
+
+
 ENGINES = {
-    "hf": "teacher_cache.engines.hf_load",
-    "vllm": "teacher_cache.engines.vllm.engine",
-    "vllm_logprobs": "teacher_cache.engines.vllm.logprobs",
+    "hf": EngineEntry("teacher_cache.engines.hf_load", writes_answers=True),
+    "vllm": EngineEntry("teacher_cache.engines.vllm.engine", tensor_parallel=True),
+    "vllm_logprobs": EngineEntry("teacher_cache.engines.vllm.logprobs", tensor_parallel=True),
 }
 
 
 class EngineModule(Protocol):
-    """What the module of an engine defines. `WRITES_ANSWERS`: whether `cache-teacher generate` can use it."""
+    """What the module of an engine defines."""
 
-    WRITES_ANSWERS: bool
-
-    def load_engine(self, setup: Any, config: Any) -> CaptureEngine:
-        """Load the teacher that a `CaptureSetup` and its `CacheTeacherConfig` name."""
+    def load_engine(self, setup: CaptureSetup) -> CaptureEngine:
+        """Load the teacher; see `CaptureSetup.load`."""
         ...
 
-    def describe(self, engine: Any, capture: Any) -> dict[str, Any]:
-        """What changes its arithmetic, for the fingerprint, of a `TeacherEngineConfig` and `CaptureConfig`.
-
-        Errors: `ConfigError` if it is not installed, or cannot capture what is asked for.
-        """
-        ...
-
-    def gpus(self, vllm: VllmSettings) -> int:
-        """How many GPUs a worker on Ray takes by default."""
+    def describe(self, given: SetupValues) -> dict[str, Any]:
+        """What changes its arithmetic, for the fingerprint; see `describe_engine`."""
         ...
 
 
 def engine_module(kind: str) -> EngineModule:
     """Import the module of an engine."""
-    return cast("EngineModule", importlib.import_module(ENGINES[kind]))
+    return cast("EngineModule", importlib.import_module(ENGINES[kind].module))
+
+
+def describe_engine(given: SetupValues, dtype: str, device: str) -> dict[str, Any]:
+    """What ran the teacher, in which precision and versions, as JSON values for the fingerprint.
+
+    Two captures with equal descriptions differ by no more than the order of their sums, so batch sizes, threads, the
+    number of devices and the device's index are left out.
+    Errors: `ConfigError` if the engine is not installed, or cannot capture what is asked for.
+    """
+    import torch
+    import transformers
+
+    return {
+        "name": given["engine"],
+        "dtype": dtype,
+        "head_dtype": "float32",  # of the LM head's products and their sums, whatever the model's own type
+        "device": device.partition(":")[0],
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        **engine_module(given["engine"]).describe(given),
+    }

@@ -1,8 +1,8 @@
-"""Answering some rows of a set: samples → prompts → the teacher's tokens → texts, or the reasons why there are none.
+"""Answering some rows of a set: samples → prompts → the teacher's tokens → texts, or reasons for rejection.
 
-For each assistant's turn that is to be written, the prompt is the conversation before it, with the answers that were
-written there. What a sample is answered with depends on the sample, the settings and the weights: random numbers follow
-from (seed, key, turn, place in the answer), batches from the rows alone.
+The prompt of each assistant turn to write is the conversation before it, with the new answers. Answers depend on the
+sample, the settings and the weights: random numbers on (seed, key, turn, position in the answer), batches on the rows
+alone.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ import numpy as np
 from llavamod_offline.data.rows import RowError
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample
 from llavamod_offline.errors import DataError
-from teacher_cache.generate.generated_set import AnsweredSample, with_texts, written_turns
+from teacher_cache.generate.generated_set import AnsweredSample, Turns, with_texts, written_turns
 
 if TYPE_CHECKING:
     from llavamod_offline.data.encode.tokenize import Ids
     from teacher_cache.capture_setup import CaptureSetup
-    from teacher_cache.config import GenerateConfig
     from teacher_cache.engines.hf import HfCaptureEngine
-    from teacher_cache.generate.decode_loop import Prompt, Written
+    from teacher_cache.generate.decode_loop import Decoding, Prompt, Written
     from teacher_cache.teachers import SampleImage
 
 Progress = Callable[[int, int], None]
@@ -34,7 +33,7 @@ _BATCHES_AHEAD = 2
 
 @dataclass
 class _Open:
-    """A sample in the making: the places of its turns to be written, what was written so far, or why it is given up."""
+    """An unfinished sample: the indices of the turns to write, the texts so far, or why it is rejected."""
 
     sample: Sample
     places: list[int]
@@ -45,40 +44,50 @@ class _Open:
 
     @property
     def done(self) -> bool:
-        """Whether nothing more is to be written."""
+        """Whether nothing is left to write."""
         return self.problem is not None or len(self.texts) == len(self.places)
 
     def result(self) -> AnsweredSample:
-        """What became of it."""
+        """The outcome of a finished sample."""
         kind, reason = (None, "") if self.problem is None else (self.problem.kind, str(self.problem))
         texts = () if self.problem else tuple(self.texts)
         return AnsweredSample(self.sample.key, texts, self.tokens, self.retokenised, kind, reason)
 
 
 class Answerer:
-    """Answers rows of a set with an engine's model; reports finished samples and written tokens to `progress`."""
+    """Answers rows of a set with an engine's model; reports finished samples and written tokens to `progress`.
+
+    `turns`: last or all, see `GenerateConfig`. `key_suffix`: of the keys of the new samples.
+    """
 
     def __init__(
-        self, setup: CaptureSetup, engine: HfCaptureEngine, settings: GenerateConfig, progress: Progress
+        self,
+        setup: CaptureSetup,
+        engine: HfCaptureEngine,
+        decoding: Decoding,
+        turns: Turns,
+        key_suffix: str,
+        progress: Progress,
     ) -> None:
-        self._setup, self._engine, self._settings, self._progress = setup, engine, settings, progress
+        self._setup, self._engine, self._decoding, self._progress = setup, engine, decoding, progress
+        self._turns, self._suffix = turns, key_suffix
         self._encoder = setup.teacher.encoder
         self._limit = min(self._encoder.max_length, setup.teacher.context_length)
         added = self._encoder.tokenizer.added_tokens_decoder
         self._special = {number: str(token) for number, token in added.items() if token.special}
 
     def answer(self, rows: Sequence[int]) -> list[AnsweredSample]:
-        """Answer some rows; the results are in their order. Errors: `DataError` if a sample is not what was packed."""
+        """Answer some rows, in order. Errors: `DataError` if a sample differs from what was packed."""
         samples = []
         for row in rows:
             sample = self._setup.samples.read(row, verify=True)
-            samples.append(_Open(sample, written_turns(sample, self._settings.turns), []))
+            samples.append(_Open(sample, written_turns(sample, self._turns), []))
         while unfinished := [item for item in samples if not item.done]:
             self._write_turn(unfinished)
         return [item.result() for item in samples]
 
     def _write_turn(self, samples: Sequence[_Open]) -> None:
-        """Write the next turn of each sample, in batches of prompts of like length."""
+        """Write the next turn of each sample, in batches of prompts of similar length."""
         prompts: list[tuple[_Open, Ids]] = []
         for item in samples:
             try:
@@ -92,9 +101,8 @@ class Answerer:
             self._write_batch(batch, images)
 
     def _write_batch(self, batch: list[tuple[_Open, Ids]], images: list[Future[list[SampleImage]]]) -> None:
-        from teacher_cache.generate.decode_loop import Decoding, Prompt, write_answers
+        from teacher_cache.generate.decode_loop import Prompt, write_answers
 
-        settings = self._settings
         ready: list[tuple[_Open, Prompt]] = []
         for (item, ids_T), coming in zip(batch, images, strict=True):
             try:
@@ -107,8 +115,7 @@ class Answerer:
             ready.append((item, Prompt(item.sample.key, stream, ids_T, own, self._limit - len(ids_T))))
         if not ready:
             return
-        decoding = Decoding(settings.temperature, settings.top_p, settings.max_new_tokens, settings.seed)
-        written = write_answers(self._engine, [prompt for _, prompt in ready], decoding)
+        written = write_answers(self._engine, [prompt for _, prompt in ready], self._decoding)
         for (item, prompt), answer in zip(ready, written, strict=True):
             item.tokens += len(answer.ids)
             self._progress(0, len(answer.ids))
@@ -139,12 +146,12 @@ class Answerer:
         return self._setup.teacher.images(self._cut(item, "-"))
 
     def _prompt_ids(self, item: _Open) -> Ids:
-        """The tokens up to where the next answer begins. Errors: `DataError` if they leave no room for one."""
+        """The tokens before the next answer. Errors: `DataError` if they leave no room for one."""
         sequence = self._setup.encode(self._cut(item, "-"), "response")
         return sequence.input_ids_T[: _last_answer(sequence.supervised_N)[0]]
 
     def _cut(self, item: _Open, answer: str) -> Sample:
-        """The sample up to the turn that is written next, which is `answer`, with the images so far."""
+        """The sample up to the turn that is written next, with `answer` there, and the images so far."""
         sample, place = item.sample, item.places[len(item.texts)]
         turns = with_texts(sample.turns, item.places, [*item.texts, answer])[: place + 1]
         images = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
@@ -160,13 +167,13 @@ class Answerer:
             )
 
     def _take(self, item: _Open, prompt: Prompt, answer: Written) -> None:
-        """Add an answer to its sample. Errors: `RowError` if it is none that a sample can hold."""
+        """Add an answer to its sample. Errors: `RowError` if a sample cannot hold it."""
         if not answer.finite:
             raise RowError("unusable answer", "the teacher's logits are not finite (NaN or inf)")
         if not answer.ended:
-            limits = f"generate.max_new_tokens={self._settings.max_new_tokens}"
-            if prompt.room < self._settings.max_new_tokens:
-                limits = f"the {prompt.room} tokens that max_length and the teacher leave it"
+            limits = f"generate.max_new_tokens={self._decoding.max_new_tokens}"
+            if prompt.room < self._decoding.max_new_tokens:
+                limits = f"the {prompt.room} tokens that max_length and the teacher leave for it"
             raise RowError("unfinished answer", f"the answer did not end within {limits}")
         template, tokenizer = self._encoder.template, self._encoder.tokenizer
         odd = [self._special[number] for number in answer.ids if number in self._special]
@@ -192,14 +199,14 @@ class Answerer:
         item.retokenised |= not same
 
     def _read_back(self, item: _Open, text: str) -> list[int]:
-        """The tokens of an answer in its conversation. Errors: `DataError` if it makes no sample, or too long a one."""
-        cut = replace(self._cut(item, text), key=f"{item.sample.key}{self._settings.key_suffix}")
+        """The tokens of an answer in its conversation. Errors: `DataError` if that is too long or invalid."""
+        cut = replace(self._cut(item, text), key=f"{item.sample.key}{self._suffix}")
         sequence = self._setup.encode(cut, "response")
         ids: list[int] = sequence.input_ids_T[_last_answer(sequence.supervised_N)].tolist()
         return ids
 
 
 def _last_answer(supervised_N: Ids) -> Ids:
-    """The places of the last turn's supervised tokens: the last ones without a gap."""
+    """The positions of the last turn's supervised tokens: the last run without a gap."""
     gaps = np.flatnonzero(np.diff(supervised_N) > 1)
     return supervised_N[gaps[-1] + 1 :] if len(gaps) else supervised_N

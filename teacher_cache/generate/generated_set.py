@@ -1,18 +1,18 @@
-"""A set of a teacher's own answers in the making: a file of answers for each shard of the source, then the set.
+"""A set of a teacher's own answers while it is being written: a file of answers for each shard, then the set.
 
-Beside the set to be lies `.NAME.answers/`: `job.json`, what the answers are made from and with, and a JSON Lines file
-for each shard that is done, every file written at once or not at all. When all are there the set is packed from them
-and renamed into place, and the folder is removed. A new start reads the same files, so it packs the same set.
+The answers are kept next to the set in `.NAME.answers/`: `job.json` (what they are made from) and a JSON Lines file
+for each finished shard, all written atomically. Once all are there, the set is packed from them and renamed into place,
+and the folder is removed. A rerun reads the same files, so it packs the same set.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.rows import Located, RejectedRow, RejectionKind
@@ -24,16 +24,18 @@ from teacher_cache.fingerprint import differences
 from teacher_cache.format.manifest import canonical
 
 if TYPE_CHECKING:
-    from teacher_cache.config import GenerateConfig
+    from teacher_cache.generate.decode_loop import Decoding
 
+Turns = Literal["last", "all"]
+Made = Callable[[Sample, Sequence[str]], Sample]
 _JOB_NAME = "job.json"
 
 
 @dataclass(frozen=True)
 class AnsweredSample:
-    """What became of one sample: the texts of its written turns, or why there are none.
+    """The outcome of one sample: the texts of its written turns, or why it has none.
 
-    `tokens`: how many were written. `retokenised`: the texts are read as other tokens than were written.
+    `tokens`: how many were written. `retokenised`: the texts tokenize differently from what was written.
     """
 
     key: str
@@ -45,23 +47,23 @@ class AnsweredSample:
 
 
 class WrittenSet:
-    """The set folder `path`, finished or not, and what belongs to it; `about` says what it is made from and with.
+    """The set folder `path`, finished or not, and its answers; `about` says what they are made from.
 
-    Errors when made: `ConfigError` if there is a set, or the beginning of one, that was made otherwise.
+    Errors: `ConfigError` if a set made with other settings, finished or begun, is already there.
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any], *, allow: Sequence[str] = ()) -> None:
         self.path = path
-        self.about: dict[str, Any] = json.loads(canonical(about))  # in the order that a new start will read
+        self.about: dict[str, Any] = json.loads(canonical(about))  # in the order that a rerun will read
         self._folder = path.with_name(f".{path.name}.answers")
         if self.finished:
             manifest = json.loads((path / MANIFEST_NAME).read_bytes())
             if "generated" not in manifest:
-                raise ConfigError(f"output_set: '{path}' is a set that no teacher wrote: choose another folder")
+                raise ConfigError(f"output_set: '{path}' is not a generated set: choose another folder")
             self.about = _same(manifest["generated"], about, allow, f"set '{path}' was generated")
             shutil.rmtree(self._folder, ignore_errors=True)  # a kill may have left it
         elif path.exists():
-            raise ConfigError(f"output_set: '{path}' exists and is no set: choose another folder")
+            raise ConfigError(f"output_set: '{path}' exists and is not a set: choose another folder")
         elif (self._folder / _JOB_NAME).exists():
             begun = json.loads((self._folder / _JOB_NAME).read_bytes())
             self.about = _same(begun, about, allow, f"set '{path}' was begun")
@@ -72,7 +74,7 @@ class WrittenSet:
         return (self.path / MANIFEST_NAME).is_file()
 
     def missing(self, shards: Sequence[str]) -> list[str]:
-        """The shards of the source whose answers are still to be written."""
+        """The shards of the source without answers."""
         return [] if self.finished else [name for name in shards if not self._file(name).exists()]
 
     def commit(self, shard: str, answers: Sequence[AnsweredSample]) -> None:
@@ -86,25 +88,22 @@ class WrittenSet:
         except OSError as error:
             raise DataError(
                 f"output_set '{self.path}': answers cannot be kept in {self._folder}: {error.strerror or error}: "
-                "free disk space or get permission to write there, and run again to resume"
+                "free disk space or fix permissions, then rerun to resume"
             ) from error
 
-    def finish(
-        self, source: SampleSet, settings: GenerateConfig, teacher: str, *, max_rejected: float | None = None
-    ) -> None:
-        """Pack the set, once all answers are there.
+    def finish(self, source: SampleSet, made: Made, *, max_rejected: float | None = None) -> None:
+        """Pack the set from the answers, which must be complete; `made` makes its samples, see `written_sample`.
 
-        Errors: `DataError` if not one of them makes a sample, or more than the share `max_rejected` make none.
+        Errors: `DataError` if no answer makes a sample, or a larger share than `max_rejected` is rejected.
         """
         if self.finished:
             return
-        rows = self._rows(source, settings, teacher)
-        weights = self._weights(source)
+        rows, weights = self._rows(source, made), self._weights(source)
         write_set(rows, self.path, generated=self.about, max_rejected=max_rejected, weights=weights)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _weights(self, source: SampleSet) -> dict[str, float]:
-        """How often the samples of a source are seen in training: as in the set of the prompts, where any is left."""
+        """The sampling weights of the prompts' set, for sources that still have samples."""
         weights = source.manifest.get("weights") or {}
         if not weights:
             return {}
@@ -113,7 +112,7 @@ class WrittenSet:
         left = {origins[row].as_py() for pair in answers for answer, row in zip(*pair, strict=True) if not answer.kind}
         return {name: weight for name, weight in weights.items() if name in left}
 
-    def _rows(self, source: SampleSet, settings: GenerateConfig, teacher: str) -> Iterator[Located | RejectedRow]:
+    def _rows(self, source: SampleSet, made: Made) -> Iterator[Located | RejectedRow]:
         for shard in source.shard_names:
             for answer, row in zip(self._read(shard), source.rows_of(shard), strict=True):
                 sample = source.read(row, verify=True)
@@ -125,8 +124,7 @@ class WrittenSet:
                 if answer.kind is not None:
                     yield RejectedRow(sample.key, answer.kind, answer.reason, file, row)
                 else:
-                    written = written_sample(sample, answer.texts, settings, teacher=teacher, source=source.digest)
-                    yield Located(written, file, row)
+                    yield Located(made(sample, answer.texts), file, row)
 
     def _read(self, shard: str) -> list[AnsweredSample]:
         file = self._file(shard)
@@ -140,14 +138,14 @@ class WrittenSet:
         return self._folder / f"{shard}.jsonl"
 
 
-def written_turns(sample: Sample, turns: str) -> list[int]:
-    """The places of the assistant's turns that are to be written: the last one, or all."""
+def written_turns(sample: Sample, turns: Turns) -> list[int]:
+    """The indices of the assistant turns to write: the last one, or all."""
     places = [place for place, turn in enumerate(sample.turns) if turn.role == "assistant"]
     return places if turns == "all" else places[-1:]
 
 
 def with_texts(turns: Sequence[Turn], places: Sequence[int], texts: Sequence[str]) -> tuple[Turn, ...]:
-    """The turns with the first of `places` taken by `texts`."""
+    """The turns with `texts` at the first of `places`."""
     changed = list(turns)
     for place, text in zip(places, texts, strict=False):
         changed[place] = Turn("assistant", text)
@@ -155,28 +153,26 @@ def with_texts(turns: Sequence[Turn], places: Sequence[int], texts: Sequence[str
 
 
 def written_sample(
-    sample: Sample, texts: Sequence[str], settings: GenerateConfig, *, teacher: str, source: str
+    sample: Sample,
+    texts: Sequence[str],
+    *,
+    decoding: Decoding,
+    turns: Turns,
+    key_suffix: str,
+    teacher: str,
+    source: str,
 ) -> Sample:
-    """The sample of the new set; `source` is the digest of the old one. Errors: `DataError` if the texts make none."""
+    """The sample of the new set; `source` is the old one's digest. Errors: `DataError` if the texts are invalid."""
     return replace(
         sample,
-        key=f"{sample.key}{settings.key_suffix}",
-        turns=with_texts(sample.turns, written_turns(sample, settings.turns), texts),
-        generated=Generated(
-            teacher=teacher,
-            set_digest=source,
-            key=sample.key,
-            turns=settings.turns,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            max_new_tokens=settings.max_new_tokens,
-            seed=settings.seed,
-        ),
+        key=f"{sample.key}{key_suffix}",
+        turns=with_texts(sample.turns, written_turns(sample, turns), texts),
+        generated=Generated(teacher=teacher, set_digest=source, key=sample.key, turns=turns, **asdict(decoding)),
     )
 
 
 def _same(there: Mapping[str, Any], now: Mapping[str, Any], allow: Sequence[str], what: str) -> dict[str, Any]:
-    """What is there, if it is what is asked for now. Errors: `ConfigError` with the differing fields side by side."""
+    """The existing description if it matches. Errors: `ConfigError` with the differing fields side by side."""
     found = differences(there, now, allow=allow)
     if found:
         raise ConfigError(

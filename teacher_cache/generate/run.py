@@ -13,27 +13,27 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError, DataError
 from llavamod_offline.storage.folders import is_url
 from teacher_cache.capture.progress import ProgressBar
 from teacher_cache.capture.run import Summary, run_capture
-from teacher_cache.capture_setup import prepare_capture
+from teacher_cache.capture_setup import CaptureSetup, prepare_capture
 from teacher_cache.config import GenerateConfig
-from teacher_cache.engines import load_engine
-from teacher_cache.engines.registry import engine_module
+from teacher_cache.engines.registry import ENGINES
 from teacher_cache.fingerprint import check_allowed
 from teacher_cache.format.manifest import canonical
 from teacher_cache.generate.answer_rows import Answerer
-from teacher_cache.generate.generated_set import WrittenSet
+from teacher_cache.generate.decode_loop import Decoding
+from teacher_cache.generate.generated_set import WrittenSet, written_sample
 
 if TYPE_CHECKING:
     from teacher_cache.config import CacheTeacherConfig
     from teacher_cache.engines.hf import HfCaptureEngine
 
-# What of a capture's fingerprint decides the answers, too.
+# The sections of a capture's fingerprint that also determine the answers.
 _ABOUT = ("tokenizer", "template", "sequence", "images", "teacher", "engine", "data")
 
 _LOG = logging.getLogger(__name__)
@@ -41,8 +41,8 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Generation:
-    """What `generate` did. `written`, `tokens` and `retokenised` (samples whose texts are read as other tokens than
-    were written) are this call's; `samples` and `rejected`, in all and by kind, the whole set's."""
+    """What `generate` did. `written`, `tokens` and `retokenised` (samples whose texts tokenize differently from what
+    was written) count this call; `samples` and `rejected`, total and by kind, the whole set."""
 
     output_set: str
     samples: int
@@ -66,41 +66,50 @@ def generate(config: CacheTeacherConfig, *, allow: Sequence[str] = ()) -> Genera
     """
     started = time.perf_counter()
     _check(config)
-    setup = prepare_capture(config)
+    setup = prepare_capture(**config.setup_values)
     check_allowed(allow, setup.fingerprint)
     _check_samples(setup.samples)
-    settings = config.generate
-    about = {**{name: setup.fingerprint[name] for name in _ABOUT}, "generate": asdict(settings)}
+    given, names = config.generate, setup.samples.shard_names
+    about = {**{name: setup.fingerprint[name] for name in _ABOUT}, "generate": asdict(given)}
     target = WrittenSet(Path(str(config.output_set)), about, allow=allow)
-    engine = functools.cache(lambda: load_engine(setup, config))  # once for both, and not at all if all is done
+    decoding = Decoding(given.temperature, given.top_p, given.max_new_tokens, given.seed)
+    engine = functools.cache(lambda: CaptureSetup.load(setup))  # once for both, and not at all if all is done
     counts: Counter[str] = Counter()
-    missing = target.missing(setup.samples.shard_names)
+    missing = target.missing(names)
     if missing:
-        _LOG.info("%s: answers to %d of %d shards to write", target.path, len(missing), len(setup.samples.shard_names))
+        _LOG.info("%s: answers to %d of %d shards to write", target.path, len(missing), len(names))
         with ProgressBar(sum(len(setup.samples.rows_of(name)) for name in missing), "generate", "tokens") as progress:
-            answerer = Answerer(setup, cast("HfCaptureEngine", engine()), settings, progress.update)
+            answerer = Answerer(
+                setup, cast("HfCaptureEngine", engine()), decoding, given.turns, given.key_suffix, progress.update
+            )
             for name in missing:
                 answers = answerer.answer(setup.samples.rows_of(name))
                 target.commit(name, answers)
                 counts["written"] += len(answers)
                 counts["tokens"] += sum(answer.tokens for answer in answers)
                 counts["retokenised"] += sum(answer.retokenised for answer in answers)
-    target.finish(setup.samples, settings, _identity(target.about["teacher"]), max_rejected=config.max_rejected)
+    made = functools.partial(
+        written_sample,
+        decoding=decoding,
+        turns=given.turns,
+        key_suffix=given.key_suffix,
+        teacher=hashlib.sha256(canonical(target.about["teacher"])).hexdigest(),
+        source=setup.samples.digest,
+    )
+    target.finish(setup.samples, made, max_rejected=config.max_rejected)
     seconds = time.perf_counter() - started
-    made = SampleSet.open(target.path).manifest
+    manifest = SampleSet.open(target.path).manifest
     capture = replace(config, data=str(target.path), output_set=None, generate=GenerateConfig())
-    captured = run_capture(capture, allow=allow, load=lambda setup, config: engine())
+    captured = run_capture(capture, allow=allow, load=lambda setup: engine())
     return Generation(
         output_set=str(target.path),
-        samples=made["samples"],
-        rejected=made["rejected"],
-        rejected_by_kind=made["rejected_by_kind"],
-        written=counts["written"],
-        tokens=counts["tokens"],
-        retokenised=counts["retokenised"],
+        samples=manifest["samples"],
+        rejected=manifest["rejected"],
+        rejected_by_kind=manifest["rejected_by_kind"],
+        **{name: counts[name] for name in ("written", "tokens", "retokenised")},
         seconds=round(seconds, 3),
         tokens_per_second=round(counts["tokens"] / seconds, 1),
-        digest=made["digest"],
+        digest=manifest["digest"],
         capture=captured,
     )
 
@@ -110,30 +119,22 @@ def _check(config: CacheTeacherConfig) -> None:
         raise ConfigError("config: output_set is not set: name the folder for the new set")
     if is_url(config.output_set):
         raise ConfigError(f"config: output_set is '{config.output_set}': a set is written to a local folder: name one")
-    if not engine_module(config.engine.kind).WRITES_ANSWERS:
+    if not ENGINES[config.engine.kind].writes_answers:
         raise ConfigError(
             f"config: engine.kind is '{config.engine.kind}', which cannot write answers: set engine.kind=hf"
         )
-    if config.engine.ray:
-        raise ConfigError(
-            "config: engine.ray: answers are written in one process: remove it, and capture the set with `run`"
-        )
-    if config.part != (0, 1):
-        raise ConfigError(
-            "config: slice: answers are written in one process: remove it, and capture the set with `run`"
-        )
+    for name, given in (("engine.ray", config.engine.ray), ("slice", config.part != (0, 1))):
+        if given:
+            raise ConfigError(
+                f"config: {name}: answers are written in one process: remove it, and capture the set with `run`"
+            )
 
 
 def _check_samples(samples: SampleSet) -> None:
-    """Refuse preferences, which have no assistant's turn to be written. Errors: `DataError` naming the first."""
+    """Refuse preferences, which have no assistant turn to write. Errors: `DataError` naming the first."""
     kinds = samples.index.column("kind").to_pylist()
     if "preference" in kinds:
         raise DataError(
             f"set '{samples.path}': sample '{samples.keys[kinds.index('preference')]}' is a preference: answers are "
             "written to conversations: set data to a set of those"
         )
-
-
-def _identity(teacher: Any) -> str:
-    """One SHA-256 (hex) for a checkpoint's configuration and weights."""
-    return hashlib.sha256(canonical(teacher)).hexdigest()

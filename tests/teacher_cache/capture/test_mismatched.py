@@ -103,7 +103,9 @@ def test_every_role_is_exported(world: World, captured: Path, tmp_path: Path) ->
 
 def test_sets_that_cannot_be_paired_are_refused(world: World, tmp_path: Path) -> None:
     def prepare(data: Path) -> None:
-        prepare_capture(load_config(CacheTeacherConfig, (), world.arguments(tmp_path / "c", MISMATCHED, data=data)))
+        prepare_capture(
+            **load_config(CacheTeacherConfig, (), world.arguments(tmp_path / "c", MISMATCHED, data=data)).setup_values
+        )
 
     with pytest.raises(ConfigError, match=r"capture.mismatched: set .* holds no preference samples"):
         prepare(world.samples)
@@ -115,9 +117,11 @@ def test_sets_that_cannot_be_paired_are_refused(world: World, tmp_path: Path) ->
 def test_reference_keeps_what_is_asked_for_besides(world: World, tmp_path: Path) -> None:
     """The preset brings no temperatures and no forced tokens of its own; named ones are kept."""
     arguments = world.arguments(tmp_path / "c", "capture.preset=reference")
-    plain = prepare_capture(load_config(CacheTeacherConfig, (), arguments)).fingerprint["capture"]
+    plain = prepare_capture(**load_config(CacheTeacherConfig, (), arguments).setup_values).fingerprint["capture"]
     assert (plain["head_max"], plain["draws_max"], plain["temperatures"], plain["forced_ids"]) == (1, 0, [], [])
     more = ("capture.temperatures=[2.0]", 'capture.forced_tokens=["<|im_end|>"]', "capture.top_k=4")
-    named = prepare_capture(load_config(CacheTeacherConfig, (), [*arguments, *more])).fingerprint["capture"]
+    named = prepare_capture(**load_config(CacheTeacherConfig, (), [*arguments, *more]).setup_values).fingerprint[
+        "capture"
+    ]
     assert (named["head_max"], named["temperatures"], len(named["forced_ids"])) == (4, [2.0], 1)
     assert json.loads(json.dumps(named)) == named

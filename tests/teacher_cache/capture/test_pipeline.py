@@ -28,7 +28,7 @@ PATIENCE = 300.0  # seconds after which a test that hangs fails
 @pytest.fixture
 def job(world: World, tmp_path: Path) -> CaptureSetup:
     """A capture of five shards, 24 samples."""
-    return prepare_capture(load_config(CacheTeacherConfig, (), world.arguments(tmp_path / "c")))
+    return prepare_capture(**load_config(CacheTeacherConfig, (), world.arguments(tmp_path / "c")).setup_values)
 
 
 class Refusing:

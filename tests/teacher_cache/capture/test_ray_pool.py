@@ -151,5 +151,6 @@ def test_a_workers_share_follows_from_device_and_engine(
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     config = load_config(CacheTeacherConfig, (), world.arguments(tmp_path / "c", *ON_RAY, *settings))
-    with RayPool(config, ()) as pool:
-        assert (pool.config.device, pool.config.engine.gpus_per_worker) == (device, gpus)
+    share = config.engine.gpus_per_worker
+    with RayPool(config.setup_values, config.output, (), workers=None, cpus=1, gpus=share) as pool:
+        assert (pool.values["device"], pool.gpus) == (device, gpus)

@@ -179,7 +179,7 @@ def test_a_sequence_beyond_the_teachers_context_is_rejected(world: World, tmp_pa
 
 
 def test_a_set_of_which_nothing_can_be_captured_is_an_error(world: World, tmp_path: Path) -> None:
-    with pytest.raises(CacheError, match=r"not one sequence could be captured: .*rejected.jsonl has the reasons"):
+    with pytest.raises(CacheError, match=r"no sequence could be captured: see the reasons in .*rejected.jsonl"):
         world.run(tmp_path / "c", "max_length=5")
 
 

@@ -43,7 +43,7 @@ def settings(world: tuple[Path, Path], tmp_path: Path) -> Callable[..., CacheTea
 
 
 def _load(config: CacheTeacherConfig) -> HfCaptureEngine:
-    return load_engine(prepare_capture(config), config)
+    return load_engine(prepare_capture(**config.setup_values))
 
 
 def _sums(config: CacheTeacherConfig) -> list[float]:
@@ -63,14 +63,17 @@ def test_attention_is_a_matter_of_rounding_and_of_the_fingerprint(settings: Call
     """Rows of their own and shared ones too: eager attention shares none."""
     plain, eager = settings("plain"), settings("eager", "engine.attention=eager")
     assert np.allclose(_sums(plain), _sums(eager), atol=1e-3)
-    assert "attention" not in prepare_capture(plain).fingerprint["engine"]
-    assert prepare_capture(eager).fingerprint["engine"]["attention"] == "eager"
+    assert "attention" not in prepare_capture(**plain.setup_values).fingerprint["engine"]
+    assert prepare_capture(**eager.setup_values).fingerprint["engine"]["attention"] == "eager"
 
 
 def test_compiling_is_a_matter_of_the_fingerprint(settings: Callable[..., CacheTeacherConfig]) -> None:
     """What is joined into one operation is not rounded in between, if the model is in half precision."""
-    assert "compile" not in prepare_capture(settings()).fingerprint["engine"]
-    assert prepare_capture(settings("compiled", "engine.compile=true")).fingerprint["engine"]["compile"] is True
+    assert "compile" not in prepare_capture(**settings().setup_values).fingerprint["engine"]
+    assert (
+        prepare_capture(**settings("compiled", "engine.compile=true").setup_values).fingerprint["engine"]["compile"]
+        is True
+    )
 
 
 def test_a_sliding_window_shares_no_rows(settings: Callable[..., CacheTeacherConfig], tmp_path: Path) -> None:
@@ -210,9 +213,9 @@ def test_a_tokenizer_with_ids_beyond_the_head_is_refused(
     vision = write_tiny_qwen_vl(tmp_path / "vision", spare_rows=0)
     text = write_tiny_causal_lm(tmp_path / "text", spare_rows=0)
     for folder, tokens in ((vision, QWEN_VL_TOKENS), (text, ())):
-        prepare_capture(settings("cache", teacher=folder))
+        prepare_capture(**settings("cache", teacher=folder).setup_values)
         tokenizer_with(*tokens, "<|beyond|>").save_pretrained(folder)
         with pytest.raises(
             ModelError, match=r"the tokenizer's largest id is \d+, but the model's LM head has \d+ rows"
         ):
-            prepare_capture(settings("cache", teacher=folder))
+            prepare_capture(**settings("cache", teacher=folder).setup_values)

@@ -13,8 +13,7 @@ from llavamod_offline.data.sample import Sample
 from llavamod_offline.vllm.session import Session
 from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.engines.protocol import CaptureEngine, Request
-from teacher_cache.engines.vllm.channel import PooledRecords
-from teacher_cache.engines.vllm.engine import VllmCaptureEngine
+from teacher_cache.engines.vllm.engine import PooledRecords, VllmCaptureEngine
 from teacher_cache.format.record import Records, RecordSettings
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.sequences import SequenceRecord

