@@ -103,7 +103,9 @@ def prepare_capture(**given: Unpack[SetupValues]) -> CaptureSetup:
     samples = SampleSet.open(given["data"])
     if given["mismatched"]:
         if not samples.manifest.get("preferences"):
-            raise ConfigError(f"capture.mismatched: set '{samples.path}' has no preference samples: remove the setting")
+            raise ConfigError(
+                f"capture.mismatched: set '{samples.path}' holds no preference samples: remove the setting"
+            )
         samples = samples.with_mismatched()
     template = choose_template(given["template"], lambda: load_tokenizer(folder))
     teacher = open_teacher(folder, template, image_aspect=given["image_aspect"], max_length=given["max_length"])

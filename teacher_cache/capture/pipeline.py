@@ -1,7 +1,7 @@
 """Capturing shards one after another: while the teacher runs on one, the next is read and the last one written.
 
-Threads do both. What they do is waiting for the disk or in NumPy, Blosc and tokenizers, which let other threads run; no
-gain of a process over a thread could be measured on two busy cores, and a thread dies with its run.
+Two threads read and write: they wait for the disk or run NumPy, Blosc and tokenizers, which release the GIL. Processes
+were no faster on two busy cores, and threads stop with the run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from teacher_cache.write.store import CacheStore
 
 @dataclass(frozen=True)
 class ShardCounts:
-    """What became of a shard: its samples, the sequences and positions that were captured, and those that were not."""
+    """The outcome of a shard: its samples, captured sequences and positions, and what was rejected."""
 
     name: str
     samples: int
@@ -33,11 +33,10 @@ class ShardCounts:
 def capture_shards(
     setup: CaptureSetup, engine: CaptureEngine, store: CacheStore, names: Sequence[str], progress: Progress
 ) -> Generator[ShardCounts]:
-    """Capture shards and commit them in the background; yields each once it is captured, and ends once all are written.
+    """Capture shards and commit them in the background; yields each once captured, and ends once all are written.
 
-    At most one shard waits to be written, and one to be captured. Errors: those of the teacher and of reading at once,
-    those of writing (`CacheError`, `StorageError`) while the next shard is being captured. What was captured is then
-    still written, if it can be.
+    At most one shard waits to be written, and one to be captured. Errors of the teacher and of reading are raised at
+    once, those of writing (`CacheError`, `StorageError`) during the next shard; captured shards are still written.
     """
     writing: deque[Future[None]] = deque()
 

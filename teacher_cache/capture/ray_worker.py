@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -63,17 +62,19 @@ class CaptureWorker:
         from teacher_cache.capture.shard import capture_prepared, prepare_rows
 
         setup = self._setup
+        self._samples[name] = self._positions[name] = 0
         try:
-            with self._counted(name):
-                with self._reading:
-                    prepared = prepare_rows(setup, setup.samples.rows_of(name))
-                with self._teacher:
-                    captured, rejected = capture_prepared(
-                        setup, self._engine, prepared, lambda samples, positions: self._count(name, samples, positions)
-                    )
-                self._store.commit(name, captured, rejected, setup.codec)
+            with self._reading:
+                prepared = prepare_rows(setup, setup.samples.rows_of(name))
+            with self._teacher:
+                captured, rejected = capture_prepared(
+                    setup, self._engine, prepared, lambda samples, positions: self._count(name, samples, positions)
+                )
+            self._store.commit(name, captured, rejected, setup.codec)
         except LlavaModError as error:
             return error
+        finally:
+            del self._samples[name], self._positions[name]
         positions = sum(len(item.records) for item in captured)
         return ShardCounts(name, prepared.samples, len(captured), positions, tuple(rejected))
 
@@ -82,14 +83,6 @@ class CaptureWorker:
         time.sleep(_REPORT_SECONDS)
         lines, self._lines[:] = self._lines[:], []
         return WorkerReport(dict(self._samples), dict(self._positions), lines)
-
-    @contextmanager
-    def _counted(self, name: str) -> Iterator[None]:
-        self._samples[name] = self._positions[name] = 0
-        try:
-            yield
-        finally:
-            del self._samples[name], self._positions[name]
 
     def _count(self, name: str, samples: int, positions: int) -> None:
         self._samples[name] += samples

@@ -18,7 +18,7 @@ Progress = Callable[[int, int], None]
 class PreparedRows:
     """Rows that are ready for an engine: their requests, what could not be tokenized, and the order of all roles.
 
-    The requests hold the images as they are in the tar, each read once; decoded, only a few batches exist at a time.
+    The requests hold encoded images, each read once; only a few batches are decoded at a time.
     """
 
     samples: int
@@ -33,12 +33,12 @@ def capture_rows(
     rows: Iterable[int],
     progress: Progress = lambda samples, positions: None,
 ) -> tuple[list[SequenceRecord], list[Rejection]]:
-    """Capture some rows of the set, such as a shard's; both lists are in their order, roles in that of the sample."""
+    """Capture some rows of the set, such as a shard's; both lists are in the order of rows and roles."""
     return capture_prepared(setup, engine, prepare_rows(setup, rows), progress)
 
 
 def prepare_rows(setup: CaptureSetup, rows: Iterable[int]) -> PreparedRows:
-    """Read and tokenize some rows, and check that they are what was packed. Errors: `DataError` if they are not."""
+    """Read and tokenize some rows. Errors: `DataError` if they differ from what was packed."""
     requests: list[Request] = []
     rejected: list[Rejection] = []
     order: dict[tuple[str, str], int] = {}
@@ -61,7 +61,7 @@ def prepare_rows(setup: CaptureSetup, rows: Iterable[int]) -> PreparedRows:
 def capture_prepared(
     setup: CaptureSetup, engine: CaptureEngine, prepared: PreparedRows, progress: Progress
 ) -> tuple[list[SequenceRecord], list[Rejection]]:
-    """Run the engine over rows that are ready; `progress` is told of finished samples and positions."""
+    """Run the engine over prepared rows; reports finished samples and positions to `progress`."""
     captured: list[SequenceRecord] = []
     rejected = list(prepared.rejected)
     progress(prepared.samples - len(prepared.requests), 0)

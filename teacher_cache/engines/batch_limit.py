@@ -16,11 +16,10 @@ _Result = TypeVar("_Result")
 
 
 class BatchLimit:
-    """The most items to run at once: halved, for good, whenever memory runs out; the log says so."""
+    """The most items to run at once: halved for good whenever memory runs out, which is logged."""
 
     def __init__(self, size: int, unit: str) -> None:
-        self.size = size
-        self.unit = unit
+        self.size, self.unit = size, unit
 
     def run(
         self,

@@ -21,9 +21,15 @@ from llavamod_offline.errors import DataError
 from teacher_cache.engines.batch_limit import BatchLimit
 from teacher_cache.engines.lm_head import LmHead
 from teacher_cache.engines.make_records import make_sequence_records
-from teacher_cache.engines.outcome import Outcome, beyond_vocabulary, recorded, rows_with_states
 from teacher_cache.engines.packing import Layout, lay_out
-from teacher_cache.engines.protocol import Request, longest_first
+from teacher_cache.engines.protocol import (
+    Outcome,
+    Request,
+    beyond_vocabulary,
+    longest_first,
+    recorded,
+    rows_with_states,
+)
 from teacher_cache.engines.tail_samples import sequence_uniforms
 from teacher_cache.format.hidden_states import HiddenStates
 from teacher_cache.format.record import RecordSettings
@@ -135,12 +141,11 @@ class HfCaptureEngine:
         """The states of each sequence at the chosen rows; None if none are wanted."""
         if self.hidden_positions is None:
             return [None for _ in sequences]
-        states = hidden_ND.float().cpu().numpy()
-        starts = np.cumsum([0, *(len(rows_N) for rows_N in rows)])
+        states = np.split(hidden_ND.float().cpu().numpy(), np.cumsum([len(rows_N) for rows_N in rows])[:-1])
         found: list[HiddenStates | None] = []
-        for sequence, rows_N, start in zip(sequences, rows, starts, strict=False):
+        for sequence, rows_N, states_ND in zip(sequences, rows, states, strict=True):
             chosen_M = rows_with_states(sequence, rows_N, self.hidden_positions, self.teacher.image_token_id)
-            found.append(None if chosen_M is None else HiddenStates(chosen_M, states[start + chosen_M]))
+            found.append(None if chosen_M is None else HiddenStates(chosen_M, states_ND[chosen_M]))
         return found
 
     def _hidden_rows(

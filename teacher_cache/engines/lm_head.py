@@ -14,9 +14,9 @@ _BLOCK_VALUES = 2**26
 class LmHead:
     """Logits in float32 of rows of hidden states, over the first `vocab_size` ids.
 
-    A float32 weight is used as it is. On a CPU, where casting costs more than the product, another one is copied once.
-    On a GPU half-precision rows and weights are multiplied as they are, their products summed and kept in float32,
-    which is what casting both gives; where the device cannot do so, blocks of the weight are cast in turn.
+    A float32 weight is used as it is. On a CPU, where casting costs more than the product, any other is copied once.
+    On a GPU half-precision rows and weights are multiplied as they are and accumulated in float32, which equals casting
+    both; if the device cannot do so, blocks of the weight are cast in turn.
     """
 
     def __init__(self, weight_VD: Tensor, bias_V: Tensor | None, vocab_size: int) -> None:
@@ -53,7 +53,7 @@ def blockwise_logits(rows_RD: Tensor, weight_VD: Tensor) -> Tensor:
 
 
 def _multiplies_mixed(weight_VD: Tensor) -> bool:
-    """Whether the device sums half-precision products in float32 and gives them out so."""
+    """Whether the device multiplies in half precision with float32 sums and output."""
     try:
         torch.mm(weight_VD[:1], weight_VD[:1].T, out_dtype=torch.float32)
     except (RuntimeError, TypeError):

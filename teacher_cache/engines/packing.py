@@ -1,8 +1,8 @@
-"""Laying sequences out in the rows of a batch; those of one sample may share the row of their common beginning.
+"""Packing sequences into the rows of a batch, where those of one sample may share a common prefix.
 
-Chosen and rejected answers follow the same prompt and images. In a shared row stand the first sequence and then what
-follows the common beginning in each of the others; a mask lets them see that beginning and themselves, and positions
-count on from it, so that every token gets what it gets in a row of its own.
+Chosen and rejected answers follow the same prompt and images. A shared row holds the first sequence, then the rest of
+each other one after the common prefix; the mask lets a rest see that prefix and itself, and its positions continue from
+the prefix, so that every token gets the same result as in a row of its own.
 
 Shape suffixes: S sequences, U tokens of the longest, B rows, T columns of the longest row.
 """
@@ -22,10 +22,10 @@ from llavamod_offline.data.encode.tokenize import Ids
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each token of each sequence stands: in row `rows_S[s]`, at the columns `columns[s]`.
+    """Where the tokens of each sequence are: in row `rows_S[s]`, at columns `columns[s]`.
 
-    `mask`: [B, T] of ones and zeros where no row is shared, else [B, 1, T, T], whether a column (the second T) is seen.
-    `first_S`: whether a sequence is the first one of its row, whose images are those of the row.
+    `mask`: [B, T] of ones and zeros if no row is shared, else [B, 1, T, T]: whether a column (the second T) is seen.
+    `first_S`: whether a sequence is the first of its row, which provides the row's images.
     """
 
     input_ids_BT: Tensor
@@ -48,28 +48,25 @@ class Layout:
 
 
 def lay_out(sequences: Sequence[Ids], groups: Sequence[object], *, pad: int, image_token_id: int | None) -> Layout:
-    """Lay sequences out; neighbours of equal `groups` share a row, if what they have in common holds all their images.
-
-    All `groups` different: a row each.
-    """
+    """Pack sequences; neighbours of equal `groups` share a row if their common prefix holds all their images."""
     rows: list[list[Ids]] = []
-    shared_by: list[list[int]] = []  # of each piece of each row: how much of the row's beginning it follows
+    shared_by: list[list[int]] = []  # for each piece of each row: the length of the prefix it follows
     rows_S, columns, first_S = [], [], []
     for number, ids in enumerate(sequences):
-        beginning = 0
+        prefix = 0
         if number and groups[number] == groups[number - 1]:
-            beginning = _common(rows[-1][0], ids)
-            if image_token_id is not None and (ids[beginning:] == image_token_id).any():
-                beginning = 0
-        if not beginning:
+            prefix = _common(rows[-1][0], ids)
+            if image_token_id is not None and (ids[prefix:] == image_token_id).any():
+                prefix = 0
+        if not prefix:
             rows.append([])
             shared_by.append([])
         start = sum(len(piece) for piece in rows[-1])
-        columns.append(np.r_[np.arange(beginning), start + np.arange(len(ids) - beginning)])
-        rows[-1].append(ids[beginning:])
-        shared_by[-1].append(beginning)
+        columns.append(np.r_[np.arange(prefix), start + np.arange(len(ids) - prefix)])
+        rows[-1].append(ids[prefix:])
+        shared_by[-1].append(prefix)
         rows_S.append(len(rows) - 1)
-        first_S.append(not beginning)
+        first_S.append(not prefix)
     longest = max(sum(len(piece) for piece in row) for row in rows)
     ids_BT = np.full((len(rows), longest), pad, np.int64)
     piece_BT = np.full((len(rows), longest), -1, np.int64)  # which piece of the row; −1 at padding
@@ -91,7 +88,7 @@ def lay_out(sequences: Sequence[Ids], groups: Sequence[object], *, pad: int, ima
 
 
 def _common(left: Ids, right: Ids) -> int:
-    """The length of the common beginning; at least one token of each is left to follow it."""
+    """The length of the common prefix, which leaves at least one token of each."""
     length = min(len(left), len(right)) - 1
     differ = np.flatnonzero(left[:length] != right[:length])
     return int(differ[0]) if len(differ) else length

@@ -35,9 +35,9 @@ def sequence_uniforms(seed: int, key: str, role: str, count: int) -> NDArray[np.
 
 
 def tail_sample_budget(log_tail_mass_N: Tensor, tail_samples_max: int, tail_samples_per_mass: float) -> Tensor:
-    """Say how many times to draw at each position: in proportion to the tail's mass, at least once where there is any.
+    """The number of tail samples at each position: in proportion to the tail's mass, at least one if it has any.
 
-    The variance of a tail of mass r seen through m draws is about r²/m, so a fixed total is best spent with m ∝ r.
+    The variance of a tail of mass r estimated from m samples is about r²/m, so a fixed total is best spent with m ∝ r.
     Result: [N] int64 in 1…`tail_samples_max`, and 0 where the log mass is −inf or `tail_samples_max` is 0.
     """
     wanted = (log_tail_mass_N.double().exp() * tail_samples_per_mass).ceil().clamp(1, max(tail_samples_max, 1)).long()
@@ -57,22 +57,22 @@ def systematic_tail_samples(weights_RV: Tensor, uniforms_R: Tensor, budget_R: Te
     cumulation, and no id's share is off by more than float32 rounding of its own block.
     """
     rows, width = weights_RV.shape
-    draws = int(budget_R.max()) if rows else 0
-    if draws == 0:
+    most = int(budget_R.max()) if rows else 0
+    if most == 0:
         return torch.zeros(0, dtype=torch.long, device=weights_RV.device)
     size = 2 ** (width.bit_length() // 2)
     blocks = -(-width // size)
     blocked = torch.nn.functional.pad(weights_RV, (0, blocks * size - width)).view(rows, blocks, size)
     cumulated = blocked.sum(-1, dtype=torch.float64).cumsum(-1)
-    steps = torch.arange(draws, device=weights_RV.device)
+    steps = torch.arange(most, device=weights_RV.device)
     share = (uniforms_R[:, None] + steps) / budget_R.clamp(min=1)[:, None]
     block, inside = _locate(cumulated, share * cumulated[:, -1:])
-    row = torch.arange(rows, device=weights_RV.device)[:, None].expand(-1, draws)
+    row = torch.arange(rows, device=weights_RV.device)[:, None].expand(-1, most)
     hit = blocked[row, block].double().cumsum(-1).flatten(0, 1)
     offset, _ = _locate(hit, inside.reshape(-1, 1) * hit[:, -1:])
-    ids = block * size + offset.view(rows, draws)
-    drawn_D: Tensor = ids[steps < budget_R[:, None]]
-    return drawn_D
+    ids = block * size + offset.view(rows, most)
+    tail_ids_D: Tensor = ids[steps < budget_R[:, None]]
+    return tail_ids_D
 
 
 def _locate(cumulated: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:

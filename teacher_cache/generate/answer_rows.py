@@ -7,6 +7,7 @@ alone.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -134,16 +135,12 @@ class Answerer:
         self, batches: Sequence[list[tuple[_Open, Ids]]]
     ) -> Iterator[tuple[list[tuple[_Open, Ids]], list[Future[list[SampleImage]]]]]:
         """Each batch with its images, which threads prepare a few batches ahead."""
-        coming: list[list[Future[list[SampleImage]]]] = []
+        coming = deque[list[Future[list[SampleImage]]]]()
         with ThreadPoolExecutor(self._engine.workers, thread_name_prefix="images") as pool:
             for number, batch in enumerate(batches):
-                for ahead in batches[len(coming) : number + 1 + _BATCHES_AHEAD]:
-                    coming.append([pool.submit(self._images, item) for item, _ in ahead])
-                yield batch, coming[number]
-                coming[number] = []
-
-    def _images(self, item: _Open) -> list[SampleImage]:
-        return self._setup.teacher.images(self._cut(item, "-"))
+                for ahead in batches[number + len(coming) : number + 1 + _BATCHES_AHEAD]:
+                    coming.append([pool.submit(self._setup.teacher.images, self._cut(item, "-")) for item, _ in ahead])
+                yield batch, coming.popleft()
 
     def _prompt_ids(self, item: _Open) -> Ids:
         """The tokens before the next answer. Errors: `DataError` if they leave no room for one."""

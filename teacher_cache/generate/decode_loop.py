@@ -1,7 +1,7 @@
-"""A teacher writing answers itself: left-padded batches of prompts, a key-value cache, one token of each a step.
+"""A teacher writing answers: left-padded batches of prompts, a key-value cache, one token of each per step.
 
-It runs the model as the Hugging Face engine does to capture it (the same embeddings, positions and float32 head), so
-that a token chosen here is one that the record of its position knows as it was.
+The model runs as in the Hugging Face engine (same embeddings, positions and float32 LM head), so that a token is chosen
+from the distribution that the capture records at its position.
 
 Shape suffixes: B prompts of a batch, T tokens of the longest, D hidden size, V shared vocabulary.
 """
@@ -25,7 +25,7 @@ from teacher_cache.teachers import SampleImage
 
 @dataclass(frozen=True)
 class Decoding:
-    """How tokens are chosen, and at most how many; `temperature` 0 is greedy."""
+    """How tokens are chosen, and their largest number; `temperature` 0 is greedy."""
 
     temperature: float
     top_p: float
@@ -35,9 +35,9 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: tokens up to where the answer begins, its images, and the name of its random numbers.
+    """One prompt: its tokens, its images, and the name of its random numbers.
 
-    `room`: the most tokens that the answer may have, its end included.
+    `room`: the most tokens that the answer may have, including the one that ends it.
     """
 
     key: str
@@ -49,9 +49,9 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Written:
-    """The answer's token ids without the one that ends it, and whether it came to that one.
+    """The answer's token ids without the one that ends it, and whether that one was reached.
 
-    `finite`: whether all logits were; the answer is cut off where they were not.
+    `finite`: whether all logits were; the answer stops before any that were not.
     """
 
     ids: tuple[int, ...]
@@ -60,10 +60,7 @@ class Written:
 
 
 def write_answers(engine: HfCaptureEngine, prompts: Sequence[Prompt], decoding: Decoding) -> list[Written]:
-    """Answer a batch of prompts, in halves if it does not fit into memory.
-
-    Errors: `ModelError` naming the sample if a single prompt does not fit.
-    """
+    """Answer a batch of prompts, in halves if memory runs out. Errors: `ModelError` naming one that does not fit."""
     limit = BatchLimit(len(prompts), "prompts")
     return list(limit.run(prompts, lambda piece: _write(engine, piece, decoding), _too_large))
 
@@ -78,10 +75,7 @@ def _too_large(prompt: Prompt) -> str:
 @torch.inference_mode()
 def _write(engine: HfCaptureEngine, prompts: Sequence[Prompt], decoding: Decoding) -> list[Written]:
     rooms = [min(prompt.room, decoding.max_new_tokens) for prompt in prompts]
-    uniforms = np.zeros((len(prompts), max(rooms)))
-    if decoding.temperature:
-        streams = [sequence_uniforms(decoding.seed, p.key, p.stream, max(rooms)) for p in prompts]
-        uniforms = np.stack(streams)
+    uniforms = np.stack([sequence_uniforms(decoding.seed, p.key, p.stream, max(rooms)) for p in prompts])
     end = engine.teacher.encoder.end_id
     written: list[list[int]] = [[] for _ in prompts]
     ended, finite = [False] * len(prompts), [True] * len(prompts)
@@ -106,7 +100,7 @@ def _write(engine: HfCaptureEngine, prompts: Sequence[Prompt], decoding: Decodin
 
 
 def _next_logits(engine: HfCaptureEngine, prompts: Sequence[Prompt]) -> Generator[Tensor, Tensor, None]:
-    """Yield the logits [B, V] of the next tokens, −inf for the image's id, and be sent the ids [B] that were chosen."""
+    """Yield the logits [B, V] of the next tokens, −inf for the image's id; receives the chosen ids [B]."""
     model, teacher = engine.model, engine.teacher
     embed, decoder = model.get_input_embeddings(), model.get_decoder()
     device = embed.weight.device
@@ -121,10 +115,10 @@ def _next_logits(engine: HfCaptureEngine, prompts: Sequence[Prompt]) -> Generato
     positions_BT = teacher.position_ids(model, ids_BT, mask_BT, images)
     if positions_BT is None:
         positions_BT = torch.arange(longest).expand(ids_BT.shape)
-    # Positions of three kinds (time, height, width) go on together from the largest of them.
+    # Positions of three kinds (time, height, width) continue together from the largest of them.
     reached_BT = torch.where(mask_BT.bool(), positions_BT, -1)
     following_B = reached_BT.amax(-1).reshape(-1, len(prompts)).amax(0) + 1
-    moved_BT = (torch.arange(longest) + lengths_B[:, None]) % longest  # what was at the left stands at the right
+    moved_BT = (torch.arange(longest) + lengths_B[:, None]) % longest  # from right padding to left padding
     ids_BT, mask_BT = ids_BT.gather(1, moved_BT), mask_BT.gather(1, moved_BT)
     positions_BT = positions_BT.gather(-1, moved_BT.expand(positions_BT.shape))
     embedded_BTD = embed(ids_BT.to(device))

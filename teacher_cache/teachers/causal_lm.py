@@ -1,4 +1,4 @@
-"""Language models without images: samples of text alone are captured, those with images are rejected."""
+"""Language models without images: text-only samples are captured, samples with images are rejected."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class CausalLmTeacher:
         return self.encoder.encode(sample, role)
 
     def images(self, sample: Sample) -> list[SampleImage]:
-        """None: `encode` lets no sample with images pass."""
+        """None: `encode` rejects samples with images."""
         return []
 
     def describe_images(self) -> dict[str, Any]:
@@ -60,11 +60,11 @@ class CausalLmTeacher:
         return load_weights(AutoModelForCausalLM, self.folder, dtype=dtype, **settings)
 
     def image_features(self, model: Any, images: Sequence[SampleImage]) -> list[Tensor]:
-        """None, for there are no images."""
+        """None: there are no images."""
         return []
 
     def position_ids(
         self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, images: Sequence[SampleImage]
     ) -> Tensor | None:
-        """Plain counting."""
+        """None: the decoder counts."""
         return None

@@ -1,4 +1,4 @@
-"""Reading what every family finds in a checkpoint folder; whatever transformers raises becomes one line."""
+"""Read the common parts of a checkpoint folder; whatever transformers raises becomes one line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_config(config_class: Any, folder: Path) -> Any:
 
 
 def read_processor(processor_class: Any, names: tuple[str, ...], folder: Path) -> Any:
-    """Read a folder's image processor as one class, PIL's variant. Errors: `ModelError` if it is of another kind."""
+    """Read a folder's image processor as one class, the PIL variant. Errors: `ModelError` for another kind."""
     file, settings = read_processor_settings(folder)
     kind = settings.get("image_processor_type", settings.get("feature_extractor_type"))
     if kind not in names:
@@ -43,7 +43,7 @@ def read_processor(processor_class: Any, names: tuple[str, ...], folder: Path) -
 
 
 def token_id(tokenizer: PreTrainedTokenizerFast, token: str, named: int | None, field: str) -> int:
-    """The id of a special token. Errors: `ModelError` if tokenizer and configuration (`named`) do not agree on it."""
+    """The id of a special token. Errors: `ModelError` if tokenizer and configuration (`named`) disagree on it."""
     found = tokenizer.get_vocab().get(token)
     if found is None or named not in (None, found):
         raise ModelError(
@@ -60,10 +60,10 @@ def context_length(text_config: Any) -> int:
 
 
 def own_aspect(aspect: str, family: str) -> bool:
-    """Say whether images are padded to squares first. Errors: `ConfigError` for what the family has no use for."""
+    """Whether images are first padded to squares. Errors: `ConfigError` for an aspect the family does not support."""
     if aspect == "square":
         raise ConfigError(
-            f"image_aspect is 'square', but {family} takes images of any shape: set auto, or pad to fill them up"
+            f"image_aspect is 'square', but {family} takes images of any shape: set auto, or pad to pad them"
         )
     return aspect == "pad"
 
@@ -80,7 +80,7 @@ def preparing(sample: Sample) -> Iterator[None]:
 
 
 def pixel_array(pixels: Any, sample: Sample) -> NDArray[np.float32]:
-    """An image processor's pixels as float32. Errors: `DataError` naming the sample if one is no number."""
+    """An image processor's pixels as float32. Errors: `DataError` naming the sample unless all are finite."""
     array = np.asarray(pixels, np.float32)
     if not np.isfinite(array).all():
         raise DataError(f"sample '{sample.key}': its image's pixels are not finite")
@@ -89,10 +89,11 @@ def pixel_array(pixels: Any, sample: Sample) -> NDArray[np.float32]:
 
 def plain(value: Any) -> Any:
     """A processor's setting as JSON values."""
-    if isinstance(value, bool) or value is None or isinstance(value, str):
-        return value
-    if isinstance(value, int | float):
-        return int(value) if isinstance(value, int) else float(value)
+    if value is None:
+        return None
+    for kind in (bool, str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return {str(name): plain(item) for name, item in dict(value).items() if item is not None}

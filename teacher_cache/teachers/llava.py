@@ -51,7 +51,7 @@ class LlavaTeacher:
         return made
 
     def describe_images(self) -> dict[str, Any]:
-        """The processor's settings, and the tokens that an image takes."""
+        """The processor's settings, and the tokens of an image."""
         tokens = {"tokens": self.encoder.image_tokens, "token_id": self.image_token_id}
         return {**self.preprocessor.describe(), **tokens}
 
@@ -68,5 +68,5 @@ class LlavaTeacher:
     def position_ids(
         self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, images: Sequence[SampleImage]
     ) -> Tensor | None:
-        """Plain counting."""
+        """None: the decoder counts."""
         return None

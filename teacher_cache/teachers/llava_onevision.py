@@ -1,7 +1,7 @@
-"""LLaVA-OneVision: an image alone is cut into tiles on the grid that fits it best, several are shrunk to a tile each.
+"""LLaVA-OneVision: a single image is cut into tiles on the grid that fits it best, several are shrunk to a tile each.
 
-An image alone takes the tokens of the whole image in one tile, and those of its tiles without their padding, a
-newline token after each row; if these are too many they are shrunk. One of several takes a tile's tokens and a newline.
+A single image takes the tokens of the whole image in one tile, and those of its tiles without padding, with a newline
+token after each row; too many are shrunk. Each of several images takes a tile's tokens and a newline.
 Shape suffixes: D hidden size, S tiles of an image, H, W a tile's pixels.
 """
 
@@ -34,7 +34,7 @@ _PROCESSORS = ("LlavaOnevisionImageProcessor", "LlavaOnevisionImageProcessorFast
 class LlavaOnevisionTeacher:
     """A folder of a LlavaOnevisionForConditionalGeneration; see `protocol.Teacher`.
 
-    `image_aspect` auto leaves images to the processor; pad fills them up to squares first.
+    `image_aspect` auto leaves images to the processor; pad first pads them to squares.
     """
 
     def __init__(self, folder: Path, template: Template, *, image_aspect: str, max_length: int) -> None:
@@ -47,13 +47,8 @@ class LlavaOnevisionTeacher:
         config = folders.read_config(LlavaOnevisionConfig, folder)
         tokenizer = load_tokenizer(folder)
         image = folders.token_id(tokenizer, "<image>", config.image_token_index, "image_token_index")
-        self.encoder = SequenceEncoder(
-            tokenizer,
-            template,
-            image_token_id=image,
-            image_tokens=0,
-            max_length=max_length,  # `encode` counts
-        )
+        # `encode` counts the image tokens.
+        self.encoder = SequenceEncoder(tokenizer, template, image_token_id=image, image_tokens=0, max_length=max_length)
         self.processor = folders.read_processor(LlavaOnevisionImageProcessorPil, _PROCESSORS, folder)
         self.padded = folders.own_aspect(image_aspect, "LLaVA-OneVision")
         self.fill = tuple(int(mean * 255) for mean in self.processor.image_mean)
@@ -90,7 +85,7 @@ class LlavaOnevisionTeacher:
         return made
 
     def describe_images(self) -> dict[str, Any]:
-        """The processor's settings; a image's tokens follow from its size and whether it is alone."""
+        """The processor's settings; an image's tokens depend on its size and whether it is the only one."""
         names = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor")
         means = ("do_normalize", "image_mean", "image_std", "image_grid_pinpoints")
         return {
@@ -109,7 +104,7 @@ class LlavaOnevisionTeacher:
         return load_weights(LlavaOnevisionForConditionalGeneration, self.folder, dtype=dtype, **settings)
 
     def image_features(self, model: Any, images: Sequence[SampleImage]) -> list[Tensor]:
-        """Run tower and projector over the tiles, and put each image's together, newlines and all."""
+        """Run tower and projector over the tiles, and join those of each image, with newlines."""
         found: dict[int, Tensor] = {}
         alone = [len(image.inputs["pixel_values"]) > 1 for image in images]
         for kind in (True, False):
@@ -131,7 +126,7 @@ class LlavaOnevisionTeacher:
     def position_ids(
         self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, images: Sequence[SampleImage]
     ) -> Tensor | None:
-        """Plain counting."""
+        """None: the decoder counts."""
         return None
 
     def _tokens(self, size: tuple[int, int], sample: Sample) -> int:
@@ -157,14 +152,16 @@ class LlavaOnevisionTeacher:
         return own + rows * columns + rows
 
     def _most_tiles(self, rule: str) -> int:
-        """How many tiles' worth of features an image keeps: n of `anyres_max_n`."""
+        """The most tiles' worth of features that an image keeps: n of `anyres_max_n`."""
         number = rule.removeprefix("anyres_max_")
         if not number.isdecimal() or int(number) < 1:
-            raise ModelError(f"{self.folder}/config.json: vision_aspect_ratio is '{rule}', expected anyres_max_9 or so")
+            raise ModelError(
+                f"{self.folder}/config.json: vision_aspect_ratio is '{rule}', expected anyres_max_9 or similar"
+            )
         return int(number)
 
     def _check_tiles(self, config: Any) -> None:
-        """Refuse a processor whose tiles are not the tower's."""
+        """Refuse a processor whose tiles differ from the tower's."""
         size = folders.plain(self.processor.size)
         sides = {size.get("height"), size.get("width")} if "height" in size else {size.get("shortest_edge")}
         grid = folders.plain(self.processor.image_grid_pinpoints)
@@ -176,5 +173,5 @@ class LlavaOnevisionTeacher:
         if config.vision_feature_select_strategy != "full":
             raise ModelError(
                 f"{self.folder}/config.json: vision_feature_select_strategy is "
-                f"'{config.vision_feature_select_strategy}': LLaVA-OneVision's tower has no class token to leave out"
+                f"'{config.vision_feature_select_strategy}': expected 'full', since the tower has no class token"
             )

@@ -1,4 +1,4 @@
-"""What a family of checkpoints knows: how its images become tokens and inputs, and how it is loaded and run.
+"""The interface of a model family: how its images become tokens and inputs, and how it is loaded and run.
 
 Shape suffixes: B sequences of a batch, T tokens of the longest, D hidden size, V ids.
 """
@@ -30,8 +30,8 @@ class SampleImage:
 class Teacher(Protocol):
     """A checkpoint folder of one family, opened without its weights.
 
-    `image_token_id`: the id that stands at an image's positions; None where the model sees no images. `head_rows`: the
-    rows of its LM head by its configuration; `context_length`: the most tokens it takes.
+    `image_token_id`: the id at an image's positions; None for a model without images. `head_rows`: the rows of its LM
+    head according to config.json; `context_length`: the most tokens it takes.
     """
 
     folder: Path
@@ -41,10 +41,7 @@ class Teacher(Protocol):
     context_length: int
 
     def encode(self, sample: Sample, role: str) -> TokenizedSequence:
-        """Tokenize one role of a sample, its images' tokens expanded. Of images only headers are read.
-
-        Errors: `DataError` naming the sample.
-        """
+        """Tokenize one role of a sample, image tokens expanded, from image headers alone. Errors: `DataError`."""
         ...
 
     def images(self, sample: Sample) -> list[SampleImage]:
@@ -52,28 +49,25 @@ class Teacher(Protocol):
         ...
 
     def describe_images(self) -> dict[str, Any]:
-        """Everything that decides pixels and image tokens, as JSON values, for the fingerprint.
+        """Everything that determines pixels and image tokens, as JSON values for the fingerprint.
 
-        `tokens`: how many an image takes, or `by size`; `token_id`: what stands at them.
+        `tokens`: how many an image takes, or `by size`; `token_id`: their id.
         """
         ...
 
     def load(self, dtype: torch.dtype, **settings: Any) -> Any:
-        """Load the model in evaluation mode; `settings` go to `from_pretrained`.
-
-        Errors: `ModelError` if weights and configuration differ.
-        """
+        """Load the model in evaluation mode; `settings` go to `from_pretrained`. Errors: `ModelError`."""
         ...
 
     def image_features(self, model: Any, images: Sequence[SampleImage]) -> list[Tensor]:
-        """Run the vision tower and what follows it: [tokens, D] of each image, as they enter the decoder."""
+        """Run the vision tower and projector: [tokens, D] for each image, as they enter the decoder."""
         ...
 
     def position_ids(
         self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, images: Sequence[SampleImage]
     ) -> Tensor | None:
-        """The decoder's positions, on the CPU like the arguments; None where it counts them itself.
+        """The decoder's positions, on the CPU like the arguments; None to let it count.
 
-        `images` are those of the whole batch, in the order of their tokens; padding stands at the right.
+        `images` are those of the whole batch, in the order of their tokens; padding is on the right.
         """
         ...

@@ -34,7 +34,7 @@ class QwenVlTeacher:
     """A folder of a Qwen2-VL or Qwen2.5-VL; see `protocol.Teacher`.
 
     `image_aspect` auto leaves images to the processor, which resizes them to a whole number of merged patches; pad
-    fills them up to squares first.
+    first pads them to squares.
     """
 
     def __init__(self, folder: Path, template: Template, *, image_aspect: str, max_length: int) -> None:
@@ -85,7 +85,7 @@ class QwenVlTeacher:
         return made
 
     def describe_images(self) -> dict[str, Any]:
-        """The processor's settings; a image's tokens follow from its size."""
+        """The processor's settings; an image's tokens depend on its size."""
         processor = self.processor
         switches = ("do_resize", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "size")
         patches = ("patch_size", "temporal_patch_size", "merge_size", "resample")
@@ -132,13 +132,9 @@ class QwenVlTeacher:
         return int(patches) // int(self.processor.merge_size) ** 2
 
     def _check_patches(self, vision: Any) -> None:
-        """Refuse a processor that cuts images in another way than the tower expects."""
-        names = {
-            "patch_size": "patch_size",
-            "temporal_patch_size": "temporal_patch_size",
-            "merge_size": "spatial_merge_size",
-        }
-        for mine, theirs in names.items():
+        """Refuse a processor whose patches differ from the tower's."""
+        names = (("patch_size",) * 2, ("temporal_patch_size",) * 2, ("merge_size", "spatial_merge_size"))
+        for mine, theirs in names:
             found, expected = getattr(self.processor, mine), getattr(vision, theirs)
             if found != expected:
                 raise ModelError(

@@ -20,8 +20,14 @@ from llavamod_offline.data.encode.tokenize import Positions, TokenizedSequence
 from llavamod_offline.errors import ConfigError, DataError, ModelError
 from llavamod_offline.vllm.inputs import check_prompt, engine_input
 from llavamod_offline.vllm.session import Session
-from teacher_cache.engines.outcome import Outcome, beyond_vocabulary, recorded, rows_with_states
-from teacher_cache.engines.protocol import Request, longest_first
+from teacher_cache.engines.protocol import (
+    Outcome,
+    Request,
+    beyond_vocabulary,
+    longest_first,
+    recorded,
+    rows_with_states,
+)
 from teacher_cache.engines.vllm import plugin as recording
 from teacher_cache.engines.vllm.wire import RecordReply, RecordRequest, unpack
 from teacher_cache.format.hidden_states import HiddenStates
@@ -121,18 +127,14 @@ class VllmCaptureEngine:
             yield outcome
 
     def _items(self, requests: Sequence[Request], pool: ThreadPoolExecutor) -> Iterator[_QueuedItem]:
-        ahead: deque[tuple[Request, Future[list[SampleImage]]]] = deque()
-        for request in longest_first(requests):
-            ahead.append((request, pool.submit(self.teacher.images, request.sample)))
-            if len(ahead) > self.session.window:
-                yield from self._roles(*ahead.popleft())
-        while ahead:
-            yield from self._roles(*ahead.popleft())
-
-    def _roles(self, request: Request, images: Future[list[SampleImage]]) -> Iterator[_QueuedItem]:
-        first = request.sequences[0]
-        for number, sequence in enumerate(request.sequences):
-            yield _QueuedItem(request, sequence, images, number > 0 and self._may_share(first, sequence))
+        order = longest_first(requests)
+        coming = deque[Future[list[SampleImage]]]()
+        for number, request in enumerate(order):
+            for ahead in order[number + len(coming) : number + 1 + self.session.window]:
+                coming.append(pool.submit(self.teacher.images, ahead.sample))
+            images, first = coming.popleft(), request.sequences[0]
+            for role, sequence in enumerate(request.sequences):
+                yield _QueuedItem(request, sequence, images, role > 0 and self._may_share(first, sequence))
 
     def _may_share(self, first: TokenizedSequence, second: TokenizedSequence) -> bool:
         """Whether the whole blocks of the common prefix hold no row that is wanted of the second sequence."""
@@ -187,25 +189,21 @@ class VllmCaptureEngine:
             seed=self.seed,
             vocab_size=self.vocab_size,
             settings=self.settings,
-            states_M=self._states(sequence),
+            states_M=rows_with_states(sequence, rows_N, self.hidden_positions, self.teacher.image_token_id),
         )
-
-    def _states(self, sequence: TokenizedSequence) -> np.ndarray[Any, np.dtype[np.int64]] | None:
-        rows_N, _ = sequence.rows_and_targets(self.positions)
-        return rows_with_states(sequence, rows_N, self.hidden_positions, self.teacher.image_token_id)
 
     def _outcome(self, item: _QueuedItem, output: Any) -> Outcome | None:
         """The outcome of a sequence; None if some of its rows came from the prefix cache."""
         sequence = item.sequence
         check_prompt(output.prompt_token_ids, sequence.input_ids_T, name=sequence.key)
-        answer = self.channel.answer(self._order(sequence), output)
+        order = self._order(sequence)
+        answer = self.channel.answer(order, output)
         if answer is None:
             return None
-        states_M = self._states(sequence)
         hidden = None
-        if states_M is not None:
+        if order.states_M is not None:
             states = answer.states_MD if answer.states_MD is not None else np.zeros((0, 0), np.float32)
-            hidden = HiddenStates(states_M, states)
+            hidden = HiddenStates(order.states_M, states)
         return recorded(item.request, sequence, answer.records, answer.finite_N, hidden)
 
 

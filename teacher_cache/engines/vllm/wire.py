@@ -1,8 +1,8 @@
-"""What passes between a capture and vLLM's workers: an order with each request, one int32 tensor with each answer.
+"""What passes between a capture and vLLM's workers: a `RecordRequest` each way out, one int32 tensor each way back.
 
-An answer holds seven counts (positions, temperatures, top-k entries, tail samples, hidden states, their width, and 1,
-or 0 for `NOTHING`), then the columns of `Records`, whether each position was finite, and the hidden states; float32 bit
-by bit.
+A reply holds seven counts (positions, temperatures, top-k entries, tail samples, hidden states, their width, and 1, or
+0 for `NOTHING`), then the columns of `Records`, whether each position was finite, and the hidden states; float32 values
+are reinterpreted, not converted.
 
 Shape suffixes: N recorded positions, S temperatures, H top-k entries, D tail samples, M hidden states.
 """
@@ -20,14 +20,15 @@ from numpy.typing import NDArray
 from teacher_cache.format.record import Records, RecordSettings
 
 _COUNTS = 7
-NOTHING = np.zeros(_COUNTS, np.int32)  # the answer where a wanted row came out of the prefix cache
+_ARRAYS = ("rows_N", "targets_N", "states_M")
+NOTHING = np.zeros(_COUNTS, np.int32)  # the reply if a wanted row came from the prefix cache
 
 
 @dataclass(frozen=True)
 class RecordRequest:
     """The records wanted of one sequence: rows (rising), their targets, the tail samples' seed, what a record keeps.
 
-    `states_M` are indices into `rows_N` of the positions whose hidden state is wanted too; None for none.
+    `states_M`: indices into `rows_N` of the positions whose hidden state is also wanted; None for none.
     """
 
     rows_N: NDArray[np.int64]
@@ -41,40 +42,25 @@ class RecordRequest:
 
     def to_arguments(self) -> dict[str, Any]:
         """As values that msgpack can carry."""
-        states = None if self.states_M is None else self.states_M.astype("<i8").tobytes()
-        return {
-            "rows": self.rows_N.astype("<i8").tobytes(),
-            "targets": self.targets_N.astype("<i8").tobytes(),
-            "key": self.key,
-            "role": self.role,
-            "seed": self.seed,
-            "vocab_size": self.vocab_size,
-            "settings": dataclasses.asdict(self.settings),
-            "states": states,
-        }
+        given = {name: getattr(self, name) for name in _ARRAYS}
+        arrays = {name: None if array is None else array.astype("<i8").tobytes() for name, array in given.items()}
+        return {**vars(self), **arrays, "settings": dataclasses.asdict(self.settings)}
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> RecordRequest:
-        """The order again, lists for tuples or not."""
-        settings = dict(arguments["settings"])
-        for name in ("temperatures", "forced_ids"):
-            settings[name] = tuple(settings[name])
-        states = arguments["states"]
-        return cls(
-            rows_N=np.frombuffer(arguments["rows"], "<i8").astype(np.int64),
-            targets_N=np.frombuffer(arguments["targets"], "<i8").astype(np.int64),
-            key=arguments["key"],
-            role=arguments["role"],
-            seed=arguments["seed"],
-            vocab_size=arguments["vocab_size"],
-            settings=RecordSettings(**settings),
-            states_M=None if states is None else np.frombuffer(states, "<i8").astype(np.int64),
-        )
+        """The inverse of `to_arguments`; msgpack may have turned tuples into lists."""
+        packed = {name: arguments[name] for name in _ARRAYS}
+        arrays = {
+            name: None if data is None else np.frombuffer(data, "<i8").astype(np.int64) for name, data in packed.items()
+        }
+        settings = arguments["settings"]
+        tuples = {name: tuple(settings[name]) for name in ("temperatures", "forced_ids")}
+        return cls(**{**arguments, **arrays, "settings": RecordSettings(**{**settings, **tuples})})
 
 
 @dataclass(frozen=True)
 class RecordReply:
-    """What came back: the records, which of the N positions had finite logits, and the hidden states if wanted."""
+    """The records, which of the N positions had finite logits, and the hidden states if wanted."""
 
     records: Records
     finite_N: NDArray[np.bool_]
@@ -84,7 +70,7 @@ class RecordReply:
 def pack(
     records: Records, finite_N: NDArray[np.bool_], states_MD: NDArray[np.float32] | None = None
 ) -> NDArray[np.int32]:
-    """One sequence's answer as one array of int32."""
+    """One sequence's reply as one array of int32."""
     states = np.zeros((0, 0), np.float32) if states_MD is None else states_MD
     counts = [len(records), records.log_normalisers_NS.shape[1], len(records.topk_ids_H), len(records.tail_ids_D)]
     columns = [getattr(records, field.name) for field in dataclasses.fields(Records)]
@@ -93,7 +79,7 @@ def pack(
 
 
 def unpack(packed: NDArray[np.int32]) -> RecordReply | None:
-    """The answer in an array of int32, as views; None for `NOTHING`."""
+    """The reply in an array of int32, as views; None for `NOTHING`."""
     positions, temperatures, topk, samples, states, width, computed = packed[:_COUNTS].tolist()
     if not computed:
         return None

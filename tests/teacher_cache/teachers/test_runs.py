@@ -101,8 +101,8 @@ def test_another_models_processor_is_refused(tmp_path: Path, setting: str, value
     [
         ("preprocessor_config.json", "size", {"height": 8, "width": 8}, "are not those of config.json"),
         ("preprocessor_config.json", "image_grid_pinpoints", [[16, 16]], "are not those of config.json"),
-        ("config.json", "vision_aspect_ratio", "pad", "vision_aspect_ratio is 'pad', expected anyres_max_9 or so"),
-        ("config.json", "vision_feature_select_strategy", "default", "has no class token to leave out"),
+        ("config.json", "vision_aspect_ratio", "pad", "vision_aspect_ratio is 'pad', expected anyres_max_9 or similar"),
+        ("config.json", "vision_feature_select_strategy", "default", "since the tower has no class token"),
     ],
 )
 def test_other_tiles_than_the_towers_are_refused(

@@ -7,8 +7,7 @@ import pytest
 
 from llavamod_offline.data.encode.tokenize import TokenizedSequence
 from llavamod_offline.data.sample import Sample, Turn
-from teacher_cache.engines.outcome import beyond_vocabulary, recorded, rows_with_states
-from teacher_cache.engines.protocol import Request
+from teacher_cache.engines.protocol import Request, beyond_vocabulary, recorded, rows_with_states
 from teacher_cache.format.record import concatenate_records
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.schema import HiddenPositions
