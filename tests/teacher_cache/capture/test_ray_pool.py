@@ -94,7 +94,7 @@ def test_workers_that_are_killed_amid_a_shard_change_nothing(world: World, finis
     said = json.loads(done.stdout)
     assert said["samples"] == 24 - 5
     assert said["error"].startswith("shard 'samples-000003': 3 workers died with it: ")
-    assert "run again to resume" in said["error"]
+    assert "rerun to resume" in said["error"]
     died = [(tmp_path / f"died-of-samples-{number:06d}").read_text().split() for number in (2, 3)]
     assert [len(processes) for processes in died] == [1, 3]
     assert len({*died[0], *died[1]}) == 4

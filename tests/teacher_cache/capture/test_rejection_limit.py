@@ -44,7 +44,7 @@ def test_too_many_rejections_stop_with_the_most_frequent_reason_and_a_key() -> N
     assert str(stopped.value) == (
         "caches/c: 4 of 101 sequences rejected, more than max_rejected=0.01 allows; 3 of them like 'llava-0000' "
         "(sample 'llava-0000' (response): 300 tokens, more than max_length 200); all are in "
-        "caches/c/shards/*/rejected.jsonl: correct the set or the settings, or allow more and run again to resume"
+        "caches/c/shards/*/rejected.jsonl: correct the set or the settings, or allow more and rerun to resume"
     )
 
 

@@ -109,8 +109,8 @@ def test_killed_at_any_change_it_goes_on_to_the_same_set_and_cache(place: Place,
         (("generate.max_new_tokens=0",), ConfigError, "generate.max_new_tokens is 0"),
         (("generate.key_suffix=.x",), ConfigError, "generate.key_suffix is '.x'"),
         (("generate.turns=first",), ConfigError, "generate.turns"),
-        (("output_set={source}",), ConfigError, "is a set that no teacher wrote"),
-        (("output_set={folder}",), ConfigError, "exists and is no set"),
+        (("output_set={source}",), ConfigError, "is not a generated set"),
+        (("output_set={folder}",), ConfigError, "exists and is not a set"),
     ],
 )
 def test_bad_settings_are_one_line_and_leave_nothing(
