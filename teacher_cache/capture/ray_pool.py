@@ -17,17 +17,15 @@ from collections import Counter, deque
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import Any, TextIO, cast
 
-from llavamod_offline.errors import ConfigError, LlavaModError, ModelError
+from llavamod_offline.errors import ConfigError, LlavaModError, ModelError, first_line
 from llavamod_offline.storage.folders import LocalFolder, open_folder
 from teacher_cache.capture.pipeline import ShardCounts
 from teacher_cache.capture.ray_worker import CaptureWorker, WorkerReport
+from teacher_cache.capture.shard import Progress
+from teacher_cache.capture_setup import SetupValues
 from teacher_cache.engines.registry import ENGINES
-
-if TYPE_CHECKING:
-    from teacher_cache.capture.shard import Progress
-    from teacher_cache.capture_setup import SetupValues
 
 _LOG = logging.getLogger(__name__)
 _DEATHS = 3  # allowed for one shard; without a shard, for each worker
@@ -237,12 +235,13 @@ class RayPool:
     def _connect(self, **where: Any) -> None:
         os.environ.update(_QUIET)
         try:
-            _check_listening(where["address"])
+            place = re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", where["address"])
+            if place:  # Ray would try for minutes where nothing listens
+                socket.create_connection((place[1], int(place[2])), timeout=_CONNECT_SECONDS).close()
             self._ray.init(**where, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(
-                f"ray: no cluster at {where['address']}: {reason}: set RAY_ADDRESS to a running one (and "
+                f"ray: no cluster at {where['address']}: {first_line(error)}: set RAY_ADDRESS to a running one (and "
                 "RAY_AUTH_MODE=token if it needs that), or unset it"
             ) from error
 
@@ -278,13 +277,6 @@ class _Worker:
         counts = (self.report.samples, self.report.positions)
         samples, positions = (sum(count.get(name, 0) for name in self.shards) for count in counts)
         return samples, positions
-
-
-def _check_listening(address: str) -> None:
-    """Refuse a host and port where nothing listens, which Ray would retry for minutes. Errors: `OSError`."""
-    place = re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address)
-    if place:
-        socket.create_connection((place[1], int(place[2])), timeout=_CONNECT_SECONDS).close()
 
 
 def _absolute(where: str) -> str:

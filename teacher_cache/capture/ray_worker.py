@@ -7,13 +7,12 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from llavamod_offline.errors import LlavaModError
 from teacher_cache.capture.pipeline import ShardCounts
-
-if TYPE_CHECKING:
-    from teacher_cache.capture_setup import SetupValues
+from teacher_cache.capture.shard import capture_prepared, prepare_rows
+from teacher_cache.capture_setup import SetupValues, prepare_capture
+from teacher_cache.write.store import CacheStore
 
 _REPORT_SECONDS = 0.5
 
@@ -44,9 +43,6 @@ class CaptureWorker:
 
     def open(self) -> LlavaModError | None:
         """Load the teacher, and check that set and fingerprint are those of the driver."""
-        from teacher_cache.capture_setup import prepare_capture
-        from teacher_cache.write.store import CacheStore
-
         _log_into(self._lines)
         try:
             self._setup = prepare_capture(**self._values)
@@ -59,8 +55,6 @@ class CaptureWorker:
 
     def capture(self, name: str) -> ShardCounts | LlavaModError:
         """Capture one shard and commit it."""
-        from teacher_cache.capture.shard import capture_prepared, prepare_rows
-
         setup = self._setup
         self._samples[name] = self._positions[name] = 0
         try:

@@ -8,20 +8,17 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from llavamod_offline.errors import CacheError, ConfigError
 from teacher_cache.capture.pipeline import capture_shards
 from teacher_cache.capture.progress import ProgressBar
 from teacher_cache.capture.rejection_limit import Reason, Rejected
 from teacher_cache.capture_setup import CaptureSetup, prepare_capture
+from teacher_cache.config import CacheTeacherConfig
+from teacher_cache.engines.protocol import CaptureEngine
 from teacher_cache.fingerprint import check_allowed
 from teacher_cache.format.manifest import cache_bytes
 from teacher_cache.write.store import CacheStore
-
-if TYPE_CHECKING:
-    from teacher_cache.config import CacheTeacherConfig
-    from teacher_cache.engines.protocol import CaptureEngine
 
 _LOG = logging.getLogger(__name__)
 
@@ -70,7 +67,7 @@ def run_capture(
     started = time.perf_counter()
     if config.output_set is not None:
         raise ConfigError("config: output_set belongs to `cache-teacher generate`: remove it")
-    counts = dict.fromkeys(("sequences", "positions"), 0)
+    sequences = positions = 0
     rejected = Rejected()
     with ExitStack() as stack:
         pool, values, output, ray = None, config.setup_values, config.output, config.engine
@@ -104,8 +101,7 @@ def run_capture(
                 ProgressBar(sum(len(setup.samples.rows_of(name)) for name in missing), "capture", "positions")
             )
             for done in stack.enter_context(closing(capture(missing, progress.update))):
-                counts["sequences"] += done.sequences
-                counts["positions"] += done.positions
+                sequences, positions = sequences + done.sequences, positions + done.positions
                 for tally in (rejected, limited):
                     tally.add(done.sequences, done.rejected)
                 limited.check(output)
@@ -120,10 +116,11 @@ def run_capture(
         complete=cache is not None,
         shards_done=len(setup.samples.shard_names) - len(left),
         shards_total=len(setup.samples.shard_names),
-        **counts,
+        sequences=sequences,
+        positions=positions,
         rejected=rejected.count,
         seconds=round(seconds, 3),
-        positions_per_second=round(counts["positions"] / seconds, 1),
+        positions_per_second=round(positions / seconds, 1),
         bytes_per_position=round(cache_bytes(cache) / max(cache["totals"]["positions"], 1), 3) if cache else None,
         digest=cache["digest"] if cache else None,
         totals=cache["totals"] if cache else None,

@@ -26,6 +26,7 @@ from teacher_cache.engines.protocol import (
     Outcome,
     Request,
     beyond_vocabulary,
+    image_mismatch,
     longest_first,
     recorded,
     rows_with_states,
@@ -105,13 +106,11 @@ class HfCaptureEngine:
 
     def _problem(self, item: _BatchItem) -> str | None:
         try:
-            expected = sum(image.tokens for image in item.images.result())
+            images = item.images.result()
         except DataError as error:
             return str(error)
-        found = int((item.sequence.input_ids_T == self.teacher.image_token_id).sum())
-        if found != expected:
-            return f"its images take {expected} tokens, its sequence has {found}: an image's header gives a wrong size"
-        return beyond_vocabulary(item.sequence, self.vocab_size)
+        mismatch = image_mismatch(item.sequence.input_ids_T, images, self.teacher.image_token_id)
+        return mismatch or beyond_vocabulary(item.sequence, self.vocab_size)
 
     @torch.inference_mode()
     def _run(self, batch: Sequence[tuple[_BatchItem, list[SampleImage]]]) -> list[Outcome]:

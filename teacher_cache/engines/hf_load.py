@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llavamod_offline.errors import ConfigError, ModelError
+from llavamod_offline.errors import ConfigError, ModelError, first_line
 from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.engines.lm_head import LmHead
 
@@ -77,8 +77,7 @@ def _move(model: Any, device: str) -> None:
     try:
         model.to(device)
     except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"device '{device}': cannot be used: {reason}: set device=cpu or cuda") from error
+        raise ConfigError(f"device '{device}': cannot be used: {first_line(error)}: set device=cpu or cuda") from error
 
 
 @torch.inference_mode()

@@ -19,6 +19,7 @@ from teacher_cache.format.record import Records, RecordSettings
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.schema import HiddenPositions
 from teacher_cache.format.sequences import SequenceRecord
+from teacher_cache.teachers import SampleImage
 
 Outcome = SequenceRecord | Rejection
 
@@ -56,6 +57,14 @@ def beyond_vocabulary(sequence: TokenizedSequence, vocab_size: int) -> str | Non
     if largest < vocab_size:
         return None
     return f"supervised id {largest} is beyond the {vocab_size} ids that the tokenizer and the LM head share"
+
+
+def image_mismatch(ids_T: Ids, images: Sequence[SampleImage], image_token_id: int | None) -> str | None:
+    """Why images cannot take the places of their tokens; None if they can."""
+    expected, found = sum(image.tokens for image in images), int((ids_T == image_token_id).sum())
+    if found == expected:
+        return None
+    return f"its images take {expected} tokens, its sequence has {found}: an image's header gives a wrong size"
 
 
 def rows_with_states(

@@ -8,26 +8,24 @@ alone.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from llavamod_offline.data.encode.tokenize import Ids
 from llavamod_offline.data.rows import RowError
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample
 from llavamod_offline.errors import DataError
+from teacher_cache.capture.shard import Progress
+from teacher_cache.capture_setup import CaptureSetup
+from teacher_cache.engines.hf import HfCaptureEngine
+from teacher_cache.engines.protocol import image_mismatch
+from teacher_cache.generate import decode_loop
+from teacher_cache.generate.decode_loop import Decoding, Prompt, Written
 from teacher_cache.generate.generated_set import AnsweredSample, Turns, with_texts, written_turns
-
-if TYPE_CHECKING:
-    from llavamod_offline.data.encode.tokenize import Ids
-    from teacher_cache.capture_setup import CaptureSetup
-    from teacher_cache.engines.hf import HfCaptureEngine
-    from teacher_cache.generate.decode_loop import Decoding, Prompt, Written
-    from teacher_cache.teachers import SampleImage
-
-Progress = Callable[[int, int], None]
+from teacher_cache.teachers import SampleImage
 
 _BATCHES_AHEAD = 2
 
@@ -102,21 +100,21 @@ class Answerer:
             self._write_batch(batch, images)
 
     def _write_batch(self, batch: list[tuple[_Open, Ids]], images: list[Future[list[SampleImage]]]) -> None:
-        from teacher_cache.generate.decode_loop import Prompt, write_answers
-
         ready: list[tuple[_Open, Prompt]] = []
         for (item, ids_T), coming in zip(batch, images, strict=True):
             try:
                 own = tuple(coming.result())
-                self._check_images(ids_T, own)
+                problem = image_mismatch(ids_T, own, self._setup.teacher.image_token_id)
             except DataError as error:
-                self._refuse(item, RowError("unanswerable prompt", str(error)))
+                problem = str(error)
+            if problem:
+                self._refuse(item, RowError("unanswerable prompt", problem))
                 continue
             stream = f"answer {item.places[len(item.texts)]}"
             ready.append((item, Prompt(item.sample.key, stream, ids_T, own, self._limit - len(ids_T))))
         if not ready:
             return
-        written = write_answers(self._engine, [prompt for _, prompt in ready], self._decoding)
+        written = decode_loop.write_answers(self._engine, [prompt for _, prompt in ready], self._decoding)
         for (item, prompt), answer in zip(ready, written, strict=True):
             item.tokens += len(answer.ids)
             self._progress(0, len(answer.ids))
@@ -154,14 +152,6 @@ class Answerer:
         images = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
         extensions = sample.image_extensions[:images]
         return replace(sample, turns=turns, images=sample.images[:images], image_extensions=extensions)
-
-    def _check_images(self, ids_T: Ids, images: Sequence[SampleImage]) -> None:
-        expected = sum(image.tokens for image in images)
-        found = int((ids_T == self._setup.teacher.image_token_id).sum())
-        if found != expected:
-            raise DataError(
-                f"its images take {expected} tokens, its prompt has {found}: an image's header gives a wrong size"
-            )
 
     def _take(self, item: _Open, prompt: Prompt, answer: Written) -> None:
         """Add an answer to its sample. Errors: `RowError` if a sample cannot hold it."""

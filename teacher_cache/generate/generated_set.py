@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.rows import Located, RejectedRow, RejectionKind
@@ -22,9 +22,7 @@ from llavamod_offline.errors import ConfigError, DataError
 from llavamod_offline.storage import atomic
 from teacher_cache.fingerprint import differences
 from teacher_cache.format.manifest import canonical
-
-if TYPE_CHECKING:
-    from teacher_cache.generate.decode_loop import Decoding
+from teacher_cache.generate.decode_loop import Decoding
 
 Turns = Literal["last", "all"]
 Made = Callable[[Sample, Sequence[str]], Sample]

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError, DataError
@@ -21,17 +21,14 @@ from llavamod_offline.storage.folders import is_url
 from teacher_cache.capture.progress import ProgressBar
 from teacher_cache.capture.run import Summary, run_capture
 from teacher_cache.capture_setup import CaptureSetup, prepare_capture
-from teacher_cache.config import GenerateConfig
+from teacher_cache.config import CacheTeacherConfig, GenerateConfig
+from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.engines.registry import ENGINES
 from teacher_cache.fingerprint import check_allowed
 from teacher_cache.format.manifest import canonical
 from teacher_cache.generate.answer_rows import Answerer
 from teacher_cache.generate.decode_loop import Decoding
 from teacher_cache.generate.generated_set import WrittenSet, written_sample
-
-if TYPE_CHECKING:
-    from teacher_cache.config import CacheTeacherConfig
-    from teacher_cache.engines.hf import HfCaptureEngine
 
 # The sections of a capture's fingerprint that also determine the answers.
 _ABOUT = ("tokenizer", "template", "sequence", "images", "teacher", "engine", "data")

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llavamod_offline.data.encode.template import Template
-from llavamod_offline.data.encode.tokenize import SequenceEncoder
+from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequence
+from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import DataError
 from llavamod_offline.models.checkpoint import load_tokenizer, load_weights
 from teacher_cache.teachers.folder import context_length, read_config
 from teacher_cache.teachers.protocol import SampleImage
-
-if TYPE_CHECKING:
-    from llavamod_offline.data.encode.tokenize import TokenizedSequence
-    from llavamod_offline.data.sample import Sample
 
 
 class CausalLmTeacher:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llavamod_offline.data.images import read_processor_settings
+from llavamod_offline.data.images import DECODER, read_processor_settings
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import ConfigError, DataError, ModelError, first_line
 
@@ -97,3 +97,15 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return {str(name): plain(item) for name, item in dict(value).items() if item is not None}
+
+
+def describe_processor(processor: Any, names: Iterable[str], *, padded: bool, token_id: int | None) -> dict[str, Any]:
+    """`Teacher.describe_images` of a family whose image tokens depend on the image's size."""
+    settings = {name: plain(getattr(processor, name)) for name in names}
+    return {
+        "aspect": "pad" if padded else "own",
+        "decoder": DECODER,
+        **settings,
+        "tokens": BY_SIZE,
+        "token_id": token_id,
+    }

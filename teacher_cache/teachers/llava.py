@@ -7,21 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from llavamod_offline.data.encode.template import Template
+from llavamod_offline.data.encode.tokenize import TokenizedSequence
 from llavamod_offline.data.images import ImagePreprocessor
+from llavamod_offline.data.sample import Sample
 from llavamod_offline.models.checkpoint import load_config, load_llava, load_tokenizer, sequence_encoder
 from teacher_cache.teachers.folder import context_length, pixel_array, preparing
 from teacher_cache.teachers.protocol import SampleImage
-
-if TYPE_CHECKING:
-    from llavamod_offline.data.encode.tokenize import TokenizedSequence
-    from llavamod_offline.data.sample import Sample
 
 
 class LlavaTeacher:

@@ -10,23 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from llavamod_offline.data.encode.template import Template
-from llavamod_offline.data.encode.tokenize import SequenceEncoder
-from llavamod_offline.data.images import DECODER, decode_image, image_size, pad_to_square
+from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequence
+from llavamod_offline.data.images import decode_image, image_size, pad_to_square
+from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import DataError, ModelError
 from llavamod_offline.models.checkpoint import load_tokenizer, load_weights
 from teacher_cache.teachers import folder as folders
 from teacher_cache.teachers.protocol import SampleImage
-
-if TYPE_CHECKING:
-    from llavamod_offline.data.encode.tokenize import TokenizedSequence
-    from llavamod_offline.data.sample import Sample
 
 _PROCESSORS = ("LlavaOnevisionImageProcessor", "LlavaOnevisionImageProcessorFast", "LlavaOnevisionImageProcessorPil")
 
@@ -88,14 +85,10 @@ class LlavaOnevisionTeacher:
         """The processor's settings; an image's tokens depend on its size and whether it is the only one."""
         names = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor")
         means = ("do_normalize", "image_mean", "image_std", "image_grid_pinpoints")
-        return {
-            "aspect": "pad" if self.padded else "own",
-            "decoder": DECODER,
-            **{name: folders.plain(getattr(self.processor, name)) for name in (*names, *means)},
-            "most_tiles": self.most_tiles,
-            "tokens": folders.BY_SIZE,
-            "token_id": self.image_token_id,
-        }
+        about = folders.describe_processor(
+            self.processor, (*names, *means), padded=self.padded, token_id=self.image_token_id
+        )
+        return {**about, "most_tiles": self.most_tiles}
 
     def load(self, dtype: torch.dtype, **settings: Any) -> Any:
         """Load the model."""

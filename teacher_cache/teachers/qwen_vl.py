@@ -8,23 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from llavamod_offline.data.encode.template import Template
-from llavamod_offline.data.encode.tokenize import SequenceEncoder
-from llavamod_offline.data.images import DECODER, decode_image, image_size, pad_to_square
+from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequence
+from llavamod_offline.data.images import decode_image, image_size, pad_to_square
+from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import DataError, ModelError, first_line
 from llavamod_offline.models.checkpoint import load_tokenizer, load_weights, read_json
 from teacher_cache.teachers import folder as folders
 from teacher_cache.teachers.protocol import SampleImage
-
-if TYPE_CHECKING:
-    from llavamod_offline.data.encode.tokenize import TokenizedSequence
-    from llavamod_offline.data.sample import Sample
 
 _PROCESSORS = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
 _IMAGE, _START, _END = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
@@ -86,16 +83,9 @@ class QwenVlTeacher:
 
     def describe_images(self) -> dict[str, Any]:
         """The processor's settings; an image's tokens depend on its size."""
-        processor = self.processor
         switches = ("do_resize", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "size")
-        patches = ("patch_size", "temporal_patch_size", "merge_size", "resample")
-        return {
-            "aspect": "pad" if self.padded else "own",
-            "decoder": DECODER,
-            **{name: folders.plain(getattr(processor, name)) for name in (*switches, *patches)},
-            "tokens": folders.BY_SIZE,
-            "token_id": self.image_token_id,
-        }
+        names = (*switches, "patch_size", "temporal_patch_size", "merge_size", "resample")
+        return folders.describe_processor(self.processor, names, padded=self.padded, token_id=self.image_token_id)
 
     def load(self, dtype: torch.dtype, **settings: Any) -> Any:
         """Load the model."""
