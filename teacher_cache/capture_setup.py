@@ -111,13 +111,8 @@ def prepare_capture(**given: Unpack[SetupValues]) -> CaptureSetup:
     teacher = open_teacher(folder, template, image_aspect=given["image_aspect"], max_length=given["max_length"])
     tokenizer = teacher.encoder.tokenizer
     vocab_size = _shared_vocabulary(folder, tokenizer, teacher.head_rows)
-    settings, codec = _kept(
-        keep,
-        temperatures=tuple(keep.temperatures),
-        forced_ids=_forced_ids(tokenizer, keep.forced_tokens, template),
-        vocab_size=vocab_size,
-        hidden=given["hidden"],
-    )
+    forced_ids = _forced_ids(tokenizer, keep.forced_tokens, template)
+    settings, codec = _kept(keep, tuple(keep.temperatures), forced_ids, vocab_size, given["hidden"])
     device, dtype = given["device"], given["dtype"]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -166,41 +161,32 @@ def prepare_capture(**given: Unpack[SetupValues]) -> CaptureSetup:
 
 def with_preset(setup: CaptureSetup, preset: Preset) -> CaptureSetup:
     """The same capture with another preset; its fingerprint stays as it is."""
-    settings, codec = _kept(
-        preset,
-        temperatures=setup.settings.temperatures if preset.temperatures else (),
-        forced_ids=setup.settings.forced_ids if preset.forced_tokens is None else (),
-        vocab_size=setup.codec.vocab_size,
-        hidden=setup.codec.hidden,
-    )
+    temperatures = setup.settings.temperatures if preset.temperatures else ()
+    forced_ids = setup.settings.forced_ids if preset.forced_tokens is None else ()
+    settings, codec = _kept(preset, temperatures, forced_ids, setup.codec.vocab_size, setup.codec.hidden)
     return dataclasses.replace(setup, settings=settings, codec=codec)
 
 
 def _kept(
-    capture: Preset,
-    *,
-    temperatures: tuple[float, ...],
-    forced_ids: tuple[int, ...],
-    vocab_size: int,
-    hidden: HiddenKind | None,
+    keep: Preset, temperatures: tuple[float, ...], forced: tuple[int, ...], vocab_size: int, hidden: HiddenKind | None
 ) -> tuple[RecordSettings, Codec]:
     """What a record keeps, and how it is encoded."""
     settings = RecordSettings(
-        top_p=capture.top_p,
-        min_prob=capture.min_prob,
-        top_k=vocab_size if capture.top_k is None else min(capture.top_k, vocab_size),
-        tail_samples_max=capture.tail_samples_max,
-        tail_samples_per_mass=capture.tail_samples_per_mass,
+        top_p=keep.top_p,
+        min_prob=keep.min_prob,
+        top_k=vocab_size if keep.top_k is None else min(keep.top_k, vocab_size),
+        tail_samples_max=keep.tail_samples_max,
+        tail_samples_per_mass=keep.tail_samples_per_mass,
         temperatures=temperatures,
-        forced_ids=forced_ids,
+        forced_ids=forced,
     )
     codec = Codec(
         vocab_size=vocab_size,
         temperatures=temperatures,
-        precision=capture.precision,
-        topk_limit=settings.top_k + len(forced_ids),
+        precision=keep.precision,
+        topk_limit=settings.top_k + len(forced),
         tail_limit=settings.tail_samples_max,
-        forced_ids=forced_ids,
+        forced_ids=forced,
         hidden=hidden,
     )
     return settings, codec

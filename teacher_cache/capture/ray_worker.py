@@ -84,10 +84,7 @@ class CaptureWorker:
 
 
 def _log_into(lines: list[str]) -> None:
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
-
-    handler = Handler(logging.WARNING)
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     for package in ("llavamod_offline", "teacher_cache"):
         logging.getLogger(package).addHandler(handler)

