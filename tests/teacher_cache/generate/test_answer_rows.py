@@ -64,7 +64,7 @@ def test_each_written_token_is_the_likeliest_of_its_record(greedy: Place) -> Non
 
 
 def test_all_turns_follow_one_another(place: Place) -> None:
-    done = place.generate("generate.turns=all", "generate.key_suffix=''", "batch_size=3")
+    done = place.generate("generate.turns=all", "generate.key_suffix=", "batch_size=3")
     assert done.samples == SOURCE_SAMPLES
     reference = Reference()
     for old, new in zip(rows(place.source), rows(place.set()), strict=True):
