@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def lazy_exports(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Make a package's `__getattr__` and `__dir__` (PEP 562); `modules` maps each public name to its module."""
+def lazy_exports(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Make a package's `__getattr__` and `__dir__` (PEP 562); `names` lists the public names of each module."""
+    modules = {name: f"{package}.{module}" for module, listed in names.items() for name in listed.split()}
 
     def load(name: str) -> Any:
         if name not in modules:

@@ -19,10 +19,5 @@ if TYPE_CHECKING:
 __all__ = ["TeacherCache", "__version__", "check_labels", "check_student", "open_cache"]
 __getattr__, __dir__ = lazy_exports(
     __name__,
-    {
-        "TeacherCache": "teacher_cache.read.reader",
-        "check_labels": "teacher_cache.student.labels",
-        "check_student": "teacher_cache.student.check",
-        "open_cache": "teacher_cache.read.reader",
-    },
+    {"read.reader": "TeacherCache open_cache", "student.check": "check_student", "student.labels": "check_labels"},
 )

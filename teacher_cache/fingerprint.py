@@ -2,9 +2,8 @@
 
 A nested JSON object. Sections: `tokenizer`, `template`, `sequence`, `images`, `teacher`, `engine`, `capture`, `data`.
 A cache of response positions enforces `tokenizer` alone, so a student's prompt wording and image processing may differ;
-a cache of all positions also enforces what decides the other tokens (`ENCODING_FIELDS`). Each sequence's supervised ids
-are compared when it is joined. All other fields only decide whether a run may resume a cache and whether caches may be
-merged.
+a cache of all positions also enforces what decides the other tokens. Each sequence's supervised ids are compared when
+it is joined. All other fields only decide whether a run may resume a cache and whether caches may be merged.
 """
 
 from __future__ import annotations
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 
     from llavamod_offline.data.encode.template import Template
 
-STUDENT_FIELDS = ("tokenizer.vocabulary", "tokenizer.merges", "tokenizer.added_tokens")
-ENCODING_FIELDS = ("template", "sequence", "images.tokens", "images.token_id")
 LONGER = "rejected"  # what happens to a sequence of more than max_length tokens
 # Caches of earlier versions lack these; a missing value counts as equal.
 _LATER = ("engine.head_dtype", "engine.device")

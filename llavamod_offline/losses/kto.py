@@ -34,16 +34,6 @@ class KtoLoss:
         """The sum over responses; 0 for none."""
         return self.losses_S.sum()
 
-    @property
-    def desirable_rewards(self) -> Tensor:
-        """The rewards of the desirable responses."""
-        return self.rewards_S[self.desirable_S]
-
-    @property
-    def undesirable_rewards(self) -> Tensor:
-        """The rewards of the undesirable responses."""
-        return self.rewards_S[~self.desirable_S]
-
 
 def kto_loss(
     policy_S: Tensor,

@@ -26,8 +26,8 @@ def test_by_hand() -> None:
     assert loss.losses_S.tolist() == pytest.approx([0.4625702, 0.5374298, 0.4625702], abs=1e-6)
     assert loss.kl.item() == pytest.approx(0.5)
     assert loss.rewards_S.tolist() == pytest.approx([0.2, -0.1, -0.1])
-    assert loss.desirable_rewards.tolist() == pytest.approx([0.2, -0.1])
-    assert loss.undesirable_rewards.tolist() == pytest.approx([-0.1])
+    assert loss.rewards_S[loss.desirable_S].tolist() == pytest.approx([0.2, -0.1])
+    assert loss.rewards_S[~loss.desirable_S].tolist() == pytest.approx([-0.1])
     weighted = kto_loss(
         POLICY,
         REFERENCE,
