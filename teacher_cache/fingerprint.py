@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from llavamod_offline.errors import ConfigError, ModelError
 from teacher_cache.format.manifest import sha256_file
+from teacher_cache.format.record import STORED_SETTINGS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -29,6 +30,7 @@ LONGER = "rejected"  # what happens to a sequence of more than max_length tokens
 # Caches of earlier versions lack these; a missing value counts as equal.
 _LATER = ("engine.head_dtype", "engine.device")
 INFORMATIVE = ("tokenizer.size", "tokenizer.pipeline")
+_TODAY = {f"capture.{name}": f"capture.{own}" for name, own in STORED_SETTINGS.items()}
 _SHOWN = 16
 _HASHED_AT_ONCE = 4
 
@@ -77,7 +79,7 @@ def differences(
 
     A field that one side lacks differs, unless it is one that older caches lack.
     """
-    flat = [dict(_flatten(side)) for side in (left, right)]
+    flat = [dict(flatten(side)) for side in (left, right)]
     found = []
     for field in sorted(flat[0].keys() | flat[1].keys()):
         if any(field == allowed or field.startswith(f"{allowed}.") for allowed in allow):
@@ -92,7 +94,7 @@ def differences(
 
 def check_allowed(allow: Sequence[str], *fingerprints: Mapping[str, Any]) -> None:
     """Refuse `allow` names that no fingerprint has. Errors: `ConfigError` with the nearest name."""
-    fields = {field for fingerprint in fingerprints for field, _ in _flatten(fingerprint)}
+    fields = {field for fingerprint in fingerprints for field, _ in flatten(fingerprint)}
     known = fields | {field[:at] for field in fields for at, sign in enumerate(field) if sign == "."}
     for name in allow:
         if name not in known:
@@ -119,10 +121,12 @@ def describe_vocabulary(vocabulary: Mapping[str, int], added: Mapping[str, int])
     return dict(zip(("vocabulary", "added_tokens"), map(_hash, pairs), strict=True))
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """List all fields by their dotted names; settings stored under older names by the names they are set by."""
     flat: list[tuple[str, Any]] = []
     for name, value in tree.items():
-        flat += _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(f"{prefix}{name}", value)]
+        field = _TODAY.get(f"{prefix}{name}", f"{prefix}{name}")
+        flat += flatten(value, f"{field}.") if isinstance(value, Mapping) else [(field, value)]
     return flat
 
 

@@ -1,6 +1,6 @@
 """Distil a student from a cache with HF Trainer.
 
-    make demo ARGS=--quick
+    make demo ARGS=--quick && pip install -c constraints.txt accelerate
     python -m llavamod_offline.examples.hf_trainer runs/demo/train/align/student runs/demo/sets/general \
         runs/demo/cache/general runs/hf_trainer
 """

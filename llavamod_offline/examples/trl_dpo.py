@@ -1,6 +1,6 @@
 """Preference training with TRL's DPO trainer; the reference log-probs are the cached teacher's, exported for TRL.
 
-    make demo ARGS=--quick
+    make demo ARGS=--quick && pip install -c constraints.txt trl datasets
     cache-teacher export runs/demo/cache/preference --format trl --output reference.parquet
     python -m llavamod_offline.examples.trl_dpo runs/demo/train/mimic_dense/student runs/demo/sets/preference \
         runs/demo/cache/preference reference.parquet runs/trl
@@ -43,18 +43,16 @@ def train(student: Path, data: Path, cache_path: Path, reference: Path, **settin
         names = ("ref_chosen_logps", "ref_rejected_logps")
         return inputs | {name: torch.tensor([pair[name] for pair in pairs]) for name in names}
 
-    arguments = DPOConfig(
-        precompute_ref_log_probs=True, remove_unused_columns=False, logging_steps=1, report_to=[], **settings
-    )
     pairs = Dataset.from_parquet(str(reference), keep_in_memory=True)
-    trainer = CachedReferenceTrainer(
-        model, args=arguments, data_collator=collate, train_dataset=pairs, processing_class=batches.tokenizer
-    )
+    own = {"precompute_ref_log_probs": True, "remove_unused_columns": False, "logging_steps": 1, "report_to": []}
+    arguments: dict[str, Any] = {"args": DPOConfig(**own, **settings), "train_dataset": pairs, "data_collator": collate}
+    trainer = CachedReferenceTrainer(model, processing_class=batches.tokenizer, **arguments)
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 if __name__ == "__main__":
     student, data, cache, reference, output = map(Path, sys.argv[1:])
-    settings = {"output_dir": str(output), "per_device_train_batch_size": 8, "learning_rate": 5e-5, "max_steps": 10}
-    train(student, data, cache, reference, **settings)
+    gpu = torch.cuda.is_available()
+    settings = {"output_dir": str(output), "per_device_train_batch_size": 8, "max_steps": 10}
+    train(student, data, cache, reference, learning_rate=5e-5, bf16=gpu, use_cpu=not gpu, **settings)

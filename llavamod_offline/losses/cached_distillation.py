@@ -178,6 +178,7 @@ class CachedDistillation(nn.Module):
             if targets is None:
                 return original(*args, **inputs)
             labels_BT, items = inputs.pop("labels"), inputs.pop("num_items_in_batch", None)
+            _check_unshifted(labels_BT, inputs.get("input_ids"))
             hidden_BTD = self.base_model(*args, **inputs, use_cache=False).last_hidden_state
             return distillation(
                 hidden_BTD,
@@ -252,6 +253,12 @@ def check_lm_head(student: Any) -> None:
     gap = float((theirs_TV - hidden_TD.float() @ weight_VD.float().T).abs().max())
     if gap > (1e-4 if weight_VD.dtype == torch.float32 else 2e-2) * float(theirs_TV.abs().max()):
         raise ModelError(f"{name}: scales or caps the logits of its LM head, which the fused losses do not support")
+
+
+def _check_unshifted(labels_BT: Tensor, input_ids_BT: Tensor | None) -> None:
+    if input_ids_BT is None or not bool(((labels_BT != IGNORED) & (labels_BT != input_ids_BT)).any()):
+        return
+    raise TargetError("labels: differ from input_ids where they are not −100: do not shift them, the loss does")
 
 
 def _positions(labels_BT: Tensor, mask_BT: Tensor | None, everywhere: bool) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ def captured_as(cache: TeacherCache) -> CaptureConfig:
     """The settings of the capture, except hidden states (not compared) and forced ids (their texts are unknown)."""
     capture = cache.fingerprint["capture"]
     names = (*STORED_SETTINGS, *_OTHERS)
-    merged = [name for name in names if _is_merged(name, capture[name])]
+    merged = [STORED_SETTINGS.get(name, name) for name in names if _is_merged(name, capture[name])]
     if merged:
         raise CacheError(
             f"cache '{cache.path}': merged from caches with different capture.{merged[0]}: audit each of those caches"

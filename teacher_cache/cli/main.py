@@ -55,7 +55,7 @@ def run(
     Examples:
       cache-teacher run data=sets/captions teacher=checkpoints/teacher output=caches/captions
       cache-teacher run capture.yaml capture.preset=compact batch_size=8
-      cache-teacher run data=sets/pairs teacher=checkpoints/teacher output=caches/pairs \
+      cache-teacher run data=sets/pairs teacher=checkpoints/teacher output=caches/pairs \\
         capture.preset=reference capture.mismatched=true     # for preference training, including unpaired KTO
       cache-teacher run capture.yaml --slice 3/16        # one of 16 jobs that share the output
       cache-teacher run capture.yaml engine.ray=true     # a worker on each GPU

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from teacher_cache.fingerprint import flatten
+
 _ALTERNATIVES = 6
 _TAIL_SAMPLES = 4
 _BAR = 24
@@ -181,15 +183,9 @@ def _print_histograms(console: Console, histograms: dict[str, Any]) -> None:
 def _print_fingerprint(console: Console, fingerprint: dict[str, Any]) -> None:
     table = make_table(console, "Fingerprint", [("field", "left"), ("value", "left")])
     for section in ("engine", "teacher", "template", "sequence", "images", "tokenizer", "capture", "data"):
-        for field, value in _fields(fingerprint.get(section, {}), section):
+        for field, value in flatten({section: fingerprint.get(section, {})}):
             add_row(table, field, _shown(value))
     console.print(table)
-
-
-def _fields(tree: Any, name: str) -> list[tuple[str, Any]]:
-    if isinstance(tree, dict):
-        return [pair for key, value in tree.items() for pair in _fields(value, f"{name}.{key}")]
-    return [(name, tree)]
 
 
 def _shown(value: Any) -> str:

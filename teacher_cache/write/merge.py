@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from llavamod_offline.errors import CacheError, ConfigError
 from llavamod_offline.storage.folders import open_folder
-from teacher_cache.fingerprint import check_allowed, differences
+from teacher_cache.fingerprint import check_allowed, differences, flatten
 from teacher_cache.format.manifest import MANIFEST_NAME, SHARDS_NAME, canonical
 from teacher_cache.read.reader import TeacherCache
 from teacher_cache.write.store import CacheStore
@@ -31,8 +31,8 @@ _NEVER_ALLOWED = (
     "capture.precision",
     "capture.positions",
     "capture.hidden",
-    "capture.head_max",
-    "capture.draws_max",
+    "capture.top_k",
+    "capture.tail_samples_max",
     "capture.forced_ids",
     "tokenizer.vocabulary",
     "tokenizer.merges",
@@ -117,9 +117,9 @@ def _check_fingerprints(caches: Sequence[TeacherCache], allow: Sequence[str]) ->
                 f"merge: the caches have different settings: {'; '.join(found)}: "
                 "capture one of them again, or allow a field by name if you know it is harmless"
             )
+        fields = [dict(flatten(side)) for side in sides]
         for field in _NEVER_ALLOWED:
-            section, name = field.split(".")
-            if sides[0][section].get(name) != sides[1][section].get(name):
+            if fields[0].get(field) != fields[1].get(field):
                 raise ConfigError(f"allow: {field} decides how records are read: it cannot differ within one cache")
 
 

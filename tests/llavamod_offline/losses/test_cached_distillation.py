@@ -110,10 +110,11 @@ def test_records_of_other_samples_are_refused(folders: Folders) -> None:
         model(**{**batch, "targets": cache.targets([(key, "response") for key in swapped])})
     with pytest.raises(TargetError, match="the labels supervise"):
         model(**{**batch, "targets": cache.targets([(key, "response") for key in keys[1:]])})
-    one_token = batch["labels"].clone()
-    one_token[2, one_token[2].ne(-100).nonzero()[0]] += 1
+    place = (2, int(batch["labels"][2].ne(-100).nonzero()[0]))
+    for name in ("labels", "input_ids"):
+        batch[name][place] += 1
     with pytest.raises(TargetError, match="pass the records of the same sequences"):
-        model(**{**batch, "labels": one_token})
+        model(**batch)
 
 
 def test_labels_are_checked_against_the_cache_by_sample(folders: Folders) -> None:
@@ -126,6 +127,16 @@ def test_labels_are_checked_against_the_cache_by_sample(folders: Folders) -> Non
         check_labels(swapped, items, cache)
     with pytest.raises(TargetError, match="labels of 6 sequences for 5 items"):
         check_labels(labels, items[1:], cache)
+
+
+def test_shifted_labels_are_refused(folders: Folders) -> None:
+    """Their tokens are those of the records, but stand one place too early."""
+    cache, model = open_cache(folders["cache"]), load_llava(folders["student"])
+    CachedDistillation(cache).attach(model)
+    batch = _batch(folders, cache, _keys(cache))
+    batch["labels"] = torch.cat([batch["labels"][:, 1:], torch.full_like(batch["labels"][:, :1], -100)], 1)
+    with pytest.raises(TargetError, match="do not shift them"):
+        model(**batch)
 
 
 def test_the_first_token_cannot_be_supervised(folders: Folders) -> None:

@@ -185,8 +185,8 @@ def test_a_merged_cache_is_audited_set_by_set(world: World, finished: Path, tmp_
     assert {each.role: each.sequences for each in done.agreement} == {"chosen": 7, "rejected": 7}
     world.run(tmp_path / "fewer", "capture.top_p=0.5", data=world.pairs)
     merged = str(tmp_path / "unlike")
-    merge_caches([open_cache(finished), open_cache(tmp_path / "fewer")], merged, allow=["capture.head_mass"])
-    with pytest.raises(CacheError, match=r"merged from caches with different capture.head_mass"):
+    merge_caches([open_cache(finished), open_cache(tmp_path / "fewer")], merged, allow=["capture.top_p"])
+    with pytest.raises(CacheError, match=r"merged from caches with different capture.top_p"):
         audit(Path(merged), data=world.pairs)
 
 

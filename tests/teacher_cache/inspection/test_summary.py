@@ -69,7 +69,7 @@ def test_pipes_get_plain_text_and_terminals_colour(finished: Path) -> None:
     plain, coloured = (_printed(tables.print_cache, about, terminal=terminal) for terminal in (False, True))
     assert "\x1b" not in plain
     assert "\x1b[" in coloured
-    for text in (about["digest"], "capture.head_mass", "0.97", "qwen", "float32", f"{about['positions']:,} positions"):
+    for text in (about["digest"], "capture.top_p", "0.97", "qwen", "float32", f"{about['positions']:,} positions"):
         assert text in plain
 
 

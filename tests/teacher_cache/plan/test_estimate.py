@@ -205,7 +205,7 @@ def test_other_settings_than_planned_are_named(world: World, finished: Path, tmp
     write_plan(file, _plan(world, tmp_path / "cache", "capture.top_k=8"))
     cache = open_cache(finished)
     fact = compare(str(finished), cache, file)
-    difference = f"capture.head_max: plan 8, cache {cache.fingerprint['capture']['head_max']}"
+    difference = f"capture.top_k: plan 8, cache {cache.fingerprint['capture']['head_max']}"
     assert fact.differences == [difference]
     assert f"planned with other settings: {difference}" in _printed(print_comparison, fact).replace("\n", " ")
 

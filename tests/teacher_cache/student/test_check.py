@@ -186,7 +186,7 @@ def test_prompts_may_differ_unless_they_have_records(
 
 def test_only_fields_that_exist_can_be_allowed(finished: Path) -> None:
     fingerprint = open_cache(finished).fingerprint
-    check_allowed(["template", "capture.head_max", "images.size.shortest_edge", "images.size"], fingerprint)
+    check_allowed(["template", "capture.top_k", "images.size.shortest_edge", "images.size"], fingerprint)
     with pytest.raises(ConfigError, match=r"no field 'tokenizer.vocabluary': did you mean 'tokenizer.vocabulary'\?"):
         check_student(fingerprint, tiny_tokenizer(), allow=["tokenizer.vocabluary"])
 
