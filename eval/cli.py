@@ -171,7 +171,7 @@ def export_command(
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write: .jsonl, .xlsx or .json.")],
     model: Annotated[str, typer.Option(help="Model name for LLaVA's answers.")] = "",
 ) -> None:
-    from eval.export import export
+    from eval.export.answers import export
 
     export(task, root, predictions, output, model=model)
     print(output)
@@ -195,7 +195,7 @@ def portable_command(
     template: Annotated[str, typer.Option(help="Template used in training: qwen, chatml or tokenizer.")] = "qwen",
     image_aspect: Annotated[str, typer.Option(help="Image handling in training: pad or square.")] = "pad",
 ) -> None:
-    from eval.portable import write_portable
+    from eval.export.portable import write_portable
 
     write_portable(student, output, template=template, image_aspect=image_aspect)
     print(output)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from eval.engines import ENGINES, open_engine
 from eval.engines.protocol import Answer, AnswerEngine
 from eval.example import Example
-from eval.export import write_answers
+from eval.export.answers import write_answers
 from eval.files import FileImage, read_object
 from eval.predictions import Prediction, prediction_line, read_predictions
 from eval.score import sidecar

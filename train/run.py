@@ -35,7 +35,7 @@ from train.engine.optim import learning_rate, make_optimizer
 from train.engine.zero3 import without_empty_experts
 from train.loop import LoopEnd, LoopSettings, evaluate_loss, run_steps
 from train.metrics import METRICS_NAME, MetricsLog, ProgressLine
-from train.model_card import model_card
+from train.report.model_card import model_card
 from train.resume_check import check_contents, check_settings, settings_of
 from train.run_summary import TrainSummary, finished_summary, write_summary
 from train.setup import Setup, prepare

@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.example import Example, Scored, Verdict
+from eval.export.xlsx import spreadsheet
 from eval.files import EmbeddedImage, Row, find_file, read_tsv
 from eval.task import Headline, Task, Upload
-from eval.xlsx import spreadsheet
 from llavamod_offline.errors import EvalError
 
 LETTERS = "ABCD"

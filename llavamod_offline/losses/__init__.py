@@ -28,8 +28,7 @@ if TYPE_CHECKING:
         distillation_from_hidden,
         sequence_log_probs_from_hidden,
     )
-    from llavamod_offline.losses.kto import KtoLoss, kto_loss
-    from llavamod_offline.losses.preference import PreferenceTerms, preference_loss
+    from llavamod_offline.losses.preference import KtoLoss, PreferenceTerms, kto_loss, preference_loss
     from llavamod_offline.losses.shrinkage import Shrinkage
     from llavamod_offline.losses.targets import SparseTargets
 
@@ -61,8 +60,7 @@ __getattr__, __dir__ = lazy_exports(
         "divergence": "Divergence forward_kl jensen_shannon reverse_kl skewed_forward_kl skewed_reverse_kl "
         "total_variation",
         "fused": "LossTerms cross_entropy_from_hidden distillation_from_hidden sequence_log_probs_from_hidden",
-        "kto": "KtoLoss kto_loss",
-        "preference": "PreferenceTerms preference_loss",
+        "preference": "KtoLoss PreferenceTerms kto_loss preference_loss",
         "shrinkage": "Shrinkage",
         "targets": "SparseTargets",
     },

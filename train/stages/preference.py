@@ -23,8 +23,7 @@ from torch import Tensor
 
 from llavamod_offline.losses.fused import LossTerms, sequence_log_probs_from_hidden
 from llavamod_offline.losses.kinds import PreferenceKind
-from llavamod_offline.losses.kto import kto_loss
-from llavamod_offline.losses.preference import PreferenceTerms, preference_loss
+from llavamod_offline.losses.preference import PreferenceTerms, kto_loss, preference_loss
 from llavamod_offline.models.forward import lm_head_weight
 from llavamod_offline.models.routing import Routing
 from train.data.batches import TrainBatch

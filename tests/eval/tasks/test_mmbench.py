@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from eval.export import export
+from eval.export.answers import export
 from eval.score import score_task
 from eval.tasks import TASKS
 from eval.tasks.mmbench import CHINESE, ENGLISH, is_missing, parse

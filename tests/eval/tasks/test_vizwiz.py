@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.export import export
+from eval.export.answers import export
 from eval.score import score_task
 from eval.tasks import vizwiz
 from llavamod_offline.errors import EvalError

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llavamod_offline.errors import ConfigError, TargetError
-from llavamod_offline.losses.kto import kto_loss
+from llavamod_offline.losses.preference import kto_loss
 
 
 def _sigmoid(x: float) -> float:

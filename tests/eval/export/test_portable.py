@@ -12,8 +12,8 @@ from eval.engines.llava_hf import LlavaHfEngine
 from eval.engines.processor import ProcessorEngine
 from eval.engines.prompts import prompt_ids
 from eval.example import Example
+from eval.export.portable import write_portable
 from eval.files import FileImage
-from eval.portable import write_portable
 from llavamod_offline.data.images import decode_image
 from llavamod_offline.data.sample import Turn
 from llavamod_offline.errors import ConfigError, ModelError
