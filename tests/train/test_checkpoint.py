@@ -184,7 +184,7 @@ def test_other_settings_or_contents_are_refused(world: World, tmp_path: Path) ->
         return str(caught.value)
 
     assert refused("optim.lr=2e-3").startswith("optim.lr: ")
-    assert "0.001, now it is 0.002" in refused("optim.lr=2e-3")
+    assert "was started with 0.001, not 0.002" in refused("optim.lr=2e-3")
     assert refused("seed=1").startswith("seed: ")
     assert refused("trainable=[projector]").startswith("trainable: ")
     assert refused("data.window=1").startswith("data.window: ")
