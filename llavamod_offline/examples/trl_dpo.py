@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
+from llavamod_offline.data.encode.tokenize import UNSUPERVISED
 from llavamod_offline.examples.batches import Batches
 from llavamod_offline.models.checkpoint import load_llava
 from teacher_cache import check_student, open_cache
@@ -39,7 +40,7 @@ def train(student: Path, data: Path, cache_path: Path, reference: Path, **settin
 
     def collate(pairs: list[dict[str, Any]]) -> dict[str, Any]:
         inputs = batches.make([pair["key"] for pair in pairs], ["chosen", "rejected"], cache)
-        inputs["completion_mask"] = (inputs.pop("labels") != -100).long()
+        inputs["completion_mask"] = (inputs.pop("labels") != UNSUPERVISED).long()
         names = ("ref_chosen_logps", "ref_rejected_logps")
         return inputs | {name: torch.tensor([pair[name] for pair in pairs]) for name in names}
 

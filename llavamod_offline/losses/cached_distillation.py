@@ -12,14 +12,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from llavamod_offline.data.encode.tokenize import NO_TARGET, UNSUPERVISED
 from llavamod_offline.errors import ModelError, TargetError
 from llavamod_offline.losses.fused import CHUNK_SIZE, distillation_from_hidden
 from llavamod_offline.losses.kinds import DivergenceKind, TailEstimator
 from llavamod_offline.losses.shrinkage import Shrinkage
 from llavamod_offline.losses.targets import SparseTargets
 
-IGNORED = -100  # the label of an unsupervised token, as transformers has it
-_NO_TARGET = -1
 _FORGOTTEN_STEPS = 256  # training forward passes without any `step` before a warning
 _LOG = logging.getLogger(__name__)
 
@@ -135,8 +134,8 @@ class CachedDistillation(nn.Module):
         _check_whole(lm_head_VD, hidden_BTD.shape[-1])
         rows_N, target_ids_N = _positions(labels_BT, attention_mask_BT, self.all_positions)
         targets = (targets if self.swap is None else self.swap.targets(targets)).to(hidden_BTD.device)
-        check_target_ids(target_ids_N, targets)
-        answers = int((target_ids_N != _NO_TARGET).sum())
+        _check_target_ids(target_ids_N, targets)
+        answers = int((target_ids_N != NO_TARGET).sum())
         positions = len(rows_N)
         with torch.autocast(hidden_BTD.device.type, enabled=False):
             terms = distillation_from_hidden(
@@ -152,9 +151,7 @@ class CachedDistillation(nn.Module):
         if self.shrinkage is not None and torch.is_grad_enabled():
             self._unfinished += 1
             if self._unfinished == _FORGOTTEN_STEPS:
-                _LOG.warning(
-                    "%d batches without CachedDistillation.step(): call it after each optimiser step", positions
-                )
+                _LOG.warning("%d batches without CachedDistillation.step(): call it after each step", _FORGOTTEN_STEPS)
         return DistillationOutput(
             terms.loss_sum * scale,
             terms.divergence_sum * share,
@@ -214,7 +211,7 @@ class CachedDistillation(nn.Module):
             self.shrinkage.load_state({name: part.view_as(own[name]) for name, part in zip(own, parts, strict=True)})
 
 
-def check_target_ids(target_ids_N: Tensor, targets: SparseTargets) -> None:
+def _check_target_ids(target_ids_N: Tensor, targets: SparseTargets) -> None:
     """Refuse records that were made for other tokens than those of the batch. Errors: `TargetError`."""
     if len(target_ids_N) != len(targets):
         raise TargetError(
@@ -256,24 +253,24 @@ def check_lm_head(student: Any) -> None:
 
 
 def _check_unshifted(labels_BT: Tensor, input_ids_BT: Tensor | None) -> None:
-    if input_ids_BT is None or not bool(((labels_BT != IGNORED) & (labels_BT != input_ids_BT)).any()):
+    if input_ids_BT is None or not bool(((labels_BT != UNSUPERVISED) & (labels_BT != input_ids_BT)).any()):
         return
     raise TargetError("labels: differ from input_ids where they are not −100: do not shift them, the loss does")
 
 
 def _positions(labels_BT: Tensor, mask_BT: Tensor | None, everywhere: bool) -> tuple[Tensor, Tensor]:
     """The rows of the flattened output that have records, and the token that each predicts (−1: none), both [N]."""
-    next_BT = torch.full_like(labels_BT, IGNORED)
+    next_BT = torch.full_like(labels_BT, UNSUPERVISED)
     next_BT[:, :-1] = labels_BT[:, 1:]
-    if bool((labels_BT[:, 0] != IGNORED).any()):
+    if bool((labels_BT[:, 0] != UNSUPERVISED).any()):
         raise TargetError("labels: the first token of a sequence is supervised, but nothing predicts it: label it −100")
     next_ids_M = next_BT.flatten()
-    kept_M = next_ids_M != IGNORED
+    kept_M = next_ids_M != UNSUPERVISED
     if everywhere:
         kept_M = torch.ones_like(kept_M) if mask_BT is None else mask_BT.flatten().bool()
     rows_N = kept_M.nonzero()[:, 0]
     target_ids_N = next_ids_M[rows_N]
-    return rows_N, torch.where(target_ids_N == IGNORED, _NO_TARGET, target_ids_N)
+    return rows_N, torch.where(target_ids_N == UNSUPERVISED, NO_TARGET, target_ids_N)
 
 
 def _check_whole(lm_head_VD: Tensor, hidden_size: int) -> None:

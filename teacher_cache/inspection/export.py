@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from llavamod_offline.data.encode.chat_template import choose_template
-from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequence
+from llavamod_offline.data.encode.tokenize import UNSUPERVISED, SequenceEncoder, TokenizedSequence
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import CacheError, ConfigError, DataError
 from llavamod_offline.models.checkpoint import load_tokenizer
@@ -47,7 +47,6 @@ from teacher_cache.read.reader import TeacherCache
 from teacher_cache.student.check import check_sequence, check_student
 
 FORMATS = ("table", "axolotl", "trl")
-UNSUPERVISED = -100
 _LOST = ("tail mass", "tail samples", "entropy", "log normalisers")
 _BATCH_IDS = 2**21
 _BATCH_SEQUENCES = 512

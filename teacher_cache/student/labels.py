@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from llavamod_offline.data.encode.tokenize import UNSUPERVISED
 from llavamod_offline.errors import TargetError
 from teacher_cache.student.check import check_target_ids
 
 if TYPE_CHECKING:
     from teacher_cache.read.reader import TeacherCache
     from teacher_cache.student.end_of_turn import TokenIdSwap
-
-_IGNORED = -100
 
 
 def check_labels(
@@ -34,5 +33,5 @@ def check_labels(
     if len(labels) != len(items):
         raise TargetError(f"labels of {len(labels)} sequences for {len(items)} items: pass one (key, role) for each")
     for (key, role), labels_T in zip(items, labels, strict=True):
-        supervised_N = torch.as_tensor(labels_T)[torch.as_tensor(labels_T) != _IGNORED]
+        supervised_N = torch.as_tensor(labels_T)[torch.as_tensor(labels_T) != UNSUPERVISED]
         check_target_ids(cache, key, role, supervised_N.cpu().numpy().astype("int64"), swap)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llavamod_offline.data.encode.tokenize import Positions, TokenizedSequence
+from llavamod_offline.data.encode.tokenize import UNSUPERVISED, Positions, TokenizedSequence
 from llavamod_offline.data.images import pixel_values
 from llavamod_offline.errors import DataError
 
@@ -60,7 +60,7 @@ class Batch:
 
     def model_inputs(self) -> dict[str, Tensor]:
         """The keyword arguments of a transformers model: ids, mask, pixels, and labels (−100: not supervised)."""
-        labels_M = torch.full_like(self.input_ids_BT, -100).flatten()
+        labels_M = torch.full_like(self.input_ids_BT, UNSUPERVISED).flatten()
         supervised_N = self.target_ids_N >= 0
         labels_M[self.prediction_rows_N[supervised_N] + 1] = self.target_ids_N[supervised_N]
         inputs = {

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Ids = NDArray[np.int64]
 Positions = Literal["response", "all"]
 NO_TARGET = -1  # the target of a position that has none, such as an image patch
+UNSUPERVISED = -100  # the label of an unsupervised token in transformers
 _NO_IDS: Ids = np.zeros(0, np.int64)
 
 
