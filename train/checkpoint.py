@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llavamod_offline.errors import ConfigError, ModelError
+from llavamod_offline.errors import ConfigError, ModelError, first_line
 from llavamod_offline.losses.shrinkage import Shrinkage
 from llavamod_offline.storage import atomic
 from train.engine.deepspeed_engine import World
@@ -36,12 +36,14 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Progress:
-    """A run's progress: optimiser steps done, tokens and positions seen, seconds spent on them."""
+    """A run's progress: optimiser steps done, tokens and positions seen, seconds spent on them; the last step's log
+    entry, for a rerun that only exports."""
 
     step: int = 0
     tokens: int = 0
     positions: int = 0
     seconds: float = 0.0
+    entry: dict[str, Any] = field(default_factory=dict)
 
 
 def checkpoint_folder(output: Path) -> Path:
@@ -76,24 +78,29 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint and remove all but the last `keep_last`; every process must call this.
 
-    Errors: `ConfigError` if it cannot be written; earlier checkpoints stay.
+    Errors: `ConfigError` in the main process, after all have met, if it cannot be written; earlier checkpoints stay.
     """
     weights = {name: _cpu(tensor) for name, tensor in _full_weights(engine) if world.is_main}
     moments = {name: _cpu(tensor) for name, tensor in _full_moments(engine) if world.is_main}
+    failure: OSError | SafetensorError | None = None
     if world.is_main:
         folder = checkpoint_folder(output)
         state = json.dumps({"progress": asdict(progress), "identity": identity}, indent=2)
         try:
             tail = None if shrinkage is None else shrinkage.state()
             _write(folder / f"step-{progress.step:08d}", weights, moments, tail, state)
+            for old in sorted(folder.glob("step-*"))[:-keep_last]:
+                shutil.rmtree(old)
         except (OSError, SafetensorError) as error:
-            raise ConfigError(
-                f"output: cannot write a checkpoint to {folder} ({error}): free disk space, then rerun the command to "
-                "resume from the last one"
-            ) from error
-        for old in sorted(folder.glob("step-*"))[:-keep_last]:
-            shutil.rmtree(old)
+            failure = error
     world.barrier()
+    if failure is not None:
+        last = latest_checkpoint(output)
+        resume = "rerun the command" if last is None else f"rerun the command to resume from {last.name}"
+        raise ConfigError(
+            f"output: cannot write a checkpoint to {checkpoint_folder(output)} ({first_line(failure)}): free disk "
+            f"space, then {resume}"
+        ) from failure
 
 
 def load_weights(checkpoint: Path, module: nn.Module) -> None:

@@ -50,10 +50,9 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class LoopEnd:
-    """How the loop ended: after the last step, or `stopped` by SIGTERM; `last` is the last step's log entry."""
+    """How the loop ended: after the last step, or `stopped` by SIGTERM."""
 
     progress: Progress
-    last: Entry
     stopped: bool
 
 
@@ -75,7 +74,6 @@ def run_steps(
     A SIGTERM ends the loop after the current step, with a checkpoint.
     Errors: `ModelError` naming step and samples if a loss or a gradient is not finite; no checkpoint is saved.
     """
-    entry: Entry = {}
     if objective.shrinkage is not None:
         objective.shrinkage.to(world.device)
     with _sigterm() as stop:
@@ -87,7 +85,7 @@ def run_steps(
             if counts.stop:
                 if progress.step:
                     save(progress)
-                return LoopEnd(progress, entry, stopped=True)
+                return LoopEnd(progress, stopped=True)
             torch.manual_seed(_step_seed(settings.seed, step, world.rank))
             parts = _backward(engine, objective, micros, counts.units, world)
             sums = combine(parts, counts.units, world)
@@ -100,23 +98,25 @@ def run_steps(
             if objective.shrinkage is not None:
                 objective.shrinkage.finish_step(world.sum)
             seconds = time.perf_counter() - began
+            now = step + 1
+            entry = _entry(sums, now, rate, norm, counts, seconds, waited) | learnt
+            done = now == settings.steps
+            evaluated = bool(settings.eval_steps) and (done or now % settings.eval_steps == 0)
+            if evaluated:
+                entry |= evaluate()
             progress = Progress(
-                step + 1,
+                now,
                 progress.tokens + counts.tokens,
                 progress.positions + counts.positions,
                 progress.seconds + seconds,
+                entry,
             )
-            entry = _entry(sums, progress.step, rate, norm, counts, seconds, waited) | learnt
-            done = progress.step == settings.steps
-            evaluated = bool(settings.eval_steps) and (done or progress.step % settings.eval_steps == 0)
-            if evaluated:
-                entry |= evaluate()
             if log is not None and (done or evaluated or step == 0 or progress.step % settings.log_steps == 0):
                 log.write(entry)
             line.update(progress.step, sums.loss, entry["tokens_per_s"])
             if settings.save_steps and not done and progress.step % settings.save_steps == 0:
                 save(progress)
-    return LoopEnd(progress, entry, stopped=False)
+    return LoopEnd(progress, stopped=False)
 
 
 def evaluate_loss(engine: Any, objective: Objective, micros: Sequence[TrainBatch], world: World) -> Entry:

@@ -1,15 +1,19 @@
-"""What a resumed run must share with the one it continues: settings and contents that decide the losses.
+"""What a rerun must share with the run that it continues or finds finished: all that decides the losses.
 
-Folders, logging, saving, ZeRO stage and the number of processes may change.
+Folders, logging, saving, ZeRO stage and the number of processes may change. What a message names as a way out of a
+stop (`REMEDIES`, a repaired set) may change when a run is resumed, with a line in the log, but not once it is finished.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llavamod_offline.errors import ConfigError
+
+REMEDIES = ("data.too_long", "max_length", "optim.lr", "optim.grad_clip")
 
 _FREE_KEYS = (
     "output",
@@ -31,18 +35,33 @@ _FREE_KEYS = (
     "tracker",
     "workers",
 )
-# The config key to name when one of these contents differs.
+# The config key to name when one of these contents differs, and what it is.
 _CONTENTS = {
-    "set_digest": "data.set",
-    "cache_digest": "cache.path",
-    "kept_hash": "cache.path",
-    "order": "data",
-    "frozen_digest": "student",
+    "set_digest": ("data.set", "a set of digest"),
+    "cache_digest": ("cache.path", "a cache of digest"),
+    "start_digest": ("student", "a checkpoint of digest"),
+    "kept_hash": ("cache.path", "samples of digest"),
+    "order": ("data", "the order"),
+    "frozen_digest": ("student", "frozen weights of digest"),
 }
+_SHOWN = 16
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A setting, or the content behind one (`name`), that is not what it was."""
+
+    key: str
+    was: Any
+    now: Any
+    name: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.was} → {self.now}"
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Flatten a nested configuration to dotted keys, without those that a resumed run may change."""
+    """Flatten a nested configuration to dotted keys, without those that a rerun may change."""
     flat: dict[str, Any] = {}
 
     def walk(value: Any, key: str) -> None:
@@ -56,21 +75,35 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def check_settings(output: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Compare flat settings. Errors: `ConfigError` naming the first key that differs, its old and its new value."""
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            raise ConfigError(
-                f"{key}: the run in {output} was started with {before.get(key)}, not {now.get(key)}: "
-                "set it back, or choose another output"
-            )
+def different_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+    """List the flat settings that differ, by key."""
+    keys = sorted(before.keys() | now.keys())
+    return [Difference(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
 
 
-def check_contents(output: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Compare digests of data, records and frozen weights. Errors: `ConfigError` naming the key."""
-    for name, key in _CONTENTS.items():
-        if before.get(name) != now[name]:
-            raise ConfigError(
-                f"{key}: the run in {output} was started with other contents ({name} differs): "
-                "set it back, or choose another output"
-            )
+def different_contents(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+    """List the digests of data, records and weights that differ; those that one side lacks are not compared."""
+    return [
+        Difference(key, _described(what, before[name]), _described(what, now[name]), name)
+        for name, (key, what) in _CONTENTS.items()
+        if name in before and name in now and before[name] != now[name]
+    ]
+
+
+def refuse(output: Path, found: Sequence[Difference], *, finished: bool = False) -> None:
+    """Refuse a rerun that differs. Errors: `ConfigError` naming each difference."""
+    if not found:
+        return
+    run = f"the finished run in {output} was made" if finished else f"the run in {output} was started"
+    first, *others = found
+    more = "".join(f"; {other.key}: with {other.was}, not {other.now}" for other in others)
+    them = "them" if others else "it"
+    raise ConfigError(
+        f"{first.key}: {run} with {first.was}, not {first.now}{more}: set {them} back, or choose another output"
+    )
+
+
+def _described(what: str, value: Any) -> str:
+    if value is None:
+        return "none"
+    return f"{what} {value[:_SHOWN]}…" if isinstance(value, str) else f"{what} {value}"

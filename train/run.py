@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from llavamod_offline.config import dump_config
-from llavamod_offline.errors import ConfigError
+from llavamod_offline.errors import ConfigError, first_line
 from llavamod_offline.models.checkpoint import save_student
 from llavamod_offline.models.upcycle import activated_parameters, total_parameters
 from llavamod_offline.storage import atomic
@@ -36,9 +38,9 @@ from train.engine.zero3 import without_empty_experts
 from train.loop import LoopEnd, LoopSettings, evaluate_loss, run_steps
 from train.metrics import METRICS_NAME, MetricsLog, ProgressLine
 from train.report.model_card import model_card
-from train.resume_check import check_contents, check_settings, settings_of
+from train.resume_check import different_contents, different_settings, refuse, settings_of
 from train.run_summary import TrainSummary, finished_summary, write_summary
-from train.setup import Setup, prepare
+from train.setup import Setup, named_contents, prepare
 from train.stages.build import StudentWithLoss
 from train.tracking import tracker
 
@@ -56,7 +58,7 @@ def train(config: TrainConfig) -> TrainSummary:
     before the first step where possible.
     """
     output, settings = Path(config.output), settings_of(asdict(config))
-    finished = finished_summary(output, settings)
+    finished = finished_summary(output, settings, lambda: named_contents(config))
     if finished is not None:
         logger.info("%s: already finished, after %d steps", output, finished.steps)
         return finished
@@ -68,12 +70,12 @@ def _train(config: TrainConfig, settings: dict[str, Any], output: Path, world: W
     checkpoint = latest_checkpoint(output)
     progress, before = read_progress(checkpoint) if checkpoint is not None else (Progress(), {})
     if checkpoint is not None:
-        check_settings(output, before["settings"], settings)
+        refuse(output, different_settings(before["settings"], settings))
     setup = prepare(config, world)
     student, objective = setup.student, setup.objective
     module = StudentWithLoss(student, objective)
     if checkpoint is not None:
-        check_contents(output, before, setup.contents)
+        refuse(output, different_contents(before, setup.contents))
         load_weights(checkpoint, module)
         if objective.shrinkage is not None:
             load_shrinkage(checkpoint, objective.shrinkage)
@@ -108,6 +110,19 @@ def _train(config: TrainConfig, settings: dict[str, Any], output: Path, world: W
         if world.is_main:
             track = stack.enter_context(tracker(config.tracker, output, asdict(config), resume_step=progress.step))
             log = stack.enter_context(MetricsLog(output, progress.step, track))
+
+        def save(now: Progress) -> None:
+            identity = {"settings": settings, **setup.contents}
+            save_checkpoint(
+                output,
+                engine,
+                now,
+                identity,
+                shrinkage=objective.shrinkage,
+                keep_last=config.keep_last,
+                world=world,
+            )
+
         end = run_steps(
             engine,
             objective,
@@ -131,18 +146,11 @@ def _train(config: TrainConfig, settings: dict[str, Any], output: Path, world: W
             world=world,
             log=log,
             line=stack.enter_context(ProgressLine(config.stage, setup.steps, progress.step, silent=not world.is_main)),
-            save=lambda now: save_checkpoint(
-                output,
-                engine,
-                now,
-                {"settings": settings, **setup.contents},
-                shrinkage=objective.shrinkage,
-                keep_last=config.keep_last,
-                world=world,
-            ),
+            save=save,
             evaluate=lambda: evaluate_loss(engine, objective, holdout, world),
         )
         if not end.stopped:
+            unsaved = _save_last(save, end.progress) if end.progress.step > progress.step else None
             card = model_card(
                 settings,
                 student,
@@ -150,14 +158,26 @@ def _train(config: TrainConfig, settings: dict[str, Any], output: Path, world: W
                 steps=end.progress.step,
                 samples=len(setup.joined.rows),
                 digests={"set": setup.contents["set_digest"], "teacher cache": setup.contents["cache_digest"]},
-                metrics=end.last,
+                metrics=end.progress.entry,
             )
-            _export(output, engine, setup, empty, card, world)
+            _export(output, engine, setup, empty, card, world, unsaved)
     summary = _summary(config.stage, output, setup, end, sizes)
     if world.is_main and summary.finished:
-        write_summary(output, summary, settings)
+        write_summary(output, summary, settings, setup.contents)
+        if not config.save_steps:
+            shutil.rmtree(checkpoint_folder(output), ignore_errors=True)
     world.barrier()
     return summary
+
+
+def _save_last(save: Callable[[Progress], None], progress: Progress) -> ConfigError | None:
+    """Save the last checkpoint before the export; return the error if the disk holds none, as it may hold a student."""
+    try:
+        save(progress)
+    except ConfigError as error:
+        logger.warning("%s: exporting without it", error)
+        return error
+    return None
 
 
 def _begin(output: Path, config: str, rejected: str) -> None:
@@ -177,8 +197,19 @@ def _begin(output: Path, config: str, rejected: str) -> None:
         raise ConfigError(f"output: {output} cannot be written ({error.strerror}): choose another output") from error
 
 
-def _export(output: Path, engine: Any, setup: Setup, empty: dict[str, Tensor], card: str, world: World) -> None:
-    """Write the student as a Hugging Face folder, with its `empty` tensors; every process must call this."""
+def _export(
+    output: Path,
+    engine: Any,
+    setup: Setup,
+    empty: dict[str, Tensor],
+    card: str,
+    world: World,
+    unsaved: ConfigError | None,
+) -> None:
+    """Write the student as a Hugging Face folder, with its `empty` tensors; every process must call this.
+
+    Errors: `ConfigError` if it cannot be written; `unsaved` if there is no checkpoint to export from either.
+    """
     state = None
     if engine.zero_optimization_stage() == 3:
         whole = engine._zero3_consolidated_16bit_state_dict() or {}
@@ -186,15 +217,22 @@ def _export(output: Path, engine: Any, setup: Setup, empty: dict[str, Tensor], c
         state = {name.removeprefix("student."): whole[name] for name in own} | empty
     if world.is_main:
         setup.student.eval()
-        save_student(
-            setup.student,
-            output / STUDENT_NAME,
-            tokenizer=setup.source.tokenizer,
-            processor_source=setup.source.processor,
-            state_dict=state,
-            card=card,
-            template=setup.template,
-        )
+        student = output / STUDENT_NAME
+        try:
+            save_student(
+                setup.student,
+                student,
+                tokenizer=setup.source.tokenizer,
+                processor_source=setup.source.processor,
+                state_dict=state,
+                card=card,
+                template=setup.template,
+            )
+        except (OSError, SafetensorError) as error:
+            raise unsaved or ConfigError(
+                f"output: cannot write the student to {student} ({first_line(error)}): free disk space, then rerun the "
+                "command, which only exports"
+            ) from error
     world.barrier()
 
 
@@ -222,5 +260,5 @@ def _summary(stage: str, output: Path, setup: Setup, end: LoopEnd, sizes: tuple[
         activated_parameters=sizes[1],
         trained_parameters=sizes[2],
         cache_digest=setup.contents["cache_digest"],
-        metrics=end.last,
+        metrics=end.progress.entry,
     )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llavamod_offline.errors import ConfigError
+from llavamod_offline.errors import ConfigError, LlavaModError
 from llavamod_offline.storage import atomic
-from train.resume_check import check_settings
+from train.resume_check import different_contents, different_settings, refuse
+
+logger = logging.getLogger(__name__)
 
 SUMMARY_NAME = "summary.json"
 
@@ -40,25 +44,52 @@ class TrainSummary:
     metrics: dict[str, Any]
 
 
-def write_summary(output: Path, summary: TrainSummary, settings: dict[str, Any]) -> None:
-    """Write the summary of a finished run, with the settings that made it."""
-    content = asdict(summary) | {"settings": settings}
-    atomic.write_file(output / SUMMARY_NAME, json.dumps(content, indent=2) + "\n")
+def write_summary(
+    output: Path, summary: TrainSummary, settings: Mapping[str, Any], contents: Mapping[str, Any]
+) -> None:
+    """Write the summary of a finished run, with the settings and the digests of the contents that made it.
+
+    Errors: `ConfigError` if the disk is full.
+    """
+    content = asdict(summary) | {"settings": settings, "contents": contents}
+    file = output / SUMMARY_NAME
+    try:
+        atomic.write_file(file, json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"output: cannot write {file} ({error.strerror}): free disk space, then rerun the command, which "
+            "only exports"
+        ) from error
 
 
-def finished_summary(output: Path, settings: dict[str, Any]) -> TrainSummary | None:
-    """Read the summary of a finished run; None if the run is not finished.
+def finished_summary(
+    output: Path, settings: Mapping[str, Any], contents: Callable[[], Mapping[str, Any]]
+) -> TrainSummary | None:
+    """Read the summary of a finished run; None if the run is not finished, or its student was removed.
 
-    Errors: `ConfigError` if it was made with other settings, or cannot be read.
+    `contents` gives the digests of the data and checkpoints that are named now.
+    Errors: `ConfigError` if it was made with others or other settings, cannot be compared, or cannot be read.
     """
     file = output / SUMMARY_NAME
     if not file.is_file():
         return None
     try:
         content = json.loads(file.read_bytes())
-        before = content.pop("settings")
-        summary = TrainSummary(**content)
+        before, made_from = content.pop("settings"), content.pop("contents", {})
+        student = output / Path(content["student"]).name
+        # The folder may have been renamed since.
+        summary = TrainSummary(**content | {"output": str(output), "student": str(student)})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"output: {file} is not the summary of a run ({error!r}): choose another output") from error
-    check_settings(output, before, settings)
+    found = different_settings(before, settings)
+    try:
+        found += different_contents({"cache_digest": summary.cache_digest, **made_from}, contents())
+    except LlavaModError as error:
+        raise ConfigError(
+            f"output: {output} holds a finished run that cannot be compared with this one: {error}"
+        ) from error
+    refuse(output, found, finished=True)
+    if not student.is_dir():
+        logger.warning("%s: the run is finished, but %s was removed: making it again", output, student)
+        return None
     return summary

@@ -28,7 +28,7 @@ from train.engine.deepspeed_engine import World
 from train.engine.optim import choose_trainable, frozen_digest
 from train.stages.alignment_setup import check_cache, prepare_alignment
 from train.stages.build import Objective, make_objective
-from train.student import StudentSource, make_student, open_source
+from train.student import StudentSource, make_student, open_source, start_digest
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -76,6 +76,23 @@ class Setup:
         first = len(self.joined.rows) + world.rank * share
         places = list(range(first, first + share))
         return list(self.loader.batches([places[i : i + size] for i in range(0, len(places), size)])) if places else []
+
+
+def named_contents(config: TrainConfig) -> dict[str, Any]:
+    """Return the digests of the set, the cache and the starting checkpoint, reading no sample and no record.
+
+    Errors: a `LlavaModError` if one of them is missing.
+    """
+    cache_digest = None
+    if config.cache.path is not None:
+        from teacher_cache.read.reader import open_cache
+
+        cache_digest = open_cache(config.cache.path).digest
+    return {
+        "set_digest": SampleSet.open(config.data.set).digest,
+        "cache_digest": cache_digest,
+        "start_digest": start_digest(config.student),
+    }
 
 
 def prepare(config: TrainConfig, world: World) -> Setup:
@@ -173,6 +190,7 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         contents={
             "set_digest": samples.digest,
             "cache_digest": None if cache is None else cache.digest,
+            "start_digest": start_digest(config.student),
             "kept_hash": joined.kept_hash,
             "order": settings.describe(),
             "frozen_digest": frozen_digest(student),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llavamod_offline.errors import ConfigError
+from llavamod_offline.data.encode.chat_template import CHAT_TEMPLATE_NAME
+from llavamod_offline.errors import ConfigError, ModelError
 from llavamod_offline.models.build import build_llava, build_tokenizer
 from llavamod_offline.models.capacity import limit_capacity
 from llavamod_offline.models.checkpoint import load_config, load_llava, load_tokenizer
@@ -16,6 +19,11 @@ from train.config import StudentConfig
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+
+# The files beside the weights that decide what is learned.
+_DESCRIBED = ("config.json", "tokenizer.json", "preprocessor_config.json", "processor_config.json", CHAT_TEMPLATE_NAME)
+_HASHED_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,26 @@ def open_source(config: StudentConfig) -> StudentSource:
             f"student.upcycle: {folder} is dense: set student.upcycle to make it sparse, or student.kind to dense"
         )
     return StudentSource(load_tokenizer(folder), folder)
+
+
+def start_digest(config: StudentConfig) -> str:
+    """Hash the contents of the checkpoints that a run starts from, whatever their paths, as SHA-256 (hex).
+
+    Errors: `ModelError` if one is missing.
+    """
+    from teacher_cache.format.manifest import sha256_file
+
+    folders = [Path(name) for name in (config.checkpoint, config.vision_tower, config.language_model) if name]
+    files: list[tuple[int, Path]] = []
+    for number, folder in enumerate(folders):
+        if not folder.is_dir():
+            raise ModelError(f"{folder}: no such checkpoint folder")
+        found = [*folder.glob("*.safetensors"), *(folder / name for name in _DESCRIBED)]
+        files += [(number, file) for file in sorted(found) if file.is_file()]
+    with ThreadPoolExecutor(_HASHED_AT_ONCE) as threads:
+        hashes = threads.map(lambda pair: sha256_file(pair[1]), files)
+    named = [f"{number} {file.name} {digest}\n" for (number, file), digest in zip(files, hashes, strict=True)]
+    return hashlib.sha256("".join(named).encode()).hexdigest()
 
 
 def make_student(config: StudentConfig, *, seed: int) -> LlavaForConditionalGeneration:

@@ -106,7 +106,7 @@ def test_a_killed_run_repeats_nothing_that_was_saved(world: World, undisturbed: 
     train(config)
     assert_same_run(tmp_path / "run", undisturbed)
     left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert left == ["step-00000006"]
+    assert left == ["step-00000008"]
 
 
 @pytest.mark.slow
@@ -171,7 +171,7 @@ def test_bfloat16_goes_on_from_its_float32_weights(world: World, tmp_path: Path)
 def test_old_checkpoints_are_removed(world: World, tmp_path: Path) -> None:
     train(world.config("align", tmp_path / "run", "steps=6", "save_steps=1", "keep_last=2"))
     left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert left == ["step-00000004", "step-00000005"]
+    assert left == ["step-00000005", "step-00000006"]
 
 
 def test_other_settings_or_contents_are_refused(world: World, tmp_path: Path) -> None:
