@@ -12,6 +12,7 @@ from typing import Protocol
 
 from llavamod_offline.storage import atomic
 from llavamod_offline.storage.remote import RemoteFolder
+from llavamod_offline.storage.walk import walk_files
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::.*)?://")
 _LOCAL_URL = re.compile(r"(file|local)://")
@@ -106,11 +107,7 @@ class LocalFolder:
     def sizes(self, below: str = "") -> dict[str, int]:
         """See `Folder`."""
         root = self.path / below
-        return {
-            (Path(folder) / file).relative_to(root).as_posix(): (Path(folder) / file).stat().st_size
-            for folder, _, files in os.walk(root)
-            for file in files
-        }
+        return {file: (root / file).stat().st_size for file in walk_files(root)} if root.is_dir() else {}
 
     def write(self, name: str, content: bytes) -> None:
         """See `Folder`."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from llavamod_offline.errors import CacheError
 from llavamod_offline.storage.folders import Folder
+from llavamod_offline.storage.walk import walk_files
 
 FORMAT_VERSION = 1
 JOB_NAME = "job.json"
@@ -55,8 +56,7 @@ def file_entry(file: Path) -> dict[str, Any]:
 
 def file_entries(folder: Path) -> dict[str, dict[str, Any]]:
     """The entries of every file below `folder`, by path relative to it."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {file.relative_to(folder).as_posix(): file_entry(file) for file in files}
+    return {name: file_entry(folder / name) for name in sorted(walk_files(folder))}
 
 
 def shard_entry(name: str, content: bytes, manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from llavamod_offline.errors import CacheError, ConfigError
 from llavamod_offline.storage.folders import open_folder
+from llavamod_offline.storage.walk import walk_files
 from teacher_cache.fingerprint import check_allowed, differences, flatten
 from teacher_cache.format.manifest import MANIFEST_NAME, SHARDS_NAME, canonical
 from teacher_cache.read.reader import TeacherCache
@@ -157,8 +158,8 @@ def _copy_shard(cache: TeacherCache, name: str, store: CacheStore, new_name: str
             source.copied(f"{SHARDS_NAME}/{name}") as there,
             store.folder.commit(f"{SHARDS_NAME}/{new_name}", MANIFEST_NAME) as here,
         ):
-            for file in sorted(path for path in there.rglob("*") if path.is_file()):
-                target = here / file.relative_to(there)
+            for inside in walk_files(there):
+                file, target = there / inside, here / inside
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if name != new_name and file == there / MANIFEST_NAME:
                     target.write_bytes(canonical({**json.loads(file.read_bytes()), "name": new_name}))

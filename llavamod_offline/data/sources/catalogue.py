@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -9,6 +10,7 @@ from llavamod_offline.config import load_config
 from llavamod_offline.data.sources.read import Source
 from llavamod_offline.data.sources.row_files import ROW_FILES
 from llavamod_offline.errors import ConfigError, DataError
+from llavamod_offline.storage.walk import absence, walk_files
 
 SHIPPED = Path(__file__).with_name("sources.yaml")
 
@@ -62,7 +64,24 @@ def read_catalogue(file: Path = SHIPPED) -> Catalogue:
 
 def find_files(entry: DataSet, root: Path) -> list[tuple[str, list[Path]]]:
     """Each file or pattern with the files found, sorted by name."""
-    return [(file, sorted(path for path in root.glob(file) if path.is_file())) for file in entry.files]
+    return [(file, sorted(path for path in _matches(root, file) if path.is_file())) for file in entry.files]
+
+
+def broken_links(entry: DataSet, root: Path) -> list[str]:
+    """The links that match a data set's files and lead nowhere, with their targets."""
+    paths = [path for file in entry.files for path in _matches(root, file)]
+    return [f"{path} is {absence(path)}" for path in paths if path.is_symlink() and not path.exists()]
+
+
+def _matches(root: Path, pattern: str) -> Iterator[Path]:
+    """As `Path.glob`, but `**/` also finds what is below links to folders."""
+    above, stars, name = pattern.partition("**/")
+    if not stars:
+        yield from root.glob(pattern)
+        return
+    for folder in root.glob(above) if above else [root]:
+        if folder.is_dir():
+            yield from (folder / file for file in walk_files(folder) if PurePosixPath(file).match(name))
 
 
 def stage_sources(catalogue: Catalogue, stage: str, root: Path) -> tuple[list[Source], dict[str, float]]:
@@ -73,6 +92,9 @@ def stage_sources(catalogue: Catalogue, stage: str, root: Path) -> tuple[list[So
     sources, weights = [], {}
     for name, entry in catalogue.of_stage(stage).items():
         found = find_files(entry, root)
+        broken = broken_links(entry, root)
+        if broken:
+            raise DataError(f"source '{name}': {broken[0]}: remove it, or restore what it leads to")
         absent = [file for file, paths in found if not paths]
         absent += [folder for folder in entry.images if not (root / folder).is_dir()]
         if absent:

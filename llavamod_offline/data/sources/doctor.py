@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llavamod_offline.data.rows import RowError
-from llavamod_offline.data.sources.catalogue import DataSet, find_files
+from llavamod_offline.data.sources.catalogue import DataSet, broken_links, find_files
 from llavamod_offline.data.sources.image_folders import ImageFolders
 from llavamod_offline.data.sources.json_stream import Advance
 from llavamod_offline.data.sources.row_files import ROW_FILES
@@ -53,6 +53,7 @@ def examine(
         found = find_files(entry, root)
         paths = [path for _, matches in found for path in matches]
         problems = [f"missing: {root / file}" for file, matches in found if not matches]
+        problems += [f"missing: {link}" for link in broken_links(entry, root)]
         folders = [root / folder for folder in entry.images]
         problems += [f"missing: {folder}/" for folder in folders if not folder.is_dir()]
         rows, images = None, None

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from llavamod_offline.data.images import MAX_ENCODED_BYTES
 from llavamod_offline.data.rows import RowError
 from llavamod_offline.errors import DataError
+from llavamod_offline.storage.walk import absence
 
 
 class ImageFolders:
@@ -17,7 +18,8 @@ class ImageFolders:
     def __init__(self, folders: Sequence[Path]) -> None:
         for folder in folders:
             if not folder.is_dir():
-                raise DataError(f"image folder '{folder}': no such folder")
+                reason = "no such folder" if not folder.is_symlink() else absence(folder)
+                raise DataError(f"image folder '{folder}': {reason}")
         self.folders = tuple(folders)
 
     def has(self, name: str) -> bool:
@@ -37,7 +39,9 @@ class ImageFolders:
             raise RowError("bad image path", f"image '{name}': must be a path inside an image folder")
         found = [folder / path for folder in self.folders if os.path.isfile(folder / path)]
         if not found:
-            raise RowError("missing image", f"image '{name}': no such file in {_names(self.folders)}")
+            broken = [folder / path for folder in self.folders if os.path.islink(folder / path)]
+            reason = f"{broken[0]} is {absence(broken[0])}" if broken else f"no such file in {_names(self.folders)}"
+            raise RowError("missing image", f"image '{name}': {reason}")
         if len(found) > 1:
             raise RowError("bad image path", f"image '{name}': in more than one image folder: {_names(found)}")
         try:

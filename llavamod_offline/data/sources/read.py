@@ -23,6 +23,7 @@ from llavamod_offline.data.sources.row_files import ROW_FILES
 from llavamod_offline.data.sources.sample_folders import FileGroup, list_groups, read_files
 from llavamod_offline.data.sources.tar_samples import ReadRule, read_group
 from llavamod_offline.errors import DataError
+from llavamod_offline.storage.walk import absence
 
 KeyRule = Literal["id", "row"]
 _CHUNK = 16  # rows passed to a process at a time
@@ -80,7 +81,7 @@ def _checked(files: Sequence[Path | Source], images: Sequence[Path], keys: KeyRu
         if file.is_dir() and any(file.glob("*.tar")):
             raise DataError(f"source '{file}': index tars in place with `llavamod-offline index`")
         if not file.exists():
-            raise DataError(f"source '{file}': no such file")
+            raise DataError(f"source '{file}': {absence(file)}")
         if file.suffix not in ROW_FILES and not file.is_dir():
             hint = ": index tars in place with `llavamod-offline index`" if file.suffix == ".tar" else ""
             raise DataError(f"source '{file}': its name must end in one of {', '.join(ROW_FILES)}{hint}")

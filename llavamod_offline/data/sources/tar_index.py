@@ -22,11 +22,14 @@ from llavamod_offline.data.pack.set_writer import PackSummary, SetWriter, check_
 from llavamod_offline.data.rows import RejectedRow, RowError
 from llavamod_offline.data.sample import KEY_PATTERN
 from llavamod_offline.data.sets.tar_files import Shard
+from llavamod_offline.data.sources.system_files import is_system_name
 from llavamod_offline.data.sources.tar_reader import TarGroup, TarReader
 from llavamod_offline.data.sources.tar_samples import ReadRule, read_group
 from llavamod_offline.errors import DataError
+from llavamod_offline.storage.walk import absence, walk_files
 
 TarKeyRule = Literal["member", "shard"]
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 
 
 @dataclass(frozen=True)
@@ -93,16 +96,26 @@ def index_tars(
 
 
 def find_tars(places: Sequence[Path], name: str = "") -> list[TarSource]:
-    """The tars at `places`, files or folders; tars below a folder are sorted by path.
+    """The tars at `places`, files or folders; tars below a folder are sorted by path. Links to folders are followed.
 
-    Errors: `DataError` if a folder holds no tar.
+    Errors: `DataError` if a folder holds no tar, a compressed one, or a link that leads nowhere.
     """
-    found = []
-    for place in places:
-        inside = sorted(path for path in place.rglob("*.tar") if path.is_file()) if place.is_dir() else [place]
-        if not inside:
-            raise DataError(f"source '{place}': no .tar in this folder")
-        found += [TarSource(path, name) for path in inside]
+    return [TarSource(path, name) for place in places for path in (_tars(place) if place.is_dir() else [place])]
+
+
+def _tars(folder: Path) -> list[Path]:
+    try:
+        paths = [folder / name for name in walk_files(folder, is_system_name)]
+    except OSError as error:
+        raise DataError(f"source '{error.filename or folder}': cannot be read: {error.strerror}") from error
+    for path in paths:
+        if not path.exists():
+            raise DataError(f"source '{path}': {absence(path)}: remove it, or restore what it leads to")
+        if path.name.lower().endswith(_COMPRESSED):
+            raise DataError(f"source '{path}': is compressed, which rules out reading by position: unpack it")
+    found = sorted(path for path in paths if path.suffix == ".tar")
+    if not found:
+        raise DataError(f"source '{folder}': no .tar in this folder")
     return found
 
 
@@ -129,7 +142,7 @@ def _shard_names(tars: Sequence[TarSource]) -> list[str]:
     seen: dict[Path, Path] = {}
     for path in (tar.path for tar in tars):
         if not path.is_file():
-            raise DataError(f"source '{path}': no such file")
+            raise DataError(f"source '{path}': {absence(path)}")
         if seen.setdefault(path.resolve(), path) is not path:
             raise DataError(f"source '{path}' is given twice: remove one")
     paths = [path.with_suffix("") for path in seen]

@@ -3,9 +3,12 @@
 As in WebDataset, a member's key is its path up to the first dot of the file name; a group is consecutive members of one
 key. Nothing is extracted. Outcomes:
 
-  a link, a device, a sparse file; a name that is absolute, contains `..` or has no key or no suffix; two members of one
-  name; members of one key that are not adjacent; a member too large → a problem of its group
-  a folder → ignored
+  a folder; a file that an operating system adds (see `system_files.py`); a link, a device or the like whose name is not
+  that of a text or an image → passed over
+  a hard link to an earlier member → that member's bytes; if its own name already has them, as when tar is given a file
+  twice → passed over
+  any other link, a device, a sparse file; a name that is absolute, contains `..` or has no key or no suffix; two
+  members of one name; members of one key that are not adjacent; a member too large → a problem of its group
   a truncated member, a damaged header, bytes after the end, a compressed file → a problem of the tar; what precedes it
   is good
 """
@@ -18,15 +21,18 @@ import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO
 
 from llavamod_offline.data.images import MAX_ENCODED_BYTES
 from llavamod_offline.data.rows import RowError
+from llavamod_offline.data.sources.system_files import is_system_path
 
 _PIECE = 2**20
 _MAX_HEADER = 2**20  # bytes of a long name or of PAX fields
 _MAX_GROUP = 2**29
+_GNU_FOLDER = b"D"  # a folder with the list of its files, in GNU tar's incremental backups
+_SAMPLE_SUFFIXES = ("json", "txt", "jpg", "jpeg", "png", "webp")
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 # Errors of Python's reader at a damaged or hostile header.
 _HEADER_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError, UnicodeError)
@@ -106,29 +112,42 @@ class TarReader:
                 self._damaged(f"is compressed with {packer}, which rules out reading by position: unpack it")
                 return
             tar = tarfile.TarFile(fileobj=_Headers(stream), mode="r", errorlevel=0, errors="surrogateescape")
+            earlier: dict[str, tuple[int, int]] = {}  # offset and size of each plain member, for hard links
             while (header := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # it would keep every header until the end
-                key, suffix, problem = split_name(header.name)
                 if header.size < 0 or header.offset_data < end:
                     self._damaged(f"has an invalid header at byte {header.offset}")
                     return
+                name = _plain_name(header.name)
+                key, suffix, problem = _split(name)
                 plain = header.isreg() and not header.issparse()
                 end = tar.offset
-                if header.isdir() and problem is None:
+                if header.isdir() or header.type == _GNU_FOLDER or is_system_path(name):
                     continue
                 if header.isreg() and header.offset_data + header.size > self.size:
                     there = max(0, self.size - header.offset_data)
                     reason = f"member '{_shown(header.name)}': has {there} of its {header.size} bytes"
                     yield key, suffix, RowError("damaged tar", f"the tar is truncated: {reason}")
                     return
-                if not plain:
+                place = (header.offset_data, header.size) if plain else None
+                if header.islnk():
+                    place = earlier.get(_plain_name(header.linkname))
+                    if place is not None and place == earlier.get(name):
+                        continue
+                if place is None and not header.isreg() and suffix.rpartition(".")[2] not in _SAMPLE_SUFFIXES:
+                    continue
+                if place is None:
                     problem = problem or RowError("bad member", f"{_kind(header)}, not a plain file")
-                elif header.size > MAX_ENCODED_BYTES:
-                    problem = problem or RowError("bad member", f"{header.size} bytes, more than {MAX_ENCODED_BYTES}")
-                if problem is not None:
-                    yield key, suffix, RowError(problem.kind, f"member '{_shown(header.name)}': {problem}")
+                elif place[1] > MAX_ENCODED_BYTES:
+                    problem = problem or RowError("bad member", f"{place[1]} bytes, more than {MAX_ENCODED_BYTES}")
                 else:
-                    yield key, suffix, (header.offset_data, read.take(header.offset_data, header.size))
+                    earlier[name] = place
+                if problem is not None or place is None:
+                    yield key, suffix, RowError("bad member", f"member '{_shown(header.name)}': {problem}")
+                elif plain:
+                    yield key, suffix, (place[0], read.take(*place))
+                else:
+                    yield key, suffix, (place[0], os.pread(stream.fileno(), place[1], place[0]))
         except _HEADER_ERRORS as error:
             self._damaged(f"cannot be read from byte {end} on: {error or type(error).__name__}")
             return
@@ -192,14 +211,17 @@ class _Headers(io.RawIOBase):
         return self._stream.tell()
 
 
-def split_name(name: str) -> tuple[str, str, RowError | None]:
+def _plain_name(name: str) -> str:
+    """A member's name without its empty and `.` parts."""
+    return "/" * name.startswith("/") + "/".join(part for part in name.split("/") if part not in ("", "."))
+
+
+def _split(name: str) -> tuple[str, str, RowError | None]:
     """A member's key and suffix, and the problem with its name, if any."""
-    while name.startswith("./"):
-        name = name[2:]
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     problem = None
-    if name.startswith("/") or ".." in PurePosixPath(name).parts:
+    if name.startswith("/") or ".." in name.split("/"):
         problem = RowError("bad member", "its name leads out of the folder in which it would be unpacked")
     elif not stem or not suffix:
         problem = RowError("bad member", "its name is not a key, a dot and a suffix")
@@ -209,8 +231,6 @@ def split_name(name: str) -> tuple[str, str, RowError | None]:
 def _kind(header: tarfile.TarInfo) -> str:
     if header.issym() or header.islnk():
         return f"a link to '{_shown(header.linkname)}'"
-    if header.isdir():
-        return "a folder"
     if header.ischr() or header.isblk() or header.isfifo():
         return "a device"
     return "a sparse file" if header.issparse() else f"of type {header.type!r}"

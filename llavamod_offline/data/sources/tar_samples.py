@@ -77,7 +77,7 @@ def _images(members: dict[str, TarMember]) -> tuple[TarMember, ...]:
     for suffix, member in members.items():
         match = _IMAGE.fullmatch(suffix)
         if match is None:
-            raise RowError("bad member", f"unsupported member '.{suffix}': skip it with --ignore {suffix}")
+            raise RowError("bad member", _unsupported(suffix))
         number = None if match[1] is None else int(match[1])
         if number in numbers:
             raise RowError("bad member", f"'.{numbers[number].suffix}' and '.{suffix}' are the same image: keep one")
@@ -88,6 +88,15 @@ def _images(members: dict[str, TarMember]) -> tuple[TarMember, ...]:
     if None not in numbers and [number for number, _ in ordered] != list(range(len(ordered))):
         raise RowError("bad member", "its images are not numbered 0, 1, 2… without gaps")
     return tuple(member for _, member in ordered)
+
+
+def _unsupported(suffix: str) -> str:
+    if ("." in suffix and _IMAGE.fullmatch(suffix.rpartition(".")[2])) or suffix.endswith((".json", ".txt")):
+        return (
+            f"its name has dots: in a tar, a key ends at the first dot, which leaves '.{suffix}': rename it, "
+            "or unpack the tar and pack the folder"
+        )
+    return f"unsupported member '.{suffix}': skip it with --ignore {suffix}"
 
 
 def _decoded(image: TarMember, key: str) -> str:
