@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from llavamod_offline.entrypoint import run_command
+from llavamod_offline.plural import counted
 
 if TYPE_CHECKING:
     from llavamod_offline.data.pack.set_writer import PackSummary
@@ -37,7 +38,7 @@ class TarKeys(StrEnum):
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing set.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
 MaxRejected = Annotated[
-    float | None, typer.Option(min=0, max=1, help="Largest share of rows that may be rejected; more is an error.")
+    float, typer.Option(min=0, max=1, help="Largest share of rows that may be rejected; more is an error.")
 ]
 WeightOption = Annotated[
     list[str] | None,
@@ -82,14 +83,15 @@ def pack(
     max_side: Annotated[
         int | None, typer.Option(min=1, help="Shrink images whose longer side has more pixels than this.")
     ] = None,
-    max_rejected: MaxRejected = None,
+    max_rejected: MaxRejected = 0.5,
     workers: Workers = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Pack conversations or preferences and their images into a set: WebDataset shards with an index.
 
-    Unusable rows are counted and listed with the reason in the set's rejected.jsonl; the rest is packed.
+    Unusable rows are counted and listed with the reason in the set's rejected.jsonl; the rest is packed, unless more
+    than --max-rejected are unusable. Then no set is made, and the list is kept as OUTPUT.rejected.jsonl.
     Images keep their bytes unless --max-side shrinks them. The number of workers does not change the set.
     A folder of samples has KEY.json or KEY.txt beside KEY.jpg, like the tars that `index` reads.
 
@@ -105,6 +107,7 @@ def pack(
     from llavamod_offline.data.pack.pack import write_set
     from llavamod_offline.data.pack.process_map import available_cores
     from llavamod_offline.data.sources.catalogue import SHIPPED, read_catalogue, stage_sources
+    from llavamod_offline.data.sources.fitting_folders import advice_on_missing
     from llavamod_offline.data.sources.read import Source, prepare_sources
     from llavamod_offline.data.sources.source_arguments import parse_source, parse_weights
     from llavamod_offline.data.sources.tar_samples import ReadRule
@@ -138,6 +141,7 @@ def pack(
             duplicate_hint=hint,
             weights=weights | parse_weights(weight or []),
             max_side=max_side,
+            fitting=lambda missing: advice_on_missing(missing, images or ()),
         )
     print(json.dumps(summary.to_json(), ensure_ascii=False) if as_json else _render(summary, "packed"))
 
@@ -152,7 +156,7 @@ def index(
     ] = TarKeys.MEMBER,
     ignore: Ignore = None,
     weight: WeightOption = None,
-    max_rejected: MaxRejected = None,
+    max_rejected: MaxRejected = 0.5,
     workers: Workers = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -261,16 +265,17 @@ def demo(
 
 def _render(summary: PackSummary, done: str) -> str:
     lines = [
-        f"{done} {summary.samples} sample(s) ({summary.conversations} conversation(s), {summary.preferences} "
-        f"preference(s), {summary.images} image(s)) into {summary.path}: {summary.shards} shard(s), "
-        f"{summary.bytes / 1e6:.1f} MB"
+        f"{done} {counted(summary.samples, 'sample')} ({counted(summary.conversations, 'conversation')}, "
+        f"{counted(summary.preferences, 'preference')}, {counted(summary.images, 'image')}) into {summary.path}: "
+        f"{counted(summary.shards, 'shard')}, {summary.bytes / 1e6:.1f} MB"
     ]
     if summary.shrunk:
-        lines.append(f"shrank {summary.shrunk} image(s)")
+        lines.append(f"shrank {counted(summary.shrunk, 'image')}")
     if summary.rejected:
-        rows = summary.samples + summary.rejected
-        lines.append(f"rejected {summary.rejected} of {rows} rows, listed in {summary.path / 'rejected.jsonl'}:")
+        rows = counted(summary.samples + summary.rejected, "row")
+        lines.append(f"rejected {summary.rejected} of {rows}, listed in {summary.path / 'rejected.jsonl'}:")
         lines += [f"  {count:>8}  {kind}" for kind, count in summary.rejected_by_kind.items()]
+        lines.append(f"  {summary.diagnosis}")
     return "\n".join(lines)
 
 

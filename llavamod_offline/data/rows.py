@@ -24,14 +24,15 @@ RejectionKind = Literal[
 
 
 class RowError(DataError):
-    """A row yields no sample; it becomes a `RejectedRow`, and reading continues."""
+    """A row yields no sample; it becomes a `RejectedRow`, and reading continues. `image`: the name of a missing one."""
 
-    def __init__(self, kind: RejectionKind, reason: str) -> None:
+    def __init__(self, kind: RejectionKind, reason: str, image: str = "") -> None:
         super().__init__(reason)
         self.kind: RejectionKind = kind
+        self.image = image
 
-    def __reduce__(self) -> tuple[type[RowError], tuple[RejectionKind, str]]:
-        return RowError, (self.kind, str(self))
+    def __reduce__(self) -> tuple[type[RowError], tuple[RejectionKind, str, str]]:
+        return RowError, (self.kind, str(self), self.image)
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,14 @@ class Located:
 
 @dataclass(frozen=True)
 class RejectedRow:
-    """A row that yields no sample; summaries count each `kind`, `reason` explains this one."""
+    """A row that yields no sample; summaries count each `kind`, `reason` explains this one.
+
+    `image`: the name of an image that is missing, as the row has it.
+    """
 
     key: str
     kind: RejectionKind
     reason: str
     file: str
     row: int
+    image: str = ""

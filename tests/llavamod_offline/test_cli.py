@@ -18,6 +18,7 @@ from llavamod_offline.cli import app
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.entrypoint import run_command
+from tests.llavamod_offline.data.sources.foreign_tars import write_tar
 from tests.tiny import tiny_image
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
@@ -67,9 +68,10 @@ def test_pack(folder: Path, run: Run) -> None:
     result = run("pack", "chat.json", "pairs.parquet", "--images", "pictures", "--output", "sets/mine")
     assert (result.status, result.err) == (0, "")
     assert result.out == (
-        "packed 5 sample(s) (4 conversation(s), 1 preference(s), 4 image(s)) into sets/mine: 1 shard(s), 0.0 MB\n"
+        "packed 5 samples (4 conversations, 1 preference, 4 images) into sets/mine: 1 shard, 0.0 MB\n"
         "rejected 1 of 6 rows, listed in sets/mine/rejected.jsonl:\n"
         "         1  missing image\n"
+        "  all for one reason, as in chat.json row 3: image '3.png': no such file in 'pictures'\n"
     )
     packed = SampleSet.open(folder / "sets" / "mine")
     assert packed.keys == ["p_x2F0", "p_x2F1", "p_x2F2", "t", "pairs-000000000"]
@@ -103,7 +105,6 @@ def test_errors_leave_nothing(folder: Path, run: Run) -> None:
     before = sorted(folder.iterdir())
     cases = [
         (["none.json"], "error: source 'none.json': no such file"),
-        (["chat.json", "--max-rejected", "0.1"], "error: 1 of 5 rows rejected, more than --max-rejected 0.1 allows; "),
         (["chat.json", "cut.json"], "error: duplicate key 'p_x2F0': chat.json row 0 and cut.json row 0: number the "),
         (["chat.json", "again.jsonl"], "chat.json row 0 and again.jsonl row 1: number the rows with --keys row"),
         (["cut.json"], "error: cut.json: row 4 (character "),
@@ -121,11 +122,53 @@ def test_errors_leave_nothing(folder: Path, run: Run) -> None:
         assert sorted(folder.iterdir()) == before
 
 
+@pytest.mark.parametrize("wrong", ["chat.json", "chat.tar"])
+def test_most_rows_rejected(folder: Path, run: Run, wrong: str) -> None:
+    """No set, an exit status, the reason and what helps in one line, and the whole list beside the output."""
+    rows = json.loads((folder / "chat.json").read_text())
+    (folder / "own" / "deep").mkdir(parents=True)
+    (folder / "pictures").rename(folder / "own" / "deep" / "pictures")
+    if wrong == "chat.tar":
+        entries = [(f"{n}.json", json.dumps(row).encode()) for n, row in enumerate(rows)]
+        write_tar(folder / wrong, entries)
+        arguments = ["index", wrong, "--output", "set"]
+    else:
+        arguments = ["pack", wrong, "--images", "own", "--output", "set"]
+    result = run(*arguments)
+    assert (result.status, result.out, result.err.count("\n")) == (2, "", 1)
+    assert result.err.startswith(
+        "error: 4 of 5 rows rejected, more than --max-rejected 0.5 allows; all for one reason, "
+    )
+    assert result.err.endswith("; every rejected row is listed in set.rejected.jsonl\n")
+    assert ("try --images own/deep/pictures" in result.err) is (wrong == "chat.json")
+    assert [json.loads(line)["row"] for line in (folder / "set.rejected.jsonl").read_text().splitlines()] == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    assert not (folder / "set").exists()
+    assert run(*arguments, "--max-rejected", "0.8").status == 0
+    assert (len(SampleSet.open(folder / "set")), (folder / "set.rejected.jsonl").exists()) == (1, False)
+
+
+def test_images_without_a_folder_and_repeated_ids(folder: Path, run: Run) -> None:
+    """Each refusal says the next thing to type, until the rows are packed."""
+    rows = json.loads((folder / "chat.json").read_text())[:3] * 2
+    (folder / "mix.json").write_text(json.dumps(rows))
+    bare = run("pack", "mix.json", "--output", "set")
+    assert bare.err.endswith("no image folder: name one with --images DIR: try --images pictures\n")
+    twice = run("pack", "mix.json", "--images", "pictures", "--output", "set")
+    assert twice.err.endswith("mix.json row 0 and mix.json row 3: number the rows with --keys row\n")
+    assert (bare.status, twice.status) == (2, 2)
+    assert run("pack", "mix.json", "--images", "pictures", "--keys", "row", "--output", "set").status == 0
+
+
 def test_sources_with_names_weights_and_a_limit(folder: Path, run: Run) -> None:
     arguments = ["pack", "talk=chat.json", "pairs.parquet", "--images", "pictures", "--output", "set"]
     result = run(*arguments, "--weight", "talk=2", "--weight", "pairs=0.5", "--max-side", "16", "--workers", "2")
     assert (result.status, result.err) == (0, "")
-    assert "shrank 4 image(s)\n" in result.out
+    assert "shrank 4 images\n" in result.out
     manifest = SampleSet.open(folder / "set").manifest
     assert manifest["sources"] == {"pairs": 1, "talk": 4}
     assert manifest["weights"] == {"pairs": 0.5, "talk": 2.0}
@@ -143,7 +186,7 @@ def test_index(folder: Path, run: Run) -> None:
     result = run("index", "mine=sets/packed", "--output", "sets/indexed", "--weight", "mine=3")
     assert (result.status, result.err) == (0, "")
     assert result.out.startswith(
-        "indexed 4 sample(s) (4 conversation(s), 0 preference(s), 3 image(s)) into sets/indexed: 2"
+        "indexed 4 samples (4 conversations, 0 preferences, 3 images) into sets/indexed: 2 shards, "
     )
     assert {path: path.read_bytes() for path in (folder / "sets" / "packed").iterdir()} == before
     indexed = SampleSet.open(folder / "sets" / "indexed")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llavamod_offline.data.pack.prepare import PreparedSources, prepare
-from llavamod_offline.data.pack.set_writer import PackSummary, SetWriter, check_weights, new_set
+from llavamod_offline.data.pack.set_writer import Fitting, PackSummary, SetWriter, check_weights, new_set, no_advice
 from llavamod_offline.data.pack.shard_writer import ShardWriter
 from llavamod_offline.data.rows import Located, RejectedRow
 from llavamod_offline.data.sample import Sample
@@ -33,22 +33,25 @@ def write_set(
     weights: Mapping[str, float] | None = None,
     max_side: int | None = None,
     generated: Mapping[str, Any] | None = None,
+    fitting: Fitting = no_advice,
 ) -> PackSummary:
     """Write rows, in order, to the set folder `output`; shards are named `name` (default: the folder's name).
 
     A shard is closed when it holds `shard_samples` samples, or when the next one would exceed `shard_bytes`.
     For the manifest: `weights`, how often training sees a source's samples, if not once; `max_side`, the length beyond
-    which images were shrunk; `generated`, a description of the teacher that wrote the answers.
+    which images were shrunk; `generated`, a description of the teacher that wrote the answers. `fitting`: advice for
+    the names of missing images, for messages.
     Errors: `DataError` if `output` exists (with `overwrite`: unless it is a set), for a duplicate key (naming both rows
     and `duplicate_hint`), if no row yields a sample, if more than the share `max_rejected` is rejected;
-    `ConfigError` for the weight of a source without samples. Errors leave nothing behind.
+    `ConfigError` for the weight of a source without samples. Errors leave nothing behind, except the list of rejected
+    rows in `{output}.rejected.jsonl` if they are the error.
     """
     weights = weights or {}
     check_weights(weights)
     more: dict[str, Any] = {} if max_side is None else {"max_side": max_side}
     if generated is not None:
         more["generated"] = generated
-    with new_set(output, name, overwrite=overwrite, duplicate_hint=duplicate_hint) as writer:
+    with new_set(output, name, overwrite=overwrite, duplicate_hint=duplicate_hint, fitting=fitting) as writer:
         with writer, _Shards(writer, shard_samples, shard_bytes) as shards:
             for row in rows:
                 if isinstance(row, RejectedRow):

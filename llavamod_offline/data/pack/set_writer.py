@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,19 +19,28 @@ from typing import Any
 import pyarrow as pa
 
 from llavamod_offline.data.pack.prepare import Facts
+from llavamod_offline.data.pack.rejections import Rejections
 from llavamod_offline.data.rows import RejectedRow
 from llavamod_offline.data.sample import KEY_PATTERN
 from llavamod_offline.data.sets.sample_set import INDEX_NAME, INDEX_SCHEMA, MANIFEST_NAME, REJECTED_NAME, SET_FORMAT
 from llavamod_offline.data.sets.tar_files import Shard
 from llavamod_offline.errors import ConfigError, DataError
-from llavamod_offline.storage.atomic import fsync_tree, new_folder, remove_leftovers
+from llavamod_offline.plural import counted
+from llavamod_offline.storage.atomic import aside_path, fsync_tree, new_folder, remove_leftovers
+
+Fitting = Callable[[Sequence[str]], str]
 
 _INDEX_BATCH = 4096
 
 
+def no_advice(missing: Sequence[str]) -> str:
+    """Advise nothing on missing images."""
+    return ""
+
+
 @dataclass(frozen=True)
 class PackSummary:
-    """A new set's contents: counts, and rejections by kind; `bytes` is the size of the shards."""
+    """A new set's contents: counts, rejections by kind, and the reason of most; `bytes` is the size of the shards."""
 
     path: Path
     name: str
@@ -47,6 +56,7 @@ class PackSummary:
     sources: dict[str, int]
     weights: dict[str, float]
     digest: str
+    diagnosis: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The summary as JSON values."""
@@ -54,7 +64,9 @@ class PackSummary:
 
 
 @contextmanager
-def new_set(output: Path, name: str | None, *, overwrite: bool, duplicate_hint: str) -> Iterator[SetWriter]:
+def new_set(
+    output: Path, name: str | None, *, overwrite: bool, duplicate_hint: str, fitting: Fitting = no_advice
+) -> Iterator[SetWriter]:
     """Yield the writer of the set folder `output`, which appears when the block ends without an error.
 
     Errors: `DataError` if `output` exists (with `overwrite`: if it is not a set), or cannot be written.
@@ -67,12 +79,17 @@ def new_set(output: Path, name: str | None, *, overwrite: bool, duplicate_hint: 
     try:
         remove_leftovers(output.parent, output.name)
         with new_folder(output) as folder:
-            yield SetWriter(folder, output, name, duplicate_hint)
+            yield SetWriter(folder, output, name, duplicate_hint, fitting)
             displaced = _displace(output, folder)
     except OSError as error:
         raise DataError(f"output '{output}': cannot be written: {error.strerror or error}") from error
     if displaced:
         shutil.rmtree(displaced, ignore_errors=True)
+    _list_beside(output).unlink(missing_ok=True)  # of an earlier attempt that was refused
+
+
+def _list_beside(output: Path) -> Path:
+    return output.with_name(f"{output.name}.{REJECTED_NAME}")
 
 
 def _displace(output: Path, folder: Path) -> Path | None:
@@ -97,27 +114,28 @@ def _check_output(output: Path, overwrite: bool) -> None:
 class SetWriter:
     """Writes the index and the rejections of a set, row by row; a context manager that closes its files.
 
-    Memory holds a few thousand rows of the index, and every row's key and origin to detect duplicates.
+    Memory holds a few thousand rows of the index, and every row's key and origin to detect duplicates. `fitting`: see
+    `Rejections`.
     """
 
     folder: Path
     output: Path
     name: str
     duplicate_hint: str
+    fitting: Fitting
     shards: list[Shard] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     sources: Counter[str] = field(default_factory=Counter)
-    rejections: Counter[str] = field(default_factory=Counter)
     rows: int = 0
 
     def __enter__(self) -> SetWriter:
-        self._first_rejection: RejectedRow | None = None
         self._places: dict[str, tuple[int, int]] = {}
         self._files: dict[str, int] = {}
         self._digest = hashlib.sha256()
         self._pending: list[dict[str, Any]] = []
         with ExitStack() as stack:
-            self._rejected = stack.enter_context((self.folder / REJECTED_NAME).open("w", encoding="utf-8"))
+            self._list = stack.enter_context((self.folder / REJECTED_NAME).open("w", encoding="utf-8"))
+            self.rejections = Rejections(self._list)
             self._index = stack.enter_context(pa.ipc.new_file(str(self.folder / INDEX_NAME), INDEX_SCHEMA))
             stack.callback(self._flush_index)
             self._stack = stack.pop_all()
@@ -152,27 +170,39 @@ class SetWriter:
 
     def reject(self, rejection: RejectedRow) -> None:
         """List a row as rejected."""
-        self._first_rejection = self._first_rejection or rejection
-        self.rejections[rejection.kind] += 1
+        self.rejections.add(rejection)
         self.rows += 1
-        # ASCII, because a rejected row's text may not be encodable.
-        self._rejected.write(json.dumps(asdict(rejection)) + "\n")
 
     def check(self, max_rejected: float | None, weights: Mapping[str, float]) -> None:
-        """Refuse a set without samples, with too many rejections, or with weights for unknown sources."""
-        rejected, first = self.rejections.total(), self._first_rejection
-        example = f"; the first: {first.file} row {first.row}: {first.reason}" if first else ""
+        """Refuse a set without samples, with too many rejections, or with weights for unknown sources.
+
+        The list of a set that is refused for its rejections is kept beside the output.
+        """
+        rejected = self.rejections.kinds.total()
         if not self.counts["samples"]:
-            raise DataError(f"nothing to pack: no sample in {self.rows} row(s){example}")
+            raise DataError(f"nothing to pack: no sample in {counted(self.rows, 'row')}{self._diagnosis()}")
         if max_rejected is not None and rejected > max_rejected * self.rows:
             raise DataError(
-                f"{rejected} of {self.rows} rows rejected, more than --max-rejected {max_rejected:g} allows{example}"
+                f"{rejected} of {counted(self.rows, 'row')} rejected, more than --max-rejected {max_rejected:g} allows"
+                f"{self._diagnosis()}"
             )
         check_weights(weights)
         unknown = sorted(weights.keys() - self.sources.keys())
         if unknown:
             known = ", ".join(f"'{source}'" for source in sorted(self.sources)[:8])
             raise ConfigError(f"weight of '{unknown[0]}': no samples from that source: name one of {known}")
+
+    def _diagnosis(self) -> str:
+        """Why rows were rejected, and where they are listed: beside the output, as the set is not made."""
+        diagnosis = self.rejections.diagnosis(self.fitting)
+        if not diagnosis:
+            return ""
+        kept = _list_beside(self.output)
+        self._list.flush()
+        aside = aside_path(kept)
+        shutil.copyfile(self.folder / REJECTED_NAME, aside)
+        aside.replace(kept)
+        return f"; {diagnosis}; every rejected row is listed in {kept}"
 
     def finish(self, weights: Mapping[str, float], more: Mapping[str, Any]) -> PackSummary:
         """Write the manifest, after everything else, with the further fields `more`."""
@@ -186,11 +216,12 @@ class SetWriter:
             shrunk=self.counts["shrunk"],
             shards=len(self.shards),
             bytes=sum(shard.size for shard in self.shards),
-            rejected=self.rejections.total(),
-            rejected_by_kind=dict(sorted(self.rejections.items())),
+            rejected=self.rejections.kinds.total(),
+            rejected_by_kind=dict(sorted(self.rejections.kinds.items())),
             sources=dict(sorted(self.sources.items())),
             weights=dict(sorted(weights.items())),
             digest=self._digest.hexdigest(),
+            diagnosis=self.rejections.diagnosis(self.fitting),
         )
         fields = asdict(summary)
         index = self.folder / INDEX_NAME
@@ -198,7 +229,7 @@ class SetWriter:
             index_hash = hashlib.file_digest(stream, "sha256").hexdigest()
         manifest = {
             "format": SET_FORMAT,
-            **{name: fields[name] for name in fields if name not in {"path", "shards", "bytes"}},
+            **{name: fields[name] for name in fields if name not in {"path", "shards", "bytes", "diagnosis"}},
             "index": {"bytes": index.stat().st_size, "sha256": index_hash},
             **more,
             "shards": [_shard_entry(shard) for shard in self.shards],

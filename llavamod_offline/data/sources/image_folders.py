@@ -8,14 +8,19 @@ from pathlib import Path, PurePosixPath
 
 from llavamod_offline.data.images import MAX_ENCODED_BYTES
 from llavamod_offline.data.rows import RowError
+from llavamod_offline.data.sources.fitting_folders import advice_on_missing
 from llavamod_offline.errors import DataError
 from llavamod_offline.storage.walk import absence
 
 
 class ImageFolders:
-    """Folders that hold images. Errors: `DataError` if one of them is not a folder."""
+    """Folders that hold images; `near`: where to look for such folders if there are none.
 
-    def __init__(self, folders: Sequence[Path]) -> None:
+    Errors: `DataError` if one of them is not a folder.
+    """
+
+    def __init__(self, folders: Sequence[Path], near: Path | None = None) -> None:
+        self._near = near
         for folder in folders:
             if not folder.is_dir():
                 reason = "no such folder" if not folder.is_symlink() else absence(folder)
@@ -33,15 +38,18 @@ class ImageFolders:
         large or unreadable. `DataError` if no folders were given.
         """
         if not self.folders:
-            raise DataError(f"image '{name}': no image folder: name one with --images DIR")
+            advice = advice_on_missing([name], [self._near]) if self._near is not None else ""
+            raise DataError(
+                f"image '{name}': no image folder: name one with --images DIR" + (f": {advice}" if advice else "")
+            )
         path = PurePosixPath(name)
         if not _is_inside(path):
-            raise RowError("bad image path", f"image '{name}': must be a path inside an image folder")
+            raise RowError("bad image path", f"image '{name}': must be a path inside an image folder", name)
         found = [folder / path for folder in self.folders if os.path.isfile(folder / path)]
         if not found:
             broken = [folder / path for folder in self.folders if os.path.islink(folder / path)]
             reason = f"{broken[0]} is {absence(broken[0])}" if broken else f"no such file in {_names(self.folders)}"
-            raise RowError("missing image", f"image '{name}': {reason}")
+            raise RowError("missing image", f"image '{name}': {reason}", name)
         if len(found) > 1:
             raise RowError("bad image path", f"image '{name}': in more than one image folder: {_names(found)}")
         try:

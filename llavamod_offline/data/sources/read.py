@@ -107,7 +107,7 @@ class _RowReader:
 
     def __init__(self, sources: tuple[Source, ...], keys: KeyRule, max_side: int | None) -> None:
         self._sources, self._keys, self._max_side = sources, keys, max_side
-        self._folders = [ImageFolders(source.images) for source in sources]
+        self._folders = [ImageFolders(source.images, near=source.path.parent) for source in sources]
 
     def _located(self, row: _SourceRow) -> Located | RejectedRow:
         """The sample of a row, or why it has none."""
@@ -126,7 +126,7 @@ class _RowReader:
             sample = kind.to_sample(row.content, key, name, self._folders[row.source].read)
             return Located(sample, str(file), row.number)
         except RowError as error:
-            return RejectedRow(key, error.kind, str(error), str(file), row.number)
+            return RejectedRow(key, error.kind, str(error), str(file), row.number, error.image)
 
     def _from_files(self, source: Source, group: FileGroup, key: str) -> Sample:
         name = source.name or source.path.resolve().name

@@ -133,19 +133,34 @@ def test_duplicate_keys_name_both_rows(tmp_path: Path) -> None:
 
 
 def test_nothing_to_pack(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no sample in 2 row\(s\); the first: rows.json row 7: why not a"):
-        write_set([rejection("a"), rejection("b")], tmp_path / "set")
-    with pytest.raises(DataError, match=r"no sample in 0 row\(s\)$"):
+    with pytest.raises(DataError, match=r"no sample in 0 rows$"):
         write_set([], tmp_path / "set")
     assert not list(tmp_path.iterdir())
+    with pytest.raises(
+        DataError, match=r"no sample in 2 rows; the first: rows.json row 7: why not a .*; every rejected "
+    ):
+        write_set([rejection("a"), rejection("b")], tmp_path / "set")
+    assert listed(tmp_path / "set.rejected.jsonl") == ["a", "b"]
+
+
+def listed(file: Path) -> list[str]:
+    return [json.loads(line)["key"] for line in file.read_text().splitlines()]
 
 
 def test_too_many_rejected(tmp_path: Path) -> None:
     rows: Rows = [text_sample("a"), rejection("b"), text_sample("c"), rejection("d")]
     write_set(rows, tmp_path / "half", max_rejected=0.5)
-    with pytest.raises(DataError, match=r"2 of 4 rows rejected, more than --max-rejected 0\.49 allows; the first: "):
-        write_set(rows, tmp_path / "less", max_rejected=0.49)
-    assert [path.name for path in tmp_path.iterdir()] == ["half"]
+    refusal = r"2 of 4 rows rejected, more than --max-rejected 0\.49 allows; the first: .* in .*set\.rejected\.jsonl"
+    with pytest.raises(DataError, match=refusal):
+        write_set(rows, tmp_path / "set", max_rejected=0.49)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["half", "set.rejected.jsonl"]
+    assert listed(tmp_path / "set.rejected.jsonl") == ["b", "d"]
+    with pytest.raises(DataError, match="more than --max-rejected 0 allows"):
+        write_set(rows[:2], tmp_path / "half", max_rejected=0, overwrite=True)
+    assert listed(tmp_path / "half.rejected.jsonl") == ["b"]
+    assert listed(tmp_path / "half" / "rejected.jsonl") == ["b", "d"]
+    write_set(rows, tmp_path / "set")
+    assert not (tmp_path / "set.rejected.jsonl").exists()
 
 
 def test_existing_output(tmp_path: Path) -> None:

@@ -40,10 +40,11 @@ def test_outcome(
     monkeypatch.chdir(folder)
     source = next(str(path.name) for path in folder.glob("h.*"))
     images = ["--images", "pictures"] if command == "pack" else []
+    options = ["--output", str(tmp_path / "set"), "--workers", "1", "--max-rejected", "1"]
     with pytest.raises(SystemExit) as caught:
-        run_command(app, [command, source, *images, "--output", str(tmp_path / "set"), "--workers", "1"])
+        run_command(app, [command, source, *images, *options])
     printed = capsys.readouterr()
-    assert {path: content for path, content in contents(tmp_path).items() if "/set/" not in path} == before
+    assert {path: content for path, content in contents(tmp_path).items() if "/set" not in path} == before
     assert "Traceback" not in printed.err
     if not case.good and not case.rejected:
         assert (caught.value.code, printed.out) == (2, "")
