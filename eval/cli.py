@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from eval.tasks import TASKS
+from llavamod_offline.config.command import Arguments, PrintConfig, settings_command
 from llavamod_offline.entrypoint import run_command
+
+if TYPE_CHECKING:
+    from eval.generate import EvalGenerateConfig
 
 app = typer.Typer(
     add_completion=False,
@@ -23,8 +26,7 @@ _TASKS = " ".join(TASKS)
 
 _GENERATE_HELP = f"""Answer the questions of one or more benchmarks with a model.
 
-Set the keys below in CONFIG.yaml and as key=value arguments; later ones win. Answers go to
-OUTPUT/TASK/predictions.jsonl. Rerun the same command to resume.
+Answers go to OUTPUT/TASK/predictions.jsonl. Rerun the same command to resume.
 
 engine=hf runs a LLaVA student in transformers, engine=vllm in vLLM (use a larger batch_size), engine=processor any
 other image-text-to-text checkpoint with its own chat template and image processor. Without max_new_tokens, each
@@ -88,17 +90,10 @@ Examples:
 """
 
 
-class _GenerateCommand(TyperCommand):
-    """Adds the settings to the help only when it is shown: describing them needs slow imports."""
+def _schema() -> type[EvalGenerateConfig]:
+    from eval.generate import EvalGenerateConfig
 
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Write every key with its type and default."""
-        from eval.generate import EvalGenerateConfig
-        from llavamod_offline.config import describe_config
-
-        with formatter.section("Keys"):
-            for line in describe_config(EvalGenerateConfig).splitlines():
-                formatter.write(f"  {line}\n")
+    return EvalGenerateConfig
 
 
 Root = Annotated[Path, typer.Option(help="Folder with the benchmarks' files, in LLaVA-1.5's layout.")]
@@ -106,14 +101,16 @@ Predictions = Annotated[Path, typer.Option(help="predictions.jsonl, or LLaVA-sty
 TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The benchmark's name.")]
 
 
-def generate_command(
-    arguments: Annotated[list[str], typer.Argument(metavar="[CONFIG.yaml] [key=value]...", help="Settings.")],
-) -> None:
+def generate_command(arguments: Arguments = None, print_config: PrintConfig = False) -> None:
     from eval.generate import EvalGenerateConfig, generate
     from llavamod_offline.config import load_config, split_arguments
+    from llavamod_offline.config import print_config as print_settings
 
-    files, overrides = split_arguments(arguments)
-    for task, path in generate(load_config(EvalGenerateConfig, files, overrides)).items():
+    given = split_arguments(arguments or [])
+    if print_config:
+        print_settings(EvalGenerateConfig, *given)
+        return
+    for task, path in generate(load_config(EvalGenerateConfig, *given)).items():
         print(f"{task}: {path}")
 
 
@@ -201,7 +198,7 @@ def portable_command(
     print(output)
 
 
-app.command("generate", cls=_GenerateCommand, help=_GENERATE_HELP)(generate_command)
+app.command("generate", cls=settings_command(_schema), help=_GENERATE_HELP)(generate_command)
 app.command("score", help=_SCORE_HELP)(score_command)
 app.command("export", help=_EXPORT_HELP)(export_command)
 app.command("report", help=_REPORT_HELP)(report_command)

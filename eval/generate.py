@@ -6,6 +6,7 @@ skips answered questions; a rerun with other settings is refused.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import logging
@@ -14,11 +15,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
-from eval.engines import ENGINES, open_engine
+from eval.engines import AnswerEngineName, open_engine
 from eval.engines.protocol import Answer, AnswerEngine
 from eval.example import Example
 from eval.export.answers import write_answers
@@ -26,8 +27,9 @@ from eval.files import FileImage, read_object
 from eval.predictions import Prediction, prediction_line, read_predictions
 from eval.score import sidecar
 from eval.task import Task
-from eval.tasks import get_task
-from llavamod_offline.errors import ConfigError, EvalError
+from eval.tasks import TASKS, get_task
+from llavamod_offline.config import InputPath, raise_problems
+from llavamod_offline.errors import EvalError
 from llavamod_offline.storage.atomic import write_file
 
 log = logging.getLogger(__name__)
@@ -35,38 +37,52 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvalGenerateConfig:
-    """The settings of `eval-student generate`. `model` and `root` are folders; `tasks` names benchmarks.
+    """Which model answers the questions of which benchmarks."""
 
-    `engine` hf: a LLaVA student, with the `template` and `image_aspect` of its training; vllm: the same in vLLM, for
-    larger `batch_size`; processor: any image-text-to-text checkpoint, with its own chat template and image processor.
-    `max_new_tokens` None: each benchmark's published limit.
-    `limit`: answer only the first questions, for a trial run; a score needs all.
-    """
-
-    model: str = "???"
-    root: str = "???"
+    model: InputPath = "???"
+    """Folder of the model."""
+    root: InputPath = "???"
+    """Folder of the benchmarks' files, in LLaVA-1.5's layout (see eval/README.md)."""
     output: str = "???"
+    """Folder for the answers, OUTPUT/TASK/predictions.jsonl; rerun the same command to resume."""
     tasks: list[str] = field(default_factory=list)
-    engine: str = "hf"
+    """The benchmarks, at least one, such as [pope, gqa]."""
+    engine: AnswerEngineName = "hf"
+    """What runs the model: transformers or vLLM for a LLaVA student, processor for any other image-text-to-text
+    checkpoint, with its own chat template and image processor."""
     template: str = "qwen"
-    image_aspect: str = "pad"
+    """Wording of prompts in the student's training: qwen (LLaVA-MoD's own), chatml, or tokenizer (the chat template in
+    the model's folder); not used by processor."""
+    image_aspect: Literal["pad", "square"] = "pad"
+    """Images in the student's training: padded to squares, or resized and cropped; not used by processor."""
     batch_size: int = 8
+    """Questions per forward pass."""
     max_new_tokens: int | None = None
+    """Most tokens of an answer; null: each benchmark's published limit."""
     limit: int | None = None
-    dtype: str = "auto"
+    """Answer only this many questions of each benchmark, the first ones; null: all."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number type of weights and activations; auto: float32 on a CPU, otherwise bfloat16."""
     device: str = "auto"
+    """Where the model runs: auto (a GPU if there is one), cpu, cuda, or one GPU, such as cuda:1."""
 
     def __post_init__(self) -> None:
-        if self.engine not in ENGINES:
-            raise ConfigError(f"engine '{self.engine}' is unknown: choose one of {', '.join(ENGINES)}")
+        raise_problems(self.problems())
+
+    def problems(self) -> Iterator[str]:
+        """Yield one line for each problem, naming the key to change."""
         for name in ("batch_size", "max_new_tokens", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}: must be at least 1")
+                yield f"{name}: {value} must be at least 1"
         if not self.tasks:
-            raise ConfigError("tasks: name at least one benchmark, such as tasks=[pope]")
+            yield f"tasks: name at least one benchmark, such as tasks=[pope]: {', '.join(TASKS)}"
         for task in self.tasks:
-            get_task(task)
+            if task not in TASKS:
+                nearest = difflib.get_close_matches(task, TASKS, n=1)
+                yield f"tasks: '{task}' is unknown: " + (
+                    f"did you mean {nearest[0]}?" if nearest else f"choose from {', '.join(TASKS)}"
+                )
 
 
 def generate(config: EvalGenerateConfig) -> dict[str, Path]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Literal
 
+from llavamod_offline.config import InputPath, raise_problems
 from llavamod_offline.data.encode.tokenize import Positions
 from llavamod_offline.data.sample import KEY_PATTERN
-from llavamod_offline.errors import ConfigError
 from llavamod_offline.vllm.settings import VllmSettings
-from teacher_cache.engines.registry import ENGINES
+from teacher_cache.engines.registry import EngineName
 from teacher_cache.format.schema import HiddenKind, HiddenPositions, PrecisionName
 
 if TYPE_CHECKING:
@@ -48,37 +48,43 @@ PRESETS: dict[str, Preset] = {
 
 @dataclass(frozen=True)
 class CaptureConfig:
-    """What a record keeps of each distribution; see `record.RecordSettings` and FORMAT.md.
+    """What a record keeps of each distribution. Settings that are null take the preset's value."""
 
-    `preset`: compact, standard, exhaustive (the whole vocabulary) or reference (log-probs of the actual tokens only);
-    settings that are not null override it. `temperatures` null: 1.5, 2 and 4; none with reference.
-    `forced_tokens`: tokens always recorded, each the text of a single token such as `<|im_end|>` or ` yes`; null: the
-    template's end of turn, yes, no and A to D where these are single tokens; none with reference.
-    `precision`: coarse, fine or exact (float32). `positions`: response (those that predict supervised tokens) or all
-    except padding, including image patches. `seed`: of the tail samples. `hidden`: keep the teacher's last hidden
-    states, as float16 or int8, at all recorded positions or only at image patches (`hidden_positions`).
-    `mismatched`: also capture each preference sample with another sample's response (for `kto`).
-    """
-
-    preset: str = "standard"
+    preset: Literal["compact", "standard", "exhaustive", "reference"] = "standard"
+    """Values of the settings below: small records, more exact ones, the whole vocabulary, or only the log-probs of the
+    actual tokens (for preference training)."""
     top_p: float | None = None
+    """Keep the most likely ids up to this summed probability, above 0 and at most 1."""
     min_prob: float | None = None
+    """Keep no id that is less likely than this."""
     top_k: int | None = None
+    """Keep at most this many ids."""
     tail_samples_max: int | None = None
+    """Most tail samples of a position."""
     tail_samples_per_mass: float | None = None
+    """Tail samples per unit of tail mass."""
     precision: PrecisionName | None = None
+    """Precision of the stored numbers; exact: float32."""
     temperatures: list[float] | None = None
+    """Temperatures of a loss besides 1, such as [1.5, 2]; null: 1.5, 2 and 4; none with reference."""
     forced_tokens: list[str] | None = None
+    """Tokens that are always recorded, such as [' yes', ' no']; null: the end of turn, yes, no and A to D where these
+    are single tokens; none with reference."""
     positions: Positions = "response"
+    """Positions to record: those that predict answers, or all except padding, image tokens included."""
     hidden: HiddenKind | None = None
+    """Number type in which the teacher's last hidden states are kept; null: not at all."""
     hidden_positions: HiddenPositions = "recorded"
+    """Where hidden states are kept: at all recorded positions, or only at image tokens."""
     mismatched: bool = False
+    """Also capture each preference sample with another sample's response (for loss.kind=kto)."""
     seed: int = 0
+    """Seed of the tail samples."""
 
-    def __post_init__(self) -> None:
-        _choice("capture.preset", self.preset, tuple(PRESETS))
+    def problems(self) -> Iterator[str]:
+        """Yield one line for each problem, naming the key to change."""
         if self.hidden_positions == "image" and self.positions != "all":
-            raise ConfigError("config: capture.hidden_positions is 'image', which needs capture.positions=all")
+            yield "capture.hidden_positions: image needs records at image tokens: set capture.positions to all"
 
     @property
     def resolved(self) -> Preset:
@@ -89,116 +95,125 @@ class CaptureConfig:
 
 @dataclass(frozen=True)
 class TeacherEngineConfig:
-    """What runs the teacher. `kind`: hf (Hugging Face transformers), vllm (records are made in vLLM's workers), or
-    vllm_logprobs (any model that vLLM runs, but only the top-k and the targets' log-probs, and slower); `vllm` holds
-    the settings of both.
+    """What runs the teacher."""
 
-    For hf only: `attention`: sdpa, eager or flash_attention_2. `device_map` auto spreads the layers of a model over
-    several GPUs when one is too small (needs accelerate; ignores `device`). `compile`: run torch.compile on the
-    decoder, which takes minutes and pays off on long runs.
-
-    `ray`: capture shards in Ray workers, each with its own engine: on the cluster at RAY_ADDRESS, which must see the
-    same files, otherwise on this machine. `ray_workers` null: as many as fit. Each gets `cpus_per_worker` CPUs and
-    `gpus_per_worker` GPUs; null: none on a CPU, else one, or vLLM's `tensor_parallel`.
-    """
-
-    kind: str = "hf"
-    attention: str = "sdpa"
-    device_map: str | None = None
+    kind: EngineName = "hf"
+    """Hugging Face transformers; vLLM; or, for models that cannot be wrapped, vLLM's own log-probs (slower, and only
+    the top-k and the actual tokens')."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention in hf."""
+    device_map: Literal["auto"] | None = None
+    """auto (hf only): spread the layers over several GPUs if one is too small; ignores device, needs accelerate."""
     compile: bool = False
+    """Run torch.compile on the decoder (hf only): takes minutes, and pays off on long runs."""
     ray: bool = False
+    """Capture in Ray workers (run only): on the cluster at RAY_ADDRESS, which must see the same files, or on this
+    machine."""
     ray_workers: int | None = None
+    """Number of Ray workers; null: as many as fit."""
     gpus_per_worker: float | None = None
+    """GPUs of each Ray worker; null: none on a CPU, else one, or vLLM's tensor_parallel."""
     cpus_per_worker: int = 1
+    """CPUs of each Ray worker."""
     vllm: VllmSettings = field(default_factory=VllmSettings)
 
-    def __post_init__(self) -> None:
-        _choice("engine.kind", self.kind, tuple(ENGINES))
-        _choice("engine.attention", self.attention, ("sdpa", "eager", "flash_attention_2"))
-        if self.device_map is not None:
-            _choice("engine.device_map", self.device_map, ("auto",))
+    def problems(self) -> Iterator[str]:
+        """Yield one line for each problem, naming the key to change."""
         for name, least in (("ray_workers", 1), ("gpus_per_worker", 0), ("cpus_per_worker", 1)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"config: engine.{name} is {value:g}, must be at least {least}")
+            if value is not None and not value >= least:
+                yield f"engine.{name}: {value:g} must be at least {least}"
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """How the teacher writes answers (`cache-teacher generate` only). `turns`: replace the last answer of each
-    conversation, or all of them in order, each given the new ones before it.
-
-    `temperature` 0 is greedy; otherwise tokens are sampled from the top-p (nucleus) set, with random numbers that
-    depend on `seed` and the sample's key alone. An answer of more than `max_new_tokens` tokens is rejected.
-    `key_suffix` is appended to the keys of the new set.
-    """
+    """How the teacher writes answers (`cache-teacher generate` only)."""
 
     turns: Literal["last", "all"] = "last"
+    """Answers to replace: the last of each conversation, or all in order, each given the new ones before it."""
     temperature: float = 0.0
+    """Sampling temperature; 0 is greedy."""
     top_p: float = 1.0
+    """Sample from the most likely tokens up to this summed probability, above 0 and at most 1."""
     max_new_tokens: int = 512
+    """Most tokens of an answer; longer ones are rejected."""
     seed: int = 0
+    """Seed of the sampling, which depends on it and the sample's key alone."""
     key_suffix: str = "-generated"
+    """Appended to the keys of the new set; may be empty."""
 
-    def __post_init__(self) -> None:
+    def problems(self) -> Iterator[str]:
+        """Yield one line for each problem, naming the key to change."""
         if not 0.0 <= self.temperature < float("inf"):
-            raise ConfigError(f"config: generate.temperature is {self.temperature:g}, must be 0 or more")
+            yield f"generate.temperature: {self.temperature:g} must be 0 or more"
         if not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"config: generate.top_p is {self.top_p:g}, must lie above 0 and be at most 1")
+            yield f"generate.top_p: {self.top_p:g} must be above 0 and at most 1"
         if self.max_new_tokens < 1:
-            raise ConfigError(f"config: generate.max_new_tokens is {self.max_new_tokens}, must be at least 1")
+            yield f"generate.max_new_tokens: {self.max_new_tokens} must be at least 1"
         if self.key_suffix and not KEY_PATTERN.fullmatch(self.key_suffix):
-            raise ConfigError(f"config: generate.key_suffix is '{self.key_suffix}': only letters, digits, '-' and '_'")
+            yield f"generate.key_suffix: '{self.key_suffix}' may have only letters, digits, '-' and '_'"
 
 
 @dataclass(frozen=True)
 class CacheTeacherConfig:
-    """One capture: a set, a teacher, and the cache to write.
+    """One capture: a set, a teacher, and the cache to write."""
 
-    `template`: qwen (LLaVA-MoD's own), chatml, or tokenizer: the chat template in the teacher's folder.
-    `slice: i/n` captures shards i, i + n, i + 2n … (i from 0), for job arrays that share one output.
-    `image_aspect`: pad (to a square), square (LLaVA's name for the processor's own resizing), or auto: pad for LLaVA,
-    the processor's own resizing for families that take images of any shape.
-    `dtype: auto` is float32 on a CPU and bfloat16 on a GPU. `workers` threads prepare images.
-    `max_rejected`: stop when a larger share of sequences is rejected; null: never.
-    `output_set`: the set that `generate` writes; its answers are then captured instead of those of `data`.
-    """
-
-    data: str = "???"
-    teacher: str = "???"
+    data: InputPath = "???"
+    """The set to capture: a folder that llavamod-offline pack or index made, or its URL."""
+    teacher: InputPath = "???"
+    """Folder of the teacher's checkpoint."""
     output: str = "???"
+    """Folder of the cache; rerun the same command to resume."""
     template: str = "qwen"
-    image_aspect: str = "auto"
+    """Wording of prompts: qwen (LLaVA-MoD's own), chatml, or tokenizer (the chat template in the teacher's folder)."""
+    image_aspect: Literal["auto", "pad", "square"] = "auto"
+    """Images: padded to squares, or resized by the checkpoint's own processor (square); auto: pad for LLaVA, square for
+    families that take images of any shape."""
     max_length: int = 2048
+    """Most tokens of a sequence, image tokens included; longer ones are rejected."""
     batch_size: int = 16
-    dtype: str = "auto"
+    """Sequences per forward pass; halved if memory runs out."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number type of the teacher's weights and activations; auto: float32 on a CPU, otherwise bfloat16."""
     device: str = "auto"
+    """Where the teacher runs: auto (a GPU if there is one), cpu, cuda, or one GPU, such as cuda:1."""
     workers: int = 4
+    """Threads that prepare images."""
     slice: str = "0/1"
+    """i/n captures shards i, i + n, i + 2n … (from 0), for job arrays that share one output (run only)."""
     max_rejected: float | None = None
+    """Stop if more than this share of sequences is rejected, from 0 to 1; null: never."""
     engine: TeacherEngineConfig = field(default_factory=TeacherEngineConfig)
     capture: CaptureConfig = field(default_factory=CaptureConfig)
     output_set: str | None = None
+    """Folder of the set that generate writes, whose answers are then captured instead of those of data."""
     generate: GenerateConfig = field(default_factory=GenerateConfig)
 
     def __post_init__(self) -> None:
-        _choice("image_aspect", self.image_aspect, ("auto", "pad", "square"))
-        _choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        raise_problems(self.problems())
+
+    def problems(self) -> Iterator[str]:
+        """Yield one line for each problem, naming the key to change."""
         for name in ("max_length", "batch_size", "workers"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"config: {name} is {getattr(self, name)}, must be at least 1")
+                yield f"{name}: {getattr(self, name)} must be at least 1"
         if self.max_rejected is not None and not 0.0 <= self.max_rejected <= 1.0:
-            raise ConfigError(f"config: max_rejected is {self.max_rejected:g}, must lie in 0 … 1")
-        part, parts = self.part
-        if part >= parts:
-            raise ConfigError(f"config: slice '{self.slice}': the first number must be less than the second")
+            yield f"max_rejected: {self.max_rejected:g} must be from 0 to 1"
+        match = _SLICE.fullmatch(self.slice)
+        if not match:
+            yield f"slice: '{self.slice}' is not i/n, such as 0/4"
+        elif int(match[1]) >= int(match[2]):
+            yield f"slice: in '{self.slice}' the first number must be less than the second: it counts from 0"
+        yield from self.capture.problems()
+        yield from self.engine.problems()
+        yield from self.engine.vllm.problems("engine.vllm")
+        yield from self.generate.problems()
 
     @property
     def part(self) -> tuple[int, int]:
         """`slice` as numbers."""
         match = _SLICE.fullmatch(self.slice)
-        if not match:
-            raise ConfigError(f"config: slice '{self.slice}': expected i/n, such as 0/4")
+        assert match
         return int(match[1]), int(match[2])
 
     @property
@@ -227,8 +242,3 @@ class CacheTeacherConfig:
             "compile": engine.compile,
             "vllm": engine.vllm,
         }
-
-
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"config: {name} is '{value}', must be one of {', '.join(choices)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import os
@@ -13,58 +12,33 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from llavamod_offline.config import describe_config, dump_config, load_config, split_arguments
+from llavamod_offline.config import print_config as print_settings
+from llavamod_offline.config.command import PrintConfig, settings_command
 from llavamod_offline.entrypoint import run_command
 from llavamod_offline.errors import ConfigError
 from train.config import TrainConfig
+from train.config.recipes import changes_to_recipe, recipe_and_changes, recipe_names, resolve_config
 
 if TYPE_CHECKING:
     from train.run_summary import TrainSummary
 
 logger = logging.getLogger(__name__)
 
-RECIPES = Path(__file__).parent / "recipes"
-
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 reports = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-def resolve_config(arguments: list[str]) -> TrainConfig:
-    """Merge a recipe's name or YAML files and `key=value` overrides into a configuration. Errors: `ConfigError`."""
-    files, overrides = split_arguments(arguments)
-    return load_config(TrainConfig, [_recipe(file) for file in files], overrides)
-
-
-def _recipe(file: Path) -> Path:
-    """Find the packaged recipe of a bare name, unless a file has that name. Errors: `ConfigError` if neither exists."""
-    if file.is_file() or file.suffix or file.name != str(file):
-        return file
-    names = recipe_names()
-    if file.name not in names:
-        nearest = difflib.get_close_matches(file.name, names, n=1)
-        hint = f"did you mean '{nearest[0]}'?" if nearest else f"choose one of {', '.join(names)}, or a YAML file"
-        raise ConfigError(f"argument '{file}': neither a recipe nor a file: {hint}")
-    return RECIPES / f"{file.name}.yaml"
-
-
-def recipe_names() -> list[str]:
-    """List the packaged recipes."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-def _epilog() -> str:
-    keys = "\n".join(f"  {line}" for line in describe_config(TrainConfig).splitlines())
-    return f"\b\nRecipes: {', '.join(recipe_names())}\n\n\b\nKeys:\n{keys}"
-
-
-@app.command(epilog=_epilog())
+@app.command(cls=settings_command(lambda: TrainConfig), epilog=f"Recipes: {', '.join(recipe_names())}")
 def run(
     arguments: Annotated[
         list[str],
-        typer.Argument(metavar="RECIPE [MORE.yaml ...] [KEY=VALUE ...]", help="A recipe or YAML files, then keys."),
+        typer.Argument(
+            metavar="RECIPE|CONFIG.yaml|KEY=VALUE",
+            help="A recipe, or a YAML file that names its stage; then more files and settings; later ones win.",
+        ),
     ],
-    print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved config and exit.")] = False,
+    print_config: PrintConfig = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Train a student through one stage: align, mimic_dense, mimic_sparse, preference, or sft (no teacher).
@@ -86,14 +60,17 @@ def run(
       torchrun --nproc-per-node 8 --no-python train-student mimic_dense ...
       train-student report runs/mimic_dense      # the curves as a page; see `train-student report --help`
     """
-    config = resolve_config(arguments)
     if print_config:
-        print(dump_config(config), end="")
+        print_settings(TrainConfig, *recipe_and_changes(arguments))
         return
+    config = resolve_config(arguments)
+    is_main = os.environ.get("RANK", "0") == "0"
+    if is_main:
+        logger.info(changes_to_recipe(arguments))
     from train.run import train
 
     summary = train(config)
-    if os.environ.get("RANK", "0") != "0":
+    if not is_main:
         return
     print(json.dumps(asdict(summary)) if as_json else _render(summary))
 

@@ -1,4 +1,4 @@
-"""The answer engines by name. To add one, write a module with a class like `LlavaHfEngine` and list it in `ENGINES`.
+"""The answer engines by name. To add one, write a module with a class like `LlavaHfEngine` and list it below.
 
 The class implements `AnswerEngine`; its constructor takes the arguments of `open_engine`. It is imported when used.
 """
@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 from eval.engines.protocol import AnswerEngine
 
-ENGINES = {
+AnswerEngineName = Literal["hf", "vllm", "processor"]
+
+ENGINES: dict[str, tuple[str, str]] = {
     "hf": ("llava_hf", "LlavaHfEngine"),
     "vllm": ("llava_vllm", "LlavaVllmEngine"),
     "processor": ("processor", "ProcessorEngine"),

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from llavamod_offline.config.command import Arguments
+
 _DIFFERENT_STATUS = 1
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 _Cache = Annotated[str, typer.Argument(metavar="CACHE", help="A cache: a folder, or a URL such as s3://….")]
@@ -61,9 +63,7 @@ def report(
 
 def audit(
     cache: _Cache,
-    arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [key=value]...", help="Settings of `run`.")
-    ] = None,
+    arguments: Arguments = None,
     sequences: Annotated[int, typer.Option("--n", metavar="N", min=1, help="Compare N random sequences.")] = 64,
     seed: Annotated[int, typer.Option(metavar="SEED", help="Seed that selects the sequences.")] = 0,
     largest: Annotated[

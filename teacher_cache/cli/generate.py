@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llavamod_offline.config.command import Arguments, PrintConfig
+
 if TYPE_CHECKING:
     from teacher_cache.generate.run import Generation
 
@@ -15,13 +17,12 @@ _REJECTED_STATUS = 3
 
 
 def generate(
-    arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [key=value]...", help="Settings; later ones win.")
-    ] = None,
+    arguments: Arguments = None,
     allow: Annotated[
         list[str] | None,
         typer.Option(metavar="FIELD", help="Continue a set and a cache even if this fingerprint field differs."),
     ] = None,
+    print_config: PrintConfig = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Let the teacher answer a set's prompts: the answers become a new set, their records a cache.
@@ -38,15 +39,16 @@ def generate(
       cache-teacher generate capture.yaml output_set=sets/own generate.max_new_tokens=1024 batch_size=32
       cache-teacher generate capture.yaml output_set=sets/sampled generate.temperature=0.7 generate.top_p=0.9 \\
         generate.seed=1 generate.key_suffix=-s1
-
-    \b
-    Settings: those of `run` (except slice and engine.ray), output_set, generate.{turns, temperature, top_p,
-    max_new_tokens, seed, key_suffix}; `cache-teacher settings` lists all with their defaults.
     """
     from llavamod_offline.config import load_config, split_arguments
+    from llavamod_offline.config import print_config as print_settings
     from teacher_cache.config import CacheTeacherConfig
 
-    config = load_config(CacheTeacherConfig, *split_arguments(arguments or []))
+    given = split_arguments(arguments or [])
+    if print_config:
+        print_settings(CacheTeacherConfig, *given)
+        return
+    config = load_config(CacheTeacherConfig, *given)
     from teacher_cache.generate.run import generate as run_generation
 
     done = run_generation(config, allow=allow or [])

@@ -9,12 +9,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llavamod_offline.config.command import Arguments, PrintConfig, settings_command
 from llavamod_offline.entrypoint import run_command
 from teacher_cache.cli.audit_report import audit, report
 from teacher_cache.cli.generate import generate
 
 if TYPE_CHECKING:
     from teacher_cache.capture.run import Summary
+    from teacher_cache.config import CacheTeacherConfig
+
+
+def _schema() -> type[CacheTeacherConfig]:
+    from teacher_cache.config import CacheTeacherConfig
+
+    return CacheTeacherConfig
+
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,15 +34,14 @@ app = typer.Typer(
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 CacheFolder = Annotated[str, typer.Argument(metavar="CACHE", help="A cache: a folder, or a URL such as s3://….")]
+_SettingsCommand = settings_command(_schema)
 _DAMAGED_STATUS = 1
 _REJECTED_STATUS = 3
 
 
-@app.command()
+@app.command(cls=_SettingsCommand)
 def run(
-    arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [key=value]...", help="Settings; later ones win.")
-    ] = None,
+    arguments: Arguments = None,
     part: Annotated[
         str | None, typer.Option("--slice", metavar="i/n", help="Capture every n-th shard, from the i-th (0-based).")
     ] = None,
@@ -44,6 +52,7 @@ def run(
     max_rejected: Annotated[
         float | None, typer.Option(metavar="SHARE", help="Stop if more than this share of sequences is rejected.")
     ] = None,
+    print_config: PrintConfig = False,
     as_json: AsJson = False,
 ) -> None:
     """Capture a packed set into a cache. A rerun captures only what is missing.
@@ -61,18 +70,17 @@ def run(
       cache-teacher run capture.yaml engine.ray=true     # a worker on each GPU
       cache-teacher run capture.yaml --max-rejected 0.01 || [ $? -eq 3 ]   # in a script that stops at errors
 
-    \b
-    Settings (`cache-teacher settings` lists them with their defaults): data, teacher, output, template,
-    image_aspect, max_length, batch_size, dtype, device, workers, slice, capture.{preset, top_p,
-    min_prob, top_k, tail_samples_max, tail_samples_per_mass, precision, temperatures, forced_tokens, positions,
-    hidden, hidden_positions, mismatched, seed}, engine.{kind, attention, device_map, compile, …}.
     """
     from llavamod_offline.config import load_config, split_arguments
+    from llavamod_offline.config import print_config as print_settings
     from teacher_cache.config import CacheTeacherConfig
 
     options = {"slice": part, "max_rejected": max_rejected}
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
     files, overrides = split_arguments([*(arguments or []), *given])
+    if print_config:
+        print_settings(CacheTeacherConfig, files, overrides)
+        return
     config = load_config(CacheTeacherConfig, files, overrides)
     from teacher_cache.capture.run import run_capture
     from teacher_cache.plan.estimate import plan_file, record_run
@@ -107,31 +115,16 @@ def _print_summary(summary: Summary) -> None:
         )
 
 
-@app.command()
-def settings() -> None:
-    """List the settings of `run` and `generate` with their types and defaults.
-
-    \b
-    Example:
-      cache-teacher settings
-    """
-    from llavamod_offline.config import describe_config
-    from teacher_cache.config import CacheTeacherConfig
-
-    print(describe_config(CacheTeacherConfig))
-
-
-@app.command()
+@app.command(cls=_SettingsCommand)
 def plan(
-    arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [key=value]...", help="The settings of the run.")
-    ] = None,
+    arguments: Arguments = None,
     samples: Annotated[int, typer.Option(metavar="N", min=1, help="Capture at most N samples, evenly spaced.")] = 256,
     seconds: Annotated[float, typer.Option(metavar="T", min=0, help="Stop the probe after about T seconds.")] = 60.0,
     file: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Save the plan in FILE instead of .NAME.plan.jsonl next to the output."),
     ] = None,
+    print_config: PrintConfig = False,
     as_json: AsJson = False,
 ) -> None:
     """Estimate size and time of a run, or compare a finished one with its plan.
@@ -147,9 +140,14 @@ def plan(
     The plan is kept beside the output; runs append their time. Nothing is written into the output itself.
     """
     from llavamod_offline.config import load_config, split_arguments
+    from llavamod_offline.config import print_config as print_settings
     from teacher_cache.config import CacheTeacherConfig
 
-    config = load_config(CacheTeacherConfig, *split_arguments(arguments or []))
+    given = split_arguments(arguments or [])
+    if print_config:
+        print_settings(CacheTeacherConfig, *given)
+        return
+    config = load_config(CacheTeacherConfig, *given)
     from teacher_cache.inspection.terminal import make_console
     from teacher_cache.plan import estimate as planning
     from teacher_cache.plan import tables as view
@@ -320,8 +318,9 @@ def merge(
     )
 
 
-for command in (generate, report, audit):
-    app.command()(command)
+app.command(cls=_SettingsCommand)(generate)
+app.command()(report)
+app.command(cls=_SettingsCommand)(audit)
 
 
 def main() -> None:

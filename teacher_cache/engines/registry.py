@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 if TYPE_CHECKING:
     from teacher_cache.capture_setup import CaptureSetup, SetupValues
@@ -20,7 +20,9 @@ class EngineEntry:
     tensor_parallel: bool = False
 
 
-ENGINES = {
+EngineName = Literal["hf", "vllm", "vllm_logprobs"]
+
+ENGINES: dict[str, EngineEntry] = {
     "hf": EngineEntry("teacher_cache.engines.hf_load", writes_answers=True),
     "vllm": EngineEntry("teacher_cache.engines.vllm.engine", tensor_parallel=True),
     "vllm_logprobs": EngineEntry("teacher_cache.engines.vllm.logprobs", tensor_parallel=True),

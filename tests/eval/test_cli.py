@@ -66,7 +66,7 @@ def test_errors_are_one_line_and_status_2(tmp_path: Path, capsys: pytest.Capture
             "can only be exported as .jsonl",
         ),
         (("portable", tmp_path / "none", "-o", tmp_path / "new"), "none: no preprocessor_config.json"),
-        (("generate", "batchsize=3"), "Did you mean: 'batch_size'?"),
+        (("generate", "batchsize=3"), "unknown setting batchsize: did you mean batch_size?"),
         (("generate", "model=a", "root=b", "output=c", "tasks=[popes]"), "task 'popes' is unknown"),
         (("generate", "model=a", "root=b", "output=c"), "tasks: name at least one"),
         (("generate", "model=a", "root=b", "output=c", "tasks=pope,gqa"), "tasks: takes a list: write [pope,gqa]"),
@@ -86,8 +86,7 @@ def test_errors_are_one_line_and_status_2(tmp_path: Path, capsys: pytest.Capture
 def test_help_names_every_key_and_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("generate", "--help") == 0
     shown = capsys.readouterr().out
-    keys = "\n".join(f"  {line}" for line in describe_config(EvalGenerateConfig).splitlines())
-    assert shown.endswith(f"Keys:\n{keys}\n")
+    assert describe_config(EvalGenerateConfig) in shown
     assert " ".join(TASKS) in " ".join(shown.split())
 
 

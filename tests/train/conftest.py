@@ -14,8 +14,8 @@ from llavamod_offline.config import load_config
 from teacher_cache.capture.run import run_capture
 from teacher_cache.config import CacheTeacherConfig
 from tests.tiny import write_tiny_llava, write_tiny_set
-from train.cli import resolve_config
 from train.config import TrainConfig
+from train.config.recipes import resolve_config
 
 EXHAUSTIVE = ("capture.preset=exhaustive",)
 

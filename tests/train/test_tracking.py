@@ -71,7 +71,7 @@ def test_a_run_that_goes_on_is_one_run_there_and_stdout_stays_clean(world: World
 
 _STOP_AFTER_TWO = """
 import os, signal, sys
-from train.cli import resolve_config
+from train.config.recipes import resolve_config
 from train.metrics import MetricsLog
 from train.run import train
 write = MetricsLog.write

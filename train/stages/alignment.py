@@ -20,9 +20,9 @@ from llavamod_offline.losses.alignment import (
     relation_alignment,
     visual_token_kl,
 )
+from train.config import AlignConfig
 from train.data.batches import TrainBatch
 from train.data.teacher_states import TeacherStates, WantedStates, image_positions
-from train.loss_config import AlignConfig
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,8 @@ from torch import Tensor
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.losses.alignment import HiddenProjection
 from llavamod_offline.models.checkpoint import open_tensors
+from train.config import AlignConfig
 from train.data.teacher_states import WantedStates
-from train.loss_config import AlignConfig
 from train.stages.alignment import Alignment
 
 if TYPE_CHECKING:

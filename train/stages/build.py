@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from llavamod_offline.data.encode.tokenize import Positions
 from llavamod_offline.losses.fused import distillation_from_hidden
 from llavamod_offline.losses.shrinkage import Shrinkage
+from train.config import LossConfig
 from train.data.batches import TrainBatch
 from train.engine.deepspeed_engine import World
-from train.loss_config import LossConfig
 from train.stages import mimic, preference, sft
 from train.stages.alignment import Alignment
 from train.stages.loss_sums import LossSums

@@ -15,7 +15,7 @@ from llavamod_offline.errors import TargetError
 from llavamod_offline.toyworld.datasets import write_datasets
 from teacher_cache import open_cache
 from tests.train.reference import read_metrics
-from train.cli import resolve_config
+from train.config.recipes import resolve_config
 from train.run import train
 
 ROOT = Path(__file__).parents[3]

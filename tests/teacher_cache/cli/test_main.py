@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from llavamod_offline.config import describe_config
 from llavamod_offline.entrypoint import run_command
 from teacher_cache.cli.main import app
+from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.format.manifest import file_entries
 from teacher_cache.read.reader import open_cache
 from tests.teacher_cache.conftest import World
@@ -101,12 +103,12 @@ def test_a_run_that_rejects_too_much_stops_and_goes_on_when_allowed(
     [
         (["run", "data=a", "teacher=b", "output=c", "captur.seed=1"], "captur"),
         (["run", "data=a", "teacher=b"], "output=VALUE"),
-        (["run", "missing.yaml"], "missing.yaml: no such config file"),
+        (["run", "missing.yaml"], "no such config file: missing.yaml"),
         (["run", "data=a", "teacher=b", "output=c"], "set 'a': no such folder"),
         (["verify", "nowhere"], "cache 'nowhere'"),
         (["inspect", "nowhere"], "cache 'nowhere': no such folder"),
         (["plan", "data=a", "teacher=b", "output=c"], "set 'a': no such folder"),
-        (["plan", "missing.yaml"], "missing.yaml: no such config file"),
+        (["plan", "missing.yaml"], "no such config file: missing.yaml"),
         (["export", "nowhere", "--output", "x.parquet"], "cache 'nowhere': no such folder"),
         (["merge", "nowhere", "elsewhere", "--output", "x"], "cache 'nowhere': no such folder"),
         (["report", "nowhere", "-o", "x.html"], "cache 'nowhere': no such folder"),
@@ -274,17 +276,44 @@ def test_report_says_what_it_wrote(finished: Path, tmp_path: Path, capsys: pytes
     assert json.loads(out)["positions"] < json.loads(out)["of_positions"] == positions
 
 
-def test_settings_lists_every_key_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = _call(capsys, "settings")
+@pytest.mark.parametrize("command", ["run", "generate", "plan", "audit"])
+def test_help_explains_every_setting(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = _call(capsys, command, "--help")
     assert status == 0
-    assert "data: str = required" in out
-    assert "capture.positions: Literal['response', 'all'] = 'response'" in out
+    assert describe_config(CacheTeacherConfig) in out
+
+
+@pytest.mark.parametrize("command", ["run", "generate", "plan"])
+def test_the_settings_are_printed_to_be_edited(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = _call(capsys, command, "teacher=t", "capture.top_k=7", "--print-config")
+    assert status == 0
+    assert "\ndata: ???\n" in out
+    assert "\nteacher: t\n" in out
+    assert "\n  top_k: 7\n" in out
+
+
+@pytest.mark.parametrize("command", ["run", "generate", "plan", "audit"])
+def test_an_option_that_is_a_setting_is_answered_with_what_to_write(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = ["cache"] if command == "audit" else []
+    for option, written in (
+        (["--data", "sets/x"], "data=sets/x"),
+        (["--output=o"], "output=o"),
+        (["-o", "o"], "output=o"),
+        (["--batch-size", "3"], "batch_size=3"),
+        (["--top-k"], "capture.top_k=VALUE"),
+    ):
+        status, _, err = _call(capsys, command, *before, *option)
+        assert status == 2
+        assert err.startswith(f"error: no such option: {option[0].split('=')[0]}; ")
+        assert err.endswith(f"write {written}\n")
 
 
 def test_help_has_examples_and_needs_no_heavy_import() -> None:
     code = "import sys; from teacher_cache.cli.main import main\ntry: main()\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'transformers', 'zarr', 'pyarrow', 'rich'} & set(sys.modules)"
-    for command in ("run", "plan", "verify", "inspect", "export", "merge", "settings", "report", "audit"):
+    for command in ("run", "plan", "verify", "inspect", "export", "generate", "merge", "report", "audit"):
         done = subprocess.run(
             [sys.executable, "-c", code, command, "--help"], capture_output=True, text=True, check=True
         )

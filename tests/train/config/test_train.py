@@ -11,9 +11,9 @@ import pytest
 from llavamod_offline.config import dump_config, load_config
 from llavamod_offline.errors import ConfigError, LlavaModError
 from llavamod_offline.losses.kinds import PREFERENCE_KINDS
-from train.cli import RECIPES, resolve_config
 from train.config import CACHED_STAGES, Stage, TrainConfig
-from train.loss_config import LOSSES_OF_STAGE, LossKind
+from train.config.loss import LOSSES_OF_STAGE, LossKind
+from train.config.recipes import RECIPES, resolve_config
 
 NEEDED = ("data.set=sets/x", "output=runs/x", "student.checkpoint=models/x")
 
@@ -139,7 +139,7 @@ def test_the_tail_is_read_as_the_divergence_allows(settings: tuple[str, ...], es
             "loss.divergence: nothing is distilled in stage preference: set it to for",
         ),
         ("preference", ["loss.sft_weight=-1"], "loss.sft_weight: -1 must not be negative"),
-        ("preference", ["loss.kind=dpo"], "loss.kind"),
+        ("preference", ["loss.kind=dpo"], "loss.kind is 'dpo': must be one of cross_entropy, only_kd, kd_lm, kto"),
         ("sft", ["loss.align.feature_weight=1"], "loss.align.feature_weight: belongs to the mimic stages, not to sft"),
         ("mimic_dense", ["loss.align.relation_weight=-1"], "loss.align.relation_weight: -1 must not be negative"),
         ("preference", ["loss.positions=response"], "loss.positions: belongs to the mimic stages, not to preference"),
@@ -171,12 +171,12 @@ def test_the_tail_is_read_as_the_divergence_allows(settings: tuple[str, ...], es
         ("sft", ["eval_steps=5"], "eval_steps: needs held-out samples"),
         ("sft", ["engine.zero_stage=4"], "engine.zero_stage: 4 is not 0, 1, 2 or 3"),
         ("sft", ["engine.offload=true", "engine.zero_stage=0"], "engine.offload: offloading needs ZeRO"),
-        ("sft", ["optim.learning_rate=1"], "optim.learning_rate"),
-        ("sft", ["optim.lr=fast"], "optim.lr"),
-        ("sft", ["stage=sftt"], "stage"),
-        ("sft", ["recipe.yaml"], "recipe.yaml: no such config file"),
-        ("sft", ["mimic_dence"], "argument 'mimic_dence': neither a recipe nor a file: did you mean 'mimic_dense'?"),
-        ("sft", ["kto"], "argument 'kto': neither a recipe nor a file: choose one of align, mimic_dense"),
+        ("sft", ["optim.learning_rate=1"], "unknown setting optim.learning_rate: did you mean optim.lr?"),
+        ("sft", ["optim.lr=fast"], "optim.lr is 'fast': must be a number"),
+        ("sft", ["stage=align"], "recipe sft names stage sft, but 'stage=align' names align: choose one of them"),
+        ("sft", ["recipe.yaml"], "no such config file: recipe.yaml"),
+        ("sft", ["mimic_dence"], "no such recipe or config file: mimic_dence; did you mean mimic_dense?"),
+        ("sft", ["kto"], "no such recipe or config file: kto; the recipes are align, mimic_dense"),
     ],
 )
 def test_settings_that_do_not_fit_are_one_line(stage: str, settings: list[str], problem: str) -> None:

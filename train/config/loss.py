@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from llavamod_offline.config import InputPath
 from llavamod_offline.losses.kinds import (
     PREFERENCE_KINDS,
     DivergenceKind,
@@ -34,21 +35,21 @@ _DIVERGENCES_OF: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class AlignConfig:
-    """Terms that mimic distillation can add to the divergence at answers; each is a mean, times its weight.
-
-    `feature_weight` (LLAVADI): the teacher's last hidden states at the positions that predict answers, by
-    `feature_distance`, through a projection that is trained with the student but not exported.
-    `visual_kl_weight` (LLaVA-KD): the distributions at image tokens, by forward KL with the tail as one bucket.
-    `relation_weight` (LLaVA-KD): relations between an image's tokens, by the cosine of Gram matrices of last `hidden`
-    states or of `logits` (`relation_of`), which needs the LM head of the checkpoint at `teacher_lm_head`.
-    """
+    """More terms of the mimic stages: each is a mean, times its weight."""
 
     feature_weight: float = 0.0
+    """LLAVADI: the teacher's last hidden states at the positions that predict answers, through a projection that is
+    trained with the student but not exported."""
     feature_distance: HiddenDistance = "mse"
+    """How these hidden states are compared."""
     visual_kl_weight: float = 0.0
+    """LLaVA-KD: the distributions at image tokens, by forward KL with the tail as one bucket."""
     relation_weight: float = 0.0
+    """LLaVA-KD: relations between an image's tokens, by the cosine of Gram matrices."""
     relation_of: RelationSource = "hidden"
-    teacher_lm_head: str | None = None
+    """What the relations are between: last hidden states, or logits."""
+    teacher_lm_head: InputPath | None = None
+    """Folder of the teacher's checkpoint, whose LM head relations of logits need."""
 
     @property
     def is_on(self) -> bool:
@@ -66,36 +67,44 @@ ALIGN_WEIGHTS = ("feature_weight", "visual_kl_weight", "relation_weight")
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The loss. Distillation (the mimic stages, and preference with a `distill_weight`): `divergence` with its
-    `js_weight` or `skew`, the estimator of the `tail` (auto: `shrink` with forward_kl, otherwise `bucket`, on which the
-    others are defined; at T ≠ 1 shrink equals bucket), `temperature`. Mimic: `kd_weight`, `lm_weight` with kd_lm,
-    more terms under `align`, and `positions` to distil at: auto, all that the cache records; response, only those that
-    predict answers.
-
-    Preference: `beta`, `label_smoothing`, `average_log_probs` (means instead of sums), with `kto` the weights of chosen
-    responses (`desirable_weight`) and of rejected ones (`undesirable_weight`), and two more terms on the chosen
-    response, means over its tokens: `sft_weight` · its negative log-prob and `distill_weight` · its divergence from the
-    cached teacher.
-    """
+    """The loss: distillation in the mimic stages, log-probs of answers in preference, else cross-entropy."""
 
     kind: LossKind = "cross_entropy"
+    """The loss: cross_entropy (align, sft), only_kd or kd_lm (mimic stages), the others (preference)."""
     divergence: DivergenceKind = "forward_kl"
+    """Distillation: the divergence of the student's distribution from the teacher's."""
     js_weight: float = 0.5
+    """The teacher's weight in js, between 0 and 1."""
     skew: float = 0.1
+    """Share of one distribution that is mixed into the other in the skewed divergences, between 0 and 1."""
     tail: Literal["auto", TailEstimator] = "auto"
+    """Estimator of the teacher's tail; auto: shrink with forward_kl, otherwise bucket. At a temperature other than 1
+    shrink equals bucket."""
     temperature: float = 1.0
+    """Distillation: temperature of both distributions; other than 1, it must be among the cache's temperatures."""
     kd_weight: float = 1.0
+    """Weight of the divergence."""
     lm_weight: float = 1.0
+    """Weight of cross-entropy with kd_lm."""
     positions: Positions = "auto"
+    """Mimic stages: positions to distil at; auto: all that the cache records, response: those that predict answers."""
     align: AlignConfig = field(default_factory=AlignConfig)
     beta: float = 0.1
+    """Preference: scale of the log-ratio of student and reference."""
     label_smoothing: float = 0.0
+    """Preference with sigmoid: share of pairs that are taken to be labelled wrongly, from 0 to below 0.5."""
     average_log_probs: bool = False
+    """Preference: mean log-probs of an answer's tokens instead of sums."""
     desirable_weight: float = 1.0
+    """Preference with kto: weight of chosen responses."""
     undesirable_weight: float = 1.0
+    """Preference with kto: weight of rejected responses."""
     sft_weight: float = 0.0
+    """Preference: weight of the chosen response's mean negative log-prob."""
     distill_weight: float = 0.0
+    """Preference: weight of the chosen response's mean divergence from the cached teacher."""
     router_aux_coef: float = 0.0
+    """Sparse students: weight of the loss that balances the experts; 0: none."""
 
     @property
     def tail_estimator(self) -> TailEstimator:

@@ -1,0 +1,60 @@
+"""The parts that commands with settings share: their arguments, `--print-config`, and the list of settings in `--help`.
+
+Imports nothing heavy, so that other commands of the same program start quickly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from llavamod_offline.errors import ConfigError
+
+Arguments = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="CONFIG.yaml|KEY=VALUE", help="YAML files, then settings; later ones win."),
+]
+PrintConfig = Annotated[
+    bool,
+    typer.Option("--print-config", help="Print all settings as YAML with explanations, to save and edit, and exit."),
+]
+
+_HOW_TO_SET = """Settings: write KEY=VALUE, or KEY: VALUE in a YAML file.
+Paths are relative to the current folder, in a YAML file, too."""
+
+
+def settings_command(schema: Callable[[], type[Any]]) -> type[TyperCommand]:
+    """Make the class of a command whose settings are the fields of a dataclass, imported only when needed.
+
+    Its help ends with the settings. An option that is the name of a setting is a `ConfigError` that says what to write.
+    """
+
+    class SettingsCommand(TyperCommand):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            own = {name for parameter in self.get_params(ctx) for name in (*parameter.opts, *parameter.secondary_opts)}
+            for place, argument in enumerate(args):
+                name, equals, value = argument.partition("=")
+                if argument.startswith("-") and name not in own:
+                    _check_option(schema(), name, value if equals else "".join(args[place + 1 : place + 2]))
+            return super().parse_args(ctx, args)
+
+        def format_epilog(self, ctx: Any, formatter: Any) -> None:
+            from llavamod_offline.config.render import describe_config
+
+            super().format_epilog(ctx, formatter)
+            formatter.write_paragraph()
+            formatter.write(f"{_HOW_TO_SET}\n\n{describe_config(schema())}\n")
+
+    return SettingsCommand
+
+
+def _check_option(schema: type[Any], option: str, value: str) -> None:
+    from llavamod_offline.config.problems import similar_settings
+
+    near = similar_settings(schema, option.lstrip("-"))
+    if near:
+        value = value if value and not value.startswith("-") else "VALUE"
+        raise ConfigError(f"no such option: {option}; settings are written as KEY=VALUE: write {near[0]}={value}")

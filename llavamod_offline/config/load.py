@@ -1,0 +1,191 @@
+"""Merge YAML files and `key=value` arguments over a configuration dataclass's defaults."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from llavamod_offline.config.problems import raise_problems, similar_settings, unknown_setting, wrong_value
+from llavamod_offline.config.schema import REQUIRED, hint_of, is_input, is_optional, is_text, section_of, settings
+from llavamod_offline.errors import ConfigError, first_line
+
+T = TypeVar("T")
+_MERGE_ERRORS = (OmegaConfBaseException, TypeError)  # the latter for a list where a mapping belongs
+
+
+def load_config(schema: type[T], files: Sequence[Path] = (), overrides: Sequence[str] = ()) -> T:
+    """Merge defaults, YAML `files` in order, then dotted `key=value` overrides into a `schema` object.
+
+    Errors: `ConfigError` for a missing or unreadable file, an unknown key (with the one that may be meant), a value of
+    the wrong type, missing values; `schema.__post_init__` may raise it for conflicting values. All problems of one kind
+    are in one error.
+    """
+    merged = merge_config(schema, files, overrides)
+    try:
+        missing = OmegaConf.missing_keys(merged)
+        if missing:
+            raise ConfigError(_no_value([setting.key for setting in settings(schema) if setting.key in missing]))
+        return cast("T", OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:  # a ${reference} to nothing
+        where = f"{error.full_key or 'config'}: {first_line(error)}"
+        raise ConfigError(f"{where}: in text, write \\${{…}} for these characters") from error
+
+
+def merge_config(schema: type[Any], files: Sequence[Path] = (), overrides: Sequence[str] = ()) -> DictConfig:
+    """Merge as `load_config` does, but leave missing values missing, and conflicts unnoticed."""
+    merged = OmegaConf.structured(schema)
+    read = [(file, read_yaml(schema, file)) for file in files]
+    for file, update in read:
+        merged = _merge(schema, merged, [update], f"{file}: ")
+    merged = _merge(schema, merged, _read_overrides(schema, overrides), "")
+    raise_problems(problem for file, update in read for problem in _beside(schema, merged, update, file))
+    return merged
+
+
+def _no_value(keys: Sequence[str]) -> str:
+    names, typed = ", ".join(f"'{key}'" for key in keys), " ".join(f"{key}=VALUE" for key in keys)
+    return f"no value for {names}: write {typed}, or set {'it' if len(keys) == 1 else 'them'} in a YAML file"
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Separate a command line's files from its `key=value` overrides, which apply after the files."""
+    overrides = [argument for argument in arguments if "=" in argument and not Path(argument).is_file()]
+    return [Path(argument) for argument in arguments if argument not in overrides], overrides
+
+
+def read_yaml(schema: type[Any], file: Path) -> DictConfig:
+    if not file.is_file():
+        raise ConfigError(_no_such_file(schema, file))
+    try:
+        loaded = OmegaConf.load(io.StringIO(_quote_text(schema, file.read_text(encoding="utf-8"))))
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
+        raise ConfigError(f"{file}: {line}not readable as YAML: {error.problem or first_line(error)}") from error
+    except Exception as error:
+        raise ConfigError(f"{file}: not readable as YAML: {first_line(error)}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{file}: a config file must hold a mapping of keys to values")
+    return loaded
+
+
+def _no_such_file(schema: type[Any], file: Path) -> str:
+    if file.is_dir():
+        return f"{file}: is a folder, not a config file{_typed_as(schema, str(file))}"
+    near = similar_settings(schema, str(file)) if file.name == str(file) and not file.suffix else []
+    return f"no such config file: {file}" + (f"; to set {near[0]}, write {near[0]}=VALUE" if near else "")
+
+
+def _typed_as(schema: type[Any], value: str) -> str:
+    first = next((setting.key for setting in settings(schema) if is_input(setting.hint)), None)
+    return f"; to set a path, write its key, such as {first}={value}" if first else ""
+
+
+def _read_overrides(schema: type[Any], overrides: Sequence[str]) -> list[DictConfig]:
+    read, problems = [], []
+    for override in overrides:
+        try:
+            read.append(_read_override(schema, override))
+        except ConfigError as error:
+            problems.append(str(error))
+    raise_problems(problems)
+    return read
+
+
+def _read_override(schema: type[Any], override: str) -> DictConfig:
+    key, equals, text = override.partition("=")
+    hint = hint_of(schema, key)
+    if not equals:
+        raise ConfigError(_no_such_file(schema, Path(override)))
+    if hint is None:
+        raise ConfigError(unknown_setting(schema, key))
+    if not text and (not is_text(hint) or is_optional(hint) or is_input(hint) or _is_required(schema, key)):
+        raise ConfigError(f"{key}= has no value: write {key}=VALUE without spaces around '='")
+    try:
+        if not is_text(hint):
+            return OmegaConf.from_dotlist([f"{key}={_quote_text(hint, text)}"])
+        value = None if text == "null" and is_optional(hint) else _expand_home(text).replace("${", r"\${")
+        nested = OmegaConf.create({})
+        OmegaConf.update(nested, key, value, force_add=True)
+    except Exception as error:
+        raise ConfigError(f"{wrong_value(key, hint, text)} ({first_line(error)})") from error
+    return nested
+
+
+def _is_required(schema: type[Any], key: str) -> bool:
+    return any(setting.key == key and setting.default == REQUIRED for setting in settings(schema))
+
+
+def _quote_text(hint: Any, text: str) -> str:
+    """Rewrite YAML so that values whose type in the schema is `str` are read as they are written.
+
+    YAML would make a number of 2024_11_01. A leading ~/ becomes the home folder.
+    """
+    tree = yaml.compose(text, Loader=yaml.SafeLoader)
+    _mark_text(hint, tree)
+    return "" if tree is None else str(yaml.serialize(tree, Dumper=yaml.SafeDumper, allow_unicode=True))
+
+
+def _mark_text(hint: Any, node: Any) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                _mark_text(str, key)
+                _mark_text(hint_of(hint, key.value), value)
+    elif isinstance(node, yaml.ScalarNode) and is_text(hint) and not (is_optional(hint) and node.tag.endswith(":null")):
+        node.tag, node.value, node.style = "tag:yaml.org,2002:str", _expand_home(node.value), '"'
+
+
+def _expand_home(text: str) -> str:
+    return os.path.expanduser(text) if text.startswith("~/") else text
+
+
+def _merge(schema: type[Any], merged: DictConfig, updates: Sequence[DictConfig], where: str) -> DictConfig:
+    try:
+        return cast("DictConfig", OmegaConf.merge(merged, *updates))
+    except _MERGE_ERRORS as error:
+        raise_problems(f"{where}{problem}" for update in updates for problem in _problems(schema, merged, update))
+        raise ConfigError(f"{where}{first_line(error)}") from error
+
+
+def _problems(schema: type[Any], merged: DictConfig, update: DictConfig) -> Iterator[str]:
+    """Yield one line for each leaf of `update` that cannot be merged alone."""
+    for key, value in leaves(schema, OmegaConf.to_container(update)):
+        hint = hint_of(schema, key)
+        if hint is None:
+            yield unknown_setting(schema, key)
+            continue
+        alone = OmegaConf.create({})
+        OmegaConf.update(alone, key, value, force_add=True)
+        try:
+            OmegaConf.merge(merged, alone)
+        except _MERGE_ERRORS:
+            yield wrong_value(key, hint, value)
+
+
+def leaves(schema: type[Any], tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value and section_of(hint_of(schema, key)) is not None:
+            yield from leaves(schema, value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _beside(schema: type[Any], merged: DictConfig, update: DictConfig, file: Path) -> Iterator[str]:
+    """Name the inputs that are not where the file says, but beside the file, unless something overrides them."""
+    now = OmegaConf.to_container(merged)
+    for key, value in leaves(schema, OmegaConf.to_container(update)):
+        if is_input(hint_of(schema, key)) and isinstance(value, str) and value == dict(leaves(schema, now)).get(key):
+            beside = file.parent / value
+            if not os.path.exists(value) and beside.exists():
+                yield (
+                    f"{file}: {key}: no {value} in the current folder, but there is {beside}: paths are relative to "
+                    f"the current folder: write {beside}, or run the command in {file.parent}"
+                )

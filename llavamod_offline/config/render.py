@@ -1,0 +1,122 @@
+"""Settings as text: the list that `--help` shows, and YAML with an explanation above every setting."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llavamod_offline.config.schema import REQUIRED, Setting, choices, fields, is_optional, plain, sections
+
+_COLUMN = 34
+_WIDTH = 120
+_KINDS: dict[Any, str] = {int: "whole number", float: "number", bool: "true | false"}
+
+
+def describe_config(schema: type[Any], width: int | None = None) -> str:
+    """List every setting of `schema` by section: its key, default, allowed values and what it does, for `--help`."""
+    width = width or min(_WIDTH, shutil.get_terminal_size().columns)
+    blocks = []
+    for section in sections(schema):
+        if section.settings:
+            heading = f"{section.prefix.removesuffix('.')}: {section.doc}" if section.prefix else section.doc
+            lines = [line for setting in section.settings for line in _help_lines(setting, width)]
+            blocks.append("\n".join([*textwrap.wrap(heading, width), *lines]))
+    return "\n\n".join(blocks)
+
+
+def dump_config(config: Any) -> str:
+    """Render a config object as YAML that `load_config` reads back, with an explanation above every setting."""
+    return _as_yaml(type(config), dataclasses.asdict(config))
+
+
+def print_config(schema: type[Any], files: Sequence[Path] = (), overrides: Sequence[str] = ()) -> None:
+    """Print the merged settings as `dump_config` does; required ones without a value as ???.
+
+    Errors: those of `load_config`, without that for missing values.
+    """
+    from omegaconf import OmegaConf
+
+    from llavamod_offline.config.load import load_config, merge_config
+
+    merged = merge_config(schema, files, overrides)
+    if not OmegaConf.missing_keys(merged):
+        print(dump_config(load_config(schema, files, overrides)), end="")
+        return
+    values = OmegaConf.to_container(merged)
+    assert isinstance(values, dict)
+    print(_as_yaml(schema, {str(key): value for key, value in values.items()}), end="")
+
+
+def explained(setting: Setting) -> str:
+    """What a setting does, with its allowed values."""
+    allowed = " | ".join(str(choice) for choice in choices(setting.hint)) or _KINDS.get(plain(setting.hint), "")
+    if plain(setting.hint) is bool and not is_optional(setting.hint):
+        allowed = ""  # the default shows it
+    if setting.default not in (None, REQUIRED) and not choices(setting.hint):
+        allowed = ""
+    if is_optional(setting.hint) and (allowed or setting.default is not None):
+        allowed = f"{allowed} | null".removeprefix(" | ")
+    return f"{setting.doc} [{allowed}]" if allowed else setting.doc
+
+
+def _as_yaml(schema: type[Any], values: Mapping[str, Any]) -> str:
+    head = "# Paths are relative to the current folder, not to this file.\n"
+    return head + "\n".join(_yaml_lines(schema, values, "")) + "\n"
+
+
+def _yaml_lines(schema: type[Any], values: Mapping[str, Any], indent: str) -> Iterator[str]:
+    gap = False
+    for setting, section in fields(schema):
+        value = values[setting.key]
+        if section is not None and isinstance(value, Mapping):
+            doc = setting.doc or sections_doc(section)
+            yield from ("", *_comment(doc, indent), f"{indent}{setting.key}:")
+            yield from _yaml_lines(section, value, f"{indent}  ")
+            gap = True
+        else:
+            if gap:
+                yield ""
+                gap = False
+            default = "required" if setting.default == REQUIRED else f"default {as_yaml(setting.default)}"
+            yield from _comment(f"{explained(setting)} ({default})", indent)
+            yield f"{indent}{setting.key}: {as_yaml(value)}"
+
+
+def sections_doc(section: type[Any]) -> str:
+    """What a section is about."""
+    return next(sections(section)).doc
+
+
+def _comment(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+
+
+def _help_lines(setting: Setting, width: int) -> list[str]:
+    shown = "required" if setting.default == REQUIRED else as_yaml(setting.default)
+    left = f"  {setting.key}={shown}" if shown != "required" else f"  {setting.key} (required)"
+    lines = textwrap.wrap(explained(setting), max(width - _COLUMN, 20)) or [""]
+    if len(left) >= _COLUMN:
+        return [left, *(" " * _COLUMN + line for line in lines)]
+    return [left.ljust(_COLUMN) + lines[0], *(" " * _COLUMN + line for line in lines[1:])]
+
+
+def as_yaml(value: Any) -> str:
+    """A value as YAML on one line, which `load_config` reads back as it is."""
+    if value == REQUIRED:
+        return REQUIRED
+    text = yaml.safe_dump([_plain(value)], default_flow_style=True, width=float("inf"), allow_unicode=True)
+    return text.strip()[1:-1]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value.replace("${", r"\${") if isinstance(value, str) else value

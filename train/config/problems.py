@@ -1,0 +1,109 @@
+"""Checks of a training run's settings that need nothing else; those of checkpoint, data and cache are in `setup.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from train.config.loss import loss_problems
+
+if TYPE_CHECKING:
+    from train.config.train import StudentConfig, TrainConfig
+
+PARTS = ("vision", "projector", "text", "embeddings", "attention", "mlp", "experts", "router", "norms", "lm_head")
+
+
+def config_problems(config: TrainConfig) -> Iterable[str]:
+    """Yield one line for each problem, naming the key to change."""
+    yield from _number_problems(config)
+    yield from loss_problems(config.loss, config.stage)
+    yield from _stage_problems(config)
+    yield from _student_problems(config.student)
+    unknown = [part for part in config.trainable if part not in PARTS]
+    if unknown or not config.trainable:
+        named = f"'{unknown[0]}' is unknown" if unknown else "is empty"
+        yield f"trainable: {named}: choose from {', '.join(PARTS)}"
+
+
+def _stage_problems(config: TrainConfig) -> Iterable[str]:
+    if config.needs_cache and config.cache.path is None:
+        yield f"cache.path: stage {config.stage} learns from a teacher's cache: set cache.path to one"
+    if not config.needs_cache and config.cache.path is not None:
+        yield f"cache.path: stage {config.stage} uses no teacher: remove cache.path"
+    if config.stage == "mimic_dense" and config.student.kind != "dense":
+        yield "student.kind: stage mimic_dense trains a dense student: set it to dense, or stage to mimic_sparse"
+    if config.stage == "mimic_sparse" and config.student.kind != "sparse":
+        yield "student.kind: stage mimic_sparse trains a sparse student: set it to sparse, or stage to mimic_dense"
+    if config.loss.router_aux_coef and config.student.kind != "sparse":
+        yield "loss.router_aux_coef: a dense student has no router: set it to 0, or student.kind to sparse"
+    if "router" in config.trainable and config.student.kind != "sparse":
+        yield "trainable: a dense student has no router: remove 'router', or set student.kind to sparse"
+
+
+def _student_problems(student: StudentConfig) -> Iterable[str]:
+    parts = (student.vision_tower, student.language_model)
+    if student.checkpoint is None and None in parts:
+        missing = "vision_tower" if student.vision_tower is None else "language_model"
+        both = "" if parts == (None, None) else f" student.{missing} is not set"
+        yield "student: set student.checkpoint, or both student.vision_tower and student.language_model" + (
+            f":{both}" if both else ""
+        )
+    if student.checkpoint is not None and parts != (None, None):
+        named = "vision_tower" if student.vision_tower is not None else "language_model"
+        yield f"student.{named}: a student starts from student.checkpoint or from parts, not both: remove one"
+    if student.capacity_factor is not None and student.kind != "sparse":
+        yield "student.capacity_factor: a dense student has no experts: set it to null, or student.kind to sparse"
+    if student.capacity_factor is not None and not student.capacity_factor > 0:
+        yield f"student.capacity_factor: {student.capacity_factor:g} must be above 0"
+    if student.upcycle is None:
+        return
+    if student.kind != "sparse":
+        yield "student.upcycle: upcycling makes a sparse student: set student.kind to sparse, or upcycle to null"
+    if student.upcycle.num_experts < 2:
+        yield f"student.upcycle.num_experts: {student.upcycle.num_experts} is too few: use 2 or more"
+    if not 1 <= student.upcycle.top_k <= student.upcycle.num_experts:
+        yield (
+            f"student.upcycle.top_k: {student.upcycle.top_k} is not between 1 and "
+            f"student.upcycle.num_experts {student.upcycle.num_experts}"
+        )
+
+
+def _number_problems(config: TrainConfig) -> Iterable[str]:
+    optim = config.optim
+    positive = {
+        "max_length": config.max_length,
+        "batch.global_size": config.batch.global_size,
+        "batch.micro_size": config.batch.micro_size,
+        "epochs": config.epochs,
+        "steps": 1 if config.steps is None else config.steps,
+        "keep_last": config.keep_last,
+        "log_steps": config.log_steps,
+        "optim.lr": optim.lr,
+        "optim.eps": optim.eps,
+    }
+    not_negative = {
+        "save_steps": config.save_steps,
+        "eval_steps": config.eval_steps,
+        "workers": config.workers or 0,
+        "data.holdout": config.data.holdout,
+        "data.window": config.data.window or 0,
+        **{f"data.weights.{source}": weight for source, weight in (config.data.weights or {}).items()},
+        "optim.weight_decay": optim.weight_decay,
+        "optim.grad_clip": optim.grad_clip,
+    }
+    yield from (f"{key}: {value:g} must be above 0" for key, value in positive.items() if not value > 0)
+    yield from (f"{key}: {value:g} must not be negative" for key, value in not_negative.items() if not value >= 0)
+    if not 0 <= optim.warmup_ratio <= 1:
+        yield f"optim.warmup_ratio: {optim.warmup_ratio:g} is not between 0 and 1"
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        yield f"optim.betas: {list(optim.betas)} must lie in [0, 1)"
+    if config.engine.zero_stage not in (None, 0, 1, 2, 3):
+        yield f"engine.zero_stage: {config.engine.zero_stage} is not 0, 1, 2 or 3"
+    if config.engine.offload and config.engine.zero_stage not in (None, 2, 3):
+        yield "engine.offload: offloading needs ZeRO: set engine.zero_stage to 2 or 3"
+    if config.batch.global_size % config.batch.micro_size:
+        yield (
+            f"batch.micro_size: {config.batch.micro_size} does not divide batch.global_size {config.batch.global_size}"
+        )
+    if config.eval_steps and not config.data.holdout:
+        yield "eval_steps: needs held-out samples: set data.holdout to their number"
