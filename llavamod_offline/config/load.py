@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llavamod_offline.config.problems import raise_problems, similar_settings, unknown_setting, wrong_value
-from llavamod_offline.config.schema import REQUIRED, hint_of, is_input, is_optional, is_text, section_of, settings
+from llavamod_offline.config.schema import REQUIRED, hint_of, holds_sections, is_input, is_optional, is_text, settings
 from llavamod_offline.errors import ConfigError, first_line
 
 T = TypeVar("T")
@@ -100,7 +100,7 @@ def _read_overrides(schema: type[Any], overrides: Sequence[str]) -> list[DictCon
 
 def _read_override(schema: type[Any], override: str) -> DictConfig:
     key, equals, text = override.partition("=")
-    hint = hint_of(schema, key)
+    hint = hint_of(schema, key.split("."))
     if not equals:
         raise ConfigError(_no_such_file(schema, Path(override)))
     if hint is None:
@@ -137,7 +137,7 @@ def _mark_text(hint: Any, node: Any) -> None:
         for key, value in node.value:
             if isinstance(key, yaml.ScalarNode):
                 _mark_text(str, key)
-                _mark_text(hint_of(hint, key.value), value)
+                _mark_text(hint_of(hint, [key.value]), value)
     elif isinstance(node, yaml.ScalarNode) and is_text(hint) and not (is_optional(hint) and node.tag.endswith(":null")):
         node.tag, node.value, node.style = "tag:yaml.org,2002:str", _expand_home(node.value), '"'
 
@@ -156,36 +156,35 @@ def _merge(schema: type[Any], merged: DictConfig, updates: Sequence[DictConfig],
 
 def _problems(schema: type[Any], merged: DictConfig, update: DictConfig) -> Iterator[str]:
     """Yield one line for each leaf of `update` that cannot be merged alone."""
-    for key, value in leaves(schema, OmegaConf.to_container(update)):
-        hint = hint_of(schema, key)
-        if hint is None:
-            yield unknown_setting(schema, key)
-            continue
-        alone = OmegaConf.create({})
-        OmegaConf.update(alone, key, value, force_add=True)
+    for names, value in leaves(schema, OmegaConf.to_container(update)):
+        alone = value
+        for name in reversed(names):
+            alone = {name: alone}
         try:
-            OmegaConf.merge(merged, alone)
+            OmegaConf.merge(merged, OmegaConf.create(alone))
         except _MERGE_ERRORS:
-            yield wrong_value(key, hint, value)
+            hint, key = hint_of(schema, names), ".".join(names)
+            yield unknown_setting(schema, key) if hint is None else wrong_value(key, hint, value)
 
 
-def leaves(schema: type[Any], tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(schema: type[Any], tree: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield the settings of a nested mapping: the names that a dotted key joins, and the value."""
     for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, Mapping) and value and section_of(hint_of(schema, key)) is not None:
-            yield from leaves(schema, value, f"{key}.")
+        names = (*above, str(name))
+        if isinstance(value, Mapping) and value and holds_sections(hint_of(schema, names)):
+            yield from leaves(schema, value, names)
         else:
-            yield key, value
+            yield names, value
 
 
 def _beside(schema: type[Any], merged: DictConfig, update: DictConfig, file: Path) -> Iterator[str]:
     """Name the inputs that are not where the file says, but beside the file, unless something overrides them."""
-    now = OmegaConf.to_container(merged)
-    for key, value in leaves(schema, OmegaConf.to_container(update)):
-        if is_input(hint_of(schema, key)) and isinstance(value, str) and value == dict(leaves(schema, now)).get(key):
+    now = dict(leaves(schema, OmegaConf.to_container(merged)))
+    for names, value in leaves(schema, OmegaConf.to_container(update)):
+        if is_input(hint_of(schema, names)) and isinstance(value, str) and value == now.get(names):
             beside = file.parent / value
             if not os.path.exists(value) and beside.exists():
                 yield (
-                    f"{file}: {key}: no {value} in the current folder, but there is {beside}: paths are relative to "
-                    f"the current folder: write {beside}, or run the command in {file.parent}"
+                    f"{file}: {'.'.join(names)}: no {value} in the current folder, but there is {beside}: paths are "
+                    f"relative to the current folder: write {beside}, or run the command in {file.parent}"
                 )

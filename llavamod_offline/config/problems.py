@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any, get_args, get_origin
 
-from llavamod_offline.config.schema import choices, is_optional, plain, section_of, settings
+from llavamod_offline.config.schema import choices, hint_of, is_optional, plain, section_of, settings
 from llavamod_offline.errors import ConfigError
 
 # Names that other projects use, with the last parts of the names here.
@@ -81,9 +81,12 @@ def unknown_setting(schema: type[Any], key: str) -> str:
 
 def similar_settings(schema: type[Any], key: str) -> list[str]:
     """Up to three settings that a key may stand for: by its last part, by what others call it, or by its spelling."""
-    keys = [setting.key for setting in settings(schema)]
     wanted = key.strip().lower().replace("-", "_")
     section, _, name = wanted.rpartition(".")
+    keys = [setting.key for setting in settings(schema)]
+    inner = section_of(hint_of(schema, section.split("."))) if section else None
+    if inner is not None and not any(known.startswith(f"{section}.") for known in keys):  # in a mapping of sections
+        keys += [f"{section}.{setting.key}" for setting in settings(inner)]
     same = [known for known in keys if _last(known) == name]
     meant = [known for known in keys if name in _OTHER_NAMES.get(_last(known), "").split()]
     word = [known for known in keys if name in _last(known).split("_")]

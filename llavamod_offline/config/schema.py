@@ -6,7 +6,7 @@ import ast
 import dataclasses
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -59,10 +59,10 @@ def fields(schema: type[Any]) -> list[tuple[Setting, type[Any] | None]]:
     return list(_fields(schema, ""))
 
 
-def hint_of(schema: Any, key: str) -> Any:
-    """The type of a dotted key, `Annotated` included; None if there is no such key."""
+def hint_of(schema: Any, names: Sequence[str]) -> Any:
+    """The type of a setting by the names that its dotted key joins, `Annotated` included; None if there is none."""
     hint = schema
-    for name in key.split("."):
+    for name in names:
         section = section_of(hint)
         kinds = [hint, *get_args(hint)]
         mapping = next((kind for kind in kinds if get_origin(kind) is dict), None)
@@ -81,6 +81,12 @@ def section_of(hint: Any) -> type[Any] | None:
         return None
     kinds = (kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind) and isinstance(kind, type))
     return next(kinds, None)
+
+
+def holds_sections(hint: Any) -> bool:
+    """Whether a setting is a section, or a mapping of names to sections."""
+    mapping = get_origin(plain(hint)) is dict
+    return section_of(get_args(plain(hint))[1] if mapping else hint) is not None
 
 
 def plain(hint: Any) -> Any:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from llavamod_offline.config import raise_problems
-
 
 @dataclass(frozen=True)
 class VllmSettings:
@@ -28,9 +26,6 @@ class VllmSettings:
     """One of vLLM's attention backends; null: vLLM's choice."""
     eager: bool = True
     """Run the model without compiling it first."""
-
-    def __post_init__(self) -> None:
-        raise_problems(self.problems("vllm"))
 
     def problems(self, section: str) -> Iterator[str]:
         """Yield one line for each problem, naming the key below `section`."""

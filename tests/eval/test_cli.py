@@ -67,7 +67,10 @@ def test_errors_are_one_line_and_status_2(tmp_path: Path, capsys: pytest.Capture
         ),
         (("portable", tmp_path / "none", "-o", tmp_path / "new"), "none: no preprocessor_config.json"),
         (("generate", "batchsize=3"), "unknown setting batchsize: did you mean batch_size?"),
-        (("generate", "model=a", "root=b", "output=c", "tasks=[popes]"), "task 'popes' is unknown"),
+        (
+            ("generate", "model=a", "root=b", "output=c", "tasks=[popes]"),
+            "tasks: 'popes' is unknown: did you mean pope?",
+        ),
         (("generate", "model=a", "root=b", "output=c"), "tasks: name at least one"),
         (("generate", "model=a", "root=b", "output=c", "tasks=pope,gqa"), "tasks: takes a list: write [pope,gqa]"),
         (("generate", "model=a", "tasks=[pope]"), "no value for"),

@@ -157,7 +157,7 @@ def test_missing_images_are_named_before_the_model_is_loaded(tmp_path: Path) -> 
 def test_bad_settings_are_one_line_errors(model: Path, tmp_path: Path) -> None:
     root = pope_root(tmp_path / "data")
     good = config(model, root, tmp_path / "out")
-    with pytest.raises(ConfigError, match="task 'popes' is unknown"):
+    with pytest.raises(ConfigError, match="tasks: 'popes' is unknown"):
         replace(good, tasks=["popes"])
     with pytest.raises(ConfigError, match="batch_size is 0: must be at least 1"):
         replace(good, batch_size=0)

@@ -56,7 +56,7 @@ def test_a_run_prints_json_alone_on_stdout(world: World, tmp_path: Path) -> None
     assert summary["finished"]
     assert Path(summary["student"], "config.json").is_file()
     changes, progress = done.stderr.splitlines()
-    assert changes.startswith("recipe align, changed: optim.lr=0.001 (was ")
+    assert changes.startswith("recipe align, changed: optim.warmup_ratio=0.0 (was 0.03), ")
     assert progress.startswith("align: step 1 of 1")
 
 
@@ -84,7 +84,7 @@ def test_errors_are_one_line_with_status_2(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
     done = command("sft", "data.set=none", "student.checkpoint=none", "output=run", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == "error: none: no such checkpoint folder\n"
+    assert done.stderr == "recipe sft\nerror: none: no such checkpoint folder\n"
     assert list(tmp_path.iterdir()) == []
 
 

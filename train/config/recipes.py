@@ -62,18 +62,19 @@ def changes_to_recipe(arguments: Sequence[str]) -> str:
         for given in ((files[:1],), (files, overrides))
     )
     changed = [
-        f"{key}={as_yaml(value)} (was {_as_it_was(before, key)})"
-        for key, value in now.items()
-        if (key not in before or value != before[key]) and key != "output" and not is_input(hint_of(TrainConfig, key))
+        f"{'.'.join(names)}={as_yaml(value)} (was {_as_it_was(before, names)})"
+        for names, value in now.items()
+        if (names not in before or value != before[names]) and names != ("output",)
+        if not is_input(hint_of(TrainConfig, names))
     ]
     return f"recipe {files[0].stem}" + (f", changed: {', '.join(changed)}" if changed else "")
 
 
-def _as_it_was(before: Mapping[str, Any], key: str) -> str:
+def _as_it_was(before: Mapping[tuple[str, ...], Any], names: tuple[str, ...]) -> str:
     """A setting's value in the recipe; a section that one of the two leaves out has no value of its own."""
-    if key in before:
-        return as_yaml(before[key])
-    return "null" if key.rpartition(".")[0] in before else "set"
+    if names in before:
+        return as_yaml(before[names])
+    return "null" if names[:-1] in before else "set"
 
 
 def _stages(files: Sequence[Path], overrides: Sequence[str]) -> Iterator[tuple[str, str]]:

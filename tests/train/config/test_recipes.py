@@ -72,5 +72,5 @@ def test_what_differs_from_the_recipe_is_listed(tmp_path: Path) -> None:
     assert changes_to_recipe(["sft", *GIVEN]) == "recipe sft"
     assert (
         changes_to_recipe(["sft", *GIVEN, "data.weights={a: 2}"])
-        == "recipe sft, changed: data.weights={a: 2} (was null)"
+        == "recipe sft, changed: data.weights={a: 2.0} (was null)"
     )
