@@ -79,14 +79,15 @@ Examples:
   eval-student report runs/eval/* --root data/eval -o report.md
 """
 
-_PORTABLE_HELP = """Write a copy of a student's folder for other tools: lmms-eval, a chat server, a pipeline.
+_PORTABLE_HELP = """Write a copy of a LLaVA folder for other tools: lmms-eval, a chat server, a pipeline.
 
-It contains the template as a chat template, its end token, and an image processor that pads as in training.
+Students of train-student need none. The copy has the template as a chat template, its end token, an image processor
+that pads as in training, and tensors by the names that transformers 4 and 5 read.
 
 \b
 Examples:
-  eval-student portable runs/student -o runs/student-portable
-  eval-student portable runs/student -o runs/student-portable --template chatml
+  eval-student portable llava-from-elsewhere -o llava-portable
+  eval-student portable llava-from-elsewhere -o llava-portable --template chatml --image-aspect square
 """
 
 
@@ -190,7 +191,9 @@ def portable_command(
     student: Annotated[Path, typer.Argument(metavar="STUDENT", help="Folder of a trained student.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; it must not exist.")],
     template: Annotated[str, typer.Option(help="Template used in training: qwen, chatml or tokenizer.")] = "qwen",
-    image_aspect: Annotated[str, typer.Option(help="Image handling in training: pad or square.")] = "pad",
+    image_aspect: Annotated[
+        str, typer.Option(help="Image handling in training: pad, square, or auto, as the folder states (else pad).")
+    ] = "auto",
 ) -> None:
     from eval.export.portable import write_portable
 

@@ -53,8 +53,9 @@ class EvalGenerateConfig:
     template: str = "qwen"
     """Wording of prompts in the student's training: qwen (LLaVA-MoD's own), chatml, or tokenizer (the chat template in
     the model's folder); not used by processor."""
-    image_aspect: Literal["pad", "square"] = "pad"
-    """Images in the student's training: padded to squares, or resized and cropped; not used by processor."""
+    image_aspect: Literal["auto", "pad", "square"] = "auto"
+    """Images in the student's training: padded to squares, or resized and cropped; auto: as the model's folder states,
+    else pad; not used by processor."""
     batch_size: int = 8
     """Questions per forward pass."""
     max_new_tokens: int | None = None

@@ -160,7 +160,7 @@ def _train(config: TrainConfig, settings: dict[str, Any], output: Path, world: W
                 digests={"set": setup.contents["set_digest"], "teacher cache": setup.contents["cache_digest"]},
                 metrics=end.progress.entry,
             )
-            _export(output, engine, setup, empty, card, world, unsaved)
+            _export(output, engine, setup, empty, card, world, config.image_aspect, unsaved)
     summary = _summary(config.stage, output, setup, end, sizes)
     if world.is_main and summary.finished:
         write_summary(output, summary, settings, setup.contents)
@@ -204,6 +204,7 @@ def _export(
     empty: dict[str, Tensor],
     card: str,
     world: World,
+    image_aspect: str,
     unsaved: ConfigError | None,
 ) -> None:
     """Write the student as a Hugging Face folder, with its `empty` tensors; every process must call this.
@@ -227,6 +228,7 @@ def _export(
                 state_dict=state,
                 card=card,
                 template=setup.template,
+                image_aspect=image_aspect,
             )
         except (OSError, SafetensorError) as error:
             raise unsaved or ConfigError(

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from eval.engines.prompts import never_answers, prompt_ids, read_answer
+from eval.engines.prompts import prompt_ids, read_answer
 from eval.engines.protocol import Answer
 from eval.example import Example
 from llavamod_offline.data.encode.chat_template import choose_template
-from llavamod_offline.data.images import ImagePreprocessor
+from llavamod_offline.data.images import AUTO_ASPECT, ImagePreprocessor
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, sequence_encoder
+from llavamod_offline.models.export import never_answers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -37,7 +38,7 @@ class LlavaHfEngine:
         folder: Path,
         *,
         template: str = "qwen",
-        image_aspect: str = "pad",
+        image_aspect: str = AUTO_ASPECT,
         dtype: str = "auto",
         device: str = "auto",
     ) -> None:
@@ -51,7 +52,7 @@ class LlavaHfEngine:
         )
         self.images = ImagePreprocessor.from_checkpoint(folder, image_aspect)
         self.folder = folder
-        self._suppressed = never_answers(self.encoder, int(self.model.config.text_config.vocab_size))
+        self._suppressed = never_answers(self.model.config, self.tokenizer)
 
     def describe(self) -> dict[str, Any]:
         """The settings that determine the answers; batch size and device do not."""
@@ -60,8 +61,14 @@ class LlavaHfEngine:
     def answer(self, examples: Sequence[Example[Any]], max_new_tokens: int) -> list[Answer]:
         """Answer a batch of questions. Errors: `EvalError` for a prompt too long to leave space for an answer."""
         prompts = [prompt_ids(self.encoder, example, max_new_tokens) for example in examples]
+        generated = self.generate(prompts, self._pixels(examples), max_new_tokens)
+        return [read_answer(self.encoder, ids_G) for ids_G in generated]
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], pixels_I3HW: Tensor | None, max_new_tokens: int
+    ) -> list[list[int]]:
+        """Continue a batch of tokenized prompts, given the pixels of all their images, in order → G ids of each."""
         input_ids_BT, attention_BT = self._left_padded(prompts)
-        pixels_I3HW = self._pixels(examples)
         settings = GenerationConfig(
             do_sample=False,
             num_beams=1,
@@ -78,8 +85,8 @@ class LlavaHfEngine:
                 pixel_values=pixels_I3HW,
                 generation_config=settings,
             )
-        generated_BG = output_BX[:, input_ids_BT.shape[1] :].tolist()
-        return [read_answer(self.encoder, ids_G) for ids_G in generated_BG]
+        generated: list[list[int]] = output_BX[:, input_ids_BT.shape[1] :].tolist()
+        return generated
 
     def _left_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         longest = max(len(ids) for ids in prompts)

@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.engines.llava_hf import DTYPES, pick_device, pick_dtype, settings_of
-from eval.engines.prompts import never_answers, prompt_ids, read_answer
+from eval.engines.prompts import prompt_ids, read_answer
 from eval.engines.protocol import Answer
 from eval.example import Example
 from llavamod_offline.data.encode.chat_template import choose_template
-from llavamod_offline.data.images import ImagePreprocessor
+from llavamod_offline.data.images import AUTO_ASPECT, ImagePreprocessor
 from llavamod_offline.models.checkpoint import load_config, load_tokenizer, sequence_encoder
+from llavamod_offline.models.export import never_answers
 from llavamod_offline.vllm import plugin
 from llavamod_offline.vllm.inputs import check_prompt, engine_input
 from llavamod_offline.vllm.session import Session, import_vllm
@@ -45,7 +46,7 @@ class LlavaVllmEngine:
         folder: Path,
         *,
         template: str = "qwen",
-        image_aspect: str = "pad",
+        image_aspect: str = AUTO_ASPECT,
         dtype: str = "auto",
         device: str = "auto",
         settings: VllmSettings | None = None,
@@ -59,7 +60,7 @@ class LlavaVllmEngine:
         tokenizer = load_tokenizer(folder)
         self.encoder = sequence_encoder(config, tokenizer, choose_template(template, lambda: tokenizer), limit)
         self.images = ImagePreprocessor.from_checkpoint(folder, image_aspect)
-        self._suppressed = never_answers(self.encoder, int(config.text_config.vocab_size))
+        self._suppressed = never_answers(config, tokenizer)
         self.session = Session(
             folder,
             settings or VllmSettings(),

@@ -37,8 +37,3 @@ def read_answer(encoder: SequenceEncoder, ids_G: Sequence[int]) -> Answer:
         ids = ids[: ids.index(encoder.end_id)]
     text = encoder.tokenizer.decode(ids, skip_special_tokens=True)
     return Answer(str(text).strip(), len(ids), "stop" if stopped else "length")
-
-
-def never_answers(encoder: SequenceEncoder, lm_head_rows: int) -> list[int]:
-    """Ids that no answer may contain: the image token, and rows of the LM head beyond the tokenizer."""
-    return [encoder.image_token_id, *range(len(encoder.tokenizer), lm_head_rows)]

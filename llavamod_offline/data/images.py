@@ -16,7 +16,7 @@ from __future__ import annotations
 import io
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 Aspect = Literal["pad", "square"]
 ASPECTS: tuple[Aspect, ...] = ("pad", "square")
+AUTO_ASPECT = "auto"  # as the checkpoint states
 DECODER = "rgb-over-white-1"  # what `decode_image` does, for fingerprints
 
 # A side of 9,000 bounds the padded canvas at 243 MB; Qwen2-VL's processor also limits the ratio to 200.
@@ -42,6 +43,7 @@ MAX_ENCODED_BYTES = 128 * 2**20
 
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _PROCESSOR_TYPES = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
+_PADDING_PROCESSOR = "LlavaImageProcessor"  # as CLIP's, but pads to a square first if `do_pad`
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _ORIENTATION_TAG = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)
@@ -113,13 +115,23 @@ class ImagePreprocessor:
 
     @classmethod
     def from_checkpoint(cls, folder: Path, aspect: str = "pad") -> ImagePreprocessor:
-        """Read a checkpoint folder's processor. Errors: `ModelError` if it has none, or none of CLIP's kind."""
+        """Read a checkpoint folder's processor. Errors: `ModelError` if it has none, or none of CLIP's kind.
+
+        `auto`: the aspect that the folder states, as exported students do, by default `pad`.
+        """
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
         file, settings = read_processor_settings(Path(folder))
         kind = settings.get("image_processor_type", settings.get("feature_extractor_type"))
-        if kind not in _PROCESSOR_TYPES:
-            raise ModelError(f"{file}: image processor '{kind}' is none of {', '.join(_PROCESSOR_TYPES)}")
+        if kind == _PADDING_PROCESSOR:
+            stated = "pad" if settings.get("do_pad") else "square"
+            settings = {key: value for key, value in settings.items() if key != "do_pad"}
+        elif kind in _PROCESSOR_TYPES:
+            stated = "pad"
+        else:
+            known = ", ".join((*_PROCESSOR_TYPES, _PADDING_PROCESSOR))
+            raise ModelError(f"{file}: image processor '{kind}' is none of {known}")
+        aspect = stated if aspect == AUTO_ASPECT else aspect
         settings = {key: value for key, value in settings.items() if not key.endswith("_type")}
         try:
             return cls(CLIPImageProcessorPil.from_dict(settings), aspect)
@@ -194,6 +206,11 @@ def pixel_values(bytes_IHWC: Tensor, byte_values_CV: Tensor) -> Tensor:
         bytes_ = bytes_IHWC[..., channel].flatten().int()
         pixels_ICHW[:, channel] = values_V.index_select(0, bytes_).view(images, height, width)
     return pixels_ICHW
+
+
+def processor_settings(settings: Mapping[str, Any], aspect: str) -> dict[str, Any]:
+    """An image processor's settings, changed to those of transformers' processor that handles `aspect` as here."""
+    return {**settings, "image_processor_type": _PADDING_PROCESSOR, "do_pad": aspect == "pad"}
 
 
 def read_processor_settings(folder: Path) -> tuple[Path, dict[str, Any]]:

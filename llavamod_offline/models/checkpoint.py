@@ -18,12 +18,13 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
+from transformers.conversion_mapping import get_model_conversion_mapping
 
-from llavamod_offline.data.encode.chat_template import CHAT_TEMPLATE_NAME, to_jinja
 from llavamod_offline.data.encode.template import Template
 from llavamod_offline.data.encode.tokenize import SequenceEncoder
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER
 from llavamod_offline.errors import ModelError, first_line
+from llavamod_offline.models.export import write_settings
 from llavamod_offline.storage import atomic
 
 if TYPE_CHECKING:
@@ -181,12 +182,13 @@ def save_student(
     state_dict: dict[str, Tensor] | None = None,
     card: str | None = None,
     template: Template | None = None,
+    image_aspect: str | None = None,
 ) -> None:
-    """Write a complete checkpoint folder, atomically, that plain transformers loads.
+    """Write a complete checkpoint folder, atomically, that plain transformers (4 and 5) and vLLM load.
 
     `processor_source` is a checkpoint folder whose image processor is copied. `state_dict` replaces the model's own
-    tensors if an engine has sharded them; `card` is written to README.md. `template` is the conversation template the
-    student was trained with, written as its chat template and end token; None keeps the tokenizer's.
+    tensors if an engine has sharded them; `card` is written to README.md. `template` and `image_aspect` are those of
+    the student's training, by which other tools then ask it; None keeps the tokenizer's and the image processor's own.
     Errors: `ModelError` if `folder` exists, or `processor_source` has no image processor that fits the model.
     """
     if folder.exists():
@@ -195,30 +197,22 @@ def save_student(
     if settings is None:
         raise ModelError(f"{processor_source}: no {_IMAGE_PROCESSOR_FILE}: use a folder with an image processor")
     _check_image_size(processor_source, settings, model.config)
-    _complete_generation_config(model, tokenizer, template)
+    _complete_generation_config(model, tokenizer)
+    # Tensors get the names of published checkpoints, which transformers 4 and vLLM know, whatever the model came from.
+    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
     with atomic.new_folder(folder) as aside, _quiet():
         model.save_pretrained(aside, state_dict=state_dict)
         tokenizer.save_pretrained(aside)
-        _pad_on_the_left(aside / "tokenizer_config.json")
-        if template is not None:
-            (aside / CHAT_TEMPLATE_NAME).write_text(to_jinja(template), encoding="utf-8")
         if card is not None:
             (aside / "README.md").write_text(card, encoding="utf-8")
-        (aside / _IMAGE_PROCESSOR_FILE).write_text(json.dumps(settings, indent=2) + "\n")
-        processor = {
-            "processor_class": "LlavaProcessor",
-            "image_token": tokenizer.convert_ids_to_tokens(model.config.image_token_index),
-            "num_additional_image_tokens": 1,  # the class token, which the "default" strategy removes
-            "patch_size": model.config.vision_config.patch_size,
-            "vision_feature_select_strategy": model.config.vision_feature_select_strategy,
-        }
-        (aside / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
-
-
-def _pad_on_the_left(file: Path) -> None:
-    """Generation in batches continues after the last token, which must not be padding."""
-    settings = json.loads(file.read_text(encoding="utf-8")) | {"padding_side": "left"}
-    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_settings(
+            aside,
+            config=model.config,
+            tokenizer=tokenizer,
+            image_processor=settings,
+            template=template,
+            image_aspect=image_aspect,
+        )
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -261,19 +255,12 @@ def _check_image_size(folder: Path, settings: dict[str, Any] | None, config: Lla
         )
 
 
-def _complete_generation_config(
-    model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, template: Template | None
-) -> None:
-    """Stop generation at the template's end token and at those configured, by default those in the vocabulary."""
-    generation = model.generation_config
-    vocabulary = tokenizer.get_vocab()
-    named = generation.eos_token_id
-    if named is None:
-        named = [vocabulary[token] for token in _END_TOKENS if token in vocabulary] or tokenizer.eos_token_id
-    if template is not None and template.end in vocabulary:
-        others = [] if named is None else [named] if isinstance(named, int) else named
-        named = list(dict.fromkeys([vocabulary[template.end], *others]))
-    generation.eos_token_id = named
+def _complete_generation_config(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Stop generation at the end tokens that are configured, by default those in the vocabulary."""
+    generation, vocabulary = model.generation_config, tokenizer.get_vocab()
+    if generation.eos_token_id is None:
+        named = [vocabulary[token] for token in _END_TOKENS if token in vocabulary]
+        generation.eos_token_id = named or tokenizer.eos_token_id
     if generation.pad_token_id is None:
         generation.pad_token_id = vocabulary.get("<|endoftext|>", tokenizer.pad_token_id)
 

@@ -14,10 +14,29 @@ if TYPE_CHECKING:
 
 # Log fields about the run, not about the student.
 _RUN_METRICS = {"step", "lr", "grad_norm", "positions", "tokens", "tokens_per_s", "seconds", "data_wait_share"}
-_PADDED = (
-    "In training, images were padded to squares, but this folder's image processor crops them. For tools that only use "
-    "the processor, such as lmms-eval, write a copy that pads: `eval-student portable FOLDER -o COPY`."
+_USE = """```python
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+processor = AutoProcessor.from_pretrained("FOLDER")
+model = AutoModelForImageTextToText.from_pretrained("FOLDER", dtype=dtype).to(device)
+
+question = [{"type": "image", "path": "IMAGE"}, {"type": "text", "text": "QUESTION"}]
+conversations = [[{"role": "user", "content": question}]]  # one or several, with any number of images
+inputs = processor.apply_chat_template(
+    conversations, tokenize=True, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
 )
+output = model.generate(**inputs.to(device, dtype), max_new_tokens=128)
+answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+print("\\n".join(answer.strip() for answer in answers))
+```"""
+_TOOLS = (
+    "transformers 4.56 and later, 5 included, ask the student as in training: the processor words and pads prompts, "
+    "{images}, and generation is greedy and stops at the template's end token. In training, transparent images were "
+    "put on white; transformers drops their transparency."
+)
+_IMAGES = {"pad": "pads images to squares", "square": "leaves images as they are before it resizes and crops them"}
 _STAGES = {
     "align": "its projector was aligned with the language model by cross-entropy",
     "mimic_dense": "it was distilled from a larger teacher's cached distributions (mimic, dense to dense)",
@@ -69,11 +88,8 @@ def model_card(
                 "## The last step",
                 _table(("", "value"), last),
                 "## Use",
-                "```python\nfrom transformers import AutoProcessor, LlavaForConditionalGeneration\n\n"
-                'model = LlavaForConditionalGeneration.from_pretrained("FOLDER")\n'
-                'processor = AutoProcessor.from_pretrained("FOLDER")\n```',
-                "`processor.apply_chat_template` formats prompts with the template above.",
-                *([_PADDED] if settings["image_aspect"] == "pad" else []),
+                _USE,
+                _TOOLS.format(images=_IMAGES[settings["image_aspect"]]),
                 "## Settings of the stage",
                 f"```json\n{json.dumps(settings, indent=2, ensure_ascii=False)}\n```",
             ]

@@ -9,7 +9,6 @@ import torch
 from transformers import AutoProcessor
 
 from eval.engines.llava_hf import LlavaHfEngine
-from eval.engines.processor import ProcessorEngine
 from eval.engines.prompts import prompt_ids
 from eval.example import Example
 from eval.export.portable import write_portable
@@ -44,7 +43,9 @@ def test_tokens_and_pixels_are_the_engines_own(tmp_path: Path, template: str, as
             text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             inputs = processor(text=text, images=image, return_tensors="pt")
             assert inputs["input_ids"][0].tolist() == prompt_ids(engine.encoder, asked, 4)
-        torch.testing.assert_close(inputs["pixel_values"], engine._pixels([asked]), rtol=0, atol=0.02)
+        pixels = engine._pixels([asked])
+        assert pixels is not None
+        assert torch.equal(inputs["pixel_values"], pixels)
     assert processor.tokenizer.eos_token == engine.encoder.template.end
 
 
@@ -66,14 +67,17 @@ def test_conversations_read_as_the_template_renders_them(tmp_path: Path, templat
         assert processor.apply_chat_template(messages, tokenize=False) == expected
 
 
-def test_the_copy_answers_and_shares_its_weights(tmp_path: Path) -> None:
+def test_the_copy_keeps_the_card_and_states_its_image_aspect(tmp_path: Path) -> None:
     student = write_tiny_llava(tmp_path / "student")
-    write_portable(student, tmp_path / "portable")
-    engine = ProcessorEngine(tmp_path / "portable")
-    assert len(engine.answer([example(tmp_path / "images", (50, 20))], 3)) == 1
-    weights = "model.safetensors"
-    assert (tmp_path / "portable" / weights).samefile(student / weights)
-    assert "LlavaImageProcessor" not in (student / "preprocessor_config.json").read_text()
+    (student / "README.md").write_text("# Mine\n", encoding="utf-8")
+    for aspect in ("pad", "square"):
+        copy = tmp_path / aspect
+        write_portable(student, copy, image_aspect=aspect)
+        assert (copy / "README.md").read_text(encoding="utf-8") == "# Mine\n"
+        assert LlavaHfEngine(copy).describe()["image_aspect"] == aspect
+        write_portable(copy, tmp_path / f"{aspect}-again")
+        assert LlavaHfEngine(tmp_path / f"{aspect}-again").describe()["image_aspect"] == aspect
+    assert LlavaHfEngine(student).describe()["image_aspect"] == "pad"  # it states none: LLaVA's
 
 
 def test_what_cannot_be_copied_is_told(tmp_path: Path) -> None:

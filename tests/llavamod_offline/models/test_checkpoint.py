@@ -83,9 +83,9 @@ def test_generation_stops_at_the_templates_end_tokens(tiny_folder: Path) -> None
     assert set(load_llava(tiny_folder).generation_config.eos_token_id) == ends
 
 
-@pytest.mark.parametrize(("named", "ends"), [(None, [398, 396]), (396, [398, 396]), ([5, 398], [398, 5])])
+@pytest.mark.parametrize("named", [None, 396, [5, 398]])
 def test_a_student_says_how_it_was_taught_to_converse(
-    tiny_folder: Path, tmp_path: Path, named: int | list[int] | None, ends: list[int]
+    tiny_folder: Path, tmp_path: Path, named: int | list[int] | None
 ) -> None:
     """A base model's own settings know neither the wording nor the end of an answer that training has taught."""
     model, tokenizer = load_llava(tiny_folder), load_tokenizer(tiny_folder)
@@ -97,7 +97,7 @@ def test_a_student_says_how_it_was_taught_to_converse(
     for speaker in (saved, saved.tokenizer):
         text = speaker.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
         assert text == "".join(segment.text for segment in template.render([Turn("user", "Hi")]))
-    assert load_llava(tmp_path / "student").generation_config.eos_token_id == ends
+    assert load_llava(tmp_path / "student").generation_config.eos_token_id == 398
 
 
 def test_saving_never_overwrites_and_leaves_nothing_half_written(tiny_folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,59 @@
+"""Asking a checkpoint as a user of plain transformers does, by nothing but the files of its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from eval.engines.llava_hf import LlavaHfEngine
+from eval.engines.prompts import read_answer
+from llavamod_offline.data.sample import Turn
+from tests.tiny import tiny_image
+
+Question = tuple[str, Sequence[Path]]  # a text, and the images before it
+
+
+def questions(folder: Path) -> list[Question]:
+    """Of different lengths, about wide, tall and square images, about none, and about two."""
+    sizes = {"wide.png": (60, 20), "tall.png": (17, 51), "square.png": (24, 24), "large.png": (300, 200)}
+    for number, (name, size) in enumerate(sizes.items()):
+        (folder / name).write_bytes(tiny_image(number, size))
+    wide, tall, square, large = (folder / name for name in sizes)
+    return [
+        ("What is it?", [wide]),
+        ("Which colour has the large square on the left of the star?\nAnswer in a word.", [tall]),
+        ("How many?", []),
+        (" Is there\na red circle in both of them? ", [square, tall]),
+        ("Why", [large]),
+    ]
+
+
+def plain_answers(folder: Path, asked: Sequence[Question], tokens: int) -> list[list[int]]:
+    """The ids that plain transformers generates for all questions in one batch, up to the end token."""
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    conversations = []
+    for text, images in asked:
+        parts = [*({"type": "image", "path": str(path)} for path in images), {"type": "text", "text": text}]
+        conversations.append([{"role": "user", "content": parts}])
+    inputs = processor.apply_chat_template(
+        conversations, tokenize=True, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
+    )
+    rows = model.generate(**inputs, max_new_tokens=tokens)[:, inputs["input_ids"].shape[1] :].tolist()
+    end = model.generation_config.eos_token_id
+    return [row[: row.index(end)] if end in row else row for row in rows]
+
+
+def engine_answers(folder: Path, asked: Sequence[Question], tokens: int, *, template: str = "qwen") -> list[list[int]]:
+    """The ids that `eval-student generate` generates for each question alone; it asks about one image, here any."""
+    engine = LlavaHfEngine(folder, template=template)
+    answers = []
+    for text, images in asked:
+        prompt = engine.encoder.encode_prompt([Turn("user", "<image>\n" * len(images) + text)]).tolist()
+        pixels = [torch.from_numpy(engine.images.pixels(path.read_bytes(), name=path.name)) for path in images]
+        ids = engine.generate([prompt], torch.stack(pixels) if pixels else None, tokens)[0]
+        answers.append(ids[: read_answer(engine.encoder, ids).n_tokens])
+    return answers
