@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +105,10 @@ def make_engine(
     dtype: torch.dtype,
     grad_clip: float,
 ) -> Iterator[Any]:
-    """Yield a DeepSpeed engine around `module`, and destroy it afterwards."""
+    """Yield a DeepSpeed engine around `module`, and destroy it afterwards.
+
+    Gradients are accumulated over micro-batches in float32, whatever the `dtype` of the weights.
+    """
     deepspeed = _import_deepspeed()
     zero: dict[str, Any] = {"stage": zero_stage}
     if offload:
@@ -116,13 +119,17 @@ def make_engine(
         "train_batch_size": micro_size * micro_steps * world.size,
         "gradient_clipping": grad_clip,
         "zero_optimization": zero,
-        "bf16": {"enabled": dtype == torch.bfloat16},
+        "bf16": {"enabled": dtype == torch.bfloat16, "immediate_grad_update": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
+    if zero_stage == 1:  # reduces once per step, what it accumulated; other stages reduce each micro-batch in `dtype`
+        settings["communication_data_type"] = "fp32"
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+    with redirect_stdout(None):  # ZeRO 1 in bfloat16 prints its use of memory
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     try:
         yield engine
     finally:
