@@ -127,21 +127,29 @@ def _normalise(logits_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _top_k(shifted_RV: Tensor, log_z_R: Tensor, settings: RecordSettings) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose the top-k: ids, shifted logits and which slots are kept, [R, K] each; likely ids, then forced ones."""
+    """Choose the top-k: ids, shifted logits and which slots are kept, [R, K] each; likely ids, then forced ones.
+
+    Equal logits are common in low-precision models, and topk takes any of them in any order: what it took is replaced
+    by the smallest ids, in rising order.
+    """
     slots = min(settings.top_k, shifted_RV.shape[1])
-    shifted_RK, ids_RK = shifted_RV.topk(slots)
-    # Equal logits are common in low-precision models: their order must not depend on how topk met them.
-    tied_R = (shifted_RK[:, 1:] == shifted_RK[:, :-1]).any(-1)
-    if bool(tied_R.any()):
-        by_id = ids_RK[tied_R].argsort(-1)
-        order = by_id.gather(1, shifted_RK[tied_R].gather(1, by_id).argsort(dim=-1, descending=True, stable=True))
-        ids_RK[tied_R] = ids_RK[tied_R].gather(1, order)
+    most_RK, ids_RK = shifted_RV.topk(min(slots + 1, shifted_RV.shape[1]))  # one more shows a tie across the bound
+    shifted_RK, ids_RK = most_RK[:, :slots], ids_RK[:, :slots].contiguous()
     count_R = torch.full((len(ids_RK),), slots, device=ids_RK.device)
     probs_RK = (shifted_RK - log_z_R[:, None]).double().exp()
     if settings.top_p < 1.0:  # at 1 the mass does not end it: a sum of rounded numbers may reach 1 early, or never
         count_R = torch.minimum(count_R, (probs_RK.cumsum(-1) < settings.top_p).sum(-1) + 1)
     if settings.min_prob > 0.0:
         count_R = torch.minimum(count_R, (probs_RK >= settings.min_prob).sum(-1).clamp(min=1))
+    tied_R = (shifted_RK[:, 1:] == shifted_RK[:, :-1]).any(-1)
+    if bool(tied_R.any()):
+        by_id = ids_RK[tied_R].argsort(-1)
+        order = by_id.gather(1, shifted_RK[tied_R].gather(1, by_id).argsort(dim=-1, descending=True, stable=True))
+        ids_RK[tied_R] = ids_RK[tied_R].gather(1, order)
+    above_R = (shifted_RK > shifted_RK[:, -1:]).sum(-1)
+    crossed_R = (most_RK[:, slots:] == shifted_RK[:, -1:]).any(-1) & (above_R < count_R)
+    for rows_C in crossed_R.nonzero()[:, 0].split(max(1, len(ids_RK) // 8)):  # pieces: ties may be many
+        ids_RK[rows_C] = _smallest_ids(shifted_RV[rows_C], shifted_RK[rows_C, -1], above_R[rows_C], ids_RK[rows_C])
     kept_RK = torch.arange(slots, device=ids_RK.device) < count_R[:, None]
     if settings.forced_ids:
         forced_F = torch.tensor(settings.forced_ids, device=ids_RK.device)
@@ -150,6 +158,16 @@ def _top_k(shifted_RV: Tensor, log_z_R: Tensor, settings: RecordSettings) -> tup
         shifted_RK = torch.cat([shifted_RK, shifted_RV[:, forced_F]], 1)
         kept_RK = torch.cat([kept_RK, ~known_RF], 1)
     return ids_RK, shifted_RK, kept_RK
+
+
+def _smallest_ids(shifted_CV: Tensor, level_C: Tensor, above_C: Tensor, ids_CK: Tensor) -> Tensor:
+    """Fill the slots from `above_C` on with the smallest ids whose logit is `level_C`."""
+    row_M, id_M = (shifted_CV == level_C[:, None]).nonzero(as_tuple=True)  # by row, then by rising id
+    first_C = torch.searchsorted(row_M, torch.arange(len(ids_CK), device=row_M.device))
+    slot_M = above_C[row_M] + torch.arange(len(row_M), device=row_M.device) - first_C[row_M]
+    fits_M = slot_M < ids_CK.shape[1]
+    ids_CK[row_M[fits_M], slot_M[fits_M]] = id_M[fits_M]
+    return ids_CK
 
 
 def _ints(values: Tensor) -> Ints:

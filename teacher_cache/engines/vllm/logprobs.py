@@ -28,6 +28,7 @@ _LIMITS = (
     "no tail draws, forced tokens, hidden states and normalisers of other temperatures",
     "the entropy is that of head and one bucket, a lower bound",
     "the tail's mass is 1 - the head's, no finer than float32",
+    "of equally likely ids that do not all fit into the head, those that vLLM lists",
     "ids beyond the shared vocabulary are left out of the normaliser only where vLLM lists them",
 )
 _SMALLEST_TAIL = 2.0**-24  # the smallest step below 1 of a sum of float32 probabilities

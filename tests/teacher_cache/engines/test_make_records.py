@@ -124,6 +124,42 @@ def test_equal_log_probs_are_ordered_by_id_and_forced_ids_come_last() -> None:
     assert record.topk_ids_H.tolist() == [2, 9, 33, 50, 40, 20]
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    width=st.integers(20, 1000),
+    spacing=st.sampled_from([0.125, 0.5, 2.0, 100.0]),
+    top_p=st.sampled_from([0.0, 0.493, 0.907, 1.0]),
+    top_k=st.integers(1, 40),
+    forced=st.sets(st.integers(0, 19), max_size=3),
+    min_prob=st.sampled_from([0.0, 0.003, 0.2]),
+)
+def test_ties_are_broken_by_id_also_across_the_bound(
+    seed: int, width: int, spacing: float, top_p: float, top_k: int, forced: set[int], min_prob: float
+) -> None:
+    """Logits of few distinct values, as in bfloat16; with the largest spacing all are equal.
+
+    No multiple of 1 / width reaches `top_p`, so that rounding decides nothing.
+    """
+    chosen = RecordSettings(top_p, top_k, 9, 50.0, (2.0,), tuple(sorted(forced)), min_prob)
+    logits = (_logits(6, width, seed) / spacing).round() * spacing
+    rows = _make(logits, chosen).split([1] * 6)
+    for row, record in enumerate(rows):
+        _check_row(record, logits[row].numpy(), row % width, chosen)
+
+
+def test_bfloat16_logits_of_a_large_vocabulary_keep_the_smallest_ids() -> None:
+    """Of many equally likely ids that do not all fit, the smallest are kept, whatever order topk meets them in."""
+    logits = (_logits(64, 40_000, 1) * 4).bfloat16().float()
+    records = _make(logits, dataclasses.replace(SETTINGS, top_p=1.0, top_k=48, forced_ids=())).split([1] * 64)
+    crossed = 0
+    for row, record in zip(logits, records, strict=True):
+        order = torch.argsort(row, descending=True, stable=True)
+        assert record.topk_ids_H.tolist() == order[:48].tolist()
+        crossed += int(row[order[47]] == row[order[48]])
+    assert crossed > 10
+
+
 def test_exhaustive_keeps_every_id_and_has_no_tail() -> None:
     logits = _logits(5, 300, 3, spread=20.0)
     records = _make(logits, RecordSettings(1.0, 300, 10, 60.0, (2.0,), (5,)))
