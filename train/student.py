@@ -14,6 +14,7 @@ from llavamod_offline.models.build import build_llava, build_tokenizer
 from llavamod_offline.models.capacity import limit_capacity
 from llavamod_offline.models.checkpoint import load_config, load_llava, load_tokenizer
 from llavamod_offline.models.language_models import MOE_TYPES
+from llavamod_offline.models.single_choice import compare_single_choices
 from llavamod_offline.models.upcycle import upcycle
 from train.config import StudentConfig
 
@@ -97,5 +98,6 @@ def make_student(config: StudentConfig, *, seed: int) -> LlavaForConditionalGene
         )
     if config.capacity_factor is not None:
         limit_capacity(model, config.capacity_factor)
+    compare_single_choices(model)
     model.train()
     return model

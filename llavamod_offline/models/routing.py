@@ -99,11 +99,11 @@ class RouterWatch:
         )
 
     def _hook(self, layer: int) -> Any:
-        def collect(module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        def collect(module: Any, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
             logits_SE, weights_SK, choices_SK = output
             self._logits[layer].append(logits_SE)
-            self._choices[layer].append(choices_SK)
-            self._weights[layer].append(weights_SK)
+            self._choices[layer].append(choices_SK[:, : module.top_k])  # without the runner-up of a single choice
+            self._weights[layer].append(weights_SK[:, : module.top_k])
 
         return collect
 

@@ -57,7 +57,8 @@ class UpcycleConfig:
     num_experts: int = 4
     """Experts of each such layer, at least 2."""
     top_k: int = 2
-    """Experts that each token is routed to."""
+    """Experts that each token is routed to. With 1, the second most likely expert also runs in training, with weight 0,
+    to teach the router."""
     residual: bool = False
     """Keep the dense MLP as a shared expert."""
     seed: int = 0
