@@ -2,6 +2,7 @@
 
 A record is a file of JSON lines {"key", "model", "messages", "reply"}; `key` is the SHA-256 of model and messages.
 Recorded questions are never asked again, so a score can be reproduced from its record without the judge.
+A reply without text, or one that was cut off, is recorded with its reason as "unreadable", and counts as such.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,12 +36,25 @@ TRIES = 3
 _RETRIED = (408, 429, 500, 502, 503, 504)
 
 
+@dataclass(frozen=True)
+class Reply:
+    """A judge's reply; `unreadable`: why it has no text that may be read, empty if it has."""
+
+    text: str
+    unreadable: str = ""
+
+    @property
+    def readable(self) -> str:
+        """The text to read; empty if there is none."""
+        return "" if self.unreadable else self.text
+
+
 class Judge(Protocol):
     """Replies to messages ({"role", "content"}) deterministically; `model` names it in the record."""
 
     model: str
 
-    def complete(self, messages: Sequence[Message]) -> str:
+    def complete(self, messages: Sequence[Message]) -> Reply:
         """Reply. Errors: `EvalError` on failure."""
         ...
 
@@ -63,7 +78,7 @@ class UrlJudge:
         self.model = model
         self._key_variable = key_variable
 
-    def complete(self, messages: Sequence[Message]) -> str:
+    def complete(self, messages: Sequence[Message]) -> Reply:
         """Ask the server at temperature 0; busy servers and failed connections are retried twice."""
         body = {"model": self.model, "messages": list(messages), "temperature": 0, "max_tokens": MAX_REPLY_TOKENS}
         headers = {"Content-Type": "application/json"}
@@ -73,7 +88,7 @@ class UrlJudge:
         for attempt in range(1, TRIES + 1):
             try:
                 with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-                    return self._content(response.read())
+                    return self._reply(response.read())
             except urllib.error.HTTPError as error:
                 if error.code not in _RETRIED or attempt == TRIES:
                     raise EvalError(f"judge {self.url}: status {error.code}: {_start(error.read())}") from error
@@ -83,14 +98,25 @@ class UrlJudge:
             time.sleep(attempt)
         raise AssertionError
 
-    def _content(self, body: bytes) -> str:
+    def _reply(self, body: bytes) -> Reply:
         try:
-            reply = json.loads(body)["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+            completion = json.loads(body)
+        except ValueError as error:
             raise EvalError(f"judge {self.url}: not a chat completion: {_start(body)}") from error
-        if not isinstance(reply, str):
-            raise EvalError(f"judge {self.url}: the reply contains no text: {_start(body)}")
-        return reply
+        if not isinstance(completion, dict) or completion.get("error"):
+            raise EvalError(f"judge {self.url}: not a chat completion: {_start(body)}")
+        choices = completion.get("choices")
+        choice = choices[0] if isinstance(choices, list) and choices else None
+        if not isinstance(choice, dict):
+            return Reply("", "no choices")
+        message, finish = choice.get("message"), choice.get("finish_reason")
+        text = message.get("content") if isinstance(message, dict) else None
+        if finish == "length":
+            return Reply(text if isinstance(text, str) else "", f"cut off at {MAX_REPLY_TOKENS} tokens")
+        if not isinstance(text, str) or not text.strip():
+            refusal = message.get("refusal") if isinstance(message, dict) else None
+            return Reply("", f"refusal: {refusal}" if refusal else f"no text (finish_reason {json.dumps(finish)})")
+        return Reply(text)
 
 
 class LocalJudge:
@@ -112,7 +138,7 @@ class LocalJudge:
         self._network = model.eval()
         self.model = folder.resolve().name
 
-    def complete(self, messages: Sequence[Message]) -> str:
+    def complete(self, messages: Sequence[Message]) -> Reply:
         """Reply greedily."""
         import torch
         from transformers import GenerationConfig
@@ -129,7 +155,12 @@ class LocalJudge:
             output_1X = self._network.generate(
                 input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), generation_config=settings
             )
-        return str(self.tokenizer.decode(output_1X[0, ids_1T.shape[1] :], skip_special_tokens=True)).strip()
+        ids_G = output_1X[0, ids_1T.shape[1] :]
+        text = str(self.tokenizer.decode(ids_G, skip_special_tokens=True)).strip()
+        ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+        if int(ids_G[-1]) not in ends:
+            return Reply(text, f"cut off at {MAX_REPLY_TOKENS} tokens")
+        return Reply(text, "" if text else "no text")
 
 
 class RecordedJudge:
@@ -146,7 +177,7 @@ class RecordedJudge:
             raise ConfigError(f"{path}: has replies by {len(models)} models: name one with --judge-model")
         self.model = model or models.pop()
 
-    def complete(self, messages: Sequence[Message]) -> str:
+    def complete(self, messages: Sequence[Message]) -> Reply:
         """Look the reply up. Errors: `EvalError` if it was never recorded."""
         key = record_key(self.model, messages)
         if key not in self._replies:
@@ -168,22 +199,29 @@ def open_judge(name: str, *, model: str = "", key_variable: str = "") -> Judge:
 
 
 def ask(judge: Judge, questions: Mapping[str, str], record: Path) -> dict[str, str]:
-    """Ask the judge each unrecorded question, recording every reply immediately → replies by id."""
+    """Ask the judge each unrecorded question, recording every reply immediately → replies by id; "" is unreadable."""
     known = read_record(record)[0] if record.exists() else {}
-    replies = {}
+    replies: dict[str, Reply] = {}
     record.parent.mkdir(parents=True, exist_ok=True)
     with record.open("ab") as stream, tqdm(questions.items(), desc="judge", disable=not sys.stderr.isatty()) as bar:
         for name, question in bar:
             messages = [{"role": "user", "content": question}]
             key = record_key(judge.model, messages)
             if key not in known:
-                known[key] = judge.complete(messages)
-                line = {"key": key, "model": judge.model, "messages": messages, "reply": known[key]}
+                reply = known[key] = judge.complete(messages)
+                line = {"key": key, "model": judge.model, "messages": messages, "reply": reply.text}
+                line |= {"unreadable": reply.unreadable} if reply.unreadable else {}
                 stream.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
                 stream.flush()
             replies[name] = known[key]
     log.info("judge %s: %d replies → %s", judge.model, len(replies), record)
-    return replies
+    unreadable = [reply.unreadable for reply in replies.values() if reply.unreadable]
+    if unreadable:
+        log.warning(
+            "judge %s: %d of %d replies are unreadable, the first: %s; remove their lines from %s to ask again",
+            *(judge.model, len(unreadable), len(replies), unreadable[0], record),
+        )
+    return {name: reply.readable for name, reply in replies.items()}
 
 
 def record_key(model: str, messages: Sequence[Message]) -> str:
@@ -192,7 +230,7 @@ def record_key(model: str, messages: Sequence[Message]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def read_record(path: Path) -> tuple[dict[str, str], set[str]]:
+def read_record(path: Path) -> tuple[dict[str, Reply], set[str]]:
     """Read a record → replies by key, and their models. Errors: `EvalError` naming the line."""
     replies, models = {}, set()
     for row in read_jsonl(path):
@@ -203,7 +241,7 @@ def read_record(path: Path) -> tuple[dict[str, str], set[str]]:
             raise row.error("'messages' must be a list of {role, content}") from error
         if row.text("key") != key:
             raise row.error("'key' does not match its model and messages: the record was edited, remove the line")
-        replies[key] = row.text("reply")
+        replies[key] = Reply(row.text("reply"), row.text("unreadable") if "unreadable" in row.values else "")
         models.add(row.text("model"))
     return replies, models
 

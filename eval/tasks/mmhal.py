@@ -9,7 +9,8 @@ hallucinate less, and the figure is meaningless.
 
 The judge reads the image's contents, the question, the human answer and the model's, and ends with "Rating: 0" … "6";
 below 3 is a hallucination. The last rating of a reply counts (RLAIF-V's parser scores replies with several different
-ratings, or none, 0). Replies without a rating are unparsed and count 0; if more than 2 % are, all metrics are withheld.
+ratings, or none, 0); "Rating (0-6): 6" and "Rating: 6/6" are 6. Replies without text or rating, and those whose last
+rating is none of 0 to 6 ("4.5", "0-6", "5/10"), are unparsed and count 0; above 2 % of them all metrics are withheld.
 `informativeness` is RLAIF-V's: the mean of rating − 3 for ratings of 3 and more, of the rating below 3, over 3.
 """
 
@@ -28,7 +29,13 @@ from eval.task import Headline, Judging, Task, withhold_unreadable
 
 PROTOCOL = "prompt: {question} | judged 0 to 6, below 3 is a hallucination; the last rating of a reply counts"
 _FOLDER = "mmhal"
-_RATING = re.compile(r"rating\W{0,6}([0-6])(?![0-9])", re.IGNORECASE)
+# The word, perhaps a scale in parentheses, and what is taken for a number, with what may follow it.
+_RATING = re.compile(
+    r"\bratings?(?:\s*\((?!\s*\d+\s*\))[^()\n]*\))?(?:\W{0,6}|\W{1,3}(?:is|of|would be)\W{1,6})"
+    r"(?<![-−–+])([-−–+]?\d+(?:[.,]\d+)?(?:\s*(?:/|out of|to)\s*\d+|[-–—]\d+|\s*[-–—]\s*6(?!\d))?)",
+    re.IGNORECASE,
+)
+_READABLE = re.compile(r"([0-6])(?:\s*(?:/|out of)\s*6)?", re.IGNORECASE)
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SLOTS = ("image_content", "question", "gt_answer", "model_answer")
 DEFAULT_TEMPLATE = JudgeTemplate(
@@ -93,25 +100,26 @@ def judge_slots(example: Example[MmhalReference], text: str) -> dict[str, str] |
 
 
 def parse_rating(reply: str) -> int | None:
-    """The last rating of a reply, or None."""
+    """The last rating of a reply; None without one, or if it is none of 0 to 6."""
     ratings = _RATING.findall(reply)
-    return int(ratings[-1]) if ratings else None
+    found = _READABLE.fullmatch(ratings[-1]) if ratings else None
+    return int(found[1]) if found else None
 
 
 def score_judged(
     examples: Sequence[Example[MmhalReference]], texts: Mapping[str, str | None], replies: Mapping[str, str]
 ) -> Scored:
     """Mean rating and hallucination rate, over all and for each kind of question; a missing answer counts 0."""
-    ratings, kinds = {}, defaultdict[str, list[int]](list)
+    ratings, kinds = dict[str, int | None](), defaultdict[str, list[int]](list)
     unparsed = several = 0
     for example in examples:
         reply = replies.get(example.id, "")
         rating = parse_rating(reply)
         unparsed += texts[example.id] is not None and rating is None
         several += len(set(_RATING.findall(reply))) > 1
-        ratings[example.id] = rating or 0
+        ratings[example.id] = rating
         kinds[example.reference.kind].append(rating or 0)
-    values = list(ratings.values())
+    values = [rating or 0 for rating in ratings.values()]
     metrics: dict[str, float | None] = {
         "score": _mean(values),
         "hallucination_rate": _mean([value < 3 for value in values]),
@@ -119,7 +127,10 @@ def score_judged(
     }
     metrics |= {f"score_{kind}": _mean(found) for kind, found in sorted(kinds.items())}
     notes = (f"{several} replies contain several ratings",) if several else ()
-    verdicts = {name: Verdict(f"rating {value}", float(value >= 3)) for name, value in ratings.items()}
+    verdicts = {
+        name: Verdict("" if value is None else f"rating {value}", float((value or 0) >= 3))
+        for name, value in ratings.items()
+    }
     return withhold_unreadable(Scored(metrics, unparsed, verdicts, notes), len(examples))
 
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from eval.judge import LocalJudge, RecordedJudge, UrlJudge, ask, open_judge, record_key
+from eval.judge import LocalJudge, RecordedJudge, Reply, UrlJudge, ask, open_judge, record_key
 from eval.score import score_task
 from eval.scorers.chair import parse_objects
 from llavamod_offline.errors import ConfigError, EvalError, ModelError
@@ -63,7 +63,7 @@ QUESTION = [{"role": "user", "content": "Rate it."}]
 
 
 def test_a_server_is_asked_at_temperature_0(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert UrlJudge(url + "/", "big").complete(QUESTION) == "Rating: 5"
+    assert UrlJudge(url + "/", "big").complete(QUESTION) == Reply("Rating: 5")
     assert Server.seen == [{"model": "big", "messages": QUESTION, "temperature": 0, "max_tokens": 512}]
     assert Server.keys == [None]
     monkeypatch.setenv("MY_KEY", "secret")
@@ -73,12 +73,13 @@ def test_a_server_is_asked_at_temperature_0(url: str, monkeypatch: pytest.Monkey
 
 def test_a_busy_server_is_asked_again_and_a_refusal_is_one_line(url: str) -> None:
     Server.replies = [503, 429, "Rating: 1"]
-    assert UrlJudge(url, "big").complete(QUESTION) == "Rating: 1"
+    assert UrlJudge(url, "big").complete(QUESTION) == Reply("Rating: 1")
     for reply, message in (
         (400, "status 400"),
         (500, "status 500"),
-        (b"{}", "not a chat completion"),
-        (b'{"choices": [{"message": {"content": null}}]}', "contains no text"),
+        (b"<html>", "not a chat completion"),
+        (b"[]", "not a chat completion"),
+        (b'{"error": {"message": "overloaded"}}', "not a chat completion"),
     ):
         Server.replies = [reply]
         with pytest.raises(EvalError, match=message) as error:
@@ -86,6 +87,49 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_one_line(url: str) -> Non
         assert "\n" not in str(error.value)
     with pytest.raises(EvalError, match="cannot be reached"):
         UrlJudge("http://127.0.0.1:9/v1", "big").complete(QUESTION)
+
+
+WITHOUT_TEXT = {
+    b'{"choices": [{"message": {"content": null}, "finish_reason": "stop"}]}': 'no text (finish_reason "stop")',
+    b'{"choices": [{"message": {"content": null}, "finish_reason": "content_filter"}]}': "content_filter",
+    b'{"choices": [{"message": {"content": "", "refusal": "I cannot."}}]}': "refusal: I cannot.",
+    b'{"choices": [{"message": {"content": " \\n"}}]}': "no text",
+    b'{"choices": [{"message": {"content": [{"type": "text"}]}}]}': "no text",
+    b'{"choices": [{"message": {"content": "Rating: 0 is bad", "cut": 1}, "finish_reason": "length"}]}': "cut off",
+    b'{"choices": [{"message": {"content": null}, "finish_reason": "length"}]}': "cut off",
+    b'{"choices": [{"message": null}]}': "no text",
+    b'{"choices": [{}]}': "no text",
+    b'{"choices": []}': "no choices",
+    b'{"choices": null}': "no choices",
+    b"{}": "no choices",
+}
+
+
+@pytest.mark.parametrize("body", WITHOUT_TEXT)
+def test_a_reply_without_text_is_recorded_and_counts_as_unreadable(
+    url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, body: bytes
+) -> None:
+    root = mmhal_root(tmp_path / "data", 60)
+    path = write_jsonl(tmp_path / "a.jsonl", answers({n: f"It is {n}." for n in range(60)}))
+    Server.replies = [*["Rating: 6"] * 7, body, "Rating: 6"]
+    score = score_task("mmhal", root, path, judge=UrlJudge(url, "big"))
+    assert score.n_unparsed == 1
+    assert score.metrics["score"] == pytest.approx(6 * 59 / 60)
+    assert score.verdicts["7"].read_as == ""
+    line = json.loads((tmp_path / "a.judge.jsonl").read_text().splitlines()[7])
+    assert WITHOUT_TEXT[body] in line["unreadable"]
+    assert "1 of 60 replies are unreadable" in caplog.text
+    assert score_task("mmhal", root, path, judge=UrlJudge(url, "big")) == score
+    assert len(Server.seen) == 60  # none is asked again
+    assert score_task("mmhal", root, path, judge=open_judge(str(tmp_path / "a.judge.jsonl"))) == score
+
+
+def test_above_2_percent_of_replies_without_text_there_is_no_headline(url: str, tmp_path: Path) -> None:
+    root = mmhal_root(tmp_path / "data", 4)
+    path = write_jsonl(tmp_path / "a.jsonl", answers({n: f"It is {n}." for n in range(4)}))
+    Server.replies = [b'{"choices": [{"message": {"content": null}}]}', "Rating: 6"]
+    score = score_task("mmhal", root, path, judge=UrlJudge(url, "big"))
+    assert (score.n_unparsed, score.metrics["score"]) == (1, None)
 
 
 def test_every_reply_is_recorded_and_replayed(url: str, tmp_path: Path) -> None:
@@ -115,12 +159,13 @@ def test_what_was_answered_before_a_failure_is_kept(url: str, tmp_path: Path) ->
 
 def test_an_edited_record_is_refused(tmp_path: Path) -> None:
     line = {"key": record_key("m", QUESTION), "model": "m", "messages": QUESTION, "reply": "Rating: 5"}
-    assert RecordedJudge(write_jsonl(tmp_path / "r.jsonl", [line])).complete(QUESTION) == "Rating: 5"
+    assert RecordedJudge(write_jsonl(tmp_path / "r.jsonl", [line])).complete(QUESTION) == Reply("Rating: 5")
     for change, message in (
         ({"messages": [{"role": "user", "content": "Rate that."}]}, "does not match"),
         ({"model": "n"}, "does not match"),
         ({"messages": "x"}, "'messages' must be a list"),
         ({"reply": 5}, "field 'reply' must be a string"),
+        ({"unreadable": 5}, "field 'unreadable' must be a string"),
     ):
         with pytest.raises(EvalError, match=message):
             RecordedJudge(write_jsonl(tmp_path / "r.jsonl", [{**line, **change}]))
@@ -142,7 +187,7 @@ def test_judges_are_told_apart_by_what_they_are(tmp_path: Path, url: str, monkey
     record = write_jsonl(tmp_path / "r.jsonl", rows)
     with pytest.raises(ConfigError, match="has replies by 2 models"):
         open_judge(str(record))
-    assert open_judge(str(record), model="n").complete(QUESTION) == "n"
+    assert open_judge(str(record), model="n").complete(QUESTION) == Reply("n")
     with pytest.raises(ConfigError, match="no reply by 'o'"):
         open_judge(str(record), model="o")
 
@@ -158,6 +203,7 @@ def test_a_local_model_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     judge = open_judge(str(folder))
     assert judge.model == "judge"
     assert judge.complete(QUESTION) == judge.complete(QUESTION)
+    assert "cut off at 8 tokens" in judge.complete(QUESTION).unreadable
     with pytest.raises(ModelError, match="cannot be loaded"):
         LocalJudge(_with_chat(write_tiny_llava(tmp_path / "llava"), template))
 
