@@ -43,8 +43,9 @@ Examples:
 
 _SCORE_HELP = f"""Score a predictions file on a benchmark, without loading a model.
 
-PREDICTIONS is a predictions.jsonl, or an answer file of LLaVA's scripts (question_id, prompt, text). The denominator is
-the benchmark's question file. Rates are fractions of 1; MME scores are points.
+PREDICTIONS is a predictions.jsonl, an answer file of LLaVA's scripts (question_id, text, prompt), logged samples of
+lmms-eval, or a .tsv or .csv of VLMEvalKit. The denominator is the benchmark's question file, or what a limit asked.
+Rates are fractions of 1; MME scores are points.
 
 Benchmarks: {_TASKS}
 
@@ -158,7 +159,7 @@ def score_command(
     width = max(len(name) for name in score.metrics)
     for name, value in score.metrics.items():
         print(f"{name:<{width}}  {'undefined' if value is None else format(value, '.4f')}")
-    print(f"n {score.n}, missing {score.n_missing}, unparsed {score.n_unparsed}, data sha256 {score.data_sha256[:16]}…")
+    print(f"{score.counts}, data sha256 {score.data_sha256[:16]}…")
     print(score.protocol)
 
 

@@ -32,6 +32,16 @@ class FileImage:
         places = [self.folder / name for name in self.names]
         return next((place for place in places if place.is_file()), places[0])
 
+    @property
+    def name(self) -> str:
+        """The file, for messages."""
+        return str(self.path)
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a file."""
+        return self.path.is_file()
+
     def read(self) -> bytes:
         """The encoded image. Errors: `EvalError` if the file is missing or unreadable."""
         try:
@@ -49,6 +59,16 @@ class EmbeddedImage:
     column: str
     columns: tuple[str, ...] = ()
 
+    @property
+    def name(self) -> str:
+        """The file and the place in it, for messages."""
+        return f"{self.path}, '{self.column}' of the row at byte {self.offset}"
+
+    @property
+    def exists(self) -> bool:
+        """Whether the table has the column; of JSON lines, unknown before reading."""
+        return not self.columns or self.column in self.columns
+
     def read(self) -> bytes:
         """The encoded image. Errors: `EvalError` if it is not base64."""
         with self.path.open("rb") as stream:
@@ -61,8 +81,7 @@ class EmbeddedImage:
         try:
             return base64.b64decode(value, validate=True)
         except (binascii.Error, ValueError, TypeError) as error:
-            where = f"{self.path}: byte {self.offset}"
-            raise EvalError(f"{where}: '{self.column}' is not a base64 image: download the file again") from error
+            raise EvalError(f"{self.name}: not a base64 image: download the file again") from error
 
 
 @dataclass(slots=True)  # not frozen: creating hundreds of thousands would take three times as long
@@ -170,11 +189,11 @@ def read_jsonl(path: Path, *, drop: Sequence[str] = ()) -> list[Row]:
     return rows
 
 
-def read_tsv(path: Path, *, drop: Sequence[str] = ()) -> tuple[tuple[str, ...], list[Row]]:
-    """Read a tab-separated file with a header line and quoted fields → column names, rows of strings."""
+def read_table(path: Path, *, drop: Sequence[str] = (), delimiter: str = "\t") -> tuple[tuple[str, ...], list[Row]]:
+    """Read a table with a header line and quoted fields → column names, rows of strings."""
     with path.open("rb") as stream:
         consumed = [0]
-        rows = _csv_rows(_counted(stream, consumed, path))
+        rows = _csv_rows(_counted(stream, consumed, path), delimiter)
         columns = tuple(next(rows, []))
         found: list[Row] = []
         while True:
@@ -219,11 +238,11 @@ def _counted(stream: Any, consumed: list[int], path: Path) -> Iterator[str]:
             raise EvalError(f"{path}: not UTF-8: save the file as UTF-8") from error
 
 
-def _csv_rows(lines: Iterator[str]) -> Iterator[list[str]]:
+def _csv_rows(lines: Iterator[str], delimiter: str = "\t") -> Iterator[list[str]]:
     limit = csv.field_size_limit(sys.maxsize)  # a base64 image exceeds the default limit
     try:
-        yield from csv.reader(lines, delimiter="\t")
+        yield from csv.reader(lines, delimiter=delimiter)
     except csv.Error as error:
-        raise EvalError(f"not readable as tab-separated values: {error}: download the file again") from error
+        raise EvalError(f"not readable as a table: {error}: download the file again") from error
     finally:
         csv.field_size_limit(limit)

@@ -1,7 +1,8 @@
 """Answering benchmarks' questions with a model, resumably: `OUTPUT/TASK/predictions.jsonl`.
 
 `predictions.protocol.json` beside it records the settings that determine the answers. A rerun with the same settings
-skips answered questions; a rerun with other settings is refused.
+skips answered questions; a rerun with other settings is refused. Questions whose image cannot be read are listed in
+`predictions.unanswerable.jsonl`; a rerun tries them again.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,16 +24,20 @@ from eval.engines import AnswerEngineName, open_engine
 from eval.engines.protocol import Answer, AnswerEngine
 from eval.example import Example
 from eval.export.answers import write_answers
-from eval.files import FileImage, read_object
+from eval.files import read_object
 from eval.predictions import Prediction, prediction_line, read_predictions
 from eval.score import sidecar
 from eval.task import Task
 from eval.tasks import TASKS, get_task
+from eval.unanswerable import unanswerable_file, write_unanswerable
 from llavamod_offline.config import InputPath, raise_problems
-from llavamod_offline.errors import EvalError
+from llavamod_offline.data.images import decode_image
+from llavamod_offline.errors import DataError, EvalError
 from llavamod_offline.storage.atomic import write_file
 
 log = logging.getLogger(__name__)
+
+MAX_MISSING = 0.5  # the share of a benchmark's images above which the folder is probably wrong
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class EvalGenerateConfig:
     max_new_tokens: int | None = None
     """Most tokens of an answer; null: each benchmark's published limit."""
     limit: int | None = None
-    """Answer only this many questions of each benchmark, the first ones; null: all."""
+    """Answer only this many questions of each benchmark, the first ones, which are then scored; null: all."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number type of weights and activations; auto: float32 on a CPU, otherwise bfloat16."""
     device: str = "auto"
@@ -111,22 +116,34 @@ def generate(config: EvalGenerateConfig) -> dict[str, Path]:
         path = Path(config.output) / name / "predictions.jsonl"
         tokens = config.max_new_tokens or task.max_new_tokens
         _check_settings(path, _settings(name, engine, tokens, limit, examples[name]))
-        _answer_all(engine, name, examples[name], path, config.batch_size, tokens)
-        if limit is None:
-            _export(task, examples[name], path, model.name)
+        unanswerable = _answer_all(engine, name, examples[name], path, config.batch_size, tokens)
+        write_unanswerable(path, unanswerable)
+        if unanswerable:
+            log.warning(
+                "%s: %d of %d questions cannot be answered (they count as wrong), the first: %s; all are in %s: "
+                "mend their images and rerun the command",
+                *(name, len(unanswerable), len(examples[name]), next(iter(unanswerable.values()))),
+                unanswerable_file(path),
+            )
+        _export(task, examples[name], path, model.name, unanswerable, whole=limit is None)
         paths[name] = path
     return paths
 
 
 def _examples(task: Task, root: Path, limit: int | None) -> list[Example[Any]]:
-    """Load a benchmark's questions and check, before a model is loaded, that their images exist."""
+    """Load a benchmark's questions and check, before a model is loaded, that most of their images exist."""
     examples = task.load(root)[:limit]
     if not examples:
         raise EvalError(f"{root}: the question file of '{task.name}' is empty")
-    sources = [example.source.path for example in examples if isinstance(example.source, FileImage)]
-    missing = [path for path in dict.fromkeys(sources) if not path.is_file()]
+    sources = [example.source for example in examples if example.source is not None]
+    missing = [source.name for source in sources if not source.exists]
+    if len(missing) > MAX_MISSING * len(sources):
+        raise EvalError(
+            f"{missing[0]}: no such image ({len(missing)} of '{task.name}' are missing): put them there, "
+            "or choose another root"
+        )
     if missing:
-        raise EvalError(f"{missing[0]}: no such image ({len(missing)} of '{task.name}' are missing): put them there")
+        log.warning("%s: no such image (%d of '%s' are missing)", missing[0], len(missing), task.name)
     return examples
 
 
@@ -163,29 +180,59 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
 
 def _answer_all(
     engine: AnswerEngine, name: str, examples: Sequence[Example[Any]], path: Path, batch_size: int, max_new_tokens: int
-) -> None:
-    """Answer the unanswered questions, appending to the file batch by batch."""
+) -> dict[str, str]:
+    """Answer the unanswered questions, appending to the file batch by batch → why some cannot be, by id."""
     done = _finished(path, name)
     waiting = [example for example in examples if example.id not in done]
+    unanswerable: dict[str, str] = {}
     started, tokens = time.monotonic(), 0
     if done:
         log.info("%s: %d of %d questions are already answered", name, len(done), len(examples))
     with path.open("ab") as stream, tqdm(total=len(waiting), desc=name, disable=not sys.stderr.isatty()) as bar:
         for batch in _batches(waiting, batch_size):
-            answers = engine.answer(batch, max_new_tokens)
-            for example, answer in zip(batch, answers, strict=True):
+            answered, answers = _answer(engine, batch, max_new_tokens, unanswerable)
+            for example, answer in zip(answered, answers, strict=True):
                 tokens += answer.n_tokens
                 stream.write(prediction_line(_prediction(name, example, answer)))
             stream.flush()
             bar.update(len(batch))
-    seconds = max(time.monotonic() - started, 1e-9)
-    log.info("%s: %d answers in %.1f s (%.1f tokens/s) → %s", name, len(waiting), seconds, tokens / seconds, path)
+    seconds, made = max(time.monotonic() - started, 1e-9), len(waiting) - len(unanswerable)
+    log.info("%s: %d answers in %.1f s (%.1f tokens/s) → %s", name, made, seconds, tokens / seconds, path)
+    return unanswerable
 
 
-def _export(task: Task, examples: Sequence[Example[Any]], path: Path, model: str) -> None:
-    """Write the answers for LLaVA's scripts and, if the task has one, the upload."""
-    texts = {prediction.name: prediction.text for prediction in read_predictions(path, task.name)}
-    for name in ["answers.jsonl", *([f"upload{task.upload.suffix}"] if task.upload else [])]:
+def _answer(
+    engine: AnswerEngine, batch: Sequence[Example[Any]], max_new_tokens: int, unanswerable: dict[str, str]
+) -> tuple[Sequence[Example[Any]], list[Answer]]:
+    """Answer a batch without the questions whose image cannot be read, which are added to `unanswerable`."""
+    try:
+        return batch, engine.answer(batch, max_new_tokens)
+    except (DataError, EvalError):
+        found = {example.id: reason for example in batch if (reason := _unreadable(example))}
+        if not found:  # something else is wrong
+            raise
+    unanswerable |= found
+    others = [example for example in batch if example.id not in found]
+    return others, engine.answer(others, max_new_tokens) if others else []
+
+
+def _unreadable(example: Example[Any]) -> str:
+    """Why the image of a question cannot be read; empty if it can."""
+    try:
+        if example.source is not None:
+            decode_image(example.source.read(), name=example.source.name)
+    except (DataError, EvalError) as error:
+        return str(error)
+    return ""
+
+
+def _export(
+    task: Task, examples: Sequence[Example[Any]], path: Path, model: str, unanswerable: Collection[str], *, whole: bool
+) -> None:
+    """Write the answers for LLaVA's scripts and, of a whole set, the task's upload; empty ones if unanswerable."""
+    texts = dict.fromkeys(unanswerable, "")
+    texts |= {prediction.name: prediction.text for prediction in read_predictions(path, task.name)}
+    for name in ["answers.jsonl", *([f"upload{task.upload.suffix}"] if task.upload and whole else [])]:
         write_answers(task, examples, texts, path.with_name(name), model=model)
 
 

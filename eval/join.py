@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ def join(
     question_key: Callable[[str], str],
     path: Path,
     allow_missing: bool = False,
+    unanswerable: Collection[str] = (),
 ) -> dict[str, Prediction]:
     """Match predictions with examples → prediction by example id, its answer without white space around it.
 
@@ -29,7 +30,8 @@ def join(
 
     Our predictions are matched by `id`, LLaVA-style answers by `question_id`. If several examples share one (MME: two
     questions per image; TextVQA: the image's id), the question in the prompt decides.
-    Errors: `EvalError` listing the first five unknown, duplicate or (unless `allow_missing`) missing ids.
+    Errors: `EvalError` listing the first five unknown, duplicate or (unless `allow_missing`) missing ids; those in
+    `unanswerable` may be missing.
     """
     by_id = {example.id: example for example in examples}
     if len(by_id) != len(examples):
@@ -48,7 +50,7 @@ def join(
             joined[free.id] = replace(prediction, text=prediction.text.strip())
         else:
             (duplicate if candidates else unknown).append(prediction.name)
-    missing = [example.id for example in examples if example.id not in joined]
+    missing = [example.id for example in examples if example.id not in joined and example.id not in unanswerable]
     if unknown:
         raise EvalError(
             f"{path}: {_listed(unknown, 'prediction')} without a matching question: check that the "
@@ -76,6 +78,10 @@ def _candidates(
     sharing = by_alias.get(prediction.question_id, [])
     if len(sharing) <= 1:
         return sharing
+    if not prediction.prompt:
+        raise EvalError(
+            f"prediction '{prediction.name}': has no 'prompt', and several questions share its question_id: add it"
+        )
     asked = question_key(prediction.prompt)
     return [example for example in sharing if example.question == asked]
 

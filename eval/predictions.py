@@ -1,7 +1,11 @@
-"""Predictions: one JSON object per line, ours (`predictions.jsonl`) or LLaVA's answer files.
+"""Predictions: one JSON object per line, ours (`predictions.jsonl`) or another runner's; or a table.
 
-Ours:   {"task", "id", "image", "prompt", "text", "n_tokens", "finish"}  (`finish`: "stop" or "length")
-LLaVA:  {"question_id", "prompt", "text", …}  (further fields are ignored)
+Ours:        {"task", "id", "image", "prompt", "text", "n_tokens", "finish"}  (`finish`: "stop" or "length")
+LLaVA:       {"question_id", "text", "prompt"}
+lmms-eval:   {"doc": {"question_id" or "questionId" or "index" or "id", "question"}, "filtered_resps" or "resps"}
+VLMEvalKit:  a .tsv or .csv with the columns `index`, `prediction` and `question`
+
+Further fields are ignored. Without a prompt or question, answers that share a `question_id` cannot be told apart.
 """
 
 from __future__ import annotations
@@ -13,17 +17,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.files import read_table
 from llavamod_offline.errors import EvalError
 
 MAX_LINE_BYTES = 4 * 2**20
 # First bytes of files in other containers or encodings, and what to do about them.
 _WRAPPED = {
     b"\x1f\x8b": "is compressed with gzip: unpack it first",
-    b"PK\x03\x04": "is a zip archive or a spreadsheet: use the JSON lines",
+    b"PK\x03\x04": "is a zip archive or a spreadsheet: save it as .tsv, or use the JSON lines",
     b"\xff\xfe": "is in UTF-16: save it as UTF-8",
     b"\xfe\xff": "is in UTF-16: save it as UTF-8",
 }
 FINISHES = ("stop", "length")
+_DELIMITERS = {".tsv": "\t", ".csv": ","}
+_LMMS_EVAL_IDS = ("question_id", "questionId", "index", "id")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -47,12 +54,14 @@ class Prediction:
 
 
 def read_predictions(path: Path, task: str) -> list[Prediction]:
-    """Read a predictions file of either form; every line must be for `task`.
+    """Read a predictions file of any form; every line must be for `task`.
 
     Errors: `EvalError` naming file and line for bad JSON, a wrong type, a NUL byte, an overlong line, another task.
     """
     if not path.is_file():
         raise EvalError(f"{path}: no such predictions file: create one with 'eval-student generate'")
+    if path.suffix.lower() in _DELIMITERS:
+        return _table(path)
     return [_prediction(path, number, line, task) for number, line in _lines(path)]
 
 
@@ -93,6 +102,17 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
+def _table(path: Path) -> list[Prediction]:
+    columns, rows = read_table(path, delimiter=_DELIMITERS[path.suffix.lower()])
+    absent = [name for name in ("index", "prediction") if name not in columns]
+    if absent:
+        raise EvalError(f"{path}: no column '{absent[0]}': VLMEvalKit's tables have index and prediction")
+    return [
+        Prediction(row.text("prediction"), row.values.get("question", ""), question_id=row.text("index"))
+        for row in rows
+    ]
+
+
 def _prediction(path: Path, number: int, line: bytes, task: str) -> Prediction:
     where = f"{path}: line {number}"
     if b"\0" in line:
@@ -105,9 +125,13 @@ def _prediction(path: Path, number: int, line: bytes, task: str) -> Prediction:
         raise EvalError(f"{where}: not readable as JSON: {error}") from error
     if not isinstance(row, dict):
         raise EvalError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    text, prompt = _text(row, "text", where), _text(row, "prompt", where)
-    if "id" not in row and "question_id" in row:
+    if isinstance(row.get("doc"), dict) and "text" not in row:
+        return _lmms_eval(row, where)
+    text = _text(row, "text", where)
+    if "question_id" in row and "task" not in row:
+        prompt = _text(row, "prompt", where) if "prompt" in row else ""
         return Prediction(text, prompt, question_id=_identifier(row, "question_id", where))
+    prompt = _text(row, "prompt", where)
     if "id" not in row:
         raise EvalError(f"{where}: has neither 'id' (our predictions) nor 'question_id' (LLaVA's answers)")
     found = _text(row, "task", where)
@@ -120,6 +144,20 @@ def _prediction(path: Path, number: int, line: bytes, task: str) -> Prediction:
         raise EvalError(f"{where}: 'finish' must be one of {', '.join(FINISHES)}, found {_shown(finish)}")
     identifier = _identifier(row, "id", where)
     return Prediction(text, prompt, identifier, None, found, _text(row, "image", where), tokens, finish)
+
+
+def _lmms_eval(row: dict[str, Any], where: str) -> Prediction:
+    """A line of lmms-eval's `--log_samples`: the question as its task's data set has it, and the filtered response."""
+    doc = row["doc"]
+    name = next((name for name in _LMMS_EVAL_IDS if name in doc), None)
+    if name is None:
+        raise EvalError(f"{where}: 'doc' has none of {', '.join(_LMMS_EVAL_IDS)}: answers cannot be matched")
+    response = row.get("filtered_resps") or row.get("resps")
+    while isinstance(response, list) and len(response) == 1:
+        response = response[0]
+    found = {"response": response} if response is not None else {}
+    prompt = _text(doc, "question", where) if "question" in doc else ""
+    return Prediction(_text(found, "response", where), prompt, question_id=_identifier(doc, name, where))
 
 
 def _text(row: dict[str, Any], name: str, where: str) -> str:

@@ -17,6 +17,7 @@ from eval.judge_template import JudgeTemplate
 from eval.predictions import Prediction, read_predictions
 from eval.task import Task
 from eval.tasks import TASKS, get_task
+from eval.unanswerable import read_unanswerable
 from llavamod_offline.errors import ConfigError, EvalError
 
 if TYPE_CHECKING:
@@ -27,12 +28,18 @@ SIDECAR_SUFFIX = ".protocol.json"
 
 @dataclass(frozen=True)
 class TaskScore:
-    """A task's score and how it was obtained; `texts` and `verdicts` are by example id."""
+    """A task's score and how it was obtained; `texts` and `verdicts` are by example id.
+
+    `limit`: only the first questions were asked, as many as this (None: all). `n_unanswerable`: questions whose image
+    could not be read; like the `n_missing`, they count as wrong.
+    """
 
     task: str
     metrics: dict[str, float | None]
     n: int
+    limit: int | None
     n_missing: int
+    n_unanswerable: int
     n_unparsed: int
     protocol: str
     data_sha256: str
@@ -41,8 +48,15 @@ class TaskScore:
 
     def as_json(self) -> dict[str, Any]:
         """The object that `eval-student score --json` writes."""
-        names = ("task", "metrics", "n", "n_missing", "n_unparsed", "protocol", "data_sha256")
-        return {name: getattr(self, name) for name in names}
+        counts = ("n", "limit", "n_missing", "n_unanswerable", "n_unparsed")
+        return {name: getattr(self, name) for name in ("task", "metrics", *counts, "protocol", "data_sha256")}
+
+    @property
+    def counts(self) -> str:
+        """The numbers of questions, in words."""
+        limit = "" if self.limit is None else f" (limit {self.limit})"
+        unanswerable = f", unanswerable {self.n_unanswerable}" if self.n_unanswerable else ""
+        return f"n {self.n}{limit}, missing {self.n_missing}{unanswerable}, unparsed {self.n_unparsed}"
 
 
 def score_task(
@@ -57,18 +71,24 @@ def score_task(
 ) -> TaskScore:
     """Score `predictions` on the benchmark `name`, whose files are below `root`.
 
-    The denominator is the benchmark's question file. With `allow_missing`, missing predictions count as wrong.
+    The denominator is the benchmark's question file, or its first questions if they were generated with a `limit`.
+    With `allow_missing`, missing predictions count as wrong; questions recorded as unanswerable always do.
     A `judge`'s replies are recorded in `judge_record`, by default beside the predictions.
     Errors: `EvalError` for unreadable files, for unknown, duplicate or missing ids, for a missing or failing judge;
     `ConfigError` for the task, a judge that it does not take, or a template without a required slot.
     """
     task = get_task(name)
     with _collector_paused():
-        examples = task.load(root)
-        if not examples:
-            raise EvalError(f"{root}: the question file of '{name}' is empty")
-        answers = read_predictions(predictions, name)
-        joined = join(examples, answers, question_key=task.question_key, path=predictions, allow_missing=allow_missing)
+        examples, limit = asked_examples(task, root, predictions)
+        unanswerable = read_unanswerable(predictions)
+        joined = join(
+            examples,
+            read_predictions(predictions, name),
+            question_key=task.question_key,
+            path=predictions,
+            allow_missing=allow_missing,
+            unanswerable=unanswerable,
+        )
         texts = {example.id: joined[example.id].text if example.id in joined else None for example in examples}
         if judge is None:
             if task.score is None:
@@ -77,17 +97,33 @@ def score_task(
     if judge is not None:
         record = judge_record or predictions.with_suffix(".judge.jsonl")
         scored, protocol = _score_judged(task, examples, texts, judge, record, judge_template)
+    without = [example.id for example in examples if example.id not in joined]
+    lost = sum(identifier in unanswerable for identifier in without)
     return TaskScore(
         task=name,
         metrics=scored.metrics,
         n=len(examples),
-        n_missing=len(examples) - len(joined),
+        limit=limit,
+        n_missing=len(without) - lost,
+        n_unanswerable=lost,
         n_unparsed=scored.n_unparsed,
-        protocol=_protocol(task, protocol, examples, joined, scored, predictions),
+        protocol=_protocol(task, protocol, examples, joined, scored, predictions, limit=limit, unanswerable=lost),
         data_sha256=data_checksum(root, task.reference_files(root)),
         texts=texts,
         verdicts=scored.verdicts,
     )
+
+
+def asked_examples(task: Task, root: Path, predictions: Path) -> tuple[list[Example[Any]], int | None]:
+    """The questions that a predictions file answers, and the `limit` it was generated with (None: all questions)."""
+    examples = task.load(root)
+    if not examples:
+        raise EvalError(f"{root}: the question file of '{task.name}' is empty")
+    file = sidecar(predictions)
+    limit = read_object(file).get("limit") if file.is_file() else None
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise EvalError(f"{file}: 'limit' must be a whole number of at least 1: restore the file or generate again")
+    return examples[:limit], limit
 
 
 def _score_judged(
@@ -144,16 +180,25 @@ def _protocol(
     joined: Mapping[str, Prediction],
     scored: Scored,
     predictions: Path,
+    *,
+    limit: int | None,
+    unanswerable: int,
 ) -> str:
-    parts = [f"{task.name}: {len(examples)} questions"]
+    parts = [f"{task.name}: {len(examples)} questions" + ("" if limit is None else f", the first ones (limit {limit})")]
     if len(examples) not in task.official_n:
         parts.append(f"not the published set of {' or '.join(map(str, task.official_n))}")
     parts.append(protocol)
-    reworded = sum(e.id in joined and _reworded(e, joined[e.id].prompt) for e in examples)
+    prompts = [(example, joined[example.id].prompt) for example in examples if example.id in joined]
+    unknown = sum(not prompt for _, prompt in prompts)
+    if unknown:
+        parts.append(f"{unknown} prompts are not recorded")
+    reworded = sum(bool(prompt) and _reworded(example, prompt) for example, prompt in prompts)
     if reworded:
         parts.append(f"{reworded} prompts are worded unlike the published ones")
-    if len(joined) < len(examples):
-        parts.append(f"{len(examples) - len(joined)} missing answers counted as wrong")
+    if len(examples) - len(joined) > unanswerable:
+        parts.append(f"{len(examples) - len(joined) - unanswerable} missing answers counted as wrong")
+    if unanswerable:
+        parts.append(f"{unanswerable} unanswerable questions (image not readable) counted as wrong")
     parts += scored.notes
     parts.append(f"generation: {_generation(predictions)}")
     return " | ".join(parts)

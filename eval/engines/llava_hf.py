@@ -99,7 +99,7 @@ class LlavaHfEngine:
 
     def _pixels(self, examples: Sequence[Example[Any]]) -> Tensor | None:
         pixels = [
-            torch.from_numpy(self.images.pixels(example.source.read(), name=f"question '{example.id}'"))
+            torch.from_numpy(self.images.pixels(example.source.read(), name=example.source.name))
             for example in examples
             if example.source is not None
         ]

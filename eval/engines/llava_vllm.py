@@ -116,5 +116,5 @@ class LlavaVllmEngine:
     def _images(self, example: Example[Any]) -> list[_ExampleImage]:
         if example.source is None:
             return []
-        pixels_3HW = self.images.pixels(example.source.read(), name=f"question '{example.id}'")
+        pixels_3HW = self.images.pixels(example.source.read(), name=example.source.name)
         return [_ExampleImage({"pixel_values": pixels_3HW}, self.encoder.image_tokens)]

@@ -61,7 +61,7 @@ class ProcessorEngine:
             found = []
             if example.source is not None:
                 parts.insert(0, {"type": "image"})
-                found.append(decode_image(example.source.read(), name=f"question '{example.id}'"))
+                found.append(decode_image(example.source.read(), name=example.source.name))
             conversations.append([{"role": "user", "content": parts}])
             images.append(found)
         texts = self.processor.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)

@@ -9,8 +9,10 @@ from typing import Any
 from eval.example import Example
 from eval.join import join
 from eval.predictions import llava_answer_line, read_predictions
+from eval.score import asked_examples
 from eval.task import Task
 from eval.tasks import get_task
+from eval.unanswerable import read_unanswerable
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.storage.atomic import write_file
 
@@ -18,15 +20,19 @@ from llavamod_offline.storage.atomic import write_file
 def export(name: str, root: Path, predictions: Path, output: Path, *, model: str = "") -> None:
     """Write the predictions of a task in the format that `output`'s suffix names.
 
+    Unanswerable questions get an empty answer.
     Errors: `EvalError` for missing, unknown or duplicate ids; `ConfigError` for a format that the task lacks.
     """
     task = get_task(name)
     allowed = (".jsonl", *([task.upload.suffix] if task.upload else []))
     if output.suffix not in allowed:
         raise ConfigError(f"{output}: '{name}' can only be exported as {' or '.join(allowed)}: rename the output")
-    examples = task.load(root)
-    joined = join(examples, read_predictions(predictions, name), question_key=task.question_key, path=predictions)
-    write_answers(task, examples, {name: found.text for name, found in joined.items()}, output, model=model)
+    examples, _ = asked_examples(task, root, predictions)
+    unanswerable = read_unanswerable(predictions)
+    answers = read_predictions(predictions, name)
+    joined = join(examples, answers, question_key=task.question_key, path=predictions, unanswerable=unanswerable)
+    texts = dict.fromkeys(unanswerable, "") | {name: found.text for name, found in joined.items()}
+    write_answers(task, examples, texts, output, model=model)
 
 
 def write_answers(

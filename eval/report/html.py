@@ -75,7 +75,10 @@ def _metrics(task: str, scored: Sequence[ScoredRun]) -> dict[str, Any]:
         (name, ["–" if name not in score.metrics else f"{score.metrics[name]:.4f}" for score in scores])
         for name in dict.fromkeys(name for score in scores for name in score.metrics)
     ]
-    rows += [(name, [str(getattr(score, name)) for score in scores]) for name in ("n", "n_missing", "n_unparsed")]
+    rows += [
+        (name, [str(getattr(score, name)) for score in scores])
+        for name in ("n", "n_missing", "n_unanswerable", "n_unparsed")
+    ]
     return {"runs": scored, "rows": rows}
 
 
@@ -112,6 +115,6 @@ def _thumbnail(example: Example[Any]) -> str:
     if example.source is None:
         return ""
     try:
-        return thumbnail(example.source.read(), name=f"question '{example.id}'")[0]
+        return thumbnail(example.source.read(), name=example.source.name)[0]
     except (DataError, EvalError):
         return ""

@@ -65,9 +65,8 @@ def markdown(runs: Sequence[ScoredRun]) -> str:
     lines += ["", "## Protocols", ""]
     for run in runs:
         for task, score in run.scores.items():
-            counts = f"n {score.n}, missing {score.n_missing}, unparsed {score.n_unparsed}"
             protocol = score.protocol.replace("`", "'")
-            lines.append(f"- **{_escaped(run.name)}**, {task}: {counts}; `{protocol}`")
+            lines.append(f"- **{_escaped(run.name)}**, {task}: {score.counts}; `{protocol}`")
         lines += [f"- **{_escaped(run.name)}**, {task}: not scored: {why}" for task, why in run.unscored.items()]
     return "\n".join(lines) + "\n"
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from eval.example import Example, Scored, Verdict
 from eval.export.xlsx import spreadsheet
-from eval.files import EmbeddedImage, Row, find_file, read_tsv
+from eval.files import EmbeddedImage, Row, find_file, read_table
 from eval.task import Headline, Task, Upload
 from llavamod_offline.errors import EvalError
 
@@ -58,8 +58,8 @@ class MmbenchReference:
 
 def load_tsv(path: Path, suffix: str) -> list[Example[MmbenchReference]]:
     """Read every row of a TSV as an example. Errors: `EvalError` naming the row for a missing or invalid field."""
-    columns, rows = read_tsv(path, drop=("image",))
-    for column in ("index", "question", "A", "B", "answer", "image"):
+    columns, rows = read_table(path, drop=("image",))
+    for column in ("index", "question", "A", "B", "answer"):  # scoring needs no images
         if column not in columns:
             raise EvalError(f"{path}: no column '{column}': use the TSV of MMBench's dev split, which has answers")
     return [_example(row, columns, suffix) for row in rows]
@@ -154,7 +154,7 @@ def _example(row: Row, columns: tuple[str, ...], suffix: str) -> Example[Mmbench
 def _upload(examples: Sequence[Example[MmbenchReference]], texts: Mapping[str, str]) -> bytes:
     source = examples[0].source
     assert isinstance(source, EmbeddedImage)
-    columns, rows = read_tsv(source.path, drop=_DROPPED)
+    columns, rows = read_table(source.path, drop=_DROPPED)
     kept = [column for column in columns if column not in _DROPPED]
     table: list[list[str | int | None]] = [[*kept[:_PREDICTION], "prediction", *kept[_PREDICTION:]]]
     for row in rows:

@@ -38,7 +38,8 @@ def test_generate_then_score_then_export(tmp_path: Path, capsys: pytest.CaptureF
     assert "f1_mean" in shown
     assert r"prompt: {question}\nAnswer the question using a single word or phrase." in shown
     score = json.loads((tmp_path / "s" / "x.json").read_text())
-    assert list(score) == ["task", "metrics", "n", "n_missing", "n_unparsed", "protocol", "data_sha256"]
+    counts = ["n", "limit", "n_missing", "n_unanswerable", "n_unparsed"]
+    assert list(score) == ["task", "metrics", *counts, "protocol", "data_sha256"]
     for name in ("f1_adversarial", "f1_popular", "f1_random", "f1_mean", "accuracy", "yes_ratio"):
         assert isinstance(score["metrics"][name], float)
     exported = tmp_path / "answers.jsonl"

@@ -77,3 +77,16 @@ def test_an_unknown_question_of_a_shared_id_is_unknown() -> None:
 def test_our_ids_are_no_aliases() -> None:
     with pytest.raises(EvalError, match="without a matching question"):
         joined(ours("x"), allow_missing=True)
+
+
+def test_a_shared_id_needs_the_prompt() -> None:
+    with pytest.raises(EvalError, match="'x': has no 'prompt', and several questions share its question_id"):
+        joined(theirs("x", ""), allow_missing=True)
+    assert joined(theirs("1", ""), allow_missing=True) == {"1": "1"}
+
+
+def test_unanswerable_questions_are_not_missing() -> None:
+    found = join(
+        EXAMPLES, [ours("1"), ours("2")], question_key=first_line_key, path=Path("p"), unanswerable=["x#1", "x#2"]
+    )
+    assert sorted(found) == ["1", "2"]

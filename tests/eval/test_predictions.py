@@ -39,6 +39,37 @@ def test_ours_and_llavas_forms_are_read(tmp_path: Path) -> None:
     assert read_predictions(theirs, "pope") == [Prediction("No", "Q", question_id="3")]
 
 
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"question_id": 3, "text": "No", "prompt": "Q", "id": "x"}, Prediction("No", "Q", question_id="3")),
+        ({"question_id": "3", "text": "No", "id": 7, "image": None}, Prediction("No", "", question_id="3")),
+        (
+            {"doc_id": 0, "doc": {"question_id": "3", "question": "Q", "answer": "yes"}, "target": "yes",
+             "resps": [["No."]], "filtered_resps": ["No"]},
+            Prediction("No", "Q", question_id="3"),
+        ),
+        ({"doc": {"questionId": 3}, "resps": [["No"]]}, Prediction("No", "", question_id="3")),
+        ({"doc": {"index": 3}, "filtered_resps": "No"}, Prediction("No", "", question_id="3")),
+    ],
+)  # fmt: skip
+def test_other_runners_lines_are_read_with_fields_of_their_own(
+    tmp_path: Path, row: dict[str, Any], expected: Prediction
+) -> None:
+    path = written(tmp_path / "a.jsonl", json.dumps(row).encode())
+    assert read_predictions(path, "pope") == [expected]
+
+
+def test_vlmevalkits_tables_are_read(tmp_path: Path) -> None:
+    for name, separator in (("a.tsv", "\t"), ("a.CSV", ",")):
+        lines = [["index", "question", "A", "prediction", "l2-category"], ["3", '"Is it\nred?"', "x", "B", "y"]]
+        path = written(tmp_path / name, *(separator.join(line).encode() for line in lines))
+        assert read_predictions(path, "mmbench") == [Prediction("B", "Is it\nred?", question_id="3")]
+    path = written(tmp_path / "b.tsv", b"index\tanswer", b"3\tB")
+    with pytest.raises(EvalError, match=r"b.tsv: no column 'prediction'"):
+        read_predictions(path, "mmbench")
+
+
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), st.integers(0, 10**6))
 def test_what_is_written_is_read_again(text: str, tokens: int) -> None:
     import tempfile
@@ -64,6 +95,9 @@ def test_what_is_written_is_read_again(text: str, tokens: int) -> None:
         (line(id=True), "'id' must be a string, found true"),
         (line(id=1.5), "'id' must be a string, found 1.5"),
         (line(id="DROP"), "has neither 'id'"),
+        (b'{"doc": {"question": "Q"}, "resps": [["No"]]}', "'doc' has none of question_id"),
+        (b'{"doc": {"question_id": 1}, "resps": [["No"], ["Yes"]]}', "'response' must be a string"),
+        (b'{"doc": {"question_id": 1}}', "'response' is missing"),
         (line(task="gqa"), "is for task 'gqa', not 'pope'"),
         (line(n_tokens=-1), "'n_tokens' must be a whole number"),
         (line(n_tokens=float("nan")), "'n_tokens' must be a whole number, found NaN"),

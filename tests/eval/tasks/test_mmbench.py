@@ -235,7 +235,7 @@ def test_a_tsv_of_another_form_is_named(root: Path) -> None:
     with pytest.raises(EvalError, match="row 1 has 2 fields for 6 columns"):
         ENGLISH.load(root)
     path.write_text("index\tquestion\tA\tB\tanswer\timage\n1\tQ\rR\ta\tb\tA\tx\n", newline="")
-    with pytest.raises(EvalError, match="not readable as tab-separated values"):
+    with pytest.raises(EvalError, match="not readable as a table"):
         ENGLISH.load(root)
 
 
