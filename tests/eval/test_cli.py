@@ -73,7 +73,7 @@ def test_errors_are_one_line_and_status_2(tmp_path: Path, capsys: pytest.Capture
             "tasks: 'popes' is unknown: did you mean pope?",
         ),
         (("generate", "model=a", "root=b", "output=c"), "tasks: name at least one"),
-        (("generate", "model=a", "root=b", "output=c", "tasks=pope,gqa"), "tasks: takes a list: write [pope,gqa]"),
+        (("generate", "model=a", "root=b", "output=c", "tasks=pope,gqa"), "tasks takes a list: write tasks=[pope,gqa]"),
         (("generate", "model=a", "tasks=[pope]"), "no value for"),
         (("generate", tmp_path / "none.yaml"), "no such config file"),
     ]
