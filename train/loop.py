@@ -1,7 +1,7 @@
 """The loop: one optimiser step after another, each the mean over all units of its global batch.
 
-A step's units (supervised positions, or pairs) are counted over all micro-batches and processes before the first
-backward pass, and every micro-batch's summed loss is divided by that count: each unit has equal weight, however it is
+A step's units (supervised positions, or pairs) and tokens are counted over all micro-batches and processes before the
+first backward pass, and every micro-batch's sums are divided by these counts: each unit has equal weight, however it is
 batched. DeepSpeed averages gradients over processes, so the loss is multiplied by their number first.
 """
 
@@ -87,8 +87,8 @@ def run_steps(
                     save(progress)
                 return LoopEnd(progress, stopped=True)
             torch.manual_seed(_step_seed(settings.seed, step, world.rank))
-            parts = _backward(engine, objective, micros, counts.units, world)
-            sums = combine(parts, counts.units, world)
+            parts = _backward(engine, objective, micros, counts, world)
+            sums = combine(parts, counts.units, counts.tokens, world)
             _check_finite(sums.loss, step, parts, micros, world)
             rate = settings.learning_rate(step)
             norm = apply_gradients(engine, rate)
@@ -121,18 +121,15 @@ def run_steps(
 
 def evaluate_loss(engine: Any, objective: Objective, micros: Sequence[TrainBatch], world: World) -> Entry:
     """Compute the loss and its parts over held-out micro-batches, as log entries named `holdout_…`."""
-    local = float(sum(objective.count(batch) for batch in micros))
-    units = world.sum(torch.tensor([local], dtype=torch.float64, device=world.device))
+    counts = _step_counts(objective, micros, False, world)
     engine.eval()
     with torch.no_grad():
         shared, features = _shared(engine, objective, micros, world)
-        parts = [
-            _without_gradient(engine(batch.to(world.device), shared, own)[1])
-            for batch, own in zip(micros, features, strict=True)
-        ]
+        parts = [engine(batch.to(world.device), shared, own)[1] for batch, own in zip(micros, features, strict=True)]
     engine.train()
-    sums = combine(parts, float(units[0]), world)
-    return {"holdout_loss": sums.loss, **{f"holdout_{name}": value for name, value in sums.means.items()}}
+    sums = combine(parts, counts.units, counts.tokens, world)
+    means = sums.means | {name: float(value) for name, value in sums.token_means.items() if not value.ndim}
+    return {"holdout_loss": sums.loss, **{f"holdout_{name}": value for name, value in means.items()}}
 
 
 @dataclass(frozen=True)
@@ -157,7 +154,7 @@ def _step_counts(objective: Objective, micros: Sequence[TrainBatch], stop: bool,
 
 
 def _backward(
-    engine: Any, objective: Objective, micros: Sequence[TrainBatch], units: float, world: World
+    engine: Any, objective: Objective, micros: Sequence[TrainBatch], counts: _Counts, world: World
 ) -> list[LossSums]:
     """Accumulate the gradient of the step's mean loss, without changing weights."""
     shared, features = _shared(engine, objective, micros, world)
@@ -165,11 +162,11 @@ def _backward(
     for place, batch in enumerate(micros):
         last = place == len(micros) - 1
         engine.set_gradient_accumulation_boundary(is_boundary=last)
-        loss, sums = engine(batch.to(world.device), shared, features[place])
-        engine.backward(loss * (world.size / units), scale_wrt_gas=False)
+        loss, sums = engine(batch.to(world.device), shared, features[place], units=counts.units, tokens=counts.tokens)
+        engine.backward(loss * world.size, scale_wrt_gas=False)
         if not last:
             engine.step()  # only advances to the next micro-batch: weights change at the boundary
-        parts.append(_without_gradient(sums))
+        parts.append(sums.detach())
     return parts
 
 
@@ -204,9 +201,7 @@ def _entry(
         "seconds": seconds,
         "data_wait_share": waited / max(seconds, 1e-9),
     }
-    if "expert_load" in sums.totals:
-        for name in ("expert_load", "gate_entropy", "drop_rate"):
-            entry[name] = (sums.totals[name] / counts.tokens).tolist()
+    entry |= {name: value.tolist() for name, value in sums.token_means.items()}
     return entry | {name: spread_entry(values) for name, values in sums.spreads.items()}
 
 
@@ -215,7 +210,7 @@ def _check_finite(
 ) -> None:
     if math.isfinite(loss):
         return
-    guilty = [batch for batch, part in zip(micros, parts, strict=True) if not bool(torch.isfinite(part.loss))]
+    guilty = [batch for batch, part in zip(micros, parts, strict=True) if not bool(torch.isfinite(part.share(1, 1)))]
     if not guilty and world.size > 1:
         raise ModelError(f"step {step + 1}: the loss is {loss} in another process: see its error for the samples")
     raise ModelError(_not_finite("loss", loss, step, guilty or micros))
@@ -228,10 +223,6 @@ def _not_finite(what: str, value: float, step: int, micros: Sequence[TrainBatch]
         f"step {step + 1}: the {what} is {value} on sample(s) {named}: lower optim.lr, set optim.grad_clip, "
         "or remove these samples"
     )
-
-
-def _without_gradient(sums: LossSums) -> LossSums:
-    return LossSums(sums.loss.detach(), sums.means, sums.totals, sums.spreads)
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

@@ -4,7 +4,8 @@ Shape suffixes: B pairs, S single responses, M mismatched ones. With r = log-pro
 the reference (w chosen, l rejected), β, and label smoothing ε:
 
 - `sigmoid`: −(1 − ε) log σ(β(r_w − r_l)) − ε log σ(−β(r_w − r_l))             (DPO, arXiv 2305.18290; ε: cDPO)
-- `ipo`: ((r_w − r_l) − 1/(2β))²                                               (IPO, arXiv 2310.12036)
+- `ipo`: ((r_w − r_l) − 1/(2β))²; with log-probs averaged over tokens, as its authors and TRL use it, 1/(2β) means the
+  same for responses of any length                                             (IPO, arXiv 2310.12036)
 - `hinge`: max(0, 1 − β(r_w − r_l))                                            (SLiC-HF, arXiv 2305.10425)
 - `kto_pair`: the mean of 1 − σ(β(r_w − K_l)) and 1 − σ(β(K_w − r_l)), with K = max(0, mean r) of each side over the
   batch, detached                                                              (KTO, arXiv 2402.01306, on pairs)

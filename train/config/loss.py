@@ -94,7 +94,7 @@ class LossConfig:
     label_smoothing: float = 0.0
     """Preference with sigmoid: share of pairs that are taken to be labelled wrongly, from 0 to below 0.5."""
     average_log_probs: bool = False
-    """Preference: mean log-probs of an answer's tokens instead of sums."""
+    """Preference: mean log-probs of an answer's tokens instead of sums; recommended with ipo."""
     desirable_weight: float = 1.0
     """Preference with kto: weight of chosen responses."""
     undesirable_weight: float = 1.0

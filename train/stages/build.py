@@ -62,14 +62,24 @@ class StudentWithLoss(nn.Module):
         self._objective = objective
 
     def forward(
-        self, batch: TrainBatch, shared: Tensor | None, features_IPC: Tensor | None = None, *, ahead: bool = False
+        self,
+        batch: TrainBatch,
+        shared: Tensor | None,
+        features_IPC: Tensor | None = None,
+        *,
+        units: float = 1.0,
+        tokens: float = 1.0,
+        ahead: bool = False,
     ) -> Any:
-        """Return the loss and the sums of a micro-batch; with `ahead`, its look-ahead instead."""
+        """Return a micro-batch's share of the loss of a step of so many `units` and `tokens`, and its sums.
+
+        With `ahead`, return its look-ahead instead.
+        """
         if ahead:
             assert self._objective.look_ahead is not None
             return self._objective.look_ahead(self.student, batch)
         sums = self._objective.loss(self.student, batch, shared, features_IPC)
-        return sums.loss, sums
+        return sums.share(units, tokens), sums
 
 
 def make_objective(

@@ -1,12 +1,12 @@
-"""Losses and log values summed over a micro-batch's units, and their combination into those of a step.
+"""Losses and log values summed over a micro-batch's units and tokens, and their combination into those of a step.
 
-A unit is a supervised position (align, sft, mimic) or a pair (preference).
+A unit is a supervised position (align, sft, mimic) or a pair (preference); tokens are all but padding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,45 +16,55 @@ from train.engine.deepspeed_engine import World
 
 @dataclass(frozen=True)
 class LossSums:
-    """A micro-batch's sums. `loss` is a scalar with gradient; all else is detached.
+    """A micro-batch's sums. `loss` and `token_loss` are scalars with gradient; all else is detached.
 
-    `means`: scalars summed over the units, which the log divides by the step's count. `totals`: tensors summed over
-    the step without division. `spreads`: values whose distribution over the step is logged.
+    `loss` and `means`, scalars, are sums over the units, which a step divides by its units. `token_loss` and
+    `token_means`, tensors, are sums over the tokens, which a step divides by its tokens. `spreads`: values whose
+    distribution over the step is logged.
     """
 
     loss: Tensor
+    token_loss: Tensor | None = None
     means: dict[str, Tensor] = field(default_factory=dict)
-    totals: dict[str, Tensor] = field(default_factory=dict)
+    token_means: dict[str, Tensor] = field(default_factory=dict)
     spreads: dict[str, Tensor] = field(default_factory=dict)
+
+    def share(self, units: float, tokens: float) -> Tensor:
+        """This micro-batch's share of the loss of a step with so many units and tokens."""
+        own = self.loss / units
+        return own if self.token_loss is None else own + self.token_loss / tokens
+
+    def detach(self) -> LossSums:
+        """The same sums without gradient."""
+        token_loss = None if self.token_loss is None else self.token_loss.detach()
+        return replace(self, loss=self.loss.detach(), token_loss=token_loss)
 
 
 @dataclass(frozen=True)
 class StepSums:
-    """The sums of an optimiser step: means divided by the count, totals, and all values of each spread."""
+    """An optimiser step: its loss, its means over units and over tokens, and all values of each spread."""
 
     loss: float
     means: dict[str, float]
-    totals: dict[str, Tensor]
+    token_means: dict[str, Tensor]
     spreads: dict[str, Tensor]
 
 
-def combine(parts: Sequence[LossSums], count: float, world: World) -> StepSums:
-    """Sum the micro-batches of all processes and divide once by `count`, the units of the step."""
+def combine(parts: Sequence[LossSums], units: float, tokens: float, world: World) -> StepSums:
+    """Sum the micro-batches of all processes and divide once by the units or the tokens of the step."""
     first = parts[0]
-    losses = torch.stack([part.loss.detach().double() for part in parts]).sum()
-    means = {name: torch.stack([p.means[name].detach().double() for p in parts]).sum() for name in first.means}
-    totals = {name: torch.stack([p.totals[name].detach().double() for p in parts]).sum(0) for name in first.totals}
-    pieces = (losses, *means.values(), *totals.values())
-    flat = world.sum(torch.cat([piece.reshape(-1) for piece in pieces])).cpu()
-    loss, *mean_values = (flat[: 1 + len(means)] / count).tolist()
-    sizes = [total.numel() for total in totals.values()]
+    sums = {"loss": torch.stack([part.detach().share(units, tokens).double() for part in parts]).sum()}
+    for name in first.means:
+        sums[f"means {name}"] = torch.stack([part.means[name].double() for part in parts]).sum() / units
+    for name in first.token_means:
+        sums[f"token_means {name}"] = torch.stack([part.token_means[name].double() for part in parts]).sum(0) / tokens
+    flat = world.sum(torch.cat([value.detach().reshape(-1) for value in sums.values()])).cpu()
+    pieces = flat.split([value.numel() for value in sums.values()])
+    found = {name: piece.view(value.shape) for (name, value), piece in zip(sums.items(), pieces, strict=True)}
     return StepSums(
-        loss=loss,
-        means=dict(zip(means, mean_values, strict=True)),
-        totals={
-            name: piece.view(totals[name].shape)
-            for name, piece in zip(totals, flat[1 + len(means) :].split(sizes), strict=True)
-        },
+        loss=float(found["loss"]),
+        means={name: float(found[f"means {name}"]) for name in first.means},
+        token_means={name: found[f"token_means {name}"] for name in first.token_means},
         spreads={name: world.gather(torch.cat([p.spreads[name].detach() for p in parts])) for name in first.spreads},
     )
 

@@ -66,7 +66,7 @@ def make_loss(
                 hidden_ND, lm_head_weight(model), batch, per_answer=per_answer, per_image=per_image
             )
             total, means = total + aligned, means | parts
-        return with_balance(LossSums(total, means=means), routing, coefficient=router_aux_coef, count=terms.count)
+        return with_balance(LossSums(total, means=means), routing, coefficient=router_aux_coef)
 
     return loss
 

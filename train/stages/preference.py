@@ -110,7 +110,7 @@ def make_loss(
             means |= {"divergence": terms.divergence_sum, **terms.metrics}
         spreads = {"chosen_reward": result.chosen_rewards_B, "rejected_reward": result.rejected_rewards_B}
         sums = LossSums(total, means=means, spreads=spreads)
-        return with_balance(sums, found.routing, coefficient=router_aux_coef, count=batch.samples)
+        return with_balance(sums, found.routing, coefficient=router_aux_coef)
 
     return loss
 

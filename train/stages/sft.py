@@ -26,6 +26,6 @@ def make_loss(
             hidden_ND, lm_head_weight(model), batch.batch.target_ids_N, vocab_size=vocab_size
         )
         sums = LossSums(terms.loss_sum, means={"cross_entropy": terms.cross_entropy_sum})
-        return with_balance(sums, routing, coefficient=router_aux_coef, count=terms.count)
+        return with_balance(sums, routing, coefficient=router_aux_coef)
 
     return loss

@@ -6,7 +6,7 @@ Shape suffixes: N supervised positions, D hidden size, L sparse layers, E expert
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -71,23 +71,22 @@ def predicting_states(
     return hidden_BTD.flatten(0, 1).index_select(0, inputs.prediction_rows_N), routing
 
 
-def with_balance(sums: LossSums, routing: Routing, *, coefficient: float, count: int) -> LossSums:
-    """Add the routers' balance loss, times the micro-batch's units, so that the step's mean includes it once.
+def with_balance(sums: LossSums, routing: Routing, *, coefficient: float) -> LossSums:
+    """Add the routers' balance loss: the mean over the step's micro-batches, weighted by the tokens they route.
 
-    Logs `balance` and, as totals over tokens, `expert_load` [L, E], `gate_entropy` and `drop_rate` [L], for sparse
-    students only.
+    Logs, as means over tokens, `balance`, `expert_load` [L, E], `gate_entropy` and `drop_rate` [L], for sparse students
+    only.
     """
     if not len(routing.loads_LE):
         return sums
-    balance = routing.balance_loss * count
-    return LossSums(
-        loss=sums.loss + coefficient * balance if coefficient else sums.loss,
-        means={**sums.means, "balance": balance.detach()},
-        totals={
-            **sums.totals,
-            "expert_load": routing.loads_LE * routing.tokens,
-            "gate_entropy": routing.entropies_L * routing.tokens,
-            "drop_rate": routing.drop_rates_L * routing.tokens,
-        },
-        spreads=sums.spreads,
+    logged = {
+        "balance": routing.balance_loss.detach(),
+        "expert_load": routing.loads_LE,
+        "gate_entropy": routing.entropies_L,
+        "drop_rate": routing.drop_rates_L,
+    }
+    return replace(
+        sums,
+        token_loss=coefficient * routing.balance_loss * routing.tokens if coefficient else None,
+        token_means={name: value * routing.tokens for name, value in logged.items()},
     )

@@ -100,7 +100,9 @@ def test_hf_trainer(world: Path, mimic_loss: float, tmp_path: Path, micro: int) 
     assert losses[1] < losses[0]
 
 
-def test_trl_dpo(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "average"), [("sigmoid", "false"), ("ipo", "true")])
+def test_trl_dpo(world: Path, tmp_path: Path, kind: str, average: str) -> None:
+    """TRL's `ipo` averages log-probs over tokens."""
     pytest.importorskip("trl")
     from llavamod_offline.examples.trl_dpo import train as train_with_trl
 
@@ -111,9 +113,9 @@ def test_trl_dpo(world: Path, tmp_path: Path) -> None:
         f"data.set={world}/preference",
         f"cache.path={world}/pairs-cache",
         *("student.kind=dense", "student.capacity_factor=null", "loss.router_aux_coef=0"),
-        *("trainable=[projector,mlp]", "loss.kind=sigmoid"),
+        *("trainable=[projector,mlp]", f"loss.kind={kind}", f"loss.average_log_probs={average}"),
     )
-    settings = {**_trainer_settings(tmp_path / "trl"), "beta": 0.1, "bf16": False}
+    settings = {**_trainer_settings(tmp_path / "trl"), "beta": 0.1, "bf16": False, "loss_type": kind}
     losses = train_with_trl(*_places(world, "preference", "pairs-cache"), world / "reference.parquet", **settings)
     assert losses[0] == pytest.approx(ours, rel=2e-4)
     assert losses[1] < losses[0]
