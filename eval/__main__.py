@@ -1,5 +1,15 @@
-"""`python -m eval` runs `eval-student`."""
+"""`eval-student`, also as `python -m eval`: handles signals before the slow imports."""
 
-from eval.cli import main
+from llavamod_offline import signals
 
-main()
+
+def main() -> None:
+    """Run the command."""
+    signals.watch()
+    from eval.cli import main
+
+    main()
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,7 @@ from eval.unanswerable import unanswerable_file, write_unanswerable
 from llavamod_offline.config import InputPath, raise_problems
 from llavamod_offline.data.images import decode_image
 from llavamod_offline.errors import DataError, EvalError
+from llavamod_offline.signals import keeping
 from llavamod_offline.storage.atomic import write_file
 
 log = logging.getLogger(__name__)
@@ -111,23 +112,29 @@ def generate(config: EvalGenerateConfig) -> dict[str, Path]:
         dtype=config.dtype,
         device=config.device,
     )
-    paths = {}
-    for name, task in tasks.items():
-        path = Path(config.output) / name / "predictions.jsonl"
-        tokens = config.max_new_tokens or task.max_new_tokens
-        _check_settings(path, _settings(name, engine, tokens, limit, examples[name]))
-        unanswerable = _answer_all(engine, name, examples[name], path, config.batch_size, tokens)
-        write_unanswerable(path, unanswerable)
-        if unanswerable:
-            log.warning(
-                "%s: %d of %d questions cannot be answered (they count as wrong), the first: %s; all are in %s: "
-                "mend their images and rerun the command",
-                *(name, len(unanswerable), len(examples[name]), next(iter(unanswerable.values()))),
-                unanswerable_file(path),
-            )
-        _export(task, examples[name], path, model.name, unanswerable, whole=limit is None)
-        paths[name] = path
+    paths = {name: Path(config.output) / name / "predictions.jsonl" for name in tasks}
+    with keeping(lambda: _kept(paths.values(), config.output)):
+        for name, task in tasks.items():
+            path = paths[name]
+            tokens = config.max_new_tokens or task.max_new_tokens
+            _check_settings(path, _settings(name, engine, tokens, limit, examples[name]))
+            unanswerable = _answer_all(engine, name, examples[name], path, config.batch_size, tokens)
+            write_unanswerable(path, unanswerable)
+            if unanswerable:
+                log.warning(
+                    "%s: %d of %d questions cannot be answered (they count as wrong), the first: %s; all are in %s: "
+                    "mend their images and rerun the command",
+                    *(name, len(unanswerable), len(examples[name]), next(iter(unanswerable.values()))),
+                    unanswerable_file(path),
+                )
+            _export(task, examples[name], path, model.name, unanswerable, whole=limit is None)
     return paths
+
+
+def _kept(paths: Iterable[Path], output: str) -> str:
+    """What a stopped run has kept, for its last line; an empty text if nothing."""
+    answers = sum(path.read_bytes().count(b"\n") for path in paths if path.is_file())
+    return f"{answers} answers are in {output}" if answers else ""
 
 
 def _examples(task: Task, root: Path, limit: int | None) -> list[Example[Any]]:

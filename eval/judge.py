@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from eval.files import read_jsonl
 from llavamod_offline.errors import ConfigError, EvalError
+from llavamod_offline.signals import keeping
 
 log = logging.getLogger(__name__)
 
@@ -203,7 +204,11 @@ def ask(judge: Judge, questions: Mapping[str, str], record: Path) -> dict[str, s
     known = read_record(record)[0] if record.exists() else {}
     replies: dict[str, Reply] = {}
     record.parent.mkdir(parents=True, exist_ok=True)
-    with record.open("ab") as stream, tqdm(questions.items(), desc="judge", disable=not sys.stderr.isatty()) as bar:
+    with (
+        keeping(lambda: f"{len(known)} replies are in {record}" if known else ""),
+        record.open("ab") as stream,
+        tqdm(questions.items(), desc="judge", disable=not sys.stderr.isatty()) as bar,
+    ):
         for name, question in bar:
             messages = [{"role": "user", "content": question}]
             key = record_key(judge.model, messages)

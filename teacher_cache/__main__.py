@@ -1,5 +1,15 @@
-"""`python -m teacher_cache` runs `cache-teacher`."""
+"""`cache-teacher`, also as `python -m teacher_cache`: handles signals before the slow imports."""
 
-from teacher_cache.cli.main import main
+from llavamod_offline import signals
 
-main()
+
+def main() -> None:
+    """Run the command."""
+    signals.watch()
+    from teacher_cache.cli.main import main
+
+    main()
+
+
+if __name__ == "__main__":
+    main()

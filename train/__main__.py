@@ -1,5 +1,15 @@
-"""`python -m train` runs `train-student`."""
+"""`train-student`, also as `python -m train`: handles signals before the slow imports."""
 
-from train.cli import main
+from llavamod_offline import signals
 
-main()
+
+def main() -> None:
+    """Run the command."""
+    signals.watch()
+    from train.cli import main
+
+    main()
+
+
+if __name__ == "__main__":
+    main()

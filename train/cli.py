@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from llavamod_offline import signals
 from llavamod_offline.config import print_config as print_settings
 from llavamod_offline.config.command import PrintConfig, settings_command
 from llavamod_offline.entrypoint import run_command
@@ -70,14 +71,14 @@ def run(
     from train.run import train
 
     summary = train(config)
-    if not is_main:
-        return
-    print(json.dumps(asdict(summary)) if as_json else _render(summary))
+    if is_main and (as_json or summary.finished):
+        print(json.dumps(asdict(summary)) if as_json else _render(summary))
+    if not summary.finished:
+        kept = f"the run is saved up to step {summary.steps} in {summary.output}" if summary.steps else ""
+        raise signals.Stopped(signals.received(), kept)
 
 
 def _render(summary: TrainSummary) -> str:
-    if not summary.finished:
-        return f"{summary.output}: stopped after step {summary.steps}; rerun the command to resume"
     loss = summary.metrics.get("loss", float("nan"))
     return (
         f"{summary.stage}: {summary.steps} steps, {summary.tokens:,} tokens in {summary.seconds:.0f} s, last loss "

@@ -7,30 +7,24 @@ batched. DeepSpeed averages gradients over processes, so the loss is multiplied 
 
 from __future__ import annotations
 
-import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llavamod_offline.errors import ModelError
+from llavamod_offline.signals import noted
 from train.checkpoint import Progress
 from train.data.batches import TrainBatch
 from train.engine.deepspeed_engine import World, apply_gradients
 from train.metrics import MetricsLog, ProgressLine
 from train.stages.build import Objective
 from train.stages.loss_sums import LossSums, StepSums, combine, spread_entry
-
-logger = logging.getLogger(__name__)
 
 Entry = dict[str, Any]
 
@@ -50,7 +44,7 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class LoopEnd:
-    """How the loop ended: after the last step, or `stopped` by SIGTERM."""
+    """How the loop ended: after the last step, or `stopped` by a signal."""
 
     progress: Progress
     stopped: bool
@@ -71,12 +65,12 @@ def run_steps(
 ) -> LoopEnd:
     """Train from `progress` to the last step; `micro_batches` must start at the next step.
 
-    A SIGTERM ends the loop after the current step, with a checkpoint.
+    SIGINT or SIGTERM ends the loop after the current step, with a checkpoint.
     Errors: `ModelError` naming step and samples if a loss or a gradient is not finite; no checkpoint is saved.
     """
     if objective.shrinkage is not None:
         objective.shrinkage.to(world.device)
-    with _sigterm() as stop:
+    with noted("saving a checkpoint after this step") as stop:
         for step in range(progress.step, settings.steps):
             began = time.perf_counter()
             micros = list(islice(micro_batches, settings.micro_steps))
@@ -228,22 +222,3 @@ def _not_finite(what: str, value: float, step: int, micros: Sequence[TrainBatch]
 def _step_seed(seed: int, step: int, rank: int) -> int:
     """Derive a seed for each step and process, so that checkpoints need no random state."""
     return hash((seed, step, rank)) % 2**63
-
-
-@contextmanager
-def _sigterm() -> Iterator[threading.Event]:
-    """Record a SIGTERM instead of exiting; does nothing outside the main thread, where Python allows no handlers."""
-    stop = threading.Event()
-
-    def note(number: int, frame: FrameType | None) -> None:
-        logger.warning("SIGTERM: saving a checkpoint after this step")
-        stop.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = signal.signal(signal.SIGTERM, note)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -18,6 +18,7 @@ from llavamod_offline.config import dump_config
 from llavamod_offline.errors import ConfigError, first_line
 from llavamod_offline.models.checkpoint import save_student
 from llavamod_offline.models.upcycle import activated_parameters, total_parameters
+from llavamod_offline.signals import keeping
 from llavamod_offline.storage import atomic
 from train.checkpoint import (
     Progress,
@@ -62,8 +63,14 @@ def train(config: TrainConfig) -> TrainSummary:
     if finished is not None:
         logger.info("%s: already finished, after %d steps", output, finished.steps)
         return finished
-    with process_group() as world:
+    with keeping(lambda: _kept(output)), process_group() as world:
         return _train(config, settings, output, world)
+
+
+def _kept(output: Path) -> str:
+    """What a stopped run has saved; an empty text if nothing."""
+    checkpoint = latest_checkpoint(output)
+    return "" if checkpoint is None else f"the run is saved up to step {read_progress(checkpoint)[0].step} in {output}"
 
 
 def _train(config: TrainConfig, settings: dict[str, Any], output: Path, world: World) -> TrainSummary:

@@ -20,7 +20,7 @@ SUMMARY_NAME = "summary.json"
 
 @dataclass(frozen=True)
 class TrainSummary:
-    """A run's outcome. `finished` is false if a SIGTERM stopped it; `metrics` are those of the last step.
+    """A run's outcome. `finished` is false if a signal stopped it; `metrics` are those of the last step.
 
     `tokens` counts all tokens of the sequences, `positions` the supervised ones, `seconds` the time spent on steps;
     `samples` counts those trained on, `samples_without_record` and `samples_too_long` those left out.

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO, cast
 
 from llavamod_offline.errors import ConfigError, LlavaModError, ModelError, first_line
+from llavamod_offline.signals import watch_again
 from llavamod_offline.storage.folders import LocalFolder, open_folder
 from teacher_cache.capture.pipeline import ShardCounts
 from teacher_cache.capture.ray_worker import CaptureWorker, WorkerReport
@@ -239,6 +240,7 @@ class RayPool:
             if place:  # Ray would try for minutes where nothing listens
                 socket.create_connection((place[1], int(place[2])), timeout=_CONNECT_SECONDS).close()
             self._ray.init(**where, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+            watch_again()  # Ray handles SIGTERM by itself
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise ConfigError(
                 f"ray: no cluster at {where['address']}: {first_line(error)}: set RAY_ADDRESS to a running one (and "

@@ -10,6 +10,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 
 from llavamod_offline.errors import CacheError, ConfigError
+from llavamod_offline.signals import keeping
 from teacher_cache.capture.pipeline import capture_shards
 from teacher_cache.capture.progress import ProgressBar
 from teacher_cache.capture.rejection_limit import Reason, Rejected
@@ -80,6 +81,7 @@ def run_capture(
         setup = prepare_capture(**values)
         check_allowed(allow, setup.fingerprint)
         store = CacheStore.open(output, setup.fingerprint, setup.samples.shard_names, allow=allow)
+        stack.enter_context(keeping(lambda: store.kept))
         part, parts = config.part
         mine = setup.samples.shard_names[part::parts]
         lacking = set(store.missing())

@@ -75,6 +75,11 @@ class WrittenSet:
         """The shards of the source without answers."""
         return [] if self.finished else [name for name in shards if not self._file(name).exists()]
 
+    def kept(self, shards: Sequence[str]) -> str:
+        """What a stopped writer has kept, for its last line; an empty text if nothing."""
+        done = len(shards) - len(self.missing(shards))
+        return f"the answers to {done} of {len(shards)} shards are kept for {self.path}" if done else ""
+
     def commit(self, shard: str, answers: Sequence[AnsweredSample]) -> None:
         """Keep the answers of a shard. Errors: `DataError` if they cannot be written."""
         lines = [json.dumps(asdict(answer)) + "\n" for answer in answers]

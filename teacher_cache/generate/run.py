@@ -17,6 +17,7 @@ from typing import cast
 
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError, DataError
+from llavamod_offline.signals import keeping
 from llavamod_offline.storage.folders import is_url
 from teacher_cache.capture.progress import ProgressBar
 from teacher_cache.capture.run import Summary, run_capture
@@ -72,28 +73,31 @@ def generate(config: CacheTeacherConfig, *, allow: Sequence[str] = ()) -> Genera
     decoding = Decoding(given.temperature, given.top_p, given.max_new_tokens, given.seed)
     engine = functools.cache(lambda: CaptureSetup.load(setup))  # once for both, and not at all if all is done
     counts: Counter[str] = Counter()
-    missing = target.missing(names)
-    if missing:
-        _LOG.info("%s: answers to %d of %d shards to write", target.path, len(missing), len(names))
-        with ProgressBar(sum(len(setup.samples.rows_of(name)) for name in missing), "generate", "tokens") as progress:
-            answerer = Answerer(
-                setup, cast("HfCaptureEngine", engine()), decoding, given.turns, given.key_suffix, progress.update
-            )
-            for name in missing:
-                answers = answerer.answer(setup.samples.rows_of(name))
-                target.commit(name, answers)
-                counts["written"] += len(answers)
-                counts["tokens"] += sum(answer.tokens for answer in answers)
-                counts["retokenised"] += sum(answer.retokenised for answer in answers)
-    made = functools.partial(
-        written_sample,
-        decoding=decoding,
-        turns=given.turns,
-        key_suffix=given.key_suffix,
-        teacher=hashlib.sha256(canonical(target.about["teacher"])).hexdigest(),
-        source=setup.samples.digest,
-    )
-    target.finish(setup.samples, made, max_rejected=config.max_rejected)
+    with keeping(lambda: target.kept(names)):
+        missing = target.missing(names)
+        if missing:
+            _LOG.info("%s: answers to %d of %d shards to write", target.path, len(missing), len(names))
+            with ProgressBar(
+                sum(len(setup.samples.rows_of(name)) for name in missing), "generate", "tokens"
+            ) as progress:
+                answerer = Answerer(
+                    setup, cast("HfCaptureEngine", engine()), decoding, given.turns, given.key_suffix, progress.update
+                )
+                for name in missing:
+                    answers = answerer.answer(setup.samples.rows_of(name))
+                    target.commit(name, answers)
+                    counts["written"] += len(answers)
+                    counts["tokens"] += sum(answer.tokens for answer in answers)
+                    counts["retokenised"] += sum(answer.retokenised for answer in answers)
+        made = functools.partial(
+            written_sample,
+            decoding=decoding,
+            turns=given.turns,
+            key_suffix=given.key_suffix,
+            teacher=hashlib.sha256(canonical(target.about["teacher"])).hexdigest(),
+            source=setup.samples.digest,
+        )
+        target.finish(setup.samples, made, max_rejected=config.max_rejected)
     seconds = time.perf_counter() - started
     manifest = SampleSet.open(target.path).manifest
     capture = replace(config, data=str(target.path), output_set=None, generate=GenerateConfig())

@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llavamod_offline.errors import CacheError, ConfigError
+from llavamod_offline.signals import keeping
 from llavamod_offline.storage.folders import open_folder
 from llavamod_offline.storage.walk import walk_files
 from teacher_cache.fingerprint import check_allowed, differences, flatten
@@ -71,10 +72,11 @@ def merge_caches(caches: Sequence[TeacherCache], output: str, *, allow: Sequence
     store = CacheStore.open(output, merged_fingerprint([cache.fingerprint for cache in caches]), [s[2] for s in shards])
     store.start()
     missing = set(store.missing())
-    for cache, name, new_name in tqdm(shards, desc="merge", unit="shard", disable=not sys.stderr.isatty()):
-        if new_name in missing:
-            _copy_shard(cache, name, store, new_name)
-    content = store.finalise()
+    with keeping(lambda: store.kept):
+        for cache, name, new_name in tqdm(shards, desc="merge", unit="shard", disable=not sys.stderr.isatty()):
+            if new_name in missing:
+                _copy_shard(cache, name, store, new_name)
+        content = store.finalise()
     return Merged(
         output=output,
         caches=len(caches),

@@ -109,6 +109,13 @@ class CacheStore:
         self._committed |= committed_shards(self.folder, [name for name in names if name not in self._committed])
         return [name for name in names if name not in self._committed]
 
+    @property
+    def kept(self) -> str:
+        """What a stopped writer has committed, for its last line; an empty text if nothing."""
+        names: list[str] = self.job["shards"]
+        done = len(names) - len(self.missing())
+        return f"{done} of {len(names)} shards are in {self.folder.where}" if done else ""
+
     def commit(
         self, name: str, captured: Sequence[SequenceRecord], rejected: Sequence[Rejection], codec: Codec
     ) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from llavamod_offline.config import dump_config
+from tests.processes import start
 from tests.train.conftest import World, wait_for_lines
 from train.checkpoint import latest_checkpoint
 from train.config.recipes import resolve_config
@@ -60,21 +61,26 @@ def test_a_run_prints_json_alone_on_stdout(world: World, tmp_path: Path) -> None
     assert progress.startswith("align: step 1 of 1")
 
 
-def test_a_sigterm_to_all_processes_ends_with_status_0(world: World, tmp_path: Path) -> None:
-    """As a scheduler sends it before it takes the machine away: to the main process and its workers alike."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_to_all_processes_saves_a_checkpoint(number: signal.Signals, world: World, tmp_path: Path) -> None:
+    """As a terminal or a scheduler sends it: to the main process and its workers alike."""
     config = world.config("align", tmp_path / "run", "steps=100000", "workers=1")
     (tmp_path / "mine.yaml").write_text(dump_config(config))
-    script = Path(sys.executable).with_name("train-student")
-    process = subprocess.Popen(
-        [script, "mine.yaml"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
+    process = start(["train-student", "mine.yaml", "--json"], cwd=tmp_path)
     wait_for_lines(tmp_path / "run" / METRICS_NAME, 3)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     stdout, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
-    assert b"rerun the command to resume" in stdout
-    assert b"Traceback" not in stderr
-    assert latest_checkpoint(tmp_path / "run") is not None
+    assert process.returncode == 128 + number, stderr
+    assert not json.loads(stdout)["finished"]
+    checkpoint = latest_checkpoint(tmp_path / "run")
+    assert checkpoint is not None
+    step = json.loads(stdout)["steps"]
+    assert checkpoint.name == f"step-{step:08d}"
+    assert stderr.splitlines()[-1] == (
+        f"stopped by {number.name}: the run is saved up to step {step} in {tmp_path}/run; "
+        "to continue, run again: train-student mine.yaml --json"
+    )
+    assert "Traceback" not in stderr
 
 
 def test_errors_are_one_line_with_status_2(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +15,13 @@ import torch
 from llavamod_offline.config import dump_config
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.models.checkpoint import load_llava
-from tests.train.conftest import World
+from tests.processes import script, start
+from tests.train.conftest import World, wait_for_lines
 from tests.train.reference import read_metrics
+from train.checkpoint import latest_checkpoint
 from train.config import TrainConfig
 from train.engine.deepspeed_engine import World as Processes
+from train.metrics import METRICS_NAME
 from train.run import train
 from train.setup import prepare
 
@@ -59,6 +64,50 @@ def test_two_processes_equal_one_which_can_go_on_for_them(
     (tmp_path / "two" / "summary.json").unlink()
     train(config)
     assert_equal_runs(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_a_ctrl_c_reaches_both_processes_and_the_launcher_repeats_it(world: World, tmp_path: Path) -> None:
+    """As with `deepspeed`: the terminal's SIGINT for each process, then the launcher's SIGTERM; both have saved."""
+    config = world.config("mimic_sparse", tmp_path / "run", "steps=100000", "batch.micro_size=4")
+    (tmp_path / "mine.yaml").write_text(dump_config(config))
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    processes = [
+        start(["train-student", "mine.yaml"], cwd=tmp_path, env={**place, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
+    wait_for_lines(tmp_path / "run" / METRICS_NAME, 2)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        for process in processes:
+            process.send_signal(number)
+    for process in processes:
+        stdout, stderr = process.communicate(timeout=300)
+        assert process.returncode in (130, 143), stderr
+        assert stdout == ""
+        assert "Traceback" not in stderr
+        assert "; to continue, run again: the same command" in stderr.splitlines()[-1]
+    assert latest_checkpoint(tmp_path / "run") is not None
+
+
+@pytest.mark.slow
+def test_a_ctrl_c_under_torchrun_saves_a_checkpoint(world: World, tmp_path: Path) -> None:
+    config = world.config("mimic_sparse", tmp_path / "run", "steps=100000", "batch.micro_size=4")
+    (tmp_path / "mine.yaml").write_text(dump_config(config))
+    command = ["torchrun", "--standalone", "--nproc-per-node", "2", "--no-python", script("train-student"), "mine.yaml"]
+    process = start(command, cwd=tmp_path)
+    wait_for_lines(tmp_path / "run" / METRICS_NAME, 2)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert stderr.count("stopped by SIGINT: the run is saved up to step ") == 2
+    assert latest_checkpoint(tmp_path / "run") is not None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def assert_equal_runs(one: Path, other: Path) -> None:

@@ -1,0 +1,56 @@
+"""Console scripts in processes of their own, for tests that send them signals or take their outputs away."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def script(name: str) -> str:
+    """The console script of this environment."""
+    return str(Path(sys.executable).with_name(name))
+
+
+def start(command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
+    """Start a console script with one thread, in its own session, with SIGINT as a terminal leaves it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    given: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+    return subprocess.Popen(
+        [script(command[0]), *command[1:]],
+        env=environment,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
+        **{**given, **options},
+    )
+
+
+def wait_until(reached: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Wait until something is reached, or the process has ended."""
+    while not reached() and process.poll() is None:
+        time.sleep(0.002)
+
+
+def catches(process: subprocess.Popen[str], number: int) -> bool:
+    """Whether the process handles a signal."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return False
+    caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")), "0")
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def has_loaded(process: subprocess.Popen[str], library: str) -> bool:
+    """Whether a shared library is in the process's memory."""
+    try:
+        return library in Path(f"/proc/{process.pid}/maps").read_text()
+    except OSError:
+        return False
