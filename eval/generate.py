@@ -11,14 +11,11 @@ import difflib
 import hashlib
 import json
 import logging
-import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-from tqdm import tqdm
 
 from eval.engines import AnswerEngineName, open_engine
 from eval.engines.protocol import Answer, AnswerEngine
@@ -33,6 +30,7 @@ from eval.unanswerable import unanswerable_file, write_unanswerable
 from llavamod_offline.config import InputPath, raise_problems
 from llavamod_offline.data.images import decode_image
 from llavamod_offline.errors import DataError, EvalError
+from llavamod_offline.progress import ProgressBar
 from llavamod_offline.signals import keeping
 from llavamod_offline.storage.atomic import write_file
 
@@ -195,14 +193,15 @@ def _answer_all(
     started, tokens = time.monotonic(), 0
     if done:
         log.info("%s: %d of %d questions are already answered", name, len(done), len(examples))
-    with path.open("ab") as stream, tqdm(total=len(waiting), desc=name, disable=not sys.stderr.isatty()) as bar:
+    bar = ProgressBar(name, len(examples), "question", done=len(examples) - len(waiting))
+    with path.open("ab") as stream, bar:
         for batch in _batches(waiting, batch_size):
             answered, answers = _answer(engine, batch, max_new_tokens, unanswerable)
             for example, answer in zip(answered, answers, strict=True):
                 tokens += answer.n_tokens
                 stream.write(prediction_line(_prediction(name, example, answer)))
             stream.flush()
-            bar.update(len(batch))
+            bar.advance(len(batch))
     seconds, made = max(time.monotonic() - started, 1e-9), len(waiting) - len(unanswerable)
     log.info("%s: %d answers in %.1f s (%.1f tokens/s) → %s", name, made, seconds, tokens / seconds, path)
     return unanswerable

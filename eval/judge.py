@@ -12,7 +12,6 @@ import http.client
 import json
 import logging
 import os
-import sys
 import time
 import urllib.error
 import urllib.parse
@@ -22,10 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from tqdm import tqdm
-
 from eval.files import read_jsonl
 from llavamod_offline.errors import ConfigError, EvalError
+from llavamod_offline.progress import track
 from llavamod_offline.signals import keeping
 
 log = logging.getLogger(__name__)
@@ -207,9 +205,8 @@ def ask(judge: Judge, questions: Mapping[str, str], record: Path) -> dict[str, s
     with (
         keeping(lambda: f"{len(known)} replies are in {record}" if known else ""),
         record.open("ab") as stream,
-        tqdm(questions.items(), desc="judge", disable=not sys.stderr.isatty()) as bar,
     ):
-        for name, question in bar:
+        for name, question in track(list(questions.items()), "judge", "question"):
             messages = [{"role": "user", "content": question}]
             key = record_key(judge.model, messages)
             if key not in known:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -102,8 +101,6 @@ def pack(
       llavamod-offline pack RLAIF-V-Dataset_*.parquet --output sets/preference --max-rejected 0.01
       llavamod-offline pack --stage mimic_dense --root data --keys row --output sets/mimic_dense
     """
-    from tqdm import tqdm
-
     from llavamod_offline.data.pack.pack import write_set
     from llavamod_offline.data.pack.process_map import available_cores
     from llavamod_offline.data.sources.catalogue import SHIPPED, read_catalogue, stage_sources
@@ -111,6 +108,7 @@ def pack(
     from llavamod_offline.data.sources.read import Source, prepare_sources
     from llavamod_offline.data.sources.source_arguments import parse_source, parse_weights
     from llavamod_offline.data.sources.tar_samples import ReadRule
+    from llavamod_offline.progress import ProgressBar
 
     rule = ReadRule.of(caption_prompt, ignore or ())
     files = [Source(path, named, rule=rule) for named, path in map(parse_source, sources or [])]
@@ -121,12 +119,12 @@ def pack(
     if not files:
         raise typer.BadParameter("name source files, or a --stage", param_hint="SOURCE")
     total = sum(source.path.stat().st_size for source in files if source.path.is_file())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="pack", disable=not sys.stderr.isatty()) as bar:
+    with ProgressBar("pack", total, "B", scale=True) as bar:
         rows = prepare_sources(
             files,
             images=images or (),
             keys=keys.value,
-            advance=bar.update,
+            advance=bar.advance,
             max_side=max_side,
             workers=workers or available_cores(),
         )
@@ -172,15 +170,14 @@ def index(
       llavamod-offline index data/tars --output data/tars/set
       llavamod-offline index cc3m=data/cc3m --caption-prompt "Describe the image briefly." --output sets/cc3m
     """
-    from tqdm import tqdm
-
     from llavamod_offline.data.pack.process_map import available_cores
     from llavamod_offline.data.sources.source_arguments import parse_source, parse_weights
     from llavamod_offline.data.sources.tar_index import find_tars, index_tars
+    from llavamod_offline.progress import ProgressBar
 
     tars = [tar for named, path in map(parse_source, sources) for tar in find_tars([path], named)]
     total = sum(tar.path.stat().st_size for tar in tars if tar.path.is_file())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="index", disable=not sys.stderr.isatty()) as bar:
+    with ProgressBar("index", total, "B", scale=True) as bar:
         summary = index_tars(
             tars,
             output,
@@ -191,7 +188,7 @@ def index(
             max_rejected=max_rejected,
             weights=parse_weights(weight or []),
             workers=workers or available_cores(),
-            advance=bar.update,
+            advance=bar.advance,
         )
     print(json.dumps(summary.to_json(), ensure_ascii=False) if as_json else _render(summary, "indexed"))
 
@@ -217,18 +214,16 @@ def doctor(
       llavamod-offline doctor --root data --stage mimic_dense --quick
       llavamod-offline doctor my_sources.yaml --root data --json
     """
-    from tqdm import tqdm
-
     from llavamod_offline.data.sources.catalogue import SHIPPED, find_files, read_catalogue
     from llavamod_offline.data.sources.doctor import examine, render
+    from llavamod_offline.progress import ProgressBar
 
     sets = read_catalogue(source_list or SHIPPED).of_stage(stage)
     total = sum(
         path.stat().st_size for entry in sets.values() for _, found in find_files(entry, root) for path in found
     )
-    hidden = quick or not sys.stderr.isatty()
-    with tqdm(total=total, unit="B", unit_scale=True, desc="doctor", disable=hidden) as bar:
-        findings = list(examine(sets, root, count=not quick, advance=bar.update))
+    with ProgressBar("doctor", total, "B", scale=True, silent=quick) as bar:
+        findings = list(examine(sets, root, count=not quick, advance=bar.advance))
     if as_json:
         print(json.dumps([finding.to_json() for finding in findings], ensure_ascii=False))
     else:

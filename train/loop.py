@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from llavamod_offline.errors import ModelError
+from llavamod_offline.progress import ProgressBar
 from llavamod_offline.signals import noted
 from train.checkpoint import Progress
 from train.data.batches import TrainBatch
 from train.engine.deepspeed_engine import World, apply_gradients
-from train.metrics import MetricsLog, ProgressLine
+from train.metrics import MetricsLog
 from train.stages.build import Objective
 from train.stages.loss_sums import LossSums, StepSums, combine, spread_entry
 
@@ -59,7 +60,7 @@ def run_steps(
     progress: Progress,
     world: World,
     log: MetricsLog | None,
-    line: ProgressLine,
+    bar: ProgressBar,
     save: Callable[[Progress], None],
     evaluate: Callable[[], Entry],
 ) -> LoopEnd:
@@ -68,6 +69,7 @@ def run_steps(
     SIGINT or SIGTERM ends the loop after the current step, with a checkpoint.
     Errors: `ModelError` naming step and samples if a loss or a gradient is not finite; no checkpoint is saved.
     """
+    began_at = progress.step
     if objective.shrinkage is not None:
         objective.shrinkage.to(world.device)
     with noted("saving a checkpoint after this step") as stop:
@@ -107,9 +109,13 @@ def run_steps(
             )
             if log is not None and (done or evaluated or step == 0 or progress.step % settings.log_steps == 0):
                 log.write(entry)
-            line.update(progress.step, sums.loss, entry["tokens_per_s"])
+            bar.advance(note=f"loss {sums.loss:.4f}, {entry['tokens_per_s']:,.0f} tokens/s")
             if settings.save_steps and not done and progress.step % settings.save_steps == 0:
                 save(progress)
+        stops = torch.tensor([float(stop.is_set())], device=world.device)
+        if began_at < progress.step and float(world.sum(stops)[0]):
+            save(progress)
+            return LoopEnd(progress, stopped=True)
     return LoopEnd(progress, stopped=False)
 
 

@@ -18,6 +18,7 @@ from llavamod_offline.config import dump_config
 from llavamod_offline.errors import ConfigError, first_line
 from llavamod_offline.models.checkpoint import save_student
 from llavamod_offline.models.upcycle import activated_parameters, total_parameters
+from llavamod_offline.progress import ProgressBar
 from llavamod_offline.signals import keeping
 from llavamod_offline.storage import atomic
 from train.checkpoint import (
@@ -37,7 +38,7 @@ from train.engine.deepspeed_engine import World, make_engine, process_group
 from train.engine.optim import learning_rate, make_optimizer
 from train.engine.zero3 import without_empty_experts
 from train.loop import LoopEnd, LoopSettings, evaluate_loss, run_steps
-from train.metrics import METRICS_NAME, MetricsLog, ProgressLine
+from train.metrics import METRICS_NAME, MetricsLog
 from train.report.model_card import model_card
 from train.resume_check import different_contents, different_settings, refuse, settings_of
 from train.run_summary import TrainSummary, finished_summary, write_summary
@@ -152,7 +153,9 @@ def _train(config: TrainConfig, settings: dict[str, Any], output: Path, world: W
             progress=progress,
             world=world,
             log=log,
-            line=stack.enter_context(ProgressLine(config.stage, setup.steps, progress.step, silent=not world.is_main)),
+            bar=stack.enter_context(
+                ProgressBar(config.stage, setup.steps, "step", done=progress.step, silent=not world.is_main)
+            ),
             save=save,
             evaluate=lambda: evaluate_loss(engine, objective, holdout, world),
         )

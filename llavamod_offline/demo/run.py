@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import sys
 import time
 from pathlib import Path
-
-from tqdm import tqdm
 
 from llavamod_offline.demo.plan import FULL, QUICK, TEACHER, demo_steps, small_language_model
 from llavamod_offline.demo.report import write_report
 from llavamod_offline.demo.results import COLUMNS, as_cells, summarise
 from llavamod_offline.demo.scheduler import Step, run_steps
 from llavamod_offline.errors import ConfigError, ModelError
+from llavamod_offline.progress import ProgressBar
 from llavamod_offline.storage.atomic import write_file
 from llavamod_offline.toyworld.benchmarks import write_benchmarks
 from llavamod_offline.toyworld.datasets import write_datasets
@@ -51,11 +49,11 @@ def run_demo(output: Path, *, quick: bool = False, seed: int = 1) -> Path:
     log.info("drew the toy world in %.0f s", time.monotonic() - started)
     steps = demo_steps(output, sizes)
     write_file(output / "commands.sh", "".join(f"{step.typed}\n" for step in steps))
-    with tqdm(total=len(steps), unit="step", disable=not sys.stderr.isatty()) as bar:
+    with ProgressBar("demo", len(steps), "command") as bar:
 
         def report(step: Step, seconds: float) -> None:
-            bar.update()
-            tqdm.write(f"{seconds:6.1f} s  {step.name}", file=sys.stderr)
+            bar.advance()
+            bar.write(f"{seconds:6.1f} s  {step.name}")
 
         seconds = run_steps(steps, output / "logs", at_once=AT_ONCE, on_end=report)
     summary = summarise(output, seconds)

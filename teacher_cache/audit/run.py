@@ -7,13 +7,11 @@ cache's encoding (`error_bounds.py`). Limits apply to what exceeds that error.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
-
+from llavamod_offline.progress import ProgressBar
 from teacher_cache.audit.preconditions import captured_as, check_contents, check_settings, draw_rows
 from teacher_cache.audit.record_diff import FIGURES, Differences, RecordDifference, beyond, compare, join, measure
 from teacher_cache.capture.shard import capture_rows
@@ -139,7 +137,7 @@ def _compared(
     found: dict[str, list[tuple[Differences, Differences]]] = {}
     counts: dict[str, int] = {}
     failures: list[str] = []
-    with tqdm(total=len(rows), unit="sample", desc="audit", disable=not sys.stderr.isatty()) as bar:
+    with ProgressBar("audit", len(rows), "sample") as bar:
         for start in range(0, len(rows), job.batch_size):
             batch = rows[start : start + job.batch_size]
             together, rejected = capture_rows(job, engine, batch)
@@ -148,7 +146,7 @@ def _compared(
                 captured, more = capture_rows(job, engine, [row])
                 alone |= {(item.key, item.role): item.records for item in captured}
                 rejected += more
-                bar.update(1)
+                bar.advance()
             lost = {(item.key, item.role): item.reason for item in rejected if (item.key, item.role) in cache}
             failures += [f"{key} ({role}): rejected by the teacher: {reason}" for (key, role), reason in lost.items()]
             for item in together:

@@ -10,9 +10,9 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 
 from llavamod_offline.errors import CacheError, ConfigError
+from llavamod_offline.progress import ProgressBar
 from llavamod_offline.signals import keeping
 from teacher_cache.capture.pipeline import capture_shards
-from teacher_cache.capture.progress import ProgressBar
 from teacher_cache.capture.rejection_limit import Reason, Rejected
 from teacher_cache.capture_setup import CaptureSetup, prepare_capture
 from teacher_cache.config import CacheTeacherConfig
@@ -100,9 +100,9 @@ def run_capture(
         store.start()
         if missing:
             progress = stack.enter_context(
-                ProgressBar(sum(len(setup.samples.rows_of(name)) for name in missing), "capture", "positions")
+                ProgressBar("capture", sum(map(len, map(setup.samples.rows_of, missing))), "sample", also="positions")
             )
-            for done in stack.enter_context(closing(capture(missing, progress.update))):
+            for done in stack.enter_context(closing(capture(missing, progress.advance))):
                 sequences, positions = sequences + done.sequences, positions + done.positions
                 for tally in (rejected, limited):
                     tally.add(done.sequences, done.rejected)

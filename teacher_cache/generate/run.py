@@ -17,9 +17,9 @@ from typing import cast
 
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError, DataError
+from llavamod_offline.progress import ProgressBar
 from llavamod_offline.signals import keeping
 from llavamod_offline.storage.folders import is_url
-from teacher_cache.capture.progress import ProgressBar
 from teacher_cache.capture.run import Summary, run_capture
 from teacher_cache.capture_setup import CaptureSetup, prepare_capture
 from teacher_cache.config import CacheTeacherConfig, GenerateConfig
@@ -77,11 +77,10 @@ def generate(config: CacheTeacherConfig, *, allow: Sequence[str] = ()) -> Genera
         missing = target.missing(names)
         if missing:
             _LOG.info("%s: answers to %d of %d shards to write", target.path, len(missing), len(names))
-            with ProgressBar(
-                sum(len(setup.samples.rows_of(name)) for name in missing), "generate", "tokens"
-            ) as progress:
+            samples = sum(map(len, map(setup.samples.rows_of, missing)))
+            with ProgressBar("generate", samples, "sample", also="tokens") as progress:
                 answerer = Answerer(
-                    setup, cast("HfCaptureEngine", engine()), decoding, given.turns, given.key_suffix, progress.update
+                    setup, cast("HfCaptureEngine", engine()), decoding, given.turns, given.key_suffix, progress.advance
                 )
                 for name in missing:
                     answers = answerer.answer(setup.samples.rows_of(name))

@@ -21,7 +21,6 @@ Shape suffixes: N positions of a batch of sequences, H top-k ids of all of them.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,13 +31,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from llavamod_offline.data.encode.chat_template import choose_template
 from llavamod_offline.data.encode.tokenize import UNSUPERVISED, SequenceEncoder, TokenizedSequence
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import CacheError, ConfigError, DataError
 from llavamod_offline.models.checkpoint import load_tokenizer
+from llavamod_offline.progress import track
 from llavamod_offline.storage import atomic
 from teacher_cache.fingerprint import describe_template
 from teacher_cache.format.record import Records
@@ -131,7 +130,7 @@ def export_cache(
     try:
         atomic.remove_leftovers(output.parent, output.name)
         with pq.ParquetWriter(aside, schema, compression="zstd") as writer:
-            for batch in tqdm(_batches(cache, items), desc="export", unit="batch", disable=not sys.stderr.isatty()):
+            for batch in track(list(_batches(cache, items)), "export", "batch"):
                 if layout == "trl":  # needs only sums
                     writer.write_batch(_trl_rows(cache, batch).cast(schema))
                     totals["sequences"] += 2 * len(batch)

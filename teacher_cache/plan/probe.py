@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from llavamod_offline.errors import CacheError
+from llavamod_offline.progress import ProgressBar
 from teacher_cache.capture.shard import capture_rows
 from teacher_cache.capture_setup import CaptureSetup, with_preset
 from teacher_cache.config import PRESETS
@@ -67,15 +68,16 @@ def probe(job: CaptureSetup, engine: CaptureEngine, *, samples: int, batch_size:
     rejected = []
     spent, done = 0.0, 0
     capture_rows(job, engine, rows[:batch_size])
-    for first in range(rounds):
-        started = time.perf_counter()
-        records, refused = capture_rows(job, engine, rows[first::rounds])
-        spent += time.perf_counter() - started
-        done += len(rows[first::rounds])
-        captured += records
-        rejected += refused
-        if spent >= seconds:
-            break
+    with ProgressBar("probe", len(rows), "sample", also="positions") as bar:
+        for first in range(rounds):
+            started = time.perf_counter()
+            records, refused = capture_rows(job, engine, rows[first::rounds], bar.advance)
+            spent += time.perf_counter() - started
+            done += len(rows[first::rounds])
+            captured += records
+            rejected += refused
+            if spent >= seconds:
+                break
     if not captured:
         raise CacheError(f"plan: none of {done} samples could be captured; the first: {rejected[0].reason}")
     return ProbedRun(done, captured, len(rejected), spent)

@@ -6,14 +6,13 @@ Shape suffixes: Q sequences scanned, N their positions (P of them with a target)
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from llavamod_offline.data.encode.tokenize import NO_TARGET
+from llavamod_offline.progress import ProgressBar
 from teacher_cache.format.record import Records
 from teacher_cache.read.reader import TeacherCache
 from teacher_cache.report.sets import CacheSets
@@ -56,14 +55,13 @@ def scan_cache(cache: TeacherCache, sets: CacheSets, most_positions: int) -> Sca
     names = sets.sources(items) if sets else [EVERYTHING] * len(items)
     columns: list[list[Doubles]] = [[] for _ in range(5)]
     lengths: list[int] = []
-    bar = tqdm(total=len(items), unit="sequence", desc="read", disable=not sys.stderr.isatty())
-    with bar:
+    with ProgressBar("read", len(items), "sequence") as bar:
         for start in range(0, len(items), _BATCH_SEQUENCES):
             batch = items[start : start + _BATCH_SEQUENCES]
             lengths += [cache.sequence(*item).n_positions for item in batch]
             for column, values_N in zip(columns, _figures(cache.records(batch)), strict=True):
                 column.append(values_N)
-            bar.update(len(batch))
+            bar.advance(len(batch))
     entropy_N, topk_mass_N, tail_N, surprise_N, chosen_N = (np.concatenate([np.zeros(0), *found]) for found in columns)
     owner_N = np.repeat(np.arange(len(items)), lengths)
     target_N = ~np.isnan(surprise_N)

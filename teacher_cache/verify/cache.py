@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from llavamod_offline.errors import CacheError
+from llavamod_offline.progress import track
 from llavamod_offline.storage.folders import Folder, LocalFolder, open_folder
 from teacher_cache.format.manifest import (
     CACHE_NAME,
@@ -100,7 +98,7 @@ def examine(folder: Folder, *, unfinished: bool = False) -> Findings:
         findings.strays.append(f"{SHARDS_NAME}/{name}")
     shards = []
     rows: dict[str, SequenceRows] = {}
-    for name in tqdm(expected, desc="verify", unit="shard", disable=not sys.stderr.isatty()):
+    for name in track(expected, "verify", "shard"):
         if not findings.finished and name not in there:
             continue  # not captured yet
         manifest = said[name]["files"][MANIFEST_NAME]["sha256"] if name in said else None

@@ -9,15 +9,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from llavamod_offline.errors import CacheError, ConfigError
+from llavamod_offline.progress import track
 from llavamod_offline.signals import keeping
 from llavamod_offline.storage.folders import open_folder
 from llavamod_offline.storage.walk import walk_files
@@ -73,7 +71,7 @@ def merge_caches(caches: Sequence[TeacherCache], output: str, *, allow: Sequence
     store.start()
     missing = set(store.missing())
     with keeping(lambda: store.kept):
-        for cache, name, new_name in tqdm(shards, desc="merge", unit="shard", disable=not sys.stderr.isatty()):
+        for cache, name, new_name in track(shards, "merge", "shard"):
             if new_name in missing:
                 _copy_shard(cache, name, store, new_name)
         content = store.finalise()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,14 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from llavamod_offline.data.encode.tokenize import SequenceEncoder
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import DataError
 
 if TYPE_CHECKING:
-    from teacher_cache.read.reader import TeacherCache
+    from llavamod_offline.progress import track
+from teacher_cache.read.reader import TeacherCache
 
 MISMATCHED = "mismatched"
 
@@ -135,7 +134,7 @@ def _too_long(
         bounds = bounds + texts.max()
     candidates = np.flatnonzero(kept & (bounds > encoder.max_length)).tolist()
     found: dict[int, str] = {}
-    for row in tqdm(candidates, desc="lengths", unit="sample", disable=not sys.stderr.isatty()):
+    for row in track(candidates, "lengths", "sample"):
         sample = samples.read(row, scattered=True)
         for role in roles:
             try:
