@@ -153,6 +153,16 @@ def noted(answer: str) -> Iterator[Note]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def without_ctrl_c() -> Iterator[None]:
+    """Processes that are started in the block never see Ctrl-C, not even while they start: their parent ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def received() -> int:
     """The signal that stopped this process, or SIGTERM if another process of the run has received it."""
     return _state.number or signal.SIGTERM

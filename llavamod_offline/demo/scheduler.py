@@ -5,9 +5,11 @@ Not `graphlib`, which does not put the longest chain first; that keeps two cores
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llavamod_offline.errors import LlavaModError
+from llavamod_offline.signals import without_ctrl_c
 
 _POLL_SECONDS = 0.05
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -95,9 +99,20 @@ def _start(step: Step, log: Path, environment: dict[str, str]) -> subprocess.Pop
         stream.write(f"$ {step.typed}\n".encode())
         stream.flush()
         command = [_executable(step.command[0]), *step.command[1:]]
-        return subprocess.Popen(
-            command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
-        )
+        with without_ctrl_c():
+            return subprocess.Popen(
+                command,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            )
+
+
+def _end_with_parent() -> None:
+    """Let the kernel terminate this process when its parent dies, even by SIGKILL: a rerun replaces what it writes."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _check(step: Step, status: int, log: Path) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,54 @@ def test_during_imports(name: str, library: str, number: signal.Signals, toy: Pa
     assert "nothing was kept; to start over, run again: " in line
     assert commands(toy, tmp_path)[name][-1] in line
     assert list(tmp_path.iterdir()) == []
+
+
+def children(process: subprocess.Popen[str]) -> int:
+    """How many processes it has started that still run."""
+    try:
+        return len(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+    except OSError:
+        return 0
+
+
+def wait_for_the_last(process: subprocess.Popen[str]) -> None:
+    """Wait until no process of the session is left."""
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        assert time.monotonic() < deadline, "processes are left"
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number.name)
+@pytest.mark.parametrize("seconds", [0, 0.3, 1.0])
+def test_workers_of_pack_end_quietly(seconds: float, number: signal.Signals, toy: Path, tmp_path: Path) -> None:
+    """A terminal's Ctrl-C reaches them as well, while they start or work."""
+    process = start([*commands(toy, tmp_path)["pack"], "--workers", "2"])
+    wait_until(lambda: children(process) >= 3, process)  # Python's resource tracker is the third
+    time.sleep(seconds)
+    if process.poll() is None:
+        os.killpg(process.pid, number)
+        check_end(process, number)
+    wait_for_the_last(process)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [*NUMBERS, signal.SIGKILL], ids=lambda number: number.name)
+def test_the_demo_leaves_no_command_running(number: signal.Signals, tmp_path: Path) -> None:
+    """Those that it has started would go on writing into the folder of the next demo."""
+    process = start(["llavamod-offline", "demo", "--quick", "--output", str(tmp_path / "demo")])
+    wait_until(lambda: children(process) >= 2, process)
+    process.send_signal(number)
+    if number == signal.SIGKILL:
+        process.communicate()
+    else:
+        check_end(process, number)
+    wait_for_the_last(process)
 
 
 def run(code: str, *, number: int, again: bool = False, launched: bool = False) -> tuple[int, list[str]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +17,7 @@ from multiprocessing.connection import wait
 from typing import TypeVar
 
 from llavamod_offline.errors import ConfigError, DataError
+from llavamod_offline.signals import without_ctrl_c
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -55,7 +55,8 @@ def map_in_order(
     pending: deque[Future[list[_Result]] | Exception] = deque()
     try:
         for part in lists:
-            pending.append(part if isinstance(part, Exception) else pool.submit(function, part))
+            with without_ctrl_c():
+                pending.append(part if isinstance(part, Exception) else pool.submit(function, part))
             if len(pending) > workers * (1 + _AHEAD):
                 yield from _unless_failed(pending.popleft()).result()
         while pending:
@@ -91,8 +92,7 @@ def _unless_failed(value: _Value | Exception) -> _Value:
 
 
 def _start() -> None:
-    """Leave Ctrl-C to the parent process, and exit when it ends for any reason."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Exit when the parent process ends for any reason."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
