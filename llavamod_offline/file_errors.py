@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import yaml
+
 # Errors of the system, never of this program, whatever the file.
 _OF_THE_SYSTEM = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR),
@@ -60,15 +62,36 @@ def _setting(file: str, arguments: Sequence[str]) -> str:
 
 
 def _given(arguments: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    """Names, values and the texts that gave them: `key=value`, `--option value`, `--option=value`, or a bare value."""
+    """Names, values and the texts that gave them: `key=value`, `--option value`, `--option=value`, or a bare value.
+
+    For a YAML file also its own keys.
+    """
     option = ""
     for text in arguments:
         name, equals, value = text.partition("=")
         if text.startswith("-") and not equals:
             option = text
             continue
+        if Path(text).suffix in (".yaml", ".yml") and Path(text).is_file():
+            yield from ((key, value, f"{key}: {value} in {text}") for key, value in _texts(_read(Path(text)), ""))
         if equals:
             yield name, value, text
         if not equals or not text.startswith("-"):
             yield option, text, f"{option} {text}".strip()
         option = ""
+
+
+def _read(file: Path) -> object:
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+
+
+def _texts(value: object, key: str) -> Iterator[tuple[str, str]]:
+    """The texts in a YAML file with their dotted keys."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _texts(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, str) and value:
+        yield key, value

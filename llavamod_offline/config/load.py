@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -17,6 +18,7 @@ from llavamod_offline.config.schema import REQUIRED, hint_of, holds_sections, is
 from llavamod_offline.errors import ConfigError, first_line
 
 T = TypeVar("T")
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
 _MERGE_ERRORS = (OmegaConfBaseException, TypeError)  # the latter for a list where a mapping belongs
 
 
@@ -107,6 +109,9 @@ def _read_override(schema: type[Any], override: str) -> DictConfig:
         raise ConfigError(unknown_setting(schema, key))
     if not text and (not is_text(hint) or is_optional(hint) or is_input(hint) or _is_required(schema, key)):
         raise ConfigError(f"{key}= has no value: write {key}=VALUE without spaces around '='")
+    left = next((name for name in _VARIABLE.findall(text) if hint_of(schema, [name]) is None), None)
+    if left and is_text(hint):
+        raise ConfigError(f"{override}: ${{{left}}} has no value: let the shell replace it, in double quotes")
     try:
         if not is_text(hint):
             return OmegaConf.from_dotlist([f"{key}={_quote_text(hint, text)}"])

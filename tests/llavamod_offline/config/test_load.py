@@ -83,6 +83,12 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert load_config(Recipe, overrides=["student=a~/b"]).student == "a~/b"
 
 
+def test_a_variable_that_the_shell_has_not_replaced_is_no_text() -> None:
+    """In single quotes it would name a folder `${SCRATCH}` in the current one."""
+    with pytest.raises(ConfigError, match=r"^student=\$\{SCRATCH\}/x: \$\{SCRATCH\} has no value: let the shell"):
+        load_config(Recipe, overrides=["student=${SCRATCH}/x"])
+
+
 def test_a_reference_to_nothing_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^student: Interpolation key 'nothing' not found"):
         load_config(Recipe, [write(tmp_path, "student: ${nothing}\n")])
