@@ -153,14 +153,14 @@ def score_command(
         judge_record=judge_record,
         judge_template=judge_template,
     )
-    if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(json_path, json.dumps(score.as_json(), indent=2, ensure_ascii=False) + "\n")
     width = max(len(name) for name in score.metrics)
     for name, value in score.metrics.items():
         print(f"{name:<{width}}  {'undefined' if value is None else format(value, '.4f')}")
     print(f"{score.counts}, data sha256 {score.data_sha256[:16]}…")
     print(score.protocol)
+    if json_path is not None:  # after printing: a file that cannot be written loses no score
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(json_path, json.dumps(score.as_json(), indent=2, ensure_ascii=False) + "\n")
 
 
 def export_command(

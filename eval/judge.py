@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from eval.files import read_jsonl
-from llavamod_offline.errors import ConfigError, EvalError
+from llavamod_offline.errors import ConfigError, EvalError, ModelError, first_line
 from llavamod_offline.progress import track
 from llavamod_offline.signals import keeping
 
@@ -124,7 +124,6 @@ class LocalJudge:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModelForCausalLM
 
-        from llavamod_offline.errors import ModelError
         from llavamod_offline.models.checkpoint import load_tokenizer
 
         self.tokenizer = load_tokenizer(folder)
@@ -133,7 +132,7 @@ class LocalJudge:
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise ModelError(f"{folder}: the judge cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise ModelError(f"{folder}: the judge cannot be loaded: {first_line(error)}") from error
         self._network = model.eval()
         self.model = folder.resolve().name
 

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -55,6 +56,11 @@ class Script:
         assert self.process.pid is not None
         return self.process.pid
 
+    def send(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
     def ended(self) -> tuple[int, str]:
         """Wait for the end, and give the status and stderr."""
         self.process.join()
@@ -63,11 +69,16 @@ class Script:
 
 
 def fork_script(
-    command: Sequence[str], folder: Path, *, stdout: str | None = None, before: Callable[[], None] | None = None
+    command: Sequence[str],
+    folder: Path,
+    *,
+    stdout: str | Path | None = None,
+    stderr: str | Path | None = None,
+    before: Callable[[], None] | None = None,
 ) -> Script:
-    """Start a command with its stdout in `stdout` (default: a file in `folder`), after `before` in its process."""
+    """Start a command, after `before` in its process; its outputs go to files in `folder`, or those given."""
     folder.mkdir(exist_ok=True)
-    out, err = Path(stdout or folder / "stdout"), folder / "stderr"
+    out, err = Path(stdout or folder / "stdout"), Path(stderr or folder / "stderr")
     process = fork_server().Process(target=_run, args=(list(command), str(out), str(err), before))
     process.start()
     return Script(process, out, err)
@@ -81,8 +92,7 @@ def _run(command: list[str], stdout: str, stderr: str, before: Callable[[], None
     os.environ["OMP_NUM_THREADS"] = "1"
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
-    encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
-    sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", closefd=False), encoding=encoding)
+    sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", closefd=False), "utf-8")
     sys.stderr = io.TextIOWrapper(os.fdopen(2, "wb", closefd=False), "utf-8", "backslashreplace", line_buffering=True)
     sys.argv = command
     if before is not None:

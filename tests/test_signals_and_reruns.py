@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import signal
 import time
@@ -112,7 +111,7 @@ def test_a_stopped_command_gives_the_same_when_run_again(
     for _ in range(MOMENTS):
         script = fork_script(command, tmp_path / "log")
         time.sleep(rng.uniform(0, seconds))
-        os.kill(script.pid, number)
+        script.send(number)
         status, stderr = script.ended()
         assert "Traceback" not in stderr
         if number == signal.SIGKILL:

@@ -17,7 +17,7 @@ from eval.engines.llava_hf import DTYPES, pick_device, pick_dtype, settings_of
 from eval.engines.protocol import Answer
 from eval.example import Example
 from llavamod_offline.data.images import decode_image
-from llavamod_offline.errors import ModelError
+from llavamod_offline.errors import ConfigError, ModelError, first_line
 from llavamod_offline.models.checkpoint import load_weights
 
 
@@ -37,7 +37,11 @@ class ProcessorEngine:
         try:
             self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:
-            raise ModelError(f"{folder}: its processor cannot be loaded: {str(error).splitlines()[0]}") from error
+            if isinstance(error, ImportError) and "torchvision" in str(error).lower():
+                raise ConfigError(
+                    f"{folder}: its processor needs torchvision: pip install 'llavamod-offline[processor]'"
+                ) from error
+            raise ModelError(f"{folder}: its processor cannot be loaded: {first_line(error)}") from error
         if not getattr(self.processor, "chat_template", None):
             raise ModelError(f"{folder}: its processor has no chat template: use engine=hf for a LLaVA student")
         self.processor.tokenizer.padding_side = "left"

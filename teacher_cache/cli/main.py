@@ -159,9 +159,9 @@ def plan(
         print(json.dumps(dataclasses.asdict(fact))) if as_json else view.print_comparison(make_console(), fact)
         return
     made = planning.make_plan(config, samples=samples, seconds=seconds)
-    if kept is not None:
-        planning.write_plan(kept, made)
     print(json.dumps(dataclasses.asdict(made))) if as_json else view.print_plan(make_console(), made, kept)
+    if kept is not None:  # after printing: a file that cannot be written loses no estimate
+        planning.write_plan(kept, made)
 
 
 @app.command()
