@@ -18,7 +18,7 @@ def script(name: str) -> str:
 
 
 def start(command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
-    """Start a console script with one thread, in its own session, with SIGINT as a terminal leaves it."""
+    """Start a console script with one thread, in its own session, as a terminal would."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
     given: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
     return subprocess.Popen(
@@ -27,9 +27,15 @@ def start(command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
         text=True,
         errors="replace",
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
+        preexec_fn=heed_signals,
         **{**given, **options},
     )
+
+
+def heed_signals() -> None:
+    """As a terminal leaves them; background jobs ignore SIGINT, and what `nohup` starts ignores SIGHUP."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_until(reached: Callable[[], bool], process: subprocess.Popen[str]) -> None:

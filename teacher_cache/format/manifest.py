@@ -55,8 +55,8 @@ def file_entry(file: Path) -> dict[str, Any]:
 
 
 def file_entries(folder: Path) -> dict[str, dict[str, Any]]:
-    """The entries of every file below `folder`, by path relative to it."""
-    return {name: file_entry(folder / name) for name in sorted(walk_files(folder))}
+    """The entries of every file below `folder`, by path relative to it; none if it does not exist."""
+    return {name: file_entry(folder / name) for name in sorted(walk_files(folder))} if folder.is_dir() else {}
 
 
 def shard_entry(name: str, content: bytes, manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import pytest
 from llavamod_offline import signals
 from llavamod_offline.toyworld.benchmarks import write_benchmarks
 from llavamod_offline.toyworld.datasets import write_datasets
-from tests.processes import catches, has_loaded, start, wait_until
+from tests.processes import catches, has_loaded, heed_signals, start, wait_until
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
@@ -155,7 +155,7 @@ def run(code: str, *, number: int, again: bool = False, launched: bool = False) 
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **variables},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=heed_signals,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
