@@ -54,7 +54,7 @@ def run_command(app: typer.Typer, argv: Sequence[str] | None = None, *, name: st
     if isinstance(failure, BrokenPipeError):
         status = _BROKEN_PIPE_STATUS
     elif failure is not None:
-        status = status or INPUT_ERROR_STATUS
+        status = INPUT_ERROR_STATUS
         _print_error(f"error: standard output cannot be written: {failure.strerror}: free space or write elsewhere")
     signals.ended(status)
     sys.exit(status)

@@ -227,9 +227,13 @@ def _leave_to_parent() -> None:
 
 
 def _raise_again(unraisable: Any) -> None:
-    """Raise `Stopped` again where Python could not raise it, such as in a destructor."""
+    """Raise `Stopped` again where Python could not raise it, such as in a destructor.
+
+    Afterwards, say nothing of destructors that fail on what it has left half-made.
+    """
     if not isinstance(unraisable.exc_value, Stopped):
-        sys.__unraisablehook__(unraisable)
+        if not _state.raised:
+            sys.__unraisablehook__(unraisable)
         return
     number, _state.raised = unraisable.exc_value.number, False
     main = threading.main_thread().ident

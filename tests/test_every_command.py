@@ -53,14 +53,13 @@ def arguments(world: str, out: str) -> dict[str, list[str]]:
         "llavamod-offline doctor": ["--root", world],
         "llavamod-offline demo": ["--quick", "--output", f"{out}/demo"],
         "cache-teacher run": [data, teacher, f"output={out}/cache"],
-        "cache-teacher settings": [],
         "cache-teacher plan": [data, teacher, f"output={out}/cache", "--samples", "4", "--seconds", "0"],
         "cache-teacher verify": [f"{world}/cache"],
         "cache-teacher inspect": [f"{world}/cache"],
         "cache-teacher export": [f"{world}/cache", "--output", f"{out}/cache.parquet"],
         "cache-teacher merge": [f"{world}/cache", f"{world}/other-cache", "--output", f"{out}/cache"],
         "cache-teacher generate": [
-            *[data, teacher, f"output_set={out}/set", f"output={out}/cache", "generate.max_new_tokens=4"]
+            *[data, teacher, f"output_set={out}/set", f"output={out}/cache", "generate.max_new_tokens=64"]
         ],
         "cache-teacher report": [f"{world}/cache", "-o", f"{out}/report.html"],
         "cache-teacher audit": [f"{world}/cache", data, teacher, "--n", "2"],
@@ -87,7 +86,7 @@ def typed(name: str, world: Path | str, out: Path | str) -> list[str]:
 
 
 NAMES = list(arguments("", ""))
-READERS = ("doctor", "settings", "verify", "inspect", "audit")  # they write no file
+READERS = ("doctor", "verify", "inspect", "audit")  # they write no file
 WRITERS = [name for name in NAMES if not name.endswith(READERS)]
 QUICK = [name for name in NAMES if not name.endswith("demo")]  # a demo takes minutes
 
@@ -232,13 +231,6 @@ def test_seven_bits_and_no_stdin(name: str, world: Path, tmp_path: Path) -> None
     done = run(typed(name, world, tmp_path / "out"), tmp_path / "logs", before=_seven_bits)
     assert done.status == (1 if name.endswith("doctor") else 0), done.stderr
     assert done.stdout.isascii()
-    shown = run(
-        [*typed(name, world, tmp_path / "out")[: 1 if name == ALONE else 2], "--help"],
-        tmp_path / "logs",
-        before=_seven_bits,
-    )
-    assert shown.status == 0
-    assert shown.stdout.isascii()
 
 
 def _seven_bits() -> None:
