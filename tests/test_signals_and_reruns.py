@@ -19,8 +19,8 @@ CHECKPOINTS = Path(__file__).parents[1] / "llavamod_offline" / "toyworld" / "che
 TEACHER = CHECKPOINTS / "teacher"
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 MOMENTS = 3
-# What a clock decides.
-TIMED = ("metrics.jsonl", "summary.json", "state.json", "README.md")
+# What a clock decides, or where the output lies.
+TIMED = ("metrics.jsonl", "summary.json", "state.json", "README.md", "config.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def commands(world: Path, output: Path) -> dict[str, list[str]]:
         "capture": ["cache-teacher", "run", data, teacher, f"output={output / 'cache'}", "batch_size=4"],
         "generate": [
             *["cache-teacher", "generate", data, teacher, f"output_set={output / 'set'}", f"output={output / 'cache'}"],
-            *["generate.max_new_tokens=24", "batch_size=12"],
+            *["generate.max_new_tokens=64", "batch_size=12"],
         ],
         "train": [
             *["train-student", "align", f"data.set={world / 'set'}", f"student.vision_tower={TEACHER}"],
@@ -64,7 +64,7 @@ def commands(world: Path, output: Path) -> dict[str, list[str]]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """All files below a folder, hidden ones too, with their hashes unless a clock decides what they hold."""
+    """All files below a folder, hidden ones too, with their hashes unless these may differ."""
     return {
         file.relative_to(folder).as_posix(): "" if file.name in TIMED else hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(folder.rglob("*"))
