@@ -30,6 +30,7 @@ from eval.unanswerable import unanswerable_file, write_unanswerable
 from llavamod_offline.config import InputPath, raise_problems
 from llavamod_offline.data.images import decode_image
 from llavamod_offline.errors import DataError, EvalError
+from llavamod_offline.models.device import pick_device
 from llavamod_offline.progress import ProgressBar
 from llavamod_offline.signals import keeping
 from llavamod_offline.storage.atomic import write_file
@@ -96,6 +97,7 @@ def generate(config: EvalGenerateConfig) -> dict[str, Path]:
     Errors: `EvalError` for unreadable benchmark files, missing images, or an output folder with other settings;
     `ModelError` and `ConfigError` for the model and the settings.
     """
+    pick_device(config.device)
     root, model, limit = Path(config.root), Path(config.model), config.limit
     tasks = {name: get_task(name) for name in config.tasks}
     examples = {name: _examples(task, root, limit) for name, task in tasks.items()}

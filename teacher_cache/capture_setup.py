@@ -16,6 +16,7 @@ from llavamod_offline.data.sets.mismatched import PAIRING
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError, DataError, ModelError
 from llavamod_offline.models.checkpoint import load_tokenizer, vocabulary_size
+from llavamod_offline.models.device import pick_device
 from teacher_cache.engines.registry import describe_engine, engine_module
 from teacher_cache.fingerprint import LONGER, describe_template, describe_tokenizer, describe_weights
 from teacher_cache.format.record import RecordSettings
@@ -115,7 +116,7 @@ def prepare_capture(**given: Unpack[SetupValues]) -> CaptureSetup:
     settings, codec = _kept(keep, tuple(keep.temperatures), forced_ids, vocab_size, given["hidden"])
     device, dtype = given["device"], given["dtype"]
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = pick_device(device).type
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
     hidden_positions = given["hidden_positions"] if given["hidden"] else None

@@ -22,6 +22,7 @@ from llavamod_offline.data.encode.chat_template import choose_template
 from llavamod_offline.data.images import AUTO_ASPECT, ImagePreprocessor
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, sequence_encoder
+from llavamod_offline.models.device import pick_device
 from llavamod_offline.models.export import never_answers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -120,19 +121,6 @@ def checkpoint_digest(folder: Path) -> str:
             content = hashlib.file_digest(stream, "sha256").hexdigest()
         digest.update(f"{file.name}\0{content}\n".encode())
     return digest.hexdigest()
-
-
-def pick_device(name: str) -> torch.device:
-    """Resolve a device name; `auto` is CUDA if available. Errors: `ConfigError` for an unavailable device."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device '{name}' is unknown: choose auto, cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device '{name}': torch sees no CUDA device here: choose cpu")
-    return device
 
 
 def pick_dtype(name: str, device: torch.device) -> str:

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.engines.llava_hf import DTYPES, pick_device, pick_dtype, settings_of
+from eval.engines.llava_hf import DTYPES, pick_dtype, settings_of
 from eval.engines.prompts import prompt_ids, read_answer
 from eval.engines.protocol import Answer
 from eval.example import Example
 from llavamod_offline.data.encode.chat_template import choose_template
 from llavamod_offline.data.images import AUTO_ASPECT, ImagePreprocessor
 from llavamod_offline.models.checkpoint import load_config, load_tokenizer, sequence_encoder
+from llavamod_offline.models.device import pick_device
 from llavamod_offline.models.export import never_answers
 from llavamod_offline.vllm import plugin
 from llavamod_offline.vllm.inputs import check_prompt, engine_input

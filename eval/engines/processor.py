@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from eval.engines.llava_hf import DTYPES, pick_device, pick_dtype, settings_of
+from eval.engines.llava_hf import DTYPES, pick_dtype, settings_of
 from eval.engines.protocol import Answer
 from eval.example import Example
 from llavamod_offline.data.images import decode_image
 from llavamod_offline.errors import ConfigError, ModelError, first_line
 from llavamod_offline.models.checkpoint import load_weights
+from llavamod_offline.models.device import pick_device
 
 
 class ProcessorEngine:

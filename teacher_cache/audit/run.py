@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llavamod_offline.models.device import pick_device
 from llavamod_offline.progress import ProgressBar
 from teacher_cache.audit.preconditions import captured_as, check_contents, check_settings, draw_rows
 from teacher_cache.audit.record_diff import FIGURES, Differences, RecordDifference, beyond, compare, join, measure
@@ -97,6 +98,7 @@ def audit_cache(
     sequence's content differ from the cache's (fields, or sections, named in `allow` may differ); `TargetError` if its
     supervised ids do; others as for a run.
     """
+    pick_device(config.device)
     job = prepare_capture(**dataclasses.replace(config, capture=captured_as(cache)).setup_values)
     job = dataclasses.replace(job, settings=RecordSettings.from_stored(cache.fingerprint["capture"]))
     notes = check_settings(cache, job, allow)

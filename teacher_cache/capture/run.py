@@ -10,6 +10,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 
 from llavamod_offline.errors import CacheError, ConfigError
+from llavamod_offline.models.device import pick_device
 from llavamod_offline.progress import ProgressBar
 from llavamod_offline.signals import keeping
 from teacher_cache.capture.pipeline import capture_shards
@@ -68,6 +69,8 @@ def run_capture(
     started = time.perf_counter()
     if config.output_set is not None:
         raise ConfigError("config: output_set belongs to `cache-teacher generate`: remove it")
+    if not config.engine.ray:  # Ray's workers have devices of their own
+        pick_device(config.device)
     sequences = positions = 0
     rejected = Rejected()
     with ExitStack() as stack:

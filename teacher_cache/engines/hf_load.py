@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llavamod_offline.errors import ConfigError, ModelError, first_line
+from llavamod_offline.errors import ConfigError, ModelError
 from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.engines.lm_head import LmHead
 
@@ -27,7 +27,7 @@ def load_engine(setup: CaptureSetup) -> HfCaptureEngine:
     if rows < vocab_size:
         raise ModelError(f"{setup.teacher.folder}: the LM head has {rows} rows, config.json says {vocab_size} or more")
     if setup.device_map is None:
-        _move(model, setup.device)
+        model.to(setup.device)
     elif layer.weight.device.type == "meta":
         raise ModelError(f"{setup.teacher.folder}: the LM head does not fit on the devices: use more or larger ones")
     _check_head(setup, model)
@@ -71,13 +71,6 @@ def _load_settings(setup: CaptureSetup) -> dict[str, Any]:
         )
     placement = {} if setup.device_map is None else {"device_map": setup.device_map}
     return {"attn_implementation": setup.attention, **placement}
-
-
-def _move(model: Any, device: str) -> None:
-    try:
-        model.to(device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
-        raise ConfigError(f"device '{device}': cannot be used: {first_line(error)}: set device=cpu or cuda") from error
 
 
 @torch.inference_mode()

@@ -17,6 +17,7 @@ from typing import cast
 
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError, DataError
+from llavamod_offline.models.device import pick_device
 from llavamod_offline.progress import ProgressBar
 from llavamod_offline.signals import keeping
 from llavamod_offline.storage.folders import is_url
@@ -64,6 +65,7 @@ def generate(config: CacheTeacherConfig, *, allow: Sequence[str] = ()) -> Genera
     """
     started = time.perf_counter()
     _check(config)
+    pick_device(config.device)
     setup = prepare_capture(**config.setup_values)
     check_allowed(allow, setup.fingerprint)
     _check_samples(setup.samples)

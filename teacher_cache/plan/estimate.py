@@ -89,9 +89,11 @@ def make_plan(config: CacheTeacherConfig, *, samples: int, seconds: float) -> Pl
 
     Errors: those that a run finds before it captures; `CacheError` if no sample of the probe could be captured.
     """
+    from llavamod_offline.models.device import pick_device
     from teacher_cache.capture_setup import prepare_capture
     from teacher_cache.plan.probe import preset_bytes, probe, whole_cache
 
+    pick_device(config.device)
     started = time.perf_counter()
     job = prepare_capture(**config.setup_values)
     prepared = time.perf_counter()

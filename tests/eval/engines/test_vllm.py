@@ -110,5 +110,5 @@ def test_generate_answers_a_benchmark_and_goes_on_where_it_stopped(tmp_path: Pat
 
 
 def test_a_device_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="torch sees no CUDA device here"):
+    with pytest.raises(ConfigError, match="torch finds no such device on this machine"):
         LlavaVllmEngine(_student(tmp_path, "dense"), device="cuda")
