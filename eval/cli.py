@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from eval.tasks import TASKS
-from llavamod_offline.config.command import Arguments, PrintConfig, settings_command
+from llavamod_offline.config.command import Arguments, Commands, PrintConfig, settings_command
 from llavamod_offline.entrypoint import run_command
 
 if TYPE_CHECKING:
     from eval.generate import EvalGenerateConfig
 
 app = typer.Typer(
+    cls=Commands,
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -52,7 +53,7 @@ Benchmarks: {_TASKS}
 \b
 Examples:
   eval-student score pope --root data/eval --predictions runs/eval/pope/predictions.jsonl
-  eval-student score gqa --root data/eval --predictions answers.jsonl --json score.json
+  eval-student score gqa --root data/eval --predictions answers.jsonl --output score.json
   eval-student score mmhal --root data/eval --predictions runs/eval/mmhal/predictions.jsonl \\
       --judge http://localhost:8000/v1 --judge-model Qwen3-32B
   eval-student score mmhal --root data/eval --predictions runs/eval/mmhal/predictions.jsonl --judge replies.jsonl
@@ -98,12 +99,13 @@ def _schema() -> type[EvalGenerateConfig]:
     return EvalGenerateConfig
 
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Root = Annotated[Path, typer.Option(help="Folder with the benchmarks' files, in LLaVA-1.5's layout.")]
 Predictions = Annotated[Path, typer.Option(help="predictions.jsonl, or LLaVA-style answers.")]
 TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The benchmark's name.")]
 
 
-def generate_command(arguments: Arguments = None, print_config: PrintConfig = False) -> None:
+def generate_command(arguments: Arguments = None, print_config: PrintConfig = False, as_json: AsJson = False) -> None:
     from eval.generate import EvalGenerateConfig, generate
     from llavamod_offline.config import load_config, split_arguments
     from llavamod_offline.config import print_config as print_settings
@@ -112,7 +114,11 @@ def generate_command(arguments: Arguments = None, print_config: PrintConfig = Fa
     if print_config:
         print_settings(EvalGenerateConfig, *given)
         return
-    for task, path in generate(load_config(EvalGenerateConfig, *given)).items():
+    done = generate(load_config(EvalGenerateConfig, *given))
+    if as_json:
+        print(json.dumps({task: str(path) for task, path in done.items()}, ensure_ascii=False))
+        return
+    for task, path in done.items():
         print(f"{task}: {path}")
 
 
@@ -120,7 +126,11 @@ def score_command(
     task: TaskName,
     root: Root,
     predictions: Predictions,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the score as JSON here.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Also write the score to this file, as JSON."),
+    ] = None,
+    as_json: AsJson = False,
     allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Count missing answers as wrong.")] = False,
     judge: Annotated[
         str | None, typer.Option(help="URL of a chat server, a model's folder, or a file of recorded replies.")
@@ -153,21 +163,24 @@ def score_command(
         judge_record=judge_record,
         judge_template=judge_template,
     )
-    width = max(len(name) for name in score.metrics)
-    for name, value in score.metrics.items():
-        print(f"{name:<{width}}  {'undefined' if value is None else format(value, '.4f')}")
-    print(f"{score.counts}, data sha256 {score.data_sha256[:16]}…")
-    print(score.protocol)
-    if json_path is not None:  # after printing: a file that cannot be written loses no score
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(json_path, json.dumps(score.as_json(), indent=2, ensure_ascii=False) + "\n")
+    if as_json:
+        print(json.dumps(score.as_json(), ensure_ascii=False))
+    else:
+        width = max(len(name) for name in score.metrics)
+        for name, value in score.metrics.items():
+            print(f"{name:<{width}}  {'undefined' if value is None else format(value, '.4f')}")
+        print(f"{score.counts}, data sha256 {score.data_sha256[:16]}…")
+        print(score.protocol)
+    if output is not None:  # after printing: a file that cannot be written loses no score
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_file(output, json.dumps(score.as_json(), indent=2, ensure_ascii=False) + "\n")
 
 
 def export_command(
     task: TaskName,
     root: Root,
     predictions: Predictions,
-    output: Annotated[Path, typer.Option("-o", "--output", help="File to write: .jsonl, .xlsx or .json.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write: .jsonl, .xlsx or .json.")],
     model: Annotated[str, typer.Option(help="Model name for LLaVA's answers.")] = "",
 ) -> None:
     from eval.export.answers import export
@@ -179,7 +192,7 @@ def export_command(
 def report_command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Output folders of 'generate'.")],
     root: Root,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Page to write: .html or .md.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Page to write: .html or .md.")],
     samples: Annotated[int, typer.Option(help="Maximum number of disagreements shown per benchmark.")] = 24,
 ) -> None:
     from eval.report.report import write_report
@@ -190,7 +203,7 @@ def report_command(
 
 def portable_command(
     student: Annotated[Path, typer.Argument(metavar="STUDENT", help="Folder of a trained student.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; it must not exist.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not exist.")],
     template: Annotated[str, typer.Option(help="Template used in training: qwen, chatml or tokenizer.")] = "qwen",
     image_aspect: Annotated[
         str, typer.Option(help="Image handling in training: pad, square, or auto, as the folder states (else pad).")

@@ -47,7 +47,7 @@ class TaskScore:
     verdicts: dict[str, Verdict]
 
     def as_json(self) -> dict[str, Any]:
-        """The object that `eval-student score --json` writes."""
+        """The object that `eval-student score` writes and `--json` prints."""
         counts = ("n", "limit", "n_missing", "n_unanswerable", "n_unparsed")
         return {name: getattr(self, name) for name in ("task", "metrics", *counts, "protocol", "data_sha256")}
 

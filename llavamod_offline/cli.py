@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from llavamod_offline.config.command import Commands
 from llavamod_offline.entrypoint import run_command
 from llavamod_offline.plural import counted
 
@@ -16,7 +17,12 @@ if TYPE_CHECKING:
     from llavamod_offline.data.pack.set_writer import PackSummary
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__
+    cls=Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help=__doc__,
 )
 
 
@@ -35,7 +41,7 @@ class TarKeys(StrEnum):
 
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing set.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 MaxRejected = Annotated[
     float, typer.Option(min=0, max=1, help="Largest share of rows that may be rejected; more is an error.")
 ]
@@ -62,7 +68,7 @@ def _commands() -> None:
 
 @app.command()
 def pack(
-    output: Annotated[Path, typer.Option(metavar="DIR", help="The set folder to make.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The set folder to make.")],
     sources: Annotated[
         list[str] | None,
         typer.Argument(metavar="[NAME=]SOURCE...", help="LLaVA .json or .jsonl, RLAIF-V .parquet, folders of samples."),
@@ -147,7 +153,7 @@ def pack(
 @app.command()
 def index(
     sources: Annotated[list[str], typer.Argument(metavar="[NAME=]PATH...", help="Tars, or folders of tars.")],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="The set folder to make.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The set folder to make.")],
     caption_prompt: CaptionPrompt = None,
     keys: Annotated[
         TarKeys, typer.Option(help="Sample keys: the members' own, or prefixed with the tar's name.")
@@ -236,8 +242,26 @@ def doctor(
 
 
 @app.command()
+def toyworld(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write into.")],
+    quick: Annotated[bool, typer.Option("--quick", help="A fraction of the data.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the data.")] = 1,
+) -> None:
+    """Draw the demo's toy world: samples and benchmarks in LLaVA's file formats, and a small language model.
+
+    \b
+    Example:
+      llavamod-offline toyworld --output toy
+    """
+    from llavamod_offline.demo.world import write_world
+
+    for folder in write_world(output, quick=quick, seed=seed):
+        print(folder)
+
+
+@app.command()
 def demo(
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder; an earlier demo is replaced.")] = Path(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the demo.")] = Path(
         "runs/demo"
     ),
     quick: Annotated[bool, typer.Option("--quick", help="A fraction of the data and steps, as a smoke test.")] = False,

@@ -40,7 +40,7 @@ def run(
         ),
     ],
     print_config: PrintConfig = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Train a student through one stage: align, mimic_dense, mimic_sparse, preference, or sft (no teacher).
 

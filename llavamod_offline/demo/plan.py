@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ CHECKPOINTS = Path(__file__).parents[1] / "toyworld" / "checkpoints"
 TEACHER = CHECKPOINTS / "teacher"
 LANGUAGE_MODEL = CHECKPOINTS / "language_model"
 TASKS = ("gqa", "pope", "object_halbench")
+WORLD = "toyworld"
 SETS = ("align", "general", "multitask", "preference")
 
 
@@ -72,9 +73,17 @@ def models(output: Path) -> list[Model]:
     return [Model("teacher", "teacher", TEACHER, None), *students]
 
 
-def demo_steps(output: Path, sizes: DemoSizes) -> list[Step]:
-    """Every command of the demo with the steps it needs, in a valid order."""
-    return [*_packing(output), *_caching(output), *_training(output, sizes), *_evaluation(output)]
+def demo_steps(*, quick: bool = False, seed: int = 1) -> list[Step]:
+    """Every command of the demo with the steps it needs, in a valid order, as typed in the demo's folder."""
+    here, sizes = Path(), QUICK if quick else FULL
+    world = ("llavamod-offline", "toyworld", "--output", ".", "--seed", str(seed), *(["--quick"] if quick else []))
+    return [Step(WORLD, world), *_packing(here), *_caching(here), *_training(here, sizes), *_evaluation(here)]
+
+
+def as_script(steps: Sequence[Step]) -> str:
+    """The commands as a shell script that repeats the demo in an empty folder."""
+    head = "#!/bin/sh\n# Every command of the demo. Run this script in an empty folder.\nset -e\n"
+    return head + "".join(f"{step.typed}\n" for step in steps)
 
 
 def _packing(output: Path) -> Iterator[Step]:
@@ -84,7 +93,7 @@ def _packing(output: Path) -> Iterator[Step]:
         command = ["llavamod-offline", "pack", str(source), "--output", str(output / "sets" / name)]
         if name != "preference":
             command += ["--images", str(world / "images")]
-        yield Step(f"pack-{name}", tuple(command))
+        yield Step(f"pack-{name}", tuple(command), (WORLD,))
 
 
 def _caching(output: Path) -> Iterator[Step]:
@@ -157,7 +166,7 @@ def _evaluation(output: Path) -> Iterator[Step]:
             f"tasks=[{','.join(TASKS)}]",
             "batch_size=32",
         )
-        yield Step(f"answer-{model.slug}", command, () if model.run is None else (f"train-{model.slug}",))
+        yield Step(f"answer-{model.slug}", command, (WORLD if model.run is None else f"train-{model.slug}",))
         for task in TASKS:
             predictions = answers / task / "predictions.jsonl"
             score = (
@@ -168,7 +177,7 @@ def _evaluation(output: Path) -> Iterator[Step]:
                 str(root),
                 "--predictions",
                 str(predictions),
-                "--json",
+                "--output",
                 str(answers / task / "score.json"),
             )
             yield Step(f"score-{model.slug}-{task}", score, (f"answer-{model.slug}",))

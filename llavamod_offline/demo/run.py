@@ -8,16 +8,13 @@ import shutil
 import time
 from pathlib import Path
 
-from llavamod_offline.demo.plan import FULL, QUICK, TEACHER, demo_steps, small_language_model
+from llavamod_offline.demo.plan import TEACHER, as_script, demo_steps
 from llavamod_offline.demo.report import write_report
 from llavamod_offline.demo.results import COLUMNS, as_cells, summarise
 from llavamod_offline.demo.scheduler import Step, run_steps
 from llavamod_offline.errors import ConfigError, ModelError
 from llavamod_offline.progress import ProgressBar
 from llavamod_offline.storage.atomic import write_file
-from llavamod_offline.toyworld.benchmarks import write_benchmarks
-from llavamod_offline.toyworld.datasets import write_datasets
-from llavamod_offline.toyworld.narrow import write_small_language_model
 
 log = logging.getLogger(__name__)
 
@@ -33,29 +30,16 @@ def run_demo(output: Path, *, quick: bool = False, seed: int = 1) -> Path:
     if not (TEACHER / "config.json").exists():
         raise ModelError(f"{TEACHER}: the toy teacher is missing: reinstall the project")
     _clear(output)
-    sizes = QUICK if quick else FULL
     started = time.monotonic()
-    write_datasets(
-        output / "world",
-        align=sizes.align,
-        general=sizes.general,
-        multitask=sizes.multitask,
-        preference=sizes.preference,
-        error_share=0.1,
-        seed=seed,
-    )
-    write_benchmarks(output / "benchmarks", images=sizes.benchmark_images, seed=seed + 1)
-    write_small_language_model(TEACHER, small_language_model(output))
-    log.info("drew the toy world in %.0f s", time.monotonic() - started)
-    steps = demo_steps(output, sizes)
-    write_file(output / "commands.sh", "".join(f"{step.typed}\n" for step in steps))
+    steps = demo_steps(quick=quick, seed=seed)
+    write_file(output / "commands.sh", as_script(steps))
     with ProgressBar("demo", len(steps), "command") as bar:
 
         def report(step: Step, seconds: float) -> None:
             bar.advance()
             bar.write(f"{seconds:6.1f} s  {step.name}")
 
-        seconds = run_steps(steps, output / "logs", at_once=AT_ONCE, on_end=report)
+        seconds = run_steps(steps, output, at_once=AT_ONCE, on_end=report)
     summary = summarise(output, seconds)
     summary["total_seconds"] = time.monotonic() - started
     write_report(output, summary)

@@ -44,16 +44,17 @@ class StepError(LlavaModError):
 
 def run_steps(
     steps: Sequence[Step],
-    logs: Path,
+    folder: Path,
     *,
     at_once: int,
     on_end: Callable[[Step, float], None] = lambda step, seconds: None,
 ) -> dict[str, float]:
-    """Run all steps, at most `at_once` together, each with its share of the cores; return the seconds of each.
+    """Run all steps in `folder`, at most `at_once` together, each with its share of the cores; return their seconds.
 
-    Output goes to `logs/NAME.log`. Errors: `StepError` with the end of the log of the first step that fails; running
-    steps are terminated.
+    Output goes to `logs/NAME.log` there. Errors: `StepError` with the end of the log of the first step that fails;
+    running steps are terminated.
     """
+    logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     threads = max(1, len(os.sched_getaffinity(0)) // at_once)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
@@ -65,7 +66,7 @@ def run_steps(
             ready = [step for step in waiting if seconds.keys() >= set(step.needs)]
             for step in ready[: at_once - len(running)]:
                 waiting.remove(step)
-                running[step] = (_start(step, logs / f"{step.name}.log", environment), time.monotonic())
+                running[step] = (_start(step, folder, logs / f"{step.name}.log", environment), time.monotonic())
             time.sleep(_POLL_SECONDS)
             for step in [step for step, (process, _) in running.items() if process.poll() is not None]:
                 process, started = running.pop(step)
@@ -94,7 +95,7 @@ def longest_first(steps: Sequence[Step]) -> list[Step]:
     return sorted(steps, key=lambda step: -chain(step.name))
 
 
-def _start(step: Step, log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+def _start(step: Step, folder: Path, log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     with log.open("wb") as stream:
         stream.write(f"$ {step.typed}\n".encode())
         stream.flush()
@@ -106,6 +107,7 @@ def _start(step: Step, log: Path, environment: dict[str, str]) -> subprocess.Pop
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env=environment,
+                cwd=folder,
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
 

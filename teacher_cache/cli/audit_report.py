@@ -18,7 +18,7 @@ _Cache = Annotated[str, typer.Argument(metavar="CACHE", help="A cache: a folder,
 
 def report(
     cache: _Cache,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.html", help="The page to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.html", help="The page to write.")],
     data: Annotated[
         list[str] | None,
         typer.Option(metavar="SET", help="A captured packed set, by path or URL; repeat for several."),

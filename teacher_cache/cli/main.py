@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llavamod_offline.config.command import Arguments, PrintConfig, settings_command
+from llavamod_offline.config.command import Arguments, Commands, PrintConfig, settings_command
 from llavamod_offline.entrypoint import run_command
 from teacher_cache.cli.audit_report import audit, report
 from teacher_cache.cli.generate import generate
@@ -26,6 +26,7 @@ def _schema() -> type[CacheTeacherConfig]:
 
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -122,7 +123,9 @@ def plan(
     seconds: Annotated[float, typer.Option(metavar="T", min=0, help="Stop the probe after about T seconds.")] = 60.0,
     file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Save the plan in FILE instead of .NAME.plan.jsonl next to the output."),
+        typer.Option(
+            "--file", metavar="FILE", help="Save the plan in FILE instead of .NAME.plan.jsonl next to the output."
+        ),
     ] = None,
     print_config: PrintConfig = False,
     as_json: AsJson = False,
@@ -241,7 +244,7 @@ def inspect(
 @app.command()
 def export(
     cache: CacheFolder,
-    output: Annotated[Path, typer.Option(metavar="FILE.parquet", help="The file to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.parquet", help="The file to write.")],
     layout: Annotated[
         str,
         typer.Option(
@@ -288,7 +291,7 @@ def export(
 @app.command()
 def merge(
     caches: Annotated[list[str], typer.Argument(metavar="CACHE...", help="Finished caches over different data.")],
-    output: Annotated[str, typer.Option(metavar="CACHE", help="The cache to write.")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="CACHE", help="The cache to write.")],
     allow: Annotated[
         list[str] | None, typer.Option(metavar="FIELD", help="Merge even if this fingerprint field differs.")
     ] = None,

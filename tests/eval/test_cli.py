@@ -33,13 +33,16 @@ def test_generate_then_score_then_export(tmp_path: Path, capsys: pytest.CaptureF
     assert run("generate", config, "max_new_tokens=4", "batch_size=4") == 0
     predictions = tmp_path / "out" / "pope" / "predictions.jsonl"
     assert f"pope: {predictions}" in capsys.readouterr().out
-    assert run("score", "pope", "--root", root, "--predictions", predictions, "--json", tmp_path / "s" / "x.json") == 0
+    scored = ("score", "pope", "--root", root, "--predictions")
+    assert run(*scored, predictions, "--output", tmp_path / "s" / "x.json") == 0
     shown = capsys.readouterr().out
     assert "f1_mean" in shown
     assert r"prompt: {question}\nAnswer the question using a single word or phrase." in shown
     score = json.loads((tmp_path / "s" / "x.json").read_text())
     counts = ["n", "limit", "n_missing", "n_unanswerable", "n_unparsed"]
     assert list(score) == ["task", "metrics", *counts, "protocol", "data_sha256"]
+    assert run(*scored, predictions, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == score
     for name in ("f1_adversarial", "f1_popular", "f1_random", "f1_mean", "accuracy", "yes_ratio"):
         assert isinstance(score["metrics"][name], float)
     exported = tmp_path / "answers.jsonl"
@@ -47,7 +50,7 @@ def test_generate_then_score_then_export(tmp_path: Path, capsys: pytest.CaptureF
     assert exported.read_bytes() == (tmp_path / "out" / "pope" / "answers.jsonl").read_bytes()
     first = json.loads(exported.read_text().splitlines()[0])
     assert first["question_id"] == 1  # a number, as eval_pope.py looks it up
-    assert run("score", "pope", "--root", root, "--predictions", exported, "--json", tmp_path / "again.json") == 0
+    assert run("score", "pope", "--root", root, "--predictions", exported, "--output", tmp_path / "again.json") == 0
     assert json.loads((tmp_path / "again.json").read_text())["metrics"] == score["metrics"]
 
 
@@ -67,6 +70,9 @@ def test_errors_are_one_line_and_status_2(tmp_path: Path, capsys: pytest.Capture
             "can only be exported as .jsonl",
         ),
         (("portable", tmp_path / "none", "-o", tmp_path / "new"), "none: no preprocessor_config.json"),
+        (("score", "pope", "--root", root, "--predictions", path, "--json", "s.json"), "write --output s.json"),
+        (("score", "pope", "root=a"), "this command takes options: write --root a"),
+        (("generate", "--limit", "3"), "settings are written as KEY=VALUE: write limit=3"),
         (("generate", "batchsize=3"), "unknown setting batchsize: did you mean batch_size?"),
         (
             ("generate", "model=a", "root=b", "output=c", "tasks=[popes]"),

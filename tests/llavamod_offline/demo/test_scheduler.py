@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llavamod_offline.demo.plan import FULL, demo_steps
+from llavamod_offline.demo.plan import demo_steps
 from llavamod_offline.demo.scheduler import Step, StepError, longest_first, run_steps
 
 
@@ -19,7 +19,7 @@ def test_steps_wait_for_their_needs(tmp_path: Path) -> None:
     made = tmp_path / "made"
     first = python("first", f"import time; time.sleep(.3); open({str(made)!r}, 'w')")
     second = python("second", f"open({str(made)!r})", "first")
-    seconds = run_steps([second, first], tmp_path / "logs", at_once=2)
+    seconds = run_steps([second, first], tmp_path, at_once=2)
     assert set(seconds) == {"first", "second"}
     assert seconds["first"] >= 0.3
 
@@ -31,7 +31,7 @@ def test_steps_without_needs_run_together(tmp_path: Path) -> None:
     steps = [
         python(str(number), meet.format(mine=str(files[number]), other=str(files[1 - number]))) for number in (0, 1)
     ]
-    assert len(run_steps(steps, tmp_path / "logs", at_once=2)) == 2
+    assert len(run_steps(steps, tmp_path, at_once=2)) == 2
 
 
 def test_a_failure_names_the_step_and_shows_its_last_words(tmp_path: Path) -> None:
@@ -45,18 +45,18 @@ def test_a_failure_names_the_step_and_shows_its_last_words(tmp_path: Path) -> No
     wait = f"import os, sys, time\nwhile not os.path.exists('{begun}'): time.sleep(.01)\n"
     failing = python("failing", f"{wait}print('no such shard'); sys.exit(3)")
     with pytest.raises(StepError, match=r"(?s)'failing' ended with status 3.*no such shard"):
-        run_steps([lasting, failing], tmp_path / "logs", at_once=2)
+        run_steps([lasting, failing], tmp_path, at_once=2)
     assert not Path("/proc", begun.read_text()).exists()
 
 
 def test_an_unmet_need_is_told_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(StepError, match="'late' waits for 'never'"):
-        run_steps([python("late", "", "never")], tmp_path / "logs", at_once=1)
+        run_steps([python("late", "", "never")], tmp_path, at_once=1)
 
 
-def test_the_demos_commands_can_be_typed_in_their_order(tmp_path: Path) -> None:
+def test_the_demos_commands_can_be_typed_in_their_order() -> None:
     done: set[str] = set()
-    for step in demo_steps(tmp_path, FULL):
+    for step in demo_steps():
         assert set(step.needs) <= done, step.name
         done.add(step.name)
-    assert longest_first(demo_steps(tmp_path, FULL))[0].name == "pack-align"
+    assert longest_first(demo_steps())[0].name == "toyworld"
