@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llavamod_offline.examples.batches import Batches
+from llavamod_offline.examples.usage import read_paths
 from llavamod_offline.losses import CachedDistillation
 from llavamod_offline.models.checkpoint import load_llava
 from teacher_cache import check_student, open_cache
@@ -51,7 +51,7 @@ def train(student: Path, data: Path, cache_path: Path, keys: Sequence[str], **se
 
 
 if __name__ == "__main__":
-    student, data, cache, output = map(Path, sys.argv[1:])
+    student, data, cache, output = read_paths("hf_trainer", "STUDENT", "SET", "CACHE", "OUTPUT")
     keys = [key for key, _ in open_cache(cache).items()]
     settings = {"output_dir": str(output), "per_device_train_batch_size": 16, "learning_rate": 1e-3, "max_steps": 10}
     train(student, data, cache, keys, **settings)

@@ -7,13 +7,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from llavamod_offline.examples.batches import Batches
+from llavamod_offline.examples.usage import read_paths
 from llavamod_offline.losses import CachedDistillation
 from llavamod_offline.models.checkpoint import load_llava
 from teacher_cache import check_student, open_cache
@@ -42,7 +42,7 @@ def train(student: Path, data: Path, cache_path: Path, steps: Sequence[Sequence[
 
 
 if __name__ == "__main__":
-    student, data, cache = map(Path, sys.argv[1:])
+    student, data, cache = read_paths("plain_loop", "STUDENT", "SET", "CACHE")
     keys = [key for key, _ in open_cache(cache).items()]
     steps = [keys[start : start + 16] for start in range(0, len(keys), 16)][:10]
     for number, loss in enumerate(train(student, data, cache, steps, 1e-3), start=1):

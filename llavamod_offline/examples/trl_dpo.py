@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from trl import DPOConfig, DPOTrainer
 
 from llavamod_offline.data.encode.tokenize import UNSUPERVISED
 from llavamod_offline.examples.batches import Batches
+from llavamod_offline.examples.usage import read_paths
 from llavamod_offline.models.checkpoint import load_llava
 from teacher_cache import check_student, open_cache
 
@@ -53,7 +53,8 @@ def train(student: Path, data: Path, cache_path: Path, reference: Path, **settin
 
 
 if __name__ == "__main__":
-    student, data, cache, reference, output = map(Path, sys.argv[1:])
+    names = ("STUDENT", "SET", "CACHE", "REFERENCE.parquet", "OUTPUT")
+    student, data, cache, reference, output = read_paths("trl_dpo", *names)
     gpu = torch.cuda.is_available()
     settings = {"output_dir": str(output), "per_device_train_batch_size": 8, "max_steps": 10}
     train(student, data, cache, reference, learning_rate=5e-5, bf16=gpu, use_cpu=not gpu, **settings)

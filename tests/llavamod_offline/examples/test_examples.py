@@ -145,3 +145,13 @@ def test_the_commands_in_their_docstrings_run(world: Path, tmp_path: Path) -> No
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("step 1: loss ")
+
+
+@pytest.mark.parametrize("name", ["plain_loop", "hf_trainer", "trl_dpo"])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["one"]])
+def test_without_its_arguments_an_example_shows_its_usage(name: str, arguments: list[str]) -> None:
+    command = [sys.executable, "-m", f"llavamod_offline.examples.{name}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"usage: python -m llavamod_offline.examples.{name} STUDENT SET CACHE")
+    assert done.stderr.count("\n") == 1
