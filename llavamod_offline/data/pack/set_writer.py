@@ -18,6 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from llavamod_offline.data.keys import key_from_id
 from llavamod_offline.data.pack.prepare import Facts
 from llavamod_offline.data.pack.rejections import Rejections
 from llavamod_offline.data.rows import RejectedRow
@@ -69,10 +70,13 @@ def new_set(
 ) -> Iterator[SetWriter]:
     """Yield the writer of the set folder `output`, which appears when the block ends without an error.
 
+    `name` of the shards: by default the folder's, with the characters that it may not have written as in keys.
     Errors: `DataError` if `output` exists (with `overwrite`: if it is not a set), or cannot be written.
     """
     output = Path(output) if Path(output).name not in {"", ".."} else Path(output).resolve()
-    name = output.resolve().name if name is None else name
+    if name is None:
+        folder_name = output.resolve().name
+        name = folder_name if KEY_PATTERN.fullmatch(folder_name) else key_from_id(folder_name)
     if not KEY_PATTERN.fullmatch(name):
         raise DataError(f"set name '{name}': only letters, digits, '-' and '_' are allowed: choose another with --name")
     _check_output(output, overwrite)

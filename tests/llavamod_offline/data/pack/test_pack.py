@@ -214,6 +214,15 @@ def test_names_of_sets(tmp_path: Path, name: str) -> None:
     assert SampleSet.open(tmp_path / "set").shard_names == ["other-000000"]
 
 
+@pytest.mark.parametrize(
+    ("folder", "shard"), [("v1.5", "v1_x2E5"), ("my set", "my_x20set"), ("ü", "_xC3_xBC"), ("a_x", "a_x")]
+)
+def test_a_set_folder_may_have_any_name(tmp_path: Path, folder: str, shard: str) -> None:
+    write_set([text_sample("a")], tmp_path / folder)
+    assert SampleSet.open(tmp_path / folder).shard_names == [f"{shard}-000000"]
+    assert SampleSet.open(tmp_path / folder).keys == ["a"]
+
+
 def test_an_error_while_reading_leaves_nothing(tmp_path: Path) -> None:
     def rows() -> Iterator[Sample]:
         yield text_sample("a")
