@@ -80,7 +80,7 @@ class EvalGenerateConfig:
         for name in ("batch_size", "max_new_tokens", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                yield f"{name}: {value} must be at least 1"
+                yield f"{name} is {value}: must be at least 1"
         if not self.tasks:
             yield f"tasks: name at least one benchmark, such as tasks=[pope]: {', '.join(TASKS)}"
         for task in self.tasks:

@@ -122,7 +122,7 @@ class TeacherEngineConfig:
         for name, least in (("ray_workers", 1), ("gpus_per_worker", 0), ("cpus_per_worker", 1)):
             value = getattr(self, name)
             if value is not None and not value >= least:
-                yield f"engine.{name}: {value:g} must be at least {least}"
+                yield f"engine.{name} is {value:g}: must be at least {least}"
 
 
 @dataclass(frozen=True)
@@ -145,13 +145,13 @@ class GenerateConfig:
     def problems(self) -> Iterator[str]:
         """Yield one line for each problem, naming the key to change."""
         if not 0.0 <= self.temperature < float("inf"):
-            yield f"generate.temperature: {self.temperature:g} must be 0 or more"
+            yield f"generate.temperature is {self.temperature:g}: must be 0 or more"
         if not 0.0 < self.top_p <= 1.0:
-            yield f"generate.top_p: {self.top_p:g} must be above 0 and at most 1"
+            yield f"generate.top_p is {self.top_p:g}: must be above 0 and at most 1"
         if self.max_new_tokens < 1:
-            yield f"generate.max_new_tokens: {self.max_new_tokens} must be at least 1"
+            yield f"generate.max_new_tokens is {self.max_new_tokens}: must be at least 1"
         if self.key_suffix and not KEY_PATTERN.fullmatch(self.key_suffix):
-            yield f"generate.key_suffix: '{self.key_suffix}' may have only letters, digits, '-' and '_'"
+            yield f"generate.key_suffix is '{self.key_suffix}': it may have only letters, digits, '-' and '_'"
 
 
 @dataclass(frozen=True)
@@ -196,12 +196,12 @@ class CacheTeacherConfig:
         """Yield one line for each problem, naming the key to change."""
         for name in ("max_length", "batch_size", "workers"):
             if getattr(self, name) < 1:
-                yield f"{name}: {getattr(self, name)} must be at least 1"
+                yield f"{name} is {getattr(self, name)}: must be at least 1"
         if self.max_rejected is not None and not 0.0 <= self.max_rejected <= 1.0:
-            yield f"max_rejected: {self.max_rejected:g} must be from 0 to 1"
+            yield f"max_rejected is {self.max_rejected:g}: must be from 0 to 1"
         match = _SLICE.fullmatch(self.slice)
         if not match:
-            yield f"slice: '{self.slice}' is not i/n, such as 0/4"
+            yield f"slice is '{self.slice}': must be i/n, such as 0/4"
         elif int(match[1]) >= int(match[2]):
             yield f"slice: in '{self.slice}' the first number must be less than the second: it counts from 0"
         yield from self.capture.problems()

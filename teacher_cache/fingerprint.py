@@ -105,7 +105,7 @@ def check_allowed(allow: Sequence[str], *fingerprints: Mapping[str, Any]) -> Non
 def _tokenizer_content(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ModelError("the tokenizer has no tokenizer.json: save it as a fast tokenizer")
+        raise ModelError("the tokenizer has no tokenizer.json: save a fast one there with save_pretrained")
     content: dict[str, Any] = json.loads(backend.to_str())
     return content
 

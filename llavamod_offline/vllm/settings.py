@@ -32,6 +32,6 @@ class VllmSettings:
         for name in ("max_num_seqs", "max_num_batched_tokens", "tensor_parallel", "block_size", "kv_cache_gib"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                yield f"{section}.{name}: {value:g} must be above 0"
+                yield f"{section}.{name} is {value:g}: must be above 0"
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
-            yield f"{section}.gpu_memory_utilization: {self.gpu_memory_utilization:g} must be above 0 and at most 1"
+            yield f"{section}.gpu_memory_utilization is {self.gpu_memory_utilization:g}: must be above 0 and at most 1"

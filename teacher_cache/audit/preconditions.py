@@ -62,7 +62,7 @@ def check_settings(cache: TeacherCache, job: CaptureSetup, allow: Sequence[str])
     if found:
         raise CacheError(
             f"cache '{cache.path}': was captured with different settings: {'; '.join(found)}: set data, teacher, "
-            "template, max_length and image_aspect as in the run, or allow the field by name"
+            "template, max_length and image_aspect as in the run, or pass --allow FIELD"
         )
     notes = [f"allowed: {line}" for line in differences(*sides, names=names)]
     engines = [{"engine": side["engine"]} for side in (there, here)]

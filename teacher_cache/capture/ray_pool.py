@@ -58,7 +58,7 @@ class RayPool:
         try:
             import ray
         except ImportError as error:
-            raise ConfigError("config: engine.ray needs Ray: pip install 'llavamod-offline[ray]'") from error
+            raise ConfigError("engine.ray needs Ray: pip install 'llavamod-offline[ray]'") from error
         self.values, self.gpus = values, gpus
         self._ray: Any = ray
         self._output, self._allow, self._class = output, tuple(allow), worker
@@ -227,7 +227,7 @@ class RayPool:
                 has_gpu = torch.cuda.is_available()
             device = "cuda" if has_gpu else "cpu"
         elif ":" in device:
-            raise ConfigError(f"config: device is '{device}': on Ray every worker has its own GPUs: set device=cuda")
+            raise ConfigError(f"device is '{device}': on Ray every worker has its own GPUs: set device=cuda")
         if self.gpus is None:
             shared = ENGINES[self.values["engine"]].tensor_parallel
             self.gpus = 0.0 if device == "cpu" else float(self.values["vllm"].tensor_parallel if shared else 1)

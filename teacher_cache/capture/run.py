@@ -68,7 +68,7 @@ def run_capture(
     """
     started = time.perf_counter()
     if config.output_set is not None:
-        raise ConfigError("config: output_set belongs to `cache-teacher generate`: remove it")
+        raise ConfigError("output_set belongs to `cache-teacher generate`: remove it, or run that command")
     if not config.engine.ray:  # Ray's workers have devices of their own
         pick_device(config.device)
     sequences = positions = 0

@@ -11,6 +11,7 @@ import typer
 
 from llavamod_offline.config.command import Arguments, Commands, PrintConfig, settings_command
 from llavamod_offline.entrypoint import run_command
+from llavamod_offline.plural import counted
 from teacher_cache.cli.audit_report import audit, report
 from teacher_cache.cli.generate import generate
 
@@ -96,8 +97,9 @@ def run(
 def _print_summary(summary: Summary) -> None:
     if summary.sequences or summary.rejected:
         print(
-            f"{summary.output}: captured {summary.positions:,} positions of {summary.sequences:,} sequences in "
-            f"{summary.seconds:.1f} s ({summary.positions_per_second:,.0f} positions/s), {summary.rejected} rejected"
+            f"{summary.output}: captured {counted(summary.positions, 'position')} of "
+            f"{counted(summary.sequences, 'sequence')} in {summary.seconds:.1f} s "
+            f"({summary.positions_per_second:,.0f} positions/s), {summary.rejected} rejected"
         )
     else:
         print(f"{summary.output}: nothing to do")
@@ -199,11 +201,13 @@ def verify(
     else:
         for problem in verdict.damage:
             print(problem)
-        state = "sound" if verdict.ok else f"DAMAGED ({len(verdict.damage)} findings)"
+        state = "intact" if verdict.ok else f"DAMAGED in {counted(len(verdict.damage), 'place')}"
         print(
-            f"{cache}: {state}: {verdict.shards} shards, {verdict.sequences:,} sequences, "
-            f"{verdict.positions:,} positions, digest {verdict.digest}"
+            f"{cache}: {state}: {counted(verdict.shards, 'shard')}, {counted(verdict.sequences, 'sequence')}, "
+            f"{counted(verdict.positions, 'position')}, digest {verdict.digest}"
         )
+        if not verdict.ok:
+            print(f"`cache-teacher verify {cache} --repair` removes the damage; `cache-teacher run` captures it again")
     if not verdict.ok:
         raise typer.Exit(_DAMAGED_STATUS)
 
@@ -316,8 +320,8 @@ def merge(
     for before, now in done.renamed.items():
         print(f"renamed {before} to {now}: the name was already used")
     print(
-        f"{output}: {done.positions:,} positions of {done.sequences:,} sequences in {done.shards} shards "
-        f"of {done.caches} caches, digest {done.digest}"
+        f"{output}: {counted(done.positions, 'position')} of {counted(done.sequences, 'sequence')} in "
+        f"{counted(done.shards, 'shard')} of {done.caches} caches, digest {done.digest}"
     )
 
 

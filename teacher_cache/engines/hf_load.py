@@ -25,7 +25,10 @@ def load_engine(setup: CaptureSetup) -> HfCaptureEngine:
     layer = model.get_output_embeddings()
     rows, vocab_size = int(layer.weight.shape[0]), setup.codec.vocab_size
     if rows < vocab_size:
-        raise ModelError(f"{setup.teacher.folder}: the LM head has {rows} rows, config.json says {vocab_size} or more")
+        raise ModelError(
+            f"{setup.teacher.folder}: the LM head has {rows} rows, config.json says {vocab_size} or more: "
+            "download it again"
+        )
     if setup.device_map is None:
         model.to(setup.device)
     elif layer.weight.device.type == "meta":
@@ -59,7 +62,10 @@ def _load_settings(setup: CaptureSetup) -> dict[str, Any]:
     """Arguments of `from_pretrained`. Errors: `ConfigError` for attention or a device map that cannot work here."""
     if setup.attention == "flash_attention_2":
         if importlib.util.find_spec("flash_attn") is None:
-            raise ConfigError("engine.attention is 'flash_attention_2', which needs the package flash-attn: install it")
+            raise ConfigError(
+                "engine.attention is 'flash_attention_2', which needs the package flash-attn: "
+                "pip install flash-attn, or set engine.attention=sdpa"
+            )
         if setup.dtype == torch.float32 or not setup.device.startswith("cuda"):
             raise ConfigError(
                 "engine.attention is 'flash_attention_2', which needs a GPU and dtype=bfloat16 or float16: use sdpa"
@@ -67,7 +73,7 @@ def _load_settings(setup: CaptureSetup) -> dict[str, Any]:
     if setup.device_map is not None and importlib.util.find_spec("accelerate") is None:
         raise ConfigError(
             f"engine.device_map is '{setup.device_map}', which needs the package accelerate: "
-            "pip install llavamod-offline[device-map]"
+            "pip install 'llavamod-offline[device-map]', or set engine.device_map=null"
         )
     placement = {} if setup.device_map is None else {"device_map": setup.device_map}
     return {"attn_implementation": setup.attention, **placement}

@@ -118,9 +118,9 @@ def generate(config: CacheTeacherConfig, *, allow: Sequence[str] = ()) -> Genera
 
 def _check(config: CacheTeacherConfig) -> None:
     if config.output_set is None:
-        raise ConfigError("config: output_set is not set: name the folder for the new set")
+        raise ConfigError("no value for 'output_set': write output_set=FOLDER for the new set")
     if is_url(config.output_set):
-        raise ConfigError(f"config: output_set is '{config.output_set}': a set is written to a local folder: name one")
+        raise ConfigError(f"output_set is '{config.output_set}': a set is written to a local folder: name one")
     if not ENGINES[config.engine.kind].writes_answers:
         raise ConfigError(
             f"config: engine.kind is '{config.engine.kind}', which cannot write answers: set engine.kind=hf"

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from llavamod_offline.plural import counted
 from teacher_cache.fingerprint import flatten
 
 _ALTERNATIVES = 6
@@ -61,8 +62,8 @@ def print_cache(console: Console, about: dict[str, Any]) -> None:
             ("digest", about["digest"]),
             (
                 "content",
-                f"{about['positions']:,} positions in {about['sequences']:,} sequences ({', '.join(about['roles'])}), "
-                f"{about['shards']:,} shards, {about['rejected']:,} rejected",
+                f"{counted(about['positions'], 'position')} in {counted(about['sequences'], 'sequence')} "
+                f"({', '.join(about['roles'])}), {counted(about['shards'], 'shard')}, {about['rejected']:,} rejected",
             ),
             (
                 "size",

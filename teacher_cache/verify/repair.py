@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llavamod_offline.errors import CacheError
+from llavamod_offline.plural import counted
 from llavamod_offline.storage.folders import open_folder
 from teacher_cache.format.manifest import (
     CACHE_NAME,
@@ -95,6 +96,6 @@ def repair_lines(where: str, done: Repair) -> list[str]:
     lines += [f"left alone, not part of the cache: {name}" for name in done.left]
     if done.shards or CACHE_NAME in done.removed:
         rest = f"{CACHE_NAME} and {REJECTED_NAME}"
-        missing = f"{len(done.shards)} missing shards, {rest}" if done.shards else rest
+        missing = f"{counted(len(done.shards), 'missing shard')}, {rest}" if done.shards else rest
         return [*lines, f"{where}: run `cache-teacher run` with the same settings to write {missing}"]
-    return [*lines, f"{where}: sound"]
+    return [*lines, f"{where}: intact"]

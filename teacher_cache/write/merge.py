@@ -116,7 +116,7 @@ def _check_fingerprints(caches: Sequence[TeacherCache], allow: Sequence[str]) ->
         if found:
             raise CacheError(
                 f"merge: the caches have different settings: {'; '.join(found)}: "
-                "capture one of them again, or allow a field by name if you know it is harmless"
+                "capture one of them again, or pass --allow FIELD for a difference that you know to be harmless"
             )
         fields = [dict(flatten(side)) for side in sides]
         for field in _NEVER_ALLOWED:

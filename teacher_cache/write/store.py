@@ -79,7 +79,9 @@ class CacheStore:
                 ) from None
             return cls(folder, job)
         except OSError as error:
-            raise CacheError(f"output '{folder.where}': cannot be read: {error.strerror or error}") from error
+            raise CacheError(
+                f"output '{folder.where}': cannot be read: {error.strerror or error}: fix its permissions"
+            ) from error
         _check_folders(folder, shard_names)
         return cls(folder, _same_job(folder, content, job, allow))
 

@@ -171,7 +171,7 @@ def test_bad_settings_are_one_line_errors(model: Path, tmp_path: Path) -> None:
     good = config(model, root, tmp_path / "out")
     with pytest.raises(ConfigError, match="tasks: 'popes' is unknown"):
         replace(good, tasks=["popes"])
-    with pytest.raises(ConfigError, match="batch_size: 0 must be at least 1"):
+    with pytest.raises(ConfigError, match="batch_size is 0: must be at least 1"):
         replace(good, batch_size=0)
     with pytest.raises(ModelError, match="no such checkpoint"):
         generate(replace(good, model=str(tmp_path / "nothing")))

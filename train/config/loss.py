@@ -162,7 +162,7 @@ def _align_problems(loss: LossConfig, stage: str) -> Iterable[str]:
     align = loss.align
     for name in ALIGN_WEIGHTS:
         if not getattr(align, name) >= 0:
-            yield f"loss.align.{name}: {getattr(align, name):g} must not be negative"
+            yield f"loss.align.{name} is {getattr(align, name):g}: must not be negative"
         if getattr(align, name) and not stage.startswith("mimic"):
             yield f"loss.align.{name}: belongs to the mimic stages, not to {stage}: set it to 0"
     if loss.positions != "auto" and not stage.startswith("mimic"):
@@ -188,13 +188,13 @@ def _align_problems(loss: LossConfig, stage: str) -> Iterable[str]:
 def _number_problems(loss: LossConfig) -> Iterable[str]:
     for name in ("temperature", "beta"):
         if not getattr(loss, name) > 0:
-            yield f"loss.{name}: {getattr(loss, name):g} must be above 0"
+            yield f"loss.{name} is {getattr(loss, name):g}: must be above 0"
     not_negative = ("kd_weight", "lm_weight", "sft_weight", "distill_weight", "router_aux_coef")
     for name in (*not_negative, "desirable_weight", "undesirable_weight"):
         if not getattr(loss, name) >= 0:
-            yield f"loss.{name}: {getattr(loss, name):g} must not be negative"
+            yield f"loss.{name} is {getattr(loss, name):g}: must not be negative"
     if not 0 <= loss.label_smoothing < 0.5:
-        yield f"loss.label_smoothing: {loss.label_smoothing:g} is not in [0, 0.5)"
+        yield f"loss.label_smoothing is {loss.label_smoothing:g}: must be at least 0 and below 0.5"
     for name in ("js_weight", "skew"):
         if not 0 < getattr(loss, name) < 1:
-            yield f"loss.{name}: {getattr(loss, name):g} is not strictly between 0 and 1"
+            yield f"loss.{name} is {getattr(loss, name):g}: must be above 0 and below 1"

@@ -54,7 +54,7 @@ def _student_problems(student: StudentConfig) -> Iterable[str]:
     if student.capacity_factor is not None and student.kind != "sparse":
         yield "student.capacity_factor: a dense student has no experts: set it to null, or student.kind to sparse"
     if student.capacity_factor is not None and not student.capacity_factor > 0:
-        yield f"student.capacity_factor: {student.capacity_factor:g} must be above 0"
+        yield f"student.capacity_factor is {student.capacity_factor:g}: must be above 0"
     if student.upcycle is None:
         return
     if student.kind != "sparse":
@@ -63,8 +63,8 @@ def _student_problems(student: StudentConfig) -> Iterable[str]:
         yield f"student.upcycle.num_experts: {student.upcycle.num_experts} is too few: use 2 or more"
     if not 1 <= student.upcycle.top_k <= student.upcycle.num_experts:
         yield (
-            f"student.upcycle.top_k: {student.upcycle.top_k} is not between 1 and "
-            f"student.upcycle.num_experts {student.upcycle.num_experts}"
+            f"student.upcycle.top_k is {student.upcycle.top_k}: must be from 1 to "
+            f"student.upcycle.num_experts, {student.upcycle.num_experts}"
         )
 
 
@@ -91,14 +91,14 @@ def _number_problems(config: TrainConfig) -> Iterable[str]:
         "optim.weight_decay": optim.weight_decay,
         "optim.grad_clip": optim.grad_clip,
     }
-    yield from (f"{key}: {value:g} must be above 0" for key, value in positive.items() if not value > 0)
-    yield from (f"{key}: {value:g} must not be negative" for key, value in not_negative.items() if not value >= 0)
+    yield from (f"{key} is {value:g}: must be above 0" for key, value in positive.items() if not value > 0)
+    yield from (f"{key} is {value:g}: must not be negative" for key, value in not_negative.items() if not value >= 0)
     if not 0 <= optim.warmup_ratio <= 1:
-        yield f"optim.warmup_ratio: {optim.warmup_ratio:g} is not between 0 and 1"
+        yield f"optim.warmup_ratio is {optim.warmup_ratio:g}: must be from 0 to 1"
     if not all(0 <= beta < 1 for beta in optim.betas):
-        yield f"optim.betas: {list(optim.betas)} must lie in [0, 1)"
+        yield f"optim.betas is {list(optim.betas)}: both must be at least 0 and below 1"
     if config.engine.zero_stage not in (None, 0, 1, 2, 3):
-        yield f"engine.zero_stage: {config.engine.zero_stage} is not 0, 1, 2 or 3"
+        yield f"engine.zero_stage is {config.engine.zero_stage}: must be 0, 1, 2 or 3"
     if config.engine.offload and config.engine.zero_stage not in (None, 2, 3):
         yield "engine.offload: offloading needs ZeRO: set engine.zero_stage to 2 or 3"
     if config.batch.global_size % config.batch.micro_size:

@@ -230,7 +230,7 @@ def test_the_command_prints_tables_and_exits_by_the_verdict(
     status, out, _ = call(*arguments)
     assert status == 0
     assert "response: 6 sequences" in out
-    assert out.endswith("equal within limits\n")
+    assert out.endswith("the cache equals the teacher within the limits\n")
     assert max(map(len, out.splitlines())) <= 80
     status, out, _ = call(*arguments, "batch_size=1", "--json")
     about = json.loads(out)

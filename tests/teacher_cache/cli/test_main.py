@@ -152,7 +152,8 @@ def test_verify_prints_the_verdict_and_exits_1_on_damage(
     status, out, _ = _call(capsys, "verify", str(path))
     assert status == 1
     assert f"{damaged.relative_to(path)}: damaged" in out
-    assert "DAMAGED (1 findings)" in out
+    assert "DAMAGED in 1 place: " in out
+    assert f"`cache-teacher verify {path} --repair` removes" in out
     status, out, _ = _call(capsys, "verify", str(path), "--json")
     assert (status, json.loads(out)["ok"]) == (1, False)
 

@@ -69,8 +69,8 @@ def test_the_fallback_says_what_its_records_lack(monkeypatch: pytest.MonkeyPatch
     ("setting", "message"),
     [
         ("engine.kind=vlm", "engine.kind is 'vlm': must be one of hf, vllm, vllm_logprobs"),
-        ("engine.vllm.max_num_seqs=0", "engine.vllm.max_num_seqs: 0 must be above 0"),
-        ("engine.vllm.gpu_memory_utilization=1.5", "gpu_memory_utilization: 1.5 must be above 0 and at most 1"),
+        ("engine.vllm.max_num_seqs=0", "engine.vllm.max_num_seqs is 0: must be above 0"),
+        ("engine.vllm.gpu_memory_utilization=1.5", "gpu_memory_utilization is 1.5: must be above 0 and at most 1"),
     ],
 )
 def test_settings_are_checked(setting: str, message: str) -> None:

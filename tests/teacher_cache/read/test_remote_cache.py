@@ -90,7 +90,7 @@ def test_the_command_in_two_slices_at_once_gives_the_digest_of_the_disk(
     assert sum(digest in text for text in printed) >= 1
     verified = subprocess.run([*COMMAND, "verify", f"{bucket}/c"], env=environment, capture_output=True, text=True)
     assert verified.returncode == 0, verified.stderr
-    assert f"{bucket}/c: sound: 5 shards, 24 sequences" in verified.stdout
+    assert f"{bucket}/c: intact: 5 shards, 24 sequences" in verified.stdout
 
 
 def test_it_reads_as_on_a_disk_and_stages_only_what_is_read(remote: str, finished: Path) -> None:

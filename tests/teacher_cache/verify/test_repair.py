@@ -107,7 +107,7 @@ def test_only_the_damaged_shards_are_made_again(world: World, finished: Path, tm
 def test_a_sound_cache_is_left_as_it_is(copy: Path, whole: Path) -> None:
     done = repair_cache(copy)
     assert (done.damage, done.restored, done.removed, done.left, done.shards) == ([], [], [], [], [])
-    assert repair_lines("c", done) == ["c: sound"]
+    assert repair_lines("c", done) == ["c: intact"]
     assert file_entries(copy) == file_entries(whole)
 
 
