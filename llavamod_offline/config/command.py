@@ -72,7 +72,9 @@ class Commands(TyperGroup):
 
 def _in_one_line(error: Exception, ctx: Any, typed: list[str]) -> Exception:
     """Turn a usage error into a `ConfigError`; other errors, and the help for no arguments, stay as they are."""
-    message = error.format_message().rstrip(".") if hasattr(error, "format_message") else "\n"
+    message = (
+        error.format_message().rstrip(".").replace(": Value error,", ":") if hasattr(error, "format_message") else "\n"
+    )
     if "\n" in message:
         return error
     wanted = getattr(error, "ctx", None) or ctx

@@ -110,7 +110,7 @@ def test_errors_leave_nothing(folder: Path, run: Run) -> None:
         (["cut.json"], "error: cut.json: row 4 (character "),
         (["chat.json", "--images", "nowhere"], "error: image folder 'nowhere': no such folder"),
         (["chat.json", "--name", "a/b"], "error: set name 'a/b': "),
-        (["chat.json", "--keys", "none"], "Invalid value for '--keys'"),
+        (["chat.json", "--keys", "none"], "invalid value for '--keys': 'none' is not one of"),
     ]
     for arguments, problem in cases:
         result = run("pack", *arguments, "--images", "pictures", "--output", "set")
