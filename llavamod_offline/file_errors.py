@@ -18,7 +18,7 @@ _OF_THE_SYSTEM = {
 # Errors of the user if the file is one of the arguments' own.
 _OF_ARGUMENTS = {errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_OUTPUTS = ("output", "output_set", "--output", "-o", "--json", "--file", "--judge-record")
+_OUTPUTS = ("output", "output_set", "--output", "-o", "--file", "--judge-record")
 # How safetensors and tokenizers (Rust) and Arrow word an error of the system that they give no number.
 _NUMBER = re.compile(r"\(os error (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
 

@@ -146,7 +146,7 @@ def score(task: str, root: Path) -> dict[str, Any]:
     command = Path(sys.executable).with_name("eval-student")
     arguments: Sequence[str | Path] = (
         *("score", task, "--root", root),
-        *("--predictions", root / "answers.jsonl", "--json", root / "score.json"),
+        *("--predictions", root / "answers.jsonl", "--output", root / "score.json"),
     )
     subprocess.run([command, *arguments], check=True, stdout=subprocess.DEVNULL)
     result: dict[str, Any] = json.loads((root / "score.json").read_text())

@@ -26,7 +26,7 @@ def error(number: int, file: Path | str | None = None) -> OSError:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["score", "pope", "--json", "out/file/s.json"], "change --json out/file/s.json"),
+        (["score", "pope", "--output", "out/file/s.json"], "change --output out/file/s.json"),
         (["score", "pope", "--json=out/file/s.json"], "change --json=out/file/s.json"),
         (["generate", "model=m", "output=out/file"], "change output=out/file"),
         (["export", "-o", "out/file", "--root", "out"], "change -o out/file"),
