@@ -73,7 +73,8 @@ Examples:
 _REPORT_HELP = """Compare models: scores side by side, with published figures.
 
 A RUN is an output folder of 'generate'; its predictions are rescored. OUTPUT ends in .html or .md. The .html page
-is self-contained and shows the questions on which two models disagree, with their images.
+is self-contained; it lets you choose the baseline, and shows the questions on which models disagree (of a single run:
+that it answers wrong), with their images and reference answers.
 
 \b
 Examples:
@@ -193,7 +194,7 @@ def report_command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Output folders of 'generate'.")],
     root: Root,
     output: Annotated[Path, typer.Option("--output", "-o", help="Page to write: .html or .md.")],
-    samples: Annotated[int, typer.Option(help="Maximum number of disagreements shown per benchmark.")] = 24,
+    samples: Annotated[int, typer.Option(help="Most questions shown per benchmark and pair of runs.")] = 24,
 ) -> None:
     from eval.report.report import write_report
 

@@ -81,6 +81,7 @@ class Task:
     files it reads, for their checksum. `score` takes answers by example id; None is a missing answer, which counts as
     wrong. A task without `score` needs a judge. `official_n`: sizes of the published sets. `max_new_tokens`: the
     published limit of an answer. `protocol`: the published prompt and how answers are read, in words.
+    `reference` words the right answer for a report.
     `question_key` reduces a prompt to its question, as `Example.question` holds it. `llava_prompt` returns the prompt
     that LLaVA's runners record.
     """
@@ -93,6 +94,7 @@ class Task:
     load: Callable[[Path], list[Example[Any]]]
     reference_files: Callable[[Path], list[Path]]
     score: Callable[[Sequence[Example[Any]], Mapping[str, str | None]], Scored] | None
+    reference: Callable[[Example[Any]], str]
     question_key: Callable[[str], str] = first_line_key
     llava_prompt: Callable[[Example[Any]], str] = lambda example: example.prompt
     upload: Upload | None = None

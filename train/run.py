@@ -41,14 +41,13 @@ from train.loop import LoopEnd, LoopSettings, evaluate_loss, run_steps
 from train.metrics import METRICS_NAME, MetricsLog
 from train.report.model_card import model_card
 from train.resume_check import different_contents, different_settings, refuse, settings_of
-from train.run_summary import TrainSummary, finished_summary, write_summary
+from train.run_summary import CONFIG_NAME, TrainSummary, finished_summary, write_summary
 from train.setup import Setup, named_contents, prepare
 from train.stages.build import StudentWithLoss
 from train.tracking import tracker
 
 logger = logging.getLogger(__name__)
 
-CONFIG_NAME = "config.yaml"
 STUDENT_NAME = "student"
 REJECTED_NAME = "rejected.jsonl"
 

@@ -15,6 +15,7 @@ from train.resume_check import different_contents, different_settings, refuse
 
 logger = logging.getLogger(__name__)
 
+CONFIG_NAME = "config.yaml"  # the settings of the run
 SUMMARY_NAME = "summary.json"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from eval.example import Example
 from eval.report.comparison import ScoredRun, difference, footnotes, headlines, incomparable, references
 from eval.task import Headline
+from eval.tasks import get_task
 from llavamod_offline.errors import DataError, EvalError
 from llavamod_offline.pages.page import render, thumbnail
 
@@ -23,9 +25,9 @@ def page(runs: Sequence[ScoredRun], examples: Mapping[str, Sequence[Example[Any]
     return render(
         Path(__file__).with_name("page.html.jinja"),
         styles=["page.css"],
-        scripts=["page.js"] if len(runs) > 1 else [],
-        title="Comparison",
-        lead=f"Small figures: difference from {runs[0].name}.",
+        scripts=["page.js"],
+        title="Comparison" if len(runs) > 1 else f"Scores of {runs[0].name}",
+        lead=", ".join(get_task(task).headlines[0].title for task in examples),
         runs=runs,
         columns=columns,
         published=references(columns),
@@ -33,8 +35,8 @@ def page(runs: Sequence[ScoredRun], examples: Mapping[str, Sequence[Example[Any]
         counts=[" / ".join(found) for found in counts],
         charts=[_bars(runs, column) for column in columns],
         details={task: _metrics(task, [run for run in runs if task in run.scores]) for task in examples},
-        samples=_samples(runs, examples, samples) if len(runs) > 1 else None,
-        difference=difference,
+        samples=_samples(runs, examples, samples),
+        differences=partial(_differences, runs),
         incomparable=incomparable,
     )
 
@@ -42,14 +44,23 @@ def page(runs: Sequence[ScoredRun], examples: Mapping[str, Sequence[Example[Any]
 def disagreements(
     runs: Sequence[ScoredRun], task: str, examples: Sequence[Example[Any]], limit: int
 ) -> list[Example[Any]]:
-    """Examples on which the scores of two runs differ, at most `limit` per pair, spread over the set."""
+    """Examples on which the scores of two runs differ, at most `limit` per pair, spread over the set.
+
+    Of a single run, examples that it answers wrong.
+    """
+    verdicts = [run.scores[task].verdicts for run in runs if task in run.scores]
     chosen: dict[str, Example[Any]] = {}
-    for one, two in combinations([run for run in runs if task in run.scores], 2):
-        first, second = one.scores[task].verdicts, two.scores[task].verdicts
-        differing = [e for e in examples if e.id in first and first[e.id].right != second[e.id].right]
+    for pair in combinations(verdicts, 2) if len(runs) > 1 else [(verdicts[0],)]:
+        scored = [(example, [found[example.id].right for found in pair if example.id in found]) for example in examples]
+        differing = [e for e, right in scored if len({*right, *([1.0] if len(pair) == 1 and right else [])}) > 1]
         step = max(1.0, len(differing) / max(limit, 1))
         chosen |= {e.id: e for e in (differing[int(n * step)] for n in range(min(limit, len(differing))))}
-    return list(chosen.values())
+    return [example for example in examples if example.id in chosen]
+
+
+def _differences(runs: Sequence[ScoredRun], column: Headline, value: float | None) -> list[str]:
+    """A figure's difference from that of each run, which may be chosen as the baseline."""
+    return [difference(column, value, run.figure(column)) for run in runs]
 
 
 def _bars(runs: Sequence[ScoredRun], column: Headline) -> dict[str, Any]:
@@ -61,7 +72,7 @@ def _bars(runs: Sequence[ScoredRun], column: Headline) -> dict[str, Any]:
     largest = max([value for _, value in [*found, *marks] if value is not None], default=0.0)
     return {
         "title": column.title,
-        "note": "lower is better" if column.lower_is_better else "higher is better",
+        "note": f"{'%' if column.percent else 'points'}, {'lower' if column.lower_is_better else 'higher'} is better",
         "rows": [(name, value, "–" if value is None else column.shown(value)) for name, value in found],
         "largest": min(column.best, largest * 1.25),
         "marks": [(name, value, column.shown(value)) for name, value in marks],
@@ -105,6 +116,7 @@ def _sample(runs: Sequence[ScoredRun], task: str, example: Example[Any]) -> dict
         "id": example.id,
         "name": example.image,
         "prompt": example.prompt,
+        "reference": get_task(task).reference(example),
         "image": _thumbnail(example),
         "answers": answers,
     }

@@ -16,6 +16,7 @@ Accuracy of an answer: the mean, over the ten human answers, of min(1, how many 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -121,6 +122,11 @@ def score_answers(examples: Sequence[Example[Any]], texts: Mapping[str, str | No
         empty += text is not None and not read_as
         verdicts[example.id] = Verdict(read_as, 0.0 if text is None else accuracy(read_as, example.reference.answers))
     return verdicts, empty
+
+
+def counted(references: Sequence[str]) -> str:
+    """Human answers with how often each was given, the most frequent first."""
+    return ", ".join(f"{answer} ({count})" for answer, count in Counter(references).most_common())
 
 
 def _without_punctuation(text: str) -> str:

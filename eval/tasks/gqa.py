@@ -150,5 +150,6 @@ TASK = Task(
     load=load,
     reference_files=reference_files,
     score=score,
+    reference=lambda example: example.reference.answer,
     upload=Upload(".json", _upload),
 )

@@ -113,6 +113,11 @@ def score(examples: Sequence[Example[MmbenchReference]], texts: Mapping[str, str
     return Scored(metrics, unread, verdicts, notes)
 
 
+def _worded(example: Example[MmbenchReference]) -> str:
+    reference = example.reference
+    return f"{reference.answer}. {reference.options[LETTERS.index(reference.answer)]}"
+
+
 def _mean(values: Sequence[bool]) -> float | None:
     return sum(values) / len(values) if values else None
 
@@ -180,6 +185,7 @@ def _task(
         load=lambda root: load_tsv(find_file(root, *files), f"\n{request}"),
         reference_files=lambda root: [find_file(root, *files)],
         score=score,
+        reference=_worded,
         llava_prompt=lambda example: example.question,
         upload=Upload(".xlsx", _upload, package="xlsxwriter"),
     )

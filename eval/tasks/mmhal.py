@@ -177,5 +177,6 @@ TASK = Task(
     load=load,
     reference_files=reference_files,
     score=None,
+    reference=lambda example: example.reference.answer,
     judging=Judging(DEFAULT_TEMPLATE, judge_slots, score_judged, PROTOCOL),
 )

@@ -228,5 +228,6 @@ TASK = Task(
     load=load,
     reference_files=reference_files,
     score=score,
+    reference=lambda example: ", ".join(sorted(example.reference.objects)),
     judging=Judging(DEFAULT_TEMPLATE, judge_slots, score_judged, "prompt: {question} | variant: chair_llm:JUDGE"),
 )

@@ -163,5 +163,6 @@ TASK = Task(
     load=load,
     reference_files=reference_files,
     score=score,
+    reference=lambda example: "yes" if example.reference.yes else "no",
     question_key=question_key,
 )

@@ -139,5 +139,6 @@ TASK = Task(
     load=load,
     reference_files=reference_files,
     score=score,
+    reference=lambda example: _LETTERS[example.reference.answer],
     llava_prompt=_llava_prompt,
 )

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from eval.example import Example, Scored
 from eval.files import FileImage, as_row, find_file, read_jsonl, read_object
-from eval.scorers.vqa_accuracy import score_answers
+from eval.scorers.vqa_accuracy import counted, score_answers
 from eval.task import Headline, Task
 from llavamod_offline.errors import EvalError
 
@@ -126,5 +126,6 @@ TASK = Task(
     load=load,
     reference_files=reference_files,
     score=score,
+    reference=lambda example: counted(example.reference.answers),
     question_key=question_key,
 )

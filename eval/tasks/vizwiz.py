@@ -19,7 +19,7 @@ from pathlib import Path
 
 from eval.example import SHORT_ANSWER, Example, Scored
 from eval.files import FileImage, Row, as_row, find_file, read_jsonl, read_rows
-from eval.scorers.vqa_accuracy import normalise, score_answers
+from eval.scorers.vqa_accuracy import counted, normalise, score_answers
 from eval.task import Headline, Task, Upload
 from llavamod_offline.errors import EvalError
 
@@ -135,5 +135,6 @@ TASK = Task(
     load=load,
     reference_files=reference_files,
     score=score,
+    reference=lambda example: counted(example.reference.answers),
     upload=Upload(".json", _upload),
 )

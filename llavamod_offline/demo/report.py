@@ -14,7 +14,19 @@ from llavamod_offline.pages.charts import CURVE_SCRIPTS, CURVE_STYLES, curves
 from llavamod_offline.pages.page import data_uri, render
 
 IMAGES = 12
-_RUNS = ("mimic_dense", "smaller", "mimic_sparse", "align", "sft", "preference")
+# Chart titles, units, log fields and the slugs of the models to draw: each stage has axes of its own.
+_CHARTS = (
+    ("Dense distillation: true KL(teacher ‖ student)", "nats per token", "kl", ("mimic_dense", "smaller")),
+    ("Sparse distillation: true KL(teacher ‖ student)", "nats per token", "kl", ("mimic_sparse",)),
+    ("Training without teacher: cross-entropy", "nats per token", "loss", ("sft",)),
+    ("Alignment, from which these start: cross-entropy", "nats per token", "loss", ("align",)),
+    (
+        "Preference: margin of chosen over rejected, beyond the teacher's",
+        "β·(r_w − r_l)",
+        "reward_margin",
+        ("preference",),
+    ),
+)
 
 
 def write_report(output: Path, summary: Mapping[str, Any]) -> Path:
@@ -26,24 +38,30 @@ def write_report(output: Path, summary: Mapping[str, Any]) -> Path:
         scripts=CURVE_SCRIPTS,
         title="LLaVA-MoD Offline: the demo",
         lead="One teacher, run once; five students trained without loading it.",
-        header=COLUMNS.values(),
+        header=list(COLUMNS.values()),
         rows=[as_cells(row) for row in summary["rows"]],
         cache=summary["cache"],
-        charts=_charts(output / "train"),
+        charts=_charts(output),
         cards=_cards(output),
+        commands=(output / "commands.sh").read_text(encoding="utf-8"),
     )
     path.write_text(page, encoding="utf-8")
     return path
 
 
-def _charts(train: Path) -> list[dict[str, Any]]:
+def _charts(output: Path) -> list[dict[str, Any]]:
+    """The stages' curves, by the names and colours that the models have in the table."""
+    places = {model.slug: (model.name, place) for place, model in enumerate(models(output))}
+    places["align"] = ("aligned projector", len(places))
     return [
-        curves(title, unit, {run: logged(train / run, field) for run in _RUNS[first:end]}, colours=range(first, end))
-        for title, unit, field, first, end in (
-            ("True KL(teacher ‖ student)", "nats per token", "kl", 0, 3),
-            ("Cross-entropy without a teacher", "nats per token", "loss", 3, 5),
-            ("Margin of chosen over rejected, beyond the teacher's", "β·(r_w − r_l)", "reward_margin", 5, 6),
+        curves(
+            title,
+            unit,
+            {places[slug][0]: logged(output / "train" / slug, field) for slug in slugs},
+            colours=[places[slug][1] for slug in slugs],
+            decades=field in ("kl", "loss"),
         )
+        for title, unit, field, slugs in _CHARTS
     ]
 
 

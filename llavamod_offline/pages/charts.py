@@ -11,11 +11,17 @@ CURVE_STYLES, CURVE_SCRIPTS = ("uPlot.min.css",), ("uPlot.iife.min.js", "curves.
 
 
 def curves(
-    title: str, unit: str, series: Mapping[str, Sequence[tuple[float, float]]], *, colours: Sequence[int] | None = None
+    title: str,
+    unit: str,
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    colours: Sequence[int] | None = None,
+    decades: bool = False,
 ) -> dict[str, Any]:
     """Curves of (step, value) points for `parts.curves`; points that are not finite are left out.
 
-    `colours`: an index into the palette per series; by default 0, 1, 2…
+    `colours`: an index into the palette per series; by default 0, 1, 2… `decades`: the scale is logarithmic if all
+    values are positive and the largest is at least ten times the smallest, as with a loss that falls by decades.
     """
     found = [{step: value for step, value in points if math.isfinite(value)} for points in series.values()]
     steps = sorted({step for points in found for step in points})
@@ -23,7 +29,9 @@ def curves(
         {"name": name, "colour": colour, "values": [points.get(step) for step in steps]}
         for name, points, colour in zip(series, found, colours or range(len(found)), strict=True)
     ]
-    return {"title": title, "unit": unit, "steps": steps, "series": lines}
+    values = [value for points in found for value in points.values()]
+    log = decades and bool(values) and min(values) > 0 and max(values) >= 10 * min(values)
+    return {"title": title, "unit": unit, "log": log, "steps": steps, "series": lines}
 
 
 def histograms(edges: Sequence[float], series: Mapping[str, tuple[Sequence[int], str]]) -> list[dict[str, Any]]:

@@ -10,13 +10,17 @@ from pathlib import Path
 from statistics import median_high
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.pages.charts import CURVE_SCRIPTS, CURVE_STYLES, curves
 from llavamod_offline.pages.page import render
 from llavamod_offline.storage import atomic
 from train.metrics import METRICS_NAME
 from train.report.expert_load import expert_load
-from train.run_summary import SUMMARY_NAME
+from train.run_summary import CONFIG_NAME, SUMMARY_NAME
 
 Entry = dict[str, Any]
 Points = list[tuple[float, float]]
@@ -51,11 +55,16 @@ _CHARTS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
 )  # fmt: skip
 
 
+# The units of what may fall by decades.
+_FALLING = ("nats per token", "distance", "1 − cosine", "norm")
+
+
 @dataclass(frozen=True)
 class TrainingRun:
-    """A run's log and summary; `summary` is empty until the run has finished."""
+    """A run's log and summary; `summary` is empty until the run has finished, `stage` if it is not recorded."""
 
     name: str
+    stage: str
     entries: list[Entry]
     summary: Mapping[str, Any]
 
@@ -65,8 +74,8 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
     runs = [replace(read_run(folder), name=name) for folder, name in zip(folders, _names(folders), strict=True)]
     sections: dict[str, list[dict[str, Any]]] = {}
     for section, title, unit, fields in _CHARTS:
-        chart = _chart(title, unit, fields, runs)
-        sections.setdefault(section, []).extend([chart] if chart["steps"] else [])
+        charts = [_chart(title, unit, fields, runs, stage) for stage in dict.fromkeys(run.stage for run in runs)]
+        sections.setdefault(section, []).extend(chart for chart in charts if chart["steps"])
     loads = {run.name: expert_load(run.entries) for run in runs}
     page = render(
         Path(__file__).with_name("page.html.jinja"),
@@ -77,6 +86,7 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
         figures=_figures(runs[0]) if len(runs) == 1 else {},
         header=["run", *_OVERVIEW],
         rows=[[run.name, *(field(run) for field in _OVERVIEW.values())] for run in runs],
+        coloured=len(runs) > 1,
         sections=sections,
         loads={name: load for name, load in loads.items() if load},
     )
@@ -110,7 +120,17 @@ def read_run(folder: Path) -> TrainingRun:
         summary = json.loads((folder / SUMMARY_NAME).read_bytes())
     except (OSError, ValueError):
         summary = {}
-    return TrainingRun(folder.name, entries, summary if isinstance(summary, dict) else {})
+    summary = summary if isinstance(summary, dict) else {}
+    return TrainingRun(folder.name, str(summary.get("stage") or _stage(folder)), entries, summary)
+
+
+def _stage(folder: Path) -> str:
+    """The stage of a run that has not finished, by its settings."""
+    try:
+        settings: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG_NAME))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        return ""
+    return str(settings.get("stage", "")) if isinstance(settings, dict) else ""
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -147,18 +167,23 @@ def _figures(run: TrainingRun) -> dict[str, str]:
     return figures
 
 
-def _chart(title: str, unit: str, fields: Mapping[str, str], runs: Sequence[TrainingRun]) -> dict[str, Any]:
-    """The chart of some log fields: of one run with a colour per field, of several with a colour per run."""
+def _chart(title: str, unit: str, fields: Mapping[str, str], runs: Sequence[TrainingRun], stage: str) -> dict[str, Any]:
+    """The chart of some log fields of a stage's runs: a colour per field of one run, or per run of several."""
     if len(runs) > 1:  # one curve per run keeps them distinguishable
         name = "p50" if "p50" in fields else next(iter(fields))
         fields = {name: fields[name]}
+        title = title if len(fields) == 1 and name in ("loss", "kl") else f"{title}: {name}"
+    if len({run.stage for run in runs}) > 1:
+        title = f"{title} ({stage or 'stage not recorded'})"
     found = [
-        (name if len(runs) == 1 else f"{run.name}: {name}", max(number, place), _points(run.entries, path))
+        (name if len(runs) == 1 else run.name, max(number, place), _points(run.entries, path))
         for number, run in enumerate(runs)
         for place, (name, path) in enumerate(fields.items())
+        if run.stage == stage
     ]
     found = [each for each in found if each[2]]
-    return curves(title, unit, {name: points for name, _, points in found}, colours=[at for _, at, _ in found])
+    series = {name: points for name, _, points in found}
+    return curves(title, unit, series, colours=[at for _, at, _ in found], decades=unit in _FALLING)
 
 
 def _points(entries: Sequence[Entry], path: str) -> Points:
@@ -176,7 +201,7 @@ def _points(entries: Sequence[Entry], path: str) -> Points:
 
 
 _OVERVIEW: dict[str, Callable[[TrainingRun], str]] = {
-    "stage": lambda run: str(run.summary.get("stage", "not finished")),
+    "stage": lambda run: run.stage + ("" if run.summary else " (not finished)"),
     "steps": lambda run: f"{run.entries[-1]['step']:,}",
     "loss": lambda run: f"{run.entries[-1]['loss']:.4f}",
     "true KL": lambda run: f"{run.entries[-1]['kl']:.4f}" if "kl" in run.entries[-1] else "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -73,15 +74,29 @@ class Page(HTMLParser):
         self._in_samples = False
 
 
+def gaps(cell: str) -> list[str] | None:
+    """The differences in a cell of the table."""
+    found = re.search(r"data-gaps='([^']*)'", cell)
+    return None if found is None else list(json.loads(unescape(found[1])))
+
+
 def test_the_page_shows_figures_differences_and_published_ones(root: Path, runs: list[Path], tmp_path: Path) -> None:
     write_report(runs, root, tmp_path / "report.html")
     content = (tmp_path / "report.html").read_text()
-    assert "<td>60.0<small></small></td>" in content
-    assert "<td>60.0<small>+0.0</small></td>" in content
-    assert "<td>58.7<small>−1.3</small></td>" in content  # LLaVA-MoD-1.8B's GQA against the first run's 60.0
-    assert "<td>87.0†<small></small></td>" in content  # POPE of other questions than the published ones
+    cells = re.findall(r'<td data-label="GQA ↑">(.*?)</td>', content)
+    assert [(cell.split("<")[0], gaps(cell)) for cell in cells] == [
+        ("60.0", ["+0.0", "+0.0"]),  # against each run as the baseline
+        ("60.0", ["+0.0", "+0.0"]),
+        ("–", None),
+        ("58.7", ["−1.3", "−1.3"]),  # LLaVA-MoD-1.8B's
+        ("56.2", ["−3.8", "−3.8"]),
+        ("–", None),
+    ]
+    assert '<td data-label="POPE F1 ↑">87.0†</td>' in content  # of other questions than the published ones
     assert "published on 8910 questions, measured here on 12; not comparable" in content
-    assert "<td>11.2†<small></small></td>" in content  # another variant of Object HalBench: no difference
+    assert (
+        '<td data-label="Object HalBench response ↓">11.2†</td>' in content
+    )  # another variant of Object HalBench: no difference
     assert "not comparable" in content
     assert "questions" in content
     assert "data sha256" in content
@@ -111,6 +126,7 @@ def test_the_browser_holds_what_two_runs_disagree_on_with_images(root: Path, run
     assert [answer["right"] for answer in shown["2"]["answers"]] == [1.0, 0.0]
     assert shown["1"]["image"].startswith("data:image/png;base64,")
     assert shown["1"]["prompt"].startswith("What is 1?")
+    assert shown["1"]["reference"] == "red"
     write_report(runs, root, tmp_path / "few.html", samples=1)
     few = json.loads(Page((tmp_path / "few.html").read_text()).samples)
     assert len(few["tasks"][0]["samples"]) == 1
@@ -127,11 +143,16 @@ def test_markdown(root: Path, runs: list[Path], tmp_path: Path) -> None:
     assert sum("n 5, missing 0, unparsed 0" in line for line in lines) == 2
 
 
-def test_one_run_has_no_browser_and_mmhal_waits_for_its_judge(root: Path, runs: list[Path], tmp_path: Path) -> None:
+def test_one_run_shows_its_mistakes_and_mmhal_waits_for_its_judge(root: Path, runs: list[Path], tmp_path: Path) -> None:
     write_run(runs[0], root, "mmhal", {}, "A cat.")
     write_report(runs[:1], root, tmp_path / "report.html")
     content = (tmp_path / "report.html").read_text()
     assert "Where they disagree" not in content
+    assert "baseline" not in content.split("<script>")[0].split("<body>")[1]
+    shown = {each["task"]: each["samples"] for each in json.loads(Page(content).samples)["tasks"]}
+    assert [(sample["id"], sample["reference"]) for sample in shown["gqa"]] == [("0", "red"), ("1", "red")]
+    assert {sample["reference"] for sample in shown["pope"]} == {"no"}
+    assert [sample["reference"] for sample in shown["object_halbench"]] == ["dog"]
     assert "mmhal: not scored: no predictions.judge.jsonl: score it with --judge first" in content
 
 

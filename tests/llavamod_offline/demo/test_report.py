@@ -30,9 +30,19 @@ def test_the_page_has_the_table_curves_and_the_answers_that_differ(tmp_path: Pat
         (folder / "predictions.jsonl").write_text("\n".join(lines))
     row = {name: HOSTILE if name in ("name", "shape") else 0.5 for name in COLUMNS}
     summary = {"rows": [row], "cache": {"positions": 1234, "bytes_per_position": 56.78}}
+    (tmp_path / "commands.sh").write_text(f"pack a\ncache-teacher run '{HOSTILE}'\n")
     page = Parsed(write_report(tmp_path, summary).read_text())
     assert (page.loads, page.handlers, [tag for tag, _ in page.tags].count("img")) == ([], [], 1)
-    assert sum("data-chart" in attrs for _, attrs in page.tags) == 3
-    assert page.text.count(HOSTILE) == 2 + 1 + 5  # the row, the question, the students' answers
+    charts = [json.loads(attrs["data-chart"] or "") for _, attrs in page.tags if "data-chart" in attrs]
+    drawn = [[(line["name"], line["colour"]) for line in chart["series"]] for chart in charts]
+    assert drawn == [  # by the names in the table and the places there
+        [("distilled student", 2), ("smaller student, same cache", 3)],
+        [("upcycled sparse student", 4)],
+        [("student without teacher", 1)],
+        [("aligned projector", 6)],
+        [("after preference distillation", 5)],
+    ]
+    assert page.text.count(HOSTILE) == 2 + 1 + 5 + 1  # the row, the question, the students' answers, a command
+    assert "cache-teacher run" in page.text
     assert [attrs["class"] for tag, attrs in page.tags if tag == "td" and "class" in attrs] == ["right", *["wrong"] * 5]
     assert "1,234 supervised positions" in page.text

@@ -46,3 +46,21 @@ def test_curves_leave_out_what_is_not_finite(tmp_path: Path) -> None:
     (shown,) = [attrs["data-chart"] for _, attrs in page.tags if "data-chart" in attrs]
     assert json.loads(shown or "") == chart
     assert "nothing was logged" in page.text
+
+
+def test_what_falls_by_decades_is_drawn_on_a_logarithmic_scale() -> None:
+    falling, level = {"a": [(1, 3.0)], "b": [(2, 0.3)]}, {"a": [(1, 3.0), (2, 0.4)]}
+    assert curves("loss", "nats", falling, decades=True)["log"]
+    assert not curves("loss", "nats", level, decades=True)["log"]
+    assert not curves("loss", "nats", {"a": [(1, 3.0), (2, 0.0)]}, decades=True)["log"]
+    assert not curves("loss", "nats", {"a": []}, decades=True)["log"]
+    assert not curves("tokens", "per second", falling)["log"]
+
+
+def test_a_table_names_its_columns_in_every_cell_and_its_rows_by_colour(tmp_path: Path) -> None:
+    """On a phone a row becomes a block of lines, each with the name of its column."""
+    body = "{{ parts.table(header, rows, coloured=true) }}"
+    page = Parsed(render_body(tmp_path, body, header=["run", HOSTILE], rows=[["a", "1"], ["b", "2"]]))
+    assert [attrs.get("data-label") for tag, attrs in page.tags if tag == "td"] == [None, HOSTILE, None, HOSTILE]
+    colours = [attrs["style"] for _, attrs in page.tags if attrs.get("class") == "key"]
+    assert colours == ["--colour: var(--series-0)", "--colour: var(--series-1)"]

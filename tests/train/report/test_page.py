@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,26 @@ def test_the_page_of_a_real_sparse_run(world: World, tmp_path: Path) -> None:
 def test_several_runs_are_drawn_over_one_another(tmp_path: Path) -> None:
     folders = [write_log(tmp_path / name / "run", [entry(1, kl=0.5), entry(2, kl=0.4)]) for name in ("a", "b<i>")]
     page = write_report(folders, tmp_path / "page.html").read_text()
-    assert "a/run: kl" in page
-    assert "b\\u003ci\\u003e/run: kl" in page
+    assert '"a/run"' in page
+    assert '"b\\u003ci\\u003e/run"' in page
     assert "b&lt;i&gt;/run" in page
     assert "<i>/run" not in page
     with pytest.raises(ConfigError, match="listed twice"):
         write_report([folders[0], folders[0]], tmp_path / "page.html")
+
+
+def test_stages_have_axes_of_their_own_and_a_run_one_colour(tmp_path: Path) -> None:
+    folders = [write_log(tmp_path / name, [entry(1, kl=0.5), entry(2, kl=0.4)]) for name in ("one", "two", "three")]
+    for folder, stage in zip(folders, ("mimic_dense", "sft", "mimic_dense"), strict=True):
+        (folder / "config.yaml").write_text(f"stage: {stage}\n")
+    page = write_report(folders, tmp_path / "page.html").read_text()
+    charts = [json.loads(unescape(found)) for found in re.findall(r"data-chart='([^']*)'", page)]
+    drawn = {chart["title"]: [(line["name"], line["colour"]) for line in chart["series"]] for chart in charts}
+    assert drawn["Loss and its terms (mimic_dense)"] == [("one", 0), ("three", 2)]
+    assert drawn["Loss and its terms (sft)"] == [("two", 1)]
+    assert drawn["Learning rate: learning rate (sft)"] == [("two", 1)]
+    assert "sft (not finished)" in page
+    assert page.count('class="key"') == 3
 
 
 def test_colours_say_how_far_a_load_is_from_its_share() -> None:
