@@ -58,7 +58,7 @@ def run(
       train-student preference data.set=sets/preference cache.path=caches/preference \\
         student.checkpoint=runs/mimic_sparse/student output=runs/preference
       train-student my.yaml optim.lr=1e-5 batch.micro_size=4 --print-config
-      torchrun --nproc-per-node 8 --no-python train-student mimic_dense ...
+      torchrun --nproc-per-node 8 --no-python train-student my.yaml
       train-student report runs/mimic_dense      # the curves as a page; see `train-student report --help`
     """
     if print_config:
