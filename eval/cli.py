@@ -45,7 +45,7 @@ Examples:
 _SCORE_HELP = f"""Score a predictions file on a benchmark, without loading a model.
 
 PREDICTIONS is a predictions.jsonl, an answer file of LLaVA's scripts (question_id, text, prompt), logged samples of
-lmms-eval, or a .tsv or .csv of VLMEvalKit. The denominator is the benchmark's question file, or what a limit asked.
+lmms-eval, or a table of VLMEvalKit. The denominator is the benchmark's question file, or what a limit asked.
 Rates are fractions of 1; MME scores are points.
 
 Benchmarks: {_TASKS}

@@ -76,6 +76,8 @@ def _candidates(
         return [by_id[prediction.id]] if prediction.id in by_id else []
     assert prediction.question_id is not None
     sharing = by_alias.get(prediction.question_id, [])
+    if prediction.question:
+        sharing = [example for example in sharing if _asks(example, question_key(prediction.question), question_key)]
     if len(sharing) <= 1:
         return sharing
     if not prediction.prompt:
@@ -84,6 +86,11 @@ def _candidates(
         )
     asked = question_key(prediction.prompt)
     return [example for example in sharing if example.question == asked]
+
+
+def _asks(example: Example[Any], question: str, question_key: Callable[[str], str]) -> bool:
+    prompt = " ".join(example.prompt.lower().split())
+    return question in (example.question, question_key(example.prompt)) or question.lower() in prompt
 
 
 def _listed(names: Sequence[str], noun: str) -> str:

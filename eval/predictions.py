@@ -3,9 +3,10 @@
 Ours:        {"task", "id", "image", "prompt", "text", "n_tokens", "finish"}  (`finish`: "stop" or "length")
 LLaVA:       {"question_id", "text", "prompt"}
 lmms-eval:   {"doc": {"question_id" or "questionId" or "index" or "id", "question"}, "filtered_resps" or "resps"}
-VLMEvalKit:  a .tsv or .csv with the columns `index`, `prediction` and `question`
+VLMEvalKit:  an .xlsx, .tsv or .csv with the columns `index`, `prediction` and `question`
 
-Further fields are ignored. Without a prompt or question, answers that share a `question_id` cannot be told apart.
+Further fields are ignored. Without a prompt, answers of LLaVA that share a `question_id` cannot be told apart. As the
+last two may number the questions in their own way, their question must be that of the example.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.files import read_table
+from eval.export.xlsx import read_spreadsheet
+from eval.files import Row, read_table
 from llavamod_offline.errors import EvalError
 
 MAX_LINE_BYTES = 4 * 2**20
 # First bytes of files in other containers or encodings, and what to do about them.
 _WRAPPED = {
     b"\x1f\x8b": "is compressed with gzip: unpack it first",
-    b"PK\x03\x04": "is a zip archive or a spreadsheet: save it as .tsv, or use the JSON lines",
+    b"PK\x03\x04": "is a zip archive or a spreadsheet: unpack it, or name it .xlsx",
     b"\xff\xfe": "is in UTF-16: save it as UTF-8",
     b"\xfe\xff": "is in UTF-16: save it as UTF-8",
 }
@@ -36,7 +38,10 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(slots=True)  # not frozen: creating hundreds of thousands would take three times as long
 class Prediction:
-    """One answer of a model. `id` is the example's id, or None if a LLaVA file has a `question_id` instead."""
+    """One answer of a model. `id` is the example's id, or None if another runner's file has a `question_id` instead.
+
+    `question`: the bare question, if the runner may number questions in its own way; it must be that of the example.
+    """
 
     text: str
     prompt: str
@@ -46,6 +51,7 @@ class Prediction:
     image: str = ""
     n_tokens: int = 0
     finish: str = ""
+    question: str = ""
 
     @property
     def name(self) -> str:
@@ -60,7 +66,7 @@ def read_predictions(path: Path, task: str) -> list[Prediction]:
     """
     if not path.is_file():
         raise EvalError(f"{path}: no such predictions file: create one with 'eval-student generate'")
-    if path.suffix.lower() in _DELIMITERS:
+    if path.suffix.lower() in (".xlsx", *_DELIMITERS):
         return _table(path)
     return [_prediction(path, number, line, task) for number, line in _lines(path)]
 
@@ -103,14 +109,21 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _table(path: Path) -> list[Prediction]:
-    columns, rows = read_table(path, delimiter=_DELIMITERS[path.suffix.lower()])
-    absent = [name for name in ("index", "prediction") if name not in columns]
+    if path.suffix.lower() == ".xlsx":
+        columns, *cells = read_spreadsheet(path) or [[]]
+        filled = [dict(zip(columns, row + [""] * len(columns), strict=False)) for row in cells if any(row)]
+        rows = [Row(path, f"row {number}", values) for number, values in enumerate(filled, 1)]
+    else:
+        names, rows = read_table(path, delimiter=_DELIMITERS[path.suffix.lower()])
+        columns = list(names)
+    absent = [name for name in ("index", "question", "prediction") if name not in columns]
     if absent:
-        raise EvalError(f"{path}: no column '{absent[0]}': VLMEvalKit's tables have index and prediction")
-    return [
-        Prediction(row.text("prediction"), row.values.get("question", ""), question_id=row.text("index"))
-        for row in rows
-    ]
+        raise EvalError(f"{path}: no column '{absent[0]}': VLMEvalKit's tables have index, question and prediction")
+    return [_numbered(row.text("prediction"), row.text("question"), row.text("index")) for row in rows]
+
+
+def _numbered(text: str, question: str, identifier: str) -> Prediction:
+    return Prediction(text, question, question_id=identifier, question=question)
 
 
 def _prediction(path: Path, number: int, line: bytes, task: str) -> Prediction:
@@ -156,8 +169,7 @@ def _lmms_eval(row: dict[str, Any], where: str) -> Prediction:
     while isinstance(response, list) and len(response) == 1:
         response = response[0]
     found = {"response": response} if response is not None else {}
-    prompt = _text(doc, "question", where) if "question" in doc else ""
-    return Prediction(_text(found, "response", where), prompt, question_id=_identifier(doc, name, where))
+    return _numbered(_text(found, "response", where), _text(doc, "question", where), _identifier(doc, name, where))
 
 
 def _text(row: dict[str, Any], name: str, where: str) -> str:

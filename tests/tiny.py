@@ -14,6 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
+    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
@@ -80,7 +81,7 @@ def write_tiny_llava(
     seed: int = 0,
     vocabulary: int | None = None,
     tied: bool = True,
-    text_config: type[Qwen2Config] | type[Qwen3Config] = Qwen2Config,
+    text_config: type[LlamaConfig] | type[Qwen2Config] | type[Qwen3Config] = Qwen2Config,
 ) -> Path:
     """Write a random LLaVA folder (24×24 pixels, 9 image tokens); `head_rows` defaults to the tokenizer's length."""
     tokenizer = tiny_tokenizer(vocabulary)
@@ -152,9 +153,9 @@ def tiny_text_config(
     hidden: int = 64,
     layers: int = 2,
     tied: bool = True,
-    kind: type[Qwen2Config] | type[Qwen3Config] = Qwen2Config,
-) -> Qwen2Config | Qwen3Config:
-    """The configuration of a small Qwen2 (or Qwen3, with wide heads) with grouped-query attention."""
+    kind: type[LlamaConfig] | type[Qwen2Config] | type[Qwen3Config] = Qwen2Config,
+) -> LlamaConfig | Qwen2Config | Qwen3Config:
+    """The configuration of a small Qwen2 (or Llama, or Qwen3 with wide heads) with grouped-query attention."""
     return kind(
         vocab_size=rows,
         hidden_size=hidden,

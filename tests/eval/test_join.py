@@ -90,3 +90,18 @@ def test_unanswerable_questions_are_not_missing() -> None:
         EXAMPLES, [ours("1"), ours("2")], question_key=first_line_key, path=Path("p"), unanswerable=["x#1", "x#2"]
     )
     assert sorted(found) == ["1", "2"]
+
+
+def test_a_runner_that_numbers_questions_in_its_own_way_is_not_matched_by_number() -> None:
+    numbered = [
+        Example("1", "Is there a dog?\nAnswer.", None, aliases=("1",)),
+        Example("2", "Is there a cat?\nAnswer.", None, aliases=("2",)),
+    ]
+
+    def scored(*asked: tuple[str, str]) -> list[str]:
+        given = [Prediction("Yes", text, question_id=name, question=text) for name, text in asked]
+        return sorted(join(numbered, given, question_key=first_line_key, path=Path("p"), allow_missing=True))
+
+    assert scored(("1", "Is there a DOG?"), ("2", "Is there  a cat?")) == ["1", "2"]
+    with pytest.raises(EvalError, match=r"1 prediction \('2'\) without a matching question"):
+        scored(("2", "Is there a dog?"))

@@ -47,10 +47,16 @@ def test_ours_and_llavas_forms_are_read(tmp_path: Path) -> None:
         (
             {"doc_id": 0, "doc": {"question_id": "3", "question": "Q", "answer": "yes"}, "target": "yes",
              "resps": [["No."]], "filtered_resps": ["No"]},
-            Prediction("No", "Q", question_id="3"),
+            Prediction("No", "Q", question_id="3", question="Q"),
         ),
-        ({"doc": {"questionId": 3}, "resps": [["No"]]}, Prediction("No", "", question_id="3")),
-        ({"doc": {"index": 3}, "filtered_resps": "No"}, Prediction("No", "", question_id="3")),
+        (
+            {"doc": {"questionId": 3, "question": "Q"}, "resps": [["No"]]},
+            Prediction("No", "Q", question_id="3", question="Q"),
+        ),
+        (
+            {"doc": {"index": 3, "question": "Q"}, "filtered_resps": "No"},
+            Prediction("No", "Q", question_id="3", question="Q"),
+        ),
     ],
 )  # fmt: skip
 def test_other_runners_lines_are_read_with_fields_of_their_own(
@@ -64,8 +70,31 @@ def test_vlmevalkits_tables_are_read(tmp_path: Path) -> None:
     for name, separator in (("a.tsv", "\t"), ("a.CSV", ",")):
         lines = [["index", "question", "A", "prediction", "l2-category"], ["3", '"Is it\nred?"', "x", "B", "y"]]
         path = written(tmp_path / name, *(separator.join(line).encode() for line in lines))
-        assert read_predictions(path, "mmbench") == [Prediction("B", "Is it\nred?", question_id="3")]
-    path = written(tmp_path / "b.tsv", b"index\tanswer", b"3\tB")
+        assert read_predictions(path, "mmbench") == [
+            Prediction("B", "Is it\nred?", question_id="3", question="Is it\nred?")
+        ]
+    import xlsxwriter
+
+    for constant_memory in (True, False):  # strings in their cells, or in a file of their own
+        with xlsxwriter.Workbook(tmp_path / "a.xlsx", {"constant_memory": constant_memory}) as book:
+            sheet = book.add_worksheet()
+            for column, name in enumerate(("index", "question", "A", "prediction")):
+                sheet.write_string(0, column, name)
+            for row, text in enumerate(("B", "", "= 1 & <b>"), 1):
+                sheet.write_number(row, 0, row)
+                sheet.write_string(row, 1, "Is it\nred?")
+                if text:
+                    sheet.write_string(row, 3, text)
+        expected = [
+            Prediction(text, "Is it\nred?", question_id=str(n), question="Is it\nred?")
+            for n, text in ((1, "B"), (2, ""), (3, "= 1 & <b>"))
+        ]
+        assert read_predictions(tmp_path / "a.xlsx", "mmbench") == expected
+    for content in (b"PK\x03\x04", b"", b"index\tprediction"):
+        written(tmp_path / "bad.xlsx", content)
+        with pytest.raises(EvalError, match=r"bad.xlsx: not readable as a spreadsheet: .*: save it as .tsv"):
+            read_predictions(tmp_path / "bad.xlsx", "mmbench")
+    path = written(tmp_path / "b.tsv", b"index\tquestion", b"3\tQ")
     with pytest.raises(EvalError, match=r"b.tsv: no column 'prediction'"):
         read_predictions(path, "mmbench")
 
@@ -98,6 +127,7 @@ def test_what_is_written_is_read_again(text: str, tokens: int) -> None:
         (b'{"doc": {"question": "Q"}, "resps": [["No"]]}', "'doc' has none of question_id"),
         (b'{"doc": {"question_id": 1}, "resps": [["No"], ["Yes"]]}', "'response' must be a string"),
         (b'{"doc": {"question_id": 1}}', "'response' is missing"),
+        (b'{"doc": {"question_id": 1}, "resps": "No"}', "'question' is missing"),
         (line(task="gqa"), "is for task 'gqa', not 'pope'"),
         (line(n_tokens=-1), "'n_tokens' must be a whole number"),
         (line(n_tokens=float("nan")), "'n_tokens' must be a whole number, found NaN"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import LlavaForConditionalGeneration, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, LlavaForConditionalGeneration, Qwen2Config, Qwen3Config
 
 from eval.export.portable import write_portable
 from llavamod_offline.data.encode.template import get_template
@@ -22,6 +22,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "qwen2": ({}, None),
     "untied, spare rows": ({"tied": False, "head_rows": 448}, None),
     "qwen3": ({"text_config": Qwen3Config}, None),
+    "llama": ({"text_config": LlamaConfig}, None),
     "qwen2 moe": ({"text_config": Qwen2Config}, {"residual": False}),
     "qwen2 moe, residual": ({"text_config": Qwen2Config}, {"residual": True}),
     "qwen3 moe": ({"text_config": Qwen3Config}, {"residual": False}),
