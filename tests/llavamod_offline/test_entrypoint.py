@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +82,50 @@ def test_line_breaks_and_control_characters_of_names_are_escaped(capsys: pytest.
     with pytest.raises(SystemExit):
         run_command(app, [])
     assert capsys.readouterr().err == "error: sample 'a\\nb\\x1b[2J\\u2028é': twice\n"
+
+
+def doctor(redirection: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A whole console script to its very end, with its stdout where a shell puts it."""
+    command = f"{Path(sys.executable).with_name('llavamod-offline')} doctor --quick {redirection}"
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    done = doctor("| (exec <&-; sleep 5)")
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_full_disk_behind_stdout_is_one_line() -> None:
+    done = doctor("> /dev/full")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: standard output cannot be written: No space left on device: free space or write elsewhere\n"
+    )
+
+
+def test_a_full_disk_behind_stderr_is_no_error() -> None:
+    assert doctor("2> /dev/full").returncode == 1  # data sets are missing
+
+
+def test_closed_streams_are_no_error() -> None:
+    done = doctor(">&- <&-")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert doctor(">&- <&- 2>&-").returncode == 1
+
+
+def test_what_an_encoding_lacks_is_escaped_as_in_json() -> None:
+    app = 'import typer; app = typer.Typer(); app.command()(lambda: print(\'{"a": "é… \U0001f600"}\'))'
+    code = f"{app}; from llavamod_offline.entrypoint import run_command; run_command(app)"
+    for encoding in ("ascii", "iso-8859-1"):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment)
+        assert json.loads(done.stdout.decode(encoding)) == {"a": "é… \U0001f600"}
 
 
 @pytest.mark.parametrize("name", ["llavamod-offline", "cache-teacher", "train-student", "eval-student"])
