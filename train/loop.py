@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llavamod_offline.errors import ModelError
+from llavamod_offline.models.routing import is_sparse, random_routing
 from llavamod_offline.progress import ProgressBar
 from llavamod_offline.signals import noted
 from train.checkpoint import Progress
@@ -63,9 +64,11 @@ def run_steps(
     bar: ProgressBar,
     save: Callable[[Progress], None],
     evaluate: Callable[[], Entry],
+    at_end: Callable[[Sequence[TrainBatch]], Entry],
 ) -> LoopEnd:
     """Train from `progress` to the last step; `micro_batches` must start at the next step.
 
+    `evaluate` and `at_end`, which takes the last step's micro-batches, add to the log entry.
     SIGINT or SIGTERM ends the loop after the current step, with a checkpoint.
     Errors: `ModelError` naming step and samples if a loss or a gradient is not finite; no checkpoint is saved.
     """
@@ -100,6 +103,8 @@ def run_steps(
             evaluated = bool(settings.eval_steps) and (done or now % settings.eval_steps == 0)
             if evaluated:
                 entry |= evaluate()
+            if done:
+                entry |= at_end(micros)
             progress = Progress(
                 now,
                 progress.tokens + counts.tokens,
@@ -121,15 +126,37 @@ def run_steps(
 
 def evaluate_loss(engine: Any, objective: Objective, micros: Sequence[TrainBatch], world: World) -> Entry:
     """Compute the loss and its parts over held-out micro-batches, as log entries named `holdout_…`."""
+    sums = _evaluate(engine, objective, micros, world)
+    means = sums.means | {name: float(value) for name, value in sums.token_means.items() if not value.ndim}
+    return {"holdout_loss": sums.loss, **{f"holdout_{name}": value for name, value in means.items()}}
+
+
+def compare_routing(engine: Any, objective: Objective, micros: Sequence[TrainBatch], world: World) -> Entry:
+    """Compute a sparse student's loss, without the balance loss, with its own and with random routing, as log entries.
+
+    Empty for a dense student.
+    """
+    if not is_sparse(engine.module):
+        return {}
+    own = _evaluate(engine, objective, micros, world, balance=False)
+    with random_routing(engine.module, seed=world.rank):
+        other = _evaluate(engine, objective, micros, world, balance=False)
+    return {"own_routing_loss": own.loss, "random_routing_loss": other.loss}
+
+
+def _evaluate(
+    engine: Any, objective: Objective, micros: Sequence[TrainBatch], world: World, *, balance: bool = True
+) -> StepSums:
+    """The sums over micro-batches in evaluation mode."""
     counts = _step_counts(objective, micros, False, world)
     engine.eval()
     with torch.no_grad():
         shared, features = _shared(engine, objective, micros, world)
         parts = [engine(batch.to(world.device), shared, own)[1] for batch, own in zip(micros, features, strict=True)]
     engine.train()
-    sums = combine(parts, counts.units, counts.tokens, world)
-    means = sums.means | {name: float(value) for name, value in sums.token_means.items() if not value.ndim}
-    return {"holdout_loss": sums.loss, **{f"holdout_{name}": value for name, value in means.items()}}
+    if not balance:
+        parts = [replace(part, token_loss=None) for part in parts]
+    return combine(parts, counts.units, counts.tokens, world)
 
 
 @dataclass(frozen=True)

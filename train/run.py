@@ -37,7 +37,7 @@ from train.data.join import rejection_lines
 from train.engine.deepspeed_engine import World, make_engine, process_group
 from train.engine.optim import learning_rate, make_optimizer
 from train.engine.zero3 import without_empty_experts
-from train.loop import LoopEnd, LoopSettings, evaluate_loss, run_steps
+from train.loop import LoopEnd, LoopSettings, compare_routing, evaluate_loss, run_steps
 from train.metrics import METRICS_NAME, MetricsLog
 from train.report.model_card import model_card
 from train.resume_check import different_contents, different_settings, refuse, settings_of
@@ -157,6 +157,7 @@ def _train(config: TrainConfig, settings: dict[str, Any], output: Path, world: W
             ),
             save=save,
             evaluate=lambda: evaluate_loss(engine, objective, holdout, world),
+            at_end=lambda micros: compare_routing(engine, objective, holdout or micros, world),
         )
         if not end.stopped:
             unsaved = _save_last(save, end.progress) if end.progress.step > progress.step else None

@@ -41,6 +41,7 @@ def write_report(output: Path, summary: Mapping[str, Any]) -> Path:
         header=list(COLUMNS.values()),
         rows=[as_cells(row) for row in summary["rows"]],
         cache=summary["cache"],
+        routing=summary["routing"],
         charts=_charts(output),
         cards=_cards(output),
         commands=(output / "commands.sh").read_text(encoding="utf-8"),

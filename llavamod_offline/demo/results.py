@@ -25,7 +25,9 @@ COLUMNS = {
 
 
 def summarise(output: Path, seconds: Mapping[str, float]) -> dict[str, Any]:
-    """Gather `rows` (one a model), `cache`, and the seconds of every step, from the commands' output files.
+    """Gather `rows` (one a model), `cache`, `routing` and the seconds of every step, from the commands' output files.
+
+    `routing`: the upcycled student's last loss with its own and with random routing.
 
     `shape`: layers × hidden size, LM head rows. `accuracy`: on questions in GQA's form; `hallucination`: Object
     HalBench's share of descriptions that name absent objects.
@@ -36,6 +38,10 @@ def summarise(output: Path, seconds: Mapping[str, float]) -> dict[str, Any]:
     return {
         "rows": [_row(output, model) for model in models(output)],
         "cache": {"bytes_per_position": stored / positions, "positions": positions, "bytes": stored},
+        "routing": {
+            name: _read(output / "train" / "mimic_sparse" / "summary.json")["metrics"][f"{name}_routing_loss"]
+            for name in ("own", "random")
+        },
         "seconds": dict(seconds),
     }
 

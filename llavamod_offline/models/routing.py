@@ -11,6 +11,8 @@ Source: GShard (arXiv 2006.16668), as computed by DeepSpeed's top-2 gate.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -108,6 +110,32 @@ class RouterWatch:
             self._weights[layer].append(weights_SK[:, : module.top_k])
 
         return collect
+
+
+def is_sparse(model: nn.Module) -> bool:
+    """Whether a model has routers."""
+    return any(isinstance(module, ROUTERS) for module in model.modules())
+
+
+@contextmanager
+def random_routing(model: nn.Module, *, seed: int) -> Iterator[None]:
+    """Give every token random experts inside the block, with the weights of those that its routers choose.
+
+    A student whose loss stays the same has experts that do not specialise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(module: Any, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        logits_SE, weights_SK, choices_SK = output
+        order_SE = torch.rand(logits_SE.shape, generator=generator).argsort(1).to(choices_SK)
+        return logits_SE, weights_SK, order_SE[:, : choices_SK.shape[1]]
+
+    hooks = [module.register_forward_hook(choose) for module in model.modules() if isinstance(module, ROUTERS)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _trained(routers: list[Any]) -> bool:

@@ -156,6 +156,10 @@ def _figures(run: TrainingRun) -> dict[str, str]:
         figures["last true KL, nats"] = f"{last['kl']:.4f}"
     if "holdout_loss" in last:
         figures["loss on held-out samples"] = f"{last['holdout_loss']:.4f}"
+    if "random_routing_loss" in last:
+        figures["last loss, its own / random routing"] = (
+            f"{last['own_routing_loss']:.4f} / {last['random_routing_loss']:.4f}"
+        )
     if summary:
         figures |= {
             "tokens": f"{summary['tokens']:,}",

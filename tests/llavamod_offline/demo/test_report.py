@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from llavamod_offline.demo.plan import models
 from llavamod_offline.demo.report import write_report
@@ -29,7 +30,8 @@ def test_the_page_has_the_table_curves_and_the_answers_that_differ(tmp_path: Pat
         lines = [json.dumps({"id": identifier, "text": text}) for identifier, text in answers.items()]
         (folder / "predictions.jsonl").write_text("\n".join(lines))
     row = {name: HOSTILE if name in ("name", "shape") else 0.5 for name in COLUMNS}
-    summary = {"rows": [row], "cache": {"positions": 1234, "bytes_per_position": 56.78}}
+    summary: dict[str, Any] = {"rows": [row], "cache": {"positions": 1234, "bytes_per_position": 56.78}}
+    summary["routing"] = {"own": 0.39281, "random": 0.39312}
     (tmp_path / "commands.sh").write_text(f"pack a\ncache-teacher run '{HOSTILE}'\n")
     page = Parsed(write_report(tmp_path, summary).read_text())
     assert (page.loads, page.handlers, [tag for tag, _ in page.tags].count("img")) == ([], [], 1)
@@ -46,3 +48,4 @@ def test_the_page_has_the_table_curves_and_the_answers_that_differ(tmp_path: Pat
     assert "cache-teacher run" in page.text
     assert [attrs["class"] for tag, attrs in page.tags if tag == "td" and "class" in attrs] == ["right", *["wrong"] * 5]
     assert "1,234 supervised positions" in page.text
+    assert "0.3928 with its own routing, 0.3931 with random routing" in page.text

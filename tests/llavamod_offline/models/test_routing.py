@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 from llavamod_offline.models.checkpoint import load_llava
 from llavamod_offline.models.forward import student_hidden_states
 from llavamod_offline.models.language_models import ROUTERS
-from llavamod_offline.models.routing import RouterWatch, Routing
+from llavamod_offline.models.routing import RouterWatch, Routing, is_sparse, random_routing
 from llavamod_offline.models.upcycle import upcycle
 from tests.llavamod_offline.models.batches import Batch, make_batch
 
@@ -147,3 +148,35 @@ def test_dense_models_and_empty_batches_give_zero(sparse: LlavaForConditionalGen
     nothing = watch.routing(torch.zeros_like(batch.attention_mask_BT))
     assert nothing.balance_loss.item() == 0.0
     assert nothing.tokens == 0
+
+
+def test_random_routing_matters_only_once_experts_differ(
+    sparse: LlavaForConditionalGeneration, tiny_folder: Path
+) -> None:
+    batch = make_batch(tiny_folder, [0, 3, 5])
+    keep_BT = batch.attention_mask_BT.bool()
+
+    def states(seed: int | None) -> Tensor:
+        with torch.no_grad(), nullcontext() if seed is None else random_routing(sparse, seed=seed):
+            return _watched(sparse, batch)[0][keep_BT]
+
+    torch.testing.assert_close(states(0), states(None))
+    with torch.no_grad():
+        sparse.model.language_model.layers[0].mlp.experts.down_proj.mul_(torch.arange(4.0)[:, None, None])
+    own = states(None)
+    assert (states(0) - own).abs().max() > 1e-2
+    assert torch.equal(states(0), states(0))
+    assert not torch.equal(states(0), states(1))
+    assert torch.equal(states(None), own)
+    assert is_sparse(sparse)
+    assert not is_sparse(load_llava(tiny_folder))
+
+
+def test_random_routing_gives_every_token_different_experts_equally_often() -> None:
+    router = Qwen2MoeTopKRouter(Qwen2MoeConfig(hidden_size=4, num_experts=4, num_experts_per_tok=2))
+    model, hidden = nn.Sequential(router), torch.randn(4000, 4, generator=torch.Generator().manual_seed(0))
+    with random_routing(model, seed=0):
+        _, weights_SK, choices_SK = model(hidden)
+    assert torch.equal(weights_SK, model(hidden)[1])
+    assert bool((choices_SK[:, 0] != choices_SK[:, 1]).all())
+    assert choices_SK.flatten().bincount(minlength=4).tolist() == pytest.approx([2000] * 4, rel=0.1)

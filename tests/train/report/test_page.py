@@ -33,7 +33,8 @@ def test_the_page_of_a_real_sparse_run(world: World, tmp_path: Path) -> None:
     train(world.config("mimic_sparse", tmp_path / "run", "data.holdout=4", "eval_steps=2"))
     page = write_report([tmp_path / "run"], tmp_path / "pages" / "run.html").read_text()
     for title in (
-        "Loss and its terms", "held-out samples", "True KL", "Expert load over", "Choices dropped", "Learning rate"
+        "Loss and its terms", "held-out samples", "True KL", "Expert load over", "Choices dropped", "Learning rate",
+        "its own / random routing",
     ):  # fmt: skip
         assert title in page, title
     assert "Preference" not in page

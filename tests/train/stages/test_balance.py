@@ -74,3 +74,21 @@ def test_micro_batches_count_by_the_tokens_they_route(world: World, tmp_path: Pa
     assert by_answers.item() != pytest.approx(expected.item(), rel=5e-4)  # the samples can tell these weights apart
     gradient_ED = torch.autograd.grad(2.0 * expected, weight_ED)[0]
     assert entry["grad_norm"] == pytest.approx(float(gradient_ED.norm()), rel=1e-4)
+
+
+def test_a_sparse_run_ends_with_its_loss_under_random_routing(world: World, tmp_path: Path) -> None:
+    """Without the balance loss; over held-out samples, or else the last step's. Equal experts make it the same."""
+    common = ("steps=2", "loss.router_aux_coef=0.5")
+    held = ("data.holdout=8", "eval_steps=1")
+    train(world.config("mimic_sparse", tmp_path / "equal", *common, "optim.lr=1e-9"))
+    train(world.config("mimic_sparse", tmp_path / "trained", *common, *held, "optim.lr=3e-2"))
+    train(world.config("mimic_dense", tmp_path / "dense", "steps=2"))
+    equal, trained, dense = (read_metrics(tmp_path / name) for name in ("equal", "trained", "dense"))
+    names = {"own_routing_loss", "random_routing_loss"}
+    assert names <= equal[1].keys()
+    assert names <= trained[1].keys()
+    assert not names & (equal[0].keys() | trained[0].keys() | dense[1].keys())
+    assert equal[1]["random_routing_loss"] == pytest.approx(equal[1]["own_routing_loss"], rel=1e-6)
+    assert trained[1]["random_routing_loss"] != pytest.approx(trained[1]["own_routing_loss"], rel=1e-3)
+    without_balance = trained[1]["holdout_loss"] - 0.5 * trained[1]["holdout_balance"]
+    assert trained[1]["own_routing_loss"] == pytest.approx(without_balance, rel=1e-5)
