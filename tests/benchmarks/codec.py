@@ -1,13 +1,16 @@
 """What a cache costs and what it is worth: bytes a position all in, against the error of the gradient that it gives.
 
-    python -m tests.benchmarks.codec [--quick] [--model FOLDER] --json FILE
+    python -m tests.benchmarks.codec [--quick] [--model FOLDER] [--student early-exit:N] [--teachers NAMES] --json FILE
 
-Teachers: the 4-gram model of `teachers/ngram.py`, the toy teacher, and with --model any causal language model.
-Students are on the line from the teacher p to its unigram u, q ∝ p^w·u^(1−w): `near` w = 0.9, `mid` 0.5, `fresh` 0; for
-the toy teacher also a real one at the beginning of its training (`start`).
+Teachers: the 4-gram model of `teachers/ngram.py`, the toy teacher, and with --model any causal language model, on fewer
+positions. `--teachers ngram,toy,model` selects some; FILE's rows of the others stay. Students are on the line from the
+teacher p to its unigram u, q ∝ p^w·u^(1−w): `near` w = 0.9, `mid` 0.5, `fresh` 0; and a real one (`start`): for the toy
+teacher one at the beginning of its training, for --model the one that --student names, a folder or the model itself
+leaving after layer N.
 
 Errors are relative: ‖Σ (q − p̂) − Σ (q − p)‖ / ‖Σ (q − p)‖ over about 4,096 positions, T · (q − p̂) at a temperature T:
-the gradient of an output bias, and with hidden states h that of the output layer's weight, Σ (q − p̂) hᵀ. Our
+the gradient of an output bias, and with hidden states h that of the output layer's weight, Σ (q − p̂) hᵀ (of --model, h
+projected to 16 numbers: about 5 GB of sums at V = 262,144). Our
 gradients are those of the losses on records that were written and read back. `shrink` has its weights from as many
 other positions of the same cache. `kl`: KL(full ‖ p̂) for the student `mid`, infinite where p̂ forgets ids.
 
@@ -20,10 +23,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,15 +63,22 @@ DEFAULT: TailEstimator = "shrink"
 
 def main() -> None:
     """DivergenceSpec and report."""
-    arguments = parse_arguments(NAME, __doc__ or "", {"model": ""})
-    sequences, measured = (6, 2) if arguments.quick else (205, 41)
-    ngram = ngram_world(sequences, 1_000, 60) if arguments.quick else ngram_world(sequences)
-    worlds = [ngram, toy_world(sequences)]
-    if arguments.options["model"]:
-        worlds.append(causal_world(arguments.options["model"], sequences))
+    arguments = parse_arguments(NAME, __doc__ or "", {"model": "", "student": "", "teachers": "ngram,toy,model"})
+    options, quick = arguments.options, arguments.quick
+    sequences, measured = (6, 2) if quick else (205, 41)
+    few, few_measured = (4, 1) if quick else (60, 10)
+    makers: dict[str, tuple[Callable[[], World], int]] = {
+        "ngram": (lambda: ngram_world(sequences, *(1_000, 60) if quick else ()), measured),
+        "toy": (lambda: toy_world(sequences), measured),
+    }
+    if options["model"]:
+        makers["model"] = (lambda: causal_world(options["model"], few, options["student"]), few_measured)
     rows: list[Row] = []
     ratios: dict[str, float] = {}
-    for world in worlds:
+    positions: dict[str, int] = {}
+    for maker, measured in [makers[name] for name in options["teachers"].split(",") if name in makers]:
+        world = maker()
+        positions[world.name] = 100 * measured
         with tempfile.TemporaryDirectory() as folder:
             caches = {name: capture(world, PRESETS[name], Path(folder) / name) for name in MEASURED}
             found = measure(world, caches, measured)
@@ -74,8 +86,21 @@ def main() -> None:
         rows += table(world, found, sizes)
         suffix = "" if world.name == "ngram" else f"_{world.name}"
         ratios |= {f"{name}{suffix}": value for name, value in ratios_of(found, sizes).items()}
-    settings = {name: dataclasses.asdict(PRESETS[name]) for name in MEASURED}
-    finish(NAME, arguments, settings={"positions": measured * 100, **settings}, rows=rows, ratios=ratios)
+    settings: dict[str, Any] = {name: dataclasses.asdict(PRESETS[name]) for name in MEASURED}
+    if arguments.json_file and arguments.json_file.exists():
+        before = json.loads(arguments.json_file.read_text())
+        rows = [row for row in before["rows"] if row["teacher"] not in positions] + rows
+        names = {row["teacher"] for row in before["rows"]}
+        ratios = {
+            name: value for name, value in before["ratios"].items() if _teacher(name, names) not in positions
+        } | ratios
+        positions = before["settings"]["positions"] | positions
+    finish(NAME, arguments, settings={"positions": positions, **settings}, rows=rows, ratios=ratios)
+
+
+def _teacher(ratio: str, names: Collection[str]) -> str:
+    """The teacher that a ratio belongs to; only those of the 4-gram model have no suffix."""
+    return next((name for name in names if ratio.endswith(f"_{name}")), "ngram")
 
 
 def capture(world: World, preset: Preset, folder: Path) -> TeacherCache:

@@ -1,6 +1,6 @@
 """Teachers to measure caches on: whole distributions at many positions, with a student's hidden states where there are.
 
-Shape suffixes: N positions of a sequence, V ids, D hidden size.
+Shape suffixes: T tokens and N positions of a sequence, V ids, D hidden size, J numbers it is projected to.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from llavamod_offline.data.encode.collate import Batch
 
 SEQUENCE = 100
+PROJECTED = 16
 
 
 @dataclass(frozen=True)
@@ -70,26 +71,67 @@ def ngram_world(sequences: int, vocab_size: int = 110_000, files: int | None = N
     return World("ngram", tokenizer.get_vocab_size(), sequences, unigram_V, rows, tuple(x for x in forced if x))
 
 
-def causal_world(path: str, sequences: int) -> World:
-    """Any causal language model of transformers in a local folder, asked about the standard library's sources."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def causal_world(path: str, sequences: int, student: str = "") -> World:
+    """Any causal language model of transformers in a local folder, asked about the standard library's sources.
+
+    `student`: the folder of one with the same tokenizer, or `early-exit:N`, the model itself leaving after layer N
+    through its final norm and LM head. The world is named after the folder. Hidden states are projected to 16 random
+    numbers, so that the sums of weight gradients stay small at any vocabulary.
+    """
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True).eval()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device)
+    model, start = _load_causal(path).to(device), _load_student(path, student)
     text = "\n".join(library_texts()[: sequences // 4 + 8])
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
-    vocab_size = min(len(tokenizer), model.get_output_embeddings().weight.shape[0])
+    models = [model] if start is None else [model, start.to(device)]
+    vocab_size = min(len(tokenizer), *(each.get_output_embeddings().weight.shape[0] for each in models))
 
-    @torch.inference_mode()
     def rows(number: int) -> Rows:
-        piece = ids[number * (SEQUENCE + 1) : (number + 1) * (SEQUENCE + 1)]
-        outputs = model(piece[None].to(device), output_hidden_states=True)
-        log_probs_NV = outputs.logits[0, :-1, :vocab_size].float().log_softmax(-1).cpu()
-        return Rows(log_probs_NV, piece[1:], outputs.hidden_states[-1][0, :-1].float().cpu())
+        piece = ids[number * SEQUENCE : (number + 1) * SEQUENCE + 1]
+        (log_probs_NV, hidden_NJ), *other = [_run_causal(each, piece, vocab_size) for each in models]
+        return Rows(log_probs_NV, piece[1:], hidden_NJ, *(other[0] if other else (None, None)))
 
-    return World("causal", vocab_size, sequences, _mean_log_probs(rows, min(sequences, 40)), rows, ())
+    return World(Path(path).name, vocab_size, sequences, _mean_log_probs(rows, min(sequences, 20)), rows, ())
+
+
+def _load_causal(path: str, layers: int | None = None) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    if layers is not None:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    model = AutoModelForCausalLM.from_pretrained(path, config=config, local_files_only=True, dtype=torch.float32)
+    return model.eval()
+
+
+def _load_student(path: str, student: str) -> Any | None:
+    if not student:
+        return None
+    kind, _, layers = student.partition(":")
+    if kind == "early-exit":
+        return _load_causal(path, int(layers))
+    if not Path(student).is_dir():
+        raise SystemExit(f"--student: {student} is no folder: pass one, or early-exit:N")
+    from transformers import AutoTokenizer
+
+    theirs, ours = (AutoTokenizer.from_pretrained(each, local_files_only=True) for each in (path, student))
+    if theirs.get_vocab() != ours.get_vocab():
+        raise SystemExit(f"--student: {student} has another tokenizer than {path}: pass a model that shares it")
+    return _load_causal(student)
+
+
+@torch.inference_mode()
+def _run_causal(model: Any, ids_T: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Log-probs [N, V] of what follows each token, and the last hidden states projected to [N, 16]."""
+    outputs = model(ids_T[None, :-1].to(model.device), output_hidden_states=True, use_cache=False)
+    log_probs_NV = outputs.logits[0, :, :vocab_size].float().log_softmax(-1).cpu()
+    hidden_ND = outputs.hidden_states[-1][0].float().cpu()
+    projection_DJ = torch.randn(hidden_ND.shape[1], PROJECTED, generator=torch.Generator().manual_seed(0))
+    return log_probs_NV, hidden_ND @ projection_DJ / PROJECTED**0.5
 
 
 def toy_world(sequences: int) -> World:
