@@ -142,6 +142,7 @@ def score_command(
         Path | None,
         typer.Option(help="File that records replies [default: beside the predictions]", show_default=False),
     ] = None,
+    judge_max_tokens: Annotated[int, typer.Option(help="Most tokens of a reply; reasoning models need more.")] = 512,
     judge_key_variable: Annotated[str, typer.Option(help="Environment variable that holds the server's key.")] = "",
 ) -> None:
     from eval.score import score_task
@@ -152,7 +153,7 @@ def score_command(
     if judge is not None:
         from eval.judge import open_judge
 
-        judging = open_judge(judge, model=judge_model, key_variable=judge_key_variable)
+        judging = open_judge(judge, model=judge_model, key_variable=judge_key_variable, max_tokens=judge_max_tokens)
     elif judge_model or judge_template or judge_record or judge_key_variable:
         raise ConfigError("--judge-model, --judge-template, --judge-record and --judge-key-variable need --judge")
     score = score_task(

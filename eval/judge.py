@@ -65,7 +65,7 @@ class UrlJudge:
     the `openai` client would add a dozen packages.
     """
 
-    def __init__(self, url: str, model: str, *, key_variable: str = "") -> None:
+    def __init__(self, url: str, model: str, *, key_variable: str = "", max_tokens: int = MAX_REPLY_TOKENS) -> None:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise ConfigError(f"judge '{url}': expected a URL such as http://localhost:8000/v1")
@@ -76,10 +76,11 @@ class UrlJudge:
         self.url = url.rstrip("/") + "/chat/completions"
         self.model = model
         self._key_variable = key_variable
+        self._max_tokens = max_tokens
 
     def complete(self, messages: Sequence[Message]) -> Reply:
         """Ask the server at temperature 0; busy servers and failed connections are retried twice."""
-        body = {"model": self.model, "messages": list(messages), "temperature": 0, "max_tokens": MAX_REPLY_TOKENS}
+        body = {"model": self.model, "messages": list(messages), "temperature": 0, "max_tokens": self._max_tokens}
         headers = {"Content-Type": "application/json"}
         if self._key_variable:
             headers["Authorization"] = f"Bearer {os.environ[self._key_variable]}"
@@ -111,7 +112,7 @@ class UrlJudge:
         message, finish = choice.get("message"), choice.get("finish_reason")
         text = message.get("content") if isinstance(message, dict) else None
         if finish == "length":
-            return Reply(text if isinstance(text, str) else "", f"cut off at {MAX_REPLY_TOKENS} tokens")
+            return Reply(text if isinstance(text, str) else "", _cut_off(self._max_tokens))
         if not isinstance(text, str) or not text.strip():
             refusal = message.get("refusal") if isinstance(message, dict) else None
             return Reply("", f"refusal: {refusal}" if refusal else f"no text (finish_reason {json.dumps(finish)})")
@@ -121,7 +122,7 @@ class UrlJudge:
 class LocalJudge:
     """A chat model in a local folder, run greedily in transformers."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, max_tokens: int = MAX_REPLY_TOKENS) -> None:
         from transformers import AutoModelForCausalLM
 
         from llavamod_offline.models.checkpoint import load_tokenizer
@@ -135,6 +136,7 @@ class LocalJudge:
             raise ModelError(f"{folder}: the judge cannot be loaded: {first_line(error)}") from error
         self._network = model.eval()
         self.model = folder.resolve().name
+        self._max_tokens = max_tokens
 
     def complete(self, messages: Sequence[Message]) -> Reply:
         """Reply greedily."""
@@ -145,7 +147,7 @@ class LocalJudge:
         ids_1T = self.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
         settings = GenerationConfig(
             do_sample=False,
-            max_new_tokens=MAX_REPLY_TOKENS,
+            max_new_tokens=self._max_tokens,
             eos_token_id=self._network.generation_config.eos_token_id or self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
         )
@@ -157,7 +159,7 @@ class LocalJudge:
         text = str(self.tokenizer.decode(ids_G, skip_special_tokens=True)).strip()
         ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
         if int(ids_G[-1]) not in ends:
-            return Reply(text, f"cut off at {MAX_REPLY_TOKENS} tokens")
+            return Reply(text, _cut_off(self._max_tokens))
         return Reply(text, "" if text else "no text")
 
 
@@ -184,13 +186,15 @@ class RecordedJudge:
         return self._replies[key]
 
 
-def open_judge(name: str, *, model: str = "", key_variable: str = "") -> Judge:
+def open_judge(name: str, *, model: str = "", key_variable: str = "", max_tokens: int = MAX_REPLY_TOKENS) -> Judge:
     """Open the judge that `--judge` names: a URL, a model's folder, or a file of recorded replies."""
+    if max_tokens < 1:
+        raise ConfigError(f"--judge-max-tokens is {max_tokens}: must be at least 1")
     if "://" in name:
-        return UrlJudge(name, model, key_variable=key_variable)
+        return UrlJudge(name, model, key_variable=key_variable, max_tokens=max_tokens)
     path = Path(name)
     if path.is_dir():
-        return LocalJudge(path)
+        return LocalJudge(path, max_tokens=max_tokens)
     if path.is_file():
         return RecordedJudge(path, model)
     raise ConfigError(f"judge '{name}': neither a URL, nor a model's folder, nor a file of recorded replies")
@@ -245,6 +249,10 @@ def read_record(path: Path) -> tuple[dict[str, Reply], set[str]]:
         replies[key] = Reply(row.text("reply"), row.text("unreadable") if "unreadable" in row.values else "")
         models.add(row.text("model"))
     return replies, models
+
+
+def _cut_off(max_tokens: int) -> str:
+    return f"cut off at {max_tokens} tokens (see --judge-max-tokens)"
 
 
 def _start(body: bytes) -> str:

@@ -66,6 +66,9 @@ def test_a_server_is_asked_at_temperature_0(url: str, monkeypatch: pytest.Monkey
     assert UrlJudge(url + "/", "big").complete(QUESTION) == Reply("Rating: 5")
     assert Server.seen == [{"model": "big", "messages": QUESTION, "temperature": 0, "max_tokens": 512}]
     assert Server.keys == [None]
+    assert open_judge(url, model="big", max_tokens=4000).complete(QUESTION) == Reply("Rating: 5")
+    assert Server.seen.pop()["max_tokens"] == 4000
+    Server.keys.pop()
     monkeypatch.setenv("MY_KEY", "secret")
     UrlJudge(url, "big", key_variable="MY_KEY").complete(QUESTION)
     assert Server.keys[1] == "Bearer secret"
@@ -176,6 +179,8 @@ def test_judges_are_told_apart_by_what_they_are(tmp_path: Path, url: str, monkey
         open_judge(url)
     with pytest.raises(ConfigError, match="neither a URL, nor"):
         open_judge(str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match="--judge-max-tokens is 0: must be at least 1"):
+        open_judge(url, model="m", max_tokens=0)
     with pytest.raises(ConfigError, match="expected a URL such as"):
         open_judge("file:///etc/passwd", model="m")
     monkeypatch.delenv("NO_KEY", raising=False)
@@ -192,15 +197,14 @@ def test_judges_are_told_apart_by_what_they_are(tmp_path: Path, url: str, monkey
         open_judge(str(record), model="o")
 
 
-def test_a_local_model_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eval.judge.MAX_REPLY_TOKENS", 8)
+def test_a_local_model_judges(tmp_path: Path) -> None:
     folder = write_tiny_language_model(tmp_path / "judge")
     with pytest.raises(ModelError, match="no chat template"):
         LocalJudge(folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
-    judge = open_judge(str(folder))
+    judge = open_judge(str(folder), max_tokens=8)
     assert judge.model == "judge"
     assert judge.complete(QUESTION) == judge.complete(QUESTION)
     assert "cut off at 8 tokens" in judge.complete(QUESTION).unreadable

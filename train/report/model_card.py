@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-processor = AutoProcessor.from_pretrained("FOLDER")
+processor = AutoProcessor.from_pretrained("FOLDER", backend="pil")  # as in training; torchvision rounds otherwise
 model = AutoModelForImageTextToText.from_pretrained("FOLDER", dtype=dtype).to(device)
 
 question = [{"type": "image", "path": "IMAGE"}, {"type": "text", "text": "QUESTION"}]
