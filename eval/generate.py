@@ -13,6 +13,7 @@ import json
 import logging
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,7 @@ from llavamod_offline.models.device import pick_device
 from llavamod_offline.progress import ProgressBar
 from llavamod_offline.signals import keeping
 from llavamod_offline.storage.atomic import write_file
+from llavamod_offline.storage.lock import locked
 
 log = logging.getLogger(__name__)
 
@@ -94,10 +96,18 @@ class EvalGenerateConfig:
 def generate(config: EvalGenerateConfig) -> dict[str, Path]:
     """Answer the questions of every benchmark in `config.tasks` → the predictions file of each.
 
-    Errors: `EvalError` for unreadable benchmark files, missing images, or an output folder with other settings;
-    `ModelError` and `ConfigError` for the model and the settings.
+    Errors: `ConfigError` if another process answers one of them there; `EvalError` for unreadable benchmark files,
+    missing images, or an output folder with other settings; `ModelError` and `ConfigError` for model and settings.
     """
     pick_device(config.device)
+    with ExitStack() as stack:
+        for name in dict.fromkeys(config.tasks):  # other tasks may be answered into the same output at the same time
+            stack.enter_context(locked(Path(config.output) / name))
+        return _generate(config)
+
+
+def _generate(config: EvalGenerateConfig) -> dict[str, Path]:
+    """Answer the questions; see `generate`."""
     root, model, limit = Path(config.root), Path(config.model), config.limit
     tasks = {name: get_task(name) for name in config.tasks}
     examples = {name: _examples(task, root, limit) for name, task in tasks.items()}
@@ -177,12 +187,16 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     if not file.is_file():
         raise EvalError(f"{path}: was not written by this command ({file.name} is missing): choose another output")
     before = read_object(file)
-    for name in sorted(settings.keys() | before.keys()):
-        if settings.get(name) != before.get(name):
-            raise EvalError(
-                f"{path}: was generated with {name} {json.dumps(before.get(name))}, "
-                f"not {json.dumps(settings.get(name))}: choose another output or remove the file"
-            )
+    names = settings.keys() | before.keys()
+    if settings.get("model_sha256") == before.get("model_sha256"):
+        names -= {"model"}  # the same model in a folder of another name
+    found = [
+        f"{name} {json.dumps(before.get(name))}, not {json.dumps(settings.get(name))}"
+        for name in sorted(names)
+        if settings.get(name) != before.get(name)
+    ]
+    if found:
+        raise EvalError(f"{path}: was generated with {'; '.join(found)}: choose another output or remove the file")
 
 
 def _answer_all(
@@ -257,7 +271,7 @@ def _prediction(task: str, example: Example[Any], answer: Answer) -> Prediction:
 
 
 def _finished(path: Path, task: str) -> set[str]:
-    """The answered ids; an incomplete last line, left by a killed run, is removed."""
+    """The answered ids; an incomplete last line, left by a killed run, and repeated lines are removed."""
     if not path.exists():
         return set()
     with path.open("r+b") as stream:
@@ -266,7 +280,11 @@ def _finished(path: Path, task: str) -> set[str]:
         if whole < len(content):
             log.info("%s: removing an incomplete last line", path)
             stream.truncate(whole)
-    return {prediction.name for prediction in read_predictions(path, task)}
+        lines = content[:whole].count(b"\n")
+    predictions = read_predictions(path, task)
+    if len(predictions) < lines and all(prediction.id is not None for prediction in predictions):
+        write_file(path, b"".join(map(prediction_line, predictions)))
+    return {prediction.name for prediction in predictions}
 
 
 def _batches(examples: Sequence[Example[Any]], size: int) -> Iterator[Sequence[Example[Any]]]:

@@ -12,6 +12,7 @@ last two may number the questions in their own way, their question must be that 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -21,6 +22,8 @@ from typing import Any
 from eval.export.xlsx import read_spreadsheet
 from eval.files import Row, read_table
 from llavamod_offline.errors import EvalError
+
+log = logging.getLogger(__name__)
 
 MAX_LINE_BYTES = 4 * 2**20
 # First bytes of files in other containers or encodings, and what to do about them.
@@ -62,13 +65,33 @@ class Prediction:
 def read_predictions(path: Path, task: str) -> list[Prediction]:
     """Read a predictions file of any form; every line must be for `task`.
 
-    Errors: `EvalError` naming file and line for bad JSON, a wrong type, a NUL byte, an overlong line, another task.
+    A line that repeats one of our predictions is left out, with a warning.
+    Errors: `EvalError` naming file and line for bad JSON, a wrong type, a NUL byte, an overlong line, another task, two
+    different predictions of ours for one question.
     """
     if not path.is_file():
         raise EvalError(f"{path}: no such predictions file: create one with 'eval-student generate'")
     if path.suffix.lower() in (".xlsx", *_DELIMITERS):
         return _table(path)
-    return [_prediction(path, number, line, task) for number, line in _lines(path)]
+    found: list[Prediction] = []
+    places: dict[str, tuple[int, Prediction]] = {}
+    repeated = 0
+    for number, line in _lines(path):
+        prediction = _prediction(path, number, line, task)
+        if prediction.id is not None:  # LLaVA's question_ids need not be unique
+            first, same = places.setdefault(prediction.id, (number, prediction))
+            if same is not prediction:
+                if same != prediction:
+                    raise EvalError(
+                        f"{path}: lines {first} and {number} are different predictions for '{prediction.id}': remove "
+                        "one of them, or the file to generate all again"
+                    )
+                repeated += 1
+                continue
+        found.append(prediction)
+    if repeated:
+        log.warning("%s: %d repeated line(s) left out", path, repeated)
+    return found
 
 
 def prediction_line(prediction: Prediction) -> bytes:

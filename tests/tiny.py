@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from llavamod_offline.data.sample import Sample, Turn
+from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.models.checkpoint import save_student
 
 IMAGE_SIZE = 24
@@ -211,6 +212,16 @@ def write_tiny_set(folder: Path, n: int, *, seed: int = 0, preference: bool = Fa
 
     write_set(tiny_samples(n, seed, preference), folder, **settings)
     return folder
+
+
+def break_image(folder: Path, row: int) -> None:
+    """Damage the first image of a row in a packed set, as a bad disk would."""
+    samples = SampleSet.open(folder)
+    shard = int(samples.shard_numbers(np.array([row]))[0])
+    member = samples.index.column("members")[row].as_py()[1]
+    with (folder / f"{samples.shard_names[shard]}.tar").open("r+b") as tar:
+        tar.seek(member["offset"] + member["size"] // 2)
+        tar.write(bytes(member["size"] - member["size"] // 2))
 
 
 def _tiny_sample(index: int, rng: np.random.Generator, preference: bool) -> Sample:

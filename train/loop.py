@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llavamod_offline.errors import ModelError
+from llavamod_offline.errors import LlavaModError, ModelError
 from llavamod_offline.models.routing import is_sparse, random_routing
 from llavamod_offline.progress import ProgressBar
 from llavamod_offline.signals import noted
@@ -69,7 +69,7 @@ def run_steps(
     """Train from `progress` to the last step; `micro_batches` must start at the next step.
 
     `evaluate` and `at_end`, which takes the last step's micro-batches, add to the log entry.
-    SIGINT or SIGTERM ends the loop after the current step, with a checkpoint.
+    SIGINT or SIGTERM ends the loop after the current step, with a checkpoint, as does a sample that cannot be used.
     Errors: `ModelError` naming step and samples if a loss or a gradient is not finite; no checkpoint is saved.
     """
     began_at = progress.step
@@ -78,12 +78,14 @@ def run_steps(
     with noted("saving a checkpoint after this step") as stop:
         for step in range(progress.step, settings.steps):
             began = time.perf_counter()
-            micros = list(islice(micro_batches, settings.micro_steps))
+            micros, failure = _next(micro_batches, settings.micro_steps)
             waited = time.perf_counter() - began
-            counts = _step_counts(objective, micros, stop.is_set(), world)
+            counts = _step_counts(objective, micros, stop.is_set() or failure is not None, world)
             if counts.stop:
-                if progress.step:
+                if progress.step > began_at:
                     save(progress)
+                if failure is not None:
+                    raise failure
                 return LoopEnd(progress, stopped=True)
             torch.manual_seed(_step_seed(settings.seed, step, world.rank))
             parts = _backward(engine, objective, micros, counts, world)
@@ -157,6 +159,14 @@ def _evaluate(
     if not balance:
         parts = [replace(part, token_loss=None) for part in parts]
     return combine(parts, counts.units, counts.tokens, world)
+
+
+def _next(micro_batches: Iterator[TrainBatch], count: int) -> tuple[list[TrainBatch], LlavaModError | None]:
+    """Take a step's micro-batches, or the error of a sample that cannot be used."""
+    try:
+        return list(islice(micro_batches, count)), None
+    except LlavaModError as error:
+        return [], error
 
 
 @dataclass(frozen=True)
@@ -247,8 +257,8 @@ def _not_finite(what: str, value: float, step: int, micros: Sequence[TrainBatch]
     keys = list(dict.fromkeys(key for batch in micros for key in batch.batch.keys))
     named = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
     return (
-        f"step {step + 1}: the {what} is {value} on sample(s) {named}: lower optim.lr, set optim.grad_clip, "
-        "or remove these samples"
+        f"step {step + 1}: the {what} is {value} on sample(s) {named}: lower optim.lr, set optim.grad_clip, or pack "
+        "the set again without these samples, and rerun to resume from the last checkpoint"
     )
 
 

@@ -6,7 +6,7 @@ stop (`REMEDIES`, a repaired set) may change when a run is resumed, with a line 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,30 @@ def different_contents(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
         for name, (key, what) in _CONTENTS.items()
         if name in before and name in now and before[name] != now[name]
     ]
+
+
+def accepted_contents(
+    output: Path,
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    changed: Sequence[Difference],
+    is_repaired: Callable[[], bool],
+) -> list[Difference]:
+    """Compare the contents of a run that is resumed with `changed` settings; return what differs and may.
+
+    A set may replace the one that it `is_repaired` from, with a cache of the same settings.
+    Errors: `ConfigError` naming every other difference.
+    """
+    found = different_contents(before, now)
+    allowed = {"kept_hash"} if any(one.key in ("data.too_long", "max_length") for one in changed) else set()
+    if any(one.name == "set_digest" for one in found) and is_repaired():
+        allowed |= {"set_digest", "kept_hash"}
+        if before.get("cache_settings") == now["cache_settings"]:
+            allowed.add("cache_digest")
+        if before["order"] | {"window": 0} == now["order"] | {"window": 0}:  # it depends on the number of shards
+            allowed.add("order")
+    refuse(output, [one for one in found if one.name not in allowed])
+    return [one for one in found if one.name in ("set_digest", "cache_digest")]
 
 
 def refuse(output: Path, found: Sequence[Difference], *, finished: bool = False) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from llavamod_offline.models.upcycle import activated_parameters, total_paramete
 from llavamod_offline.progress import ProgressBar
 from llavamod_offline.signals import keeping
 from llavamod_offline.storage import atomic
+from llavamod_offline.storage.lock import locked
 from train.checkpoint import (
     Progress,
     checkpoint_folder,
@@ -34,13 +36,14 @@ from train.checkpoint import (
 )
 from train.config import TrainConfig
 from train.data.join import rejection_lines
+from train.data.resumed_order import Hashes, hash_keys, is_repaired, resume_order, write_hashes
 from train.engine.deepspeed_engine import World, make_engine, process_group
 from train.engine.optim import learning_rate, make_optimizer
 from train.engine.zero3 import without_empty_experts
 from train.loop import LoopEnd, LoopSettings, compare_routing, evaluate_loss, run_steps
 from train.metrics import METRICS_NAME, MetricsLog
 from train.report.model_card import model_card
-from train.resume_check import different_contents, different_settings, refuse, settings_of
+from train.resume_check import REMEDIES, accepted_contents, different_settings, refuse, settings_of
 from train.run_summary import CONFIG_NAME, TrainSummary, finished_summary, write_summary
 from train.setup import Setup, named_contents, prepare
 from train.stages.build import StudentWithLoss
@@ -59,12 +62,21 @@ def train(config: TrainConfig) -> TrainSummary:
     before the first step where possible.
     """
     output, settings = Path(config.output), settings_of(asdict(config))
+    # A finished run, which may be on a read-only disk, is reported without a lock; it may end while we wait for one.
+    finished = _finished(config, settings, output)
+    if finished is not None:
+        return finished
+    is_main = os.environ.get("RANK", "0") == "0"  # of several processes, the one that writes
+    lock = locked(output) if is_main else nullcontext()
+    with lock, keeping(lambda: _kept(output)), process_group() as world:
+        return _finished(config, settings, output) or _train(config, settings, output, world)
+
+
+def _finished(config: TrainConfig, settings: dict[str, Any], output: Path) -> TrainSummary | None:
     finished = finished_summary(output, settings, lambda: named_contents(config))
     if finished is not None:
         logger.info("%s: already finished, after %d steps", output, finished.steps)
-        return finished
-    with keeping(lambda: _kept(output)), process_group() as world:
-        return _train(config, settings, output, world)
+    return finished
 
 
 def _kept(output: Path) -> str:
@@ -76,21 +88,28 @@ def _kept(output: Path) -> str:
 def _train(config: TrainConfig, settings: dict[str, Any], output: Path, world: World) -> TrainSummary:
     checkpoint = latest_checkpoint(output)
     progress, before = read_progress(checkpoint) if checkpoint is not None else (Progress(), {})
-    if checkpoint is not None:
-        refuse(output, different_settings(before["settings"], settings))
+    changed = different_settings(before["settings"], settings) if checkpoint is not None else []
+    refuse(output, [one for one in changed if one.key not in REMEDIES])
     setup = prepare(config, world)
     student, objective = setup.student, setup.objective
     module = StudentWithLoss(student, objective)
+    hashes = hash_keys(setup.samples.index.column("key").take(setup.joined.rows))
     if checkpoint is not None:
-        refuse(output, different_contents(before, setup.contents))
+        repaired = partial(is_repaired, output, setup.samples)
+        changed += accepted_contents(output, before, setup.contents, changed, repaired)
+        logger.info("%s: resuming after step %d", output, progress.step)
+        for one in changed:
+            logger.warning("%s: %s", output, one)
+        moved = before["kept_hash"] != setup.contents["kept_hash"]
+        hashes = resume_order(output, setup.order, hashes, before, progress.step, moved=moved)
         load_weights(checkpoint, module)
         if objective.shrinkage is not None:
             load_shrinkage(checkpoint, objective.shrinkage)
-        logger.info("%s: resuming after step %d", output, progress.step)
+    changes = [*before.get("changes", []), *(f"after step {progress.step}: {one}" for one in changed)]
     sizes = _sizes(setup)
     holdout = setup.holdout_batches(world)
     if world.is_main:
-        _begin(output, dump_config(config), rejection_lines(setup.joined.too_long))
+        _begin(output, dump_config(config), rejection_lines(setup.joined.too_long), hashes)
     optim, micro_size = config.optim, config.batch.micro_size
     micro_steps = config.batch.global_size // (micro_size * world.size)
     with ExitStack() as stack:
@@ -119,7 +138,9 @@ def _train(config: TrainConfig, settings: dict[str, Any], output: Path, world: W
             log = stack.enter_context(MetricsLog(output, progress.step, track))
 
         def save(now: Progress) -> None:
-            identity = {"settings": settings, **setup.contents}
+            order = setup.order
+            place = {"offset": order.offset, "mark": asdict(order.mark(order.position(now.step)))}
+            identity = {"settings": settings, **setup.contents, **place, "changes": changes}
             save_checkpoint(
                 output,
                 engine,
@@ -169,11 +190,12 @@ def _train(config: TrainConfig, settings: dict[str, Any], output: Path, world: W
                 samples=len(setup.joined.rows),
                 digests={"set": setup.contents["set_digest"], "teacher cache": setup.contents["cache_digest"]},
                 metrics=end.progress.entry,
+                changes=changes,
             )
             _export(output, engine, setup, empty, card, world, config.image_aspect, unsaved)
     summary = _summary(config.stage, output, setup, end, sizes)
     if world.is_main and summary.finished:
-        write_summary(output, summary, settings, setup.contents)
+        write_summary(output, summary, settings, setup.contents, changes)
         if not config.save_steps:
             shutil.rmtree(checkpoint_folder(output), ignore_errors=True)
     world.barrier()
@@ -190,7 +212,7 @@ def _save_last(save: Callable[[Progress], None], progress: Progress) -> ConfigEr
     return None
 
 
-def _begin(output: Path, config: str, rejected: str) -> None:
+def _begin(output: Path, config: str, rejected: str, hashes: Hashes) -> None:
     """Make the output folder and remove what a killed run left incomplete. Errors: `ConfigError`."""
     student = output / STUDENT_NAME
     if student.exists() and not (output / METRICS_NAME).is_file():
@@ -201,6 +223,8 @@ def _begin(output: Path, config: str, rejected: str) -> None:
         atomic.remove_leftovers(output, STUDENT_NAME)
         atomic.remove_leftovers(checkpoint_folder(output), "step-*")
         atomic.write_file(output / CONFIG_NAME, config)
+        write_hashes(output, hashes)
+        (output / REJECTED_NAME).unlink(missing_ok=True)
         if rejected:
             atomic.write_file(output / REJECTED_NAME, rejected)
     except OSError as error:

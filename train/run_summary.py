@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,13 +46,19 @@ class TrainSummary:
 
 
 def write_summary(
-    output: Path, summary: TrainSummary, settings: Mapping[str, Any], contents: Mapping[str, Any]
+    output: Path,
+    summary: TrainSummary,
+    settings: Mapping[str, Any],
+    contents: Mapping[str, Any],
+    changes: Sequence[str],
 ) -> None:
     """Write the summary of a finished run, with the settings and the digests of the contents that made it.
 
+    `changes`: what changed when it was resumed, and after which step.
+
     Errors: `ConfigError` if the disk is full.
     """
-    content = asdict(summary) | {"settings": settings, "contents": contents}
+    content = asdict(summary) | {"settings": settings, "contents": contents, "changes": list(changes)}
     file = output / SUMMARY_NAME
     try:
         atomic.write_file(file, json.dumps(content, indent=2) + "\n")
@@ -77,6 +83,7 @@ def finished_summary(
     try:
         content = json.loads(file.read_bytes())
         before, made_from = content.pop("settings"), content.pop("contents", {})
+        content.pop("changes", None)
         student = output / Path(content["student"]).name
         # The folder may have been renamed since.
         summary = TrainSummary(**content | {"output": str(output), "student": str(student)})

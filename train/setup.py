@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from llavamod_offline.models.checkpoint import sequence_encoder, vocabulary_size
 from train.config import TrainConfig
 from train.data.batches import Loader, TrainBatch
 from train.data.join import MISMATCHED, Join, join
+from train.data.lengths import sequence_lengths
 from train.data.mismatched_check import check_pairs
 from train.data.prefetch import Prefetch
 from train.data.sample_order import make_order, order_settings
@@ -45,6 +47,7 @@ _MOST_WORKERS = 8
 class Setup:
     """A run that is ready to start; `contents` are the digests that a checkpoint to resume from must match."""
 
+    samples: SampleSet
     student: LlavaForConditionalGeneration
     source: StudentSource
     template: Template
@@ -53,10 +56,18 @@ class Setup:
     joined: Join
     order: Order
     micro_size: int
-    steps: int
+    given_steps: int | None
+    epochs: int
     zero_stage: int
     dtype: torch.dtype
     contents: dict[str, Any]
+
+    @property
+    def steps(self) -> int:
+        """The number of optimiser steps: the configured one, or as many as the epochs take."""
+        return self.given_steps or ceil(
+            (self.epochs * self.order.per_epoch - self.order.offset) / self.order.batch_size
+        )
 
     def micro_batches(self, world: World, start: int) -> Generator[TrainBatch]:
         """Yield this process's micro-batches from step `start` on; always close the generator."""
@@ -95,6 +106,13 @@ def named_contents(config: TrainConfig) -> dict[str, Any]:
     }
 
 
+def settings_digest(fingerprint: Mapping[str, Any]) -> str:
+    """Hash what a cache was made with, but not the data that it is of."""
+    from teacher_cache.format.manifest import canonical, sha256_bytes
+
+    return sha256_bytes(canonical({name: part for name, part in fingerprint.items() if name not in ("data", "engine")}))
+
+
 def prepare(config: TrainConfig, world: World) -> Setup:
     """Open set, cache and checkpoint, join them, and make the student, without writing anything.
 
@@ -122,7 +140,16 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         missing=config.cache.missing,
         holdout=config.data.holdout,
         seed=config.seed,
-        encoder=encoder if config.data.too_long == "drop" else None,
+        lengths=partial(
+            sequence_lengths,
+            samples,
+            roles=config.roles,
+            encoder=encoder,
+            workers=_workers(config, world),
+            world=world,
+        ),
+        max_length=config.max_length,
+        too_long=config.data.too_long,
     )
     if cache is not None and MISMATCHED in config.roles:
         check_pairs(samples, cache, joined.rows, encoder, swap)
@@ -166,8 +193,8 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         pin_memory=world.device.type == "cuda",
         prefetch=Prefetch(order, samples, cache),
     )
-    steps = config.steps or ceil(config.epochs * order.per_epoch / config.batch.global_size)
     return Setup(
+        samples=samples,
         student=student,
         source=source,
         template=template,
@@ -184,12 +211,14 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         joined=joined,
         order=order,
         micro_size=config.batch.micro_size,
-        steps=steps,
+        given_steps=config.steps,
+        epochs=config.epochs,
         zero_stage=zero_stage,
         dtype=dtype,
         contents={
             "set_digest": samples.digest,
             "cache_digest": None if cache is None else cache.digest,
+            "cache_settings": None if cache is None else settings_digest(cache.fingerprint),
             "start_digest": start_digest(config.student),
             "kept_hash": joined.kept_hash,
             "order": settings.describe(),

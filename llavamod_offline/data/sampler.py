@@ -30,6 +30,7 @@ _T = TypeVar("_T")
 _MASK = 2**64 - 1
 _GAMMA = 0x9E3779B97F4A7C15
 _SHARDS, _COPIES, _BATCHES = 1, 2, 3  # kinds of hashed numbers other than samples
+_COPY_STEP = 2**40  # between the hashed numbers of a sample's copies, where samples have numbers of their own
 _GROUPED_BATCHES = 64  # this many batches are sorted by length together
 
 
@@ -43,12 +44,24 @@ class Weights:
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of the stream, `start` … `stop` − 1, whose samples lie in `shards`."""
+    """A stretch of the stream, `start` … `stop` − 1, whose samples lie in `shards`; `number`: from 0 in its epoch."""
 
     epoch: int
     start: int
     stop: int
     shards: Rows
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A position in the stream: epoch, number of the window in it, elements before it in the window, and the hash of
+    the last of them in the order of hashes (−1: there is none)."""
+
+    epoch: int
+    window: int
+    inside: int
+    last: int
 
 
 class Order:
@@ -58,6 +71,9 @@ class Order:
     `lengths_N`: of the samples, in any unit, if batches are to hold similar lengths.
     With weight w an epoch holds each sample of a source ⌊w⌋ times, and some once more, so that the total is w times
     their number, rounded, and at least 1; which ones changes from epoch to epoch.
+    Samples are shuffled by hashes of their numbers, 0 … n − 1 unless `renumber` gives others. If samples are taken out
+    or added and the others keep their numbers, these stay in the same order. An `offset` shifts the steps: step `s`
+    takes the elements from `s·G + offset` on.
     Errors: `ConfigError` if no samples are left, or a number is out of range.
     """
 
@@ -78,6 +94,8 @@ class Order:
             raise ConfigError(f"window {window}: must not be negative")
         self.n, self.seed, self.batch_size, self.window = n, seed, batch_size, window
         self.lengths_N = lengths_N
+        self.offset = 0
+        self._numbers_N: NDArray[np.integer] | None = None
         shards_N = np.zeros(n, np.int64) if shards_N is None else shards_N
         changes = np.ones(n, np.bool_)
         np.not_equal(shards_N[1:], shards_N[:-1], out=changes[1:])
@@ -93,10 +111,47 @@ class Order:
 
     def batch(self, step: int) -> Rows:
         """The places of one step (from 0), over all ranks; by decreasing length if lengths are known."""
-        places = self.places(step * self.batch_size, (step + 1) * self.batch_size)
+        places = self.places(self.position(step), self.position(step + 1))
         if self.lengths_N is not None:
             places = places[np.argsort(-self.lengths_N[places].astype(np.int64), kind="stable")]
         return places
+
+    def renumber(self, numbers_N: NDArray[np.integer], offset: int = 0) -> None:
+        """Give the samples other numbers, and the steps another offset."""
+        self._numbers_N, self.offset = numbers_N, offset
+        self._layouts, self._shuffled = {}, {}
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether `find` finds exactly what a mark says."""
+        return self.lengths_N is None and self._copies is None
+
+    def position(self, step: int) -> int:
+        """The element of the stream with which a step begins."""
+        return step * self.batch_size + self.offset
+
+    def mark(self, position: int) -> Mark:
+        """Describe a position so that it can be found again after samples were taken out or added."""
+        window = self.window_at(position)
+        inside = position - window.start
+        hashes = np.sort(self._entry_hashes(window)[1])
+        return Mark(window.epoch, window.number, inside, int(hashes[inside - 1]) if inside else -1)
+
+    def find(self, mark: Mark) -> int:
+        """The position of a mark: what came before it, as far as it is left, comes before it here too.
+
+        Exactly so if samples kept their numbers and their windows; with lengths or weights only as many came before it.
+        """
+        layout = self._layout(mark.epoch)
+        start = mark.epoch * self.per_epoch
+        if mark.window >= len(layout.window_ends):
+            return start + self.per_epoch
+        first = int(layout.window_ends[mark.window - 1]) if mark.window else 0
+        window = self.window_at(start + first)
+        if not self.is_exact:
+            return min(window.start + mark.inside, window.stop)
+        hashes = self._entry_hashes(window)[1]
+        return window.start + int((hashes <= np.uint64(mark.last)).sum()) if mark.inside else window.start
 
     def places(self, start: int, stop: int) -> Rows:
         """Elements `start … stop − 1` of the endless stream."""
@@ -116,7 +171,7 @@ class Order:
         size = self.window or len(layout.order)
         inside = np.sort(layout.order[number * size : (number + 1) * size])
         start = epoch * self.per_epoch
-        return Window(epoch, start + first, start + int(layout.window_ends[number]), inside)
+        return Window(epoch, start + first, start + int(layout.window_ends[number]), inside, number)
 
     def _layout(self, epoch: int) -> _Layout:
         def make() -> _Layout:
@@ -140,15 +195,24 @@ class Order:
 
     def _window_places(self, window: Window) -> Rows:
         def make() -> Rows:
-            layout = self._layout(window.epoch)
-            numbers = np.searchsorted(self._shards, window.shards)
-            pieces = [self._shard_places(layout, number) for number in numbers.tolist()]
-            entries = [np.arange(layout.begins[number], layout.begins[number + 1]) for number in numbers.tolist()]
-            places, inputs = np.concatenate(pieces), np.concatenate(entries)
-            places = places[np.argsort(_hashes(inputs, self.seed, window.epoch))]
+            places, hashes = self._entry_hashes(window)
+            places = places[np.argsort(hashes)]
             return places if self.lengths_N is None else self._grouped(places, window, self.lengths_N)
 
         return _kept(self._shuffled, (window.epoch, window.start), make)
+
+    def _entry_hashes(self, window: Window) -> tuple[Rows, NDArray[np.uint64]]:
+        """The places of a window, shard by shard with their copies, and the hashes that shuffle them."""
+        layout = self._layout(window.epoch)
+        numbers = np.searchsorted(self._shards, window.shards)
+        places = np.concatenate([self._shard_places(layout, number) for number in numbers.tolist()])
+        if self._numbers_N is None:
+            inputs = np.concatenate([np.arange(layout.begins[n], layout.begins[n + 1]) for n in numbers.tolist()])
+        else:
+            firsts = np.flatnonzero(np.diff(places, prepend=-1))
+            copies = np.arange(len(places)) - np.repeat(firsts, np.diff(np.append(firsts, len(places))))
+            inputs = self._numbers_N[places] + copies * _COPY_STEP
+        return places, _hashes(inputs, self.seed, window.epoch)
 
     def _shard_places(self, layout: _Layout, number: int) -> Rows:
         first, end = int(self._firsts[number]), int(self._ends[number])
@@ -159,7 +223,7 @@ class Order:
         """Sort by length within every 64 of the window's complete batches, and shuffle these batches."""
         size = self.batch_size
         places = places.copy()
-        first = -window.start % size
+        first = (self.offset - window.start) % size
         last = first + max(0, len(places) - first) // size * size
         for start in range(first, last, _GROUPED_BATCHES * size):
             stop = min(start + _GROUPED_BATCHES * size, last)

@@ -15,6 +15,7 @@ from llavamod_offline.demo.scheduler import Step, run_steps
 from llavamod_offline.errors import ConfigError, ModelError
 from llavamod_offline.progress import ProgressBar
 from llavamod_offline.storage.atomic import write_file
+from llavamod_offline.storage.lock import locked_beside
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,12 @@ def run_demo(output: Path, *, quick: bool = False, seed: int = 1) -> Path:
     """
     if not (TEACHER / "config.json").exists():
         raise ModelError(f"{TEACHER}: the toy teacher is missing: reinstall the project")
+    with locked_beside(output):
+        return _run(output, quick, seed)
+
+
+def _run(output: Path, quick: bool, seed: int) -> Path:
+    """Run the demo into `output`; see `run_demo`."""
     _clear(output)
     started = time.monotonic()
     steps = demo_steps(quick=quick, seed=seed)

@@ -13,6 +13,7 @@ from llavamod_offline.errors import CacheError, ConfigError
 from llavamod_offline.models.device import pick_device
 from llavamod_offline.progress import ProgressBar
 from llavamod_offline.signals import keeping
+from llavamod_offline.storage.lock import LOCK_NAME, locked
 from teacher_cache.capture.pipeline import capture_shards
 from teacher_cache.capture.rejection_limit import Reason, Rejected
 from teacher_cache.capture_setup import CaptureSetup, prepare_capture
@@ -62,15 +63,26 @@ def run_capture(
 
     `allow` names fingerprint fields that may differ from those of an unfinished cache. `load` gives the engine, if any
     shard is to be captured in this process.
-    Errors: a `LlavaModError` before anything is written, if set, teacher, settings and existing cache do not fit
-    together; later only if disk or device memory runs out, a shard kills workers on Ray, or more is rejected than
-    `max_rejected` allows. The cache can always be resumed.
+    Errors: `ConfigError` if another process writes the cache, or this slice of it; a `LlavaModError` before anything
+    is written, if set, teacher, settings and existing cache do not fit together; later only if disk or device memory
+    runs out, a shard kills workers on Ray, or more is rejected than `max_rejected` allows. The cache can always be
+    resumed.
     """
-    started = time.perf_counter()
     if config.output_set is not None:
         raise ConfigError("output_set belongs to `cache-teacher generate`: remove it, or run that command")
     if not config.engine.ray:  # Ray's workers have devices of their own
         pick_device(config.device)
+    part, parts = config.part
+    name = LOCK_NAME if parts == 1 else f"{LOCK_NAME}-{part}-of-{parts}"  # slices run side by side
+    with locked(config.output, name):
+        return _capture(config, allow, load)
+
+
+def _capture(
+    config: CacheTeacherConfig, allow: Sequence[str], load: Callable[[CaptureSetup], CaptureEngine]
+) -> Summary:
+    """Capture what is missing; see `run_capture`."""
+    started = time.perf_counter()
     sequences = positions = 0
     rejected = Rejected()
     with ExitStack() as stack:

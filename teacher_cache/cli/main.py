@@ -185,7 +185,7 @@ def verify(
       cache-teacher verify s3://bucket/captions --json
       cache-teacher verify caches/captions --repair && cache-teacher run capture.yaml
 
-    Only --repair changes anything, and lists what it removes; do not use it while a run writes the cache.
+    Only --repair changes anything, and lists what it removes; it refuses a cache that a run is writing.
     """
     if repair:
         from teacher_cache.verify.repair import repair_cache, repair_lines

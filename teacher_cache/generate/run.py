@@ -21,6 +21,7 @@ from llavamod_offline.models.device import pick_device
 from llavamod_offline.progress import ProgressBar
 from llavamod_offline.signals import keeping
 from llavamod_offline.storage.folders import is_url
+from llavamod_offline.storage.lock import locked
 from teacher_cache.capture.run import Summary, run_capture
 from teacher_cache.capture_setup import CaptureSetup, prepare_capture
 from teacher_cache.config import CacheTeacherConfig, GenerateConfig
@@ -63,9 +64,16 @@ def generate(config: CacheTeacherConfig, *, allow: Sequence[str] = ()) -> Genera
     Errors: a `LlavaModError` before anything is written, if set, teacher and settings do not fit one another, or what
     lies at `output_set`; `DataError` if more than `max_rejected` of the answers are rejected; those of `run_capture`.
     """
-    started = time.perf_counter()
     _check(config)
     pick_device(config.device)
+    target = Path(str(config.output_set)).absolute()
+    with locked(target.parent, f".{target.name}.answers.lock", output=config.output_set):
+        return _generate(config, allow)
+
+
+def _generate(config: CacheTeacherConfig, allow: Sequence[str]) -> Generation:
+    """Answer, pack and capture; see `generate`."""
+    started = time.perf_counter()
     setup = prepare_capture(**config.setup_values)
     check_allowed(allow, setup.fingerprint)
     _check_samples(setup.samples)

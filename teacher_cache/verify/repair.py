@@ -7,7 +7,8 @@ from pathlib import Path
 
 from llavamod_offline.errors import CacheError
 from llavamod_offline.plural import counted
-from llavamod_offline.storage.folders import open_folder
+from llavamod_offline.storage.folders import Folder, open_folder
+from llavamod_offline.storage.lock import check_unlocked, locked
 from teacher_cache.format.manifest import (
     CACHE_NAME,
     JOB_NAME,
@@ -18,7 +19,7 @@ from teacher_cache.format.manifest import (
     job_content,
     sha256_bytes,
 )
-from teacher_cache.verify.cache import examine
+from teacher_cache.verify.cache import Findings, examine
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,18 @@ class Repair:
 def repair_cache(where: Path | str) -> Repair:
     """Remove a cache's damaged shards, what depends on them, leftovers of killed writers and strays in `shards/`.
 
-    Restores a damaged `job.json` from `cache.json`. Do not use it while a run writes the cache.
-    Errors: `CacheError` if the cache is missing or cannot be written, or both `job.json` and `cache.json` are damaged.
+    Restores a damaged `job.json` from `cache.json`.
+    Errors: `ConfigError` while a run writes the cache; `CacheError` if the cache is missing or cannot be written, or
+    both `job.json` and `cache.json` are damaged.
     """
-    folder = open_folder(where)
-    findings = examine(folder, unfinished=True)
+    check_unlocked(where)
+    findings = examine(open_folder(where), unfinished=True)
+    with locked(where):
+        return _repair(open_folder(where), findings)
+
+
+def _repair(folder: Folder, findings: Findings) -> Repair:
+    """Remove and restore what the findings say; see `repair_cache`."""
     restored, removed = [], []
     try:
         if findings.job is None:

@@ -18,6 +18,7 @@ from llavamod_offline.errors import CacheError, ConfigError
 from llavamod_offline.progress import track
 from llavamod_offline.signals import keeping
 from llavamod_offline.storage.folders import open_folder
+from llavamod_offline.storage.lock import locked
 from llavamod_offline.storage.walk import walk_files
 from teacher_cache.fingerprint import check_allowed, differences, flatten
 from teacher_cache.format.manifest import MANIFEST_NAME, SHARDS_NAME, canonical
@@ -64,6 +65,12 @@ def merge_caches(caches: Sequence[TeacherCache], output: str, *, allow: Sequence
     """
     if len(caches) < 2:
         raise ConfigError("merge: pass at least two caches")
+    with locked(output):
+        return _merge(caches, output, allow)
+
+
+def _merge(caches: Sequence[TeacherCache], output: str, allow: Sequence[str]) -> Merged:
+    """Merge the caches; see `merge_caches`."""
     _check_fingerprints(caches, allow)
     _check_keys(caches)
     shards = list(named_shards(caches))

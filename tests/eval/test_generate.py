@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from eval.score import score_task, sidecar
 from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.sample import Turn
 from llavamod_offline.errors import ConfigError, EvalError, ModelError
+from llavamod_offline.storage.lock import LOCK_NAME, locked
 from tests.eval.fixtures import gqa_root, pope_root, write_image
 from tests.tiny import write_tiny_llava
 
@@ -164,6 +166,45 @@ def test_several_benchmarks_in_one_run(model: Path, tmp_path: Path) -> None:
     paths = generate(replace(config(model, root, tmp_path / "out"), tasks=["gqa", "pope"]))
     assert sorted(paths) == ["gqa", "pope"]
     assert score_task("gqa", root, paths["gqa"]).n == 1
+
+
+def test_repeated_predictions_are_repaired_and_score_agrees(model: Path, tmp_path: Path) -> None:
+    root = pope_root(tmp_path / "data")
+    path = generate(config(model, root, tmp_path / "out"))["pope"]
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines, *lines[3:9]]))
+    before = score_task("pope", root, path)
+    generate(config(model, root, tmp_path / "out"))
+    assert path.read_bytes() == whole
+    assert score_task("pope", root, path) == before
+    path.write_bytes(whole + lines[0].replace(b'"text": "', b'"text": "not '))
+    for command in (lambda: generate(config(model, root, tmp_path / "out")), lambda: score_task("pope", root, path)):
+        with pytest.raises(EvalError, match="lines 1 and 13 are different predictions for '1'"):
+            command()
+
+
+def test_a_second_command_on_the_output_is_refused(model: Path, tmp_path: Path) -> None:
+    root, output = pope_root(tmp_path / "data"), tmp_path / "out"
+    with locked(output / "pope"), pytest.raises(ConfigError, match=f"^output: {output}/pope is in use by process "):
+        generate(config(model, root, output))
+    with locked(output / "gqa"):  # another benchmark in the same output
+        path = generate(config(model, root, output))["pope"]
+    assert not (path.parent / LOCK_NAME).exists()
+
+
+def test_a_complete_output_of_another_model_is_refused_and_of_the_same_elsewhere_is_not(
+    model: Path, tmp_path: Path
+) -> None:
+    root = pope_root(tmp_path / "data")
+    path = generate(config(model, root, tmp_path / "out"))["pope"]
+    before = path.read_bytes()
+    generate(config(Path(shutil.copytree(model, tmp_path / "moved")), root, tmp_path / "out"))
+    assert path.read_bytes() == before
+    other = write_tiny_llava(tmp_path / "other", seed=5)
+    message = r'was generated with max_new_tokens 6, not 5; model "student", not "other"; model_sha256 "'
+    with pytest.raises(EvalError, match=message):
+        generate(replace(config(other, root, tmp_path / "out"), max_new_tokens=5))
 
 
 def test_bad_settings_are_one_line_errors(model: Path, tmp_path: Path) -> None:

@@ -99,6 +99,22 @@ def test_vlmevalkits_tables_are_read(tmp_path: Path) -> None:
         read_predictions(path, "mmbench")
 
 
+def test_repeated_lines_are_left_out_and_contradicting_ones_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two commands on one output, or a file put together by hand."""
+    others = [line(id=str(number), text=f"t{number}") for number in range(2, 5)]
+    path = written(tmp_path / "a.jsonl", line(), *others, line(), b"", *others[::-1], line())
+    assert [prediction.id for prediction in read_predictions(path, "pope")] == ["1", "2", "3", "4"]
+    assert "5 repeated line(s) left out" in caplog.text
+    for change in ({"text": "No"}, {"n_tokens": 2}, {"prompt": "Other"}):
+        written(path, line(), *others, line(), line(id="3", **change))
+        with pytest.raises(EvalError, match=rf"^{path}: lines 3 and 6 are different predictions for '3': remove one "):
+            read_predictions(path, "pope")
+    theirs = b'{"question_id": 3, "prompt": "Q", "text": "No"}'
+    assert len(read_predictions(written(path, theirs, theirs), "pope")) == 2  # several questions may share an id
+
+
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), st.integers(0, 10**6))
 def test_what_is_written_is_read_again(text: str, tokens: int) -> None:
     import tempfile

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llavamod_offline.config import load_config
+from llavamod_offline.storage.disk_cache import FOLDER_VARIABLE
 from teacher_cache.capture.run import run_capture
 from teacher_cache.config import CacheTeacherConfig
 from tests.tiny import write_tiny_llava, write_tiny_set
@@ -89,6 +90,12 @@ def wait_for_lines(file: Path, lines: int) -> None:
     while not file.is_file() or len(file.read_text().splitlines()) < lines:
         assert time.monotonic() < deadline, f"{file} never had {lines} lines"
         time.sleep(0.002)
+
+
+@pytest.fixture(autouse=True)
+def _own_staging(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep measured lengths out of the user's folder, and those of other test sessions out of this one."""
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path_factory.getbasetemp() / "staging"))
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import LlavaModError, ModelError
 from llavamod_offline.models.checkpoint import load_llava, load_tokenizer
-from tests.tiny import tiny_image, tiny_samples
+from tests.tiny import break_image, tiny_image, tiny_samples, write_tiny_set
 from tests.train.conftest import World
 from tests.train.reference import Reader, read_metrics, train_plainly
 from train.run import train
@@ -153,7 +153,10 @@ def test_workers_change_nothing(world: World, tmp_path: Path) -> None:
 
 
 def test_an_error_in_a_worker_is_one_line(world: World, tmp_path: Path) -> None:
+    data = write_tiny_set(tmp_path / "set", 24)
+    for row in (0, 1, 2, 4, 5, 6, 8):
+        break_image(data, row)
     for workers in (0, 1):
-        with pytest.raises(LlavaModError, match="more than max_length 40") as caught:
-            train(world.config("sft", tmp_path / "run", "max_length=40", f"workers={workers}"))
+        with pytest.raises(LlavaModError, match=r"cannot be decoded: .*: pack the set again") as caught:
+            train(world.config("sft", tmp_path / "run", f"data.set={data}", f"workers={workers}"))
         assert "\n" not in str(caught.value)

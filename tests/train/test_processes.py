@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,10 +14,14 @@ import pytest
 import torch
 
 from llavamod_offline.config import dump_config
+from llavamod_offline.data.pack.pack import write_set
+from llavamod_offline.data.sampler import Order
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.models.checkpoint import load_llava
 from tests.processes import script, start
+from tests.tiny import break_image, tiny_samples
 from tests.train.conftest import World, wait_for_lines
+from tests.train.data.test_lengths import lengthened
 from tests.train.reference import read_metrics
 from train.checkpoint import latest_checkpoint
 from train.config import TrainConfig
@@ -62,6 +67,7 @@ def test_two_processes_equal_one_which_can_go_on_for_them(
     train(world.config(stage, tmp_path / "one", *settings))
     assert_equal_runs(tmp_path / "two", tmp_path / "one")
     (tmp_path / "two" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-00000010")
     train(config)
     assert_equal_runs(tmp_path / "two", tmp_path / "one")
 
@@ -123,6 +129,37 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     students = [load_llava(run / "student").state_dict() for run in (one, other)]
     for name, tensor in students[0].items():
         torch.testing.assert_close(students[1][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_measuring_and_stop_together_at_a_bad_sample(world: World, tmp_path: Path) -> None:
+    """Both drop what either has found too long; the one whose image is damaged stops both, with a checkpoint."""
+    samples = tiny_samples(24)
+    for row in (3, 10, 17):
+        samples[row] = lengthened(samples[row], 60)
+    write_set(samples, tmp_path / "set")
+    settings = (
+        f"data.set={tmp_path / 'set'}",
+        "max_length=140",
+        "data.too_long=drop",
+        "steps=10",
+        "batch.micro_size=2",
+    )
+    done = run_two(world.config("sft", tmp_path / "two", *settings), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert train(world.config("sft", tmp_path / "one", *settings)).samples == 21
+    assert_equal_runs(tmp_path / "two", tmp_path / "one")
+    kept = [row for row in range(24) if row not in (3, 10, 17)]
+    row = kept[int(Order(21, seed=0, batch_size=8).batch(2)[-1])]
+    assert samples[row].images
+    break_image(tmp_path / "set", row)
+    stopped = run_two(world.config("sft", tmp_path / "stopped", *settings), tmp_path)
+    assert stopped.returncode != 0
+    assert f"error: image '{samples[row].key} image 0': cannot be decoded: " in stopped.stderr
+    assert [path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["step-00000002"]
+    write_set(samples, tmp_path / "set", overwrite=True)
+    assert train(world.config("sft", tmp_path / "stopped", *settings)).finished
+    assert_equal_runs(tmp_path / "stopped", tmp_path / "one")
 
 
 @pytest.mark.parametrize(

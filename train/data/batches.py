@@ -122,14 +122,14 @@ class Loader:
             self._settings |= {
                 "prefetch_factor": 4,
                 "multiprocessing_context": "fork",
-                "worker_init_fn": _begin_worker,
+                "worker_init_fn": begin_worker,
             }
 
     def batches(self, schedule: BatchSchedule | Sequence[list[int]]) -> Generator[TrainBatch]:
         """Yield the micro-batches of a schedule of indices into `rows`; closing the generator ends the workers."""
         follows = isinstance(schedule, BatchSchedule)
         dataset = self._dataset if follows else replace(self._dataset, scattered=True)
-        loader = DataLoader(dataset, batch_sampler=schedule, collate_fn=_as_it_is, **self._settings)  # type: ignore[arg-type]
+        loader = DataLoader(dataset, batch_sampler=schedule, collate_fn=as_it_is, **self._settings)
         batches: Iterator[Any] = iter(loader)  # forks the workers: must precede any thread
         if self._prefetch is not None and isinstance(schedule, BatchSchedule):
             batches = self._prefetch.around(batches, schedule)
@@ -189,7 +189,13 @@ class _Micro(Dataset[TrainBatch]):
         for sample in samples:
             own.append([next(slices) for _ in sample.images])
             for number, (encoded, out_HW3) in enumerate(zip(sample.images, own[-1], strict=True)):
-                self.images.pixel_bytes(encoded, out_HW3, name=f"{sample.key} image {number}")
+                try:
+                    self.images.pixel_bytes(encoded, out_HW3, name=f"{sample.key} image {number}")
+                except DataError as error:
+                    raise DataError(
+                        f"{error}: pack the set again with this image repaired or without the sample, and rerun to "
+                        "resume from the last checkpoint"
+                    ) from error
         return own
 
     def _batch(
@@ -230,8 +236,8 @@ class _Micro(Dataset[TrainBatch]):
             )
 
 
-def _begin_worker(worker: int) -> None:
-    """Ignore Ctrl-C and SIGTERM, which may reach all processes: the main process ends the workers.
+def begin_worker(worker: int) -> None:
+    """Begin a worker: ignore Ctrl-C and SIGTERM, which may reach all processes: the main process ends the workers.
 
     Freeze inherited objects too: destroying one that owns a thread, such as a process group, fails after a fork.
     """
@@ -240,5 +246,6 @@ def _begin_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _as_it_is(batch: TrainBatch | LlavaModError) -> TrainBatch | LlavaModError:
-    return batch
+def as_it_is(made: Any) -> Any:
+    """Collate nothing: a worker makes whole batches, or an error."""
+    return made

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,12 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from llavamod_offline.data.encode.tokenize import SequenceEncoder
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import DataError
 
 if TYPE_CHECKING:
-    from llavamod_offline.progress import track
+    pass
 from teacher_cache.read.reader import TeacherCache
 
 MISMATCHED = "mismatched"
@@ -54,13 +53,16 @@ def join(
     missing: str,
     holdout: int,
     seed: int,
-    encoder: SequenceEncoder | None = None,
+    lengths: Callable[[NDArray[np.bool_]], NDArray[np.int64]] | None = None,
+    max_length: int = 0,
+    too_long: str = "error",
 ) -> Join:
     """Choose the rows of a set to use: with a cache, those that have a record for every role.
 
-    `missing`: `error` or `drop`. `holdout` rows are chosen by a hash of (seed, key). With an `encoder`, samples of more
-    tokens than its `max_length` are skipped.
-    Errors: `DataError` if samples are of the wrong kind, lack a record (`error`), or nothing is left to train on.
+    `missing`, `too_long` (samples of more than `max_length` tokens): `error` or `drop`. `lengths` measures the rows
+    that are kept so far (None: no sample is too long). `holdout` rows are chosen by a hash of (seed, key).
+    Errors: `DataError` if samples are of the wrong kind, lack a record or are too long (`error`), or nothing is left to
+    train on.
     """
     _check_kind(samples, roles)
     keys = samples.index.column("key")
@@ -71,8 +73,8 @@ def join(
     if cache is not None:
         _report_missing(samples, np.flatnonzero(~kept), str(cache.path), missing)
     absent = len(samples) - int(kept.sum())
-    too_long = _too_long(samples, kept, roles, encoder) if encoder is not None else {}
-    kept[list(too_long)] = False
+    long = {} if lengths is None else _too_long(samples, lengths(kept), int(kept.sum()), max_length, too_long)
+    kept[list(long)] = False
     rows = np.flatnonzero(kept)
     if len(rows) <= holdout:
         raise DataError(
@@ -85,7 +87,7 @@ def join(
         rows=np.flatnonzero(kept) if holdout else rows,
         holdout=held,
         missing=absent,
-        too_long=tuple((samples.key_of(row), reason) for row, reason in too_long.items()),
+        too_long=tuple((samples.key_of(row), reason) for row, reason in long.items()),
         kept_hash=_hash_of_keys(keys, kept),
         records=records,
     )
@@ -119,32 +121,26 @@ def _report_missing(samples: SampleSet, absent: NDArray[np.int64], cache: str, p
 
 
 def _too_long(
-    samples: SampleSet, kept: NDArray[np.bool_], roles: Sequence[str], encoder: SequenceEncoder
+    samples: SampleSet, lengths_N: NDArray[np.int64], used: int, max_length: int, policy: str
 ) -> dict[int, str]:
-    """Find samples of more than `max_length` tokens. A text has at most one token per byte, so few are tokenized."""
-    template = encoder.template
-    around = (*template.system, *template.user_prefix, *template.assistant_prefix)
-    wording = sum(len(segment.text.encode()) for segment in around)
-    wording += sum(len(text.encode()) for text in (template.answer_prefix, template.end, template.separator))
-    texts = pc.struct_field(pc.list_element(samples.index.column("members"), 0), "size").to_numpy()
-    turns = samples.index.column("n_turns").to_numpy() + 1
-    images = samples.index.column("n_images").to_numpy()
-    bounds = texts + turns * wording + images * encoder.image_tokens
-    if MISMATCHED in roles:  # its response comes from another sample
-        bounds = bounds + texts.max()
-    candidates = np.flatnonzero(kept & (bounds > encoder.max_length)).tolist()
-    found: dict[int, str] = {}
-    for row in track(candidates, "lengths", "sample"):
-        sample = samples.read(row, scattered=True)
-        for role in roles:
-            try:
-                encoder.encode(sample, role)
-            except DataError as error:
-                found[row] = str(error)
-    if found:
-        logger.warning(
-            "%d of %d samples are longer than max_length %d: dropped", len(found), int(kept.sum()), encoder.max_length
+    """Find samples of more than `max_length` tokens, by row, with the reason. Errors: `DataError` (`error`)."""
+    rows = np.flatnonzero(lengths_N > max_length).tolist()
+    found = {
+        row: f"sample '{samples.key_of(row)}': {lengths_N[row]} tokens, more than max_length {max_length}"
+        for row in rows
+    }
+    if not found:
+        return found
+    longest = f"the longest has {lengths_N.max()}"
+    if policy == "error":
+        more = f"; {len(found)} of {used} samples are longer, {longest}" if len(found) > 1 else ""
+        raise DataError(
+            f"{found[rows[0]]}{more}: set data.too_long=drop to train without {'them' if more else 'it'}, or raise "
+            "max_length"
         )
+    logger.warning(
+        "%d of %d samples are longer than max_length %d (%s): dropped", len(found), used, max_length, longest
+    )
     return found
 
 

@@ -47,14 +47,14 @@ class Prefetch:
         if not self.is_needed:
             yield from batches
             return
-        size = self._order.batch_size
         with BackgroundIterator() as ahead:
             submitted: set[tuple[int, int]] = set()  # (start of a window, shard)
-            self._submit(ahead, schedule.start * size, schedule.stop * size, submitted)
+            end = self._order.position(schedule.stop)
+            self._submit(ahead, self._order.position(schedule.start), end, submitted)
             for number, batch in enumerate(batches):
                 if number % schedule.micro_batches == 0:
-                    place = (schedule.start + number // schedule.micro_batches) * size
-                    self._submit(ahead, place, schedule.stop * size, submitted)
+                    step = schedule.start + number // schedule.micro_batches
+                    self._submit(ahead, self._order.position(step), end, submitted)
                 yield batch
 
     def _submit(self, ahead: BackgroundIterator, place: int, end: int, submitted: set[tuple[int, int]]) -> None:

@@ -6,7 +6,7 @@ Data is named by digest, never by a folder of the training machine.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -55,11 +55,12 @@ def model_card(
     samples: int,
     digests: Mapping[str, str | None],
     metrics: Mapping[str, Any],
+    changes: Sequence[str] = (),
 ) -> str:
     """Return the card as Markdown.
 
     `settings`: those of the run, by dotted key; `sizes`: all parameters, and those active for a token; `metrics`: the
-    last log entry.
+    last log entry; `changes`: what changed when the run was resumed.
     """
     text, vision = model.config.text_config, model.config.vision_config
     experts = ""
@@ -92,6 +93,7 @@ def model_card(
                 _TOOLS.format(images=_IMAGES[settings["image_aspect"]]),
                 "## Settings of the stage",
                 f"```json\n{json.dumps(settings, indent=2, ensure_ascii=False)}\n```",
+                *(["Changed when the run was resumed:", "\n".join(f"- {one}" for one in changes)] if changes else []),
             ]
         )
         + "\n"

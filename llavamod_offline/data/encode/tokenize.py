@@ -108,6 +108,11 @@ class SequenceEncoder:
             )
         return TokenizedSequence(sample.key, role, ids_T, supervised_N)
 
+    def length(self, sample: Sample, role: str) -> int:
+        """Count the tokens of one role of a sample, however many they are."""
+        counts = [self.image_tokens] * len(sample.images)
+        return len(self._tokenize(self.template.render(sample.conversation(role)), counts)[0])
+
     def encode_prompt(self, turns: Sequence[Turn], image_token_counts: Sequence[int] | None = None) -> Ids:
         """Tokenize turns that end with the user, up to the start of the answer (for generation)."""
         placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)

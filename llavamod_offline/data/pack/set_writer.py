@@ -28,6 +28,7 @@ from llavamod_offline.data.sets.tar_files import Shard
 from llavamod_offline.errors import ConfigError, DataError
 from llavamod_offline.plural import counted
 from llavamod_offline.storage.atomic import aside_path, fsync_tree, new_folder, remove_leftovers
+from llavamod_offline.storage.lock import locked_beside
 
 Fitting = Callable[[Sequence[str]], str]
 
@@ -71,7 +72,8 @@ def new_set(
     """Yield the writer of the set folder `output`, which appears when the block ends without an error.
 
     `name` of the shards: by default the folder's, with the characters that it may not have written as in keys.
-    Errors: `DataError` if `output` exists (with `overwrite`: if it is not a set), or cannot be written.
+    Errors: `ConfigError` if another process writes it; `DataError` if `output` exists (with `overwrite`: if it is not
+    a set), or cannot be written.
     """
     output = Path(output) if Path(output).name not in {"", ".."} else Path(output).resolve()
     if name is None:
@@ -80,16 +82,17 @@ def new_set(
     if not KEY_PATTERN.fullmatch(name):
         raise DataError(f"set name '{name}': only letters, digits, '-' and '_' are allowed: choose another with --name")
     _check_output(output, overwrite)
-    try:
-        remove_leftovers(output.parent, output.name)
-        with new_folder(output) as folder:
-            yield SetWriter(folder, output, name, duplicate_hint, fitting)
-            displaced = _displace(output, folder)
-    except OSError as error:
-        raise DataError(f"output '{output}': cannot be written: {error.strerror or error}") from error
-    if displaced:
-        shutil.rmtree(displaced, ignore_errors=True)
-    _list_beside(output).unlink(missing_ok=True)  # of an earlier attempt that was refused
+    with locked_beside(output):
+        try:
+            remove_leftovers(output.parent, output.name)
+            with new_folder(output) as folder:
+                yield SetWriter(folder, output, name, duplicate_hint, fitting)
+                displaced = _displace(output, folder)
+        except OSError as error:
+            raise DataError(f"output '{output}': cannot be written: {error.strerror or error}") from error
+        if displaced:
+            shutil.rmtree(displaced, ignore_errors=True)
+        _list_beside(output).unlink(missing_ok=True)  # of an earlier attempt that was refused
 
 
 def _list_beside(output: Path) -> Path:

@@ -65,6 +65,7 @@ INDEX_SCHEMA = pa.schema(
 )
 
 
+_NO_IMAGE = b"\xff\xd8\xff"  # the signature of a JPEG
 _READ_COLUMNS = ("key", "parser", "source", "content_hash", "members")
 
 
@@ -192,16 +193,33 @@ class SampleSet:
         if not 0 <= row < len(self):
             raise DataError(f"set '{self.path}': has no row {row}: it holds {len(self)} samples")
         entry, ordinal, where = self._entry(row)
-        key = str(entry["key"])
-        content, *images = (self._read_bytes(ordinal, member, where, scattered) for member in entry["members"])
+        images = [self._read_bytes(ordinal, member, where, scattered) for member in entry["members"][1:]]
+        sample = self._parsed(row, entry, ordinal, where, images, scattered)
+        if verify and sample.content_hash != entry["content_hash"]:
+            raise DataError(f"{where}: its content differs from what was packed: {self.shards[ordinal].again}")
+        return sample
+
+    def read_text(self, row: int) -> Sample:
+        """Read one sample with placeholders instead of its images: its text, and how many images it has."""
+        entry, ordinal, where = self._entry(row)
+        return self._parsed(row, entry, ordinal, where, [_NO_IMAGE] * (len(entry["members"]) - 1), scattered=True)
+
+    def _parsed(
+        self, row: int, entry: dict[str, Any], ordinal: int, where: str, images: list[bytes], scattered: bool
+    ) -> Sample:
+        """Read the text of a row and make its sample, with its mismatched response if the set has those."""
+        content = self._read_bytes(ordinal, entry["members"][0], where, scattered)
         try:
             sample = sample_from_members(
-                entry["parser"], key, content, tuple(images), entry["source"], self.manifest.get("caption_prompt")
+                entry["parser"],
+                str(entry["key"]),
+                content,
+                tuple(images),
+                entry["source"],
+                self.manifest.get("caption_prompt"),
             )
         except DataError as error:
             raise DataError(f"{where}: {error}: {self.shards[ordinal].again}") from error
-        if verify and sample.content_hash != entry["content_hash"]:
-            raise DataError(f"{where}: its content differs from what was packed: {self.shards[ordinal].again}")
         if self._ring is None or not sample.is_preference:
             return sample
         return replace(sample, mismatched=self._ring.response(row, sample, self._read_responses))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from math import floor
 
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llavamod_offline.data.sampler import BatchSchedule, Order, Rows, Weights
+from llavamod_offline.data.sampler import BatchSchedule, Mark, Order, Rows, Weights
 from llavamod_offline.errors import ConfigError
 
 ROWS = st.integers(1, 60)
@@ -297,3 +298,47 @@ def test_settings_that_do_not_fit(settings: dict[str, float], problem: str) -> N
             world_size=int(given["world_size"] or 1),
             micro_batch_size=settings.get("micro_batch_size"),  # type: ignore[arg-type]
         )
+
+
+@given(
+    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=5),
+    window=st.integers(0, 3),
+    taken=st.sets(st.integers(0, 29)),
+    added=st.integers(0, 4),
+    position=st.integers(0, 70),
+    seed=st.integers(0, 3),
+)
+def test_after_a_change_of_samples_an_epoch_goes_on_with_those_not_seen(
+    sizes: list[int], window: int, taken: set[int], added: int, position: int, seed: int
+) -> None:
+    """Some samples are taken out, others come last: what was seen of the epoch is not seen again, the rest is."""
+    shard_of = [shard for shard, size in enumerate(sizes) for _ in range(size)]
+    before = Order(len(shard_of), seed=seed, batch_size=3, shards_N=np.array(shard_of), window=window)
+    left = [place for place in range(len(shard_of)) if place not in taken]
+    if {shard_of[place] for place in left} != set(shard_of):
+        return  # a shard is gone, and windows hold others
+    numbers = [*left, *range(len(shard_of), len(shard_of) + added)]
+    shards = [*(shard_of[place] for place in left), *([len(sizes) - 1] * added)]
+    after = Order(len(numbers), seed=seed, batch_size=3, shards_N=np.array(shards), window=window)
+    after.renumber(np.array(numbers))
+    mark = Mark(**json.loads(json.dumps(asdict(before.mark(position)))))
+    found = after.find(mark)
+    epoch, begin = divmod(position, before.per_epoch)[0], position // before.per_epoch * before.per_epoch
+    seen = before.places(begin, position).tolist()
+    rest = [numbers[place] for place in after.places(found, (epoch + 1) * after.per_epoch).tolist()]
+    old = [number for number in rest if number < len(shard_of)]
+    assert sorted(old) == sorted(set(left) - set(seen))
+    assert old == [place for place in before.places(position, begin + before.per_epoch).tolist() if place in left]
+    after.renumber(np.array(numbers), found - 7 * 3)
+    assert after.position(7) == found
+    assert after.batch(7).tolist() == after.places(found, found + 3).tolist()
+
+
+def test_numbers_of_ones_own_shuffle_copies_too() -> None:
+    weights = Weights(np.zeros(6, int), [2.5])
+    order = Order(6, seed=1, batch_size=2, weights=weights)
+    order.renumber(np.array([5, 9, 2, 40, 0, 7]))
+    epoch = order.places(0, order.per_epoch).tolist()
+    assert len(epoch) == 15
+    assert set(Counter(epoch).values()) == {2, 3}
+    assert order.places(15, 30).tolist() != epoch

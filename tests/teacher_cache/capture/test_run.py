@@ -22,9 +22,11 @@ from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import CacheError, ConfigError, DataError, LlavaModError, ModelError
 from llavamod_offline.models.checkpoint import load_tokenizer
+from llavamod_offline.storage.lock import LOCK_NAME, locked
 from teacher_cache.format.manifest import CACHE_NAME, file_entries
 from teacher_cache.read.reader import open_cache
 from teacher_cache.verify.cache import verify_cache
+from teacher_cache.verify.repair import repair_cache
 from teacher_cache.write import store
 from tests.teacher_cache.capture.killer import fork_server, run_and_die
 from tests.teacher_cache.conftest import World, count_reads
@@ -83,6 +85,21 @@ def test_slices_by_different_runs_make_the_same_cache(world: World, finished: Pa
     assert last.digest == open_cache(finished).digest
 
 
+def test_one_process_a_slice_and_one_a_cache(world: World, tmp_path: Path) -> None:
+    """Two of the same slice would do the same work twice; other slices go on."""
+    with locked(tmp_path / "c", f"{LOCK_NAME}-1-of-2"):
+        with pytest.raises(ConfigError, match=f"^output: {tmp_path}/c is in use by process "):
+            world.run(tmp_path / "c", "slice=1/2")
+        assert not (tmp_path / "c" / "job.json").exists()
+        assert world.run(tmp_path / "c", "slice=0/2").shards_done == 3
+        with pytest.raises(ConfigError, match="is in use by process "):
+            repair_cache(tmp_path / "c")
+    with locked(tmp_path / "c"), pytest.raises(ConfigError, match="is in use by process "):
+        world.run(tmp_path / "c")
+    assert world.run(tmp_path / "c", "slice=1/2").complete
+    assert not list((tmp_path / "c").glob(f"{LOCK_NAME}*"))
+
+
 def test_killed_between_any_two_steps_and_resumed_it_is_the_same_cache(
     world: World, small: Path, tmp_path: Path
 ) -> None:
@@ -108,7 +125,7 @@ def test_killed_between_any_two_steps_and_resumed_it_is_the_same_cache(
     for moment in sorted(moments):
         output = tmp_path / f"c{moment}"
         assert attempt(output, moment) is None
-        assert not (output / CACHE_NAME).exists()
+        assert (output / CACHE_NAME).exists() == (moment == changes)  # the last one releases the lock
         if generator.random() < 0.4:  # and once more while it resumes
             attempt(output, generator.randrange(1, middle))
         world.run(output, data=data)

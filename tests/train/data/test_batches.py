@@ -40,7 +40,7 @@ def test_samples_that_are_too_long_are_left_out_on_request(world: World, tmp_pat
     long = Sample("long", (Turn("user", "Say it."), Turn("assistant", "red circle " * 60)))
     write_set([*samples, long], tmp_path / "set")
     settings = (f"data.set={tmp_path / 'set'}", "max_length=160", "batch.global_size=17", "batch.micro_size=17")
-    with pytest.raises(DataError, match=r"sample 'long' \(response\): \d+ tokens, more than max_length 160"):
+    with pytest.raises(DataError, match=r"sample 'long': \d+ tokens, more than max_length 160"):
         train(world.config("sft", tmp_path / "refused", *settings, "steps=1"))
     drop = ("data.too_long=drop", "batch.global_size=16", "batch.micro_size=16", "steps=1")
     summary = train(world.config("sft", tmp_path / "run", *settings, *drop))

@@ -22,6 +22,7 @@ from llavamod_offline.data.rows import Located, RejectedRow
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError, DataError
+from llavamod_offline.storage.lock import locked_beside
 from tests.tiny import tiny_image, tiny_samples
 
 Rows = list[Sample | Located | RejectedRow]
@@ -177,6 +178,14 @@ def test_existing_output(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [output]
 
 
+def test_a_second_command_on_the_output_is_refused(tmp_path: Path) -> None:
+    """Without a lock, the one that ends last would find the output taken, or replace it."""
+    with locked_beside(tmp_path / "set"), pytest.raises(ConfigError, match=f"^output: {tmp_path}/set is in use by "):
+        write_set([text_sample("a")], tmp_path / "set")
+    write_set([text_sample("a")], tmp_path / "set")
+    assert list(tmp_path.iterdir()) == [tmp_path / "set"]
+
+
 def test_overwrite_spares_what_is_no_set(tmp_path: Path) -> None:
     other = tmp_path / "photos"
     other.mkdir()
@@ -194,7 +203,7 @@ def test_overwrite_spares_what_is_no_set(tmp_path: Path) -> None:
 
 def test_outputs_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("dear")
-    with pytest.raises(DataError, match=r"output '.*file/set': cannot be written: "):
+    with pytest.raises(ConfigError, match=r"^output: .*/file/set cannot be written \("):
         write_set([text_sample("a")], tmp_path / "file" / "set")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

@@ -1,0 +1,122 @@
+"""What a message names as the way out of a stop works when the run is resumed, and everything tells of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llavamod_offline.config import load_config
+from llavamod_offline.data.pack.pack import write_set
+from llavamod_offline.data.sample import Sample
+from llavamod_offline.data.sampler import Order
+from llavamod_offline.errors import ConfigError, DataError, ModelError
+from tests.tiny import break_image, tiny_image, tiny_samples, write_tiny_set
+from tests.train.conftest import World
+from tests.train.reference import read_metrics
+from tests.train.test_checkpoint import train_until_sigterm
+from train.checkpoint import latest_checkpoint
+from train.config import TrainConfig
+from train.run import train
+
+ONE_BY_ONE = ("batch.global_size=1", "batch.micro_size=1", "steps=null")
+
+
+def positions_of(world: World, samples: list[Sample], folder: Path) -> int:
+    """The supervised positions of samples: those of an epoch over them."""
+    write_set(samples, folder / "set")
+    return train(world.config("sft", folder / "run", f"data.set={folder / 'set'}", *ONE_BY_ONE)).positions
+
+
+def test_settings_that_are_remedies_may_change_and_everything_tells_of_it(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = tmp_path / "run"
+    train_until_sigterm(world.config("sft", output, "steps=6"), lines=2)
+    remedies = ("optim.lr=5e-4", "optim.grad_clip=0.5", "max_length=1024", "data.too_long=drop")
+    with pytest.raises(ConfigError, match=r"^seed: the run in .* with 0, not 3; steps: with 6, not 7: "):
+        train(world.config("sft", output, "steps=7", "seed=3", *remedies))
+    summary = train(world.config("sft", output, "steps=6", *remedies))
+    assert summary.finished
+    assert [entry["step"] for entry in read_metrics(output)] == [1, 2, 3, 4, 5, 6]
+    plain = [entry["lr"] for entry in read_metrics(output)]
+    assert plain[2] < 0.6 * plain[1]
+    lines = ["optim.lr: 0.001 → 0.0005", "optim.grad_clip: 1.0 → 0.5", "max_length: 2048 → 1024"]
+    lines.append("data.too_long: error → drop")
+    card = (output / "student" / "README.md").read_text()
+    for line in lines:
+        assert line in caplog.text
+        assert f"- after step 2: {line}" in card
+    content = json.loads((output / "summary.json").read_bytes())
+    assert sorted(content["changes"]) == sorted(f"after step 2: {line}" for line in lines)
+    assert content["settings"]["optim.lr"] == 5e-4
+    assert load_config(TrainConfig, [output / "config.yaml"], []).optim.lr == 5e-4
+    assert train(world.config("sft", output, "steps=6", *remedies)) == summary
+    with pytest.raises(ConfigError, match=r"^optim\.lr: the finished run"):
+        train(world.config("sft", output, "steps=6", *remedies, "optim.lr=1e-3"))
+
+
+def test_a_lower_learning_rate_goes_on_after_a_nan(world: World, tmp_path: Path) -> None:
+    output, given = tmp_path / "run", ("steps=8", "save_steps=0")
+    train_until_sigterm(world.config("sft", output, *given), lines=2)
+    message = r"^step \d+: the (loss|gradient) is \w+ .*: lower optim\.lr, .* rerun to resume from the last checkpoint$"
+    with pytest.raises(ModelError, match=message):
+        train(world.config("sft", output, *given, "optim.lr=1e19", "optim.grad_clip=0"))
+    assert train(world.config("sft", output, *given, "optim.lr=1e-4", "optim.grad_clip=1")).finished
+    assert [entry["lr"] > 5e-4 for entry in read_metrics(output)] == [True] * 2 + [False] * 6
+
+
+@pytest.mark.parametrize("repair", ["image", "sample"])
+def test_an_image_that_cannot_be_decoded_stops_the_run_and_a_repaired_set_goes_on(
+    world: World, tmp_path: Path, repair: str
+) -> None:
+    """Each sample that is left is trained on once in the epoch, those before the stop included."""
+    samples = tiny_samples(24)
+    data, output = write_tiny_set(tmp_path / "set", 24), tmp_path / "run"
+    settings = (f"data.set={data}", *ONE_BY_ONE)
+    order = Order(24, seed=0, batch_size=1).places(0, 24).tolist()
+    done = next(step for step in range(10, 24) if samples[order[step]].images)
+    break_image(data, order[done])
+    bad = samples[order[done]]
+    with pytest.raises(DataError, match=rf"^image '{bad.key} image 0': cannot be decoded: .*: pack the set again with"):
+        train(world.config("sft", output, *settings, "save_steps=0"))
+    assert latest_checkpoint(output) == output / "checkpoints" / f"step-{done:08d}"
+    left = samples if repair == "image" else [sample for sample in samples if sample is not bad]
+    if repair == "image":  # decoded, but another one
+        fixed = Sample(
+            bad.key, bad.turns, tuple(tiny_image(99 + n) for n in range(len(bad.images))), bad.image_extensions
+        )
+        left = [fixed if sample is bad else sample for sample in samples]
+    write_set(left, data, overwrite=True)
+    summary = train(world.config("sft", output, *settings))
+    assert summary.steps == len(left)
+    assert summary.positions == positions_of(world, left, tmp_path / "whole")
+    assert f"- after step {done}: data.set: a set of digest " in (output / "student" / "README.md").read_text()
+
+
+def test_dropped_samples_leave_the_others_their_order(world: World, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    train_until_sigterm(world.config("sft", output, *ONE_BY_ONE), lines=5)
+    limit = 110
+    drop = ("data.too_long=drop", f"max_length={limit}")
+    dropped = train(world.config("sft", output, *ONE_BY_ONE, *drop))
+    whole = train(world.config("sft", tmp_path / "whole", *ONE_BY_ONE))
+    assert 0 < dropped.samples_too_long < 20
+    lines, others = read_metrics(output), read_metrics(tmp_path / "whole")
+    tokens = [entry["tokens"] for entry in others]
+    assert len(set(tokens)) > 5
+    assert [entry["tokens"] for entry in lines] == tokens[:5] + [count for count in tokens[5:] if count <= limit]
+    assert whole.steps == 24
+
+
+def test_another_set_is_no_repaired_one(world: World, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    train_until_sigterm(world.config("sft", output, "steps=4"), lines=1)
+    strangers = [
+        Sample(f"other-{number}", sample.turns, sample.images, sample.image_extensions)
+        for number, sample in enumerate(tiny_samples(24))
+    ]
+    write_set(strangers, tmp_path / "set")
+    with pytest.raises(ConfigError, match=r"^data\.set: the run in .* with a set of digest .*, not a set of"):
+        train(world.config("sft", output, "steps=4", f"data.set={tmp_path / 'set'}"))
