@@ -62,7 +62,7 @@ def train(config: TrainConfig) -> TrainSummary:
     before the first step where possible.
     """
     output, settings = Path(config.output), settings_of(asdict(config))
-    # A finished run, which may be on a read-only disk, is reported without a lock; it may end while we wait for one.
+    # A finished run is reported without a lock, as its disk may be read-only; once there is one, it may have ended.
     finished = _finished(config, settings, output)
     if finished is not None:
         return finished
@@ -139,7 +139,8 @@ def _train(config: TrainConfig, settings: dict[str, Any], output: Path, world: W
 
         def save(now: Progress) -> None:
             order = setup.order
-            place = {"offset": order.offset, "mark": asdict(order.mark(order.position(now.step)))}
+            mark = asdict(order.mark(order.position(now.step)))
+            place = {"numbered": order.is_numbered, "offset": order.offset, "mark": mark}
             identity = {"settings": settings, **setup.contents, **place, "changes": changes}
             save_checkpoint(
                 output,

@@ -126,6 +126,11 @@ class Order:
         """Whether `find` finds exactly what a mark says."""
         return self.lengths_N is None and self._copies is None
 
+    @property
+    def is_numbered(self) -> bool:
+        """Whether the samples have numbers of their own."""
+        return self._numbers_N is not None
+
     def position(self, step: int) -> int:
         """The element of the stream with which a step begins."""
         return step * self.batch_size + self.offset

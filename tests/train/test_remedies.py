@@ -15,7 +15,7 @@ from llavamod_offline.errors import ConfigError, DataError, ModelError
 from tests.tiny import break_image, tiny_image, tiny_samples, write_tiny_set
 from tests.train.conftest import World
 from tests.train.reference import read_metrics
-from tests.train.test_checkpoint import train_until_sigterm
+from tests.train.test_checkpoint import assert_same_run, train_until_sigterm
 from train.checkpoint import latest_checkpoint
 from train.config import TrainConfig
 from train.run import train
@@ -108,6 +108,16 @@ def test_dropped_samples_leave_the_others_their_order(world: World, tmp_path: Pa
     assert len(set(tokens)) > 5
     assert [entry["tokens"] for entry in lines] == tokens[:5] + [count for count in tokens[5:] if count <= limit]
     assert whole.steps == 24
+
+
+@pytest.mark.parametrize("setting", ["data.weights={tiny: 1.5}", "data.group_by_length=true", "data.window=2"])
+def test_a_plain_stop_changes_nothing_in_any_order(world: World, tmp_path: Path, setting: str) -> None:
+    data = write_tiny_set(tmp_path / "set", 24, shard_samples=5)
+    settings = (f"data.set={data}", setting, "batch.global_size=2", "batch.micro_size=2", "steps=10")
+    train_until_sigterm(world.config("sft", tmp_path / "run", *settings), lines=4)
+    train(world.config("sft", tmp_path / "run", *settings))
+    train(world.config("sft", tmp_path / "whole", *settings))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_another_set_is_no_repaired_one(world: World, tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ class DataConfig:
     holdout: int = 0
     """Samples to hold out of training, on which the loss is evaluated every eval_steps."""
     too_long: Literal["error", "drop"] = "error"
-    """A sample of more than max_length tokens: end the run, or skip it and list it in rejected.jsonl."""
+    """A sample of more than max_length tokens: end the run before its first step, or skip it and list it in
+    rejected.jsonl."""
     window: int | None = None
     """Shards that are shuffled together, 0 for all; null: all, or 16 if the set or the cache is remote or the cache's
     decoded records exceed 256 MB."""
@@ -160,7 +161,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of the order of samples, the held-out samples and new weights."""
     save_steps: int = 1000
-    """Steps between checkpoints; 0: none."""
+    """Steps between checkpoints; 0: none, but for a last one until the student is exported."""
     keep_last: int = 2
     """Checkpoints to keep."""
     log_steps: int = 1

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,11 +20,11 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from llavamod_offline.data.encode.tokenize import SequenceEncoder
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import LlavaModError
+from llavamod_offline.progress import ProgressBar
 from llavamod_offline.storage import atomic
 from llavamod_offline.storage.disk_cache import staging_folder
 from train.data.batches import as_it_is, begin_worker
@@ -95,12 +94,12 @@ def _measure(
         _Lengths(samples, tuple(roles), encoder), batch_sampler=parts, collate_fn=as_it_is, **settings
     )
     found: list[int] = []
-    with tqdm(total=len(rows), desc="lengths", unit="sample", disable=not sys.stderr.isatty()) as bar:
+    with ProgressBar("lengths", len(rows), "sample") as bar:
         for part in loader:
             if isinstance(part, LlavaModError):
                 raise part
             found += part
-            bar.update(len(part))
+            bar.advance(len(part))
     return found
 
 

@@ -37,7 +37,8 @@ def resume_order(
 ) -> Hashes:
     """Let an order of samples with these hashes go on where the run in `output` stopped, after `step` steps.
 
-    `before`: the checkpoint's identity, with `offset` and `mark`; `moved`: other samples are used than then.
+    `before`: the checkpoint's identity, with `numbered` (samples have changed before), `offset` and `mark`; `moved`:
+    other samples are used than then.
     Returns the hashes to keep. Errors: `ModelError` if the kept ones are damaged.
     """
     known = read_hashes(output)
@@ -46,7 +47,8 @@ def resume_order(
             logger.warning("%s: an earlier version began this run: some samples of this epoch may come twice", output)
         return hashes_N
     numbers_N, table = number_samples(known, hashes_N)
-    order.renumber(numbers_N, before["offset"])
+    if moved or before["numbered"]:
+        order.renumber(numbers_N, before["offset"])
     if moved:
         place = order.find(Mark(**before["mark"]))
         order.renumber(numbers_N, place - step * order.batch_size)

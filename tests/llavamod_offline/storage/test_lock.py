@@ -144,6 +144,19 @@ def test_a_damaged_lock_is_explained(where: str) -> None:
     assert "damaged: if nothing writes there, delete it" in refusal(where)
 
 
+@pytest.mark.slow
+def test_a_bucket_is_locked_as_a_disk_is(bucket: str) -> None:
+    where = f"{bucket}/caches/one"
+    with locked(where):
+        assert "is in use by process" in refusal(where)
+    assert open_folder(where).names() == set()
+    leave(where, started="1")
+    with locked(where):
+        assert open_folder(where).names() == {LOCK_NAME}
+    leave(where, host="node17")
+    assert refusal(where).endswith(f"delete {where}/{LOCK_NAME}")
+
+
 def test_an_unwritable_output_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nothing")):
