@@ -53,6 +53,7 @@ class _State:
         self.number: int | None = None
         self.raised = False
         self.keeping: list[Callable[[], str]] = []
+        self.leaving: list[Callable[[], None]] = []
 
 
 _state = _State()
@@ -123,6 +124,16 @@ def keeping(describe: Callable[[], str]) -> Iterator[None]:
 
 
 @contextmanager
+def leaving(clean_up: Callable[[], None]) -> Iterator[None]:
+    """Call `clean_up` if a signal ends the process directly inside the block, during an import."""
+    _state.leaving.append(clean_up)
+    try:
+        yield
+    finally:
+        _state.leaving.remove(clean_up)
+
+
+@contextmanager
 def noted(answer: str) -> Iterator[Note]:
     """Note the first signal instead of raising, and print `answer`; the block ends by itself as soon as it can.
 
@@ -184,6 +195,8 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
         os._exit(_state.status)
     if not _state.working or _importing(frame):
         kept = _state.keeping[-1]() if _state.keeping else ""
+        for clean_up in reversed(_state.leaving):
+            clean_up()
         _say(describe(Stopped(number, kept)))
         os._exit(128 + number)
     _state.raised, _state.first = True, time.monotonic()

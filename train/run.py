@@ -22,7 +22,7 @@ from llavamod_offline.models.upcycle import activated_parameters, total_paramete
 from llavamod_offline.progress import ProgressBar
 from llavamod_offline.signals import keeping
 from llavamod_offline.storage import atomic
-from llavamod_offline.storage.lock import locked
+from llavamod_offline.storage.lock import LOCK_NAME, locked
 from train.checkpoint import (
     Progress,
     checkpoint_folder,
@@ -62,9 +62,9 @@ def train(config: TrainConfig) -> TrainSummary:
     before the first step where possible.
     """
     output, settings = Path(config.output), settings_of(asdict(config))
-    # A finished run is reported without a lock, as its disk may be read-only; once there is one, it may have ended.
+    # A finished run is reported without a lock, as its disk may be read-only, unless a killed process has left one.
     finished = _finished(config, settings, output)
-    if finished is not None:
+    if finished is not None and not (output / LOCK_NAME).exists():
         return finished
     is_main = os.environ.get("RANK", "0") == "0"  # of several processes, the one that writes
     lock = locked(output) if is_main else nullcontext()

@@ -24,6 +24,7 @@ from datetime import datetime
 from pathlib import Path
 
 from llavamod_offline.errors import ConfigError, StorageError
+from llavamod_offline.signals import leaving
 from llavamod_offline.storage.folders import LocalFolder, open_folder
 from llavamod_offline.storage.remote import RemoteFolder
 
@@ -105,14 +106,19 @@ def locked(where: str | Path, name: str = LOCK_NAME, *, output: str | Path | Non
         raise ConfigError(
             f"output: {shown} cannot be written ({error.strerror or error}): choose another output"
         ) from error
-    try:
-        yield
-    finally:
+
+    def release() -> None:
         if os.getpid() == mine.process:
             with suppress(OSError, StorageError):  # it was removed by hand, or the bucket cannot be reached
                 if folder.read(name) == content:
                     folder.remove_files([name])
             _remove_empty(made)
+
+    try:
+        with leaving(release):
+            yield
+    finally:
+        release()
 
 
 def locked_beside(output: str | Path) -> AbstractContextManager[None]:

@@ -191,6 +191,24 @@ print((folder / LOCK_NAME).is_file())
     assert done.stdout.split() == ["True", "False"]
 
 
+def test_a_signal_during_an_import_releases_it_too(tmp_path: Path) -> None:
+    """There the process ends without unwinding."""
+    (tmp_path / "slow.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n")
+    code = """
+import sys
+from llavamod_offline import signals
+from llavamod_offline.storage.lock import locked
+signals.watch()
+with signals.interruptible(), locked(sys.argv[1]):
+    import slow
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "run"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 _CROWD = """
 import os, random, sys, time
 from pathlib import Path
