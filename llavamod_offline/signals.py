@@ -52,6 +52,8 @@ class _State:
         self.first: float | None = None  # when the first signal came
         self.number: int | None = None
         self.raised = False
+        self.waiting = False  # whether a signal must wait, and the one that does
+        self.waited: int | None = None
         self.keeping: list[Callable[[], str]] = []
         self.leaving: list[Callable[[], None]] = []
 
@@ -165,13 +167,20 @@ def noted(answer: str) -> Iterator[Note]:
 
 
 @contextmanager
-def without_ctrl_c() -> Iterator[None]:
-    """Processes that are started in the block never see Ctrl-C, not even while they start: their parent ends them."""
+def starting_processes() -> Iterator[None]:
+    """Start processes inside the block: they never see Ctrl-C, not even while they start; their parent ends them.
+
+    A signal to this process waits for the end of the block: a process that is only half started prints a traceback.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    _state.waiting = True
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        number, _state.waiting, _state.waited = _state.waited, False, None
+        if number is not None:
+            _on_signal(number, sys._getframe())
 
 
 def received() -> int:
@@ -189,6 +198,9 @@ def describe(stop: Stopped) -> str:
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
     if _state.raised:
+        return
+    if _state.waiting:
+        _state.waited = number
         return
     _state.number = number
     if _state.status is not None:

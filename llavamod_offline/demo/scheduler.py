@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llavamod_offline.errors import LlavaModError
-from llavamod_offline.signals import without_ctrl_c
+from llavamod_offline.signals import starting_processes
 
 _POLL_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1
@@ -100,7 +100,7 @@ def _start(step: Step, folder: Path, log: Path, environment: dict[str, str]) -> 
         stream.write(f"$ {step.typed}\n".encode())
         stream.flush()
         command = [_executable(step.command[0]), *step.command[1:]]
-        with without_ctrl_c():
+        with starting_processes():
             return subprocess.Popen(
                 command,
                 stdout=stream,

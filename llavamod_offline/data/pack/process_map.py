@@ -17,7 +17,7 @@ from multiprocessing.connection import wait
 from typing import TypeVar
 
 from llavamod_offline.errors import ConfigError, DataError
-from llavamod_offline.signals import without_ctrl_c
+from llavamod_offline.signals import starting_processes
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -55,7 +55,7 @@ def map_in_order(
     pending: deque[Future[list[_Result]] | Exception] = deque()
     try:
         for part in lists:
-            with without_ctrl_c():
+            with starting_processes():
                 pending.append(part if isinstance(part, Exception) else pool.submit(function, part))
             if len(pending) > workers * (1 + _AHEAD):
                 yield from _unless_failed(pending.popleft()).result()
