@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 LONGER = "rejected"  # what happens to a sequence of more than max_length tokens
 # Caches of earlier versions lack these; a missing value counts as equal.
-_LATER = ("engine.head_dtype", "engine.device")
+_LATER = ("engine.head_dtype", "engine.device", "template.system_turn")
 INFORMATIVE = ("tokenizer.size", "tokenizer.pipeline")
 _TODAY = {f"capture.{name}": f"capture.{own}" for name, own in STORED_SETTINGS.items()}
 _SHOWN = 16
@@ -52,7 +52,10 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 def describe_template(template: Template) -> dict[str, Any]:
     """Name a template and hash all of its text."""
-    return {"name": template.name, "sha256": _hash(dataclasses.asdict(template))}
+    content = dataclasses.asdict(template)
+    system_turn = content.pop("system_turn")
+    described = {"name": template.name, "sha256": _hash(content)}
+    return described if system_turn is None else {**described, "system_turn": _hash(system_turn)}
 
 
 def describe_weights(folder: Path) -> dict[str, Any]:

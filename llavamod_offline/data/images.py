@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,6 +39,10 @@ DECODER = "rgb-over-white-1"  # what `decode_image` does, for fingerprints
 
 # A side of 9,000 bounds the padded canvas at 243 MB; Qwen2-VL's processor also limits the ratio to 200.
 MAX_IMAGE_SIDE = 9_000
+# Images to be shrunk may have longer sides, as their number of pixels bounds the memory. A large JPEG is decoded at a
+# fraction of its size.
+MAX_PIXELS = MAX_IMAGE_SIDE**2
+MAX_JPEG_PIXELS = 4 * MAX_PIXELS
 MAX_ASPECT_RATIO = 200
 MAX_ENCODED_BYTES = 128 * 2**20
 
@@ -59,24 +64,27 @@ _ORIENTATIONS = {
 }
 
 
-def decode_image(encoded: bytes, *, name: str) -> Image.Image:
-    """Decode a whole image to RGB. Errors: `DataError` naming the image, as listed above."""
-    image, _ = _decode(encoded, name)
+def decode_image(encoded: bytes, *, name: str, max_side: int | None = None) -> Image.Image:
+    """Decode a whole image to RGB. Errors: `DataError` naming the image, as listed above.
+
+    `max_side`: the image will be shrunk to this; a JPEG of more than `MAX_PIXELS` may already come smaller, no less.
+    """
+    image, _ = _decode(encoded, name, max_side)
     return image
 
 
-def image_extension(encoded: bytes, *, name: str) -> str:
-    """Decode a whole image and return its format: `jpg`, `png` or `webp`. Errors: as `decode_image`."""
-    _, extension = _decode(encoded, name)
+def image_extension(encoded: bytes, *, name: str, max_side: int | None = None) -> str:
+    """Decode a whole image and return its format: `jpg`, `png` or `webp`. Parameters, errors: as `decode_image`."""
+    _, extension = _decode(encoded, name, max_side)
     return extension
 
 
-def image_size(encoded: bytes, *, name: str) -> tuple[int, int]:
-    """The (width, height) after `decode_image`, read from the header where possible. Errors: as `decode_image`."""
+def image_size(encoded: bytes, *, name: str, max_side: int | None = None) -> tuple[int, int]:
+    """The (width, height) of an image upright, read from the header where possible. Errors: as `decode_image`."""
     if len(encoded) > MAX_ENCODED_BYTES:
         raise DataError(f"image '{name}': {len(encoded)} bytes, more than {MAX_ENCODED_BYTES}")
     with _strict_pillow(), _decoding(name), Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
-        _check_size(image.size, name)
+        _check_size(image, name, max_side)
         width, height = image.size
         # A PNG may state its orientation after its pixels, which Pillow then has to decode.
         if image.format == "PNG" and not any(mark in encoded for mark in _PNG_ORIENTATION_MARKS):
@@ -227,12 +235,15 @@ def read_processor_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
     raise ModelError(f"{folder}: no preprocessor_config.json: name a checkpoint folder with its image processor")
 
 
-def _decode(encoded: bytes, name: str) -> tuple[Image.Image, str]:
+def _decode(encoded: bytes, name: str, max_side: int | None) -> tuple[Image.Image, str]:
     if len(encoded) > MAX_ENCODED_BYTES:
         raise DataError(f"image '{name}': {len(encoded)} bytes, more than {MAX_ENCODED_BYTES}")
     with _strict_pillow(), _decoding(name), Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
-        _check_size(image.size, name)
+        _check_size(image, name, max_side)
         extension = _EXTENSIONS[str(image.format)]
+        if max_side is not None and image.width * image.height > MAX_PIXELS:
+            scale = max_side / max(image.size)
+            image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))  # only JPEGs obey
         image.load()
         return _to_rgb(_upright(image)), extension
 
@@ -246,31 +257,33 @@ def _decoding(name: str) -> Iterator[None]:
         raise
     except UnidentifiedImageError as error:
         raise DataError(f"image '{name}': not a JPEG, PNG or WebP file: convert it") from error
-    except Image.DecompressionBombError as error:
-        raise DataError(f"image '{name}': larger than {MAX_IMAGE_SIDE} pixels a side: shrink it") from error
     except Exception as error:
         raise DataError(f"image '{name}': cannot be decoded: {error or type(error).__name__}") from error
 
 
 @contextmanager
 def _strict_pillow() -> Iterator[None]:
-    """Suppress Pillow's warnings (large images, bad EXIF: handled here) and refuse truncated images."""
-    lenient = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    """Suppress Pillow's warnings (bad EXIF: handled here) and its limit of pixels for ours, refuse truncated images."""
+    lenient, pixels = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
+    ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+        ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = lenient, pixels
 
 
-def _check_size(size: tuple[int, int], name: str) -> None:
+def _check_size(image: Image.Image, name: str, max_side: int | None) -> None:
     """Refuse, by the header alone, images that take too much memory to decode, pad or resize."""
-    if max(size) > MAX_IMAGE_SIDE:
-        raise DataError(f"image '{name}': {size[0]}×{size[1]} pixels, more than {MAX_IMAGE_SIDE} a side: shrink it")
-    if max(size) > MAX_ASPECT_RATIO * min(size):
-        raise DataError(f"image '{name}': {size[0]}×{size[1]} pixels, longer than {MAX_ASPECT_RATIO}:1: crop it")
+    said = f"image '{name}': {image.width}×{image.height} pixels"
+    most = MAX_JPEG_PIXELS if image.format in ("JPEG", "MPO") else MAX_PIXELS
+    if max_side is None and max(image.size) > MAX_IMAGE_SIDE:
+        raise DataError(f"{said}, more than {MAX_IMAGE_SIDE} a side: shrink it, for instance by `pack --max-side`")
+    if image.width * image.height > most:
+        raise DataError(f"{said}, more than the {most:,} that --max-side can shrink: shrink it with another program")
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        raise DataError(f"{said}, longer than {MAX_ASPECT_RATIO}:1: crop it")
 
 
 def _upright(image: Image.Image) -> Image.Image:

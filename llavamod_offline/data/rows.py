@@ -11,6 +11,8 @@ from llavamod_offline.errors import DataError
 RejectionKind = Literal[
     "malformed row",  # not of the format's shape
     "bad conversation",  # invalid roles, turns or texts
+    "identical answers",  # a preference whose two answers are the same
+    "unsupported media",  # video or audio
     "placeholder mismatch",  # more or fewer <image> than images
     "bad image path",  # absolute, outside the image folders, or in two of them
     "missing image",

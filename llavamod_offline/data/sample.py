@@ -1,5 +1,6 @@
 """A sample: one conversation with zero or more images, or one prompt with a chosen and a rejected response.
 
+A conversation may begin with a system turn.
 In a WebDataset tar a sample is `{key}.json` beside `{key}.{jpg,png,webp}` (with several images `{key}.0.jpg`,
 `{key}.1.png`…). The JSON is an object: `format` (1), `source`, `turns` (list of `[role, text]`), `chosen` and
 `rejected` (strings, preference samples only), `images` (list of file extensions), `content_hash`; if a teacher wrote
@@ -18,13 +19,14 @@ from functools import cached_property
 from typing import Any, Literal
 
 from llavamod_offline.errors import DataError
+from llavamod_offline.plural import counted
 
 SAMPLE_FORMAT = 1
 IMAGE_PLACEHOLDER = "<image>"
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_\-]{1,200}")
 
-Role = Literal["user", "assistant"]
+Role = Literal["system", "user", "assistant"]
 Size = tuple[int, int]
 
 
@@ -133,7 +135,7 @@ def sample_to_json(sample: Sample, original_sizes: Sequence[Size | None] = ()) -
     return json.dumps(content, ensure_ascii=False, sort_keys=True).encode()
 
 
-def sample_from_json(key: str, content: bytes, images: tuple[bytes, ...]) -> Sample:
+def sample_from_json(key: str, content: bytes | str, images: tuple[bytes, ...]) -> Sample:
     """Rebuild a sample from its JSON and image bytes. Errors: `DataError` naming the key and the field."""
     try:
         fields = json.loads(content)
@@ -173,8 +175,9 @@ def _problem(sample: Sample) -> str | None:
         return "its text holds a lone surrogate, which is not a character"
     if (sample.chosen is None) != (sample.rejected is None):
         return "a preference needs both a chosen and a rejected response"
+    has_system = sample.turns[0].role == "system"
     for index, turn in enumerate(sample.turns):
-        expected = "user" if index % 2 == 0 else "assistant"
+        expected = "system" if has_system and index == 0 else "assistant" if (index - has_system) % 2 else "user"
         if turn.role != expected:
             return f"turn {index} is by '{turn.role}', expected '{expected}'"
         if turn.role == "assistant" and not turn.text.strip():
@@ -194,9 +197,11 @@ def _image_problem(sample: Sample) -> str | None:
     answers += [text for text in (sample.chosen, sample.rejected) if text is not None]
     if any(IMAGE_PLACEHOLDER in text for text in answers):
         return f"'{IMAGE_PLACEHOLDER}' is in an answer; only a user's text may hold it"
+    if sample.turns[0].role == "system" and IMAGE_PLACEHOLDER in sample.turns[0].text:
+        return f"'{IMAGE_PLACEHOLDER}' is in the system turn; only a user's text may hold it"
     placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in sample.turns)
     if placeholders != len(sample.images):
-        return f"{placeholders} '{IMAGE_PLACEHOLDER}' in the text for {len(sample.images)} image(s)"
+        return f"{placeholders} '{IMAGE_PLACEHOLDER}' in the text for {counted(len(sample.images), 'image')}"
     if len(sample.images) != len(sample.image_extensions):
         return "the numbers of images and of extensions differ"
     unknown = [extension for extension in sample.image_extensions if extension not in IMAGE_EXTENSIONS]

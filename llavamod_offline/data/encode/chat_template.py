@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
+from llavamod_offline.data.encode.system_turn import find_system_turn
 from llavamod_offline.data.encode.template import OWN, Segment, Template, get_template
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Turn
 from llavamod_offline.errors import ConfigError, first_line
@@ -58,7 +61,7 @@ def to_jinja(template: Template) -> str:
 
 
 def from_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Template:
-    """Convert a tokenizer's chat template, without a system message from the user.
+    """Convert a tokenizer's chat template; without a system turn if it has none, or merges it with the user's.
 
     Whatever follows the last answer's end token counts as the separator of rounds. Errors: `ConfigError` if there is no
     chat template, or one that a `Template` cannot express: answers that do not end with one special token, or turns
@@ -77,7 +80,7 @@ def from_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Template:
             f"template '{OWN}': the chat template of {_folder(tokenizer)} words a turn differently by position, or its "
             "answers do not end with one special token: choose one by name"
         )
-    return template
+    return replace(template, system_turn=find_system_turn(tokenizer, template, partial(_segments, tokenizer)))
 
 
 def _split(tokenizer: PreTrainedTokenizerFast) -> Template | None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llavamod_offline.data.sample import Turn
-from llavamod_offline.errors import ConfigError
+from llavamod_offline.errors import ConfigError, DataError
 
 _QWEN_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -26,12 +26,16 @@ class Segment:
     special: bool = False
 
 
+SystemTurn = tuple[tuple[Segment, ...], tuple[Segment, ...]]  # what is before and after its text
+
+
 @dataclass(frozen=True)
 class Template:
     """How turns are worded: plain text, except for the special token `end` and segments marked as special.
 
     A conversation reads: system · (user_prefix · text · assistant_prefix · answer_prefix · answer · end · separator)*,
-    without the last separator. The answer (with `answer_prefix`) and its `end` token are supervised.
+    without the last separator. The answer (with `answer_prefix`) and its `end` token are supervised. A system turn
+    takes the place of `system`, between the two parts of `system_turn`; None: the template has no such turn.
     """
 
     name: str
@@ -41,10 +45,20 @@ class Template:
     answer_prefix: str
     end: str
     separator: str
+    system_turn: SystemTurn | None = None
 
     def render(self, turns: Sequence[Turn]) -> list[Segment]:
-        """Render turns; if the last is the user's, the result is a prompt that ends where the answer begins."""
+        """Render turns; if the last is the user's, the result is a prompt that ends where the answer begins.
+
+        Errors: `DataError` for a system turn if the template has none.
+        """
         segments = list(self.system)
+        if turns and turns[0].role == "system":
+            if self.system_turn is None:
+                raise DataError(f"template '{self.name}' has no system turn: remove it from the sample")
+            before, after = self.system_turn
+            segments = [*before, Segment(turns[0].text), *after]
+            turns = turns[1:]
         for turn in turns:
             if turn.role == "user":
                 segments += [*self.user_prefix, Segment(turn.text), *self.assistant_prefix]
@@ -72,6 +86,7 @@ TEMPLATES = {
         answer_prefix=" ",
         end="<|endoftext|>",
         separator="",
+        system_turn=((), (Segment(" "),)),
     ),
     # ChatML as Qwen's instruction-tuned models use it.
     "chatml": Template(
@@ -87,6 +102,7 @@ TEMPLATES = {
         answer_prefix="",
         end="<|im_end|>",
         separator="\n",
+        system_turn=((_special("<|im_start|>"), Segment("system\n")), (_special("<|im_end|>"), Segment("\n"))),
     ),
 }
 

@@ -99,9 +99,16 @@ class SequenceEncoder:
         self.end_id = self._special_id(template.end)
 
     def encode(self, sample: Sample, role: str, image_token_counts: Sequence[int] | None = None) -> TokenizedSequence:
-        """Tokenize one role of a sample. Errors: `DataError` if it is longer than `max_length` or has no answer."""
+        """Tokenize one role of a sample.
+
+        Errors: `DataError` if it is longer than `max_length`, or has a system turn that the template cannot word.
+        """
         counts = image_token_counts or [self.image_tokens] * len(sample.images)
-        ids_T, supervised_N = self._tokenize(self.template.render(sample.conversation(role)), list(counts))
+        try:
+            segments = self.template.render(sample.conversation(role))
+        except DataError as error:
+            raise DataError(f"sample '{sample.key}' ({role}): {error}") from error
+        ids_T, supervised_N = self._tokenize(segments, list(counts))
         if len(ids_T) > self.max_length:
             raise DataError(
                 f"sample '{sample.key}' ({role}): {len(ids_T)} tokens, more than max_length {self.max_length}"

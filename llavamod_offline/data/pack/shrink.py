@@ -25,23 +25,24 @@ def shrink_sample(sample: Sample, max_side: int) -> tuple[Sample, tuple[Size | N
     Result: the sample, and each image's original (width, height), None if unchanged. An image keeps its format;
     decoding (see `images.py`) applies its orientation and transparency.
     """
+    named = [f"{sample.key}.{number}" for number in range(len(sample.images))]
     shrunk = [
-        shrink_image(image, extension, max_side)
-        for image, extension in zip(sample.images, sample.image_extensions, strict=True)
+        shrink_image(image, extension, max_side, name=name)
+        for image, extension, name in zip(sample.images, sample.image_extensions, named, strict=True)
     ]
     if not any(size for _, size in shrunk):
         return sample, ()
     return replace(sample, images=tuple(image for image, _ in shrunk)), tuple(size for _, size in shrunk)
 
 
-def shrink_image(encoded: bytes, extension: str, max_side: int) -> tuple[bytes, Size | None]:
-    """One image, and its original size if it was shrunk."""
-    width, height = image_size(encoded, name=extension)
+def shrink_image(encoded: bytes, extension: str, max_side: int, *, name: str) -> tuple[bytes, Size | None]:
+    """One image, and its original size if it was shrunk. `name`: for errors, which are those of `decode_image`."""
+    width, height = image_size(encoded, name=name, max_side=max_side)
     if max(width, height) <= max_side:
         return encoded, None
     scale = max_side / max(width, height)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    smaller = decode_image(encoded, name=extension).resize(size, Image.Resampling.LANCZOS)
+    smaller = decode_image(encoded, name=name, max_side=max_side).resize(size, Image.Resampling.LANCZOS)
     kind, settings = _ENCODINGS[extension]
     stream = io.BytesIO()
     smaller.save(stream, format=kind, **settings)

@@ -1,7 +1,8 @@
 """A sample's files in a tar → the sample, in any of these formats.
 
     sample    {key}.json as this project writes it (see `sample.py`), and its images
-    llava     {key}.json with `conversations`, or with `chosen` and `rejected` (see `row_formats.py`), and its images
+    llava     {key}.json with a row's `conversations`, `messages`, `texts`, or `chosen` and `rejected` (see
+              `row_formats.py`), and its images
     caption   {key}.txt, the caption of one image: the answer to a request shared by the whole set
 
 Packing or indexing chooses the format and decodes the images; the index then names the format. To add one, write its
@@ -15,11 +16,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llavamod_offline.data.parse.row_formats import responses_of_row, tar_row_to_sample
+from llavamod_offline.data.parse.row_formats import TEXT_FIELDS, responses_of_row, tar_row_to_sample
+from llavamod_offline.data.parse.text_encoding import decode_text
 from llavamod_offline.data.rows import RowError
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample, Turn, sample_from_json
 from llavamod_offline.errors import DataError
+from llavamod_offline.plural import counted
 
+_ROW_FIELDS = set(TEXT_FIELDS)
 _SIGNATURES = (("jpg", b"\xff\xd8\xff"), ("png", b"\x89PNG\r\n\x1a\n"), ("webp", b"RIFF"))
 
 
@@ -47,20 +51,22 @@ def sample_from_members(
     if parser not in TEXT_FORMATS:
         raise DataError(f"text format '{parser}' is unknown")
     extensions = tuple(_extension(image) for image in images)
-    read = TEXT_FORMATS[parser].read
-    sample = read(text, caption_prompt, key=key, source=source, images=images, extensions=extensions)
+    form = TEXT_FORMATS[parser]
+    content = decode_text(text, f"{key}.{form.suffix}")
+    sample = form.read(content, caption_prompt, key=key, source=source, images=images, extensions=extensions)
     return sample if sample.source == source else replace(sample, source=source)
 
 
 def responses_from_text(parser: str, text: bytes) -> tuple[str, str]:
     """The chosen and the rejected response of a preference, from its text alone. Errors: as for parsing."""
-    return TEXT_FORMATS[parser].responses(parse_json(text))
+    form = TEXT_FORMATS[parser]
+    return form.responses(parse_json(decode_text(text, f"its {form.suffix}")))
 
 
-def parse_json(text: bytes) -> Any:
+def parse_json(text: str) -> Any:
     """Parse a sample's JSON. Errors: `RowError`."""
     try:
-        return json.loads(text.decode("utf-8-sig"))
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RowError("malformed row", f"its JSON cannot be read: {error}") from error
 
@@ -70,26 +76,25 @@ def caption_request(prompt: str) -> str:
     return prompt if IMAGE_PLACEHOLDER in prompt else f"{IMAGE_PLACEHOLDER}\n{prompt}"
 
 
-def _read_own(text: bytes, _: str | None, *, key: str, images: tuple[bytes, ...], **__: object) -> Sample:
+def _read_own(text: str, _: str | None, *, key: str, images: tuple[bytes, ...], **__: object) -> Sample:
     return sample_from_json(key, text, images)
 
 
-def _read_llava(text: bytes, _: str | None, **settings: Any) -> Sample:
+def _read_llava(text: str, _: str | None, **settings: Any) -> Sample:
     return tar_row_to_sample(parse_json(text), **settings)
 
 
 def _read_caption(
-    text: bytes, prompt: str | None, *, key: str, source: str, images: tuple[bytes, ...], extensions: tuple[str, ...]
+    text: str, prompt: str | None, *, key: str, source: str, images: tuple[bytes, ...], extensions: tuple[str, ...]
 ) -> Sample:
-    """Build a sample from a caption, stripped, and its image."""
+    """Build a sample from a caption, stripped and with line breaks as `\\n`, and its image."""
     if prompt is None:
         raise RowError("malformed row", "a caption without a prompt: set one with --caption-prompt")
-    try:
-        caption = text.decode("utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise RowError("malformed row", f"its caption is not UTF-8: {error.reason}") from error
+    caption = text.replace("\r\n", "\n").replace("\r", "\n").strip()
+    if not caption:
+        raise RowError("bad conversation", "its caption is empty")
     if len(images) != 1:
-        raise RowError("placeholder mismatch", f"a caption with {len(images)} images")
+        raise RowError("placeholder mismatch", f"a caption with {counted(len(images), 'image')}")
     turns = (Turn("user", caption_request(prompt)), Turn("assistant", caption))
     try:
         return Sample(key, turns, images, extensions, source=source)
@@ -109,6 +114,6 @@ TEXT_FORMATS: dict[str, TextFormat] = {
         _read_own,
         lambda row: (str(row["chosen"]), str(row["rejected"])),
     ),
-    "llava": TextFormat("json", lambda row: bool({"conversations", "chosen", "rejected"} & row.keys()), _read_llava),
+    "llava": TextFormat("json", lambda row: bool(_ROW_FIELDS & row.keys()), _read_llava),
     "caption": TextFormat("txt", lambda _: True, _read_caption),
 }

@@ -1,152 +1,222 @@
-"""Rows in the known formats → samples.
+"""Rows in the known formats → samples; the same fields in JSON, JSON Lines, parquet and the JSON of tars.
 
-    conversation   {"id", "image": path | [path…], "conversations": [{"from": "human" | "gpt", "value"}…]}   (LLaVA)
-    preference     {"id", "image": path | [path…], "chosen": [human, gpt], "rejected": [human, gpt]}      (LLaVA-MoD)
-    parquet        columns image {bytes, path}, question, chosen, rejected, optional idx and ds_name        (RLAIF-V)
+    conversation   `conversations` or `messages`, a list of turns; `texts`, a list of pairs (see `messages.py`); or
+                   `prompt` and `completion`
+    preference     `chosen` and `rejected`, each a whole conversation (LLaVA-MoD), or answers to `prompt`, `question`
+                   (RLAIF-V), `messages` or `conversations`; or `messages` and `rejected_response` (ms-swift)
+    images         `image` or `images` (see `row_images.py`), in the order of `<image>` in the users' texts; or in parts
 
-A missing image key, null or an empty list means text only. The prompt of a parquet row is `<image>`, a line break and
-the question. A row that breaks the format is a `RowError`; nothing is repaired.
+`system`: the text of a system turn. Images of `texts` and of a `question` without `<image>` come before the first text.
+A row that breaks the format is a `RowError`; nothing is repaired.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from llavamod_offline.data.images import image_extension
+from llavamod_offline.data.parse.messages import PartImage, read_pairs, read_turns
+from llavamod_offline.data.parse.row_images import ReadImage, RowImage, image_extensions, load_images, row_images
 from llavamod_offline.data.rows import RowError
-from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Role, Sample, Turn
+from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
 from llavamod_offline.errors import DataError
+from llavamod_offline.plural import counted
 
-ReadImage = Callable[[str], bytes]
+TEXT_FIELDS = ("conversations", "messages", "texts", "chosen", "rejected", "rejected_response", "completion")
+FIELDS = (*TEXT_FIELDS, "prompt", "question", "label", "system", "tools", "image", "images")
+_OTHER_PROMPTS = {"conversations", "messages", "prompt"}  # than the question of RLAIF-V
+MEDIA_FIELDS = ("video", "videos", "audio", "audios")
+KNOWN = (
+    "'conversations' or 'messages' (turns), 'texts' (pairs), 'prompt' and 'completion', or 'chosen' and 'rejected' "
+    "(answers to a 'prompt', or whole conversations)"
+)
 
-_ROLES: Mapping[str, Role] = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-_OTHER_MEDIA = ("images", "video", "videos", "audio", "audios")
+
+@dataclass(frozen=True)
+class ParsedRow:
+    """The contents of a row; the turns of a preference are its prompt."""
+
+    turns: tuple[Turn, ...]
+    images: tuple[RowImage, ...] = ()
+    chosen: str | None = None
+    rejected: str | None = None
 
 
-def json_row_to_sample(row: Any, *, key: str, source: str, read_image: ReadImage) -> Sample:
-    """Build a sample from a LLaVA conversation or a LLaVA-MoD preference, depending on its fields."""
-    parsed = _read_row(row)
-    _check_placeholders(parsed.turns, len(parsed.image_names))
-    images = tuple(read_image(name) for name in parsed.image_names)
-    return _build(key, parsed, images, _decoded_extensions(images, parsed.image_names), source)
+def row_to_sample(row: Any, *, key: str, source: str, read_image: ReadImage, max_side: int | None = None) -> Sample:
+    """Build a sample from a row. `max_side`: what its images will be shrunk to, see `decode_image`."""
+    parsed = parse_row(row)
+    _check_placeholders(parsed.turns, len(parsed.images))
+    contents = load_images(parsed.images, read_image)
+    return _build(key, parsed, contents, image_extensions(contents, parsed.images, max_side), source)
 
 
 def tar_row_to_sample(
     row: Any, *, key: str, source: str, images: tuple[bytes, ...], extensions: tuple[str, ...]
 ) -> Sample:
     """Build a sample from such a row in a tar that also holds its images; the row need not name them."""
-    parsed = _read_row(row)
-    if parsed.image_names and len(parsed.image_names) != len(images):
-        reason = f"field 'image' names {len(parsed.image_names)} image(s), the tar holds {len(images)}"
+    parsed = parse_row(row, len(images))
+    if parsed.images and len(parsed.images) != len(images):
+        reason = f"the row names {counted(len(parsed.images), 'image')}, the tar holds {len(images)}"
         raise RowError("placeholder mismatch", reason)
     _check_placeholders(parsed.turns, len(images))
     return _build(key, parsed, images, extensions, source)
 
 
 def responses_of_row(row: Any) -> tuple[str, str]:
-    """The chosen and the rejected response of a LLaVA-MoD preference."""
-    parsed = _read_row(row)
-    if parsed.chosen is None or parsed.rejected is None:
+    """The chosen and the rejected response of a preference."""
+    _, _, chosen, rejected = _dialogue(_fields(row))
+    if chosen is None or rejected is None:
         raise RowError("malformed row", "has no 'chosen' and 'rejected'")
-    return parsed.chosen, parsed.rejected
+    return chosen, rejected
 
 
-def parquet_row_to_sample(row: Mapping[str, Any], *, key: str, source: str) -> Sample:
-    """Build a preference sample from an RLAIF-V row, which contains its image."""
-    for field in ("question", "chosen", "rejected"):
-        if not isinstance(row[field], str):
-            raise RowError("malformed row", f"field '{field}' is {type(row[field]).__name__}, expected a string")
-    image = row["image"]
-    encoded = image.get("bytes") if isinstance(image, dict) else None
-    if not isinstance(encoded, bytes):
-        raise RowError("missing image", "field 'image' holds no bytes")
-    turns = (Turn("user", f"{IMAGE_PLACEHOLDER}\n{row['question']}"),)
-    _check_placeholders(turns, 1)
-    names = (str(image.get("path") or "image"),)
-    parsed = _ParsedRow(turns, names, row["chosen"], row["rejected"])
-    return _build(key, parsed, (encoded,), _decoded_extensions((encoded,), names), source)
+def parse_row(row: Any, beside: int = 0) -> ParsedRow:
+    """Read a row in any of the formats; `beside`: how many images lie beside it. Errors: `RowError`."""
+    fields = _fields(row)
+    turns, parts, chosen, rejected = _dialogue(fields)
+    images = _in_order(parts, _held_images(fields) or (RowImage("beside"),) * beside)
+    is_question = isinstance(fields.get("chosen"), str) and not _OTHER_PROMPTS & fields.keys()
+    if is_question and not images and "image" in row:
+        raise RowError("missing image", "field 'image' is empty")
+    if (is_question or "texts" in fields) and not any(IMAGE_PLACEHOLDER in turn.text for turn in turns):
+        turns = (replace(turns[0], text=f"{IMAGE_PLACEHOLDER}\n" * len(images) + turns[0].text), *turns[1:])
+    if isinstance(fields.get("system"), str) and fields["system"].strip():
+        turns = (Turn("system", fields["system"]), *turns)
+    return ParsedRow(turns, images, chosen, rejected)
 
 
-@dataclass(frozen=True)
-class _ParsedRow:
-    """The contents of a row; the turns of a preference are its prompt."""
-
-    turns: tuple[Turn, ...]
-    image_names: tuple[str, ...]
-    chosen: str | None
-    rejected: str | None
+def same_answers(chosen: str, rejected: str) -> bool:
+    """Whether two answers differ in nothing but white space around them, so that nothing is learnt from the pair."""
+    return chosen.strip() == rejected.strip()
 
 
-def _read_row(row: Any) -> _ParsedRow:
-    if not isinstance(row, dict):
+def check_text(sample: Sample) -> None:
+    """Refuse what no sample should be made of, though one could be. Errors: `RowError`."""
+    if sample.chosen is not None and sample.rejected is not None and same_answers(sample.chosen, sample.rejected):
+        raise RowError("identical answers", "the chosen and the rejected answer are the same")
+    texts = [*(turn.text for turn in sample.turns), sample.chosen or "", sample.rejected or ""]
+    if any("\0" in text for text in texts):
+        raise RowError("bad conversation", "its text holds a NUL character")
+
+
+def _fields(row: Any) -> dict[str, Any]:
+    """The fields of a row that are not null."""
+    if not isinstance(row, Mapping):
         raise RowError("malformed row", f"expected an object, found {type(row).__name__}")
-    other = [name for name in _OTHER_MEDIA if row.get(name)]
-    if other:
-        raise RowError("malformed row", f"field '{other[0]}' is not supported: name its images in 'image'")
-    names = tuple(_image_names(row.get("image")))
-    if ("conversations" in row) == ("chosen" in row or "rejected" in row):
-        raise RowError("malformed row", "expected either 'conversations', or both 'chosen' and 'rejected'")
-    if "conversations" in row:
-        return _ParsedRow(_turns(row["conversations"], "conversations"), names, None, None)
-    turns, chosen, rejected = _preference(row)
-    return _ParsedRow(turns, names, chosen, rejected)
+    fields = {str(name): value for name, value in row.items() if value is not None}
+    media = next((name for name in MEDIA_FIELDS if fields.get(name)), None)
+    if media is not None:
+        raise RowError("unsupported media", f"has field '{media}': only text and images are supported")
+    if fields.get("tools"):
+        raise RowError("bad conversation", "has field 'tools': tools are not supported")
+    return fields
 
 
-def _decoded_extensions(images: tuple[bytes, ...], names: tuple[str, ...]) -> tuple[str, ...]:
-    try:
-        return tuple(image_extension(image, name=name) for image, name in zip(images, names, strict=True))
-    except DataError as error:
-        raise RowError("undecodable image", str(error)) from error
+Dialogue = tuple[tuple[Turn, ...], tuple[PartImage, ...], str | None, str | None]
 
 
-def _build(key: str, parsed: _ParsedRow, images: tuple[bytes, ...], extensions: tuple[str, ...], source: str) -> Sample:
-    try:
-        return Sample(key, parsed.turns, images, extensions, parsed.chosen, parsed.rejected, source)
-    except DataError as error:
-        raise RowError("bad conversation", str(error).removeprefix(f"sample '{key}': ")) from error
+def _dialogue(fields: Mapping[str, Any]) -> Dialogue:
+    """A row's turns (of a preference: its prompt), images of parts, chosen and rejected answer."""
+    histories = [name for name in ("conversations", "messages", "texts") if name in fields]
+    if len(histories) > 1:
+        raise RowError("malformed row", f"has both '{histories[0]}' and '{histories[1]}': keep one")
+    if "rejected_response" in fields:
+        return _with_rejected(fields)
+    if "chosen" in fields or "rejected" in fields:
+        return _preference(fields, histories)
+    if histories:
+        if histories[0] == "texts":
+            return read_pairs(fields["texts"], "texts"), (), None, None
+        return *_all(fields, histories[0]), None, None
+    if "completion" in fields and "label" in fields:
+        raise RowError("malformed row", "is an unpaired preference ('completion' with 'label'), which is not supported")
+    if "prompt" in fields and "completion" in fields:
+        turns, images = _all(fields, "prompt")
+        answer, more = _all(fields, "completion", "assistant")
+        earlier = [turn for turn in turns if turn.role == "assistant"]
+        if earlier:
+            raise RowError("bad conversation", "'prompt' has answers, but every answer is learnt: use 'messages'")
+        return (*turns, *answer), (*images, *more), None, None
+    found = ", ".join(f"'{name}'" for name in list(fields)[:8]) or "none"
+    raise RowError("malformed row", f"its fields are {found}: expected {KNOWN}")
 
 
-def _image_names(value: Any) -> list[str]:
-    names = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise RowError("malformed row", "field 'image' must be a path or a list of paths")
-    return names
+def _all(fields: Mapping[str, Any], name: str, role: Any = "user") -> tuple[tuple[Turn, ...], tuple[PartImage, ...]]:
+    """The turns of a field that is a list of turns, or a text by one role."""
+    value = fields[name]
+    if isinstance(value, str) and name not in ("conversations", "messages"):
+        return (Turn(role, value),), ()
+    return read_turns([value] if isinstance(value, Mapping) and name in ("chosen", "rejected") else value, name)
 
 
-def _turns(value: Any, field: str) -> tuple[Turn, ...]:
-    if not isinstance(value, list) or not value:
-        raise RowError("malformed row", f"field '{field}' must be a list of turns, at least one")
-    turns = []
-    for index, turn in enumerate(value):
-        speaker = turn.get("from") if isinstance(turn, dict) else None
-        text = turn.get("value") if isinstance(turn, dict) else None
-        if not isinstance(speaker, str) or not isinstance(text, str):
-            raise RowError("malformed row", f"'{field}' turn {index}: expected an object of strings 'from' and 'value'")
-        if speaker == "system":
-            hint = "the template has its own system text: remove the turn"
-            raise RowError("bad conversation", f"'{field}' turn {index} is by 'system': {hint}")
-        if speaker not in _ROLES:
-            raise RowError("bad conversation", f"'{field}' turn {index} is by '{speaker}', expected 'human' or 'gpt'")
-        turns.append(Turn(_ROLES[speaker], text))
-    return tuple(turns)
-
-
-def _preference(row: Mapping[str, Any]) -> tuple[tuple[Turn, ...], str, str]:
-    chosen, rejected = (_turns(row.get(field), field) for field in ("chosen", "rejected"))
-    if chosen[:-1] != rejected[:-1]:
+def _preference(fields: Mapping[str, Any], histories: list[str]) -> Dialogue:
+    """`chosen` and `rejected`, with their prompt or after it."""
+    for name in ("chosen", "rejected"):
+        if name not in fields:
+            raise RowError("malformed row", f"field '{name}' must be a list of turns or a text")
+    prompts = [name for name in (*histories, "prompt", "question") if name in fields]
+    if not prompts and isinstance(fields["chosen"], str):
+        raise RowError("malformed row", "field 'chosen' must be a list of turns, or there must be a 'prompt'")
+    (chosen, images), (rejected, others) = (_all(fields, name, "assistant") for name in ("chosen", "rejected"))
+    if prompts:
+        if "texts" in prompts:
+            raise RowError("malformed row", "'texts' cannot be the prompt of 'chosen' and 'rejected'")
+        turns, before = _all(fields, prompts[0])
+        if chosen[:1] != turns[:1]:  # else both repeat the prompt
+            chosen, rejected, images, others = (*turns, *chosen), (*turns, *rejected), before + images, before + others
+    if chosen[:-1] != rejected[:-1] or images != others:
         raise RowError("bad conversation", "'chosen' and 'rejected' answer different prompts")
     if chosen[-1].role != "assistant" or rejected[-1].role != "assistant":
-        raise RowError("bad conversation", "'chosen' and 'rejected' must end with an answer by 'gpt'")
-    return chosen[:-1], chosen[-1].text, rejected[-1].text
+        raise RowError("bad conversation", "'chosen' and 'rejected' must end with an answer by 'gpt' or 'assistant'")
+    return chosen[:-1], images, chosen[-1].text, rejected[-1].text
+
+
+def _with_rejected(fields: Mapping[str, Any]) -> Dialogue:
+    """`messages` that end with the chosen answer, and the rejected one."""
+    if "messages" not in fields:
+        raise RowError("malformed row", "has 'rejected_response' without 'messages'")
+    turns, images = read_turns(fields["messages"], "messages")
+    other = fields["rejected_response"]
+    if turns[-1].role != "assistant" or not isinstance(other, str):
+        raise RowError("malformed row", "'messages' must end with an answer, and 'rejected_response' be a text")
+    return turns[:-1], images, turns[-1].text, other
+
+
+def _held_images(fields: Mapping[str, Any]) -> tuple[RowImage, ...]:
+    """The images of the row's own fields; None where they are given twice."""
+    image, images = (row_images(fields.get(name), name) for name in ("image", "images"))
+    if image and images and image != images[: len(image)]:
+        raise RowError("malformed row", "has both 'image' and 'images': keep one")
+    return images or image
+
+
+def _in_order(parts: tuple[PartImage, ...], held: tuple[RowImage, ...]) -> tuple[RowImage, ...]:
+    """The images of parts, those without one filled from the row's in order; without parts, the row's."""
+    left = list(held)
+    images = [left.pop(0) if part is None and left else part for part in parts]
+    absent = images.count(None)
+    if absent:
+        reason = f"{counted(len(parts), 'image part')} for {counted(len(parts) - absent, 'image')}"
+        raise RowError("placeholder mismatch", reason)
+    return (*(image for image in images if image is not None), *left)
+
+
+def _build(key: str, parsed: ParsedRow, images: tuple[bytes, ...], extensions: tuple[str, ...], source: str) -> Sample:
+    try:
+        sample = Sample(key, parsed.turns, images, extensions, parsed.chosen, parsed.rejected, source)
+    except DataError as error:
+        raise RowError("bad conversation", str(error).removeprefix(f"sample '{key}': ")) from error
+    check_text(sample)
+    return sample
 
 
 def _check_placeholders(turns: tuple[Turn, ...], images: int) -> None:
     found = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
     if images and not found:
-        hint = f"put '{IMAGE_PLACEHOLDER}' where a human turn refers to it, or remove 'image'"
-        raise RowError("placeholder mismatch", f"has an image that its text does not refer to: {hint}")
+        said = f"has {counted(images, 'image')} that its text does not refer to (0 '{IMAGE_PLACEHOLDER}')"
+        hint = f"put '{IMAGE_PLACEHOLDER}' where a user's turn refers to it, or remove the image"
+        raise RowError("placeholder mismatch", f"{said}: {hint}")
     if found != images:
-        reason = f"{found} '{IMAGE_PLACEHOLDER}' in the human turns for {images} image(s)"
+        reason = f"{found} '{IMAGE_PLACEHOLDER}' in the user's turns for {counted(images, 'image')}"
         raise RowError("placeholder mismatch", reason)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import DataError
+from llavamod_offline.plural import counted
 
 PAIRING = "next in the ring of SHA-256"  # in fingerprints: how pairs were made
 _SALT = "mismatched"
@@ -41,8 +42,9 @@ class MismatchRing:
         rows_P = np.flatnonzero(is_preference.to_numpy())
         if len(rows_P) < 2:
             raise DataError(
-                f"{where}: {len(rows_P)} preference sample(s), but mismatched responses come from other samples: "
-                "use a set of at least 2, or capture without capture.mismatched and train with loss.kind kto_pair"
+                f"{where}: {counted(len(rows_P), 'preference sample')}, but mismatched responses come from other "
+                "samples: use a set of at least 2, or capture without capture.mismatched and train with loss.kind "
+                "kto_pair"
             )
         keys = index.column("key").filter(is_preference)
         hashes = b"".join(_hash(key) for chunk in keys.chunks for key in chunk.to_pylist())

@@ -7,11 +7,13 @@ or locate errors, and rejects what `json` reads: a BOM, Infinity, and integers b
 from __future__ import annotations
 
 import codecs
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from llavamod_offline.data.parse.text_encoding import json_encoding, not_decodable
 from llavamod_offline.data.rows import RowError
 from llavamod_offline.errors import DataError
 
@@ -29,11 +31,14 @@ def stream_array(path: Path, advance: Advance) -> Iterator[Any]:
     fault cannot be delimited.
     """
     with path.open("rb") as stream:
-        text = _Text(path, stream.read, advance)
+        encoding = json_encoding(stream.read(4))
+        stream.seek(0)
+        text = _Text(path, stream.read, advance, encoding)
         opening = text.take()
         if opening != "[":
             hint = ": name a file of one object per line .jsonl" if opening == "{" else ""
-            raise DataError(f"{path}: expected a JSON list of rows, found {opening or 'nothing'!r}{hint}")
+            found = f"found {opening!r}{hint}" if opening else "but the file is empty"
+            raise DataError(f"{path}: expected a JSON list of rows, {found}")
         if text.peek() == "]":
             text.take()
         else:
@@ -53,20 +58,40 @@ def stream_lines(path: Path, advance: Advance) -> Iterator[tuple[int, Any]]:
     An invalid line is yielded as a `RowError`; one longer than `MAX_ROW` is a `DataError`.
     """
     with path.open("rb") as stream:
-        number = 0
-        while line := stream.readline(MAX_ROW + 1):
+        encoding = json_encoding(stream.read(4))
+        stream.seek(0)
+        told = 0
+        for number, line in enumerate(_lines(path, stream, encoding)):
             if len(line) > MAX_ROW:
                 raise DataError(f"{path}: row {number} has more than {MAX_ROW} bytes")
-            advance(len(line))
-            line = line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
+            advance(stream.tell() - told)
+            told = stream.tell()
             if line.strip():
                 yield number, _parse_line(line)
-            number += 1
 
 
-def _parse_line(line: bytes) -> Any:
+def _lines(path: Path, stream: BinaryIO, encoding: str) -> Iterator[bytes | str]:
+    """Read lines, as bytes if they are UTF-8: then a line that is not does not stop the file."""
+    if encoding.startswith("utf-8"):
+        while line := stream.readline(MAX_ROW + 1):
+            yield line
+        return
+    text = io.TextIOWrapper(stream, encoding, newline="\n")
     try:
-        return json.loads(line.decode())
+        while decoded := text.readline(MAX_ROW + 1):
+            yield decoded
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: {not_decodable(error)}") from error
+    finally:
+        text.detach()
+
+
+def _parse_line(line: bytes | str) -> Any:
+    try:
+        text = line.decode() if isinstance(line, bytes) else line
+        return json.loads(text.removeprefix("\ufeff"))  # also where files with such marks were joined
+    except UnicodeDecodeError as error:
+        return RowError("malformed row", f"not valid JSON: {not_decodable(error)}")
     except (ValueError, RecursionError) as error:
         return RowError("malformed row", f"not valid JSON: {error}")
 
@@ -74,11 +99,11 @@ def _parse_line(line: bytes) -> Any:
 class _Text:
     """The text of a file, with a moving position."""
 
-    def __init__(self, path: Path, read: Callable[[int], bytes], advance: Advance) -> None:
+    def __init__(self, path: Path, read: Callable[[int], bytes], advance: Advance, encoding: str) -> None:
         self._path = path
         self._read = read
         self._advance = advance
-        self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+        self._decode = codecs.getincrementaldecoder(encoding)().decode
         self._scan = json.JSONDecoder().raw_decode
         self._buffer = ""
         self._position = 0
@@ -137,7 +162,7 @@ class _Text:
         try:
             text = self._decode(content, self._ended)
         except UnicodeDecodeError as error:
-            raise self.error(f"not UTF-8: {error.reason}") from error
+            raise self.error(not_decodable(error)) from error
         self._passed += self._position
         self._buffer = self._buffer[self._position :] + text
         self._position = 0

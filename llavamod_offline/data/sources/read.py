@@ -1,7 +1,7 @@
 """Sources: files of rows (see `row_files.py`) and folders of samples, streamed into samples and rejections.
 
 A folder holds each sample's text beside its images (see `tar_samples.py`). Keys come from the rows' ids (`id`, in
-parquet `idx`, in a folder the files' names), or from file stem and row number if a row has no id or `keys="row"`.
+parquet also `idx`, in a folder the files' names), or from file stem and row number if a row has no id or `keys="row"`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from llavamod_offline.data.images import MAX_IMAGE_SIDE
 from llavamod_offline.data.keys import key_from_id, row_key
 from llavamod_offline.data.pack.prepare import PreparedSources, prepare
 from llavamod_offline.data.pack.process_map import map_in_order
 from llavamod_offline.data.pack.shrink import shrink_sample
+from llavamod_offline.data.parse.row_formats import row_to_sample
 from llavamod_offline.data.rows import Located, RejectedRow, RowError
 from llavamod_offline.data.sample import KEY_PATTERN, Sample
 from llavamod_offline.data.sources.image_folders import ImageFolders
@@ -22,7 +24,7 @@ from llavamod_offline.data.sources.json_stream import Advance
 from llavamod_offline.data.sources.row_files import ROW_FILES
 from llavamod_offline.data.sources.sample_folders import FileGroup, list_groups, read_files
 from llavamod_offline.data.sources.tar_samples import ReadRule, read_group
-from llavamod_offline.errors import DataError
+from llavamod_offline.errors import ConfigError, DataError
 from llavamod_offline.storage.walk import absence
 
 KeyRule = Literal["id", "row"]
@@ -33,7 +35,8 @@ _CHUNK = 16  # rows passed to a process at a time
 class Source:
     """A file of rows, or a folder of samples; `name` is their `source`, `images` the folders with their images.
 
-    Defaults: for `name`, a parquet row's `ds_name` or the file's stem; for `images`, those of `prepare_sources`.
+    Defaults: for `name`, a parquet row's `ds_name` or `data_source`, or the file's stem; for `images`, those of
+    `prepare_sources`.
     `rule`: how a folder's files are read.
     """
 
@@ -69,6 +72,8 @@ def prepare_sources(
     Errors: `DataError` at once if a file or folder is missing, of an unknown kind or given twice, or if two files would
     yield the same row keys; while reading, if a file cannot be read at all; those of `map_in_order`.
     """
+    if max_side is not None and max_side > MAX_IMAGE_SIDE:
+        raise ConfigError(f"--max-side {max_side}: at most {MAX_IMAGE_SIDE}, the longest side that can be trained on")
     sources = _checked(files, images, keys)
     reader = _RowReader(sources, keys, max_side)
     return map_in_order(reader.prepared, _all_rows(sources, advance), workers=workers, chunk=_CHUNK)
@@ -117,20 +122,21 @@ class _RowReader:
             if isinstance(row.content, RowError):
                 raise row.content
             if isinstance(row.content, FileGroup):
-                key = key if self._keys == "row" else _key({"id": row.content.key}, key, "id", "id")
+                key = key if self._keys == "row" else _key({"id": row.content.key}, key, "id", ("id",))
                 return Located(self._from_files(source, row.content, key), str(file), row.number)
             kind = ROW_FILES[file.suffix]
-            key = _key(row.content, key, self._keys, kind.id_field)
-            named = row.content.get(kind.source_field) if kind.source_field else None
-            name = source.name or (named if isinstance(named, str) and named else file.stem)
-            sample = kind.to_sample(row.content, key, name, self._folders[row.source].read)
+            key = _key(row.content, key, self._keys, kind.id_fields)
+            name = source.name or _named_source(row.content, kind.source_fields) or file.stem
+            folders = self._folders[row.source]
+            read_image = folders.read if folders.folders or not kind.holds_images else _unheld
+            sample = row_to_sample(row.content, key=key, source=name, read_image=read_image, max_side=self._max_side)
             return Located(sample, str(file), row.number)
         except RowError as error:
             return RejectedRow(key, error.kind, str(error), str(file), row.number, error.image)
 
     def _from_files(self, source: Source, group: FileGroup, key: str) -> Sample:
         name = source.name or source.path.resolve().name
-        sample, _, _ = read_group(read_files(source.path, group), key, name, source.rule)
+        sample, _, _ = read_group(read_files(source.path, group), key, name, source.rule, self._max_side)
         sample = replace(sample, source=name) if source.name else sample
         return replace(sample, key=key) if self._keys == "row" else sample  # our own samples keep theirs
 
@@ -155,8 +161,18 @@ def _all_rows(sources: tuple[Source, ...], advance: Advance) -> Iterator[_Source
             raise DataError(f"source '{source.path}': cannot be read: {error.strerror or error}") from error
 
 
-def _key(row: Any, fallback: str, keys: KeyRule, field: str) -> str:
-    identity = row.get(field) if isinstance(row, dict) else None
+def _unheld(name: str) -> bytes:
+    reason = f"image '{name}': the row holds no bytes of it, and no --images folder is given"
+    raise RowError("missing image", reason, name)
+
+
+def _named_source(row: Any, fields: tuple[str, ...]) -> str:
+    return next((row[field] for field in fields if isinstance(row.get(field), str) and row[field]), "")
+
+
+def _key(row: Any, fallback: str, keys: KeyRule, fields: tuple[str, ...]) -> str:
+    field = next((name for name in fields if isinstance(row, dict) and row.get(name) is not None), "")
+    identity = row[field] if field else None
     if keys == "row" or identity is None:
         key = fallback
     elif isinstance(identity, bool) or not isinstance(identity, str | int) or identity == "":

@@ -1,18 +1,17 @@
-"""Files of rows, by suffix: how rows are streamed, become samples, and are counted.
+"""Files of rows, by suffix: how rows are streamed and counted; `row_formats.py` makes samples of them.
 
-To add a format, write its functions and enter them in `ROW_FILES`; packing, catalogues and the doctor read that table.
+To add a kind of file, write its functions and enter them in `ROW_FILES`, which packing, catalogues and the doctor read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llavamod_offline.data.parse.row_formats import ReadImage, json_row_to_sample, parquet_row_to_sample
-from llavamod_offline.data.sample import Sample
+from llavamod_offline.data.parse.row_formats import FIELDS, KNOWN, MEDIA_FIELDS, TEXT_FIELDS
 from llavamod_offline.data.sources.json_stream import Advance, stream_array, stream_lines
 from llavamod_offline.errors import DataError
 
@@ -21,8 +20,9 @@ if TYPE_CHECKING:
 
 Rows = Callable[[Path, Advance], Iterator[tuple[int, Any]]]  # row numbers and contents; a bad row is a `RowError`
 
-_PARQUET_COLUMNS = ("image", "question", "chosen", "rejected")
-_PARQUET_OPTIONAL = ("idx", "ds_name")
+_IDS = ("id", "idx")
+_SOURCES = ("ds_name", "data_source")
+_PARQUET_BUFFER = 2**20
 _PARQUET_BATCH = 32  # rows, each with its image
 
 
@@ -31,37 +31,28 @@ class RowFile:
     """How files of one suffix are read; every valid row is a mapping of fields.
 
     `rows`: all of a file's rows; `outline`: as much of them as counting needs, without images stored in the file.
-    `to_sample` takes a row, its key, its source, and a function that reads an image by name. `id_field`: the field with
-    a row's id; `source_field`: the field with its source.
+    `id_fields`: where a row's id may be, `source_fields`: where its source may be. `holds_images`: whether rows usually
+    hold their images, so that there need not be folders of them.
     """
 
     rows: Rows
     outline: Rows
-    to_sample: Callable[[Any, str, str, ReadImage], Sample]
-    id_field: str = "id"
-    source_field: str = ""
+    id_fields: tuple[str, ...] = ("id",)
+    source_fields: tuple[str, ...] = ()
+    holds_images: bool = False
 
 
 def _array_rows(file: Path, advance: Advance) -> Iterator[tuple[int, Any]]:
     return enumerate(stream_array(file, advance))
 
 
-def _json_sample(row: Any, key: str, source: str, read_image: ReadImage) -> Sample:
-    return json_row_to_sample(row, key=key, source=source, read_image=read_image)
-
-
-def _parquet_sample(row: Mapping[str, Any], key: str, source: str, _: ReadImage) -> Sample:
-    return parquet_row_to_sample(row, key=key, source=source)
-
-
 def _parquet_rows(file: Path, advance: Advance) -> Iterator[tuple[int, Any]]:
     size, told, rows = file.stat().st_size, 0, 0
     with _parquet(file) as table:
-        names = table.schema_arrow.names
-        missing = [name for name in _PARQUET_COLUMNS if name not in names]
-        if missing:
-            raise DataError(f"{file}: no column '{missing[0]}': it has {', '.join(names)}")
-        columns = [name for name in (*_PARQUET_COLUMNS, *_PARQUET_OPTIONAL) if name in names]
+        columns = [name for name in table.schema_arrow.names if name in (*FIELDS, *MEDIA_FIELDS, *_IDS, *_SOURCES)]
+        if not set(TEXT_FIELDS) & set(columns):
+            found = ", ".join(table.schema_arrow.names[:12])
+            raise DataError(f"{file}: its columns are {found}: expected {KNOWN}")
         for batch in table.iter_batches(batch_size=_PARQUET_BATCH, columns=columns):
             yield from enumerate(batch.to_pylist(), rows)
             rows += len(batch)
@@ -84,14 +75,14 @@ def _parquet(file: Path) -> Iterator[pq.ParquetFile]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(file) as table:
+        with pq.ParquetFile(file, buffer_size=_PARQUET_BUFFER, pre_buffer=False) as table:  # else whole row groups
             yield table
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file}: cannot be read as parquet: {str(error).splitlines()[0]}") from error
 
 
 ROW_FILES = {
-    ".json": RowFile(_array_rows, _array_rows, _json_sample),
-    ".jsonl": RowFile(stream_lines, stream_lines, _json_sample),
-    ".parquet": RowFile(_parquet_rows, _parquet_outline, _parquet_sample, id_field="idx", source_field="ds_name"),
+    ".json": RowFile(_array_rows, _array_rows),
+    ".jsonl": RowFile(stream_lines, stream_lines),
+    ".parquet": RowFile(_parquet_rows, _parquet_outline, _IDS, _SOURCES, holds_images=True),
 }

@@ -9,6 +9,8 @@ from typing import Any
 
 from llavamod_offline.data.images import image_extension
 from llavamod_offline.data.parse.members import TEXT_FORMATS, parse_json
+from llavamod_offline.data.parse.row_formats import KNOWN, check_text
+from llavamod_offline.data.parse.text_encoding import decode_text
 from llavamod_offline.data.rows import RowError
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.data.sources.tar_reader import TarGroup, TarMember
@@ -30,24 +32,33 @@ class ReadRule:
         return cls(caption_prompt, frozenset(suffix.lstrip(".").lower() for suffix in ignore))
 
 
-def read_group(group: TarGroup, key: str, source: str, rule: ReadRule) -> tuple[Sample, str, tuple[TarMember, ...]]:
+def read_group(
+    group: TarGroup, key: str, source: str, rule: ReadRule, max_side: int | None = None
+) -> tuple[Sample, str, tuple[TarMember, ...]]:
     """Build the sample of a group, with its images decoded; return it, its text format, and its members, text first.
 
-    `key` and `source` are ignored for this project's own samples, which contain them. Errors: `RowError`.
+    `key` and `source` are ignored for this project's own samples, which contain them. `max_side`: what the images will
+    be shrunk to, see `decode_image`. Errors: `RowError`.
     """
     members = {suffix: member for suffix, member in group.members.items() if suffix not in rule.ignore}
     texts: dict[str, TarMember] = {suffix: members.pop(suffix) for suffix in ("json", "txt") if suffix in members}
     ordered = _images(members)
     images = tuple(image.content for image in ordered)
-    extensions = tuple(_decoded(image, group.key) for image in ordered)
-    row, problem = _fields(texts)
+    extensions = tuple(_decoded(image, group.key, max_side) for image in ordered)
+    contents = {suffix: decode_text(text.content, f"{group.key}.{suffix}") for suffix, text in texts.items()}
+    row, problem = _fields(contents)
     for name, form in TEXT_FORMATS.items():
         if form.suffix in texts and form.matches(row):
             own = name == "sample"
             text, key = texts[form.suffix], group.key if own else key
             try:
                 sample = form.read(
-                    text.content, rule.caption_prompt, key=key, source=source, images=images, extensions=extensions
+                    contents[form.suffix],
+                    rule.caption_prompt,
+                    key=key,
+                    source=source,
+                    images=images,
+                    extensions=extensions,
                 )
             except RowError:
                 raise
@@ -55,19 +66,21 @@ def read_group(group: TarGroup, key: str, source: str, rule: ReadRule) -> tuple[
                 raise RowError("bad conversation", str(error).removeprefix(f"sample '{key}': ")) from error
             if own:
                 _check_own(sample, row, extensions)
+            check_text(sample)
             return sample, name, (text, *ordered)
     raise problem
 
 
-def _fields(texts: Mapping[str, TarMember]) -> tuple[dict[str, Any], RowError]:
+def _fields(texts: Mapping[str, str]) -> tuple[dict[str, Any], RowError]:
     """The fields of a JSON object, and what is wrong if no format matches them."""
     if "json" not in texts:
         return {}, RowError("malformed row", "has no text: neither .json nor .txt")
     try:
-        row = parse_json(texts["json"].content)
+        row = parse_json(texts["json"])
     except RowError as error:
         return {}, error
-    problem = RowError("malformed row", "its JSON has neither 'conversations' nor 'chosen' and 'rejected'")
+    found = ", ".join(f"'{name}'" for name in list(row)[:8]) if isinstance(row, dict) else type(row).__name__
+    problem = RowError("malformed row", f"its JSON has {found}: expected {KNOWN}, or a caption beside it in .txt")
     return row if isinstance(row, dict) else {}, problem
 
 
@@ -99,9 +112,9 @@ def _unsupported(suffix: str) -> str:
     return f"unsupported member '.{suffix}': skip it with --ignore {suffix}"
 
 
-def _decoded(image: TarMember, key: str) -> str:
+def _decoded(image: TarMember, key: str, max_side: int | None) -> str:
     try:
-        return image_extension(image.content, name=f"{key}.{image.suffix}")
+        return image_extension(image.content, name=f"{key}.{image.suffix}", max_side=max_side)
     except DataError as error:
         raise RowError("undecodable image", str(error)) from error
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from llavamod_offline.data.images import ImagePreprocessor, decode_image, image_extension, image_size
-from llavamod_offline.data.parse.row_formats import json_row_to_sample
+from llavamod_offline.data.parse.row_formats import row_to_sample
 from llavamod_offline.data.rows import RowError
 from llavamod_offline.errors import DataError
 from tests.llavamod_offline.data.sources.hostile import bomb, gif
@@ -82,7 +82,8 @@ def test_outcome(tmp_path: Path, kind: str) -> None:
     row = {"image": "x", "conversations": said}
 
     def pack() -> str:
-        return json_row_to_sample(row, key="k", source="", read_image=lambda name: encoded).image_extensions[0]
+        sample = row_to_sample(row, key="k", source="", read_image=lambda name: encoded)
+        return sample.image_extensions[0]
 
     if isinstance(outcome, str):
         with pytest.raises(DataError, match=outcome):

@@ -14,12 +14,14 @@ from tests.tiny import tiny_image, tiny_samples
 ASK, ANSWER = Turn("user", "What?"), Turn("assistant", "That.")
 SHOW = Turn("user", "<image>\nWhat?")
 PNG = tiny_image(0)
+SYSTEM = Turn("system", "Answer in French.")
 NO_TEXT = Turn("assistant", 5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("preference", [False, True])
 def test_json_round_trip(preference: bool) -> None:
-    for sample in tiny_samples(12, preference=preference):
+    first = tiny_samples(1, preference=preference)[0]
+    for sample in (*tiny_samples(12, preference=preference), dataclasses.replace(first, turns=(SYSTEM, *first.turns))):
         content = sample_to_json(sample)
         assert sample_from_json(sample.key, content, sample.images) == sample
         assert json.loads(content)["content_hash"] == sample.content_hash
@@ -36,6 +38,10 @@ def test_json_round_trip(preference: bool) -> None:
         ({"turns": (ANSWER,)}, "turn 0 is by 'assistant'"),
         ({"turns": (ASK,)}, "the last turn is by 'user'"),
         ({"turns": (ASK, ASK, ANSWER)}, "turn 1 is by 'user'"),
+        ({"turns": (SYSTEM,)}, "the last turn is by 'system'"),
+        ({"turns": (SYSTEM, ANSWER)}, "turn 1 is by 'assistant', expected 'user'"),
+        ({"turns": (ASK, ANSWER, SYSTEM)}, "turn 2 is by 'system', expected 'user'"),
+        ({"turns": (Turn("system", "<image>"), ASK, ANSWER)}, "is in the system turn"),
         ({"turns": (ASK, Turn("assistant", " \n"))}, "the assistant's text is empty"),
         ({"turns": (ASK, NO_TEXT)}, "not a string"),
         ({"turns": (Turn("user", "half \ud800 a pair"), ANSWER)}, "surrogate"),

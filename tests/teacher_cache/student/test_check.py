@@ -157,7 +157,7 @@ def _of_all_positions(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 OTHER_ENCODINGS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
-    ({"template": "chatml"}, ("template.name", "template.sha256")),
+    ({"template": "chatml"}, ("template.name", "template.sha256", "template.system_turn")),
     ({"max_length": 1024}, ("sequence.max_length",)),
     ({"image_tokens": 16}, ("images.tokens",)),
     ({"image_token_id": 3}, ("images.token_id",)),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from llavamod_offline.data.encode.template import Segment, get_template
 from llavamod_offline.data.sample import Turn
-from llavamod_offline.errors import ConfigError
+from llavamod_offline.errors import ConfigError, DataError
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -60,6 +62,26 @@ def test_a_prompt_and_its_answer_make_the_conversation(name: str) -> None:
     template = get_template(name)
     whole, prompt = (text_of(template.render(turns)) for turns in (TWO_TURNS, TWO_TURNS[:3]))
     assert whole == prompt + template.answer_prefix + "Yes." + template.end
+
+
+SYSTEM_TURN = Turn("system", "Answer in French.")
+
+
+def test_a_system_turn_takes_the_place_of_the_templates_text() -> None:
+    """Worded as the template words its own, and never supervised."""
+    for name, own in (("qwen", SYSTEM), ("chatml", "You are a helpful assistant.")):
+        template = get_template(name)
+        segments, without = template.render((SYSTEM_TURN, *TWO_TURNS)), template.render(TWO_TURNS)
+        assert text_of(segments) == text_of(without).replace(own, "Answer in French.")
+        assert supervised_of(segments) == supervised_of(without)
+        assert [part.text for part in segments if part.special] == [part.text for part in without if part.special]
+
+
+def test_a_template_without_system_turns() -> None:
+    template = replace(get_template("chatml"), system_turn=None)
+    with pytest.raises(DataError, match="template 'chatml' has no system turn: remove it from the sample"):
+        template.render((SYSTEM_TURN, *TWO_TURNS))
+    assert template.render(TWO_TURNS) == get_template("chatml").render(TWO_TURNS)
 
 
 def test_unknown_template() -> None:

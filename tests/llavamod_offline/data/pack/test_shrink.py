@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llavamod_offline.data import images
 from llavamod_offline.data.images import decode_image, image_extension
 from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.pack.shrink import shrink_image, shrink_sample
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.data.sets.sample_set import SampleSet
-from llavamod_offline.data.sources.read import prepare_sources
+from llavamod_offline.data.sources.read import Source, prepare_sources
+from llavamod_offline.data.sources.tar_samples import ReadRule
+from llavamod_offline.errors import ConfigError, DataError
 from tests.tiny import tiny_image
 
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
@@ -34,25 +37,25 @@ def smooth(width: int, height: int, kind: str = "PNG", **settings: object) -> by
 @pytest.mark.parametrize(("size", "smaller"), [((90, 60), (30, 20)), ((60, 90), (20, 30)), ((31, 31), (30, 30))])
 def test_the_longer_side_fits(extension: str, size: tuple[int, int], smaller: tuple[int, int]) -> None:
     encoded = smooth(*size, FORMATS[extension])
-    found, original = shrink_image(encoded, extension, 30)
+    found, original = shrink_image(encoded, extension, 30, name="k")
     assert original == size
     assert image_extension(found, name="x") == extension
     decoded = np.asarray(decode_image(found, name="x")).astype(int)
     assert decoded.shape == (smaller[1], smaller[0], 3)
     expected = np.asarray(Image.open(io.BytesIO(smooth(*smaller)))).astype(int)
     assert np.abs(decoded - expected).mean() < 5  # a turned or shifted gradient is off by tens
-    assert shrink_image(encoded, extension, 30)[0] == found
+    assert shrink_image(encoded, extension, 30, name="k")[0] == found
 
 
 @pytest.mark.parametrize("size", [(30, 30), (30, 7), (1, 1)])
 def test_what_fits_keeps_its_bytes(size: tuple[int, int]) -> None:
     encoded = smooth(*size)
-    assert shrink_image(encoded, "png", 30) == (encoded, None)
+    assert shrink_image(encoded, "png", 30, name="k") == (encoded, None)
 
 
 @pytest.mark.parametrize(("size", "smaller"), [((150, 1), (30, 1)), ((1, 150), (1, 30))])
 def test_a_side_never_vanishes(size: tuple[int, int], smaller: tuple[int, int]) -> None:
-    found, original = shrink_image(smooth(*size), "png", 30)
+    found, original = shrink_image(smooth(*size), "png", 30, name="k")
     assert original == size
     assert decode_image(found, name="x").size == smaller
 
@@ -61,7 +64,7 @@ def test_orientation_is_settled_once() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its side
     encoded = smooth(80, 40, "JPEG", exif=exif)
-    found, original = shrink_image(encoded, "jpg", 20)
+    found, original = shrink_image(encoded, "jpg", 20, name="k")
     assert original == (40, 80)
     assert decode_image(found, name="x").size == (10, 20)
 
@@ -92,3 +95,71 @@ def test_a_sample_that_fits_is_the_same() -> None:
     turns = (Turn("user", "<image>"), Turn("assistant", "One."))
     sample = Sample("k", turns, (smooth(30, 20),), ("png",))
     assert shrink_sample(sample, 30) == (sample, ())
+
+
+def flat(kind: str, *size: int) -> bytes:
+    """An image of one colour, however large, in few bytes."""
+    stream = io.BytesIO()
+    Image.new("RGB", size, (200, 30, 30)).save(stream, format=kind)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "smaller"),
+    [
+        ("png", (400, 3000), (107, 800)),
+        ("jpg", (3000, 2900), (800, 773)),  # more pixels than are decoded: at half its size
+        ("jpg", (1500, 1400), (800, 747)),  # as large, but half of it would be too small
+        ("webp", (2400, 300), (800, 100)),
+    ],
+)
+def test_images_too_large_to_train_on(
+    monkeypatch: pytest.MonkeyPatch, kind: str, size: tuple[int, int], smaller: tuple[int, int]
+) -> None:
+    """With --max-side the number of pixels bounds what is decoded, not the length of a side."""
+    monkeypatch.setattr(images, "MAX_IMAGE_SIDE", 1000)
+    monkeypatch.setattr(images, "MAX_PIXELS", 1_900_000)
+    monkeypatch.setattr(images, "MAX_JPEG_PIXELS", 9_000_000)
+    encoded = flat({"jpg": "JPEG"}.get(kind, kind), *size)
+    with pytest.raises(DataError, match=r"more than 1000 a side: shrink it, for instance by `pack --max-side`"):
+        image_extension(encoded, name="x")
+    assert image_extension(encoded, name="x", max_side=800) == kind
+    shrunk, original = shrink_image(encoded, kind, 800, name="x")
+    assert original == size
+    assert decode_image(shrunk, name="x").size == smaller
+    assert np.abs(np.asarray(decode_image(shrunk, name="x"))[0, 0].astype(int) - (200, 30, 30)).max() < 8
+
+
+@pytest.mark.parametrize(("kind", "most"), [("PNG", "1,900,000"), ("JPEG", "7,600,000")])
+def test_images_too_large_to_shrink(monkeypatch: pytest.MonkeyPatch, kind: str, most: str) -> None:
+    monkeypatch.setattr(images, "MAX_PIXELS", 1_900_000)
+    monkeypatch.setattr(images, "MAX_JPEG_PIXELS", 4 * 1_900_000)
+    with pytest.raises(
+        DataError, match=f"image 'x': 3000×2900 pixels, more than the {most} that --max-side can shrink"
+    ):
+        image_extension(flat(kind, 3000, 2900), name="x", max_side=800)
+
+
+def test_half_of_a_large_jpeg_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_PIXELS", 1_900_000)
+    encoded = flat("JPEG", 3000, 2900)
+    assert decode_image(encoded, name="x", max_side=800).size == (1500, 1450)
+    assert decode_image(encoded, name="x", max_side=300).size == (375, 363)
+    assert decode_image(encoded, name="x", max_side=1600).size == (3000, 2900)
+
+
+def test_a_large_photograph_is_packed(tmp_path: Path) -> None:
+    """Rows, parquet and folders alike; beyond what any image may have, the option itself is refused."""
+    (tmp_path / "photos").mkdir()
+    content = flat("PNG", 300, 9600)
+    (tmp_path / "photos" / "a.png").write_bytes(content)
+    (tmp_path / "photos" / "a.txt").write_text("Red.")
+    talk = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "Red."}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"id": "b", "image": "a.png", "conversations": talk}]))
+    sources = [Source(tmp_path / "photos", rule=ReadRule("What?")), Source(tmp_path / "rows.json")]
+    write_set(prepare_sources(sources, images=[tmp_path / "photos"], max_side=1024), tmp_path / "set", max_side=1024)
+    packed = SampleSet.open(tmp_path / "set")
+    sizes = [decode_image(packed.read(row, verify=True).images[0], name="x").size for row in range(2)]
+    assert (packed.keys, sizes) == (["a", "b"], [(32, 1024)] * 2)
+    with pytest.raises(ConfigError, match="--max-side 9001: at most 9000"):
+        prepare_sources(sources, max_side=9001)

@@ -81,23 +81,33 @@ def test_preference_rows(tmp_path: Path, images: Path) -> None:
     ("row", "kind", "reason"),
     [
         (17, "malformed row", "expected an object, found int"),
-        ({"id": "k"}, "malformed row", "expected either 'conversations'"),
-        ({"id": "k", "conversations": TEXT, "chosen": TEXT}, "malformed row", "expected either 'conversations'"),
+        ({"id": "k"}, "malformed row", "its fields are 'id': expected 'conversations' or 'messages'"),
+        ({"id": "k", "instruction": "a", "output": "b"}, "malformed row", "'id', 'instruction', 'output': expected"),
+        ({"id": "k", "conversations": TEXT, "chosen": TEXT}, "malformed row", "field 'rejected' must be"),
+        ({"id": "k", "conversations": TEXT, "messages": TEXT}, "malformed row", "has both 'conversations' and 'mess"),
         ({"id": "k", "conversations": []}, "malformed row", "must be a list of turns, at least one"),
         ({"id": "k", "conversations": "hi"}, "malformed row", "must be a list of turns"),
         ({"id": "k", "conversations": ["hi"]}, "malformed row", "turn 0: expected an object of strings"),
         ({"id": "k", "conversations": [{"from": "human"}]}, "malformed row", "turn 0: expected an object of strings"),
         ({"id": "k", "conversations": [{"from": "human", "value": 3}]}, "malformed row", "turn 0: expected an object"),
-        ({"id": "k", "image": 3, "conversations": GOOD}, "malformed row", "'image' must be a path or a list"),
-        ({"id": "k", "image": [3], "conversations": GOOD}, "malformed row", "'image' must be a path or a list"),
-        ({"id": "k", "images": ["b.png"], "conversations": TEXT}, "malformed row", "'images' is not supported"),
-        ({"id": "k", "video": "a.mp4", "conversations": TEXT}, "malformed row", "'video' is not supported"),
+        ({"id": "k", "image": 3, "conversations": GOOD}, "malformed row", "'image' must hold paths, bytes, or objects"),
+        ({"id": "k", "image": [3], "conversations": GOOD}, "malformed row", "'image' must hold paths, bytes, or"),
+        (
+            {"id": "k", "image": "b.png", "images": ["c.webp"], "conversations": GOOD},
+            "malformed row",
+            "has both 'image'",
+        ),
+        ({"id": "k", "video": "a.mp4", "conversations": TEXT}, "unsupported media", "has field 'video': only text"),
+        ({"id": "k", "audios": ["a"], "conversations": TEXT}, "unsupported media", "has field 'audios': only text"),
         ({"id": "k" * 201, "conversations": TEXT}, "malformed row", "key of 201 characters"),
         ({"id": True, "conversations": TEXT}, "malformed row", "'id' must be a non-empty string or a whole number"),
         ({"id": 1.5, "conversations": TEXT}, "malformed row", "'id' must be a non-empty string or a whole number"),
         ({"id": "", "conversations": TEXT}, "malformed row", "'id' must be a non-empty string or a whole number"),
         ({"id": "k", "chosen": TEXT}, "malformed row", "'rejected' must be a list of turns"),
         ({"id": "k", "chosen": "a", "rejected": "b"}, "malformed row", "'chosen' must be a list of turns"),
+        ({"id": "k", "chosen": TEXT, "rejected": TEXT}, "identical answers", "are the same"),
+        ({"id": "k", "chosen": TEXT, "rejected": talk("Is it?", " Yes.\n")}, "identical answers", "are the same"),
+        ({"id": "k", "conversations": talk("Is it?", "Ye\0s.")}, "bad conversation", "NUL character"),
         ({"id": "k", "chosen": TEXT, "rejected": talk("Was it?", "No.")}, "bad conversation", "different prompts"),
         ({"id": "k", "chosen": TEXT, "rejected": TEXT[:1]}, "bad conversation", "different prompts"),
         ({"id": "k", "chosen": TEXT[:1], "rejected": TEXT[:1]}, "bad conversation", "must end with an answer"),
@@ -108,11 +118,11 @@ def test_preference_rows(tmp_path: Path, images: Path) -> None:
         ({"id": "k", "conversations": talk("Is it?", " ")}, "bad conversation", "the assistant's text is empty"),
         ({"id": "k", "conversations": talk("Is it?", "\ud800")}, "bad conversation", "surrogate"),
         ({"id": "k", "conversations": talk("Is it?", "<image>")}, "bad conversation", "is in an answer"),
-        ({"id": "k", "conversations": [{"from": "system", "value": "s"}, *TEXT]}, "bad conversation", "by 'system'"),
+        ({"id": "k", "conversations": [*TEXT, {"from": "system", "value": "s"}]}, "bad conversation", "by 'system'"),
         ({"id": "k", "conversations": [{"from": "bot", "value": "s"}]}, "bad conversation", "turn 0 is by 'bot'"),
         ({"id": "k", "image": "b.png", "conversations": TEXT}, "placeholder mismatch", "put '<image>' where"),
-        ({"id": "k", "conversations": GOOD}, "placeholder mismatch", "1 '<image>' in the human turns for 0 image"),
-        ({"id": "k", "image": ["b.png"] * 2, "conversations": GOOD}, "placeholder mismatch", "for 2 image(s)"),
+        ({"id": "k", "conversations": GOOD}, "placeholder mismatch", "1 '<image>' in the user's turns for 0 images"),
+        ({"id": "k", "image": ["b.png"] * 2, "conversations": GOOD}, "placeholder mismatch", "for 2 images"),
         ({"id": "k", "image": "", "conversations": GOOD}, "bad image path", "inside an image folder"),
         ({"id": "k", "image": "../outside.png", "conversations": GOOD}, "bad image path", "inside an image folder"),
         ({"id": "k", "image": "coco/../b.png", "conversations": GOOD}, "bad image path", "inside an image folder"),
@@ -169,8 +179,10 @@ def test_parquet_rows_that_give_no_sample(tmp_path: Path) -> None:
         {"question": None},
         {"chosen": None},
         {"rejected": " "},
-        {"question": "<image> Look, what?"},
+        {"question": "<image><image> Look, what?"},
         {"idx": None},
+        {"question": "Look at <image>, what?"},
+        {"rejected": "A dog. "},
     ]
     found = list(read_sources([write_parquet(tmp_path / "pairs.parquet", rows)]))
     rejections = [row for row in found if isinstance(row, RejectedRow)]
@@ -182,16 +194,19 @@ def test_parquet_rows_that_give_no_sample(tmp_path: Path) -> None:
         ("4", "malformed row"),
         ("5", "bad conversation"),
         ("6", "placeholder mismatch"),
+        ("9", "identical answers"),
     ]
     assert "junk.jpg" in rejections[0].reason
-    assert isinstance(found[-1], Located)
-    assert found[-1].sample.key == "pairs-000000007"
+    assert "2 '<image>' in the user's turns for 1 image" in rejections[6].reason
+    samples = [row.sample for row in found if isinstance(row, Located)]
+    assert [sample.key for sample in samples] == ["pairs-000000007", "8"]
+    assert samples[1].turns[0].text == "Look at <image>, what?"
 
 
 def test_files_that_are_no_parquet_of_pairs(tmp_path: Path) -> None:
     file = tmp_path / "pairs.parquet"
     pq.write_table(pa.table({"question": ["a"], "answer": ["b"]}), file)
-    with pytest.raises(DataError, match=r"pairs\.parquet: no column 'image': it has question, answer"):
+    with pytest.raises(DataError, match=r"pairs\.parquet: its columns are question, answer: expected 'conversations'"):
         list(read_sources([file]))
     write_parquet(file, [{}] * 60)
     content = file.read_bytes()

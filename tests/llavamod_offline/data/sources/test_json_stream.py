@@ -65,7 +65,7 @@ def test_numbers_are_not_cut_at_a_pieces_end(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (b"", "expected a JSON list of rows, found 'nothing'"),
+        (b"", "expected a JSON list of rows, but the file is empty"),
         (b'{"a": 1}', r"found '\{': name a file of one object per line \.jsonl"),
         (b"hello", "expected a JSON list of rows, found 'h'"),
         (b'[{"a": 1}, {"a"', r"row 1 \(character 15\): Expecting ':' delimiter"),
@@ -75,8 +75,8 @@ def test_numbers_are_not_cut_at_a_pieces_end(tmp_path: Path, monkeypatch: pytest
         (b'[{"a": 1},]', r"row 1 \(character 10\): Expecting value"),
         (b'[{"a": 1}, nope]', r"row 1 \(character 11\): Expecting value"),
         (b"[1] [2]", "unexpected text after the list"),
-        (b'["\xff"]', "not UTF-8: invalid start byte"),
-        (b'["\xc3', "not UTF-8: unexpected end of data"),
+        (b'["\xff"]', r"not UTF-8 \(byte 0xFF at position \d\): if it is Latin-1, convert it with `iconv"),
+        (b'["\xc3', r"not UTF-8 \(byte 0xC3"),
         (b"[" * 200_000, "recursion"),
         (b"[" + b"9" * 5000 + b"]", "digits"),
     ],

@@ -1,0 +1,271 @@
+"""One conversation, written in each of the public forms, packs to one sample."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llavamod_offline.data.rows import Located, RejectedRow
+from llavamod_offline.data.sample import Sample, Turn
+from llavamod_offline.data.sources.tar_index import TarSource, index_tars
+from tests.llavamod_offline.data.sources.foreign_tars import write_tar
+from tests.llavamod_offline.data.sources.source_files import JPG, PNG, WEBP, read_sources, write_rows
+from tests.llavamod_offline.data.sources.test_tar_index import read_all
+
+IMAGES = {"a.jpg": JPG, "sub/b.png": PNG, "c.webp": WEBP}
+EXTENSIONS = {"a.jpg": "jpg", "sub/b.png": "png", "c.webp": "webp"}
+
+words = st.text(st.characters(blacklist_categories=["Cs", "Cc"], blacklist_characters="<\0"), min_size=1, max_size=12)
+answers = words.filter(lambda text: bool(text.strip()))
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A conversation: its turns, the first of them perhaps the system's, and the names of its images in order."""
+
+    turns: tuple[Turn, ...]
+    names: tuple[str, ...]
+
+    @property
+    def sample(self) -> Sample:
+        kinds = tuple(EXTENSIONS[name] for name in self.names)
+        return Sample("k", self.turns, tuple(IMAGES[name] for name in self.names), kinds, source="rows")
+
+
+@st.composite
+def talks(draw: st.DrawFn, *, system: bool = True, first_only: bool = False) -> Talk:
+    """`first_only`: all images before the first text, as in sets whose texts do not place them."""
+    turns, names = [], []
+    if system and draw(st.booleans()):
+        turns.append(Turn("system", draw(words)))
+    for number in range(draw(st.integers(1, 3))):
+        shown = draw(st.lists(st.sampled_from(sorted(IMAGES)), max_size=2 if number == 0 or not first_only else 0))
+        names += shown
+        question = "<image>\n" * len(shown) + draw(words.filter(lambda text: not text[0].isspace()))
+        if not first_only and draw(st.booleans()):
+            question += " then <image> and more"
+            names.append("c.webp")
+        turns += [Turn("user", question), Turn("assistant", draw(answers))]
+    return Talk(tuple(turns), tuple(names))
+
+
+def _messages(talk: Talk, content: Callable[[str], Any] = str) -> list[dict[str, Any]]:
+    return [{"role": turn.role, "content": content(turn.text)} for turn in talk.turns]
+
+
+def _spoken(talk: Talk) -> list[dict[str, str]]:
+    speakers = {"user": "human", "assistant": "gpt", "system": "system"}
+    return [{"from": speakers[turn.role], "value": turn.text} for turn in talk.turns]
+
+
+def _parts(text: str, images: list[dict[str, Any]], *, newlines: bool) -> list[dict[str, Any]]:
+    """The parts of a text; without `newlines`, those beside an image are left to the reader."""
+    text = text if newlines else text.replace("<image>\n", "<image>")
+    pieces = [piece for piece in re.split("(<image>)", text) if piece]
+    return [images.pop(0) if piece == "<image>" else {"type": "text", "text": piece} for piece in pieces]
+
+
+def _with_parts(talk: Talk, part: Callable[[str], dict[str, Any]], *, newlines: bool = True) -> dict[str, Any]:
+    images = [part(name) for name in talk.names]
+    return {"messages": _messages(talk, lambda text: _parts(text, images, newlines=newlines))}
+
+
+def _data_url(name: str) -> str:
+    return "data:image/png;base64," + base64.b64encode(IMAGES[name]).decode()
+
+
+def _without_system(row: dict[str, Any], talk: Talk) -> dict[str, Any]:
+    """The system turn in a field of its own."""
+    if talk.turns[0].role != "system":
+        return row
+    name = "conversations" if "conversations" in row else "messages"
+    return row | {name: row[name][1:], "system": talk.turns[0].text}
+
+
+JSON_FORMS: dict[str, Callable[[Talk], dict[str, Any]]] = {
+    "LLaVA": lambda talk: {"conversations": _spoken(talk), "image": list(talk.names)},
+    "ShareGPT with images": lambda talk: {"conversations": _spoken(talk), "images": list(talk.names)},
+    "roles in conversations": lambda talk: {"conversations": _messages(talk), "images": list(talk.names)},
+    "messages": lambda talk: {"messages": _messages(talk), "images": list(talk.names)},
+    "paths in structs": lambda talk: {
+        "messages": _messages(talk), "images": [{"path": name, "bytes": None} for name in talk.names]
+    },
+    "system in a field": lambda talk: _without_system({"messages": _messages(talk), "images": list(talk.names)}, talk),
+    "parts": lambda talk: _with_parts(talk, lambda name: {"type": "image"}) | {"images": list(talk.names)},
+    "parts without newlines": lambda talk: (
+        _with_parts(talk, lambda name: {"type": "image"}, newlines=False) | {"images": list(talk.names)}
+    ),
+    "parts with paths": lambda talk: _with_parts(talk, lambda name: {"type": "image", "image": name}),
+    "parts with file URLs": lambda talk: _with_parts(talk, lambda name: {"type": "image", "path": name, "text": None}),
+    "OpenAI": lambda talk: _with_parts(talk, lambda name: {"type": "image_url", "image_url": {"url": _data_url(name)}}),
+    "base64": lambda talk: _with_parts(
+        talk, lambda name: {"type": "image", "base64": base64.b64encode(IMAGES[name]).decode()}
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for name, content in IMAGES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def pack(file: Path, *folders: Path) -> list[Sample | str]:
+    found = read_sources([file], images=folders)
+    return [row.sample if isinstance(row, Located) else f"{row.kind}: {row.reason}" for row in found]
+
+
+@settings(max_examples=30)
+@given(talk=talks())
+@pytest.mark.parametrize("form", JSON_FORMS)
+def test_forms_of_json(images: Path, form: str, talk: Talk) -> None:
+    file = write_rows(images / "rows.jsonl", [JSON_FORMS[form](talk) | {"id": "k"}])
+    assert pack(file, images) == [talk.sample]
+
+
+@settings(max_examples=30)
+@given(talk=talks(system=False, first_only=True))
+def test_pairs(images: Path, talk: Talk) -> None:
+    """FineVision's texts do not place their images, which come before the first."""
+    said = [turn.text.replace("<image>\n", "") for turn in talk.turns]
+    pairs = [{"user": ask, "assistant": answer} for ask, answer in zip(said[::2], said[1::2], strict=True)]
+    row = {"id": "k", "texts": pairs, "images": list(talk.names), "source": "x"}
+    assert pack(write_rows(images / "rows.json", [row]), images) == [talk.sample]
+
+
+@settings(max_examples=20)
+@given(talk=talks(), other=talks())
+@pytest.mark.parametrize("form", ["messages", "parts", "conversations", "bytes"])
+def test_parquet(images: Path, form: str, talk: Talk, other: Talk) -> None:
+    """Where every row of a column has all fields of all rows, null where it has none."""
+
+    def row(each: Talk, key: str) -> dict[str, Any]:
+        held = [{"bytes": IMAGES[name], "path": name} for name in each.names]
+        if form == "parts":
+            fields = _with_parts(each, lambda name: {"type": "image"})
+        else:
+            fields = {"conversations": _spoken(each)} if form == "conversations" else {"messages": _messages(each)}
+        return {"id": key, **fields, "images": [image["bytes"] for image in held] if form == "bytes" else held}
+
+    pq.write_table(pa.Table.from_pylist([row(talk, "k"), row(other, "l")]), images / "rows.parquet")
+    found = pack(images / "rows.parquet")
+    assert found[0] == talk.sample
+    assert isinstance(found[1], Sample)
+    assert (found[1].turns, found[1].images) == (other.turns, other.sample.images)
+
+
+@settings(max_examples=20)
+@given(talk=talks())
+@pytest.mark.parametrize("form", ["LLaVA", "messages", "parts"])
+def test_tars(tmp_path_factory: pytest.TempPathFactory, form: str, talk: Talk) -> None:
+    folder = tmp_path_factory.mktemp("tar")
+    row = JSON_FORMS[form](talk)
+    files = [(f"k.{number}.{EXTENSIONS[name]}", IMAGES[name]) for number, name in enumerate(talk.names)]
+    for fields in (row, {name: value for name, value in row.items() if name not in ("image", "images")}):
+        write_tar(folder / "x.tar", [("k.json", json.dumps(fields).encode()), *files])
+        index_tars([TarSource(folder / "x.tar", "rows")], folder / "set", overwrite=True)
+        assert read_all(folder / "set") == [talk.sample]
+
+
+ASK = [{"role": "user", "content": "Is it?"}]
+YES, NO = ([{"role": "assistant", "content": text}] for text in ("Yes.", "No."))
+PAIR = Sample("k", (Turn("user", "Is it?"),), chosen="Yes.", rejected="No.", source="rows")
+PREFERENCES: dict[str, dict[str, Any]] = {
+    "TRL, texts": {"prompt": "Is it?", "chosen": "Yes.", "rejected": "No."},
+    "TRL, messages": {"prompt": ASK, "chosen": YES, "rejected": NO},
+    "TRL, implicit prompt": {"chosen": ASK + YES, "rejected": ASK + NO},
+    "prompt repeated": {"prompt": "Is it?", "chosen": ASK + YES, "rejected": ASK + NO},
+    "LlamaFactory": {"conversations": [{"from": "human", "value": "Is it?"}],
+                     "chosen": {"from": "gpt", "value": "Yes."}, "rejected": {"from": "gpt", "value": "No."}},
+    "ms-swift": {"messages": ASK + YES, "rejected_response": "No."},
+    "question": {"question": "Is it?", "chosen": "Yes.", "rejected": "No."},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", PREFERENCES)
+def test_preferences(tmp_path: Path, form: str) -> None:
+    assert pack(write_rows(tmp_path / "rows.json", [PREFERENCES[form] | {"id": "k"}])) == [PAIR]
+
+
+def test_a_preference_with_an_image_part(tmp_path: Path, images: Path) -> None:
+    part = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is it?"}]}]
+    row = {"id": "k", "prompt": part, "chosen": YES, "rejected": NO, "images": ["a.jpg"]}
+    [found] = pack(write_rows(tmp_path / "rows.json", [row]), images)
+    assert found == Sample("k", (Turn("user", "<image>\nIs it?"),), (JPG,), ("jpg",), "Yes.", "No.", "rows")
+
+
+def test_prompt_and_completion(tmp_path: Path) -> None:
+    rows = [{"id": "k", "prompt": "Is it?", "completion": "Yes."}, {"id": "k2", "prompt": ASK, "completion": YES}]
+    found = pack(write_rows(tmp_path / "rows.json", rows))
+    assert [sample.turns for sample in found if isinstance(sample, Sample)] == [
+        (Turn("user", "Is it?"), Turn("assistant", "Yes."))
+    ] * 2
+
+
+IMAGE = {"type": "image"}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": [{"role": "user", "content": [IMAGE, IMAGE]}, *YES], "images": ["a.jpg"]},
+         "placeholder mismatch: 2 image parts for 1 image"),
+        ({"messages": [{"role": "user", "content": [IMAGE, {"type": "text", "text": "<image>"}]}, *YES],
+          "images": ["a.jpg"]}, "placeholder mismatch: 2 '<image>' in the user's turns for 1 image"),
+        ({"messages": ASK + YES, "images": ["a.jpg"]},
+         "placeholder mismatch: has 1 image that its text does not refer to (0 '<image>')"),
+        ({"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}, *YES]},
+         "unsupported media: 'messages' turn 0, part 0 is video"),
+        ({"messages": [*ASK, {"role": "assistant", "content": [IMAGE]}], "images": ["a.jpg"]},
+         "placeholder mismatch: has 1 image that its"),
+        ({"messages": [*ASK, {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]},
+         "bad conversation: 'messages' turn 1 is a tool call"),
+        ({"messages": [*ASK, {"role": "tool", "content": "3"}]}, "bad conversation: 'messages' turn 1 is a tool call"),
+        ({"messages": ASK + YES, "tools": "[{}]"}, "bad conversation: has field 'tools'"),
+        ({"messages": [*ASK, YES[0] | {"loss": False}]}, "bad conversation: 'messages' turn 1 has 'loss' False"),
+        ({"messages": [*ASK, YES[0] | {"weight": 0}]}, "bad conversation: 'messages' turn 1 has 'weight' 0"),
+        ({"messages": [{"role": "user", "content": [{"type": "file"}]}]}, "malformed row: 'messages' turn 0, part 0: "),
+        ({"messages": [*ASK, *YES, {"role": "system", "content": "s"}]}, "bad conversation: turn 2 is by 'system'"),
+        ({"messages": [{"role": "system", "content": "<image>"}, *ASK, *YES], "images": ["a.jpg"]},
+         "placeholder mismatch: "),
+        ({"texts": [{"user": "a"}]}, "malformed row: 'texts' pair 0: expected strings 'user' and 'assistant'"),
+        ({"prompt": ASK + YES + ASK, "completion": "A."}, "bad conversation: 'prompt' has answers"),
+        ({"prompt": "a", "completion": "b", "label": True}, "malformed row: is an unpaired preference"),
+        ({"messages": ASK + YES, "images": [{"bytes": None, "path": None}]}, "missing image: field 'images' holds no "),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "image": "data:image/png;base64,?"}]}, *YES]},
+         "undecodable image: field ''messages' turn 0, part 0' is not valid base64"),
+    ],
+)  # fmt: skip
+def test_rows_that_are_rejected(tmp_path: Path, images: Path, row: dict[str, Any], reason: str) -> None:
+    [found] = pack(write_rows(tmp_path / "rows.json", [row]), images)
+    assert isinstance(found, str)
+    assert found.startswith(reason)
+
+
+def test_an_image_that_the_row_only_names(tmp_path: Path, images: Path) -> None:
+    """In parquet a row is rejected without a folder, and read with one."""
+    row = {
+        "id": "k",
+        "messages": [{"role": "user", "content": "<image>"}, *YES],
+        "images": [{"bytes": None, "path": "a.jpg"}],
+    }
+    file = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist([row]), file)
+    [lost] = read_sources([file])
+    assert isinstance(lost, RejectedRow)
+    assert (lost.kind, lost.image) == ("missing image", "a.jpg")
+    assert isinstance(pack(file, images)[0], Sample)
