@@ -19,6 +19,7 @@ from eval.task import Task
 from eval.tasks import TASKS, get_task
 from eval.unanswerable import read_unanswerable
 from llavamod_offline.errors import ConfigError, EvalError
+from llavamod_offline.plural import counted
 
 if TYPE_CHECKING:
     from eval.judge import Judge
@@ -184,7 +185,8 @@ def _protocol(
     limit: int | None,
     unanswerable: int,
 ) -> str:
-    parts = [f"{task.name}: {len(examples)} questions" + ("" if limit is None else f", the first ones (limit {limit})")]
+    first = "" if limit is None else f", the first ones (limit {limit})"
+    parts = [f"{task.name}: {counted(len(examples), 'question')}{first}"]
     if len(examples) not in task.official_n:
         parts.append(f"not the published set of {' or '.join(map(str, task.official_n))}")
     parts.append(protocol)

@@ -17,6 +17,7 @@ from llavamod_offline.config import print_config as print_settings
 from llavamod_offline.config.command import PrintConfig, settings_command
 from llavamod_offline.entrypoint import run_command
 from llavamod_offline.errors import ConfigError
+from llavamod_offline.plural import counted
 from train.config import TrainConfig
 from train.config.recipes import changes_to_recipe, recipe_and_changes, recipe_names, resolve_config
 
@@ -81,7 +82,8 @@ def run(
 def _render(summary: TrainSummary) -> str:
     loss = summary.metrics.get("loss", float("nan"))
     return (
-        f"{summary.stage}: {summary.steps} steps, {summary.tokens:,} tokens in {summary.seconds:.0f} s, last loss "
+        f"{summary.stage}: {counted(summary.steps, 'step')}, {counted(summary.tokens, 'token')} in "
+        f"{summary.seconds:.0f} s, last loss "
         f"{loss:.4f}; {summary.parameters:,} parameters, {summary.activated_parameters:,} activated: {summary.student}"
     )
 

@@ -257,7 +257,7 @@ def _not_finite(what: str, value: float, step: int, micros: Sequence[TrainBatch]
     keys = list(dict.fromkeys(key for batch in micros for key in batch.batch.keys))
     named = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
     return (
-        f"step {step + 1}: the {what} is {value} on sample(s) {named}: lower optim.lr, set optim.grad_clip, or pack "
+        f"step {step + 1}: the {what} is {value} on samples {named}: lower optim.lr, set optim.grad_clip, or pack "
         "the set again without these samples, and rerun to resume from the last checkpoint"
     )
 

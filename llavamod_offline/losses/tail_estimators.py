@@ -30,6 +30,7 @@ from llavamod_offline.errors import TargetError
 from llavamod_offline.losses.bucketed_divergence import DivergenceSpec
 from llavamod_offline.losses.kinds import TAIL_ESTIMATORS, TailEstimator
 from llavamod_offline.losses.targets import EMPTY_ID, SparseTargets
+from llavamod_offline.plural import counted
 
 NEVER = float("-inf")
 
@@ -161,7 +162,7 @@ def _check_support(log_probs_NE: Tensor, valid_NK: Tensor, tail_unreachable_N: T
     infinite_N = (torch.isneginf(log_probs_NE) & reachable_NE).any(-1)
     if bool(infinite_N.any()):
         raise TargetError(
-            f"reverse_kl is infinite at {int(infinite_N.sum())} position(s) whose records assign some ids no "
+            f"reverse_kl is infinite at {counted(int(infinite_N.sum()), 'position')} whose records assign some ids no "
             "probability: use skewed_reverse_kl or js"
         )
 

@@ -25,6 +25,7 @@ from llavamod_offline.data.encode.tokenize import SequenceEncoder
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER
 from llavamod_offline.errors import ModelError, first_line
 from llavamod_offline.models.export import write_settings
+from llavamod_offline.plural import counted
 from llavamod_offline.storage import atomic
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def _check_complete(info: dict[str, Any], where: str) -> None:
         names = sorted(str(key) for key in info[kind])
         if names:
             raise ModelError(
-                f"{where}: {len(names)} {kind.replace('_keys', '')} tensor(s), first '{names[0]}': "
+                f"{where}: {counted(len(names), kind.replace('_keys', '') + ' tensor')}, first '{names[0]}': "
                 "config.json and the weights belong to different models, or a file is incomplete"
             )
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llavamod_offline.models.language_models import ROUTERS
+from llavamod_offline.plural import counted
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class RouterWatch:
         for logits, choices, weights in zip(self._logits, self._choices, self._weights, strict=True):
             if len(logits) != 1 or len(logits[0]) != len(keep_S):
                 raise RuntimeError(
-                    f"a router ran {len(logits)} time(s) in the watched block: run one forward pass, with this mask"
+                    f"a router ran {counted(len(logits), 'time')} in the watched block: run one forward pass, "
+                    "with this mask"
                 )
             if self._train and not logits[0].requires_grad and _trained(self._routers):
                 raise RuntimeError("the routers get no gradient: use gradient checkpointing with use_reentrant=False")

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from llavamod_offline.errors import ModelError
+from llavamod_offline.plural import counted
 
 TOKENS_FIELD = "llavamod_image_tokens"  # accompanies each image into the model, which checks it
 _NAMES = {"image_size": "image_sizes"}  # plural, as models expect them
@@ -74,7 +75,8 @@ def placeholders(
     whole = [token for offset, length in places for token in range(offset, offset + length)]
     if len(places) != len(counts) or whole != found.tolist():
         raise ModelError(
-            f"sample '{name}': its {len(found)} image tokens do not match its {len(counts)} image(s), which need "
+            f"sample '{name}': its {len(found)} image tokens do not match its {counted(len(counts), 'image')}, "
+            "which need "
             f"{' + '.join(map(str, counts))}: use the engine hf"
         )
     return places

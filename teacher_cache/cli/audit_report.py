@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from llavamod_offline.config.command import Arguments
+from llavamod_offline.plural import counted
 
 _DIFFERENT_STATUS = 1
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -56,8 +57,8 @@ def report(
         return
     some = "all" if done.positions == done.of_positions else f"{done.positions:,} of"
     print(
-        f"{output}: {done.bytes:,} bytes, {done.samples:,} samples; distributions over {some} "
-        f"{done.of_positions:,} positions"
+        f"{output}: {done.bytes:,} bytes, {counted(done.samples, 'sample')}; distributions over {some} "
+        f"{counted(done.of_positions, 'position')}"
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llavamod_offline.config.command import Arguments, PrintConfig
+from llavamod_offline.plural import counted
 
 if TYPE_CHECKING:
     from teacher_cache.generate.run import Generation
@@ -60,16 +61,20 @@ def generate(
 def _print(done: Generation) -> None:
     if done.written:
         print(
-            f"{done.output_set}: wrote {done.tokens:,} tokens for {done.written:,} samples in {done.seconds:.1f} s "
+            f"{done.output_set}: wrote {done.tokens:,} tokens for {counted(done.written, 'sample')} in "
+            f"{done.seconds:.1f} s "
             f"({done.tokens_per_second:,.0f} tokens/s); {done.retokenised:,} texts tokenize differently when read back"
         )
     kinds = "".join(f", {count} {kind}" for kind, count in done.rejected_by_kind.items())
-    print(f"{done.output_set}: {done.samples:,} samples, {done.rejected} rejected{kinds}, digest {done.digest}")
+    print(
+        f"{done.output_set}: {counted(done.samples, 'sample')}, {done.rejected} rejected{kinds}, digest {done.digest}"
+    )
     if done.rejected:
         print(f"rejected samples and reasons: {done.output_set}/rejected.jsonl")
     cache = done.capture
     if cache.totals:
         print(
-            f"{cache.output}: {cache.totals['positions']:,} positions, {cache.bytes_per_position:.1f} bytes each, "
+            f"{cache.output}: {counted(cache.totals['positions'], 'position')}, {cache.bytes_per_position:.1f} "
+            "bytes each, "
             f"{cache.totals['rejected']} rejected, digest {cache.digest}"
         )

@@ -10,6 +10,7 @@ import numpy as np
 
 from llavamod_offline.errors import CacheError, ConfigError
 from llavamod_offline.pages.page import render
+from llavamod_offline.plural import counted
 from llavamod_offline.storage.atomic import write_file
 from teacher_cache.fingerprint import describe_tokenizer, differences
 from teacher_cache.inspection.token_labels import TokenNames
@@ -75,7 +76,8 @@ def write_report(
         styles=["page.css"],
         scripts=["page.js"],
         title=f"Teacher cache {cache.path.rstrip('/').rsplit('/', 1)[-1]}",
-        lead=f"{cache.positions:,} positions in {len(cache):,} sequences ({', '.join(cache.roles)}): what the teacher "
+        lead=f"{counted(cache.positions, 'position')} in {counted(len(cache), 'sequence')} "
+        f"({', '.join(cache.roles)}): what the teacher "
         "predicted, and how sure it was.",
         totals=totals(cache, scan),
         **distributions(cache, scan, bool(sets)),

@@ -14,6 +14,7 @@ from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequ
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import DataError
 from llavamod_offline.models.checkpoint import load_tokenizer, load_weights
+from llavamod_offline.plural import counted
 from teacher_cache.teachers.folder import context_length, read_config
 from teacher_cache.teachers.protocol import SampleImage
 
@@ -37,7 +38,7 @@ class CausalLmTeacher:
         """Tokenize one role of a sample. Errors: `DataError` if it has images."""
         if sample.images:
             raise DataError(
-                f"sample '{sample.key}' ({role}): it has {len(sample.images)} image(s), and the teacher is a "
+                f"sample '{sample.key}' ({role}): it has {counted(len(sample.images), 'image')}, and the teacher is a "
                 "language model without images"
             )
         return self.encoder.encode(sample, role)

@@ -71,7 +71,7 @@ def read_states(cache: TeacherCache, rows_S: NDArray[np.int64], batch: Batch, wa
     if int(kept_M.sum()) != int(wanted_N.sum()) or states_MT.shape[1] != wanted.size:
         named = ", ".join(dict.fromkeys(batch.keys))
         raise CacheError(
-            f"cache '{cache.path}': sample(s) {named}: {int(kept_M.sum())} hidden states of size {states_MT.shape[1]}, "
+            f"cache '{cache.path}': samples {named}: {int(kept_M.sum())} hidden states of size {states_MT.shape[1]}, "
             f"expected {int(wanted_N.sum())} of size {wanted.size}: capture the whole set with the same settings"
         )
     return TeacherStates(rows_M[kept_M], states_MT[kept_M])

@@ -9,6 +9,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from llavamod_offline.plural import counted
+
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
@@ -70,7 +72,7 @@ def model_card(
         ("text model", f"{text.model_type}, {text.num_hidden_layers} layers, hidden size {text.hidden_size}{experts}"),
         ("vision tower", f"{vision.model_type}, {vision.image_size} pixels in patches of {vision.patch_size}"),
         ("parameters", f"{sizes[0]:,}, of which {sizes[1]:,} are active for a token"),
-        ("stage", f"{settings['stage']}, {steps:,} steps over {samples:,} samples"),
+        ("stage", f"{settings['stage']}, {counted(steps, 'step')} over {counted(samples, 'sample')}"),
         ("conversation template", f"{settings['template']}; images: {settings['image_aspect']}"),
         *((name, f"`{digest}`") for name, digest in digests.items() if digest),
     ]

@@ -18,6 +18,7 @@ from torch import Tensor
 from llavamod_offline.data.encode.tokenize import UNSUPERVISED, Positions, TokenizedSequence
 from llavamod_offline.data.images import pixel_values
 from llavamod_offline.errors import DataError
+from llavamod_offline.plural import counted
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def collate(
     sequences, or if the lists differ in length or the images in shape.
     """
     if not sequences or len(sequences) != len(images):
-        raise DataError(f"batch: {len(sequences)} sequence(s) with the images of {len(images)}")
+        raise DataError(f"batch: {counted(len(sequences), 'sequence')} with the images of {len(images)}")
     length = max(len(sequence.input_ids_T) for sequence in sequences)
     input_ids_BT = np.full((len(sequences), length), pad_id, dtype=np.int64)
     attention_mask_BT = np.zeros((len(sequences), length), dtype=np.int64)

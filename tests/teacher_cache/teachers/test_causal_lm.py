@@ -35,7 +35,7 @@ def test_text_is_captured_and_pictures_are_rejected(tmp_path: Path, kind: str, p
     roles = 2 if preference else 1
     assert (summary.sequences, summary.rejected) == (len(texts) * roles, (24 - len(texts)) * roles)
     lines = [json.loads(line) for line in (tmp_path / "cache" / "rejected.jsonl").read_text().splitlines()]
-    assert "it has 1 image(s), and the teacher is a language model without images" in lines[0]["reason"]
+    assert "it has 1 image, and the teacher is a language model without images" in lines[0]["reason"]
     cache = open_cache(tmp_path / "cache")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     teacher = open_teacher(folder, get_template("chatml"), image_aspect="auto", max_length=2048)
