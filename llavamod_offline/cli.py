@@ -71,7 +71,9 @@ def pack(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The set folder to make.")],
     sources: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME=]SOURCE...", help="LLaVA .json or .jsonl, RLAIF-V .parquet, folders of samples."),
+        typer.Argument(
+            metavar="[NAME=]SOURCE...", help="Rows in .json, .jsonl, .parquet, .arrow; folders of tables or of samples."
+        ),
     ] = None,
     images: Annotated[
         list[Path] | None, typer.Option(metavar="DIR", help="A folder of images; may be repeated.")
@@ -98,6 +100,7 @@ def pack(
     Unusable rows are counted and listed with the reason in the set's rejected.jsonl; the rest is packed, unless more
     than --max-rejected are unusable. Then no set is made, and the list is kept as OUTPUT.rejected.jsonl.
     Images keep their bytes unless --max-side shrinks them. The number of workers does not change the set.
+    Rows may be LLaVA's, RLAIF-V's or chat messages; llavamod_offline/README.md lists their fields.
     A folder of samples has KEY.json or KEY.txt beside KEY.jpg, like the tars that `index` reads.
 
     \b

@@ -102,7 +102,8 @@ class WrittenSet:
         if self.finished:
             return
         rows, weights = self._rows(source, made), self._weights(source)
-        write_set(rows, self.path, generated=self.about, max_rejected=max_rejected, weights=weights)
+        max_side = source.manifest.get("max_side")
+        write_set(rows, self.path, generated=self.about, max_rejected=max_rejected, weights=weights, max_side=max_side)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _weights(self, source: SampleSet) -> dict[str, float]:

@@ -7,7 +7,7 @@
     images         `image` or `images` (see `row_images.py`), in the order of `<image>` in the users' texts; or in parts
 
 `system`: the text of a system turn. Images of `texts` and of a `question` without `<image>` come before the first text.
-A row that breaks the format is a `RowError`; nothing is repaired.
+Several rejected answers make several samples. A row that breaks the format is a `RowError`; nothing is repaired.
 """
 
 from __future__ import annotations
@@ -69,6 +69,15 @@ def responses_of_row(row: Any) -> tuple[str, str]:
     if chosen is None or rejected is None:
         raise RowError("malformed row", "has no 'chosen' and 'rejected'")
     return chosen, rejected
+
+
+def one_for_each_rejected(row: Any) -> list[Any]:
+    """A row whose preference has a list of rejected answers, as one row for each of them; else the row itself."""
+    for name in ("rejected", "rejected_response"):
+        answers = row.get(name) if isinstance(row, Mapping) else None
+        if isinstance(answers, list) and answers and all(isinstance(answer, str | list) for answer in answers):
+            return [{**row, name: answer} for answer in answers]
+    return [row]
 
 
 def parse_row(row: Any, beside: int = 0) -> ParsedRow:

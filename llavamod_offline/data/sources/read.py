@@ -1,4 +1,4 @@
-"""Sources: files of rows (see `row_files.py`) and folders of samples, streamed into samples and rejections.
+"""Sources: files of rows (see `row_files.py`), folders of tables or samples, streamed into samples and rejections.
 
 A folder holds each sample's text beside its images (see `tar_samples.py`). Keys come from the rows' ids (`id`, in
 parquet also `idx`, in a folder the files' names), or from file stem and row number if a row has no id or `keys="row"`.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from llavamod_offline.data.images import MAX_IMAGE_SIDE
@@ -16,12 +16,12 @@ from llavamod_offline.data.keys import key_from_id, row_key
 from llavamod_offline.data.pack.prepare import PreparedSources, prepare
 from llavamod_offline.data.pack.process_map import map_in_order
 from llavamod_offline.data.pack.shrink import shrink_sample
-from llavamod_offline.data.parse.row_formats import row_to_sample
+from llavamod_offline.data.parse.row_formats import one_for_each_rejected, row_to_sample
 from llavamod_offline.data.rows import Located, RejectedRow, RowError
 from llavamod_offline.data.sample import KEY_PATTERN, Sample
 from llavamod_offline.data.sources.image_folders import ImageFolders
 from llavamod_offline.data.sources.json_stream import Advance
-from llavamod_offline.data.sources.row_files import ROW_FILES
+from llavamod_offline.data.sources.row_files import ROW_FILES, tables_below
 from llavamod_offline.data.sources.sample_folders import FileGroup, list_groups, read_files
 from llavamod_offline.data.sources.tar_samples import ReadRule, read_group
 from llavamod_offline.errors import ConfigError, DataError
@@ -37,13 +37,28 @@ class Source:
 
     Defaults: for `name`, a parquet row's `ds_name` or `data_source`, or the file's stem; for `images`, those of
     `prepare_sources`.
-    `rule`: how a folder's files are read.
+    `rule`: how a folder's files are read. `below`: its path below the folder of tables that was given, if one was; row
+    keys begin with it, and its first part is the default for `name`.
     """
 
     path: Path
     name: str = ""
     images: tuple[Path, ...] = ()
     rule: ReadRule = field(default_factory=ReadRule)
+    below: str = ""
+
+    @property
+    def stem(self) -> str:
+        """What the keys of rows without id begin with."""
+        return str(PurePosixPath(self.below).with_suffix("")) if self.below else self.path.stem
+
+    @property
+    def default_name(self) -> str:
+        """The source of rows that do not name it: of a folder of tables, the part of the data set."""
+        if not self.below:
+            return self.path.stem
+        parts = [part for part in PurePosixPath(self.below).parts[:-1] if part != "data"]
+        return parts[0] if parts else self.path.parents[len(PurePosixPath(self.below).parts) - 1].resolve().name
 
 
 @dataclass(frozen=True)
@@ -80,7 +95,8 @@ def prepare_sources(
 
 
 def _checked(files: Sequence[Path | Source], images: Sequence[Path], keys: KeyRule) -> tuple[Source, ...]:
-    sources = [Source(file) if isinstance(file, Path) else file for file in files]
+    given = [Source(file) if isinstance(file, Path) else file for file in files]
+    sources = [each for source in given for each in _tables(source)]
     seen: dict[Path, Path] = {}
     for file in (source.path for source in sources):
         if file.is_dir() and any(file.glob("*.tar")):
@@ -93,18 +109,28 @@ def _checked(files: Sequence[Path | Source], images: Sequence[Path], keys: KeyRu
         if seen.setdefault(file.resolve(), file) is not file:
             raise DataError(f"source '{file}' is given twice: remove one")
     if keys == "row":
-        _check_stems([source.path for source in sources])
+        _check_stems(sources)
     found = tuple(replace(source, images=source.images or tuple(images)) for source in sources)
     for folders in {source.images for source in found}:
         ImageFolders(folders)
     return found
 
 
-def _check_stems(files: Sequence[Path]) -> None:
+def _tables(source: Source) -> list[Source]:
+    """The tables below a folder; the source itself if it is none of tables."""
+    try:
+        below = tables_below(source.path) if source.path.is_dir() else []
+    except OSError as error:
+        raise DataError(f"source '{error.filename or source.path}': cannot be read: {error.strerror}") from error
+    return [replace(source, path=source.path / name, below=name) for name in below] or [source]
+
+
+def _check_stems(sources: Sequence[Source]) -> None:
     stems: dict[str, Path] = {}
-    for file in files:
-        if stems.setdefault(file.stem, file) is not file:
-            raise DataError(f"sources '{stems[file.stem]}' and '{file}' yield the same row keys: rename one of them")
+    for source in sources:
+        if stems.setdefault(source.stem, source.path) is not source.path:
+            first = stems[source.stem]
+            raise DataError(f"sources '{first}' and '{source.path}' yield the same row keys: rename one of them")
 
 
 class _RowReader:
@@ -114,10 +140,16 @@ class _RowReader:
         self._sources, self._keys, self._max_side = sources, keys, max_side
         self._folders = [ImageFolders(source.images, near=source.path.parent) for source in sources]
 
-    def _located(self, row: _SourceRow) -> Located | RejectedRow:
-        """The sample of a row, or why it has none."""
+    def _located(self, row: _SourceRow) -> Iterator[Located | RejectedRow]:
+        """The sample of a row, or why it has none; several samples for several rejected answers."""
+        content, key = row.content, row_key(self._sources[row.source].stem, row.number)
+        rows = one_for_each_rejected(content)
+        for number, each in enumerate(rows):
+            yield self._outcome(replace(row, content=each), key, f"-{number}" if len(rows) > 1 else "")
+
+    def _outcome(self, row: _SourceRow, key: str, suffix: str) -> Located | RejectedRow:
         source = self._sources[row.source]
-        file, key = source.path, row_key(source.path.stem, row.number)
+        file = source.path
         try:
             if isinstance(row.content, RowError):
                 raise row.content
@@ -125,8 +157,8 @@ class _RowReader:
                 key = key if self._keys == "row" else _key({"id": row.content.key}, key, "id", ("id",))
                 return Located(self._from_files(source, row.content, key), str(file), row.number)
             kind = ROW_FILES[file.suffix]
-            key = _key(row.content, key, self._keys, kind.id_fields)
-            name = source.name or _named_source(row.content, kind.source_fields) or file.stem
+            key = _key(row.content, key, self._keys, kind.id_fields) + suffix
+            name = source.name or _named_source(row.content, kind.source_fields) or source.default_name
             folders = self._folders[row.source]
             read_image = folders.read if folders.folders or not kind.holds_images else _unheld
             sample = row_to_sample(row.content, key=key, source=name, read_image=read_image, max_side=self._max_side)
@@ -142,7 +174,8 @@ class _RowReader:
 
     def prepared(self, rows: list[_SourceRow]) -> list[PreparedSources | RejectedRow]:
         """The samples of several rows, ready to be written, or why they have none."""
-        return [row if isinstance(row, RejectedRow) else self._prepare(row) for row in map(self._located, rows)]
+        outcomes = (outcome for row in rows for outcome in self._located(row))
+        return [row if isinstance(row, RejectedRow) else self._prepare(row) for row in outcomes]
 
     def _prepare(self, located: Located) -> PreparedSources:
         if self._max_side is None:

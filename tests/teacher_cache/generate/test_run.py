@@ -152,7 +152,7 @@ def test_the_new_set_has_the_weights_of_the_sources_that_are_left_in_it(
     """Training would refuse the weight of a source that has no samples."""
     prompts = [dataclasses.replace(sample, source=sample.key) for sample in rows(place.source)[:3]]
     weights = {"toy-0": 0.5, "toy-1": 2.0}
-    write_set(prompts, place.folder / "weighed", weights=weights)
+    write_set(prompts, place.folder / "weighed", weights=weights, max_side=64)
 
     def one_goes_on_and_on(engine: Any, prompts: Any, decoding: Any) -> list[Written]:
         return [Written((5, 6), ended=prompt.key != "toy-1") for prompt in prompts]
@@ -160,7 +160,8 @@ def test_the_new_set_has_the_weights_of_the_sources_that_are_left_in_it(
     monkeypatch.setattr(answers, "write_answers", one_goes_on_and_on)
     place.generate(data=place.folder / "weighed")
     assert set(SampleSet.open(place.set()).manifest["sources"]) == {"toy-0", "toy-2"}
-    assert SampleSet.open(place.set()).manifest["weights"] == {"toy-0": 0.5}
+    manifest = SampleSet.open(place.set()).manifest
+    assert (manifest["weights"], manifest["max_side"]) == ({"toy-0": 0.5}, 64)
 
 
 def test_run_refuses_what_belongs_to_generate(place: Place) -> None:

@@ -269,3 +269,18 @@ def test_an_image_that_the_row_only_names(tmp_path: Path, images: Path) -> None:
     assert isinstance(lost, RejectedRow)
     assert (lost.kind, lost.image) == ("missing image", "a.jpg")
     assert isinstance(pack(file, images)[0], Sample)
+
+
+@pytest.mark.parametrize("name", ["rejected", "rejected_response"])
+def test_several_rejected_answers(tmp_path: Path, name: str) -> None:
+    """A sample for each; one that equals the chosen answer is rejected by its own key."""
+    row = {"prompt": ASK, "chosen": YES} if name == "rejected" else {"messages": ASK + YES}
+    file = write_rows(tmp_path / "rows.json", [row | {"id": "k", name: ["No.", "Yes. ", "Never."]}])
+    first, same, last = read_sources([file])
+    assert isinstance(first, Located)
+    assert isinstance(last, Located)
+    assert [(each.sample.key, each.sample.rejected) for each in (first, last)] == [("k-0", "No."), ("k-2", "Never.")]
+    assert isinstance(same, RejectedRow)
+    assert (same.key, same.kind, same.row) == ("k-1", "identical answers", 0)
+    alone = write_rows(tmp_path / "rows.json", [row | {"id": "k", name: ["No."]}])
+    assert pack(alone) == [PAIR]
