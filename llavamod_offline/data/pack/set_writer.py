@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from llavamod_offline.data.keys import key_from_id
+from llavamod_offline.data.pack.key_register import KeyRegister
 from llavamod_offline.data.pack.prepare import Facts
 from llavamod_offline.data.pack.rejections import Rejections
 from llavamod_offline.data.rows import RejectedRow
@@ -121,7 +122,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
 class SetWriter:
     """Writes the index and the rejections of a set, row by row; a context manager that closes its files.
 
-    Memory holds a few thousand rows of the index, and every row's key and origin to detect duplicates. `fitting`: see
+    Memory holds a few thousand rows of the index, and 28 bytes a row to detect duplicate keys. `fitting`: see
     `Rejections`.
     """
 
@@ -136,8 +137,7 @@ class SetWriter:
     rows: int = 0
 
     def __enter__(self) -> SetWriter:
-        self._places: dict[str, tuple[int, int]] = {}
-        self._files: dict[str, int] = {}
+        self._keys = KeyRegister(self.duplicate_hint)
         self._digest = hashlib.sha256()
         self._pending: list[dict[str, Any]] = []
         with ExitStack() as stack:
@@ -153,14 +153,7 @@ class SetWriter:
 
     def claim(self, key: str, file: str, row: int) -> None:
         """Reserve a key for the row of a file. Errors: `DataError` naming both rows if it is taken."""
-        ordinal = self._files.setdefault(file, len(self._files))
-        if key in self._places:
-            earlier_file, earlier_row = self._places[key]
-            raise DataError(
-                f"duplicate key '{key}': {list(self._files)[earlier_file]} row {earlier_row} and {file} row {row}: "
-                f"{self.duplicate_hint}"
-            )
-        self._places[key] = (ordinal, row)
+        self._keys.claim(key, file, row)
 
     def add(self, facts: Facts, members: Sequence[Mapping[str, Any]]) -> None:
         """Add a sample of the next shard to the index; `members` as stored there."""

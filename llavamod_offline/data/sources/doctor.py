@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llavamod_offline.data.parse.row_images import row_images
 from llavamod_offline.data.rows import RowError
 from llavamod_offline.data.sources.catalogue import DataSet, broken_links, find_files
 from llavamod_offline.data.sources.image_folders import ImageFolders
 from llavamod_offline.data.sources.json_stream import Advance
 from llavamod_offline.data.sources.row_files import ROW_FILES
 from llavamod_offline.errors import DataError
+from llavamod_offline.plural import counted
 
 _ROUNDED = 0.99  # smallest share of a rounded row count that passes
 
@@ -119,7 +121,7 @@ class _Tally:
 
     def problems(self) -> list[str]:
         """What is missing; images are grouped by the first two folders of their names."""
-        lines = [f"unreadable: {self._unreadable:,} rows are not JSON objects"] if self._unreadable else []
+        lines = [f"unreadable: {counted(self._unreadable, 'row')}"] if self._unreadable else []
         if self._missing:
             places = ", ".join(f"{place} ({times:,})" for place, times in self._missing.most_common(6))
             more = f" and {len(self._missing) - 6} more places" if len(self._missing) > 6 else ""
@@ -130,11 +132,16 @@ class _Tally:
         if isinstance(row, RowError) or not isinstance(row, dict):
             self._unreadable += 1
             return
-        names = row.get("image")
-        for name in [names] if isinstance(names, str) else names if isinstance(names, list) else []:
-            self.images += 1
-            if not isinstance(name, str) or not self._folders.has(name):
-                self._missing["/".join(str(name).split("/")[:-1][:2]) or "."] += 1
+        for name in ("image", "images"):
+            try:
+                images = row_images(row.get(name), name)
+            except RowError:
+                self._unreadable += 1
+                continue
+            for image in images:
+                self.images += 1
+                if image.content is None and not self._folders.has(image.name):
+                    self._missing["/".join(image.name.split("/")[:-1][:2]) or "."] += 1
 
 
 def _too_few(entry: DataSet, rows: int) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +88,11 @@ def test_counts(root: Path, rows: int | None, about: int | None, problem: str | 
 def test_damaged_files(root: Path) -> None:
     (root / "a" / "rows.json").write_text('[{"id": 1}, {"id"')
     (root / "t_1.parquet").write_bytes(b"PAR1")
-    (root / "b.jsonl").write_text('{"id": 1}\n17\n{bad\n{"image": "/etc/passwd"}\n')
+    (root / "b.jsonl").write_text('{"id": 1}\n17\n{bad\n{"image": "/etc/passwd"}\n{"image": 3}\n')
     assert "row 1" in only(ENTRY, root).problems[0]
     assert "cannot be read as parquet" in only(DataSet(files=["t_*.parquet"]), root).problems[0]
     assert only(DataSet(files=["b.jsonl"]), root).problems == (
-        "unreadable: 2 rows are not JSON objects",
+        "unreadable: 3 rows",
         "missing: 1 of 1 images: /etc (1)",
     )
 
@@ -145,3 +147,24 @@ def test_files_of_a_stage(root: Path) -> None:
         DataError, match=r"source 'none': .*n\.json is missing: `llavamod-offline doctor` lists the rest"
     ):
         stage_sources(Catalogue(catalogue.sources, {"s": ["none"]}), "s", root)
+
+
+def test_images_as_chat_rows_have_them(root: Path) -> None:
+    held = "data:image/png;base64," + base64.b64encode(tiny_image(0)).decode()
+    rows = [{"images": ["own.png", {"path": "lost.png", "bytes": None}]}, {"images": [{"path": held}]}]
+    (root / "a" / "rows.json").write_text(json.dumps(rows))
+    finding = only(DataSet(files=["a/rows.json"], images=["a/p"]), root)
+    assert (finding.images, finding.problems) == (3, ("missing: 1 of 3 images: . (1)",))
+
+
+def test_linked_folders_and_dead_links(root: Path) -> None:
+    (root / "linked").symlink_to("a")
+    (root / "a" / "up").symlink_to("..")
+    (root / "a" / "gone.json").symlink_to("nowhere.json")
+    finding = only(DataSet(files=["linked/**/rows.json"], images=["a/p"]), root)
+    assert str(root / "linked" / "rows.json") in finding.files
+    broken = DataSet(files=["linked/*.json"], images=["a/p"])
+    lost = f"{root / 'linked' / 'gone.json'} is a link to 'nowhere.json', which does not exist"
+    assert f"missing: {lost}" in only(broken, root).problems
+    with pytest.raises(DataError, match=f"{re.escape(lost)}: remove it, or restore what it leads to"):
+        stage_sources(Catalogue({"x": broken}, {"s": ["x"]}), "s", root)
