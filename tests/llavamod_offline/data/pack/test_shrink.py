@@ -97,10 +97,10 @@ def test_a_sample_that_fits_is_the_same() -> None:
     assert shrink_sample(sample, 30) == (sample, ())
 
 
-def flat(kind: str, *size: int) -> bytes:
+def flat(kind: str, width: int, height: int) -> bytes:
     """An image of one colour, however large, in few bytes."""
     stream = io.BytesIO()
-    Image.new("RGB", size, (200, 30, 30)).save(stream, format=kind)
+    Image.new("RGB", (width, height), (200, 30, 30)).save(stream, format=kind)
     return stream.getvalue()
 
 
