@@ -6,7 +6,7 @@ import errno
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -107,7 +107,11 @@ class LocalFolder:
     def sizes(self, below: str = "") -> dict[str, int]:
         """See `Folder`."""
         root = self.path / below
-        return {file: (root / file).stat().st_size for file in walk_files(root)} if root.is_dir() else {}
+        found = {}
+        for file in walk_files(root) if root.is_dir() else ():
+            with suppress(FileNotFoundError):  # removed or renamed by another process
+                found[file] = (root / file).stat().st_size
+        return found
 
     def write(self, name: str, content: bytes) -> None:
         """See `Folder`."""

@@ -14,8 +14,8 @@ def walk_files(folder: Path, skip: Callable[[str], bool] = lambda name: False) -
     """Yield the files below a folder by their relative names with `/`, in the order of the names of each folder.
 
     Links to folders are followed wherever they lead, except one that leads back to a folder on its own path: the log
-    names it. A link that leads nowhere is yielded as a file. `skip`: which files and folders to leave out, by name.
-    Errors: `OSError` if a folder cannot be read.
+    names it. A link that leads nowhere is yielded as a file; a folder that is removed meanwhile has no files. `skip`:
+    which files and folders to leave out, by name. Errors: `OSError` if a folder cannot be read.
     """
     yield from _walk(folder, "", skip, (_identity(folder),))
 
@@ -32,11 +32,14 @@ def _walk(folder: Path, prefix: str, skip: Callable[[str], bool], above: tuple[t
         if not entry.is_dir():
             yield prefix + entry.name
             continue
-        identity = _identity(Path(entry.path))
-        if identity in above:
-            logger.warning("folder '%s': a link to a folder that contains it: not followed", entry.path)
-        else:
-            yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", skip, (*above, identity))
+        try:
+            identity = _identity(Path(entry.path))
+            if identity in above:
+                logger.warning("folder '%s': a link to a folder that contains it: not followed", entry.path)
+            else:
+                yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", skip, (*above, identity))
+        except FileNotFoundError:
+            continue
 
 
 def _identity(folder: Path) -> tuple[int, int]:

@@ -48,7 +48,9 @@ def row_to_sample(row: Any, *, key: str, source: str, read_image: ReadImage, max
     parsed = parse_row(row)
     _check_placeholders(parsed.turns, len(parsed.images))
     contents = load_images(parsed.images, read_image)
-    return _build(key, parsed, contents, image_extensions(contents, parsed.images, max_side), source)
+    sample = _build(key, parsed, contents, image_extensions(contents, parsed.images, max_side), source)
+    check_text(sample)
+    return sample
 
 
 def tar_row_to_sample(
@@ -101,7 +103,7 @@ def same_answers(chosen: str, rejected: str) -> bool:
 
 
 def check_text(sample: Sample) -> None:
-    """Refuse what no sample should be made of, though one could be. Errors: `RowError`."""
+    """Refuse what no sample should be made of, though sets of earlier versions have some. Errors: `RowError`."""
     if sample.chosen is not None and sample.rejected is not None and same_answers(sample.chosen, sample.rejected):
         raise RowError("identical answers", "the chosen and the rejected answer are the same")
     texts = [*(turn.text for turn in sample.turns), sample.chosen or "", sample.rejected or ""]
@@ -213,11 +215,9 @@ def _in_order(parts: tuple[PartImage, ...], held: tuple[RowImage, ...]) -> tuple
 
 def _build(key: str, parsed: ParsedRow, images: tuple[bytes, ...], extensions: tuple[str, ...], source: str) -> Sample:
     try:
-        sample = Sample(key, parsed.turns, images, extensions, parsed.chosen, parsed.rejected, source)
+        return Sample(key, parsed.turns, images, extensions, parsed.chosen, parsed.rejected, source)
     except DataError as error:
         raise RowError("bad conversation", str(error).removeprefix(f"sample '{key}': ")) from error
-    check_text(sample)
-    return sample
 
 
 def _check_placeholders(turns: tuple[Turn, ...], images: int) -> None:

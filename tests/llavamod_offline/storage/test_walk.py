@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from llavamod_offline.storage.folders import LocalFolder
 from llavamod_offline.storage.walk import absence, walk_files
 from teacher_cache.format.manifest import file_entries
 
@@ -55,3 +56,16 @@ def test_checksums_of_a_cache_shard_cover_linked_folders(tmp_path: Path) -> None
     shard = fill(tmp_path / "shard", "sequences.arrow")
     (shard / "columns.zarr").symlink_to(far)
     assert list(file_entries(shard)) == ["columns.zarr/c/0", "sequences.arrow"]
+
+
+def test_what_vanishes_meanwhile_has_no_files(tmp_path: Path) -> None:
+    """As when another process renames a shard of a cache into place."""
+    folder = fill(tmp_path / "data", "a/1", "b/2", "c/3")
+    found = []
+    for name in walk_files(folder):
+        found.append(name)
+        if name == "a/1":
+            (folder / "b").rename(tmp_path / "elsewhere")
+    assert found == ["a/1", "c/3"]
+    (folder / "dead").symlink_to("nowhere")
+    assert LocalFolder(folder).sizes() == {"a/1": 3, "c/3": 3}

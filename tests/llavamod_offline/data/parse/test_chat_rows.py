@@ -16,9 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llavamod_offline.data.parse.members import sample_from_members
 from llavamod_offline.data.rows import Located, RejectedRow
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.data.sources.tar_index import TarSource, index_tars
+from llavamod_offline.errors import DataError
 from tests.llavamod_offline.data.sources.foreign_tars import write_tar
 from tests.llavamod_offline.data.sources.source_files import JPG, PNG, WEBP, read_sources, write_rows
 from tests.llavamod_offline.data.sources.test_tar_index import read_all
@@ -284,3 +286,11 @@ def test_several_rejected_answers(tmp_path: Path, name: str) -> None:
     assert (same.key, same.kind, same.row) == ("k-1", "identical answers", 0)
     alone = write_rows(tmp_path / "rows.json", [row | {"id": "k", name: ["No."]}])
     assert pack(alone) == [PAIR]
+
+
+def test_equal_answers_that_were_indexed_earlier_stay_readable(tmp_path: Path) -> None:
+    """Training goes on with a set of an earlier version; making one of them again rejects them."""
+    content = json.dumps({"chosen": ASK + YES, "rejected": ASK + YES}).encode()
+    assert sample_from_members("llava", "k", content, (), "rows").is_preference
+    with pytest.raises(DataError, match="the chosen and the rejected answer are the same"):
+        index_tars([TarSource(write_tar(tmp_path / "x.tar", [("k.json", content)]))], tmp_path / "set")
