@@ -78,7 +78,7 @@ def test_to_moves_every_tensor() -> None:
 
 
 def test_what_does_not_fit() -> None:
-    with pytest.raises(DataError, match=r"0 sequence\(s\)"):
+    with pytest.raises(DataError, match=r"0 sequences"):
         collate([], [], pad_id=PAD)
     with pytest.raises(DataError, match=r"1 sequence\(s\) with the images of 2"):
         collate([sequence("a", [5, 6], [1])], [[], []], pad_id=PAD)
