@@ -28,6 +28,7 @@ from eval.example import SHORT_ANSWER, Example, Scored, Verdict
 from eval.files import FileImage, find_file, read_jsonl
 from eval.task import Headline, Task
 from llavamod_offline.errors import EvalError
+from llavamod_offline.plural import counted
 
 PERCEPTION = (
     *("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"),
@@ -66,7 +67,8 @@ def load(root: Path) -> list[Example[MmeReference]]:
         examples.append(Example(name, prompt, reference, file, source, (identifier,), question, identifier))
     for (category, image), count in Counter((e.reference.category, e.reference.image) for e in examples).items():
         if count != 2:
-            raise EvalError(f"{_question_file(root)}: image '{category}/{image}' has {count} questions, expected 2")
+            found = counted(count, "question")
+            raise EvalError(f"{_question_file(root)}: image '{category}/{image}' has {found}, expected 2")
     return examples
 
 

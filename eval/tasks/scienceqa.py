@@ -21,6 +21,7 @@ from eval.example import Example, Scored, Verdict
 from eval.files import FileImage, Row, as_row, find_file, read_object, read_rows
 from eval.task import Headline, Task
 from llavamod_offline.errors import EvalError
+from llavamod_offline.plural import counted
 
 SUFFIX = "\nAnswer with the option's letter from the given choices directly."
 _LETTERS = "ABCDE"
@@ -48,7 +49,8 @@ def load(root: Path) -> list[Example[ScienceQaReference]]:
         examples.append(_example(root, row, as_row(file, f"problem '{identifier}'", problems[identifier])))
     absent = sorted(split - {example.id for example in examples})
     if absent:
-        raise EvalError(f"{_question_file(root)}: lacks {len(absent)} questions of the test split, first '{absent[0]}'")
+        lost = counted(len(absent), "question")
+        raise EvalError(f"{_question_file(root)}: lacks {lost} of the test split, first '{absent[0]}'")
     return examples
 
 

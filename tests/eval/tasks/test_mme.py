@@ -211,7 +211,7 @@ def test_an_image_needs_two_questions_and_every_question_an_answer(tmp_path: Pat
     path = root / "MME" / "llava_mme.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[1:]))
-    with pytest.raises(EvalError, match="image 'existence/0001' has 1 questions, expected 2"):
+    with pytest.raises(EvalError, match="image 'existence/0001' has 1 question, expected 2"):
         mme.load(root)
     path.write_text("".join(lines).replace("Is there a dog?", "Is there a hog?"))
     with pytest.raises(EvalError, match=r"line 1: no answer to 'Is there a hog\?' about existence/0001.png"):

@@ -95,7 +95,7 @@ def test_a_missing_answer_stays_a_question_with_an_image(tmp_path: Path) -> None
 def test_the_three_files_must_agree(tmp_path: Path) -> None:
     root = science_root(tmp_path)
     write_json(root / "scienceqa" / "pid_splits.json", {"test": ["4", "5", "11", "12"]})
-    with pytest.raises(EvalError, match="lacks 1 questions of the test split, first '12'"):
+    with pytest.raises(EvalError, match="lacks 1 question of the test split, first '12'"):
         scienceqa.load(root)
     write_json(root / "scienceqa" / "pid_splits.json", {"test": ["4", "5"]})
     with pytest.raises(EvalError, match="item 3: question '11' is not in the test split"):

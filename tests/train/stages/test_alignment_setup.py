@@ -86,9 +86,7 @@ def test_states_that_do_not_fit_the_batch_are_named(
     """As a merge of caches might leave them: some of another size, or missing at some positions."""
     config = world.config("mimic_dense", tmp_path / "run", "loss.align.relation_weight=1", f"cache.path={of_images}")
     monkeypatch.setattr(alignment, "hidden_size", lambda cache: 47)
-    with pytest.raises(
-        CacheError, match=r"sample\(s\) tiny-\d+.*: \d+ hidden states of size 48, expected \d+ of size 47"
-    ):
+    with pytest.raises(CacheError, match=r"samples tiny-\d+.*: \d+ hidden states of size 48, expected \d+ of size 47"):
         train(config)
     monkeypatch.setattr(alignment, "hidden_size", lambda cache: 48)
     wanted = WantedStates(48, answers=True, image_token_id=399)

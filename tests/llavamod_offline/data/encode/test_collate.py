@@ -80,7 +80,7 @@ def test_to_moves_every_tensor() -> None:
 def test_what_does_not_fit() -> None:
     with pytest.raises(DataError, match=r"0 sequences"):
         collate([], [], pad_id=PAD)
-    with pytest.raises(DataError, match=r"1 sequence\(s\) with the images of 2"):
+    with pytest.raises(DataError, match=r"1 sequence with the images of 2"):
         collate([sequence("a", [5, 6], [1])], [[], []], pad_id=PAD)
     with pytest.raises(DataError, match=r"sample 'b': an image of shape \(3, 5, 5\) in a batch of \(3, 4, 4\)"):
         collate(
