@@ -72,6 +72,7 @@ def _most_tokens(samples: SampleSet, roles: Sequence[str], encoder: SequenceEnco
     """Bound each sample's tokens from the index alone."""
     template = encoder.template
     around = (*template.system, *template.user_prefix, *template.assistant_prefix)
+    around += tuple(segment for part in template.system_turn or () for segment in part)
     wording = sum(len(segment.text.encode()) for segment in around)
     wording += sum(len(text.encode()) for text in (template.answer_prefix, template.end, template.separator))
     texts = pc.struct_field(pc.list_element(samples.index.column("members"), 0), "size").to_numpy()

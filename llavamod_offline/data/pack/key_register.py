@@ -16,29 +16,31 @@ _FRESH = 2**16  # keys in a hash table; older ones are in sorted arrays, each at
 class KeyRegister:
     """Keys by 64 bits of their BLAKE2b, which differ among ten million keys but for one chance in 300,000.
 
-    `hint`: what to do about a repeated key.
+    `hint`: what to do about a repeated key. `files`: the ordinal of each file so far.
     """
 
     def __init__(self, hint: str) -> None:
         self._hint = hint
-        self._names: dict[str, int] = {}
+        self.files: dict[str, int] = {}
         self._hashes, self._files, self._rows = array("Q"), array("I"), array("Q")
         self._fresh: set[int] = set()
         self._sorted: list[NDArray[np.uint64]] = []
 
-    def claim(self, key: str, file: str, row: int) -> None:
-        """Reserve a key for the row of a file. Errors: `DataError` naming both rows if it is taken."""
+    def claim(self, key: str, file: str, row: int) -> int:
+        """Reserve a key for the row of a file; return the file's ordinal. Errors: `DataError` if it is taken."""
         found = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
         if found in self._fresh or any(_holds(hashes, found) for hashes in self._sorted):
             place = self._hashes.index(found)
-            earlier = f"{list(self._names)[self._files[place]]} row {self._rows[place]}"
+            earlier = f"{list(self.files)[self._files[place]]} row {self._rows[place]}"
             raise DataError(f"duplicate key '{key}': {earlier} and {file} row {row}: {self._hint}")
         self._hashes.append(found)
-        self._files.append(self._names.setdefault(file, len(self._names)))
+        ordinal = self.files.setdefault(file, len(self.files))
+        self._files.append(ordinal)
         self._rows.append(row)
         self._fresh.add(found)
         if len(self._fresh) == _FRESH:
             self._sort()
+        return ordinal
 
     def _sort(self) -> None:
         self._sorted.append(np.sort(np.fromiter(self._fresh, np.uint64, len(self._fresh))))

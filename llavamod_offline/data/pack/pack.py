@@ -84,7 +84,6 @@ class _Shards:
 
     def add(self, prepared: PreparedSources) -> None:
         """Write a sample to the current shard, or to a new one."""
-        self._writer.claim(prepared.facts.key, prepared.file, prepared.row)
         size = sum(len(content) for _, content in prepared.members)
         shard_samples, shard_bytes = self._limits
         shard = self._shard
@@ -92,7 +91,8 @@ class _Shards:
             self._close()
         if self._shard is None:
             self._shard = ShardWriter(self._writer.folder, f"{self._writer.name}-{len(self._writer.shards):06d}")
-        self._writer.add(prepared.facts, self._shard.add(prepared.facts.key, prepared.members))
+        members = self._shard.add(prepared.facts.key, prepared.members)
+        self._writer.add(prepared.facts, members, prepared.file, prepared.row)
 
     def _close(self) -> None:
         if self._shard:

@@ -151,13 +151,13 @@ class SetWriter:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def claim(self, key: str, file: str, row: int) -> None:
-        """Reserve a key for the row of a file. Errors: `DataError` naming both rows if it is taken."""
-        self._keys.claim(key, file, row)
+    def add(self, facts: Facts, members: Sequence[Mapping[str, Any]], file: str, row: int) -> None:
+        """Add a sample of the next shard to the index, with its origin; `members` as stored there.
 
-    def add(self, facts: Facts, members: Sequence[Mapping[str, Any]]) -> None:
-        """Add a sample of the next shard to the index; `members` as stored there."""
-        self._pending.append(vars(facts) | {"shard": len(self.shards), "members": members})
+        Errors: `DataError` naming both rows if its key is taken.
+        """
+        origin = {"file": self._keys.claim(facts.key, file, row), "row": row}
+        self._pending.append(vars(facts) | origin | {"shard": len(self.shards), "members": members})
         if len(self._pending) >= _INDEX_BATCH:
             self._flush_index()
         self._digest.update(f"{facts.key} {facts.content_hash}\n".encode())
@@ -230,6 +230,7 @@ class SetWriter:
         manifest = {
             "format": SET_FORMAT,
             **{name: fields[name] for name in fields if name not in {"path", "shards", "bytes", "diagnosis"}},
+            "files": list(self._keys.files),
             "index": {"bytes": index.stat().st_size, "sha256": index_hash},
             **more,
             "shards": [_shard_entry(shard) for shard in self.shards],

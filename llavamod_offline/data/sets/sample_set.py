@@ -11,8 +11,9 @@
 Columns of the index: `key`; `shard` (ordinal in set.json's list); `content_hash`; `kind` (`conversation` or
 `preference`); `n_turns` and `n_images` (of the sample, answers of a preference not counted); `source`; `text_length`
 (characters of all texts); `parser` (the format of its text, see `members.py`); `n_shrunk` (images that packing
-shrank); `members`: for each file of the sample its `name` (what follows the key and a dot), and the `offset` and
-`size` of its bytes in the tar, the text first, then the images in order.
+shrank); `file` and `row`: where the sample comes from, an ordinal in set.json's `files` and a row or member from 0
+(absent in sets of earlier versions); `members`: for each file of the sample its `name` (what follows the key and a
+dot), and the `offset` and `size` of its bytes in the tar, the text first, then the images in order.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ INDEX_SCHEMA = pa.schema(
         pa.field("text_length", pa.int64(), nullable=False),
         pa.field("parser", pa.string(), nullable=False),
         pa.field("n_shrunk", pa.int32(), nullable=False),
+        pa.field("file", pa.int32(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
         pa.field(
             "members",
             pa.list_(pa.struct([("name", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])),
@@ -66,6 +69,7 @@ INDEX_SCHEMA = pa.schema(
 
 
 _NO_IMAGE = b"\xff\xd8\xff"  # the signature of a JPEG
+_EARLIER_SCHEMA = pa.schema([field for field in INDEX_SCHEMA if field.name not in ("file", "row")])
 _READ_COLUMNS = ("key", "parser", "source", "content_hash", "members")
 
 
@@ -184,6 +188,14 @@ class SampleSet:
         if row is None:
             raise DataError(f"set '{self.path}': has no sample '{key}'")
         return row
+
+    def origin(self, key: str) -> tuple[str, int] | None:
+        """The file that a sample was packed from, and its row there from 0; None in sets of earlier versions."""
+        number = self.row_of(key)
+        if "file" not in self.index.column_names:
+            return None
+        file, row = (self.index.column(name)[number].as_py() for name in ("file", "row"))
+        return str(self.manifest["files"][file]), int(row)
 
     def read(self, row: int, *, verify: bool = False, scattered: bool = False) -> Sample:
         """Read one sample; `verify` also recomputes its content hash.
@@ -327,6 +339,6 @@ def _read_index(folder: Path, path: str) -> pa.Table:
         table = pa.ipc.open_file(pa.memory_map(str(folder / INDEX_NAME))).read_all()
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"set '{path}': {INDEX_NAME} cannot be read: {error}: pack the set again") from error
-    if not table.schema.equals(INDEX_SCHEMA):
+    if not any(table.schema.equals(schema) for schema in (INDEX_SCHEMA, _EARLIER_SCHEMA)):
         raise DataError(f"set '{path}': {INDEX_NAME} has other columns than this version's: pack the set again")
     return table

@@ -125,8 +125,7 @@ def _add(writer: SetWriter, name: str, tar: _Tar) -> None:
         if isinstance(row, RejectedRow):
             writer.reject(row)
         else:
-            writer.claim(row.facts.key, str(tar.path), row.row)
-            writer.add(row.facts, row.members)
+            writer.add(row.facts, row.members, str(tar.path), row.row)
             samples += 1
     if samples:
         writer.shards.append(Shard(name, samples, tar.size, tar.sha256, _path_from(writer.output, tar.path)))

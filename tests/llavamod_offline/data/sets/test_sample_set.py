@@ -16,6 +16,7 @@ import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from llavamod_offline.data.pack.pack import write_set
+from llavamod_offline.data.rows import Located
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.data.sets import sample_set as shards
 from llavamod_offline.data.sets import tar_files as tars
@@ -257,3 +258,24 @@ def test_an_empty_set(tmp_path: Path) -> None:
         pass
     with pytest.raises(DataError, match=r"holds no samples: see rejected\.jsonl"):
         SampleSet.open(tmp_path)
+
+
+def test_where_samples_come_from(tmp_path: Path) -> None:
+    samples = tiny_samples(3)
+    rows = [Located(samples[0], "b.json", 7), Located(samples[1], "a.json", 0), Located(samples[2], "b.json", 9)]
+    write_set(rows, tmp_path / "set")
+    packed = SampleSet.open(tmp_path / "set")
+    assert [packed.origin(sample.key) for sample in samples] == [("b.json", 7), ("a.json", 0), ("b.json", 9)]
+    with pytest.raises(DataError, match="has no sample 'none'"):
+        packed.origin("none")
+
+
+def test_sets_of_earlier_versions(own_folder: Path) -> None:
+    """Their index does not say where samples come from."""
+    table = SampleSet.open(own_folder).index.drop(["file", "row"])
+    with pa.ipc.new_file(str(own_folder / "earlier"), table.schema) as writer:
+        writer.write_table(table)
+    (own_folder / "earlier").replace(own_folder / "index.arrow")
+    packed = SampleSet.open(own_folder)
+    assert packed.read(0, verify=True).key == packed.keys[0]
+    assert packed.origin(packed.keys[0]) is None

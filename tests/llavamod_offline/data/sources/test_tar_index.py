@@ -79,7 +79,9 @@ def test_the_index_says_what_a_packed_set_says(tmp_path: Path, tar: Path) -> Non
     write_set(EXPECTED, tmp_path / "packed")
     indexed, packed = SampleSet.open(tmp_path / "set"), SampleSet.open(tmp_path / "packed")
     assert indexed.digest == packed.digest
-    assert indexed.index.drop(["members", "parser"]).to_pylist() == packed.index.drop(["members", "parser"]).to_pylist()
+    others = ["members", "parser", "file", "row"]
+    assert indexed.index.drop(others).to_pylist() == packed.index.drop(others).to_pylist()
+    assert [indexed.origin(key) for key in indexed.keys] == [(str(tar), number) for number in (0, 2, 4, 7, 8)]
     assert set(indexed.index.column("parser").to_pylist()) == {"llava"}
     for entry in indexed.index.to_pylist():
         for member in entry["members"]:
