@@ -93,7 +93,7 @@ def test_damaged_files_are_named(root: Path) -> None:
     write_jsonl(path, [{**row, "image": "no base64!"}])
     source = object_halbench.load(root)[0].source
     assert source is not None
-    with pytest.raises(EvalError, match="'image' is not a base64 image"):
+    with pytest.raises(EvalError, match="not a base64 image"):
         source.read()
     write_jsonl(path, [{**row, "image_id": 99, "image": base64.b64encode(b"x").decode()}])
     with pytest.raises(EvalError, match="line 1: image 99 is not annotated in"):
