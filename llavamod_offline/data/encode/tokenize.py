@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from llavamod_offline.data.encode.plain_text import PlainText
 from llavamod_offline.data.encode.template import Segment, Template
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
 from llavamod_offline.errors import DataError, ModelError
@@ -73,7 +74,8 @@ class SequenceEncoder:
     """Turns samples into sequences for one tokenizer, template and image size.
 
     `image_token_counts` of `encode`: the tokens of each image (default: `image_tokens`, as in LLaVA models).
-    `image_frame`: the ids before and after the tokens of each image (none in LLaVA).
+    `image_frame`: the ids before and after the tokens of each image (none in LLaVA). `add_start`: begin with what the
+    tokenizer puts before every text, such as Llama's `<s>`, unless the template does so itself.
     Errors: `ModelError` if the tokenizer lacks a special token of the template.
     """
 
@@ -86,6 +88,7 @@ class SequenceEncoder:
         image_tokens: int,
         max_length: int,
         image_frame: tuple[Sequence[int], Sequence[int]] = ((), ()),
+        add_start: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
         self.template = template
@@ -97,6 +100,8 @@ class SequenceEncoder:
         # The plain texts of every prompt, and their ids once tokenized.
         self._wording: dict[str, Ids | None] = dict.fromkeys(_fixed_texts(template))
         self.end_id = self._special_id(template.end)
+        self.plain = PlainText(tokenizer)
+        self.start_ids = self._start_ids() if add_start else ()
 
     def encode(self, sample: Sample, role: str, image_token_counts: Sequence[int] | None = None) -> TokenizedSequence:
         """Tokenize one role of a sample.
@@ -127,57 +132,61 @@ class SequenceEncoder:
         ids_T, _ = self._tokenize(self.template.render(turns), list(counts))
         return ids_T
 
+    def answer_ids(self, text: str) -> Ids:
+        """Tokenize plain text as an answer begins with it."""
+        turns = (Turn("user", ""), Turn("assistant", ""))
+        *_, before, _, _ = [Segment(""), *_merge_plain(self.template.render(turns))]  # the prompt's end, answer, end
+        return self.plain.following(text, "" if before.special else before.text, first=False)
+
     def _tokenize(self, segments: list[Segment], image_counts: list[int]) -> tuple[Ids, Ids]:
         """The ids of all segments, and the indices of the supervised ones."""
-        pieces: list[Ids] = [_NO_IDS]
+        pieces: list[Ids] = [np.array(self.start_ids, np.int64)]
         supervised: list[Ids] = [_NO_IDS]
-        length = 0
+        length = len(self.start_ids)
+        first, context = True, ""  # whether no special token or image has come yet; the plain text since the last one
         for segment in _merge_plain(segments):
             if segment.special:
                 found = [np.array([self._special_id(segment.text)], np.int64)]
+                first, context = False, ""
             elif segment.supervised:
-                found = [self._plain_ids(segment.text)]
+                found = [self.plain.following(segment.text, context, first=first)]
+                context += segment.text
             else:
-                found = self._ids_with_images(segment.text, image_counts)
+                found = self._ids_with_images(segment.text, image_counts, context, first=first)
+                *images, last = segment.text.split(IMAGE_PLACEHOLDER)
+                first, context = (False, last) if images else (first, context + last)
             pieces += found
             before, length = length, length + sum(map(len, found))
             if segment.supervised:
                 supervised.append(np.arange(before, length))
         return np.concatenate(pieces), np.concatenate(supervised)
 
-    def _ids_with_images(self, text: str, image_counts: list[int]) -> list[Ids]:
-        first, *others = text.split(IMAGE_PLACEHOLDER)
+    def _ids_with_images(self, text: str, image_counts: list[int], context: str, *, first: bool) -> list[Ids]:
+        head, *others = text.split(IMAGE_PLACEHOLDER)
         before, after = self.image_frame
-        pieces = [self._prompt_ids(first)]
+        pieces = [self._prompt_ids(head, context, first=first)]
         for part in others:
             image = [np.full(image_counts.pop(0), self.image_token_id, np.int64)]
             if before or after:
                 image = [np.array(before, np.int64), *image, np.array(after, np.int64)]
-            pieces += [*image, self._prompt_ids(part)]
+            pieces += [*image, self._prompt_ids(part, "", first=False)]
         return pieces
 
-    def _prompt_ids(self, text: str) -> Ids:
+    def _prompt_ids(self, text: str, context: str, *, first: bool) -> Ids:
         """Tokenize plain text of a prompt, caching the template's own texts."""
-        if text not in self._wording:
-            return self._plain_ids(text)
+        if text not in self._wording or self.plain.depends_on_place:
+            return self.plain.following(text, context, first=first)
         known = self._wording[text]
         if known is None:
-            known = self._wording[text] = self._plain_ids(text)
+            known = self._wording[text] = self.plain.section(text, first=first)
         return known
 
-    def _plain_ids(self, text: str) -> Ids:
-        """Tokenize text; names of special tokens in it stay plain characters."""
-        if not text:
-            return _NO_IDS
-        # As `tokenizer(text, add_special_tokens=False, split_special_tokens=True)`, without its overhead.
-        backend = self.tokenizer.backend_tokenizer
-        if not backend.encode_special_tokens:
-            backend.encode_special_tokens = True
-        if backend.truncation is not None:
-            backend.no_truncation()
-        if backend.padding is not None:
-            backend.no_padding()
-        return np.array(backend.encode(text, add_special_tokens=False).ids, np.int64)
+    def _start_ids(self) -> tuple[int, ...]:
+        """What the tokenizer puts before every text, if the template does not begin with it."""
+        found = tuple(self.plain.start_ids().tolist())
+        opening = self.template.render((Turn("user", ""),))[:1]
+        own = bool(opening) and opening[0].special and found == (self._special_id(opening[0].text),)
+        return () if own else found
 
     def _special_id(self, token: str) -> int:
         if token not in self._special_ids:
