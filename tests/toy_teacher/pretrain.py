@@ -39,6 +39,7 @@ from transformers import (
 )
 
 from llavamod_offline.data.encode.collate import collate
+from llavamod_offline.data.encode.chat_template import CHAT_TEMPLATE_NAME, to_jinja
 from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequence
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
@@ -218,6 +219,7 @@ def save(model: PreTrainedModel, tokenizer: Qwen2TokenizerFast, folder: Path) ->
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if isinstance(model, LlavaForConditionalGeneration):
+        (folder / CHAT_TEMPLATE_NAME).write_text(to_jinja(get_template("qwen")), encoding="utf-8")
         image_processor().save_pretrained(folder)
         LlavaProcessor(
             image_processor=image_processor(),

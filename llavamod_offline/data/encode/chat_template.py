@@ -1,7 +1,7 @@
 """Convert a `Template` to a tokenizer's Jinja chat template, and back.
 
 A chat template is a program that may do anything; a `Template` words a turn the same way wherever it occurs.
-`from_tokenizer` checks this by rendering conversations of marked turns.
+`from_tokenizer` checks this by rendering conversations of marked turns. `trained_with` also checks images and ids.
 """
 
 from __future__ import annotations
@@ -13,9 +13,19 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from llavamod_offline.data.encode.chat_probes import (
+    FORMS,
+    TURNS,
+    Form,
+    ids_alike,
+    images_alike,
+    rendered_as,
+    renders_alike,
+    segments_of,
+)
 from llavamod_offline.data.encode.system_turn import find_system_turn
-from llavamod_offline.data.encode.template import OWN, Segment, Template, get_template
-from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Turn
+from llavamod_offline.data.encode.template import AUTO, OWN, TEMPLATES, Segment, Template, get_template
+from llavamod_offline.data.sample import IMAGE_PLACEHOLDER
 from llavamod_offline.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
@@ -24,12 +34,54 @@ if TYPE_CHECKING:
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
 _UNKNOWN_ROLE = json.dumps("This model was trained only on messages from user and assistant, not from: ")
 _UNKNOWN_PART = json.dumps("This model was trained only on text and image parts, not on: ")
-_TURNS = tuple(Turn("assistant" if number % 2 else "user", f"[turn {number}]") for number in range(6))
+_WAY_OUT = f"choose one by name: set template to {', '.join(TEMPLATES)}"
 
 
-def choose_template(name: str, tokenizer: Callable[[], PreTrainedTokenizerFast]) -> Template:
-    """Look up a template by name; "tokenizer" means the tokenizer's own. Errors: `ConfigError`."""
+def choose_template(
+    name: str, tokenizer: Callable[[], PreTrainedTokenizerFast], *, image: str | None = IMAGE_PLACEHOLDER
+) -> Template:
+    """Look up a template by name; "tokenizer" means the tokenizer's own, "auto" what `trained_with` finds.
+
+    Errors: `ConfigError`.
+    """
+    if name == AUTO:
+        return trained_with(tokenizer(), image=image)
     return from_tokenizer(tokenizer()) if name == OWN else get_template(name)
+
+
+def trained_with(tokenizer: PreTrainedTokenizerFast, *, image: str | None = IMAGE_PLACEHOLDER) -> Template:
+    """The wording that a checkpoint was trained with, as its chat template says it.
+
+    A known template, such as LLaVA-MoD's in its students, is returned under its own name, any other as "tokenizer".
+    `image`: how the model's processor writes an image in text; None for a model without images. Prompts with none, one
+    and two images, several rounds and the ids of all are compared with the chat template and the tokenizer.
+    Errors: `ConfigError` if there is no chat template, or none that a `Template` can express.
+    """
+    folder = _folder(tokenizer)
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"template 'auto': {folder} has no chat template that says which wording it was trained with: {_WAY_OUT}"
+        )
+    if "strftime_now" in str(tokenizer.chat_template):
+        raise ConfigError(f"template 'auto': the chat template of {folder} depends on the date: {_WAY_OUT}")
+    template = next((known for known in TEMPLATES.values() if words_as(tokenizer, known)), None)
+    if template is None:
+        template = from_tokenizer(tokenizer, setting=AUTO)
+    if image is not None and not images_alike(template, tokenizer, image):
+        raise ConfigError(f"template 'auto': the chat template of {folder} words turns with images apart: {_WAY_OUT}")
+    if not ids_alike(template, tokenizer, image):
+        raise ConfigError(
+            f"template 'auto': the tokenizer of {folder} joins tokens across the turns of its chat template: "
+            f"{_WAY_OUT}, or to {OWN} to tokenize them one by one"
+        )
+    return template
+
+
+def words_as(tokenizer: PreTrainedTokenizerFast, template: Template) -> bool:
+    """Whether a tokenizer has a chat template that words conversations as `template` does."""
+    if not tokenizer.chat_template:
+        return False
+    return any(_succeeds(partial(renders_alike, template, tokenizer, form)) for form in FORMS)
 
 
 def to_jinja(template: Template) -> str:
@@ -60,35 +112,39 @@ def to_jinja(template: Template) -> str:
     )
 
 
-def from_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Template:
+def from_tokenizer(tokenizer: PreTrainedTokenizerFast, *, setting: str = OWN) -> Template:
     """Convert a tokenizer's chat template; without a system turn if it has none, or merges it with the user's.
 
-    Whatever follows the last answer's end token counts as the separator of rounds. Errors: `ConfigError` if there is no
-    chat template, or one that a `Template` cannot express: answers that do not end with one special token, or turns
-    whose wording depends on their neighbours, as with "thinking" models.
+    Whatever follows the last answer's end token counts as the separator of rounds. Errors: `ConfigError`, naming the
+    template `setting`, if there is no chat template, or one that a `Template` cannot express: answers that do not end
+    with one special token, or turns whose wording depends on their neighbours, as with "thinking" models.
     """
     if not tokenizer.chat_template:
-        raise ConfigError(f"template '{OWN}': {_folder(tokenizer)} has no chat template: choose one by name")
-    try:
-        template = _split(tokenizer)
-        faithful = template is not None and _renders_alike(template, tokenizer)
-    except Exception as error:  # a template may raise anything
-        reason = f"the chat template of {_folder(tokenizer)} fails: {first_line(error)}"
-        raise ConfigError(f"template '{OWN}': {reason}: choose one by name") from error
-    if template is None or not faithful:
-        raise ConfigError(
-            f"template '{OWN}': the chat template of {_folder(tokenizer)} words a turn differently by position, or its "
-            "answers do not end with one special token: choose one by name"
-        )
-    return replace(template, system_turn=find_system_turn(tokenizer, template, partial(_segments, tokenizer)))
+        raise ConfigError(f"template '{setting}': {_folder(tokenizer)} has no chat template: {_WAY_OUT}")
+    failures: list[Exception] = []
+    for form in FORMS:
+        try:
+            template = _split(tokenizer, form)
+            if template is not None and renders_alike(template, tokenizer, form):
+                system_turn = find_system_turn(tokenizer, template, partial(segments_of, tokenizer))
+                return replace(template, system_turn=system_turn)
+        except Exception as error:  # a template may raise anything
+            failures.append(error)
+    if len(failures) == len(FORMS):
+        reason = f"the chat template of {_folder(tokenizer)} fails: {first_line(failures[0])}"
+        raise ConfigError(f"template '{setting}': {reason}: {_WAY_OUT}") from failures[0]
+    raise ConfigError(
+        f"template '{setting}': the chat template of {_folder(tokenizer)} words a turn differently by position, or its "
+        f"answers do not end with one special token: {_WAY_OUT}"
+    )
 
 
-def _split(tokenizer: PreTrainedTokenizerFast) -> Template | None:
+def _split(tokenizer: PreTrainedTokenizerFast, form: Form) -> Template | None:
     """The template's parts, from the text between the marked turns; None if they do not fit together."""
-    user, assistant, again, later = (turn.text for turn in _TURNS[:4])
-    whole = _rendered(tokenizer, _TURNS[:4])
+    user, assistant, again, later = (turn.text for turn in TURNS[:4])
+    whole = rendered_as(tokenizer, TURNS[:4], form)
     found = re.fullmatch("(.*)".join(["", *map(re.escape, (user, assistant, again, later)), ""]), whole, re.DOTALL)
-    prompt = _rendered(tokenizer, _TURNS[:1], answer=True)
+    prompt = rendered_as(tokenizer, TURNS[:1], form, answer=True)
     if found is None or user not in prompt:
         return None
     before, asked, between, _, after = found.groups()
@@ -102,38 +158,21 @@ def _split(tokenizer: PreTrainedTokenizerFast) -> Template | None:
     if not following.startswith(separator) or not before.endswith(user_prefix):
         return None
     parts = [
-        _segments(tokenizer, text) for text in (before[: len(before) - len(user_prefix)], user_prefix, assistant_prefix)
+        segments_of(tokenizer, text)
+        for text in (before[: len(before) - len(user_prefix)], user_prefix, assistant_prefix)
     ]
     plain = asked[len(assistant_prefix) :], separator
-    if any(segment.special for text in plain for segment in _segments(tokenizer, text)):
+    if any(segment.special for text in plain for segment in segments_of(tokenizer, text)):
         return None
     return Template(OWN, parts[0], parts[1], parts[2], answer_prefix=plain[0], end=end, separator=separator)
 
 
-def _renders_alike(template: Template, tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether both render prompts and conversations of every length alike."""
-    for count in range(1, len(_TURNS) + 1):
-        prompt = count % 2 == 1
-        rendered = _rendered(tokenizer, _TURNS[:count], answer=prompt)
-        if rendered != _text(template, _TURNS[:count]) + ("" if prompt else template.separator):
-            return False
-    return True
-
-
-def _rendered(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn], *, answer: bool = False) -> str:
-    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer))
-
-
-def _text(template: Template, turns: Sequence[Turn]) -> str:
-    return "".join(segment.text for segment in template.render(turns))
-
-
-def _segments(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[Segment, ...]:
-    """Split text into plain pieces and special tokens."""
-    specials = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-    pieces = re.split(f"({'|'.join(map(re.escape, specials))})", text) if specials else [text]
-    return tuple(Segment(piece, special=piece in specials) for piece in pieces if piece)
+def _succeeds(check: Callable[[], bool]) -> bool:
+    """The result of a check of a template, which may raise anything."""
+    try:
+        return check()
+    except Exception:
+        return False
 
 
 def _literal(segments: Sequence[Segment]) -> str:

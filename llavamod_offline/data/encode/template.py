@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from llavamod_offline.data.sample import Turn
 from llavamod_offline.errors import ConfigError, DataError
 
-_QWEN_SYSTEM = (
+_LLAVA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
@@ -80,7 +80,7 @@ TEMPLATES = {
     # LLaVA-MoD's `--version qwen` (its conv_phi): base models, ends with <|endoftext|>, not ChatML.
     "qwen": Template(
         name="qwen",
-        system=(Segment(_QWEN_SYSTEM + " "),),
+        system=(Segment(_LLAVA_SYSTEM + " "),),
         user_prefix=(Segment("USER: "),),
         assistant_prefix=(Segment(" ASSISTANT:"),),
         answer_prefix=" ",
@@ -104,14 +104,26 @@ TEMPLATES = {
         separator="\n",
         system_turn=((_special("<|im_start|>"), Segment("system\n")), (_special("<|im_end|>"), Segment("\n"))),
     ),
+    # LLaVA-1.5's `--version v1` on Vicuna: the wording of "qwen" with Llama's end token.
+    "llava_v1": Template(
+        name="llava_v1",
+        system=(Segment(_LLAVA_SYSTEM + " "),),
+        user_prefix=(Segment("USER: "),),
+        assistant_prefix=(Segment(" ASSISTANT:"),),
+        answer_prefix=" ",
+        end="</s>",
+        separator="",
+        system_turn=((), (Segment(" "),)),
+    ),
 }
 
 
+AUTO = "auto"  # selects the wording a checkpoint was trained with: see `chat_template.choose_template`
 OWN = "tokenizer"  # selects the tokenizer's own template: see `chat_template.choose_template`
 
 
 def get_template(name: str) -> Template:
     """Look up a template by name. Errors: `ConfigError` listing the known names."""
     if name not in TEMPLATES:
-        raise ConfigError(f"template '{name}' is unknown: choose one of {', '.join((*TEMPLATES, OWN))}")
+        raise ConfigError(f"template '{name}' is unknown: choose one of {', '.join((*TEMPLATES, OWN, AUTO))}")
     return TEMPLATES[name]

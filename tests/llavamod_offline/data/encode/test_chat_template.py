@@ -123,6 +123,99 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         raise AssertionError("a named template needs no tokenizer")
 
     assert choose_template("qwen", never) == get_template("qwen")
-    with pytest.raises(ConfigError, match="'vicuna' is unknown: choose one of qwen, chatml, tokenizer"):
+    with pytest.raises(ConfigError, match="'vicuna' is unknown: choose one of qwen, chatml, llava_v1, tokenizer, auto"):
         choose_template("vicuna", never)
     assert isinstance(get_template("qwen"), Template)
+
+
+# As the processors of LLaVA-OneVision and LLaVA-1.5 have it: content as parts alone, images first.
+ONEVISION = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + content['text'] }}"
+    "{% endfor %}{{'<|im_end|>'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAVA_HF = (
+    "{% for message in messages %}{{ message['role'].upper() + ': '}}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+# Content as parts, images where they stand, as Qwen2-VL's processor does it.
+QWEN_VL = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}IMAGE"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Parts alone, the newline after an image added by the template, and an end after each answer.
+PARTS_ALONE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% for c in m.content if c.type == 'image' %}<image>\n{% endfor %}"
+    "{% for c in m.content if c.type == 'text' %}{{ c.text }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# The answers before the last one lose what the model thought, as with Qwen3.
+THINKING = QWEN2.replace(
+    "message['content']", "(('' if not loop.last else '<think>\n\n</think>\n\n') + message['content'])"
+)
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "name", "image"),
+    [
+        (to_jinja(get_template("qwen")), "qwen", "<image>"),
+        (to_jinja(get_template("chatml")), "chatml", "<image>"),
+        (QWEN2, "chatml", "<image>"),
+        (QWEN2, "chatml", None),
+        (QWEN_VL.replace("IMAGE", "<image>"), "chatml", "<image>"),
+        (QWEN_VL.replace("IMAGE", "<|im_end|><image><|im_end|>"), "chatml", "<|im_end|><image><|im_end|>"),
+        (PARTS_ALONE, "tokenizer", "<image>"),
+    ],
+)
+def test_what_a_checkpoint_was_trained_with_is_found(chat_template: str, name: str, image: str | None) -> None:
+    """A known wording goes by its name, so that teacher and student have one template however each of them says it."""
+    words = tokenizer(chat_template)
+    template = choose_template("auto", lambda: words, image=image)
+    assert template.name == name
+    if name != "tokenizer":
+        assert template == get_template(name)
+    text = "".join(segment.text for segment in template.render(TURNS))
+    messages = [{"role": turn.role, "content": [{"type": "text", "text": turn.text}]} for turn in TURNS]
+    if "content is string" in chat_template or name == "tokenizer":
+        assert str(words.apply_chat_template(messages, tokenize=False)).removesuffix("\n") == text
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "image", "reason"),
+    [
+        (None, "<image>", "has no chat template that says which wording it was trained with"),
+        ("{{ raise_exception('only with tools') }}", "<image>", "fails: only with tools"),
+        (THINKING, None, "words a turn differently by position"),
+        (ONEVISION, "<image>", "words a turn differently by position"),
+        (LLAVA_HF, "<image>", "answers do not end with one special token"),
+        (QWEN2 + "{{ strftime_now('%Y') }}", None, "depends on the date"),
+        # Images are written otherwise than the model's processor writes them, or elsewhere.
+        (QWEN_VL.replace("IMAGE", "Picture: <image>"), "<image>", "words turns with images apart"),
+        # The space before an answer belongs to its first word, and to the prompt.
+        (
+            QWEN2.replace("assistant\n' }}", "assistant\nThe ' }}").replace(
+                "'\n' + message['content']",
+                "'\n' + ('The ' if message['role'] == 'assistant' else '') + message['content']",
+            ),
+            None,
+            "joins tokens",
+        ),
+    ],
+)
+def test_what_cannot_be_followed_is_one_line_with_the_way_out(
+    chat_template: str | None, image: str | None, reason: str
+) -> None:
+    words = tokenizer(chat_template)
+    with pytest.raises(ConfigError, match=reason) as caught:
+        choose_template("auto", lambda: words, image=image)
+    assert str(caught.value).startswith("template 'auto': ")
+    assert "choose one by name: set template to qwen, chatml, llava_v1" in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,110 @@
+"""Comparing a tokenizer's chat template with a `Template` by rendering marked turns, with and without images."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from llavamod_offline.data.encode.template import Segment, Template
+from llavamod_offline.data.encode.tokenize import SequenceEncoder
+from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_TWO = f"{IMAGE_PLACEHOLDER}\n" * 2
+TURNS = tuple(Turn("assistant" if number % 2 else "user", f"The turn {number}") for number in range(6))
+_WITH_IMAGES = (
+    (Turn("user", f"{IMAGE_PLACEHOLDER}\nThe turn 0"),),
+    (Turn("user", f"{_TWO}The turn 0"),),
+    (Turn("user", f"{IMAGE_PLACEHOLDER}\nThe turn 0"), TURNS[1], Turn("user", f"{_TWO}The turn 2")),
+)
+Form = Callable[[str], "str | list[dict[str, str]]"]  # a turn's text as the content of a message
+
+
+def _plain_text(text: str) -> str:
+    return text
+
+
+def _parts_of_text(text: str) -> list[dict[str, str]]:
+    """A message's content as parts; text keeps the newline after an image."""
+    pieces = re.split(f"({re.escape(IMAGE_PLACEHOLDER)})", text)
+    return [
+        {"type": "image"} if piece == IMAGE_PLACEHOLDER else {"type": "text", "text": piece}
+        for piece in pieces
+        if piece
+    ]
+
+
+def _parts_without_newlines(text: str) -> list[dict[str, str]]:
+    """The same for a template that adds the newline after an image by itself."""
+    return _parts_of_text(text.replace(f"{IMAGE_PLACEHOLDER}\n", IMAGE_PLACEHOLDER))
+
+
+FORMS: tuple[Form, ...] = (_plain_text, _parts_of_text)
+
+
+def rendered_as(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn], form: Form, *, answer: bool = False) -> str:
+    """Render turns by the chat template; `answer`: up to where the next answer begins. Errors: whatever it raises."""
+    messages = [{"role": turn.role, "content": form(turn.text)} for turn in turns]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer))
+
+
+def renders_alike(template: Template, tokenizer: PreTrainedTokenizerFast, form: Form) -> bool:
+    """Whether both render prompts and conversations of every length alike, but for a separator after the last end."""
+    for count in range(1, len(TURNS) + 1):
+        prompt = count % 2 == 1
+        rendered, text = rendered_as(tokenizer, TURNS[:count], form, answer=prompt), _text(template, TURNS[:count])
+        if rendered != text and (prompt or rendered != text + template.separator):
+            return False
+    return True
+
+
+def images_alike(template: Template, tokenizer: PreTrainedTokenizerFast, image: str) -> bool:
+    """Whether both word images alike, given as parts, or in the text to a template that takes no parts."""
+    texts = [_text(template, turns).replace(IMAGE_PLACEHOLDER, image) for turns in _WITH_IMAGES]
+    found: list[bool] = []
+    for form in (_parts_of_text, _parts_without_newlines):
+        with contextlib.suppress(Exception):  # a template for text alone may do anything with parts
+            rendered = [rendered_as(tokenizer, turns, form, answer=True) for turns in _WITH_IMAGES]
+            if all(TURNS[0].text in text and "'type'" not in text for text in rendered[:2]):
+                found.append(rendered == texts)
+    return any(found) or not found
+
+
+def ids_alike(template: Template, tokenizer: PreTrainedTokenizerFast, image: str | None) -> bool:
+    """Whether a conversation has the ids that the tokenizer gives its whole text."""
+    marks = [] if image is None else [tokenizer.get_vocab().get(part.text) for part in segments_of(tokenizer, image)]
+    shown = None not in marks and bool(marks)
+    middle = len(marks) // 2
+    encoder = SequenceEncoder(
+        tokenizer,
+        template,
+        image_token_id=marks[middle] if shown else -1,
+        image_tokens=1,
+        max_length=sys.maxsize,
+        image_frame=(marks[:middle], marks[middle + 1 :]) if shown else ((), ()),
+        add_start=image is not None,
+    )
+    for turns in (TURNS[:2], TURNS, *((*turns, TURNS[1]) for turns in (_WITH_IMAGES if shown else ()))):
+        count = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
+        sequence = encoder.encode(Sample("probe", turns, (b"",) * count, ("png",) * count), "response")
+        text = _text(template, turns).replace(IMAGE_PLACEHOLDER, image or "")
+        whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if sequence.input_ids_T.tolist() != [*encoder.start_ids, *whole]:
+            return False
+    return True
+
+
+def _text(template: Template, turns: Sequence[Turn]) -> str:
+    return "".join(segment.text for segment in template.render(turns))
+
+
+def segments_of(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[Segment, ...]:
+    """Split text into plain pieces and special tokens."""
+    specials = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+    pieces = re.split(f"({'|'.join(map(re.escape, specials))})", text) if specials else [text]
+    return tuple(Segment(piece, special=piece in specials) for piece in pieces if piece)
