@@ -13,6 +13,7 @@ Shape suffixes: I images, C channels, H and W pixels of the processed image, V t
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import math
@@ -47,8 +48,18 @@ MAX_ASPECT_RATIO = 200
 MAX_ENCODED_BYTES = 128 * 2**20
 
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-_PROCESSOR_TYPES = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
 _PADDING_PROCESSOR = "LlavaImageProcessor"  # as CLIP's, but pads to a square first if `do_pad`
+# The image processors of vision towers by their family's name.
+_PROCESSORS = {
+    name: family
+    for family, kinds in {
+        "clip": ("CLIPImageProcessor", "CLIPFeatureExtractor"),
+        "siglip": ("SiglipImageProcessor",),
+        "bit": ("BitImageProcessor",),  # DINOv2's
+    }.items()
+    for kind in kinds
+    for name in (kind, f"{kind}Fast", f"{kind}Pil")
+}
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _ORIENTATION_TAG = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)
@@ -123,26 +134,26 @@ class ImagePreprocessor:
 
     @classmethod
     def from_checkpoint(cls, folder: Path, aspect: str = "pad") -> ImagePreprocessor:
-        """Read a checkpoint folder's processor. Errors: `ModelError` if it has none, or none of CLIP's kind.
+        """Read a checkpoint folder's processor. Errors: `ModelError` if it has none, or none of a known kind.
 
         `auto`: the aspect that the folder states, as exported students do, by default `pad`.
         """
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
         file, settings = read_processor_settings(Path(folder))
         kind = settings.get("image_processor_type", settings.get("feature_extractor_type"))
+        stated = "pad"
         if kind == _PADDING_PROCESSOR:
             stated = "pad" if settings.get("do_pad") else "square"
             settings = {key: value for key, value in settings.items() if key != "do_pad"}
-        elif kind in _PROCESSOR_TYPES:
-            stated = "pad"
-        else:
-            known = ", ".join((*_PROCESSOR_TYPES, _PADDING_PROCESSOR))
+        elif kind not in _PROCESSORS:
+            known = ", ".join((*_PROCESSORS, _PADDING_PROCESSOR))
             raise ModelError(f"{file}: image processor '{kind}' is none of {known}")
+        family = _PROCESSORS.get(kind, "clip")
+        module = importlib.import_module(f"transformers.models.{family}.image_processing_pil_{family}")
+        processor = next(value for name, value in vars(module).items() if name.endswith("ImageProcessorPil"))
         aspect = stated if aspect == AUTO_ASPECT else aspect
         settings = {key: value for key, value in settings.items() if not key.endswith("_type")}
         try:
-            return cls(CLIPImageProcessorPil.from_dict(settings), aspect)
+            return cls(processor.from_dict(settings), aspect)
         except (TypeError, ValueError, ModelError) as error:
             raise ModelError(f"{file}: {error}") from error
 
@@ -218,7 +229,9 @@ def pixel_values(bytes_IHWC: Tensor, byte_values_CV: Tensor) -> Tensor:
 
 def processor_settings(settings: Mapping[str, Any], aspect: str) -> dict[str, Any]:
     """An image processor's settings, changed to those of transformers' processor that handles `aspect` as here."""
-    return {**settings, "image_processor_type": _PADDING_PROCESSOR, "do_pad": aspect == "pad"}
+    kind = settings.get("image_processor_type")
+    whole = {"do_center_crop": False} if _PROCESSORS.get(str(kind)) == "siglip" else {}  # unlike the new kind's default
+    return {**whole, **settings, "image_processor_type": _PADDING_PROCESSOR, "do_pad": aspect == "pad"}
 
 
 def read_processor_settings(folder: Path) -> tuple[Path, dict[str, Any]]:

@@ -25,6 +25,8 @@ from llavamod_offline.data.encode.tokenize import SequenceEncoder
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER
 from llavamod_offline.errors import ModelError, first_line
 from llavamod_offline.models.export import write_settings
+from llavamod_offline.models.hub import weight_files
+from llavamod_offline.models.towers import extra_tokens
 from llavamod_offline.plural import counted
 from llavamod_offline.storage import atomic
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 _IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
+_DEFAULT_SEQ_LENGTH = 576
 
 
 def load_llava(folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> LlavaForConditionalGeneration:
@@ -70,8 +73,7 @@ def load_weights(model_class: Any, folder: Path, *, dtype: torch.dtype, **settin
 
     Errors: `ModelError` if a tensor is missing, unexpected, mis-shaped or unreadable.
     """
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(f"{folder}: no *.safetensors file: save the checkpoint with save_pretrained first")
+    weight_files(folder)
     try:
         with _quiet():
             model, info = model_class.from_pretrained(
@@ -121,29 +123,41 @@ def open_tensors(file: Path) -> Iterator[Any]:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Load a folder's fast tokenizer. Errors: `ModelError` if it is missing or cannot be loaded."""
+    """Load a folder's fast tokenizer, with the chat template that the folder's processor uses.
+
+    Errors: `ModelError` if it is missing or cannot be loaded.
+    """
     if not (folder / "tokenizer.json").is_file():
         raise ModelError(f"{folder}: no tokenizer.json: use a folder with a fast tokenizer")
     try:
         with _quiet():
-            return cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(folder, local_files_only=True))
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise ModelError(f"{folder}: the tokenizer cannot be loaded: {first_line(error)}") from error
+    # Older checkpoints keep the processor's chat template apart from the tokenizer's.
+    for name in ("processor_config.json", "chat_template.json"):
+        if not (folder / "chat_template.jinja").is_file() and (folder / name).is_file():
+            tokenizer.chat_template = read_json(folder, name).get("chat_template") or tokenizer.chat_template
+    return cast("PreTrainedTokenizerFast", tokenizer)
 
 
 def image_tokens(config: LlavaConfig) -> int:
-    """The number of tokens per image: the vision tower's patches, plus its class token if kept.
+    """The number of tokens per image: the vision tower's patches, and its class and register tokens if kept.
 
-    Errors: `ModelError` if `image_seq_length` differs, or the patches do not tile the image.
+    Errors: `ModelError` for an unknown kind of tower, or if `image_seq_length` says another number.
     """
     size, patch = config.vision_config.image_size, config.vision_config.patch_size
-    if not isinstance(size, int) or not isinstance(patch, int) or size % patch:
-        raise ModelError(f"vision_config: image_size {size} is not a multiple of patch_size {patch}")
-    count = (size // patch) ** 2 + (config.vision_feature_select_strategy == "full")
-    if config.image_seq_length != count:
+    if not isinstance(size, int) or not isinstance(patch, int) or not 0 < patch <= size:
+        raise ModelError(f"vision_config: image_size {size} and patch_size {patch} do not fit together")
+    # As a convolution without padding cuts it; "default" drops the first token, whatever that is.
+    count = (size // patch) ** 2 + extra_tokens(config) - (config.vision_feature_select_strategy == "default")
+    # transformers does not use this figure, so checkpoints with other towers than CLIP leave it at its default.
+    unset = config.image_seq_length == _DEFAULT_SEQ_LENGTH and config.vision_config.model_type != "clip_vision_model"
+    if config.image_seq_length != count and not unset:
         raise ModelError(
-            f"config.json: image_seq_length is {config.image_seq_length}, but a vision tower of {size} pixels with "
-            f"patches of {patch} gives {count} image tokens: set image_seq_length to {count} or use the matching tower"
+            f"config.json: image_seq_length is {config.image_seq_length}, but a {config.vision_config.model_type} of "
+            f"{size} pixels with patches of {patch} gives {count} image tokens: set image_seq_length to {count} or use "
+            "the matching tower"
         )
     return int(count)
 
@@ -244,16 +258,22 @@ def _image_processor(folder: Path) -> dict[str, Any] | None:
 
 
 def _check_image_size(folder: Path, settings: dict[str, Any] | None, config: LlavaConfig) -> None:
-    """Reject an image processor whose crop size is not the tower's image size."""
-    if settings is None or not settings.get("do_center_crop", True):
+    """Reject an image processor whose images are not of the tower's size."""
+    size = config.vision_config.image_size
+    if settings is None:
         return
-    crop, size = settings.get("crop_size"), config.vision_config.image_size
-    sides = {crop} if isinstance(crop, int) else {*crop.values()} if isinstance(crop, dict) else {size}
-    if sides != {size}:
-        raise ModelError(
-            f"{folder}: the image processor's crop_size {crop} does not fit the vision tower's {size} pixels: "
-            f"copy the {_IMAGE_PROCESSOR_FILE} that belongs to the tower"
-        )
+    for switch, name in (("do_center_crop", "crop_size"), ("do_resize", "size")):
+        given = settings.get(name)
+        if not settings.get(switch, given is not None) or given is None:
+            continue
+        whole = isinstance(given, dict) and "height" in given
+        sides = {given} if isinstance(given, int) else {given["height"], given.get("width")} if whole else {size}
+        if sides != {size}:
+            raise ModelError(
+                f"{folder}: the image processor's {name} {given} does not fit the vision tower's {size} pixels: "
+                f"copy the {_IMAGE_PROCESSOR_FILE} that belongs to the tower"
+            )
+        return  # what is cropped may be resized to more
 
 
 def _complete_generation_config(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from llavamod_offline.data.encode.chat_template import CHAT_TEMPLATE_NAME, to_jinja
 from llavamod_offline.data.encode.template import Template
 from llavamod_offline.data.images import processor_settings
+from llavamod_offline.models.towers import extra_tokens
 
 if TYPE_CHECKING:
     from transformers import LlavaConfig, PreTrainedTokenizerFast
@@ -53,7 +54,7 @@ def write_settings(
     processor = {
         "processor_class": "LlavaProcessor",
         "image_token": tokenizer.convert_ids_to_tokens(config.image_token_index),
-        "num_additional_image_tokens": 1,  # the class token, which the "default" strategy removes
+        "num_additional_image_tokens": extra_tokens(config),  # the "default" strategy removes one
         "patch_size": config.vision_config.patch_size,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
     }

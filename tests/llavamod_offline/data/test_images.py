@@ -342,8 +342,8 @@ def test_unusable_processors(tmp_path: Path) -> None:
         ImagePreprocessor.from_checkpoint(tmp_path)
     with pytest.raises(ConfigError, match="image aspect 'stretch' is unknown: choose one of pad, square"):
         ImagePreprocessor.from_checkpoint(processor_folder(tmp_path), "stretch")
-    processor_folder(tmp_path, image_processor_type="SiglipImageProcessor")
-    with pytest.raises(ModelError, match="image processor 'SiglipImageProcessor' is none of"):
+    processor_folder(tmp_path, image_processor_type="Siglip2ImageProcessor")
+    with pytest.raises(ModelError, match="image processor 'Siglip2ImageProcessor' is none of"):
         ImagePreprocessor.from_checkpoint(tmp_path)
     processor_folder(tmp_path, do_center_crop=False)
     assert ImagePreprocessor.from_checkpoint(tmp_path).size == (24, 24)

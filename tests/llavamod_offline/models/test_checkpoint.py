@@ -22,7 +22,7 @@ from llavamod_offline.models.checkpoint import (
     sequence_encoder,
     vocabulary_size,
 )
-from tests.tiny import IMAGE_TOKENS, tiny_tokenizer, write_tiny_language_model
+from tests.tiny import IMAGE_TOKENS, tiny_tokenizer, write_tiny_language_model, write_tiny_llava
 
 
 @pytest.fixture
@@ -77,10 +77,11 @@ def test_a_batch_of_prompts_gets_the_answers_of_each_alone(tiny_folder: Path, tm
     assert answers(prompts) == [answers([prompt])[0] for prompt in prompts]
 
 
-def test_generation_stops_at_the_templates_end_tokens(tiny_folder: Path) -> None:
-    tokenizer = load_tokenizer(tiny_folder)
+def test_generation_stops_at_the_known_end_tokens_where_no_template_names_one(tmp_path: Path) -> None:
+    folder = write_tiny_llava(tmp_path / "model", template=None)
+    tokenizer = load_tokenizer(folder)
     ends = {tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")}
-    assert set(load_llava(tiny_folder).generation_config.eos_token_id) == ends
+    assert set(load_llava(folder).generation_config.eos_token_id) == ends
 
 
 @pytest.mark.parametrize("named", [None, 396, [5, 398]])
