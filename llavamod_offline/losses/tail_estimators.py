@@ -73,7 +73,8 @@ def checked_vocabulary(targets: SparseTargets, lm_head_rows: int) -> int:
     if largest >= lm_head_rows:
         raise TargetError(
             f"target id {largest} lies beyond the {lm_head_rows} rows of the student's LM head (the cache's vocabulary "
-            f"has {targets.vocab_size} ids): use a student with the teacher's vocabulary, or capture with a smaller one"
+            f"has {targets.vocab_size} ids): use a student with the teacher's vocabulary, or leave "
+            f"those ids out by targets.limited({lm_head_rows})"
         )
     return lm_head_rows
 

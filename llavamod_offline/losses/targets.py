@@ -16,6 +16,7 @@ from torch import Tensor
 from llavamod_offline.errors import TargetError
 
 EMPTY_ID = -1
+_LEAST_REST = 1e-6  # of a distribution that is nearly all on ids that are left out
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,46 @@ class SparseTargets:
                 f"capture the cache again with {temperature:g} in capture.temperatures"
             )
         return self.log_normalisers_NS[:, self.temperatures.index(temperature)]
+
+    def limited(self, vocab_size: int) -> SparseTargets:
+        """The distributions over the first `vocab_size` ids alone, for a student that has fewer ids than the teacher.
+
+        The mass of the other ids is divided among the rest, exactly where they are among the top-k; among the tail
+        samples, by the share that these represent. Entropy and normalisers leave ids of the tail as they are.
+        """
+        if vocab_size >= self.vocab_size:
+            return self
+        lost_NK = self.topk_ids_NK >= vocab_size
+        lost_probs_NK = self.topk_log_probs_NK.exp() * lost_NK
+        kept_NM = (self.tail_ids_NM < vocab_size).to(self.tail_weights_NM.dtype)
+        kept_weights_NM = self.tail_weights_NM * kept_NM
+        share_N = kept_weights_NM.sum(-1) + (self.tail_weights_NM.sum(-1) == 0)  # of the tail that is left
+        tail_log_mass_N = self.tail_log_mass_N + share_N.log()
+        lost_N = lost_probs_NK.sum(-1) + self.tail_log_mass_N.exp() - tail_log_mass_N.exp()
+        left_N = (self.topk_log_probs_NK.exp() * ~lost_NK).sum(-1) + tail_log_mass_N.exp()
+        # Of small numbers, the rounding of the other one does not matter.
+        log_rest_N = torch.where(lost_N < 0.5, 1 - lost_N, left_N).clamp(min=_LEAST_REST).log()
+        own_NK = torch.where(lost_NK, 0.0, self.topk_log_probs_NK)
+        surprise_N = -(lost_probs_NK * torch.where(lost_NK, self.topk_log_probs_NK, 0.0)).sum(-1)
+        entropy_N = (self.entropy_N - surprise_N).clamp(min=0) / log_rest_N.exp() + log_rest_N
+        normalisers = []
+        for place, temperature in enumerate(self.temperatures):
+            powers_N = (torch.where(lost_NK, self.topk_log_probs_NK, -torch.inf) / temperature).exp().sum(-1)
+            rest_N = (self.log_normalisers_NS[:, place].exp() - powers_N).clamp(min=_LEAST_REST)
+            normalisers.append(rest_N.log() - log_rest_N / temperature)
+        order_NK = lost_NK.int().argsort(dim=-1, stable=True)  # what is left comes first, in its order
+        return replace(
+            self,
+            topk_ids_NK=self.topk_ids_NK.masked_fill(lost_NK, EMPTY_ID).gather(-1, order_NK),
+            topk_log_probs_NK=(own_NK - log_rest_N[:, None]).masked_fill(lost_NK, -torch.inf).gather(-1, order_NK),
+            tail_log_mass_N=tail_log_mass_N - log_rest_N,
+            tail_ids_NM=self.tail_ids_NM.masked_fill(self.tail_ids_NM >= vocab_size, EMPTY_ID),
+            tail_weights_NM=kept_weights_NM / share_N.clamp(min=_LEAST_REST)[:, None],
+            target_log_probs_N=self.target_log_probs_N - log_rest_N,
+            entropy_N=entropy_N.clamp(min=0),
+            log_normalisers_NS=torch.stack(normalisers, -1) if normalisers else self.log_normalisers_NS,
+            vocab_size=vocab_size,
+        )
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> SparseTargets:
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
