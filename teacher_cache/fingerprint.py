@@ -18,18 +18,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavamod_offline.errors import ConfigError, ModelError
+from llavamod_offline.models.hub import weight_files
 from teacher_cache.format.manifest import sha256_file
 from teacher_cache.format.record import STORED_SETTINGS
+from teacher_cache.student.token_list import Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from llavamod_offline.data.encode.template import Template
+    from llavamod_offline.data.encode.tokenize import SequenceEncoder
 
-LONGER = "rejected"  # what happens to a sequence of more than max_length tokens
+_LONGER = "rejected"  # what happens to a sequence of more than max_length tokens
 # Caches of earlier versions lack these; a missing value counts as equal.
 _LATER = ("engine.head_dtype", "engine.device", "template.system_turn")
-INFORMATIVE = ("tokenizer.size", "tokenizer.pipeline")
 _TODAY = {f"capture.{name}": f"capture.{own}" for name, own in STORED_SETTINGS.items()}
 _SHOWN = 16
 _HASHED_AT_ONCE = 4
@@ -37,6 +39,8 @@ _HASHED_AT_ONCE = 4
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """Hash a tokenizer: its vocabulary with ids (added tokens too), its merges in order, its added tokens with ids.
+
+    `tokens` holds all of them, to name those that differ.
 
     Errors: `ModelError` if it is not a fast tokenizer.
     """
@@ -46,6 +50,7 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
         "size": len(tokenizer),
         "merges": _hash(merges),
         **describe_vocabulary(tokenizer.get_vocab(), added_tokens(tokenizer)),
+        "tokens": Tokens.of(tokenizer.get_vocab(), added_tokens(tokenizer)).pack(),
         "pipeline": _hash([content.get(part) for part in ("normalizer", "pre_tokenizer", "post_processor")]),
     }
 
@@ -58,11 +63,15 @@ def describe_template(template: Template) -> dict[str, Any]:
     return described if system_turn is None else {**described, "system_turn": _hash(system_turn)}
 
 
+def describe_sequence(encoder: SequenceEncoder) -> dict[str, Any]:
+    """The limit of a sequence's length, and the ids that the tokenizer puts before it, if any (Llama's `<s>`)."""
+    start = {"start_ids": list(encoder.start_ids)} if encoder.start_ids else {}
+    return {"max_length": encoder.max_length, "longer": _LONGER, **start}
+
+
 def describe_weights(folder: Path) -> dict[str, Any]:
     """Identify a checkpoint by the SHA-256 of its configuration and of each safetensors file, not by paths."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{folder}: no *.safetensors file: save the checkpoint with save_pretrained first")
+    files = weight_files(folder)
     with ThreadPoolExecutor(_HASHED_AT_ONCE) as threads:
         digests = list(threads.map(sha256_file, files))
     return {
@@ -125,12 +134,21 @@ def describe_vocabulary(vocabulary: Mapping[str, int], added: Mapping[str, int])
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """List all fields by their dotted names; settings stored under older names by the names they are set by."""
+    """List all fields by their dotted names; settings stored under older names by the names they are set by.
+
+    The list of tokens is left out: it is long, and what it says is hashed in `tokenizer.vocabulary`.
+    """
     flat: list[tuple[str, Any]] = []
-    for name, value in tree.items():
+    for name, value in without_tokens(tree).items():
         field = _TODAY.get(f"{prefix}{name}", f"{prefix}{name}")
         flat += flatten(value, f"{field}.") if isinstance(value, Mapping) else [(field, value)]
     return flat
+
+
+def without_tokens(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A fingerprint, or a section of it, without the list of the tokenizer's tokens."""
+    kept = {name: value for name, value in tree.items() if name != "tokens" or "merges" not in tree}
+    return {name: without_tokens(value) if name == "tokenizer" else value for name, value in kept.items()}
 
 
 def _short(value: Any) -> str:

@@ -153,6 +153,7 @@ def plan(
         print_settings(CacheTeacherConfig, *given)
         return
     config = load_config(CacheTeacherConfig, *given)
+    from teacher_cache.fingerprint import without_tokens
     from teacher_cache.inspection.terminal import make_console
     from teacher_cache.plan import estimate as planning
     from teacher_cache.plan import tables as view
@@ -164,7 +165,8 @@ def plan(
         print(json.dumps(dataclasses.asdict(fact))) if as_json else view.print_comparison(make_console(), fact)
         return
     made = planning.make_plan(config, samples=samples, seconds=seconds)
-    print(json.dumps(dataclasses.asdict(made))) if as_json else view.print_plan(make_console(), made, kept)
+    shown = {**dataclasses.asdict(made), "fingerprint": without_tokens(made.fingerprint)}
+    print(json.dumps(shown)) if as_json else view.print_plan(make_console(), made, kept)
     if kept is not None:  # after printing: a file that cannot be written loses no estimate
         planning.write_plan(kept, made)
 

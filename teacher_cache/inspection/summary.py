@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from llavamod_offline.errors import CacheError
 from llavamod_offline.losses.targets import EMPTY_ID, SparseTargets
+from teacher_cache.fingerprint import without_tokens
 from teacher_cache.format.manifest import COLUMNS_NAME, FORMAT_VERSION, SEQUENCES_NAME, canonical
 from teacher_cache.read.reader import TeacherCache
 
@@ -46,7 +47,7 @@ def describe_cache(cache: TeacherCache, sample_positions: int = _SAMPLE_POSITION
         "topk_ids_per_position": round(cache.totals["heads"] / positions, 3),
         "tail_samples_per_position": round(cache.totals["draws"] / positions, 3),
         "histograms": _histograms(cache, sample_positions),
-        "fingerprint": cache.fingerprint,
+        "fingerprint": without_tokens(cache.fingerprint),
     }
 
 

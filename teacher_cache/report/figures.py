@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llavamod_offline.pages.charts import histograms
+from teacher_cache.fingerprint import without_tokens
 from teacher_cache.inspection.summary import bytes_by_part
 from teacher_cache.inspection.terminal import readable_bytes
 from teacher_cache.read.reader import TeacherCache
@@ -96,7 +97,7 @@ def bytes_per_part(cache: TeacherCache) -> list[tuple[str, float, str]]:
 
 def fingerprint_fields(cache: TeacherCache) -> list[list[str]]:
     """(name, value) of every field of the fingerprint, after path and digest."""
-    return [["cache", cache.path], ["digest", cache.digest], *_fields(cache.fingerprint, "")]
+    return [["cache", cache.path], ["digest", cache.digest], *_fields(without_tokens(cache.fingerprint), "")]
 
 
 def _fields(tree: Any, name: str) -> list[list[str]]:

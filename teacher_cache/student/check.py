@@ -7,13 +7,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from llavamod_offline.data.encode.template import TEMPLATES, Template
 from llavamod_offline.data.encode.tokenize import hash_ids
 from llavamod_offline.errors import CacheError, ConfigError, TargetError
 from teacher_cache.fingerprint import (
-    INFORMATIVE,
-    LONGER,
     added_tokens,
     check_allowed,
+    describe_sequence,
     describe_template,
     describe_tokenizer,
     describe_vocabulary,
@@ -21,6 +21,7 @@ from teacher_cache.fingerprint import (
 )
 from teacher_cache.format.sequences import CachedSequence, short_hash
 from teacher_cache.student.end_of_turn import TokenIdSwap, parse_end_of_turn, teacher_vocabularies
+from teacher_cache.student.token_list import Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from teacher_cache.read.reader import TeacherCache
 
 _LOG = logging.getLogger(__name__)
+
+_SIDES = ("cache", "student")
+_NAMED = 3  # differing tokens that a message names
 
 
 def check_student(
@@ -40,23 +44,22 @@ def check_student(
 ) -> TokenIdSwap | None:
     """Refuse a student whose tokenizer is not the one that a cache was made with.
 
-    It may have additional tokens after the teacher's, such as `<image>`. `end_of_turn` declares the one token that may
-    differ (see `end_of_turn.py`); returns the resulting swap of ids, None without one. `allow` overrides fields (or
+    Either may have additional tokens after the other's, such as `<image>`. `end_of_turn` declares the one token that
+    may differ (see `end_of_turn.py`); returns the resulting swap of ids, None without one. `allow` overrides fields (or
     sections, such as `tokenizer`) by name, and logs them.
     Errors: `CacheError` listing the differing fields; `ConfigError` for an unknown field or token.
     """
     check_allowed(allow, fingerprint)
-    theirs = {"tokenizer": fingerprint["tokenizer"]}
-    mine = {"tokenizer": describe_tokenizer(tokenizer)}
-    swap = None
+    theirs, mine = fingerprint["tokenizer"], describe_tokenizer(tokenizer)
+    vocabulary, added, swap = tokenizer.get_vocab(), added_tokens(tokenizer), None
     if end_of_turn is not None:
-        vocabulary, swap = _resolve(theirs, tokenizer, end_of_turn, allow)
-        mine["tokenizer"].update(vocabulary)
-    elif isinstance(size := theirs["tokenizer"]["size"], int) and len(tokenizer) > size:
-        mine["tokenizer"].update(describe_vocabulary(*_known_ids(tokenizer, size)))
+        vocabulary, added, swap = _resolve(theirs, tokenizer, end_of_turn, allow)
+    lines = _vocabulary_differences(theirs, vocabulary, added)
+    lines += differences(
+        {"tokenizer": {"merges": theirs["merges"]}}, {"tokenizer": {"merges": mine["merges"]}}, names=_SIDES
+    )
     _refuse(
-        theirs,
-        mine,
+        lines,
         allow,
         "use a student with the teacher's tokenizer, declare its end of turn as cache.end_of_turn if only that "
         "differs, or allow the field by name if you know it is harmless",
@@ -90,7 +93,7 @@ def check_encoding(
     images = {"tokens": encoder.image_tokens, "token_id": encoder.image_token_id}
     student = {
         "template": describe_template(template),
-        "sequence": {"max_length": encoder.max_length, "longer": LONGER},
+        "sequence": describe_sequence(encoder),
         "images": images,
     }
     cache = {
@@ -99,12 +102,41 @@ def check_encoding(
         "images": {name: fingerprint["images"][name] for name in images},
     }
     _refuse(
-        cache,
-        student,
+        differences(cache, student, names=_SIDES),
         allow,
         "it has records of all positions: use the teacher's template, max_length and image tokens, "
         "capture with capture.positions=response, or allow the field by name if you know it is harmless",
     )
+
+
+def check_answers(
+    fingerprint: Mapping[str, Any],
+    template: Template,
+    *,
+    allow: Sequence[str] = (),
+    end_of_turn: str | None = None,
+) -> None:
+    """Refuse a student whose template words answers otherwise than that of a cache, if that is known by name.
+
+    Another one is compared by each sequence's ids. Errors: `CacheError` naming both templates.
+    """
+    cached = fingerprint["template"]
+    name = cached["name"]
+    theirs = TEMPLATES.get(name) if isinstance(name, str) else None
+    if "template" in allow or theirs is None or describe_template(theirs) != cached:
+        return
+    end = template.end if end_of_turn is None else parse_end_of_turn(end_of_turn)[0]
+    sides = ((theirs.answer_prefix, theirs.end), (template.answer_prefix, end))
+    wordings = [f"'{prefix}ANSWER{last}'" for prefix, last in sides]
+    if wordings[0] != wordings[1]:
+        ends = f"'{theirs.end}={template.end}'"
+        alone = theirs.answer_prefix == template.answer_prefix
+        raise CacheError(
+            f"the teacher cache does not fit this student: its template '{name}' words answers as {wordings[0]}, the "
+            f"student's '{template.name}' as {wordings[1]}: set template={name} to train the student with the "
+            f"teacher's, {f'declare its end of turn as cache.end_of_turn={ends}, ' if alone else ''}or capture again "
+            f"with template={template.name}"
+        )
 
 
 def check_sequence(
@@ -156,31 +188,66 @@ def check_target_ids(
         )
     raise TargetError(
         f"sample '{key}' ({role}): its supervised ids differ from the cache's: at position {where} the "
-        f"cache has {shown[0]} of {len(theirs)}, the student {shown[1]} of {len(mine)}: use the teacher's template and "
+        f"cache has {shown[0]} of {len(theirs)}, the student {shown[1]} of {len(mine)}: use the teacher's template "
+        f"({cache.fingerprint['template']['name']}) and "
         f"tokenizer, {'declare its end of turn as cache.end_of_turn, ' if one_token else ''}or capture the cache again"
     )
 
 
 def _resolve(
     theirs: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, end_of_turn: str, allow: Sequence[str]
-) -> tuple[dict[str, str], TokenIdSwap]:
-    """Find the swap of ids that turns a student's vocabulary into the teacher's; the first one if none does."""
+) -> tuple[dict[str, int], dict[str, int], TokenIdSwap]:
+    """Find the swap of ids that turns a student's vocabulary into the teacher's, or else the best one known."""
     tokens = parse_end_of_turn(end_of_turn)
+    size, known = theirs["size"], _listed(theirs)  # a size may be a list in a cache merged with `--allow`
     found = []
-    size = theirs["tokenizer"]["size"]  # a list in a cache merged with `--allow`
-    for limit in (None, size if isinstance(size, int) else None):
+    for limit in (None, size) if known is None and isinstance(size, int) else (None,):
         own, special_ids = _known_ids(tokenizer, limit, keep=tokens[1])
         added = set(special_ids)
         if tokens[1] in added and tokens[0] not in own:
             added.add(tokens[0])
         for vocabulary, swap in teacher_vocabularies(own, *tokens):
             special = {token: vocabulary[token] for token in added if token in vocabulary}
-            described = describe_vocabulary(vocabulary, special)
-            found.append((described, swap))
-            fields = {"tokenizer": {name: theirs["tokenizer"][name] for name in described}}
-            if not differences(fields, {"tokenizer": described}, allow=allow):
+            found.append((vocabulary, special, swap))
+            missing = known is not None and known.texts[swap.teacher_id : swap.teacher_id + 1] != (tokens[0],)
+            if not missing and not _unallowed(_vocabulary_differences(theirs, vocabulary, special), allow):
                 return found[-1]
-    return found[0]
+    if known is None:
+        return found[0]
+    return min(found, key=lambda each: len(known.differing(Tokens.of(*each[:2]))[0]))
+
+
+def _listed(theirs: Mapping[str, Any]) -> Tokens | None:
+    """The teacher's tokens; None in caches of earlier versions, and where merged caches differ in them."""
+    packed = theirs.get("tokens")
+    return Tokens.unpack(packed) if isinstance(packed, str) else None
+
+
+def _vocabulary_differences(
+    theirs: Mapping[str, Any], vocabulary: Mapping[str, int], added: Mapping[str, int]
+) -> list[str]:
+    """The differences between a teacher's and a student's tokens; those that one has beyond the other's are none."""
+    known = _listed(theirs)
+    if known is None:
+        size = theirs["size"]
+        if isinstance(size, int):
+            vocabulary, added = ({t: n for t, n in side.items() if n < size} for side in (vocabulary, added))
+        mine = describe_vocabulary(vocabulary, added)
+        return differences({"tokenizer": {name: theirs[name] for name in mine}}, {"tokenizer": mine}, names=_SIDES)
+    own = Tokens.of(vocabulary, added)
+    tokens, kinds = known.differing(own)
+    lines = []
+    if kinds:
+        shown = [f"id {n} {known.texts[n]!r} (in the {_SIDES[n not in known.added]})" for n in kinds[:_NAMED]]
+        lines.append(f"tokenizer.added_tokens: {len(kinds):,} added on one side only: {_first(shown, kinds)}")
+    if tokens:
+        shown = [f"id {n} is {known.texts[n]!r} in the cache, {own.texts[n]!r} in the student" for n in tokens[:_NAMED]]
+        lines.append(f"tokenizer.vocabulary: {len(tokens):,} differing: {_first(shown, tokens)}")
+    return lines
+
+
+def _first(shown: Sequence[str], ids: Sequence[int]) -> str:
+    return "; ".join(shown) + ("; …" if len(ids) > len(shown) else "")
 
 
 def _known_ids(
@@ -194,10 +261,19 @@ def _known_ids(
     return everything, added
 
 
-def _refuse(theirs: Mapping[str, Any], mine: Mapping[str, Any], allow: Sequence[str], way_out: str) -> None:
-    names = ("cache", "student")
-    found = differences(theirs, mine, allow=[*allow, *INFORMATIVE], names=names)
+def _unallowed(lines: Sequence[str], allow: Sequence[str]) -> list[str]:
+    """The differences whose field, or its section, is not allowed."""
+    fields = [line.partition(":")[0] for line in lines]
+    return [
+        line
+        for line, field in zip(lines, fields, strict=True)
+        if not any(field == name or field.startswith(f"{name}.") for name in allow)
+    ]
+
+
+def _refuse(lines: Sequence[str], allow: Sequence[str], way_out: str) -> None:
+    found = _unallowed(lines, allow)
     if found:
-        raise CacheError(f"the teacher cache does not fit this student: {'; '.join(found)}: {way_out}")
-    for line in differences(theirs, mine, allow=INFORMATIVE, names=names):
+        raise CacheError(f"the teacher cache does not fit this student: {'; '.join(sorted(found))}: {way_out}")
+    for line in lines:
         _LOG.warning("allowed: %s", line)

@@ -59,14 +59,20 @@ def test_a_student_with_another_tokenizer_is_refused_side_by_side(finished: Path
     student = _changed(change)
     with pytest.raises(CacheError) as caught:
         check_student(fingerprint, student)
-    theirs, mine = fingerprint["tokenizer"][change], describe_tokenizer(student)[change]
-    assert f"tokenizer.{change}: cache {theirs[:16]}…, student {mine[:16]}…" in str(caught.value)
+    theirs, mine = fingerprint["tokenizer"], describe_tokenizer(student)
+    said = {
+        "merges": f"tokenizer.merges: cache {theirs['merges'][:16]}…, student {mine['merges'][:16]}…",
+        "vocabulary": "tokenizer.vocabulary: 2 differing: id 0 is '!' in the cache, '\"' in the student; id 1 is ",
+        "added_tokens": "tokenizer.vocabulary: 1 differing: id 396 is '<|endoftext|>' in the cache, '<|end|>' in the ",
+    }
+    assert said[change] in str(caught.value)
     assert "\n" not in str(caught.value)
     check_student(fingerprint, student, allow=["tokenizer"])
     fields = [f"tokenizer.{name}" for name in ("merges", "vocabulary", "added_tokens")]
     check_student(fingerprint, student, allow=fields)
-    others = [field for field in fields if field != f"tokenizer.{change}"]
-    with pytest.raises(CacheError, match=change):
+    field = "vocabulary" if change == "added_tokens" else change
+    others = [each for each in fields if each != f"tokenizer.{field}"]
+    with pytest.raises(CacheError, match=field):
         check_student(fingerprint, student, allow=others)
 
 
@@ -227,12 +233,14 @@ def test_a_declared_end_of_turn_is_the_one_thing_that_may_differ(
     student = tiny_tokenizer()
     assert student.convert_tokens_to_ids([OTHER, END, "<image>"]) == [396, 398, 399]
     assert check_student(teacher, student, end_of_turn=end_of_turn) == swap
-    if change not in ("none", "one less"):
-        with pytest.raises(CacheError, match=r"tokenizer\.vocabulary: cache .*declare its end of turn"):
+    if change not in ("none", "one less", "one more"):
+        with pytest.raises(CacheError, match=r"tokenizer\.vocabulary: .*declare its end of turn"):
             check_student(teacher, student)
     other = json.loads(student.backend_tokenizer.to_str())
     other["added_tokens"][1]["content"] = "<|pad|>"
-    with pytest.raises(CacheError, match=r"tokenizer\.vocabulary: cache"):
+    with pytest.raises(
+        CacheError, match=r"tokenizer\.vocabulary: 1 differing: id 397 is '.*' in the cache, '<\|pad\|>'"
+    ):
         check_student(
             teacher,
             PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(other))),
@@ -254,13 +262,57 @@ def test_a_student_may_have_more_tokens_behind_the_teachers() -> None:
     assert check_student(teacher, student) is None
     assert check_student(teacher, student, end_of_turn=f"{END}={OTHER}") == TokenIdSwap(398, 396)
     assert check_student(teacher, student, end_of_turn=f"{END}=<|more|>") == TokenIdSwap(398, 400)
-    mine = {"tokenizer": describe_tokenizer(student), "capture": {"positions": "response"}}
-    with pytest.raises(CacheError, match=r"tokenizer\.added_tokens: cache \w+…, student \w+…; tokenizer\.vocabulary: "):
-        check_student(mine, tiny_tokenizer())
     swapped = json.loads(student.backend_tokenizer.to_str())
     swapped["added_tokens"][0]["content"], swapped["added_tokens"][-1]["content"] = "<|still more|>", OTHER
     with pytest.raises(CacheError, match=r"tokenizer\.vocabulary: "):
         check_student(teacher, PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(swapped))))
+
+
+def _described(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    return {"tokenizer": describe_tokenizer(tokenizer), "capture": {"positions": "response"}}
+
+
+def test_a_teacher_may_have_more_tokens_behind_the_students() -> None:
+    """As LLaVA-OneVision has `<video>`, which no student of its base model has."""
+    teacher = _described(_longer("<video>", "<more>"))
+    assert check_student(teacher, tiny_tokenizer()) is None
+    assert check_student(teacher, tiny_tokenizer(), end_of_turn=f"{END}={OTHER}") == TokenIdSwap(398, 396)
+
+
+def test_tokens_that_differ_before_the_end_of_both_are_named() -> None:
+    with pytest.raises(CacheError) as caught:
+        check_student(_described(_longer("<video>", "<a>", "<b>")), _longer("<c>", "<a>"))
+    assert "tokenizer.vocabulary: 1 differing: id 400 is '<video>' in the cache, '<c>' in the student: " in str(
+        caught.value
+    )
+    content = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    for entry in content["added_tokens"][1:]:  # a token more in the middle moves those behind it
+        entry["id"] += 1
+    content["added_tokens"].insert(1, {**content["added_tokens"][0], "id": 397, "content": "<|new|>"})
+    moved = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
+    for teacher, student in ((moved, tiny_tokenizer()), (tiny_tokenizer(), moved)):
+        with pytest.raises(CacheError, match=r"3 differing: id 397 is '<\|.*id 398 is .*id 399 is ") as caught:
+            check_student(_described(teacher), student)
+        assert "<|new|>" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_token_that_is_special_on_one_side_is_named() -> None:
+    content = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    plain = [token for token, number in content["model"]["vocab"].items() if number == 300]
+    content["added_tokens"].insert(0, {**content["added_tokens"][0], "id": 300, "content": plain[0]})
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
+    with pytest.raises(CacheError, match=r"tokenizer\.added_tokens: 1 added on one side only: id 300 '.*student\)"):
+        check_student(_described(tiny_tokenizer()), other)
+
+
+def test_a_cache_without_a_list_of_tokens_is_compared_by_hashes() -> None:
+    """As those of earlier versions are."""
+    teacher = _described(tiny_tokenizer())
+    del teacher["tokenizer"]["tokens"]
+    assert check_student(teacher, _longer("<more>")) is None
+    with pytest.raises(CacheError, match=r"tokenizer\.vocabulary: cache \w+…, student \w+…"):
+        check_student(teacher, _changed("vocabulary"))
 
 
 @pytest.mark.parametrize(
