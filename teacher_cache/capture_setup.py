@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 
-from llavamod_offline.data.encode.chat_template import choose_template
-from llavamod_offline.data.encode.template import Template
+from llavamod_offline.data.encode.template import AUTO
 from llavamod_offline.data.sets.mismatched import PAIRING
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError, DataError, ModelError
-from llavamod_offline.models.checkpoint import load_tokenizer, vocabulary_size
+from llavamod_offline.models.checkpoint import vocabulary_size
 from llavamod_offline.models.device import pick_device
+from llavamod_offline.models.hub import checkpoint_folder
 from teacher_cache.engines.registry import describe_engine, engine_module
-from teacher_cache.fingerprint import LONGER, describe_template, describe_tokenizer, describe_weights
+from teacher_cache.fingerprint import describe_sequence, describe_template, describe_tokenizer, describe_weights
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.schema import Codec, HiddenKind, HiddenPositions
 from teacher_cache.teachers import Teacher, open_teacher
@@ -26,11 +27,13 @@ from teacher_cache.teachers import Teacher, open_teacher
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from llavamod_offline.data.encode.tokenize import Positions, TokenizedSequence
+    from llavamod_offline.data.encode.tokenize import Positions, SequenceEncoder, TokenizedSequence
     from llavamod_offline.data.sample import Sample
     from llavamod_offline.vllm.settings import VllmSettings
     from teacher_cache.config import Preset
     from teacher_cache.engines.protocol import CaptureEngine
+
+_LOG = logging.getLogger(__name__)
 
 _FORCED_WORDS = ("yes", "no", "Yes", "No", "A", "B", "C", "D")
 
@@ -100,7 +103,12 @@ class CaptureSetup:
 
 def prepare_capture(**given: Unpack[SetupValues]) -> CaptureSetup:
     """Open set and teacher and check that they fit together, except the weights. Errors: a `LlavaModError`."""
-    keep, folder, seed, positions = given["keep"], Path(given["teacher"]), given["seed"], given["positions"]
+    keep, folder, seed, positions = (
+        given["keep"],
+        checkpoint_folder(given["teacher"]),
+        given["seed"],
+        given["positions"],
+    )
     samples = SampleSet.open(given["data"])
     if given["mismatched"]:
         if not samples.manifest.get("preferences"):
@@ -108,11 +116,13 @@ def prepare_capture(**given: Unpack[SetupValues]) -> CaptureSetup:
                 f"capture.mismatched: set '{samples.path}' holds no preference samples: remove the setting"
             )
         samples = samples.with_mismatched()
-    template = choose_template(given["template"], lambda: load_tokenizer(folder))
-    teacher = open_teacher(folder, template, image_aspect=given["image_aspect"], max_length=given["max_length"])
-    tokenizer = teacher.encoder.tokenizer
+    aspect, length = given["image_aspect"], given["max_length"]
+    teacher = open_teacher(folder, given["template"], image_aspect=aspect, max_length=length)
+    tokenizer, template = teacher.encoder.tokenizer, teacher.encoder.template
+    if given["template"] == AUTO:
+        _LOG.info("template: %s, that of %s", template.name, folder)
     vocab_size = _shared_vocabulary(folder, tokenizer, teacher.head_rows)
-    forced_ids = _forced_ids(tokenizer, keep.forced_tokens, template)
+    forced_ids = _forced_ids(teacher.encoder, keep.forced_tokens)
     settings, codec = _kept(keep, tuple(keep.temperatures), forced_ids, vocab_size, given["hidden"])
     device, dtype = given["device"], given["dtype"]
     if device == "auto":
@@ -123,7 +133,7 @@ def prepare_capture(**given: Unpack[SetupValues]) -> CaptureSetup:
     fingerprint = {
         "tokenizer": describe_tokenizer(tokenizer),
         "template": describe_template(template),
-        "sequence": {"max_length": given["max_length"], "longer": LONGER},
+        "sequence": describe_sequence(teacher.encoder),
         "images": teacher.describe_images(),
         "teacher": describe_weights(folder),
         "engine": describe_engine(given, dtype, device),
@@ -158,6 +168,12 @@ def prepare_capture(**given: Unpack[SetupValues]) -> CaptureSetup:
         compile=given["compile"],
         vllm=given["vllm"],
     )
+
+
+def follow_template(given: SetupValues, about: Mapping[str, Any] | None) -> SetupValues:
+    """Let the template `auto` mean the one of a fingerprint, if there is one: what was begun is continued alike."""
+    name = (about or {}).get("template", {}).get("name")
+    return {**given, "template": name} if given["template"] == AUTO and isinstance(name, str) else given
 
 
 def with_preset(setup: CaptureSetup, preset: Preset) -> CaptureSetup:
@@ -204,21 +220,20 @@ def _shared_vocabulary(teacher: Path, tokenizer: PreTrainedTokenizerFast, rows: 
     return vocabulary_size(tokenizer, rows)
 
 
-def _forced_ids(
-    tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str] | None, template: Template
-) -> tuple[int, ...]:
+def _forced_ids(encoder: SequenceEncoder, tokens: Sequence[str] | None) -> tuple[int, ...]:
     """The ids of the named tokens, or of the default ones. Errors: `ConfigError` naming a token."""
     if tokens is None:
+        template = encoder.template
         words = (template.end, *(template.answer_prefix + word for word in _FORCED_WORDS))
-        found = [_ids_of(tokenizer, text) for text in words]
+        found = [_ids_of(encoder, text) for text in words]
         return tuple(dict.fromkeys(ids[0] for ids in found if len(ids) == 1))
     for text in tokens:
-        count = len(_ids_of(tokenizer, text))
+        count = len(_ids_of(encoder, text))
         if count != 1:
             raise ConfigError(f"capture.forced_tokens: '{text}' is {count} tokens of this tokenizer, must be one")
-    return tuple(_ids_of(tokenizer, text)[0] for text in tokens)
+    return tuple(_ids_of(encoder, text)[0] for text in tokens)
 
 
-def _ids_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    known = tokenizer.get_vocab().get(text)
-    return [known] if known is not None else list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _ids_of(encoder: SequenceEncoder, text: str) -> list[int]:
+    known = encoder.tokenizer.get_vocab().get(text)
+    return [known] if known is not None else encoder.answer_ids(text).tolist()

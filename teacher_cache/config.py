@@ -161,14 +161,15 @@ class CacheTeacherConfig:
     data: InputPath = "???"
     """The set to capture: a folder that llavamod-offline pack or index made, or its URL."""
     teacher: InputPath = "???"
-    """Folder of the teacher's checkpoint."""
+    """Folder or Hub id (org/name, org/name@revision) of the teacher's checkpoint."""
     output: str = "???"
     """Folder of the cache; rerun the same command to resume."""
-    template: str = "qwen"
-    """Wording of prompts: qwen (LLaVA-MoD's own), chatml, or tokenizer (the chat template in the teacher's folder)."""
+    template: str = "auto"
+    """Wording of prompts: auto (what the teacher's chat template says, or what an unfinished output was begun with),
+    qwen (LLaVA-MoD's own), chatml, llava_v1, or tokenizer (the chat template, without checking images and ids)."""
     image_aspect: Literal["auto", "pad", "square"] = "auto"
-    """Images: padded to squares, or resized by the checkpoint's own processor (square); auto: pad for LLaVA, square for
-    families that take images of any shape."""
+    """Images: padded to squares, or resized by the checkpoint's own processor (square); auto: as a student's folder
+    states, pad for other LLaVAs, square for families that take images of any shape."""
     max_length: int = 2048
     """Most tokens of a sequence, image tokens included; longer ones are rejected."""
     batch_size: int = 16

@@ -23,6 +23,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.models.checkpoint import save_student
@@ -83,9 +84,14 @@ def write_tiny_llava(
     vocabulary: int | None = None,
     tied: bool = True,
     text_config: type[LlamaConfig] | type[Qwen2Config] | type[Qwen3Config] = Qwen2Config,
+    template: str | None = "qwen",
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Path:
-    """Write a random LLaVA folder (24×24 pixels, 9 image tokens); `head_rows` defaults to the tokenizer's length."""
-    tokenizer = tiny_tokenizer(vocabulary)
+    """Write a random LLaVA folder (24×24 pixels, 9 image tokens); `head_rows` defaults to the tokenizer's length.
+
+    Its chat template says that it was trained with `template`; None: it has none.
+    """
+    tokenizer = tokenizer or tiny_tokenizer(vocabulary)
     rows = head_rows or len(tokenizer)
     config = LlavaConfig(
         vision_config=tiny_vision_config(),
@@ -102,7 +108,8 @@ def write_tiny_llava(
     processor = folder.parent / f".{folder.name}.processor"
     processor.mkdir(parents=True)
     write_image_processor(processor)
-    save_student(model, folder, tokenizer=tokenizer, processor_source=processor)
+    wording = None if template is None else get_template(template)
+    save_student(model, folder, tokenizer=tokenizer, processor_source=processor, template=wording)
     (processor / "preprocessor_config.json").unlink()
     processor.rmdir()
     return folder

@@ -7,12 +7,15 @@ words and merges; what differs is the special tokens at the end.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from transformers import (
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -30,7 +33,7 @@ from transformers import (
 )
 
 from llavamod_offline.models.checkpoint import save_student
-from tests.tiny import IMAGE_TOKENS, tiny_tokenizer, tiny_vision_config, write_image_processor
+from tests.tiny import IMAGE_SIZE, IMAGE_TOKENS, tiny_tokenizer, tiny_vision_config, write_image_processor
 
 QWEN_VL_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 _MEAN, _STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
@@ -150,33 +153,81 @@ def write_tiny_onevision(folder: Path, *, seed: int = 0, spare_rows: int = 12) -
 
 
 def write_tiny_causal_lm(
-    folder: Path, kind: str = "qwen2", *, special: tuple[str, ...] = (), seed: int = 0, spare_rows: int = 12
+    folder: Path,
+    kind: str = "qwen2",
+    *,
+    special: tuple[str, ...] = (),
+    seed: int = 0,
+    spare_rows: int = 12,
+    tokenizer: Any = None,
 ) -> Path:
     """Write a random language model without images, a Qwen2 or (`kind` llama) a Llama, with more `special` tokens."""
-    tokenizer = tokenizer_with(*special)
+    tokenizer = tokenizer or tokenizer_with(*special)
     settings = _text_settings(len(tokenizer) + spare_rows)
     if kind == "llama":
         return _write(folder, LlamaForCausalLM, LlamaConfig(**settings), tokenizer, seed, None)
     return _write(folder, Qwen2ForCausalLM, Qwen2Config(**settings), tokenizer, seed, None)
 
 
-def write_tiny_llava_llama(folder: Path, *, seed: int = 0) -> Path:
-    """Write a random LLaVA whose text model is a Llama."""
-    tokenizer = tiny_tokenizer()
+def write_tiny_llava_llama(
+    folder: Path, *, seed: int = 0, tower: str = "clip", strategy: str = "default", tokenizer: Any = None
+) -> Path:
+    """Write a random LLaVA whose text model is a Llama, with a CLIP, SigLIP or DINOv2 tower.
+
+    Patches are of 8 pixels, except SigLIP's of 7, which leave 3 pixels over, as in its release of 384 pixels.
+    """
+    tokenizer = tokenizer or tiny_tokenizer()
+    vision, processor = _TOWERS[tower]()
     config = LlavaConfig(
-        vision_config=tiny_vision_config(),
+        vision_config=vision,
         text_config=LlamaConfig(**_text_settings(len(tokenizer))),
         image_token_index=tokenizer.get_vocab()["<image>"],
-        image_seq_length=IMAGE_TOKENS,
         vision_feature_layer=-2,
+        vision_feature_select_strategy=strategy,
         tie_word_embeddings=False,
+        **({"image_seq_length": IMAGE_TOKENS} if tower == "clip" else {}),
     )
-    processor = folder.parent / f".{folder.name}.processor"
-    processor.mkdir(parents=True)
-    write_image_processor(processor)
+    source = folder.parent / f".{folder.name}.processor"
+    source.mkdir(parents=True)
+    write_image_processor(source)
+    if processor is not None:
+        (source / "preprocessor_config.json").write_text(json.dumps(processor))
     model = _random_model(LlavaForConditionalGeneration, config, seed)
-    save_student(model, folder, tokenizer=tokenizer, processor_source=processor)
+    save_student(model, folder, tokenizer=tokenizer, processor_source=source)
     return folder
+
+
+def _siglip() -> tuple[Any, dict[str, Any]]:
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    halves = [0.5, 0.5, 0.5]
+    processor = {
+        "image_processor_type": "SiglipImageProcessor",
+        "size": size,
+        "image_mean": halves,
+        "image_std": halves,
+    }
+    return SiglipVisionConfig(**_tower(7)), processor
+
+
+def _dinov2(kind: Any = Dinov2Config) -> tuple[Any, dict[str, Any]]:
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    shape = _tower(8)
+    del shape["intermediate_size"]
+    processor = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 27}, "crop_size": size}
+    return kind(**shape), processor
+
+
+def _tower(patch: int) -> dict[str, Any]:
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    return shape | {"image_size": IMAGE_SIZE, "patch_size": patch}
+
+
+_TOWERS: dict[str, Callable[[], tuple[Any, dict[str, Any] | None]]] = {
+    "clip": lambda: (tiny_vision_config(), None),
+    "siglip": _siglip,
+    "dinov2": _dinov2,
+    "dinov2_with_registers": lambda: _dinov2(Dinov2WithRegistersConfig),
+}
 
 
 def _text_settings(rows: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from llavamod_offline.progress import ProgressBar
 from teacher_cache.audit.preconditions import captured_as, check_contents, check_settings, draw_rows
 from teacher_cache.audit.record_diff import FIGURES, Differences, RecordDifference, beyond, compare, join, measure
 from teacher_cache.capture.shard import capture_rows
-from teacher_cache.capture_setup import CaptureSetup, prepare_capture
+from teacher_cache.capture_setup import CaptureSetup, follow_template, prepare_capture
 from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.engines.protocol import CaptureEngine
 from teacher_cache.format.record import Records, RecordSettings
@@ -99,7 +99,8 @@ def audit_cache(
     supervised ids do; others as for a run.
     """
     pick_device(config.device)
-    job = prepare_capture(**dataclasses.replace(config, capture=captured_as(cache)).setup_values)
+    values = dataclasses.replace(config, capture=captured_as(cache)).setup_values
+    job = prepare_capture(**follow_template(values, cache.fingerprint))
     job = dataclasses.replace(job, settings=RecordSettings.from_stored(cache.fingerprint["capture"]))
     notes = check_settings(cache, job, allow)
     rows = draw_rows(cache, job, sequences, seed)

@@ -16,12 +16,12 @@ from llavamod_offline.signals import keeping
 from llavamod_offline.storage.lock import LOCK_NAME, locked
 from teacher_cache.capture.pipeline import capture_shards
 from teacher_cache.capture.rejection_limit import Reason, Rejected
-from teacher_cache.capture_setup import CaptureSetup, prepare_capture
+from teacher_cache.capture_setup import CaptureSetup, follow_template, prepare_capture
 from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.engines.protocol import CaptureEngine
 from teacher_cache.fingerprint import check_allowed
 from teacher_cache.format.manifest import cache_bytes
-from teacher_cache.write.store import CacheStore
+from teacher_cache.write.store import CacheStore, begun_fingerprint
 
 _LOG = logging.getLogger(__name__)
 
@@ -86,7 +86,8 @@ def _capture(
     sequences = positions = 0
     rejected = Rejected()
     with ExitStack() as stack:
-        pool, values, output, ray = None, config.setup_values, config.output, config.engine
+        pool, output, ray = None, config.output, config.engine
+        values = follow_template(config.setup_values, begun_fingerprint(output))
         if ray.ray:
             from teacher_cache.capture.ray_pool import RayPool
 

@@ -44,6 +44,22 @@ class AnsweredSample:
     reason: str = ""
 
 
+def begun_answers(path: Path) -> dict[str, Any] | None:
+    """What the answers of a set, finished or begun, were made from; None if there are none that can be read."""
+    manifest = path / MANIFEST_NAME
+    try:
+        file = manifest if manifest.is_file() else _answers(path) / _JOB_NAME
+        content: dict[str, Any] = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None  # whatever is wrong with it is said when it is opened
+    found: dict[str, Any] | None = content.get("generated") if manifest.is_file() else content
+    return found
+
+
+def _answers(path: Path) -> Path:
+    return path.with_name(f".{path.name}.answers")
+
+
 class WrittenSet:
     """The set folder `path`, finished or not, and its answers; `about` says what they are made from.
 
@@ -53,7 +69,7 @@ class WrittenSet:
     def __init__(self, path: Path, about: Mapping[str, Any], *, allow: Sequence[str] = ()) -> None:
         self.path = path
         self.about: dict[str, Any] = json.loads(canonical(about))  # in the order that a rerun will read
-        self._folder = path.with_name(f".{path.name}.answers")
+        self._folder = _answers(path)
         if self.finished:
             manifest = json.loads((path / MANIFEST_NAME).read_bytes())
             if "generated" not in manifest:

@@ -23,15 +23,16 @@ from llavamod_offline.signals import keeping
 from llavamod_offline.storage.folders import is_url
 from llavamod_offline.storage.lock import locked
 from teacher_cache.capture.run import Summary, run_capture
-from teacher_cache.capture_setup import CaptureSetup, prepare_capture
+from teacher_cache.capture_setup import CaptureSetup, follow_template, prepare_capture
 from teacher_cache.config import CacheTeacherConfig, GenerateConfig
 from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.engines.registry import ENGINES
-from teacher_cache.fingerprint import check_allowed
+from teacher_cache.fingerprint import check_allowed, without_tokens
 from teacher_cache.format.manifest import canonical
 from teacher_cache.generate.answer_rows import Answerer
 from teacher_cache.generate.decode_loop import Decoding
-from teacher_cache.generate.generated_set import WrittenSet, written_sample
+from teacher_cache.generate.generated_set import WrittenSet, begun_answers, written_sample
+from teacher_cache.write.store import begun_fingerprint
 
 # The sections of a capture's fingerprint that also determine the answers.
 _ABOUT = ("tokenizer", "template", "sequence", "images", "teacher", "engine", "data")
@@ -74,11 +75,14 @@ def generate(config: CacheTeacherConfig, *, allow: Sequence[str] = ()) -> Genera
 def _generate(config: CacheTeacherConfig, allow: Sequence[str]) -> Generation:
     """Answer, pack and capture; see `generate`."""
     started = time.perf_counter()
-    setup = prepare_capture(**config.setup_values)
+    about_before = begun_answers(Path(str(config.output_set))) or begun_fingerprint(config.output)
+    values = follow_template(config.setup_values, about_before)
+    config = replace(config, template=values["template"])
+    setup = prepare_capture(**values)
     check_allowed(allow, setup.fingerprint)
     _check_samples(setup.samples)
     given, names = config.generate, setup.samples.shard_names
-    about = {**{name: setup.fingerprint[name] for name in _ABOUT}, "generate": asdict(given)}
+    about = without_tokens({**{name: setup.fingerprint[name] for name in _ABOUT}, "generate": asdict(given)})
     target = WrittenSet(Path(str(config.output_set)), about, allow=allow)
     decoding = Decoding(given.temperature, given.top_p, given.max_new_tokens, given.seed)
     engine = functools.cache(lambda: CaptureSetup.load(setup))  # once for both, and not at all if all is done

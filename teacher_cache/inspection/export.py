@@ -37,6 +37,7 @@ from llavamod_offline.data.encode.tokenize import UNSUPERVISED, SequenceEncoder,
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import CacheError, ConfigError, DataError
 from llavamod_offline.models.checkpoint import load_tokenizer
+from llavamod_offline.models.hub import checkpoint_folder
 from llavamod_offline.progress import track
 from llavamod_offline.storage import atomic
 from teacher_cache.fingerprint import describe_template
@@ -260,7 +261,7 @@ class _Prompts:
 
     def __init__(self, cache: TeacherCache, data: Path, tokenizer: Path) -> None:
         about = cache.fingerprint
-        loaded = load_tokenizer(tokenizer)
+        loaded = load_tokenizer(checkpoint_folder(tokenizer))
         check_student(about, loaded)
         template = choose_template(about["template"]["name"], lambda: loaded)
         if describe_template(template) != about["template"]:

@@ -31,8 +31,9 @@ class TokenNames:
         self._special: set[int] = set()
         if folder is not None:
             from llavamod_offline.models.checkpoint import load_tokenizer
+            from llavamod_offline.models.hub import checkpoint_folder
 
-            self.tokenizer = load_tokenizer(folder)
+            self.tokenizer = load_tokenizer(checkpoint_folder(folder))
             self._special = set(self.tokenizer.get_added_vocab().values())
 
     def label(self, number: int) -> str:

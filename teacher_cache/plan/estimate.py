@@ -21,6 +21,7 @@ from teacher_cache.fingerprint import differences
 from teacher_cache.format.manifest import CACHE_NAME
 from teacher_cache.inspection.summary import bytes_by_part
 from teacher_cache.read.reader import TeacherCache, open_cache
+from teacher_cache.write.store import begun_fingerprint
 
 if TYPE_CHECKING:
     from teacher_cache.capture.run import Summary
@@ -90,12 +91,12 @@ def make_plan(config: CacheTeacherConfig, *, samples: int, seconds: float) -> Pl
     Errors: those that a run finds before it captures; `CacheError` if no sample of the probe could be captured.
     """
     from llavamod_offline.models.device import pick_device
-    from teacher_cache.capture_setup import prepare_capture
+    from teacher_cache.capture_setup import follow_template, prepare_capture
     from teacher_cache.plan.probe import preset_bytes, probe, whole_cache
 
     pick_device(config.device)
     started = time.perf_counter()
-    job = prepare_capture(**config.setup_values)
+    job = prepare_capture(**follow_template(config.setup_values, begun_fingerprint(config.output)))
     prepared = time.perf_counter()
     _LOG.info("probe: up to %d of %d samples on %s", samples, len(job.samples), job.device)
     engine = job.load()

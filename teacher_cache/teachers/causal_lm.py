@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llavamod_offline.data.encode.chat_template import words_as
 from llavamod_offline.data.encode.template import Template
 from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequence
 from llavamod_offline.data.sample import Sample
@@ -27,8 +28,14 @@ class CausalLmTeacher:
 
         config = read_config(AutoConfig, folder)
         self.folder = folder
+        tokenizer = load_tokenizer(folder)
         self.encoder = SequenceEncoder(
-            load_tokenizer(folder), template, image_token_id=-1, image_tokens=0, max_length=max_length
+            tokenizer,
+            template,
+            image_token_id=-1,
+            image_tokens=0,
+            max_length=max_length,
+            add_start=not words_as(tokenizer, template),  # a tokenizer adds nothing to what its chat template words
         )
         self.image_token_id: int | None = None
         self.head_rows = int(config.vocab_size)

@@ -23,14 +23,16 @@ from teacher_cache.teachers.protocol import SampleImage
 
 
 class LlavaTeacher:
-    """A folder of a LlavaForConditionalGeneration; see `protocol.Teacher`. `image_aspect` auto is pad."""
+    """A folder of a LlavaForConditionalGeneration; see `protocol.Teacher`.
+
+    `image_aspect` auto is what the folder states, as our students' do, or else pad.
+    """
 
     def __init__(self, folder: Path, template: Template, *, image_aspect: str, max_length: int) -> None:
         config = load_config(folder)
         self.folder = folder
         self.encoder = sequence_encoder(config, load_tokenizer(folder), template, max_length)
-        aspect = "pad" if image_aspect == "auto" else image_aspect
-        self.preprocessor = ImagePreprocessor.from_checkpoint(folder, aspect=aspect)
+        self.preprocessor = ImagePreprocessor.from_checkpoint(folder, aspect=image_aspect)
         self.image_token_id: int | None = self.encoder.image_token_id
         self.head_rows = int(config.text_config.vocab_size)
         self.context_length = context_length(config.text_config)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llavamod_offline.errors import CacheError
+from llavamod_offline.errors import CacheError, LlavaModError
 from llavamod_offline.storage.folders import Folder, LocalFolder, open_folder
 from teacher_cache.fingerprint import differences
 from teacher_cache.format.columns import write_columns
@@ -44,6 +44,15 @@ from teacher_cache.format.sequences import SequenceRecord, sequence_table, write
 _LOG = logging.getLogger(__name__)
 _REPAIR = "run `cache-teacher verify --repair`"
 _BAD_JOB = f"{_REPAIR}, which restores it from {CACHE_NAME}; without that file, choose another output"
+
+
+def begun_fingerprint(where: str | Path) -> Mapping[str, Any] | None:
+    """The fingerprint of a cache that was begun at a path or URL; None if there is none that can be read."""
+    try:
+        found: Mapping[str, Any] = read_object(open_folder(where), JOB_NAME, way_out=_REPAIR)["fingerprint"]
+    except (OSError, KeyError, LlavaModError):
+        return None  # whatever is wrong with it is said when it is opened
+    return found
 
 
 class CacheStore:

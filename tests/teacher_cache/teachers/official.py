@@ -20,9 +20,11 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen2VLProcessor,
 )
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.images import decode_image
@@ -43,7 +45,15 @@ class _NoVideo:
         return made(**settings)
 
 
-FAMILIES = ("llava_llama", "qwen2_vl", "qwen2_5_vl", "llava_onevision")
+# LLaVAs by tower, feature selection and the tower's tokens that are no patches.
+LLAVAS = {
+    "llava_llama": ("clip", "default", 1),
+    "llava_siglip": ("siglip", "full", 0),
+    "llava_siglip_default": ("siglip", "default", 0),
+    "llava_dinov2": ("dinov2", "default", 1),
+    "llava_dinov2_registers": ("dinov2_with_registers", "full", 5),
+}
+FAMILIES = (*LLAVAS, "qwen2_vl", "qwen2_5_vl", "llava_onevision")
 
 
 @dataclass(frozen=True)
@@ -81,8 +91,9 @@ class Official:
 
 def write_family(name: str, folder: Path) -> Path:
     """Write a tiny checkpoint of a family."""
-    if name == "llava_llama":
-        return write_tiny_llava_llama(folder)
+    if name in LLAVAS:
+        tower, strategy, _ = LLAVAS[name]
+        return write_tiny_llava_llama(folder, tower=tower, strategy=strategy)
     if name == "llava_onevision":
         return write_tiny_onevision(folder)
     return write_tiny_qwen_vl(folder, "2" if name == "qwen2_vl" else "2.5")
@@ -92,13 +103,15 @@ def open_official(name: str, folder: Path) -> Official:
     """Load processor and model of a family's folder as transformers itself would."""
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     local = {"local_files_only": True}
-    if name == "llava_llama":
+    if name in LLAVAS:
+        tower, strategy, extra = LLAVAS[name]
+        kind = {"clip": CLIPImageProcessorPil, "siglip": SiglipImageProcessorPil}.get(tower, BitImageProcessorPil)
         processor = LlavaProcessor(
-            image_processor=CLIPImageProcessorPil.from_pretrained(folder, **local),
+            image_processor=kind.from_pretrained(folder, **local),
             tokenizer=tokenizer,
-            patch_size=8,
-            vision_feature_select_strategy="default",
-            num_additional_image_tokens=1,
+            patch_size=7 if tower == "siglip" else 8,
+            vision_feature_select_strategy=strategy,
+            num_additional_image_tokens=extra,
         )
         return Official(folder, processor, _load(LlavaForConditionalGeneration, folder), IMAGE_PLACEHOLDER)
     if name == "llava_onevision":

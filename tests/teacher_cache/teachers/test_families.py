@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.sequences import SequenceRecord
 from teacher_cache.teachers import SampleImage, Teacher, open_teacher
 from teacher_cache.teachers.llava import LlavaTeacher
-from tests.teacher_cache.teachers.official import FAMILIES, Official, open_official, write_family
+from tests.teacher_cache.teachers.official import FAMILIES, LLAVAS, Official, open_official, write_family
 from tests.tiny import tiny_image
 
 # Alone: squares, landscapes and portraits, smaller and larger than the processors' bounds.
@@ -63,7 +64,7 @@ class Family:
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     folder = write_family(request.param, tmp_path_factory.mktemp(request.param) / "teacher")
-    aspect = "square" if request.param == "llava_llama" else "auto"
+    aspect = "square" if request.param in LLAVAS else "auto"
     teacher = open_teacher(folder, get_template("chatml"), image_aspect=aspect, max_length=1024)
     model = teacher.load(torch.float32)
     return Family(request.param, folder, teacher, model, open_official(request.param, folder))
@@ -215,7 +216,7 @@ def test_a_picture_that_the_processor_refuses_is_a_data_error(family: Family, mo
 
 
 def test_a_setting_without_a_meaning_is_refused(family: Family) -> None:
-    if family.name == "llava_llama":
+    if family.name in LLAVAS:
         return
     with pytest.raises(ConfigError, match="image_aspect is 'square'"):
         open_teacher(family.folder, get_template("chatml"), image_aspect="square", max_length=1024)
@@ -230,3 +231,24 @@ def test_a_foreign_tokenizer_is_refused(family: Family, tmp_path: Path) -> None:
     tokenizer_with("<|first|>", "<image>", "<|image_pad|>").save_pretrained(folder)
     with pytest.raises(ModelError, match="use the tokenizer that belongs to the checkpoint"):
         open_teacher(folder, get_template("chatml"), image_aspect="auto", max_length=1024)
+
+
+def test_a_tower_that_llavas_model_cannot_run_alone_is_refused_by_its_name(tmp_path: Path) -> None:
+    folder = write_family("llava_siglip", tmp_path / "teacher")
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"] = {"model_type": "pixtral", "image_size": 24, "patch_size": 8}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="of type 'pixtral', which is none of clip_vision_model, siglip_vision_model"):
+        open_teacher(folder, "chatml", image_aspect="auto", max_length=1024)
+
+
+@pytest.mark.parametrize("name", LLAVAS)
+def test_a_tower_of_another_size_than_the_images_is_refused(tmp_path: Path, name: str) -> None:
+    folder = write_family(name, tmp_path / "teacher")
+    file = folder / "preprocessor_config.json"
+    content = json.loads(file.read_text())
+    key = "crop_size" if "crop_size" in content else "size"
+    file.write_text(json.dumps(content | {key: {"height": 32, "width": 32}}))
+    teacher = open_teacher(folder, "chatml", image_aspect="auto", max_length=1024)
+    with pytest.raises(ModelError, match=f"{key} .* does not fit the vision tower's 24 pixels"):
+        teacher.load(torch.float32)
