@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from train.loop import LoopEnd, LoopSettings, compare_routing, evaluate_loss, ru
 from train.metrics import METRICS_NAME, MetricsLog
 from train.report.model_card import model_card
 from train.resume_check import REMEDIES, accepted_contents, different_settings, refuse, settings_of
-from train.run_summary import CONFIG_NAME, TrainSummary, finished_summary, write_summary
+from train.run_summary import CONFIG_NAME, TrainSummary, as_begun, finished_summary, write_summary
 from train.setup import Setup, named_contents, prepare
 from train.stages.build import StudentWithLoss
 from train.tracking import tracker
@@ -61,6 +61,7 @@ def train(config: TrainConfig) -> TrainSummary:
     If the run is finished already, only its summary is returned. Errors: a `LlavaModError` naming what to change,
     before the first step where possible.
     """
+    config = as_begun(config)
     output, settings = Path(config.output), settings_of(asdict(config))
     # A finished run is reported without a lock, as its disk may be read-only, unless a killed process has left one.
     finished = _finished(config, settings, output)
@@ -91,6 +92,8 @@ def _train(config: TrainConfig, settings: dict[str, Any], output: Path, world: W
     changed = different_settings(before["settings"], settings) if checkpoint is not None else []
     refuse(output, [one for one in changed if one.key not in REMEDIES])
     setup = prepare(config, world)
+    config = replace(config, template=setup.template.name)
+    settings = settings | {"template": setup.template.name}
     student, objective = setup.student, setup.objective
     module = StudentWithLoss(student, objective)
     hashes = hash_keys(setup.samples.index.column("key").take(setup.joined.rows))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llavamod_offline.data.encode.template import AUTO
 from llavamod_offline.errors import ConfigError, LlavaModError
 from llavamod_offline.storage import atomic
+from train.checkpoint import latest_checkpoint, read_progress
+from train.config import TrainConfig
 from train.resume_check import different_contents, different_settings, refuse
 
 logger = logging.getLogger(__name__)
@@ -101,3 +105,19 @@ def finished_summary(
         logger.warning("%s: the run is finished, but %s was removed: making it again", output, student)
         return None
     return summary
+
+
+def as_begun(config: TrainConfig) -> TrainConfig:
+    """Let the template `auto` mean that of the run in the output, if there is one."""
+    output = Path(config.output)
+    if config.template != AUTO:
+        return config
+    checkpoint = latest_checkpoint(output)
+    before: Any = {}
+    with contextlib.suppress(OSError, ValueError):  # what is wrong with it is said when it is opened
+        if checkpoint is not None:
+            before = read_progress(checkpoint)[1]
+        elif (output / SUMMARY_NAME).is_file():
+            before = json.loads((output / SUMMARY_NAME).read_bytes())
+    name = before.get("settings", {}).get("template", AUTO) if isinstance(before, dict) else AUTO
+    return replace(config, template=name)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from llavamod_offline.data.encode.chat_template import choose_template
 from llavamod_offline.data.images import ImagePreprocessor
 from llavamod_offline.data.sampler import BatchSchedule, Order
 from llavamod_offline.data.sets.sample_set import SampleSet
@@ -30,7 +29,7 @@ from train.engine.deepspeed_engine import World
 from train.engine.optim import choose_trainable, frozen_digest
 from train.stages.alignment_setup import check_cache, prepare_alignment
 from train.stages.build import Objective, make_objective
-from train.student import StudentSource, make_student, open_source, start_digest
+from train.student import StudentSource, make_student, open_source, start_digest, student_template
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
@@ -121,18 +120,21 @@ def prepare(config: TrainConfig, world: World) -> Setup:
     zero_stage, dtype = _engine_choice(config, world)
     _check_processes(config, world)
     source = open_source(config.student)
-    template = choose_template(config.template, lambda: source.tokenizer)
     samples = SampleSet.open(config.data.set)
     cache, swap = _open_cache(config, source)
+    followed = None if cache is None or config.cache.end_of_turn else cache.fingerprint["template"]
+    template = student_template(config.template, source, followed)
     if MISMATCHED in config.roles and samples.manifest.get("preferences"):  # without preferences, the join refuses it
         samples = samples.with_mismatched()
     images = ImagePreprocessor.from_checkpoint(source.processor, config.image_aspect)
     student = make_student(config.student, seed=config.seed)
     encoder = sequence_encoder(student.config, source.tokenizer, template, config.max_length)
     if cache is not None:
-        from teacher_cache.student.check import check_encoding
+        from teacher_cache.student.check import check_answers, check_encoding
 
-        check_encoding(cache.fingerprint, encoder, allow=config.cache.allow, end_of_turn=config.cache.end_of_turn)
+        allow, end_of_turn = config.cache.allow, config.cache.end_of_turn
+        check_encoding(cache.fingerprint, encoder, allow=allow, end_of_turn=end_of_turn)
+        check_answers(cache.fingerprint, template, allow=allow, end_of_turn=end_of_turn)
     joined = join(
         samples,
         config.roles,
@@ -166,7 +168,7 @@ def prepare(config: TrainConfig, world: World) -> Setup:
     choose_trainable(student, config.trainable)
     head_rows, student_size = student.get_output_embeddings().weight.shape
     positions = _positions(config, cache)
-    cached_vocab_size = _cached_vocabulary(cache, swap, head_rows)
+    cached_vocab_size = _cached_vocabulary(cache, swap, vocabulary_size(source.tokenizer, head_rows))
     alignment = prepare_alignment(
         config.loss.align,
         cache,
@@ -185,6 +187,7 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         cache=cache,
         records=joined.records,
         swap=swap,
+        vocab_size=cached_vocab_size,
         positions=positions,
         states=None if alignment is None else alignment.states,
         record_roles=config.roles[:1] if config.loss.distils(config.stage) else (),
@@ -294,11 +297,11 @@ def _open_cache(config: TrainConfig, source: StudentSource) -> tuple[TeacherCach
     return cache, swap
 
 
-def _cached_vocabulary(cache: TeacherCache | None, swap: TokenIdSwap | None, head_rows: int) -> int | None:
-    """Count the ids that the records cover and the student's LM head has."""
+def _cached_vocabulary(cache: TeacherCache | None, swap: TokenIdSwap | None, own: int) -> int | None:
+    """Count the ids that the records cover and the student has, of `own` ids."""
     if cache is None:
         return None
-    return min(cache.vocab_size if swap is None else swap.vocab_size(cache.vocab_size), head_rows)
+    return min(cache.vocab_size if swap is None else swap.vocab_size(cache.vocab_size), own)
 
 
 def _shrinkage(

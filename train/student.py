@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from llavamod_offline.data.encode.chat_template import CHAT_TEMPLATE_NAME
+from llavamod_offline.data.encode.chat_template import CHAT_TEMPLATE_NAME, choose_template
+from llavamod_offline.data.encode.template import AUTO, TEMPLATES, get_template
 from llavamod_offline.errors import ConfigError, ModelError
 from llavamod_offline.models.build import build_llava, build_tokenizer
 from llavamod_offline.models.capacity import limit_capacity
 from llavamod_offline.models.checkpoint import load_config, load_llava, load_tokenizer
+from llavamod_offline.models.hub import checkpoint_folder
 from llavamod_offline.models.language_models import MOE_TYPES
 from llavamod_offline.models.single_choice import compare_single_choices
 from llavamod_offline.models.upcycle import upcycle
@@ -21,6 +26,10 @@ from train.config import StudentConfig
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
+    from llavamod_offline.data.encode.template import Template
+
+
+logger = logging.getLogger(__name__)
 
 # The files beside the weights that decide what is learned.
 _DESCRIBED = ("config.json", "tokenizer.json", "preprocessor_config.json", "processor_config.json", CHAT_TEMPLATE_NAME)
@@ -29,10 +38,14 @@ _HASHED_AT_ONCE = 4
 
 @dataclass(frozen=True)
 class StudentSource:
-    """The folders a student is made of: that of its tokenizer and that of its image processor."""
+    """The folders a student is made of: that of its tokenizer and that of its image processor.
+
+    `is_checkpoint`: it is a LLaVA model already, not built from parts.
+    """
 
     tokenizer: PreTrainedTokenizerFast
     processor: Path
+    is_checkpoint: bool
 
 
 def open_source(config: StudentConfig) -> StudentSource:
@@ -46,8 +59,10 @@ def open_source(config: StudentConfig) -> StudentSource:
         assert config.language_model is not None
         if config.kind == "sparse" and config.upcycle is None:
             raise ConfigError("student.upcycle: the language model is dense: set student.upcycle to make it sparse")
-        return StudentSource(build_tokenizer(Path(config.language_model)), Path(config.vision_tower))
-    folder = Path(config.checkpoint)
+        return StudentSource(
+            build_tokenizer(checkpoint_folder(config.language_model)), checkpoint_folder(config.vision_tower), False
+        )
+    folder = checkpoint_folder(config.checkpoint)
     sparse = load_config(folder).text_config.model_type in MOE_TYPES
     if sparse and config.upcycle is not None:
         raise ConfigError(f"student.upcycle: {folder} is already sparse: set student.upcycle to null")
@@ -57,7 +72,44 @@ def open_source(config: StudentConfig) -> StudentSource:
         raise ConfigError(
             f"student.upcycle: {folder} is dense: set student.upcycle to make it sparse, or student.kind to dense"
         )
-    return StudentSource(load_tokenizer(folder), folder)
+    return StudentSource(load_tokenizer(folder), folder, True)
+
+
+def student_template(name: str, source: StudentSource, cached: Mapping[str, Any] | None) -> Template:
+    """The wording of a student's conversations; `cached`: the `template` section of a cache's fingerprint.
+
+    "auto" is that of the checkpoint, as its chat template says it. A student without one, such as a new one, takes that
+    of the cache, if its tokenizer has it, and without a cache LLaVA-MoD's.
+    Errors: `ConfigError` if the checkpoint's chat template cannot be followed, or the cache's wording is unknown.
+    """
+    tokenizer = source.tokenizer
+    if name != AUTO:
+        return choose_template(name, lambda: tokenizer)
+    if source.is_checkpoint and tokenizer.chat_template:
+        template = choose_template(AUTO, lambda: tokenizer)
+        logger.info("template: %s, that of %s", template.name, tokenizer.name_or_path)
+    elif cached is not None:
+        template = _template_of(cached, tokenizer)
+        logger.info("template: %s, that of the teacher's cache", template.name)
+    else:
+        template = get_template("qwen")
+        logger.info("template: %s, LLaVA-MoD's, for a student without one", template.name)
+    return template
+
+
+def _template_of(cached: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast) -> Template:
+    from teacher_cache.fingerprint import describe_template
+
+    name = cached["name"]
+    found = None
+    with contextlib.suppress(ConfigError):  # then the student has no such wording
+        found = choose_template(str(name), lambda: tokenizer)
+    if found is None or describe_template(found) != cached:
+        raise ConfigError(
+            f"template 'auto': the cache was captured with template {name} (sha256 {str(cached['sha256'])[:16]}…), "
+            f"which the student's tokenizer does not have: set template to {', '.join(TEMPLATES)}"
+        )
+    return found
 
 
 def start_digest(config: StudentConfig) -> str:
@@ -67,7 +119,8 @@ def start_digest(config: StudentConfig) -> str:
     """
     from teacher_cache.format.manifest import sha256_file
 
-    folders = [Path(name) for name in (config.checkpoint, config.vision_tower, config.language_model) if name]
+    names = (config.checkpoint, config.vision_tower, config.language_model)
+    folders = [checkpoint_folder(name) for name in names if name]
     files: list[tuple[int, Path]] = []
     for number, folder in enumerate(folders):
         if not folder.is_dir():
@@ -83,9 +136,10 @@ def start_digest(config: StudentConfig) -> str:
 def make_student(config: StudentConfig, *, seed: int) -> LlavaForConditionalGeneration:
     """Load or build the student, upcycling it if configured; float32, on the CPU, in training mode."""
     if config.checkpoint is not None:
-        model = load_llava(Path(config.checkpoint))
+        model = load_llava(checkpoint_folder(config.checkpoint))
     else:
-        model = build_llava(Path(str(config.vision_tower)), Path(str(config.language_model)), seed=seed)
+        tower, text = (checkpoint_folder(str(name)) for name in (config.vision_tower, config.language_model))
+        model = build_llava(tower, text, seed=seed)
     if config.upcycle is not None:
         choice = config.upcycle
         model = upcycle(

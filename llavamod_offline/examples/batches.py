@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from llavamod_offline.data.encode.chat_template import choose_template
 from llavamod_offline.data.encode.collate import collate
-from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.images import ImagePreprocessor
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.models.checkpoint import load_tokenizer, sequence_encoder
@@ -21,7 +21,8 @@ class Batches:
     def __init__(self, student: Path, data: Path) -> None:
         self.tokenizer = load_tokenizer(student)
         self.samples = SampleSet.open(data)
-        self._encoder = sequence_encoder(student, self.tokenizer, get_template("qwen"), 2048)
+        template = choose_template("auto", lambda: self.tokenizer)  # the student's own, see its chat_template.jinja
+        self._encoder = sequence_encoder(student, self.tokenizer, template, 2048)
         self._images = ImagePreprocessor.from_checkpoint(student, "pad")
 
     def make(self, keys: Sequence[str], roles: Sequence[str], cache: TeacherCache) -> dict[str, Tensor]:

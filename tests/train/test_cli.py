@@ -56,7 +56,8 @@ def test_a_run_prints_json_alone_on_stdout(world: World, tmp_path: Path) -> None
     summary = json.loads(done.stdout)
     assert summary["finished"]
     assert Path(summary["student"], "config.json").is_file()
-    (changes,) = done.stderr.splitlines()
+    changes, template = done.stderr.splitlines()
+    assert template == f"template: qwen, that of {world.student}"
     assert changes.startswith("recipe align, changed: optim.warmup_ratio=0.0 (was 0.03), ")
 
 

@@ -15,9 +15,10 @@ from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import LlavaModError
 from llavamod_offline.models.build import build_llava, build_tokenizer
 from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, save_student, sequence_encoder
+from teacher_cache.read.reader import open_cache
 from tests.teacher_cache.teachers.official import Official, open_official
 from tests.tiny import write_tiny_llava, write_tiny_tower
-from tests.tiny_teachers import QWEN_VL_TOKENS, write_tiny_causal_lm, write_tiny_qwen_vl
+from tests.tiny_teachers import QWEN_VL_TOKENS, write_tiny_causal_lm, write_tiny_onevision, write_tiny_qwen_vl
 from tests.train.conftest import EXHAUSTIVE, World, write_cache
 from tests.train.reference import Reader, read_metrics
 from train.run import train
@@ -109,7 +110,7 @@ def test_a_student_whose_tokens_are_others_must_say_so(
     settings = (f"cache.path={cache}", f"student.checkpoint={student}", "template=chatml", "steps=1")
     with pytest.raises(
         LlavaModError,
-        match=r"tokenizer\.added_tokens: cache \w+…, student \w+…; tokenizer\.vocabulary.*allow the field",
+        match=r"tokenizer\.vocabulary: \d+ differing: id \d+ is '.+' in the cache, '.+' in the student.*allow ",
     ):
         train(world.config("mimic_dense", tmp_path / "refused", *settings))
     allowed = "cache.allow=[tokenizer.added_tokens,tokenizer.vocabulary]"
@@ -151,3 +152,14 @@ def test_qwen3_teaches_qwen3_dense_and_sparse(world: World, tmp_path: Path) -> N
         losses.append([entry["loss"] for entry in read_metrics(tmp_path / name)])
     assert losses[0][2] < losses[0][0]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("spare", [0, 5])
+def test_onevisions_extra_token_at_the_end_is_no_difference(world: World, tmp_path: Path, spare: int) -> None:
+    """The student lacks `<video>`, with and without a row of its LM head at that id: V is the smaller of both."""
+    teacher = write_tiny_onevision(tmp_path / "teacher")
+    cache = write_cache(tmp_path / "cache", world.chats, teacher, *EXHAUSTIVE, "template=chatml")
+    assert open_cache(cache).vocab_size == 401
+    student = write_tiny_llava(tmp_path / "student", template="chatml", head_rows=400 + spare)
+    found = train(world.config("mimic_dense", tmp_path / "run", f"cache.path={cache}", f"student.checkpoint={student}"))
+    assert found.finished

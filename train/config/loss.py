@@ -49,7 +49,7 @@ class AlignConfig:
     relation_of: RelationSource = "hidden"
     """What the relations are between: last hidden states, or logits."""
     teacher_lm_head: InputPath | None = None
-    """Folder of the teacher's checkpoint, whose LM head relations of logits need."""
+    """Folder or Hub id of the teacher's checkpoint, whose LM head relations of logits need."""
 
     @property
     def is_on(self) -> bool:

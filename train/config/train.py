@@ -71,11 +71,11 @@ class StudentConfig:
     """The initial student: a LLaVA checkpoint, or a vision tower and a language model with a new projector."""
 
     checkpoint: InputPath | None = None
-    """Folder of a LLaVA checkpoint, such as the student of the stage before."""
+    """Folder or Hub id (org/name) of a LLaVA checkpoint, such as the student of the stage before."""
     vision_tower: InputPath | None = None
-    """Folder of a vision tower, with language_model and instead of checkpoint."""
+    """Folder or Hub id of a vision tower, with language_model and instead of checkpoint."""
     language_model: InputPath | None = None
-    """Folder of a language model, with vision_tower and instead of checkpoint."""
+    """Folder or Hub id of a language model, with vision_tower and instead of checkpoint."""
     kind: Literal["dense", "sparse"] = "dense"
     """Whether the trained student is dense or a mixture of experts."""
     upcycle: UpcycleConfig | None = None
@@ -141,8 +141,9 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     cache: CacheSourceConfig = field(default_factory=CacheSourceConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
-    template: str = "qwen"
-    """Wording of prompts: qwen (LLaVA-MoD's own), chatml, or tokenizer (the chat template in the student's folder)."""
+    template: str = "auto"
+    """Wording of prompts: auto (what the checkpoint's chat template says; a student without one takes the cache's, or
+    else qwen), qwen (LLaVA-MoD's own), chatml, llava_v1, or tokenizer (the student's chat template)."""
     image_aspect: Literal["pad", "square"] = "pad"
     """How images become square: padded, or resized and cropped as the checkpoint's image processor does."""
     max_length: int = 2048

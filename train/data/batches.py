@@ -76,7 +76,8 @@ class Loader:
     """Micro-batches in the order of a schedule, decoded, tokenized and joined in `workers` processes (0: this one).
 
     `records`: the cache's rows of the set's rows, by role (see `Join`). `record_roles`: the roles whose records the
-    loss needs, the first ones of `roles`. `swap`: swaps a differing end of turn for the student's.
+    loss needs, the first ones of `roles`. `swap`: swaps a differing end of turn for the student's. `vocab_size`:
+    how many ids cache and student share, if fewer than the cache's.
     `positions`: the positions of a sequence that batches hold, as in the cache. `states`: the teacher's hidden states
     that the loss needs. `prefetch`: copies remote shards ahead of a schedule; other reads fetch samples one by one.
 
@@ -98,6 +99,7 @@ class Loader:
         workers: int,
         pin_memory: bool,
         swap: TokenIdSwap | None = None,
+        vocab_size: int | None = None,
         positions: Positions = "response",
         states: WantedStates | None = None,
         prefetch: Prefetch | None = None,
@@ -114,6 +116,7 @@ class Loader:
             tuple(record_roles),
             pad_id,
             swap,
+            vocab_size,
             positions,
             states,
         )
@@ -160,6 +163,7 @@ class _Micro(Dataset[TrainBatch]):
     record_roles: tuple[str, ...]
     pad_id: int
     swap: TokenIdSwap | None
+    vocab_size: int | None
     positions: Positions
     states: WantedStates | None
     scattered: bool = False
@@ -219,6 +223,8 @@ class _Micro(Dataset[TrainBatch]):
         targets = self.cache.targets(rows_R) if len(rows_R) else None
         if targets is not None and self.swap is not None:
             targets = self.swap.targets(targets)
+        if targets is not None and self.vocab_size is not None:
+            targets = targets.limited(self.vocab_size)
         states = read_states(self.cache, rows_R, batch, self.states) if self.states is not None else None
         sums_S = torch.tensor([record.sum_log_prob for record in records], dtype=torch.float32)
         return TrainBatch(batch, len(samples), targets, sums_S, states=states)

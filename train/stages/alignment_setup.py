@@ -15,6 +15,7 @@ from torch import Tensor
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.losses.alignment import HiddenProjection
 from llavamod_offline.models.checkpoint import open_tensors
+from llavamod_offline.models.hub import checkpoint_folder
 from train.config import AlignConfig
 from train.data.teacher_states import WantedStates
 from train.stages.alignment import Alignment
@@ -56,7 +57,7 @@ def prepare_alignment(
     if align.relation_of == "logits":
         assert align.teacher_lm_head is not None
         assert states is not None
-        metric_TT = teacher_metric(Path(align.teacher_lm_head), cache, states.size).to(device)
+        metric_TT = teacher_metric(checkpoint_folder(align.teacher_lm_head), cache, states.size).to(device)
     return Alignment(
         align,
         image_token_id=encoder.image_token_id,

@@ -48,7 +48,7 @@ def test_recipes_hold_the_scripts_values() -> None:
     for stage in get_args(Stage):
         config = resolve_config(arguments(stage))
         assert (config.optim.warmup_ratio, config.optim.weight_decay, config.max_length) == (0.03, 0.0, 2048)
-        assert config.template == "qwen"
+        assert config.template == "auto"  # qwen in a new student
         assert config.loss.router_aux_coef == (0.01 if config.student.kind == "sparse" else 0.0)
         assert config.student.capacity_factor == (1.5 if config.student.kind == "sparse" else None)
     upcycle = resolve_config(arguments("mimic_sparse")).student.upcycle
