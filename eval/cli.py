@@ -206,14 +206,15 @@ def report_command(
 def portable_command(
     student: Annotated[Path, typer.Argument(metavar="STUDENT", help="Folder of a trained student.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not exist.")],
-    template: Annotated[str, typer.Option(help="Template used in training: qwen, chatml or tokenizer.")] = "qwen",
+    template: Annotated[str, typer.Option(help="Template used in training; auto: as the folder states.")] = "auto",
     image_aspect: Annotated[
         str, typer.Option(help="Image handling in training: pad, square, or auto, as the folder states (else pad).")
     ] = "auto",
 ) -> None:
     from eval.export.portable import write_portable
+    from llavamod_offline.models.hub import checkpoint_folder
 
-    write_portable(student, output, template=template, image_aspect=image_aspect)
+    write_portable(checkpoint_folder(student), output, template=template, image_aspect=image_aspect)
     print(output)
 
 

@@ -29,9 +29,11 @@ from eval.task import Task
 from eval.tasks import TASKS, get_task
 from eval.unanswerable import unanswerable_file, write_unanswerable
 from llavamod_offline.config import InputPath, raise_problems
+from llavamod_offline.data.encode.template import AUTO, OWN, TEMPLATES
 from llavamod_offline.data.images import decode_image
 from llavamod_offline.errors import DataError, EvalError
 from llavamod_offline.models.device import pick_device
+from llavamod_offline.models.hub import checkpoint_folder, checkpoint_name
 from llavamod_offline.progress import ProgressBar
 from llavamod_offline.signals import keeping
 from llavamod_offline.storage.atomic import write_file
@@ -47,7 +49,7 @@ class EvalGenerateConfig:
     """Which model answers the questions of which benchmarks."""
 
     model: InputPath = "???"
-    """Folder of the model."""
+    """Folder or Hub id (org/name) of the model."""
     root: InputPath = "???"
     """Folder of the benchmarks' files, in LLaVA-1.5's layout (see eval/README.md)."""
     output: str = "???"
@@ -57,9 +59,10 @@ class EvalGenerateConfig:
     engine: AnswerEngineName = "hf"
     """What runs the model: transformers or vLLM for a LLaVA student, processor for any other image-text-to-text
     checkpoint, with its own chat template and image processor."""
-    template: str = "qwen"
-    """Wording of prompts in the student's training: qwen (LLaVA-MoD's own), chatml, or tokenizer (the chat template in
-    the model's folder); not used by processor."""
+    template: str = "auto"
+    """Wording of prompts in the student's training: auto (what its chat template says, or what answers already in the
+    output were made with), qwen (LLaVA-MoD's own), chatml, llava_v1, or tokenizer (its chat template); not used by
+    processor."""
     image_aspect: Literal["auto", "pad", "square"] = "auto"
     """Images in the student's training: padded to squares, or resized and cropped; auto: as the model's folder states,
     else pad; not used by processor."""
@@ -108,7 +111,7 @@ def generate(config: EvalGenerateConfig) -> dict[str, Path]:
 
 def _generate(config: EvalGenerateConfig) -> dict[str, Path]:
     """Answer the questions; see `generate`."""
-    root, model, limit = Path(config.root), Path(config.model), config.limit
+    root, model, limit = Path(config.root), checkpoint_folder(config.model), config.limit
     tasks = {name: get_task(name) for name in config.tasks}
     examples = {name: _examples(task, root, limit) for name, task in tasks.items()}
     for task in tasks.values():
@@ -117,7 +120,7 @@ def _generate(config: EvalGenerateConfig) -> dict[str, Path]:
     engine = open_engine(
         config.engine,
         model,
-        template=config.template,
+        template=_template(config),
         image_aspect=config.image_aspect,
         dtype=config.dtype,
         device=config.device,
@@ -137,7 +140,7 @@ def _generate(config: EvalGenerateConfig) -> dict[str, Path]:
                     *(name, len(unanswerable), len(examples[name]), next(iter(unanswerable.values()))),
                     unanswerable_file(path),
                 )
-            _export(task, examples[name], path, model.name, unanswerable, whole=limit is None)
+            _export(task, examples[name], path, checkpoint_name(model), unanswerable, whole=limit is None)
     return paths
 
 
@@ -145,6 +148,16 @@ def _kept(paths: Iterable[Path], output: str) -> str:
     """What a stopped run has kept, for its last line; an empty text if nothing."""
     answers = sum(path.read_bytes().count(b"\n") for path in paths if path.is_file())
     return f"{answers} answers are in {output}" if answers else ""
+
+
+def _template(config: EvalGenerateConfig) -> str:
+    """The template by name; `auto` continues with that of answers already in the output."""
+    for name in config.tasks if config.template == AUTO else ():
+        file = sidecar(Path(config.output) / name / "predictions.jsonl")
+        before = read_object(file).get("template") if file.is_file() else None
+        if before in (*TEMPLATES, OWN):
+            return str(before)
+    return config.template
 
 
 def _examples(task: Task, root: Path, limit: int | None) -> list[Example[Any]]:

@@ -24,6 +24,7 @@ from llavamod_offline.errors import ConfigError
 from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, sequence_encoder
 from llavamod_offline.models.device import pick_device
 from llavamod_offline.models.export import never_answers
+from llavamod_offline.models.hub import checkpoint_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -38,7 +39,7 @@ class LlavaHfEngine:
         self,
         folder: Path,
         *,
-        template: str = "qwen",
+        template: str = "auto",
         image_aspect: str = AUTO_ASPECT,
         dtype: str = "auto",
         device: str = "auto",
@@ -109,7 +110,7 @@ class LlavaHfEngine:
 
 def settings_of(folder: Path, engine: dict[str, str], template: str, image_aspect: str, dtype: str) -> dict[str, Any]:
     """The result of `AnswerEngine.describe` for an `engine` of this name (and version)."""
-    model = {"model": folder.resolve().name, "model_sha256": checkpoint_digest(folder)}
+    model = {"model": checkpoint_name(folder), "model_sha256": checkpoint_digest(folder)}
     return model | engine | {"template": template, "image_aspect": image_aspect, "dtype": dtype, "decoding": "greedy"}
 
 

@@ -46,7 +46,7 @@ class LlavaVllmEngine:
         self,
         folder: Path,
         *,
-        template: str = "qwen",
+        template: str = "auto",
         image_aspect: str = AUTO_ASPECT,
         dtype: str = "auto",
         device: str = "auto",

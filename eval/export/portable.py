@@ -15,12 +15,11 @@ from llavamod_offline.errors import ConfigError
 from llavamod_offline.models.checkpoint import load_config, load_llava, load_tokenizer, save_student, sequence_encoder
 
 
-def write_portable(student: Path, output: Path, *, template: str = "qwen", image_aspect: str = AUTO_ASPECT) -> None:
+def write_portable(student: Path, output: Path, *, template: str = "auto", image_aspect: str = AUTO_ASPECT) -> None:
     """Write a copy of the folder `student` with the `template` and `image_aspect` of its training.
 
     Errors: `ConfigError` for the template, the aspect, or an existing `output`; `ModelError` for the student.
     """
-    wording = choose_template(template, lambda: load_tokenizer(student))
     if image_aspect not in (AUTO_ASPECT, *ASPECTS):
         choices = ", ".join((AUTO_ASPECT, *ASPECTS))
         raise ConfigError(f"image aspect '{image_aspect}' is unknown: choose one of {choices}")
@@ -28,6 +27,7 @@ def write_portable(student: Path, output: Path, *, template: str = "qwen", image
         raise ConfigError(f"{output}: already exists: name a new folder")
     images = ImagePreprocessor.from_checkpoint(student, image_aspect)
     config, tokenizer = load_config(student), load_tokenizer(student)
+    wording = choose_template(template, lambda: tokenizer)
     sequence_encoder(config, tokenizer, wording, int(config.text_config.max_position_embeddings))
     card = student / "README.md"
     save_student(

@@ -224,7 +224,7 @@ def test_bad_settings_are_one_line_errors(model: Path, tmp_path: Path) -> None:
 
 def test_any_checkpoint_answers_by_its_own_processor(tmp_path: Path, examples: list[Example[None]]) -> None:
     """A LLaVA whose chat template words the same prompt gives the same answers through its own processor."""
-    folder = write_tiny_llava(tmp_path / "model")
+    folder = write_tiny_llava(tmp_path / "model", template=None)
     with pytest.raises(ModelError, match="no chat template"):
         ProcessorEngine(folder)
     system = get_template("qwen").system[0].text
@@ -233,9 +233,23 @@ def test_any_checkpoint_answers_by_its_own_processor(tmp_path: Path, examples: l
         "{% else %}{{ part['text'] }}{% endif %}{% endfor %} ASSISTANT:"
     )
     (folder / "chat_template.jinja").write_text(template)
-    theirs, ours = ProcessorEngine(folder), LlavaHfEngine(folder, image_aspect="square")
+    theirs, ours = ProcessorEngine(folder), LlavaHfEngine(folder, template="qwen", image_aspect="square")
     assert [a.text for a in theirs.answer(examples, 8)] == [a.text for a in ours.answer(examples, 8)]
     assert theirs.answer([examples[2]], 8) == theirs.answer(examples, 8)[2:3]
     assert theirs.describe()["template"] == "the checkpoint's chat template"
     with pytest.raises(ModelError, match="no such checkpoint"):
         ProcessorEngine(tmp_path / "nothing")
+
+
+def test_a_student_is_asked_in_the_wording_of_its_training(tmp_path: Path) -> None:
+    """As its chat template says it; answers begun with another wording go on with that one."""
+    root = pope_root(tmp_path / "root")
+    student = write_tiny_llava(tmp_path / "student", template="chatml")
+    runs = {name: replace(config(student, root, tmp_path / name), template=name) for name in ("auto", "chatml", "qwen")}
+    texts = {name: generate(given)["pope"].read_text() for name, given in runs.items()}
+    assert texts["auto"] == texts["chatml"] != texts["qwen"]
+    continued = replace(runs["auto"], output=str(tmp_path / "qwen"))
+    assert generate(continued)["pope"].read_text() == texts["qwen"]
+    unknown = write_tiny_llava(tmp_path / "unknown", template=None)
+    with pytest.raises(ConfigError, match=r"template 'auto': .*unknown has no chat template"):
+        generate(config(unknown, root, tmp_path / "none"))

@@ -38,8 +38,8 @@ from transformers import (
     Qwen2TokenizerFast,
 )
 
-from llavamod_offline.data.encode.collate import collate
 from llavamod_offline.data.encode.chat_template import CHAT_TEMPLATE_NAME, to_jinja
+from llavamod_offline.data.encode.collate import collate
 from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequence
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
