@@ -1,7 +1,8 @@
-"""`llavamod-offline`: pack data into sets of samples, check data sets, run the demo."""
+"""`llavamod-offline`: pack data into sets of samples, check data sets, ask a model, run the demo."""
 
 from __future__ import annotations
 
+import importlib
 import json
 from enum import StrEnum
 from pathlib import Path
@@ -283,6 +284,10 @@ def demo(
     from llavamod_offline.demo.run import run_demo
 
     run_demo(output, quick=quick, seed=seed)
+
+
+# Its parts are in a package above this one, which a module here may not import by its name.
+app.command()(importlib.import_module("teacher_cache.cli.ask").ask)
 
 
 def _render(summary: PackSummary, done: str) -> str:

@@ -79,7 +79,7 @@ def _write(engine: HfCaptureEngine, prompts: Sequence[Prompt], decoding: Decodin
     end = engine.teacher.encoder.end_id
     written: list[list[int]] = [[] for _ in prompts]
     ended, finite = [False] * len(prompts), [True] * len(prompts)
-    steps = _next_logits(engine, prompts)
+    steps = next_logits(engine, prompts)
     logits_BV = next(steps)
     for step in range(max(rooms)):
         fine_B = (logits_BV.isnan() | logits_BV.isposinf()).any(-1).logical_not()
@@ -99,7 +99,7 @@ def _write(engine: HfCaptureEngine, prompts: Sequence[Prompt], decoding: Decodin
     return [Written(tuple(ids), *rest) for ids, *rest in zip(written, ended, finite, strict=True)]
 
 
-def _next_logits(engine: HfCaptureEngine, prompts: Sequence[Prompt]) -> Generator[Tensor, Tensor, None]:
+def next_logits(engine: HfCaptureEngine, prompts: Sequence[Prompt]) -> Generator[Tensor, Tensor, None]:
     """Yield the logits [B, V] of the next tokens, −inf for the image's id; receives the chosen ids [B]."""
     model, teacher = engine.model, engine.teacher
     embed, decoder = model.get_input_embeddings(), model.get_decoder()

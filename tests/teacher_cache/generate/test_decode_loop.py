@@ -18,7 +18,7 @@ from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.generate.decode_loop import Decoding, Prompt, write_answers
 from teacher_cache.teachers import open_teacher
-from tests.teacher_cache.teachers.official import FAMILIES, Official, open_official, write_family
+from tests.teacher_cache.teachers.official import FAMILIES, LLAVAS, Official, open_official, write_family
 from tests.tiny import tiny_image
 from tests.tiny_teachers import write_tiny_causal_lm
 
@@ -83,7 +83,7 @@ def official_answer(official: Official, engine: HfCaptureEngine, sample: Sample)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_gives_what_transformers_gives_alone(family: str, tmp_path: Path) -> None:
     folder = write_family(family, tmp_path / "teacher")
-    engine = engine_of(folder, image_aspect="square" if family == "llava_llama" else "auto")
+    engine = engine_of(folder, image_aspect="square" if family in LLAVAS else "auto")
     official = open_official(family, folder)
     asked = samples(pictures=True)
     prompts = prompts_of(engine, asked)
