@@ -53,6 +53,7 @@ def arguments(world: str, out: str) -> dict[str, list[str]]:
         "llavamod-offline index": [f"{world}/set", "--workers", "1", "--output", f"{out}/set"],
         "llavamod-offline doctor": [f"{world}/sources.yaml", "--root", world],
         "llavamod-offline toyworld": ["--quick", "--output", f"{out}/toy"],
+        "llavamod-offline ask": [TEACHER, "What colours do you know?", "--max-new-tokens", "4"],
         "llavamod-offline demo": ["--quick", "--output", f"{out}/demo"],
         "cache-teacher run": [data, teacher, f"output={out}/cache"],
         "cache-teacher plan": [data, teacher, f"output={out}/cache", "--samples", "4", "--seconds", "0"],
@@ -88,7 +89,7 @@ def typed(name: str, world: Path | str, out: Path | str) -> list[str]:
 
 
 NAMES = list(arguments("", ""))
-READERS = ("doctor", "verify", "inspect", "audit")  # they write no file
+READERS = ("ask", "doctor", "verify", "inspect", "audit")  # they write no file
 WRITERS = [name for name in NAMES if not name.endswith(READERS)]
 QUICK = [name for name in NAMES if not name.endswith("demo")]  # a demo takes minutes
 
