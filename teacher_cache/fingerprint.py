@@ -63,6 +63,12 @@ def describe_template(template: Template) -> dict[str, Any]:
     return described if system_turn is None else {**described, "system_turn": _hash(system_turn)}
 
 
+def is_template(template: Template, described: Mapping[str, Any]) -> bool:
+    """Whether a fingerprint's `template` section describes this one; those of older caches tell of no system turn."""
+    own = describe_template(template)
+    return all(described.get(name, own.get(name)) == own.get(name) for name in own.keys() | described.keys())
+
+
 def describe_sequence(encoder: SequenceEncoder) -> dict[str, Any]:
     """The limit of a sequence's length, and the ids that the tokenizer puts before it, if any (Llama's `<s>`)."""
     start = {"start_ids": list(encoder.start_ids)} if encoder.start_ids else {}

@@ -98,13 +98,13 @@ def student_template(name: str, source: StudentSource, cached: Mapping[str, Any]
 
 
 def _template_of(cached: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast) -> Template:
-    from teacher_cache.fingerprint import describe_template
+    from teacher_cache.fingerprint import is_template
 
     name = cached["name"]
     found = None
     with contextlib.suppress(ConfigError):  # then the student has no such wording
         found = choose_template(str(name), lambda: tokenizer)
-    if found is None or describe_template(found) != cached:
+    if found is None or not is_template(found, cached):
         raise ConfigError(
             f"template 'auto': the cache was captured with template {name} (sha256 {str(cached['sha256'])[:16]}…), "
             f"which the student's tokenizer does not have: set template to {', '.join(TEMPLATES)}"

@@ -40,7 +40,7 @@ from llavamod_offline.models.checkpoint import load_tokenizer
 from llavamod_offline.models.hub import checkpoint_folder
 from llavamod_offline.progress import track
 from llavamod_offline.storage import atomic
-from teacher_cache.fingerprint import describe_template
+from teacher_cache.fingerprint import is_template
 from teacher_cache.format.record import Records
 from teacher_cache.format.sequences import short_hash
 from teacher_cache.read.reader import TeacherCache
@@ -264,7 +264,7 @@ class _Prompts:
         loaded = load_tokenizer(checkpoint_folder(tokenizer))
         check_student(about, loaded)
         template = choose_template(about["template"]["name"], lambda: loaded)
-        if describe_template(template) != about["template"]:
+        if not is_template(template, about["template"]):
             raise CacheError(
                 f"cache '{cache.path}': its template '{template.name}' has changed: capture the cache again"
             )

@@ -18,6 +18,7 @@ from teacher_cache.fingerprint import (
     describe_tokenizer,
     describe_vocabulary,
     differences,
+    is_template,
 )
 from teacher_cache.format.sequences import CachedSequence, short_hash
 from teacher_cache.student.end_of_turn import TokenIdSwap, parse_end_of_turn, teacher_vocabularies
@@ -123,7 +124,7 @@ def check_answers(
     cached = fingerprint["template"]
     name = cached["name"]
     theirs = TEMPLATES.get(name) if isinstance(name, str) else None
-    if "template" in allow or theirs is None or describe_template(theirs) != cached:
+    if "template" in allow or theirs is None or not is_template(theirs, cached):
         return
     end = template.end if end_of_turn is None else parse_end_of_turn(end_of_turn)[0]
     sides = ((theirs.answer_prefix, theirs.end), (template.answer_prefix, end))
