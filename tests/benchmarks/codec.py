@@ -3,10 +3,11 @@
     python -m tests.benchmarks.codec [--quick] [--model FOLDER] [--student early-exit:N] [--teachers NAMES] --json FILE
 
 Teachers: the 4-gram model of `teachers/ngram.py`, the toy teacher, and with --model any causal language model, on fewer
-positions. `--teachers ngram,toy,model` selects some; FILE's rows of the others stay. Students are on the line from the
-teacher p to its unigram u, q ∝ p^w·u^(1−w): `near` w = 0.9, `mid` 0.5, `fresh` 0; and a real one (`start`): for the toy
-teacher one at the beginning of its training, for --model the one that --student names, a folder or the model itself
-leaving after layer N.
+positions. `--teachers ngram,toy` or `model` selects some; FILE's rows of the others stay.
+
+Students are on the line from the teacher p to its unigram u, q ∝ p^w·u^(1−w): `near` w = 0.9, `mid` 0.5, `fresh` 0; and
+a real one (`start`): for the toy teacher one at the beginning of its training, for --model the one that --student
+names, a folder or the model itself leaving after layer N.
 
 Errors are relative: ‖Σ (q − p̂) − Σ (q − p)‖ / ‖Σ (q − p)‖ over about 4,096 positions, T · (q − p̂) at a temperature T:
 the gradient of an output bias, and with hidden states h that of the output layer's weight, Σ (q − p̂) hᵀ (of --model, h
@@ -26,7 +27,7 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ DEFAULT: TailEstimator = "shrink"
 
 def main() -> None:
     """DivergenceSpec and report."""
-    arguments = parse_arguments(NAME, __doc__ or "", {"model": "", "student": "", "teachers": "ngram,toy,model"})
+    arguments = parse_arguments(NAME, __doc__ or "", {"model": "", "student": "", "teachers": ""})
     options, quick = arguments.options, arguments.quick
     sequences, measured = (6, 2) if quick else (205, 41)
     few, few_measured = (4, 1) if quick else (60, 10)
@@ -76,7 +77,10 @@ def main() -> None:
     rows: list[Row] = []
     ratios: dict[str, float] = {}
     positions: dict[str, int] = {}
-    for maker, measured in [makers[name] for name in options["teachers"].split(",") if name in makers]:
+    chosen = options["teachers"].split(",") if options["teachers"] else [*makers]
+    if unknown := [name for name in chosen if name not in makers]:
+        raise SystemExit(f"--teachers: '{unknown[0]}' is not among {', '.join(makers)}; 'model' needs --model FOLDER")
+    for maker, measured in [makers[name] for name in chosen]:
         world = maker()
         positions[world.name] = 100 * measured
         with tempfile.TemporaryDirectory() as folder:
@@ -89,18 +93,23 @@ def main() -> None:
     settings: dict[str, Any] = {name: dataclasses.asdict(PRESETS[name]) for name in MEASURED}
     if arguments.json_file and arguments.json_file.exists():
         before = json.loads(arguments.json_file.read_text())
-        rows = [row for row in before["rows"] if row["teacher"] not in positions] + rows
-        names = {row["teacher"] for row in before["rows"]}
-        ratios = {
-            name: value for name, value in before["ratios"].items() if _teacher(name, names) not in positions
-        } | ratios
-        positions = before["settings"]["positions"] | positions
+        if before["settings"]["quick"] == quick:
+            rows, ratios, positions = with_others(before, rows, ratios, positions)
     finish(NAME, arguments, settings={"positions": positions, **settings}, rows=rows, ratios=ratios)
 
 
-def _teacher(ratio: str, names: Collection[str]) -> str:
-    """The teacher that a ratio belongs to; only those of the 4-gram model have no suffix."""
-    return next((name for name in names if ratio.endswith(f"_{name}")), "ngram")
+def with_others(
+    before: dict[str, Any], rows: list[Row], ratios: dict[str, float], positions: dict[str, int]
+) -> tuple[list[Row], dict[str, float], dict[str, int]]:
+    """Add what an earlier result holds of teachers that were not measured now."""
+    teachers = before["settings"]["positions"]
+
+    def teacher(ratio: str) -> str:  # ratios of the 4-gram model have no suffix
+        return next((name for name in teachers if ratio.endswith(f"_{name}")), "ngram")
+
+    kept = [row for row in before["rows"] if row["teacher"] not in positions]
+    others = {name: value for name, value in before["ratios"].items() if teacher(name) not in positions}
+    return kept + rows, others | ratios, teachers | positions
 
 
 def capture(world: World, preset: Preset, folder: Path) -> TeacherCache:
