@@ -21,7 +21,7 @@ from llavamod_offline.models.device import pick_device
 from llavamod_offline.progress import ProgressBar
 from llavamod_offline.signals import keeping
 from llavamod_offline.storage.folders import is_url
-from llavamod_offline.storage.lock import locked
+from llavamod_offline.storage.lock import locked, locked_beside
 from teacher_cache.capture.run import Summary, run_capture
 from teacher_cache.capture_setup import CaptureSetup, follow_template, prepare_capture
 from teacher_cache.config import CacheTeacherConfig, GenerateConfig
@@ -69,6 +69,8 @@ def generate(config: CacheTeacherConfig, *, allow: Sequence[str] = ()) -> Genera
     pick_device(config.device)
     target = Path(str(config.output_set)).absolute()
     with locked(target.parent, f".{target.name}.answers.lock", output=config.output_set):
+        with locked_beside(target):
+            pass  # no other command is packing it; what a killed one left is cleared
         return _generate(config, allow)
 
 

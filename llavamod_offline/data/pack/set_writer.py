@@ -82,8 +82,8 @@ def new_set(
         name = folder_name if KEY_PATTERN.fullmatch(folder_name) else key_from_id(folder_name)
     if not KEY_PATTERN.fullmatch(name):
         raise DataError(f"set name '{name}': only letters, digits, '-' and '_' are allowed: choose another with --name")
-    _check_output(output, overwrite)
     with locked_beside(output):
+        _check_output(output, overwrite)
         try:
             remove_leftovers(output.parent, output.name)
             with new_folder(output) as folder:

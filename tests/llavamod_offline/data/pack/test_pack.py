@@ -11,6 +11,7 @@ import sys
 import tarfile
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from llavamod_offline.data.rows import Located, RejectedRow
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError, DataError
-from llavamod_offline.storage.lock import locked_beside
+from llavamod_offline.storage.lock import LockOwner, locked_beside
 from tests.tiny import tiny_image, tiny_samples
 
 Rows = list[Sample | Located | RejectedRow]
@@ -183,6 +184,11 @@ def test_a_second_command_on_the_output_is_refused(tmp_path: Path) -> None:
     with locked_beside(tmp_path / "set"), pytest.raises(ConfigError, match=f"^output: {tmp_path}/set is in use by "):
         write_set([text_sample("a")], tmp_path / "set")
     write_set([text_sample("a")], tmp_path / "set")
+    assert list(tmp_path.iterdir()) == [tmp_path / "set"]
+    killed = replace(LockOwner.this_process(), started="1")  # after the set was complete, before its lock was released
+    (tmp_path / ".set.lock").write_text(json.dumps(asdict(killed)))
+    with pytest.raises(DataError, match="exists: choose another folder"):
+        write_set([text_sample("a")], tmp_path / "set")
     assert list(tmp_path.iterdir()) == [tmp_path / "set"]
 
 
