@@ -14,7 +14,7 @@ import typer
 
 from llavamod_offline import signals
 from llavamod_offline.config import print_config as print_settings
-from llavamod_offline.config.command import PrintConfig, settings_command
+from llavamod_offline.config.command import OneLineCommand, PrintConfig, settings_command
 from llavamod_offline.entrypoint import run_command
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.plural import counted
@@ -88,7 +88,7 @@ def _render(summary: TrainSummary) -> str:
     )
 
 
-@reports.command()
+@reports.command(cls=OneLineCommand)
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Output folders of train-student runs.")],
     output: Annotated[

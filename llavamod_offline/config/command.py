@@ -28,23 +28,30 @@ _HOW_TO_SET = """Settings: write KEY=VALUE, or KEY: VALUE in a YAML file.
 Paths are relative to the current folder, in a YAML file, too."""
 
 
+class OneLineCommand(TyperCommand):
+    """A command that answers a wrong command line with one line, and says what to write instead."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            raise _in_one_line(error, ctx, args) from error
+
+
 def settings_command(schema: Callable[[], type[Any]]) -> type[TyperCommand]:
     """Make the class of a command whose settings are the fields of a dataclass, imported only when needed.
 
     Its help ends with the settings. An option that is the name of a setting is a `ConfigError` that says what to write.
     """
 
-    class SettingsCommand(TyperCommand):
+    class SettingsCommand(OneLineCommand):
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
             own = {name for parameter in self.get_params(ctx) for name in (*parameter.opts, *parameter.secondary_opts)}
             for place, argument in enumerate(args):
                 name, equals, value = argument.partition("=")
                 if argument.startswith("-") and name not in own:
                     _check_option(schema(), name, value if equals else "".join(args[place + 1 : place + 2]))
-            try:
-                return super().parse_args(ctx, args)
-            except Exception as error:
-                raise _in_one_line(error, ctx, args) from error
+            return super().parse_args(ctx, args)
 
         def format_epilog(self, ctx: Any, formatter: Any) -> None:
             from llavamod_offline.config.render import describe_config

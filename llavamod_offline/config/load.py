@@ -70,6 +70,8 @@ def read_yaml(schema: type[Any], file: Path) -> DictConfig:
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
         raise ConfigError(f"{file}: {line}not readable as YAML: {error.problem or first_line(error)}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not UTF-8 text, line {_line_of(file, error.start)}: save it as UTF-8") from error
     except Exception as error:
         raise ConfigError(f"{file}: not readable as YAML: {first_line(error)}") from error
     if not isinstance(loaded, DictConfig):
@@ -77,10 +79,15 @@ def read_yaml(schema: type[Any], file: Path) -> DictConfig:
     return loaded
 
 
+def _line_of(file: Path, place: int) -> int:
+    return file.read_bytes()[:place].count(b"\n") + 1
+
+
 def _no_such_file(schema: type[Any], file: Path) -> str:
     if file.is_dir():
         return f"{file}: is a folder, not a config file{_typed_as(schema, str(file))}"
-    near = similar_settings(schema, str(file)) if file.name == str(file) and not file.suffix else []
+    is_setting = hint_of(schema, str(file).split(".")) is not None
+    near = similar_settings(schema, str(file)) if is_setting or (file.name == str(file) and not file.suffix) else []
     return f"no such config file: {file}" + (f"; to set {near[0]}, write {near[0]}=VALUE" if near else "")
 
 

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any, get_args, get_origin
 
-from llavamod_offline.config.schema import choices, hint_of, is_optional, plain, section_of, settings
+from llavamod_offline.config.schema import choices, fields, hint_of, is_optional, plain, section_of, settings
 from llavamod_offline.errors import ConfigError
 
 # Names that other projects use, with the last parts of the names here.
@@ -104,8 +104,9 @@ def wrong_value(key: str, hint: Any, value: Any) -> str:
     """Say what a setting's value must be instead of the one given."""
     section = section_of(hint)
     if section is not None:
-        inner = [setting.key for setting in settings(section)]
-        return f"{key} is a section of settings: write {key}.{inner[0]}=VALUE (it has {', '.join(inner)})"
+        inner = [setting.key for setting, _ in fields(section)]
+        typed = value if isinstance(value, str) else "VALUE"
+        return f"{key} is a section of settings: write {key}.{inner[0]}={typed} (it has {', '.join(inner)})"
     if isinstance(value, dict) and get_origin(plain(hint)) is not dict:
         return f"{key} is a single setting, not a section: write {key}={expected(hint)}"
     if get_origin(plain(hint)) in (list, tuple) and not isinstance(value, list):

@@ -94,6 +94,21 @@ def test_errors_are_one_line_with_status_2(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_wrong_command_line_is_one_line() -> None:
+    for arguments, problem in (
+        ([], "error: missing argument 'RECIPE|CONFIG.yaml|KEY=VALUE': see train-student --help"),
+        (["report"], "error: missing argument 'RUN...': see train-student report --help"),
+        (
+            ["sft", "--learning-rate", "1"],
+            "error: no such option: --learning-rate; settings are written as KEY=VALUE: write ",
+        ),
+    ):
+        done = command(*arguments)
+        assert done.returncode == 2
+        assert done.stderr.startswith(problem)
+        assert done.stderr.count("\n") == 1
+
+
 _WITHOUT_DEEPSPEED = """
 import sys
 sys.modules["deepspeed"] = None

@@ -116,7 +116,7 @@ def test_a_reference_to_nothing_is_one_line(tmp_path: Path) -> None:
         ("seed=x", r"^seed is 'x': must be a whole number, or null$"),
         ("resume=5.5", r"^resume is 5.5: must be true or false$"),
         ("kind=moe", r"^kind is 'moe': must be dense or sparse$"),
-        ("optimiser=fast", r"^optimiser is a section of settings: write optimiser.learning_rate=VALUE"),
+        ("optimiser=fast", r"^optimiser is a section of settings: write optimiser.learning_rate=fast"),
         ("steps={a: 1}", r"^steps is a single setting, not a section: write steps=a whole number$"),
         ("optimiser.betas=0.5", r"^optimiser.betas takes a list: write optimiser.betas=\[0.5\]$"),
         ("optimiser.betas=[a]", r"^optimiser.betas is \['a'\]: must be a list of numbers, such as \[0.5\]$"),
@@ -125,6 +125,10 @@ def test_a_reference_to_nothing_is_one_line(tmp_path: Path) -> None:
         ("student=", r"^student= has no value: write student=VALUE without spaces around '='$"),
         ("seed=", r"^seed= has no value"),
         ("steps", r"^no such config file: steps; to set steps, write steps=VALUE$"),
+        (
+            "optimiser.betas",
+            r"^no such config file: optimiser.betas; to set optimiser.betas, write optimiser.betas=VALUE$",
+        ),
         ("some.yaml", r"^no such config file: some.yaml$"),
         ("steps=0", r"^steps: must be at least 1$"),
     ],
@@ -194,6 +198,12 @@ def test_an_input_beside_the_file_is_not_looked_for_in_vain(tmp_path: Path, monk
     assert load_config(Recipe, [file], ["student=other"]).student == "other"
     (tmp_path / "small").mkdir()
     assert load_config(Recipe, [file]).student == "small"
+
+
+def test_a_file_that_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_bytes(b"steps: 3\nstudent: \xff\n")
+    with pytest.raises(ConfigError, match=r"a.yaml: not UTF-8 text, line 2: save it as UTF-8$"):
+        load_config(Recipe, [tmp_path / "a.yaml"])
 
 
 def test_a_file_with_an_equals_sign_in_its_name(tmp_path: Path) -> None:
