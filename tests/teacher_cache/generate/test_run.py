@@ -98,7 +98,7 @@ def test_killed_at_any_change_it_goes_on_to_the_same_set_and_cache(place: Place,
 @pytest.mark.parametrize(
     ("settings", "error", "words"),
     [
-        (("output_set=null",), ConfigError, "output_set is not set"),
+        (("output_set=null",), ConfigError, "no value for 'output_set'"),
         (("output_set=s3://bucket/own",), ConfigError, "a set is written to a local folder"),
         (("data=nowhere",), DataError, "'nowhere'"),
         (("data={pairs}",), DataError, "sample 'pair-0000' is a preference"),

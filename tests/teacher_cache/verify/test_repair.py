@@ -240,7 +240,7 @@ def test_the_command_says_what_it_removed(copy: Path, capsys: pytest.CaptureFixt
         f"removed: {CACHE_NAME}",
         f"removed: {REJECTED_NAME}",
         f"removed: shards/{NAMES[1]}",
-        f"{copy}: run `cache-teacher run` with the same settings to write 1 missing shards, {CACHE_NAME} and "
+        f"{copy}: run `cache-teacher run` with the same settings to write 1 missing shard, {CACHE_NAME} and "
         f"{REJECTED_NAME}",
     ]
     write_cache(copy)
