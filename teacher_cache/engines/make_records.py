@@ -85,9 +85,11 @@ def _chunk_records(
     finite_R = torch.isfinite(entropy_R)  # NaN for a row with any logit that is not finite
     if not bool(finite_R.all()):
         shifted_RV, log_z_R, entropy_R = _normalise(torch.where(finite_R[:, None], logits_RV, 0.0))
-    topk_ids_RK, topk_shifted_RK, kept_RK = _top_k(shifted_RV, log_z_R, settings)
     # Σ exp(x/T) ≥ exp(0): no shift is needed, whatever T.
-    normalisers = [(shifted_RV / t).exp_().sum(-1).log() - log_z_R / t for t in settings.temperatures]
+    log_z_at = {t: (shifted_RV / t).exp_().sum(-1).log() for t in settings.temperatures} | {1.0: log_z_R}
+    normalisers = [log_z_at[t] - log_z_R / t for t in settings.temperatures]
+    learnt_at = settings.temperature
+    topk_ids_RK, topk_shifted_RK, kept_RK = _top_k(shifted_RV, log_z_at[learnt_at], settings)
     targets = shifted_RV.gather(1, targets_R.clamp(min=0)[:, None])[:, 0] - log_z_R
     targets = torch.where(targets_R == NO_TARGET, 0.0, targets)
     # Slots that are not kept point at the first one, so that every write to a cell is the same.
@@ -96,7 +98,11 @@ def _chunk_records(
     largest_R = largest_R.masked_fill(torch.isneginf(largest_R), 0.0)
     weights_RV = tail_RV.sub_(largest_R[:, None]).exp_()
     tail_log_mass_R = weights_RV.sum(-1).log() + largest_R - log_z_R
-    budget_R = tail_sample_budget(tail_log_mass_R, settings.tail_samples_max, settings.tail_samples_per_mass)
+    sampled_log_mass_R = tail_log_mass_R
+    if learnt_at != 1.0:
+        weights_RV.pow_(1 / learnt_at)
+        sampled_log_mass_R = weights_RV.sum(-1).log() + largest_R / learnt_at - log_z_at[learnt_at]
+    budget_R = tail_sample_budget(sampled_log_mass_R, settings.tail_samples_max, settings.tail_samples_per_mass)
     tail_ids_D = systematic_tail_samples(weights_RV, uniforms_R, budget_R)
     return finite_R, Records(
         target_ids_N=_ints(targets_R),
@@ -129,14 +135,14 @@ def _normalise(logits_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _top_k(shifted_RV: Tensor, log_z_R: Tensor, settings: RecordSettings) -> tuple[Tensor, Tensor, Tensor]:
     """Choose the top-k: ids, shifted logits and which slots are kept, [R, K] each; likely ids, then forced ones.
 
-    Equal logits are common in low-precision models, and topk takes any of them in any order: what it took is replaced
-    by the smallest ids, in rising order.
+Equal logits are common in low-precision models, and topk takes any of them in any order: what it took is replaced
+    by the smallest ids, in rising order. `log_z_R`: of the shifted logits divided by `settings.temperature`.
     """
     slots = min(settings.top_k, shifted_RV.shape[1])
     most_RK, ids_RK = shifted_RV.topk(min(slots + 1, shifted_RV.shape[1]))  # one more shows a tie across the bound
     shifted_RK, ids_RK = most_RK[:, :slots], ids_RK[:, :slots].contiguous()
     count_R = torch.full((len(ids_RK),), slots, device=ids_RK.device)
-    probs_RK = (shifted_RK - log_z_R[:, None]).double().exp()
+    probs_RK = (shifted_RK / settings.temperature - log_z_R[:, None]).double().exp()
     if settings.top_p < 1.0:  # at 1 the mass does not end it: a sum of rounded numbers may reach 1 early, or never
         count_R = torch.minimum(count_R, (probs_RK.cumsum(-1) < settings.top_p).sum(-1) + 1)
     if settings.min_prob > 0.0:

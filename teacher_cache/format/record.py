@@ -36,7 +36,8 @@ class RecordSettings:
 
     Top-k: the most likely ids until their mass reaches `top_p`, their number `top_k`, or the next one's probability is
     below `min_prob`; at least one, and all of `forced_ids`. Tail: `tail_samples_per_mass` samples per unit of its mass,
-    1 to `tail_samples_max` (0 for none). `temperatures`: those T ≠ 1 whose log Σ p^(1/T) is kept.
+    1 to `tail_samples_max` (0 for none). `temperatures`: those T ≠ 1 whose log Σ p^(1/T) is kept. `temperature`: the T
+    at which students will learn: probabilities in these rules, and the samples, are those of p^(1/T) / Σ p^(1/T).
 
     `top_p=1.0, top_k=V` keeps every id (exhaustive). Errors: `ConfigError` naming the value out of range.
     """
@@ -48,6 +49,7 @@ class RecordSettings:
     temperatures: tuple[float, ...]
     forced_ids: tuple[int, ...] = ()
     min_prob: float = 0.0
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         checks = (
@@ -60,6 +62,10 @@ class RecordSettings:
                 f"tail_samples_per_mass is {self.tail_samples_per_mass:g}, must be above 0",
             ),
             (all(t > 0 and t != 1.0 for t in self.temperatures), "temperatures must be positive and not 1"),
+            (
+                self.temperature == 1.0 or self.temperature in self.temperatures,
+                f"temperature is {self.temperature:g}, must be 1 or one of temperatures",
+            ),
             (len(set(self.temperatures)) == len(self.temperatures), "temperatures has duplicates: list each once"),
             (len(set(self.forced_ids)) == len(self.forced_ids), "forced_tokens has duplicates: list each token once"),
         )
@@ -70,6 +76,8 @@ class RecordSettings:
     def stored(self) -> dict[str, Any]:
         """The settings as JSON values under the names that format version 1 stores in a fingerprint."""
         values = {name: getattr(self, own) for name, own in STORED_SETTINGS.items()}
+        if self.temperature != 1.0:  # caches of earlier versions lack it
+            values["temperature"] = self.temperature
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
@@ -78,7 +86,7 @@ class RecordSettings:
         values: dict[str, Any] = {own: capture[name] for name, own in STORED_SETTINGS.items()}
         for name in ("temperatures", "forced_ids"):
             values[name] = tuple(values[name])
-        return cls(**values)
+        return cls(**values, temperature=float(capture.get("temperature", 1.0)))
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,11 @@ class TeacherCache:
         return stored if self._temperature is None else tuple(value for value in stored if value == self._temperature)
 
     @property
+    def sampled_at(self) -> float:
+        """The temperature for which the cache was captured, at which its tails were sampled."""
+        return float(self.fingerprint["capture"].get("temperature", 1.0))
+
+    @property
     def tail_profile(self) -> Tensor | None:
         """The teacher's mean tail over the whole cache, [V] float32, sum 1; None without tails or tail samples.
 
@@ -308,7 +313,7 @@ class TeacherCache:
 
         Errors: `CacheError` if a sequence has no record or a chunk is damaged.
         """
-        return sparse_targets(self.records(items), self.temperatures, self.vocab_size)
+        return sparse_targets(self.records(items), self.temperatures, self.vocab_size, self.sampled_at)
 
     def _spans(self, rows_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
         """The shard of each sequence, and the range of its positions there."""
