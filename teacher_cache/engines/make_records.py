@@ -135,7 +135,7 @@ def _normalise(logits_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _top_k(shifted_RV: Tensor, log_z_R: Tensor, settings: RecordSettings) -> tuple[Tensor, Tensor, Tensor]:
     """Choose the top-k: ids, shifted logits and which slots are kept, [R, K] each; likely ids, then forced ones.
 
-Equal logits are common in low-precision models, and topk takes any of them in any order: what it took is replaced
+    Equal logits are common in low-precision models, and topk takes any of them in any order: what it took is replaced
     by the smallest ids, in rising order. `log_z_R`: of the shifted logits divided by `settings.temperature`.
     """
     slots = min(settings.top_k, shifted_RV.shape[1])
