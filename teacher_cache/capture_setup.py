@@ -123,7 +123,7 @@ def prepare_capture(**given: Unpack[SetupValues]) -> CaptureSetup:
         _LOG.info("template: %s, that of %s", template.name, folder)
     vocab_size = _shared_vocabulary(folder, tokenizer, teacher.head_rows)
     forced_ids = _forced_ids(teacher.encoder, keep.forced_tokens)
-    settings, codec = _kept(keep, tuple(keep.temperatures), forced_ids, vocab_size, given["hidden"])
+    settings, codec = _kept(keep, keep.temperature, forced_ids, vocab_size, given["hidden"])
     device, dtype = given["device"], given["dtype"]
     if device == "auto":
         device = pick_device(device).type
@@ -178,16 +178,20 @@ def follow_template(given: SetupValues, about: Mapping[str, Any] | None) -> Setu
 
 def with_preset(setup: CaptureSetup, preset: Preset) -> CaptureSetup:
     """The same capture with another preset; its fingerprint stays as it is."""
-    temperatures = setup.settings.temperatures if preset.temperatures else ()
+    if preset.temperatures:
+        preset = dataclasses.replace(preset, temperatures=setup.settings.temperatures)
     forced_ids = setup.settings.forced_ids if preset.forced_tokens is None else ()
-    settings, codec = _kept(preset, temperatures, forced_ids, setup.codec.vocab_size, setup.codec.hidden)
+    temperature = setup.settings.temperature
+    settings, codec = _kept(preset, temperature, forced_ids, setup.codec.vocab_size, setup.codec.hidden)
     return dataclasses.replace(setup, settings=settings, codec=codec)
 
 
 def _kept(
-    keep: Preset, temperatures: tuple[float, ...], forced: tuple[int, ...], vocab_size: int, hidden: HiddenKind | None
+    keep: Preset, temperature: float, forced: tuple[int, ...], vocab_size: int, hidden: HiddenKind | None
 ) -> tuple[RecordSettings, Codec]:
     """What a record keeps, and how it is encoded."""
+    own = () if temperature == 1.0 else (temperature,)
+    temperatures = tuple(dict.fromkeys((*keep.temperatures, *own)))
     settings = RecordSettings(
         top_p=keep.top_p,
         min_prob=keep.min_prob,
@@ -196,6 +200,7 @@ def _kept(
         tail_samples_per_mass=keep.tail_samples_per_mass,
         temperatures=temperatures,
         forced_ids=forced,
+        temperature=temperature,
     )
     codec = Codec(
         vocab_size=vocab_size,

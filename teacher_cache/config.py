@@ -35,6 +35,7 @@ class Preset:
     precision: PrecisionName
     temperatures: Sequence[float] = (1.5, 2.0, 4.0)
     forced_tokens: Sequence[str] | None = None
+    temperature: float = 1.0
 
 
 PRESETS: dict[str, Preset] = {
@@ -65,8 +66,11 @@ class CaptureConfig:
     """Tail samples per unit of tail mass."""
     precision: PrecisionName | None = None
     """Precision of the stored numbers; exact: float32."""
+    temperature: float | None = None
+    """Temperature at which students will learn (loss.temperature): top-k and tail samples are chosen for it; null: 1."""
     temperatures: list[float] | None = None
-    """Temperatures of a loss besides 1, such as [1.5, 2]; null: 1.5, 2 and 4; none with reference."""
+    """Further temperatures of a loss, such as [1.5, 2], at which tails are one bucket; null: 1.5, 2 and 4; none with
+    reference."""
     forced_tokens: list[str] | None = None
     """Tokens that are always recorded, such as [' yes', ' no']; null: the end of turn, yes, no and A to D where these
     are single tokens; none with reference."""

@@ -27,7 +27,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llavamod_offline.errors import ConfigError, ModelError, first_line
-from llavamod_offline.losses.shrinkage import Shrinkage
 from llavamod_offline.storage import atomic
 from train.engine.deepspeed_engine import World
 
@@ -72,7 +71,6 @@ def save_checkpoint(
     progress: Progress,
     identity: dict[str, Any],
     *,
-    shrinkage: Shrinkage | None,
     keep_last: int,
     world: World,
 ) -> None:
@@ -87,8 +85,7 @@ def save_checkpoint(
         folder = checkpoint_folder(output)
         state = json.dumps({"progress": asdict(progress), "identity": identity}, indent=2)
         try:
-            tail = None if shrinkage is None else shrinkage.state()
-            _write(folder / f"step-{progress.step:08d}", weights, moments, tail, state)
+            _write(folder / f"step-{progress.step:08d}", weights, moments, state)
             for old in sorted(folder.glob("step-*"))[:-keep_last]:
                 shutil.rmtree(old)
         except (OSError, SafetensorError) as error:
@@ -134,20 +131,11 @@ def load_optimizer(checkpoint: Path, engine: Any) -> None:
             safe_set_full_optimizer_state(parameter, moments[f"{name}/{key}"], key)
 
 
-def load_shrinkage(checkpoint: Path, shrinkage: Shrinkage) -> None:
-    """Load the loss's estimate of the records' tails. Errors: `ModelError` if it is damaged."""
-    shrinkage.load_state(_load(checkpoint / "tail.safetensors"))
-
-
-def _write(
-    target: Path, weights: dict[str, Tensor], moments: dict[str, Tensor], tail: dict[str, Tensor] | None, state: str
-) -> None:
+def _write(target: Path, weights: dict[str, Tensor], moments: dict[str, Tensor], state: str) -> None:
     shutil.rmtree(target, ignore_errors=True)
     with atomic.new_folder(target) as aside:
         save_file(weights, aside / "weights.safetensors")
         save_file(moments, aside / "optimizer.safetensors")
-        if tail is not None:
-            save_file(tail, aside / "tail.safetensors")
         (aside / "state.json").write_text(state)
 
 

@@ -73,8 +73,6 @@ def run_steps(
     Errors: `ModelError` naming step and samples if a loss or a gradient is not finite; no checkpoint is saved.
     """
     began_at = progress.step
-    if objective.shrinkage is not None:
-        objective.shrinkage.to(world.device)
     with noted("saving a checkpoint after this step") as stop:
         for step in range(progress.step, settings.steps):
             began = time.perf_counter()
@@ -95,12 +93,9 @@ def run_steps(
             norm = apply_gradients(engine, rate)
             if not math.isfinite(norm):
                 raise ModelError(_not_finite("gradient", norm, step, micros))
-            learnt = {} if objective.shrinkage is None else objective.shrinkage.entry()
-            if objective.shrinkage is not None:
-                objective.shrinkage.finish_step(world.sum)
             seconds = time.perf_counter() - began
             now = step + 1
-            entry = _entry(sums, now, rate, norm, counts, seconds, waited) | learnt
+            entry = _entry(sums, now, rate, norm, counts, seconds, waited)
             done = now == settings.steps
             evaluated = bool(settings.eval_steps) and (done or now % settings.eval_steps == 0)
             if evaluated:

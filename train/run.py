@@ -28,7 +28,6 @@ from train.checkpoint import (
     checkpoint_folder,
     latest_checkpoint,
     load_optimizer,
-    load_shrinkage,
     load_weights,
     read_progress,
     save_checkpoint,
@@ -106,8 +105,6 @@ def _train(config: TrainConfig, settings: dict[str, Any], output: Path, world: W
         moved = before["kept_hash"] != setup.contents["kept_hash"]
         hashes = resume_order(output, setup.order, hashes, before, progress.step, moved=moved)
         load_weights(checkpoint, module)
-        if objective.shrinkage is not None:
-            load_shrinkage(checkpoint, objective.shrinkage)
     changes = [*before.get("changes", []), *(f"after step {progress.step}: {one}" for one in changed)]
     sizes = _sizes(setup)
     holdout = setup.holdout_batches(world)
@@ -150,7 +147,6 @@ def _train(config: TrainConfig, settings: dict[str, Any], output: Path, world: W
                 engine,
                 now,
                 identity,
-                shrinkage=objective.shrinkage,
                 keep_last=config.keep_last,
                 world=world,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from llavamod_offline.data.images import ImagePreprocessor
 from llavamod_offline.data.sampler import BatchSchedule, Order
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError
-from llavamod_offline.losses.shrinkage import Shrinkage
+from llavamod_offline.losses.bucketed_divergence import DivergenceSpec
+from llavamod_offline.losses.cached_distillation import prior_of
+from llavamod_offline.losses.tail_estimators import choose_tail, prepare_targets
 from llavamod_offline.models.checkpoint import sequence_encoder, vocabulary_size
 from train.config import TrainConfig
 from train.data.batches import Loader, TrainBatch
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
     from teacher_cache.student.end_of_turn import TokenIdSwap
 
 _MOST_WORKERS = 8
+_SHOWN_SEQUENCES = 100  # whose mean tail a warning states
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -206,7 +211,7 @@ def prepare(config: TrainConfig, world: World) -> Setup:
             config.loss,
             vocab_size=vocabulary_size(source.tokenizer, head_rows),
             train_vision="vision" in config.trainable,
-            shrinkage=_shrinkage(config, cache, swap, cached_vocab_size),
+            **_tail(config, cache, swap, head_rows, visits=steps * config.batch.global_size / len(joined.rows)),
             positions=positions,
             alignment=alignment,
         ),
@@ -304,19 +309,38 @@ def _cached_vocabulary(cache: TeacherCache | None, swap: TokenIdSwap | None, own
     return min(cache.vocab_size if swap is None else swap.vocab_size(cache.vocab_size), own)
 
 
-def _shrinkage(
-    config: TrainConfig, cache: TeacherCache | None, swap: TokenIdSwap | None, vocab_size: int | None
-) -> Shrinkage | None:
-    """Make the initial tail estimate from the teacher's mean tail over the student's ids, if the loss uses one."""
+def _tail(
+    config: TrainConfig, cache: TeacherCache | None, swap: TokenIdSwap | None, head_rows: int, *, visits: float
+) -> dict[str, Any]:
+    """Choose the tail's estimator, and its prior for records that are read `visits` times."""
     loss = config.loss
-    if cache is None or not loss.distils(config.stage) or loss.tail_estimator != "shrink" or loss.temperature != 1.0:
-        return None
-    assert vocab_size is not None
-    profile_V = cache.tail_profile
-    if profile_V is not None and swap is not None:
-        profile_V = swap.profile(profile_V)
-    horizon = 1 / (1 - config.optim.betas[0])  # the steps that AdamW's first moment averages over
-    return Shrinkage(vocab_size, profile_V=profile_V, horizon=horizon, seed=config.seed)
+    if cache is None or not loss.distils(config.stage):
+        return {}
+    if loss.tail != "auto":
+        if loss.tail == "bucket" and loss.temperature != 1.0:
+            _warn_of_unsampled_tail(cache, loss.temperature)
+        tail = loss.tail
+    else:
+        tail = choose_tail(
+            loss.divergence, loss.temperature, sampled_at=cache.sampled_at, has_samples=cache.has_tail_samples
+        )
+    prior = prior_of(cache, epochs=visits, swap=swap, student_rows=head_rows) if tail == "samples" else None
+    if prior is not None:
+        _LOG.info("each record is read %.1f times: %.0f %% of its tail is smoothed", visits, 100 * prior.share)
+    return {"tail": tail, "prior": prior}
+
+
+def _warn_of_unsampled_tail(cache: TeacherCache, temperature: float) -> None:
+    targets = cache.targets(np.arange(min(_SHOWN_SEQUENCES, len(cache))))
+    tail_N = prepare_targets(targets, cache.vocab_size, spec=DivergenceSpec(), temperature=temperature)
+    share = float(tail_N.full_log_probs_NE[:, -1].exp().mean())
+    _LOG.warning(
+        "loss.tail=bucket at temperature %g: %.0f %% of the teacher's probability lies outside the top-k there, whose "
+        "shape is not learnt: capture with capture.temperature=%g to learn it",
+        temperature,
+        100 * share,
+        temperature,
+    )
 
 
 def _positions(config: TrainConfig, cache: TeacherCache | None) -> Positions:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from llavamod_offline.examples.batches import Batches
 from llavamod_offline.examples.usage import read_paths
@@ -20,32 +20,19 @@ from llavamod_offline.models.checkpoint import load_llava
 from teacher_cache import check_student, open_cache
 
 
-class StepCallback(TrainerCallback):  # type: ignore[misc]
-    """Calls `CachedDistillation.step` after each optimiser step."""
-
-    def __init__(self, distillation: CachedDistillation) -> None:
-        self.distillation = distillation
-
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Called by Trainer after `optimizer.step()`."""
-        self.distillation.step()
-
-
 def train(student: Path, data: Path, cache_path: Path, keys: Sequence[str], **settings: Any) -> list[float]:
     """Train on samples by their keys, with `settings` of `TrainingArguments`; returns the logged losses."""
     cache, batches, model = open_cache(cache_path), Batches(student, data), load_llava(student)
     check_student(cache.fingerprint, batches.tokenizer)
     model.model.vision_tower.requires_grad_(False)
-    distillation = CachedDistillation(cache)
-    distillation.attach(model)  # model(**inputs, labels=…, targets=…) now returns the distillation loss
+    CachedDistillation(cache).attach(model)  # model(**inputs, labels=…, targets=…) now returns the distillation loss
 
     def collate(chosen: list[str]) -> dict[str, Any]:
         targets = cache.targets([(key, "response") for key in chosen])
         return {**batches.make(chosen, ["response"], cache), "targets": targets}
 
     arguments = TrainingArguments(remove_unused_columns=False, logging_steps=1, report_to=[], **settings)
-    callbacks = [StepCallback(distillation)]
-    trainer = Trainer(model, arguments, data_collator=collate, train_dataset=list(keys), callbacks=callbacks)
+    trainer = Trainer(model, arguments, data_collator=collate, train_dataset=list(keys))
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 

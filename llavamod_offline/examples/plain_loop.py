@@ -35,7 +35,6 @@ def train(student: Path, data: Path, cache_path: Path, steps: Sequence[Sequence[
         output = distillation(hidden, model.lm_head.weight, labels, targets)
         output.loss.backward()
         optimizer.step()
-        distillation.step()
         optimizer.zero_grad()
         losses.append(output.loss.item())
     return losses

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         sequence_log_probs_from_hidden,
     )
     from llavamod_offline.losses.preference import KtoLoss, PreferenceTerms, kto_loss, preference_loss
-    from llavamod_offline.losses.shrinkage import Shrinkage
+    from llavamod_offline.losses.tail_estimators import TailPrior, choose_tail, tail_prior
     from llavamod_offline.losses.targets import SparseTargets
 
 __all__ = [
@@ -39,8 +39,9 @@ __all__ = [
     "KtoLoss",
     "LossTerms",
     "PreferenceTerms",
-    "Shrinkage",
     "SparseTargets",
+    "TailPrior",
+    "choose_tail",
     "cross_entropy_from_hidden",
     "distillation_from_hidden",
     "forward_kl",
@@ -51,6 +52,7 @@ __all__ = [
     "sequence_log_probs_from_hidden",
     "skewed_forward_kl",
     "skewed_reverse_kl",
+    "tail_prior",
     "total_variation",
 ]
 __getattr__, __dir__ = lazy_exports(
@@ -61,7 +63,7 @@ __getattr__, __dir__ = lazy_exports(
         "total_variation",
         "fused": "LossTerms cross_entropy_from_hidden distillation_from_hidden sequence_log_probs_from_hidden",
         "preference": "KtoLoss PreferenceTerms kto_loss preference_loss",
-        "shrinkage": "Shrinkage",
+        "tail_estimators": "TailPrior choose_tail tail_prior",
         "targets": "SparseTargets",
     },
 )

@@ -5,7 +5,6 @@ Shape suffixes: B sequences, T tokens, N positions that have records, D hidden s
 
 from __future__ import annotations
 
-import logging
 from types import MethodType
 from typing import Any, NamedTuple, Protocol
 
@@ -16,11 +15,8 @@ from llavamod_offline.data.encode.tokenize import NO_TARGET, UNSUPERVISED
 from llavamod_offline.errors import ModelError, TargetError
 from llavamod_offline.losses.fused import CHUNK_SIZE, distillation_from_hidden
 from llavamod_offline.losses.kinds import DivergenceKind, TailEstimator
-from llavamod_offline.losses.shrinkage import Shrinkage
+from llavamod_offline.losses.tail_estimators import TailPrior, choose_tail, tail_prior
 from llavamod_offline.losses.targets import SparseTargets
-
-_FORGOTTEN_STEPS = 256  # training forward passes without any `step` before a warning
-_LOG = logging.getLogger(__name__)
 
 
 class CachedTeacher(Protocol):
@@ -32,6 +28,12 @@ class CachedTeacher(Protocol):
     def tail_profile(self) -> Tensor | None: ...
     @property
     def positions_kept(self) -> str: ...
+    @property
+    def positions(self) -> int: ...
+    @property
+    def sampled_at(self) -> float: ...
+    @property
+    def has_tail_samples(self) -> bool: ...
 
 
 class Swap(Protocol):
@@ -58,12 +60,11 @@ class DistillationOutput(NamedTuple):
 class CachedDistillation(nn.Module):
     """kd_weight · T² · divergence(teacher, student) + lm_weight · cross-entropy, from a cache's records.
 
-    The defaults are those of `train-student`'s recipes: forward KL at T = 1 with the tail by shrinkage (`tail` None:
-    `shrink` for the forward KL at T = 1, else `bucket`). Shrinkage learns from each optimiser step: call `step` after
-    each one, on every process. `state_dict` holds its state.
+    The defaults are those of `train-student`'s recipes: forward KL with the tail by its samples (`tail` None: see
+    `tail_estimators.choose_tail`). `epochs`: how often each record will be read; see `tail_estimators.tail_prior`.
 
     `swap`: what `check_student` returned for a student with another end of turn. `student_rows`: the rows of the
-    student's LM head, if they are fewer than the cache's ids. `horizon`: the steps that the optimiser averages over.
+    student's LM head, if they are fewer than the cache's ids.
 
     `attach` makes a transformers model return this loss from its own forward pass, which is what HF `Trainer`, DDP,
     FSDP and ZeRO-3 need. Without it, call the module on hidden states and the weight of the LM head.
@@ -80,26 +81,20 @@ class CachedDistillation(nn.Module):
         lm_weight: float = 0.0,
         js_weight: float = 0.5,
         skew: float = 0.1,
-        horizon: float = 10.0,
-        seed: int = 0,
+        epochs: float = 1.0,
         swap: Swap | None = None,
         student_rows: int | None = None,
         chunk_size: int = CHUNK_SIZE,
     ) -> None:
         super().__init__()
         if tail is None:
-            tail = "shrink" if divergence == "forward_kl" and temperature == 1.0 else "bucket"
-        vocab_size, profile_V = cache.vocab_size, cache.tail_profile
-        if swap is not None:
-            vocab_size = swap.vocab_size(vocab_size)
-            profile_V = None if profile_V is None else swap.profile(profile_V)
-        vocab_size = min(vocab_size, student_rows or vocab_size)
+            tail = choose_tail(divergence, temperature, sampled_at=cache.sampled_at, has_samples=cache.has_tail_samples)
         self.swap = swap
         self.all_positions = cache.positions_kept == "all"
         self.lm_weight = lm_weight
-        self.shrinkage: Shrinkage | None = None
-        if tail == "shrink" and temperature == 1.0:
-            self.shrinkage = Shrinkage(vocab_size, profile_V=profile_V, horizon=horizon, seed=seed)
+        self.prior: TailPrior | None = None
+        if tail == "samples":
+            self.prior = prior_of(cache, epochs=epochs, swap=swap, student_rows=student_rows)
         self._settings: dict[str, Any] = {
             "divergence": divergence,
             "tail": tail,
@@ -109,7 +104,6 @@ class CachedDistillation(nn.Module):
             "skew": skew,
             "chunk_size": chunk_size,
         }
-        self._unfinished = 0
 
     def forward(
         self,
@@ -142,16 +136,12 @@ class CachedDistillation(nn.Module):
                 hidden_BTD.flatten(0, 1).index_select(0, rows_N),
                 lm_head_VD.to(hidden_BTD.dtype),
                 targets,
-                shrinkage=self.shrinkage,
+                prior=self.prior,
                 lm_weight=self.lm_weight * positions / max(answers, 1),
                 **self._settings,
             )
         share = 1.0 / max(positions, 1)
         scale = share if num_items_in_batch is None else share * answers / num_items_in_batch
-        if self.shrinkage is not None and torch.is_grad_enabled():
-            self._unfinished += 1
-            if self._unfinished == _FORGOTTEN_STEPS:
-                _LOG.warning("%d batches without CachedDistillation.step(): call it after each step", _FORGOTTEN_STEPS)
         return DistillationOutput(
             terms.loss_sum * scale,
             terms.divergence_sum * share,
@@ -188,27 +178,17 @@ class CachedDistillation(nn.Module):
 
         student.forward = MethodType(forward, student)
 
-    def step(self) -> None:
-        """Update shrinkage from the optimiser step just made; call it once per step, on every process."""
-        self._unfinished = 0
-        if self.shrinkage is not None:
-            self.shrinkage.finish_step(_sum_over_processes)
 
-    def get_extra_state(self) -> Tensor:
-        """What `state_dict` holds: the running statistics of shrinkage, float64; empty without it."""
-        if self.shrinkage is None:
-            return torch.zeros(0, dtype=torch.float64)
-        return torch.cat([value.flatten() for value in self.shrinkage.state().values()])
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Restore a checkpoint's statistics. Errors: `TargetError` if they belong to another vocabulary."""
-        own = {} if self.shrinkage is None else self.shrinkage.state()
-        sizes = [value.numel() for value in own.values()]
-        if sum(sizes) != state.numel():
-            raise TargetError("tail statistics: the checkpoint was made with other settings or for another vocabulary")
-        if self.shrinkage is not None:
-            parts = state.double().cpu().split(sizes)
-            self.shrinkage.load_state({name: part.view_as(own[name]) for name, part in zip(own, parts, strict=True)})
+def prior_of(cache: CachedTeacher, *, epochs: float, swap: Swap | None, student_rows: int | None) -> TailPrior | None:
+    """The `tail_prior` of a student that reads a cache `epochs` times, in the student's ids."""
+    profile_V = cache.tail_profile if epochs > 1 else None
+    if profile_V is None:
+        return None
+    if swap is not None:
+        profile_V = swap.profile(profile_V)
+    if student_rows is not None and student_rows < len(profile_V):
+        profile_V = profile_V[:student_rows] / profile_V[:student_rows].sum()
+    return tail_prior(profile_V, positions=cache.positions, epochs=epochs)
 
 
 def _check_target_ids(target_ids_N: Tensor, targets: SparseTargets) -> None:
@@ -279,9 +259,3 @@ def _check_whole(lm_head_VD: Tensor, hidden_size: int) -> None:
             f"the LM head's weight has shape {list(lm_head_VD.shape)}, the hidden size is {hidden_size}: if FSDP or "
             "ZeRO-3 has sharded it, call `CachedDistillation.attach(student)` before wrapping the student"
         )
-
-
-def _sum_over_processes(values: Tensor) -> Tensor:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(values)
-    return values

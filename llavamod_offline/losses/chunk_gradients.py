@@ -1,64 +1,31 @@
 """Replace a chunk's logits by the gradient of a loss, in place and with one softmax for any divergence.
 
-Shape suffixes: N positions, V vocabulary, K top-k slots, M tail sample slots, E = K + 1 events, J feature columns.
+Shape suffixes: N positions, V vocabulary, K top-k slots, M tail sample slots, E = K + 1 events.
 
 A divergence depends on the student only through the log-probs of a few events (see `bucketed_divergence.py`). Its
 gradient is thus one number per top-k id and, in the tail, `own`·v − `pull`·m: v is the student's own tail shape, `pull`
 is proportional to the teacher's tail mass, and m is the target shape of the tail: v itself for a bucket, the tail
-samples, or a mixture of both and the teacher's mean tail (see `shrinkage.py`).
+samples, or a mixture of both and the teacher's mean tail (`TailPrior`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from llavamod_offline.errors import TargetError
 from llavamod_offline.losses.bucketed_divergence import DivergenceSpec, event_divergence, weighted
-from llavamod_offline.losses.shrinkage import Shrinkage, TailWeights
-from llavamod_offline.losses.shrinkage_stats import TailView
-from llavamod_offline.losses.tail_estimators import NEVER, PreparedTargets
+from llavamod_offline.losses.tail_estimators import NEVER, PreparedTargets, TailPrior
 from llavamod_offline.losses.targets import EMPTY_ID
 
 METRICS = ("kl", "teacher_tail", "student_tail", "entropy", "top1_agreement")
+LEAST_MASS = 1e-6  # of the profile outside the top-k: below it, rounding determines the shape
 _FORWARD_KL = DivergenceSpec()
 _ROWS_AT_TWO_TEMPERATURES = 32
-_BLOCK_VALUES = {"cpu": 2**23, "cuda": 2**25}
-
-
-@dataclass(frozen=True)
-class _Tail:
-    """The gradient in the tail, `own`·v − `pull`·m, and the sum of the exponentials that normalises v."""
-
-    own_N: Tensor
-    pull_N: Tensor
-    sum_N: Tensor
 
 
 def zero_metrics(device: torch.device) -> dict[str, Tensor]:
     """Metrics of 0 positions, to accumulate into."""
     return {name: torch.zeros((), dtype=torch.float32, device=device) for name in METRICS}
-
-
-def shrinkage_for(
-    teacher: PreparedTargets, shrinkage: Shrinkage | None, vocab: int, device: torch.device
-) -> Shrinkage | None:
-    """Move the state that `shrink` needs to `device`; None for all other tail estimators.
-
-    Errors: `TargetError` if it is missing or was made for another vocabulary.
-    """
-    if teacher.tail != "shrink":
-        return None
-    if shrinkage is None:
-        raise TargetError("tail 'shrink' learns its weights in training: pass `shrinkage`, or set tail to 'bucket'")
-    if shrinkage.vocab_size != vocab:
-        raise TargetError(
-            f"tail 'shrink': `shrinkage` has {shrinkage.vocab_size} ids, the divergence {vocab}: make it for {vocab}"
-        )
-    shrinkage.to(device)
-    return shrinkage
 
 
 def divergence_in_place(
@@ -70,19 +37,17 @@ def divergence_in_place(
     lm_weight: float = 0.0,
     target_ids_N: Tensor | None = None,
     weights_N: Tensor | None = None,
-    shrinkage: Shrinkage | None = None,
-    features_NJ: Tensor | None = None,
+    prior: TailPrior | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Replace float32 logits by the gradient of the summed kd_weight · divergence · T² + lm_weight · cross-entropy.
 
     Returns divergence · T² and cross-entropy, summed but not multiplied by their weights, and adds to `metrics`.
-    `weights_N` weighs positions in all of these. `shrinkage` is for the estimator `shrink`; given `features_NJ`, it
-    learns from these positions. Allocates no other [N, V] tensor; with both losses at T ≠ 1, whose softmaxes differ, it
-    copies a few rows at a time.
+    `weights_N` weighs positions in all of these; `prior` is for the estimator `samples`. Allocates no other [N, V]
+    tensor; with both losses at T ≠ 1, whose softmaxes differ, it copies a few rows at a time.
     """
     if lm_weight and teacher.temperature != 1.0:
         assert target_ids_N is not None
-        return _at_two_temperatures(logits_NV, teacher, metrics, kd_weight, lm_weight, target_ids_N, weights_N)
+        return _at_two_temperatures(logits_NV, teacher, metrics, kd_weight, lm_weight, target_ids_N, weights_N, prior)
     temperature = teacher.temperature
     if temperature != 1.0:
         logits_NV.div_(temperature)
@@ -111,18 +76,11 @@ def divergence_in_place(
     token_N = weight_N if target_ids_N is None else weight_N.masked_fill(target_ids_N == EMPTY_ID, 0.0)
     own_NE = (lm_weight * token_N - slope_NE.sum(-1))[:, None] * log_q_NE.exp()
     topk_gradient_NK = own_NE[:, :-1] + slope_NE[:, :-1]
-    tail = _Tail(own_N=own_NE[:, -1], pull_N=-slope_NE[:, -1], sum_N=tail_sum_N)
-    if teacher.tail == "shrink" and shrinkage is not None:
-        outside_N = shrinkage.profile_outside_N(teacher.topk_ids_NK, teacher.topk_valid_NK)
-        if features_NJ is not None:
-            shrinkage.observe(_view(logits_NV, tail_sum_N, teacher, weight_N, outside_N), features_NJ)
-        topk_gradient_NK += _shrunk_tail(logits_NV, tail, teacher, shrinkage.weights, outside_N)
-    elif teacher.tail == "samples":
-        sampled_pull_N = torch.where(teacher.has_samples_N, tail.pull_N, 0.0)
-        _scale_tail(logits_NV, tail.own_N - (tail.pull_N - sampled_pull_N), tail_sum_N)
-        logits_NV.scatter_add_(1, teacher.tail_ids_NM, -sampled_pull_N[:, None] * teacher.tail_weights_NM)
+    own_N, pull_N = own_NE[:, -1], -slope_NE[:, -1]
+    if teacher.tail == "samples":
+        topk_gradient_NK += _sampled_tail(logits_NV, own_N, pull_N, tail_sum_N, teacher, prior)
     else:
-        _scale_tail(logits_NV, tail.own_N - tail.pull_N, tail_sum_N)
+        _scale_tail(logits_NV, own_N - pull_N, tail_sum_N)
     logits_NV.scatter_add_(1, teacher.topk_ids_NK, topk_gradient_NK)
     cross_entropy = lse_N.new_zeros(())
     if actual_N is not None and target_ids_N is not None:
@@ -165,6 +123,7 @@ def _at_two_temperatures(
     lm_weight: float,
     target_ids_N: Tensor,
     weights_N: Tensor | None,
+    prior: TailPrior | None,
 ) -> tuple[Tensor, Tensor]:
     divergence, cross_entropy = logits_NV.new_zeros(()), logits_NV.new_zeros(())
     for start in range(0, len(logits_NV), _ROWS_AT_TWO_TEMPERATURES):
@@ -172,7 +131,9 @@ def _at_two_temperatures(
         weights_R = None if weights_N is None else weights_N[rows]
         apart_RV = logits_NV[rows].clone()
         cross_entropy += cross_entropy_in_place(apart_RV, target_ids_N[rows], weight=lm_weight, weights_N=weights_R)
-        part, _ = divergence_in_place(logits_NV[rows], teacher[rows], metrics, kd_weight=kd_weight, weights_N=weights_R)
+        part, _ = divergence_in_place(
+            logits_NV[rows], teacher[rows], metrics, kd_weight=kd_weight, weights_N=weights_R, prior=prior
+        )
         divergence += part
         logits_NV[rows].add_(apart_RV)
     return divergence, cross_entropy
@@ -194,61 +155,32 @@ def _scale_tail(exponentials_NV: Tensor, mass_N: Tensor, sum_N: Tensor) -> None:
     exponentials_NV.mul_(torch.where(sum_N > 0, mass_N / sum_N, 0.0)[:, None])
 
 
-def _view(
-    exponentials_NV: Tensor, sum_N: Tensor, teacher: PreparedTargets, weight_N: Tensor, outside_N: Tensor | None
-) -> TailView:
-    """The input of `Shrinkage.observe`; counts positions with tail samples and profile mass outside the top-k."""
-    counted_N = teacher.has_samples_N if outside_N is None else teacher.has_samples_N & (outside_N > 0)
-    return TailView(
-        exponentials_NV,
-        sum_N,
-        torch.where(counted_N, weight_N * teacher.log_probs_NE[:, -1].exp(), 0.0),
-        teacher.topk_ids_NK,
-        teacher.topk_valid_NK,
-        teacher.tail_ids_NM,
-        teacher.tail_weights_NM,
-        outside_N,
-    )
-
-
-def _shrunk_tail(
+def _sampled_tail(
     exponentials_NV: Tensor,
-    tail: _Tail,
+    own_N: Tensor,
+    pull_N: Tensor,
+    sum_N: Tensor,
     teacher: PreparedTargets,
-    weights: TailWeights | None,
-    outside_N: Tensor | None,
+    prior: TailPrior | None,
 ) -> Tensor:
-    """Turn the tail's exponentials into own·v − pull·m, with m the normalised mixture of v, profile and samples.
+    """Turn the tail's exponentials into own·v − pull·m, with m the tail samples, mixed with the prior's profile.
 
-    Returns a correction [N, K] to add at the top-k ids, from which the profile is subtracted as well. Positions whose
-    mixture is empty use the bucket.
+    Returns a correction [N, K] to add at the top-k ids, from which the profile is subtracted as well. Positions without
+    tail samples use the bucket, and those whose top-k covers the profile use the samples alone.
     """
-    nothing_NK = torch.zeros_like(teacher.topk_ids_NK, dtype=torch.float32)
-    if weights is None:
-        _scale_tail(exponentials_NV, tail.own_N - tail.pull_N, tail.sum_N)
-        return nothing_NK
-    per_sum_N = torch.where(tail.sum_N > 0, 1 / tail.sum_N, 0.0)
-    sample_weights_NM = teacher.tail_weights_NM * weights.samples_V[teacher.tail_ids_NM]
-    mixed_N = (exponentials_NV @ weights.own_V) * per_sum_N + sample_weights_NM.sum(-1)
-    profile_topk_NK = nothing_NK
-    if outside_N is not None:
-        profile_topk_NK = torch.where(teacher.topk_valid_NK, weights.profile_V[teacher.topk_ids_NK], 0.0)
-        per_mass_N = torch.where(outside_N > 0, 1 / outside_N, 0.0)
-        mixed_N = mixed_N + (weights.profile_V.sum() - profile_topk_NK.sum(-1)) * per_mass_N
-    pull_N = torch.where(mixed_N > 0, tail.pull_N / mixed_N, 0.0)
-    own_N = torch.where(mixed_N > 0, tail.own_N, tail.own_N - tail.pull_N) * per_sum_N
-    # In blocks of rows: the factors [rows, V] stay small, with enough work per call for all threads.
-    rows = max(1, _BLOCK_VALUES.get(exponentials_NV.device.type, 2**23) // exponentials_NV.shape[1])
-    factors_RV = torch.empty_like(exponentials_NV[:rows])
-    for start in range(0, len(exponentials_NV), rows):
-        block_RV, block = exponentials_NV[start : start + rows], slice(start, start + rows)
-        factor_RV = factors_RV[: len(block_RV)]
-        own_R1, pull_R1 = own_N[block, None], (pull_N * per_sum_N)[block, None]
-        block_RV.mul_(torch.addcmul(own_R1, pull_R1, weights.own_V, value=-1, out=factor_RV))
-        if outside_N is not None:
-            block_RV.addr_((pull_N * per_mass_N)[block], weights.profile_V, alpha=-1)
-    exponentials_NV.scatter_add_(1, teacher.tail_ids_NM, -pull_N[:, None] * sample_weights_NM)
-    return profile_topk_NK * (pull_N * per_mass_N)[:, None] if outside_N is not None else nothing_NK
+    sampled_N = torch.where(teacher.has_samples_N, pull_N, 0.0)
+    _scale_tail(exponentials_NV, own_N - (pull_N - sampled_N), sum_N)
+    topk_NK = torch.zeros_like(teacher.topk_ids_NK, dtype=torch.float32)
+    if prior is not None:
+        profile_NK = torch.where(teacher.topk_valid_NK, prior.profile_V[teacher.topk_ids_NK], 0.0)
+        outside_N = prior.profile_V.sum() - profile_NK.sum(-1)
+        mixed_N = torch.where(outside_N > LEAST_MASS, prior.share * sampled_N, 0.0)
+        sampled_N = sampled_N - mixed_N
+        per_mass_N = torch.where(mixed_N > 0, mixed_N / outside_N, 0.0)
+        exponentials_NV.addr_(per_mass_N, prior.profile_V, alpha=-1)
+        topk_NK = per_mass_N[:, None] * profile_NK
+    exponentials_NV.scatter_add_(1, teacher.tail_ids_NM, -sampled_N[:, None] * teacher.tail_weights_NM)
+    return topk_NK
 
 
 def _gather_one(logits_NV: Tensor, ids_N: Tensor) -> Tensor:

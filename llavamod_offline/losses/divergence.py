@@ -2,7 +2,7 @@
 
 Shape suffixes: N positions, V vocabulary. All values are in nats.
 
-The forward KL has four tail estimators (see `tail_estimators.py`); all other divergences are defined on the top-k ids
+The forward KL has three tail estimators (see `tail_estimators.py`); all other divergences are defined on the top-k ids
 and one bucket for the tail (see `bucketed_divergence.py` for their formulas). A temperature T divides the student's
 logits and raises the teacher's probabilities to 1/T; losses are multiplied by T² to keep the scale of the gradients.
 """
@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from llavamod_offline.losses.bucketed_divergence import DivergenceSpec
-from llavamod_offline.losses.chunk_gradients import divergence_in_place, shrinkage_for, zero_metrics
+from llavamod_offline.losses.chunk_gradients import divergence_in_place, zero_metrics
 from llavamod_offline.losses.kinds import TailEstimator
-from llavamod_offline.losses.shrinkage import Shrinkage
-from llavamod_offline.losses.tail_estimators import checked_vocabulary, prepare_targets
+from llavamod_offline.losses.tail_estimators import TailPrior, checked_vocabulary, prepare_targets
 from llavamod_offline.losses.targets import SparseTargets
 
 
@@ -28,9 +27,9 @@ from llavamod_offline.losses.targets import SparseTargets
 class Divergence:
     """A divergence summed over `count` positions, times T², with metrics: detached sums over the same positions.
 
-    `kl`: the best available estimate of the full forward KL, for every divergence. With tail samples and T = 1 it is
+    `kl`: the best available estimate of the full forward KL, for every divergence. With tail samples of this T it is
     unbiased and uses the stored entropy (it can fall below 0), otherwise the lower bound of the bucket at T.
-    `teacher_tail`, `student_tail`: the mass outside the teacher's top-k. `entropy`: the teacher's, at T = 1.
+    `teacher_tail`, `student_tail`: the mass outside the teacher's top-k. `entropy`: the teacher's, at the T of its samples.
     `top1_agreement`: the number of positions where teacher and student have the same most likely token.
     """
 
@@ -44,18 +43,17 @@ def forward_kl(
     targets: SparseTargets,
     *,
     tail: TailEstimator = "bucket",
-    shrinkage: Shrinkage | None = None,
+    prior: TailPrior | None = None,
     temperature: float = 1.0,
 ) -> Divergence:
     """Forward KL(teacher ‖ student) over cached targets, summed over positions, times T².
 
     Shapes: `logits_NV` [N, V] of any float dtype (computed in float32); logits of ids ≥ `targets.vocab_size` count as
-    −∞. `tail`: see `tail_estimators.py`. `shrink` needs `shrinkage`, which learns if gradients are enabled, here
-    without features of the hidden states.
+    −∞. `tail`, and `prior` for `samples`: see `tail_estimators.py`.
     Errors: `TargetError` if an id lies beyond V, `temperature` has no stored normaliser, `samples` finds no tail
-    samples for that temperature, or `shrinkage` is missing or made for another vocabulary.
+    samples for that temperature, or `prior` was made for another vocabulary.
     """
-    return _divergence(logits_NV, targets, DivergenceSpec("forward_kl"), temperature, tail, shrinkage)
+    return _divergence(logits_NV, targets, DivergenceSpec("forward_kl"), temperature, tail, prior)
 
 
 def reverse_kl(logits_NV: Tensor, targets: SparseTargets, *, temperature: float = 1.0) -> Divergence:
@@ -111,17 +109,15 @@ def _divergence(
     spec: DivergenceSpec,
     temperature: float,
     tail: TailEstimator = "bucket",
-    shrinkage: Shrinkage | None = None,
+    prior: TailPrior | None = None,
 ) -> Divergence:
     vocab = checked_vocabulary(targets, logits_NV.shape[1])
     teacher = prepare_targets(targets, vocab, spec=spec, tail=tail, temperature=temperature)
-    state = shrinkage_for(teacher, shrinkage, vocab, logits_NV.device)
-    learns = state is not None and torch.is_grad_enabled()
+    prior = None if prior is None else prior.on(logits_NV.device, vocab)
     metrics = zero_metrics(logits_NV.device)
 
     def in_place(gradient_NV: Tensor) -> Tensor:
-        features_N1 = torch.ones_like(gradient_NV[:, :1]) if learns else None
-        return divergence_in_place(gradient_NV, teacher, metrics, shrinkage=state, features_NJ=features_N1)[0]
+        return divergence_in_place(gradient_NV, teacher, metrics, prior=prior)[0]
 
     loss_sum = _Dense.apply(logits_NV, vocab, in_place)  # type: ignore[no-untyped-call]
     return Divergence(loss_sum, len(targets), metrics)

@@ -22,13 +22,11 @@ from llavamod_offline.losses.bucketed_divergence import DivergenceSpec
 from llavamod_offline.losses.chunk_gradients import (
     cross_entropy_in_place,
     divergence_in_place,
-    shrinkage_for,
     zero_metrics,
 )
 from llavamod_offline.losses.fused_linear import ChunkLoss, FusedLinearDivergence, TokenLogProbs
 from llavamod_offline.losses.kinds import DivergenceKind, TailEstimator
-from llavamod_offline.losses.shrinkage import Shrinkage
-from llavamod_offline.losses.tail_estimators import checked_vocabulary, prepare_targets
+from llavamod_offline.losses.tail_estimators import TailPrior, checked_vocabulary, prepare_targets
 from llavamod_offline.losses.targets import SparseTargets
 
 CHUNK_SIZE = 256
@@ -75,7 +73,7 @@ def distillation_from_hidden(
     js_weight: float = 0.5,
     skew: float = 0.1,
     tail: TailEstimator = "bucket",
-    shrinkage: Shrinkage | None = None,
+    prior: TailPrior | None = None,
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     lm_weight: float = 0.0,
@@ -86,11 +84,10 @@ def distillation_from_hidden(
 
     Shapes: `hidden_ND` [N, D] are the hidden states that predict the N positions of `targets`, on the same device;
     `lm_head_VD` [V, D] is the LM head's weight; `weights_N` [N] ≥ 0 weighs positions. `divergence` with its `js_weight`
-    or `skew`: see `bucketed_divergence.py`; `tail`: see `tail_estimators.py`. `shrink` needs `shrinkage`, which learns
-    from the positions if gradients are enabled. Rows of the LM head from `targets.vocab_size` on get no probability and
+    or `skew`: see `bucketed_divergence.py`; `tail`, and `prior` for `samples`: see `tail_estimators.py`. Rows of the LM head from `targets.vocab_size` on get no probability and
     no gradient. Positions with neither top-k nor tail add nothing, nor do targets of −1 to the cross-entropy; N = 0
     gives 0 with zero gradients.
-    Errors: `TargetError` if the number of positions differs, or as `prepare_targets` and `shrinkage_for`.
+    Errors: `TargetError` if the number of positions differs, or as `prepare_targets`.
     """
     if len(hidden_ND) != len(targets):
         raise TargetError(f"{len(hidden_ND)} hidden states for {len(targets)} cached positions: pass one for each")
@@ -100,8 +97,7 @@ def distillation_from_hidden(
     parts = {"divergence": zero, "cross_entropy": zero}
     spec = DivergenceSpec(divergence, js_weight, skew)
     teacher = prepare_targets(targets, vocab, spec=spec, tail=tail, temperature=temperature) if kd_weight else None
-    state = shrinkage_for(teacher, shrinkage, vocab, hidden_ND.device) if teacher is not None else None
-    learns = torch.is_grad_enabled()  # always False inside an autograd function
+    prior = None if prior is None else prior.on(hidden_ND.device, vocab)
     target_ids_N = targets.target_ids_N.long()
 
     def chunk_loss(logits_CV: Tensor, rows: slice) -> Tensor:
@@ -119,8 +115,7 @@ def distillation_from_hidden(
                 lm_weight=lm_weight,
                 target_ids_N=target_ids_C,
                 weights_N=weights_C,
-                shrinkage=state,
-                features_NJ=state.features(hidden_ND[rows]) if state is not None and learns else None,
+                prior=prior,
             )
         parts["divergence"] = parts["divergence"] + divergence_sum
         parts["cross_entropy"] = parts["cross_entropy"] + cross_entropy_sum

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 DivergenceKind = Literal["forward_kl", "reverse_kl", "js", "skewed_forward_kl", "skewed_reverse_kl", "total_variation"]
-TailEstimator = Literal["shrink", "bucket", "samples", "renormalised"]
+TailEstimator = Literal["samples", "bucket", "renormalised"]
 PreferenceKind = Literal["kto_pair", "sigmoid", "ipo", "hinge"]
 HiddenDistance = Literal["mse", "cosine"]
 RelationSource = Literal["hidden", "logits"]

@@ -6,12 +6,11 @@ tail.
 The estimators differ in the target p̂; the gradient of the forward KL with respect to the logits is q − p̂. With the
 teacher p, the tail's mass r and the student q:
 
+- `samples`: p̂ puts r on the tail samples, by their weights: unbiased in value and gradient at the temperature they
+  were taken at. Positions with a tail but without samples use the bucket. Source: random-sampling distillation, arXiv
+  2503.16870. With a `TailPrior`, for records read many times, a share of r follows the teacher's mean tail instead.
 - `bucket`: the tail is one event, and p̂ spreads r by the student's own tail shape. A lower bound of the full
   divergence.
-- `samples`: p̂ puts r on the tail samples, by their weights: unbiased in value and gradient. Positions with a tail but
-  without samples use the bucket. Source: random-sampling distillation, arXiv 2503.16870.
-- `shrink`: p̂ spreads r over a mixture of the student's own tail shape, the teacher's mean tail and the tail samples,
-  with weights learnt in training (see `shrinkage.py`). The loss's value is the bucket's. At T ≠ 1 it is the bucket.
 - `renormalised`: drops the tail and scales the top-k up to 1. Biased; the baseline of other systems.
 
 A temperature T raises the teacher's probabilities to 1/T; with the stored normaliser this is exact for the top-k and
@@ -28,11 +27,31 @@ from torch import Tensor
 
 from llavamod_offline.errors import TargetError
 from llavamod_offline.losses.bucketed_divergence import DivergenceSpec
-from llavamod_offline.losses.kinds import TAIL_ESTIMATORS, TailEstimator
+from llavamod_offline.losses.kinds import TAIL_ESTIMATORS, DivergenceKind, TailEstimator
 from llavamod_offline.losses.targets import EMPTY_ID, SparseTargets
 from llavamod_offline.plural import counted
 
 NEVER = float("-inf")
+PRIOR_POSITIONS = 1.0
+LEAST_SHARE = 0.01  # of a prior that is worth its pass over the vocabulary
+
+
+@dataclass(frozen=True)
+class TailPrior:
+    """The teacher's mean tail, `profile_V` [V] ≥ 0, in place of a `share` of the samples.
+
+    Students that read few records again and again learn their samples by heart: this noise is the same in every pass
+    and does not average out. The mean tail has less of it, at the price of a bias.
+    """
+
+    share: float
+    profile_V: Tensor
+
+    def on(self, device: torch.device, vocab: int) -> TailPrior:
+        """The prior on a device. Errors: `TargetError` if it was made for another number of ids."""
+        if len(self.profile_V) != vocab:
+            raise TargetError(f"tail prior: made for {len(self.profile_V)} ids, the divergence has {vocab}")
+        return self if self.profile_V.device == device else replace(self, profile_V=self.profile_V.to(device))
 
 
 @dataclass(frozen=True)
@@ -62,6 +81,34 @@ class PreparedTargets:
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
         sliced: dict[str, Any] = {name: value[rows] for name, value in values if isinstance(value, Tensor)}
         return replace(self, **sliced)
+
+
+def choose_tail(
+    divergence: DivergenceKind, temperature: float, *, sampled_at: float, has_samples: bool
+) -> TailEstimator:
+    """The default estimator: `samples` for the forward KL, `bucket` for divergences that have no other, or no samples.
+
+    `sampled_at`: the temperature that the cache was captured for. Errors: `TargetError` if that is another one.
+    """
+    if divergence != "forward_kl" or not has_samples:
+        return "bucket"
+    if temperature != sampled_at:
+        raise TargetError(
+            f"temperature {temperature:g}: the cache was captured for {sampled_at:g}, so its tail samples cannot be "
+            f"used: capture again with capture.temperature={temperature:g}, or set tail to 'bucket'"
+        )
+    return "samples"
+
+
+def tail_prior(profile_V: Tensor | None, *, positions: int, epochs: float) -> TailPrior | None:
+    """The prior for `positions` records that are read `epochs` times each; None where the samples stay as they are.
+
+    Its share grows with the number of times that a record returns, and falls with the number of records, whose noise
+    averages out in what they teach together. Measured by `tests/benchmarks/readings.py`.
+    """
+    returns = PRIOR_POSITIONS * max(epochs - 1.0, 0.0)
+    share = returns / (positions + returns) if returns else 0.0
+    return None if profile_V is None or share < LEAST_SHARE else TailPrior(share, profile_V)
 
 
 def checked_vocabulary(targets: SparseTargets, lm_head_rows: int) -> int:
@@ -128,7 +175,7 @@ def prepare_targets(
         has_target_N=has_target_N,
         has_samples_N=(tail_weights_NM.sum(-1) > 0) & torch.isfinite(full_NE[:, -1]),
         temperature=temperature,
-        tail="bucket" if tail == "shrink" and temperature != 1.0 else tail,
+        tail=tail,
         spec=spec,
     )
 
@@ -171,20 +218,20 @@ def _check_support(log_probs_NE: Tensor, valid_NK: Tensor, tail_unreachable_N: T
 def _usable_tail_samples(
     targets: SparseTargets, tail_N: Tensor, tail: TailEstimator, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """The tail samples as ids ≥ 0 and float32 weights; none at T ≠ 1, because they are sampled at T = 1."""
+    """The tail samples as ids ≥ 0 and float32 weights; none if they were taken at another temperature."""
     ids_NM = targets.tail_ids_NM
     if tail == "samples" and bool(torch.isfinite(tail_N).any()):
-        if temperature != 1.0:
+        if temperature != targets.sampled_at:
             raise TargetError(
-                f"tail 'samples' at temperature {temperature:g}: tail samples are sampled at temperature 1: "
-                "set tail to 'bucket', or temperature to 1"
+                f"tail 'samples' at temperature {temperature:g}: the cache was captured for {targets.sampled_at:g}: "
+                f"capture it again with capture.temperature={temperature:g}, or set tail to 'bucket'"
             )
         if ids_NM.shape[1] == 0:
             raise TargetError(
                 "tail 'samples': the cache holds no tail samples: set tail to 'bucket', or capture it again with "
                 "capture.tail_samples_max above 0"
             )
-    if temperature != 1.0:
+    if temperature != targets.sampled_at:
         ids_NM = ids_NM[:, :0]
     weights_NM = targets.tail_weights_NM[:, : ids_NM.shape[1]].float()
     return ids_NM.long().clamp(min=0), weights_NM

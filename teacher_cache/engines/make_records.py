@@ -89,6 +89,9 @@ def _chunk_records(
     log_z_at = {t: (shifted_RV / t).exp_().sum(-1).log() for t in settings.temperatures} | {1.0: log_z_R}
     normalisers = [log_z_at[t] - log_z_R / t for t in settings.temperatures]
     learnt_at = settings.temperature
+    if learnt_at != 1.0:
+        probs_RV = (shifted_RV / learnt_at - log_z_at[learnt_at][:, None]).exp_()
+        entropy_R = log_z_at[learnt_at] - torch.linalg.vecdot(probs_RV, shifted_RV) / learnt_at
     topk_ids_RK, topk_shifted_RK, kept_RK = _top_k(shifted_RV, log_z_at[learnt_at], settings)
     targets = shifted_RV.gather(1, targets_R.clamp(min=0)[:, None])[:, 0] - log_z_R
     targets = torch.where(targets_R == NO_TARGET, 0.0, targets)

@@ -139,6 +139,11 @@ class TeacherCache:
         return float(self.fingerprint["capture"].get("temperature", 1.0))
 
     @property
+    def has_tail_samples(self) -> bool:
+        """Whether any tail was sampled."""
+        return int(self.totals["draws"]) > 0
+
+    @property
     def tail_profile(self) -> Tensor | None:
         """The teacher's mean tail over the whole cache, [V] float32, sum 1; None without tails or tail samples.
 

@@ -17,7 +17,9 @@ from teacher_cache.format.record import Records
 from teacher_cache.format.top_k_codes import starts
 
 
-def sparse_targets(records: Records, temperatures: tuple[float, ...], vocab_size: int, sampled_at: float = 1.0) -> SparseTargets:
+def sparse_targets(
+    records: Records, temperatures: tuple[float, ...], vocab_size: int, sampled_at: float = 1.0
+) -> SparseTargets:
     """Pad records to the most top-k ids and tail samples, as CPU tensors, ids of 32 bits; samples weigh equally."""
     topk_width, topk_places = _places(records.topk_counts_N)
     tail_width, tail_places = _places(records.tail_counts_N)

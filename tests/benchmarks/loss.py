@@ -4,7 +4,7 @@
 
 Shape suffixes: N positions, D hidden size, V vocabulary, K slots of the head, M tail draws.
 
-Cases, each a forward and a backward pass: `ours` (forward KL, tail by shrinkage with its learning), other readings and
+Cases, each a forward and a backward pass: `ours` (forward KL, tail by its samples), other readings and
 divergences, `ce` (cross-entropy by the same chunked method), `dense` (distillation from full teacher logits as trainers
 write it: both models have returned theirs, and the loss is `kl_div` of two softmaxes), `dense_lean` (the same, keeping
 nothing that the gradient can do without), `torch` (PyTorch's linear_cross_entropy in chunks of our size) and, on a GPU,
@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from llavamod_offline.losses.fused import CHUNK_SIZE, cross_entropy_from_hidden, distillation_from_hidden
-from llavamod_offline.losses.shrinkage import Shrinkage
 from llavamod_offline.losses.targets import SparseTargets
 from tests.benchmarks.form import Row, finish, least_seconds, parse_arguments, reset_peak, resident_bytes
 from tests.benchmarks.worlds.targets import random_targets
@@ -59,28 +58,21 @@ class Size:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Hidden states and a head that want gradients, records of 32 ids with a few tail draws, and the tail's state."""
+    """Hidden states and a head that want gradients, records of 32 ids with a few tail samples."""
 
     hidden_ND: Tensor
     weight_VD: Tensor
     targets: SparseTargets
-    shrinkage: Shrinkage
 
 
 def make_inputs(size: Size) -> Inputs:
-    """Random inputs; the tail's weights are in force, as after a first step of training."""
+    """Random inputs."""
     n, d, v = size.n, size.d, size.v
     generator = torch.Generator().manual_seed(0)
     hidden_ND = torch.randn(n, d, generator=generator).to(size.device, size.dtype)
     weight_VD = (torch.randn(v, d, generator=generator) / d**0.5).to(size.device, size.dtype)
     targets = random_targets(generator, n=n, vocab_size=v, head=HEAD, draws=DRAWS).to(size.device)
-    profile_V = torch.rand(v, generator=generator)
-    shrinkage = Shrinkage(v, profile_V=profile_V / profile_V.sum())
-    few = slice(min(n, 64))
-    distillation_from_hidden(hidden_ND[few], weight_VD, targets[few], tail="shrink", shrinkage=shrinkage)
-    shrinkage.finish_step()
-    assert shrinkage.weights is not None
-    return Inputs(hidden_ND.requires_grad_(), weight_VD.requires_grad_(), targets, shrinkage)
+    return Inputs(hidden_ND.requires_grad_(), weight_VD.requires_grad_(), targets)
 
 
 def why_not(name: str, size: Size) -> str | None:
@@ -98,12 +90,10 @@ def make_case(name: str, inputs: Inputs) -> Callable[[], None]:
     """One forward and backward pass of a case."""
     hidden_ND, weight_VD, targets = inputs.hidden_ND, inputs.weight_VD, inputs.targets
     teacher_hidden_ND, teacher_weight_VD = hidden_ND.detach().clone(), weight_VD.detach()
-    ids_N, shrinkage = targets.target_ids_N, inputs.shrinkage
+    ids_N = targets.target_ids_N
 
     def ours() -> Tensor:
-        loss = distillation_from_hidden(hidden_ND, weight_VD, targets, tail="shrink", shrinkage=shrinkage).loss_sum
-        shrinkage.finish_step()
-        return loss
+        return distillation_from_hidden(hidden_ND, weight_VD, targets, tail="samples").loss_sum
 
     def dense() -> Tensor:
         teacher_logits_NV = (teacher_hidden_ND @ teacher_weight_VD.T).float()

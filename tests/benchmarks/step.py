@@ -3,7 +3,7 @@
     python -m tests.benchmarks.step [--quick] --json FILE
 
 A step is forward, backward and AdamW on one micro-batch of a LLaVA student, tower frozen, by the stages' own losses:
-`sft` (cross-entropy), `offline` (forward KL from records, tail by shrinkage), `online` (as LLaVA-MoD does it: the
+`sft` (cross-entropy), `offline` (forward KL from records, tail by its samples), `online` (as LLaVA-MoD does it: the
 teacher is run on the batch, and the loss takes float32 logits of both models at every position), `online_lean` (the
 teacher is run, but only supervised rows get logits), `sparse` (the student upcycled in every layer to 4 experts of
 which a token takes 2, `offline`'s loss) and `wide` (a dense student whose feed-forward layers are twice as wide: the
@@ -33,7 +33,6 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 
 from llavamod_offline.data.encode.collate import Batch
 from llavamod_offline.losses.fused import distillation_from_hidden
-from llavamod_offline.losses.shrinkage import Shrinkage
 from llavamod_offline.models.upcycle import activated_parameters, total_parameters, upcycle
 from tests.benchmarks.form import Row, finish, least_seconds, parse_arguments, reset_peak, resident_bytes
 from tests.benchmarks.worlds.targets import random_targets
@@ -177,17 +176,10 @@ def _loss(name: str, size: Size, student: Any, teacher: Any) -> Callable[[TrainB
         return lambda batch: supervised(student, batch).loss / batch.positions
     if teacher is not None:
         return partial(_online, student, teacher, supervised_rows=name == "online_lean")
-    shrinkage = Shrinkage(size.vocab)
-    shrinkage.to(size.device)
-    distillation = partial(distillation_from_hidden, tail="shrink", shrinkage=shrinkage, kd_weight=1.0)
+    distillation = partial(distillation_from_hidden, tail="samples", kd_weight=1.0)
     imitation = mimic.make_loss(distillation=distillation, lm_weight=0.0, **common)
 
-    def offline(batch: TrainBatch) -> Tensor:
-        loss = imitation(student, batch, None).loss / batch.positions
-        shrinkage.finish_step()
-        return loss
-
-    return offline
+    return lambda batch: imitation(student, batch, None).loss / batch.positions
 
 
 def _online(student: Any, teacher: Any, batch: TrainBatch, *, supervised_rows: bool) -> Tensor:

@@ -78,10 +78,10 @@ class LossConfig:
     skew: float = 0.1
     """Share of one distribution that is mixed into the other in the skewed divergences, between 0 and 1."""
     tail: Literal["auto", TailEstimator] = "auto"
-    """Estimator of the teacher's tail; auto: shrink with forward_kl, otherwise bucket. At a temperature other than 1
-    shrink equals bucket."""
+    """Estimator of the teacher's tail; auto: samples with forward_kl, otherwise bucket."""
     temperature: float = 1.0
-    """Distillation: temperature of both distributions; other than 1, it must be among the cache's temperatures."""
+    """Distillation: temperature of both distributions; that of the cache's capture.temperature, or with tail=bucket one
+    of its temperatures."""
     kd_weight: float = 1.0
     """Weight of the divergence."""
     lm_weight: float = 1.0
@@ -105,13 +105,6 @@ class LossConfig:
     """Preference: weight of the chosen response's mean divergence from the cached teacher."""
     router_aux_coef: float = 0.0
     """Sparse students: weight of the loss that balances the experts; 0: none."""
-
-    @property
-    def tail_estimator(self) -> TailEstimator:
-        """The tail estimator, with `auto` resolved."""
-        if self.tail != "auto":
-            return self.tail
-        return "shrink" if self.divergence == "forward_kl" else "bucket"
 
     def distils(self, stage: str) -> bool:
         """Whether a stage with this loss learns from the teacher's distributions."""
@@ -145,7 +138,7 @@ def _divergence_problems(loss: LossConfig, stage: str) -> Iterable[str]:
     if loss.divergence != "forward_kl" and not loss.distils(stage):
         way_out = "set loss.distill_weight above 0" if stage == "preference" else "use a mimic stage"
         yield f"loss.divergence: nothing is distilled in stage {stage}: set it to forward_kl, or {way_out}"
-    if loss.divergence != "forward_kl" and loss.tail_estimator != "bucket":
+    if loss.divergence != "forward_kl" and loss.tail not in ("auto", "bucket"):
         yield (
             f"loss.tail: {loss.divergence} is defined on top-k and bucket: set it to bucket, or loss.divergence to "
             "forward_kl"

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from llavamod_offline.data.encode.tokenize import Positions
 from llavamod_offline.losses.fused import distillation_from_hidden
-from llavamod_offline.losses.shrinkage import Shrinkage
+from llavamod_offline.losses.kinds import TailEstimator
+from llavamod_offline.losses.tail_estimators import TailPrior
 from train.config import LossConfig
 from train.data.batches import TrainBatch
 from train.engine.deepspeed_engine import World
@@ -36,7 +37,6 @@ class Objective:
     `loss(student, batch, shared, features)` returns a micro-batch's sums, `count` its units. `shared` is common to all
     losses of a step and computed before them: from `totals`, summed over all micro-batches without running the student,
     or by running `look_ahead` over them and combining the results by `share`; each loss then also gets its features.
-    `shrinkage`: the loss's estimate of the records' tails, updated by its `finish_step` after every step.
     `projection`: a module trained with the student.
     """
 
@@ -45,7 +45,6 @@ class Objective:
     totals: Callable[[TrainBatch], Tensor] | None = None
     look_ahead: Callable[[Student, TrainBatch], TowerAhead] | None = None
     share: Callable[[Sequence[Tensor], World], Tensor] | None = None
-    shrinkage: Shrinkage | None = None
     projection: nn.Module | None = None
 
 
@@ -88,7 +87,8 @@ def make_objective(
     *,
     vocab_size: int,
     train_vision: bool,
-    shrinkage: Shrinkage | None = None,
+    tail: TailEstimator = "bucket",
+    prior: TailPrior | None = None,
     positions: Positions = "response",
     alignment: Alignment | None = None,
 ) -> Objective:
@@ -105,8 +105,8 @@ def make_objective(
         divergence=loss.divergence,
         js_weight=loss.js_weight,
         skew=loss.skew,
-        tail=loss.tail_estimator,
-        shrinkage=shrinkage,
+        tail=tail,
+        prior=prior,
         temperature=loss.temperature,
     )
     if stage in ("mimic_dense", "mimic_sparse"):
@@ -124,7 +124,6 @@ def make_objective(
             lambda student, batch, shared, _: imitation(student, batch, shared),
             partial(mimic.count_units, answers_only=answers_only),
             totals=totals,
-            shrinkage=shrinkage,
             projection=None if alignment is None else alignment.projection,
         )
     settings: dict[str, Any] = {"average_log_probs": loss.average_log_probs, "vocab_size": vocab_size}
@@ -149,5 +148,4 @@ def make_objective(
         lambda batch: batch.samples,
         look_ahead=look_ahead if shared else None,
         share=preference.mean_log_ratios if shared else None,
-        shrinkage=shrinkage,
     )

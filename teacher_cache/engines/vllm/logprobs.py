@@ -145,6 +145,7 @@ def describe(given: SetupValues) -> dict[str, Any]:
 def describe_limits(keep: Preset, hidden: HiddenKind | None) -> list[str]:
     """What records of `vllm_logprobs` lack. Errors: `ConfigError` for settings that ask for more."""
     asked = {
+        "capture.temperature=1": keep.temperature != 1.0,
         "capture.temperatures=[]": bool(keep.temperatures),
         "capture.tail_samples_max=0": keep.tail_samples_max > 0,
         "capture.forced_tokens=[]": keep.forced_tokens is None or bool(keep.forced_tokens),

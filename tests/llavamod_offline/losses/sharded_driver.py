@@ -48,12 +48,11 @@ def train(student: Path, data: Path, cache_path: Path, wrap: Wrapper, tail: Tail
         targets = cache.targets([(key, "response") for key in mine])
         output = wrapped(**inputs, targets=targets, num_items_in_batch=items)
         update(output.loss * size)  # wrappers average gradients over processes
-        distillation.step()
         total = output.loss.detach().clone()
         if size > 1:
             dist.all_reduce(total)
         losses.append(float(total))
-    return {"losses": losses, "statistics": distillation.get_extra_state().tolist()}
+    return {"losses": losses}
 
 
 def ddp(model: Any, rate: float) -> tuple[Any, Callable[[Any], None]]:

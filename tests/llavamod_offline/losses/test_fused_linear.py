@@ -18,7 +18,7 @@ from llavamod_offline.losses.fused import (
     sequence_log_probs_from_hidden,
 )
 from llavamod_offline.losses.kinds import DIVERGENCE_KINDS, TailEstimator
-from llavamod_offline.losses.shrinkage import Shrinkage
+from llavamod_offline.losses.tail_estimators import TailPrior
 from tests.llavamod_offline.losses.reference import random_teacher, truncate
 
 N, DIM, VOCAB = 37, 12, 53  # multiples of nothing
@@ -156,8 +156,10 @@ def test_rows_beyond_the_vocabulary_get_neither_probability_nor_gradient(name: s
     assert not weight_gradient[VOCAB:].any()
 
 
-@pytest.mark.parametrize("tail", ["shrink", "bucket", "samples", "renormalised"])
-def test_narrow_ids_and_an_id_drawn_twice_will_do(tail: TailEstimator) -> None:
+@pytest.mark.parametrize(
+    ("tail", "share"), [("samples", 0.0), ("samples", 0.4), ("bucket", 0.0), ("renormalised", 0.0)]
+)
+def test_narrow_ids_and_an_id_drawn_twice_will_do(tail: TailEstimator, share: float) -> None:
     """Ids of 32 bits give the same bits; a draw in two slots that share its weight gives the same divergence."""
     hidden_ND, weight_VD = _leaves(VOCAB)
     names = ("topk_ids_NK", "tail_ids_NM", "target_ids_N")
@@ -169,12 +171,9 @@ def test_narrow_ids_and_an_id_drawn_twice_will_do(tail: TailEstimator) -> None:
     )
     results, logs = [], []
     for targets in (TARGETS, narrow, twice):
-        state = Shrinkage(VOCAB)
-        distillation_from_hidden(hidden_ND, weight_VD, TARGETS, tail="shrink", shrinkage=state)
-        state.finish_step()
-        assert state.weights is not None
+        prior = TailPrior(share, torch.full((VOCAB,), 1 / VOCAB)) if share else None
         leaves = hidden_ND.detach().requires_grad_(), weight_VD.detach().requires_grad_()
-        terms = distillation_from_hidden(*leaves, targets, tail=tail, shrinkage=state, lm_weight=1.0)
+        terms = distillation_from_hidden(*leaves, targets, tail=tail, prior=prior, lm_weight=1.0)
         results.append((terms.loss_sum.detach(), *torch.autograd.grad(terms.loss_sum, leaves)))
         logs.append({name: value.item() for name, value in terms.metrics.items()})
     assert logs[1] == logs[0]

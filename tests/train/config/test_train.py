@@ -72,20 +72,6 @@ def test_the_choices_are_those_of_the_losses() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "estimator"),
-    [
-        ((), "shrink"),
-        (("loss.divergence=js",), "bucket"),
-        (("loss.tail=bucket",), "bucket"),
-        (("loss.tail=samples",), "samples"),
-        (("loss.tail=bucket", "loss.divergence=reverse_kl"), "bucket"),
-    ],
-)
-def test_the_tail_is_read_as_the_divergence_allows(settings: tuple[str, ...], estimator: str) -> None:
-    assert resolve_config([*arguments("mimic_dense"), *settings]).loss.tail_estimator == estimator
-
-
-@pytest.mark.parametrize(
     ("stage", "settings", "problem"),
     [
         ("mimic_dense", ["cache.path=null"], "cache.path: stage mimic_dense learns from a teacher's cache"),
