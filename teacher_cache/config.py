@@ -67,7 +67,7 @@ class CaptureConfig:
     precision: PrecisionName | None = None
     """Precision of the stored numbers; exact: float32."""
     temperature: float | None = None
-    """Temperature at which students will learn (loss.temperature): top-k and tail samples are chosen for it; null: 1."""
+    """Temperature at which students will learn (loss.temperature), which decides the ids and tail samples; null: 1."""
     temperatures: list[float] | None = None
     """Further temperatures of a loss, such as [1.5, 2], at which tails are one bucket; null: 1.5, 2 and 4; none with
     reference."""

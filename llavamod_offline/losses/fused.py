@@ -84,9 +84,9 @@ def distillation_from_hidden(
 
     Shapes: `hidden_ND` [N, D] are the hidden states that predict the N positions of `targets`, on the same device;
     `lm_head_VD` [V, D] is the LM head's weight; `weights_N` [N] ≥ 0 weighs positions. `divergence` with its `js_weight`
-    or `skew`: see `bucketed_divergence.py`; `tail`, and `prior` for `samples`: see `tail_estimators.py`. Rows of the LM head from `targets.vocab_size` on get no probability and
-    no gradient. Positions with neither top-k nor tail add nothing, nor do targets of −1 to the cross-entropy; N = 0
-    gives 0 with zero gradients.
+    or `skew`: see `bucketed_divergence.py`; `tail`, and `prior` for `samples`: see `tail_estimators.py`. Rows of
+    the LM head from `targets.vocab_size` on get no probability and no gradient. Positions with neither top-k nor tail
+    add nothing, nor do targets of −1 to the cross-entropy; N = 0 gives 0 with zero gradients.
     Errors: `TargetError` if the number of positions differs, or as `prepare_targets`.
     """
     if len(hidden_ND) != len(targets):

@@ -32,8 +32,7 @@ from llavamod_offline.losses.targets import EMPTY_ID, SparseTargets
 from llavamod_offline.plural import counted
 
 NEVER = float("-inf")
-PRIOR_POSITIONS = 1.0
-LEAST_SHARE = 0.01  # of a prior that is worth its pass over the vocabulary
+LEAST_SHARE, MOST_SHARE = 0.01, 0.75  # of a prior; one below the least is not worth its pass over the vocabulary
 
 
 @dataclass(frozen=True)
@@ -104,10 +103,11 @@ def tail_prior(profile_V: Tensor | None, *, positions: int, epochs: float) -> Ta
     """The prior for `positions` records that are read `epochs` times each; None where the samples stay as they are.
 
     Its share grows with the number of times that a record returns, and falls with the number of records, whose noise
-    averages out in what they teach together. Measured by `tests/benchmarks/readings.py`.
+    averages out in what they teach together: ¾ · x²/(1 + x²) with x = 2 · (epochs − 1)/positions. Only students of some
+    hundred records, read hundreds of times, are better for it; `tests/benchmarks/readings.py` measures them.
     """
-    returns = PRIOR_POSITIONS * max(epochs - 1.0, 0.0)
-    share = returns / (positions + returns) if returns else 0.0
+    returns = 2.0 * max(epochs - 1.0, 0.0) / max(positions, 1)
+    share = MOST_SHARE * returns**2 / (1 + returns**2)
     return None if profile_V is None or share < LEAST_SHARE else TailPrior(share, profile_V)
 
 

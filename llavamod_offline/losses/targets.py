@@ -27,8 +27,8 @@ class SparseTargets:
     `tail_log_mass_N`: log of the probability outside the top-k, −inf without a tail.
     `tail_ids_NM`, `tail_weights_NM`: ids sampled from the tail, and the share of its mass that each represents (a row
     sums to 1, or to 0 without samples); empty slots hold −1 and 0.
-    `target_ids_N`, `target_log_probs_N`: the actual token, its log-prob. `entropy_N`: of the full distribution at `sampled_at`, nats.
-    `sampled_at`: the temperature at which the tail samples were taken.
+    `target_ids_N`, `target_log_probs_N`: the actual token, its log-prob. `entropy_N`: of the full
+    distribution, nats; this and the tail samples are those of the temperature `sampled_at`.
     `log_normalisers_NS`: log Σ_v p(v)^(1/T) for each T of `temperatures`. Ids are int32 or int64, < `vocab_size`.
     """
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from llavamod_offline.losses.tail_estimators import TailPrior
 from llavamod_offline.losses.targets import EMPTY_ID, SparseTargets
 
 
@@ -25,6 +26,7 @@ def truncate(
     temperatures: tuple[float, ...] = (),
     seed: int = 0,
     vocab_size: int | None = None,
+    sampled_at: float = 1.0,
 ) -> SparseTargets:
     """Records of full distributions with a top-k of 0 to `top_k` ids (ragged) and `samples` weighted tail ids."""
     generator = torch.Generator().manual_seed(seed)
@@ -44,7 +46,7 @@ def truncate(
             continue
         tail[i] = log_probs_NV[i, order[k:]].logsumexp(0).float()
         if samples and i % 5 != 4:  # every fifth position has a tail, but nothing drawn from it
-            shape = log_probs_NV[i, order[k:]].softmax(0)
+            shape = (log_probs_NV[i, order[k:]] / sampled_at).softmax(0)
             drawn = order[k:][torch.multinomial(shape, samples, replacement=True, generator=generator)]
             ids, counts = drawn.unique(return_counts=True)
             tail_ids[i, : len(ids)] = ids
@@ -59,10 +61,11 @@ def truncate(
         tail_weights_NM=tail_weights,
         target_ids_N=targets,
         target_log_probs_N=log_probs_NV.gather(1, targets[:, None]).squeeze(1).float(),
-        entropy_N=torch.special.entr(log_probs_NV.exp()).sum(-1).float(),
+        entropy_N=torch.special.entr((log_probs_NV / sampled_at).softmax(-1)).sum(-1).float(),
         log_normalisers_NS=torch.stack(normalisers, -1).float() if normalisers else torch.zeros(n, 0),
         temperatures=temperatures,
         vocab_size=vocab_size or vocab,
+        sampled_at=sampled_at,
     )
 
 
@@ -74,7 +77,12 @@ def full_kl(log_probs_NV: Tensor, logits_NV: Tensor, temperature: float = 1.0) -
 
 
 def reference_kl(
-    log_probs_NV: Tensor, targets: SparseTargets, logits_NV: Tensor, tail: str, temperature: float = 1.0
+    log_probs_NV: Tensor,
+    targets: SparseTargets,
+    logits_NV: Tensor,
+    tail: str,
+    temperature: float = 1.0,
+    prior: TailPrior | None = None,
 ) -> Tensor:
     """What each estimator of the tail means, position by position, from the full teacher and the top-k ids."""
     vocab = log_probs_NV.shape[1]
@@ -93,7 +101,11 @@ def reference_kl(
         elif tail == "samples" and drawn and rest:
             r = p[rest].sum()
             cross = -sum((p[v] * log_q[v] for v in ids), start=p.new_zeros(()))
-            cross = cross - sum((r * w * log_q[v] for v, w in drawn), start=p.new_zeros(()))
+            share = 0.0
+            if prior is not None and float(outside := prior.profile_V[rest].double().sum()) > 1e-6:
+                share = prior.share
+                cross = cross - sum(share * r * prior.profile_V[v] / outside * log_q[v] for v in rest)
+            cross = cross - sum(((1 - share) * r * w * log_q[v] for v, w in drawn), start=p.new_zeros(()))
             total = total + cross - torch.special.entr(p).sum()
         else:
             total = total + sum((p[v] * (torch.log(p[v]) - log_q[v]) for v in ids), start=p.new_zeros(()))

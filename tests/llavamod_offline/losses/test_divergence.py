@@ -11,6 +11,7 @@ from torch import Tensor
 from llavamod_offline.errors import TargetError
 from llavamod_offline.losses.divergence import forward_kl
 from llavamod_offline.losses.kinds import TailEstimator
+from llavamod_offline.losses.tail_estimators import TailPrior, choose_tail, tail_prior
 from llavamod_offline.losses.targets import SparseTargets
 from tests.llavamod_offline.losses.reference import full_kl, random_teacher, reference_kl, truncate
 
@@ -60,6 +61,54 @@ def test_temperature_equals_the_dense_reference(temperature: float, tail: TailEs
     log_probs_NV = random_teacher(6, 17, 3)
     targets = truncate(log_probs_NV, top_k=top_k, samples=2, temperatures=(2.0, 0.5, 4.0))
     _check(log_probs_NV, targets, 19, tail, temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_samples_of_another_temperature_equal_the_dense_reference(temperature: float) -> None:
+    log_probs_NV = random_teacher(10, 17, 3)
+    targets = truncate(log_probs_NV, top_k=3, samples=4, temperatures=(temperature,), sampled_at=temperature)
+    _check(log_probs_NV, targets, 19, "samples", temperature)
+
+
+@given(n=st.integers(0, 7), top_k=st.integers(0, 12), share=st.floats(0.01, 0.99), seed=st.integers(0, 2**20))
+def test_a_prior_pulls_by_the_mean_tail_in_place_of_a_share_of_the_samples(
+    n: int, top_k: int, share: float, seed: int
+) -> None:
+    """The value stays the samples'; the gradient is that of the mixture."""
+    log_probs_NV = random_teacher(n, 13, seed)
+    targets = truncate(log_probs_NV, top_k=top_k, samples=3, seed=seed)
+    profile_V = torch.rand(13, generator=torch.Generator().manual_seed(seed)).square()
+    profile_V[seed % 13] = 0.0
+    prior = TailPrior(share, profile_V / profile_V.sum())
+    logits = _student(n, 13, seed).float().requires_grad_()
+    result = forward_kl(logits, targets, tail="samples", prior=prior)
+    plain = forward_kl(logits, targets, tail="samples")
+    torch.testing.assert_close(result.loss_sum, plain.loss_sum)
+    result.loss_sum.backward()
+    dense = logits.detach().double().requires_grad_()
+    reference_kl(log_probs_NV, targets, dense, "samples", prior=prior).backward()
+    assert logits.grad is not None
+    assert dense.grad is not None
+    torch.testing.assert_close(logits.grad.double(), dense.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_default_estimator() -> None:
+    assert choose_tail("forward_kl", 2.0, sampled_at=2.0, has_samples=True) == "samples"
+    assert choose_tail("js", 1.0, sampled_at=2.0, has_samples=True) == "bucket"
+    assert choose_tail("forward_kl", 1.0, sampled_at=2.0, has_samples=False) == "bucket"
+    with pytest.raises(TargetError, match=r"captured for 2.*capture\.temperature=1, or set tail to 'bucket'"):
+        choose_tail("forward_kl", 1.0, sampled_at=2.0, has_samples=True)
+
+
+def test_only_few_records_that_return_often_have_a_prior() -> None:
+    profile_V = torch.full((5,), 0.2)
+    assert tail_prior(profile_V, positions=128, epochs=1) is None
+    assert tail_prior(profile_V, positions=100_000, epochs=100) is None
+    assert tail_prior(None, positions=128, epochs=400) is None
+    shares = [tail_prior(profile_V, positions=128, epochs=epochs) for epochs in (20, 400, 10**6)]
+    values = [prior.share for prior in shares if prior is not None]
+    assert len(values) == 3
+    assert 0 < values[0] < values[1] < values[2] <= 0.75
 
 
 @pytest.mark.parametrize("tail", ESTIMATORS)
@@ -197,7 +246,7 @@ class TestErrors:
             forward_kl(self.logits, self.targets, temperature=3.0)
 
     def test_samples_at_another_temperature(self) -> None:
-        with pytest.raises(TargetError, match="sampled at temperature 1"):
+        with pytest.raises(TargetError, match=r"captured for 1: capture it again with capture.temperature=2"):
             forward_kl(self.logits, self.targets, tail="samples", temperature=2.0)
         whole = truncate(random_teacher(1, 20, 4), top_k=20, samples=2, temperatures=(2.0,))
         forward_kl(self.logits[:1], whole, tail="samples", temperature=2.0)
@@ -219,7 +268,7 @@ class TestErrors:
         )
 
     def test_unknown_estimator_and_bad_temperature(self) -> None:
-        with pytest.raises(TargetError, match="'buckets' is unknown: choose one of shrink, bucket"):
+        with pytest.raises(TargetError, match="'buckets' is unknown: choose one of samples, bucket"):
             forward_kl(self.logits, self.targets, tail="buckets")  # type: ignore[arg-type]
         with pytest.raises(TargetError, match="temperature 0"):
             forward_kl(self.logits, self.targets, temperature=0.0)
