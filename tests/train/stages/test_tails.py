@@ -6,12 +6,16 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 
 from llavamod_offline.errors import TargetError
 from tests.train.conftest import World, write_cache
 from tests.train.reference import read_metrics
+from train.engine.deepspeed_engine import World as Processes
 from train.run import train
+from train.setup import prepare
 
+ONE = Processes(rank=0, size=1, local_size=1, device=torch.device("cpu"))
 TRUNCATED = ("capture.top_p=0.5", "capture.top_k=4", "capture.tail_samples_max=6")
 
 
@@ -48,14 +52,13 @@ def test_other_divergences_read_the_tail_as_a_bucket(world: World, tmp_path: Pat
     assert auto == losses(world, tmp_path / "bucket", truncated, *given, "loss.tail=bucket")
 
 
-def test_records_that_are_read_many_times_are_smoothed(
+def test_few_records_that_are_read_many_times_are_smoothed(
     world: World, tmp_path: Path, truncated: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO):
-        losses(world, tmp_path / "one", truncated, "steps=1")
-        assert "smoothed" not in caplog.text
-        losses(world, tmp_path / "many", truncated, "steps=40", "save_steps=0")
-    assert "smoothed" in caplog.text
+    for steps, smoothed in ((1, False), (4000, True)):
+        with caplog.at_level(logging.INFO, logger="train.setup"):
+            prepare(world.config("mimic_dense", tmp_path / "run", f"cache.path={truncated}", f"steps={steps}"), ONE)
+        assert ("of its tail is smoothed" in caplog.text) == smoothed
 
 
 def test_a_cache_is_read_at_the_temperature_it_was_captured_for(
