@@ -211,7 +211,7 @@ def prepare(config: TrainConfig, world: World) -> Setup:
             config.loss,
             vocab_size=vocabulary_size(source.tokenizer, head_rows),
             train_vision="vision" in config.trainable,
-            **_tail(config, cache, swap, head_rows, visits=steps * config.batch.global_size / len(joined.rows)),
+            **_tail(config, cache, swap, cached_vocab_size, samples=len(joined.rows)),
             positions=positions,
             alignment=alignment,
         ),
@@ -310,9 +310,9 @@ def _cached_vocabulary(cache: TeacherCache | None, swap: TokenIdSwap | None, own
 
 
 def _tail(
-    config: TrainConfig, cache: TeacherCache | None, swap: TokenIdSwap | None, head_rows: int, *, visits: float
+    config: TrainConfig, cache: TeacherCache | None, swap: TokenIdSwap | None, vocab_size: int | None, *, samples: int
 ) -> dict[str, Any]:
-    """Choose the tail's estimator, and its prior for records that are read `visits` times."""
+    """Choose the tail's estimator, and its prior for records that are read many times."""
     loss = config.loss
     if cache is None or not loss.distils(config.stage):
         return {}
@@ -324,7 +324,8 @@ def _tail(
         tail = choose_tail(
             loss.divergence, loss.temperature, sampled_at=cache.sampled_at, has_samples=cache.has_tail_samples
         )
-    prior = prior_of(cache, epochs=visits, swap=swap, student_rows=head_rows) if tail == "samples" else None
+    visits = config.steps * config.batch.global_size / max(samples, 1) if config.steps else config.epochs
+    prior = prior_of(cache, epochs=visits, swap=swap, vocab_size=vocab_size) if tail == "samples" else None
     if prior is not None:
         _LOG.info("each record is read %.1f times: %.0f %% of its tail is smoothed", visits, 100 * prior.share)
     return {"tail": tail, "prior": prior}

@@ -94,7 +94,7 @@ class CachedDistillation(nn.Module):
         self.lm_weight = lm_weight
         self.prior: TailPrior | None = None
         if tail == "samples":
-            self.prior = prior_of(cache, epochs=epochs, swap=swap, student_rows=student_rows)
+            self.prior = prior_of(cache, epochs=epochs, swap=swap, vocab_size=student_rows)
         self._settings: dict[str, Any] = {
             "divergence": divergence,
             "tail": tail,
@@ -179,15 +179,15 @@ class CachedDistillation(nn.Module):
         student.forward = MethodType(forward, student)
 
 
-def prior_of(cache: CachedTeacher, *, epochs: float, swap: Swap | None, student_rows: int | None) -> TailPrior | None:
+def prior_of(cache: CachedTeacher, *, epochs: float, swap: Swap | None, vocab_size: int | None) -> TailPrior | None:
     """The `tail_prior` of a student that reads a cache `epochs` times, in the student's ids."""
     profile_V = cache.tail_profile if epochs > 1 else None
     if profile_V is None:
         return None
     if swap is not None:
         profile_V = swap.profile(profile_V)
-    if student_rows is not None and student_rows < len(profile_V):
-        profile_V = profile_V[:student_rows] / profile_V[:student_rows].sum()
+    if vocab_size is not None and vocab_size < len(profile_V):
+        profile_V = profile_V[:vocab_size] / profile_V[:vocab_size].sum()
     return tail_prior(profile_V, positions=cache.positions, epochs=epochs)
 
 
