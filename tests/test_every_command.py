@@ -231,6 +231,7 @@ def test_a_stdout_that_fails(name: str, help_only: bool, world: Path, tmp_path: 
 
 SHORT = (
     "llavamod-offline toyworld",
+    "llavamod-offline ask",
     "cache-teacher inspect",
     "train-student report",
     *(f"eval-student {what}" for what in ("score", "export", "report", "portable")),
