@@ -12,8 +12,9 @@ names, a folder or the model itself leaving after layer N.
 Errors are relative: ‖Σ (q − p̂) − Σ (q − p)‖ / ‖Σ (q − p)‖ over about 4,096 positions, T · (q − p̂) at a temperature T:
 the gradient of an output bias, and with hidden states h that of the output layer's weight, Σ (q − p̂) hᵀ (of --model, h
 projected to 16 numbers: 7 GB and 20 minutes of one core at V = 262,144). Our gradients are those of the losses on
-records that were written and read back. `kl`: KL(full ‖ p̂) for the student `mid`, infinite where p̂ forgets ids. The error of a single
-step does not decide which student comes out of a run: a bias adds up over its steps, noise does not.
+records that were written and read back. `kl`: KL(full ‖ p̂) for the student `mid`, infinite where p̂ forgets ids.
+The error of a single step does not decide which student comes out of a run: a bias adds up over its steps, noise does
+not.
 
 `floor`: the bytes that an ideal coder of single symbols would need for the ids and numbers that a cache holds.
 
