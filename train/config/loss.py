@@ -122,7 +122,7 @@ def loss_problems(loss: LossConfig, stage: str) -> Iterable[str]:
     for name in ("desirable_weight", "undesirable_weight"):
         if loss.kind != "kto" and getattr(loss, name) != 1.0:
             yield f"loss.{name}: not used with {loss.kind}: remove it, or set loss.kind to kto"
-    if loss.kind == "kto" and not loss.desirable_weight + loss.undesirable_weight > 0:
+    if loss.kind == "kto" and loss.desirable_weight == loss.undesirable_weight == 0:
         yield "loss.desirable_weight: this and loss.undesirable_weight are both 0: set one of them above 0"
     if stage.startswith("mimic") and not loss.kd_weight:
         yield "loss.kd_weight: 0 turns distillation off: set it above 0, or use stage sft"

@@ -62,7 +62,7 @@ def test_weights_are_the_sets_unless_told(samples: SampleSet) -> None:
 def test_a_source_that_is_not_there(world: World, samples: SampleSet) -> None:
     with pytest.raises(ConfigError, match=r"data\.weights: set .* has no source 'coco': choose from 'tiny'"):
         settled(samples, weights={"coco": 2})
-    with pytest.raises(ConfigError, match=r"data\.weights\.tiny: -1 must not be negative"):
+    with pytest.raises(ConfigError, match=r"data\.weights\.tiny is -1: must not be negative"):
         world.config("sft", Path("unused"), "data.weights={tiny: -1}")
 
 

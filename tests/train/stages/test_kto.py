@@ -139,7 +139,7 @@ def test_what_does_not_fit_is_refused_before_the_first_step(world: World, tmp_pa
     refused(ConfigError, r"loss.desirable_weight: not used with kto_pair", "loss.desirable_weight=2")
     both = ("loss.desirable_weight=0", "loss.undesirable_weight=0")
     refused(ConfigError, r"loss.desirable_weight: this and .* are both 0", "loss.kind=kto", *both)
-    refused(ConfigError, r"loss.undesirable_weight: -1 must not be", "loss.kind=kto", "loss.undesirable_weight=-1")
+    refused(ConfigError, r"loss.undesirable_weight is -1: must not be", "loss.kind=kto", "loss.undesirable_weight=-1")
     refused(DataError, "is a conversation, but the stage needs preferences", "loss.kind=kto", f"data.set={world.chats}")
     refused(ConfigError, r"loss.distill_weight: .* no distributions", "loss.kind=kto", "loss.distill_weight=0.5")
 
