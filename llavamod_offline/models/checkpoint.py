@@ -7,9 +7,10 @@ randomly initialised weights must never be trained or evaluated.
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -216,7 +217,8 @@ def save_student(
     # Tensors get the names of published checkpoints, which transformers 4 and vLLM know, whatever the model came from.
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
     with atomic.new_folder(folder) as aside, _quiet():
-        model.save_pretrained(aside, state_dict=state_dict)
+        with redirect_stdout(sys.stderr):  # it may import DeepSpeed, which logs to stdout from then on
+            model.save_pretrained(aside, state_dict=state_dict)
         tokenizer.save_pretrained(aside)
         if card is not None:
             (aside / "README.md").write_text(card, encoding="utf-8")

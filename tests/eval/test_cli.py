@@ -127,3 +127,11 @@ def test_scoring_imports_no_heavy_library() -> None:
     code = f"import sys, eval.cli, eval.score; print([name for name in {heavy} if name in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert ast.literal_eval(shown) == []
+
+
+def test_portable_prints_nothing_but_the_folder_it_wrote(tmp_path: Path) -> None:
+    """In a process of its own: the libraries that write models log to stdout when they are first imported."""
+    model, output = write_tiny_llava(tmp_path / "model"), tmp_path / "copy"
+    command = [sys.executable, "-m", "eval", "portable", str(model), "--template", "qwen", "-o", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{output}\n"), done.stderr
