@@ -22,7 +22,7 @@ from tests.toy_teacher.pretrain import pixels
 
 def test_the_teacher_takes_at_most_four_megabytes() -> None:
     assert sum(file.stat().st_size for file in TEACHER.iterdir()) <= 4_000_000
-    assert {file.suffix for file in TEACHER.iterdir()} == {".json", ".safetensors"}
+    assert {file.suffix for file in TEACHER.iterdir()} == {".json", ".safetensors", ".jinja"}
 
 
 def test_both_checkpoints_share_a_tokenizer_and_are_in_bfloat16() -> None:
