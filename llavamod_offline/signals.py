@@ -193,7 +193,7 @@ def describe(stop: Stopped) -> str:
     name = signal.Signals(stop.number).name
     if stop.kept:
         return f"stopped by {name}: {stop.kept}; to continue, run again: {_command()}"
-    return f"stopped by {name}: nothing was kept; to start over, run again: {_command()}"
+    return f"stopped by {name}: nothing new was kept; to go on, run again: {_command()}"
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:

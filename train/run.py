@@ -51,6 +51,7 @@ from train.tracking import tracker
 logger = logging.getLogger(__name__)
 
 STUDENT_NAME = "student"
+_FOREIGN = {"set.json": "a packed set", "cache.json": "a cache", "job.json": "a cache", "config.json": "a checkpoint"}
 REJECTED_NAME = "rejected.jsonl"
 
 
@@ -62,6 +63,7 @@ def train(config: TrainConfig) -> TrainSummary:
     """
     config = as_begun(config)
     output, settings = Path(config.output), settings_of(asdict(config))
+    _check_output(output)
     # A finished run is reported without a lock, as its disk may be read-only, unless a killed process has left one.
     finished = _finished(config, settings, output)
     if finished is not None and not (output / LOCK_NAME).exists():
@@ -70,6 +72,13 @@ def train(config: TrainConfig) -> TrainSummary:
     lock = locked(output) if is_main else nullcontext()
     with lock, keeping(lambda: _kept(output)), process_group() as world:
         return _finished(config, settings, output) or _train(config, settings, output, world)
+
+
+def _check_output(output: Path) -> None:
+    """Refuse the folder of a set, a cache or a checkpoint, which other commands replace as a whole."""
+    for name, what in _FOREIGN.items():
+        if (output / name).is_file():
+            raise ConfigError(f"output: {output} is {what} ({name}): choose another folder")
 
 
 def _finished(config: TrainConfig, settings: dict[str, Any], output: Path) -> TrainSummary | None:
@@ -207,7 +216,7 @@ def _save_last(save: Callable[[Progress], None], progress: Progress) -> ConfigEr
     try:
         save(progress)
     except ConfigError as error:
-        logger.warning("%s: exporting without it", error)
+        logger.warning("%s; exporting without a last checkpoint", error)
         return error
     return None
 

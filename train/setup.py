@@ -327,7 +327,12 @@ def _tail(
     visits = config.steps * config.batch.global_size / max(samples, 1) if config.steps else config.epochs
     prior = prior_of(cache, epochs=visits, swap=swap, vocab_size=vocab_size) if tail == "samples" else None
     if prior is not None:
-        _LOG.info("each record is read %.1f times: %.0f %% of its tail is smoothed", visits, 100 * prior.share)
+        _LOG.info(
+            "few records, each read %.0f times: %.0f %% of each tail follows the teacher's mean tail, as students "
+            "learn the samples of so few by heart",
+            visits,
+            100 * prior.share,
+        )
     return {"tail": tail, "prior": prior}
 
 

@@ -93,8 +93,8 @@ def choose_tail(
         return "bucket"
     if temperature != sampled_at:
         raise TargetError(
-            f"temperature {temperature:g}: the cache was captured for {sampled_at:g}, so its tail samples cannot be "
-            f"used: capture again with capture.temperature={temperature:g}, or set tail to 'bucket'"
+            f"loss.temperature is {temperature:g}, but the cache was captured for {sampled_at:g}, so its tail samples "
+            f"cannot be used: capture again with capture.temperature={temperature:g}, or set loss.tail to bucket"
         )
     return "samples"
 

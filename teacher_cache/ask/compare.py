@@ -39,6 +39,15 @@ class AnswerComparison:
     tokens: tuple[ComparedToken, ...]
 
 
+def recorded_role(cache: TeacherCache, key: str) -> str:
+    """The role whose answer is shown for a sample. Errors: `CacheError` if it has no record."""
+    role = next((role for role in (*_ROLES, *cache.roles) if (key, role) in cache), None)
+    if role is None:
+        some = ", ".join(sorted(key for key, _ in cache.items(range(min(3, len(cache))))))
+        raise CacheError(f"cache '{cache.path}': no record of sample '{key}': it has {len(cache):,}, such as {some}")
+    return role
+
+
 def compare(
     model: AskedModel, cache: TeacherCache, key: str, question: AskedQuestion, *, top_k: int = 3
 ) -> AnswerComparison:
@@ -46,10 +55,7 @@ def compare(
 
     Errors: `CacheError` if the key has no record, or the model has another tokenizer; see `check_student`.
     """
-    role = next((role for role in (*_ROLES, *cache.roles) if (key, role) in cache), None)
-    if role is None:
-        some = ", ".join(sorted(key for key, _ in cache.items(range(min(3, len(cache))))))
-        raise CacheError(f"cache '{cache.path}': no record of sample '{key}': it has {len(cache):,}, such as {some}")
+    role = recorded_role(cache, key)
     check_student(cache.fingerprint, model.encoder.tokenizer)
     targets = cache.targets([(key, role)])
     numbers = targets.target_ids_N.tolist()

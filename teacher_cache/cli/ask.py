@@ -62,12 +62,14 @@ def ask(
     *images, question = words
     if Path(question).is_file():
         raise ConfigError(f"'{question}' is a file, but the last argument is the question: write it after the images")
-    from teacher_cache.ask.compare import compare, comparison_json
+    from teacher_cache.ask.compare import compare, comparison_json, recorded_role
     from teacher_cache.ask.model import AskedModel, AskedQuestion
     from teacher_cache.read.reader import open_cache
 
     asked = AskedQuestion.read(question, [Path(image) for image in images])
     opened = None if cache is None else open_cache(cache)
+    if opened is not None and key is not None:
+        recorded_role(opened, key)  # before the model is loaded
     asking = AskedModel(model, template=template, device=device, dtype=dtype)
     answer = asking.answer(asked, max_new_tokens, (lambda _: None) if as_json else _write)
     if not as_json:

@@ -281,8 +281,9 @@ def _same_job(folder: Folder, content: bytes, job: Mapping[str, Any], allow: Seq
     if there.get("digest") != content_digest(there):
         raise CacheError(f"{folder.where}/{JOB_NAME}: damaged (wrong digest): {_BAD_JOB}")
     found = differences(there["fingerprint"], job["fingerprint"], allow=allow)
-    if there["shards"] != job["shards"] and "data" not in allow:
-        found.append(f"shards: was {len(there['shards'])}, now {len(job['shards'])}")
+    counts = len(there["shards"]), len(job["shards"])
+    if there["shards"] != job["shards"] and "data" not in allow and (counts[0] != counts[1] or not found):
+        found.append(f"shards: was {counts[0]}, now {counts[1]}" if counts[0] != counts[1] else "shards: other names")
     if found:
         raise CacheError(
             f"output '{folder.where}': contains a cache with different settings: {'; '.join(found)}: "

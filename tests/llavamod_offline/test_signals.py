@@ -82,7 +82,7 @@ def test_during_imports(name: str, library: str, number: signal.Signals, toy: Pa
         wait_until(lambda: has_loaded(process, library), process)
     process.send_signal(number)
     line = check_end(process, number)
-    assert "nothing was kept; to start over, run again: " in line
+    assert "nothing new was kept; to go on, run again: " in line
     assert commands(toy, tmp_path)[name][-1] in line
     assert list(tmp_path.iterdir()) == []
 
@@ -230,7 +230,7 @@ def test_a_launcher_may_repeat_the_signal() -> None:
     """Its Ctrl-C reaches every process of the terminal, and the launcher passes it on besides."""
     status, lines = run(CLEANING.format(wait="time.sleep(1)"), number=signal.SIGINT, again=True, launched=True)
     assert status == 130
-    assert lines == ["stopped by SIGINT: nothing was kept; to start over, run again: the same command"]
+    assert lines == ["stopped by SIGINT: nothing new was kept; to go on, run again: the same command"]
 
 
 def test_a_destructor_does_not_swallow_it() -> None:

@@ -64,3 +64,11 @@ def test_equal_contents_at_other_places_are_the_same_run(world: World, finished:
     again = train(world.config("mimic_dense", output, "steps=2", *moved))
     assert again == replace(first, output=str(output), student=str(output / "student"))
     assert Path(again.student).is_dir()
+
+
+@pytest.mark.parametrize(("name", "what"), [("set.json", "a packed set"), ("cache.json", "a cache")])
+def test_a_run_is_not_written_into_something_else(world: World, tmp_path: Path, name: str, what: str) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ConfigError, match=f"output: .* is {what} .*choose another folder"):
+        train(world.config("sft", tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -116,6 +116,13 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise DataError(f"output '{output}' exists: choose another folder, or replace it with --overwrite")
     if output.is_symlink() or not (output / MANIFEST_NAME).is_file():
         raise DataError(f"output '{output}' is not a set, so --overwrite does not replace it: choose another folder")
+    own = {MANIFEST_NAME, INDEX_NAME, REJECTED_NAME}
+    for path in sorted(output.iterdir()):
+        if path.name not in own and path.suffix != ".tar" and not path.name.startswith("."):
+            raise DataError(
+                f"output '{output}' holds more than a set, such as '{path.name}', so --overwrite does not replace it: "
+                "move that away, or choose another folder"
+            )
 
 
 @dataclass

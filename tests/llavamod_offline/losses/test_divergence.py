@@ -96,7 +96,7 @@ def test_the_default_estimator() -> None:
     assert choose_tail("forward_kl", 2.0, sampled_at=2.0, has_samples=True) == "samples"
     assert choose_tail("js", 1.0, sampled_at=2.0, has_samples=True) == "bucket"
     assert choose_tail("forward_kl", 1.0, sampled_at=2.0, has_samples=False) == "bucket"
-    with pytest.raises(TargetError, match=r"captured for 2.*capture\.temperature=1, or set tail to 'bucket'"):
+    with pytest.raises(TargetError, match=r"captured for 2.*capture\.temperature=1, or set loss.tail to bucket"):
         choose_tail("forward_kl", 1.0, sampled_at=2.0, has_samples=True)
 
 

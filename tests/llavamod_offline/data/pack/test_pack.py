@@ -192,6 +192,15 @@ def test_a_second_command_on_the_output_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "set"]
 
 
+def test_overwrite_spares_a_set_that_holds_something_else(tmp_path: Path) -> None:
+    """Such as a student that was trained into it by mistake."""
+    write_set([text_sample("a")], tmp_path / "set")
+    (tmp_path / "set" / "student").mkdir()
+    with pytest.raises(DataError, match="holds more than a set, such as 'student', so --overwrite does not replace it"):
+        write_set([text_sample("b")], tmp_path / "set", overwrite=True)
+    assert (tmp_path / "set" / "student").is_dir()
+
+
 def test_overwrite_spares_what_is_no_set(tmp_path: Path) -> None:
     other = tmp_path / "photos"
     other.mkdir()
