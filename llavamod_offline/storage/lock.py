@@ -25,6 +25,7 @@ from pathlib import Path
 
 from llavamod_offline.errors import ConfigError, StorageError
 from llavamod_offline.signals import leaving
+from llavamod_offline.storage.atomic import remove_leftovers
 from llavamod_offline.storage.folders import LocalFolder, open_folder
 from llavamod_offline.storage.remote import RemoteFolder
 
@@ -142,6 +143,8 @@ def _take(folder: LocalFolder | RemoteFolder, name: str, content: bytes, output:
     if isinstance(folder, LocalFolder):
         folder.path.mkdir(parents=True, exist_ok=True)
     with _one_at_a_time(folder):
+        if isinstance(folder, LocalFolder):
+            remove_leftovers(folder.path, name)  # of processes that were killed while they took or left it
         while not folder.create(name, content):
             try:
                 owner = LockOwner.read(folder.read(name))
