@@ -7,6 +7,7 @@ A chat template is a program that may do anything; a `Template` words a turn the
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,6 +32,7 @@ from llavamod_offline.errors import ConfigError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_LOG = logging.getLogger(__name__)
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
 _UNKNOWN_ROLE = json.dumps("This model was trained only on messages from user and assistant, not from: ")
 _UNKNOWN_PART = json.dumps("This model was trained only on text and image parts, not on: ")
@@ -55,13 +57,18 @@ def trained_with(tokenizer: PreTrainedTokenizerFast, *, image: str | None = IMAG
     A known template, such as LLaVA-MoD's in its students, is returned under its own name, any other as "tokenizer".
     `image`: how the model's processor writes an image in text; None for a model without images. Prompts with none, one
     and two images, several rounds and the ids of all are compared with the chat template and the tokenizer.
-    Errors: `ConfigError` if there is no chat template, or none that a `Template` can express.
+    Without a chat template it is LLaVA-MoD's, with a warning. Errors: `ConfigError` if no `Template` can express the
+    chat template.
     """
     folder = _folder(tokenizer)
     if not tokenizer.chat_template:
-        raise ConfigError(
-            f"template 'auto': {folder} has no chat template that says which wording it was trained with: {_WAY_OUT}"
+        _LOG.warning(
+            "template 'auto': %s has no chat template, so its turns are worded as LLaVA-MoD words them (qwen); if it "
+            "was trained otherwise, set template to %s",
+            folder,
+            " or ".join(name for name in TEMPLATES if name != "qwen"),
         )
+        return get_template("qwen")
     if "strftime_now" in str(tokenizer.chat_template):
         raise ConfigError(f"template 'auto': the chat template of {folder} depends on the date: {_WAY_OUT}")
     template = next((known for known in TEMPLATES.values() if words_as(tokenizer, known)), None)

@@ -118,6 +118,15 @@ def test_what_no_template_can_say_is_refused(chat_template: str | None, reason: 
     assert "\n" not in str(caught.value)
 
 
+def test_a_checkpoint_without_a_chat_template_is_worded_as_llava_mod_words_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    words = tokenizer(None)
+    assert choose_template("auto", lambda: words) == get_template("qwen")
+    assert "has no chat template" in caplog.text
+    assert "set template to" in caplog.text
+
+
 def test_an_unknown_name_lists_the_known_ones() -> None:
     def never() -> PreTrainedTokenizerFast:
         raise AssertionError("a named template needs no tokenizer")
@@ -191,7 +200,6 @@ def test_what_a_checkpoint_was_trained_with_is_found(chat_template: str, name: s
 @pytest.mark.parametrize(
     ("chat_template", "image", "reason"),
     [
-        (None, "<image>", "has no chat template that says which wording it was trained with"),
         ("{{ raise_exception('only with tools') }}", "<image>", "fails: only with tools"),
         (THINKING, None, "words a turn differently by position"),
         (ONEVISION, "<image>", "words a turn differently by position"),
