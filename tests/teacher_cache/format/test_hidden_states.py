@@ -64,5 +64,5 @@ def test_states_are_the_models_own(
 def test_without_hidden_states_one_line_says_how_to_get_them(world: World, finished: Path, tmp_path: Path) -> None:
     with pytest.raises(CacheError, match=r"has no hidden states: capture with capture.hidden=float16"):
         open_cache(finished).hidden_states([("tiny-0000", "response")])
-    with pytest.raises(ConfigError, match=r"needs capture.positions=all"):
+    with pytest.raises(ConfigError, match=r"capture.hidden_positions: .*set capture.positions to all"):
         world.run(tmp_path / "c", "capture.hidden=int8", "capture.hidden_positions=image")
