@@ -79,18 +79,13 @@ class CacheStore:
         """
         folder = open_folder(where)
         job = job_content(fingerprint, shard_names)
-        try:
-            content = folder.read(JOB_NAME)
-        except (FileNotFoundError, NotADirectoryError):
-            if _occupied(folder):
-                raise CacheError(
-                    f"output '{folder.where}': exists but is not a teacher cache: choose another output"
-                ) from None
-            return cls(folder, job)
-        except OSError as error:
-            raise CacheError(
-                f"output '{folder.where}': cannot be read: {error.strerror or error}: fix its permissions"
-            ) from error
+        content = _read_job(folder)
+        if content is None:
+            if not _occupied(folder):
+                return cls(folder, job)
+            content = _read_job(folder)  # another process may have begun the cache in between
+        if content is None:
+            raise CacheError(f"output '{folder.where}': exists but is not a teacher cache: choose another output")
         _check_folders(folder, shard_names)
         return cls(folder, _same_job(folder, content, job, allow))
 
@@ -267,6 +262,18 @@ def _check_folders(folder: Folder, names: Iterable[str]) -> None:
     for path in (shards, *(shards / name for name in names)):
         if path.exists() and not path.is_dir():
             raise CacheError(f"{path}: is a file, but must be a folder: remove it, or choose another output")
+
+
+def _read_job(folder: Folder) -> bytes | None:
+    """The bytes of job.json, None without one. Errors: `CacheError` if it cannot be read."""
+    try:
+        return folder.read(JOB_NAME)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise CacheError(
+            f"output '{folder.where}': cannot be read: {error.strerror or error}: fix its permissions"
+        ) from error
 
 
 def _occupied(folder: Folder) -> bool:

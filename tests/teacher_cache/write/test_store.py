@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llavamod_offline.errors import CacheError
+from llavamod_offline.storage.folders import Folder
 from teacher_cache.format.manifest import CACHE_NAME, JOB_NAME, file_entries
 from teacher_cache.write import store as store_module
 from teacher_cache.write.store import CacheStore
@@ -186,3 +187,20 @@ def test_a_shard_without_its_manifest_stops_the_end(tmp_path: Path) -> None:
     (tmp_path / "c" / "shards" / NAMES[1] / "manifest.json").unlink()
     with pytest.raises(CacheError, match=r"s-1/manifest.json: missing: run `cache-teacher verify --repair`"):
         CacheStore.open(tmp_path / "c", FINGERPRINT, NAMES).finalise()
+
+
+def test_a_cache_that_another_process_begins_meanwhile_is_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look for job.json and that for anything else, as slices that start at once on one output do."""
+    truly = store_module._occupied
+
+    def occupied(folder: Folder) -> bool:
+        monkeypatch.setattr(store_module, "_occupied", truly)
+        CacheStore.open(tmp_path / "c", FINGERPRINT, NAMES).start()
+        return truly(folder)
+
+    monkeypatch.setattr(store_module, "_occupied", occupied)
+    store = CacheStore.open(tmp_path / "c", FINGERPRINT, NAMES)
+    store.start()
+    assert store.missing() == NAMES
