@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         sequence_log_probs_from_hidden,
     )
     from llavamod_offline.losses.preference import KtoLoss, PreferenceTerms, kto_loss, preference_loss
-    from llavamod_offline.losses.tail_estimators import TailPrior, choose_tail, tail_prior
+    from llavamod_offline.losses.tail_estimators import TailPrior, choose_tail, prior_share
     from llavamod_offline.losses.targets import SparseTargets
 
 __all__ = [
@@ -48,11 +48,11 @@ __all__ = [
     "jensen_shannon",
     "kto_loss",
     "preference_loss",
+    "prior_share",
     "reverse_kl",
     "sequence_log_probs_from_hidden",
     "skewed_forward_kl",
     "skewed_reverse_kl",
-    "tail_prior",
     "total_variation",
 ]
 __getattr__, __dir__ = lazy_exports(
@@ -63,7 +63,7 @@ __getattr__, __dir__ = lazy_exports(
         "total_variation",
         "fused": "LossTerms cross_entropy_from_hidden distillation_from_hidden sequence_log_probs_from_hidden",
         "preference": "KtoLoss PreferenceTerms kto_loss preference_loss",
-        "tail_estimators": "TailPrior choose_tail tail_prior",
+        "tail_estimators": "TailPrior choose_tail prior_share",
         "targets": "SparseTargets",
     },
 )

@@ -15,7 +15,7 @@ from llavamod_offline.data.encode.tokenize import NO_TARGET, UNSUPERVISED
 from llavamod_offline.errors import ModelError, TargetError
 from llavamod_offline.losses.fused import CHUNK_SIZE, distillation_from_hidden
 from llavamod_offline.losses.kinds import DivergenceKind, TailEstimator
-from llavamod_offline.losses.tail_estimators import TailPrior, choose_tail, tail_prior
+from llavamod_offline.losses.tail_estimators import TailPrior, choose_tail, prior_share
 from llavamod_offline.losses.targets import SparseTargets
 
 
@@ -61,7 +61,7 @@ class CachedDistillation(nn.Module):
     """kd_weight · T² · divergence(teacher, student) + lm_weight · cross-entropy, from a cache's records.
 
     The defaults are those of `train-student`'s recipes: forward KL with the tail by its samples (`tail` None: see
-    `tail_estimators.choose_tail`). `epochs`: how often each record will be read; see `tail_estimators.tail_prior`.
+    `tail_estimators.choose_tail`). `epochs`: how often each record will be read; see `tail_estimators.prior_share`.
 
     `swap`: what `check_student` returned for a student with another end of turn. `student_rows`: the rows of the
     student's LM head, if they are fewer than the cache's ids.
@@ -180,15 +180,16 @@ class CachedDistillation(nn.Module):
 
 
 def prior_of(cache: CachedTeacher, *, epochs: float, swap: Swap | None, vocab_size: int | None) -> TailPrior | None:
-    """The `tail_prior` of a student that reads a cache `epochs` times, in the student's ids."""
-    profile_V = cache.tail_profile if epochs > 1 else None
+    """The prior of a student that reads a cache `epochs` times, in the student's ids; None where it has no share."""
+    share = prior_share(positions=cache.positions, epochs=epochs)
+    profile_V = cache.tail_profile if share else None  # reads every shard
     if profile_V is None:
         return None
     if swap is not None:
         profile_V = swap.profile(profile_V)
     if vocab_size is not None and vocab_size < len(profile_V):
         profile_V = profile_V[:vocab_size] / profile_V[:vocab_size].sum()
-    return tail_prior(profile_V, positions=cache.positions, epochs=epochs)
+    return TailPrior(share, profile_V)
 
 
 def _check_target_ids(target_ids_N: Tensor, targets: SparseTargets) -> None:

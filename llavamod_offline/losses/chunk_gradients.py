@@ -18,7 +18,7 @@ from llavamod_offline.losses.tail_estimators import NEVER, PreparedTargets, Tail
 from llavamod_offline.losses.targets import EMPTY_ID
 
 METRICS = ("kl", "teacher_tail", "student_tail", "entropy", "top1_agreement")
-LEAST_MASS = 1e-6  # of the profile outside the top-k: below it, rounding determines the shape
+_LEAST_MASS = 1e-6  # of the profile outside the top-k: below it, rounding determines the shape
 _FORWARD_KL = DivergenceSpec()
 _ROWS_AT_TWO_TEMPERATURES = 32
 
@@ -174,7 +174,7 @@ def _sampled_tail(
     if prior is not None:
         profile_NK = torch.where(teacher.topk_valid_NK, prior.profile_V[teacher.topk_ids_NK], 0.0)
         outside_N = prior.profile_V.sum() - profile_NK.sum(-1)
-        mixed_N = torch.where(outside_N > LEAST_MASS, prior.share * sampled_N, 0.0)
+        mixed_N = torch.where(outside_N > _LEAST_MASS, prior.share * sampled_N, 0.0)
         sampled_N = sampled_N - mixed_N
         per_mass_N = torch.where(mixed_N > 0, mixed_N / outside_N, 0.0)
         exponentials_NV.addr_(per_mass_N, prior.profile_V, alpha=-1)

@@ -99,16 +99,16 @@ def choose_tail(
     return "samples"
 
 
-def tail_prior(profile_V: Tensor | None, *, positions: int, epochs: float) -> TailPrior | None:
-    """The prior for `positions` records that are read `epochs` times each; None where the samples stay as they are.
+def prior_share(*, positions: int, epochs: float) -> float:
+    """The share of a `TailPrior` for `positions` records that are read `epochs` times each; 0: the samples alone.
 
-    Its share grows with the number of times that a record returns, and falls with the number of records, whose noise
+    It grows with the number of times that a record returns, and falls with the number of records, whose noise
     averages out in what they teach together: ¾ · x²/(1 + x²) with x = 2 · (epochs − 1)/positions. Only students of some
     hundred records, read hundreds of times, are better for it; `tests/benchmarks/readings.py` measures them.
     """
     returns = 2.0 * max(epochs - 1.0, 0.0) / max(positions, 1)
     share = MOST_SHARE * returns**2 / (1 + returns**2)
-    return None if profile_V is None or share < LEAST_SHARE else TailPrior(share, profile_V)
+    return share if share >= LEAST_SHARE else 0.0
 
 
 def checked_vocabulary(targets: SparseTargets, lm_head_rows: int) -> int:

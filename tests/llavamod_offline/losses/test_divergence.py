@@ -11,7 +11,7 @@ from torch import Tensor
 from llavamod_offline.errors import TargetError
 from llavamod_offline.losses.divergence import forward_kl
 from llavamod_offline.losses.kinds import TailEstimator
-from llavamod_offline.losses.tail_estimators import TailPrior, choose_tail, tail_prior
+from llavamod_offline.losses.tail_estimators import TailPrior, choose_tail, prior_share
 from llavamod_offline.losses.targets import SparseTargets
 from tests.llavamod_offline.losses.reference import full_kl, random_teacher, reference_kl, truncate
 
@@ -101,14 +101,10 @@ def test_the_default_estimator() -> None:
 
 
 def test_only_few_records_that_return_often_have_a_prior() -> None:
-    profile_V = torch.full((5,), 0.2)
-    assert tail_prior(profile_V, positions=128, epochs=1) is None
-    assert tail_prior(profile_V, positions=100_000, epochs=100) is None
-    assert tail_prior(None, positions=128, epochs=400) is None
-    shares = [tail_prior(profile_V, positions=128, epochs=epochs) for epochs in (20, 400, 10**6)]
-    values = [prior.share for prior in shares if prior is not None]
-    assert len(values) == 3
-    assert 0 < values[0] < values[1] < values[2] <= 0.75
+    assert prior_share(positions=128, epochs=1) == 0
+    assert prior_share(positions=100_000, epochs=100) == 0
+    few, more, most = (prior_share(positions=128, epochs=epochs) for epochs in (20, 400, 10**6))
+    assert 0 < few < more < most <= 0.75
 
 
 @pytest.mark.parametrize("tail", ESTIMATORS)
