@@ -13,13 +13,12 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llavamod_offline.errors import ConfigError, ModelError
 from llavamod_offline.models.hub import weight_files
-from teacher_cache.format.manifest import sha256_file
+from teacher_cache.format.manifest import sha256_file, sha256_files
 from teacher_cache.format.record import STORED_SETTINGS
 from teacher_cache.student.token_list import Tokens
 
@@ -34,7 +33,6 @@ _LONGER = "rejected"  # what happens to a sequence of more than max_length token
 _LATER = ("engine.head_dtype", "engine.device", "template.system_turn")
 _TODAY = {f"capture.{name}": f"capture.{own}" for name, own in STORED_SETTINGS.items()}
 _SHOWN = 16
-_HASHED_AT_ONCE = 4
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
@@ -78,8 +76,7 @@ def describe_sequence(encoder: SequenceEncoder) -> dict[str, Any]:
 def describe_weights(folder: Path) -> dict[str, Any]:
     """Identify a checkpoint by the SHA-256 of its configuration and of each safetensors file, not by paths."""
     files = weight_files(folder)
-    with ThreadPoolExecutor(_HASHED_AT_ONCE) as threads:
-        digests = list(threads.map(sha256_file, files))
+    digests = sha256_files(files)
     return {
         "config": sha256_file(folder / "config.json"),
         "weights": {file.name: digest for file, digest in zip(files, digests, strict=True)},

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 # The files beside the weights that decide what is learned.
 _DESCRIBED = ("config.json", "tokenizer.json", "preprocessor_config.json", "processor_config.json", CHAT_TEMPLATE_NAME)
-_HASHED_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ def start_digest(config: StudentConfig) -> str:
 
     Errors: `ModelError` if one is missing.
     """
-    from teacher_cache.format.manifest import sha256_file
+    from teacher_cache.format.manifest import sha256_files
 
     names = (config.checkpoint, config.vision_tower, config.language_model)
     folders = [checkpoint_folder(name) for name in names if name]
@@ -127,8 +125,7 @@ def start_digest(config: StudentConfig) -> str:
             raise ModelError(f"{folder}: no such checkpoint folder")
         found = [*folder.glob("*.safetensors"), *(folder / name for name in _DESCRIBED)]
         files += [(number, file) for file in sorted(found) if file.is_file()]
-    with ThreadPoolExecutor(_HASHED_AT_ONCE) as threads:
-        hashes = threads.map(lambda pair: sha256_file(pair[1]), files)
+    hashes = sha256_files([file for _, file in files])
     named = [f"{number} {file.name} {digest}\n" for (number, file), digest in zip(files, hashes, strict=True)]
     return hashlib.sha256("".join(named).encode()).hexdigest()
 

@@ -24,6 +24,7 @@ from datetime import datetime
 from pathlib import Path
 
 from llavamod_offline.errors import ConfigError, StorageError
+from llavamod_offline.plural import counted
 from llavamod_offline.signals import leaving
 from llavamod_offline.storage.atomic import remove_leftovers
 from llavamod_offline.storage.folders import LocalFolder, open_folder
@@ -222,8 +223,7 @@ def _last_change(folder: Path) -> float | None:
 def _duration(seconds: float) -> str:
     for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
         if seconds >= size:
-            count = int(seconds // size)
-            return f"{count} {unit}{'s' if count > 1 else ''}"
+            return counted(int(seconds // size), unit)
     return f"{max(0, int(seconds))} s"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ COLUMNS_NAME = "columns.zarr"
 
 COUNTS = ("sequences", "positions", "heads", "draws", "rejected")
 _READ_BYTES = 2**20
+_HASHED_AT_ONCE = 4
 
 
 def canonical(content: Any) -> bytes:
@@ -42,6 +44,12 @@ def sha256_file(file: Path) -> str:
         while piece := stream.read(_READ_BYTES):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def sha256_files(files: Sequence[Path]) -> list[str]:
+    """SHA-256 of several large files, as hex, a few at once."""
+    with ThreadPoolExecutor(_HASHED_AT_ONCE) as threads:
+        return list(threads.map(sha256_file, files))
 
 
 def content_entry(content: bytes) -> dict[str, Any]:

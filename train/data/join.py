@@ -21,8 +21,7 @@ from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import DataError
 
 if TYPE_CHECKING:
-    pass
-from teacher_cache.read.reader import TeacherCache
+    from teacher_cache.read.reader import TeacherCache
 
 MISMATCHED = "mismatched"
 
