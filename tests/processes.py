@@ -1,4 +1,4 @@
-"""Console scripts in processes of their own, for tests that send them signals or take their outputs away."""
+"""Commands and Python files in processes of their own, for tests of signals, outputs and several processes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,20 @@ from typing import Any
 def script(name: str) -> str:
     """The console script of this environment."""
     return str(Path(sys.executable).with_name(name))
+
+
+def in_two_processes(file: str, *arguments: object) -> str:
+    """Run a Python file under torchrun in two processes; it must succeed. Returns what they print."""
+    done = subprocess.run(
+        [script("torchrun"), "--standalone", "--nproc-per-node", "2", file, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def start(command: Sequence[str], **options: Any) -> subprocess.Popen[str]:

@@ -63,7 +63,7 @@ DEFAULT: TailEstimator = "samples"
 
 
 def main() -> None:
-    """DivergenceSpec and report."""
+    """Measure and report."""
     arguments = parse_arguments(NAME, __doc__ or "", {"model": "", "student": "", "teachers": ""})
     options, quick = arguments.options, arguments.quick
     sequences, measured = (6, 2) if quick else (205, 41)

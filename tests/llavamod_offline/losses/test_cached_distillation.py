@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +13,12 @@ import torch
 from llavamod_offline.errors import ModelError, TargetError
 from llavamod_offline.examples.batches import Batches
 from llavamod_offline.losses import CachedDistillation, distillation_from_hidden
+from llavamod_offline.losses.cached_distillation import prior_of
 from llavamod_offline.models.checkpoint import load_llava
 from teacher_cache import TeacherCache, check_labels, open_cache
 from teacher_cache.student.end_of_turn import TokenIdSwap
 from tests.llavamod_offline.losses import sharded_driver
+from tests.processes import in_two_processes
 from tests.tiny import write_tiny_llava, write_tiny_set
 from tests.train.conftest import write_cache
 
@@ -192,6 +191,19 @@ def test_a_student_with_swapped_ids_and_one_with_fewer_rows(folders: Folders) ->
         smaller(hidden, weight[:300], labels, targets)
 
 
+def test_the_mean_tail_is_not_read_where_it_has_no_share(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a look at every shard of a cache."""
+    cache = open_cache(folders["cache"])
+
+    def unread(self: TeacherCache) -> None:
+        raise AssertionError("read")
+
+    monkeypatch.setattr(TeacherCache, "tail_profile", property(unread))
+    assert prior_of(cache, epochs=2.0, swap=None, vocab_size=None) is None
+    with pytest.raises(AssertionError, match="read"):
+        prior_of(cache, epochs=1000.0, swap=None, vocab_size=None)
+
+
 def test_without_targets_an_attached_student_answers_as_before(folders: Folders) -> None:
     cache, model = open_cache(folders["cache"]), load_llava(folders["student"])
     ids = torch.tensor([[5, 6, 7]])
@@ -207,17 +219,7 @@ def test_without_targets_an_attached_student_answers_as_before(folders: Folders)
 def test_two_processes_learn_as_one(folders: Folders, tmp_path: Path, wrapper: str, tail: Any) -> None:
     """The LM head is whole inside the student's forward pass; losses and updates are those of one process."""
     places = (folders["student"], folders["data"], folders["cache"])
-    torchrun = Path(sys.executable).with_name("torchrun")
-    command = [str(torchrun), "--standalone", "--nproc-per-node", "2", sharded_driver.__file__, wrapper, tail]
-    done = subprocess.run(
-        [*command, *map(str, places), str(tmp_path / "found")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    in_two_processes(sharded_driver.__file__, wrapper, tail, *places, tmp_path / "found")
     first, second = (json.loads((tmp_path / f"found.{rank}").read_text()) for rank in (0, 1))
     alone = sharded_driver.train(*places, sharded_driver.plain, tail)
     assert len(set(alone["losses"])) == sharded_driver.STEPS

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.processes import in_two_processes
 from tests.train.engine import accumulation_driver
 
 STAGES = [(1, False), (1, True), (2, False), (2, True), (3, False), (3, True)]
@@ -30,15 +27,5 @@ def test_bfloat16_gradients_accumulate_in_float32(
 @pytest.mark.parametrize(("zero_stage", "offload"), [(1, False), (2, False), (2, True), (3, False)])
 def test_they_do_so_in_two_processes(zero_stage: int, offload: bool) -> None:
     """ZeRO 2 and 3 exchange each micro-batch's gradient in bfloat16: its rounding averages out, and does not add up."""
-    command = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, accumulation_driver.__file__, str(zero_stage), str(int(offload))],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    for error in json.loads(done.stdout):
+    for error in json.loads(in_two_processes(accumulation_driver.__file__, zero_stage, int(offload))):
         assert error < (1e-6 if zero_stage == 1 else 1e-3)
