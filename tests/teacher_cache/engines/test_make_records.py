@@ -235,3 +235,27 @@ def test_settings_out_of_range_are_named(change: dict[str, object], word: str) -
 def _assert_equal(left: Records, right: Records) -> None:
     for field in dataclasses.fields(Records):
         assert np.array_equal(getattr(left, field.name), getattr(right, field.name)), field.name
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0, 4.0])
+def test_a_declared_temperature_chooses_as_one_of_the_scaled_logits_would(temperature: float) -> None:
+    """Ids, samples and entropy are those of logits / T at temperature 1; log-probs and the tail's mass stay at 1."""
+    chosen = dataclasses.replace(SETTINGS, temperatures=(temperature,), min_prob=0.004, top_p=0.9, forced_ids=())
+    logits = _logits(40, 300, 5)
+    found = _make(logits, dataclasses.replace(chosen, temperature=temperature))
+    scaled, plain = _make(logits / temperature, chosen), _make(logits, chosen)
+    for name in ("topk_counts_N", "topk_ids_H", "tail_counts_N", "tail_ids_D"):
+        assert getattr(found, name).tolist() == getattr(scaled, name).tolist(), name
+    assert found.tail_ids_D.tolist() != plain.tail_ids_D.tolist()
+    assert np.allclose(found.entropy_N, scaled.entropy_N, atol=1e-5)
+    assert np.array_equal(found.target_log_probs_N, plain.target_log_probs_N)
+    log_probs = logits.double().log_softmax(-1).numpy()
+    for row, one in enumerate(found.split([1] * len(found))):
+        assert np.allclose(one.topk_log_probs_H, log_probs[row, one.topk_ids_H], atol=1e-6)
+        tail = np.setdiff1d(np.arange(300), one.topk_ids_H)
+        assert math.isclose(one.tail_log_mass_N[0], np.logaddexp.reduce(log_probs[row, tail]), abs_tol=1e-5)
+
+
+def test_a_declared_temperature_has_its_normaliser() -> None:
+    with pytest.raises(ConfigError, match="temperature is 2, must be 1 or one of temperatures"):
+        dataclasses.replace(SETTINGS, temperatures=(1.5,), temperature=2.0)
