@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -167,12 +167,12 @@ def noted(answer: str) -> Iterator[Note]:
 
 
 @contextmanager
-def starting_processes() -> Iterator[None]:
-    """Start processes inside the block: they never see Ctrl-C, not even while they start; their parent ends them.
+def starting_processes(*, immune_to: Collection[signal.Signals] = (signal.SIGINT,)) -> Iterator[None]:
+    """Start processes inside the block: they never see these signals, such as Ctrl-C; their parent ends them.
 
     A signal to this process waits for the end of the block: a process that is only half started prints a traceback.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, immune_to)
     _state.waiting = True
     try:
         yield

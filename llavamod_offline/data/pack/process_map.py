@@ -17,7 +17,7 @@ from multiprocessing.connection import wait
 from typing import TypeVar
 
 from llavamod_offline.errors import ConfigError, DataError
-from llavamod_offline.signals import starting_processes
+from llavamod_offline.signals import SIGNALS, starting_processes
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -55,13 +55,15 @@ def map_in_order(
     pending: deque[Future[list[_Result]] | Exception] = deque()
     try:
         for part in lists:
-            with starting_processes():
+            with starting_processes(immune_to=SIGNALS):  # losing one while another starts would print a traceback
                 pending.append(part if isinstance(part, Exception) else pool.submit(function, part))
             if len(pending) > workers * (1 + _AHEAD):
                 yield from _unless_failed(pending.popleft()).result()
         while pending:
             yield from _unless_failed(pending.popleft()).result()
     except BrokenProcessPool as error:
+        for process in multiprocessing.active_children():  # the pool sends SIGTERM, to which they are immune
+            process.kill()
         raise DataError("a worker process was killed, perhaps by running out of memory: use fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
