@@ -15,6 +15,7 @@ from llavamod_offline.data.encode.template import AUTO
 from llavamod_offline.data.sets.mismatched import PAIRING
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError, DataError, ModelError
+from llavamod_offline.families import Family, open_family
 from llavamod_offline.models.checkpoint import vocabulary_size
 from llavamod_offline.models.device import pick_device
 from llavamod_offline.models.hub import checkpoint_folder
@@ -22,7 +23,6 @@ from teacher_cache.engines.registry import describe_engine, engine_module
 from teacher_cache.fingerprint import describe_sequence, describe_template, describe_tokenizer, describe_weights
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.schema import Codec, HiddenKind, HiddenPositions
-from teacher_cache.teachers import Teacher, open_teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -71,7 +71,7 @@ class CaptureSetup:
     """
 
     samples: SampleSet
-    teacher: Teacher
+    teacher: Family
     settings: RecordSettings
     codec: Codec
     dtype: torch.dtype
@@ -117,7 +117,7 @@ def prepare_capture(**given: Unpack[SetupValues]) -> CaptureSetup:
             )
         samples = samples.with_mismatched()
     aspect, length = given["image_aspect"], given["max_length"]
-    teacher = open_teacher(folder, given["template"], image_aspect=aspect, max_length=length)
+    teacher = open_family(folder, given["template"], image_aspect=aspect, max_length=length)
     tokenizer, template = teacher.encoder.tokenizer, teacher.encoder.template
     if given["template"] == AUTO:
         _LOG.info("template: %s, that of %s", template.name, folder)

@@ -18,13 +18,13 @@ from llavamod_offline.data.encode.tokenize import Ids
 from llavamod_offline.data.images import decode_image, image_extension
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
 from llavamod_offline.errors import ConfigError, DataError, ModelError
+from llavamod_offline.families import open_family
 from llavamod_offline.models.checkpoint import vocabulary_size
 from llavamod_offline.models.device import pick_device
 from llavamod_offline.models.hub import checkpoint_folder
 from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.generate.decode_loop import Prompt, next_logits
-from teacher_cache.teachers import open_teacher
 
 _PART = "\ufffd"  # what part of a character decodes to
 _ANSWER = "-"  # stands where the answer would be, while the prompt is tokenized
@@ -85,7 +85,7 @@ class AskedModel:
         where = pick_device(device)
         self.dtype = ("float32" if where.type == "cpu" else "bfloat16") if dtype == "auto" else dtype
         folder = checkpoint_folder(name)
-        self.teacher = open_teacher(folder, template, image_aspect="auto", max_length=sys.maxsize)
+        self.teacher = open_family(folder, template, image_aspect="auto", max_length=sys.maxsize)
         self.name, self.encoder = name, self.teacher.encoder
         self.vocab_size = vocabulary_size(self.encoder.tokenizer, self.teacher.head_rows)
         model = self.teacher.load(getattr(torch, self.dtype)).to(where)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llavamod_offline.data.encode.tokenize import Ids, Positions, TokenizedSequence
 from llavamod_offline.errors import DataError
+from llavamod_offline.families import Family, SampleImage
 from teacher_cache.engines.batch_limit import BatchLimit
 from teacher_cache.engines.lm_head import LmHead
 from teacher_cache.engines.make_records import make_sequence_records
@@ -36,7 +37,6 @@ from teacher_cache.format.hidden_states import HiddenStates
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.schema import HiddenPositions
-from teacher_cache.teachers import SampleImage, Teacher
 
 _BATCHES_AHEAD = 3
 
@@ -60,7 +60,7 @@ class HfCaptureEngine:
     """
 
     model: Any
-    teacher: Teacher
+    teacher: Family
     settings: RecordSettings
     _: KW_ONLY
     vocab_size: int

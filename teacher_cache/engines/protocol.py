@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from llavamod_offline.data.encode.tokenize import Ids, TokenizedSequence
 from llavamod_offline.data.sample import Sample
+from llavamod_offline.families import SampleImage
 from teacher_cache.format.hidden_states import HiddenStates
 from teacher_cache.format.record import Records, RecordSettings
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.schema import HiddenPositions
 from teacher_cache.format.sequences import SequenceRecord
-from teacher_cache.teachers import SampleImage
 
 Outcome = SequenceRecord | Rejection
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from llavamod_offline.data.encode.tokenize import Ids
+from llavamod_offline.families import SampleImage
 from teacher_cache.engines.batch_limit import BatchLimit
 from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.engines.tail_samples import sequence_uniforms
 from teacher_cache.generate.sampling import choose_tokens
-from teacher_cache.teachers import SampleImage
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from llavamod_offline.errors import LlavaModError
 from llavamod_offline.models.build import build_llava, build_tokenizer
 from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, save_student, sequence_encoder
 from teacher_cache.read.reader import open_cache
-from tests.teacher_cache.teachers.official import Official, open_official
+from tests.llavamod_offline.families.official import Official, open_official
 from tests.tiny import write_tiny_llava, write_tiny_tower
 from tests.tiny_teachers import QWEN_VL_TOKENS, write_tiny_causal_lm, write_tiny_onevision, write_tiny_qwen_vl
 from tests.train.conftest import EXHAUSTIVE, World, write_cache

@@ -18,6 +18,7 @@ import torch
 
 from llavamod_offline.data.encode.tokenize import Positions, TokenizedSequence
 from llavamod_offline.errors import ConfigError, DataError, ModelError
+from llavamod_offline.families import Family, SampleImage
 from llavamod_offline.vllm.inputs import check_prompt, engine_input
 from llavamod_offline.vllm.session import Session
 from teacher_cache.engines.protocol import (
@@ -34,7 +35,6 @@ from teacher_cache.format.hidden_states import HiddenStates
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.schema import HiddenPositions
-from teacher_cache.teachers import SampleImage, Teacher
 
 if TYPE_CHECKING:
     from teacher_cache.capture_setup import CaptureSetup, SetupValues
@@ -91,7 +91,7 @@ class VllmCaptureEngine:
 
     session: Session
     channel: Channel
-    teacher: Teacher
+    teacher: Family
     settings: RecordSettings
     _: KW_ONLY
     vocab_size: int

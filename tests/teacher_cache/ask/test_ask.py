@@ -18,8 +18,8 @@ from llavamod_offline.entrypoint import run_command
 from llavamod_offline.errors import ConfigError, DataError, ModelError
 from teacher_cache.ask.model import AskedModel, AskedQuestion
 from tests.hub import write_snapshot
+from tests.llavamod_offline.families.official import FAMILIES, write_family
 from tests.teacher_cache.conftest import World
-from tests.teacher_cache.teachers.official import FAMILIES, write_family
 from tests.tiny import tiny_image, tiny_samples, write_tiny_llava
 from tests.tiny_teachers import write_tiny_causal_lm
 

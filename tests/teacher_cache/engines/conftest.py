@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from llavamod_offline.data.encode.template import get_template
+from llavamod_offline.families import open_family
 from llavamod_offline.vllm.session import Session
 from llavamod_offline.vllm.settings import VllmSettings
 from teacher_cache.engines.vllm import plugin as recording
-from teacher_cache.teachers import open_teacher
 from tests.teacher_cache.engines.vllm_world import Start, World
 from tests.vllm_cpu import SETTINGS
 
@@ -23,7 +23,7 @@ def start() -> Iterator[Start]:
     sessions = []
 
     def started(folder: Path, settings: VllmSettings = SETTINGS, *, models: Any = recording, **options: Any) -> World:
-        teacher = open_teacher(folder, get_template("qwen"), image_aspect="auto", max_length=512)
+        teacher = open_family(folder, get_template("qwen"), image_aspect="auto", max_length=512)
         session = Session(
             folder,
             settings,

@@ -16,13 +16,13 @@ from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequence
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import DataError, ModelError
+from llavamod_offline.families.llava import LlavaFamily
 from teacher_cache.engines.hf import HfCaptureEngine, length_batches
 from teacher_cache.engines.lm_head import LmHead
 from teacher_cache.engines.protocol import Request
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.sequences import SequenceRecord
-from teacher_cache.teachers.llava import LlavaTeacher
 from tests.tiny import tiny_image, tiny_samples, write_tiny_llava
 
 SETTINGS = RecordSettings(0.9, 12, 8, 40.0, (2.0, 4.0), (1,))
@@ -34,7 +34,7 @@ class Teacher:
     """A loaded tiny teacher with everything that belongs to it."""
 
     model: Any
-    family: LlavaTeacher
+    family: LlavaFamily
 
     @property
     def encoder(self) -> SequenceEncoder:
@@ -78,7 +78,7 @@ class Teacher:
 
 
 def load_teacher(folder: Path, dtype: torch.dtype = torch.float32) -> Teacher:
-    family = LlavaTeacher(folder, get_template("qwen"), image_aspect="pad", max_length=512)
+    family = LlavaFamily(folder, get_template("qwen"), image_aspect="pad", max_length=512)
     return Teacher(family.load(dtype), family)
 
 

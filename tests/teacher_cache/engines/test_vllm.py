@@ -19,6 +19,7 @@ from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.encode.tokenize import Positions
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import ConfigError, ModelError
+from llavamod_offline.families import open_family
 from llavamod_offline.models.checkpoint import load_llava, save_student
 from llavamod_offline.vllm import plugin as plain
 from llavamod_offline.vllm.session import Session
@@ -26,7 +27,6 @@ from teacher_cache.format.record import Records, RecordSettings
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.schema import HiddenPositions
 from teacher_cache.format.sequences import SequenceRecord
-from teacher_cache.teachers import open_teacher
 from tests.teacher_cache.engines.vllm_world import HEAD_OF_32, TOLERANCE, Start, World, assert_same
 from tests.tiny import tiny_image, tiny_samples, write_tiny_llava
 from tests.vllm_cpu import NEEDS_VLLM, SETTINGS
@@ -248,7 +248,7 @@ def test_a_sequence_with_logits_that_are_not_finite_is_rejected_alone(start: Sta
     """One token's embedding is NaN in the checkpoint: only sequences that hold it are lost, in either engine."""
     sound = write_tiny_llava(tmp_path / "sound", hidden=HEAD_OF_32, tied=False)
     model = load_llava(sound)
-    teacher = open_teacher(sound, get_template("qwen"), image_aspect="pad", max_length=512)
+    teacher = open_family(sound, get_template("qwen"), image_aspect="pad", max_length=512)
     poison = teacher.encoder.tokenizer("purple zebra", add_special_tokens=False)["input_ids"][-1]
     with torch.no_grad():
         model.get_input_embeddings().weight[poison] = float("nan")

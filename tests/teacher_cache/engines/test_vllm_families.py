@@ -13,6 +13,7 @@ import torch
 from llavamod_offline import toyworld
 from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.encode.tokenize import Positions
+from llavamod_offline.families import open_family
 from llavamod_offline.models.checkpoint import load_llava, save_student
 from llavamod_offline.models.upcycle import upcycle
 from llavamod_offline.vllm import plugin as plain
@@ -20,7 +21,6 @@ from teacher_cache.engines.vllm.logprobs import PromptLogprobs
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.sequences import SequenceRecord
-from teacher_cache.teachers import open_teacher
 from tests.teacher_cache.engines.vllm_world import HEAD_OF_32, TOLERANCE, Start, assert_same
 from tests.tiny import tiny_samples, write_tiny_llava
 from tests.tiny_teachers import (
@@ -36,7 +36,7 @@ pytestmark = NEEDS_VLLM
 
 def _sparse_llava(folder: Path) -> Path:
     dense = write_tiny_llava(folder.parent / "dense", hidden=HEAD_OF_32)
-    tokenizer = open_teacher(dense, get_template("qwen"), image_aspect="pad", max_length=64).encoder.tokenizer
+    tokenizer = open_family(dense, get_template("qwen"), image_aspect="pad", max_length=64).encoder.tokenizer
     model = upcycle(load_llava(dense), layers="sparse", num_experts=4, top_k=2, seed=0)
     with torch.no_grad():  # experts that differ, so that the router's choice shows
         for name, parameter in model.named_parameters():

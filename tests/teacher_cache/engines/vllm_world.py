@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from llavamod_offline.data.sample import Sample
+from llavamod_offline.families import Family
 from llavamod_offline.vllm.session import Session
 from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.engines.protocol import CaptureEngine, Request
@@ -17,7 +18,6 @@ from teacher_cache.engines.vllm.engine import PooledRecords, VllmCaptureEngine
 from teacher_cache.format.record import Records, RecordSettings
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.sequences import SequenceRecord
-from teacher_cache.teachers import Teacher
 
 KEPT = RecordSettings(1.0, 12, 8, 40.0, (2.0, 4.0), (1,))
 TOLERANCE = 1e-4
@@ -31,7 +31,7 @@ Captured = dict[tuple[str, str], SequenceRecord]
 class World:
     """A checkpoint, opened, and vLLM running on it."""
 
-    teacher: Teacher
+    teacher: Family
     session: Session
 
     @property

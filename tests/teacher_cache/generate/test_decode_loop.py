@@ -14,11 +14,11 @@ from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.images import decode_image
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import ModelError
+from llavamod_offline.families import open_family
 from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.generate.decode_loop import Decoding, Prompt, write_answers
-from teacher_cache.teachers import open_teacher
-from tests.teacher_cache.teachers.official import FAMILIES, LLAVAS, Official, open_official, write_family
+from tests.llavamod_offline.families.official import FAMILIES, LLAVAS, Official, open_official, write_family
 from tests.tiny import tiny_image
 from tests.tiny_teachers import write_tiny_causal_lm
 
@@ -28,7 +28,7 @@ GREEDY = Decoding(0.0, 1.0, STEPS, 0)
 
 def engine_of(folder: Path, *, image_aspect: str = "auto") -> HfCaptureEngine:
     """The engine of a folder, in float32."""
-    teacher = open_teacher(folder, get_template("chatml"), image_aspect=image_aspect, max_length=512)
+    teacher = open_family(folder, get_template("chatml"), image_aspect=image_aspect, max_length=512)
     vocab_size = len(teacher.encoder.tokenizer)
     settings = RecordSettings(1.0, 1, 0, 1.0, ())
     model = teacher.load(torch.float32)

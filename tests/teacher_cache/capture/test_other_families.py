@@ -14,6 +14,7 @@ from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import ModelError
+from llavamod_offline.families import open_family
 from teacher_cache.capture.run import run_capture
 from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.engines.hf import HfCaptureEngine
@@ -22,7 +23,6 @@ from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.plan.estimate import make_plan
 from teacher_cache.read.reader import open_cache
-from teacher_cache.teachers import open_teacher
 from tests.tiny import tiny_image, tiny_samples
 from tests.tiny_teachers import write_tiny_onevision, write_tiny_qwen_vl
 
@@ -56,7 +56,7 @@ def test_a_capture_and_its_plan(tmp_path: Path) -> None:
 def test_pictures_that_cannot_be_used_reject_their_samples_alone(tmp_path: Path, write: object) -> None:
     """One that is cut off, one whose header is damaged, and one that has another size than when it was tokenised."""
     folder = write(tmp_path / "teacher")  # type: ignore[operator]
-    teacher = open_teacher(folder, get_template("chatml"), image_aspect="auto", max_length=1024)
+    teacher = open_family(folder, get_template("chatml"), image_aspect="auto", max_length=1024)
     turns = (Turn("user", "<image>What?"), Turn("assistant", "A star."))
     samples = [Sample(f"s{n}", turns, (tiny_image(n, (40, 30)),), ("png",)) for n in range(4)]
     images = (samples[0].images[0][:-30], b"\x89PNG", tiny_image(2, (90, 20)), samples[3].images[0])
@@ -93,7 +93,7 @@ def test_another_models_processor_is_refused(tmp_path: Path, setting: str, value
     file = folder / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {setting: value}))
     with pytest.raises(ModelError, match=problem):
-        open_teacher(folder, get_template("chatml"), image_aspect="auto", max_length=64)
+        open_family(folder, get_template("chatml"), image_aspect="auto", max_length=64)
 
 
 @pytest.mark.parametrize(
@@ -112,4 +112,4 @@ def test_other_tiles_than_the_towers_are_refused(
     content = json.loads((folder / file).read_text())
     (folder / file).write_text(json.dumps(content | {setting: value}))
     with pytest.raises(ModelError, match=problem):
-        open_teacher(folder, get_template("chatml"), image_aspect="auto", max_length=64)
+        open_family(folder, get_template("chatml"), image_aspect="auto", max_length=64)

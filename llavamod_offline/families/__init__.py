@@ -1,4 +1,13 @@
-"""The model families that can teach, one module each; `open_teacher` picks the one of a folder."""
+"""Model families: how a checkpoint folder turns samples into tokens and model inputs, and how its model is run.
+
+    folder ──open_family──▶ Family ──encode───▶ token ids of a (sample, role), each image expanded
+                               ├─────images───▶ the arrays of a sample's images
+                               ├─────load─────▶ the model of transformers
+                               └─────…────────▶ last hidden states of a batch, which the LM head turns into logits
+
+The same object serves captures, questions, evaluation and vLLM; what runs it never asks for a family's name. One module
+each: a family with a module of its own is one that can be run faster than by its processor and its whole model.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +19,22 @@ from llavamod_offline.data.encode.chat_template import choose_template
 from llavamod_offline.data.encode.template import Template
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER
 from llavamod_offline.errors import ModelError
+from llavamod_offline.families.protocol import Family, SampleImage
 from llavamod_offline.models.checkpoint import load_tokenizer, read_json
-from teacher_cache.teachers.protocol import SampleImage, Teacher
 
-__all__ = ["SampleImage", "Teacher", "open_teacher"]
+__all__ = ["Family", "SampleImage", "open_family"]
 
 _QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 # By config.json's model_type: module, class, and how the family's processor writes an image in text.
 _FAMILIES = {
-    "llava": ("llava", "LlavaTeacher", IMAGE_PLACEHOLDER),
-    "llava_onevision": ("llava_onevision", "LlavaOnevisionTeacher", IMAGE_PLACEHOLDER),
-    "qwen2_vl": ("qwen_vl", "QwenVlTeacher", _QWEN_IMAGE),
-    "qwen2_5_vl": ("qwen_vl", "QwenVlTeacher", _QWEN_IMAGE),
+    "llava": ("llava", "LlavaFamily", IMAGE_PLACEHOLDER),
+    "llava_onevision": ("llava_onevision", "LlavaOnevisionFamily", IMAGE_PLACEHOLDER),
+    "qwen2_vl": ("qwen_vl", "QwenVlFamily", _QWEN_IMAGE),
+    "qwen2_5_vl": ("qwen_vl", "QwenVlFamily", _QWEN_IMAGE),
 }
 
 
-def open_teacher(folder: Path, template: Template | str, *, image_aspect: str, max_length: int) -> Teacher:
+def open_family(folder: Path, template: Template | str, *, image_aspect: str, max_length: int) -> Family:
     """Open a checkpoint folder without its weights; `template`: one, or the name of one.
 
     Errors: `ModelError` if its family is not supported; `ConfigError` for the template.
@@ -34,12 +43,12 @@ def open_teacher(folder: Path, template: Template | str, *, image_aspect: str, m
     if isinstance(template, str):
         template = choose_template(template, lambda: load_tokenizer(folder), image=image)
     opener = getattr(importlib.import_module(f"{__name__}.{module}"), class_name)
-    return cast("Teacher", opener(folder, template, image_aspect=image_aspect, max_length=max_length))
+    return cast("Family", opener(folder, template, image_aspect=image_aspect, max_length=max_length))
 
 
 def _family(folder: Path) -> tuple[str, str, str | None]:
     model_type = read_json(folder, "config.json").get("model_type")
-    family = ("causal_lm", "CausalLmTeacher", None) if _is_causal_lm(model_type) else _FAMILIES.get(str(model_type))
+    family = ("causal_lm", "CausalLmFamily", None) if _is_causal_lm(model_type) else _FAMILIES.get(str(model_type))
     if family is None:
         raise ModelError(
             f"{folder}/config.json: model_type is '{model_type}', which is none of {', '.join(_FAMILIES)}, nor a "

@@ -15,10 +15,10 @@ from llavamod_offline.data.encode.chat_template import to_jinja
 from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.images import decode_image
 from llavamod_offline.data.pack.pack import write_set
+from llavamod_offline.families import open_family
 from teacher_cache.capture.run import run_capture
 from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.read.reader import open_cache
-from teacher_cache.teachers import open_teacher
 from tests.tiny import tiny_samples
 from tests.tiny_llama import KINDS, llama_tokenizer
 from tests.tiny_teachers import write_tiny_causal_lm, write_tiny_llava_llama
@@ -51,7 +51,7 @@ def test_a_llava_is_captured_as_its_processor_words_it(tmp_path: Path, kind: str
         chat_template=tokenizer.chat_template,
     )
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    teacher = open_teacher(folder, "auto", image_aspect="square", max_length=1024)
+    teacher = open_family(folder, "auto", image_aspect="square", max_length=1024)
     for sample in tiny_samples(12):
         messages = [{"role": turn.role, "content": turn.text} for turn in sample.turns]
         text = processor.apply_chat_template(messages, tokenize=False)
@@ -71,7 +71,7 @@ def test_a_language_model_begins_as_its_tokenizer_does(tmp_path: Path, own: bool
     folder = write_tiny_causal_lm(tmp_path / "teacher", "llama", tokenizer=llama_tokenizer())
     if own:
         (folder / "chat_template.jinja").write_text(to_jinja(TEMPLATE))
-    teacher = open_teacher(folder, "auto" if own else "llava_v1", image_aspect="auto", max_length=1024)
+    teacher = open_family(folder, "auto" if own else "llava_v1", image_aspect="auto", max_length=1024)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     for sample in tiny_samples(12):
         if sample.images:

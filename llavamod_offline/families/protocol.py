@@ -27,7 +27,7 @@ class SampleImage:
     tokens: int
 
 
-class Teacher(Protocol):
+class Family(Protocol):
     """A checkpoint folder of one family, opened without its weights.
 
     `image_token_id`: the id at an image's positions; None for a model without images. `head_rows`: the rows of its LM

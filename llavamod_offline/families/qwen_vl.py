@@ -19,16 +19,16 @@ from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequ
 from llavamod_offline.data.images import decode_image, image_size, pad_to_square
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import DataError, ModelError, first_line
+from llavamod_offline.families import folder as folders
+from llavamod_offline.families.protocol import SampleImage
 from llavamod_offline.models.checkpoint import load_tokenizer, load_weights, read_json
-from teacher_cache.teachers import folder as folders
-from teacher_cache.teachers.protocol import SampleImage
 
 _PROCESSORS = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
 _IMAGE, _START, _END = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"
 
 
-class QwenVlTeacher:
-    """A folder of a Qwen2-VL or Qwen2.5-VL; see `protocol.Teacher`.
+class QwenVlFamily:
+    """A folder of a Qwen2-VL or Qwen2.5-VL; see `protocol.Family`.
 
     `image_aspect` auto leaves images to the processor, which resizes them to a whole number of merged patches; pad
     first pads them to squares.

@@ -17,13 +17,13 @@ from llavamod_offline.data.encode.template import Template
 from llavamod_offline.data.encode.tokenize import TokenizedSequence
 from llavamod_offline.data.images import ImagePreprocessor
 from llavamod_offline.data.sample import Sample
+from llavamod_offline.families.folder import context_length, pixel_array, preparing
+from llavamod_offline.families.protocol import SampleImage
 from llavamod_offline.models.checkpoint import load_config, load_llava, load_tokenizer, sequence_encoder
-from teacher_cache.teachers.folder import context_length, pixel_array, preparing
-from teacher_cache.teachers.protocol import SampleImage
 
 
-class LlavaTeacher:
-    """A folder of a LlavaForConditionalGeneration; see `protocol.Teacher`.
+class LlavaFamily:
+    """A folder of a LlavaForConditionalGeneration; see `protocol.Family`.
 
     `image_aspect` auto is what the folder states, as our students' do, or else pad.
     """

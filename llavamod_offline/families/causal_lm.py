@@ -14,14 +14,14 @@ from llavamod_offline.data.encode.template import Template
 from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequence
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import DataError
+from llavamod_offline.families.folder import context_length, read_config
+from llavamod_offline.families.protocol import SampleImage
 from llavamod_offline.models.checkpoint import load_tokenizer, load_weights
 from llavamod_offline.plural import counted
-from teacher_cache.teachers.folder import context_length, read_config
-from teacher_cache.teachers.protocol import SampleImage
 
 
-class CausalLmTeacher:
-    """A folder of any causal language model that transformers knows; see `protocol.Teacher`."""
+class CausalLmFamily:
+    """A folder of any causal language model that transformers knows; see `protocol.Family`."""
 
     def __init__(self, folder: Path, template: Template, *, image_aspect: str, max_length: int) -> None:
         from transformers import AutoConfig

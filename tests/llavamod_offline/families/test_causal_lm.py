@@ -14,11 +14,11 @@ from llavamod_offline.config import load_config
 from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.errors import ModelError
+from llavamod_offline.families import open_family
+from llavamod_offline.families.causal_lm import CausalLmFamily
 from teacher_cache.capture.run import run_capture
 from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.read.reader import open_cache
-from teacher_cache.teachers import open_teacher
-from teacher_cache.teachers.causal_lm import CausalLmTeacher
 from tests.tiny import tiny_samples
 from tests.tiny_teachers import write_tiny_causal_lm, write_tiny_qwen_vl
 
@@ -38,8 +38,8 @@ def test_text_is_captured_and_pictures_are_rejected(tmp_path: Path, kind: str, p
     assert "it has 1 image, and the teacher is a language model without images" in lines[0]["reason"]
     cache = open_cache(tmp_path / "cache")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    teacher = open_teacher(folder, get_template("chatml"), image_aspect="auto", max_length=2048)
-    assert isinstance(teacher, CausalLmTeacher)
+    teacher = open_family(folder, get_template("chatml"), image_aspect="auto", max_length=2048)
+    assert isinstance(teacher, CausalLmFamily)
     assert cache.fingerprint["images"] == {"tokens": 0, "token_id": None}
     for sample in texts:
         for role in sample.roles:
@@ -58,4 +58,4 @@ def test_a_model_of_no_known_family_is_one_clear_error(tmp_path: Path) -> None:
         with pytest.raises(
             ModelError, match=f"model_type is '{model_type}', which is none of llava, llava_onevision, q"
         ):
-            open_teacher(folder, get_template("chatml"), image_aspect="auto", max_length=64)
+            open_family(folder, get_template("chatml"), image_aspect="auto", max_length=64)

@@ -15,13 +15,13 @@ import torch
 from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import ConfigError, DataError, ModelError
+from llavamod_offline.families import Family, SampleImage, open_family
+from llavamod_offline.families.llava import LlavaFamily
 from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.engines.protocol import Request
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.sequences import SequenceRecord
-from teacher_cache.teachers import SampleImage, Teacher, open_teacher
-from teacher_cache.teachers.llava import LlavaTeacher
-from tests.teacher_cache.teachers.official import FAMILIES, LLAVAS, Official, open_official, write_family
+from tests.llavamod_offline.families.official import FAMILIES, LLAVAS, Official, open_official, write_family
 from tests.tiny import tiny_image
 
 # Alone: squares, landscapes and portraits, smaller and larger than the processors' bounds.
@@ -29,10 +29,10 @@ SIZES = ((24, 24), (60, 31), (17, 44), (9, 9), (150, 40), (33, 100))
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
+class Opened:
     name: str
     folder: Path
-    teacher: Teacher
+    teacher: Family
     model: Any
     official: Official
 
@@ -62,12 +62,12 @@ class Family:
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Opened:
     folder = write_family(request.param, tmp_path_factory.mktemp(request.param) / "teacher")
     aspect = "square" if request.param in LLAVAS else "auto"
-    teacher = open_teacher(folder, get_template("chatml"), image_aspect=aspect, max_length=1024)
+    teacher = open_family(folder, get_template("chatml"), image_aspect=aspect, max_length=1024)
     model = teacher.load(torch.float32)
-    return Family(request.param, folder, teacher, model, open_official(request.param, folder))
+    return Opened(request.param, folder, teacher, model, open_official(request.param, folder))
 
 
 def conversations() -> list[Sample]:
@@ -102,7 +102,7 @@ def _sample(key: str, images: tuple[bytes, ...], texts: tuple[str, ...]) -> Samp
     return Sample(key, turns, images, ("png",) * len(images))
 
 
-def _assert_official(family: Family, samples: Sequence[Sample], captured: dict[Any, SequenceRecord]) -> None:
+def _assert_official(family: Opened, samples: Sequence[Sample], captured: dict[Any, SequenceRecord]) -> None:
     pairs = [(sample, role) for sample in samples for role in sample.roles]
     assert captured.keys() == {(sample.key, role) for sample, role in pairs}
     for (sample, role), (ids_T, logits_TV) in zip(pairs, family.official.log_probs(pairs), strict=True):
@@ -116,25 +116,25 @@ def _assert_official(family: Family, samples: Sequence[Sample], captured: dict[A
         assert np.allclose(found, dense_NV, atol=1e-4), (sample.key, role, np.abs(found - dense_NV).max())
 
 
-def test_conversations_are_captured_as_the_official_processor_shows_them(family: Family) -> None:
+def test_conversations_are_captured_as_the_official_processor_shows_them(family: Opened) -> None:
     samples = conversations()
     _assert_official(family, samples, family.capture(samples))
 
 
-def test_text_alone_is_captured_in_a_batch_of_its_own(family: Family) -> None:
+def test_text_alone_is_captured_in_a_batch_of_its_own(family: Opened) -> None:
     samples = [sample for sample in conversations() if not sample.images]
     _assert_official(family, samples, family.capture(samples))
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_preferences_are_captured_alike_with_and_without_shared_prompts(family: Family, shared: bool) -> None:
+def test_preferences_are_captured_alike_with_and_without_shared_prompts(family: Opened, shared: bool) -> None:
     samples = preferences()
     _assert_official(family, samples, family.capture(samples, batch_size=4, shared_prompts=shared))
     # Pairs that a batch cuts in two.
     _assert_official(family, samples, family.capture(samples, batch_size=3, shared_prompts=shared))
 
 
-def test_pictures_decide_what_is_captured(family: Family) -> None:
+def test_pictures_decide_what_is_captured(family: Opened) -> None:
     """Else the tests above would pass on a model that sees no images."""
     first = conversations()[1]
     other = dataclasses.replace(first, images=(tiny_image(77, SIZES[1]),))
@@ -145,7 +145,7 @@ def test_pictures_decide_what_is_captured(family: Family) -> None:
     assert min(gaps) > 1e-3
 
 
-def test_a_picture_runs_through_the_tower_once_for_all_roles(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_runs_through_the_tower_once_for_all_roles(family: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
     run = family.teacher.image_features
 
@@ -158,7 +158,7 @@ def test_a_picture_runs_through_the_tower_once_for_all_roles(family: Family, mon
     assert counts == [5]
 
 
-def test_all_positions_with_hidden_states_of_image_patches(family: Family) -> None:
+def test_all_positions_with_hidden_states_of_image_patches(family: Opened) -> None:
     samples = [*preferences()[:2], *conversations()[:2], *conversations()[-1:]]
     for shared in (False, True):
         captured = family.capture(samples, positions="all", hidden_positions="image", shared_prompts=shared)
@@ -177,7 +177,7 @@ def test_all_positions_with_hidden_states_of_image_patches(family: Family) -> No
                 assert np.allclose(record.hidden.states_MD @ head.T, logits_TV.numpy()[image], atol=1e-3)
 
 
-def test_headers_alone_tell_the_tokens_of_any_shape(family: Family) -> None:
+def test_headers_alone_tell_the_tokens_of_any_shape(family: Opened) -> None:
     """`encode` reads headers, `pictures` prepares pixels: they must agree, alone and with others."""
     rng = np.random.default_rng(0)
     sizes = [*((int(w), int(h)) for w, h in rng.integers(1, 120, size=(60, 2))), (100, 1), (1, 100), (400, 3)]
@@ -193,8 +193,8 @@ def test_headers_alone_tell_the_tokens_of_any_shape(family: Family) -> None:
             assert all(feature.isfinite().all() for feature in features)
 
 
-def test_padding_to_squares_is_ours_where_it_is_asked_for(family: Family) -> None:
-    teacher = open_teacher(family.folder, get_template("chatml"), image_aspect="pad", max_length=1024)
+def test_padding_to_squares_is_ours_where_it_is_asked_for(family: Opened) -> None:
+    teacher = open_family(family.folder, get_template("chatml"), image_aspect="pad", max_length=1024)
     wide, square = (_sample("k", (tiny_image(1, size),), ("<image>a", "b")) for size in ((60, 20), (60, 60)))
     lengths = {len(teacher.encode(sample, "response").input_ids_T) for sample in (wide, square)}
     assert len(lengths) == 1
@@ -203,11 +203,11 @@ def test_padding_to_squares_is_ours_where_it_is_asked_for(family: Family) -> Non
     assert teacher.describe_images() != family.teacher.describe_images()
 
 
-def test_a_picture_that_the_processor_refuses_is_a_data_error(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_the_processor_refuses_is_a_data_error(family: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError("not with me")
 
-    if isinstance(family.teacher, LlavaTeacher):
+    if isinstance(family.teacher, LlavaFamily):
         monkeypatch.setattr(family.teacher.preprocessor, "pixels", refuse)
     else:
         monkeypatch.setattr(family.teacher, "processor", refuse)
@@ -215,14 +215,14 @@ def test_a_picture_that_the_processor_refuses_is_a_data_error(family: Family, mo
         family.teacher.images(conversations()[0])
 
 
-def test_a_setting_without_a_meaning_is_refused(family: Family) -> None:
+def test_a_setting_without_a_meaning_is_refused(family: Opened) -> None:
     if family.name in LLAVAS:
         return
     with pytest.raises(ConfigError, match="image_aspect is 'square'"):
-        open_teacher(family.folder, get_template("chatml"), image_aspect="square", max_length=1024)
+        open_family(family.folder, get_template("chatml"), image_aspect="square", max_length=1024)
 
 
-def test_a_foreign_tokenizer_is_refused(family: Family, tmp_path: Path) -> None:
+def test_a_foreign_tokenizer_is_refused(family: Opened, tmp_path: Path) -> None:
     import shutil
 
     from tests.tiny_teachers import tokenizer_with
@@ -230,7 +230,7 @@ def test_a_foreign_tokenizer_is_refused(family: Family, tmp_path: Path) -> None:
     folder = shutil.copytree(family.folder, tmp_path / "copy")
     tokenizer_with("<|first|>", "<image>", "<|image_pad|>").save_pretrained(folder)
     with pytest.raises(ModelError, match="use the tokenizer that belongs to the checkpoint"):
-        open_teacher(folder, get_template("chatml"), image_aspect="auto", max_length=1024)
+        open_family(folder, get_template("chatml"), image_aspect="auto", max_length=1024)
 
 
 def test_a_tower_that_llavas_model_cannot_run_alone_is_refused_by_its_name(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_a_tower_that_llavas_model_cannot_run_alone_is_refused_by_its_name(tmp_p
     config["vision_config"] = {"model_type": "pixtral", "image_size": 24, "patch_size": 8}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="of type 'pixtral', which is none of clip_vision_model, siglip_vision_model"):
-        open_teacher(folder, "chatml", image_aspect="auto", max_length=1024)
+        open_family(folder, "chatml", image_aspect="auto", max_length=1024)
 
 
 @pytest.mark.parametrize("name", LLAVAS)
@@ -249,6 +249,6 @@ def test_a_tower_of_another_size_than_the_images_is_refused(tmp_path: Path, name
     content = json.loads(file.read_text())
     key = "crop_size" if "crop_size" in content else "size"
     file.write_text(json.dumps(content | {key: {"height": 32, "width": 32}}))
-    teacher = open_teacher(folder, "chatml", image_aspect="auto", max_length=1024)
+    teacher = open_family(folder, "chatml", image_aspect="auto", max_length=1024)
     with pytest.raises(ModelError, match=f"{key} .* does not fit the vision tower's 24 pixels"):
         teacher.load(torch.float32)

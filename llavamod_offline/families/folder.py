@@ -100,7 +100,7 @@ def plain(value: Any) -> Any:
 
 
 def describe_processor(processor: Any, names: Iterable[str], *, padded: bool, token_id: int | None) -> dict[str, Any]:
-    """`Teacher.describe_images` of a family whose image tokens depend on the image's size."""
+    """`Family.describe_images` of a family whose image tokens depend on the image's size."""
     settings = {name: plain(getattr(processor, name)) for name in names}
     return {
         "aspect": "pad" if padded else "own",

@@ -21,15 +21,15 @@ from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequ
 from llavamod_offline.data.images import decode_image, image_size, pad_to_square
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import DataError, ModelError
+from llavamod_offline.families import folder as folders
+from llavamod_offline.families.protocol import SampleImage
 from llavamod_offline.models.checkpoint import load_tokenizer, load_weights
-from teacher_cache.teachers import folder as folders
-from teacher_cache.teachers.protocol import SampleImage
 
 _PROCESSORS = ("LlavaOnevisionImageProcessor", "LlavaOnevisionImageProcessorFast", "LlavaOnevisionImageProcessorPil")
 
 
-class LlavaOnevisionTeacher:
-    """A folder of a LlavaOnevisionForConditionalGeneration; see `protocol.Teacher`.
+class LlavaOnevisionFamily:
+    """A folder of a LlavaOnevisionForConditionalGeneration; see `protocol.Family`.
 
     `image_aspect` auto leaves images to the processor; pad first pads them to squares.
     """
