@@ -50,6 +50,10 @@ WeightOption = Annotated[
     list[str] | None,
     typer.Option("--weight", metavar="NAME=N", help="How often training sees a source's samples; may be repeated."),
 ]
+LicenceOption = Annotated[
+    list[str] | None,
+    typer.Option("--licence", metavar="NAME=TEXT", help="Licence of a source, kept in the set; may be repeated."),
+]
 Workers = Annotated[int | None, typer.Option(min=1, help="Number of processes [default: all cores].")]
 CaptionPrompt = Annotated[
     str | None,
@@ -83,6 +87,7 @@ def pack(
     source_list: SourceList = None,
     root: Root = Path(),
     weight: WeightOption = None,
+    licence: LicenceOption = None,
     name: Annotated[str | None, typer.Option(help="Name of the shards [default: the folder's name].")] = None,
     shard_samples: Annotated[int, typer.Option(min=1, help="Largest number of samples in a shard.")] = 1000,
     keys: Annotated[Keys, typer.Option(help="Sample keys: the rows' ids, or file name and row number.")] = Keys.ID,
@@ -116,15 +121,16 @@ def pack(
     from llavamod_offline.data.sources.catalogue import SHIPPED, read_catalogue, stage_sources
     from llavamod_offline.data.sources.fitting_folders import advice_on_missing
     from llavamod_offline.data.sources.read import Source, prepare_sources
-    from llavamod_offline.data.sources.source_arguments import parse_source, parse_weights
+    from llavamod_offline.data.sources.source_arguments import parse_licences, parse_source, parse_weights
     from llavamod_offline.data.sources.tar_samples import ReadRule
     from llavamod_offline.progress import ProgressBar
 
     rule = ReadRule.of(caption_prompt, ignore or ())
     files = [Source(path, named, rule=rule) for named, path in map(parse_source, sources or [])]
     weights: dict[str, float] = {}
+    listed_licences: dict[str, str] = {}
     if stage is not None:
-        listed, weights = stage_sources(read_catalogue(source_list or SHIPPED), stage, root)
+        listed, weights, listed_licences = stage_sources(read_catalogue(source_list or SHIPPED), stage, root)
         files = [*listed, *files]
     if not files:
         raise typer.BadParameter("name source files, or a --stage", param_hint="SOURCE")
@@ -148,6 +154,8 @@ def pack(
             max_rejected=max_rejected,
             duplicate_hint=hint,
             weights=weights | parse_weights(weight or []),
+            licences=parse_licences(licence or []),
+            listed_licences=listed_licences,
             max_side=max_side,
             fitting=lambda missing: advice_on_missing(missing, images or ()),
         )
@@ -164,6 +172,7 @@ def index(
     ] = TarKeys.MEMBER,
     ignore: Ignore = None,
     weight: WeightOption = None,
+    licence: LicenceOption = None,
     max_rejected: MaxRejected = 0.5,
     workers: Workers = None,
     overwrite: Overwrite = False,
@@ -181,7 +190,7 @@ def index(
       llavamod-offline index cc3m=data/cc3m --caption-prompt "Describe the image briefly." --output sets/cc3m
     """
     from llavamod_offline.data.pack.process_map import available_cores
-    from llavamod_offline.data.sources.source_arguments import parse_source, parse_weights
+    from llavamod_offline.data.sources.source_arguments import parse_licences, parse_source, parse_weights
     from llavamod_offline.data.sources.tar_index import find_tars, index_tars
     from llavamod_offline.progress import ProgressBar
 
@@ -197,6 +206,7 @@ def index(
             overwrite=overwrite,
             max_rejected=max_rejected,
             weights=parse_weights(weight or []),
+            licences=parse_licences(licence or []),
             workers=workers or available_cores(),
             advance=bar.advance,
         )

@@ -118,7 +118,7 @@ def _train(config: TrainConfig, settings: dict[str, Any], output: Path, world: W
     sizes = _sizes(setup)
     holdout = setup.holdout_batches(world)
     if world.is_main:
-        _begin(output, dump_config(config), rejection_lines(setup.joined.too_long), hashes)
+        _begin(output, dump_config(config), rejection_lines(setup.samples, setup.joined.too_long), hashes)
     optim, micro_size = config.optim, config.batch.micro_size
     micro_steps = config.batch.global_size // (micro_size * world.size)
     with ExitStack() as stack:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import DataError
 from teacher_cache.capture_setup import CaptureSetup
 from teacher_cache.engines.protocol import CaptureEngine, Request
@@ -77,4 +78,9 @@ def capture_prepared(
     order = prepared.order
     captured.sort(key=lambda item: order[item.key, item.role])
     rejected.sort(key=lambda item: order[item.key, item.role])
-    return captured, rejected
+    return captured, [_located(item, setup.samples) for item in rejected]
+
+
+def _located(item: Rejection, samples: SampleSet) -> Rejection:
+    file, row = samples.origin(item.key) or (None, None)
+    return replace(item, file=file, row=row)

@@ -117,20 +117,24 @@ class WrittenSet:
         """
         if self.finished:
             return
-        rows, weights = self._rows(source, made), self._weights(source)
-        max_side = source.manifest.get("max_side")
-        write_set(rows, self.path, generated=self.about, max_rejected=max_rejected, weights=weights, max_side=max_side)
+        weights, licences = (source.manifest.get(name) or {} for name in ("weights", "licences"))
+        left = self._left(source) if weights or licences else set()
+        write_set(
+            self._rows(source, made),
+            self.path,
+            generated=self.about,
+            max_rejected=max_rejected,
+            weights={name: weight for name, weight in weights.items() if name in left},
+            licences={name: licence for name, licence in licences.items() if name in left},
+            max_side=source.manifest.get("max_side"),
+        )
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _weights(self, source: SampleSet) -> dict[str, float]:
-        """The sampling weights of the prompts' set, for sources that still have samples."""
-        weights = source.manifest.get("weights") or {}
-        if not weights:
-            return {}
-        origins = source.index.column("source")
+    def _left(self, source: SampleSet) -> set[str]:
+        """The sources of the prompts' set that still have samples."""
+        names = source.index.column("source")
         answers = ((self._read(shard), source.rows_of(shard)) for shard in source.shard_names)
-        left = {origins[row].as_py() for pair in answers for answer, row in zip(*pair, strict=True) if not answer.kind}
-        return {name: weight for name, weight in weights.items() if name in left}
+        return {names[row].as_py() for pair in answers for answer, row in zip(*pair, strict=True) if not answer.kind}
 
     def _rows(self, source: SampleSet, made: Made) -> Iterator[Located | RejectedRow]:
         for shard in source.shard_names:
@@ -140,11 +144,11 @@ class WrittenSet:
                     raise DataError(
                         f"{self._file(shard)}: not the answers of set '{source.path}': remove {self._folder}"
                     )
-                file = f"{shard}.tar"
+                file, number = source.origin(sample.key) or (f"{shard}.tar", row)
                 if answer.kind is not None:
-                    yield RejectedRow(sample.key, answer.kind, answer.reason, file, row)
+                    yield RejectedRow(sample.key, answer.kind, answer.reason, file, number)
                 else:
-                    yield Located(made(sample, answer.texts), file, row)
+                    yield Located(made(sample, answer.texts), file, number)
 
     def _read(self, shard: str) -> list[AnsweredSample]:
         file = self._file(shard)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -250,8 +251,8 @@ def _is_whole(manifest: bytes, sizes: Mapping[str, int]) -> bool:
 
 
 def _rejected_line(item: Rejection) -> bytes:
-    row = {"key": item.key, "role": item.role, "reason": item.reason}
-    return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    fields = {name: value for name, value in asdict(item).items() if value is not None}
+    return (json.dumps(fields, ensure_ascii=False) + "\n").encode()
 
 
 def _check_folders(folder: Folder, names: Iterable[str]) -> None:

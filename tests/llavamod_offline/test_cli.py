@@ -223,6 +223,12 @@ def test_doctor_and_the_stages_of_a_list(folder: Path, run: Run) -> None:
     assert run("pack", "--from", "list.yaml", "--stage", "all", "--output", "set").status == 0
     manifest = SampleSet.open(folder / "set").manifest
     assert (manifest["sources"], manifest["weights"]) == ({"chat": 5, "pairs": 1}, {"chat": 2.0})
+    assert manifest["licences"] == {"chat": "mit"}
+    own = ("pack", "--from", "list.yaml", "--stage", "all", "--output", "licensed")
+    assert run(*own, "--licence", "pairs=cc-by 4.0").status == 0
+    assert SampleSet.open(folder / "licensed").manifest["licences"] == {"chat": "mit", "pairs": "cc-by 4.0"}
+    unknown = run(*own, "--overwrite", "--licence", "pears=mit").err
+    assert unknown == "error: licence of 'pears': no samples from that source: name one of 'chat', 'pairs'\n"
     refused = run("pack", "--from", "list.yaml", "--stage", "all", "--root", "pictures", "--output", "other")
     assert "source 'chat': pictures/chat.json is missing: `llavamod-offline doctor` lists the rest" in refused.err
     assert run("pack", "--output", "other").status == 2

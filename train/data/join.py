@@ -92,9 +92,13 @@ def join(
     )
 
 
-def rejection_lines(too_long: Sequence[tuple[str, str]]) -> str:
-    """Format the lines of `rejected.jsonl`."""
-    return "".join(json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in too_long)
+def rejection_lines(samples: SampleSet, too_long: Sequence[tuple[str, str]]) -> str:
+    """Format the lines of `rejected.jsonl`, with the file and row of each sample if the set knows them."""
+    lines = []
+    for key, reason in too_long:
+        origin = zip(("file", "row"), samples.origin(key) or (), strict=False)
+        lines.append(json.dumps({"key": key, "reason": reason, **dict(origin)}) + "\n")
+    return "".join(lines)
 
 
 def _check_kind(samples: SampleSet, roles: Sequence[str]) -> None:

@@ -31,6 +31,8 @@ def write_set(
     max_rejected: float | None = None,
     duplicate_hint: str = "give every row its own key",
     weights: Mapping[str, float] | None = None,
+    licences: Mapping[str, str] | None = None,
+    listed_licences: Mapping[str, str] | None = None,
     max_side: int | None = None,
     generated: Mapping[str, Any] | None = None,
     fitting: Fitting = no_advice,
@@ -38,19 +40,17 @@ def write_set(
     """Write rows, in order, to the set folder `output`; shards are named `name` (default: the folder's name).
 
     A shard is closed when it holds `shard_samples` samples, or when the next one would exceed `shard_bytes`.
-    For the manifest: `weights`, how often training sees a source's samples, if not once; `max_side`, the length beyond
+    For the manifest: `weights`, how often training sees a source's samples, if not once; `licences` of sources,
+    and `listed_licences` of sources that may turn out to have no samples; `max_side`, the length beyond
     which images were shrunk; `generated`, a description of the teacher that wrote the answers. `fitting`: advice for
     the names of missing images, for messages.
     Errors: `DataError` if `output` exists (with `overwrite`: unless it is a set), for a duplicate key (naming both rows
     and `duplicate_hint`), if no row yields a sample, if more than the share `max_rejected` is rejected;
-    `ConfigError` for the weight of a source without samples. Errors leave nothing behind, except the list of rejected
-    rows in `{output}.rejected.jsonl` if they are the error.
+    `ConfigError` for the weight or licence of a source without samples. Errors leave nothing behind, except the list
+    of rejected rows in `{output}.rejected.jsonl` if they are the error.
     """
     weights = weights or {}
     check_weights(weights)
-    more: dict[str, Any] = {} if max_side is None else {"max_side": max_side}
-    if generated is not None:
-        more["generated"] = generated
     with new_set(output, name, overwrite=overwrite, duplicate_hint=duplicate_hint, fitting=fitting) as writer:
         with writer, _Shards(writer, shard_samples, shard_bytes) as shards:
             for row in rows:
@@ -58,8 +58,14 @@ def write_set(
                     writer.reject(row)
                 else:
                     shards.add(_prepared(row, writer.rows))
-            writer.check(max_rejected, weights)
-        return writer.finish(weights, more)
+            writer.check(max_rejected, weights=weights, licences=licences or {})
+        found = {**(listed_licences or {}), **(licences or {})}
+        more = {
+            "max_side": max_side,
+            "licences": {name: found[name] for name in sorted(found.keys() & writer.sources.keys())} or None,
+            "generated": generated,
+        }
+        return writer.finish(weights, {name: value for name, value in more.items() if value is not None})
 
 
 def _prepared(row: Sample | Located | PreparedSources, number: int) -> PreparedSources:

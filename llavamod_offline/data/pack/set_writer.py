@@ -180,8 +180,8 @@ class SetWriter:
         self.rejections.add(rejection)
         self.rows += 1
 
-    def check(self, max_rejected: float | None, weights: Mapping[str, float]) -> None:
-        """Refuse a set without samples, with too many rejections, or with weights for unknown sources.
+    def check(self, max_rejected: float | None, *, weights: Mapping[str, float], licences: Mapping[str, str]) -> None:
+        """Refuse a set without samples, with too many rejections, or with weights or licences of unknown sources.
 
         The list of a set that is refused for its rejections is kept beside the output.
         """
@@ -194,10 +194,11 @@ class SetWriter:
                 f"{self._diagnosis()}"
             )
         check_weights(weights)
-        unknown = sorted(weights.keys() - self.sources.keys())
-        if unknown:
-            known = ", ".join(f"'{source}'" for source in sorted(self.sources)[:8])
-            raise ConfigError(f"weight of '{unknown[0]}': no samples from that source: name one of {known}")
+        for what, named in (("weight", weights), ("licence", licences)):
+            unknown = sorted(named.keys() - self.sources.keys())
+            if unknown:
+                known = ", ".join(f"'{source}'" for source in sorted(self.sources)[:8])
+                raise ConfigError(f"{what} of '{unknown[0]}': no samples from that source: name one of {known}")
 
     def _diagnosis(self) -> str:
         """Why rows were rejected, and where they are listed: beside the output, as the set is not made."""

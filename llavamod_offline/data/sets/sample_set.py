@@ -5,7 +5,8 @@
     index.arrow           Arrow IPC file, one row a sample, in the order of the tars; memory-mapped
     set.json              format, name, counts, digest, weights of sources, and each shard's samples, size, SHA-256
                           and, if it is elsewhere, path (relative to this folder, or absolute); written last.
-                          If a teacher wrote the answers, `generated`: which, how, and from which set
+                          If known: `licences` of sources; `max_side`, to which images were shrunk; `generated`:
+                          which teacher wrote the answers, how, and from which set
     rejected.jsonl        the source rows that are not in the set: key, kind, reason, file, row
 
 Columns of the index: `key`; `shard` (ordinal in set.json's list); `content_hash`; `kind` (`conversation` or

@@ -84,12 +84,14 @@ def _matches(root: Path, pattern: str) -> Iterator[Path]:
             yield from (folder / file for file in walk_files(folder) if PurePosixPath(file).match(name))
 
 
-def stage_sources(catalogue: Catalogue, stage: str, root: Path) -> tuple[list[Source], dict[str, float]]:
-    """The files of a stage, ready to be packed, and the weights other than 1.
+def stage_sources(
+    catalogue: Catalogue, stage: str, root: Path
+) -> tuple[list[Source], dict[str, float], dict[str, str]]:
+    """The files of a stage, ready to be packed, the weights other than 1, and the licences that are known.
 
     Errors: `DataError` naming the first missing file or folder.
     """
-    sources, weights = [], {}
+    sources, weights, licences = [], {}, {}
     for name, entry in catalogue.of_stage(stage).items():
         found = find_files(entry, root)
         broken = broken_links(entry, root)
@@ -103,7 +105,9 @@ def stage_sources(catalogue: Catalogue, stage: str, root: Path) -> tuple[list[So
         sources += [Source(path, name, folders) for _, paths in found for path in paths]
         if entry.weight != 1.0:
             weights[name] = entry.weight
-    return sources, weights
+        if entry.licence is not None:
+            licences[name] = entry.licence
+    return sources, weights, licences
 
 
 def _check(name: str, entry: DataSet) -> None:

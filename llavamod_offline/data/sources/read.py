@@ -164,6 +164,8 @@ class _RowReader:
             sample = row_to_sample(row.content, key=key, source=name, read_image=read_image, max_side=self._max_side)
             return Located(sample, str(file), row.number)
         except RowError as error:
+            if isinstance(row.content, FileGroup):  # the file, as keys may be numbers
+                file = file / row.content.files[0][1]
             return RejectedRow(key, error.kind, str(error), str(file), row.number, error.image)
 
     def _from_files(self, source: Source, group: FileGroup, key: str) -> Sample:

@@ -1,4 +1,4 @@
-"""Parse sources and their weights from the command line: `NAME=PATH` and `NAME=NUMBER`."""
+"""Parse sources, their weights and licences from the command line: `NAME=PATH`, `NAME=NUMBER` and `NAME=TEXT`."""
 
 from __future__ import annotations
 
@@ -36,3 +36,16 @@ def parse_weights(arguments: Sequence[str]) -> dict[str, float]:
             raise ConfigError(f"weight of '{name}' is given twice")
         weights[name] = weight
     return weights
+
+
+def parse_licences(arguments: Sequence[str]) -> dict[str, str]:
+    """The licences of sources by name. Errors: `ConfigError` for anything but `NAME=TEXT`, or a repeated name."""
+    licences: dict[str, str] = {}
+    for argument in arguments:
+        name, _, text = argument.partition("=")
+        if not name.strip() or not text.strip():
+            raise ConfigError(f"licence '{argument}': expected NAME=TEXT, such as captions=cc-by-4.0")
+        if name in licences:
+            raise ConfigError(f"licence of '{name}' is given twice")
+        licences[name] = text
+    return licences

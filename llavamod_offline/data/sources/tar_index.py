@@ -69,6 +69,7 @@ def index_tars(
     overwrite: bool = False,
     max_rejected: float | None = None,
     weights: Mapping[str, float] | None = None,
+    licences: Mapping[str, str] | None = None,
     workers: int = 1,
     advance: Callable[[int], object] = lambda size: None,
 ) -> PackSummary:
@@ -91,8 +92,9 @@ def index_tars(
             for (_, name), tar in zip(jobs, map_in_order(reader, jobs, workers=workers, chunk=1), strict=True):
                 _add(writer, name, tar)
                 advance(tar.size)
-            writer.check(max_rejected, weights)
-        return writer.finish(weights, {} if caption_prompt is None else {"caption_prompt": caption_prompt})
+            writer.check(max_rejected, weights=weights, licences=licences or {})
+        more: dict[str, Any] = {} if caption_prompt is None else {"caption_prompt": caption_prompt}
+        return writer.finish(weights, more | ({"licences": dict(sorted(licences.items()))} if licences else {}))
 
 
 def find_tars(places: Sequence[Path], name: str = "") -> list[TarSource]:

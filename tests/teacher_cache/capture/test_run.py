@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from llavamod_offline.data.pack.pack import write_set
+from llavamod_offline.data.rows import Located
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import CacheError, ConfigError, DataError, LlavaModError, ModelError
@@ -177,11 +178,13 @@ def test_a_disk_that_fills_up_stops_the_run_and_room_lets_it_go_on(
 def test_what_cannot_be_captured_is_on_record(world: World, tmp_path: Path) -> None:
     samples = tiny_samples(6)
     long = Sample("long", (Turn("user", "many " * 300), Turn("assistant", "words")))
-    write_set([*samples[:3], long, *samples[3:]], tmp_path / "set", shard_samples=4)
+    rows: list[Sample | Located] = [*samples[:3], Located(long, "rows.json", 41), *samples[3:]]
+    write_set(rows, tmp_path / "set", shard_samples=4)
     summary = world.run(tmp_path / "c", "max_length=200", data=tmp_path / "set")
     assert (summary.sequences, summary.rejected) == (6, 1)
     row = json.loads((tmp_path / "c/rejected.jsonl").read_text())
     assert (row["key"], row["role"]) == ("long", "response")
+    assert (row["file"], row["row"]) == ("rows.json", 41)
     assert "more than max_length 200" in row["reason"]
     cache = open_cache(tmp_path / "c")
     assert ("long", "response") not in cache

@@ -135,7 +135,7 @@ def test_answers_that_make_no_sample_are_rejected_with_the_reason(
     assert reasons["toy-4"].startswith("the answer holds the special token '<|im_end|>'; template 'qwen' ends with")
     assert reasons["toy-5"] == "the teacher's logits are not finite (NaN or inf)"
     assert "'<image>' is in an answer" in reasons["toy-7"]
-    assert [(line["file"], line["row"]) for line in lines[:2]] == [("prompts-000000.tar", 0), ("prompts-000000.tar", 1)]
+    assert [(line["file"], line["row"]) for line in lines[:2]] == [("samples", 0), ("samples", 1)]
     assert [sample.turns[-1].text for sample in rows(place.set())] == ["yes", "A red circle."]
     assert set(open_cache(place.cache()).keys("response")) == {"toy-6-generated", "toy-8-generated"}
 

@@ -17,6 +17,7 @@ import pytest
 
 from llavamod_offline.config import load_config
 from llavamod_offline.data.pack.pack import write_set
+from llavamod_offline.data.rows import Located
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError, DataError, LlavaModError
 from teacher_cache.capture.run import run_capture
@@ -146,13 +147,15 @@ def test_other_settings_into_the_same_set_are_refused_begun_or_finished(place: P
     assert file_entries(place.set()) == before
 
 
-def test_the_new_set_has_the_weights_of_the_sources_that_are_left_in_it(
+def test_the_new_set_keeps_what_the_old_one_had_of_the_sources_and_rows_that_are_left(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training would refuse the weight of a source that has no samples."""
     prompts = [dataclasses.replace(sample, source=sample.key) for sample in rows(place.source)[:3]]
     weights = {"toy-0": 0.5, "toy-1": 2.0}
-    write_set(prompts, place.folder / "weighed", weights=weights, max_side=64)
+    licences = {"toy-1": "mit", "toy-2": "cc-by-4.0"}
+    located = [Located(sample, "rows.json", 7 + row) for row, sample in enumerate(prompts)]
+    write_set(located, place.folder / "weighed", weights=weights, licences=licences, max_side=64)
 
     def one_goes_on_and_on(engine: Any, prompts: Any, decoding: Any) -> list[Written]:
         return [Written((5, 6), ended=prompt.key != "toy-1") for prompt in prompts]
@@ -160,8 +163,12 @@ def test_the_new_set_has_the_weights_of_the_sources_that_are_left_in_it(
     monkeypatch.setattr(answers, "write_answers", one_goes_on_and_on)
     place.generate(data=place.folder / "weighed")
     assert set(SampleSet.open(place.set()).manifest["sources"]) == {"toy-0", "toy-2"}
-    manifest = SampleSet.open(place.set()).manifest
-    assert (manifest["weights"], manifest["max_side"]) == ({"toy-0": 0.5}, 64)
+    packed = SampleSet.open(place.set())
+    assert (packed.manifest["weights"], packed.manifest["max_side"]) == ({"toy-0": 0.5}, 64)
+    assert packed.manifest["licences"] == {"toy-2": "cc-by-4.0"}
+    assert [packed.origin(key) for key in packed.keys] == [("rows.json", 7), ("rows.json", 9)]
+    (rejected,) = map(json.loads, (place.set() / "rejected.jsonl").read_text().splitlines())
+    assert (rejected["file"], rejected["row"]) == ("rows.json", 8)
 
 
 def test_run_refuses_what_belongs_to_generate(place: Place) -> None:

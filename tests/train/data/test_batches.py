@@ -46,6 +46,7 @@ def test_samples_that_are_too_long_are_left_out_on_request(world: World, tmp_pat
     summary = train(world.config("sft", tmp_path / "run", *settings, *drop))
     assert (summary.samples, summary.samples_too_long) == (16, 1)
     (line,) = (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()
+    assert {"file": "samples", "row": 16}.items() <= json.loads(line).items()
     assert json.loads(line)["key"] == "long"
 
 

@@ -134,13 +134,14 @@ def test_lists_that_make_no_sense(tmp_path: Path, content: str, problem: str) ->
 def test_files_of_a_stage(root: Path) -> None:
     table = DataSet(files=["t_*.parquet"], weight=0.5)
     catalogue = Catalogue({"mine": ENTRY, "pairs": table, "none": DataSet(files=["n.json"])}, {"s": ["pairs", "mine"]})
-    sources, weights = stage_sources(catalogue, "s", root)
+    sources, weights, licences = stage_sources(catalogue, "s", root)
     assert sources == [
         Source(root / "t_0.parquet", "pairs"),
         Source(root / "t_1.parquet", "pairs"),
         Source(root / "a" / "rows.json", "mine", (root / "a" / "p",)),
     ]
     assert weights == {"pairs": 0.5}
+    assert licences == {"mine": "mit"}
     with pytest.raises(ConfigError, match="stage 'x' is unknown: choose one of s"):
         stage_sources(catalogue, "x", root)
     with pytest.raises(

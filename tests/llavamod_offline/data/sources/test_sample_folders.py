@@ -113,3 +113,11 @@ def test_tars_on_other_disks(tmp_path: Path) -> None:
     (tars / "c.tar.gz").write_bytes(b"")
     with pytest.raises(DataError, match=r"c\.tar\.gz': is compressed, which rules out reading by position: unpack it"):
         find_tars([tars])
+
+
+def test_a_rejection_names_the_file(tmp_path: Path) -> None:
+    """With keys by row, only the file's name leads back to it."""
+    write(tmp_path / "mine", {"deep/a.jpg": b"broken", "deep/a.txt": b"A circle.", "b.jpg": JPG, "b.txt": b"A shot."})
+    found = list(read_sources([Source(tmp_path / "mine", rule=RULE)], keys="row"))
+    rejections = [(row.file, row.kind) for row in found if isinstance(row, RejectedRow)]
+    assert rejections == [(str(tmp_path / "mine" / "deep" / "a.jpg"), "undecodable image")]

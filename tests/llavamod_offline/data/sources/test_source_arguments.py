@@ -1,4 +1,4 @@
-"""`NAME=PLACE` and `NAME=NUMBER`."""
+"""`NAME=PLACE`, `NAME=NUMBER` and `NAME=TEXT`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llavamod_offline.data.sources.source_arguments import parse_source, parse_weights
+from llavamod_offline.data.sources.source_arguments import parse_licences, parse_source, parse_weights
 from llavamod_offline.errors import ConfigError
 
 
@@ -28,3 +28,12 @@ def test_weights() -> None:
             parse_weights([argument])
     with pytest.raises(ConfigError, match="weight of 'a' is given twice"):
         parse_weights(["a=2", "a=2"])
+
+
+def test_licences() -> None:
+    assert parse_licences(["a=mit", "b=see = there"]) == {"a": "mit", "b": "see = there"}
+    for argument in ("a", "a=", "=mit", " = "):
+        with pytest.raises(ConfigError, match="expected NAME=TEXT"):
+            parse_licences([argument])
+    with pytest.raises(ConfigError, match="licence of 'a' is given twice"):
+        parse_licences(["a=mit", "a=mit"])
