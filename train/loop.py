@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -33,7 +33,10 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """The loop's settings; 0 for `save_steps` or `eval_steps` means never."""
+    """The loop's settings; 0 for `save_steps` or `eval_steps` means never.
+
+    `part_scales`: the rates of parts that have their own, divided by the others', for the log.
+    """
 
     steps: int
     micro_steps: int
@@ -42,6 +45,7 @@ class LoopSettings:
     save_steps: int
     eval_steps: int
     learning_rate: Callable[[int], float]
+    part_scales: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ def run_steps(
             seconds = time.perf_counter() - began
             now = step + 1
             entry = _entry(sums, now, rate, norm, counts, seconds, waited)
+            if settings.part_scales:
+                entry["part_lr"] = {part: rate * scale for part, scale in settings.part_scales.items()}
             done = now == settings.steps
             evaluated = bool(settings.eval_steps) and (done or now % settings.eval_steps == 0)
             if evaluated:

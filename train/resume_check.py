@@ -1,7 +1,8 @@
 """What a rerun must share with the run that it continues or finds finished: all that decides the losses.
 
-Folders, logging, saving, ZeRO stage and the number of processes may change. What a message names as a way out of a
-stop (`REMEDIES`, a repaired set) may change when a run is resumed, with a line in the log, but not once it is finished.
+Folders, logging, saving, ZeRO stage, attention and the number of processes may change. What a message names as a way
+out of a stop (`is_remedy`, a repaired set) may change when a run is resumed, with a line in the log, but not once it is
+finished.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from llavamod_offline.errors import ConfigError
 
-REMEDIES = ("data.too_long", "max_length", "optim.lr", "optim.grad_clip")
+_REMEDIES = ("data.too_long", "max_length", "optim.lr", "optim.projector_lr", "optim.part_lr", "optim.grad_clip")
 
 _FREE_KEYS = (
     "output",
@@ -23,10 +24,12 @@ _FREE_KEYS = (
     "student.checkpoint",
     "student.vision_tower",
     "student.language_model",
+    "student.projector",
     "loss.align.teacher_lm_head",
     "batch.micro_size",
     "engine.zero_stage",
     "engine.offload",
+    "engine.attention",
     "engine.gradient_checkpointing",
     "save_steps",
     "keep_last",
@@ -75,9 +78,14 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def is_remedy(key: str) -> bool:
+    """Whether a setting may change when a run is resumed, as a way out of what stopped it."""
+    return any(key == remedy or key.startswith(f"{remedy}.") for remedy in _REMEDIES)
+
+
 def different_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
-    """List the flat settings that differ, by key."""
-    keys = sorted(before.keys() | now.keys())
+    """List the flat settings that differ, by key; one that the earlier run's version did not know yet was off."""
+    keys = sorted(key for key in before.keys() | now.keys() if key in before or now[key])
     return [Difference(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
 
 

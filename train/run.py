@@ -42,7 +42,7 @@ from train.engine.zero3 import without_empty_experts
 from train.loop import LoopEnd, LoopSettings, compare_routing, evaluate_loss, run_steps
 from train.metrics import METRICS_NAME, MetricsLog
 from train.report.model_card import model_card
-from train.resume_check import REMEDIES, accepted_contents, different_settings, refuse, settings_of
+from train.resume_check import accepted_contents, different_settings, is_remedy, refuse, settings_of
 from train.run_summary import CONFIG_NAME, TrainSummary, as_begun, finished_summary, write_summary
 from train.setup import Setup, named_contents, prepare
 from train.stages.build import StudentWithLoss
@@ -98,7 +98,7 @@ def _train(config: TrainConfig, settings: dict[str, Any], output: Path, world: W
     checkpoint = latest_checkpoint(output)
     progress, before = read_progress(checkpoint) if checkpoint is not None else (Progress(), {})
     changed = different_settings(before["settings"], settings) if checkpoint is not None else []
-    refuse(output, [one for one in changed if one.key not in REMEDIES])
+    refuse(output, [one for one in changed if not is_remedy(one.key)])
     setup = prepare(config, world)
     config = replace(config, template=setup.template.name)
     settings = settings | {"template": setup.template.name}
@@ -115,11 +115,15 @@ def _train(config: TrainConfig, settings: dict[str, Any], output: Path, world: W
         hashes = resume_order(output, setup.order, hashes, before, progress.step, moved=moved)
         load_weights(checkpoint, module)
     changes = [*before.get("changes", []), *(f"after step {progress.step}: {one}" for one in changed)]
+    optim = config.optim
+    optimizer = make_optimizer(
+        module, lr=optim.lr, part_lr=optim.rates, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+    )
     sizes = _sizes(setup)
     holdout = setup.holdout_batches(world)
     if world.is_main:
         _begin(output, dump_config(config), rejection_lines(setup.samples, setup.joined.too_long), hashes)
-    optim, micro_size = config.optim, config.batch.micro_size
+    micro_size = config.batch.micro_size
     micro_steps = config.batch.global_size // (micro_size * world.size)
     with ExitStack() as stack:
         if config.engine.gradient_checkpointing:
@@ -128,7 +132,7 @@ def _train(config: TrainConfig, settings: dict[str, Any], output: Path, world: W
         engine = stack.enter_context(
             make_engine(
                 module,
-                make_optimizer(module, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay),
+                optimizer,
                 world=world,
                 micro_size=micro_size,
                 micro_steps=micro_steps,
@@ -178,6 +182,7 @@ def _train(config: TrainConfig, settings: dict[str, Any], output: Path, world: W
                     warmup_ratio=optim.warmup_ratio,
                     schedule=optim.schedule,
                 ),
+                part_scales={part: rate / optim.lr for part, rate in optim.rates.items()},
             ),
             progress=progress,
             world=world,

@@ -132,7 +132,7 @@ def prepare(config: TrainConfig, world: World) -> Setup:
     if MISMATCHED in config.roles and samples.manifest.get("preferences"):  # without preferences, the join refuses it
         samples = samples.with_mismatched()
     images = ImagePreprocessor.from_checkpoint(source.processor, config.image_aspect)
-    student = make_student(config.student, seed=config.seed)
+    student = make_student(config.student, seed=config.seed, attention=config.engine.attention)
     encoder = sequence_encoder(student.config, source.tokenizer, template, config.max_length)
     if cache is not None:
         from teacher_cache.student.check import check_answers, check_encoding
@@ -240,6 +240,8 @@ def _engine_choice(config: TrainConfig, world: World) -> tuple[int, torch.dtype]
     chosen = config.engine
     on_gpu = world.device.type == "cuda"
     dtype = torch.bfloat16 if chosen.dtype == "bfloat16" or (chosen.dtype == "auto" and on_gpu) else torch.float32
+    if chosen.attention == "flash_attention_2" and not (on_gpu and dtype == torch.bfloat16):
+        raise ConfigError("engine.attention: flash_attention_2 needs a GPU and engine.dtype=bfloat16: use sdpa")
     least = 1 if dtype == torch.bfloat16 else 0  # ZeRO keeps the float32 weights that bfloat16 needs
     if chosen.zero_stage is None:
         return (2 if world.size > 1 or chosen.offload else least), dtype

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from llavamod_offline.data.encode.chat_template import CHAT_TEMPLATE_NAME, choose_template
 from llavamod_offline.data.encode.template import AUTO, TEMPLATES, get_template
-from llavamod_offline.errors import ConfigError, ModelError
-from llavamod_offline.models.build import build_llava, build_tokenizer
+from llavamod_offline.errors import ConfigError, ModelError, first_line
+from llavamod_offline.models.building import build_llava, build_tokenizer
+from llavamod_offline.models.building.projector import projector_file
 from llavamod_offline.models.capacity import limit_capacity
 from llavamod_offline.models.checkpoint import load_config, load_llava, load_tokenizer
 from llavamod_offline.models.hub import checkpoint_folder
@@ -119,24 +120,37 @@ def start_digest(config: StudentConfig) -> str:
 
     names = (config.checkpoint, config.vision_tower, config.language_model)
     folders = [checkpoint_folder(name) for name in names if name]
-    files: list[tuple[int, Path]] = []
+    files: list[tuple[str, Path]] = []
     for number, folder in enumerate(folders):
         if not folder.is_dir():
             raise ModelError(f"{folder}: no such checkpoint folder")
         found = [*folder.glob("*.safetensors"), *(folder / name for name in _DESCRIBED)]
-        files += [(number, file) for file in sorted(found) if file.is_file()]
+        files += [(f"{number} {file.name}", file) for file in sorted(found) if file.is_file()]
+    if config.projector is not None:
+        files.append(("projector", projector_file(Path(config.projector))))
     hashes = sha256_files([file for _, file in files])
-    named = [f"{number} {file.name} {digest}\n" for (number, file), digest in zip(files, hashes, strict=True)]
+    named = [f"{name} {digest}\n" for (name, _), digest in zip(files, hashes, strict=True)]
     return hashlib.sha256("".join(named).encode()).hexdigest()
 
 
-def make_student(config: StudentConfig, *, seed: int) -> LlavaForConditionalGeneration:
-    """Load or build the student, upcycling it if configured; float32, on the CPU, in training mode."""
+def make_student(config: StudentConfig, *, seed: int, attention: str = "auto") -> LlavaForConditionalGeneration:
+    """Load or build the student, upcycling it if configured; float32, on the CPU, in training mode.
+
+    Errors: `ModelError` for checkpoints that do not fit; `ConfigError` if the student has no such attention.
+    """
     if config.checkpoint is not None:
         model = load_llava(checkpoint_folder(config.checkpoint))
     else:
         tower, text = (checkpoint_folder(str(name)) for name in (config.vision_tower, config.language_model))
-        model = build_llava(tower, text, seed=seed)
+        model = build_llava(
+            tower,
+            text,
+            seed=seed,
+            projector=None if config.projector is None else Path(config.projector),
+            projector_type=config.projector_type,
+            vision_feature_layer=-2 if config.vision_feature_layer is None else config.vision_feature_layer,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+        )
     if config.upcycle is not None:
         choice = config.upcycle
         model = upcycle(
@@ -150,5 +164,12 @@ def make_student(config: StudentConfig, *, seed: int) -> LlavaForConditionalGene
     if config.capacity_factor is not None:
         limit_capacity(model, config.capacity_factor)
     compare_single_choices(model)
+    if attention != "auto":
+        try:
+            model.set_attn_implementation(attention)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(
+                f"engine.attention: '{attention}' does not work here ({first_line(error)}): use auto"
+            ) from (error)
     model.train()
     return model

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config
 from llavamod_offline.data.encode import template as templates
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import LlavaModError
-from llavamod_offline.models.build import build_llava, build_tokenizer
+from llavamod_offline.models.building import build_llava, build_tokenizer
 from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, save_student, sequence_encoder
 from teacher_cache.read.reader import open_cache
 from tests.llavamod_offline.families.official import Official, open_official

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from train.config.loss import loss_problems
 
 if TYPE_CHECKING:
-    from train.config.train import StudentConfig, TrainConfig
+    from train.config.train import OptimConfig, StudentConfig, TrainConfig
 
 PARTS = ("vision", "projector", "text", "embeddings", "attention", "mlp", "experts", "router", "norms", "lm_head")
 
@@ -23,6 +23,7 @@ def config_problems(config: TrainConfig) -> Iterable[str]:
     if unknown or not config.trainable:
         named = f"'{unknown[0]}' is unknown" if unknown else "is empty"
         yield f"trainable: {named}: choose from {', '.join(PARTS)}"
+    yield from _rate_problems(config.optim)
 
 
 def _stage_problems(config: TrainConfig) -> Iterable[str]:
@@ -51,6 +52,13 @@ def _student_problems(student: StudentConfig) -> Iterable[str]:
     if student.checkpoint is not None and parts != (None, None):
         named = "vision_tower" if student.vision_tower is not None else "language_model"
         yield f"student.{named}: a student starts from student.checkpoint or from parts, not both: remove one"
+    if student.checkpoint is not None:
+        for name in ("projector", "projector_type", "vision_feature_layer", "vision_feature_select_strategy"):
+            if getattr(student, name) is not None:
+                yield (
+                    f"student.{name}: student.checkpoint says it already: remove it, or start from "
+                    "student.vision_tower and student.language_model"
+                )
     if student.capacity_factor is not None and student.kind != "sparse":
         yield "student.capacity_factor: a dense student has no experts: set it to null, or student.kind to sparse"
     if student.capacity_factor is not None and not student.capacity_factor > 0:
@@ -68,6 +76,15 @@ def _student_problems(student: StudentConfig) -> Iterable[str]:
         )
 
 
+def _rate_problems(optim: OptimConfig) -> Iterable[str]:
+    parts = optim.part_lr or {}
+    for part in parts:
+        if part not in PARTS:
+            yield f"optim.part_lr: '{part}' is unknown: choose from {', '.join(PARTS)}"
+    if optim.projector_lr is not None and "projector" in parts:
+        yield "optim.projector_lr: optim.part_lr has a rate of the projector as well: remove one of them"
+
+
 def _number_problems(config: TrainConfig) -> Iterable[str]:
     optim = config.optim
     positive = {
@@ -79,6 +96,8 @@ def _number_problems(config: TrainConfig) -> Iterable[str]:
         "keep_last": config.keep_last,
         "log_steps": config.log_steps,
         "optim.lr": optim.lr,
+        "optim.projector_lr": 1 if optim.projector_lr is None else optim.projector_lr,
+        **{f"optim.part_lr.{part}": rate for part, rate in (optim.part_lr or {}).items()},
         "optim.eps": optim.eps,
     }
     not_negative = {

@@ -76,6 +76,15 @@ class StudentConfig:
     """Folder or Hub id of a vision tower, with language_model and instead of checkpoint."""
     language_model: InputPath | None = None
     """Folder or Hub id of a language model, with vision_tower and instead of checkpoint."""
+    projector: InputPath | None = None
+    """A pretrained projector for a student of parts: LLaVA's mm_projector.bin (its pretrain_mm_mlp_adapter), the folder
+    of one, or a safetensors file of a LLaVA; null: a new one."""
+    projector_type: str | None = None
+    """Projector of a student of parts: linear or mlp2x_gelu; null: that of the file, or mlp2x_gelu."""
+    vision_feature_layer: int | list[int] | None = None
+    """Layer of the tower whose hidden states a student of parts sees, or several, side by side; null: -2."""
+    vision_feature_select_strategy: Literal["default", "full"] | None = None
+    """Image tokens of a student of parts: default (patches, without the class token), full (with it); null: patches."""
     kind: Literal["dense", "sparse"] = "dense"
     """Whether the trained student is dense or a mixture of experts."""
     upcycle: UpcycleConfig | None = None
@@ -91,6 +100,11 @@ class OptimConfig:
 
     lr: float = 2e-5
     """Peak learning rate."""
+    projector_lr: float | None = None
+    """Peak learning rate of the projector, short for part_lr={projector: RATE}; null: lr."""
+    part_lr: dict[str, float] | None = None
+    """Peak learning rates of parts (see trainable) that have their own, such as {projector: 2e-5, vision: 2e-6}; of two
+    parts that hold a parameter, the smaller one's counts."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the first and the second moment."""
     eps: float = 1e-8
@@ -103,6 +117,12 @@ class OptimConfig:
     """How the learning rate goes on after the warm-up: down to 0, or unchanged."""
     grad_clip: float = 1.0
     """Largest norm of the gradient; 0: no clipping."""
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The peak learning rates of parts that have their own."""
+        own = {} if self.projector_lr is None else {"projector": self.projector_lr}
+        return own | (self.part_lr or {})
 
 
 @dataclass(frozen=True)
@@ -126,6 +146,8 @@ class TrainEngineConfig:
     """Keep the optimiser's state in host memory (needs ZeRO 2 or 3)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number type of weights and activations; auto: bfloat16 on a GPU, otherwise float32."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention of the student in training; auto: what transformers chooses, usually sdpa."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
 

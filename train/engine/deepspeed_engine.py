@@ -137,13 +137,13 @@ def make_engine(
 
 
 def apply_gradients(engine: Any, rate: float) -> float:
-    """Clip the accumulated gradients and take AdamW's step at the given learning rate.
+    """Clip the accumulated gradients and take AdamW's step at the given learning rate, times each group's `rate_scale`.
 
     Returns the norm before clipping. If it is not finite, the weights stay unchanged, except under ZeRO or bf16, where
     DeepSpeed reports the norm only after its step.
     """
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("rate_scale", 1.0)
     if isinstance(engine.optimizer, torch.optim.Optimizer):
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))

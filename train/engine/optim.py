@@ -1,18 +1,20 @@
-"""Choose the trainable parts of a student, AdamW's parameter groups, and the learning rate of each step."""
+"""Choose the trainable parts of a student, AdamW's groups and their rates, and the learning rate of a step."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from llavamod_offline.errors import ConfigError
+from llavamod_offline.models.building.projector import fixed_parameters
 
-# A parameter of the student belongs to a part if its name matches the pattern.
+# A parameter of the student belongs to a part if its name matches the pattern. A part comes before those inside it.
 _PATTERNS = {
     "vision": r"(^|\.)vision_tower\.",
     "projector": r"(^|\.)multi_modal_projector\.",
@@ -41,20 +43,44 @@ def choose_trainable(model: nn.Module, parts: Sequence[str]) -> list[str]:
             hint = "it is tied to 'embeddings'" if part == "lm_head" else "it has none"
             raise ConfigError(f"trainable: no parameter of this student belongs to '{part}' ({hint}): remove it")
         chosen |= found
+    chosen -= fixed_parameters(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen and parameter.numel() > 0)
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def make_optimizer(
-    model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    model: nn.Module,
+    *,
+    lr: float,
+    part_lr: Mapping[str, float],
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
 ) -> torch.optim.AdamW:
-    """Make AdamW over the trainable parameters, with weight decay on matrices but not on biases and norms."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    """Make AdamW over the trainable parameters, with weight decay on matrices but not on biases and norms.
+
+    `part_lr`: the peak rates of parts that have their own; of several parts that hold a parameter, the smallest one's
+    (such as `experts` rather than `mlp`) counts. Each group has its peak rate divided by `lr` as `rate_scale`.
+    Errors: `ConfigError` if a part of `part_lr` has no trained parameter.
+    """
+    parts: dict[str, list[nn.Parameter]] = {part: [] for part in _PATTERNS if part in part_lr}
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            own = [part for part in parts if re.search(_PATTERNS[part], name)]
+            (parts[own[-1]] if own else others).append(parameter)
+    for part, trained in parts.items():
+        if not trained:
+            raise ConfigError(
+                f"optim.part_lr: no trained parameter takes the rate of '{part}': remove it, or add it to trainable"
+            )
+    groups: list[dict[str, Any]] = []
+    for trained, scale in [(others, 1.0), *((parts[part], part_lr[part] / lr) for part in parts)]:
+        for matrices in (True, False):
+            chosen = [parameter for parameter in trained if (parameter.ndim >= 2) == matrices]
+            decay = weight_decay if matrices else 0.0
+            groups.append({"params": chosen, "weight_decay": decay, "lr": lr * scale, "rate_scale": scale})
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, eps=eps)
 
 

@@ -140,7 +140,7 @@ def toy_world(sequences: int) -> World:
     A sequence is all answers to eight images.
     """
     from llavamod_offline.demo.plan import LANGUAGE_MODEL, TEACHER
-    from llavamod_offline.models.build import build_llava
+    from llavamod_offline.models.building import build_llava
     from llavamod_offline.models.checkpoint import load_llava, load_tokenizer
 
     teacher, student = load_llava(TEACHER).eval(), build_llava(TEACHER, LANGUAGE_MODEL, seed=0).eval()

@@ -9,7 +9,7 @@ import torch
 from transformers import LlavaForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM
 
 from llavamod_offline.errors import ModelError
-from llavamod_offline.models.build import build_llava, build_tokenizer
+from llavamod_offline.models.building import build_llava, build_tokenizer
 from llavamod_offline.models.capacity import limit_capacity
 from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, save_student
 from llavamod_offline.models.forward import lm_head_weight, student_hidden_states

@@ -1,10 +1,10 @@
-"""Build a LLaVA student from a vision tower, a language model and a new projector."""
+"""Build a LLaVA student from a vision tower, a language model and a projector."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from tokenizers import AddedToken
@@ -13,8 +13,16 @@ from transformers import CLIPModel, CLIPVisionModel, LlavaConfig, LlavaForCondit
 
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER
 from llavamod_offline.errors import ModelError
+from llavamod_offline.models.building.projector import (
+    MLP,
+    check_projector_type,
+    new_projector,
+    projector_activation,
+    read_projector,
+)
 from llavamod_offline.models.checkpoint import load_llava, load_tensors, load_tokenizer, load_weights, read_json
 from llavamod_offline.models.language_models import LANGUAGE_MODELS, NAMES
+from llavamod_offline.models.towers import extra_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -25,11 +33,17 @@ def build_llava(
     language_model: Path,
     *,
     seed: int,
-    vision_feature_layer: int = -2,
+    projector: Path | None = None,
+    projector_type: str | None = None,
+    vision_feature_layer: int | Sequence[int] = -2,
+    vision_feature_select_strategy: Literal["default", "full"] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> LlavaForConditionalGeneration:
-    """Join a tower and a language model by a two-layer GELU projector, initialised at random from `seed`.
+    """Join a tower and a language model by a projector.
 
+    The projector is that of the file `projector` (see `read_projector`), or a new one from `seed`; its type is that of
+    the file, or `mlp2x_gelu`. It sees the tower's hidden states of one layer, or of several side by side; the strategy
+    `default` leaves out the class token and `full` keeps it (None: leave it out where there is one).
     `vision_tower` is the folder of a CLIP model, of a CLIP vision model, or of a LLaVA model with a CLIP tower;
     `language_model` that of a dense model listed in `LANGUAGE_MODELS`. Use the result with
     `build_tokenizer(language_model)`; if that adds an image token beyond the last row, the embeddings and the LM head
@@ -41,26 +55,29 @@ def build_llava(
     tokenizer = build_tokenizer(language_model)
     vision_config, tied = tower.config, bool(text.config.tie_word_embeddings)
     rows = max(len(tokenizer), text.config.vocab_size)
-    layers = vision_config.num_hidden_layers
-    if not -layers - 1 <= vision_feature_layer <= layers:
-        raise ModelError(f"vision_feature_layer is {vision_feature_layer}: expected {-layers - 1} to {layers}")
+    layers = _feature_layers(vision_feature_layer, vision_config.num_hidden_layers)
+    inputs, hidden = vision_config.hidden_size * len(layers), text.config.hidden_size
+    kind = None if projector_type is None else check_projector_type(projector_type)
+    if projector is None:
+        kind = kind or MLP
+        tensors = new_projector(inputs, hidden, seed, kind)
+    else:
+        kind, tensors = read_projector(projector, kind=kind, inputs=inputs, hidden=hidden)
     config = LlavaConfig(
         vision_config=vision_config.to_dict(),
         text_config=text.config.to_dict() | {"vocab_size": rows},
         image_token_index=tokenizer.get_vocab()[IMAGE_PLACEHOLDER],
-        image_seq_length=(vision_config.image_size // vision_config.patch_size) ** 2,
-        projector_hidden_act="gelu",
-        vision_feature_layer=vision_feature_layer,
-        vision_feature_select_strategy="default",
+        projector_hidden_act=projector_activation(kind),
+        vision_feature_layer=layers if len(layers) > 1 else layers[0],
         tie_word_embeddings=tied,
     )
-    tensors = {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
+    _choose_tokens(config, vision_feature_select_strategy)
+    tensors |= {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
     tensors |= {f"model.language_model.{name}": tensor for name, tensor in text.model.state_dict().items()}
     embeddings = "model.language_model.embed_tokens.weight"
     tensors[embeddings] = _grown(tensors[embeddings], rows)
     if not tied:
         tensors["lm_head.weight"] = _grown(text.lm_head.weight.detach(), rows)
-    tensors |= _projector(vision_config.hidden_size, text.config.hidden_size, seed)
     model = load_tensors(LlavaForConditionalGeneration, config, tensors, dtype=dtype)
     model.generation_config = text.generation_config
     return cast("LlavaForConditionalGeneration", model)
@@ -106,19 +123,29 @@ def _load_language_model(folder: Path, dtype: torch.dtype) -> Any:
     return load_weights(LANGUAGE_MODELS[model_type].dense, folder, dtype=dtype)
 
 
+def _feature_layers(chosen: int | Sequence[int], count: int) -> list[int]:
+    """List the layers whose hidden states the projector sees; 0: the embeddings. Errors: `ModelError`."""
+    layers = [chosen] if isinstance(chosen, int) else list(chosen)
+    wrong = [layer for layer in layers if not -count - 1 <= layer <= count]
+    if wrong or not layers:
+        raise ModelError(f"vision_feature_layer is {wrong[0] if wrong else '[]'}: expected {-count - 1} to {count}")
+    return layers
+
+
+def _choose_tokens(config: LlavaConfig, strategy: Literal["default", "full"] | None) -> None:
+    """Set which of the tower's tokens become image tokens, and their number. Errors: `ModelError`."""
+    extra, vision = extra_tokens(config), config.vision_config
+    if strategy == "default" and not extra:
+        raise ModelError(
+            f"vision_feature_select_strategy 'default' drops the first token, but a {vision.model_type} has no class "
+            "token, so that would be a patch: set it to full"
+        )
+    config.vision_feature_select_strategy = strategy or ("default" if extra else "full")
+    dropped = int(config.vision_feature_select_strategy == "default")
+    config.image_seq_length = (vision.image_size // vision.patch_size) ** 2 + extra - dropped
+
+
 def _grown(weight_VD: Tensor, rows: int) -> Tensor:
     """Append copies of the mean row, up to `rows` rows."""
     new = weight_VD.mean(0, keepdim=True).expand(rows - len(weight_VD), -1)
     return torch.cat([weight_VD, new])
-
-
-def _projector(vision: int, hidden: int, seed: int) -> dict[str, Tensor]:
-    """Initialise the projector's tensors as `nn.Linear` does: uniform within ±1/√inputs."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors: dict[str, Tensor] = {}
-    for name, inputs in (("linear_1", vision), ("linear_2", hidden)):
-        bound = 1 / math.sqrt(inputs)
-        for part, shape in (("weight", (hidden, inputs)), ("bias", (hidden,))):
-            values = torch.empty(shape).uniform_(-bound, bound, generator=generator)
-            tensors[f"model.multi_modal_projector.{name}.{part}"] = values
-    return tensors

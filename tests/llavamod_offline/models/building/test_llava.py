@@ -8,7 +8,7 @@ import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionModel, Qwen2ForCausalLM
 
 from llavamod_offline.errors import ModelError
-from llavamod_offline.models.build import build_llava, build_tokenizer
+from llavamod_offline.models.building import build_llava, build_tokenizer
 from llavamod_offline.models.checkpoint import image_tokens, load_llava, load_tokenizer, save_student
 from tests.tiny import tiny_vision_config, write_tiny_language_model, write_tiny_tower
 
