@@ -37,7 +37,7 @@ _PORTED = re.compile(r"(?:.*\.)?multi_modal_projector\.linear_([12])\.(weight|bi
 
 
 def check_projector_type(name: str) -> str:
-    """Return the type that a name means. Errors: `ModelError` if LlavaForConditionalGeneration has no such projector."""
+    """Return the type that a name means. Errors: `ModelError` if LlavaForConditionalGeneration has none such."""
     if name == "mlp1x_gelu":  # a single layer, before which there is no GELU
         return LINEAR
     if name in PROJECTOR_TYPES:
@@ -68,7 +68,7 @@ def new_projector(inputs: int, hidden: int, seed: int, kind: str = MLP) -> dict[
 
 
 def projector_file(path: Path) -> Path:
-    """Find a projector's file, also in a folder that LLaVA's pretraining wrote. Errors: `ModelError` if it is missing."""
+    """Find the file of a projector, also in the folder of a LLaVA pretraining. Errors: `ModelError` if it is missing."""
     file = path / PROJECTOR_FILE if path.is_dir() else path
     if not file.is_file():
         raise ModelError(f"{file}: no such file: use LLaVA's {PROJECTOR_FILE}, or a safetensors file of a LLaVA model")
@@ -87,7 +87,9 @@ def read_projector(file: Path, *, kind: str | None, inputs: int, hidden: int) ->
     linear = len(layers) == 1 or (len(layers) == 2 and _is_identity(layers[1]))
     found = LINEAR if linear else check_projector_type(f"mlp{len(layers)}x_gelu")
     if kind is not None and kind != found:
-        raise ModelError(f"{file}: holds a projector of type {found}, not {kind}: leave the type out, or use another file")
+        raise ModelError(
+            f"{file}: holds a projector of type {found}, not {kind}: leave the type out, or use another file"
+        )
     tensors: dict[str, Tensor] = {}
     for number, layer in enumerate(layers, start=1):
         shapes = {"weight": (hidden, inputs if number == 1 else hidden), "bias": (hidden,)}
@@ -161,7 +163,11 @@ def _layers(file: Path, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]
     if not layers:
         raise ModelError(f"{file}: holds no projector (mm_projector… or multi_modal_projector…): use another file")
     numbers = sorted(layers)
-    known = ([0], [1, 2], list(range(0, 2 * len(numbers), 2)))  # nn.Linear, transformers' names, nn.Sequential with GELUs
+    known = (
+        [0],
+        [1, 2],
+        list(range(0, 2 * len(numbers), 2)),
+    )  # nn.Linear, transformers' names, nn.Sequential with GELUs
     if numbers not in known or any("weight" not in layer for layer in layers.values()):
         raise ModelError(f"{file}: layers of the projector are missing: use a complete file")
     return [layers[number] for number in numbers]
