@@ -68,7 +68,7 @@ def new_projector(inputs: int, hidden: int, seed: int, kind: str = MLP) -> dict[
 
 
 def projector_file(path: Path) -> Path:
-    """Find the file of a projector, also in the folder of a LLaVA pretraining. Errors: `ModelError` if it is missing."""
+    """Find the file of a projector, or that in a pretraining folder of LLaVA. Errors: `ModelError` if it is missing."""
     file = path / PROJECTOR_FILE if path.is_dir() else path
     if not file.is_file():
         raise ModelError(f"{file}: no such file: use LLaVA's {PROJECTOR_FILE}, or a safetensors file of a LLaVA model")
