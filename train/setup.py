@@ -166,6 +166,7 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         window=config.data.window,
         weights=config.data.weights,
         image_tokens=encoder.image_tokens if config.data.group_by_length else None,
+        by_modality=config.data.group_by_modality,
     )
     order = make_order(settings, samples, joined.rows, seed=config.seed, size=config.batch.global_size)
     if cache is not None and order.window:

@@ -6,7 +6,8 @@ run is one integer, the step.
 
 An epoch consists of *windows*: the shards are shuffled and split into groups of `window`, and the samples of each group
 are shuffled together (`window` 0: one window of all shards, a full shuffle). With weights a sample has that many copies
-in an epoch; with lengths, the batches of a window hold samples of similar length. Everything is defined by 64-bit
+in an epoch; with lengths, the batches of a window hold samples of similar length, and with kinds samples of one kind,
+all but one of the window. Everything is defined by 64-bit
 integer arithmetic and independent of any library's random generator.
 
 Shape suffixes: N samples, numbered in set order (so shard by shard); a *place* is such a number.
@@ -68,7 +69,8 @@ class Order:
     """The endless stream over `n` samples, from which each step takes a batch of `batch_size`.
 
     `shards_N`: the shard of each sample, non-decreasing. `window`: shards shuffled together, 0: all.
-    `lengths_N`: of the samples, in any unit, if batches are to hold similar lengths.
+    `lengths_N`: of the samples, in any unit, if batches are to hold similar lengths. `kinds_N`: whether a sample is of
+    the first of two kinds, if batches are to hold one kind each.
     With weight w an epoch holds each sample of a source ⌊w⌋ times, and some once more, so that the total is w times
     their number, rounded, and at least 1; which ones changes from epoch to epoch.
     Samples are shuffled by hashes of their numbers, 0 … n − 1 unless `renumber` gives others. If samples are taken out
@@ -87,13 +89,14 @@ class Order:
         window: int = 0,
         weights: Weights | None = None,
         lengths_N: NDArray[np.integer] | None = None,
+        kinds_N: NDArray[np.bool_] | None = None,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size {batch_size}: must be at least 1")
         if window < 0:
             raise ConfigError(f"window {window}: must not be negative")
         self.n, self.seed, self.batch_size, self.window = n, seed, batch_size, window
-        self.lengths_N = lengths_N
+        self.lengths_N, self.kinds_N = lengths_N, kinds_N
         self.offset = 0
         self._numbers_N: NDArray[np.integer] | None = None
         shards_N = np.zeros(n, np.int64) if shards_N is None else shards_N
@@ -113,7 +116,7 @@ class Order:
         """The places of one step (from 0), over all ranks; by decreasing length if lengths are known."""
         places = self.places(self.position(step), self.position(step + 1))
         if self.lengths_N is not None:
-            places = places[np.argsort(-self.lengths_N[places].astype(np.int64), kind="stable")]
+            places = _by_length(places, self.lengths_N)
         return places
 
     def renumber(self, numbers_N: NDArray[np.integer], offset: int = 0) -> None:
@@ -124,7 +127,7 @@ class Order:
     @property
     def is_exact(self) -> bool:
         """Whether `find` finds exactly what a mark says."""
-        return self.lengths_N is None and self._copies is None
+        return self.lengths_N is None and self.kinds_N is None and self._copies is None
 
     @property
     def is_numbered(self) -> bool:
@@ -202,6 +205,8 @@ class Order:
         def make() -> Rows:
             places, hashes = self._entry_hashes(window)
             places = places[np.argsort(hashes)]
+            if self.kinds_N is not None:
+                return self._grouped_by_kind(places, window, self.kinds_N)
             return places if self.lengths_N is None else self._grouped(places, window, self.lengths_N)
 
         return _kept(self._shuffled, (window.epoch, window.start), make)
@@ -228,15 +233,42 @@ class Order:
         """Sort by length within every 64 of the window's complete batches, and shuffle these batches."""
         size = self.batch_size
         places = places.copy()
-        first = (self.offset - window.start) % size
-        last = first + max(0, len(places) - first) // size * size
+        first, last = self._complete_batches(places, window)
         for start in range(first, last, _GROUPED_BATCHES * size):
             stop = min(start + _GROUPED_BATCHES * size, last)
-            piece = places[start:stop]
-            batches = piece[np.argsort(-lengths_N[piece].astype(np.int64), kind="stable")].reshape(-1, size)
-            numbers = (window.start + start) // size + np.arange(len(batches))
-            places[start:stop] = batches[np.argsort(_hashes(numbers, self.seed, 0, _BATCHES))].ravel()
+            batches = _by_length(places[start:stop], lengths_N).reshape(-1, size)
+            places[start:stop] = self._shuffled_batches(batches, window.start + start)
         return places
+
+    def _grouped_by_kind(self, places: Rows, window: Window, kinds_N: NDArray[np.bool_]) -> Rows:
+        """Make the window's complete batches of one kind each, but for one with what is left of both; shuffle them."""
+        size = self.batch_size
+        places = places.copy()
+        first, last = self._complete_batches(places, window)
+        inside = places[first:last]
+        kinds = [inside[kinds_N[inside]], inside[~kinds_N[inside]]]
+        whole = [kind[: len(kind) // size * size] for kind in kinds]
+        rest = np.concatenate([kind[len(part) :] for kind, part in zip(kinds, whole, strict=True)])
+        pieces = [
+            part[start : start + _GROUPED_BATCHES * size]
+            for part in (*whole, rest)
+            for start in range(0, len(part), _GROUPED_BATCHES * size)
+        ]
+        if pieces:
+            ordered = [piece if self.lengths_N is None else _by_length(piece, self.lengths_N) for piece in pieces]
+            batches = np.concatenate(ordered).reshape(-1, size)
+            places[first:last] = self._shuffled_batches(batches, window.start + first)
+        return places
+
+    def _complete_batches(self, places: Rows, window: Window) -> tuple[int, int]:
+        """Where in a window its first complete batch begins and its last one ends."""
+        first = (self.offset - window.start) % self.batch_size
+        return first, first + max(0, len(places) - first) // self.batch_size * self.batch_size
+
+    def _shuffled_batches(self, batches: Rows, start: int) -> Rows:
+        numbers = start // self.batch_size + np.arange(len(batches))
+        shuffled: Rows = batches[np.argsort(_hashes(numbers, self.seed, 0, _BATCHES))].ravel()
+        return shuffled
 
 
 @dataclass(frozen=True)
@@ -338,6 +370,12 @@ class BatchSchedule:
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.start, self.stop):
             yield from self.step(step)
+
+
+def _by_length(places: Rows, lengths_N: NDArray[np.integer]) -> Rows:
+    """Sort places by decreasing length."""
+    ordered: Rows = places[np.argsort(-lengths_N[places].astype(np.int64), kind="stable")]
+    return ordered
 
 
 def _kept(kept: dict[Hashable, _T], key: Hashable, make: Callable[[], _T]) -> _T:

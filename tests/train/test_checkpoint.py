@@ -190,6 +190,7 @@ def test_other_settings_or_contents_are_refused(world: World, tmp_path: Path) ->
     assert refused("data.window=1").startswith("data.window: ")
     assert refused("data.weights={tiny: 2}").startswith("data.weights")
     assert refused("data.group_by_length=true").startswith("data.group_by_length: ")
+    assert refused("data.group_by_modality=true").startswith("data.group_by_modality: ")
     assert refused(f"student.checkpoint={world.other_student}").startswith("student: ")
     assert not (tmp_path / "run" / "student").exists()
     free = ("save_steps=3", "log_steps=2", "batch.micro_size=8", "workers=1")

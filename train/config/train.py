@@ -33,6 +33,8 @@ class DataConfig:
     """How often each source's samples occur in an epoch, such as {coco: 2, ocr: 0.5}; others 1. null: the set's own."""
     group_by_length: bool = False
     """Make batches of samples of similar length."""
+    group_by_modality: bool = False
+    """Make batches of samples with images, and batches of samples without; with group_by_length, both."""
 
 
 @dataclass(frozen=True)

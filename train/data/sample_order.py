@@ -22,15 +22,20 @@ _CHARACTERS_PER_TOKEN = 4  # in English text; good enough to compare lengths
 
 @dataclass(frozen=True)
 class OrderSettings:
-    """What decides the order besides seed, batch size and rows; `weights` by source, 1 for those not named."""
+    """What decides the order besides seed, batch size and rows; `weights` by source, 1 for those not named.
+
+    `by_modality`: batches hold samples with images, or samples without.
+    """
 
     window: int
     weights: dict[str, float]
     image_length: int | None
+    by_modality: bool = False
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as JSON values, to compare when a run is resumed."""
-        return {"window": self.window, "weights": self.weights, "image_length": self.image_length}
+        described = {"window": self.window, "weights": self.weights, "image_length": self.image_length}
+        return described | ({"by_modality": True} if self.by_modality else {})  # as earlier versions describe it
 
 
 def order_settings(
@@ -40,6 +45,7 @@ def order_settings(
     window: int | None,
     weights: dict[str, float] | None,
     image_tokens: int | None,
+    by_modality: bool = False,
 ) -> OrderSettings:
     """Choose `window` and `weights` where they are None; group by length if `image_tokens` (per image) is set.
 
@@ -59,6 +65,7 @@ def order_settings(
         window=0 if window >= len(samples.shards) else window,
         weights={source: float(weight) for source, weight in sorted(weights.items()) if weight != 1},
         image_length=None if image_tokens is None else _CHARACTERS_PER_TOKEN * image_tokens,
+        by_modality=by_modality,
     )
 
 
@@ -75,6 +82,7 @@ def make_order(settings: OrderSettings, samples: SampleSet, rows: NDArray[np.int
         window=settings.window,
         weights=_weights(settings.weights, samples, rows),
         lengths_N=lengths_N,
+        kinds_N=_numbers(samples, "n_images", rows) > 0 if settings.by_modality else None,
     )
 
 

@@ -80,6 +80,7 @@ class Case:
     weights: tuple[float, ...] | None
     lengths: tuple[int, ...] | None
     seed: int
+    kinds: tuple[bool, ...] | None = None
 
     @property
     def n(self) -> int:
@@ -99,6 +100,7 @@ class Case:
             window=self.window,
             weights=weights,
             lengths_N=None if self.lengths is None else np.array(self.lengths),
+            kinds_N=None if self.kinds is None else np.array(self.kinds),
         )
 
     def copies(self, epoch: int) -> list[int]:
@@ -134,7 +136,7 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn, *, grouped: bool | None = None) -> Case:
+def cases(draw: st.DrawFn, *, grouped: bool | None = None, by_kind: bool | None = False) -> Case:
     shards = draw(st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any))
     n, kinds = sum(shards), draw(st.integers(1, 3))
     weight = st.one_of(st.sampled_from([0.0, 0.5, 1.0, 2.0]), st.floats(0, 3))
@@ -144,8 +146,15 @@ def cases(draw: st.DrawFn, *, grouped: bool | None = None) -> Case:
         weights = None
     lengths = st.tuples(*[st.integers(1, 9)] * n)
     by_length = draw(st.booleans()) if grouped is None else grouped
+    flags = st.tuples(*[st.booleans()] * n) if by_kind or (by_kind is None and draw(st.booleans())) else st.none()
     return Case(
-        tuple(shards), draw(st.integers(0, 7)), sources, weights, draw(lengths) if by_length else None, draw(SEEDS)
+        tuple(shards),
+        draw(st.integers(0, 7)),
+        sources,
+        weights,
+        draw(lengths) if by_length else None,
+        draw(SEEDS),
+        draw(flags),
     )
 
 
@@ -161,9 +170,9 @@ def test_the_stream_is_the_defined_one(case: Case, batch_size: int, epochs: int)
 
 
 @settings(max_examples=100, deadline=None)
-@given(case=cases(), batch_size=st.integers(1, 30), epochs=st.integers(1, 4))
+@given(case=cases(by_kind=None), batch_size=st.integers(1, 30), epochs=st.integers(1, 4))
 def test_each_epoch_has_every_sample_as_often_as_declared(case: Case, batch_size: int, epochs: int) -> None:
-    """Whatever windows, weights and lengths; and each window holds samples of its shards alone."""
+    """Whatever windows, weights, lengths and kinds; and each window holds samples of its shards alone."""
     order = case.order(batch_size)
     stream = order.places(0, epochs * order.per_epoch).tolist()
     for epoch in range(epochs):
@@ -197,6 +206,32 @@ def test_whole_batches_of_a_window_are_of_like_length(case: Case, batch_size: in
         assert all(batch == sorted(batch, reverse=True) for batch in batches)
         batches.sort(reverse=True)
         assert all(one[-1] >= other[0] for one, other in pairwise(batches))
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=cases(by_kind=True), batch_size=st.integers(1, 12))
+def test_whole_batches_of_a_window_are_of_one_kind_but_for_one(case: Case, batch_size: int) -> None:
+    """And of like length within a kind, if lengths are given."""
+    order = case.order(batch_size)
+    kinds = case.kinds
+    assert kinds is not None
+    for start, stop in case.epoch(0)[1]:
+        steps = range(-(-start // batch_size), stop // batch_size)
+        batches = [order.batch(step).tolist() for step in steps]
+        pure = [batch for batch in batches if len({kinds[place] for place in batch}) == 1]
+        assert len(pure) >= len(batches) - 1
+        for kind in (True, False):
+            lengths = [[case.lengths[p] for p in batch] for batch in pure if kinds[batch[0]] == kind and case.lengths]
+            lengths.sort(reverse=True)
+            full = lengths if len(pure) == len(batches) else []  # a mixed batch may hold the last ones
+            assert all(one[-1] >= other[0] for one, other in pairwise(full))
+
+
+def test_batches_of_one_kind_come_in_a_random_order() -> None:
+    order = Order(64, seed=0, batch_size=8, kinds_N=np.arange(64) % 2 == 0)
+    first = [int(order.batch(step)[0]) % 2 for step in range(8)]
+    assert sorted(first) == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert first not in (sorted(first), sorted(first, reverse=True))
 
 
 def test_batches_by_length_come_in_a_random_order() -> None:
@@ -236,7 +271,7 @@ def test_ranks_get_like_lengths_at_a_time(case: Case, micro: int, micros: int, s
 
 @settings(max_examples=100, deadline=None)
 @given(
-    case=cases(),
+    case=cases(by_kind=None),
     cuts=st.lists(
         st.tuples(st.integers(0, 12), st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(1, 13)), min_size=1, max_size=4
     ),

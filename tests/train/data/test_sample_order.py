@@ -71,3 +71,15 @@ def test_lengths_are_characters_and_image_tokens(samples: SampleSet) -> None:
     expected = [sum(len(turn.text) for turn in s.turns) + 4 * 9 * len(s.images) for s in tiny_samples(20)]
     assert order.lengths_N is not None
     assert order.lengths_N.tolist() == expected
+
+
+def test_batches_of_one_modality_and_the_setting_in_what_a_run_is_resumed_by(samples: SampleSet) -> None:
+    plain = settled(samples)
+    chosen = order_settings(samples, None, window=None, weights={}, image_tokens=9, by_modality=True)
+    assert "by_modality" not in plain.describe()  # as runs of earlier versions have it
+    assert chosen.describe()["by_modality"]
+    order = make_order(chosen, samples, np.arange(20), seed=0, size=5)
+    images = [bool(sample.images) for sample in tiny_samples(20)]
+    kinds = [{images[place] for place in order.batch(step).tolist()} for step in range(4)]
+    assert sorted(map(len, kinds)) == [1, 1, 1, 1]
+    assert kinds.count({False}) == 1
