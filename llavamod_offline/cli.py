@@ -301,9 +301,11 @@ app.command()(importlib.import_module("teacher_cache.cli.ask").ask)
 
 
 def _render(summary: PackSummary, done: str) -> str:
+    unpaired = f"{counted(summary.unpaired, 'unpaired answer')}, " if summary.unpaired else ""
     lines = [
         f"{done} {counted(summary.samples, 'sample')} ({counted(summary.conversations, 'conversation')}, "
-        f"{counted(summary.preferences, 'preference')}, {counted(summary.images, 'image')}) into {summary.path}: "
+        f"{counted(summary.preferences, 'preference')}, {unpaired}{counted(summary.images, 'image')}) into "
+        f"{summary.path}: "
         f"{counted(summary.shards, 'shard')}, {summary.bytes / 1e6:.1f} MB"
     ]
     if summary.shrunk:

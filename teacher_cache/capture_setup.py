@@ -111,7 +111,7 @@ def prepare_capture(**given: Unpack[SetupValues]) -> CaptureSetup:
     )
     samples = SampleSet.open(given["data"])
     if given["mismatched"]:
-        if not samples.manifest.get("preferences"):
+        if not samples.has_preferences:
             raise ConfigError(
                 f"capture.mismatched: set '{samples.path}' holds no preference samples: remove the setting"
             )

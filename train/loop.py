@@ -240,7 +240,8 @@ def _entry(
         "data_wait_share": waited / max(seconds, 1e-9),
     }
     entry |= {name: value.tolist() for name, value in sums.token_means.items()}
-    return entry | {name: spread_entry(values) for name, values in sums.spreads.items()}
+    spreads = {name: values[~values.isnan()] for name, values in sums.spreads.items()}
+    return entry | {name: spread_entry(values) for name, values in spreads.items() if len(values)}
 
 
 def _check_finite(

@@ -129,7 +129,7 @@ def prepare(config: TrainConfig, world: World) -> Setup:
     cache, swap = _open_cache(config, source)
     followed = None if cache is None or config.cache.end_of_turn else cache.fingerprint["template"]
     template = student_template(config.template, source, followed)
-    if MISMATCHED in config.roles and samples.manifest.get("preferences"):  # without preferences, the join refuses it
+    if MISMATCHED in config.roles and samples.has_preferences:  # without preferences, the join refuses it
         samples = samples.with_mismatched()
     images = ImagePreprocessor.from_checkpoint(source.processor, config.image_aspect)
     student = make_student(config.student, seed=config.seed, attention=config.engine.attention)
@@ -215,6 +215,7 @@ def prepare(config: TrainConfig, world: World) -> Setup:
             **_tail(config, cache, swap, cached_vocab_size, samples=len(joined.rows)),
             positions=positions,
             alignment=alignment,
+            paired=not samples.manifest.get("unpaired"),
         ),
         loader=loader,
         joined=joined,
@@ -292,12 +293,13 @@ def _open_cache(config: TrainConfig, source: StudentSource) -> tuple[TeacherCach
         )
     check_cache(config.loss.align, cache)
     missing = sorted(set(config.roles) - set(cache.roles))
-    if missing == [MISMATCHED]:
+    if MISMATCHED in missing and len(missing) < len(config.roles):
         raise ConfigError(
             f"loss.kind: kto estimates its KL on mismatched responses, which cache '{config.cache.path}' lacks: "
             "capture with capture.mismatched=true, or set loss.kind to kto_pair"
         )
-    if missing:
+    unpaired = MISMATCHED in config.roles and len(missing) == 1  # all of its answers are of one kind
+    if missing and not unpaired:
         raise ConfigError(
             f"cache.path: '{cache.path}' holds {', '.join(cache.roles)}, but stage {config.stage} needs "
             f"{', '.join(config.roles)}: set it to a cache of data.set"

@@ -1,11 +1,11 @@
-"""A sample: one conversation with zero or more images, or one prompt with a chosen and a rejected response.
+"""A sample: one conversation with zero or more images, or one prompt with a chosen and a rejected response, or one of
+them.
 
-A conversation may begin with a system turn.
-In a WebDataset tar a sample is `{key}.json` beside `{key}.{jpg,png,webp}` (with several images `{key}.0.jpg`,
-`{key}.1.png`…). The JSON is an object: `format` (1), `source`, `turns` (list of `[role, text]`), `chosen` and
-`rejected` (strings, preference samples only), `images` (list of file extensions), `content_hash`; if a teacher wrote
-the answer, `generated` (an object, see `Generated`); if packing shrank images, `original_sizes` (a list of
-`[width, height]`, null for unchanged ones).
+A conversation may begin with a system turn. In a WebDataset tar a sample is `{key}.json` beside `{key}.{jpg,png,webp}`
+(with several images `{key}.0.jpg`, `{key}.1.png`…). The JSON is an object: `format` (1), `source`, `turns` (list of
+`[role, text]`), `chosen` and `rejected` (strings, preference samples only; one of them if unpaired), `images` (list of
+file extensions), `content_hash`; if a teacher wrote the answer, `generated` (an object, see `Generated`); if packing
+shrank images, `original_sizes` (a list of `[width, height]`, null for unchanged ones).
 """
 
 from __future__ import annotations
@@ -25,6 +25,14 @@ SAMPLE_FORMAT = 1
 IMAGE_PLACEHOLDER = "<image>"
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_\-]{1,200}")
+
+# The sequences of each kind of sample. A desirable or undesirable answer is one half of a pair, as KTO learns from it.
+ROLES_OF_KIND = {
+    "conversation": ("response",),
+    "preference": ("chosen", "rejected"),
+    "desirable": ("chosen",),
+    "undesirable": ("rejected",),
+}
 
 Role = Literal["system", "user", "assistant"]
 Size = tuple[int, int]
@@ -83,15 +91,21 @@ class Sample:
 
     @property
     def is_preference(self) -> bool:
-        """Whether the sample holds a chosen and a rejected response instead of an assistant's turns."""
-        return self.chosen is not None
+        """Whether the sample holds a chosen or a rejected response, or both, instead of an assistant's last turn."""
+        return self.kind != "conversation"
+
+    @property
+    def kind(self) -> str:
+        """One of `ROLES_OF_KIND`."""
+        if self.chosen is None:
+            return "conversation" if self.rejected is None else "undesirable"
+        return "desirable" if self.rejected is None else "preference"
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """The sample's sequences: `response`, or `chosen`, `rejected` and, if it has one, `mismatched`."""
-        if not self.is_preference:
-            return ("response",)
-        return ("chosen", "rejected") if self.mismatched is None else ("chosen", "rejected", "mismatched")
+        """The sample's sequences: `response`, or `chosen` or `rejected` or both and, if it has one, `mismatched`."""
+        roles = ROLES_OF_KIND[self.kind]
+        return roles if self.mismatched is None else (*roles, "mismatched")
 
     @cached_property
     def content_hash(self) -> str:
@@ -127,7 +141,8 @@ def sample_to_json(sample: Sample, original_sizes: Sequence[Size | None] = ()) -
         "content_hash": sample.content_hash,
     }
     if sample.is_preference:
-        content |= {"chosen": sample.chosen, "rejected": sample.rejected}
+        answers = {"chosen": sample.chosen, "rejected": sample.rejected}
+        content |= {role: text for role, text in answers.items() if text is not None}
     if sample.generated is not None:
         content["generated"] = asdict(sample.generated)
     if any(original_sizes):
@@ -173,8 +188,6 @@ def _problem(sample: Sample) -> str | None:
         "".join([*texts, sample.source]).encode()
     except UnicodeEncodeError:
         return "its text holds a lone surrogate, which is not a character"
-    if (sample.chosen is None) != (sample.rejected is None):
-        return "a preference needs both a chosen and a rejected response"
     has_system = sample.turns[0].role == "system"
     for index, turn in enumerate(sample.turns):
         expected = "system" if has_system and index == 0 else "assistant" if (index - has_system) % 2 else "user"
@@ -187,7 +200,7 @@ def _problem(sample: Sample) -> str | None:
         return f"the last turn is by '{last}'"
     if sample.mismatched is not None and not sample.is_preference:
         return "a conversation has no mismatched response"
-    if sample.is_preference and not (str(sample.chosen).strip() and str(sample.rejected).strip()):
+    if any(text is not None and not text.strip() for text in (sample.chosen, sample.rejected)):
         return "the chosen or the rejected response is empty"
     return _image_problem(sample)
 

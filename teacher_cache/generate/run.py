@@ -149,8 +149,9 @@ def _check(config: CacheTeacherConfig) -> None:
 def _check_samples(samples: SampleSet) -> None:
     """Refuse preferences, which have no assistant turn to write. Errors: `DataError` naming the first."""
     kinds = samples.index.column("kind").to_pylist()
-    if "preference" in kinds:
+    first = next((row for row, kind in enumerate(kinds) if kind != "conversation"), None)
+    if first is not None:
         raise DataError(
-            f"set '{samples.path}': sample '{samples.keys[kinds.index('preference')]}' is a preference: answers are "
-            "written to conversations: set data to a set of those"
+            f"set '{samples.path}': sample '{samples.keys[first]}' is a preference: answers are written to "
+            "conversations: set data to a set of those"
         )

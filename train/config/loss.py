@@ -96,9 +96,9 @@ class LossConfig:
     average_log_probs: bool = False
     """Preference: mean log-probs of an answer's tokens instead of sums; recommended with ipo."""
     desirable_weight: float = 1.0
-    """Preference with kto: weight of chosen responses."""
+    """Preference with kto: weight of chosen responses, and of unpaired ones that are desirable."""
     undesirable_weight: float = 1.0
-    """Preference with kto: weight of rejected responses."""
+    """Preference with kto: weight of rejected responses, and of unpaired ones that are not desirable."""
     sft_weight: float = 0.0
     """Preference: weight of the chosen response's mean negative log-prob."""
     distill_weight: float = 0.0

@@ -1,7 +1,8 @@
 """Micro-batches: samples with their records in a teacher's cache.
 
-Shape suffixes: B samples, S sequences of them (B for one role, 2·B for two, the first role's before the second's).
-A `mismatched` role is excluded: it has a batch of its own, B sequences that are evaluated but not trained on.
+Shape suffixes: B samples, S sequences of them (B for one role, 2·B for two, the first role's before the second's; an
+unpaired answer has one of the two). A `mismatched` role is excluded: it has a batch of its own, B sequences that are
+evaluated but not trained on.
 """
 
 from __future__ import annotations
@@ -42,14 +43,15 @@ class TrainBatch:
 
     `targets` cover the first positions of `batch`, in its order: all of them (mimic stages), those of the chosen
     responses (preference stage with distillation) or none. `reference_S`: the teacher's log-prob of each sequence,
-    summed over its tokens. If the loss needs them, `mismatched` holds the samples' mismatched responses and `states`
-    the teacher's hidden states.
+    summed over its tokens. `sample_of_S`: the sample, from 0, of each sequence. If the loss needs them, `mismatched`
+    holds the samples' mismatched responses and `states` the teacher's hidden states.
     """
 
     batch: Batch
     samples: int
     targets: SparseTargets | None = None
     reference_S: Tensor | None = None
+    sample_of_S: Tensor | None = None
     mismatched: TrainBatch | None = None
     states: TeacherStates | None = None
 
@@ -67,7 +69,7 @@ class TrainBatch:
         return self._map(lambda part: part.pin_memory())
 
     def _map(self, move: Callable[[Any], Any]) -> TrainBatch:
-        parts = {name: getattr(self, name) for name in ("batch", "targets", "reference_S", "states")}
+        parts = {name: getattr(self, name) for name in ("batch", "targets", "reference_S", "sample_of_S", "states")}
         moved = {name: move(part) for name, part in parts.items() if part is not None}
         return replace(self, mismatched=self.mismatched and self.mismatched._map(move), **moved)
 
@@ -179,6 +181,9 @@ class _Micro(Dataset[TrainBatch]):
 
     def _make(self, rows: list[int]) -> TrainBatch:
         samples = [self.samples.read(row, scattered=self.scattered) for row in rows]
+        if MISMATCHED in self.roles:  # chosen answers first, so that both batches have their images in the same order
+            order = sorted(range(len(rows)), key=lambda n: "chosen" not in samples[n].roles)
+            rows, samples = [rows[n] for n in order], [samples[n] for n in order]
         images = self._images(samples)
         trained = [role for role in self.roles if role != MISMATCHED]
         made = self._batch(rows, samples, images, trained)
@@ -205,29 +210,31 @@ class _Micro(Dataset[TrainBatch]):
     def _batch(
         self, rows: list[int], samples: list[Sample], images: list[list[NDArray[np.uint8]]], roles: Sequence[str]
     ) -> TrainBatch:
-        sequences = [self.encoder.encode(sample, role) for role in roles for sample in samples]
+        places = [(role, n) for role in roles for n, sample in enumerate(samples) if role in sample.roles]
+        sequences = [self.encoder.encode(samples[n], role) for role, n in places]
         batch = collate(
             sequences,
-            images * len(roles),
+            [images[n] for _, n in places],
             pad_id=self.pad_id,
             positions=self.positions,
             byte_values_CV=self.images.byte_values_3V,
         )
         if self.cache is None:
             return TrainBatch(batch, len(samples))
-        rows_S = np.concatenate([self.records[role][rows] for role in roles])
+        rows_S = np.array([self.records[role][rows[n]] for role, n in places], np.int64)
         records = self.cache.sequences(rows_S)
-        for sequence, sample, record in zip(sequences, samples * len(roles), records, strict=True):
-            self._check(self.cache, sequence, sample, record)
-        rows_R = rows_S[: len(samples) * sum(role in self.record_roles for role in roles)]
-        targets = self.cache.targets(rows_R) if len(rows_R) else None
+        for sequence, (_, n), record in zip(sequences, places, records, strict=True):
+            self._check(self.cache, sequence, samples[n], record)
+        rows_R = rows_S[: sum(role in self.record_roles for role, _ in places)]
+        targets = self.cache.targets(rows_R) if set(self.record_roles) & set(roles) else None
         if targets is not None and self.swap is not None:
             targets = self.swap.targets(targets)
         if targets is not None and self.vocab_size is not None:
             targets = targets.limited(self.vocab_size)
         states = read_states(self.cache, rows_R, batch, self.states) if self.states is not None else None
         sums_S = torch.tensor([record.sum_log_prob for record in records], dtype=torch.float32)
-        return TrainBatch(batch, len(samples), targets, sums_S, states=states)
+        owners_S = torch.tensor([n for _, n in places])
+        return TrainBatch(batch, len(samples), targets, sums_S, owners_S, states=states)
 
     def _check(self, cache: TeacherCache, sequence: TokenizedSequence, sample: Sample, record: CachedSequence) -> None:
         """Check that a record was made for these tokens and this sample. Errors: `TargetError`, `DataError`."""

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from llavamod_offline.data.sample import ROLES_OF_KIND
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import DataError
 
@@ -67,8 +68,8 @@ def join(
     keys = samples.index.column("key")
     kept = np.ones(len(samples), np.bool_)
     records = {} if cache is None else {role: cache.rows(keys, role, samples.shard_rows) for role in roles}
-    for records_N in records.values():
-        kept &= records_N >= 0
+    for role, records_N in records.items():
+        kept &= (records_N >= 0) | ~_has_role(samples, role)
     if cache is not None:
         _report_missing(samples, np.flatnonzero(~kept), str(cache.path), missing)
     absent = len(samples) - int(kept.sum())
@@ -102,15 +103,25 @@ def rejection_lines(samples: SampleSet, too_long: Sequence[tuple[str, str]]) -> 
 
 
 def _check_kind(samples: SampleSet, roles: Sequence[str]) -> None:
-    wanted, other = "conversation", "preference"
-    if tuple(roles) != ("response",):
-        wanted, other = other, wanted
-    wrong = pc.index(samples.index.column("kind"), other).as_py()
-    if wrong >= 0:
-        raise DataError(
-            f"set '{samples.path}': sample '{samples.key_of(wrong)}' is a {other}, but the stage needs {wanted}s: "
-            "set data.set to one of those"
-        )
+    kinds = samples.index.column("kind")
+    right = {kind for kind, own in ROLES_OF_KIND.items() if set(roles) - {MISMATCHED} == set(own)}
+    if MISMATCHED in roles:
+        right = set(ROLES_OF_KIND) - {"conversation"}
+    wrong = pc.index(pc.is_in(kinds, pa.array(sorted(right))), False).as_py()
+    if wrong < 0:
+        return
+    kind, where = kinds[wrong].as_py(), f"set '{samples.path}': sample '{samples.key_of(wrong)}'"
+    if kind in ("desirable", "undesirable") and "chosen" in roles:
+        raise DataError(f"{where} is an unpaired answer, from which only kto learns: set loss.kind to kto")
+    given, needed = ("conversation", "preference") if "chosen" in roles else ("preference", "conversation")
+    raise DataError(f"{where} is a {given}, but the stage needs {needed}s: set data.set to one of those")
+
+
+def _has_role(samples: SampleSet, role: str) -> NDArray[np.bool_]:
+    """Whether each sample of a set, whose kinds are right, has a role."""
+    kinds = [kind for kind, roles in ROLES_OF_KIND.items() if role in roles or role == MISMATCHED]
+    found: NDArray[np.bool_] = pc.is_in(samples.index.column("kind"), pa.array(kinds)).to_numpy()
+    return found
 
 
 def _report_missing(samples: SampleSet, absent: NDArray[np.int64], cache: str, policy: str) -> None:

@@ -114,7 +114,7 @@ class _Lengths(Dataset[Any]):
 
     def __getitem__(self, row: int) -> int:
         sample = self.samples.read_text(row)
-        return max(self.encoder.length(sample, role) for role in self.roles)
+        return max(self.encoder.length(sample, role) for role in self.roles if role in sample.roles)
 
     def __getitems__(self, rows: list[int]) -> list[int] | LlavaModError:
         try:

@@ -91,10 +91,12 @@ def make_objective(
     prior: TailPrior | None = None,
     positions: Positions = "response",
     alignment: Alignment | None = None,
+    paired: bool = True,
 ) -> Objective:
     """Make a stage's objective; `vocab_size` is the number of ids that can have a probability.
 
-    The mimic stages also use `positions`, which their batches hold, and `alignment`, their additional terms.
+    The mimic stages also use `positions`, which their batches hold, and `alignment`, their additional terms. `paired`:
+    whether every preference is a pair.
     """
     common: dict[str, Any] = {"router_aux_coef": loss.router_aux_coef, "train_vision": train_vision}
     if stage in ("align", "sft"):
@@ -136,6 +138,7 @@ def make_objective(
         sft_weight=loss.sft_weight,
         distill_weight=loss.distill_weight,
         distillation=distillation,
+        paired=paired,
         **settings,
         **common,
     )

@@ -4,12 +4,13 @@ The loss of a step is the mean over its pairs of the preference loss + sft_weigh
 log-prob + distill_weight · T² · its divergence from the teacher, the last two being means over the response's tokens
 (as in RPO, arXiv 2404.19733); plus the routers' balance loss once.
 
-With `kto` each pair is split into a desirable and an undesirable example; their common baseline, a KL, is estimated on
-mismatched responses, without gradient.
+With `kto` each pair is split into a desirable and an undesirable example, and counts as their mean; a sample may also
+be one such example alone. The terms of chosen responses are then sums over those that there are. The common baseline, a
+KL, is estimated on mismatched responses, without gradient.
 
-Shape suffixes: B pairs of a micro-batch, R roles (chosen and rejected, or mismatched alone), S = R·B sequences, role
-by role, N supervised positions, C of them in chosen responses, D hidden size. For the tower's features see
-`student_pass.py`.
+Shape suffixes: B samples of a micro-batch, R roles (chosen and rejected, or mismatched alone), S sequences, role by
+role (R·B if all samples are pairs), N supervised positions, C of them in chosen responses, D hidden size. For the
+tower's features see `student_pass.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from llavamod_offline.losses.fused import LossTerms, sequence_log_probs_from_hidden
 from llavamod_offline.losses.kinds import PreferenceKind
-from llavamod_offline.losses.preference import PreferenceTerms, kto_loss, preference_loss
+from llavamod_offline.losses.preference import KtoLoss, kto_loss, preference_loss
 from llavamod_offline.models.forward import lm_head_weight
 from llavamod_offline.models.routing import Routing
 from train.data.batches import TrainBatch
@@ -51,11 +52,12 @@ def make_loss(
     sft_weight: float,
     distill_weight: float,
     distillation: Distillation,
+    paired: bool,
     vocab_size: int,
     router_aux_coef: float,
     train_vision: bool,
 ) -> Loss:
-    """Return the loss of a micro-batch, summed over its pairs.
+    """Return the loss of a micro-batch, summed over its samples; `paired`: all of them are pairs.
 
     The loss takes mean log-ratios over the global batch, or None if the micro-batch is the whole batch: for `kto_pair`
     those of chosen and rejected responses [2], for `kto` that of mismatched ones [1]. It also takes the tower's
@@ -71,16 +73,25 @@ def make_loss(
         if features_IPC is None:
             features_IPC = tower_features(model, batch, train_vision=train_vision)
         found = _log_probs(model, batch, vocab_size, average_log_probs, features_IPC, train_vision)
-        policy_2B, reference_2B = found.policy_RB, found.reference_RB
         means: dict[str, Tensor] = {}
         if kind == "kto":
             ratios_R = mean_ratios_R
             if ratios_R is None:
                 assert batch.mismatched is not None
                 ratios_R = _log_ratios(model, batch.mismatched, vocab_size, average_log_probs, features_IPC).mean(1)
-            result, kl = _unpaired(policy_2B, reference_2B, ratios_R, beta, (desirable_weight, undesirable_weight))
-            means["kl"] = kl * batch.samples
+            judged = kto_loss(
+                found.policy_S,
+                found.reference_S,
+                found.is_chosen_S,
+                mismatched_ratios_M=ratios_R,
+                beta=beta,
+                desirable_weight=desirable_weight,
+                undesirable_weight=undesirable_weight,
+            )
+            total, rewards_2B = _by_sample(judged, batch)
+            means["kl"] = judged.kl * batch.samples
         else:
+            policy_2B, reference_2B = found.by_role(batch.samples)
             result = preference_loss(
                 policy_2B[0],
                 policy_2B[1],
@@ -92,23 +103,25 @@ def make_loss(
                 kl_chosen=None if mean_ratios_R is None else mean_ratios_R[0],
                 kl_rejected=None if mean_ratios_R is None else mean_ratios_R[1],
             )
-        total = result.loss_sum
-        means |= {
-            "preference": result.loss_sum.detach(),
-            "reward_accuracy": result.correct_B.float().sum(),
-            "reward_margin": result.margins_B.sum(),
-            "chosen_log_prob": policy_2B[0].detach().sum(),
-            "rejected_log_prob": policy_2B[1].detach().sum(),
-        }
+            total, rewards_2B = result.loss_sum, torch.stack([result.chosen_rewards_B, result.rejected_rewards_B])
+        means["preference"] = total.detach()
+        if paired:
+            margins_B = rewards_2B[0] - rewards_2B[1]
+            means |= {
+                "reward_accuracy": (margins_B > 0).float().sum(),
+                "reward_margin": margins_B.sum(),
+                "chosen_log_prob": found.policy_S[: batch.samples].detach().sum(),
+                "rejected_log_prob": found.policy_S[batch.samples :].detach().sum(),
+            }
         if sft_weight:
-            nll = -found.chosen_mean_B.sum()
+            nll = -found.means_S[found.is_chosen_S].sum()
             total = total + sft_weight * nll
             means["chosen_nll"] = nll.detach()
         if distill_weight:
             terms = _distilled(model, batch, found, distillation)
             total = total + distill_weight * terms.loss_sum
             means |= {"divergence": terms.divergence_sum, **terms.metrics}
-        spreads = {"chosen_reward": result.chosen_rewards_B, "rejected_reward": result.rejected_rewards_B}
+        spreads = {"chosen_reward": rewards_2B[0], "rejected_reward": rewards_2B[1]}
         sums = LossSums(total, means=means, spreads=spreads)
         return with_balance(sums, found.routing, coefficient=router_aux_coef)
 
@@ -138,35 +151,30 @@ def mean_log_ratios(ratios: Sequence[Tensor], world: World) -> Tensor:
     return (summed[:-1] / summed[-1]).float()
 
 
-def _unpaired(
-    policy_2B: Tensor, reference_2B: Tensor, mean_ratio_1: Tensor, beta: float, weights: tuple[float, float]
-) -> tuple[PreferenceTerms, Tensor]:
-    """Apply KTO to each response separately; returns each pair's terms, its loss the mean of both, and the KL."""
-    desirable_2B = torch.ones_like(policy_2B, dtype=torch.bool)
-    desirable_2B[1] = False
-    result = kto_loss(
-        policy_2B.flatten(),
-        reference_2B.flatten(),
-        desirable_2B.flatten(),
-        mismatched_ratios_M=mean_ratio_1,
-        beta=beta,
-        desirable_weight=weights[0],
-        undesirable_weight=weights[1],
-    )
-    rewards_2B = result.rewards_S.view_as(policy_2B)
-    return PreferenceTerms(result.losses_S.view_as(policy_2B).mean(0), rewards_2B[0], rewards_2B[1]), result.kl
+def _by_sample(judged: KtoLoss, batch: TrainBatch) -> tuple[Tensor, Tensor]:
+    """Sum the losses, a pair counting as the mean of its two; and return rewards [2, B], NaN where there is none."""
+    assert batch.sample_of_S is not None
+    shares_S = 1.0 / torch.bincount(batch.sample_of_S)[batch.sample_of_S]
+    rewards_2B = judged.rewards_S.new_full((2, batch.samples), torch.nan)
+    rewards_2B[(~judged.desirable_S).long(), batch.sample_of_S] = judged.rewards_S
+    return (shares_S * judged.losses_S).sum(), rewards_2B
 
 
 @dataclass(frozen=True)
 class _LogProbs:
-    """Log-probs of each role's responses, and their inputs; `chosen_mean_B` belongs to the first role."""
+    """Log-probs of responses, their means over tokens, and the inputs they come from."""
 
-    policy_RB: Tensor
-    reference_RB: Tensor
-    chosen_mean_B: Tensor
+    policy_S: Tensor
+    reference_S: Tensor
+    means_S: Tensor
     lengths_S: Tensor
+    is_chosen_S: Tensor
     hidden_ND: Tensor
     routing: Routing
+
+    def by_role(self, samples: int) -> tuple[Tensor, Tensor]:
+        """Those of the policy and of the reference, as [R, B]."""
+        return self.policy_S.view(-1, samples), self.reference_S.view(-1, samples)
 
 
 @torch.no_grad()
@@ -177,8 +185,8 @@ def _log_ratios(
     average: bool,
     features_IPC: Tensor | None,
 ) -> Tensor:
-    found = _log_probs(model, batch, vocab_size, average, features_IPC, False)
-    return found.policy_RB - found.reference_RB
+    policy_RB, reference_RB = _log_probs(model, batch, vocab_size, average, features_IPC, False).by_role(batch.samples)
+    return policy_RB - reference_RB
 
 
 def _log_probs(
@@ -200,9 +208,8 @@ def _log_probs(
     reference_S = batch.reference_S
     if average:
         policy_S, reference_S = means_S, reference_S / lengths_S
-    chosen_mean_B = means_S[: batch.samples]
-    shape = (-1, batch.samples)
-    return _LogProbs(policy_S.view(shape), reference_S.view(shape), chosen_mean_B, lengths_S, hidden_ND, routing)
+    is_chosen_S = torch.tensor([role == "chosen" for role in inputs.roles], device=policy_S.device)
+    return _LogProbs(policy_S, reference_S, means_S, lengths_S, is_chosen_S, hidden_ND, routing)
 
 
 def _distilled(

@@ -29,7 +29,7 @@ class Facts:
         return cls(
             key=sample.key,
             content_hash=sample.content_hash,
-            kind="preference" if sample.is_preference else "conversation",
+            kind=sample.kind,
             n_turns=len(sample.turns),
             n_images=len(sample.images),
             source=sample.source,

@@ -50,6 +50,7 @@ class PackSummary:
     samples: int
     conversations: int
     preferences: int
+    unpaired: int
     images: int
     shrunk: int
     shards: int
@@ -220,6 +221,7 @@ class SetWriter:
             samples=self.counts["samples"],
             conversations=self.counts["conversation"],
             preferences=self.counts["preference"],
+            unpaired=self.counts["desirable"] + self.counts["undesirable"],
             images=self.counts["images"],
             shrunk=self.counts["shrunk"],
             shards=len(self.shards),

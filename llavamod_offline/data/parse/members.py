@@ -31,13 +31,13 @@ _SIGNATURES = (("jpg", b"\xff\xd8\xff"), ("png", b"\x89PNG\r\n\x1a\n"), ("webp",
 class TextFormat:
     """A format of a sample's text: the suffix of its file, and for JSON which objects are of this format.
 
-    `read` has the parameters of `_read_caption`; `responses` finds a preference's two responses in its JSON.
+    `read` has the parameters of `_read_caption`; `responses` finds a preference's responses in its JSON.
     """
 
     suffix: str
     matches: Callable[[Any], bool]
     read: Callable[..., Sample]
-    responses: Callable[[Any], tuple[str, str]] = responses_of_row
+    responses: Callable[[Any], tuple[str, ...]] = responses_of_row
 
 
 def sample_from_members(
@@ -57,8 +57,8 @@ def sample_from_members(
     return sample if sample.source == source else replace(sample, source=source)
 
 
-def responses_from_text(parser: str, text: bytes) -> tuple[str, str]:
-    """The chosen and the rejected response of a preference, from its text alone. Errors: as for parsing."""
+def responses_from_text(parser: str, text: bytes) -> tuple[str, ...]:
+    """The chosen and the rejected response of a preference, or its only one, from its text. Errors: as for parsing."""
     form = TEXT_FORMATS[parser]
     return form.responses(parse_json(decode_text(text, f"its {form.suffix}")))
 
@@ -112,7 +112,7 @@ TEXT_FORMATS: dict[str, TextFormat] = {
         "json",
         lambda row: {"turns", "format"} <= row.keys(),
         _read_own,
-        lambda row: (str(row["chosen"]), str(row["rejected"])),
+        lambda row: tuple(str(row[role]) for role in ("chosen", "rejected") if role in row),
     ),
     "llava": TextFormat("json", lambda row: bool(_ROW_FIELDS & row.keys()), _read_llava),
     "caption": TextFormat("txt", lambda _: True, _read_caption),

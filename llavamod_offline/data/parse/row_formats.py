@@ -4,6 +4,8 @@
                    `prompt` and `completion`
     preference     `chosen` and `rejected`, each a whole conversation (LLaVA-MoD), or answers to `prompt`, `question`
                    (RLAIF-V), `messages` or `conversations`; or `messages` and `rejected_response` (ms-swift)
+    unpaired       a conversation or `prompt` and `completion`, with `label` (TRL, ms-swift) or `kto_tag`
+                   (LlamaFactory): whether its last answer is desirable
     images         `image` or `images` (see `row_images.py`), in the order of `<image>` in the users' texts; or in parts
 
 `system`: the text of a system turn. Images of `texts` and of a `question` without `<image>` come before the first text.
@@ -24,7 +26,8 @@ from llavamod_offline.errors import DataError
 from llavamod_offline.plural import counted
 
 TEXT_FIELDS = ("conversations", "messages", "texts", "chosen", "rejected", "rejected_response", "completion")
-FIELDS = (*TEXT_FIELDS, "prompt", "question", "label", "system", "tools", "image", "images")
+LABELS = ("label", "kto_tag")
+FIELDS = (*TEXT_FIELDS, *LABELS, "prompt", "question", "system", "tools", "image", "images")
 _OTHER_PROMPTS = {"conversations", "messages", "prompt"}  # than the question of RLAIF-V
 MEDIA_FIELDS = ("video", "videos", "audio", "audios")
 KNOWN = (
@@ -65,12 +68,13 @@ def tar_row_to_sample(
     return _build(key, parsed, images, extensions, source)
 
 
-def responses_of_row(row: Any) -> tuple[str, str]:
-    """The chosen and the rejected response of a preference."""
-    _, _, chosen, rejected = _dialogue(_fields(row))
-    if chosen is None or rejected is None:
+def responses_of_row(row: Any) -> tuple[str, ...]:
+    """The chosen and the rejected response of a preference, or the only one of an unpaired answer."""
+    _, _, *answers = _dialogue(_fields(row))
+    found = tuple(answer for answer in answers if answer is not None)
+    if not found:
         raise RowError("malformed row", "has no 'chosen' and 'rejected'")
-    return chosen, rejected
+    return found
 
 
 def one_for_each_rejected(row: Any) -> list[Any]:
@@ -139,12 +143,12 @@ def _dialogue(fields: Mapping[str, Any]) -> Dialogue:
     if histories:
         if histories[0] == "texts":
             return read_pairs(fields["texts"], "texts"), (), None, None
-        return *_all(fields, histories[0]), None, None
-    if "completion" in fields and "label" in fields:
-        raise RowError("malformed row", "is an unpaired preference ('completion' with 'label'), which is not supported")
+        return _labelled(fields, *_all(fields, histories[0]))
     if "prompt" in fields and "completion" in fields:
         turns, images = _all(fields, "prompt")
         answer, more = _all(fields, "completion", "assistant")
+        if any(name in fields for name in LABELS):
+            return _labelled(fields, (*turns, *answer), (*images, *more))
         earlier = [turn for turn in turns if turn.role == "assistant"]
         if earlier:
             raise RowError("bad conversation", "'prompt' has answers, but every answer is learnt: use 'messages'")
@@ -181,6 +185,21 @@ def _preference(fields: Mapping[str, Any], histories: list[str]) -> Dialogue:
     if chosen[-1].role != "assistant" or rejected[-1].role != "assistant":
         raise RowError("bad conversation", "'chosen' and 'rejected' must end with an answer by 'gpt' or 'assistant'")
     return chosen[:-1], images, chosen[-1].text, rejected[-1].text
+
+
+def _labelled(fields: Mapping[str, Any], turns: tuple[Turn, ...], images: tuple[PartImage, ...]) -> Dialogue:
+    """A conversation, or if it has a label, the unpaired answer that it ends with."""
+    name = next((name for name in LABELS if name in fields), "")
+    label = fields.get(name)
+    judged = "completion" in fields or name == "kto_tag"
+    if name and not isinstance(label, bool) and (judged or isinstance(label, int | float)):
+        reason = f"field '{name}' is {label!r}: expected true or false, whether the last answer is desirable"
+        raise RowError("malformed row", reason if judged else f"{reason}; if it says something else, rename it")
+    if not isinstance(label, bool):
+        return turns, images, None, None
+    if turns[-1].role != "assistant":
+        raise RowError("bad conversation", f"has '{name}', but does not end with an answer by 'gpt' or 'assistant'")
+    return turns[:-1], images, *((turns[-1].text, None) if label else (None, turns[-1].text))
 
 
 def _with_rejected(fields: Mapping[str, Any]) -> Dialogue:

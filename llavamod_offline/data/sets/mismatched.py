@@ -1,9 +1,10 @@
 """Pair prompts with answers of other samples, from which unpaired KTO estimates the KL of policy and reference.
 
 The preference samples of a set form a ring, ordered by the SHA-256 of their keys. A sample's *mismatched* response is
-the chosen or the rejected one (by the last bit of that hash) of the next sample in the ring; of the one after it if the
-text is one of the sample's own, and so on. So the pairs depend on the samples of a set alone, not on its order, its
-shards or the reader. Adding or removing a sample changes only the pairs of its neighbours in the ring.
+the chosen or the rejected one (by the last bit of that hash; of an unpaired sample, its only one) of the next sample in
+the ring; of the one after it if the text is one of the sample's own, and so on. So the pairs depend on the samples of a
+set alone, not on its order, its shards or the reader. Adding or removing a sample changes only the pairs of its
+neighbours in the ring.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class MismatchRing:
 
         Errors: `DataError` naming `where` if there are fewer than 2.
         """
-        is_preference = pc.equal(index.column("kind"), "preference")
+        is_preference = pc.not_equal(index.column("kind"), "conversation")
         rows_P = np.flatnonzero(is_preference.to_numpy())
         if len(rows_P) < 2:
             raise DataError(
@@ -54,16 +55,17 @@ class MismatchRing:
         places_N[rows_P] = np.arange(len(rows_P))
         return cls(rows_P, places_N)
 
-    def response(self, row: int, sample: Sample, read: Callable[[int], tuple[str, str]]) -> str:
+    def response(self, row: int, sample: Sample, read: Callable[[int], tuple[str, ...]]) -> str:
         """The mismatched response of the sample in `row`; `read` returns the responses of another row.
 
         Errors: `DataError` naming the sample if no other sample has a response different from both of its own.
         """
-        own = {str(sample.chosen).strip(), str(sample.rejected).strip()}
+        own = {text.strip() for text in (sample.chosen, sample.rejected) if text is not None}
         side = _hash(sample.key)[-1] % 2
         place = int(self.places_N[row])
         for step in range(1, len(self.rows_P)):
-            text = read(int(self.rows_P[(place + step) % len(self.rows_P)]))[side]
+            texts = read(int(self.rows_P[(place + step) % len(self.rows_P)]))
+            text = texts[side % len(texts)]
             if text.strip() not in own:
                 return text
         raise DataError(f"sample '{sample.key}' (mismatched): no other sample has a different response")

@@ -9,12 +9,13 @@
                           which teacher wrote the answers, how, and from which set
     rejected.jsonl        the source rows that are not in the set: key, kind, reason, file, row
 
-Columns of the index: `key`; `shard` (ordinal in set.json's list); `content_hash`; `kind` (`conversation` or
-`preference`); `n_turns` and `n_images` (of the sample, answers of a preference not counted); `source`; `text_length`
-(characters of all texts); `parser` (the format of its text, see `members.py`); `n_shrunk` (images that packing
-shrank); `file` and `row`: where the sample comes from, an ordinal in set.json's `files` and a row or member from 0
-(absent in sets of earlier versions); `members`: for each file of the sample its `name` (what follows the key and a
-dot), and the `offset` and `size` of its bytes in the tar, the text first, then the images in order.
+Columns of the index: `key`; `shard` (ordinal in set.json's list); `content_hash`; `kind` (`conversation`, `preference`,
+or `desirable` or `undesirable` for an unpaired answer); `n_turns` and `n_images` (of the sample, answers of a
+preference not counted); `source`; `text_length` (characters of all texts); `parser` (the format of its text, see
+`members.py`); `n_shrunk` (images that packing shrank); `file` and `row`: where the sample comes from, an ordinal in
+set.json's `files` and a row or member from 0 (absent in sets of earlier versions); `members`: for each file of the
+sample its `name` (what follows the key and a dot), and the `offset` and `size` of its bytes in the tar, the text first,
+then the images in order.
 """
 
 from __future__ import annotations
@@ -130,6 +131,11 @@ class SampleSet:
         """Whether preference samples have a mismatched response, as their third role."""
         return self._ring is not None
 
+    @property
+    def has_preferences(self) -> bool:
+        """Whether any sample is a preference, paired or not."""
+        return any(self.manifest.get(name) for name in ("preferences", "unpaired"))
+
     def with_mismatched(self) -> SampleSet:
         """The same set, whose preference samples also have the response of another one (see `mismatched.py`).
 
@@ -237,8 +243,8 @@ class SampleSet:
             return sample
         return replace(sample, mismatched=self._ring.response(row, sample, self._read_responses))
 
-    def _read_responses(self, row: int) -> tuple[str, str]:
-        """The chosen and the rejected response of a row, without its images."""
+    def _read_responses(self, row: int) -> tuple[str, ...]:
+        """The chosen and the rejected response of a row, or the one that it has, without its images."""
         entry, ordinal, where = self._entry(row)
         member = entry["members"][0]
         try:

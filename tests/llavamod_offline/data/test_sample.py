@@ -50,7 +50,6 @@ def test_json_round_trip(preference: bool) -> None:
         ({"turns": (ASK, Turn("assistant", "an <image>"))}, "is in an answer"),
         ({"turns": (SHOW, ANSWER), "images": (PNG,), "image_extensions": ()}, "of extensions differ"),
         ({"turns": (SHOW, ANSWER), "images": (PNG,), "image_extensions": ("bmp",)}, "'bmp' is none of"),
-        ({"turns": (ASK,), "chosen": "good"}, "both a chosen and a rejected"),
         ({"chosen": "good", "rejected": "bad"}, "the last turn is by 'assistant'"),
         ({"turns": (ASK,), "chosen": "good", "rejected": ""}, "response is empty"),
         ({"turns": (ASK,), "chosen": "<image>", "rejected": "bad"}, "is in an answer"),
@@ -85,6 +84,18 @@ def test_roles_and_their_conversations() -> None:
     assert pair.conversation("rejected") == (ASK, Turn("assistant", "bad"))
     with pytest.raises(DataError, match="no role 'response': it has chosen, rejected"):
         pair.conversation("response")
+
+
+@pytest.mark.parametrize("answer", ["chosen", "rejected"])
+def test_an_unpaired_answer_is_half_of_a_pair(answer: str) -> None:
+    half = Sample("k", (ASK,), **{answer: "good"})  # type: ignore[arg-type]
+    assert (half.roles, half.is_preference) == ((answer,), True)
+    assert half.conversation(answer) == (ASK, Turn("assistant", "good"))
+    assert sample_from_json("k", sample_to_json(half), ()) == half
+    both = Sample("k", (ASK,), chosen="good", rejected="good")
+    assert len({half.content_hash, both.content_hash, Sample("k", (ASK, Turn("assistant", "good"))).content_hash}) == 3
+    with pytest.raises(DataError, match="the chosen or the rejected response is empty"):
+        Sample("k", (ASK,), **{answer: " "})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +85,60 @@ def test_equals_trl(seed: int, weights: tuple[float, float]) -> None:
         undesirable_weight=weights[1],
     )
     torch.testing.assert_close(alone.losses_S, loss.losses_S)  # the global batch's mean will do
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equals_trls_trainer(seed: int) -> None:
+    """Its own code, run on the log-probs of single tokens that a model would give it."""
+    trainer: Any = pytest.importorskip("trl").KTOTrainer
+    generator = torch.Generator().manual_seed(seed)
+    policy_ST, kl_ST = (-torch.rand(6, 4, generator=generator) for _ in range(2))
+    reference_S, kl_reference_S = (-4 * torch.rand(6, generator=generator) for _ in range(2))
+    desirable_S = torch.tensor([True, True, False, True, False, False])
+    policy_ST.requires_grad_()
+    outputs = {
+        kind: SimpleNamespace(log_probs=found, entropy=torch.zeros(6, 4), mean_logits=torch.zeros(6, 4))
+        for kind, found in ((0, policy_ST), (1, kl_ST))
+    }
+
+    def model(input_ids: Tensor, **_: Any) -> SimpleNamespace:
+        return outputs[int(input_ids[0, 0])]
+
+    def ids(kind: int) -> dict[str, Tensor]:
+        name = "KL_" * kind
+        filled = {"input_ids": torch.full((6, 5), kind), "attention_mask": torch.ones(6, 5).long()}
+        return {f"{name}{part}": value for part, value in (filled | {"completion_mask": torch.ones(6, 5)}).items()}
+
+    own = SimpleNamespace(
+        model=SimpleNamespace(training=True),
+        accelerator=SimpleNamespace(device=torch.device("cpu"), gather_for_metrics=lambda tensor: tensor),
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        calculate_KL=True,
+        beta=0.1,
+        loss_type="kto",
+        desirable_weight=1.3,
+        undesirable_weight=0.4,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    own._compute_kl_logps = lambda *given: trainer._compute_kl_logps(own, *given)
+    batch = ids(0) | ids(1) | {"label": desirable_S, "ref_logps": reference_S, "ref_KL_logps": kl_reference_S}
+    theirs = trainer._compute_loss(own, model, batch, False)
+    loss = kto_loss(
+        policy_ST.sum(1),
+        reference_S,
+        desirable_S,
+        mismatched_ratios_M=kl_ST.sum(1) - kl_reference_S,
+        beta=0.1,
+        desirable_weight=1.3,
+        undesirable_weight=0.4,
+    )
+    torch.testing.assert_close(loss.loss_sum / 6, theirs)
+    (gradient,) = torch.autograd.grad(loss.loss_sum / 6, policy_ST, retain_graph=True)
+    (expected,) = torch.autograd.grad(theirs, policy_ST)
+    torch.testing.assert_close(gradient, expected)
 
 
 def test_the_gradient_is_the_responses_own() -> None:

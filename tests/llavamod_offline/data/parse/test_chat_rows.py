@@ -6,7 +6,7 @@ import base64
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +203,44 @@ def test_preferences(tmp_path: Path, form: str) -> None:
     assert pack(write_rows(tmp_path / "rows.json", [PREFERENCES[form] | {"id": "k"}])) == [PAIR]
 
 
+UNPAIRED: dict[str, dict[str, Any]] = {
+    "TRL, texts": {"prompt": "Is it?", "completion": "Yes."},
+    "TRL, messages": {"prompt": ASK, "completion": YES},
+    "ms-swift": {"messages": ASK + YES},
+    "ShareGPT": {"conversations": [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": "Yes."}]},
+}
+
+
+@pytest.mark.parametrize("desirable", [True, False])
+@pytest.mark.parametrize("tag", ["label", "kto_tag"])
+@pytest.mark.parametrize("form", UNPAIRED)
+def test_unpaired_answers(tmp_path: Path, form: str, tag: str, desirable: bool) -> None:
+    """In JSON, in parquet beside rows of other forms, and in tars: one half of a pair."""
+    row = UNPAIRED[form] | {"id": "k", tag: desirable}
+    expected = replace(PAIR, chosen="Yes." if desirable else None, rejected=None if desirable else "Yes.")
+    assert pack(write_rows(tmp_path / "rows.json", [row])) == [expected]
+    pq.write_table(pa.Table.from_pylist([row, row | {"id": "l", tag: None}]), tmp_path / "rows.parquet")
+    judged, plain = pack(tmp_path / "rows.parquet")
+    assert judged == expected
+    assert isinstance(plain, Sample)
+    assert plain.turns == (Turn("user", "Is it?"), Turn("assistant", "Yes."))
+    write_tar(tmp_path / "x.tar", [("k.json", json.dumps(row).encode())])
+    index_tars([TarSource(tmp_path / "x.tar", "rows")], tmp_path / "set")
+    assert read_all(tmp_path / "set") == [expected]
+
+
+def test_an_unpaired_answer_after_earlier_turns_with_an_image(tmp_path: Path, images: Path) -> None:
+    """What the assistant said before is context, as in a pair; a label that is text says something else."""
+    ask = [{"role": "user", "content": [IMAGE, {"type": "text", "text": "What?"}]}]
+    row = {"id": "k", "messages": [*ask, *YES, *ASK, *NO], "images": ["a.jpg"], "label": False}
+    turns = (Turn("user", "<image>\nWhat?"), Turn("assistant", "Yes."), Turn("user", "Is it?"))
+    expected = Sample("k", turns, (JPG,), ("jpg",), rejected="No.", source="rows")
+    assert pack(write_rows(tmp_path / "rows.json", [row]), images) == [expected]
+    [found] = pack(write_rows(tmp_path / "rows.json", [row | {"label": "cat"}]), images)
+    assert isinstance(found, Sample)
+    assert found.kind == "conversation"
+
+
 def test_a_preference_with_an_image_part(tmp_path: Path, images: Path) -> None:
     part = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is it?"}]}]
     row = {"id": "k", "prompt": part, "chosen": YES, "rejected": NO, "images": ["a.jpg"]}
@@ -246,7 +284,13 @@ IMAGE = {"type": "image"}
          "placeholder mismatch: "),
         ({"texts": [{"user": "a"}]}, "malformed row: 'texts' pair 0: expected strings 'user' and 'assistant'"),
         ({"prompt": ASK + YES + ASK, "completion": "A."}, "bad conversation: 'prompt' has answers"),
-        ({"prompt": "a", "completion": "b", "label": True}, "malformed row: is an unpaired preference"),
+        ({"prompt": "a", "completion": "b", "label": "good"}, "malformed row: field 'label' is 'good': expected"),
+        ({"prompt": "a", "completion": "b", "label": 1}, "malformed row: field 'label' is 1: expected true or false"),
+        ({"messages": ASK + YES, "kto_tag": "yes"}, "malformed row: field 'kto_tag' is 'yes': expected true or false"),
+        ({"messages": ASK + YES, "label": 0}, "malformed row: field 'label' is 0: expected true or false, whether the "
+         "last answer is desirable; if it says something else, rename it"),
+        ({"messages": ASK, "label": True}, "bad conversation: has 'label', but does not end with an answer"),
+        ({"prompt": "a", "completion": " ", "label": False}, "bad conversation: the chosen or the rejected response"),
         ({"messages": ASK + YES, "images": [{"bytes": None, "path": None}]}, "missing image: field 'images' holds no "),
         ({"messages": [{"role": "user", "content": [{"type": "image", "image": "data:image/png;base64,?"}]}, *YES]},
          "undecodable image: field ''messages' turn 0, part 0' is not valid base64"),

@@ -63,6 +63,22 @@ def test_responses_that_are_the_samples_own_are_passed_over(tmp_path: Path) -> N
     assert found["other"].strip() in ("Yes.", "No.")
 
 
+def test_unpaired_answers_give_the_one_they_have(tmp_path: Path) -> None:
+    """Beside pairs, in one ring."""
+    samples = tiny_samples(30, preference=True)
+    halves = [
+        dataclasses.replace(sample, chosen=None) if n % 2 else dataclasses.replace(sample, rejected=None)
+        for n, sample in enumerate(samples[:20])
+    ]
+    mixed = [*halves, *samples[20:]]
+    kept = {text for sample in mixed for text in (sample.chosen, sample.rejected) if text}
+    found = mismatched(mixed, tmp_path / "set")
+    assert set(found.values()) <= kept
+    assert not any(found[sample.key] in (sample.chosen, sample.rejected) for sample in mixed)
+    gone = [dataclasses.replace(s, chosen=s.chosen or s.rejected, rejected=s.rejected or s.chosen) for s in mixed]
+    assert found == obvious(gone)
+
+
 def test_a_set_without_another_response_is_refused(tmp_path: Path) -> None:
     write_set([Sample("alone", ASK, chosen="Yes.", rejected="No.")], tmp_path / "one")
     with pytest.raises(DataError, match=r"1 preference sample.*use a set of at least 2"):
