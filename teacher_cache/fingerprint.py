@@ -57,6 +57,9 @@ def describe_template(template: Template) -> dict[str, Any]:
     """Name a template and hash all of its text."""
     content = dataclasses.asdict(template)
     system_turn = content.pop("system_turn")
+    for name in ("image_prefix", "strips"):  # which older caches do not have
+        if not content[name]:
+            del content[name]
     described = {"name": template.name, "sha256": _hash(content)}
     return described if system_turn is None else {**described, "system_turn": _hash(system_turn)}
 

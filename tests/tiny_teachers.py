@@ -192,7 +192,7 @@ def write_tiny_llava_llama(
     write_image_processor(source)
     if processor is not None:
         (source / "preprocessor_config.json").write_text(json.dumps(processor))
-    model = _random_model(LlavaForConditionalGeneration, config, seed)
+    model = random_model(LlavaForConditionalGeneration, config, seed)
     save_student(model, folder, tokenizer=tokenizer, processor_source=source)
     return folder
 
@@ -253,14 +253,14 @@ def _write(
     seed: int,
     processor: dict[str, Any] | None,
 ) -> Path:
-    _random_model(model_class, config, seed).save_pretrained(folder)
+    random_model(model_class, config, seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if processor is not None:
         (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
     return folder
 
 
-def _random_model(model_class: Any, config: Any, seed: int) -> Any:
+def random_model(model_class: Any, config: Any, seed: int) -> Any:
     """Random weights, scaled up so that predictions differ visibly between tokens and images."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)

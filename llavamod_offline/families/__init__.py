@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from llavamod_offline.data.encode.chat_template import choose_template
 from llavamod_offline.data.encode.template import Template
@@ -25,7 +25,7 @@ from llavamod_offline.models.checkpoint import load_tokenizer, read_json
 __all__ = ["Family", "SampleImage", "open_family"]
 
 _QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-# By config.json's model_type: module, class, and how the family's processor writes an image in text.
+# Those with modules of their own, by config.json's model_type: module, class, and how an image is written in text.
 _FAMILIES = {
     "llava": ("llava", "LlavaFamily", IMAGE_PLACEHOLDER),
     "llava_onevision": ("llava_onevision", "LlavaOnevisionFamily", IMAGE_PLACEHOLDER),
@@ -40,28 +40,28 @@ def open_family(folder: Path, template: Template | str, *, image_aspect: str, ma
     Errors: `ModelError` if its family is not supported; `ConfigError` for the template.
     """
     module, class_name, image = _family(folder)
-    if isinstance(template, str):
+    if isinstance(template, str) and module != "image_text":  # which asks its processor
         template = choose_template(template, lambda: load_tokenizer(folder), image=image)
     opener = getattr(importlib.import_module(f"{__name__}.{module}"), class_name)
     return cast("Family", opener(folder, template, image_aspect=image_aspect, max_length=max_length))
 
 
 def _family(folder: Path) -> tuple[str, str, str | None]:
-    model_type = read_json(folder, "config.json").get("model_type")
-    family = ("causal_lm", "CausalLmFamily", None) if _is_causal_lm(model_type) else _FAMILIES.get(str(model_type))
-    if family is None:
-        raise ModelError(
-            f"{folder}/config.json: model_type is '{model_type}', which is none of {', '.join(_FAMILIES)}, nor a "
-            "causal language model without images: give the folder of such a checkpoint"
-        )
-    return family
-
-
-def _is_causal_lm(model_type: Any) -> bool:
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     )
 
-    # Some models with images are in both lists.
-    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys()
+    config = read_json(folder, "config.json")
+    model_type = str(config.get("model_type"))
+    tower = (config.get("vision_config") or {}).get("model_type")
+    if model_type in _FAMILIES and tower != "pixtral":  # a LLaVA whose images may have any size
+        return _FAMILIES[model_type]
+    if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return "image_text", "ImageTextFamily", None
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "causal_lm", "CausalLmFamily", None
+    raise ModelError(
+        f"{folder}/config.json: model_type is '{model_type}', for which transformers has neither an image-text model "
+        "nor a language model (code in a checkpoint's folder is never run): give the folder of another checkpoint"
+    )

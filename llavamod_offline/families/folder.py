@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 BY_SIZE = "by size"
+OTHER = "choose another checkpoint"
 
 
 def read_config(config_class: Any, folder: Path) -> Any:

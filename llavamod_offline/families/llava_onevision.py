@@ -60,8 +60,8 @@ class LlavaOnevisionFamily:
     def encode(self, sample: Sample, role: str) -> TokenizedSequence:
         """Tokenize one role of a sample."""
         sizes = [image_size(image, name=sample.key) for image in sample.images]
-        counts = [self._tokens(size, sample) for size in sizes]
-        return self.encoder.encode(sample, role, counts)
+        images = [self.encoder.image(self._tokens(size, sample)) for size in sizes]
+        return self.encoder.encode(sample, role, images)
 
     def images(self, sample: Sample) -> list[SampleImage]:
         """Decode and preprocess: `pixel_values` [S, 3, H, W] float32 of each, `image_size` [2] (height, width)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,7 +21,10 @@ from llavamod_offline.data.sample import Sample
 
 @dataclass(frozen=True)
 class SampleImage:
-    """One image as the model takes it: its named arrays, and the number of image tokens it takes in a sequence."""
+    """One image as the model takes it: its named arrays, and the number of image tokens it takes in a sequence.
+
+    Families whose processors prepare the images of a sample together give all of them as one.
+    """
 
     inputs: Mapping[str, NDArray[np.generic]]
     tokens: int
@@ -58,6 +61,27 @@ class Family(Protocol):
     def load(self, dtype: torch.dtype, **settings: Any) -> Any:
         """Load the model in evaluation mode; `settings` go to `from_pretrained`. Errors: `ModelError`."""
         ...
+
+
+@runtime_checkable
+class WholeFamily(Family, Protocol):
+    """A family whose model takes tokens and images together; `batches`: whether it takes several samples at once."""
+
+    batches: bool
+
+    def model_inputs(
+        self, sequences: Sequence[TokenizedSequence], images: Sequence[Sequence[SampleImage]], *, left: bool = False
+    ) -> dict[str, Tensor]:
+        """What the model takes for a padded batch, on the CPU; `images` are those of each sequence.
+
+        Padding is on the right, or on the `left`.
+        """
+        ...
+
+
+@runtime_checkable
+class FeatureFamily(Family, Protocol):
+    """A family whose image features take the places of embeddings and do nothing else; prompts may share rows."""
 
     def image_features(self, model: Any, images: Sequence[SampleImage]) -> list[Tensor]:
         """Run the vision tower and projector: [tokens, D] for each image, as they enter the decoder."""

@@ -64,7 +64,7 @@ class QwenVlFamily:
     def encode(self, sample: Sample, role: str) -> TokenizedSequence:
         """Tokenize one role of a sample."""
         counts = [self._tokens(image_size(image, name=sample.key), sample) for image in sample.images]
-        return self.encoder.encode(sample, role, counts)
+        return self.encoder.encode(sample, role, [self.encoder.image(count) for count in counts])
 
     def images(self, sample: Sample) -> list[SampleImage]:
         """Decode and preprocess: `pixel_values` [P, C] float32 of each, `image_grid_thw` [3] its patches."""

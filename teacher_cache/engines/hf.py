@@ -7,18 +7,19 @@ positions of the batch, D hidden size.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llavamod_offline.data.encode.tokenize import Ids, Positions, TokenizedSequence
 from llavamod_offline.errors import DataError
-from llavamod_offline.families import Family, SampleImage
+from llavamod_offline.families.protocol import Family, FeatureFamily, SampleImage, WholeFamily
 from teacher_cache.engines.batch_limit import BatchLimit
 from teacher_cache.engines.lm_head import LmHead
 from teacher_cache.engines.make_records import make_sequence_records
@@ -74,6 +75,8 @@ class HfCaptureEngine:
     def __post_init__(self) -> None:
         layer = self.model.get_output_embeddings()
         self.lm_head = LmHead(layer.weight, getattr(layer, "bias", None), self.vocab_size)
+        if isinstance(self.teacher, WholeFamily) and not self.teacher.batches:
+            self.batch_size = 1
         self._limit = BatchLimit(self.batch_size, "sequences")
 
     def capture(self, requests: Sequence[Request]) -> Iterator[Outcome]:
@@ -151,6 +154,10 @@ class HfCaptureEngine:
         self, sequences: list[TokenizedSequence], rows: Sequence[Ids], images: list[list[SampleImage]]
     ) -> Tensor:
         """Run the model without its LM head: the last hidden states of each sequence's rows, [N, D]."""
+        if isinstance(self.teacher, WholeFamily):
+            hidden_BTD = whole_hidden_states(self.model, self.teacher.model_inputs(sequences, images))
+            return self._picked(hidden_BTD, np.arange(len(rows)), rows)
+        assert isinstance(self.teacher, FeatureFamily)
         keys = [s.key if self.shared_prompts else number for number, s in enumerate(sequences)]
         image = self.teacher.image_token_id
         ids = [sequence.input_ids_T for sequence in sequences]
@@ -164,22 +171,31 @@ class HfCaptureEngine:
             embedded_BTD = self.model.get_input_embeddings()(ids_BT)
             features = torch.cat(self._features(mine)).to(embedded_BTD)
             inputs["inputs_embeds"] = embedded_BTD.masked_scatter((ids_BT == image)[..., None], features)
-        hidden_BTD: Tensor = self.model.get_decoder()(
+        hidden_BTD = self.model.get_decoder()(
             **inputs,
             attention_mask=layout.mask.to(device),
             position_ids=None if positions is None else positions.to(device),
             use_cache=False,
         ).last_hidden_state
-        which_N = np.repeat(layout.rows_S, [len(rows_N) for rows_N in rows])
-        where_N = np.concatenate([columns[rows_N] for columns, rows_N in zip(layout.columns, rows, strict=True)])
-        picked = (torch.from_numpy(which_N).to(hidden_BTD.device), torch.from_numpy(where_N).to(hidden_BTD.device))
-        return hidden_BTD[picked].to(self.lm_head.device)
+        return self._picked(
+            hidden_BTD,
+            layout.rows_S,
+            [columns[rows_N] for columns, rows_N in zip(layout.columns, rows, strict=True)],
+        )
+
+    def _picked(self, hidden_BTD: Tensor, rows_S: NDArray[np.int64], columns: Sequence[Ids]) -> Tensor:
+        """The states at the columns of each sequence in its row, [N, D]."""
+        which_N = torch.from_numpy(np.repeat(rows_S, [len(one) for one in columns]))
+        where_N = torch.from_numpy(np.concatenate(columns))
+        device = hidden_BTD.device
+        return hidden_BTD[which_N.to(device), where_N.to(device)].to(self.lm_head.device)
 
     def _positions(self, ids: list[Ids], layout: Layout, images: list[list[SampleImage]]) -> Tensor | None:
         """The rows' position ids; None to let the decoder count them itself."""
         longest = max(map(len, ids))
         ids_SU = torch.from_numpy(np.stack([np.pad(one, (0, longest - len(one))) for one in ids]))
         mask_SU = (torch.arange(longest) < torch.tensor([len(one) for one in ids])[:, None]).long()
+        assert isinstance(self.teacher, FeatureFamily)
         found = self.teacher.position_ids(self.model, ids_SU, mask_SU, [p for own in images for p in own])
         if found is None and layout.shared:
             found = torch.arange(longest).expand(ids_SU.shape)
@@ -187,10 +203,21 @@ class HfCaptureEngine:
 
     def _features(self, images: list[SampleImage]) -> list[Tensor]:
         """The features of each image; an image that several roles share runs only once."""
+        assert isinstance(self.teacher, FeatureFamily)
         distinct = {id(image): image for image in images}
         features = self.teacher.image_features(self.model, list(distinct.values()))
         found = dict(zip(distinct, features, strict=True))
         return [found[id(image)] for image in images]
+
+
+def whole_hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The last hidden states [B, T, D] of a model that takes tokens and images together."""
+    device = model.get_input_embeddings().weight.device
+    given = {
+        name: tensor.to(device, model.dtype if tensor.is_floating_point() else None) for name, tensor in inputs.items()
+    }
+    found: Tensor = model.base_model(**given, use_cache=False).last_hidden_state
+    return found
 
 
 def _too_large(ready: tuple[_BatchItem, list[SampleImage]]) -> str:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llavamod_offline.errors import ConfigError, ModelError
-from teacher_cache.engines.hf import HfCaptureEngine
+from llavamod_offline.errors import ConfigError, ModelError, first_line
+from llavamod_offline.families.image_text import ImageTextFamily
+from teacher_cache.engines.hf import HfCaptureEngine, whole_hidden_states
 from teacher_cache.engines.lm_head import LmHead
 
 if TYPE_CHECKING:
@@ -83,12 +87,19 @@ def _load_settings(setup: CaptureSetup) -> dict[str, Any]:
 def _check_head(setup: CaptureSetup, model: Any) -> None:
     """Refuse a model whose logits are scaled or capped after its LM head. Errors: `ModelError`."""
     layer, image = model.get_output_embeddings(), setup.teacher.image_token_id
-    ids = [number for number in range(setup.codec.vocab_size) if number != image][:8]
-    input_ids = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
-    theirs = model(input_ids=input_ids, use_cache=False).logits[0, :, : setup.codec.vocab_size].float()
+    device = model.get_input_embeddings().weight.device
+    if isinstance(setup.teacher, ImageTextFamily):
+        inputs = {name: tensor.to(device) for name, tensor in setup.teacher.probe_inputs().items()}
+        inputs = {n: tensor.to(model.dtype) if tensor.is_floating_point() else tensor for n, tensor in inputs.items()}
+        with _running(setup.teacher.folder):
+            hidden = whole_hidden_states(model, inputs)
+    else:
+        ids = [number for number in range(setup.codec.vocab_size) if number != image][:8]
+        inputs = {"input_ids": torch.tensor([ids], device=device)}
+        hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+    theirs = model(**inputs, use_cache=False).logits[..., : setup.codec.vocab_size].float()
     head = LmHead(layer.weight, getattr(layer, "bias", None), setup.codec.vocab_size)
-    hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-    ours = head.logits(hidden[0].to(head.device)).to(theirs.device)
+    ours = head.logits(hidden.to(head.device)).to(theirs.device)
     if not bool(theirs.isfinite().all()):
         return  # each sequence is checked when it is captured
     rounding = 1e-4 if setup.dtype == torch.float32 else 2e-2
@@ -96,6 +107,18 @@ def _check_head(setup: CaptureSetup, model: Any) -> None:
         raise ModelError(
             f"{setup.teacher.folder}: the model scales or caps the logits of its LM head: choose another teacher"
         )
+
+
+@contextmanager
+def _running(folder: Path) -> Iterator[None]:
+    """Turn whatever a model raises on what its processor gives into a `ModelError`."""
+    try:
+        yield
+    except Exception as error:
+        raise ModelError(
+            f"{folder}: the model cannot take what its processor gives: {first_line(error)}: copy the processor's "
+            "files that belong to the model"
+        ) from error
 
 
 def _may_share(model: Any) -> bool:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from llavamod_offline.data.encode.tokenize import Ids
-from llavamod_offline.families import SampleImage
+from llavamod_offline.errors import ModelError
+from llavamod_offline.families.protocol import FeatureFamily, SampleImage
 from teacher_cache.engines.batch_limit import BatchLimit
 from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.engines.tail_samples import sequence_uniforms
@@ -102,6 +103,8 @@ def _write(engine: HfCaptureEngine, prompts: Sequence[Prompt], decoding: Decodin
 def next_logits(engine: HfCaptureEngine, prompts: Sequence[Prompt]) -> Generator[Tensor, Tensor, None]:
     """Yield the logits [B, V] of the next tokens, −inf for the image's id; receives the chosen ids [B]."""
     model, teacher = engine.model, engine.teacher
+    if not isinstance(teacher, FeatureFamily):
+        raise ModelError(f"{teacher.folder}: it only records given answers: choose another checkpoint")
     embed, decoder = model.get_input_embeddings(), model.get_decoder()
     device = embed.weight.device
     lengths_B = torch.tensor([len(prompt.input_ids_T) for prompt in prompts])

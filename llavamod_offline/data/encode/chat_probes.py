@@ -6,6 +6,7 @@ import contextlib
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from llavamod_offline.data.encode.template import Segment, Template
@@ -29,7 +30,7 @@ def _plain_text(text: str) -> str:
     return text
 
 
-def _parts_of_text(text: str) -> list[dict[str, str]]:
+def parts_of_text(text: str) -> list[dict[str, str]]:
     """A message's content as parts; text keeps the newline after an image."""
     pieces = re.split(f"({re.escape(IMAGE_PLACEHOLDER)})", text)
     return [
@@ -41,10 +42,10 @@ def _parts_of_text(text: str) -> list[dict[str, str]]:
 
 def _parts_without_newlines(text: str) -> list[dict[str, str]]:
     """The same for a template that adds the newline after an image by itself."""
-    return _parts_of_text(text.replace(f"{IMAGE_PLACEHOLDER}\n", IMAGE_PLACEHOLDER))
+    return parts_of_text(text.replace(f"{IMAGE_PLACEHOLDER}\n", IMAGE_PLACEHOLDER))
 
 
-FORMS: tuple[Form, ...] = (_plain_text, _parts_of_text)
+FORMS: tuple[Form, ...] = (_plain_text, parts_of_text)
 
 
 def rendered_as(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn], form: Form, *, answer: bool = False) -> str:
@@ -63,11 +64,33 @@ def renders_alike(template: Template, tokenizer: PreTrainedTokenizerFast, form: 
     return True
 
 
+def strips_text(template: Template, tokenizer: PreTrainedTokenizerFast, form: Form) -> bool:
+    """Whether a chat template that renders like `template` drops the white space around each text."""
+    turns = [Turn(turn.role, f"\n {turn.text} \n") for turn in TURNS[:3]]
+    try:
+        rendered = rendered_as(tokenizer, turns, form, answer=True)
+    except Exception:  # a template may raise anything
+        return False
+    return rendered == _text(replace(template, strips=True), turns)
+
+
+def find_image_prefix(template: Template, tokenizer: PreTrainedTokenizerFast, image: str) -> tuple[Segment, ...] | None:
+    """What stands before a text that begins with an image, in place of `user_prefix`; None if nothing fits."""
+    turns, system = _WITH_IMAGES[0], "".join(part.text for part in template.system)
+    tail = _text(replace(template, system=(), user_prefix=()), turns).replace(IMAGE_PLACEHOLDER, image)
+    for form in (parts_of_text, _parts_without_newlines):
+        with contextlib.suppress(Exception):  # a template for text alone may do anything with parts
+            rendered = rendered_as(tokenizer, turns, form, answer=True)
+            if rendered.startswith(system) and rendered.endswith(tail):
+                return segments_of(tokenizer, rendered[len(system) : -len(tail)])
+    return None
+
+
 def images_alike(template: Template, tokenizer: PreTrainedTokenizerFast, image: str) -> bool:
     """Whether both word images alike, given as parts, or in the text to a template that takes no parts."""
     texts = [_text(template, turns).replace(IMAGE_PLACEHOLDER, image) for turns in _WITH_IMAGES]
     found: list[bool] = []
-    for form in (_parts_of_text, _parts_without_newlines):
+    for form in (parts_of_text, _parts_without_newlines):
         with contextlib.suppress(Exception):  # a template for text alone may do anything with parts
             rendered = [rendered_as(tokenizer, turns, form, answer=True) for turns in _WITH_IMAGES]
             if all(TURNS[0].text in text and "'type'" not in text for text in rendered[:2]):

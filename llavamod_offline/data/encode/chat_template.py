@@ -18,11 +18,13 @@ from llavamod_offline.data.encode.chat_probes import (
     FORMS,
     TURNS,
     Form,
+    find_image_prefix,
     ids_alike,
     images_alike,
     rendered_as,
     renders_alike,
     segments_of,
+    strips_text,
 )
 from llavamod_offline.data.encode.system_turn import find_system_turn
 from llavamod_offline.data.encode.template import AUTO, OWN, TEMPLATES, Segment, Template, get_template
@@ -36,6 +38,7 @@ _LOG = logging.getLogger(__name__)
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
 _UNKNOWN_ROLE = json.dumps("This model was trained only on messages from user and assistant, not from: ")
 _UNKNOWN_PART = json.dumps("This model was trained only on text and image parts, not on: ")
+_BEGINS_WITH_IMAGE = "message.content is not string and message.content and message.content[0].type == 'image'"
 _WAY_OUT = f"choose one by name: set template to {', '.join(TEMPLATES)}"
 
 
@@ -48,7 +51,7 @@ def choose_template(
     """
     if name == AUTO:
         return trained_with(tokenizer(), image=image)
-    return from_tokenizer(tokenizer()) if name == OWN else get_template(name)
+    return from_tokenizer(tokenizer(), image=image) if name == OWN else get_template(name)
 
 
 def trained_with(tokenizer: PreTrainedTokenizerFast, *, image: str | None = IMAGE_PLACEHOLDER) -> Template:
@@ -73,7 +76,7 @@ def trained_with(tokenizer: PreTrainedTokenizerFast, *, image: str | None = IMAG
         raise ConfigError(f"template 'auto': the chat template of {folder} depends on the date: {_WAY_OUT}")
     template = next((known for known in TEMPLATES.values() if words_as(tokenizer, known)), None)
     if template is None:
-        template = from_tokenizer(tokenizer, setting=AUTO)
+        template = from_tokenizer(tokenizer, setting=AUTO, image=image)
     if image is not None and not images_alike(template, tokenizer, image):
         raise ConfigError(f"template 'auto': the chat template of {folder} words turns with images apart: {_WAY_OUT}")
     if not ids_alike(template, tokenizer, image):
@@ -98,19 +101,22 @@ def to_jinja(template: Template) -> str:
     and parts that no training sample has, such as a system message, raise an exception. A user turn's text ends where
     the answer begins, so `add_generation_prompt` has no effect.
     """
-    question = (
-        _literal([*template.user_prefix]) + " + words(message.content) + " + _literal([*template.assistant_prefix])
-    )
+    prefix = _literal(template.user_prefix)
+    if template.image_prefix is not None:
+        prefix = f"({_literal(template.image_prefix)} if {_BEGINS_WITH_IMAGE} else {prefix})"
+    question = f"{prefix} + words(message.content) + {_literal(template.assistant_prefix)}"
     answer = (
         f"{_literal([Segment(template.answer_prefix)])} + words(message.content) + {_literal([Segment(template.end)])}"
     )
+    strip, line = (" | trim", "") if template.strips else ("", "\n")
     return (
-        "{%- macro words(content) -%}{%- if content is string -%}{{ content }}{%- else -%}{%- for part in content -%}"
-        f"{{%- if part.type == 'image' -%}}{{{{ {json.dumps(IMAGE_PLACEHOLDER + chr(10))} }}}}"
-        "{%- elif part.type == 'text' -%}{{ part.text }}"
+        f"{{%- macro words(content) -%}}{{%- if content is string -%}}{{{{ content{strip} }}}}{{%- else -%}}"
+        "{%- for part in content -%}"
+        f"{{%- if part.type == 'image' -%}}{{{{ {json.dumps(IMAGE_PLACEHOLDER + line)} }}}}"
+        f"{{%- elif part.type == 'text' -%}}{{{{ part.text{strip} }}}}"
         f"{{%- else -%}}{{{{ raise_exception({_UNKNOWN_PART} + part.type) }}}}{{%- endif -%}}"
         "{%- endfor -%}{%- endif -%}{%- endmacro -%}"
-        f"{{{{ {_literal([*template.system])} }}}}{{%- for message in messages -%}}"
+        f"{{{{ {_literal(template.system)} }}}}{{%- for message in messages -%}}"
         f"{{%- if message.role == 'user' -%}}{{{{ {question} }}}}"
         f"{{%- elif message.role == 'assistant' -%}}"
         f"{{{{ {answer} + ('' if loop.last else {json.dumps(template.separator)}) }}}}"
@@ -119,9 +125,12 @@ def to_jinja(template: Template) -> str:
     )
 
 
-def from_tokenizer(tokenizer: PreTrainedTokenizerFast, *, setting: str = OWN) -> Template:
+def from_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, *, setting: str = OWN, image: str | None = IMAGE_PLACEHOLDER
+) -> Template:
     """Convert a tokenizer's chat template; without a system turn if it has none, or merges it with the user's.
 
+    `image`: how the model's processor writes an image in text; None for a model without images.
     Whatever follows the last answer's end token counts as the separator of rounds. Errors: `ConfigError`, naming the
     template `setting`, if there is no chat template, or one that a `Template` cannot express: answers that do not end
     with one special token, or turns whose wording depends on their neighbours, as with "thinking" models.
@@ -133,6 +142,9 @@ def from_tokenizer(tokenizer: PreTrainedTokenizerFast, *, setting: str = OWN) ->
         try:
             template = _split(tokenizer, form)
             if template is not None and renders_alike(template, tokenizer, form):
+                template = replace(template, strips=strips_text(template, tokenizer, form))
+                if image is not None and not images_alike(template, tokenizer, image):
+                    template = replace(template, image_prefix=find_image_prefix(template, tokenizer, image))
                 system_turn = find_system_turn(tokenizer, template, partial(segments_of, tokenizer))
                 return replace(template, system_turn=system_turn)
         except Exception as error:  # a template may raise anything

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llavamod_offline.data.sample import Turn
+from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Turn
 from llavamod_offline.errors import ConfigError, DataError
 
 _LLAVA_SYSTEM = (
@@ -36,6 +36,8 @@ class Template:
     A conversation reads: system · (user_prefix · text · assistant_prefix · answer_prefix · answer · end · separator)*,
     without the last separator. The answer (with `answer_prefix`) and its `end` token are supervised. A system turn
     takes the place of `system`, between the two parts of `system_turn`; None: the template has no such turn.
+    `image_prefix` takes the place of `user_prefix` before a text that begins with an image; None: it does not.
+    `strips`: answers, and the texts between images, lose the white space around them.
     """
 
     name: str
@@ -46,6 +48,8 @@ class Template:
     end: str
     separator: str
     system_turn: SystemTurn | None = None
+    image_prefix: tuple[Segment, ...] | None = None
+    strips: bool = False
 
     def render(self, turns: Sequence[Turn]) -> list[Segment]:
         """Render turns; if the last is the user's, the result is a prompt that ends where the answer begins.
@@ -57,19 +61,27 @@ class Template:
             if self.system_turn is None:
                 raise DataError(f"template '{self.name}' has no system turn: remove it from the sample")
             before, after = self.system_turn
-            segments = [*before, Segment(turns[0].text), *after]
+            segments = [*before, Segment(self._text(turns[0].text)), *after]
             turns = turns[1:]
         for turn in turns:
+            text = self._text(turn.text)
             if turn.role == "user":
-                segments += [*self.user_prefix, Segment(turn.text), *self.assistant_prefix]
+                own = self.image_prefix if text.startswith(IMAGE_PLACEHOLDER) else None
+                prefix = self.user_prefix if own is None else own
+                segments += [*prefix, Segment(text), *self.assistant_prefix]
             else:
-                segments.append(Segment(self.answer_prefix + turn.text, supervised=True))
+                segments.append(Segment(self.answer_prefix + text, supervised=True))
                 segments.append(Segment(self.end, supervised=True, special=True))
                 if self.separator:
                     segments.append(Segment(self.separator))
         if turns and turns[-1].role == "assistant" and self.separator:
             segments.pop()
         return segments
+
+    def _text(self, text: str) -> str:
+        if not self.strips:
+            return text
+        return IMAGE_PLACEHOLDER.join(piece.strip() for piece in text.split(IMAGE_PLACEHOLDER))
 
 
 def _special(name: str) -> Segment:

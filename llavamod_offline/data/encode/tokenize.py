@@ -65,6 +65,18 @@ class TokenizedSequence:
         return np.arange(len(self.input_ids_T)), targets_T
 
 
+@dataclass(frozen=True)
+class ImageTokens:
+    """How one image is written in a sequence: its ids, and plain text beside them that joins the neighbouring text.
+
+    Embeddings replace those of `ids` that are the model's image token; the others (frames, rows, columns) stay.
+    """
+
+    ids: Ids
+    before: str = ""
+    after: str = ""
+
+
 def hash_ids(ids_N: Ids) -> str:
     """SHA-256 (hex) of token ids as little-endian int64."""
     return hashlib.sha256(ids_N.astype("<i8").tobytes()).hexdigest()
@@ -73,7 +85,7 @@ def hash_ids(ids_N: Ids) -> str:
 class SequenceEncoder:
     """Turns samples into sequences for one tokenizer, template and image size.
 
-    `image_token_counts` of `encode`: the tokens of each image (default: `image_tokens`, as in LLaVA models).
+    `images` of `encode`: the tokens of each image (default: `image_tokens` of them, as in LLaVA models).
     `image_frame`: the ids before and after the tokens of each image (none in LLaVA). `add_start`: begin with what the
     tokenizer puts before every text, such as Llama's `<s>`, unless the template does so itself.
     Errors: `ModelError` if the tokenizer lacks a special token of the template.
@@ -103,17 +115,22 @@ class SequenceEncoder:
         self.plain = PlainText(tokenizer)
         self.start_ids = self._start_ids() if add_start else ()
 
-    def encode(self, sample: Sample, role: str, image_token_counts: Sequence[int] | None = None) -> TokenizedSequence:
+    def image(self, tokens: int) -> ImageTokens:
+        """An image of so many tokens."""
+        before, after = self.image_frame
+        return ImageTokens(np.array([*before, *[self.image_token_id] * tokens, *after], np.int64))
+
+    def encode(self, sample: Sample, role: str, images: Sequence[ImageTokens] | None = None) -> TokenizedSequence:
         """Tokenize one role of a sample.
 
         Errors: `DataError` if it is longer than `max_length`, or has a system turn that the template cannot word.
         """
-        counts = image_token_counts or [self.image_tokens] * len(sample.images)
+        images = images or [self.image(self.image_tokens)] * len(sample.images)
         try:
             segments = self.template.render(sample.conversation(role))
         except DataError as error:
             raise DataError(f"sample '{sample.key}' ({role}): {error}") from error
-        ids_T, supervised_N = self._tokenize(segments, list(counts))
+        ids_T, supervised_N = self._tokenize(segments, list(images))
         if len(ids_T) > self.max_length:
             raise DataError(
                 f"sample '{sample.key}' ({role}): {len(ids_T)} tokens, more than max_length {self.max_length}"
@@ -122,14 +139,14 @@ class SequenceEncoder:
 
     def length(self, sample: Sample, role: str) -> int:
         """Count the tokens of one role of a sample, however many they are."""
-        counts = [self.image_tokens] * len(sample.images)
-        return len(self._tokenize(self.template.render(sample.conversation(role)), counts)[0])
+        images = [self.image(self.image_tokens)] * len(sample.images)
+        return len(self._tokenize(self.template.render(sample.conversation(role)), images)[0])
 
-    def encode_prompt(self, turns: Sequence[Turn], image_token_counts: Sequence[int] | None = None) -> Ids:
+    def encode_prompt(self, turns: Sequence[Turn], images: Sequence[ImageTokens] | None = None) -> Ids:
         """Tokenize turns that end with the user, up to the start of the answer (for generation)."""
         placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
-        counts = image_token_counts or [self.image_tokens] * placeholders
-        ids_T, _ = self._tokenize(self.template.render(turns), list(counts))
+        images = images or [self.image(self.image_tokens)] * placeholders
+        ids_T, _ = self._tokenize(self.template.render(turns), list(images))
         return ids_T
 
     def answer_ids(self, text: str) -> Ids:
@@ -138,7 +155,7 @@ class SequenceEncoder:
         *_, before, _, _ = [Segment(""), *_merge_plain(self.template.render(turns))]  # the prompt's end, answer, end
         return self.plain.following(text, "" if before.special else before.text, first=False)
 
-    def _tokenize(self, segments: list[Segment], image_counts: list[int]) -> tuple[Ids, Ids]:
+    def _tokenize(self, segments: list[Segment], images: list[ImageTokens]) -> tuple[Ids, Ids]:
         """The ids of all segments, and the indices of the supervised ones."""
         pieces: list[Ids] = [np.array(self.start_ids, np.int64)]
         supervised: list[Ids] = [_NO_IDS]
@@ -152,25 +169,25 @@ class SequenceEncoder:
                 found = [self.plain.following(segment.text, context, first=first)]
                 context += segment.text
             else:
-                found = self._ids_with_images(segment.text, image_counts, context, first=first)
-                *images, last = segment.text.split(IMAGE_PLACEHOLDER)
-                first, context = (False, last) if images else (first, context + last)
+                found, context, first = self._ids_with_images(segment.text, images, context, first=first)
             pieces += found
             before, length = length, length + sum(map(len, found))
             if segment.supervised:
                 supervised.append(np.arange(before, length))
         return np.concatenate(pieces), np.concatenate(supervised)
 
-    def _ids_with_images(self, text: str, image_counts: list[int], context: str, *, first: bool) -> list[Ids]:
-        head, *others = text.split(IMAGE_PLACEHOLDER)
-        before, after = self.image_frame
-        pieces = [self._prompt_ids(head, context, first=first)]
-        for part in others:
-            image = [np.full(image_counts.pop(0), self.image_token_id, np.int64)]
-            if before or after:
-                image = [np.array(before, np.int64), *image, np.array(after, np.int64)]
-            pieces += [*image, self._prompt_ids(part, "", first=False)]
-        return pieces
+    def _ids_with_images(
+        self, text: str, images: list[ImageTokens], context: str, *, first: bool
+    ) -> tuple[list[Ids], str, bool]:
+        """The ids of a prompt's text; then as `context` and `first` of `_tokenize`."""
+        text, *others = text.split(IMAGE_PLACEHOLDER)
+        pieces: list[Ids] = []
+        for following in others:
+            image = images.pop(0)
+            pieces += [self._prompt_ids(text + image.before, context, first=first), image.ids]
+            text, context, first = image.after + following, "", False
+        pieces.append(self._prompt_ids(text, context, first=first))
+        return pieces, context + text, first
 
     def _prompt_ids(self, text: str, context: str, *, first: bool) -> Ids:
         """Tokenize plain text of a prompt, caching the template's own texts."""

@@ -15,8 +15,9 @@ import torch
 from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import ConfigError, DataError, ModelError
-from llavamod_offline.families import Family, SampleImage, open_family
+from llavamod_offline.families import SampleImage, open_family
 from llavamod_offline.families.llava import LlavaFamily
+from llavamod_offline.families.protocol import FeatureFamily
 from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.engines.protocol import Request
 from teacher_cache.format.record import RecordSettings
@@ -32,7 +33,7 @@ SIZES = ((24, 24), (60, 31), (17, 44), (9, 9), (150, 40), (33, 100))
 class Opened:
     name: str
     folder: Path
-    teacher: Family
+    teacher: FeatureFamily
     model: Any
     official: Official
 
@@ -66,6 +67,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = write_family(request.param, tmp_path_factory.mktemp(request.param) / "teacher")
     aspect = "square" if request.param in LLAVAS else "auto"
     teacher = open_family(folder, get_template("chatml"), image_aspect=aspect, max_length=1024)
+    assert isinstance(teacher, FeatureFamily)
     model = teacher.load(torch.float32)
     return Opened(request.param, folder, teacher, model, open_official(request.param, folder))
 
@@ -236,9 +238,9 @@ def test_a_foreign_tokenizer_is_refused(family: Opened, tmp_path: Path) -> None:
 def test_a_tower_that_llavas_model_cannot_run_alone_is_refused_by_its_name(tmp_path: Path) -> None:
     folder = write_family("llava_siglip", tmp_path / "teacher")
     config = json.loads((folder / "config.json").read_text())
-    config["vision_config"] = {"model_type": "pixtral", "image_size": 24, "patch_size": 8}
+    config["vision_config"] = {"model_type": "vit", "image_size": 24, "patch_size": 8}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="of type 'pixtral', which is none of clip_vision_model, siglip_vision_model"):
+    with pytest.raises(ModelError, match="of type 'vit', which is none of clip_vision_model, siglip_vision_model"):
         open_family(folder, "chatml", image_aspect="auto", max_length=1024)
 
 

@@ -227,3 +227,49 @@ def test_what_cannot_be_followed_is_one_line_with_the_way_out(
     assert str(caught.value).startswith("template 'auto': ")
     assert "choose one by name: set template to qwen, chatml, llava_v1" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# As Gemma's: white space around texts is dropped, also after an image.
+STRIPPING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content | trim }}{% else %}"
+    "{% for c in m.content %}{% if c.type == 'image' %}<image>{% else %}{{ c.text | trim }}{% endif %}{% endfor %}"
+    "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As SmolVLM's: a space follows the colon unless the text begins with an image.
+COLON = (
+    "<|im_start|>{% for m in messages %}{{ m.role | capitalize }}"
+    "{% if m.content[0].type == 'image' %}:{% else %}: {% endif %}{% for c in m.content %}"
+    "{% if c.type == 'text' %}{{ c.text }}{% elif c.type == 'image' %}<image>{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+@pytest.mark.parametrize("setting", ["auto", "tokenizer"])
+@pytest.mark.parametrize("chat_template", [STRIPPING, COLON], ids=["stripping", "colon"])
+@pytest.mark.parametrize("export", [False, True])
+def test_white_space_and_prefixes_beside_images_are_worded_as_the_chat_template_does(
+    chat_template: str, setting: str, export: bool
+) -> None:
+    words = tokenizer(chat_template)
+    template = choose_template(setting, lambda: words)
+    asked = [
+        ("<image>\nWhat is it?", [{"type": "image"}, {"type": "text", "text": "\nWhat is it?"}]),
+        ("What is it?", [{"type": "text", "text": "What is it?"}]),
+        (
+            "What is <image> here?",
+            [{"type": "text", "text": "What is "}, {"type": "image"}, {"type": "text", "text": " here?"}],
+        ),
+    ]
+    if export:  # the chat template that a student gets, which ends an image's line by itself unless it strips
+        words = tokenizer(to_jinja(template))
+        asked[0] = (asked[0][0], [{"type": "image"}, {"type": "text", "text": "What is it?"}])
+        del asked[2]
+    for text, parts in asked:
+        turns = (Turn("user", text), Turn("assistant", "A dog."), Turn("user", "Sure?"))
+        messages = [
+            {"role": "user", "content": parts},
+            {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]},
+            {"role": "user", "content": [{"type": "text", "text": "Sure?"}]},
+        ]
+        found = words.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert "".join(segment.text for segment in template.render(turns)) == found

@@ -113,7 +113,8 @@ def test_wording_that_is_known_by_heart_changes_nothing(template: str) -> None:
 
 def test_image_token_counts_may_differ() -> None:
     sample = conversation("<image> or <image>?", "Done.", images=2)
-    ids = encoder().encode(sample, "response", image_token_counts=[2, 5]).input_ids_T
+    made = encoder()
+    ids = made.encode(sample, "response", [made.image(2), made.image(5)]).input_ids_T
     assert np.diff(np.flatnonzero(ids == IMAGE_ID)).tolist().count(1) == 5
     assert int((ids == IMAGE_ID).sum()) == 7
 

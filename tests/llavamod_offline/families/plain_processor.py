@@ -1,0 +1,94 @@
+"""A checkpoint's own processor and whole model, as any user of transformers runs them: the reference for captures."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from llavamod_offline.data.images import decode_image
+from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample
+from tests.tiny_families import TinyFamily
+
+_MODULES = {
+    "Qwen2VLImageProcessor": "qwen2_vl",
+    "Gemma3ImageProcessor": "gemma3",
+    "GotOcr2ImageProcessor": "got_ocr2",
+    "Idefics3ImageProcessor": "idefics3",
+    "SmolVLMImageProcessor": "smolvlm",
+    "PixtralImageProcessor": "pixtral",
+    "Glm4vImageProcessor": "glm4v",
+    "Glm46VImageProcessor": "glm46v",
+    "LlavaNextImageProcessor": "llava_next",
+}
+
+
+@dataclass(frozen=True)
+class PlainProcessor:
+    """Processor and model of a folder; `adds_lines`: its chat template ends the line after an image by itself."""
+
+    processor: Any
+    model: Any
+    adds_lines: bool
+
+    def text(self, sample: Sample, role: str) -> str:
+        """The whole conversation, as the chat template words it."""
+        messages = []
+        for turn in sample.conversation(role):
+            text = turn.text.replace(f"{IMAGE_PLACEHOLDER}\n", IMAGE_PLACEHOLDER) if self.adds_lines else turn.text
+            pieces = [piece for piece in re.split(f"({IMAGE_PLACEHOLDER})", text) if piece]
+            parts = [
+                {"type": "image"} if piece == IMAGE_PLACEHOLDER else {"type": "text", "text": piece} for piece in pieces
+            ]
+            messages.append({"role": turn.role, "content": parts})
+        return str(self.processor.tokenizer.apply_chat_template(messages, tokenize=False))
+
+    @torch.inference_mode()
+    def log_probs(self, pairs: Sequence[tuple[Sample, str]], side: str) -> list[tuple[np.ndarray, torch.Tensor]]:
+        """One padded batch of (sample, role): the token ids [T] and log-probs [T, head rows] of each."""
+        images = [[decode_image(image, name=sample.key) for image in sample.images] for sample, _ in pairs]
+        texts = [self.text(sample, role) for sample, role in pairs]
+        start = self.processor.tokenizer.bos_token
+        inputs = self.processor(
+            text=texts,
+            images=images if any(images) else None,
+            return_tensors="pt",
+            padding=True,
+            padding_side=side,
+            **({"add_special_tokens": False} if start and texts[0].startswith(start) else {}),
+        )
+        logits = self.model(**inputs).logits.float()
+        found = []
+        for ids, mask, rows in zip(inputs["input_ids"], inputs["attention_mask"], logits, strict=True):
+            found.append((ids[mask.bool()].numpy(), rows[mask.bool()]))
+        return found
+
+
+def open_plain(tiny: TinyFamily, folder: Path) -> PlainProcessor:
+    """Load a tiny family's folder; the processor has no part for videos, which would need torchvision."""
+    kind = tiny.images["image_processor_type"]
+    module = _MODULES[kind]
+    file = f"transformers.models.{module}.image_processing_pil_{module}"
+    images = getattr(importlib.import_module(file), f"{kind}Pil").from_pretrained(folder, local_files_only=True)
+    processor_class = getattr(transformers, tiny.processor)
+    _without_num2words(processor_class)
+    made: Any = type(tiny.processor, (processor_class,), {"check_argument_for_proper_class": lambda *_: None})
+    parts = {"image_processor": images, "tokenizer": AutoTokenizer.from_pretrained(folder, local_files_only=True)}
+    parts |= {name: None for name in made.get_attributes() if name not in parts}
+    processor = made(**parts, **tiny.more, chat_template=tiny.chat_template)
+    model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    return PlainProcessor(processor, model.eval(), "<image>\n" in tiny.chat_template)
+
+
+def _without_num2words(processor_class: Any) -> None:
+    module: Any = importlib.import_module(processor_class.__module__)
+    if hasattr(module, "num2words") and module.num2words is None:
+        module.num2words = str
