@@ -72,6 +72,13 @@ def test_what_is_pinned_covers_what_is_declared() -> None:
         line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
     }
     extras = project["optional-dependencies"]
-    declared = [*project["dependencies"], *extras["train"], *extras["eval"], *extras["test"], *extras["lint"]]
+    declared = [
+        *project["dependencies"],
+        *extras["train"],
+        *extras["lora"],
+        *extras["eval"],
+        *extras["test"],
+        *extras["lint"],
+    ]
     names = {re.split(r"[\[<>=]", requirement)[0].lower() for requirement in declared} - {"llavamod-offline"}
     assert names <= pinned

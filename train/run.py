@@ -40,6 +40,7 @@ from train.engine.deepspeed_engine import World, make_engine, process_group
 from train.engine.optim import learning_rate, make_optimizer
 from train.engine.zero3 import without_empty_experts
 from train.loop import LoopEnd, LoopSettings, compare_routing, evaluate_loss, run_steps
+from train.lora import adapter_size, merged, save_adapters
 from train.metrics import METRICS_NAME, MetricsLog
 from train.report.model_card import model_card
 from train.resume_check import accepted_contents, different_settings, is_remedy, refuse, settings_of
@@ -51,6 +52,7 @@ from train.tracking import tracker
 logger = logging.getLogger(__name__)
 
 STUDENT_NAME = "student"
+ADAPTERS_NAME = "adapters"  # if student.lora.keep_adapters
 _FOREIGN = {"set.json": "a packed set", "cache.json": "a cache", "job.json": "a cache", "config.json": "a checkpoint"}
 REJECTED_NAME = "rejected.jsonl"
 
@@ -206,7 +208,8 @@ def _train(config: TrainConfig, settings: dict[str, Any], output: Path, world: W
                 metrics=end.progress.entry,
                 changes=changes,
             )
-            _export(output, engine, setup, empty, card, world, config.image_aspect, unsaved)
+            kept = config.student.checkpoint if config.student.lora and config.student.lora.keep_adapters else None
+            _export(output, engine, setup, empty, card, world, config.image_aspect, unsaved, kept)
     summary = _summary(config.stage, output, setup, end, sizes)
     if world.is_main and summary.finished:
         write_summary(output, summary, settings, setup.contents, changes)
@@ -233,8 +236,9 @@ def _begin(output: Path, config: str, rejected: str, hashes: Hashes) -> None:
         raise ConfigError(f"output: {output} holds a student not written by train-student: choose another output")
     try:
         output.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(student, ignore_errors=True)
-        atomic.remove_leftovers(output, STUDENT_NAME)
+        for name in (STUDENT_NAME, ADAPTERS_NAME):
+            shutil.rmtree(output / name, ignore_errors=True)
+            atomic.remove_leftovers(output, name)
         atomic.remove_leftovers(checkpoint_folder(output), "step-*")
         atomic.write_file(output / CONFIG_NAME, config)
         write_hashes(output, hashes)
@@ -254,9 +258,11 @@ def _export(
     world: World,
     image_aspect: str,
     unsaved: ConfigError | None,
+    adapted: str | None,
 ) -> None:
     """Write the student as a Hugging Face folder, with its `empty` tensors; every process must call this.
 
+    Adapters are merged into its weights, and also written for the checkpoint `adapted`, if that is given.
     Errors: `ConfigError` if it cannot be written; `unsaved` if there is no checkpoint to export from either.
     """
     state = None
@@ -268,6 +274,11 @@ def _export(
         setup.student.eval()
         student = output / STUDENT_NAME
         try:
+            if adapter_size(setup.student):
+                whole = setup.student.state_dict() if state is None else state
+                state = merged(setup.student, whole)
+                if adapted is not None:
+                    save_adapters(setup.student, whole, output / ADAPTERS_NAME, base=adapted)
             save_student(
                 setup.student,
                 student,
@@ -290,7 +301,8 @@ def _sizes(setup: Setup) -> tuple[int, int, int]:
     """Count all parameters, those active for a token, and those trained, before an engine may shard them."""
     student = setup.student
     trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
-    return total_parameters(student), activated_parameters(student), trained
+    adapters = adapter_size(student)  # merged into the student that these sizes are of
+    return total_parameters(student) - adapters, activated_parameters(student) - adapters, trained
 
 
 def _summary(stage: str, output: Path, setup: Setup, end: LoopEnd, sizes: tuple[int, int, int]) -> TrainSummary:

@@ -211,7 +211,7 @@ def prepare(config: TrainConfig, world: World) -> Setup:
             config.stage,
             config.loss,
             vocab_size=vocabulary_size(source.tokenizer, head_rows),
-            train_vision="vision" in config.trainable,
+            train_vision="vision" in config.trainable or _adapts_vision(config),
             **_tail(config, cache, swap, cached_vocab_size, samples=len(joined.rows)),
             positions=positions,
             alignment=alignment,
@@ -364,6 +364,11 @@ def _positions(config: TrainConfig, cache: TeacherCache | None) -> Positions:
             "or capture with capture.positions=response"
         )
     return "all"
+
+
+def _adapts_vision(config: TrainConfig) -> bool:
+    lora = config.student.lora
+    return lora is not None and any(target.partition(".")[0] == "vision" for target in lora.targets)
 
 
 def _pad_id(source: StudentSource, image_token_id: int) -> int:

@@ -22,6 +22,7 @@ from llavamod_offline.models.language_models import MOE_TYPES
 from llavamod_offline.models.single_choice import compare_single_choices
 from llavamod_offline.models.upcycle import upcycle
 from train.config import StudentConfig
+from train.lora import add_adapters
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
@@ -136,7 +137,8 @@ def start_digest(config: StudentConfig) -> str:
 def make_student(config: StudentConfig, *, seed: int, attention: str = "auto") -> LlavaForConditionalGeneration:
     """Load or build the student, upcycling it if configured; float32, on the CPU, in training mode.
 
-    Errors: `ModelError` for checkpoints that do not fit; `ConfigError` if the student has no such attention.
+    Errors: `ModelError` for checkpoints that do not fit; `ConfigError` if the student has no such attention, or no
+    layers for its adapters.
     """
     if config.checkpoint is not None:
         model = load_llava(checkpoint_folder(config.checkpoint))
@@ -171,5 +173,14 @@ def make_student(config: StudentConfig, *, seed: int, attention: str = "auto") -
             raise ConfigError(
                 f"engine.attention: '{attention}' does not work here ({first_line(error)}): use auto"
             ) from (error)
+    if config.lora is not None:
+        add_adapters(
+            model,
+            rank=config.lora.rank,
+            alpha=config.lora.alpha,
+            dropout=config.lora.dropout,
+            targets=config.lora.targets,
+            seed=seed,
+        )
     model.train()
     return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from train.config.lora import lora_problems
 from train.config.loss import loss_problems
 
 if TYPE_CHECKING:
@@ -20,10 +21,17 @@ def config_problems(config: TrainConfig) -> Iterable[str]:
     yield from _stage_problems(config)
     yield from _student_problems(config.student)
     unknown = [part for part in config.trainable if part not in PARTS]
-    if unknown or not config.trainable:
+    if unknown or not (config.trainable or config.student.lora):
         named = f"'{unknown[0]}' is unknown" if unknown else "is empty"
         yield f"trainable: {named}: choose from {', '.join(PARTS)}"
     yield from _rate_problems(config.optim)
+    if config.student.lora is not None:
+        yield from lora_problems(
+            config.student.lora,
+            config.trainable,
+            has_checkpoint=config.student.checkpoint is not None,
+            upcycles=config.student.upcycle is not None,
+        )
 
 
 def _stage_problems(config: TrainConfig) -> Iterable[str]:

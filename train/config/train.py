@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llavamod_offline.config import InputPath, raise_problems
+from train.config.lora import LoraConfig
 from train.config.loss import LossConfig
 from train.config.problems import config_problems
 from train.tracking import TrackerName
@@ -91,6 +92,8 @@ class StudentConfig:
     """Whether the trained student is dense or a mixture of experts."""
     upcycle: UpcycleConfig | None = None
     """Settings to make a dense checkpoint sparse; null if the student is dense or the checkpoint is sparse already."""
+    lora: LoraConfig | None = None
+    """Settings to train low-rank adapters; null: none."""
     capacity_factor: float | None = None
     """In training, an expert takes at most ⌈factor · top_k · tokens / num_experts⌉ tokens of a micro-batch; null: no
     limit."""
@@ -180,8 +183,8 @@ class TrainConfig:
     steps: int | None = None
     """Optimiser steps, instead of epochs."""
     trainable: list[str] = field(default_factory=lambda: ["projector", "text"])
-    """Parts to train: vision, projector, text (the whole language model), or parts of it: embeddings, attention, mlp,
-    experts, router, norms, lm_head."""
+    """Parts to train (in full, beside student.lora): vision, projector, text (the whole language model), or parts of
+    it: embeddings, attention, mlp, experts, router, norms, lm_head."""
     engine: TrainEngineConfig = field(default_factory=TrainEngineConfig)
     seed: int = 0
     """Seed of the order of samples, the held-out samples and new weights."""

@@ -15,7 +15,7 @@ from llavamod_offline.errors import ConfigError
 from llavamod_offline.models.building.projector import fixed_parameters
 
 # A parameter of the student belongs to a part if its name matches the pattern. A part comes before those inside it.
-_PATTERNS = {
+PATTERNS = {
     "vision": r"(^|\.)vision_tower\.",
     "projector": r"(^|\.)multi_modal_projector\.",
     "text": r"(^|\.)language_model\.|(^|\.)lm_head\.",
@@ -29,16 +29,21 @@ _PATTERNS = {
 }
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a parameter belongs to a LoRA adapter."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
 def choose_trainable(model: nn.Module, parts: Sequence[str]) -> list[str]:
-    """Make only the named `parts` of a student trainable; returns the names of their parameters.
+    """Make only the named `parts` of a student trainable, and its adapters; returns the names of their parameters.
 
     `text` is the whole language model with embeddings and LM head; `mlp` its feed-forward layers, with experts but
     without routers. Errors: `ConfigError` if the student has no parameter in a part.
     """
     names = [name for name, _ in model.named_parameters()]
-    chosen: set[str] = set()
+    chosen = {name for name in names if is_adapter(name)}
     for part in parts:
-        found = {name for name in names if re.search(_PATTERNS[part], name)}
+        found = {name for name in names if re.search(PATTERNS[part], name)}
         if not found:
             hint = "it is tied to 'embeddings'" if part == "lm_head" else "it has none"
             raise ConfigError(f"trainable: no parameter of this student belongs to '{part}' ({hint}): remove it")
@@ -64,11 +69,11 @@ def make_optimizer(
     (such as `experts` rather than `mlp`) counts. Each group has its peak rate divided by `lr` as `rate_scale`.
     Errors: `ConfigError` if a part of `part_lr` has no trained parameter.
     """
-    parts: dict[str, list[nn.Parameter]] = {part: [] for part in _PATTERNS if part in part_lr}
+    parts: dict[str, list[nn.Parameter]] = {part: [] for part in PATTERNS if part in part_lr}
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            own = [part for part in parts if re.search(_PATTERNS[part], name)]
+            own = [part for part in parts if re.search(PATTERNS[part], name)]
             (parts[own[-1]] if own else others).append(parameter)
     for part, trained in parts.items():
         if not trained:

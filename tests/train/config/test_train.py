@@ -15,6 +15,7 @@ from train.config import CACHED_STAGES, Stage, TrainConfig
 from train.config.loss import LOSSES_OF_STAGE, LossKind
 from train.config.recipes import RECIPES, resolve_config
 
+PARTS = ("student.vision_tower=v", "student.language_model=l")
 NEEDED = ("data.set=sets/x", "output=runs/x", "student.checkpoint=models/x")
 
 
@@ -145,6 +146,27 @@ def test_the_choices_are_those_of_the_losses() -> None:
             "mimic_dense",
             ["loss.align.teacher_lm_head=t"],
             "loss.align.teacher_lm_head: no logits are compared: remove it",
+        ),
+        ("sft", ["student.lora.rank=0", "trainable=[]"], "student.lora.rank is 0: must be at least 1"),
+        ("sft", ["student.lora.alpha=0", "trainable=[]"], "student.lora.alpha is 0: must be above 0"),
+        ("sft", ["student.lora.dropout=1", "trainable=[]"], "student.lora.dropout is 1: must be at least 0 and below"),
+        ("sft", ["student.lora.targets=[]", "trainable=[]"], "student.lora.targets: is empty: choose from vision"),
+        ("sft", ["student.lora.targets=[lm_head]", "trainable=[]"], "student.lora.targets: 'lm_head' is unknown: ch"),
+        ("sft", ["student.lora.rank=8"], "trainable: 'text' is trained in full, which leaves nothing to the adapters"),
+        (
+            "sft",
+            ["student.lora.targets=[mlp.up_proj]", "trainable=[experts]"],
+            "trainable: 'experts' is trained in full, which leaves nothing to the adapters of 'mlp.up_proj': name the",
+        ),
+        (
+            "sft",
+            ["student.lora.keep_adapters=true", "trainable=[projector,norms]"],
+            "student.lora.keep_adapters: 'norms' is trained in full, which adapters cannot hold: set it to false, or",
+        ),
+        (
+            "align",
+            ["student.lora.keep_adapters=true", "student.checkpoint=null", *PARTS],
+            "student.lora.keep_adapters: adapters need the checkpoint they are for, and this student is made anew",
         ),
         ("sft", ["batch.micro_size=3"], "batch.micro_size: 3 does not divide batch.global_size 128"),
         ("sft", ["batch.global_size=0"], "batch.global_size is 0: must be above 0"),

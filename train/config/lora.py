@@ -1,0 +1,69 @@
+"""LoRA adapters of a student: their settings, and checks that they suit what is trained in full."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+# Parts that may have adapters, each with the other parts that it holds or that hold it.
+_SHARED = {
+    "vision": (),
+    "projector": (),
+    "text": ("attention", "mlp", "experts", "embeddings", "router", "norms", "lm_head"),
+    "attention": ("text",),
+    "mlp": ("text", "experts"),
+}
+_BESIDE_KEPT = ("projector", "embeddings", "lm_head")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA: low-rank adapters are trained instead of the layers they are in, and merged into the exported student."""
+
+    rank: int = 128
+    """Rank of the adapters; this and the next two as in LLaVA-1.5's finetune_lora.sh."""
+    alpha: float = 256.0
+    """Adapters are scaled by alpha / rank."""
+    dropout: float = 0.05
+    """Dropout before adapters; with 0, results do not depend on micro-batches and processes."""
+    targets: list[str] = field(default_factory=lambda: ["attention", "mlp"])
+    """Parts whose linear layers get adapters (vision, projector, text, attention, mlp), or layers of one, such as
+    attention.q_proj; trainable names the parts to train in full beside them."""
+    keep_adapters: bool = False
+    """Also write the adapters to OUTPUT/adapters, as a PEFT folder for student.checkpoint."""
+
+
+def lora_problems(lora: LoraConfig, trainable: Sequence[str], *, has_checkpoint: bool, upcycles: bool) -> Iterable[str]:
+    """Yield one line for each problem, naming the key to change."""
+    if lora.rank < 1:
+        yield f"student.lora.rank is {lora.rank}: must be at least 1"
+    if not lora.alpha > 0:
+        yield f"student.lora.alpha is {lora.alpha:g}: must be above 0"
+    if not 0 <= lora.dropout < 1:
+        yield f"student.lora.dropout is {lora.dropout:g}: must be at least 0 and below 1"
+    if not lora.targets:
+        yield f"student.lora.targets: is empty: choose from {', '.join(_SHARED)}, or set student.lora to null"
+    for target in lora.targets:
+        part = target.partition(".")[0]
+        if part not in _SHARED:
+            yield f"student.lora.targets: '{part}' is unknown: choose from {', '.join(_SHARED)}, or PART.LAYER of one"
+            continue
+        for full in trainable:
+            if full == part or full in _SHARED[part]:
+                yield (
+                    f"trainable: '{full}' is trained in full, which leaves nothing to the adapters of '{target}': "
+                    "name the parts to train in full beside them, such as [projector], or change student.lora.targets"
+                )
+    if not lora.keep_adapters:
+        return
+    if not has_checkpoint or upcycles:
+        yield (
+            "student.lora.keep_adapters: adapters need the checkpoint they are for, and this student is made anew: set "
+            "it to false, or start from student.checkpoint without student.upcycle"
+        )
+    for full in trainable:
+        if full not in _BESIDE_KEPT:
+            yield (
+                f"student.lora.keep_adapters: '{full}' is trained in full, which adapters cannot hold: set it to "
+                f"false, or trainable to parts among {', '.join(_BESIDE_KEPT)}"
+            )
