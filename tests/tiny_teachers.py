@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     Dinov2Config,
     Dinov2WithRegistersConfig,
     LlamaConfig,
-    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaOnevisionConfig,
@@ -26,7 +27,6 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
-    Qwen2ForCausalLM,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     SiglipVisionConfig,
@@ -160,13 +160,15 @@ def write_tiny_causal_lm(
     seed: int = 0,
     spare_rows: int = 12,
     tokenizer: Any = None,
+    **settings: Any,
 ) -> Path:
-    """Write a random language model without images, a Qwen2 or (`kind` llama) a Llama, with more `special` tokens."""
+    """Write a random language model without images, of a `kind` of transformers' model types.
+
+    `special`: more tokens; `settings`: of its configuration.
+    """
     tokenizer = tokenizer or tokenizer_with(*special)
-    settings = _text_settings(len(tokenizer) + spare_rows)
-    if kind == "llama":
-        return _write(folder, LlamaForCausalLM, LlamaConfig(**settings), tokenizer, seed, None)
-    return _write(folder, Qwen2ForCausalLM, Qwen2Config(**settings), tokenizer, seed, None)
+    config = AutoConfig.for_model(kind, **{**_text_settings(len(tokenizer) + spare_rows), **settings})
+    return _write(folder, AutoModelForCausalLM.from_config, config, tokenizer, seed, None)
 
 
 def write_tiny_llava_llama(

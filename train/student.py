@@ -19,6 +19,7 @@ from llavamod_offline.models.capacity import limit_capacity
 from llavamod_offline.models.checkpoint import load_config, load_llava, load_tokenizer
 from llavamod_offline.models.hub import checkpoint_folder
 from llavamod_offline.models.language_models import MOE_TYPES
+from llavamod_offline.models.lm_head import check_lm_head
 from llavamod_offline.models.single_choice import compare_single_choices
 from llavamod_offline.models.upcycle import upcycle
 from train.config import StudentConfig
@@ -163,6 +164,7 @@ def make_student(config: StudentConfig, *, seed: int, attention: str = "auto") -
             residual=choice.residual,
             seed=choice.seed,
         )
+    check_lm_head(model, model.base_model, name=str(config.checkpoint or config.language_model))
     if config.capacity_factor is not None:
         limit_capacity(model, config.capacity_factor)
     compare_single_choices(model)

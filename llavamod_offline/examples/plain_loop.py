@@ -16,6 +16,7 @@ from llavamod_offline.examples.batches import Batches
 from llavamod_offline.examples.usage import read_paths
 from llavamod_offline.losses import CachedDistillation
 from llavamod_offline.models.checkpoint import load_llava
+from llavamod_offline.models.lm_head import lm_head_of
 from teacher_cache import check_student, open_cache
 
 
@@ -32,7 +33,7 @@ def train(student: Path, data: Path, cache_path: Path, steps: Sequence[Sequence[
         labels = inputs.pop("labels")
         hidden = model.base_model(**inputs).last_hidden_state
         targets = cache.targets([(key, "response") for key in keys])
-        output = distillation(hidden, model.lm_head.weight, labels, targets)
+        output = distillation(hidden, lm_head_of(model), labels, targets)
         output.loss.backward()
         optimizer.step()
         optimizer.zero_grad()

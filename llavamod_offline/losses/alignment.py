@@ -21,6 +21,7 @@ from llavamod_offline.errors import ConfigError, TargetError
 from llavamod_offline.losses.fused import CHUNK_SIZE, LossTerms, distillation_from_hidden
 from llavamod_offline.losses.kinds import HIDDEN_DISTANCES, HiddenDistance
 from llavamod_offline.losses.targets import SparseTargets
+from llavamod_offline.models.lm_head import LmHead
 
 
 class HiddenProjection(nn.Module):
@@ -66,7 +67,7 @@ def hidden_alignment(
 
 
 def visual_token_kl(
-    hidden_ND: Tensor, lm_head_VD: Tensor, targets: SparseTargets, *, chunk_size: int = CHUNK_SIZE
+    hidden_ND: Tensor, lm_head: LmHead | Tensor, targets: SparseTargets, *, chunk_size: int = CHUNK_SIZE
 ) -> LossTerms:
     """Forward KL(teacher ‖ student) at the image's tokens, summed over them.
 
@@ -74,7 +75,7 @@ def visual_token_kl(
     teacher's distributions at the same tokens.
     Errors: as `distillation_from_hidden`. Source: LLaVA-KD, arXiv 2410.16236, multimodal distillation (L_vis).
     """
-    return distillation_from_hidden(hidden_ND, lm_head_VD, targets, chunk_size=chunk_size)
+    return distillation_from_hidden(hidden_ND, lm_head, targets, chunk_size=chunk_size)
 
 
 def hidden_relations(hidden_BPD: Tensor, metric_DD: Tensor | None = None) -> Tensor:

@@ -5,6 +5,7 @@ Shape suffixes: B sequences, T tokens, N positions that have records, D hidden s
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MethodType
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ from llavamod_offline.losses.fused import CHUNK_SIZE, distillation_from_hidden
 from llavamod_offline.losses.kinds import DivergenceKind, TailEstimator
 from llavamod_offline.losses.tail_estimators import TailPrior, choose_tail, prior_share
 from llavamod_offline.losses.targets import SparseTargets
+from llavamod_offline.models.lm_head import LmHead, as_lm_head, check_lm_head, lm_head_of
 
 
 class CachedTeacher(Protocol):
@@ -67,7 +69,7 @@ class CachedDistillation(nn.Module):
     student's LM head, if they are fewer than the cache's ids.
 
     `attach` makes a transformers model return this loss from its own forward pass, which is what HF `Trainer`, DDP,
-    FSDP and ZeRO-3 need. Without it, call the module on hidden states and the weight of the LM head.
+    FSDP and ZeRO-3 need. Without it, call the module on hidden states and `lm_head_of(model)`.
     """
 
     def __init__(
@@ -108,7 +110,7 @@ class CachedDistillation(nn.Module):
     def forward(
         self,
         hidden_BTD: Tensor,
-        lm_head_VD: Tensor,
+        lm_head: LmHead | Tensor,
         labels_BT: Tensor,
         targets: SparseTargets,
         *,
@@ -125,7 +127,8 @@ class CachedDistillation(nn.Module):
         Errors: `TargetError` if a record was made for another token than the label; `ModelError` if the weight of the
         LM head is sharded here.
         """
-        _check_whole(lm_head_VD, hidden_BTD.shape[-1])
+        head = as_lm_head(lm_head)
+        _check_whole(head.weight_VD, hidden_BTD.shape[-1])
         rows_N, target_ids_N = _positions(labels_BT, attention_mask_BT, self.all_positions)
         targets = (targets if self.swap is None else self.swap.targets(targets)).to(hidden_BTD.device)
         _check_target_ids(target_ids_N, targets)
@@ -134,7 +137,7 @@ class CachedDistillation(nn.Module):
         with torch.autocast(hidden_BTD.device.type, enabled=False):
             terms = distillation_from_hidden(
                 hidden_BTD.flatten(0, 1).index_select(0, rows_N),
-                lm_head_VD.to(hidden_BTD.dtype),
+                replace(head, weight_VD=head.weight_VD.to(hidden_BTD.dtype)),
                 targets,
                 prior=self.prior,
                 lm_weight=self.lm_weight * positions / max(answers, 1),
@@ -155,9 +158,9 @@ class CachedDistillation(nn.Module):
 
         `student` is a transformers model with an LM head; without `targets` it behaves as before. Attach
         before wrapping it in DDP, FSDP or DeepSpeed, and before making a `Trainer` with `remove_unused_columns=False`.
-        Errors: `ModelError` if its logits are not simply the product of hidden states and the LM head's weight.
+        Errors: `ModelError` if its logits are not those of its LM head, see `check_lm_head`.
         """
-        check_lm_head(student)
+        check_lm_head(student, student.base_model, name=type(student).__name__)
         original = student.forward
         distillation = self
 
@@ -169,7 +172,7 @@ class CachedDistillation(nn.Module):
             hidden_BTD = self.base_model(*args, **inputs, use_cache=False).last_hidden_state
             return distillation(
                 hidden_BTD,
-                self.get_output_embeddings().weight,
+                lm_head_of(self),
                 labels_BT,
                 targets,
                 attention_mask_BT=inputs.get("attention_mask"),
@@ -206,31 +209,6 @@ def _check_target_ids(target_ids_N: Tensor, targets: SparseTargets) -> None:
             f"position {place} of the batch: its label is token {int(target_ids_N[place])}, its record was made for "
             f"token {int(targets.target_ids_N[place])}: pass the records of the same sequences, in the same order"
         )
-
-
-@torch.no_grad()
-def check_lm_head(student: Any) -> None:
-    """Refuse a model whose logits are not simply the product of hidden states and the LM head's weight.
-
-    Runs the model on two tokens, unless its weights are sharded already. Errors: `ModelError`.
-    """
-    head, name = student.get_output_embeddings(), type(student).__name__
-    if getattr(head, "bias", None) is not None:
-        raise ModelError(f"{name}: its LM head has a bias, which the fused losses do not apply")
-    weight_VD = head.weight
-    if weight_VD.dim() != 2 or weight_VD.is_meta or hasattr(weight_VD, "placements"):
-        return
-    ids_BT = torch.zeros(1, 2, dtype=torch.int64, device=weight_VD.device)
-    training = student.training
-    student.eval()
-    try:
-        theirs_TV = student(input_ids=ids_BT, use_cache=False).logits[0].float()
-        hidden_TD = student.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state[0]
-    finally:
-        student.train(training)
-    gap = float((theirs_TV - hidden_TD.float() @ weight_VD.float().T).abs().max())
-    if gap > (1e-4 if weight_VD.dtype == torch.float32 else 2e-2) * float(theirs_TV.abs().max()):
-        raise ModelError(f"{name}: scales or caps the logits of its LM head, which the fused losses do not support")
 
 
 def _check_unshifted(labels_BT: Tensor, input_ids_BT: Tensor | None) -> None:

@@ -28,6 +28,7 @@ from llavamod_offline.losses.fused_linear import ChunkLoss, FusedLinearDivergenc
 from llavamod_offline.losses.kinds import DivergenceKind, TailEstimator
 from llavamod_offline.losses.tail_estimators import TailPrior, checked_vocabulary, prepare_targets
 from llavamod_offline.losses.targets import SparseTargets
+from llavamod_offline.models.lm_head import LmHead, as_lm_head
 
 CHUNK_SIZE = 256
 
@@ -66,7 +67,7 @@ class LossTerms:
 @_outside_graphs
 def distillation_from_hidden(
     hidden_ND: Tensor,
-    lm_head_VD: Tensor,
+    lm_head: LmHead | Tensor,
     targets: SparseTargets,
     *,
     divergence: DivergenceKind = "forward_kl",
@@ -83,15 +84,17 @@ def distillation_from_hidden(
     """kd_weight · T² · divergence(teacher, student) + lm_weight · cross-entropy with the actual tokens, summed.
 
     Shapes: `hidden_ND` [N, D] are the hidden states that predict the N positions of `targets`, on the same device;
-    `lm_head_VD` [V, D] is the LM head's weight; `weights_N` [N] ≥ 0 weighs positions. `divergence` with its `js_weight`
-    or `skew`: see `bucketed_divergence.py`; `tail`, and `prior` for `samples`: see `tail_estimators.py`. Rows of
-    the LM head from `targets.vocab_size` on get no probability and no gradient. Positions with neither top-k nor tail
-    add nothing, nor do targets of −1 to the cross-entropy; N = 0 gives 0 with zero gradients.
+    `lm_head` is a model's (`lm_head_of`), or the weight [V, D] of one without bias, scale and softcap; `weights_N` [N]
+    ≥ 0 weighs positions. `divergence` with its `js_weight` or `skew`: see `bucketed_divergence.py`; `tail`, and `prior`
+    for `samples`: see `tail_estimators.py`. Rows of the LM head from `targets.vocab_size` on get no probability and no
+    gradient. Positions with neither top-k nor tail add nothing, nor do targets of −1 to the cross-entropy; N = 0 gives
+    0 with zero gradients.
     Errors: `TargetError` if the number of positions differs, or as `prepare_targets`.
     """
     if len(hidden_ND) != len(targets):
         raise TargetError(f"{len(hidden_ND)} hidden states for {len(targets)} cached positions: pass one for each")
-    vocab = checked_vocabulary(targets, lm_head_VD.shape[0])
+    head = as_lm_head(lm_head)
+    vocab = checked_vocabulary(targets, head.rows)
     zero = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
     metrics = zero_metrics(hidden_ND.device)
     parts = {"divergence": zero, "cross_entropy": zero}
@@ -121,14 +124,14 @@ def distillation_from_hidden(
         parts["cross_entropy"] = parts["cross_entropy"] + cross_entropy_sum
         return kd_weight * divergence_sum + lm_weight * cross_entropy_sum
 
-    loss_sum = _fused(hidden_ND, lm_head_VD, vocab, chunk_size, chunk_loss)
+    loss_sum = _fused(hidden_ND, head, vocab, chunk_size, chunk_loss)
     return LossTerms(loss_sum, parts["divergence"], parts["cross_entropy"], len(targets), metrics)
 
 
 @_outside_graphs
 def cross_entropy_from_hidden(
     hidden_ND: Tensor,
-    lm_head_VD: Tensor,
+    lm_head: LmHead | Tensor,
     target_ids_N: Tensor,
     *,
     vocab_size: int | None = None,
@@ -141,12 +144,13 @@ def cross_entropy_from_hidden(
     Errors: `TargetError` if a target id is outside the vocabulary.
     """
     target_ids_N = target_ids_N.long()
-    vocab = _vocabulary(lm_head_VD, target_ids_N, vocab_size)
+    head = as_lm_head(lm_head)
+    vocab = _vocabulary(head, target_ids_N, vocab_size)
 
     def chunk_loss(logits_CV: Tensor, rows: slice) -> Tensor:
         return cross_entropy_in_place(logits_CV, target_ids_N[rows])
 
-    loss_sum = _fused(hidden_ND, lm_head_VD, vocab, chunk_size, chunk_loss)
+    loss_sum = _fused(hidden_ND, head, vocab, chunk_size, chunk_loss)
     zero = torch.zeros_like(loss_sum.detach())
     return LossTerms(loss_sum, zero, loss_sum.detach(), len(target_ids_N), zero_metrics(hidden_ND.device))
 
@@ -154,7 +158,7 @@ def cross_entropy_from_hidden(
 @_outside_graphs
 def sequence_log_probs_from_hidden(
     hidden_ND: Tensor,
-    lm_head_VD: Tensor,
+    lm_head: LmHead | Tensor,
     target_ids_N: Tensor,
     sequence_of_N: Tensor,
     n_sequences: int,
@@ -169,16 +173,17 @@ def sequence_log_probs_from_hidden(
     Errors: `TargetError` if a target id is outside the vocabulary.
     """
     target_ids_N = target_ids_N.long()
-    vocab = _vocabulary(lm_head_VD, target_ids_N, vocab_size)
+    head = as_lm_head(lm_head)
+    vocab = _vocabulary(head, target_ids_N, vocab_size)
     log_probs_N = cast(
         "Tensor",
-        TokenLogProbs.apply(hidden_ND, lm_head_VD, target_ids_N, vocab, chunk_size),  # type: ignore[no-untyped-call]
+        TokenLogProbs.apply(hidden_ND, head.weight_VD, head.bias_V, head, target_ids_N, vocab, chunk_size),  # type: ignore[no-untyped-call]
     )
     return log_probs_N.new_zeros(n_sequences).index_add(0, sequence_of_N, log_probs_N)
 
 
-def _vocabulary(lm_head_VD: Tensor, target_ids_N: Tensor, vocab_size: int | None) -> int:
-    vocab = min(vocab_size or lm_head_VD.shape[0], lm_head_VD.shape[0])
+def _vocabulary(lm_head: LmHead, target_ids_N: Tensor, vocab_size: int | None) -> int:
+    vocab = min(vocab_size or lm_head.rows, lm_head.rows)
     if target_ids_N.numel() and int(target_ids_N.max()) >= vocab:
         raise TargetError(
             f"target id {int(target_ids_N.max())} lies beyond the student's vocabulary of {vocab} ids: "
@@ -187,8 +192,10 @@ def _vocabulary(lm_head_VD: Tensor, target_ids_N: Tensor, vocab_size: int | None
     return vocab
 
 
-def _fused(hidden_ND: Tensor, lm_head_VD: Tensor, vocab: int, chunk_size: int, chunk_loss: ChunkLoss) -> Tensor:
+def _fused(hidden_ND: Tensor, head: LmHead, vocab: int, chunk_size: int, chunk_loss: ChunkLoss) -> Tensor:
     # needs_input_grad is True even under no_grad, where gradients must not be computed.
     train = torch.is_grad_enabled()
-    applied = FusedLinearDivergence.apply(hidden_ND, lm_head_VD, vocab, chunk_size, chunk_loss, train)  # type: ignore[no-untyped-call]
+    applied = FusedLinearDivergence.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, head.weight_VD, head.bias_V, head, vocab, chunk_size, chunk_loss, train
+    )
     return cast("Tensor", applied)

@@ -1,6 +1,6 @@
 """The student's forward pass up to its last hidden states; the fused losses apply the LM head.
 
-Shape suffixes: B sequences, T tokens, D hidden size, V rows of the LM head, I images, P tokens per image, Q image
+Shape suffixes: B sequences, T tokens, D hidden size, I images, P tokens per image, Q image
 occurrences, C channels.
 """
 
@@ -60,11 +60,6 @@ def vision_features(model: LlavaForConditionalGeneration, pixel_values_ICHW: Ten
         chosen = [outputs.hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
         features_IPC = torch.cat(chosen, dim=-1)
     return features_IPC[:, 1:] if config.vision_feature_select_strategy == "default" else features_IPC
-
-
-def lm_head_weight(model: LlavaForConditionalGeneration) -> Tensor:
-    """The LM head's weight [V, D]; with tied embeddings, the embedding's weight."""
-    return cast("Tensor", model.get_output_embeddings().weight)
 
 
 def _no_features(model: LlavaForConditionalGeneration, train_vision: bool) -> Tensor:

@@ -20,8 +20,9 @@ from torch import Tensor
 from llavamod_offline.data.encode.tokenize import Ids, Positions, TokenizedSequence
 from llavamod_offline.errors import DataError
 from llavamod_offline.families.protocol import Family, FeatureFamily, SampleImage, WholeFamily
+from llavamod_offline.models.lm_head import lm_head_of
 from teacher_cache.engines.batch_limit import BatchLimit
-from teacher_cache.engines.lm_head import LmHead
+from teacher_cache.engines.lm_head import Float32Head
 from teacher_cache.engines.make_records import make_sequence_records
 from teacher_cache.engines.packing import Layout, lay_out
 from teacher_cache.engines.protocol import (
@@ -73,8 +74,7 @@ class HfCaptureEngine:
     shared_prompts: bool = False
 
     def __post_init__(self) -> None:
-        layer = self.model.get_output_embeddings()
-        self.lm_head = LmHead(layer.weight, getattr(layer, "bias", None), self.vocab_size)
+        self.lm_head = Float32Head(lm_head_of(self.model), self.vocab_size)
         if isinstance(self.teacher, WholeFamily) and not self.teacher.batches:
             self.batch_size = 1
         self._limit = BatchLimit(self.batch_size, "sequences")
@@ -212,12 +212,16 @@ class HfCaptureEngine:
 
 def whole_hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     """The last hidden states [B, T, D] of a model that takes tokens and images together."""
+    found: Tensor = model.base_model(**on_model(model, inputs), use_cache=False).last_hidden_state
+    return found
+
+
+def on_model(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's inputs on its device, and in its dtype unless they are integers."""
     device = model.get_input_embeddings().weight.device
-    given = {
+    return {
         name: tensor.to(device, model.dtype if tensor.is_floating_point() else None) for name, tensor in inputs.items()
     }
-    found: Tensor = model.base_model(**given, use_cache=False).last_hidden_state
-    return found
 
 
 def _too_large(ready: tuple[_BatchItem, list[SampleImage]]) -> str:

@@ -12,8 +12,8 @@ import torch
 
 from llavamod_offline.errors import ConfigError, ModelError, first_line
 from llavamod_offline.families.image_text import ImageTextFamily
-from teacher_cache.engines.hf import HfCaptureEngine, whole_hidden_states
-from teacher_cache.engines.lm_head import LmHead
+from llavamod_offline.models.lm_head import check_lm_head, lm_head_of
+from teacher_cache.engines.hf import HfCaptureEngine, on_model
 
 if TYPE_CHECKING:
     from teacher_cache.capture_setup import CaptureSetup, SetupValues
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 def load_engine(setup: CaptureSetup) -> HfCaptureEngine:
     """Load the weights onto the device, or the devices.
 
-    Errors: `ModelError` if they do not fit config.json, or the logits are not a linear map of the last hidden states;
+    Errors: `ModelError` if they do not fit config.json, or its logits are not those of its LM head;
     `ConfigError` for a missing device or package.
     """
     model = setup.teacher.load(setup.dtype, **_load_settings(setup))
-    layer = model.get_output_embeddings()
-    rows, vocab_size = int(layer.weight.shape[0]), setup.codec.vocab_size
+    head = lm_head_of(model)
+    rows, vocab_size = head.rows, setup.codec.vocab_size
     if rows < vocab_size:
         raise ModelError(
             f"{setup.teacher.folder}: the LM head has {rows} rows, config.json says {vocab_size} or more: "
@@ -35,9 +35,14 @@ def load_engine(setup: CaptureSetup) -> HfCaptureEngine:
         )
     if setup.device_map is None:
         model.to(setup.device)
-    elif layer.weight.device.type == "meta":
+    elif head.weight_VD.device.type == "meta":
         raise ModelError(f"{setup.teacher.folder}: the LM head does not fit on the devices: use more or larger ones")
-    _check_head(setup, model)
+    if isinstance(setup.teacher, ImageTextFamily):
+        with _running(setup.teacher.folder):
+            inputs = on_model(model, setup.teacher.probe_inputs())
+            check_lm_head(model, model.base_model, inputs=inputs, name=str(setup.teacher.folder))
+    else:
+        check_lm_head(model, model.get_decoder(), name=str(setup.teacher.folder))
     shared = setup.attention == "sdpa" and _may_share(model)
     if setup.compile:
         model.get_decoder().compile(dynamic=True)
@@ -83,37 +88,13 @@ def _load_settings(setup: CaptureSetup) -> dict[str, Any]:
     return {"attn_implementation": setup.attention, **placement}
 
 
-@torch.inference_mode()
-def _check_head(setup: CaptureSetup, model: Any) -> None:
-    """Refuse a model whose logits are scaled or capped after its LM head. Errors: `ModelError`."""
-    layer, image = model.get_output_embeddings(), setup.teacher.image_token_id
-    device = model.get_input_embeddings().weight.device
-    if isinstance(setup.teacher, ImageTextFamily):
-        inputs = {name: tensor.to(device) for name, tensor in setup.teacher.probe_inputs().items()}
-        inputs = {n: tensor.to(model.dtype) if tensor.is_floating_point() else tensor for n, tensor in inputs.items()}
-        with _running(setup.teacher.folder):
-            hidden = whole_hidden_states(model, inputs)
-    else:
-        ids = [number for number in range(setup.codec.vocab_size) if number != image][:8]
-        inputs = {"input_ids": torch.tensor([ids], device=device)}
-        hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
-    theirs = model(**inputs, use_cache=False).logits[..., : setup.codec.vocab_size].float()
-    head = LmHead(layer.weight, getattr(layer, "bias", None), setup.codec.vocab_size)
-    ours = head.logits(hidden.to(head.device)).to(theirs.device)
-    if not bool(theirs.isfinite().all()):
-        return  # each sequence is checked when it is captured
-    rounding = 1e-4 if setup.dtype == torch.float32 else 2e-2
-    if float((theirs - ours).abs().max()) > rounding * float(theirs.abs().max()):
-        raise ModelError(
-            f"{setup.teacher.folder}: the model scales or caps the logits of its LM head: choose another teacher"
-        )
-
-
 @contextmanager
 def _running(folder: Path) -> Iterator[None]:
     """Turn whatever a model raises on what its processor gives into a `ModelError`."""
     try:
         yield
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(
             f"{folder}: the model cannot take what its processor gives: {first_line(error)}: copy the processor's "

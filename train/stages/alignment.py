@@ -20,6 +20,7 @@ from llavamod_offline.losses.alignment import (
     relation_alignment,
     visual_token_kl,
 )
+from llavamod_offline.models.lm_head import LmHead
 from train.config import AlignConfig
 from train.data.batches import TrainBatch
 from train.data.teacher_states import TeacherStates, WantedStates, image_positions
@@ -47,7 +48,7 @@ class Alignment:
         return int((batch.batch.input_ids_BT == self.image_token_id).sum()) // self.image_tokens
 
     def terms(
-        self, hidden_ND: Tensor, lm_head_VD: Tensor, batch: TrainBatch, *, per_answer: float, per_image: float
+        self, hidden_ND: Tensor, lm_head: LmHead, batch: TrainBatch, *, per_answer: float, per_image: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted sum of all terms, with gradient, and each term by itself, detached.
 
@@ -63,23 +64,23 @@ class Alignment:
         total, parts = hidden_ND.new_zeros(()).float(), {}
         for name, (weight, term, scale) in table.items():
             if weight:
-                part = term(hidden_ND, lm_head_VD, batch) * scale
+                part = term(hidden_ND, lm_head, batch) * scale
                 total, parts[name] = total + weight * part, part.detach()
         return total, parts
 
-    def _features(self, hidden_ND: Tensor, lm_head_VD: Tensor, batch: TrainBatch) -> Tensor:
+    def _features(self, hidden_ND: Tensor, lm_head: LmHead, batch: TrainBatch) -> Tensor:
         assert self.projection is not None
         states = _states(batch)
         answers_M = batch.batch.target_ids_N.index_select(0, states.rows_M) != NO_TARGET
         projected_AT = self.projection(hidden_ND.index_select(0, states.rows_M[answers_M]))
         return hidden_alignment(projected_AT, states.states_MT[answers_M], distance=self.settings.feature_distance)
 
-    def _visual_kl(self, hidden_ND: Tensor, lm_head_VD: Tensor, batch: TrainBatch) -> Tensor:
+    def _visual_kl(self, hidden_ND: Tensor, lm_head: LmHead, batch: TrainBatch) -> Tensor:
         assert batch.targets is not None
         rows_Q = image_positions(batch.batch, self.image_token_id).nonzero()[:, 0]
-        return visual_token_kl(hidden_ND.index_select(0, rows_Q), lm_head_VD, batch.targets.take(rows_Q)).loss_sum
+        return visual_token_kl(hidden_ND.index_select(0, rows_Q), lm_head, batch.targets.take(rows_Q)).loss_sum
 
-    def _relations(self, hidden_ND: Tensor, lm_head_VD: Tensor, batch: TrainBatch) -> Tensor:
+    def _relations(self, hidden_ND: Tensor, lm_head: LmHead, batch: TrainBatch) -> Tensor:
         states = _states(batch)
         images_M = image_positions(batch.batch, self.image_token_id).index_select(0, states.rows_M)
         student_IPD, teacher_IPT = (
@@ -88,7 +89,7 @@ class Alignment:
         )
         metric_DD = None
         if self.teacher_metric_TT is not None:
-            metric_DD = lm_head_metric(lm_head_VD, vocab_size=self.vocab_size)
+            metric_DD = lm_head_metric(lm_head.weight_VD, vocab_size=self.vocab_size)
         return relation_alignment(
             hidden_relations(student_IPD, metric_DD), hidden_relations(teacher_IPT, self.teacher_metric_TT)
         )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llavamod_offline.data.encode.tokenize import NO_TARGET
-from llavamod_offline.models.forward import lm_head_weight
+from llavamod_offline.models.lm_head import lm_head_of
 from train.data.batches import TrainBatch
 from train.stages.alignment import Alignment
 from train.stages.loss_sums import LossSums
@@ -56,14 +56,14 @@ def make_loss(
         if answers_only:
             rows_A = (batch.batch.target_ids_N != NO_TARGET).nonzero()[:, 0]
             chosen_ND, targets = hidden_ND.index_select(0, rows_A), targets.take(rows_A)
-        terms = distillation(chosen_ND, lm_head_weight(model), targets, lm_weight=lm_weight * per_answer)
+        terms = distillation(chosen_ND, lm_head_of(model), targets, lm_weight=lm_weight * per_answer)
         means = {"divergence": terms.divergence_sum, **terms.metrics}
         if lm_weight:
             means["cross_entropy"] = terms.cross_entropy_sum * per_answer
         total = terms.loss_sum
         if alignment is not None:
             aligned, parts = alignment.terms(
-                hidden_ND, lm_head_weight(model), batch, per_answer=per_answer, per_image=per_image
+                hidden_ND, lm_head_of(model), batch, per_answer=per_answer, per_image=per_image
             )
             total, means = total + aligned, means | parts
         return with_balance(LossSums(total, means=means), routing, coefficient=router_aux_coef)

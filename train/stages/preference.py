@@ -25,7 +25,7 @@ from torch import Tensor
 from llavamod_offline.losses.fused import LossTerms, sequence_log_probs_from_hidden
 from llavamod_offline.losses.kinds import PreferenceKind
 from llavamod_offline.losses.preference import KtoLoss, kto_loss, preference_loss
-from llavamod_offline.models.forward import lm_head_weight
+from llavamod_offline.models.lm_head import lm_head_of
 from llavamod_offline.models.routing import Routing
 from train.data.batches import TrainBatch
 from train.engine.deepspeed_engine import World
@@ -201,7 +201,7 @@ def _log_probs(
     inputs = batch.batch
     hidden_ND, routing = predicting_states(model, batch, train_vision=train_vision, features_IPC=features_IPC)
     policy_S = sequence_log_probs_from_hidden(
-        hidden_ND, lm_head_weight(model), inputs.target_ids_N, inputs.sequence_of_N, len(inputs), vocab_size=vocab_size
+        hidden_ND, lm_head_of(model), inputs.target_ids_N, inputs.sequence_of_N, len(inputs), vocab_size=vocab_size
     )
     lengths_S = torch.bincount(inputs.sequence_of_N, minlength=len(inputs))
     means_S = policy_S / lengths_S
@@ -219,4 +219,4 @@ def _distilled(
     assert batch.targets is not None
     chosen_C = slice(len(batch.targets))
     weights_C = 1.0 / found.lengths_S[batch.batch.sequence_of_N[chosen_C]]
-    return distillation(found.hidden_ND[chosen_C], lm_head_weight(model), batch.targets, weights_N=weights_C)
+    return distillation(found.hidden_ND[chosen_C], lm_head_of(model), batch.targets, weights_N=weights_C)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from llavamod_offline.losses.fused import cross_entropy_from_hidden
-from llavamod_offline.models.forward import lm_head_weight
+from llavamod_offline.models.lm_head import lm_head_of
 from train.data.batches import TrainBatch
 from train.stages.loss_sums import LossSums
 from train.stages.student_pass import predicting_states, with_balance
@@ -22,9 +22,7 @@ def make_loss(
 
     def loss(model: LlavaForConditionalGeneration, batch: TrainBatch) -> LossSums:
         hidden_ND, routing = predicting_states(model, batch, train_vision=train_vision)
-        terms = cross_entropy_from_hidden(
-            hidden_ND, lm_head_weight(model), batch.batch.target_ids_N, vocab_size=vocab_size
-        )
+        terms = cross_entropy_from_hidden(hidden_ND, lm_head_of(model), batch.batch.target_ids_N, vocab_size=vocab_size)
         sums = LossSums(terms.loss_sum, means={"cross_entropy": terms.cross_entropy_sum})
         return with_balance(sums, routing, coefficient=router_aux_coef)
 

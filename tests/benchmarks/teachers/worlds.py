@@ -182,11 +182,12 @@ def _toy_batches(checkpoint: Path, samples: int, size: int) -> Iterator[Batch]:
 @torch.inference_mode()
 def _predict(model: LlavaForConditionalGeneration, batch: Batch, vocab_size: int) -> tuple[Tensor, Tensor]:
     """Hidden states that predict the supervised tokens, and the log-probs that the head makes of them."""
-    from llavamod_offline.models.forward import lm_head_weight, student_hidden_states
+    from llavamod_offline.models.forward import student_hidden_states
+    from llavamod_offline.models.lm_head import lm_head_of
 
     hidden_BTD = student_hidden_states(model, batch.input_ids_BT, batch.attention_mask_BT, batch.pixel_values_ICHW)
     hidden_ND = hidden_BTD.flatten(0, 1)[batch.prediction_rows_N]
-    return hidden_ND, (hidden_ND @ lm_head_weight(model)[:vocab_size].T).log_softmax(-1)
+    return hidden_ND, (hidden_ND @ lm_head_of(model).weight_VD[:vocab_size].T).log_softmax(-1)
 
 
 def _mean_log_probs(rows: Callable[[int], Rows], sequences: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -156,16 +155,29 @@ def test_a_sharded_head_is_named_with_the_way_out(folders: Folders) -> None:
         CachedDistillation(cache)(hidden, torch.zeros(0), batch["labels"], batch["targets"])
 
 
-def test_heads_that_are_more_than_a_product_are_refused(folders: Folders) -> None:
+def test_a_head_with_a_bias_is_applied_whole(folders: Folders) -> None:
+    """The loss is that of logits with the bias, which gets its gradient."""
     cache, model = open_cache(folders["cache"]), load_llava(folders["student"])
-    biased = copy.deepcopy(model)
-    biased.lm_head.bias = torch.nn.Parameter(torch.ones(biased.lm_head.weight.shape[0]))
-    with pytest.raises(ModelError, match="its LM head has a bias"):
-        CachedDistillation(cache).attach(biased)
-    scaled = copy.deepcopy(model)
-    scaled.lm_head.register_forward_hook(lambda module, inputs, logits: 30 * torch.tanh(logits / 30))
-    with pytest.raises(ModelError, match="scales or caps the logits"):
-        CachedDistillation(cache).attach(scaled)
+    bias_V = torch.randn(model.lm_head.weight.shape[0], generator=torch.Generator().manual_seed(0))
+    model.lm_head.bias = torch.nn.Parameter(3 * bias_V)
+    batch = _batch(folders, cache, _keys(cache))
+    distillation = CachedDistillation(cache, kd_weight=0.0, lm_weight=1.0)
+    distillation.attach(model)
+    model(**batch).loss.backward()
+    found = model.lm_head.bias.grad.clone()
+    model.zero_grad()
+    targets, labels = batch.pop("targets"), batch.pop("labels")
+    logits_BTV = model(**batch).logits[..., : targets.vocab_size]
+    plain = torch.nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    plain.backward()
+    torch.testing.assert_close(found, model.lm_head.bias.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_a_head_that_is_not_known_is_refused(folders: Folders) -> None:
+    cache, model = open_cache(folders["cache"]), load_llava(folders["student"])
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: 30 * torch.tanh(logits / 30))
+    with pytest.raises(ModelError, match="are not those of its LM head"):
+        CachedDistillation(cache).attach(model)
 
 
 def test_a_student_with_swapped_ids_and_one_with_fewer_rows(folders: Folders) -> None:

@@ -19,6 +19,7 @@ from llavamod_offline.losses.fused import (
 )
 from llavamod_offline.losses.kinds import DIVERGENCE_KINDS, TailEstimator
 from llavamod_offline.losses.tail_estimators import TailPrior
+from llavamod_offline.models.lm_head import LmHead
 from tests.llavamod_offline.losses.reference import random_teacher, truncate
 
 N, DIM, VOCAB = 37, 12, 53  # multiples of nothing
@@ -26,7 +27,7 @@ TARGETS = truncate(random_teacher(N, VOCAB, 1), top_k=7, samples=3, temperatures
 IDS_N, SEQUENCE_OF_N = TARGETS.target_ids_N, torch.arange(N) % 3
 UPSTREAM_S = torch.tensor([1.0, -2.0, 0.5])
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Any], Tensor]
 
 
 def _distillation(**settings: Any) -> Loss:
@@ -205,3 +206,44 @@ def test_a_frozen_head_gets_no_product(name: str, monkeypatch: pytest.MonkeyPatc
     LOSSES[name](hidden_ND.requires_grad_(), weight_VD).backward()
     with pytest.raises(AssertionError, match="was computed"):
         LOSSES[name](hidden_ND, weight_VD.requires_grad_()).backward()
+
+
+HEADS: dict[str, tuple[bool, float | None, float]] = {  # whether biased, softcap, scale
+    "bias": (True, None, 1.0),
+    "softcap": (False, 3.0, 1.0),
+    "scale": (False, None, 0.25),
+    "all": (True, 3.0, 0.7),
+}
+
+
+def _slow_logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, head: str) -> Tensor:
+    biased, softcap, scale = HEADS[head]
+    logits_NV = (hidden_ND @ weight_VD.T + (bias_V if biased else 0.0)) * scale
+    return logits_NV if softcap is None else softcap * torch.tanh(logits_NV / softcap)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("frozen", [None, "hidden", "weight", "bias"])
+def test_gradients_go_through_softcap_scale_and_bias(name: str, head: str, frozen: str | None) -> None:
+    """Against autograd in float64 on logits that are inputs of the loss, with a head that multiplies by one."""
+    biased, softcap, scale = HEADS[head]
+    hidden_ND, weight_VD = _leaves()
+    bias_V = torch.randn(len(weight_VD), generator=torch.Generator().manual_seed(1))
+    leaves = {"hidden": hidden_ND, "weight": weight_VD, "bias": bias_V}
+    own = [leaf.clone().requires_grad_(frozen != key) for key, leaf in leaves.items()]
+    loss = LOSSES[name](own[0], LmHead(own[1], own[2] if biased else None, softcap, scale))
+    used = [leaf for leaf in own[: 2 + biased] if leaf.requires_grad]
+    found = torch.autograd.grad(loss, used)
+    # The loss of given logits, with its gradient by them: the head that multiplies by the identity.
+    exact = [leaf.detach().double().requires_grad_(leaf.requires_grad) for leaf in own]
+    logits_NV = _slow_logits(*exact, head)
+    given_NV = logits_NV.detach().float().requires_grad_()
+    expected = LOSSES[name](given_NV, torch.eye(len(weight_VD)))
+    (by_logits_NV,) = torch.autograd.grad(expected, given_NV)
+    reference = torch.autograd.grad(
+        logits_NV, [leaf for leaf in exact[: 2 + biased] if leaf.requires_grad], by_logits_NV.double()
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(found, reference, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=2e-5)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from llavamod_offline.losses.fused import distillation_from_hidden
 from llavamod_offline.models.checkpoint import load_llava
-from llavamod_offline.models.forward import lm_head_weight, student_hidden_states, vision_features
+from llavamod_offline.models.forward import student_hidden_states, vision_features
+from llavamod_offline.models.lm_head import lm_head_of
 from tests.llavamod_offline.losses.reference import random_teacher, truncate
 from tests.llavamod_offline.models.batches import make_batch
 
@@ -29,7 +30,7 @@ def test_hidden_states_times_head_are_the_models_logits(tiny_folder: Path, rows:
             pixel_values=batch.pixel_values_ICHW if len(batch.pixel_values_ICHW) else None,
         ).logits
     kept = batch.attention_mask_BT.bool()
-    torch.testing.assert_close((hidden_BTD @ lm_head_weight(model).T)[kept], expected[kept], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close((hidden_BTD @ lm_head_of(model).weight_VD.T)[kept], expected[kept], rtol=1e-5, atol=1e-5)
 
 
 def test_pixels_matter_and_padding_does_not(tiny_folder: Path) -> None:
@@ -64,7 +65,7 @@ def test_text_alone_leaves_the_projector_a_gradient_of_zero(tiny_folder: Path) -
     hidden_BTD = student_hidden_states(model, batch.input_ids_BT, batch.attention_mask_BT)
     hidden_ND = hidden_BTD[0, 20:25]
     targets = truncate(random_teacher(5, 400, 0), top_k=3)
-    distillation_from_hidden(hidden_ND, lm_head_weight(model), targets).loss_sum.backward()
+    distillation_from_hidden(hidden_ND, lm_head_of(model).weight_VD, targets).loss_sum.backward()
     for parameter in model.model.multi_modal_projector.parameters():
         assert parameter.grad is not None
         assert not parameter.grad.any()
@@ -89,7 +90,7 @@ def test_images_that_do_not_fit_their_tokens(tiny_folder: Path) -> None:
 
 def test_head_rows_beyond_the_tokenizer_get_no_probability(tiny_folder: Path) -> None:
     model, batch = load_llava(tiny_folder), make_batch(tiny_folder, [0])
-    weight_VD = lm_head_weight(model).detach().clone()
+    weight_VD = lm_head_of(model).weight_VD.detach().clone()
     assert weight_VD.shape[0] == 432
     hidden_ND = student_hidden_states(
         model, batch.input_ids_BT, batch.attention_mask_BT, batch.pixel_values_ICHW

@@ -12,8 +12,9 @@ from llavamod_offline.errors import ModelError
 from llavamod_offline.models.building import build_llava, build_tokenizer
 from llavamod_offline.models.capacity import limit_capacity
 from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, save_student
-from llavamod_offline.models.forward import lm_head_weight, student_hidden_states
+from llavamod_offline.models.forward import student_hidden_states
 from llavamod_offline.models.language_models import ROUTERS
+from llavamod_offline.models.lm_head import lm_head_of
 from llavamod_offline.models.routing import RouterWatch
 from llavamod_offline.models.upcycle import activated_parameters, total_parameters, upcycle
 from tests.llavamod_offline.models.batches import Batch, make_batch
@@ -28,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _logits(model: LlavaForConditionalGeneration, batch: Batch) -> torch.Tensor:
     with torch.no_grad():
         hidden_BTD = student_hidden_states(model, batch.input_ids_BT, batch.attention_mask_BT, batch.pixel_values_ICHW)
-        return (hidden_BTD @ lm_head_weight(model).T)[batch.attention_mask_BT.bool()]
+        return (hidden_BTD @ lm_head_of(model).weight_VD.T)[batch.attention_mask_BT.bool()]
 
 
 def test_parts_make_a_student(tmp_path: Path) -> None:

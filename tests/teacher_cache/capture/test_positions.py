@@ -13,7 +13,8 @@ from llavamod_offline.data.encode.tokenize import NO_TARGET
 from llavamod_offline.data.images import ImagePreprocessor
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, sequence_encoder
-from llavamod_offline.models.forward import lm_head_weight, student_hidden_states
+from llavamod_offline.models.forward import student_hidden_states
+from llavamod_offline.models.lm_head import lm_head_of
 from teacher_cache.read.reader import open_cache
 from teacher_cache.verify.cache import verify_cache
 from tests.teacher_cache.conftest import World
@@ -36,7 +37,7 @@ def test_every_position_is_the_models_own_distribution(world: World, tmp_path: P
             hidden_BTD = student_hidden_states(
                 model, batch.input_ids_BT, batch.attention_mask_BT, batch.pixel_values_ICHW
             )
-            dense_TV = (hidden_BTD[0] @ lm_head_weight(model).T)[:, : cache.vocab_size].log_softmax(-1)
+            dense_TV = (hidden_BTD[0] @ lm_head_of(model).weight_VD.T)[:, : cache.vocab_size].log_softmax(-1)
         targets = cache.targets([(sample.key, "response")])
         assert len(targets) == len(sequence.input_ids_T) == cache.sequence(sample.key, "response").n_tokens
         found_TV = torch.empty_like(dense_TV).scatter_(1, targets.topk_ids_NK, targets.topk_log_probs_NK)

@@ -17,8 +17,9 @@ from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequ
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import DataError, ModelError
 from llavamod_offline.families.llava import LlavaFamily
+from llavamod_offline.models.lm_head import LmHead
 from teacher_cache.engines.hf import HfCaptureEngine, length_batches
-from teacher_cache.engines.lm_head import LmHead
+from teacher_cache.engines.lm_head import Float32Head
 from teacher_cache.engines.protocol import Request
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.rejection import Rejection
@@ -185,7 +186,7 @@ def test_a_sequence_with_logits_that_are_not_finite_is_rejected_alone(teacher: T
         weight[poison] = float("nan")
     try:
         engine = teacher.engine()
-        engine.lm_head = LmHead(untied, None, teacher.vocab_size)  # the tiny head is tied: keep it sound
+        engine.lm_head = Float32Head(LmHead(untied), teacher.vocab_size)  # the tiny head is tied: keep it sound
         outcomes = list(engine.capture(teacher.requests([*samples, bad])))
     finally:
         with torch.no_grad():

@@ -127,7 +127,7 @@ def test_logits_that_are_more_than_a_head_are_refused(
 
     _load(settings("sound", teacher=folder))
     monkeypatch.setattr(Qwen2ForCausalLM, "forward", capped)
-    with pytest.raises(ModelError, match="the model scales or caps the logits of its LM head"):
+    with pytest.raises(ModelError, match="the logits of Qwen2ForCausalLM are not those of its LM head"):
         _load(settings("capped", teacher=folder))
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from llavamod_offline.errors import CacheError, ConfigError, LlavaModError, ModelError
 from llavamod_offline.models.checkpoint import load_llava
-from llavamod_offline.models.forward import lm_head_weight
+from llavamod_offline.models.lm_head import lm_head_of
 from teacher_cache.read.reader import TeacherCache, open_cache
 from tests.tiny import write_tiny_llava
 from tests.train.conftest import World, write_cache
@@ -102,7 +102,7 @@ def test_the_head_is_read_by_itself(world: World, tmp_path: Path, tied: bool, mo
     settings = ("capture.hidden=int8", "capture.preset=compact")
     cache = open_cache(write_cache(tmp_path / "cache", world.chats, teacher, *settings))
     monkeypatch.setattr(alignment, "_ROWS_AT_ONCE", 150)
-    lm_head_VD = lm_head_weight(load_llava(teacher))[:400].detach()
+    lm_head_VD = lm_head_of(load_llava(teacher)).weight_VD[:400].detach()
     torch.testing.assert_close(teacher_metric(teacher, cache, 48), lm_head_VD.T @ lm_head_VD, rtol=1e-5, atol=1e-2)
     with pytest.raises(ConfigError, match="is 48 wide, the cache's hidden states are 40"):
         teacher_metric(teacher, cache, 40)
