@@ -21,6 +21,7 @@ from llavamod_offline.losses.bucketed_divergence import DivergenceSpec
 from llavamod_offline.losses.cached_distillation import prior_of
 from llavamod_offline.losses.tail_estimators import choose_tail, prepare_targets
 from llavamod_offline.models.checkpoint import sequence_encoder, vocabulary_size
+from llavamod_offline.models.lm_head import lm_head_of
 from train.config import TrainConfig
 from train.data.batches import Loader, TrainBatch
 from train.data.join import MISMATCHED, Join, join
@@ -172,13 +173,13 @@ def prepare(config: TrainConfig, world: World) -> Setup:
     if cache is not None and order.window:
         cache.keep_shards(order.window)
     choose_trainable(student, config.trainable)
-    head_rows, student_size = student.get_output_embeddings().weight.shape
+    head = lm_head_of(student)
     positions = _positions(config, cache)
-    cached_vocab_size = _cached_vocabulary(cache, swap, vocabulary_size(source.tokenizer, head_rows))
+    cached_vocab_size = _cached_vocabulary(cache, swap, vocabulary_size(source.tokenizer, head.rows))
     alignment = prepare_alignment(
         config.loss.align,
         cache,
-        student_size=student_size,
+        student_head=head,
         vocab_size=cached_vocab_size,
         encoder=encoder,
         seed=config.seed,
@@ -210,7 +211,7 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         objective=make_objective(
             config.stage,
             config.loss,
-            vocab_size=vocabulary_size(source.tokenizer, head_rows),
+            vocab_size=vocabulary_size(source.tokenizer, head.rows),
             train_vision="vision" in config.trainable or _adapts_vision(config),
             **_tail(config, cache, swap, cached_vocab_size, samples=len(joined.rows)),
             positions=positions,

@@ -124,16 +124,18 @@ def next_logits(engine: HfCaptureEngine, prompts: Sequence[Prompt]) -> Generator
     moved_BT = (torch.arange(longest) + lengths_B[:, None]) % longest  # from right padding to left padding
     ids_BT, mask_BT = ids_BT.gather(1, moved_BT), mask_BT.gather(1, moved_BT)
     positions_BT = positions_BT.gather(-1, moved_BT.expand(positions_BT.shape))
-    embedded_BTD = embed(ids_BT.to(device))
+    ids_BT = ids_BT.to(device)
+    inputs = {"input_ids": ids_BT}  # a decoder may do more with ids than look up their embeddings
     if images:
+        embedded_BTD = embed(ids_BT)
         features = torch.cat(teacher.image_features(model, images)).to(embedded_BTD)
-        embedded_BTD = embedded_BTD.masked_scatter(torch.eq(ids_BT, image or 0).to(device)[..., None], features)
+        inputs = {"inputs_embeds": embedded_BTD.masked_scatter(torch.eq(ids_BT, image or 0)[..., None], features)}
     mask_BT, positions_BT = mask_BT.to(device), positions_BT.to(device)
     following_B = following_B.to(device)
     cache = None
     while True:
         output = decoder(
-            inputs_embeds=embedded_BTD,
+            **inputs,
             attention_mask=mask_BT,
             position_ids=positions_BT,
             past_key_values=cache,
@@ -144,7 +146,7 @@ def next_logits(engine: HfCaptureEngine, prompts: Sequence[Prompt]) -> Generator
         if image is not None and image < logits_BV.shape[1]:
             logits_BV[:, image] = -torch.inf
         chosen_B = (yield logits_BV).to(device)
-        embedded_BTD = embed(chosen_B[:, None])
+        inputs = {"input_ids": chosen_B[:, None]}
         mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(prompts), 1)], 1)
         positions_BT = following_B[:, None].expand(*positions_BT.shape[:-1], 1)
         following_B = following_B + 1

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.losses.alignment import HiddenProjection
-from llavamod_offline.models.checkpoint import open_tensors
+from llavamod_offline.models.checkpoint import open_tensors, read_json
 from llavamod_offline.models.hub import checkpoint_folder
+from llavamod_offline.models.lm_head import LmHead, head_settings
 from train.config import AlignConfig
 from train.data.teacher_states import WantedStates
 from train.stages.alignment import Alignment
@@ -26,13 +27,17 @@ if TYPE_CHECKING:
 
 _LM_HEAD_NAMES = ("lm_head.weight", "embed_tokens.weight")  # tied embeddings are stored under the second name
 _ROWS_AT_ONCE = 8_192
+_NOT_LINEAR = (
+    "has a bias or a softcap, so that relations of logits do not follow from hidden states and its weight: set it to "
+    "hidden"
+)
 
 
 def prepare_alignment(
     align: AlignConfig,
     cache: TeacherCache | None,
     *,
-    student_size: int,
+    student_head: LmHead,
     vocab_size: int | None,
     encoder: SequenceEncoder,
     seed: int,
@@ -41,7 +46,8 @@ def prepare_alignment(
     """Make the alignment of a run; None if no term has a weight. The cache must have passed `check_cache`.
 
     `vocab_size`: the number of ids whose logits are compared.
-    Errors: `ConfigError` if `teacher_lm_head` belongs to another teacher; `ModelError` if it is damaged.
+    Errors: `ConfigError` if `teacher_lm_head` belongs to another teacher, or logits to compare are not a linear map;
+    `ModelError` if it is damaged.
     """
     if cache is None or not align.is_on:
         return None
@@ -52,11 +58,13 @@ def prepare_alignment(
     projection = None
     if align.feature_weight:
         assert states is not None
-        projection = make_projection(student_size, states.size, seed=seed)
+        projection = make_projection(student_head.weight_VD.shape[1], states.size, seed=seed)
     metric_TT = None
     if align.relation_of == "logits":
         assert align.teacher_lm_head is not None
         assert states is not None
+        if not student_head.is_linear:
+            raise ConfigError(f"loss.align.relation_of: the student's LM head {_NOT_LINEAR}")
         metric_TT = teacher_metric(checkpoint_folder(align.teacher_lm_head), cache, states.size).to(device)
     return Alignment(
         align,
@@ -106,7 +114,8 @@ def make_projection(student_size: int, teacher_size: int, *, seed: int) -> Hidde
 def teacher_metric(folder: Path, cache: TeacherCache, size: int) -> Tensor:
     """Compute WᵀW [T, T], float32, of the teacher's LM head over the cache's ids, reading no other weights.
 
-    Errors: `ConfigError` if the checkpoint is not the one captured; `ModelError` if it is damaged.
+    Errors: `ConfigError` if the checkpoint is not the one captured, or its logits are not a linear map of hidden
+    states; `ModelError` if it is damaged.
     """
     from teacher_cache.format.manifest import sha256_file
 
@@ -117,6 +126,7 @@ def teacher_metric(folder: Path, cache: TeacherCache, size: int) -> Tensor:
             f"loss.align.teacher_lm_head: {file} differs from that of the teacher of cache '{cache.path}': set it to "
             "that teacher's folder"
         )
+    _check_linear(folder)
     metric_TT = torch.zeros(size, size, dtype=torch.float64)
     for rows_RT in _rows(file, name, cache.vocab_size):
         if rows_RT.shape[1] != size:
@@ -126,6 +136,21 @@ def teacher_metric(folder: Path, cache: TeacherCache, size: int) -> Tensor:
             )
         metric_TT += (rows_RT.T @ rows_RT).double()
     return metric_TT.float()
+
+
+def _check_linear(folder: Path) -> None:
+    """Refuse a checkpoint whose LM head has a softcap or a bias. Errors: `ConfigError`."""
+    from transformers import AutoConfig
+
+    softcap, _ = head_settings(
+        read_json(folder, "config.json").get("architectures") or [], AutoConfig.from_pretrained(folder)
+    )
+    biased = False
+    for file in folder.glob("*.safetensors"):
+        with open_tensors(file) as tensors:
+            biased = biased or any(f".{name}".endswith(".lm_head.bias") for name in tensors.keys())  # noqa: SIM118
+    if softcap is not None or biased:
+        raise ConfigError(f"loss.align.relation_of: the LM head of {folder} {_NOT_LINEAR}")
 
 
 def _find_lm_head(folder: Path) -> tuple[Path, str]:

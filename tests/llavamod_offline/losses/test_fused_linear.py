@@ -59,7 +59,7 @@ def _leaves(rows: int = VOCAB + 4) -> tuple[Tensor, Tensor]:
     return torch.randn(N, DIM, generator=generator), torch.randn(rows, DIM, generator=generator)
 
 
-def _gradients(loss: Loss, *leaves: Tensor) -> tuple[Tensor, ...]:
+def _gradients(loss: Callable[..., Tensor], *leaves: Tensor) -> tuple[Tensor, ...]:
     own = tuple(leaf.detach().requires_grad_() for leaf in leaves)
     value = loss(*own)
     return (value.detach(), *torch.autograd.grad(value, own))
@@ -216,7 +216,7 @@ HEADS: dict[str, tuple[bool, float | None, float]] = {  # whether biased, softca
 }
 
 
-def _slow_logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, head: str) -> Tensor:
+def _slow_logits(head: str, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor) -> Tensor:
     biased, softcap, scale = HEADS[head]
     logits_NV = (hidden_ND @ weight_VD.T + (bias_V if biased else 0.0)) * scale
     return logits_NV if softcap is None else softcap * torch.tanh(logits_NV / softcap)
@@ -237,7 +237,7 @@ def test_gradients_go_through_softcap_scale_and_bias(name: str, head: str, froze
     found = torch.autograd.grad(loss, used)
     # The loss of given logits, with its gradient by them: the head that multiplies by the identity.
     exact = [leaf.detach().double().requires_grad_(leaf.requires_grad) for leaf in own]
-    logits_NV = _slow_logits(*exact, head)
+    logits_NV = _slow_logits(head, *exact)
     given_NV = logits_NV.detach().float().requires_grad_()
     expected = LOSSES[name](given_NV, torch.eye(len(weight_VD)))
     (by_logits_NV,) = torch.autograd.grad(expected, given_NV)
@@ -247,3 +247,18 @@ def test_gradients_go_through_softcap_scale_and_bias(name: str, head: str, froze
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(found, reference, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "samples", "sequences"])
+def test_a_whole_head_in_low_precision_is_exact_but_for_its_inputs_and_results(name: str) -> None:
+    low = [leaf.bfloat16() for leaf in (*_leaves(), torch.linspace(-1, 1, VOCAB + 4))]
+
+    def loss(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor) -> Tensor:
+        return LOSSES[name](hidden_ND, LmHead(weight_VD, bias_V, 3.0, 0.7))
+
+    value, *gradients = _gradients(loss, *low)
+    expected_value, *expected = _gradients(loss, *(leaf.float() for leaf in low))
+    torch.testing.assert_close(value, expected_value, rtol=1e-5, atol=1e-5)
+    for gradient, reference in zip(gradients, expected, strict=True):
+        assert gradient.dtype == torch.bfloat16
+        torch.testing.assert_close(gradient.float(), reference, rtol=2**-8, atol=1e-5)

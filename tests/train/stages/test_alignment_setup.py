@@ -9,17 +9,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from llavamod_offline.data.encode.template import get_template
+from llavamod_offline.data.pack.pack import write_set
+from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import CacheError, ConfigError, LlavaModError, ModelError
-from llavamod_offline.models.checkpoint import load_llava
-from llavamod_offline.models.lm_head import lm_head_of
+from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, sequence_encoder
+from llavamod_offline.models.lm_head import LmHead, lm_head_of
 from teacher_cache.read.reader import TeacherCache, open_cache
 from tests.tiny import write_tiny_llava
+from tests.tiny_teachers import write_tiny_causal_lm
 from tests.train.conftest import World, write_cache
 from train.data import teacher_states
 from train.data.teacher_states import WantedStates
 from train.run import train
 from train.stages import alignment_setup as alignment
-from train.stages.alignment_setup import make_projection, teacher_metric
+from train.stages.alignment_setup import make_projection, prepare_alignment, teacher_metric
 
 REFERENCE = ("capture.preset=reference", "capture.positions=all", "capture.hidden=int8")
 
@@ -118,6 +122,31 @@ def test_a_head_that_cannot_be_read_is_named(of_images: Path, world: World, tmp_
     save_file({"lm_head.weight": torch.zeros(400, 48)}, folder / "model.safetensors")
     with pytest.raises(ConfigError, match="differs from that of the teacher of cache"):
         teacher_metric(folder, cache, 48)
+
+
+def test_relations_of_logits_that_are_no_linear_map_are_refused(world: World, of_images: Path, tmp_path: Path) -> None:
+    """A softcap or a bias of the teacher's LM head, or of the student's."""
+    settings = ("capture.hidden=int8", "capture.preset=compact", "template=chatml")
+    for name, kind in (("capped", "gemma2"), ("biased", "phi")):
+        teacher = write_tiny_causal_lm(tmp_path / name, kind)
+        write_set([Sample("a", (Turn("user", "b"), Turn("assistant", "c")), (), ())], tmp_path / f"{name}-set")
+        cache = open_cache(write_cache(tmp_path / f"{name}-cache", tmp_path / f"{name}-set", teacher, *settings))
+        with pytest.raises(ConfigError, match=rf"loss.align.relation_of: the LM head of {teacher} has a bias or a"):
+            teacher_metric(teacher, cache, 64)
+    logits = ("loss.align.relation_weight=1", "loss.align.relation_of=logits")
+    config = world.config("mimic_dense", tmp_path / "run", *logits, f"loss.align.teacher_lm_head={world.teacher}")
+    encoder = sequence_encoder(world.student, load_tokenizer(world.student), get_template("qwen"), 512)
+    for head in (LmHead(torch.zeros(400, 8), torch.zeros(400)), LmHead(torch.zeros(400, 8), softcap=5.0)):
+        with pytest.raises(ConfigError, match=r"relation_of: the student's LM head has a bias or a softcap"):
+            prepare_alignment(
+                config.loss.align,
+                open_cache(of_images),
+                student_head=head,
+                vocab_size=400,
+                encoder=encoder,
+                seed=0,
+                device=torch.device("cpu"),
+            )
 
 
 def test_a_projection_follows_from_the_seed() -> None:
