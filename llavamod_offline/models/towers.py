@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 # The class tokens of each kind, by its model_type.
 _CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "dinov2": 1, "dinov2_with_registers": 1}
+TOWER_TYPES = tuple(_CLASS_TOKENS)
 
 
 def extra_tokens(config: LlavaConfig) -> int:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from tokenizers import AddedToken
 from torch import Tensor
-from transformers import CLIPModel, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER
 from llavamod_offline.errors import ModelError
@@ -20,8 +20,9 @@ from llavamod_offline.models.building.projector import (
     projector_activation,
     read_projector,
 )
-from llavamod_offline.models.checkpoint import load_llava, load_tensors, load_tokenizer, load_weights, read_json
-from llavamod_offline.models.language_models import LANGUAGE_MODELS, NAMES
+from llavamod_offline.models.building.text_model import check_same_logits, load_language_model
+from llavamod_offline.models.building.tower import load_tower
+from llavamod_offline.models.checkpoint import load_tensors, load_tokenizer
 from llavamod_offline.models.towers import extra_tokens
 
 if TYPE_CHECKING:
@@ -44,14 +45,13 @@ def build_llava(
     The projector is that of the file `projector` (see `read_projector`), or a new one from `seed`; its type is that of
     the file, or `mlp2x_gelu`. It sees the tower's hidden states of one layer, or of several side by side; the strategy
     `default` leaves out the class token and `full` keeps it (None: leave it out where there is one).
-    `vision_tower` is the folder of a CLIP model, of a CLIP vision model, or of a LLaVA model with a CLIP tower;
-    `language_model` that of a dense model listed in `LANGUAGE_MODELS`. Use the result with
+    For `vision_tower` and `language_model` see `load_tower` and `load_language_model`. Use the result with
     `build_tokenizer(language_model)`; if that adds an image token beyond the last row, the embeddings and the LM head
     grow by copies of their mean row.
     Errors: `ModelError` if a folder is missing, incomplete or holds another kind of model.
     """
-    tower = _load_tower(vision_tower, dtype)
-    text = _load_language_model(language_model, dtype)
+    tower = load_tower(vision_tower, dtype)
+    text = load_language_model(language_model, dtype)
     tokenizer = build_tokenizer(language_model)
     vision_config, tied = tower.config, bool(text.config.tie_word_embeddings)
     rows = max(len(tokenizer), text.config.vocab_size)
@@ -73,12 +73,14 @@ def build_llava(
     )
     _choose_tokens(config, vision_feature_select_strategy)
     tensors |= {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
-    tensors |= {f"model.language_model.{name}": tensor for name, tensor in text.model.state_dict().items()}
-    embeddings = "model.language_model.embed_tokens.weight"
-    tensors[embeddings] = _grown(tensors[embeddings], rows)
+    tensors |= {f"model.language_model.{name}": tensor for name, tensor in text.base_model.state_dict().items()}
+    own = text.base_model.get_input_embeddings().weight
+    named = next(name for name, parameter in text.base_model.named_parameters() if parameter is own)
+    tensors[f"model.language_model.{named}"] = _grown(own.detach(), rows)
     if not tied:
-        tensors["lm_head.weight"] = _grown(text.lm_head.weight.detach(), rows)
+        tensors["lm_head.weight"] = _grown(text.get_output_embeddings().weight.detach(), rows)
     model = load_tensors(LlavaForConditionalGeneration, config, tensors, dtype=dtype)
+    check_same_logits(model, text, language_model)
     model.generation_config = text.generation_config
     return cast("LlavaForConditionalGeneration", model)
 
@@ -93,34 +95,6 @@ def build_tokenizer(language_model: Path) -> PreTrainedTokenizerFast:
         token = AddedToken(IMAGE_PLACEHOLDER, special=True, normalized=False)
         tokenizer.add_special_tokens({"extra_special_tokens": [token]}, replace_extra_special_tokens=False)
     return tokenizer
-
-
-def _load_tower(folder: Path, dtype: torch.dtype) -> Any:
-    model_type = read_json(folder, "config.json").get("model_type")
-    if model_type == "llava":
-        tower = load_llava(folder, dtype).model.vision_tower
-        if tower.config.model_type != "clip_vision_model":
-            raise ModelError(f"{folder}: the vision tower is of type '{tower.config.model_type}': use a CLIP tower")
-        return tower
-    if model_type == "clip_vision_model":
-        return load_weights(CLIPVisionModel, folder, dtype=dtype)
-    if model_type == "clip":
-        return load_weights(CLIPModel, folder, dtype=dtype).vision_model
-    raise ModelError(
-        f"{folder}/config.json: model_type is '{model_type}', expected 'clip', 'clip_vision_model' or 'llava': "
-        "use the folder of a CLIP vision tower"
-    )
-
-
-def _load_language_model(folder: Path, dtype: torch.dtype) -> Any:
-    model_type = read_json(folder, "config.json").get("model_type")
-    if model_type not in LANGUAGE_MODELS:
-        expected = " or ".join(f"'{name}'" for name in LANGUAGE_MODELS)
-        raise ModelError(
-            f"{folder}/config.json: model_type is '{model_type}', expected {expected}: "
-            f"use the folder of a dense language model ({NAMES})"
-        )
-    return load_weights(LANGUAGE_MODELS[model_type].dense, folder, dtype=dtype)
 
 
 def _feature_layers(chosen: int | Sequence[int], count: int) -> list[int]:

@@ -92,10 +92,17 @@ def test_tower_out_of_a_clip_or_a_llava_folder(parts: tuple[Path, Path], tmp_pat
 
 class TestErrors:
     def test_swapped_folders(self, parts: tuple[Path, Path]) -> None:
-        with pytest.raises(ModelError, match="model_type is 'qwen2', expected 'clip'"):
+        with pytest.raises(ModelError, match="model_type is 'qwen2', expected clip, siglip, clip_vision_model"):
             build_llava(parts[1], parts[0], seed=0)
-        with pytest.raises(ModelError, match="model_type is 'clip_vision_model', expected 'qwen2'"):
+        with pytest.raises(ModelError, match="model_type is 'clip_vision_model', which is no causal language model"):
             build_llava(parts[0], parts[0], seed=0)
+
+    def test_a_tower_of_variable_resolution(self, parts: tuple[Path, Path], tmp_path: Path) -> None:
+        for kind in ("siglip2", "siglip2_vision_model"):
+            (tmp_path / kind).mkdir()
+            (tmp_path / kind / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+            with pytest.raises(ModelError, match=r"NaFlex.* use one of a fixed resolution"):
+                build_llava(tmp_path / kind, parts[1], seed=0)
 
     def test_missing_folder(self, parts: tuple[Path, Path], tmp_path: Path) -> None:
         with pytest.raises(ModelError, match="no such checkpoint folder"):

@@ -1,0 +1,99 @@
+"""The language model of a student that is built from parts: a dense decoder that LLaVA computes with as it does.
+
+`LlavaForConditionalGeneration` runs a language model from its embeddings and applies a plain LM head. What a model does
+beside that would be lost in a student over it, so such models are refused: by name where the reason is known, and by
+comparing the logits of both on a probe.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlavaForConditionalGeneration
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from llavamod_offline.errors import ModelError, first_line
+from llavamod_offline.models.checkpoint import load_weights, read_json
+
+_TOLERANCE = 1e-4  # of the largest logit, in float32; attention kernels may differ in the last digits
+_PROBED_TOKENS = 24
+# What causal language models apply to their logits or hidden states, by the setting that turns it on, with the value
+# that turns it off. LLaVA's class applies none of it.
+_HEAD_SETTINGS: dict[str, Any] = {
+    "final_logit_softcapping": None,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+    "lm_head_multiplier": 1.0,
+}
+
+
+def load_language_model(folder: Path, dtype: torch.dtype) -> Any:
+    """Load a dense causal language model that a LLaVA can be built on.
+
+    Errors: `ModelError` if the folder holds another kind of model, or one of which a LLaVA would lose a part.
+    """
+    model_type = read_json(folder, "config.json").get("model_type")
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(
+            f"{folder}/config.json: model_type is '{model_type}', which is no causal language model of transformers: "
+            "use the folder of a dense language model, such as Qwen, Llama, Gemma, SmolLM or Phi-3"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ModelError(f"{folder}/config.json: invalid configuration: {first_line(error)}") from error
+    if config.get_text_config() is not config:
+        raise ModelError(
+            f"{folder}/config.json: model_type is '{model_type}', which is multimodal already: use the folder of a "
+            "language model alone"
+        )
+    for name, off in _HEAD_SETTINGS.items():
+        value = getattr(config, name, off)
+        if value not in (None, off):
+            raise _lost(folder, model_type, f"{name} ({value:g})")
+    text = load_weights(AutoModelForCausalLM, folder, dtype=dtype)
+    head = text.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise _lost(folder, model_type, "the bias of its LM head")
+    if any(".experts." in name for name, _ in text.named_parameters()):
+        raise ModelError(
+            f"{folder}: the language model is a mixture of experts: use a dense one, and student.upcycle to make the "
+            "student sparse"
+        )
+    return text
+
+
+@torch.no_grad()
+def check_same_logits(model: LlavaForConditionalGeneration, text: Any, folder: Path) -> None:
+    """Compare a LLaVA's logits with those of its language model, on two texts of which one is padded.
+
+    Errors: `ModelError` if they differ, or if the language model cannot run from embeddings.
+    """
+    rows = text.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    ids_2T = torch.randint(rows, (2, _PROBED_TOKENS), generator=generator)
+    ids_2T[ids_2T == model.config.image_token_index] = 0
+    mask_2T = torch.ones_like(ids_2T)
+    mask_2T[1, _PROBED_TOKENS // 2 :] = 0
+    try:
+        own, wanted = (
+            one(input_ids=ids_2T, attention_mask=mask_2T, use_cache=False).logits[..., :rows][mask_2T.bool()].float()
+            for one in (model, text)
+        )
+    except Exception as error:
+        raise ModelError(
+            f"{folder}: a '{text.config.model_type}' cannot be the language model of a LLaVA ({first_line(error)}): "
+            "use another one"
+        ) from error
+    difference = float((own - wanted).abs().max())
+    if not difference <= _TOLERANCE * float(wanted.abs().max()):
+        raise _lost(folder, text.config.model_type, f"a part of its forward pass: logits differ by {difference:.2g}")
+
+
+def _lost(folder: Path, model_type: str, what: str) -> ModelError:
+    return ModelError(
+        f"{folder}: transformers' LlavaForConditionalGeneration over a '{model_type}' would lose {what}: use another "
+        "language model"
+    )

@@ -1,0 +1,99 @@
+"""Students over many language models and vision towers, through all stages, into plain transformers and evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from llavamod_offline.errors import ModelError
+from llavamod_offline.models.building import build_llava
+from llavamod_offline.models.checkpoint import image_tokens, load_llava
+from tests.plain import engine_answers, plain_answers, questions
+from tests.tiny_students import REFUSED_TEXT_MODELS, TEXT_MODELS, TOWERS, write_language_model, write_tower
+from tests.train.conftest import World
+from tests.train.reference import read_metrics
+from tests.train.test_checkpoint import assert_same_run, train_until_sigterm
+from train.run import train
+
+PAIRS = [*((text, "CLIP") for text in TEXT_MODELS), *(("Llama", tower) for tower in TOWERS[1:]), ("Gemma3", "SigLIP2")]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parts")
+    for name in TEXT_MODELS:
+        write_language_model(folder / name, name)
+    for name in TOWERS:
+        write_tower(folder / name, name)
+    return folder
+
+
+@pytest.mark.parametrize(("text", "tower"), PAIRS)
+def test_a_student_starts_as_its_parts_are(parts: Path, text: str, tower: str) -> None:
+    model = build_llava(parts / tower, parts / text, seed=0)
+    assert image_tokens(model.config) == 9
+    plain = AutoModelForCausalLM.from_pretrained(parts / text)
+    input_ids = torch.arange(40).reshape(2, 20)
+    rows = plain.config.vocab_size
+    with torch.no_grad():
+        logits = plain(input_ids=input_ids).logits
+        torch.testing.assert_close(model(input_ids=input_ids).logits[..., :rows], logits, rtol=1e-5, atol=1e-5)
+    assert logits.std() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("text", "tower"),
+    [pair if pair == ("Llama", "SigLIP") else pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS],
+)
+def test_every_stage_and_the_evaluation(world: World, parts: Path, tmp_path: Path, text: str, tower: str) -> None:
+    """From parts, through all stages; each export is what plain transformers loads, and answers as our evaluation."""
+    built = (f"student.vision_tower={parts / tower}", f"student.language_model={parts / text}")
+    student = None
+    for stage in ("align", "mimic_dense", "preference"):
+        start = [f"student.checkpoint={student}"] if student else [*built, "student.checkpoint=null"]
+        train(world.config(stage, tmp_path / stage, *start, "steps=2"))
+        student = tmp_path / stage / "student"
+        log = read_metrics(tmp_path / stage)
+        assert all(entry["grad_norm"] > 0 for entry in log), stage
+        plain, own = AutoModelForImageTextToText.from_pretrained(student), load_llava(student)
+        for name, tensor in own.state_dict().items():
+            assert torch.equal(plain.state_dict()[name], tensor), name
+    asked = questions(tmp_path)
+    assert plain_answers(student, asked, 8) == engine_answers(student, asked, 8, template="auto")
+
+
+def test_a_stopped_run_over_a_gemma_goes_on(world: World, parts: Path, tmp_path: Path) -> None:
+    """Its embeddings have a scale that no checkpoint holds."""
+    built = (f"student.vision_tower={parts / 'SigLIP'}", f"student.language_model={parts / 'Gemma'}")
+    settings = (*built, "student.checkpoint=null", "trainable=[projector,text]")
+    train(world.config("align", tmp_path / "whole", *settings))
+    train_until_sigterm(world.config("align", tmp_path / "run", *settings), lines=2)
+    train(world.config("align", tmp_path / "run", *settings))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("Phi2", "over a 'phi' would lose the bias of its LM head: use another language model"),
+        ("Gemma2", r"over a 'gemma2' would lose final_logit_softcapping \(30\)"),
+        ("Cohere", r"over a 'cohere' would lose logit_scale \(0.0625\)"),
+        ("Granite", r"over a 'granite' would lose logits_scaling \(8\)"),
+        ("Mixtral", "the language model is a mixture of experts: use a dense one"),
+        ("Falcon-H1", r"over a 'falcon_h1' would lose lm_head_multiplier \(0.5\)"),
+    ],
+)
+def test_language_models_of_which_a_part_would_be_lost_are_refused(
+    world: World, parts: Path, tmp_path: Path, name: str, reason: str
+) -> None:
+    assert name in REFUSED_TEXT_MODELS
+    text = write_language_model(tmp_path / "text", name)
+    settings = (f"student.vision_tower={parts / 'CLIP'}", f"student.language_model={text}", "student.checkpoint=null")
+    with pytest.raises(ModelError, match=reason) as caught:
+        train(world.config("align", tmp_path / "run", *settings))
+    assert str(text) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
