@@ -34,7 +34,7 @@ def load_language_model(folder: Path, dtype: torch.dtype) -> Any:
 
     Errors: `ModelError` if the folder holds another kind of model, or one of which a LLaVA would lose a part.
     """
-    model_type = read_json(folder, "config.json").get("model_type")
+    model_type = str(read_json(folder, "config.json").get("model_type"))
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(
             f"{folder}/config.json: model_type is '{model_type}', which is no causal language model of transformers: "
