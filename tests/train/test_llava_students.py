@@ -51,11 +51,11 @@ def test_a_student_starts_as_its_parts_are(parts: Path, text: str, tower: str) -
 def test_every_stage_and_the_evaluation(world: World, parts: Path, tmp_path: Path, text: str, tower: str) -> None:
     """From parts, through all stages; each export is what plain transformers loads, and answers as our evaluation."""
     built = (f"student.vision_tower={parts / tower}", f"student.language_model={parts / text}")
-    student, start = tmp_path, (*built, "student.checkpoint=null")
+    student, start = tmp_path, [*built, "student.checkpoint=null"]
     for stage in ("align", "mimic_dense", "preference"):
         train(world.config(stage, tmp_path / stage, *start, "steps=2"))
         student = tmp_path / stage / "student"
-        start = (f"student.checkpoint={student}",)
+        start = [f"student.checkpoint={student}"]
         log = read_metrics(tmp_path / stage)
         assert all(entry["grad_norm"] > 0 for entry in log), stage
         plain, own = AutoModelForImageTextToText.from_pretrained(student), load_llava(student)
