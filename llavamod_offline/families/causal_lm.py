@@ -14,6 +14,7 @@ from llavamod_offline.data.encode.template import Template
 from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequence
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import DataError
+from llavamod_offline.families.batch import tensors, text_inputs
 from llavamod_offline.families.folder import context_length, read_config
 from llavamod_offline.families.protocol import SampleImage
 from llavamod_offline.models.checkpoint import load_tokenizer, load_weights
@@ -40,6 +41,7 @@ class CausalLmFamily:
         self.image_token_id: int | None = None
         self.head_rows = int(config.vocab_size)
         self.context_length = context_length(config)
+        self.batches = True
 
     def encode(self, sample: Sample, role: str) -> TokenizedSequence:
         """Tokenize one role of a sample. Errors: `DataError` if it has images."""
@@ -63,6 +65,12 @@ class CausalLmFamily:
         from transformers import AutoModelForCausalLM
 
         return load_weights(AutoModelForCausalLM, self.folder, dtype=dtype, **settings)
+
+    def model_inputs(
+        self, sequences: Sequence[TokenizedSequence], images: Sequence[Sequence[SampleImage]], *, left: bool = False
+    ) -> dict[str, Tensor]:
+        """Tokens."""
+        return tensors(text_inputs(sequences, pad=0, left=left))
 
     def image_features(self, model: Any, images: Sequence[SampleImage]) -> list[Tensor]:
         """None: there are no images."""

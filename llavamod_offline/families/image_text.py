@@ -29,6 +29,7 @@ from llavamod_offline.data.images import DECODER, decode_image, image_size, pad_
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import DataError, ModelError
 from llavamod_offline.families import folder as folders
+from llavamod_offline.families.batch import joined, padded, tensors, text_inputs
 from llavamod_offline.families.image_wording import TokenWriter, written_image
 from llavamod_offline.families.probes import check_family, probe
 from llavamod_offline.families.processor import load_processor
@@ -156,14 +157,11 @@ class ImageTextFamily:
         self, sequences: Sequence[TokenizedSequence], images: Sequence[Sequence[SampleImage]], *, left: bool = False
     ) -> dict[str, Tensor]:
         """What the model takes for a padded batch, on the CPU; `images` are those of each sequence."""
-        ids = [sequence.input_ids_T for sequence in sequences]
-        pad = 0 if self.image_token_id != 0 else 1
-        columns = {"input_ids": padded(ids, pad, left=left)}
-        columns["attention_mask"] = padded([np.ones_like(one) for one in ids], 0, left=left)
+        columns = text_inputs(sequences, pad=0 if self.image_token_id != 0 else 1, left=left)
         for name, marked in self.text_fields.items():
-            columns[name] = padded([self.token_types(one, marked=marked) for one in ids], 0, left=left)
-        arrays = [image.inputs for own in images for image in own]
-        return {name: torch.from_numpy(array) for name, array in (columns | self.joined(arrays)).items()}
+            types = [self.token_types(sequence.input_ids_T, marked=marked) for sequence in sequences]
+            columns[name] = padded(types, 0, left=left)
+        return tensors(columns | self.joined([image.inputs for own in images for image in own]))
 
     def probe_inputs(self) -> dict[str, Tensor]:
         """What the model takes for a conversation with an image."""
@@ -186,31 +184,6 @@ class ImageTextFamily:
 
     def _embedded(self, image: ImageTokens) -> int:
         return int((image.ids == self.image_token_id).sum())
-
-
-def padded(rows: Sequence[NDArray[np.int64]], value: int, *, left: bool) -> NDArray[np.int64]:
-    """Pad rows to the longest: [B, T]."""
-    found_BT = np.full((len(rows), max(map(len, rows))), value, np.int64)
-    for row_T, into_T in zip(rows, found_BT, strict=True):
-        into_T[len(into_T) - len(row_T) if left else 0 :][: len(row_T)] = row_T
-    return found_BT
-
-
-def joined(samples: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
-    """The arrays of several samples, one after another; their other dimensions are padded with zeros to the largest."""
-    found: dict[str, NDArray[Any]] = {}
-    for name in dict.fromkeys(name for sample in samples for name in sample):
-        arrays = [sample[name] for sample in samples if name in sample]
-        largest = np.max([array.shape[1:] for array in arrays], axis=0).astype(int)
-        found[name] = np.concatenate(
-            [
-                np.pad(
-                    array, [(0, 0), *((0, int(most - own)) for own, most in zip(array.shape[1:], largest, strict=True))]
-                )
-                for array in arrays
-            ]
-        )
-    return found
 
 
 def _embedded_id(config: Any, processor: Any, folder: Path) -> int:

@@ -17,6 +17,7 @@ from llavamod_offline.data.encode.template import Template
 from llavamod_offline.data.encode.tokenize import TokenizedSequence
 from llavamod_offline.data.images import ImagePreprocessor
 from llavamod_offline.data.sample import Sample
+from llavamod_offline.families.batch import tensors, text_inputs
 from llavamod_offline.families.folder import context_length, pixel_array, preparing
 from llavamod_offline.families.protocol import SampleImage
 from llavamod_offline.models.checkpoint import load_config, load_llava, load_tokenizer, sequence_encoder
@@ -36,6 +37,7 @@ class LlavaFamily:
         self.image_token_id: int | None = self.encoder.image_token_id
         self.head_rows = int(config.text_config.vocab_size)
         self.context_length = context_length(config.text_config)
+        self.batches = True
 
     def encode(self, sample: Sample, role: str) -> TokenizedSequence:
         """Tokenize one role of a sample."""
@@ -58,6 +60,14 @@ class LlavaFamily:
     def load(self, dtype: torch.dtype, **settings: Any) -> Any:
         """Load the model."""
         return load_llava(self.folder, dtype=dtype, **settings)
+
+    def model_inputs(
+        self, sequences: Sequence[TokenizedSequence], images: Sequence[Sequence[SampleImage]], *, left: bool = False
+    ) -> dict[str, Tensor]:
+        """Tokens, and the pixels of all images."""
+        text = text_inputs(sequences, pad=int(self.image_token_id == 0), left=left)
+        pixels = [image.inputs["pixel_values"] for own in images for image in own]
+        return tensors(text | ({"pixel_values": np.stack(pixels)} if pixels else {}))
 
     def image_features(self, model: Any, images: Sequence[SampleImage]) -> list[Tensor]:
         """Run tower and projector."""

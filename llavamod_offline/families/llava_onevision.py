@@ -22,6 +22,7 @@ from llavamod_offline.data.images import decode_image, image_size, pad_to_square
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import DataError, ModelError
 from llavamod_offline.families import folder as folders
+from llavamod_offline.families.batch import joined, tensors, text_inputs
 from llavamod_offline.families.protocol import SampleImage
 from llavamod_offline.models.checkpoint import load_tokenizer, load_weights
 
@@ -56,6 +57,7 @@ class LlavaOnevisionFamily:
         self.image_token_id: int | None = image
         self.head_rows = int(config.text_config.vocab_size)
         self.context_length = folders.context_length(config.text_config)
+        self.batches = True
 
     def encode(self, sample: Sample, role: str) -> TokenizedSequence:
         """Tokenize one role of a sample."""
@@ -95,6 +97,19 @@ class LlavaOnevisionFamily:
         from transformers import LlavaOnevisionForConditionalGeneration
 
         return load_weights(LlavaOnevisionForConditionalGeneration, self.folder, dtype=dtype, **settings)
+
+    def model_inputs(
+        self, sequences: Sequence[TokenizedSequence], images: Sequence[Sequence[SampleImage]], *, left: bool = False
+    ) -> dict[str, Tensor]:
+        """Tokens, the tiles of all images, their sizes, and each sequence's number of images."""
+        text = text_inputs(sequences, pad=int(self.image_token_id == 0), left=left)
+        arrays = [image.inputs for own in images for image in own]
+        if not arrays:
+            return tensors(text)
+        tiles = [{"pixel_values": array["pixel_values"][None]} for array in arrays]
+        sizes = np.stack([array["image_size"] for array in arrays])
+        counts = np.array([len(own) for own in images if own])
+        return tensors(text | joined(tiles) | {"image_sizes": sizes, "batch_num_images": counts})
 
     def image_features(self, model: Any, images: Sequence[SampleImage]) -> list[Tensor]:
         """Run tower and projector over the tiles, and join those of each image, with newlines."""

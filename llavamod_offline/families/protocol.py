@@ -42,6 +42,7 @@ class Family(Protocol):
     image_token_id: int | None
     head_rows: int
     context_length: int
+    batches: bool
 
     def encode(self, sample: Sample, role: str) -> TokenizedSequence:
         """Tokenize one role of a sample, image tokens expanded, from image headers alone. Errors: `DataError`."""
@@ -62,17 +63,10 @@ class Family(Protocol):
         """Load the model in evaluation mode; `settings` go to `from_pretrained`. Errors: `ModelError`."""
         ...
 
-
-@runtime_checkable
-class WholeFamily(Family, Protocol):
-    """A family whose model takes tokens and images together; `batches`: whether it takes several samples at once."""
-
-    batches: bool
-
     def model_inputs(
         self, sequences: Sequence[TokenizedSequence], images: Sequence[Sequence[SampleImage]], *, left: bool = False
     ) -> dict[str, Tensor]:
-        """What the model takes for a padded batch, on the CPU; `images` are those of each sequence.
+        """What the model's `forward` takes for a padded batch, on the CPU; `images` are those of each sequence.
 
         Padding is on the right, or on the `left`.
         """

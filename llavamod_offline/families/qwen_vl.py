@@ -20,6 +20,7 @@ from llavamod_offline.data.images import decode_image, image_size, pad_to_square
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import DataError, ModelError, first_line
 from llavamod_offline.families import folder as folders
+from llavamod_offline.families.batch import tensors, text_inputs
 from llavamod_offline.families.protocol import SampleImage
 from llavamod_offline.models.checkpoint import load_tokenizer, load_weights, read_json
 
@@ -60,6 +61,7 @@ class QwenVlFamily:
         self.image_token_id: int | None = image
         self.head_rows = int(config.text_config.vocab_size)
         self.context_length = folders.context_length(config.text_config)
+        self.batches = True
 
     def encode(self, sample: Sample, role: str) -> TokenizedSequence:
         """Tokenize one role of a sample."""
@@ -93,6 +95,19 @@ class QwenVlFamily:
 
         model_class = Qwen2_5_VLForConditionalGeneration if self._newer else Qwen2VLForConditionalGeneration
         return load_weights(model_class, self.folder, dtype=dtype, **settings)
+
+    def model_inputs(
+        self, sequences: Sequence[TokenizedSequence], images: Sequence[Sequence[SampleImage]], *, left: bool = False
+    ) -> dict[str, Tensor]:
+        """Tokens, which of them are images, and the patches of all images."""
+        text = text_inputs(sequences, pad=int(self.image_token_id == 0), left=left)
+        text["mm_token_type_ids"] = (text["input_ids"] == self.image_token_id).astype(np.int64)
+        arrays = [image.inputs for own in images for image in own]
+        if not arrays:
+            return tensors(text)
+        patches_PC = np.concatenate([array["pixel_values"] for array in arrays])
+        grids = np.stack([array["image_grid_thw"] for array in arrays])
+        return tensors(text | {"pixel_values": patches_PC, "image_grid_thw": grids})
 
     def image_features(self, model: Any, images: Sequence[SampleImage]) -> list[Tensor]:
         """Run the tower with its merger over the patches of all images, one after another."""

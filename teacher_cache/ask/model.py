@@ -6,15 +6,16 @@ Shape suffixes: T tokens of the prompt, V ids of the vocabulary.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from llavamod_offline.data.encode.tokenize import Ids
+from llavamod_offline.data.encode.tokenize import Ids, TokenizedSequence
 from llavamod_offline.data.images import decode_image, image_extension
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
 from llavamod_offline.errors import ConfigError, DataError, ModelError
@@ -24,7 +25,7 @@ from llavamod_offline.models.device import pick_device
 from llavamod_offline.models.hub import checkpoint_folder
 from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.format.record import RecordSettings
-from teacher_cache.generate.decode_loop import Prompt, next_logits
+from teacher_cache.generate.decode_loop import Prompt, decode
 
 _PART = "\ufffd"  # what part of a character decodes to
 _ANSWER = "-"  # stands where the answer would be, while the prompt is tokenized
@@ -112,35 +113,38 @@ class AskedModel:
                 f"the question's {len(input_ids_T)} tokens and an answer of up to {max_new_tokens} do not fit the "
                 f"model's {limit} positions: lower --max-new-tokens"
             )
-        logits = self._logits(question, input_ids_T)
-        logits_V = next(logits)
         ids: list[int] = []
         shown, finish = "", "length"
-        while len(ids) < max_new_tokens:
-            if bool(logits_V.isnan().any()):
+
+        def choose(logits_BV: Tensor, step: int) -> Tensor | None:
+            nonlocal shown, finish
+            if bool(logits_BV.isnan().any()):
                 raise ModelError(f"{self.name}: its logits are no numbers (NaN): try --dtype float32")
-            number = int(logits_V.argmax())
+            number = int(logits_BV[0].argmax())
             if number == self.encoder.end_id:
                 finish = "stop"
-                break
+                return None
             ids.append(number)
             text = self.text(ids)
             if not text.endswith(_PART) and text.startswith(shown):
                 show(text[len(shown) :])
                 shown = text
-            if len(ids) < max_new_tokens:
-                logits_V = logits.send(number)
+            return torch.tensor([number])
+
+        images = tuple(self.teacher.images(question.sample(_ANSWER)))
+        decode(self._engine, [Prompt("question", "", input_ids_T, images, 0)], choose, most=max_new_tokens)
         text = self.text(ids)
         show(text[len(shown) :])
         return AskedAnswer(text, len(ids), finish)
 
+    @torch.inference_mode()
     def log_probs(self, question: AskedQuestion, ids: Sequence[int]) -> Iterator[Tensor]:
         """Yield the log-probs [V] of each token of a given answer, on the CPU, in float32."""
-        logits = self._logits(question, self.prompt_ids(question))
-        logits_V = next(logits)
-        for number in ids:
-            yield logits_V.float().log_softmax(-1).cpu()
-            logits_V = logits.send(number)
+        prompt_T = self.prompt_ids(question)
+        rows_N = np.arange(len(prompt_T) - 1, len(prompt_T) + len(ids) - 1)
+        whole = TokenizedSequence("question", "", np.concatenate([prompt_T, np.array(ids, np.int64)]), rows_N + 1)
+        for row_D in self._engine.hidden_rows([whole], [rows_N], [self.teacher.images(question.sample(_ANSWER))]):
+            yield self._engine.lm_head.logits(row_D[None])[0].float().log_softmax(-1).cpu()
 
     def text(self, ids: Sequence[int]) -> str:
         """Decode an answer's tokens, without special ones and white space around it."""
@@ -149,13 +153,3 @@ class AskedModel:
     def describe(self) -> dict[str, Any]:
         """What decides the answer."""
         return {"model": self.name, "template": self.encoder.template.name, "dtype": self.dtype, "decoding": "greedy"}
-
-    @torch.inference_mode()
-    def _logits(self, question: AskedQuestion, input_ids_T: Ids) -> Generator[Tensor, int, None]:
-        """Yield the logits [V] of the next token; receives the chosen one."""
-        images = tuple(self.teacher.images(question.sample(_ANSWER)))
-        steps = next_logits(self._engine, [Prompt("question", "", input_ids_T, images, 0)])
-        logits_BV = next(steps)
-        while True:
-            number = yield logits_BV[0]
-            logits_BV = steps.send(torch.tensor([number]))

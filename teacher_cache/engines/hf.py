@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llavamod_offline.data.encode.tokenize import Ids, Positions, TokenizedSequence
 from llavamod_offline.errors import DataError
-from llavamod_offline.families.protocol import Family, FeatureFamily, SampleImage, WholeFamily
+from llavamod_offline.families.protocol import Family, FeatureFamily, SampleImage
 from llavamod_offline.models.lm_head import lm_head_of
 from teacher_cache.engines.batch_limit import BatchLimit
 from teacher_cache.engines.lm_head import Float32Head
@@ -75,7 +75,7 @@ class HfCaptureEngine:
 
     def __post_init__(self) -> None:
         self.lm_head = Float32Head(lm_head_of(self.model), self.vocab_size)
-        if isinstance(self.teacher, WholeFamily) and not self.teacher.batches:
+        if not self.teacher.batches:
             self.batch_size = 1
         self._limit = BatchLimit(self.batch_size, "sequences")
 
@@ -119,7 +119,7 @@ class HfCaptureEngine:
     def _run(self, batch: Sequence[tuple[_BatchItem, list[SampleImage]]]) -> list[Outcome]:
         sequences = [item.sequence for item, _ in batch]
         rows, targets = zip(*(sequence.rows_and_targets(self.positions) for sequence in sequences), strict=True)
-        rows_ND = self._hidden_rows(sequences, rows, [images for _, images in batch])
+        rows_ND = self.hidden_rows(sequences, rows, [images for _, images in batch])
         pieces = make_sequence_records(
             rows_ND,
             targets,
@@ -150,14 +150,13 @@ class HfCaptureEngine:
             found.append(None if chosen_M is None else HiddenStates(chosen_M, states_ND[chosen_M]))
         return found
 
-    def _hidden_rows(
+    def hidden_rows(
         self, sequences: list[TokenizedSequence], rows: Sequence[Ids], images: list[list[SampleImage]]
     ) -> Tensor:
         """Run the model without its LM head: the last hidden states of each sequence's rows, [N, D]."""
-        if isinstance(self.teacher, WholeFamily):
+        if not isinstance(self.teacher, FeatureFamily):
             hidden_BTD = whole_hidden_states(self.model, self.teacher.model_inputs(sequences, images))
             return self._picked(hidden_BTD, np.arange(len(rows)), rows)
-        assert isinstance(self.teacher, FeatureFamily)
         keys = [s.key if self.shared_prompts else number for number, s in enumerate(sequences)]
         image = self.teacher.image_token_id
         ids = [sequence.input_ids_T for sequence in sequences]

@@ -1,27 +1,30 @@
-"""A teacher writing answers: left-padded batches of prompts, a key-value cache, one token of each per step.
+"""A teacher writing answers: left-padded batches of prompts through transformers' `generate`.
 
-The model runs as in the Hugging Face engine (same embeddings, positions and float32 LM head), so that a token is chosen
-from the distribution that the capture records at its position.
+Each token is chosen from the logits of the float32 LM head, as in the Hugging Face engine: from the distribution that
+the capture records at its position.
 
-Shape suffixes: B prompts of a batch, T tokens of the longest, D hidden size, V shared vocabulary.
+Shape suffixes: B prompts of a batch, T tokens so far, V shared vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from llavamod_offline.data.encode.tokenize import Ids
-from llavamod_offline.errors import ModelError
-from llavamod_offline.families.protocol import FeatureFamily, SampleImage
+from llavamod_offline.data.encode.tokenize import Ids, TokenizedSequence
+from llavamod_offline.families import SampleImage
 from teacher_cache.engines.batch_limit import BatchLimit
-from teacher_cache.engines.hf import HfCaptureEngine
+from teacher_cache.engines.hf import HfCaptureEngine, on_model
 from teacher_cache.engines.tail_samples import sequence_uniforms
 from teacher_cache.generate.sampling import choose_tokens
+
+_NO_IDS: Ids = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -73,16 +76,14 @@ def _too_large(prompt: Prompt) -> str:
     )
 
 
-@torch.inference_mode()
 def _write(engine: HfCaptureEngine, prompts: Sequence[Prompt], decoding: Decoding) -> list[Written]:
     rooms = [min(prompt.room, decoding.max_new_tokens) for prompt in prompts]
     uniforms = np.stack([sequence_uniforms(decoding.seed, p.key, p.stream, max(rooms)) for p in prompts])
     end = engine.teacher.encoder.end_id
     written: list[list[int]] = [[] for _ in prompts]
     ended, finite = [False] * len(prompts), [True] * len(prompts)
-    steps = next_logits(engine, prompts)
-    logits_BV = next(steps)
-    for step in range(max(rooms)):
+
+    def choose(logits_BV: Tensor, step: int) -> Tensor | None:
         fine_B = (logits_BV.isnan() | logits_BV.isposinf()).any(-1).logical_not()
         logits_BV = torch.where(fine_B[:, None], logits_BV, 0.0)
         uniforms_B = torch.from_numpy(uniforms[:, step])
@@ -94,59 +95,49 @@ def _write(engine: HfCaptureEngine, prompts: Sequence[Prompt], decoding: Decodin
             if fine and not ended[row]:
                 written[row].append(number)
         states = zip(written, ended, finite, rooms, strict=True)
-        if all(done or not fine or len(ids) >= room for ids, done, fine, room in states):
-            break
-        logits_BV = steps.send(ids_B)
+        finished = all(done or not fine or len(ids) >= room for ids, done, fine, room in states)
+        return None if finished else ids_B
+
+    decode(engine, prompts, choose, most=max(rooms))
     return [Written(tuple(ids), *rest) for ids, *rest in zip(written, ended, finite, strict=True)]
 
 
-def next_logits(engine: HfCaptureEngine, prompts: Sequence[Prompt]) -> Generator[Tensor, Tensor, None]:
-    """Yield the logits [B, V] of the next tokens, −inf for the image's id; receives the chosen ids [B]."""
+@torch.inference_mode()
+def decode(
+    engine: HfCaptureEngine, prompts: Sequence[Prompt], choose: Callable[[Tensor, int], Tensor | None], *, most: int
+) -> None:
+    """Continue prompts by what `choose` takes from the logits [B, V] of a step: ids [B], or None to stop.
+
+    An image's id has logits of −inf. At most `most` steps are taken.
+    """
     model, teacher = engine.model, engine.teacher
-    if not isinstance(teacher, FeatureFamily):
-        raise ModelError(f"{teacher.folder}: it only records given answers: choose another checkpoint")
-    embed, decoder = model.get_input_embeddings(), model.get_decoder()
-    device = embed.weight.device
-    lengths_B = torch.tensor([len(prompt.input_ids_T) for prompt in prompts])
-    longest = int(lengths_B.max())
-    image = teacher.image_token_id
-    ids_BT = torch.full((len(prompts), longest), 0 if image != 0 else 1)
-    for row, prompt in enumerate(prompts):
-        ids_BT[row, : len(prompt.input_ids_T)] = torch.from_numpy(prompt.input_ids_T)
-    mask_BT = (torch.arange(longest) < lengths_B[:, None]).long()
-    images = [image for prompt in prompts for image in prompt.images]
-    positions_BT = teacher.position_ids(model, ids_BT, mask_BT, images)
-    if positions_BT is None:
-        positions_BT = torch.arange(longest).expand(ids_BT.shape)
-    # Positions of three kinds (time, height, width) continue together from the largest of them.
-    reached_BT = torch.where(mask_BT.bool(), positions_BT, -1)
-    following_B = reached_BT.amax(-1).reshape(-1, len(prompts)).amax(0) + 1
-    moved_BT = (torch.arange(longest) + lengths_B[:, None]) % longest  # from right padding to left padding
-    ids_BT, mask_BT = ids_BT.gather(1, moved_BT), mask_BT.gather(1, moved_BT)
-    positions_BT = positions_BT.gather(-1, moved_BT.expand(positions_BT.shape))
-    ids_BT = ids_BT.to(device)
-    inputs = {"input_ids": ids_BT}  # a decoder may do more with ids than look up their embeddings
-    if images:
-        embedded_BTD = embed(ids_BT)
-        features = torch.cat(teacher.image_features(model, images)).to(embedded_BTD)
-        inputs = {"inputs_embeds": embedded_BTD.masked_scatter(torch.eq(ids_BT, image or 0)[..., None], features)}
-    mask_BT, positions_BT = mask_BT.to(device), positions_BT.to(device)
-    following_B = following_B.to(device)
-    cache = None
-    while True:
-        output = decoder(
+    sequences = [TokenizedSequence(prompt.key, "", prompt.input_ids_T, _NO_IDS) for prompt in prompts]
+    inputs = on_model(model, teacher.model_inputs(sequences, [prompt.images for prompt in prompts], left=True))
+    seen: list[Tensor] = []  # the last hidden states of this step
+    step, stopped = 0, False
+
+    def decide(input_ids_BT: Tensor, scores_BV: Tensor) -> Tensor:
+        nonlocal step, stopped
+        logits_BV = engine.lm_head.logits(seen.pop().to(engine.lm_head.device))
+        if teacher.image_token_id is not None and teacher.image_token_id < logits_BV.shape[1]:
+            logits_BV[:, teacher.image_token_id] = -torch.inf
+        chosen_B = choose(logits_BV, step)
+        step, stopped = step + 1, chosen_B is None
+        certain_BV = torch.full_like(scores_BV, -torch.inf)
+        taken_B = input_ids_BT[:, -1] if chosen_B is None else chosen_B.to(scores_BV.device)
+        return certain_BV.scatter(1, taken_B[:, None], 0.0)
+
+    def stop(input_ids_BT: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((len(input_ids_BT),), stopped, device=input_ids_BT.device)
+
+    model.generation_config = GenerationConfig()  # else the folder's decides what this one leaves open
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: seen.append(given[0][:, -1]))
+    try:
+        model.generate(
             **inputs,
-            attention_mask=mask_BT,
-            position_ids=positions_BT,
-            past_key_values=cache,
-            use_cache=True,
+            generation_config=GenerationConfig(max_new_tokens=most, do_sample=False, pad_token_id=0),
+            logits_processor=LogitsProcessorList([decide]),
+            stopping_criteria=StoppingCriteriaList([stop]),
         )
-        cache = output.past_key_values
-        logits_BV = engine.lm_head.logits(output.last_hidden_state[:, -1].to(engine.lm_head.device))
-        if image is not None and image < logits_BV.shape[1]:
-            logits_BV[:, image] = -torch.inf
-        chosen_B = (yield logits_BV).to(device)
-        inputs = {"input_ids": chosen_B[:, None]}
-        mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(prompts), 1)], 1)
-        positions_BT = following_B[:, None].expand(*positions_BT.shape[:-1], 1)
-        following_B = following_B + 1
+    finally:
+        handle.remove()

@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
+from llavamod_offline.data.encode.tokenize import TokenizedSequence
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.families import Family, open_family
 from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.engines.protocol import Request
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.sequences import SequenceRecord
+from teacher_cache.generate.decode_loop import Decoding, Prompt, write_answers
 from tests.llavamod_offline.families.plain_processor import PlainProcessor, open_plain
 from tests.tiny import tiny_image
 from tests.tiny_families import NEED_TORCHVISION, TINY_FAMILIES
@@ -63,9 +66,9 @@ def sample(key: str, images: tuple[bytes, ...], *texts: str) -> Sample:
     return Sample(key, turns, images, ("png",) * len(images))
 
 
-def capture(world: World, samples: Sequence[Sample], batch_size: int) -> dict[Any, SequenceRecord]:
+def engine_of(world: World, batch_size: int) -> HfCaptureEngine:
     size = len(world.family.encoder.tokenizer)
-    engine = HfCaptureEngine(
+    return HfCaptureEngine(
         world.model,
         world.family,
         RecordSettings(1.0, size, 0, 1.0, ()),
@@ -74,6 +77,10 @@ def capture(world: World, samples: Sequence[Sample], batch_size: int) -> dict[An
         batch_size=batch_size,
         workers=2,
     )
+
+
+def capture(world: World, samples: Sequence[Sample], batch_size: int) -> dict[Any, SequenceRecord]:
+    engine = engine_of(world, batch_size)
     requests = [Request(n, s, tuple(world.family.encode(s, role) for role in s.roles)) for n, s in enumerate(samples)]
     found = {}
     for outcome in engine.capture(requests):
@@ -121,3 +128,26 @@ def test_images_decide_what_is_captured(world: World) -> None:
     other = sample("other", (tiny_image(77, SIZES[1]),), *(turn.text for turn in first.turns))
     one, two = (capture(world, [which], 1).popitem()[1].records for which in (first, other))
     assert np.abs(one.target_log_probs_N - two.target_log_probs_N).max() > 1e-3
+
+
+def test_answers_equal_those_of_the_plain_model(world: World) -> None:
+    """A batch of prompts of unlike lengths and images, and one without any."""
+    engine, end = engine_of(world, 8), world.family.encoder.end_id
+    asked = [*conversations()[1:5], sample("text", (), "How many?", "Two.")]
+    prompts = []
+    for one in asked:
+        sequence = world.family.encode(one, "response")
+        ids_T = sequence.input_ids_T[: sequence.supervised_N[0]]
+        prompts.append(Prompt(one.key, "", ids_T, tuple(world.family.images(one)), 99))
+    rows = world.model.get_output_embeddings().weight.shape[0]
+    never = [world.family.image_token_id, *range(engine.vocab_size, rows)]
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=6, eos_token_id=end, pad_token_id=end, suppress_tokens=never
+    )
+    answers = write_answers(engine, prompts, Decoding(0.0, 1.0, 6, 0))
+    for one, prompt, answer in zip(asked, prompts, answers, strict=True):
+        sequence = TokenizedSequence("", "", prompt.input_ids_T, np.zeros(0, np.int64))
+        inputs = world.family.model_inputs([sequence], [world.family.images(one)])
+        found = world.plain.model.generate(**inputs, generation_config=settings)
+        expected = found[0, len(prompt.input_ids_T) :].tolist()
+        assert [*answer.ids, *([end] if answer.ended else [])] == expected, one.key

@@ -180,7 +180,7 @@ def test_a_batch_that_does_not_fit_is_halved(text_engine: HfCaptureEngine, monke
     forward = decoder.forward
 
     def small(module: Any, *arguments: Any, **settings: Any) -> Any:
-        if len(settings["input_ids"]) > limit:
+        if len(settings["attention_mask"]) > limit:
             raise torch.OutOfMemoryError("no room")
         return forward(module, *arguments, **settings)
 

@@ -1,0 +1,53 @@
+"""Put the tokens and images of several sequences into one batch, as models take them.
+
+Shape suffixes: B sequences of a batch, T tokens of the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llavamod_offline.data.encode.tokenize import TokenizedSequence
+
+
+def text_inputs(sequences: Sequence[TokenizedSequence], *, pad: int, left: bool) -> dict[str, NDArray[np.int64]]:
+    """Token ids, padded with `pad` on the right or the `left`, and the mask of those that are none."""
+    ids = [sequence.input_ids_T for sequence in sequences]
+    masks = [np.ones_like(one) for one in ids]
+    return {"input_ids": padded(ids, pad, left=left), "attention_mask": padded(masks, 0, left=left)}
+
+
+def padded(rows: Sequence[NDArray[np.int64]], value: int, *, left: bool) -> NDArray[np.int64]:
+    """Pad rows to the longest: [B, T]."""
+    found_BT = np.full((len(rows), max(map(len, rows))), value, np.int64)
+    for row_T, into_T in zip(rows, found_BT, strict=True):
+        into_T[len(into_T) - len(row_T) if left else 0 :][: len(row_T)] = row_T
+    return found_BT
+
+
+def joined(samples: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    """The arrays of several samples, one after another; their other dimensions are padded with zeros to the largest."""
+    found: dict[str, NDArray[Any]] = {}
+    for name in dict.fromkeys(name for sample in samples for name in sample):
+        arrays = [sample[name] for sample in samples if name in sample]
+        largest = np.max([array.shape[1:] for array in arrays], axis=0).astype(int)
+        found[name] = np.concatenate(
+            [
+                np.pad(
+                    array, [(0, 0), *((0, int(most - own)) for own, most in zip(array.shape[1:], largest, strict=True))]
+                )
+                for array in arrays
+            ]
+        )
+    return found
+
+
+def tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
+    """Arrays as tensors."""
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
