@@ -29,8 +29,8 @@ _GENERATE_HELP = f"""Answer the questions of one or more benchmarks with a model
 
 Answers go to OUTPUT/TASK/predictions.jsonl. Rerun the same command to resume.
 
-engine=hf runs a LLaVA student in transformers, engine=vllm in vLLM (use a larger batch_size), engine=processor any
-other image-text-to-text checkpoint with its own chat template and image processor. Without max_new_tokens, each
+engine=hf runs a model of any family in transformers, engine=vllm in vLLM (use a larger batch_size); engine=processor
+runs an image-text-to-text checkpoint wholly by its own chat template and processor. Without max_new_tokens, each
 benchmark's published limit applies.
 
 Benchmarks: {_TASKS}

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from eval.engines.llava_hf import LlavaHfEngine
-from eval.engines.prompts import read_answer
-from llavamod_offline.data.sample import Turn
+from eval.engines.hf import HfEngine
+from eval.engines.prompts import prompt_sequence, read_answer
+from llavamod_offline.data.sample import Sample, Turn
 from tests.tiny import tiny_image
 
 Question = tuple[str, Sequence[Path]]  # a text, and the images before it
@@ -49,11 +49,12 @@ def plain_answers(folder: Path, asked: Sequence[Question], tokens: int) -> list[
 
 def engine_answers(folder: Path, asked: Sequence[Question], tokens: int, *, template: str = "qwen") -> list[list[int]]:
     """The ids that `eval-student generate` generates for each question alone; it asks about one image, here any."""
-    engine = LlavaHfEngine(folder, template=template)
+    engine = HfEngine(folder, template=template)
     answers = []
     for text, images in asked:
-        prompt = engine.encoder.encode_prompt([Turn("user", "<image>\n" * len(images) + text)]).tolist()
-        pixels = [torch.from_numpy(engine.images.pixels(path.read_bytes(), name=path.name)) for path in images]
-        ids = engine.generate([prompt], torch.stack(pixels) if pixels else None, tokens)[0]
+        turns = (Turn("user", "<image>\n" * len(images) + text), Turn("assistant", "-"))
+        sample = Sample("asked", turns, tuple(path.read_bytes() for path in images), ("png",) * len(images))
+        prompt = prompt_sequence(engine.family, sample, tokens)
+        ids = engine.generate([prompt], [engine.family.images(sample)], tokens)[0]
         answers.append(ids[: read_answer(engine.encoder, ids).n_tokens])
     return answers

@@ -30,7 +30,7 @@ _IMPORTED = [
     "train.run",
     "deepspeed",
     "eval.generate",
-    "eval.engines.llava_hf",
+    "eval.engines.hf",
     "tests.scripts",
 ]
 

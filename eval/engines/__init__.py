@@ -1,4 +1,4 @@
-"""The answer engines by name. To add one, write a module with a class like `LlavaHfEngine` and list it below.
+"""The answer engines by name. To add one, write a module with a class like `HfEngine` and list it below.
 
 The class implements `AnswerEngine`; its constructor takes the arguments of `open_engine`. It is imported when used.
 """
@@ -14,8 +14,8 @@ from eval.engines.protocol import AnswerEngine
 AnswerEngineName = Literal["hf", "vllm", "processor"]
 
 ENGINES: dict[str, tuple[str, str]] = {
-    "hf": ("llava_hf", "LlavaHfEngine"),
-    "vllm": ("llava_vllm", "LlavaVllmEngine"),
+    "hf": ("hf", "HfEngine"),
+    "vllm": ("vllm", "VllmEngine"),
     "processor": ("processor", "ProcessorEngine"),
 }
 

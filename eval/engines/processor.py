@@ -1,7 +1,7 @@
 """Answering with any image-text-to-text checkpoint of transformers, by its own processor and chat template.
 
 For models from elsewhere: the prompt wording around the question, image handling and end tokens are the checkpoint's
-own, as the protocol states. Shape suffixes as in `llava_hf`.
+own, as the protocol states. Shape suffixes as in `hf`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from eval.engines.llava_hf import DTYPES, pick_dtype, settings_of
+from eval.engines.hf import DTYPES, pick_dtype, settings_of
 from eval.engines.protocol import Answer
 from eval.example import Example
 from llavamod_offline.data.images import decode_image

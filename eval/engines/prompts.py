@@ -1,4 +1,4 @@
-"""Encoding a question for a LLaVA student and decoding its answer, for every engine that runs one.
+"""Questions as prompts of a model's family, and its answers, for every engine that runs one.
 
 Shape suffixes: G generated tokens.
 """
@@ -6,27 +6,47 @@ Shape suffixes: G generated tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from eval.engines.protocol import Answer
 from eval.example import Example
-from llavamod_offline.data.encode.tokenize import SequenceEncoder
-from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Turn
+from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequence
+from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
 from llavamod_offline.errors import EvalError
+from llavamod_offline.families import Family
+
+_ANSWER = "-"  # stands where the answer would be
 
 
-def prompt_ids(encoder: SequenceEncoder, example: Example[Any], max_new_tokens: int) -> list[int]:
-    """Tokenize a question, its image first. Errors: `EvalError` if it leaves no space for an answer."""
+def asked_sample(example: Example[Any]) -> Sample:
+    """A question as a sample, its image first. Errors: `EvalError` for an image that cannot be read."""
     if IMAGE_PLACEHOLDER in example.prompt:
         raise EvalError(f"question '{example.id}': remove '{IMAGE_PLACEHOLDER}' from its text: it marks an image")
-    text = f"{IMAGE_PLACEHOLDER}\n{example.prompt}" if example.source is not None else example.prompt
-    ids: list[int] = encoder.encode_prompt([Turn("user", text)]).tolist()
-    if len(ids) + max_new_tokens > encoder.max_length:
+    images = () if example.source is None else (example.source.read(),)
+    text = f"{IMAGE_PLACEHOLDER}\n" * len(images) + example.prompt
+    turns = (Turn("user", text), Turn("assistant", _ANSWER))
+    return Sample(example.id, turns, images, ("png",) * len(images))
+
+
+def prompt_sequence(family: Family, sample: Sample, max_new_tokens: int) -> TokenizedSequence:
+    """Tokenize a question up to where its answer begins. Errors: `EvalError` if it leaves no space for an answer."""
+    sequence = family.encode(sample, "response")
+    ids_T = sequence.input_ids_T[: sequence.supervised_N[0]]
+    if len(ids_T) + max_new_tokens > family.context_length:
         raise EvalError(
-            f"question '{example.id}': {len(ids)} tokens and an answer of up to {max_new_tokens} do not fit the "
-            f"model's {encoder.max_length} positions: set max_new_tokens lower"
+            f"question '{sample.key}': {len(ids_T)} tokens and an answer of up to {max_new_tokens} do not fit the "
+            f"model's {family.context_length} positions: set max_new_tokens lower"
         )
-    return ids
+    return replace(sequence, input_ids_T=ids_T, supervised_N=np.zeros(0, np.int64))
+
+
+def never_answers(family: Family) -> list[int]:
+    """Ids that no answer may contain: the image token, and rows of the LM head beyond the tokenizer."""
+    image = [] if family.image_token_id is None else [family.image_token_id]
+    return [*image, *range(len(family.encoder.tokenizer), family.head_rows)]
 
 
 def read_answer(encoder: SequenceEncoder, ids_G: Sequence[int]) -> Answer:

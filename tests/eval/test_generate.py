@@ -6,11 +6,13 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from eval.engines.llava_hf import LlavaHfEngine
+from eval.engines.hf import HfEngine
 from eval.engines.processor import ProcessorEngine
+from eval.engines.prompts import asked_sample
 from eval.example import Example
 from eval.export.answers import export
 from eval.files import FileImage
@@ -49,7 +51,7 @@ def config(model: Path, root: Path, output: Path) -> EvalGenerateConfig:
 
 
 def test_a_left_padded_batch_gives_the_tokens_of_single_questions(model: Path, examples: list[Example[None]]) -> None:
-    engine = LlavaHfEngine(model)
+    engine = HfEngine(model)
     together = engine.answer(examples, 24)
     alone = [engine.answer([example], 24)[0] for example in examples]
     assert together == alone
@@ -57,31 +59,31 @@ def test_a_left_padded_batch_gives_the_tokens_of_single_questions(model: Path, e
 
 
 def test_generation_is_greedy_decoding_without_a_cache(model: Path, examples: list[Example[None]]) -> None:
-    engine = LlavaHfEngine(model)
+    engine = HfEngine(model)
     example = examples[0]
     ids = torch.from_numpy(engine.encoder.encode_prompt([Turn("user", f"<image>\n{example.prompt}")]))[None]
     assert example.source is not None
-    pixels = torch.from_numpy(engine.images.pixels(example.source.read(), name="it"))[None]
+    pixels = torch.from_numpy(np.asarray(engine.family.images(asked_sample(example))[0].inputs["pixel_values"]))[None]
     prompt_length = ids.shape[1]
     for _ in range(12):
         with torch.no_grad():
             logits = engine.model(input_ids=ids, pixel_values=pixels).logits[0, -1]
-        logits[[engine.encoder.image_token_id, *range(len(engine.tokenizer), 448)]] = -torch.inf
+        logits[[engine.encoder.image_token_id, *range(len(engine.encoder.tokenizer), 448)]] = -torch.inf
         ids = torch.cat([ids, logits.argmax()[None, None]], dim=1)
         if ids[0, -1] == engine.encoder.end_id:
             break
     answer = ids[0, prompt_length:].tolist()
     stopped = answer[-1] == engine.encoder.end_id
-    text = engine.tokenizer.decode(answer[:-1] if stopped else answer, skip_special_tokens=True).strip()
+    text = engine.encoder.tokenizer.decode(answer[:-1] if stopped else answer, skip_special_tokens=True).strip()
     assert engine.answer([example], 12)[0].text == text
 
 
 def test_no_answer_holds_the_image_token_or_a_row_beyond_the_tokenizer(
     tmp_path: Path, examples: list[Example[None]]
 ) -> None:
-    engine = LlavaHfEngine(write_tiny_llava(tmp_path / "model", head_rows=448, tied=False))
+    engine = HfEngine(write_tiny_llava(tmp_path / "model", head_rows=448, tied=False))
     free = engine.answer(examples[:1], 1)
-    first = engine.tokenizer(free[0].text, add_special_tokens=False)["input_ids"][0]
+    first = engine.encoder.tokenizer(free[0].text, add_special_tokens=False)["input_ids"][0]
     head = engine.model.get_output_embeddings().weight
     with torch.no_grad():
         head[engine.encoder.image_token_id] = 3 * head[first]
@@ -94,11 +96,11 @@ def test_no_answer_holds_the_image_token_or_a_row_beyond_the_tokenizer(
 def test_an_answer_ends_at_the_templates_end_token(
     model: Path, examples: list[Example[None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = LlavaHfEngine(model)
+    engine = HfEngine(model)
     free = engine.answer([examples[0]], 12)[0]
     assert free.finish == "length"
     assert free.n_tokens == 12
-    ids: list[int] = engine.tokenizer(free.text, add_special_tokens=False)["input_ids"]
+    ids: list[int] = engine.encoder.tokenizer(free.text, add_special_tokens=False)["input_ids"]
     third = ids[2]
     monkeypatch.setattr(engine.encoder, "end_id", third)
     stopped = engine.answer([examples[0]], 12)[0]
@@ -233,7 +235,7 @@ def test_any_checkpoint_answers_by_its_own_processor(tmp_path: Path, examples: l
         "{% else %}{{ part['text'] }}{% endif %}{% endfor %} ASSISTANT:"
     )
     (folder / "chat_template.jinja").write_text(template)
-    theirs, ours = ProcessorEngine(folder), LlavaHfEngine(folder, template="qwen", image_aspect="square")
+    theirs, ours = ProcessorEngine(folder), HfEngine(folder, template="qwen", image_aspect="square")
     assert [a.text for a in theirs.answer(examples, 8)] == [a.text for a in ours.answer(examples, 8)]
     assert theirs.answer([examples[2]], 8) == theirs.answer(examples, 8)[2:3]
     assert theirs.describe()["template"] == "the checkpoint's chat template"

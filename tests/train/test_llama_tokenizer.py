@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoProcessor
 
-from eval.engines.llava_hf import LlavaHfEngine
+from eval.engines.hf import HfEngine
 from llavamod_offline.data.sample import Turn
 from teacher_cache.read.reader import open_cache
 from tests.plain import engine_answers, plain_answers, questions
@@ -30,7 +30,7 @@ def test_every_step_has_the_processors_ids(world: World, tmp_path: Path, kind: s
     student = Path(train(world.config("mimic_dense", tmp_path / "run", *settings)).student)
     asked = questions(tmp_path)
     assert plain_answers(student, asked, 8) == engine_answers(student, asked, 8, template="auto")
-    processor, engine = AutoProcessor.from_pretrained(student), LlavaHfEngine(student)
+    processor, engine = AutoProcessor.from_pretrained(student), HfEngine(student)
     turns = [Turn("user", "What?"), Turn("assistant", "A dog."), Turn("user", "Sure?")]
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
     ids = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=True)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen3Config
 
-from eval.engines.llava_hf import LlavaHfEngine
-from eval.engines.llava_vllm import LlavaVllmEngine
+from eval.engines.hf import HfEngine
+from eval.engines.vllm import VllmEngine
 from eval.example import Example
 from eval.files import FileImage
 from eval.generate import EvalGenerateConfig, generate
@@ -60,14 +60,14 @@ def _examples(folder: Path) -> list[Example[None]]:
 def test_an_exported_student_says_the_same_tokens(tmp_path: Path, kind: str) -> None:
     student = _student(tmp_path, kind)
     examples = _examples(tmp_path)
-    theirs = LlavaVllmEngine(student, settings=SETTINGS)
+    theirs = VllmEngine(student, settings=SETTINGS)
     try:
         found = theirs.answer(examples, 24)
         with pytest.raises(EvalError, match=r"question '0': .* do not fit the model's 1024 positions"):
             theirs.answer(examples, 1020)
     finally:
         theirs.session.close()
-    mine = LlavaHfEngine(student)
+    mine = HfEngine(student)
     expected = mine.answer(examples, 24)
     assert found == expected
     assert sum(answer.n_tokens for answer in expected) > 100
@@ -111,4 +111,4 @@ def test_generate_answers_a_benchmark_and_goes_on_where_it_stopped(tmp_path: Pat
 
 def test_a_device_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="torch finds no such device on this machine"):
-        LlavaVllmEngine(_student(tmp_path, "dense"), device="cuda")
+        VllmEngine(_student(tmp_path, "dense"), device="cuda")

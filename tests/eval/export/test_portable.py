@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 from transformers import AutoProcessor
 
-from eval.engines.llava_hf import LlavaHfEngine
-from eval.engines.prompts import prompt_ids
+from eval.engines.hf import HfEngine
+from eval.engines.prompts import asked_sample, prompt_sequence
 from eval.example import Example
 from eval.export.portable import write_portable
 from eval.files import FileImage
@@ -31,7 +31,7 @@ def example(folder: Path, size: tuple[int, int]) -> Example[None]:
 def test_tokens_and_pixels_are_the_engines_own(tmp_path: Path, template: str, aspect: str) -> None:
     student = write_tiny_llava(tmp_path / "student")
     write_portable(student, tmp_path / "portable", template=template, image_aspect=aspect)
-    engine = LlavaHfEngine(student, template=template, image_aspect=aspect)
+    engine = HfEngine(student, template=template, image_aspect=aspect)
     processor = AutoProcessor.from_pretrained(tmp_path / "portable")
     for size in ((50, 20), (20, 50), (24, 24)):
         asked = example(tmp_path / "images", size)
@@ -42,10 +42,10 @@ def test_tokens_and_pixels_are_the_engines_own(tmp_path: Path, template: str, as
             messages = [{"role": "user", "content": content}]
             text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             inputs = processor(text=text, images=image, return_tensors="pt")
-            assert inputs["input_ids"][0].tolist() == prompt_ids(engine.encoder, asked, 4)
-        pixels = engine._pixels([asked])
-        assert pixels is not None
-        assert torch.equal(inputs["pixel_values"], pixels)
+            prompt = prompt_sequence(engine.family, asked_sample(asked), 4)
+            assert inputs["input_ids"][0].tolist() == prompt.input_ids_T.tolist()
+        pixels = engine.family.images(asked_sample(asked))[0].inputs["pixel_values"]
+        assert np.array_equal(inputs["pixel_values"][0].numpy(), pixels)
     assert processor.tokenizer.eos_token == engine.encoder.template.end
 
 
@@ -53,7 +53,7 @@ def test_tokens_and_pixels_are_the_engines_own(tmp_path: Path, template: str, as
 def test_conversations_read_as_the_template_renders_them(tmp_path: Path, template: str) -> None:
     student = write_tiny_llava(tmp_path / "student")
     write_portable(student, tmp_path / "portable", template=template)
-    rendered = LlavaHfEngine(student, template=template).encoder.template
+    rendered = HfEngine(student, template=template).encoder.template
     processor = AutoProcessor.from_pretrained(tmp_path / "portable")
     turns = [
         Turn("user", 'Is it {{ "a" }}?'),
@@ -74,10 +74,10 @@ def test_the_copy_keeps_the_card_and_states_its_image_aspect(tmp_path: Path) -> 
         copy = tmp_path / aspect
         write_portable(student, copy, image_aspect=aspect)
         assert (copy / "README.md").read_text(encoding="utf-8") == "# Mine\n"
-        assert LlavaHfEngine(copy).describe()["image_aspect"] == aspect
+        assert HfEngine(copy).describe()["image_aspect"] == aspect
         write_portable(copy, tmp_path / f"{aspect}-again")
-        assert LlavaHfEngine(tmp_path / f"{aspect}-again").describe()["image_aspect"] == aspect
-    assert LlavaHfEngine(student).describe()["image_aspect"] == "pad"  # it states none: LLaVA's
+        assert HfEngine(tmp_path / f"{aspect}-again").describe()["image_aspect"] == aspect
+    assert HfEngine(student).describe()["image_aspect"] == "pad"  # it states none: LLaVA's
 
 
 def test_what_cannot_be_copied_is_told(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.engines.llava_hf import LlavaHfEngine
+from eval.engines.hf import HfEngine
 from eval.example import Example
 from eval.files import FileImage
 from llavamod_offline.cli import app
@@ -44,7 +44,7 @@ def answered(model: AskedModel, prompt: str, images: list[Path], most: int = 24)
 @pytest.mark.parametrize("template", ["qwen", "chatml"])
 def test_answers_are_those_of_eval_student(tmp_path: Path, images: list[Path], template: str) -> None:
     folder = write_tiny_llava(tmp_path / "student", template=template, head_rows=448)
-    model, engine = AskedModel(str(folder)), LlavaHfEngine(folder)
+    model, engine = AskedModel(str(folder)), HfEngine(folder)
     texts = set()
     for number, prompt in enumerate(PROMPTS):
         shown = images[:1] if number < 3 else []
@@ -58,7 +58,7 @@ def test_answers_are_those_of_eval_student(tmp_path: Path, images: list[Path], t
 def test_the_toy_teacher_answers_in_words(images: list[Path]) -> None:
     """It ends by itself, which no random model does."""
     folder = TEACHER
-    engine = LlavaHfEngine(folder)
+    engine = HfEngine(folder)
     source = FileImage(images[0].parent, (images[0].name,))
     theirs = engine.answer([Example("0", "Describe the image.", None, "0.png", source)], 64)[0]
     assert answered(AskedModel(str(folder)), "Describe the image.", images[:1], 64) == (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.engines.llava_hf import LlavaHfEngine
+from eval.engines.hf import HfEngine
 from eval.example import Example
 from eval.files import FileImage
 from tests.plain import engine_answers, plain_answers, questions
@@ -43,7 +43,7 @@ def test_the_cards_code_gives_the_answers_of_generate(
     (tmp_path / "wide.png").write_bytes(tiny_image(5, (70, 20)))
     code = (student / "README.md").read_text().split("```python\n")[1].split("```")[0]
     asked = Example("1", "What is it?", None, "wide.png", FileImage(tmp_path, ("wide.png",)))
-    answer = LlavaHfEngine(student).answer([asked], 128)[0]
+    answer = HfEngine(student).answer([asked], 128)[0]
     for name, value in (("FOLDER", student), ("IMAGE", tmp_path / "wide.png"), ("QUESTION", asked.prompt)):
         assert f'"{name}"' in code
         code = code.replace(f'"{name}"', repr(str(value)))

@@ -1,36 +1,34 @@
-"""Answering with a LLaVA checkpoint in transformers: left-padded batches, key-value cache, greedy.
+"""Answering in transformers with this project's prompts and images: left-padded batches, key-value cache, greedy.
 
-Shape suffixes: B questions of a batch, T tokens of the longest prompt, G generated tokens, I images, H and W their
-pixels.
+Shape suffixes: B questions of a batch, T tokens of the longest prompt, G generated tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig
 
-from eval.engines.prompts import prompt_ids, read_answer
+from eval.engines.prompts import asked_sample, never_answers, prompt_sequence, read_answer
 from eval.engines.protocol import Answer
 from eval.example import Example
-from llavamod_offline.data.encode.chat_template import choose_template
-from llavamod_offline.data.images import AUTO_ASPECT, ImagePreprocessor
+from llavamod_offline.data.encode.tokenize import TokenizedSequence
+from llavamod_offline.data.images import AUTO_ASPECT
 from llavamod_offline.errors import ConfigError
-from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, sequence_encoder
+from llavamod_offline.families import SampleImage, open_family
 from llavamod_offline.models.device import pick_device
-from llavamod_offline.models.export import never_answers
 from llavamod_offline.models.hub import checkpoint_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class LlavaHfEngine:
-    """A LLaVA folder in transformers, with this project's tokenization and image handling.
+class HfEngine:
+    """A checkpoint folder of any family in transformers.
 
     Errors: `ModelError` for the folder, `ConfigError` for the settings.
     """
@@ -46,31 +44,37 @@ class LlavaHfEngine:
     ) -> None:
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
-        self.model = load_llava(folder, dtype=DTYPES[self.dtype]).to(self.device)
-        self.tokenizer = load_tokenizer(folder)
-        limit = int(self.model.config.text_config.max_position_embeddings)
-        self.encoder = sequence_encoder(
-            self.model.config, self.tokenizer, choose_template(template, lambda: self.tokenizer), limit
-        )
-        self.images = ImagePreprocessor.from_checkpoint(folder, image_aspect)
         self.folder = folder
-        self._suppressed = never_answers(self.model.config, self.tokenizer)
+        self.family = open_family(folder, template, image_aspect=image_aspect, max_length=sys.maxsize)
+        self.encoder = self.family.encoder
+        self.model = self.family.load(DTYPES[self.dtype]).to(self.device)
+        self._suppressed = never_answers(self.family)
 
     def describe(self) -> dict[str, Any]:
         """The settings that determine the answers; batch size and device do not."""
-        return settings_of(self.folder, {"engine": "hf"}, self.encoder.template.name, self.images.aspect, self.dtype)
+        aspect = self.family.describe_images().get("aspect", "")
+        return settings_of(self.folder, {"engine": "hf"}, self.encoder.template.name, aspect, self.dtype)
 
     def answer(self, examples: Sequence[Example[Any]], max_new_tokens: int) -> list[Answer]:
         """Answer a batch of questions. Errors: `EvalError` for a prompt too long to leave space for an answer."""
-        prompts = [prompt_ids(self.encoder, example, max_new_tokens) for example in examples]
-        generated = self.generate(prompts, self._pixels(examples), max_new_tokens)
+        samples = [asked_sample(example) for example in examples]
+        prompts = [prompt_sequence(self.family, sample, max_new_tokens) for sample in samples]
+        images = [self.family.images(sample) for sample in samples]
+        size = len(prompts) if self.family.batches else 1
+        generated: list[list[int]] = []
+        for start in range(0, len(prompts), size):
+            these = slice(start, start + size)
+            generated += self.generate(prompts[these], images[these], max_new_tokens)
         return [read_answer(self.encoder, ids_G) for ids_G in generated]
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], pixels_I3HW: Tensor | None, max_new_tokens: int
+        self, prompts: Sequence[TokenizedSequence], images: Sequence[Sequence[SampleImage]], max_new_tokens: int
     ) -> list[list[int]]:
-        """Continue a batch of tokenized prompts, given the pixels of all their images, in order → G ids of each."""
-        input_ids_BT, attention_BT = self._left_padded(prompts)
+        """Continue a batch of tokenized prompts, given the images of each → G ids of each."""
+        inputs = {
+            name: tensor.to(self.device, DTYPES[self.dtype] if tensor.is_floating_point() else None)
+            for name, tensor in self.family.model_inputs(prompts, images, left=True).items()
+        }
         settings = GenerationConfig(
             do_sample=False,
             num_beams=1,
@@ -81,31 +85,9 @@ class LlavaHfEngine:
             suppress_tokens=self._suppressed or None,
         )
         with torch.inference_mode():
-            output_BX = self.model.generate(
-                input_ids=input_ids_BT,
-                attention_mask=attention_BT,
-                pixel_values=pixels_I3HW,
-                generation_config=settings,
-            )
-        generated: list[list[int]] = output_BX[:, input_ids_BT.shape[1] :].tolist()
+            output_BX = self.model.generate(**inputs, generation_config=settings)
+        generated: list[list[int]] = output_BX[:, inputs["input_ids"].shape[1] :].tolist()
         return generated
-
-    def _left_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        longest = max(len(ids) for ids in prompts)
-        input_ids_BT = torch.full((len(prompts), longest), self.encoder.end_id, dtype=torch.long)
-        attention_BT = torch.zeros_like(input_ids_BT)
-        for row, ids in enumerate(prompts):
-            input_ids_BT[row, longest - len(ids) :] = torch.tensor(ids)
-            attention_BT[row, longest - len(ids) :] = 1
-        return input_ids_BT.to(self.device), attention_BT.to(self.device)
-
-    def _pixels(self, examples: Sequence[Example[Any]]) -> Tensor | None:
-        pixels = [
-            torch.from_numpy(self.images.pixels(example.source.read(), name=example.source.name))
-            for example in examples
-            if example.source is not None
-        ]
-        return torch.stack(pixels).to(self.device, DTYPES[self.dtype]) if pixels else None
 
 
 def settings_of(folder: Path, engine: dict[str, str], template: str, image_aspect: str, dtype: str) -> dict[str, Any]:

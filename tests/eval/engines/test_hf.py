@@ -1,0 +1,43 @@
+"""Questions to checkpoints of other families than LLaVA's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, GenerationConfig
+
+from eval.engines.hf import HfEngine
+from eval.engines.prompts import asked_sample, never_answers, prompt_sequence
+from eval.example import Example
+from eval.files import FileImage
+from tests.tiny import tiny_image
+from tests.tiny_families import TINY_FAMILIES
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "gemma3", "smolvlm", "internvl"])
+def test_a_batch_of_questions_is_answered_as_each_alone_by_plain_transformers(tmp_path: Path, name: str) -> None:
+    folder = TINY_FAMILIES[name].write(tmp_path / "model")
+    examples = []
+    for number, size in enumerate(((40, 30), (30, 70), (64, 64))):
+        (tmp_path / f"{number}.png").write_bytes(tiny_image(number, size))
+        source = FileImage(tmp_path, (f"{number}.png",))
+        examples.append(Example(str(number), f"Which colour? {number}", None, f"{number}.png", source))
+    examples.append(Example("3", "How many?", None))
+    engine = HfEngine(folder, device="cpu")
+    found = engine.answer(examples, 8)
+    plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    end = engine.encoder.end_id
+    settings = GenerationConfig(
+        max_new_tokens=8, eos_token_id=end, pad_token_id=end, suppress_tokens=never_answers(engine.family)
+    )
+    for example, answer in zip(examples, found, strict=True):
+        sample = asked_sample(example)
+        prompt = prompt_sequence(engine.family, sample, 8)
+        inputs = engine.family.model_inputs([prompt], [engine.family.images(sample)])
+        ids = plain.generate(**inputs, generation_config=settings)[0, len(prompt.input_ids_T) :].tolist()
+        ids = ids[: ids.index(end)] if end in ids else ids
+        text = engine.encoder.tokenizer.decode(ids, skip_special_tokens=True)
+        assert (answer.text, answer.n_tokens) == (text.strip(), len(ids))
+    assert len({answer.text for answer in found}) > 1 or name == "gemma3"  # whose answers are all special tokens
