@@ -18,9 +18,9 @@ from llavamod_offline.models.building.projector import projector_file
 from llavamod_offline.models.capacity import limit_capacity
 from llavamod_offline.models.checkpoint import load_config, load_llava, load_tokenizer
 from llavamod_offline.models.hub import checkpoint_folder
-from llavamod_offline.models.language_models import MOE_TYPES
 from llavamod_offline.models.lm_head import check_lm_head
 from llavamod_offline.models.single_choice import compare_single_choices
+from llavamod_offline.models.sparse_twins import SPARSE_TYPES
 from llavamod_offline.models.upcycle import upcycle
 from train.config import StudentConfig
 from train.lora import add_adapters
@@ -64,7 +64,7 @@ def open_source(config: StudentConfig) -> StudentSource:
             build_tokenizer(checkpoint_folder(config.language_model)), checkpoint_folder(config.vision_tower), False
         )
     folder = checkpoint_folder(config.checkpoint)
-    sparse = load_config(folder).text_config.model_type in MOE_TYPES
+    sparse = load_config(folder).text_config.model_type in SPARSE_TYPES
     if sparse and config.upcycle is not None:
         raise ConfigError(f"student.upcycle: {folder} is already sparse: set student.upcycle to null")
     if sparse and config.kind == "dense":

@@ -16,21 +16,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
 
-from llavamod_offline.models.language_models import ROUTERS
+from llavamod_offline.models.sparse_twins import is_router, rerouted, routed
 
 
-def limit_capacity(model: LlavaForConditionalGeneration, factor: float) -> None:
+def limit_capacity(model: Any, factor: float) -> None:
     """Make a sparse student's routers drop tokens beyond their experts' capacity in training mode.
 
     Weights and configuration do not change, and a saved student carries no trace of it. The recomputation of gradient
     checkpointing drops the same tokens if it runs before the next forward pass. No-op for dense models.
     """
     mask = _Mask()
-    routers = [module for module in model.modules() if isinstance(module, ROUTERS)]
+    routers = [module for module in model.modules() if is_router(module)]
     if routers:
-        model.model.language_model.register_forward_pre_hook(mask.keep, with_kwargs=True)
+        model.get_decoder().register_forward_pre_hook(mask.keep, with_kwargs=True)
     for router in routers:
         router.register_forward_hook(_drop(mask, factor))
 
@@ -65,7 +64,7 @@ def _drop(mask: _Mask, factor: float) -> Any:
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         if not router.training:
             return None
-        logits_SE, weights_SK, choices_SK = output
+        logits_SE, weights_SK, choices_SK = routed(output)
         keep_S = mask.keep_S
         if keep_S is None:
             keep_S = torch.ones(len(choices_SK), dtype=torch.bool, device=choices_SK.device)
@@ -75,6 +74,6 @@ def _drop(mask: _Mask, factor: float) -> Any:
         total_S1 = kept_SK.sum(-1, keepdim=True)
         # A token dropped by every expert has zero weights and a zero gradient.
         scale_S1 = weights_SK.sum(-1, keepdim=True) / torch.where(total_S1 > 0, total_S1, 1.0)
-        return logits_SE, kept_SK * scale_S1, choices_SK
+        return rerouted(output, kept_SK * scale_S1, choices_SK)
 
     return drop

@@ -174,9 +174,9 @@ def check_lm_head(model: Any, backbone: Any, *, name: str, inputs: Mapping[str, 
     if weight_VD.dim() != 2 or weight_VD.is_meta or hasattr(weight_VD, "placements"):
         return
     if inputs is None:
-        inputs = {"input_ids": torch.tensor([_two_ids(model)], device=model.get_input_embeddings().weight.device)}
+        inputs = {"input_ids": torch.tensor([plain_ids(model, 2)], device=model.get_input_embeddings().weight.device)}
     rounding = _ROUNDED if weight_VD.dtype in (torch.bfloat16, torch.float16) else _EXACT
-    with _evaluating(model):
+    with evaluating(model):
         hidden_TD = getattr(backbone(**inputs, use_cache=False), "last_hidden_state", None)
         if hidden_TD is None:
             raise ModelError(f"{name}: its {type(backbone).__name__} gives no last hidden state: choose another model")
@@ -207,11 +207,11 @@ def _difference(theirs_TV: Tensor, ours_TV: Tensor, rounding: float) -> str | No
     return f"by {gap:.3g} where the largest is {most:.3g}" if gap > rounding * most else None
 
 
-def _two_ids(model: Any) -> list[int]:
-    """Two ids that stand for themselves: not those of images, nor others that the configuration names."""
+def plain_ids(model: Any, count: int) -> list[int]:
+    """Ids that stand for themselves: not those of images, nor others that the configuration names."""
     special = set(_named_ids(model.config.to_dict()))
     rows = model.get_input_embeddings().weight.shape[0]
-    return [number for number in range(rows) if number not in special][:2]
+    return [number for number in range(rows) if number not in special][:count]
 
 
 def _named_ids(settings: dict[str, Any]) -> Iterator[int]:
@@ -223,7 +223,7 @@ def _named_ids(settings: dict[str, Any]) -> Iterator[int]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode; afterwards, each of its modules in the mode it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llavamod_offline.models.language_models import ROUTERS
+from llavamod_offline.models.sparse_twins import is_router, rerouted, routed
 from llavamod_offline.plural import counted
 
 
@@ -49,7 +49,7 @@ class RouterWatch:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._routers = [module for module in model.modules() if isinstance(module, ROUTERS)]
+        self._routers = [module for module in model.modules() if is_router(module)]
         self._hooks: list[Any] = []
         self._train = False
         self._logits: list[list[Tensor]] = [[] for _ in self._routers]
@@ -106,7 +106,7 @@ class RouterWatch:
 
     def _hook(self, layer: int) -> Any:
         def collect(module: Any, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
-            logits_SE, weights_SK, choices_SK = output
+            logits_SE, weights_SK, choices_SK = routed(output)
             self._logits[layer].append(logits_SE)
             self._choices[layer].append(choices_SK[:, : module.top_k])  # without the runner-up of a single choice
             self._weights[layer].append(weights_SK[:, : module.top_k])
@@ -116,7 +116,7 @@ class RouterWatch:
 
 def is_sparse(model: nn.Module) -> bool:
     """Whether a model has routers."""
-    return any(isinstance(module, ROUTERS) for module in model.modules())
+    return any(is_router(module) for module in model.modules())
 
 
 @contextmanager
@@ -128,11 +128,11 @@ def random_routing(model: nn.Module, *, seed: int) -> Iterator[None]:
     generator = torch.Generator().manual_seed(seed)
 
     def choose(module: Any, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        logits_SE, weights_SK, choices_SK = output
+        logits_SE, weights_SK, choices_SK = routed(output)
         order_SE = torch.rand(logits_SE.shape, generator=generator).argsort(1).to(choices_SK)
-        return logits_SE, weights_SK, order_SE[:, : choices_SK.shape[1]]
+        return rerouted(output, weights_SK, order_SE[:, : choices_SK.shape[1]])
 
-    hooks = [module.register_forward_hook(choose) for module in model.modules() if isinstance(module, ROUTERS)]
+    hooks = [module.register_forward_hook(choose) for module in model.modules() if is_router(module)]
     try:
         yield
     finally:

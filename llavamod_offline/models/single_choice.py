@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llavamod_offline.models.language_models import ROUTERS
+from llavamod_offline.models.sparse_twins import always_normalises, is_router, rerouted, routed
 
 
 def compare_single_choices(model: nn.Module) -> None:
@@ -30,7 +30,7 @@ def compare_single_choices(model: nn.Module) -> None:
     and a saved student carries no trace of it.
     """
     for router in model.modules():
-        if isinstance(router, ROUTERS) and router.top_k == 1 and router.norm_topk_prob:
+        if is_router(router) and router.top_k == 1 and always_normalises(router):
             router.register_forward_hook(_add_runner_up)
 
 
@@ -40,10 +40,10 @@ def _add_runner_up(
     """Extend one choice to two, the second of weight 0, where the router is trained."""
     if not (router.training and torch.is_grad_enabled() and router.weight.requires_grad):
         return None
-    logits_SE, weights_S1, choices_S1 = output
+    logits_SE, weights_S1, choices_S1 = routed(output)
     others_SE = logits_SE.detach().scatter(1, choices_S1, float("-inf"))
     choices_S2 = torch.cat([choices_S1, others_SE.argmax(-1, keepdim=True)], 1)
     shares_S2 = logits_SE.float().gather(1, choices_S2).softmax(-1)
     first_2 = torch.tensor([1.0, 0.0], device=shares_S2.device)
     weights_S2 = weights_S1 * (first_2 + (shares_S2 - shares_S2.detach())).to(weights_S1.dtype)
-    return logits_SE, weights_S2, choices_S2
+    return rerouted(output, weights_S2, choices_S2)

@@ -13,9 +13,9 @@ from llavamod_offline.models.building import build_llava, build_tokenizer
 from llavamod_offline.models.capacity import limit_capacity
 from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, save_student
 from llavamod_offline.models.forward import student_hidden_states
-from llavamod_offline.models.language_models import ROUTERS
 from llavamod_offline.models.lm_head import lm_head_of
 from llavamod_offline.models.routing import RouterWatch
+from llavamod_offline.models.sparse_twins import is_router
 from llavamod_offline.models.upcycle import activated_parameters, total_parameters, upcycle
 from tests.llavamod_offline.models.batches import Batch, make_batch
 from tests.tiny import tiny_text_config, write_tiny_language_model, write_tiny_llava, write_tiny_tower
@@ -54,7 +54,7 @@ def test_parts_make_a_student(tmp_path: Path) -> None:
 def test_sparse_equals_dense_at_step_0_also_after_save_and_reload(folder: Path, tmp_path: Path) -> None:
     dense, batch = load_llava(folder), make_batch(folder, [0, 3, 5])
     sparse = upcycle(dense, layers="sparse", num_experts=4, top_k=2, seed=0)
-    assert any(isinstance(module, ROUTERS) for module in sparse.modules())
+    assert any(is_router(module) for module in sparse.modules())
     logits = _logits(dense, batch)
     torch.testing.assert_close(_logits(sparse, batch), logits, rtol=1e-6, atol=1e-6 * float(logits.abs().max()))
     mlp, router = 3 * 64 * 128, 4 * 64

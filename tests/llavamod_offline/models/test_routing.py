@@ -12,8 +12,8 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 
 from llavamod_offline.models.checkpoint import load_llava
 from llavamod_offline.models.forward import student_hidden_states
-from llavamod_offline.models.language_models import ROUTERS
 from llavamod_offline.models.routing import RouterWatch, Routing, is_sparse, random_routing
+from llavamod_offline.models.sparse_twins import is_router
 from llavamod_offline.models.upcycle import upcycle
 from tests.llavamod_offline.models.batches import Batch, make_batch
 
@@ -137,8 +137,8 @@ def test_several_passes_in_one_block_are_refused(sparse: LlavaForConditionalGene
 
 def test_dense_models_and_empty_batches_give_zero(sparse: LlavaForConditionalGeneration, tiny_folder: Path) -> None:
     dense, batch = load_llava(tiny_folder), make_batch(tiny_folder, [3])
-    assert any(isinstance(module, ROUTERS) for module in sparse.modules())
-    assert not any(isinstance(module, ROUTERS) for module in dense.modules())
+    assert any(is_router(module) for module in sparse.modules())
+    assert not any(is_router(module) for module in dense.modules())
     with torch.no_grad():
         _, routing = _watched(dense, batch)
     assert routing.balance_loss.item() == 0.0
