@@ -19,6 +19,7 @@ from llavamod_offline.models.capacity import limit_capacity
 from llavamod_offline.models.checkpoint import load_config, load_llava, load_tokenizer
 from llavamod_offline.models.hub import checkpoint_folder
 from llavamod_offline.models.lm_head import check_lm_head
+from llavamod_offline.models.router_noise import add_router_noise
 from llavamod_offline.models.single_choice import compare_single_choices
 from llavamod_offline.models.sparse_twins import SPARSE_TYPES
 from llavamod_offline.models.upcycle import upcycle
@@ -163,8 +164,11 @@ def make_student(config: StudentConfig, *, seed: int, attention: str = "auto") -
             top_k=choice.top_k,
             residual=choice.residual,
             seed=choice.seed,
+            expert_noise=choice.expert_noise,
         )
     check_lm_head(model, model.base_model, name=str(config.checkpoint or config.language_model))
+    if config.upcycle is not None and config.upcycle.router_noise:
+        add_router_noise(model, config.upcycle.router_noise)
     if config.capacity_factor is not None:
         limit_capacity(model, config.capacity_factor)
     compare_single_choices(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -75,13 +76,18 @@ def _student_problems(student: StudentConfig) -> Iterable[str]:
         return
     if student.kind != "sparse":
         yield "student.upcycle: upcycling makes a sparse student: set student.kind to sparse, or upcycle to null"
-    if student.upcycle.num_experts < 2:
-        yield f"student.upcycle.num_experts: {student.upcycle.num_experts} is too few: use 2 or more"
-    if not 1 <= student.upcycle.top_k <= student.upcycle.num_experts:
+    experts = student.upcycle.num_experts
+    fewest = experts if isinstance(experts, int) else min(experts, default=0)
+    if fewest < 2:
+        yield f"student.upcycle.num_experts: {fewest} is too few: use 2 or more"
+    if not 1 <= student.upcycle.top_k <= fewest:
         yield (
-            f"student.upcycle.top_k is {student.upcycle.top_k}: must be from 1 to "
-            f"student.upcycle.num_experts, {student.upcycle.num_experts}"
+            f"student.upcycle.top_k is {student.upcycle.top_k}: must be from 1 to student.upcycle.num_experts, {fewest}"
         )
+    for name in ("expert_noise", "router_noise"):
+        noise = getattr(student.upcycle, name)
+        if not 0 <= noise < math.inf:
+            yield f"student.upcycle.{name} is {noise:g}: must be 0 or more"
 
 
 def _rate_problems(optim: OptimConfig) -> Iterable[str]:

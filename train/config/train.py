@@ -57,16 +57,22 @@ class UpcycleConfig:
     """How a dense checkpoint becomes a mixture of experts."""
 
     layers: str | list[int] = "sparse"
-    """The layers: sparse (every other), first_half, second_half, dense (all), or a list such as [0, 2]."""
-    num_experts: int = 4
-    """Experts of each such layer, at least 2."""
+    """The layers: sparse (every other), first_half, second_half, dense (all), or a list such as [0, 2]. Text models of
+    Mistral, Llama, OLMo 2, Granite and Qwen3.5 need dense."""
+    num_experts: int | list[int] = 4
+    """Experts of each such layer, at least 2; a list has one number for each, all the same."""
     top_k: int = 2
     """Experts that each token is routed to. With 1, the second most likely expert also runs in training, with weight 0,
     to teach the router."""
     residual: bool = False
     """Keep the dense MLP as a shared expert."""
     seed: int = 0
-    """Seed of the routers' initial weights."""
+    """Seed of the routers' initial weights and of expert_noise."""
+    expert_noise: float = 0.0
+    """Noise added to each expert's copy of the MLP, in units of the weights' standard deviation, such as 0.02. The
+    student is then no longer exactly the dense one at the start."""
+    router_noise: float = 0.0
+    """Noise added to the routers' logits during this training, in units of their standard deviation, such as 0.3."""
 
 
 @dataclass(frozen=True)

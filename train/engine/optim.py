@@ -21,9 +21,9 @@ PATTERNS = {
     "text": r"(^|\.)language_model\.|(^|\.)lm_head\.",
     "embeddings": r"\.embed_tokens\.",
     "attention": r"(^|\.)language_model\..*\.self_attn\.",
-    "mlp": r"(^|\.)language_model\..*\.mlp\.(?!gate\.|shared_expert_gate\.)",
-    "experts": r"(^|\.)language_model\..*\.mlp\.(experts|shared_expert)\.",
-    "router": r"(^|\.)language_model\..*\.mlp\.(gate|shared_expert_gate)\.",
+    "mlp": r"(^|\.)language_model\..*\.(mlp|block_sparse_moe)\.(?!gate\.|shared_expert_gate\.|router\.)",
+    "experts": r"(^|\.)language_model\..*\.(mlp|block_sparse_moe)\.(experts|shared_expert)\.",
+    "router": r"(^|\.)language_model\..*\.(mlp|block_sparse_moe)\.(gate|shared_expert_gate|router)\.",
     "norms": r"(^|\.)language_model\..*norm\.",
     "lm_head": r"(^|\.)lm_head\.",
 }

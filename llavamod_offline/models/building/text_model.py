@@ -16,17 +16,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from llavamod_offline.errors import ModelError, first_line
 from llavamod_offline.models.checkpoint import load_weights, read_json
+from llavamod_offline.models.lm_head import lm_head_of
 
 _TOLERANCE = 1e-4  # of the largest logit, in float32; attention kernels may differ in the last digits
 _PROBED_TOKENS = 24
-# What causal language models apply to their logits or hidden states, by the setting that turns it on, with the value
-# that turns it off. LLaVA's class applies none of it.
-_HEAD_SETTINGS: dict[str, Any] = {
-    "final_logit_softcapping": None,
-    "logit_scale": 1.0,
-    "logits_scaling": 1.0,
-    "lm_head_multiplier": 1.0,
-}
 
 
 def load_language_model(folder: Path, dtype: torch.dtype) -> Any:
@@ -49,13 +42,13 @@ def load_language_model(folder: Path, dtype: torch.dtype) -> Any:
             f"{folder}/config.json: model_type is '{model_type}', which is multimodal already: use the folder of a "
             "language model alone"
         )
-    for name, off in _HEAD_SETTINGS.items():
-        value = getattr(config, name, off)
-        if value not in (None, off):
-            raise _lost(folder, model_type, f"{name} ({value:g})")
     text = load_weights(AutoModelForCausalLM, folder, dtype=dtype)
-    head = text.get_output_embeddings()
-    if getattr(head, "bias", None) is not None:
+    head = lm_head_of(text)
+    if head.softcap is not None:
+        raise _lost(folder, model_type, f"the softcap of its logits ({head.softcap:g})")
+    if head.scale != 1.0:
+        raise _lost(folder, model_type, f"the scale of its logits ({head.scale:g})")
+    if head.bias_V is not None:
         raise _lost(folder, model_type, "the bias of its LM head")
     if any(".experts." in name for name, _ in text.named_parameters()):
         raise ModelError(

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlavaForConditionalGeneration
 
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.models.checkpoint import load_llava
 from llavamod_offline.models.upcycle import upcycle
+from tests.tiny import write_tiny_llava
 from tests.train.conftest import EXHAUSTIVE, World, write_cache
 from tests.train.reference import Reader, read_metrics, train_plainly
 from train.run import train
@@ -191,6 +193,20 @@ def test_dense_to_sparse_trains_what_the_original_trains(world: World, tmp_path:
         trained = not empty and "vision_tower" not in name and (".mlp." in name or "multi_modal_projector" in name)
         assert (name in changed) == trained, name
     assert summary.activated_parameters < summary.parameters
+
+
+def test_a_student_over_llama_becomes_a_mixtral_with_noise_until_it_is_saved(world: World, tmp_path: Path) -> None:
+    """Noise of routers is random but the same in each run; plain transformers reads the student without it."""
+    dense = write_tiny_llava(tmp_path / "dense", text_config=LlamaConfig)
+    settings = [f"student.checkpoint={dense}", "student.upcycle.layers=dense", "steps=3"]
+    settings += ["student.upcycle.num_experts=[4,4]", "student.upcycle.expert_noise=0.02"]
+    losses, students = [], []
+    for name, noise in (("quiet", 0.0), ("noisy", 1.0), ("again", 1.0)):
+        config = world.config("mimic_sparse", tmp_path / name, *settings, f"student.upcycle.router_noise={noise}")
+        students.append(train(config).student)
+        losses.append([row["loss"] for row in read_metrics(tmp_path / name)])
+    assert losses[0] != losses[1] == losses[2]
+    assert LlavaForConditionalGeneration.from_pretrained(students[1]).config.text_config.model_type == "mixtral"
 
 
 def test_a_sparse_student_goes_on_as_it_is(world: World, tmp_path: Path) -> None:
