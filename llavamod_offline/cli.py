@@ -122,7 +122,7 @@ def pack(
     from llavamod_offline.data.sources.fitting_folders import advice_on_missing
     from llavamod_offline.data.sources.read import Source, prepare_sources
     from llavamod_offline.data.sources.source_arguments import parse_licences, parse_source, parse_weights
-    from llavamod_offline.data.sources.tar_samples import ReadRule
+    from llavamod_offline.data.tars.tar_samples import ReadRule
     from llavamod_offline.progress import ProgressBar
 
     rule = ReadRule.of(caption_prompt, ignore or ())
@@ -191,7 +191,7 @@ def index(
     """
     from llavamod_offline.data.pack.process_map import available_cores
     from llavamod_offline.data.sources.source_arguments import parse_licences, parse_source, parse_weights
-    from llavamod_offline.data.sources.tar_index import find_tars, index_tars
+    from llavamod_offline.data.tars.tar_index import find_tars, index_tars
     from llavamod_offline.progress import ProgressBar
 
     tars = [tar for named, path in map(parse_source, sources) for tar in find_tars([path], named)]

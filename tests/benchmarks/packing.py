@@ -26,7 +26,7 @@ from PIL import Image
 from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.pack.process_map import available_cores
 from llavamod_offline.data.sources.read import prepare_sources
-from llavamod_offline.data.sources.tar_index import find_tars, index_tars
+from llavamod_offline.data.tars.tar_index import find_tars, index_tars
 from tests.benchmarks.form import Row, finish, parse_arguments
 
 NAME = "packing"

@@ -18,7 +18,7 @@ from llavamod_offline.cli import app
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.entrypoint import run_command
-from tests.llavamod_offline.data.sources.foreign_tars import write_tar
+from tests.llavamod_offline.data.tars.foreign_tars import write_tar
 from tests.tiny import tiny_image
 
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]

@@ -23,7 +23,7 @@ from llavamod_offline.data.sources.image_folders import ImageFolders
 from llavamod_offline.data.sources.json_stream import Advance
 from llavamod_offline.data.sources.row_files import ROW_FILES, tables_below
 from llavamod_offline.data.sources.sample_folders import FileGroup, list_groups, read_files
-from llavamod_offline.data.sources.tar_samples import ReadRule, read_group
+from llavamod_offline.data.tars.tar_samples import ReadRule, read_group
 from llavamod_offline.errors import ConfigError, DataError
 from llavamod_offline.storage.walk import absence
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from llavamod_offline.data.images import MAX_ENCODED_BYTES
 from llavamod_offline.data.rows import RowError
 from llavamod_offline.data.sources.system_files import is_system_name
-from llavamod_offline.data.sources.tar_reader import TarGroup, TarMember
+from llavamod_offline.data.tars.tar_reader import TarGroup, TarMember
 from llavamod_offline.errors import DataError
 from llavamod_offline.storage.walk import absence, walk_files
 

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from llavamod_offline.data.parse.members import sample_from_members
 from llavamod_offline.data.rows import Located, RejectedRow
 from llavamod_offline.data.sample import Sample, Turn
-from llavamod_offline.data.sources.tar_index import TarSource, index_tars
+from llavamod_offline.data.tars.tar_index import TarSource, index_tars
 from llavamod_offline.errors import DataError
-from tests.llavamod_offline.data.sources.foreign_tars import write_tar
 from tests.llavamod_offline.data.sources.source_files import JPG, PNG, WEBP, read_sources, write_rows
-from tests.llavamod_offline.data.sources.test_tar_index import read_all
+from tests.llavamod_offline.data.tars.foreign_tars import write_tar
+from tests.llavamod_offline.data.tars.test_tar_index import read_all
 
 IMAGES = {"a.jpg": JPG, "sub/b.png": PNG, "c.webp": WEBP}
 EXTENSIONS = {"a.jpg": "jpg", "sub/b.png": "png", "c.webp": "webp"}

@@ -10,12 +10,12 @@ import pytest
 from llavamod_offline.data.parse.text_encoding import decode_text
 from llavamod_offline.data.rows import Located, RejectedRow, RowError
 from llavamod_offline.data.sources.read import Source
-from llavamod_offline.data.sources.tar_index import TarSource, index_tars
-from llavamod_offline.data.sources.tar_samples import ReadRule
+from llavamod_offline.data.tars.tar_index import TarSource, index_tars
+from llavamod_offline.data.tars.tar_samples import ReadRule
 from llavamod_offline.errors import DataError
-from tests.llavamod_offline.data.sources.foreign_tars import row, write_tar
 from tests.llavamod_offline.data.sources.source_files import JPG, TEXT, read_sources, samples
-from tests.llavamod_offline.data.sources.test_tar_index import read_all, rejected
+from tests.llavamod_offline.data.tars.foreign_tars import row, write_tar
+from tests.llavamod_offline.data.tars.test_tar_index import read_all, rejected
 
 WORDS = "Ein Bär, 熊\nund ein zweiter 🐻"
 MARKED = ["utf-8", "utf-8-sig", "utf-16", "utf-32"]  # Python writes the marks of the last three

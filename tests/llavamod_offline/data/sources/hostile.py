@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from tests.llavamod_offline.data.sources.foreign_tars import Entry, row, special, talk, write_tar
+from tests.llavamod_offline.data.tars.foreign_tars import Entry, row, special, talk, write_tar
 from tests.tiny import tiny_image
 
 JPG, PNG = tiny_image(0, format="JPEG"), tiny_image(1)

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from llavamod_offline.data.rows import Located, RejectedRow
 from llavamod_offline.data.sources.read import Source
-from llavamod_offline.data.sources.tar_index import find_tars
-from llavamod_offline.data.sources.tar_samples import ReadRule
+from llavamod_offline.data.tars.tar_index import find_tars
+from llavamod_offline.data.tars.tar_samples import ReadRule
 from llavamod_offline.errors import DataError
-from tests.llavamod_offline.data.sources.foreign_tars import row, write_tar
 from tests.llavamod_offline.data.sources.source_files import JPG, PNG, read_sources
+from tests.llavamod_offline.data.tars.foreign_tars import row, write_tar
 from tests.tiny import tiny_image
 
 RULE = ReadRule(caption_prompt="Describe it.")

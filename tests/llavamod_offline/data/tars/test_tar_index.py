@@ -14,9 +14,9 @@ import pytest
 from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.data.sets.sample_set import SampleSet
-from llavamod_offline.data.sources.tar_index import TarSource, find_tars, index_tars
+from llavamod_offline.data.tars.tar_index import TarSource, find_tars, index_tars
 from llavamod_offline.errors import DataError
-from tests.llavamod_offline.data.sources.foreign_tars import row, said, talk, write_tar
+from tests.llavamod_offline.data.tars.foreign_tars import row, said, talk, write_tar
 from tests.tiny import tiny_image, tiny_samples, write_tiny_set
 
 JPG, PNG, WEBP = tiny_image(0, format="JPEG"), tiny_image(1), tiny_image(2, format="WEBP")

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llavamod_offline.data.sources.tar_index import TarSource, index_tars
-from llavamod_offline.data.sources.tar_reader import TarReader
-from tests.llavamod_offline.data.sources.foreign_tars import Entry, row, special, write_tar
-from tests.llavamod_offline.data.sources.test_tar_index import read_all, rejected
+from llavamod_offline.data.tars.tar_index import TarSource, index_tars
+from llavamod_offline.data.tars.tar_reader import TarReader
+from tests.llavamod_offline.data.tars.foreign_tars import Entry, row, special, write_tar
+from tests.llavamod_offline.data.tars.test_tar_index import read_all, rejected
 from tests.tiny import tiny_image
 
 PNG = tiny_image(1)

@@ -13,7 +13,7 @@ from llavamod_offline.data.parse.row_formats import KNOWN, check_text
 from llavamod_offline.data.parse.text_encoding import decode_text
 from llavamod_offline.data.rows import RowError
 from llavamod_offline.data.sample import Sample
-from llavamod_offline.data.sources.tar_reader import TarGroup, TarMember
+from llavamod_offline.data.tars.tar_reader import TarGroup, TarMember
 from llavamod_offline.errors import DataError
 
 _IMAGE = re.compile(r"(?:(0|[1-9][0-9]{0,3})\.)?(?:jpg|jpeg|png|webp)")

@@ -23,8 +23,8 @@ from llavamod_offline.data.rows import RejectedRow, RowError
 from llavamod_offline.data.sample import KEY_PATTERN
 from llavamod_offline.data.sets.tar_files import Shard
 from llavamod_offline.data.sources.system_files import is_system_name
-from llavamod_offline.data.sources.tar_reader import TarGroup, TarReader
-from llavamod_offline.data.sources.tar_samples import ReadRule, read_group
+from llavamod_offline.data.tars.tar_reader import TarGroup, TarReader
+from llavamod_offline.data.tars.tar_samples import ReadRule, read_group
 from llavamod_offline.errors import DataError
 from llavamod_offline.storage.walk import absence, walk_files
 
