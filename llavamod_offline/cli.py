@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from llavamod_offline import __version__
 from llavamod_offline.config.command import Commands
 from llavamod_offline.entrypoint import run_command
 from llavamod_offline.plural import counted
@@ -77,7 +79,8 @@ def pack(
     sources: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME=]SOURCE...", help="Rows in .json, .jsonl, .parquet, .arrow; folders of tables or of samples."
+            metavar="[NAME=]SOURCE...",
+            help="Rows in .json, .jsonl, .parquet, .arrow, also by URL; folders of tables or of samples.",
         ),
     ] = None,
     images: Annotated[
@@ -120,23 +123,25 @@ def pack(
     from llavamod_offline.data.pack.process_map import available_cores
     from llavamod_offline.data.sources.catalogue import SHIPPED, read_catalogue, stage_sources
     from llavamod_offline.data.sources.fitting_folders import advice_on_missing
-    from llavamod_offline.data.sources.read import Source, prepare_sources
+    from llavamod_offline.data.sources.read import prepare_sources
+    from llavamod_offline.data.sources.source import Source, check_sources, describe_sources, sources_size
     from llavamod_offline.data.sources.source_arguments import parse_licences, parse_source, parse_weights
     from llavamod_offline.data.tars.tar_samples import ReadRule
     from llavamod_offline.progress import ProgressBar
 
     rule = ReadRule.of(caption_prompt, ignore or ())
-    files = [Source(path, named, rule=rule) for named, path in map(parse_source, sources or [])]
+    given = [Source(path, named, rule=rule) for named, path in map(parse_source, sources or [])]
     weights: dict[str, float] = {}
     listed_licences: dict[str, str] = {}
     if stage is not None:
         listed, weights, listed_licences = stage_sources(read_catalogue(source_list or SHIPPED), stage, root)
-        files = [*listed, *files]
-    if not files:
+        given = [*listed, *given]
+    if not given:
         raise typer.BadParameter("name source files, or a --stage", param_hint="SOURCE")
-    total = sum(source.path.stat().st_size for source in files if source.path.is_file())
-    with ProgressBar("pack", total, "B", scale=True) as bar:
-        rows = prepare_sources(
+    files = check_sources(given, images or (), by_row=keys is Keys.ROW)
+    with ProgressBar("pack", sources_size(files), "B", scale=True) as bar:
+        rows = partial(
+            prepare_sources,
             files,
             images=images or (),
             keys=keys.value,
@@ -146,8 +151,14 @@ def pack(
         )
         hint = "number the rows with --keys row" if keys is Keys.ID else "rename one of the files"
         summary = write_set(
-            rows,
+            lambda start: rows(start=start),
             output,
+            job={
+                "sources": describe_sources(files),
+                "keys": keys.value,
+                "max_side": max_side,
+                "version": __version__,
+            },
             name=name,
             shard_samples=shard_samples,
             overwrite=overwrite,
@@ -164,7 +175,9 @@ def pack(
 
 @app.command()
 def index(
-    sources: Annotated[list[str], typer.Argument(metavar="[NAME=]PATH...", help="Tars, or folders of tars.")],
+    sources: Annotated[
+        list[str], typer.Argument(metavar="[NAME=]PATH...", help="Tars or folders of tars, also by URL.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The set folder to make.")],
     caption_prompt: CaptionPrompt = None,
     keys: Annotated[
@@ -180,7 +193,7 @@ def index(
 ) -> None:
     """Make a set from existing WebDataset tars, without copying them.
 
-    A sample is KEY.json, as `pack` writes it or with LLaVA's `conversations`, or a caption KEY.txt, beside its image
+    A sample is KEY.json, as `pack` writes it or in any form of rows, or a caption KEY.txt or KEY.cls, beside its image
     KEY.jpg (.jpeg, .png, .webp) or images KEY.0.jpg, KEY.1.jpg and so on. Each tar is read once. Tars beside or below
     the new set's folder may be moved together with it; others must stay in place.
 
@@ -193,9 +206,10 @@ def index(
     from llavamod_offline.data.sources.source_arguments import parse_licences, parse_source, parse_weights
     from llavamod_offline.data.tars.tar_index import find_tars, index_tars
     from llavamod_offline.progress import ProgressBar
+    from llavamod_offline.storage.remote_file import RemoteFile, place_size
 
     tars = [tar for named, path in map(parse_source, sources) for tar in find_tars([path], named)]
-    total = sum(tar.path.stat().st_size for tar in tars if tar.path.is_file())
+    total = sum(place_size(tar.path) for tar in tars if isinstance(tar.path, RemoteFile) or tar.path.is_file())
     with ProgressBar("index", total, "B", scale=True) as bar:
         summary = index_tars(
             tars,

@@ -47,6 +47,15 @@ class Located:
 
 
 @dataclass(frozen=True)
+class RowPlace:
+    """Where reading continues: at a row (from 0) of a file, of whose samples `done` are there."""
+
+    file: str
+    row: int
+    done: int = 0
+
+
+@dataclass(frozen=True)
 class RejectedRow:
     """A row that yields no sample; summaries count each `kind`, `reason` explains this one.
 

@@ -6,22 +6,25 @@ The same rows in the same order produce the same bytes. Memory holds one sample,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llavamod_offline.data.pack.prepare import PreparedSources, prepare
 from llavamod_offline.data.pack.set_writer import Fitting, PackSummary, SetWriter, check_weights, new_set, no_advice
 from llavamod_offline.data.pack.shard_writer import ShardWriter
-from llavamod_offline.data.rows import Located, RejectedRow
+from llavamod_offline.data.rows import Located, RejectedRow, RowPlace
 from llavamod_offline.data.sample import Sample
+from llavamod_offline.signals import keeping
 
+Rows = Iterable[Sample | Located | PreparedSources | RejectedRow]
 SHARD_SAMPLES = 1000
 SHARD_BYTES = 512 * 2**20
 
 
 def write_set(
-    rows: Iterable[Sample | Located | PreparedSources | RejectedRow],
+    rows: Rows | Callable[[RowPlace | None], Rows],
     output: Path,
     *,
     name: str | None = None,
@@ -35,10 +38,13 @@ def write_set(
     listed_licences: Mapping[str, str] | None = None,
     max_side: int | None = None,
     generated: Mapping[str, Any] | None = None,
+    job: Mapping[str, Any] | None = None,
     fitting: Fitting = no_advice,
 ) -> PackSummary:
     """Write rows, in order, to the set folder `output`; shards are named `name` (default: the folder's name).
 
+    `job`: JSON values that say what is packed, and how. If an earlier call with the same ones was stopped or killed,
+    this one continues after its last complete shard; `rows` is then a function of where to begin.
     A shard is closed when it holds `shard_samples` samples, or when the next one would exceed `shard_bytes`.
     For the manifest: `weights`, how often training sees a source's samples, if not once; `licences` of sources,
     and `listed_licences` of sources that may turn out to have no samples; `max_side`, the length beyond
@@ -51,11 +57,15 @@ def write_set(
     """
     weights = weights or {}
     check_weights(weights)
-    with new_set(output, name, overwrite=overwrite, duplicate_hint=duplicate_hint, fitting=fitting) as writer:
-        with writer, _Shards(writer, shard_samples, shard_bytes) as shards:
-            for row in rows:
+    hint = duplicate_hint
+    if job is not None:
+        job = {**job, "limits": [name, shard_samples, shard_bytes]}
+    with new_set(output, name, overwrite=overwrite, duplicate_hint=hint, fitting=fitting, job=job) as writer:
+        with writer, keeping(lambda: writer.kept), _Shards(writer, shard_samples, shard_bytes) as shards:
+            start = writer.resume()
+            for row in rows(start) if callable(rows) else rows:
                 if isinstance(row, RejectedRow):
-                    writer.reject(row)
+                    shards.reject(row)
                 else:
                     shards.add(_prepared(row, writer.rows))
             writer.check(max_rejected, weights=weights, licences=licences or {})
@@ -81,26 +91,42 @@ class _Shards:
         self._writer = writer
         self._limits = (shard_samples, shard_bytes)
         self._shard: ShardWriter | None = None
+        self._last = RowPlace("", -1)  # the last row, and how many samples and rejections it has so far
 
     def __enter__(self) -> _Shards:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self._close(None)
+        elif self._shard:
+            self._shard.close()
 
     def add(self, prepared: PreparedSources) -> None:
         """Write a sample to the current shard, or to a new one."""
         size = sum(len(content) for _, content in prepared.members)
         shard_samples, shard_bytes = self._limits
         shard = self._shard
+        here = self._place(prepared)
         if shard and (shard.samples >= shard_samples or shard.size + size > shard_bytes):
-            self._close()
+            self._close(here)
         if self._shard is None:
             self._shard = ShardWriter(self._writer.folder, f"{self._writer.name}-{len(self._writer.shards):06d}")
         members = self._shard.add(prepared.facts.key, prepared.members)
         self._writer.add(prepared.facts, members, prepared.file, prepared.row)
+        self._last = replace(here, done=here.done + 1)
 
-    def _close(self) -> None:
+    def reject(self, row: RejectedRow) -> None:
+        """List a row as rejected."""
+        here = self._place(row)
+        self._writer.reject(row)
+        self._last = replace(here, done=here.done + 1)
+
+    def _place(self, row: PreparedSources | RejectedRow) -> RowPlace:
+        same = (row.file, row.row) == (self._last.file, self._last.row)
+        return RowPlace(row.file, row.row, self._last.done if same else 0)
+
+    def _close(self, after: RowPlace | None) -> None:
         if self._shard:
-            self._writer.shards.append(self._shard.close())
+            self._writer.close_shard(self._shard.close(), after)
             self._shard = None

@@ -25,6 +25,10 @@ _Value = TypeVar("_Value")
 _AHEAD = 2  # queued lists of items per process
 
 
+class WorkerLostError(DataError):
+    """A process was killed; the work itself may be fine."""
+
+
 def available_cores() -> int:
     """The number of processor cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -37,7 +41,7 @@ def map_in_order(
 
     `function` and items must be picklable. With one worker, or few items, everything runs in this process. Items are
     consumed lazily: memory holds a few lists per process.
-    Errors: those of `function`; `ConfigError` for no workers; `DataError` if a process dies.
+    Errors: those of `function`; `ConfigError` for no workers; `WorkerLostError` if a process dies.
     """
     if workers < 1:
         raise ConfigError(f"workers {workers}: must be at least 1")
@@ -64,7 +68,9 @@ def map_in_order(
     except BrokenProcessPool as error:
         for process in multiprocessing.active_children():  # the pool sends SIGTERM, to which they are immune
             process.kill()
-        raise DataError("a worker process was killed, perhaps by running out of memory: use fewer --workers") from error
+        raise WorkerLostError(
+            "a worker process was killed, perhaps by running out of memory: use fewer --workers"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

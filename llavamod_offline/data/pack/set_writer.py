@@ -1,12 +1,14 @@
 """The files of every set folder besides tars: index, list of rejections, manifest (see `sample_set.py`).
 
-The folder gets its name when it is complete, so a killed process leaves nothing under that name.
+The folder gets its name when it is complete, so a killed process leaves nothing under that name; with a job it leaves
+what the same job continues with (see `work_folder.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections import Counter
@@ -22,7 +24,8 @@ from llavamod_offline.data.keys import key_from_id
 from llavamod_offline.data.pack.key_register import KeyRegister
 from llavamod_offline.data.pack.prepare import Facts
 from llavamod_offline.data.pack.rejections import Rejections
-from llavamod_offline.data.rows import RejectedRow
+from llavamod_offline.data.pack.work_folder import Entry, IndexedSample, PackJournal, work_folder, work_path
+from llavamod_offline.data.rows import RejectedRow, RowPlace
 from llavamod_offline.data.sample import KEY_PATTERN
 from llavamod_offline.data.sets.sample_set import INDEX_NAME, INDEX_SCHEMA, MANIFEST_NAME, REJECTED_NAME, SET_FORMAT
 from llavamod_offline.data.sets.tar_files import Shard
@@ -34,6 +37,7 @@ from llavamod_offline.storage.lock import locked_beside
 Fitting = Callable[[Sequence[str]], str]
 
 _INDEX_BATCH = 4096
+_LOG = logging.getLogger(__name__)
 
 
 def no_advice(missing: Sequence[str]) -> str:
@@ -69,9 +73,17 @@ class PackSummary:
 
 @contextmanager
 def new_set(
-    output: Path, name: str | None, *, overwrite: bool, duplicate_hint: str, fitting: Fitting = no_advice
+    output: Path,
+    name: str | None,
+    *,
+    overwrite: bool,
+    duplicate_hint: str,
+    fitting: Fitting = no_advice,
+    job: Mapping[str, Any] | None = None,
 ) -> Iterator[SetWriter]:
     """Yield the writer of the set folder `output`, which appears when the block ends without an error.
+
+    `job`: what is packed, and how, so that it can be continued.
 
     `name` of the shards: by default the folder's, with the characters that it may not have written as in keys.
     Errors: `ConfigError` if another process writes it; `DataError` if `output` exists (with `overwrite`: if it is not
@@ -87,11 +99,15 @@ def new_set(
         _check_output(output, overwrite)
         try:
             remove_leftovers(output.parent, output.name)
-            with new_folder(output) as folder:
-                yield SetWriter(folder, output, name, duplicate_hint, fitting)
+            if job is None:
+                shutil.rmtree(work_path(output), ignore_errors=True)
+            with new_folder(output) if job is None else work_folder(output, job) as folder:
+                journal = None if job is None else PackJournal(folder)
+                yield SetWriter(folder, output, name, duplicate_hint, fitting, journal)
                 displaced = _displace(output, folder)
         except OSError as error:
-            raise DataError(f"output '{output}': cannot be written: {error.strerror or error}") from error
+            kept = f": what is finished is kept in {work_path(output)}" if work_path(output).exists() else ""
+            raise DataError(f"output '{output}': cannot be written: {error.strerror or error}{kept}") from error
         if displaced:
             shutil.rmtree(displaced, ignore_errors=True)
         _list_beside(output).unlink(missing_ok=True)  # of an earlier attempt that was refused
@@ -139,6 +155,7 @@ class SetWriter:
     name: str
     duplicate_hint: str
     fitting: Fitting
+    journal: PackJournal | None = None
     shards: list[Shard] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     sources: Counter[str] = field(default_factory=Counter)
@@ -148,6 +165,7 @@ class SetWriter:
         self._keys = KeyRegister(self.duplicate_hint)
         self._digest = hashlib.sha256()
         self._pending: list[dict[str, Any]] = []
+        self._uncommitted: list[Entry] = []
         with ExitStack() as stack:
             self._list = stack.enter_context((self.folder / REJECTED_NAME).open("w", encoding="utf-8"))
             self.rejections = Rejections(self._list)
@@ -159,12 +177,42 @@ class SetWriter:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
+    @property
+    def kept(self) -> str:
+        """What a stopped writer has kept, for its last line; an empty text if nothing."""
+        done = self.journal.shards if self.journal else 0
+        return f"{counted(done, 'shard')} of {self.output} kept" if done else ""
+
+    def resume(self) -> RowPlace | None:
+        """Take over the shards that an earlier writer has finished; return where the next row is, if there are any."""
+        place = None
+        for shard, place, entries in self.journal.finished() if self.journal else ():  # noqa: B007
+            for entry in entries:
+                if isinstance(entry, RejectedRow):
+                    self.reject(entry)
+                else:
+                    self.add(entry.facts, entry.members, entry.file, entry.row)
+            self.shards.append(shard)
+            self._uncommitted.clear()
+        if place is not None:
+            _LOG.info("%s: continuing after %s", self.output, counted(self.counts["samples"], "sample"))
+        return place
+
+    def close_shard(self, shard: Shard, after: RowPlace | None) -> None:
+        """Add a complete shard; `after`: where the next row is, unless this is the last one."""
+        self.shards.append(shard)
+        if self.journal is not None and after is not None:
+            self.journal.commit(shard, after, self._uncommitted)
+        self._uncommitted.clear()
+
     def add(self, facts: Facts, members: Sequence[Mapping[str, Any]], file: str, row: int) -> None:
         """Add a sample of the next shard to the index, with its origin; `members` as stored there.
 
         Errors: `DataError` naming both rows if its key is taken.
         """
         origin = {"file": self._keys.claim(facts.key, file, row), "row": row}
+        if self.journal is not None:
+            self._uncommitted.append(IndexedSample(facts, members, file, row))
         self._pending.append(vars(facts) | origin | {"shard": len(self.shards), "members": members})
         if len(self._pending) >= _INDEX_BATCH:
             self._flush_index()
@@ -178,6 +226,8 @@ class SetWriter:
 
     def reject(self, rejection: RejectedRow) -> None:
         """List a row as rejected."""
+        if self.journal is not None:
+            self._uncommitted.append(rejection)
         self.rejections.add(rejection)
         self.rows += 1
 

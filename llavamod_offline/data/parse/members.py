@@ -4,6 +4,7 @@
     llava     {key}.json with a row's `conversations`, `messages`, `texts`, or `chosen` and `rejected` (see
               `row_formats.py`), and its images
     caption   {key}.txt, the caption of one image: the answer to a request shared by the whole set
+    class     {key}.cls, likewise, if there is no caption
 
 Packing or indexing chooses the format and decodes the images; the index then names the format. To add one, write its
 functions and enter them in `TEXT_FORMATS`.
@@ -116,4 +117,6 @@ TEXT_FORMATS: dict[str, TextFormat] = {
     ),
     "llava": TextFormat("json", lambda row: bool(_ROW_FIELDS & row.keys()), _read_llava),
     "caption": TextFormat("txt", lambda _: True, _read_caption),
+    "class": TextFormat("cls", lambda _: True, _read_caption),
 }
+TEXT_SUFFIXES = ("json", "txt", "cls")

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from llavamod_offline.config import load_config
-from llavamod_offline.data.sources.read import Source
 from llavamod_offline.data.sources.row_files import ROW_FILES
+from llavamod_offline.data.sources.source import Source
 from llavamod_offline.errors import ConfigError, DataError
 from llavamod_offline.storage.walk import absence, walk_files
 

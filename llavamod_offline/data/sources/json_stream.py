@@ -10,12 +10,12 @@ import codecs
 import io
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from llavamod_offline.data.parse.text_encoding import json_encoding, not_decodable
 from llavamod_offline.data.rows import RowError
 from llavamod_offline.errors import DataError
+from llavamod_offline.storage.remote_file import Place, open_place
 
 Advance = Callable[[int], object]
 
@@ -24,13 +24,13 @@ _CHUNK = 2**20
 _SPACE = " \t\n\r"
 
 
-def stream_array(path: Path, advance: Advance) -> Iterator[Any]:
+def stream_array(path: Place, advance: Advance) -> Iterator[Any]:
     """Yield the elements of the JSON array in a file.
 
     Errors: `DataError` naming file, row and character if it is not an array or not valid JSON to its end: rows after a
     fault cannot be delimited.
     """
-    with path.open("rb") as stream:
+    with open_place(path) as stream:
         encoding = json_encoding(stream.read(4))
         stream.seek(0)
         text = _Text(path, stream.read, advance, encoding)
@@ -52,12 +52,12 @@ def stream_array(path: Path, advance: Advance) -> Iterator[Any]:
             raise text.error("unexpected text after the list")
 
 
-def stream_lines(path: Path, advance: Advance) -> Iterator[tuple[int, Any]]:
+def stream_lines(path: Place, advance: Advance) -> Iterator[tuple[int, Any]]:
     """Yield (line number from 0, value) of a file of one JSON value per line; blank lines are skipped.
 
     An invalid line is yielded as a `RowError`; one longer than `MAX_ROW` is a `DataError`.
     """
-    with path.open("rb") as stream:
+    with open_place(path) as stream:
         encoding = json_encoding(stream.read(4))
         stream.seek(0)
         told = 0
@@ -70,7 +70,7 @@ def stream_lines(path: Path, advance: Advance) -> Iterator[tuple[int, Any]]:
                 yield number, _parse_line(line)
 
 
-def _lines(path: Path, stream: BinaryIO, encoding: str) -> Iterator[bytes | str]:
+def _lines(path: Place, stream: IO[bytes], encoding: str) -> Iterator[bytes | str]:
     """Read lines, as bytes if they are UTF-8: then a line that is not does not stop the file."""
     if encoding.startswith("utf-8"):
         while line := stream.readline(MAX_ROW + 1):
@@ -99,7 +99,7 @@ def _parse_line(line: bytes | str) -> Any:
 class _Text:
     """The text of a file, with a moving position."""
 
-    def __init__(self, path: Path, read: Callable[[int], bytes], advance: Advance, encoding: str) -> None:
+    def __init__(self, path: Place, read: Callable[[int], bytes], advance: Advance, encoding: str) -> None:
         self._path = path
         self._read = read
         self._advance = advance

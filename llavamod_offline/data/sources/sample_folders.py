@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llavamod_offline.data.images import MAX_ENCODED_BYTES
+from llavamod_offline.data.parse.members import TEXT_SUFFIXES
 from llavamod_offline.data.rows import RowError
 from llavamod_offline.data.sources.system_files import is_system_name
 from llavamod_offline.data.tars.tar_reader import TarGroup, TarMember
@@ -20,7 +21,6 @@ from llavamod_offline.errors import DataError
 from llavamod_offline.storage.walk import absence, walk_files
 
 _NUMBERED = re.compile(r"(.+)\.(0|[1-9][0-9]{0,3})", re.DOTALL)
-_TEXTS = ("json", "txt")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def list_groups(folder: Path) -> Iterator[FileGroup]:
     tar = next((name for name, (_, suffix) in parts.items() if suffix == "tar"), None)
     if tar is not None:
         raise DataError(f"source '{folder}': holds '{tar}': index tars in place with `llavamod-offline index`")
-    texts = {key for key, suffix in parts.values() if suffix in _TEXTS}
+    texts = {key for key, suffix in parts.values() if suffix in TEXT_SUFFIXES}
     groups: dict[str, list[tuple[str, str]]] = {}
     for name, (key, suffix) in parts.items():
         numbered = None if key in texts else _NUMBERED.fullmatch(key)

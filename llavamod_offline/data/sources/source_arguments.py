@@ -6,14 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llavamod_offline.errors import ConfigError
+from llavamod_offline.storage.folders import is_url
+from llavamod_offline.storage.remote_file import Place, RemoteFile
 
 
-def parse_source(argument: str) -> tuple[str, Path]:
-    """The name (or nothing) and the path of a source; an existing path wins even if it contains "=".
+def parse_source(argument: str) -> tuple[str, Place]:
+    """The name (or nothing) and the path or URL of a source; an existing path wins even if it contains "=".
 
     Errors: `ConfigError` for an empty name or path.
     """
+    if is_url(argument):
+        return "", RemoteFile(argument)
     name, equals, place = argument.partition("=")
+    if name.strip() and is_url(place) and not Path(argument).exists():
+        return name, RemoteFile(place)
     if not equals or Path(argument).exists():
         return "", Path(argument)
     if not name.strip() or not place:

@@ -1,19 +1,21 @@
 """Index existing WebDataset tars as a set that reads them in place (its files: see `sample_set.py`).
 
-Each tar is read once, from its first byte to its last; images are decoded, samples checked and hashed as in packing. A
-sample has one of the formats in `members.py`, with its images beside its text: one `jpg`, `jpeg`, `png` or `webp`, or
-several, `0.jpg`, `1.png`… in order. Beside a caption, a JSON without a sample is ignored. Everything else goes to
-`rejected.jsonl`; `row` counts the members of a tar from 0.
+Each tar is read once, from its first byte to its last (one behind a URL is downloaded, and the copy removed); images
+are decoded, samples checked and hashed as in packing. A sample has one of the formats in `members.py`, with its images
+beside its text: one `jpg`, `jpeg`, `png` or `webp`, or several, `0.jpg`, `1.png`… in order. Beside a caption, a JSON
+without a sample is ignored. Everything else goes to `rejected.jsonl`; `row` counts the members of a tar from 0.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from llavamod_offline.data.keys import key_from_id
 from llavamod_offline.data.pack.prepare import Facts
@@ -25,7 +27,10 @@ from llavamod_offline.data.sets.tar_files import Shard
 from llavamod_offline.data.sources.system_files import is_system_name
 from llavamod_offline.data.tars.tar_reader import TarGroup, TarReader
 from llavamod_offline.data.tars.tar_samples import ReadRule, read_group
-from llavamod_offline.errors import DataError
+from llavamod_offline.errors import DataError, StorageError
+from llavamod_offline.storage.disk_cache import scratch
+from llavamod_offline.storage.remote import RemoteFolder, Wanted
+from llavamod_offline.storage.remote_file import Place, RemoteFile
 from llavamod_offline.storage.walk import absence, walk_files
 
 TarKeyRule = Literal["member", "shard"]
@@ -36,7 +41,7 @@ _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.
 class TarSource:
     """A tar; `name` is the `source` of its samples (default: the name of its folder)."""
 
-    path: Path
+    path: Place
     name: str = ""
 
 
@@ -53,7 +58,7 @@ class _Found:
 class _Tar:
     """The contents of a tar, in order."""
 
-    path: Path
+    path: Place
     size: int
     sha256: str
     rows: tuple[_Found | RejectedRow, ...]
@@ -76,8 +81,8 @@ def index_tars(
     """Make the set folder `output` from the samples in `tars`, which stay unchanged.
 
     Tars below the folder that holds `output` are stored by relative path, so that both can be moved together; others by
-    absolute path. `keys`: the members' key (as `key_from_id` writes it), or that prefixed with the tar's name, for
-    tars that use the same keys. `caption_prompt`: the prompt of captions; without it they are rejected. `ignore`:
+    absolute path or URL. `keys`: the members' key (as `key_from_id` writes it), or that prefixed with the tar's name,
+    for tars that use the same keys. `caption_prompt`: the prompt of captions; without it they are rejected. `ignore`:
     suffixes of members to ignore. `workers`: processes, each of which reads a tar at a time.
     Errors: as `write_set`, and `DataError` if a tar is not a file or given twice.
     """
@@ -97,12 +102,29 @@ def index_tars(
         return writer.finish(weights, more | ({"licences": dict(sorted(licences.items()))} if licences else {}))
 
 
-def find_tars(places: Sequence[Path], name: str = "") -> list[TarSource]:
+def find_tars(places: Sequence[Place], name: str = "") -> list[TarSource]:
     """The tars at `places`, files or folders; tars below a folder are sorted by path. Links to folders are followed.
 
     Errors: `DataError` if a folder holds no tar, a compressed one, or a link that leads nowhere.
     """
-    return [TarSource(path, name) for place in places for path in (_tars(place) if place.is_dir() else [place])]
+    found: list[TarSource] = []
+    for place in places:
+        if isinstance(place, RemoteFile):
+            found += [TarSource(tar, name) for tar in ([place] if place.suffix else _remote_tars(place))]
+        else:
+            found += [TarSource(tar, name) for tar in (_tars(place) if place.is_dir() else [place])]
+    return found
+
+
+def _remote_tars(folder: RemoteFile) -> list[RemoteFile]:
+    names = sorted(RemoteFolder(folder.url).sizes())
+    packed = next((name for name in names if name.lower().endswith(_COMPRESSED)), None)
+    if packed is not None:
+        raise DataError(f"source '{folder}': '{packed}' is compressed, which rules out reading by position: unpack it")
+    found = [RemoteFile(f"{folder.url.rstrip('/')}/{name}") for name in names if name.endswith(".tar")]
+    if not found:
+        raise DataError(f"source '{folder}': no .tar in this folder, or it cannot be listed: name its tars one by one")
+    return found
 
 
 def _tars(folder: Path) -> list[Path]:
@@ -130,23 +152,30 @@ def _add(writer: SetWriter, name: str, tar: _Tar) -> None:
             writer.add(row.facts, row.members, str(tar.path), row.row)
             samples += 1
     if samples:
-        writer.shards.append(Shard(name, samples, tar.size, tar.sha256, _path_from(writer.output, tar.path)))
+        shard = Shard(name, samples, tar.size, tar.sha256, _path_from(writer.output, tar.path))
+        writer.close_shard(shard, None)
 
 
-def _path_from(output: Path, tar: Path) -> str:
+def _path_from(output: Path, tar: Place) -> str:
+    if isinstance(tar, RemoteFile):
+        return tar.url
     tar, folder = tar.resolve(), output.resolve()
     return Path(os.path.relpath(tar, folder)).as_posix() if tar.is_relative_to(folder.parent) else str(tar)
 
 
 def _shard_names(tars: Sequence[TarSource]) -> list[str]:
     """A unique name for each tar: its stem, or if that is ambiguous its path below their common folder."""
-    seen: dict[Path, Path] = {}
-    for path in (tar.path for tar in tars):
-        if not path.is_file():
-            raise DataError(f"source '{path}': {absence(path)}")
-        if seen.setdefault(path.resolve(), path) is not path:
-            raise DataError(f"source '{path}' is given twice: remove one")
-    paths = [path.with_suffix("") for path in seen]
+    seen: dict[str, Place] = {}
+    for place in (tar.path for tar in tars):
+        if isinstance(place, Path) and not place.is_file():
+            raise DataError(f"source '{place}': {absence(place)}")
+        if isinstance(place, RemoteFile) and place.suffix != ".tar":
+            raise DataError(f"source '{place}': its name must end in .tar; a compressed tar must be unpacked")
+        where = str(place.resolve()) if isinstance(place, Path) else f"/{urlsplit(place.url).netloc}{_path_of(place)}"
+        if where in seen:
+            raise DataError(f"source '{place}' is given twice: remove one")
+        seen[where] = place
+    paths = [Path(where).with_suffix("") for where in seen]
     if len({path.name for path in paths}) < len(paths):
         common = Path(os.path.commonpath(paths))
         names = [key_from_id(path.relative_to(common).as_posix()) for path in paths]
@@ -156,6 +185,24 @@ def _shard_names(tars: Sequence[TarSource]) -> list[str]:
     if long is not None:
         raise DataError(f"source '{long}.tar': its name is too long: rename it")
     return names
+
+
+def _path_of(tar: RemoteFile) -> str:
+    return urlsplit(tar.url).path
+
+
+@contextmanager
+def _on_disk(tar: Place) -> Iterator[Path]:
+    """The tar itself, or a copy of a remote one while in the context. Errors: `StorageError`."""
+    if isinstance(tar, Path):
+        yield tar
+        return
+    folder, name = tar.parts()
+    size = tar.size()
+    with scratch() as there:
+        if folder.fetch([Wanted(name, there / "tar", size)]):
+            raise StorageError(f"{tar}: does not arrive with its {size} bytes: check the network and try again")
+        yield there / "tar"
 
 
 class _TarIndexer:
@@ -168,7 +215,11 @@ class _TarIndexer:
         return [self._read(source, name) for source, name in jobs]
 
     def _read(self, source: TarSource, name: str) -> _Tar:
-        reader = TarReader(source.path)
+        with _on_disk(source.path) as path:
+            return self._read_at(path, source, name)
+
+    def _read_at(self, path: Path, source: TarSource, name: str) -> _Tar:
+        reader = TarReader(path)
         file = str(source.path)
         rows: list[tuple[str, _Found | RejectedRow]] = []  # with the key in the tar
         try:
@@ -190,7 +241,9 @@ class _TarIndexer:
         try:
             if group.problem is not None:
                 raise group.problem
-            folder = source.path.resolve().parent.name
+            place = source.path
+            folder = place.resolve().parent.name if isinstance(place, Path) else Path(_path_of(place)).parent.name
+            folder = folder or urlsplit(str(place)).netloc
             _checked(group.key if KEY_PATTERN.fullmatch(group.key) else key)
             sample, parser, members = read_group(group, key, source.name or folder, self._rule)
             if parser == "sample" and KEY_PATTERN.fullmatch(group.key):

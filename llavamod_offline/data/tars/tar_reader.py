@@ -32,7 +32,7 @@ _PIECE = 2**20
 _MAX_HEADER = 2**20  # bytes of a long name or of PAX fields
 _MAX_GROUP = 2**29
 _GNU_FOLDER = b"D"  # a folder with the list of its files, in GNU tar's incremental backups
-_SAMPLE_SUFFIXES = ("json", "txt", "jpg", "jpeg", "png", "webp")
+_SAMPLE_SUFFIXES = ("json", "txt", "cls", "jpg", "jpeg", "png", "webp")
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 # Errors of Python's reader at a damaged or hostile header.
 _HEADER_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError, UnicodeError)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llavamod_offline.data.images import image_extension
-from llavamod_offline.data.parse.members import TEXT_FORMATS, parse_json
+from llavamod_offline.data.parse.members import TEXT_FORMATS, TEXT_SUFFIXES, parse_json
 from llavamod_offline.data.parse.row_formats import KNOWN, check_text
 from llavamod_offline.data.parse.text_encoding import decode_text
 from llavamod_offline.data.rows import RowError
@@ -41,7 +41,7 @@ def read_group(
     be shrunk to, see `decode_image`. Errors: `RowError`.
     """
     members = {suffix: member for suffix, member in group.members.items() if suffix not in rule.ignore}
-    texts: dict[str, TarMember] = {suffix: members.pop(suffix) for suffix in ("json", "txt") if suffix in members}
+    texts: dict[str, TarMember] = {suffix: members.pop(suffix) for suffix in TEXT_SUFFIXES if suffix in members}
     ordered = _images(members)
     images = tuple(image.content for image in ordered)
     extensions = tuple(_decoded(image, group.key, max_side) for image in ordered)
@@ -74,7 +74,7 @@ def read_group(
 def _fields(texts: Mapping[str, str]) -> tuple[dict[str, Any], RowError]:
     """The fields of a JSON object, and what is wrong if no format matches them."""
     if "json" not in texts:
-        return {}, RowError("malformed row", "has no text: neither .json nor .txt")
+        return {}, RowError("malformed row", "has no text: neither .json nor .txt nor .cls")
     try:
         row = parse_json(texts["json"])
     except RowError as error:
@@ -104,7 +104,9 @@ def _images(members: dict[str, TarMember]) -> tuple[TarMember, ...]:
 
 
 def _unsupported(suffix: str) -> str:
-    if ("." in suffix and _IMAGE.fullmatch(suffix.rpartition(".")[2])) or suffix.endswith((".json", ".txt")):
+    if ("." in suffix and _IMAGE.fullmatch(suffix.rpartition(".")[2])) or suffix.endswith(
+        tuple(f".{text}" for text in TEXT_SUFFIXES)
+    ):
         return (
             f"its name has dots: in a tar, a key ends at the first dot, which leaves '.{suffix}': rename it, "
             "or unpack the tar and pack the folder"

@@ -36,7 +36,7 @@ def test_nothing_heavy_is_loaded_before_a_shard_is_written() -> None:
     """Not torch, which the first import of webdataset brings."""
     program = (
         "import sys\nfrom llavamod_offline.data.pack import pack\n"
-        "from llavamod_offline.data.sources import read, tar_index\n"
+        "from llavamod_offline.data.sources import read\nfrom llavamod_offline.data.tars import tar_index\n"
         "print(sorted({'torch', 'transformers', 'webdataset'} & set(sys.modules)))"
     )
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -16,7 +16,8 @@ from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.pack.shrink import shrink_image, shrink_sample
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.data.sets.sample_set import SampleSet
-from llavamod_offline.data.sources.read import Source, prepare_sources
+from llavamod_offline.data.sources.read import prepare_sources
+from llavamod_offline.data.sources.source import Source
 from llavamod_offline.data.tars.tar_samples import ReadRule
 from llavamod_offline.errors import ConfigError, DataError
 from tests.tiny import tiny_image

@@ -9,7 +9,7 @@ import pytest
 
 from llavamod_offline.data.parse.text_encoding import decode_text
 from llavamod_offline.data.rows import Located, RejectedRow, RowError
-from llavamod_offline.data.sources.read import Source
+from llavamod_offline.data.sources.source import Source
 from llavamod_offline.data.tars.tar_index import TarSource, index_tars
 from llavamod_offline.data.tars.tar_samples import ReadRule
 from llavamod_offline.errors import DataError

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 
 from llavamod_offline.data.rows import Located, RejectedRow
 from llavamod_offline.data.sample import Sample, Turn, sample_from_json
-from llavamod_offline.data.sources.read import Source, prepare_sources
+from llavamod_offline.data.sources.read import prepare_sources
+from llavamod_offline.data.sources.source import Source
 from tests.tiny import tiny_image
 
 JPG, PNG, WEBP = tiny_image(0, format="JPEG"), tiny_image(1), tiny_image(2, format="WEBP")

@@ -14,7 +14,7 @@ import pytest
 
 from llavamod_offline.data.sources.catalogue import SHIPPED, Catalogue, DataSet, read_catalogue, stage_sources
 from llavamod_offline.data.sources.doctor import Finding, examine, render
-from llavamod_offline.data.sources.read import Source
+from llavamod_offline.data.sources.source import Source
 from llavamod_offline.errors import ConfigError, DataError
 from tests.tiny import tiny_image
 

@@ -14,7 +14,8 @@ from llavamod_offline.data.rows import Located, RejectedRow
 from llavamod_offline.data.sample import Sample, sample_to_json
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.data.sources import image_folders
-from llavamod_offline.data.sources.read import Source, prepare_sources
+from llavamod_offline.data.sources.read import prepare_sources
+from llavamod_offline.data.sources.source import Source
 from llavamod_offline.data.tars.tar_samples import ReadRule
 from llavamod_offline.errors import DataError
 from tests.llavamod_offline.data.sources.source_files import (

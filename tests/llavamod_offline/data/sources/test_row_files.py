@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from llavamod_offline.data.rows import Located
-from llavamod_offline.data.sources.read import Source
 from llavamod_offline.data.sources.row_files import ROW_FILES
+from llavamod_offline.data.sources.source import Source
 from llavamod_offline.errors import DataError
 from tests.llavamod_offline.data.sources.source_files import JPG, read_sources, samples
 
@@ -79,6 +79,6 @@ def test_what_is_no_arrow_file(tmp_path: Path) -> None:
 
 def test_only_the_columns_that_samples_need_are_read(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", rows(0, 1))
-    [first, _] = (content for _, content in ROW_FILES[".parquet"].rows(tmp_path / "a.parquet", lambda size: None))
-    assert list(first) == ["messages", "images"]
+    [some] = ROW_FILES[".parquet"].rows(tmp_path / "a.parquet", lambda size: None, 0)
+    assert list(some.listed()[0][1]) == ["messages", "images"]
     assert all(isinstance(row, Located) for row in read_sources([tmp_path / "a.parquet"]))

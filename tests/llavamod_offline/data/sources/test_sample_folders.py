@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llavamod_offline.data.rows import Located, RejectedRow
-from llavamod_offline.data.sources.read import Source
+from llavamod_offline.data.sources.source import Source
 from llavamod_offline.data.tars.tar_index import find_tars
 from llavamod_offline.data.tars.tar_samples import ReadRule
 from llavamod_offline.errors import DataError
