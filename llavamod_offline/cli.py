@@ -239,7 +239,7 @@ def doctor(
 ) -> None:
     """Check the data sets of each stage: what is on disk, what is missing, and where to download it.
 
-    The shipped list covers LLaVA-MoD's data. Counts rows and looks for every image they name. Exits with status 1 if
+    The shipped list covers LLaVA-MoD's data and some larger sets. Counts rows and looks for every image they name. Exits with status 1 if
     anything is missing.
 
     \b

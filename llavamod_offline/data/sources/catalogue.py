@@ -102,12 +102,21 @@ def stage_sources(
         if absent:
             raise DataError(f"source '{name}': {root / absent[0]} is missing: `llavamod-offline doctor` lists the rest")
         folders = tuple(root / folder for folder in entry.images)
-        sources += [Source(path, name, folders) for _, paths in found for path in paths]
+        sources += [
+            Source(path, name, folders, below=_below(root, file, path)) for file, paths in found for path in paths
+        ]
         if entry.weight != 1.0:
             weights[name] = entry.weight
         if entry.licence is not None:
             licences[name] = entry.licence
     return sources, weights, licences
+
+
+def _below(root: Path, pattern: str, path: Path) -> str:
+    """A file's path below the first folder that its pattern leaves open, so that equal names in several differ."""
+    parts = PurePosixPath(pattern).parts
+    fixed = next((n for n, part in enumerate(parts) if "*" in part or "?" in part or "[" in part), len(parts))
+    return path.relative_to(root.joinpath(*parts[:fixed])).as_posix() if fixed < len(parts) - 1 else ""
 
 
 def _check(name: str, entry: DataSet) -> None:

@@ -12,8 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from llavamod_offline.data.pack.prepare import PreparedSources
 from llavamod_offline.data.sources.catalogue import SHIPPED, Catalogue, DataSet, read_catalogue, stage_sources
 from llavamod_offline.data.sources.doctor import Finding, examine, render
+from llavamod_offline.data.sources.read import KeyRule, prepare_sources
 from llavamod_offline.data.sources.source import Source
 from llavamod_offline.errors import ConfigError, DataError
 from tests.tiny import tiny_image
@@ -107,6 +109,10 @@ def test_the_shipped_list() -> None:
     assert catalogue.sources["rlaif_v"].rows == 83_132
     assert catalogue.sources["rlaif_v"].licence == "cc-by-nc-4.0"
     assert catalogue.sources["sharegpt4v_captioner"].rows_about == 1_246_000
+    today = {"finevision": 24_300_000, "llava_onevision_1_5_mid_training": 85_000_000,
+             "llava_onevision_1_5_instruct": 22_000_000, "mmpr": 3_000_000}  # fmt: skip
+    assert {name: catalogue.sources[name].rows_about for name in today} == today
+    assert all(catalogue.sources[name].licence for name in today)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +154,23 @@ def test_files_of_a_stage(root: Path) -> None:
         DataError, match=r"source 'none': .*n\.json is missing: `llavamod-offline doctor` lists the rest"
     ):
         stage_sources(Catalogue(catalogue.sources, {"s": ["none"]}), "s", root)
+
+
+def test_files_of_equal_names_in_several_folders(tmp_path: Path) -> None:
+    """As FineVision has them: their rows have keys of their own, whatever their ids."""
+    for folder in ("ai2d", "chartqa"):
+        (tmp_path / "fine" / folder).mkdir(parents=True)
+        table = pa.Table.from_pylist([{"texts": [{"user": "a?", "assistant": "b"}], "images": None}])
+        pq.write_table(table, tmp_path / "fine" / folder / "train-00000-of-00001.parquet")
+    catalogue = Catalogue({"fine": DataSet(files=["fine/*/*.parquet"])}, {"s": ["fine"]})
+    sources, _, _ = stage_sources(catalogue, "s", tmp_path)
+    rules: tuple[KeyRule, ...] = ("id", "row")
+    for keys in rules:
+        found = [row.facts for row in prepare_sources(sources, keys=keys) if isinstance(row, PreparedSources)]
+        assert {facts.source for facts in found} == {"fine"}
+        assert [facts.key for facts in found] == [
+            f"{folder}_x2Ftrain-00000-of-00001-000000000" for folder in ("ai2d", "chartqa")
+        ]
 
 
 def test_images_as_chat_rows_have_them(root: Path) -> None:
