@@ -239,8 +239,8 @@ def doctor(
 ) -> None:
     """Check the data sets of each stage: what is on disk, what is missing, and where to download it.
 
-    The shipped list covers LLaVA-MoD's data and some larger sets. Counts rows and looks for every image they name. Exits
-    with status 1 if anything is missing.
+    The shipped list covers LLaVA-MoD's data and some larger sets. Counts rows and looks for every image they name.
+    Exits with status 1 if anything is missing.
 
     \b
     Examples:
