@@ -40,6 +40,7 @@ REFUSED_TEXT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma2": ("gemma2", {"head_dim": 16}),
     "Cohere": ("cohere", {"logit_scale": 0.0625}),
     "Granite": ("granite", {"logits_scaling": 8.0}),
+    "BART": ("bart", {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "d_model": 64}),
     "Mixtral": ("mixtral", {"num_local_experts": 4}),
     "Falcon-H1": ("falcon_h1", {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "lm_head_multiplier": 0.5}),
 }

@@ -54,7 +54,8 @@ def build_llava(
     text = load_language_model(language_model, dtype)
     tokenizer = build_tokenizer(language_model)
     vision_config, tied = tower.config, bool(text.config.tie_word_embeddings)
-    rows = max(len(tokenizer), text.config.vocab_size)
+    embeddings = text.base_model.get_input_embeddings().weight
+    rows = max(len(tokenizer), len(embeddings))
     layers = _feature_layers(vision_feature_layer, vision_config.num_hidden_layers)
     inputs, hidden = vision_config.hidden_size * len(layers), text.config.hidden_size
     kind = None if projector_type is None else check_projector_type(projector_type)
@@ -74,12 +75,14 @@ def build_llava(
     _choose_tokens(config, vision_feature_select_strategy)
     tensors |= {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
     tensors |= {f"model.language_model.{name}": tensor for name, tensor in text.base_model.state_dict().items()}
-    own = text.base_model.get_input_embeddings().weight
-    named = next(name for name, parameter in text.base_model.named_parameters() if parameter is own)
-    tensors[f"model.language_model.{named}"] = _grown(own.detach(), rows)
+    named = next(name for name, parameter in text.base_model.named_parameters() if parameter is embeddings)
+    tensors[f"model.language_model.{named}"] = _grown(embeddings.detach(), rows)
     if not tied:
         tensors["lm_head.weight"] = _grown(text.get_output_embeddings().weight.detach(), rows)
-    model = load_tensors(LlavaForConditionalGeneration, config, tensors, dtype=dtype)
+    try:
+        model = load_tensors(LlavaForConditionalGeneration, config, tensors, dtype=dtype)
+    except ModelError as error:
+        raise ModelError(f"a LLaVA of {vision_tower} and {language_model} cannot be made: {error}") from error
     check_same_logits(model, text, language_model)
     model.generation_config = text.generation_config
     return cast("LlavaForConditionalGeneration", model)

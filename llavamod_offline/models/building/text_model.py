@@ -16,10 +16,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from llavamod_offline.errors import ModelError, first_line
 from llavamod_offline.models.checkpoint import load_weights, read_json
-from llavamod_offline.models.lm_head import lm_head_of
 
 _TOLERANCE = 1e-4  # of the largest logit, in float32; attention kernels may differ in the last digits
 _PROBED_TOKENS = 24
+# What causal language models apply to their logits or hidden states, by the setting that turns it on, with the value
+# that turns it off. LLaVA's class applies none of it.
+_HEAD_SETTINGS: dict[str, Any] = {
+    "final_logit_softcapping": None,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+    "lm_head_multiplier": 1.0,
+}
 
 
 def load_language_model(folder: Path, dtype: torch.dtype) -> Any:
@@ -42,14 +49,25 @@ def load_language_model(folder: Path, dtype: torch.dtype) -> Any:
             f"{folder}/config.json: model_type is '{model_type}', which is multimodal already: use the folder of a "
             "language model alone"
         )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{folder}/config.json: model_type is '{model_type}', an encoder-decoder: use the folder of a decoder alone"
+        )
+    for name, off in _HEAD_SETTINGS.items():
+        value = getattr(config, name, off)
+        if value not in (None, off):
+            raise _lost(folder, model_type, f"{name} ({value:g})")
     text = load_weights(AutoModelForCausalLM, folder, dtype=dtype)
-    head = lm_head_of(text)
-    if head.softcap is not None:
-        raise _lost(folder, model_type, f"the softcap of its logits ({head.softcap:g})")
-    if head.scale != 1.0:
-        raise _lost(folder, model_type, f"the scale of its logits ({head.scale:g})")
-    if head.bias_V is not None:
+    head = text.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
         raise _lost(folder, model_type, "the bias of its LM head")
+    try:
+        text.base_model.get_input_embeddings()
+    except NotImplementedError as error:
+        raise ModelError(
+            f"{folder}: a '{model_type}' cannot be the language model of a LLaVA (its embeddings cannot be reached): "
+            "use another one"
+        ) from error
     if any(".experts." in name for name, _ in text.named_parameters()):
         raise ModelError(
             f"{folder}: the language model is a mixture of experts: use a dense one, and student.upcycle to make the "
