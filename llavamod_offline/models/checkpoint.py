@@ -78,7 +78,13 @@ def load_weights(model_class: Any, folder: Path, *, dtype: torch.dtype, **settin
     try:
         with _quiet():
             model, info = model_class.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True, **settings
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # `_check_complete` names them
+                **settings,
             )
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"{folder}: the weights cannot be loaded: {first_line(error)}: copy them again") from error
@@ -94,7 +100,12 @@ def load_tensors(model_class: Any, config: Any, tensors: dict[str, Tensor], *, d
     try:
         with _quiet():
             model, info = model_class.from_pretrained(
-                None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # `_check_complete` names them
             )
     except (RuntimeError, ValueError, KeyError) as error:
         raise ModelError(f"the tensors do not fit the model: {first_line(error)}") from error
@@ -105,7 +116,7 @@ def load_tensors(model_class: Any, config: Any, tensors: dict[str, Tensor], *, d
 def _check_complete(info: dict[str, Any], where: str) -> None:
     """Reject a model unless all its tensors, and no others, were loaded."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(str(key) for key in info[kind])
+        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[kind])
         if names:
             raise ModelError(
                 f"{where}: {counted(len(names), kind.replace('_keys', '') + ' tensor')}, first '{names[0]}': "

@@ -16,17 +16,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from llavamod_offline.errors import ModelError, first_line
 from llavamod_offline.models.checkpoint import load_weights, read_json
+from llavamod_offline.models.lm_head import check_lm_head, lm_head_of
 
 _TOLERANCE = 1e-4  # of the largest logit, in float32; attention kernels may differ in the last digits
 _PROBED_TOKENS = 24
-# What causal language models apply to their logits or hidden states, by the setting that turns it on, with the value
-# that turns it off. LLaVA's class applies none of it.
-_HEAD_SETTINGS: dict[str, Any] = {
-    "final_logit_softcapping": None,
-    "logit_scale": 1.0,
-    "logits_scaling": 1.0,
-    "lm_head_multiplier": 1.0,
-}
 
 
 def load_language_model(folder: Path, dtype: torch.dtype) -> Any:
@@ -53,27 +46,36 @@ def load_language_model(folder: Path, dtype: torch.dtype) -> Any:
         raise ModelError(
             f"{folder}/config.json: model_type is '{model_type}', an encoder-decoder: use the folder of a decoder alone"
         )
-    for name, off in _HEAD_SETTINGS.items():
-        value = getattr(config, name, off)
-        if value not in (None, off):
-            raise _lost(folder, model_type, f"{name} ({value:g})")
     text = load_weights(AutoModelForCausalLM, folder, dtype=dtype)
-    head = text.get_output_embeddings()
-    if getattr(head, "bias", None) is not None:
-        raise _lost(folder, model_type, "the bias of its LM head")
     try:
         text.base_model.get_input_embeddings()
     except NotImplementedError as error:
-        raise ModelError(
-            f"{folder}: a '{model_type}' cannot be the language model of a LLaVA (its embeddings cannot be reached): "
-            "use another one"
-        ) from error
+        raise _unusable(folder, model_type, "its embeddings cannot be reached") from error
     if any(".experts." in name for name, _ in text.named_parameters()):
         raise ModelError(
             f"{folder}: the language model is a mixture of experts: use a dense one, and student.upcycle to make the "
             "student sparse"
         )
+    _check_plain_head(folder, text)
     return text
+
+
+def _check_plain_head(folder: Path, text: Any) -> None:
+    """Refuse a language model that does more between hidden states and logits than LLaVA's class does."""
+    kind = text.config.model_type
+    try:
+        check_lm_head(text, text.base_model, name=str(folder))
+    except ModelError:
+        raise
+    except Exception as error:
+        raise _unusable(folder, kind, first_line(error)) from error
+    head = lm_head_of(text)
+    if head.bias_V is not None:
+        raise _lost(folder, kind, "the bias of its LM head")
+    if head.softcap is not None:
+        raise _lost(folder, kind, f"the soft cap of its logits, {head.softcap:g}")
+    if head.scale != 1.0:
+        raise _lost(folder, kind, f"the scale of its logits, {head.scale:g}")
 
 
 @torch.no_grad()
@@ -94,10 +96,7 @@ def check_same_logits(model: LlavaForConditionalGeneration, text: Any, folder: P
             for one in (model, text)
         )
     except Exception as error:
-        raise ModelError(
-            f"{folder}: a '{text.config.model_type}' cannot be the language model of a LLaVA ({first_line(error)}): "
-            "use another one"
-        ) from error
+        raise _unusable(folder, text.config.model_type, first_line(error)) from error
     difference = float((own - wanted).abs().max())
     if not difference <= _TOLERANCE * float(wanted.abs().max()):
         raise _lost(folder, text.config.model_type, f"a part of its forward pass: logits differ by {difference:.2g}")
@@ -108,3 +107,7 @@ def _lost(folder: Path, model_type: str, what: str) -> ModelError:
         f"{folder}: transformers' LlavaForConditionalGeneration over a '{model_type}' would lose {what}: use another "
         "language model"
     )
+
+
+def _unusable(folder: Path, model_type: str, why: str) -> ModelError:
+    return ModelError(f"{folder}: a '{model_type}' cannot be the language model of a LLaVA ({why}): use another one")
