@@ -22,6 +22,7 @@ from llavamod_offline.losses.cached_distillation import prior_of
 from llavamod_offline.losses.tail_estimators import choose_tail, prepare_targets
 from llavamod_offline.models.checkpoint import sequence_encoder, vocabulary_size
 from llavamod_offline.models.lm_head import lm_head_of
+from llavamod_offline.plural import counted
 from train.config import TrainConfig
 from train.data.batches import Loader, TrainBatch
 from train.data.join import MISMATCHED, Join, join
@@ -170,6 +171,12 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         by_modality=config.data.group_by_modality,
     )
     order = make_order(settings, samples, joined.rows, seed=config.seed, size=config.batch.global_size)
+    if config.batch.global_size > order.per_epoch and world.is_main:
+        _LOG.warning(
+            "batch.global_size: %d is more than the %s of an epoch, so every step repeats some: lower it",
+            config.batch.global_size,
+            counted(order.per_epoch, "sample"),
+        )
     if cache is not None and order.window:
         cache.keep_shards(order.window)
     choose_trainable(student, config.trainable)

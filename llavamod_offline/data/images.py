@@ -92,8 +92,7 @@ def image_extension(encoded: bytes, *, name: str, max_side: int | None = None) -
 
 def image_size(encoded: bytes, *, name: str, max_side: int | None = None) -> tuple[int, int]:
     """The (width, height) of an image upright, read from the header where possible. Errors: as `decode_image`."""
-    if len(encoded) > MAX_ENCODED_BYTES:
-        raise DataError(f"image '{name}': {len(encoded)} bytes, more than {MAX_ENCODED_BYTES}")
+    _check_bytes(encoded, name)
     with _strict_pillow(), _decoding(name), Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
         _check_size(image, name, max_side)
         width, height = image.size
@@ -249,8 +248,7 @@ def read_processor_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _decode(encoded: bytes, name: str, max_side: int | None) -> tuple[Image.Image, str]:
-    if len(encoded) > MAX_ENCODED_BYTES:
-        raise DataError(f"image '{name}': {len(encoded)} bytes, more than {MAX_ENCODED_BYTES}")
+    _check_bytes(encoded, name)
     with _strict_pillow(), _decoding(name), Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
         _check_size(image, name, max_side)
         extension = _EXTENSIONS[str(image.format)]
@@ -259,6 +257,13 @@ def _decode(encoded: bytes, name: str, max_side: int | None) -> tuple[Image.Imag
             image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))  # only JPEGs obey
         image.load()
         return _to_rgb(_upright(image)), extension
+
+
+def _check_bytes(encoded: bytes, name: str) -> None:
+    if not encoded:
+        raise DataError(f"image '{name}': is empty (0 bytes): download or copy it again")
+    if len(encoded) > MAX_ENCODED_BYTES:
+        raise DataError(f"image '{name}': {len(encoded)} bytes, more than {MAX_ENCODED_BYTES}")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ share a key: `coco/a.jpg` → `coco_x2Fa_x2Ejpg`, `a_1` → `a_1`, `a_x` → `a_
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 _ESCAPED = re.compile(r"[^A-Za-z0-9_\-]|_(?=x)")
 
@@ -15,6 +16,12 @@ _ESCAPED = re.compile(r"[^A-Za-z0-9_\-]|_(?=x)")
 def key_from_id(identity: str | int) -> str:
     """Convert an id to a key; different ids give different keys (a number counts as its digits)."""
     return _ESCAPED.sub(lambda match: _escape(match.group()), str(identity))
+
+
+def stored_key(given: str, has: Callable[[str], bool]) -> str:
+    """A key as it is stored, of one that is given as stored or as the data set's id; itself if there is neither."""
+    converted = key_from_id(given)
+    return converted if not has(given) and has(converted) else given
 
 
 def row_key(stem: str, row: int) -> str:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from llavamod_offline.data.keys import stored_key
 from llavamod_offline.errors import CacheError
 from llavamod_offline.losses.targets import EMPTY_ID
 from teacher_cache.ask.model import AskedModel, AskedQuestion
@@ -39,13 +40,14 @@ class AnswerComparison:
     tokens: tuple[ComparedToken, ...]
 
 
-def recorded_role(cache: TeacherCache, key: str) -> str:
-    """The role whose answer is shown for a sample. Errors: `CacheError` if it has no record."""
+def recorded_role(cache: TeacherCache, key: str) -> tuple[str, str]:
+    """A sample's key as it is stored, and the role whose answer is shown. Errors: `CacheError` if it has no record."""
+    key = stored_key(key, lambda one: any((one, role) in cache for role in (*_ROLES, *cache.roles)))
     role = next((role for role in (*_ROLES, *cache.roles) if (key, role) in cache), None)
     if role is None:
         some = ", ".join(sorted(key for key, _ in cache.items(range(min(3, len(cache))))))
         raise CacheError(f"cache '{cache.path}': no record of sample '{key}': it has {len(cache):,}, such as {some}")
-    return role
+    return key, role
 
 
 def compare(
@@ -55,7 +57,7 @@ def compare(
 
     Errors: `CacheError` if the key has no record, or the model has another tokenizer; see `check_student`.
     """
-    role = recorded_role(cache, key)
+    key, role = recorded_role(cache, key)
     check_student(cache.fingerprint, model.encoder.tokenizer)
     targets = cache.targets([(key, role)])
     numbers = targets.target_ids_N.tolist()

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llavamod_offline.data.keys import stored_key
 from llavamod_offline.errors import CacheError
 from llavamod_offline.losses.targets import EMPTY_ID, SparseTargets
 from teacher_cache.fingerprint import without_tokens
@@ -75,8 +76,9 @@ def shard_parts(manifest: Mapping[str, Any]) -> dict[str, int]:
 def describe_key(cache: TeacherCache, key: str, show: Callable[[int], str]) -> list[dict[str, Any]]:
     """Describe every supervised token of a key, in every role: its top-k ids and tail samples; `show` labels an id.
 
-    Errors: `CacheError` if the key has no record.
+    `key` may also be the data set's id that it was made from. Errors: `CacheError` if it has no record.
     """
+    key = stored_key(key, lambda one: any((one, role) in cache for role in cache.roles))
     roles = [role for role in cache.roles if (key, role) in cache]
     if not roles:
         raise CacheError(f"cache '{cache.path}': no record of sample '{key}': look for it in rejected.jsonl")

@@ -97,10 +97,17 @@ def words_as(tokenizer: PreTrainedTokenizerFast, template: Template) -> bool:
 def to_jinja(template: Template) -> str:
     """A template as Jinja for transformers' `apply_chat_template`.
 
-    A message's content is a string, or a list of parts, where each image becomes a placeholder on its own line. Roles
-    and parts that no training sample has, such as a system message, raise an exception. A user turn's text ends where
-    the answer begins, so `add_generation_prompt` has no effect.
+    A message's content is a string, or a list of parts, where each image becomes a placeholder on its own line. A first
+    system message takes the place of the template's own system text, as in training. Roles and parts that no training
+    sample has raise an exception. A user turn's text ends where the answer begins, so `add_generation_prompt` has no
+    effect.
     """
+    system, skip = f"{{{{ {_literal(template.system)} }}}}", ""
+    if template.system_turn is not None:
+        before, after = map(_literal, template.system_turn)
+        given = f"{{{{ {before} + words(messages[0].content) + {after} }}}}"
+        system = f"{{%- if messages and messages[0].role == 'system' -%}}{given}{{%- else -%}}{system}{{%- endif -%}}"
+        skip = "{%- elif message.role == 'system' and loop.first -%}"
     prefix = _literal(template.user_prefix)
     if template.image_prefix is not None:
         prefix = f"({_literal(template.image_prefix)} if {_BEGINS_WITH_IMAGE} else {prefix})"
@@ -116,10 +123,10 @@ def to_jinja(template: Template) -> str:
         f"{{%- elif part.type == 'text' -%}}{{{{ part.text{strip} }}}}"
         f"{{%- else -%}}{{{{ raise_exception({_UNKNOWN_PART} + part.type) }}}}{{%- endif -%}}"
         "{%- endfor -%}{%- endif -%}{%- endmacro -%}"
-        f"{{{{ {_literal(template.system)} }}}}{{%- for message in messages -%}}"
+        f"{system}{{%- for message in messages -%}}"
         f"{{%- if message.role == 'user' -%}}{{{{ {question} }}}}"
         f"{{%- elif message.role == 'assistant' -%}}"
-        f"{{{{ {answer} + ('' if loop.last else {json.dumps(template.separator)}) }}}}"
+        f"{{{{ {answer} + ('' if loop.last else {json.dumps(template.separator)}) }}}}{skip}"
         f"{{%- else -%}}{{{{ raise_exception({_UNKNOWN_ROLE} + message.role) }}}}"
         "{%- endif -%}{%- endfor -%}"
     )

@@ -33,6 +33,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from llavamod_offline.data.keys import stored_key
 from llavamod_offline.data.parse.members import responses_from_text, sample_from_members
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.data.sets.mismatched import MismatchRing
@@ -190,8 +191,8 @@ class SampleSet:
         return str(self.index.column("key")[row])
 
     def row_of(self, key: str) -> int:
-        """The row of a key."""
-        row = self._rows_by_key.get(key)
+        """The row of a key, given as it is stored or as the data set's id."""
+        row = self._rows_by_key.get(stored_key(key, self._rows_by_key.__contains__))
         if row is None:
             raise DataError(f"set '{self.path}': has no sample '{key}'")
         return row

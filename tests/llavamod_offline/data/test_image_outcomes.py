@@ -68,7 +68,7 @@ OUTCOMES: dict[str, tuple[bytes, tuple[str, tuple[int, int], tuple[int, int, int
     "a line": (bomb(201, 1), "crop it"),
     "truncated JPEG": (JPG[: len(JPG) // 2], "cannot be decoded"),
     "truncated PNG": (tiny_image(1, (90, 90))[:-30], "cannot be decoded"),
-    "empty": (b"", "not a JPEG, PNG or WebP file"),
+    "empty": (b"", "is empty"),
     "text": (b"hello", "not a JPEG, PNG or WebP file"),
 }
 

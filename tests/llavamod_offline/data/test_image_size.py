@@ -73,7 +73,7 @@ def test_pixels_are_not_read(kind: str) -> None:
 @pytest.mark.parametrize(
     ("encoded", "problem"),
     [
-        (b"", "not a JPEG, PNG or WebP file"),
+        (b"", "is empty"),
         (b"GIF89a" + bytes(50), "not a JPEG, PNG or WebP file"),
         (_encode("PNG", (9001, 50)), "9001×50 pixels, more than 9000 a side"),
         (_encode("PNG", (1, 300)), "1×300 pixels, longer than 200:1"),

@@ -84,8 +84,8 @@ def test_a_lenient_pillow_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(
     "encoded",
-    [b"", b"hello", b"<svg xmlns='http://www.w3.org/2000/svg'/>", encode(Image.new("P", (4, 4)), "GIF")],
-    ids=["empty", "text", "svg", "gif"],
+    [b"hello", b"<svg xmlns='http://www.w3.org/2000/svg'/>", encode(Image.new("P", (4, 4)), "GIF")],
+    ids=["text", "svg", "gif"],
 )
 def test_other_formats_are_refused(encoded: bytes) -> None:
     with pytest.raises(DataError, match=r"image 'x': not a JPEG, PNG or WebP file: convert it"):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llavamod_offline.data.keys import key_from_id, row_key
+from llavamod_offline.data.keys import key_from_id, row_key, stored_key
 
 
 def decode(key: str) -> str:
@@ -43,6 +43,18 @@ def test_every_id_can_be_read_back(identity: str) -> None:
 )
 def test_examples(identity: str | int, key: str) -> None:
     assert key_from_id(identity) == key
+
+
+def test_a_key_may_be_given_as_it_is_stored_or_as_the_id() -> None:
+    stored = {"coco_x2Fa_x2Ejpg", "plain", "a_x5Fx", "a_x"}
+    for asked, found in (
+        ("coco/a.jpg", "coco_x2Fa_x2Ejpg"),
+        ("coco_x2Fa_x2Ejpg", "coco_x2Fa_x2Ejpg"),
+        ("plain", "plain"),
+        ("a_x", "a_x"),  # what is stored comes first
+        ("no/where", "no/where"),
+    ):
+        assert stored_key(asked, stored.__contains__) == found
 
 
 def test_row_keys() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from llavamod_offline.data.pack.pack import write_set
+from llavamod_offline.errors import CacheError
 from llavamod_offline.losses.targets import EMPTY_ID
+from teacher_cache.ask.compare import recorded_role
 from teacher_cache.inspection import terminal as tables
 from teacher_cache.inspection.summary import ENTROPY_EDGES, TOPK_MASS_EDGES, describe_cache, describe_key
 from teacher_cache.read.reader import open_cache
 from tests.teacher_cache.conftest import World
-from tests.tiny import write_tiny_set
+from tests.tiny import tiny_samples, write_tiny_set
 
 
 def _counted(values: list[float], edges: tuple[float, ...]) -> list[int]:
@@ -121,6 +125,19 @@ def test_a_key_shows_topk_ids_and_tail_samples(finished: Path) -> None:
     assert f"{first['topk'][0]['token']} {math.exp(first['topk'][0]['log_prob']):.3f}" in text
     assert f"{first['tail_samples'][0]['token']} {first['tail_samples'][0]['mass']:.3f}" in text
     assert f"{first['tail_mass']:.4f}" in text
+
+
+def test_a_key_may_be_given_as_the_id_of_the_data_set(world: World, tmp_path: Path) -> None:
+    """As in the rows, though a cache stores it with its `/` and dots written otherwise."""
+    write_set([replace(tiny_samples(1)[0], key="coco_x2Fa_x2Ejpg")], tmp_path / "set")
+    world.run(tmp_path / "cache", data=tmp_path / "set")
+    cache = open_cache(tmp_path / "cache")
+    for given in ("coco/a.jpg", "coco_x2Fa_x2Ejpg"):
+        (sequence,) = describe_key(cache, given, str)
+        assert sequence["key"] == "coco_x2Fa_x2Ejpg"
+        assert recorded_role(cache, given) == ("coco_x2Fa_x2Ejpg", "response")
+    with pytest.raises(CacheError, match=r"no record of sample 'coco/b\.jpg'"):
+        describe_key(cache, "coco/b.jpg", str)
 
 
 def test_positions_without_a_token_are_shown(world: World, tmp_path: Path) -> None:

@@ -50,10 +50,27 @@ def test_there_and_back(name: str) -> None:
         assert rendered(words, TURNS[:count], answer=count % 2 == 1) == text
     back = choose_template("tokenizer", lambda: words)
     if name == "qwen":
-        assert back == dataclasses.replace(template, name="tokenizer", system_turn=None)
+        assert back == dataclasses.replace(template, name="tokenizer")
     else:  # which does not end with its separator there, so it is taken for a part of the next question
         assert [s.text for s in back.render(TURNS)] != []
         assert "".join(s.text for s in back.render(TURNS)) == "".join(s.text for s in template.render(TURNS))
+
+
+@pytest.mark.parametrize("name", ["qwen", "chatml", "llava_v1"])
+@pytest.mark.parametrize("parts", [False, True])
+def test_an_exported_template_keeps_a_system_message(name: str, parts: bool) -> None:
+    """First, in the place of the template's own; elsewhere it raises."""
+    template = get_template(name)
+    words = tiny_tokenizer()
+    words.chat_template = to_jinja(template)
+    for count in range(1, 5):
+        turns = (Turn("system", "Answer in French."), *TURNS[:count])
+        contents = [[{"type": "text", "text": turn.text}] if parts else turn.text for turn in turns]
+        messages = [{"role": turn.role, "content": content} for turn, content in zip(turns, contents, strict=True)]
+        text = "".join(segment.text for segment in template.render(turns))
+        assert words.apply_chat_template(messages, tokenize=False) == text
+    if name != "llava_v1":  # whose end token the tiny tokenizer lacks
+        assert from_tokenizer(words).system_turn is not None
 
 
 @pytest.mark.parametrize("name", ["qwen", "chatml"])

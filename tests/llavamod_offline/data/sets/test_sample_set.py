@@ -9,6 +9,7 @@ import pickle
 import random
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -268,6 +269,9 @@ def test_where_samples_come_from(tmp_path: Path) -> None:
     assert [packed.origin(sample.key) for sample in samples] == [("b.json", 7), ("a.json", 0), ("b.json", 9)]
     with pytest.raises(DataError, match="has no sample 'none'"):
         packed.origin("none")
+    write_set([replace(samples[0], key="coco_x2Fa_x2Ejpg")], tmp_path / "escaped")
+    escaped = SampleSet.open(tmp_path / "escaped")
+    assert escaped.row_of("coco/a.jpg") == escaped.row_of("coco_x2Fa_x2Ejpg") == 0
 
 
 def test_sets_of_earlier_versions(own_folder: Path) -> None:

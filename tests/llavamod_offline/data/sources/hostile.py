@@ -156,7 +156,7 @@ TARS = [
     _tar("a picture too wide", _pair("bad", ASK, bomb(9_001, 100), "png"), ("bad", IMAGE, "shrink it")),
     _tar("a picture cut short", _pair("bad", ASK, JPG[:200]), ("bad", IMAGE, "cannot be decoded")),
     _tar("a GIF called PNG", _pair("bad", ASK, gif(), "png"), ("bad", IMAGE, "convert it")),
-    _tar("an empty picture", _pair("bad", ASK, b""), ("bad", IMAGE, "not a JPEG")),
+    _tar("an empty picture", _pair("bad", ASK, b""), ("bad", IMAGE, "is empty")),
     _tar("a film", [("bad.json", ASK), ("bad.mp4", b"x")], ("bad", BAD, "'.mp4'")),
     _tar("a name without suffix", [("README", b"hello")], ("README", BAD, "not a key, a dot and a suffix")),
     _tar("a name without key", [(".bad.jpg", JPG)], ("_x2Ebad_x2Ejpg", BAD, "not a key, a dot and a suffix")),
