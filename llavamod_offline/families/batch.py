@@ -48,6 +48,13 @@ def joined(samples: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[A
     return found
 
 
+def as_array(value: Any) -> NDArray[Any]:
+    """What a processor gives as an array; bfloat16, which numpy lacks, as float32."""
+    if isinstance(value, Tensor) and value.dtype == torch.bfloat16:
+        value = value.float()
+    return np.asarray(value)
+
+
 def tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
     """Arrays as tensors."""
     return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,18 +23,21 @@ from PIL import Image
 from torch import Tensor
 
 from llavamod_offline.data.encode.chat_template import choose_template
-from llavamod_offline.data.encode.template import Template
+from llavamod_offline.data.encode.template import AUTO, Segment, Template
 from llavamod_offline.data.encode.tokenize import ImageTokens, SequenceEncoder, TokenizedSequence
 from llavamod_offline.data.images import DECODER, decode_image, image_size, pad_to_square
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import DataError, ModelError
 from llavamod_offline.families import folder as folders
-from llavamod_offline.families.batch import joined, padded, tensors, text_inputs
+from llavamod_offline.families.batch import as_array, joined, padded, tensors, text_inputs
 from llavamod_offline.families.image_wording import TokenWriter, written_image
 from llavamod_offline.families.probes import check_family, probe
 from llavamod_offline.families.processor import load_processor
 from llavamod_offline.families.protocol import SampleImage
 from llavamod_offline.models.checkpoint import load_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "text_replacement_offsets")
 _SIZES_KEPT = 4096  # the tokens of images of so many sizes are remembered
@@ -66,7 +69,11 @@ class ImageTextFamily:
             raise ModelError(f"{folder}: {type(self.processor).__name__} has no token for images: {folders.OTHER}")
         self.image_token_id: int | None = _embedded_id(config, self.processor, folder)
         self.written = written_image(tokenizer, image_token, config)
-        if isinstance(template, str):
+        # PaliGemma has no chat template; the tokens of its prompt all see one another.
+        self.sees_prompt_whole = self.model_type == "paligemma"
+        if self.sees_prompt_whole and template == AUTO:
+            template = paligemma_template(tokenizer)
+        elif isinstance(template, str):
             template = choose_template(template, lambda: tokenizer, image=self.written)
         self.encoder = SequenceEncoder(
             tokenizer, template, image_token_id=self.image_token_id, image_tokens=0, max_length=sys.maxsize
@@ -92,7 +99,12 @@ class ImageTextFamily:
                 images = self._images_of(sizes)
         elif self.needs_images:
             raise DataError(f"sample '{sample.key}' ({role}): it has no image, which {self.model_type} needs")
-        return self.encoder.encode(sample, role, images)
+        sequence = self.encoder.encode(sample, role, images)
+        if self.sees_prompt_whole and (np.diff(sequence.supervised_N) > 1).any():
+            raise DataError(
+                f"sample '{sample.key}' ({role}): it has several answers, and {self.model_type} takes one: split it"
+            )
+        return sequence
 
     def images(self, sample: Sample) -> list[SampleImage]:
         """Decode and preprocess all images of a sample together: the arrays that the processor gives for them."""
@@ -109,6 +121,8 @@ class ImageTextFamily:
     def process(self, images: Sequence[Image.Image]) -> tuple[dict[str, NDArray[Any]], list[ImageTokens]]:
         """The arrays of a sample's images, and their tokens."""
         token = self.processor.image_token
+        if self.sees_prompt_whole:
+            return self._process_prompt(images)
         found = self.processor(
             text=[token * len(images)],
             images=[[self.shaped(image) for image in images]],
@@ -116,12 +130,20 @@ class ImageTextFamily:
             return_tensors=self.tensors,
         )
         offsets = found.get("text_replacement_offsets")
-        if offsets is None or len(offsets[0]) != len(images):
-            raise ModelError(
-                f"{self.folder}: {type(self.processor).__name__} does not say which tokens an image takes: "
-                f"{folders.OTHER}"
-            )
+        if offsets is None and len(images) == 1:  # an older processor
+            ids_T = np.asarray(found["input_ids"][0])
+            return self.arrays(found), [ImageTokens(ids_T[len(self.encoder.start_ids) :])]
+        if offsets is None:
+            return self.arrays(found), [self.process([image])[1][0] for image in images]
         return self.arrays(found), [self._write(place["replacement"]) for place in offsets[0]]
+
+    def _process_prompt(self, images: Sequence[Image.Image]) -> tuple[dict[str, NDArray[Any]], list[ImageTokens]]:
+        """As `process` for PaliGemma, which puts the beginning of the text after the last image."""
+        token, start = self.processor.image_token, self.processor.tokenizer.bos_token_id
+        shown = [self.shaped(image) for image in images]
+        found = self.processor(text=[token * len(images)], images=[shown], return_tensors=self.tensors)
+        ids = np.full(self.processor.image_seq_length, self.image_token_id, np.int64)
+        return self.arrays(found), [*[ImageTokens(ids)] * (len(images) - 1), ImageTokens(np.append(ids, start))]
 
     def shaped(self, image: Image.Image) -> Image.Image:
         """An image as the processor gets it."""
@@ -129,7 +151,7 @@ class ImageTextFamily:
 
     def arrays(self, found: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         """What a processor gives beside text."""
-        return {name: np.asarray(value) for name, value in found.items() if name not in _TEXT}
+        return {name: as_array(value) for name, value in found.items() if name not in _TEXT}
 
     def describe_images(self) -> dict[str, Any]:
         """The processor's settings; an image's tokens depend on its size."""
@@ -159,7 +181,7 @@ class ImageTextFamily:
         """What the model takes for a padded batch, on the CPU; `images` are those of each sequence."""
         columns = text_inputs(sequences, pad=0 if self.image_token_id != 0 else 1, left=left)
         for name, marked in self.text_fields.items():
-            types = [self.token_types(sequence.input_ids_T, marked=marked) for sequence in sequences]
+            types = [self.token_types(sequence, marked=marked) for sequence in sequences]
             columns[name] = padded(types, 0, left=left)
         return tensors(columns | self.joined([image.inputs for own in images for image in own]))
 
@@ -168,10 +190,14 @@ class ImageTextFamily:
         sequence, images = probe(self)
         return self.model_inputs([sequence], [images])
 
-    def token_types(self, ids_T: NDArray[np.int64], *, marked: bool) -> NDArray[np.int64]:
-        """The processor's type of each token; zeros unless it marks images."""
+    def token_types(self, sequence: TokenizedSequence, *, marked: bool) -> NDArray[np.int64]:
+        """The processor's type of each token; zeros unless it marks images, or the answer after a whole prompt."""
+        ids_T = sequence.input_ids_T
         if not marked:
             return np.zeros_like(ids_T)
+        if self.sees_prompt_whole:
+            answer = int(np.append(sequence.supervised_N, len(ids_T))[0])
+            return np.repeat(np.array([0, 1], np.int64), [answer, len(ids_T) - answer])
         return np.asarray(self.processor.create_mm_token_type_ids([ids_T.tolist()])[0], np.int64)
 
     def joined(self, samples: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
@@ -184,6 +210,12 @@ class ImageTextFamily:
 
     def _embedded(self, image: ImageTokens) -> int:
         return int((image.ids == self.image_token_id).sum())
+
+
+def paligemma_template(tokenizer: PreTrainedTokenizerFast) -> Template:
+    """PaliGemma's wording: the prompt, a newline, and the answer with the tokenizer's end."""
+    end = str(tokenizer.eos_token)
+    return Template("paligemma", (), (), (Segment("\n"),), answer_prefix="", end=end, separator="", strips=True)
 
 
 def _embedded_id(config: Any, processor: Any, folder: Path) -> int:

@@ -25,6 +25,7 @@ _PROBES: tuple[tuple[Turn, ...], ...] = (
     (_QUESTION, _ANSWER),
     (Turn("user", f"{_MARK}What is it?"), _ANSWER),
     (Turn("user", f"{_MARK}{_MARK}What differs?"), Turn("assistant", "No 7.")),
+    (Turn("user", f"{IMAGE_PLACEHOLDER}{IMAGE_PLACEHOLDER}What differs?"), _ANSWER),
     (Turn("user", f"{_MARK}What is it?"), _ANSWER, Turn("user", f"And here {_MARK}too?"), _ANSWER, _QUESTION, _ANSWER),
 )
 _TYPES = ("token_type_ids", "mm_token_type_ids")
@@ -44,7 +45,9 @@ def check_family(family: ImageTextFamily) -> None:
         sample = probe_sample(turns)
         try:
             arrays, written = family.process(shown) if shown else ({}, [])
-            theirs = _processed(family, [text_of(family, turns)], [shown])
+            if family.sees_prompt_whole and len(turns) > 2:
+                continue
+            theirs = _processed(family, [turns], [shown])
         except LlavaModError:
             raise
         except Exception as error:
@@ -56,9 +59,14 @@ def check_family(family: ImageTextFamily) -> None:
         start = family.encoder.start_ids
         if start and tuple(theirs_T[: len(start)]) != start:
             family.encoder.start_ids = ()
-        ids_T = family.encoder.encode(sample, "response", written).input_ids_T
-        _check_ids(family, ids_T, theirs_T, where)
-        _check_types(family, ids_T, theirs, fields, where)
+        if shown and family.image_token_id not in np.concatenate([image.ids for image in written]):
+            raise ModelError(
+                f"{family.folder}/config.json: image_token_id is {family.image_token_id}, which its processor does not "
+                "write for an image: copy the processor's files that belong to the model"
+            )
+        sequence = family.encoder.encode(sample, "response", written)
+        _check_ids(family, sequence.input_ids_T, theirs_T, where)
+        _check_types(family, sequence, theirs, fields, where)
         _check_arrays(arrays, family.arrays(theirs), where)
     family.text_fields = {name: True in possible for name, possible in fields.items()}
     family.batches = _joins(family, images)
@@ -90,14 +98,20 @@ def text_of(family: ImageTextFamily, turns: Sequence[Turn]) -> str:
     return text.replace(IMAGE_PLACEHOLDER, family.written)
 
 
-def _processed(family: ImageTextFamily, texts: list[str], images: list[list[Image.Image]]) -> Mapping[str, Any]:
+def _processed(
+    family: ImageTextFamily, conversations: list[tuple[Turn, ...]], images: list[list[Image.Image]]
+) -> Mapping[str, Any]:
+    texts = [text_of(family, turns) for turns in conversations]
+    more: dict[str, Any] = {}
+    if family.sees_prompt_whole:  # its processor adds all but the texts themselves
+        texts = [turns[0].text.replace(_MARK, IMAGE_PLACEHOLDER) for turns in conversations]
+        more["suffix"] = [turns[1].text for turns in conversations]
     start = family.processor.tokenizer.bos_token
     # As `apply_chat_template` does.
     plain = {"add_special_tokens": False} if start is not None and texts[0].startswith(start) else {}
     shown = [[family.shaped(image) for image in own] for own in images]
-    found: Mapping[str, Any] = family.processor(
-        text=texts, images=shown if any(shown) else None, padding=len(texts) > 1, return_tensors=family.tensors, **plain
-    )
+    given = {"images": shown if any(shown) else None, "padding": len(texts) > 1, "return_tensors": family.tensors}
+    found: Mapping[str, Any] = family.processor(text=texts, **given, **plain, **more)
     return found
 
 
@@ -119,7 +133,7 @@ def _check_ids(family: ImageTextFamily, ids_T: NDArray[np.int64], theirs_T: NDAr
 
 def _check_types(
     family: ImageTextFamily,
-    ids_T: NDArray[np.int64],
+    sequence: TokenizedSequence,
     theirs: Mapping[str, Any],
     fields: dict[str, set[bool]],
     where: str,
@@ -129,7 +143,9 @@ def _check_types(
             continue
         types_T = np.asarray(theirs[name][0])
         possible = fields.setdefault(name, {True, False})
-        possible -= {kind for kind in possible if not np.array_equal(family.token_types(ids_T, marked=kind), types_T)}
+        possible -= {
+            kind for kind in possible if not np.array_equal(family.token_types(sequence, marked=kind), types_T)
+        }
         if not possible:
             raise ModelError(f"{where}, its processor's {name} follow no rule known here: {folders.OTHER}")
 
@@ -143,9 +159,8 @@ def _check_arrays(ours: Mapping[str, NDArray[Any]], theirs: Mapping[str, NDArray
 def _joins(family: ImageTextFamily, images: list[Image.Image]) -> bool:
     """Whether the arrays of several samples are those of each, one after another, padded with zeros."""
     own = [images[:1], images[::-1]]
-    texts = [text_of(family, turns) for turns in _PROBES[1:3]]
     try:
-        theirs = family.arrays(_processed(family, texts, own))
+        theirs = family.arrays(_processed(family, list(_PROBES[1:3]), own))
         ours = family.joined([family.process(shown)[0] for shown in own])
     except Exception:  # a processor may raise anything
         return False

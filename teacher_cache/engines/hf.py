@@ -7,9 +7,10 @@ positions of the batch, D hidden size.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -211,8 +212,37 @@ class HfCaptureEngine:
 
 def whole_hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     """The last hidden states [B, T, D] of a model that takes tokens and images together."""
-    found: Tensor = model.base_model(**on_model(model, inputs), use_cache=False).last_hidden_state
+    found: Tensor = backbone(model)(**on_model(model, inputs), use_cache=False).last_hidden_state
     return found
+
+
+class _HeadReached(Exception):  # noqa: N818
+    """Ends a forward pass where the LM head begins."""
+
+
+def backbone(model: Any) -> Callable[..., Any]:
+    """What gives a model's last hidden states: its base model, or itself up to the LM head if it has none."""
+    if model.base_model is not model:
+        base: Callable[..., Any] = model.base_model
+        return base
+
+    def until_head(**inputs: Any) -> SimpleNamespace:
+        seen: list[Tensor] = []
+
+        def stop(_: Any, given: tuple[Tensor, ...]) -> None:
+            seen.append(given[0])
+            raise _HeadReached
+
+        handle = model.get_output_embeddings().register_forward_pre_hook(stop)
+        try:
+            model(**inputs)
+        except _HeadReached:
+            pass
+        finally:
+            handle.remove()
+        return SimpleNamespace(last_hidden_state=seen[0])
+
+    return until_head
 
 
 def on_model(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

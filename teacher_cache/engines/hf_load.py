@@ -13,7 +13,7 @@ import torch
 from llavamod_offline.errors import ConfigError, ModelError, first_line
 from llavamod_offline.families.image_text import ImageTextFamily
 from llavamod_offline.models.lm_head import check_lm_head, lm_head_of
-from teacher_cache.engines.hf import HfCaptureEngine, on_model
+from teacher_cache.engines.hf import HfCaptureEngine, backbone, on_model
 
 if TYPE_CHECKING:
     from teacher_cache.capture_setup import CaptureSetup, SetupValues
@@ -40,7 +40,7 @@ def load_engine(setup: CaptureSetup) -> HfCaptureEngine:
     if isinstance(setup.teacher, ImageTextFamily):
         with _running(setup.teacher.folder):
             inputs = on_model(model, setup.teacher.probe_inputs())
-            check_lm_head(model, model.base_model, inputs=inputs, name=str(setup.teacher.folder))
+            check_lm_head(model, backbone(model), inputs=inputs, name=str(setup.teacher.folder))
     else:
         check_lm_head(model, model.get_decoder(), name=str(setup.teacher.folder))
     shared = setup.attention == "sdpa" and _may_share(model)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 
 from llavamod_offline.data.encode.tokenize import Ids, TokenizedSequence
 from llavamod_offline.families import SampleImage
@@ -133,7 +133,8 @@ def decode(
     model.generation_config = GenerationConfig()  # else the folder's decides what this one leaves open
     handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: seen.append(given[0][:, -1]))
     try:
-        model.generate(
+        GenerationMixin.generate(  # not a class's own, some of which ignore `logits_processor` (Janus)
+            model,
             **inputs,
             generation_config=GenerationConfig(max_new_tokens=most, do_sample=False, pad_token_id=0),
             logits_processor=LogitsProcessorList([decide]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 from collections.abc import Sequence
@@ -12,23 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoFeatureExtractor, AutoModelForImageTextToText, AutoTokenizer
 
 from llavamod_offline.data.images import decode_image
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample
 from tests.tiny_families import TinyFamily
-
-_MODULES = {
-    "Qwen2VLImageProcessor": "qwen2_vl",
-    "Gemma3ImageProcessor": "gemma3",
-    "GotOcr2ImageProcessor": "got_ocr2",
-    "Idefics3ImageProcessor": "idefics3",
-    "SmolVLMImageProcessor": "smolvlm",
-    "PixtralImageProcessor": "pixtral",
-    "Glm4vImageProcessor": "glm4v",
-    "Glm46VImageProcessor": "glm46v",
-    "LlavaNextImageProcessor": "llava_next",
-}
 
 
 @dataclass(frozen=True)
@@ -55,7 +44,11 @@ class PlainProcessor:
     def log_probs(self, pairs: Sequence[tuple[Sample, str]], side: str) -> list[tuple[np.ndarray, torch.Tensor]]:
         """One padded batch of (sample, role): the token ids [T] and log-probs [T, head rows] of each."""
         images = [[decode_image(image, name=sample.key) for image in sample.images] for sample, _ in pairs]
-        texts = [self.text(sample, role) for sample, role in pairs]
+        if type(self.processor).__name__ == "PaliGemmaProcessor":  # which has no chat template
+            texts = [sample.turns[0].text.replace(f"{IMAGE_PLACEHOLDER}\n", IMAGE_PLACEHOLDER) for sample, _ in pairs]
+            suffix = {"suffix": [sample.conversation(role)[1].text for sample, role in pairs]}
+        else:
+            texts, suffix = [self.text(sample, role) for sample, role in pairs], {}
         start = self.processor.tokenizer.bos_token
         inputs = self.processor(
             text=texts,
@@ -63,8 +56,11 @@ class PlainProcessor:
             return_tensors="pt",
             padding=True,
             padding_side=side,
+            **suffix,
             **({"add_special_tokens": False} if start and texts[0].startswith(start) else {}),
         )
+        inputs.pop("labels", None)
+        inputs = inputs.to(torch.float32)
         logits = self.model(**inputs).logits.float()
         found = []
         for ids, mask, rows in zip(inputs["input_ids"], inputs["attention_mask"], logits, strict=True):
@@ -75,13 +71,21 @@ class PlainProcessor:
 def open_plain(tiny: TinyFamily, folder: Path) -> PlainProcessor:
     """Load a tiny family's folder; the processor has no part for videos, which would need torchvision."""
     kind = tiny.images["image_processor_type"]
-    module = _MODULES[kind]
-    file = f"transformers.models.{module}.image_processing_pil_{module}"
-    images = getattr(importlib.import_module(file), f"{kind}Pil").from_pretrained(folder, local_files_only=True)
+    found = Path(transformers.__file__).parent.glob("models/*/image_processing_pil_*.py")
+    module = next((file for file in found if f"class {kind}Pil(" in file.read_text()), None)
+    if module is None:  # one that needs torchvision
+        image_class = getattr(transformers, kind)
+    else:
+        name = f"transformers.models.{module.parent.name}.{module.stem}"
+        image_class = getattr(importlib.import_module(name), f"{kind}Pil")
+    images = image_class.from_pretrained(folder, local_files_only=True)
     processor_class = getattr(transformers, tiny.processor)
     _without_num2words(processor_class)
     made: Any = type(tiny.processor, (processor_class,), {"check_argument_for_proper_class": lambda *_: None})
     parts = {"image_processor": images, "tokenizer": AutoTokenizer.from_pretrained(folder, local_files_only=True)}
+    with contextlib.suppress(OSError, ValueError, ImportError):
+        parts["feature_extractor"] = AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
+    parts = {name: part for name, part in parts.items() if name in made.get_attributes()}
     parts |= {name: None for name in made.get_attributes() if name not in parts}
     processor = made(**parts, **tiny.more, chat_template=tiny.chat_template)
     model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype=torch.float32)

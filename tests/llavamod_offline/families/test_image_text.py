@@ -50,7 +50,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return World(request.param, folder, family, family.load(torch.float32), open_plain(tiny, folder))
 
 
-def conversations() -> list[Sample]:
+def conversations(world: World) -> list[Sample]:
     """None, one, two and three images, one and two rounds, an image in the second round, odd sizes."""
     images = [tiny_image(number, size) for number, size in enumerate(SIZES)]
     made = [sample(f"one-{n}", (image,), "<image>\nWhat is it?", f"A star {n}.") for n, image in enumerate(images)]
@@ -58,6 +58,8 @@ def conversations() -> list[Sample]:
     made.append(sample("two-rounds", (images[1], images[3]), *rounds))
     made.append(sample("three", tuple(images[:3]), "<image>\n<image>\n<image>\nHow many?", "No."))
     made.append(sample("text", (), "How many?", "Two objects.", "Sure?", "Yes."))
+    if world.name == "paligemma":  # it needs an image, and sees a whole prompt: one answer
+        return [one for one in made if one.images and len(one.turns) == 2]
     return made
 
 
@@ -109,13 +111,13 @@ def assert_plain(world: World, samples: Sequence[Sample], batch_size: int, side:
 
 @pytest.mark.parametrize(("batch_size", "side"), [(1, "left"), (8, "right")])
 def test_captures_equal_the_processor_and_the_whole_model(world: World, batch_size: int, side: str) -> None:
-    assert_plain(world, conversations(), batch_size, side)
+    assert_plain(world, conversations(world), batch_size, side)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_reference_itself_does_not_depend_on_its_batches(world: World, side: str) -> None:
     """Else a difference would say nothing; also a padded batch of unlike shapes, with images in every row."""
-    samples = [one for one in conversations() if one.images]
+    samples = [one for one in conversations(world) if one.images]
     pairs = [(one, "response") for one in samples]
     for pair, (ids_T, rows_TV) in zip(pairs, world.plain.log_probs(pairs, side), strict=True):
         ((alone_T, alone_TV),) = world.plain.log_probs([pair], side)
@@ -124,7 +126,7 @@ def test_the_reference_itself_does_not_depend_on_its_batches(world: World, side:
 
 
 def test_images_decide_what_is_captured(world: World) -> None:
-    first = conversations()[1]
+    first = conversations(world)[1]
     other = sample("other", (tiny_image(77, SIZES[1]),), *(turn.text for turn in first.turns))
     one, two = (capture(world, [which], 1).popitem()[1].records for which in (first, other))
     assert np.abs(one.target_log_probs_N - two.target_log_probs_N).max() > 1e-3
@@ -133,7 +135,9 @@ def test_images_decide_what_is_captured(world: World) -> None:
 def test_answers_equal_those_of_the_plain_model(world: World) -> None:
     """A batch of prompts of unlike lengths and images, and one without any."""
     engine, end = engine_of(world, 8), world.family.encoder.end_id
-    asked = [*conversations()[1:5], sample("text", (), "How many?", "Two.")]
+    asked = [one for one in conversations(world) if len(one.turns) == 2]
+    if world.name != "paligemma":
+        asked.append(sample("text", (), "How many?", "Two."))
     prompts = []
     for one in asked:
         sequence = world.family.encode(one, "response")
