@@ -34,6 +34,16 @@ TEXT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "OLMo2": ("olmo2", {}),
     "GPT-NeoX": ("gpt_neox", {}),
 }
+# Kinds that name their layers in other ways.
+OTHER_TEXT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "GPT2": ("gpt2", {}),
+    "BLOOM": ("bloom", {}),
+    "OPT": ("opt", {"ffn_dim": 128, "word_embed_proj_dim": 64}),
+    "Falcon": ("falcon", {}),
+    "MPT": ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2}),
+    "LFM2": ("lfm2", {"full_attn_idxs": [0]}),
+    "Qwen3.5": ("qwen3_5_text", {"layer_types": ["linear_attention", "full_attention"], "head_dim": 16}),
+}
 # Kinds of which LLaVA's class would lose a part, or that it cannot run.
 REFUSED_TEXT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Phi2": ("phi", {}),
@@ -49,7 +59,7 @@ TOWERS = ("CLIP", "SigLIP", "SigLIP2", "DINOv2")
 
 def write_language_model(folder: Path, name: str, *, seed: int = 0) -> Path:
     """Write a random language model of a kind, with the tiny tokenizer but for `<image>`."""
-    model_type, settings = (TEXT_MODELS | REFUSED_TEXT_MODELS)[name]
+    model_type, settings = (TEXT_MODELS | OTHER_TEXT_MODELS | REFUSED_TEXT_MODELS)[name]
     content = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<image>"]
     tokenizer = PreTrainedTokenizerFast(

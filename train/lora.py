@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llavamod_offline.errors import ConfigError
+from llavamod_offline.models.building.projector import fixed_parameters
 from llavamod_offline.models.routing import is_sparse
 from llavamod_offline.storage import atomic
 from train.engine.optim import PATTERNS, is_adapter
@@ -104,9 +105,11 @@ def _layers(model: LlavaForConditionalGeneration, target: str) -> list[str]:
             f"student.lora.targets: '{target}' holds experts, which are no linear layers: adapt 'attention' and train "
             "experts in full (trainable: mlp), or leave student.lora out"
         )
+    fixed = fixed_parameters(model)
     own = [
         name
         for name, module in model.named_modules()
+        if f"{name}.weight" not in fixed
         if type(module) is nn.Linear  # that of nn.MultiheadAttention is never called
         if re.search(PATTERNS[part], f"{name}.") and not re.search(PATTERNS["lm_head"], f"{name}.")
     ]

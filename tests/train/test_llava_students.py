@@ -65,6 +65,36 @@ def test_every_stage_and_the_evaluation(world: World, parts: Path, tmp_path: Pat
     assert plain_answers(student, asked, 8) == engine_answers(student, asked, 8, template="auto")
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # Qwen2's shared expert of size 0
+@pytest.mark.parametrize("text", ["Qwen2", "Qwen3", "Llama", "Mistral", "OLMo2"])
+def test_a_student_made_sparse_is_trained_and_evaluated(world: World, parts: Path, tmp_path: Path, text: str) -> None:
+    built = (f"student.vision_tower={parts / 'SigLIP'}", f"student.language_model={parts / text}")
+    train(world.config("align", tmp_path / "align", *built, "student.checkpoint=null", "steps=2"))
+    settings = (f"student.checkpoint={tmp_path / 'align' / 'student'}", "student.upcycle.layers=dense", "steps=3")
+    train(world.config("mimic_sparse", tmp_path / "sparse", *settings, "engine.zero_stage=2"))
+    student, log = tmp_path / "sparse" / "student", read_metrics(tmp_path / "sparse")
+    assert len(log[-1]["expert_load"]) == 2
+    asked = questions(tmp_path)
+    assert plain_answers(student, asked, 8) == engine_answers(student, asked, 8, template="auto")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["Gemma", "Gemma3", "Phi3", "OLMo2"])
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_any_zero_stage_gives_the_same_losses(
+    world: World, parts: Path, tmp_path: Path, text: str, zero_stage: int
+) -> None:
+    """Gemma's scale of embeddings is no parameter, and no part of a checkpoint."""
+    built = (f"student.vision_tower={parts / 'SigLIP'}", f"student.language_model={parts / text}")
+    chosen = ("student.checkpoint=null", "trainable=[projector,text,vision]", "engine.gradient_checkpointing=true")
+    for name, stage in (("plain", 0), ("zero", zero_stage)):
+        train(world.config("align", tmp_path / name, *built, *chosen, f"engine.zero_stage={stage}"))
+    plain, zero = ([entry["loss"] for entry in read_metrics(tmp_path / name)] for name in ("plain", "zero"))
+    assert zero == pytest.approx(plain, rel=1e-5)
+    assert plain[-1] < plain[0]
+
+
 def test_a_stopped_run_over_a_gemma_goes_on(world: World, parts: Path, tmp_path: Path) -> None:
     """Its embeddings have a scale that no checkpoint holds."""
     built = (f"student.vision_tower={parts / 'SigLIP'}", f"student.language_model={parts / 'Gemma'}")

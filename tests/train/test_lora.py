@@ -18,8 +18,10 @@ from transformers import AutoModelForImageTextToText
 
 from llavamod_offline.config import dump_config
 from llavamod_offline.errors import ConfigError
+from llavamod_offline.models.building import build_llava
 from llavamod_offline.models.checkpoint import load_llava
 from tests.llavamod_offline.models.batches import make_batch
+from tests.tiny import write_tiny_language_model, write_tiny_tower
 from tests.train.conftest import World, wait_for_lines
 from tests.train.reference import Reader, read_metrics, train_plainly
 from tests.train.test_checkpoint import assert_same_run, train_until_sigterm
@@ -27,6 +29,7 @@ from tests.train.test_processes import assert_equal_runs, run_two
 from train.checkpoint import latest_checkpoint, load_weights
 from train.config import TrainConfig
 from train.engine.optim import choose_trainable
+from train.lora import add_adapters
 from train.metrics import METRICS_NAME
 from train.run import train
 from train.stages.build import Objective, StudentWithLoss
@@ -116,6 +119,15 @@ def test_the_merged_export_computes_what_the_adapted_student_did(
     torch.testing.assert_close(after, logits(with_weights(config), student), rtol=1e-5, atol=1e-4)
     log = read_metrics(tmp_path / "run")
     assert all(entry["grad_norm"] > 0 for entry in log)
+
+
+def test_a_linear_projector_has_an_adapter_in_its_matrix_alone(tmp_path: Path) -> None:
+    parts = write_tiny_tower(tmp_path / "tower"), write_tiny_language_model(tmp_path / "text")
+    for kind, layers in (("linear", {"linear_1"}), ("mlp2x_gelu", {"linear_1", "linear_2"})):
+        model = build_llava(*parts, seed=0, projector_type=kind)
+        add_adapters(model, rank=2, alpha=1, dropout=0, targets=["projector"], seed=0)
+        adapted = {name.split(".")[2] for name, _ in model.named_parameters() if "lora_A" in name}
+        assert adapted == layers
 
 
 def test_kept_adapters_are_a_peft_folder_for_the_checkpoint(world: World, tmp_path: Path) -> None:

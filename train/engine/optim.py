@@ -14,17 +14,19 @@ from torch import nn
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.models.building.projector import fixed_parameters
 
-# A parameter of the student belongs to a part if its name matches the pattern. A part comes before those inside it.
+_MLP = r"\.(mlp|feed_forward|ffn|block_sparse_moe)\."
+# A parameter of the student belongs to a part if its name matches the pattern, whatever transformers calls that part in
+# its kind of language model. A part comes before those inside it.
 PATTERNS = {
     "vision": r"(^|\.)vision_tower\.",
     "projector": r"(^|\.)multi_modal_projector\.",
     "text": r"(^|\.)language_model\.|(^|\.)lm_head\.",
-    "embeddings": r"\.embed_tokens\.",
-    "attention": r"(^|\.)language_model\..*\.self_attn\.",
-    "mlp": r"(^|\.)language_model\..*\.(mlp|block_sparse_moe)\.(?!gate\.|shared_expert_gate\.|router\.)",
-    "experts": r"(^|\.)language_model\..*\.(mlp|block_sparse_moe)\.(experts|shared_expert)\.",
-    "router": r"(^|\.)language_model\..*\.(mlp|block_sparse_moe)\.(gate|shared_expert_gate|router)\.",
-    "norms": r"(^|\.)language_model\..*norm\.",
+    "embeddings": r"(^|\.)language_model\.(.*\.)?(embed_\w+|word_embeddings|w[tp]e)\.",
+    "attention": r"(^|\.)language_model\..*\.(self_attn|linear_attn|self_attention|attention|attn|conv)\.",
+    "mlp": rf"(^|\.)language_model\..*({_MLP}(?!gate\.|router\.|shared_expert_gate\.)|\.fc[12]\.)",
+    "experts": rf"(^|\.)language_model\..*{_MLP}(experts|shared_expert)\.",
+    "router": rf"(^|\.)language_model\..*{_MLP}(gate|router|shared_expert_gate)\.",
+    "norms": r"(^|\.)language_model\..*(norm|norm_[f\d]|ln_[f\d])\.",
     "lm_head": r"(^|\.)lm_head\.",
 }
 
