@@ -1,4 +1,4 @@
-"""One process of several on shared batches: `torchrun … sharded_driver.py WRAPPER TAIL STUDENT DATA CACHE OUTPUT`."""
+"""One process of several on shared batches: `torchrun … FILE WRAPPER TAIL HEAD STUDENT DATA CACHE OUTPUT`."""
 
 from __future__ import annotations
 
@@ -31,11 +31,16 @@ def keys_with_one_image(data: Path) -> list[str]:
     return [key for key, count in counts if count == 1][:8]
 
 
-def train(student: Path, data: Path, cache_path: Path, wrap: Wrapper, tail: TailEstimator) -> dict[str, Any]:
-    """Losses of some steps over the same keys, by plain gradient descent; each process has every `size`-th key."""
+def train(student: Path, data: Path, cache_path: Path, wrap: Wrapper, tail: TailEstimator, head: str) -> dict[str, Any]:
+    """Losses of some steps over the same keys, by plain gradient descent; each process has every `size`-th key.
+
+    `head`: `biased` gives the student an LM head with a bias.
+    """
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     cache, batches, model = open_cache(cache_path), Batches(student, data), load_llava(student)
     model.model.vision_tower.requires_grad_(False)
+    if head == "biased":
+        model.lm_head.bias = torch.nn.Parameter(torch.linspace(-3, 3, model.lm_head.weight.shape[0]))
     distillation = CachedDistillation(cache, tail=tail)
     distillation.attach(model)
     keys = keys_with_one_image(data)
@@ -104,7 +109,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     wrapper = {"ddp": ddp, "fsdp": fsdp, "zero3": zero3}[sys.argv[1]]
-    student, data, cache, output = map(Path, sys.argv[3:])
-    found = train(student, data, cache, wrapper, cast("TailEstimator", sys.argv[2]))
+    student, data, cache, output = map(Path, sys.argv[4:])
+    found = train(student, data, cache, wrapper, cast("TailEstimator", sys.argv[2]), sys.argv[3])
     output.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -226,14 +226,21 @@ def test_without_targets_an_attached_student_answers_as_before(folders: Folders)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("wrapper", "tail"), [("ddp", "bucket"), ("fsdp", "bucket"), ("zero3", "bucket"), ("zero3", "samples")]
+    ("wrapper", "tail", "head"),
+    [
+        ("ddp", "bucket", "biased"),
+        ("fsdp", "bucket", "plain"),
+        ("fsdp", "bucket", "biased"),
+        ("zero3", "bucket", "plain"),
+        ("zero3", "samples", "biased"),
+    ],
 )
-def test_two_processes_learn_as_one(folders: Folders, tmp_path: Path, wrapper: str, tail: Any) -> None:
+def test_two_processes_learn_as_one(folders: Folders, tmp_path: Path, wrapper: str, tail: Any, head: str) -> None:
     """The LM head is whole inside the student's forward pass; losses and updates are those of one process."""
     places = (folders["student"], folders["data"], folders["cache"])
-    in_two_processes(sharded_driver.__file__, wrapper, tail, *places, tmp_path / "found")
+    in_two_processes(sharded_driver.__file__, wrapper, tail, head, *places, tmp_path / "found")
     first, second = (json.loads((tmp_path / f"found.{rank}").read_text()) for rank in (0, 1))
-    alone = sharded_driver.train(*places, sharded_driver.plain, tail)
+    alone = sharded_driver.train(*places, sharded_driver.plain, tail, head)
     assert len(set(alone["losses"])) == sharded_driver.STEPS
     assert first == second
     assert first["losses"] == pytest.approx(alone["losses"], rel=1e-5)
