@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,13 +20,16 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llavamod_offline.errors import ModelError
 from llavamod_offline.models.capacity import limit_capacity
+from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, save_student
 from llavamod_offline.models.routing import RouterWatch, is_sparse, random_routing
 from llavamod_offline.models.single_choice import compare_single_choices
 from llavamod_offline.models.sparse_twins import TWINS, is_router, sparse_twin
 from llavamod_offline.models.upcycle import activated_parameters, experts_per_layer, total_parameters, upcycle
+from tests.tiny import write_tiny_llava
 
 _TEXT: dict[str, Any] = {
     "vocab_size": 64,
@@ -166,6 +170,28 @@ def test_a_dense_mlp_may_stay_as_a_shared_expert(kind: str, tmp_path: Path) -> N
     sparse = sparse_of(model, kind, residual=True)
     expected = _logits(model)
     torch.testing.assert_close(_logits(sparse), expected, rtol=0, atol=EXACT * float(expected.abs().max()))
+
+
+_PUBLISHED = {
+    "llama": ("block_sparse_moe.experts.1.w1.weight", "block_sparse_moe.gate.weight"),
+    "olmo2": ("mlp.experts.1.gate_proj.weight", "mlp.gate.weight"),
+    "granite": ("block_sparse_moe.input_linear.weight", "block_sparse_moe.router.layer.weight"),
+}
+
+
+@pytest.mark.parametrize("kind", _PUBLISHED)
+def test_exports_have_the_names_of_published_checkpoints(kind: str, tmp_path: Path) -> None:
+    """As vLLM and earlier releases of transformers read them."""
+    folder = write_tiny_llava(tmp_path / "dense", text_config=CONFIG_MAPPING[kind])
+    model = sparse_of(load_llava(folder), kind)
+    save_student(model, tmp_path / "sparse", tokenizer=load_tokenizer(folder), processor_source=folder)
+    with safe_open(tmp_path / "sparse" / "model.safetensors", "pt") as tensors:
+        names = set(tensors.keys())
+    assert {f"language_model.model.layers.1.{name}" for name in _PUBLISHED[kind]} <= names
+    ids_BT = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        reloaded, own = load_llava(tmp_path / "sparse")(input_ids=ids_BT).logits, model(input_ids=ids_BT).logits
+    torch.testing.assert_close(reloaded, own, rtol=0, atol=EXACT * float(own.abs().max()))
 
 
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
