@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,9 +32,9 @@ UPSTREAM_S = torch.tensor([1.0, -2.0, 0.5])
 Loss = Callable[[Tensor, Any], Tensor]
 
 
-def _distillation(**settings: Any) -> Loss:
+def _distillation(**chosen: Any) -> Loss:
     return lambda hidden_ND, weight_VD: (
-        distillation_from_hidden(hidden_ND, weight_VD, TARGETS, chunk_size=5, **settings).loss_sum
+        distillation_from_hidden(hidden_ND, weight_VD, TARGETS, chunk_size=5, **chosen).loss_sum
     )
 
 
@@ -262,3 +264,41 @@ def test_a_whole_head_in_low_precision_is_exact_but_for_its_inputs_and_results(n
     for gradient, reference in zip(gradients, expected, strict=True):
         assert gradient.dtype == torch.bfloat16
         torch.testing.assert_close(gradient.float(), reference, rtol=2**-8, atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**16),
+    rows=st.integers(1, 40),
+    spare=st.integers(0, 9),
+    chunk=st.integers(1, 50),
+    biased=st.booleans(),
+    softcap=st.none() | st.floats(0.5, 50.0),
+    scale=st.floats(-4.0, 4.0).filter(lambda number: abs(number) > 0.01),
+    name=st.sampled_from(["cross-entropy", "sequences"]),
+)
+def test_any_head_gives_the_gradients_of_autograd(
+    seed: int, rows: int, spare: int, chunk: int, biased: bool, softcap: float | None, scale: float, name: str
+) -> None:
+    """Cross-entropy and log-probs of sequences over V ids of a head with spare rows, against float64."""
+    generator = torch.Generator().manual_seed(seed)
+    vocab = int(torch.randint(2, 60, (), generator=generator))
+    ids_N = torch.randint(0, vocab, (rows,), generator=generator)
+    shapes = [(rows, DIM), (vocab + spare, DIM), (vocab + spare,)][: 2 + biased]
+    low = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    high = [leaf.detach().double().requires_grad_() for leaf in low]
+    head = LmHead(low[1], low[2] if biased else None, softcap, scale)
+    logits_NV = (high[0] @ high[1].T + (high[2] if biased else 0.0)) * scale
+    if softcap is not None:
+        logits_NV = softcap * torch.tanh(logits_NV / softcap)
+    log_probs_N = logits_NV[:, :vocab].log_softmax(-1).gather(1, ids_N[:, None])[:, 0]
+    sizes: dict[str, Any] = {"vocab_size": vocab, "chunk_size": chunk}
+    if name == "sequences":
+        expected = log_probs_N.square().sum()
+        found = sequence_log_probs_from_hidden(low[0], head, ids_N, torch.arange(rows), rows, **sizes).square().sum()
+    else:
+        expected, found = -log_probs_N.sum(), cross_entropy_from_hidden(low[0], head, ids_N, **sizes).loss_sum
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(torch.autograd.grad(found, low), torch.autograd.grad(expected, high), strict=True):
+        bound = 1e-4 * float(theirs.abs().max()) + 1e-5
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=bound)
