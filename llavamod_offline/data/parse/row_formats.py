@@ -28,6 +28,7 @@ from llavamod_offline.plural import counted
 TEXT_FIELDS = ("conversations", "messages", "texts", "chosen", "rejected", "rejected_response", "completion")
 LABELS = ("label", "kto_tag")
 FIELDS = (*TEXT_FIELDS, *LABELS, "prompt", "question", "system", "tools", "image", "images")
+_NO_TOOLS = ("", "[]", "{}", "null")  # as rows without tools have them beside rows with some
 _OTHER_PROMPTS = {"conversations", "messages", "prompt"}  # than the question of RLAIF-V
 MEDIA_FIELDS = ("video", "videos", "audio", "audios")
 KNOWN = (
@@ -123,7 +124,7 @@ def _fields(row: Any) -> dict[str, Any]:
     media = next((name for name in MEDIA_FIELDS if fields.get(name)), None)
     if media is not None:
         raise RowError("unsupported media", f"has field '{media}': only text and images are supported")
-    if fields.get("tools"):
+    if fields.get("tools") and str(fields["tools"]).strip() not in _NO_TOOLS:
         raise RowError("bad conversation", "has field 'tools': tools are not supported")
     return fields
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import pickle
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from llavamod_offline.data.parse.members import sample_from_members
 from llavamod_offline.data.rows import Located, RejectedRow
 from llavamod_offline.data.sample import Sample, Turn
+from llavamod_offline.data.sources.row_files import ROW_FILES
 from llavamod_offline.data.tars.tar_index import TarSource, index_tars
 from llavamod_offline.errors import DataError
 from tests.llavamod_offline.data.sources.source_files import JPG, PNG, WEBP, read_sources, write_rows
@@ -139,6 +141,92 @@ def test_forms_of_json(images: Path, form: str, talk: Talk) -> None:
     assert pack(file, images) == [talk.sample]
 
 
+def _split(talk: Talk) -> tuple[list[dict[str, Any]], str]:
+    """A conversation as messages without its last answer, and that answer."""
+    *before, last = _messages(talk)
+    return before, str(last["content"])
+
+
+def _said(text: str) -> list[dict[str, Any]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def _prompted(talk: Talk, *, parts: bool) -> tuple[list[dict[str, Any]], str]:
+    before, last = _split(talk)
+    if not parts:
+        return before, last
+    images = [{"type": "image"} for _ in talk.names]
+    return [turn | {"content": _parts(turn["content"], images, newlines=True)} for turn in before], last
+
+
+PREFERENCE_FORMS: dict[str, Callable[[Talk, str, bool], dict[str, Any]]] = {
+    "prompt of messages": lambda talk, other, parts: {
+        "prompt": (asked := _prompted(talk, parts=parts))[0], "chosen": _said(asked[1]), "rejected": _said(other)
+    },
+    "whole conversations": lambda talk, other, parts: {
+        "chosen": (asked := _prompted(talk, parts=parts))[0] + _said(asked[1]), "rejected": asked[0] + _said(other)
+    },
+    "texts after messages": lambda talk, other, parts: {
+        "messages": (asked := _prompted(talk, parts=parts))[0], "chosen": asked[1], "rejected": other
+    },
+    "ms-swift": lambda talk, other, parts: {
+        "messages": (asked := _prompted(talk, parts=parts))[0] + _said(asked[1]), "rejected_response": other
+    },
+}  # fmt: skip
+UNPAIRED_FORMS: dict[str, Callable[[Talk, bool], dict[str, Any]]] = {
+    "completion": lambda talk, parts: {
+        "prompt": (asked := _prompted(talk, parts=parts))[0], "completion": asked[1]
+    },
+    "completion of messages": lambda talk, parts: {
+        "prompt": (asked := _prompted(talk, parts=parts))[0], "completion": _said(asked[1])
+    },
+    "messages": lambda talk, parts: {"messages": (asked := _prompted(talk, parts=parts))[0] + _said(asked[1])},
+}  # fmt: skip
+
+
+@settings(max_examples=20)
+@given(talk=talks(), other=answers, parts=st.booleans())
+@pytest.mark.parametrize("form", PREFERENCE_FORMS)
+def test_forms_of_preferences(images: Path, form: str, talk: Talk, other: str, parts: bool) -> None:
+    """Of any number of turns and images; what the assistant said earlier is part of the prompt."""
+    chosen = talk.turns[-1].text
+    row = PREFERENCE_FORMS[form](talk, other, parts) | {"id": "k", "images": list(talk.names)}
+    found = pack(write_rows(images / "rows.jsonl", [row]), images)
+    if chosen.strip() == other.strip():
+        assert found == ["identical answers: the chosen and the rejected answer are the same"]
+    else:
+        assert found == [replace(talk.sample, turns=talk.turns[:-1], chosen=chosen, rejected=other)]
+
+
+@settings(max_examples=20)
+@given(talk=talks(), parts=st.booleans(), label=st.booleans())
+@pytest.mark.parametrize("form", UNPAIRED_FORMS)
+def test_forms_of_unpaired_answers(images: Path, form: str, talk: Talk, parts: bool, label: bool) -> None:
+    row = UNPAIRED_FORMS[form](talk, parts) | {"id": "k", "images": list(talk.names), "label": label}
+    answer = {"chosen" if label else "rejected": talk.turns[-1].text}
+    expected = replace(talk.sample, turns=talk.turns[:-1], **answer)  # type: ignore[arg-type]
+    assert pack(write_rows(images / "rows.jsonl", [row]), images) == [expected]
+
+
+@settings(max_examples=20)
+@given(talk=talks())
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_tables_hold_what_text_holds(images: Path, suffix: str, talk: Talk) -> None:
+    """Also in a process of its own, to which a table's rows travel as Arrow."""
+    row = {"id": "k", "messages": _messages(talk), "images": [{"bytes": IMAGES[n], "path": n} for n in talk.names]}
+    table = pa.Table.from_pylist([row] * 3)
+    if suffix == "parquet":
+        pq.write_table(table, images / "rows.parquet")
+    else:
+        with pa.OSFile(str(images / "rows.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    for rows in ROW_FILES[f".{suffix}"].rows(images / f"rows.{suffix}", lambda size: None, 2):
+        assert pickle.loads(pickle.dumps(rows)).listed() == rows.listed()
+        ((number, content),) = rows.listed()
+        assert (number, content["id"]) == (2, "k")
+    assert pack(images / f"rows.{suffix}") == [talk.sample] * 3
+
+
 @settings(max_examples=30)
 @given(talk=talks(system=False, first_only=True))
 def test_pairs(images: Path, talk: Talk) -> None:
@@ -248,6 +336,12 @@ def test_a_preference_with_an_image_part(tmp_path: Path, images: Path) -> None:
     assert found == Sample("k", (Turn("user", "<image>\nIs it?"),), (JPG,), ("jpg",), "Yes.", "No.", "rows")
 
 
+@pytest.mark.parametrize("none", ["[]", "", " [] ", "null", []])
+def test_a_row_without_tools_beside_rows_with_some(tmp_path: Path, none: Any) -> None:
+    [found] = pack(write_rows(tmp_path / "rows.json", [{"id": "k", "messages": ASK + YES, "tools": none}]))
+    assert isinstance(found, Sample)
+
+
 def test_prompt_and_completion(tmp_path: Path) -> None:
     rows = [{"id": "k", "prompt": "Is it?", "completion": "Yes."}, {"id": "k2", "prompt": ASK, "completion": YES}]
     found = pack(write_rows(tmp_path / "rows.json", rows))
@@ -276,6 +370,12 @@ IMAGE = {"type": "image"}
          "bad conversation: 'messages' turn 1 is a tool call"),
         ({"messages": [*ASK, {"role": "tool", "content": "3"}]}, "bad conversation: 'messages' turn 1 is a tool call"),
         ({"messages": ASK + YES, "tools": "[{}]"}, "bad conversation: has field 'tools'"),
+        ({"messages": ASK + YES, "tools": [{"type": "function"}]}, "bad conversation: has field 'tools'"),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "{}"}]},
+         "bad conversation: 'conversations' turn 1 is a tool call"),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "observation", "value": "3"}]},
+         "bad conversation: 'conversations' turn 1 is a tool call"),
+        ({"messages": [*ASK, {"role": "tool_call", "content": "{}"}]}, "bad conversation: 'messages' turn 1 is a tool"),
         ({"messages": [*ASK, YES[0] | {"loss": False}]}, "bad conversation: 'messages' turn 1 has 'loss' False"),
         ({"messages": [*ASK, YES[0] | {"weight": 0}]}, "bad conversation: 'messages' turn 1 has 'weight' 0"),
         ({"messages": [{"role": "user", "content": [{"type": "file"}]}]}, "malformed row: 'messages' turn 0, part 0: "),
