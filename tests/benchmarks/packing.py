@@ -199,7 +199,7 @@ def main() -> None:
         {"case": case, "samples_per_s": clock[case], "samples_per_core_s": core[case]} for case in rates
     ]
     ratios = {
-        f"{case}_{many}_over_1": clock[f"{case}, {many} process(es)"] / clock[f"{case}, 1 process(es)"]
+        f"{case}_per_core_{many}_over_1": core[f"{case}, {many} process(es)"] / core[f"{case}, 1 process(es)"]
         for case in ("pack", "pack text", "index")
     }
     memory = {"after_a_tenth": grown.memory_mb[0], "at_the_end": grown.memory_mb[-1], "peak": max(grown.memory_mb)}
