@@ -21,6 +21,7 @@ from llavamod_offline.data.encode.tokenize import TokenizedSequence
 from llavamod_offline.data.images import AUTO_ASPECT
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.families import SampleImage, open_family
+from llavamod_offline.families.run import check_model, on_model
 from llavamod_offline.models.device import pick_device
 from llavamod_offline.models.hub import checkpoint_name
 
@@ -48,6 +49,7 @@ class HfEngine:
         self.family = open_family(folder, template, image_aspect=image_aspect, max_length=sys.maxsize)
         self.encoder = self.family.encoder
         self.model = self.family.load(DTYPES[self.dtype]).to(self.device)
+        check_model(self.family, self.model)
         self._suppressed = never_answers(self.family)
 
     def describe(self) -> dict[str, Any]:
@@ -71,10 +73,7 @@ class HfEngine:
         self, prompts: Sequence[TokenizedSequence], images: Sequence[Sequence[SampleImage]], max_new_tokens: int
     ) -> list[list[int]]:
         """Continue a batch of tokenized prompts, given the images of each → G ids of each."""
-        inputs = {
-            name: tensor.to(self.device, DTYPES[self.dtype] if tensor.is_floating_point() else None)
-            for name, tensor in self.family.model_inputs(prompts, images, left=True).items()
-        }
+        inputs = on_model(self.model, self.family.model_inputs(prompts, images, left=True))
         settings = GenerationConfig(
             do_sample=False,
             num_beams=1,

@@ -22,7 +22,7 @@ from llavamod_offline.data.sample import Sample
 from llavamod_offline.families import open_family
 from llavamod_offline.models.device import pick_device
 from llavamod_offline.vllm import plugin
-from llavamod_offline.vllm.inputs import check_prompt, engine_input
+from llavamod_offline.vllm.inputs import check_family, check_prompt, engine_input
 from llavamod_offline.vllm.session import Session, import_vllm
 from llavamod_offline.vllm.settings import VllmSettings
 
@@ -48,6 +48,7 @@ class VllmEngine:
         self.dtype = pick_dtype(dtype, where)
         self.folder = folder
         self.family = open_family(folder, template, image_aspect=image_aspect, max_length=sys.maxsize)
+        check_family(self.family)
         self.encoder = self.family.encoder
         self._suppressed = never_answers(self.family)
         self.session = Session(

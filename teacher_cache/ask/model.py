@@ -20,6 +20,7 @@ from llavamod_offline.data.images import decode_image, image_extension
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
 from llavamod_offline.errors import ConfigError, DataError, ModelError
 from llavamod_offline.families import open_family
+from llavamod_offline.families.run import check_model
 from llavamod_offline.models.checkpoint import vocabulary_size
 from llavamod_offline.models.device import pick_device
 from llavamod_offline.models.hub import checkpoint_folder
@@ -90,6 +91,7 @@ class AskedModel:
         self.name, self.encoder = name, self.teacher.encoder
         self.vocab_size = vocabulary_size(self.encoder.tokenizer, self.teacher.head_rows)
         model = self.teacher.load(getattr(torch, self.dtype)).to(where)
+        check_model(self.teacher, model)
         self._engine = HfCaptureEngine(
             model, self.teacher, _NOTHING, vocab_size=self.vocab_size, seed=0, batch_size=1, workers=1
         )

@@ -7,10 +7,9 @@ positions of the batch, D hidden size.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch import Tensor
 from llavamod_offline.data.encode.tokenize import Ids, Positions, TokenizedSequence
 from llavamod_offline.errors import DataError
 from llavamod_offline.families.protocol import Family, FeatureFamily, SampleImage
+from llavamod_offline.families.run import whole_hidden_states
 from llavamod_offline.models.lm_head import lm_head_of
 from teacher_cache.engines.batch_limit import BatchLimit
 from teacher_cache.engines.lm_head import Float32Head
@@ -208,49 +208,6 @@ class HfCaptureEngine:
         features = self.teacher.image_features(self.model, list(distinct.values()))
         found = dict(zip(distinct, features, strict=True))
         return [found[id(image)] for image in images]
-
-
-def whole_hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The last hidden states [B, T, D] of a model that takes tokens and images together."""
-    found: Tensor = backbone(model)(**on_model(model, inputs), use_cache=False).last_hidden_state
-    return found
-
-
-class _HeadReached(Exception):  # noqa: N818
-    """Ends a forward pass where the LM head begins."""
-
-
-def backbone(model: Any) -> Callable[..., Any]:
-    """What gives a model's last hidden states: its base model, or itself up to the LM head if it has none."""
-    if model.base_model is not model:
-        base: Callable[..., Any] = model.base_model
-        return base
-
-    def until_head(**inputs: Any) -> SimpleNamespace:
-        seen: list[Tensor] = []
-
-        def stop(_: Any, given: tuple[Tensor, ...]) -> None:
-            seen.append(given[0])
-            raise _HeadReached
-
-        handle = model.get_output_embeddings().register_forward_pre_hook(stop)
-        try:
-            model(**inputs)
-        except _HeadReached:
-            pass
-        finally:
-            handle.remove()
-        return SimpleNamespace(last_hidden_state=seen[0])
-
-    return until_head
-
-
-def on_model(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A model's inputs on its device, and in its dtype unless they are integers."""
-    device = model.get_input_embeddings().weight.device
-    return {
-        name: tensor.to(device, model.dtype if tensor.is_floating_point() else None) for name, tensor in inputs.items()
-    }
 
 
 def _too_large(ready: tuple[_BatchItem, list[SampleImage]]) -> str:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llavamod_offline.errors import ConfigError, ModelError, first_line
-from llavamod_offline.families.image_text import ImageTextFamily
-from llavamod_offline.models.lm_head import check_lm_head, lm_head_of
-from teacher_cache.engines.hf import HfCaptureEngine, backbone, on_model
+from llavamod_offline.errors import ConfigError, ModelError
+from llavamod_offline.families.run import check_model
+from llavamod_offline.models.lm_head import lm_head_of
+from teacher_cache.engines.hf import HfCaptureEngine
 
 if TYPE_CHECKING:
     from teacher_cache.capture_setup import CaptureSetup, SetupValues
@@ -37,12 +34,7 @@ def load_engine(setup: CaptureSetup) -> HfCaptureEngine:
         model.to(setup.device)
     elif head.weight_VD.device.type == "meta":
         raise ModelError(f"{setup.teacher.folder}: the LM head does not fit on the devices: use more or larger ones")
-    if isinstance(setup.teacher, ImageTextFamily):
-        with _running(setup.teacher.folder):
-            inputs = on_model(model, setup.teacher.probe_inputs())
-            check_lm_head(model, backbone(model), inputs=inputs, name=str(setup.teacher.folder))
-    else:
-        check_lm_head(model, model.get_decoder(), name=str(setup.teacher.folder))
+    check_model(setup.teacher, model)
     shared = setup.attention == "sdpa" and _may_share(model)
     if setup.compile:
         model.get_decoder().compile(dynamic=True)
@@ -86,20 +78,6 @@ def _load_settings(setup: CaptureSetup) -> dict[str, Any]:
         )
     placement = {} if setup.device_map is None else {"device_map": setup.device_map}
     return {"attn_implementation": setup.attention, **placement}
-
-
-@contextmanager
-def _running(folder: Path) -> Iterator[None]:
-    """Turn whatever a model raises on what its processor gives into a `ModelError`."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"{folder}: the model cannot take what its processor gives: {first_line(error)}: copy the processor's "
-            "files that belong to the model"
-        ) from error
 
 
 def _may_share(model: Any) -> bool:

@@ -19,8 +19,9 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 
 from llavamod_offline.data.encode.tokenize import Ids, TokenizedSequence
 from llavamod_offline.families import SampleImage
+from llavamod_offline.families.run import on_model
 from teacher_cache.engines.batch_limit import BatchLimit
-from teacher_cache.engines.hf import HfCaptureEngine, on_model
+from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.engines.tail_samples import sequence_uniforms
 from teacher_cache.generate.sampling import choose_tokens
 

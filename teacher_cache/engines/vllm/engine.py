@@ -20,7 +20,7 @@ from llavamod_offline.data.encode.tokenize import Positions, TokenizedSequence
 from llavamod_offline.errors import ConfigError, DataError, ModelError
 from llavamod_offline.families import Family, SampleImage
 from llavamod_offline.vllm.heads import check_same_head
-from llavamod_offline.vllm.inputs import check_prompt, engine_input
+from llavamod_offline.vllm.inputs import check_family, check_prompt, engine_input
 from llavamod_offline.vllm.session import Session
 from teacher_cache.engines.protocol import (
     Outcome,
@@ -216,6 +216,7 @@ def start_vllm(
 ) -> VllmCaptureEngine:
     """Start vLLM with the models of `models`; up to `spare` tokens may follow a prompt. Errors: as `load_engine`."""
     check_same_head(setup.teacher.folder)
+    check_family(setup.teacher)
     session = Session(
         setup.teacher.folder,
         setup.vllm,
