@@ -31,7 +31,8 @@ from llavamod_offline.models.sparse_twins import TWINS, is_router, sparse_twin
 from llavamod_offline.models.upcycle import activated_parameters, experts_per_layer, total_parameters, upcycle
 from tests.tiny import write_tiny_llava
 
-_TEXT: dict[str, Any] = {
+# A tiny text model.
+TEXT: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -79,7 +80,8 @@ EXACT = 2e-5  # Qwen3.5's linear attention magnifies the last bit of float32
 _WHOLE: dict[str, Any] = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62}
 
 
-def _random(model_class: Any, config: Any) -> Any:
+def random_model(model_class: Any, config: Any) -> Any:
+    """Random weights that keep activations at their size."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = model_class(config).eval()
@@ -92,24 +94,28 @@ def _random(model_class: Any, config: Any) -> Any:
 def dense(kind: str, **settings: Any) -> Any:
     """A random dense model: a language model, a LLaVA around one (`llava_KIND`), or a model of its own class."""
     if kind == "qwen3_vl":
-        text = {**_TEXT, "head_dim": 16, "rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2]}}
+        text = {**TEXT, "head_dim": 16, "rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2]}}
         vision = {**_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
-        return _random(Qwen3VLForConditionalGeneration, Qwen3VLConfig(text_config=text, vision_config=vision, **_WHOLE))
+        return random_model(
+            Qwen3VLForConditionalGeneration, Qwen3VLConfig(text_config=text, vision_config=vision, **_WHOLE)
+        )
     if kind == "qwen3_5":
         linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
-        text = {**_TEXT, **linear, "linear_value_head_dim": 8, "head_dim": 16}
+        text = {**TEXT, **linear, "linear_value_head_dim": 8, "head_dim": 16}
         vision = {**_VISION, "num_position_embeddings": 16}
-        return _random(Qwen3_5ForConditionalGeneration, Qwen3_5Config(text_config=text, vision_config=vision, **_WHOLE))
+        return random_model(
+            Qwen3_5ForConditionalGeneration, Qwen3_5Config(text_config=text, vision_config=vision, **_WHOLE)
+        )
     name = kind.removeprefix("llava_")
-    config = AutoConfig.for_model(name, **{**_TEXT, **TEXTS[name], **settings})
+    config = AutoConfig.for_model(name, **{**TEXT, **TEXTS[name], **settings})
     if name == kind:
-        return _random(AutoModelForCausalLM.from_config, config)
+        return random_model(AutoModelForCausalLM.from_config, config)
     vision_config = CLIPVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
     )
     tied = bool(config.tie_word_embeddings)
     whole = LlavaConfig(vision_config=vision_config, text_config=config, image_token_index=60, tie_word_embeddings=tied)
-    return _random(LlavaForConditionalGeneration, whole)
+    return random_model(LlavaForConditionalGeneration, whole)
 
 
 def inputs_of(model: Any) -> dict[str, torch.Tensor]:
