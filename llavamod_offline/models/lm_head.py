@@ -179,7 +179,10 @@ def check_lm_head(model: Any, backbone: Any, *, name: str, inputs: Mapping[str, 
     with evaluating(model):
         hidden_TD = getattr(backbone(**inputs, use_cache=False), "last_hidden_state", None)
         if hidden_TD is None:
-            raise ModelError(f"{name}: its {type(backbone).__name__} gives no last hidden state: choose another model")
+            raise ModelError(
+                f"{name}: its {type(backbone).__name__} gives no last hidden state: use the model that it wraps, or "
+                "another"
+            )
         hidden_TD = hidden_TD[0].to(weight_VD.device)
         most = abs(head.scale) * float(float32_products(hidden_TD, weight_VD).abs().max())
         for factor in (1.0, _MAGNIFIED / most if most else 1.0):
@@ -191,20 +194,20 @@ def check_lm_head(model: Any, backbone: Any, *, name: str, inputs: Mapping[str, 
             if problem := _difference(theirs_TV, ours_TV, rounding):
                 raise ModelError(
                     f"{name}: the logits of {type(model).__name__} are not those of its LM head ({problem}), in a way "
-                    "that is not known here: choose another model"
+                    "that is not known: choose another model"
                 )
 
 
 def _difference(theirs_TV: Tensor, ours_TV: Tensor, rounding: float) -> str | None:
     """What differs between two tensors of logits; None if they agree but for rounding."""
     if theirs_TV.shape != ours_TV.shape:
-        return f"{theirs_TV.shape[1]} instead of {ours_TV.shape[1]}"
+        return f"there are {theirs_TV.shape[1]}, not {ours_TV.shape[1]}"
     never_TV, unlikely_TV = (logits_TV < torch.finfo(torch.float32).min / 2 for logits_TV in (theirs_TV, ours_TV))
     if not torch.equal(never_TV, unlikely_TV):
-        return "other ids are never predicted"
+        return "they rule out other ids"
     theirs_TV, ours_TV = theirs_TV.masked_fill(never_TV, 0.0), ours_TV.masked_fill(never_TV, 0.0)
     gap, most = float((theirs_TV - ours_TV).abs().max()), float(theirs_TV.abs().max())
-    return f"by {gap:.3g} where the largest is {most:.3g}" if gap > rounding * most else None
+    return f"they differ by {gap:.3g}, the largest is {most:.3g}" if gap > rounding * most else None
 
 
 def plain_ids(model: Any, count: int) -> list[int]:

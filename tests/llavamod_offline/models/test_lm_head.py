@@ -126,6 +126,12 @@ def test_the_head_gives_the_logits_of_the_models_own_forward(name: str) -> None:
     torch.testing.assert_close(_logits(head, hidden_TD).float(), theirs_TV, rtol=0, atol=bound)
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_model_in_half_precision_passes_too(name: str) -> None:
+    model = tiny(name).to(torch.bfloat16)
+    check_lm_head(model, model.base_model, name=name)
+
+
 @pytest.mark.parametrize("name", [name for name in CLASSES if name in heads.RULES])
 def test_a_head_that_is_not_known_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As that of a class which a later release adds."""
