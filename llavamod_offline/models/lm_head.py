@@ -166,12 +166,18 @@ def check_lm_head(model: Any, backbone: Any, *, name: str, inputs: Mapping[str, 
     """Compare the logits of a model's own forward pass with those of `lm_head_of`, on `inputs` or two tokens.
 
     They must agree within 1e-5 of the largest logit in float32 (2e-2 in half precision, where the model itself rounds),
-    on the last hidden states of `backbone` as they are and on large multiples of them, which reach any softcap. Does
-    nothing where weights are sharded or not loaded, or logits are not finite. Errors: `ModelError` naming `name`.
+    on the last hidden states of `backbone` as they are and on large multiples of them, which reach any softcap. Where
+    weights are sharded or not loaded, a class of transformers is known by its name and others are refused; logits that
+    are not finite are not compared. Errors: `ModelError` naming `name`.
     """
     head = lm_head_of(model)
     weight_VD = head.weight_VD
     if weight_VD.dim() != 2 or weight_VD.is_meta or hasattr(weight_VD, "placements"):
+        if not type(model).__module__.startswith("transformers."):
+            raise ModelError(
+                f"{name}: the weights of its LM head are sharded or not loaded, so that its logits cannot be compared "
+                "with them: do this before sharding"
+            )
         return
     if inputs is None:
         inputs = {"input_ids": torch.tensor([plain_ids(model, 2)], device=model.get_input_embeddings().weight.device)}

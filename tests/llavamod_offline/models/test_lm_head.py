@@ -152,6 +152,20 @@ def test_a_softcap_far_above_the_logits_is_noticed(cap: float) -> None:
         check_lm_head(model, model.model, name="capped")
 
 
+class _OwnModel(transformers.LlamaForCausalLM):  # type: ignore[misc]
+    """A class that no table knows."""
+
+
+def test_without_weights_a_class_is_known_by_its_name_or_refused() -> None:
+    with torch.device("meta"):
+        for known in (transformers.LlamaForCausalLM, transformers.Gemma2ForCausalLM):
+            model: Any = known(known.config_class(**_TEXT))
+            check_lm_head(model, model.model, name="known")
+        own = _OwnModel(transformers.LlamaConfig(**_TEXT))
+    with pytest.raises(ModelError, match="own: the weights of its LM head are sharded or not loaded"):
+        check_lm_head(own, own.model, name="own")
+
+
 def test_modes_weights_and_hooks_are_left_as_they_were() -> None:
     model = tiny("Gemma2ForCausalLM").train()
     model.model.layers[0].eval()

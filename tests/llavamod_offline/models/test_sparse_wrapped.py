@@ -25,29 +25,26 @@ _VISION: dict[str, Any] = {
 }
 
 
-def _around(name: str, text: str, *, tower: str | None = None, **settings: Any) -> Callable[[], Any]:
+def _around(name: str, text: str, tower: str | None = None, **vision: Any) -> Callable[[], Any]:
     def make() -> Any:
-        config = getattr(transformers, f"{name}Config")
-        vision = {**_VISION, **settings.pop("vision", {})}
-        if tower is not None:
-            vision["model_type"] = tower
-        whole = config(text_config=AutoConfig.for_model(text, **TEXT), vision_config=vision, **settings)
-        return random_model(getattr(transformers, f"{name}ForConditionalGeneration"), whole)
+        towers = {**_VISION, **vision} | ({} if tower is None else {"model_type": tower})
+        config_class = getattr(transformers, f"{name}Config")
+        config = config_class(text_config=AutoConfig.for_model(text, **TEXT), vision_config=towers, image_token_id=60)
+        return random_model(getattr(transformers, f"{name}ForConditionalGeneration"), config)
 
     return make
 
 
-_IMAGE = {"image_token_id": 60}
 WRAPPED: dict[str, tuple[Callable[[], Any], str]] = {
-    "llava_onevision": (_around("LlavaOnevision", "qwen2", tower="siglip_vision_model", **_IMAGE), "qwen2_moe"),
-    "llava_next": (_around("LlavaNext", "mistral", tower="clip_vision_model", **_IMAGE), "mixtral"),
-    "smolvlm": (_around("SmolVLM", "llama", **_IMAGE), "mixtral"),
-    "idefics3": (_around("Idefics3", "llama", **_IMAGE), "mixtral"),
+    "llava_onevision": (_around("LlavaOnevision", "qwen2", "siglip_vision_model"), "qwen2_moe"),
+    "llava_next": (_around("LlavaNext", "mistral", "clip_vision_model"), "mixtral"),
+    "smolvlm": (_around("SmolVLM", "llama"), "mixtral"),
+    "idefics3": (_around("Idefics3", "llama"), "mixtral"),
     "internvl": (
-        _around("InternVL", "qwen3", vision={"image_size": [16, 16], "patch_size": [8, 8]}, **_IMAGE),
+        _around("InternVL", "qwen3", image_size=[16, 16], patch_size=[8, 8]),
         "qwen3_moe",
     ),
-    "mistral3": (_around("Mistral3", "mistral", tower="pixtral", **_IMAGE), "mixtral"),
+    "mistral3": (_around("Mistral3", "mistral", "pixtral"), "mixtral"),
 }
 
 
@@ -74,9 +71,9 @@ def test_the_text_model_becomes_its_twin_and_the_class_stays(kind: str, tmp_path
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (_around("Gemma3", "gemma3_text", mm_tokens_per_image=1, image_token_index=60), "gemma3_text"),
-        (_around("Llava", "gemma2", tower="clip_vision_model", **_IMAGE), "gemma2"),
-        (_around("Llava", "phi3", tower="clip_vision_model", **_IMAGE), "phi3"),
+        (_around("Gemma3", "gemma3_text"), "gemma3_text"),
+        (_around("Llava", "gemma2", "clip_vision_model"), "gemma2"),
+        (_around("Llava", "phi3", "clip_vision_model"), "phi3"),
     ],
 )
 def test_those_without_a_twin_say_so(make: Callable[[], Any], text: str) -> None:
