@@ -48,7 +48,7 @@ def token_id(tokenizer: PreTrainedTokenizerFast, token: str, named: int | None, 
     found = tokenizer.get_vocab().get(token)
     if found is None or named not in (None, found):
         raise ModelError(
-            f"config.json: {field} is {named}, but the tokenizer "
+            f"{tokenizer.name_or_path}/config.json: {field} is {named}, but the tokenizer "
             + (f"has no token '{token}'" if found is None else f"has '{token}' at {found}")
             + ": use the tokenizer that belongs to the checkpoint"
         )
