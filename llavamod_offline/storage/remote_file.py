@@ -44,7 +44,7 @@ class RemoteFile:
         try:
             size = folder.size(name)
         except FileNotFoundError as error:
-            raise StorageError(f"{self.url}: no such file: correct the address") from error
+            raise StorageError(f"{self.url}: no such file, or its server does not answer: check the address") from error
         if not size:
             raise StorageError(f"{self.url}: is empty, or its server does not tell its size")
         return size

@@ -81,7 +81,7 @@ def test_a_folder_in_a_bucket(files: Path, bucket: str) -> None:
 def test_what_is_not_there(server: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(RETRY_VARIABLE, "0")
     for name, error, problem in (
-        ("none.parquet", StorageError, "no such file: correct the address"),
+        ("none.parquet", StorageError, "no such file, or its server does not answer: check the address"),
         ("x.tar", DataError, r"its name must end in one of \.json"),
     ):
         with pytest.raises(error, match=problem) as caught:
