@@ -98,15 +98,21 @@ class TinyFamily:
     named: Mapping[str, str] = field(default_factory=dict)
     more: Settings = field(default_factory=dict)
 
-    def write(self, folder: Path, *, seed: int = 0, spare_rows: int = 12) -> Path:
-        """Write a checkpoint with random weights."""
+    def write(self, folder: Path, *, seed: int = 0, spare_rows: int = 12, tokenizer: Any = None) -> Path:
+        """Write a checkpoint with random weights; another `tokenizer` gets the special tokens too."""
         special = tuple(dict.fromkeys((*self.tokens, *self.named.values())))
+        if tokenizer is not None:
+            tokenizer.add_special_tokens({"extra_special_tokens": list(special)})
+            return self._write(folder, tokenizer, seed, spare_rows)
         plain = tokenizer_with(*(token for token in special if token not in ("<|endoftext|>", "<|im_end|>")))
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=plain.backend_tokenizer,
             **{"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", **self.named},
             clean_up_tokenization_spaces=False,
         )
+        return self._write(folder, tokenizer, seed, spare_rows)
+
+    def _write(self, folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int, spare_rows: int) -> Path:
         ids = tokenizer.get_vocab()
         settings = self.config(text(len(tokenizer) + spare_rows), ids)
         config = AutoConfig.for_model(**settings)

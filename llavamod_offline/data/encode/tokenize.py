@@ -117,8 +117,9 @@ class SequenceEncoder:
 
     def image(self, tokens: int) -> ImageTokens:
         """An image of so many tokens."""
+        ids = np.full(tokens, self.image_token_id, np.int64)
         before, after = self.image_frame
-        return ImageTokens(np.array([*before, *[self.image_token_id] * tokens, *after], np.int64))
+        return ImageTokens(np.r_[before, ids, after].astype(np.int64) if before or after else ids)
 
     def encode(self, sample: Sample, role: str, images: Sequence[ImageTokens] | None = None) -> TokenizedSequence:
         """Tokenize one role of a sample.

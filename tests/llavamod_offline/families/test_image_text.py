@@ -24,6 +24,7 @@ from teacher_cache.generate.decode_loop import Decoding, Prompt, write_answers
 from tests.llavamod_offline.families.plain_processor import PlainProcessor, open_plain
 from tests.tiny import tiny_image
 from tests.tiny_families import NEED_TORCHVISION, TINY_FAMILIES
+from tests.tiny_llama import KINDS, llama_tokenizer
 
 SIZES = ((24, 24), (60, 31), (17, 44), (150, 40), (33, 100))
 # What transformers' own processors do with arrays and tensors.
@@ -155,3 +156,15 @@ def test_answers_equal_those_of_the_plain_model(world: World) -> None:
         found = world.plain.model.generate(**inputs, generation_config=settings)
         expected = found[0, len(prompt.input_ids_T) :].tolist()
         assert [*answer.ids, *([end] if answer.ended else [])] == expected, one.key
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llava_next", "vipllava"])
+def test_a_tokenizer_that_puts_spaces_and_a_start_before_text_is_followed(tmp_path: Path, name: str, kind: str) -> None:
+    """As Llama's, with which most of these models come."""
+    tiny = TINY_FAMILIES[name]
+    folder = tiny.write(tmp_path / "teacher", tokenizer=llama_tokenizer(kind))
+    family = open_family(folder, "auto", image_aspect="auto", max_length=2048)
+    assert family.encoder.start_ids == (1,)
+    world = World(name, folder, family, family.load(torch.float32), open_plain(tiny, folder))
+    assert_plain(world, conversations(world), 4, "right")
