@@ -18,11 +18,11 @@ from llavamod_offline.errors import ModelError
 
 # What classes of transformers do between their LM head and their logits, and the field of the text model's
 # configuration that says by how much. All others return the output of their LM head as it is.
-_CAP, _TIMES, _OVER = "softcap", "times", "over"
+_CAP, _TIMES, _OVER, _BEFORE = "softcap", "times", "over", "before"  # the last divides what the LM head gets
 _GEMMA = {_CAP: "final_logit_softcapping"}
 _COHERE = {_TIMES: "logit_scale"}
 _GRANITE = {_OVER: "logits_scaling"}
-_INKLING = {_OVER: "logits_mup_width_multiplier"}
+_INKLING = {_BEFORE: "logits_mup_width_multiplier"}
 RULES: dict[str, dict[str, str]] = {
     **dict.fromkeys(("Gemma2ForCausalLM", "Gemma3ForCausalLM", "VaultGemmaForCausalLM", "NanoChatForCausalLM"), _GEMMA),
     **dict.fromkeys(("Gemma3nForCausalLM", "Gemma3nForConditionalGeneration"), _GEMMA),
@@ -36,7 +36,7 @@ RULES: dict[str, dict[str, str]] = {
     **dict.fromkeys(("GraniteForCausalLM", "GraniteSWAForCausalLM", "GraniteMoeForCausalLM"), _GRANITE),
     **dict.fromkeys(("GraniteMoeSWAForCausalLM", "GraniteMoeHybridForCausalLM"), _GRANITE),
     **dict.fromkeys(("GraniteMoeSharedForCausalLM", "Granite4VisionForConditionalGeneration"), _GRANITE),
-    "MiniCPM3ForCausalLM": _GRANITE,
+    "MiniCPM3ForCausalLM": {_BEFORE: "logits_scaling"},
     "HyperCLOVAXForCausalLM": {_TIMES: "logits_scaling"},
     "FalconH1ForCausalLM": {_TIMES: "lm_head_multiplier"},
     **dict.fromkeys(("InklingForCausalLM", "InklingForConditionalGeneration"), _INKLING),
@@ -50,13 +50,15 @@ _BLOCK_VALUES = 2**24
 class LmHead:
     """Logits [R, V] = cap(scale · (hidden · `weight_VD`ᵀ + `bias_V`)), where cap(x) = softcap · tanh(x / softcap).
 
-    Without a softcap, cap(x) = x. The tensors are the model's own, so that gradients reach its parameters.
+    Without a softcap, cap(x) = x. `before` is the part of `scale` that the model applies to hidden states: what the
+    layer itself gets is hidden · before. The tensors are the model's own, so that gradients reach its parameters.
     """
 
     weight_VD: Tensor
     bias_V: Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
+    before: float = 1.0
 
     @property
     def rows(self) -> int:
@@ -109,8 +111,9 @@ def lm_head_of(model: Any) -> LmHead:
             f"{type(model).__name__}: it has {kind}, not a linear layer with weights in floating point: choose another "
             "model"
         )
-    softcap, scale = head_settings([base.__name__ for base in type(model).__mro__], model.config)
-    head = LmHead(layer.weight, layer.bias, softcap, scale)
+    classes = [base.__name__ for base in type(model).__mro__]
+    softcap, scale = head_settings(classes, model.config)
+    head = LmHead(layer.weight, layer.bias, softcap, scale, scale if _BEFORE in _rule(classes) else 1.0)
     text = model.config.get_text_config()
     head = head.first(getattr(text, "unpadded_vocab_size", None) or head.rows)  # Inkling cuts its spare rows off
     vocabulary = getattr(getattr(model, "model", None), "vocabulary_mapping", None)
@@ -123,11 +126,17 @@ def lm_head_of(model: Any) -> LmHead:
 
 def head_settings(classes: list[str], config: Any) -> tuple[float | None, float]:
     """Softcap and scale of the first of `classes` that has any, by a model's configuration; else None and 1."""
-    rule = next((RULES[name] for name in classes if name in RULES), {})
     text = config.get_text_config()
-    times, over, softcap = (getattr(text, rule[kind]) if kind in rule else None for kind in (_TIMES, _OVER, _CAP))
-    scale = (1.0 if times is None else float(times)) / (1.0 if over is None else float(over))
-    return (None if softcap is None else float(softcap)), scale
+    values = {kind: getattr(text, name) for kind, name in _rule(classes).items()}
+    softcap, scale = values.get(_CAP), 1.0
+    for kind in (_TIMES, _OVER, _BEFORE):
+        if (value := values.get(kind)) is not None:
+            scale = scale * value if kind == _TIMES else scale / value
+    return (None if softcap is None else float(softcap)), float(scale)
+
+
+def _rule(classes: list[str]) -> dict[str, str]:
+    return next((RULES[name] for name in classes if name in RULES), {})
 
 
 def float32_products(rows_RD: Tensor, weight_VD: Tensor, buffer_RV: Tensor | None = None) -> Tensor:

@@ -31,6 +31,10 @@ class Float32Head:
         """Where the weight is."""
         return self._head.weight_VD.device
 
+    def logits_of_layer_inputs(self, rows_RD: Tensor) -> Tensor:
+        """As `logits`, of what the model's LM head layer gets, which a few models scale before it."""
+        return self.logits(rows_RD if self._head.before == 1.0 else rows_RD / self._head.before)
+
     def logits(self, rows_RD: Tensor) -> Tensor:
         """Shapes: [R, D] on the weight's device → [R, V] float32."""
         weight_VD = self._head.weight_VD

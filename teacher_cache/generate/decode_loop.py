@@ -114,12 +114,12 @@ def decode(
     model, teacher = engine.model, engine.teacher
     sequences = [TokenizedSequence(prompt.key, "", prompt.input_ids_T, _NO_IDS) for prompt in prompts]
     inputs = on_model(model, teacher.model_inputs(sequences, [prompt.images for prompt in prompts], left=True))
-    seen: list[Tensor] = []  # the last hidden states of this step
+    seen: list[Tensor] = []  # what the LM head gets in this step
     step, stopped = 0, False
 
     def decide(input_ids_BT: Tensor, scores_BV: Tensor) -> Tensor:
         nonlocal step, stopped
-        logits_BV = engine.lm_head.logits(seen.pop().to(engine.lm_head.device))
+        logits_BV = engine.lm_head.logits_of_layer_inputs(seen.pop().to(engine.lm_head.device))
         if teacher.image_token_id is not None and teacher.image_token_id < logits_BV.shape[1]:
             logits_BV[:, teacher.image_token_id] = -torch.inf
         chosen_B = choose(logits_BV, step)

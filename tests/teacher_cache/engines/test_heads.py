@@ -20,7 +20,7 @@ from teacher_cache.capture.run import run_capture
 from teacher_cache.capture_setup import prepare_capture
 from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.engines.hf_load import load_engine
-from teacher_cache.generate.decode_loop import Decoding, Prompt, write_answers
+from teacher_cache.generate.decode_loop import Decoding, Prompt, decode, write_answers
 from teacher_cache.read.reader import open_cache
 from tests.tiny_teachers import write_tiny_causal_lm
 
@@ -40,6 +40,15 @@ KINDS: dict[str, dict[str, Any]] = {
         "mamba_n_groups": 1,
         "mamba_d_state": 8,
         "mamba_chunk_size": 8,
+    },
+    "minicpm3": {
+        "dim_model_base": 16,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "num_key_value_heads": 2,
     },
     "qwen2": {},
 }
@@ -83,6 +92,27 @@ def test_a_cache_holds_the_log_probs_of_the_models_own_logits(teacher: Path, tmp
         valid_NK = targets.topk_ids_NK >= 0
         assert valid_NK.any(1).all()
         assert np.allclose(found_NK[valid_NK], expected_NK[valid_NK], atol=2e-3), key  # as the cache rounds them
+
+
+def test_tokens_are_chosen_from_the_models_own_logits(teacher: Path, tmp_path: Path) -> None:
+    """Not only from logits with the same order: sampling depends on their scale."""
+    engine = load_engine(prepare_capture(**_config(tmp_path, teacher).setup_values))
+    plain = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
+    sequence = engine.teacher.encode(_samples()[1], "response")
+    ids_T = sequence.input_ids_T[: sequence.supervised_N[0]]
+    steps: list[torch.Tensor] = []
+
+    def choose(logits_BV: torch.Tensor, step: int) -> torch.Tensor:
+        steps.append(logits_BV[0].clone())
+        return logits_BV.argmax(-1)
+
+    decode(engine, [Prompt("s", "answer", ids_T, (), 99)], choose, most=3)
+    ids = ids_T.tolist()
+    for logits_V in steps:
+        with torch.no_grad():
+            expected_V = plain(input_ids=torch.tensor([ids])).logits[0, -1, : engine.vocab_size]
+        torch.testing.assert_close(logits_V, expected_V, rtol=0, atol=1e-4 * float(expected_V.abs().max()))
+        ids.append(int(logits_V.argmax()))
 
 
 def test_answers_are_those_of_plain_generation(teacher: Path, tmp_path: Path) -> None:
