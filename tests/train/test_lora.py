@@ -130,9 +130,13 @@ def test_a_linear_projector_has_an_adapter_in_its_matrix_alone(tmp_path: Path) -
         assert adapted == layers
 
 
-def test_kept_adapters_are_a_peft_folder_for_the_checkpoint(world: World, tmp_path: Path) -> None:
-    """With the projector, which is trained in full, and beside the merged student."""
-    train(world.config("sft", tmp_path / "run", *EXACT, "student.lora.keep_adapters=true", "optim.lr=1e-2"))
+@pytest.mark.parametrize(("trainable", "zero_stage"), [("[projector]", 0), ("[projector]", 3), ("[]", 2)])
+def test_kept_adapters_are_a_peft_folder_for_the_checkpoint(
+    world: World, tmp_path: Path, trainable: str, zero_stage: int
+) -> None:
+    """With the projector, if it is trained in full, and beside the merged student."""
+    settings = ("student.lora.keep_adapters=true", f"trainable={trainable}", f"engine.zero_stage={zero_stage}")
+    train(world.config("sft", tmp_path / "run", *EXACT, *settings, "optim.lr=1e-2"))
     student, adapters = tmp_path / "run" / "student", tmp_path / "run" / "adapters"
     config = json.loads((adapters / "adapter_config.json").read_bytes())
     assert config["base_model_name_or_path"] == str(world.student)

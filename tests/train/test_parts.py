@@ -71,6 +71,17 @@ def test_a_run_starts_from_an_mm_projector_and_only_from_that(
     assert torch.equal(exported.linear_2.weight, second)
 
 
+def test_distillation_may_start_from_parts_and_a_projector(
+    world: World, tmp_path: Path, parts: tuple[str, ...]
+) -> None:
+    """As the original's dense2dense_distillation.sh does."""
+    file = written(tmp_path / "first", named(original("mlp2x_gelu"), "model.mm_projector.image_spatial_proj."))
+    settings = (*parts, f"student.projector={file}", "optim.projector_lr=1e-4", "data.group_by_modality=true")
+    train(world.config("mimic_dense", tmp_path / "run", *settings))
+    log = read_metrics(tmp_path / "run")
+    assert log[-1]["loss"] < log[0]["loss"]
+
+
 def test_the_towers_layers_and_tokens_last_into_the_export(
     world: World, tmp_path: Path, parts: tuple[str, ...]
 ) -> None:

@@ -13,7 +13,6 @@ _SHARED = {
     "attention": ("text",),
     "mlp": ("text", "experts"),
 }
-_BESIDE_KEPT = ("projector", "embeddings", "lm_head")
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class LoraConfig:
     """LoRA: low-rank adapters are trained instead of the layers they are in, and merged into the exported student."""
 
     rank: int = 128
-    """Rank of the adapters; this and the next two as in LLaVA-1.5's finetune_lora.sh."""
+    """Rank of the adapters; this and the next two as in LLaVA-MoD's arguments."""
     alpha: float = 256.0
     """Adapters are scaled by alpha / rank."""
     dropout: float = 0.05
@@ -62,8 +61,8 @@ def lora_problems(lora: LoraConfig, trainable: Sequence[str], *, has_checkpoint:
             "it to false, or start from student.checkpoint without student.upcycle"
         )
     for full in trainable:
-        if full not in _BESIDE_KEPT:
+        if full != "projector":
             yield (
-                f"student.lora.keep_adapters: '{full}' is trained in full, which adapters cannot hold: set it to "
-                f"false, or trainable to parts among {', '.join(_BESIDE_KEPT)}"
+                f"student.lora.keep_adapters: '{full}' is trained in full, and is not written with adapters: set it to "
+                "false, or trainable to [projector] or []"
             )

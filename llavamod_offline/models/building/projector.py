@@ -30,9 +30,10 @@ PROJECTOR_FILE = "mm_projector.bin"
 _ACTIVATIONS = {MLP: "gelu", LINEAR: "linear"}
 _PREFIX = "model.multi_modal_projector."
 _SUFFIXES = (".bin", ".pt", ".pth")
-# A tensor's name in LLaVA's files (`mm_projector.0.weight`, or `mm_projector.weight` of a linear one) and in those of
-# transformers (`multi_modal_projector.linear_1.weight`), whatever stands before.
-_ORIGINAL = re.compile(r"(?:.*\.)?mm_projector\.(?:(\d+)\.)?(weight|bias)")
+# A tensor's name in LLaVA's files (`mm_projector.0.weight`, or `mm_projector.weight` of a linear one), in LLaVA-MoD's
+# (`mm_projector.image_spatial_proj.0.weight`) and in transformers' (`multi_modal_projector.linear_1.weight`), whatever
+# stands before.
+_ORIGINAL = re.compile(r"(?:.*\.)?mm_projector\.(?:image_spatial_proj\.)?(?:(\d+)\.)?(weight|bias)")
 _PORTED = re.compile(r"(?:.*\.)?multi_modal_projector\.linear_([12])\.(weight|bias)")
 
 
@@ -44,10 +45,10 @@ def check_projector_type(name: str) -> str:
         return name
     if re.fullmatch(r"mlp\d+x_gelu", name):
         raise ModelError(
-            f"projector type '{name}': transformers' LlavaForConditionalGeneration has a projector of two layers, so "
+            f"projector_type '{name}': transformers' LlavaForConditionalGeneration has a projector of two layers, so "
             f"a student with another one could not be loaded: use {' or '.join(PROJECTOR_TYPES)}"
         )
-    raise ModelError(f"projector type '{name}' is unknown: use {' or '.join(PROJECTOR_TYPES)}")
+    raise ModelError(f"projector_type '{name}' is unknown: use {' or '.join(PROJECTOR_TYPES)}")
 
 
 def projector_activation(kind: str) -> str:

@@ -165,7 +165,7 @@ def test_the_choices_are_those_of_the_losses() -> None:
         (
             "sft",
             ["student.lora.keep_adapters=true", "trainable=[projector,norms]"],
-            "student.lora.keep_adapters: 'norms' is trained in full, which adapters cannot hold: set it to false, or",
+            "student.lora.keep_adapters: 'norms' is trained in full, and is not written with adapters: set it to false",
         ),
         (
             "align",

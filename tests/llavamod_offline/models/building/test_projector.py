@@ -73,11 +73,23 @@ def test_an_mm_projector_computes_what_it_did_in_the_original(
         torch.testing.assert_close(plain.model.multi_modal_projector(features), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("prefix", ["model.mm_projector.", "mm_projector.", "base_model.model.model.mm_projector."])
-def test_names_of_wrapped_models_are_understood(parts: tuple[Path, Path], tmp_path: Path, prefix: str) -> None:
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "model.mm_projector.",
+        "mm_projector.",
+        "base_model.model.model.mm_projector.",
+        "model.mm_projector.image_spatial_proj.",  # LLaVA-MoD's, as MoE-LLaVA's
+    ],
+)
+def test_names_of_other_code_are_understood(tmp_path: Path, prefix: str) -> None:
     projector = original("mlp2x_gelu")
     _, tensors = read_projector(written(tmp_path, named(projector, prefix)), kind=None, inputs=C, hidden=D)
     assert torch.equal(tensors["model.multi_modal_projector.linear_2.weight"], projector.state_dict()["2.weight"])
+    linear = original("linear")
+    kind, tensors = read_projector(written(tmp_path, named(linear, prefix)), kind=None, inputs=C, hidden=D)
+    assert kind == "linear"
+    assert torch.equal(tensors["model.multi_modal_projector.linear_1.weight"], linear.state_dict()["weight"])
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
@@ -111,7 +123,7 @@ def test_a_new_linear_projector_is_one_matrix_and_stays_one(parts: tuple[Path, P
     [
         ("mlp3x_gelu", "has a projector of two layers, so a student with another one could not be loaded: use linear"),
         ("mlp10x_gelu", "has a projector of two layers"),
-        ("resampler", "projector type 'resampler' is unknown: use linear or mlp2x_gelu"),
+        ("resampler", "projector_type 'resampler' is unknown: use linear or mlp2x_gelu"),
         ("gelu", "is unknown"),
     ],
 )
@@ -146,6 +158,8 @@ class TestFiles:
         assert "holds no projector" in self.refused(written(tmp_path, {}))
         embeddings = whole | {"model.embed_tokens.weight": torch.zeros(2, D)}
         assert "holds 'model.embed_tokens.weight', which belongs to" in self.refused(written(tmp_path, embeddings))
+        video = whole | {"model.mm_projector.video_patch_proj.0.weight": torch.zeros(2, D)}
+        assert "holds 'model.mm_projector.video_patch_proj.0.weight'" in self.refused(written(tmp_path, video))
         save_file({"lm_head.weight": torch.zeros(2, 2)}, tmp_path / "b.safetensors")
         assert "holds no projector" in self.refused(tmp_path / "b.safetensors")
 
