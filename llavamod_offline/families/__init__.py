@@ -3,10 +3,12 @@
     folder ──open_family──▶ Family ──encode───▶ token ids of a (sample, role), each image expanded
                                ├─────images───▶ the arrays of a sample's images
                                ├─────load─────▶ the model of transformers
-                               └─────…────────▶ last hidden states of a batch, which the LM head turns into logits
+                               └─model_inputs─▶ what its `forward` takes for a batch of both
 
-The same object serves captures, questions, evaluation and vLLM; what runs it never asks for a family's name. One module
-each: a family with a module of its own is one that can be run faster than by its processor and its whole model.
+The same object serves captures, questions, evaluation and vLLM; what runs it asks for no family's name. `image_text` is
+any image-text model, by its own processor (`processor`) and whole model (`run`), compared with both (`probes`,
+`run.check_model`). The families with a module of their own can be run faster: features of images are computed once and
+put among embeddings (`protocol.FeatureFamily`), and vLLM is fed with their images one by one.
 """
 
 from __future__ import annotations

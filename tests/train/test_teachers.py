@@ -18,6 +18,7 @@ from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, save_
 from teacher_cache.read.reader import open_cache
 from tests.llavamod_offline.families.official import Official, open_official
 from tests.tiny import write_tiny_llava, write_tiny_tower
+from tests.tiny_families import TINY_FAMILIES
 from tests.tiny_teachers import QWEN_VL_TOKENS, write_tiny_causal_lm, write_tiny_onevision, write_tiny_qwen_vl
 from tests.train.conftest import EXHAUSTIVE, World, write_cache
 from tests.train.reference import Reader, read_metrics
@@ -77,6 +78,18 @@ def test_a_llava_student_learns_from_a_qwen_vl_teacher(
     assert losses[1] < losses[0]
     official = open_official("qwen2_5_vl", teacher)
     assert losses[0] == pytest.approx(_divergence(world, official, student, "chatml", torch.arange(404)), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_5"])
+def test_one_cache_serves_a_llava_student_of_another_family_with_the_same_tokenizer(
+    world: World, student: Path, tmp_path: Path, name: str
+) -> None:
+    teacher = TINY_FAMILIES[name].write(tmp_path / "teacher")
+    cache = write_cache(tmp_path / "cache", world.chats, teacher, *EXHAUSTIVE, "template=chatml")
+    settings = (f"cache.path={cache}", f"student.checkpoint={student}", "template=chatml", "batch.global_size=24")
+    assert train(world.config("mimic_dense", tmp_path / "run", *settings, "batch.micro_size=6", "steps=3")).finished
+    losses = [float(str(entry["loss"])) for entry in read_metrics(tmp_path / "run")]
+    assert losses[2] < losses[0]
 
 
 def test_its_end_of_turn_may_be_declared(
