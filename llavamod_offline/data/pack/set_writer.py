@@ -106,7 +106,7 @@ def new_set(
                 yield SetWriter(folder, output, name, duplicate_hint, fitting, journal)
                 displaced = _displace(output, folder)
         except OSError as error:
-            kept = f": what is finished is kept in {work_path(output)}" if work_path(output).exists() else ""
+            kept = f"; rerun to continue from {work_path(output)}" if work_path(output).exists() else ""
             raise DataError(f"output '{output}': cannot be written: {error.strerror or error}{kept}") from error
         if displaced:
             shutil.rmtree(displaced, ignore_errors=True)

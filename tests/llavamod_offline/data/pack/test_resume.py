@@ -160,3 +160,20 @@ def test_killed_by_the_kernel(files: list[Path], tmp_path: Path) -> None:
     assert {name.replace("cut", "whole"): value for name, value in found.items() if name != "set.json"} == {
         name: value for name, value in expected.items() if name != "set.json"
     }
+
+
+def test_a_full_disk_keeps_what_is_done(tmp_path: Path) -> None:
+    """No file may have more than 200 KiB, which the last sample does not fit into."""
+    rows = [{"id": n, "prompt": "a", "completion": "b" * (300_000 if n == 20 else 10)} for n in range(21)]
+    write_rows(tmp_path / "rows.json", rows)
+    command = f"{sys.executable} -m llavamod_offline pack rows.json --shard-samples 5 --workers 1 --output"
+    full = subprocess.run(
+        f"ulimit -f 200; exec {command} set", shell=True, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert full.returncode == 2
+    assert "output 'set': cannot be written: " in full.stderr
+    assert full.stderr.rstrip().endswith("; rerun to continue from .set.packing")
+    again = subprocess.run(f"{command} set", shell=True, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "set: continuing after 20 samples" in again.stderr
+    subprocess.run(f"{command} whole --name set", shell=True, cwd=tmp_path, capture_output=True, check=True)
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
