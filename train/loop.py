@@ -35,11 +35,14 @@ Entry = dict[str, Any]
 class LoopSettings:
     """The loop's settings; 0 for `save_steps` or `eval_steps` means never.
 
-    `part_scales`: the rates of parts that have their own, divided by the others', for the log.
+    `samples`: how many an epoch has, `batch_size` of which make a step. `part_scales`: the rates of parts that have
+    their own, divided by the others', for the log.
     """
 
     steps: int
     micro_steps: int
+    samples: int
+    batch_size: int
     seed: int
     log_steps: int
     save_steps: int
@@ -100,6 +103,7 @@ def run_steps(
             seconds = time.perf_counter() - began
             now = step + 1
             entry = _entry(sums, now, rate, norm, counts, seconds, waited)
+            entry["epoch"] = now * settings.batch_size / max(settings.samples, 1)
             if settings.part_scales:
                 entry["part_lr"] = {part: rate * scale for part, scale in settings.part_scales.items()}
             done = now == settings.steps

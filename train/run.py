@@ -173,6 +173,8 @@ def _train(config: TrainConfig, settings: dict[str, Any], output: Path, world: W
             settings=LoopSettings(
                 steps=setup.steps,
                 micro_steps=micro_steps,
+                samples=setup.order.per_epoch,
+                batch_size=config.batch.global_size,
                 seed=config.seed,
                 log_steps=config.log_steps,
                 save_steps=config.save_steps,

@@ -17,7 +17,7 @@ from llavamod_offline.losses.bucketed_divergence import DivergenceSpec, event_di
 from llavamod_offline.losses.tail_estimators import NEVER, PreparedTargets, TailPrior
 from llavamod_offline.losses.targets import EMPTY_ID
 
-METRICS = ("kl", "teacher_tail", "student_tail", "entropy", "top1_agreement")
+METRICS = ("kl", "tail_kl", "teacher_tail", "student_tail", "entropy", "top1_agreement")
 _LEAST_MASS = 1e-6  # of the profile outside the top-k: below it, rounding determines the shape
 _FORWARD_KL = DivergenceSpec()
 _ROWS_AT_TWO_TEMPERATURES = 32
@@ -91,7 +91,8 @@ def divergence_in_place(
     known_N = torch.isfinite(teacher.full_log_probs_NE).any(-1)
     agrees_N = topk_NK[:, 0] >= torch.maximum(topk_NK.amax(-1), peak_N) if topk_NK.shape[1] else torch.zeros_like(lse_N)
     teacher_tail_N, student_tail_N = teacher.full_log_probs_NE[:, -1].exp(), log_q_NE[:, -1].exp()
-    values = (full_kl_N, teacher_tail_N, student_tail_N, teacher.entropy_N, agrees_N)
+    tail_kl_N = full_kl_N - _topk_kl(teacher, log_q_NE)
+    values = (full_kl_N, tail_kl_N, teacher_tail_N, student_tail_N, teacher.entropy_N, agrees_N)
     for name, metric_N in zip(METRICS, values, strict=True):
         metrics[name] = metrics[name] + weighted(weight_N * known_N, metric_N).sum(dtype=torch.float32)
     return divergence, cross_entropy
@@ -148,6 +149,13 @@ def _full_kl(teacher: PreparedTargets, log_q_NE: Tensor, tail_log_q_NM: Tensor) 
     topk_N = weighted(p_NE[:, :-1], log_q_NE[:, :-1]).sum(-1)
     tail_N = p_NE[:, -1] * weighted(teacher.tail_weights_NM, tail_log_q_NM).sum(-1)
     return torch.where(teacher.has_samples_N, -topk_N - tail_N - teacher.entropy_N, bucketed_N)
+
+
+def _topk_kl(teacher: PreparedTargets, log_q_NE: Tensor) -> Tensor:
+    """What the top-k ids contribute to the forward KL."""
+    log_p_NK = teacher.full_log_probs_NE[:, :-1]
+    gap_NK = (log_p_NK - log_q_NE[:, :-1]).masked_fill(~teacher.topk_valid_NK, 0.0)
+    return weighted(log_p_NK.exp(), gap_NK).sum(-1)
 
 
 def _scale_tail(exponentials_NV: Tensor, mass_N: Tensor, sum_N: Tensor) -> None:

@@ -29,7 +29,8 @@ class Divergence:
 
     `kl`: the best available estimate of the full forward KL, for every divergence. With tail samples of this T it is
     unbiased and uses the stored entropy (it can fall below 0), otherwise the lower bound of the bucket at T.
-    `teacher_tail`, `student_tail`: the mass outside the teacher's top-k. `entropy`: the teacher's, at its samples' T.
+    `tail_kl`: what the tail contributes to it. `teacher_tail`, `student_tail`: the mass outside the teacher's top-k.
+    `entropy`: the teacher's, at its samples' T.
     `top1_agreement`: the number of positions where teacher and student have the same most likely token.
     """
 

@@ -31,7 +31,9 @@ _CHARTS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
         "loss": "loss", "divergence": "divergence", "cross-entropy": "cross_entropy", "preference": "preference",
     }),
     ("Loss", "Loss on held-out samples", "nats per token", {"loss": "holdout_loss"}),
-    ("Teacher", "True KL(teacher ‖ student)", "nats per token", {"kl": "kl", "held out": "holdout_kl"}),
+    ("Teacher", "True KL(teacher ‖ student)", "nats per token", {
+        "kl": "kl", "of the tail": "tail_kl", "held out": "holdout_kl",
+    }),
     ("Teacher", "Agreement with the teacher's top token", "share of positions", {"top-1 agreement": "top1_agreement"}),
     ("Teacher", "Mass beyond the recorded top-k", "mass", {"student": "student_tail", "teacher": "teacher_tail"}),
     ("Alignment", "Distance of projected features from the teacher's", "distance", {"distance": "feature_distance"}),
