@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-_FORCED_WORDS = ("yes", "no", "Yes", "No", "A", "B", "C", "D")
-
 
 class SetupValues(TypedDict):
     """What a capture is set up from: values of `config.CacheTeacherConfig`, with the preset resolved to `keep`."""
@@ -180,7 +178,7 @@ def with_preset(setup: CaptureSetup, preset: Preset) -> CaptureSetup:
     """The same capture with another preset; its fingerprint stays as it is."""
     if preset.temperatures:
         preset = dataclasses.replace(preset, temperatures=setup.settings.temperatures)
-    forced_ids = setup.settings.forced_ids if preset.forced_tokens is None else ()
+    forced_ids = setup.settings.forced_ids if preset.tail_samples_max or preset.top_k is None else ()
     temperature = setup.settings.temperature
     settings, codec = _kept(preset, temperature, forced_ids, setup.codec.vocab_size, setup.codec.hidden)
     return dataclasses.replace(setup, settings=settings, codec=codec)
@@ -225,13 +223,8 @@ def _shared_vocabulary(teacher: Path, tokenizer: PreTrainedTokenizerFast, rows: 
     return vocabulary_size(tokenizer, rows)
 
 
-def _forced_ids(encoder: SequenceEncoder, tokens: Sequence[str] | None) -> tuple[int, ...]:
-    """The ids of the named tokens, or of the default ones. Errors: `ConfigError` naming a token."""
-    if tokens is None:
-        template = encoder.template
-        words = (template.end, *(template.answer_prefix + word for word in _FORCED_WORDS))
-        found = [_ids_of(encoder, text) for text in words]
-        return tuple(dict.fromkeys(ids[0] for ids in found if len(ids) == 1))
+def _forced_ids(encoder: SequenceEncoder, tokens: Sequence[str]) -> tuple[int, ...]:
+    """The ids of the named tokens. Errors: `ConfigError` naming one that is not a single token."""
     for text in tokens:
         count = len(_ids_of(encoder, text))
         if count != 1:

@@ -24,7 +24,7 @@ _SLICE = re.compile(r"(\d+)/(\d+)")
 class Preset:
     """What a record keeps and how precisely (see `record.RecordSettings`); `tests.benchmarks.codec` measures presets.
 
-    `top_k` None: the whole vocabulary. `forced_tokens` None: the defaults (see `CaptureConfig`).
+    `top_k` None: the whole vocabulary.
     """
 
     top_p: float
@@ -33,17 +33,19 @@ class Preset:
     tail_samples_max: int
     tail_samples_per_mass: float
     precision: PrecisionName
-    temperatures: Sequence[float] = (1.5, 2.0, 4.0)
-    forced_tokens: Sequence[str] | None = None
+    temperatures: Sequence[float] = ()
+    forced_tokens: Sequence[str] = ()
     temperature: float = 1.0
 
 
 PRESETS: dict[str, Preset] = {
-    "compact": Preset(1.0, 0.006, 16, 12, 60.0, "coarse"),
-    "standard": Preset(1.0, 0.0007, 128, 16, 100.0, "fine"),
-    "exhaustive": Preset(1.0, 0.0, None, 0, 1.0, "exact"),
+    # With samples of weight 1/n, ids above 1/2n to 1/4n belong into the top-k: `tests.benchmarks.readings --curve`.
+    "small": Preset(1.0, 0.03, 32, 16, 16.0, "coarse"),
+    "compact": Preset(1.0, 0.01, 100, 50, 50.0, "coarse"),
+    "standard": Preset(1.0, 0.001, 250, 250, 250.0, "fine", temperatures=(1.5, 2.0, 4.0)),
+    "exhaustive": Preset(1.0, 0.0, None, 0, 1.0, "exact", temperatures=(1.5, 2.0, 4.0)),
     # The log-probs of the targets, for preference losses; each record needs at least one top-k id.
-    "reference": Preset(1.0, 0.0, 1, 0, 1.0, "fine", temperatures=(), forced_tokens=()),
+    "reference": Preset(1.0, 0.0, 1, 0, 1.0, "fine"),
 }
 
 
@@ -51,9 +53,9 @@ PRESETS: dict[str, Preset] = {
 class CaptureConfig:
     """What a record keeps of each distribution. Settings that are null take the preset's value."""
 
-    preset: Literal["compact", "standard", "exhaustive", "reference"] = "standard"
-    """Values of the settings below: small records, more exact ones, the whole vocabulary, or only the log-probs of the
-    actual tokens (for preference training)."""
+    preset: Literal["small", "compact", "standard", "exhaustive", "reference"] = "standard"
+    """Values of the settings below: records of about 15, 30 or 75 bytes, the whole vocabulary, or only the log-probs of
+    the actual tokens (for preference training)."""
     top_p: float | None = None
     """Keep the most likely ids up to this summed probability, above 0 and at most 1."""
     min_prob: float | None = None
@@ -69,11 +71,10 @@ class CaptureConfig:
     temperature: float | None = None
     """Temperature at which students will learn (loss.temperature), which decides the ids and tail samples; null: 1."""
     temperatures: list[float] | None = None
-    """Further temperatures of a loss, such as [1.5, 2], at which tails are one bucket; null: 1.5, 2 and 4; none with
-    reference."""
+    """Further temperatures of a loss, such as [1.5, 2], at which tails are one bucket; null: 1.5, 2 and 4 with standard
+    and exhaustive, else none."""
     forced_tokens: list[str] | None = None
-    """Tokens that are always recorded, such as [' yes', ' no']; null: the end of turn, yes, no and A to D where these
-    are single tokens; none with reference."""
+    """Tokens that are always recorded, such as [' yes', ' no'], for other uses than training."""
     positions: Positions = "response"
     """Positions to record: those that predict answers, or all except padding, image tokens included."""
     hidden: HiddenKind | None = None

@@ -34,7 +34,7 @@ def captured_as(cache: TeacherCache) -> CaptureConfig:
     return CaptureConfig(
         **{STORED_SETTINGS.get(name, name): capture[name] for name in names if name not in _LISTS},
         temperatures=list(capture["temperatures"]),
-        forced_tokens=None if capture["forced_ids"] else [],
+        forced_tokens=[],
         mismatched=bool(capture.get("mismatched")),
     )
 

@@ -148,7 +148,7 @@ def describe_limits(keep: Preset, hidden: HiddenKind | None) -> list[str]:
         "capture.temperature=1": keep.temperature != 1.0,
         "capture.temperatures=[]": bool(keep.temperatures),
         "capture.tail_samples_max=0": keep.tail_samples_max > 0,
-        "capture.forced_tokens=[]": keep.forced_tokens is None or bool(keep.forced_tokens),
+        "capture.forced_tokens=[]": bool(keep.forced_tokens),
         "capture.hidden=null": hidden is not None,
     }
     if wrong := [setting for setting, unsupported in asked.items() if unsupported]:

@@ -85,7 +85,7 @@ def test_reference_log_probs_by_the_fallback(
     settings = ["engine.kind=vllm_logprobs", *VLLM[1:]]
     status, _, err = _run(capsys, *arguments, f"output={tmp_path}/refused", *settings)
     assert (status, err.count("\n")) == (2, 1)
-    assert "set capture.temperatures=[] capture.tail_samples_max=0 capture.forced_tokens=[], or engine.kind=vllm" in err
+    assert "set capture.temperatures=[] capture.tail_samples_max=0, or engine.kind=vllm" in err
     assert _run(capsys, *arguments, REFERENCE, f"output={tmp_path}/cache", *settings)[0] == 0
     assert _run(capsys, *arguments, REFERENCE, f"output={tmp_path}/hf")[0] == 0
     expected, found = _numbers(tmp_path / "hf"), _numbers(tmp_path / "cache")

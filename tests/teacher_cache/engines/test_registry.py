@@ -14,7 +14,7 @@ from teacher_cache.config import CacheTeacherConfig, CaptureConfig, TeacherEngin
 from teacher_cache.engines.registry import describe_engine
 from teacher_cache.engines.vllm.logprobs import describe_limits
 
-ALL_REFUSED = "capture.temperatures=[] capture.tail_samples_max=0 capture.forced_tokens=[]"
+ALL_REFUSED = "capture.temperatures=[] capture.tail_samples_max=0"
 
 
 def _values(**engine: object) -> SetupValues:
@@ -53,7 +53,7 @@ def test_the_fallback_refuses_what_it_cannot_capture() -> None:
         describe_limits(CaptureConfig().resolved, None)
     assert f"set {ALL_REFUSED}, or engine.kind=vllm" in str(refused.value)
     with pytest.raises(ConfigError, match=r"set capture.hidden=null, or"):
-        describe_limits(CaptureConfig(temperatures=[], tail_samples_max=0, forced_tokens=[]).resolved, "int8")
+        describe_limits(CaptureConfig(temperatures=[], tail_samples_max=0).resolved, "int8")
 
 
 def test_the_fallback_says_what_its_records_lack(monkeypatch: pytest.MonkeyPatch) -> None:
