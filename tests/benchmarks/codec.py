@@ -24,7 +24,6 @@ Shape suffixes: N positions, V ids, D hidden size, H head entries of all positio
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import tempfile
@@ -42,23 +41,18 @@ from llavamod_offline.losses.kinds import TailEstimator
 from llavamod_offline.losses.tail_estimators import prepare_targets
 from llavamod_offline.losses.targets import SparseTargets
 from teacher_cache.config import PRESETS, Preset
-from teacher_cache.engines.make_records import make_records
-from teacher_cache.engines.tail_samples import sequence_uniforms
-from teacher_cache.format.record import RecordSettings
-from teacher_cache.format.schema import Codec
-from teacher_cache.format.sequences import SequenceRecord
-from teacher_cache.read.reader import TeacherCache, open_cache
-from teacher_cache.write.store import CacheStore
+from teacher_cache.read.reader import TeacherCache
+from tests.benchmarks.capture_world import capture
 from tests.benchmarks.form import Row, finish, parse_arguments
 from tests.benchmarks.teachers.floor import floor_bytes
 from tests.benchmarks.teachers.rivals import RIVALS, target_gradient
 from tests.benchmarks.teachers.worlds import World, causal_world, ngram_world, toy_world
 
 NAME = "codec"
-TEMPERATURES = (1.5, 2.0, 4.0)
+TEMPERATURES = (1.0, 2.0)
 STUDENTS = {"near": 0.9, "mid": 0.5, "fresh": 0.0}
 ESTIMATORS: tuple[TailEstimator, ...] = ("samples", "bucket", "renormalised")
-MEASURED = ("compact", "standard")
+MEASURED = ("small", "compact", "standard")
 DEFAULT: TailEstimator = "samples"
 
 
@@ -67,7 +61,7 @@ def main() -> None:
     arguments = parse_arguments(NAME, __doc__ or "", {"model": "", "student": "", "teachers": ""})
     options, quick = arguments.options, arguments.quick
     sequences, measured = (6, 2) if quick else (205, 41)
-    few, few_measured = (4, 1) if quick else (30, 5)
+    few, few_measured = (4, 1) if quick else (60, 5)
     makers: dict[str, tuple[Callable[[], World], int]] = {
         "ngram": (lambda: ngram_world(sequences, *(1_000, 60) if quick else ()), measured),
         "toy": (lambda: toy_world(sequences), measured),
@@ -84,9 +78,10 @@ def main() -> None:
         world = maker()
         positions[world.name] = 100 * measured
         with tempfile.TemporaryDirectory() as folder:
-            caches = {name: capture(world, PRESETS[name], Path(folder) / name) for name in MEASURED}
+            presets = {(name, T): captured_for(PRESETS[name], T) for name in MEASURED for T in TEMPERATURES}
+            caches = capture(world, presets, Path(folder))
             found = measure(world, caches, measured)
-            sizes = {name: (cache.bytes_per_position, floor_bytes(cache)) for name, cache in caches.items()}
+            sizes = {place: (cache.bytes_per_position, floor_bytes(cache)) for place, cache in caches.items()}
         rows += table(world, found, sizes)
         suffix = "" if world.name == "ngram" else f"_{world.name}"
         ratios |= {f"{name}{suffix}": value for name, value in ratios_of(found, sizes).items()}
@@ -112,35 +107,6 @@ def with_others(
     return kept + rows, others | ratios, teachers | positions
 
 
-def capture(world: World, preset: Preset, folder: Path) -> TeacherCache:
-    """Write a cache of all the world's sequences by a preset, and open it."""
-    settings = RecordSettings(
-        top_p=preset.top_p,
-        min_prob=preset.min_prob,
-        top_k=min(preset.top_k or world.vocab_size, world.vocab_size),
-        tail_samples_max=preset.tail_samples_max,
-        tail_samples_per_mass=preset.tail_samples_per_mass,
-        temperatures=TEMPERATURES,
-        forced_ids=world.forced_ids,
-    )
-    limit = settings.top_k + len(world.forced_ids)
-    codec = Codec(world.vocab_size, TEMPERATURES, preset.precision, limit, preset.tail_samples_max, world.forced_ids)
-    captured = []
-    for number in range(world.sequences):
-        rows, key = world.rows(number), f"run-{number:09d}"
-        uniforms_N = torch.from_numpy(sequence_uniforms(0, key, "response", len(rows.target_ids_N)))
-        records, _ = make_records(rows.log_probs_NV, rows.target_ids_N, uniforms_N, settings)
-        digest = hashlib.sha256(key.encode()).hexdigest()
-        captured.append(SequenceRecord(key, "response", digest, digest, len(records), records))
-    store = CacheStore.open(
-        folder, {"capture": {"vocab_size": world.vocab_size, "temperatures": [*TEMPERATURES]}}, ["run"]
-    )
-    store.start()
-    store.commit("run", captured, [], codec)
-    store.finalise()
-    return open_cache(folder)
-
-
 @dataclasses.dataclass
 class Sums:
     """A sum of gradients over positions: [V], and against hidden states [V, D]."""
@@ -163,15 +129,22 @@ class Sums:
 
 
 Found = dict[tuple[str, str, str, float], tuple[float, float, float]]
+Caches = dict[tuple[str, float], TeacherCache]  # by preset and the temperature it was captured for
+Sizes = dict[tuple[str, float], tuple[float, float]]
 
 
-def measure(world: World, caches: dict[str, TeacherCache], sequences: int) -> Found:
+def captured_for(preset: Preset, temperature: float) -> Preset:
+    """The preset for students that learn at a temperature alone."""
+    return dataclasses.replace(preset, temperature=temperature, temperatures=())
+
+
+def measure(world: World, caches: Caches, sequences: int) -> Found:
     """(target, reading, student, T) → errors of bias and weight gradient, and KL."""
     sums: dict[tuple[str, str, str, float], Sums] = {}
     kl: dict[tuple[str, str, str, float], float] = {}
     for number in range(sequences):
         for student, log_q_NV, hidden_ND, log_p_NV in _students(world, number):
-            for temperature in (1.0, 2.0):
+            for temperature in TEMPERATURES:
                 q_NV, p_NV = ((x / temperature).softmax(-1) for x in (log_q_NV, log_p_NV))
                 truth = sums.setdefault(("full", "", student, temperature), Sums())
                 truth.add(temperature * (q_NV - p_NV), hidden_ND)
@@ -191,7 +164,7 @@ def measure(world: World, caches: dict[str, TeacherCache], sequences: int) -> Fo
 
 
 def _targets_gradients(
-    caches: dict[str, TeacherCache],
+    caches: Caches,
     number: int,
     log_q_NV: Tensor,
     log_p_NV: Tensor,
@@ -199,11 +172,9 @@ def _targets_gradients(
     temperature: float,
 ) -> Iterator[tuple[str, str, Tensor]]:
     """The gradient [N, V] of one sequence by every target and reading."""
-    for name, cache in caches.items():
-        targets = _targets(cache, number)
+    for name in MEASURED:
+        targets = _targets(caches[name, temperature], number)
         for reading in ESTIMATORS:
-            if reading == "samples" and temperature != 1.0:
-                continue
             yield name, reading, _gradient(log_q_NV, targets, reading, temperature)
     for name, rival in RIVALS.items():
         yield name, "", temperature * target_gradient(rival(log_p_NV, temperature), q_NV)
@@ -237,14 +208,13 @@ def _kl(p_NV: Tensor, target_NV: Tensor) -> float:
     return float(torch.where(p_NV > 1e-9, p_NV * (p_NV / target_NV).log(), 0.0).sum(dtype=torch.float64))
 
 
-def table(world: World, found: Found, sizes: dict[str, tuple[float, float]]) -> list[Row]:
+def table(world: World, found: Found, sizes: Sizes) -> list[Row]:
     """One row for each target, reading and temperature."""
     rows: list[Row] = []
     students = dict.fromkeys(place[2] for place in found)
     for target, reading, temperature in dict.fromkeys((place[0], place[1], place[3]) for place in found):
-        size, floor = (
-            sizes.get(target, (rival_bytes(world, target), math.nan)) if target not in sizes else sizes[target]
-        )
+        place = (target, temperature)
+        size, floor = sizes[place] if place in sizes else (rival_bytes(world, *place), math.nan)
         row: dict[str, str | float | int] = {"teacher": world.name, "target": target, "reading": reading}
         row |= {"T": temperature, "bytes": size, "floor": floor}
         row["kl"] = found[target, reading, "mid", temperature][2]
@@ -257,18 +227,22 @@ def table(world: World, found: Found, sizes: dict[str, tuple[float, float]]) -> 
     return rows
 
 
-def rival_bytes(world: World, target: str) -> float:
+def rival_bytes(world: World, target: str, temperature: float) -> float:
     """Bytes a position of a rival, over a few sequences."""
-    sample = [RIVALS[target](world.rows(number).log_probs_NV, 1.0).bytes_per_position for number in range(4)]
+    sample = [RIVALS[target](world.rows(number).log_probs_NV, temperature).bytes_per_position for number in range(4)]
     return float(np.mean(sample))
 
 
-def ratios_of(found: Found, sizes: dict[str, tuple[float, float]]) -> dict[str, float]:
+def ratios_of(found: Found, sizes: Sizes) -> dict[str, float]:
     """What the project promises, as numbers."""
-    ratios = {f"{name}_bytes": size for name, (size, _) in sizes.items()}
-    ratios |= {f"{name}_bytes_vs_entropy": size / floor for name, (size, floor) in sizes.items()}
+    ratios: dict[str, float] = {}
+    for name in MEASURED:
+        size, floor = sizes[name, 1.0]
+        ratios |= {f"{name}_bytes": size, f"{name}_bytes_vs_entropy": size / floor}
     vocabulary_bits = 18  # DistillKit packs 18 bits an id for vocabularies of Qwen's size
-    ratios["standard_bytes_vs_distillkit"] = sizes["standard"][0] / ((128 * vocabulary_bits + 16 * 16 + 6 * 32) / 8)
+    ratios["standard_bytes_vs_distillkit"] = sizes["standard", 1.0][0] / (
+        (128 * vocabulary_bits + 16 * 16 + 6 * 32) / 8
+    )
     pairs = (
         ("compact", "rskd", "rskd50"),
         ("standard", "distillkit", "distillkit"),
@@ -277,7 +251,7 @@ def ratios_of(found: Found, sizes: dict[str, tuple[float, float]]) -> dict[str, 
     for temperature, suffix in ((1.0, ""), (2.0, "_T2")):
         for preset, label, rival in pairs:
             for student in STUDENTS:
-                mine = found[preset, DEFAULT if temperature == 1.0 else "bucket", student, temperature][0]
+                mine = found[preset, DEFAULT, student, temperature][0]
                 its = found[rival, "", student, temperature][0]
                 ratios[f"{preset}_gradient_error_vs_{label}_{student}{suffix}"] = mine / its
     return ratios

@@ -41,7 +41,10 @@ def parse_arguments(name: str, description: str, options: Mapping[str, Any] | No
     parser.add_argument("--quick", action="store_true", help="fewer and smaller measurements")
     parser.add_argument("--json", type=Path, help="file for the result")
     for option, default in (options or {}).items():
-        parser.add_argument(f"--{option}", default=default, type=type(default) if default is not None else str)
+        if default is False:
+            parser.add_argument(f"--{option}", action="store_true")
+        else:
+            parser.add_argument(f"--{option}", default=default, type=type(default) if default is not None else str)
     parsed = vars(parser.parse_args())
     own = {option: parsed[option.replace("-", "_")] for option in options or {}}
     return Arguments(parsed["quick"], parsed["json"], own)

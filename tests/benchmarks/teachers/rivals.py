@@ -14,9 +14,11 @@ Shape suffixes: N positions, V ids, K kept ids.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,26 +39,31 @@ class Kept:
 Rival = Callable[[Tensor, float], Kept]
 
 
-def top_k_renormalised(log_probs_NV: Tensor, temperature: float) -> Kept:
-    """50 values in float16, scaled up to 1."""
-    values_NK, ids_NK = log_probs_NV.topk(50)
+def top_k_renormalised(log_probs_NV: Tensor, temperature: float, *, k: int = 50) -> Kept:
+    """Values in float16, scaled up to 1."""
+    values_NK, ids_NK = log_probs_NV.topk(k)
     probs_NK = (values_NK.half().float() / temperature).softmax(-1)
-    return Kept(ids_NK, probs_NK, None, 50 * (2 + 4))
+    return Kept(ids_NK, probs_NK, None, k * (2 + 4))
 
 
-def top_100_bucket(log_probs_NV: Tensor, temperature: float) -> Kept:
-    """100 values in float16 and the rest as one event, whose probability is raised like an id's."""
-    values_NK, ids_NK = log_probs_NV.topk(100)
-    return _with_one_event(values_NK.half().float(), ids_NK, temperature, 100 * 5)
+def top_k_bucket(log_probs_NV: Tensor, temperature: float, *, k: int = 100) -> Kept:
+    """Values in float16 and the rest as one event, whose probability is raised like an id's."""
+    values_NK, ids_NK = log_probs_NV.topk(k)
+    return _with_one_event(values_NK.half().float(), ids_NK, temperature, k * 5)
 
 
-def random_sampling(log_probs_NV: Tensor, temperature: float) -> Kept:
-    """50 draws from the distribution at the temperature: of another temperature it would need another cache."""
+def random_sampling(log_probs_NV: Tensor, temperature: float, *, draws: int = 50) -> Kept:
+    """Draws from the distribution at the temperature: of another temperature it would need another cache."""
     probs_NV = (log_probs_NV / temperature).softmax(-1)
     generator = torch.Generator().manual_seed(int(log_probs_NV[0, 0].item() * -1e4) % 2**31)
-    drawn_NK = torch.multinomial(probs_NV, 50, replacement=True, generator=generator).sort(-1).values
+    drawn_NK = torch.multinomial(probs_NV, draws, replacement=True, generator=generator).sort(-1).values
     distinct = 1 + (drawn_NK.diff(dim=-1) > 0).float().sum(-1)
-    return Kept(drawn_NK, torch.full(drawn_NK.shape, 1 / 50), None, float(distinct.mean()) * 3)
+    return Kept(drawn_NK, torch.full(drawn_NK.shape, 1 / draws), None, float(distinct.mean()) * 3)
+
+
+def labels(log_probs_NV: Tensor, temperature: float) -> Kept:
+    """One token drawn from the teacher, at T = 1 as texts are: what training without a teacher learns from."""
+    return dataclasses.replace(random_sampling(log_probs_NV, 1.0, draws=1), bytes_per_position=0.0)
 
 
 def distillkit_recommended(log_probs_NV: Tensor, temperature: float) -> Kept:
@@ -71,10 +78,18 @@ def distillkit_budget(log_probs_NV: Tensor, temperature: float) -> Kept:
 
 RIVALS: dict[str, Rival] = {
     "topk50": top_k_renormalised,
-    "bucket100": top_100_bucket,
+    "bucket100": top_k_bucket,
     "rskd50": random_sampling,
     "distillkit": distillkit_recommended,
     "distillkit_budget": distillkit_budget,
+}
+
+
+# For the curve of students over bytes.
+OTHER_SIZES: dict[str, Rival] = {
+    **{f"topk{k}": partial(top_k_renormalised, k=k) for k in (4, 12, 25)},
+    **{f"bucket{k}": partial(top_k_bucket, k=k) for k in (4, 10, 25, 50)},
+    **{f"rskd{n}": partial(random_sampling, draws=n) for n in (6, 12, 25, 100)},
 }
 
 

@@ -43,14 +43,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class World:
-    """A teacher: `rows(i)` gives sequence i of `sequences`. `forced_ids`: tokens that a cache must always hold."""
+    """A teacher: `rows(i)` gives sequence i of `sequences`."""
 
     name: str
     vocab_size: int
     sequences: int
     unigram_log_probs_V: Tensor
     rows: Callable[[int], Rows]
-    forced_ids: tuple[int, ...]
 
 
 def ngram_world(sequences: int, vocab_size: int = 110_000, files: int | None = None) -> World:
@@ -67,8 +66,7 @@ def ngram_world(sequences: int, vocab_size: int = 110_000, files: int | None = N
         return Rows(torch.from_numpy(np.log(model.probs(contexts))).float(), torch.from_numpy(held[places]))
 
     unigram_V = torch.from_numpy(np.log(model.unigram_V)).float()
-    forced = tuple(tokenizer.token_to_id(word) for word in ("yes", "no", "A", "B", "C", "D", "Ċ"))
-    return World("ngram", tokenizer.get_vocab_size(), sequences, unigram_V, rows, tuple(x for x in forced if x))
+    return World("ngram", tokenizer.get_vocab_size(), sequences, unigram_V, rows)
 
 
 def causal_world(path: str, sequences: int, student: str = "") -> World:
@@ -93,7 +91,7 @@ def causal_world(path: str, sequences: int, student: str = "") -> World:
         (log_probs_NV, hidden_NJ), *other = [_run_causal(each, piece, vocab_size) for each in models]
         return Rows(log_probs_NV, piece[1:], hidden_NJ, *(other[0] if other else (None, None)))
 
-    return World(Path(path).name, vocab_size, sequences, _mean_log_probs(rows, min(sequences, 20)), rows, ())
+    return World(Path(path).name, vocab_size, sequences, _mean_log_probs(rows, min(sequences, 20)), rows)
 
 
 def _load_causal(path: str, layers: int | None = None) -> Any:
@@ -150,10 +148,8 @@ def toy_world(sequences: int) -> World:
         teacher_hidden_ND, log_probs_NV = _predict(teacher, batch, vocab_size)
         student_hidden_ND, student_log_probs_NV = _predict(student, batch, vocab_size)
         made.append(Rows(log_probs_NV, batch.target_ids_N, teacher_hidden_ND, student_log_probs_NV, student_hidden_ND))
-    tokens = load_tokenizer(TEACHER).get_vocab()
-    forced = tuple(tokens[word] for word in ("<|im_end|>", "<|endoftext|>", "Yes", "No") if word in tokens)
     rows = made.__getitem__
-    return World("toy", vocab_size, len(made), _mean_log_probs(rows, len(made)), rows, forced)
+    return World("toy", vocab_size, len(made), _mean_log_probs(rows, len(made)), rows)
 
 
 def _toy_batches(checkpoint: Path, samples: int, size: int) -> Iterator[Batch]:
