@@ -60,7 +60,7 @@ def main() -> None:
     """Measure and report."""
     arguments = parse_arguments(NAME, __doc__ or "", {"model": "", "student": "", "teachers": ""})
     options, quick = arguments.options, arguments.quick
-    sequences, measured = (6, 2) if quick else (205, 41)
+    sequences, measured = (6, 2) if quick else (100, 10)
     few, few_measured = (4, 1) if quick else (60, 5)
     makers: dict[str, tuple[Callable[[], World], int]] = {
         "ngram": (lambda: ngram_world(sequences, *(1_000, 60) if quick else ()), measured),

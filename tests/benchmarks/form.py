@@ -96,6 +96,13 @@ def finish(
     print(table(rows))
     for ratio, value in ratios.items():
         print(f"{ratio}: {value:.4g}")
+    write(name, arguments, settings=settings, rows=rows, ratios=ratios)
+
+
+def write(
+    name: str, arguments: Arguments, *, settings: Mapping[str, Any], rows: Sequence[Row], ratios: Mapping[str, float]
+) -> None:
+    """Write the JSON file if one was asked for."""
     if arguments.json_file:
         result = {
             "benchmark": name,

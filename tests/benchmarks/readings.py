@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from teacher_cache.config import PRESETS, Preset
-from tests.benchmarks.form import Row, finish, parse_arguments
+from tests.benchmarks.form import Row, finish, parse_arguments, write
 from tests.benchmarks.teachers import rivals
 from tests.benchmarks.teachers.tasks import Task, low_rank_task, model_task, ngram_task, toy_task
 from tests.benchmarks.teachers.training import Regime, Trained, train_all
@@ -78,7 +78,12 @@ def main() -> None:
     chosen = options["tasks"].split(",") if options["tasks"] else [*(_CURVE if options["curve"] else tasks)]
     if unknown := [name for name in chosen if name not in tasks]:
         raise SystemExit(f"--tasks: '{unknown[0]}' is not among {', '.join(tasks)}; 'model' needs --model FOLDER")
-    rows: list[Row] = []
+    file = arguments.json_file
+    before = json.loads(file.read_text()) if file and file.exists() else None
+    rows: list[Row] = before["rows"] if before and before["settings"]["quick"] == quick else []
+    settings: dict[str, Any] = {name: dataclasses.asdict(PRESETS[name]) for name in MEASURED}
+    settings["regimes"] = {name: dataclasses.asdict(regime) for name, regime in REGIMES.items()}
+    settings["seeds"] = options["seeds"]
     for name in chosen:
         maker, regimes = tasks[name]
         task, sizes = maker(quick), dict[tuple[str, float], float]()
@@ -86,25 +91,17 @@ def main() -> None:
             regime = REGIMES[regime_name]
             if quick:
                 regime = dataclasses.replace(regime, steps=regime.steps // 30, scale=min(regime.scale, 2))
+            part = "curve" if options["curve"] else regime_name
             for temperature in (1.0,) if options["curve"] else (1.0, 2.0):
                 runs = train_seeds(task, regime, temperature, range(2 if quick else options["seeds"]), options["curve"])
-                part = "curve" if options["curve"] else regime_name
                 for target, trained in runs.items():  # that of few records would be the size of the files' frames
-                    sizes.setdefault(
-                        (target, temperature), float(np.mean([each.bytes_per_position for each in trained]))
-                    )
-                rows += table(
-                    task.name, part, temperature, runs, {target: sizes[target, temperature] for target in runs}
-                )
+                    size = float(np.mean([each.bytes_per_position for each in trained]))
+                    sizes.setdefault((target, temperature), size)
+                found = table(task.name, part, temperature, runs, {name: sizes[name, temperature] for name in runs})
+                here = (task.name, part, temperature)
+                rows = [row for row in rows if (row["task"], row["regime"], row["T"]) != here] + found
+                write(NAME, arguments, settings=settings, rows=rows, ratios=ratios_of(rows))  # a kill loses one part
                 print(f"{task.name} {part} T = {temperature:g}: done", flush=True)
-    if arguments.json_file and arguments.json_file.exists():
-        before = json.loads(arguments.json_file.read_text())
-        if before["settings"]["quick"] == quick:
-            measured = {(row["task"], row["regime"]) for row in rows}
-            rows = [row for row in before["rows"] if (row["task"], row["regime"]) not in measured] + rows
-    settings: dict[str, Any] = {name: dataclasses.asdict(PRESETS[name]) for name in MEASURED}
-    settings["regimes"] = {name: dataclasses.asdict(regime) for name, regime in REGIMES.items()}
-    settings["seeds"] = options["seeds"]
     finish(NAME, arguments, settings=settings, rows=rows, ratios=ratios_of(rows))
 
 
