@@ -273,7 +273,7 @@ def test_a_tokenizer_with_more_ids_than_the_head_has_rows_is_refused(world: Worl
 
 def test_another_set_or_other_settings_into_the_same_output_are_refused(world: World, finished: Path) -> None:
     before = file_entries(finished)
-    with pytest.raises(CacheError, match=r"capture.top_k: was 128, now 7; sequence.max_length: was"):
+    with pytest.raises(CacheError, match=r"capture.top_k: was 250, now 7; sequence.max_length: was"):
         world.run(finished, "capture.top_k=7", "max_length=99")
     with pytest.raises(CacheError, match=r"data.digest: was"):
         world.run(finished, data=world.pairs)
