@@ -290,7 +290,8 @@ def _open_cache(config: TrainConfig, source: StudentSource) -> tuple[TeacherCach
         stored = ", ".join(f"{value:g}" for value in (1.0, *cache.fingerprint["capture"]["temperatures"]))
         raise ConfigError(
             f"loss.temperature: cache '{cache.path}' supports temperatures {stored}, not "
-            f"{config.loss.temperature:g}: choose one of these, or capture with it in capture.temperatures"
+            f"{config.loss.temperature:g}: choose one of these, or capture again with "
+            f"capture.temperature={config.loss.temperature:g}"
         )
     capture = cache.fingerprint["capture"]
     if config.loss.distils(config.stage) and (capture["head_max"], capture["draws_max"]) == (1, 0):

@@ -72,7 +72,8 @@ class SparseTargets:
             raise TargetError(
                 f"temperature {temperature:g} has no stored normaliser (stored: "
                 f"{', '.join(f'{t:g}' for t in self.temperatures) or 'none'}): "
-                f"capture the cache again with {temperature:g} in capture.temperatures"
+                f"capture the cache again with capture.temperature={temperature:g}, or with {temperature:g} in "
+                "capture.temperatures to read tails as one bucket"
             )
         return self.log_normalisers_NS[:, self.temperatures.index(temperature)]
 

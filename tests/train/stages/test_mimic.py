@@ -145,7 +145,7 @@ def test_a_temperature_the_cache_was_not_captured_with_is_refused(world: World, 
     with pytest.raises(ConfigError, match=r"loss.temperature: cache .* supports temperatures 1, 1.5, 2, 4, not 3"):
         train(world.config("mimic_dense", tmp_path / "run", "loss.temperature=3.0"))
     cache = write_cache(tmp_path / "cache", world.chats, world.teacher, "capture.temperatures=[]")
-    with pytest.raises(ConfigError, match=r"choose one of these, or capture with it in capture.temperatures"):
+    with pytest.raises(ConfigError, match=r"choose one of these, or capture again with capture.temperature=2"):
         train(world.config("mimic_dense", tmp_path / "run", "loss.temperature=2.0", f"cache.path={cache}"))
     assert not (tmp_path / "run").exists()
 
