@@ -42,7 +42,7 @@ def test_a_tensor_of_another_shape_is_found(tmp_path: Path) -> None:
     name = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))
     tensors[name] = tensors[name][:-1].contiguous()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=r"model: tensors: 1 mismatched tensor, first .*layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(ModelError, match=r"model: tensors: 1 mismatched tensor, first .*1\.mlp\.up_proj\.weight"):
         check_weights(folder)
 
 
