@@ -14,11 +14,13 @@ import numpy as np
 from eval.engines.protocol import Answer
 from eval.example import Example
 from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequence
+from llavamod_offline.data.keys import key_from_id
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
 from llavamod_offline.errors import EvalError
 from llavamod_offline.families import Family
 
 _ANSWER = "-"  # stands where the answer would be
+_KEY_LENGTH = 200  # the longest key of a sample
 
 
 def asked_sample(example: Example[Any]) -> Sample:
@@ -28,7 +30,7 @@ def asked_sample(example: Example[Any]) -> Sample:
     images = () if example.source is None else (example.source.read(),)
     text = f"{IMAGE_PLACEHOLDER}\n" * len(images) + example.prompt
     turns = (Turn("user", text), Turn("assistant", _ANSWER))
-    return Sample(example.id, turns, images, ("png",) * len(images))
+    return Sample(key_from_id(example.id)[:_KEY_LENGTH], turns, images, ("png",) * len(images))
 
 
 def prompt_sequence(family: Family, sample: Sample, max_new_tokens: int) -> TokenizedSequence:
