@@ -11,4 +11,4 @@ from eval.example import Example
 @pytest.mark.parametrize("identity", ["existence/0000.png#1", "12", "a b", "é" * 90, "x" * 500])
 def test_a_question_of_any_id_is_a_sample(identity: str) -> None:
     sample = asked_sample(Example(identity, "Is it?", "yes"))
-    assert [turn.text for turn in sample.turns][0] == "Is it?"
+    assert sample.turns[0].text == "Is it?"
