@@ -17,7 +17,8 @@ from eval.engines.hf import DTYPES, pick_dtype, settings_of
 from eval.engines.protocol import Answer
 from eval.example import Example
 from llavamod_offline.data.images import decode_image
-from llavamod_offline.errors import ConfigError, ModelError, first_line
+from llavamod_offline.errors import ModelError
+from llavamod_offline.families.processor import loading
 from llavamod_offline.models.checkpoint import load_weights
 from llavamod_offline.models.device import pick_device
 
@@ -35,14 +36,8 @@ class ProcessorEngine:
             raise ModelError(f"{folder}: no such checkpoint folder (it has no config.json)")
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
-        try:
+        with loading(folder):
             self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:
-            if isinstance(error, ImportError) and "torchvision" in str(error).lower():
-                raise ConfigError(
-                    f"{folder}: its processor needs torchvision: pip install 'llavamod-offline[processor]'"
-                ) from error
-            raise ModelError(f"{folder}: its processor cannot be loaded: {first_line(error)}") from error
         if not getattr(self.processor, "chat_template", None):
             raise ModelError(f"{folder}: its processor has no chat template: use engine=hf for a LLaVA student")
         self.processor.tokenizer.padding_side = "left"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,22 @@ def load_processor(folder: Path, config: Any) -> Any:
 
     Errors: `ModelError` if there is none or it cannot be loaded; `ConfigError` if it needs torchvision.
     """
-    try:
+    with loading(folder):
         kind = _processor_class(folder, config)
         settings, rest = kind.get_processor_dict(folder, local_files_only=True)
         parts = [_part(name, folder, config) for name in kind.get_attributes()]
         # transformers checks the parts' classes, and has no value for a part that is left out.
         made: Any = type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda *_: None})
         processor = made.from_args_and_dict(parts, settings, **rest)
+    processor.chat_template = processor.tokenizer.chat_template
+    return processor
+
+
+@contextlib.contextmanager
+def loading(folder: Path) -> Iterator[None]:
+    """Turn whatever transformers raises at a processor into one line: `ModelError`, `ConfigError` for torchvision."""
+    try:
+        yield
     except ModelError:
         raise
     except Exception as error:
@@ -37,8 +47,6 @@ def load_processor(folder: Path, config: Any) -> Any:
                 f"{folder}: its processor needs torchvision: pip install 'llavamod-offline[processor]'"
             ) from error
         raise ModelError(f"{folder}: its processor cannot be loaded: {first_line(error)}") from error
-    processor.chat_template = processor.tokenizer.chat_template
-    return processor
 
 
 def _processor_class(folder: Path, config: Any) -> Any:
