@@ -55,6 +55,7 @@ def map_in_order(
             yield from function(_unless_failed(part))
         return
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start)
     pending: deque[Future[list[_Result]] | Exception] = deque()
     try:
@@ -66,7 +67,7 @@ def map_in_order(
         while pending:
             yield from _unless_failed(pending.popleft()).result()
     except BrokenProcessPool as error:
-        for process in multiprocessing.active_children():  # the pool sends SIGTERM, to which they are immune
+        for process in set(multiprocessing.active_children()) - others:  # the pool sends SIGTERM: they are immune
             process.kill()
         raise WorkerLostError(
             "a worker process was killed, perhaps by running out of memory: use fewer --workers"

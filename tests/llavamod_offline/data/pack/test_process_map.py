@@ -32,6 +32,11 @@ def die(items: list[int]) -> list[int]:
     return items
 
 
+def stop(items: list[int]) -> list[int]:
+    os.kill(os.getpid(), signal.SIGTERM)
+    return items
+
+
 def process(items: list[int]) -> list[int]:
     return [os.getpid()] * len(items)
 
@@ -86,6 +91,11 @@ def test_few_items_are_taken_ahead() -> None:
 def test_a_killed_process_is_an_error() -> None:
     with pytest.raises(DataError, match=r"a worker process was killed.*fewer --workers"):
         list(map_in_order(die, range(30), workers=2, chunk=5))
+
+
+def test_processes_leave_signals_to_their_parent() -> None:
+    """A pool that loses one while it starts another prints a traceback."""
+    assert list(map_in_order(stop, range(30), workers=2, chunk=5)) == [*range(30)]
 
 
 def test_no_workers() -> None:
