@@ -175,12 +175,9 @@ def follow_template(given: SetupValues, about: Mapping[str, Any] | None) -> Setu
 
 
 def with_preset(setup: CaptureSetup, preset: Preset) -> CaptureSetup:
-    """The same capture with another preset; its fingerprint stays as it is."""
-    if preset.temperatures:
-        preset = dataclasses.replace(preset, temperatures=setup.settings.temperatures)
-    forced_ids = setup.settings.forced_ids if preset.tail_samples_max or preset.top_k is None else ()
+    """The same capture with another preset, unchanged but for its temperature; the fingerprint stays as it is."""
     temperature = setup.settings.temperature
-    settings, codec = _kept(preset, temperature, forced_ids, setup.codec.vocab_size, setup.codec.hidden)
+    settings, codec = _kept(preset, temperature, (), setup.codec.vocab_size, setup.codec.hidden)
     return dataclasses.replace(setup, settings=settings, codec=codec)
 
 

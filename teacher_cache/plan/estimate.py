@@ -36,7 +36,7 @@ class Plan:
 
     `positions_error`: relative standard error of `positions`, and so of bytes and time. `seconds`: of `prepare` (hashes
     the weights), `load`, `capture` and `write`. `bytes`: of each part. `gpu_hours`: None without a GPU.
-    `presets`: the bytes of the whole cache with each preset unchanged, at the same temperatures and forced tokens.
+    `presets`: the bytes of the whole cache with each preset unchanged, for the same capture.temperature.
     """
 
     output: str

@@ -134,7 +134,9 @@ Sizes = dict[tuple[str, float], tuple[float, float]]
 
 
 def captured_for(preset: Preset, temperature: float) -> Preset:
-    """The preset for students that learn at a temperature alone."""
+    """The preset as it is, or for students that learn at another temperature alone."""
+    if temperature == 1.0:
+        return preset
     return dataclasses.replace(preset, temperature=temperature, temperatures=())
 
 
