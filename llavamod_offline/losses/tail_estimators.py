@@ -104,8 +104,9 @@ def prior_share(*, positions: int, epochs: float) -> float:
 
     It grows with the number of times that a record returns, and falls with the number of records, whose noise
     averages out in what they teach together: k/(1 + k) with k = 2.8 · √((epochs − 1)/positions). A fit to the shares
-    that were best for students of 128 to 8,192 records read 5 to 300 times (`tests/benchmarks/readings.py`): .8 where
-    128 records return 300 times, .35 for 1,024 and 37, .05 for 8,192 and 5; 0 for a million records and ten epochs.
+    that were best for students of 128 to 8,192 records read 5 to 300 times (the low-rank teacher of
+    `tests/benchmarks/readings.py`): .8 where 128 records return 300 times, .35 for 1,024 and 37, .05 for 8,192 and 5;
+    0 for a million records and ten epochs.
     """
     odds = 2.8 * (max(epochs - 1.0, 0.0) / max(positions, 1)) ** 0.5
     share = odds / (1 + odds)
