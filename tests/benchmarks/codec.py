@@ -42,8 +42,8 @@ from llavamod_offline.losses.tail_estimators import prepare_targets
 from llavamod_offline.losses.targets import SparseTargets
 from teacher_cache.config import PRESETS, Preset
 from teacher_cache.read.reader import TeacherCache
-from tests.benchmarks.capture_world import capture
 from tests.benchmarks.form import Row, finish, parse_arguments
+from tests.benchmarks.teachers.capture import capture
 from tests.benchmarks.teachers.floor import floor_bytes
 from tests.benchmarks.teachers.rivals import RIVALS, target_gradient
 from tests.benchmarks.teachers.worlds import World, causal_world, ngram_world, toy_world

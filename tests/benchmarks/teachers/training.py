@@ -24,7 +24,7 @@ from llavamod_offline.losses.tail_estimators import TailPrior, choose_tail
 from llavamod_offline.losses.targets import SparseTargets
 from teacher_cache.config import Preset
 from teacher_cache.read.reader import TeacherCache
-from tests.benchmarks.capture_world import capture
+from tests.benchmarks.teachers.capture import capture
 from tests.benchmarks.teachers.rivals import Kept, Rival, target_gradient
 from tests.benchmarks.teachers.tasks import SoftMax, Task
 from tests.benchmarks.teachers.worlds import Rows, World

@@ -1,6 +1,6 @@
 """Draw `readings.json`'s curve of students over bytes as an SVG file for the README.
 
-    python -m tests.benchmarks.picture tests/benchmarks/results/readings.json tests/benchmarks/results/readings.svg
+    python -m tests.benchmarks.charts.readings RESULT.json PICTURE.svg
 
 One panel a task: excess of held-out KL over training on full distributions, against bytes a position, both by decades.
 Grey dots are records of any split between top-k and samples; the presets are named among them, and so are the rivals.
