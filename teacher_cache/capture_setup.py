@@ -20,7 +20,13 @@ from llavamod_offline.models.checkpoint import vocabulary_size
 from llavamod_offline.models.device import pick_device
 from llavamod_offline.models.hub import checkpoint_folder
 from teacher_cache.engines.registry import describe_engine, engine_module
-from teacher_cache.fingerprint import describe_sequence, describe_template, describe_tokenizer, describe_weights
+from teacher_cache.fingerprint import (
+    describe_data,
+    describe_sequence,
+    describe_template,
+    describe_tokenizer,
+    describe_weights,
+)
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.schema import Codec, HiddenKind, HiddenPositions
 
@@ -145,7 +151,7 @@ def prepare_capture(**given: Unpack[SetupValues]) -> CaptureSetup:
             "vocab_size": vocab_size,
             **({"mismatched": PAIRING} if given["mismatched"] else {}),
         },
-        "data": {"digest": samples.digest, "samples": len(samples)},
+        "data": describe_data(samples),
     }
     return CaptureSetup(
         samples=samples,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from llavamod_offline.config import InputPath, raise_problems
 from llavamod_offline.data.encode.tokenize import Positions
@@ -146,6 +146,8 @@ class GenerateConfig:
     """Seed of the sampling, which depends on it and the sample's key alone."""
     key_suffix: str = "-generated"
     """Appended to the keys of the new set; may be empty."""
+    round: int | None = None
+    """Number of the round in which a student wrote the answers, from 1; kept in the set and in caches of it."""
 
     def problems(self) -> Iterator[str]:
         """Yield one line for each problem, naming the key to change."""
@@ -155,8 +157,20 @@ class GenerateConfig:
             yield f"generate.top_p is {self.top_p:g}: must be above 0 and at most 1"
         if self.max_new_tokens < 1:
             yield f"generate.max_new_tokens is {self.max_new_tokens}: must be at least 1"
+        if self.round is not None and self.round < 1:
+            yield f"generate.round is {self.round}: must be at least 1"
         if self.key_suffix and not KEY_PATTERN.fullmatch(self.key_suffix):
             yield f"generate.key_suffix is '{self.key_suffix}': it may have only letters, digits, '-' and '_'"
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The settings for a set's manifest; those that older sets lack only where they are not the default."""
+        content = asdict(self)
+        return {name: value for name, value in content.items() if name in _FIRST or value != getattr(_DEFAULT, name)}
+
+
+_FIRST = ("turns", "temperature", "top_p", "max_new_tokens", "seed", "key_suffix")
+_DEFAULT = GenerateConfig()
 
 
 @dataclass(frozen=True)

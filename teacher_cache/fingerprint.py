@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from llavamod_offline.errors import ConfigError, ModelError
 from llavamod_offline.models.hub import weight_files
-from teacher_cache.format.manifest import sha256_file, sha256_files
+from teacher_cache.format.manifest import canonical, sha256_bytes, sha256_file, sha256_files
 from teacher_cache.format.record import STORED_SETTINGS
 from teacher_cache.student.token_list import Tokens
 
@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 
     from llavamod_offline.data.encode.template import Template
     from llavamod_offline.data.encode.tokenize import SequenceEncoder
+    from llavamod_offline.data.sets.sample_set import SampleSet
 
 _LONGER = "rejected"  # what happens to a sequence of more than max_length tokens
 # Caches of earlier versions lack these; a missing value counts as equal.
-_LATER = ("engine.head_dtype", "engine.device", "template.system_turn")
+_LATER = ("engine.head_dtype", "engine.device", "template.system_turn", "data.writer", "data.round")
 _TODAY = {f"capture.{name}": f"capture.{own}" for name, own in STORED_SETTINGS.items()}
 _SHOWN = 16
 
@@ -84,6 +85,22 @@ def describe_weights(folder: Path) -> dict[str, Any]:
         "config": sha256_file(folder / "config.json"),
         "weights": {file.name: digest for file, digest in zip(files, digests, strict=True)},
     }
+
+
+def describe_data(samples: SampleSet) -> dict[str, Any]:
+    """Identify a set; if a model wrote its answers, also that writer and, if it has one, the round."""
+    described: dict[str, Any] = {"digest": samples.digest, "samples": len(samples)}
+    about = samples.manifest.get("generated")
+    if about is not None:
+        described["writer"] = writer_id(about["teacher"])
+        if about["generate"].get("round") is not None:
+            described["round"] = about["generate"]["round"]
+    return described
+
+
+def writer_id(described: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) over what `describe_weights` tells of a checkpoint."""
+    return sha256_bytes(canonical(described))
 
 
 def differences(

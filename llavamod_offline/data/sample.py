@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -34,6 +34,8 @@ ROLES_OF_KIND = {
     "undesirable": ("rejected",),
 }
 
+_FIRST_FIELDS = ("teacher", "set_digest", "key", "turns", "temperature", "top_p", "max_new_tokens", "seed")
+
 Role = Literal["system", "user", "assistant"]
 Size = tuple[int, int]
 
@@ -51,7 +53,12 @@ class Generated:
     """The origin of a teacher's answer: the prompt's sample, the teacher, and the settings.
 
     `teacher`: SHA-256 (hex) over the checkpoint's configuration and weights; `set_digest` and `key`: of the source
-    sample. `temperature` 0: greedy. `turns`: which of the assistant's turns the teacher wrote.
+    sample. `temperature` 0: greedy. `turns`: which of the assistant's turns the teacher wrote. `round`: of a student's
+    own answers, the number of the round.
+
+    `behaviour_log_probs`: for each written turn, the writer's log-prob of each of its tokens, the one that ends it
+    included, under the distribution that they were drawn from (temperature 0: the writer's own at temperature 1). None
+    for a turn whose text is read as other tokens than those written. Empty in sets that kept none.
     """
 
     teacher: str
@@ -62,6 +69,18 @@ class Generated:
     top_p: float
     max_new_tokens: int
     seed: int
+    round: int | None = None
+    behaviour_log_probs: tuple[tuple[float, ...] | None, ...] = ()
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Generated:
+        """Read what `to_json` gave, or an earlier version."""
+        log_probs = tuple(None if own is None else tuple(own) for own in content.get("behaviour_log_probs", ()))
+        return cls(**{**content, "behaviour_log_probs": log_probs})
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values, without those that say nothing."""
+        return {name: value for name, value in asdict(self).items() if name in _FIRST_FIELDS or value}
 
 
 @dataclass(frozen=True)
@@ -144,7 +163,7 @@ def sample_to_json(sample: Sample, original_sizes: Sequence[Size | None] = ()) -
         answers = {"chosen": sample.chosen, "rejected": sample.rejected}
         content |= {role: text for role, text in answers.items() if text is not None}
     if sample.generated is not None:
-        content["generated"] = asdict(sample.generated)
+        content["generated"] = sample.generated.to_json()
     if any(original_sizes):
         content["original_sizes"] = list(original_sizes)
     return json.dumps(content, ensure_ascii=False, sort_keys=True).encode()
@@ -161,7 +180,7 @@ def sample_from_json(key: str, content: bytes | str, images: tuple[bytes, ...]) 
     try:
         turns = tuple(Turn(role, text) for role, text in fields["turns"])
         extensions = tuple(fields["images"])
-        generated = Generated(**fields["generated"]) if "generated" in fields else None
+        generated = Generated.from_json(fields["generated"]) if "generated" in fields else None
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"sample '{key}': bad field in its JSON: {error!r}") from error
     return Sample(

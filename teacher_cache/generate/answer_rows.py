@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from teacher_cache.generate import decode_loop
 from teacher_cache.generate.decode_loop import Decoding, Prompt, Written
 from teacher_cache.generate.generated_set import AnsweredSample, Turns, with_texts, written_turns
 
+LOG_PROB_DIGITS = 4  # of the writer's log-probs, which batches change by rounding
 _BATCHES_AHEAD = 2
 
 
@@ -37,8 +38,8 @@ class _Open:
     sample: Sample
     places: list[int]
     texts: list[str]
+    log_probs: list[tuple[float, ...] | None] = field(default_factory=list)
     tokens: int = 0
-    retokenised: bool = False
     problem: RowError | None = None
 
     @property
@@ -50,7 +51,8 @@ class _Open:
         """The outcome of a finished sample."""
         kind, reason = (None, "") if self.problem is None else (self.problem.kind, str(self.problem))
         texts = () if self.problem else tuple(self.texts)
-        return AnsweredSample(self.sample.key, texts, self.tokens, self.retokenised, kind, reason)
+        log_probs = () if self.problem else tuple(self.log_probs)
+        return AnsweredSample(self.sample.key, texts, log_probs, self.tokens, kind, reason)
 
 
 class Answerer:
@@ -183,7 +185,7 @@ class Answerer:
                 "unusable answer", "the answer's tokens do not decode to text: part of a character stands alone"
             )
         item.texts.append(text)
-        item.retokenised |= not same
+        item.log_probs.append(tuple(round(value, LOG_PROB_DIGITS) for value in answer.log_probs) if same else None)
 
     def _read_back(self, item: _Open, text: str) -> list[int]:
         """The tokens of an answer in its conversation. Errors: `DataError` if that is too long or invalid."""

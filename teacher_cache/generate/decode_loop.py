@@ -9,7 +9,7 @@ Shape suffixes: B prompts of a batch, T tokens so far, V shared vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -56,12 +56,14 @@ class Prompt:
 class Written:
     """The answer's token ids without the one that ends it, and whether that one was reached.
 
-    `finite`: whether all logits were; the answer stops before any that were not.
+    `finite`: whether all logits were; the answer stops before any that were not. `log_probs`: of each token, the one
+    that ends the answer last, as `choose_tokens` gives them; they differ between batches by rounding.
     """
 
     ids: tuple[int, ...]
     ended: bool
     finite: bool = True
+    log_probs: tuple[float, ...] = field(default=(), compare=False)
 
 
 def write_answers(engine: HfCaptureEngine, prompts: Sequence[Prompt], decoding: Decoding) -> list[Written]:
@@ -82,17 +84,21 @@ def _write(engine: HfCaptureEngine, prompts: Sequence[Prompt], decoding: Decodin
     uniforms = np.stack([sequence_uniforms(decoding.seed, p.key, p.stream, max(rooms)) for p in prompts])
     end = engine.teacher.encoder.end_id
     written: list[list[int]] = [[] for _ in prompts]
+    log_probs: list[list[float]] = [[] for _ in prompts]
     ended, finite = [False] * len(prompts), [True] * len(prompts)
 
     def choose(logits_BV: Tensor, step: int) -> Tensor | None:
         fine_B = (logits_BV.isnan() | logits_BV.isposinf()).any(-1).logical_not()
         logits_BV = torch.where(fine_B[:, None], logits_BV, 0.0)
         uniforms_B = torch.from_numpy(uniforms[:, step])
-        ids_B = choose_tokens(logits_BV, uniforms_B, temperature=decoding.temperature, top_p=decoding.top_p)
-        for row, (number, fine) in enumerate(zip(ids_B.tolist(), fine_B.tolist(), strict=True)):
+        ids_B, chosen_B = choose_tokens(logits_BV, uniforms_B, temperature=decoding.temperature, top_p=decoding.top_p)
+        found = zip(ids_B.tolist(), chosen_B.tolist(), fine_B.tolist(), strict=True)
+        for row, (number, log_prob, fine) in enumerate(found):
             if ended[row] or not finite[row] or len(written[row]) >= rooms[row]:
                 continue
             finite[row], ended[row] = fine, fine and number == end
+            if fine:
+                log_probs[row].append(log_prob)
             if fine and not ended[row]:
                 written[row].append(number)
         states = zip(written, ended, finite, rooms, strict=True)
@@ -100,7 +106,8 @@ def _write(engine: HfCaptureEngine, prompts: Sequence[Prompt], decoding: Decodin
         return None if finished else ids_B
 
     decode(engine, prompts, choose, most=max(rooms))
-    return [Written(tuple(ids), *rest) for ids, *rest in zip(written, ended, finite, strict=True)]
+    rows = zip(written, ended, finite, log_probs, strict=True)
+    return [Written(tuple(ids), done, fine, tuple(own)) for ids, done, fine, own in rows]
 
 
 @torch.inference_mode()

@@ -25,7 +25,7 @@ from teacher_cache.format.manifest import canonical
 from teacher_cache.generate.decode_loop import Decoding
 
 Turns = Literal["last", "all"]
-Made = Callable[[Sample, Sequence[str]], Sample]
+Made = Callable[[Sample, "AnsweredSample"], Sample]
 _JOB_NAME = "job.json"
 
 
@@ -33,15 +33,27 @@ _JOB_NAME = "job.json"
 class AnsweredSample:
     """The outcome of one sample: the texts of its written turns, or why it has none.
 
-    `tokens`: how many were written. `retokenised`: the texts tokenize differently from what was written.
+    `log_probs`: see `Generated.behaviour_log_probs`. `tokens`: how many were written.
     """
 
     key: str
     texts: tuple[str, ...] = ()
+    log_probs: tuple[tuple[float, ...] | None, ...] = ()
     tokens: int = 0
-    retokenised: bool = False
     kind: RejectionKind | None = None
     reason: str = ""
+
+    @property
+    def retokenised(self) -> bool:
+        """Whether a text tokenizes differently from what was written."""
+        return None in self.log_probs
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> AnsweredSample:
+        """Read what `asdict` gave, or an earlier version's, which kept no log-probs."""
+        log_probs = tuple(None if own is None else tuple(own) for own in row.get("log_probs", ()))
+        known = {name: value for name, value in row.items() if name != "retokenised"}
+        return cls(**{**known, "texts": tuple(row["texts"]), "log_probs": log_probs})
 
 
 def begun_answers(path: Path) -> dict[str, Any] | None:
@@ -148,13 +160,12 @@ class WrittenSet:
                 if answer.kind is not None:
                     yield RejectedRow(sample.key, answer.kind, answer.reason, file, number)
                 else:
-                    yield Located(made(sample, answer.texts), file, number)
+                    yield Located(made(sample, answer), file, number)
 
     def _read(self, shard: str) -> list[AnsweredSample]:
         file = self._file(shard)
         try:
-            rows = [json.loads(line) for line in file.read_text().splitlines()]
-            return [AnsweredSample(**{**row, "texts": tuple(row["texts"])}) for row in rows]
+            return [AnsweredSample.from_json(json.loads(line)) for line in file.read_text().splitlines()]
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise DataError(f"{file}: cannot be read ({error}): remove it and run again") from error
 
@@ -178,20 +189,29 @@ def with_texts(turns: Sequence[Turn], places: Sequence[int], texts: Sequence[str
 
 def written_sample(
     sample: Sample,
-    texts: Sequence[str],
+    answer: AnsweredSample,
     *,
     decoding: Decoding,
     turns: Turns,
     key_suffix: str,
     teacher: str,
     source: str,
+    round_number: int | None,
 ) -> Sample:
     """The sample of the new set; `source` is the old one's digest. Errors: `DataError` if the texts are invalid."""
     return replace(
         sample,
         key=f"{sample.key}{key_suffix}",
-        turns=with_texts(sample.turns, written_turns(sample, turns), texts),
-        generated=Generated(teacher=teacher, set_digest=source, key=sample.key, turns=turns, **asdict(decoding)),
+        turns=with_texts(sample.turns, written_turns(sample, turns), answer.texts),
+        generated=Generated(
+            teacher=teacher,
+            set_digest=source,
+            key=sample.key,
+            turns=turns,
+            **asdict(decoding),
+            round=round_number,
+            behaviour_log_probs=answer.log_probs,
+        ),
     )
 
 

@@ -6,12 +6,11 @@ See `answer_rows.py` for how samples are answered, and `generated_set.py` for wh
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -27,8 +26,7 @@ from teacher_cache.capture_setup import CaptureSetup, follow_template, prepare_c
 from teacher_cache.config import CacheTeacherConfig, GenerateConfig
 from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.engines.registry import ENGINES
-from teacher_cache.fingerprint import check_allowed, without_tokens
-from teacher_cache.format.manifest import canonical
+from teacher_cache.fingerprint import check_allowed, without_tokens, writer_id
 from teacher_cache.generate.answer_rows import Answerer
 from teacher_cache.generate.decode_loop import Decoding
 from teacher_cache.generate.generated_set import WrittenSet, begun_answers, written_sample
@@ -84,7 +82,7 @@ def _generate(config: CacheTeacherConfig, allow: Sequence[str]) -> Generation:
     check_allowed(allow, setup.fingerprint)
     _check_samples(setup.samples)
     given, names = config.generate, setup.samples.shard_names
-    about = without_tokens({**{name: setup.fingerprint[name] for name in _ABOUT}, "generate": asdict(given)})
+    about = without_tokens({**{name: setup.fingerprint[name] for name in _ABOUT}, "generate": given.described})
     target = WrittenSet(Path(str(config.output_set)), about, allow=allow)
     decoding = Decoding(given.temperature, given.top_p, given.max_new_tokens, given.seed)
     engine = functools.cache(lambda: CaptureSetup.load(setup))  # once for both, and not at all if all is done
@@ -109,8 +107,9 @@ def _generate(config: CacheTeacherConfig, allow: Sequence[str]) -> Generation:
             decoding=decoding,
             turns=given.turns,
             key_suffix=given.key_suffix,
-            teacher=hashlib.sha256(canonical(target.about["teacher"])).hexdigest(),
+            teacher=writer_id(target.about["teacher"]),
             source=setup.samples.digest,
+            round_number=given.round,
         )
         target.finish(setup.samples, made, max_rejected=config.max_rejected)
     seconds = time.perf_counter() - started
