@@ -29,7 +29,7 @@ TEACHER = str(CHECKPOINTS / "teacher")
 APPS: dict[str, list[typer.Typer]] = {
     "llavamod-offline": [llavamod_offline.cli.app],
     "cache-teacher": [teacher_cache.cli.main.app],
-    "train-student": [train.cli.app, train.cli.reports],
+    "train-student": [train.cli.app, train.cli.reports, train.cli.measurements],
     "eval-student": [eval.cli.app],
 }
 ALONE = "train-student run"  # the one command that is not typed: `train-student RECIPE ...`
@@ -68,6 +68,10 @@ def arguments(world: str, out: str) -> dict[str, list[str]]:
         "cache-teacher audit": [f"{world}/cache", data, teacher, "--n", "2"],
         ALONE: training(world, f"{out}/run"),
         "train-student report": [f"{world}/run", "-o", f"{out}/report.html"],
+        "train-student measure": [
+            *[f"student.checkpoint={world}/run/student", f"data.set={world}/set", "workers=0"],
+            *["-o", f"{out}/unseen.json"],
+        ],
         "eval-student generate": [f"model={TEACHER}", f"root={world}/benchmarks", f"output={out}", "tasks=[pope]"],
         "eval-student score": ["pope", *root, *predictions, "--output", f"{out}/score.json"],
         "eval-student export": ["pope", *root, *predictions, "-o", f"{out}/answers.jsonl"],

@@ -19,6 +19,7 @@ import train.cli
 from eval.generate import EvalGenerateConfig
 from llavamod_offline.config import load_config, split_arguments
 from teacher_cache.config import CacheTeacherConfig
+from train.config import MeasureConfig
 from train.config.recipes import resolve_config
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +78,10 @@ def check(words: list[str]) -> None:
         command = get_command(train.cli.reports)
         command.make_context(name, arguments[1:])
         return
+    if name == "train-student" and arguments[:1] == ["measure"]:
+        command = get_command(train.cli.measurements)
+        load_config(MeasureConfig, *split_arguments(command.make_context(name, arguments[1:]).params["arguments"]))
+        return
     if name == "train-student":
         command = get_command(train.cli.app)
         resolve_config(command.make_context(name, arguments).params["arguments"])
@@ -114,6 +119,7 @@ def helps() -> Iterator[tuple[str, str]]:
     """Each command with the text of its help."""
     yield "train-student", get_command(train.cli.app).help or ""
     yield "train-student report", get_command(train.cli.reports).help or ""
+    yield "train-student measure", get_command(train.cli.measurements).help or ""
     for name, app in GROUPS.items():
         yield from ((f"{name} {sub}", inner.help) for sub, inner in get_command(app).commands.items())  # type: ignore[attr-defined]
 

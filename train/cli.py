@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from llavamod_offline import signals
+from llavamod_offline.config import load_config, split_arguments
 from llavamod_offline.config import print_config as print_settings
-from llavamod_offline.config.command import OneLineCommand, PrintConfig, settings_command
+from llavamod_offline.config.command import Arguments, OneLineCommand, PrintConfig, settings_command
 from llavamod_offline.entrypoint import run_command
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.plural import counted
-from train.config import TrainConfig
+from llavamod_offline.storage.atomic import write_file
+from train.config import MeasureConfig, TrainConfig
 from train.config.recipes import changes_to_recipe, recipe_and_changes, recipe_names, resolve_config
 
 if TYPE_CHECKING:
@@ -29,6 +31,10 @@ logger = logging.getLogger(__name__)
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 reports = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+measurements = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
+)
 
 
 @app.command(cls=settings_command(lambda: TrainConfig), epilog=f"Recipes: {', '.join(recipe_names())}")
@@ -61,6 +67,8 @@ def run(
       train-student my.yaml optim.lr=1e-5 batch.micro_size=4 --print-config
       torchrun --nproc-per-node 8 --no-python train-student my.yaml
       train-student report runs/mimic_dense      # the curves as a page; see `train-student report --help`
+      train-student measure student.checkpoint=runs/mimic_dense/student data.set=sets/unseen \\
+        cache.path=caches/unseen
     """
     if print_config:
         print_settings(TrainConfig, *recipe_and_changes(arguments))
@@ -111,8 +119,53 @@ def report(
     print(write_report(runs, output or runs[0] / "report.html"))
 
 
+@measurements.command(cls=settings_command(lambda: MeasureConfig))
+def measure(
+    arguments: Arguments = None,
+    print_config: PrintConfig = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Also write the figures here, as JSON.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Measure how far a student is from its teacher, and from the answers, on a set that it has not seen.
+
+    With a cache: KL(teacher ‖ student), and how often both have the same most likely token. Without: cross-entropy,
+    accuracy and calibration error over the tokens of the set's answers.
+
+    \b
+    Examples:
+      train-student measure student.checkpoint=runs/mimic_dense/student data.set=sets/unseen \\
+        cache.path=caches/unseen
+      train-student measure student.checkpoint=runs/sft/student data.set=sets/unseen --json -o unseen.json
+
+    Exact with a cache of capture.preset=exhaustive.
+    """
+    files, changes = split_arguments(arguments or [])
+    if print_config:
+        print_settings(MeasureConfig, files, changes)
+        return
+    config = load_config(MeasureConfig, files, changes)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    from train.measure import measure as measured
+
+    found = asdict(measured(config))
+    if output is not None:
+        write_file(output, json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found) if as_json else _figures(found))
+
+
+def _figures(found: dict[str, float | None]) -> str:
+    counts = {name: found[name] for name in ("samples", "positions")}
+    lines = [f"{name.replace('_', ' '):18} {value:,}" for name, value in counts.items()]
+    means = {name: value for name, value in found.items() if name not in counts and value is not None}
+    return "\n".join([*lines, *(f"{name.replace('_', ' '):18} {value:.4f}" for name, value in means.items())])
+
+
 def main() -> NoReturn:
-    """Run the console script; `report` as the first argument is a subcommand, anything else a recipe or a file."""
-    if sys.argv[1:2] == ["report"]:
-        run_command(reports, sys.argv[2:], name="train-student report")
+    """Run the console script; `report` and `measure` are subcommands, any other first argument a recipe or a file."""
+    for name, subcommand in (("report", reports), ("measure", measurements)):
+        if sys.argv[1:2] == [name]:
+            run_command(subcommand, sys.argv[2:], name=f"train-student {name}")
     run_command(app)

@@ -65,7 +65,7 @@ def open_source(config: StudentConfig) -> StudentSource:
             build_tokenizer(checkpoint_folder(config.language_model)), checkpoint_folder(config.vision_tower), False
         )
     folder = checkpoint_folder(config.checkpoint)
-    sparse = load_config(folder).text_config.model_type in SPARSE_TYPES
+    sparse = is_sparse_checkpoint(folder)
     if sparse and config.upcycle is not None:
         raise ConfigError(f"student.upcycle: {folder} is already sparse: set student.upcycle to null")
     if sparse and config.kind == "dense":
@@ -75,6 +75,11 @@ def open_source(config: StudentConfig) -> StudentSource:
             f"student.upcycle: {folder} is dense: set student.upcycle to make it sparse, or student.kind to dense"
         )
     return StudentSource(load_tokenizer(folder), folder, True)
+
+
+def is_sparse_checkpoint(folder: Path) -> bool:
+    """Whether a student's text model has experts."""
+    return load_config(folder).text_config.model_type in SPARSE_TYPES
 
 
 def student_template(name: str, source: StudentSource, cached: Mapping[str, Any] | None) -> Template:

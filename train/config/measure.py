@@ -1,0 +1,56 @@
+"""The settings of `train-student measure`, named as those of a training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from llavamod_offline.config import InputPath, raise_problems
+from train.config.train import CacheSourceConfig
+
+
+@dataclass(frozen=True)
+class MeasuredStudentConfig:
+    """The student."""
+
+    checkpoint: InputPath = "???"
+    """A folder, or the Hub id of a local snapshot."""
+
+
+@dataclass(frozen=True)
+class UnseenDataConfig:
+    """The samples; take some that the student has not learnt from."""
+
+    set: InputPath = "???"
+    """A folder that llavamod-offline pack or index made, or its URL."""
+    too_long: Literal["error", "drop"] = "error"
+    """A sample of more than max_length tokens: end the command, or leave it out."""
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """What is measured."""
+
+    student: MeasuredStudentConfig = field(default_factory=MeasuredStudentConfig)
+    data: UnseenDataConfig = field(default_factory=UnseenDataConfig)
+    cache: CacheSourceConfig = field(default_factory=CacheSourceConfig)
+    template: str = "auto"
+    """Wording of prompts, as in training."""
+    image_aspect: Literal["pad", "square"] = "pad"
+    """How images become square, as in training."""
+    max_length: int = 2048
+    """Most tokens of a sample, image tokens included."""
+    batch_size: int = 16
+    """Samples per forward pass."""
+    device: str = "auto"
+    """Where the student runs: auto (a GPU if there is one), cpu, cuda, or one GPU, such as cuda:1."""
+    workers: int | None = None
+    """Processes that make batches, 0 for none; null: one per spare core, at most 8."""
+
+    def __post_init__(self) -> None:
+        least = {"max_length": 1, "batch_size": 1, "workers": 0}
+        raise_problems(
+            f"{name} is {value}: must be at least {low}"
+            for name, low in least.items()
+            if (value := getattr(self, name)) is not None and value < low
+        )
