@@ -192,6 +192,7 @@ def _step_counts(objective: Objective, micros: Sequence[TrainBatch], stop: bool,
         float(stop),
     )
     units, tokens, positions, stops = world.sum(torch.tensor(local, dtype=torch.float64, device=world.device)).tolist()
+    units = units or 1.0  # all positions of a step may be left out
     return _Counts(units, int(tokens), int(positions), stops > 0)
 
 

@@ -204,6 +204,7 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         vocab_size=cached_vocab_size,
         positions=positions,
         states=None if alignment is None else alignment.states,
+        masked_ids=_masked_ids(config, samples, source),
         record_roles=config.roles[:1] if config.loss.distils(config.stage) else (),
         pad_id=_pad_id(source, encoder.image_token_id),
         workers=_workers(config, world),
@@ -294,7 +295,8 @@ def _open_cache(config: TrainConfig, source: StudentSource) -> tuple[TeacherCach
             f"capture.temperature={config.loss.temperature:g}"
         )
     capture = cache.fingerprint["capture"]
-    if config.loss.distils(config.stage) and (capture["head_max"], capture["draws_max"]) == (1, 0):
+    distributions = config.loss.distils(config.stage) and config.loss.kind != "policy_gradient"
+    if distributions and (capture["head_max"], capture["draws_max"]) == (1, 0):
         key = "loss.distill_weight" if config.stage == "preference" else "cache.path"
         raise ConfigError(
             f"{key}: cache '{config.cache.path}' holds log-probs of its tokens but no distributions: "
@@ -328,7 +330,7 @@ def _tail(
 ) -> dict[str, Any]:
     """Choose the tail's estimator, and its prior for records that are read many times."""
     loss = config.loss
-    if cache is None or not loss.distils(config.stage):
+    if cache is None or not loss.distils(config.stage) or loss.kind == "policy_gradient":
         return {}
     if loss.tail != "auto":
         if loss.tail == "bucket" and loss.temperature != 1.0:
@@ -348,6 +350,28 @@ def _tail(
             100 * prior.share,
         )
     return {"tail": tail, "prior": prior}
+
+
+def _masked_ids(config: TrainConfig, samples: SampleSet, source: StudentSource) -> frozenset[int] | None:
+    """The tokens that a loss on own answers leaves out, None without such a loss. Errors: `ConfigError` for the set."""
+    loss = config.loss
+    if not loss.on_own_answers:
+        return None
+    key = "loss.kind: policy_gradient" if loss.kind == "policy_gradient" else "loss.positions: written"
+    about = samples.manifest.get("generated")
+    if about is None:
+        raise ConfigError(
+            f"{key} needs answers that the student wrote, but those of set '{samples.path}' were not written by a "
+            "model: set data.set to a set of `cache-teacher generate teacher=STUDENT`"
+        )
+    if loss.kind == "policy_gradient" and about["generate"]["temperature"] == 0:
+        raise ConfigError(
+            f"{key} needs sampled answers, but those of set '{samples.path}' are greedy: write them with "
+            "generate.temperature=1, or set loss.kind to only_kd"
+        )
+    masks = loss.special_tokens == "mask" or (loss.special_tokens is None and config.cache.end_of_turn is not None)
+    added = source.tokenizer.added_tokens_decoder if masks else {}
+    return frozenset(number for number, token in added.items() if token.special)
 
 
 def _warn_of_unsampled_tail(cache: TeacherCache, temperature: float) -> None:

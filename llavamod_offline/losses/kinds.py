@@ -9,7 +9,7 @@ TailEstimator = Literal["samples", "bucket", "renormalised"]
 PreferenceKind = Literal["kto_pair", "sigmoid", "ipo", "hinge"]
 HiddenDistance = Literal["mse", "cosine"]
 RelationSource = Literal["hidden", "logits"]
-Positions = Literal["auto", "response"]
+Positions = Literal["auto", "response", "written"]
 
 DIVERGENCE_KINDS: tuple[DivergenceKind, ...] = get_args(DivergenceKind)
 TAIL_ESTIMATORS: tuple[TailEstimator, ...] = get_args(TailEstimator)

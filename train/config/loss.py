@@ -17,13 +17,13 @@ from llavamod_offline.losses.kinds import (
     TailEstimator,
 )
 
-LossKind = Literal["cross_entropy", "only_kd", "kd_lm", "kto", PreferenceKind]
+LossKind = Literal["cross_entropy", "only_kd", "kd_lm", "policy_gradient", "kto", PreferenceKind]
 
 LOSSES_OF_STAGE: dict[str, tuple[str, ...]] = {
     "align": ("cross_entropy",),
     "sft": ("cross_entropy",),
-    "mimic_dense": ("only_kd", "kd_lm"),
-    "mimic_sparse": ("only_kd", "kd_lm"),
+    "mimic_dense": ("only_kd", "kd_lm", "policy_gradient"),
+    "mimic_sparse": ("only_kd", "kd_lm", "policy_gradient"),
     "preference": ("kto", *PREFERENCE_KINDS),
 }
 # The divergences that use a setting; all others require its default.
@@ -70,7 +70,9 @@ class LossConfig:
     """The loss: distillation in the mimic stages, log-probs of answers in preference, else cross-entropy."""
 
     kind: LossKind = "cross_entropy"
-    """The loss: cross_entropy (align, sft), only_kd or kd_lm (mimic stages), the others (preference)."""
+    """The loss: cross_entropy (align, sft), only_kd, kd_lm or policy_gradient (mimic stages), the others (preference).
+    policy_gradient: reverse KL on a student's own answers from the teacher's log-probs of their tokens alone, for which
+    capture.preset=reference is enough."""
     divergence: DivergenceKind = "forward_kl"
     """Distillation: the divergence of the student's distribution from the teacher's."""
     js_weight: float = 0.5
@@ -87,7 +89,14 @@ class LossConfig:
     lm_weight: float = 1.0
     """Weight of cross-entropy with kd_lm."""
     positions: Positions = "auto"
-    """Mimic stages: positions to distil at; auto: all that the cache records, response: those that predict answers."""
+    """Mimic stages: positions to distil at; auto: all that the cache records, response: those that predict answers,
+    written: those of answers that a student wrote itself (cache-teacher generate), as always with policy_gradient."""
+    special_tokens: Literal["mask", "keep"] | None = None
+    """Whether the loss on written answers leaves out special tokens; null: if cache.end_of_turn says that teacher and
+    student end turns with different ones."""
+    importance_max: float | None = None
+    """policy_gradient: largest importance weight of a token, its probability to the student over that to the writer;
+    null: 2, .inf: no limit."""
     align: AlignConfig = field(default_factory=AlignConfig)
     beta: float = 0.1
     """Preference: scale of the log-ratio of student and reference."""
@@ -106,8 +115,13 @@ class LossConfig:
     router_aux_coef: float = 0.0
     """Sparse students: weight of the loss that balances the experts; 0: none."""
 
+    @property
+    def on_own_answers(self) -> bool:
+        """Whether the loss covers only what a student wrote itself."""
+        return self.kind == "policy_gradient" or self.positions == "written"
+
     def distils(self, stage: str) -> bool:
-        """Whether a stage with this loss learns from the teacher's distributions."""
+        """Whether a stage with this loss learns from the teacher's distributions, or its log-probs of the tokens."""
         return stage.startswith("mimic") or (stage == "preference" and self.distill_weight > 0)
 
 
@@ -130,8 +144,27 @@ def loss_problems(loss: LossConfig, stage: str) -> Iterable[str]:
         for name in ("sft_weight", "distill_weight"):
             if getattr(loss, name):
                 yield f"loss.{name}: belongs to stage preference, not to {stage}: set it to 0"
+    yield from _own_answer_problems(loss)
     yield from _divergence_problems(loss, stage)
     yield from _align_problems(loss, stage)
+
+
+def _own_answer_problems(loss: LossConfig) -> Iterable[str]:
+    if loss.kind == "kd_lm" and loss.positions == "written":
+        yield "loss.kind: kd_lm would teach a student its own answers: set it to only_kd, or loss.positions to response"
+    if loss.special_tokens is not None and not loss.on_own_answers:
+        yield "loss.special_tokens: not used without written answers: remove it, or set loss.positions to written"
+    if loss.kind != "policy_gradient":
+        if loss.importance_max is not None:
+            yield f"loss.importance_max: not used with {loss.kind}: remove it, or set loss.kind to policy_gradient"
+        return
+    for name in ("divergence", "tail", "temperature", "kd_weight"):
+        if getattr(loss, name) != getattr(LossConfig, name):
+            yield f"loss.{name}: not used with policy_gradient: remove it, or set loss.kind to only_kd"
+    if loss.positions == "response":
+        yield "loss.positions: policy_gradient learns from written answers alone: set it to written or auto"
+    if loss.align.is_on:
+        yield "loss.align: policy_gradient has no further terms: set its weights to 0, or loss.kind to only_kd"
 
 
 def _divergence_problems(loss: LossConfig, stage: str) -> Iterable[str]:
@@ -179,6 +212,8 @@ def _align_problems(loss: LossConfig, stage: str) -> Iterable[str]:
 
 
 def _number_problems(loss: LossConfig) -> Iterable[str]:
+    if loss.importance_max is not None and not loss.importance_max > 0:
+        yield f"loss.importance_max is {loss.importance_max:g}: must be above 0"
     for name in ("temperature", "beta"):
         if not getattr(loss, name) > 0:
             yield f"loss.{name} is {getattr(loss, name):g}: must be above 0"

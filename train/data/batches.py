@@ -11,7 +11,7 @@ import gc
 import signal
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -20,13 +20,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from llavamod_offline.data.encode.collate import Batch, collate
-from llavamod_offline.data.encode.tokenize import Positions, SequenceEncoder, TokenizedSequence
+from llavamod_offline.data.encode.tokenize import NO_TARGET, Positions, SequenceEncoder, TokenizedSequence
 from llavamod_offline.data.images import ImagePreprocessor
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.data.sampler import BatchSchedule
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import DataError, LlavaModError
 from llavamod_offline.losses.targets import SparseTargets
+from train.data.behaviour import behaviour_log_probs
 from train.data.join import MISMATCHED
 from train.data.prefetch import Prefetch
 from train.data.teacher_states import TeacherStates, WantedStates, read_states
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from teacher_cache.student.end_of_turn import TokenIdSwap
 
 
+ChosenPositions = Literal["response", "written"]
+
+
 @dataclass(frozen=True)
 class TrainBatch:
     """A micro-batch: the student's inputs and the teacher's cached outputs.
@@ -44,7 +48,9 @@ class TrainBatch:
     `targets` cover the first positions of `batch`, in its order: all of them (mimic stages), those of the chosen
     responses (preference stage with distillation) or none. `reference_S`: the teacher's log-prob of each sequence,
     summed over its tokens. `sample_of_S`: the sample, from 0, of each sequence. If the loss needs them, `mismatched`
-    holds the samples' mismatched responses and `states` the teacher's hidden states.
+    holds the samples' mismatched responses and `states` the teacher's hidden states. `behaviour_N`: the log-probs of
+    the student that wrote the answers, for each position of `batch`; NaN where it wrote none, or a loss on own answers
+    leaves them out.
     """
 
     batch: Batch
@@ -54,6 +60,14 @@ class TrainBatch:
     sample_of_S: Tensor | None = None
     mismatched: TrainBatch | None = None
     states: TeacherStates | None = None
+    behaviour_N: Tensor | None = None
+
+    def rows(self, which: ChosenPositions) -> Tensor:
+        """The positions that predict answers, or those of answers that were written, as rows [M] of `batch`."""
+        if which == "response":
+            return (self.batch.target_ids_N != NO_TARGET).nonzero()[:, 0]
+        assert self.behaviour_N is not None
+        return self.behaviour_N.isnan().logical_not().nonzero()[:, 0]
 
     @property
     def positions(self) -> int:
@@ -69,7 +83,8 @@ class TrainBatch:
         return self._map(lambda part: part.pin_memory())
 
     def _map(self, move: Callable[[Any], Any]) -> TrainBatch:
-        parts = {name: getattr(self, name) for name in ("batch", "targets", "reference_S", "sample_of_S", "states")}
+        names = ("batch", "targets", "reference_S", "sample_of_S", "states", "behaviour_N")
+        parts = {name: getattr(self, name) for name in names}
         moved = {name: move(part) for name, part in parts.items() if part is not None}
         return replace(self, mismatched=self.mismatched and self.mismatched._map(move), **moved)
 
@@ -81,7 +96,8 @@ class Loader:
     loss needs, the first ones of `roles`. `swap`: swaps a differing end of turn for the student's. `vocab_size`:
     how many ids cache and student share, if fewer than the cache's.
     `positions`: the positions of a sequence that batches hold, as in the cache. `states`: the teacher's hidden states
-    that the loss needs. `prefetch`: copies remote shards ahead of a schedule; other reads fetch samples one by one.
+    that the loss needs. `masked_ids`: tokens that a loss on own answers leaves out; None: there is no such loss.
+    `prefetch`: copies remote shards ahead of a schedule; other reads fetch samples one by one.
 
     Errors while iterating: `DataError` or `TargetError` naming the sample whose image, length or answer is unsuitable.
     """
@@ -104,6 +120,7 @@ class Loader:
         vocab_size: int | None = None,
         positions: Positions = "response",
         states: WantedStates | None = None,
+        masked_ids: frozenset[int] | None = None,
         prefetch: Prefetch | None = None,
     ) -> None:
         self._prefetch = prefetch
@@ -121,6 +138,7 @@ class Loader:
             vocab_size,
             positions,
             states,
+            masked_ids,
         )
         self._settings: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
         if workers:
@@ -168,6 +186,7 @@ class _Micro(Dataset[TrainBatch]):
     vocab_size: int | None
     positions: Positions
     states: WantedStates | None
+    masked_ids: frozenset[int] | None
     scattered: bool = False
 
     def __getitem__(self, place: int) -> TrainBatch:
@@ -234,7 +253,24 @@ class _Micro(Dataset[TrainBatch]):
         states = read_states(self.cache, rows_R, batch, self.states) if self.states is not None else None
         sums_S = torch.tensor([record.sum_log_prob for record in records], dtype=torch.float32)
         owners_S = torch.tensor([n for _, n in places])
-        return TrainBatch(batch, len(samples), targets, sums_S, owners_S, states=states)
+        behaviour_N = None if self.masked_ids is None else self._behaviour(batch, places, samples, sequences)
+        return TrainBatch(batch, len(samples), targets, sums_S, owners_S, states=states, behaviour_N=behaviour_N)
+
+    def _behaviour(
+        self,
+        batch: Batch,
+        places: Sequence[tuple[str, int]],
+        samples: list[Sample],
+        sequences: Sequence[TokenizedSequence],
+    ) -> Tensor:
+        """The writer's log-probs at the positions of `batch`, NaN at those that are not learnt from."""
+        found = [
+            behaviour_log_probs(samples[n], sequence, self.masked_ids or ())
+            for (_, n), sequence in zip(places, sequences, strict=True)
+        ]
+        behaviour_N = torch.full(batch.target_ids_N.shape, torch.nan)
+        behaviour_N[batch.target_ids_N != NO_TARGET] = torch.from_numpy(np.concatenate(found))
+        return behaviour_N
 
     def _check(self, cache: TeacherCache, sequence: TokenizedSequence, sample: Sample, record: CachedSequence) -> None:
         """Check that a record was made for these tokens and this sample. Errors: `TargetError`, `DataError`."""

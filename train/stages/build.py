@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from llavamod_offline.data.encode.tokenize import Positions
 from llavamod_offline.losses.fused import distillation_from_hidden
 from llavamod_offline.losses.kinds import TailEstimator
+from llavamod_offline.losses.policy import IMPORTANCE_MAX
 from llavamod_offline.losses.tail_estimators import TailPrior
 from train.config import LossConfig
-from train.data.batches import TrainBatch
+from train.data.batches import ChosenPositions, TrainBatch
 from train.engine.deepspeed_engine import World
-from train.stages import mimic, preference, sft
+from train.stages import mimic, own_answers, preference, sft
 from train.stages.alignment import Alignment
 from train.stages.loss_sums import LossSums
 from train.stages.student_pass import TowerAhead
@@ -111,11 +112,18 @@ def make_objective(
         prior=prior,
         temperature=loss.temperature,
     )
+    if loss.kind == "policy_gradient":
+        own = own_answers.make_loss(
+            vocab_size=vocab_size, importance_max=loss.importance_max or IMPORTANCE_MAX, **common
+        )
+        return Objective(lambda student, batch, *_: own(student, batch), partial(mimic.count_units, chosen="written"))
     if stage in ("mimic_dense", "mimic_sparse"):
-        answers_only = positions == "all" and loss.positions == "response"
+        where: ChosenPositions | None = "written" if loss.positions == "written" else None
+        if positions == "all" and loss.positions == "response":
+            where = "response"
         chosen: dict[str, Any] = {
             "lm_weight": loss.lm_weight if loss.kind == "kd_lm" else 0.0,
-            "answers_only": answers_only,
+            "chosen": where,
             "alignment": alignment,
         }
         totals = mimic.make_totals(all_positions=positions == "all", **chosen)
@@ -124,7 +132,7 @@ def make_objective(
         )
         return Objective(
             lambda student, batch, shared, _: imitation(student, batch, shared),
-            partial(mimic.count_units, answers_only=answers_only),
+            partial(mimic.count_units, chosen=where),
             totals=totals,
             projection=None if alignment is None else alignment.projection,
         )

@@ -1,6 +1,7 @@
 """Mimic distillation: a dense or sparse student imitates the cached teacher's distributions.
 
-The loss of a step is the mean over its positions (all that have a record, or those that predict an answer) of
+The loss of a step is the mean over its positions (all that have a record, those that predict an answer, or those of
+answers that a student wrote) of
 kd_weight · T² · divergence(teacher, student), plus lm_weight times the mean cross-entropy over those that predict a
 supervised token, plus alignment terms (see `alignment.py`), plus the routers' balance loss once.
 
@@ -15,9 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llavamod_offline.data.encode.tokenize import NO_TARGET
 from llavamod_offline.models.lm_head import lm_head_of
-from train.data.batches import TrainBatch
+from train.data.batches import ChosenPositions, TrainBatch
 from train.stages.alignment import Alignment
 from train.stages.loss_sums import LossSums
 from train.stages.student_pass import Distillation, predicting_states, with_balance
@@ -34,13 +34,13 @@ def make_loss(
     lm_weight: float,
     router_aux_coef: float,
     train_vision: bool,
-    answers_only: bool = False,
+    chosen: ChosenPositions | None = None,
     totals: Totals | None = None,
     alignment: Alignment | None = None,
 ) -> Callable[[LlavaForConditionalGeneration, TrainBatch, Tensor | None], LossSums]:
     """Return the loss of a micro-batch, summed over its units; `lm_weight` 0 is the original's `only_kd`.
 
-    The units are the batch's positions, or with `answers_only` those that predict answers. `totals`: from `make_totals`
+    The units are the batch's positions, or the `chosen` ones. `totals`: from `make_totals`
     with the same settings; the loss takes their sum over the step, or None if the micro-batch is the whole step. A step
     divides all terms by its units, so a term that is a mean over n others is multiplied by units / n here.
     """
@@ -53,8 +53,8 @@ def make_loss(
             units, answers, images = (totals(batch) if shared is None else shared).clamp(min=1).tolist()
             per_answer, per_image = units / answers, units / images
         chosen_ND, targets = hidden_ND, batch.targets
-        if answers_only:
-            rows_A = (batch.batch.target_ids_N != NO_TARGET).nonzero()[:, 0]
+        if chosen is not None:
+            rows_A = batch.rows(chosen)
             chosen_ND, targets = hidden_ND.index_select(0, rows_A), targets.take(rows_A)
         terms = distillation(chosen_ND, lm_head_of(model), targets, lm_weight=lm_weight * per_answer)
         means = {"divergence": terms.divergence_sum, **terms.metrics}
@@ -71,24 +71,24 @@ def make_loss(
     return loss
 
 
-def count_units(batch: TrainBatch, *, answers_only: bool) -> int:
+def count_units(batch: TrainBatch, *, chosen: ChosenPositions | None) -> int:
     """Count the positions of a micro-batch that the divergence covers."""
-    return int((batch.batch.target_ids_N != NO_TARGET).sum()) if answers_only else batch.positions
+    return batch.positions if chosen is None else len(batch.rows(chosen))
 
 
 def make_totals(
-    *, lm_weight: float, all_positions: bool, answers_only: bool, alignment: Alignment | None
+    *, lm_weight: float, all_positions: bool, chosen: ChosenPositions | None, alignment: Alignment | None
 ) -> Totals | None:
     """Return a function that counts a micro-batch's units, positions that predict an answer, and images [3].
 
     None if all terms are means over the units: the loss then needs no counts.
     """
-    if alignment is None and not (lm_weight and all_positions and not answers_only):
+    if alignment is None and not (lm_weight and all_positions and chosen is None):
         return None
 
     def totals(batch: TrainBatch) -> Tensor:
-        units = count_units(batch, answers_only=answers_only)
-        answers = count_units(batch, answers_only=True)
+        units = count_units(batch, chosen=chosen)
+        answers = count_units(batch, chosen="response")
         images = 0 if alignment is None else alignment.images(batch)
         return torch.tensor([units, answers, images], dtype=torch.float64)
 

@@ -1,0 +1,42 @@
+"""The log-probs that a set's writer gave the tokens of its answers, aligned with a student's sequences.
+
+Shape suffixes: N supervised tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llavamod_offline.data.encode.tokenize import TokenizedSequence
+from llavamod_offline.data.sample import Sample
+from llavamod_offline.errors import DataError
+
+_AGAIN = "write the set again with `cache-teacher generate`"
+
+
+def behaviour_log_probs(sample: Sample, sequence: TokenizedSequence, masked: Collection[int]) -> NDArray[np.float32]:
+    """The writer's log-probs of a sequence's supervised tokens, [N]; NaN marks those that no loss on them covers.
+
+    These are tokens of turns that were not written, of turns whose text is read as other tokens than those written, and
+    the ids of `masked`. Errors: `DataError` if the sample has no log-probs, or another number of them than tokens.
+    """
+    if sample.generated is None or not sample.generated.behaviour_log_probs:
+        raise DataError(f"sample '{sample.key}': the set has no log-probs of who wrote its answers: {_AGAIN}")
+    written = sample.generated.behaviour_log_probs
+    ends = np.flatnonzero(np.diff(sequence.supervised_N) > 1) + 1
+    turns = np.split(np.arange(len(sequence.supervised_N)), ends)[-len(written) :]
+    found_N = np.full(len(sequence.supervised_N), np.nan, np.float32)
+    for places, log_probs in zip(turns, written, strict=True):
+        if log_probs is None:
+            continue
+        if len(log_probs) != len(places):
+            raise DataError(
+                f"sample '{sample.key}': log-probs of {len(log_probs)} tokens for an answer of {len(places)}: it was "
+                f"written with another tokenizer or template: {_AGAIN}"
+            )
+        found_N[places] = log_probs
+    found_N[np.isin(sequence.target_ids_N, list(masked))] = np.nan
+    return found_N
