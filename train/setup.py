@@ -25,6 +25,7 @@ from llavamod_offline.models.lm_head import lm_head_of
 from llavamod_offline.plural import counted
 from train.config import TrainConfig
 from train.data.batches import Loader, TrainBatch
+from train.data.behaviour import check_written
 from train.data.join import MISMATCHED, Join, join
 from train.data.lengths import sequence_lengths
 from train.data.mismatched_check import check_pairs
@@ -353,22 +354,11 @@ def _tail(
 
 
 def _masked_ids(config: TrainConfig, samples: SampleSet, source: StudentSource) -> frozenset[int] | None:
-    """The tokens that a loss on own answers leaves out, None without such a loss. Errors: `ConfigError` for the set."""
+    """The tokens that a loss on own answers leaves out; None without such a loss. Errors: `ConfigError` for the set."""
     loss = config.loss
     if not loss.on_own_answers:
         return None
-    key = "loss.kind: policy_gradient" if loss.kind == "policy_gradient" else "loss.positions: written"
-    about = samples.manifest.get("generated")
-    if about is None:
-        raise ConfigError(
-            f"{key} needs answers that the student wrote, but those of set '{samples.path}' were not written by a "
-            "model: set data.set to a set of `cache-teacher generate teacher=STUDENT`"
-        )
-    if loss.kind == "policy_gradient" and about["generate"]["temperature"] == 0:
-        raise ConfigError(
-            f"{key} needs sampled answers, but those of set '{samples.path}' are greedy: write them with "
-            "generate.temperature=1, or set loss.kind to only_kd"
-        )
+    check_written(samples, key="loss.kind" if loss.kind == "policy_gradient" else "loss.positions")
     masks = loss.special_tokens == "mask" or (loss.special_tokens is None and config.cache.end_of_turn is not None)
     added = source.tokenizer.added_tokens_decoder if masks else {}
     return frozenset(number for number, token in added.items() if token.special)

@@ -12,9 +12,28 @@ from numpy.typing import NDArray
 
 from llavamod_offline.data.encode.tokenize import TokenizedSequence
 from llavamod_offline.data.sample import Sample
-from llavamod_offline.errors import DataError
+from llavamod_offline.data.sets.sample_set import SampleSet
+from llavamod_offline.errors import ConfigError, DataError
 
 _AGAIN = "write the set again with `cache-teacher generate`"
+
+
+def check_written(samples: SampleSet, *, key: str) -> None:
+    """Refuse a set that a loss on own answers cannot use; `key` is the setting that asks for it: of `loss.kind`, the
+    policy gradient. Errors: `ConfigError`.
+    """
+    wanted = f"{key}: {'policy_gradient' if key == 'loss.kind' else 'written'}"
+    about = samples.manifest.get("generated")
+    if about is None:
+        raise ConfigError(
+            f"{wanted} needs answers that the student wrote, but those of set '{samples.path}' were not written by a "
+            "model: set data.set to a set of `cache-teacher generate teacher=STUDENT`"
+        )
+    if key == "loss.kind" and about["generate"]["temperature"] == 0:
+        raise ConfigError(
+            f"{wanted} needs sampled answers, but those of set '{samples.path}' are greedy: write them with "
+            "generate.temperature=1, or set loss.kind to only_kd"
+        )
 
 
 def behaviour_log_probs(sample: Sample, sequence: TokenizedSequence, masked: Collection[int]) -> NDArray[np.float32]:

@@ -130,7 +130,7 @@ def test_the_choices_are_those_of_the_losses() -> None:
             "loss.divergence: nothing is distilled in stage preference: set it to for",
         ),
         ("preference", ["loss.sft_weight=-1"], "loss.sft_weight is -1: must not be negative"),
-        ("preference", ["loss.kind=dpo"], "loss.kind is 'dpo': must be one of cross_entropy, only_kd, kd_lm, kto"),
+        ("preference", ["loss.kind=dpo"], "loss.kind is 'dpo': must be one of cross_entropy, only_kd, kd_lm, policy_"),
         ("sft", ["loss.align.feature_weight=1"], "loss.align.feature_weight: belongs to the mimic stages, not to sft"),
         ("mimic_dense", ["loss.align.relation_weight=-1"], "loss.align.relation_weight is -1: must not be negative"),
         ("preference", ["loss.positions=response"], "loss.positions: belongs to the mimic stages, not to preference"),
