@@ -7,10 +7,13 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN = $(VLLM_VENV)/bin
 VLLM_INSTALLED = $(VLLM_VENV)/.installed
 
-.PHONY: demo test test-vllm lint format clean
+.PHONY: demo ladder test test-vllm lint format clean
 
 demo: $(INSTALLED)
 	$(BIN)/llavamod-offline demo $(ARGS)
+
+ladder: $(INSTALLED)
+	$(BIN)/llavamod-offline ladder $(ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)

@@ -310,6 +310,35 @@ def demo(
     run_demo(output, quick=quick, seed=seed)
 
 
+@app.command()
+def ladder(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the ladder.")] = Path(
+        "runs/ladder"
+    ),
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Number of seeds, each with a world of its own [default: 5; 1 if quick].")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A fraction of the data and steps, as a smoke test.")] = False,
+    at_once: Annotated[
+        int | None, typer.Option(min=1, help="Commands at the same time [default: one per core, from 2 to 8].")
+    ] = None,
+) -> None:
+    """Show what each stage and each target gives: some thirty students a seed, and a test of each claim.
+
+    Compares students of the toy world at equal data and steps: with and without teacher, dense and sparse, losses on
+    preferences, alignment terms, and what a cache keeps. Writes DIR/ladder.json and DIR/report.html. Rerun the same
+    command to resume, or with more seeds to add some. Takes a night on two cores; --quick takes minutes.
+
+    \b
+    Examples:
+      llavamod-offline ladder --quick --output runs/try
+      llavamod-offline ladder --seeds 8
+    """
+    from llavamod_offline.ladder.run import run_ladder
+
+    run_ladder(output, seeds=seeds or (1 if quick else 5), quick=quick, at_once=at_once)
+
+
 # Its parts are in a package above this one, which a module here may not import by its name.
 app.command()(importlib.import_module("teacher_cache.cli.ask").ask)
 

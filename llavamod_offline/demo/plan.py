@@ -24,6 +24,7 @@ class DemoSizes:
     general: int
     multitask: int
     preference: int
+    unseen: int
     benchmark_images: int
     align_steps: int
     distill_steps: int
@@ -33,11 +34,11 @@ class DemoSizes:
 
 
 FULL = DemoSizes(
-    align=1600, general=2400, multitask=1200, preference=500, benchmark_images=100,
+    align=1600, general=2400, multitask=1200, preference=500, unseen=200, benchmark_images=100,
     align_steps=60, distill_steps=180, small_steps=100, sparse_steps=60, preference_steps=25,
 )  # fmt: skip
 QUICK = DemoSizes(
-    align=200, general=400, multitask=200, preference=100, benchmark_images=20,
+    align=200, general=400, multitask=200, preference=100, unseen=40, benchmark_images=20,
     align_steps=10, distill_steps=40, small_steps=25, sparse_steps=15, preference_steps=8,
 )  # fmt: skip
 

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,18 +48,19 @@ def run_steps(
     *,
     at_once: int,
     on_end: Callable[[Step, float], None] = lambda step, seconds: None,
+    done: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Run all steps in `folder`, at most `at_once` together, each with its share of the cores; return their seconds.
 
-    Output goes to `logs/NAME.log` there. Errors: `StepError` with the end of the log of the first step that fails;
-    running steps are terminated.
+    `done`: the seconds of steps that ended earlier and are not run again. Output goes to `logs/NAME.log` there.
+    Errors: `StepError` with the end of the log of the first step that fails; running steps are terminated.
     """
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     threads = max(1, len(os.sched_getaffinity(0)) // at_once)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    seconds: dict[str, float] = {}
-    waiting = longest_first(steps)
+    seconds: dict[str, float] = dict(done or {})
+    waiting = [step for step in longest_first(steps) if step.name not in seconds]
     running: dict[Step, tuple[subprocess.Popen[bytes], float]] = {}
     try:
         while waiting or running:

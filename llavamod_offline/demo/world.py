@@ -24,6 +24,7 @@ def write_world(output: Path, *, quick: bool = False, seed: int = 1) -> list[Pat
         general=sizes.general,
         multitask=sizes.multitask,
         preference=sizes.preference,
+        unseen=sizes.unseen,
         error_share=0.1,
         seed=seed,
     )

@@ -21,13 +21,22 @@ _SPEAKER = {"user": "human", "assistant": "gpt"}
 
 
 def write_datasets(
-    folder: Path, *, align: int, general: int, multitask: int, preference: int, error_share: float, seed: int
+    folder: Path,
+    *,
+    align: int,
+    general: int,
+    multitask: int,
+    preference: int,
+    error_share: float,
+    seed: int,
+    unseen: int = 0,
 ) -> dict[str, Path]:
-    """Write `align.json`, `general.json`, `multitask.json` (images below `images/`) and `preference.parquet`.
+    """Write `align.json`, `general.json`, `multitask.json`, `unseen.json` and `preference.parquet`, and images.
 
     `align` has captions; `general` captions, conversations and quizzes; `multitask` quizzes of counting, reading,
-    charts and yes/no. `error_share` of the answers in `general` and `multitask` belong to another image, like the
-    noise of web data. Returns the file of each set; sizes are in samples.
+    charts and yes/no; `unseen` what `general` has, without errors; `preference` pairs. `error_share` of the
+    answers in `general` and `multitask` belong to another image, like the noise of web data. Returns the file of each
+    set; sizes are in samples.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
@@ -52,6 +61,9 @@ def write_datasets(
         files[name].write_text(json.dumps(rows, indent=1))
     files["preference"] = folder / "preference.parquet"
     pq.write_table(_preference_table(preference, rng), files["preference"], row_group_size=100)
+    rows = [_llava_row(folder, "unseen", index, general_turns, rng, 0.0) for index in range(unseen)]
+    files["unseen"] = folder / "unseen.json"
+    files["unseen"].write_text(json.dumps(rows, indent=1))
     return files
 
 

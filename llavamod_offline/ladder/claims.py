@@ -1,0 +1,62 @@
+"""Whether a claim about two rows holds: paired over seeds, by the exact test of signs and sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from statistics import mean, stdev
+from typing import Literal
+
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """The mean paired `difference` of two rows over `seeds`, and how likely one as large is by chance alone.
+
+    `p`: of the sign that the claim wants; for `same`, of any sign. `holds`: None with too few seeds to reach `LEVEL`.
+    """
+
+    difference: float
+    p: float
+    seeds: int
+    holds: bool | None
+
+
+def compare(
+    row: Sequence[float], than: Sequence[float], wants: Literal["higher", "lower", "same", "not lower"]
+) -> PairedTest:
+    """Compare two rows' values, seed by seed.
+
+    `higher` and `lower` hold at p < `LEVEL`. `same` holds if the mean difference is within the second row's spread over
+    seeds, `not lower` unless the first is lower at p < `LEVEL`.
+    """
+    differences = [mine - other for mine, other in zip(row, than, strict=True)]
+    seeds, difference = len(differences), mean(differences)
+    if wants == "same":
+        spread = stdev(than) if seeds > 1 else math.nan
+        holds = abs(difference) <= spread if seeds > 1 else None
+        return PairedTest(difference, sign_flip(differences, two_sided=True), seeds, holds)
+    p = sign_flip(differences if wants == "higher" else [-value for value in differences])
+    possible = 2.0**-seeds < LEVEL
+    holds = p < LEVEL if wants != "not lower" else p >= LEVEL
+    return PairedTest(difference, p, seeds, holds if possible else None)
+
+
+def sign_flip(differences: Sequence[float], *, two_sided: bool = False) -> float:
+    """The share of all choices of signs whose sum is at least as large as that of the differences as they are.
+
+    Fisher's randomisation test of paired differences: exact, of least p-value 1/2ⁿ.
+    """
+    size = sum(differences)
+    sums = [sum(sign * value for sign, value in zip(signs, differences, strict=True)) for signs in _signs(differences)]
+    slack = 1e-12 * max((abs(value) for value in differences), default=0.0)
+    if two_sided:
+        return sum(abs(other) >= abs(size) - slack for other in sums) / len(sums)
+    return sum(other >= size - slack for other in sums) / len(sums)
+
+
+def _signs(differences: Sequence[float]) -> list[tuple[int, ...]]:
+    return list(product((1, -1), repeat=len(differences)))

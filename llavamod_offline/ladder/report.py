@@ -1,0 +1,80 @@
+"""The ladder's page: the claims with their charts, and the table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from llavamod_offline.ladder.results import COLUMNS
+from llavamod_offline.pages.page import render
+
+PAGE_NAME = "report.html"
+_VERDICTS = {True: "holds", False: "does not hold", None: "too few seeds to tell"}
+
+
+def write_report(output: Path, summary: Mapping[str, Any]) -> Path:
+    """Write `report.html` below `output` and return its path."""
+    rows = {row["run"]: row for row in summary["rows"]}
+    path = output / PAGE_NAME
+    page = render(
+        Path(__file__).with_name("report.html.jinja"),
+        styles=("ladder.css",),
+        title="LLaVA-MoD Offline: the ladder",
+        lead=f"What each stage and each target gives: {len(rows) - 1} students, {summary['seeds']} seeds each.",
+        claims=[_chart(claim, rows) for claim in summary["claims"].values()],
+        header=["model", *COLUMNS.values(), "activated", "bytes a position", "train s"],
+        groups=[
+            (group, [_cells(row, rows) for row in found])
+            for group, found in groupby(summary["rows"], lambda row: row["group"])
+        ],
+        seeds=summary["seeds"],
+    )
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _chart(claim: Mapping[str, Any], rows: Mapping[str, Any]) -> dict[str, Any]:
+    """A claim with the two rows' values, placed in per cent of the range that both and 0 span."""
+    lines = [(rows[run]["name"], rows[run]["columns"][claim["column"]]) for run in (claim["row"], claim["than"])]
+    largest = max(max(column["values"]) for _, column in lines) or 1.0
+    return {
+        "text": claim["text"],
+        "verdict": _VERDICTS[claim["holds"]],
+        "holds": claim["holds"],
+        "column": COLUMNS[claim["column"]],
+        "figures": f"difference {claim['difference']:+.4f}, p = {claim['p']:.3f}",
+        "lines": [
+            {
+                "name": name,
+                "text": _with_spread(column),
+                "mean": 100 * column["mean"] / largest,
+                "dots": [(100 * value / largest, f"{value:.4f}") for value in column["values"]],
+            }
+            for name, column in lines
+        ],
+    }
+
+
+def _cells(row: Mapping[str, Any], rows: Mapping[str, Any]) -> dict[str, Any]:
+    compared = rows.get(row["compared_with"])
+    stored = row["bytes_per_position"]
+    return {
+        "name": row["name"],
+        "compared_with": "" if compared is None else f"compared with: {compared['name']}",
+        "cells": [
+            *((_with_spread(row["columns"][name]), _comparison(row["columns"][name])) for name in COLUMNS),
+            (f"{row['activated_parameters'] / 1e6:.2f} M", ""),
+            ("" if stored is None else f"{stored:.1f}", ""),
+            ("" if row["seconds"] is None else f"{row['seconds']:.0f}", ""),
+        ],
+    }
+
+
+def _with_spread(column: Mapping[str, Any]) -> str:
+    return f"{column['mean']:.3f}" + ("" if column["spread"] is None else f" ± {column['spread']:.3f}")
+
+
+def _comparison(column: Mapping[str, Any]) -> str:
+    return f"{column['difference']:+.3f}, p = {column['p']:.3f}" if "difference" in column else ""

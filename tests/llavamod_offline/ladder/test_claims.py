@@ -1,0 +1,62 @@
+"""The exact paired test, and what makes a claim hold."""
+
+from __future__ import annotations
+
+from itertools import product
+from statistics import mean
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llavamod_offline.ladder.claims import compare, sign_flip
+
+VALUES = st.lists(st.integers(-50, 50).map(float), min_size=1, max_size=7)
+
+
+@given(VALUES)
+def test_p_is_the_share_of_signs_that_give_as_large_a_mean(differences: list[float]) -> None:
+    means = [
+        mean(s * d for s, d in zip(signs, differences, strict=True))
+        for signs in product((-1, 1), repeat=len(differences))
+    ]
+    at_least = sum(value >= mean(differences) - 1e-9 for value in means)
+    assert sign_flip(differences) == pytest.approx(at_least / len(means))
+
+
+@given(VALUES)
+def test_one_of_both_directions_is_likely_and_equal_rows_prove_nothing(differences: list[float]) -> None:
+    forward, backward = sign_flip(differences), sign_flip([-value for value in differences])
+    assert forward + backward >= 1
+    assert sign_flip(differences, two_sided=True) >= min(forward, backward)
+    assert sign_flip([0.0] * len(differences)) == 1
+
+
+def test_five_seeds_of_one_sign_are_just_enough() -> None:
+    than = [0.5, 0.6, 0.7, 0.4, 0.5]
+    better = [value + 0.1 for value in than]
+    assert compare(better, than, "higher").holds is True
+    assert compare(better, than, "higher").p == 1 / 32
+    assert compare(better, than, "lower").holds is False
+    assert compare(than, better, "lower").holds is True
+    assert compare([*better[:4], 0.49], than, "higher").p == pytest.approx(2 / 32)
+    assert compare([*better[:4], 0.0], than, "higher").holds is False
+
+
+def test_four_seeds_can_show_nothing() -> None:
+    assert compare([2.0] * 4, [1.0] * 4, "higher").holds is None
+    assert compare([1.0], [1.0], "same").holds is None
+
+
+def test_the_same_is_within_the_spread_of_seeds() -> None:
+    than = [1.0, 1.2, 0.8, 1.1, 0.9]
+    assert compare([value + 0.05 for value in than], than, "same").holds is True
+    assert compare([value + 0.3 for value in than], than, "same").holds is False
+    assert compare([value - 0.3 for value in than], than, "same").holds is False
+
+
+def test_not_lower_holds_unless_it_is_lower_beyond_chance() -> None:
+    than = [1.0, 1.2, 0.8, 1.1, 0.9]
+    assert compare(than, than, "not lower").holds is True
+    assert compare([value + 1 for value in than], than, "not lower").holds is True
+    assert compare([value - 0.1 for value in than], than, "not lower").holds is False
