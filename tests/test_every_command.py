@@ -55,6 +55,7 @@ def arguments(world: str, out: str) -> dict[str, list[str]]:
         "llavamod-offline toyworld": ["--quick", "--output", f"{out}/toy"],
         "llavamod-offline ask": [TEACHER, "What colours do you know?", "--max-new-tokens", "4"],
         "llavamod-offline demo": ["--quick", "--output", f"{out}/demo"],
+        "llavamod-offline ladder": ["--quick", "--output", f"{out}/ladder"],
         "cache-teacher run": [data, teacher, f"output={out}/cache"],
         "cache-teacher plan": [data, teacher, f"output={out}/cache", "--samples", "4", "--seconds", "0"],
         "cache-teacher verify": [f"{world}/cache"],
@@ -95,7 +96,7 @@ def typed(name: str, world: Path | str, out: Path | str) -> list[str]:
 NAMES = list(arguments("", ""))
 READERS = ("ask", "doctor", "verify", "inspect", "audit")  # they write no file
 WRITERS = [name for name in NAMES if not name.endswith(READERS)]
-QUICK = [name for name in NAMES if not name.endswith("demo")]  # a demo takes minutes
+QUICK = [name for name in NAMES if not name.endswith(("demo", "ladder"))]  # these take minutes
 
 
 def test_no_command_is_forgotten() -> None:
