@@ -62,6 +62,9 @@ CaptionPrompt = Annotated[
     typer.Option(metavar="TEXT", help="Prompt of captions (KEY.txt); required if there are any."),
 ]
 Ignore = Annotated[list[str] | None, typer.Option(metavar="SUFFIX", help="Suffix of files to ignore; may be repeated.")]
+GraceOption = Annotated[
+    float, typer.Option("--grace", metavar="SECONDS", help="On SIGTERM, finish what is in hand if it takes no longer.")
+]
 Root = Annotated[Path, typer.Option(metavar="DIR", help="Folder that the list's paths are relative to.")]
 SourceList = Annotated[
     Path | None, typer.Option("--from", metavar="YAML", help="A list of data sets [default: the shipped one].")
@@ -102,6 +105,7 @@ def pack(
     max_rejected: MaxRejected = 0.5,
     workers: Workers = None,
     overwrite: Overwrite = False,
+    grace: GraceOption = 0.0,
     as_json: AsJson = False,
 ) -> None:
     """Pack conversations or preferences and their images into a set: WebDataset shards with an index.
@@ -109,6 +113,7 @@ def pack(
     Unusable rows are counted and listed with the reason in the set's rejected.jsonl; the rest is packed, unless more
     than --max-rejected are unusable. Then no set is made, and the list is kept as OUTPUT.rejected.jsonl.
     Images keep their bytes unless --max-side shrinks them. The number of workers does not change the set.
+    With --grace, SIGTERM ends with exit status 4 if the shard in hand was finished first; a rerun continues either way.
     Rows may be LLaVA's, RLAIF-V's or chat messages; llavamod_offline/README.md lists their fields.
     A folder of samples has KEY.json or KEY.txt beside KEY.jpg, like the tars that `index` reads.
 
@@ -127,6 +132,7 @@ def pack(
     from llavamod_offline.data.sources.source import Source, check_sources, describe_sources, sources_size
     from llavamod_offline.data.sources.source_arguments import parse_licences, parse_source, parse_weights
     from llavamod_offline.data.tars.tar_samples import ReadRule
+    from llavamod_offline.grace import Grace
     from llavamod_offline.progress import ProgressBar
 
     rule = ReadRule.of(caption_prompt, ignore or ())
@@ -139,7 +145,7 @@ def pack(
     if not given:
         raise typer.BadParameter("name source files, or a --stage", param_hint="SOURCE")
     files = check_sources(given, images or (), by_row=keys is Keys.ROW)
-    with ProgressBar("pack", sources_size(files), "B", scale=True) as bar:
+    with Grace(grace) as stop, ProgressBar("pack", sources_size(files), "B", scale=True) as bar:
         rows = partial(
             prepare_sources,
             files,
@@ -169,6 +175,7 @@ def pack(
             listed_licences=listed_licences,
             max_side=max_side,
             fitting=lambda missing: advice_on_missing(missing, images or ()),
+            grace=stop,
         )
     print(json.dumps(summary.to_json(), ensure_ascii=False) if as_json else _render(summary, "packed"))
 
@@ -189,13 +196,15 @@ def index(
     max_rejected: MaxRejected = 0.5,
     workers: Workers = None,
     overwrite: Overwrite = False,
+    grace: GraceOption = 0.0,
     as_json: AsJson = False,
 ) -> None:
     """Make a set from existing WebDataset tars, without copying them.
 
     A sample is KEY.json, as `pack` writes it or in any form of rows, or a caption KEY.txt or KEY.cls, beside its image
     KEY.jpg (.jpeg, .png, .webp) or images KEY.0.jpg, KEY.1.jpg and so on. Each tar is read once. Tars beside or below
-    the new set's folder may be moved together with it; others must stay in place.
+    the new set's folder may be moved together with it; others must stay in place. A set that is stopped is begun anew,
+    unless --grace leaves the seconds to finish it.
 
     \b
     Examples:
@@ -205,12 +214,13 @@ def index(
     from llavamod_offline.data.pack.process_map import available_cores
     from llavamod_offline.data.sources.source_arguments import parse_licences, parse_source, parse_weights
     from llavamod_offline.data.tars.tar_index import find_tars, index_tars
+    from llavamod_offline.grace import Grace
     from llavamod_offline.progress import ProgressBar
     from llavamod_offline.storage.remote_file import RemoteFile, place_size
 
     tars = [tar for named, path in map(parse_source, sources) for tar in find_tars([path], named)]
     total = sum(place_size(tar.path) for tar in tars if isinstance(tar.path, RemoteFile) or tar.path.is_file())
-    with ProgressBar("index", total, "B", scale=True) as bar:
+    with Grace(grace) as stop, ProgressBar("index", total, "B", scale=True) as bar:
         summary = index_tars(
             tars,
             output,
@@ -223,6 +233,7 @@ def index(
             licences=parse_licences(licence or []),
             workers=workers or available_cores(),
             advance=bar.advance,
+            grace=stop,
         )
     print(json.dumps(summary.to_json(), ensure_ascii=False) if as_json else _render(summary, "indexed"))
 

@@ -29,7 +29,7 @@ def run_command(app: typer.Typer, argv: Sequence[str] | None = None, *, name: st
     """Run `app` on `argv` (default: the process's arguments) and exit with its status; `name` appears in its help.
 
     A `LlavaModError`, and an error of a file that cannot be written or read, prints one line and exits with 2;
-    LLAVAMOD_DEBUG=1 shows its traceback. A signal that stops the command exits with 128 + its number.
+    LLAVAMOD_DEBUG=1 shows its traceback. A signal that stops the command exits with `Stopped.status`.
     """
     prepare_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -40,7 +40,7 @@ def run_command(app: typer.Typer, argv: Sequence[str] | None = None, *, name: st
             with suppress(OSError):
                 output.flush()
     except signals.Stopped as stop:
-        status = 128 + stop.number
+        status = stop.status
         _print_error(signals.describe(stop))
     except Exception as error:
         line = f"error: {error}" if isinstance(error, LlavaModError) else describe_file_error(error, arguments)

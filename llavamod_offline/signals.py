@@ -20,18 +20,28 @@ from types import FrameType
 from typing import Any, Protocol
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FINISHED_STATUS = 4  # stopped by a signal after what was in hand had been finished
 _MOMENT_SECONDS = 0.01
 _ONE_REQUEST_SECONDS = 0.2  # `timeout` sends its signal twice
 _ONE_REQUEST_SECONDS_LAUNCHED = 5.0  # launchers pass on the Ctrl-C that the terminal sends to every process
 
 
 class Stopped(BaseException):
-    """A signal asks the command to end; `kept` says what remains of its work."""
+    """A signal asks the command to end; `kept` says what remains of its work.
 
-    def __init__(self, number: int, kept: str = "") -> None:
+    `finished` names the unit that was in hand when the signal came, if it was finished first: no work is lost.
+    """
+
+    def __init__(self, number: int, kept: str = "", finished: str = "") -> None:
         super().__init__(number)
         self.number = number
         self.kept = kept
+        self.finished = finished
+
+    @property
+    def status(self) -> int:
+        """The exit status of the command."""
+        return FINISHED_STATUS if self.finished else 128 + self.number
 
 
 class Note(Protocol):
@@ -167,6 +177,37 @@ def noted(answer: str) -> Iterator[Note]:
 
 
 @contextmanager
+def finishing(answer: Callable[[], str]) -> Iterator[Note]:
+    """Note SIGTERM if `answer` says what is finished first, and print that; an empty text lets it end the command.
+
+    Does nothing outside the main thread, where Python allows no handlers.
+    """
+    stop = threading.Event()
+    before: Any = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
+        yield stop
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            if not _is_second():
+                return
+        elif line := answer():
+            _state.number, _state.first = number, time.monotonic()
+            stop.set()
+            _say(f"{signal.Signals(number).name}: {line}")
+            return
+        signal.signal(number, before)
+        signal.raise_signal(number)
+
+    signal.signal(signal.SIGTERM, note)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def starting_processes(*, immune_to: Collection[signal.Signals] = (signal.SIGINT,)) -> Iterator[None]:
     """Start processes inside the block: they never see these signals, such as Ctrl-C; their parent ends them.
 
@@ -191,8 +232,9 @@ def received() -> int:
 def describe(stop: Stopped) -> str:
     """One line: which signal, what was kept, and the command that goes on."""
     name = signal.Signals(stop.number).name
-    if stop.kept:
-        return f"stopped by {name}: {stop.kept}; to continue, run again: {_command()}"
+    done = ", ".join(filter(None, (stop.finished and f"{stop.finished} is finished", stop.kept)))
+    if done:
+        return f"stopped by {name}: {done}; to continue, run again: {_command()}"
     return f"stopped by {name}: nothing new was kept; to go on, run again: {_command()}"
 
 

@@ -85,9 +85,13 @@ class CaptureConfig:
     """Also capture each preference sample with another sample's response (for loss.kind=kto)."""
     seed: int = 0
     """Seed of the tail samples."""
+    attempts: int = 3
+    """How often `work` tries a shard whose capture fails, on other workers first, before it is listed as failed."""
 
     def problems(self) -> Iterator[str]:
         """Yield one line for each problem, naming the key to change."""
+        if self.attempts < 1:
+            yield f"capture.attempts is {self.attempts}: must be at least 1"
         if self.hidden_positions == "image" and self.positions != "all":
             yield "capture.hidden_positions: image needs records at image tokens: set capture.positions to all"
 

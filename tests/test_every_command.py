@@ -57,6 +57,9 @@ def arguments(world: str, out: str) -> dict[str, list[str]]:
         "llavamod-offline demo": ["--quick", "--output", f"{out}/demo"],
         "llavamod-offline ladder": ["--quick", "--output", f"{out}/ladder"],
         "cache-teacher run": [data, teacher, f"output={out}/cache"],
+        "cache-teacher work": [data, teacher, f"output={out}/cache"],
+        "cache-teacher status": [f"{world}/cache"],
+        "cache-teacher retry": [f"{world}/cache", data, teacher],
         "cache-teacher plan": [data, teacher, f"output={out}/cache", "--samples", "4", "--seconds", "0"],
         "cache-teacher verify": [f"{world}/cache"],
         "cache-teacher inspect": [f"{world}/cache"],
@@ -94,7 +97,15 @@ def typed(name: str, world: Path | str, out: Path | str) -> list[str]:
 
 
 NAMES = list(arguments("", ""))
-READERS = ("ask", "doctor", "verify", "inspect", "audit")  # they write no file
+READERS = (
+    "ask",
+    "doctor",
+    "verify",
+    "inspect",
+    "audit",
+    "status",
+    "retry",
+)  # they write no file here
 WRITERS = [name for name in NAMES if not name.endswith(READERS)]
 QUICK = [name for name in NAMES if not name.endswith(("demo", "ladder"))]  # these take minutes
 
@@ -238,6 +249,8 @@ SHORT = (
     "llavamod-offline toyworld",
     "llavamod-offline ask",
     "cache-teacher inspect",
+    "cache-teacher status",
+    "cache-teacher retry",
     "train-student report",
     *(f"eval-student {what}" for what in ("score", "export", "report", "portable")),
 )

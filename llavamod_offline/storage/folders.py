@@ -38,8 +38,8 @@ class Folder(Protocol):
         """Read many files, in the order of the names."""
         ...
 
-    def names(self) -> set[str]:
-        """The names of the files and folders in the folder; none if it does not exist."""
+    def names(self, below: str = "") -> set[str]:
+        """The names of the files and folders directly in the folder `below`; none if it does not exist."""
         ...
 
     def sizes(self, below: str = "") -> dict[str, int]:
@@ -97,10 +97,10 @@ class LocalFolder:
         """See `Folder`."""
         return [self.read(name) for name in names]
 
-    def names(self) -> set[str]:
+    def names(self, below: str = "") -> set[str]:
         """See `Folder`."""
         try:
-            return set(os.listdir(self.path))
+            return set(os.listdir(self.path / below))
         except (FileNotFoundError, NotADirectoryError):
             return set()
 
@@ -115,12 +115,12 @@ class LocalFolder:
 
     def write(self, name: str, content: bytes) -> None:
         """See `Folder`."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / name).parent.mkdir(parents=True, exist_ok=True)
         atomic.write_file(self.path / name, content)
 
     def create(self, name: str, content: bytes) -> bool:
         """See `Folder`."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / name).parent.mkdir(parents=True, exist_ok=True)
         return atomic.create_file(self.path / name, content)
 
     @contextmanager

@@ -115,20 +115,21 @@ class RemoteFolder:
         """Read many files at once, in the order of the names."""
         return self._at_once(self.read, names)
 
-    def names(self) -> set[str]:
-        """The names of the files and folders in the folder; none if it does not exist."""
+    def names(self, below: str = "") -> set[str]:
+        """The names of the files and folders directly in the folder `below`; none if it does not exist."""
+        root = self._full(below)
 
         def listed() -> list[str]:
             self._files.invalidate_cache()
             try:
-                return list(self._files.ls(self._root, detail=False))
+                return list(self._files.ls(root, detail=False))
             except FileNotFoundError as error:
                 if _no_bucket(error):
                     raise
                 return []
 
-        entries = self._try("", "listed", listed)
-        return {str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries} - {""}
+        entries = self._try(below, "listed", listed)
+        return {str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries if str(entry).rstrip("/") != root} - {""}
 
     def sizes(self, below: str = "") -> dict[str, int]:
         """The sizes in bytes of all files at any depth below `below`, by name relative to it."""

@@ -6,17 +6,24 @@ were no faster on two busy cores, and threads stop with the run.
 
 from __future__ import annotations
 
+import functools
+import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
+from llavamod_offline.grace import Grace
 from teacher_cache.capture.shard import PreparedRows, Progress, capture_prepared, prepare_rows
 from teacher_cache.capture_setup import CaptureSetup
 from teacher_cache.engines.protocol import CaptureEngine
 from teacher_cache.format.rejection import Rejection
-from teacher_cache.write.store import CacheStore
+from teacher_cache.format.schema import Codec
+from teacher_cache.format.sequences import SequenceRecord
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -30,38 +37,89 @@ class ShardCounts:
     rejected: tuple[Rejection, ...]
 
 
+class ShardWriter(Protocol):
+    """What captured shards are committed to: a `CacheStore`, or a claim on one shard of it."""
+
+    def commit(
+        self, name: str, captured: Sequence[SequenceRecord], rejected: Sequence[Rejection], codec: Codec
+    ) -> None:
+        """See `CacheStore.commit`."""
+        ...
+
+
 def capture_shards(
-    setup: CaptureSetup, engine: CaptureEngine, store: CacheStore, names: Sequence[str], progress: Progress
+    setup: CaptureSetup,
+    engine: CaptureEngine,
+    store: ShardWriter,
+    names: Iterable[str],
+    progress: Progress,
+    *,
+    grace: Grace | None = None,
+    failed: Callable[[str, Exception], None] | None = None,
 ) -> Generator[ShardCounts]:
     """Capture shards and commit them in the background; yields each once captured, and ends once all are written.
 
-    At most one shard waits to be written, and one to be captured. Errors of the teacher and of reading are raised at
-    once, those of writing (`CacheError`, `StorageError`) during the next shard; captured shards are still written.
+    At most one shard waits to be written, and one to be captured; `names` are taken as they are needed. Errors of the
+    teacher and of reading are raised at once, those of writing (`CacheError`, `StorageError`) during the next shard;
+    captured shards are still written. With `failed`, errors of reading and of the teacher are passed to it, with the
+    shard's name, and the next shard follows. Raises `Stopped` once a shard is written, if `grace` has noted a signal.
     """
+    grace = grace or Grace()
+    queue = iter(names)
     writing: deque[Future[None]] = deque()
+    unwritten: list[Future[None]] = []  # one whose error ends the capture: it is not that of the shard in hand
+
+    def read_next() -> tuple[str, Future[PreparedRows]] | None:
+        name = next(queue, None)
+        return None if name is None else (name, reader.submit(prepare_rows, setup, setup.samples.rows_of(name)))
 
     def watched(samples: int, positions: int) -> None:
+        grace.advance(samples)
         if writing and writing[0].done():
-            writing.popleft().result()
+            write_all()
         progress(samples, positions)
 
     def captured_shard(name: str, prepared: PreparedRows) -> ShardCounts:
+        grace.begin(f"shard '{name}'", prepared.samples)
         captured, rejected = capture_prepared(setup, engine, prepared, watched)
-        while writing:
-            writing.popleft().result()
-        writing.append(writer.submit(store.commit, name, captured, rejected, setup.codec))
+        grace.end()
+        write_all()
+        writing.append(writer.submit(write, name, captured, rejected))
         positions = sum(len(item.records) for item in captured)
         return ShardCounts(name, prepared.samples, len(captured), positions, tuple(rejected))
+
+    def write(name: str, captured: list[SequenceRecord], rejected: list[Rejection]) -> None:
+        began = time.monotonic()
+        store.commit(name, captured, rejected, setup.codec)
+        grace.wrote(time.monotonic() - began)
+
+    def attempt(name: str, action: Callable[[], _Result]) -> _Result | None:
+        try:
+            return action()
+        except Exception as error:
+            if failed is None or unwritten:
+                raise
+            failed(name, error)
+            return None
+
+    def write_all() -> None:
+        while writing:
+            unwritten.append(writing[0])
+            writing.popleft().result()
+            unwritten.clear()
 
     with ExitStack() as stack:
         reader = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="read"))
         writer = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="write"))
-        following = reader.submit(prepare_rows, setup, setup.samples.rows_of(names[0])) if names else None
-        for number, name in enumerate(names):
-            assert following is not None
-            prepared = following.result()
-            if number + 1 < len(names):
-                following = reader.submit(prepare_rows, setup, setup.samples.rows_of(names[number + 1]))
-            yield captured_shard(name, prepared)
-        while writing:
-            writing.popleft().result()
+        following = read_next()
+        while following is not None:
+            name, reading = following
+            prepared = attempt(name, reading.result)
+            following = read_next()
+            done = attempt(name, functools.partial(captured_shard, name, prepared)) if prepared else None
+            if done:
+                yield done
+            if grace.noted:
+                break
+        write_all()
+    grace.check()

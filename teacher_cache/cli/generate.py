@@ -23,6 +23,9 @@ def generate(
         list[str] | None,
         typer.Option(metavar="FIELD", help="Continue a set and a cache even if this fingerprint field differs."),
     ] = None,
+    grace: Annotated[
+        float, typer.Option(metavar="SECONDS", help="On SIGTERM, finish the shard in hand if it takes no longer.")
+    ] = 0.0,
     print_config: PrintConfig = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
@@ -32,7 +35,8 @@ def generate(
     Answers without an end, empty or invalid ones are listed with the reason in the new set's rejected.jsonl.
     Rerun a killed run to continue; it gives the same set and the same cache.
 
-    Exit status: 0 if everything was answered and captured; 3 if something was rejected; 2 for an error.
+    Exit status: 0 if everything was answered and captured; 3 if something was rejected; 2 for an error; with --grace, 4
+    if SIGTERM stopped it and the shard in hand was finished first, and 143 if that would have taken longer.
 
     \b
     Examples:
@@ -52,7 +56,7 @@ def generate(
     config = load_config(CacheTeacherConfig, *given)
     from teacher_cache.generate.run import generate as run_generation
 
-    done = run_generation(config, allow=allow or [])
+    done = run_generation(config, allow=allow or [], grace_seconds=grace)
     print(json.dumps(dataclasses.asdict(done))) if as_json else _print(done)
     if done.rejected or not done.capture.all_captured:
         raise typer.Exit(_REJECTED_STATUS)

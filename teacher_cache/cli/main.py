@@ -14,9 +14,10 @@ from llavamod_offline.entrypoint import run_command
 from llavamod_offline.plural import counted
 from teacher_cache.cli.audit_report import audit, report
 from teacher_cache.cli.generate import generate
+from teacher_cache.cli.work import Grace, retry, status, work
 
 if TYPE_CHECKING:
-    from teacher_cache.capture.run import Summary
+    from teacher_cache.capture.summary import Summary
     from teacher_cache.config import CacheTeacherConfig
 
 
@@ -54,13 +55,15 @@ def run(
     max_rejected: Annotated[
         float | None, typer.Option(metavar="SHARE", help="Stop if more than this share of sequences is rejected.")
     ] = None,
+    grace: Grace = 0.0,
     print_config: PrintConfig = False,
     as_json: AsJson = False,
 ) -> None:
     """Capture a packed set into a cache. A rerun captures only what is missing.
 
     Exit status: 0 if every sequence was captured; 3 if some were rejected (rejected.jsonl lists keys and reasons);
-    2 for an error, including more rejections than --max-rejected.
+    2 for an error, including more rejections than --max-rejected; with --grace, 4 if SIGTERM stopped it and the shard
+    in hand was finished first, and 143 if that would have taken longer.
 
     \b
     Examples:
@@ -87,7 +90,7 @@ def run(
     from teacher_cache.capture.run import run_capture
     from teacher_cache.plan.estimate import plan_file, record_run
 
-    summary = run_capture(config, allow=allow or [])
+    summary = run_capture(config, allow=allow or [], grace_seconds=grace)
     record_run(plan_file(config.output), summary)
     print(json.dumps(dataclasses.asdict(summary))) if as_json else _print_summary(summary)
     if not summary.all_captured:
@@ -327,6 +330,9 @@ def merge(
     )
 
 
+app.command(cls=_SettingsCommand)(work)
+app.command()(status)
+app.command(cls=_SettingsCommand)(retry)
 app.command(cls=_SettingsCommand)(generate)
 app.command()(report)
 app.command(cls=_SettingsCommand)(audit)

@@ -16,12 +16,14 @@ from typing import cast
 
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError, DataError
+from llavamod_offline.grace import Grace
 from llavamod_offline.models.device import pick_device
 from llavamod_offline.progress import ProgressBar
 from llavamod_offline.signals import keeping
 from llavamod_offline.storage.folders import is_url
 from llavamod_offline.storage.lock import locked, locked_beside
-from teacher_cache.capture.run import Summary, run_capture
+from teacher_cache.capture.run import run_capture
+from teacher_cache.capture.summary import Summary
 from teacher_cache.capture_setup import CaptureSetup, follow_template, prepare_capture
 from teacher_cache.config import CacheTeacherConfig, GenerateConfig
 from teacher_cache.engines.hf import HfCaptureEngine
@@ -56,10 +58,10 @@ class Generation:
     capture: Summary
 
 
-def generate(config: CacheTeacherConfig, *, allow: Sequence[str] = ()) -> Generation:
+def generate(config: CacheTeacherConfig, *, allow: Sequence[str] = (), grace_seconds: float = 0.0) -> Generation:
     """Let the teacher answer every prompt that is not answered yet, pack the answers, and capture the new set.
 
-    Run again, it resumes where it was stopped. `allow`: see `run.run_capture`.
+    Run again, it resumes where it was stopped. `allow`, `grace_seconds`: see `run.run_capture`.
     Errors: a `LlavaModError` before anything is written, if set, teacher and settings do not fit one another, or what
     lies at `output_set`; `DataError` if more than `max_rejected` of the answers are rejected; those of `run_capture`.
     """
@@ -69,10 +71,10 @@ def generate(config: CacheTeacherConfig, *, allow: Sequence[str] = ()) -> Genera
     with locked(target.parent, f".{target.name}.answers.lock", output=config.output_set):
         with locked_beside(target):
             pass  # no other command is packing it; what a killed one left is cleared
-        return _generate(config, allow)
+        return _generate(config, allow, grace_seconds)
 
 
-def _generate(config: CacheTeacherConfig, allow: Sequence[str]) -> Generation:
+def _generate(config: CacheTeacherConfig, allow: Sequence[str], grace_seconds: float) -> Generation:
     """Answer, pack and capture; see `generate`."""
     started = time.perf_counter()
     about_before = begun_answers(Path(str(config.output_set))) or begun_fingerprint(config.output)
@@ -92,13 +94,21 @@ def _generate(config: CacheTeacherConfig, allow: Sequence[str]) -> Generation:
         if missing:
             _LOG.info("%s: answers to %d of %d shards to write", target.path, len(missing), len(names))
             samples = sum(map(len, map(setup.samples.rows_of, missing)))
-            with ProgressBar("generate", samples, "sample", also="tokens") as progress:
+            with Grace(grace_seconds) as grace, ProgressBar("generate", samples, "sample", also="tokens") as progress:
+
+                def advance(samples: int, tokens: int) -> None:
+                    grace.advance(samples)
+                    progress.advance(samples, tokens)
+
                 answerer = Answerer(
-                    setup, cast("HfCaptureEngine", engine()), decoding, given.turns, given.key_suffix, progress.advance
+                    setup, cast("HfCaptureEngine", engine()), decoding, given.turns, given.key_suffix, advance
                 )
                 for name in missing:
+                    grace.begin(f"shard '{name}'", len(setup.samples.rows_of(name)))
                     answers = answerer.answer(setup.samples.rows_of(name))
                     target.commit(name, answers)
+                    grace.end()
+                    grace.check()
                     counts["written"] += len(answers)
                     counts["tokens"] += sum(answer.tokens for answer in answers)
                     counts["retokenised"] += sum(answer.retokenised for answer in answers)
@@ -115,7 +125,7 @@ def _generate(config: CacheTeacherConfig, allow: Sequence[str]) -> Generation:
     seconds = time.perf_counter() - started
     manifest = SampleSet.open(target.path).manifest
     capture = replace(config, data=str(target.path), output_set=None, generate=GenerateConfig())
-    captured = run_capture(capture, allow=allow, load=lambda setup: engine())
+    captured = run_capture(capture, allow=allow, load=lambda setup: engine(), grace_seconds=grace_seconds)
     return Generation(
         output_set=str(target.path),
         samples=manifest["samples"],

@@ -24,7 +24,7 @@ from teacher_cache.read.reader import TeacherCache, open_cache
 from teacher_cache.write.store import begun_fingerprint
 
 if TYPE_CHECKING:
-    from teacher_cache.capture.run import Summary
+    from teacher_cache.capture.summary import Summary
     from teacher_cache.config import CacheTeacherConfig
 
 _LOG = logging.getLogger(__name__)

@@ -20,6 +20,7 @@ from teacher_cache.format.manifest import (
     sha256_bytes,
 )
 from teacher_cache.verify.cache import Findings, examine
+from teacher_cache.work.heartbeat import check_no_workers
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def repair_cache(where: Path | str) -> Repair:
     check_unlocked(where)
     findings = examine(open_folder(where), unfinished=True)
     with locked(where):
+        check_no_workers(where)
         return _repair(open_folder(where), findings)
 
 

@@ -43,6 +43,7 @@ from teacher_cache.format.schema import Codec
 from teacher_cache.format.sequences import SequenceRecord, sequence_table, write_sequences
 
 _LOG = logging.getLogger(__name__)
+_FEW_SHARDS = 8  # looked up one by one; more of them in a listing of all
 _REPAIR = "run `cache-teacher verify --repair`"
 _BAD_JOB = f"{_REPAIR}, which restores it from {CACHE_NAME}; without that file, choose another output"
 
@@ -98,7 +99,9 @@ class CacheStore:
             if not self.folder.create(JOB_NAME, canonical(self.job)):
                 # Two runs that started together must not write one cache with different settings.
                 _same_job(self.folder, self.folder.read(JOB_NAME), self.job, ())
-            if self.missing():  # shards were removed: unfinished until they are captured again
+            # Shards were removed: unfinished until they are captured again. In this order, since another writer may
+            # commit the last shard and complete the cache in between.
+            if self.complete and self.missing():
                 self.folder.remove_files([CACHE_NAME])
         except OSError as error:
             raise CacheError(
@@ -135,9 +138,13 @@ class CacheStore:
         where = f"{self.folder.where}/{shard}"
         _check_folders(self.folder, [name])
         try:
+            begun = not isinstance(self.folder, LocalFolder) and MANIFEST_NAME in self.folder.names(shard)
             faster = bool(committed_shards(self.folder, [name]))
             if not faster:
-                self.folder.remove_files([f"{shard}/{MANIFEST_NAME}"])  # left by a shard with missing files
+                # A manifest that was there before the look belongs to a shard with missing files; a later one may be
+                # another writer's.
+                if begun:
+                    self.folder.remove_files([f"{shard}/{MANIFEST_NAME}"])
                 with self.folder.commit(shard, MANIFEST_NAME) as folder:
                     fill(folder)
         except FileExistsError as error:
@@ -152,6 +159,12 @@ class CacheStore:
         if faster:
             _LOG.warning("shard %s: another process committed it first; keeping that copy", name)
         self._committed.add(name)
+
+    def remove(self, name: str) -> None:
+        """Remove a committed shard, which makes the cache unfinished: its files beside the shards go first."""
+        self.folder.remove_files([CACHE_NAME, REJECTED_NAME])
+        self.folder.remove(f"{SHARDS_NAME}/{name}", MANIFEST_NAME)
+        self._committed.discard(name)
 
     def outcomes(self, names: Sequence[str]) -> tuple[int, list[Rejection]]:
         """The number of sequences in some committed shards, and their rejections. Errors: `CacheError`."""
@@ -207,11 +220,12 @@ def committed_shards(folder: Folder, names: Iterable[str]) -> set[str]:
     """
     wanted = list(names)
     if isinstance(folder, LocalFolder):
-        return {name for name in wanted if (folder.path / SHARDS_NAME / name).is_dir()}
+        there = folder.names(SHARDS_NAME) if len(wanted) > _FEW_SHARDS else wanted
+        return {name for name in wanted if name in there and (folder.path / SHARDS_NAME / name).is_dir()}
     shards: dict[str, dict[str, int]] = {}
-    if len(wanted) == 1:
-        shards[wanted[0]] = folder.sizes(f"{SHARDS_NAME}/{wanted[0]}")
-    elif wanted:
+    if len(wanted) <= _FEW_SHARDS:
+        shards = {name: folder.sizes(f"{SHARDS_NAME}/{name}") for name in wanted}
+    else:
         for file, size in folder.sizes(SHARDS_NAME).items():
             name, _, rest = file.partition("/")
             shards.setdefault(name, {})[rest] = size

@@ -12,7 +12,8 @@ import pytest
 
 from llavamod_offline.config import load_config
 from llavamod_offline.data.sets.sample_set import SampleSet
-from teacher_cache.capture.run import Summary, run_capture
+from teacher_cache.capture.run import run_capture
+from teacher_cache.capture.summary import Summary
 from teacher_cache.config import CacheTeacherConfig
 from tests.teacher_cache.generate.reference import SOURCE_SAMPLES, Place, write_prompts
 from tests.tiny import write_tiny_llava, write_tiny_set

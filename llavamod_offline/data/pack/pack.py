@@ -16,6 +16,7 @@ from llavamod_offline.data.pack.set_writer import Fitting, PackSummary, SetWrite
 from llavamod_offline.data.pack.shard_writer import ShardWriter
 from llavamod_offline.data.rows import Located, RejectedRow, RowPlace
 from llavamod_offline.data.sample import Sample
+from llavamod_offline.grace import Grace
 from llavamod_offline.signals import keeping
 
 Rows = Iterable[Sample | Located | PreparedSources | RejectedRow]
@@ -40,6 +41,7 @@ def write_set(
     generated: Mapping[str, Any] | None = None,
     job: Mapping[str, Any] | None = None,
     fitting: Fitting = no_advice,
+    grace: Grace | None = None,
 ) -> PackSummary:
     """Write rows, in order, to the set folder `output`; shards are named `name` (default: the folder's name).
 
@@ -49,7 +51,7 @@ def write_set(
     For the manifest: `weights`, how often training sees a source's samples, if not once; `licences` of sources,
     and `listed_licences` of sources that may turn out to have no samples; `max_side`, the length beyond
     which images were shrunk; `generated`, a description of the teacher that wrote the answers. `fitting`: advice for
-    the names of missing images, for messages.
+    the names of missing images, for messages. `grace`: on SIGTERM, decides whether the shard in hand is finished.
     Errors: `DataError` if `output` exists (with `overwrite`: unless it is a set), for a duplicate key (naming both rows
     and `duplicate_hint`), if no row yields a sample, if more than the share `max_rejected` is rejected;
     `ConfigError` for the weight or licence of a source without samples. Errors leave nothing behind, except the list
@@ -61,7 +63,11 @@ def write_set(
     if job is not None:
         job = {**job, "limits": [name, shard_samples, shard_bytes]}
     with new_set(output, name, overwrite=overwrite, duplicate_hint=hint, fitting=fitting, job=job) as writer:
-        with writer, keeping(lambda: writer.kept), _Shards(writer, shard_samples, shard_bytes) as shards:
+        with (
+            writer,
+            keeping(lambda: writer.kept),
+            _Shards(writer, shard_samples, shard_bytes, grace or Grace()) as shards,
+        ):
             start = writer.resume()
             for row in rows(start) if callable(rows) else rows:
                 if isinstance(row, RejectedRow):
@@ -87,8 +93,8 @@ def _prepared(row: Sample | Located | PreparedSources, number: int) -> PreparedS
 class _Shards:
     """The tars of a new set, one after another; a context manager that closes the last one."""
 
-    def __init__(self, writer: SetWriter, shard_samples: int, shard_bytes: int) -> None:
-        self._writer = writer
+    def __init__(self, writer: SetWriter, shard_samples: int, shard_bytes: int, grace: Grace) -> None:
+        self._writer, self._grace = writer, grace
         self._limits = (shard_samples, shard_bytes)
         self._shard: ShardWriter | None = None
         self._last = RowPlace("", -1)  # the last row, and how many samples and rejections it has so far
@@ -110,11 +116,15 @@ class _Shards:
         here = self._place(prepared)
         if shard and (shard.samples >= shard_samples or shard.size + size > shard_bytes):
             self._close(here)
+            self._grace.check()
         if self._shard is None:
-            self._shard = ShardWriter(self._writer.folder, f"{self._writer.name}-{len(self._writer.shards):06d}")
+            name = f"{self._writer.name}-{len(self._writer.shards):06d}"
+            self._shard = ShardWriter(self._writer.folder, name)
+            self._grace.begin(f"shard '{name}'", shard_samples)
         members = self._shard.add(prepared.facts.key, prepared.members)
         self._writer.add(prepared.facts, members, prepared.file, prepared.row)
         self._last = replace(here, done=here.done + 1)
+        self._grace.advance(1)
 
     def reject(self, row: RejectedRow) -> None:
         """List a row as rejected."""
@@ -128,5 +138,6 @@ class _Shards:
 
     def _close(self, after: RowPlace | None) -> None:
         if self._shard:
+            self._grace.end()
             self._writer.close_shard(self._shard.close(), after)
             self._shard = None

@@ -28,6 +28,7 @@ from llavamod_offline.data.sources.system_files import is_system_name
 from llavamod_offline.data.tars.tar_reader import TarGroup, TarReader
 from llavamod_offline.data.tars.tar_samples import ReadRule, read_group
 from llavamod_offline.errors import DataError, StorageError
+from llavamod_offline.grace import Grace
 from llavamod_offline.storage.disk_cache import scratch
 from llavamod_offline.storage.remote import RemoteFolder, Wanted
 from llavamod_offline.storage.remote_file import Place, RemoteFile
@@ -77,13 +78,15 @@ def index_tars(
     licences: Mapping[str, str] | None = None,
     workers: int = 1,
     advance: Callable[[int], object] = lambda size: None,
+    grace: Grace | None = None,
 ) -> PackSummary:
     """Make the set folder `output` from the samples in `tars`, which stay unchanged.
 
     Tars below the folder that holds `output` are stored by relative path, so that both can be moved together; others by
     absolute path or URL. `keys`: the members' key (as `key_from_id` writes it), or that prefixed with the tar's name,
     for tars that use the same keys. `caption_prompt`: the prompt of captions; without it they are rejected. `ignore`:
-    suffixes of members to ignore. `workers`: processes, each of which reads a tar at a time.
+    suffixes of members to ignore. `workers`: processes, each of which reads a tar at a time. `grace`: on SIGTERM,
+    decides whether the whole set is finished; a part of it cannot be kept.
     Errors: as `write_set`, and `DataError` if a tar is not a file or given twice.
     """
     weights = weights or {}
@@ -94,9 +97,12 @@ def index_tars(
     with new_set(output, None, overwrite=overwrite, duplicate_hint=hint) as writer:
         with writer:
             jobs = list(zip(tars, names, strict=True))
+            grace = grace or Grace()
+            grace.begin("the set", len(jobs))
             for (_, name), tar in zip(jobs, map_in_order(reader, jobs, workers=workers, chunk=1), strict=True):
                 _add(writer, name, tar)
                 advance(tar.size)
+                grace.advance(1)
             writer.check(max_rejected, weights=weights, licences=licences or {})
         more: dict[str, Any] = {} if caption_prompt is None else {"caption_prompt": caption_prompt}
         return writer.finish(weights, more | ({"licences": dict(sorted(licences.items()))} if licences else {}))

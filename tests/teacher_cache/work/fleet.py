@@ -1,0 +1,126 @@
+"""Workers on one output that are killed and stopped at random, under clocks that disagree, until the cache is whole.
+
+Each worker is the console script in a process of its own; SHIFT_VARIABLE shifts `time.time` in it by so many seconds.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.scripts import Script, fork_script
+
+SHIFT_VARIABLE = "LLAVAMOD_TEST_CLOCK_SHIFT"
+WORKERS = 4
+_SHIFT_SECONDS = 300.0
+_POLL_SECONDS = 0.02
+_FINE = (0, 4, 128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL)
+
+
+@dataclass
+class FleetRun:
+    """What became of one output: the digest, the signals sent, and how often each shard was begun and captured."""
+
+    digest: str = ""
+    signals: Counter[str] = field(default_factory=Counter)
+    statuses: Counter[int] = field(default_factory=Counter)
+    begun: Counter[str] = field(default_factory=Counter)
+    captured: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+
+    @property
+    def kills(self) -> int:
+        """How many workers were killed or stopped."""
+        return self.signals.total()
+
+
+def run_fleet(
+    command: list[str],
+    folder: Path,
+    *,
+    kills: int,
+    pause: tuple[float, float],
+    lease_seconds: float,
+    seed: int,
+    variables: Mapping[str, str] | None = None,
+) -> FleetRun:
+    """Keep four workers running until one completes the cache; kill one of them at random, `kills` times in all.
+
+    `pause`: the least and the most seconds between two kills.
+    """
+    rng, made = random.Random(seed), FleetRun()
+    folder.mkdir(parents=True, exist_ok=True)
+    log, numbers, began = folder / "shards.log", itertools.count(), time.monotonic()
+    log.touch()
+
+    def start() -> Script:
+        shift = rng.uniform(-_SHIFT_SECONDS, _SHIFT_SECONDS)
+        grace = rng.choice(["0", "0.05", "5"])
+        prepare = functools.partial(_prepare, {**(variables or {}), SHIFT_VARIABLE: f"{shift:.0f}"}, str(log))
+        own = [*command, "--lease", f"{lease_seconds:g}", "--grace", grace, "--json"]
+        return fork_script(own, folder / f"worker-{next(numbers)}", before=prepare)
+
+    workers = [start() for _ in range(WORKERS)]
+    next_kill = time.monotonic() + rng.uniform(*pause)
+    while not made.digest:
+        time.sleep(_POLL_SECONDS)
+        if made.kills < kills and time.monotonic() >= next_kill:
+            number = rng.choice([signal.SIGKILL, signal.SIGTERM])
+            rng.choice(workers).send(number)
+            made.signals[number.name] += 1
+            next_kill = time.monotonic() + rng.uniform(*pause)
+        for place, worker in enumerate(workers):
+            if worker.process.exitcode is None:
+                continue
+            status, stderr = worker.ended()
+            made.statuses[status] += 1
+            assert status in _FINE, stderr
+            assert "Traceback" not in stderr, stderr
+            if status == 0:
+                made.digest = json.loads(worker.stdout.read_text().splitlines()[-1])["digest"]
+            else:
+                workers[place] = start()
+    for worker in workers:
+        status, stderr = worker.ended()
+        assert status in _FINE, stderr
+    for line in log.read_text().splitlines():
+        event, _, shard = line.partition(" ")
+        (made.begun if event == "begin" else made.captured)[shard] += 1
+    made.seconds = time.monotonic() - began
+    return made
+
+
+def _prepare(variables: Mapping[str, str], log: str) -> None:
+    """Shift this process's clock, and log each shard that it begins and captures."""
+    os.environ.update(variables)
+    clock, shift = time.time, float(os.environ[SHIFT_VARIABLE])
+    time.time = lambda: clock() + shift
+
+    from teacher_cache.capture import pipeline
+
+    capture = pipeline.capture_prepared
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+
+    def logged(setup, engine, prepared, progress):  # type: ignore[no-untyped-def]
+        name = prepared.order and setup.samples.shard_names[_shard_of(setup, next(iter(prepared.order))[0])]
+        os.write(descriptor, f"begin {name}\n".encode())
+        done = capture(setup, engine, prepared, progress)
+        os.write(descriptor, f"captured {name}\n".encode())
+        return done
+
+    pipeline.capture_prepared = logged
+
+
+def _shard_of(setup, key: str) -> int:  # type: ignore[no-untyped-def]
+    row = setup.samples.row_of(key)
+    names = setup.samples.shard_names
+    return next(number for number, name in enumerate(names) if row in setup.samples.rows_of(name))

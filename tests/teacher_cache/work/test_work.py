@@ -1,0 +1,142 @@
+"""Workers that share one output: what they end with, and what they leave to others."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from llavamod_offline.config import load_config
+from llavamod_offline.errors import ConfigError, LlavaModError, ModelError
+from llavamod_offline.storage.folders import open_folder
+from llavamod_offline.storage.lock import locked
+from teacher_cache.capture_setup import CaptureSetup
+from teacher_cache.config import CacheTeacherConfig
+from teacher_cache.engines.protocol import CaptureEngine, Outcome, Request
+from teacher_cache.read.reader import open_cache
+from teacher_cache.verify.repair import repair_cache
+from teacher_cache.work.heartbeat import Heartbeat
+from teacher_cache.work.run import WorkSummary, work
+from teacher_cache.work.status import read_status
+from tests.teacher_cache.conftest import World
+
+
+def one(world: World, output: Path | str, *overrides: str, engine: Failing | None = None) -> WorkSummary:
+    """Work in this process until nothing is left."""
+    arguments = world.arguments(Path("unused"), *overrides)
+    config = load_config(CacheTeacherConfig, (), [*arguments, f"output={output}"])
+    if engine is None:
+        return work(config, lease_seconds=1.0)
+    return work(config, lease_seconds=1.0, load=engine.load)
+
+
+class Failing:
+    """A teacher that fails at some shards, as often as told."""
+
+    def __init__(self, times: dict[int, int], error: Exception | None = None) -> None:
+        self.settings = None
+        self._left = times
+        self._error = error or ModelError("does not fit")
+
+    def load(self, setup: CaptureSetup) -> CaptureEngine:
+        """Load the true one behind it."""
+        self._setup, self._engine = setup, setup.load()
+        self.settings = self._engine.settings
+        return copy.copy(self)
+
+    def capture(self, requests: Sequence[Request]) -> Iterator[Outcome]:
+        """Fail amid a shard, or capture it."""
+        shard = requests[0].row // 5
+        found = self._engine.capture(requests)
+        if self._left.get(shard, 0):
+            self._left[shard] -= 1
+            yield next(found)
+            raise self._error
+        yield from found
+
+
+def test_one_worker_makes_the_cache_of_a_run(world: World, finished: Path, tmp_path: Path) -> None:
+    done = one(world, tmp_path / "c")
+    assert done.capture.complete
+    assert (done.capture.digest, done.failed) == (open_cache(finished).digest, {})
+    assert list((tmp_path / "c" / ".work" / "claims").iterdir()) == []
+    again = one(world, tmp_path / "c")
+    assert (again.capture.sequences, again.capture.digest) == (0, done.capture.digest)
+
+
+def test_a_bucket_is_worked_on_as_a_folder_is(world: World, finished: Path, bucket: str) -> None:
+    done = one(world, f"{bucket}/c")
+    assert done.capture.digest == open_cache(finished).digest
+    found = read_status(f"{bucket}/c")
+    assert (found.complete, found.done, found.positions) == (True, 5, done.capture.positions)
+
+
+def test_a_shard_that_fails_is_tried_again_and_the_cache_is_whole(world: World, finished: Path, tmp_path: Path) -> None:
+    done = one(world, tmp_path / "c", engine=Failing({1: 2, 3: 1}))
+    assert (done.capture.digest, done.failed) == (open_cache(finished).digest, {})
+
+
+def test_a_shard_that_keeps_failing_is_listed_and_the_others_are_captured(world: World, tmp_path: Path) -> None:
+    done = one(world, tmp_path / "c", engine=Failing({2: 99}))
+    assert (done.capture.complete, done.capture.shards_done) == (False, 4)
+    (name,) = done.failed
+    assert done.failed[name] == "ModelError: does not fit"
+    found = read_status(str(tmp_path / "c"))
+    assert (found.done, found.failed, found.claimed) == (4, 1, {})
+    assert [(item.shard, item.attempts, item.given_up) for item in found.failures] == [(name, 3, True)]
+    again = one(world, tmp_path / "c")  # it is not tried again by itself
+    assert list(again.failed) == [name]
+
+
+def test_a_worker_at_which_every_shard_fails_ends_with_the_error(world: World, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="does not fit"):
+        one(world, tmp_path / "c", engine=Failing(dict.fromkeys(range(5), 99)))
+    found = read_status(str(tmp_path / "c"))
+    assert [item.attempts for item in found.failures] == [1, 1, 1]
+    assert found.failed == 0
+
+
+def test_a_bug_ends_the_worker_with_its_traceback_and_frees_the_shard(
+    world: World, finished: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ZeroDivisionError):
+        one(world, tmp_path / "c", engine=Failing({2: 1}, ZeroDivisionError("a bug")))
+    (failure,) = read_status(str(tmp_path / "c")).failures
+    assert failure.reason == "ZeroDivisionError: a bug"
+    assert one(world, tmp_path / "c").capture.digest == open_cache(finished).digest
+
+
+def test_other_writers_and_workers_keep_each_other_out(world: World, tmp_path: Path) -> None:
+    output = tmp_path / "c"
+    with locked(output), pytest.raises(ConfigError, match=r"output: .* is in use by process"):
+        one(world, output)
+    assert not (output / "shards").exists()
+    with Heartbeat(open_folder(output), 60.0):
+        with pytest.raises(ConfigError, match=r"is in use by a worker, process \d+ on host"):
+            world.run(output)
+        with pytest.raises(ConfigError, match="is in use by a worker"):
+            world.run(output, "slice=0/2")
+    assert world.run(output).complete  # that worker has ended
+    with Heartbeat(open_folder(output), 60.0), pytest.raises(ConfigError, match="is in use by a worker"):
+        repair_cache(output)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("slice=0/2", "config: slice: workers share the shards by themselves"),
+        ("engine.ray=true", "config: engine.ray: workers share the shards by themselves"),
+        ("output_set=sets/x", "output_set belongs to `cache-teacher generate`"),
+        ("capture.attempts=0", "capture.attempts is 0: must be at least 1"),
+        ("capture.seed=1", "different settings: capture.seed: was 0, now 1"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_anything_is_written(
+    setting: str, words: str, world: World, finished: Path
+) -> None:
+    before = sorted(finished.rglob("*"))
+    with pytest.raises(LlavaModError, match=words):
+        one(world, finished, setting)
+    assert sorted(finished.rglob("*")) == before
