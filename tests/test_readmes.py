@@ -31,6 +31,7 @@ GROUPS: dict[str, typer.Typer] = {
 }
 SETTINGS = {
     "cache-teacher run": CacheTeacherConfig,
+    "cache-teacher work": CacheTeacherConfig,
     "cache-teacher generate": CacheTeacherConfig,
     "cache-teacher plan": CacheTeacherConfig,
     "eval-student generate": EvalGenerateConfig,

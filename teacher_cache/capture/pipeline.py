@@ -37,7 +37,7 @@ class ShardCounts:
     rejected: tuple[Rejection, ...]
 
 
-class ShardWriter(Protocol):
+class ShardSink(Protocol):
     """What captured shards are committed to: a `CacheStore`, or a claim on one shard of it."""
 
     def commit(
@@ -50,7 +50,7 @@ class ShardWriter(Protocol):
 def capture_shards(
     setup: CaptureSetup,
     engine: CaptureEngine,
-    store: ShardWriter,
+    store: ShardSink,
     names: Iterable[str],
     progress: Progress,
     *,

@@ -132,6 +132,9 @@ def plan(
             "--file", metavar="FILE", help="Save the plan in FILE instead of .NAME.plan.jsonl next to the output."
         ),
     ] = None,
+    scale: Annotated[
+        str | None, typer.Option(metavar="N,…", help="Also say what so many samples take, such as 5e6,1e9.")
+    ] = None,
     print_config: PrintConfig = False,
     as_json: AsJson = False,
 ) -> None:
@@ -144,6 +147,7 @@ def plan(
       cache-teacher plan data=sets/captions teacher=checkpoints/teacher output=caches/captions
       cache-teacher plan capture.yaml capture.top_k=24 --samples 64 --seconds 20
       cache-teacher run capture.yaml && cache-teacher plan capture.yaml
+      cache-teacher plan capture.yaml --scale 5e6,1e9      # files, requests, hours, opening time, a training's memory
 
     The plan is kept beside the output; runs append their time. Nothing is written into the output itself.
     """
@@ -160,17 +164,25 @@ def plan(
     from teacher_cache.inspection.terminal import make_console
     from teacher_cache.plan import estimate as planning
     from teacher_cache.plan import tables as view
+    from teacher_cache.plan.scale import parse_scale, scaled
 
     kept = file or planning.plan_file(config.output)
+    numbers = parse_scale(scale) if scale else []
     finished = planning.finished_cache(config.output)
-    if finished is not None:
+    if finished is not None and not numbers:
         fact = planning.compare(config.output, finished, kept)
         print(json.dumps(dataclasses.asdict(fact))) if as_json else view.print_comparison(make_console(), fact)
         return
     made = planning.make_plan(config, samples=samples, seconds=seconds)
     shown = {**dataclasses.asdict(made), "fingerprint": without_tokens(made.fingerprint)}
-    print(json.dumps(shown)) if as_json else view.print_plan(make_console(), made, kept)
-    if kept is not None:  # after printing: a file that cannot be written loses no estimate
+    larger = scaled(made, numbers)
+    if as_json:
+        print(json.dumps({**shown, **({"scale": [dataclasses.asdict(item) for item in larger]} if larger else {})}))
+    else:
+        view.print_plan(make_console(), made, kept)
+        if larger:
+            view.print_scaled(make_console(), larger)
+    if kept is not None and finished is None:  # after printing: a file that cannot be written loses no estimate
         planning.write_plan(kept, made)
 
 

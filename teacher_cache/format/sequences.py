@@ -195,6 +195,11 @@ class SequenceRows:
         )
 
     @cached_property
+    def starts_Q(self) -> NDArray[np.int64]:
+        """Where the positions of each sequence begin, and where the last end."""
+        return edges(self.table)
+
+    @cached_property
     def _numbers(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         names = ("n_tokens", "sum_log_prob", "mean_entropy")
         tokens, sums, entropies = (self.table.column(name).to_numpy() for name in names)

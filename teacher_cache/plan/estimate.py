@@ -36,7 +36,8 @@ class Plan:
 
     `positions_error`: relative standard error of `positions`, and so of bytes and time. `seconds`: of `prepare` (hashes
     the weights), `load`, `capture` and `write`. `bytes`: of each part. `gpu_hours`: None without a GPU.
-    `presets`: the bytes of the whole cache with each preset unchanged, for the same capture.temperature.
+    `presets`: the bytes of the whole cache with each preset unchanged, for the same capture.temperature. `shard_files`:
+    of each of the `shards`; `index_bytes`: of cache.json; 0 in older plans.
     """
 
     output: str
@@ -53,6 +54,9 @@ class Plan:
     probe: dict[str, float]
     presets: dict[str, int]
     fingerprint: dict[str, Any]
+    shards: int = 0
+    shard_files: int = 0
+    index_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -105,12 +109,12 @@ def make_plan(config: CacheTeacherConfig, *, samples: int, seconds: float) -> Pl
     total, jobs = len(job.samples), config.part[1]
     share = total / run.samples
     positions, error = run.positions(total)
-    parts, write_seconds = whole_cache(job, run.captured, run.samples)
+    whole = whole_cache(job, run.captured, run.samples)
     spent = {
         "prepare": (prepared - started) * jobs,
         "load": (loaded - prepared) * jobs,
         "capture": run.seconds * share,
-        "write": write_seconds,
+        "write": whole.seconds,
     }
     return Plan(
         output=config.output,
@@ -121,7 +125,7 @@ def make_plan(config: CacheTeacherConfig, *, samples: int, seconds: float) -> Pl
         positions=round(positions * share),
         positions_error=error,
         rejected=round(run.rejected * share),
-        bytes=parts,
+        bytes=whole.parts,
         seconds={name: round(value, 3) for name, value in spent.items()},
         gpu_hours=sum(spent.values()) / 3600 if job.device.startswith("cuda") else None,
         probe={
@@ -132,6 +136,9 @@ def make_plan(config: CacheTeacherConfig, *, samples: int, seconds: float) -> Pl
         },
         presets=preset_bytes(job, engine, run, seconds=seconds / 4),
         fingerprint=job.fingerprint,
+        shards=len(job.samples.shard_names),
+        shard_files=whole.shard_files,
+        index_bytes=whole.index_bytes,
     )
 
 

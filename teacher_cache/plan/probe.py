@@ -93,12 +93,22 @@ def preset_bytes(job: CaptureSetup, engine: CaptureEngine, run: ProbedRun, *, se
         few = min(seconds / run.seconds, _PRESET_IDS / (positions * variant.settings.top_k), 1.0)
         rows = even_rows(len(job.samples), max(int(run.samples * few), 1))
         if captured := capture_rows(variant, other, rows)[0]:
-            found[name] = sum(whole_cache(variant, captured, len(rows))[0].values())
+            found[name] = sum(whole_cache(variant, captured, len(rows)).parts.values())
     return found
 
 
-def whole_cache(job: CaptureSetup, captured: Sequence[SequenceRecord], samples: int) -> tuple[dict[str, int], float]:
-    """The bytes of each part of a cache of the whole set, and the seconds of writing it, scaled from `samples`.
+@dataclass(frozen=True)
+class WholeCache:
+    """The bytes of each part of a cache, the seconds of writing it, the bytes of cache.json, and a shard's files."""
+
+    parts: dict[str, int]
+    seconds: float
+    index_bytes: int
+    shard_files: int
+
+
+def whole_cache(job: CaptureSetup, captured: Sequence[SequenceRecord], samples: int) -> WholeCache:
+    """What a cache of the whole set takes, scaled from `samples`.
 
     An empty shard shows what every shard costs; the rest grows with the number of samples.
     """
@@ -117,7 +127,8 @@ def whole_cache(job: CaptureSetup, captured: Sequence[SequenceRecord], samples: 
     own = job_content(job.fingerprint, names)
     entries = [shard_entry(names[0], content, json.loads(content))] * len(names)
     parts = {name: empty.get(name, 0) * len(names) + (size - empty.get(name, 0)) * share for name, size in full.items()}
-    small_files = len(canonical(own)) + len(canonical(cache_content(own, entries, {})))
-    parts["metadata"] = full["metadata"] * len(names) + small_files
+    index_bytes = len(canonical(cache_content(own, entries, {})))
+    parts["metadata"] = full["metadata"] * len(names) + len(canonical(own)) + index_bytes
     rounded = {name: round(size) for name, size in sorted(parts.items(), key=lambda item: -item[1])}
-    return rounded, seconds[0] * len(names) + max(seconds[1] - seconds[0], 0.0) * share
+    spent = seconds[0] * len(names) + max(seconds[1] - seconds[0], 0.0) * share
+    return WholeCache(rounded, spent, index_bytes, len(json.loads(content)["files"]) + 1)

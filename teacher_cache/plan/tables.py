@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from teacher_cache.inspection.terminal import Justify, add_row, make_table, print_pairs, print_parts, readable_bytes
 from teacher_cache.plan.estimate import Comparison, Plan
+from teacher_cache.plan.scale import ScaledPlan
 
 _COUNTS = ("positions", "sequences", "rejected", "bytes", "bytes per position")
 _UNITS = (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0))
@@ -55,6 +58,18 @@ def print_plan(console: Console, plan: Plan, kept: Path | None) -> None:
     print_pairs(console, [("plan", where)])
 
 
+def print_scaled(console: Console, scaled: Sequence[ScaledPlan]) -> None:
+    """Print what larger captures take, a column each."""
+    console.print()
+    columns: list[tuple[str, Justify]] = [("samples", "left"), *((f"{item.samples:,}", "right") for item in scaled)]
+    table = make_table(console, "At scale", columns)
+    for name, show in _SCALED.items():
+        values = [getattr(item, name) for item in scaled]
+        if any(value is not None for value in values):
+            add_row(table, name.replace("_", " "), *map(show, values))
+    console.print(table)
+
+
 def print_comparison(console: Console, done: Comparison) -> None:
     """Print a finished cache next to its plan."""
     actual = _figures(done.positions, done.sequences, done.rejected, done.bytes)
@@ -79,6 +94,10 @@ def print_comparison(console: Console, done: Comparison) -> None:
     console.print(table)
     for line in _remarks(done):
         console.print(line)
+
+
+def _count(value: float) -> str:
+    return f"{value:,}"
 
 
 def _figures(positions: int, sequences: int, rejected: int, parts: dict[str, int]) -> dict[str, float]:
@@ -107,6 +126,16 @@ def readable_seconds(seconds: float) -> str:
         if seconds >= unit:
             return f"{seconds / unit:.3g} {name}"
     return f"{seconds:.3g} seconds"
+
+
+_SCALED: dict[str, Callable[[Any], str]] = {
+    **dict.fromkeys(("shards", "sequences", "positions", "files", "write_requests"), _count),
+    **dict.fromkeys(("bytes", "index_bytes", "table_bytes"), readable_bytes),
+    "machine_hours": lambda hours: f"{hours:,.4g}",
+    "gpu_hours": lambda hours: f"{hours:,.4g}",
+    **dict.fromkeys(("open_seconds", "join_seconds"), readable_seconds),
+    **dict.fromkeys(("open_memory", "training_memory", "training_disk"), readable_bytes),
+}
 
 
 def _per_position(size: int, positions: int) -> str:

@@ -29,15 +29,14 @@ Texts = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 
 class SequenceIndex:
-    """The row of each (key, role); rows are numbered across shards, in their order."""
+    """The row of each (key, role); rows are numbered across shards, in their order.
 
-    def __init__(self, shards: Sequence[SequenceRows]) -> None:
+    `counts`: the number of rows of each shard, where the shards should not be opened to learn it.
+    """
+
+    def __init__(self, shards: Sequence[SequenceRows], counts: Sequence[int] | None = None) -> None:
         self.shards = shards
-        self.first_rows = np.cumsum([0, *(len(rows) for rows in shards)])
-        # Where each sequence's positions begin, numbered across shards.
-        self.starts_Q = np.zeros(len(self) + 1, np.int64)
-        if shards:
-            np.cumsum(np.concatenate([rows.n_position_Q for rows in shards]), dtype=np.int64, out=self.starts_Q[1:])
+        self.first_rows = np.cumsum([0, *([len(rows) for rows in shards] if counts is None else counts)])
         # The row replaces the lowest bits of a hash: sorting numbers is several times as fast as sorting indices.
         self._row_bits = np.uint64((1 << len(self).bit_length()) - 1)
 
@@ -111,6 +110,15 @@ class SequenceIndex:
     def find_one(self, key: str, role: str) -> int:
         """The row of one (key, role), −1 if missing."""
         return int(self.find([(key, role)])[0])
+
+    def spans(self, rows_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
+        """The shards of rows, and the range of the positions of each in its shard."""
+        shards_B, locals_B = self.places(rows_B)
+        spans = np.zeros((len(rows_B), 2), np.int64)
+        for shard in np.unique(shards_B).tolist():
+            mine = shards_B == shard
+            spans[mine] = self.shards[shard].starts_Q[np.stack([locals_B[mine], locals_B[mine] + 1], 1)]
+        return shards_B, [(start, stop) for start, stop in spans.tolist()]
 
     def places(self, rows_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The shards of rows, and their rows in the shards' tables."""

@@ -28,6 +28,7 @@ from teacher_cache.format.manifest import (
     CACHE_NAME,
     JOB_NAME,
     MANIFEST_NAME,
+    SEQUENCES_NAME,
     SHARDS_NAME,
     cache_bytes,
     has_own_digest,
@@ -38,6 +39,7 @@ from teacher_cache.format.sequences import CachedSequence, SequenceRows
 from teacher_cache.read.block_cache import BlockReader, Columns
 from teacher_cache.read.cache_tail_profile import staged_tail_sums, tail_sums
 from teacher_cache.read.key_index import SequenceIndex
+from teacher_cache.read.lazy_rows import LazyRows
 from teacher_cache.read.shard_files import VERIFY, LocalShards, Manifests, ShardFiles, StagedShards, checked_manifest
 from teacher_cache.read.to_targets import sparse_targets
 
@@ -46,6 +48,8 @@ __all__ = ["CachedSequence", "TeacherCache", "open_cache"]
 # Sequences as (key, role) pairs, or as rows from `TeacherCache.rows`.
 Items = Sequence[tuple[str, str]] | NDArray[np.int64]
 
+# Larger tables of sequences are opened shard by shard, when they are first read: 10⁹ samples have 100 GB of them.
+_OPENED_BYTES = 2**30
 _MEMORY_BYTES = 256 * 2**20
 _MOST_MEMORY_BYTES = 2**30
 # Sizes of decoded records (`Records`, `block_cache.py`): underestimating by one byte causes endless re-decoding.
@@ -59,6 +63,7 @@ def open_cache(
 
     `staging`: where copies of remote files are kept (default: see `llavamod_offline/storage/disk_cache.py`).
     `temperature`: the only one to be used, which makes decoding faster (1 needs no normaliser; None: any).
+    Of a cache with more than 1 GiB of sequence tables, these are opened and checked when they are first read.
     Errors: `CacheError` if the cache is missing, unfinished or of another format version, or a small file is damaged;
     `StorageError` if a bucket cannot be read.
     """
@@ -99,9 +104,12 @@ class TeacherCache:
             self._files = StagedShards(self._folder, self._shards, self.digest, self._staging)
         else:
             self._files = LocalShards(self._folder, self._shards)
-        self._tables = self._files.tables()
-        self._rows = [SequenceRows(table) for table in self._tables]
-        self._index = SequenceIndex(self._rows)
+        self._rows: Sequence[SequenceRows]
+        if sum(int(shard["files"][SEQUENCES_NAME]["bytes"]) for shard in self._shards) <= _OPENED_BYTES:
+            self._rows = [SequenceRows(table) for table in self._files.tables()]
+        else:
+            self._rows = LazyRows(self._files.table, len(self._shards))
+        self._index = SequenceIndex(self._rows, [int(shard["sequences"]) for shard in self._shards])
         self._profile: Tensor | None = None
         manifests = Manifests(self._files.folders, self._shards)
         self._blocks = BlockReader(self._files.folders, manifests, memory_bytes, self.temperatures)
@@ -169,14 +177,14 @@ class TeacherCache:
     def roles(self) -> tuple[str, ...]:
         """The roles that occur, sorted."""
         found: set[str] = set()
-        for table in self._tables:
-            found.update(table.column("role").unique().to_pylist())
+        for rows in self._rows:
+            found.update(rows.table.column("role").unique().to_pylist())
         return tuple(sorted(found))
 
     def keys(self, role: str) -> set[str]:
         """The keys of all sequences of one role."""
         found: set[str] = set()
-        for table in self._tables:
+        for table in (rows.table for rows in self._rows):
             found.update(table.filter(pc.equal(table.column("role"), role)).column("key").to_pylist())
         return found
 
@@ -250,7 +258,7 @@ class TeacherCache:
 
     def numbers(self, name: str) -> NDArray[Any]:
         """`n_tokens`, `n_position`, `sum_log_prob` or `mean_entropy` of all sequences, in the order of the cache."""
-        return np.concatenate([np.zeros(0), *(table.column(name).to_numpy() for table in self._tables)])
+        return np.concatenate([np.zeros(0), *(rows.table.column(name).to_numpy() for rows in self._rows)])
 
     def shard_rows(self) -> list[range]:
         """The rows of each shard's sequences, as `items` takes them."""
@@ -322,10 +330,7 @@ class TeacherCache:
 
     def _spans(self, rows_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
         """The shard of each sequence, and the range of its positions there."""
-        shards_B, _ = self._index.places(rows_B)
-        firsts_B = self._index.starts_Q[self._index.first_rows[shards_B]]
-        spans_B2 = self._index.starts_Q[np.stack([rows_B, rows_B + 1], 1)] - firsts_B[:, None]
-        return shards_B, [(start, stop) for start, stop in spans_B2.tolist()]
+        return self._index.spans(rows_B)
 
     def _find(self, items: Items) -> NDArray[np.int64]:
         if isinstance(items, np.ndarray):

@@ -41,6 +41,10 @@ class ShardFiles(Protocol):
         """Open the table of every shard. Errors: `CacheError` if one is missing or damaged; `StorageError`."""
         ...
 
+    def table(self, shard: int) -> pa.RecordBatch:
+        """Open the table of one shard. Errors: as `tables`."""
+        ...
+
     def hold(self, shard: int) -> AbstractContextManager[object]:
         """Keep a shard's columns on this machine. Errors: `CacheError` if a file is damaged; `StorageError`."""
         ...
@@ -57,6 +61,10 @@ class LocalShards:
         """See `ShardFiles`."""
         files = (folder / SEQUENCES_NAME for folder in self.folders)
         return [_checked_table(file, shard) for file, shard in zip(files, self._shards, strict=True)]
+
+    def table(self, shard: int) -> pa.RecordBatch:
+        """See `ShardFiles`."""
+        return _checked_table(self.folders[shard] / SEQUENCES_NAME, self._shards[shard])
 
     def hold(self, shard: int) -> AbstractContextManager[object]:
         """See `ShardFiles`."""
@@ -85,6 +93,18 @@ class StagedShards:
         size = sum(entry["bytes"] for entry in entries)
         with self._staging.hold(f"tables-{self._digest}", size, fill) as unit:
             return [_checked_table(unit / name, shard) for name, shard in zip(names, self._shards, strict=True)]
+
+    def table(self, shard: int) -> pa.RecordBatch:
+        """See `ShardFiles`."""
+        about = self._shards[shard]
+        entry = about["files"][SEQUENCES_NAME]
+        name = f"{SHARDS_NAME}/{about['name']}/{SEQUENCES_NAME}"
+
+        def fill(aside: Path) -> None:
+            self._fetch([(name, aside / SEQUENCES_NAME, entry)])
+
+        with self._staging.hold(f"table-{entry['sha256']}", entry["bytes"], fill) as unit:
+            return _checked_table(unit / SEQUENCES_NAME, about)
 
     def hold(self, shard: int) -> AbstractContextManager[object]:
         """See `ShardFiles`."""
@@ -154,4 +174,7 @@ def _checked_table(file: Path, shard: Entry) -> pa.RecordBatch:
     content = map_file(file) if file.is_file() else None
     if content is None or sha256_bytes(memoryview(content)) != shard["files"][SEQUENCES_NAME]["sha256"]:
         raise CacheError(f"{file}: missing, or its checksum is not the one in {CACHE_NAME}: {VERIFY}")
-    return parse_sequences(content, file)
+    table = parse_sequences(content, file)
+    if len(table) != shard["sequences"]:
+        raise CacheError(f"{file}: has {len(table)} sequences, {CACHE_NAME} lists {shard['sequences']}: {VERIFY}")
+    return table

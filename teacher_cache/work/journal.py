@@ -40,12 +40,16 @@ class Journal:
     def add(self, name: str) -> DoneShard:
         """Add a committed shard; returns its counts."""
         (done,) = read_counts(self._folder, [name])
-        self._shards[name] = done
+        self.note_all({name: done})
+        return done
+
+    def note_all(self, shards: Mapping[str, DoneShard]) -> None:
+        """Add shards whose counts are known."""
+        self._shards.update(shards)
         file = f"{_DONE}/{self._worker}-{self._files}.json"
         self._folder.write(file, json.dumps(self._shards, ensure_ascii=False, indent=0).encode())
-        if len(self._shards) == _FILE_SHARDS:
+        if len(self._shards) >= _FILE_SHARDS:
             self._shards, self._files = {}, self._files + 1
-        return done
 
 
 def read_journals(folder: Folder) -> dict[str, DoneShard]:

@@ -86,14 +86,14 @@ def work(
         stack.enter_context(keeping(lambda: store.kept))
         store.start()
         store.folder.create(SETTINGS_NAME, dump_config(_anywhere(config)).encode())
-        worker = _Worker(setup, store, heartbeat, tally, config.capture.attempts, config.max_rejected)
+        worker = _FleetWorker(setup, store, heartbeat, tally, config.capture.attempts, config.max_rejected)
         stack.callback(worker.release)
         failed = worker.work(load, grace)
         return WorkSummary(heartbeat.worker, tally.summary(store, config.output), failed)
 
 
-class _Worker:
-    """Captures what it can claim; also what claimed shards are committed to (`pipeline.ShardWriter`)."""
+class _FleetWorker:
+    """Captures what it can claim; also what claimed shards are committed to (`pipeline.ShardSink`)."""
 
     def __init__(
         self,

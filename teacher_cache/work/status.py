@@ -114,7 +114,7 @@ def read_status(where: str, *, plan: Path | None = None, pause: Callable[[float]
         seconds_left=round(max(total - counts.positions, 0) / rate, 1) if rate and total is not None else None,
         machine_hours=sum(line.hours for line in lines),
         gpu_hours=sum(line.gpu_hours for line in lines),
-        planned=planned and _planned(planned),
+        planned=_planned(planned) if planned else None,
         workers=lines,
         failures=failures,
     )

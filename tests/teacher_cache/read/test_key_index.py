@@ -89,7 +89,8 @@ def test_everything_is_found_where_it_is_and_nothing_else(shards: list[Items], a
     for row, item in enumerate(known):
         shard, local = index.place(row)
         assert unique[shard][local] == item
-        assert index.starts_Q[row + 1] - index.starts_Q[row] == local
+        (found,), ((start, stop),) = index.spans(np.array([row]))
+        assert (found, stop - start) == (shard, local)
 
 
 @given(keys=st.lists(st.text(max_size=30), min_size=1), role=st.sampled_from(ROLES))

@@ -106,18 +106,18 @@ def _prepare(variables: Mapping[str, str], log: str) -> None:
     time.time = lambda: clock() + shift
 
     from teacher_cache.capture import pipeline
+    from teacher_cache.capture.shard import capture_prepared
 
-    capture = pipeline.capture_prepared
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
 
     def logged(setup, engine, prepared, progress):  # type: ignore[no-untyped-def]
         name = prepared.order and setup.samples.shard_names[_shard_of(setup, next(iter(prepared.order))[0])]
         os.write(descriptor, f"begin {name}\n".encode())
-        done = capture(setup, engine, prepared, progress)
+        done = capture_prepared(setup, engine, prepared, progress)
         os.write(descriptor, f"captured {name}\n".encode())
         return done
 
-    pipeline.capture_prepared = logged
+    setattr(pipeline, "capture_prepared", logged)  # noqa: B010
 
 
 def _shard_of(setup, key: str) -> int:  # type: ignore[no-untyped-def]

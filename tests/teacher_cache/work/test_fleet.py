@@ -46,5 +46,7 @@ def test_a_fleet_that_is_killed_at_random_makes_the_cache_of_one_process(
         variables={**object_store_variables, "LLAVAMOD_STAGING": str(tmp_path / "staging")},
     )
     assert made.digest == digest
-    assert set(made.begun) == {f"{number}" for number in ()} | set(made.begun)
-    print(made)
+    assert made.kills == KILLS
+    assert len(made.captured) == SAMPLES // SHARD_SAMPLES
+    # What was in hand, being captured and being written, is lost with a worker, and done once more.
+    assert made.begun.total() - len(made.begun) <= 2 * made.kills

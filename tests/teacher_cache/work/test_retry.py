@@ -13,6 +13,7 @@ from llavamod_offline.storage.folders import open_folder
 from teacher_cache.capture_setup import CaptureSetup
 from teacher_cache.engines.protocol import CaptureEngine, Outcome, Request
 from teacher_cache.format.manifest import file_entries
+from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.read.reader import open_cache
 from teacher_cache.verify.cache import verify_cache
@@ -25,8 +26,9 @@ from tests.teacher_cache.work.test_work import Failing, one
 class Rejecting:
     """A teacher that rejects some rows of the set, and counts the samples that it is given."""
 
+    settings: RecordSettings
+
     def __init__(self, *rows: int) -> None:
-        self.settings = None
         self._rows = rows
         self.samples: list[int] = []
 
@@ -50,6 +52,8 @@ def test_failed_shards_are_captured_again_with_the_settings_that_were_left(
 ) -> None:
     output = str(tmp_path / "c")
     (name,) = one(world, output, engine=Failing({2: 99})).failed
+    with Heartbeat(open_folder(output), 60.0), pytest.raises(ConfigError, match="is in use by a worker"):
+        retry(retry_config(output, [], []))
     again = Rejecting()
     done = retry(retry_config(output, [], []), load=again.load)
     assert (done.failed_before, done.failed) == ([name], {})
@@ -96,5 +100,3 @@ def test_a_cache_of_a_run_needs_its_settings(world: World, tmp_path: Path) -> No
         retry(retry_config(str(output), [], [*given, "capture.seed=1"]))
     with pytest.raises(CacheError, match="nothing was begun there"):
         retry(retry_config(str(tmp_path / "other"), [], given))
-    with Heartbeat(open_folder(output), 60.0), pytest.raises(ConfigError, match="is in use by a worker"):
-        retry(retry_config(str(output), [], given))

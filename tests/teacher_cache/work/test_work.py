@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
@@ -15,6 +16,7 @@ from llavamod_offline.storage.lock import locked
 from teacher_cache.capture_setup import CaptureSetup
 from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.engines.protocol import CaptureEngine, Outcome, Request
+from teacher_cache.format.record import RecordSettings
 from teacher_cache.read.reader import open_cache
 from teacher_cache.verify.repair import repair_cache
 from teacher_cache.work.heartbeat import Heartbeat
@@ -23,7 +25,15 @@ from teacher_cache.work.status import read_status
 from tests.teacher_cache.conftest import World
 
 
-def one(world: World, output: Path | str, *overrides: str, engine: Failing | None = None) -> WorkSummary:
+class Teacher(Protocol):
+    """A stand-in for a teacher, or the true one."""
+
+    def load(self, setup: CaptureSetup) -> CaptureEngine:
+        """Load it."""
+        ...
+
+
+def one(world: World, output: Path | str, *overrides: str, engine: Teacher | None = None) -> WorkSummary:
     """Work in this process until nothing is left."""
     arguments = world.arguments(Path("unused"), *overrides)
     config = load_config(CacheTeacherConfig, (), [*arguments, f"output={output}"])
@@ -35,8 +45,9 @@ def one(world: World, output: Path | str, *overrides: str, engine: Failing | Non
 class Failing:
     """A teacher that fails at some shards, as often as told."""
 
+    settings: RecordSettings
+
     def __init__(self, times: dict[int, int], error: Exception | None = None) -> None:
-        self.settings = None
         self._left = times
         self._error = error or ModelError("does not fit")
 
