@@ -66,8 +66,11 @@ def run_fleet(
         shift = rng.uniform(-_SHIFT_SECONDS, _SHIFT_SECONDS)
         grace = rng.choice(["0", "0.05", "5"])
         prepare = functools.partial(_prepare, {**(variables or {}), SHIFT_VARIABLE: f"{shift:.0f}"}, str(log))
+        place = folder / f"worker-{next(numbers)}"
+        place.mkdir()
+        (place / "stderr").touch()  # it may be killed before it makes one
         own = [*command, "--lease", f"{lease_seconds:g}", "--grace", grace, "--json"]
-        return fork_script(own, folder / f"worker-{next(numbers)}", before=prepare)
+        return fork_script(own, place, before=prepare)
 
     workers = [start() for _ in range(WORKERS)]
     next_kill = time.monotonic() + rng.uniform(*pause)
