@@ -1,0 +1,117 @@
+"""Distillation against training without teacher on a public world that this project did not draw: easy-VQA.
+
+    python -m tests.benchmarks.easy_vqa --json FILE [--seeds 5] [--output FOLDER]
+
+By the ordinary commands: the toy world's teacher is trained on all training images, and captured once a seed; students
+of half its layers, with a new projector, learn from a few of these images, with and without the teacher, in equal
+steps. Accuracy is on easy-VQA's own test split. `--output` keeps the files; the same command resumes.
+
+`accuracy_distilled`, `accuracy_alone`, `accuracy_teacher`: means over seeds. `p_distilled_over_alone`: of the exact
+paired test of signs and sizes. `distilled_over_alone`: the ratio of the mean accuracies.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from llavamod_offline.demo.plan import LANGUAGE_MODEL, TEACHER
+from llavamod_offline.demo.scheduler import Step, run_steps
+from llavamod_offline.ladder.claims import compare
+from tests.benchmarks.form import Row, finish, parse_arguments
+from tests.benchmarks.worlds.easy_vqa import TRAINING_IMAGES, write_test_split, write_training_set
+
+NAME = "easy_vqa"
+FULL = {"teacher_images": 4000, "student_images": 400, "questions": 2000, "teacher_steps": 600, "student_steps": 150}
+QUICK = {"teacher_images": 64, "student_images": 32, "questions": 20, "teacher_steps": 3, "student_steps": 3}
+STUDENTS = {"alone": "sft", "distilled": "mimic_dense"}
+BATCH = ("batch.global_size=32", "batch.micro_size=32", "workers=0", "save_steps=0")
+
+
+def main() -> None:
+    """Measure and report."""
+    arguments = parse_arguments(NAME, __doc__ or "", {"seeds": 5, "output": ""})
+    sizes = QUICK if arguments.quick else FULL
+    seeds = range(1, (1 if arguments.quick else arguments.options["seeds"]) + 1)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(arguments.options["output"] or temporary).resolve()
+        found = measure(folder, sizes, seeds)
+    rows: list[Row] = [
+        {"student": name, "seed": seed, "accuracy": value}
+        for name, values in found.items()
+        for seed, value in zip(seeds, values, strict=False)
+    ]
+    tested = compare(found["distilled"], found["alone"], "higher")
+    ratios = {f"accuracy_{name}": mean(values) for name, values in found.items()}
+    ratios |= {
+        "distilled_over_alone": mean(found["distilled"]) / max(mean(found["alone"]), 1e-12),
+        "p_distilled_over_alone": tested.p,
+    }
+    ratios |= {f"spread_{name}": stdev(found[name]) for name in STUDENTS if len(seeds) > 1}
+    settings: dict[str, Any] = {**sizes, "seeds": len(seeds), "batch": 32}
+    finish(NAME, arguments, settings=settings, rows=rows, ratios=ratios)
+
+
+def measure(folder: Path, sizes: dict[str, int], seeds: range) -> dict[str, list[float]]:
+    """Train and score everything in `folder`; the accuracies of the teacher, and of each student for every seed."""
+    write_training_set(folder / "teacher.json", images=sizes["teacher_images"], seed=0)
+    for seed in seeds:
+        write_training_set(folder / f"student-{seed}.json", images=sizes["student_images"], seed=seed)
+    write_test_split(folder / "benchmarks", questions=sizes["questions"])
+    run_steps(list(_steps(sizes, seeds)), folder, at_once=2, on_end=lambda step, seconds: print(step.name, flush=True))
+    students = {name: [_accuracy(folder / "answers" / f"{name}-{seed}") for seed in seeds] for name in STUDENTS}
+    return {"teacher": [_accuracy(folder / "answers" / "teacher")], **students}
+
+
+def _steps(sizes: dict[str, int], seeds: range) -> Iterator[Step]:
+    """The commands, as typed in the folder."""
+
+    def pack(name: str) -> Step:
+        command = (
+            "llavamod-offline",
+            "pack",
+            f"{name}.json",
+            "--images",
+            str(TRAINING_IMAGES),
+            "--output",
+            f"sets/{name}",
+        )
+        return Step(f"pack-{name}", (*command, "--overwrite"))
+
+    yield pack("teacher")
+    start = ("data.set=sets/teacher", f"student.checkpoint={TEACHER}", "output=train/teacher")
+    steps = (f"steps={sizes['teacher_steps']}", "optim.lr=1e-3", "trainable=[vision,projector,text]", *BATCH)
+    yield Step("train-teacher", ("train-student", "sft", *start, *steps), ("pack-teacher",))
+    yield from _scored("teacher")
+    for seed in seeds:
+        data = f"student-{seed}"
+        yield pack(data)
+        capture = (f"data=sets/{data}", "teacher=train/teacher/student", f"output=caches/{data}", "batch_size=32")
+        yield Step(f"cache-{seed}", ("cache-teacher", "run", *capture), (f"pack-{data}", "train-teacher"))
+        for name, stage in STUDENTS.items():
+            cache = (f"cache.path=caches/{data}",) if stage == "mimic_dense" else ()
+            parts = (f"student.vision_tower={TEACHER}", f"student.language_model={LANGUAGE_MODEL}")
+            given = (f"data.set=sets/{data}", *cache, *parts, f"output=train/{name}-{seed}", f"seed={seed}", *BATCH)
+            rates = (f"steps={sizes['student_steps']}", "optim.lr=2e-3")
+            yield Step(f"train-{name}-{seed}", ("train-student", stage, *given, *rates), (f"cache-{seed}",))
+            yield from _scored(f"{name}-{seed}")
+
+
+def _scored(name: str) -> Iterator[Step]:
+    generate = ("eval-student", "generate", f"model=train/{name}/student", "root=benchmarks", f"output=answers/{name}")
+    yield Step(f"answer-{name}", (*generate, "tasks=[gqa]", "batch_size=64"), (f"train-{name}",))
+    answers = ("--predictions", f"answers/{name}/gqa/predictions.jsonl", "--output", f"answers/{name}/score.json")
+    score = ("eval-student", "score", "gqa", "--root", "benchmarks", *answers)
+    yield Step(f"score-{name}", score, (f"answer-{name}",))
+
+
+def _accuracy(folder: Path) -> float:
+    return float(json.loads((folder / "score.json").read_text())["metrics"]["accuracy"])
+
+
+if __name__ == "__main__":
+    main()
