@@ -26,7 +26,7 @@ from transformers import (
 from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.data.sets.sample_set import SampleSet
-from llavamod_offline.models.checkpoint import save_student
+from llavamod_offline.families.llava.export import save_llava
 
 IMAGE_SIZE = 24
 PATCH_SIZE = 8
@@ -109,7 +109,7 @@ def write_tiny_llava(
     processor.mkdir(parents=True)
     write_image_processor(processor)
     wording = None if template is None else get_template(template)
-    save_student(model, folder, tokenizer=tokenizer, processor_source=processor, template=wording)
+    save_llava(model, folder, tokenizer=tokenizer, processor_source=processor, template=wording)
     (processor / "preprocessor_config.json").unlink()
     processor.rmdir()
     return folder

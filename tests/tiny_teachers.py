@@ -32,7 +32,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from llavamod_offline.models.checkpoint import save_student
+from llavamod_offline.families.llava.export import save_llava
 from tests.tiny import IMAGE_SIZE, IMAGE_TOKENS, tiny_tokenizer, tiny_vision_config, write_image_processor
 
 QWEN_VL_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
@@ -195,7 +195,7 @@ def write_tiny_llava_llama(
     if processor is not None:
         (source / "preprocessor_config.json").write_text(json.dumps(processor))
     model = random_model(LlavaForConditionalGeneration, config, seed)
-    save_student(model, folder, tokenizer=tokenizer, processor_source=source)
+    save_llava(model, folder, tokenizer=tokenizer, processor_source=source)
     return folder
 
 

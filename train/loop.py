@@ -230,7 +230,7 @@ def _shared(
         return None, nothing
     with torch.no_grad():
         ahead = [engine(batch.to(world.device), None, ahead=True) for batch in micros]
-        return objective.share([one.value for one in ahead], world), [one.features_IPC for one in ahead]
+        return objective.share([one.value for one in ahead], world), [one.features for one in ahead]
 
 
 def _entry(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llavamod_offline.config import dump_config
 from llavamod_offline.errors import ConfigError, first_line
-from llavamod_offline.models.checkpoint import save_student
+from llavamod_offline.families.students.parts import model_parts
 from llavamod_offline.models.upcycle import activated_parameters, total_parameters
 from llavamod_offline.progress import ProgressBar
 from llavamod_offline.signals import keeping
@@ -40,13 +40,13 @@ from train.engine.deepspeed_engine import World, make_engine, process_group
 from train.engine.optim import learning_rate, make_optimizer
 from train.engine.zero3 import without_empty_experts
 from train.loop import LoopEnd, LoopSettings, compare_routing, evaluate_loss, run_steps
-from train.lora import adapter_size, merged, save_adapters
 from train.metrics import METRICS_NAME, MetricsLog
 from train.report.model_card import model_card
 from train.resume_check import accepted_contents, different_settings, is_remedy, refuse, settings_of
 from train.run_summary import CONFIG_NAME, TrainSummary, as_begun, finished_summary, write_summary
 from train.setup import Setup, named_contents, prepare
 from train.stages.build import StudentWithLoss
+from train.student.lora import adapter_size, merged, save_adapters
 from train.tracking import tracker
 
 logger = logging.getLogger(__name__)
@@ -102,8 +102,9 @@ def _train(config: TrainConfig, settings: dict[str, Any], output: Path, world: W
     changed = different_settings(before["settings"], settings) if checkpoint is not None else []
     refuse(output, [one for one in changed if not is_remedy(one.key)])
     setup = prepare(config, world)
-    config = replace(config, template=setup.template.name)
-    settings = settings | {"template": setup.template.name}
+    template, image_aspect = setup.family.encoder.template.name, setup.family.image_aspect
+    config = replace(config, template=template, image_aspect=image_aspect)
+    settings = settings | {"template": template, "image_aspect": image_aspect}
     student, objective = setup.student, setup.objective
     module = StudentWithLoss(student, objective)
     hashes = hash_keys(setup.samples.index.column("key").take(setup.joined.rows))
@@ -119,7 +120,13 @@ def _train(config: TrainConfig, settings: dict[str, Any], output: Path, world: W
     changes = [*before.get("changes", []), *(f"after step {progress.step}: {one}" for one in changed)]
     optim = config.optim
     optimizer = make_optimizer(
-        module, lr=optim.lr, part_lr=optim.rates, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+        module,
+        model_parts(student),
+        lr=optim.lr,
+        part_lr=optim.rates,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
     )
     sizes = _sizes(setup)
     holdout = setup.holdout_batches(world)
@@ -211,7 +218,7 @@ def _train(config: TrainConfig, settings: dict[str, Any], output: Path, world: W
                 changes=changes,
             )
             kept = config.student.checkpoint if config.student.lora and config.student.lora.keep_adapters else None
-            _export(output, engine, setup, empty, card, world, config.image_aspect, unsaved, kept)
+            _export(output, engine, setup, empty, card, world, unsaved, kept)
     summary = _summary(config.stage, output, setup, end, sizes)
     if world.is_main and summary.finished:
         write_summary(output, summary, settings, setup.contents, changes)
@@ -258,7 +265,6 @@ def _export(
     empty: dict[str, Tensor],
     card: str,
     world: World,
-    image_aspect: str,
     unsaved: ConfigError | None,
     adapted: str | None,
 ) -> None:
@@ -281,16 +287,7 @@ def _export(
                 state = merged(setup.student, whole)
                 if adapted is not None:
                     save_adapters(setup.student, whole, output / ADAPTERS_NAME, base=adapted)
-            save_student(
-                setup.student,
-                student,
-                tokenizer=setup.source.tokenizer,
-                processor_source=setup.source.processor,
-                state_dict=state,
-                card=card,
-                template=setup.template,
-                image_aspect=image_aspect,
-            )
+            setup.family.save(setup.student, student, state_dict=state, card=card)
         except (OSError, SafetensorError) as error:
             raise unsaved or ConfigError(
                 f"output: cannot write the student to {student} ({first_line(error)}): free disk space, then rerun the "

@@ -108,16 +108,15 @@ def finished_summary(
 
 
 def as_begun(config: TrainConfig) -> TrainConfig:
-    """Let the template `auto` mean that of the run in the output, if there is one."""
+    """Let `auto` as template and image aspect mean those of the run in the output, if there is one."""
     output = Path(config.output)
-    if config.template != AUTO:
-        return config
-    checkpoint = latest_checkpoint(output)
+    undecided = [name for name in ("template", "image_aspect") if getattr(config, name) == AUTO]
+    checkpoint = latest_checkpoint(output) if undecided else None
     before: Any = {}
     with contextlib.suppress(OSError, ValueError):  # what is wrong with it is said when it is opened
         if checkpoint is not None:
             before = read_progress(checkpoint)[1]
-        elif (output / SUMMARY_NAME).is_file():
+        elif undecided and (output / SUMMARY_NAME).is_file():
             before = json.loads((output / SUMMARY_NAME).read_bytes())
-    name = before.get("settings", {}).get("template", AUTO) if isinstance(before, dict) else AUTO
-    return replace(config, template=name)
+    settings = before.get("settings", {}) if isinstance(before, dict) else {}
+    return replace(config, **{name: settings.get(name, AUTO) for name in undecided})

@@ -6,21 +6,21 @@ import logging
 import os
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from llavamod_offline.data.images import ImagePreprocessor
 from llavamod_offline.data.sampler import BatchSchedule, Order
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError
+from llavamod_offline.families.students.protocol import StudentFamily
 from llavamod_offline.losses.bucketed_divergence import DivergenceSpec
 from llavamod_offline.losses.cached_distillation import prior_of
 from llavamod_offline.losses.tail_estimators import choose_tail, prepare_targets
-from llavamod_offline.models.checkpoint import sequence_encoder, vocabulary_size
+from llavamod_offline.models.checkpoint import vocabulary_size
 from llavamod_offline.models.lm_head import lm_head_of
 from llavamod_offline.plural import counted
 from train.config import TrainConfig
@@ -35,12 +35,13 @@ from train.engine.deepspeed_engine import World
 from train.engine.optim import choose_trainable, frozen_digest
 from train.stages.alignment_setup import check_cache, prepare_alignment
 from train.stages.build import Objective, make_objective
-from train.student import StudentSource, make_student, open_source, start_digest, student_template
+from train.stages.student_pass import StudentPass
+from train.student.make import open_student
+from train.student.source import StudentSource, open_source, start_digest
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration
+    from transformers import PreTrainedModel
 
-    from llavamod_offline.data.encode.template import Template
     from llavamod_offline.data.encode.tokenize import Positions
     from teacher_cache.read.reader import TeacherCache
     from teacher_cache.student.end_of_turn import TokenIdSwap
@@ -55,9 +56,8 @@ class Setup:
     """A run that is ready to start; `contents` are the digests that a checkpoint to resume from must match."""
 
     samples: SampleSet
-    student: LlavaForConditionalGeneration
-    source: StudentSource
-    template: Template
+    student: PreTrainedModel
+    family: StudentFamily
     objective: Objective
     loader: Loader
     joined: Join
@@ -131,18 +131,30 @@ def prepare(config: TrainConfig, world: World) -> Setup:
     samples = SampleSet.open(config.data.set)
     cache, swap = _open_cache(config, source)
     followed = None if cache is None or config.cache.end_of_turn else cache.fingerprint["template"]
-    template = student_template(config.template, source, followed)
     if MISMATCHED in config.roles and samples.has_preferences:  # without preferences, the join refuses it
         samples = samples.with_mismatched()
-    images = ImagePreprocessor.from_checkpoint(source.processor, config.image_aspect)
-    student = make_student(config.student, seed=config.seed, attention=config.engine.attention)
-    encoder = sequence_encoder(student.config, source.tokenizer, template, config.max_length)
+    student, family = open_student(config, source, followed, sharded=zero_stage == 3)
+    if config.engine.gradient_checkpointing and not student.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"engine.gradient_checkpointing: {type(student).__name__} does not support it: set it to false"
+        )
+    if family.image_tokens is None:
+        _check_image_terms(config)
+    encoder = family.encoder
     if cache is not None:
         from teacher_cache.student.check import check_answers, check_encoding
 
         allow, end_of_turn = config.cache.allow, config.cache.end_of_turn
-        check_encoding(cache.fingerprint, encoder, allow=allow, end_of_turn=end_of_turn)
-        check_answers(cache.fingerprint, template, allow=allow, end_of_turn=end_of_turn)
+        images = family.describe_images()
+        check_encoding(cache.fingerprint, encoder, images, allow=allow, end_of_turn=end_of_turn)
+        check_answers(cache.fingerprint, encoder.template, allow=allow, end_of_turn=end_of_turn)
+    measured: list[NDArray[np.int64]] = []
+
+    def lengths(kept: NDArray[np.bool_]) -> NDArray[np.int64]:
+        workers = _workers(config, world)
+        measured.append(sequence_lengths(samples, kept, config.roles, family, workers=workers, world=world))
+        return measured[0]
+
     joined = join(
         samples,
         config.roles,
@@ -150,28 +162,24 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         missing=config.cache.missing,
         holdout=config.data.holdout,
         seed=config.seed,
-        lengths=partial(
-            sequence_lengths,
-            samples,
-            roles=config.roles,
-            encoder=encoder,
-            workers=_workers(config, world),
-            world=world,
-        ),
+        lengths=lengths,
         max_length=config.max_length,
         too_long=config.data.too_long,
     )
     if cache is not None and MISMATCHED in config.roles:
-        check_pairs(samples, cache, joined.rows, encoder, swap)
+        check_pairs(samples, cache, joined.rows, family.encode, swap)
     settings = order_settings(
         samples,
         cache,
         window=config.data.window,
         weights=config.data.weights,
-        image_tokens=encoder.image_tokens if config.data.group_by_length else None,
+        image_tokens=family.image_tokens if config.data.group_by_length else None,
+        by_tokens=config.data.group_by_length and family.image_tokens is None,
         by_modality=config.data.group_by_modality,
     )
-    order = make_order(settings, samples, joined.rows, seed=config.seed, size=config.batch.global_size)
+    order = make_order(
+        settings, samples, joined.rows, seed=config.seed, size=config.batch.global_size, measured_N=measured[0]
+    )
     if config.batch.global_size > order.per_epoch and world.is_main:
         _LOG.warning(
             "batch.global_size: %d is more than the %s of an epoch, so every step repeats some: lower it",
@@ -196,8 +204,7 @@ def prepare(config: TrainConfig, world: World) -> Setup:
     loader = Loader(
         samples,
         np.concatenate([joined.rows, joined.holdout]),
-        encoder=encoder,
-        images=images,
+        family=family,
         roles=config.roles,
         cache=cache,
         records=joined.records,
@@ -207,7 +214,6 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         states=None if alignment is None else alignment.states,
         masked_ids=_masked_ids(config, samples, source),
         record_roles=config.roles[:1] if config.loss.distils(config.stage) else (),
-        pad_id=_pad_id(source, encoder.image_token_id),
         workers=_workers(config, world),
         pin_memory=world.device.type == "cuda",
         prefetch=Prefetch(order, samples, cache),
@@ -215,13 +221,12 @@ def prepare(config: TrainConfig, world: World) -> Setup:
     return Setup(
         samples=samples,
         student=student,
-        source=source,
-        template=template,
+        family=family,
         objective=make_objective(
             config.stage,
             config.loss,
             vocab_size=vocabulary_size(source.tokenizer, head.rows),
-            train_vision="vision" in config.trainable or _adapts_vision(config),
+            forward=StudentPass(family.forward, "vision" in config.trainable or _adapts_vision(config)),
             **_tail(config, cache, swap, cached_vocab_size, samples=len(joined.rows)),
             positions=positions,
             alignment=alignment,
@@ -262,6 +267,16 @@ def _engine_choice(config: TrainConfig, world: World) -> tuple[int, torch.dtype]
             "engine.zero_stage: 0 keeps no float32 weights for bfloat16 training: set it to 1, 2, 3 or null"
         )
     return chosen.zero_stage, dtype
+
+
+def _check_image_terms(config: TrainConfig) -> None:
+    """Refuse alignment terms that compare image tokens of students whose images take unlike numbers of them."""
+    for key in ("visual_kl_weight", "relation_weight"):
+        if getattr(config.loss.align, key):
+            raise ConfigError(
+                f"loss.align.{key}: the images of this student take tokens by their size, and only those of LLaVA "
+                "students are compared token by token: set it to 0"
+            )
 
 
 def _check_processes(config: TrainConfig, world: World) -> None:
@@ -392,13 +407,6 @@ def _positions(config: TrainConfig, cache: TeacherCache | None) -> Positions:
 def _adapts_vision(config: TrainConfig) -> bool:
     lora = config.student.lora
     return lora is not None and any(target.partition(".")[0] == "vision" for target in lora.targets)
-
-
-def _pad_id(source: StudentSource, image_token_id: int) -> int:
-    """Choose an id for padding, which is masked: any but the image token."""
-    named = source.tokenizer.pad_token_id
-    usable = named is not None and named != image_token_id
-    return int(named) if usable else int(image_token_id == 0)
 
 
 def _workers(config: TrainConfig, world: World) -> int:

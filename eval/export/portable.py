@@ -12,7 +12,9 @@ import torch
 from llavamod_offline.data.encode.chat_template import choose_template
 from llavamod_offline.data.images import ASPECTS, AUTO_ASPECT, ImagePreprocessor
 from llavamod_offline.errors import ConfigError
-from llavamod_offline.models.checkpoint import load_config, load_llava, load_tokenizer, save_student, sequence_encoder
+from llavamod_offline.families.llava.checkpoint import load_config, load_llava, sequence_encoder
+from llavamod_offline.families.llava.export import save_llava
+from llavamod_offline.models.checkpoint import load_tokenizer
 
 
 def write_portable(student: Path, output: Path, *, template: str = "auto", image_aspect: str = AUTO_ASPECT) -> None:
@@ -30,7 +32,7 @@ def write_portable(student: Path, output: Path, *, template: str = "auto", image
     wording = choose_template(template, lambda: tokenizer)
     sequence_encoder(config, tokenizer, wording, int(config.text_config.max_position_embeddings))
     card = student / "README.md"
-    save_student(
+    save_llava(
         load_llava(student, dtype=config.dtype or torch.float32),
         output,
         tokenizer=tokenizer,

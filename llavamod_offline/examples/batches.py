@@ -11,7 +11,8 @@ from llavamod_offline.data.encode.chat_template import choose_template
 from llavamod_offline.data.encode.collate import collate
 from llavamod_offline.data.images import ImagePreprocessor
 from llavamod_offline.data.sets.sample_set import SampleSet
-from llavamod_offline.models.checkpoint import load_tokenizer, sequence_encoder
+from llavamod_offline.families.llava.checkpoint import sequence_encoder
+from llavamod_offline.models.checkpoint import load_tokenizer
 from teacher_cache import TeacherCache, check_labels
 
 

@@ -15,8 +15,8 @@ from transformers import Trainer, TrainingArguments
 
 from llavamod_offline.examples.batches import Batches
 from llavamod_offline.examples.usage import read_paths
+from llavamod_offline.families.llava.checkpoint import load_llava
 from llavamod_offline.losses import CachedDistillation
-from llavamod_offline.models.checkpoint import load_llava
 from teacher_cache import check_student, open_cache
 
 

@@ -18,7 +18,7 @@ from trl import DPOConfig, DPOTrainer
 from llavamod_offline.data.encode.tokenize import UNSUPERVISED
 from llavamod_offline.examples.batches import Batches
 from llavamod_offline.examples.usage import read_paths
-from llavamod_offline.models.checkpoint import load_llava
+from llavamod_offline.families.llava.checkpoint import load_llava
 from teacher_cache import check_student, open_cache
 
 

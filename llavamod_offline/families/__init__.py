@@ -8,7 +8,8 @@
 The same object serves captures, questions, evaluation and vLLM; what runs it asks for no family's name. `image_text` is
 any image-text model, by its own processor (`processor`) and whole model (`run`), compared with both (`probes`,
 `run.check_model`). The families with a module of their own can be run faster: features of images are computed once and
-put among embeddings (`protocol.FeatureFamily`), and vLLM is fed with their images one by one.
+put among embeddings (`protocol.FeatureFamily`), and vLLM is fed with their images one by one. `students` trains them
+all: `llava` by a pass of its own, the others as wholes.
 """
 
 from __future__ import annotations
@@ -19,20 +20,18 @@ from typing import cast
 
 from llavamod_offline.data.encode.chat_template import choose_template
 from llavamod_offline.data.encode.template import Template
-from llavamod_offline.data.sample import IMAGE_PLACEHOLDER
 from llavamod_offline.errors import ModelError
 from llavamod_offline.families.protocol import Family, SampleImage
 from llavamod_offline.models.checkpoint import load_tokenizer, read_json
 
-__all__ = ["Family", "SampleImage", "open_family"]
+__all__ = ["Family", "SampleImage", "is_llava", "open_family"]
 
-_QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-# Those with modules of their own, by config.json's model_type: module, class, and how an image is written in text.
+# Those with modules of their own, by config.json's model_type: module and class.
 _FAMILIES = {
-    "llava": ("llava", "LlavaFamily", IMAGE_PLACEHOLDER),
-    "llava_onevision": ("llava_onevision", "LlavaOnevisionFamily", IMAGE_PLACEHOLDER),
-    "qwen2_vl": ("qwen_vl", "QwenVlFamily", _QWEN_IMAGE),
-    "qwen2_5_vl": ("qwen_vl", "QwenVlFamily", _QWEN_IMAGE),
+    "llava": ("llava.family", "LlavaFamily"),
+    "llava_onevision": ("llava_onevision", "LlavaOnevisionFamily"),
+    "qwen2_vl": ("qwen_vl", "QwenVlFamily"),
+    "qwen2_5_vl": ("qwen_vl", "QwenVlFamily"),
 }
 
 
@@ -41,14 +40,19 @@ def open_family(folder: Path, template: Template | str, *, image_aspect: str, ma
 
     Errors: `ModelError` if its family is not supported; `ConfigError` for the template.
     """
-    module, class_name, image = _family(folder)
-    if isinstance(template, str) and module != "image_text":  # which asks its processor
-        template = choose_template(template, lambda: load_tokenizer(folder), image=image)
+    module, class_name = _family(folder)
     opener = getattr(importlib.import_module(f"{__name__}.{module}"), class_name)
+    if isinstance(template, str) and module != "image_text":  # which asks its processor
+        template = choose_template(template, lambda: load_tokenizer(folder), image=opener.written or None)
     return cast("Family", opener(folder, template, image_aspect=image_aspect, max_length=max_length))
 
 
-def _family(folder: Path) -> tuple[str, str, str | None]:
+def is_llava(folder: Path) -> bool:
+    """Whether a folder is a LLaVA whose images all take the same number of tokens. Errors: as `open_family`."""
+    return _family(folder) == _FAMILIES["llava"]
+
+
+def _family(folder: Path) -> tuple[str, str]:
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -60,9 +64,9 @@ def _family(folder: Path) -> tuple[str, str, str | None]:
     if model_type in _FAMILIES and tower != "pixtral":  # a LLaVA whose images may have any size
         return _FAMILIES[model_type]
     if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        return "image_text", "ImageTextFamily", None
+        return "image_text", "ImageTextFamily"
     if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return "causal_lm", "CausalLmFamily", None
+        return "causal_lm", "CausalLmFamily"
     raise ModelError(
         f"{folder}/config.json: model_type is '{model_type}', for which transformers has neither an image-text model "
         "nor a language model (code in a checkpoint's folder is never run): give the folder of another checkpoint"

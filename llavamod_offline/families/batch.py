@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llavamod_offline.data.encode.tokenize import TokenizedSequence
+from llavamod_offline.data.encode.tokenize import Ids, TokenizedSequence
+from llavamod_offline.families.protocol import SampleImage
 
 
 def text_inputs(sequences: Sequence[TokenizedSequence], *, pad: int, left: bool) -> dict[str, NDArray[np.int64]]:
@@ -58,3 +59,11 @@ def as_array(value: Any) -> NDArray[Any]:
 def tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
     """Arrays as tensors."""
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def image_mismatch(ids_T: Ids, images: Sequence[SampleImage], image_token_id: int | None) -> str | None:
+    """Why images cannot take the places of their tokens; None if they can."""
+    expected, found = sum(image.tokens for image in images), int((ids_T == image_token_id).sum())
+    if found == expected:
+        return None
+    return f"its images take {expected} tokens, its sequence has {found}: an image's header gives a wrong size"

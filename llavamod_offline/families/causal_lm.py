@@ -24,6 +24,8 @@ from llavamod_offline.plural import counted
 class CausalLmFamily:
     """A folder of any causal language model that transformers knows; see `protocol.Family`."""
 
+    written = ""
+
     def __init__(self, folder: Path, template: Template, *, image_aspect: str, max_length: int) -> None:
         from transformers import AutoConfig
 

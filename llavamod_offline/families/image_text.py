@@ -73,7 +73,7 @@ class ImageTextFamily:
         self.written = written_image(tokenizer, image_token, config)
         # PaliGemma has no chat template; the tokens of its prompt all see one another.
         self.sees_prompt_whole = self.model_type == "paligemma"
-        if self.sees_prompt_whole and template == AUTO:
+        if self.sees_prompt_whole and template in (AUTO, "paligemma"):
             template = paligemma_template(tokenizer)
         elif isinstance(template, str):
             template = choose_template(template, lambda: tokenizer, image=self.written)

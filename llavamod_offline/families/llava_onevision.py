@@ -19,7 +19,7 @@ from torch import Tensor
 from llavamod_offline.data.encode.template import Template
 from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequence
 from llavamod_offline.data.images import decode_image, image_size, pad_to_square
-from llavamod_offline.data.sample import Sample
+from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample
 from llavamod_offline.errors import DataError, ModelError
 from llavamod_offline.families import folder as folders
 from llavamod_offline.families.batch import joined, tensors, text_inputs
@@ -34,6 +34,8 @@ class LlavaOnevisionFamily:
 
     `image_aspect` auto leaves images to the processor; pad first pads them to squares.
     """
+
+    written = IMAGE_PLACEHOLDER
 
     def __init__(self, folder: Path, template: Template, *, image_aspect: str, max_length: int) -> None:
         from transformers import LlavaOnevisionConfig

@@ -33,11 +33,13 @@ class SampleImage:
 class Family(Protocol):
     """A checkpoint folder of one family, opened without its weights.
 
-    `image_token_id`: the id at an image's positions; None for a model without images. `head_rows`: the rows of its LM
+    `written`: an image in text, before its processor expands it; empty for a model without images. `image_token_id`:
+    the id at an image's positions; None for such a model. `head_rows`: the rows of its LM
     head according to config.json; `context_length`: the most tokens it takes.
     """
 
     folder: Path
+    written: str
     encoder: SequenceEncoder
     image_token_id: int | None
     head_rows: int

@@ -35,6 +35,8 @@ class QwenVlFamily:
     first pads them to squares.
     """
 
+    written = f"{_START}{_IMAGE}{_END}"
+
     def __init__(self, folder: Path, template: Template, *, image_aspect: str, max_length: int) -> None:
         from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from llavamod_offline.models.checkpoint import load_llava, load_tokenizer
+from llavamod_offline.families.llava.checkpoint import load_llava
+from llavamod_offline.models.checkpoint import load_tokenizer
 
 LAYERS = (0, 2, 3)
 HIDDEN = 96
@@ -38,7 +39,7 @@ def write_small_language_model(teacher: Path, folder: Path) -> Path:
 
 
 def narrowed(
-    teacher: LlavaForConditionalGeneration,
+    teacher: PreTrainedModel,
     layers: Sequence[int],
     *,
     hidden: int,
@@ -52,7 +53,7 @@ def narrowed(
     """
     text = teacher.config.text_config
     size = text.hidden_size // text.num_attention_heads
-    tensors = teacher.model.language_model.state_dict()
+    tensors = teacher.get_decoder().state_dict()
     embeddings_VD, norm_D = tensors["embed_tokens.weight"], tensors["norm.weight"]
     kept_D = _largest(embeddings_VD.norm(dim=0) * norm_D.abs(), hidden)
     found = {"embed_tokens.weight": embeddings_VD[:rows, kept_D], "norm.weight": norm_D[kept_D]}

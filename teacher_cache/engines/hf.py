@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llavamod_offline.data.encode.tokenize import Ids, Positions, TokenizedSequence
 from llavamod_offline.errors import DataError
+from llavamod_offline.families.batch import image_mismatch
 from llavamod_offline.families.protocol import Family, FeatureFamily, SampleImage
 from llavamod_offline.families.run import whole_hidden_states
 from llavamod_offline.models.lm_head import lm_head_of
@@ -30,7 +31,6 @@ from teacher_cache.engines.protocol import (
     Outcome,
     Request,
     beyond_vocabulary,
-    image_mismatch,
     longest_first,
     recorded,
     rows_with_states,

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from llavamod_offline.data.encode.tokenize import Ids, TokenizedSequence
 from llavamod_offline.data.sample import Sample
-from llavamod_offline.families import SampleImage
 from teacher_cache.format.hidden_states import HiddenStates
 from teacher_cache.format.record import Records, RecordSettings
 from teacher_cache.format.rejection import Rejection
@@ -57,14 +56,6 @@ def beyond_vocabulary(sequence: TokenizedSequence, vocab_size: int) -> str | Non
     if largest < vocab_size:
         return None
     return f"supervised id {largest} is beyond the {vocab_size} ids that the tokenizer and the LM head share"
-
-
-def image_mismatch(ids_T: Ids, images: Sequence[SampleImage], image_token_id: int | None) -> str | None:
-    """Why images cannot take the places of their tokens; None if they can."""
-    expected, found = sum(image.tokens for image in images), int((ids_T == image_token_id).sum())
-    if found == expected:
-        return None
-    return f"its images take {expected} tokens, its sequence has {found}: an image's header gives a wrong size"
 
 
 def rows_with_states(

@@ -19,10 +19,10 @@ from llavamod_offline.data.rows import RowError
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample
 from llavamod_offline.errors import DataError
 from llavamod_offline.families import SampleImage
+from llavamod_offline.families.batch import image_mismatch
 from teacher_cache.capture.shard import Progress
 from teacher_cache.capture_setup import CaptureSetup
 from teacher_cache.engines.hf import HfCaptureEngine
-from teacher_cache.engines.protocol import image_mismatch
 from teacher_cache.generate import decode_loop
 from teacher_cache.generate.decode_loop import Decoding, Prompt, Written
 from teacher_cache.generate.generated_set import AnsweredSample, Turns, with_texts, written_turns

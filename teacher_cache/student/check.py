@@ -71,12 +71,14 @@ def check_student(
 def check_encoding(
     fingerprint: Mapping[str, Any],
     encoder: SequenceEncoder,
+    images: Mapping[str, Any] | None = None,
     *,
     allow: Sequence[str] = (),
     end_of_turn: str | None = None,
 ) -> None:
     """Refuse a student whose tokens around the answers differ from the teacher's, if these have records.
 
+    `images`: how they become tokens (see `StudentFamily.describe_images`); None: each takes the encoder's image tokens.
     For a cache of response positions only the declared end of turn is checked. Errors: `CacheError` listing the
     differing fields; `ConfigError` if the student's template ends answers with another token than declared.
     """
@@ -91,7 +93,10 @@ def check_encoding(
         template = dataclasses.replace(template, end=token, name=str(fingerprint["template"]["name"]))
     if fingerprint["capture"]["positions"] != "all":
         return
-    images = {"tokens": encoder.image_tokens, "token_id": encoder.image_token_id}
+    images = images or {"tokens": encoder.image_tokens, "token_id": encoder.image_token_id}
+    cached = fingerprint["images"]
+    tokens = {name: images[name] for name in ("tokens", "token_id")}
+    images = images if all(cached[name] == tokens[name] for name in tokens) else tokens  # the rest would follow
     student = {
         "template": describe_template(template),
         "sequence": describe_sequence(encoder),
@@ -100,7 +105,7 @@ def check_encoding(
     cache = {
         "template": fingerprint["template"],
         "sequence": fingerprint["sequence"],
-        "images": {name: fingerprint["images"][name] for name in images},
+        "images": {name: cached.get(name) for name in images},
     }
     _refuse(
         differences(cache, student, names=_SIDES),

@@ -46,6 +46,7 @@ from llavamod_offline.data.images import decode_image, pixel_values
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.data.sampler import BatchSchedule, Order
 from llavamod_offline.data.sets.sample_set import SampleSet
+from llavamod_offline.families.llava.student import LlavaStudent
 from teacher_cache.read.reader import TeacherCache, open_cache
 from teacher_cache.student.check import check_sequence
 from tests.benchmarks.form import Row, finish, parse_arguments
@@ -67,13 +68,11 @@ def open_loader(folder: Path, workers: int, batch_size: int = BATCH) -> tuple[Lo
     loader = Loader(
         samples,
         joined.rows,
-        encoder=make_encoder(),
-        images=make_preprocessor(),
+        family=LlavaStudent(make_encoder(), make_preprocessor(), processor_source=folder),
         roles=("response",),
         cache=cache,
         records=joined.records,
         record_roles=("response",),
-        pad_id=0,
         workers=workers,
         pin_memory=False,
     )

@@ -32,12 +32,14 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
 from llavamod_offline.data.encode.collate import Batch
+from llavamod_offline.families.llava.forward import LlavaForward
 from llavamod_offline.losses.fused import distillation_from_hidden
 from llavamod_offline.models.upcycle import activated_parameters, total_parameters, upcycle
 from tests.benchmarks.form import Row, finish, least_seconds, parse_arguments, reset_peak, resident_bytes
 from tests.benchmarks.worlds.targets import random_targets
 from train.data.batches import TrainBatch
 from train.stages import mimic, sft
+from train.stages.student_pass import StudentPass
 
 NAME = "step"
 CASES = ("sft", "offline", "online", "online_lean", "sparse", "wide")
@@ -170,7 +172,8 @@ def make_case(name: str, size: Size) -> tuple[Callable[[], None], dict[str, int]
 
 
 def _loss(name: str, size: Size, student: Any, teacher: Any) -> Callable[[TrainBatch], Tensor]:
-    common: dict[str, Any] = {"router_aux_coef": 0.01 if name == "sparse" else 0.0, "train_vision": False}
+    forward = StudentPass(LlavaForward())
+    common: dict[str, Any] = {"router_aux_coef": 0.01 if name == "sparse" else 0.0, "forward": forward}
     if name == "sft":
         supervised = sft.make_loss(vocab_size=size.vocab, **common)
         return lambda batch: supervised(student, batch).loss / batch.positions

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from llavamod_offline.errors import ModelError
-from llavamod_offline.models.building import build_llava
-from llavamod_offline.models.checkpoint import image_tokens, load_llava
+from llavamod_offline.families.llava.building import build_llava
+from llavamod_offline.families.llava.checkpoint import image_tokens, load_llava
 from tests.plain import engine_answers, plain_answers, questions
 from tests.tiny_students import REFUSED_TEXT_MODELS, TEXT_MODELS, TOWERS, write_language_model, write_tower
 from tests.train.conftest import World

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import LlavaModError, ModelError
-from llavamod_offline.models.checkpoint import load_llava, load_tokenizer
+from llavamod_offline.families.llava.checkpoint import load_llava
+from llavamod_offline.models.checkpoint import load_tokenizer
 from tests.tiny import break_image, tiny_image, tiny_samples, write_tiny_set
 from tests.train.conftest import World
 from tests.train.reference import Reader, read_metrics, train_plainly

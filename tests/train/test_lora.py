@@ -18,8 +18,8 @@ from transformers import AutoModelForImageTextToText
 
 from llavamod_offline.config import dump_config
 from llavamod_offline.errors import ConfigError
-from llavamod_offline.models.building import build_llava
-from llavamod_offline.models.checkpoint import load_llava
+from llavamod_offline.families.llava.building import build_llava
+from llavamod_offline.families.llava.checkpoint import load_llava
 from tests.llavamod_offline.models.batches import make_batch
 from tests.tiny import write_tiny_language_model, write_tiny_tower
 from tests.train.conftest import World, wait_for_lines
@@ -29,11 +29,11 @@ from tests.train.test_processes import assert_equal_runs, run_two
 from train.checkpoint import latest_checkpoint, load_weights
 from train.config import TrainConfig
 from train.engine.optim import choose_trainable
-from train.lora import add_adapters
 from train.metrics import METRICS_NAME
 from train.run import train
 from train.stages.build import Objective, StudentWithLoss
-from train.student import make_student
+from train.student.lora import add_adapters
+from train.student.make import make_student
 
 EXACT = ("student.lora.rank=4", "student.lora.alpha=8", "student.lora.dropout=0", "trainable=[projector]")
 DROPPING = (*EXACT[:2], "student.lora.dropout=0.2", "trainable=[projector,embeddings]", "optim.projector_lr=1e-2")

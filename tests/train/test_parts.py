@@ -10,15 +10,15 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from llavamod_offline.errors import ConfigError
-from llavamod_offline.models.checkpoint import load_llava
-from tests.llavamod_offline.models.building.test_projector import named, original, written
+from llavamod_offline.families.llava.checkpoint import load_llava
+from tests.llavamod_offline.families.llava.building.test_projector import named, original, written
 from tests.tiny import write_tiny_language_model, write_tiny_tower
 from tests.train.conftest import World
 from tests.train.reference import read_metrics
 from tests.train.test_checkpoint import assert_same_run, train_until_sigterm
 from train.config import StudentConfig, TrainConfig
 from train.run import train
-from train.student import make_student
+from train.student.make import make_student
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from llavamod_offline.config import dump_config
 from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sampler import Order
 from llavamod_offline.errors import ConfigError
-from llavamod_offline.models.checkpoint import load_llava
+from llavamod_offline.families.llava.checkpoint import load_llava
 from tests.processes import script, start
 from tests.tiny import break_image, tiny_samples
 from tests.train.conftest import World, wait_for_lines

@@ -16,7 +16,9 @@ from llavamod_offline.data.encode import template as templates
 from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import LlavaModError
-from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, save_student, sequence_encoder
+from llavamod_offline.families.llava.checkpoint import load_llava, sequence_encoder
+from llavamod_offline.families.llava.export import save_llava
+from llavamod_offline.models.checkpoint import load_tokenizer
 from teacher_cache.read.reader import open_cache
 from teacher_cache.write.merge import merge_caches
 from tests.tiny import tiny_samples, tiny_text_config, tiny_vision_config, write_image_processor
@@ -64,7 +66,7 @@ def _student_of(folder: Path, *, rows: int = 400, image_size: int = 24, tokenize
     sides = {"height": image_size, "width": image_size}
     settings |= {"size": {"shortest_edge": image_size}, "crop_size": sides}
     (processor / "preprocessor_config.json").write_text(json.dumps(settings))
-    save_student(model, folder, tokenizer=load_tokenizer(tokenizer), processor_source=processor)
+    save_llava(model, folder, tokenizer=load_tokenizer(tokenizer), processor_source=processor)
     return folder
 
 
@@ -146,7 +148,7 @@ def test_a_field_allowed_by_name_is_passed_over_and_said(
     (unused,) = [entry for entry in content["added_tokens"] if entry["content"] == "<|im_start|>"]
     unused["content"] = "<|extra|>"
     renamed = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token=OTHER)
-    save_student(load_llava(world.student), student, tokenizer=renamed, processor_source=world.student)
+    save_llava(load_llava(world.student), student, tokenizer=renamed, processor_source=world.student)
     settings = f"student.checkpoint={student}"
     with pytest.raises(
         LlavaModError, match=r"tokenizer\.vocabulary: 1 differing: id 397 is '<\|im_start\|>' in the cache"

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from llavamod_offline.models.forward import student_hidden_states
+from llavamod_offline.families.llava.forward import student_hidden_states
 from tests.llavamod_offline.models.batches import make_batch
 from tests.tiny import write_tiny_llava
 from train.config.train import StudentConfig, UpcycleConfig
-from train.student import make_student
+from train.student.make import make_student
 
 
 @pytest.mark.parametrize("top_k", [1, 2])

@@ -13,8 +13,10 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config
 from llavamod_offline.data.encode import template as templates
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import LlavaModError
-from llavamod_offline.models.building import build_llava, build_tokenizer
-from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, save_student, sequence_encoder
+from llavamod_offline.families.llava.building import build_llava, build_tokenizer
+from llavamod_offline.families.llava.checkpoint import load_llava, sequence_encoder
+from llavamod_offline.families.llava.export import save_llava
+from llavamod_offline.models.checkpoint import load_tokenizer
 from teacher_cache.read.reader import open_cache
 from tests.llavamod_offline.families.official import Official, open_official
 from tests.tiny import write_tiny_llava, write_tiny_tower
@@ -38,7 +40,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     language_model = write_tiny_causal_lm(folder / "qwen2.5", special=QWEN_VL_TOKENS)
     tokenizer = build_tokenizer(language_model)
     model = build_llava(tower, language_model, seed=0)
-    save_student(model, folder / "student", tokenizer=tokenizer, processor_source=tower)
+    save_llava(model, folder / "student", tokenizer=tokenizer, processor_source=tower)
     return folder / "student"
 
 

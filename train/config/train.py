@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llavamod_offline.config import InputPath, raise_problems
+from llavamod_offline.families.students.protocol import ImageAspect
 from train.config.lora import LoraConfig
 from train.config.loss import LossConfig
 from train.config.problems import config_problems
@@ -177,8 +178,10 @@ class TrainConfig:
     template: str = "auto"
     """Wording of prompts: auto (what the checkpoint's chat template says; a student without one takes the cache's, or
     else qwen), qwen (LLaVA-MoD's own), chatml, llava_v1, or tokenizer (the student's chat template)."""
-    image_aspect: Literal["pad", "square"] = "pad"
-    """How images become square: padded, or resized and cropped as the checkpoint's image processor does."""
+    image_aspect: ImageAspect = "auto"
+    """How the images of a LLaVA become square: pad (padded), square (resized and cropped as the checkpoint's image
+    processor does), or auto (square in stage align, as in the original's script, pad in the others). Other families
+    take images of any shape: auto."""
     max_length: int = 2048
     """Most tokens of a sample, image tokens included."""
     loss: LossConfig = field(default_factory=LossConfig)
@@ -216,6 +219,13 @@ class TrainConfig:
         if self.stage != "preference":
             return ("response",)
         return ("chosen", "rejected", "mismatched") if self.loss.kind == "kto" else ("chosen", "rejected")
+
+    @property
+    def llava_aspect(self) -> ImageAspect:
+        """How the images of a LLaVA become square: as set, or else as in the scripts of LLaVA-MoD."""
+        if self.image_aspect != "auto":
+            return self.image_aspect
+        return "square" if self.stage == "align" else "pad"
 
     @property
     def needs_cache(self) -> bool:

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from llavamod_offline.data.encode.collate import Batch, collate
-from llavamod_offline.data.encode.tokenize import NO_TARGET, Positions, SequenceEncoder, TokenizedSequence
-from llavamod_offline.data.images import ImagePreprocessor
+from llavamod_offline.data.encode.collate import Batch
+from llavamod_offline.data.encode.tokenize import NO_TARGET, Positions, TokenizedSequence
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.data.sampler import BatchSchedule
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import DataError, LlavaModError
+from llavamod_offline.families.students.protocol import StudentFamily
 from llavamod_offline.losses.targets import SparseTargets
 from train.data.behaviour import behaviour_log_probs
 from train.data.join import MISMATCHED
@@ -107,13 +107,11 @@ class Loader:
         samples: SampleSet,
         rows: NDArray[np.int64],
         *,
-        encoder: SequenceEncoder,
-        images: ImagePreprocessor,
+        family: StudentFamily,
         roles: Sequence[str],
         cache: TeacherCache | None,
         records: Mapping[str, NDArray[np.int64]],
         record_roles: Sequence[str],
-        pad_id: int,
         workers: int,
         pin_memory: bool,
         swap: TokenIdSwap | None = None,
@@ -127,13 +125,11 @@ class Loader:
         self._dataset = _Micro(
             samples,
             rows,
-            encoder,
-            images,
+            family,
             tuple(roles),
             cache,
             records,
             tuple(record_roles),
-            pad_id,
             swap,
             vocab_size,
             positions,
@@ -175,13 +171,11 @@ class _Micro(Dataset[TrainBatch]):
 
     samples: SampleSet
     rows: NDArray[np.int64]
-    encoder: SequenceEncoder
-    images: ImagePreprocessor
+    family: StudentFamily
     roles: tuple[str, ...]
     cache: TeacherCache | None
     records: Mapping[str, NDArray[np.int64]]
     record_roles: tuple[str, ...]
-    pad_id: int
     swap: TokenIdSwap | None
     vocab_size: int | None
     positions: Positions
@@ -210,34 +204,19 @@ class _Micro(Dataset[TrainBatch]):
             return made
         return replace(made, mismatched=self._batch(rows, samples, images, [MISMATCHED]))
 
-    def _images(self, samples: list[Sample]) -> list[list[NDArray[np.uint8]]]:
-        """Decode each sample's images into slices of one array, so that a batch needs no copy."""
-        whole_IHW3 = np.empty((sum(len(sample.images) for sample in samples), *self.images.size, 3), np.uint8)
-        slices, own = iter(whole_IHW3), []
-        for sample in samples:
-            own.append([next(slices) for _ in sample.images])
-            for number, (encoded, out_HW3) in enumerate(zip(sample.images, own[-1], strict=True)):
-                try:
-                    self.images.pixel_bytes(encoded, out_HW3, name=f"{sample.key} image {number}")
-                except DataError as error:
-                    raise DataError(
-                        f"{error}: pack the set again with this image repaired or without the sample, and rerun to "
-                        "resume from the last checkpoint"
-                    ) from error
-        return own
+    def _images(self, samples: list[Sample]) -> list[Any]:
+        try:
+            return self.family.images(samples)
+        except DataError as error:
+            raise DataError(
+                f"{error}: pack the set again with this image repaired or without the sample, and rerun to "
+                "resume from the last checkpoint"
+            ) from error
 
-    def _batch(
-        self, rows: list[int], samples: list[Sample], images: list[list[NDArray[np.uint8]]], roles: Sequence[str]
-    ) -> TrainBatch:
+    def _batch(self, rows: list[int], samples: list[Sample], images: list[Any], roles: Sequence[str]) -> TrainBatch:
         places = [(role, n) for role in roles for n, sample in enumerate(samples) if role in sample.roles]
-        sequences = [self.encoder.encode(samples[n], role) for role, n in places]
-        batch = collate(
-            sequences,
-            [images[n] for _, n in places],
-            pad_id=self.pad_id,
-            positions=self.positions,
-            byte_values_CV=self.images.byte_values_3V,
-        )
+        sequences = [self.family.encode(samples[n], role) for role, n in places]
+        batch = self.family.collate(sequences, [images[n] for _, n in places], positions=self.positions)
         if self.cache is None:
             return TrainBatch(batch, len(samples))
         rows_S = np.array([self.records[role][rows[n]] for role, n in places], np.int64)

@@ -1,7 +1,7 @@
 """The lengths of a set's sequences in tokens, measured before the first step and kept for the next run.
 
-They follow from set, roles, tokenizer, template and image tokens, whose hash names the file that keeps them, in the
-folder of copies (see `disk_cache.py`): int32 [N], 0 where a sample was not measured.
+They follow from set, roles, tokenizer, template and how images become tokens, whose hash names the file that keeps
+them, in the folder of copies (see `disk_cache.py`): int32 [N], 0 where a sample was not measured.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from llavamod_offline.data.encode.tokenize import SequenceEncoder
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import LlavaModError
+from llavamod_offline.families.students.protocol import StudentFamily
 from llavamod_offline.progress import ProgressBar
 from llavamod_offline.storage import atomic
 from llavamod_offline.storage.disk_cache import staging_folder
@@ -41,26 +41,27 @@ def sequence_lengths(
     samples: SampleSet,
     kept: NDArray[np.bool_],
     roles: Sequence[str],
-    encoder: SequenceEncoder,
+    family: StudentFamily,
     *,
     workers: int,
     world: World,
 ) -> NDArray[np.int64]:
-    """Return the tokens of each sample's longest role, [N]; 0 where they cannot exceed the encoder's `max_length`.
+    """Return the tokens of each sample's longest role, [N]; 0 where it cannot exceed the encoder's `max_length`.
 
-    A text has at most one token per byte, so few samples are tokenized. Processes share the work; all must call this.
+    A text has at most one token per byte, so few samples are tokenized; all are if the tokens of an image depend on its
+    size, which also finds those that the family cannot take. Processes share the work; all must call this.
     Errors: those of reading and encoding a sample.
     """
-    file = staging_folder() / f"lengths-{_identity(samples, roles, encoder)}.npy"
+    file = staging_folder() / f"lengths-{_identity(samples, roles, family)}.npy"
     known_N = _read(file, len(samples))
-    wanted = np.flatnonzero(kept & (_most_tokens(samples, roles, encoder) > encoder.max_length))
+    wanted = np.flatnonzero(kept & (_most_tokens(samples, roles, family) > family.encoder.max_length))
     mine = wanted[world.rank :: world.size]
     lengths_N = np.zeros(len(samples), np.int64)
     lengths_N[mine] = known_N[mine]
     unknown = mine[known_N[mine] == 0]
     if len(unknown):
         logger.info("measuring the lengths of %d of %d samples", len(unknown), len(samples))
-        lengths_N[unknown] = _measure(samples, unknown.tolist(), roles, encoder, workers)
+        lengths_N[unknown] = _measure(samples, unknown.tolist(), roles, family, workers)
     if world.size > 1:
         lengths_N = world.sum(torch.from_numpy(lengths_N).to(world.device)).cpu().numpy()
     if world.is_main and (lengths_N[wanted] != known_N[wanted]).any():
@@ -68,9 +69,11 @@ def sequence_lengths(
     return lengths_N
 
 
-def _most_tokens(samples: SampleSet, roles: Sequence[str], encoder: SequenceEncoder) -> NDArray[np.int64]:
+def _most_tokens(samples: SampleSet, roles: Sequence[str], family: StudentFamily) -> NDArray[np.int64]:
     """Bound each sample's tokens from the index alone."""
-    template = encoder.template
+    if family.image_tokens is None:
+        return np.full(len(samples), np.iinfo(np.int64).max)
+    template = family.encoder.template
     around = (*template.system, *template.user_prefix, *template.assistant_prefix)
     around += tuple(segment for part in template.system_turn or () for segment in part)
     wording = sum(len(segment.text.encode()) for segment in around)
@@ -78,21 +81,21 @@ def _most_tokens(samples: SampleSet, roles: Sequence[str], encoder: SequenceEnco
     texts = pc.struct_field(pc.list_element(samples.index.column("members"), 0), "size").to_numpy()
     turns = samples.index.column("n_turns").to_numpy() + 1
     images = samples.index.column("n_images").to_numpy()
-    bounds: NDArray[np.int64] = texts + turns * wording + images * encoder.image_tokens
+    bounds: NDArray[np.int64] = texts + turns * wording + images * family.image_tokens
     if MISMATCHED in roles:  # its response comes from another sample
         bounds = bounds + texts.max()
     return bounds
 
 
 def _measure(
-    samples: SampleSet, rows: list[int], roles: Sequence[str], encoder: SequenceEncoder, workers: int
+    samples: SampleSet, rows: list[int], roles: Sequence[str], family: StudentFamily, workers: int
 ) -> list[int]:
     settings: dict[str, Any] = {}
     if workers and len(rows) > _FEW:
         settings = {"num_workers": workers, "multiprocessing_context": "fork", "worker_init_fn": begin_worker}
     parts = [rows[start : start + _AT_ONCE] for start in range(0, len(rows), _AT_ONCE)]
     loader: Iterable[list[int] | LlavaModError] = DataLoader(
-        _Lengths(samples, tuple(roles), encoder), batch_sampler=parts, collate_fn=as_it_is, **settings
+        _Lengths(samples, tuple(roles), family), batch_sampler=parts, collate_fn=as_it_is, **settings
     )
     found: list[int] = []
     with ProgressBar("lengths", len(rows), "sample") as bar:
@@ -110,11 +113,12 @@ class _Lengths(Dataset[Any]):
 
     samples: SampleSet
     roles: tuple[str, ...]
-    encoder: SequenceEncoder
+    family: StudentFamily
 
     def __getitem__(self, row: int) -> int:
-        sample = self.samples.read_text(row)
-        return max(self.encoder.length(sample, role) for role in self.roles if role in sample.roles)
+        fixed = self.family.image_tokens is not None
+        sample = self.samples.read_text(row) if fixed else self.samples.read(row)
+        return max(self.family.length(sample, role) for role in self.roles if role in sample.roles)
 
     def __getitems__(self, rows: list[int]) -> list[int] | LlavaModError:
         try:
@@ -123,17 +127,20 @@ class _Lengths(Dataset[Any]):
             return error
 
 
-def _identity(samples: SampleSet, roles: Sequence[str], encoder: SequenceEncoder) -> str:
+def _identity(samples: SampleSet, roles: Sequence[str], family: StudentFamily) -> str:
     from teacher_cache.fingerprint import describe_template, describe_tokenizer
     from teacher_cache.format.manifest import canonical
 
-    about = [
+    encoder = family.encoder
+    about: list[Any] = [
         samples.digest,
         list(roles),
         describe_tokenizer(encoder.tokenizer),
         describe_template(encoder.template),
         [encoder.image_token_id, encoder.image_tokens, [list(ids) for ids in encoder.image_frame]],
     ]
+    if family.image_tokens is None:
+        about.append(family.describe_images())
     return hashlib.sha256(canonical(about)).hexdigest()[:32]
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llavamod_offline.data.encode.tokenize import SequenceEncoder
+from llavamod_offline.data.encode.tokenize import TokenizedSequence
+from llavamod_offline.data.sample import Sample
 from llavamod_offline.data.sets.mismatched import PAIRING
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError
@@ -23,7 +25,7 @@ def check_pairs(
     samples: SampleSet,
     cache: TeacherCache,
     rows: NDArray[np.int64],
-    encoder: SequenceEncoder,
+    encode: Callable[[Sample, str], TokenizedSequence],
     swap: TokenIdSwap | None = None,
 ) -> None:
     """Compare the mismatched responses of a set with those of a cache.
@@ -48,4 +50,4 @@ def check_pairs(
     for row in rows[places].tolist():
         sample = samples.read(row, scattered=True)
         for role in sample.roles:  # the sample's own first: an error there is not about the pairing
-            check_sequence(cache, encoder.encode(sample, role), swap)
+            check_sequence(cache, encode(sample, role), swap)

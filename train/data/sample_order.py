@@ -24,18 +24,21 @@ _CHARACTERS_PER_TOKEN = 4  # in English text; good enough to compare lengths
 class OrderSettings:
     """What decides the order besides seed, batch size and rows; `weights` by source, 1 for those not named.
 
-    `by_modality`: batches hold samples with images, or samples without.
+    `by_modality`: batches hold samples with images, or samples without. Samples are grouped by length if `image_length`
+    (characters that an image counts as) is set, or `by_tokens`, their measured lengths.
     """
 
     window: int
     weights: dict[str, float]
     image_length: int | None
     by_modality: bool = False
+    by_tokens: bool = False
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as JSON values, to compare when a run is resumed."""
         described = {"window": self.window, "weights": self.weights, "image_length": self.image_length}
-        return described | ({"by_modality": True} if self.by_modality else {})  # as earlier versions describe it
+        chosen = {"by_modality": self.by_modality, "by_tokens": self.by_tokens}
+        return described | {name: True for name in chosen if chosen[name]}  # as earlier versions describe it
 
 
 def order_settings(
@@ -46,8 +49,10 @@ def order_settings(
     weights: dict[str, float] | None,
     image_tokens: int | None,
     by_modality: bool = False,
+    by_tokens: bool = False,
 ) -> OrderSettings:
-    """Choose `window` and `weights` where they are None; group by length if `image_tokens` (per image) is set.
+    """Choose `window` and `weights` where they are None; group by length if `image_tokens` (per image) is set, or
+    `by_tokens`.
 
     Errors: `ConfigError` naming a source that the set does not have.
     """
@@ -66,12 +71,24 @@ def order_settings(
         weights={source: float(weight) for source, weight in sorted(weights.items()) if weight != 1},
         image_length=None if image_tokens is None else _CHARACTERS_PER_TOKEN * image_tokens,
         by_modality=by_modality,
+        by_tokens=by_tokens,
     )
 
 
-def make_order(settings: OrderSettings, samples: SampleSet, rows: NDArray[np.int64], *, seed: int, size: int) -> Order:
-    """Make the order of some rows of a set, in batches of `size`. Errors: `ConfigError` if all of them weigh 0."""
-    lengths_N = None
+def make_order(
+    settings: OrderSettings,
+    samples: SampleSet,
+    rows: NDArray[np.int64],
+    *,
+    seed: int,
+    size: int,
+    measured_N: NDArray[np.int64] | None = None,
+) -> Order:
+    """Make the order of some rows of a set, in batches of `size`; `measured_N`: the tokens of all its samples.
+
+    Errors: `ConfigError` if all of the rows weigh 0.
+    """
+    lengths_N = measured_N[rows] if settings.by_tokens and measured_N is not None else None
     if settings.image_length is not None:
         lengths_N = _numbers(samples, "text_length", rows) + settings.image_length * _numbers(samples, "n_images", rows)
     return Order(

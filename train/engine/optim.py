@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,23 +11,8 @@ import torch
 from torch import nn
 
 from llavamod_offline.errors import ConfigError
-from llavamod_offline.models.building.projector import fixed_parameters
-
-_MLP = r"\.(mlp|feed_forward|ffn|block_sparse_moe)\."
-# A parameter of the student belongs to a part if its name matches the pattern, whatever transformers calls that part in
-# its kind of language model. A part comes before those inside it.
-PATTERNS = {
-    "vision": r"(^|\.)vision_tower\.",
-    "projector": r"(^|\.)multi_modal_projector\.",
-    "text": r"(^|\.)language_model\.|(^|\.)lm_head\.",
-    "embeddings": r"(^|\.)language_model\.(.*\.)?(embed_\w+|word_embeddings|w[tp]e)\.",
-    "attention": r"(^|\.)language_model\..*\.(self_attn|linear_attn|self_attention|attention|attn|conv)\.",
-    "mlp": rf"(^|\.)language_model\..*({_MLP}(?!gate\.|router\.|shared_expert_gate\.)|\.fc[12]\.)",
-    "experts": rf"(^|\.)language_model\..*{_MLP}(experts|shared_expert)\.",
-    "router": rf"(^|\.)language_model\..*{_MLP}(gate|router|shared_expert_gate)\.",
-    "norms": r"(^|\.)language_model\..*(norm|norm_[f\d]|ln_[f\d])\.",
-    "lm_head": r"(^|\.)lm_head\.",
-}
+from llavamod_offline.families.llava.building.projector import fixed_parameters
+from llavamod_offline.families.students.parts import Parts, model_parts
 
 
 def is_adapter(name: str) -> bool:
@@ -44,12 +28,17 @@ def choose_trainable(model: nn.Module, parts: Sequence[str]) -> list[str]:
     """
     names = [name for name, _ in model.named_parameters()]
     chosen = {name for name in names if is_adapter(name)}
+    patterns = model_parts(model)
+    own = {part: {name for name in names if pattern.search(name)} for part, pattern in patterns.items()}
     for part in parts:
-        found = {name for name in names if re.search(PATTERNS[part], name)}
-        if not found:
+        if not own[part]:
             hint = "it is tied to 'embeddings'" if part == "lm_head" else "it has none"
-            raise ConfigError(f"trainable: no parameter of this student belongs to '{part}' ({hint}): remove it")
-        chosen |= found
+            known = ", ".join(name for name in own if own[name])
+            raise ConfigError(
+                f"trainable: no parameter of this student belongs to '{part}' ({hint}): remove it, or choose "
+                f"from its parts, {known}"
+            )
+        chosen |= own[part]
     chosen -= fixed_parameters(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen and parameter.numel() > 0)
@@ -58,6 +47,7 @@ def choose_trainable(model: nn.Module, parts: Sequence[str]) -> list[str]:
 
 def make_optimizer(
     model: nn.Module,
+    patterns: Parts,
     *,
     lr: float,
     part_lr: Mapping[str, float],
@@ -67,15 +57,16 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """Make AdamW over the trainable parameters, with weight decay on matrices but not on biases and norms.
 
-    `part_lr`: the peak rates of parts that have their own; of several parts that hold a parameter, the smallest one's
-    (such as `experts` rather than `mlp`) counts. Each group has its peak rate divided by `lr` as `rate_scale`.
+    `patterns`: those of the student's parts. `part_lr`: the peak rates of parts that have their own; of several parts
+    that hold a parameter, the smallest one's (such as `experts` rather than `mlp`) counts. Each group has its peak rate
+    divided by `lr` as `rate_scale`.
     Errors: `ConfigError` if a part of `part_lr` has no trained parameter.
     """
-    parts: dict[str, list[nn.Parameter]] = {part: [] for part in PATTERNS if part in part_lr}
+    parts: dict[str, list[nn.Parameter]] = {part: [] for part in patterns if part in part_lr}
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            own = [part for part in parts if re.search(PATTERNS[part], name)]
+            own = [part for part in parts if patterns[part].search(name)]
             (parts[own[-1]] if own else others).append(parameter)
     for part, trained in parts.items():
         if not trained:

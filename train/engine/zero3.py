@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration
+    from transformers import PreTrainedModel
 
 
 @contextmanager
-def without_empty_experts(model: LlavaForConditionalGeneration) -> Iterator[dict[str, Tensor]]:
+def without_empty_experts(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
     """Remove the shared experts of size 0 temporarily, without changing the output; yields their tensors by name."""
     taken: list[tuple[nn.Module, nn.Module]] = []
     tensors: dict[str, Tensor] = {}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llavamod_offline.plural import counted
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration
+    from transformers import PreTrainedModel
 
 # Log fields about the run, not about the student.
 _RUN_METRICS = {"step", "lr", "grad_norm", "positions", "tokens", "tokens_per_s", "seconds", "data_wait_share"}
@@ -38,7 +38,11 @@ _TOOLS = (
     "{images}, and generation is greedy and stops at the template's end token. In training, transparent images were "
     "put on white; transformers drops their transparency."
 )
-_IMAGES = {"pad": "pads images to squares", "square": "leaves images as they are before it resizes and crops them"}
+_IMAGES = {
+    "pad": "pads images to squares",
+    "square": "leaves images as they are before it resizes and crops them",
+    "auto": "prepares images as it did for the checkpoint that training began with",
+}
 _STAGES = {
     "align": "its projector was aligned with the language model by cross-entropy",
     "mimic_dense": "it was distilled from a larger teacher's cached distributions (mimic, dense to dense)",
@@ -50,7 +54,7 @@ _STAGES = {
 
 def model_card(
     settings: Mapping[str, Any],
-    model: LlavaForConditionalGeneration,
+    model: PreTrainedModel,
     *,
     sizes: tuple[int, int],
     steps: int,
@@ -64,13 +68,13 @@ def model_card(
     `settings`: those of the run, by dotted key; `sizes`: all parameters, and those active for a token; `metrics`: the
     last log entry; `changes`: what changed when the run was resumed.
     """
-    text, vision = model.config.text_config, model.config.vision_config
-    experts = ""
+    text, vision = model.config.get_text_config(), getattr(model.config, "vision_config", None)
+    kind, experts = model.config.model_type, ""
     if getattr(text, "num_experts", None):
         experts = f", {text.num_experts} experts, {text.num_experts_per_tok} per token"
     rows = [
         ("text model", f"{text.model_type}, {text.num_hidden_layers} layers, hidden size {text.hidden_size}{experts}"),
-        ("vision tower", f"{vision.model_type}, {vision.image_size} pixels in patches of {vision.patch_size}"),
+        ("vision tower", _tower(vision)),
         ("parameters", f"{sizes[0]:,}, of which {sizes[1]:,} are active for a token"),
         ("stage", f"{settings['stage']}, {counted(steps, 'step')} over {counted(samples, 'sample')}"),
         ("conversation template", f"{settings['template']}; images: {settings['image_aspect']}"),
@@ -84,8 +88,8 @@ def model_card(
     return (
         "\n\n".join(
             [
-                "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\ntags: [llava, distillation]\n---",
-                "# A LLaVA student",
+                f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\ntags: [{kind}, distillation]\n---",
+                f"# {'A LLaVA' if kind == 'llava' else kind} student",
                 f"Made with LLaVA-MoD Offline; in its last stage {_STAGES[settings['stage']]}.",
                 _table(("", ""), rows),
                 "## The last step",
@@ -100,6 +104,12 @@ def model_card(
         )
         + "\n"
     )
+
+
+def _tower(vision: Any) -> str:
+    size, patch = (getattr(vision, name, None) for name in ("image_size", "patch_size"))
+    pixels = f", {size} pixels in patches of {patch}" if size and patch else f", patches of {patch}" if patch else ""
+    return f"{getattr(vision, 'model_type', 'none')}{pixels}"
 
 
 def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:

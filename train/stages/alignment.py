@@ -30,9 +30,10 @@ from train.data.teacher_states import TeacherStates, WantedStates, image_positio
 class Alignment:
     """The terms of `settings` that have a weight.
 
-    `image_tokens`: the tokens of one image. `states`: the teacher's hidden states that a batch must hold.
-    `vocab_size`: how many ids' logits are compared, None: all. `projection` maps the student's features to the
-    teacher's size; `teacher_metric_TT` is WᵀW of the teacher's LM head, for relations of logits, on the run's device.
+    `image_tokens`: the tokens of one image, 0 if they depend on its size; then no term is about images. `states`: the
+    teacher's hidden states that a batch must hold. `vocab_size`: how many ids' logits are compared, None: all.
+    `projection` maps the student's features to the teacher's size; `teacher_metric_TT` is WᵀW of the teacher's LM head,
+    for relations of logits, on the run's device.
     """
 
     settings: AlignConfig
@@ -45,6 +46,8 @@ class Alignment:
 
     def images(self, batch: TrainBatch) -> int:
         """Count the images of a micro-batch, with repetitions."""
+        if not self.image_tokens:
+            return 0
         return int((batch.batch.input_ids_BT == self.image_token_id).sum()) // self.image_tokens
 
     def terms(

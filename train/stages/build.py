@@ -23,10 +23,10 @@ from train.engine.deepspeed_engine import World
 from train.stages import mimic, own_answers, preference, sft
 from train.stages.alignment import Alignment
 from train.stages.loss_sums import LossSums
-from train.stages.student_pass import TowerAhead
+from train.stages.student_pass import LookAhead, StudentPass
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration
+    from transformers import PreTrainedModel
 
 Student = Any
 
@@ -44,7 +44,7 @@ class Objective:
     loss: Callable[[Student, TrainBatch, Tensor | None, Tensor | None], LossSums]
     count: Callable[[TrainBatch], int]
     totals: Callable[[TrainBatch], Tensor] | None = None
-    look_ahead: Callable[[Student, TrainBatch], TowerAhead] | None = None
+    look_ahead: Callable[[Student, TrainBatch], LookAhead] | None = None
     share: Callable[[Sequence[Tensor], World], Tensor] | None = None
     projection: nn.Module | None = None
 
@@ -55,7 +55,7 @@ class StudentWithLoss(nn.Module):
     The projection is a sibling of the student, so it is not exported with it.
     """
 
-    def __init__(self, student: LlavaForConditionalGeneration, objective: Objective) -> None:
+    def __init__(self, student: PreTrainedModel, objective: Objective) -> None:
         super().__init__()
         self.student = student
         self.projection = objective.projection
@@ -65,7 +65,7 @@ class StudentWithLoss(nn.Module):
         self,
         batch: TrainBatch,
         shared: Tensor | None,
-        features_IPC: Tensor | None = None,
+        features: Tensor | None = None,
         *,
         units: float = 1.0,
         tokens: float = 1.0,
@@ -78,7 +78,7 @@ class StudentWithLoss(nn.Module):
         if ahead:
             assert self._objective.look_ahead is not None
             return self._objective.look_ahead(self.student, batch)
-        sums = self._objective.loss(self.student, batch, shared, features_IPC)
+        sums = self._objective.loss(self.student, batch, shared, features)
         return sums.share(units, tokens), sums
 
 
@@ -87,7 +87,7 @@ def make_objective(
     loss: LossConfig,
     *,
     vocab_size: int,
-    train_vision: bool,
+    forward: StudentPass,
     tail: TailEstimator = "bucket",
     prior: TailPrior | None = None,
     positions: Positions = "response",
@@ -99,7 +99,7 @@ def make_objective(
     The mimic stages also use `positions`, which their batches hold, and `alignment`, their additional terms. `paired`:
     whether every preference is a pair.
     """
-    common: dict[str, Any] = {"router_aux_coef": loss.router_aux_coef, "train_vision": train_vision}
+    common: dict[str, Any] = {"router_aux_coef": loss.router_aux_coef, "forward": forward}
     if stage in ("align", "sft"):
         supervised = sft.make_loss(vocab_size=vocab_size, **common)
         return Objective(lambda student, batch, *_: supervised(student, batch), lambda batch: batch.positions)
@@ -150,9 +150,7 @@ def make_objective(
         **settings,
         **common,
     )
-    look_ahead = preference.make_log_ratios(
-        mismatched=loss.kind == "kto", train_vision=common["train_vision"], **settings
-    )
+    look_ahead = preference.make_log_ratios(mismatched=loss.kind == "kto", forward=forward, **settings)
     shared = loss.kind in ("kto_pair", "kto")
     return Objective(
         preferring,

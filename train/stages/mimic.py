@@ -20,10 +20,10 @@ from llavamod_offline.models.lm_head import lm_head_of
 from train.data.batches import ChosenPositions, TrainBatch
 from train.stages.alignment import Alignment
 from train.stages.loss_sums import LossSums
-from train.stages.student_pass import Distillation, predicting_states, with_balance
+from train.stages.student_pass import Distillation, StudentPass, with_balance
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration
+    from transformers import PreTrainedModel
 
 Totals = Callable[[TrainBatch], Tensor]
 
@@ -33,11 +33,11 @@ def make_loss(
     distillation: Distillation,
     lm_weight: float,
     router_aux_coef: float,
-    train_vision: bool,
+    forward: StudentPass,
     chosen: ChosenPositions | None = None,
     totals: Totals | None = None,
     alignment: Alignment | None = None,
-) -> Callable[[LlavaForConditionalGeneration, TrainBatch, Tensor | None], LossSums]:
+) -> Callable[[PreTrainedModel, TrainBatch, Tensor | None], LossSums]:
     """Return the loss of a micro-batch, summed over its units; `lm_weight` 0 is the original's `only_kd`.
 
     The units are the batch's positions, or the `chosen` ones. `totals`: from `make_totals`
@@ -45,9 +45,9 @@ def make_loss(
     divides all terms by its units, so a term that is a mean over n others is multiplied by units / n here.
     """
 
-    def loss(model: LlavaForConditionalGeneration, batch: TrainBatch, shared: Tensor | None) -> LossSums:
+    def loss(model: PreTrainedModel, batch: TrainBatch, shared: Tensor | None) -> LossSums:
         assert batch.targets is not None
-        hidden_ND, routing = predicting_states(model, batch, train_vision=train_vision)
+        hidden_ND, routing = forward.predicting_states(model, batch)
         per_answer = per_image = 1.0
         if totals is not None:
             units, answers, images = (totals(batch) if shared is None else shared).clamp(min=1).tolist()

@@ -30,13 +30,13 @@ from llavamod_offline.models.routing import Routing
 from train.data.batches import TrainBatch
 from train.engine.deepspeed_engine import World
 from train.stages.loss_sums import LossSums
-from train.stages.student_pass import Distillation, TowerAhead, predicting_states, tower_features, with_balance
+from train.stages.student_pass import Distillation, LookAhead, StudentPass, with_balance
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration
+    from transformers import PreTrainedModel
 
-    Loss = Callable[[LlavaForConditionalGeneration, TrainBatch, Tensor | None, Tensor | None], LossSums]
-    LogRatios = Callable[[LlavaForConditionalGeneration, TrainBatch], TowerAhead]
+    Loss = Callable[[PreTrainedModel, TrainBatch, Tensor | None, Tensor | None], LossSums]
+    LogRatios = Callable[[PreTrainedModel, TrainBatch], LookAhead]
 
 Kind = PreferenceKind | Literal["kto"]
 
@@ -55,30 +55,32 @@ def make_loss(
     paired: bool,
     vocab_size: int,
     router_aux_coef: float,
-    train_vision: bool,
+    forward: StudentPass,
 ) -> Loss:
     """Return the loss of a micro-batch, summed over its samples; `paired`: all of them are pairs.
 
     The loss takes mean log-ratios over the global batch, or None if the micro-batch is the whole batch: for `kto_pair`
-    those of chosen and rejected responses [2], for `kto` that of mismatched ones [1]. It also takes the tower's
-    features if the ratios needed them, so that a step runs the tower once per image.
+    those of chosen and rejected responses [2], for `kto` that of mismatched ones [1]. It also takes the
+    images' features if the ratios needed them, so that a step runs the tower once per image.
     """
 
     def loss(
-        model: LlavaForConditionalGeneration,
+        model: PreTrainedModel,
         batch: TrainBatch,
         mean_ratios_R: Tensor | None,
-        features_IPC: Tensor | None,
+        features: Tensor | None,
     ) -> LossSums:
-        if features_IPC is None:
-            features_IPC = tower_features(model, batch, train_vision=train_vision)
-        found = _log_probs(model, batch, vocab_size, average_log_probs, features_IPC, train_vision)
+        if features is None:
+            features = forward.features(model, batch)
+        found = _log_probs(model, batch, vocab_size, average_log_probs, features, forward)
         means: dict[str, Tensor] = {}
         if kind == "kto":
             ratios_R = mean_ratios_R
             if ratios_R is None:
-                assert batch.mismatched is not None
-                ratios_R = _log_ratios(model, batch.mismatched, vocab_size, average_log_probs, features_IPC).mean(1)
+                wanted = batch.mismatched
+                assert wanted is not None
+                ratios_RB = _log_ratios(model, wanted, vocab_size, average_log_probs, features, forward)
+                ratios_R = ratios_RB.mean(1)
             judged = kto_loss(
                 found.policy_S,
                 found.reference_S,
@@ -128,17 +130,17 @@ def make_loss(
     return loss
 
 
-def make_log_ratios(*, average_log_probs: bool, vocab_size: int, mismatched: bool, train_vision: bool) -> LogRatios:
-    """Return a look-ahead: log-ratios [R, B] of policy and reference, without gradient, and the tower's features.
+def make_log_ratios(*, average_log_probs: bool, vocab_size: int, mismatched: bool, forward: StudentPass) -> LogRatios:
+    """Return a look-ahead: log-ratios [R, B] of policy and reference, without gradient, and shared features.
 
     The ratios are those of the trained responses, or only of the `mismatched` ones.
     """
 
-    def log_ratios(model: LlavaForConditionalGeneration, batch: TrainBatch) -> TowerAhead:
+    def log_ratios(model: PreTrainedModel, batch: TrainBatch) -> LookAhead:
         wanted = batch.mismatched if mismatched else batch
         assert wanted is not None
-        features_IPC = tower_features(model, wanted, train_vision=train_vision)
-        return TowerAhead(_log_ratios(model, wanted, vocab_size, average_log_probs, features_IPC), features_IPC)
+        features = forward.features(model, wanted)
+        return LookAhead(_log_ratios(model, wanted, vocab_size, average_log_probs, features, forward), features)
 
     return log_ratios
 
@@ -179,27 +181,28 @@ class _LogProbs:
 
 @torch.no_grad()
 def _log_ratios(
-    model: LlavaForConditionalGeneration,
+    model: PreTrainedModel,
     batch: TrainBatch,
     vocab_size: int,
     average: bool,
-    features_IPC: Tensor | None,
+    features: Tensor | None,
+    forward: StudentPass,
 ) -> Tensor:
-    policy_RB, reference_RB = _log_probs(model, batch, vocab_size, average, features_IPC, False).by_role(batch.samples)
+    policy_RB, reference_RB = _log_probs(model, batch, vocab_size, average, features, forward).by_role(batch.samples)
     return policy_RB - reference_RB
 
 
 def _log_probs(
-    model: LlavaForConditionalGeneration,
+    model: PreTrainedModel,
     batch: TrainBatch,
     vocab_size: int,
     average: bool,
-    features_IPC: Tensor | None,
-    train_vision: bool,
+    features: Tensor | None,
+    forward: StudentPass,
 ) -> _LogProbs:
     assert batch.reference_S is not None
     inputs = batch.batch
-    hidden_ND, routing = predicting_states(model, batch, train_vision=train_vision, features_IPC=features_IPC)
+    hidden_ND, routing = forward.predicting_states(model, batch, features)
     policy_S = sequence_log_probs_from_hidden(
         hidden_ND, lm_head_of(model), inputs.target_ids_N, inputs.sequence_of_N, len(inputs), vocab_size=vocab_size
     )
@@ -212,9 +215,7 @@ def _log_probs(
     return _LogProbs(policy_S, reference_S, means_S, lengths_S, is_chosen_S, hidden_ND, routing)
 
 
-def _distilled(
-    model: LlavaForConditionalGeneration, batch: TrainBatch, found: _LogProbs, distillation: Distillation
-) -> LossTerms:
+def _distilled(model: PreTrainedModel, batch: TrainBatch, found: _LogProbs, distillation: Distillation) -> LossTerms:
     """Compute the divergence on chosen responses, a mean over each one's tokens; metrics likewise."""
     assert batch.targets is not None
     chosen_C = slice(len(batch.targets))

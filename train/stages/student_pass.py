@@ -1,6 +1,6 @@
 """The student's forward pass, shared by all stages: hidden states that predict supervised tokens, and the routing.
 
-Shape suffixes: N supervised positions, D hidden size, L sparse layers, E experts, I images of P tokens and C channels.
+Shape suffixes: B sequences, T tokens, N supervised positions, D hidden size, L sparse layers, E experts.
 """
 
 from __future__ import annotations
@@ -11,64 +11,47 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from llavamod_offline.families.students.protocol import ForwardPass
 from llavamod_offline.losses.fused import LossTerms
-from llavamod_offline.models.forward import student_hidden_states, vision_features
 from llavamod_offline.models.routing import RouterWatch, Routing
 from train.data.batches import TrainBatch
 from train.stages.loss_sums import LossSums
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration
+    from transformers import PreTrainedModel
 
 # `distillation_from_hidden` with the configured divergence: it takes hidden states, LM head, targets and weights.
 Distillation = Callable[..., LossTerms]
 
 
 @dataclass(frozen=True)
-class TowerAhead:
-    """The result of a look-ahead: its `value`, and the tower's features of the same samples, to reuse in the loss."""
+class LookAhead:
+    """The result of a look-ahead: its `value`, and the shared features of the same samples, to reuse in the loss."""
 
     value: Tensor
-    features_IPC: Tensor | None = None
+    features: Tensor | None = None
 
 
-def tower_features(
-    model: LlavaForConditionalGeneration, batch: TrainBatch, *, train_vision: bool = False
-) -> Tensor | None:
-    """Compute the vision tower's features of a batch's images, [I, P, C], to reuse in every pass over them in a step.
+@dataclass(frozen=True)
+class StudentPass:
+    """A family's forward pass as losses use it; `train_vision`: the tower is trained."""
 
-    None if each pass must run the tower itself: without images, if the tower is trained, or under ZeRO-3, where all
-    processes must gather the same weights, whether they have images or not.
-    """
-    sharded = hasattr(next(model.model.vision_tower.parameters()), "ds_id")
-    pixel_values_ICHW = None if train_vision or sharded else batch.batch.pixel_values_ICHW
-    return None if pixel_values_ICHW is None else vision_features(model, pixel_values_ICHW)
+    forward: ForwardPass
+    train_vision: bool = False
 
+    def features(self, model: PreTrainedModel, batch: TrainBatch) -> Tensor | None:
+        """Compute what several passes over a micro-batch's images share, if that helps."""
+        return self.forward.features(model, batch.batch, train_vision=self.train_vision)
 
-def predicting_states(
-    model: LlavaForConditionalGeneration,
-    batch: TrainBatch,
-    *,
-    train_vision: bool,
-    features_IPC: Tensor | None = None,
-) -> tuple[Tensor, Routing]:
-    """Run the student; returns hidden states [N, D] in the order of the batch's supervised tokens, and the routing.
-
-    `features_IPC`: the tower's, if already computed.
-    """
-    inputs = batch.batch
-    with RouterWatch(model) as watch:
-        hidden_BTD = student_hidden_states(
-            model,
-            inputs.input_ids_BT,
-            inputs.attention_mask_BT,
-            inputs.pixel_values_ICHW if features_IPC is None else None,
-            image_rows_Q=inputs.image_rows_P,
-            features_IPC=features_IPC,
-            train_vision=train_vision,
-        )
-    routing = watch.routing(inputs.attention_mask_BT)
-    return hidden_BTD.flatten(0, 1).index_select(0, inputs.prediction_rows_N), routing
+    def predicting_states(
+        self, model: PreTrainedModel, batch: TrainBatch, features: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
+        """Run the student; returns hidden states [N, D] in the order of the supervised tokens, and the routing."""
+        inputs = batch.batch
+        with RouterWatch(model) as watch:
+            hidden_BTD = self.forward.hidden_states(model, inputs, train_vision=self.train_vision, features=features)
+        routing = watch.routing(inputs.attention_mask_BT)
+        return hidden_BTD.flatten(0, 1).index_select(0, inputs.prediction_rows_N), routing
 
 
 def with_balance(sums: LossSums, routing: Routing, *, coefficient: float) -> LossSums:

@@ -94,10 +94,10 @@ def words_as(tokenizer: PreTrainedTokenizerFast, template: Template) -> bool:
     return any(_succeeds(partial(renders_alike, template, tokenizer, form)) for form in FORMS)
 
 
-def to_jinja(template: Template) -> str:
+def to_jinja(template: Template, *, image: str = IMAGE_PLACEHOLDER) -> str:
     """A template as Jinja for transformers' `apply_chat_template`.
 
-    A message's content is a string, or a list of parts, where each image becomes a placeholder on its own line. A first
+    A message's content is a string, or a list of parts, where each image becomes `image` on its own line. A first
     system message takes the place of the template's own system text, as in training. Roles and parts that no training
     sample has raise an exception. A user turn's text ends where the answer begins, so `add_generation_prompt` has no
     effect.
@@ -119,7 +119,7 @@ def to_jinja(template: Template) -> str:
     return (
         f"{{%- macro words(content) -%}}{{%- if content is string -%}}{{{{ content{strip} }}}}{{%- else -%}}"
         "{%- for part in content -%}"
-        f"{{%- if part.type == 'image' -%}}{{{{ {json.dumps(IMAGE_PLACEHOLDER + line)} }}}}"
+        f"{{%- if part.type == 'image' -%}}{{{{ {json.dumps(image + line)} }}}}"
         f"{{%- elif part.type == 'text' -%}}{{{{ part.text{strip} }}}}"
         f"{{%- else -%}}{{{{ raise_exception({_UNKNOWN_PART} + part.type) }}}}{{%- endif -%}}"
         "{%- endfor -%}{%- endif -%}{%- endmacro -%}"
@@ -180,6 +180,8 @@ def _split(tokenizer: PreTrainedTokenizerFast, form: Form) -> Template | None:
         return None
     end = max(specials, key=len)
     separator, following = after[len(end) :], between[len(end) :]
+    if not separator:  # it may stand between rounds alone
+        separator = next(following[:n] for n in range(len(following) + 1) if before.endswith(following[n:]))
     user_prefix = following.removeprefix(separator)
     if not following.startswith(separator) or not before.endswith(user_prefix):
         return None

@@ -6,8 +6,8 @@ the sequences, C channels, H and W pixels, V the 256 values of a byte.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ class Batch:
     `byte_values_CV` their pixels. `image_rows_P`: the image at each place, in the order of the image tokens; None if
     every image has one place. `prediction_rows_N`: rows of the logits, flattened to [B·T, vocabulary], that predict the
     tokens `target_ids_N` (−1: none is supervised); `sequence_of_N`: the sequence of each. `keys`, `roles`: of each
-    sequence.
+    sequence. `inputs`: by name, all else that a model takes whose images are no such tensor (see `families.students`).
     """
 
     input_ids_BT: Tensor
@@ -43,6 +43,7 @@ class Batch:
     roles: tuple[str, ...]
     image_rows_P: Tensor | None = None
     byte_values_CV: Tensor | None = None
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -68,6 +69,7 @@ class Batch:
             "input_ids": self.input_ids_BT,
             "attention_mask": self.attention_mask_BT,
             "labels": labels_M.view_as(self.input_ids_BT),
+            **self.inputs,
         }
         pixel_values_ICHW = self.pixel_values_ICHW
         if pixel_values_ICHW is not None:
@@ -94,6 +96,7 @@ class Batch:
             prediction_rows_N=move(self.prediction_rows_N),
             target_ids_N=move(self.target_ids_N),
             sequence_of_N=move(self.sequence_of_N),
+            inputs={name: move(tensor) for name, tensor in self.inputs.items()},
         )
 
 
@@ -120,22 +123,34 @@ def collate(
     for b, sequence in enumerate(sequences):
         input_ids_BT[b, : len(sequence.input_ids_T)] = sequence.input_ids_T
         attention_mask_BT[b, : len(sequence.input_ids_T)] = 1
-    found = [sequence.rows_and_targets(positions) for sequence in sequences]
-    rows = [b * length + rows_N for b, (rows_N, _) in enumerate(found)]
-    counts = [len(rows_N) for rows_N, _ in found]
+    rows_N, targets_N, sequence_of_N = positions_of(sequences, length, positions)
     stacked, image_rows_P = _stack(sequences, images)
     has_bytes = stacked is not None and byte_values_CV is not None
     return Batch(
         input_ids_BT=torch.from_numpy(input_ids_BT),
         attention_mask_BT=torch.from_numpy(attention_mask_BT),
         images=stacked,
-        prediction_rows_N=torch.from_numpy(np.concatenate(rows)),
-        target_ids_N=torch.from_numpy(np.concatenate([targets_N for _, targets_N in found])),
-        sequence_of_N=torch.from_numpy(np.repeat(np.arange(len(sequences)), counts)),
+        prediction_rows_N=rows_N,
+        target_ids_N=targets_N,
+        sequence_of_N=sequence_of_N,
         keys=tuple(sequence.key for sequence in sequences),
         roles=tuple(sequence.role for sequence in sequences),
         image_rows_P=image_rows_P,
         byte_values_CV=torch.from_numpy(byte_values_CV) if has_bytes else None,
+    )
+
+
+def positions_of(
+    sequences: Sequence[TokenizedSequence], length: int, positions: Positions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows that predict, their targets and their sequences, [N] each, in a batch padded to `length`."""
+    found = [sequence.rows_and_targets(positions) for sequence in sequences]
+    rows = [b * length + rows_N for b, (rows_N, _) in enumerate(found)]
+    counts = [len(rows_N) for rows_N, _ in found]
+    return (
+        torch.from_numpy(np.concatenate(rows)),
+        torch.from_numpy(np.concatenate([targets_N for _, targets_N in found])),
+        torch.from_numpy(np.repeat(np.arange(len(sequences)), counts)),
     )
 
 

@@ -138,8 +138,9 @@ def toy_world(sequences: int) -> World:
     A sequence is all answers to eight images.
     """
     from llavamod_offline.demo.plan import LANGUAGE_MODEL, TEACHER
-    from llavamod_offline.models.building import build_llava
-    from llavamod_offline.models.checkpoint import load_llava, load_tokenizer
+    from llavamod_offline.families.llava.building import build_llava
+    from llavamod_offline.families.llava.checkpoint import load_llava
+    from llavamod_offline.models.checkpoint import load_tokenizer
 
     teacher, student = load_llava(TEACHER).eval(), build_llava(TEACHER, LANGUAGE_MODEL, seed=0).eval()
     vocab_size = len(load_tokenizer(TEACHER))
@@ -159,7 +160,8 @@ def _toy_batches(checkpoint: Path, samples: int, size: int) -> Iterator[Batch]:
     from llavamod_offline.data.pack.pack import write_set
     from llavamod_offline.data.sets.sample_set import SampleSet
     from llavamod_offline.data.sources.read import prepare_sources
-    from llavamod_offline.models.checkpoint import load_config, load_tokenizer, sequence_encoder
+    from llavamod_offline.families.llava.checkpoint import load_config, sequence_encoder
+    from llavamod_offline.models.checkpoint import load_tokenizer
     from llavamod_offline.toyworld.datasets import write_datasets
 
     with tempfile.TemporaryDirectory() as folder:
@@ -178,7 +180,7 @@ def _toy_batches(checkpoint: Path, samples: int, size: int) -> Iterator[Batch]:
 @torch.inference_mode()
 def _predict(model: LlavaForConditionalGeneration, batch: Batch, vocab_size: int) -> tuple[Tensor, Tensor]:
     """Hidden states that predict the supervised tokens, and the log-probs that the head makes of them."""
-    from llavamod_offline.models.forward import student_hidden_states
+    from llavamod_offline.families.llava.forward import student_hidden_states
     from llavamod_offline.models.lm_head import lm_head_of
 
     hidden_BTD = student_hidden_states(model, batch.input_ids_BT, batch.attention_mask_BT, batch.pixel_values_ICHW)

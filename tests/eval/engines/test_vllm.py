@@ -15,7 +15,9 @@ from eval.files import FileImage
 from eval.generate import EvalGenerateConfig, generate
 from eval.predictions import read_predictions
 from llavamod_offline.errors import ConfigError, EvalError
-from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, save_student
+from llavamod_offline.families.llava.checkpoint import load_llava
+from llavamod_offline.families.llava.export import save_llava
+from llavamod_offline.models.checkpoint import load_tokenizer
 from llavamod_offline.models.upcycle import upcycle
 from tests.eval.fixtures import pope_root, write_image
 from tests.tiny import write_tiny_llava
@@ -36,7 +38,7 @@ def _student(folder: Path, kind: str) -> Path:
         for name, parameter in model.named_parameters():
             if ".experts." in name:
                 parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
-    save_student(model, folder / kind, tokenizer=load_tokenizer(dense), processor_source=dense)
+    save_llava(model, folder / kind, tokenizer=load_tokenizer(dense), processor_source=dense)
     return folder / kind
 
 

@@ -13,7 +13,9 @@ from transformers import LlamaConfig, LlavaForConditionalGeneration, Qwen2Config
 
 from eval.export.portable import write_portable
 from llavamod_offline.data.encode.template import get_template
-from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, save_student
+from llavamod_offline.families.llava.checkpoint import load_llava
+from llavamod_offline.families.llava.export import save_llava
+from llavamod_offline.models.checkpoint import load_tokenizer
 from llavamod_offline.models.upcycle import upcycle
 from tests.plain import engine_answers, plain_answers, questions
 from tests.tiny import write_tiny_llava
@@ -53,10 +55,10 @@ def export(
     tokenizer.padding_side = "right"
     if form == "student":
         wording = get_template(template)
-        save_student(model, folder, tokenizer=tokenizer, processor_source=source, template=wording, image_aspect=aspect)
+        save_llava(model, folder, tokenizer=tokenizer, processor_source=source, template=wording, image_aspect=aspect)
         return
     elsewhere = folder.with_name("elsewhere")
-    save_student(model, elsewhere, tokenizer=tokenizer, processor_source=source)
+    save_llava(model, elsewhere, tokenizer=tokenizer, processor_source=source)
     write_portable(elsewhere, folder, template=template, image_aspect=aspect)
 
 
@@ -86,7 +88,7 @@ def test_an_export_is_laid_out_as_transformers_4_reads_it(tmp_path: Path, kind: 
     source, model = make(tmp_path / "source", kind)
     export("student", tmp_path / "export", source, model, "qwen", "pad")
     again = tmp_path / "again"  # of what was loaded from an export
-    save_student(
+    save_llava(
         load_llava(tmp_path / "export"), again, tokenizer=load_tokenizer(source), processor_source=tmp_path / "export"
     )
     for folder in (tmp_path / "export", again):

@@ -16,7 +16,7 @@ from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import ConfigError, DataError, ModelError
 from llavamod_offline.families import SampleImage, open_family
-from llavamod_offline.families.llava import LlavaFamily
+from llavamod_offline.families.llava.family import LlavaFamily
 from llavamod_offline.families.protocol import FeatureFamily
 from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.engines.protocol import Request

@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.examples.batches import Batches
+from llavamod_offline.families.llava.checkpoint import load_llava
 from llavamod_offline.losses import CachedDistillation
 from llavamod_offline.losses.kinds import TailEstimator
-from llavamod_offline.models.checkpoint import load_llava
 from teacher_cache import open_cache
 
 Wrapper = Callable[[Any, float], tuple[Any, Callable[[Any], None]]]

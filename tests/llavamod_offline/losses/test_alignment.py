@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llavamod_offline.errors import ConfigError, TargetError
+from llavamod_offline.families.llava.checkpoint import load_llava
+from llavamod_offline.families.llava.export import save_llava
 from llavamod_offline.losses.alignment import (
     HiddenProjection,
     hidden_alignment,
@@ -18,7 +20,7 @@ from llavamod_offline.losses.alignment import (
     visual_token_kl,
 )
 from llavamod_offline.losses.kinds import HiddenDistance
-from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, save_student
+from llavamod_offline.models.checkpoint import load_tokenizer
 from tests.llavamod_offline.losses.reference import full_kl, random_teacher, truncate
 from tests.tiny import write_tiny_llava
 
@@ -91,7 +93,7 @@ def test_the_projection_learns_beside_the_student_and_stays_behind(tmp_path: Pat
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
-    save_student(student, tmp_path / "exported", tokenizer=load_tokenizer(folder), processor_source=folder)
+    save_llava(student, tmp_path / "exported", tokenizer=load_tokenizer(folder), processor_source=folder)
     saved = load_file(tmp_path / "exported" / "model.safetensors")
     assert saved.keys() == load_file(folder / "model.safetensors").keys()
     assert not {tuple(tensor.shape) for tensor in saved.values()} & {(48, 64), (48, 48)}

@@ -11,9 +11,9 @@ import torch
 
 from llavamod_offline.errors import ModelError, TargetError
 from llavamod_offline.examples.batches import Batches
+from llavamod_offline.families.llava.checkpoint import load_llava
 from llavamod_offline.losses import CachedDistillation, distillation_from_hidden
 from llavamod_offline.losses.cached_distillation import prior_of
-from llavamod_offline.models.checkpoint import load_llava
 from teacher_cache import TeacherCache, check_labels, open_cache
 from teacher_cache.student.end_of_turn import TokenIdSwap
 from tests.llavamod_offline.losses import sharded_driver

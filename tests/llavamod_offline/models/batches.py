@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from llavamod_offline.data.encode.template import get_template
-from llavamod_offline.models.checkpoint import load_tokenizer, sequence_encoder
+from llavamod_offline.families.llava.checkpoint import sequence_encoder
+from llavamod_offline.models.checkpoint import load_tokenizer
 from tests.tiny import tiny_samples
 
 

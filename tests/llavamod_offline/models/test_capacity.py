@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
+from llavamod_offline.families.llava.checkpoint import load_llava
+from llavamod_offline.families.llava.export import save_llava
+from llavamod_offline.families.llava.forward import student_hidden_states
 from llavamod_offline.models.capacity import limit_capacity, places
-from llavamod_offline.models.checkpoint import load_llava, save_student
-from llavamod_offline.models.forward import student_hidden_states
 from llavamod_offline.models.routing import RouterWatch
 from llavamod_offline.models.upcycle import upcycle
 from tests.llavamod_offline.models.batches import Batch, make_batch
@@ -176,7 +177,7 @@ def test_a_saved_student_knows_nothing_of_it(tiny_folder: Path, tmp_path: Path) 
 
     batch, model = make_batch(tiny_folder, [0, 3]), make_sparse(tiny_folder)
     limit_capacity(model, 0.5)
-    save_student(model, tmp_path / "s", tokenizer=load_tokenizer(tiny_folder), processor_source=tiny_folder)
+    save_llava(model, tmp_path / "s", tokenizer=load_tokenizer(tiny_folder), processor_source=tiny_folder)
     again = load_llava(tmp_path / "s").train()
     assert torch.equal(hidden_states(again, batch), hidden_states(model.eval(), batch))
 

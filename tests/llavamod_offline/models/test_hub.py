@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import constants
 
 from llavamod_offline.errors import ModelError
-from llavamod_offline.models.checkpoint import load_llava
+from llavamod_offline.families.llava.checkpoint import load_llava
 from llavamod_offline.models.hub import checkpoint_folder, checkpoint_name, weight_files
 from teacher_cache.fingerprint import describe_weights
 from tests.hub import write_snapshot

@@ -9,10 +9,12 @@ import torch
 from transformers import LlavaForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM
 
 from llavamod_offline.errors import ModelError
-from llavamod_offline.models.building import build_llava, build_tokenizer
+from llavamod_offline.families.llava.building import build_llava, build_tokenizer
+from llavamod_offline.families.llava.checkpoint import load_llava
+from llavamod_offline.families.llava.export import save_llava
+from llavamod_offline.families.llava.forward import student_hidden_states
 from llavamod_offline.models.capacity import limit_capacity
-from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, save_student
-from llavamod_offline.models.forward import student_hidden_states
+from llavamod_offline.models.checkpoint import load_tokenizer
 from llavamod_offline.models.lm_head import lm_head_of
 from llavamod_offline.models.routing import RouterWatch
 from llavamod_offline.models.sparse_twins import is_router
@@ -45,7 +47,7 @@ def test_parts_make_a_student(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, text(input_ids=ids).logits)
     tokenizer = build_tokenizer(tmp_path / "qwen3")
-    save_student(model, tmp_path / "student", tokenizer=tokenizer, processor_source=tower)
+    save_llava(model, tmp_path / "student", tokenizer=tokenizer, processor_source=tower)
     again = load_llava(tmp_path / "student")
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
@@ -60,7 +62,7 @@ def test_sparse_equals_dense_at_step_0_also_after_save_and_reload(folder: Path, 
     mlp, router = 3 * 64 * 128, 4 * 64
     assert total_parameters(sparse) == total_parameters(dense) + 2 * (3 * mlp + router)
     assert activated_parameters(sparse) == total_parameters(dense) + 2 * (mlp + router)
-    save_student(sparse, tmp_path / "sparse", tokenizer=load_tokenizer(folder), processor_source=folder)
+    save_llava(sparse, tmp_path / "sparse", tokenizer=load_tokenizer(folder), processor_source=folder)
     plain = LlavaForConditionalGeneration.from_pretrained(tmp_path / "sparse")
     assert plain.config.text_config.model_type == "qwen3_moe"
     for reloaded in (plain, load_llava(tmp_path / "sparse")):

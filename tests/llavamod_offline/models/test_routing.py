@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 
-from llavamod_offline.models.checkpoint import load_llava
-from llavamod_offline.models.forward import student_hidden_states
+from llavamod_offline.families.llava.checkpoint import load_llava
+from llavamod_offline.families.llava.forward import student_hidden_states
 from llavamod_offline.models.routing import RouterWatch, Routing, is_sparse, random_routing
 from llavamod_offline.models.sparse_twins import is_router
 from llavamod_offline.models.upcycle import upcycle

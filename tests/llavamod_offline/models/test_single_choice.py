@@ -10,9 +10,11 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
+from llavamod_offline.families.llava.checkpoint import load_llava
+from llavamod_offline.families.llava.export import save_llava
+from llavamod_offline.families.llava.forward import student_hidden_states
 from llavamod_offline.models.capacity import limit_capacity
-from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, save_student
-from llavamod_offline.models.forward import student_hidden_states
+from llavamod_offline.models.checkpoint import load_tokenizer
 from llavamod_offline.models.routing import RouterWatch
 from llavamod_offline.models.single_choice import compare_single_choices
 from llavamod_offline.models.upcycle import upcycle
@@ -109,7 +111,7 @@ def test_a_saved_student_is_what_was_trained_in_plain_transformers(tiny_folder: 
     batch, model = make_batch(tiny_folder, [0, 3, 5]), make_sparse(tiny_folder)
     compare_single_choices(model)
     trained_BTD = hidden_states(model, batch)
-    save_student(model, tmp_path / "s", tokenizer=load_tokenizer(tiny_folder), processor_source=tiny_folder)
+    save_llava(model, tmp_path / "s", tokenizer=load_tokenizer(tiny_folder), processor_source=tiny_folder)
     plain = LlavaForConditionalGeneration.from_pretrained(tmp_path / "s")
     with torch.no_grad():
         torch.testing.assert_close(hidden_states(plain.train(), batch), trained_BTD)

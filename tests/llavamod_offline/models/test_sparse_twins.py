@@ -23,8 +23,10 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llavamod_offline.errors import ModelError
+from llavamod_offline.families.llava.checkpoint import load_llava
+from llavamod_offline.families.llava.export import save_llava
 from llavamod_offline.models.capacity import limit_capacity
-from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, save_student
+from llavamod_offline.models.checkpoint import load_tokenizer
 from llavamod_offline.models.routing import RouterWatch, is_sparse, random_routing
 from llavamod_offline.models.single_choice import compare_single_choices
 from llavamod_offline.models.sparse_twins import TWINS, is_router, sparse_twin
@@ -190,7 +192,7 @@ def test_exports_have_the_names_of_published_checkpoints(kind: str, tmp_path: Pa
     """As vLLM and earlier releases of transformers read them."""
     folder = write_tiny_llava(tmp_path / "dense", text_config=CONFIG_MAPPING[kind])
     model = sparse_of(load_llava(folder), kind)
-    save_student(model, tmp_path / "sparse", tokenizer=load_tokenizer(folder), processor_source=folder)
+    save_llava(model, tmp_path / "sparse", tokenizer=load_tokenizer(folder), processor_source=folder)
     with safe_open(tmp_path / "sparse" / "model.safetensors", "pt") as tensors:
         names = set(tensors.keys())
     assert {f"language_model.model.layers.1.{name}" for name in _PUBLISHED[kind]} <= names

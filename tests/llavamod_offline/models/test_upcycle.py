@@ -7,7 +7,9 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from llavamod_offline.errors import ModelError
-from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, save_student
+from llavamod_offline.families.llava.checkpoint import load_llava
+from llavamod_offline.families.llava.export import save_llava
+from llavamod_offline.models.checkpoint import load_tokenizer
 from llavamod_offline.models.upcycle import (
     LayerChoice,
     activated_parameters,
@@ -50,7 +52,7 @@ def test_sparse_equals_dense_at_step_0_also_after_save_and_reload(
     logits = _logits(dense, batch)
     # The weights of the chosen experts sum to 1 up to the last bit of float32.
     torch.testing.assert_close(_logits(sparse, batch), logits, rtol=1e-6, atol=1e-6 * float(logits.abs().max()))
-    save_student(sparse, tmp_path / "sparse", tokenizer=load_tokenizer(tiny_folder), processor_source=tiny_folder)
+    save_llava(sparse, tmp_path / "sparse", tokenizer=load_tokenizer(tiny_folder), processor_source=tiny_folder)
     plain = LlavaForConditionalGeneration.from_pretrained(tmp_path / "sparse")
     assert plain.config.text_config.model_type == "qwen2_moe"
     for reloaded in (plain, load_llava(tmp_path / "sparse")):

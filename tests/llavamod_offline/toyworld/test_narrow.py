@@ -9,8 +9,8 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from llavamod_offline.demo.plan import TEACHER
-from llavamod_offline.models.building import build_llava, build_tokenizer
-from llavamod_offline.models.checkpoint import load_llava
+from llavamod_offline.families.llava.building import build_llava, build_tokenizer
+from llavamod_offline.families.llava.checkpoint import load_llava
 from llavamod_offline.toyworld.narrow import narrowed, write_small_language_model
 
 

@@ -13,7 +13,8 @@ from llavamod_offline.data.encode.collate import collate
 from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.demo.plan import LANGUAGE_MODEL, TEACHER
-from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, sequence_encoder
+from llavamod_offline.families.llava.checkpoint import load_llava, sequence_encoder
+from llavamod_offline.models.checkpoint import load_tokenizer
 from llavamod_offline.toyworld.draw import draw_scene
 from llavamod_offline.toyworld.language import SHORT_ANSWER, questions
 from llavamod_offline.toyworld.scene import random_scene

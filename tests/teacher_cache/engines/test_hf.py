@@ -16,7 +16,7 @@ from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequence
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import DataError, ModelError
-from llavamod_offline.families.llava import LlavaFamily
+from llavamod_offline.families.llava.family import LlavaFamily
 from llavamod_offline.models.lm_head import LmHead
 from teacher_cache.engines.hf import HfCaptureEngine, length_batches
 from teacher_cache.engines.lm_head import Float32Head

@@ -20,7 +20,8 @@ from llavamod_offline.data.encode.tokenize import Positions
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import ConfigError, ModelError
 from llavamod_offline.families import open_family
-from llavamod_offline.models.checkpoint import load_llava, save_student
+from llavamod_offline.families.llava.checkpoint import load_llava
+from llavamod_offline.families.llava.export import save_llava
 from llavamod_offline.vllm import plugin as plain
 from llavamod_offline.vllm.session import Session
 from teacher_cache.format.record import Records, RecordSettings
@@ -252,7 +253,7 @@ def test_a_sequence_with_logits_that_are_not_finite_is_rejected_alone(start: Sta
     poison = teacher.encoder.tokenizer("purple zebra", add_special_tokens=False)["input_ids"][-1]
     with torch.no_grad():
         model.get_input_embeddings().weight[poison] = float("nan")
-    save_student(model, tmp_path / "ill", tokenizer=teacher.encoder.tokenizer, processor_source=sound)
+    save_llava(model, tmp_path / "ill", tokenizer=teacher.encoder.tokenizer, processor_source=sound)
     world = start(tmp_path / "ill")
     bad = Sample("bad", (Turn("user", "purple zebra?"), Turn("assistant", "A purple zebra.")))
     samples = [*tiny_samples(8, seed=5), bad]

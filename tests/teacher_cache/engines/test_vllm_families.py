@@ -14,7 +14,8 @@ from llavamod_offline import toyworld
 from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.encode.tokenize import Positions
 from llavamod_offline.families import open_family
-from llavamod_offline.models.checkpoint import load_llava, save_student
+from llavamod_offline.families.llava.checkpoint import load_llava
+from llavamod_offline.families.llava.export import save_llava
 from llavamod_offline.models.upcycle import upcycle
 from llavamod_offline.vllm import plugin as plain
 from teacher_cache.engines.vllm.logprobs import PromptLogprobs
@@ -42,7 +43,7 @@ def _sparse_llava(folder: Path) -> Path:
         for name, parameter in model.named_parameters():
             if ".experts." in name:
                 parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
-    save_student(model, folder, tokenizer=tokenizer, processor_source=dense)
+    save_llava(model, folder, tokenizer=tokenizer, processor_source=dense)
     return folder
 
 

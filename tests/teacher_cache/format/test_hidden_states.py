@@ -13,8 +13,9 @@ from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.images import ImagePreprocessor
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import CacheError, ConfigError
-from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, sequence_encoder
-from llavamod_offline.models.forward import student_hidden_states
+from llavamod_offline.families.llava.checkpoint import load_llava, sequence_encoder
+from llavamod_offline.families.llava.forward import student_hidden_states
+from llavamod_offline.models.checkpoint import load_tokenizer
 from teacher_cache.read.reader import open_cache
 from teacher_cache.verify.cache import verify_cache
 from tests.teacher_cache.conftest import World

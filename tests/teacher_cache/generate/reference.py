@@ -19,7 +19,8 @@ from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.demo.plan import TEACHER
-from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, sequence_encoder
+from llavamod_offline.families.llava.checkpoint import load_llava, sequence_encoder
+from llavamod_offline.models.checkpoint import load_tokenizer
 from llavamod_offline.toyworld.conversations import captioned, chatted, quizzed
 from llavamod_offline.toyworld.draw import encode_scene
 from llavamod_offline.toyworld.scene import random_scene

@@ -14,7 +14,8 @@ from tokenizers import Regex, pre_tokenizers
 from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError, DataError, LlavaModError, TargetError
-from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, sequence_encoder
+from llavamod_offline.families.llava.checkpoint import load_llava, sequence_encoder
+from llavamod_offline.models.checkpoint import load_tokenizer
 from teacher_cache.inspection import export
 from teacher_cache.inspection.export import export_cache
 from teacher_cache.read.reader import open_cache

@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import CacheError, TargetError
+from llavamod_offline.families.llava.checkpoint import sequence_encoder
 from llavamod_offline.losses.targets import SparseTargets
-from llavamod_offline.models.checkpoint import load_tokenizer, sequence_encoder
+from llavamod_offline.models.checkpoint import load_tokenizer
 from teacher_cache.format import columns
 from teacher_cache.format.manifest import CACHE_NAME, canonical, content_digest
 from teacher_cache.format.quantise import FINE, log_prob_bound

@@ -35,7 +35,7 @@ def test_every_recipe_names_its_stage_and_survives_a_dump(stage: str, tmp_path: 
 def test_recipes_hold_the_scripts_values() -> None:
     """LLaVA-MoD's shells/train/qwen/*.sh on 16 devices: learning rate, batch, loss, what is trained, balance loss."""
     rows = {
-        stage: (config.optim.lr, config.batch.global_size, config.loss.kind, config.trainable, config.image_aspect)
+        stage: (config.optim.lr, config.batch.global_size, config.loss.kind, config.trainable, config.llava_aspect)
         for stage in get_args(Stage)
         for config in [resolve_config(arguments(stage))]
     }

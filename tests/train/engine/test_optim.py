@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from llavamod_offline.errors import ConfigError
-from llavamod_offline.models.checkpoint import load_llava
+from llavamod_offline.families.llava.checkpoint import load_llava
+from llavamod_offline.families.students.parts import model_parts
 from tests.train.conftest import World
 from tests.train.reference import Reader, read_metrics
 from tests.train.test_checkpoint import assert_same_run, train_until_sigterm
@@ -32,7 +33,9 @@ def rate_of(name: str) -> float:
 def test_each_parameter_has_the_rate_of_the_smallest_part_that_holds_it(world: World) -> None:
     model = load_llava(world.student)
     choose_trainable(model, ["projector", "text"])
-    optimizer = make_optimizer(model, lr=1e-3, part_lr=RATES, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+    optimizer = make_optimizer(
+        model, model_parts(model), lr=1e-3, part_lr=RATES, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1
+    )
     found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(found) == len(trained) == sum(len(group["params"]) for group in optimizer.param_groups)

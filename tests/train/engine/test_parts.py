@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from llavamod_offline.models.building import build_llava
+from llavamod_offline.families.llava.building import build_llava
+from llavamod_offline.families.students.parts import model_parts
 from llavamod_offline.models.upcycle import upcycle
 from tests.tiny_students import OTHER_TEXT_MODELS, TEXT_MODELS, write_language_model, write_tower
-from train.engine.optim import PATTERNS, choose_trainable
+from train.engine.optim import choose_trainable
 
 PARTS = ("embeddings", "attention", "mlp", "norms")
 
@@ -39,6 +40,6 @@ def test_experts_and_routers_are_parts_of_a_sparse_student(tmp_path: Path, name:
     assert experts <= mlp
     assert router
     assert not router & mlp
-    assert all(re.search(PATTERNS["text"], parameter) for parameter in mlp | router)
+    assert all(model_parts(model)["text"].search(parameter) for parameter in mlp | router)
     new = {parameter for parameter, _ in model.named_parameters()} - set(dense.state_dict())
     assert {parameter for parameter in new if model.get_parameter(parameter).numel()} <= experts | router

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from llavamod_offline.families.llava.checkpoint import load_llava
 from llavamod_offline.losses.alignment import HiddenProjection
-from llavamod_offline.models.checkpoint import load_llava
 from tests.tiny import IMAGE_TOKENS, write_tiny_llava
 from tests.train.conftest import EXHAUSTIVE, World, write_cache
 from tests.train.reference import Answer, Reader, read_metrics, train_plainly

@@ -13,7 +13,8 @@ from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import CacheError, ConfigError, LlavaModError, ModelError
-from llavamod_offline.models.checkpoint import load_llava, load_tokenizer, sequence_encoder
+from llavamod_offline.families.llava.checkpoint import load_llava, sequence_encoder
+from llavamod_offline.models.checkpoint import load_tokenizer
 from llavamod_offline.models.lm_head import LmHead, lm_head_of
 from teacher_cache.read.reader import TeacherCache, open_cache
 from tests.tiny import write_tiny_llava

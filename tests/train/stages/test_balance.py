@@ -10,12 +10,12 @@ from torch import Tensor
 
 from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
-from llavamod_offline.models.forward import student_hidden_states
+from llavamod_offline.families.llava.forward import student_hidden_states
 from tests.train.conftest import World
 from tests.train.reference import Reader, read_metrics
 from train.config.train import StudentConfig
 from train.run import train
-from train.student import make_student
+from train.student.make import make_student
 
 
 def _mixed_set(folder: Path) -> Path:

@@ -161,16 +161,16 @@ def test_pairs_are_looked_at_before_anything_is_trained(world: World, tmp_path: 
     """A set in another order has the same pairs; a rule that nobody knows here is refused by its name."""
     samples = tiny_samples(24, preference=True)
     write_set(samples[::-1], tmp_path / "reversed")
-    encoder = Reader(world.teacher, world.pairs).encoder
+    encode = Reader(world.teacher, world.pairs).encoder.encode
     whole, half = SampleSet.open(tmp_path / "reversed"), write_set(samples[:12], tmp_path / "half").path
     rows = np.arange(24)
     opened = open_cache(cache)
-    check_pairs(whole.with_mismatched(), opened, rows, encoder)
+    check_pairs(whole.with_mismatched(), opened, rows, encode)
     with pytest.raises(TargetError, match=r"\(mismatched\): its paired response .*: set data\.set to the captured set"):
-        check_pairs(SampleSet.open(half).with_mismatched(), opened, rows[:12], encoder)
+        check_pairs(SampleSet.open(half).with_mismatched(), opened, rows[:12], encode)
     opened.fingerprint["capture"]["mismatched"] = "as it comes"
     with pytest.raises(ConfigError, match=r"loss\.kind: .* another pairing rule \(as it comes\)") as caught:
-        check_pairs(SampleSet.open(world.pairs).with_mismatched(), opened, rows, encoder)
+        check_pairs(SampleSet.open(world.pairs).with_mismatched(), opened, rows, encode)
     assert "\n" not in str(caught.value)
 
 

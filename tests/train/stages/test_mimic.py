@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlavaForConditionalGeneration
 
 from llavamod_offline.errors import ConfigError
-from llavamod_offline.models.checkpoint import load_llava
+from llavamod_offline.families.llava.checkpoint import load_llava
 from llavamod_offline.models.upcycle import upcycle
 from tests.tiny import write_tiny_llava
 from tests.train.conftest import EXHAUSTIVE, World, write_cache

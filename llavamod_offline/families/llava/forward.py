@@ -13,6 +13,41 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
+from llavamod_offline.data.encode.collate import Batch
+
+
+class LlavaForward:
+    """The pass of LLaVA students; see `students.protocol.ForwardPass`. Features are the tower's, [I, P, C]."""
+
+    def features(self, model: LlavaForConditionalGeneration, batch: Batch, *, train_vision: bool) -> Tensor | None:
+        """Compute the tower's features of a batch's images.
+
+        None if each pass must run the tower itself: without images, if the tower is trained, or under ZeRO-3, where all
+        processes must gather the same weights, whether they have images or not.
+        """
+        sharded = hasattr(next(model.model.vision_tower.parameters()), "ds_id")
+        pixel_values_ICHW = None if train_vision or sharded else batch.pixel_values_ICHW
+        return None if pixel_values_ICHW is None else vision_features(model, pixel_values_ICHW)
+
+    def hidden_states(
+        self,
+        model: LlavaForConditionalGeneration,
+        batch: Batch,
+        *,
+        train_vision: bool,
+        features: Tensor | None = None,
+    ) -> Tensor:
+        """Run the student up to its final norm."""
+        return student_hidden_states(
+            model,
+            batch.input_ids_BT,
+            batch.attention_mask_BT,
+            batch.pixel_values_ICHW if features is None else None,
+            image_rows_Q=batch.image_rows_P,
+            features_IPC=features,
+            train_vision=train_vision,
+        )
+
 
 def student_hidden_states(
     model: LlavaForConditionalGeneration,

@@ -7,7 +7,6 @@ Source: LoRA (arXiv 2106.09685): W + (alpha / rank) · B·A, with B = 0 at the s
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llavamod_offline.errors import ConfigError
-from llavamod_offline.models.building.projector import fixed_parameters
+from llavamod_offline.families.llava.building.projector import fixed_parameters
+from llavamod_offline.families.students.parts import model_parts
 from llavamod_offline.models.routing import is_sparse
 from llavamod_offline.storage import atomic
-from train.engine.optim import PATTERNS, is_adapter
+from train.engine.optim import is_adapter
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration
+    from transformers import PreTrainedModel
 
 _ADAPTER = "default"
 _BASE = ".base_layer."
@@ -31,7 +31,7 @@ _PEFT_PREFIX = "base_model.model."  # of names in PEFT's files
 
 
 def add_adapters(
-    model: LlavaForConditionalGeneration,
+    model: PreTrainedModel,
     *,
     rank: int,
     alpha: float,
@@ -98,20 +98,20 @@ def save_adapters(model: nn.Module, state: Mapping[str, Tensor], folder: Path, *
         config.save_pretrained(aside)
 
 
-def _layers(model: LlavaForConditionalGeneration, target: str) -> list[str]:
+def _layers(model: PreTrainedModel, target: str) -> list[str]:
     part, _, layer = target.partition(".")
     if part in ("mlp", "text") and is_sparse(model):
         raise ConfigError(
             f"student.lora.targets: '{target}' holds experts, which are no linear layers: adapt 'attention' and train "
             "experts in full (trainable: mlp), or leave student.lora out"
         )
-    fixed = fixed_parameters(model)
+    fixed, patterns = fixed_parameters(model), model_parts(model)
     own = [
         name
         for name, module in model.named_modules()
         if f"{name}.weight" not in fixed
         if type(module) is nn.Linear  # that of nn.MultiheadAttention is never called
-        if re.search(PATTERNS[part], f"{name}.") and not re.search(PATTERNS["lm_head"], f"{name}.")
+        if patterns[part].search(f"{name}.") and not patterns["lm_head"].search(f"{name}.")
     ]
     found = [name for name in own if layer in ("", name.rpartition(".")[2])]
     if not found:

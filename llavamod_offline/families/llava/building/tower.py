@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModel
 
 from llavamod_offline.errors import ModelError
-from llavamod_offline.models.checkpoint import load_llava, load_weights, read_json
-from llavamod_offline.models.towers import TOWER_TYPES
+from llavamod_offline.families.llava.checkpoint import load_llava
+from llavamod_offline.families.llava.towers import TOWER_TYPES
+from llavamod_offline.models.checkpoint import load_weights, read_json
 
 _JOINT = ("clip", "siglip")  # models of images and texts, whose vision tower is one of `TOWER_TYPES`
 

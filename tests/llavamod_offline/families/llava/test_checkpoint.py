@@ -13,15 +13,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.sample import Turn
 from llavamod_offline.errors import ModelError
-from llavamod_offline.models.checkpoint import (
-    image_tokens,
-    load_config,
-    load_llava,
-    load_tokenizer,
-    save_student,
-    sequence_encoder,
-    vocabulary_size,
-)
+from llavamod_offline.families.llava.checkpoint import image_tokens, load_config, load_llava, sequence_encoder
+from llavamod_offline.families.llava.export import save_llava
+from llavamod_offline.models.checkpoint import load_tokenizer, vocabulary_size
 from tests.tiny import IMAGE_TOKENS, tiny_tokenizer, write_tiny_language_model, write_tiny_llava
 
 
@@ -47,7 +41,7 @@ def test_saved_student_is_loaded_by_plain_transformers(tiny_folder: Path, tmp_pa
     assert not model.training
     assert model.dtype == torch.float32
     copy = tmp_path / "new" / "student"
-    save_student(model, copy, tokenizer=tokenizer, processor_source=tiny_folder)
+    save_llava(model, copy, tokenizer=tokenizer, processor_source=tiny_folder)
     plain = AutoModelForImageTextToText.from_pretrained(copy)
     assert type(plain).__name__ == "LlavaForConditionalGeneration"
     for name, tensor in model.state_dict().items():
@@ -64,7 +58,7 @@ def test_a_batch_of_prompts_gets_the_answers_of_each_alone(tiny_folder: Path, tm
     """Other tools pad as the exported processor says: on the left, or generation would continue after padding."""
     model, tokenizer = load_llava(tiny_folder), load_tokenizer(tiny_folder)
     tokenizer.padding_side = "right"
-    save_student(model, tmp_path / "student", tokenizer=tokenizer, processor_source=tiny_folder)
+    save_llava(model, tmp_path / "student", tokenizer=tokenizer, processor_source=tiny_folder)
     processor = AutoProcessor.from_pretrained(tmp_path / "student")
     prompts = ["USER: <image>\nWhat is it? ASSISTANT:", "USER: <image>\nHow many red circles are there? ASSISTANT:"]
 
@@ -93,7 +87,7 @@ def test_a_student_says_how_it_was_taught_to_converse(
     assert tokenizer.convert_ids_to_tokens([398, 396]) == ["<|im_end|>", "<|endoftext|>"]
     model.generation_config.eos_token_id = named
     template = get_template("chatml")
-    save_student(model, tmp_path / "student", tokenizer=tokenizer, processor_source=tiny_folder, template=template)
+    save_llava(model, tmp_path / "student", tokenizer=tokenizer, processor_source=tiny_folder, template=template)
     saved = AutoProcessor.from_pretrained(tmp_path / "student")
     for speaker in (saved, saved.tokenizer):
         text = speaker.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
@@ -104,13 +98,11 @@ def test_a_student_says_how_it_was_taught_to_converse(
 def test_saving_never_overwrites_and_leaves_nothing_half_written(tiny_folder: Path, tmp_path: Path) -> None:
     model, tokenizer = load_llava(tiny_folder), load_tokenizer(tiny_folder)
     with pytest.raises(ModelError, match="exists already"):
-        save_student(model, tiny_folder, tokenizer=tokenizer, processor_source=tiny_folder)
+        save_llava(model, tiny_folder, tokenizer=tokenizer, processor_source=tiny_folder)
     with pytest.raises(ModelError, match=r"no preprocessor_config\.json"):
-        save_student(model, tmp_path / "student", tokenizer=tokenizer, processor_source=tmp_path)
+        save_llava(model, tmp_path / "student", tokenizer=tokenizer, processor_source=tmp_path)
     with pytest.raises(RuntimeError):
-        save_student(
-            model, tmp_path / "student", tokenizer=tokenizer, processor_source=tiny_folder, state_dict=_Broken()
-        )
+        save_llava(model, tmp_path / "student", tokenizer=tokenizer, processor_source=tiny_folder, state_dict=_Broken())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -127,13 +119,13 @@ def test_image_processor_inside_the_processors_file(tiny_folder: Path, folder: P
     AutoProcessor.from_pretrained(tiny_folder).save_pretrained(folder)
     assert not (folder / "preprocessor_config.json").exists()
     model = load_llava(folder)
-    save_student(model, tmp_path / "student", tokenizer=load_tokenizer(folder), processor_source=folder)
+    save_llava(model, tmp_path / "student", tokenizer=load_tokenizer(folder), processor_source=folder)
     processor = AutoProcessor.from_pretrained(tmp_path / "student").image_processor
     assert dict(processor.crop_size) == {"height": 24, "width": 24}
     _edit(folder / "processor_config.json", image_processor__crop_size={"height": 32, "width": 32})
     for refused in (
         lambda: load_llava(folder),
-        lambda: save_student(model, tmp_path / "x", tokenizer=load_tokenizer(folder), processor_source=folder),
+        lambda: save_llava(model, tmp_path / "x", tokenizer=load_tokenizer(folder), processor_source=folder),
     ):
         with pytest.raises(ModelError, match="does not fit the vision tower's 24 pixels"):
             refused()
@@ -142,7 +134,7 @@ def test_image_processor_inside_the_processors_file(tiny_folder: Path, folder: P
 def test_a_half_precision_checkpoint_becomes_the_dtype_asked_for(tiny_folder: Path, tmp_path: Path) -> None:
     half = load_llava(tiny_folder, torch.bfloat16)
     assert half.dtype == torch.bfloat16
-    save_student(half, tmp_path / "half", tokenizer=load_tokenizer(tiny_folder), processor_source=tiny_folder)
+    save_llava(half, tmp_path / "half", tokenizer=load_tokenizer(tiny_folder), processor_source=tiny_folder)
     assert load_llava(tmp_path / "half").dtype == torch.float32
 
 

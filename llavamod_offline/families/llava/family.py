@@ -16,11 +16,12 @@ from torch import Tensor
 from llavamod_offline.data.encode.template import Template
 from llavamod_offline.data.encode.tokenize import TokenizedSequence
 from llavamod_offline.data.images import ImagePreprocessor
-from llavamod_offline.data.sample import Sample
+from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample
 from llavamod_offline.families.batch import tensors, text_inputs
 from llavamod_offline.families.folder import context_length, pixel_array, preparing
+from llavamod_offline.families.llava.checkpoint import load_config, load_llava, sequence_encoder
 from llavamod_offline.families.protocol import SampleImage
-from llavamod_offline.models.checkpoint import load_config, load_llava, load_tokenizer, sequence_encoder
+from llavamod_offline.models.checkpoint import load_tokenizer
 
 
 class LlavaFamily:
@@ -28,6 +29,8 @@ class LlavaFamily:
 
     `image_aspect` auto is what the folder states, as our students' do, or else pad.
     """
+
+    written = IMAGE_PLACEHOLDER
 
     def __init__(self, folder: Path, template: Template, *, image_aspect: str, max_length: int) -> None:
         config = load_config(folder)

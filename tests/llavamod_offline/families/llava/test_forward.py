@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llavamod_offline.families.llava.checkpoint import load_llava
+from llavamod_offline.families.llava.forward import student_hidden_states, vision_features
 from llavamod_offline.losses.fused import distillation_from_hidden
-from llavamod_offline.models.checkpoint import load_llava
-from llavamod_offline.models.forward import student_hidden_states, vision_features
 from llavamod_offline.models.lm_head import lm_head_of
 from tests.llavamod_offline.losses.reference import random_teacher, truncate
 from tests.llavamod_offline.models.batches import make_batch

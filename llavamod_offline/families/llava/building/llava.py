@@ -13,17 +13,17 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER
 from llavamod_offline.errors import ModelError
-from llavamod_offline.models.building.projector import (
+from llavamod_offline.families.llava.building.projector import (
     MLP,
     check_projector_type,
     new_projector,
     projector_activation,
     read_projector,
 )
-from llavamod_offline.models.building.text_model import check_same_logits, load_language_model
-from llavamod_offline.models.building.tower import load_tower
+from llavamod_offline.families.llava.building.text_model import check_same_logits, load_language_model
+from llavamod_offline.families.llava.building.tower import load_tower
+from llavamod_offline.families.llava.towers import extra_tokens
 from llavamod_offline.models.checkpoint import load_tensors, load_tokenizer
-from llavamod_offline.models.towers import extra_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

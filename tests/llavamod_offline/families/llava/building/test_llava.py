@@ -8,8 +8,10 @@ import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionModel, Qwen2ForCausalLM
 
 from llavamod_offline.errors import ModelError
-from llavamod_offline.models.building import build_llava, build_tokenizer
-from llavamod_offline.models.checkpoint import image_tokens, load_llava, load_tokenizer, save_student
+from llavamod_offline.families.llava.building import build_llava, build_tokenizer
+from llavamod_offline.families.llava.checkpoint import image_tokens, load_llava
+from llavamod_offline.families.llava.export import save_llava
+from llavamod_offline.models.checkpoint import load_tokenizer
 from tests.tiny import tiny_vision_config, write_tiny_language_model, write_tiny_tower
 
 
@@ -64,7 +66,7 @@ def test_head_grows_where_no_row_is_free(parts: tuple[Path, Path], tmp_path: Pat
     assert (embeddings is model.lm_head.weight) == tied
     assert torch.equal(embeddings[:-1], old.model.embed_tokens.weight)
     assert torch.equal(embeddings[-1], old.model.embed_tokens.weight.mean(0))
-    save_student(model, tmp_path / "student", tokenizer=tokenizer, processor_source=parts[0])
+    save_llava(model, tmp_path / "student", tokenizer=tokenizer, processor_source=parts[0])
     loaded = load_llava(tmp_path / "student")
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
@@ -73,7 +75,7 @@ def test_head_grows_where_no_row_is_free(parts: tuple[Path, Path], tmp_path: Pat
 
 def test_tower_out_of_a_clip_or_a_llava_folder(parts: tuple[Path, Path], tmp_path: Path) -> None:
     direct = build_llava(*parts, seed=0)
-    save_student(direct, tmp_path / "llava", tokenizer=build_tokenizer(parts[1]), processor_source=parts[0])
+    save_llava(direct, tmp_path / "llava", tokenizer=build_tokenizer(parts[1]), processor_source=parts[0])
     clip_config = CLIPConfig(
         text_config=CLIPTextConfig(
             vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1

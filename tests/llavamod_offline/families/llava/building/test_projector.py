@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from llavamod_offline.errors import ModelError
-from llavamod_offline.models.building import build_llava, build_tokenizer
-from llavamod_offline.models.building.projector import check_projector_type, fixed_parameters, read_projector
-from llavamod_offline.models.checkpoint import image_tokens, load_llava, save_student
-from llavamod_offline.models.forward import vision_features
+from llavamod_offline.families.llava.building import build_llava, build_tokenizer
+from llavamod_offline.families.llava.building.projector import check_projector_type, fixed_parameters, read_projector
+from llavamod_offline.families.llava.checkpoint import image_tokens, load_llava
+from llavamod_offline.families.llava.export import save_llava
+from llavamod_offline.families.llava.forward import vision_features
 from tests.tiny import write_tiny_language_model, write_tiny_tower
 
 C, D = 32, 64
@@ -50,7 +51,7 @@ def written(folder: Path, tensors: Any, name: str = "mm_projector.bin") -> Path:
 
 def reloaded(model: Any, parts: tuple[Path, Path], folder: Path) -> Any:
     """Export a student and load it in plain transformers."""
-    save_student(model, folder, tokenizer=build_tokenizer(parts[1]), processor_source=parts[0])
+    save_llava(model, folder, tokenizer=build_tokenizer(parts[1]), processor_source=parts[0])
     return AutoModelForImageTextToText.from_pretrained(folder)
 
 

@@ -1,4 +1,4 @@
-"""Load a student from a checkpoint of an earlier stage, or build it from a vision tower and a language model."""
+"""What a student is made of: its folders, its kind, the wording of its conversations, and a digest of all."""
 
 from __future__ import annotations
 
@@ -12,22 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from llavamod_offline.data.encode.chat_template import CHAT_TEMPLATE_NAME, choose_template
 from llavamod_offline.data.encode.template import AUTO, TEMPLATES, get_template
-from llavamod_offline.errors import ConfigError, ModelError, first_line
-from llavamod_offline.models.building import build_llava, build_tokenizer
-from llavamod_offline.models.building.projector import projector_file
-from llavamod_offline.models.capacity import limit_capacity
-from llavamod_offline.models.checkpoint import load_config, load_llava, load_tokenizer
+from llavamod_offline.errors import ConfigError, ModelError
+from llavamod_offline.families import is_llava
+from llavamod_offline.families.folder import read_config
+from llavamod_offline.families.llava.building import build_tokenizer
+from llavamod_offline.families.llava.building.projector import projector_file
+from llavamod_offline.models.checkpoint import load_tokenizer
 from llavamod_offline.models.hub import checkpoint_folder
-from llavamod_offline.models.lm_head import check_lm_head
-from llavamod_offline.models.router_noise import add_router_noise
-from llavamod_offline.models.single_choice import compare_single_choices
 from llavamod_offline.models.sparse_twins import SPARSE_TYPES
-from llavamod_offline.models.upcycle import upcycle
 from train.config import StudentConfig
-from train.lora import add_adapters
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     from llavamod_offline.data.encode.template import Template
 
@@ -40,14 +36,15 @@ _DESCRIBED = ("config.json", "tokenizer.json", "preprocessor_config.json", "proc
 
 @dataclass(frozen=True)
 class StudentSource:
-    """The folders a student is made of: that of its tokenizer and that of its image processor.
+    """The tokenizer of a student, and the folder of its image processor.
 
-    `is_checkpoint`: it is a LLaVA model already, not built from parts.
+    `is_checkpoint`: it is a model already, not built from parts. `is_llava`: it is, or becomes, a LLaVA.
     """
 
     tokenizer: PreTrainedTokenizerFast
     processor: Path
     is_checkpoint: bool
+    is_llava: bool
 
 
 def open_source(config: StudentConfig) -> StudentSource:
@@ -62,9 +59,20 @@ def open_source(config: StudentConfig) -> StudentSource:
         if config.kind == "sparse" and config.upcycle is None:
             raise ConfigError("student.upcycle: the language model is dense: set student.upcycle to make it sparse")
         return StudentSource(
-            build_tokenizer(checkpoint_folder(config.language_model)), checkpoint_folder(config.vision_tower), False
+            build_tokenizer(checkpoint_folder(config.language_model)),
+            checkpoint_folder(config.vision_tower),
+            False,
+            True,
         )
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
+
     folder = checkpoint_folder(config.checkpoint)
+    llava = is_llava(folder)
+    if type(read_config(AutoConfig, folder)) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ConfigError(
+            f"student.checkpoint: {folder} is a language model without images: set student.language_model to it, and "
+            "student.vision_tower, to make a LLaVA of it"
+        )
     sparse = is_sparse_checkpoint(folder)
     if sparse and config.upcycle is not None:
         raise ConfigError(f"student.upcycle: {folder} is already sparse: set student.upcycle to null")
@@ -74,12 +82,14 @@ def open_source(config: StudentConfig) -> StudentSource:
         raise ConfigError(
             f"student.upcycle: {folder} is dense: set student.upcycle to make it sparse, or student.kind to dense"
         )
-    return StudentSource(load_tokenizer(folder), folder, True)
+    return StudentSource(load_tokenizer(folder), folder, True, llava)
 
 
 def is_sparse_checkpoint(folder: Path) -> bool:
     """Whether a student's text model has experts."""
-    return load_config(folder).text_config.model_type in SPARSE_TYPES
+    from transformers import AutoConfig
+
+    return read_config(AutoConfig, folder).get_text_config().model_type in SPARSE_TYPES
 
 
 def student_template(name: str, source: StudentSource, cached: Mapping[str, Any] | None) -> Template:
@@ -139,59 +149,3 @@ def start_digest(config: StudentConfig) -> str:
     hashes = sha256_files([file for _, file in files])
     named = [f"{name} {digest}\n" for (name, _), digest in zip(files, hashes, strict=True)]
     return hashlib.sha256("".join(named).encode()).hexdigest()
-
-
-def make_student(config: StudentConfig, *, seed: int, attention: str = "auto") -> LlavaForConditionalGeneration:
-    """Load or build the student, upcycling it if configured; float32, on the CPU, in training mode.
-
-    Errors: `ModelError` for checkpoints that do not fit; `ConfigError` if the student has no such attention, or no
-    layers for its adapters.
-    """
-    if config.checkpoint is not None:
-        model = load_llava(checkpoint_folder(config.checkpoint))
-    else:
-        tower, text = (checkpoint_folder(str(name)) for name in (config.vision_tower, config.language_model))
-        model = build_llava(
-            tower,
-            text,
-            seed=seed,
-            projector=None if config.projector is None else Path(config.projector),
-            projector_type=config.projector_type,
-            vision_feature_layer=-2 if config.vision_feature_layer is None else config.vision_feature_layer,
-            vision_feature_select_strategy=config.vision_feature_select_strategy,
-        )
-    if config.upcycle is not None:
-        choice = config.upcycle
-        model = upcycle(
-            model,
-            layers=choice.layers,
-            num_experts=choice.num_experts,
-            top_k=choice.top_k,
-            residual=choice.residual,
-            seed=choice.seed,
-            expert_noise=choice.expert_noise,
-        )
-    check_lm_head(model, model.base_model, name=str(config.checkpoint or config.language_model))
-    if config.upcycle is not None and config.upcycle.router_noise:
-        add_router_noise(model, config.upcycle.router_noise)
-    if config.capacity_factor is not None:
-        limit_capacity(model, config.capacity_factor)
-    compare_single_choices(model)
-    if attention != "auto":
-        try:
-            model.set_attn_implementation(attention)
-        except (ValueError, ImportError) as error:
-            raise ConfigError(
-                f"engine.attention: '{attention}' does not work here ({first_line(error)}): use auto"
-            ) from (error)
-    if config.lora is not None:
-        add_adapters(
-            model,
-            rank=config.lora.rank,
-            alpha=config.lora.alpha,
-            dropout=config.lora.dropout,
-            targets=config.lora.targets,
-            seed=seed,
-        )
-    model.train()
-    return model

@@ -1,0 +1,1 @@
+"""What a run trains: the model that it begins with, its family, and adapters in it."""
