@@ -23,8 +23,8 @@ from train.config import LossConfig, MeasureConfig, Stage, StudentConfig, TrainC
 from train.config.train import BatchConfig, DataConfig
 from train.engine.deepspeed_engine import World
 from train.setup import prepare
-from train.stages.student_pass import predicting_states
-from train.student import is_sparse_checkpoint
+from train.stages.student_pass import StudentPass
+from train.student.source import is_sparse_checkpoint
 
 BINS = 15  # of confidence, as in Guo et al., arXiv 1706.04599
 _CHUNK_LOGITS = 2**24
@@ -60,13 +60,15 @@ def measure(config: MeasureConfig) -> Measurement:
     setup = prepare(_as_training(config), world)
     student = setup.student.to(device=world.device, dtype=setup.dtype).eval()
     head = lm_head_of(student)
-    sums = _Sums(vocabulary_size(setup.source.tokenizer, head.rows), world.device)
+    sums = _Sums(vocabulary_size(setup.family.encoder.tokenizer, head.rows), world.device)
     places = list(range(len(setup.joined.rows)))
-    batches = [places[i : i + config.batch_size] for i in range(0, len(places), config.batch_size)]
+    size = config.batch_size if setup.family.batches else 1
+    batches = [places[i : i + size] for i in range(0, len(places), size)]
+    forward = StudentPass(setup.family.forward)
     with torch.no_grad(), ProgressBar("measure", len(places), "sample") as bar:
         for batch in setup.loader.batches(batches):
             moved = batch.to(world.device)
-            hidden_ND, _ = predicting_states(student, moved, train_vision=False)
+            hidden_ND, _ = forward.predicting_states(student, moved)
             answers_A = (moved.batch.target_ids_N != NO_TARGET).nonzero()[:, 0]
             for rows_C in answers_A.split(max(1, _CHUNK_LOGITS // head.rows)):
                 logits_CV = head.finish_(float32_products(hidden_ND[rows_C], head.weight_VD))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llavamod_offline.config import InputPath, raise_problems
+from llavamod_offline.families.students.protocol import ImageAspect
 from train.config.train import CacheSourceConfig
 
 
@@ -36,8 +37,8 @@ class MeasureConfig:
     cache: CacheSourceConfig = field(default_factory=CacheSourceConfig)
     template: str = "auto"
     """Wording of prompts, as in training."""
-    image_aspect: Literal["pad", "square"] = "pad"
-    """How images become square, as in training."""
+    image_aspect: ImageAspect = "auto"
+    """How the images of a LLaVA become square, as in training; auto: padded. Other families: auto."""
     max_length: int = 2048
     """Most tokens of a sample, image tokens included."""
     batch_size: int = 16

@@ -15,22 +15,22 @@ from llavamod_offline.losses.policy import policy_gradient
 from llavamod_offline.models.lm_head import lm_head_of
 from train.data.batches import TrainBatch
 from train.stages.loss_sums import LossSums
-from train.stages.student_pass import predicting_states, with_balance
+from train.stages.student_pass import StudentPass, with_balance
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration
+    from transformers import PreTrainedModel
 
 
 def make_loss(
-    *, vocab_size: int, importance_max: float, router_aux_coef: float, train_vision: bool
-) -> Callable[[LlavaForConditionalGeneration, TrainBatch], LossSums]:
+    *, vocab_size: int, importance_max: float, router_aux_coef: float, forward: StudentPass
+) -> Callable[[PreTrainedModel, TrainBatch], LossSums]:
     """Return the loss of a micro-batch, summed over its written tokens; see `policy_gradient`."""
 
-    def loss(model: LlavaForConditionalGeneration, batch: TrainBatch) -> LossSums:
+    def loss(model: PreTrainedModel, batch: TrainBatch) -> LossSums:
         assert batch.targets is not None
         assert batch.behaviour_N is not None
         rows_W = batch.rows("written")
-        hidden_ND, routing = predicting_states(model, batch, train_vision=train_vision)
+        hidden_ND, routing = forward.predicting_states(model, batch)
         log_probs_W = sequence_log_probs_from_hidden(
             hidden_ND.index_select(0, rows_W),
             lm_head_of(model),

@@ -37,6 +37,7 @@ class LlavaStudent:
         self.forward: ForwardPass = LlavaForward()
         self.image_tokens: int | None = encoder.image_tokens
         self.image_aspect: ImageAspect = preprocessor.aspect
+        self.batches = True
         named, image = encoder.tokenizer.pad_token_id, encoder.image_token_id
         # Padding is masked; it may be any id but the image token.
         self.pad_id = int(named) if named is not None and named != image else int(image == 0)

@@ -34,13 +34,14 @@ class StudentFamily(Protocol):
     """A student's tokens, images, forward pass and export.
 
     `image_tokens`: how many tokens every image takes; None if that depends on its size. `image_aspect`: how images
-    become square, or auto.
+    become square, or auto. `batches`: whether several sequences can be joined into a batch.
     """
 
     encoder: SequenceEncoder
     forward: ForwardPass
     image_tokens: int | None
     image_aspect: ImageAspect
+    batches: bool
 
     def encode(self, sample: Sample, role: str) -> TokenizedSequence:
         """Tokenize one role of a sample. Errors: `DataError`, also if it is longer than the encoder's `max_length`."""

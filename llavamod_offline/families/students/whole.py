@@ -55,6 +55,7 @@ class WholeStudent:
         self.forward: ForwardPass = WholeForward()
         self.image_tokens: int | None = None
         self.image_aspect: ImageAspect = "auto"
+        self.batches = family.batches
         self._filling = _filling(family) if fills else None
 
     def encode(self, sample: Sample, role: str) -> TokenizedSequence:
