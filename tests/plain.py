@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -31,20 +32,27 @@ def questions(folder: Path) -> list[Question]:
     ]
 
 
-def plain_answers(folder: Path, asked: Sequence[Question], tokens: int) -> list[list[int]]:
-    """The ids that plain transformers generates for all questions in one batch, up to the end token."""
-    processor = AutoProcessor.from_pretrained(folder)
+def plain_answers(
+    folder: Path, asked: Sequence[Question], tokens: int, *, processor: Any = None, batch: bool = True
+) -> list[list[int]]:
+    """The ids that plain transformers generates for all questions, in one batch or one by one, up to the end token.
+
+    `processor`: the folder's, if its part for videos needs what is not installed.
+    """
+    processor = processor or AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     conversations = []
     for text, images in asked:
         parts = [*({"type": "image", "path": str(path)} for path in images), {"type": "text", "text": text}]
         conversations.append([{"role": "user", "content": parts}])
-    inputs = processor.apply_chat_template(
-        conversations, tokenize=True, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
-    )
-    rows = model.generate(**inputs, max_new_tokens=tokens)[:, inputs["input_ids"].shape[1] :].tolist()
+    answers = []
     end = model.generation_config.eos_token_id
-    return [row[: row.index(end)] if end in row else row for row in rows]
+    for these in [conversations] if batch else [[one] for one in conversations]:
+        inputs = processor.apply_chat_template(
+            these, tokenize=True, add_generation_prompt=True, padding=batch, return_dict=True, return_tensors="pt"
+        )
+        answers += model.generate(**inputs, max_new_tokens=tokens)[:, inputs["input_ids"].shape[1] :].tolist()
+    return [row[: row.index(end)] if end in row else row for row in answers]
 
 
 def engine_answers(folder: Path, asked: Sequence[Question], tokens: int, *, template: str = "qwen") -> list[list[int]]:

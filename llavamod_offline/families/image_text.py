@@ -39,6 +39,7 @@ from llavamod_offline.models.checkpoint import load_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+PALIGEMMA = "paligemma"  # a model type, and its wording
 _TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "text_replacement_offsets")
 _SIZES_KEPT = 4096  # the tokens of images of so many sizes are remembered
 
@@ -72,8 +73,8 @@ class ImageTextFamily:
         self.image_token_id: int | None = _embedded_id(config, self.processor, folder)
         self.written = written_image(tokenizer, image_token, config)
         # PaliGemma has no chat template; the tokens of its prompt all see one another.
-        self.sees_prompt_whole = self.model_type == "paligemma"
-        if self.sees_prompt_whole and template in (AUTO, "paligemma"):
+        self.sees_prompt_whole = self.model_type == PALIGEMMA
+        if self.sees_prompt_whole and template in (AUTO, PALIGEMMA):
             template = paligemma_template(tokenizer)
         elif isinstance(template, str):
             template = choose_template(template, lambda: tokenizer, image=self.written)
@@ -217,7 +218,7 @@ class ImageTextFamily:
 def paligemma_template(tokenizer: PreTrainedTokenizerFast) -> Template:
     """PaliGemma's wording: the prompt, a newline, and the answer with the tokenizer's end."""
     end = str(tokenizer.eos_token)
-    return Template("paligemma", (), (), (Segment("\n"),), answer_prefix="", end=end, separator="", strips=True)
+    return Template(PALIGEMMA, (), (), (Segment("\n"),), answer_prefix="", end=end, separator="", strips=True)
 
 
 def _embedded_id(config: Any, processor: Any, folder: Path) -> int:

@@ -61,7 +61,7 @@ class Alignment:
         settings = self.settings
         table = {
             "feature_distance": (settings.feature_weight, self._features, per_answer),
-            "visual_kl": (settings.visual_kl_weight, self._visual_kl, per_image / self.image_tokens),
+            "visual_kl": (settings.visual_kl_weight, self._visual_kl, per_image / max(self.image_tokens, 1)),
             "relation_distance": (settings.relation_weight, self._relations, per_image),
         }
         total, parts = hidden_ND.new_zeros(()).float(), {}

@@ -14,6 +14,7 @@ from llavamod_offline.data.encode.template import AUTO
 from llavamod_offline.data.images import AUTO_ASPECT
 from llavamod_offline.errors import ConfigError, ModelError, first_line
 from llavamod_offline.families import Family, open_family
+from llavamod_offline.families.image_text import PALIGEMMA
 from llavamod_offline.families.llava.building import build_llava
 from llavamod_offline.families.llava.checkpoint import load_llava
 from llavamod_offline.families.llava.student import LlavaStudent
@@ -21,6 +22,7 @@ from llavamod_offline.families.run import check_model
 from llavamod_offline.families.students.protocol import StudentFamily
 from llavamod_offline.families.students.whole import WholeStudent
 from llavamod_offline.models.capacity import limit_capacity
+from llavamod_offline.models.checkpoint import read_json
 from llavamod_offline.models.hub import checkpoint_folder
 from llavamod_offline.models.lm_head import check_lm_head
 from llavamod_offline.models.router_noise import add_router_noise
@@ -74,7 +76,8 @@ def _open_whole(
             "by which its processor prepares images"
         )
     template: Template | str = config.template
-    if config.template == AUTO and cached is not None and not source.tokenizer.chat_template:
+    unworded = not source.tokenizer.chat_template and read_json(folder, "config.json").get("model_type") != PALIGEMMA
+    if config.template == AUTO and cached is not None and unworded:
         template = student_template(AUTO, source, cached)
     opened = open_family(folder, template, image_aspect=AUTO_ASPECT, max_length=sys.maxsize)
     logger.info("template: %s, of %s", opened.encoder.template.name, folder)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from llavamod_offline.data.encode.chat_template import CHAT_TEMPLATE_NAME, to_jinja
+from llavamod_offline.families.image_text import PALIGEMMA
 from llavamod_offline.families.protocol import Family
 from llavamod_offline.models.export import edit_json, generation_settings, readable_tokenizer, write_checkpoint
 
@@ -42,7 +43,7 @@ def save_whole(
 
 def _complete(folder: Path, *, family: Family) -> None:
     edit_json(folder / "tokenizer_config.json", readable_tokenizer)
-    if family.encoder.tokenizer.chat_template:
+    if family.encoder.template.name != PALIGEMMA:  # which has no chat template
         wording = to_jinja(family.encoder.template, image=family.written)
         (folder / CHAT_TEMPLATE_NAME).write_text(wording, encoding="utf-8")
     for name in _PROCESSOR_FILES:

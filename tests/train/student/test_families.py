@@ -1,0 +1,214 @@
+"""Students of other families than LLaVA: from a teacher's cache to an export that plain transformers answers by."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+
+from eval.engines.hf import HfEngine
+from llavamod_offline.config import load_config
+from llavamod_offline.data.sampler import Order
+from llavamod_offline.data.sets.sample_set import SampleSet
+from teacher_cache.audit.run import audit_cache
+from teacher_cache.config import CacheTeacherConfig
+from teacher_cache.read.reader import open_cache
+from tests.plain import engine_answers, plain_answers, questions
+from tests.train.conftest import EXHAUSTIVE, World, write_cache
+from tests.train.reference import read_metrics, train_plainly
+from tests.train.student.family_world import WRITERS, PlainStudent, plain_processor
+from tests.train.test_checkpoint import assert_same_run, train_until_sigterm
+from tests.train.test_processes import run_two
+from train.run import train
+
+FAST = ("qwen3_vl", "llava_onevision", "smolvlm", "gemma3")
+SLOW = (
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_5", "idefics3", "internvl", "glm4v", "glm46v", "aya_vision", "llava_next"),
+    *("ovis2", "janus", "deepseek_vl", "video_llama_3", "vipllava", "paddleocr_vl", "lighton_ocr"),
+)
+FAMILIES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+ALL_PARTS = "trainable=[vision,projector,text]"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("students")
+
+
+def student_of(folders: Path, name: str, seed: int = 0) -> Path:
+    """A family's checkpoint, made once."""
+    folder = folders / f"{name}-{seed}"
+    return folder if folder.exists() else WRITERS[name](folder, seed=seed)
+
+
+def losses(run: Path, name: str = "loss") -> list[float]:
+    return [float(entry[name]) for entry in read_metrics(run)]
+
+
+def assert_answers_alike(student: Path, folder: Path) -> None:
+    """As `eval-student` asks, and as plain transformers does, in batches where the processor can make them."""
+    asked = questions(folder)
+    processor = plain_processor(student)
+    alone = plain_answers(student, asked, 8, processor=processor, batch=False)
+    assert alone == engine_answers(student, asked, 8, template="auto")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_from_a_teacher_to_answers(world: World, folders: Path, tmp_path: Path, name: str) -> None:
+    """Captured, audited, distilled by the cache of a teacher of the family, evaluated, and asked by others."""
+    teacher, student = student_of(folders, name, seed=3), student_of(folders, name)
+    cache = write_cache(tmp_path / "cache", world.chats, teacher, *EXHAUSTIVE)
+    given = (f"data={world.chats}", f"teacher={teacher}", f"output={tmp_path / 'cache'}", "workers=1", *EXHAUSTIVE)
+    assert audit_cache(open_cache(cache), load_config(CacheTeacherConfig, (), given)).ok
+    settings = (f"cache.path={cache}", f"student.checkpoint={student}", "batch.micro_size=2", "steps=2")
+    summary = train(world.config("mimic_dense", tmp_path / "run", *settings, ALL_PARTS))
+    exported = Path(summary.student)
+    plain = PlainStudent(student)
+    teaching = PlainStudent(teacher)
+    samples = SampleSet.open(world.chats)
+    parts = []
+    for row in Order(len(samples), seed=0, batch_size=8).batch(0).tolist():
+        with torch.no_grad():
+            q_NV, p_NV = (one.log_probs(samples.read(row), "response")[0] for one in (plain, teaching))
+        parts.append((p_NV.exp() * (p_NV - q_NV)).sum(-1))
+    expected = float(torch.cat(parts).mean())
+    assert losses(tmp_path / "run")[0] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    before, after = (AutoModelForImageTextToText.from_pretrained(one).state_dict() for one in (student, exported))
+    assert before.keys() == after.keys()
+    assert json.loads((exported / "config.json").read_text())["architectures"]
+    assert_answers_alike(exported, tmp_path)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_losses_and_gradients_are_those_of_the_whole_model(
+    world: World, folders: Path, tmp_path: Path, name: str
+) -> None:
+    """Two steps of AdamW on all parts by plain transformers, sample by sample; some samples have no image."""
+    student = student_of(folders, name)
+    settings = (f"student.checkpoint={student}", "batch.micro_size=2", "steps=2", ALL_PARTS)
+    train(world.config("sft", tmp_path / "run", *settings))
+    plain, samples = PlainStudent(student), SampleSet.open(world.chats)
+    order = Order(len(samples), seed=0, batch_size=8)
+
+    def loss_of_step(step: int) -> Tensor:
+        return torch.cat([plain.cross_entropies(samples.read(row)) for row in order.batch(step).tolist()]).mean()
+
+    found, norms = train_plainly(list(plain.model.parameters()), loss_of_step, steps=2, rate=1e-3)
+    assert losses(tmp_path / "run") == pytest.approx(found, rel=2e-4)
+    assert losses(tmp_path / "run", "grad_norm") == pytest.approx(norms, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", pytest.param("smolvlm", marks=pytest.mark.slow)])
+def test_a_stopped_run_goes_on(world: World, folders: Path, tmp_path: Path, name: str) -> None:
+    settings = (f"student.checkpoint={student_of(folders, name)}", "trainable=[projector,text]")
+    train(world.config("sft", tmp_path / "whole", *settings))
+    config = world.config("sft", tmp_path / "run", *settings)
+    assert train_until_sigterm(config, lines=2) == 2
+    train(config)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_vl", "smolvlm", "qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize(("stage", "zero_stage"), [("sft", 3), ("align", 2)])
+def test_two_processes_equal_one(
+    world: World, folders: Path, tmp_path: Path, name: str, stage: str, zero_stage: int
+) -> None:
+    """In some steps one process has an image and the other none."""
+    settings = (f"student.checkpoint={student_of(folders, name)}", "steps=6", "batch.micro_size=1")
+    done = run_two(
+        world.config(stage, tmp_path / "two", *settings), tmp_path, f"engine.zero_stage={zero_stage}", "save_steps=3"
+    )
+    assert done.returncode == 0, done.stderr
+    train(world.config(stage, tmp_path / "one", *settings))
+    for key in ("loss", "grad_norm", "positions", "tokens"):
+        assert losses(tmp_path / "two", key) == pytest.approx(losses(tmp_path / "one", key), rel=1e-4), key
+    two, one = (AutoModelForImageTextToText.from_pretrained(tmp_path / run / "student") for run in ("two", "one"))
+    for weight, other in zip(two.state_dict().values(), one.state_dict().values(), strict=True):
+        torch.testing.assert_close(weight, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["sigmoid", "kto_pair"])
+def test_preferences(world: World, folders: Path, tmp_path: Path, name: str, kind: str) -> None:
+    """A student that is its own reference begins with rewards of 0; then it learns to prefer."""
+    student = student_of(folders, name)
+    cache = write_cache(tmp_path / "cache", world.pairs, student, "capture.preset=reference")
+    settings = (f"cache.path={cache}", f"student.checkpoint={student}", f"loss.kind={kind}", "loss.distill_weight=0")
+    train(world.config("preference", tmp_path / "run", *settings, "batch.micro_size=2", "batch.global_size=24"))
+    first, *_, last = read_metrics(tmp_path / "run")
+    assert first["preference"] == pytest.approx(math.log(2) if kind == "sigmoid" else 0.5, abs=1e-4)
+    assert abs(first["chosen_reward"]["max"]) < 1e-4
+    assert last["preference"] < first["preference"]
+    assert_answers_alike(tmp_path / "run" / "student", tmp_path)
+
+
+def test_a_qwen3_vl_becomes_sparse(world: World, folders: Path, tmp_path: Path) -> None:
+    """At step 0 its distance from the teacher is the dense one's; the export is the family's own sparse form."""
+    cache = write_cache(tmp_path / "cache", world.chats, student_of(folders, "qwen3_vl", seed=3), *EXHAUSTIVE)
+    given = (f"cache.path={cache}", f"student.checkpoint={student_of(folders, 'qwen3_vl')}", "loss.kind=only_kd")
+    train(world.config("mimic_dense", tmp_path / "dense", *given, "steps=1"))
+    sparse = ("student.capacity_factor=null", "loss.router_aux_coef=0.01")
+    summary = train(world.config("mimic_sparse", tmp_path / "sparse", *given, *sparse))
+    log = read_metrics(tmp_path / "sparse")
+    assert log[0]["divergence"] == pytest.approx(losses(tmp_path / "dense")[0], rel=1e-4)
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert len(log[-1]["expert_load"]) == 1
+    assert summary.activated_parameters < summary.parameters
+    model = AutoModelForImageTextToText.from_pretrained(summary.student)
+    assert type(model).__name__ == "Qwen3VLMoeForConditionalGeneration"
+    assert_answers_alike(Path(summary.student), tmp_path)
+    again = (f"student.checkpoint={summary.student}", "student.upcycle=null", "steps=1", "engine.zero_stage=3")
+    assert train(world.config("mimic_sparse", tmp_path / "again", *given, *again)).finished
+
+
+def test_a_student_of_one_family_learns_from_a_teacher_of_another(world: World, folders: Path, tmp_path: Path) -> None:
+    """Qwen3-VL teaches Qwen2.5-VL: one tokenizer, other images."""
+    cache = write_cache(
+        tmp_path / "cache", world.chats, student_of(folders, "qwen3_vl"), *EXHAUSTIVE, "template=chatml"
+    )
+    settings = (f"cache.path={cache}", f"student.checkpoint={student_of(folders, 'qwen2_5_vl')}", "steps=3")
+    train(world.config("mimic_dense", tmp_path / "run", *settings))
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    engine = HfEngine(tmp_path / "run" / "student", template="auto")
+    assert engine.encoder.template.name == "chatml"  # the cache's, which the export says
+
+
+def test_all_positions_of_a_teacher_with_the_same_images(world: World, folders: Path, tmp_path: Path) -> None:
+    cache = write_cache(tmp_path / "cache", world.chats, student_of(folders, "qwen3_vl", 3), "capture.positions=all")
+    student = f"student.checkpoint={student_of(folders, 'qwen3_vl')}"
+    train(world.config("mimic_dense", tmp_path / "run", student, f"cache.path={cache}", "steps=2"))
+    assert losses(tmp_path / "run", "positions")[0] == losses(tmp_path / "run", "tokens")[0]
+
+
+@pytest.mark.parametrize("targets", ["[attention,mlp]", "[vision,projector,text]"])
+def test_adapters(world: World, folders: Path, tmp_path: Path, targets: str) -> None:
+    """They are in each part that is named, and merged into an export with the tensors of the checkpoint."""
+    student = student_of(folders, "qwen3_vl")
+    trainable = "[projector]" if targets == "[attention,mlp]" else "[]"
+    lora = (f"student.lora.targets={targets}", "student.lora.rank=4", "student.lora.dropout=0")
+    settings = (f"student.checkpoint={student}", *lora, f"trainable={trainable}", "optim.lr=1e-2", "batch.micro_size=2")
+    summary = train(world.config("sft", tmp_path / "run", *settings))
+    before, after = (
+        AutoModelForImageTextToText.from_pretrained(one).state_dict() for one in (student, summary.student)
+    )
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    parts = {"visual.blocks": "vision" in targets, "merger": True, "language_model.layers": True}
+    for part, is_changed in parts.items():
+        assert any(part in name for name in changed) == is_changed, part
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+
+
+def test_batches_by_modality_and_by_length(world: World, folders: Path, tmp_path: Path) -> None:
+    """Lengths are those of tokens, which depend on the sizes of images."""
+    settings: tuple[Any, ...] = (f"student.checkpoint={student_of(folders, 'qwen3_vl')}", "steps=3")
+    grouped = ("data.group_by_length=true", "data.group_by_modality=true")
+    assert train(world.config("sft", tmp_path / "run", *settings, *grouped, "workers=2")).finished
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["contents"]["order"]["by_tokens"] is True
