@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,12 @@ class BlockReader:
 
     def __init__(
         self,
-        folders: Sequence[Path],
+        folder: Callable[[int], Path],
         manifests: Sequence[Mapping[str, Any]],
         memory_bytes: int,
         temperatures: tuple[float, ...] | None = None,
     ) -> None:
-        self._folders = folders
+        self._folder = folder
         self._manifests = manifests
         self.memory_bytes = memory_bytes
         self._temperatures = temperatures
@@ -103,7 +103,7 @@ class BlockReader:
         return decoded[number - first]
 
     def _open(self, shard: int) -> ColumnFile:
-        folder = self._folders[shard]
+        folder = self._folder(shard)
         # Zarr reads a missing chunk file as zeros, so check presence and size here.
         for name, entry in self._manifests[shard]["files"].items():
             file = folder / name

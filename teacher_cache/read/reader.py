@@ -111,8 +111,8 @@ class TeacherCache:
             self._rows = LazyRows(self._files.table, len(self._shards))
         self._index = SequenceIndex(self._rows, [int(shard["sequences"]) for shard in self._shards])
         self._profile: Tensor | None = None
-        manifests = Manifests(self._files.folders, self._shards)
-        self._blocks = BlockReader(self._files.folders, manifests, memory_bytes, self.temperatures)
+        manifests = Manifests(self._files.folder, self._shards)
+        self._blocks = BlockReader(self._files.folder, manifests, memory_bytes, self.temperatures)
 
     def __len__(self) -> int:
         return len(self._index)

@@ -6,7 +6,7 @@ every file is checked against its checksum in cache.json or the shard's manifest
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, overload
@@ -33,9 +33,11 @@ Entry = Mapping[str, Any]
 
 
 class ShardFiles(Protocol):
-    """The files of a cache's shards. `folders[i]` has a shard's manifest and columns while `hold` is active."""
+    """The files of a cache's shards."""
 
-    folders: list[Path]
+    def folder(self, shard: int) -> Path:
+        """Where a shard's manifest and columns are while `hold` is active."""
+        ...
 
     def tables(self) -> list[pa.RecordBatch]:
         """Open the table of every shard. Errors: `CacheError` if one is missing or damaged; `StorageError`."""
@@ -55,16 +57,19 @@ class LocalShards:
 
     def __init__(self, folder: LocalFolder, shards: Sequence[Entry]) -> None:
         self._shards = shards
-        self.folders = [folder.path / SHARDS_NAME / shard["name"] for shard in shards]
+        self._path = folder.path / SHARDS_NAME
+
+    def folder(self, shard: int) -> Path:
+        """See `ShardFiles`."""
+        return self._path / str(self._shards[shard]["name"])
 
     def tables(self) -> list[pa.RecordBatch]:
         """See `ShardFiles`."""
-        files = (folder / SEQUENCES_NAME for folder in self.folders)
-        return [_checked_table(file, shard) for file, shard in zip(files, self._shards, strict=True)]
+        return [self.table(shard) for shard in range(len(self._shards))]
 
     def table(self, shard: int) -> pa.RecordBatch:
         """See `ShardFiles`."""
-        return _checked_table(self.folders[shard] / SEQUENCES_NAME, self._shards[shard])
+        return _checked_table(self.folder(shard) / SEQUENCES_NAME, self._shards[shard])
 
     def hold(self, shard: int) -> AbstractContextManager[object]:
         """See `ShardFiles`."""
@@ -79,8 +84,13 @@ class StagedShards:
         self._shards = shards
         self._digest = digest
         self._staging = staging
-        self._units = [f"columns-{shard['files'][MANIFEST_NAME]['sha256']}" for shard in shards]
-        self.folders = [staging.path(unit) for unit in self._units]
+
+    def folder(self, shard: int) -> Path:
+        """See `ShardFiles`."""
+        return self._staging.path(self._unit(shard))
+
+    def _unit(self, shard: int) -> str:
+        return f"columns-{self._shards[shard]['files'][MANIFEST_NAME]['sha256']}"
 
     def tables(self) -> list[pa.RecordBatch]:
         """See `ShardFiles`. A mapped table stays readable after its file is removed."""
@@ -116,7 +126,7 @@ class StagedShards:
             manifest = checked_manifest((aside / MANIFEST_NAME).read_bytes(), name, self._shards[shard])
             self._fetch((f"{folder}/{file}", aside / file, entry) for file, entry in column_files(manifest).items())
 
-        return self._staging.hold(self._units[shard], self._shards[shard]["bytes"], fill)
+        return self._staging.hold(self._unit(shard), self._shards[shard]["bytes"], fill)
 
     def _fetch(self, files: Iterable[tuple[str, Path, Entry]]) -> None:
         """Download files, given by name, local path and entry, and check them."""
@@ -135,8 +145,8 @@ class Manifests(Sequence[Mapping[str, Any]]):
     Errors on access: `CacheError` if a manifest is missing or damaged.
     """
 
-    def __init__(self, folders: Sequence[Path], shards: Sequence[Entry]) -> None:
-        self._folders = folders
+    def __init__(self, folder: Callable[[int], Path], shards: Sequence[Entry]) -> None:
+        self._folder = folder
         self._shards = shards
 
     def __len__(self) -> int:
@@ -148,8 +158,8 @@ class Manifests(Sequence[Mapping[str, Any]]):
     def __getitem__(self, shard: slice) -> Sequence[Mapping[str, Any]]: ...
     def __getitem__(self, shard: int | slice) -> Mapping[str, Any] | Sequence[Mapping[str, Any]]:
         if isinstance(shard, slice):
-            return Manifests(self._folders[shard], self._shards[shard])
-        file = self._folders[shard] / MANIFEST_NAME
+            return [self[number] for number in range(*shard.indices(len(self)))]
+        file = self._folder(shard) / MANIFEST_NAME
         try:
             content = file.read_bytes()
         except OSError as error:

@@ -54,7 +54,7 @@ def main() -> None:
                     ["cache-teacher", "work", *settings, f"output={output}"],
                     folder / f"{kind}-{rounds}",
                     kills=a_round,
-                    pause=(0.2, 1.5),
+                    pause=(0.3, 3.0),
                     lease_seconds=LEASE_SECONDS,
                     seed=rounds,
                     variables={**variables, "LLAVAMOD_STAGING": str(folder / "staging")},

@@ -27,6 +27,9 @@ from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.data.sources.read import prepare_sources
 from llavamod_offline.data.sources.source import Source, check_sources, describe_sources
 from llavamod_offline.errors import DataError
+from llavamod_offline.grace import Grace
+from llavamod_offline.plural import counted
+from llavamod_offline.signals import Stopped, interruptible
 from tests.llavamod_offline.data.sources.source_files import JPG, write_rows
 from tests.tiny import tiny_image
 
@@ -136,6 +139,31 @@ def test_a_users_error_leaves_nothing_and_a_lost_worker_leaves_what_is_done(file
             write_set(partial(failing, error), output, shard_samples=6, job={"a": 1})
         assert [path.name for path in tmp_path.glob("out/.set*")] == left
     write_set(lambda start: prepare_sources(files, start=start), output, shard_samples=6, job={"a": 1})
+    pack(files, tmp_path / "whole")
+    assert SampleSet.open(output).digest == SampleSet.open(tmp_path / "whole").digest
+
+
+@pytest.mark.parametrize(("grace", "shards"), [(600.0, 2), (1e-6, 1)])
+def test_sigterm_finishes_the_shard_in_hand_if_that_fits(
+    grace: float, shards: int, files: list[Path], tmp_path: Path
+) -> None:
+    def rows(start: RowPlace | None) -> Iterator[Outcome]:
+        samples = 0
+        for row in prepare_sources(files, start=start):
+            samples += not isinstance(row, RejectedRow)
+            if samples == 9 and start is None:
+                os.kill(os.getpid(), signal.SIGTERM)
+                start = RowPlace("", 0)
+            yield row
+
+    job, output = {"a": 1}, tmp_path / "out" / "set"
+    with interruptible(), Grace(grace) as stop, pytest.raises(Stopped) as stopped:
+        write_set(rows, output, shard_samples=6, job=job, grace=stop)
+    assert (stopped.value.kept, bool(stopped.value.finished)) == (
+        f"{counted(shards, 'shard')} of {output} kept",
+        shards == 2,
+    )
+    write_set(lambda start: prepare_sources(files, start=start), output, shard_samples=6, job=job)
     pack(files, tmp_path / "whole")
     assert SampleSet.open(output).digest == SampleSet.open(tmp_path / "whole").digest
 
