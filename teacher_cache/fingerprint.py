@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from llavamod_offline.errors import ConfigError, ModelError
 from llavamod_offline.models.hub import weight_files
+from llavamod_offline.models.loading.adapter import adapter_files, describe_adapter
 from teacher_cache.format.manifest import canonical, sha256_bytes, sha256_file, sha256_files
 from teacher_cache.format.record import STORED_SETTINGS
 from teacher_cache.student.token_list import Tokens
@@ -78,12 +79,17 @@ def describe_sequence(encoder: SequenceEncoder) -> dict[str, Any]:
 
 
 def describe_weights(folder: Path) -> dict[str, Any]:
-    """Identify a checkpoint by the SHA-256 of its configuration and of each safetensors file, not by paths."""
-    files = weight_files(folder)
+    """Identify a checkpoint by the SHA-256 of its configuration and of each safetensors file, not by paths.
+
+    If it is an adapter on a base, both count.
+    """
+    files = [*weight_files(folder), *adapter_files(folder)[1:]]
     digests = sha256_files(files)
+    adapter = describe_adapter(folder)
     return {
         "config": sha256_file(folder / "config.json"),
         "weights": {file.name: digest for file, digest in zip(files, digests, strict=True)},
+        **({} if adapter is None else {"adapter": sha256_bytes(canonical(adapter))}),
     }
 
 

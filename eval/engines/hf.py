@@ -24,6 +24,7 @@ from llavamod_offline.families import SampleImage, open_family
 from llavamod_offline.families.run import check_model, on_model
 from llavamod_offline.models.device import pick_device
 from llavamod_offline.models.hub import checkpoint_name
+from llavamod_offline.models.loading.adapter import adapter_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -96,9 +97,10 @@ def settings_of(folder: Path, engine: dict[str, str], template: str, image_aspec
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """SHA-256 (hex) over the names, sizes and contents of a checkpoint's weights and configuration."""
+    """SHA-256 (hex) over the names and contents of a checkpoint's weights and configuration, and its adapter's."""
     digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), folder / "config.json", folder / "tokenizer.json"]):
+    described = (folder / "config.json", folder / "tokenizer.json")
+    for file in [*sorted([*folder.glob("*.safetensors"), *described]), *adapter_files(folder)]:
         with file.open("rb") as stream:
             content = hashlib.file_digest(stream, "sha256").hexdigest()
         digest.update(f"{file.name}\0{content}\n".encode())

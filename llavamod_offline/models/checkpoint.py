@@ -21,6 +21,8 @@ from transformers import AutoTokenizer
 
 from llavamod_offline.errors import ModelError, first_line
 from llavamod_offline.models.hub import weight_files
+from llavamod_offline.models.loading.adapter import merge_adapter
+from llavamod_offline.models.loading.quantised import cannot_load, quantisation
 from llavamod_offline.plural import counted
 
 if TYPE_CHECKING:
@@ -28,11 +30,13 @@ if TYPE_CHECKING:
 
 
 def load_weights(model_class: Any, folder: Path, *, dtype: torch.dtype, **settings: Any) -> Any:
-    """Load a model of `model_class` from a folder of safetensors files.
+    """Load a model of `model_class` from a folder of safetensors files; an adapter is merged into its base.
 
-    Errors: `ModelError` if a tensor is missing, unexpected, mis-shaped or unreadable.
+    Errors: `ModelError` if a tensor is missing, unexpected, mis-shaped or unreadable; `ConfigError` if the weights are
+    quantised, or the adapter needs a package.
     """
     weight_files(folder)
+    method = quantisation(folder)
     try:
         with quietly():
             model, info = model_class.from_pretrained(
@@ -44,10 +48,14 @@ def load_weights(model_class: Any, folder: Path, *, dtype: torch.dtype, **settin
                 ignore_mismatched_sizes=True,  # `_check_complete` names them
                 **settings,
             )
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        if method is not None:
+            raise cannot_load(folder, method, error) from error
+        if isinstance(error, ImportError):
+            raise
         raise ModelError(f"{folder}: the weights cannot be loaded: {first_line(error)}: copy them again") from error
     _check_complete(info, str(folder))
-    return model.eval()
+    return merge_adapter(model, folder).eval()
 
 
 def load_tensors(model_class: Any, config: Any, tensors: dict[str, Tensor], *, dtype: torch.dtype) -> Any:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from llavamod_offline.errors import ModelError, first_line
+from llavamod_offline.models.loading.adapter import CONFIG_NAME as ADAPTER_CONFIG
+from llavamod_offline.models.loading.adapter import is_adapter, with_base
 
 _HUB_ID = re.compile(r"(?P<id>[\w.\-]+/[\w.\-]+)(?:@(?P<revision>[\w.\-/]+))?")
 _INDEX_NAME = "model.safetensors.index.json"
@@ -20,9 +22,14 @@ _READ = ("*.safetensors", "*.json", "*.jinja")  # the files of a snapshot that a
 def checkpoint_folder(name: str | Path) -> Path:
     """The folder of a checkpoint: a path, or the local snapshot of a Hub id `org/name` or `org/name@revision`.
 
-    A folder of that name comes first. What is no such id is returned as a path. Errors: `ModelError` naming the command
-    that downloads a snapshot which is missing or incomplete.
+    A folder of that name comes first. What is no such id is returned as a path. A PEFT adapter is opened with its base.
+    Errors: `ModelError` naming the command that downloads a snapshot which is missing or incomplete.
     """
+    folder = _named_folder(name)
+    return with_base(folder.absolute(), checkpoint_folder) if is_adapter(folder) else folder
+
+
+def _named_folder(name: str | Path) -> Path:
     found = _HUB_ID.fullmatch(str(name))
     if found is None or Path(name).exists() or str(name).startswith("."):
         return Path(name)
@@ -58,6 +65,13 @@ def weight_files(folder: Path) -> list[Path]:
     """A checkpoint's safetensors files, by name. Errors: `ModelError` if there are none, or one is missing."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
+        pickled = next((file.name for kind in ("*.bin", "*.pt", "*.pth") for file in sorted(folder.glob(kind))), None)
+        if pickled is not None:
+            raise ModelError(
+                f"{folder}: its weights are pickled ({pickled}), which may run code, so they are never read: use a "
+                "revision with *.safetensors files, or load it with transformers where you trust it and call "
+                "save_pretrained"
+            )
         raise ModelError(f"{folder}: no *.safetensors file: save the checkpoint with save_pretrained first")
     missing = _missing_files(folder)
     if missing:
@@ -67,7 +81,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _missing_files(folder: Path) -> list[str]:
     """The files that a checkpoint needs and lacks: its configuration, shards, and links that point nowhere."""
-    names = {"config.json", *(file.name for file in folder.glob("*.safetensors"))}
+    described = ADAPTER_CONFIG if is_adapter(folder) else "config.json"
+    names = {described, *(file.name for file in folder.glob("*.safetensors"))}
     try:
         index: Any = json.loads((folder / _INDEX_NAME).read_bytes())
         names |= set(index["weight_map"].values())
