@@ -19,6 +19,7 @@ from llavamod_offline.families.llava.building import build_tokenizer
 from llavamod_offline.families.llava.building.projector import projector_file
 from llavamod_offline.models.checkpoint import load_tokenizer
 from llavamod_offline.models.hub import checkpoint_folder
+from llavamod_offline.models.loading.adapter import adapter_files
 from llavamod_offline.models.sparse_twins import SPARSE_TYPES
 from train.config import StudentConfig
 
@@ -142,7 +143,7 @@ def start_digest(config: StudentConfig) -> str:
     for number, folder in enumerate(folders):
         if not folder.is_dir():
             raise ModelError(f"{folder}: no such checkpoint folder")
-        found = [*folder.glob("*.safetensors"), *(folder / name for name in _DESCRIBED)]
+        found = [*folder.glob("*.safetensors"), *(folder / name for name in _DESCRIBED), *adapter_files(folder)]
         files += [(f"{number} {file.name}", file) for file in sorted(found) if file.is_file()]
     if config.projector is not None:
         files.append(("projector", projector_file(Path(config.projector))))

@@ -21,7 +21,7 @@ from eval.engines.hf import checkpoint_digest
 from llavamod_offline.config import load_config
 from llavamod_offline.errors import ConfigError, ModelError
 from llavamod_offline.families import open_family
-from llavamod_offline.models.checkpoint import save_student
+from llavamod_offline.families.llava.export import save_llava
 from llavamod_offline.models.hub import checkpoint_folder, checkpoint_name
 from teacher_cache.ask.model import AskedModel, AskedQuestion
 from teacher_cache.capture.run import run_capture
@@ -32,6 +32,8 @@ from teacher_cache.read.reader import open_cache
 from tests.hub import write_snapshot
 from tests.tiny import write_tiny_llava, write_tiny_set
 from tests.tiny_families import TINY_FAMILIES
+from train.config import StudentConfig
+from train.student.source import start_digest
 
 WRITERS: dict[str, Callable[..., Path]] = {
     "llava": partial(write_tiny_llava, tied=False),
@@ -166,7 +168,7 @@ def test_the_commands_take_adapters(tmp_path: Path) -> None:
     base, adapter, whole = write_tiny_llava(tmp_path / "base"), tmp_path / "adapter", tmp_path / "whole"
     write_adapter(adapter, base)
     family = opened(adapter)
-    save_student(
+    save_llava(
         family.load(torch.float32), whole, tokenizer=family.encoder.tokenizer, processor_source=base, image_aspect="pad"
     )
     write_tiny_set(tmp_path / "set", 6)
@@ -185,3 +187,5 @@ def test_the_commands_take_adapters(tmp_path: Path) -> None:
     assert found["adapter"][1] == found["whole"][1]
     assert found["adapter"][2]["weights"].keys() == {"model.safetensors", "adapter_model.safetensors"}
     assert len({checkpoint_digest(checkpoint_folder(folder)) for folder in (base, adapter, whole)}) == 3
+    digests = {start_digest(StudentConfig(checkpoint=str(folder))) for folder in (base, adapter, whole)}
+    assert len(digests) == 3
