@@ -3,7 +3,8 @@
     python -m tests.benchmarks.charts.readings RESULT.json PICTURE.svg
 
 One panel a task: excess of held-out KL over training on full distributions, against bytes a position, both by decades.
-Grey dots are records of any split between top-k and samples; the presets are named among them, and so are the rivals.
+Rivals of one kind are joined by a line and numbered by how many ids they keep; light dots are other splits of a
+record's bytes between top-k and samples.
 """
 
 from __future__ import annotations
@@ -20,6 +21,14 @@ from tests.benchmarks.readings import MEASURED
 _WIDTH, _HEIGHT, _LEFT, _TOP = 420, 300, 56, 34
 _BYTES = (8, 16, 32, 64, 128, 256, 512)
 _DECADES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_OURS = "#0b6e4f"
+# The names of targets without their numbers: what they are, and their colour.
+_RIVALS = {
+    "rskd": ("n samples (RS-KD)", "#b3261e"),
+    "topk": ("k ids, renormalised", "#7a4fbf"),
+    "bucket": ("k ids and a bucket", "#b06a00"),
+    "distillkit": ("DistillKit", "#2b5fb3"),
+}
 _TITLES = {"ngram": "4-gram of real text", "low_rank_24": "low-rank soft-max"}
 
 
@@ -30,9 +39,9 @@ def main() -> None:
     panels = [_panel(task, [row for row in rows if row["task"] == task], place) for place, task in enumerate(tasks)]
     width = len(tasks) * (_WIDTH + _LEFT + 20)
     Path(sys.argv[2]).write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {_HEIGHT + _TOP + 46}" '
-        'font-family="sans-serif" font-size="11">\n'
-        f'<rect width="100%" height="100%" fill="white"/>\n{"".join(panels)}</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {_HEIGHT + _TOP + 76}" '
+        'font-family="sans-serif" font-size="12">\n'
+        f'<rect width="100%" height="100%" fill="white"/>\n{"".join(panels)}{_legend()}</svg>\n'
     )
 
 
@@ -49,20 +58,41 @@ def _panel(task: str, rows: list[dict[str, Any]], place: int) -> str:
         parts.append(
             f'<text transform="translate(-44 {_HEIGHT / 2}) rotate(-90)" text-anchor="middle">excess KL, nats</text>'
         )
-    for row in rows:
-        if row["target"] in ("dense", "labels") or row["excess"] <= 0:
-            continue
+    shown = [row for row in rows if row["target"] not in ("dense", "labels") and row["excess"] > 0]
+    for kind, (_, colour) in _RIVALS.items():
+        points = sorted((row["bytes"], row["excess"], row["target"]) for row in shown if _kind(row["target"]) == kind)
+        line = "L".join(f"{_x(size):.1f} {_y(excess):.1f}" for size, excess, _ in points)
+        parts.append(f'<path d="M{line}" fill="none" stroke="{colour}" stroke-opacity=".5"/>')
+        for size, excess, name in points:
+            x, y = _x(size), _y(excess)
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>')
+            number = name.removeprefix(kind).strip("_")
+            parts.append(f'<text x="{x + 5:.1f}" y="{y - 5:.1f}" fill="{colour}" font-size="10">{number}</text>')
+    for row in shown:
         x, y, name = _x(row["bytes"]), _y(row["excess"]), row["target"]
         if name in MEASURED:
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="#0b6e4f"/>')
-            parts.append(f'<text x="{x + 8:.1f}" y="{y + 4:.1f}" fill="#0b6e4f" font-weight="bold">{name}</text>')
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{_OURS}"/>')
+            where = f'x="{x - 8:.1f}" y="{y + 12:.1f}" text-anchor="end"'
+            parts.append(f'<text {where} fill="{_OURS}" font-weight="bold">{name}</text>')
         elif name.startswith("n"):
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="#999"/>')
-        else:
-            parts.append(f'<path d="M{x - 4:.1f} {y - 4:.1f}l8 8m0 -8l-8 8" stroke="#b3261e" stroke-width="1.5"/>')
-            parts.append(f'<text x="{x + 7:.1f}" y="{y - 5:.1f}" fill="#b3261e" font-size="9">{escape(name)}</text>')
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{_OURS}" fill-opacity=".35"/>')
     left = _LEFT + place * (_WIDTH + _LEFT + 20)
     return f'<g transform="translate({left} {_TOP})">\n' + "\n".join(parts) + "\n</g>\n"
+
+
+def _legend() -> str:
+    entries = [("presets, and other splits of their bytes between top-k and samples", _OURS), *_RIVALS.values()]
+    parts, x = [], float(_LEFT)
+    for text, colour in entries:
+        parts.append(
+            f'<circle cx="{x:.0f}" cy="-4" r="4" fill="{colour}"/><text x="{x + 9:.0f}" y="0">{escape(text)}</text>'
+        )
+        x += 26 + 5.9 * len(text)
+    return f'<g transform="translate(0 {_TOP + _HEIGHT + 60})">{"".join(parts)}</g>\n'
+
+
+def _kind(target: str) -> str:
+    return target.removesuffix("_budget").rstrip("0123456789")
 
 
 def _x(size: float) -> float:
