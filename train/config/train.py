@@ -78,10 +78,10 @@ class UpcycleConfig:
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """The initial student: a LLaVA checkpoint, or a vision tower and a language model with a new projector."""
+    """The initial student: a checkpoint, or a vision tower and a language model that become a LLaVA."""
 
     checkpoint: InputPath | None = None
-    """Folder or Hub id (org/name) of a LLaVA checkpoint, such as the student of the stage before."""
+    """Folder or Hub id (org/name) of an image-text model of any family, such as the student of the stage before."""
     vision_tower: InputPath | None = None
     """Folder or Hub id of a vision tower, with language_model and instead of checkpoint."""
     language_model: InputPath | None = None
