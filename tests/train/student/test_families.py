@@ -35,7 +35,7 @@ SLOW = (
 )
 FAMILIES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 # Processors of GLM-V and InternVL turn tensors into arrays in an old way.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 ALL_PARTS = "trainable=[vision,projector,text]"
 
 
@@ -190,8 +190,10 @@ def test_all_positions_of_a_teacher_with_the_same_images(world: World, folders: 
     assert losses(tmp_path / "run", "positions")[0] == losses(tmp_path / "run", "tokens")[0]
 
 
-ADAPTED = ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "gemma3", "internvl", "idefics3", "smolvlm")
-ADAPTED += ("glm4v", "glm46v", "aya_vision", "llava_next")
+ADAPTED = (
+    *("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "gemma3", "internvl", "idefics3", "smolvlm"),
+    *("glm4v", "glm46v", "aya_vision", "llava_next"),
+)
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in ADAPTED)])
