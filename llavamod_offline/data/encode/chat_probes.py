@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llavamod_offline.data.encode.template import Segment, Template
@@ -55,13 +57,41 @@ def rendered_as(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn], form:
 
 
 def renders_alike(template: Template, tokenizer: PreTrainedTokenizerFast, form: Form) -> bool:
-    """Whether both render prompts and conversations of every length alike, but for a separator after the last end."""
+    """Whether both render prompts and conversations of every length alike.
+
+    After the last answer a chat template may add a separator, or leave out an end that the model writes all the same.
+    """
+    implied = template.end in model_ends(tokenizer)
     for count in range(1, len(TURNS) + 1):
         prompt = count % 2 == 1
         rendered, text = rendered_as(tokenizer, TURNS[:count], form, answer=prompt), _text(template, TURNS[:count])
-        if rendered != text and (prompt or rendered != text + template.separator):
+        if rendered == text or (not prompt and rendered == text + template.separator):
+            continue
+        if prompt or not implied or rendered.rstrip() + template.end != text:
             return False
     return True
+
+
+def model_ends(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The tokens at which a model's folder says that its answers end."""
+    try:
+        settings = json.loads((Path(tokenizer.name_or_path) / "generation_config.json").read_text())
+        ids = settings.get("eos_token_id") or []
+        return [str(tokenizer.convert_ids_to_tokens(int(one))) for one in (ids if isinstance(ids, list) else [ids])]
+    except (OSError, ValueError, TypeError, AttributeError):  # it says nothing, or nothing readable
+        return []
+
+
+def first_difference(tokenizer: PreTrainedTokenizerFast) -> str:
+    """How the first answer is worded at the end of a conversation and before another round; empty if alike."""
+    for form in FORMS:
+        with contextlib.suppress(Exception):  # a template may raise anything
+            alone, followed = (rendered_as(tokenizer, TURNS[:count], form) for count in (2, 4))
+            question, answer = TURNS[0].text, TURNS[1].text
+            found = [text.split(question, 1)[1].split(answer, 1)[0] for text in (alone, followed)]
+            if found[0] != found[1]:
+                return f" (before the first answer it writes {found[0]!r} if that is the last, else {found[1]!r})"
+    return ""
 
 
 def strips_text(template: Template, tokenizer: PreTrainedTokenizerFast, form: Form) -> bool:

@@ -6,6 +6,7 @@ A chat template is a program that may do anything; a `Template` words a turn the
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import re
@@ -19,8 +20,10 @@ from llavamod_offline.data.encode.chat_probes import (
     TURNS,
     Form,
     find_image_prefix,
+    first_difference,
     ids_alike,
     images_alike,
+    model_ends,
     rendered_as,
     renders_alike,
     segments_of,
@@ -49,9 +52,23 @@ def choose_template(
 
     Errors: `ConfigError`.
     """
-    if name == AUTO:
-        return trained_with(tokenizer(), image=image)
-    return from_tokenizer(tokenizer(), image=image) if name == OWN else get_template(name)
+    if name not in (AUTO, OWN):
+        return get_template(name)
+    read, own = trained_with if name == AUTO else from_tokenizer, tokenizer()
+    try:
+        return read(own, image=image)
+    except ConfigError:
+        without = _without_thinking(own)
+        if without is None:
+            raise
+        try:
+            template = read(without, image=image)
+        except ConfigError:
+            template = None
+        if template is None:
+            raise
+        _LOG.info("template '%s': that of %s with enable_thinking=false", name, _folder(own))
+        return template
 
 
 def trained_with(tokenizer: PreTrainedTokenizerFast, *, image: str | None = IMAGE_PLACEHOLDER) -> Template:
@@ -159,10 +176,18 @@ def from_tokenizer(
     if len(failures) == len(FORMS):
         reason = f"the chat template of {_folder(tokenizer)} fails: {first_line(failures[0])}"
         raise ConfigError(f"template '{setting}': {reason}: {_WAY_OUT}") from failures[0]
-    raise ConfigError(
-        f"template '{setting}': the chat template of {_folder(tokenizer)} words a turn differently by position, or its "
-        f"answers do not end with one special token: {_WAY_OUT}"
-    )
+    difference = first_difference(tokenizer)
+    problem = f"words a turn differently by position, or its answers do not end with one special token{difference}"
+    raise ConfigError(f"template '{setting}': the chat template of {_folder(tokenizer)} {problem}: {_WAY_OUT}")
+
+
+def _without_thinking(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast | None:
+    """The same tokenizer with its chat template's own switch set to answers without thoughts; None if it has none."""
+    if "enable_thinking" not in str(tokenizer.chat_template):
+        return None
+    other = copy.copy(tokenizer)
+    other.chat_template = "{% set enable_thinking = false %}" + str(tokenizer.chat_template)
+    return other
 
 
 def _split(tokenizer: PreTrainedTokenizerFast, form: Form) -> Template | None:
@@ -175,6 +200,8 @@ def _split(tokenizer: PreTrainedTokenizerFast, form: Form) -> Template | None:
         return None
     before, asked, between, _, after = found.groups()
     assistant_prefix = prompt.split(user, 1)[1]
+    if not after.strip() and before.endswith(between):  # as in GLM's: answers end with what begins the user's turn
+        after = next((token for token in model_ends(tokenizer) if between.startswith(token)), "")
     specials = [token for token in tokenizer.get_added_vocab() if between.startswith(token) and after.startswith(token)]
     if not specials or not asked.startswith(assistant_prefix):
         return None
