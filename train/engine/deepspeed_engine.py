@@ -5,6 +5,8 @@ Both are context managers that clean up, so that a process can make several runs
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import math
 import os
@@ -74,6 +76,7 @@ def process_group() -> Iterator[World]:
     backend = "nccl" if on_gpu else "gloo"
     with _quiet(), _environment({} if launched else {"LOCAL_RANK": "0"}, default_accelerator=not on_gpu):
         _import_deepspeed()
+        _end_threads_at_exit()
         if on_gpu:
             torch.cuda.set_device(device)
         if launched:
@@ -128,12 +131,25 @@ def make_engine(
     if zero_stage == 1:  # reduces once per step, what it accumulated; other stages reduce each micro-batch in `dtype`
         settings["communication_data_type"] = "fp32"
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    linear = torch.nn.functional.linear
+    attributes = [(parameter, dict(vars(parameter))) for parameter in module.parameters()]
     with redirect_stdout(None):  # ZeRO 1 in bfloat16 prints its use of memory
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     try:
         yield engine
     finally:
         engine.destroy()
+        # What DeepSpeed leaves behind: ZeRO-3's own linear layer, which torch.compile does not take; and hooks in
+        # autograd's graph, which would keep all its objects, their memory and the process group alive.
+        torch.nn.functional.linear = linear
+        if not isinstance(engine.optimizer, torch.optim.Optimizer):
+            vars(getattr(engine.optimizer, "parameter_offload", engine.optimizer)).clear()
+            vars(engine.optimizer).clear()
+        vars(engine).clear()
+        vars(engine).update(vars(nn.Module()))
+        for parameter, given in attributes:
+            vars(parameter).clear()
+            vars(parameter).update(given)
 
 
 def apply_gradients(engine: Any, rate: float) -> float:
@@ -169,6 +185,19 @@ def _import_deepspeed() -> Any:
     # minute, and it needs a compiler); gloo does the same here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _end_threads_at_exit() -> None:
+    """Have the threads of a process group end before the interpreter does.
+
+    A thread of gloo that drops a tensor while the interpreter ends aborts the process ("terminate called without an
+    active exception"). The threads end with the group, which cycles of DeepSpeed's objects outlive, and so would the
+    default arguments of torch.distributed.nn if it was imported inside the group.
+    """
+    import torch.distributed.nn
+
+    atexit.unregister(gc.collect)
+    atexit.register(gc.collect)
 
 
 @contextmanager
