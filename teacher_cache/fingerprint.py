@@ -57,7 +57,8 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 def describe_template(template: Template) -> dict[str, Any]:
     """Name a template and hash all of its text."""
-    content = dataclasses.asdict(template)
+    content = dataclasses.asdict(dataclasses.replace(template, tool_wording=None))
+    del content["tool_wording"]  # it follows from the checkpoint
     system_turn = content.pop("system_turn")
     for name in ("image_prefix", "strips"):  # which older caches do not have
         if not content[name]:

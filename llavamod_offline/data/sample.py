@@ -1,11 +1,12 @@
 """A sample: one conversation with zero or more images, or one prompt with a chosen and a rejected response, or one of
 them.
 
-A conversation may begin with a system turn. In a WebDataset tar a sample is `{key}.json` beside `{key}.{jpg,png,webp}`
-(with several images `{key}.0.jpg`, `{key}.1.png`…). The JSON is an object: `format` (1), `source`, `turns` (list of
-`[role, text]`), `chosen` and `rejected` (strings, preference samples only; one of them if unpaired), `images` (list of
-file extensions), `content_hash`; if a teacher wrote the answer, `generated` (an object, see `Generated`); if packing
-shrank images, `original_sizes` (a list of `[width, height]`, null for unchanged ones).
+A conversation may begin with a list of tools and a system turn, and an answer may follow calls of tools and their
+results; these turns are JSON, see `tools.py`. In a WebDataset tar a sample is `{key}.json` beside
+`{key}.{jpg,png,webp}` (with several images `{key}.0.jpg`, `{key}.1.png`…). The JSON is an object: `format` (1),
+`source`, `turns` (list of `[role, text]`), `chosen` and `rejected` (strings, preference samples only; one of them if
+unpaired), `images` (list of file extensions), `content_hash`; if a teacher wrote the answer, `generated` (an object,
+see `Generated`); if packing shrank images, `original_sizes` (a list of `[width, height]`, null for unchanged ones).
 """
 
 from __future__ import annotations
@@ -36,8 +37,18 @@ ROLES_OF_KIND = {
 
 _FIRST_FIELDS = ("teacher", "set_digest", "key", "turns", "temperature", "top_p", "max_new_tokens", "seed")
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["tools", "system", "user", "tool_calls", "tool", "assistant"]
 Size = tuple[int, int]
+
+# Who may speak after whom; what is expected most comes last.
+_FOLLOWING: Mapping[Role, tuple[str, ...]] = {
+    "tools": ("system", "user"),
+    "system": ("user",),
+    "user": ("tool_calls", "assistant"),
+    "tool_calls": ("tool",),
+    "tool": ("tool", "tool_calls", "assistant"),
+    "assistant": ("user",),
+}
 
 
 @dataclass(frozen=True)
@@ -207,15 +218,15 @@ def _problem(sample: Sample) -> str | None:
         "".join([*texts, sample.source]).encode()
     except UnicodeEncodeError:
         return "its text holds a lone surrogate, which is not a character"
-    has_system = sample.turns[0].role == "system"
+    expected: tuple[str, ...] = ("tools", "system", "user")
     for index, turn in enumerate(sample.turns):
-        expected = "system" if has_system and index == 0 else "assistant" if (index - has_system) % 2 else "user"
-        if turn.role != expected:
-            return f"turn {index} is by '{turn.role}', expected '{expected}'"
+        if turn.role not in expected:
+            return f"turn {index} is by '{turn.role}', expected '{expected[-1]}'"
         if turn.role == "assistant" and not turn.text.strip():
             return f"turn {index}: the assistant's text is empty"
+        expected = _FOLLOWING[turn.role]
     last = sample.turns[-1].role
-    if last != ("user" if sample.is_preference else "assistant"):
+    if last not in (("user", "tool") if sample.is_preference else ("assistant",)):
         return f"the last turn is by '{last}'"
     if sample.mismatched is not None and not sample.is_preference:
         return "a conversation has no mismatched response"
@@ -229,8 +240,9 @@ def _image_problem(sample: Sample) -> str | None:
     answers += [text for text in (sample.chosen, sample.rejected) if text is not None]
     if any(IMAGE_PLACEHOLDER in text for text in answers):
         return f"'{IMAGE_PLACEHOLDER}' is in an answer; only a user's text may hold it"
-    if sample.turns[0].role == "system" and IMAGE_PLACEHOLDER in sample.turns[0].text:
-        return f"'{IMAGE_PLACEHOLDER}' is in the system turn; only a user's text may hold it"
+    holder = next((t.role for t in sample.turns if t.role != "user" and IMAGE_PLACEHOLDER in t.text), None)
+    if holder is not None:
+        return f"'{IMAGE_PLACEHOLDER}' is in the {holder.replace('_', ' ')} turn; only a user's text may hold it"
     placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in sample.turns)
     if placeholders != len(sample.images):
         return f"{placeholders} '{IMAGE_PLACEHOLDER}' in the text for {counted(len(sample.images), 'image')}"

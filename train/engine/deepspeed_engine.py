@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import importlib
 import logging
 import math
 import os
@@ -194,8 +195,7 @@ def _end_threads_at_exit() -> None:
     active exception"). The threads end with the group, which cycles of DeepSpeed's objects outlive, and so would the
     default arguments of torch.distributed.nn if it was imported inside the group.
     """
-    import torch.distributed.nn
-
+    importlib.import_module("torch.distributed.nn")
     atexit.unregister(gc.collect)
     atexit.register(gc.collect)
 

@@ -31,6 +31,7 @@ from llavamod_offline.data.encode.chat_probes import (
 )
 from llavamod_offline.data.encode.system_turn import find_system_turn
 from llavamod_offline.data.encode.template import AUTO, OWN, TEMPLATES, Segment, Template, get_template
+from llavamod_offline.data.encode.tool_wording import find_tool_wording
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER
 from llavamod_offline.errors import ConfigError, first_line
 
@@ -42,6 +43,8 @@ CHAT_TEMPLATE_NAME = "chat_template.jinja"
 _UNKNOWN_ROLE = json.dumps("This model was trained only on messages from user and assistant, not from: ")
 _UNKNOWN_PART = json.dumps("This model was trained only on text and image parts, not on: ")
 _BEGINS_WITH_IMAGE = "message.content is not string and message.content and message.content[0].type == 'image'"
+_IF_TOOLS = "{%- if tools or messages | selectattr('role', 'equalto', 'tool') | list -%}"
+_WITHOUT_TOOLS = "{#- without tools -#}{%- else -%}"
 _WAY_OUT = f"choose one by name: set template to {', '.join(TEMPLATES)}"
 
 
@@ -101,7 +104,7 @@ def trained_with(tokenizer: PreTrainedTokenizerFast, *, image: str | None = IMAG
             f"template 'auto': the tokenizer of {folder} joins tokens across the turns of its chat template: "
             f"{_WAY_OUT}, or to {OWN} to tokenize them one by one"
         )
-    return template
+    return _with_tools(tokenizer, template)
 
 
 def words_as(tokenizer: PreTrainedTokenizerFast, template: Template) -> bool:
@@ -117,8 +120,12 @@ def to_jinja(template: Template, *, image: str = IMAGE_PLACEHOLDER) -> str:
     A message's content is a string, or a list of parts, where each image becomes `image` on its own line. A first
     system message takes the place of the template's own system text, as in training. Roles and parts that no training
     sample has raise an exception. A user turn's text ends where the answer begins, so `add_generation_prompt` has no
-    effect.
+    effect. Conversations with tools stay with the chat template that words them.
     """
+    if template.tool_wording is not None:
+        own = template.tool_wording.chat_template.removeprefix(_IF_TOOLS).partition(_WITHOUT_TOOLS)[0]
+        plain = to_jinja(replace(template, tool_wording=None))
+        return f"{_IF_TOOLS}{own}{_WITHOUT_TOOLS}{plain}{{%- endif -%}}"
     system, skip = f"{{{{ {_literal(template.system)} }}}}", ""
     if template.system_turn is not None:
         before, after = map(_literal, template.system_turn)
@@ -170,7 +177,7 @@ def from_tokenizer(
                 if image is not None and not images_alike(template, tokenizer, image):
                     template = replace(template, image_prefix=find_image_prefix(template, tokenizer, image))
                 system_turn = find_system_turn(tokenizer, template, partial(segments_of, tokenizer))
-                return replace(template, system_turn=system_turn)
+                return _with_tools(tokenizer, replace(template, system_turn=system_turn))
         except Exception as error:  # a template may raise anything
             failures.append(error)
     if len(failures) == len(FORMS):
@@ -220,6 +227,12 @@ def _split(tokenizer: PreTrainedTokenizerFast, form: Form) -> Template | None:
     if any(segment.special for text in plain for segment in segments_of(tokenizer, text)):
         return None
     return Template(OWN, parts[0], parts[1], parts[2], answer_prefix=plain[0], end=end, separator=separator)
+
+
+def _with_tools(tokenizer: PreTrainedTokenizerFast, template: Template) -> Template:
+    """A template with its checkpoint's words for tools, if it has any."""
+    wording = find_tool_wording(tokenizer, template)
+    return template if wording is None else replace(template, tool_wording=wording)
 
 
 def _succeeds(check: Callable[[], bool]) -> bool:

@@ -6,7 +6,8 @@ Supervision follows from the segments; nothing downstream searches rendered text
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Turn
 from llavamod_offline.errors import ConfigError, DataError
@@ -26,7 +27,21 @@ class Segment:
     special: bool = False
 
 
+TOOL_ROLES = ("tools", "tool_calls", "tool")
 SystemTurn = tuple[tuple[Segment, ...], tuple[Segment, ...]]  # what is before and after its text
+
+
+class WordsTools(Protocol):
+    """The wording of conversations with tools, by a checkpoint's chat template."""
+
+    @property
+    def chat_template(self) -> str:
+        """The chat template."""
+        ...
+
+    def __call__(self, template: Template, turns: Sequence[Turn]) -> list[Segment]:
+        """Render turns. Errors: `DataError` if that cannot be done faithfully."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +52,8 @@ class Template:
     without the last separator. The answer (with `answer_prefix`) and its `end` token are supervised. A system turn
     takes the place of `system`, between the two parts of `system_turn`; None: the template has no such turn.
     `image_prefix` takes the place of `user_prefix` before a text that begins with an image; None: it does not.
-    `strips`: answers, and the texts between images, lose the white space around them.
+    `strips`: answers, and the texts between images, lose the white space around them. `tool_wording` renders
+    conversations with tools, by the chat template of the checkpoint; None: the template has no words for them.
     """
 
     name: str
@@ -50,21 +66,26 @@ class Template:
     system_turn: SystemTurn | None = None
     image_prefix: tuple[Segment, ...] | None = None
     strips: bool = False
+    tool_wording: WordsTools | None = field(default=None, repr=False, compare=False)
 
     def render(self, turns: Sequence[Turn]) -> list[Segment]:
-        """Render turns; if the last is the user's, the result is a prompt that ends where the answer begins.
+        """Render turns; if the last is not the assistant's, the result is a prompt that ends where the answer begins.
 
-        Errors: `DataError` for a system turn if the template has none.
+        Errors: `DataError` for a system turn or tools if the template has none.
         """
+        if any(turn.role in TOOL_ROLES for turn in turns):
+            if self.tool_wording is None:
+                raise DataError(f"template '{self.name}' has no wording for tools: remove them from the sample")
+            return self.tool_wording(self, turns)
         segments = list(self.system)
         if turns and turns[0].role == "system":
             if self.system_turn is None:
                 raise DataError(f"template '{self.name}' has no system turn: remove it from the sample")
             before, after = self.system_turn
-            segments = [*before, Segment(self._text(turns[0].text)), *after]
+            segments = [*before, Segment(self.strip(turns[0].text)), *after]
             turns = turns[1:]
         for turn in turns:
-            text = self._text(turn.text)
+            text = self.strip(turn.text)
             if turn.role == "user":
                 own = self.image_prefix if text.startswith(IMAGE_PLACEHOLDER) else None
                 prefix = self.user_prefix if own is None else own
@@ -78,7 +99,8 @@ class Template:
             segments.pop()
         return segments
 
-    def _text(self, text: str) -> str:
+    def strip(self, text: str) -> str:
+        """A text without the white space that the template drops."""
         if not self.strips:
             return text
         return IMAGE_PLACEHOLDER.join(piece.strip() for piece in text.split(IMAGE_PLACEHOLDER))

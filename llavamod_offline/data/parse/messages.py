@@ -5,7 +5,8 @@
     pairs          {"user": text, "assistant": text}                                                (FineVision)
 
 Parts are `{"type": "text", "text"}` and `{"type": "image"}`, which may hold its image, or `{"type": "image_url"}`.
-An image becomes `<image>`, on a line of its own unless white space separates it from its neighbours.
+Calls and results of tools: see `tool_messages.py`. An image becomes `<image>`, on a line of its own unless white space
+separates it from its neighbours.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llavamod_offline.data.parse.row_images import SOURCES, RowImage, row_images
+from llavamod_offline.data.parse.tool_messages import tool_turn
 from llavamod_offline.data.rows import RowError
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Role, Turn
+from llavamod_offline.data.tools import joined_calls
 
 _ROLES: Mapping[str, Role] = {
     "human": "user",
@@ -26,8 +29,6 @@ _ROLES: Mapping[str, Role] = {
     "system": "system",
 }
 _TURN_FIELDS = "strings 'from' and 'value', or 'role' and 'content'"
-_TOOL_ROLES = ("tool", "tool_call", "tool_response", "function", "function_call", "observation", "ipython")
-_TOOL_FIELDS = ("tool_calls", "function_call", "tool_call_id")
 _WEIGHT_FIELDS = ("loss", "weight", "train", "trainable")  # a turn with one of them false or 0 is not to be learnt
 _OTHER_MEDIA = ("video", "audio", "video_url", "audio_url", "input_audio")
 
@@ -43,7 +44,10 @@ def read_turns(value: Any, field: str) -> tuple[tuple[Turn, ...], tuple[PartImag
     images: list[PartImage] = []
     for index, message in enumerate(value):
         turn, found = _turn(message, f"'{field}' turn {index}")
-        turns.append(turn)
+        if turns and turn.role == turns[-1].role == "tool_calls":
+            turns[-1] = joined_calls(turns[-1], turn)
+        else:
+            turns.append(turn)
         images += found
     return tuple(turns), tuple(images)
 
@@ -66,8 +70,9 @@ def _turn(message: Any, where: str) -> tuple[Turn, list[PartImage]]:
         raise RowError("malformed row", f"{where}: expected an object of {_TURN_FIELDS}")
     speaker = message.get("from") if message.get("from") is not None else message.get("role")
     content = message.get("value") if message.get("value") is not None else message.get("content")
-    if isinstance(speaker, str) and (speaker in _TOOL_ROLES or any(message.get(name) for name in _TOOL_FIELDS)):
-        raise RowError("bad conversation", f"{where} is a tool call or a tool's result, which is not supported")
+    about_tools = tool_turn(speaker, message, content, where) if isinstance(speaker, str) else None
+    if about_tools is not None:
+        return about_tools, []
     if not isinstance(speaker, str) or not isinstance(content, str | list):
         raise RowError("malformed row", f"{where}: expected an object of {_TURN_FIELDS}")
     if speaker not in _ROLES:

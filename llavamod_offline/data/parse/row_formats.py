@@ -8,8 +8,9 @@
                    (LlamaFactory): whether its last answer is desirable
     images         `image` or `images` (see `row_images.py`), in the order of `<image>` in the users' texts; or in parts
 
-`system`: the text of a system turn. Images of `texts` and of a `question` without `<image>` come before the first text.
-Several rejected answers make several samples. A row that breaks the format is a `RowError`; nothing is repaired.
+`system`: the text of a system turn; `tools`: what the assistant may call (see `tool_messages.py`). Images of `texts`
+and of a `question` without `<image>` come before the first text. Several rejected answers make several samples. A row
+that breaks the format is a `RowError`; nothing is repaired.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 from llavamod_offline.data.parse.messages import PartImage, read_pairs, read_turns
 from llavamod_offline.data.parse.row_images import ReadImage, RowImage, image_extensions, load_images, row_images
+from llavamod_offline.data.parse.tool_messages import read_tools
 from llavamod_offline.data.rows import RowError
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
 from llavamod_offline.errors import DataError
@@ -28,7 +30,6 @@ from llavamod_offline.plural import counted
 TEXT_FIELDS = ("conversations", "messages", "texts", "chosen", "rejected", "rejected_response", "completion")
 LABELS = ("label", "kto_tag")
 FIELDS = (*TEXT_FIELDS, *LABELS, "prompt", "question", "system", "tools", "image", "images")
-_NO_TOOLS = ("", "[]", "{}", "null")  # as rows without tools have them beside rows with some
 _OTHER_PROMPTS = {"conversations", "messages", "prompt"}  # than the question of RLAIF-V
 MEDIA_FIELDS = ("video", "videos", "audio", "audios")
 KNOWN = (
@@ -99,6 +100,9 @@ def parse_row(row: Any, beside: int = 0) -> ParsedRow:
         turns = (replace(turns[0], text=f"{IMAGE_PLACEHOLDER}\n" * len(images) + turns[0].text), *turns[1:])
     if isinstance(fields.get("system"), str) and fields["system"].strip():
         turns = (Turn("system", fields["system"]), *turns)
+    tools = read_tools(fields.get("tools"))
+    if tools is not None:
+        turns = (tools, *turns)
     return ParsedRow(turns, images, chosen, rejected)
 
 
@@ -124,8 +128,6 @@ def _fields(row: Any) -> dict[str, Any]:
     media = next((name for name in MEDIA_FIELDS if fields.get(name)), None)
     if media is not None:
         raise RowError("unsupported media", f"has field '{media}': only text and images are supported")
-    if fields.get("tools") and str(fields["tools"]).strip() not in _NO_TOOLS:
-        raise RowError("bad conversation", "has field 'tools': tools are not supported")
     return fields
 
 
