@@ -167,7 +167,9 @@ def test_an_exported_template_has_it_too_however_often_it_is_exported() -> None:
     assert own_ids(exported, TALK) == own_ids(words, TALK)
     check(encoder(exported, "auto"), TALK, 2)
     check(encoder(exported, "auto"), TALK[7:])
-    assert to_jinja(choose_template("auto", lambda: exported)) == first
+    second = to_jinja(choose_template("auto", lambda: exported))
+    assert second.count("# Tools") == 1
+    assert to_jinja(choose_template("auto", lambda: tokenizer(second))) == second
 
 
 def rejected(encode: SequenceEncoder, turns: tuple[Turn, ...], reason: str) -> None:
