@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmarks.__main__ import BENCHMARKS, compare
 from tests.benchmarks.form import median_seconds, table
 
 ROOT = Path(__file__).parents[2]
-BENCHMARKS = sorted(
-    path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "form", "test_form")
-)
 
 
 @pytest.mark.slow
@@ -43,3 +41,29 @@ def test_a_table_has_a_column_for_every_name() -> None:
     assert lines[0].split() == ["case", "seconds", "MiB"]
     assert len({len(line.rstrip()) for line in lines[:1]}) == 1
     assert table([]) == "(no rows)"
+
+
+@pytest.mark.slow
+def test_all_together_name_what_has_moved(tmp_path: Path) -> None:
+    """Against a baseline that differs in one ratio."""
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    command = [sys.executable, "-m", "tests.benchmarks", "--only", "score", "--repeats", "1", "--json"]
+    done = subprocess.run([*command, str(first)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(first.read_text())
+    ratio, values = next(iter(result["ratios"]["score"].items()))
+    result["ratios"]["score"] = {ratio: [1e6 + value for value in values]}
+    first.write_text(json.dumps(result))
+    table_file = tmp_path / "table.md"
+    against = [str(second), "--baseline", str(first), "--markdown", str(table_file)]
+    done = subprocess.run([*command, *against], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"moved beyond their noise: score: {ratio}\n" in done.stdout
+    assert f"| score | {ratio} |" in table_file.read_text()
+
+
+def test_a_ratio_has_moved_if_it_leaves_the_noise_of_both() -> None:
+    assert compare([1.0, 1.1, 0.9], [1.1, 1.2, 1.0])["moved"] == ""
+    assert compare([1.0, 1.001, 0.999], [1.1, 1.101, 1.099])["moved"] == "-9.1%"
+    assert compare([1.0], [1.01])["moved"] == ""
+    assert compare([1.0], None)["baseline"] == ""
