@@ -33,6 +33,7 @@ from teacher_cache.format.sequences import HASH_BYTES, SequenceRows, edges, read
 from teacher_cache.format.top_k_codes import starts
 
 _ROUNDING = 1e-3
+_REJECTION_FIELDS = {"key", "role", "reason"}
 
 
 class ShardCheck:
@@ -111,8 +112,9 @@ class ShardCheck:
             if manifest[name] != count:
                 yield f"{MANIFEST_NAME}: lists {manifest[name]} {name}, found {count}"
         for line in rejected.splitlines():
-            if json.loads(line).keys() != {"key", "role", "reason"}:
-                yield f"{REJECTED_NAME}: a row has fields other than key, role and reason"
+            fields = json.loads(line).keys()
+            if not fields >= _REJECTION_FIELDS or fields - _REJECTION_FIELDS not in (set(), {"file", "row"}):
+                yield f"{REJECTED_NAME}: a row has other fields than key, role and reason, and perhaps file and row"
 
 
 def _sequence_problems(rows: SequenceRows, first: int, parts: Sequence[Records], codec: Codec) -> Iterator[str]:

@@ -13,6 +13,7 @@ import pytest
 from llavamod_offline.errors import CacheError
 from teacher_cache.format.columns import ColumnFile, write_blocks
 from teacher_cache.format.manifest import CACHE_NAME, MANIFEST_NAME, canonical, file_entries
+from teacher_cache.format.rejection import Rejection
 from teacher_cache.read.reader import open_cache
 from teacher_cache.verify.cache import verify_cache
 from teacher_cache.write.store import CacheStore
@@ -29,6 +30,21 @@ def test_a_sound_cache_is_sound(finished: Path) -> None:
     assert verdict.damage == []
     assert (verdict.shards, verdict.sequences, verdict.positions) == (5, 24, cache.positions)
     assert verdict.digest == cache.digest
+
+
+def test_rejections_may_say_from_where_their_samples_were_packed(tmp_path: Path) -> None:
+    """As those of sets that were packed from files do; a row with anything else is damage."""
+    lost = [Rejection("a", "response", "no"), Rejection("b", "response", "no", "rows.json", 7)]
+    store = CacheStore.open(tmp_path / "c", FINGERPRINT, NAMES[:1])
+    store.start()
+    store.commit(NAMES[0], captured(NAMES[0]), lost, CODEC)
+    store.finalise()
+    assert verify_cache(tmp_path / "c").damage == []
+    other = CacheStore.open(tmp_path / "other", FINGERPRINT, NAMES[:1])
+    other.start()
+    other.commit(NAMES[0], captured(NAMES[0]), [Rejection("b", "response", "no", file="rows.json")], CODEC)
+    other.finalise()
+    assert [line for line in verify_cache(tmp_path / "other").damage if "has other fields" in line]
 
 
 def test_lost_shortened_and_foreign_files_are_named(copied: Callable[[], Path]) -> None:
