@@ -85,6 +85,8 @@ def work(
         check_unlocked(config.output)  # after we can be seen: a command that locks it looks for workers
         stack.enter_context(keeping(lambda: store.kept))
         store.start()
+        for part in ("claims", "workers", "done"):
+            store.folder.clear_leftovers(f"{WORK_NAME}/{part}/*")
         store.folder.create(SETTINGS_NAME, dump_config(_anywhere(config)).encode())
         worker = _FleetWorker(setup, store, heartbeat, tally, config.capture.attempts, config.max_rejected)
         stack.callback(worker.release)

@@ -119,6 +119,15 @@ def test_a_bug_ends_the_worker_with_its_traceback_and_frees_the_shard(
     assert one(world, tmp_path / "c").capture.digest == open_cache(finished).digest
 
 
+def test_what_killed_workers_left_half_written_is_removed(world: World, tmp_path: Path) -> None:
+    left = [tmp_path / "c" / ".work" / part / ".w.json.999999999.tmp" for part in ("claims", "workers", "done")]
+    for file in left:
+        file.parent.mkdir(parents=True)
+        file.write_text("{")
+    assert one(world, tmp_path / "c").capture.complete
+    assert not any(file.exists() for file in left)
+
+
 def test_other_writers_and_workers_keep_each_other_out(world: World, tmp_path: Path) -> None:
     output = tmp_path / "c"
     with locked(output), pytest.raises(ConfigError, match=r"output: .* is in use by process"):
