@@ -189,14 +189,14 @@ def main() -> None:
         ):
             found |= _alone(measure, cache)
         sizes = {name: (finished / name).stat().st_size for name in (CACHE_NAME, JOB_NAME)}
-    rows = [{"measure": name, "value": value} for name, value in [*found.items(), *sizes.items()]]
-    asked = ("open_seconds", "open_mb", "status_seconds", "first_batch_seconds")
-    suffix = f"{shards // 1000}k_shards"
-    ratios = {f"{name}_{suffix}": found[name] for name in asked} | {
-        name: found[name] for name in ("verify_shard_seconds", "shard_rows_seconds", "tail_profile_seconds")
-    }
-    settings = {"shards": shards, "sequences_a_shard": SEQUENCES, "workers": WORKERS}
-    finish(NAME, arguments, settings=settings, rows=rows, ratios=ratios)
+        rows = [{"measure": name, "value": value} for name, value in [*found.items(), *sizes.items()]]
+        asked = ("open_seconds", "open_mb", "status_seconds", "first_batch_seconds")
+        suffix = f"{shards // 1000}k_shards"
+        ratios = {f"{name}_{suffix}": found[name] for name in asked} | {
+            name: found[name] for name in ("verify_shard_seconds", "shard_rows_seconds", "tail_profile_seconds")
+        }
+        settings = {"shards": shards, "sequences_a_shard": SEQUENCES, "workers": WORKERS}
+        finish(NAME, arguments, settings=settings, rows=rows, ratios=ratios)
 
 
 if __name__ == "__main__":
