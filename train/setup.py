@@ -31,6 +31,7 @@ from train.data.lengths import sequence_lengths
 from train.data.mismatched_check import check_pairs
 from train.data.prefetch import Prefetch
 from train.data.sample_order import make_order, order_settings
+from train.engine.choose import check_processes, choose_engine
 from train.engine.deepspeed_engine import World
 from train.engine.optim import choose_trainable, frozen_digest
 from train.stages.alignment_setup import check_cache, prepare_alignment
@@ -125,8 +126,8 @@ def prepare(config: TrainConfig, world: World) -> Setup:
 
     Errors: a `LlavaModError` naming what does not fit and the key to change.
     """
-    zero_stage, dtype = _engine_choice(config, world)
-    _check_processes(config, world)
+    zero_stage, dtype = choose_engine(config.engine, world)
+    check_processes(config.batch, config.data.holdout, world)
     source = open_source(config.student)
     samples = SampleSet.open(config.data.set)
     cache, swap = _open_cache(config, source)
@@ -252,23 +253,6 @@ def prepare(config: TrainConfig, world: World) -> Setup:
     )
 
 
-def _engine_choice(config: TrainConfig, world: World) -> tuple[int, torch.dtype]:
-    """Choose the ZeRO stage and the weights' dtype where the configuration leaves them open."""
-    chosen = config.engine
-    on_gpu = world.device.type == "cuda"
-    dtype = torch.bfloat16 if chosen.dtype == "bfloat16" or (chosen.dtype == "auto" and on_gpu) else torch.float32
-    if chosen.attention == "flash_attention_2" and not (on_gpu and dtype == torch.bfloat16):
-        raise ConfigError("engine.attention: flash_attention_2 needs a GPU and engine.dtype=bfloat16: use sdpa")
-    least = 1 if dtype == torch.bfloat16 else 0  # ZeRO keeps the float32 weights that bfloat16 needs
-    if chosen.zero_stage is None:
-        return (2 if world.size > 1 or chosen.offload else least), dtype
-    if chosen.zero_stage < least:
-        raise ConfigError(
-            "engine.zero_stage: 0 keeps no float32 weights for bfloat16 training: set it to 1, 2, 3 or null"
-        )
-    return chosen.zero_stage, dtype
-
-
 def _check_image_terms(config: TrainConfig) -> None:
     """Refuse alignment terms that compare image tokens of students whose images take unlike numbers of them."""
     for key in ("visual_kl_weight", "relation_weight"):
@@ -277,20 +261,6 @@ def _check_image_terms(config: TrainConfig) -> None:
                 f"loss.align.{key}: the images of this student take tokens by their size, and only those of LLaVA "
                 "students are compared token by token: set it to 0"
             )
-
-
-def _check_processes(config: TrainConfig, world: World) -> None:
-    """Check what depends on the number of processes."""
-    batch, processes = config.batch, world.size
-    if batch.global_size % (batch.micro_size * processes):
-        raise ConfigError(
-            f"batch.global_size: {batch.global_size} is not a multiple of batch.micro_size {batch.micro_size} × "
-            f"{processes} processes: change one of them"
-        )
-    if config.data.holdout % processes:
-        raise ConfigError(
-            f"data.holdout: {config.data.holdout} is not a multiple of the {processes} processes: change it"
-        )
 
 
 def _open_cache(config: TrainConfig, source: StudentSource) -> tuple[TeacherCache | None, TokenIdSwap | None]:

@@ -11,7 +11,8 @@ import torch
 
 from llavamod_offline.data.encode.chat_template import choose_template
 from llavamod_offline.data.images import ASPECTS, AUTO_ASPECT, ImagePreprocessor
-from llavamod_offline.errors import ConfigError
+from llavamod_offline.errors import ConfigError, ModelError
+from llavamod_offline.families import is_llava
 from llavamod_offline.families.llava.checkpoint import load_config, load_llava, sequence_encoder
 from llavamod_offline.families.llava.export import save_llava
 from llavamod_offline.models.checkpoint import load_tokenizer
@@ -27,6 +28,10 @@ def write_portable(student: Path, output: Path, *, template: str = "auto", image
         raise ConfigError(f"image aspect '{image_aspect}' is unknown: choose one of {choices}")
     if output.exists():
         raise ConfigError(f"{output}: already exists: name a new folder")
+    if not is_llava(student):
+        raise ModelError(
+            f"{student}: it is no LLaVA, and its own processor and chat template say how it is asked: use it as it is"
+        )
     images = ImagePreprocessor.from_checkpoint(student, image_aspect)
     config, tokenizer = load_config(student), load_tokenizer(student)
     wording = choose_template(template, lambda: tokenizer)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
 
 from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.images import ImagePreprocessor
@@ -51,7 +50,7 @@ class Reader:
 
     def __init__(self, folder: Path, data: Path) -> None:
         tokenizer = load_tokenizer(folder)
-        self.model: LlavaForConditionalGeneration = load_llava(folder)
+        self.model: Any = load_llava(folder)
         self.samples = SampleSet.open(data)
         self.encoder = sequence_encoder(folder, tokenizer, get_template("qwen"), 2048)
         self.images = ImagePreprocessor.from_checkpoint(folder, "pad")

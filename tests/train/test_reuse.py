@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from llavamod_offline.data.encode import template as templates
 from llavamod_offline.data.pack.pack import write_set
@@ -51,7 +51,7 @@ def _student_of(folder: Path, *, rows: int = 400, image_size: int = 24, tokenize
         tie_word_embeddings=False,
     )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        model = LlavaForConditionalGeneration(config)
+        model = AutoModelForImageTextToText.from_config(config)
         for name, parameter in model.named_parameters():
             torch.manual_seed(len(name))
             table = "embed_tokens" in name or "lm_head" in name

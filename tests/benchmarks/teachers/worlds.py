@@ -18,8 +18,6 @@ from torch import Tensor
 from tests.benchmarks.teachers.ngram import NGram, library_texts, tokenise, train_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration
-
     from llavamod_offline.data.encode.collate import Batch
 
 SEQUENCE = 100
@@ -178,7 +176,7 @@ def _toy_batches(checkpoint: Path, samples: int, size: int) -> Iterator[Batch]:
 
 
 @torch.inference_mode()
-def _predict(model: LlavaForConditionalGeneration, batch: Batch, vocab_size: int) -> tuple[Tensor, Tensor]:
+def _predict(model: Any, batch: Batch, vocab_size: int) -> tuple[Tensor, Tensor]:
     """Hidden states that predict the supervised tokens, and the log-probs that the head makes of them."""
     from llavamod_offline.families.llava.forward import student_hidden_states
     from llavamod_offline.models.lm_head import lm_head_of

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import LlamaConfig, LlavaForConditionalGeneration, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from eval.export.portable import write_portable
 from llavamod_offline.data.encode.template import get_template
@@ -31,7 +31,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
 }
 
 
-def make(folder: Path, kind: str) -> tuple[Path, LlavaForConditionalGeneration]:
+def make(folder: Path, kind: str) -> tuple[Path, Any]:
     """A student's starting folder, and the trained student."""
     form, sparse = KINDS[kind]
     source = write_tiny_llava(folder, **form)
@@ -47,9 +47,7 @@ def make(folder: Path, kind: str) -> tuple[Path, LlavaForConditionalGeneration]:
     return source, model
 
 
-def export(
-    form: str, folder: Path, source: Path, model: LlavaForConditionalGeneration, template: str, aspect: str
-) -> None:
+def export(form: str, folder: Path, source: Path, model: Any, template: str, aspect: str) -> None:
     """Write the student as a training run does, or as a folder from elsewhere of which a portable copy is made."""
     tokenizer = load_tokenizer(source)
     tokenizer.padding_side = "right"

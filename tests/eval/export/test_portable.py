@@ -17,6 +17,7 @@ from llavamod_offline.data.images import decode_image
 from llavamod_offline.data.sample import Turn
 from llavamod_offline.errors import ConfigError, ModelError
 from tests.tiny import tiny_image, write_tiny_llava
+from tests.tiny_families import TINY_FAMILIES
 
 
 def example(folder: Path, size: tuple[int, int]) -> Example[None]:
@@ -91,3 +92,10 @@ def test_what_cannot_be_copied_is_told(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no preprocessor_config.json"):
         write_portable(tmp_path / "nothing", tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_other_families_need_no_copy(tmp_path: Path) -> None:
+    student = TINY_FAMILIES["qwen3_vl"].write(tmp_path / "student")
+    with pytest.raises(ModelError, match=r"it is no LLaVA, and its own processor .*: use it as it is$"):
+        write_portable(student, tmp_path / "portable")
+    assert not (tmp_path / "portable").exists()

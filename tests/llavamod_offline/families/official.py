@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import (
+    AutoModelForImageTextToText,
     AutoTokenizer,
-    LlavaForConditionalGeneration,
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionProcessor,
     LlavaProcessor,
@@ -113,7 +113,7 @@ def open_official(name: str, folder: Path) -> Official:
             vision_feature_select_strategy=strategy,
             num_additional_image_tokens=extra,
         )
-        return Official(folder, processor, _load(LlavaForConditionalGeneration, folder), IMAGE_PLACEHOLDER)
+        return Official(folder, processor, _load(AutoModelForImageTextToText, folder), IMAGE_PLACEHOLDER)
     if name == "llava_onevision":
         processor = _NoVideo(LlavaOnevisionProcessor)(
             image_processor=LlavaOnevisionImageProcessorPil.from_pretrained(folder, **local),

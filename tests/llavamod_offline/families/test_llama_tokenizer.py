@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import AutoModelForImageTextToText, AutoTokenizer, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llavamod_offline.config import load_config
@@ -50,7 +50,7 @@ def test_a_llava_is_captured_as_its_processor_words_it(tmp_path: Path, kind: str
         num_additional_image_tokens=1,
         chat_template=tokenizer.chat_template,
     )
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     teacher = open_family(folder, "auto", image_aspect="square", max_length=1024)
     for sample in tiny_samples(12):
         messages = [{"role": turn.role, "content": turn.text} for turn in sample.turns]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
 
 from llavamod_offline.families.llava.checkpoint import load_llava
 from llavamod_offline.families.llava.export import save_llava
@@ -21,11 +21,11 @@ from llavamod_offline.models.upcycle import upcycle
 from tests.llavamod_offline.models.batches import Batch, make_batch
 
 
-def make_sparse(folder: Path, *, residual: bool = False) -> LlavaForConditionalGeneration:
+def make_sparse(folder: Path, *, residual: bool = False) -> Any:
     return upcycle(load_llava(folder), layers="sparse", num_experts=4, top_k=2, seed=0, residual=residual)
 
 
-def hidden_states(model: LlavaForConditionalGeneration, batch: Batch) -> Tensor:
+def hidden_states(model: Any, batch: Batch) -> Tensor:
     return student_hidden_states(model, batch.input_ids_BT, batch.attention_mask_BT, batch.pixel_values_ICHW)
 
 

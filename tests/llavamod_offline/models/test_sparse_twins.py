@@ -14,7 +14,6 @@ from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
     LlavaConfig,
-    LlavaForConditionalGeneration,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
@@ -117,7 +116,7 @@ def dense(kind: str, **settings: Any) -> Any:
     )
     tied = bool(config.tie_word_embeddings)
     whole = LlavaConfig(vision_config=vision_config, text_config=config, image_token_index=60, tie_word_embeddings=tied)
-    return random_model(LlavaForConditionalGeneration, whole)
+    return random_model(AutoModelForImageTextToText.from_config, whole)
 
 
 def inputs_of(model: Any) -> dict[str, torch.Tensor]:

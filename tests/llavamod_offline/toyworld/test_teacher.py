@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llavamod_offline.data.encode.collate import collate
 from llavamod_offline.data.encode.template import get_template
@@ -36,7 +36,7 @@ def test_both_checkpoints_share_a_tokenizer_and_are_in_bfloat16() -> None:
 def test_plain_transformers_answers_with_the_teacher() -> None:
     """Processor and model as anybody would use them, on an image of one large red circle."""
     processor = AutoProcessor.from_pretrained(TEACHER, local_files_only=True)
-    model = LlavaForConditionalGeneration.from_pretrained(TEACHER, dtype=torch.float32, local_files_only=True)
+    model = AutoModelForImageTextToText.from_pretrained(TEACHER, dtype=torch.float32, local_files_only=True)
     rng = random.Random(4)
     scene = next(s for s in iter(lambda: random_scene(rng), None) if len(s.things) == 1 and not s.sign)
     prompt = get_template("qwen").render((Turn("user", f"<image>\nWhat color is the {scene.things[0].shape}?"),))

@@ -138,11 +138,11 @@ def test_two_processes_equal_one(
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl", pytest.param("gemma3", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["sigmoid", "kto_pair"])
+@pytest.mark.parametrize("kind", ["sigmoid", "kto_pair", "kto"])
 def test_preferences(world: World, folders: Path, tmp_path: Path, name: str, kind: str) -> None:
     """A student that is its own reference begins with rewards of 0; then it learns to prefer."""
     student = student_of(folders, name)
-    cache = write_cache(tmp_path / "cache", world.pairs, student, "capture.preset=reference")
+    cache = write_cache(tmp_path / "cache", world.pairs, student, "capture.preset=reference", "capture.mismatched=true")
     settings = (f"cache.path={cache}", f"student.checkpoint={student}", f"loss.kind={kind}", "loss.distill_weight=0")
     train(world.config("preference", tmp_path / "run", *settings, "batch.micro_size=2", "batch.global_size=24"))
     first, *_, last = read_metrics(tmp_path / "run")
