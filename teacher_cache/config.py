@@ -116,7 +116,7 @@ class TeacherEngineConfig:
     compile: bool = False
     """Run torch.compile on the decoder (hf only): takes minutes, and pays off on long runs."""
     ray: bool = False
-    """Capture in Ray workers (run only): on the cluster at RAY_ADDRESS, which must see the same files, or on this
+    """Capture, or answer, in Ray workers: on the cluster at RAY_ADDRESS, which must see the same files, or on this
     machine."""
     ray_workers: int | None = None
     """Number of Ray workers; null: as many as fit."""
@@ -150,8 +150,19 @@ class GenerateConfig:
     """Seed of the sampling, which depends on it and the sample's key alone."""
     key_suffix: str = "-generated"
     """Appended to the keys of the new set; may be empty."""
+    answers: int = 1
+    """Answers to each prompt, each sampled with random numbers of its own; several have keys that end in -0, -1 …"""
+    stop: list[str] = field(default_factory=list)
+    """Texts before which an answer ends."""
+    system: str | None = None
+    """System turn put before conversations that have none, and kept in the new set; null: none."""
+    max_new_tokens_by_source: dict[str, int] = field(default_factory=dict)
+    """Most tokens of answers to a source's prompts, where not max_new_tokens, such as {ocr: 64}."""
     round: int | None = None
     """Number of the round in which a student wrote the answers, from 1; kept in the set and in caches of it."""
+    capture: bool = True
+    """Capture the new set by the model that wrote it. false: only write it, for `cache-teacher run` to capture with
+    another teacher; output is then not used."""
 
     def problems(self) -> Iterator[str]:
         """Yield one line for each problem, naming the key to change."""
@@ -159,8 +170,18 @@ class GenerateConfig:
             yield f"generate.temperature is {self.temperature:g}: must be 0 or more"
         if not 0.0 < self.top_p <= 1.0:
             yield f"generate.top_p is {self.top_p:g}: must be above 0 and at most 1"
-        if self.max_new_tokens < 1:
-            yield f"generate.max_new_tokens is {self.max_new_tokens}: must be at least 1"
+        limits = {f"_by_source.{source}": most for source, most in self.max_new_tokens_by_source.items()}
+        for name, most in {"": self.max_new_tokens, **limits}.items():
+            if most < 1:
+                yield f"generate.max_new_tokens{name} is {most}: must be at least 1"
+        if self.answers < 1:
+            yield f"generate.answers is {self.answers}: must be at least 1"
+        if self.answers > 1 and self.temperature == 0:
+            yield "generate.answers: greedy answers to a prompt are all the same: set generate.temperature above 0"
+        if "" in self.stop:
+            yield "generate.stop: an empty text would end every answer: remove it"
+        if self.system is not None and not self.system.strip():
+            yield "generate.system: is empty: remove it"
         if self.round is not None and self.round < 1:
             yield f"generate.round is {self.round}: must be at least 1"
         if self.key_suffix and not KEY_PATTERN.fullmatch(self.key_suffix):
@@ -169,8 +190,18 @@ class GenerateConfig:
     @property
     def described(self) -> dict[str, Any]:
         """The settings for a set's manifest; those that older sets lack only where they are not the default."""
-        content = asdict(self)
+        content = {name: value for name, value in asdict(self).items() if name != "capture"}
         return {name: value for name, value in content.items() if name in _FIRST or value != getattr(_DEFAULT, name)}
+
+    def limit(self, source: str) -> tuple[int, str]:
+        """The most tokens of an answer to a source's prompts, and the setting that says so."""
+        if source in self.max_new_tokens_by_source:
+            return self.max_new_tokens_by_source[source], f"generate.max_new_tokens_by_source.{source}"
+        return self.max_new_tokens, "generate.max_new_tokens"
+
+    def suffix(self, copy: int) -> str:
+        """What is appended to the key of the answer of that number."""
+        return f"{self.key_suffix}-{copy}" if self.answers > 1 else self.key_suffix
 
 
 _FIRST = ("turns", "temperature", "top_p", "max_new_tokens", "seed", "key_suffix")
@@ -204,7 +235,7 @@ class CacheTeacherConfig:
     workers: int = 4
     """Threads that prepare images."""
     slice: str = "0/1"
-    """i/n captures shards i, i + n, i + 2n … (from 0), for job arrays that share one output (run only)."""
+    """i/n captures, or answers, shards i, i + n, i + 2n … (from 0), for job arrays that share one output."""
     max_rejected: float | None = None
     """Stop if more than this share of sequences is rejected, from 0 to 1; null: never."""
     engine: TeacherEngineConfig = field(default_factory=TeacherEngineConfig)

@@ -40,7 +40,8 @@ class RayPool:
     """Workers on the cluster at RAY_ADDRESS, or on this machine; shut down when the context is left.
 
     At most `workers` workers (None: as many as fit) rebuild the setup from `values` and write to `output`. Inside the
-    context, `values` have the device decided, and `gpus` is a worker's number of GPUs.
+    context, `values` have the device decided, and `gpus` is a worker's number of GPUs. `worker`: a class like
+    `CaptureWorker`, whose constructor also takes `more`.
     Errors: `ConfigError` if Ray is not installed, the cluster cannot be reached, or settings do not fit it.
     """
 
@@ -53,7 +54,8 @@ class RayPool:
         workers: int | None,
         cpus: int,
         gpus: float | None,
-        worker: type[CaptureWorker] = CaptureWorker,
+        worker: type[Any] = CaptureWorker,
+        more: Sequence[Any] = (),
     ) -> None:
         try:
             import ray
@@ -61,7 +63,7 @@ class RayPool:
             raise ConfigError("engine.ray needs Ray: pip install 'llavamod-offline[ray]'") from error
         self.values, self.gpus = values, gpus
         self._ray: Any = ray
-        self._output, self._allow, self._class = output, tuple(allow), worker
+        self._output, self._allow, self._class, self._more = output, tuple(allow), worker, tuple(more)
         self._most, self._cpus = workers, cpus
         self._workers: list[_Worker] = []
         self._calls: dict[Any, _Worker] = {}
@@ -181,7 +183,7 @@ class RayPool:
         actor = (
             self._ray.remote(self._class)
             .options(num_cpus=self._cpus, num_gpus=self.gpus, max_concurrency=_SHARDS_AT_ONCE + 1)
-            .remote(values, _absolute(self._output), self._allow)
+            .remote(values, _absolute(self._output), self._allow, *self._more)
         )
         worker = _Worker(actor, number=len(self._workers))
         self._workers.append(worker)

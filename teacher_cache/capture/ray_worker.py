@@ -14,7 +14,7 @@ from teacher_cache.capture.shard import capture_prepared, prepare_rows
 from teacher_cache.capture_setup import SetupValues, prepare_capture
 from teacher_cache.write.store import CacheStore
 
-_REPORT_SECONDS = 0.5
+REPORT_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class CaptureWorker:
 
     def open(self) -> LlavaModError | None:
         """Load the teacher, and check that set and fingerprint are those of the driver."""
-        _log_into(self._lines)
+        log_into(self._lines)
         try:
             self._setup = prepare_capture(**self._values)
             names = self._setup.samples.shard_names
@@ -74,7 +74,7 @@ class CaptureWorker:
 
     def report(self) -> WorkerReport:
         """Wait a little, then report progress and log lines."""
-        time.sleep(_REPORT_SECONDS)
+        time.sleep(REPORT_SECONDS)
         lines, self._lines[:] = self._lines[:], []
         return WorkerReport(dict(self._samples), dict(self._positions), lines)
 
@@ -83,7 +83,8 @@ class CaptureWorker:
         self._positions[name] += positions
 
 
-def _log_into(lines: list[str]) -> None:
+def log_into(lines: list[str]) -> None:
+    """Keep this process's warnings in `lines`."""
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     for package in ("llavamod_offline", "teacher_cache"):

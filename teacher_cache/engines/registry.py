@@ -24,7 +24,7 @@ EngineName = Literal["hf", "vllm", "vllm_logprobs"]
 
 ENGINES: dict[str, EngineEntry] = {
     "hf": EngineEntry("teacher_cache.engines.hf_load", writes_answers=True),
-    "vllm": EngineEntry("teacher_cache.engines.vllm.engine", tensor_parallel=True),
+    "vllm": EngineEntry("teacher_cache.engines.vllm.engine", writes_answers=True, tensor_parallel=True),
     "vllm_logprobs": EngineEntry("teacher_cache.engines.vllm.logprobs", tensor_parallel=True),
 }
 

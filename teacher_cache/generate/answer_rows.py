@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,10 +23,14 @@ from llavamod_offline.families import SampleImage
 from llavamod_offline.families.batch import image_mismatch
 from teacher_cache.capture.shard import Progress
 from teacher_cache.capture_setup import CaptureSetup
+from teacher_cache.config import GenerateConfig
 from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.generate import decode_loop
 from teacher_cache.generate.decode_loop import Decoding, Prompt, Written
-from teacher_cache.generate.generated_set import AnsweredSample, Turns, with_texts, written_turns
+from teacher_cache.generate.generated_set import AnsweredSample, with_system, with_texts, written_turns
+
+if TYPE_CHECKING:
+    from teacher_cache.generate.vllm_writer import VllmWriter
 
 LOG_PROB_DIGITS = 4  # of the writer's log-probs, which batches change by rounding
 _BATCHES_AHEAD = 2
@@ -33,9 +38,13 @@ _BATCHES_AHEAD = 2
 
 @dataclass
 class _Open:
-    """An unfinished sample: the indices of the turns to write, the texts so far, or why it is rejected."""
+    """An unfinished sample: the indices of the turns to write, the texts so far, or why it is rejected.
+
+    `copy`: which one of several answers to the sample's prompt this is.
+    """
 
     sample: Sample
+    copy: int
     places: list[int]
     texts: list[str]
     log_probs: list[tuple[float, ...] | None] = field(default_factory=list)
@@ -52,37 +61,40 @@ class _Open:
         kind, reason = (None, "") if self.problem is None else (self.problem.kind, str(self.problem))
         texts = () if self.problem else tuple(self.texts)
         log_probs = () if self.problem else tuple(self.log_probs)
-        return AnsweredSample(self.sample.key, texts, log_probs, self.tokens, kind, reason)
+        return AnsweredSample(self.sample.key, texts, log_probs, self.tokens, kind, reason, self.copy)
 
 
 class Answerer:
     """Answers rows of a set with an engine's model; reports finished samples and written tokens to `progress`.
 
-    `turns`: last or all, see `GenerateConfig`. `key_suffix`: of the keys of the new samples.
+    `given`: how answers are written.
     """
 
     def __init__(
         self,
         setup: CaptureSetup,
-        engine: HfCaptureEngine,
-        decoding: Decoding,
-        turns: Turns,
-        key_suffix: str,
+        engine: HfCaptureEngine | VllmWriter,
+        given: GenerateConfig,
         progress: Progress,
     ) -> None:
-        self._setup, self._engine, self._decoding, self._progress = setup, engine, decoding, progress
-        self._turns, self._suffix = turns, key_suffix
+        self._setup, self._engine, self._given, self._progress = setup, engine, given, progress
+        most = max(given.max_new_tokens, *given.max_new_tokens_by_source.values(), 0)
+        self._decoding = Decoding(given.temperature, given.top_p, most, given.seed, tuple(given.stop))
         self._encoder = setup.teacher.encoder
         self._limit = min(self._encoder.max_length, setup.teacher.context_length)
         added = self._encoder.tokenizer.added_tokens_decoder
         self._special = {number: str(token) for number, token in added.items() if token.special}
 
     def answer(self, rows: Sequence[int]) -> list[AnsweredSample]:
-        """Answer some rows, in order. Errors: `DataError` if a sample differs from what was packed."""
+        """Answer some rows, in order, each as often as asked for.
+
+        Errors: `DataError` if a sample differs from what was packed.
+        """
         samples = []
         for row in rows:
-            sample = self._setup.samples.read(row, verify=True)
-            samples.append(_Open(sample, written_turns(sample, self._turns), []))
+            sample = with_system(self._setup.samples.read(row, verify=True), self._given.system)
+            places = written_turns(sample, self._given.turns)
+            samples += [_Open(sample, copy, places, []) for copy in range(self._given.answers)]
         while unfinished := [item for item in samples if not item.done]:
             self._write_turn(unfinished)
         return [item.result() for item in samples]
@@ -112,11 +124,12 @@ class Answerer:
             if problem:
                 self._refuse(item, RowError("unanswerable prompt", problem))
                 continue
-            stream = f"answer {item.places[len(item.texts)]}"
-            ready.append((item, Prompt(item.sample.key, stream, ids_T, own, self._limit - len(ids_T))))
+            stream = f"answer {item.places[len(item.texts)]}" + (f" copy {item.copy}" if item.copy else "")
+            room = min(self._limit - len(ids_T), self._given.limit(item.sample.source)[0])
+            ready.append((item, Prompt(item.sample.key, stream, ids_T, own, room)))
         if not ready:
             return
-        written = decode_loop.write_answers(self._engine, [prompt for _, prompt in ready], self._decoding)
+        written = self._write([prompt for _, prompt in ready])
         for (item, prompt), answer in zip(ready, written, strict=True):
             item.tokens += len(answer.ids)
             self._progress(0, len(answer.ids))
@@ -126,6 +139,11 @@ class Answerer:
                 self._refuse(item, problem)
             else:
                 self._progress(int(item.done), 0)
+
+    def _write(self, prompts: Sequence[Prompt]) -> list[Written]:
+        if isinstance(self._engine, HfCaptureEngine):
+            return decode_loop.write_answers(self._engine, prompts, self._decoding)
+        return self._engine.write(prompts, self._decoding)
 
     def _refuse(self, item: _Open, problem: RowError) -> None:
         item.problem = problem
@@ -160,8 +178,9 @@ class Answerer:
         if not answer.finite:
             raise RowError("unusable answer", "the teacher's logits are not finite (NaN or inf)")
         if not answer.ended:
-            limits = f"generate.max_new_tokens={self._decoding.max_new_tokens}"
-            if prompt.room < self._decoding.max_new_tokens:
+            most, setting = self._given.limit(item.sample.source)
+            limits = f"{setting}={most}"
+            if prompt.room < most:
                 limits = f"the {prompt.room} tokens that max_length and the teacher leave for it"
             raise RowError("unfinished answer", f"the answer did not end within {limits}")
         template, tokenizer = self._encoder.template, self._encoder.tokenizer
@@ -171,7 +190,9 @@ class Answerer:
                 "unusable answer",
                 f"the answer holds the special token '{odd[0]}'; template '{template.name}' ends with '{template.end}'",
             )
-        text = str(tokenizer.decode(list(answer.ids), clean_up_tokenization_spaces=False))
+        text = decode_loop.answer_text(tokenizer, answer.ids)
+        if answer.stopped is not None:
+            text = text[: text.index(answer.stopped)]
         text = text.removeprefix(template.answer_prefix)
         if not text.strip():
             raise RowError("unusable answer", "the answer is empty")
@@ -179,7 +200,7 @@ class Answerer:
             read_back = self._read_back(item, text)
         except DataError as error:
             raise RowError("unusable answer", str(error)) from error
-        same = read_back == [*answer.ids, self._encoder.end_id]
+        same = answer.stopped is None and read_back == [*answer.ids, self._encoder.end_id]
         if not same and "\ufffd" in text:
             raise RowError(
                 "unusable answer", "the answer's tokens do not decode to text: part of a character stands alone"
@@ -189,7 +210,7 @@ class Answerer:
 
     def _read_back(self, item: _Open, text: str) -> list[int]:
         """The tokens of an answer in its conversation. Errors: `DataError` if that is too long or invalid."""
-        cut = replace(self._cut(item, text), key=f"{item.sample.key}{self._suffix}")
+        cut = replace(self._cut(item, text), key=f"{item.sample.key}{self._given.suffix(item.copy)}")
         sequence = self._setup.encode(cut, "response")
         ids: list[int] = sequence.input_ids_T[_last_answer(sequence.supervised_N)].tolist()
         return ids

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,17 +25,21 @@ from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.engines.tail_samples import sequence_uniforms
 from teacher_cache.generate.sampling import choose_tokens
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 _NO_IDS: Ids = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How tokens are chosen, and their largest number; `temperature` 0 is greedy."""
+    """How tokens are chosen, and their largest number; `temperature` 0 is greedy. `stop`: texts that end an answer."""
 
     temperature: float
     top_p: float
     max_new_tokens: int
     seed: int
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,13 +61,15 @@ class Written:
     """The answer's token ids without the one that ends it, and whether that one was reached.
 
     `finite`: whether all logits were; the answer stops before any that were not. `log_probs`: of each token, the one
-    that ends the answer last, as `choose_tokens` gives them; they differ between batches by rounding.
+    that ends the answer last, as `choose_tokens` gives them; they differ between batches by rounding. `stopped`: the
+    text of `Decoding.stop` that ended the answer; `ids` end with the token that completed it.
     """
 
     ids: tuple[int, ...]
     ended: bool
     finite: bool = True
     log_probs: tuple[float, ...] = field(default=(), compare=False)
+    stopped: str | None = None
 
 
 def write_answers(engine: HfCaptureEngine, prompts: Sequence[Prompt], decoding: Decoding) -> list[Written]:
@@ -86,6 +92,8 @@ def _write(engine: HfCaptureEngine, prompts: Sequence[Prompt], decoding: Decodin
     written: list[list[int]] = [[] for _ in prompts]
     log_probs: list[list[float]] = [[] for _ in prompts]
     ended, finite = [False] * len(prompts), [True] * len(prompts)
+    stopped: list[str | None] = [None] * len(prompts)
+    tokenizer = engine.teacher.encoder.tokenizer
 
     def choose(logits_BV: Tensor, step: int) -> Tensor | None:
         fine_B = (logits_BV.isnan() | logits_BV.isposinf()).any(-1).logical_not()
@@ -101,13 +109,29 @@ def _write(engine: HfCaptureEngine, prompts: Sequence[Prompt], decoding: Decodin
                 log_probs[row].append(log_prob)
             if fine and not ended[row]:
                 written[row].append(number)
+                stopped[row] = first_stop(tokenizer, written[row], decoding.stop)
+                ended[row] = stopped[row] is not None
         states = zip(written, ended, finite, rooms, strict=True)
         finished = all(done or not fine or len(ids) >= room for ids, done, fine, room in states)
         return None if finished else ids_B
 
     decode(engine, prompts, choose, most=max(rooms))
-    rows = zip(written, ended, finite, log_probs, strict=True)
-    return [Written(tuple(ids), done, fine, tuple(own)) for ids, done, fine, own in rows]
+    rows = zip(written, ended, finite, log_probs, stopped, strict=True)
+    return [Written(tuple(ids), done, fine, tuple(own), stop) for ids, done, fine, own, stop in rows]
+
+
+def first_stop(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], stop: Sequence[str]) -> str | None:
+    """The text of `stop` that begins first in what tokens say, if any."""
+    if not stop:
+        return None
+    text = answer_text(tokenizer, ids)
+    found = [(text.index(each), each) for each in stop if each in text]
+    return min(found)[1] if found else None
+
+
+def answer_text(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
+    """What the tokens of an answer say."""
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
 @torch.inference_mode()

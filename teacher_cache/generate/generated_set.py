@@ -20,9 +20,9 @@ from llavamod_offline.data.sample import Generated, Sample, Turn
 from llavamod_offline.data.sets.sample_set import MANIFEST_NAME, SampleSet
 from llavamod_offline.errors import ConfigError, DataError
 from llavamod_offline.storage import atomic
-from teacher_cache.fingerprint import differences
+from teacher_cache.config import GenerateConfig
+from teacher_cache.fingerprint import differences, without_tokens
 from teacher_cache.format.manifest import canonical
-from teacher_cache.generate.decode_loop import Decoding
 
 Turns = Literal["last", "all"]
 Made = Callable[[Sample, "AnsweredSample"], Sample]
@@ -33,7 +33,8 @@ _JOB_NAME = "job.json"
 class AnsweredSample:
     """The outcome of one sample: the texts of its written turns, or why it has none.
 
-    `log_probs`: see `Generated.behaviour_log_probs`. `tokens`: how many were written.
+    `log_probs`: see `Generated.behaviour_log_probs`. `tokens`: how many were written. `copy`: which one of several
+    answers to the sample's prompt this is.
     """
 
     key: str
@@ -42,6 +43,7 @@ class AnsweredSample:
     tokens: int = 0
     kind: RejectionKind | None = None
     reason: str = ""
+    copy: int = 0
 
     @property
     def retokenised(self) -> bool:
@@ -54,6 +56,15 @@ class AnsweredSample:
         log_probs = tuple(None if own is None else tuple(own) for own in row.get("log_probs", ()))
         known = {name: value for name, value in row.items() if name != "retokenised"}
         return cls(**{**known, "texts": tuple(row["texts"]), "log_probs": log_probs})
+
+
+# The sections of a capture's fingerprint that also determine the answers.
+_ABOUT = ("tokenizer", "template", "sequence", "images", "teacher", "engine", "data")
+
+
+def made_from(fingerprint: Mapping[str, Any], given: GenerateConfig) -> dict[str, Any]:
+    """What answers are made from: the sections of their writer's fingerprint, and the settings of the writing."""
+    return without_tokens({**{name: fingerprint[name] for name in _ABOUT}, "generate": given.described})
 
 
 def begun_answers(path: Path) -> dict[str, Any] | None:
@@ -145,12 +156,12 @@ class WrittenSet:
     def _left(self, source: SampleSet) -> set[str]:
         """The sources of the prompts' set that still have samples."""
         names = source.index.column("source")
-        answers = ((self._read(shard), source.rows_of(shard)) for shard in source.shard_names)
-        return {names[row].as_py() for pair in answers for answer, row in zip(*pair, strict=True) if not answer.kind}
+        found = (pair for shard in source.shard_names for pair in self._answers_of(source, shard))
+        return {names[row].as_py() for answer, row in found if not answer.kind}
 
     def _rows(self, source: SampleSet, made: Made) -> Iterator[Located | RejectedRow]:
         for shard in source.shard_names:
-            for answer, row in zip(self._read(shard), source.rows_of(shard), strict=True):
+            for answer, row in self._answers_of(source, shard):
                 sample = source.read(row, verify=True)
                 if sample.key != answer.key:
                     raise DataError(
@@ -162,7 +173,14 @@ class WrittenSet:
                 else:
                     yield Located(made(sample, answer), file, number)
 
-    def _read(self, shard: str) -> list[AnsweredSample]:
+    def _answers_of(self, source: SampleSet, shard: str) -> Iterator[tuple[AnsweredSample, int]]:
+        """The answers to a shard, each with the row of its prompt."""
+        answers, rows = self.read(shard), source.rows_of(shard)
+        copies = self.about["generate"].get("answers", 1)
+        return zip(answers, (row for row in rows for _ in range(copies)), strict=True)
+
+    def read(self, shard: str) -> list[AnsweredSample]:
+        """The answers to a shard. Errors: `DataError` if they cannot be read."""
         file = self._file(shard)
         try:
             return [AnsweredSample.from_json(json.loads(line)) for line in file.read_text().splitlines()]
@@ -179,6 +197,13 @@ def written_turns(sample: Sample, turns: Turns) -> list[int]:
     return places if turns == "all" else places[-1:]
 
 
+def with_system(sample: Sample, text: str | None) -> Sample:
+    """The sample with a system turn of that text, unless it has one."""
+    if text is None or sample.turns[0].role == "system":
+        return sample
+    return replace(sample, turns=(Turn("system", text), *sample.turns))
+
+
 def with_texts(turns: Sequence[Turn], places: Sequence[int], texts: Sequence[str]) -> tuple[Turn, ...]:
     """The turns with `texts` at the first of `places`."""
     changed = list(turns)
@@ -191,25 +216,26 @@ def written_sample(
     sample: Sample,
     answer: AnsweredSample,
     *,
-    decoding: Decoding,
-    turns: Turns,
-    key_suffix: str,
+    given: GenerateConfig,
     teacher: str,
     source: str,
-    round_number: int | None,
 ) -> Sample:
     """The sample of the new set; `source` is the old one's digest. Errors: `DataError` if the texts are invalid."""
+    sample = with_system(sample, given.system)
     return replace(
         sample,
-        key=f"{sample.key}{key_suffix}",
-        turns=with_texts(sample.turns, written_turns(sample, turns), answer.texts),
+        key=f"{sample.key}{given.suffix(answer.copy)}",
+        turns=with_texts(sample.turns, written_turns(sample, given.turns), answer.texts),
         generated=Generated(
             teacher=teacher,
             set_digest=source,
             key=sample.key,
-            turns=turns,
-            **asdict(decoding),
-            round=round_number,
+            turns=given.turns,
+            temperature=given.temperature,
+            top_p=given.top_p,
+            max_new_tokens=given.limit(sample.source)[0],
+            seed=given.seed,
+            round=given.round,
             behaviour_log_probs=answer.log_probs,
         ),
     )

@@ -110,5 +110,6 @@ def greedy(prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     made = Place(prompts, tmp_path_factory.mktemp("greedy"))
     done = made.generate()
     assert (done.samples, done.rejected, done.written, done.retokenised) == (SOURCE_SAMPLES, 0, SOURCE_SAMPLES, 0)
+    assert done.capture is not None
     assert (done.capture.sequences, done.capture.rejected, done.capture.complete) == (SOURCE_SAMPLES, 0, True)
     return made

@@ -57,14 +57,30 @@ def test_again_there_is_nothing_to_do_and_no_weights_are_loaded(
     first = place.generate()
     assert len(loads) == 1
     assert first.digest == SampleSet.open(greedy.set()).digest
+    assert first.capture is not None
     assert first.capture.digest == open_cache(greedy.cache()).digest
     before = times()
     second = place.generate()
+    assert second.capture is not None
     assert (second.written, second.tokens, second.capture.sequences, len(loads)) == (0, 0, 0, 1)
     assert (second.digest, second.capture.digest) == (first.digest, first.capture.digest)
     assert times() == before
     shutil.rmtree(place.cache())
-    assert place.generate().capture.digest == first.capture.digest
+    third = place.generate()
+    assert third.capture is not None
+    assert third.capture.digest == first.capture.digest
+
+
+def test_a_set_may_be_written_for_another_teacher_to_capture(place: Place, greedy: Place) -> None:
+    """And captured by its writer after all."""
+    done = place.generate("generate.capture=false")
+    assert done.capture is None
+    assert done.digest == SampleSet.open(greedy.set()).digest
+    assert not place.cache().exists()
+    again = place.generate()
+    assert again.written == 0
+    assert again.capture is not None
+    assert again.capture.digest == open_cache(greedy.cache()).digest
 
 
 @pytest.mark.slow
@@ -104,7 +120,7 @@ def test_killed_at_any_change_it_goes_on_to_the_same_set_and_cache(place: Place,
         (("data=nowhere",), DataError, "'nowhere'"),
         (("data={pairs}",), DataError, "sample 'pair-0000' is a preference"),
         (("engine.kind=vllm_logprobs",), ConfigError, "engine.kind is 'vllm_logprobs', which cannot write answers"),
-        (("slice=0/2",), ConfigError, "slice: answers are written in one process"),
+        (("slice=2/2",), ConfigError, "slice: in '2/2' the first number must be less"),
         (("generate.temperature=-1",), ConfigError, "generate.temperature is -1: must be 0 or more"),
         (("generate.top_p=0",), ConfigError, "generate.top_p is 0: must be above 0"),
         (("generate.max_new_tokens=0",), ConfigError, "generate.max_new_tokens is 0"),
@@ -169,6 +185,25 @@ def test_the_new_set_keeps_what_the_old_one_had_of_the_sources_and_rows_that_are
     assert [packed.origin(key) for key in packed.keys] == [("rows.json", 7), ("rows.json", 9)]
     (rejected,) = map(json.loads, (place.set() / "rejected.jsonl").read_text().splitlines())
     assert (rejected["file"], rejected["row"]) == ("rows.json", 8)
+
+
+def test_slices_answer_their_shards_and_the_whole_makes_the_set(place: Place, greedy: Place) -> None:
+    """In any order, also where one did not come to run; the set and its cache are those of one process."""
+    shards = len(SampleSet.open(place.source).shard_names)
+    assert shards == 3
+    written = 0
+    for part, left in ((2, 2), (0, 1), (2, 1)):
+        done = place.generate(f"slice={part}/3")
+        assert (done.digest, done.capture, done.shards_left) == (None, None, left)
+        assert not place.set().exists()
+        written += done.written
+    whole = place.generate()
+    assert written + whole.written == SOURCE_SAMPLES
+    assert whole.written > 0
+    assert (whole.digest, whole.shards_left) == (SampleSet.open(greedy.set()).digest, 0)
+    assert whole.capture is not None
+    assert whole.capture.digest == open_cache(greedy.cache()).digest
+    assert not list(place.folder.glob(".*"))
 
 
 def test_run_refuses_what_belongs_to_generate(place: Place) -> None:

@@ -1,0 +1,136 @@
+"""A teacher writing answers in vLLM: by its own scheduler and sampling, prompts about the same images share prefixes.
+
+Greedy answers are those of the Hugging Face writer where rounding does not decide. Sampled ones depend on the seed, the
+sample's key, the turn and the copy, but differ from that writer's, and batches may change them by rounding.
+
+Shape suffixes: T tokens of a prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llavamod_offline.families import Family, SampleImage
+from llavamod_offline.vllm import plugin
+from llavamod_offline.vllm.heads import check_same_head
+from llavamod_offline.vllm.inputs import check_family, check_prompt, engine_input
+from llavamod_offline.vllm.session import Session
+from teacher_cache.generate.decode_loop import Decoding, Prompt, Written, first_stop
+
+if TYPE_CHECKING:
+    from teacher_cache.capture_setup import CaptureSetup
+
+_BATCHES = 4  # of vLLM's own, in one call
+
+
+@dataclass(frozen=True)
+class VllmWriter:
+    """vLLM on a checkpoint, for text; `batch_size` prompts are handed over at once, `workers` prepare their images."""
+
+    session: Session
+    teacher: Family
+    vocab_size: int
+    dtype: torch.dtype
+    batch_size: int
+    workers: int
+
+    def write(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Written]:
+        """Answer prompts, in order. Errors: `ModelError` with vLLM's reason, or naming a prompt that it changed."""
+        found: dict[int, Written] = {}
+        for number, output in self.session.run(self._requests(prompts, decoding)):
+            prompt = prompts[number]
+            check_prompt(output.prompt_token_ids, prompt.input_ids_T, name=prompt.key)
+            found[number] = self._written(output.outputs[0], decoding)
+        return [found[number] for number in range(len(prompts))]
+
+    def _requests(self, prompts: Sequence[Prompt], decoding: Decoding) -> Iterator[tuple[int, Any, Any]]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        for number, prompt in enumerate(prompts):
+            parameters = SamplingParams(
+                temperature=decoding.temperature,
+                top_p=decoding.top_p,
+                seed=request_seed(decoding.seed, prompt.key, prompt.stream) if decoding.temperature else None,
+                max_tokens=min(prompt.room, decoding.max_new_tokens),
+                stop_token_ids=[self.teacher.encoder.end_id],
+                ignore_eos=True,  # only the template's end token ends an answer
+                logit_bias=dict.fromkeys(self._never(), -math.inf) or None,
+                logprobs=0,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            inputs = engine_input(
+                prompt.input_ids_T,
+                prompt.images,
+                image_token_id=self.teacher.image_token_id,
+                name=prompt.key,
+                salt=images_hash(prompt.images),
+                dtype=self.dtype,
+            )
+            yield number, inputs, parameters
+
+    def _never(self) -> list[int]:
+        """Ids that no answer may hold: the image token, and rows of the LM head beyond the vocabulary."""
+        image = [] if self.teacher.image_token_id is None else [self.teacher.image_token_id]
+        return [*image, *range(self.vocab_size, self.teacher.head_rows)]
+
+    def _written(self, output: Any, decoding: Decoding) -> Written:
+        ids = [int(number) for number in output.token_ids]
+        log_probs = tuple(float(own[number].logprob) for number, own in zip(ids, output.logprobs, strict=True))
+        finite = all(math.isfinite(value) for value in log_probs)
+        ended = bool(ids) and ids[-1] == self.teacher.encoder.end_id
+        ids = ids[:-1] if ended else ids
+        stopped = first_stop(self.teacher.encoder.tokenizer, ids, decoding.stop)
+        return Written(tuple(ids), ended or stopped is not None, finite, log_probs, stopped)
+
+    def close(self) -> None:
+        """Release the memory, such as for the capture that follows."""
+        self.session.close()
+
+
+def request_seed(seed: int, key: str, stream: str) -> int:
+    """The seed of one answer's random numbers, below 2⁶³."""
+    digest = hashlib.blake2b(f"{seed}\0{key}\0{stream}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def images_hash(images: Sequence[SampleImage]) -> str:
+    """What identifies images to the prefix cache."""
+    digest = hashlib.sha256()
+    for image in images:
+        for name, values in sorted(image.inputs.items()):
+            digest.update(f"{name} {values.dtype} {values.shape}\n".encode())
+            digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
+def start_writer(setup: CaptureSetup) -> VllmWriter:
+    """Start vLLM on the model. Errors: as `engine.start_vllm`."""
+    check_same_head(setup.teacher.folder)
+    check_family(setup.teacher)
+    session = Session(
+        setup.teacher.folder,
+        setup.vllm,
+        prefix=plugin.PREFIX,
+        register=plugin.register,
+        dtype=str(setup.dtype).removeprefix("torch."),
+        device=setup.device,
+        max_length=min(setup.teacher.encoder.max_length, setup.teacher.context_length),
+        runner="generate",
+        logprobs_mode="processed_logprobs",  # after temperature and top_p
+    )
+    return VllmWriter(
+        session,
+        setup.teacher,
+        vocab_size=setup.codec.vocab_size,
+        dtype=setup.dtype,
+        batch_size=_BATCHES * setup.vllm.max_num_seqs,
+        workers=setup.workers,
+    )

@@ -1,0 +1,50 @@
+"""Answers written by workers on Ray are those of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from teacher_cache.format.manifest import file_entries
+from tests.teacher_cache.generate.reference import SOURCE_SAMPLES, Place
+
+ROOT = Path(__file__).parents[3]
+COMMAND = "from teacher_cache.cli.main import main; main()"
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytest.importorskip("ray")
+
+
+def on_ray(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", COMMAND, "generate", *arguments, "engine.ray=true", "engine.ray_workers=2"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_two_workers_give_the_set_and_the_cache_of_one_process(place: Place, greedy: Place) -> None:
+    """Also after a slice was written in one process; and again there is nothing to do."""
+    place.generate("slice=1/3")
+    done = on_ray(*place.arguments(), "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert 0 < found["written"] < SOURCE_SAMPLES
+    texts = {name: entry for name, entry in file_entries(place.set()).items() if name.endswith(".arrow")}
+    assert texts == {name: entry for name, entry in file_entries(greedy.set()).items() if name in texts}
+    assert found["digest"] == json.loads((greedy.set() / "set.json").read_text())["digest"]
+    assert json.loads((place.cache() / "cache.json").read_text())["totals"]["sequences"] == SOURCE_SAMPLES
+    again = json.loads(on_ray(*place.arguments(), "--json").stdout)
+    assert (again["written"], again["digest"]) == (0, found["digest"])
+    assert not list(place.folder.glob(".*"))
+
+
+def test_an_error_of_a_worker_is_one_line(place: Place) -> None:
+    done = on_ray(*place.arguments("data=nowhere"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,47 @@
+"""Answers written in vLLM, on a CPU, against those of the Hugging Face writer."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llavamod_offline.config import load_config
+from llavamod_offline.data.sets.sample_set import SampleSet
+from llavamod_offline.demo.plan import TEACHER
+from teacher_cache.capture.run import run_capture
+from teacher_cache.config import CacheTeacherConfig
+from teacher_cache.read.reader import open_cache
+from tests.teacher_cache.generate.reference import SOURCE_SAMPLES, Place, rows
+from tests.vllm_cpu import NEEDS_VLLM
+
+pytestmark = NEEDS_VLLM
+
+IN_VLLM = ("engine.kind=vllm", "engine.vllm.kv_cache_gib=0.1", "engine.vllm.max_num_seqs=16")
+
+
+def test_greedy_answers_are_those_of_the_hugging_face_writer(place: Place, greedy: Place) -> None:
+    """In one batch and in several; the set is then captured in vLLM."""
+    done = place.generate(*IN_VLLM)
+    assert done.digest == SampleSet.open(greedy.set()).digest
+    assert done.capture is not None
+    assert done.capture.sequences == SOURCE_SAMPLES
+    for one, other in zip(rows(place.set()), rows(greedy.set()), strict=True):
+        assert one.generated is not None
+        assert other.generated is not None
+        for own, theirs in zip(one.generated.behaviour_log_probs, other.generated.behaviour_log_probs, strict=True):
+            np.testing.assert_allclose(own or (), theirs or (), atol=2e-3)
+
+
+def test_sampled_answers_have_their_log_probs_and_are_the_same_in_a_rerun(place: Place) -> None:
+    """Under what they were drawn from: at temperature 1, that of the capture."""
+    given = (*IN_VLLM, "generate.temperature=1", "capture.precision=exact", "generate.capture=false")
+    digests = [place.generate(*given, name=name).digest for name in ("a", "b")]
+    assert digests[0] == digests[1]
+    settings = (f"data={place.set('a')}", f"teacher={TEACHER}", f"output={place.cache('a')}", "capture.precision=exact")
+    run_capture(load_config(CacheTeacherConfig, (), settings))
+    cache = open_cache(place.cache("a"))
+    for sample in rows(place.set("a")):
+        assert sample.generated is not None
+        (own,) = sample.generated.behaviour_log_probs
+        if own is not None:
+            found_N = cache.records([(sample.key, "response")]).target_log_probs_N
+            np.testing.assert_allclose(own, found_N[-len(own) :], atol=2e-3)
