@@ -1,4 +1,4 @@
-"""`llavamod-offline`: pack data into sets of samples, check data sets, ask a model, run the demo."""
+"""`llavamod-offline`: pack data into sets of samples, check data sets, ask a model, run rounds or the demo."""
 
 from __future__ import annotations
 
@@ -350,8 +350,10 @@ def ladder(
     run_ladder(output, seeds=seeds or (1 if quick else 5), quick=quick, at_once=at_once)
 
 
-# Its parts are in a package above this one, which a module here may not import by its name.
+# Their parts are in packages above this one, which a module here may not import by their names.
 app.command()(importlib.import_module("teacher_cache.cli.ask").ask)
+_rounds = importlib.import_module("train.rounds.cli")
+app.command(cls=_rounds.RoundsCommand)(_rounds.rounds)
 
 
 def _render(summary: PackSummary, done: str) -> str:

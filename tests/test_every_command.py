@@ -54,6 +54,11 @@ def arguments(world: str, out: str) -> dict[str, list[str]]:
         "llavamod-offline doctor": [f"{world}/sources.yaml", "--root", world],
         "llavamod-offline toyworld": ["--quick", "--output", f"{out}/toy"],
         "llavamod-offline ask": [TEACHER, "What colours do you know?", "--max-new-tokens", "4"],
+        "llavamod-offline rounds": [
+            *[f"prompts={world}/set", f"holdout={world}/set", f"teacher={TEACHER}", f"student={TEACHER}"],
+            *[f"output={out}/rounds", "rounds=1", "steps=1", "max_new_tokens=64"],
+            "train=[batch.global_size=4,batch.micro_size=4,workers=0]",
+        ],
         "llavamod-offline demo": ["--quick", "--output", f"{out}/demo"],
         "llavamod-offline ladder": ["--quick", "--output", f"{out}/ladder"],
         "cache-teacher run": [data, teacher, f"output={out}/cache"],
@@ -107,7 +112,7 @@ READERS = (
     "retry",
 )  # they write no file here
 WRITERS = [name for name in NAMES if not name.endswith(READERS)]
-QUICK = [name for name in NAMES if not name.endswith(("demo", "ladder"))]  # these take minutes
+QUICK = [name for name in NAMES if not name.endswith(("demo", "ladder", "rounds"))]  # these take minutes
 
 
 def test_no_command_is_forgotten() -> None:

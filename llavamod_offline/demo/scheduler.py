@@ -22,15 +22,20 @@ from llavamod_offline.signals import starting_processes
 
 _POLL_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1
+_REJECTED_STATUS = 3
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command, and the names of the steps that must finish before it starts."""
+    """A command, and the names of the steps that must finish before it starts.
+
+    `may_reject`: status 3, by which `cache-teacher` says that it has rejected samples, is no failure.
+    """
 
     name: str
     command: tuple[str, ...]
     needs: tuple[str, ...] = ()
+    may_reject: bool = False
 
     @property
     def typed(self) -> str:
@@ -47,15 +52,17 @@ def run_steps(
     folder: Path,
     *,
     at_once: int,
+    logs: Path | None = None,
     on_end: Callable[[Step, float], None] = lambda step, seconds: None,
     done: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Run all steps in `folder`, at most `at_once` together, each with its share of the cores; return their seconds.
 
-    `done`: the seconds of steps that ended earlier and are not run again. Output goes to `logs/NAME.log` there.
-    Errors: `StepError` with the end of the log of the first step that fails; running steps are terminated.
+    `done`: the seconds of steps that ended earlier and are not run again. Output goes to NAME.log in `logs`, by default
+    the folder of that name in `folder`. Errors: `StepError` with the end of the log of the first step that fails;
+    running steps are terminated.
     """
-    logs = folder / "logs"
+    logs = logs or folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     threads = max(1, len(os.sched_getaffinity(0)) // at_once)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
@@ -119,7 +126,7 @@ def _end_with_parent() -> None:
 
 
 def _check(step: Step, status: int, log: Path) -> None:
-    if status != 0:
+    if status != 0 and not (step.may_reject and status == _REJECTED_STATUS):
         last = log.read_text(errors="replace").strip().splitlines()[-15:]
         raise StepError(f"step '{step.name}' ended with status {status}; the end of {log}:\n" + "\n".join(last))
 

@@ -1,0 +1,89 @@
+"""The rounds' settings, and the commands that they become."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from llavamod_offline.config import load_config
+from llavamod_offline.errors import ConfigError
+from teacher_cache.config import CacheTeacherConfig
+from train.config.recipes import resolve_config
+from train.rounds.config import RoundsConfig
+from train.rounds.plan import as_script, round_steps
+
+PLACES = ("prompts=a", "holdout=b", "teacher=t", "student=s", "output=out")
+
+
+def rounds_of(*settings: str) -> RoundsConfig:
+    return load_config(RoundsConfig, (), [*PLACES, *settings])
+
+
+@pytest.mark.parametrize("stage", ["mimic_dense", "mimic_sparse"])
+@pytest.mark.parametrize("loss", ["reverse_kl", "forward_kl", "policy_gradient"])
+def test_every_command_is_one_that_its_program_takes(loss: str, stage: str) -> None:
+    """And each round starts from the student of the one before."""
+    given = (f"loss={loss}", f"stage={stage}", "rounds=3", "write=[generate.top_p=0.9,dtype=float32]")
+    steps = round_steps(rounds_of(*given, "score=[capture.seed=3]", "train=[optim.lr=1e-5]"))
+    names = [step.name for step in steps]
+    assert names == [
+        *("write-holdout-0", "score-holdout-0"),
+        *(f"{what}-{n}" for n in (1, 2, 3) for what in ("write", "score", "train", "write-holdout", "score-holdout")),
+    ]
+    student = "s"
+    for step in steps:
+        program, *arguments = step.command
+        if program == "train-student":
+            config = resolve_config(arguments)
+            assert (config.student.checkpoint, config.optim.lr, config.loss.on_own_answers) == (student, 1e-5, True)
+            assert config.data.set.startswith(config.output.removesuffix("run"))
+            student = f"{config.output}/student"
+            continue
+        capture = load_config(CacheTeacherConfig, (), arguments[1:])
+        if arguments[0] == "generate":
+            assert (capture.teacher, capture.dtype, capture.generate.capture) == (student, "float32", False)
+            held_out = "holdout" in step.name
+            assert capture.generate.top_p == (1.0 if held_out else 0.9)
+            assert capture.data == ("b" if held_out else "a")
+        else:
+            assert capture.teacher == "t"
+            assert (capture.capture.preset == "reference") == ("holdout" in step.name or loss == "policy_gradient")
+    assert as_script(steps).count("\n") == len(steps) + 3
+
+
+def test_benchmarks_are_answered_and_scored_after_each_round() -> None:
+    names = [step.name for step in round_steps(rounds_of("benchmarks=root", "tasks=[gqa,pope]", "rounds=1"))]
+    for number in (0, 1):
+        assert [name for name in names if name.endswith(f"-{number}")][-3:] == [
+            f"answer-{number}",
+            f"score-gqa-{number}",
+            f"score-pope-{number}",
+        ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (("rounds=0",), "rounds is 0: must be at least 1"),
+        (("steps=0",), "steps is 0: must be at least 1"),
+        (("loss=js",), "loss is 'js': must be one of reverse_kl, forward_kl, policy_gradient"),
+        (("loss=policy_gradient", "temperature=0"), "temperature: policy_gradient needs sampled answers"),
+        (("temperature=-1",), "temperature is -1: must be 0 or more"),
+        (("tasks=[gqa]",), "benchmarks: name both benchmarks and tasks, or neither"),
+        (("train=[output=x]",), "train: 'output' is decided by the rounds: remove it"),
+        (("write=[fast]",), "write: 'fast' is no setting: write KEY=VALUE"),
+        (("trainer= ",), "trainer: is empty"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_line(settings: tuple[str, ...], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)) as caught:
+        rounds_of(*settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_command_may_train(tmp_path: Path) -> None:
+    steps = round_steps(rounds_of("trainer=torchrun --nproc-per-node 2 --no-python train-student"))
+    (first, *_) = [step for step in steps if step.name == "train-1"]
+    assert first.command[:6] == ("torchrun", "--nproc-per-node", "2", "--no-python", "train-student", "mimic_dense")

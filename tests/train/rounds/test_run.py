@@ -1,0 +1,126 @@
+"""Rounds as a whole: ordinary sets, caches and runs, resumed at any moment, and figures that are right."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llavamod_offline.config import load_config
+from llavamod_offline.data.pack.pack import write_set
+from llavamod_offline.data.sample import Generated
+from llavamod_offline.data.sets.sample_set import SampleSet
+from llavamod_offline.errors import ConfigError, DataError
+from teacher_cache.read.reader import open_cache
+from tests.processes import start
+from tests.tiny import tiny_samples
+from tests.train.conftest import World, write_cache
+from tests.train.reference import Reader
+from tests.train.rounds.world import Prompts, write_world
+from train.rounds.config import RoundsConfig
+from train.rounds.measure import measure_own_answers
+from train.rounds.run import _begin
+
+
+def test_the_measure_is_that_of_a_loop_over_dense_distributions(world: World, tmp_path: Path) -> None:
+    """Of answers in one turn, and of some that are read as other tokens."""
+    reader, teacher = Reader(world.student, world.chats), Reader(world.teacher, world.chats)
+    made, kl, lengths = [], [], []
+    rng = np.random.default_rng(1)
+    for number, sample in enumerate(tiny_samples(12)):
+        last = dataclasses.replace(sample, turns=sample.turns[-2:]) if "<image>" in sample.turns[-2].text else sample
+        count = len(reader.encoder.encode(last, "response").supervised_N)
+        own = tuple((-rng.exponential(1.0, max(1, count // 2))).round(3).tolist())
+        kept = None if number % 4 == 3 else own
+        generated = Generated("w", "s", sample.key, "last", 1.0, 1.0, 99, 0, None, (kept,))
+        made.append(dataclasses.replace(last, generated=generated))
+        if kept is not None:
+            found_N = teacher.answer(made[-1]).target_log_probs_N.detach().numpy()[-len(own) :]
+            kl.append(float(np.sum(own) - found_N.sum()))
+            lengths.append(len(own))
+    data = write_set(made, tmp_path / "own", generated={"teacher": {}, "generate": {"temperature": 1.0}}).path
+    cache = write_cache(tmp_path / "cache", data, world.teacher, "capture.preset=reference", "capture.precision=exact")
+    found = measure_own_answers(data, cache)
+    assert found.reverse_kl == pytest.approx(sum(kl) / sum(lengths), abs=1e-4)
+    assert (found.answers, found.reread, found.rejected) == (9, 3, 0)
+    assert found.length == pytest.approx(np.mean(lengths))
+    assert 0 < found.standard_error < abs(found.reverse_kl) + 1
+    none = [
+        dataclasses.replace(sample, generated=dataclasses.replace(sample.generated, behaviour_log_probs=(None,)))
+        for sample in made
+        if sample.generated
+    ]
+    write_set(none, tmp_path / "none", generated={"teacher": {}, "generate": {"temperature": 1.0}})
+    with pytest.raises(DataError, match="no answer can be measured"):
+        measure_own_answers(tmp_path / "none", cache)
+
+
+def test_other_settings_in_the_same_folder_are_refused_but_more_rounds_are_not(tmp_path: Path) -> None:
+    places = ["prompts=a", "holdout=b", "teacher=t", "student=s", f"output={tmp_path}"]
+
+    def begin(*settings: str) -> None:
+        from llavamod_offline.config import dump_config
+
+        _begin(tmp_path, dump_config(load_config(RoundsConfig, (), [*places, *settings])))
+
+    begin()
+    begin("rounds=3")
+    begin("output=elsewhere")
+    with pytest.raises(ConfigError, match=r"begun with 'loss: reverse_kl', not 'loss: forward_kl': set it back"):
+        begin("loss=forward_kl")
+    with pytest.raises(ConfigError, match=r"begun with 'train: \[\]', not 'train: \[optim.lr=1e-5\]'"):
+        begin("train=[optim.lr=1e-5]")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Prompts:
+    return write_world(tmp_path_factory.mktemp("prompts"))
+
+
+def digests(output: Path, rounds: int) -> dict[str, Any]:
+    """What identifies each round's set, cache and student, by its name."""
+    found: dict[str, Any] = {}
+    for number in range(1, rounds + 1):
+        folder = output / f"round-{number}"
+        found[f"set {number}"] = SampleSet.open(folder / "set").digest
+        found[f"cache {number}"] = open_cache(folder / "cache").digest
+        found[f"student {number}"] = (folder / "run" / "student" / "model.safetensors").read_bytes()
+    return found
+
+
+@pytest.mark.slow
+def test_rounds_stopped_again_and_again_are_those_of_one_go(prompts: Prompts, tmp_path: Path) -> None:
+    """The toy teacher learns from itself: its distance stays about 0. Commands run alone are taken as they are."""
+
+    def run(output: Path, *, seconds: float | None = None) -> int:
+        process = start(["llavamod-offline", "rounds", *prompts.arguments(output), "--json"])
+        if seconds is not None:
+            time.sleep(seconds)
+            process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate()
+        assert "Traceback" not in stderr, stderr
+        assert process.returncode in (0, 143), stderr
+        return int(process.returncode)
+
+    began = time.monotonic()
+    assert run(tmp_path / "whole") == 0
+    taken = time.monotonic() - began
+    result = json.loads((tmp_path / "whole" / "rounds.json").read_text())
+    assert [row["round"] for row in result["rounds"]] == [0, 1, 2]
+    for row in result["rounds"]:
+        assert abs(row["reverse_kl"]) < 5 * row["standard_error"] + 0.02
+        assert row["length"] > 2
+    page = (tmp_path / "whole" / "report.html").read_text()
+    assert "KL(student ‖ teacher), nats a token" in page
+    assert open_cache(tmp_path / "whole" / "round-2" / "cache").fingerprint["data"]["round"] == 2
+    for share in (0.2, 0.45):
+        run(tmp_path / "parts", seconds=share * taken)
+    assert run(tmp_path / "parts") == 0
+    assert digests(tmp_path / "parts", 2) == digests(tmp_path / "whole", 2)
+    assert json.loads((tmp_path / "parts" / "rounds.json").read_text()) == result

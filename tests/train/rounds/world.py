@@ -1,0 +1,29 @@
+"""Prompts about toy scenes, and the settings of rounds of the toy teacher with itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llavamod_offline.demo.plan import TEACHER
+from tests.teacher_cache.generate.reference import write_prompts
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A set of prompts and another, held out."""
+
+    prompts: Path
+    holdout: Path
+
+    def arguments(self, output: Path, *settings: str) -> list[str]:
+        """Two rounds of two steps."""
+        places = [f"prompts={self.prompts}", f"holdout={self.holdout}", f"output={output}"]
+        models = [f"teacher={TEACHER}", f"student={TEACHER}"]
+        train = "train=[batch.global_size=4,batch.micro_size=4,optim.lr=1e-5,workers=0]"
+        return [*places, *models, "steps=2", "max_new_tokens=80", train, *settings]
+
+
+def write_world(folder: Path) -> Prompts:
+    """Write both sets."""
+    return Prompts(write_prompts(folder / "prompts"), write_prompts(folder / "holdout"))

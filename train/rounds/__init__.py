@@ -1,0 +1,1 @@
+"""Rounds of distillation on a student's own answers: it writes, the teacher scores, it learns."""

@@ -1,0 +1,82 @@
+"""The settings of `llavamod-offline rounds`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from llavamod_offline.config import InputPath, raise_problems
+
+RoundLoss = Literal["reverse_kl", "forward_kl", "policy_gradient"]
+_OWNED = ("output=", "output_set=", "data=", "data.set=", "cache.path=", "teacher=", "student.checkpoint=")
+
+
+@dataclass(frozen=True)
+class RoundsConfig:
+    """Rounds of write, score and train, each with a set, a cache and a run of its own below `output`."""
+
+    prompts: InputPath = "???"
+    """The set whose prompts the student answers in every round: a folder that llavamod-offline pack or index made."""
+    holdout: InputPath = "???"
+    """A set of other prompts, on which the student is measured before the first round and after each."""
+    teacher: InputPath = "???"
+    """Folder or Hub id of the teacher's checkpoint."""
+    student: InputPath = "???"
+    """Folder or Hub id of the student to begin with, such as that of a mimic stage."""
+    output: str = "???"
+    """Folder of the rounds; rerun the same command to resume."""
+    rounds: int = 2
+    """Number of rounds."""
+    steps: int = 100
+    """Optimiser steps of each round."""
+    loss: RoundLoss = "reverse_kl"
+    """What the student learns on its own answers: a divergence from the teacher's recorded distributions, or
+    policy_gradient, for which the teacher's log-probs of the written tokens are enough."""
+    stage: Literal["mimic_dense", "mimic_sparse"] = "mimic_dense"
+    """The recipe of the student: dense, or a mixture of experts, which the student then is already."""
+    temperature: float = 1.0
+    """Temperature of the student's writing in each round; it is measured on answers of temperature 1."""
+    max_new_tokens: int = 512
+    """Most tokens of an answer; longer ones are listed as rejected, and nothing is learnt from them."""
+    batch_size: int = 16
+    """Sequences per forward pass of writing and scoring."""
+    seed: int = 0
+    """Seed of the writing; each round adds its number."""
+    write: list[str] = field(default_factory=list)
+    """Further settings of each `cache-teacher generate`, such as [generate.top_p=0.95]; those of generate are not used
+    where the student is measured."""
+    score: list[str] = field(default_factory=list)
+    """Further settings of each `cache-teacher run`, such as [capture.preset=compact, engine.kind=vllm]."""
+    train: list[str] = field(default_factory=list)
+    """Further settings of each `train-student`, such as [optim.lr=1e-5, batch.global_size=64]."""
+    trainer: str = "train-student"
+    """The command that trains, such as "torchrun --nproc-per-node 8 --no-python train-student"."""
+    benchmarks: InputPath | None = None
+    """Folder with benchmarks' files, as eval-student takes it, for the accuracy of each round; null: none."""
+    tasks: list[str] = field(default_factory=list)
+    """Benchmarks to score, such as [gqa, pope]."""
+
+    def __post_init__(self) -> None:
+        raise_problems(self.problems())
+
+    def problems(self) -> Iterator[str]:
+        """Yield one line for each problem, naming the key to change."""
+        for name in ("rounds", "steps", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                yield f"{name} is {getattr(self, name)}: must be at least 1"
+        if not 0 <= self.temperature < float("inf"):
+            yield f"temperature is {self.temperature:g}: must be 0 or more"
+        if self.loss == "policy_gradient" and self.temperature == 0:
+            yield "temperature: policy_gradient needs sampled answers: set it above 0, or loss to a divergence"
+        if (self.benchmarks is None) != (not self.tasks):
+            yield "benchmarks: name both benchmarks and tasks, or neither"
+        if not shlex.split(self.trainer):
+            yield "trainer: is empty: name a command, such as train-student"
+        for name in ("write", "score", "train"):
+            for setting in getattr(self, name):
+                if "=" not in setting:
+                    yield f"{name}: '{setting}' is no setting: write KEY=VALUE"
+                elif setting.startswith(_OWNED):
+                    yield f"{name}: '{setting.partition('=')[0]}' is decided by the rounds: remove it"

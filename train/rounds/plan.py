@@ -1,0 +1,124 @@
+"""The commands of the rounds, in order, as typed in a shell; each can be run anywhere that sees the same files.
+
+OUTPUT/round-0/holdout/         the student to begin with: its answers to held-out prompts and the teacher's scores
+OUTPUT/round-1/set, cache, run  what the student wrote, the teacher's records of it, the training on them
+OUTPUT/round-1/holdout/         the student of round 1, measured as the first
+OUTPUT/round-1/eval/            its answers to benchmarks, if there are any
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from llavamod_offline.demo.scheduler import Step
+from train.rounds.config import RoundsConfig
+
+REJECTED_STATUS = 3  # of cache-teacher: some samples are listed as rejected
+
+
+def round_folder(output: str | Path, number: int) -> Path:
+    """The folder of a round; 0 is the student to begin with."""
+    return Path(output) / f"round-{number}"
+
+
+def student_of(config: RoundsConfig, number: int) -> str:
+    """The student after a round."""
+    return str(round_folder(config.output, number) / "run" / "student") if number else config.student
+
+
+def round_steps(config: RoundsConfig) -> list[Step]:
+    """Every command, in order."""
+    steps = list(_measuring(config, 0))
+    for number in range(1, config.rounds + 1):
+        steps += [_writing(config, number), _scoring(config, number), _training(config, number)]
+        steps += _measuring(config, number)
+    return steps
+
+
+def as_script(steps: Sequence[Step]) -> str:
+    """The commands as a shell script; a status of 3 says that some answers were rejected, which is no failure."""
+    head = "#!/bin/sh\n# The commands of the rounds, in order. Rerun any of them to resume it.\nset -e\n"
+    lines = (f"{step.typed} || [ $? -eq {REJECTED_STATUS} ]" if step.may_reject else step.typed for step in steps)
+    return head + "".join(f"{line}\n" for line in lines)
+
+
+def _writing(config: RoundsConfig, number: int) -> Step:
+    own = (
+        f"generate.temperature={config.temperature:g}",
+        f"generate.round={number}",
+        f"generate.key_suffix=-r{number}",
+    )
+    places = (config.prompts, student_of(config, number - 1), round_folder(config.output, number))
+    return _write(config, f"write-{number}", *places, number, (*own, *config.write))
+
+
+def _scoring(config: RoundsConfig, number: int) -> Step:
+    preset = ("capture.preset=reference",) if config.loss == "policy_gradient" else ()
+    return _score(config, f"score-{number}", round_folder(config.output, number), (*preset, *config.score))
+
+
+def _training(config: RoundsConfig, number: int) -> Step:
+    folder = round_folder(config.output, number)
+    if config.loss == "policy_gradient":
+        loss: tuple[str, ...] = ("loss.kind=policy_gradient",)
+    else:
+        loss = ("loss.kind=only_kd", f"loss.divergence={config.loss}", "loss.positions=written")
+    command = (
+        *shlex.split(config.trainer),
+        config.stage,
+        f"data.set={folder / 'set'}",
+        f"cache.path={folder / 'cache'}",
+        f"student.checkpoint={student_of(config, number - 1)}",
+        *(("student.upcycle=null",) if config.stage == "mimic_sparse" else ()),
+        f"output={folder / 'run'}",
+        f"steps={config.steps}",
+        f"seed={config.seed + number}",
+        *loss,
+        *config.train,
+    )
+    return Step(f"train-{number}", command)
+
+
+def _measuring(config: RoundsConfig, number: int) -> Iterator[Step]:
+    folder, student = round_folder(config.output, number) / "holdout", student_of(config, number)
+    unchanged = (setting for setting in config.write if not setting.startswith("generate."))  # such as the device
+    own = ("generate.temperature=1", f"generate.key_suffix=-h{number}", *unchanged)
+    yield _write(config, f"write-holdout-{number}", config.holdout, student, folder, 0, own)
+    yield _score(config, f"score-holdout-{number}", folder, ("capture.preset=reference",))
+    if config.benchmarks is None:
+        return
+    answers = round_folder(config.output, number) / "eval"
+    tasks = f"tasks=[{','.join(config.tasks)}]"
+    places = (f"root={config.benchmarks}", f"output={answers}", tasks, f"batch_size={config.batch_size}")
+    yield Step(f"answer-{number}", ("eval-student", "generate", f"model={student}", *places))
+    for task in config.tasks:
+        predictions, score = answers / task / "predictions.jsonl", answers / task / "score.json"
+        given = ("--root", config.benchmarks, "--predictions", str(predictions), "--output", str(score))
+        yield Step(f"score-{task}-{number}", ("eval-student", "score", task, *given))
+
+
+def _write(
+    config: RoundsConfig, name: str, prompts: str, student: str, folder: Path, number: int, own: tuple[str, ...]
+) -> Step:
+    command = (
+        "cache-teacher",
+        "generate",
+        f"data={prompts}",
+        f"teacher={student}",
+        f"output_set={folder / 'set'}",
+        f"output={folder / 'cache'}",
+        "generate.capture=false",
+        f"generate.max_new_tokens={config.max_new_tokens}",
+        f"generate.seed={config.seed + number}",
+        f"batch_size={config.batch_size}",
+        *own,
+    )
+    return Step(name, command, may_reject=True)
+
+
+def _score(config: RoundsConfig, name: str, folder: Path, settings: tuple[str, ...]) -> Step:
+    places = (f"data={folder / 'set'}", f"teacher={config.teacher}", f"output={folder / 'cache'}")
+    command = ("cache-teacher", "run", *places, f"batch_size={config.batch_size}", *settings)
+    return Step(name, command, may_reject=True)

@@ -1,0 +1,73 @@
+"""`llavamod-offline rounds`: run the commands that are not done yet, then report."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from llavamod_offline.config import dump_config
+from llavamod_offline.demo.scheduler import run_steps
+from llavamod_offline.errors import ConfigError
+from llavamod_offline.progress import ProgressBar
+from llavamod_offline.signals import keeping
+from llavamod_offline.storage.atomic import write_file
+from llavamod_offline.storage.lock import locked
+from train.rounds.config import RoundsConfig
+from train.rounds.measure import measure_own_answers, scores
+from train.rounds.plan import as_script, round_folder, round_steps
+from train.rounds.report import write_report
+
+CONFIG_NAME, COMMANDS_NAME, RESULT_NAME = "rounds.yaml", "commands.sh", "rounds.json"
+_LOG = logging.getLogger(__name__)
+
+
+def run_rounds(config: RoundsConfig) -> dict[str, Any]:
+    """Run all rounds, each command resuming what an earlier call has done of it, and report them.
+
+    Returns the content of `rounds.json`. Errors: `ConfigError` if other settings were begun in `output`, `StepError` if
+    a command fails.
+    """
+    output, steps = Path(config.output), round_steps(config)
+    with locked(output), keeping(lambda: _kept(config)):
+        _begin(output, dump_config(config))
+        write_file(output / COMMANDS_NAME, as_script(steps))
+        with ProgressBar("rounds", len(steps), "command") as bar:
+            for step in steps:
+                bar.write(step.typed)
+                run_steps([step], Path(), logs=output / "logs", at_once=1)
+                bar.advance()
+        return _report(config)
+
+
+def _begin(output: Path, content: str) -> None:
+    """Note the settings, which a rerun must share but for the number of rounds. Errors: `ConfigError`."""
+    file = output / CONFIG_NAME
+    before = file.read_text("utf-8").splitlines() if file.is_file() else content.splitlines()
+    for was, now in zip(before, content.splitlines(), strict=False):
+        if was != now and not was.startswith(("rounds:", "output:")):
+            raise ConfigError(
+                f"{file}: the rounds were begun with '{was}', not '{now}': set it back, or choose another output"
+            )
+    write_file(file, content)
+
+
+def _kept(config: RoundsConfig) -> str:
+    done = [
+        n for n in range(1, config.rounds + 1) if (round_folder(config.output, n) / "run" / "summary.json").exists()
+    ]
+    return f"{len(done)} of {config.rounds} rounds are done in {config.output}, and what the next has begun is kept"
+
+
+def _report(config: RoundsConfig) -> dict[str, Any]:
+    rows = []
+    for number in range(config.rounds + 1):
+        folder = round_folder(config.output, number)
+        own = measure_own_answers(folder / "holdout" / "set", folder / "holdout" / "cache")
+        rows.append({"round": number, **asdict(own), **scores(folder / "eval", config.tasks)})
+    result = {"loss": config.loss, "steps_per_round": config.steps, "rounds": rows}
+    write_file(Path(config.output) / RESULT_NAME, json.dumps(result, indent=1) + "\n")
+    write_report(config, rows)
+    return result
