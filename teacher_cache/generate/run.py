@@ -128,7 +128,9 @@ def _generate(config: CacheTeacherConfig, allow: Sequence[str], grace_seconds: f
     captured = None
     if given.capture and parts == 1:
         capture = replace(config, data=str(target.path), output_set=None, generate=GenerateConfig())
-        captured = run_capture(capture, allow=allow, load=lambda setup: capture_engine(setup, engine), grace_seconds=grace_seconds)
+        captured = run_capture(
+            capture, allow=allow, load=lambda setup: capture_engine(setup, engine), grace_seconds=grace_seconds
+        )
     return Generation(
         output_set=str(target.path),
         samples=manifest.get("samples", 0),
