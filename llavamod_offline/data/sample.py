@@ -69,7 +69,8 @@ class Generated:
 
     `behaviour_log_probs`: for each written turn, the writer's log-prob of each of its tokens, the one that ends it
     included, under the distribution that they were drawn from (temperature 0: the writer's own at temperature 1). None
-    for a turn whose text is read as other tokens than those written. Empty in sets that kept none.
+    for a turn whose text is read as other tokens than those written, or was ended by a given text. Empty in sets that
+    kept none.
     """
 
     teacher: str
