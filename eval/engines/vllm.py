@@ -22,7 +22,9 @@ from llavamod_offline.data.sample import Sample
 from llavamod_offline.families import open_family
 from llavamod_offline.models.device import pick_device
 from llavamod_offline.vllm import plugin
-from llavamod_offline.vllm.inputs import check_family, check_prompt, engine_input
+from llavamod_offline.vllm.families import check_family
+from llavamod_offline.vllm.feeds import feed_of
+from llavamod_offline.vllm.inputs import check_prompt
 from llavamod_offline.vllm.session import Session, import_vllm
 from llavamod_offline.vllm.settings import VllmSettings
 
@@ -48,7 +50,7 @@ class VllmEngine:
         self.dtype = pick_dtype(dtype, where)
         self.folder = folder
         self.family = open_family(folder, template, image_aspect=image_aspect, max_length=sys.maxsize)
-        check_family(self.family)
+        check_family(self.family, device=where.type)
         self.encoder = self.family.encoder
         self._suppressed = never_answers(self.family)
         self.session = Session(
@@ -61,6 +63,7 @@ class VllmEngine:
             max_length=self.family.context_length,
             runner="generate",
         )
+        self._feed = feed_of(self.family, self.session.engine, DTYPES[self.dtype])
 
     def describe(self) -> dict[str, Any]:
         """The settings that determine the answers; batch size and device do not."""
@@ -95,12 +98,5 @@ class VllmEngine:
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            prompt = engine_input(
-                input_ids_T,
-                self.family.images(sample),
-                image_token_id=self.family.image_token_id,
-                name=sample.key,
-                salt=str(number),
-                dtype=DTYPES[self.dtype],
-            )
+            prompt = self._feed.prompt(input_ids_T, self._feed.images(sample), name=sample.key, salt=str(number))
             yield number, prompt, parameters

@@ -58,10 +58,12 @@ def load_weights(model_class: Any, folder: Path, *, dtype: torch.dtype, **settin
     return merge_adapter(model, folder).eval()
 
 
-def load_tensors(model_class: Any, config: Any, tensors: dict[str, Tensor], *, dtype: torch.dtype) -> Any:
+def load_tensors(
+    model_class: Any, config: Any, tensors: dict[str, Tensor], *, dtype: torch.dtype, any_shape: bool = False
+) -> Any:
     """Make a model of `model_class` from named tensors, which it may share; in evaluation mode.
 
-    Errors: `ModelError` if a tensor is missing, unexpected or mis-shaped.
+    Errors: `ModelError` if a tensor is missing, unexpected or, unless `any_shape`, mis-shaped.
     """
     try:
         with quietly():
@@ -75,7 +77,7 @@ def load_tensors(model_class: Any, config: Any, tensors: dict[str, Tensor], *, d
             )
     except (RuntimeError, ValueError, KeyError) as error:
         raise ModelError(f"the tensors do not fit the model: {first_line(error)}") from error
-    _check_complete(info, "tensors")
+    _check_complete(info | {"mismatched_keys": []} if any_shape else info, "tensors")
     return model.eval()
 
 

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llavamod_offline.errors import ConfigError, ModelError
-from llavamod_offline.families.protocol import Family, FeatureFamily
+from llavamod_offline.errors import ModelError
 from llavamod_offline.plural import counted
 
 TOKENS_FIELD = "llavamod_image_tokens"  # accompanies each image into the model, which checks it
@@ -33,15 +32,6 @@ class Pixels(Protocol):
     def tokens(self) -> int:
         """The number of image tokens in a sequence."""
         ...
-
-
-def check_family(family: Family) -> None:
-    """Refuse a family whose images vLLM cannot be fed one by one. Errors: `ConfigError`."""
-    if not isinstance(family, FeatureFamily):
-        raise ConfigError(
-            f"{family.folder}: the engine vllm takes our tokens and pixels, so far of LLaVA, LLaVA-OneVision, "
-            "Qwen2-VL and Qwen2.5-VL alone: set the engine to hf"
-        )
 
 
 def engine_input(

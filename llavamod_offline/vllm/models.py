@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from vllm import ModelRegistry
@@ -50,20 +50,14 @@ def twin(base: Any, name: str, *others: Any, **body: Any) -> type:
         config = getattr(self.config, "text_config", self.config)
         if getattr(config, "shared_expert_intermediate_size", None) == 0:  # vLLM then has no such module
             weights = ((key, tensor) for key, tensor in weights if ".mlp.shared_expert" not in key)
+        if hasattr(getattr(self, "vision_tower", None), "vision_model"):
+            self.hf_to_vllm_mapper = getattr(base, "hf_to_vllm_mapper", WeightsMapper()) | _TOWER_NAMES
         return base.load_weights(self, weights)
 
     own: dict[str, Any] = {"__module__": __name__, "load_weights": load_weights, **body}
     if getattr(base, "supports_multimodal", False):
         own["embed_multimodal"] = embed_multimodal
-        own["hf_to_vllm_mapper"] = getattr(base, "hf_to_vllm_mapper", WeightsMapper()) | _tower_names(base)
     return type(name, (base, *others), own)
-
-
-def _tower_names(base: Any) -> Any:
-    """The renaming of a tower's weights, for models that have a tower."""
-    known: Mapping[str, Any] = getattr(base, "hf_to_vllm_mapper", WeightsMapper()).orig_to_new_prefix
-    has_tower = any("vision_tower." in str(new) for new in known.values())
-    return _TOWER_NAMES if has_tower else WeightsMapper()
 
 
 def _check_tokens(made: list[int], expected: list[int]) -> None:

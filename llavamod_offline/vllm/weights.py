@@ -10,13 +10,16 @@ from torch import Tensor
 
 from llavamod_offline.errors import ModelError
 from llavamod_offline.models.checkpoint import load_tensors, open_tensors, read_json
+from llavamod_offline.models.loading.quantised import quantisation
 
 _DTYPE = torch.bfloat16  # of the stand-ins, each an expanded single number
+_NUMBER = torch.zeros((), dtype=_DTYPE)
 
 
 def check_weights(folder: Path) -> None:
     """Compare names and shapes with those that transformers derives from config.json; reads headers only.
 
+    Of quantised weights, which are stored in several tensors each, the layers are compared.
     Errors: `ModelError` if a tensor is missing, unexpected or of the wrong shape, or a file cannot be read.
     """
     import transformers
@@ -26,10 +29,30 @@ def check_weights(folder: Path) -> None:
     if model_class is None:
         raise ModelError(f"{folder}/config.json: transformers has no '{name}', so its weights cannot be checked")
     config = model_class.config_class.from_pretrained(folder, local_files_only=True)
+    quantised = quantisation(folder) is not None
+    shapes = _shapes(folder)
+    if quantised:
+        for part in (config, config.get_text_config()):
+            vars(part).pop("quantization_config", None)
+        shapes = _whole(shapes)
     try:
-        load_tensors(model_class, config, _shapes(folder), dtype=_DTYPE)
+        load_tensors(model_class, config, shapes, dtype=_DTYPE, any_shape=quantised)
     except ModelError as error:
         raise ModelError(f"{folder}: {error}") from error
+
+
+def _whole(shapes: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One weight for each layer whose weight is in several tensors, such as `qweight`, `scales` and `qzeros`."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in shapes.items():
+        layer, _, part = name.partition(".weight.") if ".weight." in name else name.rpartition(".")
+        layers.setdefault(layer, {})[part] = tensor
+    found = {}
+    for layer, parts in layers.items():
+        if parts.keys() & {"qweight", "weight_packed", "weight_scale", "weight_scale_inv", "SCB", "absmax"}:
+            parts = {part: tensor for part, tensor in parts.items() if part == "bias"} | {"weight": _NUMBER}
+        found.update({f"{layer}.{part}": tensor for part, tensor in parts.items()})
+    return found
 
 
 def _shapes(folder: Path) -> dict[str, Tensor]:

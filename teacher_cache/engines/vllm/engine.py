@@ -18,9 +18,11 @@ import torch
 
 from llavamod_offline.data.encode.tokenize import Positions, TokenizedSequence
 from llavamod_offline.errors import ConfigError, DataError, ModelError
-from llavamod_offline.families import Family, SampleImage
+from llavamod_offline.families import Family
+from llavamod_offline.vllm.families import check_family
+from llavamod_offline.vllm.feeds import feed_of
 from llavamod_offline.vllm.heads import check_same_head
-from llavamod_offline.vllm.inputs import check_family, check_prompt, engine_input
+from llavamod_offline.vllm.inputs import check_prompt
 from llavamod_offline.vllm.session import Session
 from teacher_cache.engines.protocol import (
     Outcome,
@@ -79,7 +81,7 @@ class _QueuedItem:
 
     request: Request
     sequence: TokenizedSequence
-    images: Future[list[SampleImage]]
+    images: Future[Any]
     reuse: bool
 
 
@@ -101,6 +103,9 @@ class VllmCaptureEngine:
     workers: int
     positions: Positions = "response"
     hidden_positions: HiddenPositions | None = None
+
+    def __post_init__(self) -> None:
+        self._feed = feed_of(self.teacher, self.session.engine, self.dtype)
 
     def capture(self, requests: Sequence[Request]) -> Iterator[Outcome]:
         """Capture one data shard; see `protocol.CaptureEngine`. Images are prepared a window ahead, in threads."""
@@ -127,10 +132,10 @@ class VllmCaptureEngine:
 
     def _items(self, requests: Sequence[Request], pool: ThreadPoolExecutor) -> Iterator[_QueuedItem]:
         order = longest_first(requests)
-        coming = deque[Future[list[SampleImage]]]()
+        coming = deque[Future[Any]]()
         for number, request in enumerate(order):
             for ahead in order[number + len(coming) : number + 1 + self.session.window]:
-                coming.append(pool.submit(self.teacher.images, ahead.sample))
+                coming.append(pool.submit(self._feed.images, ahead.sample))
             images, first = coming.popleft(), request.sequences[0]
             for role, sequence in enumerate(request.sequences):
                 yield _QueuedItem(request, sequence, images, role > 0 and self._may_share(first, sequence))
@@ -168,14 +173,8 @@ class VllmCaptureEngine:
 
     def _question(self, item: _QueuedItem, *, reuse: bool) -> tuple[_QueuedItem, Any, Any]:
         sequence = item.sequence
-        prompt = engine_input(
-            sequence.input_ids_T,
-            item.images.result(),
-            image_token_id=self.teacher.image_token_id,
-            name=sequence.key,
-            salt=item.request.sample.content_hash,
-            dtype=self.dtype,
-        )
+        images, salt = item.images.result(), item.request.sample.content_hash
+        prompt = self._feed.prompt(sequence.input_ids_T, images, name=sequence.key, salt=salt)
         return item, prompt, self.channel.parameters(self._order(sequence), reuse=reuse)
 
     def _order(self, sequence: TokenizedSequence) -> RecordRequest:
@@ -215,8 +214,8 @@ def start_vllm(
     setup: CaptureSetup, channel: Channel, models: ModuleType, *, spare: int, **options: Any
 ) -> VllmCaptureEngine:
     """Start vLLM with the models of `models`; up to `spare` tokens may follow a prompt. Errors: as `load_engine`."""
+    check_family(setup.teacher, device=setup.device)
     check_same_head(setup.teacher.folder)
-    check_family(setup.teacher)
     session = Session(
         setup.teacher.folder,
         setup.vllm,

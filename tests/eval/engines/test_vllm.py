@@ -21,6 +21,7 @@ from llavamod_offline.models.checkpoint import load_tokenizer
 from llavamod_offline.models.upcycle import upcycle
 from tests.eval.fixtures import pope_root, write_image
 from tests.tiny import write_tiny_llava
+from tests.tiny_families import TINY_FAMILIES
 from tests.vllm_cpu import NEEDS_VLLM, SETTINGS
 
 pytestmark = NEEDS_VLLM
@@ -29,6 +30,8 @@ HEAD_OF_32 = 128  # hidden size of a tiny LLaVA whose heads have 32 numbers, whi
 
 
 def _student(folder: Path, kind: str) -> Path:
+    if kind in TINY_FAMILIES:
+        return TINY_FAMILIES[kind].write(folder / kind)
     text_config = Qwen3Config if kind.startswith("qwen3") else Qwen2Config
     dense = write_tiny_llava(folder / "dense", hidden=HEAD_OF_32, head_rows=448, text_config=text_config)
     if kind in ("dense", "qwen3"):
@@ -58,15 +61,16 @@ def _examples(folder: Path) -> list[Example[None]]:
     return made
 
 
-@pytest.mark.parametrize("kind", ["dense", "sparse", "residual", "qwen3", "qwen3-sparse"])
+@pytest.mark.parametrize("kind", ["dense", "sparse", "residual", "qwen3", "qwen3-sparse", "smolvlm"])
 def test_an_exported_student_says_the_same_tokens(tmp_path: Path, kind: str) -> None:
     student = _student(tmp_path, kind)
     examples = _examples(tmp_path)
     theirs = VllmEngine(student, settings=SETTINGS)
     try:
         found = theirs.answer(examples, 24)
-        with pytest.raises(EvalError, match=r"question '0': .* do not fit the model's 1024 positions"):
-            theirs.answer(examples, 1020)
+        longest = theirs.family.context_length
+        with pytest.raises(EvalError, match=rf"question '0': .* do not fit the model's {longest} positions"):
+            theirs.answer(examples, longest - 4)
     finally:
         theirs.session.close()
     mine = HfEngine(student)

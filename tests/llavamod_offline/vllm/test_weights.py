@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from llavamod_offline.errors import ModelError
 from llavamod_offline.vllm.weights import check_weights
 from tests.tiny import write_tiny_llava
+from tests.tiny_families import TINY_FAMILIES
 from tests.tiny_teachers import write_tiny_causal_lm, write_tiny_onevision, write_tiny_qwen_vl
 
 WRITERS: dict[str, Callable[[Path], Path]] = {
@@ -53,4 +56,25 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         check_weights(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"no \*\.safetensors file"):
+        check_weights(folder)
+
+
+def test_the_layers_of_quantised_weights_are_compared(tmp_path: Path) -> None:
+    """As AWQ and GPTQ store them: three tensors for a weight, of other shapes than it has."""
+    folder = TINY_FAMILIES["smolvlm"].write(tmp_path / "teacher")
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        layer = name.removesuffix(".weight")
+        if "text_model.layers" in name and name.endswith("_proj.weight"):
+            stored |= {f"{layer}.{part}": torch.zeros(2, 3) for part in ("qweight", "qzeros", "scales")}
+        else:
+            stored[name] = tensor
+    config = json.loads((folder / "config.json").read_text())
+    quantised = config | {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    (folder / "config.json").write_text(json.dumps(quantised))
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    check_weights(folder)
+    fewer = {name: tensor for name, tensor in stored.items() if "layers.1.mlp.up_proj" not in name}
+    save_file(fewer, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 missing tensor, first '.*layers\.1\.mlp\.up_proj\.weight'"):
         check_weights(folder)

@@ -13,7 +13,7 @@ from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import ConfigError, LlavaModError, ModelError
 from llavamod_offline.families import open_family
-from llavamod_offline.vllm.inputs import check_family
+from llavamod_offline.vllm.families import check_family
 from teacher_cache.ask.model import AskedModel, AskedQuestion
 from teacher_cache.audit.run import audit_cache
 from teacher_cache.capture.run import run_capture
@@ -105,12 +105,17 @@ def test_a_template_whose_tokens_the_tokenizer_lacks_is_refused(tmp_path: Path) 
         open_family(folder, "llava_v1", image_aspect="auto", max_length=99)
 
 
-def test_vllm_is_refused_by_one_line(tmp_path: Path) -> None:
-    family = open_family(
-        TINY_FAMILIES["qwen3_vl"].write(tmp_path / "teacher"), "auto", image_aspect="auto", max_length=99
-    )
-    with pytest.raises(ConfigError, match="set the engine to hf"):
-        check_family(family)
+@pytest.mark.parametrize(
+    ("name", "device", "reason"),
+    [
+        ("qwen3_5", "cpu", "its linear attention needs bfloat16 on a CPU"),
+        ("aya_vision", "cuda", "its numbers there were not compared with those of transformers"),
+    ],
+)
+def test_vllm_is_refused_by_one_line_that_says_why(tmp_path: Path, name: str, device: str, reason: str) -> None:
+    family = open_family(TINY_FAMILIES[name].write(tmp_path / "teacher"), "auto", image_aspect="auto", max_length=99)
+    with pytest.raises(ConfigError, match=rf"no {name} by vLLM: {reason}: set the engine to hf \(engine\.kind=hf\)"):
+        check_family(family, device=device)
 
 
 def test_images_may_be_padded_to_squares_first(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.families import open_family
 from llavamod_offline.vllm.session import Session
 from llavamod_offline.vllm.settings import VllmSettings
@@ -22,8 +21,15 @@ def start() -> Iterator[Start]:
     """Start vLLM on a folder; it stops with the module."""
     sessions = []
 
-    def started(folder: Path, settings: VllmSettings = SETTINGS, *, models: Any = recording, **options: Any) -> World:
-        teacher = open_family(folder, get_template("qwen"), image_aspect="auto", max_length=512)
+    def started(
+        folder: Path,
+        settings: VllmSettings = SETTINGS,
+        *,
+        models: Any = recording,
+        template: str = "qwen",
+        **options: Any,
+    ) -> World:
+        teacher = open_family(folder, template, image_aspect="auto", max_length=512)
         session = Session(
             folder,
             settings,

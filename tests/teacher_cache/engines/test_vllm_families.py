@@ -13,17 +13,20 @@ import torch
 from llavamod_offline import toyworld
 from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.encode.tokenize import Positions
+from llavamod_offline.errors import ModelError
 from llavamod_offline.families import open_family
 from llavamod_offline.families.llava.checkpoint import load_llava
 from llavamod_offline.families.llava.export import save_llava
 from llavamod_offline.models.upcycle import upcycle
 from llavamod_offline.vllm import plugin as plain
+from llavamod_offline.vllm.families import EQUAL, check_family
 from teacher_cache.engines.vllm.logprobs import PromptLogprobs
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.sequences import SequenceRecord
 from tests.teacher_cache.engines.vllm_world import HEAD_OF_32, TOLERANCE, Start, assert_same
 from tests.tiny import tiny_samples, write_tiny_llava
+from tests.tiny_families import TINY_FAMILIES
 from tests.tiny_teachers import (
     write_tiny_causal_lm,
     write_tiny_llava_llama,
@@ -65,6 +68,27 @@ def test_every_family_of_teachers(start: Start, tmp_path: Path, family: str) -> 
     if world.teacher.image_token_id is None:
         samples = [sample for sample in samples if not sample.images]
     assert_same(world.capture(world.hf(), samples), world.capture(world.vllm(), samples))
+
+
+@pytest.mark.parametrize("family", EQUAL)
+def test_families_that_run_by_their_own_processors(start: Start, tmp_path: Path, family: str) -> None:
+    """Their images become arrays and tokens in vLLM's processor of the family, in rows, columns and tiles."""
+    world = start(TINY_FAMILIES[family].write(tmp_path / "teacher"), template="auto")
+    check_family(world.teacher, device="cpu")
+    samples = [*tiny_samples(16, seed=9), *tiny_samples(8, seed=9, preference=True)]
+    assert {0, 1, 2} <= {len(sample.images) for sample in samples}
+    assert_same(world.capture(world.hf(), samples), world.capture(world.vllm(), samples))
+
+
+def test_an_image_that_vllm_would_write_differently_is_refused(start: Start, tmp_path: Path) -> None:
+    world = start(TINY_FAMILIES[EQUAL[-1]].write(tmp_path / "teacher"), template="auto")
+    sample = next(sample for sample in tiny_samples(8, seed=9) if sample.images)
+    requests = world.requests([sample])
+    ids = requests[0].sequences[0].input_ids_T.copy()
+    ids[np.flatnonzero(ids == world.teacher.image_token_id)[0]] = 5
+    sequences = (dataclasses.replace(requests[0].sequences[0], input_ids_T=ids),)
+    with pytest.raises(ModelError, match=f"sample '{sample.key}': vLLM finds tokens of 0 of its .*: use the engine hf"):
+        list(world.vllm().capture([dataclasses.replace(requests[0], sequences=sequences)]))
 
 
 def test_the_fallback_gives_heads_masses_and_target_log_probs(start: Start, tmp_path: Path) -> None:
