@@ -57,7 +57,7 @@ def main() -> None:
     options, quick = arguments.options, arguments.quick
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    sizes = {"samples": 400, "prompts": 240, "holdout": 400, "start": 150}
+    sizes = {"samples": 400, "prompts": 240, "holdout": 100, "start": 150}
     if quick:
         sizes = {"samples": 40, "prompts": 40, "holdout": 20, "start": 4}
     seeds, steps = (1, 2) if quick else (options["seeds"], options["steps"])
