@@ -78,10 +78,11 @@ def _most_tokens(samples: SampleSet, roles: Sequence[str], family: StudentFamily
     around += tuple(segment for part in template.system_turn or () for segment in part)
     wording = sum(len(segment.text.encode()) for segment in around)
     wording += sum(len(text.encode()) for text in (template.answer_prefix, template.end, template.separator))
+    once, around_turn = (0, 0) if template.tool_wording is None else template.tool_wording.bytes_around(template)
     texts = pc.struct_field(pc.list_element(samples.index.column("members"), 0), "size").to_numpy()
     turns = samples.index.column("n_turns").to_numpy() + 1
     images = samples.index.column("n_images").to_numpy()
-    bounds: NDArray[np.int64] = texts + turns * wording + images * family.image_tokens
+    bounds: NDArray[np.int64] = texts + once + turns * (wording + around_turn) + images * family.image_tokens
     if MISMATCHED in roles:  # its response comes from another sample
         bounds = bounds + texts.max()
     return bounds

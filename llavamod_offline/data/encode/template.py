@@ -39,6 +39,10 @@ class WordsTools(Protocol):
         """The chat template."""
         ...
 
+    def bytes_around(self, template: Template) -> tuple[int, int]:
+        """The bytes around what a sample says, at most: once for its tools, and for a turn."""
+        ...
+
     def __call__(self, template: Template, turns: Sequence[Turn]) -> list[Segment]:
         """Render turns. Errors: `DataError` if that cannot be done faithfully."""
         ...

@@ -124,14 +124,10 @@ class SequenceEncoder:
     def encode(self, sample: Sample, role: str, images: Sequence[ImageTokens] | None = None) -> TokenizedSequence:
         """Tokenize one role of a sample.
 
-        Errors: `DataError` if it is longer than `max_length`, or has a system turn that the template cannot word.
+        Errors: `DataError` if it is longer than `max_length`, or the template cannot word its system turn or tools.
         """
         images = images or [self.image(self.image_tokens)] * len(sample.images)
-        try:
-            segments = self.template.render(sample.conversation(role))
-        except DataError as error:
-            raise DataError(f"sample '{sample.key}' ({role}): {error}") from error
-        ids_T, supervised_N = self._tokenize(segments, list(images))
+        ids_T, supervised_N = self._tokenize(self._segments(sample, role), list(images))
         if len(ids_T) > self.max_length:
             raise DataError(
                 f"sample '{sample.key}' ({role}): {len(ids_T)} tokens, more than max_length {self.max_length}"
@@ -139,9 +135,9 @@ class SequenceEncoder:
         return TokenizedSequence(sample.key, role, ids_T, supervised_N)
 
     def length(self, sample: Sample, role: str) -> int:
-        """Count the tokens of one role of a sample, however many they are."""
+        """Count the tokens of one role of a sample, however many they are. Errors: as of `encode`."""
         images = [self.image(self.image_tokens)] * len(sample.images)
-        return len(self._tokenize(self.template.render(sample.conversation(role)), images)[0])
+        return len(self._tokenize(self._segments(sample, role), images)[0])
 
     def encode_prompt(self, turns: Sequence[Turn], images: Sequence[ImageTokens] | None = None) -> Ids:
         """Tokenize turns that end with the user, up to the start of the answer (for generation)."""
@@ -155,6 +151,12 @@ class SequenceEncoder:
         turns = (Turn("user", ""), Turn("assistant", ""))
         *_, before, _, _ = [Segment(""), *_merge_plain(self.template.render(turns))]  # the prompt's end, answer, end
         return self.plain.following(text, "" if before.special else before.text, first=False)
+
+    def _segments(self, sample: Sample, role: str) -> list[Segment]:
+        try:
+            return self.template.render(sample.conversation(role))
+        except DataError as error:
+            raise DataError(f"sample '{sample.key}' ({role}): {error}") from error
 
     def _tokenize(self, segments: list[Segment], images: list[ImageTokens]) -> tuple[Ids, Ids]:
         """The ids of all segments, and the indices of the supervised ones."""

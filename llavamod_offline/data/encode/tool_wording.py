@@ -66,6 +66,19 @@ class ToolWording:
             raise DataError("the chat template words its tools and turns in a way that cannot be followed")
         return self._segments(template, marked, texts, pieces)
 
+    def bytes_around(self, template: Template) -> tuple[int, int]:
+        """The bytes around what a sample says, at most: once for its tools, and for a turn."""
+        question, answer = _PROBE[1], _PROBE[-1]
+        plain, tools, calls = (
+            sum(len(segment.text.encode()) for segment in segments)
+            for segments in (
+                template.render((question, answer)),
+                self(template, (_PROBE[0], question, answer)),
+                self(template, _PROBE[1:]),
+            )
+        )
+        return max(tools - plain, 0), max(calls - plain, 0)
+
     def _segments(
         self, template: Template, marked: Sequence[Turn], texts: Sequence[str], pieces: Sequence[str]
     ) -> list[Segment]:
