@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llavamod_offline.errors import ConfigError
 from llavamod_offline.families import Family, SampleImage
+from llavamod_offline.families.protocol import FeatureFamily
 from llavamod_offline.vllm import plugin
+from llavamod_offline.vllm.families import check_family
 from llavamod_offline.vllm.heads import check_same_head
-from llavamod_offline.vllm.inputs import check_family, check_prompt, engine_input
+from llavamod_offline.vllm.inputs import check_prompt, engine_input
 from llavamod_offline.vllm.session import Session
 from teacher_cache.generate.decode_loop import Decoding, Prompt, Written, first_stop
 
@@ -112,9 +115,14 @@ def images_hash(images: Sequence[SampleImage]) -> str:
 
 
 def start_writer(setup: CaptureSetup) -> VllmWriter:
-    """Start vLLM on the model. Errors: as `engine.start_vllm`."""
+    """Start vLLM on the model. Errors: as `engine.start_vllm`; `ConfigError` for a family it does not write for."""
     check_same_head(setup.teacher.folder)
-    check_family(setup.teacher)
+    check_family(setup.teacher, device=setup.device)
+    if not isinstance(setup.teacher, FeatureFamily):
+        raise ConfigError(
+            f"{setup.teacher.folder}: vLLM captures this family, but only transformers writes its answers: set "
+            "engine.kind=hf"
+        )
     session = Session(
         setup.teacher.folder,
         setup.vllm,
