@@ -20,7 +20,7 @@ _T = TypeVar("_T")
 _LOG = logging.getLogger(__name__)
 _VARIABLE = "LLAVAMOD_PROGRESS_SECONDS"
 _SECONDS = 30.0
-_LINE = "{desc}: {n_fmt}/{total_fmt} {unit} ({percentage:.0f} %), {rate_fmt}{postfix}, {remaining} left"
+_LINE = "{desc}: {n_fmt}/{total_fmt} {units} ({percentage:.0f} %), {rate_fmt}{postfix}, {remaining} left"
 
 
 class ProgressBar:
@@ -47,6 +47,8 @@ class ProgressBar:
         self._units = 0
         self._started = self._shown = time.monotonic()
         self._what, self._total, self._unit, self._scale = what, total, unit, scale
+        plural = f"{unit}es" if unit.endswith("ch") else f"{unit}s"
+        self._line = _LINE.replace("{units}", unit if scale or total == 1 else plural)
         self._bar = tqdm(
             total=total,
             initial=done,
@@ -87,7 +89,7 @@ class ProgressBar:
             unit=self._unit,
             unit_scale=self._scale,
             postfix=", ".join(notes),
-            bar_format=_LINE,
+            bar_format=self._line,
         )
         _LOG.info("%s", line)
 

@@ -33,9 +33,9 @@ def test_a_line_every_thirty_seconds(
             clock[0] += 0.5
             bar.advance(1, 50)
     assert caplog.messages == [
-        "capture: 60/400 sample (15 %),  2.00sample/s, 100 positions/s, 02:50 left",
-        "capture: 120/400 sample (30 %),  2.00sample/s, 100 positions/s, 02:20 left",
-        "capture: 180/400 sample (45 %),  2.00sample/s, 100 positions/s, 01:50 left",
+        "capture: 60/400 samples (15 %),  2.00sample/s, 100 positions/s, 02:50 left",
+        "capture: 120/400 samples (30 %),  2.00sample/s, 100 positions/s, 02:20 left",
+        "capture: 180/400 samples (45 %),  2.00sample/s, 100 positions/s, 01:50 left",
     ]
     assert capsys.readouterr().err == ""
 
@@ -47,7 +47,18 @@ def test_what_was_done_before_does_not_count_for_the_speed(
     with ProgressBar("mimic_dense", 100, "step", done=50) as bar:
         clock[0] += 100
         bar.advance(10, note="loss 1.5")
-    assert caplog.messages == ["mimic_dense: 60/100 step (60 %), 10.00s/step, loss 1.5, 06:40 left"]
+    assert caplog.messages == ["mimic_dense: 60/100 steps (60 %), 10.00s/step, loss 1.5, 06:40 left"]
+
+
+@pytest.mark.parametrize(("total", "unit", "shown"), [(1, "file", "1/1 file"), (3, "batch", "1/3 batches")])
+def test_units_are_counted_in_the_right_number(
+    total: int, unit: str, shown: str, clock: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with ProgressBar("read", total, unit) as bar:
+        clock[0] += 100
+        bar.advance()
+    assert caplog.messages[0].startswith(f"read: {shown} (")
 
 
 def test_silence_and_another_interval(
