@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from llavamod_offline.errors import ConfigError, TargetError
-from llavamod_offline.losses.fused import CHUNK_SIZE, LossTerms, distillation_from_hidden
+from llavamod_offline.losses.fused import LossTerms, distillation_from_hidden
 from llavamod_offline.losses.kinds import HIDDEN_DISTANCES, HiddenDistance
 from llavamod_offline.losses.targets import SparseTargets
 from llavamod_offline.models.lm_head import LmHead
@@ -67,7 +67,7 @@ def hidden_alignment(
 
 
 def visual_token_kl(
-    hidden_ND: Tensor, lm_head: LmHead | Tensor, targets: SparseTargets, *, chunk_size: int = CHUNK_SIZE
+    hidden_ND: Tensor, lm_head: LmHead | Tensor, targets: SparseTargets, *, chunk_size: int | None = None
 ) -> LossTerms:
     """Forward KL(teacher ‖ student) at the image's tokens, summed over them.
 

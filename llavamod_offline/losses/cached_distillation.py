@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llavamod_offline.data.encode.tokenize import NO_TARGET, UNSUPERVISED
 from llavamod_offline.errors import ModelError, TargetError
-from llavamod_offline.losses.fused import CHUNK_SIZE, distillation_from_hidden
+from llavamod_offline.losses.fused import distillation_from_hidden
 from llavamod_offline.losses.kinds import DivergenceKind, TailEstimator
 from llavamod_offline.losses.tail_estimators import TailPrior, choose_tail, prior_share
 from llavamod_offline.losses.targets import SparseTargets
@@ -86,7 +86,7 @@ class CachedDistillation(nn.Module):
         epochs: float = 1.0,
         swap: Swap | None = None,
         student_rows: int | None = None,
-        chunk_size: int = CHUNK_SIZE,
+        chunk_size: int | None = None,
     ) -> None:
         super().__init__()
         if tail is None:

@@ -19,18 +19,13 @@ from torch import Tensor
 
 from llavamod_offline.errors import TargetError
 from llavamod_offline.losses.bucketed_divergence import DivergenceSpec
-from llavamod_offline.losses.chunk_gradients import (
-    cross_entropy_in_place,
-    divergence_in_place,
-    zero_metrics,
-)
-from llavamod_offline.losses.fused_linear import ChunkLoss, FusedLinearDivergence, TokenLogProbs
+from llavamod_offline.losses.chunk_gradients import zero_metrics
+from llavamod_offline.losses.fused_linear import FusedLinearDivergence, TokenLogProbs
 from llavamod_offline.losses.kinds import DivergenceKind, TailEstimator
+from llavamod_offline.losses.rows.losses import CrossEntropy, Distillation, RowLoss
 from llavamod_offline.losses.tail_estimators import TailPrior, checked_vocabulary, prepare_targets
 from llavamod_offline.losses.targets import SparseTargets
 from llavamod_offline.models.lm_head import LmHead, as_lm_head
-
-CHUNK_SIZE = 256
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -79,7 +74,7 @@ def distillation_from_hidden(
     kd_weight: float = 1.0,
     lm_weight: float = 0.0,
     weights_N: Tensor | None = None,
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> LossTerms:
     """kd_weight · T² · divergence(teacher, student) + lm_weight · cross-entropy with the actual tokens, summed.
 
@@ -88,7 +83,7 @@ def distillation_from_hidden(
     ≥ 0 weighs positions. `divergence` with its `js_weight` or `skew`: see `bucketed_divergence.py`; `tail`, and `prior`
     for `samples`: see `tail_estimators.py`. Rows of the LM head from `targets.vocab_size` on get no probability and no
     gradient. Positions with neither top-k nor tail add nothing, nor do targets of −1 to the cross-entropy; N = 0 gives
-    0 with zero gradients.
+    0 with zero gradients. `chunk_size`: of how many positions logits are held at once.
     Errors: `TargetError` if the number of positions differs, or as `prepare_targets`.
     """
     if len(hidden_ND) != len(targets):
@@ -96,36 +91,18 @@ def distillation_from_hidden(
     head = as_lm_head(lm_head)
     vocab = checked_vocabulary(targets, head.rows)
     zero = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-    metrics = zero_metrics(hidden_ND.device)
-    parts = {"divergence": zero, "cross_entropy": zero}
-    spec = DivergenceSpec(divergence, js_weight, skew)
-    teacher = prepare_targets(targets, vocab, spec=spec, tail=tail, temperature=temperature) if kd_weight else None
-    prior = None if prior is None else prior.on(hidden_ND.device, vocab)
     target_ids_N = targets.target_ids_N.long()
-
-    def chunk_loss(logits_CV: Tensor, rows: slice) -> Tensor:
-        target_ids_C = target_ids_N[rows]
-        weights_C = None if weights_N is None else weights_N[rows].float()
-        divergence_sum = zero
-        if teacher is None:
-            cross_entropy_sum = cross_entropy_in_place(logits_CV, target_ids_C, weight=lm_weight, weights_N=weights_C)
-        else:
-            divergence_sum, cross_entropy_sum = divergence_in_place(
-                logits_CV,
-                teacher[rows],
-                metrics,
-                kd_weight=kd_weight,
-                lm_weight=lm_weight,
-                target_ids_N=target_ids_C,
-                weights_N=weights_C,
-                prior=prior,
-            )
-        parts["divergence"] = parts["divergence"] + divergence_sum
-        parts["cross_entropy"] = parts["cross_entropy"] + cross_entropy_sum
-        return kd_weight * divergence_sum + lm_weight * cross_entropy_sum
-
-    loss_sum = _fused(hidden_ND, head, vocab, chunk_size, chunk_loss)
-    return LossTerms(loss_sum, parts["divergence"], parts["cross_entropy"], len(targets), metrics)
+    weights_N = None if weights_N is None else weights_N.float()
+    if not kd_weight:
+        plain = CrossEntropy(target_ids_N, weights_N, lm_weight, zero)
+        loss_sum = _fused(hidden_ND, head, vocab, chunk_size, plain)
+        return LossTerms(loss_sum, zero, plain.loss_sum, len(targets), zero_metrics(hidden_ND.device))
+    spec = DivergenceSpec(divergence, js_weight, skew)
+    teacher = prepare_targets(targets, vocab, spec=spec, tail=tail, temperature=temperature)
+    prior = None if prior is None else prior.on(hidden_ND.device, vocab)
+    loss = Distillation(teacher, target_ids_N, weights_N, prior, kd_weight, lm_weight, zero, zero)
+    loss_sum = _fused(hidden_ND, head, vocab, chunk_size, loss)
+    return LossTerms(loss_sum, loss.divergence_sum, loss.cross_entropy_sum, len(targets), loss.metrics)
 
 
 @_outside_graphs
@@ -135,7 +112,7 @@ def cross_entropy_from_hidden(
     target_ids_N: Tensor,
     *,
     vocab_size: int | None = None,
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> LossTerms:
     """Cross-entropy with the target ids, summed over positions.
 
@@ -147,11 +124,8 @@ def cross_entropy_from_hidden(
     head = as_lm_head(lm_head)
     vocab = _vocabulary(head, target_ids_N, vocab_size)
 
-    def chunk_loss(logits_CV: Tensor, rows: slice) -> Tensor:
-        return cross_entropy_in_place(logits_CV, target_ids_N[rows])
-
-    loss_sum = _fused(hidden_ND, head, vocab, chunk_size, chunk_loss)
-    zero = torch.zeros_like(loss_sum.detach())
+    zero = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+    loss_sum = _fused(hidden_ND, head, vocab, chunk_size, CrossEntropy(target_ids_N, None, 1.0, zero))
     return LossTerms(loss_sum, zero, loss_sum.detach(), len(target_ids_N), zero_metrics(hidden_ND.device))
 
 
@@ -164,7 +138,7 @@ def sequence_log_probs_from_hidden(
     n_sequences: int,
     *,
     vocab_size: int | None = None,
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """Log-probs of the target ids summed over each sequence's positions, [S] float32, differentiable.
 
@@ -192,10 +166,10 @@ def _vocabulary(lm_head: LmHead, target_ids_N: Tensor, vocab_size: int | None) -
     return vocab
 
 
-def _fused(hidden_ND: Tensor, head: LmHead, vocab: int, chunk_size: int, chunk_loss: ChunkLoss) -> Tensor:
+def _fused(hidden_ND: Tensor, head: LmHead, vocab: int, chunk_size: int | None, loss: RowLoss) -> Tensor:
     # needs_input_grad is True even under no_grad, where gradients must not be computed.
     train = torch.is_grad_enabled()
     applied = FusedLinearDivergence.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, head.weight_VD, head.bias_V, head, vocab, chunk_size, chunk_loss, train
+        hidden_ND, head.weight_VD, head.bias_V, head, vocab, chunk_size, loss, train
     )
     return cast("Tensor", applied)

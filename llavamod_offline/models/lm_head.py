@@ -72,10 +72,12 @@ class LmHead:
 
     def first(self, rows: int) -> LmHead:
         """The same head for its first ids only."""
-        if rows >= self.rows:
-            return self
-        bias_V = None if self.bias_V is None else self.bias_V[:rows]
-        return replace(self, weight_VD=self.weight_VD[:rows], bias_V=bias_V)
+        return self if rows >= self.rows else self.part(0, rows)
+
+    def part(self, start: int, stop: int) -> LmHead:
+        """The same head for the ids from `start` to `stop` − 1."""
+        bias_V = None if self.bias_V is None else self.bias_V[start:stop]
+        return replace(self, weight_VD=self.weight_VD[start:stop], bias_V=bias_V)
 
     def finish_(self, products_RV: Tensor) -> Tensor:
         """Turn float32 products hidden · weightᵀ [R, V] into logits, in place."""
@@ -148,7 +150,7 @@ def float32_products(rows_RD: Tensor, weight_VD: Tensor, buffer_RV: Tensor | Non
     if rows_RD.dtype == weight_VD.dtype == torch.float32:
         return torch.mm(rows_RD, weight_VD.T, out=buffer_RV)
     if rows_RD.dtype == weight_VD.dtype and _multiplies_mixed(weight_VD.device, weight_VD.dtype):
-        return torch.mm(rows_RD, weight_VD.T, out_dtype=torch.float32)
+        return torch.mm(rows_RD, weight_VD.T, out_dtype=torch.float32, out=buffer_RV)
     rows_RD = rows_RD.float()
     if buffer_RV is None:
         buffer_RV = torch.empty(len(rows_RD), len(weight_VD), device=rows_RD.device)
@@ -164,7 +166,7 @@ def _multiplies_mixed(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the device multiplies in half precision with float32 sums and output."""
     one_11 = torch.ones(1, 1, device=device, dtype=dtype)
     try:
-        torch.mm(one_11, one_11, out_dtype=torch.float32)
+        torch.mm(one_11, one_11, out_dtype=torch.float32, out=torch.empty(1, 1, device=device))
     except (RuntimeError, TypeError):
         return False
     return True

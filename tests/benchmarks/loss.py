@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llavamod_offline.losses.fused import CHUNK_SIZE, cross_entropy_from_hidden, distillation_from_hidden
+from llavamod_offline.losses.fused import cross_entropy_from_hidden, distillation_from_hidden
 from llavamod_offline.losses.targets import SparseTargets
 from tests.benchmarks.form import Row, finish, least_seconds, parse_arguments, reset_peak, resident_bytes
 from tests.benchmarks.worlds.targets import random_targets
@@ -105,7 +105,7 @@ def make_case(name: str, inputs: Inputs) -> Callable[[], None]:
         return -(teacher_NV * (hidden_ND @ weight_VD.T).float().log_softmax(-1)).sum()
 
     def torchs() -> Tensor:
-        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK_SIZE)
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256)
         return torch.nn.functional.linear_cross_entropy(hidden_ND, weight_VD, ids_N, reduction="sum", options=options)
 
     def liger() -> Tensor:

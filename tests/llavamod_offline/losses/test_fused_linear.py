@@ -24,6 +24,8 @@ from llavamod_offline.losses.tail_estimators import TailPrior
 from llavamod_offline.models.lm_head import LmHead
 from tests.llavamod_offline.losses.reference import random_teacher, truncate
 
+pytestmark = pytest.mark.usefixtures("order")
+
 N, DIM, VOCAB = 37, 12, 53  # multiples of nothing
 TARGETS = truncate(random_teacher(N, VOCAB, 1), top_k=7, samples=3, temperatures=(2.0,))
 IDS_N, SEQUENCE_OF_N = TARGETS.target_ids_N, torch.arange(N) % 3
@@ -203,7 +205,8 @@ def test_a_frozen_head_gets_no_product(name: str, monkeypatch: pytest.MonkeyPatc
     def refused(*arguments: Tensor) -> None:
         raise AssertionError("a frozen LM head's gradient was computed")
 
-    monkeypatch.setattr(fused_linear, "_add_outer", refused)
+    for product in ("_add_outer", "_write_outer"):
+        monkeypatch.setattr(fused_linear, product, refused)
     hidden_ND, weight_VD = _leaves()
     LOSSES[name](hidden_ND.requires_grad_(), weight_VD).backward()
     with pytest.raises(AssertionError, match="was computed"):

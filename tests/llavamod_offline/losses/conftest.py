@@ -1,0 +1,15 @@
+"""Runs tests of the fused losses in both orders of work."""
+
+from __future__ import annotations
+
+import pytest
+
+from llavamod_offline.losses import fused_linear
+
+
+@pytest.fixture(params=["chunks", "slabs"])
+def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """By chunks of positions, or by slabs of ids, as on a GPU."""
+    name: str = request.param
+    monkeypatch.setattr(fused_linear, "goes_by_slabs", lambda weight_VD: name == "slabs")
+    return name
