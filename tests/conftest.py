@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which others do: kernels run on a CPU
+
 import uuid
 from collections.abc import Iterator
 from pathlib import Path

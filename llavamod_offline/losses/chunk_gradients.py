@@ -54,10 +54,10 @@ class Measured(NamedTuple):
 def measure_divergence(logits_NV: Tensor, teacher: PreparedTargets, target_ids_N: Tensor) -> Measured:
     """Measure rows for `plan_divergence`; leaves −inf at the top-k ids, and all others as they are."""
     temperature = teacher.temperature
-    gathered = [part.div_(temperature) for part in _gathered(logits_NV, teacher, target_ids_N)]
+    topk_NK, tail_logits_NM, actual_N = (p.div_(temperature) for p in _gathered(logits_NV, teacher, target_ids_N))
     # Masking the top-k gives the tail's normaliser without cancellation.
     _mask_topk(logits_NV, teacher)
-    return Measured(*gathered, *peaks_and_sums(logits_NV, temperature))
+    return Measured(topk_NK, tail_logits_NM, actual_N, *peaks_and_sums(logits_NV, temperature))
 
 
 def measure_cross_entropy(logits_NV: Tensor, target_ids_N: Tensor) -> Measured:

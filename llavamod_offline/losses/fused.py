@@ -24,7 +24,7 @@ from llavamod_offline.losses.fused_linear import FusedLinearDivergence, TokenLog
 from llavamod_offline.losses.kinds import DivergenceKind, TailEstimator
 from llavamod_offline.losses.rows.losses import CrossEntropy, Distillation, RowLoss
 from llavamod_offline.losses.tail_estimators import TailPrior, checked_vocabulary, prepare_targets
-from llavamod_offline.losses.targets import SparseTargets
+from llavamod_offline.losses.targets import EMPTY_ID, SparseTargets
 from llavamod_offline.models.lm_head import LmHead, as_lm_head
 
 Arguments = ParamSpec("Arguments")
@@ -158,10 +158,10 @@ def sequence_log_probs_from_hidden(
 
 def _vocabulary(lm_head: LmHead, target_ids_N: Tensor, vocab_size: int | None) -> int:
     vocab = min(vocab_size or lm_head.rows, lm_head.rows)
-    if target_ids_N.numel() and int(target_ids_N.max()) >= vocab:
+    largest = int(target_ids_N.max()) if target_ids_N.numel() else EMPTY_ID
+    if largest >= vocab:
         raise TargetError(
-            f"target id {int(target_ids_N.max())} lies beyond the student's vocabulary of {vocab} ids: "
-            "use the student's own tokenizer"
+            f"target id {largest} lies beyond the student's vocabulary of {vocab} ids: use the student's own tokenizer"
         )
     return vocab
 

@@ -222,7 +222,8 @@ def _usable_tail_samples(
 ) -> tuple[Tensor, Tensor]:
     """The tail samples as ids ≥ 0 and float32 weights; none if they were taken at another temperature."""
     ids_NM = targets.tail_ids_NM
-    if tail == "samples" and bool(torch.isfinite(tail_N).any()):
+    usable = temperature == targets.sampled_at and ids_NM.shape[1] > 0
+    if tail == "samples" and not usable and bool(torch.isfinite(tail_N).any()):  # asks the device only to refuse
         if temperature != targets.sampled_at:
             raise TargetError(
                 f"tail 'samples' at temperature {temperature:g}: the cache was captured for {targets.sampled_at:g}: "

@@ -7,7 +7,7 @@ positions of the batch, D hidden size.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -25,7 +25,7 @@ from llavamod_offline.families.run import whole_hidden_states
 from llavamod_offline.models.lm_head import lm_head_of
 from teacher_cache.engines.batch_limit import BatchLimit
 from teacher_cache.engines.lm_head import Float32Head
-from teacher_cache.engines.make_records import make_sequence_records
+from teacher_cache.engines.make_records import begin_sequence_records
 from teacher_cache.engines.packing import Layout, lay_out
 from teacher_cache.engines.protocol import (
     Outcome,
@@ -36,12 +36,16 @@ from teacher_cache.engines.protocol import (
     rows_with_states,
 )
 from teacher_cache.engines.tail_samples import sequence_uniforms
+from teacher_cache.engines.transfer import HostCopy, to_device
 from teacher_cache.format.hidden_states import HiddenStates
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.schema import HiddenPositions
 
 _BATCHES_AHEAD = 3
+
+# What was given to the device; calling it waits for the results.
+Begun = Callable[[], list[Outcome]]
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class HfCaptureEngine:
         with ThreadPoolExecutor(self.workers, thread_name_prefix="images") as pool:
             row = -1
             images: Future[list[SampleImage]] = Future()
+            begun: list[Begun] = []
             for batch in length_batches(requests, self.batch_size):
                 items = []
                 for request, sequence in batch:
@@ -94,16 +99,21 @@ class HfCaptureEngine:
                     items.append(_BatchItem(request, sequence, images))
                 ahead.append(items)
                 if len(ahead) > _BATCHES_AHEAD:
-                    yield from self._capture_batch(ahead.popleft())
+                    # The device gets this batch before the last one's records are waited for.
+                    begun, waiting = list(self._begin_batch(ahead.popleft())), begun
+                    yield from _finished(waiting)
             while ahead:
-                yield from self._capture_batch(ahead.popleft())
+                begun, waiting = list(self._begin_batch(ahead.popleft())), begun
+                yield from _finished(waiting)
+            yield from _finished(begun)
 
-    def _capture_batch(self, items: list[_BatchItem]) -> Iterator[Outcome]:
+    def _begin_batch(self, items: list[_BatchItem]) -> Iterator[Begun]:
         ready: list[tuple[_BatchItem, list[SampleImage]]] = []
         for item in items:
             problem = self._problem(item)
             if problem:
-                yield Rejection(item.sequence.key, item.sequence.role, problem)
+                rejection = Rejection(item.sequence.key, item.sequence.role, problem)
+                yield lambda rejection=rejection: [rejection]
             else:
                 ready.append((item, item.images.result()))
         yield from self._limit.run(ready, self._run, _too_large)
@@ -117,11 +127,11 @@ class HfCaptureEngine:
         return mismatch or beyond_vocabulary(item.sequence, self.vocab_size)
 
     @torch.inference_mode()
-    def _run(self, batch: Sequence[tuple[_BatchItem, list[SampleImage]]]) -> list[Outcome]:
+    def _run(self, batch: Sequence[tuple[_BatchItem, list[SampleImage]]]) -> list[Begun]:
         sequences = [item.sequence for item, _ in batch]
         rows, targets = zip(*(sequence.rows_and_targets(self.positions) for sequence in sequences), strict=True)
         rows_ND = self.hidden_rows(sequences, rows, [images for _, images in batch])
-        pieces = make_sequence_records(
+        finish = begin_sequence_records(
             rows_ND,
             targets,
             [
@@ -132,19 +142,24 @@ class HfCaptureEngine:
             logits_of=self.lm_head.logits,
             vocab_size=self.vocab_size,
         )
-        hidden = self._hidden_states(sequences, rows, rows_ND)
-        return [
-            recorded(item.request, item.sequence, *piece, states)
-            for (item, _), piece, states in zip(batch, pieces, hidden, strict=True)
-        ]
+        hidden = None if self.hidden_positions is None else HostCopy(rows_ND.float())
+
+        def outcomes() -> list[Outcome]:
+            states = self._hidden_states(sequences, rows, hidden)
+            return [
+                recorded(item.request, item.sequence, *piece, own)
+                for (item, _), piece, own in zip(batch, finish(), states, strict=True)
+            ]
+
+        return [outcomes]
 
     def _hidden_states(
-        self, sequences: list[TokenizedSequence], rows: Sequence[Ids], hidden_ND: Tensor
+        self, sequences: list[TokenizedSequence], rows: Sequence[Ids], hidden: HostCopy | None
     ) -> list[HiddenStates | None]:
         """The states of each sequence at the chosen rows; None if none are wanted."""
-        if self.hidden_positions is None:
+        if hidden is None or self.hidden_positions is None:
             return [None for _ in sequences]
-        states = np.split(hidden_ND.float().cpu().numpy(), np.cumsum([len(rows_N) for rows_N in rows])[:-1])
+        states = np.split(hidden.result().numpy(), np.cumsum([len(rows_N) for rows_N in rows])[:-1])
         found: list[HiddenStates | None] = []
         for sequence, rows_N, states_ND in zip(sequences, rows, states, strict=True):
             chosen_M = rows_with_states(sequence, rows_N, self.hidden_positions, self.teacher.image_token_id)
@@ -165,7 +180,7 @@ class HfCaptureEngine:
         positions = self._positions(ids, layout, images)
         mine = [image for own, first in zip(images, layout.first_S, strict=True) if first for image in own]
         device = self.model.get_input_embeddings().weight.device
-        inputs: dict[str, Any] = {"input_ids": layout.input_ids_BT.to(device)}
+        inputs: dict[str, Any] = {"input_ids": to_device(layout.input_ids_BT, device)}
         if mine:
             ids_BT = inputs.pop("input_ids")
             embedded_BTD = self.model.get_input_embeddings()(ids_BT)
@@ -173,8 +188,8 @@ class HfCaptureEngine:
             inputs["inputs_embeds"] = embedded_BTD.masked_scatter((ids_BT == image)[..., None], features)
         hidden_BTD = self.model.get_decoder()(
             **inputs,
-            attention_mask=layout.mask.to(device),
-            position_ids=None if positions is None else positions.to(device),
+            attention_mask=to_device(layout.mask, device),
+            position_ids=None if positions is None else to_device(positions, device),
             use_cache=False,
         ).last_hidden_state
         return self._picked(
@@ -188,7 +203,7 @@ class HfCaptureEngine:
         which_N = torch.from_numpy(np.repeat(rows_S, [len(one) for one in columns]))
         where_N = torch.from_numpy(np.concatenate(columns))
         device = hidden_BTD.device
-        return hidden_BTD[which_N.to(device), where_N.to(device)].to(self.lm_head.device)
+        return hidden_BTD[to_device(which_N, device), to_device(where_N, device)].to(self.lm_head.device)
 
     def _positions(self, ids: list[Ids], layout: Layout, images: list[list[SampleImage]]) -> Tensor | None:
         """The rows' position ids; None to let the decoder count them itself."""
@@ -208,6 +223,11 @@ class HfCaptureEngine:
         features = self.teacher.image_features(self.model, list(distinct.values()))
         found = dict(zip(distinct, features, strict=True))
         return [found[id(image)] for image in images]
+
+
+def _finished(begun: list[Begun]) -> Iterator[Outcome]:
+    for finish in begun:
+        yield from finish()
 
 
 def _too_large(ready: tuple[_BatchItem, list[SampleImage]]) -> str:

@@ -1,12 +1,15 @@
 """Records made from logits, chunk by chunk on the device they are on.
 
-Shape suffixes: N positions (R of them in a chunk), X what a row holds, V ids, K slots of the top-k being built, F
-forced ids, S temperatures; H and D count all top-k entries and all tail samples, one position after another (as in a
-CSR matrix).
+A GPU is never waited for in between: what a chunk gives has a fixed number of columns, is copied to the host behind the
+computation, and is made into records there when they are asked for (`RecordsInFlight`).
+
+Shape suffixes: N positions (R of them in a chunk), X what a row holds, V ids, K slots of the top-k being built, M slots
+of tail samples, F forced ids, S temperatures, I and J columns.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -15,10 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llavamod_offline.data.encode.tokenize import NO_TARGET, Ids
-from teacher_cache.engines.tail_samples import systematic_tail_samples, tail_sample_budget
+from teacher_cache.engines.tail_samples import tail_sample_budget, tail_samples
+from teacher_cache.engines.transfer import HostCopy, to_device
 from teacher_cache.format.record import Floats, Ints, Records, RecordSettings, concatenate_records
 
 _CHUNK_VALUES = {"cpu": 2**20, "cuda": 2**26}
+_MOST_SLOTS = 256  # of tail samples; more are counted first
+_FINITE, _CROSSED = 0, 1  # columns of integers
 
 
 def rows_per_chunk(vocab_size: int, device_type: str) -> int:
@@ -44,19 +50,59 @@ def make_records(
     `tail_samples.sequence_uniforms`. Result: the records, and [N] bool: whether the row's logits were finite (the
     record of a row that was not is meaningless).
     """
-    step = rows_per_chunk(vocab_size or rows_NX.shape[1], rows_NX.device.type)
-    parts: list[Records] = []
-    finite: list[NDArray[np.bool_]] = [np.zeros(0, np.bool_)]
-    for start in range(0, len(rows_NX), step):
-        chunk = slice(start, start + step)
-        logits_RV = logits_of(rows_NX[chunk]).float()
-        finite_R, part = _chunk_records(logits_RV, target_ids_N[chunk], uniforms_N[chunk], settings)
-        parts.append(part)
-        finite.append(finite_R.cpu().numpy())
-    return concatenate_records(parts, len(settings.temperatures)), np.concatenate(finite)
+    in_flight = RecordsInFlight(
+        rows_NX, target_ids_N, uniforms_N, settings, logits_of=logits_of, vocab_size=vocab_size or rows_NX.shape[1]
+    )
+    return in_flight.result()
 
 
-def make_sequence_records(
+class RecordsInFlight:
+    """Records that a GPU is still computing; the arguments are those of `make_records`."""
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        rows_NX: Tensor,
+        target_ids_N: Tensor,
+        uniforms_N: Tensor,
+        settings: RecordSettings,
+        *,
+        logits_of: Callable[[Tensor], Tensor],
+        vocab_size: int,
+    ) -> None:
+        self._settings = settings
+        self._exact = not _stalls(rows_NX.device)
+        step = rows_per_chunk(vocab_size, rows_NX.device.type)
+
+        def columns(chunk: slice, exact: bool) -> tuple[HostCopy, HostCopy]:
+            logits_RV = logits_of(rows_NX[chunk]).float()
+            found = _chunk_columns(logits_RV, target_ids_N[chunk], uniforms_N[chunk], settings, exact=exact)
+            return HostCopy(found[0]), HostCopy(found[1])
+
+        self._columns = columns
+        chunks = [slice(start, start + step) for start in range(0, len(rows_NX), step)]
+        self._chunks = [(chunk, *columns(chunk, self._exact)) for chunk in chunks]
+
+    @torch.inference_mode()
+    def result(self) -> tuple[Records, NDArray[np.bool_]]:
+        """Wait for the device; the records, and whether each row's logits were finite."""
+        parts: list[Records] = []
+        finite: list[NDArray[np.bool_]] = [np.zeros(0, np.bool_)]
+        for chunk, ints, floats in self._chunks:
+            ints_RI, floats_RJ = ints.result(), floats.result()
+            if not self._exact and bool(ints_RI[:, _CROSSED].any()):  # rare: logits that are equal in float32
+                ints_RI, floats_RJ = (copy.result() for copy in self._columns(chunk, True))
+            finite.append(ints_RI[:, _FINITE].numpy().astype(np.bool_))
+            parts.append(_unpacked(ints_RI.numpy(), floats_RJ.numpy(), self._settings))
+        return concatenate_records(parts, len(self._settings.temperatures)), np.concatenate(finite)
+
+
+def _stalls(device: torch.device) -> bool:
+    """Whether asking for a value stops the host until the device has finished all that it was given."""
+    return device.type != "cpu"
+
+
+def begin_sequence_records(
     rows_ND: Tensor,
     targets: Sequence[Ids],
     uniforms: Sequence[NDArray[np.float64]],
@@ -64,27 +110,42 @@ def make_sequence_records(
     *,
     logits_of: Callable[[Tensor], Tensor],
     vocab_size: int,
-) -> list[tuple[Records, NDArray[np.bool_]]]:
-    """Make the records of several sequences whose rows [N, D] follow one another; their rows fill common chunks."""
-    records, finite_N = make_records(
+) -> Callable[[], list[tuple[Records, NDArray[np.bool_]]]]:
+    """Begin the records of several sequences whose rows [N, D] follow one another; their rows fill common chunks.
+
+    What is returned waits for them: call it once the device has been given other work.
+    """
+    in_flight = RecordsInFlight(
         rows_ND,
-        torch.from_numpy(np.concatenate(targets)).to(rows_ND.device),
-        torch.from_numpy(np.concatenate(uniforms)).to(rows_ND.device),
+        to_device(np.concatenate(targets), rows_ND.device),
+        to_device(np.concatenate(uniforms), rows_ND.device),
         settings,
         logits_of=logits_of,
         vocab_size=vocab_size,
     )
     lengths = [len(targets_N) for targets_N in targets]
-    return list(zip(records.split(lengths), np.split(finite_N, np.cumsum(lengths)[:-1]), strict=True))
+
+    def finish() -> list[tuple[Records, NDArray[np.bool_]]]:
+        records, finite_N = in_flight.result()
+        return list(zip(records.split(lengths), np.split(finite_N, np.cumsum(lengths)[:-1]), strict=True))
+
+    return finish
 
 
-def _chunk_records(
-    logits_RV: Tensor, targets_R: Tensor, uniforms_R: Tensor, settings: RecordSettings
-) -> tuple[Tensor, Records]:
+def _chunk_columns(
+    logits_RV: Tensor, targets_R: Tensor, uniforms_R: Tensor, settings: RecordSettings, *, exact: bool
+) -> tuple[Tensor, Tensor]:
+    """Integers [R, I] and floats [R, J] of a chunk, in the order that `_unpacked` takes them apart.
+
+    Without `exact` no value is asked for that would have to be waited for, and which of the equal logits at the end of
+    the top-k are taken is left open; rows where that matters are marked.
+    """
     shifted_RV, log_z_R, entropy_R = _normalise(logits_RV)
     finite_R = torch.isfinite(entropy_R)  # NaN for a row with any logit that is not finite
-    if not bool(finite_R.all()):
-        shifted_RV, log_z_R, entropy_R = _normalise(torch.where(finite_R[:, None], logits_RV, 0.0))
+    if not exact or not bool(finite_R.all()):  # those rows continue as uniform distributions
+        shifted_RV.masked_fill_(~finite_R[:, None], 0.0)
+        uniform = math.log(max(logits_RV.shape[1], 1))
+        log_z_R, entropy_R = (torch.where(finite_R, values_R, uniform) for values_R in (log_z_R, entropy_R))
     # Σ exp(x/T) ≥ exp(0): no shift is needed, whatever T.
     log_z_at = {t: (shifted_RV / t).exp_().sum(-1).log() for t in settings.temperatures} | {1.0: log_z_R}
     normalisers = [log_z_at[t] - log_z_R / t for t in settings.temperatures]
@@ -92,7 +153,7 @@ def _chunk_records(
     if learnt_at != 1.0:
         probs_RV = (shifted_RV / learnt_at - log_z_at[learnt_at][:, None]).exp_()
         entropy_R = log_z_at[learnt_at] - torch.linalg.vecdot(probs_RV, shifted_RV) / learnt_at
-    topk_ids_RK, topk_shifted_RK, kept_RK = _top_k(shifted_RV, log_z_at[learnt_at], settings)
+    topk_ids_RK, topk_shifted_RK, kept_RK, crossed_R = _top_k(shifted_RV, log_z_at[learnt_at], settings, exact=exact)
     targets = shifted_RV.gather(1, targets_R.clamp(min=0)[:, None])[:, 0] - log_z_R
     targets = torch.where(targets_R == NO_TARGET, 0.0, targets)
     # Slots that are not kept point at the first one, so that every write to a cell is the same.
@@ -106,18 +167,33 @@ def _chunk_records(
         weights_RV.pow_(1 / learnt_at)
         sampled_log_mass_R = weights_RV.sum(-1).log() + largest_R / learnt_at - log_z_at[learnt_at]
     budget_R = tail_sample_budget(sampled_log_mass_R, settings.tail_samples_max, settings.tail_samples_per_mass)
-    tail_ids_D = systematic_tail_samples(weights_RV, uniforms_R, budget_R)
-    return finite_R, Records(
-        target_ids_N=_ints(targets_R),
-        target_log_probs_N=_floats(targets),
-        entropy_N=_floats(entropy_R),
-        tail_log_mass_N=_floats(tail_log_mass_R),
-        log_normalisers_NS=_floats(torch.stack(normalisers, 1) if normalisers else logits_RV[:, :0]),
-        topk_counts_N=_ints(kept_RK.sum(-1)),
-        tail_counts_N=_ints(budget_R),
-        topk_ids_H=_ints(topk_ids_RK[kept_RK]),
-        topk_log_probs_H=_floats((topk_shifted_RK - log_z_R[:, None])[kept_RK]),
-        tail_ids_D=_ints(tail_ids_D),
+    most = int(budget_R.max()) if exact or settings.tail_samples_max > _MOST_SLOTS else settings.tail_samples_max
+    tail_ids_RM = tail_samples(weights_RV, uniforms_R, budget_R, most)
+    ints = [finite_R[:, None], crossed_R[:, None], targets_R[:, None], budget_R[:, None]]
+    floats = [targets[:, None], entropy_R[:, None], tail_log_mass_R[:, None], *(n[:, None] for n in normalisers)]
+    return (
+        torch.cat([column.to(torch.int32) for column in (*ints, kept_RK, topk_ids_RK, tail_ids_RM)], 1),
+        torch.cat([column.float() for column in (*floats, topk_shifted_RK - log_z_R[:, None])], 1),
+    )
+
+
+def _unpacked(ints_RI: Ints, floats_RJ: Floats, settings: RecordSettings) -> Records:
+    """Records of what `_chunk_columns` gives."""
+    temperatures = len(settings.temperatures)
+    slots = floats_RJ.shape[1] - 3 - temperatures
+    kept_RK, ids_RK, tail_ids_RM = np.split(ints_RI[:, 4:], [slots, 2 * slots], axis=1)
+    kept_RK, budget_R = kept_RK.astype(np.bool_), np.ascontiguousarray(ints_RI[:, 3])
+    return Records(
+        target_ids_N=np.ascontiguousarray(ints_RI[:, 2]),
+        target_log_probs_N=np.ascontiguousarray(floats_RJ[:, 0]),
+        entropy_N=np.ascontiguousarray(floats_RJ[:, 1]),
+        tail_log_mass_N=np.ascontiguousarray(floats_RJ[:, 2]),
+        log_normalisers_NS=np.ascontiguousarray(floats_RJ[:, 3 : 3 + temperatures]),
+        topk_counts_N=kept_RK.sum(-1, dtype=np.int32),
+        tail_counts_N=budget_R,
+        topk_ids_H=ids_RK[kept_RK],
+        topk_log_probs_H=floats_RJ[:, 3 + temperatures :][kept_RK],
+        tail_ids_D=tail_ids_RM[np.arange(tail_ids_RM.shape[1]) < budget_R[:, None]],
     )
 
 
@@ -135,11 +211,14 @@ def _normalise(logits_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return shifted_RV, log_z_R, log_z_R + spread_R / z_R
 
 
-def _top_k(shifted_RV: Tensor, log_z_R: Tensor, settings: RecordSettings) -> tuple[Tensor, Tensor, Tensor]:
+def _top_k(
+    shifted_RV: Tensor, log_z_R: Tensor, settings: RecordSettings, *, exact: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Choose the top-k: ids, shifted logits and which slots are kept, [R, K] each; likely ids, then forced ones.
 
     Equal logits are common in low-precision models, and topk takes any of them in any order: what it took is replaced
-    by the smallest ids, in rising order. `log_z_R`: of the shifted logits divided by `settings.temperature`.
+    by the smallest ids, in rising order. Without `exact` that leaves out ids that topk did not take; the last result
+    marks such rows [R]. `log_z_R`: of the shifted logits divided by `settings.temperature`.
     """
     slots = min(settings.top_k, shifted_RV.shape[1])
     most_RK, ids_RK = shifted_RV.topk(min(slots + 1, shifted_RV.shape[1]))  # one more shows a tie across the bound
@@ -151,13 +230,15 @@ def _top_k(shifted_RV: Tensor, log_z_R: Tensor, settings: RecordSettings) -> tup
     if settings.min_prob > 0.0:
         count_R = torch.minimum(count_R, (probs_RK >= settings.min_prob).sum(-1).clamp(min=1))
     tied_R = (shifted_RK[:, 1:] == shifted_RK[:, :-1]).any(-1)
-    if bool(tied_R.any()):
-        by_id = ids_RK[tied_R].argsort(-1)
-        order = by_id.gather(1, shifted_RK[tied_R].gather(1, by_id).argsort(dim=-1, descending=True, stable=True))
-        ids_RK[tied_R] = ids_RK[tied_R].gather(1, order)
+    if not exact or bool(tied_R.any()):
+        rows: Tensor | slice = tied_R.nonzero()[:, 0] if exact else slice(None)
+        by_id = ids_RK[rows].argsort(-1)
+        order = by_id.gather(1, shifted_RK[rows].gather(1, by_id).argsort(dim=-1, descending=True, stable=True))
+        ids_RK[rows] = ids_RK[rows].gather(1, order)
     above_R = (shifted_RK > shifted_RK[:, -1:]).sum(-1)
     crossed_R = (most_RK[:, slots:] == shifted_RK[:, -1:]).any(-1) & (above_R < count_R)
-    for rows_C in crossed_R.nonzero()[:, 0].split(max(1, len(ids_RK) // 8)):  # pieces: ties may be many
+    pieces = crossed_R.nonzero()[:, 0].split(max(1, len(ids_RK) // 8)) if exact else ()  # ties may be many
+    for rows_C in pieces:
         ids_RK[rows_C] = _smallest_ids(shifted_RV[rows_C], shifted_RK[rows_C, -1], above_R[rows_C], ids_RK[rows_C])
     kept_RK = torch.arange(slots, device=ids_RK.device) < count_R[:, None]
     if settings.forced_ids:
@@ -166,7 +247,7 @@ def _top_k(shifted_RV: Tensor, log_z_R: Tensor, settings: RecordSettings) -> tup
         ids_RK = torch.cat([ids_RK, forced_F.expand(len(ids_RK), -1)], 1)
         shifted_RK = torch.cat([shifted_RK, shifted_RV[:, forced_F]], 1)
         kept_RK = torch.cat([kept_RK, ~known_RF], 1)
-    return ids_RK, shifted_RK, kept_RK
+    return ids_RK, shifted_RK, kept_RK, crossed_R
 
 
 def _smallest_ids(shifted_CV: Tensor, level_C: Tensor, above_C: Tensor, ids_CK: Tensor) -> Tensor:
@@ -177,11 +258,3 @@ def _smallest_ids(shifted_CV: Tensor, level_C: Tensor, above_C: Tensor, ids_CK: 
     fits_M = slot_M < ids_CK.shape[1]
     ids_CK[row_M[fits_M], slot_M[fits_M]] = id_M[fits_M]
     return ids_CK
-
-
-def _ints(values: Tensor) -> Ints:
-    return values.to(torch.int32).cpu().numpy()
-
-
-def _floats(values: Tensor) -> Floats:
-    return values.float().cpu().numpy()

@@ -1,6 +1,6 @@
 """Systematic sampling of tail ids, with uniforms that depend on (seed, key, role, position) alone.
 
-Shape suffixes: N positions (R of them in a chunk), V ids, D tail samples of all of them.
+Shape suffixes: N positions (R of them in a chunk), V ids.
 """
 
 from __future__ import annotations
@@ -44,22 +44,21 @@ def tail_sample_budget(log_tail_mass_N: Tensor, tail_samples_max: int, tail_samp
     return torch.where(torch.isneginf(log_tail_mass_N) | (tail_samples_max == 0), torch.zeros_like(wanted), wanted)
 
 
-def systematic_tail_samples(weights_RV: Tensor, uniforms_R: Tensor, budget_R: Tensor) -> Tensor:
+def tail_samples(weights_RV: Tensor, uniforms_R: Tensor, budget_R: Tensor, most: int) -> Tensor:
     """Draw `budget_R` ids a row by systematic sampling in order of id; an id may be drawn several times.
 
     Row r puts budget points at (u + j) / budget, j = 0, 1, …, on the cumulated weights, so id v is drawn
     budget · w(v) / Σw times in expectation: unbiased, and with at most the variance of as many independent draws when
     ids are drawn about once or more.
 
-    Shapes: `weights_RV` ≥ 0, finite, each row with a budget having a positive sum; `uniforms_R` float64 in [0, 1).
-    Result: `ids_D` int64, the rows' samples one after another, `budget_R` of each, ids rising within a row.
+    Shapes: `weights_RV` ≥ 0, finite, each row with a budget having a positive sum; `uniforms_R` float64 in [0, 1);
+    budgets of at most `most`. Result: [R, most] int64, of each row the first `budget_R` ids rising, the others any.
     Sums are in float64 over blocks of ids, then inside the blocks that were hit: one pass over V, not a full float64
     cumulation, and no id's share is off by more than float32 rounding of its own block.
     """
     rows, width = weights_RV.shape
-    most = int(budget_R.max()) if rows else 0
-    if most == 0:
-        return torch.zeros(0, dtype=torch.long, device=weights_RV.device)
+    if most == 0 or rows == 0:
+        return torch.zeros(rows, most, dtype=torch.long, device=weights_RV.device)
     size = 2 ** (width.bit_length() // 2)
     blocks = -(-width // size)
     blocked = torch.nn.functional.pad(weights_RV, (0, blocks * size - width)).view(rows, blocks, size)
@@ -70,9 +69,7 @@ def systematic_tail_samples(weights_RV: Tensor, uniforms_R: Tensor, budget_R: Te
     row = torch.arange(rows, device=weights_RV.device)[:, None].expand(-1, most)
     hit = blocked[row, block].double().cumsum(-1).flatten(0, 1)
     offset, _ = _locate(hit, inside.reshape(-1, 1) * hit[:, -1:])
-    ids = block * size + offset.view(rows, most)
-    tail_ids_D: Tensor = ids[steps < budget_R[:, None]]
-    return tail_ids_D
+    return block * size + offset.view(rows, most)
 
 
 def _locate(cumulated: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:

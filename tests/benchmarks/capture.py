@@ -1,6 +1,6 @@
 """A capture against the bare forward pass of its teacher: what records, reading and writing add.
 
-    python -m tests.benchmarks.capture [--quick] [--device cuda] --json FILE
+    python -m tests.benchmarks.capture [--quick] --json FILE
 
 `forward`: the teacher over prepared batches, the same as the engine's: hidden states of every token, and the output
 layer at the supervised positions. `hf_capture`: from packed samples to records (tokens, images and draws included).
@@ -9,7 +9,8 @@ weights are hashed) and `load`, which a run does once, whatever the size of its 
 
 The cases take turns; of each the least of its rounds counts, since nothing makes a round faster than it is. On a CPU
 one thread runs the teacher, so that what a capture does beside it has a core as it has beside a GPU; `…_cpu` are the
-ratios of all threads' processor seconds, in which nothing that runs beside is free.
+ratios of all threads' processor seconds, in which nothing that runs beside is free. `waiting_share` is the share of a
+case's seconds in which the thread that runs the teacher waits for what others read, prepare or write.
 
 Sizes: on a CPU the toy world's teacher (V = 600) and a random one with 8 layers of 512 and V = 32,000; on a GPU a
 random Qwen2-7B (28 layers of 3,584, V = 152,064) with CLIP-L/336. Where vLLM is installed: the toy world's teacher by
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -43,7 +45,7 @@ from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.engines.hf import HfCaptureEngine, length_batches
 from teacher_cache.engines.make_records import rows_per_chunk
 from teacher_cache.write.store import CacheStore
-from tests.benchmarks.form import Row, finish, parse_arguments
+from tests.benchmarks.form import Row, finish, parse_arguments, waiting, write
 from tests.benchmarks.worlds.capture import LARGE, MIDDLE, TOY, Size, random_loader, write_world
 
 NAME = "capture"
@@ -151,11 +153,14 @@ def measure(size: Size, folder: Path, *, device: str, repeats: int) -> tuple[lis
     }
     wall: dict[str, list[float]] = {case: [] for case in CASES}
     processor: dict[str, list[float]] = {case: [] for case in CASES}
+    waited: dict[str, list[float]] = {case: [] for case in CASES}
     for number in range(repeats):
         for case in CASES[number % 3 :] + CASES[: number % 3]:
             started, used = time.perf_counter(), time.process_time()
-            functions[case]()
+            with waiting() as waits:
+                functions[case]()
             wall[case].append(time.perf_counter() - started)
+            waited[case].append(sum(waits) / wall[case][-1])
             processor[case].append(time.process_time() - used)
     rows: list[Row] = [
         {
@@ -165,11 +170,12 @@ def measure(size: Size, folder: Path, *, device: str, repeats: int) -> tuple[lis
             "slowest": max(wall[case]),
             "cpu_seconds": min(processor[case]),
             "positions_per_s": positions / min(wall[case]),
+            "waiting_share": statistics.median(waited[case]),
         }
         for case in CASES
     ]
     rows += [{"size": size.name, "case": f"{case} (once)", "seconds": seconds} for case, seconds in fixed.items()]
-    ratios = {}
+    ratios = {f"run_waiting_share_{size.name}": statistics.median(waited["run"])}
     for case in CASES[1:]:
         ratios[f"{case}_vs_forward_{size.name}"] = min(wall[case]) / min(wall["forward"])
         ratios[f"{case}_vs_forward_{size.name}_cpu"] = min(processor[case]) / min(processor["forward"])
@@ -202,8 +208,8 @@ def measure_vllm(folder: Path, size: Size, device: str) -> tuple[list[Row], dict
 
 def main() -> None:
     """Measure and report."""
-    arguments = parse_arguments(NAME, __doc__ or "", {"device": "cpu"})
-    device = arguments.options["device"]
+    arguments = parse_arguments(NAME, __doc__ or "")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = [TOY, MIDDLE] if device == "cpu" else [LARGE]
     if arguments.quick:
         sizes = [_shortened(size) for size in sizes]
@@ -211,20 +217,21 @@ def main() -> None:
         torch.set_num_threads(1)
     rows: list[Row] = []
     ratios: dict[str, float] = {}
+    settings = {
+        "rounds": {size.name: size.rounds for size in sizes},
+        "samples": {size.name: size.samples for size in sizes},
+    }
     folder = Path(tempfile.mkdtemp(prefix="benchmark-capture-"))
     try:
         for size in sizes:
             found, more = measure(size, folder / size.name, device=device, repeats=size.rounds)
             rows, ratios = rows + found, ratios | more
+            write(NAME, arguments, settings=settings, rows=rows, ratios=ratios)
         if importlib.util.find_spec("vllm") is not None:
             found, more = measure_vllm(folder / "vllm", _shortened(TOY) if arguments.quick else TOY, device)
             rows, ratios = rows + found, ratios | more
     finally:
         shutil.rmtree(folder)
-    settings = {
-        "rounds": {size.name: size.rounds for size in sizes},
-        "samples": {size.name: size.samples for size in sizes},
-    }
     finish(NAME, arguments, settings=settings, rows=rows, ratios=ratios)
 
 

@@ -13,11 +13,15 @@ import math
 import os
 import platform
 import statistics
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 Row = Mapping[str, str | float | int]
 
@@ -75,6 +79,23 @@ def least_seconds(
             if round_number >= warmup:
                 least[name] = (min(least[name][0], taken[0]), min(least[name][1], taken[1]))
     return least
+
+
+@contextmanager
+def waiting() -> Iterator[list[float]]:
+    """Collect the seconds that this thread waits for other threads' results inside the block."""
+    thread, taken, result = threading.get_ident(), [], Future.result
+
+    def timed(future: Future[Any], timeout: float | None = None) -> Any:
+        started = time.perf_counter()
+        try:
+            return result(future, timeout)
+        finally:
+            if threading.get_ident() == thread:
+                taken.append(time.perf_counter() - started)
+
+    with mock.patch.object(Future, "result", timed):
+        yield taken
 
 
 def resident_bytes(*, peak: bool = False) -> int:

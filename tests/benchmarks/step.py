@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -35,7 +35,7 @@ from llavamod_offline.data.encode.collate import Batch
 from llavamod_offline.families.llava.forward import LlavaForward
 from llavamod_offline.losses.fused import distillation_from_hidden
 from llavamod_offline.models.upcycle import activated_parameters, total_parameters, upcycle
-from tests.benchmarks.form import Row, finish, least_seconds, parse_arguments, reset_peak, resident_bytes
+from tests.benchmarks.form import Row, finish, least_seconds, parse_arguments, reset_peak, resident_bytes, write
 from tests.benchmarks.worlds.targets import random_targets
 from train.data.batches import TrainBatch
 from train.stages import mimic, sft
@@ -87,8 +87,8 @@ QUICK = Size(Shape(64, 2, 4, 2, 128), Shape(128, 3, 4, 2, 256), (32, 2, 2, 32, 8
 GPU = Size(Shape(1536, 28, 12, 2, 8960), Shape(3584, 28, 28, 4, 18944), (1024, 24, 16, 336, 14), 151_646, 2, 1024, 256)
 
 
-def make_model(size: Size, shape: Shape) -> LlavaForConditionalGeneration:
-    """A LLaVA of random weights on the device."""
+def make_model(size: Size, shape: Shape, image_token_id: int | None = None) -> LlavaForConditionalGeneration:
+    """A LLaVA of random weights on the device; by default the last id is the image's."""
     hidden, layers, heads, pixels, patch = size.tower
     text = Qwen2Config(
         vocab_size=size.vocab,
@@ -112,7 +112,7 @@ def make_model(size: Size, shape: Shape) -> LlavaForConditionalGeneration:
     config = LlavaConfig(
         vision_config=tower,
         text_config=text,
-        image_token_index=size.vocab - 1,
+        image_token_index=size.vocab - 1 if image_token_id is None else image_token_id,
         image_seq_length=size.image_tokens,
         vision_feature_layer=-2,
         tie_word_embeddings=True,
@@ -218,30 +218,31 @@ def _logits(model: Any, inputs: dict[str, Any], rows_N: Tensor) -> Tensor:
     return logits_NV
 
 
-def measure_steps(size: Size, names: tuple[str, ...], *, repeats: int) -> dict[str, tuple[float, float]]:
-    """Each case's least seconds and processor seconds: in turn where all fit into memory, else one after another."""
-    least: dict[str, tuple[float, float]] = {}
-    together = [names] if size.device.type == "cpu" else [(name,) for name in names]
-    for group in together:
-        cases = {name: make_case(name, size)[0] for name in group}
-        least |= least_seconds(cases, repeats=repeats, warmup=2)
-        del cases
-        _free()
-    return least
+def measure_cases(
+    size: Size, *, repeats: int, apart: bool
+) -> Iterator[tuple[str, float, float, float, dict[str, int]]]:
+    """Each case's name, least seconds and processor seconds, MiB at its peak, and the parameters of its models.
 
-
-def peak_mib(name: str, size: Size) -> tuple[float, dict[str, int]]:
-    """MiB at the peak of a few steps, models and optimiser included, and the parameters of the models."""
+    The peak is that of a few steps, models and optimiser included, on a CPU in a process of its own for each if
+    `apart`, else one for all. On a GPU, one case after another fits into memory.
+    """
     if size.device.type == "cuda":
-        _free()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step, sizes = make_case(name, size)
-        for _ in range(2):
-            step()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20, sizes
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_here, (name, size))
+        for name in CASES:
+            _free()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            step, sizes = make_case(name, size)
+            least = least_seconds({name: step}, repeats=repeats, warmup=2)[name]
+            yield name, *least, (torch.cuda.max_memory_allocated() - before) / 2**20, sizes
+            del step
+        return
+    cases = {name: make_case(name, size)[0] for name in CASES}
+    seconds = least_seconds(cases, repeats=repeats, warmup=2)
+    del cases
+    _free()
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1 if apart else None) as pool:
+        for name in CASES:
+            yield name, *seconds[name], *pool.apply(_peak_here, (name, size))
 
 
 def _peak_here(name: str, size: Size) -> tuple[float, dict[str, int]]:
@@ -265,24 +266,6 @@ def main() -> None:
     """Measure and report."""
     arguments = parse_arguments(NAME, __doc__ or "")
     size = QUICK if arguments.quick else GPU if torch.cuda.is_available() else CPU
-    least = measure_steps(size, CASES, repeats=2 if arguments.quick else 8)
-    memory: dict[str, float] = {}
-    rows: list[Row] = []
-    for name in CASES:
-        memory[name], sizes = peak_mib(name, size)
-        rows.append(
-            {"case": name, "seconds": least[name][0], "cpu_seconds": least[name][1], "MiB": memory[name], **sizes}
-        )
-    seconds = {name: wall if size.device.type == "cuda" else worked for name, (wall, worked) in least.items()}
-    ratios = {
-        "offline_vs_sft_time": seconds["offline"] / seconds["sft"],
-        "offline_vs_sft_memory": memory["offline"] / memory["sft"],
-        "online_vs_offline_time": seconds["online"] / seconds["offline"],
-        "online_vs_offline_memory": memory["online"] / memory["offline"],
-        "online_lean_vs_offline_time": seconds["online_lean"] / seconds["offline"],
-        "online_lean_vs_offline_memory": memory["online_lean"] / memory["offline"],
-        "sparse_vs_dense_time": seconds["sparse"] / seconds["wide"],
-    }
     settings = {
         "student": repr(size.student),
         "teacher": repr(size.teacher),
@@ -293,7 +276,32 @@ def main() -> None:
         "supervised": size.supervised,
         "dtype": str(size.dtype),
     }
-    finish(NAME, arguments, settings=settings, rows=rows, ratios=ratios)
+    seconds: dict[str, float] = {}
+    memory: dict[str, float] = {}
+    rows: list[Row] = []
+    cases = measure_cases(size, repeats=2 if arguments.quick else 8, apart=not arguments.quick)
+    for name, wall, worked, mib, sizes in cases:
+        seconds[name], memory[name] = wall if size.device.type == "cuda" else worked, mib
+        rows.append({"case": name, "seconds": wall, "cpu_seconds": worked, "MiB": mib, **sizes})
+        write(NAME, arguments, settings=settings, rows=rows, ratios=_ratios(seconds, memory))
+    finish(NAME, arguments, settings=settings, rows=rows, ratios=_ratios(seconds, memory))
+
+
+def _ratios(seconds: dict[str, float], memory: dict[str, float]) -> dict[str, float]:
+    """Those whose cases are measured already."""
+    pairs = {
+        "offline_vs_sft": ("offline", "sft"),
+        "online_vs_offline": ("online", "offline"),
+        "online_lean_vs_offline": ("online_lean", "offline"),
+        "sparse_vs_dense": ("sparse", "wide"),
+    }
+    kinds = {"time": seconds, "memory": memory}
+    return {
+        f"{name}_{kind}": of[case] / of[rival]
+        for name, (case, rival) in pairs.items()
+        for kind, of in kinds.items()
+        if case in of and rival in of
+    }
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from vllm.model_executor.layers.pooler import PoolingParamsUpdate
 
-from teacher_cache.engines.make_records import make_records, make_sequence_records, rows_per_chunk
+from teacher_cache.engines.make_records import begin_sequence_records, make_records, rows_per_chunk
 from teacher_cache.engines.tail_samples import sequence_uniforms
 from teacher_cache.engines.vllm.wire import NOTHING, RecordRequest, pack
 from teacher_cache.format.record import RecordSettings
@@ -80,7 +80,7 @@ class RecordPooler(nn.Module):
         """The records of sequences that want the same of each row, in one go: their rows fill common chunks."""
         settings, vocab_size = ready[0][1].settings, ready[0][1].vocab_size
         rows_ND = torch.cat([rows for _, _, rows in ready])
-        pieces = make_sequence_records(
+        finish = begin_sequence_records(
             rows_ND,
             [order.targets_N for _, order, _ in ready],
             [sequence_uniforms(order.seed, order.key, order.role, len(rows)) for _, order, rows in ready],
@@ -89,7 +89,7 @@ class RecordPooler(nn.Module):
             vocab_size=vocab_size,
         )
         answers = []
-        for (number, order, rows), (records, finite_N) in zip(ready, pieces, strict=True):
+        for (number, order, rows), (records, finite_N) in zip(ready, finish(), strict=True):
             states_MD = None
             if order.states_M is not None:
                 states_MD = rows[torch.from_numpy(order.states_M).to(rows.device)].float().cpu().numpy()

@@ -68,14 +68,15 @@ MIDDLE = Size(
 )
 LARGE = Size(
     "7B",
-    samples=768,
-    shard_samples=256,
+    samples=192,
+    shard_samples=64,
     batch_size=16,
     text={"vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28}
     | {"num_attention_heads": 28, "num_key_value_heads": 4},
     vision={"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     | {"image_size": 336, "patch_size": 14},
     answer_words=60,
+    rounds=2,
 )
 
 

@@ -23,6 +23,7 @@ from llavamod_offline.losses.kinds import DIVERGENCE_KINDS, TailEstimator
 from llavamod_offline.losses.tail_estimators import TailPrior
 from llavamod_offline.models.lm_head import LmHead
 from tests.llavamod_offline.losses.reference import random_teacher, truncate
+from tests.nothing_asked import NothingAsked
 
 pytestmark = pytest.mark.usefixtures("order")
 
@@ -305,3 +306,10 @@ def test_any_head_gives_the_gradients_of_autograd(
     for ours, theirs in zip(torch.autograd.grad(found, low), torch.autograd.grad(expected, high), strict=True):
         bound = 1e-4 * float(theirs.abs().max()) + 1e-5
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "js", "samples", "two temperatures"])
+def test_the_device_is_asked_for_nothing(name: str, order: str) -> None:
+    leaves = [leaf.requires_grad_() for leaf in _leaves()]
+    with NothingAsked():
+        LOSSES[name](*leaves).backward()

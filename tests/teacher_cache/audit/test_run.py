@@ -119,15 +119,15 @@ def test_a_number_that_was_changed_is_found(
 ) -> None:
     """Not by a checksum: the capture itself was wrong, at one position in each sequence."""
     from teacher_cache.engines import hf
-    from teacher_cache.engines.make_records import make_sequence_records as make
+    from teacher_cache.engines.make_records import begin_sequence_records as begin
 
     def wrong(*arguments: Any, **settings: Any) -> object:
-        made = make(*arguments, **settings)
+        made = begin(*arguments, **settings)()
         for records, _ in made:
             records.target_log_probs_N[0] -= 0.3
-        return made
+        return lambda: made
 
-    monkeypatch.setattr(hf, "make_sequence_records", wrong)
+    monkeypatch.setattr(hf, "begin_sequence_records", wrong)
     world.run(tmp_path / "c", FLOAT32, "batch_size=1")
     monkeypatch.undo()
     done = audit(tmp_path / "c", mean=1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llavamod_offline.errors import ConfigError
+from teacher_cache.engines import make_records as records_module
 from teacher_cache.engines.make_records import make_records
 from teacher_cache.engines.tail_samples import sequence_uniforms
 from teacher_cache.format.record import Records, RecordSettings, concatenate_records
+from tests.nothing_asked import NothingAsked
 
 SETTINGS = RecordSettings(
     top_p=0.9,
@@ -204,6 +207,35 @@ def test_head_plus_draws_are_an_unbiased_picture_of_the_whole() -> None:
         errors.append(np.abs(mean - truth).sum())
     assert errors[1] < errors[0] / 2.5  # √16 = 4, less the noise of one trial
     assert errors[1] < 0.04
+
+
+@pytest.mark.parametrize("chosen", [SETTINGS, dataclasses.replace(SETTINGS, tail_samples_max=0, temperature=2.0)])
+def test_a_device_that_is_not_waited_for_gives_the_same_records(
+    chosen: RecordSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ties inside the top-k, ties across its end, and a row that is not finite."""
+    logits = _logits(40, 200, 3).mul(2).round().div(2)  # many are equal
+    logits[:8] = _logits(8, 200, 4)
+    logits[5, 7] = float("nan")
+    targets, uniforms = torch.arange(40), torch.from_numpy(sequence_uniforms(0, "k", "response", 40))
+    expected, finite_N = make_records(logits, targets, uniforms, chosen)
+    monkeypatch.setattr(records_module, "_stalls", lambda device: True)
+    monkeypatch.setitem(records_module._CHUNK_VALUES, "cpu", 8 * 200)
+    found, also_finite_N = make_records(logits, targets, uniforms, chosen)
+    assert np.array_equal(finite_N, also_finite_N)
+    assert not finite_N[5]
+    for row, (one, other) in enumerate(zip(found.split([1] * 40), expected.split([1] * 40), strict=True)):
+        if row != 5:
+            _assert_equal(one, other)
+
+
+def test_a_device_that_would_stall_is_asked_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records_module, "_stalls", lambda device: True)
+    logits, uniforms = _logits(9, 200, 3), torch.from_numpy(sequence_uniforms(0, "k", "response", 9))
+    arguments: dict[str, Any] = {"logits_of": torch.Tensor.float, "vocab_size": 200}
+    with NothingAsked():
+        begun = records_module.RecordsInFlight(logits, torch.arange(9), uniforms, SETTINGS, **arguments)
+    _assert_equal(begun.result()[0], _make(logits, SETTINGS))
 
 
 def test_no_rows_give_no_records() -> None:

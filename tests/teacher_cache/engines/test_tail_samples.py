@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teacher_cache.engines.tail_samples import sequence_uniforms, systematic_tail_samples, tail_sample_budget
+from teacher_cache.engines.tail_samples import sequence_uniforms, tail_sample_budget, tail_samples
 
 
 def _slow_tail_samples(weights: np.ndarray, uniform: float, budget: int) -> dict[int, int]:
@@ -21,6 +21,13 @@ def _slow_tail_samples(weights: np.ndarray, uniform: float, budget: int) -> dict
         index = int(np.searchsorted(cumulated, point, side="right"))
         found[index] = found.get(index, 0) + 1
     return found
+
+
+def _drawn(weights: torch.Tensor, uniforms: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:
+    """The samples of all rows, one row after another; slots beyond a row's budget hold ids of the vocabulary too."""
+    ids = tail_samples(weights, uniforms, budget, int(budget.max()) + 1)
+    assert bool(((ids >= 0) & (ids < weights.shape[1])).all())
+    return ids[torch.arange(ids.shape[1]) < budget[:, None]]
 
 
 @given(
@@ -35,7 +42,7 @@ def test_draws_follow_the_definition(width: int, budgets: list[int], seed: int, 
     weights[generator.random(weights.shape) < empty_share] = 0.0
     weights[:, generator.integers(width)] += 1.0
     uniforms = generator.random(len(budgets))
-    ids = systematic_tail_samples(torch.from_numpy(weights), torch.from_numpy(uniforms), torch.tensor(budgets))
+    ids = _drawn(torch.from_numpy(weights), torch.from_numpy(uniforms), torch.tensor(budgets))
     assert len(ids) == sum(budgets)
     start = 0
     for row, budget in enumerate(budgets):
@@ -62,7 +69,7 @@ def test_draws_are_unbiased_to_well_below_one_percent() -> None:
     found = np.zeros(2000)
     squares = np.zeros(2000)
     for start in range(0, replicas, 2000):
-        ids = systematic_tail_samples(
+        ids = _drawn(
             torch.from_numpy(weights).expand(2000, -1),
             uniforms[start : start + 2000],
             torch.full((2000,), budget),
@@ -88,7 +95,7 @@ def test_draws_over_a_grid_of_uniforms_integrate_to_the_tail() -> None:
     weights = np.random.default_rng(1).pareto(0.8, 3000).astype(np.float32)
     share = weights.astype(np.float64) / weights.sum(dtype=np.float64)
     grid, budget = 4000, 12
-    ids = systematic_tail_samples(
+    ids = _drawn(
         torch.from_numpy(weights).expand(grid, -1),
         (torch.arange(grid, dtype=torch.float64) + 0.5) / grid,
         torch.full((grid,), budget),

@@ -1,8 +1,7 @@
-"""Triton's kernels, in its interpreter on a CPU, against PyTorch's own operations."""
+"""Triton's kernels, in its interpreter (see `tests/conftest.py`), against PyTorch's own operations."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
@@ -20,11 +19,9 @@ from llavamod_offline.losses.rows.gradients import RowGradients
 from llavamod_offline.losses.tail_estimators import TailPrior
 from tests.llavamod_offline.losses.reference import random_teacher, truncate
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 pytest.importorskip("triton")
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cpu")
 VOCAB = 23
 TARGETS = truncate(random_teacher(6, VOCAB, 1), top_k=5, samples=3, temperatures=(2.0,)).to(DEVICE)
 IDS_N = TARGETS.target_ids_N

@@ -1,0 +1,1 @@
+"""What `gpu.sh` measures, against what is asked for."""
