@@ -11,7 +11,6 @@ Shape suffixes: B sequences, T tokens, S = B·T tokens in a row, E experts, K ch
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -34,12 +33,13 @@ def limit_capacity(model: Any, factor: float) -> None:
         router.register_forward_hook(_drop(mask, factor))
 
 
-def places(choices_SK: Tensor, keep_S: Tensor, experts: int, capacity: int) -> Tensor:
+def places(choices_SK: Tensor, keep_S: Tensor, experts: int, capacity: int | Tensor) -> Tensor:
     """Which choices are within capacity, [S, K] bool. Tokens outside `keep_S` take no capacity and are not dropped."""
     found = []
-    taken_E = torch.zeros(experts, dtype=torch.long, device=choices_SK.device)
+    every_E = torch.arange(experts, device=choices_SK.device)
+    taken_E = torch.zeros_like(every_E)
     for choice in range(choices_SK.shape[1]):
-        queued_SE = nn.functional.one_hot(choices_SK[:, choice], experts) * keep_S[:, None]
+        queued_SE = ((choices_SK[:, choice, None] == every_E) & keep_S[:, None]).long()
         ahead_SE = queued_SE.cumsum(0) - queued_SE + taken_E
         found.append(ahead_SE.gather(1, choices_SK[:, choice, None])[:, 0] < capacity)
         taken_E = taken_E + queued_SE.sum(0)
@@ -49,8 +49,8 @@ def places(choices_SK: Tensor, keep_S: Tensor, experts: int, capacity: int) -> T
 class _Mask:
     """The padding mask of the latest forward pass, which routers do not receive."""
 
-    def __init__(self) -> None:
-        self.keep_S: Tensor | None = None
+    def __init__(self, keep_S: Tensor | None = None) -> None:
+        self.keep_S = keep_S
 
     def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Store the attention mask passed to the language model."""
@@ -69,7 +69,8 @@ def _drop(mask: _Mask, factor: float) -> Any:
         if keep_S is None:
             keep_S = torch.ones(len(choices_SK), dtype=torch.bool, device=choices_SK.device)
         experts = logits_SE.shape[1]
-        capacity = math.ceil(factor * choices_SK.shape[1] * int(keep_S.sum()) / experts)
+        # A tensor: its value would have to be waited for in every layer.
+        capacity = (factor * choices_SK.shape[1] * keep_S.sum().double() / experts).ceil()
         kept_SK = weights_SK * places(choices_SK, keep_S, experts, capacity)
         total_S1 = kept_SK.sum(-1, keepdim=True)
         # A token dropped by every expert has zero weights and a zero gradient.

@@ -77,7 +77,7 @@ class RouterWatch:
         detached the routers.
         """
         keep_S = attention_mask_BT.reshape(-1).to(torch.bool)
-        tokens = int(keep_S.sum())
+        count = keep_S.sum()
         losses: list[Tensor] = []
         loads: list[Tensor] = []
         entropies: list[Tensor] = []
@@ -94,14 +94,15 @@ class RouterWatch:
             losses.append(loss)
             loads.append(load_E)
             entropies.append(entropy)
-            drops.append((weights[0].detach()[keep_S] == 0).sum() / max(tokens * weights[0].shape[1], 1))
+            dropped_SK = (weights[0].detach() == 0) & keep_S[:, None]
+            drops.append(dropped_SK.sum() / (count * weights[0].shape[1]).clamp(min=1))
         zero = torch.zeros((), dtype=torch.float32, device=keep_S.device)
         return Routing(
             balance_loss=torch.stack(losses).sum() if losses else zero,
             loads_LE=torch.stack(loads) if loads else zero.new_zeros(0, 0),
             entropies_L=torch.stack(entropies) if entropies else zero.new_zeros(0),
             drop_rates_L=torch.stack(drops) if drops else zero.new_zeros(0),
-            tokens=tokens,
+            tokens=int(count),  # the only value that is waited for, once all layers are summarised
         )
 
     def _hook(self, layer: int) -> Any:
@@ -150,7 +151,7 @@ def _summary(logits_SE: Tensor, choices_SK: Tensor, keep_S: Tensor) -> tuple[Ten
     gates_SE = torch.softmax(logits_SE.float(), dim=-1)
     weight_S = keep_S.float() / keep_S.sum().clamp(min=1)
     mean_E = weight_S @ gates_SE
-    chosen_SKE = nn.functional.one_hot(choices_SK, experts).to(weight_S)
+    chosen_SKE = (choices_SK[:, :, None] == torch.arange(experts, device=choices_SK.device)).to(weight_S)
     first_E = weight_S @ chosen_SKE[:, 0]  # topk sorts: the first choice comes first
     loss = experts * (mean_E * first_E).sum()
     load_E = weight_S @ chosen_SKE.mean(1)

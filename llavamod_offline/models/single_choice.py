@@ -44,6 +44,6 @@ def _add_runner_up(
     others_SE = logits_SE.detach().scatter(1, choices_S1, float("-inf"))
     choices_S2 = torch.cat([choices_S1, others_SE.argmax(-1, keepdim=True)], 1)
     shares_S2 = logits_SE.float().gather(1, choices_S2).softmax(-1)
-    first_2 = torch.tensor([1.0, 0.0], device=shares_S2.device)
+    first_2 = (torch.arange(2, device=shares_S2.device) == 0).to(shares_S2)
     weights_S2 = weights_S1 * (first_2 + (shares_S2 - shares_S2.detach())).to(weights_S1.dtype)
     return rerouted(output, weights_S2, choices_S2)

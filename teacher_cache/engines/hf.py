@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -113,7 +114,7 @@ class HfCaptureEngine:
             problem = self._problem(item)
             if problem:
                 rejection = Rejection(item.sequence.key, item.sequence.role, problem)
-                yield lambda rejection=rejection: [rejection]
+                yield partial(list[Outcome], [rejection])
             else:
                 ready.append((item, item.images.result()))
         yield from self._limit.run(ready, self._run, _too_large)

@@ -69,7 +69,8 @@ def tail_samples(weights_RV: Tensor, uniforms_R: Tensor, budget_R: Tensor, most:
     row = torch.arange(rows, device=weights_RV.device)[:, None].expand(-1, most)
     hit = blocked[row, block].double().cumsum(-1).flatten(0, 1)
     offset, _ = _locate(hit, inside.reshape(-1, 1) * hit[:, -1:])
-    return block * size + offset.view(rows, most)
+    ids_RM: Tensor = block * size + offset.view(rows, most)
+    return ids_RM
 
 
 def _locate(cumulated: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from llavamod_offline.data.sampler import BatchSchedule
+from llavamod_offline.families.llava.forward import LlavaForward
 from llavamod_offline.losses.fused import distillation_from_hidden
 from tests.benchmarks.data import BATCH, open_loader
 from tests.benchmarks.form import Row, finish, parse_arguments
@@ -29,6 +30,7 @@ from tests.benchmarks.store import VOCABULARY
 from tests.benchmarks.worlds.data import make_encoder, write_world
 from train.data.batches import TrainBatch
 from train.stages import mimic
+from train.stages.student_pass import StudentPass
 
 NAME = "feed"
 FIRST = 1
@@ -44,7 +46,7 @@ class Trainer:
         self._optimizer = torch.optim.AdamW([p for p in self._student.parameters() if p.requires_grad], lr=1e-6)
         distillation: Any = partial(distillation_from_hidden, tail="samples", kd_weight=1.0)
         self._loss: Any = mimic.make_loss(
-            distillation=distillation, lm_weight=0.0, router_aux_coef=0.0, train_vision=False
+            distillation=distillation, lm_weight=0.0, router_aux_coef=0.0, forward=StudentPass(LlavaForward())
         )
 
     def step(self, batch: TrainBatch) -> None:

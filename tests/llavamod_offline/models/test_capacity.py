@@ -15,10 +15,11 @@ from torch import Tensor
 from llavamod_offline.families.llava.checkpoint import load_llava
 from llavamod_offline.families.llava.export import save_llava
 from llavamod_offline.families.llava.forward import student_hidden_states
-from llavamod_offline.models.capacity import limit_capacity, places
-from llavamod_offline.models.routing import RouterWatch
+from llavamod_offline.models.capacity import _drop, _Mask, limit_capacity, places
+from llavamod_offline.models.routing import RouterWatch, _summary
 from llavamod_offline.models.upcycle import upcycle
 from tests.llavamod_offline.models.batches import Batch, make_batch
+from tests.nothing_asked import NothingAsked
 
 
 def make_sparse(folder: Path, *, residual: bool = False) -> Any:
@@ -187,3 +188,20 @@ def test_a_dense_model_is_left_alone(tiny_folder: Path) -> None:
     before_BTD = hidden_states(model, batch)
     limit_capacity(model, 0.1)
     assert torch.equal(hidden_states(model, batch), before_BTD)
+
+
+def test_no_layer_waits_for_the_device(tiny_folder: Path) -> None:
+    """Not for the capacity, and not for what is summarised of the routers; only for the number of tokens, once."""
+    keep_S = torch.tensor([True] * 7 + [False])
+    with NothingAsked():
+        logits_SE = torch.randn(8, 4)
+        weights_SK, choices_SK = logits_SE.softmax(-1).topk(2)
+        hook = _drop(_Mask(keep_S), 0.5)
+        hook(torch.nn.Identity().train(), (), (logits_SE, weights_SK, choices_SK))
+        _summary(logits_SE, choices_SK, keep_S)
+
+
+def test_experts_run_in_grouped_products(tiny_folder: Path) -> None:
+    """One product for all experts; transformers' other way asks for each expert's tokens in turn."""
+    text = make_sparse(tiny_folder).model.language_model
+    assert text.config._experts_implementation == "grouped_mm"
