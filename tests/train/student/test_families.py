@@ -200,6 +200,8 @@ ADAPTED = (
 @pytest.mark.parametrize("targets", ["[attention,mlp]", "[vision,projector,text]"])
 def test_adapters(world: World, folders: Path, tmp_path: Path, name: str, targets: str) -> None:
     """They are in each part that is named, and merged into an export with the tensors of the checkpoint."""
+    if name == "gemma3":  # whose projector is no linear layer
+        targets = targets.replace("projector,", "")
     student = student_of(folders, name)
     trainable = "[projector]" if targets == "[attention,mlp]" else "[]"
     lora = (f"student.lora.targets={targets}", "student.lora.rank=4", "student.lora.dropout=0")
@@ -211,7 +213,8 @@ def test_adapters(world: World, folders: Path, tmp_path: Path, name: str, target
     assert before.keys() == after.keys()
     changed = {one for one in before if not torch.equal(before[one], after[one])}
     patterns = model_parts(AutoModelForImageTextToText.from_pretrained(student))
-    for part, is_changed in {"vision": "vision" in targets, "projector": True, "attention": True}.items():
+    changes_projector = "projector" in targets or "projector" in trainable
+    for part, is_changed in {"vision": "vision" in targets, "projector": changes_projector, "attention": True}.items():
         assert any(patterns[part].search(one) for one in changed) == is_changed, part
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
 
