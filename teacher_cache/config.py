@@ -151,7 +151,7 @@ class GenerateConfig:
     key_suffix: str = "-generated"
     """Appended to the keys of the new set; may be empty."""
     answers: int = 1
-    """Answers to each prompt, each sampled with random numbers of its own; several have keys that end in -0, -1 …"""
+    """Answers to each prompt, each sampled with random numbers of its own; their keys end in -0, -1 and so on."""
     stop: list[str] = field(default_factory=list)
     """Texts before which an answer ends."""
     system: str | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -43,6 +44,7 @@ from teacher_cache.format.schema import Codec
 from teacher_cache.format.sequences import SequenceRecord, sequence_table, write_sequences
 
 _LOG = logging.getLogger(__name__)
+_LOOKS, _LOOK_SECONDS = 10, 0.2  # for what another process has just written
 _FEW_SHARDS = 8  # looked up one by one; more of them in a listing of all
 _REPAIR = "run `cache-teacher verify --repair`"
 _BAD_JOB = f"{_REPAIR}, which restores it from {CACHE_NAME}; without that file, choose another output"
@@ -96,9 +98,7 @@ class CacheStore:
         try:
             for name in (JOB_NAME, CACHE_NAME, REJECTED_NAME, f"{SHARDS_NAME}/*"):
                 self.folder.clear_leftovers(name)
-            if not self.folder.create(JOB_NAME, canonical(self.job)):
-                # Two runs that started together must not write one cache with different settings.
-                _same_job(self.folder, self.folder.read(JOB_NAME), self.job, ())
+            self._begin()
             # Shards were removed: unfinished until they are captured again. In this order, since another writer may
             # commit the last shard and complete the cache in between.
             if self.complete and self.missing():
@@ -107,6 +107,21 @@ class CacheStore:
             raise CacheError(
                 f"output '{self.folder.where}': cannot be written: {error.strerror or error}: choose another output"
             ) from error
+
+    def _begin(self) -> None:
+        """Write job.json, or check that of another process: two must not write one cache with different settings."""
+        for looks_left in reversed(range(_LOOKS)):
+            if self.folder.create(JOB_NAME, canonical(self.job)):
+                return
+            try:
+                content = self.folder.read(JOB_NAME)
+            except FileNotFoundError:  # a store may show it late
+                if not looks_left:
+                    raise
+                time.sleep(_LOOK_SECONDS)
+            else:
+                _same_job(self.folder, content, self.job, ())
+                return
 
     @property
     def complete(self) -> bool:

@@ -69,7 +69,7 @@ def test_errors_are_one_line_and_status_2(tmp_path: Path, capsys: pytest.Capture
             ("export", "pope", "--root", root, "--predictions", path, "-o", tmp_path / "x.xlsx"),
             "can only be exported as .jsonl",
         ),
-        (("portable", tmp_path / "none", "-o", tmp_path / "new"), "none: no preprocessor_config.json"),
+        (("portable", tmp_path / "none", "-o", tmp_path / "new"), "none: no such checkpoint folder"),
         (("score", "pope", "--root", root, "--predictions", path, "--json", "s.json"), "write --output s.json"),
         (("score", "pope", "root=a"), "this command takes options: write --root a"),
         (("generate", "--limit", "3"), "settings are written as KEY=VALUE: write limit=3"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llavamod_offline.config import InputPath, raise_problems
-from llavamod_offline.families.students.protocol import ImageAspect
+from llavamod_offline.data.image_aspect import ImageAspect
 from train.config.train import CacheSourceConfig
 
 

@@ -16,12 +16,13 @@ from torch import Tensor
 from llavamod_offline.data.encode.collate import Batch, collate
 from llavamod_offline.data.encode.template import Template
 from llavamod_offline.data.encode.tokenize import Positions, SequenceEncoder, TokenizedSequence
+from llavamod_offline.data.image_aspect import ImageAspect
 from llavamod_offline.data.images import ImagePreprocessor
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.families.llava.checkpoint import sequence_encoder
 from llavamod_offline.families.llava.export import save_llava
 from llavamod_offline.families.llava.forward import LlavaForward
-from llavamod_offline.families.students.protocol import ForwardPass, ImageAspect
+from llavamod_offline.families.students.protocol import ForwardPass
 
 if TYPE_CHECKING:
     from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast

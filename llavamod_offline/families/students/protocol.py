@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from llavamod_offline.data.encode.collate import Batch
 from llavamod_offline.data.encode.tokenize import Positions, SequenceEncoder, TokenizedSequence
+from llavamod_offline.data.image_aspect import ImageAspect
 from llavamod_offline.data.sample import Sample
-
-ImageAspect = Literal["auto", "pad", "square"]
 
 
 class ForwardPass(Protocol):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llavamod_offline.data.encode.collate import Batch, positions_of
 from llavamod_offline.data.encode.tokenize import Positions, TokenizedSequence
+from llavamod_offline.data.image_aspect import ImageAspect
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
 from llavamod_offline.errors import DataError
 from llavamod_offline.families.batch import image_mismatch
@@ -24,7 +25,7 @@ from llavamod_offline.families.probes import probe_images
 from llavamod_offline.families.protocol import Family, SampleImage
 from llavamod_offline.families.run import whole_hidden_states
 from llavamod_offline.families.students.export import save_whole
-from llavamod_offline.families.students.protocol import ForwardPass, ImageAspect
+from llavamod_offline.families.students.protocol import ForwardPass
 
 
 class WholeForward:

@@ -89,7 +89,7 @@ def test_what_cannot_be_copied_is_told(tmp_path: Path) -> None:
         write_portable(student, tmp_path / "new", template="x")
     with pytest.raises(ConfigError, match="image aspect 'x' is unknown"):
         write_portable(student, tmp_path / "new", image_aspect="x")
-    with pytest.raises(ModelError, match=r"no preprocessor_config.json"):
+    with pytest.raises(ModelError, match="no such checkpoint folder"):
         write_portable(tmp_path / "nothing", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

@@ -160,6 +160,22 @@ def test_two_runs_of_other_settings_that_begin_at_once_do_not_make_one_cache(tmp
     assert third.missing() == NAMES
 
 
+def test_a_job_that_a_store_shows_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process has just written it: it cannot be created again, but cannot be read yet either."""
+    store = CacheStore.open(tmp_path / "cache", FINGERPRINT, NAMES)
+    CacheStore.open(tmp_path / "cache", FINGERPRINT, NAMES).start()
+    late, read = ["first", "second"], store.folder.read
+
+    def read_late(name: str) -> bytes:
+        if late:
+            raise FileNotFoundError(late.pop())
+        return read(name)
+
+    monkeypatch.setattr(store.folder, "read", read_late)
+    store.start()
+    assert not late
+
+
 def test_cache_json_is_taken_away_before_a_lost_shard_is_made_again(tmp_path: Path) -> None:
     _write(tmp_path / "c", NAMES)
     store = CacheStore.open(tmp_path / "c", FINGERPRINT, NAMES)
