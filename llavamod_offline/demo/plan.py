@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from llavamod_offline.demo.commands import answer_command, pack_command, score_command
 from llavamod_offline.demo.scheduler import Step
 
 CHECKPOINTS = Path(__file__).parents[1] / "toyworld" / "checkpoints"
 TEACHER = CHECKPOINTS / "teacher"
 LANGUAGE_MODEL = CHECKPOINTS / "language_model"
+SCRIPT_HEAD = "Every command of the demo. Run this script in an empty folder."
 TASKS = ("gqa", "pope", "object_halbench")
 WORLD = "toyworld"
 SETS = ("align", "general", "multitask", "preference")
@@ -81,20 +83,9 @@ def demo_steps(*, quick: bool = False, seed: int = 1) -> list[Step]:
     return [Step(WORLD, world), *_packing(here), *_caching(here), *_training(here, sizes), *_evaluation(here)]
 
 
-def as_script(steps: Sequence[Step]) -> str:
-    """The commands as a shell script that repeats the demo in an empty folder."""
-    head = "#!/bin/sh\n# Every command of the demo. Run this script in an empty folder.\nset -e\n"
-    return head + "".join(f"{step.typed}\n" for step in steps)
-
-
 def _packing(output: Path) -> Iterator[Step]:
-    world = output / "world"
     for name in SETS:
-        source = world / (f"{name}.parquet" if name == "preference" else f"{name}.json")
-        command = ["llavamod-offline", "pack", str(source), "--output", str(output / "sets" / name)]
-        if name != "preference":
-            command += ["--images", str(world / "images")]
-        yield Step(f"pack-{name}", tuple(command), (WORLD,))
+        yield Step(f"pack-{name}", pack_command(output / "world", name, output / "sets"), (WORLD,))
 
 
 def _caching(output: Path) -> Iterator[Step]:
@@ -158,27 +149,8 @@ def _evaluation(output: Path) -> Iterator[Step]:
     root = output / "benchmarks"
     for model in models(output):
         answers = output / "eval" / model.slug
-        command = (
-            "eval-student",
-            "generate",
-            f"model={model.checkpoint}",
-            f"root={root}",
-            f"output={answers}",
-            f"tasks=[{','.join(TASKS)}]",
-            "batch_size=32",
-        )
+        command = answer_command(model.checkpoint, root=root, output=answers, tasks=TASKS, batch_size=32)
         yield Step(f"answer-{model.slug}", command, (WORLD if model.run is None else f"train-{model.slug}",))
         for task in TASKS:
-            predictions = answers / task / "predictions.jsonl"
-            score = (
-                "eval-student",
-                "score",
-                task,
-                "--root",
-                str(root),
-                "--predictions",
-                str(predictions),
-                "--output",
-                str(answers / task / "score.json"),
-            )
+            score = score_command(task, root=root, answers=answers)
             yield Step(f"score-{model.slug}-{task}", score, (f"answer-{model.slug}",))

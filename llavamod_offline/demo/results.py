@@ -32,14 +32,16 @@ def summarise(output: Path, seconds: Mapping[str, float]) -> dict[str, Any]:
     `shape`: layers × hidden size, LM head rows. `accuracy`: on questions in GQA's form; `hallucination`: Object
     HalBench's share of descriptions that name absent objects.
     """
-    caches = {name: _read(output / "cache" / name / "cache.json") for name in ("general", "multitask", "preference")}
+    caches = {
+        name: read_result(output / "cache" / name / "cache.json") for name in ("general", "multitask", "preference")
+    }
     positions = sum(cache["totals"]["positions"] for cache in caches.values())
     stored = sum(cache["totals"]["bytes"] for cache in caches.values())
     return {
         "rows": [_row(output, model) for model in models(output)],
         "cache": {"bytes_per_position": stored / positions, "positions": positions, "bytes": stored},
         "routing": {
-            name: _read(output / "train" / "mimic_sparse" / "summary.json")["metrics"][f"{name}_routing_loss"]
+            name: read_result(output / "train" / "mimic_sparse" / "summary.json")["metrics"][f"{name}_routing_loss"]
             for name in ("own", "random")
         },
         "seconds": dict(seconds),
@@ -59,16 +61,16 @@ def curves(run: Path, metric: str) -> list[tuple[float, float]]:
 
 def _row(output: Path, model: Model) -> dict[str, Any]:
     scores = {
-        task: _read(output / "eval" / model.slug / task / "score.json")["metrics"]
+        task: read_result(output / "eval" / model.slug / task / "score.json")["metrics"]
         for task in ("gqa", "pope", "object_halbench")
     }
     if model.run is None:
         params = activated = parameters_of(model.checkpoint)
         seconds = 0.0
     else:
-        summary = _read(model.run / "summary.json")
+        summary = read_result(model.run / "summary.json")
         params, activated, seconds = summary["parameters"], summary["activated_parameters"], summary["seconds"]
-    text = _read(model.checkpoint / "config.json")["text_config"]
+    text = read_result(model.checkpoint / "config.json")["text_config"]
     return {
         "name": model.name,
         "shape": f"{text['num_hidden_layers']} × {text['hidden_size']}, {text['vocab_size']}",
@@ -100,6 +102,7 @@ def _cell(name: str, value: Any) -> str:
     return f"{value:.0f}" if name == "seconds" else f"{value:.3f}"
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_result(file: Path) -> dict[str, Any]:
+    """The content of a command's output file."""
     content: dict[str, Any] = json.loads(file.read_text())
     return content

@@ -8,7 +8,8 @@ import shutil
 import time
 from pathlib import Path
 
-from llavamod_offline.demo.plan import TEACHER, as_script, demo_steps
+from llavamod_offline.demo.commands import as_script
+from llavamod_offline.demo.plan import SCRIPT_HEAD, TEACHER, demo_steps
 from llavamod_offline.demo.report import write_report
 from llavamod_offline.demo.results import COLUMNS, as_cells, summarise
 from llavamod_offline.demo.scheduler import Step, run_steps
@@ -39,7 +40,7 @@ def _run(output: Path, quick: bool, seed: int) -> Path:
     _clear(output)
     started = time.monotonic()
     steps = demo_steps(quick=quick, seed=seed)
-    write_file(output / "commands.sh", as_script(steps))
+    write_file(output / "commands.sh", as_script(steps, SCRIPT_HEAD))
     with ProgressBar("demo", len(steps), "command") as bar:
 
         def report(step: Step, seconds: float) -> None:

@@ -22,7 +22,7 @@ from llavamod_offline.signals import starting_processes
 
 _POLL_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1
-_REJECTED_STATUS = 3
+REJECTED_STATUS = 3
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _end_with_parent() -> None:
 
 
 def _check(step: Step, status: int, log: Path) -> None:
-    if status != 0 and not (step.may_reject and status == _REJECTED_STATUS):
+    if status != 0 and not (step.may_reject and status == REJECTED_STATUS):
         last = log.read_text(errors="replace").strip().splitlines()[-15:]
         raise StepError(f"step '{step.name}' ended with status {status}; the end of {log}:\n" + "\n".join(last))
 

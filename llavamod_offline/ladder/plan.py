@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from llavamod_offline.demo.commands import answer_command, pack_command, score_command
 from llavamod_offline.demo.plan import BATCH, FULL, LANGUAGE_MODEL, QUICK, TASKS, TEACHER, DemoSizes
 from llavamod_offline.demo.scheduler import Step
 from llavamod_offline.ladder.table import CACHES, RUNS, Run
@@ -47,11 +48,7 @@ def _steps(seed: int, sizes: DemoSizes, *, quick: bool) -> Iterator[Step]:
     drawn = ("llavamod-offline", "toyworld", "--output", str(here), "--seed", str(seed))
     yield step("toyworld", (*drawn, *(["--quick"] if quick else [])))
     for name in dict.fromkeys([*(run.data for run in RUNS), *(cache.data for cache in CACHES)]):
-        preferences = name == "preference"
-        source = here / "world" / f"{name}.{'parquet' if preferences else 'json'}"
-        images = () if preferences else ("--images", str(here / "world" / "images"))
-        pack = ("llavamod-offline", "pack", str(source), *images, "--output", str(here / "sets" / name))
-        yield step(f"pack-{name}", pack, "toyworld")
+        yield step(f"pack-{name}", pack_command(here / "world", name, here / "sets"), "toyworld")
     for cache in CACHES:
         run = ("cache-teacher", "run", f"data={here / 'sets' / cache.data}", f"teacher={TEACHER}", "batch_size=32")
         output = f"output={here / 'caches' / cache.name}"
@@ -64,25 +61,11 @@ def _steps(seed: int, sizes: DemoSizes, *, quick: bool) -> Iterator[Step]:
     for name, model in {"teacher": TEACHER, **students}.items():
         made = [] if model == TEACHER else [f"train-{name}"]
         answers = here / "answers" / name
-        yield step(
-            f"answer-{name}",
-            (
-                "eval-student", "generate", f"model={model}", f"root={here / 'benchmarks'}", f"output={answers}",
-                f"tasks=[{','.join(TASKS)}]", "batch_size=32",
-            ),
-            "toyworld",
-            *made,
-        )  # fmt: skip
+        root = here / "benchmarks"
+        answer = answer_command(model, root=root, output=answers, tasks=TASKS, batch_size=32)
+        yield step(f"answer-{name}", answer, "toyworld", *made)
         for task in TASKS:
-            yield step(
-                f"score-{name}-{task}",
-                (
-                    "eval-student", "score", task, "--root", str(here / "benchmarks"),
-                    "--predictions", str(answers / task / "predictions.jsonl"),
-                    "--output", str(answers / task / "score.json"),
-                ),
-                f"answer-{name}",
-            )  # fmt: skip
+            yield step(f"score-{name}-{task}", score_command(task, root=root, answers=answers), f"answer-{name}")
         yield step(
             f"measure-{name}",
             (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from statistics import mean, stdev
 from typing import Any, get_args
 
 from llavamod_offline.demo.plan import TEACHER as TEACHER_FOLDER
-from llavamod_offline.demo.results import parameters_of
+from llavamod_offline.demo.results import parameters_of, read_result
 from llavamod_offline.ladder.claims import compare
 from llavamod_offline.ladder.plan import folder_of, step_name
 from llavamod_offline.ladder.table import CLAIMS, ROWS, RUNS, TEACHER, Column, TableRow
@@ -78,7 +77,7 @@ def _row(
         parameters = parameters_of(TEACHER_FOLDER)
         about: dict[str, Any] = {"parameters": parameters, "activated_parameters": parameters, "seconds": None}
     else:
-        summary = _read(output / folder_of(1) / "train" / row.run / "summary.json")
+        summary = read_result(output / folder_of(1) / "train" / row.run / "summary.json")
         about = {name: summary[name] for name in ("parameters", "activated_parameters")}
         spent = [sum(seconds[step_name(seed, f"train-{run}")] for run in _chain(row.run)) for seed in _numbers(seeds)]
         about["seconds"] = mean(spent)
@@ -97,11 +96,11 @@ def _columns(output: Path, run: str, seeds: int) -> Values:
     found: Values = {name: [] for name in get_args(Column)}
     for seed in _numbers(seeds):
         answers = output / folder_of(seed) / "answers" / run
-        unseen = _read(answers / "unseen.json")
+        unseen = read_result(answers / "unseen.json")
         for name, values in found.items():
             if name in _SCORES:
                 task, metric = _SCORES[name]
-                value = _read(answers / task / "score.json")["metrics"][metric]
+                value = read_result(answers / task / "score.json")["metrics"][metric]
             else:
                 value = unseen[name]
             values.append(math.nan if value is None else float(value))
@@ -113,7 +112,7 @@ def _bytes(output: Path, run: str) -> float | None:
     cache = next((one.cache for one in RUNS if one.name == run), None)
     if cache is None:
         return None
-    totals = _read(output / folder_of(1) / "caches" / cache / "cache.json")["totals"]
+    totals = read_result(output / folder_of(1) / "caches" / cache / "cache.json")["totals"]
     return float(totals["bytes"] / totals["positions"])
 
 
@@ -125,8 +124,3 @@ def _chain(run: str) -> list[str]:
 
 def _numbers(seeds: int) -> range:
     return range(1, seeds + 1)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(file.read_text())
-    return content

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llavamod_offline.demo.plan import as_script
+from llavamod_offline.demo.commands import as_script
 from llavamod_offline.demo.scheduler import Step, run_steps
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.ladder.plan import folder_of, ladder_steps, step_name
@@ -22,6 +22,7 @@ from llavamod_offline.storage.lock import locked
 SUMMARY_NAME = "ladder.json"
 _DONE = "steps.jsonl"  # a line for each command that has ended
 _SETTINGS = "settings.json"
+_SCRIPT_HEAD = "Every command of the ladder. Run this script in an empty folder."
 _WORLD = ("world", "benchmarks", "small_language_model")
 
 
@@ -49,7 +50,7 @@ def _check(output: Path, quick: bool) -> None:
 
 def _run(output: Path, seeds: int, quick: bool, at_once: int) -> Path:
     steps = ladder_steps(seeds, quick=quick)
-    write_file(output / "commands.sh", as_script(steps))
+    write_file(output / "commands.sh", as_script(steps, _SCRIPT_HEAD))
     done = _done(output, steps)
     for seed in range(1, seeds + 1):
         if step_name(seed, "toyworld") not in done:  # it begins anew, and refuses folders that exist

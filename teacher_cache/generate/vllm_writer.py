@@ -21,9 +21,9 @@ from llavamod_offline.families import Family, SampleImage
 from llavamod_offline.families.protocol import FeatureFamily
 from llavamod_offline.vllm import plugin
 from llavamod_offline.vllm.families import check_family
-from llavamod_offline.vllm.heads import check_same_head
 from llavamod_offline.vllm.inputs import check_prompt, engine_input
 from llavamod_offline.vllm.session import Session
+from teacher_cache.engines.vllm.engine import open_session
 from teacher_cache.generate.decode_loop import Decoding, Prompt, Written, first_stop
 
 if TYPE_CHECKING:
@@ -116,21 +116,15 @@ def images_hash(images: Sequence[SampleImage]) -> str:
 
 def start_writer(setup: CaptureSetup) -> VllmWriter:
     """Start vLLM on the model. Errors: as `engine.start_vllm`; `ConfigError` for a family it does not write for."""
-    check_same_head(setup.teacher.folder)
-    check_family(setup.teacher, device=setup.device)
+    check_family(setup.teacher, device=setup.device)  # before what follows, which is of families that vLLM runs
     if not isinstance(setup.teacher, FeatureFamily):
         raise ConfigError(
             f"{setup.teacher.folder}: vLLM captures this family, but only transformers writes its answers: set "
             "engine.kind=hf"
         )
-    session = Session(
-        setup.teacher.folder,
-        setup.vllm,
-        prefix=plugin.PREFIX,
-        register=plugin.register,
-        dtype=str(setup.dtype).removeprefix("torch."),
-        device=setup.device,
-        max_length=min(setup.teacher.encoder.max_length, setup.teacher.context_length),
+    session = open_session(
+        setup,
+        plugin,
         runner="generate",
         logprobs_mode="processed_logprobs",  # after temperature and top_p
     )

@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from llavamod_offline.demo.commands import answer_command, score_command
 from llavamod_offline.demo.plan import LANGUAGE_MODEL, TEACHER
 from llavamod_offline.demo.scheduler import Step, run_steps
 from llavamod_offline.ladder.claims import compare
@@ -102,15 +103,14 @@ def _steps(sizes: dict[str, int], seeds: range) -> Iterator[Step]:
 
 
 def _scored(name: str) -> Iterator[Step]:
-    generate = ("eval-student", "generate", f"model=train/{name}/student", "root=benchmarks", f"output=answers/{name}")
-    yield Step(f"answer-{name}", (*generate, "tasks=[gqa]", "batch_size=64"), (f"train-{name}",))
-    answers = ("--predictions", f"answers/{name}/gqa/predictions.jsonl", "--output", f"answers/{name}/score.json")
-    score = ("eval-student", "score", "gqa", "--root", "benchmarks", *answers)
-    yield Step(f"score-{name}", score, (f"answer-{name}",))
+    root, answers = Path("benchmarks"), Path("answers") / name
+    answer = answer_command(f"train/{name}/student", root=root, output=answers, tasks=("gqa",), batch_size=64)
+    yield Step(f"answer-{name}", answer, (f"train-{name}",))
+    yield Step(f"score-{name}", score_command("gqa", root=root, answers=answers), (f"answer-{name}",))
 
 
 def _accuracy(folder: Path) -> float:
-    return float(json.loads((folder / "score.json").read_text())["metrics"]["accuracy"])
+    return float(json.loads((folder / "gqa" / "score.json").read_text())["metrics"]["accuracy"])
 
 
 if __name__ == "__main__":

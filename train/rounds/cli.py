@@ -49,10 +49,11 @@ def rounds(
         print_settings(RoundsConfig, *given)
         return
     config = load_config(RoundsConfig, *given)
-    from train.rounds.plan import as_script, round_steps
+    from llavamod_offline.demo.commands import as_script
+    from train.rounds.plan import SCRIPT_HEAD, round_steps
 
     if commands:
-        print(as_script(round_steps(config)), end="")
+        print(as_script(round_steps(config), SCRIPT_HEAD), end="")
         return
     from train.rounds.report import as_cells, header
     from train.rounds.run import run_rounds

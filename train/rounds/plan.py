@@ -9,13 +9,14 @@ OUTPUT/round-1/eval/            its answers to benchmarks, if there are any
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
+from llavamod_offline.demo.commands import answer_command, score_command
 from llavamod_offline.demo.scheduler import Step
 from train.rounds.config import RoundsConfig
 
-REJECTED_STATUS = 3  # of cache-teacher: some samples are listed as rejected
+SCRIPT_HEAD = "The commands of the rounds, in order. Rerun any of them to resume it."
 
 
 def round_folder(output: str | Path, number: int) -> Path:
@@ -35,13 +36,6 @@ def round_steps(config: RoundsConfig) -> list[Step]:
         steps += [_writing(config, number), _scoring(config, number), _training(config, number)]
         steps += _measuring(config, number)
     return steps
-
-
-def as_script(steps: Sequence[Step]) -> str:
-    """The commands as a shell script; a status of 3 says that some answers were rejected, which is no failure."""
-    head = "#!/bin/sh\n# The commands of the rounds, in order. Rerun any of them to resume it.\nset -e\n"
-    lines = (f"{step.typed} || [ $? -eq {REJECTED_STATUS} ]" if step.may_reject else step.typed for step in steps)
-    return head + "".join(f"{line}\n" for line in lines)
 
 
 def _writing(config: RoundsConfig, number: int) -> Step:
@@ -90,13 +84,12 @@ def _measuring(config: RoundsConfig, number: int) -> Iterator[Step]:
     if config.benchmarks is None:
         return
     answers = round_folder(config.output, number) / "eval"
-    tasks = f"tasks=[{','.join(config.tasks)}]"
-    places = (f"root={config.benchmarks}", f"output={answers}", tasks, f"batch_size={config.batch_size}")
-    yield Step(f"answer-{number}", ("eval-student", "generate", f"model={student}", *places))
+    command = answer_command(
+        student, root=config.benchmarks, output=answers, tasks=config.tasks, batch_size=config.batch_size
+    )
+    yield Step(f"answer-{number}", command)
     for task in config.tasks:
-        predictions, score = answers / task / "predictions.jsonl", answers / task / "score.json"
-        given = ("--root", config.benchmarks, "--predictions", str(predictions), "--output", str(score))
-        yield Step(f"score-{task}-{number}", ("eval-student", "score", task, *given))
+        yield Step(f"score-{task}-{number}", score_command(task, root=config.benchmarks, answers=answers))
 
 
 def _write(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llavamod_offline.config import dump_config
+from llavamod_offline.demo.commands import as_script
 from llavamod_offline.demo.scheduler import run_steps
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.progress import ProgressBar
@@ -17,7 +18,7 @@ from llavamod_offline.storage.atomic import write_file
 from llavamod_offline.storage.lock import locked
 from train.rounds.config import RoundsConfig
 from train.rounds.measure import measure_own_answers, scores
-from train.rounds.plan import as_script, round_folder, round_steps
+from train.rounds.plan import SCRIPT_HEAD, round_folder, round_steps
 from train.rounds.report import write_report
 
 CONFIG_NAME, COMMANDS_NAME, RESULT_NAME = "rounds.yaml", "commands.sh", "rounds.json"
@@ -33,7 +34,7 @@ def run_rounds(config: RoundsConfig) -> dict[str, Any]:
     output, steps = Path(config.output), round_steps(config)
     with locked(output), keeping(lambda: _kept(config)):
         _begin(output, dump_config(config))
-        write_file(output / COMMANDS_NAME, as_script(steps))
+        write_file(output / COMMANDS_NAME, as_script(steps, SCRIPT_HEAD))
         with ProgressBar("rounds", len(steps), "command") as bar:
             for step in steps:
                 bar.write(step.typed)

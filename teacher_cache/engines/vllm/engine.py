@@ -210,13 +210,14 @@ def load_engine(setup: CaptureSetup) -> VllmCaptureEngine:
     return start_vllm(setup, PooledRecords(), recording, spare=0, runner="pooling")
 
 
-def start_vllm(
-    setup: CaptureSetup, channel: Channel, models: ModuleType, *, spare: int, **options: Any
-) -> VllmCaptureEngine:
-    """Start vLLM with the models of `models`; up to `spare` tokens may follow a prompt. Errors: as `load_engine`."""
+def open_session(setup: CaptureSetup, models: ModuleType, *, spare: int = 0, **options: Any) -> Session:
+    """Open vLLM on a checkpoint with the models of `models`; up to `spare` tokens may follow a prompt.
+
+    Errors: as `load_engine`.
+    """
     check_family(setup.teacher, device=setup.device)
     check_same_head(setup.teacher.folder)
-    session = Session(
+    return Session(
         setup.teacher.folder,
         setup.vllm,
         prefix=models.PREFIX,
@@ -226,6 +227,13 @@ def start_vllm(
         max_length=min(setup.teacher.encoder.max_length + spare, setup.teacher.context_length),
         **options,
     )
+
+
+def start_vllm(
+    setup: CaptureSetup, channel: Channel, models: ModuleType, *, spare: int, **options: Any
+) -> VllmCaptureEngine:
+    """Start vLLM with the models of `models`; up to `spare` tokens may follow a prompt. Errors: as `load_engine`."""
+    session = open_session(setup, models, spare=spare, **options)
     return VllmCaptureEngine(
         session,
         channel,

@@ -8,13 +8,14 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-from llavamod_offline.demo.plan import TASKS, as_script, demo_steps, models
+from llavamod_offline.demo.commands import as_script
+from llavamod_offline.demo.plan import SCRIPT_HEAD, TASKS, demo_steps, models
 
 
 def test_the_script_repeats_the_demo_in_an_empty_folder(tmp_path: Path) -> None:
     """Its commands need nothing that an earlier one, or the package, does not give; the first ones are run."""
     steps = demo_steps(quick=True, seed=3)
-    script = as_script(steps).splitlines()
+    script = as_script(steps, SCRIPT_HEAD).splitlines()
     assert script[3:] == [step.typed for step in steps]
     made = {Path(name) for name in ("world", "benchmarks", "small_language_model")}
     for step in steps[1:]:

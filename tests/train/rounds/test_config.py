@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from llavamod_offline.config import load_config
+from llavamod_offline.demo.commands import as_script
 from llavamod_offline.errors import ConfigError
 from teacher_cache.config import CacheTeacherConfig
 from train.config.recipes import resolve_config
 from train.rounds.config import RoundsConfig
-from train.rounds.plan import as_script, round_steps
+from train.rounds.plan import SCRIPT_HEAD, round_steps
 
 PLACES = ("prompts=a", "holdout=b", "teacher=t", "student=s", "output=out")
 
@@ -50,7 +51,7 @@ def test_every_command_is_one_that_its_program_takes(loss: str, stage: str) -> N
         else:
             assert capture.teacher == "t"
             assert (capture.capture.preset == "reference") == ("holdout" in step.name or loss == "policy_gradient")
-    assert as_script(steps).count("\n") == len(steps) + 3
+    assert as_script(steps, SCRIPT_HEAD).count("\n") == len(steps) + 3
 
 
 def test_benchmarks_are_answered_and_scored_after_each_round() -> None:
