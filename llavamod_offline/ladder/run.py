@@ -78,26 +78,24 @@ def _run(output: Path, seeds: int, quick: bool, at_once: int) -> Path:
 
 
 def _done(output: Path, steps: list[Step]) -> dict[str, float]:
-    """The seconds of the commands that have ended, as they would be typed now, and after all that they need.
+    """The seconds of the commands that have ended, as they would be typed now, and so have all that they need.
 
-    Removes all other lines of the log, with one that a kill has torn.
+    Removes all other lines of the log, so that what needs them runs again, and one that a kill has torn.
     """
     file = output / _DONE
-    ended: dict[str, tuple[int, dict[str, Any]]] = {}
-    for place, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file.is_file() else []):
+    ended: dict[str, dict[str, Any]] = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         try:
             entry = json.loads(line)
         except ValueError:
             continue
-        ended[entry["name"]] = (place, entry)
-    done: dict[str, tuple[int, dict[str, Any]]] = {}
+        ended[entry["name"]] = entry
+    done: dict[str, float] = {}
     for step in steps:  # a step follows those that it needs
-        place, entry = ended.get(step.name, (0, {"command": ""}))
-        if entry["command"] == step.typed and all(need in done and done[need][0] < place for need in step.needs):
-            done[step.name] = (place, entry)
-    kept = [entry for _, entry in sorted(done.values(), key=lambda one: one[0])]
-    write_file(file, "".join(json.dumps(entry) + "\n" for entry in kept))
-    return {entry["name"]: entry["seconds"] for entry in kept}
+        if ended.get(step.name, {}).get("command") == step.typed and done.keys() >= set(step.needs):
+            done[step.name] = ended[step.name]["seconds"]
+    write_file(file, "".join(json.dumps(ended[name]) + "\n" for name in done))
+    return done
 
 
 def _claims(summary: dict[str, Any]) -> str:
