@@ -159,6 +159,7 @@ def new_teacher(tower: CLIPVisionModel, tokenizer: Qwen2TokenizerFast, seed: int
         vision_feature_layer=TOWER_LAYER,
         tie_word_embeddings=True,
     )
+    config.vision_config.name_or_path = ""  # of the tower's folder on this machine
     model = LlavaForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.model.vision_tower.requires_grad_(False)

@@ -26,6 +26,11 @@ def test_the_teacher_takes_at_most_four_megabytes() -> None:
     assert {file.suffix for file in TEACHER.iterdir()} == {".json", ".safetensors", ".jinja"}
 
 
+def test_no_configuration_names_a_path_of_the_machine_that_made_it() -> None:
+    for file in (*TEACHER.glob("*.json"), *LANGUAGE_MODEL.glob("*.json")):
+        assert '": "/' not in file.read_text(), file
+
+
 def test_both_checkpoints_share_a_tokenizer_and_are_in_bfloat16() -> None:
     assert load_tokenizer(TEACHER).get_vocab() == load_tokenizer(LANGUAGE_MODEL).get_vocab()
     for folder in (TEACHER, LANGUAGE_MODEL):
