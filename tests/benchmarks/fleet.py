@@ -53,8 +53,9 @@ def main() -> None:
                 made = run_fleet(
                     ["cache-teacher", "work", *settings, f"output={output}"],
                     folder / f"{kind}-{rounds}",
+                    shards=SAMPLES // SHARD_SAMPLES,
                     kills=a_round,
-                    pause=(0.3, 3.0),
+                    pause=2.0,
                     lease_seconds=LEASE_SECONDS,
                     seed=rounds,
                     variables={**variables, "LLAVAMOD_STAGING": str(folder / "staging")},

@@ -20,8 +20,10 @@ from pathlib import Path
 from tests.scripts import Script, fork_script
 
 SHIFT_VARIABLE = "LLAVAMOD_TEST_CLOCK_SHIFT"
+LIMIT_NAME = "limit"
 WORKERS = 4
 _SHIFT_SECONDS = 300.0
+_SLACK = 2  # shards by which the workers may pass the point at which the next kill is due
 _POLL_SECONDS = 0.02
 _FINE = (0, 4, 128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL)
 
@@ -47,25 +49,38 @@ def run_fleet(
     command: list[str],
     folder: Path,
     *,
+    shards: int,
     kills: int,
-    pause: tuple[float, float],
+    pause: float,
     lease_seconds: float,
     seed: int,
     variables: Mapping[str, str] | None = None,
 ) -> FleetRun:
     """Keep four workers running until one completes the cache; kill one of them at random, `kills` times in all.
 
-    `pause`: the least and the most seconds between two kills.
+    The kills are spread over the progress, not over the time, so that each happens on a machine of any speed: one is
+    due whenever the next `shards / (kills + 1)` shards are captured. It comes up to `pause` seconds later, and workers
+    that meanwhile run too far ahead wait for it.
     """
     rng, made = random.Random(seed), FleetRun()
     folder.mkdir(parents=True, exist_ok=True)
     log, numbers, began = folder / "shards.log", itertools.count(), time.monotonic()
     log.touch()
+    due = [shards * number // (kills + 1) for number in range(1, kills + 1)]
+    limit = folder / LIMIT_NAME
+
+    def allow() -> None:
+        """Tell the workers how many shards they may capture before the next kill."""
+        rest = due[made.kills :]
+        limit.with_suffix(".new").write_text(str(min(rest[0] + _SLACK, shards - 1) if rest else shards + 1))
+        limit.with_suffix(".new").replace(limit)
+
+    allow()
 
     def start() -> Script:
         shift = rng.uniform(-_SHIFT_SECONDS, _SHIFT_SECONDS)
         grace = rng.choice(["0", "0.05", "5"])
-        prepare = functools.partial(_prepare, {**(variables or {}), SHIFT_VARIABLE: f"{shift:.0f}"}, str(log))
+        prepare = functools.partial(_prepare, {**(variables or {}), SHIFT_VARIABLE: f"{shift:.0f}"}, log)
         place = folder / f"worker-{next(numbers)}"
         place.mkdir()
         (place / "stderr").touch()  # it may be killed before it makes one
@@ -73,14 +88,14 @@ def run_fleet(
         return fork_script(own, place, before=prepare)
 
     workers = [start() for _ in range(WORKERS)]
-    next_kill = time.monotonic() + rng.uniform(*pause)
     while not made.digest:
         time.sleep(_POLL_SECONDS)
-        if made.kills < kills and time.monotonic() >= next_kill:
+        if made.kills < kills and _captured(log) >= due[made.kills]:
+            time.sleep(rng.uniform(0, pause))
             number = rng.choice([signal.SIGKILL, signal.SIGTERM])
             rng.choice(workers).send(number)
             made.signals[number.name] += 1
-            next_kill = time.monotonic() + rng.uniform(*pause)
+            allow()
         for place, worker in enumerate(workers):
             if worker.process.exitcode is None:
                 continue
@@ -102,8 +117,13 @@ def run_fleet(
     return made
 
 
-def _prepare(variables: Mapping[str, str], log: str) -> None:
-    """Shift this process's clock, and log each shard that it begins and captures."""
+def _captured(log: Path) -> int:
+    """How many shards the log says were captured, each once."""
+    return len({line for line in log.read_text().splitlines() if line.startswith("captured ")})
+
+
+def _prepare(variables: Mapping[str, str], log: Path) -> None:
+    """Shift this process's clock, log each shard that it begins and captures, and begin none beyond the limit."""
     os.environ.update(variables)
     clock, shift = time.time, float(os.environ[SHIFT_VARIABLE])
     time.time = lambda: clock() + shift
@@ -114,6 +134,8 @@ def _prepare(variables: Mapping[str, str], log: str) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
 
     def logged(setup, engine, prepared, progress):  # type: ignore[no-untyped-def]
+        while _captured(log) >= int((log.parent / LIMIT_NAME).read_text()):
+            time.sleep(_POLL_SECONDS)
         name = prepared.order and setup.samples.shard_names[_shard_of(setup, next(iter(prepared.order))[0])]
         os.write(descriptor, f"begin {name}\n".encode())
         done = capture_prepared(setup, engine, prepared, progress)

@@ -39,8 +39,9 @@ def test_a_fleet_that_is_killed_at_random_makes_the_cache_of_one_process(
     made = run_fleet(
         ["cache-teacher", "work", *settings, f"output={output}"],
         tmp_path / "fleet",
+        shards=SAMPLES // SHARD_SAMPLES,
         kills=KILLS,
-        pause=(0.2, 2.0),
+        pause=1.0,
         lease_seconds=6.0,
         seed=1,
         variables={**object_store_variables, "LLAVAMOD_STAGING": str(tmp_path / "staging")},
