@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llavamod_offline.data.sampler import BatchSchedule, Order
+from llavamod_offline.data.order.schedule import BatchSchedule
+from llavamod_offline.data.order.stream import Order
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.families.students.protocol import StudentFamily

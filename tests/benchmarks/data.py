@@ -43,8 +43,9 @@ from PIL import Image
 from llavamod_offline.data.encode.collate import collate
 from llavamod_offline.data.encode.tokenize import TokenizedSequence
 from llavamod_offline.data.images import decode_image, pixel_values
+from llavamod_offline.data.order.schedule import BatchSchedule
+from llavamod_offline.data.order.stream import Order
 from llavamod_offline.data.sample import Sample
-from llavamod_offline.data.sampler import BatchSchedule, Order
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.families.llava.student import LlavaStudent
 from teacher_cache.read.reader import TeacherCache, open_cache

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from llavamod_offline.data.sampler import BatchSchedule
+from llavamod_offline.data.order.schedule import BatchSchedule
 from llavamod_offline.families.llava.forward import LlavaForward
 from llavamod_offline.losses.fused import distillation_from_hidden
 from tests.benchmarks.data import BATCH, open_loader

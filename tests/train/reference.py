@@ -17,8 +17,8 @@ from torch import Tensor
 
 from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.images import ImagePreprocessor
+from llavamod_offline.data.order.stream import Order
 from llavamod_offline.data.sample import Sample
-from llavamod_offline.data.sampler import Order
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.families.llava.checkpoint import load_llava, sequence_encoder
 from llavamod_offline.models.checkpoint import load_tokenizer

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from llavamod_offline.config import dump_config
+from llavamod_offline.data.order.stream import Order
 from llavamod_offline.data.pack.pack import write_set
-from llavamod_offline.data.sampler import Order
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.families.llava.checkpoint import load_llava
 from tests.processes import script, start

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from llavamod_offline.config import load_config
+from llavamod_offline.data.order.stream import Order
 from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Sample
-from llavamod_offline.data.sampler import Order
 from llavamod_offline.errors import ConfigError, DataError, ModelError
 from tests.tiny import break_image, tiny_image, tiny_samples, write_tiny_set
 from tests.train.conftest import World

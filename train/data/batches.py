@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from llavamod_offline.data.encode.collate import Batch
 from llavamod_offline.data.encode.tokenize import NO_TARGET, Positions, TokenizedSequence
+from llavamod_offline.data.order.schedule import BatchSchedule
 from llavamod_offline.data.sample import Sample
-from llavamod_offline.data.sampler import BatchSchedule
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import DataError, LlavaModError
 from llavamod_offline.families.students.protocol import StudentFamily

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from llavamod_offline.background import BackgroundIterator, Job
-from llavamod_offline.data.sampler import BatchSchedule, Order
+from llavamod_offline.data.order.schedule import BatchSchedule
+from llavamod_offline.data.order.stream import Order
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.storage.disk_cache import SIZE_VARIABLE, DiskCache

@@ -1,7 +1,7 @@
 """The order of a run whose samples changed while it was stopped: dropped for their length, or a repaired set.
 
     OUTPUT/samples.npy    uint64: hashes of the keys of all samples that the run has trained on; a key's place in the
-                          file is the number that decides where its sample comes in the order (see `sampler.py`)
+                          file is the number that decides where its sample comes (see `llavamod_offline.data.order`)
 
 So the samples that stay keep their order: the run goes on with those of the epoch that it has not seen, and with new
 ones, and repeats none.
@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from llavamod_offline.data.sampler import Mark, Order
+from llavamod_offline.data.order.stream import Mark, Order
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ModelError
 from llavamod_offline.storage import atomic

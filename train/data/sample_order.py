@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from llavamod_offline.data.sampler import Order, Weights
+from llavamod_offline.data.order.copies import Weights
+from llavamod_offline.data.order.stream import Order
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError
 

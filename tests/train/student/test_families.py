@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 from eval.engines.hf import HfEngine
 from llavamod_offline.config import load_config
-from llavamod_offline.data.sampler import Order
+from llavamod_offline.data.order.stream import Order
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.families.students.parts import model_parts
 from teacher_cache.audit.run import audit_cache

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 from llavamod_offline.data.encode.collate import Batch, collate
 from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequence
+from llavamod_offline.data.order.schedule import BatchSchedule
+from llavamod_offline.data.order.stream import Order
 from llavamod_offline.data.sample import Sample, Turn
-from llavamod_offline.data.sampler import BatchSchedule, Order
 from llavamod_offline.errors import DataError
 from tests.tiny import tiny_samples, tiny_tokenizer
 

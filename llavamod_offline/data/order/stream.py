@@ -7,40 +7,29 @@ run is one integer, the step.
 An epoch consists of *windows*: the shards are shuffled and split into groups of `window`, and the samples of each group
 are shuffled together (`window` 0: one window of all shards, a full shuffle). With weights a sample has that many copies
 in an epoch; with lengths, the batches of a window hold samples of similar length, and with kinds samples of one kind,
-all but one of the window. Everything is defined by 64-bit
-integer arithmetic and independent of any library's random generator.
+all but one of the window. Everything is defined by 64-bit integer arithmetic.
 
-Shape suffixes: N samples, numbered in set order (so shard by shard); a *place* is such a number.
+Shape suffixes: N samples, numbered in set order (so shard by shard); a *place* is such a number; E elements of a
+window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from math import floor
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llavamod_offline.data.order.copies import Copies, Weights
+from llavamod_offline.data.order.grouping import Rows, by_length, grouped
+from llavamod_offline.data.order.hashes import SHARDS, hashes
 from llavamod_offline.errors import ConfigError
 
-Rows = NDArray[np.int64]
 _T = TypeVar("_T")
 
-_MASK = 2**64 - 1
-_GAMMA = 0x9E3779B97F4A7C15
-_SHARDS, _COPIES, _BATCHES = 1, 2, 3  # kinds of hashed numbers other than samples
 _COPY_STEP = 2**40  # between the hashed numbers of a sample's copies, where samples have numbers of their own
-_GROUPED_BATCHES = 64  # this many batches are sorted by length together
-
-
-@dataclass(frozen=True)
-class Weights:
-    """How often an epoch holds the samples of each source: `sources_N` holds indices into `weights`."""
-
-    sources_N: NDArray[np.integer]
-    weights: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -105,10 +94,10 @@ class Order:
         self._firsts = np.flatnonzero(changes)
         self._shards = shards_N[self._firsts].astype(np.int64)
         self._ends = np.append(self._firsts[1:], n)
-        self._copies = None if weights is None else _Copies(weights, seed)
+        self._copies = None if weights is None else Copies(weights, seed)
         self.per_epoch = n if self._copies is None else self._copies.total
         if self.per_epoch < 1:
-            raise ConfigError("sampler: no samples: the set is empty, or all are excluded or of weight 0")
+            raise ConfigError("no samples: the set is empty, or all are excluded or of weight 0")
         self._layouts: dict[Hashable, _Layout] = {}
         self._shuffled: dict[Hashable, Rows] = {}
 
@@ -116,7 +105,7 @@ class Order:
         """The places of one step (from 0), over all ranks; by decreasing length if lengths are known."""
         places = self.places(self.position(step), self.position(step + 1))
         if self.lengths_N is not None:
-            places = _by_length(places, self.lengths_N)
+            places = by_length(places, self.lengths_N)
         return places
 
     def renumber(self, numbers_N: NDArray[np.integer], offset: int = 0) -> None:
@@ -142,8 +131,8 @@ class Order:
         """Describe a position so that it can be found again after samples were taken out or added."""
         window = self.window_at(position)
         inside = position - window.start
-        hashes = np.sort(self._entry_hashes(window)[1])
-        return Mark(window.epoch, window.number, inside, int(hashes[inside - 1]) if inside else -1)
+        sorted_E = np.sort(self._entry_hashes(window)[1])
+        return Mark(window.epoch, window.number, inside, int(sorted_E[inside - 1]) if inside else -1)
 
     def find(self, mark: Mark) -> int:
         """The position of a mark: what came before it, as far as it is left, comes before it here too.
@@ -158,8 +147,8 @@ class Order:
         window = self.window_at(start + first)
         if not self.is_exact:
             return min(window.start + mark.inside, window.stop)
-        hashes = self._entry_hashes(window)[1]
-        return window.start + int((hashes <= np.uint64(mark.last)).sum()) if mark.inside else window.start
+        hashes_E = self._entry_hashes(window)[1]
+        return window.start + int((hashes_E <= np.uint64(mark.last)).sum()) if mark.inside else window.start
 
     def places(self, start: int, stop: int) -> Rows:
         """Elements `start … stop − 1` of the endless stream."""
@@ -191,8 +180,7 @@ class Order:
                     np.concatenate([[0], np.cumsum(copies_N, dtype=np.int64)])[np.append(self._firsts, self.n)]
                 )
             there = np.flatnonzero(counts)
-            hashes = _hashes(self._shards[there], self.seed, epoch, _SHARDS)
-            order = there[np.argsort(hashes)]
+            order = there[np.argsort(hashes(self._shards[there], self.seed, epoch, SHARDS))]
             ends = np.cumsum(counts[order])
             size = self.window or len(order)
             last = np.minimum(np.arange(size, len(order) + size, size), len(order)) - 1
@@ -203,11 +191,10 @@ class Order:
 
     def _window_places(self, window: Window) -> Rows:
         def make() -> Rows:
-            places, hashes = self._entry_hashes(window)
-            places = places[np.argsort(hashes)]
-            if self.kinds_N is not None:
-                return self._grouped_by_kind(places, window, self.kinds_N)
-            return places if self.lengths_N is None else self._grouped(places, window, self.lengths_N)
+            places, hashes_E = self._entry_hashes(window)
+            places = places[np.argsort(hashes_E)]
+            start = window.start - self.offset
+            return grouped(places, self.lengths_N, self.kinds_N, size=self.batch_size, start=start, seed=self.seed)
 
         return _kept(self._shuffled, (window.epoch, window.start), make)
 
@@ -222,53 +209,12 @@ class Order:
             firsts = np.flatnonzero(np.diff(places, prepend=-1))
             copies = np.arange(len(places)) - np.repeat(firsts, np.diff(np.append(firsts, len(places))))
             inputs = self._numbers_N[places] + copies * _COPY_STEP
-        return places, _hashes(inputs, self.seed, window.epoch)
+        return places, hashes(inputs, self.seed, window.epoch)
 
     def _shard_places(self, layout: _Layout, number: int) -> Rows:
         first, end = int(self._firsts[number]), int(self._ends[number])
         places = np.arange(first, end)
         return places if layout.copies_N is None else np.repeat(places, layout.copies_N[first:end])
-
-    def _grouped(self, places: Rows, window: Window, lengths_N: NDArray[np.integer]) -> Rows:
-        """Sort by length within every 64 of the window's complete batches, and shuffle these batches."""
-        size = self.batch_size
-        places = places.copy()
-        first, last = self._complete_batches(places, window)
-        for start in range(first, last, _GROUPED_BATCHES * size):
-            stop = min(start + _GROUPED_BATCHES * size, last)
-            batches = _by_length(places[start:stop], lengths_N).reshape(-1, size)
-            places[start:stop] = self._shuffled_batches(batches, window.start + start)
-        return places
-
-    def _grouped_by_kind(self, places: Rows, window: Window, kinds_N: NDArray[np.bool_]) -> Rows:
-        """Make the window's complete batches of one kind each, but for one with what is left of both; shuffle them."""
-        size = self.batch_size
-        places = places.copy()
-        first, last = self._complete_batches(places, window)
-        inside = places[first:last]
-        kinds = [inside[kinds_N[inside]], inside[~kinds_N[inside]]]
-        whole = [kind[: len(kind) // size * size] for kind in kinds]
-        rest = np.concatenate([kind[len(part) :] for kind, part in zip(kinds, whole, strict=True)])
-        pieces = [
-            part[start : start + _GROUPED_BATCHES * size]
-            for part in (*whole, rest)
-            for start in range(0, len(part), _GROUPED_BATCHES * size)
-        ]
-        if pieces:
-            ordered = [piece if self.lengths_N is None else _by_length(piece, self.lengths_N) for piece in pieces]
-            batches = np.concatenate(ordered).reshape(-1, size)
-            places[first:last] = self._shuffled_batches(batches, window.start + first)
-        return places
-
-    def _complete_batches(self, places: Rows, window: Window) -> tuple[int, int]:
-        """Where in a window its first complete batch begins and its last one ends."""
-        first = (self.offset - window.start) % self.batch_size
-        return first, first + max(0, len(places) - first) // self.batch_size * self.batch_size
-
-    def _shuffled_batches(self, batches: Rows, start: int) -> Rows:
-        numbers = start // self.batch_size + np.arange(len(batches))
-        shuffled: Rows = batches[np.argsort(_hashes(numbers, self.seed, 0, _BATCHES))].ravel()
-        return shuffled
 
 
 @dataclass(frozen=True)
@@ -282,102 +228,6 @@ class _Layout:
     copies_N: NDArray[np.int32] | None
 
 
-class _Copies:
-    """How many copies of each sample an epoch holds."""
-
-    def __init__(self, weights: Weights, seed: int) -> None:
-        self._base_N = np.zeros(len(weights.sources_N), np.int32)
-        self._extras: list[tuple[Rows, int]] = []  # the samples of a source in the order of their turns; how many turns
-        self.total = 0
-        for source, weight in enumerate(weights.weights):
-            if not 0 <= weight < 2**31:
-                raise ConfigError(f"weight {weight:g}: must not be negative")
-            members = np.flatnonzero(weights.sources_N == source)
-            if not len(members) or not weight:
-                continue
-            wanted = max(1, floor(weight * len(members) + 0.5))
-            whole, turns = divmod(wanted, len(members))
-            self._base_N[members] = whole
-            self.total += wanted
-            if turns:
-                self._extras.append((members[np.argsort(_hashes(members, seed, 0, _COPIES))], turns))
-
-    def of_epoch(self, epoch: int) -> NDArray[np.int32]:
-        copies_N = self._base_N.copy()
-        for members, turns in self._extras:
-            copies_N[members[(epoch * turns + np.arange(turns)) % len(members)]] += 1
-        return copies_N
-
-
-@dataclass(frozen=True)
-class BatchSchedule:
-    """The micro-batches of one rank from step `start` up to `stop`, as a DataLoader's `batch_sampler`.
-
-    A step has `micro_batches` lists of at most `micro_batch_size` rows each (None: the rank's whole share), the same
-    number on every rank. A rank's share is a contiguous piece of the batch, so that micro-batches do not depend on the
-    number of ranks, nor does a loss that is not a sum over samples, such as the routers' balance loss. Batches sorted
-    by length are dealt to the ranks one micro-batch at a time, so that all ranks work on similar lengths. To resume,
-    begin at another `start`.
-    Errors: `ConfigError` if a batch cannot be divided evenly.
-    """
-
-    order: Order
-    stop: int
-    start: int = 0
-    rank: int = 0
-    world_size: int = 1
-    micro_batch_size: int | None = None
-
-    def __post_init__(self) -> None:
-        size, ranks = self.order.batch_size, self.world_size
-        if self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise ConfigError(f"micro_batch_size {self.micro_batch_size}: must be at least 1")
-        if not 0 <= self.rank < ranks:
-            raise ConfigError(f"rank {self.rank} of {ranks}: must be from 0 to {ranks - 1}")
-        if size % ranks:
-            raise ConfigError(f"batch_size {size}: must be a multiple of the number of ranks, {ranks}")
-        if self.order.lengths_N is not None and self._share % self._micro_size:
-            raise ConfigError(
-                f"batch_size {size}: must be a multiple of micro_batch_size {self._micro_size} × {ranks} ranks, "
-                "if samples are grouped by length"
-            )
-
-    @property
-    def micro_batches(self) -> int:
-        """The number of micro-batches of a step."""
-        return -(-self._share // self._micro_size)
-
-    @property
-    def _share(self) -> int:
-        return self.order.batch_size // self.world_size
-
-    @property
-    def _micro_size(self) -> int:
-        return self.micro_batch_size or self._share
-
-    def step(self, step: int) -> list[list[int]]:
-        """The micro-batches of one step on this rank."""
-        size, rows = self._micro_size, self.order.batch(step).tolist()
-        if self.order.lengths_N is not None:
-            starts = range(self.rank * size, len(rows), self.world_size * size)
-            return [rows[first : first + size] for first in starts]
-        rows = rows[self.rank * self._share : (self.rank + 1) * self._share]
-        return [rows[first : first + size] for first in range(0, len(rows), size)]
-
-    def __len__(self) -> int:
-        return max(0, self.stop - self.start) * self.micro_batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.start, self.stop):
-            yield from self.step(step)
-
-
-def _by_length(places: Rows, lengths_N: NDArray[np.integer]) -> Rows:
-    """Sort places by decreasing length."""
-    ordered: Rows = places[np.argsort(-lengths_N[places].astype(np.int64), kind="stable")]
-    return ordered
-
-
 def _kept(kept: dict[Hashable, _T], key: Hashable, make: Callable[[], _T]) -> _T:
     """Look up a value, or make it and drop the oldest: a batch touches one window, or two at a boundary."""
     if key not in kept:
@@ -385,20 +235,3 @@ def _kept(kept: dict[Hashable, _T], key: Hashable, make: Callable[[], _T]) -> _T
             del kept[next(iter(kept))]
         kept[key] = make()
     return kept[key]
-
-
-def _hashes(numbers: NDArray[np.integer], seed: int, epoch: int, kind: int = 0) -> NDArray[np.uint64]:
-    """64-bit SplitMix64 hashes (Steele, Lea and Flood, OOPSLA 2014), injective; `kind`: what is numbered."""
-    start = _mix(np.array([(seed + _GAMMA) & _MASK], dtype=np.uint64)) ^ np.uint64(epoch)
-    for _ in range(kind):
-        start = _mix(start)
-    with np.errstate(over="ignore"):
-        return _mix(_mix(start) + (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(_GAMMA))
-
-
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser, element by element."""
-    with np.errstate(over="ignore"):
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return values ^ (values >> np.uint64(31))
