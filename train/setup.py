@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from llavamod_offline.data.order.schedule import BatchSchedule
 from llavamod_offline.data.order.stream import Order
 from llavamod_offline.data.sets.sample_set import SampleSet
-from llavamod_offline.errors import ConfigError
+from llavamod_offline.errors import CacheError, ConfigError
 from llavamod_offline.families.students.protocol import StudentFamily
 from llavamod_offline.losses.bucketed_divergence import DivergenceSpec
 from llavamod_offline.losses.cached_distillation import prior_of
@@ -132,7 +132,8 @@ def prepare(config: TrainConfig, world: World) -> Setup:
     source = open_source(config.student)
     samples = SampleSet.open(config.data.set)
     cache, swap = _open_cache(config, source)
-    followed = None if cache is None or config.cache.end_of_turn else cache.fingerprint["template"]
+    aligns = cache is not None and _aligns(config, cache, source)
+    followed = None if cache is None or aligns or config.cache.end_of_turn else cache.fingerprint["template"]
     if MISMATCHED in config.roles and samples.has_preferences:  # without preferences, the join refuses it
         samples = samples.with_mismatched()
     student, family = open_student(config, source, followed, sharded=zero_stage == 3)
@@ -143,7 +144,7 @@ def prepare(config: TrainConfig, world: World) -> Setup:
     if family.image_tokens is None:
         _check_image_terms(config)
     encoder = family.encoder
-    if cache is not None:
+    if cache is not None and not aligns:
         from teacher_cache.student.check import check_answers, check_encoding
 
         allow, end_of_turn = config.cache.allow, config.cache.end_of_turn
@@ -192,8 +193,14 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         cache.keep_shards(order.window)
     choose_trainable(student, config.trainable)
     head = lm_head_of(student)
-    positions = _positions(config, cache)
-    cached_vocab_size = _cached_vocabulary(cache, swap, vocabulary_size(source.tokenizer, head.rows))
+    positions = "response" if aligns else _positions(config, cache)
+    own_vocab_size = vocabulary_size(source.tokenizer, head.rows)
+    cached_vocab_size = _cached_vocabulary(None if aligns else cache, swap, own_vocab_size)
+    bridge = None
+    if aligns and cache is not None:
+        from teacher_cache.other_tokenizer.bridge import open_bridge
+
+        bridge = open_bridge(cache, source.tokenizer, end_id=encoder.end_id, vocab_size=own_vocab_size)
     alignment = prepare_alignment(
         config.loss.align,
         cache,
@@ -215,6 +222,7 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         positions=positions,
         states=None if alignment is None else alignment.states,
         masked_ids=_masked_ids(config, samples, source),
+        bridge=bridge,
         record_roles=config.roles[:1] if config.loss.distils(config.stage) else (),
         workers=_workers(config, world),
         pin_memory=world.device.type == "cuda",
@@ -227,12 +235,13 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         objective=make_objective(
             config.stage,
             config.loss,
-            vocab_size=vocabulary_size(source.tokenizer, head.rows),
+            vocab_size=own_vocab_size,
             forward=StudentPass(family.forward, "vision" in config.trainable or _adapts_vision(config)),
-            **_tail(config, cache, swap, cached_vocab_size, samples=len(joined.rows)),
+            **_tail(config, None if aligns else cache, swap, cached_vocab_size, samples=len(joined.rows)),
             positions=positions,
             alignment=alignment,
             paired=not samples.manifest.get("unpaired"),
+            has_counterpart_V=None if bridge is None else torch.from_numpy(bridge.has_counterpart_V),
         ),
         loader=loader,
         joined=joined,
@@ -273,7 +282,9 @@ def _open_cache(config: TrainConfig, source: StudentSource) -> tuple[TeacherCach
 
     cache = open_cache(config.cache.path, temperature=config.loss.temperature)
     allow, end_of_turn = config.cache.allow, config.cache.end_of_turn
-    swap = check_student(cache.fingerprint, source.tokenizer, allow=allow, end_of_turn=end_of_turn)
+    swap = None
+    if not _aligns(config, cache, source):
+        swap = check_student(cache.fingerprint, source.tokenizer, allow=allow, end_of_turn=end_of_turn)
     if config.loss.temperature not in (1.0, *cache.temperatures) and config.loss.distils(config.stage):
         stored = ", ".join(f"{value:g}" for value in (1.0, *cache.fingerprint["capture"]["temperatures"]))
         raise ConfigError(
@@ -303,6 +314,20 @@ def _open_cache(config: TrainConfig, source: StudentSource) -> tuple[TeacherCach
             f"{', '.join(config.roles)}: set it to a cache of data.set"
         )
     return cache, swap
+
+
+def _aligns(config: TrainConfig, cache: TeacherCache, source: StudentSource) -> bool:
+    """Whether the student's tokens are aligned with the teacher's, since they are others."""
+    if config.cache.other_tokenizer == "refuse":
+        return False
+    from teacher_cache.student.check import check_student
+
+    try:
+        check_student(cache.fingerprint, source.tokenizer)
+    except CacheError:
+        return True
+    _LOG.info("cache.other_tokenizer: the student has the teacher's tokenizer, so that nothing is to be aligned")
+    return False
 
 
 def _cached_vocabulary(cache: TeacherCache | None, swap: TokenIdSwap | None, own: int) -> int | None:

@@ -95,13 +95,13 @@ def distillation_from_hidden(
     weights_N = None if weights_N is None else weights_N.float()
     if not kd_weight:
         plain = CrossEntropy(target_ids_N, weights_N, lm_weight, zero)
-        loss_sum = _fused(hidden_ND, head, vocab, chunk_size, plain)
+        loss_sum = fused_rows(hidden_ND, head, vocab, chunk_size, plain)
         return LossTerms(loss_sum, zero, plain.loss_sum, len(targets), zero_metrics(hidden_ND.device))
     spec = DivergenceSpec(divergence, js_weight, skew)
     teacher = prepare_targets(targets, vocab, spec=spec, tail=tail, temperature=temperature)
     prior = None if prior is None else prior.on(hidden_ND.device, vocab)
     loss = Distillation(teacher, target_ids_N, weights_N, prior, kd_weight, lm_weight, zero, zero)
-    loss_sum = _fused(hidden_ND, head, vocab, chunk_size, loss)
+    loss_sum = fused_rows(hidden_ND, head, vocab, chunk_size, loss)
     return LossTerms(loss_sum, loss.divergence_sum, loss.cross_entropy_sum, len(targets), loss.metrics)
 
 
@@ -125,7 +125,7 @@ def cross_entropy_from_hidden(
     vocab = _vocabulary(head, target_ids_N, vocab_size)
 
     zero = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-    loss_sum = _fused(hidden_ND, head, vocab, chunk_size, CrossEntropy(target_ids_N, None, 1.0, zero))
+    loss_sum = fused_rows(hidden_ND, head, vocab, chunk_size, CrossEntropy(target_ids_N, None, 1.0, zero))
     return LossTerms(loss_sum, zero, loss_sum.detach(), len(target_ids_N), zero_metrics(hidden_ND.device))
 
 
@@ -166,7 +166,8 @@ def _vocabulary(lm_head: LmHead, target_ids_N: Tensor, vocab_size: int | None) -
     return vocab
 
 
-def _fused(hidden_ND: Tensor, head: LmHead, vocab: int, chunk_size: int | None, loss: RowLoss) -> Tensor:
+def fused_rows(hidden_ND: Tensor, head: LmHead, vocab: int, chunk_size: int | None, loss: RowLoss) -> Tensor:
+    """The summed loss of the rows of logits, with its gradients by hidden states and LM head."""
     # needs_input_grad is True even under no_grad, where gradients must not be computed.
     train = torch.is_grad_enabled()
     applied = FusedLinearDivergence.apply(  # type: ignore[no-untyped-call]

@@ -24,7 +24,7 @@ from torch import Tensor
 from llavamod_offline.losses.chunk_gradients import Measured
 from llavamod_offline.losses.rows.gradients import RowGradients
 from llavamod_offline.losses.rows.kernels import peaks_and_sums
-from llavamod_offline.losses.rows.losses import RowLoss
+from llavamod_offline.losses.rows.losses import MeasuredRowLoss, RowLoss
 from llavamod_offline.models.lm_head import LmHead, float32_products
 
 _SLAB = 8_192
@@ -51,7 +51,7 @@ class FusedLinearDivergence(torch.autograd.Function):
         train: bool,
     ) -> Tensor:
         needs = [train and needed for needed in ctx.needs_input_grad[:3]]
-        if goes_by_slabs(weight_VD):
+        if isinstance(row_loss, MeasuredRowLoss) and goes_by_slabs(weight_VD):
             loss, plans = _measured_loss(hidden_ND, head.first(vocab), chunk_size, row_loss)
             ctx.gradients = gradients_by_slabs(hidden_ND, head, vocab, chunk_size, plans, needs)
         else:
@@ -144,7 +144,7 @@ def _loss_and_gradients(
 
 
 def _measured_loss(
-    hidden_ND: Tensor, head: LmHead, chunk_size: int | None, loss: RowLoss
+    hidden_ND: Tensor, head: LmHead, chunk_size: int | None, loss: MeasuredRowLoss
 ) -> tuple[Tensor, Sequence[RowGradients]]:
     """The first pass: the summed loss, and what the second one needs."""
     chunks = _chunks(hidden_ND, head, chunk_size or _chunk_rows(head.weight_VD))

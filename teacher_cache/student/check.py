@@ -63,7 +63,8 @@ def check_student(
         lines,
         allow,
         "use a student with the teacher's tokenizer, declare its end of turn as cache.end_of_turn if only that "
-        "differs, or allow the field by name if you know it is harmless",
+        "differs, align another one in the mimic stages by cache.other_tokenizer=align, or allow the field by name if "
+        "you know it is harmless",
     )
     return swap
 

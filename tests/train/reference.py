@@ -48,11 +48,11 @@ class Answer:
 class Reader:
     """Runs a model on single samples of a set."""
 
-    def __init__(self, folder: Path, data: Path) -> None:
+    def __init__(self, folder: Path, data: Path, template: str = "qwen") -> None:
         tokenizer = load_tokenizer(folder)
         self.model: Any = load_llava(folder)
         self.samples = SampleSet.open(data)
-        self.encoder = sequence_encoder(folder, tokenizer, get_template("qwen"), 2048)
+        self.encoder = sequence_encoder(folder, tokenizer, get_template(template), 2048)
         self.images = ImagePreprocessor.from_checkpoint(folder, "pad")
         self.vocab = len(tokenizer)
 

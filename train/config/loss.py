@@ -97,6 +97,8 @@ class LossConfig:
     importance_max: float | None = None
     """policy_gradient: largest importance weight of a token, its probability to the student over that to the writer;
     null: 2, .inf: no limit."""
+    unmatched_weight: float = 1.0
+    """With cache.other_tokenizer=align: weight of the sorted distance of tokens that one tokenizer has alone."""
     align: AlignConfig = field(default_factory=AlignConfig)
     beta: float = 0.1
     """Preference: scale of the log-ratio of student and reference."""
@@ -217,7 +219,7 @@ def _number_problems(loss: LossConfig) -> Iterable[str]:
     for name in ("temperature", "beta"):
         if not getattr(loss, name) > 0:
             yield f"loss.{name} is {getattr(loss, name):g}: must be above 0"
-    not_negative = ("kd_weight", "lm_weight", "sft_weight", "distill_weight", "router_aux_coef")
+    not_negative = ("kd_weight", "lm_weight", "unmatched_weight", "sft_weight", "distill_weight", "router_aux_coef")
     for name in (*not_negative, "desirable_weight", "undesirable_weight"):
         if not getattr(loss, name) >= 0:
             yield f"loss.{name} is {getattr(loss, name):g}: must not be negative"

@@ -7,6 +7,7 @@ from typing import Literal
 
 from llavamod_offline.config import InputPath, raise_problems
 from llavamod_offline.data.image_aspect import ImageAspect
+from llavamod_offline.errors import ConfigError
 from train.config.train import CacheSourceConfig
 
 
@@ -49,6 +50,11 @@ class MeasureConfig:
     """Processes that make batches, 0 for none; null: one per spare core, at most 8."""
 
     def __post_init__(self) -> None:
+        if self.cache.other_tokenizer != "refuse":
+            raise ConfigError(
+                "cache.other_tokenizer: the distance from a teacher is measured with its tokenizer alone: set it to "
+                "refuse and cache.path to null, to measure the student on the set's answers"
+            )
         least = {"max_length": 1, "batch_size": 1, "workers": 0}
         raise_problems(
             f"{name} is {value}: must be at least {low}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from train.config.lora import lora_problems
 from train.config.loss import loss_problems
+from train.config.other_tokenizer import other_tokenizer_problems
 
 if TYPE_CHECKING:
     from train.config.train import OptimConfig, StudentConfig, TrainConfig
@@ -20,6 +21,7 @@ def config_problems(config: TrainConfig) -> Iterable[str]:
     yield from _number_problems(config)
     yield from loss_problems(config.loss, config.stage)
     yield from _stage_problems(config)
+    yield from other_tokenizer_problems(config)
     yield from _student_problems(config.student)
     unknown = [part for part in config.trainable if part not in PARTS]
     if unknown or not (config.trainable or config.student.lora):

@@ -26,6 +26,7 @@ from llavamod_offline.data.sample import Sample
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import DataError, LlavaModError
 from llavamod_offline.families.students.protocol import StudentFamily
+from llavamod_offline.losses.other_tokenizer.targets import AlignedTargets
 from llavamod_offline.losses.targets import SparseTargets
 from train.data.behaviour import behaviour_log_probs
 from train.data.join import MISMATCHED
@@ -34,6 +35,7 @@ from train.data.teacher_states import TeacherStates, WantedStates, read_states
 
 if TYPE_CHECKING:
     from teacher_cache.format.sequences import CachedSequence
+    from teacher_cache.other_tokenizer.bridge import TokenizerBridge
     from teacher_cache.read.reader import TeacherCache
     from teacher_cache.student.end_of_turn import TokenIdSwap
 
@@ -46,7 +48,8 @@ class TrainBatch:
     """A micro-batch: the student's inputs and the teacher's cached outputs.
 
     `targets` cover the first positions of `batch`, in its order: all of them (mimic stages), those of the chosen
-    responses (preference stage with distillation) or none. `reference_S`: the teacher's log-prob of each sequence,
+    responses (preference stage with distillation) or none; of a teacher with another tokenizer, `aligned` are instead.
+    `reference_S`: the teacher's log-prob of each sequence,
     summed over its tokens. `sample_of_S`: the sample, from 0, of each sequence. If the loss needs them, `mismatched`
     holds the samples' mismatched responses and `states` the teacher's hidden states. `behaviour_N`: the log-probs of
     the student that wrote the answers, for each position of `batch`; NaN where it wrote none, or a loss on own answers
@@ -61,6 +64,7 @@ class TrainBatch:
     mismatched: TrainBatch | None = None
     states: TeacherStates | None = None
     behaviour_N: Tensor | None = None
+    aligned: AlignedTargets | None = None
 
     def rows(self, which: ChosenPositions) -> Tensor:
         """The positions that predict answers, or those of answers that were written, as rows [M] of `batch`."""
@@ -83,7 +87,7 @@ class TrainBatch:
         return self._map(lambda part: part.pin_memory())
 
     def _map(self, move: Callable[[Any], Any]) -> TrainBatch:
-        names = ("batch", "targets", "reference_S", "sample_of_S", "states", "behaviour_N")
+        names = ("batch", "targets", "reference_S", "sample_of_S", "states", "behaviour_N", "aligned")
         parts = {name: getattr(self, name) for name in names}
         moved = {name: move(part) for name, part in parts.items() if part is not None}
         return replace(self, mismatched=self.mismatched and self.mismatched._map(move), **moved)
@@ -94,7 +98,7 @@ class Loader:
 
     `records`: the cache's rows of the set's rows, by role (see `Join`). `record_roles`: the roles whose records the
     loss needs, the first ones of `roles`. `swap`: swaps a differing end of turn for the student's. `vocab_size`:
-    how many ids cache and student share, if fewer than the cache's.
+    how many ids cache and student share, if fewer than the cache's. `bridge`: to a teacher with another tokenizer.
     `positions`: the positions of a sequence that batches hold, as in the cache. `states`: the teacher's hidden states
     that the loss needs. `masked_ids`: tokens that a loss on own answers leaves out; None: there is no such loss.
     `prefetch`: copies remote shards ahead of a schedule; other reads fetch samples one by one.
@@ -119,6 +123,7 @@ class Loader:
         positions: Positions = "response",
         states: WantedStates | None = None,
         masked_ids: frozenset[int] | None = None,
+        bridge: TokenizerBridge | None = None,
         prefetch: Prefetch | None = None,
     ) -> None:
         self._prefetch = prefetch
@@ -135,6 +140,7 @@ class Loader:
             positions,
             states,
             masked_ids,
+            bridge,
         )
         self._settings: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
         if workers:
@@ -181,6 +187,7 @@ class _Micro(Dataset[TrainBatch]):
     positions: Positions
     states: WantedStates | None
     masked_ids: frozenset[int] | None
+    bridge: TokenizerBridge | None = None
     scattered: bool = False
 
     def __getitem__(self, place: int) -> TrainBatch:
@@ -223,6 +230,10 @@ class _Micro(Dataset[TrainBatch]):
         records = self.cache.sequences(rows_S)
         for sequence, (_, n), record in zip(sequences, places, records, strict=True):
             self._check(self.cache, sequence, samples[n], record)
+        if self.bridge is not None:
+            counts = [record.n_positions for record in records]
+            aligned = self.bridge.targets(self.cache.targets(rows_S), counts, sequences)
+            return TrainBatch(batch, len(samples), aligned=aligned)
         rows_R = rows_S[: sum(role in self.record_roles for role, _ in places)]
         targets = self.cache.targets(rows_R) if set(self.record_roles) & set(roles) else None
         if targets is not None and self.swap is not None:
@@ -256,7 +267,8 @@ class _Micro(Dataset[TrainBatch]):
         from teacher_cache.format.sequences import short_hash
         from teacher_cache.student.check import check_sequence
 
-        check_sequence(cache, sequence, self.swap, record)
+        if self.bridge is None:
+            check_sequence(cache, sequence, self.swap, record)
         if record.content_hash != short_hash(sample.content_hash):
             raise DataError(
                 f"sample '{sequence.key}' ({sequence.role}): its text or images differ from those captured: "

@@ -20,7 +20,7 @@ from llavamod_offline.losses.tail_estimators import TailPrior
 from train.config import LossConfig
 from train.data.batches import ChosenPositions, TrainBatch
 from train.engine.deepspeed_engine import World
-from train.stages import mimic, own_answers, preference, sft
+from train.stages import mimic, other_tokenizer, own_answers, preference, sft
 from train.stages.alignment import Alignment
 from train.stages.loss_sums import LossSums
 from train.stages.student_pass import LookAhead, StudentPass
@@ -93,11 +93,13 @@ def make_objective(
     positions: Positions = "response",
     alignment: Alignment | None = None,
     paired: bool = True,
+    has_counterpart_V: Tensor | None = None,
 ) -> Objective:
     """Make a stage's objective; `vocab_size` is the number of ids that can have a probability.
 
     The mimic stages also use `positions`, which their batches hold, and `alignment`, their additional terms. `paired`:
-    whether every preference is a pair.
+    whether every preference is a pair. `has_counterpart_V`: which of a student's tokens a teacher with another
+    tokenizer has as well.
     """
     common: dict[str, Any] = {"router_aux_coef": loss.router_aux_coef, "forward": forward}
     if stage in ("align", "sft"):
@@ -112,6 +114,19 @@ def make_objective(
         prior=prior,
         temperature=loss.temperature,
     )
+    lm_weight = loss.lm_weight if loss.kind == "kd_lm" else 0.0
+    if has_counterpart_V is not None:
+        across = other_tokenizer.make_loss(
+            divergence=loss.divergence,
+            js_weight=loss.js_weight,
+            skew=loss.skew,
+            kd_weight=loss.kd_weight,
+            unmatched_weight=loss.unmatched_weight,
+            lm_weight=lm_weight,
+            has_counterpart_V=has_counterpart_V,
+            **common,
+        )
+        return Objective(lambda student, batch, *_: across(student, batch), lambda batch: batch.positions)
     if loss.kind == "policy_gradient":
         own = own_answers.make_loss(
             vocab_size=vocab_size, importance_max=loss.importance_max or IMPORTANCE_MAX, **common
@@ -122,7 +137,7 @@ def make_objective(
         if positions == "all" and loss.positions == "response":
             where = "response"
         chosen: dict[str, Any] = {
-            "lm_weight": loss.lm_weight if loss.kind == "kd_lm" else 0.0,
+            "lm_weight": lm_weight,
             "chosen": where,
             "alignment": alignment,
         }

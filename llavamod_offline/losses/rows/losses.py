@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -27,10 +27,15 @@ from llavamod_offline.losses.tail_estimators import PreparedTargets, TailPrior
 
 
 class RowLoss(Protocol):
-    """A loss of N rows of float32 logits, of which it needs only a few numbers each."""
+    """A loss of N rows of float32 logits."""
 
     def in_place(self, logits_CV: Tensor, rows: slice) -> Tensor:
         """Replace a chunk's logits by their gradient; the chunk's summed loss."""
+
+
+@runtime_checkable
+class MeasuredRowLoss(RowLoss, Protocol):
+    """A loss that needs only a few numbers of each row, which can be measured before its gradient is written."""
 
     def measure(self, logits_CV: Tensor, rows: slice) -> Sequence[Measured]:
         """Measure a chunk's logits, which it may overwrite."""

@@ -1,0 +1,1 @@
+"""Records of a teacher with another tokenizer: token bytes, aligned spans, and targets in the student's ids."""

@@ -1,0 +1,37 @@
+"""Checks that the settings of a run suit a student with another tokenizer than its teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from train.config.train import TrainConfig
+
+
+def other_tokenizer_problems(config: TrainConfig) -> Iterable[str]:
+    """Yield one line for each problem, naming the key to change."""
+    loss, cache = config.loss, config.cache
+    if cache.other_tokenizer == "refuse":
+        if loss.unmatched_weight != type(loss).unmatched_weight:
+            yield "loss.unmatched_weight: not used with one tokenizer: remove it, or set cache.other_tokenizer to align"
+        return
+    if not config.stage.startswith("mimic"):
+        yield f"cache.other_tokenizer: stage {config.stage} aligns no tokens, mimic stages do: set it to refuse"
+        return
+    if loss.kind == "policy_gradient" or loss.positions == "written":
+        yield (
+            "cache.other_tokenizer: losses on written answers take the teacher's log-probs token by token: set it to "
+            "refuse, or loss.kind to only_kd and loss.positions to auto"
+        )
+    if cache.end_of_turn is not None:
+        yield "cache.end_of_turn: aligned tokens end turns by their role: remove it"
+    if loss.tail not in ("auto", "bucket"):
+        yield f"loss.tail: aligned tokens have their tail as one bucket, not as {loss.tail}: set it to auto"
+    if loss.temperature != 1.0:
+        yield (
+            f"loss.temperature is {loss.temperature:g}: tokens are aligned at temperature 1 alone: set it to 1, or "
+            "cache.other_tokenizer to refuse"
+        )
+    if loss.align.is_on:
+        yield "loss.align: its terms compare tokens one by one: set its weights to 0, or other_tokenizer to refuse"
