@@ -318,7 +318,7 @@ def _open_cache(config: TrainConfig, source: StudentSource) -> tuple[TeacherCach
 
 def _aligns(config: TrainConfig, cache: TeacherCache, source: StudentSource) -> bool:
     """Whether the student's tokens are aligned with the teacher's, since they are others."""
-    if config.cache.other_tokenizer == "refuse":
+    if config.cache.other_tokenizer is None:
         return False
     from teacher_cache.student.check import check_student
 

@@ -44,7 +44,7 @@ def token_bytes(tokens: Tokens, *, size: int, whose: str) -> TokenBytes:
     if not sentence_piece and not byte_level:
         raise ConfigError(
             f"cache.other_tokenizer: {whose} tokenizer is neither byte-level BPE nor SentencePiece, so the bytes of "
-            "its tokens are not known: set it to refuse, and use a student with the teacher's tokenizer"
+            "its tokens are not known: remove it, and use a student with the teacher's tokenizer"
         )
     pieces: list[bytes | None] = [None] * len(texts)
     ranks: list[tuple[int, int]] = []  # of each token: ordinary, added or a lone byte; its id

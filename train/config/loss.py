@@ -97,8 +97,9 @@ class LossConfig:
     importance_max: float | None = None
     """policy_gradient: largest importance weight of a token, its probability to the student over that to the writer;
     null: 2, .inf: no limit."""
-    unmatched_weight: float = 1.0
-    """With cache.other_tokenizer=align: weight of the sorted distance of tokens that one tokenizer has alone."""
+    unmatched_weight: float | None = None
+    """With cache.other_tokenizer=align: weight of the sorted distance of tokens that one tokenizer has alone;
+    null: 1."""
     align: AlignConfig = field(default_factory=AlignConfig)
     beta: float = 0.1
     """Preference: scale of the log-ratio of student and reference."""
@@ -214,12 +215,14 @@ def _align_problems(loss: LossConfig, stage: str) -> Iterable[str]:
 
 
 def _number_problems(loss: LossConfig) -> Iterable[str]:
+    if loss.unmatched_weight is not None and not loss.unmatched_weight >= 0:
+        yield f"loss.unmatched_weight is {loss.unmatched_weight:g}: must not be negative"
     if loss.importance_max is not None and not loss.importance_max > 0:
         yield f"loss.importance_max is {loss.importance_max:g}: must be above 0"
     for name in ("temperature", "beta"):
         if not getattr(loss, name) > 0:
             yield f"loss.{name} is {getattr(loss, name):g}: must be above 0"
-    not_negative = ("kd_weight", "lm_weight", "unmatched_weight", "sft_weight", "distill_weight", "router_aux_coef")
+    not_negative = ("kd_weight", "lm_weight", "sft_weight", "distill_weight", "router_aux_coef")
     for name in (*not_negative, "desirable_weight", "undesirable_weight"):
         if not getattr(loss, name) >= 0:
             yield f"loss.{name} is {getattr(loss, name):g}: must not be negative"

@@ -50,10 +50,10 @@ class MeasureConfig:
     """Processes that make batches, 0 for none; null: one per spare core, at most 8."""
 
     def __post_init__(self) -> None:
-        if self.cache.other_tokenizer != "refuse":
+        if self.cache.other_tokenizer is not None:
             raise ConfigError(
-                "cache.other_tokenizer: the distance from a teacher is measured with its tokenizer alone: set it to "
-                "refuse and cache.path to null, to measure the student on the set's answers"
+                "cache.other_tokenizer: the distance from a teacher is measured with its tokenizer alone: remove it, "
+                "and set cache.path to null, to measure the student on the set's answers"
             )
         least = {"max_length": 1, "batch_size": 1, "workers": 0}
         raise_problems(

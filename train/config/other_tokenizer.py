@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 def other_tokenizer_problems(config: TrainConfig) -> Iterable[str]:
     """Yield one line for each problem, naming the key to change."""
     loss, cache = config.loss, config.cache
-    if cache.other_tokenizer == "refuse":
-        if loss.unmatched_weight != type(loss).unmatched_weight:
+    if cache.other_tokenizer is None:
+        if loss.unmatched_weight is not None:
             yield "loss.unmatched_weight: not used with one tokenizer: remove it, or set cache.other_tokenizer to align"
         return
     if not config.stage.startswith("mimic"):
-        yield f"cache.other_tokenizer: stage {config.stage} aligns no tokens, mimic stages do: set it to refuse"
+        yield f"cache.other_tokenizer: stage {config.stage} aligns no tokens, mimic stages do: set it to null"
         return
     if loss.kind == "policy_gradient" or loss.positions == "written":
         yield (
             "cache.other_tokenizer: losses on written answers take the teacher's log-probs token by token: set it to "
-            "refuse, or loss.kind to only_kd and loss.positions to auto"
+            "null, or loss.kind to only_kd and loss.positions to auto"
         )
     if cache.end_of_turn is not None:
         yield "cache.end_of_turn: aligned tokens end turns by their role: remove it"
@@ -31,7 +31,7 @@ def other_tokenizer_problems(config: TrainConfig) -> Iterable[str]:
     if loss.temperature != 1.0:
         yield (
             f"loss.temperature is {loss.temperature:g}: tokens are aligned at temperature 1 alone: set it to 1, or "
-            "cache.other_tokenizer to refuse"
+            "cache.other_tokenizer to null"
         )
     if loss.align.is_on:
-        yield "loss.align: its terms compare tokens one by one: set its weights to 0, or other_tokenizer to refuse"
+        yield "loss.align: its terms compare tokens one by one: set its weights to 0, or other_tokenizer to null"

@@ -49,9 +49,9 @@ class CacheSourceConfig:
     """A sample without a record in the cache: end the run, or leave it out."""
     end_of_turn: str | None = None
     """The one token that may differ, as TEACHER_TOKEN=STUDENT_TOKEN, such as <|im_end|>=<|endoftext|>."""
-    other_tokenizer: Literal["refuse", "align"] = "refuse"
-    """A student with another tokenizer than the teacher's: end the run, or align both by the bytes of their tokens
-    (mimic stages; see train/README.md)."""
+    other_tokenizer: Literal["align"] | None = None
+    """A student with another tokenizer than the teacher's: align both by the bytes of their tokens (mimic stages; see
+    train/README.md); null: end the run."""
     allow: list[str] = field(default_factory=list)
     """Fields of the cache's fingerprint that may differ from the student's."""
 

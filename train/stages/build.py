@@ -121,7 +121,7 @@ def make_objective(
             js_weight=loss.js_weight,
             skew=loss.skew,
             kd_weight=loss.kd_weight,
-            unmatched_weight=loss.unmatched_weight,
+            unmatched_weight=1.0 if loss.unmatched_weight is None else loss.unmatched_weight,
             lm_weight=lm_weight,
             has_counterpart_V=has_counterpart_V,
             **common,
