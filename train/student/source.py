@@ -20,6 +20,7 @@ from llavamod_offline.families.llava.building.projector import projector_file
 from llavamod_offline.models.checkpoint import load_tokenizer
 from llavamod_offline.models.hub import checkpoint_folder
 from llavamod_offline.models.loading.adapter import adapter_files
+from llavamod_offline.models.loading.quantised import quantisation
 from llavamod_offline.models.sparse_twins import SPARSE_TYPES
 from train.config import StudentConfig
 
@@ -51,23 +52,20 @@ class StudentSource:
 def open_source(config: StudentConfig) -> StudentSource:
     """Find the student's tokenizer and image processor, and check what does not need its weights.
 
-    Errors: `ConfigError` if the checkpoint is sparse and `kind` dense or the reverse; `ModelError` if a folder is not a
-    checkpoint.
+    Errors: `ConfigError` if the checkpoint is sparse and `kind` dense or the reverse, or weights are quantised;
+    `ModelError` if a folder is not a checkpoint.
     """
     if config.checkpoint is None:
         assert config.vision_tower is not None
         assert config.language_model is not None
         if config.kind == "sparse" and config.upcycle is None:
             raise ConfigError("student.upcycle: the language model is dense: set student.upcycle to make it sparse")
-        return StudentSource(
-            build_tokenizer(checkpoint_folder(config.language_model)),
-            checkpoint_folder(config.vision_tower),
-            False,
-            True,
-        )
+        language_model = _full_precision("student.language_model", config.language_model)
+        tower = _full_precision("student.vision_tower", config.vision_tower)
+        return StudentSource(build_tokenizer(language_model), tower, False, True)
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
 
-    folder = checkpoint_folder(config.checkpoint)
+    folder = _full_precision("student.checkpoint", config.checkpoint)
     llava = is_llava(folder)
     if type(read_config(AutoConfig, folder)) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ConfigError(
@@ -91,6 +89,17 @@ def is_sparse_checkpoint(folder: Path) -> bool:
     from transformers import AutoConfig
 
     return read_config(AutoConfig, folder).get_text_config().model_type in SPARSE_TYPES
+
+
+def _full_precision(setting: str, name: str) -> Path:
+    """Find a checkpoint that can be trained. Errors: `ConfigError` if its weights are quantised."""
+    folder = checkpoint_folder(name)
+    if method := quantisation(folder):
+        raise ConfigError(
+            f"{setting}: {folder}: its weights are quantised ({method}), and training needs them in full precision: "
+            "give the checkpoint that they were quantised from"
+        )
+    return folder
 
 
 def student_template(name: str, source: StudentSource, cached: Mapping[str, Any] | None) -> Template:

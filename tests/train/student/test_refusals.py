@@ -11,7 +11,7 @@ import pytest
 from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import LlavaModError
-from tests.tiny import tiny_image, tiny_samples, write_tiny_language_model
+from tests.tiny import tiny_image, tiny_samples, write_tiny_language_model, write_tiny_tower
 from tests.train.conftest import World, write_cache
 from tests.train.student.family_world import WRITERS
 from train.run import train
@@ -94,6 +94,37 @@ def test_a_language_model_is_no_student_alone(world: World, tmp_path: Path) -> N
     text = write_tiny_language_model(tmp_path / "text")
     said = refusal(world, tmp_path, "sft", f"student.checkpoint={text}")
     assert re.search(r"^student\.checkpoint: .* is a language model .*set student\.language_model to it, and", said)
+
+
+QUANTISED = {
+    "fp8": {"activation_scheme": "dynamic", "weight_block_size": [32, 32]},
+    "awq": {"bits": 4, "group_size": 32, "version": "gemm", "zero_point": True},
+    "gptq": {"bits": 4, "group_size": 32},
+    "bitsandbytes": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "compressed-tensors": {"format": "pack-quantized", "config_groups": {}},
+    "torchao": {"quant_type": "int4_weight_only"},
+}
+
+
+@pytest.mark.parametrize("method", QUANTISED)
+@pytest.mark.parametrize("part", ["checkpoint", "language_model", "vision_tower"])
+def test_quantised_weights_are_no_start(world: World, tmp_path: Path, method: str, part: str) -> None:
+    """Also those that transformers would load and compute with in full precision."""
+    writers = {
+        "checkpoint": lambda folder: WRITERS["qwen3_vl"](folder),
+        "language_model": write_tiny_language_model,
+        "vision_tower": write_tiny_tower,
+    }
+    parts = ["checkpoint"] if part == "checkpoint" else ["language_model", "vision_tower"]
+    folders = {name: writers[name](tmp_path / name) for name in parts}
+    config = folders[part] / "config.json"
+    quantised = {"quant_method": method, **QUANTISED[method]}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": quantised}))
+    settings = [f"student.{name}={folder}" for name, folder in folders.items()]
+    cleared = [] if part == "checkpoint" else ["student.checkpoint=null"]
+    said = refusal(world, tmp_path, "align" if cleared else "sft", *cleared, *settings)
+    assert said.startswith(f"student.{part}: {folders[part]}: its weights are quantised ({method}), ")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("policy", ["error", "drop"])

@@ -15,10 +15,17 @@ from llavamod_offline.errors import ConfigError, ModelError
 from llavamod_offline.families import open_family
 from tests.tiny_families import TINY_FAMILIES
 
+_WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+_INT8: dict[str, Any] = {
+    "format": "int-quantized",
+    "quantization_status": "compressed",
+    "config_groups": {"group_0": {"targets": ["re:.*language_model.*_proj$"], "weights": _WEIGHTS}},
+}
 METHODS: dict[str, tuple[dict[str, Any], str]] = {
     "awq": ({"bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}, "gptqmodel"),
     "gptq": ({"bits": 4, "group_size": 32}, "optimum"),
     "bitsandbytes": ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "bitsandbytes"),
+    "compressed-tensors": (_INT8, "compressed-tensors"),
 }
 
 
