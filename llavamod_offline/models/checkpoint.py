@@ -7,6 +7,7 @@ randomly initialised weights must never be trained or evaluated.
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from llavamod_offline.plural import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+_LOG = logging.getLogger(__name__)
 
 
 def load_weights(model_class: Any, folder: Path, *, dtype: torch.dtype, **settings: Any) -> Any:
@@ -55,6 +58,7 @@ def load_weights(model_class: Any, folder: Path, *, dtype: torch.dtype, **settin
             raise
         raise ModelError(f"{folder}: the weights cannot be loaded: {first_line(error)}: copy them again") from error
     _check_complete(info, str(folder))
+    _untie(model, folder)
     return merge_adapter(model, folder).eval()
 
 
@@ -86,10 +90,32 @@ def _check_complete(info: dict[str, Any], where: str) -> None:
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[kind])
         if names:
-            raise ModelError(
-                f"{where}: {counted(len(names), kind.replace('_keys', '') + ' tensor')}, first '{names[0]}': "
-                "config.json and the weights belong to different models, or a file is incomplete"
-            )
+            reason = "config.json and the weights belong to different models, or a file is incomplete"
+            if kind == "missing_keys" and names == ["lm_head.weight"]:
+                reason = (
+                    "config.json does not tie it to the embeddings (tie_word_embeddings), and no file has it: set "
+                    "tie_word_embeddings to true if the model was trained so, or copy the weights again"
+                )
+            count = counted(len(names), kind.replace("_keys", "") + " tensor")
+            raise ModelError(f"{where}: {count}, first '{names[0]}': {reason}")
+
+
+def _untie(model: Any, folder: Path) -> None:
+    """Correct the configuration of a model whose LM head it ties to the embeddings although the weights hold another.
+
+    transformers uses such a head, but goes by the configuration when a model is saved and copied.
+    """
+    said = model.get_expanded_tied_weights_keys(all_submodels=True)
+    untied = sorted(said.keys() - model.all_tied_weights_keys.keys())
+    if not untied:
+        return
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    _LOG.warning(
+        "%s: config.json ties '%s' to '%s' (tie_word_embeddings), but the weights hold both, and they differ: both are "
+        "used, as transformers does; set tie_word_embeddings to false, or remove the first",
+        *(folder, untied[0], said[untied[0]]),
+    )
 
 
 @contextmanager
