@@ -192,7 +192,8 @@ def test_all_positions_of_a_teacher_with_the_same_images(world: World, folders: 
 
 ADAPTED = (
     *("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "gemma3", "internvl", "idefics3", "smolvlm"),
-    *("glm4v", "glm46v", "aya_vision", "llava_next"),
+    *("glm4v", "glm46v", "aya_vision", "llava_next", "ovis2", "deepseek_vl", "video_llama_3", "vipllava"),
+    *("paddleocr_vl", "lighton_ocr", "janus"),
 )
 
 
