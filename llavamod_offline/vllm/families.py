@@ -7,11 +7,23 @@ from llavamod_offline.families.protocol import Family, FeatureFamily
 from llavamod_offline.models.checkpoint import read_json
 from llavamod_offline.models.loading.adapter import adapter_files
 
-# Those that run by their own processors, and have the records of transformers in tests.
-EQUAL = ("idefics3", "llava_next", "smolvlm")
-# And what keeps others from it, on every device or on a CPU.
-_REASONS = dict.fromkeys(("glm4v", "qwen3_vl"), "its numbers there differ from those of transformers")
-_CPU_REASONS = dict.fromkeys(("qwen3_5", "qwen3_5_moe"), "its linear attention needs bfloat16 on a CPU")
+# Types that run by their own processors, and have the records of transformers in tests; "llava" with a Pixtral tower.
+EQUAL = (
+    *("cohere2_vision", "glm4v", "idefics3", "internvl", "llava", "llava_next", "mistral3"),
+    *("qwen3_vl", "qwen3_vl_moe", "smolvlm"),
+)
+# What keeps others from it in vLLM 0.32, on every device or on a CPU; that holds for language models alone, too.
+_REASONS = {
+    **dict.fromkeys(("aya_vision", "glm46v", "lighton_ocr"), "vLLM 0.32 has no model of this type"),
+    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm2_vl"), "its numbers there differ from those of transformers by a nat"),
+}
+_CPU_REASONS = {
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), "its linear attention needs bfloat16 on a CPU"),
+    **dict.fromkeys(
+        ("gemma3", "paligemma"),
+        "its image tokens see one another, and vLLM's CPUPlatform.get_attn_backend_cls chooses attention without that",
+    ),
+}
 
 
 def check_family(family: Family, *, device: str) -> None:
@@ -20,12 +32,10 @@ def check_family(family: Family, *, device: str) -> None:
     Errors: `ConfigError` with the reason.
     """
     kind = str(read_json(family.folder, "config.json").get("model_type"))
+    reason = _REASONS.get(kind) or (_CPU_REASONS.get(kind) if device == "cpu" else None)
     if adapter_files(family.folder):
-        reason: str | None = "an adapter on a base: merge it first"
-    elif isinstance(family, FeatureFamily) or kind in EQUAL:
-        reason = None
-    else:
-        on_cpu = _CPU_REASONS.get(kind) if device == "cpu" else None
-        reason = on_cpu or _REASONS.get(kind, "its numbers there were not compared with those of transformers")
+        reason = "an adapter on a base: merge it first"
+    elif reason is None and not isinstance(family, FeatureFamily) and kind not in EQUAL:
+        reason = "its numbers there were not compared with those of transformers"
     if reason is not None:
         raise ConfigError(f"{family.folder}: no {kind} by vLLM: {reason}: set the engine to hf (engine.kind=hf)")

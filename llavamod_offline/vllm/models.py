@@ -50,6 +50,8 @@ def twin(base: Any, name: str, *others: Any, **body: Any) -> type:
         config = getattr(self.config, "text_config", self.config)
         if getattr(config, "shared_expert_intermediate_size", None) == 0:  # vLLM then has no such module
             weights = ((key, tensor) for key, tensor in weights if ".mlp.shared_expert" not in key)
+        if base.__name__.startswith("Qwen3VLMoe"):
+            weights = _experts_as_published(weights, config)
         if hasattr(getattr(self, "vision_tower", None), "vision_model"):
             self.hf_to_vllm_mapper = getattr(base, "hf_to_vllm_mapper", WeightsMapper()) | _TOWER_NAMES
         return base.load_weights(self, weights)
@@ -58,6 +60,18 @@ def twin(base: Any, name: str, *others: Any, **body: Any) -> type:
     if getattr(base, "supports_multimodal", False):
         own["embed_multimodal"] = embed_multimodal
     return type(name, (base, *others), own)
+
+
+def _experts_as_published(weights: Iterable[tuple[str, Any]], config: Any) -> Iterable[tuple[str, Any]]:
+    """Transpose the experts of a Qwen3-VL-MoE that transformers 5 made: vLLM knows them as Qwen published them.
+
+    Which of both a tensor is, its shape says, as in transformers' `Transpose` of its `conversion_mapping`.
+    """
+    rows = {"gate_up_proj": 2 * config.moe_intermediate_size, "down_proj": config.hidden_size}
+    for key, tensor in weights:
+        module, _, name = key.rpartition(".")
+        ours = module.endswith(".experts") and tensor.shape[1] == rows.get(name)
+        yield key, tensor.transpose(1, 2).contiguous() if ours else tensor
 
 
 def _check_tokens(made: list[int], expected: list[int]) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from llavamod_offline.errors import ConfigError, LlavaModError, ModelError, first_line
 from llavamod_offline.models.checkpoint import read_json
+from llavamod_offline.vllm.overrides import config_overrides
 from llavamod_offline.vllm.settings import VllmSettings
 from llavamod_offline.vllm.weights import check_weights
 
@@ -79,7 +80,7 @@ class Session:
             self.engine: Any = LLMEngine.from_engine_args(
                 EngineArgs(
                     model=str(folder),
-                    hf_overrides={"architectures": [model], "head_dtype": "float32"},
+                    hf_overrides={"architectures": [model], "head_dtype": "float32", **config_overrides(folder)},
                     dtype=dtype,
                     max_model_len=max_length,
                     max_num_seqs=settings.max_num_seqs,

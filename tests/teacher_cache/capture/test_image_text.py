@@ -22,6 +22,7 @@ from teacher_cache.plan.estimate import make_plan
 from teacher_cache.read.reader import open_cache
 from tests.tiny import tiny_image, tiny_samples
 from tests.tiny_families import TINY_FAMILIES
+from tests.tiny_teachers import write_tiny_causal_lm
 
 
 def settings(teacher: Path, data: Path, output: Path, *overrides: str) -> CacheTeacherConfig:
@@ -109,13 +110,22 @@ def test_a_template_whose_tokens_the_tokenizer_lacks_is_refused(tmp_path: Path) 
     ("name", "device", "reason"),
     [
         ("qwen3_5", "cpu", "its linear attention needs bfloat16 on a CPU"),
-        ("aya_vision", "cuda", "its numbers there were not compared with those of transformers"),
+        ("gemma3", "cpu", r"its image tokens see one another, and vLLM's CPUPlatform\.get_attn_backend_cls chooses .*"),
+        ("gemma3", "cuda", "its numbers there were not compared with those of transformers"),
+        ("aya_vision", "cuda", r"vLLM 0\.32 has no model of this type"),
     ],
 )
 def test_vllm_is_refused_by_one_line_that_says_why(tmp_path: Path, name: str, device: str, reason: str) -> None:
     family = open_family(TINY_FAMILIES[name].write(tmp_path / "teacher"), "auto", image_aspect="auto", max_length=99)
     with pytest.raises(ConfigError, match=rf"no {name} by vLLM: {reason}: set the engine to hf \(engine\.kind=hf\)"):
         check_family(family, device=device)
+
+
+def test_vllm_is_refused_for_a_language_model_whose_numbers_differ_there(tmp_path: Path) -> None:
+    folder = write_tiny_causal_lm(tmp_path / "teacher", "lfm2", layer_types=["conv", "full_attention"])
+    family = open_family(folder, "qwen", image_aspect="auto", max_length=99)
+    with pytest.raises(ConfigError, match=r"no lfm2 by vLLM: its numbers there differ .* by a nat: set the engine to"):
+        check_family(family, device="cuda")
 
 
 def test_images_may_be_padded_to_squares_first(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from llavamod_offline.families.llava.export import save_llava
 from llavamod_offline.models.upcycle import upcycle
 from llavamod_offline.vllm import plugin as plain
 from llavamod_offline.vllm.families import EQUAL, check_family
+from llavamod_offline.vllm.heads import check_same_head
 from teacher_cache.engines.vllm.logprobs import PromptLogprobs
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.rejection import Rejection
@@ -73,11 +75,33 @@ def test_every_family_of_teachers(start: Start, tmp_path: Path, family: str) -> 
 @pytest.mark.parametrize("family", EQUAL)
 def test_families_that_run_by_their_own_processors(start: Start, tmp_path: Path, family: str) -> None:
     """Their images become arrays and tokens in vLLM's processor of the family, in rows, columns and tiles."""
-    world = start(TINY_FAMILIES[family].write(tmp_path / "teacher"), template="auto")
+    folder = TINY_FAMILIES["pixtral" if family == "llava" else family].write(tmp_path / "teacher")
+    if family == "cohere2_vision":  # with another scale, `check_same_head` refuses it
+        _edit_text_config(folder, logit_scale=1.0)
+    world = start(folder, template="auto")
     check_family(world.teacher, device="cpu")
+    check_same_head(folder)
     samples = [*tiny_samples(16, seed=9), *tiny_samples(8, seed=9, preference=True)]
     assert {0, 1, 2} <= {len(sample.images) for sample in samples}
     assert_same(world.capture(world.hf(), samples), world.capture(world.vllm(), samples))
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "smolvlm"])
+def test_a_head_that_differs_from_what_it_is_tied_to_is_used(start: Start, tmp_path: Path, family: str) -> None:
+    """As transformers does, whatever config.json says."""
+    folder = TINY_FAMILIES[family].write(tmp_path / "teacher")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    _edit_text_config(folder, tie_word_embeddings=True)
+    world = start(folder, template="auto")
+    samples = tiny_samples(8, seed=9)
+    assert_same(world.capture(world.hf(), samples), world.capture(world.vllm(), samples))
+
+
+def _edit_text_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def test_an_image_that_vllm_would_write_differently_is_refused(start: Start, tmp_path: Path) -> None:
