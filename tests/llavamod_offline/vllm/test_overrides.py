@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.tiny import write_tiny_llava
 from tests.tiny_families import TINY_FAMILIES
 from tests.tiny_teachers import write_tiny_qwen_vl
 
-WRITERS = {
+WRITERS: dict[str, Callable[[Path], Path]] = {
     **{name: TINY_FAMILIES[name].write for name in ("qwen3_vl", "qwen3_vl_moe", "glm4v", "smolvlm")},
     "qwen2_vl": write_tiny_qwen_vl,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,7 @@ def test_a_language_model_is_no_student_alone(world: World, tmp_path: Path) -> N
     assert re.search(r"^student\.checkpoint: .* is a language model .*set student\.language_model to it, and", said)
 
 
-QUANTISED = {
+QUANTISED: dict[str, dict[str, object]] = {
     "fp8": {"activation_scheme": "dynamic", "weight_block_size": [32, 32]},
     "awq": {"bits": 4, "group_size": 32, "version": "gemm", "zero_point": True},
     "gptq": {"bits": 4, "group_size": 32},
@@ -110,7 +111,7 @@ QUANTISED = {
 @pytest.mark.parametrize("part", ["checkpoint", "language_model", "vision_tower"])
 def test_quantised_weights_are_no_start(world: World, tmp_path: Path, method: str, part: str) -> None:
     """Also those that transformers would load and compute with in full precision."""
-    writers = {
+    writers: dict[str, Callable[[Path], Path]] = {
         "checkpoint": lambda folder: WRITERS["qwen3_vl"](folder),
         "language_model": write_tiny_language_model,
         "vision_tower": write_tiny_tower,
