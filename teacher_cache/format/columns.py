@@ -5,6 +5,7 @@ Shape suffixes: V ids, F frequent ids.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from llavamod_offline.errors import CacheError
+from llavamod_offline.storage.zarr_rows import RowArray
 from teacher_cache.format.decode import decode_block
 from teacher_cache.format.encode import check_range, encode_block
 from teacher_cache.format.hidden_states import HiddenFile, HiddenStates, write_hidden
@@ -25,6 +27,8 @@ from teacher_cache.format.schema import Block, Codec
 from teacher_cache.format.tail_profile import mean_tail, spread
 
 BLOCK_POSITIONS = 32768
+_SHARD_ARRAYS = {"frequent_ids": "<u4", "tail_profile": "<f4"}  # one row each
+_METADATA = "zarr.json"
 _POSITIONS_PER_FREQUENT_ID = 16
 _ZSTD_LEVEL = 6
 
@@ -102,24 +106,24 @@ class ColumnFile:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            group = zarr.open_group(folder, mode="r", zarr_format=3)
-            attributes: dict[str, Any] = group.attrs.asdict()
+            attributes: dict[str, Any] = json.loads((folder / _METADATA).read_bytes())["attributes"]
             self.codec = Codec.from_attributes(attributes, where=str(folder))
             self.positions = int(attributes["positions"])
             self.block_positions = int(attributes["block_positions"])
-            self._arrays = dict(group.arrays())
-            self._group = group
-            self._check()
-            self._lengths: dict[str, list[int]] = {}
+            self._arrays: dict[str, RowArray] = {}
             for name, column in self.codec.columns.items():
-                if column.rows is None:
-                    own: dict[str, Any] = self._arrays[name].attrs.asdict()
-                    self._lengths[name] = [int(value) for value in own["lengths"]]
-            self.frequent_ids_F = np.asarray(self._arrays["frequent_ids"][0]).astype(np.int32)
+                self._arrays[name] = self._open(name, column.dtype, (self.blocks, *column.middle))
+            self._lengths: dict[str, list[int]] = {
+                name: [int(value) for value in self._arrays[name].attributes["lengths"]]
+                for name, column in self.codec.columns.items()
+                if column.rows is None
+            }
+            self._arrays |= {name: self._open(name, np.dtype(kind), (1,)) for name, kind in _SHARD_ARRAYS.items()}
+            self.frequent_ids_F = self._read("frequent_ids", 0, 1)[0].astype(np.int32)
             self._ids_V = ids_by_rank(self.frequent_ids_F, self.codec.vocab_size)
         except CacheError:
             raise
-        except Exception as error:  # a damaged file may raise anything in zarr
+        except Exception as error:  # damaged metadata may raise anything
             raise CacheError(_damaged(folder, error)) from error
 
     @property
@@ -129,27 +133,24 @@ class ColumnFile:
 
     def tail_profile(self) -> NDArray[np.float64]:
         """The shard's mean tail: mass of every id [V], its sum the mean tail mass. Errors: `CacheError`."""
-        try:
-            mean = np.asarray(self._arrays["tail_profile"][0])
-        except Exception as error:  # as in `columns`
-            raise CacheError(_damaged(self.folder / "tail_profile", error)) from error
-        return spread(mean, self.frequent_ids_F, self.codec.vocab_size)
+        return spread(self._read("tail_profile", 0, 1)[0], self.frequent_ids_F, self.codec.vocab_size)
 
     @cached_property
     def hidden(self) -> HiddenFile | None:
         """The hidden states of the shard, None if its cache has none. Errors: `CacheError`."""
         if self.codec.hidden is None or not self.positions:
             return None
-        return HiddenFile(self._group, self.codec.hidden, self.positions, str(self.folder))
+        try:
+            group = zarr.open_group(self.folder, mode="r", zarr_format=3)
+        except Exception as error:  # damaged metadata may raise anything in zarr
+            raise CacheError(_damaged(self.folder, error)) from error
+        return HiddenFile(group, self.codec.hidden, self.positions, str(self.folder))
 
     def columns(self, first: int, last: int) -> list[Block]:
         """Read the stored columns of the blocks `first` … `last` − 1."""
         blocks: list[Block] = [{} for _ in range(first, last)]
         for name, column in self.codec.columns.items():
-            try:
-                rows = np.asarray(self._arrays[name][first:last])
-            except Exception as error:  # a damaged chunk may raise anything in a codec
-                raise CacheError(_damaged(self.folder / name, error)) from error
+            rows = self._read(name, first, last)
             for place, block in enumerate(blocks):
                 number = first + place
                 positions = min(self.block_positions, self.positions - number * self.block_positions)
@@ -165,13 +166,28 @@ class ColumnFile:
         except CacheError as error:
             raise CacheError(f"{self.folder}: {error}: run `cache-teacher verify`") from error
 
-    def _check(self) -> None:
-        for name, column in self.codec.columns.items():
-            array = self._arrays.get(name)
-            shape = (self.blocks, *column.middle)
-            if array is None or array.dtype != column.dtype or array.shape[:-1] != shape:
-                found = "missing" if array is None else f"{array.dtype} {array.shape}"
-                raise CacheError(f"{self.folder / name}: {found}, expected {column.dtype}: run `cache-teacher verify`")
+    def _open(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> RowArray:
+        """Open an array of `shape`, the length of its rows left out."""
+        try:
+            array = RowArray.parse((self.folder / name / _METADATA).read_bytes())
+        except FileNotFoundError as error:
+            raise CacheError(f"{self.folder / name}: missing, expected {dtype}: run `cache-teacher verify`") from error
+        except Exception as error:
+            raise CacheError(_damaged(self.folder / name, error)) from error
+        if array.dtype != dtype or array.shape[:-1] != shape:
+            found = f"{array.dtype} {array.shape}"
+            raise CacheError(f"{self.folder / name}: {found}, expected {dtype}: run `cache-teacher verify`")
+        return array
+
+    def _read(self, name: str, first: int, last: int) -> NDArray[Any]:
+        array = self._arrays[name]
+        try:
+            with open(f"{self.folder}/{name}/{array.file}", "rb") as file:
+                return array.read(file, first, last)
+        except FileNotFoundError:  # all zeros: what the manifest lists is there
+            return array.read(None, first, last)
+        except Exception as error:  # a damaged chunk may raise anything in a codec
+            raise CacheError(_damaged(self.folder / name, error)) from error
 
 
 def _damaged(path: Path, error: Exception) -> str:

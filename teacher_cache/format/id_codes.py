@@ -54,7 +54,7 @@ def decode_ranks(coded: CodedRanks) -> Ranks:
     beyond = np.flatnonzero(coded.codes >= DIRECT)
     if len(beyond) != len(coded.low):
         raise CacheError(f"{len(coded.low)} low bytes for {len(beyond)} ids")
-    low = np.zeros(len(ranks), np.int32)  # spread out first: faster than adding to a selection
+    low = np.zeros(len(ranks), np.uint8)  # spread out first: faster than adding to a selection
     low[beyond] = coded.low
     ranks += low
     far = np.flatnonzero(coded.codes == ESCAPE)

@@ -20,7 +20,6 @@ from teacher_cache.format.record import Records
 
 _OPEN_SHARDS = 64
 Columns = tuple[NDArray[Any], ...]
-_BLOCKS_AT_ONCE = 4  # reading an array costs more than decoding a block, so neighbours are read together
 
 
 class BlockReader:
@@ -89,18 +88,15 @@ class BlockReader:
             if kept is not None:
                 self._blocks.move_to_end((shard, number))
                 return kept
-        first = number - number % _BLOCKS_AT_ONCE
-        last = min(first + _BLOCKS_AT_ONCE, file.blocks)
-        decoded = [_Block(records) for records in file.records(first, last, self._temperatures)]
+        (records,) = file.records(number, number + 1, self._temperatures)
+        decoded = _Block(records)
         with self._lock:
-            for place in sorted(range(first, last), key=lambda place: place == number):  # the wanted one comes last
-                if (shard, place) not in self._blocks:
-                    self._blocks[shard, place] = decoded[place - first]
-                    self._bytes += decoded[place - first].bytes
-            self._blocks.move_to_end((shard, number))
+            if (shard, number) not in self._blocks:  # another thread may have been faster
+                self._blocks[shard, number] = decoded
+                self._bytes += decoded.bytes
             while self._bytes > self.memory_bytes and len(self._blocks) > 1:
                 self._bytes -= self._blocks.popitem(last=False)[1].bytes
-        return decoded[number - first]
+        return decoded
 
     def _open(self, shard: int) -> ColumnFile:
         folder = self._folder(shard)

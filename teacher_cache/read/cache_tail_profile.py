@@ -6,18 +6,17 @@ Shape suffixes: V ids.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
-from zarr.core.buffer import default_buffer_prototype
-from zarr.storage import MemoryStore
 
 from llavamod_offline.errors import CacheError
 from llavamod_offline.storage.disk_cache import DiskCache
 from llavamod_offline.storage.folders import Folder
+from llavamod_offline.storage.zarr_rows import RowArray
 from teacher_cache.format.manifest import COLUMNS_NAME, MANIFEST_NAME, SHARDS_NAME, sha256_bytes
 from teacher_cache.format.tail_profile import spread
 from teacher_cache.read.shard_files import VERIFY, checked_manifest
@@ -81,10 +80,15 @@ def _read(folder: Folder, names: list[str]) -> list[bytes]:
 
 
 def _arrays(files: Mapping[str, bytes], where: str) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-    make = default_buffer_prototype().buffer.from_bytes
-    store = MemoryStore({name: make(content) for name, content in files.items()}, read_only=True)
     try:
-        frequent, mean = (zarr.open_array(store, path=name, mode="r", zarr_format=3)[0] for name in _ARRAYS)
-    except Exception as error:  # a damaged file may raise anything in zarr
+        frequent, mean = (_row(files, name) for name in _ARRAYS)
+    except Exception as error:  # a damaged file may raise anything
         raise CacheError(f"{where}: cannot be read: {error}: {VERIFY}") from error
-    return np.asarray(mean), np.asarray(frequent).astype(np.int32)
+    return mean, frequent.astype(np.int32)
+
+
+def _row(files: Mapping[str, bytes], name: str) -> NDArray[Any]:
+    array = RowArray.parse(files[f"{name}/zarr.json"])
+    content = files.get(f"{name}/{array.file}")
+    row: NDArray[Any] = array.read(None if content is None else BytesIO(content), 0, 1)[0]
+    return row

@@ -7,7 +7,10 @@ draws from the tail, about 100 positions a sequence, 1,000 sequences a shard. On
 
 `write_positions_per_s`: encode, compress, write and flush a shard. `decode_positions_per_s`: read, decompress and
 decode whole shards for a temperature of 1. `read_positions_per_s`: batches of 64 sequences, shuffled within a window of
-shards, each block decoded once, as `SparseTargets`. `open_seconds` and `open_mb` (growth of the resident memory):
+shards, each block decoded once, as `SparseTargets`: a third more work than decoding, for slices of blocks and padded
+tensors. Both read rows by `llavamod_offline/storage/zarr_rows.py`; through Zarr's own reader, which runs coroutines and
+a thread for every chunk, reading arrays takes as long as decoding them (4.5 times as long as by these rows), and
+reading batches 1.5 times as long. `open_seconds` and `open_mb` (growth of the resident memory):
 `open_cache` in a process of its own.
 
 Shape suffixes: N positions, K slots of a head or a list of draws.
