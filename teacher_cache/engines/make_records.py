@@ -24,6 +24,7 @@ from teacher_cache.format.record import Floats, Ints, Records, RecordSettings, c
 
 _CHUNK_VALUES = {"cpu": 2**20, "cuda": 2**26}
 _MOST_SLOTS = 256  # of tail samples; more are counted first
+_LEAST_GROUP = 4  # ids; of smaller groups too many are picked
 _FINITE, _CROSSED = 0, 1  # columns of integers
 
 
@@ -221,7 +222,7 @@ def _top_k(
     marks such rows [R]. `log_z_R`: of the shifted logits divided by `settings.temperature`.
     """
     slots = min(settings.top_k, shifted_RV.shape[1])
-    most_RK, ids_RK = shifted_RV.topk(min(slots + 1, shifted_RV.shape[1]))  # one more shows a tie across the bound
+    most_RK, ids_RK = _largest(shifted_RV, min(slots + 1, shifted_RV.shape[1]))  # one more shows a tie across the bound
     shifted_RK, ids_RK = most_RK[:, :slots], ids_RK[:, :slots].contiguous()
     count_R = torch.full((len(ids_RK),), slots, device=ids_RK.device)
     probs_RK = (shifted_RK / settings.temperature - log_z_R[:, None]).double().exp()
@@ -248,6 +249,27 @@ def _top_k(
         shifted_RK = torch.cat([shifted_RK, shifted_RV[:, forced_F]], 1)
         kept_RK = torch.cat([kept_RK, ~known_RF], 1)
     return ids_RK, shifted_RK, kept_RK, crossed_R
+
+
+def _largest(values_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest numbers of each row, and their ids, [R, count] each; as topk, any of equal ones.
+
+    On a CPU topk copies V pairs of id and number and sorts some. The largest numbers are members of the groups with
+    the `count` largest maxima, so one vectorised pass over V leaves it two short lists.
+    """
+    width = values_RV.shape[1]
+    size = math.isqrt(width // count)
+    if not values_RV.is_cpu or size < _LEAST_GROUP:
+        largest_RK, ids_RK = values_RV.topk(count)
+        return largest_RK, ids_RK
+    groups = width // size  # id g + s · groups is in group g; fewer than `size` ids are in none
+    maxima_RG = values_RV[:, : groups * size].unflatten(1, (size, groups)).amax(1)
+    picked_RK = maxima_RG.topk(count, sorted=False).indices
+    members_RC = (torch.arange(0, groups * size, groups)[:, None] + picked_RK[:, None]).flatten(1)
+    others_RC = torch.arange(groups * size, width).expand(len(values_RV), -1)
+    ids_RC = torch.cat([members_RC, others_RC], 1)
+    largest_RK, places_RK = values_RV.gather(1, ids_RC).topk(count)
+    return largest_RK, ids_RC.gather(1, places_RK)
 
 
 def _smallest_ids(shifted_CV: Tensor, level_C: Tensor, above_C: Tensor, ids_CK: Tensor) -> Tensor:

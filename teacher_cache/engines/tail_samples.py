@@ -15,6 +15,7 @@ from torch import Tensor
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
+_VALUES_AT_ONCE = 2**17  # a CPU sums them as float64 copies, which its cache should hold
 _TWO_53 = float(2**53)
 
 
@@ -62,7 +63,9 @@ def tail_samples(weights_RV: Tensor, uniforms_R: Tensor, budget_R: Tensor, most:
     size = 2 ** (width.bit_length() // 2)
     blocks = -(-width // size)
     blocked = torch.nn.functional.pad(weights_RV, (0, blocks * size - width)).view(rows, blocks, size)
-    cumulated = blocked.sum(-1, dtype=torch.float64).cumsum(-1)
+    at_once = max(1, _VALUES_AT_ONCE // width) if weights_RV.is_cpu else rows
+    sums = [some.sum(-1, dtype=torch.float64) for some in blocked.split(at_once)]
+    cumulated = torch.cat(sums).cumsum(-1)
     steps = torch.arange(most, device=weights_RV.device)
     share = (uniforms_R[:, None] + steps) / budget_R.clamp(min=1)[:, None]
     block, inside = _locate(cumulated, share * cumulated[:, -1:])

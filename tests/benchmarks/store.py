@@ -7,11 +7,13 @@ draws from the tail, about 100 positions a sequence, 1,000 sequences a shard. On
 
 `write_positions_per_s`: encode, compress, write and flush a shard. `decode_positions_per_s`: read, decompress and
 decode whole shards for a temperature of 1. `read_positions_per_s`: batches of 64 sequences, shuffled within a window of
-shards, each block decoded once, as `SparseTargets`: a third more work than decoding, for slices of blocks and padded
-tensors. Both read rows by `llavamod_offline/storage/zarr_rows.py`; through Zarr's own reader, which runs coroutines and
-a thread for every chunk, reading arrays takes as long as decoding them (4.5 times as long as by these rows), and
-reading batches 1.5 times as long. `open_seconds` and `open_mb` (growth of the resident memory):
+shards, each block decoded once, as `SparseTargets`. `open_seconds` and `open_mb` (growth of the resident memory):
 `open_cache` in a process of its own.
+
+What bounds reading: decoding a block, mostly gathers and running sums over the ids, is half of it, and padding to
+tensors a sixth. Rows are read by `llavamod_offline/storage/zarr_rows.py`: by Zarr's own reader, which runs coroutines
+and a thread for every chunk, arrays take as long to read as to decode, `decode` takes 1.3 to 1.6 times as long and
+`read` 1.25 to 1.45 times (six rounds in turn in one process, processor seconds of a busy machine).
 
 Shape suffixes: N positions, K slots of a head or a list of draws.
 """
