@@ -41,8 +41,8 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     # With samples of weight 1/n, ids above 1/2n to 1/4n belong in the top-k: `tests.benchmarks.readings --curve`.
     "small": Preset(1.0, 0.03, 32, 16, 16.0, "coarse"),
-    "compact": Preset(1.0, 0.01, 100, 50, 50.0, "coarse"),
-    "standard": Preset(1.0, 0.001, 250, 250, 250.0, "fine", temperatures=(1.5, 2.0, 4.0)),
+    "compact": Preset(1.0, 0.015, 64, 64, 64.0, "coarse"),
+    "standard": Preset(1.0, 0.002, 250, 250, 250.0, "fine", temperatures=(1.5, 2.0, 4.0)),
     "exhaustive": Preset(1.0, 0.0, None, 0, 1.0, "exact", temperatures=(1.5, 2.0, 4.0)),
     # The log-probs of the targets, for preference losses; each record needs at least one top-k id.
     "reference": Preset(1.0, 0.0, 1, 0, 1.0, "fine"),
