@@ -39,7 +39,7 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    # With samples of weight 1/n, ids above 1/2n to 1/4n belong in the top-k: `tests.benchmarks.readings --curve`.
+    # With samples of weight 1/n, ids above 1/n to 1/2n belong in the top-k: `tests.benchmarks.readings --curve`.
     "small": Preset(1.0, 0.03, 32, 16, 16.0, "coarse"),
     "compact": Preset(1.0, 0.015, 64, 64, 64.0, "coarse"),
     "standard": Preset(1.0, 0.002, 250, 250, 250.0, "fine", temperatures=(1.5, 2.0, 4.0)),
@@ -54,7 +54,7 @@ class CaptureConfig:
     """What a record keeps of each distribution. Settings that are null take the preset's value."""
 
     preset: Literal["small", "compact", "standard", "exhaustive", "reference"] = "standard"
-    """Values of the settings below: records of about 20, 30 or 90 bytes, the whole vocabulary, or only the log-probs of
+    """Values of the settings below: records of about 20, 30 or 75 bytes, the whole vocabulary, or only the log-probs of
     the actual tokens (for preference training)."""
     top_p: float | None = None
     """Keep the most likely ids up to this summed probability, above 0 and at most 1."""

@@ -13,7 +13,7 @@ distributions), `epochs` (eight batches' contexts, 25 times), `few_contexts` (th
 Temperatures: 1, and 2 with records made for 2 (`capture.temperature`).
 
 `--curve` measures one pass at other numbers of bytes instead: records with thresholds at 1, 1/2 and 1/4 of a
-sample's weight, and rivals of other sizes.
+sample's weight, and rivals of other sizes. `charts.readings` draws them with the presets of `one_pass`.
 
 Ratios: `default_vs_best_PRESET_REGIME[_T2]`: the sum over tasks of the default reading's excess, over that of the best
 rival of at least as many bytes in every task. `bytes` are those of `one_pass`. A row's `sigma` says how many standard
@@ -110,7 +110,7 @@ def train_seeds(task: Task, regime: Regime, temperature: float, seeds: range, cu
     presets = {name: dataclasses.replace(PRESETS[name], temperatures=()) for name in MEASURED}
     others = {"labels": rivals.labels, **{name: rivals.RIVALS[name] for name in MEASURED_RIVALS}}
     if curve:
-        presets |= {f"n{n} p≥1/{n * split}": _split(n, split) for n in _WEIGHTS for split in _SPLITS}
+        presets = {f"n{n} p≥1/{n * split}": _split(n, split) for n in _WEIGHTS for split in _SPLITS}
         others |= {**rivals.RIVALS, **rivals.OTHER_SIZES}
     runs: Runs = {}
     for seed in seeds:

@@ -34,8 +34,10 @@ _TITLES = {"ngram": "4-gram of real text", "low_rank_24": "low-rank soft-max"}
 
 def main() -> None:
     """Read and write the files that the command line names."""
-    rows = [row for row in json.loads(Path(sys.argv[1]).read_text())["rows"] if row["regime"] == "curve"]
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    rows = json.loads(Path(sys.argv[1]).read_text())["rows"]
+    tasks = list(dict.fromkeys(row["task"] for row in rows if row["regime"] == "curve"))
+    presets = [row for row in rows if row["target"] in MEASURED and (row["regime"], row["T"]) == ("one_pass", 1.0)]
+    rows = [row for row in rows if row["regime"] == "curve" and row["target"] not in MEASURED] + presets
     panels = [_panel(task, [row for row in rows if row["task"] == task], place) for place, task in enumerate(tasks)]
     width = len(tasks) * (_WIDTH + _LEFT + 20)
     Path(sys.argv[2]).write_text(
