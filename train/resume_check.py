@@ -68,10 +68,12 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
 
     def walk(value: Any, key: str) -> None:
+        if key in _FREE_KEYS:
+            return
         if isinstance(value, Mapping):
             for name, inner in value.items():
                 walk(inner, f"{key}.{name}" if key else str(name))
-        elif key not in _FREE_KEYS:
+        else:
             flat[key] = list(value) if isinstance(value, tuple | list) else value
 
     walk(config, "")

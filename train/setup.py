@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from llavamod_offline.data.order.schedule import BatchSchedule
 from llavamod_offline.data.order.stream import Order
 from llavamod_offline.data.sets.sample_set import SampleSet
-from llavamod_offline.errors import CacheError, ConfigError
+from llavamod_offline.errors import ConfigError
 from llavamod_offline.families.students.protocol import StudentFamily
 from llavamod_offline.losses.bucketed_divergence import DivergenceSpec
 from llavamod_offline.losses.cached_distillation import prior_of
@@ -35,17 +35,19 @@ from train.data.sample_order import make_order, order_settings
 from train.engine.choose import check_processes, choose_engine
 from train.engine.deepspeed_engine import World
 from train.engine.optim import choose_trainable, frozen_digest
-from train.stages.alignment_setup import check_cache, prepare_alignment
+from train.stages.alignment_setup import prepare_alignment
 from train.stages.build import Objective, make_objective
 from train.stages.student_pass import StudentPass
 from train.student.make import open_student
 from train.student.source import StudentSource, open_source, start_digest
+from train.teachers import check_teachers, check_wording, is_aligned, open_teachers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llavamod_offline.data.encode.tokenize import Positions
     from teacher_cache.read.reader import TeacherCache
+    from teacher_cache.read.several import Teachers
     from teacher_cache.student.end_of_turn import TokenIdSwap
 
 _MOST_WORKERS = 8
@@ -103,23 +105,21 @@ def named_contents(config: TrainConfig) -> dict[str, Any]:
 
     Errors: a `LlavaModError` if one of them is missing.
     """
-    cache_digest = None
-    if config.cache.path is not None:
-        from teacher_cache.read.reader import open_cache
-
-        cache_digest = open_cache(config.cache.path).digest
+    samples = SampleSet.open(config.data.set)
+    cache = open_teachers(config, samples)
     return {
-        "set_digest": SampleSet.open(config.data.set).digest,
-        "cache_digest": cache_digest,
+        "set_digest": samples.digest,
+        "cache_digest": None if cache is None else cache.digest,
         "start_digest": start_digest(config.student),
     }
 
 
-def settings_digest(fingerprint: Mapping[str, Any]) -> str:
-    """Hash what a cache was made with, but not the data that it is of."""
+def settings_digest(*fingerprints: Mapping[str, Any]) -> str:
+    """Hash what caches were made with, but not the data that they are of."""
     from teacher_cache.format.manifest import canonical, sha256_bytes
 
-    return sha256_bytes(canonical({name: part for name, part in fingerprint.items() if name not in ("data", "engine")}))
+    kept = [{name: part for name, part in one.items() if name not in ("data", "engine")} for one in fingerprints]
+    return sha256_bytes(canonical(kept[0] if len(kept) == 1 else kept))
 
 
 def prepare(config: TrainConfig, world: World) -> Setup:
@@ -131,9 +131,11 @@ def prepare(config: TrainConfig, world: World) -> Setup:
     check_processes(config.batch, config.data.holdout, world)
     source = open_source(config.student)
     samples = SampleSet.open(config.data.set)
-    cache, swap = _open_cache(config, source)
-    aligns = cache is not None and _aligns(config, cache, source)
-    followed = None if cache is None or aligns or config.cache.end_of_turn else cache.fingerprint["template"]
+    cache = open_teachers(config, samples)
+    parts = () if cache is None else cache.parts
+    aligns = is_aligned(config, parts, source.tokenizer)
+    swap = check_teachers(config, parts, None if aligns else source.tokenizer)
+    followed = None if not parts or aligns or config.cache.end_of_turn else parts[0].fingerprint["template"]
     if MISMATCHED in config.roles and samples.has_preferences:  # without preferences, the join refuses it
         samples = samples.with_mismatched()
     student, family = open_student(config, source, followed, sharded=zero_stage == 3)
@@ -144,13 +146,8 @@ def prepare(config: TrainConfig, world: World) -> Setup:
     if family.image_tokens is None:
         _check_image_terms(config)
     encoder = family.encoder
-    if cache is not None and not aligns:
-        from teacher_cache.student.check import check_answers, check_encoding
-
-        allow, end_of_turn = config.cache.allow, config.cache.end_of_turn
-        images = family.describe_images()
-        check_encoding(cache.fingerprint, encoder, images, allow=allow, end_of_turn=end_of_turn)
-        check_answers(cache.fingerprint, encoder.template, allow=allow, end_of_turn=end_of_turn)
+    if not aligns:
+        check_wording(config, parts, encoder, family.describe_images())
     measured: list[NDArray[np.int64]] = []
 
     def lengths(kept: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -170,7 +167,8 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         too_long=config.data.too_long,
     )
     if cache is not None and MISMATCHED in config.roles:
-        check_pairs(samples, cache, joined.rows, family.encode, swap)
+        for part, rows in cache.assigned(joined.rows):
+            check_pairs(samples, part, rows, family.encode, swap)
     settings = order_settings(
         samples,
         cache,
@@ -197,13 +195,13 @@ def prepare(config: TrainConfig, world: World) -> Setup:
     own_vocab_size = vocabulary_size(source.tokenizer, head.rows)
     cached_vocab_size = _cached_vocabulary(None if aligns else cache, swap, own_vocab_size)
     bridge = None
-    if aligns and cache is not None:
+    if aligns:
         from teacher_cache.other_tokenizer.bridge import open_bridge
 
-        bridge = open_bridge(cache, source.tokenizer, end_id=encoder.end_id, vocab_size=own_vocab_size)
+        bridge = open_bridge(parts[0], source.tokenizer, end_id=encoder.end_id, vocab_size=own_vocab_size)
     alignment = prepare_alignment(
         config.loss.align,
-        cache,
+        parts[0] if parts else None,
         student_head=head,
         vocab_size=cached_vocab_size,
         encoder=encoder,
@@ -254,7 +252,7 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         contents={
             "set_digest": samples.digest,
             "cache_digest": None if cache is None else cache.digest,
-            "cache_settings": None if cache is None else settings_digest(cache.fingerprint),
+            "cache_settings": None if cache is None else settings_digest(*(part.fingerprint for part in parts)),
             "start_digest": start_digest(config.student),
             "kept_hash": joined.kept_hash,
             "order": settings.describe(),
@@ -273,64 +271,7 @@ def _check_image_terms(config: TrainConfig) -> None:
             )
 
 
-def _open_cache(config: TrainConfig, source: StudentSource) -> tuple[TeacherCache | None, TokenIdSwap | None]:
-    """Open the cache and check what does not need the student."""
-    if config.cache.path is None:
-        return None, None
-    from teacher_cache.read.reader import open_cache
-    from teacher_cache.student.check import check_student
-
-    cache = open_cache(config.cache.path, temperature=config.loss.temperature)
-    allow, end_of_turn = config.cache.allow, config.cache.end_of_turn
-    swap = None
-    if not _aligns(config, cache, source):
-        swap = check_student(cache.fingerprint, source.tokenizer, allow=allow, end_of_turn=end_of_turn)
-    if config.loss.temperature not in (1.0, *cache.temperatures) and config.loss.distils(config.stage):
-        stored = ", ".join(f"{value:g}" for value in (1.0, *cache.fingerprint["capture"]["temperatures"]))
-        raise ConfigError(
-            f"loss.temperature: cache '{cache.path}' supports temperatures {stored}, not "
-            f"{config.loss.temperature:g}: choose one of these, or capture again with "
-            f"capture.temperature={config.loss.temperature:g}"
-        )
-    capture = cache.fingerprint["capture"]
-    distributions = config.loss.distils(config.stage) and config.loss.kind != "policy_gradient"
-    if distributions and (capture["head_max"], capture["draws_max"]) == (1, 0):
-        key = "loss.distill_weight" if config.stage == "preference" else "cache.path"
-        raise ConfigError(
-            f"{key}: cache '{config.cache.path}' holds log-probs of its tokens but no distributions: "
-            "capture with a capture.preset other than reference"
-        )
-    check_cache(config.loss.align, cache)
-    missing = sorted(set(config.roles) - set(cache.roles))
-    if MISMATCHED in missing and len(missing) < len(config.roles):
-        raise ConfigError(
-            f"loss.kind: kto estimates its KL on mismatched responses, which cache '{config.cache.path}' lacks: "
-            "capture with capture.mismatched=true, or set loss.kind to kto_pair"
-        )
-    unpaired = MISMATCHED in config.roles and len(missing) == 1  # all of its answers are of one kind
-    if missing and not unpaired:
-        raise ConfigError(
-            f"cache.path: '{cache.path}' holds {', '.join(cache.roles)}, but stage {config.stage} needs "
-            f"{', '.join(config.roles)}: set it to a cache of data.set"
-        )
-    return cache, swap
-
-
-def _aligns(config: TrainConfig, cache: TeacherCache, source: StudentSource) -> bool:
-    """Whether the student's tokens are aligned with the teacher's, since they are others."""
-    if config.cache.other_tokenizer is None:
-        return False
-    from teacher_cache.student.check import check_student
-
-    try:
-        check_student(cache.fingerprint, source.tokenizer)
-    except CacheError:
-        return True
-    _LOG.info("cache.other_tokenizer: the student has the teacher's tokenizer, so that nothing is to be aligned")
-    return False
-
-
-def _cached_vocabulary(cache: TeacherCache | None, swap: TokenIdSwap | None, own: int) -> int | None:
+def _cached_vocabulary(cache: Teachers | None, swap: TokenIdSwap | None, own: int) -> int | None:
     """Count the ids that the records cover and the student has, of `own` ids."""
     if cache is None:
         return None
@@ -338,7 +279,7 @@ def _cached_vocabulary(cache: TeacherCache | None, swap: TokenIdSwap | None, own
 
 
 def _tail(
-    config: TrainConfig, cache: TeacherCache | None, swap: TokenIdSwap | None, vocab_size: int | None, *, samples: int
+    config: TrainConfig, cache: Teachers | None, swap: TokenIdSwap | None, vocab_size: int | None, *, samples: int
 ) -> dict[str, Any]:
     """Choose the tail's estimator, and its prior for records that are read many times."""
     loss = config.loss
@@ -346,7 +287,7 @@ def _tail(
         return {}
     if loss.tail != "auto":
         if loss.tail == "bucket" and loss.temperature != 1.0:
-            _warn_of_unsampled_tail(cache, loss.temperature)
+            _warn_of_unsampled_tail(cache.parts[0], loss.temperature)
         tail = loss.tail
     else:
         tail = choose_tail(
@@ -388,7 +329,7 @@ def _warn_of_unsampled_tail(cache: TeacherCache, temperature: float) -> None:
     )
 
 
-def _positions(config: TrainConfig, cache: TeacherCache | None) -> Positions:
+def _positions(config: TrainConfig, cache: Teachers | None) -> Positions:
     """Choose the positions that batches hold: the supervised ones, or all that the cache records."""
     if cache is None or cache.positions_kept == "response" or not config.loss.distils(config.stage):
         return "response"

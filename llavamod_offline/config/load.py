@@ -14,7 +14,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llavamod_offline.config.problems import raise_problems, similar_settings, unknown_setting, wrong_value
-from llavamod_offline.config.schema import REQUIRED, hint_of, holds_sections, is_input, is_optional, is_text, settings
+from llavamod_offline.config.schema import (
+    REQUIRED,
+    accepts_text,
+    hint_of,
+    holds_sections,
+    is_input,
+    is_optional,
+    is_text,
+    item_of,
+    settings,
+)
 from llavamod_offline.errors import ConfigError, first_line
 
 T = TypeVar("T")
@@ -117,10 +127,11 @@ def _read_override(schema: type[Any], override: str) -> DictConfig:
     if not text and (not is_text(hint) or is_optional(hint) or is_input(hint) or _is_required(schema, key)):
         raise ConfigError(f"{key}= has no value: write {key}=VALUE without spaces around '='")
     left = next((name for name in _VARIABLE.findall(text) if hint_of(schema, [name]) is None), None)
-    if left and is_text(hint):
+    as_typed = is_text(hint) or (accepts_text(hint) and text[:1] not in ("[", "{"))
+    if left and as_typed:
         raise ConfigError(f"{override}: ${{{left}}} has no value: let the shell replace it, in double quotes")
     try:
-        if not is_text(hint):
+        if not as_typed:
             return OmegaConf.from_dotlist([f"{key}={_quote_text(hint, text)}"])
         value = None if text == "null" and is_optional(hint) else _expand_home(text).replace("${", r"\${")
         nested = OmegaConf.create({})
@@ -150,7 +161,14 @@ def _mark_text(hint: Any, node: Any) -> None:
             if isinstance(key, yaml.ScalarNode):
                 _mark_text(str, key)
                 _mark_text(hint_of(hint, [key.value]), value)
-    elif isinstance(node, yaml.ScalarNode) and is_text(hint) and not (is_optional(hint) and node.tag.endswith(":null")):
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _mark_text(item_of(hint), item)
+    elif (
+        isinstance(node, yaml.ScalarNode)
+        and accepts_text(hint)
+        and not (is_optional(hint) and node.tag.endswith(":null"))
+    ):
         node.tag, node.value, node.style = "tag:yaml.org,2002:str", _expand_home(node.value), '"'
 
 
@@ -193,10 +211,12 @@ def _beside(schema: type[Any], merged: DictConfig, update: DictConfig, file: Pat
     """Name the inputs that are not where the file says, but beside the file, unless something overrides them."""
     now = dict(leaves(schema, OmegaConf.to_container(merged)))
     for names, value in leaves(schema, OmegaConf.to_container(update)):
-        if is_input(hint_of(schema, names)) and isinstance(value, str) and value == now.get(names):
-            beside = file.parent / value
-            if not os.path.exists(value) and beside.exists():
+        if not is_input(hint_of(schema, names)) or value != now.get(names):
+            continue
+        for path in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else [value]:
+            beside = file.parent / str(path)
+            if isinstance(path, str) and not os.path.exists(path) and beside.exists():
                 yield (
-                    f"{file}: {'.'.join(names)}: no {value} in the current folder, but there is {beside}: paths are "
+                    f"{file}: {'.'.join(names)}: no {path} in the current folder, but there is {beside}: paths are "
                     f"relative to the current folder: write {beside}, or run the command in {file.parent}"
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from types import NoneType
 from typing import Any, get_args, get_origin
 
 from llavamod_offline.config.schema import choices, fields, hint_of, is_optional, plain, section_of, settings
@@ -128,18 +129,21 @@ def expected(hint: Any) -> str:
     """What values a type allows, in words."""
     if is_optional(hint) and plain(hint) is not hint:
         return f"{expected(plain(hint))}, or null"
+    if hint is NoneType:
+        return "null"
     hint = plain(hint)
     if choices(hint):
         return _either([str(choice) for choice in choices(hint)], one_of=True)
     if get_origin(hint) is list:
         (kind,) = get_args(hint)
-        return f"a list of {_PLURALS.get(kind, 'values')}, such as [{_EXAMPLES.get(kind, '…')}]"
+        return f"a list of {_PLURALS.get(plain(kind), 'values')}, such as [{_EXAMPLES.get(kind, '…')}]"
     if get_origin(hint) is tuple:
         examples = [_EXAMPLES.get(kind, "…") for kind in get_args(hint)]
         plural = _PLURALS.get(get_args(hint)[0], "values")
         return f"a list of {len(examples)} {plural}, such as [{', '.join(examples)}]"
     if get_origin(hint) is dict:
-        return "a mapping, such as {name: " + _EXAMPLES.get(get_args(hint)[1], "…") + "}"
+        kind = plain(get_args(hint)[1])
+        return "a mapping, such as {name: " + ("text" if kind is str else _EXAMPLES.get(kind, "…")) + "}"
     if hint in _WORDS:
         return _WORDS[hint]
     return " or ".join(expected(kind) for kind in get_args(hint)) or str(hint)

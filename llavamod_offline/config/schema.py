@@ -8,8 +8,8 @@ import inspect
 import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 REQUIRED = "???"  # the default of settings that have none, as OmegaConf marks them
 _INPUT = "input path"
@@ -105,6 +105,17 @@ def is_optional(hint: Any) -> bool:
 def is_text(hint: Any) -> bool:
     """Whether a setting holds text, which is taken as it is typed."""
     return plain(hint) is str
+
+
+def accepts_text(hint: Any) -> bool:
+    """Whether a single value of a setting is text, as it may be beside a list or a mapping."""
+    return is_text(hint) or (get_origin(hint) in (Union, UnionType) and any(map(is_text, get_args(hint))))
+
+
+def item_of(hint: Any) -> Any:
+    """The type of the items of a setting that is a list or may be one; None for other types."""
+    lists = (kind for kind in (hint, *get_args(hint)) if get_origin(kind) is list)
+    return next((get_args(kind)[0] for kind in lists), None)
 
 
 def is_input(hint: Any) -> bool:

@@ -126,6 +126,19 @@ class TeacherCache:
         return self._index.find_one(str(item[0]), str(item[1])) >= 0
 
     @property
+    def parts(self) -> tuple[TeacherCache, ...]:
+        """The caches that records come from: this one. Of `SeveralCaches`, all of them."""
+        return (self,)
+
+    def assigned(self, rows: NDArray[np.int64]) -> list[tuple[TeacherCache, NDArray[np.int64]]]:
+        """Each of `parts` with those of some rows of a set whose records it gives: here all."""
+        return [(self, rows)]
+
+    def owner(self, row: int) -> TeacherCache:
+        """The cache that a row of `rows` belongs to."""
+        return self
+
+    @property
     def bytes_per_position(self) -> float:
         """Bytes of all files divided by positions; 0 for an empty cache."""
         return self.bytes / self.positions if self.positions else 0.0
@@ -158,11 +171,12 @@ class TeacherCache:
         Estimated from the tail samples of all positions. Reads two small arrays of every shard, once.
         """
         if self._profile is None:
-            sums_V = self._tail_sums()
+            sums_V = self.tail_sums()
             self._profile = torch.from_numpy(sums_V / max(float(sums_V.sum()), 1e-300)).float()
         return self._profile if bool(self._profile.any()) else None
 
-    def _tail_sums(self) -> NDArray[np.float64]:
+    def tail_sums(self) -> NDArray[np.float64]:
+        """The estimated mass of every id [V] in the tails of all positions together; reads as `tail_profile` does."""
         if not isinstance(self._folder, RemoteFolder):
             return tail_sums(self._folder, self._shards, self.vocab_size)
         staging = self._staging or DiskCache()
@@ -198,6 +212,11 @@ class TeacherCache:
         return self._index.rows(
             keys, role, ((numbers[name], span.start, span.stop) for name, span in spans if name in numbers)
         )
+
+    @property
+    def is_exhaustive(self) -> bool:
+        """Whether every record holds all ids, so that there are no tails."""
+        return int(self.totals["heads"]) == self.positions * self.vocab_size
 
     @property
     def is_remote(self) -> bool:

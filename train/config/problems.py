@@ -11,7 +11,7 @@ from train.config.loss import loss_problems
 from train.config.other_tokenizer import other_tokenizer_problems
 
 if TYPE_CHECKING:
-    from train.config.train import OptimConfig, StudentConfig, TrainConfig
+    from train.config.train import CacheSourceConfig, OptimConfig, StudentConfig, TrainConfig
 
 PARTS = ("vision", "projector", "text", "embeddings", "attention", "mlp", "experts", "router", "norms", "lm_head")
 
@@ -42,6 +42,7 @@ def _stage_problems(config: TrainConfig) -> Iterable[str]:
         yield f"cache.path: stage {config.stage} learns from a teacher's cache: set cache.path to one"
     if not config.needs_cache and config.cache.path is not None:
         yield f"cache.path: stage {config.stage} uses no teacher: remove cache.path"
+    yield from _cache_problems(config.cache)
     if config.stage == "mimic_dense" and config.student.kind != "dense":
         yield "student.kind: stage mimic_dense trains a dense student: set it to dense, or stage to mimic_sparse"
     if config.stage == "mimic_sparse" and config.student.kind != "sparse":
@@ -50,6 +51,28 @@ def _stage_problems(config: TrainConfig) -> Iterable[str]:
         yield "loss.router_aux_coef: a dense student has no router: set it to 0, or student.kind to sparse"
     if "router" in config.trainable and config.student.kind != "sparse":
         yield "trainable: a dense student has no router: remove 'router', or set student.kind to sparse"
+
+
+def _cache_problems(cache: CacheSourceConfig) -> Iterable[str]:
+    paths = cache.path
+    listed: list[object] = [*(paths.values() if isinstance(paths, dict) else paths if isinstance(paths, list) else ())]
+    if isinstance(paths, list | dict) and not paths:
+        yield "cache.path: names no cache: set it to one, or to several"
+    for path in listed:
+        if not isinstance(path, str):
+            yield f"cache.path: {path} is not a path: write a list of paths, or a mapping of sources to one path each"
+    twice = [path for number, path in enumerate(listed) if path in listed[:number]]
+    if isinstance(paths, list) and twice:
+        yield f"cache.path: '{twice[0]}' is listed twice: list each cache once, and set cache.weights"
+    if cache.weights is None:
+        return
+    if not isinstance(paths, list):
+        yield "cache.weights: only a list of caches is mixed: remove it, or set cache.path to a list"
+    elif len(cache.weights) != len(paths):
+        yield f"cache.weights: {len(cache.weights)} for the {len(paths)} caches of cache.path: give one for each"
+    for weight in cache.weights:
+        if not 0 < weight < math.inf:
+            yield f"cache.weights: {weight:g}: must be above 0 and finite; leave a cache out of cache.path instead of 0"
 
 
 def _student_problems(student: StudentConfig) -> Iterable[str]:

@@ -43,8 +43,12 @@ class DataConfig:
 class CacheSourceConfig:
     """The teacher's cache, for mimic_dense, mimic_sparse and preference."""
 
-    path: InputPath | None = None
-    """The cache of data.set: a folder that cache-teacher run made, or its URL."""
+    path: InputPath | list[InputPath] | dict[str, InputPath] | None = None
+    """The cache of data.set: a folder that cache-teacher run made, or its URL. Of several teachers: a list, such as
+    [caches/a, caches/b], to learn from their mixture; or a cache for each source of the set, such as
+    {ocr: caches/a, "*": caches/b}, where "*" stands for all other sources."""
+    weights: list[float] | None = None
+    """Weights of a list of caches in their mixture, such as [2, 1]; null: all the same."""
     missing: Literal["error", "drop"] = "error"
     """A sample without a record in the cache: end the run, or leave it out."""
     end_of_turn: str | None = None

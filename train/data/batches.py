@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from teacher_cache.format.sequences import CachedSequence
     from teacher_cache.other_tokenizer.bridge import TokenizerBridge
     from teacher_cache.read.reader import TeacherCache
+    from teacher_cache.read.several import Teachers
     from teacher_cache.student.end_of_turn import TokenIdSwap
 
 
@@ -113,7 +114,7 @@ class Loader:
         *,
         family: StudentFamily,
         roles: Sequence[str],
-        cache: TeacherCache | None,
+        cache: Teachers | None,
         records: Mapping[str, NDArray[np.int64]],
         record_roles: Sequence[str],
         workers: int,
@@ -179,7 +180,7 @@ class _Micro(Dataset[TrainBatch]):
     rows: NDArray[np.int64]
     family: StudentFamily
     roles: tuple[str, ...]
-    cache: TeacherCache | None
+    cache: Teachers | None
     records: Mapping[str, NDArray[np.int64]]
     record_roles: tuple[str, ...]
     swap: TokenIdSwap | None
@@ -228,8 +229,8 @@ class _Micro(Dataset[TrainBatch]):
             return TrainBatch(batch, len(samples))
         rows_S = np.array([self.records[role][rows[n]] for role, n in places], np.int64)
         records = self.cache.sequences(rows_S)
-        for sequence, (_, n), record in zip(sequences, places, records, strict=True):
-            self._check(self.cache, sequence, samples[n], record)
+        for sequence, (_, n), row, record in zip(sequences, places, rows_S.tolist(), records, strict=True):
+            self._check(self.cache.owner(row), sequence, samples[n], record)
         if self.bridge is not None:
             counts = [record.n_positions for record in records]
             aligned = self.bridge.targets(self.cache.targets(rows_S), counts, sequences)
@@ -240,7 +241,9 @@ class _Micro(Dataset[TrainBatch]):
             targets = self.swap.targets(targets)
         if targets is not None and self.vocab_size is not None:
             targets = targets.limited(self.vocab_size)
-        states = read_states(self.cache, rows_R, batch, self.states) if self.states is not None else None
+        states = None
+        if self.states is not None:
+            states = read_states(self.cache.owner(0), rows_R, batch, self.states)  # of one teacher's cache alone
         sums_S = torch.tensor([record.sum_log_prob for record in records], dtype=torch.float32)
         owners_S = torch.tensor([n for _, n in places])
         behaviour_N = None if self.masked_ids is None else self._behaviour(batch, places, samples, sequences)

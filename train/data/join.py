@@ -23,6 +23,7 @@ from llavamod_offline.errors import DataError
 
 if TYPE_CHECKING:
     from teacher_cache.read.reader import TeacherCache
+    from teacher_cache.read.several import Teachers
 
 MISMATCHED = "mismatched"
 
@@ -48,7 +49,7 @@ class Join:
 def join(
     samples: SampleSet,
     roles: Sequence[str],
-    cache: TeacherCache | None,
+    cache: Teachers | None,
     *,
     missing: str,
     holdout: int,
@@ -70,8 +71,9 @@ def join(
     records = {} if cache is None else {role: cache.rows(keys, role, samples.shard_rows) for role in roles}
     for role, records_N in records.items():
         kept &= (records_N >= 0) | ~_has_role(samples, role)
-    if cache is not None:
-        _report_missing(samples, np.flatnonzero(~kept), str(cache.path), missing)
+    if cache is not None and not kept.all():
+        for part, without in cache.assigned(np.flatnonzero(~kept)):
+            _report_missing(samples, _lacking(samples, part, roles, without), part.path, missing)
     absent = len(samples) - int(kept.sum())
     long = {} if lengths is None else _too_long(samples, lengths(kept), int(kept.sum()), max_length, too_long)
     kept[list(long)] = False
@@ -122,6 +124,16 @@ def _has_role(samples: SampleSet, role: str) -> NDArray[np.bool_]:
     kinds = [kind for kind, roles in ROLES_OF_KIND.items() if role in roles or role == MISMATCHED]
     found: NDArray[np.bool_] = pc.is_in(samples.index.column("kind"), pa.array(kinds)).to_numpy()
     return found
+
+
+def _lacking(
+    samples: SampleSet, cache: TeacherCache, roles: Sequence[str], rows: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Which of some samples have no record in a cache in one of their roles."""
+    keys, lacks = samples.index.column("key").take(rows), np.zeros(len(rows), np.bool_)
+    for role in roles:
+        lacks |= (cache.rows(keys, role) < 0) & _has_role(samples, role)[rows]
+    return rows[lacks]
 
 
 def _report_missing(samples: SampleSet, absent: NDArray[np.int64], cache: str, policy: str) -> None:

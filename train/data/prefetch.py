@@ -15,7 +15,7 @@ from llavamod_offline.errors import ConfigError
 from llavamod_offline.storage.disk_cache import SIZE_VARIABLE, DiskCache
 
 if TYPE_CHECKING:
-    from teacher_cache.read.reader import TeacherCache
+    from teacher_cache.read.several import Teachers
 
 Batch = TypeVar("Batch")
 
@@ -26,7 +26,7 @@ class Prefetch:
     With a set's shard it copies the teacher cache's shard of that name. Errors: `ConfigError` if a window does not fit.
     """
 
-    def __init__(self, order: Order, samples: SampleSet, cache: TeacherCache | None) -> None:
+    def __init__(self, order: Order, samples: SampleSet, cache: Teachers | None) -> None:
         self._order = order
         self._samples = samples
         self._cache = cache if cache is not None and cache.is_remote else None

@@ -15,7 +15,7 @@ from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from teacher_cache.read.reader import TeacherCache
+    from teacher_cache.read.several import Teachers
 
 DEFAULT_WINDOW = 16  # shards shuffled together where the data is remote or too large for memory
 _CHARACTERS_PER_TOKEN = 4  # in English text; good enough to compare lengths
@@ -44,7 +44,7 @@ class OrderSettings:
 
 def order_settings(
     samples: SampleSet,
-    cache: TeacherCache | None,
+    cache: Teachers | None,
     *,
     window: int | None,
     weights: dict[str, float] | None,

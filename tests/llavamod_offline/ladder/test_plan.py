@@ -47,7 +47,7 @@ def test_every_training_is_a_valid_command_that_reads_its_own_seed(run: str) -> 
     config = resolve_config(list(words[1:]))
     assert config.seed == 2
     assert all(path.parts[0] == "seed-2" for path in map(Path, (config.output, config.data.set)))
-    assert config.cache.path is None or Path(config.cache.path).parts[0] == "seed-2"
+    assert config.cache.path is None or Path(str(config.cache.path)).parts[0] == "seed-2"
 
 
 @pytest.mark.parametrize("cache", [cache.name for cache in CACHES])

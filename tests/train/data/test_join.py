@@ -30,8 +30,11 @@ class SomeKeys:
     def __init__(self, **known: set[str]) -> None:
         self.known = known
 
-    def rows(self, keys: pa.ChunkedArray, role: str, shards: Mapping[str, range]) -> NDArray[np.int64]:
-        assert sum(len(rows) for rows in shards.values()) == len(keys)
+    def assigned(self, rows: NDArray[np.int64]) -> list[tuple[SomeKeys, NDArray[np.int64]]]:
+        return [(self, rows)]
+
+    def rows(self, keys: pa.ChunkedArray, role: str, shards: Mapping[str, range] | None = None) -> NDArray[np.int64]:
+        assert shards is None or sum(len(rows) for rows in shards.values()) == len(keys)
         places = {key: row for row, key in enumerate(sorted(self.known[role]))}
         return np.array([places.get(key, -1) for key in keys.to_pylist()])
 
