@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
+import pyarrow.compute as pc
 import torch
 
 from llavamod_offline.data.encode.template import AUTO
@@ -28,7 +29,7 @@ from teacher_cache.fingerprint import (
     describe_weights,
 )
 from teacher_cache.format.record import RecordSettings
-from teacher_cache.format.schema import Codec, HiddenKind, HiddenPositions
+from teacher_cache.format.schema import Codec, HiddenKind, HiddenPositions, WithoutImage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -59,6 +60,7 @@ class SetupValues(TypedDict):
     hidden: HiddenKind | None
     hidden_positions: HiddenPositions
     mismatched: bool
+    without_image: WithoutImage | None
     seed: int
     engine: str
     attention: str
@@ -91,6 +93,7 @@ class CaptureSetup:
     device_map: str | None
     compile: bool
     vllm: VllmSettings
+    without_image: WithoutImage | None = None
 
     def load(self) -> CaptureEngine:
         """Load the teacher's weights. Errors: `ModelError` if they do not fit, `ConfigError` for a missing device."""
@@ -127,7 +130,10 @@ def prepare_capture(**given: Unpack[SetupValues]) -> CaptureSetup:
         _LOG.info("template: %s, that of %s", template.name, folder)
     vocab_size = _shared_vocabulary(folder, tokenizer, teacher.head_rows)
     forced_ids = _forced_ids(teacher.encoder, keep.forced_tokens)
-    settings, codec = _kept(keep, keep.temperature, forced_ids, vocab_size, given["hidden"])
+    without_image = given["without_image"]
+    if without_image is not None:
+        _check_without_image(without_image, given["engine"], teacher, samples)
+    settings, codec = _kept(keep, keep.temperature, forced_ids, vocab_size, given["hidden"], without_image is not None)
     device, dtype = given["device"], given["dtype"]
     if device == "auto":
         device = pick_device(device).type
@@ -150,6 +156,7 @@ def prepare_capture(**given: Unpack[SetupValues]) -> CaptureSetup:
             "seed": seed,
             "vocab_size": vocab_size,
             **({"mismatched": PAIRING} if given["mismatched"] else {}),
+            **({"without_image": without_image} if without_image is not None else {}),
         },
         "data": describe_data(samples),
     }
@@ -171,6 +178,7 @@ def prepare_capture(**given: Unpack[SetupValues]) -> CaptureSetup:
         device_map=given["device_map"],
         compile=given["compile"],
         vllm=given["vllm"],
+        without_image=without_image,
     )
 
 
@@ -183,12 +191,18 @@ def follow_template(given: SetupValues, about: Mapping[str, Any] | None) -> Setu
 def with_preset(setup: CaptureSetup, preset: Preset) -> CaptureSetup:
     """The same capture with another preset, unchanged but for its temperature; the fingerprint stays as it is."""
     temperature = setup.settings.temperature
-    settings, codec = _kept(preset, temperature, (), setup.codec.vocab_size, setup.codec.hidden)
+    own = setup.codec
+    settings, codec = _kept(preset, temperature, (), own.vocab_size, own.hidden, own.visual)
     return dataclasses.replace(setup, settings=settings, codec=codec)
 
 
 def _kept(
-    keep: Preset, temperature: float, forced: tuple[int, ...], vocab_size: int, hidden: HiddenKind | None
+    keep: Preset,
+    temperature: float,
+    forced: tuple[int, ...],
+    vocab_size: int,
+    hidden: HiddenKind | None,
+    visual: bool,
 ) -> tuple[RecordSettings, Codec]:
     """What a record keeps, and how it is encoded."""
     own = () if temperature == 1.0 else (temperature,)
@@ -211,8 +225,25 @@ def _kept(
         tail_limit=settings.tail_samples_max,
         forced_ids=forced,
         hidden=hidden,
+        visual=visual,
     )
     return settings, codec
+
+
+def _check_without_image(kind: WithoutImage, engine: str, teacher: Family, samples: SampleSet) -> None:
+    """Refuse a second run without images where there is none. Errors: `ConfigError`."""
+    if engine != "hf":
+        raise ConfigError(
+            f"capture.without_image: engine {engine} has no second run without images: set engine.kind=hf"
+        )
+    if teacher.image_token_id is None:
+        raise ConfigError(f"capture.without_image: {teacher.folder} is a teacher without images: remove the setting")
+    if kind == "drop" and getattr(teacher, "needs_images", False):
+        raise ConfigError(
+            f"capture.without_image: {teacher.folder} takes no conversation without images: set it to blank"
+        )
+    if not pc.sum(samples.index.column("n_images")).as_py():
+        raise ConfigError(f"capture.without_image: set '{samples.path}' has no images: remove the setting")
 
 
 def _shared_vocabulary(teacher: Path, tokenizer: PreTrainedTokenizerFast, rows: int) -> int:

@@ -12,7 +12,7 @@ from llavamod_offline.data.encode.tokenize import Positions
 from llavamod_offline.data.sample import KEY_PATTERN
 from llavamod_offline.vllm.settings import VllmSettings
 from teacher_cache.engines.registry import EngineName
-from teacher_cache.format.schema import HiddenKind, HiddenPositions, PrecisionName
+from teacher_cache.format.schema import HiddenKind, HiddenPositions, PrecisionName, WithoutImage
 
 if TYPE_CHECKING:
     from teacher_cache.capture_setup import SetupValues
@@ -81,6 +81,10 @@ class CaptureConfig:
     """Number type in which the teacher's last hidden states are kept; null: not at all."""
     hidden_positions: HiddenPositions = "recorded"
     """Where hidden states are kept: at all recorded positions, or only at image tokens."""
+    without_image: WithoutImage | None = None
+    """Run the teacher a second time without what images show, and keep what the image adds to the log-prob of each
+    answer token, in one byte (for loss.visual_weight and the report). blank: images of their mean colour; drop: the
+    conversation without images; null: not at all."""
     mismatched: bool = False
     """Also capture each preference sample with another sample's response (for loss.kind=kto)."""
     seed: int = 0
@@ -289,6 +293,7 @@ class CacheTeacherConfig:
             "positions": capture.positions,
             "hidden": capture.hidden,
             "hidden_positions": capture.hidden_positions,
+            "without_image": capture.without_image,
             "mismatched": capture.mismatched,
             "seed": capture.seed,
             "engine": engine.kind,

@@ -221,6 +221,7 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         states=None if alignment is None else alignment.states,
         masked_ids=_masked_ids(config, samples, source),
         bridge=bridge,
+        visual_weight=config.loss.visual_weight,
         record_roles=config.roles[:1] if config.loss.distils(config.stage) else (),
         workers=_workers(config, world),
         pin_memory=world.device.type == "cuda",

@@ -212,6 +212,11 @@ def _check_records(config: TrainConfig, cache: TeacherCache) -> None:
             f"{key}: cache '{cache.path}' holds log-probs of its tokens but no distributions: "
             "capture with a capture.preset other than reference"
         )
+    if config.loss.visual_weight and not cache.has_advantages:
+        raise ConfigError(
+            f"loss.visual_weight: cache '{cache.path}' does not say what images are worth: capture it with "
+            "capture.without_image=blank or drop, or set it to 0"
+        )
     check_cache(config.loss.align, cache)
     missing = sorted(set(config.roles) - set(cache.roles))
     if MISMATCHED in missing and len(missing) < len(config.roles):

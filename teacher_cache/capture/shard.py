@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,7 @@ from teacher_cache.capture_setup import CaptureSetup
 from teacher_cache.engines.protocol import CaptureEngine, Request
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.sequences import SequenceRecord
+from teacher_cache.visual.second_pass import blank_requests, drop_images, targets_alone, with_advantages
 
 Progress = Callable[[int, int], None]
 
@@ -19,13 +21,15 @@ Progress = Callable[[int, int], None]
 class PreparedRows:
     """Rows that are ready for an engine: their requests, what could not be tokenized, and the order of all roles.
 
-    The requests hold encoded images, each read once; only a few batches are decoded at a time.
+    The requests hold encoded images, each read once; only a few batches are decoded at a time. `bare`: for visual
+    advantages, the requests with images without what these show; None: none are captured.
     """
 
     samples: int
     requests: list[Request]
     rejected: list[Rejection]
     order: dict[tuple[str, str], int]
+    bare: list[Request] | None = None
 
 
 def capture_rows(
@@ -56,7 +60,21 @@ def prepare_rows(setup: CaptureSetup, rows: Iterable[int]) -> PreparedRows:
                 rejected.append(Rejection(sample.key, role, str(error)))
         if sequences:
             requests.append(Request(row, sample, tuple(sequences)))
-    return PreparedRows(samples, requests, rejected, order)
+    if setup.without_image is None:
+        return PreparedRows(samples, requests, rejected, order)
+    if setup.without_image == "blank":
+        return PreparedRows(samples, requests, rejected, order, blank_requests(requests, setup.workers))
+    bare = []
+    for request in requests:
+        if request.sample.images:
+            other, refused = drop_images(request, setup.encode)
+            bare.append(other)
+            rejected += refused
+    refused_items = {(item.key, item.role) for item in rejected}
+    kept = [
+        replace(r, sequences=tuple(s for s in r.sequences if (s.key, s.role) not in refused_items)) for r in requests
+    ]
+    return PreparedRows(samples, [r for r in kept if r.sequences], rejected, order, [r for r in bare if r.sequences])
 
 
 def capture_prepared(
@@ -66,7 +84,8 @@ def capture_prepared(
     captured: list[SequenceRecord] = []
     rejected = list(prepared.rejected)
     progress(prepared.samples - len(prepared.requests), 0)
-    left = {request.sample.key: len(request.sequences) for request in prepared.requests}
+    left = Counter({request.sample.key: len(request.sequences) for request in prepared.requests})
+    left.update({request.sample.key: len(request.sequences) for request in prepared.bare or ()})
     for outcome in engine.capture(prepared.requests):
         left[outcome.key] -= 1
         if isinstance(outcome, Rejection):
@@ -75,6 +94,15 @@ def capture_prepared(
         else:
             captured.append(outcome)
             progress(left[outcome.key] == 0, len(outcome.records))
+    if prepared.bare is not None:
+        bare = []
+        for outcome in targets_alone(engine).capture(prepared.bare) if prepared.bare else ():
+            left[outcome.key] -= 1
+            progress(left[outcome.key] == 0, 0)
+            bare.append(outcome)
+        seen = {request.sample.key for request in prepared.requests if request.sample.images}
+        captured, refused = with_advantages(captured, bare, seen)
+        rejected += refused
     order = prepared.order
     captured.sort(key=lambda item: order[item.key, item.role])
     rejected.sort(key=lambda item: order[item.key, item.role])

@@ -25,6 +25,7 @@ from teacher_cache.format.id_codes import frequent_ids, ids_by_rank, ranks_by_id
 from teacher_cache.format.record import Records
 from teacher_cache.format.schema import Block, Codec
 from teacher_cache.format.tail_profile import mean_tail, spread
+from teacher_cache.visual.advantages import AdvantageFile, write_advantages
 
 BLOCK_POSITIONS = 32768
 _SHARD_ARRAYS = {"frequent_ids": "<u4", "tail_profile": "<f4"}  # one row each
@@ -34,11 +35,17 @@ _ZSTD_LEVEL = 6
 
 
 def write_columns(
-    folder: Path, records: Records, codec: Codec, hidden: Sequence[HiddenStates] = (), sequences: Sequence[int] = ()
+    folder: Path,
+    records: Records,
+    codec: Codec,
+    hidden: Sequence[HiddenStates] = (),
+    sequences: Sequence[int] = (),
+    advantages_N: NDArray[np.uint8] | None = None,
 ) -> None:
     """Write all records as the Zarr group `folder`. Equal records give equal bytes.
 
-    `hidden`: the states of each sequence, if the codec has any; `sequences`: the number of positions of each.
+    `hidden`: the states of each sequence, if the codec has any; `sequences`: the number of positions of each;
+    `advantages_N`: the codes of visual advantages, likewise.
 
     Errors: `CacheError` if an id or a count is out of range, or a forced id is missing.
     """
@@ -52,6 +59,8 @@ def write_columns(
     group = write_blocks(folder, blocks, codec, positions=len(records), frequent_F=frequent_F, profile=profile)
     if codec.hidden and hidden:
         write_hidden(group, hidden, sequences, codec.hidden)
+    if codec.visual:
+        write_advantages(group, np.zeros(len(records), np.uint8) if advantages_N is None else advantages_N)
 
 
 def write_blocks(
@@ -140,11 +149,18 @@ class ColumnFile:
         """The hidden states of the shard, None if its cache has none. Errors: `CacheError`."""
         if self.codec.hidden is None or not self.positions:
             return None
+        return HiddenFile(self._group(), self.codec.hidden, self.positions, str(self.folder))
+
+    @cached_property
+    def advantages(self) -> AdvantageFile | None:
+        """The visual advantages of the shard, None if its cache has none. Errors: `CacheError`."""
+        return AdvantageFile(self._group(), self.positions, str(self.folder)) if self.codec.visual else None
+
+    def _group(self) -> zarr.Group:
         try:
-            group = zarr.open_group(self.folder, mode="r", zarr_format=3)
+            return zarr.open_group(self.folder, mode="r", zarr_format=3)
         except Exception as error:  # damaged metadata may raise anything in zarr
             raise CacheError(_damaged(self.folder, error)) from error
-        return HiddenFile(group, self.codec.hidden, self.positions, str(self.folder))
 
     def columns(self, first: int, last: int) -> list[Block]:
         """Read the stored columns of the blocks `first` … `last` − 1."""

@@ -44,16 +44,16 @@ def write_hidden(group: zarr.Group, parts: Sequence[HiddenStates], lengths: Sequ
     for part, start in zip(parts, starts[:-1], strict=True):
         flags_N[start + part.rows_M] = 1
     states_MD = np.concatenate([part.states_MD for part in parts])
-    _write(group, "hidden_flags", flags_N, _FLAGS_PER_CHUNK)
+    write_array(group, "hidden_flags", flags_N, _FLAGS_PER_CHUNK)
     if kind == "float16":
         if len(states_MD) and np.abs(states_MD).max() > _LARGEST:
             raise CacheError("a hidden state overflows float16: capture with capture.hidden=int8")
-        _write(group, "hidden", states_MD.astype("<f2"), _STATES_PER_CHUNK)
+        write_array(group, "hidden", states_MD.astype("<f2"), _STATES_PER_CHUNK)
         return
     scales_M = (np.abs(states_MD).max(axis=1, initial=0.0) / _LEVELS).astype("<f4")
     codes_MD = np.rint(states_MD / np.where(scales_M > 0, scales_M, 1.0)[:, None]).astype(np.int8)
-    _write(group, "hidden", codes_MD, _STATES_PER_CHUNK)
-    _write(group, "hidden_scales", scales_M, _FLAGS_PER_CHUNK)
+    write_array(group, "hidden", codes_MD, _STATES_PER_CHUNK)
+    write_array(group, "hidden_scales", scales_M, _FLAGS_PER_CHUNK)
 
 
 class HiddenFile:
@@ -88,7 +88,8 @@ class HiddenFile:
             raise CacheError(f"{self._where}/{name}: cannot be read: {reason}: run `cache-teacher verify`") from error
 
 
-def _write(group: zarr.Group, name: str, values: NDArray[Any], length: int) -> None:
+def write_array(group: zarr.Group, name: str, values: NDArray[Any], length: int) -> None:
+    """Add an array to a shard's columns, in chunks of `length` of its rows."""
     chunk = min(length, max(1, len(values)))
     others = values.shape[1:]
     array = group.create_array(

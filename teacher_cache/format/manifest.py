@@ -23,6 +23,7 @@ SEQUENCES_NAME = "sequences.arrow"
 COLUMNS_NAME = "columns.zarr"
 
 COUNTS = ("sequences", "positions", "heads", "draws", "rejected")
+VISUAL_COUNTS = "visual_counts"  # in a shard's manifest: how often each code of a visual advantage occurs
 _READ_BYTES = 2**20
 _HASHED_AT_ONCE = 4
 

@@ -20,6 +20,7 @@ from teacher_cache.format.quantise import COARSE, FINE, Precision
 PrecisionName = Literal["coarse", "fine", "exact"]
 HiddenKind = Literal["float16", "int8"]
 HiddenPositions = Literal["recorded", "image"]
+WithoutImage = Literal["blank", "drop"]  # how the teacher runs without what images show
 CODEC_NAME = "ranked"
 CODEC_VERSION = 1
 _PRECISIONS: dict[str, Precision] = {"coarse": COARSE, "fine": FINE}
@@ -43,7 +44,8 @@ class Column:
 
 @dataclass(frozen=True)
 class Codec:
-    """How a cache encodes: vocabulary size, temperatures, precision, caps of counts, forced ids, hidden states."""
+    """How a cache encodes: vocabulary size, temperatures, precision, caps of counts, forced ids, hidden states,
+    visual advantages."""
 
     vocab_size: int
     temperatures: tuple[float, ...]
@@ -52,6 +54,7 @@ class Codec:
     tail_limit: int
     forced_ids: tuple[int, ...] = ()
     hidden: HiddenKind | None = None
+    visual: bool = False
 
     def attributes(self) -> dict[str, Any]:
         """The attributes of a shard's array group, under their stored names."""
@@ -65,6 +68,7 @@ class Codec:
             "draw_limit": self.tail_limit,
             "forced_ids": list(self.forced_ids),
             "hidden": self.hidden,
+            **({"visual": True} if self.visual else {}),
         }
 
     @classmethod
@@ -85,6 +89,7 @@ class Codec:
                 int(attributes["draw_limit"]),
                 tuple(int(value) for value in attributes["forced_ids"]),
                 {None: None, "float16": "float16", "int8": "int8"}[attributes["hidden"]],
+                {False: False, True: True}[attributes.get("visual", False)],
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CacheError(f"{where}: bad attribute {error}: run `cache-teacher verify`") from error

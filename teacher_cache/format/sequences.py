@@ -39,7 +39,10 @@ SEQUENCE_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class SequenceRecord:
-    """A captured sequence: what identifies it (SHA-256 as hex), its length in tokens, and its records."""
+    """A captured sequence: what identifies it (SHA-256 as hex), its length in tokens, and its records.
+
+    `advantages_N`: the codes of its visual advantages (see `teacher_cache/visual/advantages.py`), if they are captured.
+    """
 
     key: str
     role: str
@@ -48,6 +51,7 @@ class SequenceRecord:
     n_tokens: int
     records: Records
     hidden: HiddenStates | None = None
+    advantages_N: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True)

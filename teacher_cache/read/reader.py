@@ -5,6 +5,7 @@ Shape suffixes: Q sequences of a cache, B of them requested at once.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from teacher_cache.format.manifest import (
     MANIFEST_NAME,
     SEQUENCES_NAME,
     SHARDS_NAME,
+    VISUAL_COUNTS,
     cache_bytes,
     has_own_digest,
     parse_object,
@@ -42,6 +44,7 @@ from teacher_cache.read.key_index import SequenceIndex
 from teacher_cache.read.lazy_rows import LazyRows
 from teacher_cache.read.shard_files import VERIFY, LocalShards, Manifests, ShardFiles, StagedShards, checked_manifest
 from teacher_cache.read.to_targets import sparse_targets
+from teacher_cache.visual.advantages import position_weights
 
 __all__ = ["CachedSequence", "TeacherCache", "open_cache"]
 
@@ -50,6 +53,7 @@ Items = Sequence[tuple[str, str]] | NDArray[np.int64]
 
 # Larger tables of sequences are opened shard by shard, when they are first read: 10⁹ samples have 100 GB of them.
 _OPENED_BYTES = 2**30
+_CAPTURE_ADVANTAGES = "capture it with capture.without_image=blank or drop"
 _MEMORY_BYTES = 256 * 2**20
 _MOST_MEMORY_BYTES = 2**30
 # Sizes of decoded records (`Records`, `block_cache.py`): underestimating by one byte causes endless re-decoding.
@@ -339,6 +343,37 @@ class TeacherCache:
         return HiddenStates(
             np.concatenate([part.rows_M for part in found]), np.concatenate([part.states_MD for part in found])
         )
+
+    @property
+    def has_advantages(self) -> bool:
+        """Whether the visual advantages of tokens were captured."""
+        return self.fingerprint["capture"].get("without_image") is not None
+
+    def advantage_codes(self, items: Items) -> NDArray[np.uint8]:
+        """The codes of visual advantages at the positions of several sequences; `visual/advantages.py` reads them.
+
+        Errors: `CacheError` if the cache has none, or a sequence no record.
+        """
+        shards_B, spans_B2 = self._spans(self._find(items))
+        found = [np.zeros(0, np.uint8)]
+        for shard, (start, stop) in zip(shards_B.tolist(), spans_B2, strict=True):
+            with self._files.hold(shard):
+                file = self._blocks.file(shard).advantages
+                if file is None:
+                    raise CacheError(f"cache '{self.path}': has no visual advantages: {_CAPTURE_ADVANTAGES}")
+                found.append(file.read(start, stop))
+        return np.concatenate(found)
+
+    @functools.cached_property
+    def advantage_counts(self) -> NDArray[np.int64]:
+        """How often each code occurs in the whole cache, [256], by the shards' manifests."""
+        counts_C: NDArray[np.int64] = np.sum([m[VISUAL_COUNTS] for m in self.manifests()], axis=0, dtype=np.int64)
+        return counts_C
+
+    def visual_weights(self, items: Items, strength: float) -> Tensor:
+        """The weights of the positions of several sequences, [N] float32; see `position_weights`."""
+        codes_N = self.advantage_codes(items)
+        return torch.from_numpy(position_weights(codes_N, self.advantage_counts, strength))
 
     def targets(self, items: Items) -> SparseTargets:
         """Decode and concatenate the positions of several sequences, as CPU tensors.

@@ -47,6 +47,7 @@ class Combination(Protocol):
 
     def sequences(self, parts: Sequence[TeacherCache], rows_B: Rows) -> list[CachedSequence]: ...
     def targets(self, parts: Sequence[TeacherCache], rows_B: Rows, vocab_size: int) -> SparseTargets: ...
+    def visual_weights(self, parts: Sequence[TeacherCache], rows_B: Rows, strength: float) -> Tensor: ...
     def tail_sums(self, parts: Sequence[TeacherCache], vocab_size: int) -> NDArray[np.float64]: ...
     def positions(self, parts: Sequence[TeacherCache]) -> int: ...
 
@@ -111,6 +112,10 @@ class SeveralCaches:
         """The targets of several sequences, as CPU tensors."""
         return self._combination.targets(self.parts, rows_B, self.vocab_size)
 
+    def visual_weights(self, rows_B: Rows, strength: float) -> Tensor:
+        """The weights of the positions of several sequences; each part's have mean 1 over that part."""
+        return self._combination.visual_weights(self.parts, rows_B, strength)
+
     def keep_shards(self, count: int) -> None:
         """Keep up to `count` decoded shards of each part."""
         for part in self.parts:
@@ -169,6 +174,12 @@ class Mixture:
         found = [part.targets(items).limited(vocab_size) for part in parts]
         return mix_targets(found, self.weights, by_samples=self.by_samples)
 
+    def visual_weights(self, parts: Sequence[TeacherCache], rows_B: Rows, strength: float) -> Tensor:
+        """The weighted mean of the parts' weights."""
+        items = parts[0].items(rows_B.tolist())
+        own = [w * part.visual_weights(items, strength) for part, w in zip(parts, self.weights, strict=True)]
+        return torch.stack(own).sum(0)
+
     def tail_sums(self, parts: Sequence[TeacherCache], vocab_size: int) -> NDArray[np.float64]:
         """The weighted mean of the parts' mean tails."""
         means = (
@@ -218,16 +229,13 @@ class BySource:
 
     def targets(self, parts: Sequence[TeacherCache], rows_B: Rows, vocab_size: int) -> SparseTargets:
         """Read part by part, then put into the order of `rows_B`."""
-        parts_B, locals_B = self._places(rows_B)
-        lengths_B = np.array([one.n_positions for one in self.sequences(parts, rows_B)], np.int64)
-        order_B = np.argsort(parts_B, kind="stable")
-        starts_B = np.empty_like(lengths_B)
-        starts_B[order_B] = np.cumsum(lengths_B[order_B]) - lengths_B[order_B]
-        read = concatenate_targets(
-            [parts[part].targets(locals_B[parts_B == part]).limited(vocab_size) for part in range(len(parts))]
-        )
-        spans = [np.arange(start, start + length) for start, length in zip(starts_B, lengths_B, strict=True)]
-        return read.take(torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *spans])))
+        found = [part.targets(rows).limited(vocab_size) for part, rows in self._by_part(parts, rows_B)]
+        return concatenate_targets(found).take(self._order(parts, rows_B))
+
+    def visual_weights(self, parts: Sequence[TeacherCache], rows_B: Rows, strength: float) -> Tensor:
+        """Each from its part."""
+        found = [part.visual_weights(rows, strength) for part, rows in self._by_part(parts, rows_B)]
+        return torch.cat(found)[self._order(parts, rows_B)]
 
     def tail_sums(self, parts: Sequence[TeacherCache], vocab_size: int) -> NDArray[np.float64]:
         """The sum over the parts, each by the share of its sequences that the set has."""
@@ -246,6 +254,20 @@ class BySource:
         """The part of each row, and its row there."""
         parts_B = np.searchsorted(self.first_rows, rows_B, side="right") - 1
         return parts_B, rows_B - np.array(self.first_rows)[parts_B]
+
+    def _by_part(self, parts: Sequence[TeacherCache], rows_B: Rows) -> list[tuple[TeacherCache, Rows]]:
+        """The rows of each part, in their order."""
+        parts_B, locals_B = self._places(rows_B)
+        return [(part, locals_B[parts_B == number]) for number, part in enumerate(parts)]
+
+    def _order(self, parts: Sequence[TeacherCache], rows_B: Rows) -> Tensor:
+        """Where the positions of `rows_B`, in order, are among those that are read part by part."""
+        lengths_B = np.array([one.n_positions for one in self.sequences(parts, rows_B)], np.int64)
+        order_B = np.argsort(self._places(rows_B)[0], kind="stable")
+        starts_B = np.empty_like(lengths_B)
+        starts_B[order_B] = np.cumsum(lengths_B[order_B]) - lengths_B[order_B]
+        spans = [np.arange(start, start + length) for start, length in zip(starts_B, lengths_B, strict=True)]
+        return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *spans]))
 
 
 def _check_same(one: CachedSequence, other: CachedSequence, first: str, second: str) -> None:

@@ -22,12 +22,13 @@ from teacher_cache.format.record import Records
 from teacher_cache.inspection.token_labels import TokenNames
 from teacher_cache.read.reader import TeacherCache
 from teacher_cache.report.sets import NO_SOURCE
+from teacher_cache.visual.advantages import decode_advantages
 
 ALTERNATIVES = 12
 TAIL_IDS = 6
 TOKENS = 1200  # most tokens shown per sequence
 IMAGE_SIDE = 448
-DARKEST = 4.0  # nats of entropy at which the shade is full
+DARKEST = 4.0  # nats of entropy, or of visual advantage, at which the shade is full
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,10 @@ class Browser:
         if not ids:
             return []
         rows = _rows(records, positions[:TOKENS].tolist())
+        if self.cache.has_advantages:
+            gained_N = decode_advantages(self.cache.advantage_codes([(key, role)]))[positions[:TOKENS]]
+            for row, gained in zip(rows, gained_N.tolist(), strict=True):
+                row.append(None if math.isnan(gained) else gained)
         for row in rows:
             for number in [row[0], *row[4], *row[8]]:
                 self._labels.setdefault(number, self.names.label(number))
@@ -130,7 +135,8 @@ class Browser:
 
 def _rows(records: Records, positions: Sequence[int]) -> list[list[Any]]:
     """What the script shows of each position: target, log p, entropy, tail mass, the likeliest ids and their
-    probabilities, number and mass of the other top-k ids, tail sample ids with counts, number of tail samples."""
+    probabilities, number and mass of the other top-k ids, tail sample ids with counts, number of tail samples; and, if
+    captured, the visual advantage (None: not measured)."""
     topk_N = np.concatenate([[0], np.cumsum(records.topk_counts_N, dtype=np.int64)])
     tails_N = np.concatenate([[0], np.cumsum(records.tail_counts_N, dtype=np.int64)])
     rows = []
@@ -164,10 +170,17 @@ def _short(value: float) -> float:
 
 
 def _token(row: Sequence[Any], text: str, kind: str) -> dict[str, Any]:
+    gained = row[11] if len(row) > 11 else None
     return {
-        "shade": math.sqrt(min(max(row[2], 0.0) / DARKEST, 1.0)),
+        "shade": _shade(row[2]),
+        "gain": None if gained is None else _shade(gained),
         "kind": kind,
         "off": bool(row[4]) and row[4][0] != row[0],
         "text": text.replace("\n", "↵\n") + (" " if kind == "name" else ""),
-        "title": f"p {math.exp(row[1]):.3g} · entropy {row[2]:.3g} · tail {row[3]:.3g}",
+        "title": f"p {math.exp(row[1]):.3g} · entropy {row[2]:.3g} · tail {row[3]:.3g}"
+        + ("" if gained is None else f" · image {gained:+.3g}"),
     }
+
+
+def _shade(nats: float) -> float:
+    return math.sqrt(min(max(nats, 0.0) / DARKEST, 1.0))

@@ -19,11 +19,12 @@ function show(token) {
   if (token === current) return;
   hide();
   current = token;
-  const [target, logProb, entropy, tail, ids, probs, more, moreMass, sampled, times, samples] =
+  const [target, logProb, entropy, tail, ids, probs, more, moreMass, sampled, times, samples, gain] =
     data.sequences[token.parentNode.dataset.s][token.dataset.i];
   const note = text => pop.append(make("small", text));
   pop.replaceChildren(make("b", data.names[target]));
   note(`p ${digits(Math.exp(logProb))} · log p ${logProb.toFixed(3)} · entropy ${entropy.toFixed(3)} nats`);
+  if (gain != null) note(`the image adds ${gain.toFixed(2)} to log p`.replace("-", "−"));
   ids.forEach((id, i) => pop.append(line(id, probs[i], target)));
   if (!ids.includes(target)) pop.append(line(target, Math.exp(logProb), target));
   if (more) note(`${more.toLocaleString("en")} more in the top-k: ${digits(moreMass)}`);

@@ -17,13 +17,14 @@ from teacher_cache.inspection.token_labels import TokenNames
 from teacher_cache.read.reader import TeacherCache
 from teacher_cache.report.browser import DARKEST, IMAGE_SIDE, Browser, Shown
 from teacher_cache.report.figures import bytes_per_part, distributions, fingerprint_fields, totals
-from teacher_cache.report.rankings import Ranking, rank
-from teacher_cache.report.scan import scan_cache
+from teacher_cache.report.rankings import NEEDED, Ranking, rank, unneeded_images
+from teacher_cache.report.scan import Scan, scan_cache
 from teacher_cache.report.sets import CacheSets
 
 POSITIONS = 1_000_000
 SAMPLES = 24
 _RANKED = 5
+_LISTED = 200  # keys whose images are not needed
 _EVEN = "even"
 _ROLES = ("response", "chosen", "rejected", "mismatched")
 
@@ -82,6 +83,7 @@ def write_report(
         totals=totals(cache, scan),
         **distributions(cache, scan, bool(sets)),
         rankings=rankings,
+        visual=_visual(cache, scan),
         sequences=len(cache),
         several_roles=len(cache.roles) > 1,
         parts_of_bytes=parts,
@@ -110,6 +112,19 @@ def _check_names(cache: TeacherCache, names: TokenNames) -> None:
     found = differences(*sides, names=("cache", "now"))
     if found:
         raise CacheError(f"cache '{cache.path}': {found[0]}: pass the folder of the teacher's tokenizer")
+
+
+def _visual(cache: TeacherCache, scan: Scan) -> str:
+    """Which answers do not need their image, in words; empty without visual advantages."""
+    if not cache.has_advantages:
+        return ""
+    items = cache.items(unneeded_images(scan).tolist())
+    measured = int((~np.isnan(scan.image_Q)).sum())
+    said = (
+        f"{len(items):,} of {counted(measured, 'sequence')} with images do not need them: no token of the answer gains "
+    )
+    named = ", ".join(key for key, _ in items[:_LISTED]) + (", …" if len(items) > _LISTED else "")
+    return f"{said}{NEEDED:g} nats by the image" + (f": {named}." if items else ".")
 
 
 def _chosen(cache: TeacherCache, rankings: Sequence[Ranking], samples: int) -> dict[str, dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Rankings of the most unusual sequences: uncertain, unlikely, large tails, long.
+"""Rankings of the most unusual sequences: uncertain, unlikely, large tails, long, and images that are not needed.
 
 Shape suffixes: Q all sequences of a cache.
 """
@@ -14,6 +14,7 @@ from teacher_cache.read.reader import TeacherCache
 from teacher_cache.report.scan import Scan
 
 Doubles = NDArray[np.float64]
+NEEDED = 0.5  # nats of visual advantage of some token, below which an answer does not need its image
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,29 @@ def rank(cache: TeacherCache, scan: Scan, count: int) -> list[Ranking]:
         positions_Q[positions_Q == 0] = np.nan
         entropy_Q = np.where(np.isnan(positions_Q), np.nan, cache.numbers("mean_entropy"))
         log_prob_Q = cache.numbers("sum_log_prob") / positions_Q
-    return [
+    rankings = [
         _ranking(cache, "entropy", "The most uncertain", "mean entropy, nats per token", entropy_Q, "{:.3f}", count),
         _ranking(cache, "unlikely", "The least likely", "log-prob, nats per token", -log_prob_Q, "−{:.3f}", count),
         _ranking(cache, "tail", "The largest tails", "mean mass outside the top-k", tail_Q, "{:.4f}", count),
         _ranking(cache, "longest", "The longest", "tokens", tokens_Q, "{:,.0f}", count),
     ]
+    return [*rankings, _unneeded_images(cache, scan, count)] if cache.has_advantages else rankings
+
+
+def unneeded_images(scan: Scan) -> NDArray[np.int64]:
+    """The scanned sequences none of whose tokens gains `NEEDED` nats by the image, least first: rows of the cache."""
+    found = np.flatnonzero(scan.image_Q < NEEDED)
+    rows: NDArray[np.int64] = scan.rows_Q[found[np.argsort(scan.image_Q[found], kind="stable")]]
+    return rows
+
+
+def _unneeded_images(cache: TeacherCache, scan: Scan, count: int) -> Ranking:
+    rows = unneeded_images(scan)[:count].tolist()
+    image_Q = _spread(scan.image_Q, scan, len(cache))
+    texts = tuple(f"{image_Q[row]:+.3f}".replace("-", "−") for row in rows)
+    note = f"no token gains {NEEDED:g} nats by the image; the most that one gains"
+    measured = int((~np.isnan(image_Q)).sum())
+    return Ranking("unneeded", "Images not needed", note, measured, tuple(cache.items(rows)), texts)
 
 
 def _ranking(

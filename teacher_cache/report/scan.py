@@ -16,6 +16,7 @@ from llavamod_offline.progress import ProgressBar
 from teacher_cache.format.record import Records
 from teacher_cache.read.reader import TeacherCache
 from teacher_cache.report.sets import CacheSets
+from teacher_cache.visual.advantages import decode_advantages
 
 EVERYTHING = "all positions"
 _WITHOUT_TARGET = ", no target"
@@ -30,7 +31,8 @@ class Scan:
 
     `entropy_N` in nats; `topk_mass_N`; `group_N` indexes `groups`. Means over a sequence's positions with a target:
     `entropy_Q`, `log_prob_Q`, `tail_Q` (NaN without any). `surprise_N` is −log p of the target and
-    `chosen_N` whether it is the teacher's first choice (NaN where there is no target).
+    `chosen_N` whether it is the teacher's first choice (NaN where there is no target). `image_Q`: the largest visual
+    advantage of a sequence's tokens, in nats (NaN without any).
     """
 
     rows_Q: NDArray[np.int64]
@@ -43,6 +45,7 @@ class Scan:
     entropy_Q: Doubles
     log_prob_Q: Doubles
     tail_Q: Doubles
+    image_Q: Doubles
 
 
 def scan_cache(cache: TeacherCache, sets: CacheSets, most_positions: int) -> Scan:
@@ -55,12 +58,15 @@ def scan_cache(cache: TeacherCache, sets: CacheSets, most_positions: int) -> Sca
     names = sets.sources(items) if sets else [EVERYTHING] * len(items)
     columns: list[list[Doubles]] = [[] for _ in range(5)]
     lengths: list[int] = []
+    codes: list[NDArray[np.uint8]] = []
     with ProgressBar("read", len(items), "sequence") as bar:
         for start in range(0, len(items), _BATCH_SEQUENCES):
             batch = items[start : start + _BATCH_SEQUENCES]
             lengths += [cache.sequence(*item).n_positions for item in batch]
             for column, values_N in zip(columns, _figures(cache.records(batch)), strict=True):
                 column.append(values_N)
+            if cache.has_advantages:
+                codes.append(cache.advantage_codes(batch))
             bar.advance(len(batch))
     entropy_N, topk_mass_N, tail_N, surprise_N, chosen_N = (np.concatenate([np.zeros(0), *found]) for found in columns)
     owner_N = np.repeat(np.arange(len(items)), lengths)
@@ -72,7 +78,10 @@ def scan_cache(cache: TeacherCache, sets: CacheSets, most_positions: int) -> Sca
             for values_N in (entropy_N, -surprise_N, tail_N)
         ]
     groups, group_N = _grouped(names, owner_N, target_N)
-    return Scan(rows_Q, groups, group_N, entropy_N, topk_mass_N, surprise_N, chosen_N, *means)
+    image_Q = np.full(len(items), np.nan)
+    if codes:
+        np.fmax.at(image_Q, owner_N, decode_advantages(np.concatenate(codes)))
+    return Scan(rows_Q, groups, group_N, entropy_N, topk_mass_N, surprise_N, chosen_N, *means, image_Q)
 
 
 def _figures(records: Records) -> tuple[Doubles, ...]:

@@ -22,6 +22,7 @@ from teacher_cache.format.manifest import (
     MANIFEST_NAME,
     REJECTED_NAME,
     SEQUENCES_NAME,
+    VISUAL_COUNTS,
     canonical,
     file_entries,
     parse_object,
@@ -31,6 +32,7 @@ from teacher_cache.format.record import Records, concatenate_records
 from teacher_cache.format.schema import Codec
 from teacher_cache.format.sequences import HASH_BYTES, SequenceRows, edges, read_sequences
 from teacher_cache.format.top_k_codes import starts
+from teacher_cache.visual.advantages import ARRAY, CODES, NOT_MEASURED, count_codes
 
 _ROUNDING = 1e-3
 _REJECTION_FIELDS = {"key", "role", "reason"}
@@ -93,6 +95,7 @@ class ShardCheck:
             return
         counts = {"sequences": len(table), "positions": columns.positions, "heads": 0, "draws": 0}
         counts["rejected"] = rejected.count(b"\n")
+        codes_C = np.zeros(CODES, np.int64)
         left = concatenate_records([], len(columns.codec.temperatures))
         row = 0
         for number in range(columns.blocks):
@@ -102,6 +105,12 @@ class ShardCheck:
             for name, fine in _number_checks(block, columns.codec.vocab_size):
                 if not fine:
                     yield f"{COLUMNS_NAME}/{name}: holds impossible values"
+            if columns.advantages is not None:
+                start = number * columns.block_positions
+                codes_N = columns.advantages.read(start, start + len(block))
+                codes_C += count_codes(codes_N)
+                if ((codes_N != NOT_MEASURED) & (block.target_ids_N == NO_TARGET)).any():
+                    yield f"{COLUMNS_NAME}/{ARRAY}: holds advantages of positions without a token"
             # A block may end within a sequence, whose other positions are in the next one.
             whole = concatenate_records([left, block])
             stop = int(np.searchsorted(ends, ends[row] + len(whole), side="right")) - 1
@@ -111,6 +120,8 @@ class ShardCheck:
         for name, count in counts.items():
             if manifest[name] != count:
                 yield f"{MANIFEST_NAME}: lists {manifest[name]} {name}, found {count}"
+        if columns.advantages is not None and manifest.get(VISUAL_COUNTS) != codes_C.tolist():
+            yield f"{MANIFEST_NAME}: its {VISUAL_COUNTS} are not those of {COLUMNS_NAME}/{ARRAY}"
         for line in rejected.splitlines():
             fields = json.loads(line).keys()
             if not fields >= _REJECTION_FIELDS or fields - _REJECTION_FIELDS not in (set(), {"file", "row"}):

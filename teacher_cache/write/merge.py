@@ -32,6 +32,7 @@ _NEVER_ALLOWED = (
     "capture.precision",
     "capture.positions",
     "capture.hidden",
+    "capture.without_image",
     "capture.top_k",
     "capture.tail_samples_max",
     "capture.forced_ids",

@@ -15,6 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llavamod_offline.errors import CacheError, LlavaModError
 from llavamod_offline.storage.folders import Folder, LocalFolder, open_folder
 from teacher_cache.fingerprint import differences
@@ -28,6 +30,7 @@ from teacher_cache.format.manifest import (
     REJECTED_NAME,
     SEQUENCES_NAME,
     SHARDS_NAME,
+    VISUAL_COUNTS,
     cache_content,
     canonical,
     content_digest,
@@ -42,6 +45,7 @@ from teacher_cache.format.record import concatenate_records
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.schema import Codec
 from teacher_cache.format.sequences import SequenceRecord, sequence_table, write_sequences
+from teacher_cache.visual.advantages import count_codes
 
 _LOG = logging.getLogger(__name__)
 _LOOKS, _LOOK_SECONDS = 10, 0.2  # for what another process has just written
@@ -255,7 +259,10 @@ def write_shard(
     """Write all files of a shard into a local folder, the manifest last."""
     records = concatenate_records([item.records for item in captured], len(codec.temperatures))
     hidden = [item.hidden for item in captured if item.hidden is not None] if codec.hidden else []
-    write_columns(folder / COLUMNS_NAME, records, codec, hidden, [len(item.records) for item in captured])
+    advantages = [item.advantages_N for item in captured if item.advantages_N is not None] if codec.visual else []
+    advantages_N = np.concatenate([np.zeros(0, np.uint8), *advantages])
+    lengths = [len(item.records) for item in captured]
+    write_columns(folder / COLUMNS_NAME, records, codec, hidden, lengths, advantages_N)
     write_sequences(folder / SEQUENCES_NAME, sequence_table(captured))
     (folder / REJECTED_NAME).write_bytes(b"".join(_rejected_line(item) for item in rejected))
     manifest = {
@@ -267,6 +274,7 @@ def write_shard(
         "draws": len(records.tail_ids_D),
         "rejected": len(rejected),
         "files": file_entries(folder),
+        **({VISUAL_COUNTS: count_codes(advantages_N).tolist()} if codec.visual else {}),
     }
     (folder / MANIFEST_NAME).write_bytes(canonical(manifest))
 

@@ -88,6 +88,9 @@ class LossConfig:
     """Weight of the divergence."""
     lm_weight: float = 1.0
     """Weight of cross-entropy with kd_lm."""
+    visual_weight: float = 0.0
+    """Mimic stages: how much more a token counts whose probability comes from the image alone than one that needs no
+    image; 0: all the same. Weights have mean 1; needs a cache of capture.without_image."""
     positions: Positions = "auto"
     """Mimic stages: positions to distil at; auto: all that the cache records, response: those that predict answers,
     written: those of answers that a student wrote itself (cache-teacher generate), as always with policy_gradient."""
@@ -147,6 +150,8 @@ def loss_problems(loss: LossConfig, stage: str) -> Iterable[str]:
         for name in ("sft_weight", "distill_weight"):
             if getattr(loss, name):
                 yield f"loss.{name}: belongs to stage preference, not to {stage}: set it to 0"
+    if loss.visual_weight and not stage.startswith("mimic"):
+        yield f"loss.visual_weight: belongs to the mimic stages, not to {stage}: set it to 0"
     yield from _own_answer_problems(loss)
     yield from _divergence_problems(loss, stage)
     yield from _align_problems(loss, stage)
@@ -161,7 +166,7 @@ def _own_answer_problems(loss: LossConfig) -> Iterable[str]:
         if loss.importance_max is not None:
             yield f"loss.importance_max: not used with {loss.kind}: remove it, or set loss.kind to policy_gradient"
         return
-    for name in ("divergence", "tail", "temperature", "kd_weight"):
+    for name in ("divergence", "tail", "temperature", "kd_weight", "visual_weight"):
         if getattr(loss, name) != getattr(LossConfig, name):
             yield f"loss.{name}: not used with policy_gradient: remove it, or set loss.kind to only_kd"
     if loss.positions == "response":
@@ -222,7 +227,7 @@ def _number_problems(loss: LossConfig) -> Iterable[str]:
     for name in ("temperature", "beta"):
         if not getattr(loss, name) > 0:
             yield f"loss.{name} is {getattr(loss, name):g}: must be above 0"
-    not_negative = ("kd_weight", "lm_weight", "sft_weight", "distill_weight", "router_aux_coef")
+    not_negative = ("kd_weight", "lm_weight", "visual_weight", "sft_weight", "distill_weight", "router_aux_coef")
     for name in (*not_negative, "desirable_weight", "undesirable_weight"):
         if not getattr(loss, name) >= 0:
             yield f"loss.{name} is {getattr(loss, name):g}: must not be negative"

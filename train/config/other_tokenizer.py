@@ -33,5 +33,7 @@ def other_tokenizer_problems(config: TrainConfig) -> Iterable[str]:
             f"loss.temperature is {loss.temperature:g}: tokens are aligned at temperature 1 alone: set it to 1, or "
             "cache.other_tokenizer to null"
         )
+    if loss.visual_weight:
+        yield "loss.visual_weight: aligned tokens are not weighted: set it to 0, or cache.other_tokenizer to null"
     if loss.align.is_on:
         yield "loss.align: its terms compare tokens one by one: set its weights to 0, or other_tokenizer to null"

@@ -54,7 +54,7 @@ class TrainBatch:
     summed over its tokens. `sample_of_S`: the sample, from 0, of each sequence. If the loss needs them, `mismatched`
     holds the samples' mismatched responses and `states` the teacher's hidden states. `behaviour_N`: the log-probs of
     the student that wrote the answers, for each position of `batch`; NaN where it wrote none, or a loss on own answers
-    leaves them out.
+    leaves them out. `weights_N`: of the positions in the loss, by what the image is worth to their tokens; None: all 1.
     """
 
     batch: Batch
@@ -66,6 +66,7 @@ class TrainBatch:
     states: TeacherStates | None = None
     behaviour_N: Tensor | None = None
     aligned: AlignedTargets | None = None
+    weights_N: Tensor | None = None
 
     def rows(self, which: ChosenPositions) -> Tensor:
         """The positions that predict answers, or those of answers that were written, as rows [M] of `batch`."""
@@ -88,7 +89,7 @@ class TrainBatch:
         return self._map(lambda part: part.pin_memory())
 
     def _map(self, move: Callable[[Any], Any]) -> TrainBatch:
-        names = ("batch", "targets", "reference_S", "sample_of_S", "states", "behaviour_N", "aligned")
+        names = ("batch", "targets", "reference_S", "sample_of_S", "states", "behaviour_N", "aligned", "weights_N")
         parts = {name: getattr(self, name) for name in names}
         moved = {name: move(part) for name, part in parts.items() if part is not None}
         return replace(self, mismatched=self.mismatched and self.mismatched._map(move), **moved)
@@ -102,6 +103,7 @@ class Loader:
     how many ids cache and student share, if fewer than the cache's. `bridge`: to a teacher with another tokenizer.
     `positions`: the positions of a sequence that batches hold, as in the cache. `states`: the teacher's hidden states
     that the loss needs. `masked_ids`: tokens that a loss on own answers leaves out; None: there is no such loss.
+    `visual_weight`: how much more tokens count that need the image; 0: positions have no weights.
     `prefetch`: copies remote shards ahead of a schedule; other reads fetch samples one by one.
 
     Errors while iterating: `DataError` or `TargetError` naming the sample whose image, length or answer is unsuitable.
@@ -125,6 +127,7 @@ class Loader:
         states: WantedStates | None = None,
         masked_ids: frozenset[int] | None = None,
         bridge: TokenizerBridge | None = None,
+        visual_weight: float = 0.0,
         prefetch: Prefetch | None = None,
     ) -> None:
         self._prefetch = prefetch
@@ -142,6 +145,7 @@ class Loader:
             states,
             masked_ids,
             bridge,
+            visual_weight,
         )
         self._settings: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
         if workers:
@@ -189,6 +193,7 @@ class _Micro(Dataset[TrainBatch]):
     states: WantedStates | None
     masked_ids: frozenset[int] | None
     bridge: TokenizerBridge | None = None
+    visual_weight: float = 0.0
     scattered: bool = False
 
     def __getitem__(self, place: int) -> TrainBatch:
@@ -247,7 +252,17 @@ class _Micro(Dataset[TrainBatch]):
         sums_S = torch.tensor([record.sum_log_prob for record in records], dtype=torch.float32)
         owners_S = torch.tensor([n for _, n in places])
         behaviour_N = None if self.masked_ids is None else self._behaviour(batch, places, samples, sequences)
-        return TrainBatch(batch, len(samples), targets, sums_S, owners_S, states=states, behaviour_N=behaviour_N)
+        weights_N = self.cache.visual_weights(rows_R, self.visual_weight) if self.visual_weight else None
+        return TrainBatch(
+            batch,
+            len(samples),
+            targets,
+            sums_S,
+            owners_S,
+            states=states,
+            behaviour_N=behaviour_N,
+            weights_N=weights_N,
+        )
 
     def _behaviour(
         self,

@@ -2,8 +2,9 @@
 
 The loss of a step is the mean over its positions (all that have a record, those that predict an answer, or those of
 answers that a student wrote) of
-kd_weight · T² · divergence(teacher, student), plus lm_weight times the mean cross-entropy over those that predict a
-supervised token, plus alignment terms (see `alignment.py`), plus the routers' balance loss once.
+kd_weight · T² · divergence(teacher, student), weighted by what the image is worth to each position (with
+`loss.visual_weight`), plus lm_weight times the mean cross-entropy over those that predict a supervised token, plus
+alignment terms (see `alignment.py`), plus the routers' balance loss once.
 
 Shape suffixes: N positions of a micro-batch, A those of them that predict a supervised token.
 """
@@ -52,11 +53,14 @@ def make_loss(
         if totals is not None:
             units, answers, images = (totals(batch) if shared is None else shared).clamp(min=1).tolist()
             per_answer, per_image = units / answers, units / images
-        chosen_ND, targets = hidden_ND, batch.targets
+        chosen_ND, targets, weights_N = hidden_ND, batch.targets, batch.weights_N
         if chosen is not None:
             rows_A = batch.rows(chosen)
             chosen_ND, targets = hidden_ND.index_select(0, rows_A), targets.take(rows_A)
-        terms = distillation(chosen_ND, lm_head_of(model), targets, lm_weight=lm_weight * per_answer)
+            weights_N = None if weights_N is None else weights_N.index_select(0, rows_A)
+        terms = distillation(
+            chosen_ND, lm_head_of(model), targets, lm_weight=lm_weight * per_answer, weights_N=weights_N
+        )
         means = {"divergence": terms.divergence_sum, **terms.metrics}
         if lm_weight:
             means["cross_entropy"] = terms.cross_entropy_sum * per_answer

@@ -92,9 +92,9 @@ def test_the_top_k_part_is_the_union_and_everything_sums_to_one() -> None:
 
 def sampled(part: SparseTargets, log_probs_NV: Tensor, u: float, count: int) -> SparseTargets:
     """The same records with `count` systematic samples of each tail."""
-    outside_NV = log_probs_NV.exp().scatter(1, part.topk_ids_NK.clamp(min=0), 0.0)
-    empty_N = part.topk_ids_NK[:, 0] == EMPTY_ID  # nothing is outside of nothing
-    outside_NV = torch.where(empty_N[:, None], log_probs_NV.exp(), outside_NV)
+    kept_NK = (part.topk_ids_NK != EMPTY_ID).double()
+    inside_NV = torch.zeros(N, V).double().scatter_add(1, part.topk_ids_NK.clamp(min=0), kept_NK)
+    outside_NV = torch.where(inside_NV > 0, 0.0, log_probs_NV.exp())
     ids_NM = tail_samples(outside_NV, torch.full((N,), u).double(), torch.full((N,), count), count)
     return replace(part, tail_ids_NM=ids_NM, tail_weights_NM=torch.full(ids_NM.shape, 1 / count))
 

@@ -19,12 +19,13 @@ from llavamod_offline.models.checkpoint import load_tokenizer
 from llavamod_offline.storage.folders import open_folder
 from teacher_cache.read.reader import TeacherCache, open_cache
 from teacher_cache.report.page import write_report
-from teacher_cache.report.rankings import rank
+from teacher_cache.report.rankings import NEEDED, rank, unneeded_images
 from teacher_cache.report.scan import scan_cache
 from teacher_cache.report.sets import NO_SET, NO_SOURCE, CacheSets
+from teacher_cache.visual.advantages import NOT_MEASURED, decode_advantages
 from tests.llavamod_offline.pages.test_page import HOSTILE, Parsed
 from tests.teacher_cache.conftest import World
-from tests.tiny import tiny_image, tiny_samples, write_tiny_llava
+from tests.tiny import tiny_image, tiny_samples, write_tiny_llava, write_tiny_set
 
 EVERYTHING = 10**9
 
@@ -262,3 +263,31 @@ def test_many_sources_are_folded(world: World, tmp_path: Path) -> None:
     page, _ = page_of(cache, tmp_path / "r.html", data=[tmp_path / "set"], samples=0)
     assert "all other sources (4)" in page.text
     assert sum((attrs.get("class") or "") == "hist" for _, attrs in page.tags) == 16
+
+
+def test_tokens_are_shaded_by_what_the_image_adds(world: World, tmp_path: Path) -> None:
+    """Also the list of samples that need no image, by plain counting; pages of other caches have neither."""
+    data = write_tiny_set(tmp_path / "set", 9)
+    world.run(tmp_path / "cache", "capture.without_image=blank", data=data)
+    cache = open_cache(tmp_path / "cache")
+    page, script = page_of(cache, tmp_path / "page.html", data=[data])
+    most = {}
+    for key, role in cache.items():
+        gained_N = decode_advantages(cache.advantage_codes([(key, role)]))
+        if not np.isnan(gained_N).all():
+            most[key] = float(np.nanmax(gained_N))
+    shown = [token["style"] or "" for token in tokens(page)]
+    measured = int((cache.advantage_codes(cache.items()) != NOT_MEASURED).sum())
+    assert sum("--v:" in style for style in shown) == measured > 0
+    gains = [row[11] for rows in script["sequences"] for row in rows]
+    assert sum(gain is not None for gain in gains) == measured
+    scan = scan_cache(cache, CacheSets(cache, []), EVERYTHING)
+    unneeded = [key for key, _ in cache.items(unneeded_images(scan).tolist())]
+    assert set(unneeded) == {key for key, value in most.items() if value < NEEDED}
+    assert [most[key] for key in unneeded] == sorted(most[key] for key in unneeded)
+    text = (tmp_path / "page.html").read_text()
+    assert f"{len(unneeded)} of {len(most)} sequences with images do not need them" in text
+    assert all(key in text for key in unneeded)
+    world.run(tmp_path / "plain", data=data)
+    page_of(open_cache(tmp_path / "plain"), tmp_path / "plain.html", data=[data])
+    assert "by-image" not in (tmp_path / "plain.html").read_text().split("</style>")[-1]
