@@ -73,15 +73,17 @@ def scan_cache(cache: TeacherCache, sets: CacheSets, most_positions: int) -> Sca
     target_N = ~np.isnan(surprise_N)
     with np.errstate(invalid="ignore"):
         counts_Q = np.bincount(owner_N[target_N], minlength=len(items)).astype(np.float64)
-        means = [
+        entropy_Q, log_prob_Q, tail_Q = (
             np.bincount(owner_N[target_N], weights=values_N[target_N], minlength=len(items)) / counts_Q
             for values_N in (entropy_N, -surprise_N, tail_N)
-        ]
+        )
     groups, group_N = _grouped(names, owner_N, target_N)
     image_Q = np.full(len(items), np.nan)
     if codes:
         np.fmax.at(image_Q, owner_N, decode_advantages(np.concatenate(codes)))
-    return Scan(rows_Q, groups, group_N, entropy_N, topk_mass_N, surprise_N, chosen_N, *means, image_Q)
+    return Scan(
+        rows_Q, groups, group_N, entropy_N, topk_mass_N, surprise_N, chosen_N, entropy_Q, log_prob_Q, tail_Q, image_Q
+    )
 
 
 def _figures(records: Records) -> tuple[Doubles, ...]:

@@ -13,19 +13,24 @@ import torch
 from PIL import Image
 
 from llavamod_offline.config import load_config
+from llavamod_offline.data.encode.tokenize import TokenizedSequence
 from llavamod_offline.data.pack.pack import write_set
-from llavamod_offline.data.sample import Sample
+from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import CacheError, ConfigError, LlavaModError
 from teacher_cache.capture.run import run_capture
 from teacher_cache.config import CacheTeacherConfig
+from teacher_cache.engines.protocol import Request
 from teacher_cache.format.manifest import canonical, file_entries
+from teacher_cache.format.rejection import Rejection
+from teacher_cache.format.sequences import SequenceRecord
 from teacher_cache.read.reader import TeacherCache, open_cache
 from teacher_cache.verify.cache import verify_cache
 from teacher_cache.verify.shard_check import ShardCheck
 from teacher_cache.visual.advantages import NOT_MEASURED, decode_advantages, encode_advantages
+from teacher_cache.visual.second_pass import drop_images, with_advantages
 from tests.teacher_cache.conftest import World
-from tests.tiny import break_image, tiny_samples, write_tiny_set
+from tests.tiny import tiny_image, tiny_samples, write_tiny_set
 from tests.tiny_families import TINY_FAMILIES
 from tests.train.reference import Reader
 
@@ -44,7 +49,7 @@ def made_without(sample: Sample, kind: str) -> Sample:
     blanks = []
     for encoded in sample.images:
         image = Image.open(io.BytesIO(encoded)).convert("RGB")
-        pixels = list(image.getdata())
+        pixels = np.asarray(image).reshape(-1, 3).tolist()
         mean = tuple(round(sum(pixel[band] for pixel in pixels) / len(pixels)) for band in range(3))
         buffer = io.BytesIO()
         Image.new("RGB", image.size, mean).save(buffer, format="PNG")
@@ -102,13 +107,45 @@ def test_records_are_those_of_a_capture_without_a_second_run(world: World, tmp_p
             world.run(tmp_path / "with", kind)
 
 
-def test_a_broken_image_is_rejected_once(world: World, tmp_path: Path) -> None:
-    data = write_tiny_set(tmp_path / "set", 6, shard_samples=3)
-    break_image(data, 1)
+def test_what_is_rejected_is_listed_once(world: World, tmp_path: Path) -> None:
+    """Sequences of two images and more tokens than allowed, which are shorter without their images."""
     for kind in KINDS:
-        summary = world.run(tmp_path / kind, f"capture.without_image={kind}", data=data)
-        assert (summary.sequences, summary.rejected) == (5, 1)
+        summary = world.run(tmp_path / kind, f"capture.without_image={kind}", "max_length=90")
+        assert summary.rejected > 0
+        assert summary.sequences + summary.rejected == 24
         assert verify_cache(tmp_path / kind).ok
+
+
+def test_what_the_second_run_rejects_is_rejected(world: World, tmp_path: Path) -> None:
+    """Answers of other tokens, runs that fail, and runs that are missing; samples without images need none."""
+    cache = world.run(tmp_path / "cache", data=write_tiny_set(tmp_path / "set", 6))
+    assert cache.rejected == 0
+    opened = open_cache(tmp_path / "cache")
+    records = [
+        SequenceRecord(key, role, "0" * 64, "0" * 64, 9, opened.records([(key, role)])) for key, role in opened.items()
+    ]
+    first, second, third, *others = records
+    bare = [Rejection(first.key, first.role, "not finite"), second]
+    seen = {first.key, second.key, third.key}
+    kept, rejected = with_advantages(records, bare, seen)
+    assert [(one.key, one.reason) for one in rejected] == [
+        (first.key, "without its images: not finite"),
+        (third.key, "without its images: not run"),
+    ]
+    assert [one.key for one in kept] == [second.key, *(one.key for one in others)]
+    assert kept[0].advantages_N is not None
+    assert (kept[0].advantages_N == 128).all()
+    assert all(one.advantages_N is not None and not one.advantages_N.any() for one in kept[1:])
+    sample = Sample("a", (Turn("user", "<image>\nWhat?"), Turn("assistant", "This.")), (tiny_image(0),), ("png",))
+    sequence = TokenizedSequence("a", "response", np.arange(9), np.array([7, 8]))
+
+    def another_answer(shown: Sample, role: str) -> TokenizedSequence:
+        assert (shown.images, shown.turns[0].text) == ((), "What?")
+        return replace(sequence, input_ids_T=np.arange(1, 10))
+
+    request, refused = drop_images(Request(0, sample, (sequence,)), another_answer)
+    assert request.sequences == ()
+    assert "tokenized otherwise" in refused[0].reason
 
 
 def test_what_has_no_images_is_refused_in_one_line(world: World, tmp_path: Path) -> None:
