@@ -20,7 +20,7 @@ from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import CacheError, ConfigError, LlavaModError
 from teacher_cache.capture.run import run_capture
 from teacher_cache.config import CacheTeacherConfig
-from teacher_cache.engines.protocol import Request
+from teacher_cache.engines.protocol import Outcome, Request
 from teacher_cache.format.manifest import canonical, file_entries
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.sequences import SequenceRecord
@@ -125,7 +125,7 @@ def test_what_the_second_run_rejects_is_rejected(world: World, tmp_path: Path) -
         SequenceRecord(key, role, "0" * 64, "0" * 64, 9, opened.records([(key, role)])) for key, role in opened.items()
     ]
     first, second, third, *others = records
-    bare = [Rejection(first.key, first.role, "not finite"), second]
+    bare: list[Outcome] = [Rejection(first.key, first.role, "not finite"), second]
     seen = {first.key, second.key, third.key}
     kept, rejected = with_advantages(records, bare, seen)
     assert [(one.key, one.reason) for one in rejected] == [
