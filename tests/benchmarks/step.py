@@ -18,8 +18,8 @@ in the step.
 What bounds `offline_vs_sft`: both losses make the same three products and the same passes over logits, and their large
 tensors are the same ones. The divergence adds about 900 small operations on [N, K], 4 % to 10 % of the cross-entropy's
 processor seconds (eight rounds in turn in one process, at the CPU's size), where the loss is a sixth of the step or
-less: 1 % to 2 % of the step. What a ratio shows beyond that is noise: resident memory, for one, came out as 402 to 430 MiB
-without records and 409 to 425 MiB with them in two runs of each, one in either order.
+less: 1 % to 2 % of the step. What a ratio shows beyond that is noise: the resident memory of two runs was 402 and
+430 MiB without records, 425 and 409 MiB with them.
 
 Shape suffixes: B sequences, T tokens, N supervised positions, V ids, D hidden size.
 """
