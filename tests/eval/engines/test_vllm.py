@@ -61,7 +61,7 @@ def _examples(folder: Path) -> list[Example[None]]:
     return made
 
 
-@pytest.mark.parametrize("kind", ["dense", "sparse", "residual", "qwen3", "qwen3-sparse", "smolvlm"])
+@pytest.mark.parametrize("kind", ["dense", "sparse", "residual", "qwen3", "qwen3-sparse", "smolvlm", "qwen3_vl"])
 def test_an_exported_student_says_the_same_tokens(tmp_path: Path, kind: str) -> None:
     student = _student(tmp_path, kind)
     examples = _examples(tmp_path)

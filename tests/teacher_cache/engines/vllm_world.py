@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from llavamod_offline.data.sample import Sample
-from llavamod_offline.families import Family
+from llavamod_offline.families import Family, open_family
 from llavamod_offline.vllm.session import Session
+from llavamod_offline.vllm.settings import VllmSettings
 from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.engines.protocol import CaptureEngine, Request
+from teacher_cache.engines.vllm import plugin as recording
 from teacher_cache.engines.vllm.engine import PooledRecords, VllmCaptureEngine
 from teacher_cache.format.record import Records, RecordSettings
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.sequences import SequenceRecord
+from tests.vllm_cpu import SETTINGS
 
 KEPT = RecordSettings(1.0, 12, 8, 40.0, (2.0, 4.0), (1,))
 TOLERANCE = 1e-4
@@ -77,6 +81,24 @@ class World:
         found = {(o.key, o.role): o for o in outcomes if isinstance(o, SequenceRecord)}
         assert len(found) == len(outcomes)
         return found
+
+
+def start_world(
+    folder: Path, settings: VllmSettings = SETTINGS, *, models: Any = recording, template: str = "qwen", **options: Any
+) -> World:
+    """Open a checkpoint, and start vLLM on it with the models of `models`."""
+    teacher = open_family(folder, template, image_aspect="auto", max_length=512)
+    session = Session(
+        folder,
+        settings,
+        prefix=models.PREFIX,
+        register=models.register,
+        dtype="float32",
+        device="cpu",
+        max_length=512,
+        **{"runner": "pooling", **options},
+    )
+    return World(teacher, session)
 
 
 def assert_same(
