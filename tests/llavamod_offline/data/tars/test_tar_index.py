@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import signal
 import tarfile
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.data.tars.tar_index import TarSource, find_tars, index_tars
 from llavamod_offline.errors import DataError
+from llavamod_offline.grace import Grace
+from llavamod_offline.signals import Stopped, interruptible
 from tests.llavamod_offline.data.tars.foreign_tars import row, said, talk, write_tar
 from tests.tiny import tiny_image, tiny_samples, write_tiny_set
 
@@ -198,6 +202,42 @@ def test_the_same_from_several_processes(tmp_path: Path) -> None:
         index_tars(find_tars([path]), tmp_path / "set", workers=workers, overwrite=True)
         found[workers] = {file.name: file.read_bytes() for file in (tmp_path / "set").iterdir()}
     assert found[1] == found[3]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("seconds", [600.0, 1e-6, 0.0])
+def test_sigterm_finishes_the_whole_set_or_leaves_nothing(tmp_path: Path, seconds: float, workers: int) -> None:
+    """A part of an index cannot be kept: with the seconds for all tars it is made as if undisturbed."""
+    tars = find_tars([write_tiny_set(tmp_path / "packed", 12, shard_samples=3)])
+    for name in ("undisturbed", "stopped"):
+        (tmp_path / name).mkdir()
+    index_tars(tars, tmp_path / "undisturbed" / "set")
+    read: list[int] = []
+
+    def stop_after_the_second(size: int) -> None:
+        read.append(size)
+        if len(read) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def index() -> None:
+        with Grace(seconds) as grace:
+            index_tars(tars, tmp_path / "stopped" / "set", workers=workers, advance=stop_after_the_second, grace=grace)
+
+    with interruptible():
+        if seconds == 600.0:
+            index()
+        else:
+            with pytest.raises(Stopped) as stopped:
+                index()
+            assert stopped.value.status == 143
+    left = [path.name for path in (tmp_path / "stopped").iterdir()]
+    assert left == (["set"] if seconds == 600.0 else [])
+    for name in left:
+        files = [
+            {file.name: file.read_bytes() for file in (tmp_path / place / name).iterdir()}
+            for place in ("stopped", "undisturbed")
+        ]
+        assert files[0] == files[1]
 
 
 def test_weights(tmp_path: Path, tar: Path) -> None:
