@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,8 +18,10 @@ from llavamod_offline.families.llava.checkpoint import load_llava
 from llavamod_offline.losses import CachedDistillation
 from llavamod_offline.losses.kinds import TailEstimator
 from teacher_cache import open_cache
+from train.engine.deepspeed_engine import World, make_engine, process_group
 
-Wrapper = Callable[[Any, float], tuple[Any, Callable[[Any], None]]]
+Wrapped = tuple[Any, Callable[[Any], None]]  # the model, and what a step does with its loss
+Wrapper = Callable[[Any, float], AbstractContextManager[Wrapped]]
 STEPS = 3
 RATE = 0.05
 
@@ -47,24 +49,24 @@ def train(student: Path, data: Path, cache_path: Path, wrap: Wrapper, tail: Tail
     items = sum(cache.sequence(key, "response").n_positions for key in keys)
     mine = keys[rank::size]
     losses = []
-    wrapped, update = wrap(model, RATE)
-    for _ in range(STEPS):
-        inputs = batches.make(mine, ["response"], cache)
-        targets = cache.targets([(key, "response") for key in mine])
-        output = wrapped(**inputs, targets=targets, num_items_in_batch=items)
-        update(output.loss * size)  # wrappers average gradients over processes
-        total = output.loss.detach().clone()
-        if size > 1:
-            dist.all_reduce(total)
-        losses.append(float(total))
+    with wrap(model, RATE) as (wrapped, update):
+        for _ in range(STEPS):
+            inputs = batches.make(mine, ["response"], cache)
+            targets = cache.targets([(key, "response") for key in mine])
+            output = wrapped(**inputs, targets=targets, num_items_in_batch=items)
+            update(output.loss * size)  # wrappers average gradients over processes
+            total = output.loss.detach().clone()
+            if size > 1:
+                dist.all_reduce(total)
+            losses.append(float(total))
     return {"losses": losses}
 
 
-def ddp(model: Any, rate: float) -> tuple[Any, Callable[[Any], None]]:
+def ddp(model: Any, rate: float) -> AbstractContextManager[Wrapped]:
     return plain(torch.nn.parallel.DistributedDataParallel(model), rate)
 
 
-def fsdp(model: Any, rate: float) -> tuple[Any, Callable[[Any], None]]:
+def fsdp(model: Any, rate: float) -> AbstractContextManager[Wrapped]:
     from torch.distributed.fsdp import fully_shard
 
     for layer in model.model.language_model.layers:
@@ -72,28 +74,30 @@ def fsdp(model: Any, rate: float) -> tuple[Any, Callable[[Any], None]]:
     return plain(fully_shard(model), rate)
 
 
-def zero3(model: Any, rate: float) -> tuple[Any, Callable[[Any], None]]:
-    from train.engine.deepspeed_engine import _import_deepspeed
-
+@contextmanager
+def zero3(model: Any, rate: float) -> Iterator[Wrapped]:
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=rate)
-    settings = {
-        "train_micro_batch_size_per_gpu": 4,
-        "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": 3},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    engine, *_ = _import_deepspeed().initialize(model=model, optimizer=optimizer, config=settings)
+    with make_engine(
+        model,
+        optimizer,
+        world=World(dist.get_rank(), dist.get_world_size(), dist.get_world_size(), torch.device("cpu")),
+        micro_size=4,
+        micro_steps=1,
+        zero_stage=3,
+        offload=False,
+        dtype=torch.float32,
+        grad_clip=0.0,
+    ) as engine:
 
-    def update(loss: Any) -> None:
-        engine.backward(loss)
-        engine.step()
+        def update(loss: Any) -> None:
+            engine.backward(loss)
+            engine.step()
 
-    return engine, update
+        yield engine, update
 
 
-def plain(model: Any, rate: float) -> tuple[Any, Callable[[Any], None]]:
-    """The model, and what a step does with its loss."""
+def plain(model: Any, rate: float) -> AbstractContextManager[Wrapped]:
+    """The model as it is."""
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=rate)
 
     def update(loss: Any) -> None:
@@ -101,15 +105,13 @@ def plain(model: Any, rate: float) -> tuple[Any, Callable[[Any], None]]:
         optimizer.step()
         optimizer.zero_grad()
 
-    return model, update
+    return nullcontext((model, update))
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
     wrapper = {"ddp": ddp, "fsdp": fsdp, "zero3": zero3}[sys.argv[1]]
     student, data, cache, output = map(Path, sys.argv[4:])
-    found = train(student, data, cache, wrapper, cast("TailEstimator", sys.argv[2]), sys.argv[3])
-    output.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    with process_group() as world:
+        found = train(student, data, cache, wrapper, cast("TailEstimator", sys.argv[2]), sys.argv[3])
+        output.with_suffix(f".{world.rank}").write_text(json.dumps(found))
