@@ -85,9 +85,8 @@ class RowArray:
                 continue
             file.seek(offset)
             chunk = _checked(file.read(length), f"chunk {number}")
-            if (
-                int.from_bytes(chunk[4:8].tobytes(), "little") != row.nbytes
-            ):  # Blosc's header: the size before compression
+            uncompressed = int.from_bytes(chunk[4:8].tobytes(), "little")  # in Blosc's header
+            if uncompressed != row.nbytes:
                 raise ValueError(f"chunk {number} is not a row of {row.nbytes} bytes")
             blosc.decompress(chunk, row)
         return table

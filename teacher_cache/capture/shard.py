@@ -60,21 +60,31 @@ def prepare_rows(setup: CaptureSetup, rows: Iterable[int]) -> PreparedRows:
                 rejected.append(Rejection(sample.key, role, str(error)))
         if sequences:
             requests.append(Request(row, sample, tuple(sequences)))
-    if setup.without_image is None:
-        return PreparedRows(samples, requests, rejected, order)
+    prepared = PreparedRows(samples, requests, rejected, order)
     if setup.without_image == "blank":
-        return PreparedRows(samples, requests, rejected, order, blank_requests(requests, setup.workers))
-    bare = []
-    for request in requests:
+        return replace(prepared, bare=blank_requests(requests, setup.workers))
+    return prepared if setup.without_image is None else _without_images(setup, prepared)
+
+
+def _without_images(setup: CaptureSetup, prepared: PreparedRows) -> PreparedRows:
+    """Add the requests without images; a sequence that has none is rejected and not run with its images either."""
+    bare, rejected = [], list(prepared.rejected)
+    for request in prepared.requests:
         if request.sample.images:
             other, refused = drop_images(request, setup.encode)
             bare.append(other)
             rejected += refused
     refused_items = {(item.key, item.role) for item in rejected}
     kept = [
-        replace(r, sequences=tuple(s for s in r.sequences if (s.key, s.role) not in refused_items)) for r in requests
+        replace(request, sequences=tuple(s for s in request.sequences if (s.key, s.role) not in refused_items))
+        for request in prepared.requests
     ]
-    return PreparedRows(samples, [r for r in kept if r.sequences], rejected, order, [r for r in bare if r.sequences])
+    return replace(
+        prepared,
+        requests=[request for request in kept if request.sequences],
+        rejected=rejected,
+        bare=[request for request in bare if request.sequences],
+    )
 
 
 def capture_prepared(

@@ -81,11 +81,16 @@ class HiddenFile:
         return HiddenStates(self._rows_M[first:last] - start, states_MD)
 
     def _read(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        try:
-            return np.asarray(self._arrays[name][start:stop])
-        except Exception as error:  # a damaged chunk may raise anything in a codec
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CacheError(f"{self._where}/{name}: cannot be read: {reason}: run `cache-teacher verify`") from error
+        return read_array(self._arrays[name], start, stop, f"{self._where}/{name}")
+
+
+def read_array(array: Any, start: int, stop: int, where: str) -> NDArray[Any]:
+    """Read the rows `start` … `stop` of a Zarr array. Errors: `CacheError` naming `where`."""
+    try:
+        return np.asarray(array[start:stop])
+    except Exception as error:  # a damaged chunk may raise anything in a codec
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CacheError(f"{where}: cannot be read: {reason}: run `cache-teacher verify`") from error
 
 
 def write_array(group: zarr.Group, name: str, values: NDArray[Any], length: int) -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from llavamod_offline.errors import CacheError
 from llavamod_offline.storage.disk_cache import DiskCache
@@ -34,6 +36,11 @@ def tail_sums(folder: Folder, shards: Sequence[Mapping[str, Any]], vocab_size: i
             mean, frequent_F = _arrays(files, f"{folder.where}/{SHARDS_NAME}/{shard['name']}/{COLUMNS_NAME}")
             sums_V += int(shard["positions"]) * spread(mean, frequent_F, vocab_size)
     return sums_V
+
+
+def mean_tail(sums_V: NDArray[np.float64]) -> Tensor | None:
+    """Scale the tails' mass of every id [V] to a sum of 1, float32; None if there is none."""
+    return torch.from_numpy(sums_V / sums_V.sum()).float() if sums_V.any() else None
 
 
 def staged_tail_sums(

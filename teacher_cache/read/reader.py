@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +22,22 @@ from llavamod_offline.data.encode.tokenize import NO_TARGET, Positions
 from llavamod_offline.errors import CacheError
 from llavamod_offline.losses.targets import SparseTargets
 from llavamod_offline.storage.disk_cache import DiskCache
-from llavamod_offline.storage.folders import LocalFolder, open_folder
+from llavamod_offline.storage.folders import open_folder
 from llavamod_offline.storage.remote import RemoteFolder
+from teacher_cache.format.columns import ColumnFile
 from teacher_cache.format.hidden_states import HiddenStates
 from teacher_cache.format.manifest import (
-    CACHE_NAME,
-    JOB_NAME,
     MANIFEST_NAME,
     SEQUENCES_NAME,
     SHARDS_NAME,
     VISUAL_COUNTS,
     cache_bytes,
-    has_own_digest,
-    parse_object,
 )
 from teacher_cache.format.record import Records, concatenate_records
 from teacher_cache.format.sequences import CachedSequence, SequenceRows
 from teacher_cache.read.block_cache import BlockReader, Columns
-from teacher_cache.read.cache_tail_profile import staged_tail_sums, tail_sums
+from teacher_cache.read.cache_file import read_cache_file
+from teacher_cache.read.cache_tail_profile import mean_tail, staged_tail_sums, tail_sums
 from teacher_cache.read.key_index import SequenceIndex
 from teacher_cache.read.lazy_rows import LazyRows
 from teacher_cache.read.shard_files import VERIFY, LocalShards, Manifests, ShardFiles, StagedShards, checked_manifest
@@ -94,7 +92,7 @@ class TeacherCache:
         self._staging = staging
         self._folder = open_folder(where)
         self.path = self._folder.where
-        content, own_bytes = _read_cache_file(self._folder)
+        content, own_bytes = read_cache_file(self._folder)
         self.fingerprint: dict[str, Any] = content["fingerprint"]
         self.digest = str(content["digest"])
         self.totals: dict[str, int] = content["totals"]
@@ -114,7 +112,6 @@ class TeacherCache:
         else:
             self._rows = LazyRows(self._files.table, len(self._shards))
         self._index = SequenceIndex(self._rows, [int(shard["sequences"]) for shard in self._shards])
-        self._profile: Tensor | None = None
         manifests = Manifests(self._files.folder, self._shards)
         self._blocks = BlockReader(self._files.folder, manifests, memory_bytes, self.temperatures)
 
@@ -168,16 +165,13 @@ class TeacherCache:
         """Whether any tail was sampled."""
         return int(self.totals["draws"]) > 0
 
-    @property
+    @functools.cached_property
     def tail_profile(self) -> Tensor | None:
         """The teacher's mean tail over the whole cache, [V] float32, sum 1; None without tails or tail samples.
 
         Estimated from the tail samples of all positions. Reads two small arrays of every shard, once.
         """
-        if self._profile is None:
-            sums_V = self.tail_sums()
-            self._profile = torch.from_numpy(sums_V / max(float(sums_V.sum()), 1e-300)).float()
-        return self._profile if bool(self._profile.any()) else None
+        return mean_tail(self.tail_sums())
 
     def tail_sums(self) -> NDArray[np.float64]:
         """The estimated mass of every id [V] in the tails of all positions together; reads as `tail_profile` does."""
@@ -309,7 +303,7 @@ class TeacherCache:
     def records(self, items: Items) -> Records:
         """Read and concatenate the records of several sequences. Errors: `CacheError` if one has no record."""
         rows_B = self._find(items)
-        shards_B, spans_B2 = self._spans(rows_B)
+        shards_B, spans_B2 = self._index.spans(rows_B)
         pieces: list[list[Columns]] = [[] for _ in items]
         for shard in np.unique(shards_B).tolist():
             numbers = np.flatnonzero(shards_B == shard).tolist()
@@ -328,14 +322,11 @@ class TeacherCache:
         Their rows index the positions that `targets` gives for the same sequences. Errors: `CacheError` if the
         cache has no hidden states, or a sequence no record.
         """
-        shards_B, spans_B2 = self._spans(self._find(items))
         found, before = [], 0
-        for shard, (start, stop) in zip(shards_B.tolist(), spans_B2, strict=True):
-            with self._files.hold(shard):
-                file = self._blocks.file(shard).hidden
-                if file is None:
-                    raise CacheError(f"cache '{self.path}': has no hidden states: capture with capture.hidden=float16")
-                states = file.read(start, stop)
+        for columns, start, stop in self._columns(items):
+            if columns.hidden is None:
+                raise CacheError(f"cache '{self.path}': has no hidden states: capture with capture.hidden=float16")
+            states = columns.hidden.read(start, stop)
             found.append(HiddenStates(states.rows_M + before, states.states_MD))
             before += stop - start
         if not found:
@@ -354,14 +345,11 @@ class TeacherCache:
 
         Errors: `CacheError` if the cache has none, or a sequence no record.
         """
-        shards_B, spans_B2 = self._spans(self._find(items))
         found = [np.zeros(0, np.uint8)]
-        for shard, (start, stop) in zip(shards_B.tolist(), spans_B2, strict=True):
-            with self._files.hold(shard):
-                file = self._blocks.file(shard).advantages
-                if file is None:
-                    raise CacheError(f"cache '{self.path}': has no visual advantages: {_CAPTURE_ADVANTAGES}")
-                found.append(file.read(start, stop))
+        for columns, start, stop in self._columns(items):
+            if columns.advantages is None:
+                raise CacheError(f"cache '{self.path}': has no visual advantages: {_CAPTURE_ADVANTAGES}")
+            found.append(columns.advantages.read(start, stop))
         return np.concatenate(found)
 
     @functools.cached_property
@@ -382,9 +370,15 @@ class TeacherCache:
         """
         return sparse_targets(self.records(items), self.temperatures, self.vocab_size, self.sampled_at)
 
-    def _spans(self, rows_B: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
-        """The shard of each sequence, and the range of its positions there."""
-        return self._index.spans(rows_B)
+    def _columns(self, items: Items) -> Iterator[tuple[ColumnFile, int, int]]:
+        """The columns of each sequence's shard, on this machine until the next is asked for, and its positions there.
+
+        They lie from the first number up to the second.
+        """
+        shards_B, spans_B2 = self._index.spans(self._find(items))
+        for shard, (start, stop) in zip(shards_B.tolist(), spans_B2, strict=True):
+            with self._files.hold(shard):
+                yield self._blocks.file(shard), start, stop
 
     def _find(self, items: Items) -> NDArray[np.int64]:
         if isinstance(items, np.ndarray):
@@ -409,33 +403,3 @@ class TeacherCache:
 
 def _reopen(where: str, memory_bytes: int, staging: DiskCache | None, temperature: float | None) -> TeacherCache:
     return TeacherCache(where, memory_bytes, staging=staging, temperature=temperature)
-
-
-def _read_cache_file(folder: LocalFolder | RemoteFolder) -> tuple[dict[str, Any], int]:
-    """Parse cache.json; also return its size."""
-    where = folder.where
-    if isinstance(folder, LocalFolder) and not folder.path.is_dir():
-        raise CacheError(f"cache '{where}': no such folder: create it with `cache-teacher run`")
-    content = _if_there(folder, CACHE_NAME)  # read, not looked up in a listing, which some servers lack
-    if content is None:
-        if _if_there(folder, JOB_NAME) is None:
-            raise CacheError(
-                f"cache '{where}': has no {CACHE_NAME}, so it is not a teacher cache: see `cache-teacher run`"
-            )
-        raise CacheError(
-            f"cache '{where}': unfinished ({CACHE_NAME} is missing): rerun `cache-teacher run` with the same "
-            "settings to finish it"
-        )
-    parsed = parse_object(content, f"{where}/{CACHE_NAME}", way_out=VERIFY)
-    if not has_own_digest(content, parsed):
-        raise CacheError(f"{where}/{CACHE_NAME}: damaged (wrong digest): {VERIFY}")
-    return parsed, len(content)
-
-
-def _if_there(folder: LocalFolder | RemoteFolder, name: str) -> bytes | None:
-    try:
-        return folder.read(name)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise CacheError(f"{folder.where}/{name}: cannot be read: {error.strerror or error}: {VERIFY}") from error

@@ -25,6 +25,7 @@ from llavamod_offline.losses.mixture import concatenate_targets, mix_targets
 from llavamod_offline.losses.targets import SparseTargets
 from teacher_cache.format.manifest import canonical, sha256_bytes
 from teacher_cache.format.sequences import CachedSequence
+from teacher_cache.read.cache_tail_profile import mean_tail
 from teacher_cache.read.reader import TeacherCache
 
 Rows = NDArray[np.int64]
@@ -55,7 +56,7 @@ class Combination(Protocol):
 class SeveralCaches:
     """Open caches as one, with the part of `TeacherCache`'s interface that training reads.
 
-    `parts` share their tokenizer, kinds of positions and temperature: `check_parts` refuses others.
+    `parts` share their tokenizer, kinds of positions and temperature; the caller checks that (`train/teachers.py`).
     """
 
     def __init__(self, parts: Sequence[TeacherCache], combination: Combination) -> None:
@@ -89,8 +90,7 @@ class SeveralCaches:
     @cached_property
     def tail_profile(self) -> Tensor | None:
         """The mean tail, [V] float32, sum 1; None without tails or tail samples. See `TeacherCache.tail_profile`."""
-        sums_V = self._combination.tail_sums(self.parts, self.vocab_size)
-        return torch.from_numpy(sums_V / sums_V.sum()).float() if sums_V.any() else None
+        return mean_tail(self._combination.tail_sums(self.parts, self.vocab_size))
 
     def assigned(self, rows: Rows) -> list[tuple[TeacherCache, Rows]]:
         """Each part with those of some rows of the set whose records it gives."""

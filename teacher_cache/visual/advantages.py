@@ -14,7 +14,7 @@ import zarr
 from numpy.typing import NDArray
 
 from llavamod_offline.errors import CacheError
-from teacher_cache.format.hidden_states import write_array
+from teacher_cache.format.hidden_states import read_array, write_array
 
 ARRAY = "visual_advantages"
 CODES = 256
@@ -77,8 +77,4 @@ class AdvantageFile:
 
     def read(self, start: int, stop: int) -> Bytes:
         """The codes of the positions `start` … `stop`."""
-        try:
-            return np.asarray(self._array[start:stop])
-        except Exception as error:  # a damaged chunk may raise anything in a codec
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CacheError(f"{self._where}: cannot be read: {reason}: run `cache-teacher verify`") from error
+        return read_array(self._array, start, stop, self._where)

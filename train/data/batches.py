@@ -49,12 +49,12 @@ class TrainBatch:
     """A micro-batch: the student's inputs and the teacher's cached outputs.
 
     `targets` cover the first positions of `batch`, in its order: all of them (mimic stages), those of the chosen
-    responses (preference stage with distillation) or none; of a teacher with another tokenizer, `aligned` are instead.
-    `reference_S`: the teacher's log-prob of each sequence,
-    summed over its tokens. `sample_of_S`: the sample, from 0, of each sequence. If the loss needs them, `mismatched`
-    holds the samples' mismatched responses and `states` the teacher's hidden states. `behaviour_N`: the log-probs of
-    the student that wrote the answers, for each position of `batch`; NaN where it wrote none, or a loss on own answers
-    leaves them out. `weights_N`: of the positions in the loss, by what the image is worth to their tokens; None: all 1.
+    responses (preference stage with distillation) or none. If the teacher has another tokenizer, `aligned` holds them
+    instead. `reference_S`: the teacher's log-prob of each sequence, summed over its tokens. `sample_of_S`: the sample,
+    from 0, of each sequence. If the loss needs them, `mismatched` holds the samples' mismatched responses and `states`
+    the teacher's hidden states. `behaviour_N`: the log-probs of the student that wrote the answers, for each position
+    of `batch`; NaN where it wrote none, or a loss on own answers leaves them out. `weights_N`: the weights of positions
+    in the loss, by what the image is worth to their tokens; None: all 1.
     """
 
     batch: Batch
