@@ -19,7 +19,19 @@ from teacher_cache.format.manifest import COLUMNS_NAME
 from teacher_cache.format.record import Records
 
 _OPEN_SHARDS = 64
+# Of decoded records (`Records`): underestimating by one byte causes endless re-decoding.
+_POSITION_BYTES, _TOPK_BYTES, _TAIL_SAMPLE_BYTES, _SHARD_BYTES = 40, 8, 4, 2**14
 Columns = tuple[NDArray[Any], ...]
+
+
+def decoded_bytes(shard: Mapping[str, Any], temperatures: int) -> int:
+    """The approximate memory of a shard's decoded records, from its entry in cache.json."""
+    return (
+        int(shard["positions"]) * (_POSITION_BYTES + 4 * temperatures)
+        + int(shard["heads"]) * _TOPK_BYTES
+        + int(shard["draws"]) * _TAIL_SAMPLE_BYTES
+        + _SHARD_BYTES
+    )
 
 
 class BlockReader:

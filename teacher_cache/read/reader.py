@@ -35,7 +35,7 @@ from teacher_cache.format.manifest import (
 )
 from teacher_cache.format.record import Records, concatenate_records
 from teacher_cache.format.sequences import CachedSequence, SequenceRows
-from teacher_cache.read.block_cache import BlockReader, Columns
+from teacher_cache.read.block_cache import BlockReader, Columns, decoded_bytes
 from teacher_cache.read.cache_file import read_cache_file
 from teacher_cache.read.cache_tail_profile import mean_tail, staged_tail_sums, tail_sums
 from teacher_cache.read.key_index import SequenceIndex
@@ -54,8 +54,6 @@ _OPENED_BYTES = 2**30
 _CAPTURE_ADVANTAGES = "capture it with capture.without_image=blank or drop"
 _MEMORY_BYTES = 256 * 2**20
 _MOST_MEMORY_BYTES = 2**30
-# Sizes of decoded records (`Records`, `block_cache.py`): underestimating by one byte causes endless re-decoding.
-_POSITION_BYTES, _TOPK_BYTES, _TAIL_SAMPLE_BYTES, _SHARD_BYTES = 40, 8, 4, 2**14
 
 
 def open_cache(
@@ -239,14 +237,7 @@ class TeacherCache:
 
     def _decoded_bytes(self) -> list[int]:
         """The approximate memory of each shard's decoded records."""
-        per_position = _POSITION_BYTES + 4 * len(self.temperatures)
-        return [
-            int(shard["positions"]) * per_position
-            + int(shard["heads"]) * _TOPK_BYTES
-            + int(shard["draws"]) * _TAIL_SAMPLE_BYTES
-            + _SHARD_BYTES
-            for shard in self._shards
-        ]
+        return [decoded_bytes(shard, len(self.temperatures)) for shard in self._shards]
 
     def stage(self, name: str) -> None:
         """Copy a remote shard to this machine before it is read."""
