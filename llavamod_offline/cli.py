@@ -125,7 +125,6 @@ def pack(
       llavamod-offline pack --stage mimic_dense --root data --keys row --output sets/mimic_dense
     """
     from llavamod_offline.data.pack.pack import write_set
-    from llavamod_offline.data.pack.process_map import available_cores
     from llavamod_offline.data.sources.catalogue import SHIPPED, read_catalogue, stage_sources
     from llavamod_offline.data.sources.fitting_folders import advice_on_missing
     from llavamod_offline.data.sources.read import prepare_sources
@@ -133,6 +132,7 @@ def pack(
     from llavamod_offline.data.sources.source_arguments import parse_licences, parse_source, parse_weights
     from llavamod_offline.data.tars.tar_samples import ReadRule
     from llavamod_offline.grace import Grace
+    from llavamod_offline.processes import available_cores
     from llavamod_offline.progress import ProgressBar
 
     rule = ReadRule.of(caption_prompt, ignore or ())
@@ -211,10 +211,10 @@ def index(
       llavamod-offline index data/tars --output data/tars/set
       llavamod-offline index cc3m=data/cc3m --caption-prompt "Describe the image briefly." --output sets/cc3m
     """
-    from llavamod_offline.data.pack.process_map import available_cores
     from llavamod_offline.data.sources.source_arguments import parse_licences, parse_source, parse_weights
     from llavamod_offline.data.tars.tar_index import find_tars, index_tars
     from llavamod_offline.grace import Grace
+    from llavamod_offline.processes import available_cores
     from llavamod_offline.progress import ProgressBar
     from llavamod_offline.storage.remote_file import RemoteFile, place_size
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
@@ -20,6 +20,7 @@ from llavamod_offline.families import Family, open_family
 from llavamod_offline.models.checkpoint import vocabulary_size
 from llavamod_offline.models.device import pick_device
 from llavamod_offline.models.hub import checkpoint_folder
+from llavamod_offline.processes import available_cores
 from teacher_cache.engines.registry import describe_engine, engine_module
 from teacher_cache.fingerprint import (
     describe_data,
@@ -30,6 +31,8 @@ from teacher_cache.fingerprint import (
 )
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.schema import Codec, HiddenKind, HiddenPositions, WithoutImage
+from teacher_cache.images.pool import ImagePool
+from teacher_cache.images.waits import Waits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from teacher_cache.engines.protocol import CaptureEngine
 
 _LOG = logging.getLogger(__name__)
+_MOST_WORKERS = 4  # unless more are asked for: several teachers may share a host
 
 
 class SetupValues(TypedDict):
@@ -52,7 +56,7 @@ class SetupValues(TypedDict):
     image_aspect: str
     max_length: int
     batch_size: int
-    workers: int
+    workers: int | None
     dtype: str
     device: str
     keep: Preset
@@ -73,7 +77,8 @@ class SetupValues(TypedDict):
 class CaptureSetup:
     """Everything about a capture that is known before the teacher's weights are loaded.
 
-    `engine` names one of `engines.registry.ENGINES`; the fields after it configure that engine.
+    `engine` names one of `engines.registry.ENGINES`; the fields after it configure that engine. `opened` opens the
+    teacher's folder again, in another process. `waits`: how long the engine has waited.
     """
 
     samples: SampleSet
@@ -93,11 +98,18 @@ class CaptureSetup:
     device_map: str | None
     compile: bool
     vllm: VllmSettings
+    opened: Callable[[], Family]
     without_image: WithoutImage | None = None
+    waits: Waits = field(default_factory=Waits)
 
     def load(self) -> CaptureEngine:
         """Load the teacher's weights. Errors: `ModelError` if they do not fit, `ConfigError` for a missing device."""
         return engine_module(self.engine).load_engine(self)
+
+    def image_pool(self, images: Callable[[Sample], Any] | None = None) -> ImagePool:
+        """What prepares images ahead of the engine: as the teacher's folder does, or by `images`, always in threads."""
+        workers = self.workers if images is None else 0
+        return ImagePool(images or self.teacher.images, workers=workers, opened=self.opened, waits=self.waits)
 
     def encode(self, sample: Sample, role: str) -> TokenizedSequence:
         """Tokenize one role. Errors: `DataError` if it is too long for the settings or for the teacher."""
@@ -173,12 +185,16 @@ def prepare_capture(**given: Unpack[SetupValues]) -> CaptureSetup:
         seed=seed,
         engine=given["engine"],
         batch_size=given["batch_size"],
-        workers=given["workers"],
+        workers=_workers(given["workers"], device),
         attention=given["attention"],
         device_map=given["device_map"],
         compile=given["compile"],
         vllm=given["vllm"],
         without_image=without_image,
+        # Without its wording of tools, which is no plain value and which images do not need.
+        opened=partial(
+            open_family, folder, replace(template, tool_wording=None), image_aspect=aspect, max_length=length
+        ),
     )
 
 
@@ -193,7 +209,7 @@ def with_preset(setup: CaptureSetup, preset: Preset) -> CaptureSetup:
     temperature = setup.settings.temperature
     own = setup.codec
     settings, codec = _kept(preset, temperature, (), own.vocab_size, own.hidden, own.visual)
-    return dataclasses.replace(setup, settings=settings, codec=codec)
+    return replace(setup, settings=settings, codec=codec)
 
 
 def _kept(
@@ -244,6 +260,13 @@ def _check_without_image(kind: WithoutImage, engine: str, teacher: Family, sampl
         )
     if not pc.sum(samples.index.column("n_images")).as_py():
         raise ConfigError(f"capture.without_image: set '{samples.path}' has no images: remove the setting")
+
+
+def _workers(given: int | None, device: str) -> int:
+    """The number of processes that prepare images."""
+    if given is not None:
+        return given
+    return 0 if device == "cpu" else min(_MOST_WORKERS, available_cores())
 
 
 def _shared_vocabulary(teacher: Path, tokenizer: PreTrainedTokenizerFast, rows: int) -> int:

@@ -125,7 +125,7 @@ class TeacherEngineConfig:
     ray_workers: int | None = None
     """Number of Ray workers; null: as many as fit."""
     gpus_per_worker: float | None = None
-    """GPUs of each Ray worker; null: none on a CPU, else one, or vLLM's tensor_parallel."""
+    """GPUs of each Ray worker; null: none on a CPU, else one, or as many as vLLM spreads it over."""
     cpus_per_worker: int = 1
     """CPUs of each Ray worker."""
     vllm: VllmSettings = field(default_factory=VllmSettings)
@@ -136,6 +136,11 @@ class TeacherEngineConfig:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 yield f"engine.{name} is {value:g}: must be at least {least}"
+        if self.ray and self.vllm.executor == "ray":
+            yield (
+                "engine.vllm.executor is 'ray', with which one engine takes its GPUs from the cluster by itself: "
+                "remove engine.ray, or the executor if each engine fits on one machine"
+            )
 
 
 @dataclass(frozen=True)
@@ -236,8 +241,9 @@ class CacheTeacherConfig:
     """Number type of the teacher's weights and activations; auto: float32 on a CPU, otherwise bfloat16."""
     device: str = "auto"
     """Where the teacher runs: auto (a GPU if there is one), cpu, cuda, or one GPU, such as cuda:1."""
-    workers: int = 4
-    """Threads that prepare images."""
+    workers: int | None = None
+    """Processes that decode and prepare images beside the teacher; 0: threads of its own process; null: 4 beside a GPU,
+    fewer if there are fewer cores; on a CPU, where the teacher needs the cores itself, 0."""
     slice: str = "0/1"
     """i/n captures, or answers, shards i, i + n, i + 2n … (from 0), for job arrays that share one output."""
     max_rejected: float | None = None
@@ -253,9 +259,10 @@ class CacheTeacherConfig:
 
     def problems(self) -> Iterator[str]:
         """Yield one line for each problem, naming the key to change."""
-        for name in ("max_length", "batch_size", "workers"):
-            if getattr(self, name) < 1:
-                yield f"{name} is {getattr(self, name)}: must be at least 1"
+        for name, least in (("max_length", 1), ("batch_size", 1), ("workers", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                yield f"{name} is {value}: must be at least {least}"
         if self.max_rejected is not None and not 0.0 <= self.max_rejected <= 1.0:
             yield f"max_rejected is {self.max_rejected:g}: must be from 0 to 1"
         match = _SLICE.fullmatch(self.slice)

@@ -62,6 +62,8 @@ _OTHER_NAMES = {
     "tasks": "task benchmark benchmarks dataset datasets",
     "attention": "attn attn_implementation attention_implementation flash_attention",
     "tensor_parallel": "tp tensor_parallel_size num_gpus",
+    "pipeline_parallel": "pp pipeline_parallel_size",
+    "executor": "distributed_executor_backend",
     "trainable": "train_modules trainable_modules tune_modules train_parts freeze unfreeze",
     "image_aspect": "image_aspect_ratio aspect aspect_ratio",
     "limit": "max_samples num_samples n",

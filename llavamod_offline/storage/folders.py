@@ -165,6 +165,12 @@ def is_url(where: str | Path) -> bool:
     return isinstance(where, str) and bool(_URL.match(where)) and not _LOCAL_URL.match(where)
 
 
+def absolute(where: str | Path) -> str:
+    """A path or URL that means the same in other working folders."""
+    folder = open_folder(where)
+    return str(folder.path.resolve()) if isinstance(folder, LocalFolder) else folder.where
+
+
 def open_folder(where: str | Path) -> LocalFolder | RemoteFolder:
     """A folder by path or URL; nothing is read or created. Errors: `StorageError` if no backend supports it."""
     if is_url(where):

@@ -85,7 +85,7 @@ class Session:
                     max_model_len=max_length,
                     max_num_seqs=settings.max_num_seqs,
                     max_num_batched_tokens=max(settings.max_num_batched_tokens, settings.max_num_seqs),
-                    tensor_parallel_size=settings.tensor_parallel,
+                    **settings.parallel_arguments,
                     gpu_memory_utilization=settings.gpu_memory_utilization,
                     kv_cache_memory_bytes=None if memory is None else int(memory * 2**30),
                     block_size=settings.block_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,12 @@ class VllmSettings:
     max_num_batched_tokens: int = 8192
     """Most tokens at once."""
     tensor_parallel: int = 1
-    """GPUs that share the model."""
+    """GPUs that share each layer of the model."""
+    pipeline_parallel: int = 1
+    """Groups of so many GPUs that share the layers: the model runs on tensor_parallel × pipeline_parallel GPUs."""
+    executor: Literal["mp", "ray"] | None = None
+    """How vLLM starts its processes on several GPUs: mp on one machine, ray on those of the Ray cluster that this
+    machine belongs to; null: vLLM's choice."""
     gpu_memory_utilization: float = 0.85
     """Share of a GPU's memory that vLLM uses, above 0 and at most 1."""
     kv_cache_gib: float | None = None
@@ -27,9 +33,24 @@ class VllmSettings:
     eager: bool = True
     """Run the model without compiling it first."""
 
+    @property
+    def gpus(self) -> int:
+        """The GPUs that one engine runs on."""
+        return self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def parallel_arguments(self) -> dict[str, Any]:
+        """What vLLM's engine takes to spread a model."""
+        return {
+            "tensor_parallel_size": self.tensor_parallel,
+            "pipeline_parallel_size": self.pipeline_parallel,
+            "distributed_executor_backend": self.executor,
+        }
+
     def problems(self, section: str) -> Iterator[str]:
         """Yield one line for each problem, naming the key below `section`."""
-        for name in ("max_num_seqs", "max_num_batched_tokens", "tensor_parallel", "block_size", "kv_cache_gib"):
+        counts = ("max_num_seqs", "max_num_batched_tokens", "tensor_parallel", "pipeline_parallel")
+        for name in (*counts, "block_size", "kv_cache_gib"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 yield f"{section}.{name} is {value:g}: must be above 0"

@@ -92,9 +92,7 @@ class AskedModel:
         self.vocab_size = vocabulary_size(self.encoder.tokenizer, self.teacher.head_rows)
         model = self.teacher.load(getattr(torch, self.dtype)).to(where)
         check_model(self.teacher, model)
-        self._engine = HfCaptureEngine(
-            model, self.teacher, _NOTHING, vocab_size=self.vocab_size, seed=0, batch_size=1, workers=1
-        )
+        self._engine = HfCaptureEngine(model, self.teacher, _NOTHING, vocab_size=self.vocab_size, seed=0, batch_size=1)
 
     def prompt_ids(self, question: AskedQuestion) -> Ids:
         """Tokenize a question up to where the answer begins. Errors: `ModelError` for images, if it takes none."""

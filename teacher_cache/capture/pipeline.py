@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from llavamod_offline.grace import Grace
@@ -28,13 +28,18 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class ShardCounts:
-    """The outcome of a shard: its samples, captured sequences and positions, and what was rejected."""
+    """The outcome of a shard: its samples, captured sequences and positions, and what was rejected.
+
+    `seconds`: what it took of the teacher's time, without the last write; `waited`: for what of it the teacher waited.
+    """
 
     name: str
     samples: int
     sequences: int
     positions: int
     rejected: tuple[Rejection, ...]
+    seconds: float = 0.0
+    waited: Mapping[str, float] = field(default_factory=dict)
 
 
 class ShardSink(Protocol):
@@ -67,6 +72,7 @@ def capture_shards(
     grace = grace or Grace()
     queue = iter(names)
     writing: deque[Future[None]] = deque()
+    began, waited = time.monotonic(), setup.waits.seconds.copy()
     unwritten: list[Future[None]] = []  # one whose error ends the capture: it is not that of the shard in hand
 
     def read_next() -> tuple[str, Future[PreparedRows]] | None:
@@ -83,10 +89,22 @@ def capture_shards(
         grace.begin(f"shard '{name}'", prepared.samples)
         captured, rejected = capture_prepared(setup, engine, prepared, watched)
         grace.end()
-        write_all()
+        with setup.waits.waiting("writing"):
+            write_all()
         writing.append(writer.submit(write, name, captured, rejected))
         positions = sum(len(item.records) for item in captured)
-        return ShardCounts(name, prepared.samples, len(captured), positions, tuple(rejected))
+        return ShardCounts(name, prepared.samples, len(captured), positions, tuple(rejected), *spent())
+
+    def spent() -> tuple[float, Mapping[str, float]]:
+        nonlocal began, waited
+        now, waits = time.monotonic(), setup.waits
+        found = now - began, waits.since(waited)
+        began, waited = now, waits.seconds.copy()
+        return found
+
+    def read() -> PreparedRows:
+        with setup.waits.waiting("reading"):
+            return reading.result()
 
     def write(name: str, captured: list[SequenceRecord], rejected: list[Rejection]) -> None:
         began = time.monotonic()
@@ -114,7 +132,7 @@ def capture_shards(
         following = read_next()
         while following is not None:
             name, reading = following
-            prepared = attempt(name, reading.result)
+            prepared = attempt(name, read)
             following = read_next()
             done = attempt(name, functools.partial(captured_shard, name, prepared)) if prepared else None
             if done:

@@ -21,12 +21,12 @@ from typing import Any, TextIO, cast
 
 from llavamod_offline.errors import ConfigError, LlavaModError, ModelError, first_line
 from llavamod_offline.signals import watch_again
-from llavamod_offline.storage.folders import LocalFolder, open_folder
+from llavamod_offline.storage.folders import absolute
 from teacher_cache.capture.pipeline import ShardCounts
+from teacher_cache.capture.ray_placing import absolute_values, choose_device, places
 from teacher_cache.capture.ray_worker import CaptureWorker, WorkerReport
 from teacher_cache.capture.shard import Progress
 from teacher_cache.capture_setup import SetupValues
-from teacher_cache.engines.registry import ENGINES
 
 _LOG = logging.getLogger(__name__)
 _DEATHS = 3  # allowed for one shard; without a shard, for each worker
@@ -92,7 +92,8 @@ class RayPool:
             cpus = max(len(os.sched_getaffinity(0)), (self._most or 1) * self._cpus)
             gpus = None if self.gpus else 0
             self._connect(address="local", num_cpus=cpus, num_gpus=gpus, object_store_memory=_STORE_BYTES)
-        for _ in range(min(self._most or self._places(), shards)):
+        fits = self._most or places(self._ray.cluster_resources(), cpus=self._cpus, gpus=self.gpus or 0.0)
+        for _ in range(min(fits, shards)):
             self._add()
         _LOG.info("ray: %d workers", len(self._workers))
         while not any(worker.ready for worker in self._workers):
@@ -175,15 +176,11 @@ class RayPool:
         return worker, None
 
     def _add(self) -> None:
-        values: SetupValues = {
-            **self.values,
-            "data": _absolute(self.values["data"]),
-            "teacher": _absolute(self.values["teacher"]),
-        }
+        values, output = absolute_values(self.values), absolute(self._output)
         actor = (
             self._ray.remote(self._class)
             .options(num_cpus=self._cpus, num_gpus=self.gpus, max_concurrency=_SHARDS_AT_ONCE + 1)
-            .remote(values, _absolute(self._output), self._allow, *self._more)
+            .remote(values, output, self._allow, *self._more)
         )
         worker = _Worker(actor, number=len(self._workers))
         self._workers.append(worker)
@@ -205,35 +202,14 @@ class RayPool:
             )
         self._add()
 
-    def _places(self) -> int:
-        """How many workers fit on the cluster."""
-        total = self._ray.cluster_resources()
-        needs = {"CPU": self._cpus, "GPU": self.gpus}
-        fits = {name: int(total.get(name, 0) / amount) for name, amount in needs.items() if amount}
-        for name, places in fits.items():
-            if not places:
-                raise ConfigError(
-                    f"config: engine.{name.lower()}s_per_worker is {needs[name]:g}, the cluster has "
-                    f"{total.get(name, 0):g} in all: lower it, or set device=cpu"
-                )
-        return min(fits.values())
-
     def _choose_device(self) -> None:
-        device = self.values["device"]
-        if device == "auto":
-            if self._address:
-                has_gpu = self._ray.cluster_resources().get("GPU", 0) > 0
-            else:
-                import torch
+        if self._address:
+            has_gpu = self._ray.cluster_resources().get("GPU", 0) > 0
+        else:
+            import torch
 
-                has_gpu = torch.cuda.is_available()
-            device = "cuda" if has_gpu else "cpu"
-        elif ":" in device:
-            raise ConfigError(f"device is '{device}': on Ray every worker has its own GPUs: set device=cuda")
-        if self.gpus is None:
-            shared = ENGINES[self.values["engine"]].tensor_parallel
-            self.gpus = 0.0 if device == "cpu" else float(self.values["vllm"].tensor_parallel if shared else 1)
-        self.values = {**self.values, "device": device}
+            has_gpu = torch.cuda.is_available()
+        self.values, self.gpus = choose_device(self.values, self.gpus, has_gpu=has_gpu)
 
     def _connect(self, **where: Any) -> None:
         os.environ.update(_QUIET)
@@ -281,9 +257,3 @@ class _Worker:
         counts = (self.report.samples, self.report.positions)
         samples, positions = (sum(count.get(name, 0) for name in self.shards) for count in counts)
         return samples, positions
-
-
-def _absolute(where: str) -> str:
-    """A path or URL that means the same in other working folders."""
-    folder = open_folder(where)
-    return str(folder.path.resolve()) if isinstance(folder, LocalFolder) else folder.where

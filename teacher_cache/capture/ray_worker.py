@@ -43,12 +43,15 @@ class CaptureWorker:
 
     def open(self) -> LlavaModError | None:
         """Load the teacher, and check that set and fingerprint are those of the driver."""
+        if hasattr(self, "_engine"):  # only the connection to this worker was lost
+            return None
         log_into(self._lines)
         try:
             self._setup = prepare_capture(**self._values)
             names = self._setup.samples.shard_names
             self._store = CacheStore.open(self._output, self._setup.fingerprint, names, allow=self._allow)
             self._engine = self._setup.load()
+            self._idle_since = time.monotonic()
         except LlavaModError as error:
             return error
         return None
@@ -61,16 +64,20 @@ class CaptureWorker:
             with self._reading:
                 prepared = prepare_rows(setup, setup.samples.rows_of(name))
             with self._teacher:
+                began, waited = self._idle_since, setup.waits.seconds.copy()
+                setup.waits.add("reading", time.monotonic() - began)
                 captured, rejected = capture_prepared(
                     setup, self._engine, prepared, lambda samples, positions: self._count(name, samples, positions)
                 )
+                self._idle_since = time.monotonic()
+                spent = self._idle_since - began, setup.waits.since(waited)
             self._store.commit(name, captured, rejected, setup.codec)
         except LlavaModError as error:
             return error
         finally:
             del self._samples[name], self._positions[name]
         positions = sum(len(item.records) for item in captured)
-        return ShardCounts(name, prepared.samples, len(captured), positions, tuple(rejected))
+        return ShardCounts(name, prepared.samples, len(captured), positions, tuple(rejected), *spent)
 
     def report(self) -> WorkerReport:
         """Wait a little, then report progress and log lines."""

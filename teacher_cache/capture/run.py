@@ -95,7 +95,7 @@ def _capture(
                 ProgressBar("capture", sum(map(len, map(setup.samples.rows_of, missing))), "sample", also="positions")
             )
             for done in stack.enter_context(closing(capture(missing, progress.advance))):
-                tally.add(done.sequences, done.positions, done.rejected)
+                tally.add(done.sequences, done.positions, done.rejected, done.seconds, done.waited)
                 limited.add(done.sequences, done.rejected)
                 limited.check(output)
             limited.check(output, last=True)

@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from llavamod_offline.data.sample import Sample
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import DataError
 from teacher_cache.capture_setup import CaptureSetup
 from teacher_cache.engines.protocol import CaptureEngine, Request
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.sequences import SequenceRecord
+from teacher_cache.images.pool import THREADS
 from teacher_cache.visual.second_pass import blank_requests, drop_images, targets_alone, with_advantages
 
 Progress = Callable[[int, int], None]
@@ -44,13 +46,17 @@ def capture_rows(
 
 def prepare_rows(setup: CaptureSetup, rows: Iterable[int]) -> PreparedRows:
     """Read and tokenize some rows. Errors: `DataError` if they differ from what was packed."""
+    return prepare_samples(setup, ((row, setup.samples.read(row, verify=True)) for row in rows))
+
+
+def prepare_samples(setup: CaptureSetup, samples: Iterable[tuple[int, Sample]]) -> PreparedRows:
+    """Tokenize samples, given with their rows in the set."""
     requests: list[Request] = []
     rejected: list[Rejection] = []
     order: dict[tuple[str, str], int] = {}
-    samples = 0
-    for row in rows:
-        sample = setup.samples.read(row, verify=True)
-        samples += 1
+    count = 0
+    for row, sample in samples:
+        count += 1
         sequences = []
         for role in sample.roles:
             order[sample.key, role] = len(order)
@@ -60,9 +66,9 @@ def prepare_rows(setup: CaptureSetup, rows: Iterable[int]) -> PreparedRows:
                 rejected.append(Rejection(sample.key, role, str(error)))
         if sequences:
             requests.append(Request(row, sample, tuple(sequences)))
-    prepared = PreparedRows(samples, requests, rejected, order)
+    prepared = PreparedRows(count, requests, rejected, order)
     if setup.without_image == "blank":
-        return replace(prepared, bare=blank_requests(requests, setup.workers))
+        return replace(prepared, bare=blank_requests(requests, THREADS))
     return prepared if setup.without_image is None else _without_images(setup, prepared)
 
 
@@ -116,9 +122,10 @@ def capture_prepared(
     order = prepared.order
     captured.sort(key=lambda item: order[item.key, item.role])
     rejected.sort(key=lambda item: order[item.key, item.role])
-    return captured, [_located(item, setup.samples) for item in rejected]
+    return captured, [located(item, setup.samples) for item in rejected]
 
 
-def _located(item: Rejection, samples: SampleSet) -> Rejection:
+def located(item: Rejection, samples: SampleSet) -> Rejection:
+    """A rejection with the file and row that its sample was packed from."""
     file, row = samples.origin(item.key) or (None, None)
     return replace(item, file=file, row=row)

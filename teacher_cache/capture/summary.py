@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,12 +17,15 @@ if TYPE_CHECKING:
     from teacher_cache.format.rejection import Rejection
     from teacher_cache.write.store import CacheStore
 
+_LOG = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Summary:
     """What a run did.
 
-    `sequences`, `positions`, `rejected` and `reasons` (why) are this run's; the rest is the whole cache's.
+    `sequences`, `positions`, `rejected`, `reasons` (why) and the shares of its time in which the teacher waited, in all
+    and by what for, are this run's; the rest is the whole cache's.
     """
 
     output: str
@@ -36,6 +41,8 @@ class Summary:
     digest: str | None
     totals: dict[str, int] | None
     reasons: list[Reason] = field(default_factory=list)
+    waiting_share: float | None = None
+    waiting_shares: dict[str, float] = field(default_factory=dict)
 
     @property
     def all_captured(self) -> bool:
@@ -49,10 +56,21 @@ class Tally:
     def __init__(self, rejected: Rejected) -> None:
         self.sequences = self.positions = 0
         self.rejected = rejected
+        self._seconds = 0.0
+        self._waited: Counter[str] = Counter()
         self._started = time.perf_counter()
 
-    def add(self, sequences: int, positions: int, rejected: Iterable[Rejection]) -> None:
-        """Count what was captured, and what was rejected."""
+    def add(
+        self,
+        sequences: int,
+        positions: int,
+        rejected: Iterable[Rejection],
+        seconds: float = 0.0,
+        waited: Mapping[str, float] | None = None,
+    ) -> None:
+        """Count what was captured, what was rejected, the teacher's time and for what of it it waited."""
+        self._seconds += seconds
+        self._waited.update(waited or {})
         self.sequences += sequences
         self.positions += positions
         self.rejected.add(sequences, rejected)
@@ -63,6 +81,11 @@ class Tally:
         cache = store.finalise() if not left else None
         if cache is not None and not cache["totals"]["sequences"]:
             raise CacheError(f"{output}: no sequence could be captured: see the reasons in {output}/rejected.jsonl")
+        shares = {cause: round(spent / self._seconds, 4) for cause, spent in self._waited.items() if self._seconds}
+        share = round(self._waited.total() / self._seconds, 4) if self._seconds else None
+        if share is not None:
+            by_cause = ", ".join(f"{cause} {part:.1%}" for cause, part in shares.items()) or "never"
+            _LOG.info("%s: the teacher waited %.1f%% of its time (%s)", output, 100 * share, by_cause)
         seconds, total = time.perf_counter() - self._started, len(store.job["shards"])
         return Summary(
             output=output,
@@ -78,4 +101,6 @@ class Tally:
             digest=cache["digest"] if cache else None,
             totals=cache["totals"] if cache else None,
             reasons=self.rejected.reasons(),
+            waiting_share=share,
+            waiting_shares=shares,
         )

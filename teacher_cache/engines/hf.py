@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any
@@ -42,6 +41,7 @@ from teacher_cache.format.hidden_states import HiddenStates
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.schema import HiddenPositions
+from teacher_cache.images.pool import ImagePool, PreparedImages
 
 _BATCHES_AHEAD = 3
 
@@ -55,7 +55,7 @@ class _BatchItem:
 
     request: Request
     sequence: TokenizedSequence
-    images: Future[list[SampleImage]]
+    images: PreparedImages
 
 
 @dataclass(eq=False)
@@ -74,7 +74,7 @@ class HfCaptureEngine:
     vocab_size: int
     seed: int
     batch_size: int
-    workers: int
+    images: ImagePool | None = None
     positions: Positions = "response"
     hidden_positions: HiddenPositions | None = None
     shared_prompts: bool = False
@@ -83,20 +83,20 @@ class HfCaptureEngine:
         self.lm_head = Float32Head(lm_head_of(self.model), self.vocab_size)
         if not self.teacher.batches:
             self.batch_size = 1
+        self.image_pool = self.images or ImagePool(self.teacher.images)
         self._limit = BatchLimit(self.batch_size, "sequences")
 
     def capture(self, requests: Sequence[Request]) -> Iterator[Outcome]:
-        """Capture one data shard; see `protocol.CaptureEngine`. Images are prepared a few batches ahead, in threads."""
+        """Capture one data shard; see `protocol.CaptureEngine`. Images are prepared a few batches ahead."""
         ahead: deque[list[_BatchItem]] = deque()
-        with ThreadPoolExecutor(self.workers, thread_name_prefix="images") as pool:
-            row = -1
-            images: Future[list[SampleImage]] = Future()
+        with self.image_pool.ahead() as prepare:
+            row, images = -1, None
             begun: list[Begun] = []
             for batch in length_batches(requests, self.batch_size):
                 items = []
                 for request, sequence in batch:
-                    if request.row != row:  # the roles of a sample are neighbours and share their images
-                        row, images = request.row, pool.submit(self.teacher.images, request.sample)
+                    if images is None or request.row != row:  # a sample's roles are neighbours and share its images
+                        row, images = request.row, prepare(request.sample)
                     items.append(_BatchItem(request, sequence, images))
                 ahead.append(items)
                 if len(ahead) > _BATCHES_AHEAD:

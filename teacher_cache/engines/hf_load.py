@@ -22,7 +22,10 @@ def load_engine(setup: CaptureSetup) -> HfCaptureEngine:
     Errors: `ModelError` if they do not fit config.json, or its logits are not those of its LM head;
     `ConfigError` for a missing device or package.
     """
-    model = setup.teacher.load(setup.dtype, **_load_settings(setup))
+    placement = _load_settings(setup)
+    images = setup.image_pool()
+    images.begin()  # while the weights are loaded
+    model = setup.teacher.load(setup.dtype, **placement)
     head = lm_head_of(model)
     rows, vocab_size = head.rows, setup.codec.vocab_size
     if rows < vocab_size:
@@ -45,7 +48,7 @@ def load_engine(setup: CaptureSetup) -> HfCaptureEngine:
         vocab_size=vocab_size,
         seed=setup.seed,
         batch_size=setup.batch_size,
-        workers=setup.workers,
+        images=images,
         positions=setup.positions,
         hidden_positions=setup.hidden_positions,
         shared_prompts=shared,

@@ -7,26 +7,32 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 if TYPE_CHECKING:
+    from llavamod_offline.vllm.settings import VllmSettings
     from teacher_cache.capture_setup import CaptureSetup, SetupValues
     from teacher_cache.engines.protocol import CaptureEngine
 
 
 @dataclass(frozen=True)
 class EngineEntry:
-    """An engine's module, whether `generate` can use it, and whether `vllm.tensor_parallel` GPUs share its model."""
+    """An engine's module, whether `generate` can use it, and whether vLLM may spread its model over GPUs."""
 
     module: str
     writes_answers: bool = False
-    tensor_parallel: bool = False
+    spreads: bool = False
 
 
 EngineName = Literal["hf", "vllm", "vllm_logprobs"]
 
 ENGINES: dict[str, EngineEntry] = {
     "hf": EngineEntry("teacher_cache.engines.hf_load", writes_answers=True),
-    "vllm": EngineEntry("teacher_cache.engines.vllm.engine", writes_answers=True, tensor_parallel=True),
-    "vllm_logprobs": EngineEntry("teacher_cache.engines.vllm.logprobs", tensor_parallel=True),
+    "vllm": EngineEntry("teacher_cache.engines.vllm.engine", writes_answers=True, spreads=True),
+    "vllm_logprobs": EngineEntry("teacher_cache.engines.vllm.logprobs", spreads=True),
 }
+
+
+def gpus_of(kind: str, vllm: VllmSettings) -> int:
+    """The GPUs that one engine on GPUs runs on."""
+    return vllm.gpus if ENGINES[kind].spreads else 1
 
 
 class EngineModule(Protocol):

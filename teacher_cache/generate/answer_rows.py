@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,6 @@ from llavamod_offline.data.encode.tokenize import Ids
 from llavamod_offline.data.rows import RowError
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample
 from llavamod_offline.errors import DataError
-from llavamod_offline.families import SampleImage
 from llavamod_offline.families.batch import image_mismatch
 from teacher_cache.capture.shard import Progress
 from teacher_cache.capture_setup import CaptureSetup
@@ -28,6 +26,7 @@ from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.generate import decode_loop
 from teacher_cache.generate.decode_loop import Decoding, Prompt, Written
 from teacher_cache.generate.generated_set import AnsweredSample, with_system, with_texts, written_turns
+from teacher_cache.images.pool import PreparedImages
 
 if TYPE_CHECKING:
     from teacher_cache.generate.vllm_writer import VllmWriter
@@ -113,7 +112,7 @@ class Answerer:
         for batch, images in self._with_images(batches):
             self._write_batch(batch, images)
 
-    def _write_batch(self, batch: list[tuple[_Open, Ids]], images: list[Future[list[SampleImage]]]) -> None:
+    def _write_batch(self, batch: list[tuple[_Open, Ids]], images: list[PreparedImages]) -> None:
         ready: list[tuple[_Open, Prompt]] = []
         for (item, ids_T), coming in zip(batch, images, strict=True):
             try:
@@ -151,13 +150,13 @@ class Answerer:
 
     def _with_images(
         self, batches: Sequence[list[tuple[_Open, Ids]]]
-    ) -> Iterator[tuple[list[tuple[_Open, Ids]], list[Future[list[SampleImage]]]]]:
-        """Each batch with its images, which threads prepare a few batches ahead."""
-        coming = deque[list[Future[list[SampleImage]]]]()
-        with ThreadPoolExecutor(self._engine.workers, thread_name_prefix="images") as pool:
+    ) -> Iterator[tuple[list[tuple[_Open, Ids]], list[PreparedImages]]]:
+        """Each batch with its images, which are prepared a few batches ahead."""
+        coming = deque[list[PreparedImages]]()
+        with self._engine.image_pool.ahead() as prepare:
             for number, batch in enumerate(batches):
                 for ahead in batches[number + len(coming) : number + 1 + _BATCHES_AHEAD]:
-                    coming.append([pool.submit(self._setup.teacher.images, self._cut(item, "-")) for item, _ in ahead])
+                    coming.append([prepare(self._cut(item, "-")) for item, _ in ahead])
                 yield batch, coming.popleft()
 
     def _prompt_ids(self, item: _Open) -> Ids:

@@ -32,6 +32,8 @@ class AnswerWorker:
 
     def open(self) -> LlavaModError | None:
         """Load the model, and check that set and settings are those of the driver."""
+        if hasattr(self, "_engine"):  # only the connection to this worker was lost
+            return None
         log_into(self._lines)
         try:
             self._setup = prepare_capture(**self._values)

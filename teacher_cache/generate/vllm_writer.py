@@ -25,6 +25,7 @@ from llavamod_offline.vllm.inputs import check_prompt, engine_input
 from llavamod_offline.vllm.session import Session
 from teacher_cache.engines.vllm.engine import open_session
 from teacher_cache.generate.decode_loop import Decoding, Prompt, Written, first_stop
+from teacher_cache.images.pool import ImagePool
 
 if TYPE_CHECKING:
     from teacher_cache.capture_setup import CaptureSetup
@@ -34,14 +35,14 @@ _BATCHES = 4  # of vLLM's own, in one call
 
 @dataclass(frozen=True)
 class VllmWriter:
-    """vLLM on a checkpoint, for text; `batch_size` prompts are handed over at once, `workers` prepare their images."""
+    """vLLM on a checkpoint, for text; `batch_size` prompts are handed over at once."""
 
     session: Session
     teacher: Family
     vocab_size: int
     dtype: torch.dtype
     batch_size: int
-    workers: int
+    image_pool: ImagePool
 
     def write(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Written]:
         """Answer prompts, in order. Errors: `ModelError` with vLLM's reason, or naming a prompt that it changed."""
@@ -134,5 +135,5 @@ def start_writer(setup: CaptureSetup) -> VllmWriter:
         vocab_size=setup.codec.vocab_size,
         dtype=setup.dtype,
         batch_size=_BATCHES * setup.vllm.max_num_seqs,
-        workers=setup.workers,
+        image_pool=setup.image_pool(),
     )

@@ -35,5 +35,6 @@ def capture_engine(setup: CaptureSetup, writer: Callable[[], HfCaptureEngine | V
     if setup.engine != "vllm":
         engine = writer()
         assert isinstance(engine, HfCaptureEngine)
+        engine.image_pool.waits = setup.waits
         return engine
     return setup.load()

@@ -37,8 +37,8 @@ class WorkerState:
     """What a worker says of itself; counts and seconds are its own, from its start.
 
     `state`: loading, capturing, waiting or ended. `holds`: the shards that it has claimed. `capturing_seconds`: while
-    its teacher ran, which gives its speed. `attempts`: after so many failures it gives a shard up. A worker that does
-    not renew for `lease_seconds` counts as dead.
+    its teacher ran, which gives its speed; `waited_seconds`: for which of them the teacher waited. `attempts`: after so
+    many failures it gives a shard up. A worker that does not renew for `lease_seconds` counts as dead.
     """
 
     worker: str
@@ -48,6 +48,7 @@ class WorkerState:
     state: str = "loading"
     seconds: float = 0.0
     capturing_seconds: float = 0.0
+    waited_seconds: float = 0.0
     gpus: float = 0.0
     attempts: int = 0
     shards: int = 0

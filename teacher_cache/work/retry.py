@@ -110,7 +110,7 @@ def _retry(
             shards = capture_shards(setup, engine, store, names, bar.advance, failed=note)
             with closing(shards):
                 for done in shards:
-                    tally.add(done.sequences, done.positions, done.rejected)
+                    tally.add(done.sequences, done.positions, done.rejected, done.seconds, done.waited)
             captured = [name for name in names if name not in failed]
             clear_claims(store.folder, captured, histories(store.folder))
             for name, keys in rejected.items():

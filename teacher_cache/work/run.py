@@ -26,7 +26,7 @@ from teacher_cache.capture.summary import Summary, Tally
 from teacher_cache.capture_setup import CaptureSetup, follow_template, prepare_capture
 from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.engines.protocol import CaptureEngine
-from teacher_cache.engines.registry import ENGINES
+from teacher_cache.engines.registry import gpus_of
 from teacher_cache.fingerprint import check_allowed
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.schema import Codec
@@ -131,6 +131,7 @@ class _FleetWorker:
                     nonlocal began
                     now = time.monotonic()
                     self._heartbeat.count(samples=samples, positions=positions, capturing_seconds=now - began)
+                    self._heartbeat.tell(waited_seconds=round(self._setup.waits.total, 3))
                     bar.advance(samples, positions)
                     began = now
 
@@ -140,7 +141,7 @@ class _FleetWorker:
                 with closing(shards):
                     for done in shards:
                         self._failed_here.clear()
-                        self._tally.add(done.sequences, done.positions, done.rejected)
+                        self._tally.add(done.sequences, done.positions, done.rejected, done.seconds, done.waited)
                         self._limited.add(done.sequences, done.rejected)
                         self._limited.check(output)
                 if self._queue.left != "waiting":
@@ -197,7 +198,7 @@ def _gpus(config: CacheTeacherConfig, setup: CaptureSetup) -> float:
     """The GPUs that this worker keeps busy."""
     if not setup.device.startswith("cuda"):
         return 0.0
-    return float(config.engine.vllm.tensor_parallel if ENGINES[config.engine.kind].tensor_parallel else 1)
+    return float(gpus_of(config.engine.kind, config.engine.vllm))
 
 
 def _anywhere(config: CacheTeacherConfig) -> CacheTeacherConfig:

@@ -23,7 +23,10 @@ _LOOK_SECONDS = 6.5
 
 @dataclass(frozen=True)
 class WorkerLine:
-    """One worker, as it was last seen. `renewed`: whether it was renewed while we looked; False if it has ended."""
+    """One worker, as it was last seen. `renewed`: whether it was renewed while we looked; False if it has ended.
+
+    `waiting_share`: of the time in which its teacher could run, for how much it waited; None before it ran.
+    """
 
     worker: str
     host: str
@@ -35,6 +38,7 @@ class WorkerLine:
     positions_per_second: float
     hours: float
     gpu_hours: float
+    waiting_share: float | None
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ class Status:
     """How far a cache is. `claimed` names the worker of each shard in work; `failed` counts the shards given up.
 
     `positions_per_second`: of all workers that are renewed, None without one. `seconds_left`: at that rate.
-    `machine_hours`, `gpu_hours`: of all workers so far. `planned`: of the plan beside the output, if there is one.
+    `machine_hours`, `gpu_hours`: of all workers so far; `waiting_share`: of their teachers' time. `planned`: of the
+    plan beside the output, if there is one.
     """
 
     output: str
@@ -70,6 +75,7 @@ class Status:
     seconds_left: float | None
     machine_hours: float
     gpu_hours: float
+    waiting_share: float | None
     planned: dict[str, float | None] | None
     workers: list[WorkerLine]
     failures: list[FailedShard]
@@ -114,6 +120,7 @@ def read_status(where: str, *, plan: Path | None = None, pause: Callable[[float]
         seconds_left=round(max(total - counts.positions, 0) / rate, 1) if rate and total is not None else None,
         machine_hours=sum(line.hours for line in lines),
         gpu_hours=sum(line.gpu_hours for line in lines),
+        waiting_share=_waiting_share(*(state for state, _ in states)),
         planned=_planned(planned) if planned else None,
         workers=lines,
         failures=failures,
@@ -168,7 +175,13 @@ def _line(state: WorkerState, renewed: bool) -> WorkerLine:
         positions_per_second=round(state.positions / state.capturing_seconds, 1) if state.capturing_seconds else 0.0,
         hours=hours,
         gpu_hours=hours * state.gpus,
+        waiting_share=_waiting_share(state),
     )
+
+
+def _waiting_share(*states: WorkerState) -> float | None:
+    seconds = sum(state.capturing_seconds for state in states)
+    return round(sum(state.waited_seconds for state in states) / seconds, 4) if seconds else None
 
 
 def _failure(name: str, history: ShardHistory, attempts: int) -> FailedShard:

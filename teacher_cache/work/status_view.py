@@ -32,6 +32,8 @@ def print_status(console: Console, status: Status) -> None:
     if status.seconds_left is not None:
         pairs.append(("time left", readable_seconds(status.seconds_left)))
     pairs.append(("spent", f"{status.machine_hours:.3g} machine-hours of workers, {status.gpu_hours:.3g} GPU-hours"))
+    if status.waiting_share is not None:
+        pairs.append(("waiting", f"{status.waiting_share:.1%} of the teachers' time, for images, shards or the disk"))
     if status.planned is not None:
         hours, seconds = status.planned["gpu_hours"], float(status.planned["seconds"] or 0)
         work = readable_seconds(seconds) if hours is None else f"{hours:.3g} GPU-hours"
@@ -57,11 +59,19 @@ def _print_workers(console: Console, status: Status) -> None:
         table = make_table(
             console,
             "Workers",
-            [("worker", "left"), ("state", "left"), ("shards", "right"), ("positions/s", "right"), ("holds", "left")],
+            [
+                ("worker", "left"),
+                ("state", "left"),
+                ("shards", "right"),
+                ("positions/s", "right"),
+                ("waiting", "right"),
+                ("holds", "left"),
+            ],
         )
         for line in shown:
             speed = f"{line.positions_per_second:,.0f}"
-            add_row(table, line.worker, line.state, line.shards, speed, ", ".join(line.holds))
+            waiting = "" if line.waiting_share is None else f"{line.waiting_share:.1%}"
+            add_row(table, line.worker, line.state, line.shards, speed, waiting, ", ".join(line.holds))
         console.print(table)
     if len(open_ones) > len(shown):
         console.print(f"… and {counted(len(open_ones) - len(shown), 'worker')} more: see --json")

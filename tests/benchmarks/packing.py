@@ -33,11 +33,11 @@ from PIL import Image
 
 from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.pack.prepare import PreparedSources
-from llavamod_offline.data.pack.process_map import available_cores
 from llavamod_offline.data.rows import RejectedRow, RowPlace
 from llavamod_offline.data.sources.read import prepare_sources
 from llavamod_offline.data.sources.source import Source, check_sources, describe_sources
 from llavamod_offline.data.tars.tar_index import find_tars, index_tars
+from llavamod_offline.processes import available_cores
 from tests.benchmarks.form import finish, parse_arguments
 
 NAME = "packing"

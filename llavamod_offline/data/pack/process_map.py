@@ -5,19 +5,15 @@ Processes, not threads: decoding an image sets global switches of Pillow, which 
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
-from multiprocessing.connection import wait
 from typing import TypeVar
 
 from llavamod_offline.errors import ConfigError, DataError
-from llavamod_offline.signals import SIGNALS, starting_processes
+from llavamod_offline.processes import ProcessPool
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -27,11 +23,6 @@ _AHEAD = 2  # queued lists of items per process
 
 class WorkerLostError(DataError):
     """A process was killed; the work itself may be fine."""
-
-
-def available_cores() -> int:
-    """The number of processor cores available to this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def map_in_order(
@@ -54,26 +45,21 @@ def map_in_order(
         for part in lists:
             yield from function(_unless_failed(part))
         return
-    context = multiprocessing.get_context("spawn")
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start)
+    pool = ProcessPool(workers)
     pending: deque[Future[list[_Result]] | Exception] = deque()
     try:
         for part in lists:
-            with starting_processes(immune_to=SIGNALS):  # losing one while another starts would print a traceback
-                pending.append(part if isinstance(part, Exception) else pool.submit(function, part))
+            pending.append(part if isinstance(part, Exception) else pool.submit(function, part))
             if len(pending) > workers * (1 + _AHEAD):
                 yield from _unless_failed(pending.popleft()).result()
         while pending:
             yield from _unless_failed(pending.popleft()).result()
     except BrokenProcessPool as error:
-        for process in set(multiprocessing.active_children()) - others:  # the pool sends SIGTERM: they are immune
-            process.kill()
         raise WorkerLostError(
             "a worker process was killed, perhaps by running out of memory: use fewer --workers"
         ) from error
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.close()
 
 
 def _lists(items: Iterable[_Item], chunk: int) -> Iterator[list[_Item] | Exception]:
@@ -98,15 +84,3 @@ def _unless_failed(value: _Value | Exception) -> _Value:
     if isinstance(value, Exception):
         raise value
     return value
-
-
-def _start() -> None:
-    """Exit when the parent process ends for any reason."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()

@@ -224,6 +224,12 @@ class SampleSet:
         entry, ordinal, where = self._entry(row)
         return self._parsed(row, entry, ordinal, where, [_NO_IMAGE] * (len(entry["members"]) - 1), scattered=True)
 
+    def with_response(self, row: int, sample: Sample) -> Sample:
+        """The sample of a row with its mismatched response, if the set has those."""
+        if self._ring is None or not sample.is_preference:
+            return sample
+        return replace(sample, mismatched=self._ring.response(row, sample, self._read_responses))
+
     def _parsed(
         self, row: int, entry: dict[str, Any], ordinal: int, where: str, images: list[bytes], scattered: bool
     ) -> Sample:
@@ -240,9 +246,7 @@ class SampleSet:
             )
         except DataError as error:
             raise DataError(f"{where}: {error}: {self.shards[ordinal].again}") from error
-        if self._ring is None or not sample.is_preference:
-            return sample
-        return replace(sample, mismatched=self._ring.response(row, sample, self._read_responses))
+        return self.with_response(row, sample)
 
     def _read_responses(self, row: int) -> tuple[str, ...]:
         """The chosen and the rejected response of a row, or the one that it has, without its images."""

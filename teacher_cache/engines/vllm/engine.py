@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,10 +16,11 @@ import numpy as np
 import torch
 
 from llavamod_offline.data.encode.tokenize import Positions, TokenizedSequence
+from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import ConfigError, DataError, ModelError
 from llavamod_offline.families import Family
 from llavamod_offline.vllm.families import check_family
-from llavamod_offline.vllm.feeds import feed_of
+from llavamod_offline.vllm.feeds import PixelFeed, feed_of
 from llavamod_offline.vllm.heads import check_same_head
 from llavamod_offline.vllm.inputs import check_prompt
 from llavamod_offline.vllm.session import Session
@@ -38,6 +38,7 @@ from teacher_cache.format.hidden_states import HiddenStates
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.schema import HiddenPositions
+from teacher_cache.images.pool import ImagePool, PreparedImages
 
 if TYPE_CHECKING:
     from teacher_cache.capture_setup import CaptureSetup, SetupValues
@@ -81,7 +82,7 @@ class _QueuedItem:
 
     request: Request
     sequence: TokenizedSequence
-    images: Future[Any]
+    images: PreparedImages
     reuse: bool
 
 
@@ -100,20 +101,23 @@ class VllmCaptureEngine:
     vocab_size: int
     seed: int
     dtype: torch.dtype
-    workers: int
+    pool: Callable[[Callable[[Sample], Any] | None], ImagePool] | None = None
     positions: Positions = "response"
     hidden_positions: HiddenPositions | None = None
 
     def __post_init__(self) -> None:
         self._feed = feed_of(self.teacher, self.session.engine, self.dtype)
+        # What vLLM's own processor prepares needs the engine, which other processes lack.
+        own = None if isinstance(self._feed, PixelFeed) else self._feed.images
+        self._images = ImagePool(self._feed.images) if self.pool is None else self.pool(own)
 
     def capture(self, requests: Sequence[Request]) -> Iterator[Outcome]:
-        """Capture one data shard; see `protocol.CaptureEngine`. Images are prepared a window ahead, in threads."""
+        """Capture one data shard; see `protocol.CaptureEngine`. Images are prepared a window ahead."""
         self.session.forget()
         rejected: deque[Rejection] = deque()
         redo: list[_QueuedItem] = []
-        with ThreadPoolExecutor(self.workers, thread_name_prefix="images") as pool:
-            items = self._items(requests, pool)
+        with self._images.ahead() as prepare:
+            items = self._items(requests, prepare)
             for item, output in self.session.run(self._asked(items, rejected)):
                 outcome = self._outcome(item, output)
                 if outcome is None:
@@ -130,12 +134,12 @@ class VllmCaptureEngine:
                 raise ModelError(f"sample '{item.sequence.key}' ({item.sequence.role}): vLLM computed too few rows")
             yield outcome
 
-    def _items(self, requests: Sequence[Request], pool: ThreadPoolExecutor) -> Iterator[_QueuedItem]:
+    def _items(self, requests: Sequence[Request], prepare: Callable[[Sample], PreparedImages]) -> Iterator[_QueuedItem]:
         order = longest_first(requests)
-        coming = deque[Future[Any]]()
+        coming = deque[PreparedImages]()
         for number, request in enumerate(order):
             for ahead in order[number + len(coming) : number + 1 + self.session.window]:
-                coming.append(pool.submit(self._feed.images, ahead.sample))
+                coming.append(prepare(ahead.sample))
             images, first = coming.popleft(), request.sequences[0]
             for role, sequence in enumerate(request.sequences):
                 yield _QueuedItem(request, sequence, images, role > 0 and self._may_share(first, sequence))
@@ -242,7 +246,7 @@ def start_vllm(
         vocab_size=setup.codec.vocab_size,
         seed=setup.seed,
         dtype=setup.dtype,
-        workers=setup.workers,
+        pool=setup.image_pool,
         positions=setup.positions,
         hidden_positions=setup.hidden_positions,
     )
@@ -258,6 +262,8 @@ def describe(given: SetupValues) -> dict[str, Any]:
         "max_num_seqs": settings.max_num_seqs,
         "max_num_batched_tokens": settings.max_num_batched_tokens,
         "tensor_parallel": settings.tensor_parallel,
+        # Absent in caches of earlier versions.
+        **({"pipeline_parallel": settings.pipeline_parallel} if settings.pipeline_parallel > 1 else {}),
     }
 
 

@@ -49,7 +49,6 @@ class Opened:
             vocab_size=self.vocab_size,
             seed=0,
             batch_size=batch_size,
-            workers=1,
             **settings,
         )
         requests = [

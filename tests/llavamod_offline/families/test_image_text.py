@@ -78,7 +78,6 @@ def engine_of(world: World, batch_size: int) -> HfCaptureEngine:
         vocab_size=size,
         seed=0,
         batch_size=batch_size,
-        workers=2,
     )
 
 

@@ -26,7 +26,7 @@ from tests.tiny_teachers import write_tiny_causal_lm
 
 
 def settings(teacher: Path, data: Path, output: Path, *overrides: str) -> CacheTeacherConfig:
-    given = [f"data={data}", f"teacher={teacher}", f"output={output}", "workers=2", "device=cpu", *overrides]
+    given = [f"data={data}", f"teacher={teacher}", f"output={output}", "device=cpu", *overrides]
     return load_config(CacheTeacherConfig, (), given)
 
 

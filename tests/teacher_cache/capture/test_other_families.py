@@ -28,7 +28,7 @@ from tests.tiny_teachers import write_tiny_onevision, write_tiny_qwen_vl
 
 
 def _settings(teacher: Path, data: Path, output: Path, *overrides: str) -> CacheTeacherConfig:
-    given = [f"data={data}", f"teacher={teacher}", f"output={output}", "template=chatml", "workers=1", *overrides]
+    given = [f"data={data}", f"teacher={teacher}", f"output={output}", "template=chatml", *overrides]
     return load_config(CacheTeacherConfig, (), given)
 
 
@@ -70,7 +70,6 @@ def test_pictures_that_cannot_be_used_reject_their_samples_alone(tmp_path: Path,
         vocab_size=len(teacher.encoder.tokenizer),
         seed=0,
         batch_size=4,
-        workers=2,
     )
     outcomes = {outcome.key: outcome for outcome in engine.capture(requests)}
     reasons = {key: outcome.reason for key, outcome in outcomes.items() if isinstance(outcome, Rejection)}

@@ -31,6 +31,18 @@ def job(world: World, tmp_path: Path) -> CaptureSetup:
     return prepare_capture(**load_config(CacheTeacherConfig, (), world.arguments(tmp_path / "c")).setup_values)
 
 
+def test_what_the_teacher_waits_for_is_counted(job: CaptureSetup, tmp_path: Path) -> None:
+    """Of each shard and in all; the time of a shard holds its waits."""
+    store = CacheStore.open(tmp_path / "c", job.fingerprint, job.samples.shard_names)
+    store.start()
+    done = list(capture_shards(job, Refusing(job.settings), store, store.missing(), lambda samples, positions: None))
+    assert [item.name for item in done] == job.samples.shard_names
+    for item in done:
+        assert item.waited["reading"] > 0
+        assert sum(item.waited.values()) <= item.seconds
+    assert job.waits.total == pytest.approx(sum(sum(item.waited.values()) for item in done))
+
+
 class Refusing:
     """An engine that captures nothing; `before` is called with each sample's key."""
 

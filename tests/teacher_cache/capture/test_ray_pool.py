@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,9 +18,9 @@ from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.format.manifest import file_entries
 from teacher_cache.read.reader import open_cache
 from tests.teacher_cache.conftest import World
+from tests.teacher_cache.ray_cluster import in_a_process
 from tests.tiny import tiny_samples
 
-ROOT = Path(__file__).parents[3]
 RUN = "from teacher_cache.cli.main import main; main()"
 MORTAL = "from tests.teacher_cache.capture.ray_driver import main; main()"
 ON_RAY = ("engine.ray=true", "engine.ray_workers=2")
@@ -43,34 +38,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def in_a_process(code: str, *arguments: str, address: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Run it to its end, and see that no process of its cluster stays behind."""
-    mark = uuid.uuid4().hex
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MARK": mark}
-    environment |= {"RAY_ADDRESS": address} if address else {}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, check=False
-    )
-    deadline = time.monotonic() + 300
-    while (left := _marked(mark)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not left
-    return done
-
-
-def _marked(mark: str) -> list[str]:
-    """The processes that have a word in their environment."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (process / "environ").read_bytes():
-                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:  # not ours, or gone
-            continue
-    return found
-
-
 def test_two_workers_make_the_cache_of_one_process(world: World, tmp_path: Path) -> None:
     """With an image that cannot be read, and shards that another slice has made."""
     samples = tiny_samples(10)
@@ -78,13 +45,15 @@ def test_two_workers_make_the_cache_of_one_process(world: World, tmp_path: Path)
     write_set([*samples[:3], broken, *samples[3:]], tmp_path / "set", shard_samples=3)
     alone = world.run(tmp_path / "alone", data=tmp_path / "set")
     world.run(tmp_path / "c", "slice=0/3", data=tmp_path / "set")
-    done = in_a_process(RUN, "run", *world.arguments(tmp_path / "c", *ON_RAY, data=tmp_path / "set"))
+    done = in_a_process(RUN, "run", *world.arguments(tmp_path / "c", *ON_RAY, "workers=1", data=tmp_path / "set"))
     assert done.returncode == 3, done.stderr
     assert f"digest {alone.digest}" in done.stdout
     assert "rejected 1: " in done.stdout
     assert "(broken)" in done.stdout
     assert file_entries(tmp_path / "c") == file_entries(tmp_path / "alone")
-    assert done.stderr.splitlines() == [f"{tmp_path}/c: 2 of 4 shards to capture", "ray: 2 workers"]
+    *lines, waited = done.stderr.splitlines()
+    assert lines == [f"{tmp_path}/c: 2 of 4 shards to capture", "ray: 2 workers"]
+    assert waited.startswith(f"{tmp_path}/c: the teacher waited ")
 
 
 def test_workers_that_are_killed_amid_a_shard_change_nothing(world: World, finished: Path, tmp_path: Path) -> None:
@@ -144,6 +113,7 @@ def test_a_cluster_that_does_not_answer_is_one_line(world: World, tmp_path: Path
         (("device=cuda",), "cuda", 1.0),
         (("device=cuda", "engine.gpus_per_worker=0.5"), "cuda", 0.5),
         (("device=cuda", "engine.kind=vllm", "engine.vllm.tensor_parallel=4"), "cuda", 4.0),
+        (("device=cuda", "engine.kind=vllm", "engine.vllm.pipeline_parallel=2"), "cuda", 2.0),
     ],
 )
 def test_a_workers_share_follows_from_device_and_engine(

@@ -43,8 +43,13 @@ def test_a_run_says_what_it_did_and_the_second_has_nothing_to_do(world: World, t
     assert first.totals is not None
     assert first.positions == first.totals["positions"] > 100
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "c").rglob("*")}
+    assert first.waiting_share is not None
+    assert 0 < first.waiting_share <= 1
+    assert {"images", "reading", "writing"} == first.waiting_shares.keys()
+    assert sum(first.waiting_shares.values()) == pytest.approx(first.waiting_share, abs=2e-4)
     second = world.run(tmp_path / "c")
     assert (second.sequences, second.positions, second.digest) == (0, 0, first.digest)
+    assert (second.waiting_share, second.waiting_shares) == (None, {})
     assert second.bytes_per_position == first.bytes_per_position
     assert first.bytes_per_position == round(open_cache(tmp_path / "c").bytes_per_position, 3)
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "c").rglob("*")} == before
@@ -57,9 +62,15 @@ def test_a_shard_that_was_taken_away_is_made_again(world: World, finished: Path,
     assert file_entries(output) == file_entries(finished)
 
 
+@pytest.mark.slow
+def test_processes_that_prepare_images_change_nothing(world: World, finished: Path, tmp_path: Path) -> None:
+    assert world.run(tmp_path / "c", "workers=2").digest == open_cache(finished).digest
+    assert file_entries(tmp_path / "c") == file_entries(finished)
+
+
 def test_place_time_batch_size_and_workers_do_not_enter_the_cache(world: World, finished: Path, tmp_path: Path) -> None:
     """What is said of a cache is equal; numbers are equal up to rounding (see the engine's tests)."""
-    world.run(tmp_path / "deep" / "er" / "c", "batch_size=3", "workers=1")
+    world.run(tmp_path / "deep" / "er" / "c", "batch_size=3")
     ours, other = open_cache(tmp_path / "deep/er/c"), open_cache(finished)
     assert ours.fingerprint == other.fingerprint
     items = [(key, "response") for key in sorted(other.keys("response"))]

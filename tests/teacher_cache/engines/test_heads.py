@@ -69,7 +69,7 @@ def _config(folder: Path, teacher: Path, *given: str) -> CacheTeacherConfig:
     if not (folder / "set").exists():
         write_set(_samples(), folder / "set")
     chosen = [f"data={folder / 'set'}", f"teacher={teacher}", f"output={folder / 'cache'}", "template=chatml"]
-    return load_config(CacheTeacherConfig, (), [*chosen, "capture.preset=exhaustive", "workers=1", *given])
+    return load_config(CacheTeacherConfig, (), [*chosen, "capture.preset=exhaustive", *given])
 
 
 @torch.no_grad()

@@ -53,7 +53,6 @@ class Teacher:
             vocab_size=self.vocab_size,
             seed=0,
             batch_size=batch_size,
-            workers=2,
         )
 
     def requests(self, samples: Sequence[Sample]) -> list[Request]:

@@ -37,7 +37,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def settings(world: tuple[Path, Path], tmp_path: Path) -> Callable[..., CacheTeacherConfig]:
     def make(name: str = "cache", *overrides: str, teacher: Path = world[0]) -> CacheTeacherConfig:
         given = [f"data={world[1]}", f"teacher={teacher}", f"output={tmp_path / name}", "template=chatml"]
-        return load_config(CacheTeacherConfig, (), [*given, "capture.preset=exhaustive", "workers=1", *overrides])
+        return load_config(CacheTeacherConfig, (), [*given, "capture.preset=exhaustive", *overrides])
 
     return make
 

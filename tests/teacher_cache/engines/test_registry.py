@@ -9,6 +9,7 @@ import pytest
 
 from llavamod_offline.config import load_config
 from llavamod_offline.errors import ConfigError
+from llavamod_offline.vllm.settings import VllmSettings
 from teacher_cache.capture_setup import SetupValues
 from teacher_cache.config import CacheTeacherConfig, CaptureConfig, TeacherEngineConfig
 from teacher_cache.engines.registry import describe_engine
@@ -39,6 +40,9 @@ def test_the_fingerprint_names_version_and_settings(monkeypatch: pytest.MonkeyPa
     assert described["device"] == "cuda"
     assert {"torch", "transformers", "attention_backend", "max_num_batched_tokens"} <= described.keys()
     assert "limits" not in described
+    assert "pipeline_parallel" not in described  # as in caches of earlier versions
+    spread = describe_engine(_values(kind="vllm", vllm=VllmSettings(pipeline_parallel=2)), "bfloat16", "cuda")
+    assert (spread["tensor_parallel"], spread["pipeline_parallel"]) == (1, 2)
     assert json.loads(json.dumps(described)) == described
 
 
@@ -70,9 +74,11 @@ def test_the_fallback_says_what_its_records_lack(monkeypatch: pytest.MonkeyPatch
     [
         ("engine.kind=vlm", "engine.kind is 'vlm': must be one of hf, vllm, vllm_logprobs"),
         ("engine.vllm.max_num_seqs=0", "engine.vllm.max_num_seqs is 0: must be above 0"),
+        ("engine.vllm.pipeline_parallel=0", "engine.vllm.pipeline_parallel is 0: must be above 0"),
+        ("engine.vllm.executor=ray engine.ray=true", "engine.vllm.executor is 'ray', with which one engine takes its"),
         ("engine.vllm.gpu_memory_utilization=1.5", "gpu_memory_utilization is 1.5: must be above 0 and at most 1"),
     ],
 )
 def test_settings_are_checked(setting: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_config(CacheTeacherConfig, (), ["data=d", "teacher=t", "output=o", setting])
+        load_config(CacheTeacherConfig, (), ["data=d", "teacher=t", "output=o", *setting.split()])

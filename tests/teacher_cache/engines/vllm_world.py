@@ -51,7 +51,6 @@ class World:
             vocab_size=self.vocab_size,
             seed=0,
             dtype=torch.float32,
-            workers=2,
             **settings,
         )
 
@@ -63,7 +62,6 @@ class World:
             vocab_size=self.vocab_size,
             seed=0,
             batch_size=8,
-            workers=2,
             **settings,
         )
 

@@ -40,7 +40,7 @@ class Place:
     def arguments(self, *settings: str, name: str = "own", data: Path | None = None) -> list[str]:
         """The settings of a generation into `name` and `name-cache`."""
         places = [f"data={data or self.source}", f"output_set={self.set(name)}", f"output={self.cache(name)}"]
-        return [*places, f"teacher={TEACHER}", "generate.max_new_tokens=80", "workers=1", *settings]
+        return [*places, f"teacher={TEACHER}", "generate.max_new_tokens=80", *settings]
 
     def generate(self, *settings: str, **more: Any) -> Generation:
         """Generate in this process."""

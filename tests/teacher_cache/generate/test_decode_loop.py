@@ -32,7 +32,7 @@ def engine_of(folder: Path, *, image_aspect: str = "auto") -> HfCaptureEngine:
     vocab_size = len(teacher.encoder.tokenizer)
     settings = RecordSettings(1.0, 1, 0, 1.0, ())
     model = teacher.load(torch.float32)
-    return HfCaptureEngine(model, teacher, settings, vocab_size=vocab_size, seed=0, batch_size=8, workers=1)
+    return HfCaptureEngine(model, teacher, settings, vocab_size=vocab_size, seed=0, batch_size=8)
 
 
 def prompts_of(engine: HfCaptureEngine, samples: Sequence[Sample], *, room: int = 99) -> list[Prompt]:

@@ -121,6 +121,19 @@ def test_failures_are_listed_with_reasons_until_they_are_given_up(tmp_path: Path
     assert "`cache-teacher retry" in text
 
 
+def test_how_long_teachers_wait_is_shown(tmp_path: Path) -> None:
+    store = begun(tmp_path / "c", "s-0")
+    assert read_status(str(tmp_path / "c")).waiting_share is None
+    assert "waiting" not in shown(read_status(str(tmp_path / "c")))
+    for seconds, waited in ((30.0, 3.0), (10.0, 0.0)):
+        with Heartbeat(store.folder, 60.0) as heartbeat:
+            heartbeat.tell(capturing_seconds=seconds, waited_seconds=waited)
+    found = read_status(str(tmp_path / "c"))
+    assert found.waiting_share == 0.075
+    assert sorted(line.waiting_share or 0.0 for line in found.workers) == [0.0, 0.1]
+    assert "7.5% of the teachers' time, for images, shards or the disk" in shown(found)
+
+
 def test_a_plan_beside_the_output_is_shown(tmp_path: Path) -> None:
     begun(tmp_path / "c", "s-0")
     file = plan_file(str(tmp_path / "c"))
