@@ -49,6 +49,11 @@ def test_every_public_name_is_there(package: str) -> None:
     assert done.stderr.splitlines()[-1] == f"AttributeError: module '{package}' has no attribute 'nothing'"
 
 
+def test_ray_data_names_its_extra() -> None:
+    done = _run("import teacher_cache.ray_data")
+    assert done.stderr.splitlines()[-1].endswith("needs Ray Data: pip install 'llavamod-offline[ray]'")
+
+
 @pytest.mark.parametrize("command", ["llavamod_offline.cli", "teacher_cache.cli.main", "train.cli", "eval.cli"])
 def test_commands_show_their_help_without_extras(command: str) -> None:
     done = _run(f"sys.argv[1:] = ['--help']\nfrom {command} import main\nmain()")
