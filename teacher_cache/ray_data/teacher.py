@@ -77,6 +77,8 @@ def placed_values(config: CacheTeacherConfig) -> tuple[SetupValues, float]:
     for name, given in wrong:
         if given:
             raise ConfigError(f"config: {name}: a pipeline of Ray Data captures the whole set by itself: remove it")
+    if config.capture.without_image is not None:
+        raise ConfigError("capture.without_image: rows of Ray Data hold no visual advantages: capture by `run`")
     if not ray.is_initialized():
         ray.init()
     values = absolute_values(follow_template(config.setup_values, begun_fingerprint(config.output)))
