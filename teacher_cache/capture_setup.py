@@ -21,7 +21,7 @@ from llavamod_offline.models.checkpoint import vocabulary_size
 from llavamod_offline.models.device import pick_device
 from llavamod_offline.models.hub import checkpoint_folder
 from llavamod_offline.processes import available_cores
-from teacher_cache.engines.registry import describe_engine, engine_module
+from teacher_cache.engines.registry import ENGINES, describe_engine, engine_module
 from teacher_cache.fingerprint import (
     describe_data,
     describe_sequence,
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from llavamod_offline.vllm.settings import VllmSettings
     from teacher_cache.config import Preset
     from teacher_cache.engines.protocol import CaptureEngine
+    from teacher_cache.engines.server.settings import ServerSettings
 
 _LOG = logging.getLogger(__name__)
 _MOST_WORKERS = 4  # unless more are asked for: several teachers may share a host
@@ -71,6 +72,8 @@ class SetupValues(TypedDict):
     device_map: str | None
     compile: bool
     vllm: VllmSettings
+    url: str | None
+    server: ServerSettings
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ class CaptureSetup:
     compile: bool
     vllm: VllmSettings
     opened: Callable[[], Family]
+    url: str | None
+    server: ServerSettings
     without_image: WithoutImage | None = None
     waits: Waits = field(default_factory=Waits)
 
@@ -122,12 +127,8 @@ class CaptureSetup:
 
 def prepare_capture(**given: Unpack[SetupValues]) -> CaptureSetup:
     """Open set and teacher and check that they fit together, except the weights. Errors: a `LlavaModError`."""
-    keep, folder, seed, positions = (
-        given["keep"],
-        checkpoint_folder(given["teacher"]),
-        given["seed"],
-        given["positions"],
-    )
+    keep, seed, positions, served = given["keep"], given["seed"], given["positions"], ENGINES[given["engine"]].served
+    folder = checkpoint_folder(given["teacher"], weights=not served)
     samples = SampleSet.open(given["data"])
     if given["mismatched"]:
         if not samples.has_preferences:
@@ -147,6 +148,8 @@ def prepare_capture(**given: Unpack[SetupValues]) -> CaptureSetup:
         _check_without_image(without_image, given["engine"], teacher, samples)
     settings, codec = _kept(keep, keep.temperature, forced_ids, vocab_size, given["hidden"], without_image is not None)
     device, dtype = given["device"], given["dtype"]
+    if served:
+        device = "cpu"
     if device == "auto":
         device = pick_device(device).type
     if dtype == "auto":
@@ -157,7 +160,7 @@ def prepare_capture(**given: Unpack[SetupValues]) -> CaptureSetup:
         "template": describe_template(template),
         "sequence": describe_sequence(teacher.encoder),
         "images": teacher.describe_images(),
-        "teacher": describe_weights(folder),
+        "teacher": describe_weights(folder, needed=not served),
         "engine": describe_engine(given, dtype, device),
         "capture": {
             **settings.stored(),
@@ -190,6 +193,8 @@ def prepare_capture(**given: Unpack[SetupValues]) -> CaptureSetup:
         device_map=given["device_map"],
         compile=given["compile"],
         vllm=given["vllm"],
+        url=given["url"],
+        server=given["server"],
         without_image=without_image,
         # Without its wording of tools, which is no plain value and which images do not need.
         opened=partial(

@@ -12,6 +12,7 @@ from llavamod_offline.data.encode.tokenize import Positions
 from llavamod_offline.data.sample import KEY_PATTERN
 from llavamod_offline.vllm.settings import VllmSettings
 from teacher_cache.engines.registry import EngineName
+from teacher_cache.engines.server.settings import ServerSettings
 from teacher_cache.format.schema import HiddenKind, HiddenPositions, PrecisionName, WithoutImage
 
 if TYPE_CHECKING:
@@ -111,8 +112,11 @@ class TeacherEngineConfig:
     """What runs the teacher."""
 
     kind: EngineName = "hf"
-    """Hugging Face transformers; vLLM; or, for models that cannot be wrapped, vLLM's own log-probs (slower, and only
-    the top-k and the actual tokens')."""
+    """Hugging Face transformers; vLLM; for models that cannot be wrapped, vLLM's own log-probs (slower, and only the
+    top-k and the actual tokens'), here (vllm_logprobs) or from a vLLM server at url (server)."""
+    url: str | None = None
+    """Address of the vLLM server (server only), such as http://gpu-host:8000; it must serve the teacher's checkpoint,
+    and for images be started with --enable-scale-out."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention in hf."""
     device_map: Literal["auto"] | None = None
@@ -129,6 +133,7 @@ class TeacherEngineConfig:
     cpus_per_worker: int = 1
     """CPUs of each Ray worker."""
     vllm: VllmSettings = field(default_factory=VllmSettings)
+    server: ServerSettings = field(default_factory=ServerSettings)
 
     def problems(self) -> Iterator[str]:
         """Yield one line for each problem, naming the key to change."""
@@ -141,6 +146,13 @@ class TeacherEngineConfig:
                 "engine.vllm.executor is 'ray', with which one engine takes its GPUs from the cluster by itself: "
                 "remove engine.ray, or the executor if each engine fits on one machine"
             )
+        if self.kind == "server" and self.url is None:
+            yield "engine.url: engine.kind=server needs the server's address, such as http://gpu-host:8000"
+        if self.kind != "server" and self.url is not None:
+            yield f"engine.url is for engine.kind=server, not {self.kind}: set that, or remove it"
+        if self.kind == "server" and self.ray:
+            yield "engine.ray: a server batches for itself, and engine.kind=server needs no workers: remove it"
+        yield from self.server.problems("engine.server", self.url)
 
 
 @dataclass(frozen=True)
@@ -308,4 +320,6 @@ class CacheTeacherConfig:
             "device_map": engine.device_map,
             "compile": engine.compile,
             "vllm": engine.vllm,
+            "url": engine.url,
+            "server": engine.server,
         }

@@ -79,12 +79,13 @@ def describe_sequence(encoder: SequenceEncoder) -> dict[str, Any]:
     return {"max_length": encoder.max_length, "longer": _LONGER, **start}
 
 
-def describe_weights(folder: Path) -> dict[str, Any]:
+def describe_weights(folder: Path, *, needed: bool = True) -> dict[str, Any]:
     """Identify a checkpoint by the SHA-256 of its configuration and of each safetensors file, not by paths.
 
-    If it is an adapter on a base, both count.
+    If it is an adapter on a base, both count. Unless weights are `needed`, they are named only where they are there.
     """
-    files = [*weight_files(folder), *adapter_files(folder)[1:]]
+    there = needed or any(folder.glob("*.safetensors"))
+    files = [*(weight_files(folder) if there else ()), *adapter_files(folder)[1:]]
     digests = sha256_files(files)
     adapter = describe_adapter(folder)
     return {

@@ -19,17 +19,18 @@ _INDEX_NAME = "model.safetensors.index.json"
 _READ = ("*.safetensors", "*.json", "*.jinja")  # the files of a snapshot that are needed
 
 
-def checkpoint_folder(name: str | Path) -> Path:
+def checkpoint_folder(name: str | Path, *, weights: bool = True) -> Path:
     """The folder of a checkpoint: a path, or the local snapshot of a Hub id `org/name` or `org/name@revision`.
 
     A folder of that name comes first. What is no such id is returned as a path. A PEFT adapter is opened with its base.
+    Without `weights` a snapshot may lack them.
     Errors: `ModelError` naming the command that downloads a snapshot which is missing or incomplete.
     """
-    folder = _named_folder(name)
+    folder = _named_folder(name, weights)
     return with_base(folder.absolute(), checkpoint_folder) if is_adapter(folder) else folder
 
 
-def _named_folder(name: str | Path) -> Path:
+def _named_folder(name: str | Path, weights: bool) -> Path:
     found = _HUB_ID.fullmatch(str(name))
     if found is None or Path(name).exists() or str(name).startswith("."):
         return Path(name)
@@ -46,7 +47,7 @@ def _named_folder(name: str | Path) -> Path:
         raise ModelError(f"{name}: {what}: run {command}, or name a checkpoint folder") from error
     except (ValueError, OSError) as error:  # no valid id, or an unreadable cache
         raise ModelError(f"{name}: no such folder, nor a Hub id: {first_line(error)}: correct it") from error
-    missing = _missing_files(Path(folder))
+    missing = [file for file in _missing_files(Path(folder)) if weights or not file.endswith(".safetensors")]
     if missing:
         raise ModelError(f"{name}: its local snapshot lacks {missing[0]}: run {command} again")
     return Path(folder)

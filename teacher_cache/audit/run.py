@@ -203,7 +203,8 @@ def _failures(
 
 
 def _coarser(*engines: dict[str, Any]) -> str:
-    """The coarsest number type; merged caches may have several."""
+    """The coarsest number type; merged caches may have several, and a server's is unknown, so it may be any."""
     found = [engine["dtype"] for engine in engines]
     kinds: list[str] = [kind for each in found for kind in (each if isinstance(each, list) else [each])]
-    return max(kinds, key=list(LIMITS).index)
+    order = list(LIMITS)
+    return max((kind if kind in order else order[-1] for kind in kinds), key=order.index)

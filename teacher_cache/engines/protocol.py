@@ -21,6 +21,7 @@ from teacher_cache.format.schema import HiddenPositions
 from teacher_cache.format.sequences import SequenceRecord
 
 Outcome = SequenceRecord | Rejection
+NOT_FINITE = "the teacher's logits are not finite (NaN or inf)"
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,7 @@ def recorded(
     """The record of a sequence, or its rejection if any of its N positions' logits were not finite."""
     if not finite_N.all():
         first = int(np.argmin(finite_N))
-        reason = f"the teacher's logits are not finite (NaN or inf), first at position {first}"
-        return Rejection(sequence.key, sequence.role, reason)
+        return Rejection(sequence.key, sequence.role, f"{NOT_FINITE}, first at position {first}")
     return SequenceRecord(
         key=sequence.key,
         role=sequence.role,

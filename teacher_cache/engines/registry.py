@@ -14,19 +14,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EngineEntry:
-    """An engine's module, whether `generate` can use it, and whether vLLM may spread its model over GPUs."""
+    """An engine's module, and what it can do.
+
+    `writes_answers`: for `generate`; `spreads`: vLLM may spread its model over GPUs; `served`: another process has the
+    weights, so that no device and no weights are needed here; `listed`: it gives no logits, only the most likely ids
+    (see `listed`).
+    """
 
     module: str
     writes_answers: bool = False
     spreads: bool = False
+    served: bool = False
+    listed: bool = False
 
 
-EngineName = Literal["hf", "vllm", "vllm_logprobs"]
+EngineName = Literal["hf", "vllm", "vllm_logprobs", "server"]
 
 ENGINES: dict[str, EngineEntry] = {
     "hf": EngineEntry("teacher_cache.engines.hf_load", writes_answers=True),
     "vllm": EngineEntry("teacher_cache.engines.vllm.engine", writes_answers=True, spreads=True),
-    "vllm_logprobs": EngineEntry("teacher_cache.engines.vllm.logprobs", spreads=True),
+    "vllm_logprobs": EngineEntry("teacher_cache.engines.vllm.logprobs", spreads=True, listed=True),
+    "server": EngineEntry("teacher_cache.engines.server.engine", served=True, listed=True),
 }
 
 

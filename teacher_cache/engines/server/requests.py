@@ -1,0 +1,65 @@
+"""A sequence as a request: text to OpenAI's completions endpoint, images to the one that takes tokens with them.
+
+Both take our token ids. An image goes as a lossless data URI and is one token of the prompt, which the server expands.
+Shape suffixes: T tokens of a prompt.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from llavamod_offline.data.images import decode_image
+from llavamod_offline.data.sample import Sample
+from llavamod_offline.families.folder import preparing
+from llavamod_offline.families.protocol import Family, FittingFamily
+from teacher_cache.engines.protocol import Request
+
+COMPLETIONS, TOKENS = "/v1/completions", "/inference/v1/generate"
+
+
+def image_uris(family: Family, sample: Sample) -> list[str]:
+    """A sample's images as the model sees them, where their size alone decides it, else as they are.
+
+    Errors: `DataError` naming the sample.
+    """
+    uris = []
+    for encoded in sample.images:
+        image = decode_image(encoded, name=sample.key)
+        with preparing(sample):
+            uris.append(_data_uri(family.fit(image) if isinstance(family, FittingFamily) else image))
+    return uris
+
+
+def prompt_with_images(family: Family, request: Request, role: str) -> NDArray[np.int64]:
+    """One role's tokens with one token for each image, as the server's processor takes them."""
+    sample, encoder = request.sample, family.encoder
+    return encoder.encode(sample, role, [encoder.image(1)] * len(sample.images)).input_ids_T
+
+
+def scoring_request(
+    prompt_T: NDArray[np.int64], uris: Sequence[str], *, model: str, listed: int
+) -> tuple[str, dict[str, Any]]:
+    """Path and body of a request for the `listed` most likely ids (-1: all) at every token of a prompt."""
+    prompt, wanted = prompt_T.tolist(), {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": listed}
+    body: dict[str, Any] = {"model": model, "return_token_ids": True}
+    if not uris:
+        return COMPLETIONS, body | wanted | {"prompt": prompt}
+    images = [{"type": "image_url", "url": uri} for uri in uris]
+    return TOKENS, body | {
+        "token_ids": prompt,
+        "content_parts": images,
+        "sampling_params": wanted | {"detokenize": False},
+    }
+
+
+def _data_uri(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
