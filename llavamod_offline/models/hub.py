@@ -16,7 +16,8 @@ from llavamod_offline.models.loading.adapter import is_adapter, with_base
 
 _HUB_ID = re.compile(r"(?P<id>[\w.\-]+/[\w.\-]+)(?:@(?P<revision>[\w.\-/]+))?")
 _INDEX_NAME = "model.safetensors.index.json"
-_READ = ("*.safetensors", "*.json", "*.jinja")  # the files of a snapshot that are needed
+_WEIGHTS = "*.safetensors"
+_READ = ("*.json", "*.jinja")  # what else of a snapshot is needed
 
 
 def checkpoint_folder(name: str | Path, *, weights: bool = True) -> Path:
@@ -40,7 +41,8 @@ def _named_folder(name: str | Path, weights: bool) -> Path:
     repository, revision = found["id"], found["revision"]
     command = f"`hf download {repository}{f' --revision {revision}' if revision else ''}`"
     try:
-        folder = snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=list(_READ))
+        needed = [*_READ, *([_WEIGHTS] if weights else [])]
+        folder = snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=needed)
     except LocalEntryNotFoundError as error:
         incomplete = "ncomplete" in type(error).__name__
         what = "its local snapshot is incomplete" if incomplete else "no such folder, nor a local snapshot of a Hub id"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from llavamod_offline.errors import ConfigError, ModelError
 from teacher_cache.engines.server.client import ServerClient, ServerRefusedError
-from teacher_cache.engines.server.replies import read_object
+from teacher_cache.engines.server.replies import listed_rows, prompt_token_ids, read_object
 
 PROBE = "A red square lies left of two large circles. How many are there?"
 _SAME_MODEL = 0.5  # nats, by which no batch and no rounding changes the mean log-prob of the probe's tokens
@@ -78,14 +78,9 @@ def ask_served(client: ServerClient, *, model: str | None, listed: int) -> Serve
         raise ConfigError(
             f"{error}: restart the server with --max-logprobs {listed}, or lower capture.top_k"
         ) from error
-    (choice,) = reply["choices"]
-    ids, rows = choice.get("prompt_token_ids"), choice.get("prompt_logprobs")
-    if not ids or not rows or len(ids) != len(rows):
-        raise ModelError(
-            f"{client.url}: it gives no prompt_logprobs and prompt_token_ids: serve with vLLM 0.32 or later"
-        )
-    ids_T = np.array(ids, np.int64)
-    log_probs = [rows[place][str(token)]["logprob"] for place, token in enumerate(ids_T.tolist()) if place]
+    what = f"{client.url}: a first text"
+    ids_T = np.array(prompt_token_ids(reply, what), np.int64)
+    rows = listed_rows(reply, ids_T, np.arange(len(ids_T) - 1), listed, what)
     fingerprint = reply.get("system_fingerprint")
     longest = about.get("max_model_len")
     return ServedModel(
@@ -94,7 +89,7 @@ def ask_served(client: ServerClient, *, model: str | None, listed: int) -> Serve
         system_fingerprint=fingerprint if isinstance(fingerprint, str) else None,
         longest=int(longest) if longest else 2**31,
         probe_ids_T=ids_T,
-        probe_log_prob=float(np.mean(log_probs)),
+        probe_log_prob=float(rows.target_log_probs_N.mean()),
     )
 
 

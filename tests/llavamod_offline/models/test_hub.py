@@ -93,6 +93,20 @@ def test_an_incomplete_snapshot_is_one_line(hub: Path, checkpoint: Path, lacking
         checkpoint_folder("org/tiny")
 
 
+def test_a_snapshot_may_lack_weights_that_are_elsewhere(hub: Path, checkpoint: Path) -> None:
+    """As that of a teacher that a server runs; everything else must be there."""
+    snapshot = write_snapshot(hub, "org/tiny", sharded(checkpoint))
+    for file in snapshot.glob("*.safetensors"):
+        file.unlink()
+    assert checkpoint_folder("org/tiny", weights=False) == snapshot
+    assert describe_weights(snapshot, needed=False)["weights"] == {}
+    with pytest.raises(ModelError, match="its local snapshot lacks"):
+        checkpoint_folder("org/tiny")
+    (snapshot / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"its local snapshot lacks config\.json"):
+        checkpoint_folder("org/tiny", weights=False)
+
+
 def test_a_folder_that_lacks_a_shard_is_one_line(tmp_path: Path, checkpoint: Path) -> None:
     folder = tmp_path / "copy"
     folder.mkdir()
