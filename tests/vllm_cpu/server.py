@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from llavamod_offline.vllm.overrides import config_overrides
 from llavamod_offline.vllm.plugin import PREFIX
 
 _ROOT = Path(__file__).parents[2]
@@ -34,7 +35,8 @@ class VllmServer:
             self.port = int(probe.getsockname()[1])
         self.url = f"http://127.0.0.1:{self.port}"
         (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
-        changed = {"architectures": [f"{PREFIX}{architecture}"], "head_dtype": "float32"}
+        named_so = {"architectures": [f"{PREFIX}{architecture}"], "head_dtype": "float32"}
+        changed = named_so | config_overrides(folder)
         named = ["--model", str(folder), "--served-model-name", "teacher", "--host", "127.0.0.1"]
         sized = ["--port", str(self.port), "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8"]
         more = ["--enforce-eager", "--enable-scale-out", "--max-logprobs", "-1", "--hf-overrides", json.dumps(changed)]
