@@ -13,7 +13,6 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequence
@@ -91,13 +90,4 @@ class FeatureFamily(Family, Protocol):
 
         `images` are those of the whole batch, in the order of their tokens; padding is on the right.
         """
-        ...
-
-
-@runtime_checkable
-class FittingFamily(Family, Protocol):
-    """A family of which an image can be had as its processor resizes it, so that any processor leaves it as it is."""
-
-    def fit(self, image: Image.Image) -> Image.Image:
-        """Pad, resize and crop an RGB image, in bytes."""
         ...

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from llavamod_offline.data.encode.template import Template
@@ -85,18 +84,6 @@ class QwenVlFamily:
             tokens = int(grid_3.prod()) // int(self.processor.merge_size) ** 2
             made.append(SampleImage({"pixel_values": pixels_PC, "image_grid_thw": grid_3}, tokens))
         return made
-
-    def fit(self, image: Image.Image) -> Image.Image:
-        """Pad, and resize to a whole number of merged patches."""
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
-        if self.padded:
-            image = pad_to_square(image, self.fill)
-        if not self.processor.do_resize:
-            return image
-        size, factor = self.processor.size, int(self.processor.patch_size) * int(self.processor.merge_size)
-        height, width = smart_resize(image.height, image.width, factor, size["shortest_edge"], size["longest_edge"])
-        return image.resize((width, height), int(self.processor.resample))
 
     def describe_images(self) -> dict[str, Any]:
         """The processor's settings; an image's tokens depend on its size."""

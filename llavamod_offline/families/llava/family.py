@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from llavamod_offline.data.encode.template import Template
@@ -55,10 +54,6 @@ class LlavaFamily:
                 pixels_3HW = pixel_array(self.preprocessor.pixels(image, name=sample.key), sample)
             made.append(SampleImage({"pixel_values": pixels_3HW}, self.encoder.image_tokens))
         return made
-
-    def fit(self, image: Image.Image) -> Image.Image:
-        """Pad, resize and crop."""
-        return self.preprocessor.fit(image)
 
     def describe_images(self) -> dict[str, Any]:
         """The processor's settings, and the tokens of an image."""

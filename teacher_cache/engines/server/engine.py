@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llavamod_offline.data.encode.tokenize import NO_TARGET, Ids, Positions, TokenizedSequence
-from llavamod_offline.errors import ConfigError, DataError, ModelError
+from llavamod_offline.errors import DataError, ModelError
 from llavamod_offline.families import Family
-from llavamod_offline.families.protocol import FeatureFamily
 from llavamod_offline.vllm.families import check_family
 from llavamod_offline.vllm.heads import check_same_head
 from llavamod_offline.vllm.inputs import check_prompt
@@ -24,7 +23,7 @@ from teacher_cache.engines.listed import describe_limits, listed_records
 from teacher_cache.engines.protocol import NOT_FINITE, Outcome, Request, beyond_vocabulary, longest_first, recorded
 from teacher_cache.engines.server.client import ServerClient, ServerRefusedError
 from teacher_cache.engines.server.replies import check_log_probs, listed_rows, prompt_token_ids, read_object
-from teacher_cache.engines.server.requests import image_uris, prompt_with_images, scoring_request
+from teacher_cache.engines.server.requests import check_served, image_uris, prompt_with_images, scoring_request
 from teacher_cache.engines.server.served import PROBE, ServedModel, ask_served
 from teacher_cache.engines.server.settings import ServerSettings
 from teacher_cache.format.record import RecordSettings
@@ -39,7 +38,6 @@ _NOT_FINITE = "Out of range float values"  # what vLLM says where a log-prob is 
 _LIMITS = (
     "number types, attention and parallelism are the server's own",
     "that the server has the teacher's weights is known by its tokens alone",
-    "images of LLaVA-OneVision, which are cut into tiles, are resized by the server",
 )
 
 
@@ -183,11 +181,7 @@ def listed_ids(top_k: int, vocab_size: int) -> int:
 def load_engine(setup: CaptureSetup) -> ServerCaptureEngine:
     """Connect to the server. Errors: `ModelError` or `ConfigError` if it does not serve this teacher."""
     assert setup.url is not None
-    if not isinstance(setup.teacher, FeatureFamily):
-        raise ConfigError(
-            f"{setup.teacher.folder}: the numbers that a server gives for this family were not compared with those of "
-            "transformers: set engine.kind=hf or vllm"
-        )
+    check_served(setup.teacher)
     check_family(setup.teacher, device=_SERVED)
     check_same_head(setup.teacher.folder)
     listed = listed_ids(setup.settings.top_k, setup.codec.vocab_size)

@@ -17,24 +17,48 @@ from PIL import Image
 
 from llavamod_offline.data.images import decode_image
 from llavamod_offline.data.sample import Sample
+from llavamod_offline.errors import ConfigError
+from llavamod_offline.families.causal_lm import CausalLmFamily
 from llavamod_offline.families.folder import preparing
-from llavamod_offline.families.protocol import Family, FittingFamily
+from llavamod_offline.families.llava.family import LlavaFamily
+from llavamod_offline.families.protocol import Family
 from teacher_cache.engines.protocol import Request
 
 COMPLETIONS, TOKENS = "/v1/completions", "/inference/v1/generate"
 
 
 def image_uris(family: Family, sample: Sample) -> list[str]:
-    """A sample's images as the model sees them, where their size alone decides it, else as they are.
+    """A sample's images in the size at which the model sees them, which the server's processor then leaves as it is.
 
     Errors: `DataError` naming the sample.
     """
+    if not sample.images:
+        return []
+    assert isinstance(family, LlavaFamily)  # see `check_served`
     uris = []
     for encoded in sample.images:
         image = decode_image(encoded, name=sample.key)
         with preparing(sample):
-            uris.append(_data_uri(family.fit(image) if isinstance(family, FittingFamily) else image))
+            uris.append(_data_uri(family.preprocessor.fit(image)))
     return uris
+
+
+def check_served(family: Family) -> None:
+    """Refuse teachers whose numbers from a server are not known to be those of transformers. Errors: `ConfigError`."""
+    if isinstance(family, CausalLmFamily):
+        return
+    if not isinstance(family, LlavaFamily):
+        raise ConfigError(
+            f"{family.folder}: a server gives other numbers than transformers for this family, or was not compared: "
+            "set engine.kind=hf or vllm"
+        )
+    sizes = family.preprocessor.size[::-1]
+    noise = Image.effect_noise(sizes, 64.0).convert("RGB")
+    if family.preprocessor.fit(noise).tobytes() != noise.tobytes():
+        raise ConfigError(
+            f"{family.folder}: its image processor changes images of {sizes[0]}×{sizes[1]} pixels, which it makes of "
+            "all, so that a server would change them again: set engine.kind=hf or vllm"
+        )
 
 
 def prompt_with_images(family: Family, request: Request, role: str) -> NDArray[np.int64]:

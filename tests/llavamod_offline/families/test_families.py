@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +13,11 @@ import pytest
 import torch
 
 from llavamod_offline.data.encode.template import get_template
-from llavamod_offline.data.images import decode_image
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.errors import ConfigError, DataError, ModelError
 from llavamod_offline.families import SampleImage, open_family
 from llavamod_offline.families.llava.family import LlavaFamily
-from llavamod_offline.families.protocol import FeatureFamily, FittingFamily
+from llavamod_offline.families.protocol import FeatureFamily
 from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.engines.protocol import Request
 from teacher_cache.format.record import RecordSettings
@@ -204,24 +202,6 @@ def test_padding_to_squares_is_ours_where_it_is_asked_for(family: Opened) -> Non
     assert teacher.images(wide)[0].tokens == teacher.images(square)[0].tokens
     assert teacher.describe_images()["aspect"] == "pad"
     assert teacher.describe_images() != family.teacher.describe_images()
-
-
-@pytest.mark.parametrize("aspect", ["own", "pad"])
-def test_an_image_brought_to_its_size_gives_the_same_pixels_again(family: Opened, aspect: str) -> None:
-    """Any processor of the family, such as a server's, then leaves it at that."""
-    teacher: Any = family.teacher
-    if aspect == "pad":
-        teacher = open_family(family.folder, get_template("chatml"), image_aspect="pad", max_length=1024)
-    if not isinstance(teacher, FittingFamily):
-        pytest.skip("it cuts images into tiles")
-    for number, size in enumerate([*SIZES, (100, 1), (1, 100), (400, 3), (56, 56)]):
-        encoded = tiny_image(number, size)
-        buffer = io.BytesIO()
-        teacher.fit(decode_image(encoded, name="k")).save(buffer, "PNG")
-        alone, again = (teacher.images(_sample("k", (one,), ("<image>a", "b"))) for one in (encoded, buffer.getvalue()))
-        assert [image.tokens for image in alone] == [image.tokens for image in again]
-        for name, array in alone[0].inputs.items():
-            assert np.array_equal(array, again[0].inputs[name]), (size, name)
 
 
 def test_a_picture_that_the_processor_refuses_is_a_data_error(family: Opened, monkeypatch: pytest.MonkeyPatch) -> None:

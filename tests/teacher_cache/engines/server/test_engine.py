@@ -20,12 +20,13 @@ from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.engines.protocol import Request
 from teacher_cache.engines.server.client import ServerClient
 from teacher_cache.engines.server.engine import ServerCaptureEngine
-from teacher_cache.engines.server.requests import COMPLETIONS, TOKENS
+from teacher_cache.engines.server.requests import COMPLETIONS, TOKENS, check_served
 from teacher_cache.engines.server.served import ask_served
 from teacher_cache.engines.server.settings import ServerSettings
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.sequences import SequenceRecord
+from tests.llavamod_offline.families.official import write_family
 from tests.teacher_cache.engines.server.replaying import (
     DISABLED,
     LISTED,
@@ -42,6 +43,7 @@ from tests.teacher_cache.engines.server.replaying import (
     write_recorded_llava,
 )
 from tests.teacher_cache.engines.vllm_world import TOLERANCE, Captured, assert_same, with_limits
+from tests.tiny_teachers import write_tiny_qwen_vl
 
 KEPT = RecordSettings(1.0, LISTED, 0, 1.0, ())
 PROBE_TOKENS = 40  # at most; the samples have more
@@ -278,6 +280,19 @@ def test_a_sequence_longer_than_the_server_takes_is_rejected(teacher: Family, se
     engine._check_same = lambda client: None  # type: ignore[method-assign]
     rejected = [o for o in engine.capture(_requests(teacher)) if isinstance(o, Rejection)]
     assert [item.reason for item in rejected] == [f"{longest} tokens, the server takes {server_models.longest - 1}"]
+
+
+def test_teachers_that_a_server_changes_are_refused(teacher: Family, tmp_path: Path) -> None:
+    """Qwen2-VL; and a processor that resizes to more than it crops to, as DINOv2's, also what it has cropped."""
+    check_served(teacher)
+    qwen = open_family(write_tiny_qwen_vl(tmp_path / "qwen", "2"), "qwen", image_aspect="auto", max_length=500)
+    dino = open_family(write_family("llava_dinov2", tmp_path / "dino"), "qwen", image_aspect="auto", max_length=500)
+    for family, reason in (
+        (qwen, "for this family, or was not compared"),
+        (dino, "its image processor changes images"),
+    ):
+        with pytest.raises(ConfigError, match=f"{reason}.*: set engine.kind=hf or vllm"):
+            check_served(family)
 
 
 def test_the_key_is_sent(teacher: Family, server: ReplayServer, monkeypatch: pytest.MonkeyPatch) -> None:
