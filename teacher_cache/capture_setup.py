@@ -253,9 +253,9 @@ def _kept(
 
 def _check_without_image(kind: WithoutImage, engine: str, teacher: Family, samples: SampleSet) -> None:
     """Refuse a second run without images where there is none. Errors: `ConfigError`."""
-    if engine != "hf":
+    if engine == "server":
         raise ConfigError(
-            f"capture.without_image: engine {engine} has no second run without images: set engine.kind=hf"
+            "capture.without_image: engine server has no second run without images: set engine.kind=hf or vllm"
         )
     if teacher.image_token_id is None:
         raise ConfigError(f"capture.without_image: {teacher.folder} is a teacher without images: remove the setting")

@@ -120,6 +120,7 @@ def write_cache(captured: Any, config: CacheTeacherConfig, *, allow: Sequence[st
     limited = Rejected(config.max_rejected)
     output = absolute(config.output)
     sink = CacheSink(setup.samples, output, setup.fingerprint, setup.codec, allow)
+    captured.context.raise_original_map_exception = True  # Ray's own around it loses its cause on the way here
     with locked(config.output):
         check_no_workers(config.output)
         store = sink.store()

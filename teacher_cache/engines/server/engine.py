@@ -28,6 +28,7 @@ from teacher_cache.engines.server.served import PROBE, ServedModel, ask_served
 from teacher_cache.engines.server.settings import ServerSettings
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.rejection import Rejection
+from teacher_cache.images.pool import THREADS
 
 if TYPE_CHECKING:
     from teacher_cache.capture_setup import CaptureSetup, SetupValues
@@ -69,14 +70,13 @@ class ServerCaptureEngine:
     settings: RecordSettings
     _: KW_ONLY
     vocab_size: int
-    workers: int
     positions: Positions = "response"
 
     def capture(self, requests: Sequence[Request]) -> Iterator[Outcome]:
         """Capture one data shard; see `protocol.CaptureEngine`. A reply is asked for again until it is there."""
         with (
             ServerClient(self.url, self.server) as client,
-            ThreadPoolExecutor(self.workers, thread_name_prefix="images") as pool,
+            ThreadPoolExecutor(THREADS, thread_name_prefix="images") as pool,
         ):
             self._check_same(client)
             outages = client.outages
@@ -199,7 +199,6 @@ def load_engine(setup: CaptureSetup) -> ServerCaptureEngine:
         setup.teacher,
         setup.settings,
         vocab_size=setup.codec.vocab_size,
-        workers=setup.workers,
         positions=setup.positions,
     )
 

@@ -28,6 +28,7 @@ from teacher_cache.format.record import Records, RecordSettings
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.schema import HiddenPositions
 from teacher_cache.format.sequences import SequenceRecord
+from teacher_cache.visual.second_pass import blank_requests, drop_images, targets_alone, with_advantages
 from tests.teacher_cache.engines.vllm_world import HEAD_OF_32, TOLERANCE, Start, World, assert_same
 from tests.tiny import tiny_image, tiny_samples, write_tiny_llava
 from tests.vllm_cpu import NEEDS_VLLM, SETTINGS
@@ -92,6 +93,32 @@ def test_settings_of_a_copy_are_its_own(world: World) -> None:
     for record in world.capture(engine, samples).values():
         assert (record.records.topk_counts_N == world.vocab_size).all()
         assert np.isneginf(record.records.tail_log_mass_N).all()
+
+
+@pytest.mark.parametrize("kind", ["blank", "drop"])
+def test_what_images_are_worth(world: World, kind: str) -> None:
+    """Log-probs of the same answers without what the images show, by a second run of the same engine."""
+    samples = [sample for sample in tiny_samples(12, seed=4) if sample.images]
+    shown = world.requests(samples)
+    if kind == "blank":
+        bare = blank_requests(shown, 2)
+    else:
+        bare = [drop_images(request, world.teacher.encode)[0] for request in shown]
+    advantages = []
+    for engine in (world.hf(), world.vllm()):
+        captured = [outcome for outcome in engine.capture(shown) if isinstance(outcome, SequenceRecord)]
+        keys = {sample.key for sample in samples}
+        found, rejected = with_advantages(captured, targets_alone(engine).capture(bare), keys)
+        assert not rejected
+        advantages.append({record.key: record.advantages_N for record in found})
+    ours, theirs = advantages
+    assert ours.keys() == theirs.keys() == {sample.key for sample in samples}
+    codes = [(ours[key], theirs[key]) for key in ours]
+    assert all(one is not None and other is not None for one, other in codes)
+    apart = np.concatenate([np.abs(one.astype(int) - other.astype(int)) for one, other in codes])  # type: ignore[union-attr]
+    assert apart.max() <= 1  # at the border of two codes
+    assert (apart > 0).mean() < 0.02
+    assert len(np.unique(np.concatenate([one for one, _ in codes]))) > 3
 
 
 def test_a_capture_made_again_is_the_same(world: World) -> None:

@@ -154,7 +154,11 @@ def test_what_has_no_images_is_refused_in_one_line(world: World, tmp_path: Path)
         [
             (("capture.without_image=blank",), tmp_path / "text", "has no images: remove the setting"),
             (("capture.without_image=grey",), None, "capture.without_image is 'grey': must be"),
-            (("capture.without_image=drop", "engine.kind=vllm"), None, "engine vllm has no second run"),
+            (
+                ("capture.without_image=drop", "engine.kind=server", "engine.url=http://localhost:1"),
+                None,
+                "engine server has no second run",
+            ),
         ]
     ):
         with pytest.raises(ConfigError, match=message) as caught:

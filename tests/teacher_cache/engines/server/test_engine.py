@@ -70,7 +70,7 @@ def _engine(server: ReplayServer, teacher: Family, settings: ServerSettings = SE
     with ServerClient(server.url, settings) as client:
         served = ask_served(client, model=None, listed=LISTED)
     size = min(len(teacher.encoder.tokenizer), teacher.head_rows)
-    return ServerCaptureEngine(server.url, settings, served, teacher, KEPT, vocab_size=size, workers=2)
+    return ServerCaptureEngine(server.url, settings, served, teacher, KEPT, vocab_size=size)
 
 
 def _requests(teacher: Family) -> list[Request]:
@@ -101,7 +101,6 @@ def test_recorded_answers_give_the_log_probs_of_the_hugging_face_engine(
         vocab_size=engine.vocab_size,
         seed=0,
         batch_size=4,
-        workers=1,
     )
     expected = {(o.key, o.role): o for o in hf.capture(_requests(teacher)) if isinstance(o, SequenceRecord)}
     assert_same(expected, {name: with_limits(record, expected[name]) for name, record in undisturbed.items()})

@@ -74,9 +74,7 @@ def _engine(
     settings = ServerSettings(concurrency=concurrency, patience_seconds=3600)  # a start may take long
     with ServerClient(server.url, settings) as client:
         served = ask_served(client, model=None, listed=listed_ids(kept.top_k, size))
-    return ServerCaptureEngine(
-        server.url, settings, served, teacher, kept, vocab_size=size, workers=2, positions=positions
-    )
+    return ServerCaptureEngine(server.url, settings, served, teacher, kept, vocab_size=size, positions=positions)
 
 
 def _hf(engine: ServerCaptureEngine) -> HfCaptureEngine:
@@ -87,7 +85,6 @@ def _hf(engine: ServerCaptureEngine) -> HfCaptureEngine:
         vocab_size=engine.vocab_size,
         seed=0,
         batch_size=8,
-        workers=2,
         positions=engine.positions,
     )
 
