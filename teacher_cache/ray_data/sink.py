@@ -10,7 +10,7 @@ from ray.data.datasource import Datasink
 
 from llavamod_offline.data.sample import ROLES_OF_KIND
 from llavamod_offline.data.sets.sample_set import SampleSet
-from llavamod_offline.errors import DataError, LlavaModError
+from llavamod_offline.errors import DataError, LlavaModError, first_line
 from llavamod_offline.signals import keeping
 from llavamod_offline.storage.folders import absolute
 from llavamod_offline.storage.lock import locked
@@ -143,11 +143,12 @@ def write_cache(captured: Any, config: CacheTeacherConfig, *, allow: Sequence[st
 
 
 def _own(error: BaseException) -> LlavaModError | None:
-    """The `LlavaModError` that an error of Ray's was caused by, if any."""
+    """The `LlavaModError` that an error of Ray's was caused by, if any, without the lines that Ray adds."""
     seen: BaseException | None = error
     while seen is not None:
         cause = getattr(seen, "cause", None) or seen.__cause__
         if isinstance(cause, LlavaModError):
+            cause.args = (first_line(cause),)
             return cause
         seen = cause
     return None

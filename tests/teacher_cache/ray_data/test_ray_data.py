@@ -66,5 +66,6 @@ def test_pipelines(world: World, tmp_path: Path) -> None:
 
     assert found["changed"].startswith("DataError: sample '")
     assert "differs from that of set" in found["changed"]
+    assert "\n" not in found["changed"]
     assert found["dropped"].startswith("DataError: ray_data: shard 'set-000001': 3 rows arrived together of the 4")
     assert found["shuffled"].startswith("ConfigError: ray_data: the step Repartition")
