@@ -116,8 +116,9 @@ class Answerer:
         ready: list[tuple[_Open, Prompt]] = []
         for (item, ids_T), coming in zip(batch, images, strict=True):
             try:
-                own = tuple(coming.result())
-                problem = image_mismatch(ids_T, own, self._setup.teacher.image_token_id)
+                own, problem = coming.result(), None
+                if isinstance(self._engine, HfCaptureEngine) or self._engine.takes_our_images:
+                    problem = image_mismatch(ids_T, own, self._setup.teacher.image_token_id)
             except DataError as error:
                 problem = str(error)
             if problem:
@@ -125,7 +126,7 @@ class Answerer:
                 continue
             stream = f"answer {item.places[len(item.texts)]}" + (f" copy {item.copy}" if item.copy else "")
             room = min(self._limit - len(ids_T), self._given.limit(item.sample.source)[0])
-            ready.append((item, Prompt(item.sample.key, stream, ids_T, own, room)))
+            ready.append((item, Prompt(item.sample.key, stream, ids_T, own, room, coming.sample.images)))
         if not ready:
             return
         written = self._write([prompt for _, prompt in ready])

@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 
 from llavamod_offline.data.encode.tokenize import Ids, TokenizedSequence
-from llavamod_offline.families import SampleImage
 from llavamod_offline.families.run import on_model
 from teacher_cache.engines.batch_limit import BatchLimit
 from teacher_cache.engines.hf import HfCaptureEngine
@@ -46,14 +45,16 @@ class Decoding:
 class Prompt:
     """One prompt: its tokens, its images, and the name of its random numbers.
 
-    `room`: the most tokens that the answer may have, including the one that ends it.
+    `images`: as what writes the answer takes them; for `write_answers`, a `SampleImage` each. `room`: the most tokens
+    that the answer may have, including the one that ends it. `encoded_images` identify them where prefixes are shared.
     """
 
     key: str
     stream: str
     input_ids_T: Ids
-    images: tuple[SampleImage, ...]
+    images: Any
     room: int
+    encoded_images: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from llavamod_offline.errors import ConfigError
-from llavamod_offline.families import Family, SampleImage
-from llavamod_offline.families.protocol import FeatureFamily
+from llavamod_offline.families import Family
 from llavamod_offline.vllm import plugin
-from llavamod_offline.vllm.families import check_family
-from llavamod_offline.vllm.inputs import check_prompt, engine_input
+from llavamod_offline.vllm.feeds import Feed, PixelFeed, feed_of
+from llavamod_offline.vllm.inputs import check_prompt
 from llavamod_offline.vllm.session import Session
 from teacher_cache.engines.vllm.engine import open_session
 from teacher_cache.generate.decode_loop import Decoding, Prompt, Written, first_stop
@@ -38,11 +35,16 @@ class VllmWriter:
     """vLLM on a checkpoint, for text; `batch_size` prompts are handed over at once."""
 
     session: Session
+    feed: Feed
     teacher: Family
     vocab_size: int
-    dtype: torch.dtype
     batch_size: int
     image_pool: ImagePool
+
+    @property
+    def takes_our_images(self) -> bool:
+        """Whether a prompt's images are a `SampleImage` each; otherwise vLLM's own processor compares them."""
+        return isinstance(self.feed, PixelFeed)
 
     def write(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Written]:
         """Answer prompts, in order. Errors: `ModelError` with vLLM's reason, or naming a prompt that it changed."""
@@ -70,14 +72,8 @@ class VllmWriter:
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            inputs = engine_input(
-                prompt.input_ids_T,
-                prompt.images,
-                image_token_id=self.teacher.image_token_id,
-                name=prompt.key,
-                salt=images_hash(prompt.images),
-                dtype=self.dtype,
-            )
+            salt = images_hash(prompt.encoded_images)
+            inputs = self.feed.prompt(prompt.input_ids_T, prompt.images, name=prompt.key, salt=salt)
             yield number, inputs, parameters
 
     def _never(self) -> list[int]:
@@ -88,11 +84,18 @@ class VllmWriter:
     def _written(self, output: Any, decoding: Decoding) -> Written:
         ids = [int(number) for number in output.token_ids]
         log_probs = tuple(float(own[number].logprob) for number, own in zip(ids, output.logprobs, strict=True))
-        finite = all(math.isfinite(value) for value in log_probs)
         ended = bool(ids) and ids[-1] == self.teacher.encoder.end_id
         ids = ids[:-1] if ended else ids
-        stopped = first_stop(self.teacher.encoder.tokenizer, ids, decoding.stop)
-        return Written(tuple(ids), ended or stopped is not None, finite, log_probs, stopped)
+        tokenizer = self.teacher.encoder.tokenizer
+        if first_stop(tokenizer, ids, decoding.stop) is None:
+            return Written(tuple(ids), ended, all(map(math.isfinite, log_probs)), log_probs, None)
+        # vLLM went on: what follows the token that completes such a text is no part of the answer.
+        length = bisect_left(
+            range(len(ids)), True, key=lambda n: first_stop(tokenizer, ids[:n], decoding.stop) is not None
+        )
+        stopped = first_stop(tokenizer, ids[:length], decoding.stop)
+        kept = log_probs[:length]
+        return Written(tuple(ids[:length]), True, all(map(math.isfinite, kept)), kept, stopped)
 
     def close(self) -> None:
         """Release the memory, such as for the capture that follows."""
@@ -105,35 +108,29 @@ def request_seed(seed: int, key: str, stream: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def images_hash(images: Sequence[SampleImage]) -> str:
-    """What identifies images to the prefix cache."""
+def images_hash(images: Sequence[bytes]) -> str:
+    """What identifies encoded images to the prefix cache."""
     digest = hashlib.sha256()
     for image in images:
-        for name, values in sorted(image.inputs.items()):
-            digest.update(f"{name} {values.dtype} {values.shape}\n".encode())
-            digest.update(values.tobytes())
+        digest.update(len(image).to_bytes(8, "little"))
+        digest.update(image)
     return digest.hexdigest()
 
 
 def start_writer(setup: CaptureSetup) -> VllmWriter:
-    """Start vLLM on the model. Errors: as `engine.start_vllm`; `ConfigError` for a family it does not write for."""
-    check_family(setup.teacher, device=setup.device)  # before what follows, which is of families that vLLM runs
-    if not isinstance(setup.teacher, FeatureFamily):
-        raise ConfigError(
-            f"{setup.teacher.folder}: vLLM captures this family, but only transformers writes its answers: set "
-            "engine.kind=hf"
-        )
+    """Start vLLM on the model. Errors: as `engine.start_vllm`."""
     session = open_session(
         setup,
         plugin,
         runner="generate",
         logprobs_mode="processed_logprobs",  # after temperature and top_p
     )
+    feed = feed_of(setup.teacher, session.engine, setup.dtype)
     return VllmWriter(
         session,
+        feed,
         setup.teacher,
         vocab_size=setup.codec.vocab_size,
-        dtype=setup.dtype,
         batch_size=_BATCHES * setup.vllm.max_num_seqs,
-        image_pool=setup.image_pool(),
+        image_pool=setup.image_pool(None if isinstance(feed, PixelFeed) else feed.images),
     )

@@ -28,6 +28,8 @@ from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.generate.run import Generation, generate
 
 SOURCE_SAMPLES = 9
+# For a teacher with random weights, which seldom ends an answer by itself.
+UNTRAINED = ("template=auto", "generate.max_new_tokens=40", "generate.stop=[n]", "max_rejected=1.0")
 
 
 @dataclasses.dataclass(frozen=True)

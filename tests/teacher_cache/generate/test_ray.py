@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from teacher_cache.format.manifest import file_entries
-from tests.teacher_cache.generate.reference import SOURCE_SAMPLES, Place
+from tests.teacher_cache.generate.reference import SOURCE_SAMPLES, UNTRAINED, Place
+from tests.tiny_families import TINY_FAMILIES
 
 ROOT = Path(__file__).parents[3]
 COMMAND = "from teacher_cache.cli.main import main; main()"
@@ -41,6 +42,16 @@ def test_two_workers_give_the_set_and_the_cache_of_one_process(place: Place, gre
     again = json.loads(on_ray(*place.arguments(), "--json").stdout)
     assert (again["written"], again["digest"]) == (0, found["digest"])
     assert not list(place.folder.glob(".*"))
+
+
+def test_two_workers_write_what_another_family_writes_in_one_process(place: Place, tmp_path: Path) -> None:
+    teacher = TINY_FAMILIES["qwen3_vl"].write(tmp_path / "teacher")
+    given = (f"teacher={teacher}", *UNTRAINED, "generate.capture=false")
+    alone = place.generate(*given, name="alone")
+    done = on_ray(*place.arguments(*given), "--json")
+    assert done.returncode == 3, done.stderr  # some answers of a teacher without training do not end
+    found = json.loads(done.stdout)
+    assert (found["written"], found["digest"]) == (SOURCE_SAMPLES, alone.digest)
 
 
 def test_an_error_of_a_worker_is_one_line(place: Place) -> None:

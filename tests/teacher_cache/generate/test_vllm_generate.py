@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from llavamod_offline.config import load_config
@@ -10,7 +12,8 @@ from llavamod_offline.demo.plan import TEACHER
 from teacher_cache.capture.run import run_capture
 from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.read.reader import open_cache
-from tests.teacher_cache.generate.reference import SOURCE_SAMPLES, Place, rows
+from tests.teacher_cache.generate.reference import SOURCE_SAMPLES, UNTRAINED, Place, rows
+from tests.tiny_families import TINY_FAMILIES
 from tests.vllm_cpu import NEEDS_VLLM
 
 pytestmark = NEEDS_VLLM
@@ -29,6 +32,15 @@ def test_greedy_answers_are_those_of_the_hugging_face_writer(place: Place, greed
         assert other.generated is not None
         for own, theirs in zip(one.generated.behaviour_log_probs, other.generated.behaviour_log_probs, strict=True):
             np.testing.assert_allclose(own or (), theirs or (), atol=2e-3)
+
+
+def test_greedy_answers_of_a_family_with_a_processor_of_its_own(place: Place, tmp_path: Path) -> None:
+    teacher = TINY_FAMILIES["qwen3_vl"].write(tmp_path / "teacher")
+    given = (f"teacher={teacher}", *UNTRAINED, "generate.capture=false")
+    found = [place.generate(*given, *engine, name=name) for name, engine in (("hf", ()), ("vllm", IN_VLLM))]
+    assert found[0].samples >= SOURCE_SAMPLES // 2
+    assert found[0].tokens >= 5 * found[0].samples
+    assert (found[0].digest, found[0].rejected) == (found[1].digest, found[1].rejected)
 
 
 def test_sampled_answers_have_their_log_probs_and_are_the_same_in_a_rerun(place: Place) -> None:
