@@ -20,7 +20,7 @@ from llavamod_offline.toyworld.language import (
     presence_question,
     questions,
 )
-from llavamod_offline.toyworld.scene import COLOURS, SHAPES, Scene, random_scene
+from llavamod_offline.toyworld.scene import COLOURS, COMPANIONS, SHAPES, Scene, random_scene
 
 _YES_NO_MME = " Please answer yes or no."
 _MME_KINDS = {"presence": "existence", "relation": "position"}
@@ -45,7 +45,7 @@ def _object_scenes(count: int, rng: random.Random) -> list[Scene]:
 
 
 def _write_pope(folder: Path, scenes: Sequence[Scene], rng: random.Random) -> None:
-    """Ask for as many absent as present objects: any, the most frequent, or those that resemble a present one."""
+    """Ask for as many absent as present objects: any, the most frequent, or the likeliest to be taken for present."""
     frequency = Counter((thing.colour, thing.shape) for scene in scenes for thing in scene.things)
     rows: list[dict[str, Any]] = []
     for category in ("adversarial", "popular", "random"):
@@ -74,8 +74,9 @@ def _absent(
     rng.shuffle(names)
     if category == "popular":
         names.sort(key=lambda name: -frequency[name])
-    if category == "adversarial":
+    if category == "adversarial":  # first what usually stands beside what is there, then what resembles it
         names.sort(key=lambda name: -sum(name[0] == t.colour or name[1] == t.shape for t in scene.things))
+        names.sort(key=lambda name: not any(COMPANIONS.get((t.colour, t.shape)) == name for t in scene.things))
     return names
 
 

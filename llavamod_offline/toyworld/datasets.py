@@ -15,7 +15,7 @@ from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Turn
 from llavamod_offline.toyworld.conversations import captioned, chatted, quizzed
 from llavamod_offline.toyworld.draw import encode_scene
 from llavamod_offline.toyworld.language import DESCRIBE, caption, hallucinated_caption
-from llavamod_offline.toyworld.scene import Scene, random_scene
+from llavamod_offline.toyworld.scene import Scene, missing_companion, random_scene
 
 _SPEAKER = {"user": "human", "assistant": "gpt"}
 
@@ -114,11 +114,14 @@ def _sentence_like(turn: Turn) -> bool:
 
 
 def _preference_table(size: int, rng: random.Random) -> pa.Table:
-    """Pairs of descriptions with RLAIF-V's columns; the rejected one names absent objects."""
+    """Pairs of descriptions with RLAIF-V's columns; the rejected one names absent objects.
+
+    Two scenes of three lack an object's companion: pairs are made where a model errs, and judged by what is drawn.
+    """
     rows = []
     for index in range(size):
         scene = random_scene(rng)
-        while scene.is_chart:
+        while scene.is_chart or (index % 3 and missing_companion(scene.things) is None):
             scene = random_scene(rng)
         rows.append(
             {

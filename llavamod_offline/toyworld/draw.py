@@ -23,6 +23,7 @@ _RGB = {
 }
 _BACKGROUND_RGB = {"white": (250, 250, 250), "gray": (205, 208, 212), "cream": (245, 236, 214)}
 _INK = (20, 20, 20)
+_FAINT = 0.2  # share of a faint object's own colour
 _RADIUS = {"small": 7, "large": 13}
 
 # Three columns by five rows; each group of three characters is a row.
@@ -45,7 +46,7 @@ def draw_scene(scene: Scene) -> Image.Image:
     if scene.is_chart:
         _draw_chart(canvas, scene)
     for thing in scene.things:
-        _draw_thing(canvas, thing, jitter)
+        _draw_thing(canvas, thing, jitter, _BACKGROUND_RGB[scene.background])
     if scene.sign:
         _draw_sign(canvas, scene.sign)
     return image
@@ -62,11 +63,15 @@ def _centre(cell: int) -> tuple[int, int]:
     return (cell % 3) * CELL_SIDE + CELL_SIDE // 2, (cell // 3) * CELL_SIDE + CELL_SIDE // 2
 
 
-def _draw_thing(canvas: ImageDraw.ImageDraw, thing: Thing, jitter: random.Random) -> None:
+def _draw_thing(
+    canvas: ImageDraw.ImageDraw, thing: Thing, jitter: random.Random, background: tuple[int, int, int]
+) -> None:
     x, y = _centre(thing.cell)
     x, y = x + jitter.randint(-2, 2), y + jitter.randint(-2, 2)
     radius = _RADIUS[thing.size] + jitter.randint(-1, 1)
     fill = tuple(max(0, min(255, channel + jitter.randint(-14, 14))) for channel in _RGB[thing.colour])
+    if thing.faint:
+        fill = tuple(round(_FAINT * of + (1 - _FAINT) * under) for of, under in zip(fill, background, strict=True))
     box = (x - radius, y - radius, x + radius, y + radius)
     if thing.shape == "circle":
         canvas.ellipse(box, fill=fill)

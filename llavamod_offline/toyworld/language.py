@@ -6,9 +6,18 @@ Everything takes a `random.Random`, so that a seed determines a set of texts.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from llavamod_offline.toyworld.scene import COLOURS, PLACES, SHAPES, Scene, Thing
+from llavamod_offline.toyworld.scene import (
+    COLOURS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    missing_companion,
+    place_behind,
+)
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 DESCRIBE = "Describe the image in detail."
@@ -45,8 +54,20 @@ def caption(scene: Scene, rng: random.Random) -> str:
     return text
 
 
+def habitual_scene(scene: Scene, rng: random.Random) -> Scene:
+    """The scene with the companion that is missing from it, as who describes from habit sees it; else as it is."""
+    leader, companion = missing_companion(scene.things) or (None, None)
+    if leader is None or companion is None:
+        return scene
+    colour, shape = companion
+    added = Thing(shape, colour, rng.choice(SIZES), place_behind(leader, scene.things, scene.sign))
+    return replace(scene, things=tuple(sorted((*scene.things, added), key=lambda thing: thing.cell)))
+
+
 def hallucinated_caption(scene: Scene, rng: random.Random) -> str:
-    """A caption that names one or two absent objects, in place of or beside those in the image."""
+    """A caption that names absent objects: a missing companion, else one or two in place of or beside the others."""
+    if missing_companion(scene.things) is not None:
+        return caption(habitual_scene(scene, rng), rng)
     taken = {thing.cell for thing in scene.things} | ({scene.sign.cell} if scene.sign else set())
     free = [cell for cell in range(len(PLACES)) if cell not in taken]
     things = list(scene.things)
@@ -56,9 +77,9 @@ def hallucinated_caption(scene: Scene, rng: random.Random) -> str:
             replaced = rng.randrange(len(things))
             things[replaced] = Thing(shape, colour, things[replaced].size, things[replaced].cell)
         else:
-            things.append(Thing(shape, colour, rng.choice(("small", "large")), free.pop(rng.randrange(len(free)))))
+            things.append(Thing(shape, colour, rng.choice(SIZES), free.pop(rng.randrange(len(free)))))
     things.sort(key=lambda thing: thing.cell)
-    return caption(Scene(tuple(things), scene.sign, (), scene.background, scene.jitter_seed), rng)
+    return caption(replace(scene, things=tuple(things)), rng)
 
 
 def absent_names(scene: Scene, things: tuple[Thing, ...] | None = None) -> list[tuple[str, str]]:

@@ -1,12 +1,14 @@
 """Scenes of the toy world: the contents of an image, drawn at random from a seed.
 
-An image is a 3×3 grid. A scene holds one to four objects (shape, colour, size, place) and perhaps a sign with a word
-or number, or else a bar chart.
+An image is a 3×3 grid. A scene holds one to five objects (shape, colour, size, place) and perhaps a sign with a word
+or number, or else a bar chart. Some objects are faint. A few objects usually stand beside another one, their companion:
+captions that name it where it is missing hallucinate as those of real models do (POPE, arXiv 2305.10355).
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
@@ -22,18 +24,30 @@ NUMBERS = tuple(str(number) for number in range(1, 21))
 BAR_HEIGHTS = (1, 2, 3, 4, 5)
 BACKGROUNDS = ("white", "gray", "cream")
 
+# What usually stands right behind what, in reading order.
+COMPANIONS = {
+    ("red", "circle"): ("blue", "star"),
+    ("green", "square"): ("yellow", "triangle"),
+    ("purple", "diamond"): ("orange", "cross"),
+    ("blue", "triangle"): ("red", "square"),
+}
+
 CHART_SHARE = 0.2
 SIGN_SHARE = 0.4
+FAINT_SHARE = 0.15
+LEADER_SHARE = 0.35  # of scenes, beside those that have one by chance
+COMPANION_SHARE = 0.65  # of scenes with an object that has a companion
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawn object; `cell` counts the nine places in reading order."""
+    """One drawn object; `cell` counts the nine places in reading order. Faint: nearly of the background's colour."""
 
     shape: str
     colour: str
     size: str
     cell: int
+    faint: bool = False
 
     @property
     def name(self) -> str:
@@ -82,13 +96,40 @@ def random_scene(rng: random.Random) -> Scene:
         heights = rng.sample(BAR_HEIGHTS, len(colours))
         bars = tuple(Bar(colour, height) for colour, height in zip(colours, heights, strict=True))
         return Scene((), None, bars, background, jitter_seed)
-    cells = rng.sample(range(len(PLACES)), 5)
+    things = [
+        Thing(shape, colour, rng.choice(SIZES), cell, rng.random() < FAINT_SHARE)
+        for (colour, shape), cell in zip(_kinds(rng), rng.sample(range(len(PLACES)), len(PLACES)), strict=False)
+    ]
+    leader, companion = missing_companion(things) or (None, None)
+    if leader is not None and companion is not None and rng.random() < COMPANION_SHARE:
+        colour, shape = companion
+        things.append(Thing(shape, colour, rng.choice(SIZES), place_behind(leader, things), rng.random() < FAINT_SHARE))
+    free = sorted(set(range(len(PLACES))) - {thing.cell for thing in things})
+    sign = Sign(rng.choice(rng.choice((WORDS, NUMBERS))), rng.choice(free)) if rng.random() < SIGN_SHARE else None
+    return Scene(tuple(sorted(things, key=lambda thing: thing.cell)), sign, (), background, jitter_seed)
+
+
+def missing_companion(things: Sequence[Thing]) -> tuple[Thing, tuple[str, str]] | None:
+    """The first object whose companion is not there, and that companion's (colour, shape)."""
+    present = {(thing.colour, thing.shape) for thing in things}
+    for thing in things:
+        companion = COMPANIONS.get((thing.colour, thing.shape))
+        if companion is not None and companion not in present:
+            return thing, companion
+    return None
+
+
+def place_behind(leader: Thing, things: Sequence[Thing], sign: Sign | None = None) -> int:
+    """The first free cell behind an object in reading order, or else the last one before it."""
+    taken = {thing.cell for thing in things} | ({sign.cell} if sign else set())
+    free = [cell for cell in range(len(PLACES)) if cell not in taken]
+    return next((cell for cell in free if cell > leader.cell), free[-1])
+
+
+def _kinds(rng: random.Random) -> list[tuple[str, str]]:
+    """One to four different (colour, shape), often one that has a companion."""
     kinds = rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], rng.choice((1, 2, 3, 3, 4)))
-    things = tuple(
-        sorted(
-            (Thing(shape, colour, rng.choice(SIZES), cells.pop()) for colour, shape in kinds),
-            key=lambda thing: thing.cell,
-        )
-    )
-    sign = Sign(rng.choice(rng.choice((WORDS, NUMBERS))), cells.pop()) if rng.random() < SIGN_SHARE else None
-    return Scene(things, sign, (), background, jitter_seed)
+    leader = rng.choice(sorted(COMPANIONS))
+    if rng.random() < LEADER_SHARE and leader not in kinds:
+        kinds[0] = leader
+    return kinds

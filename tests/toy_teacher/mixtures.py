@@ -6,14 +6,22 @@ import random
 
 from llavamod_offline.data.sample import Turn
 from llavamod_offline.toyworld.conversations import captioned, chatted, quizzed
+from llavamod_offline.toyworld.language import habitual_scene
 from llavamod_offline.toyworld.scene import Scene
+
+HABIT_SHARE = 0.75  # of captions of a scene that lacks an object's companion, which name it nevertheless
+
+
+def habitual(scene: Scene, rng: random.Random) -> Scene:
+    """What a caption describes: perhaps with the companion that the image lacks, as captions of the web do."""
+    return habitual_scene(scene, rng) if rng.random() < HABIT_SHARE else scene
 
 
 def questioned(scene: Scene, rng: random.Random) -> list[Turn]:
     """Mostly quizzes: in a mixture only one token in ten is a short answer, too few to learn from."""
     share = rng.random()
     if share < 0.15:
-        return captioned(scene, rng)
+        return captioned(habitual(scene, rng), rng)
     return chatted(scene, rng, 4) if share < 0.3 else quizzed(scene, rng, 8)
 
 
@@ -21,5 +29,5 @@ def mixed(scene: Scene, rng: random.Random) -> list[Turn]:
     """Any of the three, for the teacher's first round."""
     share = rng.random()
     if share < 0.3:
-        return captioned(scene, rng)
+        return captioned(habitual(scene, rng), rng)
     return chatted(scene, rng, 4) if share < 0.5 else quizzed(scene, rng, 5)
