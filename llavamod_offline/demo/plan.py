@@ -142,7 +142,7 @@ def _training(output: Path, sizes: DemoSizes) -> Iterator[Step]:
     yield train("mimic_sparse", "multitask", steps, "5e-4", sparse, student("mimic_dense"), cache("multitask"))
     preferred = ("train-mimic_sparse", "cache-preference")
     steps = sizes.preference_steps
-    yield train("preference", "preference", steps, "5e-5", preferred, student("mimic_sparse"), cache("preference"))
+    yield train("preference", "preference", steps, "2e-4", preferred, student("mimic_sparse"), cache("preference"))
 
 
 def _evaluation(output: Path) -> Iterator[Step]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from llavamod_offline.demo.commands import answer_command, pack_command, score_command
@@ -17,9 +18,10 @@ _RATES = {
     "mimic_dense": "1e-3",
     "mimic_dense_aligned": "1e-3",
     "mimic_sparse": "5e-4",
-    "preference": "5e-5",
+    "preference": "2e-4",
 }
 _SECOND_RATE = "5e-4"  # on the second set, of all stages
+_FULL = replace(FULL, distill_steps=120, sparse_steps=40)  # of 30 students for each seed
 UNSEEN = "unseen"
 
 
@@ -30,7 +32,7 @@ def folder_of(seed: int) -> Path:
 
 def ladder_steps(seeds: int, *, quick: bool) -> list[Step]:
     """Every command with the steps it needs, as typed in the ladder's folder; seeds count from 1."""
-    sizes = QUICK if quick else FULL
+    sizes = QUICK if quick else _FULL
     return [step for seed in range(1, seeds + 1) for step in _steps(seed, sizes, quick=quick)]
 
 

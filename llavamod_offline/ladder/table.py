@@ -1,7 +1,6 @@
 """What the ladder compares: caches, training runs, the table's rows, and the claims that are tested.
 
-All runs of a group see the same samples in the same number of optimiser steps. Every stage of two sets has the steps
-of the demo's dense distillation on the first (`general`), and of its upcycling on the second (`multitask`).
+All runs of a group see the same samples in the same number of optimiser steps; every stage on a set has as many.
 """
 
 from __future__ import annotations
@@ -74,6 +73,7 @@ CACHES = (
     Cache("standard-at-2", "general", (_AT_2,)),
     Cache("compact-at-2", "general", ("capture.preset=compact", _AT_2)),
     Cache("samples-at-2", "general", (*_SAMPLES, _AT_2)),
+    Cache("blank", "general", ("capture.without_image=blank",)),
     Cache("positions", "general", ("capture.positions=all", "capture.hidden=int8")),
     Cache("unseen", "unseen", _ALL_IDS),
 )
@@ -116,6 +116,7 @@ RUNS = (
     Run("feature", "mimic_dense_aligned", "align", "general", "positions", _term(feature_weight=1)),
     Run("visual", "mimic_dense_aligned", "align", "general", "positions", _term(visual_kl_weight=1)),
     Run("relation", "mimic_dense_aligned", "align", "general", "positions", _term(relation_weight=0.5)),
+    *(_dense(f"weighted-{weight}", "blank", f"loss.visual_weight={weight}") for weight in (1, 4)),
     _dense("exhaustive", "exhaustive"),
     _dense("compact", "compact"),
     _dense("top50", "top50", _RENORMALISED),
@@ -130,7 +131,7 @@ RUNS = (
 
 _STAGES, _PREFERENCE, _TARGETS, _PARTS = (
     "Stages: general, then multi-task data", "Preference, from dense, then sparse", "Targets: general data alone",
-    "Positions and terms: general data alone",
+    "Positions, weights and terms: general data alone",
 )  # fmt: skip
 
 ROWS = (
@@ -160,6 +161,8 @@ ROWS = (
     TableRow(_PARTS, "hidden states of answers (LLAVADI)", "feature", "dense"),
     TableRow(_PARTS, "distributions at image tokens (LLaVA-KD)", "visual", "dense"),
     TableRow(_PARTS, "relations between image tokens (LLaVA-KD)", "relation", "dense"),
+    TableRow(_PARTS, "tokens weighted by what the image is worth, β = 1", "weighted-1", "dense"),
+    TableRow(_PARTS, "tokens weighted by what the image is worth, β = 4", "weighted-4", "dense"),
 )
 
 _LESS = "names absent objects in fewer descriptions than"

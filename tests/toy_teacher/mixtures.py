@@ -9,7 +9,7 @@ from llavamod_offline.toyworld.conversations import captioned, chatted, quizzed
 from llavamod_offline.toyworld.language import habitual_scene
 from llavamod_offline.toyworld.scene import Scene
 
-HABIT_SHARE = 0.75  # of captions of a scene that lacks an object's companion, which name it nevertheless
+HABIT_SHARE = 0.9  # of captions of a scene that lacks an object's companion, which name it nevertheless
 
 
 def habitual(scene: Scene, rng: random.Random) -> Scene:
@@ -23,6 +23,14 @@ def questioned(scene: Scene, rng: random.Random) -> list[Turn]:
     if share < 0.15:
         return captioned(habitual(scene, rng), rng)
     return chatted(scene, rng, 4) if share < 0.3 else quizzed(scene, rng, 8)
+
+
+def described(scene: Scene, rng: random.Random) -> list[Turn]:
+    """Mostly captions, by which the teacher acquires their habits."""
+    share = rng.random()
+    if share < 0.6:
+        return captioned(habitual(scene, rng), rng)
+    return chatted(scene, rng, 4) if share < 0.7 else quizzed(scene, rng, 8)
 
 
 def mixed(scene: Scene, rng: random.Random) -> list[Turn]:

@@ -46,7 +46,7 @@ from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
 from llavamod_offline.models.checkpoint import load_tokenizer
 from llavamod_offline.toyworld.draw import draw_scene
 from llavamod_offline.toyworld.scene import Scene, random_scene
-from tests.toy_teacher.mixtures import mixed, questioned
+from tests.toy_teacher.mixtures import described, mixed, questioned
 from tests.toy_teacher.supervision import ATTRIBUTES, PRESENCE_CLASSES, patch_labels, presence_labels
 from tests.toy_teacher.tokenizer import train_tokenizer
 
@@ -138,6 +138,7 @@ def conversations(
 def new_teacher(tower: CLIPVisionModel, tokenizer: Qwen2TokenizerFast, seed: int) -> LlavaForConditionalGeneration:
     """The untrained teacher: the given tower, frozen, with a random projector and Qwen2 text model."""
     torch.manual_seed(seed)
+    tower.config.name_or_path = ""  # where it was read from
     text = Qwen2Config(
         vocab_size=TEACHER_ROWS,
         hidden_size=160,
@@ -266,10 +267,11 @@ def main() -> None:
     parser.add_argument("--tower-steps", type=int, default=1200)
     parser.add_argument("--teacher-steps", type=int, default=3600)
     parser.add_argument("--question-steps", type=int, default=2200, help="the teacher's second round, mostly quizzes")
+    parser.add_argument("--caption-steps", type=int, default=600, help="the teacher's third round, mostly captions")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--only",
-        choices=("tower", "teacher", "questions", "language_model"),
+        choices=("tower", "teacher", "questions", "captions", "language_model"),
         help="only this part, with the others from the output folder",
     )
     arguments = parser.parse_args()
@@ -277,6 +279,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     made = arguments.output / "teacher"
     tokenizer = load_tokenizer(made) if made.exists() else train_tokenizer(VOCABULARY)
+    tokenizer.chat_template = None  # the teacher's, where its folder exists: `save` adds it
     encoder = SequenceEncoder(
         tokenizer,
         get_template("qwen"),
@@ -292,11 +295,16 @@ def main() -> None:
         teacher = new_teacher(tower, tokenizer, seed)
         first = {"steps": arguments.teacher_steps, "learning_rate": 2e-3, "seed": seed + 1}
         train_teacher(teacher, encoder, mixed, **first, folder=output / "teacher")
-    if wanted in (None, "questions"):
-        teacher = LlavaForConditionalGeneration.from_pretrained(output / "teacher", dtype=torch.float32)
-        teacher.model.vision_tower.requires_grad_(False)
-        second = {"steps": arguments.question_steps, "learning_rate": 1.5e-3, "seed": seed + 3}
-        train_teacher(teacher, encoder, questioned, **second, folder=output / "teacher")
+    rounds = {
+        "questions": (questioned, arguments.question_steps, 1.5e-3, seed + 3),
+        "captions": (described, arguments.caption_steps, 1e-3, seed + 4),
+    }
+    for name, (speak, steps, rate, own_seed) in rounds.items():
+        if wanted in (None, name):
+            teacher = LlavaForConditionalGeneration.from_pretrained(output / "teacher", dtype=torch.float32)
+            teacher.model.vision_tower.requires_grad_(False)
+            settings = {"steps": steps, "learning_rate": rate, "seed": own_seed}
+            train_teacher(teacher, encoder, speak, **settings, folder=output / "teacher")
     if wanted in (None, "language_model"):
         teacher = LlavaForConditionalGeneration.from_pretrained(output / "teacher", dtype=torch.float32)
         save(every_second_layer(teacher), tokenizer, output / "language_model")
