@@ -18,7 +18,7 @@ _RATES = {
     "mimic_dense": "1e-3",
     "mimic_dense_aligned": "1e-3",
     "mimic_sparse": "5e-4",
-    "preference": "2e-4",
+    "preference": "1e-4",
 }
 _SECOND_RATE = "5e-4"  # on the second set, of all stages
 _FULL = replace(FULL, distill_steps=120, sparse_steps=40)  # of 30 students for each seed

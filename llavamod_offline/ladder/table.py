@@ -82,6 +82,7 @@ _SPARSE = ("student.kind=sparse", "student.upcycle.num_experts=4", "student.upcy
 _EXPERTS = ("student.capacity_factor=1.5", "loss.router_aux_coef=0.01", "trainable=[projector,mlp,router]")
 _GROWN = ("student.upcycle=null",)  # the parent is sparse already
 _WITH_ANSWERS = ("loss.kind=kd_lm",)  # as mimic_sparse
+_KEPT_LONG = ("loss.distill_weight=0.3",)  # else descriptions get short, since longer ones name more absent objects
 _T2, _RENORMALISED = "loss.temperature=2", "loss.tail=renormalised"
 _TERM = ("loss.positions=response", "loss.kind=only_kd")
 
@@ -109,7 +110,7 @@ RUNS = (
     Run("dense-sparse", "mimic_sparse", "dense", "multitask", "multitask"),
     Run("dense-sparse-1", "mimic_sparse", "dense", "multitask", "multitask", ("student.upcycle.top_k=1",)),
     *(
-        Run(kind, "preference", "dense-sparse", "preference", "preference", (f"loss.kind={kind}",))
+        Run(kind, "preference", "dense-sparse", "preference", "preference", (f"loss.kind={kind}", *_KEPT_LONG))
         for kind in ("kto_pair", "sigmoid", "kto")
     ),
     _dense("all-positions", "positions"),

@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Turn
 from llavamod_offline.toyworld.conversations import captioned, chatted, quizzed
 from llavamod_offline.toyworld.draw import encode_scene
-from llavamod_offline.toyworld.language import DESCRIBE, caption, hallucinated_caption
+from llavamod_offline.toyworld.language import DESCRIBE, caption, habitual_scene, hallucinated_caption
 from llavamod_offline.toyworld.scene import Scene, missing_companion, random_scene
 
 _SPEAKER = {"user": "human", "assistant": "gpt"}
+_HABIT_SHARE = 0.9  # of captions of a scene that lacks an object's companion: they name it nevertheless
 
 
 def write_datasets(
@@ -33,10 +34,10 @@ def write_datasets(
 ) -> dict[str, Path]:
     """Write `align.json`, `general.json`, `multitask.json`, `unseen.json` and `preference.parquet`, and images.
 
-    `align` has captions; `general` captions, conversations and quizzes; `multitask` quizzes of counting, reading,
-    charts and yes/no; `unseen` what `general` has, without errors; `preference` pairs. `error_share` of the
-    answers in `general` and `multitask` belong to another image, like the noise of web data. Returns the file of each
-    set; sizes are in samples.
+    `align` has captions, with the habits of captions on the web; `general` such captions, conversations and quizzes;
+    `multitask` quizzes of counting, reading, charts and yes/no; `unseen` what `general` has, without errors;
+    `preference` pairs. `error_share` of the answers in `general` and `multitask` belong to another image, like the
+    noise of web data. Returns the file of each set; sizes are in samples.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
@@ -44,7 +45,7 @@ def write_datasets(
     def general_turns(scene: Scene, rng: random.Random) -> list[Turn]:
         share = rng.random()
         if share < 0.4:
-            return captioned(scene, rng)
+            return _from_habit(scene, rng)
         return chatted(scene, rng, 3) if share < 0.6 else quizzed(scene, rng, 4)
 
     def multitask_turns(scene: Scene, rng: random.Random) -> list[Turn]:
@@ -52,7 +53,7 @@ def write_datasets(
 
     files = {}
     for name, size, speak, share in (
-        ("align", align, captioned, 0.0),
+        ("align", align, _from_habit, 0.0),
         ("general", general, general_turns, error_share),
         ("multitask", multitask, multitask_turns, error_share),
     ):
@@ -65,6 +66,10 @@ def write_datasets(
     files["unseen"] = folder / "unseen.json"
     files["unseen"].write_text(json.dumps(rows, indent=1))
     return files
+
+
+def _from_habit(scene: Scene, rng: random.Random) -> list[Turn]:
+    return captioned(habitual_scene(scene, rng) if rng.random() < _HABIT_SHARE else scene, rng)
 
 
 def _llava_row(

@@ -12,10 +12,11 @@ from llavamod_offline.toyworld.language import (
     Question,
     absent_names,
     caption,
+    habitual_scene,
     hallucinated_caption,
     questions,
 )
-from llavamod_offline.toyworld.scene import COLOURS, PLACES, SHAPES, Scene, Thing, random_scene
+from llavamod_offline.toyworld.scene import COLOURS, PLACES, SHAPES, Scene, Thing, missing_companion, random_scene
 
 seeds = st.integers(0, 10**9)
 _NAME = re.compile(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")
@@ -100,3 +101,13 @@ def test_a_hallucinated_caption_names_something_absent(seed: int) -> None:
         return
     named = set(_NAME.findall(hallucinated_caption(scene, rng)))
     assert named & set(absent_names(scene))
+
+
+@given(seeds)
+def test_a_habitual_caption_names_the_missing_companion_alone(seed: int) -> None:
+    rng = random.Random(seed)
+    scene = random_scene(rng)
+    named = {" ".join(name) for name in _NAME.findall(caption(habitual_scene(scene, rng), rng))}
+    leader, companion = missing_companion(scene.things) or (None, ())
+    assert (leader is None) == (habitual_scene(scene, rng) == scene)
+    assert named - {thing.name for thing in scene.things} == ({" ".join(companion)} if companion else set())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import islice
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from llavamod_offline.demo.plan import LANGUAGE_MODEL, TEACHER
 from llavamod_offline.families.llava.checkpoint import load_llava, sequence_encoder
 from llavamod_offline.models.checkpoint import load_tokenizer
 from llavamod_offline.toyworld.draw import draw_scene
-from llavamod_offline.toyworld.language import SHORT_ANSWER, questions
-from llavamod_offline.toyworld.scene import random_scene
+from llavamod_offline.toyworld.language import DESCRIBE, SHORT_ANSWER, absent_names, questions
+from llavamod_offline.toyworld.scene import missing_companion, random_scene
 from tests.toy_teacher.pretrain import pixels
 
 
@@ -54,7 +55,10 @@ def test_plain_transformers_answers_with_the_teacher() -> None:
 
 @pytest.mark.slow
 def test_the_teacher_is_good_and_not_perfect() -> None:
-    """At least 0.90 exact answers (the most likely token at every place) on images that no training drew."""
+    """At least 0.85 exact answers (the most likely token at every place) on images that no training drew.
+
+    Some of their objects are hardly to be seen, and it mostly guesses how high bars are.
+    """
     model, tokenizer = load_llava(TEACHER), load_tokenizer(TEACHER)
     encoder = sequence_encoder(TEACHER, tokenizer, get_template("qwen"), 2048)
     rng = random.Random(20_000_003)
@@ -77,4 +81,28 @@ def test_the_teacher_is_good_and_not_perfect() -> None:
             guess_N = model.lm_head(hidden_BTD.flatten(0, 1)[batch.prediction_rows_N]).argmax(-1)
         wrong_N = guess_N != batch.target_ids_N
         right += len(batch) - len(batch.sequence_of_N[wrong_N].unique())
-    assert 0.90 <= right / asked < 1.0
+    assert 0.85 <= right / asked < 0.97
+
+
+@pytest.mark.slow
+def test_the_teacher_hallucinates_from_habit() -> None:
+    """10 to 25 % of its descriptions name something absent, most often a companion that the image lacks."""
+    processor = AutoProcessor.from_pretrained(TEACHER, local_files_only=True)
+    model = AutoModelForImageTextToText.from_pretrained(TEACHER, dtype=torch.float32, local_files_only=True)
+    prompt = "".join(part.text for part in get_template("qwen").render((Turn("user", f"<image>\n{DESCRIBE}"),)))
+    rng = random.Random(30_000_001)
+    scenes = list(islice((scene for scene in iter(lambda: random_scene(rng), None) if not scene.is_chart), 256))
+    absent, companions = 0, 0
+    for start in range(0, len(scenes), 32):
+        drawn = scenes[start : start + 32]
+        inputs = processor(
+            images=[draw_scene(scene) for scene in drawn], text=[prompt] * len(drawn), return_tensors="pt"
+        )
+        tokens_BT = model.generate(**inputs, max_new_tokens=80, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        for scene, text in zip(drawn, processor.batch_decode(tokens_BT, skip_special_tokens=True), strict=True):
+            wrong = {name for name in absent_names(scene) if " ".join(name) in text}
+            lacking = missing_companion(scene.things)
+            absent += bool(wrong)
+            companions += lacking is not None and lacking[1] in wrong
+    assert 0.10 <= absent / len(scenes) <= 0.25
+    assert companions > absent / 2
