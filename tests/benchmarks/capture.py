@@ -12,8 +12,9 @@ one thread runs the teacher, so that what a capture does beside it has a core as
 ratios of all threads' processor seconds, in which nothing that runs beside is free. `waiting_share` is the share of a
 case's seconds in which the thread that runs the teacher waits for what others read, prepare or write.
 
-Sizes: on a CPU the toy world's teacher (V = 600) and a random one with 8 layers of 512 and V = 32,000; on a GPU a
-random Qwen2-7B (28 layers of 3,584, V = 152,064) with CLIP-L/336. Where vLLM is installed: the toy world's teacher by
+Sizes: on a CPU the toy world's teacher (V = 600), a random one with 8 layers of 512 and V = 32,000, and a random
+Qwen3-VL (`generic`: 6 layers of 256), which runs by its own processor and as a whole; on a GPU a random Qwen2-7B (28
+layers of 3,584, V = 152,064) with CLIP-L/336. Where vLLM is installed: the toy world's teacher by
 records made in its workers against `prompt_logprobs`.
 
 What bounds records on a CPU: of 11 to 17 ns a logit (V = 32,000 and 151,646, a busy machine) the exponentials take 5,
@@ -25,7 +26,8 @@ What bounds `vllm_pooler_vs_prompt_logprobs` on a CPU: the forward pass, which b
 position takes 0.36 ms with the pooler and 0.72 ms with `prompt_logprobs`; bare forward passes by HF take 0.43 ms, and
 all that its capture does beside them 0.03 ms. With records that cost nothing, the ratio would be 2.2 at most.
 
-Shape suffixes: B sequences of a batch, T tokens, I images, N supervised positions of the batch, R of them in a chunk.
+Shape suffixes: B sequences of a batch, T tokens, D hidden size, N supervised positions of the batch, R of them in a
+chunk.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ import torch
 from torch import Tensor
 
 from llavamod_offline.config import load_config
+from llavamod_offline.families.run import whole_hidden_states
 from teacher_cache.capture.pipeline import capture_shards
 from teacher_cache.capture.shard import capture_prepared, capture_rows, prepare_rows
 from teacher_cache.capture_setup import CaptureSetup, prepare_capture
@@ -55,7 +58,7 @@ from teacher_cache.engines.hf import HfCaptureEngine, length_batches
 from teacher_cache.engines.make_records import rows_per_chunk
 from teacher_cache.write.store import CacheStore
 from tests.benchmarks.form import Row, finish, parse_arguments, waiting, write
-from tests.benchmarks.worlds.capture import LARGE, MIDDLE, TOY, Size, random_loader, write_world
+from tests.benchmarks.worlds.capture import GENERIC, LARGE, MIDDLE, TOY, Size, random_loader, write_world
 
 NAME = "capture"
 CASES = ("forward", "hf_capture", "run")
@@ -65,11 +68,9 @@ _LISTED = ("capture.temperatures=[]", "capture.tail_samples_max=0")
 
 @dataclass(frozen=True)
 class Batch:
-    """The inputs of one batch on the CPU, and where its supervised positions are."""
+    """What the teacher takes for a batch, on the CPU, and where its supervised positions are."""
 
-    input_ids_BT: Tensor
-    mask_BT: Tensor
-    pixels_I3HW: Tensor | None
+    inputs: dict[str, Tensor]
     which_N: Tensor
     where_N: Tensor
 
@@ -81,17 +82,11 @@ def prepared_batches(job: CaptureSetup, batch_size: int) -> list[Batch]:
         requests = prepare_rows(job, job.samples.rows_of(name)).requests
         for pairs in length_batches(requests, batch_size):
             sequences = [sequence for _, sequence in pairs]
-            longest = max(len(sequence.input_ids_T) for sequence in sequences)
-            lengths = [len(sequence.input_ids_T) for sequence in sequences]
-            ids_BT = np.stack([np.pad(s.input_ids_T, (0, longest - len(s.input_ids_T))) for s in sequences])
             rows = [sequence.rows_and_targets("response")[0] for sequence in sequences]
-            images = [image for request, _ in pairs for image in job.teacher.images(request.sample)]
-            pixels = [np.asarray(image.inputs["pixel_values"]) for image in images]
+            images = [job.teacher.images(request.sample) for request, _ in pairs]
             batches.append(
                 Batch(
-                    torch.from_numpy(ids_BT),
-                    (torch.arange(longest) < torch.tensor(lengths)[:, None]).long(),
-                    torch.from_numpy(np.stack(pixels)) if pixels else None,
+                    job.teacher.model_inputs(sequences, images),
                     torch.from_numpy(np.repeat(np.arange(len(rows)), [len(rows_N) for rows_N in rows])),
                     torch.from_numpy(np.concatenate(rows)),
                 )
@@ -104,13 +99,7 @@ def forward(engine: HfCaptureEngine, batches: list[Batch]) -> None:
     """Run the teacher over the batches, and its output layer at their supervised positions."""
     model, device = engine.model, engine.model.device
     for batch in batches:
-        pixels_I3HW = None if batch.pixels_I3HW is None else batch.pixels_I3HW.to(device, model.dtype)
-        hidden_BTD = model.model(
-            input_ids=batch.input_ids_BT.to(device),
-            attention_mask=batch.mask_BT.to(device),
-            pixel_values=pixels_I3HW,
-            use_cache=False,
-        ).last_hidden_state
+        hidden_BTD = whole_hidden_states(model, batch.inputs)
         rows_ND = hidden_BTD[batch.which_N.to(device), batch.where_N.to(device)]
         for rows_RD in rows_ND.split(rows_per_chunk(engine.vocab_size, device.type)):
             engine.lm_head.logits(rows_RD)
@@ -146,7 +135,7 @@ def measure(size: Size, folder: Path, *, device: str, repeats: int) -> tuple[lis
     job = prepare_capture(**config.setup_values)
     fixed = {"prepare": time.perf_counter() - started}
     with ExitStack() as stack:
-        if size.text is not None:
+        if size.vision is not None:
             stack.enter_context(mock.patch.object(job.teacher, "load", random_loader(teacher, device)))
         started = time.perf_counter()
         engine = job.load()
@@ -219,7 +208,7 @@ def main() -> None:
     """Measure and report."""
     arguments = parse_arguments(NAME, __doc__ or "")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    sizes = [TOY, MIDDLE] if device == "cpu" else [LARGE]
+    sizes = [TOY, MIDDLE, GENERIC] if device == "cpu" else [LARGE]
     if arguments.quick:
         sizes = [_shortened(size) for size in sizes]
     if device == "cpu":

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from llavamod_offline.toyworld.conversations import captioned, chatted, quizzed
 from llavamod_offline.toyworld.draw import encode_scene
 from llavamod_offline.toyworld.scene import random_scene
 from tests.tiny import tiny_image, tiny_tokenizer, write_image_processor
+from tests.tiny_families import TINY_FAMILIES
 
 TOY_TEACHER = Path(__file__).parents[3] / "llavamod_offline/toyworld/checkpoints/teacher"
 _ENTROPY = 2.4
@@ -39,9 +40,10 @@ _WORDS = ("circle", "square", "triangle", "star", "red", "green", "blue", "yello
 
 @dataclass(frozen=True)
 class Size:
-    """A teacher and a set: how many samples, in shards and batches of how many; `text` is None for the toy teacher.
+    """A teacher and a set: how many samples, in shards and batches of how many.
 
-    `rounds`: how often it is measured; short ones vary more.
+    `text` is None for the toy teacher, `vision` also for a Qwen3-VL. `rounds`: how often it is measured; short ones
+    vary more.
     """
 
     name: str
@@ -66,6 +68,16 @@ MIDDLE = Size(
     | {"image_size": 112, "patch_size": 14},
     answer_words=40,
 )
+GENERIC = Size(
+    "generic",
+    samples=120,
+    shard_samples=40,
+    batch_size=8,
+    text={"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4}
+    | {"num_key_value_heads": 2, "head_dim": 64},
+    answer_words=40,
+    rounds=5,
+)
 LARGE = Size(
     "7B",
     samples=192,
@@ -89,7 +101,9 @@ def write_world(folder: Path, size: Size) -> tuple[Path, Path]:
     )
     if size.text is None:
         return TOY_TEACHER, folder / "set"
-    return _write_teacher(folder / "teacher", size.text, size.vision or {}), folder / "set"
+    if size.vision is None:
+        return _write_qwen3_vl(folder / "teacher", size.text), folder / "set"
+    return _write_teacher(folder / "teacher", size.text, size.vision), folder / "set"
 
 
 def random_loader(folder: Path, device: str) -> Callable[..., Any]:
@@ -132,6 +146,17 @@ def _write_teacher(folder: Path, text: dict[str, int], vision: dict[str, int]) -
     file.write_text(json.dumps(content))
     save_file({"none": torch.zeros(1)}, folder / "model.safetensors")
     return folder
+
+
+def _write_qwen3_vl(folder: Path, text: dict[str, int]) -> Path:
+    """Write a Qwen3-VL with random weights, whose text model is of that size."""
+    tiny = TINY_FAMILIES["qwen3_vl"]
+
+    def config(own: dict[str, Any], ids: Mapping[str, int]) -> dict[str, Any]:
+        settings = tiny.config({**own, **text}, ids)
+        return {**settings, "vision_config": {**settings["vision_config"], "out_hidden_size": text["hidden_size"]}}
+
+    return replace(tiny, config=config).write(folder)
 
 
 def _large_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
