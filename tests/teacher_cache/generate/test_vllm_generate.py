@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +47,25 @@ def test_greedy_answers_of_a_family_with_a_processor_of_its_own(place: Place, tm
     assert found[0].samples >= SOURCE_SAMPLES // 2
     assert found[0].tokens >= 5 * found[0].samples
     assert (found[0].digest, found[0].rejected) == (found[1].digest, found[1].rejected)
+
+
+def test_killed_it_goes_on_to_the_same_set(place: Place, greedy: Place) -> None:
+    """SIGKILL to the command and all processes of vLLM once the answers to a first shard are there."""
+    arguments = place.arguments(*IN_VLLM, "generate.capture=false")
+    command = [sys.executable, "-c", "from teacher_cache.cli.main import main; main()", "generate", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    log = place.folder / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+        while process.poll() is None and not list(place.folder.glob(".own.answers/*000000.jsonl")):
+            time.sleep(0.005)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert list(place.folder.glob(".own.answers/*.jsonl")), log.read_text()
+    done = place.generate(*IN_VLLM, "generate.capture=false")
+    assert 0 < done.written < SOURCE_SAMPLES
+    assert done.digest == SampleSet.open(greedy.set()).digest
 
 
 def test_sampled_answers_have_their_log_probs_and_are_the_same_in_a_rerun(place: Place) -> None:
