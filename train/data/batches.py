@@ -131,6 +131,9 @@ class Loader:
         prefetch: Prefetch | None = None,
     ) -> None:
         self._prefetch = prefetch
+        if cache is not None and visual_weight:
+            for part in cache.parts:
+                part.advantage_counts  # noqa: B018 (of all manifests: read once, before workers are forked)
         self._dataset = _Micro(
             samples,
             rows,
