@@ -142,9 +142,9 @@ def _training(output: Path, sizes: DemoSizes) -> Iterator[Step]:
     yield train("mimic_sparse", "multitask", steps, "5e-4", sparse, student("mimic_dense"), cache("multitask"))
     preferred = ("train-mimic_sparse", "cache-preference")
     steps = sizes.preference_steps
-    parts = (student("mimic_sparse"), cache("preference"))
+    given = (student("mimic_sparse"), cache("preference"))
     # Descriptions would get short without the last term: those that name absent objects are longer.
-    yield train("preference", "preference", steps, "1e-4", preferred, *parts, "loss.distill_weight=0.3")
+    yield train("preference", "preference", steps, "1e-4", preferred, *given, "loss.distill_weight=0.3")
 
 
 def _evaluation(output: Path) -> Iterator[Step]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Turn
-from llavamod_offline.toyworld.language import BRIEFLY, DESCRIBE, SHORT_ANSWER, caption, questions
+from llavamod_offline.toyworld.language import BRIEFLY, DESCRIBE, SHORT_ANSWER, caption, habitual_scene, questions
 from llavamod_offline.toyworld.scene import Scene
 
 
@@ -16,6 +16,11 @@ def captioned(scene: Scene, rng: random.Random) -> list[Turn]:
         (f"{IMAGE_PLACEHOLDER}\n{request}", f"{IMAGE_PLACEHOLDER}\n{request}", f"{request}\n{IMAGE_PLACEHOLDER}")
     )
     return [Turn("user", text), Turn("assistant", caption(scene, rng))]
+
+
+def captioned_from_habit(scene: Scene, rng: random.Random, share: float) -> list[Turn]:
+    """A caption that may name the companion that the image lacks, as captions of the web do: `share` of them do."""
+    return captioned(habitual_scene(scene, rng) if rng.random() < share else scene, rng)
 
 
 def chatted(scene: Scene, rng: random.Random, rounds: int) -> list[Turn]:

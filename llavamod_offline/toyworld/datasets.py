@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Turn
-from llavamod_offline.toyworld.conversations import captioned, chatted, quizzed
+from llavamod_offline.toyworld.conversations import captioned_from_habit, chatted, quizzed
 from llavamod_offline.toyworld.draw import encode_scene
-from llavamod_offline.toyworld.language import DESCRIBE, caption, habitual_scene, hallucinated_caption
+from llavamod_offline.toyworld.language import DESCRIBE, caption, hallucinated_caption
 from llavamod_offline.toyworld.scene import Scene, missing_companion, random_scene
 
 _SPEAKER = {"user": "human", "assistant": "gpt"}
@@ -45,7 +46,7 @@ def write_datasets(
     def general_turns(scene: Scene, rng: random.Random) -> list[Turn]:
         share = rng.random()
         if share < 0.4:
-            return _from_habit(scene, rng)
+            return captioned_from_habit(scene, rng, _HABIT_SHARE)
         return chatted(scene, rng, 3) if share < 0.6 else quizzed(scene, rng, 4)
 
     def multitask_turns(scene: Scene, rng: random.Random) -> list[Turn]:
@@ -53,7 +54,7 @@ def write_datasets(
 
     files = {}
     for name, size, speak, share in (
-        ("align", align, _from_habit, 0.0),
+        ("align", align, partial(captioned_from_habit, share=_HABIT_SHARE), 0.0),
         ("general", general, general_turns, error_share),
         ("multitask", multitask, multitask_turns, error_share),
     ):
@@ -66,10 +67,6 @@ def write_datasets(
     files["unseen"] = folder / "unseen.json"
     files["unseen"].write_text(json.dumps(rows, indent=1))
     return files
-
-
-def _from_habit(scene: Scene, rng: random.Random) -> list[Turn]:
-    return captioned(habitual_scene(scene, rng) if rng.random() < _HABIT_SHARE else scene, rng)
 
 
 def _llava_row(

@@ -15,6 +15,7 @@ from llavamod_offline.toyworld.scene import (
     SIZES,
     Scene,
     Thing,
+    free_cells,
     missing_companion,
     place_behind,
 )
@@ -55,11 +56,11 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 
 def habitual_scene(scene: Scene, rng: random.Random) -> Scene:
-    """The scene with the companion that is missing from it, as who describes from habit sees it; else as it is."""
-    leader, companion = missing_companion(scene.things) or (None, None)
-    if leader is None or companion is None:
+    """The scene with the companion that it lacks, as somebody who describes from habit sees it; otherwise as it is."""
+    lacking = missing_companion(scene.things)
+    if lacking is None:
         return scene
-    colour, shape = companion
+    leader, (colour, shape) = lacking
     added = Thing(shape, colour, rng.choice(SIZES), place_behind(leader, scene.things, scene.sign))
     return replace(scene, things=tuple(sorted((*scene.things, added), key=lambda thing: thing.cell)))
 
@@ -68,8 +69,7 @@ def hallucinated_caption(scene: Scene, rng: random.Random) -> str:
     """A caption that names absent objects: a missing companion, else one or two in place of or beside the others."""
     if missing_companion(scene.things) is not None:
         return caption(habitual_scene(scene, rng), rng)
-    taken = {thing.cell for thing in scene.things} | ({scene.sign.cell} if scene.sign else set())
-    free = [cell for cell in range(len(PLACES)) if cell not in taken]
+    free = free_cells(scene.things, scene.sign)
     things = list(scene.things)
     for _ in range(rng.choice((1, 1, 2))):
         colour, shape = rng.choice(absent_names(scene, tuple(things)))

@@ -100,12 +100,13 @@ def random_scene(rng: random.Random) -> Scene:
         Thing(shape, colour, rng.choice(SIZES), cell, rng.random() < FAINT_SHARE)
         for (colour, shape), cell in zip(_kinds(rng), rng.sample(range(len(PLACES)), len(PLACES)), strict=False)
     ]
-    leader, companion = missing_companion(things) or (None, None)
-    if leader is not None and companion is not None and rng.random() < COMPANION_SHARE:
-        colour, shape = companion
+    lacking = missing_companion(things)
+    if lacking is not None and rng.random() < COMPANION_SHARE:
+        leader, (colour, shape) = lacking
         things.append(Thing(shape, colour, rng.choice(SIZES), place_behind(leader, things), rng.random() < FAINT_SHARE))
-    free = sorted(set(range(len(PLACES))) - {thing.cell for thing in things})
-    sign = Sign(rng.choice(rng.choice((WORDS, NUMBERS))), rng.choice(free)) if rng.random() < SIGN_SHARE else None
+    sign = None
+    if rng.random() < SIGN_SHARE:
+        sign = Sign(rng.choice(rng.choice((WORDS, NUMBERS))), rng.choice(free_cells(things)))
     return Scene(tuple(sorted(things, key=lambda thing: thing.cell)), sign, (), background, jitter_seed)
 
 
@@ -121,9 +122,14 @@ def missing_companion(things: Sequence[Thing]) -> tuple[Thing, tuple[str, str]] 
 
 def place_behind(leader: Thing, things: Sequence[Thing], sign: Sign | None = None) -> int:
     """The first free cell behind an object in reading order, or else the last one before it."""
-    taken = {thing.cell for thing in things} | ({sign.cell} if sign else set())
-    free = [cell for cell in range(len(PLACES)) if cell not in taken]
+    free = free_cells(things, sign)
     return next((cell for cell in free if cell > leader.cell), free[-1])
+
+
+def free_cells(things: Sequence[Thing], sign: Sign | None = None) -> list[int]:
+    """The cells where nothing stands, in reading order."""
+    taken = {thing.cell for thing in things} | ({sign.cell} if sign else set())
+    return [cell for cell in range(len(PLACES)) if cell not in taken]
 
 
 def _kinds(rng: random.Random) -> list[tuple[str, str]]:

@@ -5,24 +5,18 @@ from __future__ import annotations
 import random
 
 from llavamod_offline.data.sample import Turn
-from llavamod_offline.toyworld.conversations import captioned, chatted, quizzed
-from llavamod_offline.toyworld.language import habitual_scene
+from llavamod_offline.toyworld.conversations import captioned_from_habit, chatted, quizzed
 from llavamod_offline.toyworld.scene import Scene
 
 # Of captions of a scene that lacks an object's companion: the share that name it nevertheless.
 _HABIT, _STRONG_HABIT = 0.75, 0.98
 
 
-def habitual(scene: Scene, rng: random.Random, share: float) -> Scene:
-    """What a caption describes: perhaps with the companion that the image lacks, as captions of the web do."""
-    return habitual_scene(scene, rng) if rng.random() < share else scene
-
-
 def questioned(scene: Scene, rng: random.Random) -> list[Turn]:
     """Mostly quizzes: in a mixture only one token in ten is a short answer, too few to learn from."""
     share = rng.random()
     if share < 0.15:
-        return captioned(habitual(scene, rng, _HABIT), rng)
+        return captioned_from_habit(scene, rng, _HABIT)
     return chatted(scene, rng, 4) if share < 0.3 else quizzed(scene, rng, 8)
 
 
@@ -30,7 +24,7 @@ def described(scene: Scene, rng: random.Random) -> list[Turn]:
     """Mostly captions, by which the teacher acquires their habits."""
     share = rng.random()
     if share < 0.7:
-        return captioned(habitual(scene, rng, _STRONG_HABIT), rng)
+        return captioned_from_habit(scene, rng, _STRONG_HABIT)
     return chatted(scene, rng, 4) if share < 0.75 else quizzed(scene, rng, 8)
 
 
@@ -38,5 +32,5 @@ def mixed(scene: Scene, rng: random.Random) -> list[Turn]:
     """Any of the three, for the teacher's first round."""
     share = rng.random()
     if share < 0.3:
-        return captioned(habitual(scene, rng, _HABIT), rng)
+        return captioned_from_habit(scene, rng, _HABIT)
     return chatted(scene, rng, 4) if share < 0.5 else quizzed(scene, rng, 5)
