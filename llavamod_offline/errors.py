@@ -37,6 +37,6 @@ class StorageError(LlavaModError):
     """A remote folder, or the local cache of its files, cannot be read or written."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's text, for a one-line message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].strip()

@@ -13,7 +13,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
-from llavamod_offline.errors import ConfigError
+from llavamod_offline.errors import ConfigError, first_line
 from llavamod_offline.storage import atomic
 
 TrackerName = Literal["none", "tensorboard", "trackio", "wandb"]
@@ -42,8 +42,9 @@ def tracker(name: TrackerName, output: Path, settings: Mapping[str, Any], *, res
             f"tracker: '{name}' is not installed ({error}): pip install {name}, or set it to none"
         ) from error
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"tracker: '{name}' does not start: {reason}: set it up, or set tracker=none") from error
+        raise ConfigError(
+            f"tracker: '{name}' does not start: {first_line(error)}: set it up, or set tracker=none"
+        ) from error
     broken = False
 
     def track(entry: Mapping[str, Any]) -> None:

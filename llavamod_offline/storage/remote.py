@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llavamod_offline.errors import ConfigError, StorageError
+from llavamod_offline.errors import ConfigError, StorageError, first_line
 from llavamod_offline.storage.disk_cache import DISK_ERRORS, scratch
 
 logger = logging.getLogger(__name__)
@@ -276,9 +276,9 @@ class RemoteFolder:
             try:
                 files, root = url_to_fs(self.where)
             except ImportError as error:
-                raise StorageError(f"{self.where}: {_reason(error)}: {_install(self.where)}") from error
+                raise StorageError(f"{self.where}: {first_line(error)}: {_install(self.where)}") from error
             except (ValueError, OSError) as error:
-                raise StorageError(f"{self.where}: cannot be opened: {_reason(error)}") from error
+                raise StorageError(f"{self.where}: cannot be opened: {first_line(error)}") from error
             if not root.strip("/"):
                 raise StorageError(f"{self.where}: names no bucket or folder: name one, such as s3://bucket/folder")
             self._opened = (os.getpid(), files, root.rstrip("/"))
@@ -297,7 +297,9 @@ class RemoteFolder:
                         raise
                     if pause == _FIRST_PAUSE:
                         where = f"{self.where}/{name}" if name else self.where
-                        logger.warning("%s: cannot be %s: %s: retrying for %.0f s", where, done, _reason(error), left)
+                        logger.warning(
+                            "%s: cannot be %s: %s: retrying for %.0f s", where, done, first_line(error), left
+                        )
                 time.sleep(min(pause * _jitter.uniform(0.5, 1.0), left))
                 pause = min(2 * pause, _LONGEST_PAUSE)
 
@@ -319,7 +321,7 @@ class RemoteFolder:
             way_out = (
                 "check the credentials and their permissions" if _refused(error) else "check the network and try again"
             )
-            raise StorageError(f"{where}: cannot be {done}: {_reason(error)}: {way_out}") from error
+            raise StorageError(f"{where}: cannot be {done}: {first_line(error)}: {way_out}") from error
 
 
 def _is_final(error: Exception) -> bool:
@@ -341,7 +343,3 @@ def _install(url: str) -> str:
     if scheme in _EXTRAS:
         return f"pip install 'llavamod-offline[{_EXTRAS[scheme]}]'"
     return f"pip install {_PACKAGES[scheme]}" if scheme in _PACKAGES else "install that package"
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

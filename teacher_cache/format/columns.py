@@ -16,7 +16,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-from llavamod_offline.errors import CacheError
+from llavamod_offline.errors import CacheError, first_line
 from llavamod_offline.storage.zarr_rows import RowArray
 from teacher_cache.format.decode import decode_block
 from teacher_cache.format.encode import check_range, encode_block
@@ -207,5 +207,4 @@ class ColumnFile:
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"{path}: cannot be read: {reason}: run `cache-teacher verify`"
+    return f"{path}: cannot be read: {first_line(error)}: run `cache-teacher verify`"

@@ -17,7 +17,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-from llavamod_offline.errors import CacheError
+from llavamod_offline.errors import CacheError, first_line
 from teacher_cache.format.schema import HiddenKind
 
 _STATES_PER_CHUNK = 256
@@ -89,8 +89,7 @@ def read_array(array: Any, start: int, stop: int, where: str) -> NDArray[Any]:
     try:
         return np.asarray(array[start:stop])
     except Exception as error:  # a damaged chunk may raise anything in a codec
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CacheError(f"{where}: cannot be read: {reason}: run `cache-teacher verify`") from error
+        raise CacheError(f"{where}: cannot be read: {first_line(error)}: run `cache-teacher verify`") from error
 
 
 def write_array(group: zarr.Group, name: str, values: NDArray[Any], length: int) -> None:

@@ -133,7 +133,7 @@ class Loader:
         self._prefetch = prefetch
         if cache is not None and visual_weight:
             for part in cache.parts:
-                part.advantage_counts  # noqa: B018 (of all manifests: read once, before workers are forked)
+                _ = part.advantage_counts  # from all manifests: read once, before workers are forked
         self._dataset = _Micro(
             samples,
             rows,

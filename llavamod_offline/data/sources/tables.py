@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llavamod_offline.data.parse.row_formats import FIELDS, KNOWN, MEDIA_FIELDS, TEXT_FIELDS
 from llavamod_offline.data.sources.json_stream import Advance
-from llavamod_offline.errors import DataError
+from llavamod_offline.errors import DataError, first_line
 from llavamod_offline.storage.remote_file import Place, open_place, place_size
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _parquet(file: Place) -> Iterator[pq.ParquetFile]:
         ):
             yield table
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: cannot be read as parquet: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{file}: cannot be read as parquet: {first_line(error)}") from error
 
 
 def _arrow_batches(file: Place) -> Iterator[pa.RecordBatch]:
@@ -140,4 +140,4 @@ def _arrow_batches(file: Place) -> Iterator[pa.RecordBatch]:
             else:
                 yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: cannot be read as Arrow: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{file}: cannot be read as Arrow: {first_line(error)}") from error
