@@ -8,7 +8,7 @@ so that pixels are the same, and finds its images in our prompt, which it leaves
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -28,6 +28,11 @@ from llavamod_offline.vllm.inputs import TOKENS_FIELD, engine_input
 
 class Feed(Protocol):
     """Prepares images, and prompts with them. `images` may run in threads."""
+
+    @property
+    def own_images(self) -> Callable[[Sample], Any] | None:
+        """`images`, if it needs the engine; None if it does what the family does in any process."""
+        ...
 
     def images(self, sample: Sample) -> Any:
         """A sample's images as `prompt` takes them. Errors: `DataError` naming the sample."""
@@ -54,6 +59,11 @@ class PixelFeed:
 
     family: Family
     dtype: torch.dtype
+
+    @property
+    def own_images(self) -> None:
+        """None: the family prepares them."""
+        return None
 
     def images(self, sample: Sample) -> Any:
         """Decode and preprocess."""
@@ -82,6 +92,11 @@ class ProcessorFeed:
         info.get_hf_processor().image_processor = self.family.processor.image_processor
         if info.get_hf_processor().image_processor is not self.family.processor.image_processor:
             raise ModelError(f"{self.family.folder}: vLLM prepares its images in a way of its own: use the engine hf")
+
+    @property
+    def own_images(self) -> Callable[[Sample], Any]:
+        """`images`: vLLM's processor belongs to the engine."""
+        return self.images
 
     def images(self, sample: Sample) -> Any:
         """What vLLM's processor gives: the model's arrays, and the tokens that it would write; None without images."""

@@ -7,7 +7,6 @@ alone.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -26,7 +25,7 @@ from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.generate import decode_loop
 from teacher_cache.generate.decode_loop import Decoding, Prompt, Written
 from teacher_cache.generate.generated_set import AnsweredSample, with_system, with_texts, written_turns
-from teacher_cache.images.pool import PreparedImages
+from teacher_cache.images.pool import PreparedImages, begun_ahead
 
 if TYPE_CHECKING:
     from teacher_cache.generate.vllm_writer import VllmWriter
@@ -117,7 +116,7 @@ class Answerer:
         for (item, ids_T), coming in zip(batch, images, strict=True):
             try:
                 own, problem = coming.result(), None
-                if isinstance(self._engine, HfCaptureEngine) or self._engine.takes_our_images:
+                if isinstance(self._engine, HfCaptureEngine) or self._engine.feed.own_images is None:
                     problem = image_mismatch(ids_T, own, self._setup.teacher.image_token_id)
             except DataError as error:
                 problem = str(error)
@@ -153,12 +152,12 @@ class Answerer:
         self, batches: Sequence[list[tuple[_Open, Ids]]]
     ) -> Iterator[tuple[list[tuple[_Open, Ids]], list[PreparedImages]]]:
         """Each batch with its images, which are prepared a few batches ahead."""
-        coming = deque[list[PreparedImages]]()
         with self._engine.image_pool.ahead() as prepare:
-            for number, batch in enumerate(batches):
-                for ahead in batches[number + len(coming) : number + 1 + _BATCHES_AHEAD]:
-                    coming.append([prepare(self._cut(item, "-")) for item, _ in ahead])
-                yield batch, coming.popleft()
+
+            def begin(batch: list[tuple[_Open, Ids]]) -> list[PreparedImages]:
+                return [prepare(self._cut(item, "-")) for item, _ in batch]
+
+            yield from begun_ahead(batches, begin, ahead=_BATCHES_AHEAD)
 
     def _prompt_ids(self, item: _Open) -> Ids:
         """The tokens before the next answer. Errors: `DataError` if they leave no room for one."""

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from llavamod_offline.families import Family
 from llavamod_offline.vllm import plugin
-from llavamod_offline.vllm.feeds import Feed, PixelFeed, feed_of
+from llavamod_offline.vllm.feeds import Feed, feed_of
 from llavamod_offline.vllm.inputs import check_prompt
 from llavamod_offline.vllm.session import Session
 from teacher_cache.engines.vllm.engine import open_session
+from teacher_cache.format.manifest import sha256_bytes
 from teacher_cache.generate.decode_loop import Decoding, Prompt, Written, first_stop
 from teacher_cache.images.pool import ImagePool
 
@@ -40,11 +41,6 @@ class VllmWriter:
     vocab_size: int
     batch_size: int
     image_pool: ImagePool
-
-    @property
-    def takes_our_images(self) -> bool:
-        """Whether a prompt's images are a `SampleImage` each; otherwise vLLM's own processor compares them."""
-        return isinstance(self.feed, PixelFeed)
 
     def write(self, prompts: Sequence[Prompt], decoding: Decoding) -> list[Written]:
         """Answer prompts, in order. Errors: `ModelError` with vLLM's reason, or naming a prompt that it changed."""
@@ -110,11 +106,7 @@ def request_seed(seed: int, key: str, stream: str) -> int:
 
 def images_hash(images: Sequence[bytes]) -> str:
     """What identifies encoded images to the prefix cache."""
-    digest = hashlib.sha256()
-    for image in images:
-        digest.update(len(image).to_bytes(8, "little"))
-        digest.update(image)
-    return digest.hexdigest()
+    return sha256_bytes("".join(map(sha256_bytes, images)).encode())
 
 
 def start_writer(setup: CaptureSetup) -> VllmWriter:
@@ -132,5 +124,5 @@ def start_writer(setup: CaptureSetup) -> VllmWriter:
         setup.teacher,
         vocab_size=setup.codec.vocab_size,
         batch_size=_BATCHES * setup.vllm.max_num_seqs,
-        image_pool=setup.image_pool(None if isinstance(feed, PixelFeed) else feed.images),
+        image_pool=setup.image_pool(feed.own_images),
     )

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 from llavamod_offline.data.sample import Sample
@@ -26,7 +27,20 @@ from teacher_cache.images.waits import Waits
 
 _LOG = logging.getLogger(__name__)
 THREADS = 4
+_Item = TypeVar("_Item")
+_Begun = TypeVar("_Begun")
 _DEATHS = 3  # of processes, with the same sample
+
+
+def begun_ahead(
+    items: Sequence[_Item], begin: Callable[[_Item], _Begun], *, ahead: int
+) -> Iterator[tuple[_Item, _Begun]]:
+    """Each item with what `begin` gave for it, which has been called for `ahead` further items by then."""
+    coming = deque[_Begun]()
+    for number, item in enumerate(items):
+        for later in items[number + len(coming) : number + 1 + ahead]:
+            coming.append(begin(later))
+        yield item, coming.popleft()
 
 
 class ImagePool:

@@ -5,15 +5,16 @@ Shape suffixes: T tokens of a sequence, N its recorded positions.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llavamod_offline.data.encode.tokenize import NO_TARGET, Ids, Positions, TokenizedSequence
+from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import DataError, ModelError
 from llavamod_offline.families import Family
 from llavamod_offline.vllm.families import check_family
@@ -28,7 +29,7 @@ from teacher_cache.engines.server.served import PROBE, ServedModel, ask_served
 from teacher_cache.engines.server.settings import ServerSettings
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.rejection import Rejection
-from teacher_cache.images.pool import THREADS
+from teacher_cache.images.pool import ImagePool, PreparedImages, begun_ahead
 
 if TYPE_CHECKING:
     from teacher_cache.capture_setup import CaptureSetup, SetupValues
@@ -48,7 +49,7 @@ class _ServedItem:
 
     request: Request
     sequence: TokenizedSequence
-    uris: Future[list[str]]
+    uris: PreparedImages
 
     @property
     def about(self) -> str:
@@ -70,18 +71,19 @@ class ServerCaptureEngine:
     settings: RecordSettings
     _: KW_ONLY
     vocab_size: int
+    images: ImagePool | None = None
     positions: Positions = "response"
+
+    def __post_init__(self) -> None:
+        self._images = self.images or ImagePool(partial(image_uris, self.teacher))
 
     def capture(self, requests: Sequence[Request]) -> Iterator[Outcome]:
         """Capture one data shard; see `protocol.CaptureEngine`. A reply is asked for again until it is there."""
-        with (
-            ServerClient(self.url, self.server) as client,
-            ThreadPoolExecutor(THREADS, thread_name_prefix="images") as pool,
-        ):
+        with ServerClient(self.url, self.server) as client, self._images.ahead() as prepare:
             self._check_same(client)
             outages = client.outages
             flying: dict[Future[bytes], _ServedItem] = {}
-            for item in self._items(requests, pool):
+            for item in self._items(requests, prepare):
                 problem = self._problem(item)
                 if problem:
                     yield Rejection(item.sequence.key, item.sequence.role, problem)
@@ -120,13 +122,9 @@ class ServerCaptureEngine:
     def _listed(self) -> int:
         return listed_ids(self.settings.top_k, self.vocab_size)
 
-    def _items(self, requests: Sequence[Request], pool: ThreadPoolExecutor) -> Iterator[_ServedItem]:
-        order = longest_first(requests)
-        coming = deque[Future[list[str]]]()
-        for number, request in enumerate(order):
-            for ahead in order[number + len(coming) : number + 1 + self.server.concurrency]:
-                coming.append(pool.submit(image_uris, self.teacher, ahead.sample))
-            uris = coming.popleft()
+    def _items(self, requests: Sequence[Request], prepare: Callable[[Sample], PreparedImages]) -> Iterator[_ServedItem]:
+        order, window = longest_first(requests), self.server.concurrency
+        for request, uris in begun_ahead(order, lambda later: prepare(later.sample), ahead=window):
             for sequence in request.sequences:
                 yield _ServedItem(request, sequence, uris)
 
@@ -199,6 +197,7 @@ def load_engine(setup: CaptureSetup) -> ServerCaptureEngine:
         setup.teacher,
         setup.settings,
         vocab_size=setup.codec.vocab_size,
+        images=setup.image_pool(partial(image_uris, setup.teacher)),
         positions=setup.positions,
     )
 

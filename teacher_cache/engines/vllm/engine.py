@@ -20,7 +20,7 @@ from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import ConfigError, DataError, ModelError
 from llavamod_offline.families import Family
 from llavamod_offline.vllm.families import check_family
-from llavamod_offline.vllm.feeds import PixelFeed, feed_of
+from llavamod_offline.vllm.feeds import feed_of
 from llavamod_offline.vllm.heads import check_same_head
 from llavamod_offline.vllm.inputs import check_prompt
 from llavamod_offline.vllm.session import Session
@@ -38,7 +38,7 @@ from teacher_cache.format.hidden_states import HiddenStates
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.schema import HiddenPositions
-from teacher_cache.images.pool import ImagePool, PreparedImages
+from teacher_cache.images.pool import ImagePool, PreparedImages, begun_ahead
 
 if TYPE_CHECKING:
     from teacher_cache.capture_setup import CaptureSetup, SetupValues
@@ -107,9 +107,7 @@ class VllmCaptureEngine:
 
     def __post_init__(self) -> None:
         self._feed = feed_of(self.teacher, self.session.engine, self.dtype)
-        # What vLLM's own processor prepares needs the engine, which other processes lack.
-        own = None if isinstance(self._feed, PixelFeed) else self._feed.images
-        self._images = ImagePool(self._feed.images) if self.pool is None else self.pool(own)
+        self._images = ImagePool(self._feed.images) if self.pool is None else self.pool(self._feed.own_images)
 
     def capture(self, requests: Sequence[Request]) -> Iterator[Outcome]:
         """Capture one data shard; see `protocol.CaptureEngine`. Images are prepared a window ahead."""
@@ -135,14 +133,11 @@ class VllmCaptureEngine:
             yield outcome
 
     def _items(self, requests: Sequence[Request], prepare: Callable[[Sample], PreparedImages]) -> Iterator[_QueuedItem]:
-        order = longest_first(requests)
-        coming = deque[PreparedImages]()
-        for number, request in enumerate(order):
-            for ahead in order[number + len(coming) : number + 1 + self.session.window]:
-                coming.append(prepare(ahead.sample))
-            images, first = coming.popleft(), request.sequences[0]
+        order, window = longest_first(requests), self.session.window
+        for request, images in begun_ahead(order, lambda later: prepare(later.sample), ahead=window):
             for role, sequence in enumerate(request.sequences):
-                yield _QueuedItem(request, sequence, images, role > 0 and self._may_share(first, sequence))
+                shares = role > 0 and self._may_share(request.sequences[0], sequence)
+                yield _QueuedItem(request, sequence, images, shares)
 
     def _may_share(self, first: TokenizedSequence, second: TokenizedSequence) -> bool:
         """Whether the whole blocks of the common prefix hold no row that is wanted of the second sequence."""

@@ -16,7 +16,7 @@ import pytest
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import DataError, ModelError
 from llavamod_offline.families import Family, SampleImage, open_family
-from teacher_cache.images.pool import ImagePool
+from teacher_cache.images.pool import ImagePool, begun_ahead
 from tests.tiny import tiny_samples, write_tiny_llava
 
 BROKEN = Sample("broken", tiny_samples(1)[0].turns, (b"no image",), ("png",))
@@ -51,6 +51,20 @@ def named(key: str) -> Sample:
 
 def process_of(images: list[SampleImage]) -> int:
     return int(images[0].inputs["process"])
+
+
+@pytest.mark.parametrize("ahead", [0, 2, 9])
+def test_so_many_items_are_begun_before_one_is_given(ahead: int) -> None:
+    begun: list[int] = []
+
+    def begin(item: int) -> int:
+        begun.append(item)
+        return 10 * item
+
+    for item, found in begun_ahead(range(5), begin, ahead=ahead):
+        assert found == 10 * item
+        assert begun == list(range(min(item + ahead + 1, 5)))
+    assert begun == list(range(5))
 
 
 def test_processes_prepare_as_threads_do(tmp_path: Path) -> None:

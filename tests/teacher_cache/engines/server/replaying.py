@@ -14,12 +14,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 from llavamod_offline.data.sample import Sample
 from tests.tiny import tiny_samples, write_tiny_llava
+from tests.web_server import serving
 
 LISTED = 2
 # What vLLM 0.32 says where it refuses.
@@ -103,15 +104,8 @@ def replaying() -> Iterator[ReplayServer]:
     replies = {_key(entry["path"], entry): entry for entry in recorded["replies"]}
     plain = {"/version": recorded["version"], "/v1/models": recorded["models"]}
     parts = {"server_state": about, "replies": replies, "plain": plain}
-    with ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), parts)) as server:
-        about.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield about
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(type("Handler", (_Handler,), parts)) as about.url:
+        yield about
 
 
 def request_key(path: str, body: dict[str, Any]) -> str:
