@@ -25,6 +25,8 @@ from teacher_cache.format.record import Floats, Ints, Records, RecordSettings, c
 _CHUNK_VALUES = {"cpu": 2**20, "cuda": 2**26}
 _MOST_SLOTS = 256  # of tail samples; more are counted first
 _LEAST_GROUP = 4  # ids; of smaller groups too many are picked
+_COUNTED = 128  # of a larger share of all ids than 1/128 it is counted first how many are likely enough
+_ROUNDING = 1e-3  # nats that a float32 log-prob is off by at most, and far more
 _FINITE, _CROSSED = 0, 1  # columns of integers
 
 
@@ -221,7 +223,7 @@ def _top_k(
     by the smallest ids, in rising order. Without `exact` that leaves out ids that topk did not take; the last result
     marks such rows [R]. `log_z_R`: of the shifted logits divided by `settings.temperature`.
     """
-    slots = min(settings.top_k, shifted_RV.shape[1])
+    slots = _slots(shifted_RV, log_z_R, settings, exact=exact)
     most_RK, ids_RK = _largest(shifted_RV, min(slots + 1, shifted_RV.shape[1]))  # one more shows a tie across the bound
     shifted_RK, ids_RK = most_RK[:, :slots], ids_RK[:, :slots].contiguous()
     count_R = torch.full((len(ids_RK),), slots, device=ids_RK.device)
@@ -249,6 +251,18 @@ def _top_k(
         shifted_RK = torch.cat([shifted_RK, shifted_RV[:, forced_F]], 1)
         kept_RK = torch.cat([kept_RK, ~known_RF], 1)
     return ids_RK, shifted_RK, kept_RK, crossed_R
+
+
+def _slots(shifted_RV: Tensor, log_z_R: Tensor, settings: RecordSettings, *, exact: bool) -> int:
+    """How many slots the top-k needs: `top_k`, or what `min_prob` leaves of it where counting costs less than sorting.
+
+    The count is a pass over V, and has to be waited for.
+    """
+    slots = min(settings.top_k, shifted_RV.shape[1])
+    if not exact or settings.min_prob <= 0.0 or slots * _COUNTED < shifted_RV.shape[1]:
+        return slots
+    least_R = (log_z_R + math.log(settings.min_prob) - _ROUNDING) * settings.temperature
+    return min(slots, max(1, int((shifted_RV >= least_R[:, None]).sum(-1).amax())))
 
 
 def _largest(values_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
