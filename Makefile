@@ -16,7 +16,7 @@ ladder: $(INSTALLED)
 	$(BIN)/llavamod-offline ladder $(ARGS)
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 # What needs vLLM, on its CPU build, in an environment of its own.
 test-vllm: $(VLLM_INSTALLED)
