@@ -19,14 +19,13 @@ from torch import Tensor
 
 from llavamod_offline.data.encode.tokenize import NO_TARGET, Ids
 from teacher_cache.engines.tail_samples import tail_sample_budget, tail_samples
+from teacher_cache.engines.top_k import top_k
 from teacher_cache.engines.transfer import HostCopy, to_device
 from teacher_cache.format.record import Floats, Ints, Records, RecordSettings, concatenate_records
 
 _CHUNK_VALUES = {"cpu": 2**20, "cuda": 2**26}
 _MOST_SLOTS = 256  # of tail samples; more are counted first
-_LEAST_GROUP = 4  # ids; of smaller groups too many are picked
-_COUNTED = 128  # of a larger share of all ids than 1/128 it is counted first how many are likely enough
-_ROUNDING = 1e-3  # nats that a float32 log-prob is off by at most, and far more
+_LEAST_WEIGHT = 1e-15  # of a tail's largest weight: float32 then holds all that counts beside it
 _FINITE, _CROSSED = 0, 1  # columns of integers
 
 
@@ -143,32 +142,32 @@ def _chunk_columns(
     Without `exact` no value is asked for that would have to be waited for, and which of the equal logits at the end of
     the top-k are taken is left open; rows where that matters are marked.
     """
-    shifted_RV, log_z_R, entropy_R = _normalise(logits_RV)
+    shifted_RV, exponentials_RV, log_z_at, entropy_R = _normalise(logits_RV, settings.temperatures)
     finite_R = torch.isfinite(entropy_R)  # NaN for a row with any logit that is not finite
     if not exact or not bool(finite_R.all()):  # those rows continue as uniform distributions
         shifted_RV.masked_fill_(~finite_R[:, None], 0.0)
+        if exact:  # otherwise they are not looked at again
+            exponentials_RV.masked_fill_(~finite_R[:, None], 1.0)
         uniform = math.log(max(logits_RV.shape[1], 1))
-        log_z_R, entropy_R = (torch.where(finite_R, values_R, uniform) for values_R in (log_z_R, entropy_R))
-    # Σ exp(x/T) ≥ exp(0): no shift is needed, whatever T.
-    log_z_at = {t: (shifted_RV / t).exp_().sum(-1).log() for t in settings.temperatures} | {1.0: log_z_R}
+        log_z_at = {t: torch.where(finite_R, log_z_R, uniform) for t, log_z_R in log_z_at.items()}
+        entropy_R = torch.where(finite_R, entropy_R, uniform)
+    log_z_R = log_z_at[1.0]
     normalisers = [log_z_at[t] - log_z_R / t for t in settings.temperatures]
     learnt_at = settings.temperature
     if learnt_at != 1.0:
         probs_RV = (shifted_RV / learnt_at - log_z_at[learnt_at][:, None]).exp_()
         entropy_R = log_z_at[learnt_at] - torch.linalg.vecdot(probs_RV, shifted_RV) / learnt_at
-    topk_ids_RK, topk_shifted_RK, kept_RK, crossed_R = _top_k(shifted_RV, log_z_at[learnt_at], settings, exact=exact)
+    topk_ids_RK, topk_shifted_RK, kept_RK, crossed_R = top_k(shifted_RV, log_z_at[learnt_at], settings, exact=exact)
     targets = shifted_RV.gather(1, targets_R.clamp(min=0)[:, None])[:, 0] - log_z_R
     targets = torch.where(targets_R == NO_TARGET, 0.0, targets)
     # Slots that are not kept point at the first one, so that every write to a cell is the same.
-    tail_RV = shifted_RV.scatter_(1, torch.where(kept_RK, topk_ids_RK, topk_ids_RK[:, :1]), float("-inf"))
-    largest_R = tail_RV.amax(-1)
-    largest_R = largest_R.masked_fill(torch.isneginf(largest_R), 0.0)
-    weights_RV = tail_RV.sub_(largest_R[:, None]).exp_()
-    tail_log_mass_R = weights_RV.sum(-1).log() + largest_R - log_z_R
+    ids_RK = torch.where(kept_RK, topk_ids_RK, topk_ids_RK[:, :1])
+    weights_RV, log_factor_R = _tail_weights(shifted_RV, exponentials_RV, ids_RK, exact=exact)
+    tail_log_mass_R = weights_RV.sum(-1).log() + log_factor_R - log_z_R
     sampled_log_mass_R = tail_log_mass_R
     if learnt_at != 1.0:
         weights_RV.pow_(1 / learnt_at)
-        sampled_log_mass_R = weights_RV.sum(-1).log() + largest_R / learnt_at - log_z_at[learnt_at]
+        sampled_log_mass_R = weights_RV.sum(-1).log() + log_factor_R / learnt_at - log_z_at[learnt_at]
     budget_R = tail_sample_budget(sampled_log_mass_R, settings.tail_samples_max, settings.tail_samples_per_mass)
     most = int(budget_R.max()) if exact or settings.tail_samples_max > _MOST_SLOTS else settings.tail_samples_max
     tail_ids_RM = tail_samples(weights_RV, uniforms_R, budget_R, most)
@@ -200,97 +199,48 @@ def _unpacked(ints_RI: Ints, floats_RJ: Floats, settings: RecordSettings) -> Rec
     )
 
 
-def _normalise(logits_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Shift rows so that the largest logit is 0: shifted [R, V], log of their Σ exp, and the entropy, both [R] ≥ 0.
+def _normalise(logits_RV: Tensor, temperatures: Sequence[float]) -> tuple[Tensor, Tensor, dict[float, Tensor], Tensor]:
+    """Shift rows so that the largest logit is 0: logits x and exp(x) [R, V], logs of Σ exp(x/T) and the entropy [R].
 
     A log-prob is then a difference of numbers that are small where it is, and keeps its precision near 0. The entropy
-    log Z + Σ p·(−x) is a sum of terms ≥ 0: nothing cancels, even where it is tiny.
+    log Z + Σ p·(−x) is a sum of terms ≥ 0: nothing cancels, even where it is tiny. Σ exp(x/T) ≥ exp(0), so no T needs
+    a shift of its own. The sums are by T, that of T = 1 among them.
     """
     shifted_RV = logits_RV - logits_RV.amax(-1, keepdim=True)
-    exponentials_RV = shifted_RV.exp()
+    log_z_at = {t: (shifted_RV / t).exp_().sum(-1).log() for t in temperatures if t not in (1.0, 2.0)}
+    if 2.0 in temperatures:  # a square is cheaper than another exponential
+        roots_RV = (shifted_RV / 2.0).exp_()
+        log_z_at[2.0] = roots_RV.sum(-1).log()
+        exponentials_RV = roots_RV.square_()
+    else:
+        exponentials_RV = shifted_RV.exp()
     z_R = exponentials_RV.sum(-1)
     spread_R = -torch.linalg.vecdot(exponentials_RV, shifted_RV)
-    log_z_R = z_R.log()
-    return shifted_RV, log_z_R, log_z_R + spread_R / z_R
+    log_z_at[1.0] = z_R.log()
+    return shifted_RV, exponentials_RV, log_z_at, log_z_at[1.0] + spread_R / z_R
 
 
-def _top_k(
-    shifted_RV: Tensor, log_z_R: Tensor, settings: RecordSettings, *, exact: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Choose the top-k: ids, shifted logits and which slots are kept, [R, K] each; likely ids, then forced ones.
+def _tail_weights(
+    shifted_RV: Tensor, exponentials_RV: Tensor, topk_ids_RK: Tensor, *, exact: bool
+) -> tuple[Tensor, Tensor]:
+    """The tail's probabilities but for a factor: weights [R, V], 0 for the top-k's ids, and each row's log factor [R].
 
-    Equal logits are common in low-precision models, and topk takes any of them in any order: what it took is replaced
-    by the smallest ids, in rising order. Without `exact` that leaves out ids that topk did not take; the last result
-    marks such rows [R]. `log_z_R`: of the shifted logits divided by `settings.temperature`.
+    Both matrices are written over. A tail so unlikely that float32 would hold it badly is shifted by its own largest
+    logit; which rows have one must be waited for, so without `exact` all are.
     """
-    slots = _slots(shifted_RV, log_z_R, settings, exact=exact)
-    most_RK, ids_RK = _largest(shifted_RV, min(slots + 1, shifted_RV.shape[1]))  # one more shows a tie across the bound
-    shifted_RK, ids_RK = most_RK[:, :slots], ids_RK[:, :slots].contiguous()
-    count_R = torch.full((len(ids_RK),), slots, device=ids_RK.device)
-    probs_RK = (shifted_RK / settings.temperature - log_z_R[:, None]).double().exp()
-    if settings.top_p < 1.0:  # at 1 the mass does not end it: a sum of rounded numbers may reach 1 early, or never
-        count_R = torch.minimum(count_R, (probs_RK.cumsum(-1) < settings.top_p).sum(-1) + 1)
-    if settings.min_prob > 0.0:
-        count_R = torch.minimum(count_R, (probs_RK >= settings.min_prob).sum(-1).clamp(min=1))
-    tied_R = (shifted_RK[:, 1:] == shifted_RK[:, :-1]).any(-1)
-    if not exact or bool(tied_R.any()):
-        rows: Tensor | slice = tied_R.nonzero()[:, 0] if exact else slice(None)
-        by_id = ids_RK[rows].argsort(-1)
-        order = by_id.gather(1, shifted_RK[rows].gather(1, by_id).argsort(dim=-1, descending=True, stable=True))
-        ids_RK[rows] = ids_RK[rows].gather(1, order)
-    above_R = (shifted_RK > shifted_RK[:, -1:]).sum(-1)
-    crossed_R = (most_RK[:, slots:] == shifted_RK[:, -1:]).any(-1) & (above_R < count_R)
-    pieces = crossed_R.nonzero()[:, 0].split(max(1, len(ids_RK) // 8)) if exact else ()  # ties may be many
-    for rows_C in pieces:
-        ids_RK[rows_C] = _smallest_ids(shifted_RV[rows_C], shifted_RK[rows_C, -1], above_R[rows_C], ids_RK[rows_C])
-    kept_RK = torch.arange(slots, device=ids_RK.device) < count_R[:, None]
-    if settings.forced_ids:
-        forced_F = torch.tensor(settings.forced_ids, device=ids_RK.device)
-        known_RF = ((ids_RK[:, :, None] == forced_F) & kept_RK[:, :, None]).any(1)
-        ids_RK = torch.cat([ids_RK, forced_F.expand(len(ids_RK), -1)], 1)
-        shifted_RK = torch.cat([shifted_RK, shifted_RV[:, forced_F]], 1)
-        kept_RK = torch.cat([kept_RK, ~known_RF], 1)
-    return ids_RK, shifted_RK, kept_RK, crossed_R
+    if not exact:
+        return _shifted_tail(shifted_RV, topk_ids_RK)
+    weights_RV = exponentials_RV.scatter_(1, topk_ids_RK, 0.0)
+    log_factor_R = weights_RV.new_zeros(len(weights_RV))
+    rows = (weights_RV.amax(-1) < _LEAST_WEIGHT).nonzero()[:, 0]
+    if len(rows):
+        weights_RV[rows], log_factor_R[rows] = _shifted_tail(shifted_RV[rows], topk_ids_RK[rows])
+    return weights_RV, log_factor_R
 
 
-def _slots(shifted_RV: Tensor, log_z_R: Tensor, settings: RecordSettings, *, exact: bool) -> int:
-    """How many slots the top-k needs: `top_k`, or what `min_prob` leaves of it where counting costs less than sorting.
-
-    The count is a pass over V, and has to be waited for.
-    """
-    slots = min(settings.top_k, shifted_RV.shape[1])
-    if not exact or settings.min_prob <= 0.0 or slots * _COUNTED < shifted_RV.shape[1]:
-        return slots
-    least_R = (log_z_R + math.log(settings.min_prob) - _ROUNDING) * settings.temperature
-    return min(slots, max(1, int((shifted_RV >= least_R[:, None]).sum(-1).amax())))
-
-
-def _largest(values_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest numbers of each row, and their ids, [R, count] each; as topk, any of equal ones.
-
-    On a CPU topk copies V pairs of id and number and sorts some. The largest numbers are members of the groups with
-    the `count` largest maxima, so one vectorised pass over V leaves it two short lists.
-    """
-    width = values_RV.shape[1]
-    size = math.isqrt(width // count)
-    if not values_RV.is_cpu or size < _LEAST_GROUP:
-        largest_RK, ids_RK = values_RV.topk(count)
-        return largest_RK, ids_RK
-    groups = width // size  # id g + s · groups is in group g; fewer than `size` ids are in none
-    maxima_RG = values_RV[:, : groups * size].unflatten(1, (size, groups)).amax(1)
-    picked_RK = maxima_RG.topk(count, sorted=False).indices
-    members_RC = (torch.arange(0, groups * size, groups)[:, None] + picked_RK[:, None]).flatten(1)
-    others_RC = torch.arange(groups * size, width).expand(len(values_RV), -1)
-    ids_RC = torch.cat([members_RC, others_RC], 1)
-    largest_RK, places_RK = values_RV.gather(1, ids_RC).topk(count)
-    return largest_RK, ids_RC.gather(1, places_RK)
-
-
-def _smallest_ids(shifted_CV: Tensor, level_C: Tensor, above_C: Tensor, ids_CK: Tensor) -> Tensor:
-    """Fill the slots from `above_C` on with the smallest ids whose logit is `level_C`."""
-    row_M, id_M = (shifted_CV == level_C[:, None]).nonzero(as_tuple=True)  # by row, then by rising id
-    first_C = torch.searchsorted(row_M, torch.arange(len(ids_CK), device=row_M.device))
-    slot_M = above_C[row_M] + torch.arange(len(row_M), device=row_M.device) - first_C[row_M]
-    fits_M = slot_M < ids_CK.shape[1]
-    ids_CK[row_M[fits_M], slot_M[fits_M]] = id_M[fits_M]
-    return ids_CK
+def _shifted_tail(shifted_RV: Tensor, topk_ids_RK: Tensor) -> tuple[Tensor, Tensor]:
+    """`_tail_weights` that are 1 at the largest."""
+    tail_RV = shifted_RV.scatter_(1, topk_ids_RK, float("-inf"))
+    largest_R = tail_RV.amax(-1)
+    largest_R = largest_R.masked_fill(torch.isneginf(largest_R), 0.0)
+    return tail_RV.sub_(largest_R[:, None]).exp_(), largest_R

@@ -15,7 +15,6 @@ from torch import Tensor
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
-_VALUES_AT_ONCE = 2**17  # a CPU sums them as float64 copies, which its cache should hold
 _TWO_53 = float(2**53)
 
 
@@ -54,8 +53,8 @@ def tail_samples(weights_RV: Tensor, uniforms_R: Tensor, budget_R: Tensor, most:
 
     Shapes: `weights_RV` ≥ 0, finite, each row with a budget having a positive sum; `uniforms_R` float64 in [0, 1);
     budgets of at most `most`. Result: [R, most] int64, of each row the first `budget_R` ids rising, the others any.
-    Sums are in float64 over blocks of ids, then inside the blocks that were hit: one pass over V, not a full float64
-    cumulation, and no id's share is off by more than float32 rounding of its own block.
+    Sums are over blocks of ids, cumulated in float64, then inside the blocks that were hit: one pass over V, not a full
+    float64 cumulation, and no id's share is off by more than float32 rounding of its own block.
     """
     rows, width = weights_RV.shape
     if most == 0 or rows == 0:
@@ -63,9 +62,7 @@ def tail_samples(weights_RV: Tensor, uniforms_R: Tensor, budget_R: Tensor, most:
     size = 2 ** (width.bit_length() // 2)
     blocks = -(-width // size)
     blocked = torch.nn.functional.pad(weights_RV, (0, blocks * size - width)).view(rows, blocks, size)
-    at_once = max(1, _VALUES_AT_ONCE // width) if weights_RV.is_cpu else rows
-    sums = [some.sum(-1, dtype=torch.float64) for some in blocked.split(at_once)]
-    cumulated = torch.cat(sums).cumsum(-1)
+    cumulated = blocked.sum(-1).double().cumsum(-1)
     steps = torch.arange(most, device=weights_RV.device)
     share = (uniforms_R[:, None] + steps) / budget_R.clamp(min=1)[:, None]
     block, inside = _locate(cumulated, share * cumulated[:, -1:])

@@ -70,7 +70,7 @@ MIDDLE = Size(
 )
 GENERIC = Size(
     "generic",
-    samples=120,
+    samples=240,
     shard_samples=40,
     batch_size=8,
     text={"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4}

@@ -108,32 +108,14 @@ def test_chunks_change_nothing() -> None:
     _assert_equal(whole, concatenate_records(whole.split([100, 0, 599, 1])))
 
 
-@settings(deadline=None)
-@given(
-    width=st.integers(1, 3000),
-    count=st.integers(1, 300),
-    spacing=st.sampled_from([0.0, 0.5, 100.0]),
-    seed=st.integers(0, 10_000),
-)
-def test_the_largest_are_those_of_topk(width: int, count: int, spacing: float, seed: int) -> None:
-    """In groups or not, with ids that are in no group, equal numbers and −∞; which equal ones is open."""
-    count = min(count, width)
-    values = _logits(3, width, seed)
-    if spacing:
-        values = (values / spacing).round() * spacing
-    values[1, torch.arange(width) % 3 > 0] = float("-inf")
-    largest, ids = records_module._largest(values, count)
-    assert torch.equal(largest, values.topk(count).values)
-    assert torch.equal(values.gather(1, ids), largest)
-    assert all(len(set(row)) == count for row in ids.tolist())
-
-
 def test_a_tiny_tail_keeps_its_mass_and_is_still_drawn_from() -> None:
     """1 − Σp would be 0 or negative here; the log mass must come from the tail itself."""
     logits = torch.full((1, 50), -40.0)
     logits[0, 7], logits[0, 30] = 40.0, -30.0
     record = _make(logits, dataclasses.replace(SETTINGS, forced_ids=()))
     assert record.topk_ids_H.tolist() == [7]
+    beside_others = _make(torch.cat([logits, _logits(3, 50, seed=0)]), dataclasses.replace(SETTINGS, forced_ids=()))
+    _assert_equal(beside_others.split([1, 3])[0], record)
     wanted = np.logaddexp.reduce([-70.0] + [-80.0] * 48)
     assert record.tail_log_mass_N[0] == pytest.approx(wanted, abs=1e-4)
     assert record.tail_ids_D.tolist() == [30]
