@@ -66,7 +66,7 @@ def _slots(shifted_RV: Tensor, log_z_R: Tensor, settings: RecordSettings, *, exa
     if not exact or settings.min_prob <= 0.0 or slots * _COUNTED < shifted_RV.shape[1]:
         return slots
     least_R = (log_z_R + math.log(settings.min_prob) - _ROUNDING) * settings.temperature
-    return min(slots, max(1, int((shifted_RV >= least_R[:, None]).sum(-1).amax())))
+    return min(slots, max(1, int((shifted_RV >= least_R[:, None]).sum(-1, dtype=torch.int32).amax())))
 
 
 def _largest(values_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:

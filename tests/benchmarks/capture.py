@@ -17,10 +17,12 @@ Qwen3-VL (`generic`: 6 layers of 256), which runs by its own processor and as a 
 layers of 3,584, V = 152,064) with CLIP-L/336. Where vLLM is installed: the toy world's teacher by
 records made in its workers against `prompt_logprobs`.
 
-What bounds records on a CPU: of 11 to 17 ns a logit (V = 32,000 and 151,646, a busy machine) the exponentials take 5,
-one each for the entropy, every temperature and the tail; the top-k takes 2 to 4, the tail samples 3, and the other
-passes the rest. PyTorch's topk over a whole row, and float64 sums of more rows than the cache holds, cost 10 % to 20 %
-more. Chunks of a few rows, which stay in the cache, are no faster: what each call costs outweighs what they save.
+What bounds records on a CPU: of 5 to 8 ns a logit (`standard`, V = 32,000 and 151,646) exponentials and the divisions
+before them take 40 %: one for T = 1.5, one for T = 4, one for T = 1 and 2 together, and those of the samples are at
+hand. Finding the top-k takes 20 %, and the rest are single passes. PyTorch's topk over a whole row, and sums in float64,
+cost 10 % to 20 % more; so did a top-k of all slots where `min_prob` leaves a few (half of the time at V = 600). Chunks
+of a few rows, which stay in the cache, are no faster: what each call costs outweighs what they save. What a toy teacher
+adds beyond that is each shard's first batch, whose images nobody has begun.
 
 What bounds `vllm_pooler_vs_prompt_logprobs` on a CPU: the forward pass, which both have. By `results/capture.json`, a
 position takes 0.36 ms with the pooler and 0.72 ms with `prompt_logprobs`; bare forward passes by HF take 0.43 ms, and
