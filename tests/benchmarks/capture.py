@@ -25,8 +25,8 @@ of a few rows, which stay in the cache, are no faster: what each call costs outw
 adds beyond that is each shard's first batch, whose images nobody has begun.
 
 What bounds `vllm_pooler_vs_prompt_logprobs` on a CPU: the forward pass, which both have. By `results/capture.json`, a
-position takes 0.36 ms with the pooler and 0.72 ms with `prompt_logprobs`; bare forward passes by HF take 0.43 ms, and
-all that its capture does beside them 0.03 ms. With records that cost nothing, the ratio would be 2.2 at most.
+position takes 0.33 ms with the pooler and 0.67 ms with `prompt_logprobs`; bare forward passes by HF take 0.29 ms, and
+all that its capture does beside them 0.04 ms. With records that cost nothing, the ratio would be 2.3 at most.
 
 Shape suffixes: B sequences of a batch, T tokens, D hidden size, N supervised positions of the batch, R of them in a
 chunk.
