@@ -285,6 +285,9 @@ def toyworld(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write into.")],
     quick: Annotated[bool, typer.Option("--quick", help="A fraction of the data.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the data.")] = 1,
+    benchmark_images: Annotated[
+        int | None, typer.Option(min=1, help="Images of GQA and MME; others have shares of it [default: the demo's].")
+    ] = None,
 ) -> None:
     """Draw the demo's toy world: samples and benchmarks in LLaVA's file formats, and a small language model.
 
@@ -294,7 +297,7 @@ def toyworld(
     """
     from llavamod_offline.demo.world import write_world
 
-    for folder in write_world(output, quick=quick, seed=seed):
+    for folder in write_world(output, quick=quick, seed=seed, benchmark_images=benchmark_images):
         print(folder)
 
 

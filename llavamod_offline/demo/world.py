@@ -11,8 +11,11 @@ from llavamod_offline.toyworld.datasets import write_datasets
 from llavamod_offline.toyworld.narrow import write_small_language_model
 
 
-def write_world(output: Path, *, quick: bool = False, seed: int = 1) -> list[Path]:
-    """Write the folders of a toy world into `output` and return them. Errors: `ConfigError` if one exists."""
+def write_world(output: Path, *, quick: bool = False, seed: int = 1, benchmark_images: int | None = None) -> list[Path]:
+    """Write the folders of a toy world into `output` and return them. Errors: `ConfigError` if one exists.
+
+    `benchmark_images`: see `write_benchmarks`; None: those of the demo.
+    """
     sizes = QUICK if quick else FULL
     folders = [output / "world", output / "benchmarks", small_language_model(output)]
     for folder in folders:
@@ -28,6 +31,6 @@ def write_world(output: Path, *, quick: bool = False, seed: int = 1) -> list[Pat
         error_share=0.1,
         seed=seed,
     )
-    write_benchmarks(folders[1], images=sizes.benchmark_images, seed=seed + 1)
+    write_benchmarks(folders[1], images=benchmark_images or sizes.benchmark_images, seed=seed + 1)
     write_small_language_model(TEACHER, folders[2])
     return folders
