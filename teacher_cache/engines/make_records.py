@@ -142,11 +142,14 @@ def _chunk_columns(
     Without `exact` no value is asked for that would have to be waited for, and which of the equal logits at the end of
     the top-k are taken is left open; rows where that matters are marked.
     """
+    exponentials_RV: Tensor | None
     shifted_RV, exponentials_RV, log_z_at, entropy_R = _normalise(logits_RV, settings.temperatures)
+    if not exact:
+        exponentials_RV = None  # see `_tail_weights`; its memory is given back
     finite_R = torch.isfinite(entropy_R)  # NaN for a row with any logit that is not finite
     if not exact or not bool(finite_R.all()):  # those rows continue as uniform distributions
         shifted_RV.masked_fill_(~finite_R[:, None], 0.0)
-        if exact:  # otherwise they are not looked at again
+        if exponentials_RV is not None:
             exponentials_RV.masked_fill_(~finite_R[:, None], 1.0)
         uniform = math.log(max(logits_RV.shape[1], 1))
         log_z_at = {t: torch.where(finite_R, log_z_R, uniform) for t, log_z_R in log_z_at.items()}
@@ -162,7 +165,7 @@ def _chunk_columns(
     targets = torch.where(targets_R == NO_TARGET, 0.0, targets)
     # Slots that are not kept point at the first one, so that every write to a cell is the same.
     ids_RK = torch.where(kept_RK, topk_ids_RK, topk_ids_RK[:, :1])
-    weights_RV, log_factor_R = _tail_weights(shifted_RV, exponentials_RV, ids_RK, exact=exact)
+    weights_RV, log_factor_R = _tail_weights(shifted_RV, exponentials_RV, ids_RK)
     tail_log_mass_R = weights_RV.sum(-1).log() + log_factor_R - log_z_R
     sampled_log_mass_R = tail_log_mass_R
     if learnt_at != 1.0:
@@ -220,15 +223,13 @@ def _normalise(logits_RV: Tensor, temperatures: Sequence[float]) -> tuple[Tensor
     return shifted_RV, exponentials_RV, log_z_at, log_z_at[1.0] + spread_R / z_R
 
 
-def _tail_weights(
-    shifted_RV: Tensor, exponentials_RV: Tensor, topk_ids_RK: Tensor, *, exact: bool
-) -> tuple[Tensor, Tensor]:
+def _tail_weights(shifted_RV: Tensor, exponentials_RV: Tensor | None, topk_ids_RK: Tensor) -> tuple[Tensor, Tensor]:
     """The tail's probabilities but for a factor: weights [R, V], 0 for the top-k's ids, and each row's log factor [R].
 
     Both matrices are written over. A tail so unlikely that float32 would hold it badly is shifted by its own largest
-    logit; which rows have one must be waited for, so without `exact` all are.
+    logit. Which rows have one must be waited for: without exponentials, all are shifted.
     """
-    if not exact:
+    if exponentials_RV is None:
         return _shifted_tail(shifted_RV, topk_ids_RK)
     weights_RV = exponentials_RV.scatter_(1, topk_ids_RK, 0.0)
     log_factor_R = weights_RV.new_zeros(len(weights_RV))
