@@ -42,6 +42,11 @@ def step_name(seed: int, what: str) -> str:
     return f"{seed}-{what}"
 
 
+def seed_of(name: str) -> str:
+    """The seed in a step's name."""
+    return name.partition("-")[0]
+
+
 def _steps(seed: int, sizes: DemoSizes, *, quick: bool) -> Iterator[Step]:
     here = folder_of(seed)
 

@@ -12,7 +12,7 @@ from typing import Any
 from llavamod_offline.demo.commands import as_script
 from llavamod_offline.demo.scheduler import Step, run_steps
 from llavamod_offline.errors import ConfigError
-from llavamod_offline.ladder.plan import folder_of, ladder_steps, step_name
+from llavamod_offline.ladder.plan import folder_of, ladder_steps, seed_of, step_name
 from llavamod_offline.ladder.report import write_report
 from llavamod_offline.ladder.results import summarise
 from llavamod_offline.progress import ProgressBar
@@ -80,7 +80,8 @@ def _run(output: Path, seeds: int, quick: bool, at_once: int) -> Path:
 def _done(output: Path, steps: list[Step]) -> dict[str, float]:
     """The seconds of the commands that have ended, as they would be typed now, and so have all that they need.
 
-    Removes all other lines of the log, so that what needs them runs again, and one that a kill has torn.
+    Removes their seeds' other lines from the log, so that what needs them runs again, and one that a kill has torn.
+    Lines of seeds that are not asked for stay.
     """
     file = output / _DONE
     ended: dict[str, dict[str, Any]] = {}
@@ -94,7 +95,9 @@ def _done(output: Path, steps: list[Step]) -> dict[str, float]:
     for step in steps:  # a step follows those that it needs
         if ended.get(step.name, {}).get("command") == step.typed and done.keys() >= set(step.needs):
             done[step.name] = ended[step.name]["seconds"]
-    write_file(file, "".join(json.dumps(ended[name]) + "\n" for name in done))
+    asked = {seed_of(step.name) for step in steps}
+    kept = [entry for name, entry in ended.items() if name in done or seed_of(name) not in asked]
+    write_file(file, "".join(json.dumps(entry) + "\n" for entry in kept))
     return done
 
 

@@ -73,25 +73,27 @@ def test_a_command_that_has_ended_is_not_run_again_unless_it_is_typed_otherwise(
     words = tmp_path / "words"
     needs = {"a": (), "b": ("1-a",), "c": ("1-b",), "d": ()}
     steps = [Step(f"1-{name}", ("sh", "-c", f"echo {name} >> {words}"), needed) for name, needed in needs.items()]
-    monkeypatch.setattr(ladder, "ladder_steps", lambda seeds, *, quick: steps)
+    other_seed = Step("2-a", ("sh", "-c", f"echo second >> {words}"), ())
+    monkeypatch.setattr(ladder, "ladder_steps", lambda seeds, *, quick: [*steps, *([other_seed] if seeds > 1 else [])])
     monkeypatch.setattr(ladder, "summarise", lambda output, seeds, seconds: {"seconds": seconds, "claims": {}})
     monkeypatch.setattr(ladder, "write_report", lambda output, summary: output / "report.html")
     output = tmp_path / "ladder"
 
-    def said() -> list[str]:
+    def said(seeds: int = 1) -> list[str]:
         words.write_text("")
-        found = json.loads(ladder.run_ladder(output, seeds=1, quick=True, at_once=1).read_text())
-        assert set(found["seconds"]) == {step.name for step in steps}
+        found = json.loads(ladder.run_ladder(output, seeds=seeds, quick=True, at_once=1).read_text())
+        assert set(found["seconds"]) == {step.name for step in steps} | ({"2-a"} if seeds > 1 else set())
         return words.read_text().split()
 
-    assert said() == ["a", "b", "c", "d"]
+    assert said(seeds=2) == ["a", "b", "c", "d", "second"]
     assert said() == []
+    assert said(seeds=2) == []  # fewer seeds in between lost nothing
     steps[1] = Step("1-b", ("sh", "-c", f"echo other >> {words}"), ("1-a",))
     assert said() == ["other", "c"]  # and what needs it
     log = output / "steps.jsonl"
     log.write_text(log.read_text()[:-5])
     assert said() == ["c"]
-    assert said() == []
+    assert said(seeds=2) == []
 
 
 def test_another_ladder_or_other_files_are_kept(tmp_path: Path) -> None:
