@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -21,7 +19,7 @@ from teacher_cache.engines.server.client import ServerClient
 from teacher_cache.engines.server.engine import ServerCaptureEngine, listed_ids
 from teacher_cache.engines.server.served import ask_served
 from teacher_cache.engines.server.settings import ServerSettings
-from teacher_cache.format.record import Records, RecordSettings
+from teacher_cache.format.record import RecordSettings
 from teacher_cache.format.rejection import Rejection
 from teacher_cache.format.sequences import SequenceRecord
 from tests.teacher_cache.engines.vllm_world import HEAD_OF_32, Captured, assert_listed
@@ -131,7 +129,4 @@ def _assert_nothing_lost(server: VllmServer, engine: ServerCaptureEngine, reques
             server.kill()
             server.start()
     assert list(found) == list(undisturbed)
-    for name, one in undisturbed.items():
-        for field in dataclasses.fields(Records):
-            left, right = getattr(one.records, field.name), getattr(found[name].records, field.name)
-            assert np.array_equal(left, right), (name, field.name)
+    assert_listed(undisturbed, found)  # a server that starts anew may divide its first forward passes otherwise
