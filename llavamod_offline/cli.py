@@ -286,7 +286,12 @@ def toyworld(
     quick: Annotated[bool, typer.Option("--quick", help="A fraction of the data.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the data.")] = 1,
     benchmark_images: Annotated[
-        int | None, typer.Option(min=1, help="Images of GQA and MME; others have shares of it [default: the demo's].")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Images in GQA and in MME; POPE has half as many, Object HalBench three times as many.",
+            show_default="as in the demo",
+        ),
     ] = None,
 ) -> None:
     """Draw the demo's toy world: samples and benchmarks in LLaVA's file formats, and a small language model.

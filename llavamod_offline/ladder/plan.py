@@ -21,7 +21,7 @@ _RATES = {
     "preference": "1e-4",
 }
 _SECOND_RATE = "5e-4"  # on the second set, of all stages
-# Fewer steps, for there are 30 students a seed; more questions, for 500 tell no students apart that differ by .03.
+# Fewer steps, as there are some thirty students a seed; more questions, as 500 cannot show a difference of .03.
 _FULL = replace(FULL, distill_steps=120, sparse_steps=40, benchmark_images=300)
 UNSEEN = "unseen"
 

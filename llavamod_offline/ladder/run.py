@@ -80,8 +80,8 @@ def _run(output: Path, seeds: int, quick: bool, at_once: int) -> Path:
 def _done(output: Path, steps: list[Step]) -> dict[str, float]:
     """The seconds of the commands that have ended, as they would be typed now, and so have all that they need.
 
-    Removes their seeds' other lines from the log, so that what needs them runs again, and one that a kill has torn.
-    Lines of seeds that are not asked for stay.
+    All other lines of these seeds are removed from the log, so that what needs them runs again; so is a line that a
+    kill has torn. Lines of other seeds stay.
     """
     file = output / _DONE
     ended: dict[str, dict[str, Any]] = {}

@@ -145,7 +145,7 @@ def _chunk_columns(
     exponentials_RV: Tensor | None
     shifted_RV, exponentials_RV, log_z_at, entropy_R = _normalise(logits_RV, settings.temperatures)
     if not exact:
-        exponentials_RV = None  # see `_tail_weights`; its memory is given back
+        exponentials_RV = None  # frees the memory: `_tail_weights` cannot use them then
     finite_R = torch.isfinite(entropy_R)  # NaN for a row with any logit that is not finite
     if not exact or not bool(finite_R.all()):  # those rows continue as uniform distributions
         shifted_RV.masked_fill_(~finite_R[:, None], 0.0)

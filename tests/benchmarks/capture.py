@@ -18,11 +18,11 @@ layers of 3,584, V = 152,064) with CLIP-L/336. Where vLLM is installed: the toy 
 records made in its workers against `prompt_logprobs`.
 
 What bounds records on a CPU: of 5 to 8 ns a logit (`standard`, V = 32,000 and 151,646) exponentials and the divisions
-before them take 40 %: one for T = 1.5, one for T = 4, one for T = 1 and 2 together, and those of the samples are at
-hand. Finding the top-k takes 20 %, and the rest are single passes. PyTorch's topk over a whole row, and sums in
+before them take 40 %: one for T = 1.5, one for T = 4, one for T = 1 and 2 together, which also gives the weights
+of the tail. Finding the top-k takes 20 %, and the rest are single passes. PyTorch's topk over a whole row, and sums in
 float64, cost 10 % to 20 % more; so did a top-k of all slots where `min_prob` leaves a few (half of the time at V =
-600). Chunks of a few rows, which stay in the cache, are no faster: what each call costs outweighs what they save. What
-a toy teacher's run adds beyond that is each shard's first batch, whose images nobody has begun.
+600). Chunks of a few rows, which stay in the cache, are no faster: what each call costs outweighs what they save. A
+toy teacher's run also waits for the images of each shard's first batch, which are not prepared ahead.
 
 What bounds `vllm_pooler_vs_prompt_logprobs` on a CPU: the forward pass, which both have. By `results/capture.json`, a
 position takes 0.33 ms with the pooler and 0.67 ms with `prompt_logprobs`; bare forward passes by HF take 0.29 ms, and

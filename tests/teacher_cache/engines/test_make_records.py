@@ -122,6 +122,15 @@ def test_a_tiny_tail_keeps_its_mass_and_is_still_drawn_from() -> None:
     assert 0 < record.entropy_N[0] < 1e-25
 
 
+def test_a_tail_below_the_range_of_float32_keeps_its_mass_and_is_still_drawn_from() -> None:
+    logits = torch.full((1, 50), -40.0)
+    logits[0, 7], logits[0, 30] = 100.0, -30.0
+    record = _make(logits, dataclasses.replace(SETTINGS, forced_ids=()))
+    wanted = np.logaddexp.reduce([-130.0] + [-140.0] * 48)
+    assert record.tail_log_mass_N[0] == pytest.approx(wanted, abs=1e-4)
+    assert record.tail_ids_D.tolist() == [30]
+
+
 def test_equal_log_probs_are_ordered_by_id_and_forced_ids_come_last() -> None:
     logits = torch.zeros(1, 64)
     logits[0, [50, 9, 33, 2]] = 6.0
