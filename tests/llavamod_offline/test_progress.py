@@ -18,7 +18,8 @@ from llavamod_offline.progress import ProgressBar, track
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock that the test sets."""
+    """A clock that the test sets, and lines as often as users see them."""
+    monkeypatch.delenv("LLAVAMOD_PROGRESS_SECONDS")
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
