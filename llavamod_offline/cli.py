@@ -335,7 +335,11 @@ def ladder(
         "runs/ladder"
     ),
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="Number of seeds, each with a world of its own [default: 5; 1 if quick].")
+        str | None,
+        typer.Option(
+            metavar="N|M-N",
+            help="How many seeds, each with a world of its own, or which, such as 4-5 [default: 5; 1 if quick].",
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A fraction of the data and steps, as a smoke test.")] = False,
     at_once: Annotated[
@@ -345,17 +349,21 @@ def ladder(
     """Show what each stage and each target gives: some thirty students a seed, and a test of each claim.
 
     Compares students of the toy world at equal data and steps: with and without teacher, dense and sparse, losses on
-    preferences, alignment terms, and what a cache keeps. Writes DIR/ladder.json and DIR/report.html. Rerun the same
-    command to resume, or with more seeds to add some. Takes a night on two cores; --quick takes minutes.
+    preferences, alignment terms, and what a cache keeps. Writes DIR/ladder.json and DIR/report.html after each seed.
+    Rerun the same command to resume, or with more seeds to add some. Takes a night on two cores; --quick takes minutes.
+
+    Seeds can be shared among machines: copy each DIR/seed-N/results.json into one DIR and rerun there. A seed with that
+    file is complete: its other files may be deleted.
 
     \b
     Examples:
       llavamod-offline ladder --quick --output runs/try
       llavamod-offline ladder --seeds 8
+      llavamod-offline ladder --seeds 4-5
     """
-    from llavamod_offline.ladder.run import run_ladder
+    from llavamod_offline.ladder.run import parse_seeds, run_ladder
 
-    run_ladder(output, seeds=seeds or (1 if quick else 5), quick=quick, at_once=at_once)
+    run_ladder(output, seeds=parse_seeds(seeds or ("1" if quick else "5")), quick=quick, at_once=at_once)
 
 
 # Their parts are in packages above this one, which a module here may not import by their names.

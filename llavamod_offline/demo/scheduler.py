@@ -29,13 +29,15 @@ REJECTED_STATUS = 3
 class Step:
     """A command, and the names of the steps that must finish before it starts.
 
-    `may_reject`: status 3, by which `cache-teacher` says that it has rejected samples, is no failure.
+    `may_reject`: status 3, by which `cache-teacher` says that it has rejected samples, is no failure. `group`: steps of
+    a lower group start before others that are ready.
     """
 
     name: str
     command: tuple[str, ...]
     needs: tuple[str, ...] = ()
     may_reject: bool = False
+    group: int = 0
 
     @property
     def typed(self) -> str:
@@ -90,7 +92,10 @@ def run_steps(
 
 
 def longest_first(steps: Sequence[Step]) -> list[Step]:
-    """Sort steps by the longest chain of steps that depends on each. Errors: `StepError` for an unmet need."""
+    """Sort steps by group, then by the longest chain of steps that depends on each.
+
+    Errors: `StepError` for an unmet need.
+    """
     names = {step.name for step in steps}
     for step in steps:
         unmet = [need for need in step.needs if need not in names]
@@ -100,7 +105,7 @@ def longest_first(steps: Sequence[Step]) -> list[Step]:
     def chain(name: str) -> int:
         return 1 + max((chain(step.name) for step in steps if name in step.needs), default=0)
 
-    return sorted(steps, key=lambda step: -chain(step.name))
+    return sorted(steps, key=lambda step: (step.group, -chain(step.name)))
 
 
 def _start(step: Step, folder: Path, log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:

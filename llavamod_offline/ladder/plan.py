@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from llavamod_offline.demo.commands import answer_command, pack_command, score_command
-from llavamod_offline.demo.plan import BATCH, FULL, LANGUAGE_MODEL, QUICK, TASKS, TEACHER, DemoSizes
+from llavamod_offline.demo.plan import BATCH, CHECKPOINTS, FULL, LANGUAGE_MODEL, QUICK, TASKS, TEACHER, DemoSizes
 from llavamod_offline.demo.scheduler import Step
 from llavamod_offline.ladder.table import CACHES, RUNS, Run
 
@@ -31,10 +32,15 @@ def folder_of(seed: int) -> Path:
     return Path(f"seed-{seed}")
 
 
-def ladder_steps(seeds: int, *, quick: bool) -> list[Step]:
-    """Every command with the steps it needs, as typed in the ladder's folder; seeds count from 1."""
-    sizes = QUICK if quick else _FULL
-    return [step for seed in range(1, seeds + 1) for step in _steps(seed, sizes, quick=quick)]
+def ladder_steps(seed: int, *, quick: bool) -> list[Step]:
+    """Every command of a seed with the steps it needs, as typed in the ladder's folder; seeds count from 1."""
+    return list(_steps(seed, QUICK if quick else _FULL, quick=quick))
+
+
+def plan_digest(steps: Sequence[Step]) -> str:
+    """SHA-256 (hex) of the commands, wherever the toy world's checkpoints are installed."""
+    words = "\n".join(" ".join(step.command) for step in steps)
+    return hashlib.sha256(words.replace(str(CHECKPOINTS), "").encode()).hexdigest()
 
 
 def step_name(seed: int, what: str) -> str:
@@ -42,16 +48,16 @@ def step_name(seed: int, what: str) -> str:
     return f"{seed}-{what}"
 
 
-def seed_of(name: str) -> str:
+def seed_of(name: str) -> int:
     """The seed in a step's name."""
-    return name.partition("-")[0]
+    return int(name.partition("-")[0])
 
 
 def _steps(seed: int, sizes: DemoSizes, *, quick: bool) -> Iterator[Step]:
     here = folder_of(seed)
 
     def step(what: str, command: tuple[str, ...], *needs: str) -> Step:
-        return Step(step_name(seed, what), command, tuple(step_name(seed, need) for need in needs))
+        return Step(step_name(seed, what), command, tuple(step_name(seed, need) for need in needs), group=seed)
 
     drawn = ["llavamod-offline", "toyworld", "--output", str(here), "--seed", str(seed)]
     drawn += ["--quick"] if quick else ["--benchmark-images", str(sizes.benchmark_images)]

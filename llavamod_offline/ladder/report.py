@@ -1,38 +1,42 @@
-"""The ladder's page: the claims with their charts, and the table."""
+"""The ladder's page: the claims with their charts, the table, the load of experts, and a few images."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import base64
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from llavamod_offline.ladder.results import COLUMNS
-from llavamod_offline.pages.page import render
+from llavamod_offline.pages.page import data_uri, render
+from llavamod_offline.plural import counted
+from llavamod_offline.storage.atomic import write_file
 
 PAGE_NAME = "report.html"
 _VERDICTS = {True: "holds", False: "does not hold", None: "too few seeds to tell"}
 
 
-def write_report(output: Path, summary: Mapping[str, Any]) -> Path:
-    """Write `report.html` below `output` and return its path."""
+def write_report(path: Path, summary: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> None:
+    """Write the page of a summary; `examples`: as a seed's results hold them."""
     rows = {row["run"]: row for row in summary["rows"]}
-    path = output / PAGE_NAME
+    seeds = len(summary["seeds"])
     page = render(
         Path(__file__).with_name("report.html.jinja"),
         styles=("ladder.css",),
         title="LLaVA-MoD Offline: the ladder",
-        lead=f"What each stage and each target gives: {len(rows) - 1} students, {summary['seeds']} seeds each.",
+        lead=f"What each stage and each target gives: {len(rows) - 1} students, {counted(seeds, 'seed')} each.",
         claims=[_chart(claim, rows) for claim in summary["claims"].values()],
         header=["model", *COLUMNS.values(), "activated", "bytes a position", "train s"],
         groups=[
             (group, [_cells(row, rows) for row in found])
             for group, found in groupby(summary["rows"], lambda row: row["group"])
         ],
-        seeds=summary["seeds"],
+        seeds=seeds,
+        load=[_load(row) for row in summary["rows"] if row["expert_load"]],
+        examples=[{**example, "image": data_uri(base64.b64decode(example["image"]))} for example in examples],
     )
-    path.write_text(page, encoding="utf-8")
-    return path
+    write_file(path, page)
 
 
 def _chart(claim: Mapping[str, Any], rows: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,6 +73,24 @@ def _cells(row: Mapping[str, Any], rows: Mapping[str, Any]) -> dict[str, Any]:
             ("" if stored is None else f"{stored:.1f}", ""),
             ("" if row["seconds"] is None else f"{row['seconds']:.0f}", ""),
         ],
+    }
+
+
+def _load(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The experts' shares of the tokens in the last step of training, as `parts.bars` takes them."""
+    layers = row["expert_load"]
+    places = [(layer, expert, share) for layer, shares in enumerate(layers) for expert, share in enumerate(shares)]
+    return {
+        "title": row["name"],
+        "rows": [
+            (
+                f"layer {layer + 1}, expert {expert + 1}" if len(layers) > 1 else f"expert {expert + 1}",
+                share,
+                f"{share:.2f}",
+            )
+            for layer, expert, share in places
+        ],
+        "equal": 1 / len(layers[0]),
     }
 
 

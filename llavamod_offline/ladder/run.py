@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from llavamod_offline.demo.commands import as_script
 from llavamod_offline.demo.scheduler import Step, run_steps
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.ladder.plan import folder_of, ladder_steps, seed_of, step_name
-from llavamod_offline.ladder.report import write_report
+from llavamod_offline.ladder.report import PAGE_NAME, write_report
 from llavamod_offline.ladder.results import summarise
+from llavamod_offline.ladder.seed import RESULTS_NAME, gather_seed, read_seed
 from llavamod_offline.progress import ProgressBar
 from llavamod_offline.storage.atomic import write_file
 from llavamod_offline.storage.lock import locked
@@ -26,16 +28,35 @@ _SCRIPT_HEAD = "Every command of the ladder. Run this script in an empty folder.
 _WORLD = ("world", "benchmarks", "small_language_model")
 
 
-def run_ladder(output: Path, *, seeds: int, quick: bool, at_once: int | None = None) -> Path:
+def parse_seeds(text: str) -> list[int]:
+    """The seeds of `5` (1 to 5) or of a range such as `4-5`. Errors: `ConfigError` for anything else."""
+    first, dash, last = text.partition("-")
+    numbers = [first, last] if dash else ["1", first]
+    if all(number.isascii() and number.isdigit() for number in numbers) and 1 <= int(numbers[0]) <= int(numbers[1]):
+        return list(range(int(numbers[0]), int(numbers[1]) + 1))
+    raise ConfigError(f"--seeds {text}: give how many, such as 5, or a range that starts at 1 or above, such as 4-5")
+
+
+def run_ladder(output: Path, *, seeds: Sequence[int], quick: bool, at_once: int | None = None) -> Path:
     """Run or resume the ladder in `output`, and return the path of its summary.
 
-    Errors: `ConfigError` if `output` holds something else, or a ladder of other sizes; `StepError` if a command fails.
+    A seed whose results are there, made here or copied from elsewhere, is not run. Summary and page are written anew
+    whenever a seed is complete. Errors: `ConfigError` if `output` holds something else, or a ladder of other sizes;
+    `StepError` if a command fails.
     """
     _check(output, quick)
     output.mkdir(parents=True, exist_ok=True)
     with locked(output):
         write_file(output / _SETTINGS, json.dumps({"quick": quick}) + "\n")
-        return _run(output, seeds, quick, at_once or max(2, min(len(os.sched_getaffinity(0)), 8)))
+        plan = {seed: ladder_steps(seed, quick=quick) for seed in seeds}
+        write_file(output / "commands.sh", as_script([step for steps in plan.values() for step in steps], _SCRIPT_HEAD))
+        results = {seed: read_seed(output, seed, steps) for seed, steps in plan.items()}
+        _run(output, plan, results, quick, at_once or max(2, min(len(os.sched_getaffinity(0)), 8)))
+        summary = _summarise(output, results, quick)
+    print(_claims(summary))
+    print(f"\n{output / PAGE_NAME}: the table, and a chart for each claim")
+    print(f"{output / SUMMARY_NAME}: all figures; {output / 'commands.sh'}: the commands that made them")
+    return output / SUMMARY_NAME
 
 
 def _check(output: Path, quick: bool) -> None:
@@ -44,37 +65,53 @@ def _check(output: Path, quick: bool) -> None:
         if json.loads(settings.read_text())["quick"] != quick:
             what = "the full ladder: leave --quick out" if quick else "a quick ladder: add --quick"
             raise ConfigError(f"{output}: holds {what}, or choose another folder with --output")
-    elif output.exists() and any(output.iterdir()):
+    elif output.exists() and not all((entry / RESULTS_NAME).is_file() for entry in output.iterdir()):
         raise ConfigError(f"{output}: holds files that are not from a ladder: choose another folder with --output")
 
 
-def _run(output: Path, seeds: int, quick: bool, at_once: int) -> Path:
-    steps = ladder_steps(seeds, quick=quick)
-    write_file(output / "commands.sh", as_script(steps, _SCRIPT_HEAD))
+def _run(
+    output: Path, plan: dict[int, list[Step]], results: dict[int, dict[str, Any] | None], quick: bool, at_once: int
+) -> None:
+    """Run the commands of all seeds without results, and fill in theirs."""
+    steps = [step for seed, found in results.items() if found is None for step in plan[seed]]
     done = _done(output, steps)
-    for seed in range(1, seeds + 1):
-        if step_name(seed, "toyworld") not in done:  # it begins anew, and refuses folders that exist
+    for seed, found in results.items():
+        if found is None and step_name(seed, "toyworld") not in done:  # it begins anew, and refuses folders that exist
             for name in _WORLD:
                 shutil.rmtree(output / folder_of(seed) / name, ignore_errors=True)
+
+    def gather(seed: int) -> None:
+        if results[seed] is None and seconds.keys() >= {step.name for step in plan[seed]}:
+            gather_seed(output, seed, plan[seed], seconds)
+            results[seed] = read_seed(output, seed, plan[seed])
+            _summarise(output, results, quick)
+
+    seconds = dict(done)
+    for seed in plan:
+        gather(seed)
     with (
         (output / _DONE).open("a", encoding="utf-8") as log,
         ProgressBar("ladder", len(steps), "command", done=len(done)) as bar,
     ):
 
-        def note(step: Step, seconds: float) -> None:
-            log.write(json.dumps({"name": step.name, "command": step.typed, "seconds": round(seconds, 2)}) + "\n")
+        def note(step: Step, took: float) -> None:
+            log.write(json.dumps({"name": step.name, "command": step.typed, "seconds": round(took, 2)}) + "\n")
             log.flush()
+            seconds[step.name] = took
             bar.advance()
-            bar.write(f"{seconds:6.1f} s  {step.name}")
+            bar.write(f"{took:6.1f} s  {step.name}")
+            gather(step.group)
 
-        seconds = run_steps(steps, output, at_once=at_once, on_end=note, done=done)
-    summary = {"date": time.strftime("%Y-%m-%d"), "quick": quick, **summarise(output, seeds, seconds)}
-    path = output / SUMMARY_NAME
-    write_file(path, json.dumps(summary, indent=1) + "\n")
-    print(_claims(summary))
-    print(f"\n{write_report(output, summary)}: the table, and a chart for each claim")
-    print(f"{path}: all figures; {output / 'commands.sh'}: the {len(steps)} commands that made them")
-    return path
+        run_steps(steps, output, at_once=at_once, on_end=note, done=done)
+
+
+def _summarise(output: Path, results: dict[int, dict[str, Any] | None], quick: bool) -> dict[str, Any]:
+    """Write the summary and the page of the seeds that are complete."""
+    found = {seed: complete for seed, complete in results.items() if complete is not None}
+    summary = {"date": time.strftime("%Y-%m-%d"), "quick": quick, **summarise(found)}
+    write_file(output / SUMMARY_NAME, json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
+    write_report(output / PAGE_NAME, summary, next(iter(found.values()))["examples"])
+    return summary
 
 
 def _done(output: Path, steps: list[Step]) -> dict[str, float]:

@@ -13,7 +13,8 @@ from llavamod_offline.ladder.table import CACHES, CLAIMS, ROWS, RUNS, TEACHER
 from teacher_cache.config import CacheTeacherConfig
 from train.config.recipes import resolve_config
 
-STEPS = {step.name: step for step in ladder_steps(2, quick=True)}
+BOTH = [step for seed in (1, 2) for step in ladder_steps(seed, quick=True)]
+STEPS = {step.name: step for step in BOTH}
 
 
 def _settings(name: str) -> dict[str, str]:
@@ -21,9 +22,8 @@ def _settings(name: str) -> dict[str, str]:
 
 
 def test_names_are_unique_and_needs_are_met() -> None:
-    steps = ladder_steps(2, quick=True)
-    assert len(STEPS) == len(steps)
-    assert len(longest_first(steps)) == len(steps)
+    assert len(STEPS) == len(BOTH)
+    assert len(longest_first(BOTH)) == len(BOTH)
     for parts in (CACHES, RUNS, CLAIMS):
         assert len({part.name for part in parts}) == len(parts)
 
