@@ -187,8 +187,8 @@ def prepare(config: TrainConfig, world: World) -> Setup:
             config.batch.global_size,
             counted(order.per_epoch, "sample"),
         )
-    if cache is not None and order.window:
-        cache.keep_shards(order.window)
+    if cache is not None:
+        cache.keep_shards(order.window or len(samples.shards))
     choose_trainable(student, config.trainable)
     head = lm_head_of(student)
     positions = "response" if aligns else _positions(config, cache)
