@@ -17,7 +17,7 @@ ladder: $(INSTALLED)
 
 # Three processes for two cores: many tests wait for others' processes to start, stop or die.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist worksteal --durations 30 $(ARGS)
 
 # What needs vLLM, on its CPU build, in an environment of its own.
 test-vllm: $(VLLM_INSTALLED)
