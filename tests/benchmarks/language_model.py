@@ -3,7 +3,7 @@
     python -m tests.benchmarks.language_model --model FOLDER --json FILE [--seeds 3] [--steps 200]
 
 The teacher is any causal language model of transformers in a local folder; the student is the teacher with every second
-layer and all weights trained. Both read sources of Python's standard library. Each seed draws its own texts; all of its
+layer, of which all weights are trained but those of embeddings and LM head. Both read sources of Python's standard library. Each seed draws its own texts; all of its
 students start alike and see the same texts in the same order. `excess_TARGET`: held-out KL(teacher ‖ student) at the
 end beyond that of a student of the live teacher, in nats, the mean over seeds; `error_TARGET`: its standard error.
 
@@ -117,7 +117,8 @@ def _students(
 def _train(teacher: Any, held: Tensor, texts_PT: Tensor, steps: int, loss: Loss) -> list[tuple[int, float]]:
     """Train a student; (step, held-out KL) at even distances, the last at the end."""
     student = _every_second_layer(teacher)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, weight_decay=0.0)
+    trained = [weight for weight in student.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
     looks = {round(steps * (look + 1) / LOOKS) for look in range(LOOKS)} - {0}
     found = [(0, _held_out_kl(teacher, student, held))]
     for step in range(steps):
@@ -125,7 +126,7 @@ def _train(teacher: Any, held: Tensor, texts_PT: Tensor, steps: int, loss: Loss)
         ids_BT = texts_PT[numbers][:, :-1].to(student.device)
         hidden_BTD = student.model(input_ids=ids_BT, use_cache=False).last_hidden_state
         (loss(student, hidden_BTD.flatten(0, 1), numbers) / hidden_BTD[..., 0].numel()).backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.step()
@@ -206,8 +207,10 @@ def _vocab_size(model: Any) -> int:
 
 
 def _every_second_layer(teacher: Any) -> Any:
-    """A copy of the teacher with its first, third, … layer."""
+    """A copy of the teacher with its first, third, … layer; what it shares with the teacher before and after is frozen."""
     student = copy.deepcopy(teacher)
+    for part in (student.get_input_embeddings(), student.get_output_embeddings()):
+        part.requires_grad_(False)
     kept = list(range(0, len(student.model.layers), 2))
     student.model.layers = torch.nn.ModuleList([student.model.layers[place] for place in kept])
     student.config.num_hidden_layers = len(kept)
