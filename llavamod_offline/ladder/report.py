@@ -40,9 +40,16 @@ def write_report(path: Path, summary: Mapping[str, Any], examples: Sequence[Mapp
 
 
 def _chart(claim: Mapping[str, Any], rows: Mapping[str, Any]) -> dict[str, Any]:
-    """A claim with the two rows' values, placed in per cent of the range that both and 0 span."""
+    """A claim with the two rows' values, placed in per cent of a range that holds both."""
     lines = [(rows[run]["name"], rows[run]["columns"][claim["column"]]) for run in (claim["row"], claim["than"])]
-    largest = max(max(column["values"]) for _, column in lines) or 1.0
+    values = [value for _, column in lines for value in column["values"]]
+    low, high = min(values), max(values)
+    margin = 0.1 * (high - low) or 0.1 * abs(high) or 1.0  # else dots would stand on the edges
+    low, high = low - margin, high + margin
+
+    def place(value: float) -> float:
+        return 100 * (value - low) / (high - low)
+
     return {
         "text": claim["text"],
         "verdict": _VERDICTS[claim["holds"]],
@@ -53,11 +60,12 @@ def _chart(claim: Mapping[str, Any], rows: Mapping[str, Any]) -> dict[str, Any]:
             {
                 "name": name,
                 "text": _with_spread(column),
-                "mean": 100 * column["mean"] / largest,
-                "dots": [(100 * value / largest, f"{value:.4f}") for value in column["values"]],
+                "mean": place(column["mean"]),
+                "dots": [(place(value), f"{value:.4f}") for value in column["values"]],
             }
             for name, column in lines
         ],
+        "ends": (f"{low:.3f}", f"{high:.3f}"),
     }
 
 
@@ -70,8 +78,8 @@ def _cells(row: Mapping[str, Any], rows: Mapping[str, Any]) -> dict[str, Any]:
         "cells": [
             *((_with_spread(row["columns"][name]), _comparison(row["columns"][name])) for name in COLUMNS),
             (f"{row['activated_parameters'] / 1e6:.2f} M", ""),
-            ("" if stored is None else f"{stored:.1f}", ""),
-            ("" if row["seconds"] is None else f"{row['seconds']:.0f}", ""),
+            ("–" if stored is None else f"{stored:.1f}", ""),
+            ("–" if row["seconds"] is None else f"{row['seconds']:.0f}", ""),
         ],
     }
 
@@ -95,7 +103,7 @@ def _load(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_spread(column: Mapping[str, Any]) -> str:
-    return f"{column['mean']:.3f}" + ("" if column["spread"] is None else f" ± {column['spread']:.3f}")
+    return f"{column['mean']:z.3f}" + ("" if column["spread"] is None else f" ± {column['spread']:.3f}")
 
 
 def _comparison(column: Mapping[str, Any]) -> str:
