@@ -3,9 +3,10 @@
     python -m tests.benchmarks.language_model --model FOLDER --json FILE [--seeds 3] [--steps 200]
 
 The teacher is any causal language model of transformers in a local folder; the student is the teacher with every second
-layer, of which all weights are trained but those of embeddings and LM head. Both read sources of Python's standard library. Each seed draws its own texts; all of its
-students start alike and see the same texts in the same order. `excess_TARGET`: held-out KL(teacher ‖ student) at the
-end beyond that of a student of the live teacher, in nats, the mean over seeds; `error_TARGET`: its standard error.
+layer, of which all weights are trained but those of embeddings and LM head. Both read sources of Python's standard
+library. Each seed draws its own texts; all of its students start alike and see the same texts in the same order.
+`excess_TARGET`: held-out KL(teacher ‖ student) at the end beyond that of a student of the live teacher, in nats, the
+mean over seeds; `error_TARGET`: its standard error.
 
 A result is written after every student; the same command goes on. Without a model: a tiny random one, to try this file.
 
@@ -207,7 +208,7 @@ def _vocab_size(model: Any) -> int:
 
 
 def _every_second_layer(teacher: Any) -> Any:
-    """A copy of the teacher with its first, third, … layer; what it shares with the teacher before and after is frozen."""
+    """A copy of the teacher with its first, third, … layer; embeddings and LM head are frozen."""
     student = copy.deepcopy(teacher)
     for part in (student.get_input_embeddings(), student.get_output_embeddings()):
         part.requires_grad_(False)
