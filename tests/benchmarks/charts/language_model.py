@@ -1,0 +1,102 @@
+"""Draw `language_model.json`'s students over their steps as an SVG file for the README.
+
+    python -m tests.benchmarks.charts.language_model RESULT.json PICTURE.svg
+
+Left: held-out KL(teacher ‖ student), the mean over seeds. Right: what it is beyond that of the live teacher's students,
+seed by seed, with the standard error of the mean.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import defaultdict
+from html import escape
+from pathlib import Path
+from statistics import mean, stdev
+
+_WIDTH, _HEIGHT, _LEFT, _TOP = 380, 260, 60, 34
+_COLOURS = {
+    "live": ("live teacher", "#111827"),
+    "standard": ("standard", "#0b6e4f"),
+    "compact": ("compact", "#34a37a"),
+    "small": ("small", "#8fc9ae"),
+    "rskd50": ("50 samples (RS-KD)", "#b3261e"),
+    "topk50": ("50 ids, renormalised", "#7a4fbf"),
+    "labels": ("text alone", "#b06a00"),
+}
+# Of a target: (step, value, its standard error).
+Line = list[tuple[int, float, float]]
+
+
+def main() -> None:
+    """Read and write the files that the command line names."""
+    rows = json.loads(Path(sys.argv[1]).read_text())["rows"]
+    kls: dict[str, dict[int, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        kls[row["target"]][row["step"]][row["seed"]] = row["kl"]
+    whole = {name: [(step, mean(by_seed.values()), 0.0) for step, by_seed in kls[name].items()] for name in kls}
+    beyond = {name: _beyond(kls[name], kls["live"]) for name in kls if name != "live"}
+    panels = [_panel("held-out KL, nats", whole, 0), _panel("beyond the live teacher's, nats", beyond, 1)]
+    Path(sys.argv[2]).write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * (_WIDTH + _LEFT) + 20} {_HEIGHT + _TOP + 76}" '
+        'font-family="sans-serif" font-size="12">\n'
+        f'<rect width="100%" height="100%" fill="white"/>\n{"".join(panels)}{_legend(list(kls))}</svg>\n'
+    )
+
+
+def _beyond(mine: dict[int, dict[int, float]], live: dict[int, dict[int, float]]) -> Line:
+    found = []
+    for step, by_seed in mine.items():
+        excess = [kl - live[step][seed] for seed, kl in by_seed.items()]
+        error = stdev(excess) / math.sqrt(len(excess)) if len(excess) > 1 else 0.0
+        found.append((step, mean(excess), error))
+    return found
+
+
+def _panel(title: str, lines: dict[str, Line], place: int) -> str:
+    last = max(step for line in lines.values() for step, _, _ in line)
+    values = [value + sign * error for line in lines.values() for _, value, error in line for sign in (-1, 1)]
+    low, high = min(0.0, *values), max(values)
+    unit = 10.0 ** math.floor(math.log10((high - low) / 2))
+    ticks = [unit * number for number in range(math.ceil(low / unit), math.floor(high / unit) + 1)]
+    ticks = ticks[:: math.ceil(len(ticks) / 8)]
+
+    def x(step: int) -> float:
+        return _WIDTH * step / last
+
+    def y(value: float) -> float:
+        return _HEIGHT * (high - value) / (high - low)
+
+    parts = [f'<text x="0" y="-14" font-weight="bold">{escape(title)}</text>']
+    for tick in ticks:
+        parts.append(f'<path d="M0 {y(tick):.1f}H{_WIDTH}" stroke="#ddd"/>')
+        parts.append(f'<text x="-6" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
+    for step in range(0, last + 1, max(last // 4, 1)):
+        parts.append(f'<text x="{x(step):.1f}" y="{_HEIGHT + 16}" text-anchor="middle">{step}</text>')
+    parts.append(f'<text x="{_WIDTH / 2}" y="{_HEIGHT + 34}" text-anchor="middle">steps</text>')
+    for name, line in lines.items():
+        colour = _COLOURS[name][1]
+        path = "L".join(f"{x(step):.1f} {y(value):.1f}" for step, value, _ in line)
+        parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        bars = "".join(
+            f"M{x(step):.1f} {y(value - error):.1f}V{y(value + error):.1f}" for step, value, error in line if error
+        )
+        parts.append(f'<path d="{bars}" stroke="{colour}" stroke-opacity=".5"/>' if bars else "")
+    left = _LEFT + place * (_WIDTH + _LEFT)
+    return f'<g transform="translate({left} {_TOP})">\n' + "\n".join(parts) + "\n</g>\n"
+
+
+def _legend(names: list[str]) -> str:
+    parts, x = [], float(_LEFT)
+    for text, colour in (_COLOURS[name] for name in names):
+        parts.append(
+            f'<circle cx="{x:.0f}" cy="-4" r="4" fill="{colour}"/><text x="{x + 9:.0f}" y="0">{escape(text)}</text>'
+        )
+        x += 26 + 6.3 * len(text)
+    return f'<g transform="translate(0 {_TOP + _HEIGHT + 60})">{"".join(parts)}</g>\n'
+
+
+if __name__ == "__main__":
+    main()
