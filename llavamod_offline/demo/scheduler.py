@@ -5,23 +5,18 @@ Not `graphlib`, which does not put the longest chain first; that keeps two cores
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shlex
-import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llavamod_offline.demo.launcher import Launcher
 from llavamod_offline.errors import LlavaModError
-from llavamod_offline.signals import starting_processes
 
+_LAUNCHER_LOG = "launcher.log"
 _POLL_SECONDS = 0.05
-_PR_SET_PDEATHSIG = 1
 REJECTED_STATUS = 3
 # For glibc: else each step of a small model's training has its tensors' memory mapped anew, a tenth of its time.
 _KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
@@ -57,6 +52,7 @@ def run_steps(
     *,
     at_once: int,
     logs: Path | None = None,
+    on_start: Callable[[Step], None] = lambda step: None,
     on_end: Callable[[Step, float], None] = lambda step, seconds: None,
     done: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
@@ -69,27 +65,35 @@ def run_steps(
     logs = logs or folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     threads = max(1, len(os.sched_getaffinity(0)) // at_once)
-    environment = {**os.environ, **_KEEP_MEMORY, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**_KEEP_MEMORY, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     seconds: dict[str, float] = dict(done or {})
     waiting = [step for step in longest_first(steps) if step.name not in seconds]
-    running: dict[Step, tuple[subprocess.Popen[bytes], float]] = {}
+    idle: list[Launcher] = []
+    running: dict[Step, tuple[Launcher, float]] = {}
     try:
         while waiting or running:
             ready = [step for step in waiting if seconds.keys() >= set(step.needs)]
             for step in ready[: at_once - len(running)]:
                 waiting.remove(step)
-                running[step] = (_start(step, folder, logs / f"{step.name}.log", environment), time.monotonic())
+                launcher = idle.pop() if idle else Launcher(environment, logs / _LAUNCHER_LOG)
+                on_start(step)
+                _start(step, launcher, folder, logs / f"{step.name}.log")
+                running[step] = (launcher, time.monotonic())
             time.sleep(_POLL_SECONDS)
-            for step in [step for step, (process, _) in running.items() if process.poll() is not None]:
-                process, started = running.pop(step)
-                _check(step, process.returncode, logs / f"{step.name}.log")
-                seconds[step.name] = time.monotonic() - started
-                on_end(step, seconds[step.name])
+            for step, (launcher, started) in list(running.items()):
+                status = launcher.poll()
+                if status is not None:
+                    del running[step]
+                    idle.append(launcher)
+                    _check(step, status, logs / f"{step.name}.log")
+                    seconds[step.name] = time.monotonic() - started
+                    on_end(step, seconds[step.name])
     finally:
-        for process, _ in running.values():
-            process.terminate()
-        for process, _ in running.values():
-            process.wait()
+        launchers = [*idle, *(launcher for launcher, _ in running.values())]
+        for launcher in launchers:
+            launcher.stop()
+        for launcher in launchers:
+            launcher.close()
     return seconds
 
 
@@ -110,38 +114,12 @@ def longest_first(steps: Sequence[Step]) -> list[Step]:
     return sorted(steps, key=lambda step: (step.group, -chain(step.name)))
 
 
-def _start(step: Step, folder: Path, log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    with log.open("wb") as stream:
-        stream.write(f"$ {step.typed}\n".encode())
-        stream.flush()
-        command = [_executable(step.command[0]), *step.command[1:]]
-        with starting_processes():
-            return subprocess.Popen(
-                command,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=environment,
-                cwd=folder,
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
-            )
-
-
-def _end_with_parent() -> None:
-    """Let the kernel terminate this process when its parent dies, even by SIGKILL: a rerun replaces what it writes."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _start(step: Step, launcher: Launcher, folder: Path, log: Path) -> None:
+    log.write_text(f"$ {step.typed}\n")
+    launcher.start(step.command, folder, log)
 
 
 def _check(step: Step, status: int, log: Path) -> None:
     if status != 0 and not (step.may_reject and status == REJECTED_STATUS):
         last = log.read_text(errors="replace").strip().splitlines()[-15:]
         raise StepError(f"step '{step.name}' ended with status {status}; the end of {log}:\n" + "\n".join(last))
-
-
-def _executable(name: str) -> str:
-    """The console script beside this Python, wherever the shell would look for it."""
-    beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.exists() else shutil.which(name)
-    if found is None:
-        raise StepError(f"the command '{name}' is not installed beside {sys.executable}: reinstall the project")
-    return found

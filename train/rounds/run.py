@@ -36,10 +36,14 @@ def run_rounds(config: RoundsConfig) -> dict[str, Any]:
         _begin(output, dump_config(config))
         write_file(output / COMMANDS_NAME, as_script(steps, SCRIPT_HEAD))
         with ProgressBar("rounds", len(steps), "command") as bar:
-            for step in steps:
-                bar.write(step.typed)
-                run_steps([step], Path(), logs=output / "logs", at_once=1)
-                bar.advance()
+            run_steps(
+                steps,
+                Path(),
+                at_once=1,
+                logs=output / "logs",
+                on_start=lambda step: bar.write(step.typed),
+                on_end=lambda step, seconds: bar.advance(),
+            )
         return _report(config)
 
 
