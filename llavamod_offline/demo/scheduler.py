@@ -94,6 +94,8 @@ def run_steps(
             launcher.stop()
         for launcher in launchers:
             launcher.close()
+        if launchers and not (logs / _LAUNCHER_LOG).stat().st_size:
+            (logs / _LAUNCHER_LOG).unlink()
     return seconds
 
 
