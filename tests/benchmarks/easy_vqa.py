@@ -4,14 +4,16 @@
 
 By the ordinary commands: the toy world's teacher is trained on all training images, and captured once a seed; students
 of half its layers, with a new projector, learn from a few of these images, with and without the teacher, in equal
-steps. Accuracy is on easy-VQA's own test split. `--output` keeps the files; the same command resumes.
+steps: from easy-VQA's answers, and (`_noisy`) from the same with a fifth of them replaced by wrong ones, as real data
+has errors. Accuracy is on easy-VQA's own test split. `--output` keeps the files; the same command resumes.
 
-`accuracy_distilled`, `accuracy_alone`, `accuracy_teacher`: means over seeds. `p_distilled_over_alone`: of the exact
+`accuracy_teacher`, `accuracy_alone`, `accuracy_distilled`: means over seeds. `p_distilled_over_alone`: of the exact
 paired test of signs and sizes. `distilled_over_alone`: the ratio of the mean accuracies.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 from collections.abc import Iterator
@@ -30,6 +32,7 @@ NAME = "easy_vqa"
 FULL = {"teacher_images": 4000, "student_images": 400, "questions": 2000, "teacher_steps": 600, "student_steps": 150}
 QUICK = {"teacher_images": 64, "student_images": 32, "questions": 20, "teacher_steps": 3, "student_steps": 3}
 STUDENTS = {"alone": "sft", "distilled": "mimic_dense"}
+WRONG = {"": 0.0, "_noisy": 0.2}
 BATCH = ("batch.global_size=32", "batch.micro_size=32", "workers=0", "save_steps=0")
 
 
@@ -46,14 +49,13 @@ def main() -> None:
         for name, values in found.items()
         for seed, value in zip(seeds, values, strict=False)
     ]
-    tested = compare(found["distilled"], found["alone"], "higher")
     ratios = {f"accuracy_{name}": mean(values) for name, values in found.items()}
-    ratios |= {
-        "distilled_over_alone": mean(found["distilled"]) / max(mean(found["alone"]), 1e-12),
-        "p_distilled_over_alone": tested.p,
-    }
-    ratios |= {f"spread_{name}": stdev(found[name]) for name in STUDENTS if len(seeds) > 1}
-    settings: dict[str, Any] = {**sizes, "seeds": len(seeds), "batch": 32}
+    for kind in WRONG:
+        distilled, alone = found[f"distilled{kind}"], found[f"alone{kind}"]
+        ratios[f"distilled_over_alone{kind}"] = mean(distilled) / max(mean(alone), 1e-12)
+        ratios[f"p_distilled_over_alone{kind}"] = compare(distilled, alone, "higher").p
+    ratios |= {f"spread_{name}": stdev(values) for name, values in found.items() if len(values) > 1}
+    settings: dict[str, Any] = {**sizes, "seeds": len(seeds), "batch": 32, "wrong": WRONG["_noisy"]}
     finish(NAME, arguments, settings=settings, rows=rows, ratios=ratios)
 
 
@@ -61,10 +63,15 @@ def measure(folder: Path, sizes: dict[str, int], seeds: range) -> dict[str, list
     """Train and score everything in `folder`; the accuracies of the teacher, and of each student for every seed."""
     write_training_set(folder / "teacher.json", images=sizes["teacher_images"], seed=0)
     for seed in seeds:
-        write_training_set(folder / f"student-{seed}.json", images=sizes["student_images"], seed=seed)
+        for kind, wrong in WRONG.items():
+            file = folder / f"student{kind}-{seed}.json"
+            write_training_set(file, images=sizes["student_images"], seed=seed, wrong=wrong)
     write_test_split(folder / "benchmarks", questions=sizes["questions"])
     run_steps(list(_steps(sizes, seeds)), folder, at_once=2, on_end=lambda step, seconds: print(step.name, flush=True))
-    students = {name: [_accuracy(folder / "answers" / f"{name}-{seed}") for seed in seeds] for name in STUDENTS}
+    students = {
+        name: [_accuracy(folder / "answers" / f"{name}-{seed}") for seed in seeds]
+        for name in (f"{student}{kind}" for kind in WRONG for student in STUDENTS)
+    }
     return {"teacher": [_accuracy(folder / "answers" / "teacher")], **students}
 
 
@@ -88,18 +95,19 @@ def _steps(sizes: dict[str, int], seeds: range) -> Iterator[Step]:
     steps = (f"steps={sizes['teacher_steps']}", "optim.lr=1e-3", "trainable=[vision,projector,text]", *BATCH)
     yield Step("train-teacher", ("train-student", "sft", *start, *steps), ("pack-teacher",))
     yield from _scored("teacher")
-    for seed in seeds:
-        data = f"student-{seed}"
+    for kind, seed in itertools.product(WRONG, seeds):
+        data = f"student{kind}-{seed}"
         yield pack(data)
         capture = (f"data=sets/{data}", "teacher=train/teacher/student", f"output=caches/{data}", "batch_size=32")
-        yield Step(f"cache-{seed}", ("cache-teacher", "run", *capture), (f"pack-{data}", "train-teacher"))
-        for name, stage in STUDENTS.items():
+        yield Step(f"cache-{data}", ("cache-teacher", "run", *capture), (f"pack-{data}", "train-teacher"))
+        for student, stage in STUDENTS.items():
+            name = f"{student}{kind}-{seed}"
             cache = (f"cache.path=caches/{data}",) if stage == "mimic_dense" else ()
             parts = (f"student.vision_tower={TEACHER}", f"student.language_model={LANGUAGE_MODEL}")
-            given = (f"data.set=sets/{data}", *cache, *parts, f"output=train/{name}-{seed}", f"seed={seed}", *BATCH)
+            given = (f"data.set=sets/{data}", *cache, *parts, f"output=train/{name}", f"seed={seed}", *BATCH)
             rates = (f"steps={sizes['student_steps']}", "optim.lr=2e-3")
-            yield Step(f"train-{name}-{seed}", ("train-student", stage, *given, *rates), (f"cache-{seed}",))
-            yield from _scored(f"{name}-{seed}")
+            yield Step(f"train-{name}", ("train-student", stage, *given, *rates), (f"cache-{data}",))
+            yield from _scored(name)
 
 
 def _scored(name: str) -> Iterator[Step]:

@@ -17,23 +17,35 @@ TRAINING_IMAGES = Path(easy_vqa.__file__).parent / "data" / "train" / "images"
 ROUNDS = 4  # questions of a conversation at most
 
 
-def write_training_set(file: Path, *, images: int, seed: int) -> Path:
-    """Write conversations about `images` of the training images, chosen at random, which lie in `TRAINING_IMAGES`."""
+def write_training_set(file: Path, *, images: int, seed: int, wrong: float = 0.0) -> Path:
+    """Write conversations about `images` of the training images, chosen at random, which lie in `TRAINING_IMAGES`.
+
+    A share `wrong` of the answers is replaced by another answer of the same kind.
+    """
     texts, answers, image_ids = easy_vqa.get_train_questions()
+    others = {answer: sorted(set(kind) - {answer}) for kind in _kinds(answers) for answer in kind}
     asked: dict[int, list[tuple[str, str]]] = {}
     for text, answer, image in zip(texts, answers, image_ids, strict=True):
         asked.setdefault(image, []).append((text, answer))
-    rng = random.Random(seed)
+    rng, errors = random.Random(seed), random.Random(seed)  # the same questions, whatever is wrong
     rows = []
     for image in rng.sample(sorted(asked), images):
         turns = []
         for place, (text, answer) in enumerate(rng.sample(asked[image], min(ROUNDS, len(asked[image])))):
             value = f"<image>\n{text}{SHORT_ANSWER}" if place == 0 else text
+            if errors.random() < wrong:
+                answer = errors.choice(others[answer])
             turns += [{"from": "human", "value": value}, {"from": "gpt", "value": answer}]
         rows.append({"id": str(image), "image": f"{image}.png", "conversations": turns})
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(rows, indent=1))
     return file
+
+
+def _kinds(answers: list[str]) -> list[set[str]]:
+    """The answers that stand in for each other: yes and no, shapes, colours."""
+    shapes = {"circle", "rectangle", "triangle"}
+    return [{"yes", "no"}, shapes, set(answers) - shapes - {"yes", "no"}]
 
 
 def write_test_split(root: Path, *, questions: int) -> None:
