@@ -55,7 +55,7 @@ def _chart(claim: Mapping[str, Any], rows: Mapping[str, Any]) -> dict[str, Any]:
         "verdict": _VERDICTS[claim["holds"]],
         "holds": claim["holds"],
         "column": COLUMNS[claim["column"]],
-        "figures": f"difference {claim['difference']:+.4f}, p = {claim['p']:.3f}",
+        "figures": f"difference {claim['difference']:+z.4f}, p = {claim['p']:.3f}",
         "lines": [
             {
                 "name": name,
@@ -107,4 +107,4 @@ def _with_spread(column: Mapping[str, Any]) -> str:
 
 
 def _comparison(column: Mapping[str, Any]) -> str:
-    return f"{column['difference']:+.3f}, p = {column['p']:.3f}" if "difference" in column else ""
+    return f"{column['difference']:+z.3f}, p = {column['p']:.3f}" if "difference" in column else ""
