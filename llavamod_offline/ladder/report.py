@@ -42,7 +42,7 @@ def write_report(path: Path, summary: Mapping[str, Any], examples: Sequence[Mapp
 def _chart(claim: Mapping[str, Any], rows: Mapping[str, Any]) -> dict[str, Any]:
     """A claim with the two rows' values, placed in per cent of a range that holds both."""
     lines = [(rows[run]["name"], rows[run]["columns"][claim["column"]]) for run in (claim["row"], claim["than"])]
-    values = [value for _, column in lines for value in column["values"]]
+    values: list[float] = [value for _, column in lines for value in column["values"]]
     low, high = min(values), max(values)
     margin = 0.1 * (high - low) or 0.1 * abs(high) or 1.0  # else dots would stand on the edges
     low, high = low - margin, high + margin
