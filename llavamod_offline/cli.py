@@ -350,9 +350,9 @@ def ladder(
 
     Compares students of the toy world at equal data and steps: with and without teacher, dense and sparse, losses on
     preferences, alignment terms, and what a cache keeps. Writes DIR/ladder.json and DIR/report.html after each seed.
-    Rerun the same command to resume, or with more seeds to add some. Takes a night on two cores; --quick takes minutes.
+    Rerun the same command to resume, or with more seeds to add some. Takes about three hours on two cores.
 
-    Seeds can be shared among machines: copy each DIR/seed-N/results.json into one DIR and rerun there. A seed with that
+    Seeds can be split among machines: copy each DIR/seed-N/results.json into one DIR and rerun there. A seed with that
     file is complete: its other files may be deleted.
 
     \b

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which others do: kernels run on a CPU
-os.environ["LLAVAMOD_PROGRESS_SECONDS"] = "inf"  # the lines that a slow machine would show are none that tests expect
+os.environ["LLAVAMOD_PROGRESS_SECONDS"] = "inf"  # only a slow machine would print progress
 
 import uuid
 from collections.abc import Iterator

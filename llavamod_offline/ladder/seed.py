@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -10,12 +11,14 @@ from typing import Any, get_args
 from llavamod_offline.demo.plan import TEACHER as TEACHER_FOLDER
 from llavamod_offline.demo.results import parameters_of, read_result
 from llavamod_offline.demo.scheduler import Step
+from llavamod_offline.errors import ConfigError
 from llavamod_offline.ladder.examples import described_images
 from llavamod_offline.ladder.plan import folder_of, plan_digest, step_name
 from llavamod_offline.ladder.table import ROWS, RUNS, TEACHER, Column
 from llavamod_offline.storage.atomic import write_file
 
 RESULTS_NAME = "results.json"
+_LOG = logging.getLogger(__name__)
 
 _SCORES = {
     "accuracy": ("gqa", "accuracy"),
@@ -37,10 +40,22 @@ def gather_seed(output: Path, seed: int, steps: Sequence[Step], seconds: Mapping
 
 
 def read_seed(output: Path, seed: int, steps: Sequence[Step]) -> dict[str, Any] | None:
-    """The results of a seed, made here or elsewhere; None if there are none, or those of other commands."""
+    """The results of a seed, made here or elsewhere; None if there are none, or those of other commands.
+
+    Errors: `ConfigError` for a file that is damaged.
+    """
     file = output / folder_of(seed) / RESULTS_NAME
-    results = read_result(file) if file.is_file() else {}
-    return results if results.get("plan") == plan_digest(steps) else None
+    if not file.is_file():
+        return None
+    try:
+        results = read_result(file)
+        plan = results["plan"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file}: not the results of a seed: copy it again, or remove it to run the seed") from error
+    if plan == plan_digest(steps):
+        return results
+    _LOG.warning("%s: made by other commands than today's: seed %d is run", file, seed)
+    return None
 
 
 def _results(here: Path, run: str, seed: int, seconds: Mapping[str, float]) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.charts.language_model RESULT.json PICTURE.svg
 
-Left: held-out KL(teacher ‖ student), the mean over seeds. Right: what it is beyond that of the live teacher's students,
-seed by seed, with the standard error of the mean.
+Left: held-out KL(teacher ‖ student), the mean over seeds. Right: its mean excess over the live teacher's student of the
+same seed, with the standard error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from html import escape
 from pathlib import Path
 from statistics import mean, stdev
 
-_WIDTH, _HEIGHT, _LEFT, _TOP = 380, 260, 60, 34
+from tests.benchmarks.charts.svg import document, panel
+
+_WIDTH, _HEIGHT, _LEFT = 380, 260, 60
 _COLOURS = {
     "live": ("live teacher", "#111827"),
     "standard": ("standard", "#0b6e4f"),
@@ -39,11 +41,9 @@ def main() -> None:
     whole = {name: [(step, mean(by_seed.values()), 0.0) for step, by_seed in kls[name].items()] for name in kls}
     beyond = {name: _beyond(kls[name], kls["live"]) for name in kls if name != "live"}
     panels = [_panel("held-out KL, nats", whole, 0), _panel("beyond the live teacher's, nats", beyond, 1)]
-    Path(sys.argv[2]).write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * (_WIDTH + _LEFT) + 20} {_HEIGHT + _TOP + 76}" '
-        'font-family="sans-serif" font-size="12">\n'
-        f'<rect width="100%" height="100%" fill="white"/>\n{"".join(panels)}{_legend(list(kls))}</svg>\n'
-    )
+    legend = [_COLOURS[name] for name in kls]
+    width = 2 * (_WIDTH + _LEFT) + 20
+    Path(sys.argv[2]).write_text(document(panels, legend, width=width, height=_HEIGHT, left=_LEFT))
 
 
 def _beyond(mine: dict[int, dict[int, float]], live: dict[int, dict[int, float]]) -> Line:
@@ -84,18 +84,7 @@ def _panel(title: str, lines: dict[str, Line], place: int) -> str:
             f"M{x(step):.1f} {y(value - error):.1f}V{y(value + error):.1f}" for step, value, error in line if error
         )
         parts.append(f'<path d="{bars}" stroke="{colour}" stroke-opacity=".5"/>' if bars else "")
-    left = _LEFT + place * (_WIDTH + _LEFT)
-    return f'<g transform="translate({left} {_TOP})">\n' + "\n".join(parts) + "\n</g>\n"
-
-
-def _legend(names: list[str]) -> str:
-    parts, x = [], float(_LEFT)
-    for text, colour in (_COLOURS[name] for name in names):
-        parts.append(
-            f'<circle cx="{x:.0f}" cy="-4" r="4" fill="{colour}"/><text x="{x + 9:.0f}" y="0">{escape(text)}</text>'
-        )
-        x += 26 + 6.3 * len(text)
-    return f'<g transform="translate(0 {_TOP + _HEIGHT + 60})">{"".join(parts)}</g>\n'
+    return panel(parts, _LEFT + place * (_WIDTH + _LEFT))
 
 
 if __name__ == "__main__":

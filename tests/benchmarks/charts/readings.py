@@ -16,9 +16,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.charts.svg import document, panel
 from tests.benchmarks.readings import MEASURED
 
-_WIDTH, _HEIGHT, _LEFT, _TOP = 420, 300, 56, 34
+_WIDTH, _HEIGHT, _LEFT = 420, 300, 56
 _BYTES = (8, 16, 32, 64, 128, 256, 512)
 _DECADES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _OURS = "#0b6e4f"
@@ -39,12 +40,9 @@ def main() -> None:
     presets = [row for row in rows if row["target"] in MEASURED and (row["regime"], row["T"]) == ("one_pass", 1.0)]
     rows = [row for row in rows if row["regime"] == "curve" and row["target"] not in MEASURED] + presets
     panels = [_panel(task, [row for row in rows if row["task"] == task], place) for place, task in enumerate(tasks)]
+    legend = [("presets, and other splits of their bytes between top-k and samples", _OURS), *_RIVALS.values()]
     width = len(tasks) * (_WIDTH + _LEFT + 20)
-    Path(sys.argv[2]).write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {_HEIGHT + _TOP + 76}" '
-        'font-family="sans-serif" font-size="12">\n'
-        f'<rect width="100%" height="100%" fill="white"/>\n{"".join(panels)}{_legend()}</svg>\n'
-    )
+    Path(sys.argv[2]).write_text(document(panels, legend, width=width, height=_HEIGHT, left=_LEFT))
 
 
 def _panel(task: str, rows: list[dict[str, Any]], place: int) -> str:
@@ -78,19 +76,7 @@ def _panel(task: str, rows: list[dict[str, Any]], place: int) -> str:
             parts.append(f'<text {where} fill="{_OURS}" font-weight="bold">{name}</text>')
         elif name.startswith("n"):
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{_OURS}" fill-opacity=".35"/>')
-    left = _LEFT + place * (_WIDTH + _LEFT + 20)
-    return f'<g transform="translate({left} {_TOP})">\n' + "\n".join(parts) + "\n</g>\n"
-
-
-def _legend() -> str:
-    entries = [("presets, and other splits of their bytes between top-k and samples", _OURS), *_RIVALS.values()]
-    parts, x = [], float(_LEFT)
-    for text, colour in entries:
-        parts.append(
-            f'<circle cx="{x:.0f}" cy="-4" r="4" fill="{colour}"/><text x="{x + 9:.0f}" y="0">{escape(text)}</text>'
-        )
-        x += 26 + 5.9 * len(text)
-    return f'<g transform="translate(0 {_TOP + _HEIGHT + 60})">{"".join(parts)}</g>\n'
+    return panel(parts, _LEFT + place * (_WIDTH + _LEFT + 20))
 
 
 def _kind(target: str) -> str:

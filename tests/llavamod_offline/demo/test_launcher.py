@@ -88,6 +88,25 @@ def test_own_commands_print_what_they_print_alone(launcher: Launcher, tmp_path: 
         assert run(launcher, tmp_path, *command) == (alone.returncode, log.read_text())
 
 
+@pytest.mark.slow
+def test_own_commands_are_forks(tmp_path: Path) -> None:
+    """They start no interpreter, which would run `sitecustomize`."""
+    import torch
+
+    if torch.accelerator.is_available():
+        pytest.skip("commands are executed where there is an accelerator")
+    begun = tmp_path / "begun"
+    (tmp_path / "sitecustomize.py").write_text(f"open({str(begun)!r}, 'a').write('x')")
+    launcher = Launcher({"PYTHONPATH": str(tmp_path)}, tmp_path / "launcher.log")
+    for expected in ("x", "x"):
+        assert run(launcher, tmp_path, "llavamod-offline", "--version")[0] == 0
+        assert begun.read_text() == expected
+    run(launcher, tmp_path, *python(""))
+    assert begun.read_text() == "xx"
+    launcher.stop()
+    launcher.close()
+
+
 def test_closing_ends_a_command(tmp_path: Path) -> None:
     begun = tmp_path / "begun"
     code = f"import os, time; open({str(begun)!r}, 'w').write(str(os.getpid())); time.sleep(3600)"

@@ -159,6 +159,28 @@ def test_a_seed_may_be_run_elsewhere(tmp_path: Path, small: tuple[list[Step], Ca
     assert said(1, 2) == ["a1", "b1", "c1", "d1"]
 
 
+@pytest.mark.parametrize("content", ['{"plan"', "[]", "{}"])
+def test_damaged_results_are_one_line(
+    tmp_path: Path, small: tuple[list[Step], Callable[..., list[str]]], content: str
+) -> None:
+    """Nothing is run in their place."""
+    _, said = small
+    assert said(1)
+    (tmp_path / "ladder" / "seed-1" / "results.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"seed-1/results\.json: not the results of a seed: copy it again, or remove"):
+        said(1)
+
+
+def test_results_of_other_commands_are_named(
+    small: tuple[list[Step], Callable[..., list[str]]], caplog: pytest.LogCaptureFixture
+) -> None:
+    parts, said = small
+    said(1)
+    parts[3] = Step("d", ("true",))
+    said(1)
+    assert "results.json: made by other commands than today's: seed 1 is run" in caplog.text
+
+
 def test_which_seeds() -> None:
     assert parse_seeds("5") == [1, 2, 3, 4, 5]
     assert parse_seeds("4-5") == [4, 5]
