@@ -26,8 +26,10 @@ Shape suffixes: B sequences, T tokens, N supervised positions, V ids, D hidden s
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -253,6 +255,7 @@ def measure_cases(
 
 def _peak_here(name: str, size: Size) -> tuple[float, dict[str, int]]:
     make_case("sft", QUICK)[0]()  # what a first step imports and starts
+    _free()
     before = resident_bytes()
     step, sizes = make_case(name, size)
     _free()
@@ -264,6 +267,8 @@ def _peak_here(name: str, size: Size) -> tuple[float, dict[str, int]]:
 
 def _free() -> None:
     gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # else a case may need no more than the one before it has left resident
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

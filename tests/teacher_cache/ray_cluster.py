@@ -14,6 +14,7 @@ _PATIENT = {  # with a machine that is busy
     "RAY_agent_register_timeout_ms": "600000",
     "RAY_raylet_start_wait_time_s": "600",
     "RAY_worker_register_timeout_seconds": "600",
+    "RAY_worker_niceness": "0",  # not behind the tests beside it: Ray gives its workers a niceness of 15
 }
 
 

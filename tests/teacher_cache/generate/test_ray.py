@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from teacher_cache.format.manifest import file_entries
 from tests.teacher_cache.generate.reference import SOURCE_SAMPLES, UNTRAINED, Place
+from tests.teacher_cache.ray_cluster import in_a_process
 from tests.tiny_families import TINY_FAMILIES
 
-ROOT = Path(__file__).parents[3]
 COMMAND = "from teacher_cache.cli.main import main; main()"
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -22,10 +20,7 @@ pytest.importorskip("ray")
 
 
 def on_ray(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", COMMAND, "generate", *arguments, "engine.ray=true", "engine.ray_workers=2"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return in_a_process(COMMAND, "generate", *arguments, "engine.ray=true", "engine.ray_workers=2")
 
 
 def test_two_workers_give_the_set_and_the_cache_of_one_process(place: Place, greedy: Place) -> None:
