@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.gpu.table import collected
+from tests.benchmarks.test_form import GPU_PARTS, assert_form
 
 ROOT = Path(__file__).parents[3]
 
@@ -26,7 +27,9 @@ def test_a_dry_run_fills_every_row(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {file.stem for file in tmp_path.glob("*.json")} == {"loss", "step", "capture", "feed"}
+    assert {file.stem for file in tmp_path.glob("*.json")} == set(GPU_PARTS)
+    for name in GPU_PARTS:
+        assert_form(tmp_path / f"{name}.json", name, (tmp_path / f"{name}.log").read_text())
     assert all(row["measured"] != "" for row in collected(tmp_path))
 
 

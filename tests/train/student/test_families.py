@@ -118,8 +118,17 @@ def test_a_stopped_run_goes_on(world: World, folders: Path, tmp_path: Path, name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen3_vl", "smolvlm", "qwen2_5_vl", "gemma3"])
-@pytest.mark.parametrize(("stage", "zero_stage"), [("sft", 3), ("align", 2)])
+@pytest.mark.parametrize(
+    ("name", "stage", "zero_stage"),
+    [
+        ("qwen3_vl", "sft", 3),
+        ("qwen3_vl", "align", 2),
+        ("smolvlm", "sft", 3),
+        ("qwen2_5_vl", "sft", 3),
+        ("gemma3", "sft", 3),
+        ("gemma3", "align", 2),
+    ],
+)
 def test_two_processes_equal_one(
     world: World, folders: Path, tmp_path: Path, name: str, stage: str, zero_stage: int
 ) -> None:

@@ -191,7 +191,7 @@ def test_a_killed_run_is_the_undisturbed_one(world: World, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "zero_stage"), [("mimic_dense", 2), ("preference", 2), ("mimic_dense", 3)])
+@pytest.mark.parametrize(("stage", "zero_stage"), [("preference", 2), ("mimic_dense", 3)])
 def test_two_processes_equal_one(world: World, tmp_path: Path, stage: str, zero_stage: int) -> None:
     settings = (*EXACT, "steps=10", "batch.micro_size=1", "data.holdout=4", "eval_steps=5")
     done = run_two(world.config(stage, tmp_path / "two", *settings), tmp_path, f"engine.zero_stage={zero_stage}")

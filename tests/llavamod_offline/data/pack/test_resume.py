@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -171,14 +172,14 @@ def test_sigterm_finishes_the_shard_in_hand_if_that_fits(
 @pytest.mark.slow
 def test_killed_by_the_kernel(files: list[Path], tmp_path: Path) -> None:
     """The command itself, with SIGKILL after one more shard each time."""
-    command = [sys.executable, "-m", "llavamod_offline", "pack", *map(str, files), "--shard-samples", "5"]
+    command = [sys.executable, "-m", "llavamod_offline", "pack", *map(str, files), "--shard-samples", "15"]
     subprocess.run([*command, "-o", "whole"], cwd=tmp_path, check=True, capture_output=True)
     for _ in range(200):
         process = subprocess.Popen([*command, "-o", "cut"], cwd=tmp_path, stdout=subprocess.DEVNULL)
         journal = tmp_path / ".cut.packing" / "journal"
         before = len(list(journal.glob("*.jsonl")))
         while process.poll() is None and len(list(journal.glob("*.jsonl"))) <= before:
-            pass
+            time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         process.wait()
         if (tmp_path / "cut").exists():
