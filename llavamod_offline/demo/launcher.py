@@ -46,6 +46,11 @@ class Launcher:
             )
         self._command: int | None = None  # its process id
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it still takes commands; the system may have killed it, as when memory runs out."""
+        return self._process.poll() is None
+
     def start(self, command: Sequence[str], folder: Path, log: Path) -> None:
         """Start a command in `folder`; what it prints is added to `log`."""
         order = {"command": list(command), "folder": str(folder.absolute()), "log": str(log.absolute())}

@@ -75,6 +75,8 @@ def run_steps(
             ready = [step for step in waiting if seconds.keys() >= set(step.needs)]
             for step in ready[: at_once - len(running)]:
                 waiting.remove(step)
+                while idle and not idle[-1].is_alive:
+                    idle.pop().close()
                 launcher = idle.pop() if idle else Launcher(environment, logs / _LAUNCHER_LOG)
                 on_start(step)
                 _start(step, launcher, folder, logs / f"{step.name}.log")

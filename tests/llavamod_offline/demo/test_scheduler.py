@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -47,6 +49,20 @@ def test_a_failure_names_the_step_and_shows_its_last_words(tmp_path: Path) -> No
     with pytest.raises(StepError, match=r"(?s)'failing' ended with status 3.*no such shard"):
         run_steps([lasting, failing], tmp_path, at_once=2)
     assert not Path("/proc", begun.read_text()).exists()
+
+
+def test_a_launcher_that_is_killed_between_commands_is_replaced(tmp_path: Path) -> None:
+    first = python("first", "import os, pathlib; pathlib.Path('launcher').write_text(str(os.getppid()))")
+    second = python("second", "open('second', 'w')", "first")
+
+    def kill(step: Step, seconds: float) -> None:
+        if step.name == "first":
+            launcher = int((tmp_path / "launcher").read_text())
+            os.kill(launcher, signal.SIGKILL)
+            os.waitid(os.P_PID, launcher, os.WEXITED | os.WNOWAIT)
+
+    assert set(run_steps([first, second], tmp_path, at_once=1, on_end=kill)) == {"first", "second"}
+    assert (tmp_path / "second").exists()
 
 
 def test_an_unmet_need_is_told_before_anything_runs(tmp_path: Path) -> None:
