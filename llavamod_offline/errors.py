@@ -17,6 +17,10 @@ class DataError(LlavaModError):
     """A sample, an image, a shard or an index cannot be used."""
 
 
+class EmptySetError(DataError):
+    """No row of a set's sources makes a sample."""
+
+
 class ModelError(LlavaModError):
     """A checkpoint is missing, invalid, or unsuitable for its role."""
 

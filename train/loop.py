@@ -176,11 +176,15 @@ def _next(micro_batches: Iterator[TrainBatch], count: int) -> tuple[list[TrainBa
 
 @dataclass(frozen=True)
 class _Counts:
-    """Counts over a step's global batch, and whether any process was told to stop."""
+    """Counts over a step's global batch, and whether any process was told to stop.
+
+    `positions`: those that the loss covers, of `recorded` ones.
+    """
 
     units: float
     tokens: int
     positions: int
+    recorded: int
     stop: bool
 
 
@@ -188,12 +192,14 @@ def _step_counts(objective: Objective, micros: Sequence[TrainBatch], stop: bool,
     local = (
         float(sum(objective.count(batch) for batch in micros)),
         float(sum(batch.batch.tokens for batch in micros)),
+        float(sum(objective.positions(batch) for batch in micros)),
         float(sum(batch.positions for batch in micros)),
         float(stop),
     )
-    units, tokens, positions, stops = world.sum(torch.tensor(local, dtype=torch.float64, device=world.device)).tolist()
+    summed = world.sum(torch.tensor(local, dtype=torch.float64, device=world.device))
+    units, tokens, positions, recorded, stops = summed.tolist()
     units = units or 1.0  # all positions of a step may be left out
-    return _Counts(units, int(tokens), int(positions), stops > 0)
+    return _Counts(units, int(tokens), int(positions), int(recorded), stops > 0)
 
 
 def _backward(
@@ -244,6 +250,8 @@ def _entry(
         "seconds": seconds,
         "data_wait_share": waited / max(seconds, 1e-9),
     }
+    if counts.positions < counts.recorded:
+        entry["covered_share"] = counts.positions / counts.recorded
     entry |= {name: value.tolist() for name, value in sums.token_means.items()}
     spreads = {name: values[~values.isnan()] for name, values in sums.spreads.items()}
     return entry | {name: spread_entry(values) for name, values in spreads.items() if len(values)}

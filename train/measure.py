@@ -37,7 +37,8 @@ class Measurement:
     `cross_entropy`: with the set's own tokens, nats. `accuracy`: the share of these that are the student's most likely
     token. `calibration_error`: the mean distance of accuracy and confidence over `BINS` bins of confidence (ECE).
     `kl`: KL(teacher ‖ student) in nats: exact if the cache holds all ids, an unbiased estimate if it has tail samples,
-    else a lower bound.
+    else a lower bound; of a mixture of teachers neither (FORMAT.md, section 13): tails are read as one bucket, and a
+    student that equals the mixture has a figure above 0.
     `entropy`: the teacher's. `agreement`: the share of positions where both have the same most likely token.
     """
 

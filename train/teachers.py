@@ -44,16 +44,22 @@ def open_teachers(config: TrainConfig, samples: SampleSet) -> Teachers | None:
         return open_cache(paths, temperature=temperature)
     names = list(dict.fromkeys(paths if isinstance(paths, list) else paths.values()))
     parts = [open_cache(path, temperature=temperature) for path in names]
-    if isinstance(paths, list) and len(parts) == 1:
+    parts_N = None if isinstance(paths, list) else _part_of_each(_numbers_of(paths, names), samples)
+    if len(parts) == 1:
         return parts[0]
     by_samples = _reads_samples(config, parts)
     _check_together(config, parts, by_samples)
     if isinstance(paths, list):
         weights = np.array(config.cache.weights or [1.0] * len(parts), np.float64)
         return SeveralCaches(parts, Mixture(tuple((weights / weights.sum()).tolist()), by_samples))
-    part_of = {source: names.index(path) for source, path in paths.items()}
+    assert parts_N is not None
     first_rows = np.cumsum([0, *map(len, parts)])[:-1]
-    return SeveralCaches(parts, BySource(part_of, _part_of_each(part_of, samples), tuple(first_rows.tolist())))
+    return SeveralCaches(parts, BySource(_numbers_of(paths, names), parts_N, tuple(first_rows.tolist())))
+
+
+def _numbers_of(paths: Mapping[str, str], names: Sequence[str]) -> dict[str, int]:
+    """The number of each source's cache."""
+    return {source: names.index(path) for source, path in paths.items()}
 
 
 def is_aligned(config: TrainConfig, parts: Sequence[TeacherCache], tokenizer: PreTrainedTokenizerFast) -> bool:
@@ -153,6 +159,9 @@ def _check_together(config: TrainConfig, parts: Sequence[TeacherCache], by_sampl
                 f"'{part.positions_kept}': capture both with the same capture.positions"
             )
     mixed = isinstance(config.cache.path, list)
+    for number, part in enumerate(parts):
+        if mixed and part.digest in [other.digest for other in parts[:number]]:
+            raise ConfigError(f"cache.path: '{part.path}' is listed twice: list each cache once, and set cache.weights")
     if mixed and config.loss.temperature != 1.0 and config.loss.distils(config.stage):
         raise ConfigError(
             f"loss.temperature is {config.loss.temperature:g}, but distributions are mixed at temperature 1: set it to "

@@ -76,7 +76,10 @@ def mix_targets(parts: Sequence[SparseTargets], weights: Sequence[float], *, by_
 
 
 def concatenate_targets(parts: Sequence[SparseTargets]) -> SparseTargets:
-    """Put targets of one vocabulary and the same temperatures one after another, padded to the widest."""
+    """Put targets of one vocabulary and the same temperatures one after another, padded to the widest.
+
+    They are sampled at the temperature of those that have samples.
+    """
     topk, tail = (max(getattr(part, name).shape[1] for part in parts) for name in ("topk_ids_NK", "tail_ids_NM"))
     padding = {
         "topk_ids_NK": (topk, EMPTY_ID),
@@ -92,7 +95,7 @@ def concatenate_targets(parts: Sequence[SparseTargets]) -> SparseTargets:
                 width, empty = padding[name]
                 tensors = [torch.nn.functional.pad(t, (0, width - t.shape[1]), value=empty) for t in tensors]
             columns[name] = torch.cat(tensors)
-    return replace(parts[0], **columns)
+    return replace(next((part for part in parts if part.tail_ids_NM.shape[1]), parts[0]), **columns)
 
 
 def _check(parts: Sequence[SparseTargets]) -> None:

@@ -39,8 +39,8 @@ def policy_gradient(
     With the advantage A = log π_teacher − log π_student and the weight w = min(π_student / π_behaviour,
     `importance_max`), both without gradient, each token adds −w·A to the value, an estimate of the reverse KL, and
     −w·A·∇log π_student to the gradient. Where no weight is clipped, its expectation over tokens that were drawn from
-    π_behaviour is the gradient of the reverse KL at their positions. What a token changes of later positions is left
-    out, as is usual.
+    π_behaviour, all of it (not its top p), is the gradient of the reverse KL at their positions. What a token changes
+    of later positions is left out, as is usual.
 
     Shapes: all [N], of the tokens that were written; only `log_probs_N`, the student's, needs a gradient.
     Errors: `TargetError` if `importance_max` is not above 0.

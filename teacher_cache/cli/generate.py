@@ -73,7 +73,8 @@ def _print(done: Generation) -> None:
         print(
             f"{done.output_set}: wrote {done.tokens:,} tokens for {counted(done.written, 'sample')} in "
             f"{done.seconds:.1f} s "
-            f"({done.tokens_per_second:,.0f} tokens/s); {done.retokenised:,} texts tokenize differently when read back"
+            f"({done.tokens_per_second:,.0f} tokens/s); {done.retokenised:,} with a text that ends by generate.stop or "
+            "is read as other tokens than those written"
         )
     if done.digest is None:
         left = f"{counted(done.shards_left, 'shard')} left" if done.shards_left else "every shard is answered"

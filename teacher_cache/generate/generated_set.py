@@ -18,7 +18,7 @@ from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.rows import Located, RejectedRow, RejectionKind
 from llavamod_offline.data.sample import Generated, Sample, Turn
 from llavamod_offline.data.sets.sample_set import MANIFEST_NAME, SampleSet
-from llavamod_offline.errors import ConfigError, DataError
+from llavamod_offline.errors import ConfigError, DataError, EmptySetError
 from llavamod_offline.storage import atomic
 from teacher_cache.config import GenerateConfig
 from teacher_cache.fingerprint import differences, without_tokens
@@ -94,7 +94,7 @@ class WrittenSet:
         self.about: dict[str, Any] = json.loads(canonical(about))  # in the order that a rerun will read
         self._folder = _answers(path)
         if self.finished:
-            manifest = json.loads((path / MANIFEST_NAME).read_bytes())
+            manifest = _read_json(path / MANIFEST_NAME, f"remove {path} and run again")
             if "generated" not in manifest:
                 raise ConfigError(f"output_set: '{path}' is not a generated set: choose another folder")
             self.about = _same(manifest["generated"], about, allow, f"set '{path}' was generated")
@@ -102,7 +102,7 @@ class WrittenSet:
         elif path.exists():
             raise ConfigError(f"output_set: '{path}' exists and is not a set: choose another folder")
         elif (self._folder / _JOB_NAME).exists():
-            begun = json.loads((self._folder / _JOB_NAME).read_bytes())
+            begun = _read_json(self._folder / _JOB_NAME, f"remove {self._folder} and run again")
             self.about = _same(begun, about, allow, f"set '{path}' was begun")
 
     @property
@@ -142,15 +142,21 @@ class WrittenSet:
             return
         weights, licences = (source.manifest.get(name) or {} for name in ("weights", "licences"))
         left = self._left(source) if weights or licences else set()
-        write_set(
-            self._rows(source, made),
-            self.path,
-            generated=self.about,
-            max_rejected=max_rejected,
-            weights={name: weight for name, weight in weights.items() if name in left},
-            licences={name: licence for name, licence in licences.items() if name in left},
-            max_side=source.manifest.get("max_side"),
-        )
+        try:
+            write_set(
+                self._rows(source, made),
+                self.path,
+                generated=self.about,
+                max_rejected=max_rejected,
+                weights={name: weight for name, weight in weights.items() if name in left},
+                licences={name: licence for name, licence in licences.items() if name in left},
+                max_side=source.manifest.get("max_side"),
+            )
+        except EmptySetError as error:
+            raise DataError(
+                f"output_set: {error}; to write answers with other settings, remove {self._folder} or choose another "
+                "output_set"
+            ) from error
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _left(self, source: SampleSet) -> set[str]:
@@ -177,6 +183,10 @@ class WrittenSet:
         """The answers to a shard, each with the row of its prompt."""
         answers, rows = self.read(shard), source.rows_of(shard)
         copies = self.about["generate"].get("answers", 1)
+        if len(answers) != len(rows) * copies:
+            raise DataError(
+                f"{self._file(shard)}: holds {len(answers)} of {len(rows) * copies} answers: remove it and run again"
+            )
         return zip(answers, (row for row in rows for _ in range(copies)), strict=True)
 
     def read(self, shard: str) -> list[AnsweredSample]:
@@ -189,6 +199,14 @@ class WrittenSet:
 
     def _file(self, shard: str) -> Path:
         return self._folder / f"{shard}.jsonl"
+
+
+def _read_json(file: Path, way_out: str) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: cannot be read ({error}): {way_out}") from error
+    return content
 
 
 def written_turns(sample: Sample, turns: Turns) -> list[int]:

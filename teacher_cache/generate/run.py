@@ -46,9 +46,9 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Generation:
-    """What `generate` did. `written`, `tokens` and `retokenised` (samples whose texts tokenize differently from what
-    was written) count this call; `samples` and `rejected`, total and by kind, the whole set, once no shard is left
-    without answers. `digest` and `capture` are None before that, and for a slice."""
+    """What `generate` did. `written`, `tokens` and `retokenised` (samples with a text that ends by `generate.stop` or
+    is read as other tokens than those written) count this call; `samples` and `rejected`, total and by kind, the whole
+    set, once no shard is left without answers. `digest` and `capture` are None before that, and for a slice."""
 
     output_set: str
     samples: int

@@ -1,7 +1,8 @@
 """The bytes that a tokenizer's tokens stand for, from its list of tokens alone.
 
 Two kinds of tokenizers say this: byte-level BPE, whose characters each stand for one byte (GPT-2's table), and
-SentencePiece, where `▁` is a space and `<0x0A>` a byte. Added tokens stand for their own text.
+SentencePiece, where `▁` is a space and `<0x0A>` a byte, in added tokens as well. Other added tokens stand for their own
+text.
 """
 
 from __future__ import annotations

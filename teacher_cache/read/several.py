@@ -79,8 +79,8 @@ class SeveralCaches:
 
     @property
     def sampled_at(self) -> float:
-        """The temperature for which the parts were captured."""
-        return self.parts[0].sampled_at
+        """The temperature for which the parts with tail samples were captured."""
+        return next((part for part in self.parts if part.has_tail_samples), self.parts[0]).sampled_at
 
     @property
     def positions_kept(self) -> Positions:

@@ -53,11 +53,11 @@ ROUNDS = 2
 
 def main() -> None:
     """Measure and report."""
-    arguments = parse_arguments(NAME, __doc__ or "", {"seeds": 3, "steps": 15, "rate": 3e-4, "folder": ""})
+    arguments = parse_arguments(NAME, __doc__ or "", {"seeds": 3, "steps": 40, "rate": 3e-4, "folder": ""})
     options, quick = arguments.options, arguments.quick
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    sizes = {"samples": 400, "prompts": 240, "holdout": 100, "start": 150}
+    sizes = {"samples": 400, "prompts": 320, "holdout": 400, "start": 150}
     if quick:
         sizes = {"samples": 40, "prompts": 40, "holdout": 20, "start": 4}
     seeds, steps = (1, 2) if quick else (options["seeds"], options["steps"])

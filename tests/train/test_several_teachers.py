@@ -96,6 +96,14 @@ def test_records_that_sample_their_tails_are_mixed_and_chosen_too(
         assert found > 0
         if name == "samples":
             assert found == pytest.approx(exact, rel=0.1)
+    warm = write_cache(tmp_path / "warm", teachers.data, teachers.other, "capture.temperature=2")
+    for number, paths in enumerate(
+        (f"ocr: {teachers.first_cache}, coco: {warm}", f"coco: {warm}, ocr: {teachers.first_cache}")
+    ):
+        assert (
+            first_loss(world, teachers, tmp_path / f"warm-{number}", f"cache.path={{{paths}}}", "loss.temperature=2")
+            > 0
+        )
     by_source = f"cache.path={{ocr: {teachers.other_sampled}, coco: {teachers.first_cache}}}"
     exact = dense_loss(world, teachers, lambda sample, p, r: r if sample.source == "ocr" else p)
     assert first_loss(world, teachers, tmp_path / "by_source", by_source) == pytest.approx(exact, rel=0.1)
@@ -148,6 +156,7 @@ def test_what_cannot_be_read_together_is_refused_in_one_line(world: World, teach
     for number, (settings, message) in enumerate(
         [
             ((f"cache.path=[{one},{one}]",), f"'{one}' is listed twice"),
+            ((f"cache.path=[{one},{one}/.]",), "is listed twice"),
             (("cache.path=[]",), "names no cache"),
             ((f"cache.path={{ocr: [{one}]}}",), "is not a path"),
             ((mixed, "cache.weights=[1]"), "cache.weights: 1 for the 2 caches"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -36,8 +37,8 @@ def lora_problems(lora: LoraConfig, trainable: Sequence[str], *, has_checkpoint:
     """Yield one line for each problem, naming the key to change."""
     if lora.rank < 1:
         yield f"student.lora.rank is {lora.rank}: must be at least 1"
-    if not lora.alpha > 0:
-        yield f"student.lora.alpha is {lora.alpha:g}: must be above 0"
+    if not 0 < lora.alpha < math.inf:
+        yield f"student.lora.alpha is {lora.alpha:g}: must be above 0 and finite"
     if not 0 <= lora.dropout < 1:
         yield f"student.lora.dropout is {lora.dropout:g}: must be at least 0 and below 1"
     if not lora.targets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -144,6 +145,9 @@ def loss_problems(loss: LossConfig, stage: str) -> Iterable[str]:
             yield f"loss.{name}: not used with {loss.kind}: remove it, or set loss.kind to kto"
     if loss.kind == "kto" and loss.desirable_weight == loss.undesirable_weight == 0:
         yield "loss.desirable_weight: this and loss.undesirable_weight are both 0: set one of them above 0"
+    if loss.kind != "kd_lm" and loss.lm_weight != LossConfig.lm_weight:
+        way_out = "remove it, or set loss.kind to kd_lm" if stage.startswith("mimic") else "remove it"
+        yield f"loss.lm_weight: not used with {loss.kind}: {way_out}"
     if stage.startswith("mimic") and not loss.kd_weight:
         yield "loss.kd_weight: 0 turns distillation off: set it above 0, or use stage sft"
     if stage != "preference":
@@ -195,8 +199,8 @@ def _divergence_problems(loss: LossConfig, stage: str) -> Iterable[str]:
 def _align_problems(loss: LossConfig, stage: str) -> Iterable[str]:
     align = loss.align
     for name in ALIGN_WEIGHTS:
-        if not getattr(align, name) >= 0:
-            yield f"loss.align.{name} is {getattr(align, name):g}: must not be negative"
+        if not 0 <= getattr(align, name) < math.inf:
+            yield f"loss.align.{name} is {getattr(align, name):g}: must not be negative or infinite"
         if getattr(align, name) and not stage.startswith("mimic"):
             yield f"loss.align.{name}: belongs to the mimic stages, not to {stage}: set it to 0"
     if loss.positions != "auto" and not stage.startswith("mimic"):
@@ -220,17 +224,17 @@ def _align_problems(loss: LossConfig, stage: str) -> Iterable[str]:
 
 
 def _number_problems(loss: LossConfig) -> Iterable[str]:
-    if loss.unmatched_weight is not None and not loss.unmatched_weight >= 0:
-        yield f"loss.unmatched_weight is {loss.unmatched_weight:g}: must not be negative"
+    if loss.unmatched_weight is not None and not 0 <= loss.unmatched_weight < math.inf:
+        yield f"loss.unmatched_weight is {loss.unmatched_weight:g}: must not be negative or infinite"
     if loss.importance_max is not None and not loss.importance_max > 0:
         yield f"loss.importance_max is {loss.importance_max:g}: must be above 0"
     for name in ("temperature", "beta"):
-        if not getattr(loss, name) > 0:
-            yield f"loss.{name} is {getattr(loss, name):g}: must be above 0"
+        if not 0 < getattr(loss, name) < math.inf:
+            yield f"loss.{name} is {getattr(loss, name):g}: must be above 0 and finite"
     not_negative = ("kd_weight", "lm_weight", "visual_weight", "sft_weight", "distill_weight", "router_aux_coef")
     for name in (*not_negative, "desirable_weight", "undesirable_weight"):
-        if not getattr(loss, name) >= 0:
-            yield f"loss.{name} is {getattr(loss, name):g}: must not be negative"
+        if not 0 <= getattr(loss, name) < math.inf:
+            yield f"loss.{name} is {getattr(loss, name):g}: must not be negative or infinite"
     if not 0 <= loss.label_smoothing < 0.5:
         yield f"loss.label_smoothing is {loss.label_smoothing:g}: must be at least 0 and below 0.5"
     for name in ("js_weight", "skew"):

@@ -149,8 +149,12 @@ def _number_problems(config: TrainConfig) -> Iterable[str]:
         "optim.weight_decay": optim.weight_decay,
         "optim.grad_clip": optim.grad_clip,
     }
-    yield from (f"{key} is {value:g}: must be above 0" for key, value in positive.items() if not value > 0)
-    yield from (f"{key} is {value:g}: must not be negative" for key, value in not_negative.items() if not value >= 0)
+    for key, value in positive.items():
+        if not 0 < value < math.inf:
+            yield f"{key} is {value:g}: must be above 0 and finite"
+    for key, value in not_negative.items():
+        if not 0 <= value < math.inf:
+            yield f"{key} is {value:g}: must not be negative or infinite"
     if not 0 <= optim.warmup_ratio <= 1:
         yield f"optim.warmup_ratio is {optim.warmup_ratio:g}: must be from 0 to 1"
     if not all(0 <= beta < 1 for beta in optim.betas):

@@ -77,7 +77,7 @@ class TrainBatch:
 
     @property
     def positions(self) -> int:
-        """The number of positions that the loss covers."""
+        """The number of positions, of which a loss may cover some `rows` only."""
         return len(self.batch.target_ids_N)
 
     def to(self, device: torch.device) -> TrainBatch:

@@ -20,7 +20,7 @@ _AGAIN = "write the set again with `cache-teacher generate`"
 
 def check_written(samples: SampleSet, *, key: str) -> None:
     """Refuse a set that a loss on own answers cannot use; `key` is the setting that asks for it: of `loss.kind`, the
-    policy gradient. Errors: `ConfigError`.
+    policy gradient, which needs answers drawn from the whole distribution. Errors: `ConfigError`.
     """
     wanted = f"{key}: {'policy_gradient' if key == 'loss.kind' else 'written'}"
     about = samples.manifest.get("generated")
@@ -34,6 +34,24 @@ def check_written(samples: SampleSet, *, key: str) -> None:
             f"{wanted} needs sampled answers, but those of set '{samples.path}' are greedy: write them with "
             "generate.temperature=1, or set loss.kind to only_kd"
         )
+    top_p = about["generate"].get("top_p", 1.0)
+    if key == "loss.kind" and top_p != 1:
+        raise ConfigError(
+            f"{wanted} needs answers drawn from all tokens, but those of set '{samples.path}' were written with "
+            f"generate.top_p={top_p:g}, which biases its gradient: write them with generate.top_p=1, or set loss.kind "
+            "to only_kd and loss.positions to written"
+        )
+    if not any(_has_written(samples.read(row)) for row in range(len(samples))):
+        raise ConfigError(
+            f"{wanted}: nothing can be learnt from set '{samples.path}': each of its answers ended by generate.stop, "
+            f"or is read as other tokens than those written: {_AGAIN}, without generate.stop"
+        )
+
+
+def _has_written(sample: Sample) -> bool:
+    """Whether a turn has the log-probs of its tokens; also of a sample without any, which is an error when used."""
+    log_probs = () if sample.generated is None else sample.generated.behaviour_log_probs
+    return not log_probs or any(own is not None for own in log_probs)
 
 
 def behaviour_log_probs(sample: Sample, sequence: TokenizedSequence, masked: Collection[int]) -> NDArray[np.float32]:

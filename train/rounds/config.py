@@ -5,12 +5,22 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from llavamod_offline.config import InputPath, raise_problems
 
 RoundLoss = Literal["reverse_kl", "forward_kl", "policy_gradient"]
-_OWNED = ("output=", "output_set=", "data=", "data.set=", "cache.path=", "teacher=", "student.checkpoint=")
+# Settings of the commands that the rounds decide.
+_PLACES = ("output", "output_set", "data", "data.set", "cache.path", "teacher", "student.checkpoint")
+_OWNED = {
+    "write": (
+        *("generate.temperature", "generate.max_new_tokens", "generate.seed", "generate.round", "generate.key_suffix"),
+        "generate.capture",
+    ),
+    "score": (),
+    "train": ("steps", "epochs", "seed", "loss.kind", "loss.divergence", "loss.positions"),
+}
 
 
 @dataclass(frozen=True)
@@ -43,14 +53,15 @@ class RoundsConfig:
     batch_size: int = 16
     """Sequences per forward pass of writing and scoring."""
     seed: int = 0
-    """Seed of the writing; each round adds its number."""
+    """Seed of writing and training; each round adds its number."""
     write: list[str] = field(default_factory=list)
-    """Further settings of each `cache-teacher generate`, such as [generate.top_p=0.95]; those of generate are not used
-    where the student is measured."""
+    """Further settings of each `cache-teacher generate`, such as [generate.turns=all]; those of generate are not used
+    where the student is measured. Quote one with brackets: ['generate.stop=[END]']."""
     score: list[str] = field(default_factory=list)
-    """Further settings of each `cache-teacher run`, such as [capture.preset=compact, engine.kind=vllm]."""
+    """Further settings of each `cache-teacher run`, such as [capture.preset=compact, engine.kind=vllm]; those of
+    capture are not used where the student is measured."""
     train: list[str] = field(default_factory=list)
-    """Further settings of each `train-student`, such as [optim.lr=1e-5, batch.global_size=64]."""
+    """Further settings of each `train-student`, such as [optim.lr=1e-5, 'trainable=[projector,text]']."""
     trainer: str = "train-student"
     """The command that trains, such as "torchrun --nproc-per-node 8 --no-python train-student"."""
     benchmarks: InputPath | None = None
@@ -72,11 +83,17 @@ class RoundsConfig:
             yield "temperature: policy_gradient needs sampled answers: set it above 0, or loss to a divergence"
         if (self.benchmarks is None) != (not self.tasks):
             yield "benchmarks: name both benchmarks and tasks, or neither"
-        if not shlex.split(self.trainer):
-            yield "trainer: is empty: name a command, such as train-student"
-        for name in ("write", "score", "train"):
+        if Path(self.prompts) == Path(self.holdout):
+            yield "holdout: is the set of the prompts: name a set of others"
+        try:
+            if not shlex.split(self.trainer):
+                yield "trainer: is empty: name a command, such as train-student"
+        except ValueError as error:
+            yield f"trainer: '{self.trainer}' is no command line ({error}): close its quotes"
+        for name, owned in _OWNED.items():
             for setting in getattr(self, name):
-                if "=" not in setting:
+                key, equals, _ = setting.partition("=")
+                if not equals or key != key.strip():
                     yield f"{name}: '{setting}' is no setting: write KEY=VALUE"
-                elif setting.startswith(_OWNED):
-                    yield f"{name}: '{setting.partition('=')[0]}' is decided by the rounds: remove it"
+                elif key in (*_PLACES, *owned):
+                    yield f"{name}: '{key}' is decided by the rounds: remove it"

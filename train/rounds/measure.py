@@ -56,7 +56,7 @@ def measure_own_answers(data: Path, cache_path: Path) -> OwnAnswers:
         raise DataError(f"set '{data}': no answer can be measured: see {data}/rejected.jsonl, or use other prompts")
     sums_S, lengths_S = np.array(sums), np.array(lengths)
     mean = sums_S.sum() / lengths_S.sum()
-    spread = math.sqrt(((sums_S - mean * lengths_S) ** 2).sum()) / lengths_S.sum()
+    spread = math.sqrt(((sums_S - mean * lengths_S) ** 2).sum()) / float(lengths_S.sum())
     rejected = int(samples.manifest["rejected"])
     return OwnAnswers(float(mean), spread, float(lengths_S.mean()), len(lengths), rejected, reread)
 

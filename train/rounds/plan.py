@@ -12,8 +12,12 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from llavamod_offline.config import load_config
 from llavamod_offline.demo.commands import answer_command, score_command
 from llavamod_offline.demo.scheduler import Step
+from llavamod_offline.errors import ConfigError
+from teacher_cache.config import CacheTeacherConfig
+from train.config.recipes import resolve_config
 from train.rounds.config import RoundsConfig
 
 SCRIPT_HEAD = "The commands of the rounds, in order. Rerun any of them to resume it."
@@ -36,6 +40,23 @@ def round_steps(config: RoundsConfig) -> list[Step]:
         steps += [_writing(config, number), _scoring(config, number), _training(config, number)]
         steps += _measuring(config, number)
     return steps
+
+
+def check_settings(config: RoundsConfig) -> None:
+    """Read the settings of `write`, `score` and `train` as their commands will.
+
+    Errors: `ConfigError` naming which of the three, for what its command does not take.
+    """
+    written, scored, trained = (make(config, 1).command for make in (_writing, _scoring, _training))
+    arguments = {"write": written[2:], "score": scored[2:], "train": trained[len(shlex.split(config.trainer)) :]}
+    for name, given in arguments.items():
+        try:
+            if name == "train":
+                resolve_config(given)
+            else:
+                load_config(CacheTeacherConfig, (), given)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
 
 
 def _writing(config: RoundsConfig, number: int) -> Step:
@@ -80,7 +101,8 @@ def _measuring(config: RoundsConfig, number: int) -> Iterator[Step]:
     unchanged = (setting for setting in config.write if not setting.startswith("generate."))  # such as the device
     own = ("generate.temperature=1", f"generate.key_suffix=-h{number}", *unchanged)
     yield _write(config, f"write-holdout-{number}", config.holdout, student, folder, 0, own)
-    yield _score(config, f"score-holdout-{number}", folder, ("capture.preset=reference",))
+    engine = (setting for setting in config.score if not setting.startswith("capture."))
+    yield _score(config, f"score-holdout-{number}", folder, ("capture.preset=reference", *engine))
     if config.benchmarks is None:
         return
     answers = round_folder(config.output, number) / "eval"

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llavamod_offline.config import dump_config
+from llavamod_offline.config import dump_config, load_config
+from llavamod_offline.config.render import as_yaml
 from llavamod_offline.demo.commands import as_script
 from llavamod_offline.demo.scheduler import run_steps
 from llavamod_offline.errors import ConfigError
@@ -18,7 +19,7 @@ from llavamod_offline.storage.atomic import write_file
 from llavamod_offline.storage.lock import locked
 from train.rounds.config import RoundsConfig
 from train.rounds.measure import measure_own_answers, scores
-from train.rounds.plan import SCRIPT_HEAD, round_folder, round_steps
+from train.rounds.plan import SCRIPT_HEAD, check_settings, round_folder, round_steps
 from train.rounds.report import write_report
 
 CONFIG_NAME, COMMANDS_NAME, RESULT_NAME = "rounds.yaml", "commands.sh", "rounds.json"
@@ -31,9 +32,10 @@ def run_rounds(config: RoundsConfig) -> dict[str, Any]:
     Returns the content of `rounds.json`. Errors: `ConfigError` if other settings were begun in `output`, `StepError` if
     a command fails.
     """
+    check_settings(config)
     output, steps = Path(config.output), round_steps(config)
     with locked(output), keeping(lambda: _kept(config)):
-        _begin(output, dump_config(config))
+        _begin(output, config)
         write_file(output / COMMANDS_NAME, as_script(steps, SCRIPT_HEAD))
         with ProgressBar("rounds", len(steps), "command") as bar:
             run_steps(
@@ -47,16 +49,19 @@ def run_rounds(config: RoundsConfig) -> dict[str, Any]:
         return _report(config)
 
 
-def _begin(output: Path, content: str) -> None:
+def _begin(output: Path, config: RoundsConfig) -> None:
     """Note the settings, which a rerun must share but for the number of rounds. Errors: `ConfigError`."""
     file = output / CONFIG_NAME
-    before = file.read_text("utf-8").splitlines() if file.is_file() else content.splitlines()
-    for was, now in zip(before, content.splitlines(), strict=False):
-        if was != now and not was.startswith(("rounds:", "output:")):
-            raise ConfigError(
-                f"{file}: the rounds were begun with '{was}', not '{now}': set it back, or choose another output"
-            )
-    write_file(file, content)
+    if file.is_file():
+        before = asdict(load_config(RoundsConfig, (file,)))
+        for name, now in asdict(config).items():
+            was = before[name]
+            if was != now and name not in ("rounds", "output"):
+                raise ConfigError(
+                    f"{file}: the rounds were begun with '{name}: {as_yaml(was)}', not '{name}: {as_yaml(now)}': set "
+                    "it back, or choose another output"
+                )
+    write_file(file, dump_config(config))
 
 
 def _kept(config: RoundsConfig) -> str:

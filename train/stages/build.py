@@ -38,7 +38,8 @@ class Objective:
     `loss(student, batch, shared, features)` returns a micro-batch's sums, `count` its units. `shared` is common to all
     losses of a step and computed before them: from `totals`, summed over all micro-batches without running the student,
     or by running `look_ahead` over them and combining the results by `share`; each loss then also gets its features.
-    `projection`: a module trained with the student.
+    `projection`: a module trained with the student. `units_are_positions`: whether the units are the positions that the
+    loss covers; otherwise it covers all of a micro-batch.
     """
 
     loss: Callable[[Student, TrainBatch, Tensor | None, Tensor | None], LossSums]
@@ -47,6 +48,11 @@ class Objective:
     look_ahead: Callable[[Student, TrainBatch], LookAhead] | None = None
     share: Callable[[Sequence[Tensor], World], Tensor] | None = None
     projection: nn.Module | None = None
+    units_are_positions: bool = True
+
+    def positions(self, batch: TrainBatch) -> int:
+        """The number of positions that the loss covers."""
+        return self.count(batch) if self.units_are_positions else batch.positions
 
 
 class StudentWithLoss(nn.Module):
@@ -172,4 +178,5 @@ def make_objective(
         lambda batch: batch.samples,
         look_ahead=look_ahead if shared else None,
         share=preference.mean_log_ratios if shared else None,
+        units_are_positions=False,
     )

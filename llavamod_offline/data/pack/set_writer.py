@@ -29,7 +29,7 @@ from llavamod_offline.data.rows import RejectedRow, RowPlace
 from llavamod_offline.data.sample import KEY_PATTERN
 from llavamod_offline.data.sets.sample_set import INDEX_NAME, INDEX_SCHEMA, MANIFEST_NAME, REJECTED_NAME, SET_FORMAT
 from llavamod_offline.data.sets.tar_files import Shard
-from llavamod_offline.errors import ConfigError, DataError
+from llavamod_offline.errors import ConfigError, DataError, EmptySetError
 from llavamod_offline.plural import counted
 from llavamod_offline.storage.atomic import aside_path, fsync_tree, new_folder, remove_leftovers
 from llavamod_offline.storage.lock import locked_beside
@@ -238,7 +238,7 @@ class SetWriter:
         """
         rejected = self.rejections.kinds.total()
         if not self.counts["samples"]:
-            raise DataError(f"nothing to pack: no sample in {counted(self.rows, 'row')}{self._diagnosis()}")
+            raise EmptySetError(f"nothing to pack: no sample in {counted(self.rows, 'row')}{self._diagnosis()}")
         if max_rejected is not None and rejected > max_rejected * self.rows:
             raise DataError(
                 f"{rejected} of {counted(self.rows, 'row')} rejected, more than --max-rejected {max_rejected:g} allows"

@@ -119,6 +119,10 @@ def test_a_reference_to_nothing_is_one_line(tmp_path: Path) -> None:
         ("optimiser=fast", r"^optimiser is a section of settings: write optimiser.learning_rate=fast"),
         ("steps={a: 1}", r"^steps is a single setting, not a section: write steps=a whole number$"),
         ("optimiser.betas=0.5", r"^optimiser.betas takes a list: write optimiser.betas=\[0.5\]$"),
+        (
+            "optimiser.betas=[a={b: 2}]",
+            r"^optimiser.betas is no list: '\[a=\{b: 2\}\]': quote items that hold brackets",
+        ),
         ("optimiser.betas=[a]", r"^optimiser.betas is \['a'\]: must be a list of numbers, such as \[0.5\]$"),
         ("betas=[1,2,3]", r"^betas is \[1, 2, 3\]: must be a list of 2 numbers, such as \[0.5, 0.5\]$"),
         ("weights=[1]", r"^weights is \[1\]: must be a mapping, such as \{name: 0.5\}, or null$"),

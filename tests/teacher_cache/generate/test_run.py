@@ -163,6 +163,36 @@ def test_other_settings_into_the_same_set_are_refused_begun_or_finished(place: P
     assert file_entries(place.set()) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("job.json", "{", r"job\.json: cannot be read \(.*\): remove .*\.own\.answers and run again"),
+        ("prompts-000000.jsonl", "", r"prompts-000000\.jsonl: holds 0 of 4 answers: remove it and run again"),
+        ("prompts-000000.jsonl", "{\n", r"prompts-000000\.jsonl: cannot be read"),
+    ],
+)
+def test_damaged_answers_are_one_line(place: Place, name: str, content: str, words: str) -> None:
+    place.generate("slice=1/3")
+    (place.folder / ".own.answers" / name).write_text(content)
+    with pytest.raises(DataError, match=words) as caught:
+        place.generate()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_set_is_one_line(place: Place) -> None:
+    place.set().mkdir()
+    (place.set() / "set.json").write_text("{")
+    with pytest.raises(DataError, match=r"own/set\.json: cannot be read .*: remove .* and run again"):
+        place.generate()
+
+
+def test_where_no_answer_ends_the_way_out_is_said_and_works(place: Place) -> None:
+    with pytest.raises(DataError, match=r"did not end within generate\.max_new_tokens=1; .* remove .*\.own\.answers"):
+        place.generate("generate.max_new_tokens=1")
+    shutil.rmtree(place.folder / ".own.answers")
+    assert place.generate().samples
+
+
 def test_the_new_set_keeps_what_the_old_one_had_of_the_sources_and_rows_that_are_left(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

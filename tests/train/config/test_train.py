@@ -118,6 +118,11 @@ def test_the_choices_are_those_of_the_losses() -> None:
         ("mimic_dense", ["loss.js_weight=0.2"], "loss.js_weight: not used with forward_kl: remove it, or set"),
         ("mimic_dense", ["loss.sft_weight=1"], "loss.sft_weight: belongs to stage preference, not to mimic_dense"),
         ("mimic_dense", ["loss.temperature=0"], "loss.temperature is 0: must be above 0"),
+        ("mimic_dense", ["loss.temperature=.inf"], "loss.temperature is inf: must be above 0 and finite"),
+        ("mimic_dense", ["loss.visual_weight=.inf"], "loss.visual_weight is inf: must not be negative or infinite"),
+        ("mimic_dense", ["optim.lr=.inf"], "optim.lr is inf: must be above 0 and finite"),
+        ("mimic_dense", ["loss.lm_weight=0.5"], "loss.lm_weight: not used with only_kd: remove it, or set loss.kind"),
+        ("sft", ["loss.lm_weight=0.5"], "loss.lm_weight: not used with cross_entropy: remove it"),
         ("sft", ["loss.distill_weight=1"], "loss.distill_weight: belongs to stage preference, not to sft"),
         (
             "sft",

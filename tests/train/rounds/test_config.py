@@ -13,7 +13,7 @@ from llavamod_offline.errors import ConfigError
 from teacher_cache.config import CacheTeacherConfig
 from train.config.recipes import resolve_config
 from train.rounds.config import RoundsConfig
-from train.rounds.plan import SCRIPT_HEAD, round_steps
+from train.rounds.plan import SCRIPT_HEAD, check_settings, round_steps
 
 PLACES = ("prompts=a", "holdout=b", "teacher=t", "student=s", "output=out")
 
@@ -76,12 +76,33 @@ def test_benchmarks_are_answered_and_scored_after_each_round() -> None:
         (("train=[output=x]",), "train: 'output' is decided by the rounds: remove it"),
         (("write=[fast]",), "write: 'fast' is no setting: write KEY=VALUE"),
         (("trainer= ",), "trainer: is empty"),
+        (("trainer=torchrun 'x",), "trainer: 'torchrun 'x' is no command line (No closing quotation)"),
+        (("holdout=a",), "holdout: is the set of the prompts"),
+        (("train=[steps=5]",), "train: 'steps' is decided by the rounds: remove it"),
+        (("train=[loss.positions=auto]",), "train: 'loss.positions' is decided by the rounds"),
+        (("train=[output =x]",), "train: 'output =x' is no setting: write KEY=VALUE"),
+        (("write=[generate.temperature=0]",), "write: 'generate.temperature' is decided by the rounds"),
+        (("write=[generate.capture=true]",), "write: 'generate.capture' is decided by the rounds"),
     ],
 )
 def test_settings_that_do_not_fit_are_one_line(settings: tuple[str, ...], words: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)) as caught:
         rounds_of(*settings)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("write=[generate.topp=1]", "write: unknown setting generate.topp: did you mean generate.top_p?"),
+        ("score=[capture.preset=big]", "score: capture.preset"),
+        ("train=[optim.lr=fast]", "train: optim.lr is 'fast': must be a number"),
+    ],
+)
+def test_what_the_commands_do_not_take_is_told_before_the_first_runs(setting: str, words: str) -> None:
+    check_settings(rounds_of())
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        check_settings(rounds_of(setting))
 
 
 def test_another_command_may_train(tmp_path: Path) -> None:

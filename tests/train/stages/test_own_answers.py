@@ -19,11 +19,16 @@ from tests.train.conftest import EXHAUSTIVE, World, write_cache
 from tests.train.reference import Answer, Reader, read_metrics, train_plainly
 from train.run import train
 
-Alter = Callable[[tuple[float, ...]], tuple[float, ...]]
+Alter = Callable[[tuple[float, ...]], tuple[float, ...] | None]
 
 
 def write_own(
-    world: World, folder: Path, *, temperature: float = 1.0, alter: Alter = lambda log_probs: log_probs
+    world: World,
+    folder: Path,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    alter: Alter = lambda log_probs: log_probs,
 ) -> Path:
     """The world's samples as if a student had written their answers: every third is read as other tokens."""
     reader, made = Reader(world.student, world.chats), []
@@ -31,11 +36,12 @@ def write_own(
     for number, sample in enumerate(tiny_samples(24)):
         count = len(reader.encoder.encode(sample, "response").supervised_N)
         log_probs = alter(tuple(-rng.exponential(1.0, _last_turn(reader, sample, count)).round(3)))
-        generated = Generated("w", "s", sample.key, "last", temperature, 1.0, 99, 0, 1, (log_probs,))
+        generated = Generated("w", "s", sample.key, "last", temperature, top_p, 99, 0, 1, (log_probs,))
         if number % 3 == 1:
             generated = dataclasses.replace(generated, behaviour_log_probs=(None,))
         made.append(dataclasses.replace(sample, generated=generated))
-    write_set(made, folder, generated={"teacher": {}, "generate": {"temperature": temperature, "round": 1}})
+    about = {"temperature": temperature, "top_p": top_p, "round": 1}
+    write_set(made, folder, generated={"teacher": {}, "generate": about})
     return folder
 
 
@@ -130,15 +136,21 @@ def test_losses_and_gradients_are_those_of_a_live_teacher(
 
 
 def test_a_step_with_nothing_to_learn_from_changes_nothing(world: World, tmp_path: Path) -> None:
-    own = [dataclasses.replace(sample, generated=None) for sample in tiny_samples(8)]
-    generated = Generated("w", "s", "k", "last", 1.0, 1.0, 99, 0, 1, (None,))
-    data = tmp_path / "own"
-    about = {"teacher": {}, "generate": {"temperature": 1.0}}
-    write_set([dataclasses.replace(sample, generated=generated) for sample in own], data, generated=about)
+    reader = Reader(world.student, world.chats)
+    data, made = tmp_path / "own", []
+    for number, sample in enumerate(tiny_samples(4)):
+        answer = _last_turn(reader, sample, len(reader.encoder.encode(sample, "response").supervised_N))
+        own = (-1.0,) * answer if number == 2 else None
+        made.append(dataclasses.replace(sample, generated=Generated("w", "s", "k", "last", 1.0, 1.0, 99, 0, 1, (own,))))
+    write_set(made, data, generated={"teacher": {}, "generate": {"temperature": 1.0}})
     cache = write_cache(tmp_path / "cache", data, world.teacher)
+    each = (f"data.set={data}", f"cache.path={cache}", "batch.global_size=1", "batch.micro_size=1", "steps=4")
     for name, settings in (("policy", POLICY), ("reverse", REVERSE)):
-        train(world.config("mimic_dense", tmp_path / name, f"data.set={data}", f"cache.path={cache}", *settings))
-        assert [entry["loss"] for entry in read_metrics(tmp_path / name)] == [0.0] * 4
+        train(world.config("mimic_dense", tmp_path / name, *each, *settings))
+        log = read_metrics(tmp_path / name)
+        assert sorted(entry["loss"] == 0.0 for entry in log) == [False, True, True, True]
+        assert all((entry["positions"] == 0) == (entry["loss"] == 0.0) for entry in log)
+        assert sorted(entry["covered_share"] for entry in log)[:3] == [0.0] * 3
 
 
 @pytest.mark.parametrize(
@@ -170,6 +182,12 @@ def test_sets_without_usable_log_probs_are_one_line(world: World, tmp_path: Path
     write_own(world, tmp_path / "greedy", temperature=0.0)
     with pytest.raises(ConfigError, match=r"needs sampled answers, but those of set .* are greedy"):
         run("greedy")
+    write_own(world, tmp_path / "nucleus", top_p=0.9)
+    with pytest.raises(ConfigError, match=r"needs answers drawn from all tokens, but those .* generate.top_p=0.9"):
+        run("nucleus")
+    write_own(world, tmp_path / "stopped", alter=lambda log_probs: None)
+    with pytest.raises(ConfigError, match=r"nothing can be learnt from set .*stopped'"):
+        run("stopped")
     write_own(world, tmp_path / "none", alter=lambda log_probs: ())
     with pytest.raises(DataError, match=r"log-probs of 0 tokens for an answer of \d+"):
         run("none")
