@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from llavamod_offline.plural import counted
+
 Row = Mapping[str, str | float | int]
 
 
@@ -165,7 +167,7 @@ def device_name() -> str:
     if cpuinfo.exists():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
-    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+    return f"{model}, {counted(len(os.sched_getaffinity(0)), 'core')}"
 
 
 def _cell(value: object) -> str:
