@@ -275,7 +275,7 @@ def _workers(given: int | None, device: str) -> int:
 
 
 def _shared_vocabulary(teacher: Path, tokenizer: PreTrainedTokenizerFast, rows: int) -> int:
-    """V = min(len(tokenizer), rows of the LM head). Errors: `ModelError` if the tokenizer has ids beyond it."""
+    """V: the ids of tokenizer and LM head. Errors: `ModelError` if the tokenizer has ids beyond it."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise ModelError(

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llavamod_offline.data.encode.template import ROLES
 from llavamod_offline.errors import ConfigError, ModelError
 from llavamod_offline.models.hub import weight_files
 from llavamod_offline.models.loading.adapter import adapter_files, describe_adapter
@@ -60,6 +61,8 @@ def describe_template(template: Template) -> dict[str, Any]:
     content = dataclasses.asdict(dataclasses.replace(template, tool_wording=None))
     del content["tool_wording"]  # it follows from the checkpoint
     system_turn = content.pop("system_turn")
+    if set(template.strips) == set(ROLES):
+        content["strips"] = True  # as older caches say it
     for name in ("image_prefix", "strips"):  # which older caches do not have
         if not content[name]:
             del content[name]

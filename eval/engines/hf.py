@@ -21,11 +21,16 @@ from llavamod_offline.data.encode.tokenize import TokenizedSequence
 from llavamod_offline.data.images import AUTO_ASPECT
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.families import SampleImage, open_family
+from llavamod_offline.families.folder import joins
 from llavamod_offline.families.run import check_model, on_model
 from llavamod_offline.models.device import pick_device
 from llavamod_offline.models.hub import checkpoint_name
 from llavamod_offline.models.loading.adapter import adapter_files
 
+_DESCRIBING = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    *("chat_template.json", "processor_config.json", "preprocessor_config.json"),
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -52,6 +57,8 @@ class HfEngine:
         self.model = self.family.load(DTYPES[self.dtype]).to(self.device)
         check_model(self.family, self.model)
         self._suppressed = never_answers(self.family)
+        self._joins = joins(self.family)
+        self.model.generation_config = GenerationConfig()  # else the folder's decides what `generate` leaves open
 
     def describe(self) -> dict[str, Any]:
         """The settings that determine the answers; batch size and device do not."""
@@ -63,7 +70,7 @@ class HfEngine:
         samples = [asked_sample(example) for example in examples]
         prompts = [prompt_sequence(self.family, sample, max_new_tokens) for sample in samples]
         images = [self.family.images(sample) for sample in samples]
-        size = len(prompts) if self.family.batches else 1
+        size = len(prompts) if self._joins else 1
         generated: list[list[int]] = []
         for start in range(0, len(prompts), size):
             these = slice(start, start + size)
@@ -97,9 +104,12 @@ def settings_of(folder: Path, engine: dict[str, str], template: str, image_aspec
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """SHA-256 (hex) over the names and contents of a checkpoint's weights and configuration, and its adapter's."""
+    """SHA-256 (hex) over the names and contents of a checkpoint's weights and whatever else decides its answers.
+
+    That is its configuration, tokenizer, chat template and processor, and its adapter.
+    """
     digest = hashlib.sha256()
-    described = (folder / "config.json", folder / "tokenizer.json")
+    described = [file for file in map(folder.joinpath, _DESCRIBING) if file.is_file()]
     for file in [*sorted([*folder.glob("*.safetensors"), *described]), *adapter_files(folder)]:
         with file.open("rb") as stream:
             content = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -18,6 +18,7 @@ from llavamod_offline.data.keys import key_from_id
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
 from llavamod_offline.errors import EvalError
 from llavamod_offline.families import Family
+from llavamod_offline.models.checkpoint import id_count
 
 _ANSWER = "-"  # stands where the answer would be
 _KEY_LENGTH = 200  # the longest key of a sample
@@ -48,7 +49,7 @@ def prompt_sequence(family: Family, sample: Sample, max_new_tokens: int) -> Toke
 def never_answers(family: Family) -> list[int]:
     """Ids that no answer may contain: the image token, and rows of the LM head beyond the tokenizer."""
     image = [] if family.image_token_id is None else [family.image_token_id]
-    return [*image, *range(len(family.encoder.tokenizer), family.head_rows)]
+    return [*image, *range(id_count(family.encoder.tokenizer), family.head_rows)]
 
 
 def read_answer(encoder: SequenceEncoder, ids_G: Sequence[int]) -> Answer:

@@ -34,6 +34,9 @@ _FAMILIES = {
     "qwen2_5_vl": ("qwen_vl", "QwenVlFamily"),
 }
 
+# Image-text models that transformers knows as language models alone.
+_MULTIMODAL = ("phi4_multimodal",)
+
 
 def open_family(folder: Path, template: Template | str, *, image_aspect: str, max_length: int) -> Family:
     """Open a checkpoint folder without its weights; `template`: one, or the name of one.
@@ -60,11 +63,17 @@ def _family(folder: Path) -> tuple[str, str]:
 
     config = read_json(folder, "config.json")
     model_type = str(config.get("model_type"))
-    tower = (config.get("vision_config") or {}).get("model_type")
+    vision = config.get("vision_config")
+    tower = vision.get("model_type") if isinstance(vision, dict) else None
     if model_type in _FAMILIES and tower != "pixtral":  # a LLaVA whose images may have any size
         return _FAMILIES[model_type]
     if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         return "image_text", "ImageTextFamily"
+    if model_type in _MULTIMODAL:
+        raise ModelError(
+            f"{folder}/config.json: model_type is '{model_type}', whose images transformers cannot pass on by its "
+            "image-text classes: give the folder of another checkpoint"
+        )
     if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return "causal_lm", "CausalLmFamily"
     raise ModelError(

@@ -25,9 +25,31 @@ OTHER = "choose another checkpoint"
 def read_config(config_class: Any, folder: Path) -> Any:
     """Read a folder's configuration as one class. Errors: `ModelError` if it is unusable."""
     try:
-        return config_class.from_pretrained(folder, local_files_only=True)
+        return config_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise ModelError(f"{folder}/config.json: not usable: {first_line(error)}") from error
+
+
+def longrope_from(config: Any) -> int | None:
+    """The length beyond which a model's positions depend on the longest sequence of a batch; None if they never do.
+
+    transformers' `longrope` (Phi-3.5, Phi-4-mini) takes other factors for a whole batch with a longer sequence.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    for part in (rope, *(inner for inner in rope.values() if isinstance(inner, dict))):
+        if part.get("rope_type") == "longrope":
+            own = part.get("original_max_position_embeddings")
+            return int(own or getattr(text, "original_max_position_embeddings", 0) or context_length(text))
+    return None
+
+
+def joins(family: Any) -> bool:
+    """Whether sequences of a family may share a batch: its processor can, and none changes another's positions."""
+    from transformers import AutoConfig
+
+    longest = longrope_from(read_config(AutoConfig, family.folder)) if family.batches else None
+    return bool(family.batches) and (longest is None or family.encoder.max_length <= longest)
 
 
 def read_processor(processor_class: Any, names: tuple[str, ...], folder: Path) -> Any:

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from llavamod_offline.data.encode.chat_template import choose_template
-from llavamod_offline.data.encode.template import AUTO, Segment, Template
+from llavamod_offline.data.encode.template import AUTO, ROLES, Segment, Template
 from llavamod_offline.data.encode.tokenize import ImageTokens, SequenceEncoder, TokenizedSequence
 from llavamod_offline.data.images import DECODER, decode_image, image_size, pad_to_square
 from llavamod_offline.data.sample import Sample
@@ -218,7 +218,7 @@ class ImageTextFamily:
 def paligemma_template(tokenizer: PreTrainedTokenizerFast) -> Template:
     """PaliGemma's wording: the prompt, a newline, and the answer with the tokenizer's end."""
     end = str(tokenizer.eos_token)
-    return Template(PALIGEMMA, (), (), (Segment("\n"),), answer_prefix="", end=end, separator="", strips=True)
+    return Template(PALIGEMMA, (), (), (Segment("\n"),), answer_prefix="", end=end, separator="", strips=ROLES)
 
 
 def _embedded_id(config: Any, processor: Any, folder: Path) -> int:

@@ -42,7 +42,9 @@ def loading(folder: Path) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:
-        if isinstance(error, ImportError) and "torchvision" in str(error).lower():
+        if "torchvision" in str(error).lower() or (
+            "image processor class" in str(error) and importlib.util.find_spec("torchvision") is None
+        ):
             raise ConfigError(
                 f"{folder}: its processor needs torchvision: pip install 'llavamod-offline[processor]'"
             ) from error
@@ -75,10 +77,12 @@ def _part(name: str, folder: Path, config: Any) -> Any:
     if name == "tokenizer":
         return load_tokenizer(folder)
     if name == "image_processor":
-        return _image_processor_class(folder, config).from_pretrained(folder, local_files_only=True)
+        return _image_processor_class(folder, config).from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     if name == "feature_extractor":  # of sounds, which no sample has
         with contextlib.suppress(OSError, ValueError):
-            return AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
+            return AutoFeatureExtractor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return None
 
 

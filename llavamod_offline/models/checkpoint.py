@@ -131,14 +131,21 @@ def open_tensors(file: Path) -> Iterator[Any]:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Load a folder's fast tokenizer, with the chat template that the folder's processor uses.
 
-    Errors: `ModelError` if it is missing or cannot be loaded.
+    Code in the folder is never run. Errors: `ModelError` if it is missing or cannot be loaded.
     """
     if not (folder / "tokenizer.json").is_file():
         raise ModelError(f"{folder}: no tokenizer.json: use a folder with a fast tokenizer")
     try:
         with quietly():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, mistral_format=False
+            )
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{folder}/tokenizer_config.json: the tokenizer is made by code in the folder, which is never run: "
+                "name a class of transformers there (tokenizer_class, without auto_map), or choose another checkpoint"
+            ) from error
         raise ModelError(f"{folder}: the tokenizer cannot be loaded: {first_line(error)}") from error
     # Older checkpoints keep the processor's chat template apart from the tokenizer's.
     for name in ("processor_config.json", "chat_template.json"):
@@ -147,9 +154,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return cast("PreTrainedTokenizerFast", tokenizer)
 
 
+def id_count(tokenizer: PreTrainedTokenizerFast) -> int:
+    """One more than the tokenizer's largest id, among which may be gaps."""
+    return int(max(tokenizer.get_vocab().values())) + 1
+
+
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast, *lm_head_rows: int) -> int:
-    """The number of ids a distribution covers: the smallest of the tokenizer's size and the LM heads' rows."""
-    return min([len(tokenizer), *lm_head_rows])
+    """The number of ids a distribution covers: the smallest of the tokenizer's and the LM heads' rows."""
+    return min([id_count(tokenizer), *lm_head_rows])
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from llavamod_offline.data.encode.template import Template
 from llavamod_offline.errors import ModelError
-from llavamod_offline.models.checkpoint import quietly
+from llavamod_offline.models.checkpoint import id_count, quietly
 from llavamod_offline.storage import atomic
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def generation_settings(
     """Greedy decoding up to the template's end, without image tokens and `rows` of the LM head beyond the tokenizer."""
     end = tokenizer.get_vocab()[template.end]
     image = [] if image_token_id is None else [image_token_id]
-    never = [*image, *range(len(tokenizer), rows)]
+    never = [*image, *range(id_count(tokenizer), rows)]
     return {"do_sample": False, "eos_token_id": end, "pad_token_id": end, "suppress_tokens": never}
 
 

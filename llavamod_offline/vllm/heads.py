@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llavamod_offline.errors import ConfigError
+from llavamod_offline.families.folder import read_config
 from llavamod_offline.models.lm_head import head_settings
 
 
@@ -17,7 +18,7 @@ def check_same_head(folder: Path) -> None:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = read_config(AutoConfig, folder)
     text, own = config.get_text_config(), config.architectures or []
     alone = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.model_type, "")
     (cap, scale), (text_cap, text_scale) = head_settings(own, config), head_settings([str(alone)], config)

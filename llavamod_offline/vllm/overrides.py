@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from llavamod_offline.families.folder import read_config
+
 # By the text model's type: `rope_parameters` where config.json lacks them, and those that hold whatever it says.
 _QWEN2_ROPE = ({"mrope_section": [16, 24, 24]}, {"mrope_interleaved": False})
 _QWEN3_ROPE = ({"mrope_section": [24, 20, 20]}, {"mrope_interleaved": True})
@@ -30,7 +32,7 @@ def config_overrides(folder: Path) -> dict[str, Any]:
     """What to override in vLLM's configuration of a checkpoint."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = read_config(AutoConfig, folder)
     text = config.get_text_config()
     found = dict(_SETTINGS.get(text.model_type, {}))
     if text.model_type in _ROPE:

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from llavamod_offline.errors import ModelError
+from llavamod_offline.families.folder import read_config
 from llavamod_offline.models.checkpoint import load_tensors, open_tensors, read_json
 from llavamod_offline.models.loading.quantised import quantisation
 
@@ -28,7 +30,7 @@ def check_weights(folder: Path) -> None:
     model_class: Any = getattr(transformers, name, None)
     if model_class is None:
         raise ModelError(f"{folder}/config.json: transformers has no '{name}', so its weights cannot be checked")
-    config = model_class.config_class.from_pretrained(folder, local_files_only=True)
+    config = read_config(model_class.config_class, folder)
     quantised = quantisation(folder) is not None
     shapes = _shapes(folder)
     if quantised:
@@ -55,10 +57,20 @@ def _whole(shapes: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def _files(folder: Path) -> list[Path]:
+    """Those of the index, or the only one; some folders hold the weights a second time in another form."""
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return [folder / SAFE_WEIGHTS_NAME]
+    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        index = read_json(folder, SAFE_WEIGHTS_INDEX_NAME)
+        return [folder / name for name in sorted(set(index.get("weight_map", {}).values()))]
+    return sorted(folder.glob("*.safetensors"))
+
+
 def _shapes(folder: Path) -> dict[str, Tensor]:
-    """A stand-in for each tensor of the folder."""
+    """A stand-in for each tensor of the folder's model, as transformers finds its files."""
     found = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in _files(folder):
         with open_tensors(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 found[name] = torch.zeros((), dtype=_DTYPE).expand(tensors.get_slice(name).get_shape())

@@ -20,6 +20,7 @@ from torch import Tensor
 from llavamod_offline.data.encode.tokenize import Ids, Positions, TokenizedSequence
 from llavamod_offline.errors import DataError
 from llavamod_offline.families.batch import image_mismatch
+from llavamod_offline.families.folder import joins
 from llavamod_offline.families.protocol import Family, FeatureFamily, SampleImage
 from llavamod_offline.families.run import whole_hidden_states
 from llavamod_offline.models.lm_head import lm_head_of
@@ -81,7 +82,7 @@ class HfCaptureEngine:
 
     def __post_init__(self) -> None:
         self.lm_head = Float32Head(lm_head_of(self.model), self.vocab_size)
-        if not self.teacher.batches:
+        if not joins(self.teacher):
             self.batch_size = 1
         self.image_pool = self.images or ImagePool(self.teacher.images)
         self._limit = BatchLimit(self.batch_size, "sequences")

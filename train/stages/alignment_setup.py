@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llavamod_offline.errors import ConfigError
+from llavamod_offline.families.folder import read_config
 from llavamod_offline.losses.alignment import HiddenProjection
 from llavamod_offline.models.checkpoint import open_tensors, read_json
 from llavamod_offline.models.hub import checkpoint_folder
@@ -143,7 +144,7 @@ def _check_linear(folder: Path) -> None:
     from transformers import AutoConfig
 
     softcap, _ = head_settings(
-        read_json(folder, "config.json").get("architectures") or [], AutoConfig.from_pretrained(folder)
+        read_json(folder, "config.json").get("architectures") or [], read_config(AutoConfig, folder)
     )
     biased = False
     for file in folder.glob("*.safetensors"):

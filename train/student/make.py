@@ -14,6 +14,7 @@ from llavamod_offline.data.encode.template import AUTO
 from llavamod_offline.data.images import AUTO_ASPECT
 from llavamod_offline.errors import ConfigError, ModelError, first_line
 from llavamod_offline.families import Family, open_family
+from llavamod_offline.families.folder import longrope_from
 from llavamod_offline.families.image_text import PALIGEMMA
 from llavamod_offline.families.llava.building import build_llava
 from llavamod_offline.families.llava.checkpoint import load_llava
@@ -50,6 +51,20 @@ def open_student(
     `cached`: the `template` section of a cache's fingerprint. `sharded`: processes share the weights (ZeRO-3).
     Errors: as `make_student` and `student_template`; `ConfigError` for settings that the family does not have.
     """
+    model, family = _open(config, source, cached, sharded=sharded)
+    longest = longrope_from(model.config)
+    alone = config.batch.micro_size == 1 and config.stage != "preference"
+    if longest is not None and config.max_length > longest and not alone:
+        raise ConfigError(
+            f"max_length is {config.max_length}, but beyond {longest} tokens the student's positions depend on the "
+            f"longest sequence of a batch (longrope): set it to {longest}, or batch.micro_size to 1"
+        )
+    return model, family
+
+
+def _open(
+    config: TrainConfig, source: StudentSource, cached: Mapping[str, Any] | None, *, sharded: bool
+) -> tuple[PreTrainedModel, StudentFamily]:
     model: Any
     if not source.is_llava:
         return _open_whole(config, source, cached, sharded=sharded)

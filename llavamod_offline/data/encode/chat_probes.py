@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llavamod_offline.data.encode.template import Segment, Template
+from llavamod_offline.data.encode.template import ROLES, Segment, Template
 from llavamod_offline.data.encode.tokenize import SequenceEncoder
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
 
@@ -24,6 +26,11 @@ _WITH_IMAGES = (
     (Turn("user", f"{IMAGE_PLACEHOLDER}\nThe turn 0"),),
     (Turn("user", f"{_TWO}The turn 0"),),
     (Turn("user", f"{IMAGE_PLACEHOLDER}\nThe turn 0"), TURNS[1], Turn("user", f"{_TWO}The turn 2")),
+)
+_LOG = logging.getLogger(__name__)
+_STRIPPED = sorted(  # all or no roles, then one or two
+    (roles for count in range(len(ROLES) + 1) for roles in itertools.combinations(ROLES, count)),
+    key=lambda roles: 0 < len(roles) < len(ROLES),
 )
 Form = Callable[[str], "str | list[dict[str, str]]"]  # a turn's text as the content of a message
 
@@ -54,6 +61,14 @@ def rendered_as(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn], form:
     """Render turns by the chat template; `answer`: up to where the next answer begins. Errors: whatever it raises."""
     messages = [{"role": turn.role, "content": form(turn.text)} for turn in turns]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer))
+
+
+def own_chat_template(tokenizer: PreTrainedTokenizerFast, *, tools: bool = False) -> str:
+    """The chat template that is used; of several with names, as `apply_chat_template` chooses."""
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        own = own.get("tool_use" if tools and "tool_use" in own else "default") or next(iter(own.values()), "")
+    return str(own or "")
 
 
 def renders_alike(template: Template, tokenizer: PreTrainedTokenizerFast, form: Form) -> bool:
@@ -94,14 +109,23 @@ def first_difference(tokenizer: PreTrainedTokenizerFast) -> str:
     return ""
 
 
-def strips_text(template: Template, tokenizer: PreTrainedTokenizerFast, form: Form) -> bool:
-    """Whether a chat template that renders like `template` drops the white space around each text."""
+def stripped_roles(template: Template, tokenizer: PreTrainedTokenizerFast, form: Form) -> tuple[str, ...]:
+    """The roles around whose texts a chat template that renders like `template` drops the white space."""
     turns = [Turn(turn.role, f"\n {turn.text} \n") for turn in TURNS[:3]]
+    system = [Turn("system", "\n The system \n")] if template.system_turn is not None else []
     try:
-        rendered = rendered_as(tokenizer, turns, form, answer=True)
+        rendered = rendered_as(tokenizer, [*system, *turns], form, answer=True)
     except Exception:  # a template may raise anything
-        return False
-    return rendered == _text(replace(template, strips=True), turns)
+        return ()
+    for roles in _STRIPPED:
+        if rendered == _text(replace(template, strips=roles), [*system, *turns]):
+            return roles
+    _LOG.warning(
+        "%s: its chat template changes the white space around texts in a way that is not followed here: strip the "
+        "texts of your data",
+        tokenizer.name_or_path,
+    )
+    return ()
 
 
 def find_image_prefix(template: Template, tokenizer: PreTrainedTokenizerFast, image: str) -> tuple[Segment, ...] | None:

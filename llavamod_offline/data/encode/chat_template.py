@@ -7,6 +7,7 @@ A chat template is a program that may do anything; a `Template` words a turn the
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import logging
 import re
@@ -24,13 +25,14 @@ from llavamod_offline.data.encode.chat_probes import (
     ids_alike,
     images_alike,
     model_ends,
+    own_chat_template,
     rendered_as,
     renders_alike,
     segments_of,
-    strips_text,
+    stripped_roles,
 )
 from llavamod_offline.data.encode.system_turn import find_system_turn
-from llavamod_offline.data.encode.template import AUTO, OWN, TEMPLATES, Segment, Template, get_template
+from llavamod_offline.data.encode.template import AUTO, OWN, ROLES, TEMPLATES, Segment, Template, get_template
 from llavamod_offline.data.encode.tool_wording import find_tool_wording
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER
 from llavamod_offline.errors import ConfigError, first_line
@@ -92,9 +94,9 @@ def trained_with(tokenizer: PreTrainedTokenizerFast, *, image: str | None = IMAG
             " or ".join(name for name in TEMPLATES if name != "qwen"),
         )
         return get_template("qwen")
-    if "strftime_now" in str(tokenizer.chat_template):
+    if "strftime_now" in own_chat_template(tokenizer):
         raise ConfigError(f"template 'auto': the chat template of {folder} depends on the date: {_WAY_OUT}")
-    template = next((known for known in TEMPLATES.values() if words_as(tokenizer, known)), None)
+    template = _known(tokenizer)
     if template is None:
         template = from_tokenizer(tokenizer, setting=AUTO, image=image)
     if image is not None and not images_alike(template, tokenizer, image):
@@ -105,6 +107,14 @@ def trained_with(tokenizer: PreTrainedTokenizerFast, *, image: str | None = IMAG
             f"{_WAY_OUT}, or to {OWN} to tokenize them one by one"
         )
     return _with_tools(tokenizer, template)
+
+
+def _known(tokenizer: PreTrainedTokenizerFast) -> Template | None:
+    """The known template that a tokenizer's chat template words conversations as, with its treatment of white space."""
+    for known, form in itertools.product(TEMPLATES.values(), FORMS):
+        if _succeeds(partial(renders_alike, known, tokenizer, form)):
+            return replace(known, strips=stripped_roles(known, tokenizer, form))
+    return None
 
 
 def words_as(tokenizer: PreTrainedTokenizerFast, template: Template) -> bool:
@@ -129,22 +139,22 @@ def to_jinja(template: Template, *, image: str = IMAGE_PLACEHOLDER) -> str:
     system, skip = f"{{{{ {_literal(template.system)} }}}}", ""
     if template.system_turn is not None:
         before, after = map(_literal, template.system_turn)
-        given = f"{{{{ {before} + words(messages[0].content) + {after} }}}}"
+        given = f"{{{{ {before} + words(messages[0].content, 'system') + {after} }}}}"
         system = f"{{%- if messages and messages[0].role == 'system' -%}}{given}{{%- else -%}}{system}{{%- endif -%}}"
         skip = "{%- elif message.role == 'system' and loop.first -%}"
     prefix = _literal(template.user_prefix)
     if template.image_prefix is not None:
         prefix = f"({_literal(template.image_prefix)} if {_BEGINS_WITH_IMAGE} else {prefix})"
-    question = f"{prefix} + words(message.content) + {_literal(template.assistant_prefix)}"
-    answer = (
-        f"{_literal([Segment(template.answer_prefix)])} + words(message.content) + {_literal([Segment(template.end)])}"
-    )
-    strip, line = (" | trim", "") if template.strips else ("", "\n")
+    said = "words(message.content, message.role)"
+    question = f"{prefix} + {said} + {_literal(template.assistant_prefix)}"
+    answer = f"{_literal([Segment(template.answer_prefix)])} + {said} + {_literal([Segment(template.end)])}"
+    content, text = (_trimmed(expression, template) for expression in ("content", "part.text"))
+    line = "" if "user" in template.strips else "\n"
     return (
-        f"{{%- macro words(content) -%}}{{%- if content is string -%}}{{{{ content{strip} }}}}{{%- else -%}}"
+        f"{{%- macro words(content, role) -%}}{{%- if content is string -%}}{{{{ {content} }}}}{{%- else -%}}"
         "{%- for part in content -%}"
         f"{{%- if part.type == 'image' -%}}{{{{ {json.dumps(image + line)} }}}}"
-        f"{{%- elif part.type == 'text' -%}}{{{{ part.text{strip} }}}}"
+        f"{{%- elif part.type == 'text' -%}}{{{{ {text} }}}}"
         f"{{%- else -%}}{{{{ raise_exception({_UNKNOWN_PART} + part.type) }}}}{{%- endif -%}}"
         "{%- endfor -%}{%- endif -%}{%- endmacro -%}"
         f"{system}{{%- for message in messages -%}}"
@@ -154,6 +164,13 @@ def to_jinja(template: Template, *, image: str = IMAGE_PLACEHOLDER) -> str:
         f"{{%- else -%}}{{{{ raise_exception({_UNKNOWN_ROLE} + message.role) }}}}"
         "{%- endif -%}{%- endfor -%}"
     )
+
+
+def _trimmed(expression: str, template: Template) -> str:
+    """A text in Jinja without the white space that the template drops for its role."""
+    if not template.strips or set(template.strips) == set(ROLES):
+        return expression + " | trim" * bool(template.strips)
+    return f"({expression} | trim if role in {json.dumps(template.strips)} else {expression})"
 
 
 def from_tokenizer(
@@ -173,11 +190,13 @@ def from_tokenizer(
         try:
             template = _split(tokenizer, form)
             if template is not None and renders_alike(template, tokenizer, form):
-                template = replace(template, strips=strips_text(template, tokenizer, form))
+                template = replace(template, strips=stripped_roles(template, tokenizer, form))
                 if image is not None and not images_alike(template, tokenizer, image):
                     template = replace(template, image_prefix=find_image_prefix(template, tokenizer, image))
-                system_turn = find_system_turn(tokenizer, template, partial(segments_of, tokenizer))
-                return _with_tools(tokenizer, replace(template, system_turn=system_turn))
+                system_turn = find_system_turn(tokenizer, template, partial(segments_of, tokenizer), form)
+                template = replace(template, system_turn=system_turn)
+                template = replace(template, strips=stripped_roles(template, tokenizer, form))
+                return _with_tools(tokenizer, template)
         except Exception as error:  # a template may raise anything
             failures.append(error)
     if len(failures) == len(FORMS):
@@ -190,10 +209,10 @@ def from_tokenizer(
 
 def _without_thinking(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast | None:
     """The same tokenizer with its chat template's own switch set to answers without thoughts; None if it has none."""
-    if "enable_thinking" not in str(tokenizer.chat_template):
+    if "enable_thinking" not in own_chat_template(tokenizer):
         return None
     other = copy.copy(tokenizer)
-    other.chat_template = "{% set enable_thinking = false %}" + str(tokenizer.chat_template)
+    other.chat_template = "{% set enable_thinking = false %}" + own_chat_template(tokenizer)
     return other
 
 

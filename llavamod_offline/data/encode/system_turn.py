@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from llavamod_offline.data.encode.chat_probes import Form, rendered_as
 from llavamod_offline.data.encode.template import Segment, SystemTurn, Template
 from llavamod_offline.data.sample import Turn
 
@@ -18,19 +19,22 @@ _TURNS = tuple(Turn("assistant" if number % 2 else "user", f"[turn {number}]") f
 
 
 def find_system_turn(
-    tokenizer: PreTrainedTokenizerFast, template: Template, segments: Callable[[str], tuple[Segment, ...]]
+    tokenizer: PreTrainedTokenizerFast,
+    template: Template,
+    segments: Callable[[str], tuple[Segment, ...]],
+    form: Form,
 ) -> SystemTurn | None:
     """The text around a system turn; None if the chat template has none, or words the other turns differently then.
 
-    `template`: the chat template's other parts; `segments` splits text into plain pieces and special tokens.
+    `template`: the chat template's other parts; `segments` splits text into plain pieces and special tokens; `form`:
+    how the chat template takes texts.
     """
     around = set()
     for count in range(1, len(_TURNS) + 1):
         turns = _TURNS[:count]
-        messages = [{"role": "system", "content": _SYSTEM}, *({"role": t.role, "content": t.text} for t in turns)]
         prompt = count % 2 == 1
         try:
-            rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+            rendered = rendered_as(tokenizer, (Turn("system", _SYSTEM), *turns), form, answer=prompt)
         except Exception:  # a template may raise anything
             return None
         rest = "".join(segment.text for segment in replace(template, system=()).render(turns))

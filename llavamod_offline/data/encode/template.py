@@ -27,6 +27,7 @@ class Segment:
     special: bool = False
 
 
+ROLES = ("system", "user", "assistant")
 TOOL_ROLES = ("tools", "tool_calls", "tool")
 SystemTurn = tuple[tuple[Segment, ...], tuple[Segment, ...]]  # what is before and after its text
 
@@ -56,7 +57,7 @@ class Template:
     without the last separator. The answer (with `answer_prefix`) and its `end` token are supervised. A system turn
     takes the place of `system`, between the two parts of `system_turn`; None: the template has no such turn.
     `image_prefix` takes the place of `user_prefix` before a text that begins with an image; None: it does not.
-    `strips`: answers, and the texts between images, lose the white space around them. `tool_wording` renders
+    `strips`: the roles whose texts, or texts between images, lose the white space around them. `tool_wording` renders
     conversations with tools, by the chat template of the checkpoint; None: the template has no words for them.
     """
 
@@ -69,7 +70,7 @@ class Template:
     separator: str
     system_turn: SystemTurn | None = None
     image_prefix: tuple[Segment, ...] | None = None
-    strips: bool = False
+    strips: tuple[str, ...] = ()
     tool_wording: WordsTools | None = field(default=None, repr=False, compare=False)
 
     def render(self, turns: Sequence[Turn]) -> list[Segment]:
@@ -86,10 +87,10 @@ class Template:
             if self.system_turn is None:
                 raise DataError(f"template '{self.name}' has no system turn: remove it from the sample")
             before, after = self.system_turn
-            segments = [*before, Segment(self.strip(turns[0].text)), *after]
+            segments = [*before, Segment(self.strip(turns[0])), *after]
             turns = turns[1:]
         for turn in turns:
-            text = self.strip(turn.text)
+            text = self.strip(turn)
             if turn.role == "user":
                 own = self.image_prefix if text.startswith(IMAGE_PLACEHOLDER) else None
                 prefix = self.user_prefix if own is None else own
@@ -103,11 +104,11 @@ class Template:
             segments.pop()
         return segments
 
-    def strip(self, text: str) -> str:
-        """A text without the white space that the template drops."""
-        if not self.strips:
-            return text
-        return IMAGE_PLACEHOLDER.join(piece.strip() for piece in text.split(IMAGE_PLACEHOLDER))
+    def strip(self, turn: Turn) -> str:
+        """A turn's text without the white space that the template drops."""
+        if turn.role not in self.strips:
+            return turn.text
+        return IMAGE_PLACEHOLDER.join(piece.strip() for piece in turn.text.split(IMAGE_PLACEHOLDER))
 
 
 def _special(name: str) -> Segment:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llavamod_offline.data.encode.chat_probes import segments_of
+from llavamod_offline.data.encode.chat_probes import own_chat_template, segments_of
 from llavamod_offline.data.encode.template import Segment, Template
 from llavamod_offline.data.sample import Turn
 from llavamod_offline.data.tools import calls_turn, result_turn, to_message, tools_turn
@@ -40,8 +40,8 @@ class ToolWording:
 
     @property
     def chat_template(self) -> str:
-        """The tokenizer's."""
-        return str(self.tokenizer.chat_template)
+        """The tokenizer's for conversations with tools."""
+        return own_chat_template(self.tokenizer, tools=True)
 
     def __call__(self, template: Template, turns: Sequence[Turn]) -> list[Segment]:
         """The segments of a conversation, or of a prompt. Errors: `DataError` if it cannot be worded faithfully."""
@@ -50,7 +50,7 @@ class ToolWording:
                 token = next((token for token in self.tokenizer.get_added_vocab() if token in turn.text), None)
                 if token is not None:
                     raise DataError(f"the {turn.role} turn has the text '{token}', which is a token of the template")
-        texts = [template.strip(turn.text) for turn in turns]
+        texts = [template.strip(turn) for turn in turns]
         marks = [f"[mark {place} of {len(turns)}]" for place in range(len(turns))]
         marked = [
             Turn(turn.role, mark) if turn.role in ("system", "user", "assistant") else turn

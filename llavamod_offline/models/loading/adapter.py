@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -21,6 +22,8 @@ CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _PART = "adapter"
 _BASE_KEY = "base_model_name_or_path"
 _OF_BASE = ("config.json", CONFIG_NAME, WEIGHTS_NAME)  # an adapter's folder may hold a copy of the first
+_TEMPLATES = {"chat_template.jinja", "chat_template.json"}
+_SIZES = re.compile(r"size mismatch for (\S+): .*?(torch\.Size\(\[.*?\]\)).*?(torch\.Size\(\[.*?\]\))")
 _MERGE = "merge it into its base first"
 
 
@@ -65,6 +68,10 @@ def with_base(folder: Path, find: Callable[[str], Path]) -> Path:
     (view / _PART).mkdir(parents=True)
     own = [file for kind in ("*.json", "*.jinja") for file in folder.glob(kind) if file.name not in _OF_BASE]
     names = {file.name: file for file in [*base.iterdir(), *own] if file.is_file()}
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file() and "chat_template" in _read(settings):  # over which the base's files would win
+        for name in _TEMPLATES - {file.name for file in own}:
+            names.pop(name, None)
     for name, file in names.items():
         (view / name).symlink_to(file.resolve())
     for name in (CONFIG_NAME, WEIGHTS_NAME):
@@ -89,11 +96,20 @@ def merge_adapter(model: Any, folder: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             config = peft.PeftConfig.from_pretrained(str(folder / _PART))
+            _check_kind(config, name)
             config.inference_mode = True
             adapted = peft.PeftModel(model, config)
             found = adapted.load_adapter(str(folder / _PART), "default", torch_device="cpu", use_safetensors=True)
             merged = adapted.merge_and_unload(safe_merge=True)
+    except ModelError:
+        raise
     except Exception as error:  # peft may raise anything
+        if sizes := _SIZES.search(str(error)):
+            tensor, own, of_base = (text.removeprefix("torch.Size") for text in sizes.groups())
+            raise ModelError(
+                f"{name}: the adapter cannot be merged into its base: '{tensor}' has the shape {own}, expected is "
+                f"{of_base}: give it the base that it was trained on, or if that was given more tokens, {_MERGE}"
+            ) from error
         raise ModelError(
             f"{name}: the adapter cannot be merged into its base: {first_line(error)}: give it the base that it was "
             "trained on"
@@ -102,9 +118,15 @@ def merge_adapter(model: Any, folder: Path) -> Any:
         if names:
             raise ModelError(
                 f"{folder.name}/{WEIGHTS_NAME}: {counted(len(names), f'{kind} tensor')}, first '{names[0]}': the "
-                f"adapter was trained on another base than {_BASE_KEY} of {CONFIG_NAME} names"
+                f"adapter was trained on another base than {_BASE_KEY} of {CONFIG_NAME} names, or with an older "
+                f"transformers, which named layers otherwise: {_MERGE}, with that version"
             )
     return merged
+
+
+def _check_kind(config: Any, name: str) -> None:
+    if config.is_prompt_learning:
+        raise ModelError(f"{name}: an adapter of kind {config.peft_type.value} has no weights to merge: use LoRA")
 
 
 def _base(folder: Path, config: Path, find: Callable[[str], Path]) -> Path:

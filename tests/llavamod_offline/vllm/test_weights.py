@@ -78,3 +78,19 @@ def test_the_layers_of_quantised_weights_are_compared(tmp_path: Path) -> None:
     save_file(fewer, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"1 missing tensor, first '.*layers\.1\.mlp\.up_proj\.weight'"):
         check_weights(folder)
+
+
+def test_weights_in_another_form_beside_them_are_left_alone(tmp_path: Path) -> None:
+    """As in Mistral's folders."""
+    folder = write_tiny_causal_lm(tmp_path / "model", "mistral")
+    save_file({"tok_embeddings.weight": torch.zeros(4, 4)}, folder / "consolidated.safetensors")
+    check_weights(folder)
+    parts = {"model-1.safetensors": {}, "model-2.safetensors": {}}  # type: dict[str, dict[str, torch.Tensor]]
+    for number, (name, tensor) in enumerate(load_file(folder / "model.safetensors").items()):
+        parts[f"model-{1 + number % 2}.safetensors"][name] = tensor
+    for file, tensors in parts.items():
+        save_file(tensors, folder / file, {"format": "pt"})
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {name: file for file, tensors in parts.items() for name in tensors}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    check_weights(folder)

@@ -23,7 +23,7 @@ from llavamod_offline.families.llava.building.projector import (
 from llavamod_offline.families.llava.building.text_model import check_same_logits, load_language_model
 from llavamod_offline.families.llava.building.tower import load_tower
 from llavamod_offline.families.llava.towers import extra_tokens
-from llavamod_offline.models.checkpoint import load_tensors, load_tokenizer
+from llavamod_offline.models.checkpoint import id_count, load_tensors, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -55,7 +55,7 @@ def build_llava(
     tokenizer = build_tokenizer(language_model)
     vision_config, tied = tower.config, bool(text.config.tie_word_embeddings)
     embeddings = text.base_model.get_input_embeddings().weight
-    rows = max(len(tokenizer), len(embeddings))
+    rows = max(id_count(tokenizer), len(embeddings))
     layers = _feature_layers(vision_feature_layer, vision_config.num_hidden_layers)
     inputs, hidden = vision_config.hidden_size * len(layers), text.config.hidden_size
     kind = None if projector_type is None else check_projector_type(projector_type)

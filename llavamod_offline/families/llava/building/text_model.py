@@ -34,7 +34,7 @@ def load_language_model(folder: Path, dtype: torch.dtype) -> Any:
             "use the folder of a dense language model, such as Qwen, Llama, Gemma, SmolLM or Phi-3"
         )
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise ModelError(f"{folder}/config.json: invalid configuration: {first_line(error)}") from error
     if config.get_text_config() is not config:

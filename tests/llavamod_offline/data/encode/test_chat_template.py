@@ -290,3 +290,47 @@ def test_white_space_and_prefixes_beside_images_are_worded_as_the_chat_template_
         ]
         found = words.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert "".join(segment.text for segment in template.render(turns)) == found
+
+
+# As the first, but white space is dropped around the texts of one role alone.
+ONE_SIDED = (
+    "{{% for m in messages %}}<|im_start|>{{{{ m.role }}}}\n{{% if m.role == '{role}' %}}{{{{ m.content | trim }}}}"
+    "{{% else %}}{{{{ m.content }}}}{{% endif %}}<|im_end|>\n{{% endfor %}}"
+    "{{% if add_generation_prompt %}}<|im_start|>assistant\n{{% endif %}}"
+)
+
+
+@pytest.mark.parametrize("role", ["user", "assistant", "system", "nobody"])
+@pytest.mark.parametrize("setting", ["auto", "tokenizer"])
+def test_white_space_is_dropped_for_the_roles_of_the_chat_template(setting: str, role: str) -> None:
+    words = tokenizer(ONE_SIDED.format(role=role))
+    template = choose_template(setting, lambda: words, image=None)
+    back = tokenizer(to_jinja(template))
+    turns = tuple(Turn(turn.role, f"\n {turn.text} \n") for turn in (Turn("system", "Be brief."), *TURNS[:3]))
+    assert "".join(segment.text for segment in template.render(turns)) == rendered(words, turns, answer=True)
+    assert rendered(back, turns, answer=True) == rendered(words, turns, answer=True)
+
+
+def test_a_system_turn_is_found_where_texts_are_parts_alone() -> None:
+    words = tokenizer(COLON)
+    template = choose_template("tokenizer", lambda: words)
+    turns = (Turn("system", "Be brief."), *TURNS[:3])
+    messages = [{"role": turn.role, "content": [{"type": "text", "text": turn.text}]} for turn in turns]
+    found = words.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert "".join(segment.text for segment in template.render(turns)) == found
+
+
+def test_of_several_chat_templates_that_for_tools_words_them() -> None:
+    tools = (
+        "{% if tools %}<|im_start|>system\n{{ tools | tojson }}{{ '<|im_end|>\n' }}{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}{{ '\n' + (m.content or '') }}"
+        "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    words = tokenizer(None)
+    words.chat_template = {"default": ONE_SIDED.format(role="nobody"), "tool_use": tools}
+    template = choose_template("auto", lambda: words, image=None)
+    assert template.tool_wording is not None
+    assert template.tool_wording.chat_template == tools
+    assert tools in to_jinja(template)
+    assert template == choose_template("auto", lambda: tokenizer(ONE_SIDED.format(role="nobody")), image=None)

@@ -15,13 +15,14 @@ import pytest
 import torch
 from huggingface_hub import constants
 from torch import Tensor
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from eval.engines.hf import checkpoint_digest
 from llavamod_offline.config import load_config
 from llavamod_offline.errors import ConfigError, ModelError
 from llavamod_offline.families import open_family
 from llavamod_offline.families.llava.export import save_llava
+from llavamod_offline.models.checkpoint import load_tokenizer
 from llavamod_offline.models.hub import checkpoint_folder, checkpoint_name
 from teacher_cache.ask.model import AskedModel, AskedQuestion
 from teacher_cache.capture.run import run_capture
@@ -32,6 +33,7 @@ from teacher_cache.read.reader import open_cache
 from tests.hub import write_snapshot
 from tests.tiny import write_tiny_llava, write_tiny_set
 from tests.tiny_families import TINY_FAMILIES
+from tests.tiny_teachers import write_tiny_causal_lm
 from train.config import StudentConfig
 from train.student.source import start_digest
 
@@ -106,6 +108,40 @@ def test_the_fingerprint_covers_both_wherever_they_lie(tmp_path: Path) -> None:
     assert len({json.dumps(one) for one in found}) == 4
 
 
+@pytest.fixture
+def language_model(tmp_path: Path) -> Path:
+    return write_tiny_causal_lm(tmp_path / "base", "qwen2")
+
+
+def test_an_adapters_own_chat_template_is_used(language_model: Path, tmp_path: Path) -> None:
+    """Though it is in another file than its base's, over which transformers would take that."""
+    base, adapter = language_model, tmp_path / "adapter"
+    adapter.mkdir()
+    peft.LoraConfig(base_model_name_or_path=str(base)).save_pretrained(adapter)
+    (adapter / "adapter_model.safetensors").write_bytes(b"")  # which is not looked at
+    tokenizer = load_tokenizer(base)
+    tokenizer.chat_template = "the base's"
+    tokenizer.save_pretrained(base)
+    assert (base / "chat_template.jinja").is_file()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, adapter)
+    assert load_tokenizer(checkpoint_folder(adapter)).chat_template == "the base's"
+    again = shutil.copytree(adapter, tmp_path / "again")
+    edit(again / "tokenizer_config.json", chat_template="its own")
+    assert load_tokenizer(checkpoint_folder(again)).chat_template == "its own"
+
+
+def test_an_adapter_with_more_tokens_than_its_base_says_so(language_model: Path, tmp_path: Path) -> None:
+    base = language_model
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(model.config.vocab_size + 3)
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    peft.get_peft_model(model, settings).save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    edit(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=str(base))
+    with pytest.raises(ModelError, match=r"has the shape \(\[\d+, \d+\]\), expected is .*more tokens, merge"):
+        opened(tmp_path / "adapter").load(torch.float32)
+
+
 def edit(file: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
@@ -139,7 +175,7 @@ def test_what_cannot_be_opened_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     )
     refused(
         "prompt",
-        "prompt/adapter_config.json: the adapter cannot be merged",
+        "prompt/adapter_config.json: an adapter of kind PROMPT_TUNING has no weights to merge",
         peft_type="PROMPT_TUNING",
         num_virtual_tokens=4,
         task_type="CAUSAL_LM",
