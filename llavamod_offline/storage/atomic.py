@@ -17,7 +17,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-_HOST = re.sub(r"[^A-Za-z0-9_]+", "_", platform.node()) or "here"
+from llavamod_offline.errors import StorageError
+
+
+def process_space() -> str:
+    """What tells apart containers of one host name, which number their processes alike; empty if nothing does."""
+    try:
+        return str(Path("/proc/self/ns/pid").stat().st_ino)
+    except OSError:
+        return ""
+
+
+_HOST = (re.sub(r"[^A-Za-z0-9_]+", "_", platform.node()) or "here") + f"_{process_space()}"
 # We cannot see whether another machine's process is running; one that writes changes something within this time.
 _FOREIGN_SECONDS = 3600.0
 _FLUSHES = 16
@@ -76,7 +87,8 @@ def create_file(path: Path, content: bytes | str) -> bool:
         try:
             os.link(aside, path)
         except FileExistsError:
-            return False
+            if aside.stat().st_nlink == 1:  # else it is our own, of which a network file system lost the reply
+                return False
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
@@ -95,7 +107,7 @@ def _claimed(path: Path) -> Iterator[bool]:
     """Hold the exclusive right to create `path`; yield whether it is still missing.
 
     The right is a file `.NAME.claim` that exists only for the duration of a rename.
-    Errors: `OSError` if another process's claim stays, because that process was killed in between.
+    Errors: `StorageError` if another process's claim stays, because that process was killed in between.
     """
     claim = path.with_name(f".{path.name}.claim")
     deadline = time.monotonic() + _CLAIM_SECONDS
@@ -109,8 +121,8 @@ def _claimed(path: Path) -> Iterator[bool]:
                 return
             if time.monotonic() >= deadline:
                 owner = claim.read_text(errors="replace") if claim.exists() else ""
-                raise OSError(
-                    errno.EBUSY, f"process {owner or '?'} holds {claim}: remove that file if the process has ended"
+                raise StorageError(
+                    f"process {owner or '?'} holds {claim}: remove that file if the process has ended"
                 ) from None
             time.sleep(_CLAIM_SECONDS / 1000)
     try:
@@ -153,22 +165,46 @@ def remove_folder(folder: Path) -> None:
 def remove_leftovers(folder: Path, name: str) -> list[Path]:
     """Remove what killed writers of `folder/name` left behind, and return the removed paths.
 
-    Keeps what belongs to a running process of this machine, and what another machine changed within the last hour.
+    Keeps what belongs to a running process of this machine, and what another machine or container changed within the
+    last hour, by the clock of the file system.
     """
     removed = []
     for aside in sorted(folder.glob(f".{name}.*.tmp")):
         host, _, process = aside.name.split(".")[-2].rpartition("-")
         if host not in ("", _HOST):
-            if time.time() - _last_change(aside) < _FOREIGN_SECONDS:
+            if _time_there(folder) - _last_change(aside) < _FOREIGN_SECONDS:
                 continue
         elif process.isdigit() and int(process) != os.getpid() and Path(f"/proc/{process}").exists():
             continue
-        if aside.is_dir():
-            shutil.rmtree(aside, ignore_errors=True)  # another process may be removing it too
-        else:
-            aside.unlink(missing_ok=True)
+        doomed = aside_path(folder / aside.name[1:].rsplit(".", 2)[0])
+        if doomed != aside:  # renamed first: its writer may complete it at this moment
+            _remove(doomed)
+            try:
+                aside.rename(doomed)
+            except FileNotFoundError:
+                continue
+        _remove(doomed)
         removed.append(aside)
     return removed
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)  # another process may be removing it too
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _time_there(folder: Path) -> float:
+    """What the clock is that gives files of a folder their times: of another machine, on a network file system."""
+    probe = aside_path(folder / "clock")
+    try:
+        probe.write_bytes(b"")
+        return probe.stat().st_mtime
+    except OSError:
+        return 0.0  # nothing can be said to be old
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def _write_aside(aside: Path, content: bytes | str) -> None:

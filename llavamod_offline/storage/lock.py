@@ -17,16 +17,17 @@ import platform
 import shlex
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
 
 from llavamod_offline.errors import ConfigError, StorageError
 from llavamod_offline.plural import counted
 from llavamod_offline.signals import leaving
-from llavamod_offline.storage.atomic import remove_leftovers
+from llavamod_offline.storage.atomic import process_space, remove_leftovers
 from llavamod_offline.storage.folders import LocalFolder, open_folder
 from llavamod_offline.storage.remote import RemoteFolder
 
@@ -36,7 +37,10 @@ _COMMAND_SHOWN = 120
 
 @dataclass(frozen=True)
 class LockOwner:
-    """The process that holds a lock. `started`: its start in the kernel's clock ticks; `job`, `restart`: of SLURM."""
+    """The process that holds a lock. `started`: its start in the kernel's clock ticks; `job`, `restart`: of SLURM.
+
+    `space`: tells containers of one host name apart. `token`: no two locks have the same.
+    """
 
     host: str
     process: int
@@ -45,6 +49,8 @@ class LockOwner:
     command: str
     job: str = ""
     restart: str = ""
+    space: str = ""
+    token: str = ""
 
     @classmethod
     def this_process(cls) -> LockOwner:
@@ -57,20 +63,23 @@ class LockOwner:
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             job=os.environ.get("SLURM_JOB_ID", ""),
             restart=os.environ.get("SLURM_RESTART_COUNT", "0"),
+            space=process_space(),
+            token=uuid.uuid4().hex,
         )
 
     @classmethod
     def read(cls, content: bytes) -> LockOwner | None:
         """Read a lock file; None if it is damaged."""
         try:
-            return cls(**json.loads(content))
+            told = json.loads(content)  # of another version, it may have more fields
+            return cls(**{item.name: told[item.name] for item in fields(cls) if item.name in told})
         except (ValueError, TypeError):
             return None
 
     @property
     def is_local(self) -> bool:
-        """Whether it ran on this host."""
-        return self.host == platform.node()
+        """Whether it ran on this host, and not in another container."""
+        return self.host == platform.node() and self.space in ("", process_space())
 
     @property
     def is_gone(self) -> bool:

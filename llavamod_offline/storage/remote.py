@@ -151,18 +151,15 @@ class RemoteFolder:
         self._try(name, "written", lambda: self._files.pipe_file(self._full(name), content))
 
     def create(self, name: str, content: bytes) -> bool:
-        """Write a new file; return False, and change nothing, if it exists."""
+        """Write a new file; return False, and change nothing, if it exists with another content."""
         full = self._full(name)
-        attempts = 0
 
         def made() -> bool:
-            nonlocal attempts
-            attempts += 1
             try:
                 self._files.pipe_file(full, content, mode="create")
             except FileExistsError:
-                # The reply to an earlier attempt may have been lost.
-                return attempts > 1 and bytes(self._files.cat_file(full)) == content
+                # The reply to an earlier attempt, also one of the library's own, may have been lost.
+                return bytes(self._files.cat_file(full)) == content
             except Exception as error:  # stores without conditional writes
                 if not (isinstance(error, NotImplementedError | TypeError) or "NotImplemented" in str(error)):
                     raise
@@ -177,12 +174,13 @@ class RemoteFolder:
     def commit(self, name: str, last: str) -> Iterator[Path]:
         """Yield a local folder to fill; at the end it is uploaded as `name`, its file `last` after all others.
 
-        Errors: `FileExistsError` if another process has written a different `name` meanwhile.
+        Errors: `FileExistsError` if another process has written a different `name` meanwhile, with `EBUSY` if files of
+        both may be mixed.
         """
         with scratch() as folder:
             yield folder
             if not self._upload(folder, name, last):
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), f"{self.where}/{name}")
+                raise FileExistsError(errno.EBUSY, os.strerror(errno.EBUSY), f"{self.where}/{name}")
 
     @contextmanager
     def copied(self, name: str) -> Iterator[Path]:
@@ -231,9 +229,16 @@ class RemoteFolder:
         return []
 
     def _upload(self, folder: Path, name: str, last: str) -> bool:
-        """Upload `folder`, `last` after all others and with strays removed; False if a different `last` exists."""
+        """Upload `folder`, `last` after all others and with strays removed; False if a different `last` appears.
+
+        Errors: `FileExistsError` with `EEXIST` if one is there before anything is sent.
+        """
         files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
         content = files.pop(last).read_bytes()
+        if last in self.names(name):
+            if self.read(f"{name}/{last}") == content:
+                return True
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), f"{self.where}/{name}")
         sent, targets = [str(path) for path in files.values()], [self._full(f"{name}/{file}") for file in files]
         self._try(name, "written", lambda: self._files.put(sent, targets))
         there = self.sizes(name)

@@ -116,7 +116,8 @@ def retry(
     settings of a cache that `run` made must be given. What is neither failed nor rejected is left alone, except that a
     shard of which rejected sequences can be captured now is captured whole.
 
-    Exit status: 0 if nothing is left; 3 if sequences are still rejected; 5 if shards have failed again; 2 for an error.
+    Exit status: 0 if nothing is left; 3 if sequences are still rejected; 5 if shards have failed again, or were never
+    begun, which `work` and `run` capture; 2 for an error.
 
     \b
     Examples:
@@ -140,7 +141,7 @@ def retry(
         print(f"{done.capture.shards_done} of {done.capture.shards_total} shards are done")
         if done.capture.digest:
             print(f"complete: digest {done.capture.digest}")
-    if done.failed:
+    if done.failed or not done.capture.complete:
         raise typer.Exit(_FAILED_STATUS)
     if not done.capture.all_captured:
         raise typer.Exit(_REJECTED_STATUS)

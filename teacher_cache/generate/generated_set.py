@@ -119,19 +119,30 @@ class WrittenSet:
         done = len(shards) - len(self.missing(shards))
         return f"the answers to {done} of {len(shards)} shards are kept for {self.path}" if done else ""
 
+    def begin(self) -> None:
+        """Note what the answers are made from, or check that of another process. Errors: `ConfigError`, `DataError`."""
+        job = self._folder / _JOB_NAME
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if not atomic.create_file(job, canonical(self.about)):
+                there = _read_json(job, f"remove {self._folder} and run again")
+                _same(there, self.about, (), f"set '{self.path}' was begun")
+        except OSError as error:
+            raise self._not_kept(error) from error
+
     def commit(self, shard: str, answers: Sequence[AnsweredSample]) -> None:
         """Keep the answers of a shard. Errors: `DataError` if they cannot be written."""
         lines = [json.dumps(asdict(answer)) + "\n" for answer in answers]
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            if not (self._folder / _JOB_NAME).exists():
-                atomic.write_file(self._folder / _JOB_NAME, canonical(self.about))
             atomic.write_file(self._file(shard), "".join(lines))
         except OSError as error:
-            raise DataError(
-                f"output_set '{self.path}': answers cannot be kept in {self._folder}: {error.strerror or error}: "
-                "free disk space or fix permissions, then rerun to resume"
-            ) from error
+            raise self._not_kept(error) from error
+
+    def _not_kept(self, error: OSError) -> DataError:
+        return DataError(
+            f"output_set '{self.path}': answers cannot be kept in {self._folder}: {error.strerror or error}: "
+            "free disk space or fix permissions, then rerun to resume"
+        )
 
     def finish(self, source: SampleSet, made: Made, *, max_rejected: float | None = None) -> None:
         """Pack the set from the answers, which must be complete; `made` makes its samples, see `written_sample`.

@@ -106,6 +106,7 @@ def _generate(config: CacheTeacherConfig, allow: Sequence[str], grace_seconds: f
         stack.enter_context(keeping(lambda: target.kept(names)))
         missing = target.missing(names[part::parts])
         if missing:
+            target.begin()
             _LOG.info("%s: answers to %d of %d shards to write", target.path, len(missing), len(names))
             samples = given.answers * sum(map(len, map(setup.samples.rows_of, missing)))
             with Grace(grace_seconds) as grace, ProgressBar("generate", samples, "sample", also="tokens") as progress:

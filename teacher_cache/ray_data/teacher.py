@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -13,6 +15,7 @@ from teacher_cache.capture.ray_placing import absolute_values, choose_device, pl
 from teacher_cache.capture.shard import capture_prepared, prepare_samples
 from teacher_cache.capture_setup import SetupValues, follow_template, prepare_capture
 from teacher_cache.config import CacheTeacherConfig
+from teacher_cache.fingerprint import differences
 from teacher_cache.ray_data.rows import RECORD_SCHEMA, by_shard, record_table, sample_of
 from teacher_cache.ray_data.source import source_of
 from teacher_cache.write.store import begun_fingerprint
@@ -21,8 +24,13 @@ from teacher_cache.write.store import begun_fingerprint
 class TeacherActor:
     """Captures blocks of samples with an engine of its own; whole shards, each as `cache-teacher run` does."""
 
-    def __init__(self, values: SetupValues) -> None:
+    def __init__(self, values: SetupValues, fingerprint: Mapping[str, Any]) -> None:
         self._setup = prepare_capture(**values)
+        if found := differences(fingerprint, self._setup.fingerprint):
+            raise ConfigError(
+                f"ray_data: host {platform.node()} would capture something else than the driver: {'; '.join(found)}: "
+                "give all hosts of the cluster the same checkpoint, set and versions"
+            )
         self._engine = self._setup.load()
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -44,7 +52,8 @@ def capture(samples: Any, config: CacheTeacherConfig) -> Any:
     Errors: a `LlavaModError`, if set, teacher and settings do not fit together, or the dataset is not of that set.
     """
     values, gpus = placed_values(config)
-    found, wanted = source_of(samples).samples, prepare_capture(**values).samples
+    setup = prepare_capture(**values)
+    found, wanted = source_of(samples).samples, setup.samples
     if found.digest != wanted.digest:
         raise ConfigError(f"ray_data: the dataset reads set '{found.path}', data is '{config.data}': name one set")
     cpus = config.engine.cpus_per_worker
@@ -53,7 +62,7 @@ def capture(samples: Any, config: CacheTeacherConfig) -> Any:
         most = max(most - 1, 1)  # the pipeline's other steps need a core
     return samples.map_batches(
         TeacherActor,
-        fn_constructor_args=(values,),
+        fn_constructor_args=(values, setup.fingerprint),
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=1, max_size=most),

@@ -85,6 +85,10 @@ class Claims:
         self._mine[shard] = after + 1
         return True
 
+    def adopt(self, shard: str, number: int) -> None:
+        """Hold a claim that this worker made without learning of it, as a reply was lost."""
+        self._mine[shard] = number
+
     def is_mine(self, shard: str) -> bool:
         """Whether this worker's claim is still the latest."""
         history = self.look().get(shard)
@@ -134,7 +138,16 @@ def read_endings(folder: Folder, shards: dict[str, ShardHistory]) -> None:
     """Read how the claims on some shards were given up."""
     for shard, history in shards.items():
         names = [f"{_CLAIMS}/{shard}~{number}~{_ENDED}" for number in sorted(history.given_up)]
-        history.endings = [Ending(**json.loads(content)) for content in read_present(folder, names) if content]
+        history.endings = [_ending(content) for content in read_present(folder, names) if content]
+
+
+def _ending(content: bytes) -> Ending:
+    """How a claim was given up; of a damaged file, or another version's, what can be read."""
+    try:
+        told = json.loads(content)
+        return Ending(**{name: str(told[name]) for name in ("worker", "host", "how", "reason") if name in told})  # type: ignore[arg-type]
+    except (ValueError, TypeError):
+        return Ending("", "", "failed", "its file in .work/claims cannot be read")
 
 
 def clear_claims(folder: Folder, shards: Iterable[str], there: dict[str, ShardHistory]) -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import platform
 import re
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,8 @@ class Heartbeat:
     """
 
     def __init__(self, folder: Folder, lease_seconds: float) -> None:
-        if not lease_seconds >= 1.0:
-            raise ConfigError(f"--lease is {lease_seconds:g}: must be at least 1 second")
+        if not 1.0 <= lease_seconds < math.inf:
+            raise ConfigError(f"--lease is {lease_seconds:g}: must be at least 1 second, and finite")
         owner = LockOwner.this_process()
         host = re.sub(r"[^A-Za-z0-9_]+", "_", platform.node()) or "here"
         self.worker = f"{host}-{owner.process}-{uuid.uuid4().hex[:8]}"
@@ -195,7 +196,7 @@ def check_no_workers(where: str | Path, pause: Callable[[float], None] = time.sl
         watch.look(names)
         living = []
         for state in filter(None, read_workers(folder, [name for name in names if not watch.is_silent(name)])):
-            owner = LockOwner(**state.owner)
+            owner = LockOwner.read(json.dumps(state.owner).encode()) or LockOwner("?", 0, "", "", "")
             before = first.setdefault(state.worker, state)
             if owner.is_gone:
                 continue
@@ -221,6 +222,9 @@ def _read(folder: Folder, name: str) -> bytes | None:
 
 def _parse(content: bytes | None) -> WorkerState | None:
     try:
-        return None if content is None else WorkerState(**json.loads(content))
+        if content is None:
+            return None
+        told = json.loads(content)  # of another version, it may have more fields
+        return WorkerState(**{item.name: told[item.name] for item in fields(WorkerState) if item.name in told})
     except (ValueError, TypeError):
         return None

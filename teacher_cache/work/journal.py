@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from llavamod_offline.storage.folders import Folder
@@ -53,12 +54,13 @@ class Journal:
 
 
 def read_journals(folder: Folder) -> dict[str, DoneShard]:
-    """The counts of all shards that workers have listed."""
+    """The counts of all shards that workers have listed; a damaged list counts as none."""
     names = [f"{_DONE}/{name}" for name in folder.names(_DONE) if not name.startswith(".")]
     found: dict[str, DoneShard] = {}
     for content in read_present(folder, names):
-        listed: Mapping[str, Any] = json.loads(content) if content else {}
-        found.update({name: DoneShard(*counts) for name, counts in listed.items()})
+        with suppress(ValueError, TypeError, AttributeError):
+            listed: Mapping[str, Any] = json.loads(content) if content else {}
+            found.update({name: DoneShard(*counts) for name, counts in listed.items()})
     return found
 
 

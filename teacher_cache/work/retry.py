@@ -8,6 +8,7 @@ never rejected them. An interrupted retry leaves a cache that `work`, `run` or `
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -34,6 +35,8 @@ from teacher_cache.work.heartbeat import check_no_workers, read_present
 from teacher_cache.work.journal import read_counts
 from teacher_cache.work.run import SETTINGS_NAME
 from teacher_cache.write.store import CacheStore, begun_fingerprint
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,14 @@ def _recover(
     if not rejected & {(item.key, item.role) for item in found}:
         return 0
     captured, left = capture_rows(setup, engine, setup.samples.rows_of(name))
+    lost = {(item.key, item.role) for item in left} - rejected
+    if lost:
+        key, role = min(lost)
+        _LOG.warning(
+            "shard %s: kept as it was: %d sequences that it holds would be rejected now, first '%s' (%s)",
+            *(name, len(lost), key, role),
+        )
+        return 0
     store.remove(name)
     store.commit(name, captured, left, setup.codec)
     tally.add(len(captured), sum(len(item.records) for item in captured), left)

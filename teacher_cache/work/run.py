@@ -140,7 +140,6 @@ class _FleetWorker:
                 )
                 with closing(shards):
                     for done in shards:
-                        self._failed_here.clear()
                         self._tally.add(done.sequences, done.positions, done.rejected, done.seconds, done.waited)
                         self._limited.add(done.sequences, done.rejected)
                         self._limited.check(output)
@@ -166,6 +165,7 @@ class _FleetWorker:
         except (LlavaModError, OSError) as error:
             self._failed(name, error)
         else:
+            self._failed_here.clear()
             self._heartbeat.count(shards=1)
         self._heartbeat.tell(holds=self._claims.held)
 

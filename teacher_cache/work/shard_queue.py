@@ -75,6 +75,9 @@ class ShardQueue:
         free, self.failed = [], {}
         for name, history in histories.items():
             worker = holders.get(name)
+            if worker == self._worker and name not in self._claims.held:
+                self._claims.adopt(name, history.latest)
+                return name
             dead = worker not in (None, self._worker) and self._watch.is_silent(str(worker))
             if history.is_held and not dead:
                 continue

@@ -18,7 +18,7 @@ from teacher_cache.write.store import committed_shards
 
 _REPAIR = "run `cache-teacher verify --repair`"
 _LOOK_SHARE = 1.3  # of the pause between renewals
-_LOOK_SECONDS = 6.5
+_LOOK_SECONDS = 65.0
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ class Status:
 
 
 def read_status(where: str, *, plan: Path | None = None, pause: Callable[[float], None] = time.sleep) -> Status:
-    """Read how far a cache is; looks at workers twice, up to 6.5 s apart, to see which are renewed.
+    """Read how far a cache is; looks at workers twice, to see which are renewed: about a ninth of the longest
+    lease apart, at most 65 s.
 
     `plan`: another file than the one beside the output.
     Errors: `CacheError` if there is no cache; `StorageError`.
@@ -97,7 +98,13 @@ def read_status(where: str, *, plan: Path | None = None, pause: Callable[[float]
     attempts = max((state.attempts for state, _ in states), default=1)
     live = {state.worker for state, renewed in states if renewed}
     held = {shard: state.worker for state, _ in states if not state.has_ended for shard in state.holds if shard in left}
-    failures = [_failure(name, history, attempts) for name, history in left.items() if history.failures]
+    silent = {state.worker for state, renewed in states if not renewed}
+    failures = [
+        _failure(name, history, attempts, dead=history.is_held and held.get(name) in silent | {None})
+        for name, history in left.items()
+        if history.failures or history.latest > len(history.given_up)
+    ]
+    failures = [item for item in failures if item.attempts]
     failures = [item for item in failures if item.given_up or item.shard not in held]
     failed = sum(item.given_up for item in failures)
     lines = [_line(state, renewed) for state, renewed in states]
@@ -184,10 +191,14 @@ def _waiting_share(*states: WorkerState) -> float | None:
     return round(sum(state.waited_seconds for state in states) / seconds, 4) if seconds else None
 
 
-def _failure(name: str, history: ShardHistory, attempts: int) -> FailedShard:
+def _failure(name: str, history: ShardHistory, attempts: int, *, dead: bool) -> FailedShard:
+    """A shard that failed, or whose workers died; `dead`: so did the last one."""
+    count = history.attempts(dead=dead)
+    given_up = count >= attempts and (dead or not history.is_held)
+    if not history.failures:
+        return FailedShard(name, count, "", f"{history.latest} workers died while they captured it", given_up)
     last = history.failures[-1]
-    count = history.attempts(dead=False)
-    return FailedShard(name, count, last.host, last.reason, count >= attempts and not history.is_held)
+    return FailedShard(name, count, last.host, last.reason, given_up)
 
 
 def _plan(where: str, file: Path | None) -> Plan | None:

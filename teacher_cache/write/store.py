@@ -7,6 +7,7 @@ cache, each its own shards, in any order, with byte-identical results.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import time
@@ -168,7 +169,7 @@ class CacheStore:
                     fill(folder)
         except FileExistsError as error:
             faster = True
-            if not isinstance(self.folder, LocalFolder):  # it may contain files of both
+            if error.errno == errno.EBUSY:  # it may contain files of both
                 raise CacheError(f"{where}: two processes wrote it at the same time: {_REPAIR}, then rerun") from error
         except OSError as error:
             raise CacheError(

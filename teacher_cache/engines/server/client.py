@@ -23,6 +23,7 @@ _CONNECT_SECONDS = 10.0
 _REPLY_SECONDS = 600.0  # of silence: a host that was switched off never closes its connections
 _FIRST_WAIT, _LONGEST_WAIT = 0.25, 15.0
 _FAILURES = 6  # of the server at one request, before the request counts as the cause
+_OF_A_PROXY = (502, 503, 504)
 _BUSY = (408, 425, 429, 502, 503, 504)  # whoever answers so could not reach the model, or had no room
 _SHOWN = 300
 
@@ -50,6 +51,7 @@ class ServerClient:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="server", daemon=True)
         self._away = False  # whether the server has failed to answer, and has not answered since
+        self._gone = False  # the same, if it may be another one when it answers again
         self.outages = 0  # connections lost so far
 
     def __enter__(self) -> ServerClient:
@@ -95,13 +97,14 @@ class ServerClient:
                 response = await self._http.request(method, f"{self.url}{path}", content=content, headers=headers)
             except httpx.RequestError as error:
                 problem = f"no answer ({_reason(error)})"
-                if not self._away:
-                    self.outages += 1
+                self._lost()
             else:
                 if response.status_code == httpx.codes.OK:
                     self._answered()
                     return response.content
                 problem = f"{response.status_code}: {_message(response)}"
+                if response.status_code in _OF_A_PROXY:  # behind which another server may answer next
+                    self._lost()
                 failures += response.status_code >= 500 and response.status_code not in _BUSY
                 if response.status_code < 500 and response.status_code not in _BUSY:
                     raise ServerRefusedError(f"{self.url}: {about} was refused: {problem}", _message(response))
@@ -120,12 +123,18 @@ class ServerClient:
             await asyncio.sleep(min(max(pause, asked), left))
             pause = min(2 * pause, _LONGEST_WAIT)
 
+    def _lost(self) -> None:
+        """Count one outage until the server answers again."""
+        self.outages += not self._gone
+        self._gone = True
+
     def _failed(self, problem: str) -> None:
         if not self._away:
             self._away = True
             _LOG.warning("%s: %s: trying again for up to %.0f s", self.url, problem, self._patience)
 
     def _answered(self) -> None:
+        self._gone = False
         if self._away:
             self._away = False
             _LOG.warning("%s answers again", self.url)

@@ -61,9 +61,16 @@ def listed_rows(
     ids, log_probs, targets = [], [], []
     for row in rows_N.tolist():
         entry, target = table[row + 1], str(input_ids_T[row + 1])
+        if not isinstance(entry, dict):
+            raise ModelError(f"{about}: the server gives no log-probs at token {row + 1}: serve with vLLM 0.32")
         most = len(entry) if listed < 0 else listed
         # The token that follows is listed too, with its rank, wherever that is.
-        likely = sorted((value["rank"], int(token), value["logprob"]) for token, value in entry.items())
+        try:
+            likely = sorted((value["rank"], int(token), value["logprob"]) for token, value in entry.items())
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"{about}: the server's log-probs at token {row + 1} cannot be read: serve with vLLM 0.32"
+            ) from error
         likely = [item for item in likely if item[0] <= most]
         if target not in entry or len(likely) != most:
             raise ModelError(

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from llavamod_offline.errors import StorageError
 from llavamod_offline.storage import atomic
 from llavamod_offline.storage.atomic import create_file, new_folder, remove_folder, remove_leftovers, write_file
 
@@ -141,6 +145,52 @@ def test_leftovers_of_another_machine_stay_while_it_may_be_writing(tmp_path: Pat
     assert list(tmp_path.iterdir()) == [fresh]
 
 
+def test_the_clock_of_this_machine_decides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is two hours ahead of that of the file system."""
+    live = tmp_path / ".set.elsewhere-1.tmp"
+    live.mkdir()
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 7200)
+    assert remove_leftovers(tmp_path, "set") == []
+    assert list(tmp_path.iterdir()) == [live]
+
+
+def test_what_its_writer_completes_while_it_is_removed_stays_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aside = tmp_path / ".set.elsewhere-1.tmp"
+    aside.mkdir()
+    for number in range(5):
+        (aside / str(number)).write_text("x")
+    os.utime(aside, (0, 0))
+    for file in aside.iterdir():
+        os.utime(file, (0, 0))
+    remove = shutil.rmtree
+
+    def late(path: Path, **settings: Any) -> None:
+        with suppress(FileNotFoundError):
+            aside.rename(tmp_path / "set")
+        remove(path, **settings)
+
+    monkeypatch.setattr(shutil, "rmtree", late)
+    remove_leftovers(tmp_path, "set")
+    assert not (tmp_path / "set").exists() or len(list((tmp_path / "set").iterdir())) == 5
+
+
+def test_a_link_of_which_the_reply_was_lost_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a network file system that sends the request again."""
+    link = os.link
+
+    def twice(source: Path, target: Path) -> None:
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", twice)
+    assert create_file(tmp_path / "file", "mine")
+    assert not create_file(tmp_path / "file", "mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_this_process_is_told_from_its_namesake_on_another_machine(tmp_path: Path) -> None:
     with new_folder(tmp_path / "set"):
         (aside,) = tmp_path.iterdir()
@@ -209,7 +259,9 @@ def test_without_links_a_killed_writer_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(atomic, "_CLAIM_SECONDS", 0.0)
     claim = tmp_path / ".file.claim"
     claim.write_text("elsewhere-1")
-    with pytest.raises(OSError, match=r"process elsewhere-1 holds .*/\.file\.claim: remove that file if") as caught:
+    with pytest.raises(
+        StorageError, match=r"process elsewhere-1 holds .*/\.file\.claim: remove that file if"
+    ) as caught:
         create_file(tmp_path / "file", "mine")
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == [claim]

@@ -186,6 +186,14 @@ def test_a_damaged_set_is_one_line(place: Place) -> None:
         place.generate()
 
 
+def test_two_that_begin_one_set_at_once_have_the_same_settings(place: Place) -> None:
+    first, second = (WrittenSet(place.set(), {"generate": {"temperature": value}}) for value in (0.0, 1.0))
+    first.begin()
+    first.begin()
+    with pytest.raises(ConfigError, match=r"was begun with other settings: generate.temperature: was 0.0, now 1.0"):
+        second.begin()
+
+
 def test_where_no_answer_ends_the_way_out_is_said_and_works(place: Place) -> None:
     with pytest.raises(DataError, match=r"did not end within generate\.max_new_tokens=1; .* remove .*\.own\.answers"):
         place.generate("generate.max_new_tokens=1")

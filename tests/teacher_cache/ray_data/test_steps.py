@@ -31,7 +31,7 @@ class Steps:
         values: SetupValues = load_config(CacheTeacherConfig, (), settings).setup_values
         self.setup = prepare_capture(**values)
         self.samples = self.setup.samples
-        self.teacher = TeacherActor(values)
+        self.teacher = TeacherActor(values, self.setup.fingerprint)
         self.sink = CacheSink(self.samples, str(output), self.setup.fingerprint, self.setup.codec, ())
         self.store = self.sink.store()
         self.store.start()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from llavamod_offline.errors import ConfigError
 from llavamod_offline.storage.folders import Folder, open_folder
 from teacher_cache.work.claims import Claims, clear_claims, histories, read_endings
-from teacher_cache.work.heartbeat import Heartbeat, Watch, all_workers, read_workers
+from teacher_cache.work.heartbeat import Heartbeat, Watch, all_workers, check_no_workers, read_workers
 from teacher_cache.work.shard_queue import ShardQueue
 from teacher_cache.write.store import CacheStore
 from tests.teacher_cache.capture.driver import CODEC, FINGERPRINT, NAMES, captured, rejected
@@ -220,3 +224,68 @@ def test_a_shard_that_kills_workers_is_given_up_in_the_end(queue_of: Callable[[s
         list(queue.take())
     assert queue.left == "failed"
     assert list(queue.failed) == ["s-2"]
+
+
+def test_a_claim_of_which_the_reply_was_lost_is_held(
+    queue_of: Callable[[str], ShardQueue], tmp_path: Path, clock: Clock
+) -> None:
+    """The worker that made it captures its shard, instead of waiting for itself."""
+    folder, queue = open_folder(tmp_path / "c"), queue_of("me")
+    assert Claims(folder, "me").take("s-2", 0)  # unknown to the queue
+    taken = []
+    for name in queue.take():
+        CacheStore.open(tmp_path / "c", FINGERPRINT, NAMES).commit(name, captured(name), rejected(name), CODEC)
+        taken.append(name)
+    assert sorted(taken) == sorted(NAMES)
+    assert queue.left == "nothing"
+
+
+def test_a_put_whose_reply_was_lost_is_held(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """s3fs sends it again by itself, and is told that it exists."""
+    client: Any = importlib.import_module("aiobotocore.client").AioBaseClient
+    closed: Any = importlib.import_module("botocore.exceptions").ConnectionClosedError
+    send, lost = client._make_api_call, list[str]()
+
+    async def losing(self: Any, operation: str, settings: dict[str, str]) -> object:
+        reply = await send(self, operation, settings)
+        if operation == "PutObject" and "claims" in settings["Key"] and not lost:
+            lost.append(settings["Key"])
+            raise closed(endpoint_url="x")
+        return reply
+
+    monkeypatch.setattr(client, "_make_api_call", losing)
+    folder = open_folder(f"{bucket}/c")
+    assert Claims(folder, "me").take("s-1", 0)
+    assert lost
+    assert not Claims(folder, "other").take("s-1", 0)
+
+
+def test_a_worker_of_a_newer_version_lives(tmp_path: Path, clock: Clock, other: Heartbeat) -> None:
+    watch = Watch(open_folder(tmp_path / "c"), LEASE, clock)
+    file = tmp_path / "c" / ".work" / "workers" / f"{other.worker}.json"
+    for _ in range(30):
+        other._write()
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"new": 1, "owner": {"host": "h", "new": 2}}))
+        watch.look([other.worker])
+        clock.now += 5
+    assert not watch.is_silent(other.worker)
+
+    def renew(seconds: float) -> None:
+        other._write()
+
+    with pytest.raises(ConfigError, match="is in use by a worker"):
+        check_no_workers(tmp_path / "c", pause=renew)
+
+
+@pytest.mark.parametrize("content", ["{", '{"worker": "w", "host": "h", "how": "failed", "reason": "x", "more": 1}'])
+def test_damaged_and_newer_endings_are_read(folder: Folder, content: str) -> None:
+    folder.create(".work/claims/s-1~1~ended", content.encode())
+    there = histories(folder)
+    read_endings(folder, there)
+    assert [item.how for item in there["s-1"].endings] == ["failed"]
+
+
+@pytest.mark.parametrize("lease", [0.5, float("inf"), float("nan")])
+def test_a_lease_must_be_a_time(tmp_path: Path, lease: float) -> None:
+    with pytest.raises(ConfigError, match=r"--lease is .*: must be at least 1 second, and finite"):
+        Heartbeat(open_folder(tmp_path / "c"), lease)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from llavamod_offline.config import load_config
 from llavamod_offline.errors import CacheError, ConfigError
 from llavamod_offline.storage.folders import open_folder
 from teacher_cache.capture_setup import CaptureSetup
+from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.engines.protocol import CaptureEngine, Outcome, Request
 from teacher_cache.format.manifest import file_entries
 from teacher_cache.format.record import RecordSettings
@@ -100,3 +102,11 @@ def test_a_cache_of_a_run_needs_its_settings(world: World, tmp_path: Path) -> No
         retry(retry_config(str(output), [], [*given, "capture.seed=1"]))
     with pytest.raises(CacheError, match="nothing was begun there"):
         retry(retry_config(str(tmp_path / "other"), [], given))
+
+
+def test_a_shard_is_kept_if_what_it_holds_would_be_rejected_now(world: World, tmp_path: Path) -> None:
+    one(world, tmp_path / "c", engine=Rejecting(3))
+    before = open_cache(tmp_path / "c").digest
+    done = retry(load_config(CacheTeacherConfig, (), world.arguments(tmp_path / "c")), load=Rejecting(4).load)
+    assert done.recovered == 0
+    assert open_cache(tmp_path / "c").digest == before

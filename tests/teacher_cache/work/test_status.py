@@ -121,6 +121,16 @@ def test_failures_are_listed_with_reasons_until_they_are_given_up(tmp_path: Path
     assert "`cache-teacher retry" in text
 
 
+def test_a_shard_that_kills_its_workers_is_listed(tmp_path: Path) -> None:
+    store = begun(tmp_path / "c", *NAMES[1:])
+    for number in range(15):
+        assert Claims(store.folder, f"dead-{number}").take(NAMES[0], number)
+    found = read_status(str(tmp_path / "c"), pause=lambda _: None)
+    assert [(item.shard, item.attempts) for item in found.failures] == [(NAMES[0], 3)]
+    assert found.failures[0].reason == "15 workers died while they captured it"
+    assert found.failed == 1
+
+
 def test_how_long_teachers_wait_is_shown(tmp_path: Path) -> None:
     store = begun(tmp_path / "c", "s-0")
     assert read_status(str(tmp_path / "c")).waiting_share is None

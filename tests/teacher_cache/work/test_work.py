@@ -10,7 +10,7 @@ from typing import Protocol
 import pytest
 
 from llavamod_offline.config import load_config
-from llavamod_offline.errors import ConfigError, LlavaModError, ModelError
+from llavamod_offline.errors import CacheError, ConfigError, LlavaModError, ModelError
 from llavamod_offline.storage.folders import open_folder
 from llavamod_offline.storage.lock import locked
 from teacher_cache.capture_setup import CaptureSetup
@@ -22,6 +22,7 @@ from teacher_cache.verify.repair import repair_cache
 from teacher_cache.work.heartbeat import Heartbeat
 from teacher_cache.work.run import WorkSummary, work
 from teacher_cache.work.status import read_status
+from teacher_cache.write.store import CacheStore
 from tests.teacher_cache.conftest import World
 
 
@@ -107,6 +108,21 @@ def test_a_worker_at_which_every_shard_fails_ends_with_the_error(world: World, t
     found = read_status(str(tmp_path / "c"))
     assert [item.attempts for item in found.failures] == [1, 1, 1]
     assert found.failed == 0
+
+
+def test_a_worker_that_cannot_write_ends_with_the_error(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Instead of capturing all shards for nothing."""
+
+    def full(*_: object) -> None:
+        raise CacheError("no space left")
+
+    monkeypatch.setattr(CacheStore, "commit", full)
+    with pytest.raises(CacheError, match="no space left"):
+        one(world, tmp_path / "c")
+    monkeypatch.undo()
+    assert one(world, tmp_path / "c").capture.complete
 
 
 def test_a_bug_ends_the_worker_with_its_traceback_and_frees_the_shard(

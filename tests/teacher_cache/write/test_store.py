@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 from llavamod_offline.errors import CacheError
 from llavamod_offline.storage.folders import Folder
 from teacher_cache.format.manifest import CACHE_NAME, JOB_NAME, file_entries
+from teacher_cache.verify.cache import verify_cache
 from teacher_cache.write import store as store_module
-from teacher_cache.write.store import CacheStore
+from teacher_cache.write.store import CacheStore, write_shard
 from tests.teacher_cache.capture.driver import CODEC, FINGERPRINT, NAMES, captured, rejected, write_cache
 
 
@@ -220,3 +222,21 @@ def test_a_cache_that_another_process_begins_meanwhile_is_shared(
     store = CacheStore.open(tmp_path / "c", FINGERPRINT, NAMES)
     store.start()
     assert store.missing() == NAMES
+
+
+def test_who_was_taken_over_while_it_wrote_changes_nothing_of_what_is_committed(bucket: str) -> None:
+    """Not even where its own records differ in a last digit."""
+    name = NAMES[0]
+    late, other = (CacheStore.open(f"{bucket}/c", FINGERPRINT, NAMES) for _ in range(2))
+    late.start()
+
+    def fill(folder: Path) -> None:
+        own = captured(name)
+        half = [replace(item, records=replace(item.records, entropy_N=item.records.entropy_N + 1)) for item in own]
+        write_shard(folder, name, half, rejected(name), CODEC)
+        for one in NAMES:
+            other.commit(one, captured(one), rejected(one), CODEC)
+        other.finalise()
+
+    late.add(name, fill)
+    assert verify_cache(f"{bucket}/c").ok

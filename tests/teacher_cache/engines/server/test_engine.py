@@ -225,7 +225,8 @@ def test_no_more_requests_at_once_than_set(teacher: Family, server: ReplayServer
     assert server.most_at_once == 3
 
 
-def test_another_model_after_an_outage_is_refused(teacher: Family, server: ReplayServer) -> None:
+@pytest.mark.parametrize("faults", [[hang_up], [502], [503, hang_up], [504]], ids=str)
+def test_another_model_after_an_outage_is_refused(teacher: Family, server: ReplayServer, faults: list[Any]) -> None:
     engine = _engine(server, teacher, dataclasses.replace(SETTINGS, concurrency=1))
     results = engine.capture(_requests(teacher))
     next(results)
@@ -236,7 +237,7 @@ def test_another_model_after_an_outage_is_refused(teacher: Family, server: Repla
                 value["logprob"] *= 0.5
 
     server.change = other
-    server.faults.append(hang_up)
+    server.faults += faults
     with pytest.raises(ModelError, match="the server has another model under the name 'teacher'"):
         list(results)
 
