@@ -49,7 +49,7 @@ ERROR_SHARE = 0.1
 
 def main() -> None:
     """Measure and report."""
-    options = {"seeds": 3, "steps": 100, "samples": 1200, "rate": 1e-3, "vocabulary": 500, "folder": ""}
+    options = {"seeds": 3, "steps": 300, "samples": 1200, "rate": 1e-3, "vocabulary": 500, "folder": ""}
     arguments = parse_arguments(NAME, __doc__ or "", options)
     given = dict(arguments.options)
     if arguments.quick:
