@@ -225,7 +225,9 @@ def test_no_more_requests_at_once_than_set(teacher: Family, server: ReplayServer
     assert server.most_at_once == 3
 
 
-@pytest.mark.parametrize("faults", [[hang_up], [502], [503, hang_up], [504]], ids=str)
+@pytest.mark.parametrize(
+    "faults", [[hang_up], [502], [503, hang_up], [504]], ids=["lost", "502", "503 and lost", "504"]
+)
 def test_another_model_after_an_outage_is_refused(teacher: Family, server: ReplayServer, faults: list[Any]) -> None:
     engine = _engine(server, teacher, dataclasses.replace(SETTINGS, concurrency=1))
     results = engine.capture(_requests(teacher))
