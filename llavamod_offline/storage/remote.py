@@ -159,7 +159,10 @@ class RemoteFolder:
                 self._files.pipe_file(full, content, mode="create")
             except FileExistsError:
                 # The reply to an earlier attempt, also one of the library's own, may have been lost.
-                return bytes(self._files.cat_file(full)) == content
+                try:
+                    return bytes(self._files.cat_file(full)) == content
+                except FileNotFoundError:  # another's, which the store shows late
+                    return False
             except Exception as error:  # stores without conditional writes
                 if not (isinstance(error, NotImplementedError | TypeError) or "NotImplemented" in str(error)):
                     raise
