@@ -256,3 +256,10 @@ def test_the_host_and_the_start_of_this_process_are_known() -> None:
     assert not owner.is_gone
     assert replace(owner, process=2**22 + 1).is_gone
     assert not replace(owner, process=2**22 + 1, host="elsewhere").is_gone
+
+
+def test_a_process_of_another_container_of_this_name_is_not_taken_for_gone() -> None:
+    """Its number may be free here, or another process's."""
+    gone = replace(LockOwner.this_process(), process=999_999_999)
+    assert gone.is_gone
+    assert not replace(gone, space="another").is_gone
