@@ -17,7 +17,7 @@ from llavamod_offline.data.sets.mismatched import PAIRING
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError, DataError, ModelError
 from llavamod_offline.families import Family, open_family
-from llavamod_offline.models.checkpoint import vocabulary_size
+from llavamod_offline.models.checkpoint import id_count, vocabulary_size
 from llavamod_offline.models.device import pick_device
 from llavamod_offline.models.hub import checkpoint_folder
 from llavamod_offline.processes import available_cores
@@ -276,7 +276,7 @@ def _workers(given: int | None, device: str) -> int:
 
 def _shared_vocabulary(teacher: Path, tokenizer: PreTrainedTokenizerFast, rows: int) -> int:
     """V: the ids of tokenizer and LM head. Errors: `ModelError` if the tokenizer has ids beyond it."""
-    largest = max(tokenizer.get_vocab().values())
+    largest = id_count(tokenizer) - 1
     if largest >= rows:
         raise ModelError(
             f"{teacher}: the tokenizer's largest id is {largest}, but the model's LM head has {rows} rows: "

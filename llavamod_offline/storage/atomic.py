@@ -168,11 +168,13 @@ def remove_leftovers(folder: Path, name: str) -> list[Path]:
     Keeps what belongs to a running process of this machine, and what another machine or container changed within the
     last hour, by the clock of the file system.
     """
-    removed = []
+    removed: list[Path] = []
+    now: float | None = None
     for aside in sorted(folder.glob(f".{name}.*.tmp")):
         host, _, process = aside.name.split(".")[-2].rpartition("-")
         if host not in ("", _HOST):
-            if _time_there(folder) - _last_change(aside) < _FOREIGN_SECONDS:
+            now = _time_there(folder) if now is None else now
+            if now - _last_change(aside) < _FOREIGN_SECONDS:
                 continue
         elif process.isdigit() and int(process) != os.getpid() and Path(f"/proc/{process}").exists():
             continue

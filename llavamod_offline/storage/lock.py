@@ -18,11 +18,12 @@ import shlex
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
+from typing import Any, TypeVar
 
 from llavamod_offline.errors import ConfigError, StorageError
 from llavamod_offline.plural import counted
@@ -33,6 +34,7 @@ from llavamod_offline.storage.remote import RemoteFolder
 
 LOCK_NAME = ".lock"
 _COMMAND_SHOWN = 120
+_Kind = TypeVar("_Kind")
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,7 @@ class LockOwner:
     def read(cls, content: bytes) -> LockOwner | None:
         """Read a lock file; None if it is damaged."""
         try:
-            told = json.loads(content)  # of another version, it may have more fields
-            return cls(**{item.name: told[item.name] for item in fields(cls) if item.name in told})
+            return of_any_version(cls, json.loads(content))
         except (ValueError, TypeError):
             return None
 
@@ -96,6 +97,12 @@ class LockOwner:
     def shown(self) -> str:
         """The command, for an error message."""
         return self.command if len(self.command) <= _COMMAND_SHOWN else f"{self.command[:_COMMAND_SHOWN]}…"
+
+
+def of_any_version(kind: type[_Kind], told: Mapping[str, Any]) -> _Kind:
+    """Make a dataclass of what a file says, which another version may have written with further fields."""
+    known: Any = kind
+    return kind(**{item.name: told[item.name] for item in fields(known) if item.name in told})
 
 
 @contextmanager

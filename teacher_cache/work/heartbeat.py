@@ -17,13 +17,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from llavamod_offline.errors import ConfigError, StorageError, first_line
 from llavamod_offline.storage.folders import Folder, open_folder
-from llavamod_offline.storage.lock import LockOwner
+from llavamod_offline.storage.lock import LockOwner, of_any_version
 
 WORK_NAME = ".work"
 RENEWALS_PER_LEASE = 12
@@ -222,9 +222,6 @@ def _read(folder: Folder, name: str) -> bytes | None:
 
 def _parse(content: bytes | None) -> WorkerState | None:
     try:
-        if content is None:
-            return None
-        told = json.loads(content)  # of another version, it may have more fields
-        return WorkerState(**{item.name: told[item.name] for item in fields(WorkerState) if item.name in told})
+        return None if content is None else of_any_version(WorkerState, json.loads(content))
     except (ValueError, TypeError):
         return None

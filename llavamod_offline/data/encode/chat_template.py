@@ -7,7 +7,6 @@ A chat template is a program that may do anything; a `Template` words a turn the
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import logging
 import re
@@ -111,17 +110,20 @@ def trained_with(tokenizer: PreTrainedTokenizerFast, *, image: str | None = IMAG
 
 def _known(tokenizer: PreTrainedTokenizerFast) -> Template | None:
     """The known template that a tokenizer's chat template words conversations as, with its treatment of white space."""
-    for known, form in itertools.product(TEMPLATES.values(), FORMS):
-        if _succeeds(partial(renders_alike, known, tokenizer, form)):
+    for known in TEMPLATES.values():
+        if form := _form_of(tokenizer, known):
             return replace(known, strips=stripped_roles(known, tokenizer, form))
     return None
 
 
 def words_as(tokenizer: PreTrainedTokenizerFast, template: Template) -> bool:
     """Whether a tokenizer has a chat template that words conversations as `template` does."""
-    if not tokenizer.chat_template:
-        return False
-    return any(_succeeds(partial(renders_alike, template, tokenizer, form)) for form in FORMS)
+    return bool(tokenizer.chat_template) and _form_of(tokenizer, template) is not None
+
+
+def _form_of(tokenizer: PreTrainedTokenizerFast, template: Template) -> Form | None:
+    """The form of texts in which a chat template words conversations as `template` does; None if in none."""
+    return next((form for form in FORMS if _succeeds(partial(renders_alike, template, tokenizer, form))), None)
 
 
 def to_jinja(template: Template, *, image: str = IMAGE_PLACEHOLDER) -> str:

@@ -24,7 +24,7 @@ _REPLY_SECONDS = 600.0  # of silence: a host that was switched off never closes 
 _FIRST_WAIT, _LONGEST_WAIT = 0.25, 15.0
 _FAILURES = 6  # of the server at one request, before the request counts as the cause
 _OF_A_PROXY = (502, 503, 504)
-_BUSY = (408, 425, 429, 502, 503, 504)  # whoever answers so could not reach the model, or had no room
+_BUSY = (408, 425, 429, *_OF_A_PROXY)  # whoever answers so could not reach the model, or had no room
 _SHOWN = 300
 
 
