@@ -226,9 +226,11 @@ def test_no_more_requests_at_once_than_set(teacher: Family, server: ReplayServer
 
 
 @pytest.mark.parametrize(
-    "faults", [[hang_up], [502], [503, hang_up], [504]], ids=["lost", "502", "503 and lost", "504"]
+    "faults",
+    [[hang_up], [status(502)], [status(503), hang_up], [status(504)]],
+    ids=["lost", "502", "503 and lost", "504"],
 )
-def test_another_model_after_an_outage_is_refused(teacher: Family, server: ReplayServer, faults: list[Any]) -> None:
+def test_another_model_after_an_outage_is_refused(teacher: Family, server: ReplayServer, faults: list[Fault]) -> None:
     engine = _engine(server, teacher, dataclasses.replace(SETTINGS, concurrency=1))
     results = engine.capture(_requests(teacher))
     next(results)
