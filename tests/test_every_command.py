@@ -55,7 +55,7 @@ def arguments(world: str, out: str) -> dict[str, list[str]]:
         "llavamod-offline toyworld": ["--quick", "--output", f"{out}/toy"],
         "llavamod-offline ask": [TEACHER, "What colours do you know?", "--max-new-tokens", "4"],
         "llavamod-offline rounds": [
-            *[f"prompts={world}/set", f"holdout={world}/set", f"teacher={TEACHER}", f"student={TEACHER}"],
+            *[f"prompts={world}/set", f"holdout={world}/other-set", f"teacher={TEACHER}", f"student={TEACHER}"],
             *[f"output={out}/rounds", "rounds=1", "steps=1", "max_new_tokens=64"],
             "train=[batch.global_size=4,batch.micro_size=4,workers=0]",
         ],

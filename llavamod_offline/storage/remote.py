@@ -120,7 +120,7 @@ class RemoteFolder:
         root = self._full(below)
 
         def listed() -> list[str]:
-            self._files.invalidate_cache()
+            self._files.invalidate_cache()  # for file systems with a cache of their own
             try:
                 return list(self._files.ls(root, detail=False))
             except FileNotFoundError as error:
@@ -280,6 +280,7 @@ class RemoteFolder:
         """The file system and the folder's path in it; reopened after a fork, which its threads do not survive."""
         if self._opened is None or self._opened[0] != os.getpid():
             from fsspec.core import url_to_fs
+            from fsspec.dircache import DirCache
 
             try:
                 files, root = url_to_fs(self.where)
@@ -289,6 +290,11 @@ class RemoteFolder:
                 raise StorageError(f"{self.where}: cannot be opened: {first_line(error)}") from error
             if not root.strip("/"):
                 raise StorageError(f"{self.where}: names no bucket or folder: name one, such as s3://bucket/folder")
+            if isinstance(getattr(files, "dircache", None), DirCache):
+                # A kept listing hides what other processes write later, and a file is read up to its old size. Not an
+                # option of `url_to_fs`: some file systems hand those they do not know to their server.
+                files.dircache.use_listings_cache = False
+                files.invalidate_cache()
             self._opened = (os.getpid(), files, root.rstrip("/"))
         return self._opened[1:]
 

@@ -78,6 +78,20 @@ def test_an_error_while_filling_commits_nothing(folder: Folder) -> None:
     assert folder.sizes() == {}
 
 
+def test_what_another_process_writes_after_a_listing_is_seen(bucket: str) -> None:
+    import s3fs
+
+    folder, other = RemoteFolder(bucket), s3fs.S3FileSystem(skip_instance_cache=True)
+    folder.write("a", b"short")
+    assert folder.sizes() == {"a": 5}
+    assert folder.names() == {"a"}
+    other.pipe_file(f"{bucket}/a", b"much longer")
+    other.pipe_file(f"{bucket}/b", b"new")
+    assert folder.read("a") == b"much longer"
+    assert folder.size("a") == 11
+    assert folder.read_all(["b"]) == [b"new"]
+
+
 def test_what_a_killed_upload_left_is_replaced(bucket: str) -> None:
     folder = RemoteFolder(bucket)
     folder.write("one/data", b"half of it")
