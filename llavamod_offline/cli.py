@@ -110,11 +110,11 @@ def pack(
 ) -> None:
     """Pack conversations or preferences and their images into a set: WebDataset shards with an index.
 
-    Unusable rows are counted and listed with the reason in the set's rejected.jsonl; the rest is packed, unless more
-    than --max-rejected are unusable. Then no set is made, and the list is kept as OUTPUT.rejected.jsonl.
+    Unusable rows are counted and listed with the reason in the set's rejected.jsonl; the rest is packed. If more than
+    --max-rejected are unusable, no set is made, and the list is kept as OUTPUT.rejected.jsonl.
     Images keep their bytes unless --max-side shrinks them. The number of workers does not change the set.
-    With --grace, SIGTERM ends with exit status 4 if the shard in hand was finished first; a rerun continues either way.
-    Rows may be LLaVA's, RLAIF-V's or chat messages; llavamod_offline/README.md lists their fields.
+    With --grace, SIGTERM exits with status 4 if the shard in hand was finished first; a rerun continues either way.
+    Rows may be in LLaVA's or RLAIF-V's format, or chat messages; llavamod_offline/README.md lists their fields.
     A folder of samples has KEY.json or KEY.txt beside KEY.jpg, like the tars that `index` reads.
 
     \b
@@ -201,10 +201,10 @@ def index(
 ) -> None:
     """Make a set from existing WebDataset tars, without copying them.
 
-    A sample is KEY.json, as `pack` writes it or in any form of rows, or a caption KEY.txt or KEY.cls, beside its image
+    A sample is KEY.json (as `pack` writes it, or in any row format) or a caption KEY.txt or KEY.cls, beside its image
     KEY.jpg (.jpeg, .png, .webp) or images KEY.0.jpg, KEY.1.jpg and so on. Each tar is read once. Tars beside or below
-    the new set's folder may be moved together with it; others must stay in place. A set that is stopped is begun anew,
-    unless --grace leaves the seconds to finish it.
+    the new set's folder may be moved together with it; others must stay in place. After a stop, a rerun starts from
+    scratch, unless --grace left enough seconds to finish.
 
     \b
     Examples:
@@ -346,13 +346,13 @@ def ladder(
         int | None, typer.Option(min=1, help="Commands at the same time [default: one per core, from 2 to 8].")
     ] = None,
 ) -> None:
-    """Show what each stage and each target gives: some thirty students a seed, and a test of each claim.
+    """Show what each stage and each target gives: about thirty students per seed, and a test of each claim.
 
-    Compares students of the toy world at equal data and steps: with and without teacher, dense and sparse, losses on
-    preferences, alignment terms, and what a cache keeps. Writes DIR/ladder.json and DIR/report.html after each seed.
-    Rerun the same command to resume, or with more seeds to add some. Takes about three hours on two cores.
+    Compares toy-world students with equal data and steps: with and without a teacher, dense and sparse, preference
+    losses, alignment terms, and what a cache keeps. Writes DIR/ladder.json and DIR/report.html after each seed. Rerun
+    the same command to resume, or with more seeds to add some. Takes about three hours on two cores.
 
-    Seeds can be split among machines: copy each DIR/seed-N/results.json into one DIR and rerun there. A seed with that
+    Seeds can be split across machines: copy each DIR/seed-N/results.json into one DIR and rerun there. A seed with that
     file is complete: its other files may be deleted.
 
     \b
@@ -366,7 +366,7 @@ def ladder(
     run_ladder(output, seeds=parse_seeds(seeds or ("1" if quick else "5")), quick=quick, at_once=at_once)
 
 
-# Their parts are in packages above this one, which a module here may not import by their names.
+# These commands live in packages above this one, which modules here may not import by name.
 app.command()(importlib.import_module("teacher_cache.cli.ask").ask)
 _rounds = importlib.import_module("train.rounds.cli")
 app.command(cls=_rounds.RoundsCommand)(_rounds.rounds)

@@ -28,7 +28,7 @@ _NOT_PRINTED = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # names in files 
 def run_command(app: typer.Typer, argv: Sequence[str] | None = None, *, name: str | None = None) -> NoReturn:
     """Run `app` on `argv` (default: the process's arguments) and exit with its status; `name` appears in its help.
 
-    A `LlavaModError`, and an error of a file that cannot be written or read, prints one line and exits with 2;
+    A `LlavaModError`, or an error for a file that cannot be written or read, prints one line and exits with 2;
     LLAVAMOD_DEBUG=1 shows its traceback. A signal that stops the command exits with `Stopped.status`.
     """
     prepare_streams()
@@ -62,7 +62,7 @@ def run_command(app: typer.Typer, argv: Sequence[str] | None = None, *, name: st
 
 def _run(app: typer.Typer, arguments: list[str], name: str | None) -> int:
     """Run a command and return its status."""
-    if arguments == ["--version"]:  # not a Typer option, which would turn a single command into a group
+    if arguments == ["--version"]:  # not a Typer option, because that would turn a single command into a group
         print(f"llavamod-offline {__version__}")
         return 0
     command = get_command(app)
@@ -75,6 +75,6 @@ def _run(app: typer.Typer, arguments: list[str], name: str | None) -> int:
 
 
 def _print_error(line: str) -> None:
-    """Print one line to stderr, unless that cannot be written."""
+    """Print one line to stderr, unless stderr cannot be written."""
     with suppress(OSError):
         print(_NOT_PRINTED.sub(lambda found: repr(found.group())[1:-1], line), file=sys.stderr)

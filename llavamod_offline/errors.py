@@ -18,7 +18,7 @@ class DataError(LlavaModError):
 
 
 class EmptySetError(DataError):
-    """No row of a set's sources makes a sample."""
+    """No row of a set's sources yields a sample."""
 
 
 class ModelError(LlavaModError):

@@ -10,21 +10,21 @@ from pathlib import Path
 
 import yaml
 
-# Errors of the system, never of this program, whatever the file.
+# The system's errors, never this program's, whatever the file.
 _OF_THE_SYSTEM = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ETXTBSY, errno.ESTALE, errno.ENXIO),
 }
-# Errors of the user if the file is one of the arguments' own.
+# The user's errors if an argument names the file.
 _OF_ARGUMENTS = {errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _OUTPUTS = ("output", "output_set", "--output", "-o", "--file", "--judge-record")
-# How safetensors and tokenizers (Rust) and Arrow word an error of the system that they give no number.
+# How safetensors and tokenizers (Rust) and Arrow word a system error without setting its number.
 _NUMBER = re.compile(r"\(os error (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
 
 
 def describe_file_error(error: BaseException, arguments: Sequence[str]) -> str | None:
-    """One line for an error of a file: the file, the reason, the argument that named it. None for any other error."""
+    """One line for a file's error: the file, the reason, the argument that named it. None for any other error."""
     number = _number(error)
     named = getattr(error, "filename2", None) or getattr(error, "filename", None)
     file = os.fsdecode(named) if isinstance(named, str | bytes | os.PathLike) else ""

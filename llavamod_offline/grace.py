@@ -1,4 +1,4 @@
-"""What to do with the unit of work in hand, such as a shard, when SIGTERM gives a command some seconds to end."""
+"""What to do with the unit of work in hand, such as a shard, when SIGTERM leaves a command some seconds to end."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from contextlib import ExitStack
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.signals import Note, Stopped, finishing, received
 
-_FIRST_WRITE_SECONDS = 1.0  # of a unit, until one has been written
+_FIRST_WRITE_SECONDS = 1.0  # assumed for a unit, until one has been written
 
 
 class Grace:
     """On SIGTERM, finishes the unit in hand if the measured rate says that it takes at most `seconds`.
 
-    A context manager. The unit is given up at once if it does not fit, and later if it takes longer than `seconds`
-    after all: `Stopped`. With 0 seconds a signal ends the command as it does without this. SIGINT and SIGHUP always do.
+    A context manager. The unit is given up at once if it does not fit, or later if it takes longer than `seconds` after
+    all: `Stopped`. With 0 seconds SIGTERM ends the command as it would without this; SIGINT and SIGHUP always do.
     Errors: `ConfigError` if `seconds` is negative or not a number.
     """
 
@@ -46,11 +46,11 @@ class Grace:
         return self._note is not None and self._note.is_set()
 
     def begin(self, unit: str, pieces: int) -> None:
-        """Begin a unit, named as in "shard 'a'", of so many pieces."""
+        """Begin a unit of this many pieces, named as in "shard 'a'"."""
         self._left, self._began, self._unit = pieces, time.monotonic(), unit
 
     def advance(self, pieces: int) -> None:
-        """Count pieces that are done. Errors: `Stopped` if the seconds are over."""
+        """Count pieces that are done. Errors: `Stopped` if the time is up."""
         self._left -= pieces
         self._done += pieces
         if self.noted and time.monotonic() > self._deadline:
@@ -63,7 +63,7 @@ class Grace:
             self._unit = ""
 
     def wrote(self, seconds: float) -> None:
-        """Tell how long the writing of a unit took that comes after `end`."""
+        """Report how long writing a unit took, which happens after `end`."""
         self._write_seconds = seconds
 
     def check(self) -> None:

@@ -1,4 +1,4 @@
-"""Worker processes beside this one: they leave signals to it, and end with it however it ends."""
+"""Worker processes beside this one: they leave signals to it, and end when it ends, for whatever reason."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class ProcessPool:
             return self._executor.submit(function, *arguments)
 
     def close(self) -> None:
-        """End all processes after what they have in hand, and wait for that."""
+        """End all processes after the work they have in hand, and wait for that."""
         self._executor.shutdown(cancel_futures=True)
 
 
 class _Process(SpawnProcess):
-    """A process that leaves signals to its parent: it is ended by SIGKILL, such as by a pool that has lost another."""
+    """A process that leaves signals to its parent; `terminate` sends SIGKILL, as when a pool has lost another."""
 
     def terminate(self) -> None:
         """End it at once."""
@@ -50,13 +50,13 @@ class _Process(SpawnProcess):
 
 
 class _Context(SpawnContext):
-    """What makes such processes."""
+    """Starts such processes."""
 
     Process = _Process
 
 
 def _start(begin: Callable[[], object] | None) -> None:
-    """Exit when the parent process ends for any reason."""
+    """Prepare this process, which exits when its parent ends for any reason."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

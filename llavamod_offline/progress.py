@@ -1,4 +1,4 @@
-"""Progress of long work: a live bar on a terminal; in a log, at most a line every 30 seconds.
+"""Progress of long work: a live bar on a terminal; in a log, at most one line every 30 seconds.
 
 LLAVAMOD_PROGRESS_SECONDS sets another interval.
 """
@@ -26,8 +26,8 @@ _LINE = "{desc}: {n_fmt}/{total_fmt} {units} ({percentage:.0f} %), {rate_fmt}{po
 class ProgressBar:
     """Shows how much of `total` is done, how fast, and the time left; a context manager.
 
-    `done`: by earlier runs, not counted for the speed. `also`: a second unit, of which only the speed is shown. `scale`
-    shortens numbers, as for bytes. `silent` shows nothing.
+    `done`: by earlier runs, not counted for the speed. `also`: a second unit, for which only the speed is shown.
+    `scale` shortens numbers, as for bytes. `silent` shows nothing.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class ProgressBar:
         self._bar.close()
 
     def advance(self, count: int = 1, units: int = 0, note: str = "") -> None:
-        """Count what is done now, and units of the second kind; less than none takes some back. `note` is shown too."""
+        """Count what is done now, and units of the second kind; negative counts take some back. `note` is shown too."""
         self._done += count
         self._units += units
         now = time.monotonic()

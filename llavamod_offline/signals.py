@@ -48,7 +48,7 @@ class Note(Protocol):
     """A signal that may have been noted."""
 
     def is_set(self) -> bool:
-        """Whether it has."""
+        """Whether it has been."""
         ...
 
 
@@ -95,7 +95,7 @@ def watch() -> None:
 
 
 def watch_again() -> None:
-    """Handle signals again after a library has installed handlers of its own; nothing unless they were handled."""
+    """Handle signals again after a library has installed its own handlers; a no-op unless they were handled before."""
     if _state.watched:
         watch()
 
@@ -118,7 +118,7 @@ def interruptible() -> Iterator[None]:
 
 
 def ended(status: int) -> None:
-    """Say that the command has ended: from here on a signal only ends the process sooner, with this status."""
+    """Record that the command has ended: from here on a signal only ends the process sooner, with this status."""
     _state.status = status
 
 
@@ -178,7 +178,7 @@ def noted(answer: str) -> Iterator[Note]:
 
 @contextmanager
 def finishing(answer: Callable[[], str]) -> Iterator[Note]:
-    """Note SIGTERM if `answer` says what is finished first, and print that; an empty text lets it end the command.
+    """Note SIGTERM if `answer` says what is finished first, and print that; an empty text lets SIGTERM end the command.
 
     Does nothing outside the main thread, where Python allows no handlers.
     """
@@ -211,7 +211,7 @@ def finishing(answer: Callable[[], str]) -> Iterator[Note]:
 def starting_processes(*, immune_to: Collection[signal.Signals] = (signal.SIGINT,)) -> Iterator[None]:
     """Start processes inside the block: they never see these signals, such as Ctrl-C; their parent ends them.
 
-    A signal to this process waits for the end of the block: a process that is only half started prints a traceback.
+    A signal to this process waits for the end of the block: a half-started process would print a traceback.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, immune_to)
     _state.waiting = True
@@ -230,7 +230,7 @@ def received() -> int:
 
 
 def describe(stop: Stopped) -> str:
-    """One line: which signal, what was kept, and the command that goes on."""
+    """One line: which signal, what was kept, and the command that continues."""
     name = signal.Signals(stop.number).name
     done = ", ".join(filter(None, (stop.finished and f"{stop.finished} is finished", stop.kept)))
     if done:
@@ -296,7 +296,7 @@ def _leave_to_parent() -> None:
 def _raise_again(unraisable: Any) -> None:
     """Raise `Stopped` again where Python could not raise it, such as in a destructor.
 
-    Afterwards, say nothing of destructors that fail on what it has left half-made.
+    Afterwards, say nothing about destructors that fail on what it left half-made.
     """
     if not isinstance(unraisable.exc_value, Stopped):
         if not _state.raised:
@@ -309,7 +309,7 @@ def _raise_again(unraisable: Any) -> None:
 
 
 def _command() -> str:
-    """The command as typed; a launcher's is unknown."""
+    """The command as typed; under a launcher it is unknown."""
     if "RANK" in os.environ:
         return "the same command"
     program = Path(sys.argv[0])
@@ -318,6 +318,6 @@ def _command() -> str:
 
 
 def _say(line: str) -> None:
-    """Write to stderr as it is: a stream may be in the middle of a write that the signal has interrupted."""
+    """Write to stderr directly: a stream may be in the middle of a write that the signal interrupted."""
     with suppress(OSError):
         os.write(2, f"{line}\n".encode("utf-8", "backslashreplace"))

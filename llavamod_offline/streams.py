@@ -16,7 +16,7 @@ _ESCAPES = "llavamod-escapes"
 
 
 class Output:
-    """Standard output that remembers its error, which is worded like that of any other stream."""
+    """Standard output that remembers its error, which reads like any other stream's."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -41,7 +41,7 @@ class OneLineCommand(TyperCommand):
 def settings_command(schema: Callable[[], type[Any]]) -> type[TyperCommand]:
     """Make the class of a command whose settings are the fields of a dataclass, imported only when needed.
 
-    Its help ends with the settings. An option that is the name of a setting is a `ConfigError` that says what to write.
+    Its help ends with the settings. An option named like a setting is a `ConfigError` that says what to write instead.
     """
 
     class SettingsCommand(OneLineCommand):

@@ -35,9 +35,9 @@ _MERGE_ERRORS = (OmegaConfBaseException, TypeError)  # the latter for a list whe
 def load_config(schema: type[T], files: Sequence[Path] = (), overrides: Sequence[str] = ()) -> T:
     """Merge defaults, YAML `files` in order, then dotted `key=value` overrides into a `schema` object.
 
-    Errors: `ConfigError` for a missing or unreadable file, an unknown key (with the one that may be meant), a value of
-    the wrong type, missing values; `schema.__post_init__` may raise it for conflicting values. All problems of one kind
-    are in one error.
+    Errors: `ConfigError` for a missing or unreadable file, an unknown key (suggesting the one that may be meant), a
+    value of the wrong type, missing values; `schema.__post_init__` may raise it for conflicting values. One error lists
+    all problems of one kind.
     """
     merged = merge_config(schema, files, overrides)
     try:
@@ -51,7 +51,7 @@ def load_config(schema: type[T], files: Sequence[Path] = (), overrides: Sequence
 
 
 def merge_config(schema: type[Any], files: Sequence[Path] = (), overrides: Sequence[str] = ()) -> DictConfig:
-    """Merge as `load_config` does, but leave missing values missing, and conflicts unnoticed."""
+    """Merge as `load_config` does, but without checking for missing values or conflicts."""
     merged = OmegaConf.structured(schema)
     read = [(file, read_yaml(schema, file)) for file in files]
     for file, update in read:
@@ -146,9 +146,9 @@ def _is_required(schema: type[Any], key: str) -> bool:
 
 
 def _quote_text(hint: Any, text: str) -> str:
-    """Rewrite YAML so that values whose type in the schema is `str` are read as they are written.
+    """Rewrite YAML so that values whose type in the schema is `str` are read as written.
 
-    YAML would make a number of 2024_11_01. A leading ~/ becomes the home folder.
+    YAML would read 2024_11_01 as a number. A leading ~/ becomes the home folder.
     """
     tree = yaml.compose(text, Loader=yaml.SafeLoader)
     _mark_text(hint, tree)
@@ -198,7 +198,7 @@ def _problems(schema: type[Any], merged: DictConfig, update: DictConfig) -> Iter
 
 
 def leaves(schema: type[Any], tree: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield the settings of a nested mapping: the names that a dotted key joins, and the value."""
+    """Yield the settings of a nested mapping: the parts of the dotted key, and the value."""
     for name, value in tree.items():
         names = (*above, str(name))
         if isinstance(value, Mapping) and value and holds_sections(hint_of(schema, names)):

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin
 from llavamod_offline.config.schema import choices, fields, hint_of, is_optional, plain, section_of, settings
 from llavamod_offline.errors import ConfigError
 
-# Names that other projects use, with the last parts of the names here.
+# The last parts of setting names here → names that other projects use for them.
 _OTHER_NAMES = {
     "lr": "learning_rate peak_lr max_lr base_lr",
     "global_size": "batch_size bs total_batch_size global_batch_size train_batch_size gradient_accumulation_steps",
@@ -93,7 +93,7 @@ def unknown_setting(schema: type[Any], key: str) -> str:
 
 
 def similar_settings(schema: type[Any], key: str) -> list[str]:
-    """Up to three settings that a key may stand for: by its last part, by what others call it, or by its spelling."""
+    """Up to three settings that a key may mean: by its last part, by what others call it, or by its spelling."""
     wanted = key.strip().lower().replace("-", "_")
     section, _, name = wanted.rpartition(".")
     keys = [setting.key for setting in settings(schema)]

@@ -38,7 +38,7 @@ def dump_config(config: Any) -> str:
 def print_config(schema: type[Any], files: Sequence[Path] = (), overrides: Sequence[str] = ()) -> None:
     """Print the merged settings as `dump_config` does; required ones without a value as ???.
 
-    Errors: those of `load_config`, without that for missing values.
+    Errors: those of `load_config`, except the one for missing values.
     """
     from omegaconf import OmegaConf
 
@@ -107,7 +107,7 @@ def _help_lines(setting: Setting, width: int) -> list[str]:
 
 
 def as_yaml(value: Any) -> str:
-    """A value as YAML on one line, which `load_config` reads back as it is."""
+    """A value as YAML on one line, which `load_config` reads back unchanged."""
     if value == REQUIRED:
         return REQUIRED
     text = yaml.safe_dump([_plain(value)], default_flow_style=True, width=float("inf"), allow_unicode=True)

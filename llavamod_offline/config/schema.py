@@ -38,7 +38,7 @@ class Section:
 def sections(schema: type[Any], prefix: str = "") -> Iterator[Section]:
     """Yield the section of a dataclass, then those nested in it, in the order of the fields.
 
-    An optional section is a setting, too, for it may be null.
+    An optional section is also a setting, because it may be null.
     """
     found = list(_fields(schema, prefix))
     yield Section(
@@ -55,12 +55,12 @@ def settings(schema: type[Any]) -> list[Setting]:
 
 
 def fields(schema: type[Any]) -> list[tuple[Setting, type[Any] | None]]:
-    """List a dataclass's own fields in order, each with the dataclass of its section, if it is one."""
+    """List a dataclass's own fields in order, each with its dataclass if it is a section."""
     return list(_fields(schema, ""))
 
 
 def hint_of(schema: Any, names: Sequence[str]) -> Any:
-    """The type of a setting by the names that its dotted key joins, `Annotated` included; None if there is none."""
+    """The type of a setting, given the parts of its dotted key, `Annotated` included; None if there is none."""
     hint = schema
     for name in names:
         section = section_of(hint)
@@ -76,7 +76,7 @@ def hint_of(schema: Any, names: Sequence[str]) -> Any:
 
 
 def section_of(hint: Any) -> type[Any] | None:
-    """The dataclass of a section's type, also of an optional section; else None."""
+    """The dataclass of a section's type, optional or not; None for other types."""
     if get_origin(hint) in (dict, list):
         return None
     kinds = (kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind) and isinstance(kind, type))
@@ -103,12 +103,12 @@ def is_optional(hint: Any) -> bool:
 
 
 def is_text(hint: Any) -> bool:
-    """Whether a setting holds text, which is taken as it is typed."""
+    """Whether a setting holds text, which is taken as typed."""
     return plain(hint) is str
 
 
 def accepts_text(hint: Any) -> bool:
-    """Whether a single value of a setting is text, as it may be beside a list or a mapping."""
+    """Whether a setting may be text, possibly as an alternative to a list or a mapping."""
     return is_text(hint) or (get_origin(hint) in (Union, UnionType) and any(map(is_text, get_args(hint))))
 
 

@@ -5,7 +5,7 @@ Outcomes of decoding:
   a format other than JPEG (including MPO), PNG, WebP → `DataError`
   EXIF orientation → applied; an unreadable EXIF block → the image as stored
   transparency (LA, RGBA, a palette's or a grey's transparent colour) → over white, which keeps dark text readable
-  16 bits a channel → the high byte; grey, black-and-white, palette, CMYK → Pillow's conversion to RGB
+  16 bits per channel → the high byte; grey, black-and-white, palette, CMYK → Pillow's conversion to RGB
   animated → the first frame
 
 Shape suffixes: I images, C channels, H and W pixels of the processed image, V the 256 values of a byte.
@@ -40,15 +40,15 @@ DECODER = "rgb-over-white-1"  # what `decode_image` does, for fingerprints
 
 # A side of 9,000 bounds the padded canvas at 243 MB; Qwen2-VL's processor also limits the ratio to 200.
 MAX_IMAGE_SIDE = 9_000
-# Images to be shrunk may have longer sides, as their number of pixels bounds the memory. A large JPEG is decoded at a
-# fraction of its size.
+# Images to be shrunk may have longer sides, because their number of pixels bounds the memory. A large JPEG is decoded
+# at a fraction of its size.
 MAX_PIXELS = MAX_IMAGE_SIDE**2
 MAX_JPEG_PIXELS = 4 * MAX_PIXELS
 MAX_ASPECT_RATIO = 200
 MAX_ENCODED_BYTES = 128 * 2**20
 
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-_PADDING_PROCESSOR = "LlavaImageProcessor"  # as CLIP's, but pads to a square first if `do_pad`
+_PADDING_PROCESSOR = "LlavaImageProcessor"  # like CLIP's, but pads to a square first if `do_pad`
 # The image processors of vision towers by their family's name.
 _PROCESSORS = {
     name: family
@@ -78,7 +78,8 @@ _ORIENTATIONS = {
 def decode_image(encoded: bytes, *, name: str, max_side: int | None = None) -> Image.Image:
     """Decode a whole image to RGB. Errors: `DataError` naming the image, as listed above.
 
-    `max_side`: the image will be shrunk to this; a JPEG of more than `MAX_PIXELS` may already come smaller, no less.
+    `max_side`: the image will be shrunk to this; a JPEG of more than `MAX_PIXELS` may be decoded smaller, though not
+    below this.
     """
     image, _ = _decode(encoded, name, max_side)
     return image
@@ -91,7 +92,7 @@ def image_extension(encoded: bytes, *, name: str, max_side: int | None = None) -
 
 
 def image_size(encoded: bytes, *, name: str, max_side: int | None = None) -> tuple[int, int]:
-    """The (width, height) of an image upright, read from the header where possible. Errors: as `decode_image`."""
+    """The (width, height) of an image once upright, read from the header where possible. Errors: as `decode_image`."""
     _check_bytes(encoded, name)
     with _strict_pillow(), _decoding(name), Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
         _check_size(image, name, max_side)
@@ -103,7 +104,7 @@ def image_size(encoded: bytes, *, name: str, max_side: int | None = None) -> tup
 
 
 def pad_to_square(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:
-    """Centre an RGB image on a square canvas of one colour, an odd pixel right or below, as LLaVA pads."""
+    """Centre an RGB image on a square canvas of one colour, an odd pixel at the right or bottom, as LLaVA pads."""
     width, height = image.size
     if width == height:
         return image
@@ -135,7 +136,7 @@ class ImagePreprocessor:
     def from_checkpoint(cls, folder: Path, aspect: str = "pad") -> ImagePreprocessor:
         """Read a checkpoint folder's processor. Errors: `ModelError` if it has none, or none of a known kind.
 
-        `auto`: the aspect that the folder states, as exported students do, by default `pad`.
+        `auto`: the aspect that the folder states, as exported students do; `pad` if it states none.
         """
         file, settings = read_processor_settings(Path(folder))
         kind = settings.get("image_processor_type", settings.get("feature_extractor_type"))
@@ -169,7 +170,7 @@ class ImagePreprocessor:
         return pixels_3HW
 
     def pixel_bytes(self, encoded: bytes, out_HW3: NDArray[np.uint8], *, name: str) -> None:
-        """Decode one image and write its bytes, before `byte_values_3V`. Errors: `DataError` naming it."""
+        """Decode one image and write its bytes, to which `byte_values_3V` applies. Errors: `DataError` naming it."""
         out_HW3[:] = np.asarray(self.fit(decode_image(encoded, name=name)))
 
     def fit(self, image: Image.Image) -> Image.Image:
@@ -227,7 +228,7 @@ def pixel_values(bytes_IHWC: Tensor, byte_values_CV: Tensor) -> Tensor:
 
 
 def processor_settings(settings: Mapping[str, Any], aspect: str) -> dict[str, Any]:
-    """An image processor's settings, changed to those of transformers' processor that handles `aspect` as here."""
+    """An image processor's settings, changed to those of the transformers processor that handles `aspect` as we do."""
     kind = settings.get("image_processor_type")
     whole = {"do_center_crop": False} if _PROCESSORS.get(str(kind)) == "siglip" else {}  # unlike the new kind's default
     return {**whole, **settings, "image_processor_type": _PADDING_PROCESSOR, "do_pad": aspect == "pad"}
@@ -254,7 +255,7 @@ def _decode(encoded: bytes, name: str, max_side: int | None) -> tuple[Image.Imag
         extension = _EXTENSIONS[str(image.format)]
         if max_side is not None and image.width * image.height > MAX_PIXELS:
             scale = max_side / max(image.size)
-            image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))  # only JPEGs obey
+            image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))  # affects JPEGs only
         image.load()
         return _to_rgb(_upright(image)), extension
 
@@ -281,7 +282,7 @@ def _decoding(name: str) -> Iterator[None]:
 
 @contextmanager
 def _strict_pillow() -> Iterator[None]:
-    """Suppress Pillow's warnings (bad EXIF: handled here) and its limit of pixels for ours, refuse truncated images."""
+    """Suppress Pillow's warnings (bad EXIF: handled here), swap its pixel limit for ours, refuse truncated images."""
     lenient, pixels = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
     ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, None
     try:

@@ -1,6 +1,6 @@
 """Sample keys from the ids of a data set, one to one.
 
-A key has only letters, digits, '-' and '_', so that it can name a tar's members and a cache's rows. Every other
+A key contains only letters, digits, '-' and '_', so that it can name a tar's members and a cache's rows. Every other
 character of an id becomes `_xHH` for each of its UTF-8 bytes; a '_' before an 'x' becomes `_x5F`, so that no two ids
 share a key: `coco/a.jpg` → `coco_x2Fa_x2Ejpg`, `a_1` → `a_1`, `a_x` → `a_x5Fx`.
 """
@@ -19,13 +19,13 @@ def key_from_id(identity: str | int) -> str:
 
 
 def stored_key(given: str, has: Callable[[str], bool]) -> str:
-    """A key as it is stored, of one that is given as stored or as the data set's id; itself if there is neither."""
+    """The stored form of a key that is given as stored or as the data set's id; the given key if neither exists."""
     converted = key_from_id(given)
     return converted if not has(given) and has(converted) else given
 
 
 def row_key(stem: str, row: int) -> str:
-    """The key of a row without id, or whose id is not used: file stem and row number from 0."""
+    """The key of a row without an id, or whose id is not used: file stem and row number from 0."""
     return f"{key_from_id(stem)}-{row:09d}"
 
 

@@ -48,7 +48,7 @@ class Located:
 
 @dataclass(frozen=True)
 class RowPlace:
-    """Where reading continues: at a row (from 0) of a file, of whose samples `done` are there."""
+    """Where reading continues: at a row (from 0) of a file; `done` of its samples or rejections already exist."""
 
     file: str
     row: int

@@ -1,5 +1,4 @@
-"""A sample: one conversation with zero or more images, or one prompt with a chosen and a rejected response, or one of
-them.
+"""A sample: one conversation with zero or more images, or one prompt with a chosen or a rejected response, or both.
 
 A conversation may begin with a list of tools and a system turn, and an answer may follow calls of tools and their
 results; these turns are JSON, see `tools.py`. In a WebDataset tar a sample is `{key}.json` beside
@@ -40,7 +39,7 @@ _FIRST_FIELDS = ("teacher", "set_digest", "key", "turns", "temperature", "top_p"
 Role = Literal["tools", "system", "user", "tool_calls", "tool", "assistant"]
 Size = tuple[int, int]
 
-# Who may speak after whom; what is expected most comes last.
+# Who may speak after whom; the most expected comes last.
 _FOLLOWING: Mapping[Role, tuple[str, ...]] = {
     "tools": ("system", "user"),
     "system": ("user",),
@@ -64,13 +63,13 @@ class Generated:
     """The origin of a teacher's answer: the prompt's sample, the teacher, and the settings.
 
     `teacher`: SHA-256 (hex) over the checkpoint's configuration and weights; `set_digest` and `key`: of the source
-    sample. `temperature` 0: greedy. `turns`: which of the assistant's turns the teacher wrote. `round`: of a student's
+    sample. `temperature` 0: greedy. `turns`: which of the assistant's turns the teacher wrote. `round`: for a student's
     own answers, the number of the round.
 
     `behaviour_log_probs`: for each written turn, the writer's log-prob of each of its tokens, the one that ends it
     included, under the distribution that they were drawn from (temperature 0: the writer's own at temperature 1). None
-    for a turn whose text is read as other tokens than those written, or was ended by a given text. Empty in sets that
-    kept none.
+    for a turn whose text tokenizes differently from what was written, or that a given stop text ended. Empty in sets
+    that kept none.
     """
 
     teacher: str
@@ -86,12 +85,12 @@ class Generated:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Generated:
-        """Read what `to_json` gave, or an earlier version."""
+        """Read the result of `to_json`, or of an earlier version."""
         log_probs = tuple(None if own is None else tuple(own) for own in content.get("behaviour_log_probs", ()))
         return cls(**{**content, "behaviour_log_probs": log_probs})
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values, without those that say nothing."""
+        """The fields as JSON values, without optional ones that are empty."""
         return {name: value for name, value in asdict(self).items() if name in _FIRST_FIELDS or value}
 
 

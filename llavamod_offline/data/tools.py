@@ -15,24 +15,24 @@ from llavamod_offline.data.sample import Turn
 
 
 def tools_turn(tools: Sequence[Mapping[str, Any]]) -> Turn:
-    """The list of tools; a bare function, as LlamaFactory has it, gets the form that chat templates expect."""
+    """The turn of a list of tools; a bare function, as in LlamaFactory, gets the form that chat templates expect."""
     whole = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
     return Turn("tools", json.dumps(whole, ensure_ascii=False))
 
 
 def calls_turn(calls: Sequence[Mapping[str, Any]], content: str = "") -> Turn:
-    """The assistant's calls, and what it says before them."""
+    """The turn of the assistant's calls, and what it says before them."""
     ordered = [{name: call[name] for name in ("id", "name", "arguments") if name in call} for call in calls]
     return Turn("tool_calls", json.dumps({"content": content, "calls": ordered}, ensure_ascii=False))
 
 
 def result_turn(content: str, **about: str) -> Turn:
-    """What a tool has returned."""
+    """The turn of what a tool returned."""
     return Turn("tool", json.dumps({"content": content, **about}, ensure_ascii=False))
 
 
 def joined_calls(first: Turn, second: Turn) -> Turn:
-    """Calls that a row has in two messages, one after the other."""
+    """Join calls that a row holds in two consecutive messages."""
     one, two = json.loads(first.text), json.loads(second.text)
     return calls_turn(one["calls"] + two["calls"], "\n".join(filter(None, (one["content"], two["content"]))))
 

@@ -1,4 +1,4 @@
-"""Commands that the demo, the ladder and others type alike, and scripts of commands."""
+"""Commands that the demo, the ladder and others share, and scripts of commands."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def answer_command(
 
 
 def score_command(task: str, *, root: str | Path, answers: Path) -> tuple[str, ...]:
-    """Score a benchmark's answers; the scores lie beside them, in `score.json`."""
+    """Score a benchmark's answers; the scores go beside them, into `score.json`."""
     files = ("--predictions", str(answers / task / "predictions.jsonl"), "--output", str(answers / task / "score.json"))
     return ("eval-student", "score", task, "--root", str(root), *files)
 
 
 def as_script(steps: Sequence[Step], about: str) -> str:
-    """The commands as a shell script; a status that only says that samples were rejected is no failure."""
+    """The commands as a shell script; a status that only reports rejected samples is not a failure."""
     lines = (f"{step.typed} || [ $? -eq {REJECTED_STATUS} ]" if step.may_reject else step.typed for step in steps)
     return f"#!/bin/sh\n# {about}\nset -e\n" + "".join(f"{line}\n" for line in lines)

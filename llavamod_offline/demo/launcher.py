@@ -1,7 +1,7 @@
-"""Starts commands in forks of a process that has imported the large libraries, which takes seconds each time.
+"""Start commands in forks of a process that has already imported the large libraries, which takes seconds each time.
 
-A launcher runs one command after another. It reads an order as a line of JSON, and answers with the process id of the
-command, then with its exit status. A command that is not this project's is executed, and so is every one where there
+A launcher runs one command after another. It reads each order as a line of JSON, and answers with the command's process
+id, then with its exit status. Commands that are not this project's are exec'd instead, and so are all commands if there
 is an accelerator, whose driver does not survive a fork.
 """
 
@@ -31,7 +31,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Launcher:
-    """A launcher, and the command that it runs; `log` takes what it prints itself."""
+    """A launcher, and the command that it runs; `log` takes the launcher's own output."""
 
     def __init__(self, environment: Mapping[str, str], log: Path) -> None:
         with log.open("ab") as stream, starting_processes():
@@ -48,7 +48,7 @@ class Launcher:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it still takes commands; the system may have killed it, as when memory runs out."""
+        """Whether it still takes commands; the system may have killed it, for example when memory ran out."""
         return self._process.poll() is None
 
     def start(self, command: Sequence[str], folder: Path, log: Path) -> None:
@@ -58,7 +58,7 @@ class Launcher:
         self._process.stdin.write(json.dumps(order).encode() + b"\n")
 
     def poll(self, *, wait: bool = False) -> int | None:
-        """The exit status of the command that was started last, less than 0 for a signal; None while it runs."""
+        """The exit status of the last command started, negative for a signal; None while it runs."""
         stream = self._process.stdout
         assert stream is not None
         while wait or select.select([stream], [], [], 0)[0]:
@@ -85,9 +85,9 @@ class Launcher:
 
 
 def main() -> None:
-    """Run the commands that are ordered on stdin, one after another, to its end."""
+    """Run the commands ordered on stdin, one after another, until it ends."""
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # what libraries print is no reply
+    os.dup2(2, 1)  # what libraries print is not a reply
     own = _own_commands()
     importing, survives = True, False
     for line in sys.stdin:
@@ -115,7 +115,7 @@ def _own_commands() -> dict[str, importlib.metadata.EntryPoint]:
 
 
 def _import_libraries() -> bool:
-    """Import what most commands do; returns whether forks can use it."""
+    """Import what most commands import; return whether forks can use it."""
     for name in _LIBRARIES:
         with suppress(ImportError):  # of an extra that is not installed
             importlib.import_module(name)
@@ -154,7 +154,7 @@ def _executable(name: str) -> str:
 
 
 def _end_with_parent() -> None:
-    """Let the kernel terminate this process when its parent dies, even by SIGKILL: a rerun replaces what it writes."""
+    """Have the kernel terminate this process when its parent dies, even by SIGKILL: a rerun replaces what it writes."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

@@ -143,7 +143,7 @@ def _training(output: Path, sizes: DemoSizes) -> Iterator[Step]:
     preferred = ("train-mimic_sparse", "cache-preference")
     steps = sizes.preference_steps
     given = (student("mimic_sparse"), cache("preference"))
-    # Descriptions would get short without the last term: those that name absent objects are longer.
+    # Without the last term, descriptions would become short: those that name absent objects are longer.
     yield train("preference", "preference", steps, "1e-4", preferred, *given, "loss.distill_weight=0.3")
 
 

@@ -51,7 +51,7 @@ def write_report(output: Path, summary: Mapping[str, Any]) -> Path:
 
 
 def _charts(output: Path) -> list[dict[str, Any]]:
-    """The stages' curves, by the names and colours that the models have in the table."""
+    """The stages' curves, with the names and colours that the models have in the table."""
     places = {model.slug: (model.name, place) for place, model in enumerate(models(output))}
     places["align"] = ("aligned projector", len(places))
     return [

@@ -25,7 +25,7 @@ COLUMNS = {
 
 
 def summarise(output: Path, seconds: Mapping[str, float]) -> dict[str, Any]:
-    """Gather `rows` (one a model), `cache`, `routing` and the seconds of every step, from the commands' output files.
+    """Gather `rows` (one per model), `cache`, `routing` and the seconds of every step, from the commands' output files.
 
     `routing`: the upcycled student's last loss with its own and with random routing.
 

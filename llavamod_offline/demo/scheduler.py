@@ -1,6 +1,6 @@
 """Run commands that depend on one another, a few at a time.
 
-Not `graphlib`, which does not put the longest chain first; that keeps two cores busy to the end.
+Not `graphlib`, which does not put the longest chain first; doing so keeps two cores busy to the end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llavamod_offline.errors import LlavaModError
 _LAUNCHER_LOG = "launcher.log"
 _POLL_SECONDS = 0.05
 REJECTED_STATUS = 3
-# For glibc: else each step of a small model's training has its tensors' memory mapped anew, a tenth of its time.
+# For glibc: else each training step of a small model maps its tensors' memory anew, a tenth of its time.
 _KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
@@ -26,7 +26,7 @@ _KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 class Step:
     """A command, and the names of the steps that must finish before it starts.
 
-    `may_reject`: status 3, by which `cache-teacher` says that it has rejected samples, is no failure. `group`: steps of
+    `may_reject`: status 3, by which `cache-teacher` says that it rejected samples, is not a failure. `group`: steps of
     a lower group start before others that are ready.
     """
 
@@ -56,11 +56,11 @@ def run_steps(
     on_end: Callable[[Step, float], None] = lambda step, seconds: None,
     done: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """Run all steps in `folder`, at most `at_once` together, each with its share of the cores; return their seconds.
+    """Run all steps in `folder`, at most `at_once` at a time, each with its share of the cores; return their seconds.
 
     `done`: the seconds of steps that ended earlier and are not run again. Output goes to NAME.log in `logs`, by default
-    the folder of that name in `folder`. Errors: `StepError` with the end of the log of the first step that fails;
-    running steps are terminated.
+    the folder `logs` in `folder`. Errors: `StepError` with the end of the log of the first step that fails; running
+    steps are terminated.
     """
     logs = logs or folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)

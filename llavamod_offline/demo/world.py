@@ -14,7 +14,7 @@ from llavamod_offline.toyworld.narrow import write_small_language_model
 def write_world(output: Path, *, quick: bool = False, seed: int = 1, benchmark_images: int | None = None) -> list[Path]:
     """Write the folders of a toy world into `output` and return them. Errors: `ConfigError` if one exists.
 
-    `benchmark_images`: see `write_benchmarks`; None: those of the demo.
+    `benchmark_images`: see `write_benchmarks`; None: as many as in the demo.
     """
     sizes = QUICK if quick else FULL
     folders = [output / "world", output / "benchmarks", small_language_model(output)]

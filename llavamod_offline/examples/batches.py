@@ -1,4 +1,4 @@
-"""Shared by the examples: samples of a packed set as batches of model inputs. Replace it for your own data."""
+"""Shared by the examples: samples of a packed set as batches of model inputs. Replace this for your own data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Batches:
     def __init__(self, student: Path, data: Path) -> None:
         self.tokenizer = load_tokenizer(student)
         self.samples = SampleSet.open(data)
-        template = choose_template("auto", lambda: self.tokenizer)  # the student's own, see its chat_template.jinja
+        template = choose_template("auto", lambda: self.tokenizer)  # the student's own: see its chat_template.jinja
         self._encoder = sequence_encoder(student, self.tokenizer, template, 2048)
         self._images = ImagePreprocessor.from_checkpoint(student, "pad")
 

@@ -21,7 +21,7 @@ from teacher_cache import check_student, open_cache
 
 
 def train(student: Path, data: Path, cache_path: Path, keys: Sequence[str], **settings: Any) -> list[float]:
-    """Train on samples by their keys, with `settings` of `TrainingArguments`; returns the logged losses."""
+    """Train on samples by key, with `settings` of `TrainingArguments`; return the logged losses."""
     cache, batches, model = open_cache(cache_path), Batches(student, data), load_llava(student)
     check_student(cache.fingerprint, batches.tokenizer)
     model.model.vision_tower.requires_grad_(False)

@@ -21,7 +21,7 @@ from teacher_cache import check_student, open_cache
 
 
 def train(student: Path, data: Path, cache_path: Path, steps: Sequence[Sequence[str]], rate: float) -> list[float]:
-    """Train on the keys of each step; returns the losses."""
+    """Train on the keys of each step; return the losses."""
     cache, batches, model = open_cache(cache_path), Batches(student, data), load_llava(student)
     check_student(cache.fingerprint, batches.tokenizer)
     model.model.vision_tower.requires_grad_(False)

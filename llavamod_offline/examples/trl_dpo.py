@@ -23,7 +23,7 @@ from teacher_cache import check_student, open_cache
 
 
 class CachedReferenceTrainer(DPOTrainer):  # type: ignore[misc]
-    """Takes reference log-probs from the data set's columns, so that no reference model is loaded or run."""
+    """Take reference log-probs from the data set's columns, so that no reference model is loaded or run."""
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset  # the collator tokenizes
@@ -33,7 +33,7 @@ class CachedReferenceTrainer(DPOTrainer):  # type: ignore[misc]
 
 
 def train(student: Path, data: Path, cache_path: Path, reference: Path, **settings: Any) -> list[float]:
-    """Train on the pairs of an export, with `settings` of `DPOConfig`; returns the logged losses."""
+    """Train on the pairs of an export, with `settings` of `DPOConfig`; return the logged losses."""
     cache, batches, model = open_cache(cache_path), Batches(student, data), load_llava(student)
     check_student(cache.fingerprint, batches.tokenizer)
     model.model.vision_tower.requires_grad_(False)

@@ -5,11 +5,11 @@
                                ├─────load─────▶ the model of transformers
                                └─model_inputs─▶ what its `forward` takes for a batch of both
 
-The same object serves captures, questions, evaluation and vLLM; what runs it asks for no family's name. `image_text` is
-any image-text model, by its own processor (`processor`) and whole model (`run`), compared with both (`probes`,
-`run.check_model`). The families with a module of their own can be run faster: features of images are computed once and
-put among embeddings (`protocol.FeatureFamily`), and vLLM is fed with their images one by one. `students` trains them
-all: `llava` by a pass of its own, the others as wholes.
+The same object serves capture, questions, evaluation and vLLM; no caller asks for a family's name. `image_text` handles
+any image-text model by its own processor (`processor`) and whole model (`run`), and is checked against both (`probes`,
+`run.check_model`). Families with a module of their own can run faster: image features are computed once and put among
+the embeddings (`protocol.FeatureFamily`), and vLLM is fed their images one by one. `students` trains them all: `llava`
+by its own forward pass, the others as whole models.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from llavamod_offline.models.checkpoint import load_tokenizer, read_json
 
 __all__ = ["Family", "SampleImage", "is_llava", "open_family"]
 
-# Those with modules of their own, by config.json's model_type: module and class.
+# Families with modules of their own, by config.json's model_type: module and class.
 _FAMILIES = {
     "llava": ("llava.family", "LlavaFamily"),
     "llava_onevision": ("llava_onevision", "LlavaOnevisionFamily"),
@@ -34,7 +34,7 @@ _FAMILIES = {
     "qwen2_5_vl": ("qwen_vl", "QwenVlFamily"),
 }
 
-# Image-text models that transformers knows as language models alone.
+# Image-text models that transformers knows only as language models.
 _MULTIMODAL = ("phi4_multimodal",)
 
 
@@ -45,7 +45,7 @@ def open_family(folder: Path, template: Template | str, *, image_aspect: str, ma
     """
     module, class_name = _family(folder)
     opener = getattr(importlib.import_module(f"{__name__}.{module}"), class_name)
-    if isinstance(template, str) and module != "image_text":  # which asks its processor
+    if isinstance(template, str) and module != "image_text":  # image_text asks its processor
         template = choose_template(template, lambda: load_tokenizer(folder), image=opener.written or None)
     return cast("Family", opener(folder, template, image_aspect=image_aspect, max_length=max_length))
 

@@ -18,7 +18,7 @@ from llavamod_offline.families.protocol import SampleImage
 
 
 def text_inputs(sequences: Sequence[TokenizedSequence], *, pad: int, left: bool) -> dict[str, NDArray[np.int64]]:
-    """Token ids, padded with `pad` on the right or the `left`, and the mask of those that are none."""
+    """Token ids, padded with `pad` on the right or the `left`, and the attention mask."""
     ids = [sequence.input_ids_T for sequence in sequences]
     masks = [np.ones_like(one) for one in ids]
     return {"input_ids": padded(ids, pad, left=left), "attention_mask": padded(masks, 0, left=left)}
@@ -33,7 +33,7 @@ def padded(rows: Sequence[NDArray[np.int64]], value: int, *, left: bool) -> NDAr
 
 
 def joined(samples: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
-    """The arrays of several samples, one after another; their other dimensions are padded with zeros to the largest."""
+    """The arrays of several samples, concatenated; their other dimensions are padded with zeros to the largest."""
     found: dict[str, NDArray[Any]] = {}
     for name in dict.fromkeys(name for sample in samples for name in sample):
         arrays = [sample[name] for sample in samples if name in sample]
@@ -50,7 +50,7 @@ def joined(samples: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[A
 
 
 def as_array(value: Any) -> NDArray[Any]:
-    """What a processor gives as an array; bfloat16, which numpy lacks, as float32."""
+    """A processor's output as an array; bfloat16, which numpy lacks, becomes float32."""
     if isinstance(value, Tensor) and value.dtype == torch.bfloat16:
         value = value.float()
     return np.asarray(value)

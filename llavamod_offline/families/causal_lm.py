@@ -38,7 +38,7 @@ class CausalLmFamily:
             image_token_id=-1,
             image_tokens=0,
             max_length=max_length,
-            add_start=not words_as(tokenizer, template),  # a tokenizer adds nothing to what its chat template words
+            add_start=not words_as(tokenizer, template),  # a tokenizer adds nothing to its chat template's output
         )
         self.image_token_id: int | None = None
         self.head_rows = int(config.vocab_size)
@@ -81,5 +81,5 @@ class CausalLmFamily:
     def position_ids(
         self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, images: Sequence[SampleImage]
     ) -> Tensor | None:
-        """None: the decoder counts."""
+        """None: the decoder counts positions itself."""
         return None

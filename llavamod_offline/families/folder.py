@@ -1,4 +1,4 @@
-"""Read the common parts of a checkpoint folder; whatever transformers raises becomes one line."""
+"""Read the common parts of a checkpoint folder; anything that transformers raises becomes one line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read_config(config_class: Any, folder: Path) -> Any:
 def longrope_from(config: Any) -> int | None:
     """The length beyond which a model's positions depend on the longest sequence of a batch; None if they never do.
 
-    transformers' `longrope` (Phi-3.5, Phi-4-mini) takes other factors for a whole batch with a longer sequence.
+    transformers' `longrope` (Phi-3.5, Phi-4-mini) uses other factors for a whole batch if one sequence is longer.
     """
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
@@ -78,7 +78,7 @@ def token_id(tokenizer: PreTrainedTokenizerFast, token: str, named: int | None, 
 
 
 def context_length(text_config: Any) -> int:
-    """The most tokens that a language model takes, as its configuration says."""
+    """The most tokens that a language model takes, according to its configuration."""
     return int(getattr(text_config, "max_position_embeddings", 0) or sys.maxsize)
 
 
@@ -93,7 +93,7 @@ def own_aspect(aspect: str, family: str) -> bool:
 
 @contextmanager
 def preparing(sample: Sample) -> Iterator[None]:
-    """Turn whatever an image processor raises into a `DataError` naming the sample."""
+    """Turn anything that an image processor raises into a `DataError` naming the sample."""
     try:
         yield
     except DataError:

@@ -1,7 +1,7 @@
 """Any image-text model of transformers, by its own processor and whole forward pass.
 
-The processor expands images into tokens and prepares their arrays; all that it gives goes into the model, so that
-whatever a family does with images, their positions or their tokens' attention happens as everywhere else. At opening,
+The processor expands images into tokens and prepares their arrays; everything it returns goes into the model, so that
+whatever a family does with images, their positions or their tokens' attention happens here as elsewhere. On opening,
 ids and arrays are compared with the processor's own on a few conversations (`probes`).
 
 Shape suffixes: B sequences of a batch, T tokens of the longest.
@@ -39,9 +39,9 @@ from llavamod_offline.models.checkpoint import load_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PALIGEMMA = "paligemma"  # a model type, and its wording
+PALIGEMMA = "paligemma"  # a model type, and the name of its template
 _TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "text_replacement_offsets")
-_SIZES_KEPT = 4096  # the tokens of images of so many sizes are remembered
+_SIZES_KEPT = 4096  # how many image sizes have their tokens cached
 
 
 class ImageTextFamily:
@@ -49,7 +49,7 @@ class ImageTextFamily:
 
     `image_aspect` auto leaves images to the processor; pad first pads them to squares. `batches`: whether the arrays of
     several samples can be joined; else each sequence runs alone.
-    Errors: `ModelError` for a processor or tokenizer that does not belong to the model, or that cannot be followed.
+    Errors: `ModelError` for a processor or tokenizer that does not belong to the model, or that cannot be reproduced.
     """
 
     def __init__(self, folder: Path, template: Template | str, *, image_aspect: str, max_length: int) -> None:
@@ -65,14 +65,14 @@ class ImageTextFamily:
         if getattr(self.processor, "image_processor", None) is None:
             raise ModelError(f"{folder}: {type(self.processor).__name__} takes videos alone: {folders.OTHER}")
         self.tensors = "np" if type(self.processor.image_processor).__name__.endswith("Pil") else "pt"
-        # A copy: threads use the processor's, with other settings.
+        # A copy: threads use the processor's own, with other settings.
         tokenizer = copy.deepcopy(self.processor.tokenizer)
         image_token = getattr(self.processor, "image_token", None)
         if image_token is None:
             raise ModelError(f"{folder}: {type(self.processor).__name__} has no token for images: {folders.OTHER}")
         self.image_token_id: int | None = _embedded_id(config, self.processor, folder)
         self.written = written_image(tokenizer, image_token, config)
-        # PaliGemma has no chat template; the tokens of its prompt all see one another.
+        # PaliGemma has no chat template; all tokens of its prompt attend to one another.
         self.sees_prompt_whole = self.model_type == PALIGEMMA
         if self.sees_prompt_whole and template in (AUTO, PALIGEMMA):
             template = paligemma_template(tokenizer)
@@ -88,7 +88,7 @@ class ImageTextFamily:
         self.fill = tuple(int(mean * 255) for mean in means)
         self._write = TokenWriter(tokenizer, self.written, image_token)
         self._images_of = lru_cache(_SIZES_KEPT)(self._write_sizes)
-        self.text_fields: dict[str, bool] = {}  # types of tokens that the model takes, and whether they mark images
+        self.text_fields: dict[str, bool] = {}  # token type arrays that the model takes, and whether they mark images
         self.batches, self.needs_images = True, False
         check_family(self)
         self.encoder.max_length = max_length
@@ -141,7 +141,7 @@ class ImageTextFamily:
         return self.arrays(found), [self._write(place["replacement"]) for place in offsets[0]]
 
     def _process_prompt(self, images: Sequence[Image.Image]) -> tuple[dict[str, NDArray[Any]], list[ImageTokens]]:
-        """As `process` for PaliGemma, which puts the beginning of the text after the last image."""
+        """Like `process`, for PaliGemma, which puts the start token of the text after the last image."""
         token, start = self.processor.image_token, self.processor.tokenizer.bos_token_id
         shown = [self.shaped(image) for image in images]
         found = self.processor(text=[token * len(images)], images=[shown], return_tensors=self.tensors)
@@ -153,7 +153,7 @@ class ImageTextFamily:
         return pad_to_square(image, self.fill) if self.padded else image
 
     def arrays(self, found: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-        """What a processor gives beside text."""
+        """A processor's output other than text."""
         return {name: as_array(value) for name, value in found.items() if name not in _TEXT}
 
     def describe_images(self) -> dict[str, Any]:
@@ -194,7 +194,7 @@ class ImageTextFamily:
         return self.model_inputs([sequence], [images])
 
     def token_types(self, sequence: TokenizedSequence, *, marked: bool) -> NDArray[np.int64]:
-        """The processor's type of each token; zeros unless it marks images, or the answer after a whole prompt."""
+        """The processor's type of each token; zeros unless `marked`: then images, or the answer after a prompt."""
         ids_T = sequence.input_ids_T
         if not marked:
             return np.zeros_like(ids_T)

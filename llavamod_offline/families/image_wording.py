@@ -1,4 +1,4 @@
-"""How a model's text holds an image, and the tokens of what its processor writes there."""
+"""How a model's text denotes an image, and the tokens of what its processor writes there."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FRAMES = (("vision_start_token_id", "vision_end_token_id"), ("image_start_token
 def written_image(tokenizer: PreTrainedTokenizerFast, image_token: str, config: Any) -> str:
     """The text of one image before its processor expands `image_token` in it, such as `<|vision_start|>…`.
 
-    The chat template says it, or else the tokens that config.json names as the image's start and end.
+    The chat template determines it, or else the tokens that config.json names as the image's start and end.
     """
     try:
         bare, shown = (
@@ -45,7 +45,7 @@ def written_image(tokenizer: PreTrainedTokenizerFast, image_token: str, config: 
 
 
 class TokenWriter:
-    """Turns what a processor writes for an image into tokens; calls with the same text are answered from memory."""
+    """Turns what a processor writes for an image into tokens; repeated texts come from a cache."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, written: str, image_token: str) -> None:
         self._tokenizer = tokenizer

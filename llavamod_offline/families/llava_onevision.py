@@ -1,7 +1,8 @@
-"""LLaVA-OneVision: a single image is cut into tiles on the grid that fits it best, several are shrunk to a tile each.
+"""LLaVA-OneVision: a single image is cut into tiles on the grid that fits it best; several are shrunk to one tile each.
 
 A single image takes the tokens of the whole image in one tile, and those of its tiles without padding, with a newline
-token after each row; too many are shrunk. Each of several images takes a tile's tokens and a newline.
+token after each row; if there are too many, they are shrunk. Each of several images takes a tile's tokens and a
+newline.
 Shape suffixes: D hidden size, S tiles of an image, H, W a tile's pixels.
 """
 
@@ -114,7 +115,7 @@ class LlavaOnevisionFamily:
         return tensors(text | joined(tiles) | {"image_sizes": sizes, "batch_num_images": counts})
 
     def image_features(self, model: Any, images: Sequence[SampleImage]) -> list[Tensor]:
-        """Run tower and projector over the tiles, and join those of each image, with newlines."""
+        """Run the tower and projector over the tiles, and join those of each image, with newlines."""
         found: dict[int, Tensor] = {}
         alone = [len(image.inputs["pixel_values"]) > 1 for image in images]
         for kind in (True, False):
@@ -136,7 +137,7 @@ class LlavaOnevisionFamily:
     def position_ids(
         self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, images: Sequence[SampleImage]
     ) -> Tensor | None:
-        """None: the decoder counts."""
+        """None: the decoder counts positions itself."""
         return None
 
     def _tokens(self, size: tuple[int, int], sample: Sample) -> int:
@@ -151,7 +152,7 @@ class LlavaOnevisionFamily:
         if best is None:
             raise DataError(f"sample '{sample.key}': {width}×{height} pixels fit no grid of tiles: crop the image")
         rows, columns = (side * (int(length) // self.tile) for length in best)
-        # What follows rounds as the model's `unpad_image` does.
+        # The following rounds as the model's `unpad_image` does.
         if width / height > columns / rows:
             rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
         else:
@@ -162,7 +163,7 @@ class LlavaOnevisionFamily:
         return own + rows * columns + rows
 
     def _most_tiles(self, rule: str) -> int:
-        """The most tiles' worth of features that an image keeps: n of `anyres_max_n`."""
+        """The largest number of tiles whose features an image keeps: n of `anyres_max_n`."""
         number = rule.removeprefix("anyres_max_")
         if not number.isdecimal() or int(number) < 1:
             raise ModelError(

@@ -1,4 +1,4 @@
-"""Compare an opened family with its processor on a few conversations: ids, types of tokens and arrays."""
+"""Compare an opened family with its processor on a few conversations: ids, token types and arrays."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SIZES = ((61, 40), (34, 90))
 
 
 def check_family(family: ImageTextFamily) -> None:
-    """Refuse a family whose tokens or arrays differ from its processor's; finds out what it says by its fields.
+    """Refuse a family whose tokens or arrays differ from its processor's; set the fields that depend on the processor.
 
     Errors: `ModelError` naming the first difference.
     """
@@ -70,7 +70,7 @@ def check_family(family: ImageTextFamily) -> None:
         _check_arrays(arrays, family.arrays(theirs), where)
     family.text_fields = {name: True in possible for name, possible in fields.items()}
     family.batches = _joins(family, images)
-    family.process(images[:1])  # from now on all calls are of this kind, so that threads change no settings
+    family.process(images[:1])  # all later calls are of this kind, so that threads change no settings
 
 
 def probe(family: ImageTextFamily) -> tuple[TokenizedSequence, list[SampleImage]]:
@@ -103,7 +103,7 @@ def _processed(
 ) -> Mapping[str, Any]:
     texts = [text_of(family, turns) for turns in conversations]
     more: dict[str, Any] = {}
-    if family.sees_prompt_whole:  # its processor adds all but the texts themselves
+    if family.sees_prompt_whole:  # its processor adds everything but the texts themselves
         texts = [turns[0].text.replace(_MARK, IMAGE_PLACEHOLDER) for turns in conversations]
         more["suffix"] = [turns[1].text for turns in conversations]
     start = family.processor.tokenizer.bos_token
@@ -157,7 +157,7 @@ def _check_arrays(ours: Mapping[str, NDArray[Any]], theirs: Mapping[str, NDArray
 
 
 def _joins(family: ImageTextFamily, images: list[Image.Image]) -> bool:
-    """Whether the arrays of several samples are those of each, one after another, padded with zeros."""
+    """Whether the arrays of several samples are each sample's, concatenated and padded with zeros."""
     own = [images[:1], images[::-1]]
     try:
         theirs = family.arrays(_processed(family, list(_PROBES[1:3]), own))

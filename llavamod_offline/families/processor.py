@@ -1,4 +1,4 @@
-"""Load a checkpoint's own processor: Pillow resizes its images, and it has no part for videos.
+"""Load a checkpoint's own processor; it resizes images with Pillow, and its part for videos is left out.
 
 Code in a checkpoint's folder is never run.
 """
@@ -27,7 +27,7 @@ def load_processor(folder: Path, config: Any) -> Any:
         kind = _processor_class(folder, config)
         settings, rest = kind.get_processor_dict(folder, local_files_only=True)
         parts = [_part(name, folder, config) for name in kind.get_attributes()]
-        # transformers checks the parts' classes, and has no value for a part that is left out.
+        # transformers checks the parts' classes, and does not allow for one that is left out.
         made: Any = type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda *_: None})
         processor = made.from_args_and_dict(parts, settings, **rest)
     processor.chat_template = processor.tokenizer.chat_template
@@ -36,7 +36,7 @@ def load_processor(folder: Path, config: Any) -> Any:
 
 @contextlib.contextmanager
 def loading(folder: Path) -> Iterator[None]:
-    """Turn whatever transformers raises at a processor into one line: `ModelError`, `ConfigError` for torchvision."""
+    """Turn any error of transformers over a processor into one line: `ModelError`, `ConfigError` for torchvision."""
     try:
         yield
     except ModelError:
@@ -64,7 +64,7 @@ def _processor_class(folder: Path, config: Any) -> Any:
             f"{folder}: transformers has no processor {name or f'for model_type {config.model_type}'}, and code in the "
             "folder is never run: choose another checkpoint"
         )
-    # SmolVLM's demands a package that it uses for videos alone.
+    # SmolVLM's requires a package that it uses only for videos.
     module: Any = importlib.import_module(kind.__module__)
     if hasattr(module, "num2words") and module.num2words is None:
         module.num2words = str
@@ -80,14 +80,14 @@ def _part(name: str, folder: Path, config: Any) -> Any:
         return _image_processor_class(folder, config).from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    if name == "feature_extractor":  # of sounds, which no sample has
+    if name == "feature_extractor":  # for audio, which no sample has
         with contextlib.suppress(OSError, ValueError):
             return AutoFeatureExtractor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return None
 
 
 def _image_processor_class(folder: Path, config: Any) -> Any:
-    """The class that resizes by Pillow; else any, which then needs torchvision."""
+    """The class that resizes with Pillow; else the automatic one, which needs torchvision."""
     from transformers.models.auto import image_processing_auto as auto
 
     _, settings = read_processor_settings(folder)
@@ -97,7 +97,7 @@ def _image_processor_class(folder: Path, config: Any) -> Any:
     else:
         wanted = f"{str(kind).removesuffix('Fast').removesuffix('Pil')}Pil"
     for model_type, classes in auto.IMAGE_PROCESSOR_MAPPING_NAMES.items():
-        # Not by its name alone: without torchvision, transformers hides some that do without it.
+        # Not by name alone: without torchvision, transformers hides some classes that do not need it.
         name = auto.model_type_to_module_name(model_type)
         module = f"transformers.models.{name}.image_processing_pil_{name}"
         if classes.get("pil") == wanted is not None and importlib.util.find_spec(module) is not None:

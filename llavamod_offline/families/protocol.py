@@ -21,9 +21,9 @@ from llavamod_offline.data.sample import Sample
 
 @dataclass(frozen=True)
 class SampleImage:
-    """One image as the model takes it: its named arrays, and the number of image tokens it takes in a sequence.
+    """One image as model input: its named arrays, and the number of image tokens it takes in a sequence.
 
-    Families whose processors prepare the images of a sample together give all of them as one.
+    Families whose processors prepare a sample's images together return all of them as one.
     """
 
     inputs: Mapping[str, NDArray[np.generic]]
@@ -68,7 +68,7 @@ class Family(Protocol):
     def model_inputs(
         self, sequences: Sequence[TokenizedSequence], images: Sequence[Sequence[SampleImage]], *, left: bool = False
     ) -> dict[str, Tensor]:
-        """What the model's `forward` takes for a padded batch, on the CPU; `images` are those of each sequence.
+        """What the model's `forward` takes for a padded batch, on the CPU; `images` holds those of each sequence.
 
         Padding is on the right, or on the `left`.
         """
@@ -77,7 +77,7 @@ class Family(Protocol):
 
 @runtime_checkable
 class FeatureFamily(Family, Protocol):
-    """A family whose image features take the places of embeddings and do nothing else; prompts may share rows."""
+    """A family whose image features replace embeddings and do nothing else; prompts may share rows."""
 
     def image_features(self, model: Any, images: Sequence[SampleImage]) -> list[Tensor]:
         """Run the vision tower and projector: [tokens, D] for each image, as they enter the decoder."""
@@ -86,7 +86,7 @@ class FeatureFamily(Family, Protocol):
     def position_ids(
         self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, images: Sequence[SampleImage]
     ) -> Tensor | None:
-        """The decoder's positions, on the CPU like the arguments; None to let it count.
+        """The decoder's positions, on the CPU like the arguments; None to let it count them itself.
 
         `images` are those of the whole batch, in the order of their tokens; padding is on the right.
         """

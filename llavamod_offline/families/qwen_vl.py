@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL: images of any size, their tokens framed by start and end, positions in three dimensions.
+"""Qwen2-VL and Qwen2.5-VL: images of any size, start and end tokens around them, positions in three dimensions.
 
 Shape suffixes: B sequences of a batch, T tokens of the longest, D hidden size, P patches of one image or of all of
 them, C numbers of a patch.

@@ -1,4 +1,4 @@
-"""Run a family's model up to its last hidden states, and check that it takes what its processor gives.
+"""Run a family's model up to its last hidden states, and check that it accepts its processor's output.
 
 Shape suffixes: B sequences of a batch, T tokens of the longest, D hidden size.
 """
@@ -20,7 +20,7 @@ from llavamod_offline.models.lm_head import check_lm_head
 def check_model(family: Family, model: Any) -> None:
     """Run a loaded model on a short conversation, and compare its logits with those of its LM head.
 
-    Errors: `ModelError` if it cannot take what its processor gives, or treats its logits in a way that is not known.
+    Errors: `ModelError` if it cannot take its processor's output, or changes its logits in an unknown way.
     """
     name = str(family.folder)
     if not isinstance(family, ImageTextFamily):
@@ -48,7 +48,7 @@ class _HeadReached(Exception):  # noqa: N818
 
 
 def backbone(model: Any) -> Callable[..., Any]:
-    """What gives a model's last hidden states: its base model, or itself up to the LM head if it has none."""
+    """What returns a model's last hidden states: its base model, or itself up to the LM head if it has none."""
     if model.base_model is not model:
         base: Callable[..., Any] = model.base_model
         return base

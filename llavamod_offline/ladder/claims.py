@@ -1,4 +1,4 @@
-"""Whether a claim about two rows holds: paired over seeds, by the exact test of signs and sizes."""
+"""Whether a claim about two rows holds: paired over seeds, by an exact randomisation test."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ LEVEL = 0.05
 class PairedTest:
     """The mean paired `difference` of two rows over `seeds`, and how likely one as large is by chance alone.
 
-    `p`: of the sign that the claim wants; for `same`, of any sign. `holds`: None with too few seeds to reach `LEVEL`.
+    `p`: for the sign that the claim wants; for `not lower`, the sign that it rules out; for `same`, either sign.
+    `holds`: None with too few seeds to reach `LEVEL`.
     """
 
     difference: float
@@ -46,9 +47,9 @@ def compare(
 
 
 def sign_flip(differences: Sequence[float], *, two_sided: bool = False) -> float:
-    """The share of all choices of signs whose sum is at least as large as that of the differences as they are.
+    """The share of all sign assignments whose sum is at least as large as the observed one.
 
-    Fisher's randomisation test of paired differences: exact, of least p-value 1/2ⁿ.
+    Fisher's randomisation test of paired differences: exact, with a smallest p-value of 1/2ⁿ.
     """
     size = sum(differences)
     sums = [sum(sign * value for sign, value in zip(signs, differences, strict=True)) for signs in _signs(differences)]

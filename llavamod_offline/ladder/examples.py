@@ -1,4 +1,4 @@
-"""Images with what several students say of them, and which of the objects that they name are not there."""
+"""Images with what several students say about them, and which of the objects that they name are absent."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MODELS = {
 
 
 def described_images(here: Path) -> list[dict[str, Any]]:
-    """The first images of a seed's benchmark of which any of six models names an object that is not there.
+    """The first images of a seed's benchmark for which any of six models names an absent object.
 
     `image`: base64, as in the benchmark. `texts`: by model, its description as [part, whether it is an absent object].
     """
@@ -56,7 +56,7 @@ def _answers(folder: Path) -> dict[str, str]:
 
 
 def _marked(text: str, absent: set[str]) -> list[tuple[str, bool]]:
-    """A description in parts, each with whether it names one of the objects that are absent."""
+    """A description in parts, each with whether it is the name of an absent object."""
     names = "|".join(map(re.escape, sorted(absent, key=len, reverse=True)))
     parts = re.split(rf"\b({names})\b", text, flags=re.IGNORECASE) if names else [text]
     return [(part, bool(place % 2)) for place, part in enumerate(parts) if part]

@@ -21,8 +21,8 @@ _RATES = {
     "mimic_sparse": "5e-4",
     "preference": "1e-4",
 }
-_SECOND_RATE = "5e-4"  # on the second set, of all stages
-# Fewer steps, as there are some thirty students a seed; more questions, as 500 cannot show a difference of .03.
+_SECOND_RATE = "5e-4"  # on the second set, for all stages
+# Fewer steps: there are about thirty students per seed; more questions: 500 cannot show a difference of .03.
 _FULL = replace(FULL, distill_steps=120, sparse_steps=40, benchmark_images=300)
 UNSEEN = "unseen"
 
@@ -38,7 +38,7 @@ def ladder_steps(seed: int, *, quick: bool) -> list[Step]:
 
 
 def plan_digest(steps: Sequence[Step]) -> str:
-    """SHA-256 (hex) of the commands, wherever the toy world's checkpoints are installed."""
+    """SHA-256 (hex) of the commands, independent of where the toy world's checkpoints are installed."""
     words = "\n".join(" ".join(step.command) for step in steps)
     return hashlib.sha256(words.replace(str(CHECKPOINTS), "").encode()).hexdigest()
 

@@ -44,7 +44,7 @@ def _chart(claim: Mapping[str, Any], rows: Mapping[str, Any]) -> dict[str, Any]:
     lines = [(rows[run]["name"], rows[run]["columns"][claim["column"]]) for run in (claim["row"], claim["than"])]
     values: list[float] = [value for _, column in lines for value in column["values"]]
     low, high = min(values), max(values)
-    margin = 0.1 * (high - low) or 0.1 * abs(high) or 1.0  # else dots would stand on the edges
+    margin = 0.1 * (high - low) or 0.1 * abs(high) or 1.0  # else dots would sit on the edges
     low, high = low - margin, high + margin
 
     def place(value: float) -> float:

@@ -24,11 +24,11 @@ _WANTED = {"accuracy": "higher", "pope_f1": "higher"}  # all others: lower
 
 
 def summarise(seeds: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """Make `rows` and `claims` of the results of each seed.
+    """Make `rows` and `claims` from the results of each seed.
 
-    A column is {"values": one a seed, "mean", "spread": their standard deviation}; `difference` and `p` compare it with
-    the row that `compared_with` names. `expert_load`: each expert's share of the tokens, layer by layer. Sizes, bytes
-    and load are those of the first seed.
+    A column is {"values": one per seed, "mean", "spread": their standard deviation}; `difference` and `p` compare it
+    with the row that `compared_with` names. `expert_load`: each expert's share of the tokens, layer by layer. Sizes,
+    bytes and load are those of the first seed.
     """
     table = (TableRow("Teacher", "teacher", TEACHER), *ROWS)
     values = {row.run: _values([results["runs"][row.run] for results in seeds.values()]) for row in table}

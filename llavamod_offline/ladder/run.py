@@ -40,8 +40,8 @@ def parse_seeds(text: str) -> list[int]:
 def run_ladder(output: Path, *, seeds: Sequence[int], quick: bool, at_once: int | None = None) -> Path:
     """Run or resume the ladder in `output`, and return the path of its summary.
 
-    A seed whose results are there, made here or copied from elsewhere, is not run. Summary and page are written anew
-    whenever a seed is complete. Errors: `ConfigError` if `output` holds something else, or a ladder of other sizes;
+    A seed whose results exist, made here or copied from elsewhere, is not run. The summary and the page are rewritten
+    whenever a seed completes. Errors: `ConfigError` if `output` holds something else, or a ladder of other sizes;
     `StepError` if a command fails.
     """
     _check(output, quick)
@@ -72,11 +72,11 @@ def _check(output: Path, quick: bool) -> None:
 def _run(
     output: Path, plan: dict[int, list[Step]], results: dict[int, dict[str, Any] | None], quick: bool, at_once: int
 ) -> None:
-    """Run the commands of all seeds without results, and fill in theirs."""
+    """Run the commands of all seeds without results, and fill these in."""
     steps = [step for seed, found in results.items() if found is None for step in plan[seed]]
     done = _done(output, steps)
     for seed, found in results.items():
-        if found is None and step_name(seed, "toyworld") not in done:  # it begins anew, and refuses folders that exist
+        if found is None and step_name(seed, "toyworld") not in done:  # it starts over, and refuses existing folders
             for name in _WORLD:
                 shutil.rmtree(output / folder_of(seed) / name, ignore_errors=True)
 
@@ -115,10 +115,10 @@ def _summarise(output: Path, results: dict[int, dict[str, Any] | None], quick: b
 
 
 def _done(output: Path, steps: list[Step]) -> dict[str, float]:
-    """The seconds of the commands that have ended, as they would be typed now, and so have all that they need.
+    """The seconds of finished commands that read the same now, as do all steps that they need.
 
-    All other lines of these seeds are removed from the log, so that what needs them runs again; so is a line that a
-    kill has torn. Lines of other seeds stay.
+    All other lines of these seeds are removed from the log, so that whatever needs them runs again; lines cut short by
+    a kill are removed too. Lines of other seeds stay.
     """
     file = output / _DONE
     ended: dict[str, dict[str, Any]] = {}

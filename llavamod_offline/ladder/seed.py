@@ -1,4 +1,4 @@
-"""What a seed has found: gathered from the files of its commands into one, which stands for all of them."""
+"""A seed's results: gathered from its commands' files into one, which stands for all of them."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _SCORES = {
 
 
 def gather_seed(output: Path, seed: int, steps: Sequence[Step], seconds: Mapping[str, float]) -> None:
-    """Write `results.json` into a seed's folder, of whose `steps` all have ended, each after so many `seconds`.
+    """Write `results.json` into the folder of a seed whose `steps` have all ended, each after its `seconds`.
 
-    `runs`: by run, its columns and what its training says of it. `examples`: images with what models say of them.
+    `runs`: by run, its columns and figures from its training. `examples`: images with what models say about them.
     """
     here = output / folder_of(seed)
     runs = {name: _results(here, name, seed, seconds) for name in (TEACHER, *(row.run for row in ROWS))}
@@ -85,7 +85,7 @@ def _column(answers: Path, name: Column) -> float | None:
 
 
 def _bytes(here: Path, run: str) -> float | None:
-    """What a run's cache takes a position."""
+    """The bytes per position of a run's cache; None if it has no cache."""
     cache = next((one.cache for one in RUNS if one.name == run), None)
     if cache is None:
         return None

@@ -1,8 +1,8 @@
 """What the ladder compares: caches, training runs, the table's rows, and the claims that are tested.
 
-All runs of a group see the same samples in the same number of optimiser steps; every stage on a set has as many.
-Experts are trained as mimic_sparse does, with all MLPs, routers and the projector, the rest frozen: what they add is
-seen against a dense student of which the same is trained.
+All runs of a group see the same samples in the same number of optimiser steps; every stage on a set takes the same
+number. Experts are trained as in mimic_sparse: all MLPs, the routers and the projector, with the rest frozen. What they
+add is measured against a dense student whose same parts are trained.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TEACHER = "teacher"
 
 @dataclass(frozen=True)
 class Cache:
-    """A cache of a set: what `cache-teacher run` is told beside set and teacher."""
+    """A cache of a set: what `cache-teacher run` is told besides set and teacher."""
 
     name: str
     data: str
@@ -61,7 +61,7 @@ class Claim:
 
 _ALL_IDS = ("capture.preset=exhaustive",)
 _TOP_50 = ("capture.top_k=50", "capture.min_prob=0", "capture.tail_samples_max=0")
-# One certain id, as a record needs one, and 50 samples of all others: arXiv 2503.16870.
+# One certain id, because a record needs one, and 50 samples of all others: arXiv 2503.16870.
 _SAMPLES = ("capture.top_k=1", "capture.tail_samples_max=50", "capture.tail_samples_per_mass=50")
 _AT_2 = "capture.temperature=2"
 
@@ -84,7 +84,7 @@ _SPARSE = ("student.kind=sparse", "student.upcycle.num_experts=4", "student.upcy
 _EXPERTS = ("student.capacity_factor=1.5", "loss.router_aux_coef=0.01", "trainable=[projector,mlp,router]")
 _GROWN = ("student.upcycle=null",)  # the parent is sparse already
 _WITH_ANSWERS = ("loss.kind=kd_lm",)  # as mimic_sparse
-_KEPT_LONG = ("loss.distill_weight=0.3",)  # else descriptions get short, since longer ones name more absent objects
+_KEPT_LONG = ("loss.distill_weight=0.3",)  # else descriptions get short, because longer ones name more absent objects
 _T2, _RENORMALISED = "loss.temperature=2", "loss.tail=renormalised"
 _TERM = ("loss.positions=response", "loss.kind=only_kd")
 

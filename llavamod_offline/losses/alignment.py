@@ -3,8 +3,8 @@
 Shape suffixes: N positions, D and T hidden sizes of student and teacher, B images, P visual tokens per image, V rows of
 the LM head.
 
-- LLAVADI (arXiv 2407.19409) aligns the last hidden states at the response's tokens, by mean squares or cosine, through
-  a projection that is trained with the student and discarded afterwards.
+- LLAVADI (arXiv 2407.19409) aligns the last hidden states at the response's tokens, by mean squared error or cosine,
+  through a projection that is trained with the student and discarded afterwards.
 - LLaVA-KD (arXiv 2410.16236) aligns the next-token distributions at the image's tokens (visual-token KL) and the
   relations between these tokens, by the cosine of the Gram matrices of teacher's and student's logits. Without the
   teacher's LM head, Gram matrices of hidden states replace those of logits.

@@ -62,10 +62,10 @@ class DistillationOutput(NamedTuple):
 class CachedDistillation(nn.Module):
     """kd_weight · T² · divergence(teacher, student) + lm_weight · cross-entropy, from a cache's records.
 
-    The defaults are those of `train-student`'s recipes: forward KL with the tail by its samples (`tail` None: see
+    The defaults are those of `train-student`'s recipes: forward KL with the tail from its samples (`tail` None: see
     `tail_estimators.choose_tail`). `epochs`: how often each record will be read; see `tail_estimators.prior_share`.
 
-    `swap`: what `check_student` returned for a student with another end of turn. `student_rows`: the rows of the
+    `swap`: what `check_student` returned for a student with a different end of turn. `student_rows`: the rows of the
     student's LM head, if they are fewer than the cache's ids.
 
     `attach` makes a transformers model return this loss from its own forward pass, which is what HF `Trainer`, DDP,
@@ -124,8 +124,8 @@ class CachedDistillation(nn.Module):
         the step (HF `Trainer` passes it), this batch's share of the step's mean. A cache of all positions needs
         `attention_mask_BT` where there is padding.
 
-        Errors: `TargetError` if a record was made for another token than the label; `ModelError` if the weight of the
-        LM head is sharded here.
+        Errors: `TargetError` if a record was made for a token other than the label; `ModelError` if the LM head's
+        weight is sharded here.
         """
         head = as_lm_head(lm_head)
         _check_whole(head.weight_VD, hidden_BTD.shape[-1])
@@ -183,7 +183,7 @@ class CachedDistillation(nn.Module):
 
 
 def prior_of(cache: CachedTeacher, *, epochs: float, swap: Swap | None, vocab_size: int | None) -> TailPrior | None:
-    """The prior of a student that reads a cache `epochs` times, in the student's ids; None where it has no share."""
+    """The prior of a student that reads a cache `epochs` times, in the student's ids; None if its share is 0."""
     share = prior_share(positions=cache.positions, epochs=epochs)
     profile_V = cache.tail_profile if share else None  # reads every shard
     if profile_V is None:
@@ -196,7 +196,7 @@ def prior_of(cache: CachedTeacher, *, epochs: float, swap: Swap | None, vocab_si
 
 
 def _check_target_ids(target_ids_N: Tensor, targets: SparseTargets) -> None:
-    """Refuse records that were made for other tokens than those of the batch. Errors: `TargetError`."""
+    """Refuse records that were made for tokens other than the batch's. Errors: `TargetError`."""
     if len(target_ids_N) != len(targets):
         raise TargetError(
             f"the labels supervise {len(target_ids_N)} positions, their records hold {len(targets)}: pass the records "

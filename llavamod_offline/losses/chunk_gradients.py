@@ -1,7 +1,8 @@
-"""The gradient of a loss by a chunk's logits, with one softmax for any divergence: measured, planned and written.
+"""The gradient of a loss with respect to a chunk's logits, with one softmax for any divergence.
 
-Measuring reads the logits; what a loss and its gradient need of them is a few numbers a row. Planning turns these into
-the loss and a `RowGradients`. The functions `…_in_place` do both, and write the gradient over the same logits.
+It is measured, planned and written. Measuring reads the logits; a loss and its gradient need only a few numbers per
+row. Planning turns these into the loss and a `RowGradients`. The functions `…_in_place` do both, and write the gradient
+over the same logits.
 
 Shape suffixes: N positions, V vocabulary, K top-k slots, M tail sample slots, E = K + 1 events.
 
@@ -36,7 +37,7 @@ def zero_metrics(device: torch.device) -> dict[str, Tensor]:
 
 
 class Measured(NamedTuple):
-    """What a loss needs of N rows of logits, each divided by the temperature.
+    """What a loss needs from N rows of logits, each divided by the temperature.
 
     `topk_NK`, `tail_logits_NM`, `actual_N`: those of the record's ids and of the actual token (−inf in empty slots, and
     any number for an actual token of −1). `shift_N`: the largest of all others, 0 where there are none; `largest_N` is
@@ -52,7 +53,7 @@ class Measured(NamedTuple):
 
 
 def measure_divergence(logits_NV: Tensor, teacher: PreparedTargets, target_ids_N: Tensor) -> Measured:
-    """Measure rows for `plan_divergence`; leaves −inf at the top-k ids, and all others as they are."""
+    """Measure rows for `plan_divergence`; sets the top-k ids to −inf, and leaves all others unchanged."""
     temperature = teacher.temperature
     topk_NK, tail_logits_NM, actual_N = (p.div_(temperature) for p in _gathered(logits_NV, teacher, target_ids_N))
     # Masking the top-k gives the tail's normaliser without cancellation.
@@ -61,7 +62,7 @@ def measure_divergence(logits_NV: Tensor, teacher: PreparedTargets, target_ids_N
 
 
 def measure_cross_entropy(logits_NV: Tensor, target_ids_N: Tensor) -> Measured:
-    """Measure rows for `plan_cross_entropy`; leaves the logits as they are."""
+    """Measure rows for `plan_cross_entropy`; leaves the logits unchanged."""
     actual_N = _gather_one(logits_NV, target_ids_N)
     return Measured(logits_NV[:, :0], logits_NV[:, :0], actual_N, *peaks_and_sums(logits_NV, 1.0))
 
@@ -253,7 +254,7 @@ def _topk_kl(teacher: PreparedTargets, log_q_NE: Tensor) -> Tensor:
 def _mixed(sampled_N: Tensor, teacher: PreparedTargets, prior: TailPrior) -> tuple[Tensor, Tensor, Tensor]:
     """Divide the tail's target between its samples and the prior's profile.
 
-    Returns the samples' part [N], the profile's factor [N], and what the profile takes at the top-k ids [N, K], where
+    Returns the samples' part [N], the profile's factor [N], and what the profile would give the top-k ids [N, K], where
     it does not belong. Positions whose top-k covers the profile use the samples alone.
     """
     profile_NK = torch.where(teacher.topk_valid_NK, prior.profile_V[teacher.topk_ids_NK], 0.0)

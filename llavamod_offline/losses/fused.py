@@ -83,7 +83,7 @@ def distillation_from_hidden(
     ≥ 0 weighs positions. `divergence` with its `js_weight` or `skew`: see `bucketed_divergence.py`; `tail`, and `prior`
     for `samples`: see `tail_estimators.py`. Rows of the LM head from `targets.vocab_size` on get no probability and no
     gradient. Positions with neither top-k nor tail add nothing, nor do targets of −1 to the cross-entropy; N = 0 gives
-    0 with zero gradients. `chunk_size`: of how many positions logits are held at once.
+    0 with zero gradients. `chunk_size`: how many positions' logits are held at once.
     Errors: `TargetError` if the number of positions differs, or as `prepare_targets`.
     """
     if len(hidden_ND) != len(targets):
@@ -167,7 +167,7 @@ def _vocabulary(lm_head: LmHead, target_ids_N: Tensor, vocab_size: int | None) -
 
 
 def fused_rows(hidden_ND: Tensor, head: LmHead, vocab: int, chunk_size: int | None, loss: RowLoss) -> Tensor:
-    """The summed loss of the rows of logits, with its gradients by hidden states and LM head."""
+    """The summed loss of the rows of logits, with gradients for hidden states and LM head."""
     # needs_input_grad is True even under no_grad, where gradients must not be computed.
     train = torch.is_grad_enabled()
     applied = FusedLinearDivergence.apply(  # type: ignore[no-untyped-call]

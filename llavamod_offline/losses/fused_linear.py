@@ -5,7 +5,7 @@ Shape suffixes: N positions, D hidden size, V rows of the LM head, C positions o
 Logits, softmax and sums over chunks are float32. Matrix products take operands in the weight's dtype and accumulate in
 float32. CPUs have no such low-precision product, so there the LM head is converted to float32 one slab at a time.
 
-There are two orders of work. By chunks of positions, a chunk's logits become its gradient in place: three products a
+There are two orders of work. By chunks of positions, a chunk's logits become its gradient in place: three products per
 logit, and the LM head's gradient is a float32 sum [V, D] over chunks. On a GPU in half precision, reading and writing
 that sum for each chunk takes longer than the products, and it is twice as large as the gradient. There a first pass
 over positions measures the rows, and a second one over slabs of ids recomputes their logits (four products) and gives
@@ -35,7 +35,7 @@ class FusedLinearDivergence(torch.autograd.Function):
     """hidden states [N, D], LM head → summed loss; the forward pass computes all gradients as well.
 
     That takes three matrix products per chunk; recomputing the logits in the backward pass would take four. Weight and
-    bias are passed beside `head`, which has the same ones, for autograd to see them.
+    bias, which `head` holds too, are passed separately so that autograd sees them.
     """
 
     @staticmethod
@@ -73,7 +73,7 @@ class FusedLinearDivergence(torch.autograd.Function):
 class TokenLogProbs(torch.autograd.Function):
     """hidden states [N, D], LM head → log-probs [N] of one id per position; see `FusedLinearDivergence`.
 
-    The backward pass recomputes the logits, since only then each position's upstream gradient is known.
+    The backward pass recomputes the logits, because only then is each position's upstream gradient known.
     """
 
     @staticmethod
@@ -164,7 +164,8 @@ def gradients_by_slabs(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of hidden states, weight and bias, each in its dtype and where `needs` is true.
 
-    A slab has as many logits as `chunk_size` positions, or by default about as many as the hidden states have numbers.
+    A slab has as many logits as `chunk_size` positions have, or by default about as many as the hidden states have
+    elements.
     """
     if not any(needs):
         return None, None, None
@@ -174,7 +175,7 @@ def gradients_by_slabs(
     hidden_sum_ND = torch.zeros_like(hidden_ND, dtype=torch.float32) if needs[0] else None
     weight_gradient_VD = torch.zeros_like(weight_VD) if needs[1] else None
     bias_gradient_V = torch.zeros_like(bias_V) if needs[2] and bias_V is not None else None
-    width = max(256, weight_VD.shape[1] * 2 // 3 // 256 * 256)  # a multiple that products are fast for
+    width = max(256, weight_VD.shape[1] * 2 // 3 // 256 * 256)  # a multiple for which products are fast
     if chunk_size is not None:
         width = max(1, chunk_size * vocab // max(len(hidden_ND), 1))
     # On a GPU products take operands in the weight's dtype, on a CPU in float32.
@@ -219,7 +220,7 @@ def goes_by_slabs(weight_VD: Tensor) -> bool:
 
 
 def _chunk_rows(weight_VD: Tensor) -> int:
-    """Positions of a chunk: enough for the products, and no more logits than half the LM head's gradient."""
+    """Positions per chunk: enough for fast products, with logits at most half as large as the LM head's gradient."""
     return max(_CHUNK_SIZE, weight_VD.shape[1] // 4) if weight_VD.is_cuda else _CHUNK_SIZE
 
 

@@ -1,4 +1,4 @@
-"""Several teachers' targets of the same positions as one: their weighted mean distribution, p = Σ w·p_t.
+"""Combine several teachers' targets for the same positions: their weighted mean distribution, p = Σ w·p_t.
 
 The top-k part of the mixture is the union of the teachers' top-k parts. A teacher that lacks an id of the union in its
 own top-k part has it somewhere in its tail. FORMAT.md, "Several teachers", says what that means for each reading.
@@ -23,10 +23,10 @@ from llavamod_offline.losses.targets import EMPTY_ID, SparseTargets
 def mix_targets(parts: Sequence[SparseTargets], weights: Sequence[float], *, by_samples: bool) -> SparseTargets:
     """Mix several teachers' targets at temperature 1, by relative `weights`.
 
-    `by_samples`: a teacher's tail samples say what its tail gives to the ids of the union, and which other ids it
+    `by_samples`: a teacher's tail samples determine what its tail gives to the ids of the union, and which other ids it
     holds. Every probability is then unbiased, and so is the gradient of the forward KL. Otherwise, and for a teacher
-    whose tail has no samples, the whole tail is part of the mixture's: ids of the union lack what it gives to them, in
-    all at most its mass. Either way the result is exact where the top-k parts hold all ids.
+    whose tail has no samples, the whole tail joins the mixture's: ids of the union lack what it gives to them, at most
+    its mass in total. Either way the result is exact where the top-k parts hold all ids.
 
     The log-probs of the actual tokens are exact. Entropy: the weighted mean of the teachers' plus their Jensen–Shannon
     divergence over the union and whole tails; exact without tails. Normalisers are left out.
@@ -76,9 +76,9 @@ def mix_targets(parts: Sequence[SparseTargets], weights: Sequence[float], *, by_
 
 
 def concatenate_targets(parts: Sequence[SparseTargets]) -> SparseTargets:
-    """Put targets of one vocabulary and the same temperatures one after another, padded to the widest.
+    """Concatenate targets of one vocabulary and the same temperatures, padded to the widest.
 
-    They are sampled at the temperature of those that have samples.
+    The result's `sampled_at` is that of the parts that have tail samples.
     """
     topk, tail = (max(getattr(part, name).shape[1] for part in parts) for name in ("topk_ids_NK", "tail_ids_NM"))
     padding = {
@@ -130,7 +130,7 @@ def _log_of_mean(log_probs_N: Sequence[Tensor], shares: Sequence[float]) -> Tens
 def _entropy(
     parts: Sequence[SparseTargets], shares: Sequence[float], tails_N: Sequence[Tensor], mean_NL: Tensor
 ) -> Tensor:
-    """`mean_NL`: of each entry's id, what the teachers' top-k parts give to it together."""
+    """`mean_NL`: for each entry's id, the probability that the teachers' top-k parts give to it together."""
     own_N = torch.zeros_like(tails_N[0])
     start = 0
     for part, share, tail_N in zip(parts, shares, tails_N, strict=True):

@@ -1,4 +1,4 @@
-"""Distillation by policy gradient from one number a token: the teacher's log-prob of what the student wrote.
+"""Distillation by policy gradient from one number per token: the teacher's log-prob of what the student wrote.
 
 Shape suffixes: N tokens. Source: Lightning OPD, arXiv 2604.13010 (offline on-policy distillation).
 """
@@ -38,11 +38,11 @@ def policy_gradient(
 
     With the advantage A = log π_teacher − log π_student and the weight w = min(π_student / π_behaviour,
     `importance_max`), both without gradient, each token adds −w·A to the value, an estimate of the reverse KL, and
-    −w·A·∇log π_student to the gradient. Where no weight is clipped, its expectation over tokens that were drawn from
-    π_behaviour, all of it (not its top p), is the gradient of the reverse KL at their positions. What a token changes
-    of later positions is left out, as is usual.
+    −w·A·∇log π_student to the gradient. If no weight is clipped, its expectation over tokens drawn from the full
+    π_behaviour (not its top p) is the gradient of the reverse KL at their positions. A token's effect on later
+    positions is left out, as usual.
 
-    Shapes: all [N], of the tokens that were written; only `log_probs_N`, the student's, needs a gradient.
+    Shapes: all [N], for the tokens that were written; only `log_probs_N`, the student's, needs a gradient.
     Errors: `TargetError` if `importance_max` is not above 0.
     """
     if not importance_max > 0:

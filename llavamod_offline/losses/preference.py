@@ -16,7 +16,7 @@ i.e. answers to other prompts), detached:
 - desirable: w₊ · (1 − σ(β(r − K)))
 - undesirable: w₋ · (1 − σ(β(K − r)))
 
-K estimates the KL of policy and reference. The training responses would bias it, since the policy is trained on them;
+K estimates the KL of policy and reference. The training responses would bias it, because the policy is trained on them;
 `kto_pair` uses them nevertheless. Source: KTO, arXiv 2402.01306.
 """
 

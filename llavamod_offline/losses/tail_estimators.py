@@ -39,8 +39,8 @@ LEAST_SHARE = 0.02  # of a prior; one below it is not worth its pass over the vo
 class TailPrior:
     """The teacher's mean tail, `profile_V` [V] ≥ 0, in place of a `share` of the samples.
 
-    Students that read few records again and again learn their samples by heart: this noise is the same in every pass
-    and does not average out. The mean tail has less of it, at the price of a bias.
+    Students that read few records many times memorise their samples: this noise is the same in every pass and does not
+    average out. The mean tail has less of it, at the cost of a bias.
     """
 
     share: float
@@ -85,9 +85,9 @@ class PreparedTargets:
 def choose_tail(
     divergence: DivergenceKind, temperature: float, *, sampled_at: float, has_samples: bool
 ) -> TailEstimator:
-    """The default estimator: `samples` for the forward KL, `bucket` for divergences that have no other, or no samples.
+    """The default estimator: `samples` for the forward KL, `bucket` for other divergences, or without samples.
 
-    `sampled_at`: the temperature that the cache was captured for. Errors: `TargetError` if that is another one.
+    `sampled_at`: the temperature that the cache was captured for. Errors: `TargetError` if it is not `temperature`.
     """
     if divergence != "forward_kl" or not has_samples:
         return "bucket"
@@ -102,11 +102,11 @@ def choose_tail(
 def prior_share(*, positions: int, epochs: float) -> float:
     """The share of a `TailPrior` for `positions` records that are read `epochs` times each; 0: the samples alone.
 
-    It grows with the number of times that a record returns, and falls with the number of records, whose noise
-    averages out in what they teach together: k/(1 + k) with k = 2.8 · √((epochs − 1)/positions). A fit to the shares
-    that were best for students of 128 to 8,192 records read 5 to 300 times (the low-rank teacher of
-    `tests/benchmarks/readings.py`): .8 where 128 records return 300 times, .35 for 1,024 and 37, .05 for 8,192 and 5;
-    0 for a million records and ten epochs.
+    It grows with the number of times that a record is read, and falls with the number of records, whose noise averages
+    out over what they teach together: k/(1 + k) with k = 2.8 · √((epochs − 1)/positions). A fit to the shares that were
+    best for students of 128 to 8,192 records read 5 to 300 times (the low-rank teacher of
+    `tests/benchmarks/readings.py`): .8 for 128 records read 300 times, .35 for 1,024 and 37, .05 for 8,192 and 5; 0 for
+    a million records and ten epochs.
     """
     odds = 2.8 * (max(epochs - 1.0, 0.0) / max(positions, 1)) ** 0.5
     share = odds / (1 + odds)
@@ -223,7 +223,7 @@ def _usable_tail_samples(
     """The tail samples as ids ≥ 0 and float32 weights; none if they were taken at another temperature."""
     ids_NM = targets.tail_ids_NM
     usable = temperature == targets.sampled_at and ids_NM.shape[1] > 0
-    if tail == "samples" and not usable and bool(torch.isfinite(tail_N).any()):  # asks the device only to refuse
+    if tail == "samples" and not usable and bool(torch.isfinite(tail_N).any()):  # waits for the device only if unusable
         if temperature != targets.sampled_at:
             raise TargetError(
                 f"tail 'samples' at temperature {temperature:g}: the cache was captured for {targets.sampled_at:g}: "

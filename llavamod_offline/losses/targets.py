@@ -78,10 +78,10 @@ class SparseTargets:
         return self.log_normalisers_NS[:, self.temperatures.index(temperature)]
 
     def limited(self, vocab_size: int) -> SparseTargets:
-        """The distributions over the first `vocab_size` ids alone, for a student that has fewer ids than the teacher.
+        """The distributions over the first `vocab_size` ids only, for a student that has fewer ids than the teacher.
 
-        The mass of the other ids is divided among the rest, exactly where they are among the top-k; among the tail
-        samples, by the share that these represent. Entropy and normalisers leave ids of the tail as they are.
+        The mass of the other ids is divided among the rest: exactly if they are in the top-k; for tail samples, by the
+        share that these represent. Entropy and normalisers do not account for ids removed from the tail.
         """
         if vocab_size >= self.vocab_size:
             return self
@@ -93,7 +93,7 @@ class SparseTargets:
         tail_log_mass_N = self.tail_log_mass_N + share_N.log()
         lost_N = lost_probs_NK.sum(-1) + self.tail_log_mass_N.exp() - tail_log_mass_N.exp()
         left_N = (self.topk_log_probs_NK.exp() * ~lost_NK).sum(-1) + tail_log_mass_N.exp()
-        # Of small numbers, the rounding of the other one does not matter.
+        # For a small number, the other one's rounding does not matter.
         log_rest_N = torch.where(lost_N < 0.5, 1 - lost_N, left_N).clamp(min=_LEAST_REST).log()
         own_NK = torch.where(lost_NK, 0.0, self.topk_log_probs_NK)
         surprise_N = -(lost_probs_NK * torch.where(lost_NK, self.topk_log_probs_NK, 0.0)).sum(-1)
@@ -103,7 +103,7 @@ class SparseTargets:
             powers_N = (torch.where(lost_NK, self.topk_log_probs_NK, -torch.inf) / temperature).exp().sum(-1)
             rest_N = (self.log_normalisers_NS[:, place].exp() - powers_N).clamp(min=_LEAST_REST)
             normalisers.append(rest_N.log() - log_rest_N / temperature)
-        order_NK = lost_NK.int().argsort(dim=-1, stable=True)  # what is left comes first, in its order
+        order_NK = lost_NK.int().argsort(dim=-1, stable=True)  # what is left comes first, in order
         return replace(
             self,
             topk_ids_NK=self.topk_ids_NK.masked_fill(lost_NK, EMPTY_ID).gather(-1, order_NK),

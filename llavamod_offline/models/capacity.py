@@ -69,7 +69,7 @@ def _drop(mask: _Mask, factor: float) -> Any:
         if keep_S is None:
             keep_S = torch.ones(len(choices_SK), dtype=torch.bool, device=choices_SK.device)
         experts = logits_SE.shape[1]
-        # A tensor: its value would have to be waited for in every layer.
+        # Kept as a tensor: reading its value would wait for the device in every layer.
         capacity = (factor * choices_SK.shape[1] * keep_S.sum().double() / experts).ceil()
         kept_SK = weights_SK * places(choices_SK, keep_S, experts, capacity)
         total_S1 = kept_SK.sum(-1, keepdim=True)

@@ -101,9 +101,9 @@ def _check_complete(info: dict[str, Any], where: str) -> None:
 
 
 def _untie(model: Any, folder: Path) -> None:
-    """Correct the configuration of a model whose LM head it ties to the embeddings although the weights hold another.
+    """Correct a model's configuration if it ties the LM head to the embeddings although the weights hold another.
 
-    transformers uses such a head, but goes by the configuration when a model is saved and copied.
+    transformers uses such a head, but goes by the configuration when saving and copying a model.
     """
     said = model.get_expanded_tied_weights_keys(all_submodels=True)
     untied = sorted(said.keys() - model.all_tied_weights_keys.keys())
@@ -155,12 +155,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def id_count(tokenizer: PreTrainedTokenizerFast) -> int:
-    """One more than the tokenizer's largest id, among which may be gaps."""
+    """One more than the tokenizer's largest id; there may be gaps below it."""
     return int(max(tokenizer.get_vocab().values())) + 1
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast, *lm_head_rows: int) -> int:
-    """The number of ids a distribution covers: the smallest of the tokenizer's and the LM heads' rows."""
+    """The number of ids a distribution covers: the smallest of the tokenizer's id count and the LM heads' rows."""
     return min([id_count(tokenizer), *lm_head_rows])
 
 

@@ -10,7 +10,7 @@ from llavamod_offline.errors import ConfigError
 def pick_device(name: str) -> torch.device:
     """Resolve the setting `device`; `auto` is a GPU if there is one.
 
-    Errors: `ConfigError` for a name that is none, and for a device that this machine lacks.
+    Errors: `ConfigError` for a name that is not a device's, and for a device that this machine lacks.
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "auto":

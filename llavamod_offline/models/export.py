@@ -1,4 +1,4 @@
-"""Write a student as a checkpoint folder that other tools load, and ask as this project does: what families share."""
+"""Write a student as a checkpoint folder that other tools load and prompt as this project does: what families share."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def write_checkpoint(
 def generation_settings(
     tokenizer: PreTrainedTokenizerFast, template: Template, *, image_token_id: int | None, rows: int
 ) -> dict[str, Any]:
-    """Greedy decoding up to the template's end, without image tokens and `rows` of the LM head beyond the tokenizer."""
+    """Greedy decoding up to the template's end, without image tokens or LM head `rows` beyond the tokenizer."""
     end = tokenizer.get_vocab()[template.end]
     image = [] if image_token_id is None else [image_token_id]
     never = [*image, *range(id_count(tokenizer), rows)]
@@ -59,7 +59,7 @@ def generation_settings(
 
 
 def readable_tokenizer(settings: dict[str, Any]) -> dict[str, Any]:
-    """`tokenizer_config.json` by names that transformers 4 reads, too, and with padding on the left.
+    """`tokenizer_config.json` with names that transformers 4 also reads, and padding on the left.
 
     Generation in batches continues after the last token, which must not be padding.
     """

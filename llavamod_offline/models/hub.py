@@ -1,4 +1,4 @@
-"""Checkpoints by path or by Hugging Face Hub id; of the latter, local snapshots alone: nothing is downloaded.
+"""Checkpoints by path or by Hugging Face Hub id; the latter only as local snapshots: nothing is downloaded.
 
 `huggingface_hub` finds the snapshot, so HF_HOME and HF_HUB_CACHE mean what they mean to every other tool.
 """
@@ -17,14 +17,14 @@ from llavamod_offline.models.loading.adapter import is_adapter, with_base
 _HUB_ID = re.compile(r"(?P<id>[\w.\-]+/[\w.\-]+)(?:@(?P<revision>[\w.\-/]+))?")
 _INDEX_NAME = "model.safetensors.index.json"
 _WEIGHTS = "*.safetensors"
-_READ = ("*.json", "*.jinja")  # what else of a snapshot is needed
+_READ = ("*.json", "*.jinja")  # what is needed of a snapshot besides weights
 
 
 def checkpoint_folder(name: str | Path, *, weights: bool = True) -> Path:
     """The folder of a checkpoint: a path, or the local snapshot of a Hub id `org/name` or `org/name@revision`.
 
-    A folder of that name comes first. What is no such id is returned as a path. A PEFT adapter is opened with its base.
-    Without `weights` a snapshot may lack them.
+    A folder of that name takes precedence. A name that is not such an id is returned as a path. A PEFT adapter is
+    opened with its base. Without `weights` a snapshot may lack them.
     Errors: `ModelError` naming the command that downloads a snapshot which is missing or incomplete.
     """
     folder = _named_folder(name, weights)
@@ -47,7 +47,7 @@ def _named_folder(name: str | Path, weights: bool) -> Path:
         incomplete = "ncomplete" in type(error).__name__
         what = "its local snapshot is incomplete" if incomplete else "no such folder, nor a local snapshot of a Hub id"
         raise ModelError(f"{name}: {what}: run {command}, or name a checkpoint folder") from error
-    except (ValueError, OSError) as error:  # no valid id, or an unreadable cache
+    except (ValueError, OSError) as error:  # an invalid id, or an unreadable cache
         raise ModelError(f"{name}: no such folder, nor a Hub id: {first_line(error)}: correct it") from error
     missing = [file for file in _missing_files(Path(folder)) if weights or not file.endswith(".safetensors")]
     if missing:
@@ -83,7 +83,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _missing_files(folder: Path) -> list[str]:
-    """The files that a checkpoint needs and lacks: its configuration, shards, and links that point nowhere."""
+    """The files that a checkpoint needs and lacks: its configuration, shards, and targets of broken links."""
     described = ADAPTER_CONFIG if is_adapter(folder) else "config.json"
     names = {described, *(file.name for file in folder.glob("*.safetensors"))}
     try:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from llavamod_offline.errors import ModelError
 
 # What classes of transformers do between their LM head and their logits, and the field of the text model's
-# configuration that says by how much. All others return the output of their LM head as it is.
-_CAP, _TIMES, _OVER, _BEFORE = "softcap", "times", "over", "before"  # the last divides what the LM head gets
+# configuration that says by how much. All others return their LM head's output unchanged.
+_CAP, _TIMES, _OVER, _BEFORE = "softcap", "times", "over", "before"  # the last divides the LM head's input
 _GEMMA = {_CAP: "final_logit_softcapping"}
 _COHERE = {_TIMES: "logit_scale"}
 _GRANITE = {_OVER: "logits_scaling"}
@@ -50,8 +50,8 @@ _BLOCK_VALUES = 2**24
 class LmHead:
     """Logits [R, V] = cap(scale · (hidden · `weight_VD`ᵀ + `bias_V`)), where cap(x) = softcap · tanh(x / softcap).
 
-    Without a softcap, cap(x) = x. `before` is the part of `scale` that the model applies to hidden states: what the
-    layer itself gets is hidden · before. The tensors are the model's own, so that gradients reach its parameters.
+    Without a softcap, cap(x) = x. `before` is the part of `scale` that the model applies to hidden states: the layer's
+    own input is hidden · before. The tensors are the model's own, so that gradients reach its parameters.
     """
 
     weight_VD: Tensor
@@ -90,7 +90,7 @@ class LmHead:
         return products_RV
 
     def slope(self, logits_RV: Tensor) -> Tensor | float:
-        """The derivative of logits by products hidden · weightᵀ, [R, V] or one number for all."""
+        """The derivative of logits with respect to products hidden · weightᵀ, [R, V] or one number for all."""
         if self.softcap is None:
             return self.scale
         return logits_RV.div(self.softcap).square_().neg_().add_(1.0).mul_(self.scale)
@@ -142,7 +142,7 @@ def _rule(classes: list[str]) -> dict[str, str]:
 
 
 def float32_products(rows_RD: Tensor, weight_VD: Tensor, buffer_RV: Tensor | None = None) -> Tensor:
-    """Multiply rows by a weight in float32, [R, D] · [V, D]ᵀ → [R, V], into `buffer_RV` if there is one and it can be.
+    """Multiply rows by a weight in float32, [R, D] · [V, D]ᵀ → [R, V], into `buffer_RV` if possible.
 
     On a GPU half-precision operands are multiplied as they are and accumulated in float32, which equals casting both;
     where the device cannot do so, blocks of the weight are cast in turn.
@@ -177,8 +177,8 @@ def check_lm_head(model: Any, backbone: Any, *, name: str, inputs: Mapping[str, 
     """Compare the logits of a model's own forward pass with those of `lm_head_of`, on `inputs` or two tokens.
 
     They must agree within 1e-5 of the largest logit in float32 (2e-2 in half precision, where the model itself rounds),
-    on the last hidden states of `backbone` as they are and on large multiples of them, which reach any softcap. Where
-    weights are sharded or not loaded, a class of transformers is known by its name and others are refused; logits that
+    on the last hidden states of `backbone` unchanged and on large multiples of them, which reach any softcap. If
+    weights are sharded or not loaded, classes of transformers are accepted by name and others are refused; logits that
     are not finite are not compared. Errors: `ModelError` naming `name`.
     """
     head = lm_head_of(model)
@@ -216,7 +216,7 @@ def check_lm_head(model: Any, backbone: Any, *, name: str, inputs: Mapping[str, 
 
 
 def _difference(theirs_TV: Tensor, ours_TV: Tensor, rounding: float) -> str | None:
-    """What differs between two tensors of logits; None if they agree but for rounding."""
+    """What differs between two tensors of logits; None if they agree up to rounding."""
     if theirs_TV.shape != ours_TV.shape:
         return f"there are {theirs_TV.shape[1]}, not {ours_TV.shape[1]}"
     never_TV, unlikely_TV = (logits_TV < torch.finfo(torch.float32).min / 2 for logits_TV in (theirs_TV, ours_TV))
@@ -244,7 +244,7 @@ def _named_ids(settings: dict[str, Any]) -> Iterator[int]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode; afterwards, each of its modules in the mode it was in."""
+    """Put a model in evaluation mode; afterwards, restore the mode of each of its modules."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -256,7 +256,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _magnified(layer: nn.Module, factor: float) -> Iterator[None]:
-    """Multiply what a layer gets."""
+    """Multiply a layer's input."""
     hook = layer.register_forward_pre_hook(lambda _, inputs: (inputs[0] * factor, *inputs[1:]))
     try:
         yield

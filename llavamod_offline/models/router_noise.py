@@ -1,8 +1,8 @@
-"""Noise on the routers of a sparse student in training, so that copies of one MLP get to see other tokens.
+"""Noise on the routers of a sparse student in training, so that copies of one MLP get to see different tokens.
 
 Normal noise is added to a router's logits before it chooses, as in Shazeer et al. (arXiv 1701.06538), in units of the
-logits' own standard deviation in the batch. The balance loss and what is reported read the logits without noise.
-Evaluation and export are without noise.
+logits' own standard deviation in the batch. The balance loss and the reported figures use the logits without noise.
+Evaluation and export have no noise.
 
 Shape suffixes: S tokens in a row, E experts, K choices per token.
 """
@@ -28,7 +28,7 @@ def add_router_noise(model: nn.Module, noise: float) -> None:
             return None
         logits_SE, weights_SK, _ = routed(output)
         noisy_SE = logits_SE + noise * logits_SE.detach().std() * torch.randn_like(logits_SE)
-        # What all known routers do: the chosen experts' weights are softmaxes over them alone.
+        # As in all known routers, the chosen experts' weights are a softmax over them alone.
         most_SK, choices_SK = noisy_SE.topk(weights_SK.shape[1], dim=-1)
         return rerouted(output, most_SK.float().softmax(-1).to(weights_SK.dtype), choices_SK)
 

@@ -4,7 +4,7 @@ Shape suffixes: B sequences, T tokens, S = B·T tokens in a row, E experts, K ex
 
 The balance loss of a layer is E · Σ_e mean(gate_e) · fraction_first_choice(e) over the non-padding tokens: 1 when
 balanced, E when one expert gets every token. It is summed over layers; the training loop multiplies it by its
-coefficient and adds it once. It is a product of means, so that it is not additive: a step's loss is the mean over its
+coefficient and adds it once. As a product of means, it is not additive: a step's loss is the mean over its
 micro-batches, weighted by their tokens, which for small or uniform micro-batches exceeds the loss of the whole batch.
 Source: GShard (arXiv 2006.16668), as computed by DeepSpeed's top-2 gate.
 """
@@ -102,7 +102,7 @@ class RouterWatch:
             loads_LE=torch.stack(loads) if loads else zero.new_zeros(0, 0),
             entropies_L=torch.stack(entropies) if entropies else zero.new_zeros(0),
             drop_rates_L=torch.stack(drops) if drops else zero.new_zeros(0),
-            tokens=int(count),  # the only value that is waited for, once all layers are summarised
+            tokens=int(count),  # the only wait for the device, once all layers are summarised
         )
 
     def _hook(self, layer: int) -> Any:

@@ -1,6 +1,6 @@
 """Routers that choose a single expert per token: in training they learn by comparing it with the runner-up.
 
-With one choice the normalised weight is p / p: 1 whatever the router does, so that the loss gives it no gradient. In
+With one choice the normalised weight is p / p: 1 whatever the router does, so the loss gives it no gradient. In
 training the second most likely expert also runs, with a weight of 0: the output stays that of the first alone, as plain
 transformers computes it from the checkpoint, and equals the dense model's at step 0. Only the gradient of the two
 weights is that of p₁ / (p₁ + p₂) and p₂ / (p₁ + p₂), as with two choices (a straight-through estimator,
@@ -8,7 +8,7 @@ arXiv 1308.3432). A training step therefore costs as much as with two choices; i
 
 Weights of p / stop_gradient(p), or of p as in DeepSpeed's top-1 gate, also give a gradient, but one that only says
 whether the chosen expert's output should be larger, not whether another is better: with Qwen's gated experts, routers
-trained so end behind those that only the balance loss trains (on the toy problem of this module's tests).
+trained this way do worse than those that only the balance loss trains (on the toy problem of this module's tests).
 
 Shape suffixes: S tokens in a row, E experts, K choices per token.
 """
@@ -24,7 +24,7 @@ from llavamod_offline.models.sparse_twins import always_normalises, is_router, r
 
 
 def compare_single_choices(model: nn.Module) -> None:
-    """Let routers of a single choice learn in training; other routers are left alone.
+    """Let routers with a single choice learn in training; other routers are left alone.
 
     Call it after `limit_capacity`: a dropped token's router learns nothing. Weights and configuration do not change,
     and a saved student carries no trace of it.

@@ -1,6 +1,6 @@
 """Which mixture-of-experts model of transformers can compute what a dense text model does, and how it names its parts.
 
-To support another one, add an entry to `TWINS`. `upcycle` compares the two models at the end, so that what an entry
+To support another one, add an entry to `TWINS`. `upcycle` compares the two models at the end, so anything that an entry
 overlooks is refused.
 
 Shape suffixes: S tokens in a row, E experts, K choices per token.

@@ -39,7 +39,7 @@ def upcycle(
     `layers`: see `sparse_layers`; `num_experts`: of each sparse layer, or one number for all. `residual` also keeps the
     dense MLP as a shared expert that every token uses: its gate starts at σ(0) = ½ and the experts' outputs are halved,
     so that the sum equals the dense output. Routers are initialised from `seed` as `nn.Linear` does (uniform within
-    ±1/√D). `expert_noise` adds to each expert's matrices normal noise of so many times their own standard deviation,
+    ±1/√D). `expert_noise` adds to each expert's matrices normal noise of this many times their own standard deviation,
     so that copies begin to differ; the output is then only near the dense one.
     Errors: `ModelError` if the text model has no sparse twin that computes the same, or an argument is out of range.
     """
@@ -74,7 +74,7 @@ def upcycle(
 
 
 def experts_per_layer(num_experts: int | Sequence[int], layers: int) -> int:
-    """The number of experts in each of so many sparse layers.
+    """The number of experts in each of this many sparse layers.
 
     Errors: `ModelError` for a list of another length, or of different numbers, which no checkpoint of transformers can
     have.

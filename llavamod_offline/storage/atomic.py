@@ -1,6 +1,6 @@
 """Write files and folders so that none is ever seen half-written under its final name.
 
-Until complete, it is called `.NAME.HOST-PID.tmp`, which distinguishes leftovers of killed processes from the work of
+Until complete, each is called `.NAME.HOST-PID.tmp`, which distinguishes leftovers of killed processes from the work of
 running ones, on this machine and on others that share the disk.
 """
 
@@ -21,7 +21,7 @@ from llavamod_offline.errors import StorageError
 
 
 def process_space() -> str:
-    """What tells apart containers of one host name, which number their processes alike; empty if nothing does."""
+    """What tells apart containers of one host name, whose process numbers may coincide; empty if nothing does."""
     try:
         return str(Path("/proc/self/ns/pid").stat().st_ino)
     except OSError:
@@ -48,7 +48,7 @@ def fsync_path(path: Path) -> None:
 def fsync_tree(folder: Path) -> None:
     """Flush every file and folder below `folder`, and `folder` itself.
 
-    In parallel: each flush waits for the disk, and one after another they cost more than the writing.
+    In parallel: each flush waits for the disk, and one after another they would take longer than the writing.
     """
     folders = [Path(root) for root, _, _ in os.walk(folder)]
     files = [Path(root) / name for root, _, names in os.walk(folder) for name in names]
@@ -78,7 +78,7 @@ def write_file(path: Path, content: bytes | str) -> None:
 def create_file(path: Path, content: bytes | str) -> bool:
     """Write a new file atomically; return False, and change nothing, if `path` exists.
 
-    Exactly one of several concurrent processes succeeds, on file systems without hard links too; opening `path` itself
+    Exactly one of several concurrent processes succeeds, even on file systems without hard links; opening `path` itself
     exclusively would let the others read a half-written file.
     """
     aside = aside_path(path)
@@ -87,7 +87,7 @@ def create_file(path: Path, content: bytes | str) -> bool:
         try:
             os.link(aside, path)
         except FileExistsError:
-            if aside.stat().st_nlink == 1:  # else it is our own, of which a network file system lost the reply
+            if aside.stat().st_nlink == 1:  # else it is ours, and a network file system lost the reply
                 return False
         except OSError as error:
             if error.errno not in _NO_LINKS:
@@ -198,13 +198,13 @@ def _remove(path: Path) -> None:
 
 
 def _time_there(folder: Path) -> float:
-    """What the clock is that gives files of a folder their times: of another machine, on a network file system."""
+    """The current time by the clock that dates a folder's files: another machine's, on a network file system."""
     probe = aside_path(folder / "clock")
     try:
         probe.write_bytes(b"")
         return probe.stat().st_mtime
     except OSError:
-        return 0.0  # nothing can be said to be old
+        return 0.0  # nothing counts as old
     finally:
         probe.unlink(missing_ok=True)
 

@@ -2,7 +2,7 @@
 
     ID/          an entry: a folder, complete as soon as it has this name; never changed
     ID.lock      its size in bytes; readers lock it shared, whoever makes or removes the entry locks it exclusively;
-                 its modification time is that of the last use
+                 its modification time is the time of last use
     ID.tmp/      the entry being made
     .lock        held while space is freed
 
@@ -146,7 +146,7 @@ class DiskCache:
             raise
 
     def _reserve(self, identity: str, lock: int, size: int) -> bool:
-        """Write the entry's size into its lock file, if there is or can be enough space."""
+        """Write the entry's size into its lock file, if there is enough space or it can be freed."""
         try:
             with (self.folder / ".lock").open("a") as whole:
                 fcntl.flock(whole, fcntl.LOCK_EX)

@@ -1,11 +1,11 @@
-"""One writer an output: a lock file that says who writes it.
+"""One writer per output: a lock file that says who is writing it.
 
     OUTPUT/.lock    JSON: host, process, when it and the lock began, command, cluster job
 
-A file rather than a kernel's lock, so that another host, a bucket's user and a person can read it. A killed process
-leaves its lock. On the same host, the next command sees that the process is gone (its start is compared, since numbers
-of processes are used again) and takes the lock over; it does so too if the job was requeued by SLURM, on any host.
-Otherwise a person decides: the message says what was seen last.
+A file rather than a kernel lock, so that another host, a bucket's user or a person can read it. A killed process leaves
+its lock behind. On the same host, the next command sees that the process is gone (its start time is compared, because
+process numbers are reused) and takes the lock over; it does the same, on any host, if SLURM requeued the job. Otherwise
+a person decides: the message says what was seen last.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _Kind = TypeVar("_Kind")
 class LockOwner:
     """The process that holds a lock. `started`: its start in the kernel's clock ticks; `job`, `restart`: of SLURM.
 
-    `space`: tells containers of one host name apart. `token`: no two locks have the same.
+    `space`: tells containers of one host name apart. `token`: unique to each lock.
     """
 
     host: str
@@ -100,7 +100,7 @@ class LockOwner:
 
 
 def of_any_version(kind: type[_Kind], told: Mapping[str, Any]) -> _Kind:
-    """Make a dataclass of what a file says, which another version may have written with further fields."""
+    """Make a dataclass from a file's content, ignoring further fields that another version may have written."""
     known: Any = kind
     return kind(**{item.name: told[item.name] for item in fields(known) if item.name in told})
 
@@ -161,7 +161,7 @@ def _take(folder: LocalFolder | RemoteFolder, name: str, content: bytes, output:
         folder.path.mkdir(parents=True, exist_ok=True)
     with _one_at_a_time(folder):
         if isinstance(folder, LocalFolder):
-            remove_leftovers(folder.path, name)  # of processes that were killed while they took or left it
+            remove_leftovers(folder.path, name)  # of processes that were killed while taking or releasing it
         while not folder.create(name, content):
             try:
                 owner = LockOwner.read(folder.read(name))
@@ -174,9 +174,9 @@ def _take(folder: LocalFolder | RemoteFolder, name: str, content: bytes, output:
 
 @contextmanager
 def _one_at_a_time(folder: LocalFolder | RemoteFolder) -> Iterator[None]:
-    """Let this host's processes take turns, since two might take over the same lock of a third that is gone.
+    """Let this host's processes take turns, because two might take over the same lock of a third that is gone.
 
-    A file system without such locks goes without, as a bucket does.
+    File systems without such locks do without, as buckets do.
     """
     if not isinstance(folder, LocalFolder):
         yield

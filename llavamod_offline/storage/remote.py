@@ -3,8 +3,9 @@
 An object store has no rename, so a folder is committed by its last file: all others are uploaded before it.
 
 Failures of the network or of a busy store are retried, with pauses that double up to 10 s, for the number of
-seconds in the environment variable LLAVAMOD_RETRY_SECONDS (default 60). Our own loop, which tenacity would not shorten:
-the last attempt is at the deadline, only the first failure warns, and pauses do not use the shared random generator.
+seconds in the environment variable LLAVAMOD_RETRY_SECONDS (default 60). Our own loop, because tenacity would not make
+it shorter: the last attempt is at the deadline, only the first failure warns, and pauses do not use the shared random
+generator.
 """
 
 from __future__ import annotations
@@ -151,17 +152,17 @@ class RemoteFolder:
         self._try(name, "written", lambda: self._files.pipe_file(self._full(name), content))
 
     def create(self, name: str, content: bytes) -> bool:
-        """Write a new file; return False, and change nothing, if it exists with another content."""
+        """Write a new file; return False, and change nothing, if it exists with other content."""
         full = self._full(name)
 
         def made() -> bool:
             try:
                 self._files.pipe_file(full, content, mode="create")
             except FileExistsError:
-                # The reply to an earlier attempt, also one of the library's own, may have been lost.
+                # The reply to an earlier attempt, possibly one of the library's own, may have been lost.
                 try:
                     return bytes(self._files.cat_file(full)) == content
-                except FileNotFoundError:  # another's, which the store shows late
+                except FileNotFoundError:  # another process's, which the store shows late
                     return False
             except Exception as error:  # stores without conditional writes
                 if not (isinstance(error, NotImplementedError | TypeError) or "NotImplemented" in str(error)):
@@ -291,8 +292,8 @@ class RemoteFolder:
             if not root.strip("/"):
                 raise StorageError(f"{self.where}: names no bucket or folder: name one, such as s3://bucket/folder")
             if isinstance(getattr(files, "dircache", None), DirCache):
-                # A kept listing hides what other processes write later, and a file is read up to its old size. Not an
-                # option of `url_to_fs`: some file systems hand those they do not know to their server.
+                # A cached listing hides what other processes write later, and files are read only up to their old size.
+                # Not an option of `url_to_fs`: some file systems pass options that they do not know on to their server.
                 files.dircache.use_listings_cache = False
                 files.invalidate_cache()
             self._opened = (os.getpid(), files, root.rstrip("/"))

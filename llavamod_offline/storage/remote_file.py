@@ -11,12 +11,12 @@ from urllib.parse import urlsplit
 from llavamod_offline.errors import StorageError
 from llavamod_offline.storage.remote import RemoteFolder
 
-_BUFFER = 2**22  # bytes of a request, unless more are wanted at once
+_BUFFER = 2**22  # bytes per request, unless more are wanted at once
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file by its URL; `suffix` and `stem` as those of a `Path`, without a web address's query."""
+    """A file by its URL; `suffix` and `stem` are like a `Path`'s, without a web address's query."""
 
     url: str
 
@@ -39,7 +39,7 @@ class RemoteFile:
         return PurePosixPath(self.name).stem
 
     def size(self) -> int:
-        """Its size in bytes. Errors: `StorageError`, also if it is missing or the server does not tell its size."""
+        """Its size in bytes. Errors: `StorageError`, also if it is missing or the server does not report its size."""
         folder, name = self.parts()
         try:
             size = folder.size(name)

@@ -1,4 +1,4 @@
-"""Walk the files below a folder, also through symbolic links to folders."""
+"""Walk the files below a folder, following symbolic links to folders."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def walk_files(folder: Path, skip: Callable[[str], bool] = lambda name: False) -
     """Yield the files below a folder by their relative names with `/`, in the order of the names of each folder.
 
     Links to folders are followed wherever they lead, except one that leads back to a folder on its own path: the log
-    names it. A link that leads nowhere is yielded as a file; a folder that is removed meanwhile has no files. `skip`:
-    which files and folders to leave out, by name. Errors: `OSError` if a folder cannot be read.
+    names it. A broken link is yielded as a file; a folder that is removed meanwhile has no files. `skip`: which files
+    and folders to leave out, by name. Errors: `OSError` if a folder cannot be read.
     """
     yield from _walk(folder, "", skip, (_identity(folder),))
 
 
 def absence(path: Path) -> str:
-    """Say why nothing is at `path`: a link leads nowhere, or there is no such file."""
+    """Say why nothing is at `path`: a link is broken, or there is no such file."""
     return f"a link to '{os.readlink(path)}', which does not exist" if path.is_symlink() else "no such file"
 
 

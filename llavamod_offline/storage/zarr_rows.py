@@ -1,7 +1,7 @@
-"""Reading Zarr v3 arrays that are one shard file each, a chunk a row, as `teacher_cache/FORMAT.md` specifies them.
+"""Read Zarr v3 arrays that are one shard file each, one chunk per row, as `teacher_cache/FORMAT.md` specifies them.
 
-Any Zarr library reads them too. Zarr's own runs some coroutines and a thread for every chunk, however small: for the
-columns of a cache that takes four times as long as decompressing and checking them.
+Any Zarr library reads them too. Zarr's own runs several coroutines and a thread for every chunk, however small: for a
+cache's columns this takes four times as long as decompressing and checking them.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class RowArray:
         return cls(shape, dtype, content.get("attributes", {}), "/".join(["c", *("0" for _ in shape)]))
 
     def read(self, file: BinaryIO | None, first: int, last: int) -> NDArray[Any]:
-        """Read `first` … `last` − 1 of the first axis; without a file, which Zarr does not write for zeros, zeros.
+        """Read `first` … `last` − 1 of the first axis; zeros if there is no file, since Zarr writes none for all zeros.
 
         Errors: `ValueError` if a checksum or a size is wrong.
         """
@@ -93,13 +93,13 @@ class RowArray:
 
 
 def _named(codec: dict[str, Any]) -> str:
-    """A codec's name, and `bytes` with the order of bytes if that is not the usual one."""
+    """A codec's name; for `bytes`, also the byte order if it is not the usual one."""
     endian = codec.get("configuration", {}).get("endian", "little")
     return str(codec["name"]) if endian == "little" else f"{codec['name']} ({endian}-endian)"
 
 
 def _checked(content: bytes, what: str) -> NDArray[np.uint8]:
-    """All but the CRC-32C at the end, which is checked."""
+    """The content without the CRC-32C at its end, which is checked."""
     inner = np.frombuffer(content, np.uint8)[:-_CRC_BYTES]
     if google_crc32c.value(inner) != int.from_bytes(content[-_CRC_BYTES:], "little"):
         raise ValueError(f"{what} has a wrong checksum")

@@ -48,7 +48,7 @@ def _object_scenes(count: int, rng: random.Random) -> list[Scene]:
 
 
 def _write_pope(folder: Path, scenes: Sequence[Scene], rng: random.Random) -> None:
-    """Ask for as many absent as present objects: any, the most frequent, or the likeliest to be taken for present."""
+    """Ask about as many absent as present objects: random, the most frequent, or the most easily assumed present."""
     frequency = Counter((thing.colour, thing.shape) for scene in scenes for thing in scene.things)
     rows: list[dict[str, Any]] = []
     for category in ("adversarial", "popular", "random"):
@@ -77,7 +77,7 @@ def _absent(
     rng.shuffle(names)
     if category == "popular":
         names.sort(key=lambda name: -frequency[name])
-    if category == "adversarial":  # first what usually stands beside what is there, then what resembles it
+    if category == "adversarial":  # first what usually accompanies present objects, then what resembles them
         names.sort(key=lambda name: -sum(name[0] == t.colour or name[1] == t.shape for t in scene.things))
         names.sort(key=lambda name: not any(COMPANIONS.get((t.colour, t.shape)) == name for t in scene.things))
     return names
@@ -108,7 +108,7 @@ def _write_gqa(folder: Path, scenes: Sequence[Scene], rng: random.Random) -> Non
 
 
 def _write_mme(folder: Path, scenes: Sequence[Scene], rng: random.Random) -> None:
-    """Two questions an image, one answered yes and one answered no."""
+    """Two questions per image, one answered yes and one answered no."""
     rows = []
     for index, scene in enumerate(scenes):
         asked = questions(scene, rng, 40)

@@ -19,7 +19,7 @@ def captioned(scene: Scene, rng: random.Random) -> list[Turn]:
 
 
 def captioned_from_habit(scene: Scene, rng: random.Random, share: float) -> list[Turn]:
-    """A caption that may name the companion that the image lacks, as captions of the web do: `share` of them do."""
+    """A caption that may name the companion that the image lacks, like captions on the web: `share` of them do."""
     return captioned(habitual_scene(scene, rng) if rng.random() < share else scene, rng)
 
 

@@ -19,7 +19,7 @@ from llavamod_offline.toyworld.language import DESCRIBE, caption, hallucinated_c
 from llavamod_offline.toyworld.scene import Scene, missing_companion, random_scene
 
 _SPEAKER = {"user": "human", "assistant": "gpt"}
-_HABIT_SHARE = 0.9  # of captions of a scene that lacks an object's companion: they name it nevertheless
+_HABIT_SHARE = 0.9  # of captions of scenes that lack an object's companion: the share that names it anyway
 
 
 def write_datasets(
@@ -118,7 +118,7 @@ def _sentence_like(turn: Turn) -> bool:
 def _preference_table(size: int, rng: random.Random) -> pa.Table:
     """Pairs of descriptions with RLAIF-V's columns; the rejected one names absent objects.
 
-    Two scenes of three lack an object's companion: pairs are made where a model errs, and judged by what is drawn.
+    Two scenes out of three lack an object's companion: pairs are made where models err, and judged by what is drawn.
     """
     rows = []
     for index in range(size):

@@ -31,7 +31,7 @@ _OPENINGS = ("The image shows", "There is", "In the picture there is")
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its short answer and the same answer as a sentence; `kind` names the skill it asks for."""
+    """A question with its short answer and the same answer as a sentence; `kind` names the skill it tests."""
 
     kind: str
     text: str
@@ -56,7 +56,7 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 
 def habitual_scene(scene: Scene, rng: random.Random) -> Scene:
-    """The scene with the companion that it lacks, as somebody who describes from habit sees it; otherwise as it is."""
+    """The scene with its missing companion, as one who describes from habit sees it; unchanged if none is missing."""
     lacking = missing_companion(scene.things)
     if lacking is None:
         return scene
@@ -163,7 +163,7 @@ def _relation_questions(things: tuple[Thing, ...], rng: random.Random) -> list[Q
 
 
 def _unmistakable(things: tuple[Thing, ...]) -> list[Thing]:
-    """The objects of a unique shape, by which a question may name them."""
+    """The objects whose shape is unique, so that a question may name them by it."""
     return [thing for thing in things if sum(other.shape == thing.shape for other in things) == 1]
 
 

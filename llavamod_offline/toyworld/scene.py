@@ -2,7 +2,7 @@
 
 An image is a 3×3 grid. A scene holds one to five objects (shape, colour, size, place) and perhaps a sign with a word
 or number, or else a bar chart. Some objects are faint. A few objects usually stand beside another one, their companion:
-captions that name it where it is missing hallucinate as those of real models do (POPE, arXiv 2305.10355).
+captions that name it where it is missing hallucinate as real models' captions do (POPE, arXiv 2305.10355).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NUMBERS = tuple(str(number) for number in range(1, 21))
 BAR_HEIGHTS = (1, 2, 3, 4, 5)
 BACKGROUNDS = ("white", "gray", "cream")
 
-# What usually stands right behind what, in reading order.
+# Which object usually stands right behind which, in reading order.
 COMPANIONS = {
     ("red", "circle"): ("blue", "star"),
     ("green", "square"): ("yellow", "triangle"),
@@ -35,7 +35,7 @@ COMPANIONS = {
 CHART_SHARE = 0.2
 SIGN_SHARE = 0.4
 FAINT_SHARE = 0.15
-LEADER_SHARE = 0.35  # of scenes, beside those that have one by chance
+LEADER_SHARE = 0.35  # of scenes, besides those that have one by chance
 COMPANION_SHARE = 0.65  # of scenes with an object that has a companion
 
 
@@ -127,7 +127,7 @@ def place_behind(leader: Thing, things: Sequence[Thing], sign: Sign | None = Non
 
 
 def free_cells(things: Sequence[Thing], sign: Sign | None = None) -> list[int]:
-    """The cells where nothing stands, in reading order."""
+    """The empty cells, in reading order."""
     taken = {thing.cell for thing in things} | ({sign.cell} if sign else set())
     return [cell for cell in range(len(PLACES)) if cell not in taken]
 

@@ -7,12 +7,12 @@ from llavamod_offline.families.protocol import Family, FeatureFamily
 from llavamod_offline.models.checkpoint import read_json
 from llavamod_offline.models.loading.adapter import adapter_files
 
-# Types that run by their own processors, and have the records of transformers in tests; "llava" with a Pixtral tower.
+# Types that run by their own processors, with the same records as transformers in tests; "llava" with a Pixtral tower.
 EQUAL = (
     *("cohere2_vision", "glm4v", "idefics3", "internvl", "llava", "llava_next", "mistral3"),
     *("qwen3_vl", "qwen3_vl_moe", "smolvlm"),
 )
-# What keeps others from it in vLLM 0.32, on every device or on a CPU; that holds for language models alone, too.
+# Why others cannot in vLLM 0.32, on every device or on a CPU; this also applies to plain language models.
 _REASONS = {
     **dict.fromkeys(("aya_vision", "glm46v", "lighton_ocr"), "vLLM 0.32 has no model of this type"),
     **dict.fromkeys(("lfm2", "lfm2_moe", "lfm2_vl"), "its numbers there differ from those of transformers by a nat"),
@@ -27,7 +27,7 @@ _CPU_REASONS = {
 
 
 def check_family(family: Family, *, device: str) -> None:
-    """Refuse a checkpoint that vLLM cannot run, or of which nobody knows whether it gives the same numbers there.
+    """Refuse a checkpoint that vLLM cannot run, or that is not known to give the same numbers there.
 
     Errors: `ConfigError` with the reason.
     """

@@ -1,8 +1,8 @@
 """How a family's samples become vLLM's inputs: images one by one as we prepare them, or by vLLM's own processor.
 
-vLLM tells a model which of a prompt's tokens are an image's and which of those its embeddings replace. What is
-particular to a family there, and how its arrays are batched, its processor in vLLM knows. It gets our image processor,
-so that pixels are the same, and finds its images in our prompt, which it leaves as it is.
+vLLM tells a model which of a prompt's tokens are an image's and which of those its embeddings replace. The family's
+processor in vLLM knows what is particular to it there, and how its arrays are batched. It gets our image processor, so
+that pixels are the same, and finds its images in our prompt, which it leaves unchanged.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Feed(Protocol):
 
     @property
     def own_images(self) -> Callable[[Sample], Any] | None:
-        """`images`, if it needs the engine; None if it does what the family does in any process."""
+        """`images`, if it needs the engine; None if the family's own, which works in any process, will do."""
         ...
 
     def images(self, sample: Sample) -> Any:
@@ -47,7 +47,7 @@ class Feed(Protocol):
 
 
 def feed_of(family: Family, engine: Any, dtype: torch.dtype) -> Feed:
-    """The way in which an engine that runs a family's checkpoint gets its samples."""
+    """How an engine that runs a family's checkpoint gets its samples."""
     if isinstance(family, ImageTextFamily):
         return ProcessorFeed(family, engine)
     return PixelFeed(family, dtype)
@@ -77,7 +77,7 @@ class PixelFeed:
 
 @dataclass(eq=False)
 class ProcessorFeed:
-    """The images of a sample together, by the processor that vLLM has for the model.
+    """A sample's images together, by the processor that vLLM has for the model.
 
     Errors: `ModelError` if it has none that can be given our image processor.
     """
@@ -138,7 +138,7 @@ class ProcessorFeed:
 
 
 def _embedded(places: Sequence[Any], length: int) -> NDArray[np.bool_]:
-    """Which of a prompt's tokens embeddings replace."""
+    """Which of a prompt's tokens are replaced by embeddings."""
     found_T = np.zeros(length, np.bool_)
     for place in places:
         own = True if place.is_embed is None else place.is_embed.numpy()

@@ -10,10 +10,10 @@ from llavamod_offline.models.lm_head import head_settings
 
 
 def check_same_head(folder: Path) -> None:
-    """Refuse a model whose own class leaves out what its text model's class does to logits: vLLM does it all the same.
+    """Refuse a model whose own class omits what its text model's class does to logits: vLLM does it anyway.
 
     transformers' LLaVA over Gemma 2 gives logits without the softcap, and its Aya Vision without the scale; vLLM runs
-    their text models as they are. Errors: `ConfigError`.
+    their text models unchanged. Errors: `ConfigError`.
     """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

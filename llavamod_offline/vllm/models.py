@@ -1,6 +1,6 @@
-"""Subclasses of vLLM's models that load checkpoints of transformers 5 and of upcycling, and check image tokens.
+"""Subclasses of vLLM's models that load checkpoints from transformers 5 and from upcycling, and check image tokens.
 
-`OfflineX` of this module is vLLM's X, for the generating runner.
+`OfflineX` in this module is vLLM's X, for the generating runner.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def twin(base: Any, name: str, *others: Any, **body: Any) -> type:
 
 
 def _experts_as_published(weights: Iterable[tuple[str, Any]], config: Any) -> Iterable[tuple[str, Any]]:
-    """Transpose the experts of a Qwen3-VL-MoE that transformers 5 made: vLLM knows them as Qwen published them.
+    """Transpose the experts of a Qwen3-VL-MoE that transformers 5 made: vLLM expects them as Qwen published them.
 
-    Which of both a tensor is, its shape says, as in transformers' `Transpose` of its `conversion_mapping`.
+    A tensor's shape tells which of the two it is, as in transformers' `Transpose` of its `conversion_mapping`.
     """
     rows = {"gate_up_proj": 2 * config.moe_intermediate_size, "down_proj": config.hidden_size}
     for key, tensor in weights:

@@ -1,4 +1,4 @@
-"""Settings that vLLM reads from config.json and transformers does not, or not so: what transformers computes.
+"""Override settings that vLLM takes from config.json, unlike transformers, with what transformers computes.
 
 Rotary positions in three dimensions: transformers' classes decide whether these are interleaved, and what a missing key
 means. Other settings are fixed in transformers' classes and need not be in config.json at all.
@@ -11,7 +11,7 @@ from typing import Any
 
 from llavamod_offline.families.folder import read_config
 
-# By the text model's type: `rope_parameters` where config.json lacks them, and those that hold whatever it says.
+# By the text model's type: `rope_parameters` if config.json lacks them, and those that apply whatever it says.
 _QWEN2_ROPE = ({"mrope_section": [16, 24, 24]}, {"mrope_interleaved": False})
 _QWEN3_ROPE = ({"mrope_section": [24, 20, 20]}, {"mrope_interleaved": True})
 _GLM_ROPE = ({"mrope_section": [8, 12, 12], "partial_rotary_factor": 1.0}, {"mrope_interleaved": False})

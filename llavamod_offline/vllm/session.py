@@ -47,7 +47,7 @@ def import_vllm() -> Any:
 
 
 class Session:
-    """vLLM on one checkpoint folder, as `prefix` + its architecture; `options` are further arguments of vLLM's.
+    """vLLM on one checkpoint folder, as `prefix` + its architecture; `options` are further vLLM arguments.
 
     `register` registers these names in this process; vLLM's other processes find the plugin by its entry point.
     Errors: `ConfigError` for a device that this vLLM does not support; `ModelError` if the checkpoint is incomplete, or
@@ -149,7 +149,7 @@ class Session:
         self.engine.engine_core.shutdown()
 
     def _attention(self) -> str:
-        """The backends that vLLM chose; unknown if the model is in other processes."""
+        """The attention backends that vLLM chose; unknown if the model is in other processes."""
         layers = self.engine.vllm_config.compilation_config.static_forward_context.values()
         names = {layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")}
         return ", ".join(sorted(names)) or "chosen by vLLM"

@@ -21,7 +21,7 @@ _NUMBER = torch.zeros((), dtype=_DTYPE)
 def check_weights(folder: Path) -> None:
     """Compare names and shapes with those that transformers derives from config.json; reads headers only.
 
-    Of quantised weights, which are stored in several tensors each, the layers are compared.
+    For quantised weights, which are stored in several tensors each, layers are compared.
     Errors: `ModelError` if a tensor is missing, unexpected or of the wrong shape, or a file cannot be read.
     """
     import transformers
@@ -58,7 +58,7 @@ def _whole(shapes: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Those of the index, or the only one; some folders hold the weights a second time in another form."""
+    """The files in the index, or the only one; some folders also hold the weights in another form."""
     if (folder / SAFE_WEIGHTS_NAME).is_file():
         return [folder / SAFE_WEIGHTS_NAME]
     if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
@@ -68,7 +68,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _shapes(folder: Path) -> dict[str, Tensor]:
-    """A stand-in for each tensor of the folder's model, as transformers finds its files."""
+    """A stand-in for each tensor of the folder's model, in the files that transformers would load."""
     found = {}
     for file in _files(folder):
         with open_tensors(file) as tensors:

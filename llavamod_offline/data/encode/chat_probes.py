@@ -1,4 +1,4 @@
-"""Comparing a tokenizer's chat template with a `Template` by rendering marked turns, with and without images."""
+"""Compare a tokenizer's chat template with a `Template` by rendering marked turns, with and without images."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def rendered_as(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn], form:
 
 
 def own_chat_template(tokenizer: PreTrainedTokenizerFast, *, tools: bool = False) -> str:
-    """The chat template that is used; of several with names, as `apply_chat_template` chooses."""
+    """The chat template in use; if there are several named ones, the one that `apply_chat_template` chooses."""
     own = tokenizer.chat_template
     if isinstance(own, dict):
         own = own.get("tool_use" if tools and "tool_use" in own else "default") or next(iter(own.values()), "")
@@ -74,7 +74,7 @@ def own_chat_template(tokenizer: PreTrainedTokenizerFast, *, tools: bool = False
 def renders_alike(template: Template, tokenizer: PreTrainedTokenizerFast, form: Form) -> bool:
     """Whether both render prompts and conversations of every length alike.
 
-    After the last answer a chat template may add a separator, or leave out an end that the model writes all the same.
+    After the last answer a chat template may add a separator, or omit an end token that the model writes anyway.
     """
     implied = template.end in model_ends(tokenizer)
     for count in range(1, len(TURNS) + 1):
@@ -88,7 +88,7 @@ def renders_alike(template: Template, tokenizer: PreTrainedTokenizerFast, form: 
 
 
 def model_ends(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The tokens at which a model's folder says that its answers end."""
+    """The tokens that end an answer, according to a model's folder."""
     try:
         settings = json.loads((Path(tokenizer.name_or_path) / "generation_config.json").read_text())
         ids = settings.get("eos_token_id") or []
@@ -110,7 +110,7 @@ def first_difference(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def stripped_roles(template: Template, tokenizer: PreTrainedTokenizerFast, form: Form) -> tuple[str, ...]:
-    """The roles around whose texts a chat template that renders like `template` drops the white space."""
+    """The roles whose texts lose the white space around them in a chat template that renders like `template`."""
     turns = [Turn(turn.role, f"\n {turn.text} \n") for turn in TURNS[:3]]
     system = [Turn("system", "\n The system \n")] if template.system_turn is not None else []
     try:
@@ -129,11 +129,11 @@ def stripped_roles(template: Template, tokenizer: PreTrainedTokenizerFast, form:
 
 
 def find_image_prefix(template: Template, tokenizer: PreTrainedTokenizerFast, image: str) -> tuple[Segment, ...] | None:
-    """What stands before a text that begins with an image, in place of `user_prefix`; None if nothing fits."""
+    """What precedes a text that begins with an image, in place of `user_prefix`; None if nothing fits."""
     turns, system = _WITH_IMAGES[0], "".join(part.text for part in template.system)
     tail = _text(replace(template, system=(), user_prefix=()), turns).replace(IMAGE_PLACEHOLDER, image)
     for form in (parts_of_text, _parts_without_newlines):
-        with contextlib.suppress(Exception):  # a template for text alone may do anything with parts
+        with contextlib.suppress(Exception):  # a text-only template may do anything with parts
             rendered = rendered_as(tokenizer, turns, form, answer=True)
             if rendered.startswith(system) and rendered.endswith(tail):
                 return segments_of(tokenizer, rendered[len(system) : -len(tail)])
@@ -141,11 +141,11 @@ def find_image_prefix(template: Template, tokenizer: PreTrainedTokenizerFast, im
 
 
 def images_alike(template: Template, tokenizer: PreTrainedTokenizerFast, image: str) -> bool:
-    """Whether both word images alike, given as parts, or in the text to a template that takes no parts."""
+    """Whether both word images alike, given as parts, or within the text if the chat template takes no parts."""
     texts = [_text(template, turns).replace(IMAGE_PLACEHOLDER, image) for turns in _WITH_IMAGES]
     found: list[bool] = []
     for form in (parts_of_text, _parts_without_newlines):
-        with contextlib.suppress(Exception):  # a template for text alone may do anything with parts
+        with contextlib.suppress(Exception):  # a text-only template may do anything with parts
             rendered = [rendered_as(tokenizer, turns, form, answer=True) for turns in _WITH_IMAGES]
             if all(TURNS[0].text in text and "'type'" not in text for text in rendered[:2]):
                 found.append(rendered == texts)
@@ -153,7 +153,7 @@ def images_alike(template: Template, tokenizer: PreTrainedTokenizerFast, image: 
 
 
 def ids_alike(template: Template, tokenizer: PreTrainedTokenizerFast, image: str | None) -> bool:
-    """Whether a conversation has the ids that the tokenizer gives its whole text."""
+    """Whether a conversation's ids are those that the tokenizer gives for its whole text."""
     marks = [] if image is None else [tokenizer.get_vocab().get(part.text) for part in segments_of(tokenizer, image)]
     shown = None not in marks and bool(marks)
     middle = len(marks) // 2

@@ -76,13 +76,13 @@ def choose_template(
 
 
 def trained_with(tokenizer: PreTrainedTokenizerFast, *, image: str | None = IMAGE_PLACEHOLDER) -> Template:
-    """The wording that a checkpoint was trained with, as its chat template says it.
+    """The wording that a checkpoint was trained with, according to its chat template.
 
     A known template, such as LLaVA-MoD's in its students, is returned under its own name, any other as "tokenizer".
-    `image`: how the model's processor writes an image in text; None for a model without images. Prompts with none, one
-    and two images, several rounds and the ids of all are compared with the chat template and the tokenizer.
-    Without a chat template it is LLaVA-MoD's, with a warning. Errors: `ConfigError` if no `Template` can express the
-    chat template.
+    `image`: how the model's processor writes an image in text; None for a model without images. Prompts with zero, one
+    and two images, several rounds, and the ids of all these are compared with the chat template and the tokenizer.
+    Without a chat template the result is LLaVA-MoD's, with a warning. Errors: `ConfigError` if no `Template` can
+    express the chat template.
     """
     folder = _folder(tokenizer)
     if not tokenizer.chat_template:
@@ -109,7 +109,7 @@ def trained_with(tokenizer: PreTrainedTokenizerFast, *, image: str | None = IMAG
 
 
 def _known(tokenizer: PreTrainedTokenizerFast) -> Template | None:
-    """The known template that a tokenizer's chat template words conversations as, with its treatment of white space."""
+    """The known template that words conversations as a tokenizer's chat template does, with its use of white space."""
     for known in TEMPLATES.values():
         if form := _form_of(tokenizer, known):
             return replace(known, strips=stripped_roles(known, tokenizer, form))
@@ -122,7 +122,7 @@ def words_as(tokenizer: PreTrainedTokenizerFast, template: Template) -> bool:
 
 
 def _form_of(tokenizer: PreTrainedTokenizerFast, template: Template) -> Form | None:
-    """The form of texts in which a chat template words conversations as `template` does; None if in none."""
+    """The form of texts with which a chat template words conversations as `template` does; None if there is none."""
     return next((form for form in FORMS if _succeeds(partial(renders_alike, template, tokenizer, form))), None)
 
 
@@ -130,9 +130,9 @@ def to_jinja(template: Template, *, image: str = IMAGE_PLACEHOLDER) -> str:
     """A template as Jinja for transformers' `apply_chat_template`.
 
     A message's content is a string, or a list of parts, where each image becomes `image` on its own line. A first
-    system message takes the place of the template's own system text, as in training. Roles and parts that no training
-    sample has raise an exception. A user turn's text ends where the answer begins, so `add_generation_prompt` has no
-    effect. Conversations with tools stay with the chat template that words them.
+    system message replaces the template's own system text, as in training. Roles and parts that no training sample has
+    raise an exception. A user turn's text ends where the answer begins, so `add_generation_prompt` has no effect.
+    Conversations with tools are left to the chat template that words them.
     """
     if template.tool_wording is not None:
         own = template.tool_wording.chat_template.removeprefix(_IF_TOOLS).partition(_WITHOUT_TOOLS)[0]
@@ -178,7 +178,7 @@ def _trimmed(expression: str, template: Template) -> str:
 def from_tokenizer(
     tokenizer: PreTrainedTokenizerFast, *, setting: str = OWN, image: str | None = IMAGE_PLACEHOLDER
 ) -> Template:
-    """Convert a tokenizer's chat template; without a system turn if it has none, or merges it with the user's.
+    """Convert a tokenizer's chat template; the result has no system turn if it has none or merges it with the user's.
 
     `image`: how the model's processor writes an image in text; None for a model without images.
     Whatever follows the last answer's end token counts as the separator of rounds. Errors: `ConfigError`, naming the
@@ -210,7 +210,7 @@ def from_tokenizer(
 
 
 def _without_thinking(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast | None:
-    """The same tokenizer with its chat template's own switch set to answers without thoughts; None if it has none."""
+    """The same tokenizer with its chat template's switch set to answers without thinking; None if it has none."""
     if "enable_thinking" not in own_chat_template(tokenizer):
         return None
     other = copy.copy(tokenizer)
@@ -235,7 +235,7 @@ def _split(tokenizer: PreTrainedTokenizerFast, form: Form) -> Template | None:
         return None
     end = max(specials, key=len)
     separator, following = after[len(end) :], between[len(end) :]
-    if not separator:  # it may stand between rounds alone
+    if not separator:  # it may occur only between rounds
         separator = next(following[:n] for n in range(len(following) + 1) if before.endswith(following[n:]))
     user_prefix = following.removeprefix(separator)
     if not following.startswith(separator) or not before.endswith(user_prefix):

@@ -1,7 +1,7 @@
 """Sequences and pixels → one right-padded batch, with the positions of all supervised tokens.
 
-Shape suffixes: B sequences, T tokens of the longest, N supervised tokens of all of them, I images, P places of them in
-the sequences, C channels, H and W pixels, V the 256 values of a byte.
+Shape suffixes: B sequences, T tokens of the longest, N supervised tokens in total, I images, P places of images in the
+sequences, C channels, H and W pixels, V the 256 values of a byte.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from llavamod_offline.plural import counted
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model and a loss need of B sequences; supervised tokens are in order, sequence by sequence.
+    """What a model and a loss need for B sequences; supervised tokens are in order, sequence by sequence.
 
     `input_ids_BT`, `attention_mask_BT` int64, padded on the right. `images`: in the order of the image tokens, None
-    if there are none; either pixels [I, C, H, W] float32, or bytes [I, H, W, C], a quarter of the size, with
-    `byte_values_CV` their pixels. `image_rows_P`: the image at each place, in the order of the image tokens; None if
-    every image has one place. `prediction_rows_N`: rows of the logits, flattened to [B·T, vocabulary], that predict the
+    if there are none; either pixels [I, C, H, W] float32, or bytes [I, H, W, C], a quarter of the size, whose pixels
+    `byte_values_CV` gives. `image_rows_P`: the image at each place, in the order of the image tokens; None if every
+    image has one place. `prediction_rows_N`: rows of the logits, flattened to [B·T, vocabulary], that predict the
     tokens `target_ids_N` (−1: none is supervised); `sequence_of_N`: the sequence of each. `keys`, `roles`: of each
-    sequence. `inputs`: by name, all else that a model takes whose images are no such tensor (see `families.students`).
+    sequence. `inputs`: by name, all else that a model takes whose images are not such a tensor (see
+    `families.students`).
     """
 
     input_ids_BT: Tensor
@@ -111,7 +112,7 @@ def collate(
     """Assemble a batch; `images` holds each sequence's images in the order of their placeholders.
 
     An image is pixels [C, H, W] float32 or, with `byte_values_CV`, bytes [H, W, C] (see `Batch`).
-    With `positions` "all" the N positions are all tokens but padding, not only those that predict an answer.
+    With `positions` "all", the N positions are all tokens except padding, not only those that predict an answer.
     Sequences that share arrays (the roles of one sample) share them in the batch. Errors: `DataError` if there are no
     sequences, or if the lists differ in length or the images in shape.
     """
@@ -143,7 +144,7 @@ def collate(
 def positions_of(
     sequences: Sequence[TokenizedSequence], length: int, positions: Positions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows that predict, their targets and their sequences, [N] each, in a batch padded to `length`."""
+    """The predicting rows, their targets and their sequences, [N] each, in a batch padded to `length`."""
     found = [sequence.rows_and_targets(positions) for sequence in sequences]
     rows = [b * length + rows_N for b, (rows_N, _) in enumerate(found)]
     counts = [len(rows_N) for rows_N, _ in found]

@@ -1,8 +1,8 @@
-"""Tokenizing the pieces of a text so that together they are what the tokenizer makes of the whole text.
+"""Tokenize the pieces of a text so that together they give the tokens of the whole text.
 
-Byte-level tokenizers give a piece the same ids wherever it stands. Llama's put a space before what they take for the
-beginning of a text, so a piece that continues a text must be tokenized as its continuation. A section is the text
-between two special tokens or images.
+Byte-level tokenizers give a piece the same ids anywhere. Llama's put a space before what they consider the beginning of
+a text, so a piece that continues a text must be tokenized as its continuation. A section is the text between two
+special tokens or images.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class PlainText:
         head, whole = self.section(context, first=first), self.section(context + text, first=first)
         if np.array_equal(whole[: len(head)], head):
             return whole[len(head) :]
-        return np.array(self._continued(text), np.int64)  # a token would span both, which generation cannot give
+        return np.array(self._continued(text), np.int64)  # a token would span both, which generation cannot produce
 
     def start_ids(self) -> _Ids:
-        """The ids that the tokenizer puts before a text by itself, such as Llama's `<s>`."""
+        """The ids that the tokenizer itself puts before a text, such as Llama's `<s>`."""
         text = self._ids("x")
         whole = list(self.tokenizer("x")["input_ids"])
         at = next((n for n in range(len(whole)) if whole[n : n + len(text)] == text), 0)

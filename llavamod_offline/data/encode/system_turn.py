@@ -24,7 +24,7 @@ def find_system_turn(
     segments: Callable[[str], tuple[Segment, ...]],
     form: Form,
 ) -> SystemTurn | None:
-    """The text around a system turn; None if the chat template has none, or words the other turns differently then.
+    """The text around a system turn; None if the chat template has none, or words the other turns differently with one.
 
     `template`: the chat template's other parts; `segments` splits text into plain pieces and special tokens; `form`:
     how the chat template takes texts.

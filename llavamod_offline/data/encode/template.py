@@ -41,11 +41,11 @@ class WordsTools(Protocol):
         ...
 
     def bytes_around(self, template: Template) -> tuple[int, int]:
-        """The bytes around what a sample says, at most: once for its tools, and for a turn."""
+        """Upper bounds on the bytes added to a sample's own texts: once for its tools, and per turn."""
         ...
 
     def __call__(self, template: Template, turns: Sequence[Turn]) -> list[Segment]:
-        """Render turns. Errors: `DataError` if that cannot be done faithfully."""
+        """Render turns. Errors: `DataError` if this cannot be done faithfully."""
         ...
 
 
@@ -55,10 +55,10 @@ class Template:
 
     A conversation reads: system · (user_prefix · text · assistant_prefix · answer_prefix · answer · end · separator)*,
     without the last separator. The answer (with `answer_prefix`) and its `end` token are supervised. A system turn
-    takes the place of `system`, between the two parts of `system_turn`; None: the template has no such turn.
-    `image_prefix` takes the place of `user_prefix` before a text that begins with an image; None: it does not.
-    `strips`: the roles whose texts, or texts between images, lose the white space around them. `tool_wording` renders
-    conversations with tools, by the chat template of the checkpoint; None: the template has no words for them.
+    replaces `system`, between the two parts of `system_turn`; None: the template has no such turn. `image_prefix`
+    replaces `user_prefix` before a text that begins with an image; None: it does not. `strips`: the roles whose texts,
+    or texts between images, lose the white space around them. `tool_wording` renders conversations with tools by the
+    checkpoint's chat template; None: the template cannot word them.
     """
 
     name: str

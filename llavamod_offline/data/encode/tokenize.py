@@ -116,7 +116,7 @@ class SequenceEncoder:
         self.start_ids = self._start_ids() if add_start else ()
 
     def image(self, tokens: int) -> ImageTokens:
-        """An image of so many tokens."""
+        """An image of this many tokens."""
         ids = np.full(tokens, self.image_token_id, np.int64)
         before, after = self.image_frame
         return ImageTokens(np.r_[before, ids, after].astype(np.int64) if before or after else ids)
@@ -135,7 +135,7 @@ class SequenceEncoder:
         return TokenizedSequence(sample.key, role, ids_T, supervised_N)
 
     def length(self, sample: Sample, role: str) -> int:
-        """Count the tokens of one role of a sample, however many they are. Errors: as of `encode`."""
+        """Count the tokens of one role of a sample, however many they are. Errors: as `encode`."""
         images = [self.image(self.image_tokens)] * len(sample.images)
         return len(self._tokenize(self._segments(sample, role), images)[0])
 
@@ -147,7 +147,7 @@ class SequenceEncoder:
         return ids_T
 
     def answer_ids(self, text: str) -> Ids:
-        """Tokenize plain text as an answer begins with it."""
+        """Tokenize plain text as the beginning of an answer."""
         turns = (Turn("user", ""), Turn("assistant", ""))
         *_, before, _, _ = [Segment(""), *_merge_plain(self.template.render(turns))]  # the prompt's end, answer, end
         return self.plain.following(text, "" if before.special else before.text, first=False)
@@ -182,7 +182,7 @@ class SequenceEncoder:
     def _ids_with_images(
         self, text: str, images: list[ImageTokens], context: str, *, first: bool
     ) -> tuple[list[Ids], str, bool]:
-        """The ids of a prompt's text; then as `context` and `first` of `_tokenize`."""
+        """The ids of a prompt's text; then `context` and `first` after it, as in `_tokenize`."""
         text, *others = text.split(IMAGE_PLACEHOLDER)
         pieces: list[Ids] = []
         for following in others:

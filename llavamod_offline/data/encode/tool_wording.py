@@ -1,7 +1,7 @@
 """Conversations with tools, worded by a tokenizer's chat template.
 
-Chat templates word tools in too many ways for a `Template`: they are rendered whole, with a mark in the place of each
-text by the system, the user or the assistant. Each rendering is checked against those without marks.
+Chat templates word tools in too many ways for a `Template`, so conversations are rendered whole, with a mark in place
+of each text by the system, the user or the assistant. Each rendering is checked against those without marks.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ToolWording:
 
     @property
     def chat_template(self) -> str:
-        """The tokenizer's for conversations with tools."""
+        """The tokenizer's chat template for conversations with tools."""
         return own_chat_template(self.tokenizer, tools=True)
 
     def __call__(self, template: Template, turns: Sequence[Turn]) -> list[Segment]:
@@ -67,7 +67,7 @@ class ToolWording:
         return self._segments(template, marked, texts, pieces)
 
     def bytes_around(self, template: Template) -> tuple[int, int]:
-        """The bytes around what a sample says, at most: once for its tools, and for a turn."""
+        """Upper bounds on the bytes added to a sample's own texts: once for its tools, and per turn."""
         question, answer = _PROBE[1], _PROBE[-1]
         plain, tools, calls = (
             sum(len(segment.text.encode()) for segment in segments)
@@ -82,7 +82,7 @@ class ToolWording:
     def _segments(
         self, template: Template, marked: Sequence[Turn], texts: Sequence[str], pieces: Sequence[str]
     ) -> list[Segment]:
-        """`pieces`: what stands around the marks, and the marks at odd places."""
+        """`pieces`: the text around the marks, and the marks themselves at odd indices."""
         places = {turn.text: place for place, turn in enumerate(marked)}
         segments: list[Segment] = []
         after_answer = False
@@ -132,7 +132,7 @@ class ToolWording:
 
 
 def find_tool_wording(tokenizer: PreTrainedTokenizerFast, template: Template) -> ToolWording | None:
-    """How a chat template words tools; None if it leaves out tools, calls or results, or what follows is not clear."""
+    """How a chat template words tools; None if it omits tools, calls or results, or cannot be split into segments."""
     for parts in (False, True):
         wording = ToolWording(tokenizer, parts)
         try:

@@ -22,7 +22,7 @@ class Weights:
 
 
 class Copies:
-    """How many copies of each sample an epoch holds; `total`: of all. Errors: `ConfigError` for a weight."""
+    """How many copies of each sample an epoch holds; `total`: of all. Errors: `ConfigError` for a bad weight."""
 
     def __init__(self, weights: Weights, seed: int) -> None:
         self._base_N = np.zeros(len(weights.sources_N), np.int32)

@@ -1,6 +1,6 @@
 """Batches of samples of similar length, or of one of two kinds, within a window of the stream.
 
-Shape suffixes: N samples; a *place* is the number of one.
+Shape suffixes: N samples; a *place* is a sample's number.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def grouped(
 ) -> Rows:
     """Group a window's shuffled places, which begin at element `start` of the stream, into batches of `size`.
 
-    With lengths, every 64 complete batches are sorted by length; with kinds, each is of one kind, but for one with what
-    is left of both. The batches are then shuffled. Without either, the places are returned as they are.
+    With lengths, every 64 complete batches are sorted by length; with kinds, each batch is of one kind, except one with
+    the remainder of both. The batches are then shuffled. Without either, the places are returned as they are.
     """
     if lengths_N is None and kinds_N is None:
         return places
@@ -47,7 +47,7 @@ def grouped(
 
 
 def _by_kind(places: Rows, kinds_N: NDArray[np.bool_], size: int) -> list[Rows]:
-    """The places of each kind, as far as they fill batches, and what is left of both."""
+    """The places of each kind that fill whole batches, and the remainder of both."""
     kinds = [places[kinds_N[places]], places[~kinds_N[places]]]
     whole = [kind[: len(kind) // size * size] for kind in kinds]
     return [*whole, np.concatenate([kind[len(part) :] for kind, part in zip(kinds, whole, strict=True)])]

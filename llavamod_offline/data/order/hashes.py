@@ -1,11 +1,11 @@
-"""Hashes of numbers: the randomness of the order of training, independent of any library's generator."""
+"""Hashes of numbers: the randomness of the training order, independent of any library's generator."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-SHARDS, COPIES, BATCHES = 1, 2, 3  # what may be numbered other than samples
+SHARDS, COPIES, BATCHES = 1, 2, 3  # what may be numbered besides samples
 
 _MASK = 2**64 - 1
 _GAMMA = 0x9E3779B97F4A7C15

@@ -14,10 +14,10 @@ class BatchSchedule:
     """The micro-batches of one rank from step `start` up to `stop`, as a DataLoader's `batch_sampler`.
 
     A step has `micro_batches` lists of at most `micro_batch_size` rows each (None: the rank's whole share), the same
-    number on every rank. A rank's share is a contiguous piece of the batch, so that micro-batches do not depend on the
-    number of ranks, nor does a loss that is not a sum over samples, such as the routers' balance loss. Batches sorted
-    by length are dealt to the ranks one micro-batch at a time, so that all ranks work on similar lengths. To resume,
-    begin at another `start`.
+    number on every rank. A rank's share is a contiguous piece of the batch, so that neither micro-batches nor a loss
+    that is not a sum over samples, such as the routers' balance loss, depend on the number of ranks. Batches sorted by
+    length are dealt to the ranks one micro-batch at a time, so that all ranks work on similar lengths. To resume, begin
+    at another `start`.
     Errors: `ConfigError` if a batch cannot be divided evenly.
     """
 

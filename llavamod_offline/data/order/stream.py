@@ -1,13 +1,13 @@
-"""The order of training as a pure function: the rows of step `s`, for any number of ranks and workers.
+"""The training order as a pure function: the rows of step `s`, for any number of ranks and workers.
 
 Epochs follow one another in one endless stream. Step `s` of batch size `G` takes its elements `s·G … (s+1)·G − 1`. So
-each epoch is complete and without repeats, a batch at an epoch's end is filled from the next epoch, and the state of a
+each epoch is complete and free of repeats, a batch at an epoch's end is filled from the next epoch, and the state of a
 run is one integer, the step.
 
 An epoch consists of *windows*: the shards are shuffled and split into groups of `window`, and the samples of each group
 are shuffled together (`window` 0: one window of all shards, a full shuffle). With weights a sample has that many copies
-in an epoch; with lengths, the batches of a window hold samples of similar length, and with kinds samples of one kind,
-all but one of the window. Everything is defined by 64-bit integer arithmetic.
+in an epoch; with lengths, the batches of a window hold samples of similar length; with kinds, all batches of a window
+but one hold samples of one kind. Everything is defined by 64-bit integer arithmetic.
 
 Shape suffixes: N samples, numbered in set order (so shard by shard); a *place* is such a number; E elements of a
 window.
@@ -46,7 +46,7 @@ class Window:
 @dataclass(frozen=True)
 class Mark:
     """A position in the stream: epoch, number of the window in it, elements before it in the window, and the hash of
-    the last of them in the order of hashes (−1: there is none)."""
+    the last of them in hash order (−1: there is none)."""
 
     epoch: int
     window: int
@@ -62,8 +62,8 @@ class Order:
     the first of two kinds, if batches are to hold one kind each.
     With weight w an epoch holds each sample of a source ⌊w⌋ times, and some once more, so that the total is w times
     their number, rounded, and at least 1; which ones changes from epoch to epoch.
-    Samples are shuffled by hashes of their numbers, 0 … n − 1 unless `renumber` gives others. If samples are taken out
-    or added and the others keep their numbers, these stay in the same order. An `offset` shifts the steps: step `s`
+    Samples are shuffled by hashes of their numbers, 0 … n − 1 unless `renumber` gives others. If samples are removed or
+    added and the others keep their numbers, the others stay in the same order. An `offset` shifts the steps: step `s`
     takes the elements from `s·G + offset` on.
     Errors: `ConfigError` if no samples are left, or a number is out of range.
     """
@@ -128,16 +128,16 @@ class Order:
         return step * self.batch_size + self.offset
 
     def mark(self, position: int) -> Mark:
-        """Describe a position so that it can be found again after samples were taken out or added."""
+        """Describe a position so that it can be found again after samples were removed or added."""
         window = self.window_at(position)
         inside = position - window.start
         sorted_E = np.sort(self._entry_hashes(window)[1])
         return Mark(window.epoch, window.number, inside, int(sorted_E[inside - 1]) if inside else -1)
 
     def find(self, mark: Mark) -> int:
-        """The position of a mark: what came before it, as far as it is left, comes before it here too.
+        """The position of a mark: what came before it and still exists comes before it here too.
 
-        Exactly so if samples kept their numbers and their windows; with lengths or weights only as many came before it.
+        Exact if samples kept their numbers and windows; with lengths, kinds or weights only the count before it is.
         """
         layout = self._layout(mark.epoch)
         start = mark.epoch * self.per_epoch

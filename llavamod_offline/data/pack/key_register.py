@@ -1,4 +1,4 @@
-"""Every key of a new set, to notice one that is repeated, in 28 bytes of memory a sample."""
+"""Every key of a new set, to detect repeated ones, in 28 bytes of memory per sample."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FRESH = 2**16  # keys in a hash table; older ones are in sorted arrays, each at
 
 
 class KeyRegister:
-    """Keys by 64 bits of their BLAKE2b, which differ among ten million keys but for one chance in 300,000.
+    """Keys as 64 bits of their BLAKE2b; the chance of a collision among ten million keys is one in 300,000.
 
     `hint`: what to do about a repeated key. `files`: the ordinal of each file so far.
     """

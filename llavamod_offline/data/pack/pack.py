@@ -45,17 +45,17 @@ def write_set(
 ) -> PackSummary:
     """Write rows, in order, to the set folder `output`; shards are named `name` (default: the folder's name).
 
-    `job`: JSON values that say what is packed, and how. If an earlier call with the same ones was stopped or killed,
+    `job`: JSON values that say what is packed, and how. If an earlier call with the same job was stopped or killed,
     this one continues after its last complete shard; `rows` is then a function of where to begin.
     A shard is closed when it holds `shard_samples` samples, or when the next one would exceed `shard_bytes`.
     For the manifest: `weights`, how often training sees a source's samples, if not once; `licences` of sources,
     and `listed_licences` of sources that may turn out to have no samples; `max_side`, the length beyond
-    which images were shrunk; `generated`, a description of the teacher that wrote the answers. `fitting`: advice for
-    the names of missing images, for messages. `grace`: on SIGTERM, decides whether the shard in hand is finished.
+    which images were shrunk; `generated`, a description of the teacher that wrote the answers. `fitting`: advises on
+    missing images from their names, for messages. `grace`: on SIGTERM, decides whether the shard in hand is finished.
     Errors: `DataError` if `output` exists (with `overwrite`: unless it is a set), for a duplicate key (naming both rows
     and `duplicate_hint`), if no row yields a sample, if more than the share `max_rejected` is rejected;
     `ConfigError` for the weight or licence of a source without samples. Errors leave nothing behind, except the list
-    of rejected rows in `{output}.rejected.jsonl` if they are the error.
+    of rejected rows in `{output}.rejected.jsonl` if those are the error.
     """
     weights = weights or {}
     check_weights(weights)

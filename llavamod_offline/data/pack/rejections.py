@@ -1,4 +1,4 @@
-"""The rejections of a new set: counted by kind, listed in a file, and explained if one reason accounts for most."""
+"""The rejections of a new set: counted by kind, listed in a file, and explained if most have the same reason."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import IO
 
 from llavamod_offline.data.rows import RejectedRow
 
-_PARTICULARS = re.compile(r"'[^']*'|[0-9]+")  # what differs from row to row in reasons that are otherwise the same
+_PARTICULARS = re.compile(r"'[^']*'|[0-9]+")  # what differs from row to row in otherwise equal reasons
 _MAX_REASONS = 1000
 _MAX_IMAGES = 64
 
@@ -40,9 +40,9 @@ class Rejections:
         self._stream.write(json.dumps(fields) + "\n")
 
     def diagnosis(self, fitting: Callable[[Sequence[str]], str]) -> str:
-        """The reason of most rejections, by an example, with advice; else that of the first; '' if there are none.
+        """The reason for most rejections, by example, with advice; else the first one's; '' if there are none.
 
-        `fitting`: advice for the names of missing images.
+        `fitting`: gives advice on missing images from their names.
         """
         if not self._reasons:
             return ""

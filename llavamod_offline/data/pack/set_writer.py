@@ -1,7 +1,7 @@
 """The files of every set folder besides tars: index, list of rejections, manifest (see `sample_set.py`).
 
 The folder gets its name when it is complete, so a killed process leaves nothing under that name; with a job it leaves
-what the same job continues with (see `work_folder.py`).
+what the same job needs to continue (see `work_folder.py`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def no_advice(missing: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class PackSummary:
-    """A new set's contents: counts, rejections by kind, and the reason of most; `bytes` is the size of the shards."""
+    """A new set's contents: counts, rejections by kind, and the reason for most; `bytes` is the size of the shards."""
 
     path: Path
     name: str
@@ -85,7 +85,7 @@ def new_set(
 
     `job`: what is packed, and how, so that it can be continued.
 
-    `name` of the shards: by default the folder's, with the characters that it may not have written as in keys.
+    `name`: of the shards; by default the folder's, with characters that it may not contain written as in keys.
     Errors: `ConfigError` if another process writes it; `DataError` if `output` exists (with `overwrite`: if it is not
     a set), or cannot be written.
     """
@@ -179,12 +179,12 @@ class SetWriter:
 
     @property
     def kept(self) -> str:
-        """What a stopped writer has kept, for its last line; an empty text if nothing."""
+        """What a stopped writer has kept, for its last line of output; empty if nothing."""
         done = self.journal.shards if self.journal else 0
         return f"{counted(done, 'shard')} of {self.output} kept" if done else ""
 
     def resume(self) -> RowPlace | None:
-        """Take over the shards that an earlier writer has finished; return where the next row is, if there are any."""
+        """Take over the shards that an earlier writer finished; return where the next row is, if there are any."""
         place = None
         for shard, place, entries in self.journal.finished() if self.journal else ():  # noqa: B007
             for entry in entries:
@@ -252,7 +252,7 @@ class SetWriter:
                 raise ConfigError(f"{what} of '{unknown[0]}': no samples from that source: name one of {known}")
 
     def _diagnosis(self) -> str:
-        """Why rows were rejected, and where they are listed: beside the output, as the set is not made."""
+        """Why rows were rejected, and where they are listed: beside the output, because no set is made."""
         diagnosis = self.rejections.diagnosis(self.fitting)
         if not diagnosis:
             return ""

@@ -30,7 +30,7 @@ _JOURNAL, _JOB = "journal", "job.json"
 
 @dataclass(frozen=True)
 class IndexedSample:
-    """A sample as the index has it; `members` of its shard."""
+    """A sample as the index has it; `members`: as in its shard."""
 
     facts: Facts
     members: Sequence[Mapping[str, Any]]
@@ -49,7 +49,7 @@ class PackJournal:
         self.shards = 0
 
     def commit(self, shard: Shard, after: RowPlace, entries: Sequence[Entry]) -> None:
-        """Keep a complete shard with the samples and the rejections since the one before."""
+        """Keep a complete shard with the samples and the rejections since the previous one."""
         atomic.fsync_path(self._folder.parent / f"{shard.name}.tar")
         lines = [json.dumps({"shard": asdict(shard), "after": asdict(after)})]
         lines += map(_line, entries)
@@ -69,7 +69,7 @@ def work_folder(output: Path, job: Mapping[str, Any]) -> Iterator[Path]:
     """Yield the folder in which `job` is packed; it becomes `output` when the block ends.
 
     What an earlier pack of the same job has finished is there, and nothing else. If the block ends with a user's error,
-    which would come again, everything is removed; otherwise what is finished stays.
+    which would recur, everything is removed; otherwise what is finished stays.
     """
     work = work_path(output)
     journal, content = work / _JOURNAL, json.dumps(job, sort_keys=True)
@@ -104,7 +104,7 @@ def work_path(output: Path) -> Path:
 
 
 def _line(entry: Entry) -> str:
-    fields = vars(entry)  # `asdict` would take as long as all else that packs a small sample
+    fields = vars(entry)  # `asdict` would take as long as everything else in packing a small sample
     if isinstance(entry, IndexedSample):
         fields = fields | {"facts": vars(entry.facts)}
     return json.dumps({type(entry).__name__: fields})

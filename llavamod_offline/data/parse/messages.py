@@ -1,4 +1,4 @@
-"""Conversations as rows have them → turns, with their images in order.
+"""Conversations as found in rows → turns, with their images in order.
 
     from/value     {"from": "human" | "gpt" | "system", "value": text}                          (LLaVA, ShareGPT)
     role/content   {"role": "user" | "assistant" | "system", "content": text or parts}        (TRL, ms-swift, OpenAI)

@@ -30,7 +30,7 @@ from llavamod_offline.plural import counted
 TEXT_FIELDS = ("conversations", "messages", "texts", "chosen", "rejected", "rejected_response", "completion")
 LABELS = ("label", "kto_tag")
 FIELDS = (*TEXT_FIELDS, *LABELS, "prompt", "question", "system", "tools", "image", "images")
-_OTHER_PROMPTS = {"conversations", "messages", "prompt"}  # than the question of RLAIF-V
+_OTHER_PROMPTS = {"conversations", "messages", "prompt"}  # other than RLAIF-V's question
 MEDIA_FIELDS = ("video", "videos", "audio", "audios")
 KNOWN = (
     "'conversations' or 'messages' (turns), 'texts' (pairs), 'prompt' and 'completion', or 'chosen' and 'rejected' "
@@ -61,7 +61,7 @@ def row_to_sample(row: Any, *, key: str, source: str, read_image: ReadImage, max
 def tar_row_to_sample(
     row: Any, *, key: str, source: str, images: tuple[bytes, ...], extensions: tuple[str, ...]
 ) -> Sample:
-    """Build a sample from such a row in a tar that also holds its images; the row need not name them."""
+    """Build a sample from a row in a tar that also holds its images; the row need not name them."""
     parsed = parse_row(row, len(images))
     if parsed.images and len(parsed.images) != len(images):
         reason = f"the row names {counted(len(parsed.images), 'image')}, the tar holds {len(images)}"
@@ -80,7 +80,7 @@ def responses_of_row(row: Any) -> tuple[str, ...]:
 
 
 def one_for_each_rejected(row: Any) -> list[Any]:
-    """A row whose preference has a list of rejected answers, as one row for each of them; else the row itself."""
+    """Split a row whose preference lists several rejected answers into one row for each; else return the row itself."""
     for name in ("rejected", "rejected_response"):
         answers = row.get(name) if isinstance(row, Mapping) else None
         if isinstance(answers, list) and answers and all(isinstance(answer, str | list) for answer in answers):
@@ -107,12 +107,12 @@ def parse_row(row: Any, beside: int = 0) -> ParsedRow:
 
 
 def same_answers(chosen: str, rejected: str) -> bool:
-    """Whether two answers differ in nothing but white space around them, so that nothing is learnt from the pair."""
+    """Whether two answers differ only in the white space around them, so that the pair teaches nothing."""
     return chosen.strip() == rejected.strip()
 
 
 def check_text(sample: Sample) -> None:
-    """Refuse what no sample should be made of, though sets of earlier versions have some. Errors: `RowError`."""
+    """Refuse texts that no sample should have, although sets of earlier versions have some. Errors: `RowError`."""
     if sample.chosen is not None and sample.rejected is not None and same_answers(sample.chosen, sample.rejected):
         raise RowError("identical answers", "the chosen and the rejected answer are the same")
     texts = [*(turn.text for turn in sample.turns), sample.chosen or "", sample.rejected or ""]

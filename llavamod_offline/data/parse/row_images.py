@@ -14,7 +14,7 @@ from llavamod_offline.errors import DataError
 
 ReadImage = Callable[[str], bytes]
 
-SOURCES = ("bytes", "base64", "path", "url", "image", "file_name")  # fields of a struct, the most certain first
+SOURCES = ("bytes", "base64", "path", "url", "image", "file_name")  # fields of a struct, the most reliable first
 
 
 @dataclass(frozen=True)

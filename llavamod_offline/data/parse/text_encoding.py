@@ -23,7 +23,7 @@ def json_encoding(start: bytes) -> str:
 
 
 def decode_text(content: bytes, name: str) -> str:
-    """Decode a text file without its byte order mark. Errors: `RowError` naming the file, with the way out."""
+    """Decode a text file without its byte order mark. Errors: `RowError` naming the file, with the remedy."""
     encoding = next((encoding for mark, encoding in _MARKS if content.startswith(mark)), "utf-8")
     if encoding.startswith("utf-8") and b"\0" in content:
         reason = "holds NUL bytes: if it is UTF-16, convert it with `iconv -f UTF-16LE -t UTF-8`, else repair it"

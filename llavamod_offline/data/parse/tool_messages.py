@@ -1,4 +1,4 @@
-"""Messages about tools, as rows have them → turns.
+"""Messages about tools, as found in rows → turns.
 
     OpenAI, TRL             assistant with `tool_calls` (or `function_call`); role `tool` or `function`
     ms-swift                roles `tool_call` and `tool_response`
@@ -22,7 +22,7 @@ _RESULTS = ("tool", "tool_response", "function", "observation", "ipython")
 
 
 def read_tools(value: Any) -> Turn | None:
-    """The turn of a row's `tools`; None if there are none, as in rows beside rows with some. Errors: `RowError`."""
+    """The turn of a row's `tools`; None if it has none, even if other rows have some. Errors: `RowError`."""
     tools = _parsed(value)
     if not tools:
         return None
@@ -63,13 +63,13 @@ def _calls(calls: list[Any], where: str) -> list[dict[str, Any]]:
 
 
 def _function(value: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The function of a tool or a call, inside or bare; None if it has no name."""
+    """The function of a tool or a call, nested or bare; None if it has no name."""
     function = value.get("function", value)
     return function if isinstance(function, Mapping) and isinstance(function.get("name"), str) else None
 
 
 def _parsed(value: Any) -> Any:
-    """JSON text as its value; anything else, and text that is none, as it is."""
+    """The value of JSON text; anything else, including other text, unchanged."""
     try:
         return json.loads(value) if isinstance(value, str) and value.strip() else value
     except (ValueError, RecursionError):

@@ -2,8 +2,8 @@
 
 The preference samples of a set form a ring, ordered by the SHA-256 of their keys. A sample's *mismatched* response is
 the chosen or the rejected one (by the last bit of that hash; of an unpaired sample, its only one) of the next sample in
-the ring; of the one after it if the text is one of the sample's own, and so on. So the pairs depend on the samples of a
-set alone, not on its order, its shards or the reader. Adding or removing a sample changes only the pairs of its
+the ring; of the one after it if the text is one of the sample's own, and so on. So the pairs depend only on the samples
+of a set, not on its order, its shards or the reader. Adding or removing a sample changes only the pairs of its
 neighbours in the ring.
 """
 

@@ -2,7 +2,7 @@
 
     {name}-000000.tar …   samples, see `sample.py`; members are read by position, tars are never scanned. Sets made by
                           `llavamod-offline index` have none: they read other tars in place
-    index.arrow           Arrow IPC file, one row a sample, in the order of the tars; memory-mapped
+    index.arrow           Arrow IPC file, one row per sample, in the order of the tars; memory-mapped
     set.json              format, name, counts, digest, weights of sources, and each shard's samples, size, SHA-256
                           and, if it is elsewhere, path (relative to this folder, or absolute); written last.
                           If known: `licences` of sources; `max_side`, to which images were shrunk; `generated`:
@@ -208,7 +208,7 @@ class SampleSet:
     def read(self, row: int, *, verify: bool = False, scattered: bool = False) -> Sample:
         """Read one sample; `verify` also recomputes its content hash.
 
-        `scattered`: few samples of its shard are needed, so a remote shard is not copied for them.
+        `scattered`: only a few samples of its shard are needed, so a remote shard is not copied for them.
         """
         if not 0 <= row < len(self):
             raise DataError(f"set '{self.path}': has no row {row}: it holds {len(self)} samples")
@@ -265,7 +265,7 @@ class SampleSet:
 
     @cached_property
     def _read_columns(self) -> dict[str, pa.ChunkedArray]:
-        """The columns that reading needs, looked up once, as a table assembles each from all its batches."""
+        """The columns that reading needs, looked up once, because a table assembles each from all its batches."""
         return {name: self.index.column(name) for name in _READ_COLUMNS}
 
     @cached_property

@@ -1,7 +1,7 @@
-"""The bytes of a set's tars, read by position from a disk, or from local copies of remote tars.
+"""The bytes of a set's tars, read by position from disk, or from local copies of remote tars.
 
-The first read of a remote tar copies it into the disk cache and checks its size and SHA-256; if few of its samples
-are needed, only their bytes are fetched.
+The first read of a remote tar copies it into the disk cache and checks its size and SHA-256; if only a few of its
+samples are needed, only their bytes are fetched.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Shard:
 
     @property
     def again(self) -> str:
-        """What to do if it has changed."""
+        """What to do if the tar has changed."""
         return "index the tars again" if self.path else "pack the set again"
 
 

@@ -19,8 +19,8 @@ SHIPPED = Path(__file__).with_name("sources.yaml")
 class DataSet:
     """A data set as downloaded; `files` (or patterns) and `images` are paths below one root folder.
 
-    `rows`: the exact count; `rows_about`: a count that was published rounded; `weight`: how often training sees its
-    samples. None: unknown.
+    `rows`: the exact count; `rows_about`: a count that was published as a rounded figure; `weight`: how often training
+    sees its samples. None: unknown.
     """
 
     files: list[str] = field(default_factory=list)
@@ -68,13 +68,13 @@ def find_files(entry: DataSet, root: Path) -> list[tuple[str, list[Path]]]:
 
 
 def broken_links(entry: DataSet, root: Path) -> list[str]:
-    """The links that match a data set's files and lead nowhere, with their targets."""
+    """The broken links that match a data set's files, with their targets."""
     paths = [path for file in entry.files for path in _matches(root, file)]
     return [f"{path} is {absence(path)}" for path in paths if path.is_symlink() and not path.exists()]
 
 
 def _matches(root: Path, pattern: str) -> Iterator[Path]:
-    """As `Path.glob`, but `**/` also finds what is below links to folders."""
+    """Like `Path.glob`, but `**/` also follows links to folders."""
     above, stars, name = pattern.partition("**/")
     if not stars:
         yield from root.glob(pattern)
@@ -113,7 +113,7 @@ def stage_sources(
 
 
 def _below(root: Path, pattern: str, path: Path) -> str:
-    """A file's path below the first folder that its pattern leaves open, so that equal names in several differ."""
+    """A file's path below the first folder that its pattern leaves open, to tell apart equal names in several."""
     parts = PurePosixPath(pattern).parts
     fixed = next((n for n, part in enumerate(parts) if "*" in part or "?" in part or "[" in part), len(parts))
     return path.relative_to(root.joinpath(*parts[:fixed])).as_posix() if fixed < len(parts) - 1 else ""

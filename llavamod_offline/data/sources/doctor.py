@@ -17,7 +17,7 @@ from llavamod_offline.data.sources.row_files import ROW_FILES
 from llavamod_offline.errors import DataError
 from llavamod_offline.plural import counted
 
-_ROUNDED = 0.99  # smallest share of a rounded row count that passes
+_ROUNDED = 0.99  # the smallest share of a rounded row count that passes
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def examine(
     count: bool = True,
     advance: Advance = lambda size: None,
 ) -> Iterator[Finding]:
-    """Look for each data set below `root`; with `count` also read its rows, and look for every image they name.
+    """Look for each data set below `root`; with `count`, also read its rows and look for every image they name.
 
     `advance` is called with the size in bytes of each piece read.
     """

@@ -13,7 +13,7 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".JPG", ".JPEG", ".PNG")
 
 
 def advice_on_missing(names: Sequence[str], folders: Sequence[Path]) -> str:
-    """Advise on images that are in none of the folders; '' if nothing is found that fits half of them."""
+    """Advise on images that are in none of the folders; '' if nothing fits at least half of them."""
     if not names:
         return ""
     if _most(names, [name for name in names if "://" in name]):

@@ -27,7 +27,7 @@ _SPACE = " \t\n\r"
 def stream_array(path: Place, advance: Advance) -> Iterator[Any]:
     """Yield the elements of the JSON array in a file.
 
-    Errors: `DataError` naming file, row and character if it is not an array or not valid JSON to its end: rows after a
+    Errors: `DataError` naming file, row and character if it is not an array or not valid JSON throughout: rows after a
     fault cannot be delimited.
     """
     with open_place(path) as stream:
@@ -71,7 +71,7 @@ def stream_lines(path: Place, advance: Advance) -> Iterator[tuple[int, Any]]:
 
 
 def _lines(path: Place, stream: IO[bytes], encoding: str) -> Iterator[bytes | str]:
-    """Read lines, as bytes if they are UTF-8: then a line that is not does not stop the file."""
+    """Read lines, as bytes if the file is UTF-8, so that one line that is not does not stop the rest."""
     if encoding.startswith("utf-8"):
         while line := stream.readline(MAX_ROW + 1):
             yield line
@@ -89,7 +89,7 @@ def _lines(path: Place, stream: IO[bytes], encoding: str) -> Iterator[bytes | st
 def _parse_line(line: bytes | str) -> Any:
     try:
         text = line.decode() if isinstance(line, bytes) else line
-        return json.loads(text.removeprefix("\ufeff"))  # also where files with such marks were joined
+        return json.loads(text.removeprefix("\ufeff"))  # also where files with such marks were concatenated
     except UnicodeDecodeError as error:
         return RowError("malformed row", f"not valid JSON: {not_decodable(error)}")
     except (ValueError, RecursionError) as error:
@@ -124,7 +124,7 @@ class _Text:
             self._fill()
 
     def take(self) -> str:
-        """As `peek`, and advance past it."""
+        """Like `peek`, but advance past it."""
         character = self.peek()
         self._position += len(character)
         return character

@@ -1,8 +1,8 @@
 """Sources: files of rows (see `row_files.py`), folders of tables or samples, streamed into samples and rejections.
 
-A folder holds each sample's text beside its images (see `tars/tar_samples.py`). Keys come from the rows' ids (`id`, in
-parquet also `idx`, in a folder the files' names), or from file stem and row number if a row has no id or `keys="row"`.
-A few files are read ahead, in threads; processes make samples of their rows.
+A folder of samples holds each sample's text beside its images (see `tars/tar_samples.py`). Keys come from the rows' ids
+(`id`, in parquet also `idx`, in a folder the files' names), or from file stem and row number if a row has no id or
+`keys="row"`. A few files are read ahead in threads; processes turn their rows into samples.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from llavamod_offline.data.sources.tables import TableRows
 
 KeyRule = Literal["id", "row"]
-_TOGETHER = 16  # samples of a folder that are passed to a process at a time
+_TOGETHER = 16  # samples of a folder that are passed to a process together
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class _SourceRow:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some rows of a source, which is named by its ordinal."""
+    """Some rows of a source, given by its ordinal."""
 
     source: int
     rows: TextRows | TableRows
@@ -68,10 +68,10 @@ def prepare_sources(
 ) -> Iterator[PreparedSources | RejectedRow]:
     """Stream the rows of `files`, in order, as samples ready to be written, or as rejections.
 
-    `images`: folders with the images. `advance` is called with the size in bytes of every piece read; over
-    all files these add up to their sizes. `max_side`: length in pixels beyond which images are shrunk (None: none are).
-    `workers`: processes that make samples and decode images; the result does not depend on their number. `start`: where
-    to begin, if not with the first row.
+    `images`: folders with the images. `advance` is called with the size in bytes of every piece read; these add up to
+    the sizes of all files. `max_side`: length in pixels beyond which images are shrunk (None: none are). `workers`:
+    processes that make samples and decode images; the result does not depend on their number. `start`: where to begin,
+    if not with the first row.
     Errors: `DataError` at once if a file or folder is missing, of an unknown kind or given twice, or if two files would
     yield the same row keys; while reading, if a file cannot be read at all; those of `map_in_order`.
     """
@@ -82,7 +82,7 @@ def prepare_sources(
     outcomes = map_in_order(reader.prepared, _pieces(sources, advance, start), workers=workers, chunk=1)
     if start is None:
         return outcomes
-    # Of the row at which an earlier pack stopped, some samples may be there.
+    # Some samples of the row at which an earlier pack stopped may already exist.
     return (each for n, each in enumerate(outcomes) if n >= start.done or not _is_at(each, start))
 
 
@@ -121,7 +121,7 @@ class _RowReader:
             sample = row_to_sample(row.content, key=key, source=name, read_image=read_image, max_side=self._max_side)
             return Located(sample, str(file), row.number)
         except RowError as error:
-            if isinstance(row.content, FileGroup):  # the file, as keys may be numbers
+            if isinstance(row.content, FileGroup):  # the file, because keys may be numbers
                 assert isinstance(file, Path)
                 file = file / row.content.files[0][1]
             return RejectedRow(key, error.kind, str(error), str(file), row.number, error.image)

@@ -1,4 +1,4 @@
-"""Read several files at once, in threads, while their contents are taken in order."""
+"""Read several files at once, in threads, while their contents are consumed in order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def read_ahead(makers: Iterable[Make[_Item]], advance: Advance, *, files: int = 
     """Yield the items of one iterator after another; threads run the first `files` of them, `items` ahead each.
 
     So memory holds at most `files` × (`items` + 1) items besides what the iterators hold. `advance` is called in this
-    thread, with what the iterator passed to its own before an item came. An iterator's error is raised in its turn.
+    thread, with what the iterator passed to its own before the item. An iterator's error is raised in its turn.
     """
     readers: deque[_Reading[_Item]] = deque()
     waiting = iter(makers)
@@ -46,7 +46,7 @@ class _Reading(Generic[_Item]):
         threading.Thread(target=self._run, args=(make,), daemon=True).start()
 
     def items(self, advance: Advance) -> Iterator[_Item]:
-        """Its items, as they come."""
+        """Its items, as they arrive."""
         while True:
             told, found, error = self._queue.get()
             advance(told)

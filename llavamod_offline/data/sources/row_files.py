@@ -1,4 +1,4 @@
-"""Files of rows, by suffix: how rows are streamed and counted; `row_formats.py` makes samples of them.
+"""Files of rows, by suffix: how rows are streamed and counted; `row_formats.py` turns them into samples.
 
 To add a kind of file, write its functions and enter them in `ROW_FILES`, which packing, catalogues and the doctor read.
 """
@@ -27,12 +27,12 @@ from llavamod_offline.storage.walk import walk_files
 
 Rows = Callable[[Place, Advance], Iterator[tuple[int, Any]]]  # row numbers and contents; a bad row is a `RowError`
 TABLES = (".parquet", ".arrow")
-_TOGETHER = 16  # rows of a file of text that are handed on at a time
+_TOGETHER = 16  # rows of a text file that are passed on together
 
 
 @dataclass(frozen=True)
 class TextRows:
-    """Some rows of a file of text: their numbers and contents."""
+    """Some rows of a text file: their numbers and contents."""
 
     rows: list[tuple[int, Any]]
 
@@ -47,7 +47,7 @@ class RowFile:
 
     `rows`: a file's rows from a number on, some at a time; `outline`: as much of them as counting needs, without images
     stored in the file. `id_fields`: where a row's id may be, `source_fields`: where its source may be. `holds_images`:
-    whether rows usually hold their images, so that there need not be folders of them.
+    whether rows usually hold their images, so that no image folders are needed.
     """
 
     rows: Callable[[Place, Advance, int], Iterator[TextRows | TableRows]]
@@ -73,7 +73,7 @@ def _text(rows: Rows) -> Callable[[Place, Advance, int], Iterator[TextRows]]:
                     together = []
         except DataError:
             if together:
-                yield TextRows(together)  # what precedes the fault is good
+                yield TextRows(together)  # what precedes the fault is valid
             raise
         if together:
             yield TextRows(together)
@@ -82,7 +82,7 @@ def _text(rows: Rows) -> Callable[[Place, Advance, int], Iterator[TextRows]]:
 
 
 def tables_below(folder: Path) -> list[str]:
-    """The parquet and Arrow files below a folder, by relative name, as data sets of the Hugging Face hub have them."""
+    """The parquet and Arrow files below a folder, by relative name, as in data sets of the Hugging Face hub."""
     return [name for name in walk_files(folder, is_system_name) if name.endswith(TABLES)]
 
 

@@ -1,7 +1,7 @@
 """Folders of samples: `000.json` or `000.txt` beside `000.jpg`, or `000.0.jpg`, `000.1.jpg`…, at any depth.
 
 Keys are paths up to the last dot, unlike a tar's, so that names may have dots: `Shot 10.32.11.jpg` belongs to
-`Shot 10.32.11.txt`. A number before it counts an image of a text without that number.
+`Shot 10.32.11.txt`. A number before that dot is an image's index if there is a text without the number.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _NUMBERED = re.compile(r"(.+)\.(0|[1-9][0-9]{0,3})", re.DOTALL)
 
 @dataclass(frozen=True)
 class FileGroup:
-    """The files of one key below a folder: the suffix and the relative name of each."""
+    """The files of one key below a folder: each one's suffix and relative name."""
 
     key: str
     files: tuple[tuple[str, str], ...]
 
 
 def list_groups(folder: Path) -> Iterator[FileGroup]:
-    """The groups of a folder, sorted by key; links to folders are followed, files of the operating system left out.
+    """The groups of a folder, sorted by key; links to folders are followed, operating-system files skipped.
 
     Errors: `DataError` if there are tars, `OSError` if a folder cannot be read.
     """

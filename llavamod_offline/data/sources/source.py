@@ -36,12 +36,12 @@ class Source:
 
     @property
     def stem(self) -> str:
-        """What the keys of rows without id begin with."""
+        """The beginning of the keys of rows without an id."""
         return str(PurePosixPath(self.below).with_suffix("")) if self.below else self.path.stem
 
     @property
     def default_name(self) -> str:
-        """The source of rows that do not name it: of a folder of tables, the part of the data set."""
+        """The source of rows that do not name one; for a folder of tables, the data set's part of the path."""
         if not self.below:
             return self.path.stem
         parts = [part for part in PurePosixPath(self.below).parts[:-1] if part != "data"]
@@ -57,8 +57,8 @@ def check_sources(
 ) -> tuple[Source, ...]:
     """All files and folders of samples, those of folders of tables one by one; `images`: their image folders.
 
-    Errors: `DataError` if one is missing, of an unknown kind or given twice, or if with keys `by_row` two would yield
-    the same.
+    Errors: `DataError` if one is missing, of an unknown kind or given twice, or if two would yield the same keys
+    `by_row`.
     """
     given = [Source(file) if isinstance(file, Path) else file for file in files]
     sources = [each for source in given for each in _tables(source)]
@@ -90,7 +90,7 @@ def check_sources(
 
 
 def _tables(source: Source) -> list[Source]:
-    """The tables below a folder; the source itself if it is none of tables."""
+    """The tables below a folder; the source itself if it is not a folder of tables."""
     place = source.path
     if isinstance(place, RemoteFile):
         return [source] if place.suffix in (*ROW_FILES, ".tar") else _remote_tables(source, place)
@@ -120,7 +120,7 @@ def _check_stems(sources: Sequence[Source]) -> None:
 
 
 def describe_sources(files: Sequence[Source]) -> list[Any]:
-    """What checked sources hold, by sizes and times of change: equal if packing may continue what was begun."""
+    """What checked sources hold, by sizes and modification times: equal if an earlier pack may be continued."""
     described = []
     for source in files:
         place = source.path
@@ -139,6 +139,6 @@ def describe_sources(files: Sequence[Source]) -> list[Any]:
 
 
 def sources_size(files: Sequence[Source]) -> int:
-    """The size of all files of checked sources in bytes; folders of samples have none. Errors: `StorageError`."""
+    """The size in bytes of all files of checked sources; folders of samples count as 0. Errors: `StorageError`."""
     places = [source.path for source in files]
     return sum(place_size(place) for place in places if isinstance(place, RemoteFile) or place.is_file())

@@ -11,7 +11,7 @@ from llavamod_offline.storage.remote_file import Place, RemoteFile
 
 
 def parse_source(argument: str) -> tuple[str, Place]:
-    """The name (or nothing) and the path or URL of a source; an existing path wins even if it contains "=".
+    """The name (or '') and the path or URL of a source; an existing path wins even if it contains "=".
 
     Errors: `ConfigError` for an empty name or path.
     """

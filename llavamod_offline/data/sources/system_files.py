@@ -1,4 +1,4 @@
-"""Files and folders that operating systems and tools add to folders and archives, and that are never data."""
+"""Files and folders that operating systems and tools add to folders and archives; they are never data."""
 
 from __future__ import annotations
 

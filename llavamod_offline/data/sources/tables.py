@@ -1,4 +1,4 @@
-"""Tables of rows: parquet and Arrow files, read batch by batch; a batch becomes rows where these are needed."""
+"""Tables of rows: parquet and Arrow files, read batch by batch; a batch becomes rows only where they are needed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 IDS = ("id", "idx")
 SOURCES = ("ds_name", "data_source")
 _BUFFER = 2**20
-_BATCH_BYTES = 2**22  # about so many of a batch; a row's image may alone have more
+_BATCH_BYTES = 2**22  # about the size of a batch; a single row's image may exceed it
 _BATCH_ROWS = 256
 
 
@@ -36,7 +36,7 @@ class TableRows:
         return list(enumerate(self.batch.to_pylist(), self.first))
 
     def __reduce__(self) -> tuple[Callable[[int, bytes], TableRows], tuple[int, bytes]]:
-        """Pickle these rows alone: pickling a slice would take everything that it is a slice of."""
+        """Pickle these rows alone: pickling a slice would include everything that it is a slice of."""
         import pyarrow as pa
 
         sink = pa.BufferOutputStream()
@@ -119,7 +119,7 @@ def _parquet(file: Place) -> Iterator[pq.ParquetFile]:
     try:
         with (
             open_place(file) as stream,
-            pq.ParquetFile(stream, buffer_size=_BUFFER, pre_buffer=False) as table,  # else whole row groups
+            pq.ParquetFile(stream, buffer_size=_BUFFER, pre_buffer=False) as table,  # else it reads whole row groups
         ):
             yield table
     except (pa.ArrowException, OSError) as error:

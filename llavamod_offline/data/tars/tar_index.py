@@ -1,9 +1,10 @@
 """Index existing WebDataset tars as a set that reads them in place (its files: see `sample_set.py`).
 
 Each tar is read once, from its first byte to its last (one behind a URL is downloaded, and the copy removed); images
-are decoded, samples checked and hashed as in packing. A sample has one of the formats in `members.py`, with its images
-beside its text: one `jpg`, `jpeg`, `png` or `webp`, or several, `0.jpg`, `1.png`… in order. Beside a caption, a JSON
-without a sample is ignored. Everything else goes to `rejected.jsonl`; `row` counts the members of a tar from 0.
+are decoded, and samples checked and hashed, as in packing. A sample has one of the formats in `members.py`, with its
+images beside its text: one `jpg`, `jpeg`, `png` or `webp`, or several as `0.jpg`, `1.png`… in order. Beside a caption,
+a JSON file without a sample is ignored. Everything else goes to `rejected.jsonl`; `row` counts the members of a tar
+from 0.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class TarSource:
 
 @dataclass(frozen=True)
 class _Found:
-    """A sample of a tar, its row, and its files as in the index."""
+    """A sample of a tar, its row, and its files as listed in the index."""
 
     facts: Facts
     row: int
@@ -83,10 +84,10 @@ def index_tars(
     """Make the set folder `output` from the samples in `tars`, which stay unchanged.
 
     Tars below the folder that holds `output` are stored by relative path, so that both can be moved together; others by
-    absolute path or URL. `keys`: the members' key (as `key_from_id` writes it), or that prefixed with the tar's name,
-    for tars that use the same keys. `caption_prompt`: the prompt of captions; without it they are rejected. `ignore`:
-    suffixes of members to ignore. `workers`: processes, each of which reads a tar at a time. `grace`: on SIGTERM,
-    decides whether the whole set is finished; a part of it cannot be kept.
+    absolute path or URL. `keys`: the members' key (as `key_from_id` writes it), or the same prefixed with the tar's
+    name, for tars that share keys. `caption_prompt`: the prompt of captions; without it they are rejected. `ignore`:
+    suffixes of members to ignore. `workers`: processes, each of which reads one tar at a time. `grace`: on SIGTERM,
+    decides whether the whole set is finished; part of one cannot be kept.
     Errors: as `write_set`, and `DataError` if a tar is not a file or given twice.
     """
     weights = weights or {}
@@ -111,7 +112,7 @@ def index_tars(
 def find_tars(places: Sequence[Place], name: str = "") -> list[TarSource]:
     """The tars at `places`, files or folders; tars below a folder are sorted by path. Links to folders are followed.
 
-    Errors: `DataError` if a folder holds no tar, a compressed one, or a link that leads nowhere.
+    Errors: `DataError` if a folder holds no tar, a compressed one, or a broken link.
     """
     found: list[TarSource] = []
     for place in places:
@@ -170,7 +171,7 @@ def _path_from(output: Path, tar: Place) -> str:
 
 
 def _shard_names(tars: Sequence[TarSource]) -> list[str]:
-    """A unique name for each tar: its stem, or if that is ambiguous its path below their common folder."""
+    """A unique name for each tar: its stem or, if that is ambiguous, its path below their common folder."""
     seen: dict[str, Place] = {}
     for place in (tar.path for tar in tars):
         if isinstance(place, Path) and not place.is_file():

@@ -1,16 +1,16 @@
 """Read any tar once, from the first byte to the last: its members, grouped by key.
 
-As in WebDataset, a member's key is its path up to the first dot of the file name; a group is consecutive members of one
+As in WebDataset, a member's key is its path up to the first dot of the file name; a group is a run of members with one
 key. Nothing is extracted. Outcomes:
 
-  a folder; a file that an operating system adds (see `system_files.py`); a link, a device or the like whose name is not
-  that of a text or an image → passed over
+  a folder; a file that an operating system adds (see `system_files.py`); a link, a device or the like that is not named
+  like a text or an image → skipped
   a hard link to an earlier member → that member's bytes; if its own name already has them, as when tar is given a file
-  twice → passed over
+  twice → skipped
   any other link, a device, a sparse file; a name that is absolute, contains `..` or has no key or no suffix; two
   members of one name; members of one key that are not adjacent; a member too large → a problem of its group
   a truncated member, a damaged header, bytes after the end, a compressed file → a problem of the tar; what precedes it
-  is good
+  is valid
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class TarGroup:
     problem: RowError | None = None
 
     def add(self, member: TarMember) -> None:
-        """Add a member, or note why that is impossible."""
+        """Add a member, or record why that is impossible."""
         if member.suffix in self.members:
             self.reject("bad member", f"two members are named '{self.key}.{member.suffix}'")
         elif len(member.content) + sum(len(other.content) for other in self.members.values()) > _MAX_GROUP:
@@ -66,7 +66,7 @@ class TarGroup:
             self.members[member.suffix] = member
 
     def reject(self, kind: str, reason: str) -> None:
-        """Note why the group is unusable, unless a reason is known, and drop its members."""
+        """Record why the group is unusable, unless a reason is known, and drop its members."""
         self.members.clear()
         self.problem = self.problem or RowError(kind, reason)  # type: ignore[arg-type]
 
@@ -194,7 +194,7 @@ class _Hashed:
 
 
 class _Headers(io.RawIOBase):
-    """A file for reading headers; refuses headers so long that they would fill the memory."""
+    """A file for reading headers; refuses headers so long that they would exhaust memory."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream

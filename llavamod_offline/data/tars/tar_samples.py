@@ -37,8 +37,8 @@ def read_group(
 ) -> tuple[Sample, str, tuple[TarMember, ...]]:
     """Build the sample of a group, with its images decoded; return it, its text format, and its members, text first.
 
-    `key` and `source` are ignored for this project's own samples, which contain them. `max_side`: what the images will
-    be shrunk to, see `decode_image`. Errors: `RowError`.
+    `key` and `source` are ignored for this project's own samples, which contain them. `max_side`: the side that images
+    will be shrunk to, see `decode_image`. Errors: `RowError`.
     """
     members = {suffix: member for suffix, member in group.members.items() if suffix not in rule.ignore}
     texts: dict[str, TarMember] = {suffix: members.pop(suffix) for suffix in TEXT_SUFFIXES if suffix in members}

@@ -1,4 +1,4 @@
-"""Load LLaVA checkpoints, and what their configuration says of image tokens and sequences."""
+"""Load LLaVA checkpoints, and what their configuration says about image tokens and sequences."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def image_tokens(config: LlavaConfig) -> int:
     size, patch = config.vision_config.image_size, config.vision_config.patch_size
     if not isinstance(size, int) or not isinstance(patch, int) or not 0 < patch <= size:
         raise ModelError(f"vision_config: image_size {size} and patch_size {patch} do not fit together")
-    # As a convolution without padding cuts it; "default" drops the first token, whatever that is.
+    # Patches as a convolution without padding cuts them; "default" drops the first token, whatever that is.
     count = (size // patch) ** 2 + extra_tokens(config) - (config.vision_feature_select_strategy == "default")
-    # transformers does not use this figure, so checkpoints with other towers than CLIP leave it at its default.
+    # transformers does not use this figure, so checkpoints with towers other than CLIP leave it at its default.
     unset = config.image_seq_length == _DEFAULT_SEQ_LENGTH and config.vision_config.model_type != "clip_vision_model"
     if config.image_seq_length != count and not unset:
         raise ModelError(
@@ -121,4 +121,4 @@ def check_image_size(folder: Path, settings: dict[str, Any] | None, config: Llav
                 f"{folder}: the image processor's {name} {given} does not fit the vision tower's {size} pixels: "
                 f"copy the {IMAGE_PROCESSOR_FILE} that belongs to the tower"
             )
-        return  # what is cropped may be resized to more
+        return  # an image that is cropped may first be resized to more

@@ -1,7 +1,7 @@
-"""Write a LLaVA as a folder that other tools load, and ask as this project does: plain transformers (4, 5) and vLLM.
+"""Write a LLaVA as a folder that other tools load and prompt as this project does: plain transformers (4, 5) and vLLM.
 
-config.json               RoPE's settings also by their names in transformers 4
-tokenizer_config.json     pads on the left; the template's end token; names that transformers 4 reads, too
+config.json               RoPE's settings also under their names in transformers 4
+tokenizer_config.json     pads on the left; the template's end token; also the names that transformers 4 reads
 generation_config.json    greedy, up to the template's end token, without the ids that no answer may contain
 chat_template.jinja       the template
 preprocessor_config.json  LLaVA's image processor, which pads images to squares for the image aspect "pad"
@@ -53,7 +53,8 @@ def save_llava(
 
     `processor_source` is a checkpoint folder whose image processor is copied. `state_dict` replaces the model's own
     tensors if an engine has sharded them; `card` is written to README.md. `template` and `image_aspect` are those of
-    the student's training, by which other tools then ask it; None keeps the tokenizer's and the image processor's own.
+    the student's training, with which other tools then prompt it; None keeps the tokenizer's and the image processor's
+    own.
     Errors: `ModelError` if `folder` exists, or `processor_source` has no image processor that fits the model.
     """
     settings = read_image_processor(processor_source)
@@ -124,7 +125,7 @@ def _config(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tokenizer_settings(settings: dict[str, Any], template: Template | None) -> dict[str, Any]:
-    # transformers 4 gives token type ids unless told otherwise, and then refuses them in `generate`.
+    # transformers 4 returns token type ids unless told otherwise, and then refuses them in `generate`.
     settings = readable_tokenizer(settings) | {"model_input_names": ["input_ids", "attention_mask"]}
     if template is not None:
         settings["eos_token"] = template.end

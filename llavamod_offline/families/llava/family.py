@@ -27,7 +27,7 @@ from llavamod_offline.models.checkpoint import load_tokenizer
 class LlavaFamily:
     """A folder of a LlavaForConditionalGeneration; see `protocol.Family`.
 
-    `image_aspect` auto is what the folder states, as our students' do, or else pad.
+    `image_aspect` auto is what the folder states, as our students' folders do, or else pad.
     """
 
     written = IMAGE_PLACEHOLDER
@@ -81,5 +81,5 @@ class LlavaFamily:
     def position_ids(
         self, model: Any, input_ids_BT: Tensor, mask_BT: Tensor, images: Sequence[SampleImage]
     ) -> Tensor | None:
-        """None: the decoder counts."""
+        """None: the decoder counts positions itself."""
         return None

@@ -22,8 +22,8 @@ class LlavaForward:
     def features(self, model: LlavaForConditionalGeneration, batch: Batch, *, train_vision: bool) -> Tensor | None:
         """Compute the tower's features of a batch's images.
 
-        None if each pass must run the tower itself: without images, if the tower is trained, or under ZeRO-3, where all
-        processes must gather the same weights, whether they have images or not.
+        None if each pass must run the tower itself: if there are no images, if the tower is trained, or under ZeRO-3,
+        where all processes must gather the same weights, whether they have images or not.
         """
         sharded = hasattr(next(model.model.vision_tower.parameters()), "ds_id")
         pixel_values_ICHW = None if train_vision or sharded else batch.pixel_values_ICHW
@@ -59,7 +59,7 @@ def student_hidden_states(
     features_IPC: Tensor | None = None,
     train_vision: bool = False,
 ) -> Tensor:
-    """Run the student up to its final norm; returns hidden states [B, T, D] in the model's dtype.
+    """Run the student up to its final norm; return hidden states [B, T, D] in the model's dtype.
 
     `pixel_values_ICHW`: the images in the order of their tokens, or None without images. If an image occurs more than
     once, `image_rows_Q` gives the image of each occurrence, and tower and projector run once per image. The tower runs

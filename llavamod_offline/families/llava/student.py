@@ -1,4 +1,4 @@
-"""LLaVA students: images travel as bytes, and tower and projector run once per image.
+"""LLaVA students: images travel as bytes, and the tower and projector run once per image.
 
 Shape suffixes: I images, H, W their pixels.
 """

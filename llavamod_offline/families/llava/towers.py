@@ -15,7 +15,7 @@ TOWER_TYPES = tuple(_CLASS_TOKENS)
 
 
 def extra_tokens(config: LlavaConfig) -> int:
-    """The tokens of a vision tower that are no patches: class and register tokens. Errors: `ModelError`."""
+    """The number of a vision tower's tokens that are not patches: class and register tokens. Errors: `ModelError`."""
     kind = config.vision_config.model_type
     if kind not in _CLASS_TOKENS:
         raise ModelError(

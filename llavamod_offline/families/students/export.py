@@ -1,9 +1,9 @@
-"""Write a student of another family than LLaVA as a folder that other tools load, and ask as this project does.
+"""Write a student of a family other than LLaVA as a folder that other tools load and prompt as this project does.
 
-tokenizer_config.json     pads on the left; names that transformers 4 reads, too
+tokenizer_config.json     pads on the left; also the names that transformers 4 reads
 generation_config.json    greedy, up to the template's end token, without the ids that no answer may contain
-chat_template.jinja       the template of its training, images written as its processor expects them
-and the processor's own settings, as they are.
+chat_template.jinja       the template it was trained with, images written as its processor expects them
+and the processor's own settings, unchanged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llavamod_offline.families.protocol import Family
 from llavamod_offline.models.export import edit_json, generation_settings, readable_tokenizer, write_checkpoint
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-_CHAT_TEMPLATE = "chat_template"  # an older place of it in a processor's file, where it would go before ours
+_CHAT_TEMPLATE = "chat_template"  # its older place, in a processor's file, where it would override ours
 
 
 def save_whole(

@@ -1,4 +1,4 @@
-"""The parts of a model: which parameters are its vision tower, its projector, its language model, and parts of that."""
+"""The parts of a model: which parameters are its vision tower, projector, language model, and the latter's parts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 Parts = Mapping[str, re.Pattern[str]]
 
 _MLP = r"\.(mlp|feed_forward|ffn|block_sparse_moe)\."
-# By what follows the language model's name, whatever transformers calls a part in that kind of language model.
+# Matched after the language model's name, under any name that transformers' language models give a part.
 _TEXT_PARTS = {
     "embeddings": r"\.(.*\.)?(embed_\w+|word_embeddings|w[tp]e)\.",
     "attention": r"\..*\.(self_attn|linear_attn|self_attention|attention|attn|conv)\.",
@@ -18,17 +18,17 @@ _TEXT_PARTS = {
     "router": rf"\..*{_MLP}(gate|router|shared_expert_gate)\.",
     "norms": r"\..*(norm|norm_[f\d]|ln_[f\d])\.",
 }
-# Modules of a vision tower that project its features, as Qwen-VL and GLM-V have them.
+# Modules of a vision tower that project its features, as in Qwen-VL and GLM-V.
 _MERGERS = r"(merger|deepstack_merger_list)\."
-# What has nothing to do with answers about images: of models that also hear, or draw.
+# Parts of models that also take audio or generate images; answers about images do not need them.
 _UNUSED = re.compile(r"audio|speech|generation|vqmodel")
 
 
 def model_parts(model: Any) -> Parts:
     """Match the names of a model's modules and parameters, by part; a part comes before those inside it.
 
-    `text` is the whole language model with embeddings and LM head; `projector` is all that stands between the tower and
-    that. The names may begin with that of a module around the model. A part that the model has not matches nothing.
+    `text` is the whole language model with embeddings and LM head; `projector` is everything between the tower and
+    `text`. The names may begin with that of a module around the model. A part that the model lacks matches nothing.
     """
     names = {id(module): name for name, module in model.named_modules()}
     text, head = re.escape(names[id(model.get_decoder())]), re.escape(names[id(model.get_output_embeddings())])

@@ -1,4 +1,4 @@
-"""What training asks of a student's family.
+"""What training needs from a student's family.
 
 Shape suffixes: B sequences of a batch, T tokens of the longest, D hidden size.
 """
@@ -47,7 +47,7 @@ class StudentFamily(Protocol):
         ...
 
     def length(self, sample: Sample, role: str) -> int:
-        """Count the tokens of one role, however many they are; images may be missing if `image_tokens` says theirs."""
+        """Count the tokens of one role, however many they are; images may be missing if `image_tokens` is known."""
         ...
 
     def images(self, samples: Sequence[Sample]) -> list[Any]:
@@ -66,7 +66,7 @@ class StudentFamily(Protocol):
         ...
 
     def save(self, model: Any, folder: Path, *, state_dict: dict[str, Tensor] | None, card: str | None) -> None:
-        """Write a checkpoint folder that other tools load and ask as in training, atomically.
+        """Write, atomically, a checkpoint folder that other tools load and prompt as in training.
 
         `state_dict` replaces the model's own tensors if an engine has sharded them. Errors: `ModelError`.
         """

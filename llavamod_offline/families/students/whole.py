@@ -1,4 +1,4 @@
-"""Students that take tokens and images together, as all families but LLaVA do: by their processor and whole model.
+"""Students that take tokens and images together, by their processor and whole model: all families but LLaVA.
 
 Shape suffixes: B sequences of a batch, T tokens of the longest, D hidden size, N positions of the batch.
 """
@@ -29,10 +29,10 @@ from llavamod_offline.families.students.protocol import ForwardPass
 
 
 class WholeForward:
-    """The pass of a model's base model over all that its processor gives; see `protocol.ForwardPass`."""
+    """The pass of a model's base model over everything its processor returns; see `protocol.ForwardPass`."""
 
     def features(self, model: Any, batch: Batch, *, train_vision: bool) -> Tensor | None:
-        """None: images may do more than take the places of embeddings."""
+        """None: images may do more than replace embeddings."""
         return None
 
     def hidden_states(self, model: Any, batch: Batch, *, train_vision: bool, features: Tensor | None = None) -> Tensor:
@@ -44,9 +44,9 @@ class WholeForward:
 class WholeStudent:
     """A student of an opened family, which takes sequences of any length; see `protocol.StudentFamily`.
 
-    `fills`: every batch runs the tower, for which one without images gets an image in its padding. Nothing attends to
-    that, so that it only gives tower and projector a gradient of zero: they need one if they are trained, and under
-    ZeRO-3 all processes must gather their weights.
+    `fills`: every batch runs the tower, so a batch without images gets one in its padding. Nothing attends to it, so it
+    only gives the tower and projector zero gradients: they need gradients if they are trained, and under ZeRO-3 all
+    processes must gather their weights.
     """
 
     def __init__(self, family: Family, *, max_length: int, fills: bool) -> None:
@@ -77,7 +77,7 @@ class WholeStudent:
         return [self.family.images(sample) for sample in samples]
 
     def collate(self, sequences: Sequence[TokenizedSequence], images: Sequence[Any], *, positions: Positions) -> Batch:
-        """One batch of all that the model takes."""
+        """One batch of everything that the model takes."""
         for sequence, own in zip(sequences, images, strict=True):
             if problem := image_mismatch(sequence.input_ids_T, own, self.family.image_token_id):
                 raise DataError(f"sample '{sequence.key}' ({sequence.role}): {problem}")

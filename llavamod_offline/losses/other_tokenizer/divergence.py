@@ -1,18 +1,20 @@
 """Distillation from a teacher with another tokenizer, over the spans of tokens that both share.
 
-A span's last token has a distribution, and by the chain rule its earlier tokens multiply it: P(v) = p(earlier tokens) ·
-p(v | earlier tokens) for the teacher, and Q likewise for the student. A span adds two terms:
+A span's last token has a distribution, which the probability of its earlier tokens multiplies (chain rule): P(v) =
+p(earlier tokens) · p(v | earlier tokens) for the teacher, and Q likewise for the student. A span adds two terms:
 
-- the divergence of P and Q over the matched tokens, which say the same bytes to both, and one bucket for all else,
-  which includes what leaves the span's earlier tokens. It is a true divergence, and a lower bound, as with one
-  tokenizer (see `bucketed_divergence.py`).
-- `unmatched_weight` times the distance of the other probabilities, sorted: Σ |P − Q| over the teacher's unmatched
-  top-k, most likely first, and the student's as many most likely unmatched ids; and what the student's further
-  unmatched ids have above the teacher's tail, which is the least that the teacher's unknown ones can leave. The
-  student's unmatched ids are those without any counterpart, and in spans of several tokens all that are not matched.
+- the divergence of P and Q over the matched tokens, which stand for the same bytes in both, and one bucket for all
+  else, including whatever departs from the span's earlier tokens. It is a true divergence, and a lower bound, as with
+  one tokenizer (see `bucketed_divergence.py`).
+- `unmatched_weight` times the distance between the other probabilities, sorted: Σ |P − Q| over the teacher's unmatched
+  top-k, most likely first, and equally many of the student's most likely unmatched ids; plus the excess of the
+  student's further unmatched ids over the teacher's tail, which is the least distance that the teacher's unknown ones
+  can leave. The student's unmatched ids are those without any counterpart; in spans of several tokens, all that are not
+  matched.
 
-Sources: GOLD (TRL's `ULDLoss` with `bayesian` merging), whose term for matched tokens has no bucket and which matches
-ids in spans of several tokens too, where they say different bytes; ULD, arXiv 2402.12030, for the sorted distance.
+Sources: GOLD (TRL's `ULDLoss` with `bayesian` merging), whose term for matched tokens has no bucket, and which also
+matches ids in spans of several tokens, where they stand for different bytes; ULD, arXiv 2402.12030, for the sorted
+distance.
 
 Shape suffixes: N positions of the student, S spans, C of a chunk, K matched slots, E = K + 1 events, U unmatched slots,
 V ids.
@@ -37,7 +39,7 @@ from llavamod_offline.losses.other_tokenizer.targets import AlignedTargets
 from llavamod_offline.models.lm_head import LmHead, as_lm_head
 
 METRICS = ("divergence", "unmatched", "kl", "teacher_unmatched", "spans")
-_LEAST = 1e-30  # of a student's probability whose logarithm is taken
+_LEAST = 1e-30  # the smallest student probability whose logarithm is taken
 _ROUNDING = 1e-7  # of sums of probabilities: a teacher that has no other tokens need not give them probability 0
 _CHUNK_LOGITS = 2**24
 
@@ -61,8 +63,8 @@ def aligned_distillation_from_hidden(
 
     The first is summed over spans, the second over positions. Shapes: `hidden_ND` [N, D] predict the student's tokens
     `target_ids_N`; `has_counterpart_V` [V] bool, whose length is the number of ids that get a probability.
-    `divergence_sum` is without the sorted distance, which is the metric `unmatched`; `spans` counts them, `kl` is the
-    forward KL over the events, `teacher_unmatched` the teacher's mass on the unmatched of its top-k.
+    `divergence_sum` excludes the sorted distance, which is the metric `unmatched`; `spans` counts spans, `kl` is the
+    forward KL over the events, `teacher_unmatched` the teacher's mass on the unmatched tokens of its top-k.
     """
     head = as_lm_head(lm_head)
     vocab = min(len(has_counterpart_V), head.rows)
@@ -100,9 +102,9 @@ def span_distances(
     has_counterpart_V: Tensor,
     spec: DivergenceSpec,
 ) -> dict[str, Tensor]:
-    """What the loss needs of each span, [S], from the logits of its last token and the log-prob of its earlier ones.
+    """What the loss needs from each span, [S], from the logits of its last token and the log-prob of its earlier ones.
 
-    `divergence` and `unmatched` carry gradients; see `aligned_distillation_from_hidden` for all.
+    `divergence` and `unmatched` carry gradients; `aligned_distillation_from_hidden` explains all.
     """
     log_q_SV = logits_SV.log_softmax(-1)
     path_S = paths_S.exp()
@@ -145,7 +147,7 @@ def _sorted_distance(
     is_matched_SK: Tensor,
     has_counterpart_V: Tensor,
 ) -> Tensor:
-    """The distance of the sorted probabilities of unmatched tokens, [S]."""
+    """The distance between the sorted probabilities of unmatched tokens, [S]."""
     never_SK = torch.zeros_like(targets.topk_log_probs_SK).masked_fill(is_matched_SK, -torch.inf)
     unmatched_SV = log_q_SV.masked_fill(targets.is_single_S[:, None] & has_counterpart_V, -torch.inf)
     unmatched_SV = unmatched_SV.scatter_add(1, targets.topk_ids_SK.clamp(min=0), never_SK).exp()
@@ -157,7 +159,7 @@ def _sorted_distance(
 
 @dataclass(eq=False)
 class _SpanLoss:
-    """The row loss of spans, by the logits of their last tokens; `path_slopes_S`: by the log-probs of the others."""
+    """The row loss of spans in their last tokens' logits; `path_slopes_S`: its slopes in the others' log-probs."""
 
     targets: AlignedTargets
     paths_S: Tensor

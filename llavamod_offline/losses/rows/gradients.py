@@ -1,4 +1,4 @@
-"""The gradient of a loss by the logits of many rows, as a few numbers a row instead of one an id.
+"""The gradient of a loss with respect to many rows of logits, as a few numbers per row instead of one per id.
 
 Shape suffixes: N rows, V ids, W ids of a slab, K masked ids, X ids with values of their own.
 """
@@ -31,7 +31,7 @@ class RowGradients:
     profile_V: Tensor | None = None
 
     def times(self, factor: float) -> RowGradients:
-        """The same, all multiplied by a number."""
+        """The same gradients, multiplied by a number."""
         return replace(
             self,
             scale_N=self.scale_N * factor,
@@ -47,7 +47,7 @@ class RowGradients:
         exponentials_NV.scatter_add_(1, self.ids_NX, self.values_NX)
 
     def write(self, logits_NW: Tensor, start: int, out_NW: Tensor) -> None:
-        """Write the gradient by the ids from `start` on, whose float32 logits are given, to `out_NW` of any dtype.
+        """Write the gradient at the ids from `start` on, whose float32 logits are given, to `out_NW` of any dtype.
 
         `out_NW` may be `logits_NW` itself, which is overwritten in any case.
         """
@@ -80,6 +80,6 @@ class RowGradients:
 
 
 def _inside(ids_NX: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
-    """Ids counted from `start`, within the slab, and whether they are really in it."""
+    """Ids counted from `start`, clamped to the slab, and whether they really lie in it."""
     local_NX = ids_NX - start
     return local_NX.clamp(0, width - 1), (local_NX >= 0) & (local_NX < width)

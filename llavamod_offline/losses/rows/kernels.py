@@ -1,4 +1,4 @@
-"""Passes over rows of logits [N, V]: one read each on a GPU, by Triton; without it, PyTorch's own operations.
+"""Passes over rows of logits [N, V]: one read each on a GPU with Triton; otherwise PyTorch's own operations.
 
 Shape suffixes: N rows (R of them at once), V ids, W ids of a slab, K masked ids, X ids with values of their own.
 """

@@ -30,18 +30,18 @@ class RowLoss(Protocol):
     """A loss of N rows of float32 logits."""
 
     def in_place(self, logits_CV: Tensor, rows: slice) -> Tensor:
-        """Replace a chunk's logits by their gradient; the chunk's summed loss."""
+        """Replace a chunk's logits by their gradient; return the chunk's summed loss."""
 
 
 @runtime_checkable
 class MeasuredRowLoss(RowLoss, Protocol):
-    """A loss that needs only a few numbers of each row, which can be measured before its gradient is written."""
+    """A loss that needs only a few numbers from each row, which can be measured before its gradient is written."""
 
     def measure(self, logits_CV: Tensor, rows: slice) -> Sequence[Measured]:
         """Measure a chunk's logits, which it may overwrite."""
 
     def plan(self, measured: Sequence[Measured]) -> tuple[Tensor, Sequence[RowGradients]]:
-        """The summed loss of all rows, and gradients by the logits, which add up."""
+        """The summed loss of all rows, and gradients with respect to the logits, which add up."""
 
 
 @dataclass(eq=False)

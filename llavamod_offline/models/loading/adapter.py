@@ -1,4 +1,4 @@
-"""PEFT adapters on a base checkpoint, opened as one checkpoint and merged as it is loaded.
+"""PEFT adapters on a base checkpoint, opened as one checkpoint and merged on loading.
 
 FOLDER/config.json, tokenizer, processor, weights   links to the base's files, or to those that the adapter brings
 FOLDER/adapter/                                     links to adapter_config.json and adapter_model.safetensors
@@ -69,7 +69,7 @@ def with_base(folder: Path, find: Callable[[str], Path]) -> Path:
     own = [file for kind in ("*.json", "*.jinja") for file in folder.glob(kind) if file.name not in _OF_BASE]
     names = {file.name: file for file in [*base.iterdir(), *own] if file.is_file()}
     settings = folder / "tokenizer_config.json"
-    if settings.is_file() and "chat_template" in _read(settings):  # over which the base's files would win
+    if settings.is_file() and "chat_template" in _read(settings):  # which the base's files would override
         for name in _TEMPLATES - {file.name for file in own}:
             names.pop(name, None)
     for name, file in names.items():
@@ -157,7 +157,7 @@ def _read(config: Path) -> dict[str, Any]:
 
 @functools.cache
 def _scratch() -> Path:
-    """A folder that goes with the process."""
+    """A folder that is removed when the process ends."""
     made = tempfile.TemporaryDirectory(prefix="llavamod-adapters-")
     _KEPT.append(made)
     return Path(made.name)

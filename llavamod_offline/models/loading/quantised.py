@@ -1,4 +1,4 @@
-"""Quantised checkpoints: what transformers needs to load them, as one line where it is missing."""
+"""Quantised checkpoints: what transformers needs to load them, as one line if it is missing."""
 
 from __future__ import annotations
 

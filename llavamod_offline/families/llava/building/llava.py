@@ -42,9 +42,9 @@ def build_llava(
 ) -> LlavaForConditionalGeneration:
     """Join a tower and a language model by a projector.
 
-    The projector is that of the file `projector` (see `read_projector`), or a new one from `seed`; its type is that of
-    the file, or `mlp2x_gelu`. It sees the tower's hidden states of one layer, or of several side by side; the strategy
-    `default` leaves out the class token and `full` keeps it (None: leave it out where there is one).
+    The projector comes from the file `projector` (see `read_projector`), or is a new one from `seed`; its type is the
+    file's, or `mlp2x_gelu`. It sees the tower's hidden states of one layer, or of several side by side; the strategy
+    `default` drops the class token and `full` keeps it (None: drop it if there is one).
     For `vision_tower` and `language_model` see `load_tower` and `load_language_model`. Use the result with
     `build_tokenizer(language_model)`; if that adds an image token beyond the last row, the embeddings and the LM head
     grow by copies of their mean row.

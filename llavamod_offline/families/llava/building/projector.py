@@ -1,4 +1,4 @@
-"""The projector of a student that is built from parts: its type, its initial weights, or those of a file.
+"""The projector of a student that is built from parts: its type, and its weights, new or from a file.
 
     original                   LlavaForConditionalGeneration                       its `projector_hidden_act`
     mlp2x_gelu                 linear_1, GELU, linear_2                             gelu
@@ -32,14 +32,14 @@ _PREFIX = "model.multi_modal_projector."
 _SUFFIXES = (".bin", ".pt", ".pth")
 # A tensor's name in LLaVA's files (`mm_projector.0.weight`, or `mm_projector.weight` of a linear one), in LLaVA-MoD's
 # (`mm_projector.image_spatial_proj.0.weight`) and in transformers' (`multi_modal_projector.linear_1.weight`), whatever
-# stands before.
+# precedes it.
 _ORIGINAL = re.compile(r"(?:.*\.)?mm_projector\.(?:image_spatial_proj\.)?(?:(\d+)\.)?(weight|bias)")
 _PORTED = re.compile(r"(?:.*\.)?multi_modal_projector\.linear_([12])\.(weight|bias)")
 
 
 def check_projector_type(name: str) -> str:
-    """Return the type that a name means. Errors: `ModelError` if LlavaForConditionalGeneration has none such."""
-    if name == "mlp1x_gelu":  # a single layer, before which there is no GELU
+    """Return the type that a name means. Errors: `ModelError` if LlavaForConditionalGeneration lacks it."""
+    if name == "mlp1x_gelu":  # a single layer, with no GELU before it
         return LINEAR
     if name in PROJECTOR_TYPES:
         return name
@@ -69,7 +69,7 @@ def new_projector(inputs: int, hidden: int, seed: int, kind: str = MLP) -> dict[
 
 
 def projector_file(path: Path) -> Path:
-    """Find the file of a projector, or that in a pretraining folder of LLaVA. Errors: `ModelError` if it is missing."""
+    """Find a projector's file, given itself or a pretraining folder of LLaVA. Errors: `ModelError` if it is missing."""
     file = path / PROJECTOR_FILE if path.is_dir() else path
     if not file.is_file():
         raise ModelError(f"{file}: no such file: use LLaVA's {PROJECTOR_FILE}, or a safetensors file of a LLaVA model")
@@ -77,11 +77,11 @@ def projector_file(path: Path) -> Path:
 
 
 def read_projector(file: Path, *, kind: str | None, inputs: int, hidden: int) -> tuple[str, dict[str, Tensor]]:
-    """Read a pretrained projector; returns its type and its tensors, in float32.
+    """Read a pretrained projector; return its type and its tensors, in float32.
 
     `file`: LLaVA's `mm_projector.bin`, the folder that holds it, or a safetensors file of a LLaVA model. `kind`: the
-    type that it must have; None: any. Nothing is unpickled but tensors.
-    Errors: `ModelError` if the file is missing, damaged, or holds something else or other sizes.
+    type that it must have; None: any. Only tensors are unpickled.
+    Errors: `ModelError` if the file is missing, damaged, or holds something else or tensors of other sizes.
     """
     file = projector_file(file)
     layers = _layers(file, _read_bin(file) if file.suffix in _SUFFIXES else _read_safetensors(file))

@@ -1,8 +1,8 @@
-"""The language model of a student that is built from parts: a dense decoder that LLaVA computes with as it does.
+"""The language model of a student that is built from parts: a dense decoder whose logits LLaVA reproduces.
 
-`LlavaForConditionalGeneration` runs a language model from its embeddings and applies a plain LM head. What a model does
-beside that would be lost in a student over it, so such models are refused: by name where the reason is known, and by
-comparing the logits of both on a probe.
+`LlavaForConditionalGeneration` runs a language model from its embeddings and applies a plain LM head. Anything else
+that a model does would be lost in a student built on it, so such models are refused: by name where the reason is known,
+and by comparing the logits of both on a probe.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PROBED_TOKENS = 24
 def load_language_model(folder: Path, dtype: torch.dtype) -> Any:
     """Load a dense causal language model that a LLaVA can be built on.
 
-    Errors: `ModelError` if the folder holds another kind of model, or one of which a LLaVA would lose a part.
+    Errors: `ModelError` if the folder holds another kind of model, or one that a LLaVA would lose a part of.
     """
     model_type = str(read_json(folder, "config.json").get("model_type"))
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -61,7 +61,7 @@ def load_language_model(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def _check_plain_head(folder: Path, text: Any) -> None:
-    """Refuse a language model that does more between hidden states and logits than LLaVA's class does."""
+    """Refuse a language model that does more between hidden states and logits than LLaVA's class."""
     kind = text.config.model_type
     try:
         check_lm_head(text, text.base_model, name=str(folder))
@@ -80,7 +80,7 @@ def _check_plain_head(folder: Path, text: Any) -> None:
 
 @torch.no_grad()
 def check_same_logits(model: LlavaForConditionalGeneration, text: Any, folder: Path) -> None:
-    """Compare a LLaVA's logits with those of its language model, on two texts of which one is padded.
+    """Compare a LLaVA's logits with its language model's on two texts, one of them padded.
 
     Errors: `ModelError` if they differ, or if the language model cannot run from embeddings.
     """

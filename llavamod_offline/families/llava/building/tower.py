@@ -13,13 +13,13 @@ from llavamod_offline.families.llava.checkpoint import load_llava
 from llavamod_offline.families.llava.towers import TOWER_TYPES
 from llavamod_offline.models.checkpoint import load_weights, read_json
 
-_JOINT = ("clip", "siglip")  # models of images and texts, whose vision tower is one of `TOWER_TYPES`
+_JOINT = ("clip", "siglip")  # image-text models whose vision tower is one of `TOWER_TYPES`
 
 
 def load_tower(folder: Path, dtype: torch.dtype) -> Any:
-    """Load the vision tower of a folder: a tower alone, that of a CLIP or SigLIP model, or that of a LLaVA.
+    """Load the vision tower of a folder that holds a tower alone, a CLIP or SigLIP model, or a LLaVA.
 
-    SigLIP 2 comes in both: checkpoints of a fixed resolution are of type `siglip`, NaFlex ones of type `siglip2`.
+    SigLIP 2 has two types: checkpoints of a fixed resolution are `siglip`, NaFlex ones are `siglip2`.
     Errors: `ModelError` if the folder holds something else.
     """
     model_type = read_json(folder, "config.json").get("model_type")
