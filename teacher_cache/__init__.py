@@ -1,7 +1,7 @@
-"""The teacher's cache: made by running a teacher once, read by any number of students.
+"""The teacher cache: written by running a teacher once, read by any number of students.
 
 `open_cache` opens a `TeacherCache` by path or URL; `check_student` compares its tokenizer with a student's, and
-`check_labels` the labels of a batch with the records that are joined to them.
+`check_labels` compares a batch's labels with the records joined to them.
 """
 
 from __future__ import annotations

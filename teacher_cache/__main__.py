@@ -1,4 +1,4 @@
-"""`cache-teacher`, also as `python -m teacher_cache`: handles signals before the slow imports."""
+"""`cache-teacher`, also run as `python -m teacher_cache`: handles signals before the slow imports."""
 
 from llavamod_offline import signals
 

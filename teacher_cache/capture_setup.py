@@ -112,7 +112,7 @@ class CaptureSetup:
         return engine_module(self.engine).load_engine(self)
 
     def image_pool(self, images: Callable[[Sample], Any] | None = None) -> ImagePool:
-        """What prepares images ahead of the engine: as the teacher's folder does, or by `images`, always in threads."""
+        """A pool that prepares images ahead of the engine: as the teacher does, or by `images`, always in threads."""
         workers = self.workers if images is None else 0
         return ImagePool(images or self.teacher.images, workers=workers, opened=self.opened, waits=self.waits)
 
@@ -196,7 +196,7 @@ def prepare_capture(**given: Unpack[SetupValues]) -> CaptureSetup:
         url=given["url"],
         server=given["server"],
         without_image=without_image,
-        # Without its wording of tools, which is no plain value and which images do not need.
+        # Without its tool wording, which is not a plain value and which images do not need.
         opened=partial(
             open_family, folder, replace(template, tool_wording=None), image_aspect=aspect, max_length=length
         ),
@@ -204,7 +204,7 @@ def prepare_capture(**given: Unpack[SetupValues]) -> CaptureSetup:
 
 
 def follow_template(given: SetupValues, about: Mapping[str, Any] | None) -> SetupValues:
-    """Let the template `auto` mean the one of a fingerprint, if there is one: what was begun is continued alike."""
+    """Resolve the template `auto` to a fingerprint's, if there is one, so that a capture continues as it began."""
     name = (about or {}).get("template", {}).get("name")
     return {**given, "template": name} if given["template"] == AUTO and isinstance(name, str) else given
 
@@ -252,7 +252,7 @@ def _kept(
 
 
 def _check_without_image(kind: WithoutImage, engine: str, teacher: Family, samples: SampleSet) -> None:
-    """Refuse a second run without images where there is none. Errors: `ConfigError`."""
+    """Refuse a second run without images where it is impossible or pointless. Errors: `ConfigError`."""
     if engine == "server":
         raise ConfigError(
             "capture.without_image: engine server has no second run without images: set engine.kind=hf or vllm"
@@ -275,7 +275,7 @@ def _workers(given: int | None, device: str) -> int:
 
 
 def _shared_vocabulary(teacher: Path, tokenizer: PreTrainedTokenizerFast, rows: int) -> int:
-    """V: the ids of tokenizer and LM head. Errors: `ModelError` if the tokenizer has ids beyond it."""
+    """V: the ids that tokenizer and LM head share. Errors: `ModelError` if the tokenizer has ids beyond it."""
     largest = id_count(tokenizer) - 1
     if largest >= rows:
         raise ModelError(

@@ -210,18 +210,18 @@ class GenerateConfig:
 
     @property
     def described(self) -> dict[str, Any]:
-        """The settings for a set's manifest; those that older sets lack only where they are not the default."""
+        """The settings for a set's manifest; those that older sets lack, only where they differ from the default."""
         content = {name: value for name, value in asdict(self).items() if name != "capture"}
         return {name: value for name, value in content.items() if name in _FIRST or value != getattr(_DEFAULT, name)}
 
     def limit(self, source: str) -> tuple[int, str]:
-        """The most tokens of an answer to a source's prompts, and the setting that says so."""
+        """The most tokens of an answer to a source's prompts, and the setting that sets it."""
         if source in self.max_new_tokens_by_source:
             return self.max_new_tokens_by_source[source], f"generate.max_new_tokens_by_source.{source}"
         return self.max_new_tokens, "generate.max_new_tokens"
 
     def suffix(self, copy: int) -> str:
-        """What is appended to the key of the answer of that number."""
+        """What is appended to the key of answer number `copy`."""
         return f"{self.key_suffix}-{copy}" if self.answers > 1 else self.key_suffix
 
 

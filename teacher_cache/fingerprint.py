@@ -2,8 +2,8 @@
 
 A nested JSON object. Sections: `tokenizer`, `template`, `sequence`, `images`, `teacher`, `engine`, `capture`, `data`.
 A cache of response positions enforces `tokenizer` alone, so a student's prompt wording and image processing may differ;
-a cache of all positions also enforces what decides the other tokens. Each sequence's supervised ids are compared when
-it is joined. All other fields only decide whether a run may resume a cache and whether caches may be merged.
+a cache of all positions also enforces what determines the other tokens. Each sequence's supervised ids are compared
+when it is joined. All other fields only decide whether a run may resume a cache and whether caches may be merged.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SHOWN = 16
 def describe_tokenizer(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """Hash a tokenizer: its vocabulary with ids (added tokens too), its merges in order, its added tokens with ids.
 
-    `tokens` holds all of them, to name those that differ.
+    `tokens` holds all of them, so that differing ones can be named.
 
     Errors: `ModelError` if it is not a fast tokenizer.
     """
@@ -62,8 +62,8 @@ def describe_template(template: Template) -> dict[str, Any]:
     del content["tool_wording"]  # it follows from the checkpoint
     system_turn = content.pop("system_turn")
     if set(template.strips) == set(ROLES):
-        content["strips"] = True  # as older caches say it
-    for name in ("image_prefix", "strips"):  # which older caches do not have
+        content["strips"] = True  # as older caches store it
+    for name in ("image_prefix", "strips"):  # which older caches lack
         if not content[name]:
             del content[name]
     described = {"name": template.name, "sha256": _hash(content)}
@@ -71,13 +71,13 @@ def describe_template(template: Template) -> dict[str, Any]:
 
 
 def is_template(template: Template, described: Mapping[str, Any]) -> bool:
-    """Whether a fingerprint's `template` section describes this one; those of older caches tell of no system turn."""
+    """Whether a fingerprint's `template` section describes this one; older caches do not record the system turn."""
     own = describe_template(template)
     return all(described.get(name, own.get(name)) == own.get(name) for name in own.keys() | described.keys())
 
 
 def describe_sequence(encoder: SequenceEncoder) -> dict[str, Any]:
-    """The limit of a sequence's length, and the ids that the tokenizer puts before it, if any (Llama's `<s>`)."""
+    """The maximum length of a sequence, and the ids that the tokenizer puts before it, if any (Llama's `<s>`)."""
     start = {"start_ids": list(encoder.start_ids)} if encoder.start_ids else {}
     return {"max_length": encoder.max_length, "longer": _LONGER, **start}
 
@@ -85,7 +85,7 @@ def describe_sequence(encoder: SequenceEncoder) -> dict[str, Any]:
 def describe_weights(folder: Path, *, needed: bool = True) -> dict[str, Any]:
     """Identify a checkpoint by the SHA-256 of its configuration and of each safetensors file, not by paths.
 
-    If it is an adapter on a base, both count. Unless weights are `needed`, they are named only where they are there.
+    For an adapter on a base, both count. Unless weights are `needed`, they are included only if they exist.
     """
     there = needed or any(folder.glob("*.safetensors"))
     files = [*(weight_files(folder) if there else ()), *adapter_files(folder)[1:]]
@@ -110,7 +110,7 @@ def describe_data(samples: SampleSet) -> dict[str, Any]:
 
 
 def writer_id(described: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) over what `describe_weights` tells of a checkpoint."""
+    """SHA-256 (hex) of what `describe_weights` returns for a checkpoint."""
     return sha256_bytes(canonical(described))
 
 
@@ -123,7 +123,7 @@ def differences(
 ) -> list[str]:
     """List the fields that differ, both values side by side; `allow` names fields, or whole sections, to ignore.
 
-    A field that one side lacks differs, unless it is one that older caches lack.
+    A field that one side lacks counts as differing, unless older caches lack it.
     """
     flat = [dict(flatten(side)) for side in (left, right)]
     found = []
@@ -168,9 +168,9 @@ def describe_vocabulary(vocabulary: Mapping[str, int], added: Mapping[str, int])
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """List all fields by their dotted names; settings stored under older names by the names they are set by.
+    """List all fields by their dotted names; settings stored under older names appear under today's.
 
-    The list of tokens is left out: it is long, and what it says is hashed in `tokenizer.vocabulary`.
+    The list of tokens is left out: it is long, and `tokenizer.vocabulary` hashes its content.
     """
     flat: list[tuple[str, Any]] = []
     for name, value in without_tokens(tree).items():

@@ -20,7 +20,7 @@ _ROLES = ("response", "chosen")
 
 @dataclass(frozen=True)
 class ComparedToken:
-    """A token of the recorded answer: its probability, and the most likely tokens, of the teacher and of the model."""
+    """A token of the recorded answer: its probability and the most likely tokens under the teacher and the model."""
 
     token: str
     teacher: float
@@ -32,7 +32,7 @@ class ComparedToken:
 @dataclass(frozen=True)
 class AnswerComparison:
     """The first answer recorded under a key. `same_question`: whether it was captured for this question and these
-    images; None if the record does not tell, since it is of several rounds."""
+    images; None if that is unknown, as for a conversation of several answers or a preference."""
 
     key: str
     role: str
@@ -41,7 +41,7 @@ class AnswerComparison:
 
 
 def recorded_role(cache: TeacherCache, key: str) -> tuple[str, str]:
-    """A sample's key as it is stored, and the role whose answer is shown. Errors: `CacheError` if it has no record."""
+    """A sample's key as stored, and the role whose answer is shown. Errors: `CacheError` if it has no record."""
     key = stored_key(key, lambda one: any((one, role) in cache for role in (*_ROLES, *cache.roles)))
     role = next((role for role in (*_ROLES, *cache.roles) if (key, role) in cache), None)
     if role is None:
@@ -53,7 +53,7 @@ def recorded_role(cache: TeacherCache, key: str) -> tuple[str, str]:
 def compare(
     model: AskedModel, cache: TeacherCache, key: str, question: AskedQuestion, *, top_k: int = 3
 ) -> AnswerComparison:
-    """Let a model read the question and the answer recorded under `key`, and set its distributions beside the cache's.
+    """Run a model on the question and the answer recorded under `key`, and compare its distributions with the cache's.
 
     Errors: `CacheError` if the key has no record, or the model has another tokenizer; see `check_student`.
     """
@@ -61,7 +61,7 @@ def compare(
     check_student(cache.fingerprint, model.encoder.tokenizer)
     targets = cache.targets([(key, role)])
     numbers = targets.target_ids_N.tolist()
-    supervised = [row for row, number in enumerate(numbers) if number >= 0]  # of a cache of all positions, too
+    supervised = [row for row, number in enumerate(numbers) if number >= 0]  # also for a cache of all positions
     ends = [place for place, row in enumerate(supervised) if numbers[row] == model.encoder.end_id]
     rows = supervised[: ends[0] + 1] if ends else supervised  # the first answer
     names = TokenNames(None)

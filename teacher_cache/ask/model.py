@@ -28,8 +28,8 @@ from teacher_cache.engines.hf import HfCaptureEngine
 from teacher_cache.format.record import RecordSettings
 from teacher_cache.generate.decode_loop import Prompt, decode
 
-_PART = "\ufffd"  # what part of a character decodes to
-_ANSWER = "-"  # stands where the answer would be, while the prompt is tokenized
+_PART = "\ufffd"  # what an incomplete character decodes to
+_ANSWER = "-"  # placeholder for the answer while the prompt is tokenized
 _NOTHING = RecordSettings(1.0, 1, 0, 1.0, ())
 
 
@@ -70,7 +70,7 @@ class AskedQuestion:
 
 @dataclass(frozen=True)
 class AskedAnswer:
-    """An answer's text, the tokens before its end, and why it ended: "stop", or "length" at the largest number."""
+    """An answer's text, its length in tokens without the end, and why it ended: "stop", or "length" at the limit."""
 
     text: str
     n_tokens: int
@@ -78,7 +78,7 @@ class AskedAnswer:
 
 
 class AskedModel:
-    """A checkpoint by path or Hub id, ready to answer: LLaVA, dense or sparse, or any other that can teach.
+    """A checkpoint by path or Hub id, ready to answer: LLaVA, dense or sparse, or any other that can be a teacher.
 
     Errors: `ModelError` for the checkpoint, `ConfigError` for device, dtype or template.
     """
@@ -95,16 +95,16 @@ class AskedModel:
         self._engine = HfCaptureEngine(model, self.teacher, _NOTHING, vocab_size=self.vocab_size, seed=0, batch_size=1)
 
     def prompt_ids(self, question: AskedQuestion) -> Ids:
-        """Tokenize a question up to where the answer begins. Errors: `ModelError` for images, if it takes none."""
+        """Tokenize a question up to where the answer begins. Errors: `ModelError` for images if it takes none."""
         if question.images and self.teacher.image_token_id is None:
             raise ModelError(f"{self.name}: a language model without images: ask it without any")
         sequence = self.teacher.encode(question.sample(_ANSWER), "response")
         return sequence.input_ids_T[: sequence.supervised_N[0]]
 
     def answer(self, question: AskedQuestion, max_new_tokens: int, show: Callable[[str], None]) -> AskedAnswer:
-        """Answer greedily; `show` gets the text piece by piece, as soon as its characters are whole.
+        """Answer greedily; `show` gets the text piece by piece, as soon as its characters are complete.
 
-        Errors: `ConfigError` if prompt and answer do not fit the model; `ModelError` for logits that are no numbers.
+        Errors: `ConfigError` if prompt and answer do not fit the model; `ModelError` for NaN logits.
         """
         input_ids_T = self.prompt_ids(question)
         limit = self.teacher.context_length
@@ -147,9 +147,9 @@ class AskedModel:
             yield self._engine.lm_head.logits(row_D[None])[0].float().log_softmax(-1).cpu()
 
     def text(self, ids: Sequence[int]) -> str:
-        """Decode an answer's tokens, without special ones and white space around it."""
+        """Decode an answer's tokens, without special tokens or surrounding white space."""
         return str(self.encoder.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
     def describe(self) -> dict[str, Any]:
-        """What decides the answer."""
+        """What determines the answer."""
         return {"model": self.name, "template": self.encoder.template.name, "dtype": self.dtype, "decoding": "greedy"}

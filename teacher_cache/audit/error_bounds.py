@@ -1,4 +1,4 @@
-"""Bounds on the difference between decoded and captured records: the errors of FORMAT.md, sections 4.1 to 4.4.
+"""Bounds on the difference between decoded and captured records: the errors stated in FORMAT.md, sections 4.1 to 4.4.
 
 Shape suffixes: N positions, H top-k ids of all positions.
 """
@@ -55,7 +55,7 @@ def record_bounds(captured: Records, precision: Precision | None) -> Bounds:
 
 
 def _share_range(shares_N: Doubles, precision: Precision) -> tuple[Doubles, Doubles]:
-    """The smallest and the largest share that a decoded one may be."""
+    """The smallest and the largest value that each share may decode to."""
     levels = precision.share_levels
     codes_N = encode_shares(shares_N, precision)
     ends_N = (codes_N == 1) | (codes_N == levels - 1)

@@ -1,4 +1,4 @@
-"""Preparing an audit: check that settings and samples are those of the cache, and draw random sequences."""
+"""Preparing an audit: check that settings and samples match the cache, and draw random sequences."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ FIGURES = ("target log-prob", "top-k log-probs", "tail mass", "entropy")
 
 @dataclass(frozen=True)
 class Differences:
-    """Absolute differences by figure (see `FIGURES`), the largest errors of the encoding at these numbers, and where
-    the most likely ids are equal, [N]."""
+    """Absolute differences by figure (see `FIGURES`), the encoding's largest error for each value, and where the most
+    likely ids are equal, [N]."""
 
     values: dict[str, Doubles]
     bounds: dict[str, Doubles]
@@ -33,7 +33,7 @@ class Differences:
 
 @dataclass(frozen=True)
 class RecordDifference:
-    """Statistics of some differences; zeros for no differences."""
+    """Statistics of some differences; zeros if there are none."""
 
     count: int
     max: float
@@ -42,10 +42,10 @@ class RecordDifference:
 
 
 def compare(captured: Records, other: Records, precision: Precision | None) -> Differences:
-    """Compare records as captured with others, such as a cache's, whose targets are the same.
+    """Compare captured records with others that have the same targets, such as a cache's.
 
     Where probabilities are nearly equal, the top-k ids may differ: only shared ids are compared, and all
-    others count as tail mass. `precision`: of the encoding of `other`; None: exact.
+    others count as tail mass. `precision`: that of the encoding of `other`; None: exact.
     """
     assert np.array_equal(captured.target_ids_N, other.target_ids_N)
     own, others = _keys(captured), _keys(other)
@@ -71,7 +71,7 @@ def compare(captured: Records, other: Records, precision: Precision | None) -> D
 
 
 def join(parts: Sequence[Differences]) -> Differences:
-    """Several comparisons as one."""
+    """Concatenate several comparisons."""
     return Differences(
         {name: np.concatenate([np.zeros(0), *(part.values[name] for part in parts)]) for name in FIGURES},
         {name: np.concatenate([np.zeros(0), *(part.bounds[name] for part in parts)]) for name in FIGURES},
@@ -92,7 +92,7 @@ def beyond(values: Doubles, bounds: Doubles) -> Doubles:
 
 
 def _keys(records: Records) -> NDArray[np.int64]:
-    """A number for each (position, top-k id)."""
+    """A unique number for each (position, top-k id)."""
     return (np.repeat(np.arange(len(records), dtype=np.int64), records.topk_counts_N) << 32) + records.topk_ids_H
 
 

@@ -25,15 +25,15 @@ from teacher_cache.read.reader import TeacherCache
 
 @dataclass(frozen=True)
 class Limits:
-    """What passes: the largest difference beyond the encoding's error, their mean, and the share of positions with
-    equal most likely ids. Log-probs and entropy in nats, tail mass as a probability."""
+    """What passes: the largest and the mean difference beyond the encoding's error, and the smallest share of positions
+    with equal most likely ids. Log-probs and entropy in nats, tail mass as a probability."""
 
     largest: float
     mean: float
     agreement: float
 
 
-# float32: sums in another order. float16 and bfloat16: rounding in every layer, which reaches the logits.
+# float32: sums are taken in another order. float16 and bfloat16: every layer rounds, which reaches the logits.
 LIMITS = {
     "float32": Limits(1e-3, 1e-4, 0.995),
     "float16": Limits(0.25, 0.02, 0.98),
@@ -44,7 +44,7 @@ LIMITS = {
 @dataclass(frozen=True)
 class FigureAudit:
     """One figure of one role: the cache against the teacher, the teacher against itself, the encoding's largest error,
-    and the part of the first that exceeds it."""
+    and by how much the first exceeds it."""
 
     role: str
     figure: str
@@ -94,9 +94,9 @@ def audit_cache(
 ) -> Audit:
     """Compare about `sequences` random sequences, evenly over the shards, with the teacher that `config` names.
 
-    Limits that are None follow from the number types. Errors: `CacheError` if set, teacher, tokenizer, template or a
-    sequence's content differ from the cache's (fields, or sections, named in `allow` may differ); `TargetError` if its
-    supervised ids do; others as for a run.
+    A limit of None takes its default for the number types. Errors: `CacheError` if set, teacher, tokenizer, template or
+    a sequence's content differ from the cache's (fields, or sections, named in `allow` may differ); `TargetError` if
+    its supervised ids do; others as for a run.
     """
     pick_device(config.device)
     values = dataclasses.replace(config, capture=captured_as(cache)).setup_values
@@ -136,7 +136,7 @@ def audit_cache(
 def _compared(
     cache: TeacherCache, job: CaptureSetup, engine: CaptureEngine, rows: Sequence[int]
 ) -> tuple[dict[str, list[tuple[Differences, Differences]]], dict[str, int], list[str]]:
-    """By role: cache against teacher, and teacher against itself; the numbers of sequences; sequences that failed."""
+    """By role: cache against teacher, and teacher against itself; the numbers of sequences; the failures."""
     found: dict[str, list[tuple[Differences, Differences]]] = {}
     counts: dict[str, int] = {}
     failures: list[str] = []
@@ -203,7 +203,7 @@ def _failures(
 
 
 def _coarser(*engines: dict[str, Any]) -> str:
-    """The coarsest number type; merged caches may have several, and a server's is unknown, so it may be any."""
+    """The coarsest number type; merged caches may have several, and a server's unknown one counts as the coarsest."""
     found = [engine["dtype"] for engine in engines]
     kinds: list[str] = [kind for each in found for kind in (each if isinstance(each, list) else [each])]
     order = list(LIMITS)

@@ -1,4 +1,4 @@
-"""Capturing shards one after another: while the teacher runs on one, the next is read and the last one written.
+"""Capturing shards one after another: while the teacher runs on one, the next is read and the previous one is written.
 
 Two threads read and write: they wait for the disk or run NumPy, Blosc and tokenizers, which release the GIL. Processes
 were no faster on two busy cores, and threads stop with the run.
@@ -30,7 +30,7 @@ _Result = TypeVar("_Result")
 class ShardCounts:
     """The outcome of a shard: its samples, captured sequences and positions, and what was rejected.
 
-    `seconds`: what it took of the teacher's time, without the last write; `waited`: for what of it the teacher waited.
+    `seconds`: the teacher's time that it took, excluding the last write; `waited`: the part spent waiting, by cause.
     """
 
     name: str
@@ -64,16 +64,16 @@ def capture_shards(
 ) -> Generator[ShardCounts]:
     """Capture shards and commit them in the background; yields each once captured, and ends once all are written.
 
-    At most one shard waits to be written, and one to be captured; `names` are taken as they are needed. Errors of the
-    teacher and of reading are raised at once, those of writing (`CacheError`, `StorageError`) during the next shard;
-    captured shards are still written. With `failed`, errors of reading and of the teacher are passed to it, with the
-    shard's name, and the next shard follows. Raises `Stopped` once a shard is written, if `grace` has noted a signal.
+    At most one shard waits to be written, and one to be captured; `names` are consumed as needed. Errors of the teacher
+    and of reading are raised at once, those of writing (`CacheError`, `StorageError`) during the next shard; captured
+    shards are still written. With `failed`, errors of reading and of the teacher are passed to it, with the shard's
+    name, and the next shard follows. Raises `Stopped` once a shard is written, if `grace` has noted a signal.
     """
     grace = grace or Grace()
     queue = iter(names)
     writing: deque[Future[None]] = deque()
     began, waited = time.monotonic(), setup.waits.seconds.copy()
-    unwritten: list[Future[None]] = []  # one whose error ends the capture: it is not that of the shard in hand
+    unwritten: list[Future[None]] = []  # the write being awaited: its error, not the current shard's, ends the capture
 
     def read_next() -> tuple[str, Future[PreparedRows]] | None:
         name = next(queue, None)

@@ -1,4 +1,4 @@
-"""Where on a Ray cluster workers run: their device, their GPUs, and how many of them fit."""
+"""Placing workers on a Ray cluster: their device, their GPUs, and how many of them fit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from teacher_cache.engines.registry import gpus_of
 
 
 def absolute_values(values: SetupValues) -> SetupValues:
-    """The same with paths that mean the same in other working folders."""
+    """The same values, with paths that are valid in any working folder."""
     teacher = values["teacher"]  # perhaps a Hub id
     return {
         **values,
@@ -22,9 +22,9 @@ def absolute_values(values: SetupValues) -> SetupValues:
 
 
 def choose_device(values: SetupValues, gpus: float | None, *, has_gpu: bool) -> tuple[SetupValues, float]:
-    """Decide the device `auto`, and the GPUs of a worker if `gpus` is None.
+    """Resolve the device `auto`, and the GPUs of a worker if `gpus` is None.
 
-    Errors: `ConfigError` for the device of one GPU.
+    Errors: `ConfigError` for a device that names one GPU (cuda:1).
     """
     device = values["device"]
     if device == "auto":
@@ -37,7 +37,7 @@ def choose_device(values: SetupValues, gpus: float | None, *, has_gpu: bool) -> 
 
 
 def places(cluster: Mapping[str, float], *, cpus: int, gpus: float) -> int:
-    """How many workers fit on a cluster. Errors: `ConfigError` if none does."""
+    """How many workers fit on a cluster. Errors: `ConfigError` if none fits."""
     needs = {"CPU": cpus, "GPU": gpus}
     fits = {name: int(cluster.get(name, 0) / amount) for name, amount in needs.items() if amount}
     for name, found in fits.items():

@@ -1,7 +1,7 @@
-"""A capture by several workers on Ray: each captures whole shards; those of a dead worker go to another.
+"""A capture by several workers on Ray: each captures whole shards; a dead worker's shards go to another.
 
-Ray's own `max_restarts` and `max_task_retries` do not replace this: they would charge a worker's death to both of its
-shards, so that the shard that kills workers could not be named.
+Ray's own `max_restarts` and `max_task_retries` cannot replace this: they would blame a worker's death on both of its
+shards, so the shard that kills workers could not be named.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from teacher_cache.capture.shard import Progress
 from teacher_cache.capture_setup import SetupValues
 
 _LOG = logging.getLogger(__name__)
-_DEATHS = 3  # allowed for one shard; without a shard, for each worker
+_DEATHS = 3  # allowed per shard; without a shard, per worker
 _SHARDS_AT_ONCE = 2  # per worker: one for its teacher, one being read or written
 _CONNECT_SECONDS = 10.0
-_STORE_BYTES = 2**27  # of Ray's object store, which is hardly used
+_STORE_BYTES = 2**27  # size of Ray's object store, which is hardly used
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
 class RayPool:
-    """Workers on the cluster at RAY_ADDRESS, or on this machine; shut down when the context is left.
+    """Workers on the cluster at RAY_ADDRESS, or on this machine; shut down on leaving the context.
 
     At most `workers` workers (None: as many as fit) rebuild the setup from `values` and write to `output`. Inside the
-    context, `values` have the device decided, and `gpus` is a worker's number of GPUs. `worker`: a class like
+    context, `values` hold the resolved device, and `gpus` is a worker's number of GPUs. `worker`: a class like
     `CaptureWorker`, whose constructor also takes `more`.
     Errors: `ConfigError` if Ray is not installed, the cluster cannot be reached, or settings do not fit it.
     """
@@ -84,7 +84,7 @@ class RayPool:
         self._stack.close()
 
     def start(self, shards: int) -> None:
-        """Start as many workers as fit, at most one a shard, and wait until one has loaded its teacher.
+        """Start as many workers as fit, at most one per shard, and wait until one has loaded its teacher.
 
         Errors: those of loading it; `ModelError` if workers keep dying.
         """
@@ -150,7 +150,7 @@ class RayPool:
         self._calls[worker.actor.capture.remote(name)] = worker
 
     def _wait(self) -> tuple[_Worker, ShardCounts | None]:
-        """Wait for a reply of any worker; returns the worker, and the shard that it has finished, if any."""
+        """Wait for a reply from any worker; returns the worker, and the shard that it has finished, if any."""
         (call,), _ = self._ray.wait(list(self._calls), num_returns=1)
         worker = self._calls.pop(call)
         try:
@@ -215,10 +215,10 @@ class RayPool:
         os.environ.update(_QUIET)
         try:
             place = re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", where["address"])
-            if place:  # Ray would try for minutes where nothing listens
+            if place:  # Ray would retry for minutes where nothing listens
                 socket.create_connection((place[1], int(place[2])), timeout=_CONNECT_SECONDS).close()
             self._ray.init(**where, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
-            watch_again()  # Ray handles SIGTERM by itself
+            watch_again()  # Ray has installed its own SIGTERM handler
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise ConfigError(
                 f"ray: no cluster at {where['address']}: {first_line(error)}: set RAY_ADDRESS to a running one (and "
@@ -227,7 +227,7 @@ class RayPool:
 
 
 class _WithoutRay:
-    """Standard output without what Ray's listener prints there when a worker dies, which is logged anyway."""
+    """Standard output without what Ray's listener prints when a worker dies, which is logged anyway."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -42,7 +42,7 @@ class CaptureWorker:
         self._lines: list[str] = []
 
     def open(self) -> LlavaModError | None:
-        """Load the teacher, and check that set and fingerprint are those of the driver."""
+        """Load the teacher, and check that set and fingerprint match the driver's."""
         if hasattr(self, "_engine"):  # only the connection to this worker was lost
             return None
         log_into(self._lines)
@@ -80,7 +80,7 @@ class CaptureWorker:
         return ShardCounts(name, prepared.samples, len(captured), positions, tuple(rejected), *spent)
 
     def report(self) -> WorkerReport:
-        """Wait a little, then report progress and log lines."""
+        """Wait briefly, then report progress and log lines."""
         time.sleep(REPORT_SECONDS)
         lines, self._lines[:] = self._lines[:], []
         return WorkerReport(dict(self._samples), dict(self._positions), lines)

@@ -33,11 +33,10 @@ def run_capture(
     load: Callable[[CaptureSetup], CaptureEngine] = CaptureSetup.load,
     grace_seconds: float = 0.0,
 ) -> Summary:
-    """Capture every shard of the set that the cache lacks, and complete the cache once it has all.
+    """Capture every shard of the set that the cache lacks, and complete the cache once it has them all.
 
-    `allow` names fingerprint fields that may differ from those of an unfinished cache. `load` gives the engine, if any
-    shard is to be captured in this process. On SIGTERM the shard in hand is finished if that takes at most
-    `grace_seconds`.
+    `allow` names fingerprint fields that may differ from those of an unfinished cache. `load` loads the engine, if this
+    process has any shard to capture. On SIGTERM the shard in hand is finished if that takes at most `grace_seconds`.
     Errors: `ConfigError` if another process writes the cache, or this slice of it; a `LlavaModError` before anything
     is written, if set, teacher, settings and existing cache do not fit together; later only if disk or device memory
     runs out, a shard kills workers on Ray, or more is rejected than `max_rejected` allows. The cache can always be

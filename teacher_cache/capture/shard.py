@@ -24,7 +24,7 @@ class PreparedRows:
     """Rows that are ready for an engine: their requests, what could not be tokenized, and the order of all roles.
 
     The requests hold encoded images, each read once; only a few batches are decoded at a time. `bare`: for visual
-    advantages, the requests with images without what these show; None: none are captured.
+    advantages, the requests with images again, without what these show; None if none are captured.
     """
 
     samples: int
@@ -73,7 +73,7 @@ def prepare_samples(setup: CaptureSetup, samples: Iterable[tuple[int, Sample]]) 
 
 
 def _without_images(setup: CaptureSetup, prepared: PreparedRows) -> PreparedRows:
-    """Add the requests without images; a sequence that has none is rejected and not run with its images either."""
+    """Add the requests without images; a sequence that cannot be run without them is rejected altogether."""
     bare, rejected = [], list(prepared.rejected)
     for request in prepared.requests:
         if request.sample.images:

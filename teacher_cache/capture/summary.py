@@ -24,8 +24,8 @@ _LOG = logging.getLogger(__name__)
 class Summary:
     """What a run did.
 
-    `sequences`, `positions`, `rejected`, `reasons` (why) and the shares of its time in which the teacher waited, in all
-    and by what for, are this run's; the rest is the whole cache's.
+    `sequences`, `positions`, `rejected`, `reasons` (why) and the shares of its time that the teacher spent waiting, in
+    total and by cause, are this run's; the rest is the whole cache's.
     """
 
     output: str
@@ -68,7 +68,7 @@ class Tally:
         seconds: float = 0.0,
         waited: Mapping[str, float] | None = None,
     ) -> None:
-        """Count what was captured, what was rejected, the teacher's time and for what of it it waited."""
+        """Count what was captured and rejected, the teacher's time, and the part of it spent waiting, by cause."""
         self._seconds += seconds
         self._waited.update(waited or {})
         self.sequences += sequences

@@ -41,7 +41,7 @@ def ask(
 
     Prompt, images and greedy decoding are those of `eval-student generate`. MODEL may be any student, or any teacher
     that `cache-teacher` can run; as a Hub id, its local snapshot. With --cache and --key, the answer that the cache
-    holds for that sample follows, token by token: how likely it was to the teacher and is to the model, and what each
+    holds for that sample follows, token by token: its probability under the teacher and under the model, and what each
     would rather have said.
 
     \b

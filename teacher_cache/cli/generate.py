@@ -35,9 +35,9 @@ def generate(
     """Let the teacher answer a set's prompts: the answers become a new set, their records a cache.
 
     Replaces the last answer of each conversation, given the turns before it (generate.turns=all: every answer).
-    Answers without an end, empty or invalid ones are listed with the reason in the new set's rejected.jsonl.
-    Rerun a killed run to continue; it gives the same set and the same cache. With --slice, several jobs answer a share
-    of the shards each; run the command once more without it to make the set of all answers and capture it.
+    Answers that are unfinished, empty or invalid are listed with the reason in the new set's rejected.jsonl.
+    Rerun a killed run to continue; it gives the same set and the same cache. With --slice, several jobs each answer a
+    share of the shards; run the command once more without it to make the set of all answers and capture it.
 
     Exit status: 0 if everything was answered and captured; 3 if something was rejected; 2 for an error; with --grace, 4
     if SIGTERM stopped it and the shard in hand was finished first, and 143 if that would have taken longer.

@@ -43,9 +43,9 @@ def work(
 ) -> None:
     """Capture shards of a set beside any number of other workers, on any machines, into one cache.
 
-    Start it as often as there are GPUs, with the same settings; workers may come and go at any time. Each claims one
-    shard after another in the output itself (a folder, NFS or a bucket) and takes over those of workers that died.
-    Clocks may differ. It ends when all shards are in the cache, or have failed capture.attempts times.
+    Start one per GPU, with the same settings; workers may come and go at any time. Each claims one shard after another
+    in the output itself (a folder, NFS or a bucket) and takes over those of workers that died. Clocks may differ. It
+    ends when all shards are in the cache, or have failed capture.attempts times.
 
     Exit status: 0 if the cache is complete; 3 if it is and some sequences were rejected; 5 if shards have failed
     (`cache-teacher status` lists them, `retry` tries them again); 4 if SIGTERM stopped it and its shard was finished
@@ -82,9 +82,9 @@ def status(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show how far a capture is: shards, who works on them, failures, speed, bytes, time left and GPU-hours.
+    """Show the progress of a capture: shards, who works on them, failures, speed, bytes, time left and GPU-hours.
 
-    Reads the output alone, from any machine. Looks for up to 7 seconds to see which workers are alive.
+    Reads only the output, from any machine. Watches it for up to 7 seconds to see which workers are alive.
 
     \b
     Examples:
@@ -112,9 +112,9 @@ def retry(
 ) -> None:
     """Capture the failed shards and the rejected sequences of a cache again, and put them in their places.
 
-    Takes the settings that `work` left in the output, with those given here over them, such as a smaller batch; the
-    settings of a cache that `run` made must be given. What is neither failed nor rejected is left alone, except that a
-    shard of which rejected sequences can be captured now is captured whole.
+    Takes the settings that `work` left in the output, overridden by those given here, such as a smaller batch; for a
+    cache that `run` made, the settings must be given. What neither failed nor was rejected is left alone, except that a
+    shard whose rejected sequences can now be captured is captured again as a whole.
 
     Exit status: 0 if nothing is left; 3 if sequences are still rejected; 5 if shards have failed again, or were never
     begun, which `work` and `run` capture; 2 for an error.

@@ -46,7 +46,7 @@ from teacher_cache.images.pool import ImagePool, PreparedImages
 
 _BATCHES_AHEAD = 3
 
-# What was given to the device; calling it waits for the results.
+# Work queued on the device; calling it waits for the results.
 Begun = Callable[[], list[Outcome]]
 
 
@@ -101,7 +101,7 @@ class HfCaptureEngine:
                     items.append(_BatchItem(request, sequence, images))
                 ahead.append(items)
                 if len(ahead) > _BATCHES_AHEAD:
-                    # The device gets this batch before the last one's records are waited for.
+                    # Give the device this batch before waiting for the last one's records.
                     begun, waiting = list(self._begin_batch(ahead.popleft())), begun
                     yield from _finished(waiting)
             while ahead:

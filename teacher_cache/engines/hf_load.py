@@ -84,7 +84,7 @@ def _load_settings(setup: CaptureSetup) -> dict[str, Any]:
 
 
 def _may_share(model: Any) -> bool:
-    """Whether the decoder knows what a token follows from positions and mask alone."""
+    """Whether positions and mask alone tell the decoder what a token follows."""
     decoder = model.get_decoder()
     kinds = getattr(decoder.config, "layer_types", None)
     full = set(kinds) == {"full_attention"} if kinds else getattr(decoder.config, "sliding_window", None) is None

@@ -47,7 +47,7 @@ def listed_records(
     surplus_N = np.where(beyond_NK, np.exp(log_probs_NK), 0.0).sum(1)
     rest_N = -np.log1p(-np.minimum(surplus_N, 1.0 - _SMALLEST_TAIL))
     log_probs_NK = np.where(beyond_NK, -np.inf, log_probs_NK + rest_N[:, None])
-    order_NK = np.lexsort((ids_NK, -log_probs_NK), axis=1)  # most likely first, equal ones by id
+    order_NK = np.lexsort((ids_NK, -log_probs_NK), axis=1)  # most likely first, ties by id
     ids_NK = np.take_along_axis(ids_NK, order_NK, 1)
     log_probs_NK = np.take_along_axis(log_probs_NK, order_NK, 1)
     probs_NK = np.exp(log_probs_NK)

@@ -16,8 +16,8 @@ from llavamod_offline.models.lm_head import LmHead, float32_products
 class Float32Head:
     """Logits in float32 of rows of hidden states, over the first `vocab_size` ids.
 
-    A float32 weight is used as it is. On a CPU, where casting costs more than the product, any other is copied once; on
-    a GPU none is, see `float32_products`.
+    A float32 weight is used as is. On a CPU, where casting costs more than the product, any other is cast once into a
+    copy; on a GPU it is not copied, see `float32_products`.
     """
 
     def __init__(self, head: LmHead, vocab_size: int) -> None:
@@ -32,7 +32,7 @@ class Float32Head:
         return self._head.weight_VD.device
 
     def logits_of_layer_inputs(self, rows_RD: Tensor) -> Tensor:
-        """As `logits`, of what the model's LM head layer gets, which a few models scale before it."""
+        """As `logits`, but for the inputs of the model's LM head layer, which a few models scale before it."""
         return self.logits(rows_RD if self._head.before == 1.0 else rows_RD / self._head.before)
 
     def logits(self, rows_RD: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """Records made from logits, chunk by chunk on the device they are on.
 
-A GPU is never waited for in between: what a chunk gives has a fixed number of columns, is copied to the host behind the
-computation, and is made into records there when they are asked for (`RecordsInFlight`).
+The host never waits for a GPU in between: a chunk's results have a fixed number of columns, are copied to the host
+behind the computation, and become records there when asked for (`RecordsInFlight`).
 
-Shape suffixes: N positions (R of them in a chunk), X what a row holds, V ids, K slots of the top-k being built, M slots
-of tail samples, F forced ids, S temperatures, I and J columns.
+Shape suffixes: N positions (R of them in a chunk), X values of an input row, V ids, K slots of the top-k being built, M
+slots of tail samples, F forced ids, S temperatures, I and J columns.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from teacher_cache.engines.transfer import HostCopy, to_device
 from teacher_cache.format.record import Floats, Ints, Records, RecordSettings, concatenate_records
 
 _CHUNK_VALUES = {"cpu": 2**20, "cuda": 2**26}
-_MOST_SLOTS = 256  # of tail samples; more are counted first
-_LEAST_WEIGHT = 1e-15  # of a tail's largest weight: float32 then holds all that counts beside it
+_MOST_SLOTS = 256  # of tail samples; if there may be more, they are counted first
+_LEAST_WEIGHT = 1e-15  # if a tail's largest weight is this or more, float32 holds all that counts beside it
 _FINITE, _CROSSED = 0, 1  # columns of integers
 
 
 def rows_per_chunk(vocab_size: int, device_type: str) -> int:
-    """How many rows of logits to hold at once: what keeps the working set small, yet the device busy."""
+    """How many rows of logits to hold at once: few enough for a small working set, enough to keep the device busy."""
     return max(1, _CHUNK_VALUES.get(device_type, 2**20) // max(vocab_size, 1))
 
 
@@ -100,7 +100,7 @@ class RecordsInFlight:
 
 
 def _stalls(device: torch.device) -> bool:
-    """Whether asking for a value stops the host until the device has finished all that it was given."""
+    """Whether reading a value blocks the host until the device has finished all queued work."""
     return device.type != "cpu"
 
 
@@ -113,9 +113,9 @@ def begin_sequence_records(
     logits_of: Callable[[Tensor], Tensor],
     vocab_size: int,
 ) -> Callable[[], list[tuple[Records, NDArray[np.bool_]]]]:
-    """Begin the records of several sequences whose rows [N, D] follow one another; their rows fill common chunks.
+    """Begin the records of several sequences whose rows [N, D] are concatenated and chunked together.
 
-    What is returned waits for them: call it once the device has been given other work.
+    The returned function waits for them: call it once the device has been given other work.
     """
     in_flight = RecordsInFlight(
         rows_ND,
@@ -137,10 +137,10 @@ def begin_sequence_records(
 def _chunk_columns(
     logits_RV: Tensor, targets_R: Tensor, uniforms_R: Tensor, settings: RecordSettings, *, exact: bool
 ) -> tuple[Tensor, Tensor]:
-    """Integers [R, I] and floats [R, J] of a chunk, in the order that `_unpacked` takes them apart.
+    """Integers [R, I] and floats [R, J] of a chunk, in the order in which `_unpacked` reads them.
 
-    Without `exact` no value is asked for that would have to be waited for, and which of the equal logits at the end of
-    the top-k are taken is left open; rows where that matters are marked.
+    Without `exact`, no value is read that the host would have to wait for, and it is left open which of several equal
+    logits at the end of the top-k are taken; rows where that matters are marked.
     """
     exponentials_RV: Tensor | None
     shifted_RV, exponentials_RV, log_z_at, entropy_R = _normalise(logits_RV, settings.temperatures)
@@ -205,9 +205,9 @@ def _unpacked(ints_RI: Ints, floats_RJ: Floats, settings: RecordSettings) -> Rec
 def _normalise(logits_RV: Tensor, temperatures: Sequence[float]) -> tuple[Tensor, Tensor, dict[float, Tensor], Tensor]:
     """Shift rows so that the largest logit is 0: logits x and exp(x) [R, V], logs of Σ exp(x/T) and the entropy [R].
 
-    A log-prob is then a difference of numbers that are small where it is, and keeps its precision near 0. The entropy
-    log Z + Σ p·(−x) is a sum of terms ≥ 0: nothing cancels, even where it is tiny. Σ exp(x/T) ≥ exp(0), so no T needs
-    a shift of its own. The sums are by T, that of T = 1 among them.
+    A log-prob is then a difference of numbers that are small where it is small, so it keeps its precision near 0. The
+    entropy log Z + Σ p·(−x) is a sum of terms ≥ 0: nothing cancels, even where it is tiny. Σ exp(x/T) ≥ exp(0), so no T
+    needs a shift of its own. The sums are keyed by T, T = 1 included.
     """
     shifted_RV = logits_RV - logits_RV.amax(-1, keepdim=True)
     log_z_at = {t: (shifted_RV / t).exp_().sum(-1).log() for t in temperatures if t not in (1.0, 2.0)}
@@ -224,10 +224,10 @@ def _normalise(logits_RV: Tensor, temperatures: Sequence[float]) -> tuple[Tensor
 
 
 def _tail_weights(shifted_RV: Tensor, exponentials_RV: Tensor | None, topk_ids_RK: Tensor) -> tuple[Tensor, Tensor]:
-    """The tail's probabilities but for a factor: weights [R, V], 0 for the top-k's ids, and each row's log factor [R].
+    """The tail's probabilities up to a factor: weights [R, V], 0 for the top-k ids, and each row's log factor [R].
 
-    Both matrices are written over. A tail so unlikely that float32 would hold it badly is shifted by its own largest
-    logit. Which rows have one must be waited for: without exponentials, all are shifted.
+    Both matrices are overwritten. A tail too unlikely for float32 to hold accurately is shifted by its own largest
+    logit. Finding such rows means waiting for the device: without exponentials, all rows are shifted.
     """
     if exponentials_RV is None:
         return _shifted_tail(shifted_RV, topk_ids_RK)
@@ -240,7 +240,7 @@ def _tail_weights(shifted_RV: Tensor, exponentials_RV: Tensor | None, topk_ids_R
 
 
 def _shifted_tail(shifted_RV: Tensor, topk_ids_RK: Tensor) -> tuple[Tensor, Tensor]:
-    """`_tail_weights` that are 1 at the largest."""
+    """`_tail_weights` scaled so that each row's largest is 1."""
     tail_RV = shifted_RV.scatter_(1, topk_ids_RK, float("-inf"))
     largest_R = tail_RV.amax(-1)
     largest_R = largest_R.masked_fill(torch.isneginf(largest_R), 0.0)

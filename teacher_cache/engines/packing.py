@@ -1,8 +1,8 @@
 """Packing sequences into the rows of a batch, where those of one sample may share a common prefix.
 
-Chosen and rejected answers follow the same prompt and images. A shared row holds the first sequence, then the rest of
-each other one after the common prefix; the mask lets a rest see that prefix and itself, and its positions continue from
-the prefix, so that every token gets the same result as in a row of its own.
+Chosen and rejected answers follow the same prompt and images. A shared row holds the first sequence, then what follows
+the common prefix in each other one; the mask lets each such rest see only that prefix and itself, and its positions
+continue from the prefix, so that every token gets the same result as in a row of its own.
 
 Shape suffixes: S sequences, U tokens of the longest, B rows, T columns of the longest row.
 """
@@ -48,7 +48,7 @@ class Layout:
 
 
 def lay_out(sequences: Sequence[Ids], groups: Sequence[object], *, pad: int, image_token_id: int | None) -> Layout:
-    """Pack sequences; neighbours of equal `groups` share a row if their common prefix holds all their images."""
+    """Pack sequences; neighbours with equal `groups` share a row if their common prefix holds all their images."""
     rows: list[list[Ids]] = []
     shared_by: list[list[int]] = []  # for each piece of each row: the length of the prefix it follows
     rows_S, columns, first_S = [], [], []

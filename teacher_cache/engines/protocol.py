@@ -47,12 +47,12 @@ class CaptureEngine(Protocol):
 
 
 def longest_first(requests: Sequence[Request]) -> list[Request]:
-    """Requests by falling length, those of equal length by row."""
+    """Requests by decreasing length, ties by row."""
     return sorted(requests, key=lambda r: (-max(len(s.input_ids_T) for s in r.sequences), r.row))
 
 
 def beyond_vocabulary(sequence: TokenizedSequence, vocab_size: int) -> str | None:
-    """Why a sequence cannot be captured if a supervised id is outside the shared vocabulary; None if none is."""
+    """Why a sequence with a supervised id outside the shared vocabulary cannot be captured; None if it has none."""
     largest = int(sequence.target_ids_N.max(initial=0))
     if largest < vocab_size:
         return None

@@ -17,7 +17,7 @@ class EngineEntry:
     """An engine's module, and what it can do.
 
     `writes_answers`: for `generate`; `spreads`: vLLM may spread its model over GPUs; `served`: another process has the
-    weights, so that no device and no weights are needed here; `listed`: it gives no logits, only the most likely ids
+    weights, so neither a device nor weights are needed here; `listed`: it gives no logits, only the most likely ids
     (see `listed`).
     """
 

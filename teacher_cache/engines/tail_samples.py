@@ -19,7 +19,7 @@ _TWO_53 = float(2**53)
 
 
 def sequence_uniforms(seed: int, key: str, role: str, count: int) -> NDArray[np.float64]:
-    """Give one uniform in [0, 1) to each of the first `count` positions of a sequence.
+    """One uniform number in [0, 1) for each of the first `count` positions of a sequence.
 
     A counter-based generator: the 64-bit BLAKE2b of seed, key and role is the stream, the position the counter, and
     SplitMix64's finaliser the mixing function (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators,
@@ -47,14 +47,15 @@ def tail_sample_budget(log_tail_mass_N: Tensor, tail_samples_max: int, tail_samp
 def tail_samples(weights_RV: Tensor, uniforms_R: Tensor, budget_R: Tensor, most: int) -> Tensor:
     """Draw `budget_R` ids a row by systematic sampling in order of id; an id may be drawn several times.
 
-    Row r puts budget points at (u + j) / budget, j = 0, 1, …, on the cumulated weights, so id v is drawn
-    budget · w(v) / Σw times in expectation: unbiased, and with at most the variance of as many independent draws when
-    ids are drawn about once or more.
+    Row r puts budget points at (u + j) / budget, j = 0, 1, …, on the cumulative weights, so in expectation id v is
+    drawn budget · w(v) / Σw times: unbiased, and with at most the variance of as many independent draws when ids are
+    drawn about once or more.
 
     Shapes: `weights_RV` ≥ 0, finite, each row with a budget having a positive sum; `uniforms_R` float64 in [0, 1);
-    budgets of at most `most`. Result: [R, most] int64, of each row the first `budget_R` ids rising, the others any.
-    Sums are over blocks of ids, cumulated in float64, then inside the blocks that were hit: one pass over V, not a full
-    float64 cumulation, and no id's share is off by more than float32 rounding of its own block.
+    budgets of at most `most`. Result: [R, most] int64; in each row the first `budget_R` ids ascend, the others are
+    arbitrary.
+    Sums are taken over blocks of ids, accumulated in float64, then inside the blocks that were hit: one pass over V,
+    not a full float64 cumulative sum, and no id's share is off by more than float32 rounding of its own block.
     """
     rows, width = weights_RV.shape
     if most == 0 or rows == 0:
@@ -74,7 +75,7 @@ def tail_samples(weights_RV: Tensor, uniforms_R: Tensor, budget_R: Tensor, most:
 
 
 def _locate(cumulated: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the interval of each row's cumulated weights that holds each point, and the share of it that lies before."""
+    """Find the interval of each row's cumulative weights that holds each point, and the point's place in it, 0 to 1."""
     total = cumulated[:, -1:]
     below = torch.nextafter(total, torch.zeros_like(total))  # rounding must not push a point past the last interval
     points = torch.minimum(points, below).clamp(min=0).contiguous()

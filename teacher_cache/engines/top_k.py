@@ -1,4 +1,4 @@
-"""The top-k of a chunk of logits: its likely ids, of equal ones the smallest, and the ids that are always kept.
+"""The top-k of a chunk of logits: its likely ids, the smallest of equal ones, and the ids that are always kept.
 
 Shape suffixes: R positions of a chunk (C of them with a tie across the end of the top-k), V ids, K slots, F forced ids,
 G groups of ids, M ids found.
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from teacher_cache.format.record import RecordSettings
 
-_LEAST_GROUP = 4  # ids; of smaller groups too many are picked
+_LEAST_GROUP = 4  # ids; with smaller groups, too many are picked
 _COUNTED = 128  # where the top-k may be more than a 128th of all ids, counting the likely ones costs less than sorting
-_ROUNDING = 1e-3  # nats; more than float32 is off by
+_ROUNDING = 1e-3  # nats; more than the error of float32
 
 
 def top_k(
@@ -23,8 +23,8 @@ def top_k(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Choose the top-k: ids, shifted logits and which slots are kept, [R, K] each; likely ids, then forced ones.
 
-    Equal logits are common in low-precision models, and topk takes any of them in any order: what it took is replaced
-    by the smallest ids, in rising order. Without `exact` that leaves out ids that topk did not take; the last result
+    Equal logits are common in low-precision models, and topk takes any of them in any order: its choice is replaced by
+    the smallest ids, in ascending order. Without `exact`, that ignores ids that topk did not take; the last result
     marks such rows [R]. `log_z_R`: of the shifted logits divided by `settings.temperature`.
     """
     slots = _slots(shifted_RV, log_z_R, settings, exact=exact)
@@ -32,7 +32,7 @@ def top_k(
     shifted_RK, ids_RK = most_RK[:, :slots], ids_RK[:, :slots].contiguous()
     count_R = torch.full((len(ids_RK),), slots, device=ids_RK.device)
     probs_RK = (shifted_RK / settings.temperature - log_z_R[:, None]).double().exp()
-    if settings.top_p < 1.0:  # at 1 the mass does not end it: a sum of rounded numbers may reach 1 early, or never
+    if settings.top_p < 1.0:  # at 1 the mass sets no end: a sum of rounded numbers may reach 1 early, or never
         count_R = torch.minimum(count_R, (probs_RK.cumsum(-1) < settings.top_p).sum(-1) + 1)
     if settings.min_prob > 0.0:
         count_R = torch.minimum(count_R, (probs_RK >= settings.min_prob).sum(-1).clamp(min=1))
@@ -60,7 +60,7 @@ def top_k(
 def _slots(shifted_RV: Tensor, log_z_R: Tensor, settings: RecordSettings, *, exact: bool) -> int:
     """How many slots the top-k needs: `top_k`, or what `min_prob` leaves of it where counting costs less than sorting.
 
-    The count is a pass over V, and has to be waited for.
+    The count is a pass over V, and the host has to wait for it.
     """
     slots = min(settings.top_k, shifted_RV.shape[1])
     if not exact or settings.min_prob <= 0.0 or slots * _COUNTED < shifted_RV.shape[1]:
@@ -70,7 +70,7 @@ def _slots(shifted_RV: Tensor, log_z_R: Tensor, settings: RecordSettings, *, exa
 
 
 def _largest(values_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest numbers of each row, and their ids, [R, count] each; as topk, any of equal ones.
+    """The `count` largest numbers of each row, and their ids, [R, count] each; ties are broken arbitrarily, as in topk.
 
     On a CPU topk copies V pairs of id and number and sorts some. The largest numbers are members of the groups with
     the `count` largest maxima, so one vectorised pass over V leaves it two short lists.

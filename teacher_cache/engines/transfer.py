@@ -1,4 +1,4 @@
-"""Copies between host and device that neither waits for: on a GPU through pinned memory; on a CPU there are none."""
+"""Copies between host and device that neither waits for: through pinned memory on a GPU; on a CPU nothing is copied."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def to_device(values: Tensor | NDArray[np.generic], device: torch.device) -> Tensor:
-    """Values of the host on a device. A copy to a GPU is queued behind what it is doing; the host goes on."""
+    """Values of the host on a device. A copy to a GPU is queued behind its current work; the host does not wait."""
     tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
@@ -17,7 +17,7 @@ def to_device(values: Tensor | NDArray[np.generic], device: torch.device) -> Ten
 
 
 class HostCopy:
-    """A device's tensor on its way to the host, copied once all that was queued before is done."""
+    """A device's tensor on its way to the host, copied once all earlier queued work is done."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._done: torch.cuda.Event | None = None

@@ -141,7 +141,7 @@ class ColumnFile:
         return -(-self.positions // self.block_positions)
 
     def tail_profile(self) -> NDArray[np.float64]:
-        """The shard's mean tail: mass of every id [V], its sum the mean tail mass. Errors: `CacheError`."""
+        """The shard's mean tail: mass of every id [V], summing to the mean tail mass. Errors: `CacheError`."""
         return spread(self._read("tail_profile", 0, 1)[0], self.frequent_ids_F, self.codec.vocab_size)
 
     @cached_property
@@ -183,7 +183,7 @@ class ColumnFile:
             raise CacheError(f"{self.folder}: {error}: run `cache-teacher verify`") from error
 
     def _open(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> RowArray:
-        """Open an array of `shape`, the length of its rows left out."""
+        """Open an array of `shape`, which omits the row length."""
         try:
             array = RowArray.parse((self.folder / name / _METADATA).read_bytes())
         except FileNotFoundError as error:
@@ -200,7 +200,7 @@ class ColumnFile:
         try:
             with open(f"{self.folder}/{name}/{array.file}", "rb") as file:
                 return array.read(file, first, last)
-        except FileNotFoundError:  # all zeros: what the manifest lists is there
+        except FileNotFoundError:  # all zeros: files that the manifest lists are known to exist
             return array.read(None, first, last)
         except Exception as error:  # a damaged chunk may raise anything in a codec
             raise CacheError(_damaged(self.folder / name, error)) from error

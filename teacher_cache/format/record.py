@@ -18,7 +18,7 @@ from llavamod_offline.errors import ConfigError
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 
-# The names that format version 1 stores in a fingerprint, and the fields of `RecordSettings`.
+# The names in a fingerprint of format version 1, and the fields of `RecordSettings` that they stand for.
 STORED_SETTINGS = {
     "head_mass": "top_p",
     "head_max": "top_k",
@@ -91,7 +91,7 @@ class RecordSettings:
 
 @dataclass(frozen=True)
 class Records:
-    """N positions' records in columns; log-probs are natural, float32, at T = 1.
+    """The records of N positions, in columns; log-probs are natural, float32, at T = 1.
 
     `target_ids_N` is −1 for a position without target, whose `target_log_probs_N` is 0.
 

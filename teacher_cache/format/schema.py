@@ -38,13 +38,13 @@ class Column:
 
     @property
     def middle(self) -> tuple[int, ...]:
-        """The axes between that of the blocks and that of the numbers."""
+        """The axes between the axis of blocks and the axis of numbers."""
         return (self.rows,) if self.rows else ()
 
 
 @dataclass(frozen=True)
 class Codec:
-    """How a cache encodes: vocabulary size, temperatures, precision, caps of counts, forced ids, hidden states,
+    """How a cache encodes: vocabulary size, temperatures, precision, limits of counts, forced ids, hidden states,
     visual advantages."""
 
     vocab_size: int

@@ -22,7 +22,7 @@ from llavamod_offline.errors import CacheError
 from teacher_cache.format.hidden_states import HiddenStates
 from teacher_cache.format.record import Records
 
-HASH_BYTES = 16  # stored of each SHA-256 of targets and content
+HASH_BYTES = 16  # kept of each SHA-256 (targets, content)
 SEQUENCE_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -102,7 +102,7 @@ def write_sequences(file: Path, table: pa.RecordBatch) -> None:
 
 
 def edges(table: pa.RecordBatch) -> NDArray[np.int64]:
-    """Where the positions of each sequence begin, and where the last end."""
+    """Where the positions of each sequence begin, and where the last ones end."""
     return np.concatenate([[0], np.cumsum(table.column("n_position").to_numpy(), dtype=np.int64)])
 
 
@@ -200,7 +200,7 @@ class SequenceRows:
 
     @cached_property
     def starts_Q(self) -> NDArray[np.int64]:
-        """Where the positions of each sequence begin, and where the last end."""
+        """Where the positions of each sequence begin, and where the last ones end."""
         return edges(self.table)
 
     @cached_property

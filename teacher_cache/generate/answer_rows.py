@@ -1,8 +1,8 @@
 """Answering some rows of a set: samples → prompts → the teacher's tokens → texts, or reasons for rejection.
 
 The prompt of each assistant turn to write is the conversation before it, with the new answers. Answers depend on the
-sample, the settings and the weights: random numbers on (seed, key, turn, position in the answer), batches on the rows
-alone.
+sample, the settings and the weights: random numbers depend on (seed, key, turn, position in the answer), batches on the
+rows alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from teacher_cache.images.pool import PreparedImages, begun_ahead
 if TYPE_CHECKING:
     from teacher_cache.generate.vllm_writer import VllmWriter
 
-LOG_PROB_DIGITS = 4  # of the writer's log-probs, which batches change by rounding
+LOG_PROB_DIGITS = 4  # kept of the writer's log-probs, which vary between batches by rounding
 _BATCHES_AHEAD = 2
 
 
@@ -38,7 +38,7 @@ _BATCHES_AHEAD = 2
 class _Open:
     """An unfinished sample: the indices of the turns to write, the texts so far, or why it is rejected.
 
-    `copy`: which one of several answers to the sample's prompt this is.
+    `copy`: which of several answers to the sample's prompt this is.
     """
 
     sample: Sample
@@ -84,7 +84,7 @@ class Answerer:
         self._special = {number: str(token) for number, token in added.items() if token.special}
 
     def answer(self, rows: Sequence[int]) -> list[AnsweredSample]:
-        """Answer some rows, in order, each as often as asked for.
+        """Answer some rows, in order, each with as many answers as configured.
 
         Errors: `DataError` if a sample differs from what was packed.
         """
@@ -151,7 +151,7 @@ class Answerer:
     def _with_images(
         self, batches: Sequence[list[tuple[_Open, Ids]]]
     ) -> Iterator[tuple[list[tuple[_Open, Ids]], list[PreparedImages]]]:
-        """Each batch with its images, which are prepared a few batches ahead."""
+        """Yield each batch with its images, which are prepared a few batches ahead."""
         with self._engine.image_pool.ahead() as prepare:
 
             def begin(batch: list[tuple[_Open, Ids]]) -> list[PreparedImages]:

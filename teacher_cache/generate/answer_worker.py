@@ -20,7 +20,7 @@ from teacher_cache.generate.writers import load_writer
 class AnswerWorker:
     """Answers shards of the set that `values` name and keeps the answers for the set `output` itself.
 
-    What `RayPool` asks of a worker, as `CaptureWorker` does it; positions are written tokens.
+    Has the interface that `RayPool` expects of a worker, like `CaptureWorker`; positions are written tokens.
     """
 
     def __init__(self, values: SetupValues, output: str, allow: Sequence[str], given: GenerateConfig) -> None:
@@ -31,7 +31,7 @@ class AnswerWorker:
         self._lines: list[str] = []
 
     def open(self) -> LlavaModError | None:
-        """Load the model, and check that set and settings are those of the driver."""
+        """Load the model, and check that set and settings match the driver's."""
         if hasattr(self, "_engine"):  # only the connection to this worker was lost
             return None
         log_into(self._lines)
@@ -64,7 +64,7 @@ class AnswerWorker:
         return ShardCounts(name, len(answers), len(answers), sum(answer.tokens for answer in answers), ())
 
     def report(self) -> WorkerReport:
-        """Wait a little, then report progress and log lines."""
+        """Wait briefly, then report progress and log lines."""
         time.sleep(REPORT_SECONDS)
         lines, self._lines[:] = self._lines[:], []
         return WorkerReport(dict(self._samples), dict(self._tokens), lines)

@@ -32,7 +32,7 @@ _NO_IDS: Ids = np.zeros(0, np.int64)
 
 @dataclass(frozen=True)
 class Decoding:
-    """How tokens are chosen, and their largest number; `temperature` 0 is greedy. `stop`: texts that end an answer."""
+    """How tokens are chosen, and at most how many; `temperature` 0 is greedy. `stop`: texts that end an answer."""
 
     temperature: float
     top_p: float
@@ -43,10 +43,10 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: its tokens, its images, and the name of its random numbers.
+    """One prompt: its tokens, its images, and the name of its random stream.
 
-    `images`: as what writes the answer takes them; for `write_answers`, a `SampleImage` each. `room`: the most tokens
-    that the answer may have, including the one that ends it. `encoded_images` identify them where prefixes are shared.
+    `images`: in the form that the writer takes; for `write_answers`, a `SampleImage` each. `room`: the most tokens that
+    the answer may have, including the one that ends it. `encoded_images` identify them where prefixes are shared.
     """
 
     key: str
@@ -59,11 +59,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Written:
-    """The answer's token ids without the one that ends it, and whether that one was reached.
+    """The answer's token ids without the one that ends it, and whether the end was reached.
 
-    `finite`: whether all logits were; the answer stops before any that were not. `log_probs`: of each token, the one
-    that ends the answer last, as `choose_tokens` gives them; they differ between batches by rounding. `stopped`: the
-    text of `Decoding.stop` that ended the answer; `ids` end with the token that completed it.
+    `finite`: whether all logits were; the answer stops before any that were not. `log_probs`: of each token, ending
+    with the one that ends the answer, as `choose_tokens` gives them; they differ between batches by rounding.
+    `stopped`: the text of `Decoding.stop` that ended the answer; `ids` end with the token that completed it.
     """
 
     ids: tuple[int, ...]
@@ -122,7 +122,7 @@ def _write(engine: HfCaptureEngine, prompts: Sequence[Prompt], decoding: Decodin
 
 
 def first_stop(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], stop: Sequence[str]) -> str | None:
-    """The text of `stop` that begins first in what tokens say, if any."""
+    """The text of `stop` that begins first in the decoded tokens, if any."""
     if not stop:
         return None
     text = answer_text(tokenizer, ids)
@@ -131,7 +131,7 @@ def first_stop(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], stop: Seq
 
 
 def answer_text(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
-    """What the tokens of an answer say."""
+    """Decode the tokens of an answer."""
     return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
@@ -139,14 +139,14 @@ def answer_text(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
 def decode(
     engine: HfCaptureEngine, prompts: Sequence[Prompt], choose: Callable[[Tensor, int], Tensor | None], *, most: int
 ) -> None:
-    """Continue prompts by what `choose` takes from the logits [B, V] of a step: ids [B], or None to stop.
+    """Continue prompts with the ids [B] that `choose` takes from the logits [B, V] of a step, until it gives None.
 
-    An image's id has logits of −inf. At most `most` steps are taken.
+    An image's id has a logit of −inf. At most `most` steps are taken.
     """
     model, teacher = engine.model, engine.teacher
     sequences = [TokenizedSequence(prompt.key, "", prompt.input_ids_T, _NO_IDS) for prompt in prompts]
     inputs = on_model(model, teacher.model_inputs(sequences, [prompt.images for prompt in prompts], left=True))
-    seen: list[Tensor] = []  # what the LM head gets in this step
+    seen: list[Tensor] = []  # the LM head's input in this step
     step, stopped = 0, False
 
     def decide(input_ids_BT: Tensor, scores_BV: Tensor) -> Tensor:
@@ -163,10 +163,10 @@ def decode(
     def stop(input_ids_BT: Tensor, scores: Any, **_: Any) -> Tensor:
         return torch.full((len(input_ids_BT),), stopped, device=input_ids_BT.device)
 
-    model.generation_config = GenerationConfig()  # else the folder's decides what this one leaves open
+    model.generation_config = GenerationConfig()  # otherwise the folder's decides what this one leaves open
     handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: seen.append(given[0][:, -1]))
     try:
-        GenerationMixin.generate(  # not a class's own, some of which ignore `logits_processor` (Janus)
+        GenerationMixin.generate(  # not the class's own: some ignore `logits_processor` (Janus)
             model,
             **inputs,
             generation_config=GenerationConfig(max_new_tokens=most, do_sample=False, pad_token_id=0),

@@ -33,8 +33,8 @@ _JOB_NAME = "job.json"
 class AnsweredSample:
     """The outcome of one sample: the texts of its written turns, or why it has none.
 
-    `log_probs`: see `Generated.behaviour_log_probs`. `tokens`: how many were written. `copy`: which one of several
-    answers to the sample's prompt this is.
+    `log_probs`: see `Generated.behaviour_log_probs`. `tokens`: how many were written. `copy`: which of several answers
+    to the sample's prompt this is.
     """
 
     key: str
@@ -68,13 +68,13 @@ def made_from(fingerprint: Mapping[str, Any], given: GenerateConfig) -> dict[str
 
 
 def begun_answers(path: Path) -> dict[str, Any] | None:
-    """What the answers of a set, finished or begun, were made from; None if there are none that can be read."""
+    """What the answers of a set, finished or begun, were made from; None if none can be read."""
     manifest = path / MANIFEST_NAME
     try:
         file = manifest if manifest.is_file() else _answers(path) / _JOB_NAME
         content: dict[str, Any] = json.loads(file.read_bytes())
     except (OSError, ValueError):
-        return None  # whatever is wrong with it is said when it is opened
+        return None  # opening it reports what is wrong
     found: dict[str, Any] | None = content.get("generated") if manifest.is_file() else content
     return found
 
@@ -115,12 +115,13 @@ class WrittenSet:
         return [] if self.finished else [name for name in shards if not self._file(name).exists()]
 
     def kept(self, shards: Sequence[str]) -> str:
-        """What a stopped writer has kept, for its last line; an empty text if nothing."""
+        """What a stopped writer has kept, for its last message; empty if nothing."""
         done = len(shards) - len(self.missing(shards))
         return f"the answers to {done} of {len(shards)} shards are kept for {self.path}" if done else ""
 
     def begin(self) -> None:
-        """Note what the answers are made from, or check that of another process. Errors: `ConfigError`, `DataError`."""
+        """Record what the answers are made from, or check another process's record. Errors: `ConfigError`,
+        `DataError`."""
         job = self._folder / _JOB_NAME
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -171,7 +172,7 @@ class WrittenSet:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _left(self, source: SampleSet) -> set[str]:
-        """The sources of the prompts' set that still have samples."""
+        """The sources of the prompts' set that have samples in the new set."""
         names = source.index.column("source")
         found = (pair for shard in source.shard_names for pair in self._answers_of(source, shard))
         return {names[row].as_py() for answer, row in found if not answer.kind}

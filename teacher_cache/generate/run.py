@@ -46,9 +46,9 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Generation:
-    """What `generate` did. `written`, `tokens` and `retokenised` (samples with a text that ends by `generate.stop` or
-    is read as other tokens than those written) count this call; `samples` and `rejected`, total and by kind, the whole
-    set, once no shard is left without answers. `digest` and `capture` are None before that, and for a slice."""
+    """What `generate` did. `written`, `tokens` and `retokenised` (samples with a text that `generate.stop` ended, or
+    that tokenizes differently from what was written) count this call; `samples` and `rejected`, total and by kind, the
+    whole set, once no shard is left without answers. `digest` and `capture` are None before that, and for a slice."""
 
     output_set: str
     samples: int
@@ -67,9 +67,9 @@ class Generation:
 def generate(config: CacheTeacherConfig, *, allow: Sequence[str] = (), grace_seconds: float = 0.0) -> Generation:
     """Let the teacher answer every prompt that is not answered yet, pack the answers, and capture the new set.
 
-    Run again, it resumes where it was stopped. `allow`, `grace_seconds`: see `run.run_capture`.
+    A rerun resumes where it was stopped. `allow`, `grace_seconds`: see `run.run_capture`.
     Errors: a `LlavaModError` before anything is written, if set, teacher and settings do not fit one another, or what
-    lies at `output_set`; `DataError` if more than `max_rejected` of the answers are rejected; those of `run_capture`.
+    is at `output_set`; `DataError` if more than `max_rejected` of the answers are rejected; those of `run_capture`.
     """
     _check(config)
     if config.engine.ray and grace_seconds:
@@ -204,7 +204,7 @@ def _check(config: CacheTeacherConfig) -> None:
 
 
 def _check_samples(samples: SampleSet, given: GenerateConfig) -> None:
-    """Refuse preferences, which have no assistant turn to write, and limits of sources that the set has not.
+    """Refuse preferences, which have no assistant turn to write, and limits for sources that the set does not have.
 
     Errors: `DataError` naming the first preference, `ConfigError` naming the source.
     """

@@ -1,4 +1,4 @@
-"""Choosing a next token: the likeliest, or one drawn from what temperature and top-p leave of the distribution.
+"""Choosing a next token: the most likely one, or one drawn from what temperature and top-p leave of the distribution.
 
 Shape suffixes: B rows, V ids.
 """
@@ -12,12 +12,13 @@ from torch import Tensor
 def choose_tokens(logits_BV: Tensor, uniforms_B: Tensor, *, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
     """Choose one id a row, int64 [B]; temperature 0 takes the most likely one (of equal ones the smallest id).
 
-    Returns the ids and their log-probs, float64 [B], under the distribution that they were drawn from; those of
-    temperature 0, which draws nothing, under the model's own at temperature 1.
+    Returns the ids and their log-probs, float64 [B], under the distribution that they were drawn from; at temperature
+    0, which draws nothing, under the model's own at temperature 1.
 
-    Else by inverse distribution: ids in falling order of probability (equal ones by rising id), cut off after the first
-    at which their sum reaches `top_p` (Holtzman et al., arXiv 1904.09751), the one in whose interval the row's uniform
-    in [0, 1) falls. A row's choice depends on its logits and its uniform alone. Shapes: `logits_BV` float.
+    Otherwise by inverse transform sampling: ids are sorted by decreasing probability (ties by increasing id) and cut
+    off after the first at which their sum reaches `top_p` (Holtzman et al., arXiv 1904.09751); the one whose interval
+    holds the row's uniform in [0, 1) is chosen. A row's choice depends on its logits and its uniform alone.
+    Shapes: `logits_BV` float.
     """
     if temperature == 0.0:
         largest_B1 = logits_BV.amax(-1, keepdim=True)

@@ -1,7 +1,7 @@
-"""A teacher writing answers in vLLM: by its own scheduler and sampling, prompts about the same images share prefixes.
+"""A teacher writing answers in vLLM: with its own scheduler and sampling; prompts about the same images share prefixes.
 
-Greedy answers are those of the Hugging Face writer where rounding does not decide. Sampled ones depend on the seed, the
-sample's key, the turn and the copy, but differ from that writer's, and batches may change them by rounding.
+Greedy answers equal those of the Hugging Face writer, except where rounding decides. Sampled ones depend on the seed,
+the sample's key, the turn and the copy, but differ from that writer's, and batches may change them by rounding.
 
 Shape suffixes: T tokens of a prompt.
 """
@@ -28,12 +28,12 @@ from teacher_cache.images.pool import ImagePool
 if TYPE_CHECKING:
     from teacher_cache.capture_setup import CaptureSetup
 
-_BATCHES = 4  # of vLLM's own, in one call
+_BATCHES = 4  # vLLM's own batches per call
 
 
 @dataclass(frozen=True)
 class VllmWriter:
-    """vLLM on a checkpoint, for text; `batch_size` prompts are handed over at once."""
+    """vLLM on a checkpoint, for text; `batch_size` prompts are submitted at once."""
 
     session: Session
     feed: Feed
@@ -85,7 +85,7 @@ class VllmWriter:
         tokenizer = self.teacher.encoder.tokenizer
         if first_stop(tokenizer, ids, decoding.stop) is None:
             return Written(tuple(ids), ended, all(map(math.isfinite, log_probs)), log_probs, None)
-        # vLLM went on: what follows the token that completes such a text is no part of the answer.
+        # vLLM continued: what follows the token that completes such a text is not part of the answer.
         length = bisect_left(
             range(len(ids)), True, key=lambda n: first_stop(tokenizer, ids[:n], decoding.stop) is not None
         )
@@ -94,7 +94,7 @@ class VllmWriter:
         return Written(tuple(ids[:length]), True, all(map(math.isfinite, kept)), kept, stopped)
 
     def close(self) -> None:
-        """Release the memory, such as for the capture that follows."""
+        """Release the memory, for instance for a capture that follows."""
         self.session.close()
 
 

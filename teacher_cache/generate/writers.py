@@ -1,4 +1,4 @@
-"""Which model writes: the Hugging Face engine, which then also captures, or vLLM, which is started anew for that."""
+"""Which model writes: the Hugging Face engine, which then also captures, or vLLM, which is restarted for that."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def close_writer(writer: HfCaptureEngine | VllmWriter) -> None:
 
 
 def capture_engine(setup: CaptureSetup, writer: Callable[[], HfCaptureEngine | VllmWriter]) -> CaptureEngine:
-    """The engine that captures what `writer` wrote: itself if it can, as its weights are there."""
+    """The engine that captures what `writer` wrote: the writer itself if it can, since its weights are loaded."""
     if setup.engine != "vllm":
         engine = writer()
         assert isinstance(engine, HfCaptureEngine)

@@ -1,7 +1,7 @@
 """Preparing samples' images ahead of the teacher: in processes beside it, or in threads of its own process.
 
-Processes leave the teacher's process its core and its interpreter, which on a GPU decide how fast work is handed over.
-What they give is the same, to the last bit. Nothing is queued here: whoever submits decides how far ahead.
+Processes leave the teacher's process its core and its interpreter, which on a GPU decide how fast work is submitted.
+Their results are the same, to the last bit. Nothing is queued here: the caller decides how far ahead to submit.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _LOG = logging.getLogger(__name__)
 THREADS = 4
 _Item = TypeVar("_Item")
 _Begun = TypeVar("_Begun")
-_DEATHS = 3  # of processes, with the same sample
+_DEATHS = 3  # process deaths allowed with the same sample
 
 
 def begun_ahead(
     items: Sequence[_Item], begin: Callable[[_Item], _Begun], *, ahead: int
 ) -> Iterator[tuple[_Item, _Begun]]:
-    """Each item with what `begin` gave for it, which has been called for `ahead` further items by then."""
+    """Yield each item with what `begin` gave for it; by then it has been called for `ahead` further items."""
     coming = deque[_Begun]()
     for number, item in enumerate(items):
         for later in items[number + len(coming) : number + 1 + ahead]:
@@ -44,7 +44,7 @@ def begun_ahead(
 
 
 class ImagePool:
-    """Prepares images by `images`, in threads; or in `workers` processes, each with what `opened` opens there.
+    """Prepares images with `images` in threads, or in `workers` processes, each with what `opened` opens there.
 
     `opened` must be picklable. Processes start with the first sample, and end with this object or its process.
     """
@@ -61,11 +61,11 @@ class ImagePool:
         self._images, self._workers, self._opened = images, workers, opened
         self._processes: ProcessPool | None = None
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="images")
-        self._deaths = 0  # of pools of processes
+        self._deaths = 0  # process pools that have died
 
     @contextmanager
     def ahead(self) -> Iterator[Callable[[Sample], PreparedImages]]:
-        """Gives what takes samples ahead; what was not begun at the end of the block is dropped."""
+        """A function that submits samples ahead; those not begun at the end of the block are dropped."""
         given: WeakSet[Future[Any]] = WeakSet()
 
         def submit(sample: Sample) -> PreparedImages:
@@ -91,13 +91,13 @@ class ImagePool:
             self._processes.close()
 
     def submit(self, sample: Sample) -> tuple[Future[Any], int]:
-        """Begin to prepare a sample's images, and say in which pool of processes, counted by those that have died."""
+        """Begin to prepare a sample's images; also gives the process pool's number: how many pools have died."""
         if not self._workers or not sample.images:
             return self._threads.submit(self._images, sample), self._deaths
         return self._pool().submit(_prepare, sample), self._deaths
 
     def restart(self, died: int) -> None:
-        """Replace the pool of that number, of which a process has died, unless another sample has seen to that."""
+        """Replace pool number `died`, which has lost a process, unless another sample already has."""
         if died == self._deaths and self._processes is not None:
             _LOG.warning("a process that prepares images died: starting new ones")
             self._processes, self._deaths = None, self._deaths + 1
@@ -121,7 +121,7 @@ class PreparedImages:
         self._submit()
 
     def result(self) -> Any:
-        """Wait for them, which is counted. Errors: those of preparing; `ModelError` if that kills processes."""
+        """Wait for them, and count the wait. Errors: those of preparing; `ModelError` if that kills processes."""
         if not self.future.done():
             with self.pool.waits.waiting("images"):
                 return self._result()
@@ -153,11 +153,11 @@ class PreparedImages:
         raise ModelError("processes that prepare images cannot be started: set workers=0, and rerun to resume")
 
 
-_family: Family | None = None  # of a process that prepares images
+_family: Family | None = None  # in a process that prepares images
 
 
 def _begin(opened: Callable[[], Family]) -> None:
-    """Open the family in a process; whatever there is to say about it, its parent has said."""
+    """Open the family in a process, without warnings: its parent has already logged them."""
     import torch
 
     global _family
@@ -168,7 +168,7 @@ def _begin(opened: Callable[[], Family]) -> None:
 
 
 def _nothing() -> None:
-    """Nothing: the process is there once it returns."""
+    """Do nothing: once this returns, the process has started."""
 
 
 def _prepare(sample: Sample) -> SharedImages:

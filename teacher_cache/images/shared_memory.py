@@ -1,4 +1,4 @@
-"""Prepared images on their way from one process to another, in memory that both see instead of through a pipe.
+"""Prepared images on their way from one process to another, in shared memory instead of through a pipe.
 
 Measured on two busy cores: 20 MB cost the receiving process 3 ms of its core this way, 20 ms through a pipe.
 """
@@ -17,12 +17,12 @@ import numpy as np
 from llavamod_offline.families import SampleImage
 
 _ALIGNED = 64  # bytes
-_Place = tuple[str, str, tuple[int, ...], int]  # of an array: its name, type, shape and offset
+_Place = tuple[str, str, tuple[int, ...], int]  # an array's name, type, shape and offset
 
 
 @dataclass(frozen=True)
 class SharedImages:
-    """A sample's images; pickling moves their arrays into anonymous shared memory, which ends with its last user."""
+    """A sample's images; pickling moves their arrays into anonymous shared memory, freed with its last user."""
 
     images: list[SampleImage]
 

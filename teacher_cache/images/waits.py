@@ -11,7 +11,7 @@ Cause = Literal["images", "reading", "writing"]
 
 
 class Waits:
-    """Counts the seconds in which a teacher had nothing to do, by their cause.
+    """Counts the seconds in which a teacher had nothing to do, by cause.
 
     `images`: being prepared; `reading`: the next shard, being read and tokenized; `writing`: the shard before the last.
     """
@@ -38,5 +38,5 @@ class Waits:
             self.seconds[cause] += time.monotonic() - began
 
     def since(self, before: Mapping[str, float]) -> dict[str, float]:
-        """What was added to an earlier copy of `seconds`."""
+        """The seconds added since `before`, an earlier copy of `seconds`."""
         return {cause: seconds - before[cause] for cause, seconds in self.seconds.items()}

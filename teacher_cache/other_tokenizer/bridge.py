@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class TokenizerBridge:
-    """The tokens of a teacher and a student by their bytes, and the ids with which each ends a turn.
+    """The tokens of a teacher and a student by their bytes, and the id with which each ends a turn.
 
-    `to_student_W`: the student's id with the bytes of each of the teacher's, −1 if there is none or it stands for
-    another of the teacher's already. `has_counterpart_V`: the student's ids that are among these.
+    `to_student_W`: the student's id with the bytes of each of the teacher's, −1 if there is none, or if it already
+    stands for another of the teacher's. `has_counterpart_V`: the student's ids that are among these.
     """
 
     teacher: TokenBytes
@@ -47,7 +47,7 @@ class TokenizerBridge:
 
     @classmethod
     def of(cls, teacher: TokenBytes, student: TokenBytes, end_ids: tuple[int, int]) -> TokenizerBridge:
-        """Match two vocabularies: one to one by bytes, but the ends of a turn by their role."""
+        """Match two vocabularies: one to one by bytes, except the ends of a turn, which match by role."""
         to_student_W = np.full(len(teacher.pieces), EMPTY_ID, np.int64)
         for piece, number in teacher.ids.items():
             to_student_W[number] = student.ids.get(piece, EMPTY_ID)
@@ -77,7 +77,7 @@ class TokenizerBridge:
         Rows count the supervised tokens of all sequences, in order. Errors: as `spans`.
         """
         numbers_N = torch.arange(len(records)).split(list(counts))
-        found: list[tuple[Span, int, int]] = []  # with what comes before its sequence on either side
+        found: list[tuple[Span, int, int]] = []  # with the number of tokens before its sequence on each side
         kept: list[Tensor] = []
         before = own_before = 0
         for numbers, sequence in zip(numbers_N, sequences, strict=True):
@@ -110,7 +110,7 @@ class TokenizerBridge:
         for number, span in enumerate(spans):
             if not span.is_single:
                 matched_SK[number] = self._by_bytes(span, records.target_ids_N, student_ids_N, ids_SK[number])
-        # The actual tokens end both spans, so they say the same, whichever ids they are.
+        # The actual tokens end both spans, so they correspond, whatever their ids.
         actual_S, said_S = own.target_ids_N.long(), torch.from_numpy(student_ids_N)[rows_S]
         is_actual_SK = ids_SK == actual_S[:, None]
         matched_SK = torch.where(is_actual_SK, said_S[:, None], matched_SK)
@@ -138,7 +138,7 @@ class TokenizerBridge:
         )
 
     def _by_bytes(self, span: Span, teacher_ids_N: Tensor, student_ids_N: Ids, ids_K: Tensor) -> Tensor:
-        """The student's ids that end a span as each of the teacher's does, given the span's earlier tokens."""
+        """The student's ids that complete a span as each of the teacher's does, given the span's earlier tokens."""
         theirs = teacher_ids_N[span.teacher[0] : span.teacher[1] - 1].tolist()
         said = span.teacher_before + self.teacher.join(theirs)
         own = span.student_before + self.student.join(student_ids_N[span.student[0] : span.student[1] - 1].tolist())
@@ -157,7 +157,7 @@ def open_bridge(
     """The bridge from a cache's teacher to a student that ends turns with `end_id` and has `vocab_size` ids.
 
     The teacher's tokens are those of the cache's fingerprint; it ends turns with the last token of its sequences.
-    Errors: `ConfigError` if the cache tells no tokens of the teacher's or has no answers, or as `token_bytes`.
+    Errors: `ConfigError` if the cache does not list the teacher's tokens or has no answers, or as `token_bytes`.
     """
     described: Mapping[str, Any] = cache.fingerprint["tokenizer"]
     if not isinstance(described.get("tokens"), str):

@@ -1,9 +1,9 @@
-"""Spans of tokens that say the same bytes to two tokenizers.
+"""Spans of tokens that stand for the same bytes in two tokenizers.
 
-A span ends where a token of each side ends at the same byte: the smallest spans that both share. Positions in bytes are
-counted from the answer's first byte that is not white space, so that a template may put a space before answers; tokens
-of white space around an answer belong to the span after or before it. The end of a turn is one token on either side,
-whatever it is called, and counts as one byte more than the answer.
+A span ends where a token of each side ends at the same byte: these are the smallest spans that both share. Positions in
+bytes are counted from the answer's first byte that is not white space, so that a template may put a space before
+answers; white-space tokens around an answer belong to the span after or before them. The end of a turn is one token on
+either side, whatever it is called, and counts as one byte more than the answer.
 
 Source: GOLD (TRL, `ULDLoss._align_by_byte_offsets`).
 """
@@ -40,7 +40,7 @@ class Span:
 
 
 def shared_spans(teacher_ends: Sequence[int], student_ends: Sequence[int]) -> list[tuple[int, int]]:
-    """Where spans stop: pairs of numbers of tokens, given where each token ends (not decreasing, last ends equal)."""
+    """Where spans stop, as pairs of token counts, given where each token ends (non-decreasing, last ends equal)."""
     stops, teacher, student = [], 0, 0
     while teacher < len(teacher_ends) and student < len(student_ends):
         difference = teacher_ends[teacher] - student_ends[student]
@@ -62,7 +62,7 @@ def align(
 ) -> list[Span]:
     """Align the supervised tokens of a sequence, turn by turn; `end_ids` end a turn of teacher and student.
 
-    Errors: `TargetError` naming `where` if both do not say the same turns.
+    Errors: `TargetError` naming `where` if the two do not say the same turns.
     """
     theirs, mine = _turns(teacher_ids, end_ids[0]), _turns(student_ids, end_ids[1])
     if len(theirs) != len(mine):
@@ -116,7 +116,7 @@ def _turns(ids: Sequence[int], end_id: int) -> list[tuple[int, int]]:
 def _comparable_ends(said: _Said, own: _Said, where: str) -> tuple[list[int], list[int]]:
     """Where tokens end in the bytes of one text, the end of the turn included.
 
-    Tokenizers may compose characters otherwise (Unicode NFC): then only places that composition respects count.
+    Tokenizers may compose characters differently (Unicode NFC): then only places that composition leaves intact count.
     Errors: `TargetError` if the texts differ in more than that.
     """
     if said.content == own.content:

@@ -1,6 +1,6 @@
 """The bytes that a tokenizer's tokens stand for, from its list of tokens alone.
 
-Two kinds of tokenizers say this: byte-level BPE, whose characters each stand for one byte (GPT-2's table), and
+Two kinds of tokenizers reveal this: byte-level BPE, whose characters each stand for one byte (GPT-2's table), and
 SentencePiece, where `▁` is a space and `<0x0A>` a byte, in added tokens as well. Other added tokens stand for their own
 text.
 """
@@ -21,7 +21,7 @@ _SPACE, _BYTE = "▁", re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class TokenBytes:
     """`pieces`: the bytes of each id, None where there is no token. `ids`: the id that stands for some bytes.
 
-    Of several tokens with the same bytes, `ids` has an ordinary one before an added one before a lone byte.
+    Of several tokens with the same bytes, `ids` prefers an ordinary one, then an added one, then a lone byte.
     """
 
     pieces: tuple[bytes | None, ...]

@@ -34,7 +34,7 @@ _PRESET_IDS = 2**24  # most top-k ids to capture for a preset, since they are he
 
 @dataclass(frozen=True)
 class ProbedRun:
-    """What capturing `samples` samples gave, and the seconds it took."""
+    """The result of capturing `samples` samples, and the seconds it took."""
 
     samples: int
     captured: list[SequenceRecord]

@@ -12,10 +12,10 @@ from teacher_cache.plan.estimate import Plan
 # Measured by `python -m tests.benchmarks.scale`, on one core: per shard, and per byte of the tables of sequences.
 _OPEN_SECONDS, _OPEN_BYTES = 4.5e-5, 2_000
 _TABLE_SECONDS = 1 / 400e6
-_LAZY_BYTES = 2**30  # of tables, beyond which they are opened when they are read
-_ROW_BYTES = 8  # of a training's join, for each sample and role
-_CLAIM_REQUESTS = 9  # of a worker, for each shard, beside its files
-_BLOCK_BYTES = 2**30  # of decoded records that a training keeps at most
+_LAZY_BYTES = 2**30  # of tables; beyond this they are opened when they are read
+_ROW_BYTES = 8  # of a training run's join, for each sample and role
+_CLAIM_REQUESTS = 9  # a worker's requests per shard, besides those for its files
+_BLOCK_BYTES = 2**30  # of decoded records, the most that a training run keeps
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ScaledPlan:
     """What `samples` samples take. Bytes and seconds; hours are those of all machines together.
 
     `files`, `write_requests`: of the cache, and of the workers that write it to a bucket. `index_bytes`: cache.json;
-    `table_bytes`: all tables of sequences. `join_seconds`: of a training, which reads every table once.
+    `table_bytes`: all tables of sequences. `join_seconds`: of a training run, which reads every table once.
     `training_memory`: of the join and of decoded records; `training_disk`: of a host that reads from a bucket.
     """
 

@@ -4,7 +4,7 @@
     write_cache(capture(rows, config).map(look_at), config)
 
 A data shard travels in one block of rows, from which its cache shard is committed: filters before and maps after the
-teacher keep it together; what would regroup rows is refused.
+teacher keep it together; steps that would regroup rows are refused.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ RECORD_SCHEMA = pa.schema(
     [
         *_PLACE,
         ("role", pa.string()),
-        ("shard_rows", pa.int64()),  # that leave the teacher for this shard
+        ("shard_rows", pa.int64()),  # that the teacher gives for this shard
         ("n_tokens", pa.int64()),
         ("target_hash", pa.string()),
         ("content_hash", pa.string()),
@@ -71,7 +71,7 @@ def sample_table(samples: SampleSet, shard: str) -> pa.Table:
 
 
 def sample_of(row: Row, samples: SampleSet) -> Sample:
-    """The sample of a row. Errors: `DataError` naming it unless it is the set's."""
+    """The sample of a row. Errors: `DataError` naming it if it is not the set's."""
     check_columns(row, SAMPLE_SCHEMA)
     number, key = int(row["row"]), str(row["key"])
     sample = Sample(

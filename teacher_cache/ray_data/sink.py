@@ -32,7 +32,7 @@ LEFT_OUT = "left out: a filter before the teacher removed its sample"
 
 
 class Committed(NamedTuple):
-    """What a shard holds, without what a filter left out."""
+    """What a shard holds, without what a filter removed."""
 
     sequences: int
     positions: int
@@ -106,8 +106,8 @@ class CacheSink(Datasink[list[Committed]]):
 def write_cache(captured: Any, config: CacheTeacherConfig, *, allow: Sequence[str] = ()) -> Summary:
     """Run a pipeline of `read_set`, `capture` and a user's steps, and write its sequences to the cache `config.output`.
 
-    A shard is committed as soon as its rows arrive: a pipeline that was stopped goes on with `read_set(…,
-    missing_in=output)`. Samples that a filter removed are listed in rejected.jsonl. `allow`: as in `run_capture`.
+    A shard is committed as soon as its rows arrive: a stopped pipeline continues with `read_set(…, missing_in=output)`.
+    Samples that a filter removed are listed in rejected.jsonl. `allow`: as in `run_capture`.
     Errors: as `run_capture`; `DataError` if rows were changed, lost or doubled on the way.
     """
     import ray
@@ -120,7 +120,7 @@ def write_cache(captured: Any, config: CacheTeacherConfig, *, allow: Sequence[st
     limited = Rejected(config.max_rejected)
     output = absolute(config.output)
     sink = CacheSink(setup.samples, output, setup.fingerprint, setup.codec, allow)
-    captured.context.raise_original_map_exception = True  # Ray's own around it loses its cause on the way here
+    captured.context.raise_original_map_exception = True  # Ray's own wrapper loses the cause on the way here
     with locked(config.output):
         check_no_workers(config.output)
         store = sink.store()
@@ -143,7 +143,7 @@ def write_cache(captured: Any, config: CacheTeacherConfig, *, allow: Sequence[st
 
 
 def _own(error: BaseException) -> LlavaModError | None:
-    """The `LlavaModError` that an error of Ray's was caused by, if any, without the lines that Ray adds."""
+    """The `LlavaModError` that caused an error of Ray's, if any, without the lines that Ray adds."""
     seen: BaseException | None = error
     while seen is not None:
         cause = getattr(seen, "cause", None) or seen.__cause__

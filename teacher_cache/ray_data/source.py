@@ -36,7 +36,7 @@ class SetSource(Datasource):
         return None
 
     def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[Any]:
-        """One task a shard, whatever the parallelism."""
+        """One task per shard, whatever the parallelism."""
         return [
             ReadTask(
                 _reading(self.samples, shard),
@@ -69,7 +69,7 @@ def read_set(where: str, *, missing_in: str | None = None) -> Any:
 
 
 def source_of(dataset: Any) -> SetSource:
-    """What a dataset reads. Errors: `ConfigError` if it is not `read_set`, or a step between may split shards."""
+    """The source of a dataset. Errors: `ConfigError` if that is not `read_set`, or a step between may split shards."""
     step = dataset._logical_plan.dag
     while not isinstance(step, Read):
         if not isinstance(step, AbstractMap) or isinstance(step, StreamingRepartition):

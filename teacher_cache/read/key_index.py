@@ -1,4 +1,4 @@
-"""Look-up of sequences by (key, role): all hashes of a cache sorted once, keys compared where hashes are equal.
+"""Look-up of sequences by (key, role): all hashes are sorted once, and keys are compared where hashes are equal.
 
 Hashes are computed on first use and kept in memory only; keys in the order of the cache are found without them. Arrow's
 `index_in` would rebuild its table of all keys for every batch (0.25 s at a million keys, against 0.1 ms), so it is
@@ -31,7 +31,7 @@ Texts = tuple[NDArray[np.uint8], NDArray[np.int64]]
 class SequenceIndex:
     """The row of each (key, role); rows are numbered across shards, in their order.
 
-    `counts`: the number of rows of each shard, where the shards should not be opened to learn it.
+    `counts`: the number of rows of each shard, given where shards should not be opened to count them.
     """
 
     def __init__(self, shards: Sequence[SequenceRows], counts: Sequence[int] | None = None) -> None:
@@ -126,7 +126,7 @@ class SequenceIndex:
         return shards_B, rows_B - self.first_rows[shards_B]
 
     def repeated(self) -> list[int]:
-        """The rows whose (key, role) an earlier row has."""
+        """The rows whose (key, role) an earlier row already has."""
         found = []
         for place in (np.flatnonzero(self._hashes_Q[1:] == self._hashes_Q[:-1]) + 1).tolist():
             first = int(np.searchsorted(self._hashes_Q, self._hashes_Q[place]))
@@ -145,7 +145,7 @@ class SequenceIndex:
         return entry.key, entry.role
 
     def _search(self, place: int, wanted: np.uint64, key: bytes, role: str) -> int:
-        """Compare every row with one hash, which different keys may share."""
+        """Compare the key of every row that has this hash, which different keys may share."""
         while place < len(self) and self._hashes_Q[place] == wanted:
             row = int(self._order_Q[place])
             shard, local = self.place(row)

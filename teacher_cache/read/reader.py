@@ -49,7 +49,7 @@ __all__ = ["CachedSequence", "TeacherCache", "open_cache"]
 # Sequences as (key, role) pairs, or as rows from `TeacherCache.rows`.
 Items = Sequence[tuple[str, str]] | NDArray[np.int64]
 
-# Larger tables of sequences are opened shard by shard, when they are first read: 10⁹ samples have 100 GB of them.
+# Beyond this, sequence tables are opened shard by shard, when first read: 10⁹ samples have 100 GB of them.
 _OPENED_BYTES = 2**30
 _CAPTURE_ADVANTAGES = "capture it with capture.without_image=blank or drop"
 _MEMORY_BYTES = 256 * 2**20
@@ -63,7 +63,7 @@ def open_cache(
 
     `staging`: where copies of remote files are kept (default: see `llavamod_offline/storage/disk_cache.py`).
     `temperature`: the only one to be used, which makes decoding faster (1 needs no normaliser; None: any).
-    Of a cache with more than 1 GiB of sequence tables, these are opened and checked when they are first read.
+    If a cache has more than 1 GiB of sequence tables, each is opened and checked when first read.
     Errors: `CacheError` if the cache is missing, unfinished or of another format version, or a small file is damaged;
     `StorageError` if a bucket cannot be read.
     """
@@ -130,7 +130,7 @@ class TeacherCache:
         return (self,)
 
     def assigned(self, rows: NDArray[np.int64]) -> list[tuple[TeacherCache, NDArray[np.int64]]]:
-        """Each of `parts` with those of some rows of a set whose records it gives: here all."""
+        """Each of `parts` with those of the given set rows whose records it provides: here all."""
         return [(self, rows)]
 
     def owner(self, row: int) -> TeacherCache:
@@ -345,7 +345,7 @@ class TeacherCache:
 
     @functools.cached_property
     def advantage_counts(self) -> NDArray[np.int64]:
-        """How often each code occurs in the whole cache, [256], by the shards' manifests."""
+        """How often each code occurs in the whole cache, [256], from the shards' manifests."""
         counts_C: NDArray[np.int64] = np.sum([m[VISUAL_COUNTS] for m in self.manifests()], axis=0, dtype=np.int64)
         return counts_C
 
@@ -362,9 +362,9 @@ class TeacherCache:
         return sparse_targets(self.records(items), self.temperatures, self.vocab_size, self.sampled_at)
 
     def _columns(self, items: Items) -> Iterator[tuple[ColumnFile, int, int]]:
-        """The columns of each sequence's shard, on this machine until the next is asked for, and its positions there.
+        """Yield the columns of each sequence's shard, and the start and stop of its positions there.
 
-        They lie from the first number up to the second.
+        The columns stay on this machine until the next are requested.
         """
         shards_B, spans_B2 = self._index.spans(self._find(items))
         for shard, (start, stop) in zip(shards_B.tolist(), spans_B2, strict=True):

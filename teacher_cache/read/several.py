@@ -38,10 +38,10 @@ class Combination(Protocol):
         """What the digest of the whole covers, as JSON values."""
 
     def assigned(self, rows: Rows, parts: int) -> list[Rows]:
-        """For each part, those of some rows of the set whose records it gives."""
+        """For each part, those of the given set rows whose records it provides."""
 
     def rows(self, found: Sequence[Rows]) -> Rows:
-        """One row for each sample, from those in each part (−1: none)."""
+        """One row for each sample, from its rows in the parts (−1: none)."""
 
     def part(self, row: int) -> int:
         """The part that a row belongs to."""
@@ -93,7 +93,7 @@ class SeveralCaches:
         return mean_tail(self._combination.tail_sums(self.parts, self.vocab_size))
 
     def assigned(self, rows: Rows) -> list[tuple[TeacherCache, Rows]]:
-        """Each part with those of some rows of the set whose records it gives."""
+        """Each part with those of the given set rows whose records it provides."""
         return list(zip(self.parts, self._combination.assigned(rows, len(self.parts)), strict=True))
 
     def owner(self, row: int) -> TeacherCache:
@@ -122,7 +122,7 @@ class SeveralCaches:
             part.keep_shards(count)
 
     def stage(self, name: str) -> None:
-        """Copy the shards of a name to this machine, from each part that has one and is remote."""
+        """Copy the shard of this name to this machine, from each remote part that has one."""
         for part in self.parts:
             if part.is_remote and name in part.shard_bytes:
                 part.stage(name)
@@ -132,7 +132,7 @@ class SeveralCaches:
 class Mixture:
     """Every sample's records are the mean of all parts', by `weights` that sum to 1; see `mix_targets`.
 
-    A row is one of the first part.
+    Rows are those of the first part.
     """
 
     weights: tuple[float, ...]
@@ -197,7 +197,7 @@ class Mixture:
 class BySource:
     """A sample's records come from the part of its source.
 
-    `part_of`: by source, the number of its part; `part_N`: that of each sample. Rows are numbered through the parts,
+    `part_of`: the number of each source's part; `part_N`: that of each sample. Rows are numbered across the parts,
     whose first rows are `first_rows`.
     """
 
@@ -238,12 +238,12 @@ class BySource:
         return torch.cat(found)[self._order(parts, rows_B)]
 
     def tail_sums(self, parts: Sequence[TeacherCache], vocab_size: int) -> NDArray[np.float64]:
-        """The sum over the parts, each by the share of its sequences that the set has."""
+        """The sum over the parts, each weighted by the share of its sequences that the set has."""
         shares = zip(parts, self._shares(parts), strict=True)
         return sum((share * part.tail_sums()[:vocab_size] for part, share in shares), np.zeros(vocab_size))
 
     def positions(self, parts: Sequence[TeacherCache]) -> int:
-        """About those of the set's samples."""
+        """Approximately those of the set's samples."""
         return round(sum(share * part.positions for part, share in zip(parts, self._shares(parts), strict=True)))
 
     def _shares(self, parts: Sequence[TeacherCache]) -> list[float]:
@@ -261,7 +261,7 @@ class BySource:
         return [(part, locals_B[parts_B == number]) for number, part in enumerate(parts)]
 
     def _order(self, parts: Sequence[TeacherCache], rows_B: Rows) -> Tensor:
-        """Where the positions of `rows_B`, in order, are among those that are read part by part."""
+        """Where the positions of `rows_B`, in order, are among those read part by part."""
         lengths_B = np.array([one.n_positions for one in self.sequences(parts, rows_B)], np.int64)
         order_B = np.argsort(self._places(rows_B)[0], kind="stable")
         starts_B = np.empty_like(lengths_B)

@@ -43,7 +43,7 @@ def totals(cache: TeacherCache, scan: Scan) -> dict[str, str]:
 
 
 def distributions(cache: TeacherCache, scan: Scan, by_source: bool) -> dict[str, Any]:
-    """Entropy and top-k mass by source: histograms by title, table rows, and what they are over."""
+    """Entropy and top-k mass by source: histograms by title, table rows, and what they cover."""
     groups = _folded(scan) if len(scan.entropy_N) else {}
     scanned, every = len(scan.entropy_N), cache.positions
     over = f"all {every:,} positions" if scanned == every else f"{scanned:,} of {every:,} positions, evenly spaced"

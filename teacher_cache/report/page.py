@@ -49,7 +49,7 @@ def write_report(
     samples: int = SAMPLES,
     positions: int = POSITIONS,
 ) -> Report:
-    """Write the page of a cache; `data` are packed sets, `tokenizer` is the folder that names ids.
+    """Write the page of a cache; `data` are packed sets, `tokenizer` is the folder whose tokenizer labels ids.
 
     Shows `samples` evenly spaced samples and the most unusual ones; distributions cover all positions, or evenly spaced
     sequences with about `positions` of them. Errors: `ConfigError` unless `output` ends with .html; `CacheError` if a

@@ -14,7 +14,7 @@ from teacher_cache.read.reader import TeacherCache
 from teacher_cache.report.scan import Scan
 
 Doubles = NDArray[np.float64]
-NEEDED = 0.5  # nats of visual advantage of some token, below which an answer does not need its image
+NEEDED = 0.5  # nats of visual advantage; an answer needs its image if some token has as much
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def rank(cache: TeacherCache, scan: Scan, count: int) -> list[Ranking]:
 
 
 def unneeded_images(scan: Scan) -> NDArray[np.int64]:
-    """The scanned sequences none of whose tokens gains `NEEDED` nats by the image, least first: rows of the cache."""
+    """The scanned sequences in which no token gains `NEEDED` nats from the image, least first: rows of the cache."""
     found = np.flatnonzero(scan.image_Q < NEEDED)
     rows: NDArray[np.int64] = scan.rows_Q[found[np.argsort(scan.image_Q[found], kind="stable")]]
     return rows

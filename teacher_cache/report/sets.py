@@ -1,4 +1,4 @@
-"""The samples of a cache in the packed sets that it was made from.
+"""Finding a cache's samples in the packed sets that it was made from.
 
 Shape suffixes: Q sequences asked for.
 """

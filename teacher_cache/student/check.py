@@ -77,7 +77,7 @@ def check_encoding(
     allow: Sequence[str] = (),
     end_of_turn: str | None = None,
 ) -> None:
-    """Refuse a student whose tokens around the answers differ from the teacher's, if these have records.
+    """Refuse a student whose tokens around the answers differ from the teacher's, if those tokens have records.
 
     `images`: how they become tokens (see `StudentFamily.describe_images`); None: each takes the encoder's image tokens.
     For a cache of response positions only the declared end of turn is checked. Errors: `CacheError` listing the
@@ -123,9 +123,9 @@ def check_answers(
     allow: Sequence[str] = (),
     end_of_turn: str | None = None,
 ) -> None:
-    """Refuse a student whose template words answers otherwise than that of a cache, if that is known by name.
+    """Refuse a student whose template words answers differently from a cache's, if the latter is known by name.
 
-    Another one is compared by each sequence's ids. Errors: `CacheError` naming both templates.
+    With any other, each sequence's ids are compared. Errors: `CacheError` naming both templates.
     """
     cached = fingerprint["template"]
     name = cached["name"]
@@ -233,7 +233,7 @@ def _listed(theirs: Mapping[str, Any]) -> Tokens | None:
 def _vocabulary_differences(
     theirs: Mapping[str, Any], vocabulary: Mapping[str, int], added: Mapping[str, int]
 ) -> list[str]:
-    """The differences between a teacher's and a student's tokens; those that one has beyond the other's are none."""
+    """The differences between a teacher's and a student's tokens; tokens beyond the other's end do not count."""
     known = _listed(theirs)
     if known is None:
         size = theirs["size"]

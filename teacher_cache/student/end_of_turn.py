@@ -47,7 +47,7 @@ class TokenIdSwap:
         )
 
     def vocab_size(self, cached: int) -> int:
-        """The vocabulary size, `cached` before the swap, after it."""
+        """The vocabulary size after the swap; `cached`: before it."""
         return max(cached, self.teacher_id + 1, self.student_id + 1)
 
     def profile(self, profile_V: Tensor) -> Tensor:

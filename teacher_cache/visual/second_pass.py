@@ -39,7 +39,7 @@ def blank_requests(requests: Sequence[Request], workers: int) -> list[Request]:
 def drop_images(
     request: Request, encode: Callable[[Sample, str], TokenizedSequence]
 ) -> tuple[Request, list[Rejection]]:
-    """The request without images and their places in the text, and why some of its roles cannot be run so."""
+    """The request without images and their placeholders, and why some of its roles cannot be run that way."""
     turns = tuple(replace(turn, text=_without_places(turn.text)) for turn in request.sample.turns)
     sample = replace(request.sample, turns=turns, images=(), image_extensions=())
     kept, rejected = [], []
@@ -67,7 +67,7 @@ def targets_alone(engine: CaptureEngine) -> CaptureEngine:
 def with_advantages(
     captured: Iterable[SequenceRecord], bare: Iterable[Outcome], with_images: set[str]
 ) -> tuple[list[SequenceRecord], list[Rejection]]:
-    """Give each record the advantages of its tokens over the `bare` run; `with_images`: the keys of such samples.
+    """Give each record the advantages of its tokens over the `bare` run; `with_images`: keys of samples with images.
 
     What the bare run rejects is rejected.
     """
@@ -109,7 +109,7 @@ def _mean_colour(encoded: bytes, name: str) -> bytes:
 
 
 def _without_places(text: str) -> str:
-    """A turn's text without the places of images, nor the line breaks beside them."""
+    """A turn's text without image placeholders and the line breaks beside them."""
     for place in (f"{IMAGE_PLACEHOLDER}\n", f"\n{IMAGE_PLACEHOLDER}", IMAGE_PLACEHOLDER):
         text = text.replace(place, "")
     return text

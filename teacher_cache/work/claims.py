@@ -3,8 +3,8 @@
     CACHE/.work/claims/SHARD~G          the G-th claim on a shard, G = 1, 2, …: {"worker": its name}
     CACHE/.work/claims/SHARD~G~ended    how the worker gave it up: {"worker", "host", "how", "reason"}
 
-A claim is never changed. The latest one counts, and whoever creates the next takes the shard over: a worker that others
-took for dead finds a later claim than its own, and gives up. The files of a shard are removed once it is committed.
+A claim is never changed. The latest one counts, and whoever creates the next takes the shard over: a worker that was
+presumed dead finds a later claim than its own, and gives up. A shard's claims are removed once it is committed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from teacher_cache.work.heartbeat import WORK_NAME, read_present
 
 _CLAIMS = f"{WORK_NAME}/claims"
 _ENDED = "ended"
-_DEATHS_PER_FAILURE = 5  # a worker mostly dies by its machine, not by what it captures
+_DEATHS_PER_FAILURE = 5  # a worker usually dies because of its machine, not of what it captures
 
 How = Literal["released", "failed"]
 
@@ -55,7 +55,7 @@ class ShardHistory:
         return [ending for ending in self.endings if ending.how == "failed"]
 
     def attempts(self, *, dead: bool) -> int:
-        """How often the shard has failed, several deaths of workers counting once; `dead`: so did the last one."""
+        """How often the shard has failed, several worker deaths counting as one; `dead`: the last worker died too."""
         deaths = self.latest - len(self.given_up) - (self.is_held and not dead)
         return len(self.failures) + deaths // _DEATHS_PER_FAILURE
 
@@ -86,7 +86,7 @@ class Claims:
         return True
 
     def adopt(self, shard: str, number: int) -> None:
-        """Hold a claim that this worker made without learning of it, as a reply was lost."""
+        """Hold a claim that this worker made without knowing it, because a reply was lost."""
         self._mine[shard] = number
 
     def is_mine(self, shard: str) -> bool:
@@ -142,7 +142,7 @@ def read_endings(folder: Folder, shards: dict[str, ShardHistory]) -> None:
 
 
 def _ending(content: bytes) -> Ending:
-    """How a claim was given up; of a damaged file, or another version's, what can be read."""
+    """How a claim was given up; as much as can be read of a damaged file, or another version's."""
     try:
         told = json.loads(content)
         return Ending(**{name: str(told[name]) for name in ("worker", "host", "how", "reason") if name in told})  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
-"""Workers that share one output: each renews a file that says what it does, and others see whether it still does.
+"""Workers that share one output: each renews a file that says what it is doing, and others see whether it still does.
 
     CACHE/.work/workers/WORKER.json    see `WorkerState`
 
-No clock of another machine is trusted, and no file's time: whoever waits for a worker counts, on its own monotonic
+Neither other machines' clocks nor file times are trusted: whoever waits for a worker measures, on its own monotonic
 clock, how long the number of renewals has stayed the same.
 """
 
@@ -35,11 +35,11 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WorkerState:
-    """What a worker says of itself; counts and seconds are its own, from its start.
+    """What a worker says about itself; counts and seconds are its own, since its start.
 
     `state`: loading, capturing, waiting or ended. `holds`: the shards that it has claimed. `capturing_seconds`: while
-    its teacher ran, which gives its speed; `waited_seconds`: for which of them the teacher waited. `attempts`: after so
-    many failures it gives a shard up. A worker that does not renew for `lease_seconds` counts as dead.
+    its teacher ran, which gives its speed; `waited_seconds`: those of them spent waiting. `attempts`: the failures
+    after which it gives a shard up. A worker that does not renew for `lease_seconds` counts as dead.
     """
 
     worker: str
@@ -69,7 +69,7 @@ class WorkerState:
 
 
 class Heartbeat:
-    """This process as a worker: a context manager that renews its file in a thread, and says at the end that it ended.
+    """This process as a worker: a context manager that renews its file in a thread, and records there when it ends.
 
     Errors: `ConfigError` if the lease is too short to be renewed; those of the folder when it begins.
     """
@@ -128,7 +128,7 @@ class Heartbeat:
 
 
 class Watch:
-    """Sees whether other workers live, by looking at their files again and again."""
+    """Sees whether other workers are alive, by looking at their files repeatedly."""
 
     def __init__(self, folder: Folder, lease_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._folder = folder
@@ -146,13 +146,13 @@ class Watch:
             if worker not in self._looked or state != self._seen[worker]:
                 self._idle[worker] = 0.0
             else:
-                # A pause of our own, such as that of a machine that slept, says nothing about others.
+                # A pause of our own, as when this machine slept, says nothing about others.
                 pause = 2 * self._lease_of(worker) / RENEWALS_PER_LEASE
                 self._idle[worker] += min(now - self._looked[worker], pause)
             self._seen[worker], self._looked[worker] = state, now
 
     def is_silent(self, worker: str) -> bool:
-        """Whether a worker has ended, or was not renewed for its lease while we looked."""
+        """Whether a worker has ended, or has not renewed for a whole lease while we looked."""
         return self._has_ended(worker) or self._idle.get(worker, 0.0) >= self._lease_of(worker)
 
     def _has_ended(self, worker: str) -> bool:
@@ -184,9 +184,9 @@ def read_present(folder: Folder, names: list[str]) -> list[bytes | None]:
 
 
 def check_no_workers(where: str | Path, pause: Callable[[float], None] = time.sleep) -> None:
-    """Refuse an output that workers write; looks, for at most a lease, whether those of other hosts are renewed.
+    """Refuse an output that workers are writing; watches for at most a lease whether those on other hosts renew.
 
-    Errors: `ConfigError` naming one that lives.
+    Errors: `ConfigError` naming one that is alive.
     """
     folder = open_folder(where)
     watch = Watch(folder, 0.0)

@@ -2,7 +2,7 @@
 
     CACHE/.work/done/WORKER-N.json    {"SHARD": [sequences, positions, rejected, bytes], …}
 
-Nothing but the display of progress depends on these files.
+Only the display of progress depends on these files.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`cache-teacher retry`: capture the failed shards and the rejected sequences of a cache again, and nothing else.
 
-A shard that fails again stays listed as failed. Rejected sequences are tried alone first; a shard of which some can be
-captured now is captured whole and replaced, since a shard's files belong together: the result is that of a capture that
-never rejected them. An interrupted retry leaves a cache that `work`, `run` or `retry` continues.
+A shard that fails again stays listed as failed. Rejected sequences are tried alone first; if some of a shard's can be
+captured now, the whole shard is captured and replaced, since its files belong together: the result is that of a capture
+that never rejected them. An interrupted retry leaves a cache that `work`, `run` or `retry` continues.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Retried:
 
 
 def retry_config(output: str, files: Sequence[Path], overrides: Sequence[str]) -> CacheTeacherConfig:
-    """The settings of a cache's workers, where they left any, with files and overrides over them.
+    """The settings that a cache's workers left, if any, overridden by files and `overrides`.
 
     Errors: `ConfigError`, also if nothing says where data and teacher are.
     """

@@ -1,7 +1,7 @@
 """`cache-teacher work`: one of any number of workers that capture a set into one cache, without a server.
 
-A worker claims shards one at a time (`claims.py`), says that it lives (`heartbeat.py`), and takes over what others died
-with. Workers may come and go at any time; the cache is the one that a single process makes.
+A worker claims shards one at a time (`claims.py`), signals that it is alive (`heartbeat.py`), and takes over the shards
+of workers that died. Workers may come and go at any time; the cache is the same as one that a single process makes.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def work(
 
     Other workers take a shard over if this one does not renew its claims for `lease_seconds`. On SIGTERM the shard in
     hand is finished if that takes at most `grace_seconds`, else released.
-    Errors: as `run_capture`; and that of a shard, if it is not the shard's alone: three failed here in a row.
+    Errors: as `run_capture`; a shard's error, if the shard is not to blame: it is a bug, or three shards in a row
+    failed here.
     """
     if config.output_set is not None:
         raise ConfigError("output_set belongs to `cache-teacher generate`: remove it, or run that command")
@@ -82,7 +83,7 @@ def work(
         grace = stack.enter_context(Grace(grace_seconds))
         heartbeat = stack.enter_context(Heartbeat(store.folder, lease_seconds))
         heartbeat.tell(gpus=_gpus(config, setup), attempts=config.capture.attempts)
-        check_unlocked(config.output)  # after we can be seen: a command that locks it looks for workers
+        check_unlocked(config.output)  # only now that we are visible: a command that locks it looks for workers
         stack.enter_context(keeping(lambda: store.kept))
         store.start()
         for part in ("claims", "workers", "done"):
@@ -95,7 +96,7 @@ def work(
 
 
 class _FleetWorker:
-    """Captures what it can claim; also what claimed shards are committed to (`pipeline.ShardSink`)."""
+    """Captures what it can claim; also the sink that claimed shards are committed to (`pipeline.ShardSink`)."""
 
     def __init__(
         self,
@@ -117,7 +118,7 @@ class _FleetWorker:
         self._failed_here: list[str] = []
 
     def work(self, load: Callable[[CaptureSetup], CaptureEngine], grace: Grace) -> dict[str, str]:
-        """Work until nothing is left; gives the shards that are given up, with the last reason of each."""
+        """Work until nothing is left; returns the shards that were given up, with the last reason of each."""
         if not self._store.missing():
             return {}
         engine, output = load(self._setup), self._store.folder.where
@@ -181,7 +182,7 @@ class _FleetWorker:
             yield name
 
     def _failed(self, name: str, error: Exception) -> None:
-        """Note that a shard failed. Errors: the same, if it is a bug or seems to be the worker's own fault."""
+        """Record that a shard failed. Errors: the same one, if it is a bug or seems to be the worker's own fault."""
         _LOG.warning("shard %s: failed: %s", name, first_line(error))
         self._claims.end(name, "failed", f"{type(error).__name__}: {first_line(error)}")
         self._failed_here.append(name)
@@ -202,7 +203,7 @@ def _gpus(config: CacheTeacherConfig, setup: CaptureSetup) -> float:
 
 
 def _anywhere(config: CacheTeacherConfig) -> CacheTeacherConfig:
-    """The settings with paths that mean the same in other folders."""
+    """The settings, with paths that are valid in any working folder."""
 
     def absolute(where: str) -> str:
         return str(Path(where).resolve()) if Path(where).exists() else where

@@ -1,4 +1,4 @@
-"""Which shard a worker takes next: first those that nobody has begun, then those that others gave up or died with."""
+"""Which shard a worker takes next: first those that nobody has begun, then those that others gave up or died on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from teacher_cache.work.claims import Claims, ShardHistory, read_endings
 from teacher_cache.work.heartbeat import Watch, all_workers
 from teacher_cache.write.store import CacheStore, committed_shards
 
-_LOOKS_SHARE = 0.05  # of the time may be spent on looking for what others have begun
+_LOOKS_SHARE = 0.05  # at most this share of the time goes into looking for what others have begun
 
 Left = Literal["nothing", "waiting", "failed"]
 
@@ -21,8 +21,8 @@ Left = Literal["nothing", "waiting", "failed"]
 class ShardQueue:
     """The shards of a cache as one of several workers takes them.
 
-    A shard that has failed `attempts` times is given up. One that a worker failed is taken by others first, and by the
-    same worker again if all that live have failed it.
+    A shard that has failed `attempts` times is given up. One that a worker failed is left to others first; it retries
+    it once all live workers have failed it.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class ShardQueue:
         return None
 
     def _next_other(self) -> str | None:
-        """Claim a shard that others have given up or died with; also finds out what is left."""
+        """Claim a shard that others have given up or died on; also finds out what is left."""
         missing = set(self._store.missing())
         there = self._claims.look()
         histories = {name: there.get(name, ShardHistory()) for name in self._names if name in missing}
@@ -93,7 +93,7 @@ class ShardQueue:
         return None
 
     def _may_retry(self, history: ShardHistory) -> bool:
-        """Whether this worker has not failed a shard, or no other worker lives that has not."""
+        """Whether this worker has not failed a shard, or every other live worker has failed it too."""
         failed_by = {ending.worker for ending in history.failures}
         if self._worker not in failed_by:
             return True

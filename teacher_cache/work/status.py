@@ -1,4 +1,4 @@
-"""`cache-teacher status`: how far a cache is, by reading its store alone, from any machine."""
+"""`cache-teacher status`: the progress of a cache, by reading its store alone, from any machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LOOK_SECONDS = 65.0
 class WorkerLine:
     """One worker, as it was last seen. `renewed`: whether it was renewed while we looked; False if it has ended.
 
-    `waiting_share`: of the time in which its teacher could run, for how much it waited; None before it ran.
+    `waiting_share`: the share of its teacher's time that was spent waiting; None before it ran.
     """
 
     worker: str
@@ -54,11 +54,11 @@ class FailedShard:
 
 @dataclass(frozen=True)
 class Status:
-    """How far a cache is. `claimed` names the worker of each shard in work; `failed` counts the shards given up.
+    """The progress of a cache. `claimed` names each claimed shard's worker; `failed` counts the shards given up.
 
-    `positions_per_second`: of all workers that are renewed, None without one. `seconds_left`: at that rate.
-    `machine_hours`, `gpu_hours`: of all workers so far; `waiting_share`: of their teachers' time. `planned`: of the
-    plan beside the output, if there is one.
+    `positions_per_second`: of all workers that renew, None without one. `seconds_left`: at that rate. `machine_hours`,
+    `gpu_hours`: of all workers so far; `waiting_share`: of their teachers' time. `planned`: of the plan beside the
+    output, if there is one.
     """
 
     output: str
@@ -82,8 +82,8 @@ class Status:
 
 
 def read_status(where: str, *, plan: Path | None = None, pause: Callable[[float], None] = time.sleep) -> Status:
-    """Read how far a cache is; looks at workers twice, to see which are renewed: about a ninth of the longest
-    lease apart, at most 65 s.
+    """Read the progress of a cache; looks at workers twice, to see which renew: about a ninth of the longest lease
+    apart, at most 65 s.
 
     `plan`: another file than the one beside the output.
     Errors: `CacheError` if there is no cache; `StorageError`.
@@ -192,7 +192,7 @@ def _waiting_share(*states: WorkerState) -> float | None:
 
 
 def _failure(name: str, history: ShardHistory, attempts: int, *, dead: bool) -> FailedShard:
-    """A shard that failed, or whose workers died; `dead`: so did the last one."""
+    """A shard that failed, or whose workers died; `dead`: whether the last one died too."""
     count = history.attempts(dead=dead)
     given_up = count >= attempts and (dead or not history.is_held)
     if not history.failures:

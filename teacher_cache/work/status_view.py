@@ -9,12 +9,12 @@ from teacher_cache.inspection.terminal import add_row, make_table, print_pairs, 
 from teacher_cache.plan.tables import readable_seconds
 from teacher_cache.work.status import Status
 
-_WORKERS = 30  # shown at most; those that live come first
+_WORKERS = 30  # shown at most; live ones come first
 _FAILURES = 20
 
 
 def print_status(console: Console, status: Status) -> None:
-    """Print how far a capture is, its workers and its failures."""
+    """Print the progress of a capture, its workers and its failures."""
     free = status.shards - status.done - len(status.claimed) - status.failed
     left = f"{len(status.claimed):,} claimed, {status.failed:,} failed, {free:,} free"
     left = "complete" if status.complete else left

@@ -49,18 +49,18 @@ from teacher_cache.format.sequences import SequenceRecord, sequence_table, write
 from teacher_cache.visual.advantages import count_codes
 
 _LOG = logging.getLogger(__name__)
-_LOOKS, _LOOK_SECONDS = 10, 0.2  # for what another process has just written
-_FEW_SHARDS = 8  # looked up one by one; more of them in a listing of all
+_LOOKS, _LOOK_SECONDS = 10, 0.2  # waiting for what another process has just written
+_FEW_SHARDS = 8  # so many are looked up one by one, more in a listing of all
 _REPAIR = "run `cache-teacher verify --repair`"
 _BAD_JOB = f"{_REPAIR}, which restores it from {CACHE_NAME}; without that file, choose another output"
 
 
 def begun_fingerprint(where: str | Path) -> Mapping[str, Any] | None:
-    """The fingerprint of a cache that was begun at a path or URL; None if there is none that can be read."""
+    """The fingerprint of a cache that was begun at a path or URL; None if none can be read."""
     try:
         found: Mapping[str, Any] = read_object(open_folder(where), JOB_NAME, way_out=_REPAIR)["fingerprint"]
     except (OSError, KeyError, LlavaModError):
-        return None  # whatever is wrong with it is said when it is opened
+        return None  # opening it reports what is wrong
     return found
 
 
@@ -141,7 +141,7 @@ class CacheStore:
 
     @property
     def kept(self) -> str:
-        """What a stopped writer has committed, for its last line; an empty text if nothing."""
+        """What a stopped writer has committed, for its last message; empty if nothing."""
         names: list[str] = self.job["shards"]
         done = len(names) - len(self.missing())
         return f"{done} of {len(names)} shards are in {self.folder.where}" if done else ""
@@ -169,7 +169,7 @@ class CacheStore:
                     fill(folder)
         except FileExistsError as error:
             faster = True
-            if error.errno == errno.EBUSY:  # it may contain files of both
+            if error.errno == errno.EBUSY:  # it may contain files from both
                 raise CacheError(f"{where}: two processes wrote it at the same time: {_REPAIR}, then rerun") from error
         except OSError as error:
             raise CacheError(

@@ -1,5 +1,5 @@
 """A teacher that another machine serves: vLLM's OpenAI-compatible server, asked for the log-probs of our sequences.
 
-`client` sends requests and tries again; `served` asks what a server runs; `requests` words a sequence as a request,
-`replies` reads what comes back; `engine` is what a capture sees.
+`client` sends and retries requests; `served` asks what a server runs; `requests` turns a sequence into a request,
+`replies` reads the reply; `engine` is what a capture sees.
 """

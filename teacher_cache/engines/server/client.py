@@ -1,4 +1,4 @@
-"""Requests to a server from a thread of its own: several at once, tried again while the server is away or busy."""
+"""Requests to a server from a thread of their own: several at once, retried while the server is unreachable or busy."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request
 _CONNECT_SECONDS = 10.0
 _REPLY_SECONDS = 600.0  # of silence: a host that was switched off never closes its connections
 _FIRST_WAIT, _LONGEST_WAIT = 0.25, 15.0
-_FAILURES = 6  # of the server at one request, before the request counts as the cause
+_FAILURES = 6  # internal errors on one request, before the request counts as the cause
 _OF_A_PROXY = (502, 503, 504)
-_BUSY = (408, 425, 429, *_OF_A_PROXY)  # whoever answers so could not reach the model, or had no room
+_BUSY = (408, 425, 429, *_OF_A_PROXY)  # the sender could not reach the model, or had no capacity
 _SHOWN = 300
 
 
@@ -37,11 +37,11 @@ class ServerRefusedError(ModelError):
 
 
 class ServerClient:
-    """Talks to the server at `url` (with or without `/v1` at its end); a context manager, left with nothing open.
+    """Talks to the server at `url` (with or without `/v1` at its end); a context manager that leaves nothing open.
 
-    Connection errors and busy replies are tried again with growing pauses, for `patience` seconds after the last
-    reply; an internal error (500) six times. Errors of all requests: `ModelError` that names the address and says what
-    to do; at once, as `ServerRefusedError`, for a reply that refuses the request.
+    After a connection error or busy reply, a request is retried with growing pauses until `patience` seconds after its
+    first failure; it fails at its sixth internal error (500). Errors of all requests: `ModelError` that names the
+    address and says what to do; at once, as `ServerRefusedError`, for a reply that refuses the request.
     """
 
     def __init__(self, url: str, settings: ServerSettings, *, patience: float | None = None) -> None:
@@ -51,7 +51,7 @@ class ServerClient:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="server", daemon=True)
         self._away = False  # whether the server has failed to answer, and has not answered since
-        self._gone = False  # the same, if it may be another one when it answers again
+        self._gone = False  # the same, if another server may answer next
         self.outages = 0  # connections lost so far
 
     def __enter__(self) -> ServerClient:
@@ -71,7 +71,7 @@ class ServerClient:
         self._loop.close()
 
     async def _leave(self) -> None:
-        """Drop what is in flight."""
+        """Cancel what is in flight."""
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
@@ -79,12 +79,12 @@ class ServerClient:
         await self._http.aclose()
 
     def post(self, path: str, body: dict[str, Any], about: str) -> Future[bytes]:
-        """Send a request; the reply's content. `about`: what it is for, in errors."""
+        """Send a request; gives the reply's content. `about`: what the request is for, in errors."""
         content = json.dumps(body).encode()
         return asyncio.run_coroutine_threadsafe(self._send("POST", path, content, about), self._loop)
 
     def get(self, path: str, about: str) -> bytes:
-        """Ask for something small, and wait for it."""
+        """Request something small, and wait for it."""
         return asyncio.run_coroutine_threadsafe(self._send("GET", path, None, about), self._loop).result()
 
     async def _send(self, method: str, path: str, content: bytes | None, about: str) -> bytes:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _FIRST_PATIENCE = 3.0  # seconds for a server that has not answered yet: its address may be wrong
 _SERVED = "as served"
-_NOT_FINITE = "Out of range float values"  # what vLLM says where a log-prob is NaN, which JSON lacks
+_NOT_FINITE = "Out of range float values"  # vLLM's message for a NaN log-prob, which JSON lacks
 _LIMITS = (
     "number types, attention and parallelism are the server's own",
     "that the server has the teacher's weights is known by its tokens alone",
@@ -58,10 +58,10 @@ class _ServedItem:
 
 @dataclass(eq=False)
 class ServerCaptureEngine:
-    """Has sequences scored by a server, `server.concurrency` at once; see `hf.HfCaptureEngine` for other fields.
+    """Scores sequences on a server, `server.concurrency` at once; see `hf.HfCaptureEngine` for the other fields.
 
-    Errors of `capture`: `ModelError` if the server stays away, refuses a sequence, runs another prompt than ours, or
-    comes back with another model.
+    Errors of `capture`: `ModelError` if the server stays unreachable, refuses a sequence, runs a prompt other than
+    ours, or comes back with another model.
     """
 
     url: str
@@ -78,7 +78,7 @@ class ServerCaptureEngine:
         self._images = self.images or ImagePool(partial(image_uris, self.teacher))
 
     def capture(self, requests: Sequence[Request]) -> Iterator[Outcome]:
-        """Capture one data shard; see `protocol.CaptureEngine`. A reply is asked for again until it is there."""
+        """Capture one data shard; see `protocol.CaptureEngine`. Requests are retried until answered."""
         with ServerClient(self.url, self.server) as client, self._images.ahead() as prepare:
             self._check_same(client)
             outages = client.outages
@@ -97,11 +97,11 @@ class ServerCaptureEngine:
     def _landed(
         self, client: ServerClient, flying: dict[Future[bytes], _ServedItem], outages: int
     ) -> Generator[Outcome, None, int]:
-        """Outcomes of the next replies; the result is the number of outages that were looked into."""
+        """Yield the outcomes of the next replies; return the number of outages checked so far."""
         done, _ = wait(flying, return_when=FIRST_COMPLETED)
         items = [flying.pop(reply) for reply in done]
         seen = client.outages
-        if seen != outages:  # what has answered may have been started anew
+        if seen != outages:  # the server may have been restarted
             self._check_same(client)
         for item, reply in zip(items, done, strict=True):
             try:
@@ -172,7 +172,7 @@ class ServerCaptureEngine:
 
 
 def listed_ids(top_k: int, vocab_size: int) -> int:
-    """How many ids of each distribution to ask for; -1: all, those beyond the shared vocabulary too."""
+    """How many ids of each distribution to ask for; -1: all, including those beyond the shared vocabulary."""
     return -1 if top_k >= vocab_size else top_k
 
 

@@ -30,7 +30,7 @@ class ListedRows:
 
 
 def read_object(content: bytes, about: str) -> dict[str, Any]:
-    """A reply as an object. Errors: `ModelError` if it is none."""
+    """Parse a reply as a JSON object. Errors: `ModelError` if it is not one."""
     try:
         found = json.loads(content)
     except ValueError as error:
@@ -51,7 +51,7 @@ def prompt_token_ids(reply: Mapping[str, Any], about: str) -> Sequence[int]:
 def listed_rows(
     reply: Mapping[str, Any], input_ids_T: NDArray[np.int64], rows_N: NDArray[np.int64], listed: int, about: str
 ) -> ListedRows:
-    """Rows of a prompt, of which row r predicts the token at r + 1; `listed`: the ids asked for, -1 for all.
+    """Rows of a prompt; row r predicts the token at r + 1. `listed`: the number of ids asked for, -1 for all.
 
     Errors: `ModelError` if rows or ids are missing.
     """
@@ -64,7 +64,7 @@ def listed_rows(
         if not isinstance(entry, dict):
             raise ModelError(f"{about}: the server gives no log-probs at token {row + 1}: serve with vLLM 0.32")
         most = len(entry) if listed < 0 else listed
-        # The token that follows is listed too, with its rank, wherever that is.
+        # The token that follows is always listed, whatever its rank.
         try:
             likely = sorted((value["rank"], int(token), value["logprob"]) for token, value in entry.items())
         except (KeyError, TypeError, ValueError) as error:
@@ -88,7 +88,7 @@ def listed_rows(
 
 
 def check_log_probs(rows: ListedRows, head_rows: int, *, about: str) -> None:
-    """Refuse numbers that are no log-probs, such as those of a server that gives logits.
+    """Refuse numbers that are not log-probs, such as those of a server that gives logits.
 
     The largest of `head_rows` probabilities is at least their mean, and their sum at most 1. Errors: `ModelError`.
     """
@@ -106,11 +106,11 @@ def check_log_probs(rows: ListedRows, head_rows: int, *, about: str) -> None:
 
 
 def _field(reply: Mapping[str, Any], name: str) -> Any:
-    """A field that completions have in their choice and the tokens' endpoint beside it."""
+    """A field that the completions endpoint puts into its choice, the tokens endpoint beside it."""
     choices = reply.get("choices") or [{}]
     return choices[0].get(name) if choices[0].get(name) is not None else reply.get(name)
 
 
 def _numbers(values: Any) -> NDArray[np.float64]:
-    found = np.array(values, np.float64)  # None, which is how JSON has NaN, becomes NaN
+    found = np.array(values, np.float64)  # None, which stands for NaN in JSON, becomes NaN
     return np.where(found <= _NO_PROBABILITY, -np.inf, found)

@@ -1,6 +1,6 @@
-"""A sequence as a request: text to OpenAI's completions endpoint, images to the one that takes tokens with them.
+"""A sequence as a request: text goes to OpenAI's completions endpoint, images to the one that takes tokens with images.
 
-Both take our token ids. An image goes as a lossless data URI and is one token of the prompt, which the server expands.
+Both take our token ids. An image is sent as a lossless data URI and is one prompt token, which the server expands.
 Shape suffixes: T tokens of a prompt.
 """
 
@@ -28,7 +28,7 @@ COMPLETIONS, TOKENS = "/v1/completions", "/inference/v1/generate"
 
 
 def image_uris(family: Family, sample: Sample) -> list[str]:
-    """A sample's images in the size at which the model sees them, which the server's processor then leaves as it is.
+    """A sample's images at the size at which the model sees them, which the server's processor then leaves unchanged.
 
     Errors: `DataError` naming the sample.
     """
@@ -44,7 +44,7 @@ def image_uris(family: Family, sample: Sample) -> list[str]:
 
 
 def check_served(family: Family) -> None:
-    """Refuse teachers whose numbers from a server are not known to be those of transformers. Errors: `ConfigError`."""
+    """Refuse teachers whose numbers from a server are not known to match transformers. Errors: `ConfigError`."""
     if isinstance(family, CausalLmFamily):
         return
     if not isinstance(family, LlavaFamily):

@@ -1,4 +1,4 @@
-"""What a server runs: its version and model, and a short text scored by it, by which the model is known again."""
+"""What a server runs: its version and model, and its scores for a short text, by which the model is recognised."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from teacher_cache.engines.server.client import ServerClient, ServerRefusedError
 from teacher_cache.engines.server.replies import listed_rows, prompt_token_ids, read_object
 
 PROBE = "A red square lies left of two large circles. How many are there?"
-_SAME_MODEL = 0.5  # nats, by which no batch and no rounding changes the mean log-prob of the probe's tokens
+_SAME_MODEL = 0.5  # nats; neither batching nor rounding changes the mean log-prob of the probe's tokens so much
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class ServedModel:
     """A model on a server.
 
     `system_fingerprint`: vLLM's, of its version and configuration, None if the server hides it. `longest`: the most
-    tokens of a prompt with the token generated after it. `probe_ids_T`: the tokens of `PROBE`, `probe_log_prob` their
-    mean log-prob.
+    tokens of a prompt, including the one generated after it. `probe_ids_T`: the tokens of `PROBE`, `probe_log_prob`
+    their mean log-prob.
     """
 
     version: str
@@ -34,7 +34,7 @@ class ServedModel:
     probe_log_prob: float
 
     def check_same(self, other: ServedModel, *, url: str) -> None:
-        """Refuse to go on with another model, as after a restart. Errors: `ModelError` with what differs."""
+        """Refuse to continue with another model, as after a restart. Errors: `ModelError` with what differs."""
         for what in ("version", "name", "system_fingerprint", "longest"):
             before, now = getattr(self, what), getattr(other, what)
             if before != now:
@@ -53,7 +53,7 @@ _AGAIN = "start it as it was, or capture into another output"
 def ask_served(client: ServerClient, *, model: str | None, listed: int) -> ServedModel:
     """Ask a server for its model, and whether it lists so many ids of each distribution (-1: all).
 
-    Errors: `ModelError` if it cannot be reached, refuses, or is none of vLLM's; `ConfigError` if it has no such model.
+    Errors: `ModelError` if it cannot be reached, refuses, or is not vLLM's; `ConfigError` if it has no such model.
     """
     version = read_object(client.get("/version", "its version"), "its version").get("version")
     models = read_object(client.get("/v1/models", "the list of its models"), "the list of its models").get("data")

@@ -45,12 +45,12 @@ if TYPE_CHECKING:
 
 
 class Channel(Protocol):
-    """How to ask vLLM for the records of a prompt. `shares_prefixes`: cached rows may be left out."""
+    """How to ask vLLM for the records of a prompt. `shares_prefixes`: whether requests may reuse the prefix cache."""
 
     shares_prefixes: bool
 
     def parameters(self, order: RecordRequest, *, reuse: bool) -> Any:
-        """vLLM's parameters of the request; `reuse`: the prompt's beginning may come from the prefix cache."""
+        """vLLM's parameters for the request; `reuse`: the prompt's beginning may come from the prefix cache."""
         ...
 
     def answer(self, order: RecordRequest, output: Any) -> RecordReply | None:
@@ -90,7 +90,7 @@ class _QueuedItem:
 class VllmCaptureEngine:
     """Runs a checkpoint in vLLM and makes records of its positions there; see `hf.HfCaptureEngine` for the fields.
 
-    The roles of a sample share the images and prompt at their beginning, unless a recorded row lies in it.
+    The roles of a sample share the images and prompt that they begin with, unless these contain a recorded row.
     """
 
     session: Session
@@ -125,7 +125,7 @@ class VllmCaptureEngine:
                 while rejected:
                     yield rejected.popleft()
         yield from rejected
-        # Again without the prefix cache, which held a wanted row.
+        # Run again without the prefix cache, which held a wanted row.
         for item, output in self.session.run(self._question(item, reuse=False) for item in redo):
             outcome = self._outcome(item, output)
             if outcome is None:
@@ -140,7 +140,7 @@ class VllmCaptureEngine:
                 yield _QueuedItem(request, sequence, images, shares)
 
     def _may_share(self, first: TokenizedSequence, second: TokenizedSequence) -> bool:
-        """Whether the whole blocks of the common prefix hold no row that is wanted of the second sequence."""
+        """Whether the common prefix has whole blocks, and these hold no row that is wanted of the second sequence."""
         if not self.channel.shares_prefixes:
             return False
         same = min(len(first.input_ids_T), len(second.input_ids_T))
@@ -248,7 +248,7 @@ def start_vllm(
 
 
 def describe(given: SetupValues) -> dict[str, Any]:
-    """Version and settings of vLLM that decide the last digits; see `registry.describe_engine`."""
+    """Version and settings of vLLM that affect the last digits; see `registry.describe_engine`."""
     settings = given["vllm"]
     return {
         "vllm": _version(),

@@ -27,7 +27,7 @@ class PromptLogprobs:
     shares_prefixes = False
 
     def parameters(self, order: RecordRequest, *, reuse: bool) -> Any:
-        """The most likely ids of every row; those of the last row are the alternatives of the generated token."""
+        """Ask for the most likely ids of every row; those of the last row are the generated token's alternatives."""
         from vllm import SamplingParams
 
         listed = min(order.settings.top_k, order.vocab_size)

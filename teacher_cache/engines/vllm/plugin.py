@@ -8,5 +8,5 @@ PREFIX = "Records"
 
 
 def register() -> None:
-    """Name a recording twin of every architecture of vLLM's; nothing is imported until one is asked for."""
+    """Register a recording twin of every vLLM architecture; nothing is imported until one is asked for."""
     register_twins(PREFIX, "teacher_cache.engines.vllm.models")

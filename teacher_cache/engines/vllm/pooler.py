@@ -37,7 +37,7 @@ class RecordPooler(nn.Module):
         self._compute_logits = compute_logits
 
     def get_supported_tasks(self) -> set[str]:
-        """The one task of vLLM's that returns something for each row."""
+        """The only vLLM task that returns something for each row."""
         return {TASK}
 
     def get_pooling_updates(self, task: str) -> Any:
@@ -77,7 +77,7 @@ class RecordPooler(nn.Module):
         return answers
 
     def _answer(self, ready: list[tuple[int, RecordRequest, Tensor]]) -> list[tuple[int, NDArray[np.int32]]]:
-        """The records of sequences that want the same of each row, in one go: their rows fill common chunks."""
+        """The records of sequences with the same record settings, all at once: their rows are chunked together."""
         settings, vocab_size = ready[0][1].settings, ready[0][1].vocab_size
         rows_ND = torch.cat([rows for _, _, rows in ready])
         finish = begin_sequence_records(
@@ -102,7 +102,7 @@ class RecordPooler(nn.Module):
         return logits_RV
 
     def _trial(self, hidden_states: Tensor, requests: int) -> list[Tensor | None]:
-        """vLLM's start-up measurement of memory: the largest chunk of rows that will ever be held at once."""
+        """For vLLM's memory measurement at start-up: the largest chunk of rows that will ever be held at once."""
         width = self._logits(hidden_states[:1]).shape[-1]
         rows = min(len(hidden_states), rows_per_chunk(width, hidden_states.device.type))
         logits_RV = self._logits(hidden_states[:rows])
@@ -112,9 +112,9 @@ class RecordPooler(nn.Module):
 
 
 def _keep(parts: list[tuple[int, Tensor]], rows_N: NDArray[np.int64], states_TD: Tensor, start: int) -> None:
-    """Add the wanted ones of the rows from `start` on; what a preempted request computes again replaces the first."""
+    """Add the wanted rows among those from `start` on; rows recomputed after preemption replace the earlier ones."""
     first, last = np.searchsorted(rows_N, [start, start + len(states_TD)]).tolist()
     parts[:] = [(number, rows) for number, rows in parts if number + len(rows) <= first]
     if last > first:
         inside = torch.from_numpy(rows_N[first:last] - start).to(states_TD.device)
-        parts.append((first, states_TD[inside]))  # indexing copies: vLLM uses the buffer again
+        parts.append((first, states_TD[inside]))  # indexing copies: vLLM reuses the buffer

@@ -1,4 +1,4 @@
-"""What passes between a capture and vLLM's workers: a `RecordRequest` each way out, one int32 tensor each way back.
+"""What passes between a capture and vLLM's workers: a `RecordRequest` on the way out, one int32 tensor on the way back.
 
 A reply holds seven counts (positions, temperatures, top-k entries, tail samples, hidden states, their width, and 1, or
 0 for `NOTHING`), then the columns of `Records`, whether each position was finite, and the hidden states; float32 values
