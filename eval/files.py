@@ -28,7 +28,7 @@ class FileImage:
 
     @property
     def path(self) -> Path:
-        """The image's path; by its first name if none exists."""
+        """The image's path; with the first name if no file exists."""
         places = [self.folder / name for name in self.names]
         return next((place for place in places if place.is_file()), places[0])
 
@@ -66,7 +66,7 @@ class EmbeddedImage:
 
     @property
     def exists(self) -> bool:
-        """Whether the table has the column; of JSON lines, unknown before reading."""
+        """Whether the table has the column; True for JSON lines, where only reading can tell."""
         return not self.columns or self.column in self.columns
 
     def read(self) -> bytes:
@@ -149,7 +149,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file of one object."""
+    """Read a JSON file that holds one object."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise EvalError(f"{path}: expected a JSON object")
@@ -157,7 +157,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read a JSON file of a list of objects."""
+    """Read a JSON file that holds a list of objects."""
     content = read_json(path)
     if not isinstance(content, list):
         raise EvalError(f"{path}: expected a JSON list")

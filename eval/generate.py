@@ -41,7 +41,7 @@ from llavamod_offline.storage.lock import locked
 
 log = logging.getLogger(__name__)
 
-MAX_MISSING = 0.5  # the share of a benchmark's images above which the folder is probably wrong
+MAX_MISSING = 0.5  # above this share of missing images, the folder is probably wrong
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ class EvalGenerateConfig:
 
 
 def generate(config: EvalGenerateConfig) -> dict[str, Path]:
-    """Answer the questions of every benchmark in `config.tasks` → the predictions file of each.
+    """Answer the questions of every benchmark in `config.tasks`; returns each one's predictions file.
 
-    Errors: `ConfigError` if another process answers one of them there; `EvalError` for unreadable benchmark files,
+    Errors: `ConfigError` if another process is answering one of them there; `EvalError` for unreadable benchmark files,
     missing images, or an output folder with other settings; `ModelError` and `ConfigError` for model and settings.
     """
     pick_device(config.device)
@@ -145,13 +145,13 @@ def _generate(config: EvalGenerateConfig) -> dict[str, Path]:
 
 
 def _kept(paths: Iterable[Path], output: str) -> str:
-    """What a stopped run has kept, for its last line; an empty text if nothing."""
+    """Describe what a stopped run has kept, for its last line; empty if nothing."""
     answers = sum(path.read_bytes().count(b"\n") for path in paths if path.is_file())
     return f"{answers} answers are in {output}" if answers else ""
 
 
 def _template(config: EvalGenerateConfig) -> str:
-    """The template by name; `auto` continues with that of answers already in the output."""
+    """Return the template's name; `auto` continues with that of answers already in the output."""
     for name in config.tasks if config.template == AUTO else ():
         file = sidecar(Path(config.output) / name / "predictions.jsonl")
         before = read_object(file).get("template") if file.is_file() else None
@@ -202,7 +202,7 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     before = read_object(file)
     names = settings.keys() | before.keys()
     if settings.get("model_sha256") == before.get("model_sha256"):
-        names -= {"model"}  # the same model in a folder of another name
+        names -= {"model"}  # the same model in a renamed folder
     found = [
         f"{name} {json.dumps(before.get(name))}, not {json.dumps(settings.get(name))}"
         for name in sorted(names)
@@ -215,7 +215,7 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
 def _answer_all(
     engine: AnswerEngine, name: str, examples: Sequence[Example[Any]], path: Path, batch_size: int, max_new_tokens: int
 ) -> dict[str, str]:
-    """Answer the unanswered questions, appending to the file batch by batch → why some cannot be, by id."""
+    """Answer the unanswered questions, appending to the file batch by batch; returns why some cannot be, by id."""
     done = _finished(path, name)
     waiting = [example for example in examples if example.id not in done]
     unanswerable: dict[str, str] = {}
@@ -264,7 +264,7 @@ def _unreadable(example: Example[Any]) -> str:
 def _export(
     task: Task, examples: Sequence[Example[Any]], path: Path, model: str, unanswerable: Collection[str], *, whole: bool
 ) -> None:
-    """Write the answers for LLaVA's scripts and, of a whole set, the task's upload; empty ones if unanswerable."""
+    """Write the answers for LLaVA's scripts and, for a whole set, the task's upload; empty if unanswerable."""
     texts = dict.fromkeys(unanswerable, "")
     texts |= {prediction.name: prediction.text for prediction in read_predictions(path, task.name)}
     for name in ["answers.jsonl", *([f"upload{task.upload.suffix}"] if task.upload and whole else [])]:
@@ -284,7 +284,7 @@ def _prediction(task: str, example: Example[Any], answer: Answer) -> Prediction:
 
 
 def _finished(path: Path, task: str) -> set[str]:
-    """The answered ids; an incomplete last line, left by a killed run, and repeated lines are removed."""
+    """Return the answered ids, removing repeated lines and an incomplete last line left by a killed run."""
     if not path.exists():
         return set()
     with path.open("r+b") as stream:

@@ -24,9 +24,9 @@ def join(
     allow_missing: bool = False,
     unanswerable: Collection[str] = (),
 ) -> dict[str, Prediction]:
-    """Match predictions with examples → prediction by example id, its answer without white space around it.
+    """Match predictions with examples; returns them by example id, without white space around the answers.
 
-    LLaVA's runners strip answers; the official scorers of GQA, POPE and ScienceQA misread those of runners that do not.
+    LLaVA's runners strip answers; the official scorers of GQA, POPE and ScienceQA misread unstripped answers.
 
     Our predictions are matched by `id`, LLaVA-style answers by `question_id`. If several examples share one (MME: two
     questions per image; TextVQA: the image's id), the question in the prompt decides.

@@ -37,7 +37,7 @@ _RETRIED = (408, 429, 500, 502, 503, 504)
 
 @dataclass(frozen=True)
 class Reply:
-    """A judge's reply; `unreadable`: why it has no text that may be read, empty if it has."""
+    """A judge's reply; `unreadable`: why it has no usable text, empty if it has some."""
 
     text: str
     unreadable: str = ""
@@ -201,7 +201,7 @@ def open_judge(name: str, *, model: str = "", key_variable: str = "", max_tokens
 
 
 def ask(judge: Judge, questions: Mapping[str, str], record: Path) -> dict[str, str]:
-    """Ask the judge each unrecorded question, recording every reply immediately → replies by id; "" is unreadable."""
+    """Ask the judge each unrecorded question, recording each reply at once; returns replies by id ("": unreadable)."""
     known = read_record(record)[0] if record.exists() else {}
     replies: dict[str, Reply] = {}
     record.parent.mkdir(parents=True, exist_ok=True)
@@ -236,7 +236,7 @@ def record_key(model: str, messages: Sequence[Message]) -> str:
 
 
 def read_record(path: Path) -> tuple[dict[str, Reply], set[str]]:
-    """Read a record → replies by key, and their models. Errors: `EvalError` naming the line."""
+    """Read a record; returns replies by key, and their models. Errors: `EvalError` naming the line."""
     replies, models = {}, set()
     for row in read_jsonl(path):
         messages: Any = row.values.get("messages")

@@ -5,8 +5,8 @@ LLaVA:       {"question_id", "text", "prompt"}
 lmms-eval:   {"doc": {"question_id" or "questionId" or "index" or "id", "question"}, "filtered_resps" or "resps"}
 VLMEvalKit:  an .xlsx, .tsv or .csv with the columns `index`, `prediction` and `question`
 
-Further fields are ignored. Without a prompt, answers of LLaVA that share a `question_id` cannot be told apart. As the
-last two may number the questions in their own way, their question must be that of the example.
+Other fields are ignored. Without a prompt, LLaVA answers that share a `question_id` cannot be told apart. The last two
+may number the questions in their own way, so their question must match the example's.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class Prediction:
     """One answer of a model. `id` is the example's id, or None if another runner's file has a `question_id` instead.
 
-    `question`: the bare question, if the runner may number questions in its own way; it must be that of the example.
+    `question`: the bare question, if the runner may number questions in its own way; it must match the example's.
     """
 
     text: str
@@ -65,7 +65,7 @@ class Prediction:
 def read_predictions(path: Path, task: str) -> list[Prediction]:
     """Read a predictions file of any form; every line must be for `task`.
 
-    A line that repeats one of our predictions is left out, with a warning.
+    A line that repeats one of our predictions is skipped, with a warning.
     Errors: `EvalError` naming file and line for bad JSON, a wrong type, a NUL byte, an overlong line, another task, two
     different predictions of ours for one question.
     """
@@ -114,7 +114,7 @@ def llava_answer_line(question_id: str | int, prompt: str, text: str, model: str
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the non-blank lines with their numbers, reading no more of one than the limit."""
+    """Yield the non-blank lines with their numbers, reading no line beyond the limit."""
     with path.open("rb") as stream:
         number, start = 0, stream.read(4)
         for magic, problem in _WRAPPED.items():

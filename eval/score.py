@@ -31,8 +31,8 @@ SIDECAR_SUFFIX = ".protocol.json"
 class TaskScore:
     """A task's score and how it was obtained; `texts` and `verdicts` are by example id.
 
-    `limit`: only the first questions were asked, as many as this (None: all). `n_unanswerable`: questions whose image
-    could not be read; like the `n_missing`, they count as wrong.
+    `limit`: how many questions, from the first, were asked (None: all). `n_unanswerable`: questions whose image could
+    not be read; like the `n_missing`, they count as wrong.
     """
 
     task: str
@@ -72,7 +72,7 @@ def score_task(
 ) -> TaskScore:
     """Score `predictions` on the benchmark `name`, whose files are below `root`.
 
-    The denominator is the benchmark's question file, or its first questions if they were generated with a `limit`.
+    The denominator is the benchmark's question file, or its first questions if answers were generated with a `limit`.
     With `allow_missing`, missing predictions count as wrong; questions recorded as unanswerable always do.
     A `judge`'s replies are recorded in `judge_record`, by default beside the predictions.
     Errors: `EvalError` for unreadable files, for unknown, duplicate or missing ids, for a missing or failing judge;
@@ -135,7 +135,7 @@ def _score_judged(
     record: Path,
     template_file: Path | None,
 ) -> tuple[Scored, str]:
-    """Score a task with a judge → the score, and the protocol."""
+    """Score a task with a judge; returns the score and the protocol."""
     from eval.judge import ask
 
     judging = task.judging
@@ -207,7 +207,7 @@ def _protocol(
 
 
 def _generation(predictions: Path) -> str:
-    """The settings of the generation, from the file beside our predictions."""
+    """The generation settings, from the file beside our predictions."""
     file = sidecar(predictions)
     if not file.is_file():
         return "not recorded"

@@ -19,7 +19,7 @@ UNREADABLE_ALLOWED = 0.02
 class Headline:
     """A column of the comparison: a task's metric, its title, and its best value, which scales the bars.
 
-    `published`: figures by the models in `report/comparison.py`, in this project's units. `not_comparable`: why they
+    `published`: figures of the models in `report/comparison.py`, in this project's units. `not_comparable`: why they
     measure something other than the metric; the report then shows no difference.
     """
 
@@ -81,7 +81,7 @@ class Task:
     files it reads, for their checksum. `score` takes answers by example id; None is a missing answer, which counts as
     wrong. A task without `score` needs a judge. `official_n`: sizes of the published sets. `max_new_tokens`: the
     published limit of an answer. `protocol`: the published prompt and how answers are read, in words.
-    `reference` words the right answer for a report.
+    `reference` puts the right answer into words for a report.
     `question_key` reduces a prompt to its question, as `Example.question` holds it. `llava_prompt` returns the prompt
     that LLaVA's runners record.
     """

@@ -35,8 +35,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Progress:
-    """A run's progress: optimiser steps done, tokens and positions seen, seconds spent on them; the last step's log
-    entry, for a rerun that only exports."""
+    """A run's progress: optimiser steps done, tokens and positions seen, seconds spent on them; and the last step's
+    log entry, for a rerun that only exports."""
 
     step: int = 0
     tokens: int = 0
@@ -76,7 +76,7 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint and remove all but the last `keep_last`; every process must call this.
 
-    Errors: `ConfigError` in the main process, after all have met, if it cannot be written; earlier checkpoints stay.
+    Errors: `ConfigError` in the main process, after the barrier, if it cannot be written; earlier checkpoints are kept.
     """
     weights = {name: _cpu(tensor) for name, tensor in _full_weights(engine) if world.is_main}
     moments = {name: _cpu(tensor) for name, tensor in _full_moments(engine) if world.is_main}
@@ -169,7 +169,7 @@ def start_optimizer(engine: Any, step: Tensor | None = None) -> None:
     """Initialise the state of a wrapped AdamW as its first step would, at `step` (default 0).
 
     DeepSpeed links parameters to their moments during its first step, before our second parameter group has any; with
-    the state made beforehand, it links all of them.
+    the state created beforehand, it links all of them.
     """
     wrapper, inner = engine.optimizer, _inner_optimizer(engine)
     if wrapper is inner:

@@ -35,8 +35,8 @@ Entry = dict[str, Any]
 class LoopSettings:
     """The loop's settings; 0 for `save_steps` or `eval_steps` means never.
 
-    `samples`: how many an epoch has, `batch_size` of which make a step. `part_scales`: the rates of parts that have
-    their own, divided by the others', for the log.
+    `samples`: the number in an epoch, of which a step takes `batch_size`. `part_scales`: for the log, the rates of
+    parts that have their own, each divided by that of the other parts.
     """
 
     steps: int
@@ -75,8 +75,8 @@ def run_steps(
 ) -> LoopEnd:
     """Train from `progress` to the last step; `micro_batches` must start at the next step.
 
-    `evaluate` and `at_end`, which takes the last step's micro-batches, add to the log entry.
-    SIGINT or SIGTERM ends the loop after the current step, with a checkpoint, as does a sample that cannot be used.
+    `evaluate` and `at_end`, which is given the last step's micro-batches, add to the log entry.
+    SIGINT or SIGTERM ends the loop after the current step, with a checkpoint; so does a sample that cannot be used.
     Errors: `ModelError` naming step and samples if a loss or a gradient is not finite; no checkpoint is saved.
     """
     began_at = progress.step
@@ -154,7 +154,7 @@ def compare_routing(engine: Any, objective: Objective, micros: Sequence[TrainBat
 def _evaluate(
     engine: Any, objective: Objective, micros: Sequence[TrainBatch], world: World, *, balance: bool = True
 ) -> StepSums:
-    """The sums over micro-batches in evaluation mode."""
+    """Sum the losses over micro-batches in evaluation mode."""
     counts = _step_counts(objective, micros, False, world)
     engine.eval()
     with torch.no_grad():
@@ -178,7 +178,7 @@ def _next(micro_batches: Iterator[TrainBatch], count: int) -> tuple[list[TrainBa
 class _Counts:
     """Counts over a step's global batch, and whether any process was told to stop.
 
-    `positions`: those that the loss covers, of `recorded` ones.
+    `positions`: how many of the `recorded` ones the loss covers.
     """
 
     units: float
@@ -222,7 +222,7 @@ def _backward(
 def _shared(
     engine: Any, objective: Objective, micros: Sequence[TrainBatch], world: World
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Compute what the losses of a step share, and the tower's features of each micro-batch if that needed them.
+    """Compute what a step's losses share, and each micro-batch's vision-tower features if that needed them.
 
     Does nothing for a step of a single micro-batch, whose loss computes both itself.
     """

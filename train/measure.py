@@ -1,6 +1,6 @@
-"""Measure a student on a set that it has not learnt from: how far it is from the teacher, and from the answers.
+"""Measure a student on a set that it was not trained on: how far it is from the teacher, and from the answers.
 
-Shape suffixes: N positions, C those of a chunk, V ids.
+Shape suffixes: N positions, C positions of a chunk, V ids.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _CHUNK_LOGITS = 2**24
 
 @dataclass(frozen=True)
 class Measurement:
-    """Means over the positions that predict answers; the teacher's are None without a cache.
+    """Means over the positions that predict answers; the teacher's figures are None without a cache.
 
-    `cross_entropy`: with the set's own tokens, nats. `accuracy`: the share of these that are the student's most likely
-    token. `calibration_error`: the mean distance of accuracy and confidence over `BINS` bins of confidence (ECE).
-    `kl`: KL(teacher ‖ student) in nats: exact if the cache holds all ids, an unbiased estimate if it has tail samples,
-    else a lower bound; of a mixture of teachers neither (FORMAT.md, section 13): tails are read as one bucket, and a
-    student that equals the mixture has a figure above 0.
+    `cross_entropy`: against the set's own tokens, in nats. `accuracy`: the share of these tokens that are the student's
+    most likely one. `calibration_error`: the mean gap between accuracy and confidence over `BINS` bins of confidence
+    (ECE). `kl`: KL(teacher ‖ student) in nats: exact if the cache holds all ids, an unbiased estimate if it has tail
+    samples, else a lower bound. For a mixture of teachers it is none of these (FORMAT.md, section 13): tails are read
+    as one bucket, and a student that equals the mixture has a figure above 0.
     `entropy`: the teacher's. `agreement`: the share of positions where both have the same most likely token.
     """
 
@@ -55,7 +55,7 @@ class Measurement:
 def measure(config: MeasureConfig) -> Measurement:
     """Measure a student on all samples of a set.
 
-    Errors: a `LlavaModError` as those of `train-student`, naming the setting to change.
+    Errors: a `LlavaModError` that names the setting to change, as from `train-student`.
     """
     world = World(0, 1, 1, pick_device(config.device))
     setup = prepare(_as_training(config), world)
@@ -80,7 +80,7 @@ def measure(config: MeasureConfig) -> Measurement:
 
 
 def _as_training(config: MeasureConfig) -> TrainConfig:
-    """The run of no step whose inputs are those of a measurement."""
+    """Return the settings of a training run with the inputs of the measurement; it never takes a step."""
     sparse = is_sparse_checkpoint(checkpoint_folder(config.student.checkpoint))
     distils = config.cache.path is not None
     stage: Stage = "sft" if not distils else "mimic_sparse" if sparse else "mimic_dense"
@@ -100,7 +100,7 @@ def _as_training(config: MeasureConfig) -> TrainConfig:
 
 
 class _Sums:
-    """Sums over positions, of which each chunk adds its own."""
+    """Sums over positions, accumulated chunk by chunk."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
@@ -110,7 +110,7 @@ class _Sums:
         self._metrics: dict[str, Tensor] = {}
 
     def add(self, logits_CV: Tensor, target_ids_C: Tensor, targets: SparseTargets | None) -> None:
-        """Add some positions."""
+        """Add a chunk of positions."""
         self._positions += len(target_ids_C)
         if targets is not None:
             self._distilled += len(targets)

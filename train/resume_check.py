@@ -1,7 +1,7 @@
-"""What a rerun must share with the run that it continues or finds finished: all that decides the losses.
+"""What a rerun must share with the run that it continues or finds finished: everything that determines the losses.
 
-Folders, logging, saving, ZeRO stage, attention and the number of processes may change. What a message names as a way
-out of a stop (`is_remedy`, a repaired set) may change when a run is resumed, with a line in the log, but not once it is
+Folders, logging, saving, ZeRO stage, attention and the number of processes may change. What an error message suggests
+as a remedy (`is_remedy`, a repaired set) may change when a run is resumed, with a line in the log, but not once it is
 finished.
 """
 
@@ -38,7 +38,7 @@ _FREE_KEYS = (
     "tracker",
     "workers",
 )
-# The config key to name when one of these contents differs, and what it is.
+# For each of these contents, the config key to name if it differs, and what to call it.
 _CONTENTS = {
     "set_digest": ("data.set", "a set of digest"),
     "cache_digest": ("cache.path", "a cache of digest"),
@@ -52,7 +52,7 @@ _SHOWN = 16
 
 @dataclass(frozen=True)
 class Difference:
-    """A setting, or the content behind one (`name`), that is not what it was."""
+    """A setting, or the content behind it (`name`), that has changed."""
 
     key: str
     was: Any
@@ -81,12 +81,12 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_remedy(key: str) -> bool:
-    """Whether a setting may change when a run is resumed, as a way out of what stopped it."""
+    """Whether a setting may change when a run is resumed, to remedy what stopped it."""
     return any(key == remedy or key.startswith(f"{remedy}.") for remedy in _REMEDIES)
 
 
 def different_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
-    """List the flat settings that differ, by key; one that the earlier run's version did not know yet was off."""
+    """List the flat settings that differ, by key; one that the earlier run's version lacked counts as off."""
     keys = sorted(key for key in before.keys() | now.keys() if key in before or now[key])
     return [Difference(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
 
@@ -107,9 +107,9 @@ def accepted_contents(
     changed: Sequence[Difference],
     is_repaired: Callable[[], bool],
 ) -> list[Difference]:
-    """Compare the contents of a run that is resumed with `changed` settings; return what differs and may.
+    """Compare the contents of a run resumed with `changed` settings; return the allowed differences of set and cache.
 
-    A set may replace the one that it `is_repaired` from, with a cache of the same settings.
+    A repaired set (`is_repaired`) may replace the original one, with a cache made with the same settings.
     Errors: `ConfigError` naming every other difference.
     """
     found = different_contents(before, now)

@@ -66,7 +66,7 @@ def train(config: TrainConfig) -> TrainSummary:
     config = as_begun(config)
     output, settings = Path(config.output), settings_of(asdict(config))
     _check_output(output)
-    # A finished run is reported without a lock, as its disk may be read-only, unless a killed process has left one.
+    # Report a finished run without taking the lock (its disk may be read-only), unless a killed process left one.
     finished = _finished(config, settings, output)
     if finished is not None and not (output / LOCK_NAME).exists():
         return finished
@@ -91,7 +91,7 @@ def _finished(config: TrainConfig, settings: dict[str, Any], output: Path) -> Tr
 
 
 def _kept(output: Path) -> str:
-    """What a stopped run has saved; an empty text if nothing."""
+    """Describe what a stopped run has saved; empty if nothing."""
     checkpoint = latest_checkpoint(output)
     return "" if checkpoint is None else f"the run is saved up to step {read_progress(checkpoint)[0].step} in {output}"
 
@@ -229,7 +229,7 @@ def _train(config: TrainConfig, settings: dict[str, Any], output: Path, world: W
 
 
 def _save_last(save: Callable[[Progress], None], progress: Progress) -> ConfigError | None:
-    """Save the last checkpoint before the export; return the error if the disk holds none, as it may hold a student."""
+    """Save the last checkpoint before the export; return the error if it does not fit on the disk: a student may."""
     try:
         save(progress)
     except ConfigError as error:
@@ -271,7 +271,7 @@ def _export(
     """Write the student as a Hugging Face folder, with its `empty` tensors; every process must call this.
 
     Adapters are merged into its weights, and also written for the checkpoint `adapted`, if that is given.
-    Errors: `ConfigError` if it cannot be written; `unsaved` if there is no checkpoint to export from either.
+    Errors: `ConfigError` if it cannot be written; `unsaved` instead if the last checkpoint was not saved either.
     """
     state = None
     if engine.zero_optimization_stage() == 3:
@@ -297,10 +297,10 @@ def _export(
 
 
 def _sizes(setup: Setup) -> tuple[int, int, int]:
-    """Count all parameters, those active for a token, and those trained, before an engine may shard them."""
+    """Count all parameters, those active per token, and those trained, before an engine may shard them."""
     student = setup.student
     trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
-    adapters = adapter_size(student)  # merged into the student that these sizes are of
+    adapters = adapter_size(student)  # merged into the exported student, so not counted
     return total_parameters(student) - adapters, activated_parameters(student) - adapters, trained
 
 

@@ -78,8 +78,8 @@ def finished_summary(
 ) -> TrainSummary | None:
     """Read the summary of a finished run; None if the run is not finished, or its student was removed.
 
-    `contents` gives the digests of the data and checkpoints that are named now.
-    Errors: `ConfigError` if it was made with others or other settings, cannot be compared, or cannot be read.
+    `contents` returns the digests of the data and checkpoints that the configuration names now.
+    Errors: `ConfigError` if the run had other contents or settings, or its summary cannot be compared or read.
     """
     file = output / SUMMARY_NAME
     if not file.is_file():
@@ -108,12 +108,12 @@ def finished_summary(
 
 
 def as_begun(config: TrainConfig) -> TrainConfig:
-    """Let `auto` as template and image aspect mean those of the run in the output, if there is one."""
+    """Replace an `auto` template or image aspect with that of the run in the output folder, if there is one."""
     output = Path(config.output)
     undecided = [name for name in ("template", "image_aspect") if getattr(config, name) == AUTO]
     checkpoint = latest_checkpoint(output) if undecided else None
     before: Any = {}
-    with contextlib.suppress(OSError, ValueError):  # what is wrong with it is said when it is opened
+    with contextlib.suppress(OSError, ValueError):  # damage is reported when the file is opened
         if checkpoint is not None:
             before = read_progress(checkpoint)[1]
         elif undecided and (output / SUMMARY_NAME).is_file():

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from teacher_cache.student.end_of_turn import TokenIdSwap
 
 _MOST_WORKERS = 8
-_SHOWN_SEQUENCES = 100  # whose mean tail a warning states
+_SHOWN_SEQUENCES = 100  # over which a warning averages the tail
 _LOG = logging.getLogger(__name__)
 
 
@@ -101,7 +101,7 @@ class Setup:
 
 
 def named_contents(config: TrainConfig) -> dict[str, Any]:
-    """Return the digests of the set, the cache and the starting checkpoint, reading no sample and no record.
+    """Return the digests of the set, the cache and the starting checkpoint, without reading any sample or record.
 
     Errors: a `LlavaModError` if one of them is missing.
     """
@@ -115,7 +115,7 @@ def named_contents(config: TrainConfig) -> dict[str, Any]:
 
 
 def settings_digest(*fingerprints: Mapping[str, Any]) -> str:
-    """Hash what caches were made with, but not the data that they are of."""
+    """Hash the settings that caches were made with, but not the data they cover."""
     from teacher_cache.format.manifest import canonical, sha256_bytes
 
     kept = [{name: part for name, part in one.items() if name not in ("data", "engine")} for one in fingerprints]
@@ -136,7 +136,7 @@ def prepare(config: TrainConfig, world: World) -> Setup:
     aligns = is_aligned(config, parts, source.tokenizer)
     swap = check_teachers(config, parts, None if aligns else source.tokenizer)
     followed = None if not parts or aligns or config.cache.end_of_turn else parts[0].fingerprint["template"]
-    if MISMATCHED in config.roles and samples.has_preferences:  # without preferences, the join refuses it
+    if MISMATCHED in config.roles and samples.has_preferences:  # without preferences, the join refuses the set
         samples = samples.with_mismatched()
     student, family = open_student(config, source, followed, sharded=zero_stage == 3)
     if config.engine.gradient_checkpointing and not student.supports_gradient_checkpointing:
@@ -263,7 +263,7 @@ def prepare(config: TrainConfig, world: World) -> Setup:
 
 
 def _check_image_terms(config: TrainConfig) -> None:
-    """Refuse alignment terms that compare image tokens of students whose images take unlike numbers of them."""
+    """Refuse alignment terms that compare image tokens if the student's images take varying numbers of them."""
     for key in ("visual_kl_weight", "relation_weight"):
         if getattr(config.loss.align, key):
             raise ConfigError(
@@ -273,7 +273,7 @@ def _check_image_terms(config: TrainConfig) -> None:
 
 
 def _cached_vocabulary(cache: Teachers | None, swap: TokenIdSwap | None, own: int) -> int | None:
-    """Count the ids that the records cover and the student has, of `own` ids."""
+    """Count the ids that the records share with the student, which has `own` ids."""
     if cache is None:
         return None
     return min(cache.vocab_size if swap is None else swap.vocab_size(cache.vocab_size), own)

@@ -30,7 +30,7 @@ OTHERS = "*"  # all sources that cache.path does not name
 
 
 def open_teachers(config: TrainConfig, samples: SampleSet) -> Teachers | None:
-    """Open the caches that `cache.path` names, as one; None without any.
+    """Open the caches that `cache.path` names as a single one; None if it names none.
 
     Errors: `CacheError` if one cannot be opened; `ConfigError` if they cannot be read together.
     """
@@ -58,12 +58,12 @@ def open_teachers(config: TrainConfig, samples: SampleSet) -> Teachers | None:
 
 
 def _numbers_of(paths: Mapping[str, str], names: Sequence[str]) -> dict[str, int]:
-    """The number of each source's cache."""
+    """Map each source to the number of its cache."""
     return {source: names.index(path) for source, path in paths.items()}
 
 
 def is_aligned(config: TrainConfig, parts: Sequence[TeacherCache], tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether the student's tokens are aligned with the teacher's, since they are others."""
+    """Whether the student's tokens are aligned with the teacher's, because the tokenizers differ."""
     if config.cache.other_tokenizer is None or not parts:
         return False
     from teacher_cache.student.check import check_student
@@ -79,10 +79,10 @@ def is_aligned(config: TrainConfig, parts: Sequence[TeacherCache], tokenizer: Pr
 def check_teachers(
     config: TrainConfig, parts: Sequence[TeacherCache], tokenizer: PreTrainedTokenizerFast | None
 ) -> TokenIdSwap | None:
-    """Check of each cache what does not need the student's weights; return the swap of ids that all share.
+    """Check everything about each cache that does not need the student's weights; return the id swap that all share.
 
-    `tokenizer` None: the student's is not the teacher's, and they will be aligned.
-    Errors: `CacheError` for another tokenizer than the student's, `ConfigError` for what a cache does not record.
+    `tokenizer`: the student's; None if it is not the teacher's, so that tokens will be aligned.
+    Errors: `CacheError` for a tokenizer other than the student's, `ConfigError` for what a cache does not record.
     """
     swaps = []
     for part in parts:
@@ -104,7 +104,7 @@ def check_teachers(
 def check_wording(
     config: TrainConfig, parts: Sequence[TeacherCache], encoder: SequenceEncoder, images: Mapping[str, Any]
 ) -> None:
-    """Check that the student words answers, and where it matters prompts, as each teacher did. Errors: `CacheError`."""
+    """Check that the student words answers and, where it matters, prompts as each teacher did. Errors: `CacheError`."""
     if not parts:
         return
     from teacher_cache.student.check import check_answers, check_encoding
@@ -128,7 +128,7 @@ def _naming(part: TeacherCache, parts: Sequence[TeacherCache]) -> Iterator[None]
 
 
 def _reads_samples(config: TrainConfig, parts: Sequence[TeacherCache]) -> bool:
-    """Whether the loss reads tails by their samples."""
+    """Whether the loss reads tails from their samples."""
     loss = config.loss
     if not loss.distils(config.stage) or loss.kind == "policy_gradient":
         return False
@@ -186,7 +186,7 @@ def _check_together(config: TrainConfig, parts: Sequence[TeacherCache], by_sampl
 
 
 def _part_of_each(part_of: Mapping[str, int], samples: SampleSet) -> NDArray[np.int64]:
-    """The part of each sample, by its source. Errors: `ConfigError` for sources without a cache, or unknown ones."""
+    """Return each sample's part, by its source. Errors: `ConfigError` for sources without a cache, or unknown ones."""
     sources = samples.index.column("source")
     known = sorted(sources.unique().to_pylist())
     unknown = [source for source in part_of if source not in known and source != OTHERS]

@@ -58,7 +58,7 @@ class HfEngine:
         check_model(self.family, self.model)
         self._suppressed = never_answers(self.family)
         self._joins = joins(self.family)
-        self.model.generation_config = GenerationConfig()  # else the folder's decides what `generate` leaves open
+        self.model.generation_config = GenerationConfig()  # else the folder's would set what `generate` leaves open
 
     def describe(self) -> dict[str, Any]:
         """The settings that determine the answers; batch size and device do not."""
@@ -80,7 +80,7 @@ class HfEngine:
     def generate(
         self, prompts: Sequence[TokenizedSequence], images: Sequence[Sequence[SampleImage]], max_new_tokens: int
     ) -> list[list[int]]:
-        """Continue a batch of tokenized prompts, given the images of each → G ids of each."""
+        """Continue a batch of tokenized prompts, given the images of each; returns G ids for each."""
         inputs = on_model(self.model, self.family.model_inputs(prompts, images, left=True))
         settings = GenerationConfig(
             do_sample=False,
@@ -104,9 +104,9 @@ def settings_of(folder: Path, engine: dict[str, str], template: str, image_aspec
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """SHA-256 (hex) over the names and contents of a checkpoint's weights and whatever else decides its answers.
+    """SHA-256 (hex) over the names and contents of a checkpoint's weights and whatever else determines its answers.
 
-    That is its configuration, tokenizer, chat template and processor, and its adapter.
+    That is its configuration, tokenizer, chat template, processor and adapter.
     """
     digest = hashlib.sha256()
     described = [file for file in map(folder.joinpath, _DESCRIBING) if file.is_file()]

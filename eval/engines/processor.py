@@ -47,7 +47,7 @@ class ProcessorEngine:
         self.end_ids = list(ends) if isinstance(ends, list | tuple) else [ends]
         if self.end_ids == [None]:
             raise ModelError(f"{folder}: neither generation_config.json nor the tokenizer names an end token")
-        self.model.generation_config = GenerationConfig()  # else the folder's decides what `answer` leaves open
+        self.model.generation_config = GenerationConfig()  # else the folder's would set what `answer` leaves open
 
     def describe(self) -> dict[str, Any]:
         """The settings that determine the answers."""
@@ -68,7 +68,7 @@ class ProcessorEngine:
         texts = self.processor.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
         given: dict[str, Any] = {"images": images} if any(images) else {}
         start = self.processor.tokenizer.bos_token
-        if start is not None and all(text.startswith(start) for text in texts):  # which the tokenizer would add again
+        if start is not None and all(text.startswith(start) for text in texts):  # the tokenizer would add it again
             given["add_special_tokens"] = False
         inputs = self.processor(text=texts, **given, padding=True, return_tensors="pt").to(self.device)
         if "pixel_values" in inputs:

@@ -1,4 +1,4 @@
-"""Questions as prompts of a model's family, and its answers, for every engine that runs one.
+"""Questions as prompts for a model's family, and its answers as text, for every engine that runs one.
 
 Shape suffixes: G generated tokens.
 """
@@ -20,8 +20,8 @@ from llavamod_offline.errors import EvalError
 from llavamod_offline.families import Family
 from llavamod_offline.models.checkpoint import id_count
 
-_ANSWER = "-"  # stands where the answer would be
-_KEY_LENGTH = 200  # the longest key of a sample
+_ANSWER = "-"  # stands in for the answer
+_KEY_LENGTH = 200  # a sample's longest allowed key
 
 
 def asked_sample(example: Example[Any]) -> Sample:

@@ -1,4 +1,4 @@
-"""Writing a LLaVA student's folder as an export of `train-student`, so that other tools ask it as this project does.
+"""Writing a LLaVA student's folder as an export of `train-student`, so that other tools prompt it as this project does.
 
 For students of earlier versions or from elsewhere; the settings are those of `llavamod_offline.models.export`.
 """

@@ -1,6 +1,6 @@
 """Spreadsheets of one sheet: writing numbers and plain strings, never formulas, and reading any as text.
 
-Reading needs no more than the standard library: the cells of the first sheet, whose strings are in a file of their own.
+Reading needs only the standard library. It takes the first sheet's cells; their strings are in a file of their own.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def read_spreadsheet(path: Path) -> list[list[str]]:
 
 
 def _elements(archive: zipfile.ZipFile, name: str, tag: str) -> Iterator[ElementTree.Element]:
-    if name == _STRINGS and name not in archive.namelist():  # every string is in its cell
+    if name == _STRINGS and name not in archive.namelist():  # all strings are in their cells
         return
     if archive.getinfo(name).file_size > _MAX_BYTES:
         raise ValueError(f"{name} is larger than {_MAX_BYTES} bytes")

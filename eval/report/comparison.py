@@ -67,7 +67,7 @@ def load_run(path: Path, root: Path, name: str) -> ScoredRun:
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
-    """The folders' names, with as many parents as make them distinct."""
+    """The folders' names, with as many parents as it takes to make them distinct."""
     parts = [path.resolve().parts for path in paths]
     if len(set(parts)) < len(parts):
         raise ConfigError("report: a run is named twice: remove one")

@@ -46,7 +46,7 @@ def disagreements(
 ) -> list[Example[Any]]:
     """Examples on which the scores of two runs differ, at most `limit` per pair, spread over the set.
 
-    Of a single run, examples that it answers wrong.
+    For a single run, examples that it answers wrong.
     """
     verdicts = [run.scores[task].verdicts for run in runs if task in run.scores]
     chosen: dict[str, Example[Any]] = {}

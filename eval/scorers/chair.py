@@ -116,7 +116,7 @@ class ObjectVocabulary:
         return [Mention(word, name) for word, name in found.items() if not (word == "seat" and "toilet" in found)]
 
     def lemma(self, word: str) -> str:
-        """The shortest singular of a word that is in the list, or the word itself."""
+        """The shortest singular of a word that the list contains, or the word itself."""
         if word in _LEMMAS:
             return _LEMMAS[word]
         forms = [word] + [
@@ -125,7 +125,7 @@ class ObjectVocabulary:
         return min((form for form in forms if form in self.words), key=len, default=word)
 
     def _joined(self, words: list[str]) -> tuple[list[str], list[str]]:
-        """Replace known pairs of neighbouring words by their meaning, from left to right → all words, the pairs."""
+        """Replace known pairs of adjacent words by their meaning, left to right; returns all words, and the pairs."""
         joined, pairs, index = [], [], 0
         while index < len(words):
             pair = " ".join(words[index : index + 2])

@@ -114,7 +114,7 @@ def accuracy(answer: str, references: Sequence[str]) -> float:
 
 
 def score_answers(examples: Sequence[Example[Any]], texts: Mapping[str, str | None]) -> tuple[dict[str, Verdict], int]:
-    """Score texts by example id against `reference.answers` → verdicts, and how many texts normalise to nothing."""
+    """Score texts by example id against `reference.answers`; returns verdicts, and how many texts become empty."""
     verdicts, empty = {}, 0
     for example in examples:
         text = texts[example.id]

@@ -10,7 +10,7 @@ i, 1000000 + i, 2000000 + i, … So each row is asked once, without rotating (LL
 questions answered correctly in their first row.
 
 Parsing, without a language model: (1) the answer is a letter; (2) it begins with a letter, perhaps in parentheses, and
-one of ").:,"; (3) it contains exactly one letter standing alone, where an "A" among more than three words is taken for
+one of ").:,"; (3) it contains exactly one letter standing alone, where an "A" among more than three words is read as
 the article; (4) it contains exactly one option's text; else it is unparsed, hence wrong. The official server has GPT-4
 read what (1) to (3) cannot, so quote the unparsed share with every figure, especially in Chinese.
 

@@ -10,8 +10,9 @@ hallucinate less, and the figure is meaningless.
 The judge reads the image's contents, the question, the human answer and the model's, and ends with "Rating: 0" … "6";
 below 3 is a hallucination. The last rating of a reply counts (RLAIF-V's parser scores replies with several different
 ratings, or none, 0); "Rating (0-6): 6" and "Rating: 6/6" are 6. Replies without text or rating, and those whose last
-rating is none of 0 to 6 ("4.5", "0-6", "5/10"), are unparsed and count 0; above 2 % of them all metrics are withheld.
-`informativeness` is RLAIF-V's: the mean of rating − 3 for ratings of 3 and more, of the rating below 3, over 3.
+rating is not one of 0 to 6 ("4.5", "0-6", "5/10"), are unparsed and count 0; above 2 % of them all metrics are
+withheld. `informativeness` is RLAIF-V's: the mean of rating − 3 for ratings of 3 and more, of the rating below 3,
+over 3.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from eval.task import Headline, Judging, Task, withhold_unreadable
 
 PROTOCOL = "prompt: {question} | judged 0 to 6, below 3 is a hallucination; the last rating of a reply counts"
 _FOLDER = "mmhal"
-# The word, perhaps a scale in parentheses, and what is taken for a number, with what may follow it.
+# The word, perhaps a scale in parentheses, and what is read as a number, with what may follow it.
 _RATING = re.compile(
     r"\bratings?(?:\s*\((?!\s*\d+\s*\))[^()\n]*\))?(?:\W{0,6}|\W{1,3}(?:is|of|would be)\W{1,6})"
     r"(?<![-−–+])([-−–+]?\d+(?:[.,]\d+)?(?:\s*(?:/|out of|to)\s*\d+|[-–—]\d+|\s*[-–—]\s*6(?!\d))?)",
@@ -100,7 +101,7 @@ def judge_slots(example: Example[MmhalReference], text: str) -> dict[str, str] |
 
 
 def parse_rating(reply: str) -> int | None:
-    """The last rating of a reply; None without one, or if it is none of 0 to 6."""
+    """The last rating of a reply; None without one, or if it is not one of 0 to 6."""
     ratings = _RATING.findall(reply)
     found = _READABLE.fullmatch(ratings[-1]) if ratings else None
     return int(found[1]) if found else None

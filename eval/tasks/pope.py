@@ -4,7 +4,7 @@ Files: `pope/llava_pope_test.jsonl` {question_id, image, text, category}; labels
 `pope/coco/coco_pope_{adversarial,popular,random}.json` {image, text, label} as JSON lines; images `pope/val2014/`.
 
 Questions and labels are joined on (category, image, question), never by order: upstream replaced the label file of
-"random" with one of another length and order, so pairing them line by line scores noise (POPE #17, LLaVA #626).
+"random" with one of a different length and order, so pairing them line by line scores noise (POPE #17, LLaVA #626).
 
 Parsing (llava/eval/eval_pope.py): take the text before the first ".", delete commas, split at single spaces; "no" if a
 word is exactly "No", "not" or "no", else "yes". An empty answer, "NO" and "nope" thus read as "yes"; answers without

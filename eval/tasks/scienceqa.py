@@ -1,4 +1,4 @@
-"""ScienceQA, test split: multiple choice from school science, half of it with an image (arXiv 2209.09513).
+"""ScienceQA, test split: multiple-choice questions from school science, half of them with an image (arXiv 2209.09513).
 
 Files: `scienceqa/llava_test_CQM-A.json` [{id, image?, conversations}], `scienceqa/problems.json` {id: {choices,
 answer}}, `scienceqa/pid_splits.json` {"test": [id]}; images `scienceqa/images/test/`.

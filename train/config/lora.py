@@ -1,4 +1,4 @@
-"""LoRA adapters of a student: their settings, and checks that they suit what is trained in full."""
+"""LoRA adapters of a student: their settings, and checks that they suit the parts trained in full."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-# Parts that may have adapters, each with the other parts that it holds or that hold it.
+# Parts that may have adapters, each with the other parts that it contains or that contain it.
 _SHARED = {
     "vision": (),
     "projector": (),

@@ -27,7 +27,7 @@ LOSSES_OF_STAGE: dict[str, tuple[str, ...]] = {
     "mimic_sparse": ("only_kd", "kd_lm", "policy_gradient"),
     "preference": ("kto", *PREFERENCE_KINDS),
 }
-# The divergences that use a setting; all others require its default.
+# For each setting, the divergences that use it; with the others, it must keep its default.
 _DIVERGENCES_OF: dict[str, tuple[str, ...]] = {
     "js_weight": ("js",),
     "skew": ("skewed_forward_kl", "skewed_reverse_kl"),
@@ -36,7 +36,7 @@ _DIVERGENCES_OF: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class AlignConfig:
-    """More terms of the mimic stages: each is a mean, times its weight."""
+    """Additional terms of the mimic stages, each a mean times its weight."""
 
     feature_weight: float = 0.0
     """LLAVADI: the teacher's last hidden states at the positions that predict answers, through a projection that is

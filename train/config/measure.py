@@ -21,7 +21,7 @@ class MeasuredStudentConfig:
 
 @dataclass(frozen=True)
 class UnseenDataConfig:
-    """The samples; take some that the student has not learnt from."""
+    """The samples; choose ones that the student was not trained on."""
 
     set: InputPath = "???"
     """A folder that llavamod-offline pack or index made, or its URL."""

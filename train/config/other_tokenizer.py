@@ -1,4 +1,4 @@
-"""Checks that the settings of a run suit a student with another tokenizer than its teacher's."""
+"""Checks that a run's settings suit a student whose tokenizer is not its teacher's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of a training run's settings that need nothing else; those of checkpoint, data and cache are in `setup.py`."""
+"""Checks of a training run's settings alone; those that need the checkpoint, data or cache are in `setup.py`."""
 
 from __future__ import annotations
 

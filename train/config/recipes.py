@@ -1,4 +1,4 @@
-"""The recipes: a stage's values, from which a run starts."""
+"""The recipes: for each stage, the settings that a run starts from."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def resolve_config(arguments: Sequence[str]) -> TrainConfig:
 
 
 def recipe_and_changes(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Split a command line into YAML files, of which the first is a packaged recipe, and `key=value` overrides.
+    """Split a command line into YAML files, the first of them a packaged recipe, and `key=value` overrides.
 
-    The recipe is the one that is named first, or that of the `stage` in a file or an override. Errors: `ConfigError`
-    for no stage, or different ones.
+    The recipe is the one named first, or that of the `stage` that a file or an override sets. Errors: `ConfigError` for
+    no stage, or conflicting ones.
     """
     words, overrides = split_arguments(arguments)
     files = [_recipe(word) for word in words]
@@ -54,7 +54,7 @@ def recipe_and_changes(arguments: Sequence[str]) -> tuple[list[Path], list[str]]
 def changes_to_recipe(arguments: Sequence[str]) -> str:
     """Name the recipe of a command line and the settings that it changes, as in `optim.lr=1.0e-05 (was 2.0e-05)`.
 
-    What a recipe cannot know is left out: the output and the inputs.
+    Leaves out what a recipe cannot know: the output and the inputs.
     """
     files, overrides = recipe_and_changes(arguments)
     before, now = (
@@ -71,14 +71,14 @@ def changes_to_recipe(arguments: Sequence[str]) -> str:
 
 
 def _as_it_was(before: Mapping[tuple[str, ...], Any], names: tuple[str, ...]) -> str:
-    """A setting's value in the recipe; a section that one of the two leaves out has no value of its own."""
+    """Return a setting's value in the recipe; a section that either side leaves out has no value of its own."""
     if names in before:
         return as_yaml(before[names])
     return "null" if names[:-1] in before else "set"
 
 
 def _stages(files: Sequence[Path], overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield where a stage is named, and the stage."""
+    """Yield each place that names a stage, with the stage."""
     for file in files:
         stage = read_yaml(TrainConfig, file).get("stage")
         if stage is not None:

@@ -1,7 +1,7 @@
 """Micro-batches: samples with their records in a teacher's cache.
 
-Shape suffixes: B samples, S sequences of them (B for one role, 2·B for two, the first role's before the second's; an
-unpaired answer has one of the two). A `mismatched` role is excluded: it has a batch of its own, B sequences that are
+Shape suffixes: B samples, S their sequences (B for one role, 2·B for two, the first role's before the second's; an
+unpaired answer has only one of them). A `mismatched` role is excluded: it has a batch of its own, B sequences that are
 evaluated but not trained on.
 """
 
@@ -50,11 +50,11 @@ class TrainBatch:
 
     `targets` cover the first positions of `batch`, in its order: all of them (mimic stages), those of the chosen
     responses (preference stage with distillation) or none. If the teacher has another tokenizer, `aligned` holds them
-    instead. `reference_S`: the teacher's log-prob of each sequence, summed over its tokens. `sample_of_S`: the sample,
-    from 0, of each sequence. If the loss needs them, `mismatched` holds the samples' mismatched responses and `states`
+    instead. `reference_S`: the teacher's log-prob of each sequence, summed over its tokens. `sample_of_S`: each
+    sequence's sample, from 0. If the loss needs them, `mismatched` holds the samples' mismatched responses and `states`
     the teacher's hidden states. `behaviour_N`: the log-probs of the student that wrote the answers, for each position
-    of `batch`; NaN where it wrote none, or a loss on own answers leaves them out. `weights_N`: the weights of positions
-    in the loss, by what the image is worth to their tokens; None: all 1.
+    of `batch`; NaN where it wrote nothing, or where a loss on own answers leaves the token out. `weights_N`: the weight
+    of each position in the loss, by what the image is worth to its token; None: all 1.
     """
 
     batch: Batch
@@ -69,7 +69,7 @@ class TrainBatch:
     weights_N: Tensor | None = None
 
     def rows(self, which: ChosenPositions) -> Tensor:
-        """The positions that predict answers, or those of answers that were written, as rows [M] of `batch`."""
+        """Return the rows [M] of `batch` that predict answers, or only those of answers that a student wrote."""
         if which == "response":
             return (self.batch.target_ids_N != NO_TARGET).nonzero()[:, 0]
         assert self.behaviour_N is not None
@@ -77,7 +77,7 @@ class TrainBatch:
 
     @property
     def positions(self) -> int:
-        """The number of positions, of which a loss may cover some `rows` only."""
+        """The number of positions; a loss may cover only some `rows` of them."""
         return len(self.batch.target_ids_N)
 
     def to(self, device: torch.device) -> TrainBatch:
@@ -96,14 +96,14 @@ class TrainBatch:
 
 
 class Loader:
-    """Micro-batches in the order of a schedule, decoded, tokenized and joined in `workers` processes (0: this one).
+    """Micro-batches in the order of a schedule, decoded, tokenized and joined in `workers` processes (0: in this one).
 
-    `records`: the cache's rows of the set's rows, by role (see `Join`). `record_roles`: the roles whose records the
-    loss needs, the first ones of `roles`. `swap`: swaps a differing end of turn for the student's. `vocab_size`:
-    how many ids cache and student share, if fewer than the cache's. `bridge`: to a teacher with another tokenizer.
-    `positions`: the positions of a sequence that batches hold, as in the cache. `states`: the teacher's hidden states
-    that the loss needs. `masked_ids`: tokens that a loss on own answers leaves out; None: there is no such loss.
-    `visual_weight`: how much more tokens count that need the image; 0: positions have no weights.
+    `records`: for each role, the cache's row for each row of the set (see `Join`). `record_roles`: the roles whose
+    records the loss needs, which come first in `roles`. `swap`: swaps a differing end of turn for the student's.
+    `vocab_size`: how many ids cache and student share, if fewer than the cache has. `bridge`: to a teacher with another
+    tokenizer. `positions`: the positions of a sequence that batches hold, as in the cache. `states`: the teacher's
+    hidden states that the loss needs. `masked_ids`: tokens that a loss on own answers leaves out; None: no such loss.
+    `visual_weight`: how much more the tokens that need the image count; 0: positions have no weights.
     `prefetch`: copies remote shards ahead of a schedule; other reads fetch samples one by one.
 
     Errors while iterating: `DataError` or `TargetError` naming the sample whose image, length or answer is unsuitable.
@@ -172,7 +172,7 @@ class Loader:
                     raise batch
                 yield batch
         finally:
-            # Workers end with their last reference, and an error's traceback would keep this variable alive.
+            # Workers end when nothing refers to them, but an error's traceback would keep this variable alive.
             del batches
 
 
@@ -251,7 +251,7 @@ class _Micro(Dataset[TrainBatch]):
             targets = targets.limited(self.vocab_size)
         states = None
         if self.states is not None:
-            states = read_states(self.cache.owner(0), rows_R, batch, self.states)  # of one teacher's cache alone
+            states = read_states(self.cache.owner(0), rows_R, batch, self.states)  # only ever from one teacher's cache
         sums_S = torch.tensor([record.sum_log_prob for record in records], dtype=torch.float32)
         owners_S = torch.tensor([n for _, n in places])
         behaviour_N = None if self.masked_ids is None else self._behaviour(batch, places, samples, sequences)
@@ -274,7 +274,7 @@ class _Micro(Dataset[TrainBatch]):
         samples: list[Sample],
         sequences: Sequence[TokenizedSequence],
     ) -> Tensor:
-        """The writer's log-probs at the positions of `batch`, NaN at those that are not learnt from."""
+        """The writer's log-probs at the positions of `batch`, NaN at those not trained on."""
         found = [
             behaviour_log_probs(samples[n], sequence, self.masked_ids or ())
             for (_, n), sequence in zip(places, sequences, strict=True)
@@ -298,7 +298,7 @@ class _Micro(Dataset[TrainBatch]):
 
 
 def begin_worker(worker: int) -> None:
-    """Begin a worker: ignore Ctrl-C and SIGTERM, which may reach all processes: the main process ends the workers.
+    """Begin a worker, ignoring Ctrl-C and SIGTERM (which may reach all processes): the main process ends the workers.
 
     Freeze inherited objects too: destroying one that owns a thread, such as a process group, fails after a fork.
     """
@@ -308,5 +308,5 @@ def begin_worker(worker: int) -> None:
 
 
 def as_it_is(made: Any) -> Any:
-    """Collate nothing: a worker makes whole batches, or an error."""
+    """Collate nothing: a worker returns whole batches, or an error."""
     return made

@@ -19,8 +19,8 @@ _AGAIN = "write the set again with `cache-teacher generate`"
 
 
 def check_written(samples: SampleSet, *, key: str) -> None:
-    """Refuse a set that a loss on own answers cannot use; `key` is the setting that asks for it: of `loss.kind`, the
-    policy gradient, which needs answers drawn from the whole distribution. Errors: `ConfigError`.
+    """Refuse a set that a loss on own answers cannot use; `key` is the setting that asks for one. `loss.kind` stands
+    for the policy gradient, which needs answers drawn from the whole distribution. Errors: `ConfigError`.
     """
     wanted = f"{key}: {'policy_gradient' if key == 'loss.kind' else 'written'}"
     about = samples.manifest.get("generated")
@@ -49,16 +49,16 @@ def check_written(samples: SampleSet, *, key: str) -> None:
 
 
 def _has_written(sample: Sample) -> bool:
-    """Whether a turn has the log-probs of its tokens; also of a sample without any, which is an error when used."""
+    """Whether any turn has log-probs of its tokens; also true of a sample without any, an error when it is used."""
     log_probs = () if sample.generated is None else sample.generated.behaviour_log_probs
     return not log_probs or any(own is not None for own in log_probs)
 
 
 def behaviour_log_probs(sample: Sample, sequence: TokenizedSequence, masked: Collection[int]) -> NDArray[np.float32]:
-    """The writer's log-probs of a sequence's supervised tokens, [N]; NaN marks those that no loss on them covers.
+    """The writer's log-probs of a sequence's supervised tokens, [N]; NaN marks those to leave out of the loss.
 
-    These are tokens of turns that were not written, of turns whose text is read as other tokens than those written, and
-    the ids of `masked`. Errors: `DataError` if the sample has no log-probs, or another number of them than tokens.
+    These are tokens of turns that the student did not write, of turns whose text tokenizes differently from what was
+    written, and the ids in `masked`. Errors: `DataError` if the sample has no log-probs, or not one per token.
     """
     if sample.generated is None or not sample.generated.behaviour_log_probs:
         raise DataError(f"sample '{sample.key}': the set has no log-probs of who wrote its answers: {_AGAIN}")

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 class Join:
     """The rows of a set that a run uses, in set order: those trained on and those held out.
 
-    `records`: for each role, the cache's row of each row of the set, −1 if it has none; empty without a cache.
+    `records`: for each role, the cache's row for each row of the set, −1 if it has none; empty without a cache.
     `kept_hash`: SHA-256 (hex) over the keys of `rows`, joined by newlines.
     """
 
@@ -120,7 +120,7 @@ def _check_kind(samples: SampleSet, roles: Sequence[str]) -> None:
 
 
 def _has_role(samples: SampleSet, role: str) -> NDArray[np.bool_]:
-    """Whether each sample of a set, whose kinds are right, has a role."""
+    """Return which samples of a set have a role; their kinds must be right."""
     kinds = [kind for kind, roles in ROLES_OF_KIND.items() if role in roles or role == MISMATCHED]
     found: NDArray[np.bool_] = pc.is_in(samples.index.column("kind"), pa.array(kinds)).to_numpy()
     return found
@@ -129,7 +129,7 @@ def _has_role(samples: SampleSet, role: str) -> NDArray[np.bool_]:
 def _lacking(
     samples: SampleSet, cache: TeacherCache, roles: Sequence[str], rows: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Which of some samples have no record in a cache in one of their roles."""
+    """Return which of the samples in `rows` lack a record in the cache for one of their roles."""
     keys, lacks = samples.index.column("key").take(rows), np.zeros(len(rows), np.bool_)
     for role in roles:
         lacks |= (cache.rows(keys, role) < 0) & _has_role(samples, role)[rows]
@@ -177,7 +177,7 @@ def _seeded_hashes(keys: pa.ChunkedArray, seed: int) -> NDArray[np.uint64]:
 
 
 def _lowest(hashes: NDArray[np.uint64], count: int) -> NDArray[np.int64]:
-    """Return the indices of the lowest hashes, ascending; the first of equal ones win."""
+    """Return the indices of the lowest hashes, ascending; of equal hashes, the first win."""
     return np.sort(np.argsort(hashes, kind="stable")[:count])
 
 

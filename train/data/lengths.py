@@ -1,7 +1,7 @@
 """The lengths of a set's sequences in tokens, measured before the first step and kept for the next run.
 
-They follow from set, roles, tokenizer, template and how images become tokens, whose hash names the file that keeps
-them, in the folder of copies (see `disk_cache.py`): int32 [N], 0 where a sample was not measured.
+They depend on the set, roles, tokenizer, template and how images become tokens; a hash of these names the file that
+keeps the lengths, in the disk cache's folder (see `disk_cache.py`): int32 [N], 0 where a sample was not measured.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def sequence_lengths(
     workers: int,
     world: World,
 ) -> NDArray[np.int64]:
-    """Return the tokens of each sample's longest role, [N]; 0 where it cannot exceed the encoder's `max_length`.
+    """Return the token count of each sample's longest role, [N]; 0 where it cannot exceed the encoder's `max_length`.
 
-    A text has at most one token per byte, so few samples are tokenized; all are if the tokens of an image depend on its
-    size, which also finds those that the family cannot take. Processes share the work; all must call this.
+    A text has at most one token per byte, so few samples need tokenizing; all do if the tokens of an image depend on
+    its size, which also finds the images that the family cannot take. Processes share the work; all must call this.
     Errors: those of reading and encoding a sample.
     """
     file = staging_folder() / f"lengths-{_identity(samples, roles, family)}.npy"
@@ -70,7 +70,7 @@ def sequence_lengths(
 
 
 def _most_tokens(samples: SampleSet, roles: Sequence[str], family: StudentFamily) -> NDArray[np.int64]:
-    """Bound each sample's tokens from the index alone."""
+    """Bound each sample's token count from the index alone."""
     if family.image_tokens is None:
         return np.full(len(samples), np.iinfo(np.int64).max)
     template = family.encoder.template
@@ -154,7 +154,7 @@ def _read(file: Path, count: int) -> NDArray[np.int64]:
 
 
 def _write(file: Path, lengths_N: NDArray[np.int64]) -> None:
-    """Keep lengths for the next run, if there is a place for them."""
+    """Store the lengths for the next run, if the folder can be written."""
     content = io.BytesIO()
     np.save(content, lengths_N.astype(np.int32))
     with suppress(OSError):

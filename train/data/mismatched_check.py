@@ -31,7 +31,7 @@ def check_pairs(
     """Compare the mismatched responses of a set with those of a cache.
 
     Pairs depend on a set's samples alone, so the captured set always matches. For another set, such as a part of it,
-    this compares some of `rows`; the loader compares each one that is trained on.
+    this compares some of `rows`, and the loader compares every row that is trained on.
     Errors: `ConfigError` if the cache's pairs were made by another rule, `TargetError` naming a sample.
     """
     rule = cache.fingerprint["capture"].get("mismatched")
@@ -49,5 +49,5 @@ def check_pairs(
     places = np.unique(np.linspace(0, len(rows) - 1, _TRIED).round().astype(np.int64))
     for row in rows[places].tolist():
         sample = samples.read(row, scattered=True)
-        for role in sample.roles:  # the sample's own first: an error there is not about the pairing
+        for role in sample.roles:  # the sample's own first: an error in them is not about the pairing
             check_sequence(cache, encode(sample, role), swap)

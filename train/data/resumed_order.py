@@ -1,10 +1,10 @@
-"""The order of a run whose samples changed while it was stopped: dropped for their length, or a repaired set.
+"""The order of a run whose samples changed while it was stopped: some were dropped as too long, or the set repaired.
 
-    OUTPUT/samples.npy    uint64: hashes of the keys of all samples that the run has trained on; a key's place in the
-                          file is the number that decides where its sample comes (see `llavamod_offline.data.order`)
+    OUTPUT/samples.npy    uint64: hashes of the keys of all samples that the run has trained on; a key's index in the
+                          file is the number that decides its sample's place (see `llavamod_offline.data.order`)
 
-So the samples that stay keep their order: the run goes on with those of the epoch that it has not seen, and with new
-ones, and repeats none.
+So the samples that remain keep their order: the run continues with those of the epoch that it has not seen, and with
+new ones, and repeats none.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ Hashes = NDArray[np.uint64]
 def resume_order(
     output: Path, order: Order, hashes_N: Hashes, before: Mapping[str, Any], step: int, *, moved: bool
 ) -> Hashes:
-    """Let an order of samples with these hashes go on where the run in `output` stopped, after `step` steps.
+    """Continue an order of samples with these hashes where the run in `output` stopped, after `step` steps.
 
     `before`: the checkpoint's identity, with `numbered` (samples have changed before), `offset` and `mark`; `moved`:
-    other samples are used than then.
+    the samples are no longer the same as then.
     Returns the hashes to keep. Errors: `ModelError` if the kept ones are damaged.
     """
     known = read_hashes(output)
@@ -62,7 +62,7 @@ def resume_order(
 
 
 def number_samples(known: Hashes, hashes_N: Hashes) -> tuple[NDArray[np.int64], Hashes]:
-    """Give samples the numbers that they had, and new ones the next numbers; returns also all hashes by number."""
+    """Give known samples the numbers they had, and new ones the next numbers; also returns all hashes by number."""
     order = np.argsort(known, kind="stable")
     places = np.minimum(np.searchsorted(known, hashes_N, sorter=order), len(known) - 1)
     numbers_N = order[places].astype(np.int64)
@@ -79,7 +79,7 @@ def hash_keys(keys: pa.ChunkedArray) -> Hashes:
 
 
 def is_repaired(output: Path, samples: SampleSet) -> bool:
-    """Whether a set has at least half of the samples that the run in `output` has used: not another set."""
+    """Whether a set has at least half of the samples that the run in `output` has used, so is not another set."""
     known = read_hashes(output)
     return known is not None and 2 * int(np.isin(known, hash_keys(samples.index.column("key"))).sum()) >= len(known)
 
@@ -96,7 +96,7 @@ def read_hashes(output: Path) -> Hashes | None:
 
 
 def write_hashes(output: Path, hashes: Hashes) -> None:
-    """Keep the hashes of a run's samples."""
+    """Write the hashes of a run's samples."""
     content = io.BytesIO()
     np.save(content, hashes)
     atomic.write_file(output / SAMPLES_NAME, content.getvalue())

@@ -23,10 +23,10 @@ _CHARACTERS_PER_TOKEN = 4  # in English text; good enough to compare lengths
 
 @dataclass(frozen=True)
 class OrderSettings:
-    """What decides the order besides seed, batch size and rows; `weights` by source, 1 for those not named.
+    """What determines the order besides seed, batch size and rows; `weights` by source, 1 for those not named.
 
-    `by_modality`: batches hold samples with images, or samples without. Samples are grouped by length if `image_length`
-    (characters that an image counts as) is set, or `by_tokens`, their measured lengths.
+    `by_modality`: a batch holds either samples with images or samples without. Samples are grouped by length if
+    `image_length` (characters that an image counts as) is set or, by their measured lengths, if `by_tokens` is.
     """
 
     window: int
@@ -87,7 +87,7 @@ def make_order(
 ) -> Order:
     """Make the order of some rows of a set, in batches of `size`; `measured_N`: the tokens of all its samples.
 
-    Errors: `ConfigError` if all of the rows weigh 0.
+    Errors: `ConfigError` if all rows have weight 0.
     """
     lengths_N = measured_N[rows] if settings.by_tokens and measured_N is not None else None
     if settings.image_length is not None:

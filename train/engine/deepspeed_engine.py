@@ -129,18 +129,18 @@ def make_engine(
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
-    if zero_stage == 1:  # reduces once per step, what it accumulated; other stages reduce each micro-batch in `dtype`
+    if zero_stage == 1:  # reduces accumulated gradients once per step; other stages reduce each micro-batch in `dtype`
         settings["communication_data_type"] = "fp32"
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     linear = torch.nn.functional.linear
     attributes = [(parameter, dict(vars(parameter))) for parameter in module.parameters()]
-    with redirect_stdout(None):  # ZeRO 1 in bfloat16 prints its use of memory
+    with redirect_stdout(None):  # ZeRO 1 in bfloat16 prints its memory use
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     try:
         yield engine
     finally:
         engine.destroy()
-        # What DeepSpeed leaves behind: ZeRO-3's own linear layer, which torch.compile does not take; and hooks in
+        # What DeepSpeed leaves behind: ZeRO-3's own linear layer, which torch.compile does not accept; and hooks in
         # autograd's graph, which would keep all its objects, their memory and the process group alive.
         torch.nn.functional.linear = linear
         if not isinstance(engine.optimizer, torch.optim.Optimizer):
@@ -191,9 +191,9 @@ def _import_deepspeed() -> Any:
 def _end_threads_at_exit() -> None:
     """Have the threads of a process group end before the interpreter does.
 
-    A thread of gloo that drops a tensor while the interpreter ends aborts the process ("terminate called without an
-    active exception"). The threads end with the group, which cycles of DeepSpeed's objects outlive, and so would the
-    default arguments of torch.distributed.nn if it was imported inside the group.
+    A gloo thread that drops a tensor while the interpreter shuts down aborts the process ("terminate called without an
+    active exception"). The threads end with the group, which reference cycles among DeepSpeed's objects keep alive, as
+    would the default arguments of torch.distributed.nn if it were imported inside the group.
     """
     importlib.import_module("torch.distributed.nn")
     atexit.unregister(gc.collect)

@@ -21,7 +21,7 @@ def is_adapter(name: str) -> bool:
 
 
 def choose_trainable(model: nn.Module, parts: Sequence[str]) -> list[str]:
-    """Make only the named `parts` of a student trainable, and its adapters; returns the names of their parameters.
+    """Make only a student's named `parts` and its adapters trainable; returns the names of their parameters.
 
     `text` is the whole language model with embeddings and LM head; `mlp` its feed-forward layers, with experts but
     without routers. Errors: `ConfigError` if the student has no parameter in a part.
@@ -58,8 +58,8 @@ def make_optimizer(
     """Make AdamW over the trainable parameters, with weight decay on matrices but not on biases and norms.
 
     `patterns`: those of the student's parts. `part_lr`: the peak rates of parts that have their own; of several parts
-    that hold a parameter, the smallest one's (such as `experts` rather than `mlp`) counts. Each group has its peak rate
-    divided by `lr` as `rate_scale`.
+    that hold a parameter, the smallest one's (such as `experts` rather than `mlp`) counts. The `rate_scale` of a group
+    is its peak rate divided by `lr`.
     Errors: `ConfigError` if a part of `part_lr` has no trained parameter.
     """
     parts: dict[str, list[nn.Parameter]] = {part: [] for part in patterns if part in part_lr}

@@ -65,7 +65,7 @@ def model_card(
 ) -> str:
     """Return the card as Markdown.
 
-    `settings`: those of the run, by dotted key; `sizes`: all parameters, and those active for a token; `metrics`: the
+    `settings`: those of the run, by dotted key; `sizes`: all parameters, and those active per token; `metrics`: the
     last log entry; `changes`: what changed when the run was resumed.
     """
     text, vision = model.config.get_text_config(), getattr(model.config, "vision_config", None)

@@ -57,7 +57,7 @@ _CHARTS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
 )  # fmt: skip
 
 
-# The units of what may fall by decades.
+# The units of quantities that may fall by orders of magnitude.
 _FALLING = ("nats per token", "distance", "1 − cosine", "norm")
 
 
@@ -127,7 +127,7 @@ def read_run(folder: Path) -> TrainingRun:
 
 
 def _stage(folder: Path) -> str:
-    """The stage of a run that has not finished, by its settings."""
+    """The stage of a run that has not finished, from its settings."""
     try:
         settings: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG_NAME))
     except (OSError, ValueError, YAMLError, OmegaConfBaseException):

@@ -29,9 +29,9 @@ def rounds(
 ) -> None:
     """Distil on the student's own answers: in each round it writes, the teacher scores, and it learns.
 
-    Every step is an ordinary command on ordinary sets, caches and runs below OUTPUT; OUTPUT/commands.sh has them all,
-    OUTPUT/logs what they printed. A step that was run on another machine with the same files is taken as it is. Rerun a
-    stopped command to resume. OUTPUT/rounds.json and OUTPUT/report.html say what each round has gained.
+    Every step is an ordinary command on ordinary sets, caches and runs below OUTPUT; OUTPUT/commands.sh lists them all,
+    OUTPUT/logs holds what they printed. The result of a step run on another machine with the same files is used as it
+    is. Rerun a stopped command to resume. OUTPUT/rounds.json and OUTPUT/report.html say what each round has gained.
 
     \b
     Examples:

@@ -11,7 +11,7 @@ from typing import Literal
 from llavamod_offline.config import InputPath, raise_problems
 
 RoundLoss = Literal["reverse_kl", "forward_kl", "policy_gradient"]
-# Settings of the commands that the rounds decide.
+# Settings of the commands that the rounds fill in themselves.
 _PLACES = ("output", "output_set", "data", "data.set", "cache.path", "teacher", "student.checkpoint")
 _OWNED = {
     "write": (

@@ -1,7 +1,7 @@
 """How far a student is from its teacher on answers that it wrote itself, from their log-probs alone.
 
-Of tokens that the student drew at temperature 1, the mean of log π_student − log π_teacher is an unbiased estimate of
-the reverse KL at their positions. Both are there: in the set, and in the teacher's cache of it.
+For tokens that the student drew at temperature 1, the mean of log π_student − log π_teacher is an unbiased estimate of
+the reverse KL at their positions. The set holds the student's log-probs, its cache the teacher's.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from teacher_cache.read.reader import open_cache
 class OwnAnswers:
     """Means over the tokens of a student's own answers.
 
-    `reverse_kl`: KL(student ‖ teacher), nats a token, with its standard error over answers. `length`: tokens of an
-    answer. `answers`: how many these are of; `rejected`: those that did not end or could not be used; `reread`: those
-    whose text is read as other tokens than those written, which are left out as well.
+    `reverse_kl`: KL(student ‖ teacher) in nats per token, with its standard error over answers. `length`: tokens per
+    answer. `answers`: how many were measured; `rejected`: those that did not end or could not be used; `reread`: those
+    whose text tokenizes differently from what was written, which are left out as well.
     """
 
     reverse_kl: float
@@ -36,7 +36,7 @@ class OwnAnswers:
 
 
 def measure_own_answers(data: Path, cache_path: Path) -> OwnAnswers:
-    """Measure a set of own answers that the teacher captured. Errors: `DataError` if none can be used."""
+    """Measure a set of own answers, captured with the teacher. Errors: `DataError` if none can be used."""
     samples, cache = SampleSet.open(data), open_cache(cache_path)
     sums, lengths, reread = [], [], 0
     for row in range(len(samples)):
@@ -62,7 +62,7 @@ def measure_own_answers(data: Path, cache_path: Path) -> OwnAnswers:
 
 
 def scores(folder: Path, tasks: list[str]) -> dict[str, float]:
-    """The first figure of each benchmark's score below a round's `eval` folder."""
+    """Read each benchmark's accuracy, or else its first metric, below a round's `eval` folder."""
     found = {}
     for task in tasks:
         metrics = json.loads((folder / task / "score.json").read_text())["metrics"]

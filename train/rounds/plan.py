@@ -1,8 +1,8 @@
 """The commands of the rounds, in order, as typed in a shell; each can be run anywhere that sees the same files.
 
-OUTPUT/round-0/holdout/         the student to begin with: its answers to held-out prompts and the teacher's scores
+OUTPUT/round-0/holdout/         the initial student: its answers to held-out prompts, and the teacher's scores of them
 OUTPUT/round-1/set, cache, run  what the student wrote, the teacher's records of it, the training on them
-OUTPUT/round-1/holdout/         the student of round 1, measured as the first
+OUTPUT/round-1/holdout/         the student of round 1, measured in the same way
 OUTPUT/round-1/eval/            its answers to benchmarks, if there are any
 """
 
@@ -24,7 +24,7 @@ SCRIPT_HEAD = "The commands of the rounds, in order. Rerun any of them to resume
 
 
 def round_folder(output: str | Path, number: int) -> Path:
-    """The folder of a round; 0 is the student to begin with."""
+    """The folder of a round; round 0 is the initial student."""
     return Path(output) / f"round-{number}"
 
 
@@ -45,7 +45,7 @@ def round_steps(config: RoundsConfig) -> list[Step]:
 def check_settings(config: RoundsConfig) -> None:
     """Read the settings of `write`, `score` and `train` as their commands will.
 
-    Errors: `ConfigError` naming which of the three, for what its command does not take.
+    Errors: `ConfigError` naming which of the three its command does not accept.
     """
     written, scored, trained = (make(config, 1).command for make in (_writing, _scoring, _training))
     arguments = {"write": written[2:], "score": scored[2:], "train": trained[len(shlex.split(config.trainer)) :]}

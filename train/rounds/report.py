@@ -1,4 +1,4 @@
-"""The page of the rounds: how far the student is from its teacher after each, and the training of each."""
+"""The page of the rounds: how far the student is from its teacher after each one, and each one's training."""
 
 from __future__ import annotations
 

@@ -27,10 +27,10 @@ _LOG = logging.getLogger(__name__)
 
 
 def run_rounds(config: RoundsConfig) -> dict[str, Any]:
-    """Run all rounds, each command resuming what an earlier call has done of it, and report them.
+    """Run all rounds and report them; each command resumes where an earlier call left it.
 
-    Returns the content of `rounds.json`. Errors: `ConfigError` if other settings were begun in `output`, `StepError` if
-    a command fails.
+    Returns the content of `rounds.json`. Errors: `ConfigError` if `output` was begun with other settings, `StepError`
+    if a command fails.
     """
     check_settings(config)
     output, steps = Path(config.output), round_steps(config)
@@ -50,7 +50,7 @@ def run_rounds(config: RoundsConfig) -> dict[str, Any]:
 
 
 def _begin(output: Path, config: RoundsConfig) -> None:
-    """Note the settings, which a rerun must share but for the number of rounds. Errors: `ConfigError`."""
+    """Record the settings, which a rerun must share except for the number of rounds. Errors: `ConfigError`."""
     file = output / CONFIG_NAME
     if file.is_file():
         before = asdict(load_config(RoundsConfig, (file,)))

@@ -1,8 +1,8 @@
 """Alignment terms that mimic distillation adds to its divergence: features, image tokens, relations between them.
 
 Shape suffixes: N positions of a micro-batch, M those with a teacher's hidden state, A those of them that predict
-answers, I images (at their places in the sequences), P tokens of one, Q = I·P, D and T hidden size of student and
-teacher, V rows of the student's LM head.
+answers, I images (at their places in the sequences), P tokens of one, Q = I·P, D and T the hidden sizes of student
+and teacher, V rows of the student's LM head.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from train.data.teacher_states import TeacherStates, WantedStates, image_positio
 class Alignment:
     """The terms of `settings` that have a weight.
 
-    `image_tokens`: the tokens of one image, 0 if they depend on its size; then no term is about images. `states`: the
+    `image_tokens`: the tokens of one image, 0 if they depend on its size; then no term covers images. `states`: the
     teacher's hidden states that a batch must hold. `vocab_size`: how many ids' logits are compared, None: all.
     `projection` maps the student's features to the teacher's size; `teacher_metric_TT` is WᵀW of the teacher's LM head,
     for relations of logits, on the run's device.
@@ -56,7 +56,7 @@ class Alignment:
         """Return the weighted sum of all terms, with gradient, and each term by itself, detached.
 
         A term is a sum over its positions or images, times the step's units per position that predicts an answer
-        (`per_answer`) or per image (`per_image`): divided by the step's units it becomes the term's mean.
+        (`per_answer`) or per image (`per_image`), so that dividing by the step's units gives the term's mean.
         """
         settings = self.settings
         table = {

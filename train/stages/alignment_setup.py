@@ -1,6 +1,6 @@
 """Prepare the alignment terms of mimic distillation: check the cache, make the projection, read the teacher's LM head.
 
-Shape suffixes: D and T hidden size of student and teacher, V rows of the teacher's LM head.
+Shape suffixes: D and T the hidden sizes of student and teacher, V rows of the teacher's LM head.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def prepare_alignment(
     """Make the alignment of a run; None if no term has a weight. The cache must have passed `check_cache`.
 
     `vocab_size`: the number of ids whose logits are compared.
-    Errors: `ConfigError` if `teacher_lm_head` belongs to another teacher, or logits to compare are not a linear map;
-    `ModelError` if it is damaged.
+    Errors: `ConfigError` if `teacher_lm_head` belongs to another teacher, or if the logits to compare are not a linear
+    map; `ModelError` if it is damaged.
     """
     if cache is None or not align.is_on:
         return None
@@ -79,7 +79,7 @@ def prepare_alignment(
 
 
 def check_cache(align: AlignConfig, cache: TeacherCache) -> None:
-    """Check that a cache records what is compared. Errors: `ConfigError` naming the key and the remedy."""
+    """Check that a cache records what the terms compare. Errors: `ConfigError` naming the key and the remedy."""
     capture = cache.fingerprint["capture"]
     named = f"cache '{cache.path}'"
     for key in ("visual_kl_weight", "relation_weight"):

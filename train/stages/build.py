@@ -37,7 +37,7 @@ class Objective:
 
     `loss(student, batch, shared, features)` returns a micro-batch's sums, `count` its units. `shared` is common to all
     losses of a step and computed before them: from `totals`, summed over all micro-batches without running the student,
-    or by running `look_ahead` over them and combining the results by `share`; each loss then also gets its features.
+    or by running `look_ahead` over them and combining the results with `share`; each loss then also gets its features.
     `projection`: a module trained with the student. `units_are_positions`: whether the units are the positions that the
     loss covers; otherwise it covers all of a micro-batch.
     """
@@ -77,7 +77,7 @@ class StudentWithLoss(nn.Module):
         tokens: float = 1.0,
         ahead: bool = False,
     ) -> Any:
-        """Return a micro-batch's share of the loss of a step of so many `units` and `tokens`, and its sums.
+        """Return a micro-batch's share of the loss of a step with that many `units` and `tokens`, and its sums.
 
         With `ahead`, return its look-ahead instead.
         """
@@ -104,8 +104,8 @@ def make_objective(
     """Make a stage's objective; `vocab_size` is the number of ids that can have a probability.
 
     The mimic stages also use `positions`, which their batches hold, and `alignment`, their additional terms. `paired`:
-    whether every preference is a pair. `has_counterpart_V`: which of a student's tokens a teacher with another
-    tokenizer has as well.
+    whether every preference is a pair. `has_counterpart_V`: which of the student's tokens a teacher with another
+    tokenizer also has.
     """
     common: dict[str, Any] = {"router_aux_coef": loss.router_aux_coef, "forward": forward}
     if stage in ("align", "sft"):

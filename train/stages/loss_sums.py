@@ -1,6 +1,6 @@
-"""Losses and log values summed over a micro-batch's units and tokens, and their combination into those of a step.
+"""Losses and log values summed over a micro-batch's units and tokens, and their combination into a step's.
 
-A unit is a supervised position (align, sft, mimic) or a pair (preference); tokens are all but padding.
+A unit is a supervised position (align, sft, mimic) or a pair (preference); tokens are all except padding.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class LossSums:
     spreads: dict[str, Tensor] = field(default_factory=dict)
 
     def share(self, units: float, tokens: float) -> Tensor:
-        """This micro-batch's share of the loss of a step with so many units and tokens."""
+        """This micro-batch's share of the loss of a step with that many units and tokens."""
         own = self.loss / units
         return own if self.token_loss is None else own + self.token_loss / tokens
 

@@ -1,10 +1,9 @@
 """Mimic distillation: a dense or sparse student imitates the cached teacher's distributions.
 
 The loss of a step is the mean over its positions (all that have a record, those that predict an answer, or those of
-answers that a student wrote) of
-kd_weight · T² · divergence(teacher, student), weighted by what the image is worth to each position (with
-`loss.visual_weight`), plus lm_weight times the mean cross-entropy over those that predict a supervised token, plus
-alignment terms (see `alignment.py`), plus the routers' balance loss once.
+answers that a student wrote) of kd_weight · T² · divergence(teacher, student), weighted by what the image is worth to
+each position (with `loss.visual_weight`), plus lm_weight times the mean cross-entropy over the positions that predict a
+supervised token, plus alignment terms (see `alignment.py`), plus the routers' balance loss once.
 
 Shape suffixes: N positions of a micro-batch, A those of them that predict a supervised token.
 """
@@ -41,9 +40,9 @@ def make_loss(
 ) -> Callable[[PreTrainedModel, TrainBatch, Tensor | None], LossSums]:
     """Return the loss of a micro-batch, summed over its units; `lm_weight` 0 is the original's `only_kd`.
 
-    The units are the batch's positions, or the `chosen` ones. `totals`: from `make_totals`
-    with the same settings; the loss takes their sum over the step, or None if the micro-batch is the whole step. A step
-    divides all terms by its units, so a term that is a mean over n others is multiplied by units / n here.
+    The units are the batch's positions, or the `chosen` ones. `totals`: from `make_totals` with the same settings; the
+    loss takes their sum over the step, or None if the micro-batch is the whole step. A step divides all terms by its
+    units, so a term that is a mean over n other items is multiplied by units / n here.
     """
 
     def loss(model: PreTrainedModel, batch: TrainBatch, shared: Tensor | None) -> LossSums:

@@ -5,8 +5,8 @@ log-prob + distill_weight · T² · its divergence from the teacher, the last tw
 (as in RPO, arXiv 2404.19733); plus the routers' balance loss once.
 
 With `kto` each pair is split into a desirable and an undesirable example, and counts as their mean; a sample may also
-be one such example alone. The terms of chosen responses are then sums over those that there are. The common baseline, a
-KL, is estimated on mismatched responses, without gradient.
+be a single such example. The terms of chosen responses are then sums over the chosen responses that exist. The shared
+baseline, a KL, is estimated on mismatched responses, without gradient.
 
 Shape suffixes: B samples of a micro-batch, R roles (chosen and rejected, or mismatched alone), S sequences, role by
 role (R·B if all samples are pairs), N supervised positions, C of them in chosen responses, D hidden size. For the
@@ -60,8 +60,8 @@ def make_loss(
     """Return the loss of a micro-batch, summed over its samples; `paired`: all of them are pairs.
 
     The loss takes mean log-ratios over the global batch, or None if the micro-batch is the whole batch: for `kto_pair`
-    those of chosen and rejected responses [2], for `kto` that of mismatched ones [1]. It also takes the
-    images' features if the ratios needed them, so that a step runs the tower once per image.
+    those of chosen and rejected responses [2], for `kto` that of mismatched ones [1]. It also takes the images'
+    features if the ratios needed them, so that a step runs the tower once per image.
     """
 
     def loss(
@@ -154,7 +154,7 @@ def mean_log_ratios(ratios: Sequence[Tensor], world: World) -> Tensor:
 
 
 def _by_sample(judged: KtoLoss, batch: TrainBatch) -> tuple[Tensor, Tensor]:
-    """Sum the losses, a pair counting as the mean of its two; and return rewards [2, B], NaN where there is none."""
+    """Sum the losses, counting a pair as the mean of its two; also return rewards [2, B], NaN where there is none."""
     assert batch.sample_of_S is not None
     shares_S = 1.0 / torch.bincount(batch.sample_of_S)[batch.sample_of_S]
     rewards_2B = judged.rewards_S.new_full((2, batch.samples), torch.nan)
@@ -175,7 +175,7 @@ class _LogProbs:
     routing: Routing
 
     def by_role(self, samples: int) -> tuple[Tensor, Tensor]:
-        """Those of the policy and of the reference, as [R, B]."""
+        """Return the policy's and the reference's log-probs, each [R, B]."""
         return self.policy_S.view(-1, samples), self.reference_S.view(-1, samples)
 
 
@@ -216,7 +216,7 @@ def _log_probs(
 
 
 def _distilled(model: PreTrainedModel, batch: TrainBatch, found: _LogProbs, distillation: Distillation) -> LossTerms:
-    """Compute the divergence on chosen responses, a mean over each one's tokens; metrics likewise."""
+    """Compute the divergence on chosen responses, averaged over each one's tokens; metrics likewise."""
     assert batch.targets is not None
     chosen_C = slice(len(batch.targets))
     weights_C = 1.0 / found.lengths_S[batch.batch.sequence_of_N[chosen_C]]

@@ -40,7 +40,7 @@ class StudentPass:
     train_vision: bool = False
 
     def features(self, model: PreTrainedModel, batch: TrainBatch) -> Tensor | None:
-        """Compute what several passes over a micro-batch's images share, if that helps."""
+        """Compute the image features that several passes over a micro-batch can share, if that helps."""
         return self.forward.features(model, batch.batch, train_vision=self.train_vision)
 
     def predicting_states(

@@ -1,7 +1,7 @@
-"""LoRA students by `peft`: adapters in a student's linear layers, and their merge into a plain checkpoint.
+"""LoRA students with `peft`: adapters in a student's linear layers, and their merge into a plain checkpoint.
 
-The base layer of an adapter is frozen; parts named by `trainable` are trained in full beside them. Adapters are layers
-inside the student, so its class, its forward pass and its export stay what they are.
+The base layer of an adapter is frozen; parts named by `trainable` are trained in full alongside. Adapters are layers
+inside the student, so its class, its forward pass and its export stay the same.
 Source: LoRA (arXiv 2106.09685): W + (alpha / rank) · B·A, with B = 0 at the start.
 """
 
@@ -42,7 +42,7 @@ def add_adapters(
     """Add adapters to the linear layers that `targets` name: parts (`attention`), or layers in one (`mlp.up_proj`).
 
     Their initial weights follow from `seed`.
-    Errors: `ConfigError` if peft is not installed, or a target names no linear layer, or layers of experts.
+    Errors: `ConfigError` if peft is not installed, or a target names no linear layer or the layers of experts.
     """
     peft = _import_peft()
     names = sorted({name for target in targets for name in _layers(model, target)})
@@ -59,7 +59,7 @@ def adapter_size(model: nn.Module) -> int:
 
 
 def merged(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Merge the adapters of a student's whole `state` into its weights, under the names of a student without any.
+    """Merge the adapters in a student's full `state` into its weights, named as in a student without adapters.
 
     Sums are computed in float32 and rounded once.
     """
@@ -77,7 +77,7 @@ def merged(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_adapters(model: nn.Module, state: Mapping[str, Tensor], folder: Path, *, base: str) -> None:
-    """Write the adapters, and what is trained in full, as a PEFT folder for the checkpoint `base`, atomically."""
+    """Write the adapters, and the parts trained in full, as a PEFT folder for the checkpoint `base`, atomically."""
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     layers = _adapted(model)
     first = next(iter(layers.values()))
@@ -110,7 +110,7 @@ def _layers(model: PreTrainedModel, target: str) -> list[str]:
         name
         for name, module in model.named_modules()
         if f"{name}.weight" not in fixed
-        if type(module) is nn.Linear  # that of nn.MultiheadAttention is never called
+        if type(module) is nn.Linear  # the subclass in nn.MultiheadAttention is never called
         if patterns[part].search(f"{name}.") and not patterns["lm_head"].search(f"{name}.")
     ]
     found = [name for name in own if layer in ("", name.rpartition(".")[2])]

@@ -49,7 +49,7 @@ def open_student(
     """Make a run's student and open its family.
 
     `cached`: the `template` section of a cache's fingerprint. `sharded`: processes share the weights (ZeRO-3).
-    Errors: as `make_student` and `student_template`; `ConfigError` for settings that the family does not have.
+    Errors: those of `make_student` and `student_template`; `ConfigError` for settings that the family does not have.
     """
     model, family = _open(config, source, cached, sharded=sharded)
     longest = longrope_from(model.config)
@@ -119,7 +119,7 @@ def make_student(
 ) -> PreTrainedModel:
     """Load or build the student, upcycling it if configured; float32, on the CPU, in training mode.
 
-    `opened`: the family of a checkpoint that is no LLaVA.
+    `opened`: the family of a checkpoint that is not a LLaVA.
 
     Errors: `ModelError` for checkpoints that do not fit; `ConfigError` if the student has no such attention, or no
     layers for its adapters.
@@ -183,7 +183,7 @@ def make_student(
 
 
 def _check_experts(model: PreTrainedModel) -> None:
-    """Refuse experts whose routers are not known. Errors: `ModelError`."""
+    """Refuse experts whose routers are unknown. Errors: `ModelError`."""
     if not is_sparse(model) and any(".experts." in name for name, _ in model.named_parameters()):
         kind = model.config.get_text_config().model_type
         raise ModelError(

@@ -1,4 +1,4 @@
-"""What a student is made of: its folders, its kind, the wording of its conversations, and a digest of all."""
+"""What a student is made of: its folders, its kind, the wording of its conversations, and a digest of them all."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The files beside the weights that decide what is learned.
+# The files beside the weights that affect what is learnt.
 _DESCRIBED = ("config.json", "tokenizer.json", "preprocessor_config.json", "processor_config.json", CHAT_TEMPLATE_NAME)
 
 
@@ -105,8 +105,8 @@ def _full_precision(setting: str, name: str) -> Path:
 def student_template(name: str, source: StudentSource, cached: Mapping[str, Any] | None) -> Template:
     """The wording of a student's conversations; `cached`: the `template` section of a cache's fingerprint.
 
-    "auto" is that of the checkpoint, as its chat template says it. A student without one, such as a new one, takes that
-    of the cache, if its tokenizer has it, and without a cache LLaVA-MoD's.
+    "auto" is the checkpoint's own, as its chat template gives it. A student without one, such as a new one, takes the
+    cache's, which its tokenizer must have, or without a cache LLaVA-MoD's.
     Errors: `ConfigError` if the checkpoint's chat template cannot be followed, or the cache's wording is unknown.
     """
     tokenizer = source.tokenizer
@@ -129,7 +129,7 @@ def _template_of(cached: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast) 
 
     name = cached["name"]
     found = None
-    with contextlib.suppress(ConfigError):  # then the student has no such wording
+    with contextlib.suppress(ConfigError):  # then the student's tokenizer does not have it
         found = choose_template(str(name), lambda: tokenizer)
     if found is None or not is_template(found, cached):
         raise ConfigError(
