@@ -4,7 +4,6 @@
         weights.safetensors               the trained parameters, full and in float32, by name, including those of an
                                           alignment projection
         optimizer.safetensors             `{name}/exp_avg`, `{name}/exp_avg_sq`, `{name}/step`
-        tail.safetensors                  the loss's estimate of the records' tails, if it keeps one
         state.json                        step, counters, and the run's identity (see `resume_check.py`)
 
 Frozen parameters are represented by a digest in the run's identity. Tensors are stored unsharded, so a run can resume

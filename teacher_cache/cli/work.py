@@ -84,7 +84,8 @@ def status(
 ) -> None:
     """Show the progress of a capture: shards, who works on them, failures, speed, bytes, time left and GPU-hours.
 
-    Reads only the output, from any machine. Watches it for up to 7 seconds to see which workers are alive.
+    Reads only the output, from any machine. Watches it for about 7 seconds (a ninth of the workers' --lease) to see
+    which workers are alive.
 
     \b
     Examples:
