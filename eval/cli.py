@@ -30,7 +30,7 @@ _GENERATE_HELP = f"""Answer the questions of one or more benchmarks with a model
 Answers go to OUTPUT/TASK/predictions.jsonl. Rerun the same command to resume.
 
 engine=hf runs a model of any family in transformers, engine=vllm in vLLM (use a larger batch_size); engine=processor
-runs an image-text-to-text checkpoint wholly by its own chat template and processor. Without max_new_tokens, each
+runs an image-text-to-text checkpoint entirely with its own chat template and processor. Without max_new_tokens, each
 benchmark's published limit applies.
 
 Benchmarks: {_TASKS}
@@ -45,7 +45,7 @@ Examples:
 _SCORE_HELP = f"""Score a predictions file on a benchmark, without loading a model.
 
 PREDICTIONS is a predictions.jsonl, an answer file of LLaVA's scripts (question_id, text, prompt), logged samples of
-lmms-eval, or a table of VLMEvalKit. The denominator is the benchmark's question file, or what a limit asked.
+lmms-eval, or a table of VLMEvalKit. The denominator is the benchmark's question file, or the part asked under a limit.
 Rates are fractions of 1; MME scores are points.
 
 Benchmarks: {_TASKS}
@@ -73,8 +73,8 @@ Examples:
 _REPORT_HELP = """Compare models: scores side by side, with published figures.
 
 A RUN is an output folder of 'generate'; its predictions are rescored. OUTPUT ends in .html or .md. The .html page
-is self-contained; it lets you choose the baseline, and shows the questions on which models disagree (of a single run:
-that it answers wrong), with their images and reference answers.
+is self-contained; it lets you choose the baseline, and shows the questions on which models disagree (for a single run,
+those that it answers wrong), with their images and reference answers.
 
 \b
 Examples:
@@ -84,8 +84,8 @@ Examples:
 
 _PORTABLE_HELP = """Write a copy of a LLaVA folder for other tools: lmms-eval, a chat server, a pipeline.
 
-Students of train-student need none. The copy has the template as a chat template, its end token, an image processor
-that pads as in training, and tensors by the names that transformers 4 and 5 read.
+Students trained by train-student do not need this. The copy has the template as a chat template, its end token, an
+image processor that pads as in training, and tensor names that transformers 4 and 5 read.
 
 \b
 Examples:
@@ -142,7 +142,7 @@ def score_command(
         Path | None,
         typer.Option(help="File that records replies [default: beside the predictions]", show_default=False),
     ] = None,
-    judge_max_tokens: Annotated[int, typer.Option(help="Most tokens of a reply; reasoning models need more.")] = 512,
+    judge_max_tokens: Annotated[int, typer.Option(help="Limit on a reply's tokens; reasoning models need more.")] = 512,
     judge_key_variable: Annotated[str, typer.Option(help="Environment variable that holds the server's key.")] = "",
 ) -> None:
     from eval.score import score_task
@@ -195,7 +195,7 @@ def report_command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Output folders of 'generate'.")],
     root: Root,
     output: Annotated[Path, typer.Option("--output", "-o", help="Page to write: .html or .md.")],
-    samples: Annotated[int, typer.Option(help="Most questions shown per benchmark and pair of runs.")] = 24,
+    samples: Annotated[int, typer.Option(help="Limit on questions shown per benchmark and pair of runs.")] = 24,
 ) -> None:
     from eval.report.report import write_report
 

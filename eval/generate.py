@@ -136,7 +136,7 @@ def _generate(config: EvalGenerateConfig) -> dict[str, Path]:
             if unanswerable:
                 log.warning(
                     "%s: %d of %d questions cannot be answered (they count as wrong), the first: %s; all are in %s: "
-                    "mend their images and rerun the command",
+                    "repair their images and rerun the command",
                     *(name, len(unanswerable), len(examples[name]), next(iter(unanswerable.values()))),
                     unanswerable_file(path),
                 )

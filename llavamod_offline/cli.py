@@ -59,11 +59,14 @@ LicenceOption = Annotated[
 Workers = Annotated[int | None, typer.Option(min=1, help="Number of processes [default: all cores].")]
 CaptionPrompt = Annotated[
     str | None,
-    typer.Option(metavar="TEXT", help="Prompt of captions (KEY.txt); required if there are any."),
+    typer.Option(metavar="TEXT", help="Prompt for captions (KEY.txt); required if there are any."),
 ]
 Ignore = Annotated[list[str] | None, typer.Option(metavar="SUFFIX", help="Suffix of files to ignore; may be repeated.")]
 GraceOption = Annotated[
-    float, typer.Option("--grace", metavar="SECONDS", help="On SIGTERM, finish what is in hand if it takes no longer.")
+    float,
+    typer.Option(
+        "--grace", metavar="SECONDS", help="On SIGTERM, finish the work in hand if it takes no longer than this."
+    ),
 ]
 Root = Annotated[Path, typer.Option(metavar="DIR", help="Folder that the list's paths are relative to.")]
 SourceList = Annotated[
@@ -110,11 +113,11 @@ def pack(
 ) -> None:
     """Pack conversations or preferences and their images into a set: WebDataset shards with an index.
 
-    Unusable rows are counted and listed with the reason in the set's rejected.jsonl; the rest is packed. If more than
-    --max-rejected are unusable, no set is made, and the list is kept as OUTPUT.rejected.jsonl.
+    Unusable rows are counted and listed with the reason in the set's rejected.jsonl; the rest is packed. If more
+    than --max-rejected are unusable, no set is made, and the list is kept as OUTPUT.rejected.jsonl.
     Images keep their bytes unless --max-side shrinks them. The number of workers does not change the set.
-    With --grace, SIGTERM exits with status 4 if the shard in hand was finished first; a rerun continues either way.
-    Rows may be in LLaVA's or RLAIF-V's format, or chat messages; llavamod_offline/README.md lists their fields.
+    With --grace, SIGTERM ends with exit status 4 if the shard in hand was finished first; a rerun continues either way.
+    Rows may be in LLaVA's or RLAIF-V's format or chat messages; llavamod_offline/README.md lists their fields.
     A folder of samples has KEY.json or KEY.txt beside KEY.jpg, like the tars that `index` reads.
 
     \b
@@ -201,10 +204,10 @@ def index(
 ) -> None:
     """Make a set from existing WebDataset tars, without copying them.
 
-    A sample is KEY.json (as `pack` writes it, or in any row format) or a caption KEY.txt or KEY.cls, beside its image
+    A sample is KEY.json, as `pack` writes it or in any row format, or a caption KEY.txt or KEY.cls, beside its image
     KEY.jpg (.jpeg, .png, .webp) or images KEY.0.jpg, KEY.1.jpg and so on. Each tar is read once. Tars beside or below
-    the new set's folder may be moved together with it; others must stay in place. After a stop, a rerun starts from
-    scratch, unless --grace left enough seconds to finish.
+    the new set's folder may be moved together with it; others must stay in place. If stopped, indexing starts over,
+    unless --grace leaves it enough time to finish.
 
     \b
     Examples:
@@ -294,7 +297,7 @@ def toyworld(
         ),
     ] = None,
 ) -> None:
-    """Draw the demo's toy world: samples and benchmarks in LLaVA's file formats, and a small language model.
+    """Render the demo's toy world: samples and benchmarks in LLaVA's file formats, and a small language model.
 
     \b
     Example:
@@ -317,7 +320,7 @@ def demo(
     """Distil a toy teacher into small students, score them all, and write a table and a page.
 
     Generates a toy world and runs the commands that you would type for your own data and teacher; DIR/commands.sh lists
-    them. Takes a few minutes on two cores, without network access.
+    them. Takes several minutes on two cores, without network access.
 
     \b
     Examples:
@@ -338,19 +341,19 @@ def ladder(
         str | None,
         typer.Option(
             metavar="N|M-N",
-            help="How many seeds, each with a world of its own, or which, such as 4-5 [default: 5; 1 if quick].",
+            help="Number of seeds, each with its own world, or a range such as 4-5 [default: 5; 1 if quick].",
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A fraction of the data and steps, as a smoke test.")] = False,
     at_once: Annotated[
-        int | None, typer.Option(min=1, help="Commands at the same time [default: one per core, from 2 to 8].")
+        int | None, typer.Option(min=1, help="Commands to run at the same time [default: one per core, from 2 to 8].")
     ] = None,
 ) -> None:
-    """Show what each stage and each target gives: about thirty students per seed, and a test of each claim.
+    """Show what each stage and each target contributes: some thirty students per seed, and a test of each claim.
 
-    Compares toy-world students with equal data and steps: with and without a teacher, dense and sparse, preference
-    losses, alignment terms, and what a cache keeps. Writes DIR/ladder.json and DIR/report.html after each seed. Rerun
-    the same command to resume, or with more seeds to add some. Takes about three hours on two cores.
+    Compares students on the toy world with equal data and steps: with and without teacher, dense and sparse, preference
+    losses, alignment terms, and what a cache keeps. Writes DIR/ladder.json and DIR/report.html after each seed.
+    Rerun the same command to resume, or with more seeds to add some. Takes about three hours on two cores.
 
     Seeds can be split across machines: copy each DIR/seed-N/results.json into one DIR and rerun there. A seed with that
     file is complete: its other files may be deleted.

@@ -267,8 +267,8 @@ def _check_image_terms(config: TrainConfig) -> None:
     for key in ("visual_kl_weight", "relation_weight"):
         if getattr(config.loss.align, key):
             raise ConfigError(
-                f"loss.align.{key}: the images of this student take tokens by their size, and only those of LLaVA "
-                "students are compared token by token: set it to 0"
+                f"loss.align.{key}: the number of this student's image tokens depends on the image's size, and only "
+                "LLaVA students are compared token by token: set it to 0"
             )
 
 
@@ -298,8 +298,8 @@ def _tail(
     prior = prior_of(cache, epochs=visits, swap=swap, vocab_size=vocab_size) if tail == "samples" else None
     if prior is not None:
         _LOG.info(
-            "few records, each read %.0f times: %.0f %% of each tail follows the teacher's mean tail, as students "
-            "learn the samples of so few by heart",
+            "few records, each read %.0f times: %.0f %% of each tail follows the teacher's mean tail, because "
+            "students memorise the samples of so few records",
             visits,
             100 * prior.share,
         )

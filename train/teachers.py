@@ -72,7 +72,7 @@ def is_aligned(config: TrainConfig, parts: Sequence[TeacherCache], tokenizer: Pr
         check_student(parts[0].fingerprint, tokenizer)
     except CacheError:
         return True
-    _LOG.info("cache.other_tokenizer: the student has the teacher's tokenizer, so that nothing is to be aligned")
+    _LOG.info("cache.other_tokenizer: the student has the teacher's tokenizer, so there is nothing to align")
     return False
 
 
@@ -95,8 +95,8 @@ def check_teachers(
         _check_records(config, part)
     if any(swap != swaps[0] for swap in swaps):
         raise ConfigError(
-            f"cache.end_of_turn: it swaps other ids in cache '{parts[0].path}' than in the others: use teachers of one "
-            "tokenizer"
+            f"cache.end_of_turn: it swaps different ids in cache '{parts[0].path}' from those in the others: use "
+            "teachers with one tokenizer"
         )
     return swaps[0] if swaps else None
 

@@ -30,7 +30,8 @@ def write_portable(student: Path, output: Path, *, template: str = "auto", image
         raise ConfigError(f"{output}: already exists: name a new folder")
     if not is_llava(student):
         raise ModelError(
-            f"{student}: it is no LLaVA, and its own processor and chat template say how it is asked: use it as it is"
+            f"{student}: it is not a LLaVA, and its own processor and chat template say how to "
+            "prompt it: use it as it is"
         )
     images = ImagePreprocessor.from_checkpoint(student, image_aspect)
     config, tokenizer = load_config(student), load_tokenizer(student)

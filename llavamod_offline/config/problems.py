@@ -123,7 +123,7 @@ def wrong_value(key: str, hint: Any, value: Any) -> str:
     if isinstance(value, dict) and get_origin(plain(hint)) is not dict:
         return f"{key} is a single setting, not a section: write {key}={expected(hint)}"
     if get_origin(plain(hint)) is list and isinstance(value, str) and value.startswith("["):
-        return f"{key} is no list: '{value}': quote items that hold brackets or braces: {key}=['a=[b,c]',d]"
+        return f"{key} is not a list: '{value}': quote items that hold brackets or braces: {key}=['a=[b,c]',d]"
     if get_origin(plain(hint)) in (list, tuple) and not isinstance(value, list):
         return f"{key} takes a list: write {key}=[{_shown(value)}]"
     return f"{key} is {_quoted(value)}: must be {expected(hint)}"

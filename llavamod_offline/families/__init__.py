@@ -71,8 +71,8 @@ def _family(folder: Path) -> tuple[str, str]:
         return "image_text", "ImageTextFamily"
     if model_type in _MULTIMODAL:
         raise ModelError(
-            f"{folder}/config.json: model_type is '{model_type}', whose images transformers cannot pass on by its "
-            "image-text classes: give the folder of another checkpoint"
+            f"{folder}/config.json: model_type is '{model_type}', which none of transformers' "
+            "image-text classes covers: give the folder of another checkpoint"
         )
     if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return "causal_lm", "CausalLmFamily"

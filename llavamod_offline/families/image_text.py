@@ -63,7 +63,7 @@ class ImageTextFamily:
             raise ModelError(f"{folder}: {self.model_type} is an encoder-decoder: choose a teacher that is a decoder")
         self.processor = load_processor(folder, config)
         if getattr(self.processor, "image_processor", None) is None:
-            raise ModelError(f"{folder}: {type(self.processor).__name__} takes videos alone: {folders.OTHER}")
+            raise ModelError(f"{folder}: {type(self.processor).__name__} takes only videos: {folders.OTHER}")
         self.tensors = "np" if type(self.processor.image_processor).__name__.endswith("Pil") else "pt"
         # A copy: threads use the processor's own, with other settings.
         tokenizer = copy.deepcopy(self.processor.tokenizer)

@@ -126,8 +126,8 @@ def _check_ids(family: ImageTextFamily, ids_T: NDArray[np.int64], theirs_T: NDAr
         for one in (theirs_T, ids_T)
     ]
     raise ModelError(
-        f"{where}, its processor gives other tokens than the template '{family.encoder.template.name}': token {first} "
-        f"is {tokens[0]}, not {tokens[1]}: {folders.OTHER}, or another template"
+        f"{where}, its processor gives different tokens from the template '{family.encoder.template.name}': token "
+        f"{first} is {tokens[0]}, not {tokens[1]}: {folders.OTHER}, or another template"
     )
 
 

@@ -32,7 +32,7 @@ def check_model(family: Family, model: Any) -> None:
         raise
     except Exception as error:
         raise ModelError(
-            f"{name}: the model cannot take what its processor gives: {first_line(error)}: copy the processor's files "
+            f"{name}: the model cannot take its processor's output: {first_line(error)}: copy the processor's files "
             "that belong to the model"
         ) from error
 

@@ -54,7 +54,7 @@ def read_seed(output: Path, seed: int, steps: Sequence[Step]) -> dict[str, Any] 
         raise ConfigError(f"{file}: not the results of a seed: copy it again, or remove it to run the seed") from error
     if plan == plan_digest(steps):
         return results
-    _LOG.warning("%s: made by other commands than today's: seed %d is run", file, seed)
+    _LOG.warning("%s: made by different commands from the current ones: running seed %d", file, seed)
     return None
 
 

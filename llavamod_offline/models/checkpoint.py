@@ -94,7 +94,7 @@ def _check_complete(info: dict[str, Any], where: str) -> None:
             if kind == "missing_keys" and names == ["lm_head.weight"]:
                 reason = (
                     "config.json does not tie it to the embeddings (tie_word_embeddings), and no file has it: set "
-                    "tie_word_embeddings to true if the model was trained so, or copy the weights again"
+                    "tie_word_embeddings to true if the model was trained that way, or copy the weights again"
                 )
             count = counted(len(names), kind.replace("_keys", "") + " tensor")
             raise ModelError(f"{where}: {count}, first '{names[0]}': {reason}")

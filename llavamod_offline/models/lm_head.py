@@ -211,7 +211,7 @@ def check_lm_head(model: Any, backbone: Any, *, name: str, inputs: Mapping[str, 
             if problem := _difference(theirs_TV, ours_TV, rounding):
                 raise ModelError(
                     f"{name}: the logits of {type(model).__name__} are not those of its LM head ({problem}), in a way "
-                    "that is not known: choose another model"
+                    "that no known rule explains: choose another model"
                 )
 
 

@@ -95,7 +95,7 @@ def sparse_twin(text_config: Any) -> SparseTwin:
         if getattr(text_config, name, value) != value:
             raise ModelError(
                 f"a '{text_config.model_type}' text model with {name}={getattr(text_config, name)} cannot be made "
-                f"sparse: its sparse form, {twin.model_type}, has no such thing: use another checkpoint"
+                f"sparse: its sparse form, {twin.model_type}, does not support this: use another checkpoint"
             )
     return twin
 

@@ -46,7 +46,7 @@ class RemoteFile:
         except FileNotFoundError as error:
             raise StorageError(f"{self.url}: no such file, or its server does not answer: check the address") from error
         if not size:
-            raise StorageError(f"{self.url}: is empty, or its server does not tell its size")
+            raise StorageError(f"{self.url}: is empty, or its server does not report its size")
         return size
 
     def open(self) -> IO[bytes]:
@@ -100,7 +100,7 @@ class _Ranges(io.RawIOBase):
         try:
             content = self._folder.read(self._name, self._position, stop)
         except FileNotFoundError as error:
-            raise StorageError(f"{self._file}: has been removed while it was read") from error
+            raise StorageError(f"{self._file}: was removed while it was being read") from error
         if not content:
             raise StorageError(f"{self._file}: ends at byte {self._position} of {self._size}: try again")
         buffer[: len(content)] = content

@@ -91,7 +91,7 @@ class ProcessorFeed:
         info = self._processor.info
         info.get_hf_processor().image_processor = self.family.processor.image_processor
         if info.get_hf_processor().image_processor is not self.family.processor.image_processor:
-            raise ModelError(f"{self.family.folder}: vLLM prepares its images in a way of its own: use the engine hf")
+            raise ModelError(f"{self.family.folder}: vLLM prepares its images in its own way: use the engine hf")
 
     @property
     def own_images(self) -> Callable[[Sample], Any]:

@@ -119,7 +119,7 @@ class AskedModel:
         def choose(logits_BV: Tensor, step: int) -> Tensor | None:
             nonlocal shown, finish
             if bool(logits_BV.isnan().any()):
-                raise ModelError(f"{self.name}: its logits are no numbers (NaN): try --dtype float32")
+                raise ModelError(f"{self.name}: its logits are not numbers (NaN): try --dtype float32")
             number = int(logits_BV[0].argmax())
             if number == self.encoder.end_id:
                 finish = "stop"

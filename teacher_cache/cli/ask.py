@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def ask(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A student's or teacher's folder, or a Hub id.")],
     words: Annotated[
-        list[str], typer.Argument(metavar='[IMAGE]... "QUESTION"', help="Images, if any, and the question last.")
+        list[str], typer.Argument(metavar='[IMAGE]... "QUESTION"', help="Images, if any, then the question.")
     ],
-    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens of the answer.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Limit on the answer's tokens.")] = 256,
     template: Annotated[
         str, typer.Option(metavar="NAME", help="Wording of the prompt; auto: what the checkpoint was trained with.")
     ] = "auto",
@@ -41,8 +41,8 @@ def ask(
 
     Prompt, images and greedy decoding are those of `eval-student generate`. MODEL may be any student, or any teacher
     that `cache-teacher` can run; as a Hub id, its local snapshot. With --cache and --key, the answer that the cache
-    holds for that sample follows, token by token: its probability under the teacher and under the model, and what each
-    would rather have said.
+    holds for that sample follows, token by token: how likely the teacher and the model find each token, and which
+    token each prefers.
 
     \b
     Examples:

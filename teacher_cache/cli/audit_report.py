@@ -85,7 +85,7 @@ def audit(
     ] = None,
     as_json: _Json = False,
 ) -> None:
-    """Run the teacher again over random sequences and compare with the cache (exit status 1 if they differ).
+    """Rerun the teacher on random sequences and compare with the cache (exit status 1 if they differ).
 
     Also prints how the teacher differs from itself in batches of a different shape, and the largest error of the
     cache's encoding. `--max` and `--mean` limit the differences beyond that error.

@@ -27,17 +27,18 @@ def generate(
         typer.Option(metavar="FIELD", help="Continue a set and a cache even if this fingerprint field differs."),
     ] = None,
     grace: Annotated[
-        float, typer.Option(metavar="SECONDS", help="On SIGTERM, finish the shard in hand if it takes no longer.")
+        float,
+        typer.Option(metavar="SECONDS", help="On SIGTERM, finish the shard in hand if it takes no longer than this."),
     ] = 0.0,
     print_config: PrintConfig = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
-    """Let the teacher answer a set's prompts: the answers become a new set, their records a cache.
+    """Let the teacher answer a set's prompts: the answers become a new set, and their records a cache.
 
     Replaces the last answer of each conversation, given the turns before it (generate.turns=all: every answer).
-    Answers that are unfinished, empty or invalid are listed with the reason in the new set's rejected.jsonl.
-    Rerun a killed run to continue; it gives the same set and the same cache. With --slice, several jobs each answer a
-    share of the shards; run the command once more without it to make the set of all answers and capture it.
+    Unfinished, empty or invalid answers are listed with the reason in the new set's rejected.jsonl.
+    Rerun a killed run to continue; it gives the same set and the same cache. With --slice, several jobs each answer
+    a share of the shards; then run the command once without it to make the set of all answers and capture it.
 
     Exit status: 0 if everything was answered and captured; 3 if something was rejected; 2 for an error; with --grace, 4
     if SIGTERM stopped it and the shard in hand was finished first, and 143 if that would have taken longer.
@@ -73,8 +74,8 @@ def _print(done: Generation) -> None:
         print(
             f"{done.output_set}: wrote {done.tokens:,} tokens for {counted(done.written, 'sample')} in "
             f"{done.seconds:.1f} s "
-            f"({done.tokens_per_second:,.0f} tokens/s); {done.retokenised:,} with a text that ends by generate.stop or "
-            "is read as other tokens than those written"
+            f"({done.tokens_per_second:,.0f} tokens/s); {done.retokenised:,} ended by generate.stop, or with a text "
+            "that is tokenized differently from what was written"
         )
     if done.digest is None:
         left = f"{counted(done.shards_left, 'shard')} left" if done.shards_left else "every shard is answered"

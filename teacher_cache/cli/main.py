@@ -73,7 +73,7 @@ def run(
         capture.preset=reference capture.mismatched=true     # for preference training, including unpaired KTO
       cache-teacher run capture.yaml --slice 3/16        # one of 16 jobs that share the output
       cache-teacher run capture.yaml engine.ray=true     # a worker on each GPU
-      cache-teacher run capture.yaml --max-rejected 0.01 || [ $? -eq 3 ]   # in a script that stops at errors
+      cache-teacher run capture.yaml --max-rejected 0.01 || [ $? -eq 3 ]   # in a script that stops on errors
 
     """
     from llavamod_offline.config import load_config, split_arguments
@@ -133,7 +133,7 @@ def plan(
         ),
     ] = None,
     scale: Annotated[
-        str | None, typer.Option(metavar="N,…", help="Also say what so many samples take, such as 5e6,1e9.")
+        str | None, typer.Option(metavar="N,…", help="Also say what these numbers of samples need, such as 5e6,1e9.")
     ] = None,
     print_config: PrintConfig = False,
     as_json: AsJson = False,
@@ -190,7 +190,7 @@ def plan(
 def verify(
     cache: CacheFolder,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Remove damaged shards, so that `run` captures just those again.")
+        bool, typer.Option("--repair", help="Remove damaged shards, so that `run` captures only those again.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

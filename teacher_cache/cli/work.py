@@ -21,7 +21,7 @@ Allow = Annotated[
     list[str] | None, typer.Option(metavar="FIELD", help="Continue a cache even if this fingerprint field differs.")
 ]
 Grace = Annotated[
-    float, typer.Option(metavar="SECONDS", help="On SIGTERM, finish the shard in hand if it takes no longer.")
+    float, typer.Option(metavar="SECONDS", help="On SIGTERM, finish the shard in hand if it takes no longer than this.")
 ]
 _REJECTED_STATUS = 3
 _FAILED_STATUS = 5
@@ -30,7 +30,7 @@ _FAILED_STATUS = 5
 def work(
     arguments: Arguments = None,
     lease: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Others take over what is not renewed for so long.")
+        float, typer.Option(metavar="SECONDS", help="Others take over from a worker that is silent for this long.")
     ] = 60.0,
     grace: Grace = 20.0,
     allow: Allow = None,
@@ -43,9 +43,9 @@ def work(
 ) -> None:
     """Capture shards of a set beside any number of other workers, on any machines, into one cache.
 
-    Start one per GPU, with the same settings; workers may come and go at any time. Each claims one shard after another
-    in the output itself (a folder, NFS or a bucket) and takes over those of workers that died. Clocks may differ. It
-    ends when all shards are in the cache, or have failed capture.attempts times.
+    Start one for each GPU, with the same settings; workers may come and go at any time. Each claims one shard after
+    another in the output itself (a folder, NFS or a bucket) and takes over those of workers that died.
+    Clocks may differ. It ends when all shards are in the cache, or have failed capture.attempts times.
 
     Exit status: 0 if the cache is complete; 3 if it is and some sequences were rejected; 5 if shards have failed
     (`cache-teacher status` lists them, `retry` tries them again); 4 if SIGTERM stopped it and its shard was finished
@@ -75,16 +75,16 @@ def work(
 
 def status(
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="A cache, finished or not: a folder or URL.")],
-    watch: Annotated[bool, typer.Option("--watch", help="Print again and again until the cache is complete.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Keep printing until the cache is complete.")] = False,
     every: Annotated[float, typer.Option(metavar="SECONDS", min=1, help="The pause of --watch.")] = 30.0,
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The plan to compare with, if not the one beside the output.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the progress of a capture: shards, who works on them, failures, speed, bytes, time left and GPU-hours.
+    """Show a capture's progress: shards, who is working on them, failures, speed, bytes, time left and GPU-hours.
 
-    Reads only the output, from any machine. Watches it for about 7 seconds (a ninth of the workers' --lease) to see
+    Reads only the output, from any machine. Watches for about 7 seconds (a ninth of the workers' --lease) to see
     which workers are alive.
 
     \b
@@ -111,11 +111,11 @@ def retry(
     allow: Allow = None,
     as_json: AsJson = False,
 ) -> None:
-    """Capture the failed shards and the rejected sequences of a cache again, and put them in their places.
+    """Capture a cache's failed shards and rejected sequences again, and add them to the cache.
 
     Takes the settings that `work` left in the output, overridden by those given here, such as a smaller batch; for a
-    cache that `run` made, the settings must be given. What neither failed nor was rejected is left alone, except that a
-    shard whose rejected sequences can now be captured is captured again as a whole.
+    cache that `run` made, all settings must be given. What neither failed nor was rejected is left alone, except that a
+    shard in which rejected sequences can now be captured is recaptured as a whole.
 
     Exit status: 0 if nothing is left; 3 if sequences are still rejected; 5 if shards have failed again, or were never
     begun, which `work` and `run` capture; 2 for an error.

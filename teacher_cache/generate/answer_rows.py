@@ -202,7 +202,7 @@ class Answerer:
         same = answer.stopped is None and read_back == [*answer.ids, self._encoder.end_id]
         if not same and "\ufffd" in text:
             raise RowError(
-                "unusable answer", "the answer's tokens do not decode to text: part of a character stands alone"
+                "unusable answer", "the answer's tokens do not decode to text: they hold only part of a character"
             )
         item.texts.append(text)
         item.log_probs.append(tuple(round(value, LOG_PROB_DIGITS) for value in answer.log_probs) if same else None)

@@ -162,7 +162,7 @@ def open_bridge(
     described: Mapping[str, Any] = cache.fingerprint["tokenizer"]
     if not isinstance(described.get("tokens"), str):
         raise ConfigError(
-            f"cache.other_tokenizer: cache '{cache.path}' does not tell its teacher's tokens: capture again, or "
+            f"cache.other_tokenizer: cache '{cache.path}' does not list its teacher's tokens: capture again, or "
             "remove it and use a student with the teacher's tokenizer"
         )
     theirs = token_bytes(Tokens.unpack(described["tokens"]), size=cache.vocab_size, whose="the teacher's")

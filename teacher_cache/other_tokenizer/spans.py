@@ -138,7 +138,7 @@ def _composed(content: bytes, where: str) -> str:
     try:
         return unicodedata.normalize("NFC", content.decode())
     except UnicodeDecodeError as error:
-        raise TargetError(f"{where}: its tokens are no UTF-8 text: use a tokenizer that keeps its text") from error
+        raise TargetError(f"{where}: its tokens are not UTF-8 text: use a tokenizer that keeps its text") from error
 
 
 def _composed_ends(side: _Said) -> list[int]:

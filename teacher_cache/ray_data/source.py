@@ -74,7 +74,7 @@ def source_of(dataset: Any) -> SetSource:
     while not isinstance(step, Read):
         if not isinstance(step, AbstractMap) or isinstance(step, StreamingRepartition):
             raise ConfigError(
-                f"ray_data: the step {step.name} may tear the rows of a shard apart, or keeps some back: between "
+                f"ray_data: the step {step.name} may separate the rows of a shard, or hold some back: between "
                 "read_set and write_cache, only filter and map"
             )
         (step,) = step.input_dependencies

@@ -28,8 +28,8 @@ class TeacherActor:
         self._setup = prepare_capture(**values)
         if found := differences(fingerprint, self._setup.fingerprint):
             raise ConfigError(
-                f"ray_data: host {platform.node()} would capture something else than the driver: {'; '.join(found)}: "
-                "give all hosts of the cluster the same checkpoint, set and versions"
+                f"ray_data: host {platform.node()} would capture something different from the driver: "
+                f"{'; '.join(found)}: give all hosts of the cluster the same checkpoint, set and versions"
             )
         self._engine = self._setup.load()
 
@@ -87,7 +87,7 @@ def placed_values(config: CacheTeacherConfig) -> tuple[SetupValues, float]:
         if given:
             raise ConfigError(f"config: {name}: a pipeline of Ray Data captures the whole set by itself: remove it")
     if config.capture.without_image is not None:
-        raise ConfigError("capture.without_image: rows of Ray Data hold no visual advantages: capture by `run`")
+        raise ConfigError("capture.without_image: rows of Ray Data hold no visual advantages: capture with `run`")
     if not ray.is_initialized():
         ray.init()
     values = absolute_values(follow_template(config.setup_values, begun_fingerprint(config.output)))

@@ -124,7 +124,7 @@ def _visual(cache: TeacherCache, scan: Scan) -> str:
         f"{len(items):,} of {counted(measured, 'sequence')} with images do not need them: no token of the answer gains "
     )
     named = ", ".join(key for key, _ in items[:_LISTED]) + (", …" if len(items) > _LISTED else "")
-    return f"{said}{NEEDED:g} nats by the image" + (f": {named}." if items else ".")
+    return f"{said}{NEEDED:g} nats from the image" + (f": {named}." if items else ".")
 
 
 def _chosen(cache: TeacherCache, rankings: Sequence[Ranking], samples: int) -> dict[str, dict[str, str]]:

@@ -64,7 +64,7 @@ def _unneeded_images(cache: TeacherCache, scan: Scan, count: int) -> Ranking:
     rows = unneeded_images(scan)[:count].tolist()
     image_Q = _spread(scan.image_Q, scan, len(cache))
     texts = tuple(f"{image_Q[row]:+.3f}".replace("-", "−") for row in rows)
-    note = f"no token gains {NEEDED:g} nats by the image; the most that one gains"
+    note = f"no token gains {NEEDED:g} nats from the image; the most that one gains"
     measured = int((~np.isnan(image_Q)).sum())
     return Ranking("unneeded", "Images not needed", note, measured, tuple(cache.items(rows)), texts)
 

@@ -52,7 +52,7 @@ def drop_images(
         if bare.target_hash == sequence.target_hash:
             kept.append(bare)
         else:
-            reason = "its answer is tokenized otherwise without its images: set capture.without_image=blank"
+            reason = "its answer is tokenized differently without its images: set capture.without_image=blank"
             rejected.append(Rejection(sequence.key, sequence.role, reason))
     return Request(request.row, sample, tuple(kept)), rejected
 

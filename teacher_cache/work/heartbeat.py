@@ -100,7 +100,7 @@ class Heartbeat:
         try:
             self._write()
         except (OSError, StorageError) as error:
-            _LOG.warning("%s: cannot say that this worker has ended: %s", self._folder.where, first_line(error))
+            _LOG.warning("%s: cannot report that this worker has ended: %s", self._folder.where, first_line(error))
 
     def tell(self, **values: Any) -> None:
         """Change what the next renewal says."""
@@ -209,7 +209,7 @@ def check_no_workers(where: str | Path, pause: Callable[[float], None] = time.sl
         names = [state.worker for state in living]
         if living:
             longest = max(state.lease_seconds for state in living)
-            _LOG.info("%s: %d workers did not say that they ended: looking for %g s", where, len(living), longest)
+            _LOG.info("%s: %d workers have not reported their end: watching for %g s", where, len(living), longest)
             pause(min(state.renew_seconds for state in living))
 
 

@@ -81,7 +81,7 @@ def retry(
     tally = Tally(Rejected())
     about = begun_fingerprint(config.output)
     if about is None:
-        raise CacheError(f"cache '{config.output}': nothing was begun there: check the path")
+        raise CacheError(f"cache '{config.output}': no capture was begun there: check the path")
     setup = prepare_capture(**follow_template(config.setup_values, about))
     check_allowed(allow, setup.fingerprint)
     store = CacheStore.open(config.output, setup.fingerprint, setup.samples.shard_names, allow=allow)

@@ -112,7 +112,7 @@ def test_a_stopped_run_over_a_gemma_goes_on(world: World, parts: Path, tmp_path:
         ("Gemma2", "over a 'gemma2' would lose the soft cap of its logits, 30: use another"),
         ("Cohere", "over a 'cohere' would lose the scale of its logits, 0.0625"),
         ("Granite", "over a 'granite' would lose the scale of its logits, 0.125"),
-        ("BART", "embeddings cannot be reached|an encoder-decoder: use the folder of a decoder alone"),
+        ("BART", "embeddings cannot be reached|an encoder-decoder: use the folder of a decoder-only model"),
         ("Mixtral", "the language model is a mixture of experts: use a dense one"),
         ("Falcon-H1", "over a 'falcon_h1' would lose the scale of its logits, 0.5"),
     ],

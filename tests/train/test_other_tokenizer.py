@@ -159,7 +159,7 @@ def test_a_cache_that_does_not_tell_tokens_is_refused(
         return cache
 
     monkeypatch.setattr(reader, "open_cache", older)
-    with pytest.raises(ConfigError, match="does not tell its teacher's tokens: capture again"):
+    with pytest.raises(ConfigError, match="does not list its teacher's tokens: capture again"):
         train(world.config("mimic_dense", tmp_path, f"student.checkpoint={students['chatml']}", *ALIGN))
 
 

@@ -52,7 +52,7 @@ class MeasureConfig:
     def __post_init__(self) -> None:
         if self.cache.other_tokenizer is not None:
             raise ConfigError(
-                "cache.other_tokenizer: the distance from a teacher is measured with its tokenizer alone: remove it, "
+                "cache.other_tokenizer: the distance from a teacher is measured only with its tokenizer: remove it, "
                 "and set cache.path to null, to measure the student on the set's answers"
             )
         least = {"max_length": 1, "batch_size": 1, "workers": 0}

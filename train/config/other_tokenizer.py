@@ -17,7 +17,7 @@ def other_tokenizer_problems(config: TrainConfig) -> Iterable[str]:
             yield "loss.unmatched_weight: not used with one tokenizer: remove it, or set cache.other_tokenizer to align"
         return
     if not config.stage.startswith("mimic"):
-        yield f"cache.other_tokenizer: stage {config.stage} aligns no tokens, mimic stages do: set it to null"
+        yield f"cache.other_tokenizer: only the mimic stages align tokens, not {config.stage}: set it to null"
         return
     if loss.kind == "policy_gradient" or loss.positions == "written":
         yield (

@@ -43,8 +43,8 @@ def check_written(samples: SampleSet, *, key: str) -> None:
         )
     if not any(_has_written(samples.read(row)) for row in range(len(samples))):
         raise ConfigError(
-            f"{wanted}: nothing can be learnt from set '{samples.path}': each of its answers ended by generate.stop, "
-            f"or is read as other tokens than those written: {_AGAIN}, without generate.stop"
+            f"{wanted}: nothing can be learnt from set '{samples.path}': each of its answers was ended by "
+            f"generate.stop, or is tokenized differently from what was written: {_AGAIN}, without generate.stop"
         )
 
 
@@ -61,7 +61,7 @@ def behaviour_log_probs(sample: Sample, sequence: TokenizedSequence, masked: Col
     written, and the ids in `masked`. Errors: `DataError` if the sample has no log-probs, or not one per token.
     """
     if sample.generated is None or not sample.generated.behaviour_log_probs:
-        raise DataError(f"sample '{sample.key}': the set has no log-probs of who wrote its answers: {_AGAIN}")
+        raise DataError(f"sample '{sample.key}': the set has no log-probs from the writer of its answers: {_AGAIN}")
     written = sample.generated.behaviour_log_probs
     ends = np.flatnonzero(np.diff(sequence.supervised_N) > 1) + 1
     turns = np.split(np.arange(len(sequence.supervised_N)), ends)[-len(written) :]

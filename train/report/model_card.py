@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-processor = AutoProcessor.from_pretrained("FOLDER", backend="pil")  # as in training; torchvision rounds otherwise
+processor = AutoProcessor.from_pretrained("FOLDER", backend="pil")  # as in training; torchvision rounds differently
 model = AutoModelForImageTextToText.from_pretrained("FOLDER", dtype=dtype).to(device)
 
 question = [{"type": "image", "path": "IMAGE"}, {"type": "text", "text": "QUESTION"}]
@@ -34,7 +34,7 @@ answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip
 print("\\n".join(answer.strip() for answer in answers))
 ```"""
 _TOOLS = (
-    "transformers 4.56 and later, 5 included, ask the student as in training: the processor words and pads prompts, "
+    "transformers 4.56 and later, 5 included, prompt the student as in training: the processor words and pads prompts, "
     "{images}, and generation is greedy and stops at the template's end token. In training, transparent images were "
     "put on white; transformers drops their transparency."
 )

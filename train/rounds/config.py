@@ -84,16 +84,16 @@ class RoundsConfig:
         if (self.benchmarks is None) != (not self.tasks):
             yield "benchmarks: name both benchmarks and tasks, or neither"
         if Path(self.prompts) == Path(self.holdout):
-            yield "holdout: is the set of the prompts: name a set of others"
+            yield "holdout: is the same set as prompts: name another"
         try:
             if not shlex.split(self.trainer):
                 yield "trainer: is empty: name a command, such as train-student"
         except ValueError as error:
-            yield f"trainer: '{self.trainer}' is no command line ({error}): close its quotes"
+            yield f"trainer: '{self.trainer}' is not a command line ({error}): close its quotes"
         for name, owned in _OWNED.items():
             for setting in getattr(self, name):
                 key, equals, _ = setting.partition("=")
                 if not equals or key != key.strip():
-                    yield f"{name}: '{setting}' is no setting: write KEY=VALUE"
+                    yield f"{name}: '{setting}' is not a setting: write KEY=VALUE"
                 elif key in (*_PLACES, *owned):
                     yield f"{name}: '{key}' is decided by the rounds: remove it"

@@ -102,7 +102,7 @@ def _layers(model: PreTrainedModel, target: str) -> list[str]:
     part, _, layer = target.partition(".")
     if part in ("mlp", "text") and is_sparse(model):
         raise ConfigError(
-            f"student.lora.targets: '{target}' holds experts, which are no linear layers: adapt 'attention' and train "
+            f"student.lora.targets: '{target}' holds experts, which are not linear layers: adapt 'attention' and train "
             "experts in full (trainable: mlp), or leave student.lora out"
         )
     fixed, patterns = fixed_parameters(model), model_parts(model)

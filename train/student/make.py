@@ -87,8 +87,8 @@ def _open_whole(
     folder = source.processor
     if config.image_aspect != AUTO_ASPECT:
         raise ConfigError(
-            f"image_aspect: '{config.image_aspect}' is for LLaVA students alone, and {folder} is none: set it to auto, "
-            "by which its processor prepares images"
+            f"image_aspect: '{config.image_aspect}' is for LLaVA students alone, and {folder} is not one: set it to "
+            "auto, and its processor prepares the images"
         )
     template: Template | str = config.template
     unworded = not source.tokenizer.chat_template and read_json(folder, "config.json").get("model_type") != PALIGEMMA
@@ -105,7 +105,7 @@ def _open_whole(
     model = make_student(config.student, seed=config.seed, attention=config.engine.attention, opened=opened)
     if sharded and model.base_model is model:
         raise ConfigError(
-            f"engine.zero_stage: {type(model).__name__} has no base model of which ZeRO-3 could gather the weights: "
+            f"engine.zero_stage: {type(model).__name__} has no base model whose weights ZeRO-3 could gather: "
             "use another stage"
         )
     lora = [] if config.student.lora is None else config.student.lora.targets

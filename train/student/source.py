@@ -70,7 +70,7 @@ def open_source(config: StudentConfig) -> StudentSource:
     if type(read_config(AutoConfig, folder)) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ConfigError(
             f"student.checkpoint: {folder} is a language model without images: set student.language_model to it, and "
-            "student.vision_tower, to make a LLaVA of it"
+            "student.vision_tower, to build a LLaVA from it"
         )
     sparse = is_sparse_checkpoint(folder)
     if sparse and config.upcycle is not None:

@@ -121,8 +121,8 @@ def stripped_roles(template: Template, tokenizer: PreTrainedTokenizerFast, form:
         if rendered == _text(replace(template, strips=roles), [*system, *turns]):
             return roles
     _LOG.warning(
-        "%s: its chat template changes the white space around texts in a way that is not followed here: strip the "
-        "texts of your data",
+        "%s: its chat template changes the white space around texts in a way that is not reproduced here: strip the "
+        "texts in your data",
         tokenizer.name_or_path,
     )
     return ()

@@ -99,7 +99,9 @@ def trained_with(tokenizer: PreTrainedTokenizerFast, *, image: str | None = IMAG
     if template is None:
         template = from_tokenizer(tokenizer, setting=AUTO, image=image)
     if image is not None and not images_alike(template, tokenizer, image):
-        raise ConfigError(f"template 'auto': the chat template of {folder} words turns with images apart: {_WAY_OUT}")
+        raise ConfigError(
+            f"template 'auto': the chat template of {folder} words turns with images differently: {_WAY_OUT}"
+        )
     if not ids_alike(template, tokenizer, image):
         raise ConfigError(
             f"template 'auto': the tokenizer of {folder} joins tokens across the turns of its chat template: "

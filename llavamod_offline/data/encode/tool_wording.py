@@ -63,7 +63,7 @@ class ToolWording:
         if pieces[1::2] != [turn.text for turn in marked if turn.text in marks] or self._rendered(
             turns, answer=is_prompt
         ) != re.sub(pattern, lambda found: texts[marks.index(found[0])], whole):
-            raise DataError("the chat template words its tools and turns in a way that cannot be followed")
+            raise DataError("the chat template words its tools and turns in a way that cannot be reproduced")
         return self._segments(template, marked, texts, pieces)
 
     def bytes_around(self, template: Template) -> tuple[int, int]:
@@ -105,7 +105,7 @@ class ToolWording:
                 continue
             before = "".join(pieces[:number])
             if before != self._rendered(marked[:place], answer=True) + template.answer_prefix:
-                raise DataError("the chat template words the turns before an answer differently once it is there")
+                raise DataError("the chat template rewords the turns before an answer once the answer is added")
             if template.answer_prefix:
                 last = segments.pop()
                 segments.append(Segment(last.text.removesuffix(template.answer_prefix), special=last.special))

@@ -208,7 +208,7 @@ def _on_disk(tar: Place) -> Iterator[Path]:
     size = tar.size()
     with scratch() as there:
         if folder.fetch([Wanted(name, there / "tar", size)]):
-            raise StorageError(f"{tar}: does not arrive with its {size} bytes: check the network and try again")
+            raise StorageError(f"{tar}: the copy does not have its {size} bytes: check the network and try again")
         yield there / "tar"
 
 

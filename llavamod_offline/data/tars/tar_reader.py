@@ -222,7 +222,7 @@ def _split(name: str) -> tuple[str, str, RowError | None]:
     stem, _, suffix = base.partition(".")
     problem = None
     if name.startswith("/") or ".." in name.split("/"):
-        problem = RowError("bad member", "its name leads out of the folder in which it would be unpacked")
+        problem = RowError("bad member", "its name leads out of the folder it would be unpacked into")
     elif not stem or not suffix:
         problem = RowError("bad member", "its name is not a key, a dot and a suffix")
     return f"{folder}{slash}{stem}" if stem else name, suffix.lower(), problem

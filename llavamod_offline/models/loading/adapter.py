@@ -107,8 +107,8 @@ def merge_adapter(model: Any, folder: Path) -> Any:
         if sizes := _SIZES.search(str(error)):
             tensor, own, of_base = (text.removeprefix("torch.Size") for text in sizes.groups())
             raise ModelError(
-                f"{name}: the adapter cannot be merged into its base: '{tensor}' has the shape {own}, expected is "
-                f"{of_base}: give it the base that it was trained on, or if that was given more tokens, {_MERGE}"
+                f"{name}: the adapter cannot be merged into its base: '{tensor}' has the shape {own}, expected "
+                f"{of_base}: give it the base that it was trained on, or, if tokens were added to that, {_MERGE}"
             ) from error
         raise ModelError(
             f"{name}: the adapter cannot be merged into its base: {first_line(error)}: give it the base that it was "
@@ -118,8 +118,8 @@ def merge_adapter(model: Any, folder: Path) -> Any:
         if names:
             raise ModelError(
                 f"{folder.name}/{WEIGHTS_NAME}: {counted(len(names), f'{kind} tensor')}, first '{names[0]}': the "
-                f"adapter was trained on another base than {_BASE_KEY} of {CONFIG_NAME} names, or with an older "
-                f"transformers, which named layers otherwise: {_MERGE}, with that version"
+                f"adapter was trained on a different base from the one in {_BASE_KEY} of {CONFIG_NAME}, or with an "
+                f"older transformers, which named layers differently: {_MERGE}, with that version"
             )
     return merged
 
@@ -141,7 +141,7 @@ def _base(folder: Path, config: Path, find: Callable[[str], Path]) -> Path:
     if not (base / "config.json").is_file():
         raise ModelError(f"{config}: {_BASE_KEY} is '{named}': no such checkpoint folder: set it to the base's folder")
     if adapter_files(base):
-        raise ModelError(f"{config}: its base '{named}' is an adapter, too: merge that one into its own base first")
+        raise ModelError(f"{config}: its base '{named}' is an adapter too: merge that one into its own base first")
     return base
 
 

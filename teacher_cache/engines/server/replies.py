@@ -34,9 +34,9 @@ def read_object(content: bytes, about: str) -> dict[str, Any]:
     try:
         found = json.loads(content)
     except ValueError as error:
-        raise ModelError(f"engine.url: {about}: the reply is no JSON: correct the address") from error
+        raise ModelError(f"engine.url: {about}: the reply is not JSON: correct the address") from error
     if not isinstance(found, dict):
-        raise ModelError(f"engine.url: {about}: the reply is no object: correct the address")
+        raise ModelError(f"engine.url: {about}: the reply is not an object: correct the address")
     return found
 
 
@@ -100,7 +100,7 @@ def check_log_probs(rows: ListedRows, head_rows: int, *, about: str) -> None:
     most = np.exp(np.minimum(log_probs_NK, 1.0)).sum(1).max()
     if least < -math.log(head_rows) - _ROUNDING or most > 1.0 + _ROUNDING:
         raise ModelError(
-            f"{about}: what the server lists are no log-probs (a largest one of {least:.2f}, a sum of {most:.3g}): "
+            f"{about}: what the server lists are not log-probs (a largest one of {least:.2f}, a sum of {most:.3g}): "
             "start it with --logprobs-mode raw_logprobs"
         )
 

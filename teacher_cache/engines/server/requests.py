@@ -49,15 +49,15 @@ def check_served(family: Family) -> None:
         return
     if not isinstance(family, LlavaFamily):
         raise ConfigError(
-            f"{family.folder}: a server gives other numbers than transformers for this family, or was not compared: "
-            "set engine.kind=hf or vllm"
+            f"{family.folder}: a server gives different numbers from transformers for this family, or has not been "
+            "compared: set engine.kind=hf or vllm"
         )
     sizes = family.preprocessor.size[::-1]
     noise = Image.effect_noise(sizes, 64.0).convert("RGB")
     if family.preprocessor.fit(noise).tobytes() != noise.tobytes():
         raise ConfigError(
-            f"{family.folder}: its image processor changes images of {sizes[0]}×{sizes[1]} pixels, which it makes of "
-            "all, so that a server would change them again: set engine.kind=hf or vllm"
+            f"{family.folder}: its image processor changes even images of its own output size, {sizes[0]}×{sizes[1]} "
+            "pixels, so a server would change them again: set engine.kind=hf or vllm"
         )
 
 

@@ -96,6 +96,6 @@ def test_what_cannot_be_copied_is_told(tmp_path: Path) -> None:
 
 def test_other_families_need_no_copy(tmp_path: Path) -> None:
     student = TINY_FAMILIES["qwen3_vl"].write(tmp_path / "student")
-    with pytest.raises(ModelError, match=r"it is no LLaVA, and its own processor .*: use it as it is$"):
+    with pytest.raises(ModelError, match=r"it is not a LLaVA, and its own processor .*: use it as it is$"):
         write_portable(student, tmp_path / "portable")
     assert not (tmp_path / "portable").exists()

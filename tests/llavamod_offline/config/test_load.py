@@ -121,7 +121,7 @@ def test_a_reference_to_nothing_is_one_line(tmp_path: Path) -> None:
         ("optimiser.betas=0.5", r"^optimiser.betas takes a list: write optimiser.betas=\[0.5\]$"),
         (
             "optimiser.betas=[a={b: 2}]",
-            r"^optimiser.betas is no list: '\[a=\{b: 2\}\]': quote items that hold brackets",
+            r"^optimiser.betas is not a list: '\[a=\{b: 2\}\]': quote items that hold brackets",
         ),
         ("optimiser.betas=[a]", r"^optimiser.betas is \['a'\]: must be a list of numbers, such as \[0.5\]$"),
         ("betas=[1,2,3]", r"^betas is \[1, 2, 3\]: must be a list of 2 numbers, such as \[0.5, 0.5\]$"),

@@ -104,7 +104,7 @@ def test_code_in_the_folder_is_never_run_nor_asked_about(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"model_type": "phi4_multimodal"}, "whose images transformers cannot pass on"),
+        ({"model_type": "phi4_multimodal"}, "which none of transformers' image-text classes covers"),
         ({"model_type": "llava", "vision_config": "clip"}, "invalid LLaVA configuration"),
         ({"model_type": ["llava"]}, "for which transformers has neither"),
     ],

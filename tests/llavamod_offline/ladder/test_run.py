@@ -178,7 +178,7 @@ def test_results_of_other_commands_are_named(
     said(1)
     parts[3] = Step("d", ("true",))
     said(1)
-    assert "results.json: made by other commands than today's: seed 1 is run" in caplog.text
+    assert "results.json: made by different commands from the current ones: running seed 1" in caplog.text
 
 
 def test_which_seeds() -> None:

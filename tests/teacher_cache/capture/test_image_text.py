@@ -62,9 +62,9 @@ def test_a_processor_of_another_model_is_one_line_that_names_the_folder(tmp_path
     folder = TINY_FAMILIES["qwen3_vl"].write(tmp_path / "teacher")
     edit(folder / "preprocessor_config.json", patch_size=8)
     write_set(tiny_samples(4), tmp_path / "set")
-    with pytest.raises(ModelError, match=rf"^{folder}: the model cannot take what its processor gives: "):
+    with pytest.raises(ModelError, match=rf"^{folder}: the model cannot take its processor's output: "):
         run_capture(settings(folder, tmp_path / "set", tmp_path / "cache"))
-    with pytest.raises(ModelError, match="the model cannot take what its processor gives"):
+    with pytest.raises(ModelError, match="the model cannot take its processor's output"):
         AskedModel(str(folder), device="cpu")
 
 

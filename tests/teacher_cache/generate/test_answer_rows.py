@@ -131,7 +131,7 @@ def test_answers_that_make_no_sample_are_rejected_with_the_reason(
     reasons = {line["key"]: line["reason"] for line in lines}
     assert reasons["toy-0"] == reasons["toy-1"] == "the answer is empty"
     assert reasons["toy-2"] == "the answer did not end within generate.max_new_tokens=80"
-    assert reasons["toy-3"] == "the answer's tokens do not decode to text: part of a character stands alone"
+    assert reasons["toy-3"] == "the answer's tokens do not decode to text: they hold only part of a character"
     assert reasons["toy-4"].startswith("the answer holds the special token '<|im_end|>'; template 'qwen' ends with")
     assert reasons["toy-5"] == "the teacher's logits are not finite (NaN or inf)"
     assert "'<image>' is in an answer" in reasons["toy-7"]

@@ -145,7 +145,7 @@ def test_what_the_second_run_rejects_is_rejected(world: World, tmp_path: Path) -
 
     request, refused = drop_images(Request(0, sample, (sequence,)), another_answer)
     assert request.sequences == ()
-    assert "tokenized otherwise" in refused[0].reason
+    assert "tokenized differently" in refused[0].reason
 
 
 def test_what_has_no_images_is_refused_in_one_line(world: World, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_a_cache_of_a_run_needs_its_settings(world: World, tmp_path: Path) -> No
     assert (done.failed_before, done.rejected_before, done.capture.complete) == ([], 0, True)
     with pytest.raises(CacheError, match=r"different settings: capture.seed: was 0, now 1"):
         retry(retry_config(str(output), [], [*given, "capture.seed=1"]))
-    with pytest.raises(CacheError, match="nothing was begun there"):
+    with pytest.raises(CacheError, match="no capture was begun there"):
         retry(retry_config(str(tmp_path / "other"), [], given))
 
 

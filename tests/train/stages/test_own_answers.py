@@ -201,5 +201,5 @@ def test_sets_without_usable_log_probs_are_one_line(world: World, tmp_path: Path
         for sample in tiny_samples(8)
     ]
     write_set(old, tmp_path / "old", generated={"teacher": {}, "generate": {"temperature": 1.0}})
-    with pytest.raises(DataError, match="the set has no log-probs of who wrote its answers: write the set again"):
+    with pytest.raises(DataError, match="the set has no log-probs from the writer of its answers: write the set again"):
         run("old")

@@ -216,7 +216,7 @@ def test_a_sparse_student_has_adapters_beside_its_experts(world: World, tmp_path
     train(world.config("mimic_sparse", tmp_path / "run", *settings))
     plain = load_llava(tmp_path / "run" / "student")
     assert plain.config.text_config.num_experts == 4
-    with pytest.raises(ConfigError, match=r"^student\.lora\.targets: 'mlp' holds experts, which are no linear layers"):
+    with pytest.raises(ConfigError, match=r"^student\.lora\.targets: 'mlp' holds experts, which are not linear layers"):
         train(world.config("mimic_sparse", tmp_path / "other", *EXACT))
     assert not (tmp_path / "other").exists()
 

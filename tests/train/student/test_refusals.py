@@ -66,7 +66,9 @@ def test_terms_that_compare_image_tokens(
     if key == "relation_weight":
         hidden = ("capture.positions=all", "capture.hidden=float16")
         settings[1] = f"cache.path={write_cache(tmp_path / 'hidden', world.chats, qwen3_vl, *hidden)}"
-    assert f"loss.align.{key}: the images of this student" in refusal(world, tmp_path, "mimic_dense", *settings)
+    assert f"loss.align.{key}: the number of this student's image tokens" in refusal(
+        world, tmp_path, "mimic_dense", *settings
+    )
 
 
 def test_features_of_answers_are_aligned_all_the_same(world: World, qwen3_vl: Path, tmp_path: Path) -> None:

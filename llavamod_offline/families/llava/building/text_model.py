@@ -40,11 +40,12 @@ def load_language_model(folder: Path, dtype: torch.dtype) -> Any:
     if config.get_text_config() is not config:
         raise ModelError(
             f"{folder}/config.json: model_type is '{model_type}', which is multimodal already: use the folder of a "
-            "language model alone"
+            "plain language model"
         )
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
-            f"{folder}/config.json: model_type is '{model_type}', an encoder-decoder: use the folder of a decoder alone"
+            f"{folder}/config.json: model_type is '{model_type}', an encoder-decoder: use the folder of a "
+            "decoder-only model"
         )
     text = load_weights(AutoModelForCausalLM, folder, dtype=dtype)
     try:

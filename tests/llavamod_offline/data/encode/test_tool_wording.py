@@ -204,7 +204,7 @@ def test_turns_that_are_worded_differently_once_they_are_answered_reject_the_sam
     encode = encoder(tokenizer(changing))
     turns = (*PLAIN[:2], calls_turn([{"name": "look", "arguments": {}}]), result_turn("b"), PLAIN[2])
     encode.encode(Sample("k", turns), "response")
-    rejected(encode, (*turns, *turns[1:]), "words the turns before an answer differently")
+    rejected(encode, (*turns, *turns[1:]), "rewords the turns before an answer once")
 
 
 def test_a_result_with_a_token_of_the_template_rejects_the_sample() -> None:

@@ -287,8 +287,8 @@ def test_teachers_that_a_server_changes_are_refused(teacher: Family, tmp_path: P
     qwen = open_family(write_tiny_qwen_vl(tmp_path / "qwen", "2"), "qwen", image_aspect="auto", max_length=500)
     dino = open_family(write_family("llava_dinov2", tmp_path / "dino"), "qwen", image_aspect="auto", max_length=500)
     for family, reason in (
-        (qwen, "for this family, or was not compared"),
-        (dino, "its image processor changes images"),
+        (qwen, "for this family, or has not been compared"),
+        (dino, "its image processor changes even images"),
     ):
         with pytest.raises(ConfigError, match=f"{reason}.*: set engine.kind=hf or vllm"):
             check_served(family)

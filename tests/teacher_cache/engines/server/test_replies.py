@@ -64,13 +64,13 @@ def test_a_number_that_json_lacks_is_not_finite() -> None:
 def test_logits_are_refused(scale: float) -> None:
     """As by `--logprobs-mode raw_logits`: too small, or too large together."""
     rows = ListedRows(np.array([[1, 2]]), np.array([[scale, scale - 1]]), np.array([scale]))
-    with pytest.raises(ModelError, match=r"x: what the server lists are no log-probs .*--logprobs-mode raw_logprobs"):
+    with pytest.raises(ModelError, match=r"x: what the server lists are not log-probs .*--logprobs-mode raw_logprobs"):
         check_log_probs(rows, 1000, about="x")
 
 
 @pytest.mark.parametrize("content", [b"<html>", b"[1]", b""])
 def test_what_is_no_object_is_refused(content: bytes) -> None:
-    with pytest.raises(ModelError, match=r"engine\.url: its version: the reply is no (JSON|object): correct the addre"):
+    with pytest.raises(ModelError, match=r"engine\.url: its version: the reply is not (JSON|an object): correct the"):
         read_object(content, "its version")
 
 
