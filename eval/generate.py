@@ -55,25 +55,24 @@ class EvalGenerateConfig:
     output: str = "???"
     """Folder for the answers, OUTPUT/TASK/predictions.jsonl; rerun the same command to resume."""
     tasks: list[str] = field(default_factory=list)
-    """The benchmarks, at least one, such as [pope, gqa]."""
+    """Benchmarks to answer, at least one, such as [pope, gqa]."""
     engine: AnswerEngineName = "hf"
-    """What runs the model: transformers or vLLM for a LLaVA student, processor for any other image-text-to-text
+    """What runs the model: hf (transformers) or vllm for a LLaVA student; processor for any other image-text-to-text
     checkpoint, with its own chat template and image processor."""
     template: str = "auto"
-    """Wording of prompts in the student's training: auto (what its chat template says, or what answers already in the
-    output were made with), qwen (LLaVA-MoD's own), chatml, llava_v1, or tokenizer (its chat template); not used by
-    processor."""
+    """Prompt template that the student was trained with: auto (taken from its chat template, or from answers already in
+    the output), qwen (LLaVA-MoD's own), chatml, llava_v1, or tokenizer (its chat template); not used by processor."""
     image_aspect: Literal["auto", "pad", "square"] = "auto"
-    """Images in the student's training: padded to squares, or resized and cropped; auto: as the model's folder states,
-    else pad; not used by processor."""
+    """How images were prepared in the student's training: pad (padded to squares) or square (resized and cropped);
+    auto: as the model's folder states, else pad; not used by processor."""
     batch_size: int = 8
     """Questions per forward pass."""
     max_new_tokens: int | None = None
-    """Most tokens of an answer; null: each benchmark's published limit."""
+    """Maximum length of an answer in tokens; null: each benchmark's published limit."""
     limit: int | None = None
-    """Answer only this many questions of each benchmark, the first ones, which are then scored; null: all."""
+    """Number of questions of each benchmark to answer, and then to score, from the first; null: all."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number type of weights and activations; auto: float32 on a CPU, otherwise bfloat16."""
+    """Data type of weights and activations; auto: float32 on a CPU, otherwise bfloat16."""
     device: str = "auto"
     """Where the model runs: auto (a GPU if there is one), cpu, cuda, or one GPU, such as cuda:1."""
 

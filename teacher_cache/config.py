@@ -55,43 +55,44 @@ class CaptureConfig:
     """What a record keeps of each distribution. Settings that are null take the preset's value."""
 
     preset: Literal["small", "compact", "standard", "exhaustive", "reference"] = "standard"
-    """Values of the settings below: records of about 20, 30 or 75 bytes, the whole vocabulary, or only the log-probs of
-    the actual tokens (for preference training)."""
+    """Values for the settings below: small, compact or standard (about 20, 30 or 75 bytes per record), exhaustive (the
+    whole vocabulary), or reference (only the log-probs of the actual tokens, for preference training)."""
     top_p: float | None = None
-    """Keep the most likely ids up to this summed probability, above 0 and at most 1."""
+    """Keep the most likely ids up to this cumulative probability, above 0 and at most 1."""
     min_prob: float | None = None
-    """Keep no id that is less likely than this."""
+    """Keep no id whose probability is below this."""
     top_k: int | None = None
     """Keep at most this many ids."""
     tail_samples_max: int | None = None
-    """Most tail samples of a position."""
+    """Maximum number of tail samples per position."""
     tail_samples_per_mass: float | None = None
     """Tail samples per unit of tail mass."""
     precision: PrecisionName | None = None
     """Precision of the stored numbers; exact: float32."""
     temperature: float | None = None
-    """Temperature at which students will learn (loss.temperature), which decides the ids and tail samples; null: 1."""
+    """Temperature at which students will be trained (loss.temperature); top-k ids and tail samples are chosen for it;
+    null: 1."""
     temperatures: list[float] | None = None
-    """Further temperatures of a loss, such as [1.5, 2], at which tails are one bucket; null: 1.5, 2 and 4 with standard
-    and exhaustive, else none."""
+    """Further temperatures at which a loss can read the tail, as one bucket, such as [1.5, 2]; null: 1.5, 2 and 4 with
+    standard and exhaustive, else none."""
     forced_tokens: list[str] | None = None
-    """Tokens that are always recorded, such as [' yes', ' no'], for other uses than training."""
+    """Tokens to record at every position, however unlikely, such as [' yes', ' no'], for uses other than training."""
     positions: Positions = "response"
-    """Positions to record: those that predict answers, or all except padding, image tokens included."""
+    """Positions to record: response (those that predict answers) or all (all except padding, image tokens included)."""
     hidden: HiddenKind | None = None
-    """Number type in which the teacher's last hidden states are kept; null: not at all."""
+    """Data type in which to keep the teacher's last hidden states; null: do not keep them."""
     hidden_positions: HiddenPositions = "recorded"
-    """Where hidden states are kept: at all recorded positions, or only at image tokens."""
+    """Where to keep hidden states: at all recorded positions, or only at image tokens."""
     without_image: WithoutImage | None = None
-    """Run the teacher a second time without what images show, and keep what the image adds to the log-prob of each
-    answer token, in one byte (for loss.visual_weight and the report). blank: images of their mean colour; drop: the
-    conversation without images; null: not at all."""
+    """Run the teacher a second time without the content of the images, and keep what the image adds to each answer
+    token's log-prob, in one byte (for loss.visual_weight and the report). blank: replace each image by its mean colour;
+    drop: remove the images from the conversation; null: no second run."""
     mismatched: bool = False
     """Also capture each preference sample with another sample's response (for loss.kind=kto)."""
     seed: int = 0
-    """Seed of the tail samples."""
+    """Seed for the tail samples."""
     attempts: int = 3
-    """How often `work` tries a shard whose capture fails, on other workers first, before it is listed as failed."""
+    """How many times `work` tries to capture a shard, on other workers first, before listing it as failed."""
 
     def problems(self) -> Iterator[str]:
         """Yield one line for each problem, naming the key to change."""
@@ -112,26 +113,26 @@ class TeacherEngineConfig:
     """What runs the teacher."""
 
     kind: EngineName = "hf"
-    """Hugging Face transformers; vLLM; for models that cannot be wrapped, vLLM's own log-probs (slower, and only the
-    top-k and the actual tokens'), here (vllm_logprobs) or from a vLLM server at url (server)."""
+    """hf (transformers), vllm, or, for models that vllm cannot wrap, vLLM's own log-probs (slower, and only for the
+    top-k and the actual tokens), computed here (vllm_logprobs) or by a vLLM server at url (server)."""
     url: str | None = None
-    """Address of the vLLM server (server only), such as http://gpu-host:8000; it must serve the teacher's checkpoint,
-    and for images be started with --enable-scale-out."""
+    """Address of the vLLM server (server only), such as http://gpu-host:8000; it must serve the teacher's checkpoint
+    and, for images, be started with --enable-scale-out."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention in hf."""
+    """Attention implementation (hf only)."""
     device_map: Literal["auto"] | None = None
     """auto (hf only): spread the layers over several GPUs if one is too small; ignores device, needs accelerate."""
     compile: bool = False
     """Run torch.compile on the decoder (hf only): takes minutes, and pays off on long runs."""
     ray: bool = False
-    """Capture, or answer, in Ray workers: on the cluster at RAY_ADDRESS, which must see the same files, or on this
+    """Capture or generate in Ray workers: on the cluster at RAY_ADDRESS, which must see the same files, or on this
     machine."""
     ray_workers: int | None = None
     """Number of Ray workers; null: as many as fit."""
     gpus_per_worker: float | None = None
-    """GPUs of each Ray worker; null: none on a CPU, else one, or as many as vLLM spreads it over."""
+    """GPUs per Ray worker; null: none on a CPU, otherwise one, or as many as vLLM spreads the model over."""
     cpus_per_worker: int = 1
-    """CPUs of each Ray worker."""
+    """CPUs per Ray worker."""
     vllm: VllmSettings = field(default_factory=VllmSettings)
     server: ServerSettings = field(default_factory=ServerSettings)
 
@@ -164,26 +165,26 @@ class GenerateConfig:
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy."""
     top_p: float = 1.0
-    """Sample from the most likely tokens up to this summed probability, above 0 and at most 1."""
+    """Sample from the most likely tokens up to this cumulative probability, above 0 and at most 1."""
     max_new_tokens: int = 512
-    """Most tokens of an answer; longer ones are rejected."""
+    """Maximum length of an answer in tokens; longer ones are rejected."""
     seed: int = 0
-    """Seed of the sampling, which depends on it and the sample's key alone."""
+    """Seed for sampling, which depends only on it and the sample's key."""
     key_suffix: str = "-generated"
     """Appended to the keys of the new set; may be empty."""
     answers: int = 1
-    """Answers to each prompt, each sampled with random numbers of its own; their keys end in -0, -1 and so on."""
+    """Number of answers per prompt, each sampled with its own random numbers; their keys end in -0, -1 and so on."""
     stop: list[str] = field(default_factory=list)
-    """Texts before which an answer ends."""
+    """Stop strings: an answer ends before the first of these."""
     system: str | None = None
-    """System turn put before conversations that have none, and kept in the new set; null: none."""
+    """System turn to add to conversations that have none, and to keep in the new set; null: none."""
     max_new_tokens_by_source: dict[str, int] = field(default_factory=dict)
-    """Most tokens of answers to a source's prompts, where not max_new_tokens, such as {ocr: 64}."""
+    """Maximum answer length in tokens for individual sources' prompts, instead of max_new_tokens, such as {ocr: 64}."""
     round: int | None = None
-    """Number of the round in which a student wrote the answers, from 1; kept in the set and in caches of it."""
+    """Number of the round in which a student wrote the answers, from 1; kept in the set and in its caches."""
     capture: bool = True
-    """Capture the new set by the model that wrote it. false: only write it, for `cache-teacher run` to capture with
-    another teacher; output is then not used."""
+    """Also capture the new set, with the model that wrote it. false: only write it, for `cache-teacher run` to capture
+    with another teacher; output is then not used."""
 
     def problems(self) -> Iterator[str]:
         """Yield one line for each problem, naming the key to change."""
@@ -240,30 +241,30 @@ class CacheTeacherConfig:
     output: str = "???"
     """Folder of the cache; rerun the same command to resume."""
     template: str = "auto"
-    """Wording of prompts: auto (what the teacher's chat template says, or what an unfinished output was begun with),
-    qwen (LLaVA-MoD's own), chatml, llava_v1, or tokenizer (the chat template, without checking images and ids)."""
+    """Prompt template: auto (taken from the teacher's chat template, or from an unfinished output), qwen (LLaVA-MoD's
+    own), chatml, llava_v1, or tokenizer (the chat template, without checking images and ids)."""
     image_aspect: Literal["auto", "pad", "square"] = "auto"
-    """Images: padded to squares, or resized by the checkpoint's own processor (square); auto: as a student's folder
-    states, pad for other LLaVAs, square for families that take images of any shape."""
+    """How images are prepared: pad (padded to squares) or square (resized by the checkpoint's own processor); auto: as
+    a student's folder states, pad for other LLaVAs, square for families that take images of any shape."""
     max_length: int = 2048
-    """Most tokens of a sequence, image tokens included; longer ones are rejected."""
+    """Maximum length of a sequence in tokens, image tokens included; longer ones are rejected."""
     batch_size: int = 16
     """Sequences per forward pass; halved if memory runs out."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number type of the teacher's weights and activations; auto: float32 on a CPU, otherwise bfloat16."""
+    """Data type of the teacher's weights and activations; auto: float32 on a CPU, otherwise bfloat16."""
     device: str = "auto"
     """Where the teacher runs: auto (a GPU if there is one), cpu, cuda, or one GPU, such as cuda:1."""
     workers: int | None = None
-    """Processes that decode and prepare images beside the teacher; 0: threads of its own process; null: 4 beside a GPU,
-    fewer if there are fewer cores; on a CPU, where the teacher needs the cores itself, 0."""
+    """Processes that decode and prepare images beside the teacher; 0: threads of the teacher's process; null: 4 with a
+    GPU, or fewer if there are fewer cores, and 0 on a CPU, where the teacher needs the cores itself."""
     slice: str = "0/1"
-    """i/n captures, or answers, shards i, i + n, i + 2n … (from 0), for job arrays that share one output."""
+    """i/n: capture or generate only shards i, i + n, i + 2n … (from 0), for job arrays that share one output."""
     max_rejected: float | None = None
-    """Stop if more than this share of sequences is rejected, from 0 to 1; null: never."""
+    """Stop if more than this share of the sequences, from 0 to 1, is rejected; null: never."""
     engine: TeacherEngineConfig = field(default_factory=TeacherEngineConfig)
     capture: CaptureConfig = field(default_factory=CaptureConfig)
     output_set: str | None = None
-    """Folder of the set that generate writes, whose answers are then captured instead of those of data."""
+    """Folder of the set that `cache-teacher generate` writes; its answers are then captured instead of data's."""
     generate: GenerateConfig = field(default_factory=GenerateConfig)
 
     def __post_init__(self) -> None:

@@ -12,22 +12,22 @@ class VllmSettings:
     """vLLM, for both of its engines."""
 
     max_num_seqs: int = 128
-    """Most sequences at once."""
+    """Maximum number of sequences processed at once."""
     max_num_batched_tokens: int = 8192
-    """Most tokens at once."""
+    """Maximum number of tokens processed at once."""
     tensor_parallel: int = 1
-    """GPUs that share each layer of the model."""
+    """Number of GPUs that each layer is split over."""
     pipeline_parallel: int = 1
-    """Groups of so many GPUs that share the layers: the model runs on tensor_parallel × pipeline_parallel GPUs."""
+    """Number of pipeline stages that share the layers; the model runs on tensor_parallel × pipeline_parallel GPUs."""
     executor: Literal["mp", "ray"] | None = None
-    """How vLLM starts its processes on several GPUs: mp on one machine, ray on those of the Ray cluster that this
-    machine belongs to; null: vLLM's choice."""
+    """How vLLM starts its processes on several GPUs: mp on one machine, ray on the Ray cluster that this machine
+    belongs to; null: vLLM's choice."""
     gpu_memory_utilization: float = 0.85
-    """Share of a GPU's memory that vLLM uses, above 0 and at most 1."""
+    """Share of each GPU's memory that vLLM uses, above 0 and at most 1."""
     kv_cache_gib: float | None = None
-    """Memory for keys and values, in GiB; null: what is left of that share; on a CPU 1."""
+    """Size of the KV cache in GiB; null: what is left of that share, or 1 on a CPU."""
     block_size: int | None = None
-    """Tokens per block of keys and values; null: vLLM's choice."""
+    """Tokens per block of the KV cache; null: vLLM's choice."""
     attention_backend: str | None = None
     """One of vLLM's attention backends; null: vLLM's choice."""
     eager: bool = True

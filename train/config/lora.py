@@ -21,14 +21,14 @@ class LoraConfig:
     """LoRA: low-rank adapters are trained instead of the layers they are in, and merged into the exported student."""
 
     rank: int = 128
-    """Rank of the adapters; this and the next two as in LLaVA-MoD's arguments."""
+    """Rank of the adapters; the defaults of this and the next two settings are LLaVA-MoD's."""
     alpha: float = 256.0
     """Adapters are scaled by alpha / rank."""
     dropout: float = 0.05
-    """Dropout before adapters; with 0, results do not depend on micro-batches and processes."""
+    """Dropout before the adapters; with 0, results do not depend on the micro-batch size or the number of processes."""
     targets: list[str] = field(default_factory=lambda: ["attention", "mlp"])
-    """Parts whose linear layers get adapters (vision, projector, text, attention, mlp), or layers of one, such as
-    attention.q_proj; trainable names the parts to train in full beside them."""
+    """Parts whose linear layers get adapters (vision, projector, text, attention, mlp), or certain layers of a part,
+    such as attention.q_proj; the parts in trainable are trained in full as well."""
     keep_adapters: bool = False
     """Also write the adapters to OUTPUT/adapters, as a PEFT folder for student.checkpoint."""
 

@@ -39,18 +39,18 @@ class AlignConfig:
     """Additional terms of the mimic stages, each a mean times its weight."""
 
     feature_weight: float = 0.0
-    """LLAVADI: the teacher's last hidden states at the positions that predict answers, through a projection that is
-    trained with the student but not exported."""
+    """LLAVADI: weight of the distance from the teacher's last hidden states at the positions that predict answers,
+    after a projection that is trained with the student but not exported."""
     feature_distance: HiddenDistance = "mse"
-    """How these hidden states are compared."""
+    """Distance between these hidden states."""
     visual_kl_weight: float = 0.0
-    """LLaVA-KD: the distributions at image tokens, by forward KL with the tail as one bucket."""
+    """LLaVA-KD: weight of the forward KL at image tokens, with the tail as one bucket."""
     relation_weight: float = 0.0
-    """LLaVA-KD: relations between an image's tokens, by the cosine of Gram matrices."""
+    """LLaVA-KD: weight of the relations between an image's tokens, compared by the cosine of Gram matrices."""
     relation_of: RelationSource = "hidden"
-    """What the relations are between: last hidden states, or logits."""
+    """What relations are computed from: last hidden states, or logits."""
     teacher_lm_head: InputPath | None = None
-    """Folder or Hub id of the teacher's checkpoint, whose LM head relations of logits need."""
+    """Folder or Hub id of the teacher's checkpoint, whose LM head is needed for relations between logits."""
 
     @property
     def is_on(self) -> bool:
@@ -71,56 +71,57 @@ class LossConfig:
     """The loss: distillation in the mimic stages, log-probs of answers in preference, else cross-entropy."""
 
     kind: LossKind = "cross_entropy"
-    """The loss: cross_entropy (align, sft), only_kd, kd_lm or policy_gradient (mimic stages), the others (preference).
-    policy_gradient: reverse KL on a student's own answers from the teacher's log-probs of their tokens alone, for which
+    """The loss: cross_entropy (align, sft), only_kd, kd_lm or policy_gradient (mimic stages), all others (preference).
+    policy_gradient: reverse KL on a student's own answers, using only the teacher's log-probs of their tokens, so that
     capture.preset=reference is enough."""
     divergence: DivergenceKind = "forward_kl"
     """Distillation: the divergence of the student's distribution from the teacher's."""
     js_weight: float = 0.5
     """The teacher's weight in js, between 0 and 1."""
     skew: float = 0.1
-    """Share of one distribution that is mixed into the other in the skewed divergences, between 0 and 1."""
+    """Skewed divergences: share of one distribution that is mixed into the other, between 0 and 1."""
     tail: Literal["auto", TailEstimator] = "auto"
     """Estimator of the teacher's tail; auto: samples with forward_kl, otherwise bucket."""
     temperature: float = 1.0
-    """Distillation: temperature of both distributions; that of the cache's capture.temperature, or with tail=bucket one
-    of its temperatures."""
+    """Distillation: temperature of both distributions: the cache's capture.temperature or, with tail=bucket, 1 or one
+    of its capture.temperatures."""
     kd_weight: float = 1.0
     """Weight of the divergence."""
     lm_weight: float = 1.0
-    """Weight of cross-entropy with kd_lm."""
+    """Weight of the cross-entropy in kd_lm."""
     visual_weight: float = 0.0
-    """Mimic stages: how much more a token counts whose probability comes from the image alone than one that needs no
-    image; 0: all the same. Weights have mean 1; needs a cache of capture.without_image."""
+    """Mimic stages: how much additional weight a token that only the image makes likely gets over one that needs no
+    image; 1: twice the weight; 0: all the same. Weights have mean 1; needs a cache with capture.without_image."""
     positions: Positions = "auto"
-    """Mimic stages: positions to distil at; auto: all that the cache records, response: those that predict answers,
-    written: those of answers that a student wrote itself (cache-teacher generate), as always with policy_gradient."""
+    """Mimic stages: positions to distil at: auto (all that the cache records), response (those that predict answers),
+    or written (those of answers that a student wrote itself with cache-teacher generate; policy_gradient always uses
+    these)."""
     special_tokens: Literal["mask", "keep"] | None = None
-    """Whether the loss on written answers leaves out special tokens; null: if cache.end_of_turn says that teacher and
-    student end turns with different ones."""
+    """Whether the loss on written answers leaves out special tokens (mask) or not (keep); null: mask if
+    cache.end_of_turn is set, else keep."""
     importance_max: float | None = None
-    """policy_gradient: largest importance weight of a token, its probability to the student over that to the writer;
-    null: 2, .inf: no limit."""
+    """policy_gradient: upper limit of a token's importance weight, its probability under the student divided by that
+    under the writer; null: 2; .inf: no limit."""
     unmatched_weight: float | None = None
-    """With cache.other_tokenizer=align: weight of the sorted distance of tokens that one tokenizer has alone;
-    null: 1."""
+    """With cache.other_tokenizer=align: weight of the distance between the sorted probabilities of tokens that only one
+    tokenizer has; null: 1."""
     align: AlignConfig = field(default_factory=AlignConfig)
     beta: float = 0.1
-    """Preference: scale of the log-ratio of student and reference."""
+    """Preference: scale of the log-ratio between student and reference."""
     label_smoothing: float = 0.0
-    """Preference with sigmoid: share of pairs that are taken to be labelled wrongly, from 0 to below 0.5."""
+    """Preference with sigmoid: assumed share of wrongly labelled pairs, at least 0 and below 0.5."""
     average_log_probs: bool = False
-    """Preference: mean log-probs of an answer's tokens instead of sums; recommended with ipo."""
+    """Preference: average the log-probs of an answer's tokens instead of summing them; recommended with ipo."""
     desirable_weight: float = 1.0
-    """Preference with kto: weight of chosen responses, and of unpaired ones that are desirable."""
+    """Preference with kto: weight of chosen responses and of unpaired desirable ones."""
     undesirable_weight: float = 1.0
-    """Preference with kto: weight of rejected responses, and of unpaired ones that are not desirable."""
+    """Preference with kto: weight of rejected responses and of unpaired undesirable ones."""
     sft_weight: float = 0.0
     """Preference: weight of the chosen response's mean negative log-prob."""
     distill_weight: float = 0.0
     """Preference: weight of the chosen response's mean divergence from the cached teacher."""
     router_aux_coef: float = 0.0
-    """Sparse students: weight of the loss that balances the experts; 0: none."""
+    """Sparse students: weight of the loss that balances the load of the experts; 0: none."""
 
     @property
     def on_own_answers(self) -> bool:

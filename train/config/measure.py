@@ -26,7 +26,7 @@ class UnseenDataConfig:
     set: InputPath = "???"
     """A folder that llavamod-offline pack or index made, or its URL."""
     too_long: Literal["error", "drop"] = "error"
-    """A sample of more than max_length tokens: end the command, or leave it out."""
+    """Samples of more than max_length tokens: end the command, or leave them out."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,17 @@ class MeasureConfig:
     data: UnseenDataConfig = field(default_factory=UnseenDataConfig)
     cache: CacheSourceConfig = field(default_factory=CacheSourceConfig)
     template: str = "auto"
-    """Wording of prompts, as in training."""
+    """Prompt template, as in training."""
     image_aspect: ImageAspect = "auto"
-    """How the images of a LLaVA become square, as in training; auto: padded. Other families: auto."""
+    """How a LLaVA's images are made square, as in training; auto: pad. Other families: auto."""
     max_length: int = 2048
-    """Most tokens of a sample, image tokens included."""
+    """Maximum length of a sample in tokens, image tokens included."""
     batch_size: int = 16
     """Samples per forward pass."""
     device: str = "auto"
     """Where the student runs: auto (a GPU if there is one), cpu, cuda, or one GPU, such as cuda:1."""
     workers: int | None = None
-    """Processes that make batches, 0 for none; null: one per spare core, at most 8."""
+    """Processes that prepare batches; 0: none; null: one per spare core, at most 8."""
 
     def __post_init__(self) -> None:
         if self.cache.other_tokenizer is not None:

@@ -24,19 +24,20 @@ class DataConfig:
     set: InputPath = "???"
     """The set to train on: a folder that llavamod-offline pack or index made, or its URL."""
     holdout: int = 0
-    """Samples to hold out of training, on which the loss is evaluated every eval_steps."""
+    """Number of samples to hold out of training; the loss on them is evaluated every eval_steps."""
     too_long: Literal["error", "drop"] = "error"
-    """A sample of more than max_length tokens: end the run before its first step, or skip it and list it in
+    """Samples of more than max_length tokens: end the run before its first step, or skip them and list them in
     rejected.jsonl."""
     window: int | None = None
-    """Shards that are shuffled together, 0 for all; null: all, or 16 if the set or the cache is remote or the cache's
-    decoded records exceed 256 MB."""
+    """Number of shards that are shuffled together; 0: all; null: all, or 16 if the set or the cache is remote or the
+    cache's decoded records exceed 256 MB."""
     weights: dict[str, float] | None = None
-    """How often each source's samples occur in an epoch, such as {coco: 2, ocr: 0.5}; others 1. null: the set's own."""
+    """How often each source's samples occur in an epoch, such as {coco: 2, ocr: 0.5}; sources not listed: 1. null: the
+    set's own weights."""
     group_by_length: bool = False
     """Make batches of samples of similar length."""
     group_by_modality: bool = False
-    """Make batches of samples with images, and batches of samples without; with group_by_length, both."""
+    """Put samples with images and samples without into separate batches; can be combined with group_by_length."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,18 @@ class CacheSourceConfig:
     """The teacher's cache, for mimic_dense, mimic_sparse and preference."""
 
     path: InputPath | list[InputPath] | dict[str, InputPath] | None = None
-    """The cache of data.set: a folder that cache-teacher run made, or its URL. Of several teachers: a list, such as
-    [caches/a, caches/b], to learn from their mixture; or a cache for each source of the set, such as
+    """The cache of data.set: a folder that cache-teacher run made, or its URL. For several teachers: a list, such as
+    [caches/a, caches/b], to learn from their mixture; or one cache for each source of the set, such as
     {ocr: caches/a, "*": caches/b}, where "*" stands for all other sources."""
     weights: list[float] | None = None
-    """Weights of a list of caches in their mixture, such as [2, 1]; null: all the same."""
+    """Mixture weights of the caches in a list, such as [2, 1]; null: all equal."""
     missing: Literal["error", "drop"] = "error"
-    """A sample without a record in the cache: end the run, or leave it out."""
+    """Samples without a record in the cache: end the run, or leave them out."""
     end_of_turn: str | None = None
-    """The one token that may differ, as TEACHER_TOKEN=STUDENT_TOKEN, such as <|im_end|>=<|endoftext|>."""
+    """The only token that may differ, the one that ends a turn, as TEACHER_TOKEN=STUDENT_TOKEN, such as
+    <|im_end|>=<|endoftext|>."""
     other_tokenizer: Literal["align"] | None = None
-    """A student with another tokenizer than the teacher's: align both by the bytes of their tokens (mimic stages; see
+    """If the student's tokenizer is not the teacher's: align the two by the bytes of their tokens (mimic stages; see
     train/README.md); null: end the run."""
     allow: list[str] = field(default_factory=list)
     """Fields of the cache's fingerprint that may differ from the student's."""
@@ -65,22 +67,22 @@ class UpcycleConfig:
     """How a dense checkpoint becomes a mixture of experts."""
 
     layers: str | list[int] = "sparse"
-    """The layers: sparse (every other), first_half, second_half, dense (all), or a list such as [0, 2]. Text models of
-    Mistral, Llama, OLMo 2, Granite and Qwen3.5 need dense."""
+    """Layers to make sparse: sparse (every other), first_half, second_half, dense (all), or a list such as [0, 2]. Text
+    models of Mistral, Llama, OLMo 2, Granite and Qwen3.5 need dense."""
     num_experts: int | list[int] = 4
-    """Experts of each such layer, at least 2; a list has one number for each, all the same."""
+    """Experts in each of these layers, at least 2; or a list with one number per layer, all equal."""
     top_k: int = 2
-    """Experts that each token is routed to. With 1, the second most likely expert also runs in training, with weight 0,
-    to teach the router."""
+    """Experts that each token is routed to. With 1, training also runs the second most likely expert, with weight 0, to
+    teach the router."""
     residual: bool = False
     """Keep the dense MLP as a shared expert."""
     seed: int = 0
-    """Seed of the routers' initial weights and of expert_noise."""
+    """Seed for the routers' initial weights and for expert_noise."""
     expert_noise: float = 0.0
     """Noise added to each expert's copy of the MLP, in units of the weights' standard deviation, such as 0.02. The
-    student is then no longer exactly the dense one at the start."""
+    student then no longer starts out identical to the dense one."""
     router_noise: float = 0.0
-    """Noise added to the routers' logits during this training, in units of their standard deviation, such as 0.3."""
+    """Noise added to the routers' logits in this run's training, in units of their standard deviation, such as 0.3."""
 
 
 @dataclass(frozen=True)
@@ -88,26 +90,28 @@ class StudentConfig:
     """The initial student: a checkpoint, or a vision tower and a language model that become a LLaVA."""
 
     checkpoint: InputPath | None = None
-    """Folder or Hub id (org/name) of an image-text model of any family, such as the student of the stage before."""
+    """Folder or Hub id (org/name) of an image-text model of any family, such as the student of the previous stage."""
     vision_tower: InputPath | None = None
-    """Folder or Hub id of a vision tower, with language_model and instead of checkpoint."""
+    """Folder or Hub id of a vision tower; set it and language_model instead of checkpoint."""
     language_model: InputPath | None = None
-    """Folder or Hub id of a language model, with vision_tower and instead of checkpoint."""
+    """Folder or Hub id of a language model; set it and vision_tower instead of checkpoint."""
     projector: InputPath | None = None
-    """A pretrained projector for a student of parts: LLaVA's mm_projector.bin (its pretrain_mm_mlp_adapter), the folder
-    of one, or a safetensors file of a LLaVA; null: a new one."""
+    """Pretrained projector for a student built from parts: LLaVA's mm_projector.bin (its pretrain_mm_mlp_adapter), a
+    folder that holds one, or a LLaVA's safetensors file; null: a new one."""
     projector_type: str | None = None
-    """Projector of a student of parts: linear or mlp2x_gelu; null: that of the file, or mlp2x_gelu."""
+    """Type of projector for a student built from parts: linear or mlp2x_gelu; null: that of the file, or mlp2x_gelu."""
     vision_feature_layer: int | list[int] | None = None
-    """Layer of the tower whose hidden states a student of parts sees, or several, side by side; null: -2."""
+    """For a student built from parts: the vision tower's layer whose hidden states it sees, or several layers,
+    concatenated; null: -2."""
     vision_feature_select_strategy: Literal["default", "full"] | None = None
-    """Image tokens of a student of parts: default (patches, without the class token), full (with it); null: patches."""
+    """Image tokens of a student built from parts: default (patches, without the class token), full (with it); null:
+    patches."""
     kind: Literal["dense", "sparse"] = "dense"
     """Whether the trained student is dense or a mixture of experts."""
     upcycle: UpcycleConfig | None = None
-    """Settings to make a dense checkpoint sparse; null if the student is dense or the checkpoint is sparse already."""
+    """Settings for making a dense checkpoint sparse; null for a dense student or an already sparse checkpoint."""
     lora: LoraConfig | None = None
-    """Settings to train low-rank adapters; null: none."""
+    """Settings for training low-rank adapters; null: none."""
     capacity_factor: float | None = None
     """In training, an expert takes at most ⌈factor · top_k · tokens / num_experts⌉ tokens of a micro-batch; null: no
     limit."""
@@ -122,20 +126,20 @@ class OptimConfig:
     projector_lr: float | None = None
     """Peak learning rate of the projector, short for part_lr={projector: RATE}; null: lr."""
     part_lr: dict[str, float] | None = None
-    """Peak learning rates of parts (see trainable) that have their own, such as {projector: 2e-5, vision: 2e-6}; of two
-    parts that hold a parameter, the smaller one's counts."""
+    """Peak learning rates of individual parts (see trainable), such as {projector: 2e-5, vision: 2e-6}; a parameter
+    that belongs to two of them takes the smaller part's rate."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the first and the second moment."""
+    """Decay rates of the first and second moments."""
     eps: float = 1e-8
     """Added to the denominator."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     warmup_ratio: float = 0.03
-    """Share of the steps in which the learning rate rises from 0, between 0 and 1."""
+    """Share of the steps, between 0 and 1, over which the learning rate rises from 0."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """How the learning rate goes on after the warm-up: down to 0, or unchanged."""
+    """Learning rate after the warm-up: falling to 0 along a cosine, or constant."""
     grad_clip: float = 1.0
-    """Largest norm of the gradient; 0: no clipping."""
+    """Maximum norm of the gradient; 0: no clipping."""
 
     @property
     def rates(self) -> dict[str, float]:
@@ -149,7 +153,7 @@ class BatchConfig:
     """Sizes of batches, in samples (preference pairs in stage preference)."""
 
     global_size: int = 128
-    """Samples per optimiser step, over all processes: a multiple of micro_size times the processes."""
+    """Samples per optimiser step, over all processes; a multiple of micro_size times the number of processes."""
     micro_size: int = 1
     """Samples per forward pass of one process; lower it if memory runs out."""
 
@@ -159,14 +163,14 @@ class TrainEngineConfig:
     """DeepSpeed."""
 
     zero_stage: int | None = None
-    """ZeRO stage 0, 1, 2 or 3; null: 2 for several processes or with offload, for one process 0 in float32 and 1 in
+    """ZeRO stage 0, 1, 2 or 3; null: 2 with several processes or offload; with one process, 0 in float32 and 1 in
     bfloat16."""
     offload: bool = False
-    """Keep the optimiser's state in host memory (needs ZeRO 2 or 3)."""
+    """Keep the optimiser state in host memory (needs ZeRO 2 or 3)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number type of weights and activations; auto: bfloat16 on a GPU, otherwise float32."""
+    """Data type of weights and activations; auto: bfloat16 on a GPU, otherwise float32."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention of the student in training; auto: what transformers chooses, usually sdpa."""
+    """Attention implementation in training; auto: the one that transformers chooses, usually sdpa."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
 
@@ -176,46 +180,46 @@ class TrainConfig:
     """One stage of training."""
 
     stage: Stage = "???"  # type: ignore[assignment]
-    """What the run trains; its recipe gives the settings that you leave out."""
+    """Training stage; its recipe provides the settings that you leave out."""
     output: str = "???"
     """Folder of the run; rerun the same command to resume. The student is written to OUTPUT/student."""
     data: DataConfig = field(default_factory=DataConfig)
     cache: CacheSourceConfig = field(default_factory=CacheSourceConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     template: str = "auto"
-    """Wording of prompts: auto (what the checkpoint's chat template says; a student without one takes the cache's, or
+    """Prompt template: auto (taken from the checkpoint's chat template; for a student without one, from the cache, or
     else qwen), qwen (LLaVA-MoD's own), chatml, llava_v1, or tokenizer (the student's chat template)."""
     image_aspect: ImageAspect = "auto"
-    """How the images of a LLaVA become square: pad (padded), square (resized and cropped as the checkpoint's image
-    processor does), or auto (square in stage align, as in the original's script, pad in the others). Other families
-    take images of any shape: auto."""
+    """How a LLaVA's images are made square: pad (padded), square (resized and cropped as the checkpoint's image
+    processor does), or auto (square in stage align, as in LLaVA-MoD's script, pad in the others). Other families take
+    images of any shape: leave it at auto."""
     max_length: int = 2048
-    """Most tokens of a sample, image tokens included."""
+    """Maximum length of a sample in tokens, image tokens included."""
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     epochs: int = 1
     """Passes over the set."""
     steps: int | None = None
-    """Optimiser steps, instead of epochs."""
+    """Number of optimiser steps, instead of epochs."""
     trainable: list[str] = field(default_factory=lambda: ["projector", "text"])
-    """Parts to train (in full, beside student.lora): vision, projector, text (the whole language model), or parts of
-    it: embeddings, attention, mlp, experts, router, norms, lm_head."""
+    """Parts to train (in full, in addition to student.lora): vision, projector, text (the whole language model), or
+    parts of the language model: embeddings, attention, mlp, experts, router, norms, lm_head."""
     engine: TrainEngineConfig = field(default_factory=TrainEngineConfig)
     seed: int = 0
-    """Seed of the order of samples, the held-out samples and new weights."""
+    """Seed for the order of samples, the choice of held-out samples and the initialisation of new weights."""
     save_steps: int = 1000
-    """Steps between checkpoints; 0: none, but for a last one until the student is exported."""
+    """Steps between checkpoints; 0: only a last one, deleted once the student is exported."""
     keep_last: int = 2
-    """Checkpoints to keep."""
+    """Number of latest checkpoints to keep."""
     log_steps: int = 1
     """Steps between lines of metrics.jsonl."""
     eval_steps: int = 0
     """Steps between evaluations of the loss on held-out samples (needs data.holdout); 0: none."""
     tracker: TrackerName = "none"
-    """Where the numbers of metrics.jsonl are logged as well."""
+    """Where else to log the metrics that are written to metrics.jsonl."""
     workers: int | None = None
-    """Processes that make batches, 0 for none; null: one per spare core, at most 8."""
+    """Processes that prepare batches; 0: none; null: one per spare core, at most 8."""
 
     def __post_init__(self) -> None:
         raise_problems(config_problems(self))

@@ -30,42 +30,42 @@ class RoundsConfig:
     prompts: InputPath = "???"
     """The set whose prompts the student answers in every round: a folder that llavamod-offline pack or index made."""
     holdout: InputPath = "???"
-    """A set of other prompts, on which the student is measured before the first round and after each."""
+    """A set of other prompts, on which the student is measured before the first round and after each round."""
     teacher: InputPath = "???"
     """Folder or Hub id of the teacher's checkpoint."""
     student: InputPath = "???"
-    """Folder or Hub id of the student to begin with, such as that of a mimic stage."""
+    """Folder or Hub id of the initial student, such as one trained in a mimic stage."""
     output: str = "???"
     """Folder of the rounds; rerun the same command to resume."""
     rounds: int = 2
     """Number of rounds."""
     steps: int = 100
-    """Optimiser steps of each round."""
+    """Optimiser steps per round."""
     loss: RoundLoss = "reverse_kl"
     """What the student learns on its own answers: a divergence from the teacher's recorded distributions, or
     policy_gradient, for which the teacher's log-probs of the written tokens are enough."""
     stage: Literal["mimic_dense", "mimic_sparse"] = "mimic_dense"
-    """The recipe of the student: dense, or a mixture of experts, which the student then is already."""
+    """Recipe for the student: mimic_dense, or mimic_sparse if the student is already a mixture of experts."""
     temperature: float = 1.0
-    """Temperature of the student's writing in each round; it is measured on answers of temperature 1."""
+    """Sampling temperature of the student's answers in each round; it is always measured at temperature 1."""
     max_new_tokens: int = 512
-    """Most tokens of an answer; longer ones are listed as rejected, and nothing is learnt from them."""
+    """Maximum length of an answer in tokens; longer ones are listed as rejected and not learnt from."""
     batch_size: int = 16
     """Sequences per forward pass of writing and scoring."""
     seed: int = 0
-    """Seed of writing and training; each round adds its number."""
+    """Seed for writing and training; each round adds its number."""
     write: list[str] = field(default_factory=list)
-    """Further settings of each `cache-teacher generate`, such as [generate.turns=all]; those of generate are not used
-    where the student is measured. Quote one with brackets: ['generate.stop=[END]']."""
+    """Further settings for each `cache-teacher generate`, such as [generate.turns=all]; generate.* settings are not
+    used when the student is measured. Quote a setting that contains brackets: ['generate.stop=[END]']."""
     score: list[str] = field(default_factory=list)
-    """Further settings of each `cache-teacher run`, such as [capture.preset=compact, engine.kind=vllm]; those of
-    capture are not used where the student is measured."""
+    """Further settings for each `cache-teacher run`, such as [capture.preset=compact, engine.kind=vllm]; capture.*
+    settings are not used when the student is measured."""
     train: list[str] = field(default_factory=list)
-    """Further settings of each `train-student`, such as [optim.lr=1e-5, 'trainable=[projector,text]']."""
+    """Further settings for each `train-student`, such as [optim.lr=1e-5, 'trainable=[projector,text]']."""
     trainer: str = "train-student"
     """The command that trains, such as "torchrun --nproc-per-node 8 --no-python train-student"."""
     benchmarks: InputPath | None = None
-    """Folder with benchmarks' files, as eval-student takes it, for the accuracy of each round; null: none."""
+    """Folder with the benchmarks' files (eval-student's root), to score each round's student on; null: none."""
     tasks: list[str] = field(default_factory=list)
     """Benchmarks to score, such as [gqa, pope]."""
 

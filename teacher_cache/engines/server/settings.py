@@ -13,13 +13,13 @@ class ServerSettings:
     """A vLLM server that runs the teacher, for engine.kind=server."""
 
     model: str | None = None
-    """Name under which the server has the teacher; null: the only one that it serves."""
+    """Name under which the server serves the teacher; null: the only model that it serves."""
     key_variable: str | None = None
-    """Environment variable that holds the server's API key; null: it needs none."""
+    """Environment variable that holds the server's API key; null: no key."""
     concurrency: int = 32
-    """Most requests at once; the server batches them."""
+    """Maximum number of requests in flight; the server batches them."""
     patience_seconds: float = 600.0
-    """How long to wait for a server that answers no more, such as one that is being restarted."""
+    """How long to keep retrying when the server stops answering, for example while it is restarted."""
 
     def problems(self, section: str, url: str | None) -> Iterator[str]:
         """Yield one line for each problem, naming the key below `section`; `url`: the server's address."""
