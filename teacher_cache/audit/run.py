@@ -94,7 +94,7 @@ def audit_cache(
 ) -> Audit:
     """Compare about `sequences` random sequences, evenly over the shards, with the teacher that `config` names.
 
-    A limit of None takes its default for the number types. Errors: `CacheError` if set, teacher, tokenizer, template or
+    A limit of None takes its default for the data types. Errors: `CacheError` if set, teacher, tokenizer, template or
     a sequence's content differ from the cache's (fields, or sections, named in `allow` may differ); `TargetError` if
     its supervised ids do; others as for a run.
     """
@@ -203,7 +203,7 @@ def _failures(
 
 
 def _coarser(*engines: dict[str, Any]) -> str:
-    """The coarsest number type; merged caches may have several, and a server's unknown one counts as the coarsest."""
+    """The coarsest data type; merged caches may have several, and a server's unknown one counts as the coarsest."""
     found = [engine["dtype"] for engine in engines]
     kinds: list[str] = [kind for each in found for kind in (each if isinstance(each, list) else [each])]
     order = list(LIMITS)

@@ -97,7 +97,7 @@ def audit(
       cache-teacher audit caches/captions capture.yaml --n 256 --max 1e-4 --json
 
     Records are made with the cache's own settings; capture.* is ignored. The default limits depend on the coarser of
-    the two number types: float32 0.001 (mean 0.0001, agreement 0.995), float16 0.25 (0.02, 0.98),
+    the two data types: float32 0.001 (mean 0.0001, agreement 0.995), float16 0.25 (0.02, 0.98),
     bfloat16 1.5 (0.1, 0.9).
     """
     from llavamod_offline.config import load_config, split_arguments

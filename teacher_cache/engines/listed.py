@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from teacher_cache.capture_setup import SetupValues
 
 _LIMITS = (
-    "no tail draws, forced tokens, hidden states and normalisers of other temperatures",
-    "the entropy is that of head and one bucket, a lower bound",
-    "the tail's mass is 1 - the head's, no finer than float32",
-    "of equally likely ids that do not all fit into the head, those that vLLM lists",
+    "no tail samples, forced tokens, hidden states or normalisers at other temperatures",
+    "the entropy is computed from the top-k and one bucket for the tail: a lower bound",
+    "the tail's mass is 1 minus the top-k's, no finer than float32",
+    "among equally likely ids that do not all fit into the top-k, those that vLLM lists are kept",
     "ids beyond the shared vocabulary are left out of the normaliser only where vLLM lists them",
 )
 _SMALLEST_TAIL = 2.0**-24  # the smallest step below 1 of a sum of float32 probabilities

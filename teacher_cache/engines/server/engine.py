@@ -38,8 +38,8 @@ _FIRST_PATIENCE = 3.0  # seconds for a server that has not answered yet: its add
 _SERVED = "as served"
 _NOT_FINITE = "Out of range float values"  # vLLM's message for a NaN log-prob, which JSON lacks
 _LIMITS = (
-    "number types, attention and parallelism are the server's own",
-    "that the server has the teacher's weights is known by its tokens alone",
+    "data types, attention and parallelism are the server's own",
+    "only the tokens show that the server has the teacher's weights",
 )
 
 

@@ -68,5 +68,5 @@ def test_the_fingerprint_says_that_the_teacher_was_served() -> None:
     assert described["system_fingerprint"].startswith("vllm-0.32.0-")
     assert hidden["system_fingerprint"] is None
     said = " | ".join(described["limits"])
-    assert all(part in said for part in ("no tail draws", "entropy", "the teacher's weights", "number types"))
+    assert all(part in said for part in ("no tail samples", "entropy", "the teacher's weights", "data types"))
     assert server.url not in str(described)
