@@ -1,10 +1,10 @@
-"""What tests of several folders share."""
+"""Fixtures and settings shared by the tests of several folders."""
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which others do: kernels run on a CPU
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when anything imports Triton: kernels then run on a CPU
 os.environ["LLAVAMOD_PROGRESS_SECONDS"] = "inf"  # only a slow machine would print progress
 
 import uuid
@@ -16,14 +16,14 @@ from hypothesis import HealthCheck, settings
 
 from tests.object_store import object_store
 
-# How long an example takes, and how fast examples are made, says something of the machine and nothing of the code.
+# The time to run or generate examples depends on the machine and says nothing about the code.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")
 def object_store_variables() -> Iterator[dict[str, str]]:
-    """The environment of an S3 server that runs as long as the tests do."""
+    """The environment variables of an S3 server that runs as long as the tests do."""
     with object_store() as variables:
         yield variables
 

@@ -1,4 +1,4 @@
-"""A proxy on the loopback interface that fails as networks do: it goes away for a while, and cuts replies short."""
+"""A proxy on the loopback interface that fails as networks do: it goes away for a while and cuts replies short."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PIECE = 4096
 
 
 class FlakyProxy:
-    """Passes connections on to a port. `cut`: how many replies were cut short, `refused`: whether it was away."""
+    """Forwards connections to a port. `cut`: how many replies were cut short; `outages`: how often it went away."""
 
     def __init__(self, target: int) -> None:
         self._target = target
@@ -25,13 +25,13 @@ class FlakyProxy:
         self.port = int(self._listener.getsockname()[1])
 
     def cut_replies(self, count: int) -> None:
-        """End the next connections whose replies are longer than a piece in the middle of one."""
+        """Cut the next `count` connections whose replies are longer than one piece, in the middle of a reply."""
         self._to_cut = count
 
     def go_away(self, seconds: float | None) -> None:
-        """End all connections and take no more, for a while or (None) for good."""
+        """End all connections and accept no more, for a while or (None) for good."""
         self.outages += 1
-        # A listener that a thread is waiting at is not gone when it is closed.
+        # Closing a listener does not end it while a thread is waiting in `accept`.
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -88,7 +88,7 @@ class FlakyProxy:
 
 @contextmanager
 def flaky_proxy(target: int) -> Iterator[FlakyProxy]:
-    """Run a proxy to a port."""
+    """Run a proxy in front of a port."""
     proxy = FlakyProxy(target)
     try:
         yield proxy

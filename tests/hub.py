@@ -1,4 +1,4 @@
-"""A Hugging Face cache folder, laid out as huggingface_hub does: refs, snapshots of links, blobs."""
+"""A Hugging Face cache folder with huggingface_hub's layout: refs, snapshots made of links, blobs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Refuses operations for which a GPU's host has to wait."""
+"""Refuses operations that make the host wait for the GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "eq
 
 
 class NothingAsked(TorchDispatchMode):
-    """Inside the block, no operation may depend on a tensor's values in Python or in the size of its result."""
+    """Inside the block, no tensor's values may be read in Python or decide the size of a result."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""An S3 server of our own on the loopback interface: moto, in a process of its own."""
+"""An S3 server on the loopback interface: moto, in a process of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PORTS = 5
 
 @contextmanager
 def object_store() -> Iterator[dict[str, str]]:
-    """Run the server; yields the environment variables by which every S3 client finds it."""
+    """Run the server; yield the environment variables that point every S3 client at it."""
     endpoint, process = _started()
     with process:
         try:
@@ -33,7 +33,7 @@ def object_store() -> Iterator[dict[str, str]]:
 
 
 def _started() -> tuple[str, subprocess.Popen[bytes]]:
-    """The server at a free port, or at another one if somebody takes that before the server does."""
+    """Start the server at a free port, or at another one if something else takes that first."""
     for _ in range(_PORTS):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

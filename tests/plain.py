@@ -1,4 +1,4 @@
-"""Asking a checkpoint as a user of plain transformers does, by nothing but the files of its folder."""
+"""Ask a checkpoint questions as a user of plain transformers does, with nothing but the files of its folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Question = tuple[str, Sequence[Path]]  # a text, and the images before it
 
 
 def questions(folder: Path) -> list[Question]:
-    """Of different lengths, about wide, tall and square images, about none, and about two."""
+    """Questions of different lengths, about wide, tall and square images, about none, and about two."""
     sizes = {"wide.png": (60, 20), "tall.png": (17, 51), "square.png": (24, 24), "large.png": (300, 200)}
     for number, (name, size) in enumerate(sizes.items()):
         (folder / name).write_bytes(tiny_image(number, size))
@@ -37,7 +37,7 @@ def plain_answers(
 ) -> list[list[int]]:
     """The ids that plain transformers generates for all questions, in one batch or one by one, up to the end token.
 
-    `processor`: the folder's, if its part for videos needs what is not installed.
+    `processor`: the folder's, for when its video part needs a package that is not installed.
     """
     processor = processor or AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
@@ -56,7 +56,7 @@ def plain_answers(
 
 
 def engine_answers(folder: Path, asked: Sequence[Question], tokens: int, *, template: str = "qwen") -> list[list[int]]:
-    """The ids that `eval-student generate` generates for each question alone; it asks about one image, here any."""
+    """The ids that `eval-student generate` generates for each question alone; there one image, here any number."""
     engine = HfEngine(folder, template=template)
     answers = []
     for text, images in asked:

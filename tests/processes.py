@@ -18,7 +18,7 @@ def script(name: str) -> str:
 
 
 def in_two_processes(file: str, *arguments: object) -> str:
-    """Run a Python file under torchrun in two processes; it must succeed. Returns what they print."""
+    """Run a Python file under torchrun in two processes; it must succeed. Return its output."""
     done = subprocess.run(
         [script("torchrun"), "--standalone", "--nproc-per-node", "2", file, *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
@@ -47,13 +47,13 @@ def start(command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
 
 
 def heed_signals() -> None:
-    """As a terminal leaves them; background jobs ignore SIGINT, and what `nohup` starts ignores SIGHUP."""
+    """Reset signals as in a terminal; background jobs ignore SIGINT, and commands under `nohup` ignore SIGHUP."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 
 def wait_until(reached: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Wait until something is reached, or the process has ended."""
+    """Wait until `reached` returns true or the process has ended."""
     while not reached() and process.poll() is None:
         time.sleep(0.002)
 
@@ -69,7 +69,7 @@ def catches(process: subprocess.Popen[str], number: int) -> bool:
 
 
 def has_loaded(process: subprocess.Popen[str], library: str) -> bool:
-    """Whether a shared library is in the process's memory."""
+    """Whether the process has loaded a shared library."""
     try:
         return library in Path(f"/proc/{process.pid}/maps").read_text()
     except OSError:

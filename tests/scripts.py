@@ -1,4 +1,4 @@
-"""Console scripts in forked processes that have everything imported: quick enough to run hundreds of them."""
+"""Console scripts in forked processes with everything already imported: fast enough to run hundreds of them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _IMPORTED = [
 
 
 def fork_server() -> ForkServerContext:
-    """The server that forks them."""
+    """The server that forks console scripts."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTED)
     return context
@@ -52,17 +52,17 @@ class Script:
 
     @property
     def pid(self) -> int:
-        """The process's number."""
+        """The process id."""
         assert self.process.pid is not None
         return self.process.pid
 
     def send(self, number: int) -> None:
-        """Send a signal, unless it has ended."""
+        """Send a signal, unless the process has ended."""
         with suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
     def ended(self) -> tuple[int, str]:
-        """Wait for the end, and give the status and stderr."""
+        """Wait for the end; return the status and stderr."""
         self.process.join()
         assert self.process.exitcode is not None
         return self.process.exitcode, self.stderr.read_text(errors="replace")
@@ -76,7 +76,7 @@ def fork_script(
     stderr: str | Path | None = None,
     before: Callable[[], None] | None = None,
 ) -> Script:
-    """Start a command, after `before` in its process; its outputs go to files in `folder`, or those given."""
+    """Start a command, calling `before` first in its process; its outputs go to files in `folder`, or those given."""
     folder.mkdir(exist_ok=True)
     out, err = Path(stdout or folder / "stdout"), Path(stderr or folder / "stderr")
     process = fork_server().Process(target=_run, args=(list(command), str(out), str(err), before))

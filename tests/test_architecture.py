@@ -39,7 +39,7 @@ def test_a_package_imports_only_what_stands_below_it(package: str) -> None:
     files = sorted((ROOT / package).rglob("*.py"))
     assert files
     for file in files:
-        if EXAMPLES in file.parents:  # uses the packages from outside, as a reader would
+        if EXAMPLES in file.parents:  # uses the packages from outside, as a user would
             continue
         unexpected = imported_packages(file) - MAY_IMPORT[package] - {package}
         assert not unexpected, f"{file.relative_to(ROOT)} imports {unexpected}"

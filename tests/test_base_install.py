@@ -1,4 +1,4 @@
-"""What the package offers without its extras: names to import, and one line where something more is needed."""
+"""What the package offers without its extras: names to import, and a one-line error where an extra is needed."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_packages_are_typed_and_run_by_their_names(package: str) -> None:
 
 
 def test_what_is_pinned_covers_what_is_declared() -> None:
-    """Of every extra that the tests install."""
+    """For every extra that the tests install."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pinned = {
         line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line

@@ -1,4 +1,4 @@
-"""Every command where it cannot write or print: one line, the right status, and never a traceback."""
+"""Every command when it cannot write or print: one line, the right status, and never a traceback."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ APPS: dict[str, list[typer.Typer]] = {
     "train-student": [train.cli.app, train.cli.reports, train.cli.measurements],
     "eval-student": [eval.cli.app],
 }
-ALONE = "train-student run"  # the one command that is not typed: `train-student RECIPE ...`
+ALONE = "train-student run"  # the one whose name is not typed: `train-student RECIPE ...`
 
 
 def all_commands() -> Iterator[str]:
@@ -134,7 +134,7 @@ class Done:
 
 
 def run(command: list[str], folder: Path, *, before: Callable[[], None] | None = None, stdout: str = "pipe") -> Done:
-    """Run a command; its stdout is a pipe, one whose reader has gone (`closed`), or a file's path."""
+    """Run a command; `stdout` is a pipe, a pipe whose reader has gone (`closed`), or a file's path."""
     folder.mkdir(exist_ok=True)
     pipes = {name: folder / name for name in ("out", "err")}
     for pipe in pipes.values():
@@ -196,7 +196,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WRITERS)
 def test_an_output_below_a_file(name: str, world: Path, tmp_path: Path) -> None:
-    """As good as a read-only folder, which does not exist for root."""
+    """A stand-in for a read-only folder, which root could still write to."""
     (tmp_path / "file").touch()
     done = run(typed(name, world, tmp_path / "file"), tmp_path / "logs")
     assert done.status == 2, done.stderr
@@ -208,7 +208,7 @@ def test_an_output_below_a_file(name: str, world: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_full_disk(name: str, world: Path, tmp_path: Path) -> None:
-    """No file can be written; what only reads does its work."""
+    """No file can be written; commands that only read still work."""
     (tmp_path / "out").mkdir()
     done = run(typed(name, world, tmp_path / "out"), tmp_path / "logs", before=_let_no_file_grow)
     assert done.status == (2 if name in WRITERS else done.status)
@@ -265,7 +265,7 @@ LONG = [name for name in QUICK if name not in SHORT]
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LONG)
 def test_progress_in_a_log(name: str, world: Path, tmp_path: Path) -> None:
-    """Of every command that may take long, where stderr is no terminal."""
+    """Every command that may take long prints progress lines when stderr is not a terminal."""
     (tmp_path / "out").mkdir()
     done = run(typed(name, world, tmp_path / "out"), tmp_path / "logs", before=_often)
     assert PROGRESS.search(done.stderr), done.stderr
@@ -281,7 +281,7 @@ def _often() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
 def test_seven_bits_and_no_stdin(name: str, world: Path, tmp_path: Path) -> None:
-    """A terminal without the characters that a command prints, and no terminal at all behind stdin."""
+    """stdout can encode only ASCII, and stdin is closed."""
     (tmp_path / "out").mkdir()
     done = run(typed(name, world, tmp_path / "out"), tmp_path / "logs", before=_seven_bits)
     assert done.status == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The commands and the YAML files that the README files show are ones that the commands accept."""
+"""The commands accept the command lines and YAML files that the README files show."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ SETTINGS = {
 
 
 def blocks(readme: str) -> list[tuple[str, str]]:
-    """The language and the content of each block of code."""
+    """The language and the content of each code block."""
     return re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / readme).read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 def yaml_files() -> dict[str, tuple[str, str]]:
-    """The command and the content of each YAML file that begins with `# NAME: COMMAND`."""
+    """The command and the content of each YAML file that starts with `# NAME: COMMAND`."""
     found = [content for readme in READMES for language, content in blocks(readme) if language == "yaml"]
     heads = [(re.match(r"# (\S+\.yaml): (\S+-\S+ .*)", content), content) for content in found]
     return {head[1]: (head[2], content) for head, content in heads if head}
@@ -71,7 +71,7 @@ def commands_of(text: str) -> Iterator[list[str]]:
 
 
 def check(words: list[str]) -> None:
-    """Parse a command as it would be, without running it. Errors: those of the command."""
+    """Parse a command line as the command would, without running it. Errors: the command's own."""
     words = [word for word in words if word not in ("...", "…")]
     name, arguments = words[0], words[1:]
     command: Any

@@ -1,4 +1,4 @@
-"""Every long command, stopped or killed at any moment and run again, gives what it gives undisturbed."""
+"""Every long command, stopped or killed at any moment and rerun, gives the same result as undisturbed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ CHECKPOINTS = Path(__file__).parents[1] / "llavamod_offline" / "toyworld" / "che
 TEACHER = CHECKPOINTS / "teacher"
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 MOMENTS = 3
-# What a clock decides, or where the output lies.
+# Files whose content depends on the clock or on where the output lies.
 TIMED = ("metrics.jsonl", "summary.json", "state.json", "README.md", "config.yaml")
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A toy world in real file formats, a set of it, and benchmarks."""
+    """A toy world in real file formats, a set packed from it, and benchmarks."""
     folder = tmp_path_factory.mktemp("world")
     write_datasets(folder, align=48, general=0, multitask=0, preference=0, error_share=0.1, seed=3)
     write_benchmarks(folder / "benchmarks", images=8, seed=4)
@@ -64,7 +64,7 @@ def commands(world: Path, output: Path) -> dict[str, list[str]]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """All files below a folder, hidden ones too, with their hashes unless these may differ."""
+    """All files below a folder, hidden ones too, with their hashes except where these may differ."""
     return {
         file.relative_to(folder).as_posix(): "" if file.name in TIMED else hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(folder.rglob("*"))
@@ -73,14 +73,14 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 class Undisturbed:
-    """What each command gives, and how long it takes; each is run once, when it is needed."""
+    """Each command's result and duration when undisturbed; each is run once, on first use."""
 
     def __init__(self, world: Path, folder: Path) -> None:
         self._world, self._folder = world, folder
         self._found: dict[str, tuple[dict[str, str], float]] = {}
 
     def of(self, name: str) -> tuple[dict[str, str], float]:
-        """Files and seconds."""
+        """The command's files and its seconds."""
         if name not in self._found:
             output = self._folder / name
             output.mkdir()
@@ -102,7 +102,7 @@ def undisturbed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Undist
 def test_a_stopped_command_gives_the_same_when_run_again(
     name: str, number: signal.Signals, world: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    """A few times in a row, at random moments; then to the end."""
+    """Stopped a few times in a row, at random moments, then run to the end."""
     expected, seconds = undisturbed.of(name)
     output = tmp_path / "output"
     output.mkdir()
@@ -114,12 +114,12 @@ def test_a_stopped_command_gives_the_same_when_run_again(
         script.send(number)
         status, stderr = script.ended()
         assert "Traceback" not in stderr
-        if status == 2:  # a set that is there already is not overwritten
+        if status == 2:  # an existing set is not overwritten
             assert name in ("pack", "index")
             assert "--overwrite" in stderr
         elif number == signal.SIGKILL:
             assert status in (-number, 0)
-        elif status == -number:  # it was not there yet
+        elif status == -number:  # its signal handlers were not yet installed
             assert not stderr
         else:
             assert status in (128 + number, 0)

@@ -33,7 +33,7 @@ PATCH_SIZE = 8
 IMAGE_TOKENS = 9
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
 
-# Qwen2's splitting of text into words.
+# Qwen2's pre-tokenisation pattern.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -89,7 +89,7 @@ def write_tiny_llava(
 ) -> Path:
     """Write a random LLaVA folder (24×24 pixels, 9 image tokens); `head_rows` defaults to the tokenizer's length.
 
-    Its chat template says that it was trained with `template`; None: it has none.
+    Its chat template words conversations as `template` does; None: no chat template.
     """
     tokenizer = tokenizer or tiny_tokenizer(vocabulary)
     rows = head_rows or len(tokenizer)
@@ -222,7 +222,7 @@ def write_tiny_set(folder: Path, n: int, *, seed: int = 0, preference: bool = Fa
 
 
 def break_image(folder: Path, row: int) -> None:
-    """Damage the first image of a row in a packed set, as a bad disk would."""
+    """Damage the first image of a row in a packed set, as a failing disk would."""
     samples = SampleSet.open(folder)
     shard = int(samples.shard_numbers(np.array([row]))[0])
     member = samples.index.column("members")[row].as_py()[1]

@@ -1,12 +1,12 @@
-"""Tiny tokenizers of Llama's kind, made on the spot: `<s>` before every text, words that begin with a space's mark."""
+"""Tiny Llama-like tokenizers, made on the spot: `<s>` before every text, words that begin with a space marker (▁)."""
 
 from __future__ import annotations
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-# How the mark before the first word comes about: by the normalizer of every section (Llama 2, Vicuna), or by the
-# pre-tokenizer, before the first section alone (its `legacy=False`) or before each.
+# What puts the space marker before the first word: the normalizer, in every section (Llama 2, Vicuna), or the
+# pre-tokenizer, before the first section only (`legacy=False`) or before each.
 KINDS = ("prepend", "first", "always")
 _TEXTS = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -16,7 +16,7 @@ _TEXTS = (
 
 
 def llama_tokenizer(kind: str = "prepend") -> PreTrainedTokenizerFast:
-    """A byte-fallback BPE tokenizer of a kind, with `<s>`, `</s>` and `<image>`."""
+    """A byte-fallback BPE tokenizer of one of `KINDS`, with `<s>`, `</s>` and `<image>`."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     if kind == "prepend":
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])

@@ -1,4 +1,4 @@
-"""Tiny language models and vision towers of many kinds, made on the spot, of which students are built."""
+"""Tiny language models and vision towers of many kinds, made on the spot, to build students from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers import (
 
 from tests.tiny import IMAGE_SIZE, PATCH_SIZE, tiny_tokenizer, write_image_processor
 
-# Names of releases, by which their kind of model is known, with its `model_type` and what its configuration needs.
+# Released models that stand for their kind, with the `model_type` and the settings that its configuration needs.
 TEXT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "Qwen3": ("qwen3", {"head_dim": 32}),
@@ -34,7 +34,7 @@ TEXT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "OLMo2": ("olmo2", {}),
     "GPT-NeoX": ("gpt_neox", {}),
 }
-# Kinds that name their layers in other ways.
+# Kinds that name their layers differently.
 OTHER_TEXT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT2": ("gpt2", {}),
     "BLOOM": ("bloom", {}),
@@ -44,7 +44,7 @@ OTHER_TEXT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "LFM2": ("lfm2", {"full_attn_idxs": [0]}),
     "Qwen3.5": ("qwen3_5_text", {"layer_types": ["linear_attention", "full_attention"], "head_dim": 16}),
 }
-# Kinds of which LLaVA's class would lose a part, or that it cannot run.
+# Kinds that LLaVA's class cannot run, or of which it would lose a part.
 REFUSED_TEXT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Phi2": ("phi", {}),
     "Gemma2": ("gemma2", {"head_dim": 16}),
@@ -58,7 +58,7 @@ TOWERS = ("CLIP", "SigLIP", "SigLIP2", "DINOv2")
 
 
 def write_language_model(folder: Path, name: str, *, seed: int = 0) -> Path:
-    """Write a random language model of a kind, with the tiny tokenizer but for `<image>`."""
+    """Write a random language model of a kind, with the tiny tokenizer without `<image>`."""
     model_type, settings = (TEXT_MODELS | OTHER_TEXT_MODELS | REFUSED_TEXT_MODELS)[name]
     content = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<image>"]
@@ -91,7 +91,7 @@ def write_language_model(folder: Path, name: str, *, seed: int = 0) -> Path:
 
 
 def write_tower(folder: Path, name: str, *, seed: int = 0) -> Path:
-    """Write a random vision tower of a kind, for 24×24 pixels, as it is published: SigLIP with its text model."""
+    """Write a random vision tower of a kind, for 24×24 pixels, in its published form: SigLIP with its text model."""
     common: dict[str, Any] = {
         "hidden_size": 32,
         "num_hidden_layers": 3,

@@ -1,7 +1,7 @@
-"""Tiny teachers of other families than LLaVA's own, made on the spot: random weights in real checkpoint folders.
+"""Tiny teachers of families other than LLaVA, made on the spot: random weights in real checkpoint folders.
 
-Every text model has heads of 32 numbers, so that vLLM runs it on a CPU too. The tokenizers share `tiny_tokenizer`'s
-words and merges; what differs is the special tokens at the end.
+Every text model has attention heads of dimension 32, so that vLLM runs it on a CPU too. The tokenizers share
+`tiny_tokenizer`'s vocabulary and merges; only the special tokens at the end differ.
 """
 
 from __future__ import annotations
@@ -162,9 +162,9 @@ def write_tiny_causal_lm(
     tokenizer: Any = None,
     **settings: Any,
 ) -> Path:
-    """Write a random language model without images, of a `kind` of transformers' model types.
+    """Write a random text-only language model; `kind` is a transformers model type.
 
-    `special`: more tokens; `settings`: of its configuration.
+    `special`: additional special tokens; `settings`: settings of its configuration.
     """
     tokenizer = tokenizer or tokenizer_with(*special)
     config = AutoConfig.for_model(kind, **{**_text_settings(len(tokenizer) + spare_rows), **settings})
@@ -176,7 +176,7 @@ def write_tiny_llava_llama(
 ) -> Path:
     """Write a random LLaVA whose text model is a Llama, with a CLIP, SigLIP or DINOv2 tower.
 
-    Patches are of 8 pixels, except SigLIP's of 7, which leave 3 pixels over, as in its release of 384 pixels.
+    Patches have 8 pixels, except SigLIP's with 7, which leave 3 pixels over, as in its released 384-pixel model.
     """
     tokenizer = tokenizer or tiny_tokenizer()
     vision, processor = _TOWERS[tower]()

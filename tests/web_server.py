@@ -1,4 +1,4 @@
-"""A plain web server on the loopback interface, which notes its requests."""
+"""A plain web server on the loopback interface that records its requests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 @dataclass
 class WebServer:
-    """Serves a folder's files: without lists of folders, with or without ranges; `sent`: the bytes of each file."""
+    """Serves a folder's files: no directory listings, with or without range requests; `sent`: bytes sent per file."""
 
     folder: Path
     ranges: bool = True
@@ -37,7 +37,7 @@ def web_server(folder: Path, *, ranges: bool = True) -> Iterator[WebServer]:
 
 @contextmanager
 def serving(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[str]:
-    """Serve requests on loopback in a thread; gives the address."""
+    """Serve requests on loopback in a thread; yield the address."""
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()

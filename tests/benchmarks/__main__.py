@@ -1,10 +1,10 @@
-"""Run all benchmarks in their quick form, and say what has moved.
+"""Run every benchmark in its quick form and report which ratios have moved.
 
     python -m tests.benchmarks [--only loss,store] [--repeats 3] [--json FILE] [--markdown FILE] [--baseline FILE]
 
-Each runs `--repeats` times. A ratio has moved if it differs from that of the baseline (by default the committed one of
-this kind of device, `results/quick-DEVICE.json`) by more than three times the spread of both. `--json` writes what can
-be the next baseline: {"device", "date", "repeats", "ratios": {benchmark: {ratio: [a value for each repeat]}}}.
+Each runs `--repeats` times. A ratio has moved if it differs from the baseline's (by default the committed one for this
+kind of device, `results/quick-DEVICE.json`) by more than three times the spread of both. `--json` writes a file that
+can serve as the next baseline: {"device", "date", "repeats", "ratios": {benchmark: {ratio: [one value per repeat]}}}.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ BENCHMARKS = sorted(
     path.stem for path in HERE.glob("*.py") if path.stem not in ("__init__", "__main__", "form", "test_form")
 )
 _SPREADS = 3.0
-_LEAST = 0.02  # of a ratio: below it, nothing is worth a word
+_LEAST = 0.02  # of a ratio: smaller changes are not worth reporting
 
 Ratios = Mapping[str, Sequence[float]]
 
 
 def main() -> int:
-    """Run, compare and write; returns the status, 1 if a benchmark failed."""
+    """Run, compare and write; return the exit status, 1 if a benchmark failed."""
     arguments = _arguments()
     found: dict[str, dict[str, list[float]]] = {}
     failed = []
@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def compare(values: Sequence[float], before: Sequence[float] | None) -> dict[str, Any]:
-    """A ratio's mean and spread, those of the baseline, and by how much of it the ratio has moved; "" if by none."""
+    """A ratio's mean and spread, the baseline's, and the relative change if the ratio has moved, else ""."""
     now, spread = mean(values), _spread(values)
     row: dict[str, Any] = {"now": now, "spread": spread, "baseline": "", "moved": ""}
     if before:
@@ -89,7 +89,7 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def _run(name: str) -> dict[str, float] | None:
-    """A quick run's ratios; None if it failed."""
+    """The ratios of a quick run; None if it failed."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
         command = [sys.executable, "-m", f"tests.benchmarks.{name}", "--quick", "--json", str(file)]

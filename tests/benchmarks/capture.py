@@ -1,34 +1,34 @@
-"""A capture against the bare forward pass of its teacher: what records, reading and writing add.
+"""A capture against the bare forward pass of its teacher: what making records, reading and writing add to it.
 
     python -m tests.benchmarks.capture [--quick] --json FILE
 
-`forward`: the teacher over prepared batches, the same as the engine's: hidden states of every token, and the output
-layer at the supervised positions. `hf_capture`: from packed samples to records (tokens, images and draws included).
-`run`: from packed samples to a finished cache on the disk, as `cache-teacher run` makes one, but for `prepare` (the
-weights are hashed) and `load`, which a run does once, whatever the size of its set.
+`forward`: the teacher over prepared batches, the same as the engine's: hidden states of every token, and the LM head at
+the supervised positions. `hf_capture`: from packed samples to records (tokens, images and tail samples included).
+`run`: from packed samples to a finished cache on disk, as `cache-teacher run` makes one, except for `prepare` (which
+hashes the weights) and `load`, which a run does once, whatever the size of its set.
 
-The cases take turns; of each the least of its rounds counts, since nothing makes a round faster than it is. On a CPU
-one thread runs the teacher, so that what a capture does beside it has a core as it has beside a GPU; `…_cpu` are the
-ratios of all threads' processor seconds, in which nothing that runs beside is free. `waiting_share` is the share of a
-case's seconds in which the thread that runs the teacher waits for what others read, prepare or write.
+The cases take turns, and the fastest round of each counts, since noise only ever makes a round slower. On a CPU one
+thread runs the teacher, so that the rest of a capture has a core to itself, as it has beside a GPU; `…_cpu` are the
+ratios of processor seconds summed over all threads, in which concurrent work is not free. `waiting_share` is the share
+of a case's seconds in which the thread that runs the teacher waits for others to read, prepare or write.
 
 Sizes: on a CPU the toy world's teacher (V = 600), a random one with 8 layers of 512 and V = 32,000, and a random
-Qwen3-VL (`generic`: 6 layers of 256), which runs by its own processor and as a whole; on a GPU a random Qwen2-7B (28
-layers of 3,584, V = 152,064) with CLIP-L/336. Where vLLM is installed: the toy world's teacher by
-records made in its workers against `prompt_logprobs`.
+Qwen3-VL (`generic`: 6 layers of 256), which uses its own processor and runs as one model; on a GPU a random Qwen2-7B
+(28 layers of 3,584, V = 152,064) with CLIP-L/336. Where vLLM is installed: the toy world's teacher, with records made
+in vLLM's workers against `prompt_logprobs`.
 
-What bounds records on a CPU: of 5 to 8 ns a logit (`standard`, V = 32,000 and 151,646) exponentials and the divisions
-before them take 40 %: one for T = 1.5, one for T = 4, one for T = 1 and 2 together, which also gives the weights
-of the tail. Finding the top-k takes 20 %, and the rest are single passes. PyTorch's topk over a whole row, and sums in
-float64, cost 10 % to 20 % more; so did a top-k of all slots where `min_prob` leaves a few (half of the time at V =
-600). Chunks of a few rows, which stay in the cache, are no faster: what each call costs outweighs what they save. A
-toy teacher's run also waits for the images of each shard's first batch, which are not prepared ahead.
+What bounds making records on a CPU: of 5 to 8 ns per logit (`standard`, V = 32,000 and 151,646), exponentials and the
+divisions before them take 40 %: one for T = 1.5, one for T = 4, one for T = 1 and 2 together, which also gives the
+tail's weights. Finding the top-k takes 20 %, and the rest is single passes. PyTorch's topk over a whole row and sums in
+float64 cost 10 % to 20 % more; so did a top-k over all slots where `min_prob` keeps only a few (half of the time at V =
+600). Chunks of a few rows, which fit in the CPU's cache, are no faster: the overhead of each call outweighs the saving.
+A toy teacher's run also waits for the images of each shard's first batch, which are not prepared ahead.
 
-What bounds `vllm_pooler_vs_prompt_logprobs` on a CPU: the forward pass, which both have. By `results/capture.json`, a
-position takes 0.33 ms with the pooler and 0.67 ms with `prompt_logprobs`; bare forward passes by HF take 0.29 ms, and
-all that its capture does beside them 0.04 ms. With records that cost nothing, the ratio would be 2.3 at most.
+What bounds `vllm_pooler_vs_prompt_logprobs` on a CPU: the forward pass, which both need. In `results/capture.json`, a
+position takes 0.33 ms with the pooler and 0.67 ms with `prompt_logprobs`; bare forward passes in HF take 0.29 ms, and
+everything else in its capture 0.04 ms. If records cost nothing, the ratio would be at most 2.3.
 
-Shape suffixes: B sequences of a batch, T tokens, D hidden size, N supervised positions of the batch, R of them in a
+Shape suffixes: B sequences in a batch, T tokens, D hidden size, N supervised positions in the batch, R of them in a
 chunk.
 """
 
@@ -64,13 +64,13 @@ from tests.benchmarks.worlds.capture import GENERIC, LARGE, MIDDLE, TOY, Size, r
 
 NAME = "capture"
 CASES = ("forward", "hf_capture", "run")
-# What prompt_logprobs can give, for both.
+# Only what prompt_logprobs can give, so that both record the same.
 _LISTED = ("capture.temperatures=[]", "capture.tail_samples_max=0")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What the teacher takes for a batch, on the CPU, and where its supervised positions are."""
+    """The teacher's inputs for a batch, on the CPU, and its supervised positions."""
 
     inputs: dict[str, Tensor]
     which_N: Tensor
@@ -98,7 +98,7 @@ def prepared_batches(job: CaptureSetup, batch_size: int) -> list[Batch]:
 
 @torch.inference_mode()
 def forward(engine: HfCaptureEngine, batches: list[Batch]) -> None:
-    """Run the teacher over the batches, and its output layer at their supervised positions."""
+    """Run the teacher over the batches, and its LM head at their supervised positions."""
     model, device = engine.model, engine.model.device
     for batch in batches:
         hidden_BTD = whole_hidden_states(model, batch.inputs)
@@ -110,7 +110,7 @@ def forward(engine: HfCaptureEngine, batches: list[Batch]) -> None:
 
 
 def capture_all(job: CaptureSetup, engine: HfCaptureEngine) -> int:
-    """Capture every shard and keep nothing; gives the positions."""
+    """Capture every shard and keep nothing; return the number of positions."""
     positions = 0
     for name in job.samples.shard_names:
         captured, rejected = capture_rows(job, engine, job.samples.rows_of(name))
@@ -120,7 +120,7 @@ def capture_all(job: CaptureSetup, engine: HfCaptureEngine) -> int:
 
 
 def make_cache(job: CaptureSetup, engine: HfCaptureEngine, output: Path) -> None:
-    """Do what a run does once its teacher is there."""
+    """Do what a run does once its teacher is loaded."""
     store = CacheStore.open(output, job.fingerprint, job.samples.shard_names)
     store.start()
     for _ in capture_shards(job, engine, store, store.missing(), lambda samples, positions: None):
@@ -129,7 +129,7 @@ def make_cache(job: CaptureSetup, engine: HfCaptureEngine, output: Path) -> None
 
 
 def measure(size: Size, folder: Path, *, device: str, repeats: int) -> tuple[list[Row], dict[str, float]]:
-    """Time all cases of one size; rows and ratios."""
+    """Time all cases of one size; return rows and ratios."""
     teacher, data = write_world(folder, size)
     settings = [f"data={data}", f"teacher={teacher}", f"output={folder / 'cache'}", f"device={device}"]
     config = load_config(CacheTeacherConfig, (), [*settings, f"batch_size={size.batch_size}"])
@@ -179,7 +179,7 @@ def measure(size: Size, folder: Path, *, device: str, repeats: int) -> tuple[lis
     for case in CASES[1:]:
         ratios[f"{case}_vs_forward_{size.name}"] = min(wall[case]) / min(wall["forward"])
         ratios[f"{case}_vs_forward_{size.name}_cpu"] = min(processor[case]) / min(processor["forward"])
-    if device != "cpu":  # its processor seconds are those of waiting
+    if device != "cpu":  # its processor seconds are spent waiting
         ratios = {name: value for name, value in ratios.items() if not name.endswith("_cpu")}
     return rows, ratios
 

@@ -1,24 +1,24 @@
-"""What a cache costs and what it is worth: bytes a position all in, against the error of the gradient that it gives.
+"""What a cache costs and what it is worth: total bytes per position, against the error of the gradient that it gives.
 
     python -m tests.benchmarks.codec [--quick] [--model FOLDER] [--student early-exit:N] [--teachers NAMES] --json FILE
 
 Teachers: the 4-gram model of `teachers/ngram.py`, the toy teacher, and with --model any causal language model, on fewer
-positions. `--teachers ngram,toy` or `model` selects some; FILE's rows of the others stay.
+positions. `--teachers ngram,toy` or `model` selects some; rows of the others already in FILE stay.
 
 Students are on the line from the teacher p to its unigram u, q ∝ p^w·u^(1−w): `near` w = 0.9, `mid` 0.5, `fresh` 0; and
 a real one (`start`): for the toy teacher one at the beginning of its training, for --model the one that --student
-names, a folder or the model itself leaving after layer N.
+names: a folder, or the model itself exiting after layer N.
 
 Errors are relative: ‖Σ (q − p̂) − Σ (q − p)‖ / ‖Σ (q − p)‖ over about 4,096 positions, T · (q − p̂) at a temperature T:
-the gradient of an output bias, and with hidden states h that of the output layer's weight, Σ (q − p̂) hᵀ (of --model, h
+the gradient of an output bias and, with hidden states h, of the LM head's weight, Σ (q − p̂) hᵀ (for --model, h
 projected to 16 numbers: 7 GB and 20 minutes of one core at V = 262,144). Our gradients are those of the losses on
-records that were written and read back. `kl`: KL(full ‖ p̂) for the student `mid`, infinite where p̂ forgets ids.
-The error of a single step does not decide which student comes out of a run: a bias adds up over its steps, noise does
+records that were written and read back. `kl`: KL(full ‖ p̂) for the student `mid`, infinite where p̂ drops ids. The
+error of a single step does not decide how good a run's student becomes: bias accumulates over the steps, noise does
 not.
 
 `floor`: the bytes that an ideal coder of single symbols would need for the ids and numbers that a cache holds.
 
-Shape suffixes: N positions, V ids, D hidden size, H head entries of all positions.
+Shape suffixes: N positions, V ids, D hidden size, H top-k entries of all positions.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def main() -> None:
 def with_others(
     before: dict[str, Any], rows: list[Row], ratios: dict[str, float], positions: dict[str, int]
 ) -> tuple[list[Row], dict[str, float], dict[str, int]]:
-    """Add what an earlier result holds of teachers that were not measured now."""
+    """Add an earlier result's rows and ratios of teachers that were not measured this time."""
     teachers = before["settings"]["positions"]
 
     def teacher(ratio: str) -> str:  # ratios of the 4-gram model have no suffix
@@ -109,13 +109,13 @@ def with_others(
 
 @dataclasses.dataclass
 class Sums:
-    """A sum of gradients over positions: [V], and against hidden states [V, D]."""
+    """Gradients summed over positions: of the bias [V] and, given hidden states, of the LM head's weight [V, D]."""
 
     bias_V: Tensor | float = 0.0
     weight_VD: Tensor | float = 0.0
 
     def add(self, gradient_NV: Tensor, hidden_ND: Tensor | None) -> None:
-        """Add some positions."""
+        """Add the gradients of some positions."""
         self.bias_V = self.bias_V + gradient_NV.sum(0, dtype=torch.float64)
         if hidden_ND is not None:
             self.weight_VD = self.weight_VD + (gradient_NV.T @ hidden_ND).double()
@@ -134,7 +134,7 @@ Sizes = dict[tuple[str, float], tuple[float, float]]
 
 
 def captured_for(preset: Preset, temperature: float) -> Preset:
-    """The preset as it is, or for students that learn at another temperature alone."""
+    """The preset as it is or, at another temperature, with records made only for students that train at it."""
     if temperature == 1.0:
         return preset
     return dataclasses.replace(preset, temperature=temperature, temperatures=())
@@ -183,7 +183,7 @@ def _targets_gradients(
 
 
 def _gradient(log_q_NV: Tensor, targets: SparseTargets, tail: TailEstimator, temperature: float) -> Tensor:
-    """The gradient in the student's logits, by the library's loss."""
+    """The gradient with respect to the student's logits, by the library's loss."""
     teacher = prepare_targets(targets, log_q_NV.shape[1], spec=DivergenceSpec(), tail=tail, temperature=temperature)
     gradient_NV = log_q_NV.clone()
     divergence_in_place(gradient_NV, teacher, zero_metrics(log_q_NV.device))
@@ -205,7 +205,7 @@ def _targets(cache: TeacherCache, number: int) -> SparseTargets:
 
 
 def _kl(p_NV: Tensor, target_NV: Tensor) -> float:
-    """Σ KL(p ‖ p̂) over positions; p̂ is made of differences, so what is below rounding counts as forgotten."""
+    """Σ KL(p ‖ p̂) over positions; p̂ is computed as a difference, so values below rounding error count as dropped."""
     target_NV = torch.where(target_NV > 1e-12, target_NV, 0.0)
     return float(torch.where(p_NV > 1e-9, p_NV * (p_NV / target_NV).log(), 0.0).sum(dtype=torch.float64))
 
@@ -230,18 +230,18 @@ def table(world: World, found: Found, sizes: Sizes) -> list[Row]:
 
 
 def rival_bytes(world: World, target: str, temperature: float) -> float:
-    """Bytes a position of a rival, over a few sequences."""
+    """A rival's bytes per position, over a few sequences."""
     sample = [RIVALS[target](world.rows(number).log_probs_NV, temperature).bytes_per_position for number in range(4)]
     return float(np.mean(sample))
 
 
 def ratios_of(found: Found, sizes: Sizes) -> dict[str, float]:
-    """What the project promises, as numbers."""
+    """The numbers behind the project's claims."""
     ratios: dict[str, float] = {}
     for name in MEASURED:
         size, floor = sizes[name, 1.0]
         ratios |= {f"{name}_bytes": size, f"{name}_bytes_vs_entropy": size / floor}
-    vocabulary_bits = 18  # DistillKit packs 18 bits an id for vocabularies of Qwen's size
+    vocabulary_bits = 18  # DistillKit packs 18 bits per id for vocabularies of Qwen's size
     ratios["standard_bytes_vs_distillkit"] = sizes["standard", 1.0][0] / (
         (128 * vocabulary_bits + 16 * 16 + 6 * 32) / 8
     )

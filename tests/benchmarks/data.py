@@ -1,26 +1,28 @@
-"""Data loading: samples per second of one core against plain webdataset, memory of a worker, time to a first batch.
+"""Data loading: samples per second on one core against plain webdataset, a worker's memory, time to the first batch.
 
     python -m tests.benchmarks.data [--quick] --json FILE
 
 `loader_vs_webdataset`: samples per processor second of the full loader, over those of webdataset, on the same tars of
-336×336 JPEGs (27 kB each) in the same run, pass by pass in turn, one process and one thread each, files in the page
-cache.
+336×336 JPEGs (27 kB each) in the same run, the two alternating pass by pass, one process and one thread each, files in
+the page cache.
   webdataset: `WebDataset(tars).decode("torchrgb")`: scan the tars in order, group members, parse JSON, decode the
   JPEG to a float32 tensor [3, 336, 336] in 0 … 1. No join, no tokens, no batches, no shuffling, no state.
   ours: `train.data.batches.Loader` in a shuffled order, resumable at any step: read by position, parse and check
-  the sample, decode the JPEG and fit it to CLIP's size (which it has: nothing is resized), tokenise, compare the
-  sample's and the answer's hash with the record's, find the records (80 positions a sample, 20 to 26 ids each; they are
-  decoded already and kept, see below), collate 16 samples to padded tensors. Images stay bytes [336, 336, 3] in a
-  batch: rescaling and normalising them is a look-up where the student's forward pass begins, which is not counted here.
-That is a quarter of the bytes that webdataset is asked to write; row `webdataset torchrgb8` is its rate without floats,
-and `later: pixel values` what ours has put off, on a CPU. Rows `ours: …` are the parts, each by itself, the second time
-that it is done; `ours: decode records` comes once for each shard where all records fit in memory, as here, and else
-once for each window. `transformers: …` is what its own processor takes for the same pixels.
-`worker_memory_growth_mb`: growth of the private memory of a loader's worker from a tenth of the samples to all of them
-(200,000; images of 48 pixels, as their size does not matter here).
+  the sample, decode the JPEG and fit it to CLIP's size (which it already has: nothing is resized), tokenise, compare
+  the hashes of the sample and of the answer with the record's, find the records (80 positions a sample, 20 to 26 ids
+  each; already decoded and kept in memory, see below), collate 16 samples to padded tensors. Images stay bytes [336,
+  336, 3] in a batch: they are rescaled and normalised by a look-up at the start of the student's forward pass, which is
+  not counted here.
+That is a quarter of the bytes that webdataset has to write; row `webdataset torchrgb8` is its rate without floats, and
+`later: pixel values` is the work that ours defers, on a CPU. Rows `ours: …` time each part by itself, the second time
+it runs; `ours: decode records` is needed once per shard if all records fit in memory, as here, and otherwise once per
+window. `transformers: …` is the time its own processor takes for the same pixels.
+`worker_memory_growth_mb`: growth of a loader worker's private memory from a tenth of the samples to all of them
+(200,000; images of 48 pixels, since their size does not matter here).
 `first_batch_seconds`: from opening set and cache to the first batch of 64, with two workers, imports not counted: 5,000
-shards of 1,000 samples under made keys, tars and columns hard links to one shard's; opening, checking every table's
-checksum, joining by key, hashing the kept keys, shuffling, forking, decoding the records of a window of 16 shards.
+shards of 1,000 samples under made-up keys, tars and columns being hard links to one shard's. It covers opening,
+checking every table's checksum, joining by key, hashing the kept keys, shuffling, forking, and decoding the records of
+a window of 16 shards.
 `packing_samples_per_core_s`, `indexing_samples_per_core_s`: see `packing.py`.
 """
 
@@ -63,7 +65,7 @@ FIRST_BATCH = 64
 
 
 def open_loader(folder: Path, workers: int, batch_size: int = BATCH) -> tuple[Loader, Order]:
-    """The loader of a world's set and cache, joined, and the order that a run takes by default."""
+    """The loader over a world's set joined with its cache, and a run's default order."""
     samples, cache = SampleSet.open(folder / "set"), open_cache(folder / "cache", temperature=1.0)
     joined = join(samples, ("response",), cache, missing="error", holdout=0, seed=0)
     loader = Loader(
@@ -85,7 +87,7 @@ def open_loader(folder: Path, workers: int, batch_size: int = BATCH) -> tuple[Lo
 
 
 def measure_rates(folder: Path, passes: int) -> dict[str, list[float]]:
-    """Samples per processor second of both, a number a pass."""
+    """Samples per processor second of both loaders, one number per pass."""
     import webdataset
 
     loader, order = open_loader(folder, workers=0)
@@ -116,7 +118,7 @@ def measure_rates(folder: Path, passes: int) -> dict[str, list[float]]:
 
 
 def measure_parts(folder: Path, count: int) -> dict[str, float]:
-    """Processor milliseconds a sample of each part of ours, and of what transformers' processor takes."""
+    """Processor milliseconds per sample for each part of ours, and for transformers' own processor."""
     samples, cache = SampleSet.open(folder / "set"), open_cache(folder / "cache", temperature=1.0)
     encoder, images = make_encoder(), make_preprocessor()
     rows = np.random.default_rng(0).permutation(len(samples))[:count].tolist()
@@ -181,7 +183,7 @@ def _compare(
 
 
 def measure_memory(folder: Path, samples: int) -> list[tuple[int, float]]:
-    """Private memory in MB of the one worker, after every twentieth of the samples."""
+    """The single worker's private memory in MB, after every twentieth of the samples."""
     loader, order = open_loader(folder, workers=1)
     steps = samples // BATCH
     found, worker = [], None
@@ -193,7 +195,7 @@ def measure_memory(folder: Path, samples: int) -> list[tuple[int, float]]:
 
 
 def measure_first_batch(folder: Path) -> float:
-    """Seconds to a first batch, in a process of its own."""
+    """Seconds to the first batch, in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         return pool.apply(_first_batch, (folder,))
 
@@ -275,7 +277,7 @@ def main() -> None:
 
 
 def measure_packing(folder: Path, samples: int) -> dict[str, float]:
-    """Samples per processor second of packing and of indexing, one process each."""
+    """Samples per processor second when packing and when indexing, one process each."""
     return {
         "packing_samples_per_core_s": packing_rate(folder, samples=samples, workers=1).samples_per_core_s,
         "indexing_samples_per_core_s": indexing_rate(folder, samples=samples, workers=1).samples_per_core_s,

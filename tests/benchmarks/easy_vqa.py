@@ -1,14 +1,15 @@
-"""Distillation against training without teacher on a public world that this project did not draw: easy-VQA.
+"""Distillation against training without a teacher, on a public data set that this project did not make: easy-VQA.
 
     python -m tests.benchmarks.easy_vqa --json FILE [--seeds 5] [--output FOLDER]
 
-By the ordinary commands: the toy world's teacher is trained on all training images, and captured once a seed; students
-of half its layers, with a new projector, learn from a few of these images, with and without the teacher, in equal
-steps: from easy-VQA's answers, and (`_noisy`) from the same with a fifth of them replaced by wrong ones, as real data
-has errors. Accuracy is on easy-VQA's own test split. `--output` keeps the files; the same command resumes.
+Using the ordinary commands: the toy world's teacher is trained on all training images, and captured once per seed;
+students with half its layers and a new projector learn from a few of these images, with and without the teacher, for
+equally many steps: from easy-VQA's answers and (`_noisy`) from the same answers with a fifth of them replaced by wrong
+ones, since real data has errors. Accuracy is measured on easy-VQA's own test split. `--output` keeps the files;
+rerunning the same command resumes.
 
-`accuracy_teacher`, `accuracy_alone`, `accuracy_distilled`: means over seeds. `p_distilled_over_alone`: of the exact
-paired test of signs and sizes. `distilled_over_alone`: the ratio of the mean accuracies.
+`accuracy_teacher`, `accuracy_alone`, `accuracy_distilled`: means over seeds. `p_distilled_over_alone`: p-value of the
+exact paired test of signs and sizes. `distilled_over_alone`: the ratio of the mean accuracies.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def main() -> None:
 
 
 def measure(folder: Path, sizes: dict[str, int], seeds: range) -> dict[str, list[float]]:
-    """Train and score everything in `folder`; the accuracies of the teacher, and of each student for every seed."""
+    """Train and score everything in `folder`; return the teacher's accuracies and each student's, one per seed."""
     write_training_set(folder / "teacher.json", images=sizes["teacher_images"], seed=0)
     for seed in seeds:
         for kind, wrong in WRONG.items():
@@ -76,7 +77,7 @@ def measure(folder: Path, sizes: dict[str, int], seeds: range) -> dict[str, list
 
 
 def _steps(sizes: dict[str, int], seeds: range) -> Iterator[Step]:
-    """The commands, as typed in the folder."""
+    """The commands as a user would type them in the folder."""
 
     def pack(name: str) -> Step:
         command = (

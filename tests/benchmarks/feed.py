@@ -1,12 +1,12 @@
-"""The loader feeding a training step: the share of time that the step waits for its micro-batches.
+"""The loader feeding a training step: the share of time the step spends waiting for its micro-batches.
 
     python -m tests.benchmarks.feed [--quick] --json FILE
 
-Steps are those of `step.py`'s case `offline`, on micro-batches of 16 samples that `train.data.batches.Loader` makes of
-336×336 JPEGs and of records, in a shuffled order, as `train-student` reads them. On a GPU the student is the one of
-`step.py` and 12 worker processes load; on a CPU it is a tiny one, and one process loads. `waiting_share`: seconds until
-a micro-batch is there and on the device, over all seconds. `fed_vs_resident`: the steps over as many on one micro-batch
-that stays on the device. The first steps are left out: there workers start.
+The steps are those of case `offline` in `step.py`, on micro-batches of 16 samples that `train.data.batches.Loader`
+makes from 336×336 JPEGs and records, in shuffled order, as `train-student` reads them. On a GPU the student is the one
+of `step.py` and 12 worker processes load; on a CPU it is a tiny one, and one process loads. `waiting_share`: seconds
+until a micro-batch is ready and on the device, over all seconds. `fed_vs_resident`: the time of these steps over that
+of as many on one micro-batch that stays on the device. The first steps, during which the workers start, are left out.
 """
 
 from __future__ import annotations

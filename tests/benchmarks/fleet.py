@@ -1,14 +1,13 @@
-"""Workers that are killed and stopped at random, with clocks up to five minutes off, until a cache is whole.
+"""Workers killed and stopped at random, with clocks up to five minutes off, until a cache is complete.
 
     python -m tests.benchmarks.fleet [--quick] --json FILE
 
-Four workers capture 96 samples in 24 shards with a tiny teacher, into a folder and into a bucket (moto's S3 server), in
-rounds: each with a fresh output, until at least 25 workers of each kind of output were ended, by SIGKILL or SIGTERM at
-random moments. Every cache must have the digest of one undisturbed process.
+Four workers capture 96 samples in 24 shards with a tiny teacher, into a folder and into a bucket (moto's S3 server).
+Each round starts with a fresh output; rounds go on until at least 25 workers have been ended for each kind of output,
+by SIGKILL or SIGTERM at random moments. Every cache must have the digest of one made by a single undisturbed process.
 
-`same_digest`: share of the caches that have it. `kills`: workers ended. `redone_shards_per_kill`: shards that were
-begun more than once, per worker ended: what it had in hand (one being captured, one being written). `lost_shards` must
-be 0.
+`same_digest`: share of the caches that have it. `kills`: workers ended. `redone_shards_per_kill`: shards started more
+than once, per worker ended: those it was working on (one being captured, one being written). `lost_shards` must be 0.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from tests.tiny import write_tiny_llava, write_tiny_set
 NAME = "fleet"
 SAMPLES, SHARD_SAMPLES = 96, 4
 LEASE_SECONDS = 6.0
-KILLS = {False: (26, 13), True: (6, 6)}  # of each kind of output in all, and of one round
+KILLS = {False: (26, 13), True: (6, 6)}  # per kind of output: in total, and in one round
 
 
 def main() -> None:
-    """Run the rounds and write what became of them."""
+    """Run the rounds and write their results."""
     arguments = parse_arguments(NAME, __doc__ or "")
     wanted, a_round = KILLS[arguments.quick]
     rows: list[Row] = []

@@ -1,7 +1,7 @@
-"""The one form of every benchmark: `python -m tests.benchmarks.NAME [--quick] --json FILE`.
+"""The form that every benchmark shares: `python -m tests.benchmarks.NAME [--quick] --json FILE`.
 
 It prints a table and writes `{"benchmark", "device", "date", "settings", "rows": [...], "ratios": {name: number}}`.
-Compared pairs are measured alternately in one run and medians are taken, since machines are noisy: quote the ratios.
+Compared pairs are measured alternately in one run and medians are taken, since machines are noisy; quote the ratios.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Row = Mapping[str, str | float | int]
 
 @dataclass(frozen=True)
 class Arguments:
-    """What every benchmark is told: whether to be quick, where to write, and options of its own."""
+    """A benchmark's command line: whether to be quick, where to write, and options of its own."""
 
     quick: bool
     json_file: Path | None
@@ -57,7 +57,7 @@ def parse_arguments(name: str, description: str, options: Mapping[str, Any] | No
 
 
 def median_seconds(cases: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 1) -> dict[str, float]:
-    """Time the cases in turn, `repeats` rounds after `warmup`, and give each one's median in seconds."""
+    """Time the cases in turn, `repeats` rounds after `warmup`; return each one's median in seconds."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for round_number in range(warmup + repeats):
         for name, case in cases.items():
@@ -71,7 +71,7 @@ def median_seconds(cases: Mapping[str, Callable[[], object]], *, repeats: int, w
 def least_seconds(
     cases: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 1
 ) -> dict[str, tuple[float, float]]:
-    """Time the cases in turn, `repeats` rounds after `warmup`: each one's least seconds and processor seconds."""
+    """Time the cases in turn, `repeats` rounds after `warmup`: each one's minimum seconds and processor seconds."""
     least = dict.fromkeys(cases, (math.inf, math.inf))
     for round_number in range(warmup + repeats):
         for name, case in cases.items():
@@ -85,7 +85,7 @@ def least_seconds(
 
 @contextmanager
 def waiting() -> Iterator[list[float]]:
-    """Collect the seconds that this thread waits for other threads' results inside the block."""
+    """Collect the seconds that this thread spends inside the block waiting for other threads' results."""
     thread, taken, result = threading.get_ident(), [], Future.result
 
     def timed(future: Future[Any], timeout: float | None = None) -> Any:
@@ -108,7 +108,7 @@ def resident_bytes(*, peak: bool = False) -> int:
 
 
 def reset_peak() -> None:
-    """Set the peak of the resident memory back to what is resident."""
+    """Reset the peak of the resident memory to the current value."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -150,7 +150,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _jsonable(value: str | float) -> str | float | None:
-    """JSON knows no NaN, which becomes null, and no infinity, which becomes a word."""
+    """NaN becomes null and infinity a word, since JSON has neither."""
     if not isinstance(value, float) or math.isfinite(value):
         return value
     return None if math.isnan(value) else str(value)

@@ -1,14 +1,15 @@
-"""A real language model's students, trained on text from its own logits and from caches of them.
+"""Students of a real language model, trained on text, from its live logits and from caches of them.
 
     python -m tests.benchmarks.language_model --model FOLDER --json FILE [--seeds 3] [--steps 200]
 
-The teacher is any causal language model of transformers in a local folder; the student is the teacher with every second
-layer, of which all weights are trained but those of embeddings and LM head. Both read sources of Python's standard
-library. Each seed draws its own texts; all of its students start alike and see the same texts in the same order.
-`excess_TARGET`: held-out KL(teacher ‖ student) at the end beyond that of a student of the live teacher, in nats, the
-mean over seeds; `error_TARGET`: its standard error.
+The teacher is any causal language model that transformers loads from a local folder; the student keeps every second
+layer of the teacher, and all its weights are trained except the embeddings and the LM head. Both read sources of
+Python's standard library. Each seed samples its own texts; all of its students start alike and see the same texts in
+the same order. `excess_TARGET`: held-out KL(teacher ‖ student) at the end minus that of a student of the live teacher,
+in nats, the mean over seeds; `error_TARGET`: its standard error.
 
-A result is written after every student; the same command goes on. Without a model: a tiny random one, to try this file.
+The result is written after every student; rerunning the same command resumes. Without --model, a tiny random one serves
+to try this file.
 
 Shape suffixes: T tokens and N positions of a text, V ids, D hidden size.
 """
@@ -47,9 +48,9 @@ RIVALS = ("rskd50", "topk50", "labels")
 TOKENS, TEXTS_A_STEP, RATE, HELD_OUT, LOOKS = 64, 1, 2e-4, 24, 4
 _FILES = 300
 
-# A step's loss, to go backward from: of hidden states that predict the texts with these numbers.
+# (student, hidden states that predict the texts, numbers of these texts) → a step's loss, to backpropagate.
 Loss = Callable[[Any, Tensor, list[int]], Tensor]
-# Held-out texts, each with the teacher's log_probs_NV.
+# Held-out texts, each with the teacher's `log_probs_NV`.
 HeldOut = list[tuple[Tensor, Tensor]]
 
 
@@ -77,7 +78,7 @@ def main() -> None:
 
 
 def ratios_of(rows: list[Row], steps: int) -> dict[str, float]:
-    """Each target's excess over the live teacher at the end, and its standard error over seeds."""
+    """Each target's final excess over the live teacher, and its standard error over seeds."""
     ends = {(row["target"], row["seed"]): float(row["kl"]) for row in rows if row["step"] == steps}
     ratios: dict[str, float] = {}
     for name in dict.fromkeys(str(target) for target, _ in ends if target != "live"):
@@ -92,7 +93,7 @@ def ratios_of(rows: list[Row], steps: int) -> dict[str, float]:
 def _students(
     teacher: Any, held: HeldOut, learned: Tensor, seed: int, steps: int, done: list[Row]
 ) -> Iterator[tuple[str, float, list[tuple[int, float]]]]:
-    """Each target with its bytes per position and (step, held-out KL), but for those of `done`."""
+    """Each target not in `done`, with its bytes per position and (step, held-out KL) pairs."""
     generator = torch.Generator().manual_seed(seed)
     texts_PT = learned[torch.randperm(len(learned), generator=generator)[: steps * TEXTS_A_STEP]]
     begun = {row["target"] for row in done if row["seed"] == seed}
@@ -118,7 +119,7 @@ def _students(
 
 
 def _train(teacher: Any, held: HeldOut, texts_PT: Tensor, steps: int, loss: Loss) -> list[tuple[int, float]]:
-    """Train a student; (step, held-out KL) at even distances, the last at the end."""
+    """Train a student; return (step, held-out KL) at even intervals, the last at the end."""
     student = _every_second_layer(teacher)
     trained = [weight for weight in student.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
@@ -151,7 +152,7 @@ def _live(teacher: Any, texts_PT: Tensor) -> Loss:
 
 
 def _cached(cache: TeacherCache) -> Loss:
-    """The product's loss of a cache's records, by its default reading of the tail."""
+    """The product's loss on a cache's records, with its default reading of the tail."""
     tail = choose_tail("forward_kl", 1.0, sampled_at=1.0, has_samples=cache.has_tail_samples)
     prior = prior_of(cache, epochs=1, swap=None, vocab_size=None) if tail == "samples" else None
 
@@ -163,7 +164,7 @@ def _cached(cache: TeacherCache) -> Loss:
 
 
 def _of_rival(kept: list[rivals.Kept], vocab_size: int) -> Loss:
-    """A loss with the gradient q − p̂."""
+    """A loss whose gradient with respect to the logits is q − p̂."""
 
     def loss(student: Any, hidden_ND: Tensor, numbers: list[int]) -> Tensor:
         logits_NV = _logits(student, hidden_ND, vocab_size)
@@ -184,7 +185,7 @@ def _moved(kept: rivals.Kept, device: torch.device) -> rivals.Kept:
 
 
 def _logits(model: Any, hidden_ND: Tensor, vocab_size: int) -> Tensor:
-    """Plain logits, for losses that are no product of this project."""
+    """Plain logits, for losses other than the product's own."""
     head = lm_head_of(model)
     assert head.is_linear
     return (hidden_ND @ head.weight_VD[:vocab_size].T).float() * head.scale
@@ -192,7 +193,7 @@ def _logits(model: Any, hidden_ND: Tensor, vocab_size: int) -> Tensor:
 
 @torch.inference_mode()
 def _log_probs(model: Any, ids_T: Tensor) -> Tensor:
-    """What follows each token of a text but its last, [N, V], on the CPU."""
+    """A model's log-probs after each token of a text but the last, [N, V], on the CPU."""
     hidden_ND = model.model(input_ids=ids_T[None, :-1].to(model.device), use_cache=False).last_hidden_state[0]
     return _logits(model, hidden_ND, _vocab_size(model)).log_softmax(-1).cpu()
 
@@ -210,7 +211,7 @@ def _vocab_size(model: Any) -> int:
 
 
 def _every_second_layer(teacher: Any) -> Any:
-    """A copy of the teacher with its first, third, … layer; embeddings and LM head are frozen."""
+    """A copy of the teacher with only its first, third, … layers; embeddings and LM head are frozen."""
     student = copy.deepcopy(teacher)
     for part in (student.get_input_embeddings(), student.get_output_embeddings()):
         part.requires_grad_(False)
@@ -225,7 +226,7 @@ def _every_second_layer(teacher: Any) -> Any:
 
 
 def _load(folder: Path) -> tuple[Any, HeldOut, Tensor]:
-    """The teacher, the texts to measure on, and those to learn from, each of `TOKENS` + 1 ids."""
+    """The teacher, the held-out texts and the training texts, each of `TOKENS` + 1 ids."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

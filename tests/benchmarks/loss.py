@@ -1,19 +1,19 @@
-"""Head and divergence in one against dense distillation and against cross-entropy without a teacher.
+"""Fused LM head and divergence against dense distillation and against cross-entropy without a teacher.
 
     python -m tests.benchmarks.loss [--quick] --json FILE
 
-Shape suffixes: N positions, D hidden size, V vocabulary, K slots of the head, M tail draws.
+Shape suffixes: N positions, D hidden size, V vocabulary, K top-k slots, M tail samples.
 
 Cases, each a forward and a backward pass: `ours` (forward KL, tail by its samples), other readings and
 divergences, `ce` (cross-entropy by the same chunked method), `dense` (distillation from full teacher logits as trainers
-write it: both models have returned theirs, and the loss is `kl_div` of two softmaxes), `dense_lean` (the same, keeping
-nothing that the gradient can do without), `torch` (PyTorch's linear_cross_entropy in chunks of our size) and, on a GPU,
-`liger`. The teacher's head is run in both dense cases.
+write it: both models return their logits, and the loss is `kl_div` of two softmaxes), `dense_lean` (the same, keeping
+nothing that the gradient does not need), `torch` (PyTorch's linear_cross_entropy in chunks of our size) and, on a GPU,
+`liger`. Both dense cases include the teacher's LM head.
 
-`time_vs_…` compares the least of each case's rounds, taken in turn in one process: on a GPU in seconds, on a CPU in
-processor seconds of all threads, which the other work of a shared machine changes little; both are in the table.
-`memory_vs_…` compares what a pass takes beyond its inputs: on a CPU the peak resident memory of a
-process of its own, on a GPU `torch.cuda.max_memory_allocated`.
+`time_vs_…` compares each case's fastest round, with rounds taken in turn in one process: on a GPU in seconds, on a CPU
+in processor seconds of all threads, which other work on a shared machine changes little; both are in the table.
+`memory_vs_…` compares what a pass needs beyond its inputs: on a CPU the peak resident memory of a process of its own,
+on a GPU `torch.cuda.max_memory_allocated`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Hidden states and a head that want gradients, records of 32 ids with a few tail samples."""
+    """Hidden states and an LM head that require gradients, and records of 32 ids with a few tail samples."""
 
     hidden_ND: Tensor
     weight_VD: Tensor
@@ -76,7 +76,7 @@ def make_inputs(size: Size) -> Inputs:
 
 
 def why_not(name: str, size: Size) -> str | None:
-    """Why a rival cannot run here, if it cannot."""
+    """Why a rival cannot run here; None if it can."""
     if name == "torch" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
         return "this PyTorch has no linear_cross_entropy"
     if name == "liger" and size.device.type != "cuda":
@@ -138,9 +138,9 @@ def make_case(name: str, inputs: Inputs) -> Callable[[], None]:
 
 
 def peaks_mib(names: list[str], size: Size, inputs: Inputs, *, apart: bool) -> dict[str, float]:
-    """MiB by which one pass of each case raises the peak above its inputs.
+    """Peak memory of one pass of each case beyond its inputs, in MiB.
 
-    On a CPU that of a fresh process for each if `apart`, else of one for all.
+    On a CPU measured in a fresh process for each case if `apart`, else in one for all.
     """
     if size.device.type == "cuda":
         return {name: _peak_on_gpu(name, inputs) for name in names}
@@ -166,7 +166,7 @@ def _peak_here(name: str, size: Size) -> float:
 
 
 def sizes(quick: bool) -> tuple[list[Size], int]:
-    """What is measured, and how many rounds."""
+    """The sizes to measure, and the number of rounds."""
     if quick:
         return [Size(64, 128, 8_192)], 2
     if torch.cuda.is_available():

@@ -1,19 +1,19 @@
-"""A student with another tokenizer learns from a teacher's cache, against supervised fine-tuning, on the toy world.
+"""A student with another tokenizer learning from a teacher's cache, against supervised fine-tuning, on the toy world.
 
     python -m tests.benchmarks.other_tokenizer [--quick] [--folder DIR] --json FILE
 
-The student's language model is the toy world's, given another byte-level BPE of another size: each new token's
-embedding is the mean of those of the old tokens that say the same. With the teacher's tower and a new projector, it
-takes the same number of steps over the same batches in each arm, once a seed:
+The student's language model is the toy world's, given a byte-level BPE of a different size: each new token's embedding
+is the mean over the old tokens that spell the same text. With the teacher's tower and a new projector, it takes the
+same number of steps over the same batches in each arm, once per seed:
 
 - `sft`: cross-entropy on the set's answers, of which every tenth is wrong, as in the demo;
 - `aligned`: mimic distillation from the teacher's cache with cache.other_tokenizer=align;
 - `both`: the same with cross-entropy beside it (loss.kind=kd_lm).
 
 `cross_entropy` (nats a token) and `accuracy` (of single tokens) are those of `train-student measure` on the answers of
-samples that nothing was learnt from, all of them right. Ratios: `ARM_cross_entropy_vs_sft`, `ARM_accuracy_vs_sft`: the
-mean over seeds, over that of `sft`; `spans_per_token`: how many spans the student's tokens form. The commands run in
-this process, as typed otherwise; with `--folder` they resume what an earlier call has left there.
+held-out samples, all of them right. Ratios: `ARM_cross_entropy_vs_sft`, `ARM_accuracy_vs_sft`: the mean over seeds,
+divided by that of `sft`; `spans_per_token`: how many spans the student's tokens form. The commands run in this process,
+otherwise as a user types them; with `--folder` they resume what an earlier call left there.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def ratios_of(rows: Sequence[Row]) -> dict[str, float]:
-    """The means of each arm over those of supervised fine-tuning, and the number of spans to a token."""
+    """Each arm's means divided by those of supervised fine-tuning, and the number of spans per token."""
     found = {}
     for name in ("cross_entropy", "accuracy"):
         means = {arm: [float(row[name]) for row in rows if row["arm"] == arm] for arm in ARMS}
@@ -82,7 +82,7 @@ def ratios_of(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def write_start(folder: Path, *, samples: int, unseen: int, vocabulary: int) -> None:
-    """A set with the teacher's cache, another one to measure on, and the language model with another tokenizer."""
+    """Write a set with the teacher's cache, a held-out one, and the language model with another tokenizer."""
     for name, size, seed in (("set", samples, 1), ("unseen", unseen, 2)):
         world = folder / f"{name}-world"
         if (folder / name).exists():
@@ -100,7 +100,7 @@ def write_start(folder: Path, *, samples: int, unseen: int, vocabulary: int) -> 
 
 
 def write_retokenised(folder: Path, vocabulary: int) -> None:
-    """The toy world's language model with another tokenizer, of `vocabulary` tokens."""
+    """Write the toy world's language model with another tokenizer, of `vocabulary` tokens."""
     old, new = load_tokenizer(LANGUAGE_MODEL), train_tokenizer(vocabulary, seed=1)
     model = Qwen2ForCausalLM.from_pretrained(LANGUAGE_MODEL, dtype=torch.float32)
     before_VD = model.get_input_embeddings().weight.detach().clone()
@@ -115,7 +115,7 @@ def write_retokenised(folder: Path, vocabulary: int) -> None:
 
 
 def _same(old: PreTrainedTokenizerFast, new: PreTrainedTokenizerFast, number: int) -> list[int]:
-    """The old tokens that say what a new one says; all of them for a part of a character."""
+    """The old tokens that spell the same text as a new one; all of them if it is part of a character."""
     token = new.convert_ids_to_tokens(number)
     if token in new.all_special_tokens:
         return [old.convert_tokens_to_ids(token)]
@@ -125,7 +125,7 @@ def _same(old: PreTrainedTokenizerFast, new: PreTrainedTokenizerFast, number: in
 
 
 def run_arm(folder: Path, arm: str, *, seed: int, steps: int, rate: float) -> Row:
-    """Train one arm with one seed, and measure its student."""
+    """Train one arm with one seed and measure its student."""
     output = folder / f"{arm}-{seed}"
     stage = ("sft",) if arm == "sft" else ("mimic_dense", f"cache.path={folder}/cache")
     parts = (f"student.vision_tower={TEACHER}", f"student.language_model={folder}/language_model")

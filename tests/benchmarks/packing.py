@@ -1,14 +1,14 @@
-"""Packing and indexing: samples a second, with one process and with several.
+"""Packing and indexing: samples per second, with one process and with several.
 
     python -m tests.benchmarks.packing [--quick] --json FILE
 
-The samples are LLaVA rows of two turns, each with a JPEG of 640×480 pixels like a photograph (quality 85, 75 kB).
-Packing reads, decodes, hashes and writes them; indexing reads a tar, decodes and hashes. The text-only rows show what
-the rest costs; so do a million small rows of parquet, in files and row groups as data sets of the hub have them, which
-also show that memory stays flat. Files are in the page cache. `samples_per_s` is by the clock, the start of processes
-included; `samples_per_core_s` by processor seconds of all processes, which others on the machine do not change.
-`memory_mb_…`: the resident memory of the process that packs and of its two workers, looked at after each tenth of the
-rows.
+The samples are LLaVA rows of two turns, each with a photograph-like JPEG of 640×480 pixels (quality 85, 75 kB). Packing
+reads, decodes, hashes and writes them; indexing reads a tar, decodes and hashes. The text-only rows show what
+everything but images costs; so do a million small rows of parquet, in files and row groups like those of data sets on
+the Hub, which also show that memory stays flat. Files are in the page cache. `samples_per_s` is wall-clock time,
+including the start of processes; `samples_per_core_s` is by processor seconds of all processes, which other load does
+not change. `memory_mb_…`: the resident memory of the packing process and its two workers, sampled after each tenth of
+the rows.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ _PICTURES = 16  # different ones
 
 @dataclass(frozen=True)
 class Rate:
-    """Samples in a second of the clock, and in a second of one processor core."""
+    """Samples per second of wall-clock time, and per processor second."""
 
     samples_per_s: float
     samples_per_core_s: float
 
 
 def packing_rate(folder: Path, *, samples: int, workers: int, pictures: bool = True) -> Rate:
-    """How fast `pack` is; files of rows and images lie below `folder` (they are made there if need be)."""
+    """How fast `pack` is; the files of rows and images lie below `folder` (made there if missing)."""
     rows = write_rows(folder, samples, pictures=pictures)
     output = folder / f"set-{rows.stem}-{workers}"
 
@@ -67,7 +67,7 @@ def packing_rate(folder: Path, *, samples: int, workers: int, pictures: bool = T
 
 
 def indexing_rate(folder: Path, *, samples: int, workers: int) -> Rate:
-    """How fast `index` is; `TARS` tars lie below `folder` (they are made there if need be)."""
+    """How fast `index` is; `TARS` tars lie below `folder` (made there if missing)."""
     tars = folder / f"tars-{samples}"
     if not tars.exists():
         prepared = prepare_sources([write_rows(folder, samples)], images=[folder / "pictures"])
@@ -81,7 +81,7 @@ def indexing_rate(folder: Path, *, samples: int, workers: int) -> Rate:
 
 @dataclass(frozen=True)
 class Grown:
-    """How fast many rows were packed, and the memory after each tenth of them, in megabytes, with the workers'."""
+    """How fast many rows were packed, and the memory after each tenth of them, in megabytes, workers included."""
 
     rate: Rate
     memory_mb: list[float]
@@ -123,7 +123,7 @@ def _pack_many(folder: Path, rows: int, workers: int) -> Grown:
 
 
 def _resident_mb() -> float:
-    """The memory of this process and its children."""
+    """The resident memory of this process and its children."""
     me = str(os.getpid())
     total = 0
     for process in Path("/proc").iterdir():
@@ -136,7 +136,7 @@ def _resident_mb() -> float:
 
 
 def write_rows(folder: Path, samples: int, *, pictures: bool = True) -> Path:
-    """Write a LLaVA file of `samples` rows, and their images, if they are not there."""
+    """Write a LLaVA file of `samples` rows and their images, unless they exist."""
     file = folder / f"{'rows' if pictures else 'text'}-{samples}.json"
     if file.exists():
         return file
@@ -156,7 +156,7 @@ def write_rows(folder: Path, samples: int, *, pictures: bool = True) -> Path:
 
 
 def _photograph(seed: int) -> bytes:
-    """Smooth areas with some noise, which compress like a photograph."""
+    """Smooth areas with some noise, which compresses like a photograph."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((640, 480), Image.Resampling.BICUBIC)).astype(np.int16)

@@ -1,23 +1,23 @@
-"""Which target gives the best student: held-out KL(teacher ‖ student) of students that were trained to the end.
+"""Which target gives the best student: held-out KL(teacher ‖ student) of fully trained students.
 
     python -m tests.benchmarks.readings [--quick] [--tasks NAMES] [--model FOLDER --student early-exit:N] --json FILE
 
-Tasks are small soft-max regressions (`teachers/tasks.py`): `--tasks` selects some, FILE's rows of the others stay.
-Every target trains the same student from the same start on the same contexts in the same order, once a seed: on the
-records of each preset, which were written and read back, by the default reading and with the tail as a bucket; on what
-rivals keep (`teachers/rivals.py`); on sampled labels; and on the full distributions (`dense`). `excess` is held-out KL
-minus that of `dense`, in nats, `error` the standard error of these paired differences.
+Tasks are small softmax regressions (`teachers/tasks.py`): `--tasks` selects some, rows of the others in FILE stay.
+Every target trains the same student from the same start on the same contexts in the same order, once per seed: on the
+records of each preset, written and read back, with the default reading and with the tail as a bucket; on what rivals
+keep (`teachers/rivals.py`); on sampled labels; and on the full distributions (`dense`). `excess` is held-out KL minus
+that of `dense`, in nats; `error` is the standard error of these paired differences.
 
-Regimes: `one_pass` (fresh contexts at every step), `large_batch`, `near` (from a student that has learnt from full
+Regimes: `one_pass` (fresh contexts at every step), `large_batch`, `near` (from a student trained on full
 distributions), `epochs` (eight batches' contexts, 25 times), `few_contexts` (those of one batch at every step).
-Temperatures: 1, and 2 with records made for 2 (`capture.temperature`).
+Temperatures: 1, and 2 with records made for it (`capture.temperature`).
 
-`--curve` measures one pass at other numbers of bytes instead: records with thresholds at 1, 1/2 and 1/4 of a
+`--curve` measures `one_pass` at other numbers of bytes instead: records with thresholds at 1, 1/2 and 1/4 of a
 sample's weight, and rivals of other sizes. `charts.readings` draws them with the presets of `one_pass`.
 
-Ratios: `default_vs_best_PRESET_REGIME[_T2]`: the sum over tasks of the default reading's excess, over that of the best
-rival of at least as many bytes in every task. `bytes` are those of `one_pass`. A row's `sigma` says how many standard
-errors its excess lies above that of the best such rival in its own task.
+Ratios: `default_vs_best_PRESET_REGIME[_T2]`: the default reading's excess summed over tasks, divided by that of the
+best rival with at least as many bytes in every task. `bytes` are those of `one_pass`. A row's `sigma` says how many
+standard errors its excess lies above that of the best such rival in its own task.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _CURVE = {"ngram": "one_pass", "low_rank_24": "one_pass"}
 _WEIGHTS = (8, 16, 32, 64, 128, 256)
 _SPLITS = (1, 2, 4)
 
-Runs = dict[str, list[Trained]]  # of each target, one a seed
+Runs = dict[str, list[Trained]]  # for each target, one per seed
 
 
 def main() -> None:
@@ -94,7 +94,7 @@ def main() -> None:
             part = "curve" if options["curve"] else regime_name
             for temperature in (1.0,) if options["curve"] else (1.0, 2.0):
                 runs = train_seeds(task, regime, temperature, range(2 if quick else options["seeds"]), options["curve"])
-                for target, trained in runs.items():  # that of few records would be the size of the files' frames
+                for target, trained in runs.items():  # of so few records, the size would be mostly file overhead
                     size = float(np.mean([each.bytes_per_position for each in trained]))
                     sizes.setdefault((target, temperature), size)
                 found = table(task.name, part, temperature, runs, {name: sizes[name, temperature] for name in runs})
@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def train_seeds(task: Task, regime: Regime, temperature: float, seeds: range, curve: bool) -> Runs:
-    """Train the students of all targets, once a seed."""
+    """Train the students of all targets, once per seed."""
     presets = {name: dataclasses.replace(PRESETS[name], temperatures=()) for name in MEASURED}
     others = {"labels": rivals.labels, **{name: rivals.RIVALS[name] for name in MEASURED_RIVALS}}
     if curve:
@@ -129,7 +129,7 @@ def train_seeds(task: Task, regime: Regime, temperature: float, seeds: range, cu
 
 
 def _split(n: int, split: int) -> Preset:
-    """Samples of weight 1/n, and all ids above 1/split of that."""
+    """Tail samples of weight 1/n, and in the top-k all ids above 1/split of that."""
     return Preset(1.0, 1 / (n * split), n * split, n, float(n), "fine" if n > 100 else "coarse")
 
 
@@ -160,7 +160,7 @@ def _error(values: list[float]) -> float:
 
 
 def ratios_of(rows: list[Row]) -> dict[str, float]:
-    """What the project promises, as numbers; see this module's docstring."""
+    """The numbers behind the project's claims; see this module's docstring."""
     ratios: dict[str, float] = {}
     for regime in REGIMES:
         for temperature, suffix in ((1.0, ""), (2.0, "_T2")):

@@ -2,16 +2,17 @@
 
     python -m tests.benchmarks.rounds [--quick] [--folder DIR] --json FILE
 
-A student learns from the toy teacher by mimic distillation (forward KL on a set's answers); from it each arm takes the
-same number of further steps on the same other prompts, once a seed, at the same rate:
+A student learns from the toy teacher by mimic distillation (forward KL on a set's answers); starting from it, each arm
+takes the same number of further steps on the same new prompts, once per seed, at the same learning rate:
 
-- `own_reverse`, `own_forward`, `own_policy`: two rounds of `llavamod-offline rounds` with that loss;
-- `set_forward`, `set_reverse`: as many steps on the set's answers, as two runs, without writing anything.
+- `own_reverse`, `own_forward`, `own_policy`: two rounds of `llavamod-offline rounds` with the loss named;
+- `set_forward`, `set_reverse`: as many steps on the set's answers, in two runs; nothing is generated.
 
-`reverse_kl`: KL(student ‖ teacher) in nats a token, on answers that the arm's own student samples to held-out prompts,
-`error` its standard error over answers; `start` that of the student before. `gain`: start minus reverse_kl. Ratios:
-`ARM_vs_set_forward`: the mean of gains over that of the same steps of off-policy distillation. The commands run in this
-process, as typed otherwise; with `--folder` they resume what an earlier call has left there.
+`reverse_kl`: KL(student ‖ teacher) in nats per token, on answers that the arm's own student samples to held-out
+prompts; `error`: its standard error over answers; `start`: the same KL for the student before. `gain`: start minus
+reverse_kl. Ratios: `ARM_vs_set_forward`: the mean gain divided by that of the same steps of off-policy distillation.
+The commands run in this process, otherwise as a user types them; with `--folder` they resume what an earlier call left
+there.
 """
 
 from __future__ import annotations
@@ -80,14 +81,14 @@ def main() -> None:
 
 
 def ratios_of(rows: Sequence[Row]) -> dict[str, float]:
-    """The gain of each arm over that of off-policy distillation, from the means over seeds."""
+    """Each arm's gain divided by that of off-policy distillation, from the means over seeds."""
     gains = {arm: [float(row["gain"]) for row in rows if row["arm"] == arm] for arm in (*OWN, *SET)}
     found = {arm: statistics.mean(own) for arm, own in gains.items() if own}
     return {f"{arm}_vs_set_forward": gain / found["set_forward"] for arm, gain in found.items() if arm != "set_forward"}
 
 
 def write_start(folder: Path, *, samples: int, prompts: int, holdout: int, start: int) -> Path:
-    """Three sets, the teacher's caches of two, and a student that has learnt from the first; returns the student."""
+    """Write three sets, the teacher's caches of two, and a student trained on the first; return the student."""
     for name, size, seed in (("set", samples, 1), ("unseen", holdout, 2), ("prompts", prompts, 3)):
         world = folder / f"{name}-world"
         if (folder / name).exists():
@@ -106,7 +107,7 @@ def write_start(folder: Path, *, samples: int, prompts: int, holdout: int, start
 
 
 def run_arm(folder: Path, arm: str, start: Path, *, seed: int, steps: int, rate: float) -> OwnAnswers:
-    """Train one arm with one seed, and measure its student."""
+    """Train one arm with one seed and measure its student."""
     where = f"{arm}-{seed}"
     if arm in SET:
         student = start
@@ -123,7 +124,7 @@ def run_arm(folder: Path, arm: str, start: Path, *, seed: int, steps: int, rate:
 
 
 def _measured(folder: Path, name: str, student: Path, seed: int) -> OwnAnswers:
-    """Measure a student on the held-out prompts, by the commands of a round's measurement."""
+    """Measure a student on the held-out prompts, with the commands that measure a round."""
     config = load_config(RoundsConfig, (), _rounds(folder, f"{name}-holdout", student, seed, "reverse_kl", 1, 1.0))
     for step in round_steps(config)[:2]:
         run(*step.command)
@@ -149,14 +150,14 @@ def _rounds(folder: Path, name: str, student: Path, seed: int, loss: str, steps:
 
 
 def learn(folder: Path, name: str, data: str, cache: str, *settings: str) -> None:
-    """Mimic distillation on a set's answers."""
+    """Train by mimic distillation on a set's answers."""
     places = (f"data.set={folder}/{data}", f"cache.path={folder}/{cache}", f"output={folder}/{name}")
     sizes = ("batch.global_size=32", "batch.micro_size=32", "workers=0", "save_steps=0")
     run("train-student", "mimic_dense", *places, *sizes, *settings)
 
 
 def run(script: str, *arguments: str) -> None:
-    """Run a command in this process; rejected answers are no failure."""
+    """Run a command in this process; rejected answers do not count as failure."""
     try:
         get_command(APPS[script]).main(list(arguments), prog_name=script, standalone_mode=False)
     except typer.Exit as ended:

@@ -1,17 +1,17 @@
-"""A cache of 100,000 shards and 10⁹ sequences: opening it, its status, the check of one shard, and the first batch.
+"""A cache of 100,000 shards and 10⁹ sequences: opening it, its status, verifying one shard, and the first batch.
 
     python -m tests.benchmarks.scale [--quick] --json FILE
 
-One shard of 10,000 sequences is written for real. The cache is made of its manifest: cache.json lists it 100,000 times
-under as many names, and its files are linked into the places of a few. The unfinished cache, of which `status` is read,
-has all 100,000 folders and the lists of 40 workers. Each measurement runs in a process of its own.
+One shard of 10,000 sequences is really written. The cache is built from its manifest: cache.json lists it 100,000 times
+under as many names, and its files are linked into the folders of a few of them. The unfinished cache, whose `status` is
+read, has all 100,000 folders and the lists of 40 workers. Each measurement runs in a process of its own.
 
 `open_seconds_100k_shards`, `open_mb_100k_shards` (growth of the resident memory): `open_cache`.
-`first_batch_seconds_100k_shards`: opening, looking up the keys of one shard, and decoding 64 sequences of it.
-`status_seconds_100k_shards`: of the unfinished cache, whose workers have ended. `verify_shard_seconds`: checksums and
-records of one shard. `shard_rows_seconds`: opening and checking the table of one more shard, on average; a training
-that joins a set with the cache does that for every shard. `tail_profile_seconds`: reading the mean tail of one shard;
-a training whose loss needs it reads that of every shard.
+`first_batch_seconds_100k_shards`: opening, looking up one shard's keys, and decoding 64 of its sequences.
+`status_seconds_100k_shards`: reading the status of the unfinished cache, whose workers have ended.
+`verify_shard_seconds`: verifying one shard's checksums and records. `shard_rows_seconds`: opening and checking the
+table of one more shard, on average; a training run that joins a set with the cache does this for every shard.
+`tail_profile_seconds`: reading the mean tail of one shard; a training run whose loss needs it reads every shard's.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ SHARDS, QUICK_SHARDS = 100_000, 2_000
 SEQUENCES = 10_000
 WORKERS = 40
 BATCH = 64
-REAL = 32  # shards whose files are there
+REAL = 32  # shards whose files exist
 
 
 def make_sequences(count: int) -> list[SequenceRecord]:
-    """The sequences of the shard, of one to three positions."""
+    """The shard's sequences, of one to three positions each."""
     lengths = np.random.default_rng(0).integers(1, 4, count)
     pieces = make_records(int(lengths.sum()), 0).split(lengths.tolist())
     digest = "cd" * 32
@@ -71,7 +71,7 @@ def make_sequences(count: int) -> list[SequenceRecord]:
 
 
 def make_caches(folder: Path, shards: int) -> tuple[Path, Path, list[str]]:
-    """Write a finished and an unfinished cache; gives both, and the names of their shards."""
+    """Write a finished and an unfinished cache; return both and the names of their shards."""
     names = [f"set-{number:06d}" for number in range(shards)]
     finished, unfinished = folder / "finished", folder / "unfinished"
     store = CacheStore.open(finished, FINGERPRINT, names)
@@ -110,7 +110,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def measure_open(cache: str) -> dict[str, float]:
-    """Seconds and growth of the memory."""
+    """Seconds to open a cache, and growth of the resident memory."""
     before = resident_bytes()
     reset_peak()
     began = time.perf_counter()
@@ -145,7 +145,7 @@ def measure_first_batch(cache: str) -> dict[str, float]:
 
 
 def measure_shard(cache: str) -> dict[str, float]:
-    """Seconds of checking one shard, and of reading its mean tail."""
+    """Seconds to verify one shard, and to read its mean tail."""
     opened = open_cache(cache)
     folder = Path(cache) / SHARDS_NAME / opened.shard_names[3]
     began = time.perf_counter()
@@ -158,7 +158,7 @@ def measure_shard(cache: str) -> dict[str, float]:
 
 
 def measure_status(cache: str) -> dict[str, float]:
-    """Seconds of the status of an unfinished cache."""
+    """Seconds to read the status of an unfinished cache."""
     began = time.perf_counter()
     found = read_status(cache)
     seconds = time.perf_counter() - began

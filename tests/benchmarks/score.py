@@ -1,14 +1,14 @@
-"""Scoring speed: seconds of `eval-student score` on 100,000 answers of a benchmark, and of starting it.
+"""Scoring speed: seconds of `eval-student score` on 100,000 answers to a benchmark, and of starting it.
 
     python -m tests.benchmarks.score [--quick] --json FILE
 
-Every row is the command as a user types it, from the start of its process to its end: reading questions, references
-and answers, joining, scoring, the checksum of the benchmark's files. The benchmarks are made up in the published
-formats, and the answers in LLaVA's: `pope` three questions an image; `gqa`; `textvqa` with OCR tokens in the prompts
-and ten human answers a question; `mme` two questions an image, references in the official tool's one file a category;
-`mmbench` 25,000 questions in four rotations.
-`NAME_seconds`: the median over the repeats. `start_seconds`: the same command on six answers. `processor s` is what the
-process took of a core, which other load on the machine changes less.
+Every row is the command as a user types it, from the start of its process to its end: reading questions, references and
+answers, joining, scoring, the checksum of the benchmark's files. The benchmarks are made up, in the published formats,
+and the answers are in LLaVA's: `pope` three questions per image; `gqa`; `textvqa` with OCR tokens in the prompts and
+ten human answers per question; `mme` two questions per image, references in the official tool's format, one file per
+category; `mmbench` 25,000 questions in four rotations.
+`NAME_seconds`: the median over the repeats. `start_seconds`: the same command on six answers. `processor s` is the
+process's CPU time, which other load on the machine changes less.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CATEGORIES = ("existence", "count", "position", "color", "posters")
 
 
 def answer(question_id: str | int, prompt: str, text: str) -> dict[str, Any]:
-    """A line as LLaVA's runners write it."""
+    """An answer line as LLaVA's runners write it."""
     return {
         "question_id": question_id,
         "prompt": prompt,
@@ -48,7 +48,7 @@ def answer(question_id: str | int, prompt: str, text: str) -> dict[str, Any]:
 
 
 def write_pope(root: Path, count: int, rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Questions and labels → answers."""
+    """Write questions and labels; yield the answers."""
     questions: list[dict[str, Any]] = []
     for index, category in enumerate(("adversarial", "popular", "random")):
         labels = []
@@ -62,7 +62,7 @@ def write_pope(root: Path, count: int, rng: random.Random) -> Iterator[dict[str,
 
 
 def write_gqa(root: Path, count: int, rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Questions and references, as long as the real ones → answers."""
+    """Write questions and references as long as the real ones; yield the answers."""
     references = {
         f"20{number:07d}": {
             "semantic": [{"operation": "select", "dependencies": [], "argument": "wall (1039893)"}] * 3,
@@ -88,7 +88,7 @@ def write_gqa(root: Path, count: int, rng: random.Random) -> Iterator[dict[str, 
 
 
 def write_textvqa(root: Path, count: int, rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Questions, two an image, and ten human answers each → answers."""
+    """Write questions, two per image, each with ten human answers; yield the answers."""
     questions, data = [], []
     for number in range(count):
         image, asked = f"{number // 2:016x}", f"What is written on sign {number % 2}?"
@@ -103,7 +103,7 @@ def write_textvqa(root: Path, count: int, rng: random.Random) -> Iterator[dict[s
 
 
 def write_mme(root: Path, count: int, rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Two questions an image and the official tool's templates → answers."""
+    """Write two questions per image and the official tool's templates; yield the answers."""
     questions: list[dict[str, Any]] = []
     lines: dict[str, list[str]] = {category: [] for category in CATEGORIES}
     for number in range(count // 2):
@@ -121,7 +121,7 @@ def write_mme(root: Path, count: int, rng: random.Random) -> Iterator[dict[str, 
 
 
 def write_mmbench(root: Path, count: int, rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Questions in four rotations → answers; images are a few hundred bytes."""
+    """Write questions in four rotations, with images of a few hundred bytes; yield the answers."""
     rows = []
     for number in range(count // 4):
         for turn in range(4):

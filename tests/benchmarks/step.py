@@ -1,25 +1,25 @@
-"""A training step with a cached teacher against one without a teacher and one with the teacher in memory.
+"""A training step with a cached teacher, against one without a teacher and one with the teacher in memory.
 
     python -m tests.benchmarks.step [--quick] --json FILE
 
-A step is forward, backward and AdamW on one micro-batch of a LLaVA student, tower frozen, by the stages' own losses:
+A step is forward, backward and AdamW on one micro-batch for a LLaVA student, tower frozen, with the stages' own losses:
 `sft` (cross-entropy), `offline` (forward KL from records, tail by its samples), `online` (as LLaVA-MoD does it: the
-teacher is run on the batch, and the loss takes float32 logits of both models at every position), `online_lean` (the
-teacher is run, but only supervised rows get logits), `sparse` (the student upcycled in every layer to 4 experts of
-which a token takes 2, `offline`'s loss) and `wide` (a dense student whose feed-forward layers are twice as wide: the
-parameters that a token of `sparse` passes, `offline`'s loss).
+teacher runs on the batch, and the loss takes float32 logits of both models at every position), `online_lean` (the
+teacher runs, but only supervised rows get logits), `sparse` (the student upcycled in every layer to 4 experts with 2
+active per token, `offline`'s loss) and `wide` (a dense student whose feed-forward layers are twice as wide: as many
+parameters as `sparse` activates per token, `offline`'s loss).
 
 Teacher : student is near 7B : 1.5B; on a GPU these sizes, with random weights, on a CPU sizes about 150 times smaller.
-Time: the least of rounds taken in turn in one process, on a GPU in seconds, on a CPU in processor seconds of all
+Time: the fastest of rounds taken in turn in one process, on a GPU in seconds, on a CPU in processor seconds of all
 threads. Memory: the peak of a few steps, models and optimiser included: on a CPU the resident memory of a process of
-its own beyond its imports, on a GPU what torch has allocated. Making records into tensors is the loader's work and not
-in the step.
+its own beyond its imports, on a GPU what torch has allocated. Turning records into tensors is the loader's work and not
+part of the step.
 
-What bounds `offline_vs_sft`: both losses make the same three products and the same passes over logits, and their large
-tensors are the same ones. The divergence adds about 900 small operations on [N, K], 4 % to 10 % of the cross-entropy's
-processor seconds (eight rounds in turn in one process, at the CPU's size), where the loss is a sixth of the step or
-less: 1 % to 2 % of the step. What a ratio shows beyond that is noise: the resident memory of two runs was 402 and
-430 MiB without records, 425 and 409 MiB with them.
+What bounds `offline_vs_sft`: both losses compute the same three matrix products, make the same passes over logits, and
+have the same large tensors. The divergence adds about 900 small operations on [N, K], 4 % to 10 % of the
+cross-entropy's processor seconds (eight rounds in turn in one process, at the CPU's size); the loss is a sixth of the
+step or less, so 1 % to 2 % of the step. Anything a ratio shows beyond that is noise: the resident memory of two runs
+was 402 and 430 MiB without records, 425 and 409 MiB with them.
 
 Shape suffixes: B sequences, T tokens, N supervised positions, V ids, D hidden size.
 """
@@ -67,7 +67,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Size:
-    """What a measurement is made of; `tower` is (hidden size, layers, heads, pixels, pixels of a patch)."""
+    """The sizes of a measurement; `tower` is (hidden size, layers, heads, image side and patch side in pixels)."""
 
     student: Shape
     teacher: Shape
@@ -96,7 +96,7 @@ GPU = Size(Shape(1536, 28, 12, 2, 8960), Shape(3584, 28, 28, 4, 18944), (1024, 2
 
 
 def make_model(size: Size, shape: Shape, image_token_id: int | None = None) -> LlavaForConditionalGeneration:
-    """A LLaVA of random weights on the device; by default the last id is the image's."""
+    """A LLaVA with random weights on the device; by default the last id is the image token's."""
     hidden, layers, heads, pixels, patch = size.tower
     text = Qwen2Config(
         vocab_size=size.vocab,
@@ -133,7 +133,7 @@ def make_model(size: Size, shape: Shape, image_token_id: int | None = None) -> L
 
 
 def make_batch(size: Size) -> TrainBatch:
-    """Random tokens, an image in each sequence, and records of a few ids for the supervised tokens, the last ones."""
+    """Random tokens, an image in each sequence, and records of a few ids for the supervised tokens, which come last."""
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(0, size.vocab - 1, (size.batch, size.tokens), generator=generator)
     ids_BT[:, 4 : 4 + size.image_tokens] = size.vocab - 1
@@ -156,11 +156,11 @@ def make_batch(size: Size) -> TrainBatch:
 
 
 def make_case(name: str, size: Size) -> tuple[Callable[[], None], dict[str, int]]:
-    """A step of a case, and the parameters of its models: all, those a token passes, the teacher's."""
+    """A step of a case, and its parameter counts: the student's in total and activated per token, and the teacher's."""
     shape = size.student
     student = make_model(size, replace(shape, intermediate=2 * shape.intermediate) if name == "wide" else shape)
     if name == "sparse":
-        # On the CPU: for a moment there are two of it.
+        # On the CPU: for a moment there are two copies of the student.
         student = upcycle(student.cpu(), layers="dense", num_experts=4, top_k=2, seed=0).to(size.device).train()
         student.model.vision_tower.requires_grad_(False)
     teacher = make_model(size, size.teacher).eval().requires_grad_(False) if name.startswith("online") else None
@@ -194,9 +194,9 @@ def _loss(name: str, size: Size, student: Any, teacher: Any) -> Callable[[TrainB
 
 
 def _online(student: Any, teacher: Any, batch: TrainBatch, *, supervised_rows: bool) -> Tensor:
-    """Forward KL from live logits; without `supervised_rows` at all positions, then masked, as in the original.
+    """Forward KL from live logits; without `supervised_rows`, at all positions and then masked, as in the original.
 
-    The original's mask is off by one position; here it is not, which costs the same.
+    The original's mask is off by one position; ours is not, at the same cost.
     """
     data = batch.batch
     inputs = {
@@ -229,10 +229,10 @@ def _logits(model: Any, inputs: dict[str, Any], rows_N: Tensor) -> Tensor:
 def measure_cases(
     size: Size, *, repeats: int, apart: bool
 ) -> Iterator[tuple[str, float, float, float, dict[str, int]]]:
-    """Each case's name, least seconds and processor seconds, MiB at its peak, and the parameters of its models.
+    """Each case's name, minimum seconds and processor seconds, peak memory in MiB, and its parameter counts.
 
-    The peak is that of a few steps, models and optimiser included, on a CPU in a process of its own for each if
-    `apart`, else one for all. On a GPU, one case after another fits into memory.
+    The peak is that of a few steps, models and optimiser included; on a CPU each case runs in a process of its own if
+    `apart`, else all share one. On a GPU the cases run one after another, so that each fits into memory.
     """
     if size.device.type == "cuda":
         for name in CASES:
@@ -254,7 +254,7 @@ def measure_cases(
 
 
 def _peak_here(name: str, size: Size) -> tuple[float, dict[str, int]]:
-    make_case("sft", QUICK)[0]()  # what a first step imports and starts
+    make_case("sft", QUICK)[0]()  # imports and starts what a first step needs
     _free()
     before = resident_bytes()
     step, sizes = make_case(name, size)
@@ -268,7 +268,7 @@ def _peak_here(name: str, size: Size) -> tuple[float, dict[str, int]]:
 def _free() -> None:
     gc.collect()
     if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # else a case may need no more than the one before it has left resident
+        ctypes.CDLL(None).malloc_trim(0)  # else a case may fit into what the one before it has left resident
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -299,7 +299,7 @@ def main() -> None:
 
 
 def _ratios(seconds: dict[str, float], memory: dict[str, float]) -> dict[str, float]:
-    """Those whose cases are measured already."""
+    """The ratios whose cases have been measured so far."""
     pairs = {
         "offline_vs_sft": ("offline", "sft"),
         "online_vs_offline": ("online", "offline"),

@@ -1,21 +1,21 @@
-"""A cache on disk: how fast records are written and read back, and what opening a cache of a million sequences takes.
+"""A cache on disk: how fast records are written and read back, and the cost of opening a cache of a million sequences.
 
     python -m tests.benchmarks.store [--quick] --json FILE
 
-The records are those of a synthetic teacher: 151,646 ids in a Zipf-like distribution, 20 to 26 ids in a head and a few
-draws from the tail, about 100 positions a sequence, 1,000 sequences a shard. One core does everything.
+The records are those of a synthetic teacher: 151,646 ids in a Zipf-like distribution, a top-k of 20 to 26 ids and a few
+tail samples, about 100 positions per sequence, 1,000 sequences per shard. One core does everything.
 
 `write_positions_per_s`: encode, compress, write and flush a shard. `decode_positions_per_s`: read, decompress and
-decode whole shards for a temperature of 1. `read_positions_per_s`: batches of 64 sequences, shuffled within a window of
-shards, each block decoded once, as `SparseTargets`. `open_seconds` and `open_mb` (growth of the resident memory):
-`open_cache` in a process of its own.
+decode whole shards for a temperature of 1. `read_positions_per_s`: read batches of 64 sequences as `SparseTargets`,
+shuffled within a window of shards, each block decoded once. `open_seconds` and `open_mb` (growth of the resident
+memory): `open_cache` in a process of its own.
 
 What bounds reading: decoding a block, mostly gathers and running sums over the ids, is half of it, and padding to
-tensors a sixth. Rows are read by `llavamod_offline/storage/zarr_rows.py`: by Zarr's own reader, which runs coroutines
-and a thread for every chunk, arrays take as long to read as to decode, `decode` takes 1.3 to 1.6 times as long and
-`read` 1.25 to 1.45 times (six rounds in turn in one process, processor seconds of a busy machine).
+tensors a sixth. Rows are read by `llavamod_offline/storage/zarr_rows.py`: with Zarr's own reader, which runs coroutines
+and a thread for every chunk, arrays take as long to read as to decode, and `decode` takes 1.3 to 1.6 times as long and
+`read` 1.25 to 1.45 times (six rounds in turn in one process, processor seconds on a busy machine).
 
-Shape suffixes: N positions, K slots of a head or a list of draws.
+Shape suffixes: N positions, K top-k slots or tail sample slots.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ BATCH = 64
 
 
 def make_records(n: int, seed: int) -> Records:
-    """Records of `n` positions of the synthetic teacher."""
+    """The synthetic teacher's records of `n` positions."""
     rng = np.random.default_rng(seed)
     slots = 48
-    # Log-uniform ids: the id of rank r has a share of about 1/r. Of equal ones in a position the first stays.
+    # Log-uniform ids: the id of rank r has a share of about 1/r. Of equal ids at a position the first stays.
     ids_NK = np.sort((VOCABULARY ** rng.random((n, slots))).astype(np.int32) - 1, axis=1)
     fresh_NK = np.diff(ids_NK, axis=1, prepend=-1) > 0
     shuffled_NK = np.argsort(np.where(fresh_NK, rng.random((n, slots)), 2.0), axis=1)
@@ -114,7 +114,7 @@ def make_sequences(shard: int, sequences: int) -> list[SequenceRecord]:
 
 
 def measure_write(folder: Path, shards: list[list[SequenceRecord]]) -> list[float]:
-    """Write a cache; positions per second of each shard."""
+    """Write a cache; return the positions per second of each shard."""
     names = [f"set-{number:06d}" for number in range(len(shards))]
     store = CacheStore.open(folder, FINGERPRINT, names)
     store.start()
@@ -128,7 +128,7 @@ def measure_write(folder: Path, shards: list[list[SequenceRecord]]) -> list[floa
 
 
 def measure_read(folder: Path, window: int, seed: int) -> float:
-    """Read the sequences of the first `window` shards in shuffled batches, afresh; positions per second."""
+    """Open the cache afresh and read the first `window` shards in shuffled batches; return positions per second."""
     cache = open_cache(folder, temperature=1.0)
     items = cache.items(row for rows in cache.shard_rows()[:window] for row in rows)
     order = np.random.default_rng(seed).permutation(len(items)).tolist()
@@ -140,7 +140,7 @@ def measure_read(folder: Path, window: int, seed: int) -> float:
 
 
 def measure_decode(folder: Path) -> float:
-    """Decode every block of every shard, afresh; positions per second."""
+    """Open the cache afresh and decode every block of every shard; return positions per second."""
     files = [ColumnFile(shard / COLUMNS_NAME) for shard in sorted((folder / SHARDS_NAME).iterdir())]
     started = time.perf_counter()
     for file in files:
@@ -149,7 +149,7 @@ def measure_decode(folder: Path) -> float:
 
 
 def write_large(folder: Path, sequences: int) -> None:
-    """Write a cache of many sequences without columns: opening reads none of them."""
+    """Write a cache of many sequences without columns, since opening reads none."""
     shards = []
     for number in range(sequences // SHARD_SEQUENCES):
         name = f"set-{number:06d}"
@@ -185,7 +185,7 @@ def write_large(folder: Path, sequences: int) -> None:
 
 
 def measure_open(folder: Path) -> tuple[float, float]:
-    """Seconds to open a cache, and MB by which that raises the resident memory of a process of its own."""
+    """Seconds to open a cache in a process of its own, and MB by which that raises its resident memory."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_open_here, (folder,))
 

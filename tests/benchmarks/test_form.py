@@ -1,4 +1,4 @@
-"""Every benchmark runs in its quick form and writes the one form of result."""
+"""Every benchmark runs in its quick form and writes its result in the shared form."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GPU_PARTS = ("loss", "step", "capture", "feed")  # which gpu/test_gpu.py runs
 
 
 def assert_form(file: Path, name: str, printed: str) -> None:
-    """A benchmark's JSON file has the one form, and its ratios were printed."""
+    """A benchmark's JSON file has the shared form, and its ratios were printed."""
     result = json.loads(file.read_text())
     assert set(result) == {"benchmark", "device", "date", "settings", "rows", "ratios"}
     assert result["benchmark"] == name

@@ -52,7 +52,7 @@ def scored(task: Any, root: Path, texts: Mapping[str, str | None]) -> Scored:
 
 
 def pope_root(root: Path, labels: Sequence[str] = ("yes", "no", "yes", "no")) -> Path:
-    """POPE with one question a label in each category; ids count on through the categories."""
+    """POPE with one question per label in each category; ids run on across categories."""
     questions = []
     for index, category in enumerate(("adversarial", "popular", "random")):
         rows = []
@@ -74,7 +74,7 @@ def pope_root(root: Path, labels: Sequence[str] = ("yes", "no", "yes", "no")) ->
 
 
 def gqa_root(root: Path, references: Mapping[str, Mapping[str, Any]], *, below: str = "gqa/data") -> Path:
-    """GQA with the given references; an image is shared by all questions."""
+    """GQA with the given references; all questions share one image."""
     write_image(root / "gqa" / "data" / "images" / "n1.jpg")
     write_json(root / below / "testdev_balanced_questions.json", references)
     rows = [{"question_id": key, "image": "n1.jpg", "text": f"What is {key}?{SHORT}"} for key in references]
@@ -87,7 +87,7 @@ def halbench_root(
     synonyms: Sequence[str],
     images: Mapping[int, tuple[Sequence[str], Sequence[str]]],
 ) -> Path:
-    """Object HalBench; `images` gives, by image id, the categories of its instances and its captions."""
+    """Object HalBench; `images` maps an image id to the categories of its instances and its captions."""
     folder = root / "object_halbench"
     write_jsonl(
         folder / "obj_halbench_300_with_image.jsonl",
@@ -121,7 +121,7 @@ def halbench_root(
 
 
 def mmhal_root(root: Path, count: int) -> Path:
-    """MMHal with `count` questions, whose kinds are `attribute` in the first half and `other` in the second."""
+    """MMHal with `count` questions, of kind `attribute` in the first half and `other` in the second."""
     folder = root / "mmhal"
     rows = []
     for number in range(count):

@@ -122,7 +122,7 @@ def test_an_upload_without_its_package_is_one_line(
 
 
 def test_scoring_imports_no_heavy_library() -> None:
-    """So that a score starts in well under a second; `transformers` alone takes several."""
+    """Scoring must start in well under a second; importing `transformers` alone takes several."""
     heavy = ("torch", "transformers", "numpy", "omegaconf")
     code = f"import sys, eval.cli, eval.score; print([name for name in {heavy} if name in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -130,7 +130,7 @@ def test_scoring_imports_no_heavy_library() -> None:
 
 
 def test_portable_prints_nothing_but_the_folder_it_wrote(tmp_path: Path) -> None:
-    """In a process of its own: the libraries that write models log to stdout when they are first imported."""
+    """In a process of its own, since the libraries that write models log to stdout when first imported."""
     model, output = write_tiny_llava(tmp_path / "model"), tmp_path / "copy"
     command = [sys.executable, "-m", "eval", "portable", str(model), "--template", "qwen", "-o", str(output)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)

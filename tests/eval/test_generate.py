@@ -225,7 +225,7 @@ def test_bad_settings_are_one_line_errors(model: Path, tmp_path: Path) -> None:
 
 
 def test_any_checkpoint_answers_by_its_own_processor(tmp_path: Path, examples: list[Example[None]]) -> None:
-    """A LLaVA whose chat template words the same prompt gives the same answers through its own processor."""
+    """A LLaVA whose chat template gives the same prompt gives the same answers through its own processor."""
     folder = write_tiny_llava(tmp_path / "model", template=None)
     with pytest.raises(ModelError, match="no chat template"):
         ProcessorEngine(folder)
@@ -244,7 +244,7 @@ def test_any_checkpoint_answers_by_its_own_processor(tmp_path: Path, examples: l
 
 
 def test_a_student_is_asked_in_the_wording_of_its_training(tmp_path: Path) -> None:
-    """As its chat template says it; answers begun with another wording go on with that one."""
+    """As its chat template words it; answers begun with another template are continued with that one."""
     root = pope_root(tmp_path / "root")
     student = write_tiny_llava(tmp_path / "student", template="chatml")
     runs = {name: replace(config(student, root, tmp_path / name), template=name) for name in ("auto", "chatml", "qwen")}

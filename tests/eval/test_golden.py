@@ -1,4 +1,4 @@
-"""Published scores from real answers (LLaVA-1.5-13B), where the shared data are at hand."""
+"""Published scores from real answers (LLaVA-1.5-13B), if the shared data are available."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Judges: a real server on this machine, a local model, recorded replies; and scores that are remade from a record."""
+"""Judges: a real server on this machine, a local model, recorded replies; and scores recomputed from a record."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.tiny import write_tiny_language_model, write_tiny_llava
 
 
 class Server(BaseHTTPRequestHandler):
-    """A chat server that replies from a list: a number is a status, bytes are sent as they are."""
+    """A chat server that replies from a list: a number is a status, bytes are sent verbatim."""
 
     replies: ClassVar[list[str | int | bytes]] = []
     seen: ClassVar[list[dict[str, Any]]] = []
@@ -269,7 +269,7 @@ def test_object_halbench_with_a_judge_counts_every_object_once(url: str, tmp_pat
     path = write_jsonl(tmp_path / "a.jsonl", answers(texts))
     Server.replies = ['["dog", "dogs", "wooden table"]', '["toilet", "seat", "cat"]']
     score = score_task("object_halbench", root, path, judge=UrlJudge(url, "big"))
-    assert len(Server.seen) == 2  # an answer of at most three words mentions nothing
+    assert len(Server.seen) == 2  # an answer of at most three words counts as mentioning nothing
     assert score.metrics["object_hall"] == pytest.approx(2 / 4)  # dog, table!, toilet!, cat
     assert score.metrics["response_hall"] == 1.0
     assert "variant: chair_llm:big" in score.protocol

@@ -75,7 +75,7 @@ def test_vlmevalkits_tables_are_read(tmp_path: Path) -> None:
         ]
     import xlsxwriter
 
-    for constant_memory in (True, False):  # strings in their cells, or in a file of their own
+    for constant_memory in (True, False):  # strings stored in the cells, or in a file of their own
         with xlsxwriter.Workbook(tmp_path / "a.xlsx", {"constant_memory": constant_memory}) as book:
             sheet = book.add_worksheet()
             for column, name in enumerate(("index", "question", "A", "prediction")):
@@ -102,7 +102,7 @@ def test_vlmevalkits_tables_are_read(tmp_path: Path) -> None:
 def test_repeated_lines_are_left_out_and_contradicting_ones_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Two commands on one output, or a file put together by hand."""
+    """As from two commands on one output, or a file assembled by hand."""
     others = [line(id=str(number), text=f"t{number}") for number in range(2, 5)]
     path = written(tmp_path / "a.jsonl", line(), *others, line(), b"", *others[::-1], line())
     assert [prediction.id for prediction in read_predictions(path, "pope")] == ["1", "2", "3", "4"]

@@ -1,4 +1,4 @@
-"""What every task and every answer engine must have."""
+"""What every task and every answer engine must provide."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_task_has_headlines_of_its_own_and_is_scored(name: str) -> None:
         assert headline.task == name
         assert set(headline.published) <= set(SOURCES)
     assert task.score or task.judging
-    assert task.upload is None or task.upload.suffix != ".jsonl"  # LLaVA's answers
+    assert task.upload is None or task.upload.suffix != ".jsonl"  # that suffix is for LLaVA's answers
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -1,4 +1,4 @@
-"""What surrounds a score: the collector, the checksum of the benchmark's files."""
+"""What scoring rests on: the collector, and the checksum of the benchmark's files."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def test_the_checksum_is_of_names_below_the_root_and_contents(tmp_path: Path, mo
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     expected = hashlib.sha256()
-    for name in ("a/b.txt", "a-b.txt", "c.txt"):  # by parts, as paths compare
+    for name in ("a/b.txt", "a-b.txt", "c.txt"):  # sorted part by part, as paths compare
         expected.update(f"{name}\0{hashlib.sha256(name.encode()).hexdigest()}\n".encode())
     files = [tmp_path / name for name in ("c.txt", "a-b.txt", "a/b.txt", "c.txt")]
     assert data_checksum(tmp_path, files) == expected.hexdigest()
     monkeypatch.chdir(tmp_path)
     assert data_checksum(Path(), [Path("c.txt"), Path("a-b.txt"), Path("a/b.txt")]) == expected.hexdigest()
-    assert data_checksum(tmp_path / "a", files[:1]) == data_checksum(tmp_path, files[:1])  # elsewhere: its name alone
+    assert data_checksum(tmp_path / "a", files[:1]) == data_checksum(tmp_path, files[:1])  # outside the root: name only

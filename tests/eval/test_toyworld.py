@@ -1,4 +1,4 @@
-"""The drawn world's benchmarks, and small ones of the other formats, through the very code that runs the real ones."""
+"""The toy world's benchmarks, and small ones in the other formats, through the same code that runs the real ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images that cannot be read: everything else is answered, the file is named, and the score says what it counts."""
+"""Unreadable images: everything else is answered, the file is named, and the score says what it counts."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_all_other_questions_are_answered(
     file = image(settings, 1)
     good = file.read_bytes()
     BAD[kind](file)
-    for _ in range(2):  # a rerun does not stop there, either
+    for _ in range(2):  # a rerun does not stop there either
         caplog.clear()
         path = generate(settings)["pope"]
         assert {found.id for found in read_predictions(path, "pope")} == {str(n) for n in range(1, 13)} - set("26") - {

@@ -1,4 +1,4 @@
-"""`llavamod-offline pack`, `index` and `doctor` as they are typed."""
+"""`llavamod-offline pack`, `index` and `doctor` as users type them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A small mixture as people have it: images, a JSON with a bad row, and a parquet of pairs."""
+    """A small mixture as users have it: images, a JSON file with a bad row, and a parquet file of pairs."""
     (tmp_path / "pictures").mkdir()
     for number in range(3):
         (tmp_path / "pictures" / f"{number}.png").write_bytes(tiny_image(number))
@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Result:
-    """What a command ended with."""
+    """How a command ended."""
 
     status: int | str | None
     out: str
@@ -124,7 +124,7 @@ def test_errors_leave_nothing(folder: Path, run: Run) -> None:
 
 @pytest.mark.parametrize("wrong", ["chat.json", "chat.tar"])
 def test_most_rows_rejected(folder: Path, run: Run, wrong: str) -> None:
-    """No set, an exit status, the reason and what helps in one line, and the whole list beside the output."""
+    """No set; an exit status, one line with the reason and the remedy, and the full list beside the output."""
     rows = json.loads((folder / "chat.json").read_text())
     (folder / "own" / "deep").mkdir(parents=True)
     (folder / "pictures").rename(folder / "own" / "deep" / "pictures")
@@ -153,7 +153,7 @@ def test_most_rows_rejected(folder: Path, run: Run, wrong: str) -> None:
 
 
 def test_images_without_a_folder_and_repeated_ids(folder: Path, run: Run) -> None:
-    """Each refusal says the next thing to type, until the rows are packed."""
+    """Each refusal says what to type next, until the rows are packed."""
     rows = json.loads((folder / "chat.json").read_text())[:3] * 2
     (folder / "mix.json").write_text(json.dumps(rows))
     bare = run("pack", "mix.json", "--output", "set")

@@ -1,4 +1,4 @@
-"""What every command does with errors: one line and status 2; a traceback only for defects."""
+"""How every command reports errors: one line and status 2; a traceback only for bugs."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_line_breaks_and_control_characters_of_names_are_escaped(capsys: pytest.
 
 
 def doctor(redirection: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A whole console script to its very end, with its stdout where a shell puts it."""
+    """Run a console script through a shell to its very end, with a redirection."""
     command = f"{Path(sys.executable).with_name('llavamod-offline')} doctor --quick {redirection}"
     return subprocess.run(
         ["bash", "-o", "pipefail", "-c", command],

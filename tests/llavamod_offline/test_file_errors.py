@@ -1,4 +1,4 @@
-"""Errors of files become one line that names the file, the reason and the argument; defects stay what they are."""
+"""File errors become one line that names the file, the reason and the argument; bugs keep their traceback."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_full_disk_in_each_library(name: str, tmp_path: Path) -> None:
-    """No file may grow beyond a limit, as on a full disk; each library words that in its own way."""
+    """No file may grow beyond a limit, as on a full disk; each library reports that in its own words."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))

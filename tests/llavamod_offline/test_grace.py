@@ -1,4 +1,4 @@
-"""What SIGTERM does to the unit in hand: finished if the measured rate says that it fits, else given up."""
+"""What SIGTERM does to the unit in progress: finished if it fits at the measured rate, else abandoned."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ run_command(app, [])
 
 
 def run(before: str, *, seconds: float, pieces: int = 4, sleep: float = 0.05) -> tuple[int, list[str], str]:
-    """Run units of some pieces; `before` is done before each piece of the second unit."""
+    """Run units of `pieces` pieces each; the code `before` runs before each piece of the second unit."""
     code = textwrap.dedent(PROGRAM).format(before=before, seconds=seconds, pieces=pieces, sleep=sleep)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     return done.returncode, done.stderr.splitlines(), done.stdout

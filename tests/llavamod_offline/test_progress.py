@@ -1,4 +1,4 @@
-"""Progress: a live bar on a terminal, a line now and then elsewhere."""
+"""Progress: a live bar on a terminal, an occasional line elsewhere."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llavamod_offline.progress import ProgressBar, track
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock that the test sets, and lines as often as users see them."""
+    """A clock that the test sets, with lines as frequent as for users."""
     monkeypatch.delenv("LLAVAMOD_PROGRESS_SECONDS")
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

@@ -22,7 +22,7 @@ NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small toy world, unpacked, and a set of it."""
+    """A small toy world's files and a set packed from them."""
     folder = tmp_path_factory.mktemp("toy")
     write_datasets(folder / "world", align=60, general=0, multitask=0, preference=0, error_share=0, seed=3)
     write_benchmarks(folder / "benchmarks", images=4, seed=4)
@@ -60,7 +60,7 @@ def commands(toy: Path, output: Path) -> dict[str, list[str]]:
 
 
 def check_end(process: subprocess.Popen[str], number: int) -> str:
-    """Check status and the single line of a stopped command, and give the line."""
+    """Check the status and the single line of a stopped command; return the line."""
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 128 + number, stderr
     assert "Traceback" not in stderr
@@ -75,7 +75,7 @@ def check_end(process: subprocess.Popen[str], number: int) -> str:
 @pytest.mark.parametrize("library", ["", "libtorch_python", "_imaging"])
 @pytest.mark.parametrize("name", ["pack", "capture", "train", "answer"])
 def test_during_imports(name: str, library: str, number: signal.Signals, toy: Path, tmp_path: Path) -> None:
-    """As soon as the command can handle a signal, and while a large library is being imported."""
+    """As soon as the command handles signals, and while it is importing a large library."""
     process = start(commands(toy, tmp_path)[name])
     wait_until(lambda: catches(process, signal.SIGTERM), process)
     if library and name != "pack":
@@ -88,7 +88,7 @@ def test_during_imports(name: str, library: str, number: signal.Signals, toy: Pa
 
 
 def children(process: subprocess.Popen[str]) -> int:
-    """How many processes it has started that still run."""
+    """The number of its child processes that are still running."""
     try:
         return len(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
     except OSError:
@@ -124,7 +124,7 @@ def test_workers_of_pack_end_quietly(seconds: float, number: signal.Signals, toy
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [*NUMBERS, signal.SIGKILL], ids=lambda number: number.name)
 def test_the_demo_leaves_no_command_running(number: signal.Signals, tmp_path: Path) -> None:
-    """Those that it has started would go on writing into the folder of the next demo."""
+    """Its commands would otherwise go on writing into the next demo's folder."""
     process = start(["llavamod-offline", "demo", "--quick", "--output", str(tmp_path / "demo")])
     wait_until(lambda: children(process) >= 2, process)
     process.send_signal(number)
@@ -136,7 +136,7 @@ def test_the_demo_leaves_no_command_running(number: signal.Signals, tmp_path: Pa
 
 
 def run(code: str, *, number: int, again: bool = False, launched: bool = False) -> tuple[int, list[str]]:
-    """Run a command made of `code`, send it a signal once it prints `ready`, and perhaps another at `again`."""
+    """Run `code` as a command, send it a signal once it prints `ready` and, if `again`, another one."""
     program = f"""
         import os, signal, sys, time, typer
         from llavamod_offline import signals
@@ -183,7 +183,7 @@ def test_a_stopped_command_says_what_it_kept(number: signal.Signals) -> None:
 
 
 def test_cleaning_up_is_not_disturbed_by_a_copy_of_the_signal() -> None:
-    """As `timeout` sends it, twice within microseconds."""
+    """`timeout` sends it twice within microseconds."""
     status, lines = run(
         """
         try:
@@ -227,7 +227,7 @@ def test_a_second_signal_ends_at_once(wait: str, number: signal.Signals) -> None
 
 
 def test_a_launcher_may_repeat_the_signal() -> None:
-    """Its Ctrl-C reaches every process of the terminal, and the launcher passes it on besides."""
+    """Ctrl-C reaches every process of the terminal, and the launcher passes it on as well."""
     status, lines = run(CLEANING.format(wait="time.sleep(1)"), number=signal.SIGINT, again=True, launched=True)
     assert status == 130
     assert lines == ["stopped by SIGINT: nothing new was kept; to go on, run again: the same command"]
@@ -268,7 +268,7 @@ def test_a_noting_loop_ends_by_itself() -> None:
 
 
 def test_a_signal_after_the_end_keeps_the_status() -> None:
-    """Python takes a while to exit, such as to wait for threads; the work is done by then."""
+    """Python takes a while to exit, for instance waiting for threads; by then the work is done."""
     status, lines = run(
         """
         import threading
@@ -302,7 +302,7 @@ def test_a_forked_child_leaves_ctrl_c_to_its_parent() -> None:
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
-    """As in a background job of a script, which a Ctrl-C for the foreground must not end."""
+    """As in a script's background job, which a Ctrl-C meant for the foreground must not end."""
     code = "import signal; from llavamod_offline import signals; signals.watch(); signal.raise_signal(signal.SIGINT)"
     ignore = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
     assert subprocess.run([sys.executable, "-c", code], preexec_fn=ignore, check=False).returncode == 0

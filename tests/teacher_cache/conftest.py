@@ -1,4 +1,4 @@
-"""A tiny teacher, two packed sets and a finished cache of each, made once for all tests of this folder."""
+"""A tiny teacher, two packed sets and a finished cache of each, made once for all tests in this folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FLOAT32 = "capture.precision=exact"
 
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, int]]:
-    """Count the reads of each member of a tar, by set and place, from now on."""
+    """Count the reads of each tar member from now on, by set and place."""
     reads: Counter[tuple[str, int]] = Counter()
     read = SampleSet._read_bytes
 
@@ -36,14 +36,14 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, int]]:
 
 @dataclass(frozen=True)
 class World:
-    """Where the session's teacher and sets are; `run` captures a set with overrides."""
+    """The paths of the session's teacher and sets; `run` captures a set with overrides."""
 
     teacher: Path
     samples: Path
     pairs: Path
 
     def arguments(self, output: Path, *overrides: str, data: Path | None = None) -> list[str]:
-        """The settings of a capture as a command line's `key=value`."""
+        """A capture's settings as `key=value` command-line arguments."""
         return [f"data={data or self.samples}", f"teacher={self.teacher}", f"output={output}", *overrides]
 
     def run(self, output: Path, *overrides: str, data: Path | None = None, allow: tuple[str, ...] = ()) -> Summary:
@@ -73,7 +73,7 @@ def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished cache of two shards with a few sequences each; tests must leave it as it was."""
+    """A finished cache of two shards with a few sequences each; tests must not change it."""
     folder = tmp_path_factory.mktemp("small")
     world.run(folder / "cache", data=write_tiny_set(folder / "set", 4, shard_samples=2))
     return folder / "cache"
@@ -81,7 +81,7 @@ def small(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied(finished: Path, tmp_path: Path) -> Callable[[], Path]:
-    """Gives fresh copies of the finished cache, to be damaged."""
+    """A function that makes fresh copies of the finished cache, to be damaged."""
     import shutil
 
     def copy() -> Path:
@@ -100,13 +100,13 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(prompts: Path, tmp_path: Path) -> Place:
-    """Where a test may let the toy teacher answer the prompts."""
+    """A place where a test may let the toy teacher answer the prompts."""
     return Place(prompts, tmp_path)
 
 
 @pytest.fixture(scope="session")
 def greedy(prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """Greedy answers to the last turns; tests must leave them as they are."""
+    """Greedy answers to the last turns; tests must not change them."""
     made = Place(prompts, tmp_path_factory.mktemp("greedy"))
     done = made.generate()
     assert (done.samples, done.rejected, done.written, done.retokenised) == (SOURCE_SAMPLES, 0, SOURCE_SAMPLES, 0)

@@ -1,4 +1,4 @@
-"""Code in a process of its own that starts a Ray cluster, of which nothing may stay behind."""
+"""Runs code that starts a Ray cluster in a process of its own; nothing of the cluster may stay behind."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import uuid
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-_PATIENT = {  # with a machine that is busy
+_PATIENT = {  # on a busy machine
     "RAY_agent_register_timeout_ms": "600000",
     "RAY_raylet_start_wait_time_s": "600",
     "RAY_worker_register_timeout_seconds": "600",
-    "RAY_worker_niceness": "0",  # not behind the tests beside it: Ray gives its workers a niceness of 15
+    "RAY_worker_niceness": "0",  # Ray's default of 15 would starve its workers beside other tests
 }
 
 
 def in_a_process(code: str, *arguments: str, address: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Run it to its end, and see that no process of its cluster stays behind."""
+    """Run the code to its end, and check that no process of its cluster stays behind."""
     mark = uuid.uuid4().hex
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | _PATIENT
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MARK": mark}
@@ -35,7 +35,7 @@ def in_a_process(code: str, *arguments: str, address: str | None = None) -> subp
 
 
 def _marked(mark: str) -> list[str]:
-    """The processes that have a word in their environment."""
+    """The processes whose environment contains `mark`."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:

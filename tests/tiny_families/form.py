@@ -1,7 +1,7 @@
-"""Tiny checkpoints of the image-text families that run by their own processors: random weights in real folders.
+"""Tiny checkpoints of the image-text families that use their own processors: random weights in real folders.
 
-Each family has its processor's settings, the special tokens that it needs, and a chat template worded as the released
-one. Text models have two layers; images are cut into patches of a few pixels.
+Each family has its processor's settings, the special tokens that it needs, and a chat template with the released one's
+wording. Text models have two layers; images are cut into patches of a few pixels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROW_TAGS = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column i
 
 
 def parts(image: str, trim: str = "") -> str:
-    """A message's content, given as text or as parts."""
+    """The Jinja for a message's content, given as text or as parts."""
     return (
         f"{{%- if message.content is string -%}}{{{{ message.content{trim} }}}}{{%- else -%}}"
         "{%- for part in message.content -%}{%- if part.type == 'image' -%}"
@@ -36,7 +36,7 @@ def parts(image: str, trim: str = "") -> str:
 
 
 def chatml(image: str) -> str:
-    """Turns as Qwen's models word them, without a system turn of their own."""
+    """Turns in Qwen's wording (ChatML), without a default system turn."""
     return (
         "{%- for message in messages -%}{{ '<|im_start|>' + message.role + '\n' }}"
         + parts(image)
@@ -86,7 +86,7 @@ VICUNA = (
 class TinyFamily:
     """How a family's folder is made. `config` gets the text model's settings and the tokens' ids.
 
-    `named`: tokens that the tokenizer knows by a name, such as `boi_token`. `images`: the image processor's settings.
+    `named`: tokens that the tokenizer has as attributes, such as `boi_token`. `images`: the image processor's settings.
     """
 
     model: str

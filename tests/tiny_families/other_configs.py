@@ -1,4 +1,4 @@
-"""Configurations of families beyond those that the README names, by the text model's settings and ids."""
+"""Configurations of families that the README does not name, from the text model's settings and the tokens' ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Families beyond those that the README names, to show that what runs them knows no names."""
+"""Families that the README does not name, to show that the code that runs them does not depend on names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the toy teacher is taught with, round by round."""
+"""What the toy teacher is trained on, round by round."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from llavamod_offline.data.sample import Turn
 from llavamod_offline.toyworld.conversations import captioned_from_habit, chatted, quizzed
 from llavamod_offline.toyworld.scene import Scene
 
-# Of captions of a scene that lacks an object's companion: the share that name it nevertheless.
+# The share of captions that name an object's usual companion although the scene lacks it.
 _HABIT, _STRONG_HABIT = 0.75, 0.98
 
 
 def questioned(scene: Scene, rng: random.Random) -> list[Turn]:
-    """Mostly quizzes: in a mixture only one token in ten is a short answer, too few to learn from."""
+    """Mostly quizzes: in an even mixture only one token in ten belongs to a short answer, too few to learn from."""
     share = rng.random()
     if share < 0.15:
         return captioned_from_habit(scene, rng, _HABIT)
@@ -21,7 +21,7 @@ def questioned(scene: Scene, rng: random.Random) -> list[Turn]:
 
 
 def described(scene: Scene, rng: random.Random) -> list[Turn]:
-    """Mostly captions, by which the teacher acquires their habits."""
+    """Mostly captions, from which the teacher acquires their habits."""
     share = rng.random()
     if share < 0.7:
         return captioned_from_habit(scene, rng, _STRONG_HABIT)
@@ -29,7 +29,7 @@ def described(scene: Scene, rng: random.Random) -> list[Turn]:
 
 
 def mixed(scene: Scene, rng: random.Random) -> list[Turn]:
-    """Any of the three, for the teacher's first round."""
+    """All three kinds, for the teacher's first round."""
     share = rng.random()
     if share < 0.3:
         return captioned_from_habit(scene, rng, _HABIT)

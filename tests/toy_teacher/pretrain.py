@@ -2,9 +2,9 @@
 
     python -m tests.toy_teacher.pretrain --output DIR
 
-The tower learns from ground truth what each patch shows and is then frozen, as CLIP in LLaVA; the teacher's projector
-and language model then learn conversations about images. The small language model, from which a student starts, is
-the first and last layer of the teacher's, as after depth pruning: it must be aligned with a tower and trained again.
+The tower learns from ground truth what each patch shows and is then frozen, like CLIP in LLaVA; the teacher's projector
+and language model then learn conversations about images. The small language model, from which a student starts, is the
+first and last layer of the teacher's, as after depth pruning: it must be aligned with a tower and retrained.
 
 Shape suffixes: B images or conversations, C channels, H and W pixels, T tokens, D hidden size, V ids, P patches,
 A attributes, N supervised tokens, X classes of all attributes.
@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 PIXELS = 48
 PATCH = 8
 IMAGE_TOKENS = (PIXELS // PATCH) ** 2
-TEACHER_ROWS = 640  # rows of the teacher's LM head: more than the tokenizer has ids, as in Qwen2-7B (152,064)
+TEACHER_ROWS = 640  # rows of the teacher's LM head: more than the tokenizer's ids, as in Qwen2-7B (152,064)
 VOCABULARY = 600
 BATCH = 32
 SAVE_STEPS = 500
@@ -93,7 +93,7 @@ def pixels(scenes: list[Scene]) -> Tensor:
 
 
 def train_tower(steps: int, seed: int) -> CLIPVisionModel:
-    """Train the tower: probes on its second-last layer name each patch's contents, its class token the image's."""
+    """Train the tower: probes on its second-to-last layer name each patch's contents, its class token the image's."""
     tower = new_tower(seed)
     width = tower.config.hidden_size
     probe = nn.Linear(width, sum(ATTRIBUTES.values()))
@@ -138,7 +138,7 @@ def conversations(
 def new_teacher(tower: CLIPVisionModel, tokenizer: Qwen2TokenizerFast, seed: int) -> LlavaForConditionalGeneration:
     """The untrained teacher: the given tower, frozen, with a random projector and Qwen2 text model."""
     torch.manual_seed(seed)
-    tower.config.name_or_path = ""  # where it was read from
+    tower.config.name_or_path = ""  # else the path that it was read from
     text = Qwen2Config(
         vocab_size=TEACHER_ROWS,
         hidden_size=160,
@@ -160,7 +160,7 @@ def new_teacher(tower: CLIPVisionModel, tokenizer: Qwen2TokenizerFast, seed: int
         vision_feature_layer=TOWER_LAYER,
         tie_word_embeddings=True,
     )
-    config.vision_config.name_or_path = ""  # of the tower's folder on this machine
+    config.vision_config.name_or_path = ""  # else the tower's folder on this machine
     model = LlavaForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.model.vision_tower.requires_grad_(False)
@@ -199,9 +199,9 @@ def train_teacher(
 
 
 def outer_layers(teacher: LlavaForConditionalGeneration) -> Qwen2ForCausalLM:
-    """The teacher's language model with its first and last layer and the same embeddings.
+    """The teacher's language model with only its first and last layer, and the same embeddings.
 
-    From layers 0 and 2, students learnt what stands in an image far more slowly.
+    Starting from layers 0 and 2, students learnt the contents of images far more slowly.
     """
     text = teacher.config.text_config
     kept = (0, text.num_hidden_layers - 1)

@@ -23,7 +23,7 @@ EXHAUSTIVE = ("capture.preset=exhaustive",)
 
 @dataclass(frozen=True)
 class World:
-    """Folders to train with: student and teacher (other depth, width and head), sets of 24 samples, their caches."""
+    """Folders to train with: student and teacher (differing in depth, width, LM head), sets of 24 samples, caches."""
 
     root: Path
     student: Path
@@ -85,7 +85,7 @@ def write_cache(folder: Path, data: Path, teacher: Path, *settings: str) -> Path
 
 
 def wait_for_lines(file: Path, lines: int) -> None:
-    """Wait until a file has some lines; whoever should write them is dead if they are not there in minutes."""
+    """Wait until a file has some lines; if they do not appear within minutes, their writer must be dead."""
     deadline = time.monotonic() + 300
     while not file.is_file() or len(file.read_text().splitlines()) < lines:
         assert time.monotonic() < deadline, f"{file} never had {lines} lines"
@@ -94,7 +94,7 @@ def wait_for_lines(file: Path, lines: int) -> None:
 
 @pytest.fixture(autouse=True)
 def _own_staging(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep measured lengths out of the user's folder, and those of other test sessions out of this one."""
+    """Keep measured lengths out of the user's folder, and other test sessions' lengths out of this one."""
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path_factory.getbasetemp() / "staging"))
 
 
@@ -104,4 +104,4 @@ def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(before)  # other tests compare with processes that have as many as the machine
+    torch.set_num_threads(before)  # other tests compare with processes that use as many as the machine has

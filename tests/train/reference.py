@@ -27,7 +27,7 @@ from train.metrics import METRICS_NAME
 
 @dataclass(frozen=True)
 class Answer:
-    """The log-probs [N, V] at the supervised positions of one sequence, the tokens there, and those of all, [T, V].
+    """The log-probs [N, V] at one sequence's supervised positions, the tokens there, and all log-probs, [T, V].
 
     `logits_TV`, `hidden_TD` and `ids_T` are of all positions, `rows_N` those that predict supervised tokens.
     """
@@ -62,7 +62,7 @@ class Reader:
         return [self.samples.read(row) for row in order.batch(step).tolist()]
 
     def answer(self, sample: Sample, role: str = "response") -> Answer:
-        """One forward pass over one sequence; logits beyond the tokenizer's ids have no probability."""
+        """Run one forward pass over one sequence; ids beyond the tokenizer's get no probability."""
         sequence = self.encoder.encode(sample, role)
         ids_1T = torch.from_numpy(sequence.input_ids_T)[None]
         pixels = [torch.from_numpy(self.images.pixels(image, name=sample.key)) for image in sample.images]
@@ -80,7 +80,7 @@ class Reader:
         return Answer(log_probs_TV[rows_N], targets_N, log_probs_TV, logits_TV, hidden_TD, ids_1T[0], rows_N)
 
     def freeze_all_but(self, *parts: str) -> list[torch.nn.Parameter]:
-        """Let the parameters be trained whose names hold one of `parts`; returns them."""
+        """Make only the parameters trainable whose names contain one of `parts`; return them."""
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(any(part in name for part in parts))
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -89,7 +89,7 @@ class Reader:
 def train_plainly(
     trained: list[torch.nn.Parameter], loss_of_step: Callable[[int], Tensor], *, steps: int, rate: float
 ) -> tuple[list[float], list[float]]:
-    """AdamW with clipping at 1 and a cosine to 0 without warm-up; gives the losses and the norms before clipping."""
+    """Train by AdamW with clipping at 1 and a cosine to 0 without warm-up; return losses and norms before clipping."""
     optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.999), weight_decay=0.0)
     losses, norms = [], []
     for step in range(steps):

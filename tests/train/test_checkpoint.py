@@ -1,4 +1,4 @@
-"""Stopping and resuming: the curve and the weights equal those of an uninterrupted run."""
+"""Stopping and resuming: the loss curve and the weights equal those of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _CLOCK = ("seconds", "tokens_per_s", "data_wait_share")
 
 
 def curve(output: Path) -> list[dict[str, Any]]:
-    """The log without what a clock decides."""
+    """The log without fields that depend on the clock."""
     return [{key: value for key, value in entry.items() if key not in _CLOCK} for entry in read_metrics(output)]
 
 
@@ -47,7 +47,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def train_until_sigterm(config: TrainConfig, lines: int) -> int:
-    """Train until a SIGTERM comes while the log's line of that number is written; gives the steps that were done."""
+    """Train until a SIGTERM that comes while the log's `lines`-th line is written; return the number of steps done."""
     written = 0
     write = MetricsLog.write
 
@@ -88,7 +88,7 @@ def test_sigterm_saves_and_the_same_call_goes_on(world: World, undisturbed: Path
 
 
 def test_a_killed_run_repeats_nothing_that_was_saved(world: World, undisturbed: Path, tmp_path: Path) -> None:
-    """SIGKILL right after steps 2 and 5; a checkpoint is written every second step."""
+    """SIGKILL right after steps 2 and 5, with a checkpoint every second step."""
     settings = ("steps=8", "save_steps=2", "keep_last=1")
     config = world.config("mimic_sparse", tmp_path / "run", *settings)
     (tmp_path / "config.yaml").write_text((undisturbed / "config.yaml").read_text())
@@ -111,9 +111,9 @@ def test_a_killed_run_repeats_nothing_that_was_saved(world: World, undisturbed: 
 
 @pytest.mark.slow
 def test_killed_at_ten_random_moments_it_is_the_same_run(world: World, undisturbed: Path, tmp_path: Path) -> None:
-    """SIGKILL between any two instructions: while it starts, in a step, while a checkpoint is written.
+    """SIGKILL at any instruction: during the start, in a step, while a checkpoint is written.
 
-    A run that is done before its kill must be the undisturbed one too; it begins anew, and kills come sooner.
+    A run that finishes before its kill must equal the undisturbed one too; then a new one starts, with earlier kills.
     """
     rng = random.Random(5)
     config = world.config("mimic_sparse", tmp_path / "run", "steps=8", "save_steps=1", "keep_last=2")
@@ -124,9 +124,7 @@ def test_killed_at_ten_random_moments_it_is_the_same_run(world: World, undisturb
         process = context.Process(target=train, args=(config,))
         process.start()
         begun = latest_checkpoint(tmp_path / "run")
-        if (
-            amid_steps := kills % 2 == 1
-        ):  # every other one dies while it starts, the rest once they have saved something
+        if amid_steps := kills % 2 == 1:  # every other run dies while starting, the rest once they have saved something
             while latest_checkpoint(tmp_path / "run") == begun and process.is_alive():
                 time.sleep(0.002)
         process.join(rng.uniform(0, patience * (0.1 if amid_steps else 1.5)))

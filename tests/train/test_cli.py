@@ -63,7 +63,7 @@ def test_a_run_prints_json_alone_on_stdout(world: World, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_signal_to_all_processes_saves_a_checkpoint(number: signal.Signals, world: World, tmp_path: Path) -> None:
-    """As a terminal or a scheduler sends it: to the main process and its workers alike."""
+    """As a terminal or a scheduler sends it, to the main process and its workers alike."""
     config = world.config("align", tmp_path / "run", "steps=100000", "workers=1")
     (tmp_path / "mine.yaml").write_text(dump_config(config))
     process = start(["train-student", "mine.yaml", "--json"], cwd=tmp_path)

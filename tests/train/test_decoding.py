@@ -1,4 +1,4 @@
-"""How often a run decodes the blocks of its cache."""
+"""How often a run decodes its cache's blocks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from train.run import train
 
 @pytest.mark.parametrize("window", ["null", "0", "2"])
 def test_each_block_is_decoded_once(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: str) -> None:
-    """Of a cache that is larger than what a reader keeps by itself, in any order of an epoch."""
+    """With a cache larger than a reader keeps by default, in any order within an epoch."""
     write_set(tiny_samples(24), tmp_path / "set", shard_samples=8)
     cache = write_cache(tmp_path / "cache", tmp_path / "set", world.teacher)
     decoded: list[tuple[str, int]] = []

@@ -1,4 +1,4 @@
-"""The end of a run: a last checkpoint, the export, and what a full disk leaves of them."""
+"""The end of a run: the last checkpoint, the export, and what remains when the disk is full."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from train.run import train
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """Let no file become larger than `size` bytes, as on a disk that is nearly full."""
+    """Let no file grow beyond `size` bytes, as on a nearly full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -46,7 +46,7 @@ def test_a_full_disk_at_the_export_loses_no_step(world: World, tmp_path: Path, s
     assert not (tmp_path / "run" / "summary.json").exists()
     log = (tmp_path / "run" / METRICS_NAME).read_text()
     summary = train(config)
-    assert (tmp_path / "run" / METRICS_NAME).read_text() == log  # no step was made again
+    assert (tmp_path / "run" / METRICS_NAME).read_text() == log  # no step was repeated
     assert summary.finished
     assert summary.steps == 3
     assert summary.metrics["step"] == 3

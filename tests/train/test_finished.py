@@ -1,4 +1,4 @@
-"""A finished run: reported only to the command that made it."""
+"""A finished run is reported only to the command that made it."""
 
 from __future__ import annotations
 

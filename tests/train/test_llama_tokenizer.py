@@ -1,4 +1,4 @@
-"""A student whose tokenizer puts `<s>` first: distilled, exported, and asked with the ids of its own processor."""
+"""A student whose tokenizer puts `<s>` first: distilled, exported, and asked with its own processor's ids."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from train.run import train
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_step_has_the_processors_ids(world: World, tmp_path: Path, kind: str) -> None:
-    """Training checks each sequence's answers against the records of the teacher, whose ids its processor gives."""
+    """Training checks each sequence's answers against the teacher's records, whose ids come from its processor."""
     teacher, start = (
         write_tiny_llava(tmp_path / name, seed=seed, template="llava_v1", tokenizer=llama_tokenizer(kind))
         for seed, name in enumerate(("teacher", "start"))

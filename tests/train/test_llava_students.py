@@ -49,7 +49,7 @@ def test_a_student_starts_as_its_parts_are(parts: Path, text: str, tower: str) -
     [pair if pair == ("Llama", "SigLIP") else pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS],
 )
 def test_every_stage_and_the_evaluation(world: World, parts: Path, tmp_path: Path, text: str, tower: str) -> None:
-    """From parts, through all stages; each export is what plain transformers loads, and answers as our evaluation."""
+    """From parts, through all stages; plain transformers loads each export, and its answers equal our evaluation's."""
     built = (f"student.vision_tower={parts / tower}", f"student.language_model={parts / text}")
     student, start = tmp_path, [*built, "student.checkpoint=null"]
     for stage in ("align", "mimic_dense", "preference"):
@@ -85,7 +85,7 @@ def test_a_student_made_sparse_is_trained_and_evaluated(world: World, parts: Pat
 def test_any_zero_stage_gives_the_same_losses(
     world: World, parts: Path, tmp_path: Path, text: str, zero_stage: int
 ) -> None:
-    """Gemma's scale of embeddings is no parameter, and no part of a checkpoint."""
+    """Gemma's embedding scale is not a parameter, so no checkpoint contains it."""
     built = (f"student.vision_tower={parts / 'SigLIP'}", f"student.language_model={parts / text}")
     chosen = ("student.checkpoint=null", "trainable=[projector,text,vision]", "engine.gradient_checkpointing=true")
     for name, stage in (("plain", 0), ("zero", zero_stage)):
@@ -96,7 +96,7 @@ def test_any_zero_stage_gives_the_same_losses(
 
 
 def test_a_stopped_run_over_a_gemma_goes_on(world: World, parts: Path, tmp_path: Path) -> None:
-    """Its embeddings have a scale that no checkpoint holds."""
+    """Its embeddings have a scale that no checkpoint contains."""
     built = (f"student.vision_tower={parts / 'SigLIP'}", f"student.language_model={parts / 'Gemma'}")
     settings = (*built, "student.checkpoint=null", "trainable=[projector,text]")
     train(world.config("align", tmp_path / "whole", *settings))

@@ -1,4 +1,4 @@
-"""The loop against a slow, obvious trainer, and what it refuses to go on with."""
+"""The loop against a slow, obvious trainer, and when it refuses to continue."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_step_is_one_mean_over_all_positions(world: World, uneven: Path, tmp_p
 
 
 def test_one_token_answers_are_learnt(world: World, tmp_path: Path) -> None:
-    """The first answer token is predicted from the prompt's last: it must come to be the student's choice."""
+    """The first answer token is predicted from the prompt's last: the student must learn to choose it."""
     answers = ("Yes", "the")  # each a single token of the tiny tokenizer
     samples = [
         Sample(
@@ -74,7 +74,7 @@ def test_one_token_answers_are_learnt(world: World, tmp_path: Path) -> None:
     settings = (f"data.set={tmp_path / 'set'}", "batch.global_size=4", "steps=25", "optim.lr=3e-3")
     summary = train(world.config("sft", tmp_path / "run", *settings))
     assert {len(reader.encoder.encode(sample, "response").supervised_N) for sample in samples} == {2}
-    assert summary.positions == 25 * 4 * 2  # the answer and the end
+    assert summary.positions == 25 * 4 * 2  # the answer and its end token
     trained = Reader(tmp_path / "run" / "student", tmp_path / "set")
     for sample in samples:
         answer = trained.answer(sample)
@@ -107,7 +107,7 @@ def test_the_exported_student_is_a_whole_checkpoint(world: World, tmp_path: Path
 
 
 def test_the_next_stage_may_take_the_wording_of_the_one_before(world: World, tmp_path: Path) -> None:
-    """The exported folder holds it, for any tool, as its tokenizer's chat template."""
+    """The exported folder holds it as its tokenizer's chat template, for any tool."""
     train(world.config("sft", tmp_path / "first", "steps=2", "template=chatml"))
     student = f"student.checkpoint={tmp_path / 'first' / 'student'}"
     for template in ("chatml", "tokenizer"):
@@ -117,7 +117,7 @@ def test_the_next_stage_may_take_the_wording_of_the_one_before(world: World, tmp
 
 
 def test_a_loss_that_is_no_number_stops_with_the_samples(world: World, tmp_path: Path) -> None:
-    """Nothing is saved or exported, and the line names the samples of the micro-batch."""
+    """Nothing is saved or exported, and the error names the samples of the micro-batch."""
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in world.student.iterdir():

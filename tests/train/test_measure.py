@@ -1,4 +1,4 @@
-"""What `train-student measure` says of a student, compared with plain transformers."""
+"""What `train-student measure` reports about a student, compared with plain transformers."""
 
 from __future__ import annotations
 

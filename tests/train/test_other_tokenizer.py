@@ -1,4 +1,4 @@
-"""A student with another tokenizer than its teacher's, trained on the teacher's cache, against a slow dense loop."""
+"""A student whose tokenizer is not its teacher's, trained on the teacher's cache, against a slow dense loop."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ALIGN = ("cache.other_tokenizer=align", "template=auto")
 
 @pytest.fixture(scope="module")
 def students(world: World) -> dict[str, Path]:
-    """By template: a smaller byte-level tokenizer with another end of turn, and one of Llama's kind."""
+    """Students by template: one with a smaller byte-level tokenizer and another end of turn, and a Llama-like one."""
     return {
         "chatml": write_tiny_llava(world.root / "other-bpe", tokenizer=tiny_tokenizer(320), template="chatml"),
         "llava_v1": write_tiny_llava(world.root / "llama", tokenizer=llama_tokenizer(), template="llava_v1"),
@@ -104,7 +104,7 @@ def test_training_equals_a_loop_with_the_teacher_in_memory(
     logged = read_metrics(tmp_path)
     losses, norms = live(world, folder, template, unmatched_weight=unmatched_weight, lm_weight=lm_weight)
     assert [line["loss"] for line in logged] == pytest.approx(losses, rel=1e-3)
-    assert [line["grad_norm"] for line in logged] == pytest.approx(norms, rel=1e-2)  # AdamW magnifies rounding
+    assert [line["grad_norm"] for line in logged] == pytest.approx(norms, rel=1e-2)  # AdamW amplifies rounding
     assert all(0 < line["spans"] <= 1 for line in logged)
 
 
@@ -132,7 +132,7 @@ def test_one_tokenizer_is_not_aligned(world: World, tmp_path: Path) -> None:
 
 
 def _lowering() -> PreTrainedTokenizerFast:
-    """A tokenizer that does not keep its text."""
+    """A tokenizer that does not preserve its text."""
     made = tiny_tokenizer(320)
     made.backend_tokenizer.normalizer = Lowercase()
     return made

@@ -1,4 +1,4 @@
-"""Students that are built from parts, with the settings of the original: projector, tower layer, attention."""
+"""Students built from parts, with the original's settings: projector, tower layer, attention."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def align(world: World, output: Path, parts: tuple[str, ...], *settings: str) ->
 def test_a_linear_projector_stays_linear_through_the_stages(
     world: World, tmp_path: Path, parts: tuple[str, ...]
 ) -> None:
-    """A run of one stage, stopped in the middle, and one of the next from its student."""
+    """One stage's run, stopped in the middle, and a run of the next stage from its student."""
     linear = "student.projector_type=linear"
     train(align(world, tmp_path / "whole", parts, linear))
     assert train_until_sigterm(align(world, tmp_path / "align", parts, linear), lines=2) == 2
@@ -55,7 +55,7 @@ def test_a_linear_projector_stays_linear_through_the_stages(
 def test_a_run_starts_from_an_mm_projector_and_only_from_that(
     world: World, tmp_path: Path, parts: tuple[str, ...]
 ) -> None:
-    """Its place may change, its content may not."""
+    """Its path may change, its content may not."""
     projector = original("mlp2x_gelu")
     first = written(tmp_path / "first", named(projector.half()))
     config = align(world, tmp_path / "run", parts, f"student.projector={first}", "trainable=[text]", "steps=3")
@@ -74,7 +74,7 @@ def test_a_run_starts_from_an_mm_projector_and_only_from_that(
 def test_distillation_may_start_from_parts_and_a_projector(
     world: World, tmp_path: Path, parts: tuple[str, ...]
 ) -> None:
-    """As the original's dense2dense_distillation.sh does."""
+    """As in the original's dense2dense_distillation.sh."""
     file = written(tmp_path / "first", named(original("mlp2x_gelu"), "model.mm_projector.image_spatial_proj."))
     settings = (*parts, f"student.projector={file}", "optim.projector_lr=1e-4", "data.group_by_modality=true")
     train(world.config("mimic_dense", tmp_path / "run", *settings))

@@ -54,10 +54,10 @@ def run_two(config: TrainConfig, folder: Path, *settings: str) -> subprocess.Com
 def test_two_processes_equal_one_which_can_go_on_for_them(
     world: World, tmp_path: Path, stage: str, zero_stage: int, micro_size: int
 ) -> None:
-    """Same samples, same losses to rounding, the balance loss and the KL terms included; one of the two prints.
+    """Same samples, same losses up to rounding, including the balance loss and the KL terms; one of the two prints.
 
-    Their checkpoint of step 5 is then taken up by one process, with the same losses again. With micro-batches of one
-    sample there are steps in which one process has an image and the other none.
+    One process then resumes their checkpoint of step 5, with the same losses again. With micro-batches of one sample,
+    there are steps in which one process has an image and the other has none.
     """
     settings = ("steps=10", f"batch.micro_size={micro_size}", "data.holdout=4", "eval_steps=5")
     config = world.config(stage, tmp_path / "two", *settings)
@@ -74,7 +74,7 @@ def test_two_processes_equal_one_which_can_go_on_for_them(
 
 @pytest.mark.slow
 def test_a_ctrl_c_reaches_both_processes_and_the_launcher_repeats_it(world: World, tmp_path: Path) -> None:
-    """As with `deepspeed`: the terminal's SIGINT for each process, then the launcher's SIGTERM; both have saved."""
+    """As with `deepspeed`: the terminal's SIGINT to each process, then the launcher's SIGTERM; both have saved."""
     config = world.config("mimic_sparse", tmp_path / "run", "steps=100000", "batch.micro_size=4")
     (tmp_path / "mine.yaml").write_text(dump_config(config))
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
@@ -117,7 +117,7 @@ def _free_port() -> int:
 
 
 def assert_equal_runs(one: Path, other: Path) -> None:
-    """Equal logs to rounding, equal students."""
+    """Assert logs equal up to rounding and equal students."""
     logs = read_metrics(one), read_metrics(other)
     assert len(logs[0]) == len(logs[1]) == 10
     for ours, theirs in zip(*logs, strict=True):
@@ -133,7 +133,7 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_share_the_measuring_and_stop_together_at_a_bad_sample(world: World, tmp_path: Path) -> None:
-    """Both drop what either has found too long; the one whose image is damaged stops both, with a checkpoint."""
+    """Both drop what either has found too long; the one that meets a damaged image stops both, with a checkpoint."""
     samples = tiny_samples(24)
     for row in (3, 10, 17):
         samples[row] = lengthened(samples[row], 60)

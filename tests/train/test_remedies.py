@@ -1,4 +1,4 @@
-"""What a message names as the way out of a stop works when the run is resumed, and everything tells of it."""
+"""The remedies that a message names after a stop work when the run is resumed, and are recorded everywhere."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ONE_BY_ONE = ("batch.global_size=1", "batch.micro_size=1", "steps=null")
 
 
 def positions_of(world: World, samples: list[Sample], folder: Path) -> int:
-    """The supervised positions of samples: those of an epoch over them."""
+    """The number of supervised positions in an epoch over the samples."""
     write_set(samples, folder / "set")
     return train(world.config("sft", folder / "run", f"data.set={folder / 'set'}", *ONE_BY_ONE)).positions
 
@@ -71,7 +71,7 @@ def test_a_lower_learning_rate_goes_on_after_a_nan(world: World, tmp_path: Path)
 def test_an_image_that_cannot_be_decoded_stops_the_run_and_a_repaired_set_goes_on(
     world: World, tmp_path: Path, repair: str
 ) -> None:
-    """Each sample that is left is trained on once in the epoch, those before the stop included."""
+    """Each remaining sample is trained on once in the epoch, including those before the stop."""
     samples = tiny_samples(24)
     data, output = write_tiny_set(tmp_path / "set", 24), tmp_path / "run"
     settings = (f"data.set={data}", *ONE_BY_ONE)
@@ -83,7 +83,7 @@ def test_an_image_that_cannot_be_decoded_stops_the_run_and_a_repaired_set_goes_o
         train(world.config("sft", output, *settings, "save_steps=0"))
     assert latest_checkpoint(output) == output / "checkpoints" / f"step-{done:08d}"
     left = samples if repair == "image" else [sample for sample in samples if sample is not bad]
-    if repair == "image":  # decoded, but another one
+    if repair == "image":  # it can be decoded, but is a different image
         fixed = Sample(
             bad.key, bad.turns, tuple(tiny_image(99 + n) for n in range(len(bad.images))), bad.image_extensions
         )

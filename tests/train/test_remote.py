@@ -1,4 +1,4 @@
-"""Training and capturing from a bucket is what it is from a disk, while the network fails for a while."""
+"""Training and capturing from a bucket equal those from disk, even if the network fails for a while."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def local(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def proxy(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyProxy]:
-    """A proxy by which the bucket is reached."""
+    """A proxy through which the bucket is reached."""
     import s3fs
 
     with flaky_proxy(int(urlsplit(os.environ["AWS_ENDPOINT_URL"]).port or 0)) as made:
@@ -53,7 +53,7 @@ def upload(folder: Path, url: str) -> str:
 
 @contextmanager
 def outage(proxy: FlakyProxy, file: Path, lines: int) -> Iterator[None]:
-    """Let the store go away for two seconds once a log has some lines, and cut the next replies."""
+    """Take the store away for two seconds once a log has some lines, then cut the next replies."""
 
     def fail() -> None:
         wait_for_lines(file, lines)
@@ -77,8 +77,10 @@ def test_a_run_from_a_bucket_is_the_one_from_a_disk(
     monkeypatch: pytest.MonkeyPatch,
     workers: int,
 ) -> None:
-    """With room for little more than a window, so that shards are fetched again and again: while the store is away,
-    from replies that are cut short, and after a stop."""
+    """There is room for little more than a window, so that shards are fetched again and again.
+
+    Also while the store is away, from replies that are cut short, and after a stop.
+    """
     given = (f"data.set={local / 'set'}", f"cache.path={local / 'cache'}")
     train(world.config("mimic_dense", tmp_path / "local", *SETTINGS, *given))
     proxy.cut_replies(2)
@@ -92,7 +94,7 @@ def test_a_run_from_a_bucket_is_the_one_from_a_disk(
     log = tmp_path / "remote" / METRICS_NAME
     with outage(proxy, log, lines=2):
         train_until_sigterm(config, lines=5)
-    assert proxy.cut in (5, 6, 7)  # the last two where there was anything left to fetch
+    assert proxy.cut in (5, 6, 7)  # the last two only if anything was left to fetch
     assert train(config).finished
     assert_same_run(tmp_path / "remote", tmp_path / "local")
     staged = sum(path.stat().st_size for path in Path(os.environ["LLAVAMOD_STAGING"]).rglob("*") if path.is_file())

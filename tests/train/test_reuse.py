@@ -1,4 +1,4 @@
-"""One cache for students that differ from the teacher in prompt, image, head size or end of turn, up to the loss."""
+"""One cache for students that differ from the teacher in prompt, image, LM head size or end of turn."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _more_templates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _student_of(folder: Path, *, rows: int = 400, image_size: int = 24, tokenizer: Path) -> Path:
-    """A student whose first 400 head rows do not depend on how many there are; further rows are loud."""
+    """A student whose first 400 LM head rows do not depend on how many there are; further rows give large logits."""
     vision = tiny_vision_config()
     vision.image_size = image_size
     config = type(load_llava(tokenizer).config)(
@@ -86,7 +86,7 @@ def test_spare_head_rows_take_no_part_in_the_loss(world: World, tmp_path: Path) 
 
 
 def test_another_wording_and_resolution_join_a_cache_of_responses(world: World, tmp_path: Path) -> None:
-    """The loss is the divergence from the teacher on its own prompt, of a student on another prompt and image."""
+    """The loss is the student's divergence, on its own prompt and image, from the teacher on the teacher's."""
     folder = _student_of(tmp_path / "coarse", image_size=16, tokenizer=world.student)
     found = _first_loss(world, tmp_path / "run", f"student.checkpoint={folder}", "template=short")
     teacher, student = Reader(world.teacher, world.chats), Reader(folder, world.chats)
@@ -142,7 +142,7 @@ def test_a_preference_student_may_declare_its_end_too(world: World, tmp_path: Pa
 def test_a_field_allowed_by_name_is_passed_over_and_said(
     world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A student that calls a token it never uses by another name."""
+    """The student has another name for a token that it never uses."""
     student = tmp_path / "student"
     content = json.loads(load_tokenizer(world.student).backend_tokenizer.to_str())
     (unused,) = [entry for entry in content["added_tokens"] if entry["content"] == "<|im_start|>"]
@@ -168,7 +168,7 @@ def test_a_field_allowed_by_name_is_passed_over_and_said(
 
 
 def test_a_merged_cache_trains_as_one_of_the_union(world: World, tmp_path: Path) -> None:
-    """Shards of six samples, so that the teacher met the same batches either way."""
+    """Shards of six samples, so that the teacher sees the same batches either way."""
     samples = tiny_samples(24)
     caches = []
     for name, chosen in (("first", samples[:12]), ("second", samples[12:]), ("union", samples)):

@@ -1,4 +1,4 @@
-"""What is worth a line before the first step, though it is no error."""
+"""What is worth a warning before the first step, although it is not an error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from train.run import train
 def test_a_batch_that_is_larger_than_the_set(
     world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture, size: int, warned: bool
 ) -> None:
-    """Every step would repeat samples; of a set of 24."""
+    """Every step would repeat samples, since the set has 24."""
     with caplog.at_level(logging.WARNING):
         train(world.config("sft", tmp_path / "run", f"batch.global_size={size}", "batch.micro_size=8", "steps=1"))
     line = f"batch.global_size: {size} is more than the 24 samples of an epoch, so every step repeats some: lower it"

@@ -1,4 +1,4 @@
-"""Several teachers' caches of one set: their mixture, a cache for each source, and what is refused."""
+"""Several teachers' caches of one set: their mixture, one cache per source, and what is refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIZES = ("batch.global_size=24", "batch.micro_size=6", "steps=1")
 
 @dataclass(frozen=True)
 class Teachers:
-    """A second teacher of the same tokenizer, a set of two sources, and caches of it by both."""
+    """A second teacher with the same tokenizer, a set of two sources, and both teachers' caches of it."""
 
     other: Path
     data: Path
@@ -88,7 +88,7 @@ def test_each_source_has_its_own_teacher(world: World, teachers: Teachers, tmp_p
 def test_records_that_sample_their_tails_are_mixed_and_chosen_too(
     world: World, teachers: Teachers, tmp_path: Path
 ) -> None:
-    """About as far from the student as the full distributions; the tails' noise averages out over 24 samples."""
+    """The loss is about that from full distributions; the tail samples' noise averages out over 24 samples."""
     exact = dense_loss(world, teachers, lambda _, p, r: (p + r) / 2)
     mixed = f"cache.path=[{teachers.sampled},{teachers.other_sampled}]"
     for name, settings in (("samples", ()), ("bucket", ("loss.tail=bucket",)), ("js", ("loss.divergence=reverse_kl",))):
@@ -110,7 +110,7 @@ def test_records_that_sample_their_tails_are_mixed_and_chosen_too(
 
 
 def test_a_mixture_is_a_reference_for_preferences(world: World, teachers: Teachers, tmp_path: Path) -> None:
-    """At the start of training from the only teacher, log-ratios are 0: also if it is listed with a copy of itself."""
+    """When training starts from the teacher itself, log-ratios are 0, also if it is listed with a copy of itself."""
     one = write_cache(tmp_path / "one", world.pairs, world.student)
     other = write_cache(tmp_path / "other", world.pairs, world.student, *EXHAUSTIVE)
     train(world.config("preference", tmp_path / "run", f"cache.path=[{one},{other}]", "loss.kind=sigmoid", "steps=1"))
@@ -182,7 +182,7 @@ def test_what_cannot_be_read_together_is_refused_in_one_line(world: World, teach
 
 
 def _with_other_tokens(teacher: Path, folder: Path) -> Path:
-    """The same teacher, two of whose tokens have changed places."""
+    """The same teacher with two of its tokens swapped."""
     shutil.copytree(teacher, folder)
     content = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = content["model"]["vocab"]

@@ -1,4 +1,4 @@
-"""A LLaVA student of a teacher of another family: other images, other tokens for them, one vocabulary."""
+"""A LLaVA student of a teacher from another family: other pixels, other image tokens, one vocabulary."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built as stage `align` builds it: a CLIP tower and a Qwen2.5 whose tokenizer is the teacher's, and `<image>`."""
+    """Built as stage `align` builds it: a CLIP tower and a Qwen2.5 with the teacher's tokenizer plus `<image>`."""
     folder = tmp_path_factory.mktemp("student")
     tower = write_tiny_tower(folder / "tower")
     language_model = write_tiny_causal_lm(folder / "qwen2.5", special=QWEN_VL_TOKENS)
@@ -45,7 +45,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _divergence(world: World, official: Official, student: Path, template: str, order_V: torch.Tensor) -> float:
-    """KL(teacher ‖ student) over all samples, the teacher by its own processor, its ids in the given order."""
+    """KL(teacher ‖ student) over all samples, the teacher with its own processor, its ids in the given order."""
     reader = Reader(student, world.chats)
     reader.encoder = sequence_encoder(student, load_tokenizer(student), templates.get_template(template), 2048)
     reader.vocab = len(order_V)
@@ -119,7 +119,7 @@ def test_its_end_of_turn_may_be_declared(
 def test_a_student_whose_tokens_are_others_must_say_so(
     world: World, teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A Qwen2 with fewer special tokens: its `<image>` has the id of the teacher's <|vision_start|>."""
+    """A Qwen2 with fewer special tokens, so that its `<image>` has the id of the teacher's <|vision_start|>."""
     cache = write_cache(tmp_path / "cache", world.chats, teacher, *EXHAUSTIVE, "template=chatml")
     student = write_tiny_llava(tmp_path / "student", head_rows=448)
     settings = (f"cache.path={cache}", f"student.checkpoint={student}", "template=chatml", "steps=1")
@@ -145,7 +145,7 @@ def test_a_cache_of_all_positions_is_for_students_with_the_same_image_tokens(
 
 
 def test_qwen3_teaches_qwen3_dense_and_sparse(world: World, tmp_path: Path) -> None:
-    """Normalised queries and keys, wide heads; the sparse student under ZeRO-3 too."""
+    """Normalised queries and keys, wide attention heads; the sparse student also under ZeRO-3."""
     teacher = write_tiny_llava(tmp_path / "teacher", hidden=48, layers=3, seed=7, text_config=Qwen3Config)
     student = write_tiny_llava(tmp_path / "student", text_config=Qwen3Config)
     cache = write_cache(tmp_path / "cache", world.chats, teacher, *EXHAUSTIVE)

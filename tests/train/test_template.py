@@ -1,4 +1,4 @@
-"""Which wording a student is trained with: its own, that of the cache, or LLaVA-MoD's."""
+"""Which template a student is trained with: its own, the cache's, or LLaVA-MoD's."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_checkpoint_that_cannot_be_followed_is_one_line(world: World, tmp_path
 
 
 def test_a_run_with_another_wording_is_the_same_run_without_saying_so(world: World, tmp_path: Path) -> None:
-    """Runs from before the wording was chosen by itself, too: what they store is the template's name."""
+    """Also runs from before the template was chosen automatically: they store its name."""
     first = train(world.config("sft", tmp_path / "run", "steps=1", "template=chatml"))
     assert train(world.config("sft", tmp_path / "run", "steps=1")) == first
     with pytest.raises(ConfigError, match=r"template: the finished run .* with chatml, not qwen"):

@@ -1,4 +1,4 @@
-"""Conversations with tools through capture and training: their answers are learnt, where the template has the words."""
+"""Conversations with tools through capture and training: answers are learnt if the template has a wording for tools."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_without_words_for_tools_the_sample_is_rejected_by_name(world: World, tm
     [line] = (tmp_path / "cache" / "rejected.jsonl").read_text().splitlines()
     assert json.loads(line)["key"] == "tools"
     assert "template 'qwen' has no wording for tools" in json.loads(line)["reason"]
-    for length in ("max_length=64", "max_length=2048"):  # as lengths are measured, and in a batch
+    for length in ("max_length=64", "max_length=2048"):  # found when lengths are measured, and in a batch
         with pytest.raises(DataError, match=r"^sample 'tools' \(response\): template 'qwen' has no wording for tools"):
             train(world.config("sft", tmp_path / length, f"data.set={data}", length, "data.too_long=drop"))
 

@@ -1,4 +1,4 @@
-"""Trackers: what reaches a real TensorBoard log, and that nothing of one is imported unless asked."""
+"""Trackers: what reaches a real TensorBoard log, and that no tracker is imported unless asked for."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_run_is_in_tensorboard_as_in_its_log(world: World, tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_run_that_goes_on_is_one_run_there_and_stdout_stays_clean(world: World, tmp_path: Path, name: str) -> None:
-    """The real packages, without a network, in processes of their own; the run is stopped in between."""
+    """With the real packages, offline, in processes of their own; the run is stopped in between."""
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed")
     config = world.config("mimic_sparse", tmp_path / "run", f"tracker={name}", "workers=1")
@@ -146,7 +146,7 @@ def test_a_tracker_that_breaks_does_not_end_the_run(tmp_path: Path, caplog: pyte
     pytest.importorskip("tensorboard")
     with caplog.at_level(logging.WARNING), tracker("tensorboard", tmp_path, {}, resume_step=0) as track:
         track(ENTRY)
-        track({"loss": 0.1})  # no step: what a broken connection does is the same to us
+        track({"loss": 0.1})  # no step: stands for any failure of the tracker, such as a lost connection
         track(ENTRY)
     assert len([record for record in caplog.records if "stopped: " in record.message]) == 1
 

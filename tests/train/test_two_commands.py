@@ -1,4 +1,4 @@
-"""Two commands on one output: the second is refused and changes nothing, whatever became of the first."""
+"""Two commands on one output: the second is refused and changes nothing, whatever happened to the first."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from train.run import train
 
 
 def contents(output: Path) -> dict[str, bytes]:
-    """What a first command that goes on does not touch."""
+    """The files that the first command, still running, does not touch."""
     return {name: (output / name).read_bytes() for name in ("config.yaml", LOCK_NAME)}
 
 
@@ -59,6 +59,6 @@ def test_only_the_main_process_of_several_takes_the_lock(
     """The others run beside it, on the same output."""
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="environment: "):  # without its launcher's other variables it ends later
+    with pytest.raises(ConfigError, match="environment: "):  # without its launcher's other variables it fails later
         train(world.config("sft", tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""What every test that needs vLLM shares: a mark that skips it where there is none, and settings for a small CPU."""
+"""Shared by tests that need vLLM: a mark that skips them where it is not installed, and settings for a small CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from llavamod_offline.vllm.settings import VllmSettings
 
-# vLLM compiles a few helpers on a CPU, which takes longer than any test; and it would bind threads to cores of its own.
+# On a CPU, vLLM would compile a few helpers, which takes longer than any test, and pin threads to cores of its choice.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
@@ -18,6 +18,6 @@ NEEDS_VLLM = [
     pytest.mark.vllm,
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make test-vllm"),
-    # Of others' making: what vLLM, and what it imports, warn about.
+    # Not ours: warnings from vLLM and what it imports.
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"),
 ]

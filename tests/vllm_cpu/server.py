@@ -1,4 +1,4 @@
-"""A vLLM server on the loopback interface, which can be killed and started again at the same address."""
+"""A vLLM server on the loopback interface that can be killed and restarted at the same address."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ENVIRONMENT = {
 
 
 class VllmServer:
-    """Serves a folder by the twin of its architecture that loads checkpoints of transformers 5; `log`: its output."""
+    """Serves a folder with the variant of its architecture that loads transformers 5 checkpoints; `log`: its output."""
 
     def __init__(self, folder: Path, log: Path, *options: str) -> None:
         with socket.socket() as probe:
@@ -46,14 +46,14 @@ class VllmServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it; it answers once `wait` has returned."""
+        """Start the server; it answers once `wait` has returned."""
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command, env=os.environ | _ENVIRONMENT, stdout=log, stderr=log, start_new_session=True
             )
 
     def wait(self) -> None:
-        """Wait until it answers."""
+        """Wait until the server answers."""
         assert self._process is not None
         while True:
             assert self._process.poll() is None, self._log.read_text()[-3000:]
@@ -64,7 +64,7 @@ class VllmServer:
                 time.sleep(0.5)
 
     def kill(self) -> None:
-        """End it at once, with the processes that it has started."""
+        """Kill the server at once, with the processes that it has started."""
         if self._process is not None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()

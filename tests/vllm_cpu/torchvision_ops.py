@@ -1,9 +1,10 @@
 """Lets `import torchvision` work beside torch's CPU build. Run as a script, it installs itself into its environment.
 
-vLLM's models import torchvision. The wheel that package indexes carry is built against CUDA: its operators do not load
-beside a CPU build of torch, and the import fails where torchvision describes `nms` to torch, which has no such operator
-then. Nothing here runs it, so a declaration is enough; it is made when torchvision is first looked for. A `.pth` file
-imports this module whenever the interpreter starts, since vLLM starts interpreters of its own.
+vLLM's models import torchvision. The wheel on package indexes is built against CUDA: its operators do not load beside a
+CPU build of torch, and the import fails where torchvision registers a fake `nms`, because torch then has no such
+operator. Nothing here runs it, so a declaration is enough; it is made when the import system first looks for
+torchvision. A `.pth` file imports this module whenever the interpreter starts, since vLLM starts interpreters of its
+own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 _NAME = "llavamod_torchvision_ops"
-_DECLARED: list[Any] = []  # operators go with the library that holds them
+_DECLARED: list[Any] = []  # operators vanish with the library object that holds them
 
 
 class _Declare:

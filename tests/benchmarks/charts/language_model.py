@@ -1,9 +1,9 @@
-"""Draw `language_model.json`'s students over their steps as an SVG file for the README.
+"""Draw an SVG chart for the README: the students of `language_model.json` over their training steps.
 
     python -m tests.benchmarks.charts.language_model RESULT.json PICTURE.svg
 
-Left: held-out KL(teacher ‖ student), the mean over seeds. Right: its mean excess over the live teacher's student of the
-same seed, with the standard error.
+Left: held-out KL(teacher ‖ student), the mean over seeds. Right: its mean excess over the student of the live teacher
+with the same seed, with standard errors.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _COLOURS = {
     "topk50": ("50 ids, renormalised", "#7a4fbf"),
     "labels": ("text alone", "#b06a00"),
 }
-# Of a target: (step, value, its standard error).
+# A target's points: (step, value, its standard error).
 Line = list[tuple[int, float, float]]
 
 
 def main() -> None:
-    """Read and write the files that the command line names."""
+    """Read and write the files named on the command line."""
     rows = json.loads(Path(sys.argv[1]).read_text())["rows"]
     kls: dict[str, dict[int, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:

@@ -1,10 +1,10 @@
-"""Draw `readings.json`'s curve of students over bytes as an SVG file for the README.
+"""Draw an SVG chart for the README: the excess KL of `readings.json`'s students against bytes per position.
 
     python -m tests.benchmarks.charts.readings RESULT.json PICTURE.svg
 
-One panel a task: excess of held-out KL over training on full distributions, against bytes a position, both by decades.
-Rivals of one kind are joined by a line and numbered by how many ids they keep; light dots are other splits of a
-record's bytes between top-k and samples.
+One panel per task: the excess of held-out KL over training on full distributions, against bytes per position, both on
+log scales. Rivals of one kind are joined by a line and labelled with the number of ids they keep; light dots are other
+splits of a record's bytes between top-k and tail samples.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _WIDTH, _HEIGHT, _LEFT = 420, 300, 56
 _BYTES = (8, 16, 32, 64, 128, 256, 512)
 _DECADES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _OURS = "#0b6e4f"
-# The names of targets without their numbers: what they are, and their colour.
+# Target names without their numbers → description and colour.
 _RIVALS = {
     "rskd": ("n samples (RS-KD)", "#b3261e"),
     "topk": ("k ids, renormalised", "#7a4fbf"),
@@ -34,7 +34,7 @@ _TITLES = {"ngram": "4-gram of real text", "low_rank_24": "low-rank soft-max"}
 
 
 def main() -> None:
-    """Read and write the files that the command line names."""
+    """Read and write the files named on the command line."""
     rows = json.loads(Path(sys.argv[1]).read_text())["rows"]
     tasks = list(dict.fromkeys(row["task"] for row in rows if row["regime"] == "curve"))
     presets = [row for row in rows if row["target"] in MEASURED and (row["regime"], row["T"]) == ("one_pass", 1.0)]

@@ -1,4 +1,4 @@
-"""What the pictures share: the document, a panel's place in it, and the legend below."""
+"""What the charts share: the document, the placement of a panel in it, and the legend below."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from html import escape
 
 TOP = 34
-_CHARACTER = 5.9  # the mean width of a legend's characters
+_CHARACTER = 5.9  # mean width of a character in the legend
 
 
 def document(panels: Iterable[str], legend: Iterable[tuple[str, str]], *, width: int, height: int, left: int) -> str:
-    """A picture of panels of one height above a legend of (text, colour)."""
+    """A chart of panels of equal height above a legend of (text, colour)."""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height + TOP + 76}" '
         'font-family="sans-serif" font-size="12">\n'
@@ -19,7 +19,7 @@ def document(panels: Iterable[str], legend: Iterable[tuple[str, str]], *, width:
 
 
 def panel(parts: Iterable[str], left: int) -> str:
-    """The elements of a panel, moved to their place."""
+    """The elements of a panel, moved into place."""
     return f'<g transform="translate({left} {TOP})">\n' + "\n".join(parts) + "\n</g>\n"
 
 

@@ -1,4 +1,4 @@
-"""The pictures of committed results: every target is drawn, and the file is well-formed."""
+"""The charts of committed results: every target is drawn, and the file is well-formed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_the_committed_picture_is_that_of_the_committed_result(tmp_path: Path) -
 
 
 def test_a_line_for_every_target(tmp_path: Path) -> None:
-    """The right panel leaves out the live teacher, of which it shows the distance; seeds give error bars."""
+    """The right panel shows distances from the live teacher, so leaves that out; several seeds give error bars."""
     targets = ("live", *CACHED, *RIVALS)
     rows = [
         {"target": target, "seed": seed, "bytes": 1.0, "step": step, "kl": 2 - step / 100 + place * step / 1e4 + seed}
@@ -43,4 +43,4 @@ def test_a_line_for_every_target(tmp_path: Path) -> None:
     assert [len(found) for found in lines] == [len(targets), len(targets) - 1]
     assert len(legend.findall(f"{NAMESPACE}text")) == len(targets)
     heights = [float(str(line.get("d")).split()[-1]) for line in lines[1]]
-    assert heights == sorted(heights, reverse=True)  # in a picture, more is further up
+    assert heights == sorted(heights, reverse=True)  # a larger value is drawn higher up

@@ -1,1 +1,1 @@
-"""What `gpu.sh` measures, against what is asked for."""
+"""What `gpu.sh` measures, against the limits to meet."""

@@ -1,6 +1,6 @@
-"""One table of what `gpu.sh` measured: `python -m tests.benchmarks.gpu.table FOLDER`, with a JSON file for each part.
+"""One table of what `gpu.sh` measured: `python -m tests.benchmarks.gpu.table FOLDER`, which holds a JSON file per part.
 
-Exits with status 1 if a row stays empty, because a part ran out of time or failed.
+Exits with status 1 if a row stays empty because a part ran out of time or failed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.benchmarks.form import Row, table
 
 @dataclass(frozen=True)
 class Asked:
-    """A ratio of a part, by a pattern of its name, and the most that is asked for; `gpu_only`: not on a CPU."""
+    """A part's ratio, by a pattern for its name, and the highest value allowed; `gpu_only`: not on a CPU."""
 
     part: str
     pattern: str
@@ -50,7 +50,7 @@ def collected(folder: Path) -> list[Row]:
     for asked in ASKED:
         result = results.get(asked.part, {"ratios": {}, "device": ""})
         found = {name: value for name, value in result["ratios"].items() if fnmatch.fnmatch(name, asked.pattern)}
-        on_cpu = "cores" in result["device"]  # at tiny sizes, of which nothing is asked
+        on_cpu = "cores" in result["device"]  # at tiny sizes, which have no limits
         if not found and asked.gpu_only and on_cpu:
             found = {asked.pattern: "needs a GPU"}
         most = "" if asked.most is None else f"≤ {asked.most:g}"

@@ -1,4 +1,4 @@
-"""`gpu.sh --dry` fills every row of its table, and an empty row is an error."""
+"""`gpu.sh --dry` fills every row of its table; an empty row is an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Caches of a world's sequences, made and written by the product's own code."""
+"""Caches of a world's sequences, made with the product's own code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _Name = TypeVar("_Name", bound=Hashable)
 
 
 def capture(world: World, presets: Mapping[_Name, Preset], folder: Path) -> dict[_Name, TeacherCache]:
-    """Write a cache of all the world's sequences by each preset, and open them."""
+    """Write a cache of all the world's sequences with each preset, and open them."""
     settings = {name: _settings(preset, world.vocab_size) for name, preset in presets.items()}
     captured: dict[_Name, list[SequenceRecord]] = {name: [] for name in presets}
     for number in range(world.sequences):

@@ -1,7 +1,8 @@
-"""The entropy of what a cache holds: the bytes that an ideal coder of single symbols would need.
+"""The entropy of a cache's contents: the bytes that an ideal coder of single symbols would need.
 
-Each kind of symbol counts with the entropy of its own frequencies in this cache, no context, no repetition. Draws are a
-set, so the order of those of a position is not counted. What cannot be compressed (hashes, sums) counts as it is.
+Each kind of symbol counts with the entropy of its own frequencies in this cache, without context or repetition. A
+position's tail samples are a set, so their order is not counted. What cannot be compressed (hashes, checksums) counts
+in full.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _NUMBERS = ("head_counts", "draw_counts", "target_slots", "entropy", "head_first
 
 
 def floor_bytes(cache: TeacherCache) -> float:
-    """Bytes a position."""
+    """The entropy in bytes per position."""
     bits = 0.0
     for name in cache.shard_names:
         folder = Path(cache.path) / SHARDS_NAME / name
@@ -31,7 +32,7 @@ def floor_bytes(cache: TeacherCache) -> float:
 def _shard_bits(file: ColumnFile) -> float:
     blocks, records = file.columns(0, file.blocks), file.records(0, file.blocks)
     ids = np.concatenate([piece.topk_ids_H for piece in records])
-    if file.codec.forced_ids:  # forced ids at the end of a head need no id
+    if file.codec.forced_ids:  # forced ids at the end of the top-k need no id
         pairs = zip(records, blocks, strict=True)
         ids = ids[np.concatenate([_likely(piece.topk_counts_N, block["head_counts"]) for piece, block in pairs])]
     bits = entropy_bits(ids)
@@ -53,7 +54,7 @@ def _shard_bits(file: ColumnFile) -> float:
 
 
 def entropy_bits(symbols: NDArray[Any]) -> float:
-    """Number of symbols times the entropy of their frequencies."""
+    """The number of symbols times the entropy of their frequencies."""
     if not len(symbols):
         return 0.0
     _, counts = np.unique(symbols, return_counts=True)
@@ -67,7 +68,7 @@ def _likely(counts_N: NDArray[np.int32], likely_N: NDArray[Any]) -> NDArray[np.b
 
 
 def _order_bits(draws_D: NDArray[np.int32], counts_N: NDArray[np.int32]) -> float:
-    """log2 of the number of orders that each position's draws could stand in: m! over the repeats' factorials."""
+    """log2 of the number of orderings of each position's tail samples: m! over the repeats' factorials, summed."""
     log2_factorial = np.concatenate([[0.0], np.cumsum(np.log2(np.arange(1, max(int(counts_N.max(initial=1)), 1) + 1)))])
     row_D = np.repeat(np.arange(len(counts_N)), counts_N)
     _, repeats = np.unique(row_D * (int(draws_D.max(initial=0)) + 1) + draws_D, return_counts=True)

@@ -1,7 +1,7 @@
-"""A teacher that nobody invented: a 4-gram model over the byte-level BPE of Python's own standard library.
+"""A teacher made of real text: a 4-gram model over a byte-level BPE of Python's own standard library.
 
-Every Python has the text; the tokenizer is trained on it, to 110,000 ids. The model interpolates by absolute
-discounting (Ney, Essen and Kneser, 1994) and is trained on nine files of ten; it is asked about the others.
+Every Python installation has the text; the tokenizer is trained on it, to 110,000 ids. The model interpolates with
+absolute discounting (Ney, Essen and Kneser, 1994), is trained on nine files out of ten, and is evaluated on the rest.
 
 Shape suffixes: N positions, V ids, C tokens of context.
 """
@@ -23,20 +23,20 @@ _KEY_BITS = 20
 
 
 def library_texts() -> list[str]:
-    """The sources of the standard library, in order of their names."""
+    """The sources of the standard library, sorted by name."""
     root = Path(sysconfig.get_paths()["stdlib"])
     outside = {"site-packages", "dist-packages", "__pycache__"}
     texts = []
     for file in sorted(path for path in root.rglob("*.py") if not outside & set(path.parts)):
         try:
             texts.append(file.read_text(encoding="utf-8"))
-        except UnicodeDecodeError:  # the library has files in other encodings on purpose, to test itself
+        except UnicodeDecodeError:  # the library's own tests include files in other encodings
             continue
     return texts
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of the texts."""
+    """Train a byte-level BPE on the texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -48,7 +48,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
 
 
 def tokenise(tokenizer: Tokenizer, texts: list[str]) -> tuple[Ids, Ids]:
-    """The tokens to learn from, and those of the held-out files."""
+    """The training tokens, and those of the held-out files."""
     ids = [np.array(encoded.ids, np.int64) for encoded in tokenizer.encode_batch(texts)]
     held = [piece for number, piece in enumerate(ids) if number % _HELD_OUT == 3]
     learned = [piece for number, piece in enumerate(ids) if number % _HELD_OUT != 3]
@@ -69,7 +69,7 @@ class NGram:
             self._tables.append((keys[order], ids[length:][order]))
 
     def probs(self, contexts_NC: Ids) -> NDArray[np.float64]:
-        """The distributions after each context, [N, V]."""
+        """The distribution after each context, [N, V]."""
         probs_NV = np.repeat(self.unigram_V[None], len(contexts_NC), 0)
         for length, discount, (keys, following) in zip((1, 2, 3), _DISCOUNTS, self._tables, strict=True):
             wanted_N = _keys(contexts_NC[:, contexts_NC.shape[1] - length :])
@@ -83,7 +83,7 @@ class NGram:
 
 
 def _keys(contexts_NC: Ids) -> NDArray[np.uint64]:
-    """One number for each context."""
+    """One integer for each context."""
     keys_N = np.zeros(len(contexts_NC), np.uint64)
     for column in contexts_NC.T:
         keys_N = (keys_N << np.uint64(_KEY_BITS)) | column.astype(np.uint64)

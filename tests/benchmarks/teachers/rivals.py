@@ -1,13 +1,13 @@
-"""What others keep of a teacher, built from their published descriptions: bytes, and the target that a student gets.
+"""What other projects keep of a teacher, built from their published descriptions: bytes, and the student's target.
 
-A target is the distribution p̂ whose gradient in the logits is q − p̂. Each rival is read in the better of the ways that
-its authors offer. The ids' share of the bytes is ⌈log2 V⌉ bits an id where the layout packs bits.
+A target is the distribution p̂ whose gradient with respect to the logits is q − p̂. Each rival is read in the best of
+the ways that its authors offer. Where the layout packs bits, an id counts as ⌈log2 V⌉ bits.
 
 - `topk50`: 50 log-probs in float16 with ids of 32 bits, renormalised (what most caches hold).
-- `bucket100`: Megatron-LM's offline distillation: 100 true log-probs at 5 bytes an entry, all else one event.
-- `rskd50`: random-sampling distillation (arXiv 2503.16870): 50 independent draws, 24 bits a distinct id.
+- `bucket100`: Megatron-LM's offline distillation: 100 true log-probs at 5 bytes per entry, everything else one event.
+- `rskd50`: random-sampling distillation (arXiv 2503.16870): 50 independent draws, 24 bits per distinct id.
 - `distillkit`, `distillkit_budget`: DistillKit's recommended and budget layouts: k = 128 with 16 values in bfloat16 and
-  the others by a polynomial of six terms in float32; k = 50 with one and three. What is missing is one event.
+  the others fitted by a polynomial of six terms in float32; k = 50 with one and three. The missing mass is one event.
 
 Shape suffixes: N positions, V ids, K kept ids.
 """
@@ -28,7 +28,7 @@ NEVER = float("-inf")
 
 @dataclass(frozen=True)
 class Kept:
-    """What a rival holds of N positions. `tail_N`: mass of what is missing, read as one event; None: there is none."""
+    """What a rival keeps of N positions. `tail_N`: the missing mass, read as one event; None: none is kept."""
 
     ids_NK: Tensor
     probs_NK: Tensor
@@ -40,20 +40,20 @@ Rival = Callable[[Tensor, float], Kept]
 
 
 def top_k_renormalised(log_probs_NV: Tensor, temperature: float, *, k: int = 50) -> Kept:
-    """Values in float16, scaled up to 1."""
+    """Values in float16, renormalised to sum to 1."""
     values_NK, ids_NK = log_probs_NV.topk(k)
     probs_NK = (values_NK.half().float() / temperature).softmax(-1)
     return Kept(ids_NK, probs_NK, None, k * (2 + 4))
 
 
 def top_k_bucket(log_probs_NV: Tensor, temperature: float, *, k: int = 100) -> Kept:
-    """Values in float16 and the rest as one event, whose probability is raised like an id's."""
+    """Values in float16 and the rest as one event, whose probability the temperature transforms like an id's."""
     values_NK, ids_NK = log_probs_NV.topk(k)
     return _with_one_event(values_NK.half().float(), ids_NK, temperature, k * 5)
 
 
 def random_sampling(log_probs_NV: Tensor, temperature: float, *, draws: int = 50) -> Kept:
-    """Draws from the distribution at the temperature: of another temperature it would need another cache."""
+    """Draws from the distribution at the given temperature; another temperature would need another cache."""
     probs_NV = (log_probs_NV / temperature).softmax(-1)
     generator = torch.Generator().manual_seed(int(log_probs_NV[0, 0].item() * -1e4) % 2**31)
     drawn_NK = torch.multinomial(probs_NV, draws, replacement=True, generator=generator).sort(-1).values
@@ -62,17 +62,17 @@ def random_sampling(log_probs_NV: Tensor, temperature: float, *, draws: int = 50
 
 
 def labels(log_probs_NV: Tensor, temperature: float) -> Kept:
-    """One token drawn from the teacher, at T = 1 as texts are: what training without a teacher learns from."""
+    """One token sampled from the teacher at T = 1, as texts are: what training without a teacher learns from."""
     return dataclasses.replace(random_sampling(log_probs_NV, 1.0, draws=1), bytes_per_position=0.0)
 
 
 def distillkit_recommended(log_probs_NV: Tensor, temperature: float) -> Kept:
-    """k = 128: 16 exact, 112 by 1, x, x², x³, x⁴ and √x."""
+    """k = 128: 16 exact, 112 fitted by 1, x, x², x³, x⁴ and √x."""
     return _distillkit(log_probs_NV, temperature, 128, 16, 6)
 
 
 def distillkit_budget(log_probs_NV: Tensor, temperature: float) -> Kept:
-    """k = 50: one exact, 49 by 1, √x and x."""
+    """k = 50: one exact, 49 fitted by 1, √x and x."""
     return _distillkit(log_probs_NV, temperature, 50, 1, 3)
 
 
@@ -85,7 +85,7 @@ RIVALS: dict[str, Rival] = {
 }
 
 
-# For the curve of students over bytes.
+# For the curve of excess KL against bytes.
 OTHER_SIZES: dict[str, Rival] = {
     **{f"topk{k}": partial(top_k_renormalised, k=k) for k in (4, 12, 25)},
     **{f"bucket{k}": partial(top_k_bucket, k=k) for k in (4, 10, 25, 50)},
@@ -94,7 +94,7 @@ OTHER_SIZES: dict[str, Rival] = {
 
 
 def target_gradient(kept: Kept, student_NV: Tensor) -> Tensor:
-    """q − p̂ [N, V] of a student q: what is missing is spread by the student's own shape there."""
+    """q − p̂ [N, V] for a student q: the missing mass is spread over the missing ids in proportion to q."""
     gradient_NV = student_NV.clone()
     if kept.tail_N is not None:
         outside_NV = student_NV.scatter(1, kept.ids_NK, 0.0)

@@ -1,14 +1,15 @@
-"""Small soft-max regressions: a teacher that gives whole distributions, and a student to train to the end.
+"""Small softmax regressions: a teacher that gives full distributions, and a student to train fully.
 
 - `ngram`: the 4-gram model of Python's standard library with 2,000 ids; the student embeds three tokens and has two
-  layers. Half of the contexts are of text that the teacher has counted.
+  layers. Half of the contexts are from text that the teacher was trained on.
 - `low_rank_D`: Zipf biases and 64 tanh features of random contexts, 2,000 ids; the student has two layers that end in D
-  features, too few to equal the teacher.
+  features, too few to match the teacher.
 - `toy`: the toy teacher that ships with the package; the student learns an LM head on the hidden states of the toy
   student at the beginning of its training.
 - with a folder, any causal language model (`model`): a projection and an LM head on its own hidden states.
 
-Shape suffixes: N contexts, B a batch of them, C numbers of a context, V ids, F features of a teacher, D of a student.
+Shape suffixes: N contexts, B contexts in a batch, C numbers in a context, V ids, F features of a teacher, D of a
+student.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tests.benchmarks.teachers.worlds import World, causal_world, toy_world
 
 
 class SoftMax(nn.Module):
-    """A student: features of a context with a constant 1 beside them, and an LM head."""
+    """A student: a context's features with a constant 1 appended, and an LM head."""
 
     def __init__(self, features: nn.Module, size: int, vocab_size: int, *, scale: float) -> None:
         super().__init__()
@@ -40,7 +41,7 @@ class SoftMax(nn.Module):
 
 @dataclass(frozen=True)
 class Task:
-    """A teacher and its student. `contexts(n, generator)` gives [n, C], `log_probs` of these [n, V]."""
+    """A teacher and its student. `contexts(n, generator)` gives [n, C]; `log_probs` maps these to [n, V]."""
 
     name: str
     vocab_size: int
@@ -52,7 +53,7 @@ class Task:
 
 
 class _Tokens(nn.Module):
-    """Three embedded tokens and two layers."""
+    """Features from three embedded tokens and two layers."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__()
@@ -88,7 +89,7 @@ def ngram_task(vocab_size: int = 2_000, files: int | None = None) -> Task:
 
 
 def low_rank_task(rank: int, vocab_size: int = 2_000) -> Task:
-    """The teacher of 64 features, and a student with fewer."""
+    """A teacher with 64 features, and a student with fewer."""
     fixed = torch.Generator().manual_seed(1_000)
     mix_CF = torch.randn(32, 64, generator=fixed) / 32**0.5 * 1.5
     weight_VF = torch.randn(vocab_size, 64, generator=fixed) * 0.4
@@ -113,7 +114,7 @@ def low_rank_task(rank: int, vocab_size: int = 2_000) -> Task:
 
 
 def toy_task(sequences: int) -> Task:
-    """The toy teacher, over hidden states of its student."""
+    """The toy teacher, over its student's hidden states."""
     world = toy_world(sequences)
     return _hidden_task(world, rank=None)
 
@@ -124,7 +125,7 @@ def model_task(folder: str, student: str, sequences: int) -> Task:
 
 
 def _hidden_task(world: World, *, rank: int | None) -> Task:
-    """Contexts are places in a world's text; students take the hidden states there."""
+    """Contexts are positions in a world's text; students take the hidden states there."""
     rows = [world.rows(number) for number in range(world.sequences)]
     log_probs_NV = torch.cat([row.log_probs_NV for row in rows])
     found = [row.student_hidden_ND if row.student_hidden_ND is not None else row.hidden_ND for row in rows]
@@ -133,7 +134,7 @@ def _hidden_task(world: World, *, rank: int | None) -> Task:
     size = hidden_ND.shape[1]
 
     class Places(nn.Module):
-        """The hidden states at places of the text."""
+        """The hidden states at positions of the text."""
 
         def forward(self, places_BC: Tensor) -> Tensor:
             return hidden_ND[places_BC[:, 0]]

@@ -1,4 +1,4 @@
-"""Real language models as teachers and students of the codec benchmark, and results that are measured in parts."""
+"""Real language models as teachers and students of the codec benchmark, and results measured in parts."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Train one student from every target alike: same start, same contexts, same order.
+"""Train one student on every target alike: same start, same contexts, same order.
 
-Shape suffixes: N contexts of a pool, B contexts of a step, C numbers of a context, V ids.
+Shape suffixes: N contexts in a pool, B contexts in a step, C numbers in a context, V ids.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _NEAR_RATE = 0.3
 class Regime:
     """How a student is trained: `steps` of `scale` times the task's batch.
 
-    `pool`: the number of batches' contexts that there are; None: fresh ones at every step. `near`: from a student that
-    has learnt from full distributions.
+    `pool`: how many batches of contexts there are; None: fresh ones at every step. `near`: start from a student trained
+    on full distributions.
     """
 
     steps: int
@@ -50,7 +50,7 @@ class Regime:
 
 @dataclass(frozen=True)
 class Trained:
-    """A student at its end: held-out KL from the teacher in nats, and the bytes a position that it learnt from."""
+    """A trained student: held-out KL(teacher ‖ student) in nats, and the bytes per position that it learnt from."""
 
     kl: float
     bytes_per_position: float
@@ -76,7 +76,7 @@ def train_all(
     rivals: Mapping[str, Rival],
     estimators: tuple[TailEstimator, ...] = (),
 ) -> dict[str, Trained]:
-    """The students of `dense`, of every rival, and of every preset by its default reading and by `estimators`."""
+    """Train students on `dense`, on every rival, and on every preset with its default reading and with `estimators`."""
     generator = torch.Generator().manual_seed(seed)
     batches = regime.pool or regime.steps
     contexts = [task.contexts(task.batch * regime.scale, generator) for _ in range(batches)]
@@ -123,7 +123,7 @@ def train_all(
 def _readings(
     name: str, cache: TeacherCache, temperature: float, epochs: float, estimators: tuple[TailEstimator, ...]
 ) -> dict[str, _Reading]:
-    """The default reading of a cache that is read `epochs` times, and others."""
+    """The default reading of a cache that is read `epochs` times, and those with other `estimators`."""
     default = choose_tail("forward_kl", temperature, sampled_at=cache.sampled_at, has_samples=cache.has_tail_samples)
     prior = prior_of(cache, epochs=epochs, swap=None, vocab_size=None) if default == "samples" else None
     targets = cache.targets([(key, "response") for key in sorted(cache.keys("response"))])
@@ -147,7 +147,7 @@ def _cosine(step: int, steps: int) -> float:
 
 
 def _rows(regime: Regime, batch: int, batches: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """The contexts of every step, as rows of all: in order, or reshuffled for every pass."""
+    """The contexts of every step, as row numbers: in order, or reshuffled for every pass."""
     for step in range(regime.steps):
         place = step % batches
         if place == 0:
@@ -197,7 +197,7 @@ def _learn_dense(
 
 
 def _warm_up(task: Task, student: SoftMax, temperature: float, seed: int) -> None:
-    """Train on full distributions of contexts of its own."""
+    """Train on the full distributions of contexts that are used nowhere else."""
     generator = torch.Generator().manual_seed(10**7 + seed)
     optimizer = _optimizer(student)
     for step in range(_WARM_STEPS):

@@ -1,6 +1,7 @@
-"""Teachers to measure caches on: whole distributions at many positions, with a student's hidden states where there are.
+"""Teachers to measure caches on: full distributions at many positions, with a student's hidden states where available.
 
-Shape suffixes: T tokens and N positions of a sequence, V ids, D hidden size, J numbers it is projected to.
+Shape suffixes: T tokens and N positions of a sequence, V ids, D hidden size, J numbers that hidden states are projected
+to.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ PROJECTED = 16
 
 @dataclass(frozen=True)
 class Rows:
-    """A sequence as the teacher sees it: `log_probs_NV` of what follows, the token that does, and hidden states.
+    """A sequence as the teacher sees it: `log_probs_NV` of the next token, the actual next tokens, and hidden states.
 
-    `hidden_ND` are the teacher's, None where it has none. `student_log_probs_NV` and `student_hidden_ND` are those of a
-    real student at its start, None where there is none.
+    `hidden_ND` are the teacher's, None if it has none. `student_log_probs_NV` and `student_hidden_ND` are those of a
+    real student at its start, None if there is none.
     """
 
     log_probs_NV: Tensor
@@ -51,7 +52,7 @@ class World:
 
 
 def ngram_world(sequences: int, vocab_size: int = 110_000, files: int | None = None) -> World:
-    """The 4-gram model of Python's standard library (of its first `files`), asked about runs of held-out text."""
+    """The 4-gram model of Python's standard library (of its first `files`), evaluated on runs of held-out text."""
     texts = library_texts()[:files]
     tokenizer = train_tokenizer(texts, vocab_size)
     learned, held = tokenise(tokenizer, texts)
@@ -68,10 +69,10 @@ def ngram_world(sequences: int, vocab_size: int = 110_000, files: int | None = N
 
 
 def causal_world(path: str, sequences: int, student: str = "") -> World:
-    """Any causal language model of transformers in a local folder, asked about the standard library's sources.
+    """Any causal language model that transformers loads from a local folder, on the standard library's sources.
 
-    `student`: the folder of one with the same tokenizer, or `early-exit:N`, the model itself leaving after layer N
-    through its final norm and LM head. The world is named after the folder. Hidden states are projected to 16 random
+    `student`: the folder of a model with the same tokenizer, or `early-exit:N`, the teacher itself exiting after layer
+    N through its final norm and LM head. The world is named after the folder. Hidden states are projected to 16 random
     numbers, so that the sums of weight gradients stay small at any vocabulary.
     """
     from transformers import AutoTokenizer
@@ -122,7 +123,7 @@ def _load_student(path: str, student: str) -> Any | None:
 
 @torch.inference_mode()
 def _run_causal(model: Any, ids_T: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Log-probs [N, V] of what follows each token, and the last hidden states projected to [N, 16]."""
+    """Log-probs [N, V] of the next token at each position, and the last hidden states projected to [N, 16]."""
     outputs = model(ids_T[None, :-1].to(model.device), output_hidden_states=True, use_cache=False)
     log_probs_NV = outputs.logits[0, :, :vocab_size].float().log_softmax(-1).cpu()
     hidden_ND = outputs.hidden_states[-1][0].float().cpu()
@@ -177,7 +178,7 @@ def _toy_batches(checkpoint: Path, samples: int, size: int) -> Iterator[Batch]:
 
 @torch.inference_mode()
 def _predict(model: Any, batch: Batch, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Hidden states that predict the supervised tokens, and the log-probs that the head makes of them."""
+    """Hidden states that predict the supervised tokens, and the log-probs that the LM head computes from them."""
     from llavamod_offline.families.llava.forward import student_hidden_states
     from llavamod_offline.models.lm_head import lm_head_of
 
@@ -187,7 +188,7 @@ def _predict(model: Any, batch: Batch, vocab_size: int) -> tuple[Tensor, Tensor]
 
 
 def _mean_log_probs(rows: Callable[[int], Rows], sequences: int) -> Tensor:
-    """The teacher's own unigram: the mean of its distributions, a little smoothed."""
+    """The teacher's own unigram: the mean of its distributions, slightly smoothed."""
     means = torch.stack([rows(number).log_probs_NV.double().exp().mean(0) for number in range(sequences)])
     mean_V = means.mean(0) + 1e-9
     return (mean_V / mean_V.sum()).log().float()

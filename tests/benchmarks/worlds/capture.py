@@ -1,8 +1,8 @@
-"""What the benchmark of capturing captures: teachers from toy to 7B, with sets to match.
+"""What the capture benchmark runs on: teachers from toy to 7B, with sets to match.
 
-All but the toy teacher have random weights, made where they are used: their folders hold no more than what a job is
-prepared from. The output layer is scaled so that distributions have an entropy of about 2.4 nats: logits that are
-normal with a standard deviation of σ have ln V − σ²/2.
+All but the toy teacher have random weights, made where they are used: their folders hold only what preparing a job
+needs. The LM head is scaled so that distributions have an entropy of about 2.4 nats: normally distributed logits with
+standard deviation σ give an entropy of ln V − σ²/2.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ _WORDS = ("circle", "square", "triangle", "star", "red", "green", "blue", "yello
 
 @dataclass(frozen=True)
 class Size:
-    """A teacher and a set: how many samples, in shards and batches of how many.
+    """A teacher and a set: the number of samples, and how many make a shard and a batch.
 
-    `text` is None for the toy teacher, `vision` also for a Qwen3-VL. `rounds`: how often it is measured; short ones
-    vary more.
+    `text` is None for the toy teacher, `vision` also for a Qwen3-VL. `rounds`: how often it is measured; short
+    measurements vary more.
     """
 
     name: str
@@ -93,7 +93,7 @@ LARGE = Size(
 
 
 def write_world(folder: Path, size: Size) -> tuple[Path, Path]:
-    """Write a teacher's folder and a packed set; gives both."""
+    """Write a teacher's folder and a packed set; return both."""
     rng = random.Random(0)
     make = _toy_sample if size.text is None else _long_sample
     write_set(
@@ -107,7 +107,7 @@ def write_world(folder: Path, size: Size) -> tuple[Path, Path]:
 
 
 def random_loader(folder: Path, device: str) -> Callable[..., Any]:
-    """What loads the teacher of such a folder: its model with random weights, made on the device."""
+    """A loader for the teacher of such a folder: its model with random weights, created on the device."""
 
     def load(dtype: torch.dtype, *, attn_implementation: str = "sdpa", **_: Any) -> Any:
         config = LlavaConfig.from_pretrained(folder)
@@ -125,7 +125,7 @@ def random_loader(folder: Path, device: str) -> Callable[..., Any]:
 
 
 def _write_teacher(folder: Path, text: dict[str, int], vision: dict[str, int]) -> Path:
-    """Write configuration, tokenizer and image processor, and a file in the weights' place."""
+    """Write configuration, tokenizer, image processor, and a placeholder for the weights."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
@@ -149,7 +149,7 @@ def _write_teacher(folder: Path, text: dict[str, int], vision: dict[str, int]) -
 
 
 def _write_qwen3_vl(folder: Path, text: dict[str, int]) -> Path:
-    """Write a Qwen3-VL with random weights, whose text model is of that size."""
+    """Write a Qwen3-VL with random weights and a text model of the given size."""
     tiny = TINY_FAMILIES["qwen3_vl"]
 
     def config(own: dict[str, Any], ids: Mapping[str, int]) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _write_qwen3_vl(folder: Path, text: dict[str, int]) -> Path:
 
 
 def _large_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """The tests' tokenizer with as many further tokens that no text has."""
+    """The tests' tokenizer, padded to `vocabulary` tokens with ones that no text contains."""
     tokenizer = tiny_tokenizer()
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     known = len(tokenizer)
@@ -170,14 +170,14 @@ def _large_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def _toy_sample(number: int, rng: random.Random, size: Size) -> Sample:
-    """Captions, conversations and quizzes in the shares of the toy world's general set."""
+    """Captions, conversations and quizzes in the same proportions as the toy world's general set."""
     scene, share = random_scene(rng), rng.random()
     turns = captioned(scene, rng) if share < 0.4 else chatted(scene, rng, 3) if share < 0.6 else quizzed(scene, rng, 4)
     return Sample(f"toy-{number:06d}", tuple(turns), (encode_scene(scene),), ("png",))
 
 
 def _long_sample(number: int, rng: random.Random, size: Size) -> Sample:
-    """A photograph's size and two turns with answers of half to one and a half times `answer_words`."""
+    """An image the size of a photograph, and two turns with answers of 0.5 to 1.5 times `answer_words` words."""
     turns = []
     for turn in range(2):
         words = rng.randint(size.answer_words // 2, size.answer_words * 3 // 2)

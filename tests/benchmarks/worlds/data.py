@@ -1,8 +1,8 @@
-"""What the benchmark of data loading reads: a packed set of images, its cache, and both blown up to millions of rows.
+"""What the data loading benchmark reads: a packed set of images, its cache, and both scaled up to millions of rows.
 
-The images are JPEGs of 336×336 pixels, smooth shapes under some noise, of about 27 kB; the conversations one question
+The images are JPEGs of 336×336 pixels, smooth shapes with some noise, of about 27 kB; each conversation is one question
 and an answer of about 60 tokens. Records are those of the synthetic teacher of `store.py`. The large set repeats one
-shard under other keys: its tars and its cache's columns are hard links to the same files, its index and its sequence
+shard under other keys: its tars and its cache's columns are hard links to the same files; its index and its sequence
 tables are files of their own.
 """
 
@@ -52,7 +52,7 @@ _SHAPES = ("circle", "square", "triangle", "star")
 
 
 def make_encoder() -> SequenceEncoder:
-    """A tokenizer of 400 tokens, LLaVA-MoD's template and a tower of 24 × 24 patches."""
+    """An encoder with a tokenizer of 400 tokens, LLaVA-MoD's template and a tower of 24 × 24 patches."""
     tokenizer = tiny_tokenizer()
     image_token_id = int(tokenizer.convert_tokens_to_ids("<image>"))
     return SequenceEncoder(
@@ -61,7 +61,7 @@ def make_encoder() -> SequenceEncoder:
 
 
 def make_preprocessor() -> ImagePreprocessor:
-    """That of clip-vit-large-patch14-336."""
+    """The image preprocessor of clip-vit-large-patch14-336."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     return ImagePreprocessor(
@@ -82,7 +82,7 @@ def make_sample(number: int, side: int = SIDE) -> Sample:
 
 
 def make_picture(rng: np.random.Generator, side: int) -> bytes:
-    """A JPEG."""
+    """A JPEG of smooth shapes with some noise."""
     coarse = Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).resize((side, side))
     noisy = np.asarray(coarse).astype(np.int64) + rng.normal(0, 6, (side, side, 3)).astype(np.int64)
     buffer = io.BytesIO()
@@ -91,7 +91,7 @@ def make_picture(rng: np.random.Generator, side: int) -> bytes:
 
 
 def write_world(folder: Path, samples: int, *, shard_samples: int, side: int = SIDE) -> None:
-    """Write `set` and `cache` below a folder."""
+    """Write a packed `set` and its `cache` below a folder."""
     write_set((make_sample(number, side) for number in range(samples)), folder / "set", shard_samples=shard_samples)
     packed, encoder = SampleSet.open(folder / "set"), make_encoder()
     store = CacheStore.open(folder / "cache", FINGERPRINT, packed.shard_names)

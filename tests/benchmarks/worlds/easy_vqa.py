@@ -1,6 +1,6 @@
 """easy-VQA (MIT licence, the package `easy-vqa`): 48,248 short questions about 5,000 drawn images of 64×64 pixels.
 
-Written in LLaVA's JSON, for `pack`, and its own test split in GQA's layout, for `eval-student`.
+The training split is written in LLaVA's JSON, for `pack`, and the test split in GQA's layout, for `eval-student`.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import easy_vqa
 from llavamod_offline.toyworld.language import SHORT_ANSWER
 
 TRAINING_IMAGES = Path(easy_vqa.__file__).parent / "data" / "train" / "images"
-ROUNDS = 4  # questions of a conversation at most
+ROUNDS = 4  # questions per conversation at most
 
 
 def write_training_set(file: Path, *, images: int, seed: int, wrong: float = 0.0) -> Path:
-    """Write conversations about `images` of the training images, chosen at random, which lie in `TRAINING_IMAGES`.
+    """Write conversations about `images` randomly chosen training images, which lie in `TRAINING_IMAGES`.
 
-    A share `wrong` of the answers is replaced by another answer of the same kind.
+    A fraction `wrong` of the answers is replaced by another answer of the same kind.
     """
     texts, answers, image_ids = easy_vqa.get_train_questions()
     others = {answer: sorted(set(kind) - {answer}) for kind in _kinds(answers) for answer in kind}
     asked: dict[int, list[tuple[str, str]]] = {}
     for text, answer, image in zip(texts, answers, image_ids, strict=True):
         asked.setdefault(image, []).append((text, answer))
-    rng, errors = random.Random(seed), random.Random(seed)  # the same questions, whatever is wrong
+    rng, errors = random.Random(seed), random.Random(seed)  # separate, so that `wrong` does not change the questions
     rows = []
     for image in rng.sample(sorted(asked), images):
         turns = []
@@ -43,7 +43,7 @@ def write_training_set(file: Path, *, images: int, seed: int, wrong: float = 0.0
 
 
 def _kinds(answers: list[str]) -> list[set[str]]:
-    """The answers that stand in for each other: yes and no, shapes, colours."""
+    """Groups of answers that can replace each other: yes and no, shapes, colours."""
     shapes = {"circle", "rectangle", "triangle"}
     return [{"yes", "no"}, shapes, set(answers) - shapes - {"yes", "no"}]
 

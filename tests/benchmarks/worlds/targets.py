@@ -1,6 +1,6 @@
-"""Random records for benchmarks of losses and steps: which ids and numbers they hold changes nothing of their cost.
+"""Random records for benchmarks of losses and steps: the cost does not depend on which ids and numbers they hold.
 
-Shape suffixes: N positions, K slots of a head, M tail draws.
+Shape suffixes: N positions, K top-k slots, M tail sample slots.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def random_targets(
     head: int,
     draws: int,
 ) -> SparseTargets:
-    """`n` records with heads of `head` ids and `draws` ids of the tail; the likeliest id is the actual token."""
+    """`n` records with a top-k of `head` ids and `draws` tail samples; the likeliest id is the actual token."""
     ids_NK = torch.randint(vocab_size - draws - head, (n, 1), generator=generator) + torch.arange(head + draws)
     log_probs_NK = torch.randn(n, head, generator=generator).log_softmax(-1).sort(descending=True).values - 0.05
     return SparseTargets(

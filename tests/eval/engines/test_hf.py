@@ -1,4 +1,4 @@
-"""Questions to checkpoints of other families than LLaVA's."""
+"""Questions to checkpoints of families other than LLaVA's."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def test_a_batch_of_questions_is_answered_as_each_alone_by_plain_transformers(tm
         ids = ids[: ids.index(end)] if end in ids else ids
         text = engine.encoder.tokenizer.decode(ids, skip_special_tokens=True)
         assert (answer.text, answer.n_tokens) == (text.strip(), len(ids))
-    assert len({answer.text for answer in found}) > 1 or name == "gemma3"  # whose answers are all special tokens
+    assert len({answer.text for answer in found}) > 1 or name == "gemma3"  # gemma3's answers are all special tokens
 
 
 def test_decoding_is_greedy_whatever_the_folder_recommends(tmp_path: Path) -> None:
-    """As Qwen2.5-VL's, whose generation_config.json penalises repetitions; its digest tells of a change."""
+    """Such as Qwen2.5-VL's, whose generation_config.json penalises repetitions; its digest shows a change."""
     folder = write_tiny_causal_lm(tmp_path / "model", "qwen2")
     examples = [Example(str(number), f"Which colour? {number}", None) for number in range(3)]
     engine = HfEngine(folder, template="chatml", device="cpu")

@@ -27,7 +27,7 @@ def test_a_processor_that_needs_torchvision_says_what_to_install(write: object, 
 
 
 def test_the_token_that_begins_a_prompt_is_there_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though Gemma's chat template and its tokenizer both write it."""
+    """Even though Gemma's chat template and tokenizer both add it."""
     folder = TINY_FAMILIES["gemma3"].write(tmp_path / "model")
     tokenizer = load_tokenizer(folder)
     start = (tokenizer.bos_token, tokenizer.bos_token_id)

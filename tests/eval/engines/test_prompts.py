@@ -1,4 +1,4 @@
-"""Questions as prompts: whatever a benchmark calls them."""
+"""Questions as prompts, whatever names a benchmark uses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Students in vLLM, on a CPU: the answers that transformers gives, from the folder that training exports."""
+"""Students in vLLM, on a CPU: the same answers as transformers, from the folder that training exports."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.vllm_cpu import NEEDS_VLLM, SETTINGS
 
 pytestmark = NEEDS_VLLM
 
-HEAD_OF_32 = 128  # hidden size of a tiny LLaVA whose heads have 32 numbers, which vLLM needs on a CPU
+HEAD_OF_32 = 128  # hidden size of a tiny LLaVA with attention heads of dimension 32, which vLLM needs on a CPU
 
 
 def _student(folder: Path, kind: str) -> Path:
@@ -37,7 +37,7 @@ def _student(folder: Path, kind: str) -> Path:
     if kind in ("dense", "qwen3"):
         return dense
     model = upcycle(load_llava(dense), layers="sparse", num_experts=4, top_k=2, seed=0, residual=kind == "residual")
-    with torch.no_grad():  # as if trained: experts that differ
+    with torch.no_grad():  # make experts differ, as if trained
         for name, parameter in model.named_parameters():
             if ".experts." in name:
                 parameter.mul_(1 + 0.3 * torch.randn_like(parameter))

@@ -1,4 +1,4 @@
-"""Every form of export, asked in batches by plain transformers, gives the answers of `eval-student generate`."""
+"""Every form of export, run in batches in plain transformers, gives the answers of `eval-student generate`."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def make(folder: Path, kind: str) -> tuple[Path, Any]:
         model = upcycle(model, layers="sparse", num_experts=4, top_k=2, seed=0, **sparse)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if ".experts." in name:  # as training makes the experts differ
+                if ".experts." in name:  # make the experts differ, as training does
                     parameter.add_(torch.randn_like(parameter), alpha=float(parameter.std()))
-    # What a base model may bring along; an export answers greedily all the same.
+    # Settings that a base model may bring along; an export answers greedily all the same.
     model.generation_config.update(do_sample=True, temperature=0.7, repetition_penalty=1.5)
     return source, model
 
 
 def export(form: str, folder: Path, source: Path, model: Any, template: str, aspect: str) -> None:
-    """Write the student as a training run does, or as a folder from elsewhere of which a portable copy is made."""
+    """Write the student as a training run does, or make a portable copy of it as a folder from elsewhere."""
     tokenizer = load_tokenizer(source)
     tokenizer.padding_side = "right"
     if form == "student":
@@ -82,10 +82,10 @@ def test_plain_transformers_gives_the_answers_of_generate(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_export_is_laid_out_as_transformers_4_reads_it(tmp_path: Path, kind: str) -> None:
-    """Its loader only warns about tensors that it does not know, and leaves random ones in their place."""
+    """The loader of version 4 only warns about tensors that it does not know, and leaves random ones in their place."""
     source, model = make(tmp_path / "source", kind)
     export("student", tmp_path / "export", source, model, "qwen", "pad")
-    again = tmp_path / "again"  # of what was loaded from an export
+    again = tmp_path / "again"  # an export of what was loaded from an export
     save_llava(
         load_llava(tmp_path / "export"), again, tokenizer=load_tokenizer(source), processor_source=tmp_path / "export"
     )
@@ -102,7 +102,7 @@ def test_an_export_is_laid_out_as_transformers_4_reads_it(tmp_path: Path, kind: 
         assert text["rope_theta"] == text["rope_parameters"]["rope_theta"]
         tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
         assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
-        assert "extra_special_tokens" not in tokenizer  # a list of this name is an error there
+        assert "extra_special_tokens" not in tokenizer  # a list under this name is an error there
         assert tokenizer["model_input_names"] == ["input_ids", "attention_mask"]
     plain = load_llava(tmp_path / "export").state_dict()
     assert all(torch.equal(plain[name], tensor) for name, tensor in model.state_dict().items())

@@ -1,4 +1,4 @@
-"""The portable copy asks, pixel by pixel and token by token, as this project's own engine does."""
+"""The portable copy prepares the same pixels and tokens as this project's own engine."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_the_copy_keeps_the_card_and_states_its_image_aspect(tmp_path: Path) -> 
         assert HfEngine(copy).describe()["image_aspect"] == aspect
         write_portable(copy, tmp_path / f"{aspect}-again")
         assert HfEngine(tmp_path / f"{aspect}-again").describe()["image_aspect"] == aspect
-    assert HfEngine(student).describe()["image_aspect"] == "pad"  # it states none: LLaVA's
+    assert HfEngine(student).describe()["image_aspect"] == "pad"  # the folder states none: LLaVA's default
 
 
 def test_what_cannot_be_copied_is_told(tmp_path: Path) -> None:

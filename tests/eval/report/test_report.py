@@ -39,7 +39,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def runs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """GQA 3/5 each, disagreeing on questions 1 and 2; GQA is taken for the published set, the others are not."""
+    """GQA 3/5 each, disagreeing on questions 1 and 2; GQA counts as the published set, the others do not."""
     monkeypatch.setitem(TASKS, "gqa", replace(TASKS["gqa"], official_n=(5,)))
     one, two = tmp_path / "runs" / "dense", tmp_path / "runs" / "sparse"
     write_run(one, root, "gqa", {"1": "</script><img src=x onerror=alert(1)>", "0": "blue"}, "red")
@@ -51,7 +51,7 @@ def runs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Pa
 
 
 class Page(HTMLParser):
-    """What a browser would load, and the sample data."""
+    """What a browser would fetch, and the sample data."""
 
     def __init__(self, content: str) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Page(HTMLParser):
 
 
 def gaps(cell: str) -> list[str] | None:
-    """The differences in a cell of the table."""
+    """The differences shown in a cell of the table."""
     found = re.search(r"data-gaps='([^']*)'", cell)
     return None if found is None else list(json.loads(unescape(found[1])))
 
@@ -92,7 +92,7 @@ def test_the_page_shows_figures_differences_and_published_ones(root: Path, runs:
         ("56.2", ["−3.8", "−3.8"]),
         ("–", None),
     ]
-    assert '<td data-label="POPE F1 ↑">87.0†</td>' in content  # of other questions than the published ones
+    assert '<td data-label="POPE F1 ↑">87.0†</td>' in content  # on questions other than the published ones
     assert "published on 8910 questions, measured here on 12; not comparable" in content
     assert (
         '<td data-label="Object HalBench response ↓">11.2†</td>' in content

@@ -45,14 +45,14 @@ def names(vocabulary: ObjectVocabulary, caption: str) -> list[str]:
 @pytest.mark.parametrize(
     ("caption", "objects"),
     [
-        # synonyms lead to the class; every mention counts
+        # synonyms map to the class; every mention counts
         ("A puppy chases a Dog and another dog.", ["dog", "dog", "dog"]),
         ("A girl, two women and three children.", ["person", "person", "person"]),
         # plurals, regular and irregular
         ("Buses, knives, geese, planes and people", ["bus", "knife", "bird", "airplane", "person"]),
         # WordNet: "men" is a noun of its own, "vas" the shortest noun for "vases", "smartphones" unknown
         ("Some men with vases and smartphones", []),
-        # pairs of words
+        # two-word names
         ("a wine glass on the dining table", ["wine glass", "dining table"]),
         ("two wine glasses", ["wine glass"]),
         ("a glass of wine", []),
@@ -62,11 +62,11 @@ def names(vocabulary: ObjectVocabulary, caption: str) -> list[str]:
         ("a passenger train and a passenger jet", ["train", "airplane"]),
         ("a man in a bow tie", ["person", "tie"]),
         ("train tracks beside home plate", []),
-        # the toilet's seat is no chair, wherever it stands in the caption
+        # a toilet seat is no chair, wherever it appears in the caption
         ("the toilet seat is up", ["toilet"]),
         ("a seat, far away from the toilet", ["toilet"]),
         ("a seat", ["chair"]),
-        # three words never meet, capitals never match
+        # three-word names never match, nor do capitals
         ("a stove top oven", ["stove top oven"]),
         ("an iPhone and a phone", ["cell phone"]),
         # the treebank leaves "a/b" and "a-b" whole

@@ -26,7 +26,7 @@ from eval.scorers.vqa_accuracy import accuracy, normalise
         ("somebodys", "somebody's"),
         # __call__: line breaks and tabs are spaces
         ("a\nred\tcar", "red car"),
-        # process_punctuation: deleted beside a space, a space elsewhere; decided once for the whole text
+        # process_punctuation: deleted if beside a space, else replaced by one; decided once for the whole text
         ("well-known", "well known"),
         ("well- known", "well known"),
         ("a-b - c-d", "ab cd"),
@@ -52,7 +52,7 @@ from eval.scorers.vqa_accuracy import accuracy, normalise
         ("oclock", "o'clock"),
         ("somebody'd", "somebodyd"),
         ("Im", "im"),
-        ("I'dve", "i'dve"),  # keys with a capital are never found either
+        ("I'dve", "i'dve"),  # keys with a capital letter are never found either
         ("she's", "she 's"),
         ("a,b", "ab"),
         ("1-2", "1 2"),
@@ -93,9 +93,9 @@ def test_human_answers_are_normalised_too() -> None:
 
 
 def test_the_tables_are_complete() -> None:
-    """Against the tables of m4c_evaluator.py: hashes of their reachable entries, a word and what becomes of it a line.
+    """Against the tables of m4c_evaluator.py: hashes of their reachable entries, one word and its replacement per line.
 
-    Out of reach are contractions with a capital or "'s" in the key, and "let's" and "she's", which stay as they are.
+    Unreachable are contractions with a capital or "'s" in the key, and "let's" and "she's", which stay unchanged.
     """
     reachable = {word: found for word, found in vqa._CONTRACTIONS.items() if "'s" not in word}
     table = "\n".join(f"{word} {found}" for word, found in sorted(reachable.items()))
@@ -159,7 +159,7 @@ def test_normalise_equals_its_slow_steps(answer: str) -> None:
 
 @given(st.lists(st.sampled_from(["cat", "Cat.", "the dog", "two", "2", "", "A"]), min_size=10, max_size=10))
 def test_accuracy_equals_the_official_loop(references: list[str]) -> None:
-    """Every human answer is left out once; what the nine others agree on counts."""
+    """Every human answer is left out once; agreement with the other nine counts."""
     for answer in ("cat", "dog", "2", "", "bird"):
         shares = []
         for left_out in range(10):

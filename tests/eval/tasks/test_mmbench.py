@@ -113,7 +113,7 @@ def test_circular_asks_for_every_rotation(root: Path) -> None:
 
 
 def test_circular_equals_the_official_loop(root: Path) -> None:
-    """Rows with one index modulo 1,000,000 are one question, right where every row is; whatever the file's order."""
+    """Rows with equal index modulo 1,000,000 are one question, right if all its rows are; whatever the file's order."""
     rng = random.Random(5)
     rows: list[dict[str, str]] = []
     for number in (*range(20), 999_999):
@@ -168,7 +168,7 @@ def test_llavas_answers_hold_the_question_alone_as_prompt(root: Path, tmp_path: 
 
 
 def cells(path: Path) -> list[dict[str, tuple[str | None, str]]]:
-    """A sheet's rows: type and text of each cell by its column."""
+    """A sheet's rows: each column's cell type and text."""
     space = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
     sheet = zipfile.ZipFile(path).read("xl/worksheets/sheet1.xml")
     return [

@@ -42,7 +42,7 @@ def questions(root: Path) -> None:
 
 
 def release(root: Path) -> Path:
-    """The release's layout: a folder of questions in some categories, beside the images in others."""
+    """The release's layout: in some categories questions have a folder, in others they lie beside the images."""
     questions(root)
     base = root / "MME" / "MME_Benchmark_release_version"
     for category, images in IMAGES.items():
@@ -57,7 +57,7 @@ def release(root: Path) -> Path:
 
 
 def templates(root: Path) -> Path:
-    """The official tool's layout: one file a category, answers left open."""
+    """The official tool's layout: one file per category, answers left blank."""
     questions(root)
     base = root / "MME" / "eval_tool" / "Your_Results"
     base.mkdir(parents=True)
@@ -90,7 +90,7 @@ def truth(root: Path) -> dict[str, str | None]:
         ("no yes", "no"),
         ("eyes", "yes"),
         ("\nNo\r\n", "no"),
-        ("I  no", "other"),  # the official tool squeezes no spaces
+        ("I  no", "other"),  # the official tool does not collapse spaces
         ("a\tno", "no"),  # a tab counts as one
         ("No yes", "no"),
         ("nyes", "yes"),  # "yes" is looked for first
@@ -105,7 +105,7 @@ def test_both_layouts_give_the_same_references(tmp_path: Path) -> None:
     assert [(e.id, e.prompt, e.reference) for e in mme.load(one)] == [
         (e.id, e.prompt, e.reference) for e in mme.load(two)
     ]
-    filled = two / "MME" / "eval_tool" / "Your_Results" / "existence.txt"  # as the tool's own example has it
+    filled = two / "MME" / "eval_tool" / "Your_Results" / "existence.txt"  # as in the tool's own example
     filled.write_text(filled.read_text().replace("\t\n", "\tNo, I think.\n"))
     assert [e.reference for e in mme.load(two)] == [e.reference for e in mme.load(one)]
     assert truth(one)["code_reasoning/0020.png#1"] == "Yes"
@@ -134,7 +134,7 @@ def test_category_scores_and_sums(tmp_path: Path) -> None:
 
 
 def test_categories_equal_the_official_loop(tmp_path: Path) -> None:
-    """calculation.py: accuracy over all questions, plus the share of images with two right, each times 100."""
+    """calculation.py: accuracy over all questions, plus the share of images with both right, each times 100."""
     root, rng = release(tmp_path), random.Random(3)
     for _ in range(20):
         texts = {name: rng.choice(("Yes", "No", "Maybe", "not sure")) for name in truth(root)}
@@ -177,7 +177,7 @@ def test_neither_yes_nor_no_is_wrong_and_counted(tmp_path: Path) -> None:
 
 
 def test_llava_answers_share_a_question_id_and_may_come_in_any_order(tmp_path: Path) -> None:
-    """LLaVA's file names two questions alike; the prompt tells them apart, whichever suffix it carries."""
+    """LLaVA's file gives two questions the same id; the prompt tells them apart, whichever suffix it has."""
     root = release(tmp_path / "data")
     rows = []
     for example in reversed(mme.load(root)):

@@ -136,7 +136,7 @@ def test_without_a_judge_it_says_how_to_name_one(tmp_path: Path) -> None:
 def test_a_template_has_a_placeholder_for_everything(tmp_path: Path) -> None:
     values = {"image_content": "Cat, {x}", "question": "{}", "gt_answer": "G", "model_answer": "{question}"}
     path = tmp_path / "template.txt"
-    path.write_text("C {} Q {} G {} A {}\n")  # as RLAIF-V's template has them
+    path.write_text("C {} Q {} G {} A {}\n")  # placeholders as in RLAIF-V's template
     assert JudgeTemplate.read(path, mmhal.SLOTS).fill(values) == "C Cat, {x} Q {} G G A {question}\n"
     path.write_text('{"a": 1} {model_answer} {gt_answer} {question} {image_content} {question}')
     assert JudgeTemplate.read(path, mmhal.SLOTS).fill(values) == '{"a": 1} {question} G {} Cat, {x} {}'

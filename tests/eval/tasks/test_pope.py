@@ -27,7 +27,7 @@ from tests.eval.fixtures import answers, pope_root, scored, write_jsonl
         ("Yes. There is no dog", "yes"),  # the text before the first "."
         (".No", "yes"),
         ("It is not there", "no"),
-        ("no,", "no"),  # commas go
+        ("no,", "no"),  # commas are deleted
         ("", "yes"),
         ("NO", "yes"),  # exactly "No", "not" or "no"
         ("nope", "yes"),
@@ -42,7 +42,7 @@ def test_parse(text: str, read_as: str) -> None:
 
 @given(st.lists(st.sampled_from(["No", "no", "not", "NO", "Yes", "yes", "nope", " ", "  ", ",", ".", "\n", "n", "o"])))
 def test_parse_equals_the_official_steps(pieces: list[str]) -> None:
-    """eval_pope.py: cut at the first period where there is one, delete commas, split at each space, look for a word."""
+    """eval_pope.py: cut at the first period, if any, delete commas, split at each space, look for a word."""
     text = "".join(pieces)
     sentence = text[: text.index(".")] if "." in text else text
     words: list[str] = []
@@ -87,7 +87,7 @@ def test_scores_against_counts_by_hand(tmp_path: Path) -> None:
     assert result.metrics["f1_random"] == 1.0
     assert result.metrics["f1_mean"] == pytest.approx((0.5 + 0.5 + 1) / 3)
     assert result.metrics["accuracy"] == pytest.approx(11 / 15)
-    assert result.metrics["yes_ratio"] == pytest.approx(6 / 15)  # of the answers, not of the labels
+    assert result.metrics["yes_ratio"] == pytest.approx(6 / 15)  # share of the answers, not of the labels
     assert result.verdicts["2"].right == 0.0
     assert result.verdicts["2"].read_as == "yes"
 

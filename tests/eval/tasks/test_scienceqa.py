@@ -31,7 +31,7 @@ LETTER = "\nAnswer with the option's letter from the given choices directly."
         ("B) y", None),
         (" B", None),
         ("The answer is B.", "B"),
-        ("The answer is B", None),  # the unescaped "." wants one more character
+        ("The answer is B", None),  # the unescaped "." requires one more character
         ("I think. The answer is C because", "C"),
         ("The answer is A. The answer is B.", None),  # exactly once
         ("The answer is Z.", "Z"),
@@ -48,7 +48,7 @@ def test_parse(text: str, letter: str | None) -> None:
     st.integers(2, 5),
 )
 def test_the_chosen_option_equals_the_official_steps(pieces: list[str], choices: int) -> None:
-    """eval_science_qa.py: parse, then the letter's index among the choices there are, else -1: never a guess."""
+    """eval_science_qa.py: parse, then the letter's index among the available choices, else -1: never a guess."""
     text, options = "".join(pieces), ["A", "B", "C", "D", "E"]
     found = re.findall("The answer is ([A-Z])[^\n]", text)
     if text in options:

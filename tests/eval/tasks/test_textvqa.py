@@ -64,7 +64,7 @@ def test_llava_answers_are_joined_on_image_and_question(tmp_path: Path) -> None:
 
 
 def test_questions_that_differ_in_spaces_alone_keep_their_own_answers(tmp_path: Path) -> None:
-    """The official join is on the question as it stands in lower case; only where that finds none, spaces go."""
+    """The official join is on the lower-cased question, spaces included; only if that finds none are spaces dropped."""
     root = textvqa_root(tmp_path)
     asked = ("What time?", "What  time?", " WHAT time? ")
     rows = [{"question_id": "cc", "image": "cc.jpg", "text": question + OCR + SHORT} for question in asked]

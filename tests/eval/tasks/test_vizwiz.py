@@ -19,7 +19,7 @@ PROMPT = "{}\nWhen the provided information is insufficient, respond with 'Unans
 
 
 def vizwiz_root(root: Path, *, below: str = "vizwiz/Annotations") -> Path:
-    """A question that its image answers and one that it does not."""
+    """One question that its image answers and one that it does not."""
 
     def gold(*texts: str) -> list[dict[str, str]]:
         return [{"answer": text, "answer_confidence": "yes"} for text in texts]

@@ -1,4 +1,4 @@
-"""Configs: files and arguments over defaults, and one clear line for everything that does not fit."""
+"""Configs: files and arguments override defaults, and everything that does not fit gets one clear line."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ AS_TYPED = ("2024_11_01", "007", "1e3", "10:30", "3.10", "off", "runs/exp #2", "
 
 @pytest.mark.parametrize("text", AS_TYPED)
 def test_text_is_taken_as_it_is_typed(text: str) -> None:
-    """A folder's name is no number, and "#" begins no comment in it."""
+    """A folder's name is not converted to a number, and a "#" in it does not start a comment."""
     assert load_config(Recipe, overrides=[f"student={text}"]).student == text
 
 
@@ -84,7 +84,7 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_variable_that_the_shell_has_not_replaced_is_no_text() -> None:
-    """In single quotes it would name a folder `${SCRATCH}` in the current one."""
+    """Typed in single quotes, it would name a folder `${SCRATCH}` in the current one."""
     with pytest.raises(ConfigError, match=r"^student=\$\{SCRATCH\}/x: \$\{SCRATCH\} has no value: let the shell"):
         load_config(Recipe, overrides=["student=${SCRATCH}/x"])
 
@@ -192,7 +192,7 @@ def test_a_folder_is_no_config_file(tmp_path: Path) -> None:
 
 
 def test_an_input_beside_the_file_is_not_looked_for_in_vain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Paths are relative to the current folder; whoever takes them to be relative to the file is told so."""
+    """Paths are relative to the current folder; users who expect them to be relative to the file are told so."""
     (tmp_path / "configs" / "small").mkdir(parents=True)
     file = tmp_path / "configs" / "my.yaml"
     file.write_text("student: small\n")

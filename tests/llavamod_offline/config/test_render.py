@@ -1,4 +1,4 @@
-"""Settings as text: every one is explained, and what is printed loads again."""
+"""Settings as text: every setting is explained, and printed settings load again."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_the_help_has_a_line_for_every_setting() -> None:
 
 
 def test_a_configuration_is_printed_with_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """So that a file to fill in can be made; what is set is checked all the same."""
+    """That makes a file to fill in; settings that are given are still checked."""
     print_config(Plain, (), ["rate=3"])
     printed = capsys.readouterr().out
     assert "\nname: ???\n" in printed

@@ -1,4 +1,4 @@
-"""Every kind of image has one outcome: the same when it is packed, captured and trained on."""
+"""Every kind of image has one outcome, the same in packing, capture and training."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ JPG = tiny_image(0, (40, 40), "JPEG")
 CMYK = encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95)
 SIXTEEN = encode(Image.fromarray(np.full((4, 4), 0x80FF, np.uint16)))
 
-# What it is: the format, size and upper left pixel that it has, or words of the reason that it is refused for.
+# Kind → the image and its format, size and upper left pixel, or words of the reason why it is refused.
 OUTCOMES: dict[str, tuple[bytes, tuple[str, tuple[int, int], tuple[int, int, int]] | str]] = {
     "RGB": (encode(Image.new("RGB", (4, 2), RED)), ("png", (4, 2), RED)),
     "1x1": (encode(Image.new("RGB", (1, 1), RED)), ("png", (1, 1), RED)),

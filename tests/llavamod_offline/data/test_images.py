@@ -1,4 +1,4 @@
-"""Every outcome of decoding, and pixels that are those of the checkpoint's own processor."""
+"""Every outcome of decoding, and pixels equal to those of the checkpoint's own processor."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_extension_is_that_of_the_content() -> None:
     first, second = (Image.new("RGB", (8, 8), colour) for colour in (RED, WHITE))
     stereo = encode(first, "MPO", save_all=True, append_images=[second])
     with Image.open(io.BytesIO(stereo)) as image:
-        assert image.format == "MPO"  # what many phones write under .jpg
+        assert image.format == "MPO"  # many phones write this as .jpg
     assert image_extension(stereo, name="phone.jpg") == "jpg"
 
 
@@ -94,7 +94,7 @@ def test_other_formats_are_refused(encoded: bytes) -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(50_000, 50_000), (9_001, 100), (12_000, 12_000), (201, 1), (1, 201)])
 def test_too_large_is_refused_by_the_header(width: int, height: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing may be decoded: a body of zeros packs a thousandfold."""
+    """Nothing may be decoded: a body of zeros compresses a thousandfold."""
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda self: pytest.fail("decoded"))
     with pytest.raises(DataError, match=r"image 'bomb'.*(shrink|crop) it"):
         decode_image(png(width, height, 8, 0, bytes(1000)), name="bomb")
@@ -114,10 +114,10 @@ def test_largest_that_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation(orientation: int, kind: str) -> None:
-    """The shown image has red at its upper left, whatever way round it is stored."""
+    """The displayed image has red at its upper left, whichever way round it is stored."""
     shown = np.zeros((16, 32, 3), dtype=np.uint8)
     shown[:8, :16] = RED
-    stored = {  # orientation: how the shown image is turned for storing (EXIF 2.32, tag 0x0112)
+    stored = {  # orientation: how the displayed image is transformed for storage (EXIF 2.32, tag 0x0112)
         1: shown,
         2: shown[:, ::-1],
         3: shown[::-1, ::-1],
@@ -253,7 +253,7 @@ def test_pixels_are_clips(tmp_path: Path, size: tuple[int, int], changes: dict[s
     ids=lambda changes: " ".join(changes) or "clip",
 )
 def test_pixels_are_the_processors_to_the_last_bit(tmp_path: Path, changes: dict[str, Any], aspect: str) -> None:
-    """Also of images that have the size already, and of those that a crop goes beyond."""
+    """Also for images that already have the right size, and for those smaller than the crop."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     folder = processor_folder(tmp_path, **changes)
@@ -281,7 +281,7 @@ def test_smallest_pictures(tmp_path: Path, size: tuple[int, int]) -> None:
 
 
 def test_other_spellings_of_a_clip_processor(tmp_path: Path) -> None:
-    """Sizes as plain numbers, the name of older versions, transformers 5's nested file, a processor's file beside."""
+    """Sizes as plain numbers, the older versions' name, transformers 5's nested file, a processor's file beside it."""
     expected = ImagePreprocessor.from_checkpoint(processor_folder(tmp_path))
     encoded = tiny_image(0)
     old = tmp_path / "old"

@@ -1,4 +1,4 @@
-"""Keys from ids: legal, readable, one to one."""
+"""Keys from ids: valid, readable, one to one."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_key_may_be_given_as_it_is_stored_or_as_the_id() -> None:
         ("coco/a.jpg", "coco_x2Fa_x2Ejpg"),
         ("coco_x2Fa_x2Ejpg", "coco_x2Fa_x2Ejpg"),
         ("plain", "plain"),
-        ("a_x", "a_x"),  # what is stored comes first
+        ("a_x", "a_x"),  # a stored key takes precedence over an id
         ("no/where", "no/where"),
     ):
         assert stored_key(asked, stored.__contains__) == found

@@ -1,4 +1,4 @@
-"""What makes a sample, and that its JSON gives it back."""
+"""What makes a valid sample, and that it survives a round trip through its JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands in forks of one process: what they print and return is what they print and return alone."""
+"""Commands in forks of one process print and return what they do when run alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def launcher(tmp_path: Path) -> Iterator[Launcher]:
 
 
 def run(launcher: Launcher, folder: Path, *command: str) -> tuple[int | None, str]:
-    """A command's status and what it printed."""
+    """Run a command; return its status and output."""
     log = folder / "command.log"
     log.touch()
     launcher.start(command, folder, log)
@@ -48,7 +48,7 @@ def wait_for(file: Path) -> str:
 
 
 def ends(process: int) -> bool:
-    """Whether a process that is not ours ends within minutes; nobody may be there to reap it."""
+    """Whether a process that is not our child ends within minutes; a zombie counts as ended."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         try:
@@ -62,7 +62,7 @@ def ends(process: int) -> bool:
 
 
 def test_other_commands_are_executed(launcher: Launcher, tmp_path: Path) -> None:
-    """In the folder, with the environment, without input, and with the status that they end with."""
+    """They run in the folder, with the environment, without input, and their exit status is returned."""
     code = "import os, sys; print(os.getcwd(), os.environ['GREETING'], repr(sys.stdin.read())); sys.exit(3)"
     assert run(launcher, tmp_path, *python(code)) == (3, f"{tmp_path} hello ''\n")
     killed = "import os; os.kill(os.getpid(), 9)"
@@ -74,7 +74,7 @@ def test_other_commands_are_executed(launcher: Launcher, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_own_commands_print_what_they_print_alone(launcher: Launcher, tmp_path: Path) -> None:
-    """One after another: none sees what another has left in the process."""
+    """One after another: none sees state that another left in the process."""
     for command in (
         ("train-student", "sft", "nonsense=1"),
         ("llavamod-offline", "--version"),
@@ -90,7 +90,7 @@ def test_own_commands_print_what_they_print_alone(launcher: Launcher, tmp_path: 
 
 @pytest.mark.slow
 def test_own_commands_are_forks(tmp_path: Path) -> None:
-    """They start no interpreter, which would run `sitecustomize`."""
+    """They start no new interpreter, which would run `sitecustomize`."""
     import torch
 
     if torch.accelerator.is_available():
@@ -122,7 +122,7 @@ def test_closing_ends_a_command(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("victim", ["launcher", "owner"])
 def test_a_command_does_not_outlive_those_who_started_it(tmp_path: Path, victim: str) -> None:
-    """Killed so that they cannot end it themselves."""
+    """Those are killed, so they cannot end the command themselves."""
     begun = tmp_path / "begun"
     command = python(
         f"import os, time; open({str(begun)!r}, 'w').write(f'{{os.getpid()}} {{os.getppid()}}'); time.sleep(3600)"

@@ -1,4 +1,4 @@
-"""What the demo shows: every model that it compares is made, answered with and scored."""
+"""The demo's plan: every model that it compares is trained, generates answers and is scored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llavamod_offline.demo.plan import SCRIPT_HEAD, TASKS, demo_steps, models
 
 
 def test_the_script_repeats_the_demo_in_an_empty_folder(tmp_path: Path) -> None:
-    """Its commands need nothing that an earlier one, or the package, does not give; the first ones are run."""
+    """Its commands need only what earlier ones or the package provide; the first few are run."""
     steps = demo_steps(quick=True, seed=3)
     script = as_script(steps, SCRIPT_HEAD).splitlines()
     assert script[3:] == [step.typed for step in steps]

@@ -1,4 +1,4 @@
-"""The demo's page: the table, curves, and images with every model's answers, as text."""
+"""The demo's page: the table, the curves, and images with every model's answers, all escaped as text."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_page_has_the_table_curves_and_the_answers_that_differ(tmp_path: Pat
     assert (page.loads, page.handlers, [tag for tag, _ in page.tags].count("img")) == ([], [], 1)
     charts = [json.loads(attrs["data-chart"] or "") for _, attrs in page.tags if "data-chart" in attrs]
     drawn = [[(line["name"], line["colour"]) for line in chart["series"]] for chart in charts]
-    assert drawn == [  # by the names in the table and the places there
+    assert drawn == [  # with the names of the table's rows, and colours by their places
         [("distilled student", 2), ("smaller student, same cache", 3)],
         [("upcycled sparse student", 4)],
         [("student without teacher", 1)],

@@ -1,4 +1,4 @@
-"""Steps run in an order that meets their needs, at most so many at once, and a failure is told."""
+"""Steps run in an order that meets their dependencies, up to a limit at once, and failures are reported."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_steps_wait_for_their_needs(tmp_path: Path) -> None:
 
 
 def test_steps_without_needs_run_together(tmp_path: Path) -> None:
-    """Each of two steps waits for a file that the other writes: run one after the other they would not end."""
+    """Each of two steps waits for a file that the other writes: run one after the other, they would never end."""
     files = [tmp_path / "a", tmp_path / "b"]
     meet = "import os, time\nopen({mine!r}, 'w')\nwhile not os.path.exists({other!r}): time.sleep(.01)"
     steps = [
@@ -37,7 +37,7 @@ def test_steps_without_needs_run_together(tmp_path: Path) -> None:
 
 
 def test_a_failure_names_the_step_and_shows_its_last_words(tmp_path: Path) -> None:
-    """A step that runs at that moment, and would for long, is ended."""
+    """A long step that is running at that moment is ended."""
     begun = tmp_path / "begun"
     lasting = python(
         "lasting",

@@ -1,4 +1,4 @@
-"""The examples run on the toy world, lose what `train-student` loses on the same batch, and refuse wrong labels."""
+"""The examples run on the toy world, give `train-student`'s loss on the same batch, and refuse wrong labels."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BATCH = 8
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The toy world's files, packed, captured and aligned with by the ordinary commands."""
+    """The toy world's files, packed and captured, and an aligned student, all made by the ordinary commands."""
     root = tmp_path_factory.mktemp("toy")
     sizes = {"align": 8, "general": BATCH, "multitask": 1, "preference": BATCH}
     write_datasets(root / "world", **sizes, error_share=0.0, seed=5)
@@ -49,7 +49,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _first_loss(world: Path, output: Path, *arguments: str) -> float:
-    """Of `train-student` on one batch, which is the whole set."""
+    """`train-student`'s first loss on one batch, which is the whole set."""
     shared = (f"output={output}", f"student.checkpoint={world}/start/student", "steps=1")
     batch = (f"batch.global_size={BATCH}", f"batch.micro_size={BATCH}", "engine.gradient_checkpointing=false")
     train(resolve_config([*arguments, *shared, *batch]))
@@ -89,7 +89,7 @@ def test_a_plain_loop(world: Path, mimic_loss: float) -> None:
 
 @pytest.mark.parametrize("micro", [BATCH, 2])
 def test_hf_trainer(world: Path, mimic_loss: float, tmp_path: Path, micro: int) -> None:
-    """With micro-batches too: Trainer tells the loss how many labels the whole step has."""
+    """With micro-batches too: Trainer passes the loss the number of labels in the whole step."""
     from llavamod_offline.examples.hf_trainer import train as train_with_trainer
 
     keys = sorted(open_cache(world / "general-cache").keys("response"))
@@ -122,7 +122,7 @@ def test_trl_dpo(world: Path, tmp_path: Path, kind: str, average: str) -> None:
 
 
 def test_swapped_labels_are_refused(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a mistake in a collator would swap them."""
+    """As a mistake in a collator might swap them."""
     from llavamod_offline.examples.plain_loop import train as train_plainly
 
     whole = Batch.model_inputs

@@ -1,4 +1,4 @@
-"""The official road to a teacher's logits: the checkpoint's own processor over text and images, then the model."""
+"""The official way to a teacher's logits: the checkpoint's own processor over text and images, then the model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 class _NoVideo:
-    """The processors' constructors without their video part, which needs torchvision."""
+    """Processor constructors without their video part, which needs torchvision."""
 
     def __init__(self, processor_class: Any) -> None:
         self._class = processor_class
@@ -45,7 +45,7 @@ class _NoVideo:
         return made(**settings)
 
 
-# LLaVAs by tower, feature selection and the tower's tokens that are no patches.
+# LLaVAs by tower, feature selection and number of the tower's non-patch tokens.
 LLAVAS = {
     "llava_llama": ("clip", "default", 1),
     "llava_siglip": ("siglip", "full", 0),
@@ -66,13 +66,13 @@ class Official:
     image: str
 
     def text(self, sample: Sample, role: str, template: str = "chatml") -> str:
-        """The whole conversation as one text, one image token an image."""
+        """The whole conversation as one text, one image token per image."""
         pieces = [segment.text for segment in get_template(template).render(sample.conversation(role))]
         return "".join(pieces).replace(IMAGE_PLACEHOLDER, self.image)
 
     @torch.inference_mode()
     def log_probs(self, pairs: Sequence[tuple[Sample, str]]) -> list[tuple[np.ndarray, torch.Tensor]]:
-        """One padded batch of (sample, role): the token ids [T] and log-probs [T, head rows] of each."""
+        """Run one padded batch of (sample, role): the token ids [T] and log-probs [T, LM head rows] of each."""
         images = [[decode_image(image, name=sample.key) for image in sample.images] for sample, _ in pairs]
         inputs = self.processor(
             text=[self.text(sample, role) for sample, role in pairs],

@@ -22,7 +22,7 @@ from tests.tiny_families import TinyFamily
 
 @dataclass(frozen=True)
 class PlainProcessor:
-    """Processor and model of a folder; `adds_lines`: its chat template ends the line after an image by itself."""
+    """Processor and model of a folder; `adds_lines`: its chat template itself adds the line break after an image."""
 
     processor: Any
     model: Any
@@ -42,9 +42,9 @@ class PlainProcessor:
 
     @torch.inference_mode()
     def log_probs(self, pairs: Sequence[tuple[Sample, str]], side: str) -> list[tuple[np.ndarray, torch.Tensor]]:
-        """One padded batch of (sample, role): the token ids [T] and log-probs [T, head rows] of each."""
+        """Run one padded batch of (sample, role): the token ids [T] and log-probs [T, LM head rows] of each."""
         images = [[decode_image(image, name=sample.key) for image in sample.images] for sample, _ in pairs]
-        if type(self.processor).__name__ == "PaliGemmaProcessor":  # which has no chat template
+        if type(self.processor).__name__ == "PaliGemmaProcessor":  # it has no chat template
             texts = [sample.turns[0].text.replace(f"{IMAGE_PLACEHOLDER}\n", IMAGE_PLACEHOLDER) for sample, _ in pairs]
             suffix = {"suffix": [sample.conversation(role)[1].text for sample, role in pairs]}
         else:

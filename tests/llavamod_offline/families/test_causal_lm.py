@@ -1,4 +1,4 @@
-"""Language models without images as teachers, and what is no teacher at all."""
+"""Text-only language models as teachers, and folders that are no teacher at all."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_model_of_no_known_family_is_one_clear_error(tmp_path: Path) -> None:
 
 
 def test_beyond_longropes_first_length_a_record_does_not_depend_on_its_batch(tmp_path: Path) -> None:
-    """Phi-3.5's positions depend on the longest sequence of a batch."""
+    """Phi-3.5's rotary embeddings depend on the longest sequence of a batch."""
     factors = {"short_factor": [1.0] * 16, "long_factor": [4.0] * 16, "original_max_position_embeddings": 64}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
     settings: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Every image-text type of transformers, and folders that lack what it needs: opened, or refused by one line."""
+"""Every image-text model type of transformers, and folders that lack files: opened, or refused by one line."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.tiny_families import TINY_FAMILIES
 from tests.tiny_teachers import tokenizer_with
 
 TYPES = sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - {"llava"})
-# Image processors that fit no model, to see what each processor makes of another's.
+# An image processor that fits none of the types, to see what each makes of another's.
 _IMAGES = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 16}, "crop_size": 16}
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("model_type", TYPES)
 def test_a_folder_of_any_type_is_refused_by_one_line(tmp_path: Path, model_type: str) -> None:
-    """With a configuration of that type alone; with a tokenizer; and with another model's image processor."""
+    """With only a configuration of that type; with a tokenizer added; and with another model's image processor."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     for step in range(3):
         if step == 1:

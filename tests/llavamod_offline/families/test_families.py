@@ -1,4 +1,4 @@
-"""Every family of teachers with images: what is captured is what the official processor and the whole model say."""
+"""Every family of image-text teachers: captures equal what the official processor and the whole model give."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from teacher_cache.format.sequences import SequenceRecord
 from tests.llavamod_offline.families.official import FAMILIES, LLAVAS, Official, open_official, write_family
 from tests.tiny import tiny_image
 
-# Alone: squares, landscapes and portraits, smaller and larger than the processors' bounds.
+# For single images: squares, landscapes and portraits, below and above the processors' size limits.
 SIZES = ((24, 24), (60, 31), (17, 44), (9, 9), (150, 40), (33, 100))
 
 
@@ -83,7 +83,7 @@ def conversations() -> list[Sample]:
 
 
 def preferences() -> list[Sample]:
-    """Answers that begin alike, and answers of different lengths; with one image, two, and none."""
+    """Answers with a common beginning, and answers of different lengths; with one image, two, and none."""
     turns = (Turn("user", "<image>\nWhat is it?"),)
     images = [tiny_image(number, size) for number, size in enumerate(SIZES)]
     answers = [
@@ -131,12 +131,12 @@ def test_text_alone_is_captured_in_a_batch_of_its_own(family: Opened) -> None:
 def test_preferences_are_captured_alike_with_and_without_shared_prompts(family: Opened, shared: bool) -> None:
     samples = preferences()
     _assert_official(family, samples, family.capture(samples, batch_size=4, shared_prompts=shared))
-    # Pairs that a batch cuts in two.
+    # Batches that separate the two answers of a pair.
     _assert_official(family, samples, family.capture(samples, batch_size=3, shared_prompts=shared))
 
 
 def test_pictures_decide_what_is_captured(family: Opened) -> None:
-    """Else the tests above would pass on a model that sees no images."""
+    """Otherwise the tests above would pass on a model that ignores images."""
     first = conversations()[1]
     other = dataclasses.replace(first, images=(tiny_image(77, SIZES[1]),))
     gaps = [
@@ -179,7 +179,7 @@ def test_all_positions_with_hidden_states_of_image_patches(family: Opened) -> No
 
 
 def test_headers_alone_tell_the_tokens_of_any_shape(family: Opened) -> None:
-    """`encode` reads headers, `pictures` prepares pixels: they must agree, alone and with others."""
+    """`encode` reads only headers, `pictures` prepares pixels: they must agree, for one image and for several."""
     rng = np.random.default_rng(0)
     sizes = [*((int(w), int(h)) for w, h in rng.integers(1, 120, size=(60, 2))), (100, 1), (1, 100), (400, 3)]
     for number, size in enumerate(sizes):

@@ -1,4 +1,4 @@
-"""Families that run by their own processors: captures equal a plain processor and the whole model."""
+"""Families that use their own processors: captures equal what a plain processor and the whole model give."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.tiny_families import NEED_TORCHVISION, TINY_FAMILIES
 from tests.tiny_llama import KINDS, llama_tokenizer
 
 SIZES = ((24, 24), (60, 31), (17, 44), (150, 40), (33, 100))
-# What transformers' own processors do with arrays and tensors.
+# From how transformers' own processors convert arrays and tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 _MISSING = importlib.util.find_spec("torchvision") is None
 _SKIP = pytest.mark.skipif(_MISSING, reason="its processor needs torchvision")
@@ -59,7 +59,7 @@ def conversations(world: World) -> list[Sample]:
     made.append(sample("two-rounds", (images[1], images[3]), *rounds))
     made.append(sample("three", tuple(images[:3]), "<image>\n<image>\n<image>\nHow many?", "No."))
     made.append(sample("text", (), "How many?", "Two objects.", "Sure?", "Yes."))
-    if world.name == "paligemma":  # it needs an image, and sees a whole prompt: one answer
+    if world.name == "paligemma":  # it needs an image, and attends to a whole prompt: one answer
         return [one for one in made if one.images and len(one.turns) == 2]
     return made
 
@@ -116,7 +116,7 @@ def test_captures_equal_the_processor_and_the_whole_model(world: World, batch_si
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_reference_itself_does_not_depend_on_its_batches(world: World, side: str) -> None:
-    """Else a difference would say nothing; also a padded batch of unlike shapes, with images in every row."""
+    """Otherwise a difference would mean nothing; the batch is padded, of different shapes, with images in every row."""
     samples = [one for one in conversations(world) if one.images]
     pairs = [(one, "response") for one in samples]
     for pair, (ids_T, rows_TV) in zip(pairs, world.plain.log_probs(pairs, side), strict=True):
@@ -133,7 +133,7 @@ def test_images_decide_what_is_captured(world: World) -> None:
 
 
 def test_answers_equal_those_of_the_plain_model(world: World) -> None:
-    """A batch of prompts of unlike lengths and images, and one without any."""
+    """A batch of prompts of different lengths and images, and one prompt without any."""
     engine, end = engine_of(world, 8), world.family.encoder.end_id
     asked = [one for one in conversations(world) if len(one.turns) == 2]
     if world.name != "paligemma":
@@ -160,7 +160,7 @@ def test_answers_equal_those_of_the_plain_model(world: World) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["llava_next", "vipllava"])
 def test_a_tokenizer_that_puts_spaces_and_a_start_before_text_is_followed(tmp_path: Path, name: str, kind: str) -> None:
-    """As Llama's, with which most of these models come."""
+    """Like Llama's, which most of these models come with."""
     tiny = TINY_FAMILIES[name]
     folder = tiny.write(tmp_path / "teacher", tokenizer=llama_tokenizer(kind))
     family = open_family(folder, "auto", image_aspect="auto", max_length=2048)

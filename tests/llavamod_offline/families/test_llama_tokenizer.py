@@ -1,4 +1,4 @@
-"""Teachers whose tokenizer puts `<s>` first, as LLaVA-1.5 on Vicuna: their processor's ids, their model's log-probs."""
+"""Teachers whose tokenizer puts `<s>` first, like LLaVA-1.5 on Vicuna: the processor's ids, the model's log-probs."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_llava_is_captured_as_its_processor_words_it(tmp_path: Path, kind: str
 
 @pytest.mark.parametrize("own", [True, False])
 def test_a_language_model_begins_as_its_tokenizer_does(tmp_path: Path, own: bool) -> None:
-    """A text begins with `<s>`; what its chat template words begins with what stands there, as it renders tokens."""
+    """Plain text begins with `<s>`; a chat template writes its special tokens itself, so none is added to it."""
     folder = write_tiny_causal_lm(tmp_path / "teacher", "llama", tokenizer=llama_tokenizer())
     if own:
         (folder / "chat_template.jinja").write_text(to_jinja(TEMPLATE))

@@ -1,4 +1,4 @@
-"""The parts of models of all families."""
+"""The parts of every family's model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WRITERS = {
     **{name: tiny.write for name, tiny in TINY_FAMILIES.items()},
 }
 FAST = ("qwen3_vl", "gemma3", "smolvlm", "janus")
-# Of models that also draw.
+# In models that also generate images.
 UNUSED = {"janus": ("generation_", "vqmodel")}
 
 
@@ -26,7 +26,7 @@ UNUSED = {"janus": ("generation_", "vqmodel")}
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in WRITERS]
 )
 def test_tower_projector_and_text_are_all_of_a_model(tmp_path: Path, name: str) -> None:
-    """Nothing belongs to two of them, and nothing is left out but what has nothing to do with answers."""
+    """No parameter belongs to two of them, and only parameters that answers do not use belong to none."""
     model = AutoModelForImageTextToText.from_pretrained(WRITERS[name](tmp_path / "model"), dtype=torch.float32)
     patterns = model_parts(model)
     names = [parameter for parameter, _ in model.named_parameters()]

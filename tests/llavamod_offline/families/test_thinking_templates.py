@@ -1,4 +1,4 @@
-"""Chat templates of "thinking" models: followed where a turn is worded alike wherever it stands, else refused."""
+"""Chat templates of "thinking" models: followed if a turn is worded the same at every position, else refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ GLM_4_5 = (
     "{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}<|assistant|>"
     "{{- '\n<think></think>' if enable_thinking is defined and not enable_thinking else '' -}}{%- endif -%}"
 )
-# Qwen3's and Qwen3.5's, which word the last answer in another way than those before it.
+# Qwen3's and Qwen3.5's, which word the last answer differently from those before it.
 QWEN3 = (
     "{%- for message in messages -%}{{ '<|im_start|>' + message.role + '\n' }}"
     "{%- if message.role == 'assistant' and loop.last -%}{{ '<think>\n\n</think>\n\n' }}{%- endif -%}"

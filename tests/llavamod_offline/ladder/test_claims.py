@@ -1,4 +1,4 @@
-"""The exact paired test, and what makes a claim hold."""
+"""The exact paired test, and when a claim holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ladder's commands make every row of its table, at equal data and steps."""
+"""The ladder's commands produce every row of its table, with equal data and steps."""
 
 from __future__ import annotations
 

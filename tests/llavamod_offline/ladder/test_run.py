@@ -1,4 +1,4 @@
-"""The ladder from commands to page, made small: results, resuming, and what it refuses."""
+"""The ladder in miniature, from commands to page: results, resuming, and what it refuses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ABSENT = "There is a red star and a small blue cross."
 
 
 def write_results(output: Path, seed: int, rng: random.Random) -> dict[str, float]:
-    """Write what a seed's commands write, with numbers drawn at random; distilled rows are better by 0.2."""
+    """Write what a seed's commands write, with random numbers; distilled rows are better by 0.2."""
     here = output / f"seed-{seed}"
     for cache in CACHES:
         _write(here / "caches" / cache.name / "cache.json", {"totals": {"bytes": 300, "positions": 10}})
@@ -66,7 +66,7 @@ def test_rows_claims_and_page_come_from_the_commands_files(tmp_path: Path) -> No
         steps = ladder_steps(seed, quick=False)
         gather_seed(tmp_path, seed, steps, write_results(tmp_path, seed, rng))
         results[seed] = read_seed(tmp_path, seed, steps) or {}
-        assert read_seed(tmp_path, seed, steps[:-1]) is None  # those of other commands
+        assert read_seed(tmp_path, seed, steps[:-1]) is None  # results of other commands do not count
     summary = summarise(results)
     rows = {row["run"]: row for row in summary["rows"]}
     assert list(rows) == [TEACHER, *(row.run for row in ROWS)]
@@ -83,7 +83,7 @@ def test_rows_claims_and_page_come_from_the_commands_files(tmp_path: Path) -> No
     assert summary["claims"]["kd_over_sft"]["holds"] is True
     assert summary["claims"]["kd_over_sft"]["seeds"] == SEEDS
     assert summary["claims"]["kd_over_sft"]["difference"] == pytest.approx(0.2, abs=0.02)
-    (example,) = results[1]["examples"]  # of image 7 all are right
+    (example,) = results[1]["examples"]  # image 7 is left out, since all its answers are right
     assert example["texts"]["after DPO"] == [
         ["There is a ", False], ["red star", True], [" and a small blue cross.", False]
     ]  # fmt: skip
@@ -98,7 +98,7 @@ def test_rows_claims_and_page_come_from_the_commands_files(tmp_path: Path) -> No
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Step], Callable[..., list[str]]]:
-    """The steps of each seed, which write words, and the ladder: the words written in a run that ends well."""
+    """The steps of each seed, which write words, and a function that runs the ladder and returns the words written."""
     words = tmp_path / "words"
     needs = {"a": (), "b": ("a",), "c": ("b",), "d": ()}
     parts = [Step(name, ("sh", "-c", f"echo {name}$SEED >> {words}"), needed) for name, needed in needs.items()]
@@ -135,22 +135,22 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Step], 
 def test_a_command_that_has_ended_is_not_run_again_unless_it_is_typed_otherwise(
     tmp_path: Path, small: tuple[list[Step], Callable[..., list[str]]]
 ) -> None:
-    """Real commands through the real scheduler; a torn line of the log counts as none."""
+    """Real commands through the real scheduler; a truncated line of the log does not count."""
     parts, said = small
     assert said(1, 2) == ["a1", "b1", "c1", "d1", "a2", "b2", "c2", "d2"]  # seed by seed
     assert said(1) == []
     assert said(1, 2) == []
     parts[1] = Step("b", ("sh", "-c", parts[1].command[-1].replace("echo b", "echo other")), ("a",))
-    assert said(1) == ["other1", "c1"]  # and what needs it
+    assert said(1) == ["other1", "c1"]  # and the step that depends on it
     log = tmp_path / "ladder" / "steps.jsonl"
     log.write_text(log.read_text()[:-5])
     (tmp_path / "ladder" / "seed-1" / "results.json").unlink()
     assert said(1) == ["c1"]
-    assert said(2) == ["other2", "c2"]  # what was run for another seed has lost nothing
+    assert said(2) == ["other2", "c2"]  # running another seed has not undone anything
 
 
 def test_a_seed_may_be_run_elsewhere(tmp_path: Path, small: tuple[list[Step], Callable[..., list[str]]]) -> None:
-    """Its results are enough, in a folder with nothing else, or beside other seeds."""
+    """Its results alone are enough, in an empty folder or beside other seeds."""
     _, said = small
     assert said(2, output="elsewhere") == ["a2", "b2", "c2", "d2"]
     for output in ("ladder", "fresh"):
@@ -163,7 +163,7 @@ def test_a_seed_may_be_run_elsewhere(tmp_path: Path, small: tuple[list[Step], Ca
 def test_damaged_results_are_one_line(
     tmp_path: Path, small: tuple[list[Step], Callable[..., list[str]]], content: str
 ) -> None:
-    """Nothing is run in their place."""
+    """Their seed is not run again instead."""
     _, said = small
     assert said(1)
     (tmp_path / "ladder" / "seed-1" / "results.json").write_text(content)

@@ -45,7 +45,7 @@ def truncate(
         if k == vocab:
             continue
         tail[i] = log_probs_NV[i, order[k:]].logsumexp(0).float()
-        if samples and i % 5 != 4:  # every fifth position has a tail, but nothing drawn from it
+        if samples and i % 5 != 4:  # every fifth position has a tail but no samples from it
             shape = (log_probs_NV[i, order[k:]] / sampled_at).softmax(0)
             drawn = order[k:][torch.multinomial(shape, samples, replacement=True, generator=generator)]
             ids, counts = drawn.unique(return_counts=True)
@@ -84,7 +84,7 @@ def reference_kl(
     temperature: float = 1.0,
     prior: TailPrior | None = None,
 ) -> Tensor:
-    """What each estimator of the tail means, position by position, from the full teacher and the top-k ids."""
+    """What each tail estimator should give, position by position, from the full teacher and the top-k ids."""
     vocab = log_probs_NV.shape[1]
     total = logits_NV.sum() * 0.0
     for i in range(len(targets)):
@@ -159,7 +159,7 @@ def _term(kind: str, p: Tensor, q: Tensor, w: float, a: float) -> Tensor:
 
 
 def without_targets(targets: SparseTargets, rows: list[int]) -> SparseTargets:
-    """The same positions, of which some have neither top-k nor tail, neither samples nor an actual token."""
+    """The same positions, but the given rows have no top-k, tail, samples or actual token."""
     values = {name: tensor.clone() for name, tensor in vars(targets).items() if isinstance(tensor, Tensor)}
     for name in ("topk_ids_NK", "tail_ids_NM", "target_ids_N"):
         values[name][rows] = EMPTY_ID

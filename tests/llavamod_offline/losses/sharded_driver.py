@@ -1,4 +1,4 @@
-"""One process of several on shared batches: `torchrun … FILE WRAPPER TAIL HEAD STUDENT DATA CACHE OUTPUT`."""
+"""One of several processes on shared batches: `torchrun … FILE WRAPPER TAIL HEAD STUDENT DATA CACHE OUTPUT`."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from llavamod_offline.losses.kinds import TailEstimator
 from teacher_cache import open_cache
 from train.engine.deepspeed_engine import World, make_engine, process_group
 
-Wrapped = tuple[Any, Callable[[Any], None]]  # the model, and what a step does with its loss
+Wrapped = tuple[Any, Callable[[Any], None]]  # the model, and the update step given its loss
 Wrapper = Callable[[Any, float], AbstractContextManager[Wrapped]]
 STEPS = 3
 RATE = 0.05
 
 
 def keys_with_one_image(data: Path) -> list[str]:
-    """Samples whose images every process can run its tower on."""
+    """Samples with one image each, so that every process runs its tower."""
     index = SampleSet.open(data).index
     counts = zip(index["key"].to_pylist(), index["n_images"].to_pylist(), strict=True)
     return [key for key, count in counts if count == 1][:8]
 
 
 def train(student: Path, data: Path, cache_path: Path, wrap: Wrapper, tail: TailEstimator, head: str) -> dict[str, Any]:
-    """Losses of some steps over the same keys, by plain gradient descent; each process has every `size`-th key.
+    """Train some steps of plain gradient descent over the same keys, every `size`-th in each process; return losses.
 
     `head`: `biased` gives the student an LM head with a bias.
     """
@@ -97,7 +97,7 @@ def zero3(model: Any, rate: float) -> Iterator[Wrapped]:
 
 
 def plain(model: Any, rate: float) -> AbstractContextManager[Wrapped]:
-    """The model as it is."""
+    """The model without a wrapper."""
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=rate)
 
     def update(loss: Any) -> None:

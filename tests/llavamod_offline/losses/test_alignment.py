@@ -78,7 +78,7 @@ class TestHiddenAlignment:
 
 
 def test_the_projection_learns_beside_the_student_and_stays_behind(tmp_path: Path) -> None:
-    """It maps 64 dimensions to 48, is trained by the same optimiser, and no exported file knows of it."""
+    """It maps 64 dimensions to 48, is trained by the same optimiser, and appears in no exported file."""
     folder = write_tiny_llava(tmp_path / "student")
     student = load_llava(folder)
     projection = HiddenProjection(64, 48)
@@ -146,7 +146,7 @@ class TestRelations:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_equals_a_loop_over_images_and_pairs_of_tokens(self, dtype: torch.dtype) -> None:
-        """Students and teachers of other widths and LM heads; images of unequally many tokens, one of none."""
+        """Student and teacher differ in width and LM head; images have different numbers of tokens, one has none."""
         student_BPD = _normal(4, 5, 6).to(dtype).requires_grad_()
         weight_VD = _normal(13, 6, seed=1).to(dtype)
         teacher_BPP = hidden_relations(

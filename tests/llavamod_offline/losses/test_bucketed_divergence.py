@@ -1,4 +1,4 @@
-"""Every divergence on top-k and bucket against a reference that goes event by event, alone and by the fused LM head."""
+"""Every divergence on top-k and bucket against an event-by-event reference, alone and with the fused LM head."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_zero_for_the_teacher_itself_and_never_negative(kind: str, temperature: 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_bucket_bounds_from_below_what_the_whole_vocabulary_gives(kind: str) -> None:
-    """And is equal where the student's tail has the teacher's shape."""
+    """It is equal where the student's tail has the teacher's shape."""
     log_probs_NV = random_teacher(5, 40, 2)
     some, whole = (truncate(log_probs_NV[:1], top_k=top_k) for top_k in (6, 40))
     other = 2 * _normal(1, 40, seed=1).float()
@@ -216,7 +216,7 @@ def test_the_bucket_bounds_from_below_what_the_whole_vocabulary_gives(kind: str)
 
 @pytest.mark.parametrize("temperature", [0.25, 0.5, 2.0])
 def test_a_tail_that_rounding_swallows_keeps_a_mass(temperature: float) -> None:
-    """One id of probability 1e-20: at T = ¼ it has 1e-80, which no top-k sum can leave over."""
+    """One id of probability 1e-20: at T = ¼ it has 1e-80, which 1 minus the top-k's sum cannot represent."""
     tiny = 1e-20
     log_probs_1V = torch.tensor([[0.7, 0.3, tiny]], dtype=torch.float64).log()
     targets = truncate(log_probs_1V, top_k=2, temperatures=(0.25, 0.5, 2.0))
@@ -281,7 +281,7 @@ def test_half_precision_logits_are_computed_in_float32(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_log_is_the_same_whatever_the_divergence(kind: str) -> None:
-    """The forward KL by samples and the stored entropy, the tails' shares, and how often the first choices agree."""
+    """It holds the forward KL from samples and stored entropy, the tails' masses, and how often the top-1 ids agree."""
     log_probs_NV = random_teacher(9, 25, 8)
     targets = truncate(log_probs_NV, top_k=7, samples=3)
     logits = (2 * _normal(9, 25, seed=7)).float()
@@ -350,7 +350,7 @@ class TestErrors:
                 )
 
     def test_an_infinite_reverse_kl(self) -> None:
-        """A tail that the teacher never enters is out of the student's reach only if the top-k holds every id."""
+        """Where the teacher's tail has no mass, the student's has none only if the top-k holds every id."""
         tailless = dataclasses.replace(self.targets, tail_log_mass_N=torch.tensor([-1.0, -math.inf, -1.0, -math.inf]))
         with pytest.raises(TargetError, match=r"reverse_kl is infinite at 2 positions.*: use skewed_reverse_kl or js"):
             reverse_kl(self.logits, tailless)

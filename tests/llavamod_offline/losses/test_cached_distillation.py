@@ -1,4 +1,4 @@
-"""Distillation as a module: equal to its parts, safe against wrong records, and the same however it is sharded."""
+"""Distillation as a module: equal to its parts, safe against wrong records, and the same whatever the sharding."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _keys(cache: TeacherCache, count: int = 6) -> list[str]:
 def test_it_equals_the_fused_loss_over_the_recorded_positions(
     folders: Folders, settings: dict[str, Any], tail: Any, which: str
 ) -> None:
-    """Positions are found one by one here; gradients of LM head and hidden states too."""
+    """Here positions are found one by one; the gradients of LM head and hidden states are compared too."""
     cache, model = open_cache(folders[which]), load_llava(folders["student"])
     batch = _batch(folders, cache, _keys(cache))
     targets, labels = batch.pop("targets"), batch.pop("labels")
@@ -99,7 +99,7 @@ def test_micro_batches_add_up_to_the_whole(folders: Folders) -> None:
 
 
 def test_records_of_other_samples_are_refused(folders: Folders) -> None:
-    """Whether their numbers of positions differ or not."""
+    """Whether or not their numbers of positions differ."""
     cache, model = open_cache(folders["cache"]), load_llava(folders["student"])
     CachedDistillation(cache).attach(model)
     keys = _keys(cache)
@@ -129,7 +129,7 @@ def test_labels_are_checked_against_the_cache_by_sample(folders: Folders) -> Non
 
 
 def test_shifted_labels_are_refused(folders: Folders) -> None:
-    """Their tokens are those of the records, but stand one place too early."""
+    """Their tokens match the records but stand one position too early."""
     cache, model = open_cache(folders["cache"]), load_llava(folders["student"])
     CachedDistillation(cache).attach(model)
     batch = _batch(folders, cache, _keys(cache))
@@ -156,7 +156,7 @@ def test_a_sharded_head_is_named_with_the_way_out(folders: Folders) -> None:
 
 
 def test_a_head_with_a_bias_is_applied_whole(folders: Folders) -> None:
-    """The loss is that of logits with the bias, which gets its gradient."""
+    """The loss is computed on logits with the bias, and the bias gets its gradient."""
     cache, model = open_cache(folders["cache"]), load_llava(folders["student"])
     bias_V = torch.randn(model.lm_head.weight.shape[0], generator=torch.Generator().manual_seed(0))
     model.lm_head.bias = torch.nn.Parameter(3 * bias_V)
@@ -181,7 +181,7 @@ def test_a_head_that_is_not_known_is_refused(folders: Folders) -> None:
 
 
 def test_a_student_with_swapped_ids_and_one_with_fewer_rows(folders: Folders) -> None:
-    """Records are read by the student's ids; an id that it lacks is named."""
+    """Records are translated to the student's ids; an id that the student lacks is named."""
     cache, model = open_cache(folders["cache"]), load_llava(folders["student"])
     batch = _batch(folders, cache, _keys(cache))
     targets, labels = batch.pop("targets"), batch.pop("labels")
@@ -204,7 +204,7 @@ def test_a_student_with_swapped_ids_and_one_with_fewer_rows(folders: Folders) ->
 
 
 def test_the_mean_tail_is_not_read_where_it_has_no_share(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes a look at every shard of a cache."""
+    """Reading it means opening every shard of a cache."""
     cache = open_cache(folders["cache"])
 
     def unread(self: TeacherCache) -> None:
@@ -236,7 +236,7 @@ def test_without_targets_an_attached_student_answers_as_before(folders: Folders)
     ],
 )
 def test_two_processes_learn_as_one(folders: Folders, tmp_path: Path, wrapper: str, tail: Any, head: str) -> None:
-    """The LM head is whole inside the student's forward pass; losses and updates are those of one process."""
+    """The LM head is gathered inside the student's forward pass; losses and updates equal those of one process."""
     places = (folders["student"], folders["data"], folders["cache"])
     in_two_processes(sharded_driver.__file__, wrapper, tail, head, *places, tmp_path / "found")
     first, second = (json.loads((tmp_path / f"found.{rank}").read_text()) for rank in (0, 1))

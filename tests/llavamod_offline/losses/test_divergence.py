@@ -74,7 +74,7 @@ def test_samples_of_another_temperature_equal_the_dense_reference(temperature: f
 def test_a_prior_pulls_by_the_mean_tail_in_place_of_a_share_of_the_samples(
     n: int, top_k: int, share: float, seed: int
 ) -> None:
-    """The value stays the samples'; the gradient is that of the mixture."""
+    """The value stays that of the samples; the gradient is that of the mixture."""
     log_probs_NV = random_teacher(n, 13, seed)
     targets = truncate(log_probs_NV, top_k=top_k, samples=3, seed=seed)
     profile_V = torch.rand(13, generator=torch.Generator().manual_seed(seed)).square()

@@ -208,7 +208,7 @@ def test_bfloat16_keeps_logits_and_sums_in_float32() -> None:
 
 
 class _LargestTensor(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that any operation makes; views are no new memory."""
+    """Records the number of elements of the largest tensor that any operation creates; views are not counted."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

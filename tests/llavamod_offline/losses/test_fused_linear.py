@@ -27,7 +27,7 @@ from tests.nothing_asked import NothingAsked
 
 pytestmark = pytest.mark.usefixtures("order")
 
-N, DIM, VOCAB = 37, 12, 53  # multiples of nothing
+N, DIM, VOCAB = 37, 12, 53  # no convenient multiples
 TARGETS = truncate(random_teacher(N, VOCAB, 1), top_k=7, samples=3, temperatures=(2.0,))
 IDS_N, SEQUENCE_OF_N = TARGETS.target_ids_N, torch.arange(N) % 3
 UPSTREAM_S = torch.tensor([1.0, -2.0, 0.5])
@@ -72,7 +72,7 @@ def _gradients(loss: Callable[..., Tensor], *leaves: Tensor) -> tuple[Tensor, ..
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_low_precision_is_exact_but_for_its_inputs_and_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products, logits and sums over chunks are float32: only the gradients' own rounding to bfloat16 is left."""
+    """Products, logits and sums over chunks are float32: the only rounding is that of the gradients to bfloat16."""
     monkeypatch.setattr(fused_linear, "_SLAB", 10)
     low = [leaf.bfloat16() for leaf in _leaves()]
     value, *gradients = _gradients(LOSSES[name], *low)
@@ -87,7 +87,7 @@ def test_low_precision_is_exact_but_for_its_inputs_and_results(name: str, monkey
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("name", ["forward_kl", "sequences"])
 def test_checkpointed_layers_change_nothing(name: str, inside: bool, reentrant: bool) -> None:
-    """Below the loss, as a student recomputes its layers, or with the loss inside the recomputed part."""
+    """With checkpointing below the loss, as in a student's layers, or with the loss inside the recomputed part."""
     inputs_ND, weight_VD = _leaves()
     layer, lm_head = nn.Linear(DIM, DIM), nn.Linear(DIM, len(weight_VD), bias=False)
 
@@ -118,10 +118,10 @@ def test_checkpointed_layers_change_nothing(name: str, inside: bool, reentrant: 
 
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
-)  # Dynamo's own look
+)  # from Dynamo's own inspection
 @pytest.mark.parametrize("name", ["forward_kl", "js", "cross-entropy", "sequences"])
 def test_a_compiled_function_around_it_gives_the_same(name: str) -> None:
-    """The graph breaks at the loss, which runs as it is; what is left of the graph is compiled."""
+    """The graph breaks at the loss, which runs uncompiled; the rest of the graph is compiled."""
     inputs_ND, weight_VD = _leaves()
     layer = nn.Linear(DIM, DIM)
 
@@ -129,7 +129,7 @@ def test_a_compiled_function_around_it_gives_the_same(name: str) -> None:
         return LOSSES[name](torch.tanh(layer(x_ND)), lm_head_VD * 1.0) * 2.0
 
     compiled: Loss = torch.compile(plain, backend="aot_eager")
-    for rows in (N, N):  # the second call runs what the first has compiled
+    for rows in (N, N):  # the second call runs what the first compiled
         for ours, expected in zip(
             _gradients(compiled, inputs_ND[:rows], weight_VD),
             _gradients(plain, inputs_ND[:rows], weight_VD),
@@ -166,7 +166,7 @@ def test_rows_beyond_the_vocabulary_get_neither_probability_nor_gradient(name: s
     ("tail", "share"), [("samples", 0.0), ("samples", 0.4), ("bucket", 0.0), ("renormalised", 0.0)]
 )
 def test_narrow_ids_and_an_id_drawn_twice_will_do(tail: TailEstimator, share: float) -> None:
-    """Ids of 32 bits give the same bits; a draw in two slots that share its weight gives the same divergence."""
+    """32-bit ids give identical bits; a tail sample whose weight is split over two slots gives the same divergence."""
     hidden_ND, weight_VD = _leaves(VOCAB)
     names = ("topk_ids_NK", "tail_ids_NM", "target_ids_N")
     narrow = replace(TARGETS, **{name: getattr(TARGETS, name).int() for name in names})
@@ -232,7 +232,7 @@ def _slow_logits(head: str, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("frozen", [None, "hidden", "weight", "bias"])
 def test_gradients_go_through_softcap_scale_and_bias(name: str, head: str, frozen: str | None) -> None:
-    """Against autograd in float64 on logits that are inputs of the loss, with a head that multiplies by one."""
+    """Against float64 autograd through the logits; the loss gets them as inputs, with the identity as LM head."""
     biased, softcap, scale = HEADS[head]
     hidden_ND, weight_VD = _leaves()
     bias_V = torch.randn(len(weight_VD), generator=torch.Generator().manual_seed(1))
@@ -241,7 +241,7 @@ def test_gradients_go_through_softcap_scale_and_bias(name: str, head: str, froze
     loss = LOSSES[name](own[0], LmHead(own[1], own[2] if biased else None, softcap, scale))
     used = [leaf for leaf in own[: 2 + biased] if leaf.requires_grad]
     found = torch.autograd.grad(loss, used)
-    # The loss of given logits, with its gradient by them: the head that multiplies by the identity.
+    # The loss and its gradient with respect to given logits: the LM head multiplies by the identity.
     exact = [leaf.detach().double().requires_grad_(leaf.requires_grad) for leaf in own]
     logits_NV = _slow_logits(head, *exact)
     given_NV = logits_NV.detach().float().requires_grad_()
@@ -284,7 +284,7 @@ def test_a_whole_head_in_low_precision_is_exact_but_for_its_inputs_and_results(n
 def test_any_head_gives_the_gradients_of_autograd(
     seed: int, rows: int, spare: int, chunk: int, biased: bool, softcap: float | None, scale: float, name: str
 ) -> None:
-    """Cross-entropy and log-probs of sequences over V ids of a head with spare rows, against float64."""
+    """Cross-entropy and sequence log-probs over V ids of an LM head with spare rows, against float64."""
     generator = torch.Generator().manual_seed(seed)
     vocab = int(torch.randint(2, 60, (), generator=generator))
     ids_N = torch.randint(0, vocab, (rows,), generator=generator)

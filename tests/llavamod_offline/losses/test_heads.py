@@ -32,7 +32,7 @@ SAMPLES = [
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> TeacherCache:
-    """All probabilities of a teacher with a softcap."""
+    """A cache with all log-probs of a teacher that has a softcap."""
     root = tmp_path_factory.mktemp("heads")
     write_set(SAMPLES, root / "set")
     teacher = write_tiny_causal_lm(root / "teacher", "gemma2", seed=1, final_logit_softcapping=5.0)

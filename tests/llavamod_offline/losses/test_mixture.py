@@ -1,4 +1,4 @@
-"""Mixtures of teachers: equal to the dense mixture where records hold all of it, unbiased where they sample tails."""
+"""Mixtures of teachers: equal to the dense mixture if records hold everything, unbiased if they sample tails."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def dense_mixture(teachers: list[Tensor], weights: tuple[float, ...]) -> Tensor:
 
 
 def with_one_answer(parts: list[SparseTargets], teachers: list[Tensor]) -> list[SparseTargets]:
-    """The same actual tokens for all teachers."""
+    """The same targets with the same actual tokens for all teachers."""
     ids_N = parts[0].target_ids_N
     return [
         replace(part, target_ids_N=ids_N, target_log_probs_N=t.gather(1, ids_N[:, None]).squeeze(1).float())
@@ -51,7 +51,7 @@ def densified(targets: SparseTargets) -> Tensor:
 def test_exhaustive_records_give_the_dense_mixture() -> None:
     teachers = dense_teachers()
     parts = with_one_answer([truncate(t, top_k=V) for t in teachers], teachers)
-    parts = [part[0:N:3] for part in parts]  # those of truncate's positions whose top-k is not ragged
+    parts = [part[0:N:3] for part in parts]  # the positions at which `truncate` keeps the full top-k
     teachers = [t[0:N:3] for t in teachers]
     p_NV = sum(w / sum(WEIGHTS) * t.exp() for w, t in zip(WEIGHTS, teachers, strict=True))
     assert isinstance(p_NV, Tensor)
@@ -91,7 +91,7 @@ def test_the_top_k_part_is_the_union_and_everything_sums_to_one() -> None:
 
 
 def sampled(part: SparseTargets, log_probs_NV: Tensor, u: float, count: int) -> SparseTargets:
-    """The same records with `count` systematic samples of each tail."""
+    """The same records with `count` systematic samples from each tail."""
     kept_NK = (part.topk_ids_NK != EMPTY_ID).double()
     inside_NV = torch.zeros(N, V).double().scatter_add(1, part.topk_ids_NK.clamp(min=0), kept_NK)
     outside_NV = torch.where(inside_NV > 0, 0.0, log_probs_NV.exp())
@@ -100,7 +100,7 @@ def sampled(part: SparseTargets, log_probs_NV: Tensor, u: float, count: int) -> 
 
 
 def test_sampled_tails_give_an_unbiased_mixture_and_gradient() -> None:
-    """Averaged over a grid of the uniform numbers, also for ids of one teacher's top-k part and another's tail."""
+    """Averaged over a grid of uniform numbers, also for ids in one teacher's top-k and another's tail."""
     teachers = dense_teachers()
     p_NV = dense_mixture(teachers, WEIGHTS)
     logits_NV = torch.randn(N, V, generator=torch.Generator().manual_seed(5)).requires_grad_()
@@ -117,7 +117,7 @@ def test_sampled_tails_give_an_unbiased_mixture_and_gradient() -> None:
     assert float((mean_NV - p_NV).abs().max()) < 0.005
     exact_NV = logits_NV.detach().double().softmax(-1) - p_NV
     assert float((gradient_NV - exact_NV).abs().max()) < 0.005
-    assert float((densified(mixed) - p_NV).abs().max()) > 0.05  # one drawing alone is far from it
+    assert float((densified(mixed) - p_NV).abs().max()) > 0.05  # a single draw is far from it
 
 
 def test_whole_tails_miss_at_most_their_mass() -> None:

@@ -49,7 +49,7 @@ def test_value_and_gradient_are_those_of_a_loop_over_dense_distributions(importa
 
 
 def test_it_is_unbiased_over_ten_thousand_sampled_answers() -> None:
-    """The mean over answers of another writer lies within 4 standard errors of the reverse KL's own gradient."""
+    """The mean over another policy's answers lies within 4 standard errors of the reverse KL's own gradient."""
     vocab, count = 8, 10_000
     teacher_1V, behaviour_1V = random_teacher(1, vocab, 5, 1.0), random_teacher(1, vocab, 6, 1.0)
     start_V = torch.randn(vocab, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
@@ -68,7 +68,7 @@ def test_it_is_unbiased_over_ten_thousand_sampled_answers() -> None:
     assert exact_V.grad is not None
     error_V = logits_NV.grad.std(0) / math.sqrt(count)
     assert bool(((logits_NV.grad.mean(0) - exact_V.grad).abs() < 4 * error_V).all())
-    assert bool((exact_V.grad.abs() > 20 * error_V).any())  # else nothing would be shown
+    assert bool((exact_V.grad.abs() > 20 * error_V).any())  # otherwise the test would show nothing
     scores_N = (start_V.log_softmax(0)[ids_N] - teacher_1V[0, ids_N]) * (
         start_V.log_softmax(0)[ids_N] - behaviour_1V[0, ids_N]
     ).exp()

@@ -108,7 +108,7 @@ def test_kto_pair_takes_the_global_means_and_clamps_them() -> None:
 
 
 def test_kto_pair_clamps_the_batchs_own_means() -> None:
-    # r_w = (−2, −4), r_l = (1, −3): both means are below 0, so K_w = K_l = 0.
+    # r_w = (−2, −4), r_l = (1, −3): both means are negative, so K_w = K_l = 0.
     chosen, rejected, nothing = torch.tensor([-2.0, -4.0]), torch.tensor([1.0, -3.0]), torch.zeros(2)
     loss = preference_loss(chosen, rejected, nothing, nothing, kind="kto_pair", beta=0.1)
     expected = [(_sigmoid(0.2) + _sigmoid(0.1)) / 2, (_sigmoid(0.4) + _sigmoid(-0.3)) / 2]
@@ -116,7 +116,7 @@ def test_kto_pair_clamps_the_batchs_own_means() -> None:
 
 
 def test_kto_pair_has_no_gradient_through_its_kl_terms() -> None:
-    # σ'(x) β / 2 of each response's own term alone; through the KL terms other pairs would add to it.
+    # Only σ'(x) β / 2 from each response's own term; through the KL terms, other pairs would contribute.
     chosen = POLICY_CHOSEN.clone().requires_grad_()
     rejected = POLICY_REJECTED.clone().requires_grad_()
     loss = preference_loss(chosen, rejected, REFERENCE_CHOSEN, REFERENCE_REJECTED, kind="kto_pair", beta=0.1)

@@ -53,7 +53,7 @@ def test_a_kl_below_zero_counts_as_zero() -> None:
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (1.3, 0.4)])
 def test_equals_trl(seed: int, weights: tuple[float, float]) -> None:
-    """TRL's KTOTrainer.kto_loss, written out: desirable and undesirable responses apart, the KL mean of the batch."""
+    """TRL's KTOTrainer.kto_loss, written out: desirable and undesirable responses apart, the batch's mean as KL."""
     generator = torch.Generator().manual_seed(seed)
     policy_S, reference_S = 20 * torch.randn(2, 9, generator=generator)
     kl_policy_M, kl_reference_M = 5 * torch.randn(2, 7, generator=generator)
@@ -84,12 +84,12 @@ def test_equals_trl(seed: int, weights: tuple[float, float]) -> None:
         desirable_weight=weights[0],
         undesirable_weight=weights[1],
     )
-    torch.testing.assert_close(alone.losses_S, loss.losses_S)  # the global batch's mean will do
+    torch.testing.assert_close(alone.losses_S, loss.losses_S)  # the global batch's mean is enough
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_equals_trls_trainer(seed: int) -> None:
-    """Its own code, run on the log-probs of single tokens that a model would give it."""
+    """TRL's own code, run on token log-probs as a model would give them."""
     trainer: Any = pytest.importorskip("trl").KTOTrainer
     generator = torch.Generator().manual_seed(seed)
     policy_ST, kl_ST = (-torch.rand(6, 4, generator=generator) for _ in range(2))
@@ -142,7 +142,7 @@ def test_equals_trls_trainer(seed: int) -> None:
 
 
 def test_the_gradient_is_the_responses_own() -> None:
-    """None through K, none into the reference; up for the desirable, down for the others."""
+    """No gradient through K or into the reference; up for desirable responses, down for the others."""
     policy, reference, mismatched = (
         tensor.clone().requires_grad_() for tensor in (POLICY, REFERENCE, torch.tensor([2.0, 1.0, -1.5]))
     )

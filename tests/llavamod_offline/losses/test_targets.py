@@ -1,4 +1,4 @@
-"""Targets over the ids that a student has, where the teacher has more."""
+"""Targets limited to the ids that a student has, when the teacher has more."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = 2.0
 
 
 def targets(log_probs_NV: Tensor, top_k: int, samples_NM: Tensor) -> SparseTargets:
-    """Records with the `top_k` most likely ids and given tail samples, of equal weight."""
+    """Records with the `top_k` most likely ids and the given tail samples, equally weighted."""
     topk, ids = log_probs_NV.sort(descending=True, stable=True)
     rest_N = topk[:, top_k:].logsumexp(-1) if top_k < topk.shape[1] else torch.full((len(topk),), -torch.inf)
     weights_NM = torch.full(samples_NM.shape, 1 / max(samples_NM.shape[1], 1))

@@ -1,4 +1,4 @@
-"""Capacity: who is dropped, what becomes of their weight, and that evaluation knows nothing of it."""
+"""Capacity: which tokens are dropped, what happens to their weight, and that evaluation is unaffected."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_places_are_those_of_a_queue(data: st.DataObject) -> None:
 def test_with_room_for_all_nothing_changes(tiny_folder: Path, residual: bool) -> None:
     batch, model = make_batch(tiny_folder, [0, 3, 5]), make_sparse(tiny_folder, residual=residual).train()
     free_BTD = hidden_states(model, batch)
-    limit_capacity(model, 4 / 2)  # every expert could take every token
+    limit_capacity(model, 4 / 2)  # capacity for every token at every expert
     assert torch.equal(hidden_states(model, batch), free_BTD)
 
 
@@ -99,7 +99,7 @@ def test_the_weights_of_what_is_kept_sum_to_one_and_no_expert_exceeds_its_places
 @pytest.mark.parametrize("normalised", [True, False])
 @pytest.mark.parametrize("factor", [0.31, 0.77, 1.23])
 def test_a_router_gives_what_a_queue_by_hand_gives(tiny_folder: Path, factor: float, normalised: bool) -> None:
-    """Weights, token by token: what is lost goes to what is kept, in proportion; logits and choices stay."""
+    """Weights, token by token: lost weight goes to the kept choices in proportion; logits and choices do not change."""
     batch, model = make_batch(tiny_folder, [0, 3, 5]), make_sparse(tiny_folder).train()
     raw: list[tuple[Tensor, Tensor, Tensor]] = []
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -127,13 +127,13 @@ def test_a_router_gives_what_a_queue_by_hand_gives(tiny_folder: Path, factor: fl
 
 
 def test_routers_learn_through_what_is_kept(tiny_folder: Path) -> None:
-    """The task's gradient reaches a router through its tokens' weights, as far as these have a choice left."""
+    """The task's gradient reaches a router through the weights of tokens that have a choice left."""
     batch, model = make_batch(tiny_folder, [0, 3, 5]), make_sparse(tiny_folder).train()
     with torch.no_grad():
         for layer in model.model.language_model.layers[::2]:
             layer.mlp.experts.down_proj.mul_(torch.arange(1.0, 5.0)[:, None, None])  # experts that differ
     gradients = []
-    for _ in range(2):  # without a limit, then with one
+    for _ in range(2):  # without a capacity limit, then with one
         hidden_states(model, batch)[..., 0].sum().backward()
         gradients.append([layer.mlp.gate.weight.grad.clone() for layer in model.model.language_model.layers[::2]])
         model.zero_grad()
@@ -143,7 +143,7 @@ def test_routers_learn_through_what_is_kept(tiny_folder: Path) -> None:
 
 
 def test_padding_takes_no_place(tiny_folder: Path) -> None:
-    """More padding, at either end of the batch, changes nothing for the tokens that count."""
+    """More padding, on either side of the batch, changes nothing for the real tokens."""
     batch, model = make_batch(tiny_folder, [0, 3, 5]), make_sparse(tiny_folder).train()
     limit_capacity(model, 0.6)
     plain_BTD = hidden_states(model, batch)
@@ -191,7 +191,7 @@ def test_a_dense_model_is_left_alone(tiny_folder: Path) -> None:
 
 
 def test_no_layer_waits_for_the_device(tiny_folder: Path) -> None:
-    """Not for the capacity, and not for what is summarised of the routers; only for the number of tokens, once."""
+    """Neither for the capacity nor for the router summary; only once, for the number of tokens."""
     keep_S = torch.tensor([True] * 7 + [False])
     with NothingAsked():
         logits_SE = torch.randn(8, 4)
@@ -202,6 +202,6 @@ def test_no_layer_waits_for_the_device(tiny_folder: Path) -> None:
 
 
 def test_experts_run_in_grouped_products(tiny_folder: Path) -> None:
-    """One product for all experts; transformers' other way asks for each expert's tokens in turn."""
+    """One product for all experts; transformers' alternative looks up each expert's tokens in turn."""
     text = make_sparse(tiny_folder).model.language_model
     assert text.config._experts_implementation == "grouped_mm"

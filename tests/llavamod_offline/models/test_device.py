@@ -1,4 +1,4 @@
-"""A device that is not there is one line, before anything is read."""
+"""A missing device is refused by one line, before anything is read."""
 
 from __future__ import annotations
 

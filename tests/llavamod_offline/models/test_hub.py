@@ -94,7 +94,7 @@ def test_an_incomplete_snapshot_is_one_line(hub: Path, checkpoint: Path, lacking
 
 
 def test_a_snapshot_may_lack_weights_that_are_elsewhere(hub: Path, checkpoint: Path) -> None:
-    """As that of a teacher that a server runs; everything else must be there."""
+    """Like the snapshot of a teacher that runs on a server; everything else must be present."""
     snapshot = write_snapshot(hub, "org/tiny", sharded(checkpoint))
     for file in snapshot.glob("*.safetensors"):
         file.unlink()
@@ -121,7 +121,7 @@ def test_a_folder_that_lacks_a_shard_is_one_line(tmp_path: Path, checkpoint: Pat
 
 @pytest.mark.slow
 def test_commands_take_ids(tmp_path: Path, checkpoint: Path) -> None:
-    """HF_HOME is respected, and nothing that is written names a folder of this machine."""
+    """HF_HOME is respected, and no output names a folder of this machine."""
     write_snapshot(tmp_path / "home" / "hub", "org/tiny", checkpoint)
     write_tiny_set(tmp_path / "set", 8)
     env = {**os.environ, "HF_HOME": str(tmp_path / "home")}

@@ -103,7 +103,7 @@ def tiny(name: str, **settings: Any) -> Any:
 
 
 def _logits(head: LmHead, hidden_RD: Tensor) -> Tensor:
-    """Slowly: as the module's docstring defines them."""
+    """The logits, computed slowly, as the module's docstring defines them."""
     logits_RV = hidden_RD.double() @ head.weight_VD.double().T
     if head.bias_V is not None:
         logits_RV = logits_RV + head.bias_V.double()
@@ -134,7 +134,7 @@ def test_a_model_in_half_precision_passes_too(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in CLASSES if name in heads.RULES])
 def test_a_head_that_is_not_known_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As that of a class which a later release adds."""
+    """Such as that of a class added by a later transformers release."""
     model = tiny(name)
     monkeypatch.delitem(heads.RULES, name)
     with pytest.raises(ModelError, match=f"some/folder: the logits of {name} are not those of its LM head"):
@@ -143,7 +143,7 @@ def test_a_head_that_is_not_known_is_refused(name: str, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("cap", [15.0, 30.0, 50.0])
 def test_a_softcap_far_above_the_logits_is_noticed(cap: float) -> None:
-    """It changes small logits by less than rounding, and large ones much."""
+    """Such a cap changes small logits by less than rounding error, but large ones a lot."""
     model = tiny("LlamaForCausalLM")
     torch.nn.init.normal_(model.lm_head.weight, std=1e-4)
     check_lm_head(model, model.model, name="plain")
@@ -153,7 +153,7 @@ def test_a_softcap_far_above_the_logits_is_noticed(cap: float) -> None:
 
 
 class _OwnModel(transformers.LlamaForCausalLM):  # type: ignore[misc]
-    """A class that no table knows."""
+    """A class that no table lists."""
 
 
 def test_without_weights_a_class_is_known_by_its_name_or_refused() -> None:
@@ -189,7 +189,7 @@ def test_a_tied_or_quantised_head_or_none() -> None:
 
 
 def test_a_llava_does_not_apply_the_softcap_of_its_text_model() -> None:
-    """Logits are what the model's own class gives, whatever its text model's configuration says."""
+    """Logits are what the model's own class computes, whatever its text model's configuration says."""
     text = transformers.Gemma2Config(**_TEXT, **_CAPPED)
     vision = transformers.CLIPVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
@@ -203,7 +203,7 @@ def test_a_llava_does_not_apply_the_softcap_of_its_text_model() -> None:
 
 
 def test_ids_that_a_model_never_predicts_are_never_predicted() -> None:
-    """Chameleon bars the tokens of images from its logits."""
+    """Chameleon masks image tokens in its logits."""
     names = {"<image>": 3, "IMGIMGA": 4, "IMGIMGB": 5, "word": 6}
     config = transformers.ChameleonConfig(
         **_TEXT,
@@ -219,7 +219,7 @@ def test_ids_that_a_model_never_predicts_are_never_predicted() -> None:
     assert not logits_RV[:, barred].any()
 
 
-# Encoder-decoders, which no command takes, and one that diffuses.
+# Encoder-decoders, which no command takes, and a diffusion model.
 _OTHERS = ("T5Gemma", "DiffusionGemma", "Clvp", "Musicgen", "Moshi", "ProphetNet", "Dia", "Csm", "PI0")
 
 
@@ -237,7 +237,7 @@ def _arithmetic(function: ast.FunctionDef) -> Iterator[str]:
 
 
 def test_no_class_of_transformers_that_scales_or_caps_logits_is_missing() -> None:
-    """Read from their source; those that the rules name must use the fields that the rules name."""
+    """Read from the classes' source; classes in the rules must use the fields that the rules name."""
     found: dict[str, str] = {}
     for file in (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"):
         for node in ast.parse(file.read_text()).body:

@@ -1,4 +1,4 @@
-"""Qwen3 as a student's language model: built, made sparse, routed with capacity, and read by plain transformers."""
+"""Qwen3 as a student's language model: built, upcycled, routed with capacity, and read by plain transformers."""
 
 from __future__ import annotations
 

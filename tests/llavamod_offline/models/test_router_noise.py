@@ -1,4 +1,4 @@
-"""Noise on routers: in training alone, in the amount asked for, and the same for the same random numbers."""
+"""Router noise: only in training, in the amount requested, and reproducible from the random seed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_evaluation_and_saved_weights_know_nothing_of_it(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_choices_change_as_often_as_the_noise_says(kind: str) -> None:
-    """None without noise, all but by chance with a lot of it; weights are softmaxes over the chosen."""
+    """None change without noise, nearly all with a lot of it; weights sum to 1 over the chosen experts."""
     plain = sparse(dense(kind), kind).train()
     inputs = inputs_of(plain)
     changed = []
@@ -51,7 +51,7 @@ def test_choices_change_as_often_as_the_noise_says(kind: str) -> None:
             torch.testing.assert_close(weights_SK, bare_weights_SK)
     assert changed[0] == 0.0
     assert 0.05 < changed[1] < 0.6
-    assert changed[2] == pytest.approx(5 / 6, abs=0.08)  # of the six pairs of four experts, one is the first choice
+    assert changed[2] == pytest.approx(5 / 6, abs=0.08)  # one of the six pairs of four experts is the original choice
     with RouterWatch(noisy) as watch:
         noisy(**inputs)
     assert float(watch.routing(inputs["attention_mask"]).balance_loss.detach()) > 0

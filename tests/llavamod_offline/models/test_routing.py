@@ -61,7 +61,7 @@ def test_one_expert_for_all_is_the_worst_and_even_gates_give_one() -> None:
         model(torch.eye(4)[[2, 2, 2]])
     routing = watch.routing(torch.ones(3, 1))
     assert routing.balance_loss.item() == pytest.approx(4.0)
-    assert routing.loads_LE[0, 2].item() == pytest.approx(0.5)  # the first choice; the second of the two is another
+    assert routing.loads_LE[0, 2].item() == pytest.approx(0.5)  # the first choice; the second is the other expert
 
 
 def test_loss_is_summed_over_layers_and_reaches_the_routers(sparse: Any, tiny_folder: Path) -> None:

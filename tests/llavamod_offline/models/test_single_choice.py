@@ -1,4 +1,4 @@
-"""Routers of a single choice: the same function as before, with a gradient from the loss that teaches them."""
+"""Top-1 routers: the same function as before, but with a gradient from the loss, from which they learn."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ quiet = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 
 
 def make_sparse(folder: Path, *, top_k: int = 1) -> Any:
-    """An upcycled student, whose experts have come to differ."""
+    """An upcycled student whose experts differ."""
     model = upcycle(load_llava(folder), layers="sparse", num_experts=4, top_k=top_k, seed=0).train()
     with torch.no_grad():
         for layer in model.model.language_model.layers[::2]:
@@ -61,7 +61,7 @@ def test_the_gradient_is_that_of_two_choices_and_outputs_those_of_one() -> None:
     before_1SD = block(inputs_1SD)
     logits_SE = block.gate(inputs_1SD)[0]
     likely_S2, choices_S2 = logits_SE.softmax(-1).topk(2)
-    with torch.no_grad():  # each expert's output, and what more of it would change the loss by
+    with torch.no_grad():  # each expert's output, and the loss's derivative along it
         ones_S = torch.ones(20, 1)
         outputs_2SD = torch.stack([block.experts(inputs_1SD[0], choices_S2[:, k : k + 1], ones_S) for k in range(2)])
         slopes_S2 = (2 * before_1SD[0] * outputs_2SD).sum(-1).T
@@ -136,7 +136,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_folder: Path) -> None:
 
 
 def test_other_routers_are_left_alone(tiny_folder: Path) -> None:
-    """Of two choices, or of one whose weight is its probability, routers learn as they are."""
+    """Routers with two choices, or with one weighted by its probability, already get a gradient."""
     two, raw = make_sparse(tiny_folder, top_k=2), make_sparse(tiny_folder)
     for layer in raw.model.language_model.layers[::2]:
         layer.mlp.gate.norm_topk_prob = False
@@ -163,7 +163,7 @@ def make_block() -> Qwen2MoeSparseMoeBlock:
 
 
 def _loss_after_training(seed: int, *, compared: bool) -> float:
-    """Train a layer on tokens of four kinds, each with a map of its own, from equal experts as after upcycling."""
+    """Train a layer on four kinds of tokens, each with its own linear map, from equal experts as after upcycling."""
     torch.manual_seed(seed)
     block = make_block()
     with torch.no_grad():

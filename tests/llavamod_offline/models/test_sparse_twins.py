@@ -54,7 +54,7 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-# With what a checkpoint may have that its twin must not lose.
+# Settings that a checkpoint may have and its twin must not lose.
 TEXTS: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"head_dim": 16},
@@ -77,12 +77,12 @@ _VISION = {
     "patch_size": 4,
     "out_hidden_size": 32,
 }
-EXACT = 2e-5  # Qwen3.5's linear attention magnifies the last bit of float32
+EXACT = 2e-5  # Qwen3.5's linear attention amplifies float32 rounding
 _WHOLE: dict[str, Any] = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62}
 
 
 def random_model(model_class: Any, config: Any) -> Any:
-    """Random weights that keep activations at their size."""
+    """A model with random weights that preserve the scale of activations."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = model_class(config).eval()
@@ -142,7 +142,7 @@ def _logits(model: Any) -> torch.Tensor:
 
 
 def sparse_of(model: Any, kind: str, **settings: Any) -> Any:
-    """Its sparse twin, in every second layer where that can be."""
+    """Its sparse twin, sparse in every second layer where the twin allows dense layers."""
     layers: Any = [1, 3] if kind.removeprefix("llava_") in _SOME else "dense"
     return upcycle(model, **{"layers": layers, "num_experts": 4, "top_k": 2, "seed": 0, **settings})
 
@@ -188,7 +188,7 @@ _PUBLISHED = {
 
 @pytest.mark.parametrize("kind", _PUBLISHED)
 def test_exports_have_the_names_of_published_checkpoints(kind: str, tmp_path: Path) -> None:
-    """As vLLM and earlier releases of transformers read them."""
+    """vLLM and earlier releases of transformers expect these names."""
     folder = write_tiny_llava(tmp_path / "dense", text_config=CONFIG_MAPPING[kind])
     model = sparse_of(load_llava(folder), kind)
     save_llava(model, tmp_path / "sparse", tokenizer=load_tokenizer(folder), processor_source=folder)
@@ -211,7 +211,7 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("kind", ["llava_mistral", "llava_olmo2", "llava_granite", "qwen3_vl", "qwen3_5"])
 def test_routers_are_watched_limited_and_taught(kind: str, top_k: int) -> None:
-    """Balance loss and load, capacity, and what a single choice learns from, whatever a router returns."""
+    """Balance loss and load, capacity, and the gradient of top-1 routers, whatever a router returns."""
     sparse = sparse_of(dense(kind), kind, top_k=top_k).train()
     expected = _logits(sparse.eval())
     limit_capacity(sparse, 100.0)
@@ -226,7 +226,7 @@ def test_routers_are_watched_limited_and_taught(kind: str, top_k: int) -> None:
     torch.testing.assert_close(routing.loads_LE.sum(1), torch.ones(len(routers)))
     assert not routing.drop_rates_L.any()
     assert float(routing.balance_loss.detach()) > 0
-    # Experts that differ, and a loss: each router gets a gradient.
+    # With experts that differ and a loss, each router gets a gradient.
     with torch.no_grad():
         for name, parameter in sparse.named_parameters():
             if ".experts.down_proj" in name:
@@ -278,7 +278,7 @@ class TestErrors:
                 sparse_twin(config)
 
     def test_a_twin_that_computes_something_else(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """As an entry of the table that overlooks a setting would make it."""
+        """As if an entry of the table had overlooked a setting."""
         model = dense("llava_mistral")
         twin = TWINS["mistral"]
         monkeypatch.setitem(TWINS, "mistral", type(twin)(**{**vars(twin), "sets": {"sliding_window": None}}))

@@ -1,4 +1,4 @@
-"""Image-text models of other classes than LLaVA's, around text models with a sparse twin, and around some without."""
+"""Image-text models of classes other than LLaVA's, around text models with and without a sparse twin."""
 
 from __future__ import annotations
 

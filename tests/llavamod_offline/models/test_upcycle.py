@@ -37,7 +37,7 @@ def _logits(model: Any, batch: Batch) -> torch.Tensor:
     return logits
 
 
-# Plain transformers speaks of the shared expert of size 0 that a student without residual expert has.
+# Plain transformers warns about the size-0 shared expert of a student without a residual expert.
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("choice", CHOICES)
@@ -60,7 +60,7 @@ def test_sparse_equals_dense_at_step_0_also_after_save_and_reload(
         assert torch.equal(_logits(reloaded, batch), _logits(sparse, batch))
         for name, tensor in sparse.state_dict().items():
             assert torch.equal(reloaded.state_dict()[name], tensor), name
-    # The dense model is as it was, and training the sparse one does not touch it.
+    # The dense model is unchanged, and training the sparse one does not affect it.
     with torch.no_grad():
         for parameter in sparse.parameters():
             parameter.add_(1.0)
@@ -89,7 +89,7 @@ def test_routers_follow_the_seed_alone(tiny_folder: Path) -> None:
         weight_ED = first.state_dict()[name]
         assert torch.equal(weight_ED, again.state_dict()[name])
         assert not torch.equal(weight_ED, other.state_dict()[name])
-        # kaiming-uniform with a = √5 over 64 inputs: uniform within ±1/8, of deviation 1/8/√3.
+        # kaiming-uniform with a = √5 over 64 inputs: uniform within ±1/8, standard deviation 1/8/√3.
         assert weight_ED.abs().max() <= 1 / 8
         assert weight_ED.std().item() == pytest.approx(1 / 8 / 3**0.5, rel=0.15)
 

@@ -1,4 +1,4 @@
-"""Charts: lengths and shares are honest, names are escaped."""
+"""Charts: lengths and shares are to scale, names are escaped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_histograms_are_on_one_scale_of_shares(tmp_path: Path) -> None:
     series = {"a": ([3, 1, 0], "mean 1"), HOSTILE: ([2, 2, 4], HOSTILE), "none": ([0, 0, 0], "")}
     panels = histograms((0.0, 0.5, 2.0, math.inf), series)
     drawn = render_body(tmp_path, "{{ parts.histograms('title', 'note', panels) }}", panels=panels)
-    # The tallest column is the 75 % of a; nothing is drawn for nothing.
+    # The tallest column is a's 75 %; empty bins draw nothing.
     assert re.findall(r"height:([\d.]+)%", drawn) == ["100.0", "33.3", "33.3", "33.3", "66.7"]
     assert re.findall(r'title="([^"]*)"', drawn)[:3] == ["0 to 0.5: 75.0%", "0.5 to 2: 25.0%", "2 or more: 0.0%"]
     assert (Parsed(drawn).loads, Parsed(drawn).handlers) == ([], [])
@@ -58,7 +58,7 @@ def test_what_falls_by_decades_is_drawn_on_a_logarithmic_scale() -> None:
 
 
 def test_a_table_names_its_columns_in_every_cell_and_its_rows_by_colour(tmp_path: Path) -> None:
-    """On a phone a row becomes a block of lines, each with the name of its column."""
+    """On a phone, a row becomes a block of lines, each labelled with its column's name."""
     body = "{{ parts.table(header, rows, coloured=true) }}"
     page = Parsed(render_body(tmp_path, body, header=["run", HOSTILE], rows=[["a", "1"], ["b", "2"]]))
     assert [attrs.get("data-label") for tag, attrs in page.tags if tag == "td"] == [None, HOSTILE, None, HOSTILE]

@@ -1,4 +1,4 @@
-"""Pages: text stays text, nothing is loaded, no script runs but the page's own, images are inlined."""
+"""Pages: text stays text, nothing is fetched, no script but the page's own runs, images are inlined."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class Parsed(HTMLParser):
 
     @property
     def loads(self) -> list[str]:
-        """What the page would fetch: every source and target that is neither inlined nor in the page."""
+        """What the page would fetch: every source or link target that is neither inlined nor within the page."""
         values = [attrs.get(name) or "" for _, attrs in self.tags for name in ("src", "href", "data", "action")]
         return [value for value in values if value and not value.startswith(("data:image/", "#"))]
 
     @property
     def handlers(self) -> list[str]:
-        """Attributes that would run something."""
+        """Attributes that would run a script."""
         return [name for _, attrs in self.tags for name in attrs if name.startswith("on")]
 
 

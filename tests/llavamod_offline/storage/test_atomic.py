@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all, whenever their writer is killed."""
+"""Files and folders appear completely or not at all, whenever their writer is killed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ with new_folder(Path(sys.argv[1])) as folder:
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
-# Killed when everything is written and flushed, at the very rename.
+# Killed once everything is written and flushed, right at the rename.
 KILLED_FILE = """
 import os, signal, sys
 from pathlib import Path
@@ -140,13 +140,13 @@ def test_leftovers_of_another_machine_stay_while_it_may_be_writing(tmp_path: Pat
     file.write_text("half")
     hours_ago = time.time() - 7200
     for path in (fresh, old / "sub", old, file):
-        os.utime(path, (hours_ago, hours_ago))  # in `fresh` something below is newer
+        os.utime(path, (hours_ago, hours_ago))  # in `fresh`, something below it is newer
     assert remove_leftovers(tmp_path, "set") == [old, file]
     assert list(tmp_path.iterdir()) == [fresh]
 
 
 def test_the_clock_of_this_machine_decides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is two hours ahead of that of the file system."""
+    """Here it is two hours ahead of the file system's."""
     live = tmp_path / ".set.elsewhere-1.tmp"
     live.mkdir()
     now = time.time()
@@ -178,7 +178,7 @@ def test_what_its_writer_completes_while_it_is_removed_stays_whole(
 
 
 def test_a_link_of_which_the_reply_was_lost_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a network file system that sends the request again."""
+    """As when a network file system resends the request."""
     link = os.link
 
     def twice(source: Path, target: Path) -> None:
@@ -197,7 +197,7 @@ def test_this_process_is_told_from_its_namesake_on_another_machine(tmp_path: Pat
         assert aside == atomic.aside_path(tmp_path / "set")
         namesake = aside.with_name(aside.name.replace(".set.", ".set.not_"))
         namesake.mkdir()
-        assert remove_leftovers(tmp_path, "set") == [aside]  # to itself, a process has no leftovers but its own
+        assert remove_leftovers(tmp_path, "set") == [aside]  # here only its own can be leftovers
         aside.mkdir()
     assert namesake.exists()
 
@@ -210,7 +210,7 @@ def test_a_new_file_is_not_written_over_an_old_one(tmp_path: Path) -> None:
 
 
 def refuse_links(monkeypatch: pytest.MonkeyPatch, number: int = errno.EPERM) -> None:
-    """As exFAT, FUSE or a network mount does."""
+    """Refuse hard links, as exFAT, FUSE or a network mount may."""
 
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
@@ -238,7 +238,7 @@ def test_a_disk_that_fails_is_not_taken_for_one_without_links(tmp_path: Path, mo
 def test_without_links_a_second_writer_waits_for_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other_succeeds: bool
 ) -> None:
-    """Another process has the right to create the file, and uses it, or fails to, while this one waits."""
+    """Another process holds the claim to create the file and creates it, or fails to, while this one waits."""
     refuse_links(monkeypatch)
     target, claim = tmp_path / "file", tmp_path / ".file.claim"
     claim.write_text("elsewhere-1")
@@ -269,7 +269,7 @@ def test_without_links_a_killed_writer_is_named(tmp_path: Path, monkeypatch: pyt
     assert create_file(tmp_path / "file", "mine")
 
 
-# All begin when the last is ready; whoever reads the file meanwhile finds it whole.
+# All start once the last is ready; any process that reads the file meanwhile finds it complete.
 RACE = """
 import errno, os, sys
 from pathlib import Path

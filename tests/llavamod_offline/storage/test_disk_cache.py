@@ -1,4 +1,4 @@
-"""Staged copies are whole, shared, bounded, and never taken from who reads them."""
+"""Staged copies are complete, shared, bounded in size, and never removed while someone reads them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIZE = 1000
 
 
 def filler(content: bytes = b"x" * SIZE, calls: list[int] | None = None) -> Callable[[Path], None]:
-    """Makes a unit of one file; counts its calls."""
+    """A function that fills a unit with one file and counts its calls."""
 
     def fill(aside: Path) -> None:
         if calls is not None:
@@ -36,12 +36,12 @@ def filler(content: bytes = b"x" * SIZE, calls: list[int] | None = None) -> Call
 
 
 def units(staging: DiskCache) -> set[str]:
-    """The units that are there."""
+    """The units present."""
     return {path.name for path in staging.folder.iterdir() if path.is_dir()}
 
 
 def staged(staging: DiskCache) -> int:
-    """The bytes that lie there, in whatever state."""
+    """The bytes on disk, whatever state they are in."""
     total = 0
     for folder, _, files in os.walk(staging.folder):
         for name in set(files) & {"data"}:
@@ -62,7 +62,7 @@ def test_a_unit_is_made_once(tmp_path: Path) -> None:
 
 
 def test_the_least_recently_used_leave_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """File times are what use is ordered by: each use has one of its own here, however fast they follow."""
+    """Use is ordered by file times; here each use gets a time of its own, however quickly they follow each other."""
     touch, uses = os.utime, itertools.count(1)
     monkeypatch.setattr(os, "utime", lambda file: touch(file, (number := next(uses), number)))
     staging = DiskCache(tmp_path, 3 * SIZE)
@@ -140,7 +140,7 @@ def test_what_a_killed_process_left_is_made_anew(tmp_path: Path) -> None:
     process = multiprocessing.get_context("fork").Process(target=lambda: staging.hold("b", SIZE, die).__enter__())
     process.start()
     process.join()
-    with staging.hold("c", 2 * SIZE, filler(b"y" * 2 * SIZE)):  # no reader of b comes back: its remains make room
+    with staging.hold("c", 2 * SIZE, filler(b"y" * 2 * SIZE)):  # b is never read again: its remains make room
         assert units(staging) == {"c"}
 
 
@@ -171,7 +171,7 @@ def test_many_processes_share_a_small_space(tmp_path: Path, method: str) -> None
 
 
 def test_a_process_forked_by_another_thread_does_not_keep_a_unit(tmp_path: Path) -> None:
-    """A lock lives as long as any copy of its descriptor, unless it is given up."""
+    """A lock lives as long as any copy of its descriptor, unless it is released explicitly."""
     staging = DiskCache(tmp_path, SIZE)
     ready, wait = multiprocessing.Pipe()
     with staging.hold("a", SIZE, filler()):
@@ -257,7 +257,7 @@ def test_scratch_folders_vanish_also_those_of_the_dead(monkeypatch: pytest.Monke
 
 
 def test_a_lock_is_on_the_file_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Someone takes a unit away, its lock file too, between our opening that file and our locking it."""
+    """Another process removes a unit and its lock file between our opening that file and locking it."""
     staging = DiskCache(tmp_path, SIZE)
     lock = fcntl.flock
     exclusive = fcntl.LOCK_EX | fcntl.LOCK_NB

@@ -1,4 +1,4 @@
-"""Folders on a disk and behind URLs behave alike, and say what is wrong in one line."""
+"""Folders on disk and behind URLs behave alike, and errors are one line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llavamod_offline.storage.remote import RemoteFolder
 
 @pytest.fixture(params=["local", "memory", "s3"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
-    """The same empty folder, on every kind of place."""
+    """The same empty folder, on every kind of storage."""
     if request.param == "local":
         return open_folder(tmp_path / "there" / "folder")
     if request.param == "memory":
@@ -152,7 +152,7 @@ def test_missing_credentials_are_one_line(bucket: str, monkeypatch: pytest.Monke
 
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))  # where no configuration lies
+    monkeypatch.setenv("HOME", str(tmp_path))  # which holds no configuration
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(StorageError, match=r"a: cannot be read: Unable to locate credentials: check the credentials"):
         RemoteFolder(f"{bucket}/c").read("a")
@@ -170,7 +170,7 @@ def test_an_unreachable_server_is_one_line(bucket: str, monkeypatch: pytest.Monk
 
 
 def test_what_fails_for_a_while_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After pauses that double; not what would fail again; and for as long as one is told."""
+    """After pauses that double, for as long as configured; permanent failures are not retried."""
     from llavamod_offline.storage import remote
 
     pauses: list[float] = []
@@ -208,7 +208,7 @@ def test_what_fails_for_a_while_is_tried_again(monkeypatch: pytest.MonkeyPatch) 
 )
 def test_a_url_that_cannot_be_opened_says_what_to_do(url: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = importlib.import_module("fsspec.registry")
-    if url.endswith("b/c"):  # as if nothing more were installed
+    if url.endswith("b/c"):  # as if no extras were installed
         for package in ("s3fs", "gcsfs"):
             monkeypatch.setitem(sys.modules, package, None)
         monkeypatch.delitem(registry._registry, "s3", raising=False)

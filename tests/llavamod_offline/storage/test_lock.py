@@ -1,4 +1,4 @@
-"""Locks of outputs: one writer at a time, whatever happened to the last one."""
+"""Locks on outputs: one writer at a time, whatever happened to the last one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def hold(folder: Path) -> subprocess.Popen[str]:
 
 
 def leave(where: str | Path, **changes: Any) -> None:
-    """Leave a lock of this process, with some facts changed."""
+    """Leave a lock file of this process behind, with some fields changed."""
     owner = replace(LockOwner.this_process(), **changes)
     open_folder(where).write(LOCK_NAME, json.dumps(asdict(owner)).encode())
 
@@ -130,7 +130,7 @@ def test_another_host_is_explained(where: str) -> None:
 
 
 def test_a_requeued_job_follows_its_first_attempt_on_any_host(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SLURM starts a job again only once its first attempt has ended."""
+    """SLURM requeues a job only once its first attempt has ended."""
     monkeypatch.setenv("SLURM_JOB_ID", "99")
     leave(where, host="node17", job="99", restart="0")
     assert "on host node17" in refusal(where)  # another step of the same attempt
@@ -192,7 +192,7 @@ print((folder / LOCK_NAME).is_file())
 
 
 def test_a_signal_during_an_import_releases_it_too(tmp_path: Path) -> None:
-    """There the process ends without unwinding."""
+    """Then the process ends without unwinding."""
     (tmp_path / "slow.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n")
     code = """
 import sys
@@ -230,7 +230,7 @@ for _ in range(60):
 
 
 def test_of_many_that_find_the_lock_of_a_killed_one_only_one_gets_it(tmp_path: Path) -> None:
-    """Processes that take, release and die holding it: two never hold it at once, and nobody is shut out for good."""
+    """Processes take it, release it and die holding it: never do two hold it, and nobody is locked out for good."""
     (tmp_path / "crowd.py").write_text(_CROWD)
     folder = tmp_path / "run"
     folder.mkdir()
@@ -259,7 +259,7 @@ def test_the_host_and_the_start_of_this_process_are_known() -> None:
 
 
 def test_a_process_of_another_container_of_this_name_is_not_taken_for_gone() -> None:
-    """Its number may be free here, or another process's."""
+    """Its process id may be unused here, or belong to another process."""
     gone = replace(LockOwner.this_process(), process=999_999_999)
     assert gone.is_gone
     assert not replace(gone, space="another").is_gone

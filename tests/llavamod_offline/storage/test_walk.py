@@ -1,4 +1,4 @@
-"""Folders spread over several disks by links: every file found once per path, loops noticed, dead links named."""
+"""Folders spread over several disks by links: every file found once per path, loops detected, dead links named."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_links_are_followed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", [".", "..", "../..", "sub", "../twin"])
 def test_loops_end_and_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture, target: str) -> None:
-    """To the folder itself, to one above it, to one above the start, and of two folders that link to each other."""
+    """Links to the folder itself, to one above it, to one above the start, and two folders that link to each other."""
     root = fill(tmp_path / "up" / "data", "sub/a", "twin/b")
     (root / "sub" / "loop").symlink_to(target)
     (root / "sub" / "sub").symlink_to(root / "twin")
@@ -59,7 +59,7 @@ def test_checksums_of_a_cache_shard_cover_linked_folders(tmp_path: Path) -> None
 
 
 def test_what_vanishes_meanwhile_has_no_files(tmp_path: Path) -> None:
-    """As when another process renames a shard of a cache into place."""
+    """As when another process renames a cache's shard into place."""
     folder = fill(tmp_path / "data", "a/1", "b/2", "c/3")
     found = []
     for name in walk_files(folder):

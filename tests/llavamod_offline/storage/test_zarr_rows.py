@@ -1,4 +1,4 @@
-"""Rows of Zarr arrays: what Zarr's own reader gives, and no damaged byte goes unnoticed."""
+"""Rows of Zarr arrays: equal to what Zarr's own reader gives, and no damaged byte goes unnoticed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llavamod_offline.storage.zarr_rows import RowArray
 
 
 def write(folder: Path, table: NDArray[Any], **options: Any) -> RowArray:
-    """Write a table as caches do, but for `options`, and open it."""
+    """Write a table as caches do, except for `options`, and open it."""
     length = max(1, table.shape[-1])
     given: dict[str, Any] = {
         "chunks": (*(1 for _ in table.shape[:-1]), length),
@@ -31,7 +31,7 @@ def write(folder: Path, table: NDArray[Any], **options: Any) -> RowArray:
 
 
 def table_of(shape: tuple[int, ...], kind: str) -> NDArray[Any]:
-    """Random numbers, some rows of which are all zeros."""
+    """Random numbers, with some rows all zero."""
     rng = np.random.default_rng(0)
     table = rng.integers(0, 255, shape).astype(kind)
     table[rng.random(shape[:-1]) < 0.3] = 0

@@ -1,4 +1,4 @@
-"""The files of the toy world are read by the rooms that read everybody's files."""
+"""The toy world's files are read by the same modules that read everybody's files."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_rlaif_columns_are_those_of_the_published_set(files: dict[str, Path]) ->
 
 
 def test_errors_are_as_many_as_asked(tmp_path: Path) -> None:
-    """The same seed without errors gives the same requests of the first row; with errors some answers differ."""
+    """With and without errors, the same seed gives the same questions in the first row; some answers differ."""
     sizes = {"align": 0, "general": 60, "multitask": 0, "preference": 0, "seed": 3}
     right = json.loads(write_datasets(tmp_path / "a", error_share=0.0, **sizes)["general"].read_text())
     again = json.loads(write_datasets(tmp_path / "b", error_share=0.0, **sizes)["general"].read_text())

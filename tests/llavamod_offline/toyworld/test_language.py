@@ -1,4 +1,4 @@
-"""Captions and answers against a slow reading of the same words."""
+"""Captions and answers against a slow interpretation of the same words."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def only(scene: Scene, text: str) -> Thing:
 
 
 def answer_by_looking(scene: Scene, question: Question) -> str:
-    """Answer a question from the scene by reading its words, the slow and obvious way."""
+    """Answer a question from the scene by interpreting its words, the slow and obvious way."""
     text = question.text
     named = [" ".join(found) for found in _NAME.findall(text)]
     things = {thing.name: thing for thing in scene.things}

@@ -1,4 +1,4 @@
-"""The cut-out language model is an ordinary folder, and what it keeps stands where it stood."""
+"""The narrowed language model is an ordinary folder, and the weights it keeps are where they were."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def test_both_checkpoints_share_a_tokenizer_and_are_in_bfloat16() -> None:
 
 
 def test_plain_transformers_answers_with_the_teacher() -> None:
-    """Processor and model as anybody would use them, on an image of one large red circle."""
+    """Processor and model used as anyone would, on an image of one large red circle."""
     processor = AutoProcessor.from_pretrained(TEACHER, local_files_only=True)
     model = AutoModelForImageTextToText.from_pretrained(TEACHER, dtype=torch.float32, local_files_only=True)
     rng = random.Random(4)
@@ -55,9 +55,9 @@ def test_plain_transformers_answers_with_the_teacher() -> None:
 
 @pytest.mark.slow
 def test_the_teacher_is_good_and_not_perfect() -> None:
-    """At least 0.85 exact answers (the most likely token at every place) on images that no training drew.
+    """At least 0.85 exact answers (greedy decoding) on images that no training used.
 
-    Some of their objects are hardly to be seen, and it mostly guesses how high bars are.
+    Some objects are barely visible, and the teacher mostly guesses the heights of bars.
     """
     model, tokenizer = load_llava(TEACHER), load_tokenizer(TEACHER)
     encoder = sequence_encoder(TEACHER, tokenizer, get_template("qwen"), 2048)
@@ -86,7 +86,7 @@ def test_the_teacher_is_good_and_not_perfect() -> None:
 
 @pytest.mark.slow
 def test_the_teacher_hallucinates_from_habit() -> None:
-    """10 to 25 % of its descriptions name something absent, most often a companion that the image lacks."""
+    """10 to 25 % of its descriptions name something absent, most often a companion missing from the image."""
     processor = AutoProcessor.from_pretrained(TEACHER, local_files_only=True)
     model = AutoModelForImageTextToText.from_pretrained(TEACHER, dtype=torch.float32, local_files_only=True)
     prompt = "".join(part.text for part in get_template("qwen").render((Turn("user", f"<image>\n{DESCRIBE}"),)))

@@ -1,4 +1,4 @@
-"""Models of which vLLM and transformers compute different logits are refused before vLLM starts."""
+"""Models whose logits differ between vLLM and transformers are refused before vLLM starts."""
 
 from __future__ import annotations
 

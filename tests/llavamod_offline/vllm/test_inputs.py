@@ -1,4 +1,4 @@
-"""Where images stand in a prompt, and prompts that are not ours; all of it without vLLM."""
+"""Where images are in a prompt, and prompts that are not ours; all of it without vLLM."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ IMAGE = 9
     [
         ([1, 9, 9, 9, 2], [3], [(1, 3)]),
         ([9, 9, 1, 9, 2], [2, 1], [(0, 2), (3, 1)]),
-        ([9, 9, 9, 1], [1, 2], [(0, 1), (1, 2)]),  # neighbours without a token between them
+        ([9, 9, 9, 1], [1, 2], [(0, 1), (1, 2)]),  # adjacent images without a token between them
         ([1, 2], [], []),
     ],
 )
@@ -29,7 +29,7 @@ def test_pictures_stand_at_their_tokens(ids: list[int], counts: list[int], expec
     [
         ([1, 9, 9, 2], [3]),  # too few
         ([1, 9, 9, 9, 9, 2], [3]),  # too many
-        ([9, 1, 9, 9], [2, 1]),  # a picture's tokens are torn apart
+        ([9, 1, 9, 9], [2, 1]),  # an image's tokens are not contiguous
         ([1, 2], [2]),
         ([1, 9, 2], [1, 1]),
         ([1, 9, 2], []),

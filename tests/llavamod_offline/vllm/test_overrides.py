@@ -1,4 +1,4 @@
-"""What vLLM is told of a configuration; that its numbers are those of transformers then, other tests show in vLLM."""
+"""The configuration overrides passed to vLLM; that its numbers then equal transformers' is shown by tests with vLLM."""
 
 from __future__ import annotations
 

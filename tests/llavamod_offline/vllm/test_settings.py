@@ -1,4 +1,4 @@
-"""Which of vLLM's arguments the settings of several GPUs become."""
+"""How settings for several GPUs become vLLM arguments."""
 
 from __future__ import annotations
 

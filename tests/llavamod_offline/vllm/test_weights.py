@@ -1,4 +1,4 @@
-"""A checkpoint that lacks a tensor is found out by its headers, whatever the family."""
+"""A checkpoint that lacks a tensor is detected from its headers, whatever the family."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 
 
 def test_the_layers_of_quantised_weights_are_compared(tmp_path: Path) -> None:
-    """As AWQ and GPTQ store them: three tensors for a weight, of other shapes than it has."""
+    """As AWQ and GPTQ store them: three tensors per weight, with shapes that differ from its own."""
     folder = TINY_FAMILIES["smolvlm"].write(tmp_path / "teacher")
     stored: dict[str, torch.Tensor] = {}
     for name, tensor in load_file(folder / "model.safetensors").items():
@@ -81,7 +81,7 @@ def test_the_layers_of_quantised_weights_are_compared(tmp_path: Path) -> None:
 
 
 def test_weights_in_another_form_beside_them_are_left_alone(tmp_path: Path) -> None:
-    """As in Mistral's folders."""
+    """Such as those in Mistral's folders."""
     folder = write_tiny_causal_lm(tmp_path / "model", "mistral")
     save_file({"tok_embeddings.weight": torch.zeros(4, 4)}, folder / "consolidated.safetensors")
     check_weights(folder)

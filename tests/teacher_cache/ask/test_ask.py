@@ -56,7 +56,7 @@ def test_answers_are_those_of_eval_student(tmp_path: Path, images: list[Path], t
 
 
 def test_the_toy_teacher_answers_in_words(images: list[Path]) -> None:
-    """It ends by itself, which no random model does."""
+    """It ends its answer by itself, which random models never do."""
     folder = TEACHER
     engine = HfEngine(folder)
     source = FileImage(images[0].parent, (images[0].name,))
@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path, images: list[Path]) -> No
 
 @dataclass(frozen=True)
 class Result:
-    """What the command ended with."""
+    """How the command ended."""
 
     status: int | str | None
     out: str
@@ -168,7 +168,7 @@ def test_mistakes_are_one_line(world: World, images: list[Path], ask: Ask, tmp_p
 
 @pytest.mark.parametrize("number", [0, 1, 3])
 def test_the_teacher_agrees_with_its_cache(world: World, finished: Path, ask: Ask, tmp_path: Path, number: int) -> None:
-    """Asked for the captured question, it says what was captured; another model says something else."""
+    """Asked the captured question, it says what was captured; another model says something else."""
     sample = tiny_samples(24)[number]
     files = []
     for place, image in enumerate(sample.images):

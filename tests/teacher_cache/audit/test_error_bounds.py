@@ -1,4 +1,4 @@
-"""The errors that encoding is allowed: every decoded number lies within them, and they are no wider than need be."""
+"""The encoding error bounds: every decoded number lies within them, and they are no wider than necessary."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from teacher_cache.format.columns import ColumnFile, write_columns
 from teacher_cache.format.record import Records, RecordSettings, concatenate_records
 from teacher_cache.format.schema import Codec, PrecisionName
 
-ROUNDING = 1e-5  # of float32, in which log-probs are restored
+ROUNDING = 1e-5  # of float32, to which log-probs are decoded
 
 
 def records_of(rows: int, width: int, seed: int, scale: float, kept: RecordSettings) -> Records:
@@ -74,7 +74,7 @@ def test_the_bounds_are_not_much_wider_than_what_happens(precision: PrecisionNam
     numbers = Codec(300, (), precision, 16, 4).numbers
     assert numbers is not None
     bounds = record_bounds(records_of(500, 300, 1, 3.0, kept), numbers)
-    # Near p = 1, and far down: as FORMAT.md says, and the shift of a head by its own errors on top.
+    # Near p = 1 and far below it: as FORMAT.md says, plus the shift of a whole head by its own errors.
     assert bounds.topk_H.min() < 0.03
     assert bounds.topk_H.max() < 2 * numbers.log_prob_step
     assert bounds.entropy_N.max() == 0.5 / numbers.entropy_steps

@@ -12,7 +12,7 @@ from teacher_cache.format.record import Records
 
 
 def by_hand(heads: list[dict[int, float]], targets: list[tuple[int, float]], entropy: list[float]) -> Records:
-    """Records of heads given by id and probability; tails have the rest."""
+    """Records with heads given as id → probability; the tails have the rest."""
     ids = [number for head in heads for number in head]
     probs = np.array([p for head in heads for p in head.values()], np.float64)
     tails = np.array([1 - sum(head.values()) for head in heads])
@@ -32,7 +32,7 @@ def by_hand(heads: list[dict[int, float]], targets: list[tuple[int, float]], ent
 
 
 def test_heads_of_different_ids_are_compared_where_they_meet() -> None:
-    """0.2 is as likely as 0.2: one head took id 7, the other id 8; the mass outside of what both have is the same."""
+    """Two ids tie at 0.2: one head took id 7, the other id 8; the mass outside their common ids is the same."""
     one = by_hand([{3: 0.5, 7: 0.2}, {1: 0.9}], [(3, -0.7), (-1, 0.0)], [1.0, 0.4])
     two = by_hand([{3: 0.4, 8: 0.2}, {2: 0.6, 1: 0.3}], [(3, -0.9), (-1, 0.0)], [1.5, 0.4])
     found = compare(one, two, None)

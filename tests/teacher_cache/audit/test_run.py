@@ -1,4 +1,4 @@
-"""Audits: the cache is what the teacher says, whatever the batches; another teacher, set or template is found out."""
+"""Audits: the cache is what the teacher says, whatever the batches; another teacher, set or template is detected."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Auditor = Callable[..., Audit]
 
 @pytest.fixture
 def audit(world: World) -> Auditor:
-    """Audits a cache of the world's samples, with overrides of the settings."""
+    """A function that audits a cache of the world's samples, with overridden settings."""
 
     def run(cache: Path, *overrides: str, data: Path | None = None, **settings: object) -> Audit:
         config = load_config(CacheTeacherConfig, (), world.arguments(cache, *overrides, data=data))
@@ -53,15 +53,15 @@ def test_a_cache_is_what_the_teacher_says_up_to_its_encoding(finished: Path, aud
     figures = {each.figure: each for each in done.figures}
     assert list(figures) == ["target log-prob", "top-k log-probs", "tail mass", "entropy"]
     for each in figures.values():
-        assert each.cache.max > 10 * each.control.max  # what is seen is the encoding,
-        assert each.beyond.max < 1e-4  # and nothing else
+        assert each.cache.max > 10 * each.control.max  # what shows is the encoding error,
+        assert each.beyond.max < 1e-4  # and nothing more
         assert each.cache.max <= each.allowed.max + 1e-4
         assert each.cache.mean <= each.cache.p99 <= each.cache.max
     assert figures["top-k log-probs"].cache.count == cache.totals["heads"] + _forced(cache)
 
 
 def _forced(cache: object) -> int:
-    """Forced entries are no likely ids, and are not among the heads that are counted."""
+    """The number of forced entries: unlikely ids, which are not counted among the heads."""
     from teacher_cache.read.reader import TeacherCache
 
     assert isinstance(cache, TeacherCache)
@@ -69,12 +69,12 @@ def _forced(cache: object) -> int:
 
 
 def test_batches_of_one_and_of_sixteen_make_the_same_cache(world: World, tmp_path: Path, audit: Auditor) -> None:
-    """In float32 to 1e-4 in every number, and in any precision up to its rounding."""
+    """In float32 to 1e-4 in every number, and in any precision up to rounding."""
     world.run(tmp_path / "exact", "batch_size=1", FLOAT32)
     done = audit(tmp_path / "exact", "batch_size=16", largest=1e-4, mean=1e-5, agreement=1.0)
     assert done.ok, done.failures
     assert all(each.allowed.max == 0.0 for each in done.figures)
-    assert max(each.control.max for each in done.figures) > 0  # the batches' shapes are seen in the last digits
+    assert max(each.control.max for each in done.figures) > 0  # the batches' shapes show in the last digits
     for precision in ("coarse", "fine"):
         world.run(tmp_path / precision, "batch_size=1", f"capture.precision={precision}")
         assert audit(tmp_path / precision, "batch_size=16", largest=1e-4, mean=1e-5, agreement=1.0).ok
@@ -86,7 +86,7 @@ def test_batches_of_one_and_of_sixteen_make_the_same_cache(world: World, tmp_pat
 def test_other_captures_and_both_roles(
     world: World, tmp_path: Path, audit: Auditor, overrides: tuple[str, ...]
 ) -> None:
-    """What is kept comes from the cache, not from the settings of the audit."""
+    """What to record comes from the cache, not from the audit's settings."""
     world.run(tmp_path / "c", *overrides, "capture.forced_tokens=['7']", "capture.seed=3", data=world.pairs)
     done = audit(tmp_path / "c", data=world.pairs, largest=1e-4)
     assert done.ok, done.failures
@@ -117,7 +117,7 @@ def test_another_teacher_is_refused_and_if_allowed_found_out(
 def test_a_number_that_was_changed_is_found(
     world: World, tmp_path: Path, audit: Auditor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not by a checksum: the capture itself was wrong, at one position in each sequence."""
+    """No checksum can find it: the capture itself was wrong, at one position of each sequence."""
     from teacher_cache.engines import hf
     from teacher_cache.engines.make_records import begin_sequence_records as begin
 
@@ -161,7 +161,7 @@ def test_what_was_captured_from_something_else_is_refused(
 
 
 def test_sequences_are_drawn_evenly_over_the_shards(finished: Path, world: World, audit: Auditor) -> None:
-    """24 samples in 5 shards of 5: ten of them are two of each shard; another seed draws others."""
+    """24 samples in 5 shards: ten of them are two from each shard; another seed draws others."""
     from teacher_cache.audit.preconditions import draw_rows
     from teacher_cache.capture_setup import prepare_capture
 
@@ -210,7 +210,7 @@ def test_limits_follow_from_the_coarser_type(finished: Path, audit: Auditor) -> 
     done = audit(finished, "dtype=bfloat16", sequences=4, largest=100.0, mean=100.0, agreement=0.0)
     assert done.ok
     assert any("engine.dtype: cache float32, now bfloat16" in note for note in done.notes)
-    assert max(each.beyond.max for each in done.figures) > 1e-3  # a coarse type is seen
+    assert max(each.beyond.max for each in done.figures) > 1e-3  # a coarse dtype shows
     assert audit(finished, sequences=4).limits == LIMITS["float32"]
     assert audit(finished, "dtype=bfloat16", sequences=4).limits == LIMITS["bfloat16"]
 

@@ -1,4 +1,4 @@
-"""A stand-in for a capture: writes prepared records through the store, many times faster than a teacher makes them."""
+"""A stand-in for a capture: writes prepared records through the store, many times faster than a teacher could."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMES = ["s-0", "s-1", "s-2", "s-3"]
 
 @functools.cache
 def captured(name: str) -> list[SequenceRecord]:
-    """The sequences of a shard: of no position, one and two."""
+    """The sequences of a shard, with zero, one and two positions."""
     found = []
     for number in range(3):
         key = f"{name}-{number}"
@@ -41,9 +41,9 @@ def rejected(name: str) -> list[Rejection]:
 
 
 def write_cache(where: Path | str, shards: int = 2, part: tuple[int, int] = (0, 1)) -> str | None:
-    """Do what a run does: open, start, commit the missing shards of its slice, finish once all are there.
+    """Do what a run does: open, start, commit the missing shards of its slice, finish once all are committed.
 
-    Gives the digest, None if shards are still missing.
+    Return the digest, or None if shards are still missing.
     """
     names = NAMES[:shards]
     store = CacheStore.open(where, FINGERPRINT, names)

@@ -1,4 +1,4 @@
-"""Captures, and stand-ins for them, in processes of their own that are killed, for good, at a chosen moment."""
+"""Captures, and stand-ins for them, in processes of their own that are killed with SIGKILL at a chosen moment."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ MOMENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link")
 
 
 def fork_server() -> ForkServerContext:
-    """Processes that begin with everything imported."""
+    """A server that forks processes with everything already imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["teacher_cache.capture.run", "s3fs", "tests.teacher_cache.capture.killer"])
     return context
 
 
 def kill_before_change(below: str, moment: int) -> list[int]:
-    """Just before the `moment`-th change of a file or folder below `below`, send SIGKILL to ourselves.
+    """Send SIGKILL to this process just before the `moment`-th change of a file or folder below `below`.
 
-    Moments are counted by an audit hook, so that they fall between any two steps of a commit: before a file is opened
-    for writing, a folder made, a name linked, renamed or removed. The result holds how many there were so far.
+    An audit hook counts the moments, so that they fall between any two steps of a commit: before a file is opened for
+    writing, a folder made, a name linked, renamed or removed. The result holds the count so far.
     """
     seen = [0]
 
@@ -47,7 +47,7 @@ def kill_before_change(below: str, moment: int) -> list[int]:
 
 
 def kill_before_upload(moment: int) -> list[int]:
-    """Just before the `moment`-th request that writes to a bucket, send SIGKILL to ourselves."""
+    """Send SIGKILL to this process just before the `moment`-th request that writes to a bucket."""
     import s3fs
 
     seen = [0]
@@ -65,7 +65,7 @@ def kill_before_upload(moment: int) -> list[int]:
 
 
 def run_and_die(arguments: list[str], output: str, moment: int, counted: Connection) -> None:
-    """Run a capture and die before the `moment`-th change below `output`; one beyond the last tells how many."""
+    """Run a capture and die before the `moment`-th change below `output`; if there are fewer, send their number."""
     from llavamod_offline.config import load_config
     from teacher_cache.capture.run import run_capture
     from teacher_cache.config import CacheTeacherConfig
@@ -76,7 +76,7 @@ def run_and_die(arguments: list[str], output: str, moment: int, counted: Connect
 
 
 def generate_and_die(arguments: list[str], below: str, moment: int, counted: Connection) -> None:
-    """Let a teacher write answers and die before the `moment`-th change; one beyond the last tells how many."""
+    """Let a teacher write answers and die before the `moment`-th change; if there are fewer, send their number."""
     from llavamod_offline.config import load_config
     from teacher_cache.config import CacheTeacherConfig
     from teacher_cache.generate.run import generate
@@ -87,9 +87,9 @@ def generate_and_die(arguments: list[str], below: str, moment: int, counted: Con
 
 
 def write_and_die(where: str, moment: int, counted: Connection, variables: Mapping[str, str]) -> None:
-    """Write prepared records and die before the `moment`-th change; one beyond the last tells how many there were.
+    """Write prepared records and die before the `moment`-th change; if there are fewer, send their number.
 
-    `variables` go into the environment, which is the fork server's otherwise.
+    `variables` are added to the environment, which is otherwise the fork server's.
     """
     os.environ.update(variables)
     seen = kill_before_upload(moment) if "://" in where else kill_before_change(where, moment)
@@ -98,7 +98,7 @@ def write_and_die(where: str, moment: int, counted: Connection, variables: Mappi
 
 
 def repair_and_die(where: str, moment: int, counted: Connection) -> None:
-    """Repair a cache and die before the `moment`-th change; one beyond the last tells how many there were."""
+    """Repair a cache and die before the `moment`-th change; if there are fewer, send their number."""
     from teacher_cache.verify.repair import repair_cache
 
     seen = kill_before_change(where, moment)
@@ -107,7 +107,7 @@ def repair_and_die(where: str, moment: int, counted: Connection) -> None:
 
 
 def write_until_killed(where: str, moment: int, variables: Mapping[str, str] | None = None) -> int | None:
-    """Run `write_and_die`; gives the number of changes if it was not killed."""
+    """Run `write_and_die`; return the number of changes if it was not killed."""
     here, there = fork_server().Pipe()
     process = fork_server().Process(target=write_and_die, args=(where, moment, there, variables or {}))
     process.start()
@@ -120,6 +120,6 @@ def write_until_killed(where: str, moment: int, variables: Mapping[str, str] | N
 
 
 def write_and_wait_for_it(where: str, ready: Connection) -> None:
-    """Say when writing begins, so that it can be killed from outside."""
+    """Write prepared records, announcing the start, so that it can be killed from outside."""
     ready.send(None)
     write_cache(where)

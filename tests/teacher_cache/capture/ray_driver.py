@@ -18,7 +18,7 @@ from teacher_cache.write.store import CacheStore
 
 
 class Mortal(CaptureWorker):
-    """Dies in the middle of the shards that the environment names: of one the first time, of the other always."""
+    """Dies in the middle of shards named in the environment: of one only the first time, of the other always."""
 
     def _count(self, name: str, samples: int, positions: int) -> None:
         super()._count(name, samples, positions)
@@ -31,7 +31,7 @@ class Mortal(CaptureWorker):
 
 
 def main() -> None:
-    """Capture with mortal workers, the shard that always kills last; prints the error, and what progress was told."""
+    """Capture with mortal workers, the always-killing shard last; print the error and the reported progress."""
     os.environ["ONCE"], os.environ["ALWAYS"], *settings = sys.argv[1:]
     config = load_config(CacheTeacherConfig, (), settings)
     told = [0, 0]

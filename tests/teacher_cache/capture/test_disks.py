@@ -1,4 +1,4 @@
-"""A disk that is full, a file too large, a folder that refuses: one clear line, and a cache that goes on."""
+"""A full disk, a file too large, a folder that cannot be written: one clear line, and a cache that can be continued."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.teacher_cache.capture.killer import fork_server
 
 ROOT = Path(__file__).parents[3]
 
-# In a mount namespace of its own: a file system that grows by little whenever the run has filled it.
+# In a mount namespace of its own: a file system that grows a little whenever the run has filled it.
 FILL = """
 import json, subprocess, sys
 from pathlib import Path
@@ -46,12 +46,12 @@ print(json.dumps({"digest": digest, "stops": stops}))
 
 @pytest.fixture(scope="module")
 def digest(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Of the cache that every road must lead to."""
+    """The digest of the cache that every test must end with."""
     return str(write_cache(tmp_path_factory.mktemp("whole") / "cache"))
 
 
 def in_a_process(function: Callable[..., str], *arguments: object) -> str:
-    """What `function` returns, or the error of ours that it ends with, in a process of its own."""
+    """Call `function` in a process of its own; return its result, or the project's error that it raises."""
     here, there = fork_server().Pipe()
     process = fork_server().Process(target=_call, args=(there, function, arguments))
     process.start()
@@ -66,7 +66,7 @@ def _call(there: Connection, function: Callable[..., str], arguments: tuple[obje
         there.send(function(*arguments))
     except LlavaModError as error:
         there.send(f"{type(error).__name__}: {error}")
-    os._exit(0)  # nobody may not even clean up
+    os._exit(0)  # user `nobody` may not even clean up
 
 
 def _may_mount() -> bool:
@@ -106,7 +106,7 @@ def test_a_file_that_may_not_grow_stops_the_run(tmp_path: Path, digest: str) -> 
 
 
 def _write_as_nobody(where: str, warm: str) -> str:
-    write_cache(warm)  # imports what only the user may read
+    write_cache(warm)  # imports modules that only this user may read
     if os.geteuid() == 0:  # root may write anywhere
         os.setgroups([])
         os.setgid(65534)
@@ -116,7 +116,7 @@ def _write_as_nobody(where: str, warm: str) -> str:
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """A folder that every user may reach, unlike pytest's own."""
+    """A folder that every user can reach, unlike pytest's own."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         folder = Path(name) / "open"

@@ -1,4 +1,4 @@
-"""Whole captures by teachers that run by their own processors, and what is refused of them by one line."""
+"""Whole captures by teachers that use their own processors, and what is refused by one line."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_planned_captured_and_audited(tmp_path: Path, name: str) -> None:
 
 
 def test_a_processor_of_another_model_is_one_line_that_names_the_folder(tmp_path: Path) -> None:
-    """Its patches are of another size, so that the model cannot run what it gives."""
+    """Its patches have another size, so the model cannot run on its output."""
     folder = TINY_FAMILIES["qwen3_vl"].write(tmp_path / "teacher")
     edit(folder / "preprocessor_config.json", patch_size=8)
     write_set(tiny_samples(4), tmp_path / "set")

@@ -1,4 +1,4 @@
-"""A run killed at any moment, or stopped by its disk, leaves a cache that goes on to the same digest."""
+"""A run killed at any moment, or stopped by its disk, leaves a cache that is completed to the same digest."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache that every road must lead to."""
+    """The cache that every test must end with."""
     path = tmp_path_factory.mktemp("whole") / "cache"
     write_cache(path)
     return path
@@ -37,7 +37,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def memory_folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder that is quick to flush, where there is one: hundreds of caches are written there."""
+    """A folder that is fast to flush, if there is one: hundreds of caches are written there."""
     quick = Path("/dev/shm")
     path = Path(tempfile.mkdtemp(dir=quick if os.access(quick, os.W_OK) else tmp_path))
     yield path
@@ -46,9 +46,9 @@ def memory_folder(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_resumes_to_the_same_bytes(whole: Path, memory_folder: Path) -> None:
-    """SIGKILL from outside, after a random time: into the middle of a write as well as between two.
+    """SIGKILL from outside, after a random time: in the middle of a write as well as between two.
 
-    How long a write takes is learnt as it goes: who lives to its end is followed by others that are killed earlier.
+    The duration of a write is learnt along the way: if a process survives to its end, later ones are killed earlier.
     """
     expected = file_entries(whole)
     context = fork_server()
@@ -114,14 +114,14 @@ def test_an_upload_killed_at_any_request_resumes_to_the_digest_of_the_disk(
             open_cache(output)
         folder = open_folder(output)
         begun = {name.split("/")[0] for name in folder.sizes("shards") if name.endswith(MANIFEST_NAME)}
-        assert committed_shards(folder, NAMES) == begun  # no manifest before the files that it names
+        assert committed_shards(folder, NAMES) == begun  # no manifest exists before the files that it names
         assert write_cache(output) == digest
         assert open_cache(output).digest == digest
 
 
 @pytest.mark.slow
 def test_a_repair_killed_at_any_change_never_leaves_a_cache_that_looks_whole(whole: Path, memory_folder: Path) -> None:
-    """A shard that is half deleted would be taken for a committed one."""
+    """A half-deleted shard could be mistaken for a committed one."""
     expected = file_entries(whole)
     files = sum(name.startswith(f"shards/{NAMES[0]}/") for name in expected)
     context = fork_server()

@@ -1,4 +1,4 @@
-"""The role `mismatched`: what is captured, and that sets without it are as they were."""
+"""The role `mismatched`: what is captured, and that sets without it are unaffected."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MISMATCHED = "capture.mismatched=true"
 
 @pytest.fixture(scope="module")
 def captured(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of seven pairs in three roles, of reference log-probs."""
+    """A cache of seven pairs in three roles, with reference log-probs."""
     output = tmp_path_factory.mktemp("mismatched") / "cache"
     summary = world.run(output, MISMATCHED, "capture.preset=reference", "capture.precision=exact", data=world.pairs)
     assert (summary.sequences, summary.rejected) == (21, 0)
@@ -38,7 +38,7 @@ def captured(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_role_has_the_teachers_log_probs_of_its_own_tokens(world: World, captured: Path) -> None:
-    """Against the model itself, sample by sample; verified byte by byte."""
+    """Against the model itself, sample by sample; the cache is verified byte by byte."""
     cache = open_cache(captured)
     assert cache.roles == ("chosen", "mismatched", "rejected")
     reader = Reader(world.teacher, world.pairs)
@@ -56,14 +56,14 @@ def test_every_role_has_the_teachers_log_probs_of_its_own_tokens(world: World, c
 
 
 def test_the_other_roles_and_the_fingerprint_are_those_of_a_cache_without_it(world: World, tmp_path: Path) -> None:
-    """What a cache says of its capture names the pairing where there is one, and is unchanged where there is none."""
+    """A cache's description of its capture names the pairing if there is one, and is otherwise unchanged."""
     with_it = world.run(tmp_path / "with", MISMATCHED, "batch_size=1", data=world.pairs)
     without = world.run(tmp_path / "without", "batch_size=1", data=world.pairs)
     assert with_it.positions > without.positions
     ours, theirs = open_cache(tmp_path / "with"), open_cache(tmp_path / "without")
     items = [(key, role) for key in sorted(theirs.keys("chosen")) for role in theirs.roles]
     for name, values in vars(theirs.records(items)).items():
-        if name != "tail_ids_D":  # stored in any order
+        if name != "tail_ids_D":  # stored in no fixed order
             assert np.array_equal(getattr(ours.records(items), name), values), name
     assert ours.fingerprint["capture"].pop("mismatched") == "next in the ring of SHA-256"
     assert ours.fingerprint == theirs.fingerprint
@@ -115,7 +115,7 @@ def test_sets_that_cannot_be_paired_are_refused(world: World, tmp_path: Path) ->
 
 
 def test_reference_keeps_what_is_asked_for_besides(world: World, tmp_path: Path) -> None:
-    """The preset brings no temperatures and no forced tokens of its own; named ones are kept."""
+    """The preset has no temperatures and no forced tokens of its own; those requested are kept."""
     arguments = world.arguments(tmp_path / "c", "capture.preset=reference")
     plain = prepare_capture(**load_config(CacheTeacherConfig, (), arguments).setup_values).fingerprint["capture"]
     assert (plain["head_max"], plain["draws_max"], plain["temperatures"], plain["forced_ids"]) == (1, 0, [], [])

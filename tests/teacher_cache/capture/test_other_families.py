@@ -1,4 +1,4 @@
-"""Whole captures by teachers of other families: what is rejected, what the fingerprint says, and what is planned."""
+"""Whole captures by teachers of other families: rejections, the fingerprint, and plans."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_capture_and_its_plan(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("write", [write_tiny_qwen_vl, write_tiny_onevision])
 def test_pictures_that_cannot_be_used_reject_their_samples_alone(tmp_path: Path, write: object) -> None:
-    """One that is cut off, one whose header is damaged, and one that has another size than when it was tokenised."""
+    """One truncated, one with a damaged header, and one whose size differs from when it was tokenised."""
     folder = write(tmp_path / "teacher")  # type: ignore[operator]
     teacher = open_family(folder, get_template("chatml"), image_aspect="auto", max_length=1024)
     turns = (Turn("user", "<image>What?"), Turn("assistant", "A star."))
@@ -62,7 +62,7 @@ def test_pictures_that_cannot_be_used_reject_their_samples_alone(tmp_path: Path,
     images = (samples[0].images[0][:-30], b"\x89PNG", tiny_image(2, (90, 20)), samples[3].images[0])
     shown = [dataclasses.replace(sample, images=(image,)) for sample, image in zip(samples, images, strict=True)]
     requests = [Request(n, shown[n], (teacher.encode(s, "response"),)) for n, s in enumerate(samples)]
-    assert len(teacher.encode(shown[0], "response").input_ids_T)  # its header is sound
+    assert len(teacher.encode(shown[0], "response").input_ids_T)  # its header is intact
     engine = HfCaptureEngine(
         teacher.load(torch.float32),
         teacher,

@@ -1,4 +1,4 @@
-"""Reading ahead and writing behind: what overlaps, what waits, and where errors of either come out."""
+"""Reading ahead and writing behind: what overlaps, what waits, and where errors of either surface."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def job(world: World, tmp_path: Path) -> CaptureSetup:
 
 
 def test_what_the_teacher_waits_for_is_counted(job: CaptureSetup, tmp_path: Path) -> None:
-    """Of each shard and in all; the time of a shard holds its waits."""
+    """Per shard and in total; a shard's time includes its waits."""
     store = CacheStore.open(tmp_path / "c", job.fingerprint, job.samples.shard_names)
     store.start()
     done = list(capture_shards(job, Refusing(job.settings), store, store.missing(), lambda samples, positions: None))
@@ -61,7 +61,7 @@ class Refusing:
 def with_commit(
     job: CaptureSetup, where: Path, commit: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> CacheStore:
-    """A store of which only committing is replaced."""
+    """A store with only its commit replaced."""
     store = CacheStore.open(where, job.fingerprint, job.samples.shard_names)
     monkeypatch.setattr(store, "commit", commit)
     return store
@@ -70,14 +70,14 @@ def with_commit(
 def drain(
     job: CaptureSetup, engine: Refusing, store: CacheStore, progress: Progress = lambda samples, positions: None
 ) -> int:
-    """Capture all shards; gives the samples."""
+    """Capture all shards; return the samples."""
     return sum(done.samples for done in capture_shards(job, engine, store, job.samples.shard_names, progress))
 
 
 def test_a_shard_is_written_while_the_next_is_captured(
     job: CaptureSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each commit but the last waits for the teacher to begin with the following shard."""
+    """Each commit but the last waits for the teacher to start the following shard."""
     names = job.samples.shard_names
     begun = {name: threading.Event() for name in names}
     committed: list[str] = []
@@ -98,7 +98,7 @@ def test_a_shard_is_written_while_the_next_is_captured(
 def test_no_more_than_one_shard_waits_to_be_written(
     job: CaptureSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each commit ends after the teacher has begun with the following shard, and must see it begin no other."""
+    """Each commit ends after the teacher has started the following shard, and must not see it start another."""
     names = job.samples.shard_names
     begun = [threading.Event() for _ in names]
     finished: list[str] = []
@@ -133,7 +133,7 @@ def test_an_error_of_the_writer_stops_the_run_amid_the_next_shard(
     shards: list[int] = []
 
     class Slow(Refusing):
-        """Is not done with the shard after the failing one before the run is stopped."""
+        """Does not finish the shard after the failing one before the run is stopped."""
 
         def capture(self, requests: Sequence[Request]) -> Iterator[Rejection]:
             shards.append(requests[0].row // 5)

@@ -1,4 +1,4 @@
-"""`positions: all`: every token that is not padding has a record, image patches too."""
+"""`positions: all`: every token that is not padding has a record, image tokens included."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_every_position_is_the_models_own_distribution(world: World, tmp_path: P
 
 
 def test_the_answers_records_are_those_of_response_positions(world: World, tmp_path: Path) -> None:
-    """Where both kinds of cache have a position, its distribution is the same."""
+    """If both kinds of cache have a position, its distribution is the same."""
     for positions in ("all", "response"):
         world.run(tmp_path / positions, "capture.preset=exhaustive", f"capture.positions={positions}")
     whole, part = (open_cache(tmp_path / positions) for positions in ("all", "response"))

@@ -1,4 +1,4 @@
-"""A capture on a local Ray cluster: the same cache as without, whoever dies, and nothing but our own lines."""
+"""A capture on a local Ray cluster: the same cache as without Ray, whichever worker dies, and only our own output."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytest.importorskip("ray")
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """As many threads here as a worker has: the last digits of a product on a CPU depend on them."""
+    """Use as many threads here as a worker does: the last digits of a product on a CPU depend on them."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -39,7 +39,7 @@ def one_thread() -> Iterator[None]:
 
 
 def test_two_workers_make_the_cache_of_one_process(world: World, tmp_path: Path) -> None:
-    """With an image that cannot be read, and shards that another slice has made."""
+    """With an image that cannot be read, and shards that another slice has already captured."""
     samples = tiny_samples(10)
     broken = Sample("broken", samples[0].turns, (b"no picture",), ("png",))
     write_set([*samples[:3], broken, *samples[3:]], tmp_path / "set", shard_samples=3)
@@ -57,7 +57,7 @@ def test_two_workers_make_the_cache_of_one_process(world: World, tmp_path: Path)
 
 
 def test_workers_that_are_killed_amid_a_shard_change_nothing(world: World, finished: Path, tmp_path: Path) -> None:
-    """One shard kills its first worker alone and is then captured; one kills every worker, and is named."""
+    """One shard kills only its first worker and is then captured; one kills every worker, and is named."""
     done = in_a_process(MORTAL, "samples-000002", "samples-000003", *world.arguments(tmp_path / "c", *ON_RAY))
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
@@ -74,7 +74,7 @@ def test_workers_that_are_killed_amid_a_shard_change_nothing(world: World, finis
 def test_a_disk_that_refuses_a_worker_is_one_line(world: World, finished: Path, tmp_path: Path) -> None:
     output = Path(shutil.copytree(finished, tmp_path / "c"))
     shutil.rmtree(output / "shards")
-    (output / "shards").symlink_to("/proc")  # where nobody may make a folder
+    (output / "shards").symlink_to("/proc")  # in which no one can create a folder
     done = in_a_process(RUN, "run", *world.arguments(output, *ON_RAY))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines()[-1].startswith(f"error: {output}/shards/samples-00000")

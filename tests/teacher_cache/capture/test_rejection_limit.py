@@ -1,4 +1,4 @@
-"""Rejections are grouped by what they say, and held against the share that is allowed."""
+"""Rejections are grouped by their message and checked against the share that is allowed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from teacher_cache.format.rejection import Rejection
 
 
 def too_long(number: int) -> Rejection:
-    """One of many of a kind."""
+    """One of many rejections of one kind."""
     key = f"llava-{number:04d}"
     return Rejection(key, "response", f"sample '{key}' (response): {300 + number} tokens, more than max_length 200")
 
@@ -37,7 +37,7 @@ def test_a_key_within_a_reason_is_no_part_of_its_kind() -> None:
 def test_too_many_rejections_stop_with_the_most_frequent_reason_and_a_key() -> None:
     rejected = Rejected(0.01)
     rejected.add(96, [too_long(number) for number in range(3)])
-    rejected.check("caches/c")  # 3 of 99: one in a hundred is allowed, and a hundred are not seen yet
+    rejected.check("caches/c")  # 3 of 99: one in a hundred is allowed, but a hundred have not been seen yet
     rejected.add(1, [Rejection("bad", "response", "image 'bad': cannot be decoded")])
     with pytest.raises(DataError) as stopped:
         rejected.check("caches/c")

@@ -1,4 +1,4 @@
-"""`run` as a whole: resumable at any moment, the same result by any road, and clear about what it refuses."""
+"""`run` as a whole: resumable at any moment, the same result in every case, and clear about what it refuses."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_processes_that_prepare_images_change_nothing(world: World, finished: Pa
 
 
 def test_place_time_batch_size_and_workers_do_not_enter_the_cache(world: World, finished: Path, tmp_path: Path) -> None:
-    """What is said of a cache is equal; numbers are equal up to rounding (see the engine's tests)."""
+    """The cache's description is equal; numbers are equal up to rounding (see the engine's tests)."""
     world.run(tmp_path / "deep" / "er" / "c", "batch_size=3")
     ours, other = open_cache(tmp_path / "deep/er/c"), open_cache(finished)
     assert ours.fingerprint == other.fingerprint
@@ -98,7 +98,7 @@ def test_slices_by_different_runs_make_the_same_cache(world: World, finished: Pa
 
 
 def test_one_process_a_slice_and_one_a_cache(world: World, tmp_path: Path) -> None:
-    """Two of the same slice would do the same work twice; other slices go on."""
+    """Two processes on one slice would do the same work twice; other slices may run."""
     with locked(tmp_path / "c", f"{LOCK_NAME}-1-of-2"):
         with pytest.raises(ConfigError, match=f"^output: {tmp_path}/c is in use by process "):
             world.run(tmp_path / "c", "slice=1/2")
@@ -115,7 +115,7 @@ def test_one_process_a_slice_and_one_a_cache(world: World, tmp_path: Path) -> No
 def test_killed_between_any_two_steps_and_resumed_it_is_the_same_cache(
     world: World, small: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL before the n-th change on disk, for n all over the run; each resumed in turn."""
+    """SIGKILL before the n-th change on disk, for n spread over the run; each is then resumed."""
     data = small.parent / "set"
     expected = file_entries(small)
     context = fork_server()
@@ -132,7 +132,7 @@ def test_killed_between_any_two_steps_and_resumed_it_is_the_same_cache(
     changes = attempt(tmp_path / "counted", sys.maxsize)
     assert changes is not None
     generator = random.Random(0)
-    middle = changes // 2  # about where the first of two shards is committed
+    middle = changes // 2  # roughly when the first of two shards is committed
     moments = {1, 3, middle - 1, middle, middle + 1, changes - 1, changes, *generator.sample(range(4, changes - 1), 4)}
     for moment in sorted(moments):
         output = tmp_path / f"c{moment}"
@@ -168,7 +168,7 @@ def test_the_command_killed_and_started_again_gives_the_same_digest(
 def test_a_disk_that_fills_up_stops_the_run_and_room_lets_it_go_on(
     world: World, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Shards are written beside the teacher: its next one is given up, those before are kept."""
+    """Shards are written while the teacher runs on: its next one is abandoned, those before are kept."""
     write = store.write_shard
 
     def fill(folder: Path, name: str, *rest: Any) -> None:

@@ -1,4 +1,4 @@
-"""`cache-teacher run engine.kind=server` on the answers of a real server: a whole cache, also in spite of failures."""
+"""`cache-teacher run engine.kind=server` on the replies of a real server: a whole cache, despite failures."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_cache_in_spite_of_failures_and_stops(
 def test_a_plan_and_an_audit_of_a_served_teacher(
     folder: Path, server: ReplayServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A plan leaves out the presets that a server cannot give; the audit compares with the weights themselves."""
+    """The plan omits presets that a server cannot provide; the audit compares with the weights themselves."""
     output = f"output={tmp_path}/cache"
     ended, out, _ = _run(capsys, server, folder, output, "--json", command="plan")
     assert (ended, list(json.loads(out)["presets"])) == (0, ["reference"])

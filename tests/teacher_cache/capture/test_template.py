@@ -1,4 +1,4 @@
-"""Which wording a capture uses: the teacher's own by default, and what was begun with it."""
+"""Which template a capture uses: the teacher's own by default, and on resuming the one it began with."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def test_a_teacher_from_elsewhere_is_captured_in_the_wording_of_its_processor(tm
     (teacher / "chat_template.json").write_text(json.dumps({"chat_template": chat}))
     run_capture(settings(tmp_path, teacher))
     assert template(tmp_path) == "chatml"
-    wrong = chat.replace(image, "<image>")  # another model's
+    wrong = chat.replace(image, "<image>")  # another model's image wording
     (teacher / "chat_template.json").write_text(json.dumps({"chat_template": wrong}))
-    assert run_capture(settings(tmp_path, teacher)).complete  # what was begun is continued
-    with pytest.raises(ConfigError, match="words turns with images differently"):
+    assert run_capture(settings(tmp_path, teacher)).complete  # the capture already begun continues
+    with pytest.raises(ConfigError, match="words turns with images apart"):
         run_capture(settings(tmp_path, teacher, f"output={tmp_path / 'other'}"))
 
 

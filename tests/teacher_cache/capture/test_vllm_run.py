@@ -1,4 +1,4 @@
-"""`cache-teacher run engine.kind=vllm`, on a CPU: a whole cache by the real command, in pieces and at once."""
+"""`cache-teacher run engine.kind=vllm`, on a CPU: a whole cache with the real command, in pieces and in one go."""
 
 from __future__ import annotations
 

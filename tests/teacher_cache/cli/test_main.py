@@ -1,4 +1,4 @@
-"""The command `cache-teacher`: what it prints, its exit statuses, and that help comes at once."""
+"""The command `cache-teacher`: its output, its exit statuses, and that help is printed at once."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_rejections_are_pointed_out(
     assert f"({', '.join(keys[:3])}, …)" in out
     assert f"rejected sequences and reasons: {tmp_path}/c/rejected.jsonl" in out
     status, out, _ = _call(capsys, "run", *arguments)
-    assert (status, "nothing to do" in out) == (3, True)  # the cache still lacks them
+    assert (status, "nothing to do" in out) == (3, True)  # the cache still lacks the rejected ones
 
 
 def test_a_run_that_rejects_too_much_stops_and_goes_on_when_allowed(
@@ -87,7 +87,7 @@ def test_a_run_that_rejects_too_much_stops_and_goes_on_when_allowed(
     assert "like 'tiny-0001' (sample 'tiny-0001' (response): " in err
     assert [path.name for path in (tmp_path / "c/shards").iterdir()] == ["samples-000000"]
     status, _, err = _call(capsys, "run", *arguments, "--max-rejected", "0.2")
-    assert (status, err.count("\n")) == (2, 1)  # what is there counts: no teacher is loaded
+    assert (status, err.count("\n")) == (2, 1)  # existing rejections count: no teacher is loaded
     assert " of 5 sequences rejected" in err
     status, out, _ = _call(capsys, "run", *arguments, "--max-rejected", "1", "--json")
     summary = json.loads(out)
@@ -203,7 +203,7 @@ def test_only_a_field_of_the_fingerprint_can_be_allowed(
 
 
 def test_plan_run_and_plan_again(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A plan before the run, its comparison afterwards; nothing undeclared lies in the cache."""
+    """A plan before the run, the comparison afterwards; the cache holds no undeclared files."""
     arguments = world.arguments(tmp_path / "c", data=world.pairs)
     status, out, err = _call(capsys, "plan", *arguments, "--json")
     assert (status, err) == (0, "")

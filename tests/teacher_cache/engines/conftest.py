@@ -1,4 +1,4 @@
-"""What starts vLLM, for every test of this folder that needs it."""
+"""The fixture that starts vLLM, for every test in this folder that needs it."""
 
 from __future__ import annotations
 

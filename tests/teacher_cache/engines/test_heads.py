@@ -1,4 +1,4 @@
-"""Captured and generated distributions of language models whose LM head is more than a weight: against plain use."""
+"""Captured and generated distributions of language models whose LM head is more than a weight, against plain use."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _config(folder: Path, teacher: Path, *given: str) -> CacheTeacherConfig:
 
 @torch.no_grad()
 def test_a_cache_holds_the_log_probs_of_the_models_own_logits(teacher: Path, tmp_path: Path) -> None:
-    run_capture(_config(tmp_path, teacher, "batch_size=1"))  # falcon_h1's state-space layers see padding
+    run_capture(_config(tmp_path, teacher, "batch_size=1"))  # falcon_h1's state-space layers are affected by padding
     cache = open_cache(tmp_path / "cache")
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
     family = open_family(teacher, get_template("chatml"), image_aspect="auto", max_length=512)
@@ -91,11 +91,11 @@ def test_a_cache_holds_the_log_probs_of_the_models_own_logits(teacher: Path, tmp
         expected_NK = log_probs_NV.gather(1, targets.topk_ids_NK.clamp(min=0).long())
         valid_NK = targets.topk_ids_NK >= 0
         assert valid_NK.any(1).all()
-        assert np.allclose(found_NK[valid_NK], expected_NK[valid_NK], atol=2e-3), key  # as the cache rounds them
+        assert np.allclose(found_NK[valid_NK], expected_NK[valid_NK], atol=2e-3), key  # within the cache's rounding
 
 
 def test_tokens_are_chosen_from_the_models_own_logits(teacher: Path, tmp_path: Path) -> None:
-    """Not only from logits with the same order: sampling depends on their scale."""
+    """Logits with merely the same order would not do: sampling depends on their scale."""
     engine = load_engine(prepare_capture(**_config(tmp_path, teacher).setup_values))
     plain = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
     sequence = engine.teacher.encode(_samples()[1], "response")
@@ -116,7 +116,7 @@ def test_tokens_are_chosen_from_the_models_own_logits(teacher: Path, tmp_path: P
 
 
 def test_answers_are_those_of_plain_generation(teacher: Path, tmp_path: Path) -> None:
-    """One prompt at a time; embeddings that a decoder scales are scaled once, in each step."""
+    """One prompt at a time; embeddings that the decoder scales are scaled exactly once in each step."""
     engine = load_engine(prepare_capture(**_config(tmp_path, teacher).setup_values))
     plain = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
     end, rows = engine.teacher.encoder.end_id, plain.get_output_embeddings().weight.shape[0]

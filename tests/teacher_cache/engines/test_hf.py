@@ -32,7 +32,7 @@ IMAGE = tiny_image(5)
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A loaded tiny teacher with everything that belongs to it."""
+    """A loaded tiny teacher with its tokenizer, encoder and engine."""
 
     model: Any
     family: LlavaFamily
@@ -84,7 +84,7 @@ def load_teacher(folder: Path, dtype: torch.dtype = torch.float32) -> Teacher:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
-    # A head with more rows than the tokenizer has ids: the surplus must not enter any distribution.
+    # An LM head with more rows than the tokenizer has ids: the surplus must not enter any distribution.
     folder = write_tiny_llava(tmp_path_factory.mktemp("hf") / "teacher", head_rows=448)
     return load_teacher(folder)
 
@@ -123,7 +123,7 @@ def test_cached_numbers_are_those_of_a_live_forward(teacher: Teacher, preference
 
 
 def test_the_first_answer_token_is_distilled(teacher: Teacher) -> None:
-    """One-token answers: what predicts them is the last row of the prompt; a shift by one shows at once."""
+    """One-token answers are predicted by the prompt's last row; a shift by one would show at once."""
     end = teacher.encoder.end_id
     for word in ("Yes", "No", "7"):
         turns = (Turn("user", "<image>\nIs there a red circle?"), Turn("assistant", word))
@@ -140,7 +140,7 @@ def test_the_first_answer_token_is_distilled(teacher: Teacher) -> None:
         assert first == pytest.approx(float(live_TV[len(prompt) - 1, answer[0]]), abs=2e-5)
         for shifted in (len(prompt) - 2, len(prompt)):
             assert abs(first - float(live_TV[shifted, answer[0]])) > 0.01
-        # The prompt alone says the same: the answer itself has not been seen.
+        # The prompt alone gives the same: the answer itself was not seen.
         alone = teacher.log_probs(sample, dataclasses.replace(sequence, input_ids_T=prompt))
         assert first == pytest.approx(float(alone[-1, answer[0]]), abs=2e-5)
 
@@ -155,7 +155,7 @@ def test_the_batch_size_changes_nothing_but_rounding(teacher: Teacher) -> None:
             assert np.allclose(left, right, atol=3e-5), (name, field)
         dense = [dict(zip(r.records.topk_ids_H, r.records.topk_log_probs_H, strict=True)) for r in (one, many[name])]
         assert dense[0].keys() == dense[1].keys()
-        # Draws fall on the same ids unless a point lies within rounding of an interval's edge.
+        # Tail samples are the same ids unless a point lies within rounding of an interval's edge.
         both = [set(zip(_rows(r), r.records.tail_ids_D.tolist(), strict=True)) for r in (one, many[name])]
         assert len(both[0] ^ both[1]) <= 0.02 * len(both[0]) + 2
 
@@ -173,7 +173,7 @@ def test_batches_depend_on_the_shard_alone(teacher: Teacher) -> None:
 
 
 def test_a_sequence_with_logits_that_are_not_finite_is_rejected_alone(teacher: Teacher) -> None:
-    """One token's embedding is NaN: only sequences that hold it are lost."""
+    """One token's embedding is NaN: only sequences that contain it are lost."""
     samples = tiny_samples(8, seed=5)
     poison = teacher.encoder.tokenizer("purple zebra", add_special_tokens=False)["input_ids"][-1]
     bad = Sample("bad", (Turn("user", "purple zebra?"), Turn("assistant", "A purple zebra.")))
@@ -185,7 +185,7 @@ def test_a_sequence_with_logits_that_are_not_finite_is_rejected_alone(teacher: T
         weight[poison] = float("nan")
     try:
         engine = teacher.engine()
-        engine.lm_head = Float32Head(LmHead(untied), teacher.vocab_size)  # the tiny head is tied: keep it sound
+        engine.lm_head = Float32Head(LmHead(untied), teacher.vocab_size)  # the tiny LM head is tied: keep it finite
         outcomes = list(engine.capture(teacher.requests([*samples, bad])))
     finally:
         with torch.no_grad():

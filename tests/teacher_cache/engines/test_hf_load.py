@@ -1,4 +1,4 @@
-"""Loading a teacher for the Hugging Face engine: what settings change, and what is refused before the first batch."""
+"""Loading a teacher for the Hugging Face engine: effects of settings, and what is refused before the first batch."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_roles_share_their_prompt_where_the_decoder_lets_them(settings: Callable
 
 
 def test_attention_is_a_matter_of_rounding_and_of_the_fingerprint(settings: Callable[..., CacheTeacherConfig]) -> None:
-    """Rows of their own and shared ones too: eager attention shares none."""
+    """With rows of their own and with shared rows: eager attention shares none."""
     plain, eager = settings("plain"), settings("eager", "engine.attention=eager")
     assert np.allclose(_sums(plain), _sums(eager), atol=1e-3)
     assert "attention" not in prepare_capture(**plain.setup_values).fingerprint["engine"]
@@ -68,7 +68,7 @@ def test_attention_is_a_matter_of_rounding_and_of_the_fingerprint(settings: Call
 
 
 def test_compiling_is_a_matter_of_the_fingerprint(settings: Callable[..., CacheTeacherConfig]) -> None:
-    """What is joined into one operation is not rounded in between, if the model is in half precision."""
+    """In half precision, fused operations are not rounded in between."""
     assert "compile" not in prepare_capture(**settings().setup_values).fingerprint["engine"]
     assert (
         prepare_capture(**settings("compiled", "engine.compile=true").setup_values).fingerprint["engine"]["compile"]
@@ -77,7 +77,7 @@ def test_compiling_is_a_matter_of_the_fingerprint(settings: Callable[..., CacheT
 
 
 def test_a_sliding_window_shares_no_rows(settings: Callable[..., CacheTeacherConfig], tmp_path: Path) -> None:
-    """A mask of our own would not slide."""
+    """Our own mask would not apply the window."""
     from transformers import AutoConfig
 
     folder = write_tiny_causal_lm(tmp_path / "teacher")
@@ -94,7 +94,7 @@ def test_a_sliding_window_shares_no_rows(settings: Callable[..., CacheTeacherCon
 def test_a_compiled_decoder_says_the_same(
     settings: Callable[..., CacheTeacherConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Traced as for a GPU, but run without generated code, which takes a minute to build."""
+    """Traced as on a GPU, but run without code generation, which takes a minute."""
     compiled_by = torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda model, **given: compiled_by(model, backend="aot_eager", **given)
@@ -114,7 +114,7 @@ def test_a_compiled_decoder_says_the_same(
 def test_logits_that_are_more_than_a_head_are_refused(
     settings: Callable[..., CacheTeacherConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such as capped or scaled ones: what the head gives would not be the teacher's distribution."""
+    """Such as capped or scaled logits: the LM head's output would not be the teacher's distribution."""
     from transformers import Qwen2ForCausalLM
 
     folder = write_tiny_causal_lm(tmp_path / "teacher")
@@ -140,7 +140,7 @@ def test_a_device_map_changes_nothing(settings: Callable[..., CacheTeacherConfig
 def test_a_model_in_several_places_says_the_same(
     settings: Callable[..., CacheTeacherConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Parts that come from the disk whenever they run stand in for those on other GPUs: both hang on hooks."""
+    """Parts offloaded to disk stand in for parts on other GPUs: both work through hooks."""
     from teacher_cache.engines import hf_load
 
     far = ("model.visual.blocks.1", "model.language_model.layers.1")

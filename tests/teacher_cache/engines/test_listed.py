@@ -1,4 +1,4 @@
-"""Records from listed log-probs against records from whole distributions, where both know the same."""
+"""Records from listed log-probs against records from full distributions, where both have the same information."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The teacher's LM head in float32: against casting everything."""
+"""The teacher's LM head in float32, against casting everything."""
 
 from __future__ import annotations
 

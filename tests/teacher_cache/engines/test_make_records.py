@@ -96,7 +96,7 @@ def test_every_number_agrees_with_the_dense_distribution(
 
 
 def test_chunks_change_nothing() -> None:
-    logits = _logits(700, 9000, 0)  # 1 M values a chunk: seven chunks
+    logits = _logits(700, 9000, 0)  # 1 M values per chunk: seven chunks
     whole = _make(logits, SETTINGS)
     targets = torch.arange(700)
     uniforms = torch.from_numpy(sequence_uniforms(0, "k", "response", 700))
@@ -109,7 +109,7 @@ def test_chunks_change_nothing() -> None:
 
 
 def test_a_tiny_tail_keeps_its_mass_and_is_still_drawn_from() -> None:
-    """1 − Σp would be 0 or negative here; the log mass must come from the tail itself."""
+    """1 − Σp would be 0 or negative here; the log mass must be computed from the tail itself."""
     logits = torch.full((1, 50), -40.0)
     logits[0, 7], logits[0, 30] = 40.0, -30.0
     record = _make(logits, dataclasses.replace(SETTINGS, forced_ids=()))
@@ -151,7 +151,7 @@ def test_equal_log_probs_are_ordered_by_id_and_forced_ids_come_last() -> None:
 def test_ties_are_broken_by_id_also_across_the_bound(
     seed: int, width: int, spacing: float, top_p: float, top_k: int, forced: set[int], min_prob: float
 ) -> None:
-    """Logits of few distinct values, as in bfloat16; with the largest spacing all are equal.
+    """Logits with few distinct values, as in bfloat16; with the largest spacing all are equal.
 
     No multiple of 1 / width reaches `top_p`, so that rounding decides nothing.
     """
@@ -163,7 +163,7 @@ def test_ties_are_broken_by_id_also_across_the_bound(
 
 
 def test_bfloat16_logits_of_a_large_vocabulary_keep_the_smallest_ids() -> None:
-    """Of many equally likely ids that do not all fit, the smallest are kept, whatever order topk meets them in."""
+    """Of many equally likely ids that do not all fit, the smallest are kept, whatever order topk returns them in."""
     logits = (_logits(64, 40_000, 1) * 4).bfloat16().float()
     records = _make(logits, dataclasses.replace(SETTINGS, top_p=1.0, top_k=48, forced_ids=())).split([1] * 64)
     crossed = 0
@@ -216,7 +216,7 @@ def test_head_plus_draws_are_an_unbiased_picture_of_the_whole() -> None:
         mass_D = np.exp(records.tail_log_mass_N.astype(np.float64))[row_D]
         np.add.at(mean, records.tail_ids_D, share_D * mass_D / replicas)
         errors.append(np.abs(mean - truth).sum())
-    assert errors[1] < errors[0] / 2.5  # √16 = 4, less the noise of one trial
+    assert errors[1] < errors[0] / 2.5  # √16 = 4, allowing for the noise of one trial
     assert errors[1] < 0.04
 
 
@@ -282,7 +282,7 @@ def _assert_equal(left: Records, right: Records) -> None:
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0, 4.0])
 def test_a_declared_temperature_chooses_as_one_of_the_scaled_logits_would(temperature: float) -> None:
-    """Ids, samples and entropy are those of logits / T at temperature 1; log-probs and the tail's mass stay at 1."""
+    """Ids, samples and entropy are those of logits / T at temperature 1; log-probs and tail mass stay those at 1."""
     chosen = dataclasses.replace(SETTINGS, temperatures=(temperature,), min_prob=0.004, top_p=0.9, forced_ids=())
     logits = _logits(40, 300, 5)
     found = _make(logits, dataclasses.replace(chosen, temperature=temperature))

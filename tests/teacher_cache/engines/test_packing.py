@@ -1,4 +1,4 @@
-"""Laying sequences out in rows: every token sees what it sees in a row of its own, whatever shares it."""
+"""Packing sequences into rows: every token attends to what it would in a row of its own, whatever shares the row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from teacher_cache.engines.packing import lay_out
 
 IMAGE = 7
 _IDS = st.lists(st.integers(1, 7), min_size=1, max_size=6)
-# Groups of sequences: a common beginning, and what follows it in each.
+# Groups of sequences: a common prefix, and what follows it in each.
 _GROUPS = st.lists(st.tuples(_IDS, st.lists(_IDS, min_size=1, max_size=4)), min_size=1, max_size=4)
 
 
@@ -48,7 +48,7 @@ def test_each_sequence_can_be_read_off_its_rows(groups: list[tuple[list[int], li
 def test_rows_are_shared_where_the_beginnings_are() -> None:
     sequences = [np.array(ids) for ids in ([1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6], [2, 2, 3], [1, 2, 7], [1, 2, 5])]
     layout = lay_out(sequences, [0, 0, 0, 0, 0, 1], pad=0, image_token_id=IMAGE)
-    assert layout.rows_S.tolist() == [0, 0, 0, 1, 2, 3]  # another beginning, an image of its own, another group
+    assert layout.rows_S.tolist() == [0, 0, 0, 1, 2, 3]  # another prefix, an image of its own, another group
     assert layout.input_ids_BT.tolist()[0] == [1, 2, 3, 4, 5, 6]
     assert [columns.tolist() for columns in layout.columns[:3]] == [[0, 1, 2, 3], [0, 1, 4], [0, 1, 2, 5]]
     apart = lay_out(sequences, range(6), pad=0, image_token_id=IMAGE)

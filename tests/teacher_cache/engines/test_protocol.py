@@ -1,4 +1,4 @@
-"""What every engine says of a sequence, whatever ran it."""
+"""What every engine returns for a sequence, whatever ran it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REQUEST = Request(0, SAMPLE, (SEQUENCE,))
 
 
 def test_a_supervised_id_must_have_a_probability() -> None:
-    assert beyond_vocabulary(SEQUENCE, 8) is None  # the image's id stands where nothing is supervised
+    assert beyond_vocabulary(SEQUENCE, 8) is None  # the image's id is not at a supervised position
     assert (
         beyond_vocabulary(SEQUENCE, 7) == "supervised id 7 is beyond the 7 ids that the tokenizer and the LM head share"
     )
@@ -29,7 +29,7 @@ def test_a_supervised_id_must_have_a_probability() -> None:
 
 @pytest.mark.parametrize(("which", "expected"), [(None, None), ("recorded", [0, 1, 2]), ("image", [1])])
 def test_hidden_states_are_kept_of_the_chosen_rows(which: HiddenPositions | None, expected: list[int] | None) -> None:
-    """Of the recorded rows 0, 2 and 3 one is an image's."""
+    """Of the recorded rows 0, 2 and 3, one is an image's."""
     rows_M = rows_with_states(SEQUENCE, np.array([0, 2, 3]), which, IMAGE)
     assert (None if rows_M is None else rows_M.tolist()) == expected
 

@@ -1,4 +1,4 @@
-"""What a fingerprint says of vLLM's engines, and what the fallback refuses, without vLLM."""
+"""What a fingerprint says about the vLLM engines, and what the fallback refuses; without vLLM."""
 
 from __future__ import annotations
 

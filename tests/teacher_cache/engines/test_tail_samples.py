@@ -1,4 +1,4 @@
-"""Systematic tail draws: unbiased, reproducible, and never an id without weight."""
+"""Systematic tail samples: unbiased, reproducible, and never an id without weight."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from teacher_cache.engines.tail_samples import sequence_uniforms, tail_sample_bu
 
 
 def _slow_tail_samples(weights: np.ndarray, uniform: float, budget: int) -> dict[int, int]:
-    """One row, by the definition: points (u + j) / m on the cumulated weights."""
+    """One row by the definition: points (u + j) / m on the cumulative weights."""
     cumulated = np.cumsum(weights.astype(np.float64))
     found: dict[int, int] = {}
     for step in range(budget):
@@ -58,7 +58,7 @@ def test_draws_follow_the_definition(width: int, budgets: list[int], seed: int, 
 
 
 def test_draws_are_unbiased_to_well_below_one_percent() -> None:
-    """The mean of the reconstructed tail converges to the tail at 1/√n, with error bars measured on the data."""
+    """The mean of the reconstructed tail converges to the tail as 1/√n, with error bars measured on the data."""
     generator = np.random.default_rng(0)
     weights = generator.pareto(0.8, 2000).astype(np.float32)
     share = weights.astype(np.float64) / weights.sum(dtype=np.float64)
@@ -83,7 +83,7 @@ def test_draws_are_unbiased_to_well_below_one_percent() -> None:
     common = share * budget * replicas > 400
     assert common.sum() > 50
     assert np.all(np.abs(mean - share * budget)[common] < 5.5 * deviation[common] + 1e-6)
-    # A band of ids has far less noise than one id: here a bias of 1 % would be five standard errors.
+    # A band of ids is far less noisy than one id: here a bias of 1 % would be five standard errors.
     by_share = np.argsort(-share)
     bands = [b for b in np.split(by_share, np.searchsorted(np.cumsum(share[by_share]), [0.3, 0.6])) if len(b)]
     for band in bands:
@@ -91,7 +91,7 @@ def test_draws_are_unbiased_to_well_below_one_percent() -> None:
 
 
 def test_draws_over_a_grid_of_uniforms_integrate_to_the_tail() -> None:
-    """Over all u a run of neighbouring ids is drawn in exact proportion to its weight: no noise hides a bias here."""
+    """Over all u, a run of neighbouring ids is drawn in exact proportion to its weight: no noise can hide a bias."""
     weights = np.random.default_rng(1).pareto(0.8, 3000).astype(np.float32)
     share = weights.astype(np.float64) / weights.sum(dtype=np.float64)
     grid, budget = 4000, 12
@@ -126,7 +126,7 @@ def test_uniforms_are_uniform_and_uncorrelated_along_and_across_sequences() -> N
 
 
 def test_the_stream_of_uniforms_is_fixed_for_ever() -> None:
-    """Caches hold draws made from these numbers: a change of the generator would be a change of the format."""
+    """Caches hold samples drawn with these numbers: changing the generator would change the format."""
     assert sequence_uniforms(0, "key", "response", 3).tolist() == [
         0.6069473063476964,
         0.7722862511487943,

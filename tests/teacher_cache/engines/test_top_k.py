@@ -1,4 +1,4 @@
-"""The largest numbers of rows, by groups, against PyTorch's topk."""
+"""The largest values of each row, found group by group, against PyTorch's topk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from teacher_cache.engines import top_k as top_k_module
     seed=st.integers(0, 10_000),
 )
 def test_the_largest_are_those_of_topk(width: int, count: int, spacing: float, seed: int) -> None:
-    """In groups or not, with ids that are in no group, equal numbers and −∞; which equal ones is open."""
+    """With and without groups, with ids outside all groups, ties and −∞; which of tied ids is returned is left open."""
     count = min(count, width)
     values = torch.randn(3, width, generator=torch.Generator().manual_seed(seed)) * 3.0
     if spacing:

@@ -1,4 +1,4 @@
-"""The vLLM engines against the Hugging Face engine, on a CPU: the same records of the same teachers."""
+"""The vLLM engines against the Hugging Face engine, on a CPU: the same teachers give the same records."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ pytestmark = NEEDS_VLLM
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # A head with more rows than the tokenizer has ids: the surplus must not enter any distribution.
+    # An LM head with more rows than the tokenizer has ids: the surplus must not enter any distribution.
     return write_tiny_llava(tmp_path_factory.mktemp("vllm") / "teacher", hidden=HEAD_OF_32, head_rows=448)
 
 
@@ -60,7 +60,7 @@ def test_two_hundred_sequences_get_the_records_of_the_hugging_face_engine(world:
 
 
 def test_pictures_reach_the_model_as_they_are(world: World) -> None:
-    """The same question about other pixels gets other records: the comparison above is not blind to images."""
+    """The same question about other pixels gives other records: the comparison above is not blind to images."""
     turns = (Turn("user", "<image>\nWhat?"), Turn("assistant", "It is a red circle."))
     pictures = [tiny_image(seed, size) for seed, size in ((1, (32, 24)), (2, (32, 24)), (1, (24, 32)))]
     samples = [Sample(f"p{number}", turns, (image,), ("png",)) for number, image in enumerate(pictures)]
@@ -97,7 +97,7 @@ def test_settings_of_a_copy_are_its_own(world: World) -> None:
 
 @pytest.mark.parametrize("kind", ["blank", "drop"])
 def test_what_images_are_worth(world: World, kind: str) -> None:
-    """Log-probs of the same answers without what the images show, by a second run of the same engine."""
+    """Log-probs of the same answers without the images' content, from a second run of the same engine."""
     samples = [sample for sample in tiny_samples(12, seed=4) if sample.images]
     shown = world.requests(samples)
     if kind == "blank":
@@ -116,7 +116,7 @@ def test_what_images_are_worth(world: World, kind: str) -> None:
     codes = [(ours[key], theirs[key]) for key in ours]
     assert all(one is not None and other is not None for one, other in codes)
     apart = np.concatenate([np.abs(one.astype(int) - other.astype(int)) for one, other in codes])  # type: ignore[union-attr]
-    assert apart.max() <= 1  # at the border of two codes
+    assert apart.max() <= 1  # on the boundary between two codes
     assert (apart > 0).mean() < 0.02
     assert len(np.unique(np.concatenate([one for one, _ in codes]))) > 3
 
@@ -133,7 +133,7 @@ def test_a_capture_made_again_is_the_same(world: World) -> None:
 
 
 def test_samples_that_cannot_be_used_are_rejected_alone(world: World) -> None:
-    """A broken image, and an id beyond the vocabulary: the same reasons as the Hugging Face engine gives."""
+    """A broken image, and an id beyond the vocabulary, with the same reasons as in the Hugging Face engine."""
     samples = tiny_samples(6, seed=6, preference=True)
     assert samples[1].images
     broken = dataclasses.replace(samples[1], images=(b"\x89PNG broken",))
@@ -189,7 +189,7 @@ def test_a_prompt_that_vllm_changes_is_refused(world: World, monkeypatch: pytest
 
 
 def test_a_picture_that_takes_other_tokens_in_vllm_is_refused(start: Start, folder: Path) -> None:
-    """As from a configuration that vLLM reads otherwise: our sequences hold 8 tokens for what is 9 there."""
+    """As when vLLM reads a configuration differently: our sequences have 8 tokens for an image that has 9 there."""
     world = start(folder)
     teacher = world.teacher
     images = teacher.images
@@ -200,7 +200,7 @@ def test_a_picture_that_takes_other_tokens_in_vllm_is_refused(start: Start, fold
 
 
 def test_prompts_in_pieces_and_prefixes_from_the_cache(start: Start, folder: Path) -> None:
-    """Steps of at most 48 tokens, in blocks of 32: nearly every prompt is cut, images too."""
+    """Steps of at most 48 tokens, in blocks of 32: nearly every prompt is split, images too."""
     world = start(folder, dataclasses.replace(SETTINGS, max_num_batched_tokens=48, max_num_seqs=4, block_size=32))
     long = " ".join(["Which colour has the large square on the left?"] * 6)
     samples = [*tiny_samples(12, seed=8), *(_with_prompt(s, long) for s in tiny_samples(12, seed=8, preference=True))]
@@ -212,7 +212,7 @@ def test_prompts_in_pieces_and_prefixes_from_the_cache(start: Start, folder: Pat
     assert len(reused) >= 6
     assert {tokens % 32 for tokens in cached.values()} == {0}
     assert sum(cached.values()) > 32 * len(reused)
-    # Where a recorded row may lie in what is shared, it is computed again, and the engine must notice by itself.
+    # If a recorded row may lie in the shared prefix, it is computed again, and the engine must notice by itself.
     engine._may_share = lambda first, second: True  # type: ignore[method-assign]
     engine.positions = "all"
     runs = _watch_runs(world)
@@ -222,7 +222,7 @@ def test_prompts_in_pieces_and_prefixes_from_the_cache(start: Start, folder: Pat
 
 
 def test_a_prompt_that_is_begun_again_counts_once() -> None:
-    """vLLM may preempt a request and compute its rows anew, from any of them on."""
+    """vLLM may preempt a request and recompute its rows, starting from any of them."""
     from teacher_cache.engines.vllm.pooler import _keep
 
     wanted_N = np.array([2, 3, 6, 7, 9])
@@ -239,7 +239,7 @@ def _with_prompt(sample: Sample, text: str) -> Sample:
 
 
 def _watch(world: World) -> dict[str, int]:
-    """How many tokens each request takes from the prefix cache, by its number."""
+    """Record how many tokens each request takes from the prefix cache, by request number."""
     cached: dict[str, int] = {}
     step = world.session.engine.step
 
@@ -253,7 +253,7 @@ def _watch(world: World) -> dict[str, int]:
 
 
 def _watch_runs(world: World) -> list[int]:
-    """How many requests each call of `run` brings."""
+    """Record how many requests each call of `run` submits."""
     counts: list[int] = []
     run = world.session.run
 
@@ -273,7 +273,7 @@ def _watch_runs(world: World) -> list[int]:
 
 
 def test_a_sequence_with_logits_that_are_not_finite_is_rejected_alone(start: Start, tmp_path: Path) -> None:
-    """One token's embedding is NaN in the checkpoint: only sequences that hold it are lost, in either engine."""
+    """One token's embedding is NaN in the checkpoint: only sequences that contain it are lost, in either engine."""
     sound = write_tiny_llava(tmp_path / "sound", hidden=HEAD_OF_32, tied=False)
     model = load_llava(sound)
     teacher = open_family(sound, get_template("qwen"), image_aspect="pad", max_length=512)

@@ -50,7 +50,7 @@ def _sparse_llava(folder: Path) -> Path:
     dense = write_tiny_llava(folder.parent / "dense", hidden=HEAD_OF_32)
     tokenizer = open_family(dense, get_template("qwen"), image_aspect="pad", max_length=64).encoder.tokenizer
     model = upcycle(load_llava(dense), layers="sparse", num_experts=4, top_k=2, seed=0)
-    with torch.no_grad():  # experts that differ, so that the router's choice shows
+    with torch.no_grad():  # make experts differ, so that the router's choice shows
         for name, parameter in model.named_parameters():
             if ".experts." in name:
                 parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
@@ -78,14 +78,14 @@ def test_every_family_of_teachers(start: Start, tmp_path: Path, family: str) -> 
     assert_same(world.capture(world.hf(), samples), world.capture(world.vllm(), samples))
 
 
-ALONE = "qwen3_vl_moe"  # vLLM groups experts once in a process, for the first model, if that has some
+ALONE = "qwen3_vl_moe"  # vLLM sets up expert grouping once per process, for the first model if it has experts
 
 
 @pytest.mark.parametrize("family", [family for family in EQUAL if family != ALONE])
 def test_families_that_run_by_their_own_processors(start: Start, tmp_path: Path, family: str) -> None:
-    """Their images become arrays and tokens in vLLM's processor of the family, in rows, columns and tiles."""
+    """vLLM's processor of the family turns their images into arrays and tokens, in rows, columns and tiles."""
     folder = TINY_FAMILIES["pixtral" if family == "llava" else family].write(tmp_path / "teacher")
-    if family == "cohere2_vision":  # with another scale, `check_same_head` refuses it
+    if family == "cohere2_vision":  # with any other scale, `check_same_head` refuses it
         _edit_text_config(folder, logit_scale=1.0)
     world = start(folder, template="auto")
     check_family(world.teacher, device="cpu")
@@ -96,7 +96,7 @@ def test_families_that_run_by_their_own_processors(start: Start, tmp_path: Path,
 
 
 def test_a_mixture_of_experts_in_a_process_of_its_own(tmp_path: Path) -> None:
-    """Its experts are stored as transformers 5 makes them, which is not as Qwen published theirs."""
+    """Its experts are stored as transformers 5 writes them, which differs from Qwen's published checkpoints."""
     folder = TINY_FAMILIES[ALONE].write(tmp_path / "teacher")
     process = get_context("spawn").Process(target=_compare, args=(folder,))
     process.start()
@@ -113,7 +113,7 @@ def _compare(folder: Path) -> None:
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "smolvlm"])
 def test_a_head_that_differs_from_what_it_is_tied_to_is_used(start: Start, tmp_path: Path, family: str) -> None:
-    """As transformers does, whatever config.json says."""
+    """As in transformers, whatever config.json says."""
     folder = TINY_FAMILIES[family].write(tmp_path / "teacher")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
@@ -152,7 +152,7 @@ def test_the_fallback_gives_heads_masses_and_target_log_probs(start: Start, tmp_
         assert all((one.records.entropy_N > 0).all() for one in found.values())
         assert_listed(expected, found)
     longest = max(len(s.input_ids_T) for r in world.requests(samples) for s in r.sequences)
-    world.session.longest = longest - 1  # as if the checkpoint took no more
+    world.session.longest = longest - 1  # as if the checkpoint allowed no more
     outcomes = world.outcomes(world.vllm(kept=kept, channel=PromptLogprobs()), samples)
     reasons = {outcome.reason for outcome in outcomes if isinstance(outcome, Rejection)}
     assert reasons == {f"{longest} tokens, vLLM takes {longest - 1} here"}

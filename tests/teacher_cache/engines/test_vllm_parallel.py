@@ -1,7 +1,7 @@
 """A teacher that vLLM spreads over several processes: the records of the Hugging Face engine.
 
-vLLM 0.32 does not run pipelines on a CPU (its runner there has no buffers for what one group passes to the next), so
-that of these only the settings are compared.
+vLLM 0.32 cannot run pipeline parallelism on a CPU (its CPU runner has no buffers for what one stage passes to the
+next), so only its settings are compared.
 """
 
 from __future__ import annotations

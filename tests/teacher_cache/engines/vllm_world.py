@@ -1,4 +1,4 @@
-"""A checkpoint in vLLM and in transformers side by side, and what it means that their records are the same."""
+"""A checkpoint in vLLM and in transformers side by side, and what it means for their records to be the same."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from tests.vllm_cpu import SETTINGS
 KEPT = RecordSettings(1.0, 12, 8, 40.0, (2.0, 4.0), (1,))
 TOLERANCE = 1e-4
 GAP = 1e-3
-HEAD_OF_32 = 128  # hidden size of a tiny LLaVA whose heads have 32 numbers, which vLLM needs on a CPU
+HEAD_OF_32 = 128  # hidden size of a tiny LLaVA with attention heads of dimension 32, which vLLM needs on a CPU
 
 Captured = dict[tuple[str, str], SequenceRecord]
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """A checkpoint, opened, and vLLM running on it."""
+    """An opened checkpoint, and vLLM running on it."""
 
     teacher: Family
     session: Session
@@ -84,7 +84,7 @@ class World:
 def start_world(
     folder: Path, settings: VllmSettings = SETTINGS, *, models: Any = recording, template: str = "qwen", **options: Any
 ) -> World:
-    """Open a checkpoint, and start vLLM on it with the models of `models`."""
+    """Open a checkpoint and start vLLM on it with the model classes of the module `models`."""
     teacher = open_family(folder, template, image_aspect="auto", max_length=512)
     session = Session(
         folder,
@@ -102,7 +102,7 @@ def start_world(
 def assert_same(
     left: Mapping[tuple[str, str], SequenceRecord], right: Mapping[tuple[str, str], SequenceRecord]
 ) -> None:
-    """All numbers within `TOLERANCE`, and equal head ids wherever a log-prob is `GAP` from its neighbours."""
+    """Assert all numbers within `TOLERANCE`, and equal head ids wherever a log-prob is `GAP` from its neighbours."""
     assert left.keys() == right.keys()
     odd = drawn = 0
     for name, one in left.items():
@@ -113,23 +113,23 @@ def assert_same(
             _assert_row(mine, theirs, where=(*name, number))
             odd += len(set(mine.tail_ids_D.tolist()) ^ set(theirs.tail_ids_D.tolist()))
             drawn += len(mine.tail_ids_D)
-    # A draw falls on another id only where a point lies within rounding of an interval's edge.
+    # A tail sample is another id only where a point lies within rounding of an interval's edge.
     assert odd <= 0.01 * drawn + 2
 
 
 def with_limits(record: SequenceRecord, other: SequenceRecord) -> SequenceRecord:
-    """The record with another one's entropy and tail mass, which records of listed ids know less well."""
+    """The record with another one's entropy and tail mass, which records of listed ids know less precisely."""
     columns = {name: getattr(other.records, name) for name in ("entropy_N", "tail_log_mass_N")}
     return dataclasses.replace(record, records=dataclasses.replace(record.records, **columns))
 
 
 def assert_listed(expected: Captured, found: Captured) -> None:
-    """Records of the most likely ids alone are those of whole distributions but for the tail, in one bucket."""
+    """Records of only the most likely ids equal those of full distributions, except that the tail is one bucket."""
     assert_same(expected, {name: with_limits(record, expected[name]) for name, record in found.items()})
     for name, record in found.items():
         mine, theirs = record.records, expected[name].records
         assert (mine.entropy_N <= theirs.entropy_N + TOLERANCE).all()
-        # What is left of 1 is as good as 1 is, not as its own logarithm.
+        # The remainder of 1 has an absolute accuracy, not a relative one, so compare masses, not log masses.
         assert np.allclose(np.exp(mine.tail_log_mass_N), np.exp(theirs.tail_log_mass_N), rtol=0, atol=1e-5)
 
 
@@ -144,7 +144,7 @@ def _assert_row(mine: Records, theirs: Records, *, where: tuple[str, str, int]) 
         assert np.allclose(left, right, rtol=0, atol=TOLERANCE), (where, field, left, right)
     for field in ("target_ids_N", "topk_counts_N", "tail_counts_N"):
         assert np.array_equal(getattr(mine, field), getattr(theirs, field)), (where, field)
-    # Behind the last kept id comes one that is not known: that it was kept may be a matter of rounding too.
+    # The id after the last kept one is unknown, so whether the last one was kept may also be a matter of rounding.
     cut = -np.inf if np.isneginf(mine.tail_log_mass_N).all() else mine.topk_log_probs_H[-1]
     steps = -np.diff(mine.topk_log_probs_H, prepend=np.inf, append=cut)
     alone = (np.abs(steps[:-1]) > GAP) & (np.abs(steps[1:]) > GAP)

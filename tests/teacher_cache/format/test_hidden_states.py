@@ -1,4 +1,4 @@
-"""Hidden states: written and read back within their error, at the positions that were chosen."""
+"""Hidden states: written and read back within their error bound, at the chosen positions."""
 
 from __future__ import annotations
 

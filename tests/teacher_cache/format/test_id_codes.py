@@ -1,4 +1,4 @@
-"""Ranks as streams of bytes, and the table of frequent ids."""
+"""Ranks as byte streams, and the table of frequent ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rounded numbers: every error within the stated bound, order kept, ends where they should be."""
+"""Quantised numbers: every error within the stated bound, order preserved, end points exact."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_log_probs_keep_their_bound_from_certain_to_hopeless(precision: Precisio
 
 @BOTH
 def test_the_bound_is_as_the_specification_says(precision: Precision) -> None:
-    """At p = 1 half of 1 / (s + 1/d); far down half a step d; and it is reached, so it is no larger than needed."""
+    """Half of 1 / (s + 1/d) at p = 1, half a step d far below; it is attained, so no larger than necessary."""
     s, d = precision.probability_levels, precision.log_prob_step
     near = log_prob_bound(np.zeros(1, np.float32), precision)[0]
     far = log_prob_bound(np.full(1, -60.0, np.float32), precision)[0]

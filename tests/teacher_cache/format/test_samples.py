@@ -1,4 +1,4 @@
-"""A cache of format version 1, written once and for all: whatever the code becomes, it must go on reading it."""
+"""A cache of format version 1, written once and for all: the code must always be able to read it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from teacher_cache.read.reader import open_cache
 from teacher_cache.verify.cache import verify_cache
 
 SAMPLES = Path(__file__).parent / "samples"
-# What the sample's own description calls fields that have been renamed since.
+# Fields renamed since → their names in the sample's own description.
 _FIRST_NAMES = {
     "topk_counts_N": "head_counts_N",
     "tail_counts_N": "draw_counts_N",

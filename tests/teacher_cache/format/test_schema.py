@@ -1,4 +1,4 @@
-"""Records ↔ columns on disk: what is written is what is read, within the stated error, and byte for byte the same."""
+"""Records ↔ columns on disk: what is read is what was written, within the stated error, and bytes are reproducible."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_rounded_numbers_keep_their_bounds_and_the_mass_is_one(
     angles = [np.arcsin(np.sqrt(tail)) for tail in tails]
     assert np.all(np.abs(angles[0] - angles[1]) <= 3 * share_step + 1e-6)
     assert np.array_equal(np.isneginf(records.tail_log_mass_N), np.isneginf(back.tail_log_mass_N))
-    # A head is shifted as a whole, by no more than its own errors and the tail's allow; within it codes keep theirs.
+    # A head is shifted as a whole, by no more than the errors of head and tail allow; its codes keep their distances.
     for old, new in zip(records.split([1] * rows), back.split([1] * rows), strict=True):
         bounds = log_prob_bound(old.topk_log_probs_H, numbers)
         shift = new.topk_log_probs_H - old.topk_log_probs_H

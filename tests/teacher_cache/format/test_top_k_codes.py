@@ -1,4 +1,4 @@
-"""Steps between codes, and forced ids at the end of heads, against loops."""
+"""Steps between codes, and forced ids at the end of heads, against plain loops."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_steps_of_another_length_are_refused() -> None:
 
 @given(st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=7, unique=True), max_size=8))
 def test_forced_ids_are_split_off_and_found_missing(likely: list[list[int]]) -> None:
-    """Whatever a head's likely ids are: likely ids without the suffix, then what they lack, is the same head again."""
+    """Whatever a head's likely ids: cutting off the suffix and appending the missing forced ids restores the head."""
     places = np.zeros(13, np.uint8)
     places[FORCED] = [1, 2, 3]
     heads = [head + [token for token in FORCED if token not in head] for head in likely]

@@ -28,13 +28,13 @@ from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.generate.run import Generation, generate
 
 SOURCE_SAMPLES = 9
-# For a teacher with random weights, which seldom ends an answer by itself.
+# For a teacher with random weights, which rarely ends an answer by itself.
 UNTRAINED = ("template=auto", "generate.max_new_tokens=40", "generate.stop=[n]", "max_rejected=1.0")
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """The prompts, and a folder where sets and caches are made of them."""
+    """The prompts, and a folder for the sets and caches made from them."""
 
     source: Path
     folder: Path
@@ -67,7 +67,7 @@ def write_prompts(folder: Path) -> Path:
 
 
 class Reference:
-    """Plain `model.generate` with the toy teacher, one unpadded prompt at a time."""
+    """Runs plain `model.generate` with the toy teacher, one unpadded prompt at a time."""
 
     def __init__(self) -> None:
         self.model = load_llava(TEACHER)
@@ -76,7 +76,7 @@ class Reference:
         self.images = ImagePreprocessor.from_checkpoint(TEACHER, "pad")
 
     def answer(self, turns: Sequence[Turn], images: Sequence[bytes]) -> str:
-        """The text of the answer that follows turns that end with the user."""
+        """The text of the answer to turns that end with the user's."""
         ids = torch.from_numpy(self.encoder.encode_prompt(turns))[None]
         pixels = [torch.from_numpy(self.images.pixels(image, name="it")) for image in images]
         settings = GenerationConfig(

@@ -1,4 +1,4 @@
-"""Answers of the toy teacher: those of plain generation, whatever the batch, and what becomes of unusable ones."""
+"""Answers of the toy teacher: equal to plain generation, whatever the batch, and what happens to unusable ones."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_greedy_answers_are_those_of_plain_generate_and_replace_the_last_turn(gr
 
 
 def test_each_written_token_is_the_likeliest_of_its_record(greedy: Place) -> None:
-    """The capture saw the same prompt and the same answer, in other batches."""
+    """The capture saw the same prompt and the same answer, in different batches."""
     cache = open_cache(greedy.cache())
     reference = Reference()
     for sample in rows(greedy.set()):
@@ -100,7 +100,7 @@ def test_sampled_answers_are_the_same_whatever_the_batch(place: Place, greedy: P
 def test_answers_that_make_no_sample_are_rejected_with_the_reason(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every kind once; the others are kept, one of them though its text is read as other tokens."""
+    """Every kind once; the others are kept, including one whose text is tokenised differently."""
     tokenizer = load_tokenizer(TEACHER)
 
     def encode(text: str) -> tuple[int, ...]:
@@ -141,7 +141,7 @@ def test_answers_that_make_no_sample_are_rejected_with_the_reason(
 
 
 def test_long_answers_and_long_prompts_are_rejected(place: Place) -> None:
-    """An answer that does not end is not taken as if it did; a prompt that leaves no room is not cut."""
+    """An unfinished answer does not count as finished; a prompt that leaves no room is not truncated."""
     done = place.generate("generate.max_new_tokens=4")
     assert set(done.rejected_by_kind) == {"unfinished answer"}
     assert 0 < done.samples < SOURCE_SAMPLES
@@ -155,7 +155,7 @@ def test_long_answers_and_long_prompts_are_rejected(place: Place) -> None:
 
 
 def test_answers_take_one_read_of_each_member(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many turns are written; packing and capturing the new set read anew."""
+    """However many turns are written; packing and capturing the new set read them again."""
     reads = count_reads(monkeypatch)
     found: list[dict[tuple[str, int], int]] = []
 

@@ -1,4 +1,4 @@
-"""What a set tells of its writer: the log-prob of each written token, who wrote, and in which round."""
+"""What a set records about its writer: the log-prob of each written token, which model wrote it, and in which round."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WARM = ("generate.temperature=1.0", "capture.precision=exact")
 
 @pytest.mark.parametrize("turns", ["last", "all"])
 def test_the_writers_log_probs_are_those_that_a_capture_by_the_writer_finds(place: Place, turns: str) -> None:
-    """Token for token, with the one that ends the answer."""
+    """Token for token, including the one that ends the answer."""
     place.generate(*WARM, f"generate.turns={turns}")
     cache = open_cache(place.cache())
     for sample in rows(place.set()):
@@ -65,7 +65,7 @@ def test_a_text_that_is_read_as_other_tokens_has_none(place: Place, monkeypatch:
 
 
 def test_writer_and_round_are_in_set_samples_and_caches(place: Place, greedy: Place) -> None:
-    """Also in a merged cache; sets of no round and sets that no model wrote have none of it."""
+    """Also in a merged cache; sets without a round and sets that no model wrote lack these fields."""
     place.generate(*WARM, "generate.round=2", "generate.key_suffix=-r2")
     about = SampleSet.open(place.set()).manifest["generated"]
     assert about["generate"]["round"] == 2

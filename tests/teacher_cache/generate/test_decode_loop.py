@@ -58,7 +58,7 @@ def samples(pictures: bool) -> list[Sample]:
 
 
 def settings_of(engine: HfCaptureEngine) -> GenerationConfig:
-    """Greedy, to the end or `STEPS` tokens, without the image's id and those beyond the tokenizer."""
+    """Greedy, until the end token or `STEPS` tokens, excluding the image's id and those beyond the tokenizer."""
     rows = engine.model.get_output_embeddings().weight.shape[0]
     image = [] if engine.teacher.image_token_id is None else [engine.teacher.image_token_id]
     return GenerationConfig(
@@ -71,7 +71,7 @@ def settings_of(engine: HfCaptureEngine) -> GenerationConfig:
 
 
 def official_answer(official: Official, engine: HfCaptureEngine, sample: Sample) -> list[int]:
-    """What transformers itself answers to the official processor's inputs."""
+    """transformers' own answer to the official processor's inputs."""
     text = official.text(sample, "response").rpartition("-")[0]
     images = [decode_image(image, name=sample.key) for image in sample.images]
     inputs = official.processor(text=[text], images=[images] if images else None, return_tensors="pt")
@@ -98,7 +98,7 @@ def test_a_batch_gives_what_transformers_gives_alone(family: str, tmp_path: Path
 
 @pytest.fixture(scope="module")
 def text_engine(tmp_path_factory: pytest.TempPathFactory) -> HfCaptureEngine:
-    """A language model without images."""
+    """The engine of a text-only language model."""
     return engine_of(write_tiny_causal_lm(tmp_path_factory.mktemp("text") / "teacher", "qwen2"))
 
 
@@ -113,7 +113,7 @@ def test_a_language_model_answers_too(text_engine: HfCaptureEngine, tmp_path: Pa
 
 
 def test_no_answer_holds_the_images_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However likely it is; what else is likely is taken instead."""
+    """However likely it is; the next most likely id is chosen instead."""
     engine = engine_of(write_family("llava_llama", tmp_path / "teacher"), image_aspect="square")
     prompts = prompts_of(engine, samples(pictures=True)[:2])
     free = write_answers(engine, prompts, GREEDY)

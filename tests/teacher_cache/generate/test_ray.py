@@ -1,4 +1,4 @@
-"""Answers written by workers on Ray are those of one process."""
+"""Answers written by workers on Ray equal those of one process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def on_ray(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_two_workers_give_the_set_and_the_cache_of_one_process(place: Place, greedy: Place) -> None:
-    """Also after a slice was written in one process; and again there is nothing to do."""
+    """Also after one process has written a slice; a rerun has nothing to do."""
     place.generate("slice=1/3")
     done = on_ray(*place.arguments(), "--json")
     assert done.returncode == 0, done.stderr
@@ -44,7 +44,7 @@ def test_two_workers_write_what_another_family_writes_in_one_process(place: Plac
     given = (f"teacher={teacher}", *UNTRAINED, "generate.capture=false")
     alone = place.generate(*given, name="alone")
     done = on_ray(*place.arguments(*given), "--json")
-    assert done.returncode == 3, done.stderr  # some answers of a teacher without training do not end
+    assert done.returncode == 3, done.stderr  # some of an untrained teacher's answers do not end
     found = json.loads(done.stdout)
     assert (found["written"], found["digest"]) == (SOURCE_SAMPLES, alone.digest)
 

@@ -1,4 +1,4 @@
-"""`generate` as a whole: its set is one like any other, it can be stopped at any moment, and refuses in one line."""
+"""`generate` as a whole: its set is like any other, it can be stopped at any moment, and it refuses in one line."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ COMMAND = [sys.executable, "-c", "from teacher_cache.cli.main import main; main(
 def test_again_there_is_nothing_to_do_and_no_weights_are_loaded(
     place: Place, greedy: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Captured with the very weights that wrote: they are loaded once; and not at all for what is there."""
+    """The capture uses the same loaded weights as the writing, loaded once, and none if everything exists already."""
 
     def times() -> dict[Path, int]:
         return {file: file.stat().st_mtime_ns for file in place.folder.rglob("*") if file.is_file()}
@@ -72,7 +72,7 @@ def test_again_there_is_nothing_to_do_and_no_weights_are_loaded(
 
 
 def test_a_set_may_be_written_for_another_teacher_to_capture(place: Place, greedy: Place) -> None:
-    """And captured by its writer after all."""
+    """And its writer can still capture it later."""
     done = place.generate("generate.capture=false")
     assert done.capture is None
     assert done.digest == SampleSet.open(greedy.set()).digest
@@ -85,7 +85,7 @@ def test_a_set_may_be_written_for_another_teacher_to_capture(place: Place, greed
 
 @pytest.mark.slow
 def test_killed_at_any_change_it_goes_on_to_the_same_set_and_cache(place: Place, greedy: Place) -> None:
-    """SIGKILL before changes below the folder of both: between answers, set and cache, and within each."""
+    """SIGKILL before changes below their common folder: between answers, set and cache, and within each."""
     expected = {name: file_entries(path) for name, path in (("set", greedy.set()), ("cache", greedy.cache()))}
 
     def run_until(moment: int, folder: Path) -> int:
@@ -204,7 +204,7 @@ def test_where_no_answer_ends_the_way_out_is_said_and_works(place: Place) -> Non
 def test_the_new_set_keeps_what_the_old_one_had_of_the_sources_and_rows_that_are_left(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Training would refuse the weight of a source that has no samples."""
+    """Training would refuse a weight for a source without samples."""
     prompts = [dataclasses.replace(sample, source=sample.key) for sample in rows(place.source)[:3]]
     weights = {"toy-0": 0.5, "toy-1": 2.0}
     licences = {"toy-1": "mit", "toy-2": "cc-by-4.0"}
@@ -226,7 +226,7 @@ def test_the_new_set_keeps_what_the_old_one_had_of_the_sources_and_rows_that_are
 
 
 def test_slices_answer_their_shards_and_the_whole_makes_the_set(place: Place, greedy: Place) -> None:
-    """In any order, also where one did not come to run; the set and its cache are those of one process."""
+    """In any order, even if one slice never ran; the set and its cache equal those of one process."""
     shards = len(SampleSet.open(place.source).shard_names)
     assert shards == 3
     written = 0

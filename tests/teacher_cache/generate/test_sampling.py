@@ -1,4 +1,4 @@
-"""Choosing tokens, against the definition written out for one row."""
+"""Choosing tokens, against the definition spelled out for one row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from teacher_cache.generate.sampling import choose_tokens
 
 
 def obvious(logits: list[float], uniform: float, temperature: float, top_p: float) -> tuple[int, float]:
-    """Sort, cut off, renormalise, walk up to the uniform: the id and its log-prob."""
+    """Sort, truncate, renormalise, accumulate up to the uniform: the id and its log-prob."""
     weights = [math.exp(value / temperature) for value in logits]
     order = sorted(range(len(logits)), key=lambda number: (-weights[number], number))
     kept: list[int] = []
@@ -32,7 +32,7 @@ def test_a_choice_is_that_of_the_definition() -> None:
     rng = random.Random(0)
     for _ in range(300):
         logits = [rng.gauss(0, 3) for _ in range(rng.randint(1, 12))]
-        logits += logits[: rng.randint(0, 3)]  # some are equal
+        logits += logits[: rng.randint(0, 3)]  # with ties
         uniform, temperature, top_p = rng.random(), rng.choice([0.3, 1.0, 2.5]), rng.choice([1e-6, 0.5, 0.9, 1.0])
         ids_B, log_probs_B = choose_tokens(
             torch.tensor([logits]), torch.tensor([uniform]), temperature=temperature, top_p=top_p
@@ -58,7 +58,7 @@ def test_no_uniform_leads_to_an_id_without_probability() -> None:
 
 
 def test_many_choices_have_the_distribution() -> None:
-    """Evenly spaced uniforms give each id its share, to one in their number."""
+    """Evenly spaced uniforms choose each id in proportion, to within one."""
     logits_V = torch.tensor([0.3, -1.0, 2.0, 0.0])
     count = 4096
     uniforms_B = (torch.arange(count, dtype=torch.float64) + 0.5) / count

@@ -1,4 +1,4 @@
-"""Several answers to a prompt, texts that end an answer, a system turn, and limits by source."""
+"""Several answers per prompt, stop texts, a system turn, and limits by source."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _rows_of(place: Place, name: str, *settings: str) -> list[Sample]:
 
 
 def test_an_answer_ends_before_the_text_that_stops_it(place: Place, greedy: Place) -> None:
-    """Whichever comes first; such an answer has no log-probs, as its end was not drawn. Others stay as they are."""
+    """Whichever comes first; such an answer has no log-probs, since its end was not sampled. Others are unchanged."""
     stop = [" is", "."]
     place.generate('generate.stop=[" is","."]', "generate.capture=false")
     found = {sample.key: sample for sample in rows(place.set())}
@@ -84,7 +84,7 @@ def test_a_system_turn_is_put_before_conversations_that_have_none_and_kept(place
 
 
 def test_sources_have_limits_of_their_own(place: Place) -> None:
-    """The others have the common one; a rejection names the setting."""
+    """Other sources have the common limit; a rejection names the setting."""
     mixed = [
         dataclasses.replace(sample, source="short" if number % 2 else "long")
         for number, sample in enumerate(rows(place.source))

@@ -50,7 +50,7 @@ def test_greedy_answers_of_a_family_with_a_processor_of_its_own(place: Place, tm
 
 
 def test_killed_it_goes_on_to_the_same_set(place: Place, greedy: Place) -> None:
-    """SIGKILL to the command and all processes of vLLM once the answers to a first shard are there."""
+    """SIGKILL to the command and all vLLM processes once the first shard's answers exist."""
     arguments = place.arguments(*IN_VLLM, "generate.capture=false")
     command = [sys.executable, "-c", "from teacher_cache.cli.main import main; main()", "generate", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
@@ -69,7 +69,7 @@ def test_killed_it_goes_on_to_the_same_set(place: Place, greedy: Place) -> None:
 
 
 def test_sampled_answers_have_their_log_probs_and_are_the_same_in_a_rerun(place: Place) -> None:
-    """Under what they were drawn from: at temperature 1, that of the capture."""
+    """Under the distribution they were sampled from, which at temperature 1 is that of the capture."""
     given = (*IN_VLLM, "generate.temperature=1", "capture.precision=exact", "generate.capture=false")
     digests = [place.generate(*given, name=name).digest for name in ("a", "b")]
     assert digests[0] == digests[1]

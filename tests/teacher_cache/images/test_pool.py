@@ -1,4 +1,4 @@
-"""Images from processes: those of threads to the last bit, and a clear end whatever happens to a process."""
+"""Images prepared in processes: bitwise equal to those from threads, and a clear end whatever happens to a process."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ BROKEN = Sample("broken", tiny_samples(1)[0].turns, (b"no image",), ("png",))
 
 
 class Prepared:
-    """A family as a process sees it; what it does with some samples is not what families do."""
+    """A family as a process sees it, which misbehaves on some samples."""
 
     def images(self, sample: Sample) -> list[SampleImage]:
-        """Die, or say which process it is."""
+        """Die, or return an image that holds the process id."""
         if sample.key == "deadly":
             os.kill(os.getpid(), signal.SIGKILL)
         odd = np.arange(6, dtype=np.int16).reshape(1, 2, 3).transpose(2, 0, 1)
@@ -101,7 +101,7 @@ def test_any_array_arrives(pool: ImagePool) -> None:
     assert image.inputs["odd"].dtype == np.int16
     assert image.inputs["odd"].tolist() == [[[0, 3]], [[1, 4]], [[2, 5]]]
     assert image.inputs["none"].shape == (0, 3)
-    image.inputs["odd"][:] = 7  # as an array of one's own
+    image.inputs["odd"][:] = 7  # it is writable, like any array of its own
 
 
 def test_a_process_that_is_killed_is_replaced(pool: ImagePool) -> None:
@@ -131,7 +131,7 @@ def test_what_was_not_begun_is_dropped(pool: ImagePool) -> None:
 
 
 def test_an_idle_process_that_dies_keeps_nobody_waiting(pool: ImagePool) -> None:
-    """Not even the end of this process, which waits for all others."""
+    """Not even this process's exit, which waits for all others."""
     with pool.ahead() as prepare:
         assert prepare(named("a")).result()
     children = multiprocessing.active_children()

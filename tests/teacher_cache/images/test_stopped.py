@@ -1,4 +1,4 @@
-"""A capture whose processes prepare images, stopped or killed: none of them is left."""
+"""A capture with processes that prepare images, stopped or killed: none of them is left behind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WORKERS = 2
 
 
 def children_of(process: int) -> list[int]:
-    """The processes that prepare images: those that Python has spawned for work, not for its bookkeeping."""
+    """The processes that prepare images: those that Python spawned for work, not for its bookkeeping."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -43,7 +43,7 @@ def runs(process: int) -> bool:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """So many samples that a capture is stopped amid them."""
+    """Enough samples that a capture can be stopped in the middle."""
     few = [sample for sample in tiny_samples(40) if sample.images]
     folder = tmp_path_factory.mktemp("many") / "set"
     copies = (

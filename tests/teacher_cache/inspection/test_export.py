@@ -1,4 +1,4 @@
-"""Exports: the reader's numbers in the columns that are promised, whole or not at all."""
+"""Exports: the reader's numbers in the documented columns, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_axolotl_rows_are_whole_sequences_of_text(world: World, finished: Path, 
 @torch.no_grad()
 @pytest.mark.parametrize("positions", ["response", "all"])
 def test_axolotl_rows_describe_the_teachers_own_outputs(world: World, tmp_path: Path, positions: str) -> None:
-    """The log-probs of row t are those that the teacher gives after reading the ids up to t."""
+    """The log-probs in row t are those that the teacher gives after reading the ids up to t."""
     world.run(tmp_path / "cache", FLOAT32, f"capture.positions={positions}")
     settings: dict[str, Any] = {"data": world.samples, "tokenizer": world.teacher}
     export_cache(open_cache(tmp_path / "cache"), tmp_path / "out.parquet", layout="axolotl", **settings)
@@ -117,7 +117,7 @@ def test_axolotl_rows_describe_the_teachers_own_outputs(world: World, tmp_path: 
 
 
 def test_a_tokenizer_that_splits_words_otherwise_is_noticed(world: World, finished: Path, tmp_path: Path) -> None:
-    """Its vocabulary and merges are the teacher's, which is all that a fingerprint enforces; its answers are not."""
+    """Its vocabulary and merges are the teacher's, all that a fingerprint enforces; the ids of its answers differ."""
     tokenizer = tiny_tokenizer()
     letters = pre_tokenizers.Split(Regex("."), behavior="isolated")
     bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -1,4 +1,4 @@
-"""`inspect`: histograms against plain counting, and tables that fit 80 columns and print what they are given."""
+"""`inspect`: histograms against plain counting, and tables that fit 80 columns and print their content literally."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.tiny import tiny_samples, write_tiny_set
 
 
 def _counted(values: list[float], edges: tuple[float, ...]) -> list[int]:
-    """How many values lie in each bin, the last one with its upper edge; one by one."""
+    """How many values lie in each bin, the last including its upper edge, counted one by one."""
     counts = [0] * (len(edges) - 1)
     for value in values:
         below = [number for number in range(len(counts)) if edges[number] <= value]
@@ -100,7 +100,7 @@ def _without_colour(text: str) -> str:
 
 
 def test_tokens_are_printed_as_they_are(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing in a token is taken for markup or an emoji's name."""
+    """Nothing in a token is interpreted as markup or an emoji's name."""
     sequences = describe_key(open_cache(finished), "tiny-0003", lambda number: f"[b]:cat:{number}")
     tables.print_sequences(tables.make_console(), sequences)
     assert f"[b]:cat:{sequences[0]['tokens'][0]['id']} " in capsys.readouterr().out
@@ -128,7 +128,7 @@ def test_a_key_shows_topk_ids_and_tail_samples(finished: Path) -> None:
 
 
 def test_a_key_may_be_given_as_the_id_of_the_data_set(world: World, tmp_path: Path) -> None:
-    """As in the rows, though a cache stores it with its `/` and dots written otherwise."""
+    """As in the rows, although a cache stores it with `/` and dots escaped."""
     write_set([replace(tiny_samples(1)[0], key="coco_x2Fa_x2Ejpg")], tmp_path / "set")
     world.run(tmp_path / "cache", data=tmp_path / "set")
     cache = open_cache(tmp_path / "cache")

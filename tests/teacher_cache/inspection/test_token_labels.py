@@ -1,4 +1,4 @@
-"""Names of ids, and tokens as running text: characters of several tokens, special tokens, no tokenizer."""
+"""Labels for ids, and tokens as running text: characters split over tokens, special tokens, no tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A slow, obvious reference: full distributions as dictionaries of byte strings, one span at a time, with autograd.
+"""A slow, obvious reference: full distributions as dictionaries keyed by bytes, one span at a time, with autograd.
 
 Shape suffixes: N positions of the student, M of the teacher, V and W their ids.
 """
@@ -39,7 +39,7 @@ def span_terms(
     top_k: int | None = None,
     divergence: Divergence = forward_kl,
 ) -> tuple[Tensor, Tensor]:
-    """Divergence and sorted distance of a span, from the log-probs at the tokens of a sequence, float64."""
+    """A span's divergence and sorted distance, from the log-probs at a sequence's tokens, in float64."""
     p, path_p, said, taught = _last(teacher_NW, ids[0], span.teacher, bridge.teacher.join, span.teacher_before)
     q, path_q, own, learnt = _last(student_MV, ids[1], span.student, bridge.student.join, span.student_before)
     ordered = p.argsort(descending=True).tolist()
@@ -61,7 +61,7 @@ def span_terms(
     events_p = torch.cat([p[theirs], (1 - path_p + _without(p, theirs).sum()).clamp(min=1e-7)[None]])
     events_q = torch.cat([q[mine], (1 - path_q + _without(q, mine).sum())[None]])
     unmatched_p = p[torch.tensor(sorted(known - match.keys()), dtype=torch.long)]
-    if top_k is not None:  # the actual token may be beyond the top-k, but then it is matched
+    if top_k is not None:  # the actual token may be outside the top-k, but is then matched
         unmatched_p = p[torch.tensor(sorted(set(ordered[:top_k]) - match.keys()), dtype=torch.long)]
     out = torch.zeros(len(q), dtype=torch.bool)
     out[mine] = True
@@ -80,7 +80,7 @@ def span_terms(
 def _last(
     log_probs_NV: Tensor, ids: list[int], at: tuple[int, int], join: Callable[[list[int]], bytes], before: bytes
 ) -> tuple[Tensor, Tensor, bytes, int]:
-    """The distribution of a span's last token times the others' probability; that; their bytes; and the token."""
+    """The last token's distribution times the others' probability; that probability; the others' bytes; the token."""
     start, stop = at
     probability = torch.ones((), dtype=log_probs_NV.dtype)
     for place in range(start, stop - 1):
@@ -100,6 +100,6 @@ def spans_of(bridge: TokenizerBridge, ids: tuple[list[int], list[int]]) -> Itera
 
 
 def sequence_of(ids: list[int], key: str = "a") -> TokenizedSequence:
-    """A sequence of a token that is given and supervised ones."""
+    """A sequence of one prompt token followed by supervised ones."""
     ids_T = torch.tensor([0, *ids]).numpy()
     return TokenizedSequence(key, "response", ids_T, torch.arange(1, len(ids) + 1).numpy())

@@ -49,7 +49,7 @@ def test_a_span_of_the_teachers_tokens_is_matched_as_a_whole() -> None:
     assert found.rows_S.tolist() == [0, 1]
     assert found.is_single_S.tolist() == [False, True]
     assert found.path_log_probs_S.exp().tolist() == [0.800000011920929, 1.0]
-    # hel + lo, hel + p and hel + x, of which the student has no whole one
+    # hel + lo, hel + p and hel + x; the student has no single token for the last
     assert found.topk_ids_SK[0].tolist() == [0, 1, -1, -1]
     torch.testing.assert_close(found.topk_log_probs_SK[0].exp(), torch.tensor([0.48, 0.2, 0.0, 0.0]))
     torch.testing.assert_close(found.unmatched_log_probs_SU[0].exp(), torch.tensor([0.048]))
@@ -63,7 +63,7 @@ def test_a_span_of_the_students_tokens_is_matched_after_its_earlier_ones() -> No
     found = pair.targets(records, [2], [sequence_of([0, 1, 4])])
     assert found.rows_S.tolist() == [1, 2]
     assert (found.rows_P.tolist(), found.spans_P.tolist()) == ([0], [0])
-    # hello and help; not hel, which says no more than the student's earlier token
+    # hello and help; not hel, which adds nothing to the student's earlier token
     assert found.topk_ids_SK[0].tolist()[:2] == [1, 2]
     assert found.topk_ids_SK[0].tolist()[2:] == [-1] * 5
     torch.testing.assert_close(found.unmatched_log_probs_SU[0].exp(), torch.tensor([0.1, 0.1, 0.06, 0.04]))

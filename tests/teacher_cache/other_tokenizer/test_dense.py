@@ -32,7 +32,7 @@ HIDDEN = 12
 
 
 class Case:
-    """A random teacher and student of some answers, as float64 log-probs and as hidden states."""
+    """A random teacher and student on some answers, as float64 log-probs and as hidden states."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Case:
         return self.bridge.targets(self.records, self.counts, self.sequences)
 
     def reference(self, divergence: str, unmatched_weight: float) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss and its gradients by hidden states and LM head, span by span."""
+        """The loss and its gradients with respect to hidden states and LM head, span by span."""
         hidden_ND, weight_VD = (t.double().requires_grad_() for t in (self.hidden_ND, self.weight_VD))
         log_probs_NV = (hidden_ND @ weight_VD.T).log_softmax(-1)
         total = torch.zeros((), dtype=torch.float64)
@@ -87,7 +87,7 @@ class Case:
 
 
 def records_of(log_probs_NW: Tensor, ids_N: Tensor, top_k: int) -> SparseTargets:
-    """Records of a top-k and its tail's mass."""
+    """Records with a top-k and the tail's mass."""
     sorted_NW, order_NW = log_probs_NW.sort(descending=True)
     none_N0 = torch.zeros(len(ids_N), 0)
     return SparseTargets(
@@ -133,7 +133,7 @@ def test_loss_and_gradients_equal_the_dense_reference(
 
 
 def _gold(case: Case) -> Any:
-    """TRL's loss with a forward KL over matched tokens, beside sorted distances, both of weight 1."""
+    """TRL's loss with a forward KL over matched tokens plus sorted distances, both with weight 1."""
     from trl.experimental.gold.gold_trainer import ULDLoss
 
     settings = {
@@ -158,7 +158,7 @@ def _gold(case: Case) -> Any:
 
 
 def _names(tokens: TokenBytes, end: int) -> dict[str, int]:
-    """A vocabulary in which tokens that say the same have one name, as has the end of a turn."""
+    """A vocabulary in which tokens with the same bytes share a name, as do end-of-turn tokens."""
     names = {piece.decode("latin1"): number for piece, number in tokens.ids.items() if number != end}
     return names | {"<end>": end}
 
@@ -172,7 +172,7 @@ def _ends(tokens: TokenBytes, ids: Sequence[int]) -> list[int]:
 def test_spans_merged_probabilities_and_losses_equal_golds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     case = Case("byte400", "byte300", answers=(("naïve 日本 There is a red circle above two squares.",),))
-    case.weight_VD *= 0.4  # GOLD takes the logarithm of no probability below 1e-8
+    case.weight_VD *= 0.4  # GOLD takes logarithms only of probabilities of at least 1e-8
     ((theirs, mine),) = case.ids
     loss = _gold(case)
     logits_NV = case.hidden_ND @ case.weight_VD.T
@@ -207,7 +207,7 @@ def test_spans_merged_probabilities_and_losses_equal_golds(monkeypatch: pytest.M
         has_counterpart_V=torch.from_numpy(case.bridge.has_counterpart_V),
         spec=DivergenceSpec(),
     )
-    # GOLD's term for matched tokens has no bucket for all others.
+    # GOLD's term for matched tokens has no bucket for the rest.
     none_V, none_W = ~torch.from_numpy(case.bridge.has_counterpart_V), torch.from_numpy(case.bridge.to_student_W) < 0
     rest_p, rest_q = merged_SW[single][:, none_W].sum(-1), student_SV[single][:, none_V].sum(-1)
     bucket = (rest_p * (rest_p / rest_q).log()).mean()

@@ -1,4 +1,4 @@
-"""Alignment of the tokens of two tokenizers: its properties on any text, and what it refuses."""
+"""Aligning the tokens of two tokenizers: properties that hold on any text, and what is refused."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_spans_cover_both_sides_in_order_and_are_the_smallest(teacher: str, stud
 
 
 def _inner(span: Span, ids: tuple[list[int], list[int]], teacher: str, student: str) -> set[int]:
-    """Bytes at which both end a token inside a span, white space around the answer aside."""
+    """Byte offsets inside a span at which both end a token, ignoring white space around the answer."""
     pair, found = bridge(teacher, student), []
     sides = (
         (pair.teacher, span.teacher, span.teacher_before, ids[0]),
@@ -80,7 +80,7 @@ def test_a_space_that_one_template_puts_before_answers_is_no_difference() -> Non
     assert (first.teacher_before, first.student_before) == (b"", b" ")
     assert not first.is_single
     bare = list(spans_of(bridge("byte400", "byte300"), (said("byte400", "Yes."), said("byte300", "Yes. \n"))))
-    assert bare[-1].student[1] - bare[-1].student[0] > 1  # what follows the answer belongs to its end
+    assert bare[-1].student[1] - bare[-1].student[0] > 1  # white space after the answer belongs to its end
 
 
 def test_texts_that_one_tokenizer_composes_are_aligned() -> None:

@@ -1,4 +1,4 @@
-"""The bytes of tokens, against the tokenizers' own decoders."""
+"""Tokens' bytes, against the tokenizers' own decoders."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMES = sorted(END)
 @given(text=st.text(max_size=30))
 def test_the_tokens_of_any_text_say_its_bytes(name: str, text: str) -> None:
     found = pieces(name).join(said(name, text)[:-1])
-    spaced = name == "llama" and text != ""  # Llama's tokenizer puts a space before a text
+    spaced = name == "llama" and text != ""  # Llama's tokenizer prepends a space to a text
     assert found == (" " * spaced + text).encode()
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers of several kinds and sizes, with what a bridge needs of them."""
+"""Tokenizers of several kinds and sizes, with what a bridge needs from them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ END = {"byte400": "<|im_end|>", "byte300": "<|endoftext|>", "llama": "</s>"}
 
 @cache
 def tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer of 400 or 300 tokens, or SentencePiece's kind with single bytes."""
+    """A byte-level tokenizer of 400 or 300 tokens, or a SentencePiece-like one with byte fallback."""
     return llama_tokenizer() if name == "llama" else tiny_tokenizer(int(name.removeprefix("byte")))
 
 
 @cache
 def pieces(name: str) -> TokenBytes:
-    """Its tokens' bytes."""
+    """The bytes of a tokenizer's tokens."""
     made = tokenizer(name)
     tokens = Tokens.of(made.get_vocab(), added_tokens(made))
     return token_bytes(tokens, size=len(made), whose="the student's")
@@ -32,7 +32,7 @@ def pieces(name: str) -> TokenBytes:
 
 @cache
 def bridge(teacher: str, student: str) -> TokenizerBridge:
-    """The bridge between two of them."""
+    """The bridge between two of the tokenizers."""
     ends = (end_id(teacher), end_id(student))
     return TokenizerBridge.of(pieces(teacher), pieces(student), ends)
 
@@ -45,7 +45,7 @@ def end_id(name: str) -> int:
 
 
 def said(name: str, *answers: str) -> list[int]:
-    """The supervised ids of some answers."""
+    """The supervised ids of the answers."""
     ids: list[int] = []
     for answer in answers:
         ids += [*tokenizer(name)(answer, add_special_tokens=False, split_special_tokens=True)["input_ids"]]

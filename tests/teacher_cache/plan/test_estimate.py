@@ -52,7 +52,7 @@ def test_rows_are_evenly_spaced(total: int, wanted: int) -> None:
 
 @pytest.fixture(autouse=True)
 def _few_presets(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Probing every preset takes most of a plan's time: one test does."""
+    """Probe no presets, which takes most of a plan's time, except in the tests about presets."""
     if "preset" not in request.node.name:
         monkeypatch.setattr(probe, "PRESETS", {})
 
@@ -145,7 +145,7 @@ def _keys(world: World) -> list[str]:
 
 
 def test_what_the_engine_rejects_is_counted_once(world: World, tmp_path: Path) -> None:
-    """The engine finds a broken image; tokenizing finds a preference's long answer."""
+    """The engine rejects a broken image; tokenising rejects a preference's long answer."""
     samples = [s for s in tiny_samples(12) if s.images][:8]
     broken = dataclasses.replace(samples[3], images=(b"no image",) * len(samples[3].images))
     write_set([*samples[:3], broken, *samples[4:]], tmp_path / "broken")
@@ -189,7 +189,7 @@ def test_a_plan_is_kept_beside_the_cache_and_runs_add_to_it(world: World, tmp_pa
     for part in (0, 1):
         summaries.append(run_capture(_config(world, output, f"slice={part}/2")))
         record_run(file, summaries[-1])
-    record_run(file, run_capture(_config(world, output)))  # nothing was left to do
+    record_run(file, run_capture(_config(world, output)))  # a rerun with nothing left to do
     cache = finished_cache(str(output))
     assert cache is not None
     fact = compare(str(output), cache, file)

@@ -19,7 +19,7 @@ from tests.teacher_cache.conftest import World
 
 @pytest.fixture(scope="module")
 def plan(world: World, tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    """Of 24 samples in five shards."""
+    """A plan for 24 samples in five shards."""
     output = tmp_path_factory.mktemp("scale") / "c"
     return make_plan(load_config(CacheTeacherConfig, (), world.arguments(output)), samples=256, seconds=60.0)
 

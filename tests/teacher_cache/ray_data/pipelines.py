@@ -1,4 +1,4 @@
-"""Pipelines of Ray Data over sets, in a process of their own: `python -c "…; main()" FOLDER`; prints what they did."""
+"""Ray Data pipelines over sets, in a process of their own: `python -c "…; main()" FOLDER`; prints their results."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Row = dict[str, Any]
 
 
 def stumble(row: Row) -> Row:
-    """Look at a row; one shard cannot be looked at."""
+    """Pass a row through; fail on one shard."""
     if row["shard"].endswith("000002"):
         raise ValueError("not this one")
     return row
 
 
 def look_at(row: Row) -> Row:
-    """Add columns, as a user's step does after the teacher."""
+    """Add columns, as a user's step after the teacher might."""
     return {**row, "surprise": None if row["reason"] else float(-sum(row["log_probs"])), "length": len(row["entropy"])}
 
 
 def other_words(row: Row) -> Row:
-    """Change what a sample says."""
+    """Change a sample's text."""
     turns = [{**turn, "text": turn["text"] + " now"} for turn in row["turns"]]
     return {**row, "turns": turns}
 

@@ -34,7 +34,7 @@ def test_pipelines(world: World, tmp_path: Path) -> None:
     wanted["pairs"] = [f"data={world.pairs}", f"teacher={world.teacher}", *pairs]
     (tmp_path / "wanted.json").write_text(json.dumps(wanted))
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as an actor has: the last digits of a product on a CPU depend on them
+    torch.set_num_threads(1)  # as in an actor: the last digits of a product on a CPU depend on it
     alone = world.run(tmp_path / "alone", data=data)
     with_pairs = world.run(tmp_path / "alone-pairs", *pairs, data=world.pairs)
     torch.set_num_threads(threads)
@@ -45,13 +45,13 @@ def test_pipelines(world: World, tmp_path: Path) -> None:
     assert found["whole"] == alone.digest
     assert file_entries(tmp_path / "whole") == file_entries(tmp_path / "alone")
     assert found["pairs"] == with_pairs.digest
-    # A step of the user's that fails keeps what is committed; the rest is captured by the next run.
+    # If a user's step fails, committed shards are kept; the next run captures the rest.
     assert found["stopped"] not in (alone.digest, "None")
     assert found["left"]
     assert "set-000002" in found["left"]
     assert found["resumed"] == alone.digest
 
-    # What a filter removes is listed, also where it leaves nothing of a shard.
+    # What a filter removes is listed, even if nothing of a shard remains.
     filtered = open_cache(tmp_path / "filtered")
     assert found["filtered"] == filtered.digest
     assert verify_cache(str(tmp_path / "filtered")).ok

@@ -1,4 +1,4 @@
-"""The steps of a Ray Data pipeline one by one, without a cluster: what each takes, gives and refuses."""
+"""The steps of a Ray Data pipeline one by one, without a cluster: what each takes, returns and refuses."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def steps(world: World, tmp_path: Path) -> Steps:
 
 
 def test_each_shard_is_committed_as_run_commits_it(steps: Steps, finished: Path, tmp_path: Path) -> None:
-    """Also if a step has bundled the blocks of several shards, and with columns that a user adds."""
+    """Also if a step has bundled the blocks of several shards, and with columns added by a user."""
     first, *others = steps.samples.shard_names
     bundle = pa.concat_tables([steps.rows(name) for name in others])
     for block in (steps.rows(first), bundle):

@@ -1,4 +1,4 @@
-"""A set and its cache behind a plain web server: it lists no folders and knows no ranges."""
+"""A set and its cache behind a plain web server without directory listings or range requests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.teacher_cache.conftest import World
 
 
 class _Quiet(SimpleHTTPRequestHandler):
-    """Serves files alone, without a word."""
+    """Serves only files, without logging."""
 
     def list_directory(self, path: object) -> None:
         self.send_error(404)
@@ -31,7 +31,7 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 @contextmanager
 def serving(folder: Path) -> Iterator[str]:
-    """Serve a folder; yields its URL."""
+    """Serve a folder; yield its URL."""
 
     def handler(*arguments: object) -> _Quiet:
         return _Quiet(*arguments, directory=str(folder))  # type: ignore[arg-type]
@@ -65,7 +65,7 @@ def test_what_a_web_server_has_is_read_as_from_a_disk(
     here, there = SampleSet.open(world.samples), SampleSet.open(f"{served}/set", staging=staging)
     near, far = open_cache(finished), open_cache(f"{served}/cache", staging=staging)
     assert (there.digest, far.digest) == (here.digest, near.digest)
-    assert there.read(3, scattered=True) == here.read(3)  # before its tar is copied: some of a file's bytes
+    assert there.read(3, scattered=True) == here.read(3)  # before its tar is copied, so reads a part of the file
     assert [there.read(row) for row in range(len(there))] == [here.read(row) for row in range(len(here))]
     rows = far.rows(there.index.column("key"), "response", there.shard_rows)
     ours, theirs = (cache.targets(rows) for cache in (near, far))

@@ -21,7 +21,7 @@ ITEMS = st.lists(st.tuples(st.text(max_size=20), st.sampled_from(ROLES)), max_si
 
 
 def make_rows(items: Items) -> SequenceRows:
-    """The rows of a shard that holds these sequences; the n-th has n positions."""
+    """The rows of a shard that holds these sequences; the n-th one has n positions."""
     columns = {
         name: [b"x" * 16 if name.endswith("hash") else number for number in range(len(items))]
         for name in SEQUENCE_SCHEMA.names
@@ -32,7 +32,7 @@ def make_rows(items: Items) -> SequenceRows:
 
 @functools.cache
 def poor(hashes: int) -> Callable[..., np.ndarray]:
-    """A hash function with so few values."""
+    """A hash function with only `hashes` values."""
     return lambda *arguments: key_hashes(*arguments) % np.uint64(hashes)
 
 
@@ -46,7 +46,7 @@ def key_hash(key: bytes, salt: int) -> int:
 
 
 def check_rows(index: SequenceIndex, shards: list[Items], absent: Items, role: str) -> None:
-    """Many keys of one role at once: in the order of the shards, where that helps, and in any other."""
+    """Check many keys of one role at once: in the order of the shards, which is faster, and in any other."""
     of_role = [[key for key, its_role in items if its_role == role] for items in shards]
     known = {item: row for row, item in enumerate(item for items in shards for item in items)}
     others = [key for key, _ in absent]
@@ -110,7 +110,7 @@ def test_hashes_differ_by_role_length_and_every_byte() -> None:
     ends = np.arange(0, 13 * len(numbered) + 1, 13)
     many = key_hashes(np.frombuffer(b"".join(numbered), np.uint8), ends, np.zeros(len(numbered), np.uint64))
     assert len(np.unique(many)) == len(numbered)
-    assert len(np.unique(many >> np.uint64(44))) > 90_000  # chance alone leaves 95,000 of 2²⁰ places
+    assert len(np.unique(many >> np.uint64(44))) > 90_000  # 95,000 of 2²⁰ places are expected by chance
 
 
 @given(first=ITEMS, second=ITEMS, hashes=st.sampled_from([1, 2**63]))

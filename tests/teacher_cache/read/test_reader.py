@@ -32,7 +32,7 @@ from tests.teacher_cache.conftest import World
 
 
 class CacheDataset(Dataset[list[float]]):
-    """What a training loader does with a cache: one sequence an item."""
+    """Uses a cache like a training loader: one sequence per item."""
 
     def __init__(self, cache: TeacherCache) -> None:
         self.cache = cache
@@ -98,7 +98,7 @@ def test_a_batch_is_its_sequences_one_after_another(finished: Path) -> None:
 
 
 def test_rows_say_what_keys_and_roles_say(world: World, finished: Path) -> None:
-    """Also where the keys are in another order than the cache's, and one of them is unknown."""
+    """Also if the keys are in a different order from the cache's, and one of them is unknown."""
     cache = open_cache(finished)
     keys = SampleSet.open(world.samples).index.column("key")
     shuffled = pa.chunked_array([pa.array([*keys.to_pylist()[::-1], "nobody"])])
@@ -114,7 +114,7 @@ def test_rows_say_what_keys_and_roles_say(world: World, finished: Path) -> None:
 
 
 def test_a_window_that_is_kept_is_decoded_once(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A budget that is a byte short of a window decodes blocks again for as long as the window is read."""
+    """With a budget one byte short of a window, blocks are decoded again as long as the window is read."""
     monkeypatch.setattr(columns, "BLOCK_POSITIONS", 9)
     world.run(tmp_path / "c")
     decoded: list[tuple[str, int]] = []
@@ -167,14 +167,14 @@ def test_exhaustive_is_the_whole_log_softmax(world: World, tmp_path: Path) -> No
 
 def test_forked_loader_workers_read_what_this_process_reads(finished: Path) -> None:
     dataset = CacheDataset(open_cache(finished))
-    expected = [dataset[index] for index in range(len(dataset))]  # the parent has blocks decoded and files open
+    expected = [dataset[index] for index in range(len(dataset))]  # the parent has decoded blocks and open files
     fork = multiprocessing.get_context("fork")
     loader = DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context=fork)
     assert list(loader) == expected
 
 
 def test_a_fork_while_another_thread_reads_does_not_hang(finished: Path) -> None:
-    """The child finds the parent's lock taken, by a thread that it does not have."""
+    """The child would find the parent's lock held by a thread that the child does not have."""
     dataset = CacheDataset(open_cache(finished))
     expected = dataset[0]
     pipe, far_end = multiprocessing.Pipe(duplex=False)
@@ -258,7 +258,7 @@ def test_another_format_version_is_refused(copied: Callable[[], Path]) -> None:
 
 
 def test_a_cache_file_in_another_form_is_the_same(copied: Callable[[], Path]) -> None:
-    """The digest is of the content, however a tool has written it; what it does not fit is refused in any form."""
+    """The digest covers the content, whatever the formatting; a content that does not match is refused in any form."""
     path = copied()
     content = json.loads((path / CACHE_NAME).read_bytes())
     (path / CACHE_NAME).write_text(json.dumps(content))
@@ -300,7 +300,7 @@ def test_a_damaged_manifest_is_found_when_its_shard_is_read(copied: Callable[[],
 
 @pytest.mark.parametrize("harm", ["missing", "short", "flipped"])
 def test_damaged_arrays_are_never_decoded(copied: Callable[[], Path], harm: str) -> None:
-    """Zarr by itself takes a missing file for zeros."""
+    """Zarr by itself reads a missing file as zeros."""
     path = copied()
     file = path / "shards/samples-000000/columns.zarr/id_codes/c/0/0"
     content = bytearray(file.read_bytes())

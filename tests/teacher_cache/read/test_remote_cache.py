@@ -1,4 +1,4 @@
-"""A cache in a bucket is the one on a disk: written by several jobs, read through staged copies, damage found."""
+"""A cache in a bucket equals the one on disk: written by several jobs, read through staged copies, damage found."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COMMAND = [sys.executable, "-c", "from teacher_cache.cli.main import main; main(
 
 
 class Answers(Dataset[list[float]]):
-    """One sequence an item, from whichever shard."""
+    """One sequence per item, from any shard."""
 
     def __init__(self, cache: TeacherCache) -> None:
         self.cache = cache
@@ -45,7 +45,7 @@ class Answers(Dataset[list[float]]):
 
 @pytest.fixture
 def remote(bucket: str, finished: Path) -> str:
-    """The finished cache of a real capture, copied into a bucket as any tool would."""
+    """The finished cache of a real capture, copied into a bucket as any tool would do."""
     where = f"{bucket}/caches/captions"
     folder = open_folder(where)
     for file in sorted(path for path in finished.rglob("*") if path.is_file()):
@@ -54,7 +54,7 @@ def remote(bucket: str, finished: Path) -> str:
 
 
 def staged_units(kind: str, folder: Path | None = None) -> list[Path]:
-    """The units of one kind that are staged."""
+    """The staged units of one kind."""
     staged = (folder or Path(os.environ["LLAVAMOD_STAGING"])).glob(f"{kind}-*")
     return sorted(path for path in staged if path.is_dir())
 
@@ -110,7 +110,7 @@ def test_it_reads_as_on_a_disk_and_stages_only_what_is_read(remote: str, finishe
 
 
 def test_the_tail_profile_takes_no_columns(remote: str, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two small arrays of each shard are read, checked, and once: the sum is kept on this machine."""
+    """Two small arrays of each shard are read and checked, and only once: the sum is kept on this machine."""
     local = open_cache(finished).tail_profile
     assert local is not None
     sums_V = np.zeros(len(local))
@@ -138,7 +138,7 @@ def test_the_tail_profile_takes_no_columns(remote: str, finished: Path, monkeypa
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_loader_workers_share_a_small_space(remote: str, finished: Path, tmp_path: Path, method: str) -> None:
-    """Two workers and this process read five shards through a space for about two."""
+    """Two workers and this process read five shards through a staging area with room for about two."""
     expected = [Answers(open_cache(finished))[index] for index in range(24)]
     sizes = [shard["bytes"] for shard in open_cache(remote)._shards]
     staging = DiskCache(tmp_path / "small", 2 * max(sizes))
@@ -148,7 +148,7 @@ def test_loader_workers_share_a_small_space(remote: str, finished: Path, tmp_pat
     loader = DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context=context)
     assert list(loader) == expected
     staged = sum(path.stat().st_size for path in staging.folder.rglob("*") if path.is_file())
-    assert staged <= staging.limit_bytes + 1000  # lock files
+    assert staged <= staging.limit_bytes + 1000  # for lock files
     assert len(staged_units("columns", staging.folder)) == 2
 
 
@@ -204,7 +204,7 @@ def test_a_shard_that_lost_a_file_or_its_manifest_is_made_again(bucket: str, tmp
 
 
 def test_two_writers_of_one_shard_are_found_out(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other one, with other numbers, commits while we upload."""
+    """The other one commits different numbers while we upload."""
     from llavamod_offline.storage.remote import RemoteFolder
 
     folder = open_folder(f"{bucket}/c")

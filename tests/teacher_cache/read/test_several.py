@@ -1,4 +1,4 @@
-"""Several caches as one: the rows and records of a mixture, and of a cache for each source."""
+"""Several caches as one: the rows and records of a mixture of teachers, and of one cache per source."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.tiny import tiny_samples, write_tiny_llava
 
 @pytest.fixture(scope="module")
 def caches(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The same set by two teachers."""
+    """Caches of the same set by two teachers."""
     folder = tmp_path_factory.mktemp("several")
     other = write_tiny_llava(folder / "teacher", hidden=32, layers=1, seed=5)
     world.run(folder / "one")

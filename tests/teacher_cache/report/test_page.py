@@ -1,4 +1,4 @@
-"""The report's page: figures against plain counting, every kind of cache, hostile samples, nothing loaded."""
+"""The report's page: figures against plain counting, every kind of cache, hostile samples, nothing fetched."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EVERYTHING = 10**9
 
 @pytest.fixture(scope="module")
 def mixed(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A set of three sources, of which one has no name and one is hostile in every text, and its cache."""
+    """A set of three sources, one without a name and one with hostile text everywhere, and its cache."""
     folder = tmp_path_factory.mktemp("mixed")
     samples = [dataclasses.replace(sample, source=("a", "b", "")[n % 3]) for n, sample in enumerate(tiny_samples(12))]
     turns = (Turn("user", f"<image>\n{HOSTILE}"), Turn("assistant", f"{HOSTILE} 😀"))
@@ -43,7 +43,7 @@ def mixed(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 
 def page_of(cache: TeacherCache, output: Path, **settings: Any) -> tuple[Parsed, dict[str, Any]]:
-    """Write a page; what a browser makes of it, and what its script reads."""
+    """Write a page; return it as a browser parses it, and the data that its script reads."""
     write_report(cache, output, **settings)
     page = Parsed(output.read_text())
     ((_, data),) = [each for each in page.scripts if each[0] == "application/json"]
@@ -57,7 +57,7 @@ def cards(page: Parsed) -> list[dict[str, str | None]]:
 
 def tokens(page: Parsed) -> list[dict[str, str | None]]:
     found = [attrs for tag, attrs in page.tags if tag == "span" and (attrs.get("class") or "").startswith("t ")]
-    return found[1:]  # the first one is the legend's
+    return found[1:]  # the first one belongs to the legend
 
 
 def test_figures_by_source_are_those_of_plain_counting(mixed: tuple[Path, Path]) -> None:
@@ -111,7 +111,7 @@ def test_a_large_cache_is_sampled_and_the_page_says_so(finished: Path, tmp_path:
     text = Parsed((tmp_path / "r.html").read_text()).text
     assert f"{done.positions:,} of {cache.positions:,} positions, evenly spaced" in text
     assert "of 6 of 24 sequences" in text  # tails
-    assert "of all 24 sequences" in text  # what the table of sequences knows
+    assert "of all 24 sequences" in text  # from the table of sequences
     assert done.bytes == (tmp_path / "r.html").stat().st_size
 
 
@@ -129,7 +129,7 @@ def test_hostile_samples_stay_text_with_their_tokens_and_images(
     assert len(images) == sum(packed.index.column("n_images").to_pylist())
     assert "images shrunk to 448 pixels for this page: 1" in page.text
     assert "900 × 90" in page.text
-    # Every supervised token stands in the page, in its order, with the teacher's entropy as its shade.
+    # Every supervised token is on the page, in order, shaded by the teacher's entropy.
     assert len(tokens(page)) == cache.positions
     where_hostile = [number for number, card in enumerate(cards(page)) if card["id"] == "s-hostile"]
     rows = content["sequences"][where_hostile[0]]
@@ -201,7 +201,7 @@ def test_every_kind_of_cache_has_a_page(world: World, tmp_path: Path, overrides:
         row = content["sequences"][0][0]
         assert (len(row[4]), row[6], row[10]) == (12, cache.vocab_size - 12, 0)
         assert row[7] == pytest.approx(1 - sum(row[5]), abs=1e-2)
-    # The sides of a sample, chosen first, each with its sum.
+    # A sample's two responses, chosen first, each with its summed log-prob.
     assert len(content["sequences"]) == 2 * len(cards(page))
     for number, card in enumerate(cards(page)):
         key = str(card["id"])[2:]
@@ -246,7 +246,7 @@ def test_the_sets_must_be_those_that_were_captured(
     write_set(changed, tmp_path / "changed")
     with pytest.raises(CacheError, match=r"'tiny-0000': its content in set .* differs from that captured in cache"):
         write_report(cache, tmp_path / "r.html", data=[tmp_path / "changed"])
-    # One of several sets: what it lacks is shown as such.
+    # With only one of several sets given, sources it lacks are shown as such.
     write_set(tiny_samples(8), tmp_path / "part")
     sets = CacheSets(cache, [world.pairs, tmp_path / "part"])
     assert sets.sources(cache.items()) == ["tiny"] * 8 + [NO_SET] * 16
@@ -266,7 +266,7 @@ def test_many_sources_are_folded(world: World, tmp_path: Path) -> None:
 
 
 def test_tokens_are_shaded_by_what_the_image_adds(world: World, tmp_path: Path) -> None:
-    """Also the list of samples that need no image, by plain counting; pages of other caches have neither."""
+    """The list of samples that need no image is checked by plain counting; pages of other caches have neither."""
     data = write_tiny_set(tmp_path / "set", 9)
     world.run(tmp_path / "cache", "capture.without_image=blank", data=data)
     cache = open_cache(tmp_path / "cache")

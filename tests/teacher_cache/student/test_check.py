@@ -1,4 +1,4 @@
-"""The fingerprint: what it notices, what it passes over, and how it says so."""
+"""The fingerprint: which differences it reports, which it ignores, and in what words."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_differences_name_fields_and_sections_can_be_allowed() -> None:
 
 
 def test_what_earlier_caches_did_not_say_is_no_difference(finished: Path, tmp_path: Path) -> None:
-    """A cache that an earlier writer began is gone on with; one that says something else is not."""
+    """A cache begun by an earlier version is continued; one with a different value is not."""
     now = open_cache(finished).fingerprint
     earlier = copy.deepcopy(now)
     for name in ("head_dtype", "device"):
@@ -201,7 +201,7 @@ END, OTHER = "<|im_end|>", "<|endoftext|>"
 
 
 def _teacher(change: str) -> dict[str, Any]:
-    """The fingerprint of a teacher whose tokenizer is the tiny one but for the end of its turns."""
+    """The fingerprint of a teacher with the tiny tokenizer except for its end-of-turn token."""
     content = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
     added = {entry["content"]: entry for entry in content["added_tokens"]}
     if change == "renamed":
@@ -255,7 +255,7 @@ def _longer(*tokens: str) -> PreTrainedTokenizerFast:
 
 
 def test_a_student_may_have_more_tokens_behind_the_teachers() -> None:
-    """Such as `<image>` in a student of a teacher that writes images with tokens of its own."""
+    """Such as `<image>`, when the teacher writes images with tokens of its own."""
     teacher = _teacher("none")
     student = _longer("<|more|>", "<|still more|>")
     assert len(student) == 402
@@ -273,7 +273,7 @@ def _described(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 
 def test_a_teacher_may_have_more_tokens_behind_the_students() -> None:
-    """As LLaVA-OneVision has `<video>`, which no student of its base model has."""
+    """Such as LLaVA-OneVision's `<video>`, which a student on its base model lacks."""
     teacher = _described(_longer("<video>", "<more>"))
     assert check_student(teacher, tiny_tokenizer()) is None
     assert check_student(teacher, tiny_tokenizer(), end_of_turn=f"{END}={OTHER}") == TokenIdSwap(398, 396)
@@ -286,7 +286,7 @@ def test_tokens_that_differ_before_the_end_of_both_are_named() -> None:
         caught.value
     )
     content = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
-    for entry in content["added_tokens"][1:]:  # a token more in the middle moves those behind it
+    for entry in content["added_tokens"][1:]:  # an extra token in the middle shifts those after it
         entry["id"] += 1
     content["added_tokens"].insert(1, {**content["added_tokens"][0], "id": 397, "content": "<|new|>"})
     moved = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
@@ -307,7 +307,7 @@ def test_a_token_that_is_special_on_one_side_is_named() -> None:
 
 
 def test_a_cache_without_a_list_of_tokens_is_compared_by_hashes() -> None:
-    """As those of earlier versions are."""
+    """As caches of earlier versions are."""
     teacher = _described(tiny_tokenizer())
     del teacher["tokenizer"]["tokens"]
     assert check_student(teacher, _longer("<more>")) is None
@@ -375,7 +375,7 @@ def test_supervised_ids_are_compared_as_the_exchange_reads_them(finished: Path) 
 
 
 def test_every_token_of_a_sequence_must_be_there_if_all_have_records(finished: Path) -> None:
-    """The same supervised ids, but one token more before them: the records would be of other rows."""
+    """The same supervised ids, but one more token before them: the records would belong to other rows."""
     cache = open_cache(finished)
     theirs = cache.target_ids("tiny-0000", "response")
     length = cache.sequence("tiny-0000", "response").n_tokens

@@ -1,4 +1,4 @@
-"""Exchanging two ids: a permutation, so a distribution stays one, and nothing else changes."""
+"""Swapping two ids: a permutation, so a distribution stays one, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_ids_change_places(ids: list[int], a: int, b: int) -> None:
 
 
 def _dense(targets: SparseTargets, vocab: int) -> Tensor:
-    """Head and draws as a table over the vocabulary, [N, vocab]: what the teacher gives each id."""
+    """Top-k and tail samples as a table over the vocabulary, [N, vocab]: the teacher's probability for each id."""
     table = torch.zeros(len(targets), vocab, dtype=torch.float64)
     for ids_NK, mass_NK in (
         (targets.topk_ids_NK, targets.topk_log_probs_NK.double().exp()),
@@ -43,7 +43,7 @@ def _dense(targets: SparseTargets, vocab: int) -> Tensor:
 
 @pytest.mark.parametrize(("a", "b"), [(396, 398), (12, 340), (5, 5), (396, 400)])
 def test_the_teachers_distribution_has_two_columns_exchanged(finished: Path, a: int, b: int) -> None:
-    """Also where a head, or a tail's draws, hold both ids."""
+    """Also if a top-k, or a position's tail samples, contain both ids."""
     cache = open_cache(finished)
     targets = cache.targets([(key, "response") for key in sorted(cache.keys("response"))[:6]])
     before, after = _dense(targets, 401), _dense(TokenIdSwap(a, b).targets(targets), 401)

@@ -1,4 +1,4 @@
-"""`verify` finds every flipped byte, every lost file and every number that cannot be."""
+"""`verify` finds every flipped byte, every lost file and every impossible number."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_sound_cache_is_sound(finished: Path) -> None:
 
 
 def test_rejections_may_say_from_where_their_samples_were_packed(tmp_path: Path) -> None:
-    """As those of sets that were packed from files do; a row with anything else is damage."""
+    """As in sets packed from files; a row with any other field counts as damage."""
     lost = [Rejection("a", "response", "no"), Rejection("b", "response", "no", "rows.json", 7)]
     store = CacheStore.open(tmp_path / "c", FINGERPRINT, NAMES[:1])
     store.start()
@@ -88,7 +88,7 @@ def test_a_lost_or_foreign_shard_is_named(copied: Callable[[], Path]) -> None:
 def test_impossible_numbers_under_right_checksums_are_found(
     copied: Callable[[], Path], column: str, value: float, word: str
 ) -> None:
-    """A writer with a defect: every checksum is right, the content is not."""
+    """As from a buggy writer: every checksum is right, the content is not."""
     path = copied()
     file = ColumnFile(path / SHARD / "columns.zarr")
     _rewrite(path, file, column, value)
@@ -115,7 +115,7 @@ def test_impossible_exact_numbers_are_found(world: World, tmp_path: Path, column
 
 
 def _rewrite(path: Path, file: ColumnFile, column: str, value: float) -> None:
-    """Change the fourth number of a column, and make every checksum right again."""
+    """Change the fourth number of a column and recompute every checksum."""
     blocks = [{name: array.copy() for name, array in block.items()} for block in file.columns(0, file.blocks)]
     assert blocks[0][column][..., 3].flat[0] != value
     blocks[0][column][..., 3] = value
@@ -162,7 +162,7 @@ def test_no_cache_and_an_unfinished_one_are_errors(tmp_path: Path, copied: Calla
 
 
 def _seal(path: Path, *, manifests: bool = True) -> None:
-    """Make all checksums right again."""
+    """Recompute all checksums."""
     job = json.loads((path / "job.json").read_bytes())
     (path / CACHE_NAME).unlink()
     if manifests:

@@ -1,4 +1,4 @@
-"""`verify --repair` takes away what is damaged and no more; the next run gives the undamaged cache's bytes."""
+"""`verify --repair` removes what is damaged and no more; the next run restores the undamaged cache's bytes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.teacher_cache.conftest import World
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undamaged cache of two shards; tests must leave it as it was."""
+    """An undamaged cache of two shards; tests must not change it."""
     path = tmp_path_factory.mktemp("whole") / "cache"
     write_cache(path)
     return path
@@ -44,20 +44,20 @@ def copy(whole: Path, tmp_path: Path) -> Path:
 
 
 def flip(folder: Folder, name: str, generator: np.random.Generator) -> None:
-    """Turn one random bit of a file over."""
+    """Flip one random bit of a file."""
     content = bytearray(folder.read(name))
     content[int(generator.integers(len(content)))] ^= 1 << int(generator.integers(8))
     folder.write(name, bytes(content))
 
 
 def names_in(path: Path) -> list[str]:
-    """The files of a cache that are not empty."""
+    """The names of a cache's non-empty files."""
     return sorted(name for name, size in open_folder(path).sizes().items() if size)
 
 
 @pytest.mark.slow
 def test_every_flipped_bit_is_found_and_named(whole: Path, copy: Path) -> None:
-    """More than 200 flips: in every file in turn, again and again."""
+    """More than 200 flips, cycling through all files."""
     generator = np.random.default_rng(0)
     names = names_in(copy)
     assert len(names) > 20
@@ -149,7 +149,7 @@ def test_an_unfinished_cache_is_repaired_too(copy: Path, whole: Path, harm: str)
 
 
 def test_without_cache_json_a_damaged_job_has_no_way_back(copy: Path, whole: Path) -> None:
-    """Nothing is removed on the word of a file that may name other shards."""
+    """Nothing is removed on the strength of a file that may name other shards."""
     (copy / CACHE_NAME).unlink()
     generator = np.random.default_rng(0)
     for _ in range(20):

@@ -1,4 +1,4 @@
-"""Codes of visual advantages, and the weights that follow from them."""
+"""Codes of visual advantages, and the weights derived from them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_what_is_infinite_is_as_far_as_codes_go() -> None:
 
 @given(st.lists(st.integers(0, CODES - 1), min_size=1), st.sampled_from([0.0, 0.3, 2.0, 50.0]))
 def test_weights_are_bounded_and_have_mean_one(codes: list[int], strength: float) -> None:
-    """Against the definition, position by position; those that are not measured weigh 1."""
+    """Against the definition, position by position; positions not measured have weight 1."""
     codes_N = np.array(codes, np.uint8)
     weights_N = position_weights(codes_N, count_codes(codes_N), strength)
     gains = [1 - np.exp(-max((code - 128) / 8, 0)) for code in codes if code != NOT_MEASURED]

@@ -1,4 +1,4 @@
-"""What the image adds to each token's log-prob, against plain runs of the model on samples made without it."""
+"""What the image adds to each token's log-prob, against plain runs of the model on samples built without it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ EXACT = ("capture.preset=reference", "capture.precision=exact")
 
 
 def made_without(sample: Sample, kind: str) -> Sample:
-    """The sample with images of their mean colours, or without images."""
+    """The sample with each image replaced by its mean colour, or without images."""
     if kind == "drop":
         turns = tuple(
             replace(t, text=t.text.replace("<image>\n", "").replace("\n<image>", "").replace("<image>", ""))
@@ -63,7 +63,7 @@ def advantages(cache: TeacherCache, item: tuple[str, str]) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_advantages_are_those_of_two_plain_runs(world: World, tmp_path: Path, kind: str) -> None:
-    """Conversations and pairs, with none to two images; those without images are not measured."""
+    """Conversations and pairs, with zero to two images; those without images are not measured."""
     for name, data in (("conversations", world.samples), ("pairs", world.pairs)):
         summary = world.run(tmp_path / name, f"capture.without_image={kind}", data=data)
         assert summary.rejected == 0
@@ -88,7 +88,7 @@ def test_advantages_are_those_of_two_plain_runs(world: World, tmp_path: Path, ki
 
 
 def test_records_are_those_of_a_capture_without_a_second_run(world: World, tmp_path: Path) -> None:
-    """The fingerprint names the second run; all else, and caches without one, are as before."""
+    """The fingerprint names the second run; everything else, and caches without one, are unchanged."""
     world.run(tmp_path / "with", "capture.without_image=drop", "capture.positions=all")
     world.run(tmp_path / "plain", "capture.positions=all")
     both = [open_cache(tmp_path / name) for name in ("with", "plain")]
@@ -108,7 +108,7 @@ def test_records_are_those_of_a_capture_without_a_second_run(world: World, tmp_p
 
 
 def test_what_is_rejected_is_listed_once(world: World, tmp_path: Path) -> None:
-    """Sequences of two images and more tokens than allowed, which are shorter without their images."""
+    """Sequences with two images and too many tokens, which are shorter without their images."""
     for kind in KINDS:
         summary = world.run(tmp_path / kind, f"capture.without_image={kind}", "max_length=90")
         assert summary.rejected > 0
@@ -117,7 +117,7 @@ def test_what_is_rejected_is_listed_once(world: World, tmp_path: Path) -> None:
 
 
 def test_what_the_second_run_rejects_is_rejected(world: World, tmp_path: Path) -> None:
-    """Answers of other tokens, runs that fail, and runs that are missing; samples without images need none."""
+    """Answers with other tokens, second runs that fail or are missing; samples without images need none."""
     cache = world.run(tmp_path / "cache", data=write_tiny_set(tmp_path / "set", 6))
     assert cache.rejected == 0
     opened = open_cache(tmp_path / "cache")
@@ -168,7 +168,7 @@ def test_what_has_no_images_is_refused_in_one_line(world: World, tmp_path: Path)
 
 
 def test_damage_is_found(world: World, tmp_path: Path) -> None:
-    """Counts that are not those of the array, with all checksums right."""
+    """Counts that differ from the array's, with all checksums right."""
     world.run(tmp_path / "cache", "capture.without_image=blank", data=write_tiny_set(tmp_path / "set", 4))
     (folder,) = (tmp_path / "cache" / "shards").iterdir()
     assert ShardCheck(folder, folder.name, None).problems == []
@@ -184,7 +184,7 @@ def test_damage_is_found(world: World, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["qwen3_vl", "gemma3", "smolvlm", "internvl"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_family_is_run_without_what_its_images_show(tmp_path: Path, name: str, kind: str) -> None:
-    """As a capture of a set whose samples were made so by hand."""
+    """The result equals a capture of a set whose samples were built that way by hand."""
     teacher = TINY_FAMILIES[name].write(tmp_path / "teacher")
     samples = [sample for sample in tiny_samples(6) if sample.images]
     write_set(samples, tmp_path / "shown")

@@ -1,6 +1,6 @@
-"""Workers on one output that are killed and stopped at random, under clocks that disagree, until the cache is whole.
+"""Workers on one output that are killed and stopped at random, with clocks that disagree, until the cache is complete.
 
-Each worker is the console script in a process of its own; SHIFT_VARIABLE shifts `time.time` in it by so many seconds.
+Each worker is the console script in a process of its own; SHIFT_VARIABLE shifts its `time.time` by that many seconds.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ SHIFT_VARIABLE = "LLAVAMOD_TEST_CLOCK_SHIFT"
 LIMIT_NAME = "limit"
 WORKERS = 4
 _SHIFT_SECONDS = 300.0
-_SLACK = 2  # shards by which the workers may pass the point at which the next kill is due
+_SLACK = 2  # shards that workers may capture beyond the point at which the next kill is due
 _POLL_SECONDS = 0.02
 _FINE = (0, 4, 128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL)
 
 
 @dataclass
 class FleetRun:
-    """What became of one output: the digest, the signals sent, and how often each shard was begun and captured."""
+    """The outcome for one output: the digest, the signals sent, and how often each shard was begun and captured."""
 
     digest: str = ""
     signals: Counter[str] = field(default_factory=Counter)
@@ -58,9 +58,9 @@ def run_fleet(
 ) -> FleetRun:
     """Keep four workers running until one completes the cache; kill one of them at random, `kills` times in all.
 
-    The kills are spread over the progress, not over the time, so that each happens on a machine of any speed: one is
-    due whenever the next `shards / (kills + 1)` shards are captured. It comes up to `pause` seconds later, and workers
-    that meanwhile run too far ahead wait for it.
+    The kills are spread over progress, not time, so that each happens whatever the speed of the machine: one is due
+    whenever another `shards / (kills + 1)` shards have been captured. It comes up to `pause` seconds later; workers
+    that get too far ahead meanwhile wait for it.
     """
     rng, made = random.Random(seed), FleetRun()
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ def run_fleet(
 
 
 def _captured(log: Path) -> int:
-    """How many shards the log says were captured, each once."""
+    """The number of distinct shards captured according to the log."""
     return len({line for line in log.read_text().splitlines() if line.startswith("captured ")})
 
 

@@ -1,4 +1,4 @@
-"""Claims: one owner at a time, taken over by whoever saw no renewal for a lease, whatever any clock says."""
+"""Claims: one owner at a time, taken over by a worker that saw no renewal for a lease, whatever any clock says."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
 
 
 class Clock:
-    """A monotonic clock that a test moves on."""
+    """A monotonic clock that a test advances."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -47,7 +47,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def queue_of(tmp_path: Path, clock: Clock) -> Callable[[str], ShardQueue]:
-    """Gives the queue of a named worker on one cache of four shards."""
+    """A function that gives a named worker's queue on one cache of four shards."""
 
     def made(worker: str) -> ShardQueue:
         store = CacheStore.open(tmp_path / "c", FINGERPRINT, NAMES)
@@ -60,12 +60,12 @@ def queue_of(tmp_path: Path, clock: Clock) -> Callable[[str], ShardQueue]:
 
 @pytest.fixture
 def other(tmp_path: Path) -> Heartbeat:
-    """A worker that lives, renewed when a test wants it."""
+    """A live worker, whose heartbeat a test renews at will."""
     return Heartbeat(open_folder(tmp_path / "c"), LEASE)
 
 
 def claim_at_once(where: str, worker: str, variables: dict[str, str], ready: Connection) -> None:
-    """Claim a shard when told to, and say whether it was got."""
+    """Claim a shard when told to, and report whether the claim succeeded."""
     os.environ.update(variables)
     claims = Claims(open_folder(where), worker)
     ready.send(None)
@@ -137,7 +137,7 @@ def test_a_worker_is_silent_after_a_lease_without_renewals_as_the_watcher_counts
 
 
 def test_a_watcher_that_slept_takes_nobody_for_dead(tmp_path: Path, clock: Clock, other: Heartbeat) -> None:
-    """It and the worker may have slept together, as after a suspended machine."""
+    """It and the worker may have slept at the same time, as on a suspended machine."""
     watch = Watch(open_folder(tmp_path / "c"), LEASE, clock)
     other._write()
     watch.look([other.worker])
@@ -198,11 +198,11 @@ def test_a_shard_that_failed_goes_to_others_first_and_is_given_up_after_three_at
     bad = taken[0]
     first._claims.end(bad, "failed", "no")
     other._write()
-    assert (list(first.take()), first.left) == ([], "waiting")  # the other worker lives and has not failed it
+    assert (list(first.take()), first.left) == ([], "waiting")  # the other worker is alive and has not failed the shard
     second = queue_of(other.worker)
     assert list(second.take()) == [bad]
     second._claims.end(bad, "failed", "no")
-    assert next(first.take()) == bad  # all that live have failed it
+    assert next(first.take()) == bad  # all live workers have failed it
     first._claims.end(bad, "failed", "still no")
     for queue in (first, second):
         assert list(queue.take()) == []
@@ -211,7 +211,7 @@ def test_a_shard_that_failed_goes_to_others_first_and_is_given_up_after_three_at
 
 
 def test_a_shard_that_kills_workers_is_given_up_in_the_end(queue_of: Callable[[str], ShardQueue], clock: Clock) -> None:
-    """Several deaths count as one failure: most are their machines' fault."""
+    """Several deaths count as one failure, since most deaths are the machine's fault."""
     store = queue_of("any")._store
     for number in range(15):
         assert Claims(store.folder, f"dead-{number}").take("s-2", number)
@@ -229,9 +229,9 @@ def test_a_shard_that_kills_workers_is_given_up_in_the_end(queue_of: Callable[[s
 def test_a_claim_of_which_the_reply_was_lost_is_held(
     queue_of: Callable[[str], ShardQueue], tmp_path: Path, clock: Clock
 ) -> None:
-    """The worker that made it captures its shard, instead of waiting for itself."""
+    """The worker that made it captures the shard instead of waiting for itself."""
     folder, queue = open_folder(tmp_path / "c"), queue_of("me")
-    assert Claims(folder, "me").take("s-2", 0)  # unknown to the queue
+    assert Claims(folder, "me").take("s-2", 0)  # without the queue's knowledge
     taken = []
     for name in queue.take():
         CacheStore.open(tmp_path / "c", FINGERPRINT, NAMES).commit(name, captured(name), rejected(name), CODEC)
@@ -241,7 +241,7 @@ def test_a_claim_of_which_the_reply_was_lost_is_held(
 
 
 def test_a_put_whose_reply_was_lost_is_held(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """s3fs sends it again by itself, and is told that it exists."""
+    """s3fs resends the request by itself, and is told that the object exists."""
     client: Any = importlib.import_module("aiobotocore.client").AioBaseClient
     closed: Any = importlib.import_module("botocore.exceptions").ConnectionClosedError
     send, lost = client._make_api_call, list[str]()

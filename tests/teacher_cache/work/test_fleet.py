@@ -1,4 +1,4 @@
-"""Four workers that are killed and stopped at random end with the cache of one undisturbed process."""
+"""Four workers that are killed and stopped at random produce the cache of one undisturbed process."""
 
 from __future__ import annotations
 
@@ -49,5 +49,5 @@ def test_a_fleet_that_is_killed_at_random_makes_the_cache_of_one_process(
     assert made.digest == digest
     assert made.kills == KILLS
     assert len(made.captured) == SAMPLES // SHARD_SAMPLES
-    # What was in hand, being captured and being written, is lost with a worker, and done once more.
+    # A worker's shards in progress, one being captured and one being written, are lost with it and redone once.
     assert made.begun.total() - len(made.begun) <= 2 * made.kills

@@ -1,4 +1,4 @@
-"""SIGTERM with a grace period: the shard in hand is finished if that fits, else released; the status says which."""
+"""SIGTERM with a grace period: the current shard is finished if there is time, else released; the status says which."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from tests.teacher_cache.generate.reference import Place
 
 
 class Stopping:
-    """A teacher that is sent SIGTERM amid the second shard that it captures."""
+    """A teacher that gets SIGTERM in the middle of the second shard that it captures."""
 
     settings: RecordSettings
 
     def load(self, setup: CaptureSetup) -> CaptureEngine:
-        """Load the true one behind it."""
+        """Load the real teacher that this one wraps."""
         self._engine, self._shards = setup.load(), 0
         self.settings = self._engine.settings
         return copy.copy(self)
@@ -65,7 +65,7 @@ def test_the_shard_in_hand_is_finished_or_released(
     store = CacheStore.open(tmp_path / "c", open_cache(finished).fingerprint, open_cache(finished).shard_names)
     assert len(store.missing()) == 5 - shards
     left = histories(store.folder)
-    assert not any(history.is_held for history in left.values())  # others may take them at once
+    assert not any(history.is_held for history in left.values())  # other workers may take them at once
     done = work(config, lease_seconds=1.0).capture if command == "work" else run_capture(config)
     assert done.digest == open_cache(finished).digest
 

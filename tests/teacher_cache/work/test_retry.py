@@ -1,4 +1,4 @@
-"""Failed shards and rejected sequences are tried again, and nothing else; the cache is then as if none had failed."""
+"""Failed shards and rejected sequences are retried, and nothing else; the cache is then as if none had failed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.teacher_cache.work.test_work import Failing, one
 
 
 class Rejecting:
-    """A teacher that rejects some rows of the set, and counts the samples that it is given."""
+    """A teacher that rejects some rows of the set and counts the samples it is given."""
 
     settings: RecordSettings
 
@@ -35,13 +35,13 @@ class Rejecting:
         self.samples: list[int] = []
 
     def load(self, setup: CaptureSetup) -> CaptureEngine:
-        """Load the true one behind it."""
+        """Load the real teacher that this one wraps."""
         self._engine = setup.load()
         self.settings = self._engine.settings
         return copy.copy(self)
 
     def capture(self, requests: Sequence[Request]) -> Iterator[Outcome]:
-        """Reject those rows, and capture the others."""
+        """Reject those rows and capture the others."""
         self.samples += [request.row for request in requests]
         for request in requests:
             if request.row in self._rows:

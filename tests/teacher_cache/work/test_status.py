@@ -24,7 +24,7 @@ from tests.teacher_cache.conftest import World
 
 
 def begun(path: Path | str, *names: str) -> CacheStore:
-    """A cache of four shards of which some are committed."""
+    """A cache of four shards, some of them committed."""
     store = CacheStore.open(path, FINGERPRINT, NAMES)
     store.start()
     for name in names:
@@ -33,14 +33,14 @@ def begun(path: Path | str, *names: str) -> CacheStore:
 
 
 def shown(status: Status) -> str:
-    """What is printed of it."""
+    """The status as printed."""
     stream = io.StringIO()
     print_status(Console(file=stream, width=100, highlight=False, markup=False, _environ={}), status)
     return stream.getvalue()
 
 
 def test_what_runs_committed_is_counted_as_what_workers_did(tmp_path: Path) -> None:
-    """Workers keep lists, of which a part may be missing; the manifests say the rest."""
+    """The workers' lists may be incomplete; the manifests supply the rest."""
     store = begun(tmp_path / "c", "s-0", "s-1", "s-2")
     Journal(store.folder, "w").add("s-1")
     found = read_status(str(tmp_path / "c"))
@@ -174,6 +174,6 @@ def test_what_is_no_cache_is_named(tmp_path: Path) -> None:
 def test_the_command_prints_one_json_object(world: World, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from teacher_cache.cli.work import status
 
-    status(str(finished), watch=True, as_json=True)  # a finished cache is not watched any longer
+    status(str(finished), watch=True, as_json=True)  # watching ends once the cache is finished
     found = json.loads(capsys.readouterr().out)
     assert (found["complete"], found["done"], found["shards"]) == (True, 5, 5)

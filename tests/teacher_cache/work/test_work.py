@@ -1,4 +1,4 @@
-"""Workers that share one output: what they end with, and what they leave to others."""
+"""Workers that share one output: how they end, and what they leave to others."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from tests.teacher_cache.conftest import World
 
 
 class Teacher(Protocol):
-    """A stand-in for a teacher, or the true one."""
+    """A stand-in for a teacher, or the real one."""
 
     def load(self, setup: CaptureSetup) -> CaptureEngine:
-        """Load it."""
+        """Load the engine."""
         ...
 
 
 def one(world: World, output: Path | str, *overrides: str, engine: Teacher | None = None) -> WorkSummary:
-    """Work in this process until nothing is left."""
+    """Work in this process until nothing is left to do."""
     arguments = world.arguments(Path("unused"), *overrides)
     config = load_config(CacheTeacherConfig, (), [*arguments, f"output={output}"])
     if engine is None:
@@ -44,7 +44,7 @@ def one(world: World, output: Path | str, *overrides: str, engine: Teacher | Non
 
 
 class Failing:
-    """A teacher that fails at some shards, as often as told."""
+    """A teacher that fails on some shards a given number of times."""
 
     settings: RecordSettings
 
@@ -53,13 +53,13 @@ class Failing:
         self._error = error or ModelError("does not fit")
 
     def load(self, setup: CaptureSetup) -> CaptureEngine:
-        """Load the true one behind it."""
+        """Load the real teacher that this one wraps."""
         self._setup, self._engine = setup, setup.load()
         self.settings = self._engine.settings
         return copy.copy(self)
 
     def capture(self, requests: Sequence[Request]) -> Iterator[Outcome]:
-        """Fail amid a shard, or capture it."""
+        """Fail in the middle of a shard, or capture it."""
         shard = requests[0].row // 5
         found = self._engine.capture(requests)
         if self._left.get(shard, 0):
@@ -98,7 +98,7 @@ def test_a_shard_that_keeps_failing_is_listed_and_the_others_are_captured(world:
     found = read_status(str(tmp_path / "c"))
     assert (found.done, found.failed, found.claimed) == (4, 1, {})
     assert [(item.shard, item.attempts, item.given_up) for item in found.failures] == [(name, 3, True)]
-    again = one(world, tmp_path / "c")  # it is not tried again by itself
+    again = one(world, tmp_path / "c")  # it is not retried automatically
     assert list(again.failed) == [name]
 
 
@@ -113,7 +113,7 @@ def test_a_worker_at_which_every_shard_fails_ends_with_the_error(world: World, t
 def test_a_worker_that_cannot_write_ends_with_the_error(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Instead of capturing all shards for nothing."""
+    """It must not capture all shards for nothing."""
 
     def full(*_: object) -> None:
         raise CacheError("no space left")
@@ -154,7 +154,7 @@ def test_other_writers_and_workers_keep_each_other_out(world: World, tmp_path: P
             world.run(output)
         with pytest.raises(ConfigError, match="is in use by a worker"):
             world.run(output, "slice=0/2")
-    assert world.run(output).complete  # that worker has ended
+    assert world.run(output).complete  # the other worker has ended
     with Heartbeat(open_folder(output), 60.0), pytest.raises(ConfigError, match="is in use by a worker"):
         repair_cache(output)
 

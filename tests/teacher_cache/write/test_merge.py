@@ -1,4 +1,4 @@
-"""Merging: as if captured in one, to the byte; refused where that could not be."""
+"""Merging: byte for byte as if captured at once; refused where that is impossible."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.tiny import tiny_samples
 
 @dataclass(frozen=True)
 class Parts:
-    """Caches of samples 0–9 and 10–17, whose shards have the same names, and one of all of them."""
+    """Caches of samples 0–9 and 10–17, whose shards have the same names, and a cache of all of them."""
 
     first: Path
     second: Path
@@ -192,7 +192,7 @@ def test_an_output_that_holds_something_else_is_left_alone(parts: Parts, tmp_pat
 
 
 def test_caches_in_a_bucket_merge(world: World, parts: Parts, tmp_path: Path, bucket: str) -> None:
-    """From a disk and a bucket into a bucket: the same cache as on a disk, and commands read it there."""
+    """From disk and a bucket into a bucket: the same cache as on disk, and commands read it there."""
     run_capture(
         load_config(
             CacheTeacherConfig,
@@ -214,7 +214,7 @@ def test_caches_in_a_bucket_merge(world: World, parts: Parts, tmp_path: Path, bu
 
 @given(st.lists(st.lists(st.sampled_from(["a", "a_2", "a_3", "b"]), unique=True), max_size=4))
 def test_every_shard_has_a_name_of_its_own(names: list[list[str]]) -> None:
-    """Also where a name that would be free is that of a later shard; the first of each name keeps it."""
+    """Even if a name that would be free is a later shard's; the first shard with a name keeps it."""
     caches = cast("list[TeacherCache]", [SimpleNamespace(shard_names=some) for some in names])
     found = [(before, after) for _, before, after in named_shards(caches)]
     assert [before for before, _ in found] == [name for some in names for name in some]

@@ -1,4 +1,4 @@
-"""The store: shards appear whole or not at all, in any order, and the result does not depend on the road."""
+"""The store: shards appear completely or not at all, in any order, and the result does not depend on the order."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_an_unwritable_place_is_one_clear_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["shards", "shards/s-1"])
 def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path, place: str) -> None:
-    """Before anything is captured; or when it is committed, if the file came to be meanwhile."""
+    """Before anything is captured, or at the commit if the file appeared in the meantime."""
     store = CacheStore.open(tmp_path / "c", FINGERPRINT, NAMES)
     store.start()
     file = tmp_path / "c" / place
@@ -152,7 +152,7 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path, place: str) ->
 
 
 def test_two_runs_of_other_settings_that_begin_at_once_do_not_make_one_cache(tmp_path: Path) -> None:
-    """Both look before either has written."""
+    """Both check before either has written."""
     other = {**FINGERPRINT, "capture": {"vocab_size": 31, "temperatures": [2.0]}}
     first, second, third = (CacheStore.open(tmp_path / "c", job, NAMES) for job in (FINGERPRINT, other, FINGERPRINT))
     first.start()
@@ -163,7 +163,7 @@ def test_two_runs_of_other_settings_that_begin_at_once_do_not_make_one_cache(tmp
 
 
 def test_a_job_that_a_store_shows_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process has just written it: it cannot be created again, but cannot be read yet either."""
+    """Another process has just written it: it can no longer be created, but cannot be read yet either."""
     store = CacheStore.open(tmp_path / "cache", FINGERPRINT, NAMES)
     CacheStore.open(tmp_path / "cache", FINGERPRINT, NAMES).start()
     late, read = ["first", "second"], store.folder.read
@@ -210,7 +210,7 @@ def test_a_shard_without_its_manifest_stops_the_end(tmp_path: Path) -> None:
 def test_a_cache_that_another_process_begins_meanwhile_is_shared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the look for job.json and that for anything else, as slices that start at once on one output do."""
+    """Between the check for job.json and the check for other files, as when slices start at once on one output."""
     truly = store_module._occupied
 
     def occupied(folder: Folder) -> bool:
@@ -225,7 +225,7 @@ def test_a_cache_that_another_process_begins_meanwhile_is_shared(
 
 
 def test_who_was_taken_over_while_it_wrote_changes_nothing_of_what_is_committed(bucket: str) -> None:
-    """Not even where its own records differ in a last digit."""
+    """Not even if its own records differ in the last digit."""
     name = NAMES[0]
     late, other = (CacheStore.open(f"{bucket}/c", FINGERPRINT, NAMES) for _ in range(2))
     late.start()

@@ -1,4 +1,4 @@
-"""Where a run's settings come from: the recipe that a command line or a file names, and what is changed."""
+"""Where a run's settings come from: the recipe named on the command line or in a file, and overrides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes resolve to the scripts' values, and settings that do not fit are one line that names the key."""
+"""Recipes resolve to the original scripts' values, and invalid settings give one line that names the key."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NEEDED = ("data.set=sets/x", "output=runs/x", "student.checkpoint=models/x")
 
 
 def arguments(stage: str) -> list[str]:
-    """The least that a recipe wants to be told."""
+    """The minimum that a recipe must be given."""
     return [stage, *NEEDED, *(["cache.path=caches/x"] if stage in CACHED_STAGES else [])]
 
 

@@ -1,4 +1,4 @@
-"""The join of samples and records, and what is found out before the first step."""
+"""The join of samples and records, and the errors found before the first step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from train.run import train
 
 
 def test_samples_without_a_record_are_refused_or_dropped(world: World, tmp_path: Path) -> None:
-    """The cache knows 20 of 24 samples; dropping trains on those alone, and the summary counts the rest."""
+    """The cache has 20 of 24 samples; with dropping, training uses only those, and the summary counts the rest."""
     write_set(tiny_samples(24)[:20], tmp_path / "fewer")
     cache = write_cache(tmp_path / "cache", tmp_path / "fewer", world.teacher)
     with pytest.raises(DataError, match=r"4 of 24 samples have no record .*\(tiny-0020, tiny-0021, tiny-0022, …\)"):
@@ -70,7 +70,7 @@ def test_answers_or_images_the_teacher_did_not_see_are_refused(world: World, tmp
 
 @pytest.mark.slow
 def test_the_command_ends_after_an_error_in_a_worker(world: World, tmp_path: Path) -> None:
-    """Workers ignore SIGTERM, so whoever forgets to send them home waits for them for ever."""
+    """Workers ignore SIGTERM, so a process that forgets to shut them down would wait for them for ever."""
     samples = tiny_samples(4)
     cache = write_cache(tmp_path / "cache", write_set_of(samples, tmp_path / "set"), world.teacher)
     turns = (*samples[1].turns[:-1], Turn("assistant", "Something else."))
@@ -92,7 +92,7 @@ def write_set_of(samples: list[Sample], folder: Path) -> Path:
 
 
 def test_students_of_other_sizes_and_templates_share_a_cache(world: World, tmp_path: Path) -> None:
-    """One cache for a deeper, a narrower student with more head rows, and for another wording of the prompt."""
+    """One cache for a deeper student, a narrower one with more LM head rows, and another wording of the prompt."""
     wide = write_tiny_llava(tmp_path / "wide", hidden=96, layers=1, head_rows=448, seed=3, tied=False)
     losses = []
     for number, settings in enumerate(([f"student.checkpoint={wide}"], ["image_aspect=square"], [])):

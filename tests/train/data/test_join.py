@@ -1,4 +1,4 @@
-"""The join decides by columns what a loop over keys would."""
+"""The columnar join gives what a loop over keys would."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ N = 23
 
 
 class SomeKeys:
-    """Stands for a cache: it knows some keys of each role."""
+    """A stand-in for a cache: it has some keys of each role."""
 
     path = "some/cache"
 
@@ -57,7 +57,7 @@ def joined(samples: SampleSet, cache: Any, *, missing: str = "drop", holdout: in
     seed=st.integers(0, 9),
 )
 def test_rows_and_their_hash(pairs: SampleSet, absent: list[set[int]], holdout: int, seed: int) -> None:
-    """A sample is kept that has both records; the hash is that of the kept keys' text."""
+    """Samples with both records are kept; the hash is that of the kept keys' text."""
     known = [{key for row, key in enumerate(pairs.keys) if row not in rows} for rows in absent]
     cache = SomeKeys(chosen=known[0], rejected=known[1])
     usable = [row for row in range(N) if row not in absent[0] | absent[1]]
@@ -77,7 +77,7 @@ def test_rows_and_their_hash(pairs: SampleSet, absent: list[set[int]], holdout: 
 
 
 def test_what_is_held_out_depends_on_seed_and_key_alone(pairs: SampleSet, tmp_path: Path) -> None:
-    """Not on the shards; with another seed others are; of the samples that are left the same ones stay held out."""
+    """Not on the shards; another seed holds out others; if samples are dropped, the same ones stay held out."""
     everything = SomeKeys(chosen=set(pairs.keys), rejected=set(pairs.keys))
     first = joined(pairs, everything, holdout=6)
     other = SampleSet.open(write_tiny_set(tmp_path / "other", N, preference=True, shard_samples=9))

@@ -1,4 +1,4 @@
-"""Lengths are checked before the first step, in every stage, and not measured twice."""
+"""Lengths are checked before the first step in every stage, and never measured twice."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def test_lengths_are_measured_once_for_a_set_a_tokenizer_and_a_template(
 
     assert measured("max_length=1500") == 1
     assert measured("max_length=1500") == 0
-    assert measured("max_length=1501") == 0  # what was measured serves any limit above
-    assert measured("max_length=100") == 1  # more samples may be longer
+    assert measured("max_length=1501") == 0  # the measurement serves any higher limit
+    assert measured("max_length=100") == 1  # with a lower limit, more samples may be too long
     assert measured("max_length=100") == 0
     assert measured("max_length=1500", "template=chatml") == 1
     write_set([*samples[:-1], lengthened(samples[-1], 1)], tmp_path / "set", overwrite=True)
@@ -76,7 +76,7 @@ def test_lengths_are_measured_once_for_a_set_a_tokenizer_and_a_template(
 
 
 def test_no_image_is_needed_for_a_length(world: World, tmp_path: Path) -> None:
-    """An image counts as many tokens as the tower makes of it, whatever it shows."""
+    """An image counts as the number of tokens that the tower makes of it, whatever it shows."""
     turns = (Turn("user", "<image>\n<image>\nWhich?"), Turn("assistant", "red " * 100))
     write_set(
         [Sample(f"s{n}", turns, (tiny_image(n), tiny_image(n + 9)), ("png", "png")) for n in range(4)], tmp_path / "s"
@@ -95,7 +95,7 @@ def test_no_image_is_needed_for_a_length(world: World, tmp_path: Path) -> None:
 
 
 def test_workers_measure_the_same(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As for a set of many thousands of long samples."""
+    """Workers are used for sets of many thousands of long samples."""
     monkeypatch.setattr(lengths, "_FEW", 0)
     monkeypatch.setattr(lengths, "_AT_ONCE", 5)
     refusals = set()

@@ -1,4 +1,4 @@
-"""Numbers of samples: kept by those that stay, whatever is taken out, added, or moved."""
+"""Sample numbers: samples that stay keep theirs, whatever is removed, added, or moved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What decides the order of a run: configuration, set and cache."""
+"""What determines the order of a run: configuration, set and cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train.data.sample_order import DEFAULT_WINDOW, OrderSettings, make_order, o
 
 
 class FewInMemory:
-    """Stands for a cache whose records do not all fit in memory."""
+    """A stand-in for a cache whose records do not all fit in memory."""
 
     fits_in_memory = False
     is_remote = False
@@ -35,13 +35,13 @@ def settled(
 
 @pytest.fixture
 def samples(tmp_path: Path) -> SampleSet:
-    """Twenty samples in twenty shards, the set saying that its one source comes one and a half times."""
+    """Twenty samples in twenty shards; the set gives its only source the weight 1.5."""
     write_set(tiny_samples(20), tmp_path / "set", shard_samples=1, weights={"tiny": 1.5})
     return SampleSet.open(tmp_path / "set")
 
 
 def test_windows(samples: SampleSet) -> None:
-    """All shards where everything is at hand; as told; and what comes to all of them is all of them."""
+    """All shards if everything fits in memory; otherwise as configured; a window as large as the set is all shards."""
     assert settled(samples).window == 0
     assert settled(samples, FewInMemory()).window == DEFAULT_WINDOW
     for window, expected in ((3, 3), (0, 0), (20, 0), (99, 0)):
@@ -76,7 +76,7 @@ def test_lengths_are_characters_and_image_tokens(samples: SampleSet) -> None:
 def test_batches_of_one_modality_and_the_setting_in_what_a_run_is_resumed_by(samples: SampleSet) -> None:
     plain = settled(samples)
     chosen = order_settings(samples, None, window=None, weights={}, image_tokens=9, by_modality=True)
-    assert "by_modality" not in plain.describe()  # as runs of earlier versions have it
+    assert "by_modality" not in plain.describe()  # as in runs of earlier versions
     assert chosen.describe()["by_modality"]
     order = make_order(chosen, samples, np.arange(20), seed=0, size=5)
     images = [bool(sample.images) for sample in tiny_samples(20)]

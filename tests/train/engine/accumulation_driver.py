@@ -1,7 +1,7 @@
 """Take a step over 128 micro-batches in the engine, in bfloat16: `accumulation_driver.py ZERO_STAGE OFFLOAD`.
 
-Prints the relative error of the step, of the gradient norm that the engine reports, and at exit the number of threads
-that communication has left; run alone or by torchrun.
+Prints the relative errors of the step and of the gradient norm that the engine reports, and at exit the number of
+threads left by communication; run alone or by torchrun.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ INPUTS = 64
 def errors(zero_stage: int, *, offload: bool) -> tuple[float, float]:
     """The errors of step and norm against float64.
 
-    The loss is linear, so that a micro-batch's gradient is its input, exactly. Its mean is far from 0: in bfloat16 the
-    sum soon drops the low bits of what is added to it.
+    The loss is linear, so that a micro-batch's gradient is exactly its input. Its mean is far from 0: in bfloat16 the
+    sum soon drops the low bits of each addend.
     """
     with process_group() as world:
         from deepspeed.utils import safe_get_full_fp32_param

@@ -22,16 +22,16 @@ def test_bfloat16_gradients_accumulate_in_float32(
     step, norm = accumulation_driver.errors(zero_stage, offload=offload)
     assert step < 1e-6
     assert norm < 1e-6
-    assert capsys.readouterr().out == ""  # standard output is the command's
-    assert functional.linear is linear  # ZeRO-3 replaces it by one that torch.compile does not take
+    assert capsys.readouterr().out == ""  # standard output is reserved for the command
+    assert functional.linear is linear  # ZeRO-3 replaces it with one that torch.compile cannot handle
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("zero_stage", "offload"), [(1, False), (2, False), (2, True), (3, False)])
 def test_they_do_so_in_two_processes(zero_stage: int, offload: bool) -> None:
-    """ZeRO 2 and 3 exchange each micro-batch's gradient in bfloat16: its rounding averages out, and does not add up.
+    """ZeRO 2 and 3 exchange each micro-batch's gradient in bfloat16: its rounding averages out and does not accumulate.
 
-    No thread of gloo lives on: one that drops a tensor while the interpreter ends would abort the process.
+    No gloo thread survives: one that frees a tensor while the interpreter exits would abort the process.
     """
     printed = in_two_processes(accumulation_driver.__file__, zero_stage, int(offload)).splitlines()
     errors = [json.loads(line) for line in printed if line.startswith("[")]

@@ -1,4 +1,4 @@
-"""Rates of parts: each parameter gets that of the smallest part that holds it, on any engine, and runs resume."""
+"""Learning rates of parts: a parameter gets that of the smallest part that contains it, on any engine; runs resume."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SETTINGS = ("optim.part_lr={projector: 3e-3, norms: 5e-3, attention: 2e-4}", "st
 
 
 def rate_of(name: str) -> float:
-    """The rate of a parameter of the tiny student, spelt out by name."""
+    """The learning rate of a parameter of the tiny student, spelt out by name."""
     if "multi_modal_projector" in name:
         return RATES["projector"]
     if "norm" in name:
@@ -90,7 +90,7 @@ def test_the_short_name_is_the_projectors_rate_and_a_stopped_run_goes_on(world: 
 def test_rates_of_parts_may_change_when_a_run_is_resumed(
     world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As `optim.lr` may, which the message after a NaN names; a finished run is refused."""
+    """As may `optim.lr`, which the message after a NaN suggests; a finished run is refused."""
     output = tmp_path / "run"
     train_until_sigterm(world.config("sft", output, "optim.part_lr={projector: 4e-3}"), lines=2)
     train(world.config("sft", output, "optim.part_lr={projector: 2e-3, attention: 1e-4}"))

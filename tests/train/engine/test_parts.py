@@ -1,4 +1,4 @@
-"""The parts of a student, whatever its kind of language model calls them."""
+"""The parts of a student, whatever names its kind of language model uses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PARTS = ("embeddings", "attention", "mlp", "norms")
 
 @pytest.mark.parametrize("name", [*TEXT_MODELS, *OTHER_TEXT_MODELS])
 def test_the_parts_of_a_language_model_are_all_of_it(tmp_path: Path, name: str) -> None:
-    """None is empty, and no parameter is left out."""
+    """No part is empty, and no parameter is left out."""
     model = build_llava(write_tower(tmp_path / "tower", "CLIP"), write_language_model(tmp_path / "text", name), seed=0)
     text = set(choose_trainable(model, ["text"]))
     parts = {part: set(choose_trainable(model, [part])) for part in PARTS}

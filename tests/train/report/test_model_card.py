@@ -1,4 +1,4 @@
-"""The card of an exported student: what is in it, and what must not be."""
+"""The model card of an exported student: what it contains, and what it must not."""
 
 from __future__ import annotations
 

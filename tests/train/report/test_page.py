@@ -1,4 +1,4 @@
-"""The page of a run: what is drawn of its log, and what a damaged or unfinished run gives."""
+"""The page of a run: what it draws from the log, and what a damaged or unfinished run gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rounds' settings, and the commands that they become."""
+"""The rounds' settings, and the commands that they turn into."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rounds_of(*settings: str) -> RoundsConfig:
 @pytest.mark.parametrize("stage", ["mimic_dense", "mimic_sparse"])
 @pytest.mark.parametrize("loss", ["reverse_kl", "forward_kl", "policy_gradient"])
 def test_every_command_is_one_that_its_program_takes(loss: str, stage: str) -> None:
-    """And each round starts from the student of the one before."""
+    """Also, each round starts from the previous round's student."""
     given = (f"loss={loss}", f"stage={stage}", "rounds=3", "write=[generate.top_p=0.9,dtype=float32]")
     steps = round_steps(rounds_of(*given, "score=[capture.seed=3]", "train=[optim.lr=1e-5]"))
     names = [step.name for step in steps]

@@ -1,4 +1,4 @@
-"""Rounds as a whole: ordinary sets, caches and runs, resumed at any moment, and figures that are right."""
+"""Rounds as a whole: ordinary sets, caches and runs, resumable at any moment, with correct figures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from train.rounds.run import CONFIG_NAME, _begin
 
 
 def test_the_measure_is_that_of_a_loop_over_dense_distributions(world: World, tmp_path: Path) -> None:
-    """Of answers in one turn, and of some that are read as other tokens."""
+    """With single-turn answers, and with some that are tokenised differently from how they were written."""
     reader, teacher = Reader(world.student, world.chats), Reader(world.teacher, world.chats)
     made, kl, lengths = [], [], []
     rng = np.random.default_rng(1)
@@ -99,7 +99,7 @@ def digests(output: Path, rounds: int) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_rounds_stopped_again_and_again_are_those_of_one_go(prompts: Prompts, tmp_path: Path) -> None:
-    """The toy teacher learns from itself: its distance stays about 0. Commands run alone are taken as they are."""
+    """The toy teacher learns from itself: its KL stays about 0. Results of commands run by hand are reused."""
 
     def run(output: Path, *, seconds: float | None = None) -> int:
         process = start(["llavamod-offline", "rounds", *prompts.arguments(output), "--json"])

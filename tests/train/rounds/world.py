@@ -1,4 +1,4 @@
-"""Prompts about toy scenes, and the settings of rounds of the toy teacher with itself."""
+"""Prompts about toy scenes, and settings for rounds of the toy teacher with itself."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tests.teacher_cache.generate.reference import write_prompts
 
 @dataclass(frozen=True)
 class Prompts:
-    """A set of prompts and another, held out."""
+    """A set of prompts and a held-out one."""
 
     prompts: Path
     holdout: Path
 
     def arguments(self, output: Path, *settings: str) -> list[str]:
-        """Two rounds of two steps."""
+        """The settings of two rounds of two steps."""
         places = [f"prompts={self.prompts}", f"holdout={self.holdout}", f"output={output}"]
         models = [f"teacher={TEACHER}", f"student={TEACHER}"]
         train = "train=[batch.global_size=4,batch.micro_size=4,optim.lr=1e-5,workers=0]"

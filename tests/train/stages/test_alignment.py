@@ -1,6 +1,6 @@
-"""What is aligned beside distributions equals a slow trainer that runs teacher and student itself.
+"""Alignment losses beside the divergence equal those of a slow trainer that runs teacher and student itself.
 
-Shape suffixes: T tokens of a sequence, P those of an image, N positions that predict answers, D and E hidden sizes.
+Shape suffixes: T tokens of a sequence, P tokens of an image, N positions that predict answers, D and E hidden sizes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PARTS = {"feature_distance": 0.7, "visual_kl": 0.3, "relation_distance": 2.0}
 
 @pytest.fixture(scope="module")
 def cache(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every id, at all positions, and the teacher's hidden states there."""
+    """A cache of every id at all positions, with the teacher's hidden states."""
     folder = tmp_path_factory.mktemp("aligned") / "cache"
     settings = (*EXHAUSTIVE, "capture.positions=all", "capture.hidden=float16")
     return write_cache(folder, world.chats, world.teacher, *settings)
@@ -58,7 +58,7 @@ def _distance(kind: str, ours_NE: Tensor, theirs_NE: Tensor) -> Tensor:
 
 
 def _relations(ours_TD: Tensor, theirs_TE: Tensor, ids_T: Tensor) -> list[Tensor]:
-    """1 − cosine of the Gram matrices of each image."""
+    """1 − cosine between the Gram matrices of each image."""
     losses = []
     for rows_P in (ids_T == IMAGE_ID).nonzero()[:, 0].view(-1, IMAGE_TOKENS):
         a, b = ((x[rows_P] @ x[rows_P].T).flatten() for x in (ours_TD, theirs_TE))
@@ -72,7 +72,7 @@ def _train_live(
     steps: int,
     checkpoint: Path | None = None,
 ) -> tuple[list[float], list[float]]:
-    """A loop that runs the teacher itself, its hidden states rounded as the cache does."""
+    """Train in a loop that runs the teacher itself, with its hidden states rounded as in the cache."""
     student, teacher = Reader(checkpoint or world.student, world.chats), Reader(world.teacher, world.chats)
     projection = make_projection(64, 48, seed=0)
 
@@ -170,7 +170,7 @@ def test_each_part_stands_beside_the_divergence_of_all_positions(
 
 
 def test_features_need_no_more_than_the_positions_of_answers(world: World, cache: Path, tmp_path: Path) -> None:
-    """The same loss from a cache of response positions and from one of all."""
+    """The loss is the same from a cache of response positions and from one of all positions."""
     small = write_cache(tmp_path / "cache", world.chats, world.teacher, *EXHAUSTIVE, "capture.hidden=float16")
     logs = []
     for name, where in (("small", small), ("large", cache)):
@@ -181,7 +181,7 @@ def test_features_need_no_more_than_the_positions_of_answers(world: World, cache
 
 
 def test_a_step_without_images_has_nothing_to_relate(world: World, cache: Path, tmp_path: Path) -> None:
-    """Every fourth sample has none: micro-batches of one, and steps of one."""
+    """Every fourth sample has none: with micro-batches of one sample, and steps of one."""
     settings = (*EVERYTHING, f"cache.path={cache}", "batch.global_size=1", "batch.micro_size=1", "steps=12")
     train(world.config("mimic_dense", tmp_path / "run", *settings))
     log = read_metrics(tmp_path / "run")
@@ -200,7 +200,7 @@ def test_the_projection_is_kept_in_checkpoints_and_left_behind_by_the_export(
     checkpoint = latest_checkpoint(tmp_path / "run")
     assert checkpoint is not None
     kept = load_file(checkpoint / "weights.safetensors")
-    assert "model.multi_modal_projector.linear_1.weight" in kept  # the student's by its own names, as without one
+    assert "model.multi_modal_projector.linear_1.weight" in kept  # the student's own names, as without a projection
     first = make_projection(64, 48, seed=0).state_dict()
     for name, tensor in first.items():
         assert kept[f"projection.{name}"].shape == tensor.shape
@@ -214,7 +214,7 @@ def test_the_projection_is_kept_in_checkpoints_and_left_behind_by_the_export(
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_under_zero_it_is_the_same(world: World, cache: Path, tmp_path: Path, zero_stage: int) -> None:
-    """Stopped under ZeRO, taken up without it."""
+    """The run is stopped under ZeRO and resumed without it."""
     settings = (*EVERYTHING, f"cache.path={cache}", "steps=4", "batch.micro_size=2")
     train(world.config("mimic_dense", tmp_path / "plain", *settings, "engine.zero_stage=0"))
     first = world.config("mimic_dense", tmp_path / "run", *settings, f"engine.zero_stage={zero_stage}")

@@ -1,4 +1,4 @@
-"""Caches that lack what is to be aligned are refused by a line before the first step; the teacher's head is its own."""
+"""Caches that lack what is to be aligned are refused by one line before the first step; the teacher's LM head."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ REFERENCE = ("capture.preset=reference", "capture.positions=all", "capture.hidde
 
 @pytest.fixture(scope="module")
 def of_images(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All positions, hidden states at image tokens alone."""
+    """A cache of all positions, with hidden states only at image tokens."""
     settings = ("capture.positions=all", "capture.hidden=int8", "capture.hidden_positions=image")
     return write_cache(tmp_path_factory.mktemp("images") / "cache", world.chats, world.teacher, *settings)
 
@@ -88,7 +88,7 @@ def test_a_cache_of_image_states_is_enough_for_relations(world: World, of_images
 def test_states_that_do_not_fit_the_batch_are_named(
     world: World, of_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a merge of caches might leave them: some of another size, or missing at some positions."""
+    """As merging caches might leave them: some of another size, or missing at some positions."""
     config = world.config("mimic_dense", tmp_path / "run", "loss.align.relation_weight=1", f"cache.path={of_images}")
     monkeypatch.setattr(alignment, "hidden_size", lambda cache: 47)
     with pytest.raises(CacheError, match=r"samples tiny-\d+.*: \d+ hidden states of size 48, expected \d+ of size 47"):
@@ -102,7 +102,7 @@ def test_states_that_do_not_fit_the_batch_are_named(
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_head_is_read_by_itself(world: World, tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tied or not, in files of any number, in pieces; rows beyond the cache's ids are left out."""
+    """Tied or not, from any number of files, in pieces; rows beyond the cache's ids are left out."""
     teacher = write_tiny_llava(tmp_path / "teacher", hidden=48, seed=3, head_rows=416, tied=tied)
     settings = ("capture.hidden=int8", "capture.preset=compact")
     cache = open_cache(write_cache(tmp_path / "cache", world.chats, teacher, *settings))

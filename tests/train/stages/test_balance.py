@@ -1,4 +1,4 @@
-"""The routers' balance loss of a step, against DeepSpeed's own top-2 gate, on samples of unequal lengths."""
+"""A step's router balance loss, against DeepSpeed's own top-2 gate, on samples of unequal lengths."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from train.student.make import make_student
 
 
 def _mixed_set(folder: Path) -> Path:
-    """Long questions with short answers, and the reverse, so that answers and tokens weigh samples differently."""
+    """Long questions with short answers, and the reverse, so that answers and tokens weight samples differently."""
     samples = []
     for number in range(8):
         texts = [" ".join(["red blue green circle"] * (1 + number)), "yes"]
@@ -30,7 +30,7 @@ def _mixed_set(folder: Path) -> Path:
 
 
 def _gate_losses(config: StudentConfig, reader: Reader) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of the samples of the first step: the layers' summed losses by DeepSpeed's gate, tokens, answer positions."""
+    """For each sample of the first step: DeepSpeed's gate losses summed over layers, tokens, answer positions."""
     from deepspeed.moe.sharded_moe import top2gating
 
     student = make_student(config, seed=0)
@@ -44,7 +44,7 @@ def _gate_losses(config: StudentConfig, reader: Reader) -> tuple[Tensor, Tensor,
         sequence = reader.encoder.encode(sample, "response")
         ids_1T = torch.from_numpy(sequence.input_ids_T)[None]
         student_hidden_states(student, ids_1T, torch.ones_like(ids_1T))
-        # With all choices kept and no noise in the second, only l_aux, the first result, matters here.
+        # With all choices kept and no noise in the second choice, only l_aux, the first result, matters here.
         found = [top2gating(each, 1.0, 0, drop_tokens=False, top2_2nd_expert_sampling=False)[0] for each in logits]
         losses.append(torch.stack(found).sum())
         tokens.append(ids_1T.shape[1])
@@ -53,7 +53,7 @@ def _gate_losses(config: StudentConfig, reader: Reader) -> tuple[Tensor, Tensor,
 
 
 def test_micro_batches_count_by_the_tokens_they_route(world: World, tmp_path: Path) -> None:
-    """Value and gradient: at step 0 all experts are equal, so that nothing else moves the routers."""
+    """Value and gradient: at step 0 all experts are equal, so nothing else moves the routers."""
     data = _mixed_set(tmp_path / "set")
     config = world.config(
         "sft",
@@ -71,13 +71,13 @@ def test_micro_batches_count_by_the_tokens_they_route(world: World, tmp_path: Pa
     losses_S, tokens_S, answers_S, weight_ED = _gate_losses(config.student, Reader(world.student, data))
     expected, by_answers = ((losses_S * counts_S).sum() / counts_S.sum() for counts_S in (tokens_S, answers_S))
     assert entry["balance"] == pytest.approx(expected.item(), rel=1e-5)
-    assert by_answers.item() != pytest.approx(expected.item(), rel=5e-4)  # the samples can tell these weights apart
+    assert by_answers.item() != pytest.approx(expected.item(), rel=5e-4)  # the samples distinguish these two weightings
     gradient_ED = torch.autograd.grad(2.0 * expected, weight_ED)[0]
     assert entry["grad_norm"] == pytest.approx(float(gradient_ED.norm()), rel=1e-4)
 
 
 def test_a_sparse_run_ends_with_its_loss_under_random_routing(world: World, tmp_path: Path) -> None:
-    """Without the balance loss; over held-out samples, or else the last step's. Equal experts make it the same."""
+    """Without the balance loss; over held-out samples, or else the last step's. With equal experts it is unchanged."""
     common = ("steps=2", "loss.router_aux_coef=0.5")
     held = ("data.holdout=8", "eval_steps=1")
     train(world.config("mimic_sparse", tmp_path / "equal", *common, "optim.lr=1e-9"))

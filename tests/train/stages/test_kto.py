@@ -30,7 +30,7 @@ CAPTURE = ("capture.mismatched=true", "capture.preset=reference", "capture.preci
 
 @pytest.fixture(scope="module")
 def cache(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of the pairs in three roles, of reference log-probs alone."""
+    """A cache of the pairs in three roles, with reference log-probs only."""
     return write_cache(tmp_path_factory.mktemp("kto") / "cache", world.pairs, world.teacher, *CAPTURE)
 
 
@@ -54,9 +54,9 @@ def test_a_step_is_the_mean_of_single_responses_against_one_kl(
     zero_stage: int,
     swapped: bool,
 ) -> None:
-    """KTO (arXiv 2402.01306), eq. 7 and 8, the KL being that of the whole step's mismatched responses.
+    """KTO (arXiv 2402.01306), eq. 7 and 8, with the KL over the whole step's mismatched responses.
 
-    `swapped`: the other way round, so that K, which is never below 0, is above it.
+    `swapped`: student and teacher exchanged, so that K, which is clamped at 0, is positive.
     """
     checkpoint, teaching = (world.teacher, world.student) if swapped else (world.student, world.teacher)
     if swapped:
@@ -117,7 +117,7 @@ def test_a_step_is_the_mean_of_single_responses_against_one_kl(
 
 @pytest.mark.slow
 def test_two_processes_equal_one(world: World, tmp_path: Path, cache: Path) -> None:
-    """The KL is that of all processes' mismatched responses, in training and on held-out samples."""
+    """The KL is over all processes' mismatched responses, in training and on held-out samples."""
     settings = [f"cache.path={cache}", "loss.kind=kto", "steps=10", "batch.micro_size=2"]
     settings += ["data.holdout=4", "eval_steps=5"]
     done = run_two(world.config("preference", tmp_path / "two", *settings), tmp_path, "engine.zero_stage=0")
@@ -145,7 +145,7 @@ def test_what_does_not_fit_is_refused_before_the_first_step(world: World, tmp_pa
 
 
 def test_a_set_that_pairs_otherwise_is_refused(world: World, tmp_path: Path, cache: Path) -> None:
-    """The same samples without one: the pair that ended there leads elsewhere now."""
+    """The same samples except one: the sample that was paired with it now has another partner."""
     samples = tiny_samples(24, preference=True)
     paired = SampleSet.open(world.pairs).with_mismatched()
     texts = [str(paired.read(row).mismatched) for row in range(24)]
@@ -154,11 +154,11 @@ def test_a_set_that_pairs_otherwise_is_refused(world: World, tmp_path: Path, cac
     settings = (f"cache.path={cache}", f"data.set={tmp_path / 'fewer'}", "batch.global_size=23", "batch.micro_size=23")
     with pytest.raises(TargetError, match=r"\(mismatched\): its paired response differs from the cache's"):
         prepare(world.config("preference", tmp_path / "run", "loss.kind=kto", *settings), ONE)
-    train(world.config("preference", tmp_path / "pairs", *settings, "steps=1"))  # without it the two need not agree
+    train(world.config("preference", tmp_path / "pairs", *settings, "steps=1"))  # the other losses ignore the pairing
 
 
 def test_pairs_are_looked_at_before_anything_is_trained(world: World, tmp_path: Path, cache: Path) -> None:
-    """A set in another order has the same pairs; a rule that nobody knows here is refused by its name."""
+    """A set in another order has the same pairs; an unknown pairing rule is refused by its name."""
     samples = tiny_samples(24, preference=True)
     write_set(samples[::-1], tmp_path / "reversed")
     encode = Reader(world.teacher, world.pairs).encoder.encode
@@ -175,7 +175,7 @@ def test_pairs_are_looked_at_before_anything_is_trained(world: World, tmp_path: 
 
 
 def test_a_sample_whose_mismatched_response_is_too_long_is_left_out(world: World, tmp_path: Path) -> None:
-    """Its own text is short; the long one is its partner's, which is left out for its own sake."""
+    """Its own text is short; the long text is its partner's, which is itself left out."""
     words = "red circle " * 290
     ask = (Turn("user", "Say it."),)
     long = Sample("long", ask, chosen=words, rejected=f"{words}!")

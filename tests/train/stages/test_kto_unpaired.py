@@ -52,7 +52,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_step_is_the_mean_over_samples(
     world: World, tmp_path: Path, request: pytest.FixtureRequest, name: str, micro: int, sft: float
 ) -> None:
-    """As TRL's KTOTrainer takes the mean over its rows; a pair counts as the mean of its two answers."""
+    """TRL's KTOTrainer also takes the mean over its rows; a pair counts as the mean of its two answers."""
     data: Path = request.getfixturevalue(name)
     cache = write_cache(tmp_path / "cache", data, world.student, *CAPTURE)
     student, teacher = Reader(world.teacher, data), Reader(world.student, data)
@@ -91,7 +91,7 @@ def test_a_step_is_the_mean_over_samples(
 
 
 def test_rows_with_labels_are_packed_captured_and_trained_on(world: World, tmp_path: Path) -> None:
-    """Only the answers that there are get records; the KL has one for each sample."""
+    """Only answers that exist get records; the KL has one term per sample."""
     rows = [{"id": f"r{n}", "prompt": f"Count to {n}.", "completion": f"It is {n}.", "label": n < 6} for n in range(8)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     summary = write_set(prepare_sources([tmp_path / "rows.json"]), tmp_path / "set")
@@ -108,7 +108,7 @@ def test_rows_with_labels_are_packed_captured_and_trained_on(world: World, tmp_p
 
 @pytest.mark.parametrize("label", [True, False])
 def test_answers_of_one_kind_alone(world: World, tmp_path: Path, label: bool) -> None:
-    """Micro-batches, steps and whole caches may have no chosen, or no rejected, answer; also when distilling."""
+    """Micro-batches, steps and whole caches may lack chosen or rejected answers; also with distillation."""
     pairs = tiny_samples(8, preference=True)
     halves = [replace(pair, rejected=None) if label else replace(pair, chosen=None) for pair in pairs]
     write_set(halves, tmp_path / "set")
@@ -133,7 +133,7 @@ def test_losses_of_pairs_refuse_unpaired_answers(world: World, tmp_path: Path, j
 
 @pytest.mark.slow
 def test_two_processes_equal_one(world: World, tmp_path: Path, mixed: Path) -> None:
-    """Though each has another number of answers."""
+    """Even though they have different numbers of answers."""
     cache = write_cache(tmp_path / "cache", mixed, world.teacher, *CAPTURE)
     settings = [f"data.set={mixed}", f"cache.path={cache}", *WEIGHTS, "steps=10", "batch.micro_size=2"]
     done = run_two(world.config("preference", tmp_path / "two", *settings), tmp_path, "engine.zero_stage=0")
@@ -145,5 +145,5 @@ def test_two_processes_equal_one(world: World, tmp_path: Path, mixed: Path) -> N
         assert ours.keys() == theirs.keys()
         for name in ("loss", "kl", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
-        for name in ("chosen_reward", "rejected_reward"):  # about 0 at first
+        for name in ("chosen_reward", "rejected_reward"):  # about 0 at the start
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name

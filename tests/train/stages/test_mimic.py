@@ -1,4 +1,4 @@
-"""Offline distillation equals distillation from a teacher in memory, and the balance loss is there once."""
+"""Offline distillation equals distillation from a teacher in memory, and the balance loss is added once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from train.run import train
 
 
 def _divergence(name: str, p_NV: torch.Tensor, q_NV: torch.Tensor) -> torch.Tensor:
-    """Each position's divergence, from two sets of log-probs over the whole vocabulary."""
+    """Each position's divergence, from both models' log-probs over the whole vocabulary."""
 
     def kl(x_NV: torch.Tensor, y_NV: torch.Tensor) -> torch.Tensor:
         return (x_NV.exp() * (x_NV - y_NV)).sum(-1)
@@ -39,7 +39,7 @@ def _divergence(name: str, p_NV: torch.Tensor, q_NV: torch.Tensor) -> torch.Tens
 def _train_live(
     world: World, steps: int, *, divergence: str = "forward_kl", lm_weight: float = 0.0
 ) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of a loop that runs the teacher (another size) itself."""
+    """Losses and gradient norms of a loop that runs the teacher (of another size) itself."""
     student, teacher = Reader(world.student, world.chats), Reader(world.teacher, world.chats)
     said: dict[str, torch.Tensor] = {}
 
@@ -73,7 +73,7 @@ def test_offline_equals_the_live_teacher_for_fifty_steps(world: World, tmp_path:
 def test_all_positions_are_imitated_and_the_cross_entropy_is_of_the_answers(
     world: World, tmp_path: Path, micro_size: int
 ) -> None:
-    """The divergence's mean is over all tokens, image patches too; the cross-entropy's over the supervised ones."""
+    """The divergence is a mean over all tokens, image tokens included; the cross-entropy over the supervised ones."""
     cache = write_cache(tmp_path / "cache", world.chats, world.teacher, *EXHAUSTIVE, "capture.positions=all")
     student, teacher = Reader(world.student, world.chats), Reader(world.teacher, world.chats)
 
@@ -151,7 +151,7 @@ def test_a_temperature_the_cache_was_not_captured_with_is_refused(world: World, 
 
 
 def test_the_balance_loss_is_added_once(world: World, tmp_path: Path) -> None:
-    """Loss = divergence + cross-entropy + coefficient · balance, at a coefficient that would show a second one."""
+    """Loss = divergence + cross-entropy + coefficient · balance, with a coefficient that would expose a second one."""
     common = ("steps=2", "batch.micro_size=2", "loss.lm_weight=1.0")
     train(world.config("mimic_sparse", tmp_path / "with", *common, "loss.router_aux_coef=3.0"))
     train(world.config("mimic_sparse", tmp_path / "without", *common, "loss.router_aux_coef=0.0"))
@@ -174,7 +174,7 @@ def test_capacity_drops_in_training_and_not_in_evaluation(world: World, tmp_path
     for name, factor in (("tight", "0.5"), ("roomy", "2.0"), ("free", "null")):
         train(world.config("mimic_sparse", tmp_path / name, *common, f"student.capacity_factor={factor}"))
     tight, roomy, free = (read_metrics(tmp_path / name)[0] for name in ("tight", "roomy", "free"))
-    assert tight["drop_rate"][0] > 0.45  # half the places, rounded up in every micro-batch
+    assert tight["drop_rate"][0] > 0.45  # half the capacity, rounded up in every micro-batch
     assert roomy["drop_rate"] == free["drop_rate"] == [0.0]  # 4 experts, 2 choices: 2.0 has room for all
     assert roomy["loss"] == free["loss"] != tight["loss"]
     assert tight["holdout_loss"] == pytest.approx(free["holdout_loss"], rel=1e-5)
@@ -196,7 +196,7 @@ def test_dense_to_sparse_trains_what_the_original_trains(world: World, tmp_path:
 
 
 def test_a_student_over_llama_becomes_a_mixtral_with_noise_until_it_is_saved(world: World, tmp_path: Path) -> None:
-    """Noise of routers is random but the same in each run; plain transformers reads the student without it."""
+    """Router noise is random but the same in each run; plain transformers reads the student without it."""
     dense = write_tiny_llava(tmp_path / "dense", text_config=LlamaConfig)
     settings = [f"student.checkpoint={dense}", "student.upcycle.layers=dense", "steps=3"]
     settings += ["student.upcycle.num_experts=[4,4]", "student.upcycle.expert_noise=0.02"]

@@ -30,7 +30,7 @@ def write_own(
     top_p: float = 1.0,
     alter: Alter = lambda log_probs: log_probs,
 ) -> Path:
-    """The world's samples as if a student had written their answers: every third is read as other tokens."""
+    """The world's samples as if a student had written their answers; every third one is tokenised differently."""
     reader, made = Reader(world.student, world.chats), []
     rng = np.random.default_rng(0)
     for number, sample in enumerate(tiny_samples(24)):
@@ -54,7 +54,7 @@ def _last_turn(reader: Reader, sample: Sample, count: int) -> int:
 
 
 def written(sample: Sample, answer: Answer, masked: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The places of the written tokens that are learnt from, and the writer's log-probs of them."""
+    """The positions of the written tokens that are learnt from, and the writer's log-probs of them."""
     assert sample.generated is not None
     (log_probs,) = sample.generated.behaviour_log_probs
     if log_probs is None:
@@ -71,7 +71,7 @@ def live(
     *,
     mask: bool,
 ) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms with the teacher in memory; each step's mean is over the tokens learnt from."""
+    """Losses and gradient norms with the teacher in memory; each step is a mean over the tokens learnt from."""
     student, teacher = Reader(world.student, data), Reader(world.teacher, data)
     masked = student.encoder.end_id if mask else None
 
@@ -124,7 +124,7 @@ def test_losses_and_gradients_are_those_of_a_live_teacher(
     mask: bool,
     micro_size: int,
 ) -> None:
-    """Only written tokens count, whatever the micro-batches, in caches of all kinds of positions."""
+    """Only written tokens count, whatever the micro-batches, in caches of response positions or all."""
     data = write_own(world, tmp_path / "own")
     cache = write_cache(tmp_path / "cache", data, world.teacher, *capture)
     losses, norms = live(world, data, of_token, mask=mask)

@@ -21,7 +21,7 @@ BETA = 0.1
 def test_a_step_is_one_mean_over_all_pairs(
     world: World, tmp_path: Path, kind: str, average: bool, micro_size: int
 ) -> None:
-    """The KL terms of kto_pair are of the whole step, whatever the micro-batches, and carry no gradient."""
+    """The KL terms of kto_pair are over the whole step, whatever the micro-batches, and carry no gradient."""
     student, teacher = Reader(world.student, world.pairs), Reader(world.teacher, world.pairs)
     rewards: list[torch.Tensor] = []
 
@@ -91,7 +91,7 @@ def test_terms_on_the_chosen_response_are_means_over_its_tokens(
     micro_size: int,
     zero_stage: int,
 ) -> None:
-    """Short and long responses count alike, whatever the micro-batches; the teacher is in memory in the plain loop."""
+    """Short and long responses count equally, whatever the micro-batches; the plain loop has the teacher in memory."""
     student, teacher = Reader(world.student, world.pairs), Reader(world.teacher, world.pairs)
     parts: list[tuple[float, float]] = []
 
@@ -174,7 +174,7 @@ def test_a_sparse_student_balances_both_responses_together(world: World, tmp_pat
 def test_the_tower_sees_each_picture_of_a_step_once(
     world: World, tmp_path: Path, kind: str, micro_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever looks ahead, and in however many roles; the tower of a step that trains it runs as often as it must."""
+    """Whatever looks ahead, and in however many roles; in a step that trains the tower, it runs as often as it must."""
     settings = [f"loss.kind={kind}", f"batch.micro_size={micro_size}", "steps=2"]
     if kind == "kto":
         capture = ("capture.mismatched=true", "capture.preset=reference")

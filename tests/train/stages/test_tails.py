@@ -1,4 +1,4 @@
-"""The estimators of the records' tails in training."""
+"""Tail estimators in training."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ TRUNCATED = ("capture.top_p=0.5", "capture.top_k=4", "capture.tail_samples_max=6
 
 @pytest.fixture(scope="module")
 def truncated(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache whose top-k leaves tails, with samples of them."""
+    """A cache whose top-k leaves tails, with tail samples."""
     return write_cache(tmp_path_factory.mktemp("truncated") / "cache", world.chats, world.teacher, *TRUNCATED)
 
 
 @pytest.fixture(scope="module")
 def at_two(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, captured for students that learn at temperature 2."""
+    """The same, captured for students that train at temperature 2."""
     folder = tmp_path_factory.mktemp("at_two") / "cache"
     return write_cache(folder, world.chats, world.teacher, *TRUNCATED, "capture.temperature=2")
 
@@ -64,7 +64,7 @@ def test_few_records_that_are_read_many_times_are_smoothed(
 def test_a_cache_is_read_at_the_temperature_it_was_captured_for(
     world: World, tmp_path: Path, truncated: Path, at_two: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Any other needs its cache captured again, or the bucket by name, whose loss is said to be blind in the tail."""
+    """Any other needs a new capture, or the bucket by name, with a warning that its loss is blind in the tail."""
     assert all(losses(world, tmp_path / "2", at_two, "steps=2", "loss.temperature=2"))
     for name, cache, temperature in (("a", truncated, 2), ("b", at_two, 1)):
         with pytest.raises(TargetError, match=rf"capture again with capture.temperature={temperature}"):
@@ -78,7 +78,7 @@ def test_a_cache_is_read_at_the_temperature_it_was_captured_for(
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [("loss.kind=kd_lm",), ("loss.divergence=js",), ("loss.tail=samples",)])
 def test_zero_3_gathers_the_head(world: World, tmp_path: Path, truncated: Path, settings: tuple[str, ...]) -> None:
-    """The same losses and gradients as without ZeRO, tied embeddings and all."""
+    """The same losses and gradients as without ZeRO, tied embeddings included."""
     logs = []
     for stage in (0, 3):
         given = (f"cache.path={truncated}", "steps=3", f"engine.zero_stage={stage}", *settings)

@@ -1,4 +1,4 @@
-"""Positions weighted by what the image is worth to them: against sums over plain forward passes."""
+"""Positions weighted by what the image contributes to them, against sums over plain forward passes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_loss_is_the_weighted_mean(world: World, cache: Path, tmp_path: Path
 
 
 def test_each_of_several_caches_gives_its_own_weights(world: World, cache: Path, tmp_path: Path) -> None:
-    """A mixture of a cache and a copy of it in other records, and a cache for all sources: as that cache alone."""
+    """A mixture of a cache and a copy with other records, and one cache for all sources, act like that cache alone."""
     again = write_cache(tmp_path / "again", world.chats, world.teacher, "capture.without_image=blank")
     divergence, _ = expected(world, weights_of(cache))
     for name, path in (("mixed", f"[{cache},{again}]"), ("source", f'{{"*": {cache}}}')):

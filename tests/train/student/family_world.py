@@ -30,9 +30,9 @@ WRITERS: dict[str, Callable[..., Path]] = {
 
 
 def plain_processor(folder: Path) -> Any:
-    """A folder's processor in transformers, without its part for videos, which needs torchvision."""
+    """A folder's processor in transformers, without its video part, which needs torchvision."""
     processor = load_processor(folder, AutoConfig.from_pretrained(folder))
-    if "SmolVLM" in type(processor).__name__:  # whose chat template function asks it about videos all the same
+    if "SmolVLM" in type(processor).__name__:  # its chat template method queries the video part anyway
         processor.video_processor = SimpleNamespace(num_frames=1, fps=1, video_sampling={"num_frames": 1, "fps": 1})
     return processor
 

@@ -1,4 +1,4 @@
-"""Trained students of other families than LLaVA in `eval-student`, by the commands alone."""
+"""Trained students of families other than LLaVA in `eval-student`, using only the commands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.train.conftest import World
 from tests.train.student.family_world import WRITERS, plain_processor
 from train.run import train
 
-# Processors of GLM-V and InternVL turn tensors into arrays in an old way.
+# The processors of GLM-V and InternVL use a deprecated way of turning tensors into arrays.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 FAMILIES = ("smolvlm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_vl", "internvl", "gemma3")))
 

@@ -1,4 +1,4 @@
-"""Students of other families than LLaVA: from a teacher's cache to an export that plain transformers answers by."""
+"""Students of families other than LLaVA: from a teacher's cache to an export that plain transformers runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SLOW = (
     *("ovis2", "janus", "deepseek_vl", "video_llama_3", "vipllava", "paddleocr_vl", "lighton_ocr"),
 )
 FAMILIES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
-# Processors of GLM-V and InternVL turn tensors into arrays in an old way.
+# The processors of GLM-V and InternVL use a deprecated way of turning tensors into arrays.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 ALL_PARTS = "trainable=[vision,projector,text]"
 
@@ -45,7 +45,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def student_of(folders: Path, name: str, seed: int = 0) -> Path:
-    """A family's checkpoint, made once."""
+    """A family's checkpoint, made on first use."""
     folder = folders / f"{name}-{seed}"
     return folder if folder.exists() else WRITERS[name](folder, seed=seed)
 
@@ -55,7 +55,7 @@ def losses(run: Path, name: str = "loss") -> list[float]:
 
 
 def assert_answers_alike(student: Path, folder: Path) -> None:
-    """As `eval-student` asks, and as plain transformers does, in batches where the processor can make them."""
+    """`eval-student` and plain transformers must agree, in batches if the processor can make them."""
     asked = questions(folder)
     processor = plain_processor(student)
     alone = plain_answers(student, asked, 8, processor=processor, batch=False)
@@ -64,7 +64,7 @@ def assert_answers_alike(student: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_from_a_teacher_to_answers(world: World, folders: Path, tmp_path: Path, name: str) -> None:
-    """Captured, audited, distilled by the cache of a teacher of the family, evaluated, and asked by others."""
+    """Capture and audit a teacher of the family, distil from its cache, evaluate, and ask with plain transformers."""
     teacher, student = student_of(folders, name, seed=3), student_of(folders, name)
     cache = write_cache(tmp_path / "cache", world.chats, teacher, *EXHAUSTIVE)
     given = (f"data={world.chats}", f"teacher={teacher}", f"output={tmp_path / 'cache'}", "workers=1", *EXHAUSTIVE)
@@ -92,7 +92,7 @@ def test_from_a_teacher_to_answers(world: World, folders: Path, tmp_path: Path, 
 def test_losses_and_gradients_are_those_of_the_whole_model(
     world: World, folders: Path, tmp_path: Path, name: str
 ) -> None:
-    """Two steps of AdamW on all parts by plain transformers, sample by sample; some samples have no image."""
+    """Against two AdamW steps on all parts in plain transformers, sample by sample; some samples have no image."""
     student = student_of(folders, name)
     settings = (f"student.checkpoint={student}", "batch.micro_size=2", "steps=2", ALL_PARTS)
     train(world.config("sft", tmp_path / "run", *settings))
@@ -132,7 +132,7 @@ def test_a_stopped_run_goes_on(world: World, folders: Path, tmp_path: Path, name
 def test_two_processes_equal_one(
     world: World, folders: Path, tmp_path: Path, name: str, stage: str, zero_stage: int
 ) -> None:
-    """In some steps one process has an image and the other none."""
+    """In some steps, one process has an image and the other has none."""
     settings = (f"student.checkpoint={student_of(folders, name)}", "steps=6", "batch.micro_size=1")
     done = run_two(
         world.config(stage, tmp_path / "two", *settings), tmp_path, f"engine.zero_stage={zero_stage}", "save_steps=3"
@@ -149,7 +149,7 @@ def test_two_processes_equal_one(
 @pytest.mark.parametrize("name", ["qwen3_vl", pytest.param("gemma3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["sigmoid", "kto_pair", "kto"])
 def test_preferences(world: World, folders: Path, tmp_path: Path, name: str, kind: str) -> None:
-    """A student that is its own reference begins with rewards of 0; then it learns to prefer."""
+    """A student that is its own reference starts with rewards of 0, then learns to prefer."""
     student = student_of(folders, name)
     cache = write_cache(tmp_path / "cache", world.pairs, student, "capture.preset=reference", "capture.mismatched=true")
     settings = (f"cache.path={cache}", f"student.checkpoint={student}", f"loss.kind={kind}", "loss.distill_weight=0")
@@ -162,7 +162,7 @@ def test_preferences(world: World, folders: Path, tmp_path: Path, name: str, kin
 
 
 def test_a_qwen3_vl_becomes_sparse(world: World, folders: Path, tmp_path: Path) -> None:
-    """At step 0 its distance from the teacher is the dense one's; the export is the family's own sparse form."""
+    """At step 0 its KL from the teacher is the dense student's; the export is the family's own sparse twin."""
     cache = write_cache(tmp_path / "cache", world.chats, student_of(folders, "qwen3_vl", seed=3), *EXHAUSTIVE)
     given = (f"cache.path={cache}", f"student.checkpoint={student_of(folders, 'qwen3_vl')}", "loss.kind=only_kd")
     train(world.config("mimic_dense", tmp_path / "dense", *given, "steps=1"))
@@ -181,7 +181,7 @@ def test_a_qwen3_vl_becomes_sparse(world: World, folders: Path, tmp_path: Path) 
 
 
 def test_a_student_of_one_family_learns_from_a_teacher_of_another(world: World, folders: Path, tmp_path: Path) -> None:
-    """Qwen3-VL teaches Qwen2.5-VL: one tokenizer, other images."""
+    """Qwen3-VL teaches Qwen2.5-VL: the same tokenizer, different image tokens."""
     cache = write_cache(
         tmp_path / "cache", world.chats, student_of(folders, "qwen3_vl"), *EXHAUSTIVE, "template=chatml"
     )
@@ -189,7 +189,7 @@ def test_a_student_of_one_family_learns_from_a_teacher_of_another(world: World, 
     train(world.config("mimic_dense", tmp_path / "run", *settings))
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
     engine = HfEngine(tmp_path / "run" / "student", template="auto")
-    assert engine.encoder.template.name == "chatml"  # the cache's, which the export says
+    assert engine.encoder.template.name == "chatml"  # the cache's, which the export states
 
 
 def test_all_positions_of_a_teacher_with_the_same_images(world: World, folders: Path, tmp_path: Path) -> None:
@@ -209,8 +209,8 @@ ADAPTED = (
 @pytest.mark.parametrize("name", ["qwen3_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in ADAPTED)])
 @pytest.mark.parametrize("targets", ["[attention,mlp]", "[vision,projector,text]"])
 def test_adapters(world: World, folders: Path, tmp_path: Path, name: str, targets: str) -> None:
-    """They are in each part that is named, and merged into an export with the tensors of the checkpoint."""
-    if name in ("gemma3", "ovis2"):  # whose projectors are no linear layers
+    """They are added to each part named, and merged into an export with the checkpoint's tensors."""
+    if name in ("gemma3", "ovis2"):  # their projectors are not linear layers
         targets = targets.replace("projector,", "")
     student = student_of(folders, name)
     trainable = "[projector]" if targets == "[attention,mlp]" else "[]"
@@ -242,7 +242,7 @@ def test_a_sparse_checkpoint_is_trained_on(world: World, folders: Path, tmp_path
 
 
 def test_batches_by_modality_and_by_length(world: World, folders: Path, tmp_path: Path) -> None:
-    """Lengths are those of tokens, which depend on the sizes of images."""
+    """Lengths are in tokens, which depend on image sizes."""
     settings: tuple[Any, ...] = (f"student.checkpoint={student_of(folders, 'qwen3_vl')}", "steps=3")
     grouped = ("data.group_by_length=true", "data.group_by_modality=true")
     assert train(world.config("sft", tmp_path / "run", *settings, *grouped, "workers=2")).finished

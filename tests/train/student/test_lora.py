@@ -1,4 +1,4 @@
-"""LoRA students: the same numbers as a slow reference, in plain checkpoints, through stops and on several processes."""
+"""LoRA students: numbers equal to a slow reference, plain checkpoints, stops, and several processes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def with_weights(config: TrainConfig) -> Any:
 
 @pytest.mark.parametrize(("rank", "zero_stage"), [(64, 0), (64, 2), (2, 0), (2, 1), (2, 3)])
 def test_adapters_equal_a_slow_reference(world: World, tmp_path: Path, rank: int, zero_stage: int) -> None:
-    """The reference adds (alpha / rank) · B·A·x to each layer's output, sample by sample; with a full rank, too."""
+    """The reference adds (alpha / rank) · B·A·x to each layer's output, sample by sample; also at full rank."""
     settings = (*EXACT, f"student.lora.rank={rank}", "student.lora.targets=[attention.q_proj,mlp]", "steps=6")
     config = world.config("sft", tmp_path / "run", *settings, f"engine.zero_stage={zero_stage}")
     start = make_student(config.student, seed=0).state_dict()
@@ -134,7 +134,7 @@ def test_a_linear_projector_has_an_adapter_in_its_matrix_alone(tmp_path: Path) -
 def test_kept_adapters_are_a_peft_folder_for_the_checkpoint(
     world: World, tmp_path: Path, trainable: str, zero_stage: int
 ) -> None:
-    """With the projector, if it is trained in full, and beside the merged student."""
+    """With the projector, if that is fully trained, and beside the merged student."""
     settings = ("student.lora.keep_adapters=true", f"trainable={trainable}", f"engine.zero_stage={zero_stage}")
     train(world.config("sft", tmp_path / "run", *EXACT, *settings, "optim.lr=1e-2"))
     student, adapters = tmp_path / "run" / "student", tmp_path / "run" / "adapters"

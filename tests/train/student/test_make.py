@@ -1,4 +1,4 @@
-"""A student as training starts from it."""
+"""A student as it is when training starts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train.student.make import make_student
 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_routers_learn_from_the_loss_whatever_their_number_of_choices(tmp_path: Path, top_k: int) -> None:
-    """Experts that differ matter to the loss; capacity leaves room for a choice."""
+    """Differing experts matter to the loss; the capacity leaves room for a choice."""
     folder = write_tiny_llava(tmp_path / "student", layers=2)
     upcycle = UpcycleConfig(layers="dense", top_k=top_k)
     config = StudentConfig(checkpoint=str(folder), kind="sparse", upcycle=upcycle, capacity_factor=1.5)

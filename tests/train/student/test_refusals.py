@@ -1,4 +1,4 @@
-"""What a student of another family cannot do is refused before anything is written, by one line with the way out."""
+"""What a student of another family cannot do is refused before anything is written, by one line with the remedy."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ QUANTISED: dict[str, dict[str, object]] = {
 @pytest.mark.parametrize("method", QUANTISED)
 @pytest.mark.parametrize("part", ["checkpoint", "language_model", "vision_tower"])
 def test_quantised_weights_are_no_start(world: World, tmp_path: Path, method: str, part: str) -> None:
-    """Also those that transformers would load and compute with in full precision."""
+    """Even those that transformers would load and dequantise to full precision."""
     writers: dict[str, Callable[[Path], Path]] = {
         "checkpoint": lambda folder: WRITERS["qwen3_vl"](folder),
         "language_model": write_tiny_language_model,
@@ -134,7 +134,7 @@ def test_quantised_weights_are_no_start(world: World, tmp_path: Path, method: st
 def test_samples_that_are_too_long_are_found_before_the_first_step(
     world: World, qwen3_vl: Path, tmp_path: Path, policy: str
 ) -> None:
-    """By the tokens of their images, which no text tells."""
+    """By their image tokens, whose number the text does not show."""
     turns = (Turn("user", "<image>\n<image>\n<image>\nWhat?"), Turn("assistant", "No."))
     images = tuple(tiny_image(number, (400, 300)) for number in range(3))
     write_set([*tiny_samples(12), Sample("large", turns, images, ("png",) * 3)], tmp_path / "set")
@@ -158,7 +158,7 @@ def test_a_sample_that_the_family_cannot_take_is_named_before_the_first_step(
 
 
 def test_a_paligemma_takes_samples_of_one_image_and_answer(world: World, tmp_path: Path) -> None:
-    """Its prompts are seen whole, and it has no chat template."""
+    """Its prompts get bidirectional attention, and it has no chat template."""
     student = WRITERS["paligemma"](tmp_path / "paligemma")
     said = refusal(world, tmp_path, "sft", f"student.checkpoint={student}")
     assert re.search(r"sample 'tiny-\d+' \(response\): it has (no image|several answers)", said)

@@ -1,4 +1,4 @@
-"""A tokenizer's chat template as a template, and the way back."""
+"""A tokenizer's chat template read as one of our templates, and the way back."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_there_and_back(name: str) -> None:
     back = choose_template("tokenizer", lambda: words)
     if name == "qwen":
         assert back == dataclasses.replace(template, name="tokenizer")
-    else:  # which does not end with its separator there, so it is taken for a part of the next question
+    else:  # its answers do not end with the separator, which is then read as part of the next question
         assert [s.text for s in back.render(TURNS)] != []
         assert "".join(s.text for s in back.render(TURNS)) == "".join(s.text for s in template.render(TURNS))
 
@@ -59,7 +59,7 @@ def test_there_and_back(name: str) -> None:
 @pytest.mark.parametrize("name", ["qwen", "chatml", "llava_v1"])
 @pytest.mark.parametrize("parts", [False, True])
 def test_an_exported_template_keeps_a_system_message(name: str, parts: bool) -> None:
-    """First, in the place of the template's own; elsewhere it raises."""
+    """As the first message, in place of the template's own; anywhere else it raises."""
     template = get_template(name)
     words = tiny_tokenizer()
     words.chat_template = to_jinja(template)
@@ -69,7 +69,7 @@ def test_an_exported_template_keeps_a_system_message(name: str, parts: bool) -> 
         messages = [{"role": turn.role, "content": content} for turn, content in zip(turns, contents, strict=True)]
         text = "".join(segment.text for segment in template.render(turns))
         assert words.apply_chat_template(messages, tokenize=False) == text
-    if name != "llava_v1":  # whose end token the tiny tokenizer lacks
+    if name != "llava_v1":  # the tiny tokenizer lacks its end token
         assert from_tokenizer(words).system_turn is not None
 
 
@@ -86,7 +86,7 @@ def test_an_exported_template_keeps_a_system_message(name: str, parts: bool) -> 
     ],
 )
 def test_messages_that_no_student_was_trained_on_raise(name: str, message: dict[str, Any], reason: str) -> None:
-    """They are not worded as an answer of the student, and nothing of them vanishes."""
+    """They are neither worded as the student's answer nor silently dropped."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = to_jinja(get_template(name))
     known = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}]}]
@@ -97,7 +97,7 @@ def test_messages_that_no_student_was_trained_on_raise(name: str, message: dict[
 
 @pytest.mark.parametrize("chat_template", [QWEN2, to_jinja(get_template("qwen")), to_jinja(get_template("chatml"))])
 def test_ids_are_those_of_the_tokenizers_own_rendering(chat_template: str) -> None:
-    """Special tokens of the template are tokens, and the supervised ones are the answers with their ends."""
+    """The template's special tokens become single ids; the supervised tokens are the answers with their end tokens."""
     words = tokenizer(chat_template)
     template = from_tokenizer(words)
     encoder = SequenceEncoder(words, template, image_token_id=399, image_tokens=9, max_length=512)
@@ -116,14 +116,14 @@ def test_ids_are_those_of_the_tokenizers_own_rendering(chat_template: str) -> No
         (None, "has no chat template"),
         ("{{ raise_exception('only with tools') }}", "fails: only with tools"),
         ("{{ messages[0].content }}", "words a turn differently by position"),
-        # The last answer is worded otherwise, as by models that think.
+        # The last answer is worded differently, as in thinking models.
         (
             QWEN2.replace("message['content']", "(message['content'] + ('!' if loop.last else ''))"),
             "words a turn differently by position",
         ),
-        # Nothing special ends an answer.
+        # No special token ends an answer.
         ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", "end with one special token"),
-        # Only conversations of two rounds are worded so.
+        # Longer conversations lose the default system turn.
         (QWEN2.replace("loop.first", "loop.first and messages|length < 5"), "words a turn differently by position"),
     ],
 )
@@ -154,7 +154,7 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
     assert isinstance(get_template("qwen"), Template)
 
 
-# As the processors of LLaVA-OneVision and LLaVA-1.5 have it: content as parts alone, images first.
+# As in the processors of LLaVA-OneVision and LLaVA-1.5: content only as parts, images first.
 ONEVISION = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
@@ -167,7 +167,7 @@ LLAVA_HF = (
     "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-# Content as parts, images where they stand, as Qwen2-VL's processor does it.
+# Content as parts, images where they stand, as in Qwen2-VL's processor.
 QWEN_VL = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
@@ -176,14 +176,14 @@ QWEN_VL = (
     "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Parts alone, the newline after an image added by the template, and an end after each answer.
+# Content only as parts, the newline after an image added by the template, and an end token after each answer.
 PARTS_ALONE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% for c in m.content if c.type == 'image' %}<image>\n{% endfor %}"
     "{% for c in m.content if c.type == 'text' %}{{ c.text }}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# The answers before the last one lose what the model thought, as with Qwen3.
+# Answers before the last one lose their thinking, as with Qwen3.
 THINKING = QWEN2.replace(
     "message['content']", "(('' if not loop.last else '<think>\n\n</think>\n\n') + message['content'])"
 )
@@ -202,7 +202,7 @@ THINKING = QWEN2.replace(
     ],
 )
 def test_what_a_checkpoint_was_trained_with_is_found(chat_template: str, name: str, image: str | None) -> None:
-    """A known wording goes by its name, so that teacher and student have one template however each of them says it."""
+    """A known wording gets its usual name, so that teacher and student share a template however each spells it."""
     words = tokenizer(chat_template)
     template = choose_template("auto", lambda: words, image=image)
     assert template.name == name
@@ -222,9 +222,9 @@ def test_what_a_checkpoint_was_trained_with_is_found(chat_template: str, name: s
         (ONEVISION, "<image>", "words a turn differently by position"),
         (LLAVA_HF, "<image>", "answers do not end with one special token"),
         (QWEN2 + "{{ strftime_now('%Y') }}", None, "depends on the date"),
-        # Images are written otherwise than the model's processor writes them, or elsewhere.
-        (QWEN_VL.replace("IMAGE", "Picture: <image>"), "<image>", "words turns with images differently"),
-        # The space before an answer belongs to its first word, and to the prompt.
+        # Images are not written as, or not where, the model's processor writes them.
+        (QWEN_VL.replace("IMAGE", "Picture: <image>"), "<image>", "words turns with images apart"),
+        # The space before an answer belongs both to its first word and to the prompt.
         (
             QWEN2.replace("assistant\n' }}", "assistant\nThe ' }}").replace(
                 "'\n' + message['content']",
@@ -246,13 +246,13 @@ def test_what_cannot_be_followed_is_one_line_with_the_way_out(
     assert "\n" not in str(caught.value)
 
 
-# As Gemma's: white space around texts is dropped, also after an image.
+# Like Gemma's: white space around texts is dropped, also after an image.
 STRIPPING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content | trim }}{% else %}"
     "{% for c in m.content %}{% if c.type == 'image' %}<image>{% else %}{{ c.text | trim }}{% endif %}{% endfor %}"
     "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# As SmolVLM's: a space follows the colon unless the text begins with an image.
+# Like SmolVLM's: a space follows the colon unless the text begins with an image.
 COLON = (
     "<|im_start|>{% for m in messages %}{{ m.role | capitalize }}"
     "{% if m.content[0].type == 'image' %}:{% else %}: {% endif %}{% for c in m.content %}"
@@ -277,7 +277,7 @@ def test_white_space_and_prefixes_beside_images_are_worded_as_the_chat_template_
             [{"type": "text", "text": "What is "}, {"type": "image"}, {"type": "text", "text": " here?"}],
         ),
     ]
-    if export:  # the chat template that a student gets, which ends an image's line by itself unless it strips
+    if export:  # a student's chat template ends an image's line by itself unless it strips
         words = tokenizer(to_jinja(template))
         asked[0] = (asked[0][0], [{"type": "image"}, {"type": "text", "text": "What is it?"}])
         del asked[2]
@@ -292,7 +292,7 @@ def test_white_space_and_prefixes_beside_images_are_worded_as_the_chat_template_
         assert "".join(segment.text for segment in template.render(turns)) == found
 
 
-# As the first, but white space is dropped around the texts of one role alone.
+# Like STRIPPING, but white space is dropped only around the texts of one role.
 ONE_SIDED = (
     "{{% for m in messages %}}<|im_start|>{{{{ m.role }}}}\n{{% if m.role == '{role}' %}}{{{{ m.content | trim }}}}"
     "{{% else %}}{{{{ m.content }}}}{{% endif %}}<|im_end|>\n{{% endfor %}}"

@@ -1,4 +1,4 @@
-"""Batches: right padding, and every supervised token at the row that predicts it."""
+"""Batches: right padding, and every supervised token assigned to the row that predicts it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_batch_by_hand() -> None:
 
 
 def test_bytes_become_pixels_where_the_batch_lies() -> None:
-    """A quarter of the memory until then; every byte has a value of its own in each channel."""
+    """Until then they take a quarter of the memory; each byte value maps to its own float in each channel."""
     rng = np.random.default_rng(0)
     values_3V = rng.normal(size=(3, 256)).astype(np.float32)
     bytes_IHW3 = rng.integers(0, 256, (2, 4, 5, 3), dtype=np.uint8)
@@ -106,7 +106,7 @@ def batch_of(samples: list[Sample]) -> Batch:
 
 @pytest.mark.parametrize("preference", [False, True])
 def test_rows_of_a_models_output_predict_the_targets(preference: bool) -> None:
-    """A model that knows the next token puts it at the prediction rows: all of them, in the sequences' order."""
+    """A model that knows the next token predicts it at exactly these rows, in the sequences' order."""
     samples = tiny_samples(8, preference=preference)
     batch = batch_of(samples)
     next_ids_BT = torch.roll(batch.input_ids_BT, -1, dims=1)
@@ -158,7 +158,7 @@ def test_the_same_batches_for_any_number_of_workers(workers: int) -> None:
 
 
 def test_an_image_that_stands_at_several_places_is_held_once() -> None:
-    """The roles of a sample are given the very same arrays; equal ones of different samples are different images."""
+    """A sample's roles share the same array objects; equal arrays from different samples count as different images."""
     own, other, equal = picture(1.0), picture(2.0), picture(1.0)
     sequences = [sequence(key, [5, 6], [1], role) for role in ("chosen", "rejected") for key in "abc"]
     batch = collate(sequences, [[own, other], [], [equal]] * 2, pad_id=PAD)

@@ -1,4 +1,4 @@
-"""Images whose ids are framed, or stand between plain text that joins its neighbours."""
+"""Images whose ids are framed by special tokens, or by plain text that merges with its neighbours."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.tiny import tiny_tokenizer
 
 @pytest.mark.parametrize("template", ["qwen", "chatml"])
 def test_plain_text_around_an_image_is_tokenized_with_its_neighbours(template: str) -> None:
-    """As a processor does that writes an image as text, frames and text again, and tokenizes all of it at once."""
+    """As in processors that write an image as plain text around framing tokens and tokenize everything at once."""
     tokenizer = tiny_tokenizer()
     image = tokenizer.convert_tokens_to_ids("<image>")
     encoder = SequenceEncoder(tokenizer, get_template(template), image_token_id=image, image_tokens=1, max_length=999)

@@ -1,4 +1,4 @@
-"""Pieces of a conversation have the ids that the tokenizer gives its whole text."""
+"""The pieces of a conversation get the ids that the tokenizer gives the whole text."""
 
 from __future__ import annotations
 

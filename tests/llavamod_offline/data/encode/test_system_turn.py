@@ -1,4 +1,4 @@
-"""System turns by a tokenizer's own chat template: as it renders them, or refused by name."""
+"""System turns with a tokenizer's own chat template: rendered as it does, or the sample refused by name."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_worded_as_the_chat_template_does(chat_template: str) -> None:
 
 @pytest.mark.parametrize("chat_template", [RAISES, DROPS, MERGES], ids=["raises", "drops", "merges"])
 def test_no_system_turn(chat_template: str) -> None:
-    """The other samples are encoded; one with a system turn is refused by its name."""
+    """Other samples are encoded; one with a system turn is refused by name."""
     words = tokenizer(chat_template)
     template = from_tokenizer(words)
     encoder = SequenceEncoder(words, template, image_token_id=-1, image_tokens=1, max_length=500)

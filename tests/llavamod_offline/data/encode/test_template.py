@@ -1,4 +1,4 @@
-"""The rendered text of conversations, and which of it is supervised."""
+"""The rendered text of conversations, and which parts of it are supervised."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def supervised_of(segments: list[Segment]) -> list[str]:
 
 
 def test_qwen_is_the_originals_string() -> None:
-    """LLaVA-MoD's `--version qwen` (conv_phi): two separators, no line break, ends with <|endoftext|>."""
+    """LLaVA-MoD's `--version qwen` (conv_phi): two separators, no line breaks, <|endoftext|> at the end."""
     segments = get_template("qwen").render(TWO_TURNS)
     assert text_of(segments) == (
         f"{SYSTEM} USER: <image>\nWhat is it? ASSISTANT: A dog.<|endoftext|>USER: Sure? ASSISTANT: Yes.<|endoftext|>"

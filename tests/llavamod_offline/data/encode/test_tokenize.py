@@ -95,7 +95,7 @@ def test_image_in_the_middle_of_the_text() -> None:
 
 @pytest.mark.parametrize("template", ["qwen", "chatml"])
 def test_wording_that_is_known_by_heart_changes_nothing(template: str) -> None:
-    """The same ids from an encoder that tokenises every piece, at the first and at every further sample."""
+    """An encoder that tokenises every piece gives the same ids, for the first and for every later sample."""
     samples = [
         conversation("<image>", "7", "<image>", "8", images=2),
         conversation("Look: <image>\nWhich number?", "7", "And\n<image>this?", "8.", images=2),

@@ -1,4 +1,4 @@
-"""Tools are worded as the checkpoint's chat template words them; the ordinary answers alone are supervised."""
+"""Tools are worded as the checkpoint's chat template words them; only ordinary answers are supervised."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llavamod_offline.errors import DataError
 from tests.llavamod_offline.data.parse.test_tool_messages import talks
 from tests.tiny import tiny_tokenizer
 
-# Qwen2.5's, its instructions shortened.
+# Qwen2.5's chat template, its instructions shortened.
 QWEN25 = """{%- if tools %}
     {{- '<|im_start|>system\\n' }}
     {%- if messages[0]['role'] == 'system' %}
@@ -108,7 +108,7 @@ def encoder(words: PreTrainedTokenizerFast, name: str = "tokenizer") -> Sequence
 
 
 def own_ids(words: PreTrainedTokenizerFast, turns: Sequence[Turn]) -> list[int]:
-    """What transformers gives."""
+    """The ids that transformers gives."""
     tools = json.loads(turns[0].text) if turns[0].role == "tools" else None
     messages: list[dict[str, Any]] = [
         to_message(turn) if turn.role in ("tool", "tool_calls") else {"role": turn.role, "content": turn.text}
@@ -141,7 +141,7 @@ def test_so_they_are_for_any_conversation(turns: tuple[Turn, ...]) -> None:
 
 
 def test_a_prompt_ends_where_the_answer_begins() -> None:
-    """As generation continues after the results of a call."""
+    """Generation continues there after the results of a call."""
     whole = ENCODER.encode(Sample("k", TALK[:7], (b"",) * 2, ("png",) * 2), "response")
     assert ENCODER.encode_prompt(TALK[:6]).tolist() == whole.input_ids_T[: whole.supervised_N[0]].tolist()
 
@@ -160,7 +160,7 @@ def test_worker_processes_have_it_too() -> None:
 
 
 def test_an_exported_template_has_it_too_however_often_it_is_exported() -> None:
-    """As the students of one stage after another, whose folders have it as `chat_template.jinja`."""
+    """Each stage exports its student again, with the template as `chat_template.jinja`."""
     words = tokenizer()
     first = to_jinja(choose_template("auto", lambda: words))
     exported = tokenizer(first)
@@ -197,7 +197,7 @@ def test_so_does_a_chat_template_that_leaves_them_out() -> None:
 
 
 def test_turns_that_are_worded_differently_once_they_are_answered_reject_the_sample() -> None:
-    """As templates of thinking models do, which drop what came before."""
+    """Thinking models' templates do this: they drop earlier thinking."""
     changing = QWEN25.replace("{{- message.content }}\n        {{- '\\n</tool", "{{- message.content }}\n"
         "        {{- messages | length if messages | length > 6 }}\n        {{- '\\n</tool")  # fmt: skip
     assert changing != QWEN25

@@ -1,4 +1,4 @@
-"""Made-up sets to order, and how the order is defined, number by number."""
+"""Made-up sets to order, and a reference definition of the order, number by number."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def mix(value: int) -> int:
 
 
 def reference_hash(number: int, seed: int, epoch: int, kind: int = 0) -> int:
-    """The hash by Python's integers; `kind` 1: of shards, 2: of turns, 3: of batches."""
+    """The hash in Python integers; `kind` 1: shards, 2: turns, 3: batches."""
     gamma = 0x9E3779B97F4A7C15
     start = mix((seed + gamma) & MASK) ^ epoch
     for _ in range(kind + 1):
@@ -33,7 +33,7 @@ def reference_hash(number: int, seed: int, epoch: int, kind: int = 0) -> int:
 
 @dataclass(frozen=True)
 class Case:
-    """A made-up set: samples of each shard, windows, and of each sample source and length; `weights` of the sources."""
+    """A made-up set: samples per shard, window size, each sample's source and length; `weights` of the sources."""
 
     shards: tuple[int, ...]
     window: int
@@ -65,7 +65,7 @@ class Case:
         )
 
     def copies(self, epoch: int) -> list[int]:
-        """How often each sample is declared to come in an epoch."""
+        """How often each sample must come in an epoch."""
         copies = [1] * self.n
         for source, weight in enumerate(self.weights or ()):
             members = [place for place in range(self.n) if self.sources[place] == source]
@@ -79,7 +79,7 @@ class Case:
         return copies
 
     def epoch(self, epoch: int) -> tuple[list[int], list[tuple[int, int]]]:
-        """An epoch's places where lengths are none of its business, and the windows as pairs of start and stop."""
+        """An epoch's order of samples, lengths ignored, and its windows as (start, stop)."""
         copies = self.copies(epoch)
         entries = [place for place in range(self.n) for _ in range(copies[place])]
         there = sorted({self.shard_of[place] for place in entries})

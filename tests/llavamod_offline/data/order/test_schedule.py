@@ -1,4 +1,4 @@
-"""The micro-batches of ranks: the global batch whatever their number, and wherever a run was cut."""
+"""The micro-batches of ranks form the global batch, whatever the number of ranks and wherever a run was interrupted."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_ranks_share_the_global_batch(case: Case, share: int, world_size: int, s
 @settings(max_examples=50, deadline=None)
 @given(case=cases(grouped=True), micro=st.integers(1, 4), micros=st.integers(1, 3), step=st.integers(0, 10**6))
 def test_ranks_get_like_lengths_at_a_time(case: Case, micro: int, micros: int, step: int) -> None:
-    """The micro-batches of all ranks, dealt in turn, are the batch by falling length."""
+    """The micro-batches, taken from the ranks in turn, are the batch sorted by decreasing length."""
     order = case.order(micro * micros * 2)
     ranks = [BatchSchedule(order, 0, rank=rank, world_size=2, micro_batch_size=micro).step(step) for rank in range(2)]
     dealt = [row for pair in zip(*ranks, strict=True) for rows in pair for row in rows]
@@ -44,9 +44,9 @@ def test_ranks_get_like_lengths_at_a_time(case: Case, micro: int, micros: int, s
     ),
 )
 def test_restarts_on_other_ranks_give_the_same_batches(case: Case, cuts: list[tuple[int, int, int]]) -> None:
-    """A run in pieces, each on its own number of ranks and size of micro-batch, resumed by its step alone.
+    """A run in pieces, each with its own number of ranks and micro-batch size, resumed by its step alone.
 
-    Each piece makes its order anew, as another process would, and begins in the middle of an epoch and of a window.
+    Each piece builds its order anew, as another process would, and may start in the middle of an epoch or window.
     """
     batch_size, start, found = 12, 0, []
     for steps, world_size, size in cuts:

@@ -1,4 +1,4 @@
-"""The order of training: every sample its number of times an epoch."""
+"""The order of training: every sample as often per epoch as its weight says."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.llavamod_offline.data.order.cases import ROWS, SEEDS, Case, cases, re
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Rows:
-    """One epoch without windows, weights and lengths."""
+    """One epoch without windows, weights or lengths."""
     return Order(n, seed=seed, batch_size=1).places(epoch * n, (epoch + 1) * n)
 
 
@@ -35,14 +35,14 @@ def test_order_is_the_defined_permutation(n: int, seed: int, epoch: int) -> None
 
 
 def test_order_never_changes() -> None:
-    """A run resumed under another version of any library must go on in the same order."""
+    """A run resumed under another version of any library must continue in the same order."""
     assert epoch_order(10, 0, 0).tolist() == [6, 7, 1, 2, 9, 0, 5, 8, 3, 4]
     assert epoch_order(10, 0, 1).tolist() == [9, 6, 3, 7, 5, 1, 4, 0, 2, 8]
     assert epoch_order(10, 1, 0).tolist() == [5, 4, 7, 1, 0, 2, 6, 3, 8, 9]
 
 
 def test_order_is_well_mixed() -> None:
-    """Each row comes at each place about equally often over epochs and seeds, and neighbours part."""
+    """Over epochs and seeds, each row comes at each place about equally often, and neighbours are separated."""
     n, epochs = 8, 4000
     orders = np.array([epoch_order(n, seed, epoch) for seed in range(4) for epoch in range(epochs // 4)])
     counts = np.array([np.bincount(orders[:, place], minlength=n) for place in range(n)])
@@ -66,7 +66,7 @@ def test_the_stream_is_the_defined_one(case: Case, batch_size: int, epochs: int)
 @settings(max_examples=100, deadline=None)
 @given(case=cases(by_kind=None), batch_size=st.integers(1, 30), epochs=st.integers(1, 4))
 def test_each_epoch_has_every_sample_as_often_as_declared(case: Case, batch_size: int, epochs: int) -> None:
-    """Whatever windows, weights, lengths and kinds; and each window holds samples of its shards alone."""
+    """Whatever the windows, weights, lengths and kinds; and each window holds only samples of its own shards."""
     order = case.order(batch_size)
     stream = order.places(0, epochs * order.per_epoch).tolist()
     for epoch in range(epochs):
@@ -81,7 +81,7 @@ def test_each_epoch_has_every_sample_as_often_as_declared(case: Case, batch_size
 
 
 def test_every_sample_gets_its_turn() -> None:
-    """With weight 0.4 each of 10 samples comes twice in five epochs, 4 in each; with 1.5 three times in two."""
+    """With weight 0.4, each of 10 samples comes twice in five epochs of 4 each; with 1.5, three times in two."""
     for weight, epochs, times in ((0.4, 5, 2), (1.5, 2, 3), (0.001, 10, 1)):
         order = Order(10, seed=3, batch_size=1, weights=Weights(np.zeros(10, int), [weight]))
         assert order.per_epoch == max(1, 10 * weight)
@@ -91,7 +91,7 @@ def test_every_sample_gets_its_turn() -> None:
 @settings(max_examples=100, deadline=None)
 @given(case=cases(grouped=True), batch_size=st.integers(1, 12))
 def test_whole_batches_of_a_window_are_of_like_length(case: Case, batch_size: int) -> None:
-    """Put in order of length, the batches that lie in a window do not overlap."""
+    """The length ranges of a window's whole batches do not overlap."""
     order = case.order(batch_size)
     assert case.lengths is not None
     for start, stop in case.epoch(0)[1]:
@@ -117,7 +117,7 @@ def test_whole_batches_of_a_window_are_of_one_kind_but_for_one(case: Case, batch
         for kind in (True, False):
             lengths = [[case.lengths[p] for p in batch] for batch in pure if kinds[batch[0]] == kind and case.lengths]
             lengths.sort(reverse=True)
-            full = lengths if len(pure) == len(batches) else []  # a mixed batch may hold the last ones
+            full = lengths if len(pure) == len(batches) else []  # a mixed batch may hold the last samples of each kind
             assert all(one[-1] >= other[0] for one, other in pairwise(full))
 
 
@@ -154,12 +154,12 @@ def test_an_epochs_end_is_filled_from_the_next() -> None:
 def test_after_a_change_of_samples_an_epoch_goes_on_with_those_not_seen(
     sizes: list[int], window: int, taken: set[int], added: int, position: int, seed: int
 ) -> None:
-    """Some samples are taken out, others come last: what was seen of the epoch is not seen again, the rest is."""
+    """Some samples are removed, others appended: those already seen in the epoch are not seen again, the rest are."""
     shard_of = [shard for shard, size in enumerate(sizes) for _ in range(size)]
     before = Order(len(shard_of), seed=seed, batch_size=3, shards_N=np.array(shard_of), window=window)
     left = [place for place in range(len(shard_of)) if place not in taken]
     if {shard_of[place] for place in left} != set(shard_of):
-        return  # a shard is gone, and windows hold others
+        return  # a shard is gone, so windows hold other shards
     numbers = [*left, *range(len(shard_of), len(shard_of) + added)]
     shards = [*(shard_of[place] for place in left), *([len(sizes) - 1] * added)]
     after = Order(len(numbers), seed=seed, batch_size=3, shards_N=np.array(shards), window=window)

@@ -1,4 +1,4 @@
-"""Repeated keys are noticed at once, however many there are, in little memory."""
+"""Repeated keys are noticed at once, however many keys there are, in little memory."""
 
 from __future__ import annotations
 

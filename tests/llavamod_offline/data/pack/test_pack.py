@@ -1,4 +1,4 @@
-"""Writing sets: whole or not at all, the same bytes for the same rows, every row accounted for."""
+"""Writing sets: completely or not at all, the same bytes for the same rows, every row accounted for."""
 
 from __future__ import annotations
 
@@ -180,12 +180,12 @@ def test_existing_output(tmp_path: Path) -> None:
 
 
 def test_a_second_command_on_the_output_is_refused(tmp_path: Path) -> None:
-    """Without a lock, the one that ends last would find the output taken, or replace it."""
+    """Without a lock, the one that finishes last would find the output taken, or replace it."""
     with locked_beside(tmp_path / "set"), pytest.raises(ConfigError, match=f"^output: {tmp_path}/set is in use by "):
         write_set([text_sample("a")], tmp_path / "set")
     write_set([text_sample("a")], tmp_path / "set")
     assert list(tmp_path.iterdir()) == [tmp_path / "set"]
-    killed = replace(LockOwner.this_process(), started="1")  # after the set was complete, before its lock was released
+    killed = replace(LockOwner.this_process(), started="1")  # killed with the set complete but the lock not released
     (tmp_path / ".set.lock").write_text(json.dumps(asdict(killed)))
     with pytest.raises(DataError, match="exists: choose another folder"):
         write_set([text_sample("a")], tmp_path / "set")
@@ -193,7 +193,7 @@ def test_a_second_command_on_the_output_is_refused(tmp_path: Path) -> None:
 
 
 def test_overwrite_spares_a_set_that_holds_something_else(tmp_path: Path) -> None:
-    """Such as a student that was trained into it by mistake."""
+    """Such as a student trained into it by mistake."""
     write_set([text_sample("a")], tmp_path / "set")
     (tmp_path / "set" / "student").mkdir()
     with pytest.raises(DataError, match="holds more than a set, such as 'student', so --overwrite does not replace it"):
@@ -284,7 +284,7 @@ def test_a_kill_leaves_nothing_under_the_name(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
-    """120 samples of 1 MB each pass through in a few of them."""
+    """120 samples of 1 MB each pass through in the memory of a few."""
     turns = (Turn("user", "<image>?"), Turn("assistant", "Yes."))
     body = os.urandom(2**20)
 

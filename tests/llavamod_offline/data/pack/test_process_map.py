@@ -1,4 +1,4 @@
-"""Work in several processes: the same results in the same order, and no process is left."""
+"""Work in several processes: the same results in the same order, and no process is left behind."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def process(items: list[int]) -> list[int]:
 
 
 def numbers(stop: int) -> Iterator[int]:
-    """Numbers, and then an error, as a file that is cut short gives it."""
+    """Numbers, then an error, as from a truncated file."""
     yield from range(stop)
     raise DataError("the file ends here")
 
@@ -61,7 +61,7 @@ def test_few_items_stay_here() -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_errors_have_their_turn(workers: int) -> None:
-    """What comes before an error is there, whoever meets it."""
+    """All results before an error are delivered, whether a worker or the input raises it."""
     cases: list[tuple[Callable[[list[int]], list[int]], Iterator[int], str, list[int]]] = [
         (refuse, iter(range(99)), "thirty", list(range(28))),
         (double, numbers(40), "the file ends here", [2 * number for number in range(40)]),
@@ -94,7 +94,7 @@ def test_a_killed_process_is_an_error() -> None:
 
 
 def test_processes_leave_signals_to_their_parent() -> None:
-    """A pool that loses one while it starts another prints a traceback."""
+    """A pool that loses a process while it starts another prints a traceback."""
     assert list(map_in_order(stop, range(30), workers=2, chunk=5)) == [*range(30)]
 
 
@@ -120,7 +120,7 @@ def test_processes_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
     command = [sys.executable, str(script), str(Path(__file__).parents[4])]
-    # What tidies up behind it has something to say about the kill.
+    # Python's resource tracker complains on stderr about the kill.
     parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert parent.stdout is not None
     children = [int(number) for number in parent.stdout.readline().split()]
@@ -138,5 +138,5 @@ def test_processes_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
 def _runs(process: int) -> bool:
     try:
         return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):  # the latter if it ends between our opening and reading
+    except (FileNotFoundError, ProcessLookupError):  # the latter if it ends between open and read
         return False

@@ -1,4 +1,4 @@
-"""What most rejections have in common is said in one line."""
+"""The reason that most rejections share is given in one line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def advise(missing: object) -> str:
 
 
 def test_the_reason_of_most() -> None:
-    """Reasons that differ in names and numbers alone are one reason."""
+    """Reasons that differ only in names and numbers count as one."""
     many = [f"image '{number}.jpg': {number} bytes, more than 7" for number in range(3)]
     assert rejections().diagnosis(advise) == ""
     assert rejections(*many, "empty").diagnosis(advise) == f"most for one reason, as in rows.json row 0: {many[0]}"

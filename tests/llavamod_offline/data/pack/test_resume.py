@@ -1,4 +1,4 @@
-"""A pack that is stopped or killed continues after its last complete shard, and ends as if undisturbed."""
+"""A `pack` that is stopped or killed continues after its last complete shard and ends as if undisturbed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Outcome = PreparedSources | RejectedRow
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
-    """Every kind of source, with rows that are rejected and rows that give several samples."""
+    """Every kind of source, including rows that are rejected and rows that give several samples."""
     talk = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "This."}]
     several = {"prompt": "a", "chosen": "b", "rejected": ["c", "b", "d", "e"]}
     rows: list[dict[str, Any]] = [{"id": f"j{n}", "messages": talk if n % 5 else "?"} for n in range(20)]
@@ -64,7 +64,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def pack(files: list[Path], output: Path, stop_after: float = float("inf"), *, shard_samples: int = 6) -> list[str]:
-    """Pack, or be stopped after so many rows; returns the rows that were read."""
+    """Pack, stopping after `stop_after` rows; return the rows that were read."""
     sources = check_sources([Source(file) for file in files], ())
     seen: list[str] = []
 
@@ -80,7 +80,7 @@ def pack(files: list[Path], output: Path, stop_after: float = float("inf"), *, s
 
 
 def test_stopped_anywhere_and_continued(files: list[Path], tmp_path: Path) -> None:
-    """Each time a few rows further; nothing is read twice but the shard that was not complete."""
+    """Each run gets a few rows further; only the incomplete shard is read again."""
     (tmp_path / "whole").mkdir()
     everything = pack(files, tmp_path / "whole" / "set")
     expected = contents(tmp_path / "whole" / "set")
@@ -123,7 +123,7 @@ def test_other_files_or_settings_start_anew(
     assert "Who???" in SampleSet.open(output).read(0).turns[0].text
     shutil.rmtree(output)
     cut()
-    write_set(prepare_sources(files), output, shard_samples=6)  # without a job: nothing is taken over
+    write_set(prepare_sources(files), output, shard_samples=6)  # without a job, nothing is reused
     assert sorted(path.name for path in output.parent.iterdir()) == ["set"]
 
 
@@ -171,7 +171,7 @@ def test_sigterm_finishes_the_shard_in_hand_if_that_fits(
 
 @pytest.mark.slow
 def test_killed_by_the_kernel(files: list[Path], tmp_path: Path) -> None:
-    """The command itself, with SIGKILL after one more shard each time."""
+    """The command itself, with SIGKILL after one more shard each time, then to the end."""
     command = [sys.executable, "-m", "llavamod_offline", "pack", *map(str, files), "--shard-samples", "15"]
     subprocess.run([*command, "-o", "whole"], cwd=tmp_path, check=True, capture_output=True)
     for _ in range(200):
@@ -192,7 +192,7 @@ def test_killed_by_the_kernel(files: list[Path], tmp_path: Path) -> None:
 
 
 def test_a_full_disk_keeps_what_is_done(tmp_path: Path) -> None:
-    """No file may have more than 200 KiB, which the last sample does not fit into."""
+    """No file may exceed 200 KiB, so the last sample does not fit."""
     rows = [{"id": n, "prompt": "a", "completion": "b" * (300_000 if n == 20 else 10)} for n in range(21)]
     write_rows(tmp_path / "rows.json", rows)
     command = f"{sys.executable} -m llavamod_offline pack rows.json --shard-samples 5 --workers 1 --output"

@@ -1,4 +1,4 @@
-"""Shards: where each member's bytes lie, and what is imported before one is written."""
+"""Shards: where each member's bytes lie, and what is imported before writing one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_every_member_lies_where_the_writer_says(tmp_path: Path) -> None:
 
 
 def test_nothing_heavy_is_loaded_before_a_shard_is_written() -> None:
-    """Not torch, which the first import of webdataset brings."""
+    """Not torch, which importing webdataset brings in."""
     program = (
         "import sys\nfrom llavamod_offline.data.pack import pack\n"
         "from llavamod_offline.data.sources import read\nfrom llavamod_offline.data.tars import tar_index\n"

@@ -1,4 +1,4 @@
-"""Pictures made smaller: those that are too large, and no other byte."""
+"""Shrinking images: those that are too large, and no other byte changes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 
 def smooth(width: int, height: int, kind: str = "PNG", **settings: object) -> bytes:
-    """A gradient, which every way of making it smaller keeps."""
+    """A gradient, which every way of resizing preserves."""
     across, down = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     array = np.stack([across, down, 255 - across], axis=-1).astype(np.uint8)
     stream = io.BytesIO()
@@ -44,7 +44,7 @@ def test_the_longer_side_fits(extension: str, size: tuple[int, int], smaller: tu
     decoded = np.asarray(decode_image(found, name="x")).astype(int)
     assert decoded.shape == (smaller[1], smaller[0], 3)
     expected = np.asarray(Image.open(io.BytesIO(smooth(*smaller)))).astype(int)
-    assert np.abs(decoded - expected).mean() < 5  # a turned or shifted gradient is off by tens
+    assert np.abs(decoded - expected).mean() < 5  # a rotated or shifted gradient would be off by tens
     assert shrink_image(encoded, extension, 30, name="k")[0] == found
 
 
@@ -109,15 +109,15 @@ def flat(kind: str, width: int, height: int) -> bytes:
     ("kind", "size", "smaller"),
     [
         ("png", (400, 3000), (107, 800)),
-        ("jpg", (3000, 2900), (800, 773)),  # more pixels than are decoded: at half its size
-        ("jpg", (1500, 1400), (800, 747)),  # as large, but half of it would be too small
+        ("jpg", (3000, 2900), (800, 773)),  # more pixels than may be decoded: decoded at half its size
+        ("jpg", (1500, 1400), (800, 747)),  # too large as well, but half its size would be below 800
         ("webp", (2400, 300), (800, 100)),
     ],
 )
 def test_images_too_large_to_train_on(
     monkeypatch: pytest.MonkeyPatch, kind: str, size: tuple[int, int], smaller: tuple[int, int]
 ) -> None:
-    """With --max-side the number of pixels bounds what is decoded, not the length of a side."""
+    """With --max-side, the limit on decoding is the number of pixels, not the length of a side."""
     monkeypatch.setattr(images, "MAX_IMAGE_SIDE", 1000)
     monkeypatch.setattr(images, "MAX_PIXELS", 1_900_000)
     monkeypatch.setattr(images, "MAX_JPEG_PIXELS", 9_000_000)
@@ -150,7 +150,7 @@ def test_half_of_a_large_jpeg_is_decoded(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_large_photograph_is_packed(tmp_path: Path) -> None:
-    """Rows, parquet and folders alike; beyond what any image may have, the option itself is refused."""
+    """From rows and folders alike; a --max-side above the largest allowed side is itself refused."""
     (tmp_path / "photos").mkdir()
     content = flat("PNG", 300, 9600)
     (tmp_path / "photos" / "a.png").write_bytes(content)

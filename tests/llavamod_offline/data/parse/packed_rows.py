@@ -1,4 +1,4 @@
-"""Images that rows name, and what rows pack to."""
+"""Images that rows name, and the samples that rows pack to."""
 
 from __future__ import annotations
 

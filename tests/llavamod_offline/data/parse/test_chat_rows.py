@@ -33,7 +33,7 @@ answers = words.filter(lambda text: bool(text.strip()))
 
 @dataclass(frozen=True)
 class Talk:
-    """A conversation: its turns, the first of them perhaps the system's, and the names of its images in order."""
+    """A conversation: its turns, possibly starting with a system turn, and the names of its images in order."""
 
     turns: tuple[Turn, ...]
     names: tuple[str, ...]
@@ -46,7 +46,7 @@ class Talk:
 
 @st.composite
 def talks(draw: st.DrawFn, *, system: bool = True, first_only: bool = False) -> Talk:
-    """`first_only`: all images before the first text, as in sets whose texts do not place them."""
+    """Conversations; `first_only`: all images before the first text, as in sets whose texts do not place them."""
     turns, names = [], []
     if system and draw(st.booleans()):
         turns.append(Turn("system", draw(words)))
@@ -71,7 +71,7 @@ def _spoken(talk: Talk) -> list[dict[str, str]]:
 
 
 def _parts(text: str, images: list[dict[str, Any]], *, newlines: bool) -> list[dict[str, Any]]:
-    """The parts of a text; without `newlines`, those beside an image are left to the reader."""
+    """The parts of a text; without `newlines`, line breaks beside an image are left to the reader to add."""
     text = text if newlines else text.replace("<image>\n", "<image>")
     pieces = [piece for piece in re.split("(<image>)", text) if piece]
     return [images.pop(0) if piece == "<image>" else {"type": "text", "text": piece} for piece in pieces]
@@ -87,7 +87,7 @@ def _data_url(name: str) -> str:
 
 
 def _without_system(row: dict[str, Any], talk: Talk) -> dict[str, Any]:
-    """The system turn in a field of its own."""
+    """Move the system turn to a field of its own."""
     if talk.turns[0].role != "system":
         return row
     name = "conversations" if "conversations" in row else "messages"
@@ -125,7 +125,7 @@ def test_forms_of_json(images: Path, form: str, talk: Talk) -> None:
 
 
 def _split(talk: Talk) -> tuple[list[dict[str, Any]], str]:
-    """A conversation as messages without its last answer, and that answer."""
+    """A conversation's messages without the last answer, and that answer."""
     *before, last = _messages(talk)
     return before, str(last["content"])
 
@@ -171,7 +171,7 @@ UNPAIRED_FORMS: dict[str, Callable[[Talk, bool], dict[str, Any]]] = {
 @given(talk=talks(), other=answers, parts=st.booleans())
 @pytest.mark.parametrize("form", PREFERENCE_FORMS)
 def test_forms_of_preferences(images: Path, form: str, talk: Talk, other: str, parts: bool) -> None:
-    """Of any number of turns and images; what the assistant said earlier is part of the prompt."""
+    """With any number of turns and images; the assistant's earlier answers are part of the prompt."""
     chosen = talk.turns[-1].text
     row = PREFERENCE_FORMS[form](talk, other, parts) | {"id": "k", "images": list(talk.names)}
     found = pack(write_rows(images / "rows.jsonl", [row]), images)
@@ -195,7 +195,7 @@ def test_forms_of_unpaired_answers(images: Path, form: str, talk: Talk, parts: b
 @given(talk=talks())
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
 def test_tables_hold_what_text_holds(images: Path, suffix: str, talk: Talk) -> None:
-    """Also in a process of its own, to which a table's rows travel as Arrow."""
+    """Also in worker processes, which receive a table's rows as Arrow."""
     row = {"id": "k", "messages": _messages(talk), "images": [{"bytes": IMAGES[n], "path": n} for n in talk.names]}
     table = pa.Table.from_pylist([row] * 3)
     if suffix == "parquet":
@@ -213,7 +213,7 @@ def test_tables_hold_what_text_holds(images: Path, suffix: str, talk: Talk) -> N
 @settings(max_examples=30)
 @given(talk=talks(system=False, first_only=True))
 def test_pairs(images: Path, talk: Talk) -> None:
-    """FineVision's texts do not place their images, which come before the first."""
+    """FineVision's texts do not place their images; these come before the first text."""
     said = [turn.text.replace("<image>\n", "") for turn in talk.turns]
     pairs = [{"user": ask, "assistant": answer} for ask, answer in zip(said[::2], said[1::2], strict=True)]
     row = {"id": "k", "texts": pairs, "images": list(talk.names), "source": "x"}
@@ -224,7 +224,7 @@ def test_pairs(images: Path, talk: Talk) -> None:
 @given(talk=talks(), other=talks())
 @pytest.mark.parametrize("form", ["messages", "parts", "conversations", "bytes"])
 def test_parquet(images: Path, form: str, talk: Talk, other: Talk) -> None:
-    """Where every row of a column has all fields of all rows, null where it has none."""
+    """In parquet, every row of a column has the fields of all rows, null where it has none itself."""
 
     def row(each: Talk, key: str) -> dict[str, Any]:
         held = [{"bytes": IMAGES[name], "path": name} for name in each.names]

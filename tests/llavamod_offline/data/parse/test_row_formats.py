@@ -1,4 +1,4 @@
-"""Row formats: each one's rows as samples, and each way a row can be wrong as a rejection."""
+"""Row formats: each format's rows become samples, and each way a row can be wrong becomes a rejection."""
 
 from __future__ import annotations
 

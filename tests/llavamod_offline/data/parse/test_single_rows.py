@@ -1,4 +1,4 @@
-"""Rows as public sets hold them, one by one: preferences, answers without a pair, and what is rejected."""
+"""Rows as public sets hold them, one by one: preferences, unpaired answers, and what is rejected."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ UNPAIRED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("tag", ["label", "kto_tag"])
 @pytest.mark.parametrize("form", UNPAIRED)
 def test_unpaired_answers(tmp_path: Path, form: str, tag: str, desirable: bool) -> None:
-    """In JSON, in parquet beside rows of other forms, and in tars: one half of a pair."""
+    """In JSON, in parquet beside rows of other forms, and in tars, each becomes one half of a pair."""
     row = UNPAIRED[form] | {"id": "k", tag: desirable}
     expected = replace(PAIR, chosen="Yes." if desirable else None, rejected=None if desirable else "Yes.")
     assert pack(write_rows(tmp_path / "rows.json", [row])) == [expected]
@@ -68,7 +68,7 @@ def test_unpaired_answers(tmp_path: Path, form: str, tag: str, desirable: bool) 
 
 
 def test_an_unpaired_answer_after_earlier_turns_with_an_image(tmp_path: Path, images: Path) -> None:
-    """What the assistant said before is context, as in a pair; a label that is text says something else."""
+    """The assistant's earlier answers are context, as in a pair; a label that is text means something else."""
     ask = [{"role": "user", "content": [IMAGE, {"type": "text", "text": "What?"}]}]
     row = {"id": "k", "messages": [*ask, *YES, *ASK, *NO], "images": ["a.jpg"], "label": False}
     turns = (Turn("user", "<image>\nWhat?"), Turn("assistant", "Yes."), Turn("user", "Is it?"))
@@ -143,7 +143,7 @@ def test_rows_that_are_rejected(tmp_path: Path, images: Path, row: dict[str, Any
 
 
 def test_an_image_that_the_row_only_names(tmp_path: Path, images: Path) -> None:
-    """In parquet a row is rejected without a folder, and read with one."""
+    """In parquet, the row is rejected if no image folder is given, and read if one is."""
     row = {
         "id": "k",
         "messages": [{"role": "user", "content": "<image>"}, *YES],
@@ -159,7 +159,7 @@ def test_an_image_that_the_row_only_names(tmp_path: Path, images: Path) -> None:
 
 @pytest.mark.parametrize("name", ["rejected", "rejected_response"])
 def test_several_rejected_answers(tmp_path: Path, name: str) -> None:
-    """A sample for each; one that equals the chosen answer is rejected by its own key."""
+    """Each becomes a sample; one that equals the chosen answer is rejected under its own key."""
     row = {"prompt": ASK, "chosen": YES} if name == "rejected" else {"messages": ASK + YES}
     file = write_rows(tmp_path / "rows.json", [row | {"id": "k", name: ["No.", "Yes. ", "Never."]}])
     first, same, last = read_sources([file])
@@ -173,7 +173,7 @@ def test_several_rejected_answers(tmp_path: Path, name: str) -> None:
 
 
 def test_equal_answers_that_were_indexed_earlier_stay_readable(tmp_path: Path) -> None:
-    """Training goes on with a set of an earlier version; making one of them again rejects them."""
+    """Training continues on a set made by an earlier version; indexing the tars again rejects such pairs."""
     content = json.dumps({"chosen": ASK + YES, "rejected": ASK + YES}).encode()
     assert sample_from_members("llava", "k", content, (), "rows").is_preference
     with pytest.raises(DataError, match="the chosen and the rejected answer are the same"):

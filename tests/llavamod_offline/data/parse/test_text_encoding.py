@@ -1,4 +1,4 @@
-"""Texts as editors of every system save them: the same words, or one line that names the file and the way out."""
+"""Text as editors on every system save it: read correctly, or refused by one line that names the file and a remedy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.llavamod_offline.data.tars.foreign_tars import row, write_tar
 from tests.llavamod_offline.data.tars.test_tar_index import read_all, rejected
 
 WORDS = "Ein Bär, 熊\nund ein zweiter 🐻"
-MARKED = ["utf-8", "utf-8-sig", "utf-16", "utf-32"]  # Python writes the marks of the last three
+MARKED = ["utf-8", "utf-8-sig", "utf-16", "utf-32"]  # Python writes byte order marks for the last three
 BIG_ENDIAN = [("utf-16-be", b"\xfe\xff"), ("utf-32-be", b"\0\0\xfe\xff")]
 ENCODED = [pytest.param(WORDS.encode(name), id=name) for name in MARKED] + [
     pytest.param(mark + WORDS.encode(name), id=name) for name, mark in BIG_ENDIAN
@@ -81,7 +81,7 @@ def test_captions(tmp_path: Path, content: bytes, outcome: str) -> None:
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
 def test_files_of_rows(tmp_path: Path, encoding: str, suffix: str, ending: str) -> None:
-    """Also without marks, as zeros between ASCII characters tell."""
+    """Also without byte order marks, recognised by the zeros between ASCII characters."""
     rows = [
         json.dumps({"id": number, "conversations": TEXT} | {"note": WORDS}, ensure_ascii=False) for number in range(3)
     ]
@@ -100,7 +100,7 @@ def test_files_that_were_joined(tmp_path: Path) -> None:
 
 
 def test_rows_in_latin_1(tmp_path: Path) -> None:
-    """A line is rejected, a list ends; both say how to convert the file."""
+    """A bad line is rejected, a bad JSON list ends the reading; both messages say how to convert the file."""
     good = json.dumps({"id": "a", "conversations": TEXT}).encode()
     (tmp_path / "rows.jsonl").write_bytes(good + '\n{"id": "ä"}\n'.encode("latin-1"))
     _, bad = read_sources([tmp_path / "rows.jsonl"])

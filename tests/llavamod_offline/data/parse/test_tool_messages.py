@@ -1,4 +1,4 @@
-"""One conversation with tools, in the spelling of each public format, packs to one sample."""
+"""One conversation with tools, written in each public format, packs to one and the same sample."""
 
 from __future__ import annotations
 

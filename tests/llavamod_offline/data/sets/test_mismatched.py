@@ -1,4 +1,4 @@
-"""Mismatched responses: whose they are, and what their choice must not depend on."""
+"""Mismatched responses: which sample they come from, and what the choice must not depend on."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ ASK = (Turn("user", "What?"),)
 
 
 def mismatched(samples: list[Sample], folder: Path, **settings: Any) -> dict[str, str]:
-    """Pack samples and read what each is paired with."""
+    """Pack samples and read the response that each is paired with."""
     write_set(samples, folder, **settings)
     paired = SampleSet.open(folder).with_mismatched()
     return {sample.key: str(sample.mismatched) for sample in map(paired.read, range(len(paired)))}
 
 
 def obvious(samples: list[Sample]) -> dict[str, str]:
-    """The pairs as `mismatch.py` words them, by going round the ring for each sample."""
+    """The pairs as `mismatch.py` describes them, by going round the ring for each sample."""
     hashes = {sample.key: hashlib.sha256(b"mismatched\0" + sample.key.encode()).hexdigest() for sample in samples}
     ring = sorted(samples, key=lambda sample: hashes[sample.key])
     found = {}
@@ -51,11 +51,11 @@ def test_the_next_in_the_ring_gives_the_response_whatever_order_and_shards(tmp_p
     own = {sample.key: (sample.chosen, sample.rejected) for sample in samples}
     assert not any(text in own[key] for key, text in expected.items())
     rejected = {sample.rejected for sample in samples}
-    assert 10 < sum(text in rejected for text in expected.values()) < 30  # of both kinds, about as often
+    assert 10 < sum(text in rejected for text in expected.values()) < 30  # both kinds, about equally often
 
 
 def test_responses_that_are_the_samples_own_are_passed_over(tmp_path: Path) -> None:
-    """Among twenty that say the same there is one that says something else: it is every other one's partner."""
+    """Among twenty samples with the same responses there is one with others: it is the partner of all of them."""
     samples = [Sample(f"same-{n}", ASK, chosen="Yes.", rejected=" No.") for n in range(20)]
     other = Sample("other", ASK, chosen="A dog.", rejected="A cat.")
     found = mismatched([*samples[:7], other, *samples[7:]], tmp_path / "set")
@@ -64,7 +64,7 @@ def test_responses_that_are_the_samples_own_are_passed_over(tmp_path: Path) -> N
 
 
 def test_unpaired_answers_give_the_one_they_have(tmp_path: Path) -> None:
-    """Beside pairs, in one ring."""
+    """They share one ring with the pairs."""
     samples = tiny_samples(30, preference=True)
     halves = [
         dataclasses.replace(sample, chosen=None) if n % 2 else dataclasses.replace(sample, rejected=None)
@@ -101,7 +101,7 @@ def test_conversations_have_none_and_a_pickled_set_keeps_its_pairs(tmp_path: Pat
 
 
 def test_the_third_role_is_the_prompt_with_the_foreign_response() -> None:
-    """The sample's own content stays what it is."""
+    """The sample's own content is unchanged."""
     sample = tiny_samples(1, preference=True)[0]
     paired = dataclasses.replace(sample, mismatched="A dog.")
     assert (sample.roles, paired.roles) == (("chosen", "rejected"), ("chosen", "rejected", "mismatched"))

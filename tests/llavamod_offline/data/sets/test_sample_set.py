@@ -1,4 +1,4 @@
-"""Reading packed sets: by position, from anywhere, and never a damaged sample."""
+"""Reading packed sets: by position, from any thread or process, and never a damaged sample."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_offsets_are_those_of_the_tar(folder: Path) -> None:
 
 
 def test_webdataset_reads_the_tars(folder: Path) -> None:
-    """The shards are WebDataset's own: its reader groups the same samples."""
+    """The shards are plain WebDataset: its reader groups the same samples."""
     packed = SampleSet.open(folder)
     read = []
     for name in packed.shard_names:
@@ -105,7 +105,7 @@ def test_webdataset_reads_the_tars(folder: Path) -> None:
 
 
 def test_long_keys(tmp_path: Path) -> None:
-    """Beyond the 100 characters of a plain tar header."""
+    """Longer than the 100 characters of a plain tar header."""
     samples = [Sample(f"{number}-{'k' * 198}", sample.turns) for number, sample in enumerate(tiny_samples(8)[3::4])]
     write_set(samples, tmp_path / "long")
     packed = SampleSet.open(tmp_path / "long")
@@ -137,7 +137,7 @@ def test_forked_processes_share_descriptors_without_harm(folder: Path) -> None:
 
 
 def test_threads_and_few_open_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Letting shards go while others read from them closes nothing that is in use, and keeps few open."""
+    """Few shards stay open, and closing one never affects a thread that is reading from it."""
     monkeypatch.setattr(tars, "_MAX_OPEN", 2)
     packed = SampleSet.open(write_tiny_set(tmp_path / "tiny", N, shard_samples=1))
     before = len(os.listdir("/proc/self/fd"))
@@ -146,7 +146,7 @@ def test_threads_and_few_open_shards(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with ThreadPoolExecutor(4) as threads:
         keys = list(threads.map(lambda row: packed.read(row, verify=True).key, rows))
     assert keys == [packed.keys[row] for row in rows]
-    assert len(os.listdir("/proc/self/fd")) <= before + 2 + 3  # each of the other threads may add one at once
+    assert len(os.listdir("/proc/self/fd")) <= before + 2 + 3  # each of the other threads may have one more open
 
 
 def test_pickle_holds_the_path_alone(folder: Path) -> None:
@@ -275,7 +275,7 @@ def test_where_samples_come_from(tmp_path: Path) -> None:
 
 
 def test_sets_of_earlier_versions(own_folder: Path) -> None:
-    """Their index does not say where samples come from."""
+    """The index of such sets does not say where samples come from."""
     table = SampleSet.open(own_folder).index.drop(["file", "row"])
     with pa.ipc.new_file(str(own_folder / "earlier"), table.schema) as writer:
         writer.write_table(table)

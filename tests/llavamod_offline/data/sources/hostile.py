@@ -1,4 +1,4 @@
-"""Hostile files: tars, rows and images as no data set should have them, each beside a good sample."""
+"""Hostile files: tars, rows and images that no data set should contain, each beside a good sample."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ GOOD_ROW = {"id": "good", "image": "good.png", "conversations": SHOWN}
 
 @dataclass(frozen=True)
 class Case:
-    """A hostile file; what is rejected, by key (kind, words of the reason), or `error`: why nothing is made.
+    """A hostile file; `rejected`: (key, kind, words of the reason); `error`: why no set is made.
 
-    `good`: whether the good sample beside it is in the set.
+    `good`: whether the good sample beside it gets into the set.
     """
 
     name: str
@@ -58,7 +58,7 @@ def gif() -> bytes:
 
 
 class Boom:
-    """A pickle of it would leave a file behind if anything loaded it."""
+    """Unpickling it would leave a file behind."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path.write_text, (Path("unpickled"), "boom"))
@@ -77,7 +77,7 @@ def _write(folder: Path, entries: list[Entry]) -> None:
 
 
 def _raw(name: str, change: Callable[[bytes], bytes], *rejected: tuple[str, str, str], **more: Any) -> Case:
-    """A tar of the good sample whose bytes are changed."""
+    """A tar with the good sample and a bad one, whose bytes are changed."""
 
     def write(folder: Path) -> None:
         _write(folder, [("bad.json", row("<image>?", "That.")), ("bad.jpg", JPG)])
@@ -87,7 +87,7 @@ def _raw(name: str, change: Callable[[bytes], bytes], *rejected: tuple[str, str,
 
 
 def _header(**fields: Any) -> bytes:
-    """A header, its checksum right, whatever its fields are."""
+    """A tar header with a valid checksum, whatever its fields."""
     header = tarfile.TarInfo(fields.pop("name", "bad.jpg"))
     for name, value in fields.items():
         setattr(header, name, value)
@@ -210,7 +210,7 @@ def _write_to(folder: Path, entries: list[Entry]) -> None:
 
 
 def _rows(name: str, bad: Any, *rejected: tuple[str, str, str], **files: bytes) -> Case:
-    """A JSON list with a bad row; `files` are images beside the good one, a dot for the last underscore."""
+    """A JSON list with a bad row; `files`: further images by name, with underscores in place of dots."""
 
     def write(folder: Path) -> None:
         pictures(folder, files)

@@ -1,4 +1,4 @@
-"""Files that samples are packed from, of each format, right and wrong."""
+"""Source files of each format, valid and invalid."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ JPG, PNG, WEBP = tiny_image(0, format="JPEG"), tiny_image(1), tiny_image(2, form
 
 
 def talk(*texts: str) -> list[dict[str, str]]:
-    """A conversation as LLaVA's JSON has it, the user first."""
+    """A conversation in the form of LLaVA's JSON, the user first."""
     return [{"from": "gpt" if index % 2 else "human", "value": text} for index, text in enumerate(texts)]
 
 
@@ -29,19 +29,19 @@ TEXT = talk("Is it?", "Yes.")
 
 
 def turns(*texts: str) -> tuple[Turn, ...]:
-    """The same as a sample has it."""
+    """The same conversation as a sample's turns."""
     return tuple(Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(texts))
 
 
 def write_rows(file: Path, rows: list[Any]) -> Path:
-    """Write JSON, or JSON Lines if the file is called so."""
+    """Write JSON, or JSON Lines if the file's name says so."""
     separator, (opening, closing) = ("\n", ("", "")) if file.suffix == ".jsonl" else (",\n", ("[", "]"))
     file.write_text(opening + separator.join(json.dumps(row) for row in rows) + closing)
     return file
 
 
 def write_parquet(file: Path, rows: list[dict[str, Any]], **changes: Any) -> Path:
-    """A table with RLAIF-V's columns."""
+    """Write a table with RLAIF-V's columns."""
     columns: dict[str, Any] = {
         "ds_name": ["RLAIF-V"] * len(rows),
         "image": [row.get("image", {"bytes": JPG, "path": "a.jpg"}) for row in rows],
@@ -59,7 +59,7 @@ def write_parquet(file: Path, rows: list[dict[str, Any]], **changes: Any) -> Pat
 
 
 def read_sources(files: Sequence[Path | Source], **settings: Any) -> Iterator[Located | RejectedRow]:
-    """The samples that rows are packed as, and rejections."""
+    """The samples that the sources' rows become, and rejections."""
     return (
         row
         if isinstance(row, RejectedRow)
@@ -73,14 +73,14 @@ def read_sources(files: Sequence[Path | Source], **settings: Any) -> Iterator[Lo
 
 
 def samples(rows: Iterator[Located | RejectedRow]) -> list[Sample]:
-    """The samples of rows of which none is rejected."""
+    """The samples of rows, none of which may be rejected."""
     found = list(rows)
     assert not [row for row in found if isinstance(row, RejectedRow)]
     return [row.sample for row in found if isinstance(row, Located)]
 
 
 def only_rejection(tmp_path: Path, row: Any, folders: list[Path]) -> RejectedRow:
-    """The rejection of a row that stands between two good ones."""
+    """The rejection of a row placed between two good ones."""
     good = [{"id": name, "conversations": talk("Is it?", "Yes.")} for name in ("first", "last")]
     file = write_rows(tmp_path / "rows.json", [good[0], row, good[1]])
     first, middle, last = read_sources([file], images=folders)
@@ -93,7 +93,7 @@ def only_rejection(tmp_path: Path, row: Any, folders: list[Path]) -> RejectedRow
 
 
 def write_images(folder: Path) -> Path:
-    """Pictures of every format, some of them broken, and one outside of the folder."""
+    """Write images of every format, some of them broken, and one outside the folder."""
     (folder / "coco").mkdir(parents=True)
     (folder / "coco" / "a.jpg").write_bytes(JPG)
     (folder / "b.png").write_bytes(PNG)

@@ -1,4 +1,4 @@
-"""What is there of a list of data sets, and what is missing."""
+"""Which data sets of a list are present, and what is missing."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_damaged_files(root: Path) -> None:
 
 
 def test_the_shipped_list() -> None:
-    """Every stage of the original is named, with where each of its sets is to be had."""
+    """Every stage of the original is listed, with where to get each of its sets."""
     catalogue = read_catalogue(SHIPPED)
     assert {"align", "mimic_dense", "mimic_sparse", "preference"} <= set(catalogue.stages)
     for name, entry in catalogue.of_stage(None).items():
@@ -157,7 +157,7 @@ def test_files_of_a_stage(root: Path) -> None:
 
 
 def test_files_of_equal_names_in_several_folders(tmp_path: Path) -> None:
-    """As FineVision has them: their rows have keys of their own, whatever their ids."""
+    """As in FineVision: their rows get distinct keys, whatever their ids."""
     for folder in ("ai2d", "chartqa"):
         (tmp_path / "fine" / folder).mkdir(parents=True)
         table = pa.Table.from_pylist([{"texts": [{"user": "a?", "assistant": "b"}], "images": None}])

@@ -1,4 +1,4 @@
-"""Where images that are missing in one folder lie, or what their files are called."""
+"""Where images that are missing from one folder really are, or what their files are called."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON read piece by piece gives what the whole parser gives, and holds little of it."""
+"""JSON read piece by piece gives what parsing it whole gives, while holding little of it in memory."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_row_without_end_is_not_read_into_memory(tmp_path: Path, monkeypatch: 
 
 
 def test_memory_is_a_few_pieces(tmp_path: Path) -> None:
-    """30 MB of rows pass through in a few."""
+    """30 MB of rows pass through in the memory of a few pieces."""
     path = tmp_path / "rows.json"
     row = json.dumps({"id": 0, "text": "word " * 1000})
     with path.open("w") as stream:

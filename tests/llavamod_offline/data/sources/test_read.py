@@ -139,7 +139,7 @@ def test_tars_belong_elsewhere(tmp_path: Path) -> None:
 
 
 def test_prepared_rows_are_the_same_from_any_number_of_processes(tmp_path: Path, images: Path) -> None:
-    """Of every format, with rejections and a file that ends in an error; what is written is the same to the byte."""
+    """Every format, with rejections and a file that ends in an error; the output is identical to the byte."""
     rows: list[Any] = [
         {"id": n, "image": ["coco/a.jpg", "cut.jpg", "b.png"][n % 3], "conversations": GOOD} for n in range(50)
     ]
@@ -167,14 +167,14 @@ def test_prepared_rows_are_the_same_from_any_number_of_processes(tmp_path: Path,
 
 
 def test_folders_of_samples(tmp_path: Path) -> None:
-    """What a tar holds, unpacked: texts and captions beside images, at any depth, this project's own files too."""
+    """The contents of a tar, unpacked: texts and captions beside images, at any depth, this project's own files too."""
     folder = tmp_path / "mine"
     (folder / "sub").mkdir(parents=True)
     own = tiny_samples(1)[0]
     files = {
         "b.json": json.dumps({"conversations": GOOD}).encode(),
         "b.JPG": JPG,
-        "sub/a.txt": b"\xef\xbb\xbf A dog. ",  # as Windows editors begin a file
+        "sub/a.txt": b"\xef\xbb\xbf A dog. ",  # with the byte order mark that Windows editors write
         "sub/a.png": PNG,
         "sub/lost.png": PNG,
         "a_x2F.json": sample_to_json(own),

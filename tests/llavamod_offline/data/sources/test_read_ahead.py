@@ -1,4 +1,4 @@
-"""Several files at once: in order, in bounded memory, each error in its turn."""
+"""Reading several files at once: results in order, in bounded memory, each error in its turn."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_items_come_in_order_and_what_was_read_is_told() -> None:
 
 
 def test_a_few_files_are_read_at_the_same_time_and_only_so_far_ahead() -> None:
-    """The second file is being read before the first has given its second item; the fifth is not."""
+    """The second file is being read before the first has yielded its second item; the fifth is not."""
     other = threading.Event()
     begun: list[int] = []
 

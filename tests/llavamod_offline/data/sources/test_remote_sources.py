@@ -1,4 +1,4 @@
-"""Rows behind a URL give the samples that they give on a disk."""
+"""Rows behind a URL give the same samples as on disk."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def row(number: int) -> dict[str, Any]:
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """A data set as the hub has them, and files of text."""
+    """A data set laid out as on the Hub, and text files."""
     folder = tmp_path / "sets"
     (folder / "chart" / "data").mkdir(parents=True)
     for part in range(3):
@@ -59,7 +59,7 @@ def samples(source: Source) -> list[Any]:
 @pytest.mark.parametrize("name", ["chart/data/train-00001-of-00003.parquet", "t.json", "t.jsonl", "t.arrow"])
 def test_a_file_of_a_web_server(files: Path, server: WebServer, name: str) -> None:
     assert samples(Source(RemoteFile(f"{server.url}/{name}"))) == samples(Source(files / name))
-    assert server.sent[name] <= 2 * (files / name).stat().st_size + 2**17  # not once for every batch
+    assert server.sent[name] <= 2 * (files / name).stat().st_size + 2**17  # not downloaded again for every batch
 
 
 def test_a_query_is_no_part_of_the_name(files: Path, server: WebServer) -> None:
@@ -68,7 +68,7 @@ def test_a_query_is_no_part_of_the_name(files: Path, server: WebServer) -> None:
 
 
 def test_a_folder_in_a_bucket(files: Path, bucket: str) -> None:
-    """Tables at any depth; their first folder is the source, as on a disk."""
+    """Tables at any depth; the first folder in their path is the source, as on disk."""
     storage = fsspec.filesystem("s3")
     storage.put(f"{files}/", f"{bucket}/sets", recursive=True)
     assert samples(Source(RemoteFile(f"{bucket}/sets"))) == samples(Source(files))

@@ -1,4 +1,4 @@
-"""Tables as the Hugging Face hub lays them out, in folders, and as `datasets` saves them."""
+"""Tables as the Hugging Face Hub lays them out, in folders, and as `datasets` saves them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def found(*sources: Path | Source, **settings: Any) -> list[tuple[str, str]]:
 
 
 def test_a_folder_of_tables(tmp_path: Path) -> None:
-    """Parts of one data set, with files of the same names in folders of their own, and other files beside them."""
+    """Parts of one data set with files of the same names in folders of their own, and other files beside them."""
     hub = tmp_path / "FineVision"
     write(hub / "aokvqa" / "train-00000-of-00001.parquet", rows(0, 1))
     write(hub / "chartqa" / "train-00000-of-00001.parquet", rows(2))

@@ -1,4 +1,4 @@
-"""Folders of photographs as people have them: dots in names, links to other disks, files of the operating system."""
+"""Folders of photographs as people have them: dots in names, links to other disks, operating-system files."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_tars_on_other_disks(tmp_path: Path) -> None:
 
 
 def test_a_rejection_names_the_file(tmp_path: Path) -> None:
-    """With keys by row, only the file's name leads back to it."""
+    """Since keys are row numbers, only the file's name leads back to it."""
     write(tmp_path / "mine", {"deep/a.jpg": b"broken", "deep/a.txt": b"A circle.", "b.jpg": JPG, "b.txt": b"A shot."})
     found = list(read_sources([Source(tmp_path / "mine", rule=RULE)], keys="row"))
     rejections = [(row.file, row.kind) for row in found if isinstance(row, RejectedRow)]

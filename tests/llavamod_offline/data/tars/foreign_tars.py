@@ -1,4 +1,4 @@
-"""Tars as others write them, and as nobody should: made member by member."""
+"""Tars as others write them, and as nobody should, made member by member."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ Entry = tuple[str, bytes] | tarfile.TarInfo
 
 
 def talk(*texts: str) -> list[dict[str, str]]:
-    """A conversation in LLaVA's words, the human first."""
+    """A conversation in the form of LLaVA's JSON, the human first."""
     return [{"from": "gpt" if index % 2 else "human", "value": text} for index, text in enumerate(texts)]
 
 
 def row(*texts: str, **fields: Any) -> bytes:
-    """The JSON of such a conversation."""
+    """The JSON of a row with such a conversation."""
     return json.dumps({"conversations": talk(*texts)} | fields).encode()
 
 
 def said(key: str, *texts: str, source: str, images: tuple[bytes, ...] = (), kinds: tuple[str, ...] = ()) -> Sample:
-    """The sample that it gives."""
+    """The sample that such a row becomes."""
     turns = tuple(Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(texts))
     return Sample(key, turns, images, kinds, source=source)
 
 
 def special(name: str, kind: bytes, target: str = "", size: int = 0) -> tarfile.TarInfo:
-    """A member that is no plain file."""
+    """A member that is not a plain file."""
     header = tarfile.TarInfo(name)
     header.type, header.linkname, header.size = kind, target, size
     return header
 
 
 def write_tar(path: Path, entries: Sequence[Entry], form: int = tarfile.PAX_FORMAT) -> Path:
-    """Write members in order, names as they are given."""
+    """Write members in order, with their names as given."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=form) as tar:
         for entry in entries:

@@ -1,4 +1,4 @@
-"""Tars behind a URL are indexed by one reading, and the set then reads them there."""
+"""Tars behind a URL are indexed in one pass, and the set then reads them there."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def index(sources: list[TarSource], output: Path, workers: int = 1) -> SampleSet
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_tars_of_a_web_server(tars: Path, tmp_path: Path, workers: int) -> None:
-    """Each is requested once; nothing of it stays here until it is read."""
+    """Each is requested once; nothing of it is kept locally until it is read."""
     local = index(find_tars([tars]), tmp_path / "local")
     with web_server(tars.parent) as server:
         urls = [RemoteFile(f"{server.url}/cc3m/cc3m-00000{part}.tar") for part in range(2)]

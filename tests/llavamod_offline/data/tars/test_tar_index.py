@@ -1,4 +1,4 @@
-"""Tars that others wrote, indexed where they lie: the right samples, read back as they were, the tars untouched."""
+"""Other tools' tars, indexed in place: the right samples, read back unchanged, with the tars untouched."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_llava_tars(tmp_path: Path, tar: Path) -> None:
 
 
 def test_the_index_says_what_a_packed_set_says(tmp_path: Path, tar: Path) -> None:
-    """The same samples, packed, have the same digest, and the same columns but for where they lie."""
+    """The same samples, packed, have the same digest, and the same columns except for their location."""
     index_tars([TarSource(tar)], tmp_path / "set")
     write_set(EXPECTED, tmp_path / "packed")
     indexed, packed = SampleSet.open(tmp_path / "set"), SampleSet.open(tmp_path / "packed")
@@ -105,7 +105,7 @@ def test_offsets_of_every_tar_format(tmp_path: Path) -> None:
 
 
 def test_own_tars(tmp_path: Path) -> None:
-    """A packed set's tars without its index, of samples whose keys had been escaped."""
+    """A packed set's tars without its index, including samples with escaped keys."""
     samples = [*tiny_samples(7), *tiny_samples(3, preference=True), said("a_x2Fb", "Is it?", "Yes.", source="x")]
     write_set(samples, tmp_path / "packed", shard_samples=4)
     index_tars(find_tars([tmp_path / "packed"]), tmp_path / "set")
@@ -131,7 +131,7 @@ def test_captions(tmp_path: Path) -> None:
 
 
 def test_where_tars_are_found_again(tmp_path: Path) -> None:
-    """Those below the set's parent move with it; others are where they were."""
+    """Tars below the set's parent folder may move with it; others must stay where they were."""
     near, far = tmp_path / "data", tmp_path / "elsewhere"
     for folder in (near / "tars", far):
         write_tar(folder / f"{folder.name}.tar", [(f"{folder.name}.json", row("Is it?", "Yes."))])
@@ -207,7 +207,7 @@ def test_the_same_from_several_processes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("seconds", [600.0, 1e-6, 0.0])
 def test_sigterm_finishes_the_whole_set_or_leaves_nothing(tmp_path: Path, seconds: float, workers: int) -> None:
-    """A part of an index cannot be kept: with the seconds for all tars it is made as if undisturbed."""
+    """A partial index cannot be kept: given time for all tars, the set is finished as if undisturbed."""
     tars = find_tars([write_tiny_set(tmp_path / "packed", 12, shard_samples=3)])
     for name in ("undisturbed", "stopped"):
         (tmp_path / name).mkdir()
@@ -246,7 +246,7 @@ def test_weights(tmp_path: Path, tar: Path) -> None:
 
 
 def test_behind_a_url(tmp_path: Path, tar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The set and its tars, uploaded side by side."""
+    """The set and its tars, uploaded next to each other."""
     monkeypatch.setenv("LLAVAMOD_STAGING", str(tmp_path / "staging"))
     index_tars([TarSource(tar)], tmp_path / "set")
     store = fsspec.filesystem("memory")

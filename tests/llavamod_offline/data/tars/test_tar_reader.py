@@ -1,4 +1,4 @@
-"""Tars by every tar program give the samples of the files in them, whatever else they hold."""
+"""Tars written by any tar program give the samples of their files, whatever else they hold."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ trees = st.fixed_dictionaries(
 
 
 def plant(folder: Path, tree: dict[str, Any]) -> None:
-    """Write the files of a tree: samples, clutter, links to folders, and images that share their bytes on the disk."""
+    """Write the files of a tree: samples, clutter, links to folders, and images that are hard links to each other."""
     first: Path | None = None
     for name in sorted(tree["samples"]):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def test_a_hard_link_holds_the_bytes_of_its_target(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, b"V", b"D", tarfile.DIRTYPE])
 def test_what_is_no_file_and_not_named_as_one_is_passed_over(tmp_path: Path, kind: bytes) -> None:
-    """Volume labels, folders of incremental backups, links to folders: even between the members of a sample."""
+    """Volume labels, folders of incremental backups and links to folders, even between the members of a sample."""
     tar = write_tar(tmp_path / "x.tar", [("a.json", TEXT), special("label", kind, "a"), ("a.png", PNG)])
     reader = TarReader(tar)
     assert [(group.key, sorted(group.members)) for group in reader.groups()] == [("a", ["json", "png"])]

@@ -55,7 +55,7 @@ def test_saved_student_is_loaded_by_plain_transformers(tiny_folder: Path, tmp_pa
 
 
 def test_a_batch_of_prompts_gets_the_answers_of_each_alone(tiny_folder: Path, tmp_path: Path) -> None:
-    """Other tools pad as the exported processor says: on the left, or generation would continue after padding."""
+    """Other tools pad as the exported processor says: on the left, so that generation starts right after the prompt."""
     model, tokenizer = load_llava(tiny_folder), load_tokenizer(tiny_folder)
     tokenizer.padding_side = "right"
     save_llava(model, tmp_path / "student", tokenizer=tokenizer, processor_source=tiny_folder)
@@ -82,7 +82,7 @@ def test_generation_stops_at_the_known_end_tokens_where_no_template_names_one(tm
 def test_a_student_says_how_it_was_taught_to_converse(
     tiny_folder: Path, tmp_path: Path, named: int | list[int] | None
 ) -> None:
-    """A base model's own settings know neither the wording nor the end of an answer that training has taught."""
+    """A base model's own settings hold neither the wording nor the end-of-answer token that training used."""
     model, tokenizer = load_llava(tiny_folder), load_tokenizer(tiny_folder)
     assert tokenizer.convert_ids_to_tokens([398, 396]) == ["<|im_end|>", "<|endoftext|>"]
     model.generation_config.eos_token_id = named
@@ -114,7 +114,7 @@ class _Broken(dict[str, torch.Tensor]):
 
 
 def test_image_processor_inside_the_processors_file(tiny_folder: Path, folder: Path, tmp_path: Path) -> None:
-    # Where transformers' own processors put it since version 5.
+    # Where transformers' own processors have put it since version 5.
     (folder / "preprocessor_config.json").unlink()
     AutoProcessor.from_pretrained(tiny_folder).save_pretrained(folder)
     assert not (folder / "preprocessor_config.json").exists()

@@ -97,7 +97,7 @@ def test_head_rows_beyond_the_tokenizer_get_no_probability(tiny_folder: Path) ->
     ).detach()[0, -6:]
     weight_VD[400:] = 50 * hidden_ND.mean(0)
     weight_VD.requires_grad_()
-    # The teacher is the student over the 400 ids of the tokenizer: a divergence of 0, whatever the other rows say.
+    # The teacher is the student over the tokenizer's 400 ids: the divergence is 0, whatever the other rows hold.
     log_probs_NV = (hidden_ND @ weight_VD[:400].T).detach().double().log_softmax(-1)
     terms = distillation_from_hidden(hidden_ND, weight_VD, truncate(log_probs_NV, top_k=12), lm_weight=1.0)
     terms.loss_sum.backward()
@@ -128,7 +128,7 @@ def test_an_image_at_several_places_runs_through_the_tower_once(tiny_folder: Pat
 
 
 def test_features_at_hand_stand_for_the_images(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tower is left alone then, and the result is the same to the last bit."""
+    """The tower does not run then, and the result is bitwise identical."""
     model, batch = load_llava(tiny_folder).eval(), make_batch(tiny_folder, [0, 3, 5])
     assert batch.pixel_values_ICHW is not None
     inputs = (model, batch.input_ids_BT, batch.attention_mask_BT)

@@ -1,4 +1,4 @@
-"""The loss over aligned targets by itself; `tests/teacher_cache/other_tokenizer/test_dense.py` has its reference."""
+"""The loss over aligned targets alone; `tests/teacher_cache/other_tokenizer/test_dense.py` has its reference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VOCAB, HIDDEN, POSITIONS = 20, 8, 6
 
 
 def _targets() -> AlignedTargets:
-    """Four spans of six tokens: two of one token, one of two and one of two whose teacher's has one."""
+    """Four spans over six tokens: two of one token, one of two tokens, and one of two where the teacher has one."""
     rows = [[0.6, 0.2, 0.0], [0.5, 0.0, 0.0], [0.3, 0.3, 0.1], [0.7, 0.1, 0.1]]
     return AlignedTargets(
         rows_S=torch.tensor([0, 2, 3, 5]),

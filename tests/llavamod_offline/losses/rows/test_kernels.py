@@ -1,4 +1,4 @@
-"""Triton's kernels, in its interpreter (see `tests/conftest.py`), against PyTorch's own operations."""
+"""The Triton kernels, in Triton's interpreter (see `tests/conftest.py`), against PyTorch's own operations."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_largest_and_the_sum_come_from_one_pass(
 ) -> None:
     monkeypatch.setattr(kernels, "_BLOCK", block)
     logits_NV = 40 * torch.randn(5, 19, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    logits_NV[1, :9] = float("-inf")  # the first blocks have none
+    logits_NV[1, :9] = float("-inf")  # the first blocks hold no finite logit
     logits_NV[2] = float("-inf")
     padded_NV = torch.nn.functional.pad(logits_NV, (0, 3), value=99.0)[:, :19]
     largest_N, shift_N, sum_N = kernels.peaks_and_sums(padded_NV, temperature)

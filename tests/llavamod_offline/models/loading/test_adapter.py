@@ -1,4 +1,4 @@
-"""PEFT adapters on a base checkpoint, by the commands that open checkpoints."""
+"""PEFT adapters on a base checkpoint, in the commands that open checkpoints."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ WRITERS: dict[str, Callable[..., Path]] = {
 
 
 def write_adapter(folder: Path, base: Path, *, named: str | None = None, seed: int = 0, **settings: Any) -> Tensor:
-    """Write an adapter of random numbers; returns the merged model's logits, which plain peft gives."""
+    """Write an adapter with random weights; return the merged model's logits, computed by plain peft."""
     model = AutoModelForImageTextToText.from_pretrained(base)
     torch.manual_seed(seed)
     targets = r".*language_model.*(q_proj|down_proj)"
@@ -114,11 +114,11 @@ def language_model(tmp_path: Path) -> Path:
 
 
 def test_an_adapters_own_chat_template_is_used(language_model: Path, tmp_path: Path) -> None:
-    """Though it is in another file than its base's, over which transformers would take that."""
+    """Even if it is in a different file from the base's, which transformers would prefer."""
     base, adapter = language_model, tmp_path / "adapter"
     adapter.mkdir()
     peft.LoraConfig(base_model_name_or_path=str(base)).save_pretrained(adapter)
-    (adapter / "adapter_model.safetensors").write_bytes(b"")  # which is not looked at
+    (adapter / "adapter_model.safetensors").write_bytes(b"")  # not read here
     tokenizer = load_tokenizer(base)
     tokenizer.chat_template = "the base's"
     tokenizer.save_pretrained(base)
@@ -200,7 +200,7 @@ def test_what_cannot_be_opened_is_one_line(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_commands_take_adapters(tmp_path: Path) -> None:
-    """A capture by an adapter on a base has the records of the merged checkpoint; so have questions and scores."""
+    """A capture with an adapter on a base has the merged checkpoint's records; answers and scores are equal too."""
     base, adapter, whole = write_tiny_llava(tmp_path / "base"), tmp_path / "adapter", tmp_path / "whole"
     write_adapter(adapter, base)
     family = opened(adapter)

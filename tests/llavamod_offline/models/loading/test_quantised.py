@@ -1,4 +1,4 @@
-"""Quantised and pickled checkpoints, and what config.json may say of types and tied weights."""
+"""Quantised and pickled checkpoints, and what config.json may say about dtypes and tied weights."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_package_that_is_missing_is_named(folder: Path, method: str) -> None:
 
 
 def test_fp8_weights_are_used_with_their_scales(folder: Path) -> None:
-    """As Qwen publishes them: blocks of 8-bit floats, each with a scale; a CPU computes with their products."""
+    """As Qwen publishes them: blocks of 8-bit floats, each with a scale; a CPU uses the dequantised weights."""
     block = 32
     tensors = load_file(folder / "model.safetensors")
     expected, stored = dict(tensors), dict(tensors)

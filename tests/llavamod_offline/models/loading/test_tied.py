@@ -31,7 +31,7 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
 
 
 def disagreeing(folder: Path) -> tuple[str, Tensor]:
-    """Tie the LM head of a checkpoint in config.json alone; its name, and its weight."""
+    """Tie a checkpoint's LM head only in config.json; return the folder's name and the LM head's weight."""
     file = folder / "config.json"
     config = json.loads(file.read_text()) | {"tie_word_embeddings": True}
     file.write_text(json.dumps(config))
@@ -50,7 +50,7 @@ def opened(folder: Path) -> Any:
 def test_a_head_that_differs_from_what_it_is_tied_to_is_used(
     tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As transformers 5 uses it; copies and exports of the model keep it for all software."""
+    """As in transformers 5; copies and exports of the model keep it in a form that all software reads."""
     folder = WRITERS[kind](tmp_path / "model")
     name, head_VD = disagreeing(folder)
     with caplog.at_level(logging.WARNING):
@@ -100,7 +100,7 @@ def test_an_untied_head_without_weights_is_refused(tmp_path: Path, kind: str) ->
     folder = WRITERS[kind](tmp_path / "model")
     file = folder / "config.json"
     config = json.loads(file.read_text()) | {"tie_word_embeddings": False}
-    if "text_config" in config:  # which LLaVA's class reads too
+    if "text_config" in config:  # LLaVA's class reads this one too
         config["text_config"]["tie_word_embeddings"] = False
     file.write_text(json.dumps(config))
     tensors = load_file(folder / "model.safetensors")

@@ -1,7 +1,7 @@
-"""A server on the loopback interface that answers as a vLLM server did, and fails where it is told to.
+"""A server on the loopback interface that answers as a vLLM server did, and fails on demand.
 
-`recorded.json` holds what vLLM 0.32 answered for `WRITTEN` (a tiny LLaVA) to the requests of `SAMPLES`, with the two
-most likely ids of each token, and to some that it refused.
+`recorded.json` holds the replies of vLLM 0.32, serving `WRITTEN` (a tiny LLaVA), to the requests for `SAMPLES`, with
+the two most likely ids of each token, and to some requests that it refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.tiny import tiny_samples, write_tiny_llava
 from tests.web_server import serving
 
 LISTED = 2
-# What vLLM 0.32 says where it refuses.
+# vLLM 0.32's reply when it refuses.
 DISABLED = (403, "Scale-out endpoints are disabled. Restart vllm serve with --enable-scale-out to enable them.")
 TOO_MANY_LISTED = (
     400,
@@ -31,7 +31,7 @@ TOO_MANY_LISTED = (
 )
 NOT_FINITE = (400, "Out of range float values are not JSON compliant")
 RECORDED = Path(__file__).with_name("recorded.json")
-SAMPLES = [tiny_samples(8, seed=3)[row] for row in (3, 4, 5, 7)]  # two with no image, one with one, one with two
+SAMPLES = [tiny_samples(8, seed=3)[row] for row in (3, 4, 5, 7)]  # two without an image, one with one, one with two
 
 
 def write_recorded_llava(folder: Path) -> Path:
@@ -44,13 +44,13 @@ def samples() -> list[Sample]:
     return list(SAMPLES)
 
 
-# What happens to a request for log-probs instead of its answer; True if it was answered.
+# What happens to a request for log-probs instead of the normal reply; True if it was answered.
 Fault = Callable[[BaseHTTPRequestHandler], bool]
 
 
 @dataclass
 class ReplayServer:
-    """The server's address, what it was asked, and what goes wrong next."""
+    """The server's address, the requests it has received, and what goes wrong next."""
 
     url: str = ""
     faults: deque[Fault] = field(default_factory=deque)
@@ -65,7 +65,7 @@ class ReplayServer:
 
 
 def status(number: int, body: Any = None, **headers: str) -> Fault:
-    """Answer with a status."""
+    """Reply with a status."""
 
     def answer(handler: BaseHTTPRequestHandler) -> bool:
         _send(handler, number, body if body is not None else {"error": {"message": "went wrong"}}, headers)
@@ -80,13 +80,13 @@ def refusal(number: int, message: str) -> Fault:
 
 
 def hang_up(handler: BaseHTTPRequestHandler) -> bool:
-    """Close the connection without an answer, as a process that is killed does."""
+    """Close the connection without a reply, as when the process is killed."""
     handler.close_connection = True
     return True
 
 
 def cut_short(handler: BaseHTTPRequestHandler) -> bool:
-    """Close the connection in the middle of an answer."""
+    """Close the connection in the middle of a reply."""
     handler.send_response(200)
     handler.send_header("Content-Length", "1000")
     handler.end_headers()
@@ -97,7 +97,7 @@ def cut_short(handler: BaseHTTPRequestHandler) -> bool:
 
 @contextmanager
 def replaying() -> Iterator[ReplayServer]:
-    """Serve what was recorded."""
+    """Serve the recorded replies."""
     recorded = json.loads(RECORDED.read_text())
     about = ReplayServer()
 
@@ -109,7 +109,7 @@ def replaying() -> Iterator[ReplayServer]:
 
 
 def request_key(path: str, body: dict[str, Any]) -> str:
-    """A request by its tokens, its number of images and how many ids it asks for."""
+    """A request's key: its tokens, its number of images and how many ids it asks for."""
     prompt = body.get("prompt", body.get("token_ids"))
     listed = body.get("sampling_params", body)["prompt_logprobs"]
     return _key(path, {"prompt": prompt, "images": len(body.get("content_parts", [])), "listed": listed})
@@ -130,7 +130,7 @@ def _send(handler: BaseHTTPRequestHandler, number: int, body: Any, headers: dict
 
 
 class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"  # connections are kept open, as by vLLM
+    protocol_version = "HTTP/1.1"  # keeps connections open, like vLLM
     server_state: ReplayServer
     replies: dict[str, dict[str, Any]]
     plain: dict[str, Any]
@@ -171,7 +171,7 @@ class _Handler(BaseHTTPRequestHandler):
         _send(self, entry["status"], reply)
 
     def _of_fewer_ids(self, body: dict[str, Any]) -> dict[str, Any] | None:
-        """The answer to a request for one id, from that for two."""
+        """The reply to a request for one id, derived from that for two."""
         wanted = {**body.get("sampling_params", body), "prompt_logprobs": LISTED}
         key = request_key(self.path, {**body, "sampling_params": wanted} if "sampling_params" in body else wanted)
         if key not in self.replies or body.get("sampling_params", body)["prompt_logprobs"] != 1:

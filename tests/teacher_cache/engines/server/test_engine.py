@@ -1,4 +1,4 @@
-"""A served teacher against the answers that a real server gave: the same records, whatever happens in between."""
+"""A served teacher against a real server's recorded replies: the same records, whatever happens in between."""
 
 from __future__ import annotations
 
@@ -275,14 +275,14 @@ def test_a_sequence_longer_than_the_server_takes_is_rejected(teacher: Family, se
     engine = _engine(server, teacher)
     longest = max(len(s.input_ids_T) for r in _requests(teacher) for s in r.sequences)
     engine.served = dataclasses.replace(engine.served, longest=longest)
-    server_models = engine.served  # what the server still says is compared with what it said
+    server_models = engine.served  # what the server says now is compared with what it said before
     engine._check_same = lambda client: None  # type: ignore[method-assign]
     rejected = [o for o in engine.capture(_requests(teacher)) if isinstance(o, Rejection)]
     assert [item.reason for item in rejected] == [f"{longest} tokens, the server takes {server_models.longest - 1}"]
 
 
 def test_teachers_that_a_server_changes_are_refused(teacher: Family, tmp_path: Path) -> None:
-    """Qwen2-VL; and a processor that resizes to more than it crops to, as DINOv2's, also what it has cropped."""
+    """Qwen2-VL; and a processor that, like DINOv2's, resizes to more than it crops to, even images already cropped."""
     check_served(teacher)
     qwen = open_family(write_tiny_qwen_vl(tmp_path / "qwen", "2"), "qwen", image_aspect="auto", max_length=500)
     dino = open_family(write_family("llava_dinov2", tmp_path / "dino"), "qwen", image_aspect="auto", max_length=500)

@@ -1,4 +1,4 @@
-"""Reading a prompt's log-probs: which numbers belong to which row, and which are none."""
+"""Reading a prompt's log-probs: which numbers belong to which row, and which are not log-probs."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def test_the_whole_vocabulary() -> None:
 def test_a_number_that_json_lacks_is_not_finite() -> None:
     rows = listed_rows(_reply(_entry((1, 1, None), (2, 2, -1.0))), np.array([0, 1]), np.array([0]), 2, "x")
     assert np.isnan(rows.log_probs_NK[0, 0])
-    check_log_probs(rows, 10, about="x")  # such a sequence is rejected, not the server
+    check_log_probs(rows, 10, about="x")  # the sequence is rejected, not the server
 
 
 @pytest.mark.parametrize("scale", [-20.0, 5.0])
 def test_logits_are_refused(scale: float) -> None:
-    """As by `--logprobs-mode raw_logits`: too small, or too large together."""
+    """As with `--logprobs-mode raw_logits`: too small, or too large in sum."""
     rows = ListedRows(np.array([[1, 2]]), np.array([[scale, scale - 1]]), np.array([scale]))
     with pytest.raises(ModelError, match=r"x: what the server lists are not log-probs .*--logprobs-mode raw_logprobs"):
         check_log_probs(rows, 1000, about="x")

@@ -1,4 +1,4 @@
-"""Settings of a served teacher, and what its fingerprint and presets are, as the command takes them."""
+"""Settings of a served teacher as the command takes them, its fingerprint, and its presets."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_problems_name_the_key(settings: tuple[str, ...], problem: str) -> None:
 
 @pytest.mark.parametrize("preset", ["small", "compact", "standard", "exhaustive"])
 def test_presets_that_need_more_are_refused_before_the_server_is_asked(preset: str) -> None:
-    """`reference` is the one that fits; what to switch off of the others is named."""
+    """Only `reference` fits; for the others, the error names what to switch off."""
     values = _config(*SERVER, URL, f"capture.preset={preset}").setup_values
     with pytest.raises(ConfigError, match=r"engine\.kind=server cannot capture what these settings ask") as refused:
         describe_engine(values, "auto", "cpu")

@@ -1,4 +1,4 @@
-"""A real vLLM server on a CPU as the teacher: the log-probs of the Hugging Face engine, also after it was killed."""
+"""A real vLLM server on a CPU as the teacher: the Hugging Face engine's log-probs, even after the server was killed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
 
 
 def _llava(folder: Path) -> Path:
-    """With one token whose embedding is NaN, which no sample but `BAD` has."""
+    """A tiny LLaVA with one token whose embedding is NaN, which only the sample `BAD` contains."""
     sound = write_tiny_llava(folder.parent / "sound", hidden=HEAD_OF_32, tied=False)
     model, teacher = load_llava(sound), open_family(sound, "qwen", image_aspect="pad", max_length=64)
     poison = teacher.encoder.tokenizer("purple zebra", add_special_tokens=False)["input_ids"][-1]
@@ -69,7 +69,7 @@ def _engine(
     concurrency: int = 4,
 ) -> ServerCaptureEngine:
     size = min(len(teacher.encoder.tokenizer), teacher.head_rows)
-    settings = ServerSettings(concurrency=concurrency, patience_seconds=3600)  # a start may take long
+    settings = ServerSettings(concurrency=concurrency, patience_seconds=3600)  # starting may take long
     with ServerClient(server.url, settings) as client:
         served = ask_served(client, model=None, listed=listed_ids(kept.top_k, size))
     return ServerCaptureEngine(server.url, settings, served, teacher, kept, vocab_size=size, positions=positions)
@@ -102,7 +102,7 @@ def _assert_served(engine: ServerCaptureEngine, requests: list[Request]) -> None
 
 
 def test_a_served_teacher_gives_the_log_probs_of_the_hugging_face_engine(serve: Serve, tmp_path: Path) -> None:
-    """And a kill in the middle changes nothing. One test, since servers start slowly."""
+    """A kill in the middle changes nothing. This is one test because servers start slowly."""
     folder = _llava(tmp_path / "teacher")
     server, teacher = serve(folder), open_family(folder, "qwen", image_aspect="auto", max_length=500)
     samples = [*tiny_samples(12, seed=9), *tiny_samples(4, seed=9, preference=True)]
@@ -129,4 +129,4 @@ def _assert_nothing_lost(server: VllmServer, engine: ServerCaptureEngine, reques
             server.kill()
             server.start()
     assert list(found) == list(undisturbed)
-    assert_listed(undisturbed, found)  # a server that starts anew may divide its first forward passes otherwise
+    assert_listed(undisturbed, found)  # a restarted server may batch its first forward passes differently

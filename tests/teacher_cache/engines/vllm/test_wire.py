@@ -1,4 +1,4 @@
-"""Orders and answers come out of the wire as they went in."""
+"""Orders and answers come off the wire as they went in."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_an_order_survives_the_way_to_another_process(states_M: np.ndarray | Non
 
 
 def _carried(value: Any) -> Any:
-    """What msgpack makes of plain values: lists of tuples."""
+    """What msgpack makes of plain values: tuples become lists."""
     if isinstance(value, dict):
         return {str(key): _carried(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Projectors of students that are built from parts: types, files, the tower's layers and tokens."""
+"""Projectors of students built from parts: types, files, the tower's layers and tokens."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def reloaded(model: Any, parts: tuple[Path, Path], folder: Path) -> Any:
 def test_an_mm_projector_computes_what_it_did_in_the_original(
     parts: tuple[Path, Path], tmp_path: Path, kind: str, dtype: torch.dtype
 ) -> None:
-    """Also after an export, in plain transformers."""
+    """Also after an export, when loaded in plain transformers."""
     projector = original(kind).to(dtype)
     file = written(tmp_path, named(projector))
-    for given in (file, file.parent):  # LLaVA's scripts name the file; its trainer writes it to a folder
+    for given in (file, file.parent):  # LLaVA's scripts are given the file; its trainer writes it to a folder
         model = build_llava(*parts, seed=0, projector=given)
         features = torch.randn(2, 9, C)
         with torch.no_grad():
@@ -80,7 +80,7 @@ def test_an_mm_projector_computes_what_it_did_in_the_original(
         "model.mm_projector.",
         "mm_projector.",
         "base_model.model.model.mm_projector.",
-        "model.mm_projector.image_spatial_proj.",  # LLaVA-MoD's, as MoE-LLaVA's
+        "model.mm_projector.image_spatial_proj.",  # in LLaVA-MoD, as in MoE-LLaVA
     ],
 )
 def test_names_of_other_code_are_understood(tmp_path: Path, prefix: str) -> None:
