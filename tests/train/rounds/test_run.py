@@ -99,7 +99,7 @@ def digests(output: Path, rounds: int) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_rounds_stopped_again_and_again_are_those_of_one_go(prompts: Prompts, tmp_path: Path) -> None:
-    """The toy teacher learns from itself: its KL stays about 0. Results of commands run by hand are reused."""
+    """The toy teacher learns from itself: its KL stays about 0."""
 
     def run(output: Path, *, seconds: float | None = None) -> int:
         process = start(["llavamod-offline", "rounds", *prompts.arguments(output), "--json"])
