@@ -60,8 +60,8 @@ def _panel(title: str, lines: dict[str, Line], place: int) -> str:
     values = [value + sign * error for line in lines.values() for _, value, error in line for sign in (-1, 1)]
     low, high = min(0.0, *values), max(values)
     unit = 10.0 ** math.floor(math.log10((high - low) / 2))
+    unit *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (factor * unit) <= 8)
     ticks = [unit * number for number in range(math.ceil(low / unit), math.floor(high / unit) + 1)]
-    ticks = ticks[:: math.ceil(len(ticks) / 8)]
 
     def x(step: int) -> float:
         return _WIDTH * step / last
