@@ -79,7 +79,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def write_cache(folder: Path, data: Path, teacher: Path, *settings: str) -> Path:
     """Capture a set with a teacher."""
-    given = (f"data={data}", f"teacher={teacher}", f"output={folder}", "workers=1")
+    given = (f"data={data}", f"teacher={teacher}", f"output={folder}")
     run_capture(load_config(CacheTeacherConfig, (), [*given, *settings]))
     return folder
 

@@ -50,7 +50,7 @@ def collected(folder: Path) -> list[Row]:
     for asked in ASKED:
         result = results.get(asked.part, {"ratios": {}, "device": ""})
         found = {name: value for name, value in result["ratios"].items() if fnmatch.fnmatch(name, asked.pattern)}
-        on_cpu = "cores" in result["device"]  # at tiny sizes, which have no limits
+        on_cpu = " core" in result["device"]  # at tiny sizes, which have no limits
         if not found and asked.gpu_only and on_cpu:
             found = {asked.pattern: "needs a GPU"}
         most = "" if asked.most is None else f"≤ {asked.most:g}"

@@ -67,7 +67,7 @@ def test_from_a_teacher_to_answers(world: World, folders: Path, tmp_path: Path, 
     """Capture and audit a teacher of the family, distil from its cache, evaluate, and ask with plain transformers."""
     teacher, student = student_of(folders, name, seed=3), student_of(folders, name)
     cache = write_cache(tmp_path / "cache", world.chats, teacher, *EXHAUSTIVE)
-    given = (f"data={world.chats}", f"teacher={teacher}", f"output={tmp_path / 'cache'}", "workers=1", *EXHAUSTIVE)
+    given = (f"data={world.chats}", f"teacher={teacher}", f"output={tmp_path / 'cache'}", *EXHAUSTIVE)
     assert audit_cache(open_cache(cache), load_config(CacheTeacherConfig, (), given)).ok
     settings = (f"cache.path={cache}", f"student.checkpoint={student}", "batch.micro_size=2", "steps=2")
     summary = train(world.config("mimic_dense", tmp_path / "run", *settings, ALL_PARTS))
@@ -121,12 +121,9 @@ def test_a_stopped_run_goes_on(world: World, folders: Path, tmp_path: Path, name
 @pytest.mark.parametrize(
     ("name", "stage", "zero_stage"),
     [
-        ("qwen3_vl", "sft", 3),
-        ("qwen3_vl", "align", 2),
-        ("smolvlm", "sft", 3),
-        ("qwen2_5_vl", "sft", 3),
         ("gemma3", "sft", 3),
-        ("gemma3", "align", 2),
+        ("smolvlm", "sft", 3),
+        ("qwen3_vl", "align", 2),
     ],
 )
 def test_two_processes_equal_one(
