@@ -55,7 +55,7 @@ def test_a_teacher_from_elsewhere_is_captured_in_the_wording_of_its_processor(tm
     wrong = chat.replace(image, "<image>")  # another model's image wording
     (teacher / "chat_template.json").write_text(json.dumps({"chat_template": wrong}))
     assert run_capture(settings(tmp_path, teacher)).complete  # the capture already begun continues
-    with pytest.raises(ConfigError, match="words turns with images apart"):
+    with pytest.raises(ConfigError, match="words turns with images differently"):
         run_capture(settings(tmp_path, teacher, f"output={tmp_path / 'other'}"))
 
 

@@ -223,7 +223,7 @@ def test_what_a_checkpoint_was_trained_with_is_found(chat_template: str, name: s
         (LLAVA_HF, "<image>", "answers do not end with one special token"),
         (QWEN2 + "{{ strftime_now('%Y') }}", None, "depends on the date"),
         # Images are not written as, or not where, the model's processor writes them.
-        (QWEN_VL.replace("IMAGE", "Picture: <image>"), "<image>", "words turns with images apart"),
+        (QWEN_VL.replace("IMAGE", "Picture: <image>"), "<image>", "words turns with images differently"),
         # The space before an answer belongs both to its first word and to the prompt.
         (
             QWEN2.replace("assistant\n' }}", "assistant\nThe ' }}").replace(
