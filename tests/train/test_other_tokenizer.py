@@ -173,7 +173,7 @@ def test_a_cache_that_does_not_tell_tokens_is_refused(
         ("mimic_dense", ("loss.align.feature_weight=1",), "loss.align"),
         ("mimic_dense", ("cache.end_of_turn=<|im_end|>=<|endoftext|>",), "cache.end_of_turn"),
         ("mimic_dense", ("loss.unmatched_weight=-1",), "loss.unmatched_weight is -1"),
-        ("preference", (), "cache.other_tokenizer: stage preference"),
+        ("preference", (), "cache.other_tokenizer: only the mimic stages align tokens, not preference"),
     ],
 )
 def test_settings_that_do_not_suit_are_named(
