@@ -30,7 +30,7 @@ from tests.benchmarks.form import Row, finish, parse_arguments
 from tests.benchmarks.worlds.easy_vqa import TRAINING_IMAGES, write_test_split, write_training_set
 
 NAME = "easy_vqa"
-FULL = {"teacher_images": 4000, "student_images": 400, "questions": 2000, "teacher_steps": 600, "student_steps": 150}
+FULL = {"teacher_images": 4000, "student_images": 400, "questions": 2000, "teacher_steps": 1200, "student_steps": 150}
 QUICK = {"teacher_images": 64, "student_images": 32, "questions": 20, "teacher_steps": 3, "student_steps": 3}
 STUDENTS = {"alone": "sft", "distilled": "mimic_dense"}
 WRONG = {"": 0.0, "_noisy": 0.2}

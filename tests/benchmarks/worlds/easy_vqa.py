@@ -55,8 +55,8 @@ def write_test_split(root: Path, *, questions: int) -> None:
     (folder / "data" / "images").mkdir(parents=True, exist_ok=True)
     for image in set(image_ids):
         link = folder / "data" / "images" / f"{image}.png"
-        if not link.exists():
-            link.symlink_to(paths[image])
+        link.unlink(missing_ok=True)  # an earlier run's may point into another installation
+        link.symlink_to(paths[image])
     rows, references = [], {}
     for place, (text, answer, image) in enumerate(zip(texts, answers, image_ids, strict=True)):
         identifier = f"{place:06d}"
