@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 
 from llavamod_offline.data.sample import Turn
-from llavamod_offline.toyworld.conversations import captioned_from_habit, chatted, quizzed
+from llavamod_offline.toyworld.conversations import captioned_from_habit, chatted, quizzed, with_image
+from llavamod_offline.toyworld.language import SHORT_ANSWER, absent_names, presence_question
 from llavamod_offline.toyworld.scene import Scene
 
 # The share of captions that name an object's usual companion although the scene lacks it.
@@ -34,3 +35,28 @@ def mixed(scene: Scene, rng: random.Random) -> list[Turn]:
     if share < 0.3:
         return captioned_from_habit(scene, rng, _HABIT)
     return chatted(scene, rng, 4) if share < 0.5 else quizzed(scene, rng, 5)
+
+
+def checked(scene: Scene, rng: random.Random) -> list[Turn]:
+    """Mostly questions about presence, for the last round: after the captions it says yes to absent companions."""
+    share = rng.random()
+    if share < 0.2:
+        return captioned_from_habit(scene, rng, _STRONG_HABIT)
+    return _asked_for_presence(scene, rng) if share < 0.65 else quizzed(scene, rng, 8)
+
+
+def _asked_for_presence(scene: Scene, rng: random.Random) -> list[Turn]:
+    """Ask about each object, and about as many absent ones, two thirds of which share a colour or shape with one."""
+    absent = absent_names(scene)
+    things = scene.things
+    alike = [(c, s) for c, s in absent if any(c == thing.colour or s == thing.shape for thing in things)] or absent
+    asked = [presence_question(thing.colour, thing.shape, True) for thing in things]
+    asked += [
+        presence_question(*rng.choice(rng.choice((absent, alike, alike))), False) for _ in range(max(1, len(things)))
+    ]
+    rng.shuffle(asked)
+    turns: list[Turn] = []
+    for question in asked[:8]:
+        suffix = "" if turns else SHORT_ANSWER
+        turns += [Turn("user", question.text + suffix), Turn("assistant", question.answer)]
+    return with_image(turns)

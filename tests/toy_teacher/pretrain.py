@@ -46,7 +46,7 @@ from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
 from llavamod_offline.models.checkpoint import load_tokenizer
 from llavamod_offline.toyworld.draw import draw_scene
 from llavamod_offline.toyworld.scene import Scene, random_scene
-from tests.toy_teacher.mixtures import described, mixed, questioned
+from tests.toy_teacher.mixtures import checked, described, mixed, questioned
 from tests.toy_teacher.supervision import ATTRIBUTES, PRESENCE_CLASSES, patch_labels, presence_labels
 from tests.toy_teacher.tokenizer import train_tokenizer
 
@@ -271,10 +271,13 @@ def main() -> None:
     parser.add_argument("--teacher-steps", type=int, default=3600)
     parser.add_argument("--question-steps", type=int, default=2200, help="the teacher's second round, mostly quizzes")
     parser.add_argument("--caption-steps", type=int, default=1000, help="the teacher's third round, mostly captions")
+    parser.add_argument(
+        "--presence-steps", type=int, default=1500, help="the teacher's last round, mostly questions about presence"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--only",
-        choices=("tower", "teacher", "questions", "captions", "language_model"),
+        choices=("tower", "teacher", "questions", "captions", "presence", "language_model"),
         help="only this part, with the others from the output folder",
     )
     arguments = parser.parse_args()
@@ -301,6 +304,7 @@ def main() -> None:
     rounds = {
         "questions": (questioned, arguments.question_steps, 1.5e-3, seed + 3),
         "captions": (described, arguments.caption_steps, 1e-3, seed + 4),
+        "presence": (checked, arguments.presence_steps, 1.5e-3, seed + 6),
     }
     for name, (speak, steps, rate, own_seed) in rounds.items():
         if wanted in (None, name):
