@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class VllmSettings:
-    """vLLM, for both of its engines."""
+    """vLLM, for engine.kind vllm and vllm_logprobs."""
 
     max_num_seqs: int = 128
     """Maximum number of sequences processed at once."""

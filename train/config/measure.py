@@ -31,7 +31,7 @@ class UnseenDataConfig:
 
 @dataclass(frozen=True)
 class MeasureConfig:
-    """What is measured."""
+    """One measurement: a student, and a set that it has not seen."""
 
     student: MeasuredStudentConfig = field(default_factory=MeasuredStudentConfig)
     data: UnseenDataConfig = field(default_factory=UnseenDataConfig)
