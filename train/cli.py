@@ -71,7 +71,8 @@ def run(
         cache.path=caches/unseen
     """
     if print_config:
-        print_settings(TrainConfig, *recipe_and_changes(arguments))
+        files, changes = recipe_and_changes(arguments)
+        print_settings(TrainConfig, files, changes, recipe=files[0] if files else None)
         return
     config = resolve_config(arguments)
     is_main = os.environ.get("RANK", "0") == "0"

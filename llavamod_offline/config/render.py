@@ -35,22 +35,25 @@ def dump_config(config: Any) -> str:
     return _as_yaml(type(config), dataclasses.asdict(config))
 
 
-def print_config(schema: type[Any], files: Sequence[Path] = (), overrides: Sequence[str] = ()) -> None:
+def print_config(
+    schema: type[Any], files: Sequence[Path] = (), overrides: Sequence[str] = (), *, recipe: Path | None = None
+) -> None:
     """Print the merged settings as `dump_config` does; required ones without a value as ???.
 
-    Errors: those of `load_config`, except the one for missing values.
+    `recipe`: the file whose values are shown as the defaults. Errors: those of `load_config`, except the one for
+    missing values.
     """
     from omegaconf import OmegaConf
 
     from llavamod_offline.config.load import load_config, merge_config
 
     merged = merge_config(schema, files, overrides)
-    if not OmegaConf.missing_keys(merged):
-        print(dump_config(load_config(schema, files, overrides)), end="")
-        return
-    values = OmegaConf.to_container(merged)
-    assert isinstance(values, dict)
-    print(_as_yaml(schema, {str(key): value for key, value in values.items()}), end="")
+    if OmegaConf.missing_keys(merged):
+        values: Any = OmegaConf.to_container(merged)
+    else:
+        values = dataclasses.asdict(load_config(schema, files, overrides))
+    defaults: Any = OmegaConf.to_container(merge_config(schema, [recipe])) if recipe else None
+    print(_as_yaml(schema, values, defaults), end="")
 
 
 def explained(setting: Setting) -> str:
@@ -65,25 +68,28 @@ def explained(setting: Setting) -> str:
     return f"{setting.doc} [{allowed}]" if allowed else setting.doc
 
 
-def _as_yaml(schema: type[Any], values: Mapping[str, Any]) -> str:
+def _as_yaml(schema: type[Any], values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> str:
     head = "# Paths are relative to the current folder, not to this file.\n"
-    return head + "\n".join(_yaml_lines(schema, values, "")) + "\n"
+    return head + "\n".join(_yaml_lines(schema, values, defaults, "")) + "\n"
 
 
-def _yaml_lines(schema: type[Any], values: Mapping[str, Any], indent: str) -> Iterator[str]:
+def _yaml_lines(
+    schema: type[Any], values: Mapping[str, Any], defaults: Mapping[str, Any] | None, indent: str
+) -> Iterator[str]:
     gap = False
     for setting, section in fields(schema):
         value = values[setting.key]
+        usual = setting.default if setting.default == REQUIRED else (defaults or {}).get(setting.key, setting.default)
         if section is not None and isinstance(value, Mapping):
             doc = setting.doc or sections_doc(section)
             yield from ("", *_comment(doc, indent), f"{indent}{setting.key}:")
-            yield from _yaml_lines(section, value, f"{indent}  ")
+            yield from _yaml_lines(section, value, usual if isinstance(usual, Mapping) else None, f"{indent}  ")
             gap = True
         else:
             if gap:
                 yield ""
                 gap = False
-            default = "required" if setting.default == REQUIRED else f"default {as_yaml(setting.default)}"
+            default = "required" if usual == REQUIRED else f"default {as_yaml(usual)}"
             yield from _comment(f"{explained(setting)} ({default})", indent)
             yield f"{indent}{setting.key}: {as_yaml(value)}"
 

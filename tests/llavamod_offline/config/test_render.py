@@ -119,6 +119,16 @@ def test_a_configuration_is_printed_with_what_it_lacks(tmp_path: Path, capsys: p
     assert load_config(Plain, [tmp_path / "printed.yaml"], ["name=n"]) == Plain("n", 3.0)
 
 
+def test_the_defaults_of_a_recipe_are_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In sections, too; a required setting stays one, though the recipe has a value."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: n\ndepth: {layers: 7}\n")
+    print_config(Plain, [recipe], ["depth.layers=9"], recipe=recipe)
+    printed = capsys.readouterr().out
+    assert "(default 7)\n  layers: 9\n" in printed
+    assert "(required)\nname: n\n" in printed
+
+
 @pytest.mark.parametrize("schema", [TrainConfig, CacheTeacherConfig, EvalGenerateConfig])
 def test_no_setting_of_a_command_is_without_an_explanation(schema: type[Any]) -> None:
     described = describe_config(schema)
