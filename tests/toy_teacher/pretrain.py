@@ -44,7 +44,6 @@ from llavamod_offline.data.encode.collate import collate
 from llavamod_offline.data.encode.template import get_template
 from llavamod_offline.data.encode.tokenize import SequenceEncoder, TokenizedSequence
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Sample, Turn
-from llavamod_offline.models.checkpoint import load_tokenizer
 from llavamod_offline.toyworld.draw import draw_scene
 from llavamod_offline.toyworld.scene import Scene, random_scene
 from tests.toy_teacher.mixtures import checked, described, mixed, questioned
@@ -231,7 +230,7 @@ def save(model: PreTrainedModel, tokenizer: Qwen2TokenizerFast, folder: Path) ->
         image_processor().save_pretrained(folder)
         LlavaProcessor(
             image_processor=image_processor(),
-            tokenizer=tokenizer,
+            tokenizer=copy.deepcopy(tokenizer),  # the processor writes its name into it
             patch_size=PATCH,
             vision_feature_select_strategy="default",
             image_token=IMAGE_PLACEHOLDER,
@@ -286,9 +285,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    made = arguments.output / "teacher"
-    tokenizer = load_tokenizer(made) if made.exists() else train_tokenizer(VOCABULARY)
-    tokenizer.chat_template = None  # the teacher's, where its folder exists: `save` adds it
+    tokenizer = train_tokenizer(VOCABULARY)
     encoder = SequenceEncoder(
         tokenizer,
         get_template("qwen"),

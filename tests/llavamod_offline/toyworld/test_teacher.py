@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +40,26 @@ def test_both_checkpoints_share_a_tokenizer_and_are_in_bfloat16() -> None:
     for folder in (TEACHER, LANGUAGE_MODEL):
         with safe_open(folder / "model.safetensors", framework="pt") as tensors:
             assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"BF16"}  # noqa: SIM118
+
+
+@pytest.mark.slow
+def test_the_recipe_makes_these_folders(tmp_path: Path) -> None:
+    """One step of each round gives the shipped files, except for the values of the weights."""
+    parts = ("tower", "teacher", "question", "caption", "presence")
+    steps = [word for part in parts for word in (f"--{part}-steps", "1")]
+    subprocess.run([sys.executable, "-m", "tests.toy_teacher.pretrain", "--output", tmp_path, *steps], check=True)
+    for folder in (TEACHER, LANGUAGE_MODEL):
+        made = tmp_path / folder.name
+        assert {file.name for file in made.iterdir()} == {file.name for file in folder.iterdir()}
+        for file in folder.glob("*.j*"):
+            assert (made / file.name).read_text() == file.read_text(), file
+        with (
+            safe_open(folder / "model.safetensors", framework="pt") as shipped,
+            safe_open(made / "model.safetensors", framework="pt") as tensors,
+        ):
+            names = list(shipped.keys())
+            assert names == list(tensors.keys())
+            assert all(shipped.get_slice(n).get_shape() == tensors.get_slice(n).get_shape() for n in names)
 
 
 def test_plain_transformers_answers_with_the_teacher() -> None:
