@@ -202,8 +202,8 @@ def every_second_layer(teacher: LlavaForConditionalGeneration) -> Qwen2ForCausal
     """The teacher's language model with every second of its layers, as in DistilBERT (arXiv 1910.01108).
 
     Which layers decides how fast students learn what images show: with seed 1 of the ladder, after aligning and 120
-    steps of distillation, a student of layers 0 and 2 answered 64 % of the questions, one of 0 and 3 55 %, one of 0 and
-    1 52 %, and one of any other pair at most 31 %.
+    steps of distillation, a student of layers 0 and 2 answered 61 % of the questions and named absent objects in 12 %
+    of its descriptions, one of layers 0 and 3 54 % and 57 %.
     """
     text = teacher.config.text_config
     kept = range(0, text.num_hidden_layers, 2)
@@ -274,7 +274,7 @@ def main() -> None:
     parser.add_argument("--question-steps", type=int, default=2200, help="the teacher's second round, mostly quizzes")
     parser.add_argument("--caption-steps", type=int, default=1000, help="the teacher's third round, mostly captions")
     parser.add_argument(
-        "--presence-steps", type=int, default=1500, help="the teacher's last round, mostly questions about presence"
+        "--presence-steps", type=int, default=1500, help="the teacher's last round, many questions about presence"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
