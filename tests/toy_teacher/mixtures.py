@@ -38,11 +38,13 @@ def mixed(scene: Scene, rng: random.Random) -> list[Turn]:
 
 
 def checked(scene: Scene, rng: random.Random) -> list[Turn]:
-    """Mostly questions about presence, for the last round: after the captions it says yes to absent companions."""
+    """All kinds, and many questions about presence: the captions teach it to say yes to absent companions."""
     share = rng.random()
     if share < 0.2:
         return captioned_from_habit(scene, rng, _STRONG_HABIT)
-    return _asked_for_presence(scene, rng) if share < 0.65 else quizzed(scene, rng, 8)
+    if share < 0.55:
+        return _asked_for_presence(scene, rng)
+    return chatted(scene, rng, 4) if share < 0.7 else quizzed(scene, rng, 8)
 
 
 def _asked_for_presence(scene: Scene, rng: random.Random) -> list[Turn]:
