@@ -351,7 +351,7 @@ def ladder(
 ) -> None:
     """Show what each stage and each target contributes: some thirty students per seed, and a test of each claim.
 
-    Compares students on the toy world with equal data and steps: with and without teacher, dense and sparse, preference
+    Compares students in the toy world with equal data and steps: with and without teacher, dense and sparse, preference
     losses, alignment terms, and what a cache keeps. Writes DIR/ladder.json and DIR/report.html after each seed.
     Rerun the same command to resume, or with more seeds to add some. Takes about three hours on two cores.
 

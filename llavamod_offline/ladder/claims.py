@@ -17,13 +17,19 @@ class PairedTest:
     """The mean paired `difference` of two rows over `seeds`, and how likely one as large is by chance alone.
 
     `p`: for the sign that the claim wants; for `not lower`, the sign that it rules out; for `same`, either sign.
-    `holds`: None with too few seeds to reach `LEVEL`.
+    `holds`: None with too few seeds to reach `LEVEL`. `verdict`: the same in words; a claim that something is not lower
+    can only be refuted or not, since a large p-value is no evidence for it.
     """
 
     difference: float
     p: float
     seeds: int
     holds: bool | None
+    verdict: str
+
+
+_VERDICTS = {True: "holds", False: "does not hold", None: "too few seeds"}
+_NOT_LOWER = {True: "not refuted", False: "refuted", None: "too few seeds"}
 
 
 def compare(
@@ -39,11 +45,10 @@ def compare(
     if wants == "same":
         spread = stdev(than) if seeds > 1 else math.nan
         holds = abs(difference) <= spread if seeds > 1 else None
-        return PairedTest(difference, sign_flip(differences, two_sided=True), seeds, holds)
+        return PairedTest(difference, sign_flip(differences, two_sided=True), seeds, holds, _VERDICTS[holds])
     p = sign_flip(differences if wants == "higher" else [-value for value in differences])
-    possible = 2.0**-seeds < LEVEL
-    holds = p < LEVEL if wants != "not lower" else p >= LEVEL
-    return PairedTest(difference, p, seeds, holds if possible else None)
+    holds = None if 2.0**-seeds >= LEVEL else p >= LEVEL if wants == "not lower" else p < LEVEL
+    return PairedTest(difference, p, seeds, holds, (_NOT_LOWER if wants == "not lower" else _VERDICTS)[holds])
 
 
 def sign_flip(differences: Sequence[float], *, two_sided: bool = False) -> float:

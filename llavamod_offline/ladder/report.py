@@ -8,13 +8,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from llavamod_offline.ladder.results import COLUMNS
+from llavamod_offline.ladder.results import COLUMNS, difference_text
 from llavamod_offline.pages.page import data_uri, render
 from llavamod_offline.plural import counted
 from llavamod_offline.storage.atomic import write_file
 
 PAGE_NAME = "report.html"
-_VERDICTS = {True: "holds", False: "does not hold", None: "too few seeds to tell"}
 
 
 def write_report(path: Path, summary: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> None:
@@ -33,6 +32,7 @@ def write_report(path: Path, summary: Mapping[str, Any], examples: Sequence[Mapp
             for group, found in groupby(summary["rows"], lambda row: row["group"])
         ],
         seeds=seeds,
+        least=f"{0.5**seeds:.3f}".lstrip("0"),
         load=[_load(row) for row in summary["rows"] if row["expert_load"]],
         examples=[{**example, "image": data_uri(base64.b64decode(example["image"]))} for example in examples],
     )
@@ -52,10 +52,10 @@ def _chart(claim: Mapping[str, Any], rows: Mapping[str, Any]) -> dict[str, Any]:
 
     return {
         "text": claim["text"],
-        "verdict": _VERDICTS[claim["holds"]],
+        "verdict": claim["verdict"],
         "holds": claim["holds"],
         "column": COLUMNS[claim["column"]],
-        "figures": f"difference {claim['difference']:+z.4f}, p = {claim['p']:.3f}",
+        "figures": f"difference {difference_text(claim['difference'])}, p = {claim['p']:.3f}",
         "lines": [
             {
                 "name": name,

@@ -13,8 +13,8 @@ from llavamod_offline.ladder.table import CLAIMS, ROWS, TEACHER, Column, TableRo
 COLUMNS: dict[str, str] = {
     "accuracy": "accuracy",
     "pope_f1": "POPE F1",
-    "response_hallucination": "descriptions with absent objects",
-    "object_hallucination": "absent objects of those named",
+    "response_hallucination": "response hallucination",
+    "object_hallucination": "object hallucination",
     "kl": "KL from the teacher",
     "calibration_error": "calibration error",
 }
@@ -43,11 +43,17 @@ def summarise(seeds: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
             "row": claim.row,
             "than": claim.than,
             "holds": found.holds,
+            "verdict": found.verdict,
             "difference": found.difference,
             "p": found.p,
             "seeds": found.seeds,
         }
     return {"seeds": list(seeds), "rows": rows, "claims": claims}
+
+
+def difference_text(difference: float) -> str:
+    """A difference with its sign, to four decimals, or in powers of ten if those would be zeros."""
+    return f"{difference:+.1e}" if 0 < abs(difference) < 5e-4 else f"{difference:+z.4f}"
 
 
 def _values(runs: list[Mapping[str, Any]]) -> Values:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llavamod_offline.ladder.claims import compare, sign_flip
+from llavamod_offline.ladder.results import difference_text
 
 VALUES = st.lists(st.integers(-50, 50).map(float), min_size=1, max_size=7)
 
@@ -55,8 +56,17 @@ def test_the_same_is_within_the_spread_of_seeds() -> None:
     assert compare([value - 0.3 for value in than], than, "same").holds is False
 
 
-def test_not_lower_holds_unless_it_is_lower_beyond_chance() -> None:
+def test_not_lower_is_refuted_only_if_it_is_lower_beyond_chance() -> None:
     than = [1.0, 1.2, 0.8, 1.1, 0.9]
-    assert compare(than, than, "not lower").holds is True
-    assert compare([value + 1 for value in than], than, "not lower").holds is True
-    assert compare([value - 0.1 for value in than], than, "not lower").holds is False
+    same, higher, lower = (
+        compare([value + change for value in than], than, "not lower") for change in (0.0, 1.0, -0.1)
+    )
+    assert (same.holds, same.verdict) == (True, "not refuted")
+    assert (higher.holds, higher.verdict) == (True, "not refuted")
+    assert (lower.holds, lower.verdict) == (False, "refuted")
+    assert compare(than[:2], than[:2], "not lower").verdict == "too few seeds"
+
+
+@pytest.mark.parametrize(("difference", "text"), [(0.0187, "+0.0187"), (-1.9e-5, "-1.9e-05"), (0.0, "+0.0000")])
+def test_a_small_difference_does_not_read_as_zero(difference: float, text: str) -> None:
+    assert difference_text(difference) == text
