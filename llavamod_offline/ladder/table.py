@@ -170,7 +170,7 @@ ROWS = (
     TableRow(_PARTS, "weighted by visual advantage, β = 4", "weighted-4", "dense"),
 )
 
-_HALLUCINATION = "response_hallucination"
+_HALLUCINATION: Column = "response_hallucination"
 _LESS = "a student hallucinates less than"
 _NO_CLOSER = "Renormalised top-k brings students no closer to the teacher than"
 CLAIMS = (

@@ -39,6 +39,14 @@ def test_help_is_quick_and_lists_recipes_and_keys() -> None:
     assert loaded.stdout.strip() == "False", f"--help took {took:.1f} s"
 
 
+def test_the_help_of_a_recipe_shows_its_values() -> None:
+    done = command("mimic_sparse", "--help")
+    assert done.returncode == 0
+    assert "Defaults are those of the recipe mimic_sparse.\n" in done.stdout
+    assert {"loss.kind=kd_lm", "student.upcycle={…}", "batch.global_size=128"} <= set(done.stdout.split())
+    assert "loss.kind=cross_entropy" in command("--help").stdout.split()
+
+
 def test_the_config_is_printed_and_read_again(world: World, tmp_path: Path) -> None:
     config = world.config("align", tmp_path / "run", "steps=1")
     (tmp_path / "mine.yaml").write_text(dump_config(config))
