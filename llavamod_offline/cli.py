@@ -14,6 +14,7 @@ import typer
 from llavamod_offline import __version__
 from llavamod_offline.config.command import Commands
 from llavamod_offline.entrypoint import run_command
+from llavamod_offline.errors import DataError, EmptySetError
 from llavamod_offline.plural import counted
 
 if TYPE_CHECKING:
@@ -68,7 +69,10 @@ GraceOption = Annotated[
         "--grace", metavar="SECONDS", help="On SIGTERM, finish the work in hand if it takes no longer than this."
     ),
 ]
-Root = Annotated[Path, typer.Option(metavar="DIR", help="Folder that the list's paths are relative to.")]
+Root = Annotated[
+    Path,
+    typer.Option(metavar="DIR", exists=True, file_okay=False, help="Folder that the list's paths are relative to."),
+]
 SourceList = Annotated[
     Path | None, typer.Option("--from", metavar="YAML", help="A list of data sets [default: the shipped one].")
 ]
@@ -159,27 +163,31 @@ def pack(
             workers=workers or available_cores(),
         )
         hint = "number the rows with --keys row" if keys is Keys.ID else "rename one of the files"
-        summary = write_set(
-            lambda start: rows(start=start),
-            output,
-            job={
-                "sources": describe_sources(files),
-                "keys": keys.value,
-                "max_side": max_side,
-                "version": __version__,
-            },
-            name=name,
-            shard_samples=shard_samples,
-            overwrite=overwrite,
-            max_rejected=max_rejected,
-            duplicate_hint=hint,
-            weights=weights | parse_weights(weight or []),
-            licences=parse_licences(licence or []),
-            listed_licences=listed_licences,
-            max_side=max_side,
-            fitting=lambda missing: advice_on_missing(missing, images or ()),
-            grace=stop,
-        )
+        try:
+            summary = write_set(
+                lambda start: rows(start=start),
+                output,
+                job={
+                    "sources": describe_sources(files),
+                    "keys": keys.value,
+                    "max_side": max_side,
+                    "version": __version__,
+                },
+                name=name,
+                shard_samples=shard_samples,
+                overwrite=overwrite,
+                max_rejected=max_rejected,
+                duplicate_hint=hint,
+                weights=weights | parse_weights(weight or []),
+                licences=parse_licences(licence or []),
+                listed_licences=listed_licences,
+                max_side=max_side,
+                fitting=lambda missing: advice_on_missing(missing, images or ()),
+                grace=stop,
+            )
+        except EmptySetError as error:
+            names = ", ".join(f"'{source.path}'" for source in given[:3]) + (", …" if len(given) > 3 else "")
+            raise DataError(f"{names}: {error}") from error
     print(json.dumps(summary.to_json(), ensure_ascii=False) if as_json else _render(summary, "packed"))
 
 

@@ -87,7 +87,9 @@ class Commands(TyperGroup):
 def _in_one_line(error: Exception, ctx: Any, typed: list[str]) -> Exception:
     """Turn a usage error into a `ConfigError`; other errors, and the help for no arguments, stay as they are."""
     message = (
-        error.format_message().rstrip(".").replace(": Value error,", ":") if hasattr(error, "format_message") else "\n"
+        error.format_message().rstrip(".").replace(": Value error,", ":").replace("Input should be", "must be")
+        if hasattr(error, "format_message")
+        else "\n"
     )
     if "\n" in message:
         return error

@@ -169,6 +169,8 @@ def _check_choice(output: Path, layout: str, top_k: int | None, data: Path | Non
         raise ConfigError(f"--top-k {top_k}: must be at least 1")
     if top_k is not None and layout == "trl":
         raise ConfigError("--top-k: --format trl writes no distributions: remove it")
+    if output.suffix != ".parquet":
+        raise ConfigError(f"output '{output}': the file is parquet: give it a name that ends with .parquet")
     if output.exists():
         raise ConfigError(f"output '{output}': already exists: choose another, or remove it")
     if not output.parent.is_dir():

@@ -102,9 +102,11 @@ def test_errors_leave_nothing(folder: Path, run: Run) -> None:
     rows = json.loads((folder / "chat.json").read_text())
     (folder / "again.jsonl").write_text("\n" + json.dumps(rows[0]))
     (folder / "cut.json").write_text(json.dumps(rows)[:-5])
+    (folder / "empty.json").write_text("[]")
     before = sorted(folder.iterdir())
     cases = [
         (["none.json"], "error: source 'none.json': no such file"),
+        (["empty.json"], "error: 'empty.json': nothing to pack: no sample in 0 rows"),
         (["chat.json", "cut.json"], "error: duplicate key 'p_x2F0': chat.json row 0 and cut.json row 0: number the "),
         (["chat.json", "again.jsonl"], "chat.json row 0 and again.jsonl row 1: number the rows with --keys row"),
         (["cut.json"], "error: cut.json: row 4 (character "),

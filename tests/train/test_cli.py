@@ -98,7 +98,7 @@ def test_errors_are_one_line_with_status_2(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
     done = command("sft", "data.set=none", "student.checkpoint=none", "output=run", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == "recipe sft\nerror: none: no such checkpoint folder\n"
+    assert done.stderr == "recipe sft\nerror: none: no such checkpoint folder: name one, or a Hub id such as org/name\n"
     assert list(tmp_path.iterdir()) == []
 
 

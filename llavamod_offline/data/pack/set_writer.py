@@ -129,10 +129,10 @@ def _displace(output: Path, folder: Path) -> Path | None:
 def _check_output(output: Path, overwrite: bool) -> None:
     if not output.exists() and not output.is_symlink():
         return
+    if output.is_symlink() or not (output / MANIFEST_NAME).is_file():
+        raise DataError(f"output '{output}' exists, and is not a set that --overwrite replaces: choose another folder")
     if not overwrite:
         raise DataError(f"output '{output}' exists: choose another folder, or replace it with --overwrite")
-    if output.is_symlink() or not (output / MANIFEST_NAME).is_file():
-        raise DataError(f"output '{output}' is not a set, so --overwrite does not replace it: choose another folder")
     own = {MANIFEST_NAME, INDEX_NAME, REJECTED_NAME}
     for path in sorted(output.iterdir()):
         if path.name not in own and path.suffix != ".tar" and not path.name.startswith("."):

@@ -42,6 +42,7 @@ from llavamod_offline.errors import DataError
 from llavamod_offline.storage.disk_cache import DiskCache
 from llavamod_offline.storage.folders import LocalFolder, is_url, open_folder
 from llavamod_offline.storage.remote import RemoteFolder, Wanted
+from llavamod_offline.storage.walk import no_folder
 
 SET_FORMAT = 2
 INDEX_NAME = "index.arrow"
@@ -302,7 +303,7 @@ def _place(path: Path | str, file: str) -> Path | str:
 def _read_manifest(folder: LocalFolder | RemoteFolder) -> tuple[dict[str, Any], tuple[Shard, ...]]:
     path = folder.where
     if isinstance(folder, LocalFolder) and not folder.path.is_dir():
-        raise DataError(f"set '{path}': no such folder: make a set with `llavamod-offline pack`")
+        raise DataError(f"set '{path}': {no_folder(folder.path)}: make a set with `llavamod-offline pack`")
     try:
         content = folder.read(MANIFEST_NAME)
     except FileNotFoundError as error:

@@ -241,14 +241,16 @@ def test_forced_tokens_are_in_every_head(world: World, tmp_path: Path) -> None:
     [
         ("capture.min_prop=0.9", ConfigError, "min_prob"),
         ("capture.top_k=many", ConfigError, "capture.top_k"),
-        ("capture.top_k=0", ConfigError, "top_k is 0, must be at least 1"),
+        ("capture.top_k=0", ConfigError, "capture.top_k is 0: must be at least 1"),
         (
             "capture.precision=float8",
             ConfigError,
             "capture.precision is 'float8': must be one of coarse, fine",
         ),
         ("capture.positions=some", ConfigError, "capture.positions is 'some': must be response or all"),
-        ("capture.temperatures=[1.0]", ConfigError, "temperatures must be positive and not 1"),
+        ("capture.temperatures=[1.0]", ConfigError, "capture.temperatures is [1.0]: all must be above 0, and not 1"),
+        ("capture.temperature=0", ConfigError, "capture.temperature is 0: must be above 0"),
+        ("capture.top_p=1.5", ConfigError, "capture.top_p is 1.5: must be from 0 to 1"),
         ("capture.forced_tokens=['circle square']", ConfigError, "'circle square' is"),
         ("batch_size=0", ConfigError, "batch_size is 0: must be at least 1"),
         ("slice=4/4", ConfigError, "slice: in '4/4'"),
