@@ -14,8 +14,9 @@ import typer
 from llavamod_offline import __version__
 from llavamod_offline.config.command import Commands
 from llavamod_offline.entrypoint import run_command
-from llavamod_offline.errors import DataError, EmptySetError
+from llavamod_offline.errors import ConfigError, DataError, EmptySetError
 from llavamod_offline.plural import counted
+from llavamod_offline.storage.walk import no_folder
 
 if TYPE_CHECKING:
     from llavamod_offline.data.pack.set_writer import PackSummary
@@ -69,13 +70,15 @@ GraceOption = Annotated[
         "--grace", metavar="SECONDS", help="On SIGTERM, finish the work in hand if it takes no longer than this."
     ),
 ]
-Root = Annotated[
-    Path,
-    typer.Option(metavar="DIR", exists=True, file_okay=False, help="Folder that the list's paths are relative to."),
-]
+Root = Annotated[Path, typer.Option(metavar="DIR", help="Folder that the list's paths are relative to.")]
 SourceList = Annotated[
     Path | None, typer.Option("--from", metavar="YAML", help="A list of data sets [default: the shipped one].")
 ]
+
+
+def _check_root(root: Path) -> None:
+    if not root.is_dir():
+        raise ConfigError(f"--root {root}: {no_folder(root)}")
 
 
 @app.callback()
@@ -147,6 +150,7 @@ def pack(
     weights: dict[str, float] = {}
     listed_licences: dict[str, str] = {}
     if stage is not None:
+        _check_root(root)
         listed, weights, listed_licences = stage_sources(read_catalogue(source_list or SHIPPED), stage, root)
         given = [*listed, *given]
     if not given:
@@ -274,6 +278,7 @@ def doctor(
     from llavamod_offline.data.sources.doctor import examine, render
     from llavamod_offline.progress import ProgressBar
 
+    _check_root(root)
     sets = read_catalogue(source_list or SHIPPED).of_stage(stage)
     total = sum(
         path.stat().st_size for entry in sets.values() for _, found in find_files(entry, root) for path in found

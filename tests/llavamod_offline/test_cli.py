@@ -233,6 +233,8 @@ def test_doctor_and_the_stages_of_a_list(folder: Path, run: Run) -> None:
     assert unknown == "error: licence of 'pears': no samples from that source: name one of 'chat', 'pairs'\n"
     refused = run("pack", "--from", "list.yaml", "--stage", "all", "--root", "pictures", "--output", "other")
     assert "source 'chat': pictures/chat.json is missing: `llavamod-offline doctor` lists the rest" in refused.err
+    for command in (("doctor", "list.yaml"), ("pack", "--from", "list.yaml", "--stage", "all", "--output", "other")):
+        assert run(*command, "--root", "none").err == "error: --root none: no such folder\n"
     assert run("pack", "--output", "other").status == 2
 
 
