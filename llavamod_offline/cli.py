@@ -156,6 +156,7 @@ def pack(
     if not given:
         raise typer.BadParameter("name source files, or a --stage", param_hint="SOURCE")
     files = check_sources(given, images or (), by_row=keys is Keys.ROW)
+    folders = {folder for source in files for folder in source.images}
     with Grace(grace) as stop, ProgressBar("pack", sources_size(files), "B", scale=True) as bar:
         rows = partial(
             prepare_sources,
@@ -187,6 +188,7 @@ def pack(
                 listed_licences=listed_licences,
                 max_side=max_side,
                 fitting=lambda missing: advice_on_missing(missing, images or ()),
+                is_there=lambda image: any((folder / image).is_file() for folder in folders),
                 grace=stop,
             )
         except EmptySetError as error:

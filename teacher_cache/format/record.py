@@ -55,6 +55,7 @@ def out_of_range(
             f"temperatures is {[*temperatures]}: all must be above 0, and not 1, which is always included",
         ),
         (len(set(temperatures)) == len(temperatures), f"temperatures is {[*temperatures]}: list each once"),
+        (len(forced) <= 255, f"forced_tokens has {len(forced)}: must be at most 255"),
         (len(set(forced)) == len(forced), f"forced_tokens is {[*forced]}: list each once"),
     )
     return (f"capture.{problem}" for fine, problem in checks if not fine)

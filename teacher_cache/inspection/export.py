@@ -281,6 +281,7 @@ class _Prompts:
             image_token_id=-1,  # text only, see `is_text`
             image_tokens=0,
             max_length=int(about["sequence"]["max_length"]),
+            add_start=bool(about["sequence"].get("start_ids")),
         )
 
     def is_text(self, key: str) -> bool:

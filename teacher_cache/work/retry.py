@@ -2,7 +2,7 @@
 
 A shard that fails again stays listed as failed. Rejected sequences are tried alone first; if some of a shard's can be
 captured now, the whole shard is captured and replaced, since its files belong together: the result is that of a capture
-that never rejected them. An interrupted retry leaves a cache that `work`, `run` or `retry` continues.
+that never rejected them. An interrupted retry leaves a cache that `work` or `run` continues.
 """
 
 from __future__ import annotations
@@ -183,7 +183,6 @@ def _recover(
             *(name, len(lost), key, role),
         )
         return 0
-    store.remove(name)
-    store.commit(name, captured, left, setup.codec)
+    store.replace(name, captured, left, setup.codec)
     tally.add(len(captured), sum(len(item.records) for item in captured), left)
     return len(rejected - {(item.key, item.role) for item in left})

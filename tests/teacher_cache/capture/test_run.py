@@ -251,6 +251,11 @@ def test_forced_tokens_are_in_every_head(world: World, tmp_path: Path) -> None:
         ("capture.temperatures=[1.0]", ConfigError, "capture.temperatures is [1.0]: all must be above 0, and not 1"),
         ("capture.temperature=0", ConfigError, "capture.temperature is 0: must be above 0"),
         ("capture.top_p=1.5", ConfigError, "capture.top_p is 1.5: must be from 0 to 1"),
+        (
+            f"capture.forced_tokens={[str(n) for n in range(256)]}",
+            ConfigError,
+            "capture.forced_tokens has 256: must be at",
+        ),
         ("capture.forced_tokens=['circle square']", ConfigError, "'circle square' is"),
         ("batch_size=0", ConfigError, "batch_size is 0: must be at least 1"),
         ("slice=4/4", ConfigError, "slice: in '4/4'"),
@@ -290,7 +295,10 @@ def test_another_set_or_other_settings_into_the_same_output_are_refused(world: W
         world.run(finished, "capture.top_k=7", "max_length=99")
     with pytest.raises(CacheError, match=r"data.digest: was"):
         world.run(finished, data=world.pairs)
-    summary = world.run(finished, "capture.top_k=7", allow=("capture.top_k",))
+    for setting in ("capture.top_k=7", "capture.temperature=2", "capture.temperatures=[3]"):
+        with pytest.raises(ConfigError, match=r"allow: capture\.\w+ decides how records are read: it cannot differ"):
+            world.run(finished, setting, allow=("capture",))
+    summary = world.run(finished, "capture.seed=7", allow=("capture.seed",))
     assert summary.sequences == 0
     assert file_entries(finished) == before
 
