@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from statistics import mean, stdev
 from typing import Literal
 
+import numpy as np
+
 LEVEL = 0.05
+_EXACT, _DRAWS = 16, 2**16
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,8 @@ class PairedTest:
 
     `p`: for the sign that the claim wants; for `not lower`, the sign that it rules out; for `same`, either sign.
     `holds`: None with too few seeds to reach `LEVEL`. `verdict`: the same in words; a claim that something is not lower
-    can only be refuted or not, since a large p-value is no evidence for it.
+    can only be refuted or not, since a large p-value is no evidence for it. All are NaN, None and `undefined` if a
+    value is NaN.
     """
 
     difference: float
@@ -42,6 +45,8 @@ def compare(
     """
     differences = [mine - other for mine, other in zip(row, than, strict=True)]
     seeds, difference = len(differences), mean(differences)
+    if not math.isfinite(difference):
+        return PairedTest(math.nan, math.nan, seeds, None, "undefined")
     if wants == "same":
         spread = stdev(than) if seeds > 1 else math.nan
         holds = abs(difference) <= spread if seeds > 1 else None
@@ -52,17 +57,19 @@ def compare(
 
 
 def sign_flip(differences: Sequence[float], *, two_sided: bool = False) -> float:
-    """The share of all sign assignments whose sum is at least as large as the observed one.
+    """The share of sign assignments whose sum is at least as large as the observed one.
 
-    Fisher's randomisation test of paired differences: exact, with a smallest p-value of 1/2ⁿ.
+    Fisher's randomisation test of paired differences, with a smallest p-value of 1/2ⁿ: exact up to `_EXACT` of them,
+    beyond that by random assignments.
     """
-    size = sum(differences)
-    sums = [sum(sign * value for sign, value in zip(signs, differences, strict=True)) for signs in _signs(differences)]
+    if len(differences) <= _EXACT:
+        sums = np.zeros(1)
+        for value in differences:
+            sums = np.concatenate([sums + value, sums - value])
+    else:
+        signs = np.random.default_rng(0).choice([-1.0, 1.0], (_DRAWS, len(differences)))
+        sums = np.append(signs @ np.array(differences), sum(differences))
     slack = 1e-12 * max((abs(value) for value in differences), default=0.0)
     if two_sided:
-        return sum(abs(other) >= abs(size) - slack for other in sums) / len(sums)
-    return sum(other >= size - slack for other in sums) / len(sums)
-
-
-def _signs(differences: Sequence[float]) -> list[tuple[int, ...]]:
-    return list(product((1, -1), repeat=len(differences)))
+        return float(np.mean(np.abs(sums) >= abs(sum(differences)) - slack))
+    return float(np.mean(sums >= sum(differences) - slack))

@@ -138,7 +138,7 @@ def test_a_users_error_leaves_nothing_and_a_lost_worker_leaves_what_is_done(file
     unreadable = DataError("x: cannot be read")
     unreadable.__cause__ = OSError(errno.EIO, "disk")
     kept = [".set.packing"]
-    cases = (
+    cases: tuple[tuple[Exception, list[str]], ...] = (
         (DataError("x: row 3: bad"), []),
         (StorageError("a server"), kept),
         (unreadable, kept),
