@@ -134,7 +134,8 @@ def score_command(
     as_json: AsJson = False,
     allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Count missing answers as wrong.")] = False,
     judge: Annotated[
-        str | None, typer.Option(help="URL of a chat server, a model's folder, or a file of recorded replies.")
+        str | None,
+        typer.Option(help="URL of a chat server, a model's folder or Hub id, or a file of recorded replies."),
     ] = None,
     judge_model: Annotated[str, typer.Option(help="The judge's model, if the server or record has several.")] = "",
     judge_template: Annotated[Path | None, typer.Option(help="Your own wording of the judge's question.")] = None,

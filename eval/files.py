@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llavamod_offline.errors import EvalError
+from llavamod_offline.storage.walk import no_folder
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -134,7 +135,7 @@ def find_file(root: Path, *candidates: str) -> Path:
         if (root / candidate).is_file():
             return root / candidate
     if not root.is_dir():
-        raise EvalError(f"{root}: no such folder: set 'root' to the folder with the benchmarks' folders")
+        raise EvalError(f"{root}: {no_folder(root)}: set 'root' to the folder with the benchmarks' folders")
     raise EvalError(f"{root}: no {' or '.join(candidates)}: put the benchmark's files there")
 
 

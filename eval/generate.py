@@ -57,8 +57,8 @@ class EvalGenerateConfig:
     tasks: list[str] = field(default_factory=list)
     """Benchmarks to answer, at least one, such as [pope, gqa]."""
     engine: AnswerEngineName = "hf"
-    """What runs the model: hf (transformers) or vllm for a LLaVA student; processor for any other image-text-to-text
-    checkpoint, with its own chat template and image processor."""
+    """What runs the model: hf (transformers) or vllm for the families in the README; processor for any other
+    image-text-to-text checkpoint, with its own chat template and image processor."""
     template: str = "auto"
     """Prompt template that the student was trained with: auto (taken from its chat template, or from answers already in
     the output), qwen (LLaVA-MoD's own), chatml, llava_v1, or tokenizer (its chat template); not used by processor."""

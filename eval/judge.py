@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from eval.files import read_jsonl
 from llavamod_offline.errors import ConfigError, EvalError, ModelError, first_line
+from llavamod_offline.models.hub import checkpoint_folder
 from llavamod_offline.progress import track
 from llavamod_offline.signals import keeping
 
@@ -120,12 +121,18 @@ class UrlJudge:
 
 
 class LocalJudge:
-    """A chat model in a local folder, run greedily in transformers."""
+    """A chat model in a local folder, run greedily in transformers, on a GPU if there is one.
+
+    `model`: its name and a digest of its files, so that replies of another model of this name are not taken for its.
+    """
 
     def __init__(self, folder: Path, *, max_tokens: int = MAX_REPLY_TOKENS) -> None:
         from transformers import AutoModelForCausalLM
 
+        from eval.engines.hf import checkpoint_digest
         from llavamod_offline.models.checkpoint import load_tokenizer
+        from llavamod_offline.models.device import pick_device
+        from llavamod_offline.models.hub import checkpoint_name
 
         self.tokenizer = load_tokenizer(folder)
         if not self.tokenizer.chat_template:
@@ -134,8 +141,9 @@ class LocalJudge:
             model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise ModelError(f"{folder}: the judge cannot be loaded: {first_line(error)}") from error
-        self._network = model.eval()
-        self.model = folder.resolve().name
+        self._device = pick_device("auto")
+        self._network = model.eval().to(self._device)
+        self.model = f"{checkpoint_name(folder)}@{checkpoint_digest(folder)[:12]}"
         self._max_tokens = max_tokens
 
     def complete(self, messages: Sequence[Message]) -> Reply:
@@ -144,7 +152,7 @@ class LocalJudge:
         from transformers import GenerationConfig
 
         prompt = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-        ids_1T = self.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        ids_1T = self.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"].to(self._device)
         settings = GenerationConfig(
             do_sample=False,
             max_new_tokens=self._max_tokens,
@@ -187,17 +195,17 @@ class RecordedJudge:
 
 
 def open_judge(name: str, *, model: str = "", key_variable: str = "", max_tokens: int = MAX_REPLY_TOKENS) -> Judge:
-    """Open the judge that `--judge` names: a URL, a model's folder, or a file of recorded replies."""
+    """Open the judge that `--judge` names: a URL, a model's folder or Hub id, or a file of recorded replies."""
     if max_tokens < 1:
         raise ConfigError(f"--judge-max-tokens is {max_tokens}: must be at least 1")
     if "://" in name:
         return UrlJudge(name, model, key_variable=key_variable, max_tokens=max_tokens)
-    path = Path(name)
-    if path.is_dir():
-        return LocalJudge(path, max_tokens=max_tokens)
-    if path.is_file():
-        return RecordedJudge(path, model)
-    raise ConfigError(f"judge '{name}': neither a URL, nor a model's folder, nor a file of recorded replies")
+    if Path(name).is_file():
+        return RecordedJudge(Path(name), model)
+    folder = checkpoint_folder(name)
+    if folder.is_dir():
+        return LocalJudge(folder, max_tokens=max_tokens)
+    raise ConfigError(f"judge '{name}': neither a URL, nor a model's folder or Hub id, nor a file of recorded replies")
 
 
 def ask(judge: Judge, questions: Mapping[str, str], record: Path) -> dict[str, str]:

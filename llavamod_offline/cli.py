@@ -14,7 +14,9 @@ import typer
 from llavamod_offline import __version__
 from llavamod_offline.config.command import Commands
 from llavamod_offline.entrypoint import run_command
+from llavamod_offline.errors import ConfigError, DataError, EmptySetError
 from llavamod_offline.plural import counted
+from llavamod_offline.storage.walk import no_folder
 
 if TYPE_CHECKING:
     from llavamod_offline.data.pack.set_writer import PackSummary
@@ -72,6 +74,11 @@ Root = Annotated[Path, typer.Option(metavar="DIR", help="Folder that the list's 
 SourceList = Annotated[
     Path | None, typer.Option("--from", metavar="YAML", help="A list of data sets [default: the shipped one].")
 ]
+
+
+def _check_root(root: Path) -> None:
+    if not root.is_dir():
+        raise ConfigError(f"--root {root}: {no_folder(root)}")
 
 
 @app.callback()
@@ -143,11 +150,13 @@ def pack(
     weights: dict[str, float] = {}
     listed_licences: dict[str, str] = {}
     if stage is not None:
+        _check_root(root)
         listed, weights, listed_licences = stage_sources(read_catalogue(source_list or SHIPPED), stage, root)
         given = [*listed, *given]
     if not given:
         raise typer.BadParameter("name source files, or a --stage", param_hint="SOURCE")
     files = check_sources(given, images or (), by_row=keys is Keys.ROW)
+    folders = {folder for source in files for folder in source.images}
     with Grace(grace) as stop, ProgressBar("pack", sources_size(files), "B", scale=True) as bar:
         rows = partial(
             prepare_sources,
@@ -159,27 +168,32 @@ def pack(
             workers=workers or available_cores(),
         )
         hint = "number the rows with --keys row" if keys is Keys.ID else "rename one of the files"
-        summary = write_set(
-            lambda start: rows(start=start),
-            output,
-            job={
-                "sources": describe_sources(files),
-                "keys": keys.value,
-                "max_side": max_side,
-                "version": __version__,
-            },
-            name=name,
-            shard_samples=shard_samples,
-            overwrite=overwrite,
-            max_rejected=max_rejected,
-            duplicate_hint=hint,
-            weights=weights | parse_weights(weight or []),
-            licences=parse_licences(licence or []),
-            listed_licences=listed_licences,
-            max_side=max_side,
-            fitting=lambda missing: advice_on_missing(missing, images or ()),
-            grace=stop,
-        )
+        try:
+            summary = write_set(
+                lambda start: rows(start=start),
+                output,
+                job={
+                    "sources": describe_sources(files),
+                    "keys": keys.value,
+                    "max_side": max_side,
+                    "version": __version__,
+                },
+                name=name,
+                shard_samples=shard_samples,
+                overwrite=overwrite,
+                max_rejected=max_rejected,
+                duplicate_hint=hint,
+                weights=weights | parse_weights(weight or []),
+                licences=parse_licences(licence or []),
+                listed_licences=listed_licences,
+                max_side=max_side,
+                fitting=lambda missing: advice_on_missing(missing, images or ()),
+                is_there=lambda image: any((folder / image).is_file() for folder in folders),
+                grace=stop,
+            )
+        except EmptySetError as error:
+            names = ", ".join(f"'{source.path}'" for source in given[:3]) + (", …" if len(given) > 3 else "")
+            raise DataError(f"{names}: {error}") from error
     print(json.dumps(summary.to_json(), ensure_ascii=False) if as_json else _render(summary, "packed"))
 
 
@@ -266,6 +280,7 @@ def doctor(
     from llavamod_offline.data.sources.doctor import examine, render
     from llavamod_offline.progress import ProgressBar
 
+    _check_root(root)
     sets = read_catalogue(source_list or SHIPPED).of_stage(stage)
     total = sum(
         path.stat().st_size for entry in sets.values() for _, found in find_files(entry, root) for path in found
@@ -351,7 +366,7 @@ def ladder(
 ) -> None:
     """Show what each stage and each target contributes: some thirty students per seed, and a test of each claim.
 
-    Compares students on the toy world with equal data and steps: with and without teacher, dense and sparse, preference
+    Compares students in the toy world with equal data and steps: with and without teacher, dense and sparse, preference
     losses, alignment terms, and what a cache keeps. Writes DIR/ladder.json and DIR/report.html after each seed.
     Rerun the same command to resume, or with more seeds to add some. Takes about three hours on two cores.
 

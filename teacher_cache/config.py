@@ -13,6 +13,7 @@ from llavamod_offline.data.sample import KEY_PATTERN
 from llavamod_offline.vllm.settings import VllmSettings
 from teacher_cache.engines.registry import EngineName
 from teacher_cache.engines.server.settings import ServerSettings
+from teacher_cache.format.record import out_of_range
 from teacher_cache.format.schema import HiddenKind, HiddenPositions, PrecisionName, WithoutImage
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class CaptureConfig:
     """Values for the settings below: small, compact or standard (about 20, 30 or 75 bytes per record), exhaustive (the
     whole vocabulary), or reference (only the log-probs of the actual tokens, for preference training)."""
     top_p: float | None = None
-    """Keep the most likely ids up to this cumulative probability, above 0 and at most 1."""
+    """Keep the most likely ids up to this cumulative probability, from 0 to 1; always at least one id."""
     min_prob: float | None = None
     """Keep no id whose probability is below this."""
     top_k: int | None = None
@@ -100,6 +101,17 @@ class CaptureConfig:
             yield f"capture.attempts is {self.attempts}: must be at least 1"
         if self.hidden_positions == "image" and self.positions != "all":
             yield "capture.hidden_positions: image needs records at image tokens: set capture.positions to all"
+        keep = self.resolved
+        yield from out_of_range(
+            top_p=keep.top_p,
+            min_prob=keep.min_prob,
+            top_k=1 if keep.top_k is None else keep.top_k,
+            tail_samples_max=keep.tail_samples_max,
+            tail_samples_per_mass=keep.tail_samples_per_mass,
+            temperatures=keep.temperatures,
+            temperature=keep.temperature,
+            forced=keep.forced_tokens,
+        )
 
     @property
     def resolved(self) -> Preset:

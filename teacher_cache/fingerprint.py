@@ -36,6 +36,22 @@ _LONGER = "rejected"  # what happens to a sequence of more than max_length token
 _LATER = ("engine.head_dtype", "engine.device", "template.system_turn", "data.writer", "data.round")
 _TODAY = {f"capture.{name}": f"capture.{own}" for name, own in STORED_SETTINGS.items()}
 _SHOWN = 16
+# These decide how records are read and what an id means, so they must be equal across a cache.
+_HOW_TO_READ = (
+    "capture.vocab_size",
+    "capture.temperature",
+    "capture.temperatures",
+    "capture.precision",
+    "capture.positions",
+    "capture.hidden",
+    "capture.without_image",
+    "capture.top_k",
+    "capture.tail_samples_max",
+    "capture.forced_ids",
+    "tokenizer.vocabulary",
+    "tokenizer.merges",
+    "tokenizer.added_tokens",
+)
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
@@ -136,6 +152,14 @@ def differences(
         if values[0] != values[1]:
             found.append(f"{field}: {names[0]} {_short(values[0])}, {names[1]} {_short(values[1])}")
     return found
+
+
+def check_read_alike(left: Mapping[str, Any], right: Mapping[str, Any]) -> None:
+    """Refuse fingerprints whose records cannot be in one cache, whatever is allowed. Errors: `ConfigError`."""
+    sides = [dict(flatten(side)) for side in (left, right)]
+    for field in _HOW_TO_READ:
+        if sides[0].get(field) != sides[1].get(field):
+            raise ConfigError(f"allow: {field} decides how records are read: it cannot differ within one cache")
 
 
 def check_allowed(allow: Sequence[str], *fingerprints: Mapping[str, Any]) -> None:

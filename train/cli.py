@@ -21,7 +21,7 @@ from llavamod_offline.errors import ConfigError
 from llavamod_offline.plural import counted
 from llavamod_offline.storage.atomic import write_file
 from train.config import MeasureConfig, TrainConfig
-from train.config.recipes import changes_to_recipe, recipe_and_changes, recipe_names, resolve_config
+from train.config.recipes import changes_to_recipe, recipe_and_changes, recipe_names, recipe_of, resolve_config
 
 if TYPE_CHECKING:
     from train.run_summary import TrainSummary
@@ -37,7 +37,10 @@ measurements = typer.Typer(
 )
 
 
-@app.command(cls=settings_command(lambda: TrainConfig), epilog=f"Recipes: {', '.join(recipe_names())}")
+@app.command(
+    cls=settings_command(lambda: TrainConfig, recipe_of),
+    epilog=f"Recipes: {', '.join(recipe_names())}; train-student RECIPE --help shows a recipe's defaults.",
+)
 def run(
     arguments: Annotated[
         list[str],

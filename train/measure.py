@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llavamod_offline.data.encode.tokenize import NO_TARGET
 from llavamod_offline.errors import DataError
+from llavamod_offline.families.folder import longrope_from
 from llavamod_offline.losses.divergence import forward_kl
 from llavamod_offline.losses.targets import SparseTargets
 from llavamod_offline.models.checkpoint import vocabulary_size
@@ -63,7 +64,9 @@ def measure(config: MeasureConfig) -> Measurement:
     head = lm_head_of(student)
     sums = _Sums(vocabulary_size(setup.family.encoder.tokenizer, head.rows), world.device)
     places = list(range(len(setup.joined.rows)))
-    size = config.batch_size if setup.family.batches else 1
+    longest = longrope_from(student.config)  # beyond it, positions depend on the longest sequence of a batch
+    alone = not setup.family.batches or (longest is not None and config.max_length > longest)
+    size = 1 if alone else config.batch_size
     batches = [places[i : i + size] for i in range(0, len(places), size)]
     forward = StudentPass(setup.family.forward)
     with torch.no_grad(), ProgressBar("measure", len(places), "sample") as bar:
@@ -93,7 +96,7 @@ def _as_training(config: MeasureConfig) -> TrainConfig:
         template=config.template,
         image_aspect=config.image_aspect,
         max_length=config.max_length,
-        loss=LossConfig(kind="only_kd" if distils else "cross_entropy", tail="bucket"),
+        loss=LossConfig(kind="only_kd", tail="bucket") if distils else LossConfig(),
         batch=BatchConfig(1, 1),
         workers=config.workers,
     )

@@ -85,6 +85,11 @@ def is_remedy(key: str) -> bool:
     return any(key == remedy or key.startswith(f"{remedy}.") for remedy in _REMEDIES)
 
 
+def may_change(key: str) -> bool:
+    """Whether a setting may change when a run is resumed, as a remedy or because it does not change what is learned."""
+    return is_remedy(key) or key in _FREE_KEYS
+
+
 def different_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
     """List the flat settings that differ, by key; one that the earlier run's version lacked counts as off."""
     keys = sorted(key for key in before.keys() | now.keys() if key in before or now[key])

@@ -19,7 +19,7 @@ from eval.example import Example
 from llavamod_offline.data.images import decode_image
 from llavamod_offline.errors import ModelError
 from llavamod_offline.families.processor import loading
-from llavamod_offline.models.checkpoint import load_weights
+from llavamod_offline.models.checkpoint import check_folder, load_weights
 from llavamod_offline.models.device import pick_device
 
 
@@ -32,8 +32,9 @@ class ProcessorEngine:
     def __init__(
         self, folder: Path, *, template: str = "", image_aspect: str = "", dtype: str = "auto", device: str = "auto"
     ) -> None:
+        check_folder(folder)
         if not (folder / "config.json").is_file():
-            raise ModelError(f"{folder}: no such checkpoint folder (it has no config.json)")
+            raise ModelError(f"{folder}: no config.json, so it is not a checkpoint folder")
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
         with loading(folder):

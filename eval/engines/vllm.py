@@ -59,7 +59,7 @@ class VllmEngine:
             prefix=plugin.PREFIX,
             register=plugin.register,
             dtype=self.dtype,
-            device=where.type,
+            device=str(where),
             max_length=self.family.context_length,
             runner="generate",
         )

@@ -14,6 +14,7 @@ from eval.task import Task
 from eval.tasks import get_task
 from eval.unanswerable import read_unanswerable
 from llavamod_offline.errors import ConfigError
+from llavamod_offline.plural import counted
 from llavamod_offline.storage.atomic import write_file
 
 
@@ -21,13 +22,19 @@ def export(name: str, root: Path, predictions: Path, output: Path, *, model: str
     """Write the predictions of a task in the format that `output`'s suffix names.
 
     Unanswerable questions get an empty answer.
-    Errors: `EvalError` for missing, unknown or duplicate ids; `ConfigError` for a format that the task lacks.
+    Errors: `EvalError` for missing, unknown or duplicate ids; `ConfigError` for a format that the task lacks, and
+    for an upload of some of the questions.
     """
     task = get_task(name)
     allowed = (".jsonl", *([task.upload.suffix] if task.upload else []))
     if output.suffix not in allowed:
         raise ConfigError(f"{output}: '{name}' can only be exported as {' or '.join(allowed)}: rename the output")
-    examples, _ = asked_examples(task, root, predictions)
+    examples, limit = asked_examples(task, root, predictions)
+    if limit is not None and output.suffix != ".jsonl":
+        raise ConfigError(
+            f"{predictions}: answers the first {counted(limit, 'question')} only, and an upload needs all: generate "
+            "without limit, or export as .jsonl"
+        )
     unanswerable = read_unanswerable(predictions)
     answers = read_predictions(predictions, name)
     joined = join(examples, answers, question_key=task.question_key, path=predictions, unanswerable=unanswerable)

@@ -48,7 +48,8 @@ class ScoredRun:
 def load_run(path: Path, root: Path, name: str) -> ScoredRun:
     """Score every `TASK/predictions.jsonl` of an output folder of `generate`.
 
-    Tasks that need a judge are scored from its recorded replies beside the predictions.
+    Tasks that need a judge are scored from its recorded replies beside the predictions. What cannot be scored is listed
+    with the reason. Errors: `EvalError` if nothing can.
     """
     found = {task: path / task / "predictions.jsonl" for task in TASKS}
     found = {task: file for task, file in found.items() if file.is_file()}
@@ -56,13 +57,18 @@ def load_run(path: Path, root: Path, name: str) -> ScoredRun:
         raise EvalError(f"{path}: has no TASK/predictions.jsonl: name an output folder of 'eval-student generate'")
     scores, unscored = {}, {}
     for task, file in found.items():
-        judge = None
-        if TASKS[task].score is None:
-            if not (file.parent / RECORD).is_file():
-                unscored[task] = f"no {RECORD}: score it with --judge first"
-                continue
-            judge = RecordedJudge(file.parent / RECORD)
-        scores[task] = score_task(task, root, file, judge=judge)
+        judged, record = TASKS[task].score is None, file.parent / RECORD
+        if judged and not record.is_file():
+            unscored[task] = f"no {RECORD}: score it with --judge first"
+            continue
+        try:
+            scores[task] = score_task(task, root, file, judge=RecordedJudge(record) if judged else None)
+        except (ConfigError, EvalError) as error:
+            unscored[task] = str(error)
+    if not scores:
+        raise EvalError(
+            f"{path}: nothing can be scored: {'; '.join(f'{task}: {why}' for task, why in unscored.items())}"
+        )
     return ScoredRun(name, scores, unscored)
 
 

@@ -83,7 +83,7 @@ def _metrics(task: str, scored: Sequence[ScoredRun]) -> dict[str, Any]:
     """The runs with a score for a task, and (metric, a value per run)."""
     scores = [run.scores[task] for run in scored]
     rows = [
-        (name, ["–" if name not in score.metrics else f"{score.metrics[name]:.4f}" for score in scores])
+        (name, [_four_digits(score.metrics.get(name)) for score in scores])
         for name in dict.fromkeys(name for score in scores for name in score.metrics)
     ]
     rows += [
@@ -91,6 +91,10 @@ def _metrics(task: str, scored: Sequence[ScoredRun]) -> dict[str, Any]:
         for name in ("n", "n_missing", "n_unanswerable", "n_unparsed")
     ]
     return {"runs": scored, "rows": rows}
+
+
+def _four_digits(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
 
 
 def _samples(runs: Sequence[ScoredRun], examples: Mapping[str, Sequence[Example[Any]]], limit: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -38,14 +39,18 @@ class OneLineCommand(TyperCommand):
             raise _in_one_line(error, ctx, args) from error
 
 
-def settings_command(schema: Callable[[], type[Any]]) -> type[TyperCommand]:
+def settings_command(
+    schema: Callable[[], type[Any]], recipe: Callable[[list[str]], Path | None] = lambda words: None
+) -> type[TyperCommand]:
     """Make the class of a command whose settings are the fields of a dataclass, imported only when needed.
 
-    Its help ends with the settings. An option named like a setting is a `ConfigError` that says what to write instead.
+    Its help ends with the settings; the defaults are those of the file that `recipe` finds for the words typed, if any.
+    An option named like a setting is a `ConfigError` that says what to write instead.
     """
 
     class SettingsCommand(OneLineCommand):
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            ctx.meta[_TYPED] = list(args)
             own = {name for parameter in self.get_params(ctx) for name in (*parameter.opts, *parameter.secondary_opts)}
             for place, argument in enumerate(args):
                 name, equals, value = argument.partition("=")
@@ -58,7 +63,9 @@ def settings_command(schema: Callable[[], type[Any]]) -> type[TyperCommand]:
 
             super().format_epilog(ctx, formatter)
             formatter.write_paragraph()
-            formatter.write(f"{_HOW_TO_SET}\n\n{describe_config(schema())}\n")
+            file = recipe(ctx.meta[_TYPED])
+            defaults = f"Defaults are those of the recipe {file.stem}.\n" if file else ""
+            formatter.write(f"{_HOW_TO_SET}\n{defaults}\n{describe_config(schema(), recipe=file)}\n")
 
     return SettingsCommand
 
@@ -80,7 +87,9 @@ class Commands(TyperGroup):
 def _in_one_line(error: Exception, ctx: Any, typed: list[str]) -> Exception:
     """Turn a usage error into a `ConfigError`; other errors, and the help for no arguments, stay as they are."""
     message = (
-        error.format_message().rstrip(".").replace(": Value error,", ":") if hasattr(error, "format_message") else "\n"
+        error.format_message().rstrip(".").replace(": Value error,", ":").replace("Input should be", "must be")
+        if hasattr(error, "format_message")
+        else "\n"
     )
     if "\n" in message:
         return error

@@ -126,6 +126,9 @@ def wrong_value(key: str, hint: Any, value: Any) -> str:
         return f"{key} is not a list: '{value}': quote items that hold brackets or braces: {key}=['a=[b,c]',d]"
     if get_origin(plain(hint)) in (list, tuple) and not isinstance(value, list):
         return f"{key} takes a list: write {key}=[{_shown(value)}]"
+    if isinstance(value, dict) and all(item is None and ":" in name for name, item in value.items()):
+        name, _, item = next(iter(value)).partition(":")
+        return f"{key} has no values: write a space after each colon: {key}={{{name}: {item}}}"
     return f"{key} is {_quoted(value)}: must be {expected(hint)}"
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,19 @@ _WIDTH = 120
 _KINDS: dict[Any, str] = {int: "whole number", float: "number", bool: "true | false"}
 
 
-def describe_config(schema: type[Any], width: int | None = None) -> str:
-    """List every setting of `schema` by section: its key, default, allowed values and what it does, for `--help`."""
+def describe_config(schema: type[Any], width: int | None = None, *, recipe: Path | None = None) -> str:
+    """List every setting of `schema` by section: its key, default, allowed values and what it does, for `--help`.
+
+    `recipe`: a file whose values are shown as the defaults.
+    """
     width = width or min(_WIDTH, shutil.get_terminal_size().columns)
+    defaults = _recipe_values(schema, recipe) if recipe else {}
     blocks = []
     for section in sections(schema):
         if section.settings:
             heading = f"{section.prefix.removesuffix('.')}: {section.doc}" if section.prefix else section.doc
-            lines = [line for setting in section.settings for line in _help_lines(setting, width)]
-            blocks.append("\n".join([*textwrap.wrap(heading, width), *lines]))
+            lines = [_help_lines(setting, _at(defaults, setting), width) for setting in section.settings]
+            blocks.append("\n".join([*textwrap.wrap(heading, width), *chain(*lines)]))
     return "\n\n".join(blocks)
 
 
@@ -52,8 +57,26 @@ def print_config(
         values: Any = OmegaConf.to_container(merged)
     else:
         values = dataclasses.asdict(load_config(schema, files, overrides))
-    defaults: Any = OmegaConf.to_container(merge_config(schema, [recipe])) if recipe else None
-    print(_as_yaml(schema, values, defaults), end="")
+    print(_as_yaml(schema, values, _recipe_values(schema, recipe) if recipe else None), end="")
+
+
+def _recipe_values(schema: type[Any], recipe: Path) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    from llavamod_offline.config.load import merge_config
+
+    values: Any = OmegaConf.to_container(merge_config(schema, [recipe]))
+    return values  # type: ignore[no-any-return]
+
+
+def _at(defaults: Mapping[str, Any], setting: Setting) -> Any:
+    """A setting's value among nested defaults, else its own default."""
+    value: Any = defaults
+    for name in setting.key.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            return setting.default
+        value = value[name]
+    return value
 
 
 def explained(setting: Setting) -> str:
@@ -103,9 +126,10 @@ def _comment(text: str, indent: str) -> list[str]:
     return textwrap.wrap(text, _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
 
 
-def _help_lines(setting: Setting, width: int) -> list[str]:
-    shown = "required" if setting.default == REQUIRED else as_yaml(setting.default)
-    left = f"  {setting.key}={shown}" if shown != "required" else f"  {setting.key} (required)"
+def _help_lines(setting: Setting, default: Any, width: int) -> list[str]:
+    optional_section = isinstance(default, Mapping) and setting.default is None  # its own settings follow
+    left = f"  {setting.key}={'{…}' if optional_section else as_yaml(default)}"
+    left = f"  {setting.key} (required)" if default == REQUIRED else left
     lines = textwrap.wrap(explained(setting), max(width - _COLUMN, 20)) or [""]
     if len(left) >= _COLUMN:
         return [left, *(" " * _COLUMN + line for line in lines)]

@@ -1,4 +1,4 @@
-"""The demo's commands: the whole pipeline on the toy world, exactly as typed for other data."""
+"""The demo's commands: the whole pipeline in the toy world, exactly as typed for other data."""
 
 from __future__ import annotations
 

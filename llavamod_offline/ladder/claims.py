@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from statistics import mean, stdev
 from typing import Literal
 
+import numpy as np
+
 LEVEL = 0.05
+_EXACT, _DRAWS = 16, 2**16
 
 
 @dataclass(frozen=True)
@@ -17,13 +19,20 @@ class PairedTest:
     """The mean paired `difference` of two rows over `seeds`, and how likely one as large is by chance alone.
 
     `p`: for the sign that the claim wants; for `not lower`, the sign that it rules out; for `same`, either sign.
-    `holds`: None with too few seeds to reach `LEVEL`.
+    `holds`: None with too few seeds to reach `LEVEL`. `verdict`: the same in words; a claim that something is not lower
+    can only be refuted or not, since a large p-value is no evidence for it. All are NaN, None and `undefined` if a
+    value is NaN.
     """
 
     difference: float
     p: float
     seeds: int
     holds: bool | None
+    verdict: str
+
+
+_VERDICTS = {True: "holds", False: "does not hold", None: "too few seeds"}
+_NOT_LOWER = {True: "not refuted", False: "refuted", None: "too few seeds"}
 
 
 def compare(
@@ -36,28 +45,31 @@ def compare(
     """
     differences = [mine - other for mine, other in zip(row, than, strict=True)]
     seeds, difference = len(differences), mean(differences)
+    if not math.isfinite(difference):
+        return PairedTest(math.nan, math.nan, seeds, None, "undefined")
     if wants == "same":
         spread = stdev(than) if seeds > 1 else math.nan
         holds = abs(difference) <= spread if seeds > 1 else None
-        return PairedTest(difference, sign_flip(differences, two_sided=True), seeds, holds)
+        return PairedTest(difference, sign_flip(differences, two_sided=True), seeds, holds, _VERDICTS[holds])
     p = sign_flip(differences if wants == "higher" else [-value for value in differences])
-    possible = 2.0**-seeds < LEVEL
-    holds = p < LEVEL if wants != "not lower" else p >= LEVEL
-    return PairedTest(difference, p, seeds, holds if possible else None)
+    holds = None if 2.0**-seeds >= LEVEL else p >= LEVEL if wants == "not lower" else p < LEVEL
+    return PairedTest(difference, p, seeds, holds, (_NOT_LOWER if wants == "not lower" else _VERDICTS)[holds])
 
 
 def sign_flip(differences: Sequence[float], *, two_sided: bool = False) -> float:
-    """The share of all sign assignments whose sum is at least as large as the observed one.
+    """The share of sign assignments whose sum is at least as large as the observed one.
 
-    Fisher's randomisation test of paired differences: exact, with a smallest p-value of 1/2ⁿ.
+    Fisher's randomisation test of paired differences, with a smallest p-value of 1/2ⁿ: exact up to `_EXACT` of them,
+    beyond that by random assignments.
     """
-    size = sum(differences)
-    sums = [sum(sign * value for sign, value in zip(signs, differences, strict=True)) for signs in _signs(differences)]
+    if len(differences) <= _EXACT:
+        sums = np.zeros(1)
+        for value in differences:
+            sums = np.concatenate([sums + value, sums - value])
+    else:
+        signs = np.random.default_rng(0).choice([-1.0, 1.0], (_DRAWS, len(differences)))
+        sums = np.append(signs @ np.array(differences), sum(differences))
     slack = 1e-12 * max((abs(value) for value in differences), default=0.0)
     if two_sided:
-        return sum(abs(other) >= abs(size) - slack for other in sums) / len(sums)
-    return sum(other >= size - slack for other in sums) / len(sums)
-
-
-def _signs(differences: Sequence[float]) -> list[tuple[int, ...]]:
-    return list(product((1, -1), repeat=len(differences)))
+        return float(np.mean(np.abs(sums) >= abs(sum(differences)) - slack))
+    return float(np.mean(sums >= sum(differences) - slack))

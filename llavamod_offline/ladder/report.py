@@ -8,13 +8,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from llavamod_offline.ladder.results import COLUMNS
+from llavamod_offline.ladder.results import COLUMNS, comparison_text
 from llavamod_offline.pages.page import data_uri, render
 from llavamod_offline.plural import counted
 from llavamod_offline.storage.atomic import write_file
 
 PAGE_NAME = "report.html"
-_VERDICTS = {True: "holds", False: "does not hold", None: "too few seeds to tell"}
 
 
 def write_report(path: Path, summary: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> None:
@@ -33,6 +32,7 @@ def write_report(path: Path, summary: Mapping[str, Any], examples: Sequence[Mapp
             for group, found in groupby(summary["rows"], lambda row: row["group"])
         ],
         seeds=seeds,
+        least=f"{0.5**seeds:.3f}".lstrip("0"),
         load=[_load(row) for row in summary["rows"] if row["expert_load"]],
         examples=[{**example, "image": data_uri(base64.b64decode(example["image"]))} for example in examples],
     )
@@ -42,7 +42,7 @@ def write_report(path: Path, summary: Mapping[str, Any], examples: Sequence[Mapp
 def _chart(claim: Mapping[str, Any], rows: Mapping[str, Any]) -> dict[str, Any]:
     """A claim with the two rows' values, placed in per cent of a range that holds both."""
     lines = [(rows[run]["name"], rows[run]["columns"][claim["column"]]) for run in (claim["row"], claim["than"])]
-    values: list[float] = [value for _, column in lines for value in column["values"]]
+    values: list[float] = [value for _, column in lines for value in column["values"] if value is not None] or [0.0]
     low, high = min(values), max(values)
     margin = 0.1 * (high - low) or 0.1 * abs(high) or 1.0  # else dots would sit on the edges
     low, high = low - margin, high + margin
@@ -52,16 +52,16 @@ def _chart(claim: Mapping[str, Any], rows: Mapping[str, Any]) -> dict[str, Any]:
 
     return {
         "text": claim["text"],
-        "verdict": _VERDICTS[claim["holds"]],
+        "verdict": claim["verdict"],
         "holds": claim["holds"],
         "column": COLUMNS[claim["column"]],
-        "figures": f"difference {claim['difference']:+z.4f}, p = {claim['p']:.3f}",
+        "figures": comparison_text(claim),
         "lines": [
             {
                 "name": name,
                 "text": _with_spread(column),
-                "mean": place(column["mean"]),
-                "dots": [(place(value), f"{value:.4f}") for value in column["values"]],
+                "mean": None if column["mean"] is None else place(column["mean"]),
+                "dots": [(place(value), f"{value:.4f}") for value in column["values"] if value is not None],
             }
             for name, column in lines
         ],
@@ -76,7 +76,7 @@ def _cells(row: Mapping[str, Any], rows: Mapping[str, Any]) -> dict[str, Any]:
         "name": row["name"],
         "compared_with": "" if compared is None else f"compared with: {compared['name']}",
         "cells": [
-            *((_with_spread(row["columns"][name]), _comparison(row["columns"][name])) for name in COLUMNS),
+            *((_with_spread(row["columns"][name]), comparison_text(row["columns"][name])) for name in COLUMNS),
             (f"{row['activated_parameters'] / 1e6:.2f} M", ""),
             ("–" if stored is None else f"{stored:.1f}", ""),
             ("–" if row["seconds"] is None else f"{row['seconds']:.0f}", ""),
@@ -103,8 +103,6 @@ def _load(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_spread(column: Mapping[str, Any]) -> str:
+    if column["mean"] is None:
+        return "–"
     return f"{column['mean']:z.3f}" + ("" if column["spread"] is None else f" ± {column['spread']:.3f}")
-
-
-def _comparison(column: Mapping[str, Any]) -> str:
-    return f"{column['difference']:+z.3f}, p = {column['p']:.3f}" if "difference" in column else ""

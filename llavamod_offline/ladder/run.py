@@ -15,7 +15,7 @@ from llavamod_offline.demo.scheduler import Step, run_steps
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.ladder.plan import folder_of, ladder_steps, seed_of, step_name
 from llavamod_offline.ladder.report import PAGE_NAME, write_report
-from llavamod_offline.ladder.results import summarise
+from llavamod_offline.ladder.results import COLUMNS, comparison_text, summarise
 from llavamod_offline.ladder.seed import RESULTS_NAME, gather_seed, read_seed
 from llavamod_offline.progress import ProgressBar
 from llavamod_offline.storage.atomic import write_file
@@ -139,9 +139,8 @@ def _done(output: Path, steps: list[Step]) -> dict[str, float]:
 
 
 def _claims(summary: dict[str, Any]) -> str:
-    verdicts = {True: "holds", False: "does not hold", None: "too few seeds"}
     lines = [
-        f"{verdicts[claim['holds']]:14} {claim['text']}: {claim['difference']:+.4f}, p = {claim['p']:.3f}"
+        f"{claim['verdict']:14} {claim['text']}: {COLUMNS[claim['column']]} {comparison_text(claim)}"
         for claim in summary["claims"].values()
     ]
     return "\n".join(lines)

@@ -146,7 +146,7 @@ ROWS = (
     TableRow(_STAGES, "distilled, dense, then MLPs alone", "dense-mlp", "sft-dense"),
     TableRow(_STAGES, "distilled, sparse", "sparse", "sft-sparse"),
     TableRow(_STAGES, "distilled, dense, then sparse", "dense-sparse", "sft-upcycled"),
-    TableRow(_STAGES, "distilled, dense, then sparse of one expert a token", "dense-sparse-1", "dense-mlp"),
+    TableRow(_STAGES, "distilled, dense, then sparse, one expert per token", "dense-sparse-1", "dense-mlp"),
     TableRow(_PREFERENCE, "kto_pair", "kto_pair", "dense-sparse"),
     TableRow(_PREFERENCE, "sigmoid (DPO)", "sigmoid", "dense-sparse"),
     TableRow(_PREFERENCE, "kto", "kto", "dense-sparse"),
@@ -166,27 +166,27 @@ ROWS = (
     TableRow(_PARTS, "hidden states of answers (LLAVADI)", "feature", "dense"),
     TableRow(_PARTS, "distributions at image tokens (LLaVA-KD)", "visual", "dense"),
     TableRow(_PARTS, "relations between image tokens (LLaVA-KD)", "relation", "dense"),
-    TableRow(_PARTS, "tokens weighted by what the image is worth, β = 1", "weighted-1", "dense"),
-    TableRow(_PARTS, "tokens weighted by what the image is worth, β = 4", "weighted-4", "dense"),
+    TableRow(_PARTS, "weighted by visual advantage, β = 1", "weighted-1", "dense"),
+    TableRow(_PARTS, "weighted by visual advantage, β = 4", "weighted-4", "dense"),
 )
 
-_LESS = "names absent objects in fewer descriptions than"
+_HALLUCINATION: Column = "response_hallucination"
+_LESS = "a student hallucinates less than"
+_NO_CLOSER = "Renormalised top-k brings students no closer to the teacher than"
 CLAIMS = (
-    Claim("kd_over_sft", "Distillation answers better than training without teacher", "accuracy", "dense-dense",
-          "sft-dense", "higher"),
-    Claim("two_steps_over_one", "Dense, then sparse answers better than sparse from the start", "accuracy",
+    Claim("kd_over_sft", "Distillation is more accurate than training without the teacher", "accuracy",
+          "dense-dense", "sft-dense", "higher"),
+    Claim("two_steps_over_one", "Dense, then sparse is more accurate than sparse from the start", "accuracy",
           "dense-sparse", "sparse", "higher"),
-    Claim("sparse_over_dense", "Experts answer better than MLPs of equal activated parameters, trained alike",
-          "accuracy", "dense-sparse-1", "dense-mlp", "higher"),
-    Claim("preference_below_start", f"Preference distillation {_LESS} before it", "response_hallucination",
+    Claim("sparse_over_dense", "Experts are more accurate than MLPs with as many activated parameters", "accuracy",
+          "dense-sparse-1", "dense-mlp", "higher"),
+    Claim("preference_below_start", f"After preference distillation, {_LESS} before", _HALLUCINATION,
           "kto_pair", "dense-sparse", "lower"),
-    Claim("preference_below_teacher", f"Preference distillation {_LESS} the teacher", "response_hallucination",
+    Claim("preference_below_teacher", f"After preference distillation, {_LESS} the teacher", _HALLUCINATION,
           "kto_pair", TEACHER, "lower"),
-    Claim("kto_below_dpo", f"kto_pair {_LESS} DPO", "response_hallucination", "kto_pair", "sigmoid", "lower"),
-    Claim("standard_as_exhaustive", "A standard cache teaches as all ids do", "kl", "dense", "exhaustive", "same"),
-    Claim("compact_as_exhaustive", "A compact cache teaches as all ids do", "kl", "compact", "exhaustive", "same"),
-    Claim("top50_not_below_compact", "Renormalised top-k is no nearer to the teacher than compact", "kl", "top50",
-          "compact", "not lower"),
-    Claim("top50_not_below_standard", "Renormalised top-k is no nearer to the teacher than standard", "kl", "top50",
-          "dense", "not lower"),
+    Claim("kto_below_dpo", f"After kto_pair, {_LESS} after DPO", _HALLUCINATION, "kto_pair", "sigmoid", "lower"),
+    Claim("standard_as_exhaustive", "A standard cache teaches as well as all ids", "kl", "dense", "exhaustive", "same"),
+    Claim("compact_as_exhaustive", "A compact cache teaches as well as all ids", "kl", "compact", "exhaustive", "same"),
+    Claim("top50_not_below_compact", f"{_NO_CLOSER} compact", "kl", "top50", "compact", "not lower"),
+    Claim("top50_not_below_standard", f"{_NO_CLOSER} standard", "kl", "top50", "dense", "not lower"),
 )  # fmt: skip

@@ -128,11 +128,20 @@ def open_tensors(file: Path) -> Iterator[Any]:
         raise ModelError(f"{file}: cannot be read: {first_line(error)}: copy it again") from error
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a checkpoint's folder that does not exist. Errors: `ModelError`."""
+    if folder.exists() and not folder.is_dir():
+        raise ModelError(f"{folder}: a file, not a checkpoint folder")
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such checkpoint folder: name one, or a Hub id such as org/name")
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Load a folder's fast tokenizer, with the chat template that the folder's processor uses.
 
     Code in the folder is never run. Errors: `ModelError` if it is missing or cannot be loaded.
     """
+    check_folder(folder)
     if not (folder / "tokenizer.json").is_file():
         raise ModelError(f"{folder}: no tokenizer.json: use a folder with a fast tokenizer")
     try:
@@ -166,8 +175,7 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerFast, *lm_head_rows: int) -> i
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """Read a JSON object of a checkpoint folder. Errors: `ModelError` if folder or file is missing or unreadable."""
-    if not folder.is_dir():
-        raise ModelError(f"{folder}: no such checkpoint folder")
+    check_folder(folder)
     file = folder / name
     if not file.is_file():
         raise ModelError(f"{folder}: no {name}: use a Hugging Face checkpoint folder")

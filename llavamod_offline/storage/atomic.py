@@ -14,18 +14,23 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llavamod_offline.errors import StorageError
 
 
 def process_space() -> str:
-    """What tells apart containers of one host name, whose process numbers may coincide; empty if nothing does."""
-    try:
-        return str(Path("/proc/self/ns/pid").stat().st_ino)
-    except OSError:
-        return ""
+    """What tells apart machines and containers of one host name, whose process numbers may coincide.
+
+    The machine's own id, the same after a restart, and the container's; either is empty if the system has none.
+    """
+    machine, container = "", ""
+    with suppress(OSError):
+        machine = Path("/etc/machine-id").read_text("utf-8", errors="replace").strip()[:12]
+    with suppress(OSError):
+        container = str(Path("/proc/self/ns/pid").stat().st_ino)
+    return re.sub(r"[^A-Za-z0-9_]+", "_", f"{machine}_{container}")
 
 
 _HOST = (re.sub(r"[^A-Za-z0-9_]+", "_", platform.node()) or "here") + f"_{process_space()}"
@@ -154,8 +159,11 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder at once: rename it to a temporary name, then delete it."""
-    aside = aside_path(folder)
+    """Remove a folder at once: rename it to a temporary name, then delete it.
+
+    Not the name under which this process may be writing its successor.
+    """
+    aside = aside_path(folder.with_name(f"{folder.name}.old"))
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
     fsync_path(folder.parent)

@@ -14,11 +14,12 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
@@ -33,6 +34,7 @@ from llavamod_offline.storage.folders import LocalFolder, open_folder
 from llavamod_offline.storage.remote import RemoteFolder
 
 LOCK_NAME = ".lock"
+_SLICE = re.compile(r"-\d+-of-\d+$")
 _COMMAND_SHOWN = 120
 _Kind = TypeVar("_Kind")
 
@@ -110,12 +112,13 @@ def locked(where: str | Path, name: str = LOCK_NAME, *, output: str | Path | Non
     """Hold the lock file `name` in the folder or URL `where`, which is created, and removed if it stays empty.
 
     `output`: what the lock is for, if not `where`. It is released at the end, by this process alone and not by forks.
+    Locks of slices, named `NAME-i-of-n`, exclude `NAME` but not each other.
     Errors: `ConfigError` if another process holds the lock, or the folder cannot be written; `StorageError`.
     """
     folder = open_folder(where)
     shown = folder.where if output is None else str(output)
     mine = LockOwner.this_process()
-    content = (json.dumps(asdict(mine), indent=1, ensure_ascii=False) + "\n").encode()
+    content = (json.dumps(asdict(mine), indent=1) + "\n").encode()  # ASCII: a command line may hold any bytes
     made = _missing_folders(folder.path) if isinstance(folder, LocalFolder) else []
     try:
         _take(folder, name, content, shown)
@@ -134,6 +137,7 @@ def locked(where: str | Path, name: str = LOCK_NAME, *, output: str | Path | Non
 
     try:
         with leaving(release):
+            _check_slices(folder, name, shown)
             yield
     finally:
         release()
@@ -148,11 +152,22 @@ def locked_beside(output: str | Path) -> AbstractContextManager[None]:
 def check_unlocked(where: str | Path) -> None:
     """Refuse an output that any process is writing. Errors: `ConfigError` naming it."""
     folder = open_folder(where)
-    for name in sorted(found for found in folder.names() if found.startswith(LOCK_NAME)):
+    _check_free(folder, sorted(found for found in folder.names() if found.startswith(LOCK_NAME)), folder.where)
+
+
+def _check_slices(folder: LocalFolder | RemoteFolder, name: str, output: str) -> None:
+    """Refuse a slice beside a command that writes everything, and the reverse; each takes its own lock first."""
+    whole = _SLICE.sub("", name)
+    beside = [whole] if whole != name else [other for other in folder.names() if _SLICE.sub("", other) == name != other]
+    _check_free(folder, sorted(beside), output)
+
+
+def _check_free(folder: LocalFolder | RemoteFolder, names: Sequence[str], output: str) -> None:
+    for name in names:
         with suppress(FileNotFoundError):
             owner = LockOwner.read(folder.read(name))
             if owner is None or not owner.is_gone:
-                raise _in_use(folder, name, folder.where, owner)
+                raise _in_use(folder, name, output, owner)
 
 
 def _take(folder: LocalFolder | RemoteFolder, name: str, content: bytes, output: str) -> None:

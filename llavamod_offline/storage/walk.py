@@ -25,6 +25,13 @@ def absence(path: Path) -> str:
     return f"a link to '{os.readlink(path)}', which does not exist" if path.is_symlink() else "no such file"
 
 
+def no_folder(path: Path) -> str:
+    """Say why `path` is not a folder: it is a file, a broken link, or nothing is there."""
+    if path.exists():
+        return "a file, not a folder"
+    return absence(path) if path.is_symlink() else "no such folder"
+
+
 def _walk(folder: Path, prefix: str, skip: Callable[[str], bool], above: tuple[tuple[int, int], ...]) -> Iterator[str]:
     with os.scandir(folder) as found:
         entries = sorted((entry for entry in found if not skip(entry.name)), key=lambda entry: entry.name)

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from llavamod_offline.data.sample import IMAGE_PLACEHOLDER, Turn
-from llavamod_offline.toyworld.language import BRIEFLY, DESCRIBE, SHORT_ANSWER, caption, habitual_scene, questions
+from llavamod_offline.toyworld.language import (
+    BRIEFLY,
+    DESCRIBE,
+    SHORT_ANSWER,
+    Question,
+    caption,
+    habitual_scene,
+    questions,
+)
 from llavamod_offline.toyworld.scene import Scene
 
 
@@ -34,9 +43,14 @@ def chatted(scene: Scene, rng: random.Random, rounds: int) -> list[Turn]:
 
 
 def quizzed(scene: Scene, rng: random.Random, rounds: int) -> list[Turn]:
-    """Several rounds of short answers, requested in the first round only, as in LLaVA's mixture."""
+    """Several rounds of questions with short answers."""
+    return briefly_answered(questions(scene, rng, rounds))
+
+
+def briefly_answered(asked: Sequence[Question]) -> list[Turn]:
+    """Questions with short answers, requested in the first round only, as in LLaVA's mixture."""
     turns: list[Turn] = []
-    for question in questions(scene, rng, rounds):
+    for question in asked:
         suffix = "" if turns else SHORT_ANSWER
         turns += [Turn("user", question.text + suffix), Turn("assistant", question.answer)]
     return with_image(turns)

@@ -88,6 +88,13 @@ def absent_names(scene: Scene, things: tuple[Thing, ...] | None = None) -> list[
     return [(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in present]
 
 
+def similar_absent_names(scene: Scene) -> list[tuple[str, str]]:
+    """The `absent_names` that share a colour or a shape with an object of the scene."""
+    return [
+        (c, s) for c, s in absent_names(scene) if any(c == thing.colour or s == thing.shape for thing in scene.things)
+    ]
+
+
 def questions(scene: Scene, rng: random.Random, count: int) -> list[Question]:
     """Draw up to `count` different questions with an unambiguous answer, in random order."""
     pool = _chart_questions(scene, rng) if scene.is_chart else _object_questions(scene, rng)
@@ -114,8 +121,7 @@ def presence_question(colour: str, shape: str, present: bool) -> Question:
 def _object_questions(scene: Scene, rng: random.Random) -> list[Question]:
     things = scene.things
     asked = [presence_question(thing.colour, thing.shape, True) for thing in things]
-    absent = absent_names(scene)
-    alike = [(c, s) for c, s in absent if any(c == thing.colour or s == thing.shape for thing in things)]
+    absent, alike = absent_names(scene), similar_absent_names(scene)
     asked += [presence_question(*rng.choice(names), False) for names in (absent, alike, alike)]
     for thing in things:
         shape, at = thing.shape, _at(thing.cell)

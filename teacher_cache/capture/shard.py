@@ -23,14 +23,15 @@ Progress = Callable[[int, int], None]
 class PreparedRows:
     """Rows that are ready for an engine: their requests, what could not be tokenized, and the order of all roles.
 
-    The requests hold encoded images, each read once; only a few batches are decoded at a time. `bare`: for visual
-    advantages, the requests with images again, without what these show; None if none are captured.
+    `rows`: by key. The requests hold encoded images, each read once; only a few batches are decoded at a time. `bare`:
+    for visual advantages, the requests with images again, without what these show; None if none are captured.
     """
 
     samples: int
     requests: list[Request]
     rejected: list[Rejection]
     order: dict[tuple[str, str], int]
+    rows: dict[str, int]
     bare: list[Request] | None = None
 
 
@@ -54,9 +55,9 @@ def prepare_samples(setup: CaptureSetup, samples: Iterable[tuple[int, Sample]]) 
     requests: list[Request] = []
     rejected: list[Rejection] = []
     order: dict[tuple[str, str], int] = {}
-    count = 0
+    rows: dict[str, int] = {}
     for row, sample in samples:
-        count += 1
+        rows[sample.key] = row
         sequences = []
         for role in sample.roles:
             order[sample.key, role] = len(order)
@@ -66,7 +67,7 @@ def prepare_samples(setup: CaptureSetup, samples: Iterable[tuple[int, Sample]]) 
                 rejected.append(Rejection(sample.key, role, str(error)))
         if sequences:
             requests.append(Request(row, sample, tuple(sequences)))
-    prepared = PreparedRows(count, requests, rejected, order)
+    prepared = PreparedRows(len(rows), requests, rejected, order, rows)
     if setup.without_image == "blank":
         return replace(prepared, bare=blank_requests(requests, THREADS))
     return prepared if setup.without_image is None else _without_images(setup, prepared)
@@ -122,10 +123,10 @@ def capture_prepared(
     order = prepared.order
     captured.sort(key=lambda item: order[item.key, item.role])
     rejected.sort(key=lambda item: order[item.key, item.role])
-    return captured, [located(item, setup.samples) for item in rejected]
+    return captured, [located(item, setup.samples, prepared.rows[item.key]) for item in rejected]
 
 
-def located(item: Rejection, samples: SampleSet) -> Rejection:
-    """A rejection with the file and row that its sample was packed from."""
-    file, row = samples.origin(item.key) or (None, None)
-    return replace(item, file=file, row=row)
+def located(item: Rejection, samples: SampleSet, row: int) -> Rejection:
+    """A rejection with the file and row that its sample, a row of the set, was packed from."""
+    file, place = samples.origin_of(row) or (None, None)
+    return replace(item, file=file, row=place)

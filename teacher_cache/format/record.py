@@ -6,13 +6,14 @@ matrix).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llavamod_offline.config import raise_problems
 from llavamod_offline.errors import ConfigError
 
 Ints = NDArray[np.int32]
@@ -28,6 +29,36 @@ STORED_SETTINGS = {
     "forced_ids": "forced_ids",
     "head_min_prob": "min_prob",
 }
+
+
+def out_of_range(
+    *,
+    top_p: float,
+    min_prob: float,
+    top_k: int,
+    tail_samples_max: int,
+    tail_samples_per_mass: float,
+    temperatures: Sequence[float],
+    temperature: float,
+    forced: Sequence[object],
+) -> Iterator[str]:
+    """Yield one line for each setting of a record that is out of range, naming its key."""
+    checks = (
+        (0.0 <= top_p <= 1.0, f"top_p is {top_p:g}: must be from 0 to 1"),
+        (0.0 <= min_prob < 1.0, f"min_prob is {min_prob:g}: must be at least 0 and below 1"),
+        (top_k >= 1, f"top_k is {top_k}: must be at least 1"),
+        (0 <= tail_samples_max <= 65535, f"tail_samples_max is {tail_samples_max}: must be from 0 to 65535"),
+        (tail_samples_per_mass > 0, f"tail_samples_per_mass is {tail_samples_per_mass:g}: must be above 0"),
+        (temperature > 0, f"temperature is {temperature:g}: must be above 0"),
+        (
+            all(t > 0 and t != 1.0 for t in temperatures),
+            f"temperatures is {[*temperatures]}: all must be above 0, and not 1, which is always included",
+        ),
+        (len(set(temperatures)) == len(temperatures), f"temperatures is {[*temperatures]}: list each once"),
+        (len(forced) <= 255, f"forced_tokens has {len(forced)}: must be at most 255"),
+        (len(set(forced)) == len(forced), f"forced_tokens is {[*forced]}: list each once"),
+    )
+    return (f"capture.{problem}" for fine, problem in checks if not fine)
 
 
 @dataclass(frozen=True)
@@ -52,26 +83,20 @@ class RecordSettings:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        checks = (
-            (0.0 <= self.top_p <= 1.0, f"top_p is {self.top_p:g}, must be in 0 … 1"),
-            (0.0 <= self.min_prob < 1.0, f"min_prob is {self.min_prob:g}, must be at least 0 and below 1"),
-            (self.top_k >= 1, f"top_k is {self.top_k}, must be at least 1"),
-            (0 <= self.tail_samples_max <= 65535, f"tail_samples_max is {self.tail_samples_max}, must be in 0 … 65535"),
-            (
-                self.tail_samples_per_mass > 0,
-                f"tail_samples_per_mass is {self.tail_samples_per_mass:g}, must be above 0",
-            ),
-            (all(t > 0 and t != 1.0 for t in self.temperatures), "temperatures must be positive and not 1"),
-            (
-                self.temperature == 1.0 or self.temperature in self.temperatures,
-                f"temperature is {self.temperature:g}, must be 1 or one of temperatures",
-            ),
-            (len(set(self.temperatures)) == len(self.temperatures), "temperatures has duplicates: list each once"),
-            (len(set(self.forced_ids)) == len(self.forced_ids), "forced_tokens has duplicates: list each token once"),
+        if self.temperature != 1.0 and self.temperature not in self.temperatures:
+            raise ConfigError(f"capture.temperature is {self.temperature:g}: must be 1 or one of capture.temperatures")
+        raise_problems(
+            out_of_range(
+                top_p=self.top_p,
+                min_prob=self.min_prob,
+                top_k=self.top_k,
+                tail_samples_max=self.tail_samples_max,
+                tail_samples_per_mass=self.tail_samples_per_mass,
+                temperatures=self.temperatures,
+                temperature=self.temperature,
+                forced=self.forced_ids,
+            )
         )
-        for fine, problem in checks:
-            if not fine:
-                raise ConfigError(f"capture: {problem}")
 
     def stored(self) -> dict[str, Any]:
         """The settings as JSON values under the names that format version 1 stores in a fingerprint."""

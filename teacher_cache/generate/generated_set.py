@@ -185,7 +185,7 @@ class WrittenSet:
                     raise DataError(
                         f"{self._file(shard)}: not the answers of set '{source.path}': remove {self._folder}"
                     )
-                file, number = source.origin(sample.key) or (f"{shard}.tar", row)
+                file, number = source.origin_of(row) or (f"{shard}.tar", row)
                 if answer.kind is not None:
                     yield RejectedRow(sample.key, answer.kind, answer.reason, file, number)
                 else:

@@ -169,6 +169,8 @@ def _check_choice(output: Path, layout: str, top_k: int | None, data: Path | Non
         raise ConfigError(f"--top-k {top_k}: must be at least 1")
     if top_k is not None and layout == "trl":
         raise ConfigError("--top-k: --format trl writes no distributions: remove it")
+    if output.suffix != ".parquet":
+        raise ConfigError(f"output '{output}': the file is parquet: give it a name that ends with .parquet")
     if output.exists():
         raise ConfigError(f"output '{output}': already exists: choose another, or remove it")
     if not output.parent.is_dir():
@@ -279,6 +281,7 @@ class _Prompts:
             image_token_id=-1,  # text only, see `is_text`
             image_tokens=0,
             max_length=int(about["sequence"]["max_length"]),
+            add_start=bool(about["sequence"].get("start_ids")),
         )
 
     def is_text(self, key: str) -> bool:

@@ -81,9 +81,9 @@ class CacheSink(Datasink[list[Committed]]):
             for role in self._roles(number):
                 outcome = found.pop((key, role), None)
                 if outcome is None:
-                    rejected.append(located(Rejection(key, role, LEFT_OUT), self.samples))
+                    rejected.append(located(Rejection(key, role, LEFT_OUT), self.samples, number))
                 elif isinstance(outcome, Rejection):
-                    rejected.append(located(outcome, self.samples))
+                    rejected.append(located(outcome, self.samples, number))
                     refused.append(rejected[-1])
                 else:
                     captured.append(outcome)

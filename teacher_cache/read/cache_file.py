@@ -5,17 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from llavamod_offline.errors import CacheError
-from llavamod_offline.storage.folders import LocalFolder
+from llavamod_offline.storage.folders import Folder, LocalFolder
 from llavamod_offline.storage.remote import RemoteFolder
+from llavamod_offline.storage.walk import no_folder
 from teacher_cache.format.manifest import CACHE_NAME, JOB_NAME, has_own_digest, parse_object
 from teacher_cache.read.shard_files import VERIFY
+
+
+def check_folder(folder: Folder) -> None:
+    """Refuse a cache whose folder does not exist. Errors: `CacheError`."""
+    if isinstance(folder, LocalFolder) and not folder.path.is_dir():
+        raise CacheError(f"cache '{folder.where}': {no_folder(folder.path)}: create one with `cache-teacher run`")
 
 
 def read_cache_file(folder: LocalFolder | RemoteFolder) -> tuple[dict[str, Any], int]:
     """Parse cache.json; also return its size. Errors: `CacheError` if it is missing or damaged."""
     where = folder.where
-    if isinstance(folder, LocalFolder) and not folder.path.is_dir():
-        raise CacheError(f"cache '{where}': no such folder: create it with `cache-teacher run`")
+    check_folder(folder)
     content = _if_there(folder, CACHE_NAME)  # read, not looked up in a listing, which some servers lack
     if content is None:
         if _if_there(folder, JOB_NAME) is None:

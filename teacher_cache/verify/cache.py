@@ -26,6 +26,7 @@ from teacher_cache.format.manifest import (
     shard_entry,
 )
 from teacher_cache.format.sequences import SequenceRows
+from teacher_cache.read.cache_file import check_folder
 from teacher_cache.read.key_index import SequenceIndex
 from teacher_cache.verify.shard_check import ShardCheck
 
@@ -83,7 +84,8 @@ def verdict_of(findings: Findings) -> CacheVerdict:
 
 def examine(folder: Folder, *, unfinished: bool = False) -> Findings:
     """Examine all files of a cache. Errors: `CacheError` if it is missing, or unfinished and that is not allowed."""
-    names = folder.names() if not isinstance(folder, LocalFolder) or folder.path.is_dir() else set()
+    check_folder(folder)
+    names = folder.names()
     if not names & {CACHE_NAME, JOB_NAME}:
         raise CacheError(f"cache '{folder.where}': {CACHE_NAME} is missing, so it is not a cache: check the path")
     if not (unfinished or CACHE_NAME in names):

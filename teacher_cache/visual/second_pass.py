@@ -102,7 +102,7 @@ def _blank(sample: Sample) -> Sample | None:
 
 def _mean_colour(encoded: bytes, name: str) -> bytes:
     image = decode_image(encoded, name=name)
-    mean = np.rint(np.asarray(image, np.float64).mean((0, 1))).astype(int)
+    mean = np.rint(np.asarray(image).mean((0, 1), dtype=np.float64)).astype(int)
     buffer = io.BytesIO()
     Image.new("RGB", image.size, tuple(mean.tolist())).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()

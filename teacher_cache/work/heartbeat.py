@@ -116,7 +116,7 @@ class Heartbeat:
         with self._lock:
             seconds = round(time.monotonic() - self._began, 3)
             self._state = replace(self._state, renewals=self._state.renewals + 1, seconds=seconds)
-            content = json.dumps(asdict(self._state), ensure_ascii=False) + "\n"
+            content = json.dumps(asdict(self._state)) + "\n"
         self._folder.write(f"{_WORKERS}/{self.worker}.json", content.encode())
 
     def _renew(self) -> None:

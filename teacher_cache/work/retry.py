@@ -2,7 +2,7 @@
 
 A shard that fails again stays listed as failed. Rejected sequences are tried alone first; if some of a shard's can be
 captured now, the whole shard is captured and replaced, since its files belong together: the result is that of a capture
-that never rejected them. An interrupted retry leaves a cache that `work`, `run` or `retry` continues.
+that never rejected them. An interrupted retry leaves a cache that `work` or `run` continues.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.engines.protocol import CaptureEngine
 from teacher_cache.fingerprint import check_allowed
 from teacher_cache.format.manifest import REJECTED_NAME, SHARDS_NAME
+from teacher_cache.read.cache_file import check_folder
 from teacher_cache.work.claims import clear_claims, histories, read_endings
 from teacher_cache.work.heartbeat import check_no_workers, read_present
 from teacher_cache.work.journal import read_counts
@@ -54,15 +55,22 @@ class Retried:
 def retry_config(output: str, files: Sequence[Path], overrides: Sequence[str]) -> CacheTeacherConfig:
     """The settings that a cache's workers left, if any, overridden by files and `overrides`.
 
-    Errors: `ConfigError`, also if nothing says where data and teacher are.
+    Errors: `CacheError` if the folder does not exist; `ConfigError`, also if nothing says where data and teacher are.
     """
-    (stored,) = read_present(open_folder(output), [SETTINGS_NAME])
+    folder = open_folder(output)
+    check_folder(folder)
+    (stored,) = read_present(folder, [SETTINGS_NAME])
     with tempfile.TemporaryDirectory(prefix="cache-teacher-retry-") as scratch:
         own = []
         if stored is not None:
             own.append(Path(scratch) / "settings.yaml")
             own[0].write_bytes(stored)
-        return load_config(CacheTeacherConfig, [*own, *files], [*overrides, f"output={output}"])
+        try:
+            return load_config(CacheTeacherConfig, [*own, *files], [*overrides, f"output={output}"])
+        except ConfigError as error:
+            if own:
+                raise
+            raise ConfigError(f"{error} (only `work` leaves its settings in a cache; {output} has none)") from error
 
 
 def retry(
@@ -175,7 +183,6 @@ def _recover(
             *(name, len(lost), key, role),
         )
         return 0
-    store.remove(name)
-    store.commit(name, captured, left, setup.codec)
+    store.replace(name, captured, left, setup.codec)
     tally.add(len(captured), sum(len(item.records) for item in captured), left)
     return len(rejected - {(item.key, item.role) for item in left})

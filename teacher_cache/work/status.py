@@ -11,6 +11,7 @@ from llavamod_offline.errors import CacheError
 from llavamod_offline.storage.folders import Folder, open_folder
 from teacher_cache.format.manifest import CACHE_NAME, JOB_NAME, SHARDS_NAME, read_object
 from teacher_cache.plan.estimate import Plan, plan_file, read_plan
+from teacher_cache.read.cache_file import check_folder
 from teacher_cache.work.claims import ShardHistory, histories, read_endings
 from teacher_cache.work.heartbeat import WorkerState, all_workers, read_workers
 from teacher_cache.work.journal import DoneShard, read_counts, read_journals
@@ -136,6 +137,7 @@ def read_status(where: str, *, plan: Path | None = None, pause: Callable[[float]
 
 def _shard_names(folder: Folder) -> tuple[list[str], bool]:
     """The shards of a cache, and whether it is complete."""
+    check_folder(folder)
     names = folder.names()
     if JOB_NAME not in names:
         raise CacheError(f"cache '{folder.where}': {JOB_NAME} is missing, so it is not a cache: check the path")

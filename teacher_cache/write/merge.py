@@ -20,26 +20,10 @@ from llavamod_offline.signals import keeping
 from llavamod_offline.storage.folders import open_folder
 from llavamod_offline.storage.lock import locked
 from llavamod_offline.storage.walk import walk_files
-from teacher_cache.fingerprint import check_allowed, differences, flatten
+from teacher_cache.fingerprint import check_allowed, check_read_alike, differences
 from teacher_cache.format.manifest import MANIFEST_NAME, SHARDS_NAME, canonical
 from teacher_cache.read.reader import TeacherCache
 from teacher_cache.write.store import CacheStore
-
-# These decide how records are read and what an id means, so they must be equal across a cache.
-_NEVER_ALLOWED = (
-    "capture.vocab_size",
-    "capture.temperatures",
-    "capture.precision",
-    "capture.positions",
-    "capture.hidden",
-    "capture.without_image",
-    "capture.top_k",
-    "capture.tail_samples_max",
-    "capture.forced_ids",
-    "tokenizer.vocabulary",
-    "tokenizer.merges",
-    "tokenizer.added_tokens",
-)
 
 
 @dataclass(frozen=True)
@@ -127,10 +111,7 @@ def _check_fingerprints(caches: Sequence[TeacherCache], allow: Sequence[str]) ->
                 f"merge: the caches have different settings: {'; '.join(found)}: "
                 "capture one of them again, or pass --allow FIELD for a difference that you know to be harmless"
             )
-        fields = [dict(flatten(side)) for side in sides]
-        for field in _NEVER_ALLOWED:
-            if fields[0].get(field) != fields[1].get(field):
-                raise ConfigError(f"allow: {field} decides how records are read: it cannot differ within one cache")
+        check_read_alike(*sides)
 
 
 def _check_keys(caches: Sequence[TeacherCache]) -> None:

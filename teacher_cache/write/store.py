@@ -20,7 +20,7 @@ import numpy as np
 
 from llavamod_offline.errors import CacheError, LlavaModError
 from llavamod_offline.storage.folders import Folder, LocalFolder, open_folder
-from teacher_cache.fingerprint import differences
+from teacher_cache.fingerprint import check_read_alike, differences
 from teacher_cache.format.columns import write_columns
 from teacher_cache.format.manifest import (
     CACHE_NAME,
@@ -172,12 +172,25 @@ class CacheStore:
             if error.errno == errno.EBUSY:  # it may contain files from both
                 raise CacheError(f"{where}: two processes wrote it at the same time: {_REPAIR}, then rerun") from error
         except OSError as error:
-            raise CacheError(
-                f"{where}: cannot be written: {error.strerror or error}: free disk space or fix permissions, then "
-                "rerun to resume"
-            ) from error
+            raise _unwritable(where, error) from error
         if faster:
             _LOG.warning("shard %s: another process committed it first; keeping that copy", name)
+        self._committed.add(name)
+
+    def replace(
+        self, name: str, captured: Sequence[SequenceRecord], rejected: Sequence[Rejection], codec: Codec
+    ) -> None:
+        """Write a shard in place of a committed one, which is removed once the new files are written beside it.
+
+        A kill in between leaves the shard out, and the cache unfinished. Errors: as `commit`; the old shard is kept.
+        """
+        shard = f"{SHARDS_NAME}/{name}"
+        try:
+            with self.folder.commit(shard, MANIFEST_NAME) as folder:
+                write_shard(folder, name, captured, rejected, codec)
+                self.remove(name)
+        except OSError as error:
+            raise _unwritable(f"{self.folder.where}/{shard}", error) from error
         self._committed.add(name)
 
     def remove(self, name: str) -> None:
@@ -230,6 +243,13 @@ class CacheStore:
 
     def _read_all(self, names: Sequence[str], file: str) -> list[bytes]:
         return self.folder.read_all(f"{SHARDS_NAME}/{name}/{file}" for name in names)
+
+
+def _unwritable(where: str, error: OSError) -> CacheError:
+    return CacheError(
+        f"{where}: cannot be written: {error.strerror or error}: free disk space or fix permissions, then rerun to "
+        "resume"
+    )
 
 
 def committed_shards(folder: Folder, names: Iterable[str]) -> set[str]:
@@ -322,7 +342,11 @@ def _occupied(folder: Folder) -> bool:
 
 
 def _same_job(folder: Folder, content: bytes, job: Mapping[str, Any], allow: Sequence[str]) -> dict[str, Any]:
-    """The job.json of an existing cache. Errors: `CacheError` if it differs from this job."""
+    """The job.json of an existing cache.
+
+    Errors: `CacheError` if it differs from this job; `ConfigError` if `allow` has a field that decides how records are
+    read, and it differs.
+    """
     there = parse_object(content, f"{folder.where}/{JOB_NAME}", way_out=_BAD_JOB)
     if there.get("digest") != content_digest(there):
         raise CacheError(f"{folder.where}/{JOB_NAME}: damaged (wrong digest): {_BAD_JOB}")
@@ -335,4 +359,5 @@ def _same_job(folder: Folder, content: bytes, job: Mapping[str, Any], allow: Seq
             f"output '{folder.where}': contains a cache with different settings: {'; '.join(found)}: "
             "choose another output, or use the same settings"
         )
+    check_read_alike(there["fingerprint"], job["fingerprint"])
     return there

@@ -37,7 +37,11 @@ Ratios = Mapping[str, Sequence[float]]
 def main() -> int:
     """Run, compare and write; return the exit status, 1 if a benchmark failed."""
     arguments = _arguments()
+    device = device_name()
+    baseline = _read(arguments.baseline or HERE / "results" / f"quick-{_slug(device)}.json")
     found: dict[str, dict[str, list[float]]] = {}
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    result = {"device": device, "date": today, "repeats": arguments.repeats, "ratios": found}
     failed = []
     for name in arguments.only.split(",") if arguments.only else BENCHMARKS:
         print(f"{name} …", file=sys.stderr, flush=True)
@@ -47,8 +51,8 @@ def main() -> int:
             continue
         whole = [run for run in runs if run is not None]
         found[name] = {ratio: [run[ratio] for run in whole] for ratio in whole[0] if all(ratio in run for run in whole)}
-    device = device_name()
-    baseline = _read(arguments.baseline or HERE / "results" / f"quick-{_slug(device)}.json")
+        if arguments.json:  # after each, so that a run that is stopped leaves what it has measured
+            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     rows = [
         {"benchmark": name, "ratio": ratio, **compare(values, baseline.get(name, {}).get(ratio))}
         for name, ratios in found.items()
@@ -60,10 +64,6 @@ def main() -> int:
     print(known or (f"moved beyond their noise: {', '.join(moved)}" if moved else "nothing moved beyond its noise"))
     for name in failed:
         print(f"{name}: failed: python -m tests.benchmarks.{name} --quick", file=sys.stderr)
-    if arguments.json:
-        today = datetime.datetime.now(datetime.UTC).date().isoformat()
-        result = {"device": device, "date": today, "repeats": arguments.repeats, "ratios": found}
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     if arguments.markdown:
         arguments.markdown.write_text(_markdown(rows))
     return int(bool(failed))

@@ -1,4 +1,4 @@
-"""A student with another tokenizer learning from a teacher's cache, against supervised fine-tuning, on the toy world.
+"""A student with another tokenizer learning from a teacher's cache, against supervised fine-tuning, in the toy world.
 
     python -m tests.benchmarks.other_tokenizer [--quick] [--folder DIR] --json FILE
 

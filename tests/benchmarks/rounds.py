@@ -1,4 +1,4 @@
-"""Rounds on a student's own answers against the same steps on the set's answers, on the toy world.
+"""Rounds on a student's own answers against the same steps on the set's answers, in the toy world.
 
     python -m tests.benchmarks.rounds [--quick] [--folder DIR] --json FILE
 

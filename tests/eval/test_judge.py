@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -205,7 +206,7 @@ def test_a_local_model_judges(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
     judge = open_judge(str(folder), max_tokens=8)
-    assert judge.model == "judge"
+    assert re.fullmatch("judge@[0-9a-f]{12}", judge.model)
     assert judge.complete(QUESTION) == judge.complete(QUESTION)
     assert "cut off at 8 tokens" in judge.complete(QUESTION).unreadable
     with pytest.raises(ModelError, match="cannot be loaded"):

@@ -102,9 +102,11 @@ def test_errors_leave_nothing(folder: Path, run: Run) -> None:
     rows = json.loads((folder / "chat.json").read_text())
     (folder / "again.jsonl").write_text("\n" + json.dumps(rows[0]))
     (folder / "cut.json").write_text(json.dumps(rows)[:-5])
+    (folder / "empty.json").write_text("[]")
     before = sorted(folder.iterdir())
     cases = [
         (["none.json"], "error: source 'none.json': no such file"),
+        (["empty.json"], "error: 'empty.json': nothing to pack: no sample in 0 rows"),
         (["chat.json", "cut.json"], "error: duplicate key 'p_x2F0': chat.json row 0 and cut.json row 0: number the "),
         (["chat.json", "again.jsonl"], "chat.json row 0 and again.jsonl row 1: number the rows with --keys row"),
         (["cut.json"], "error: cut.json: row 4 (character "),
@@ -231,6 +233,8 @@ def test_doctor_and_the_stages_of_a_list(folder: Path, run: Run) -> None:
     assert unknown == "error: licence of 'pears': no samples from that source: name one of 'chat', 'pairs'\n"
     refused = run("pack", "--from", "list.yaml", "--stage", "all", "--root", "pictures", "--output", "other")
     assert "source 'chat': pictures/chat.json is missing: `llavamod-offline doctor` lists the rest" in refused.err
+    for command in (("doctor", "list.yaml"), ("pack", "--from", "list.yaml", "--stage", "all", "--output", "other")):
+        assert run(*command, "--root", "none").err == "error: --root none: no such folder\n"
     assert run("pack", "--output", "other").status == 2
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 from llavamod_offline.data.sample import Turn
-from llavamod_offline.toyworld.conversations import captioned_from_habit, chatted, quizzed, with_image
-from llavamod_offline.toyworld.language import SHORT_ANSWER, absent_names, presence_question
+from llavamod_offline.toyworld.conversations import briefly_answered, captioned_from_habit, chatted, quizzed
+from llavamod_offline.toyworld.language import absent_names, presence_question, similar_absent_names
 from llavamod_offline.toyworld.scene import Scene
 
 # The share of captions that name an object's usual companion although the scene lacks it.
@@ -50,15 +50,11 @@ def checked(scene: Scene, rng: random.Random) -> list[Turn]:
 def _asked_for_presence(scene: Scene, rng: random.Random) -> list[Turn]:
     """Ask about each object, and about as many absent ones, two thirds of which share a colour or shape with one."""
     absent = absent_names(scene)
-    things = scene.things
-    alike = [(c, s) for c, s in absent if any(c == thing.colour or s == thing.shape for thing in things)] or absent
-    asked = [presence_question(thing.colour, thing.shape, True) for thing in things]
+    alike = similar_absent_names(scene) or absent
+    asked = [presence_question(thing.colour, thing.shape, True) for thing in scene.things]
     asked += [
-        presence_question(*rng.choice(rng.choice((absent, alike, alike))), False) for _ in range(max(1, len(things)))
+        presence_question(*rng.choice(rng.choice((absent, alike, alike))), False)
+        for _ in range(max(1, len(scene.things)))
     ]
     rng.shuffle(asked)
-    turns: list[Turn] = []
-    for question in asked[:8]:
-        suffix = "" if turns else SHORT_ANSWER
-        turns += [Turn("user", question.text + suffix), Turn("assistant", question.answer)]
-    return with_image(turns)
+    return briefly_answered(asked[:8])

@@ -39,6 +39,14 @@ def test_help_is_quick_and_lists_recipes_and_keys() -> None:
     assert loaded.stdout.strip() == "False", f"--help took {took:.1f} s"
 
 
+def test_the_help_of_a_recipe_shows_its_values() -> None:
+    done = command("mimic_sparse", "--help")
+    assert done.returncode == 0
+    assert "Defaults are those of the recipe mimic_sparse.\n" in done.stdout
+    assert {"loss.kind=kd_lm", "student.upcycle={…}", "batch.global_size=128"} <= set(done.stdout.split())
+    assert "loss.kind=cross_entropy" in command("--help").stdout.split()
+
+
 def test_the_config_is_printed_and_read_again(world: World, tmp_path: Path) -> None:
     config = world.config("align", tmp_path / "run", "steps=1")
     (tmp_path / "mine.yaml").write_text(dump_config(config))
@@ -90,7 +98,7 @@ def test_errors_are_one_line_with_status_2(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
     done = command("sft", "data.set=none", "student.checkpoint=none", "output=run", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == "recipe sft\nerror: none: no such checkpoint folder\n"
+    assert done.stderr == "recipe sft\nerror: none: no such checkpoint folder: name one, or a Hub id such as org/name\n"
     assert list(tmp_path.iterdir()) == []
 
 

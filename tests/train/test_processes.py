@@ -73,6 +73,16 @@ def test_two_processes_equal_one_which_can_go_on_for_them(
 
 
 @pytest.mark.slow
+def test_a_trained_tower_needs_no_images_in_each_process(world: World, tmp_path: Path) -> None:
+    """ZeRO-2 exchanges the gradients of all trained parameters, so each process must have them."""
+    settings = ("steps=10", "batch.micro_size=1", "trainable=[projector,text,vision]")
+    done = run_two(world.config("mimic_dense", tmp_path / "two", *settings), tmp_path, "engine.zero_stage=2")
+    assert done.returncode == 0, done.stderr
+    train(world.config("mimic_dense", tmp_path / "one", *settings))
+    assert_equal_runs(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
 def test_a_ctrl_c_reaches_both_processes_and_the_launcher_repeats_it(world: World, tmp_path: Path) -> None:
     """As with `deepspeed`: the terminal's SIGINT to each process, then the launcher's SIGTERM; both have saved."""
     config = world.config("mimic_sparse", tmp_path / "run", "steps=100000", "batch.micro_size=4")

@@ -152,11 +152,13 @@ def loss_problems(loss: LossConfig, stage: str) -> Iterable[str]:
     if stage.startswith("mimic") and not loss.kd_weight:
         yield "loss.kd_weight: 0 turns distillation off: set it above 0, or use stage sft"
     if stage != "preference":
-        for name in ("sft_weight", "distill_weight"):
-            if getattr(loss, name):
-                yield f"loss.{name}: belongs to stage preference, not to {stage}: set it to 0"
-    if loss.visual_weight and not stage.startswith("mimic"):
-        yield f"loss.visual_weight: belongs to the mimic stages, not to {stage}: set it to 0"
+        for name in ("beta", "average_log_probs", "sft_weight", "distill_weight"):
+            if getattr(loss, name) != getattr(LossConfig, name):
+                yield f"loss.{name}: belongs to stage preference, not to {stage}: remove it"
+    if not stage.startswith("mimic"):
+        for name in ("kd_weight", "visual_weight"):
+            if getattr(loss, name) != getattr(LossConfig, name):
+                yield f"loss.{name}: belongs to the mimic stages, not to {stage}: remove it"
     yield from _own_answer_problems(loss)
     yield from _divergence_problems(loss, stage)
     yield from _align_problems(loss, stage)
@@ -184,6 +186,9 @@ def _divergence_problems(loss: LossConfig, stage: str) -> Iterable[str]:
     if loss.divergence != "forward_kl" and not loss.distils(stage):
         way_out = "set loss.distill_weight above 0" if stage == "preference" else "use a mimic stage"
         yield f"loss.divergence: nothing is distilled in stage {stage}: set it to forward_kl, or {way_out}"
+    for name in ("tail", "temperature"):
+        if getattr(loss, name) != getattr(LossConfig, name) and not loss.distils(stage):
+            yield f"loss.{name}: nothing is distilled in stage {stage}: remove it"
     if loss.divergence != "forward_kl" and loss.tail not in ("auto", "bucket"):
         yield (
             f"loss.tail: {loss.divergence} is defined on top-k and bucket: set it to bucket, or loss.divergence to "

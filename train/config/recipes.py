@@ -24,6 +24,11 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
+def recipe_of(words: Sequence[str]) -> Path | None:
+    """Find the packaged recipe that a command line starts from, if it names one."""
+    return next((RECIPES / f"{word}.yaml" for word in words if word in recipe_names()), None)
+
+
 def resolve_config(arguments: Sequence[str]) -> TrainConfig:
     """Merge a recipe, YAML files and `key=value` overrides into a configuration. Errors: `ConfigError`."""
     return load_config(TrainConfig, *recipe_and_changes(arguments))

@@ -42,7 +42,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class CacheSourceConfig:
-    """The teacher's cache, for mimic_dense, mimic_sparse and preference."""
+    """The teacher's cache; align and sft have none."""
 
     path: InputPath | list[InputPath] | dict[str, InputPath] | None = None
     """The cache of data.set: a folder that cache-teacher run made, or its URL. For several teachers: a list, such as

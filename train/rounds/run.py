@@ -4,35 +4,45 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from llavamod_offline.config import dump_config, load_config
 from llavamod_offline.config.render import as_yaml
+from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.demo.commands import as_script
 from llavamod_offline.demo.scheduler import run_steps
 from llavamod_offline.errors import ConfigError
+from llavamod_offline.models.checkpoint import check_folder
+from llavamod_offline.models.hub import checkpoint_folder
 from llavamod_offline.progress import ProgressBar
 from llavamod_offline.signals import keeping
 from llavamod_offline.storage.atomic import write_file
 from llavamod_offline.storage.lock import locked
+from train.resume_check import may_change
 from train.rounds.config import RoundsConfig
 from train.rounds.measure import measure_own_answers, scores
 from train.rounds.plan import SCRIPT_HEAD, check_settings, round_folder, round_steps
 from train.rounds.report import write_report
 
 CONFIG_NAME, COMMANDS_NAME, RESULT_NAME = "rounds.yaml", "commands.sh", "rounds.json"
+_FREE = ("rounds", "output", "batch_size", "trainer", "benchmarks", "tasks")  # they change no student
 _LOG = logging.getLogger(__name__)
 
 
 def run_rounds(config: RoundsConfig) -> dict[str, Any]:
     """Run all rounds and report them; each command resumes where an earlier call left it.
 
-    Returns the content of `rounds.json`. Errors: `ConfigError` if `output` was begun with other settings, `StepError`
-    if a command fails.
+    Returns the content of `rounds.json`. Errors: `ConfigError` if `output` was begun with other settings; those of a
+    missing checkpoint or set, before anything is written; `StepError` if a command fails.
     """
     check_settings(config)
+    for checkpoint in (config.teacher, config.student):
+        check_folder(checkpoint_folder(checkpoint))
+    for samples in (config.prompts, config.holdout):
+        SampleSet.open(samples)
     output, steps = Path(config.output), round_steps(config)
     with locked(output), keeping(lambda: _kept(config)):
         _begin(output, config)
@@ -50,18 +60,27 @@ def run_rounds(config: RoundsConfig) -> dict[str, Any]:
 
 
 def _begin(output: Path, config: RoundsConfig) -> None:
-    """Record the settings, which a rerun must share except for the number of rounds. Errors: `ConfigError`."""
+    """Record the settings, which a rerun must share except for those in `_FREE` and what resumed training may change.
+
+    Errors: `ConfigError`.
+    """
     file = output / CONFIG_NAME
     if file.is_file():
         before = asdict(load_config(RoundsConfig, (file,)))
         for name, now in asdict(config).items():
             was = before[name]
-            if was != now and name not in ("rounds", "output"):
+            if was != now and name not in _FREE and not (name == "train" and _resumable(was, now)):
                 raise ConfigError(
                     f"{file}: the rounds were begun with '{name}: {as_yaml(was)}', not '{name}: {as_yaml(now)}': set "
                     "it back, or choose another output"
                 )
     write_file(file, dump_config(config))
+
+
+def _resumable(was: Sequence[str], now: Sequence[str]) -> bool:
+    """Whether two lists of `train-student` settings differ only in what a resumed run may change."""
+    sides = [dict(setting.partition("=")[::2] for setting in side) for side in (was, now)]
+    return all(may_change(key) for key in sides[0].keys() | sides[1].keys() if sides[0].get(key) != sides[1].get(key))
 
 
 def _kept(config: RoundsConfig) -> str:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from llavamod_offline.data.encode.chat_template import CHAT_TEMPLATE_NAME, choose_template
 from llavamod_offline.data.encode.template import AUTO, TEMPLATES, get_template
-from llavamod_offline.errors import ConfigError, ModelError
+from llavamod_offline.errors import ConfigError
 from llavamod_offline.families import is_llava
 from llavamod_offline.families.folder import read_config
 from llavamod_offline.families.llava.building import build_tokenizer
 from llavamod_offline.families.llava.building.projector import projector_file
-from llavamod_offline.models.checkpoint import load_tokenizer
+from llavamod_offline.models.checkpoint import check_folder, load_tokenizer
 from llavamod_offline.models.hub import checkpoint_folder
 from llavamod_offline.models.loading.adapter import adapter_files
 from llavamod_offline.models.loading.quantised import quantisation
@@ -150,8 +150,7 @@ def start_digest(config: StudentConfig) -> str:
     folders = [checkpoint_folder(name) for name in names if name]
     files: list[tuple[str, Path]] = []
     for number, folder in enumerate(folders):
-        if not folder.is_dir():
-            raise ModelError(f"{folder}: no such checkpoint folder")
+        check_folder(folder)
         found = [*folder.glob("*.safetensors"), *(folder / name for name in _DESCRIBED), *adapter_files(folder)]
         files += [(f"{number} {file.name}", file) for file in sorted(found) if file.is_file()]
     if config.projector is not None:

@@ -24,7 +24,7 @@ from llavamod_offline.data.keys import key_from_id
 from llavamod_offline.data.pack.key_register import KeyRegister
 from llavamod_offline.data.pack.prepare import Facts
 from llavamod_offline.data.pack.rejections import Rejections
-from llavamod_offline.data.pack.work_folder import Entry, IndexedSample, PackJournal, work_folder, work_path
+from llavamod_offline.data.pack.work_folder import Entry, IndexedSample, IsThere, PackJournal, work_folder, work_path
 from llavamod_offline.data.rows import RejectedRow, RowPlace
 from llavamod_offline.data.sample import KEY_PATTERN
 from llavamod_offline.data.sets.sample_set import INDEX_NAME, INDEX_SCHEMA, MANIFEST_NAME, REJECTED_NAME, SET_FORMAT
@@ -80,10 +80,11 @@ def new_set(
     duplicate_hint: str,
     fitting: Fitting = no_advice,
     job: Mapping[str, Any] | None = None,
+    is_there: IsThere = lambda image: False,
 ) -> Iterator[SetWriter]:
     """Yield the writer of the set folder `output`, which appears when the block ends without an error.
 
-    `job`: what is packed, and how, so that it can be continued.
+    `job`: what is packed, and how, so that it can be continued; `is_there`: see `work_folder`.
 
     `name`: of the shards; by default the folder's, with characters that it may not contain written as in keys.
     Errors: `ConfigError` if another process writes it; `DataError` if `output` exists (with `overwrite`: if it is not
@@ -101,7 +102,7 @@ def new_set(
             remove_leftovers(output.parent, output.name)
             if job is None:
                 shutil.rmtree(work_path(output), ignore_errors=True)
-            with new_folder(output) if job is None else work_folder(output, job) as folder:
+            with new_folder(output) if job is None else work_folder(output, job, is_there) as folder:
                 journal = None if job is None else PackJournal(folder)
                 yield SetWriter(folder, output, name, duplicate_hint, fitting, journal)
                 displaced = _displace(output, folder)
@@ -129,10 +130,10 @@ def _displace(output: Path, folder: Path) -> Path | None:
 def _check_output(output: Path, overwrite: bool) -> None:
     if not output.exists() and not output.is_symlink():
         return
+    if output.is_symlink() or not (output / MANIFEST_NAME).is_file():
+        raise DataError(f"output '{output}' exists, and is not a set that --overwrite replaces: choose another folder")
     if not overwrite:
         raise DataError(f"output '{output}' exists: choose another folder, or replace it with --overwrite")
-    if output.is_symlink() or not (output / MANIFEST_NAME).is_file():
-        raise DataError(f"output '{output}' is not a set, so --overwrite does not replace it: choose another folder")
     own = {MANIFEST_NAME, INDEX_NAME, REJECTED_NAME}
     for path in sorted(output.iterdir()):
         if path.name not in own and path.suffix != ".tar" and not path.name.startswith("."):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from llavamod_offline.data.pack.prepare import Facts
 from llavamod_offline.data.pack.process_map import WorkerLostError
 from llavamod_offline.data.rows import RejectedRow, RowPlace
 from llavamod_offline.data.sets.tar_files import Shard
-from llavamod_offline.errors import LlavaModError
+from llavamod_offline.errors import LlavaModError, StorageError
 from llavamod_offline.storage import atomic
 
 _LOG = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ class IndexedSample:
 
 
 Entry = IndexedSample | RejectedRow
+IsThere = Callable[[str], bool]
 
 
 class PackJournal:
@@ -65,11 +66,12 @@ class PackJournal:
 
 
 @contextmanager
-def work_folder(output: Path, job: Mapping[str, Any]) -> Iterator[Path]:
+def work_folder(output: Path, job: Mapping[str, Any], is_there: IsThere) -> Iterator[Path]:
     """Yield the folder in which `job` is packed; it becomes `output` when the block ends.
 
-    What an earlier pack of the same job has finished is there, and nothing else. If the block ends with a user's error,
-    which would recur, everything is removed; otherwise what is finished stays.
+    What an earlier pack of the same job has finished is there, up to the first shard that lacks an image which
+    `is_there` now, and nothing else. If the block ends with a user's error,
+    which would recur, everything is removed; otherwise (say, a server is away), what is finished stays.
     """
     work = work_path(output)
     journal, content = work / _JOURNAL, json.dumps(job, sort_keys=True)
@@ -79,7 +81,11 @@ def work_folder(output: Path, job: Mapping[str, Any]) -> Iterator[Path]:
             shutil.rmtree(work)
         journal.mkdir(parents=True)
         atomic.write_file(journal / _JOB, content)
-    finished = {file.stem for file in journal.glob("*.jsonl")}
+    files = sorted(journal.glob("*.jsonl"))
+    outdated = next((place for place, file in enumerate(files) if _lacks_what(file, is_there)), len(files))
+    for file in files[outdated:]:
+        file.unlink()
+    finished = {file.stem for file in files[:outdated]}
     for path in work.iterdir():
         if path != journal and path.stem not in finished:
             path.unlink()
@@ -91,11 +97,21 @@ def work_folder(output: Path, job: Mapping[str, Any]) -> Iterator[Path]:
         work.rename(output)
         atomic.fsync_path(output.parent)
     except BaseException as error:
-        again = isinstance(error, LlavaModError) and not isinstance(error, WorkerLostError)
-        if again or not any(journal.glob("*.jsonl")):
+        passing = isinstance(error, WorkerLostError | StorageError) or isinstance(error.__cause__, OSError)
+        if (isinstance(error, LlavaModError) and not passing) or not any(journal.glob("*.jsonl")):
             shutil.rmtree(work, ignore_errors=True)
         raise
     shutil.rmtree(displaced, ignore_errors=True)
+
+
+def _lacks_what(journal_file: Path, is_there: IsThere) -> bool:
+    """Whether a row of a finished shard was rejected for an image that exists by now."""
+    entries = (json.loads(line) for line in journal_file.read_text("utf-8").splitlines() if '"RejectedRow"' in line)
+    for row in (entry["RejectedRow"] for entry in entries if "RejectedRow" in entry):
+        if row["image"] and is_there(row["image"]):
+            _LOG.info("image '%s', which was missing, is there: packing again from its shard on", row["image"])
+            return True
+    return False
 
 
 def work_path(output: Path) -> Path:

@@ -42,6 +42,7 @@ from llavamod_offline.errors import DataError
 from llavamod_offline.storage.disk_cache import DiskCache
 from llavamod_offline.storage.folders import LocalFolder, is_url, open_folder
 from llavamod_offline.storage.remote import RemoteFolder, Wanted
+from llavamod_offline.storage.walk import no_folder
 
 SET_FORMAT = 2
 INDEX_NAME = "index.arrow"
@@ -199,11 +200,14 @@ class SampleSet:
 
     def origin(self, key: str) -> tuple[str, int] | None:
         """The file that a sample was packed from, and its row there from 0; None in sets of earlier versions."""
-        number = self.row_of(key)
+        return self.origin_of(self.row_of(key))
+
+    def origin_of(self, row: int) -> tuple[str, int] | None:
+        """The same for a row of the set, without a table of all keys."""
         if "file" not in self.index.column_names:
             return None
-        file, row = (self.index.column(name)[number].as_py() for name in ("file", "row"))
-        return str(self.manifest["files"][file]), int(row)
+        file, place = (self.index.column(name)[row].as_py() for name in ("file", "row"))
+        return str(self.manifest["files"][file]), int(place)
 
     def read(self, row: int, *, verify: bool = False, scattered: bool = False) -> Sample:
         """Read one sample; `verify` also recomputes its content hash.
@@ -302,7 +306,7 @@ def _place(path: Path | str, file: str) -> Path | str:
 def _read_manifest(folder: LocalFolder | RemoteFolder) -> tuple[dict[str, Any], tuple[Shard, ...]]:
     path = folder.where
     if isinstance(folder, LocalFolder) and not folder.path.is_dir():
-        raise DataError(f"set '{path}': no such folder: make a set with `llavamod-offline pack`")
+        raise DataError(f"set '{path}': {no_folder(folder.path)}: make a set with `llavamod-offline pack`")
     try:
         content = folder.read(MANIFEST_NAME)
     except FileNotFoundError as error:
@@ -336,14 +340,15 @@ def _staged_index(folder: RemoteFolder, manifest: dict[str, Any], staging: DiskC
 
     def fill(aside: Path) -> None:
         wanted = Wanted(INDEX_NAME, aside / INDEX_NAME, size, None if entry is None else str(entry["sha256"]))
-        if folder.fetch([wanted]):
+        try:
+            changed = folder.fetch([wanted])
+        except FileNotFoundError as error:
+            raise DataError(f"set '{folder.where}': no {INDEX_NAME}: upload or pack it again") from error
+        if changed:
             raise DataError(f"set '{folder.where}': {INDEX_NAME} differs from what was packed: upload or pack it again")
 
-    try:
-        with staging.hold(f"index-{manifest['digest']}-{size}", size, fill) as entry_folder:
-            return _read_index(entry_folder, folder.where)
-    except FileNotFoundError as error:
-        raise DataError(f"set '{folder.where}': no {INDEX_NAME}: upload or pack it again") from error
+    with staging.hold(f"index-{manifest['digest']}-{size}", size, fill) as entry_folder:
+        return _read_index(entry_folder, folder.where)
 
 
 def _read_index(folder: Path, path: str) -> pa.Table:

@@ -10,7 +10,7 @@ from llavamod_offline.data.images import MAX_ENCODED_BYTES
 from llavamod_offline.data.rows import RowError
 from llavamod_offline.data.sources.fitting_folders import advice_on_missing
 from llavamod_offline.errors import DataError
-from llavamod_offline.storage.walk import absence
+from llavamod_offline.storage.walk import absence, no_folder
 
 
 class ImageFolders:
@@ -23,8 +23,7 @@ class ImageFolders:
         self._near = near
         for folder in folders:
             if not folder.is_dir():
-                reason = "no such folder" if not folder.is_symlink() else absence(folder)
-                raise DataError(f"image folder '{folder}': {reason}")
+                raise DataError(f"image folder '{folder}': {no_folder(folder)}")
         self.folders = tuple(folders)
 
     def has(self, name: str) -> bool:

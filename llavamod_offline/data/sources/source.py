@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -75,6 +76,8 @@ def check_sources(
             raise DataError(f"source '{file}': index tars in place with `llavamod-offline index`")
         if not file.exists():
             raise DataError(f"source '{file}': {absence(file)}")
+        if not _is_utf8(file):
+            raise DataError(f"source {str(file)!a}: its name is not UTF-8: rename it")
         if file.suffix not in ROW_FILES and not file.is_dir():
             hint = ": index tars in place with `llavamod-offline index`" if file.suffix == ".tar" else ""
             raise DataError(f"source '{file}': its name must end in one of {', '.join(ROW_FILES)}{hint}")
@@ -87,6 +90,15 @@ def check_sources(
     for folders in {source.images for source in found}:
         ImageFolders(folders)
     return found
+
+
+def _is_utf8(path: Path) -> bool:
+    """Whether a path can be written down: names from old archives may hold other bytes."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _tables(source: Source) -> list[Source]:

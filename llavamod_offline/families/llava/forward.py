@@ -100,8 +100,9 @@ def vision_features(model: LlavaForConditionalGeneration, pixel_values_ICHW: Ten
 def _no_features(model: LlavaForConditionalGeneration, train_vision: bool) -> Tensor:
     """The projector's output for zero images: empty, but part of the autograd graph."""
     projector, tower = model.model.multi_modal_projector, model.model.vision_tower
-    if hasattr(next(tower.parameters()), "ds_id"):
-        # ZeRO-3 gathers weights collectively: this process must run the tower too if another one has images.
+    if train_vision or hasattr(next(tower.parameters()), "ds_id"):
+        # This process must run the tower too if another one has images: ZeRO-1 and 2 exchange the gradients of all
+        # trained parameters, and ZeRO-3 gathers all weights, collectively.
         size = model.config.vision_config.image_size
         blank_1CHW = torch.zeros(1, 3, size, size, device=model.device)
         return cast("Tensor", projector(vision_features(model, blank_1CHW, train=train_vision)[:0]))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from eval.predictions import Prediction, prediction_line
 from eval.report.report import write_report
+from eval.score import TaskScore, score_task
 from eval.tasks import TASKS, get_task
 from llavamod_offline.errors import ConfigError, EvalError
 from tests.eval.fixtures import gqa_root, halbench_root, mmhal_root, pope_root
@@ -163,11 +166,37 @@ def test_errors(root: Path, runs: list[Path], tmp_path: Path) -> None:
         write_report([runs[0], runs[0]], root, tmp_path / "report.md")
     with pytest.raises(EvalError, match=r"has no TASK/predictions.jsonl"):
         write_report([tmp_path], root, tmp_path / "report.md")
-    path = runs[1] / "gqa" / "predictions.jsonl"
-    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
-    with pytest.raises(EvalError, match=r"1 question .* without a prediction"):
-        write_report(runs, root, tmp_path / "report.md")
+    _cut(runs[1])
+    for task in ("pope", "object_halbench"):
+        shutil.rmtree(runs[1] / task)
+    with pytest.raises(EvalError, match=r"nothing can be scored: gqa: .*1 question .* without a prediction"):
+        write_report([runs[1]], root, tmp_path / "report.md")
     assert not (tmp_path / "report.md").exists()
+
+
+def _cut(run: Path) -> None:
+    """Leave out the last answer of GQA."""
+    path = run / "gqa" / "predictions.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+
+
+@pytest.mark.parametrize("suffix", ["md", "html"])
+def test_what_cannot_be_scored_is_listed_with_the_reason(
+    root: Path, runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    """And a metric that is undefined is shown as such."""
+    _cut(runs[1])
+    plain = score_task
+
+    def undefined(task: str, *rest: Any, **settings: Any) -> TaskScore:
+        score = plain(task, *rest, **settings)
+        return replace(score, metrics={**score.metrics, "odd": None}) if task == "pope" else score
+
+    monkeypatch.setattr("eval.report.comparison.score_task", undefined)
+    write_report(runs, root, tmp_path / f"report.{suffix}")
+    text = (tmp_path / f"report.{suffix}").read_text()
+    assert "gqa: not scored: " in text
+    assert "without a prediction" in text
 
 
 def test_runs_of_the_same_name_are_told_apart(root: Path, tmp_path: Path) -> None:

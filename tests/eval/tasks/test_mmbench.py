@@ -3,6 +3,7 @@ the published TSV (rotations in the index), VLMEvalKit's prefetch (reading of le
 
 from __future__ import annotations
 
+import json
 import random
 import zipfile
 from dataclasses import replace
@@ -13,10 +14,10 @@ from xml.etree import ElementTree
 import pytest
 
 from eval.export.answers import export
-from eval.score import score_task
+from eval.score import score_task, sidecar
 from eval.tasks import TASKS
 from eval.tasks.mmbench import CHINESE, ENGLISH, is_missing, parse
-from llavamod_offline.errors import EvalError
+from llavamod_offline.errors import ConfigError, EvalError
 from tests.eval.fixtures import (
     MMBENCH_COLUMNS,
     MMBENCH_OPTIONS,
@@ -191,6 +192,17 @@ def test_the_upload_has_the_official_columns_and_raw_answers(root: Path, tmp_pat
     first = (tmp_path / "upload.xlsx").read_bytes()
     export("mmbench", root, path, tmp_path / "upload.xlsx")
     assert (tmp_path / "upload.xlsx").read_bytes() == first
+
+
+def test_an_upload_of_the_first_questions_alone_is_refused(root: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", answers({1: "A", 1_000_001: "B"}))
+    sidecar(path).write_text(json.dumps({"limit": 2}))
+    with pytest.raises(
+        ConfigError, match=r"the first 2 questions only, .* generate without limit, or export as .jsonl"
+    ):
+        export("mmbench", root, path, tmp_path / "upload.xlsx")
+    export("mmbench", root, path, tmp_path / "answers.jsonl")
+    assert not (tmp_path / "upload.xlsx").exists()
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,18 @@ def test_the_help_has_a_line_for_every_setting() -> None:
     ]
 
 
+def test_the_help_shows_a_recipes_values_as_the_defaults(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("rate: 0.5\nsizes: [3, 4]\ndepth: {layers: 7}\ndeeper: {layers: 8}\n")
+    lines = describe_config(Plain, 70, recipe=recipe).splitlines()
+    shown = dict(line.strip().split("  ")[0].split("=") for line in lines if "=" in line)
+    assert shown == {
+        **{"rate": "0.5", "kind": "a", "sizes": "[3.0, 4.0]", "weights": "null", "deeper": "{…}", "seed": "null"},
+        **{"depth.layers": "7", "deeper.layers": "8"},
+    }
+    assert lines[1] == "  name (required)                 What it is called."
+
+
 def test_a_configuration_is_printed_with_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """That makes a file to fill in; settings that are given are still checked."""
     print_config(Plain, (), ["rate=3"])

@@ -1,4 +1,4 @@
-"""The examples run on the toy world, give `train-student`'s loss on the same batch, and refuse wrong labels."""
+"""The examples run in the toy world, give `train-student`'s loss on the same batch, and refuse wrong labels."""
 
 from __future__ import annotations
 

@@ -145,6 +145,25 @@ def test_a_damaged_lock_is_explained(where: str) -> None:
 
 
 @pytest.mark.slow
+def test_slices_exclude_what_writes_everything_but_not_each_other(where: str) -> None:
+    first, second = f"{LOCK_NAME}-0-of-4", f"{LOCK_NAME}-3-of-4"
+    with locked(where, first), locked(where, second):
+        assert "is in use by process" in refusal(where)
+    with locked(where):
+        with pytest.raises(ConfigError, match="is in use by process"), locked(where, second):
+            raise AssertionError
+        assert open_folder(where).names() == {LOCK_NAME}
+    with locked(where, ".set.lock-0-of-2"), locked(where):  # of another output
+        pass
+
+
+def test_any_command_line_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """File names from old archives may not be UTF-8."""
+    monkeypatch.setattr(sys, "argv", ["pack", os.fsdecode(b"caf\xe9.json")])
+    with locked(tmp_path):
+        assert "caf" in refusal(tmp_path)
+
+
 def test_a_bucket_is_locked_as_a_disk_is(bucket: str) -> None:
     where = f"{bucket}/caches/one"
     with locked(where):

@@ -241,14 +241,21 @@ def test_forced_tokens_are_in_every_head(world: World, tmp_path: Path) -> None:
     [
         ("capture.min_prop=0.9", ConfigError, "min_prob"),
         ("capture.top_k=many", ConfigError, "capture.top_k"),
-        ("capture.top_k=0", ConfigError, "top_k is 0, must be at least 1"),
+        ("capture.top_k=0", ConfigError, "capture.top_k is 0: must be at least 1"),
         (
             "capture.precision=float8",
             ConfigError,
             "capture.precision is 'float8': must be one of coarse, fine",
         ),
         ("capture.positions=some", ConfigError, "capture.positions is 'some': must be response or all"),
-        ("capture.temperatures=[1.0]", ConfigError, "temperatures must be positive and not 1"),
+        ("capture.temperatures=[1.0]", ConfigError, "capture.temperatures is [1.0]: all must be above 0, and not 1"),
+        ("capture.temperature=0", ConfigError, "capture.temperature is 0: must be above 0"),
+        ("capture.top_p=1.5", ConfigError, "capture.top_p is 1.5: must be from 0 to 1"),
+        (
+            f"capture.forced_tokens={[str(n) for n in range(256)]}",
+            ConfigError,
+            "capture.forced_tokens has 256: must be at",
+        ),
         ("capture.forced_tokens=['circle square']", ConfigError, "'circle square' is"),
         ("batch_size=0", ConfigError, "batch_size is 0: must be at least 1"),
         ("slice=4/4", ConfigError, "slice: in '4/4'"),
@@ -288,7 +295,10 @@ def test_another_set_or_other_settings_into_the_same_output_are_refused(world: W
         world.run(finished, "capture.top_k=7", "max_length=99")
     with pytest.raises(CacheError, match=r"data.digest: was"):
         world.run(finished, data=world.pairs)
-    summary = world.run(finished, "capture.top_k=7", allow=("capture.top_k",))
+    for setting in ("capture.top_k=7", "capture.temperature=2", "capture.temperatures=[3]"):
+        with pytest.raises(ConfigError, match=r"allow: capture\.\w+ decides how records are read: it cannot differ"):
+            world.run(finished, setting, allow=("capture",))
+    summary = world.run(finished, "capture.seed=7", allow=("capture.seed",))
     assert summary.sequences == 0
     assert file_entries(finished) == before
 

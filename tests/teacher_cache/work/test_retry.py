@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -90,6 +92,24 @@ def test_rejected_sequences_are_tried_alone_and_put_in_their_places(
     assert verify_cache(output).ok
 
 
+def test_a_shard_that_cannot_be_replaced_stays(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a full disk: what was captured before is removed only once the new shard is written."""
+    output = str(tmp_path / "c")
+    one(world, output, engine=Rejecting(3))
+    before = file_entries(tmp_path / "c")
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("teacher_cache.write.store.write_columns", full)
+        with pytest.raises(CacheError, match="cannot be written: No space left on device"):
+            retry(retry_config(output, [], []))
+    assert file_entries(tmp_path / "c") == before
+    assert verify_cache(output).ok
+    assert retry(retry_config(output, [], [])).recovered == 1
+
+
 def test_a_cache_of_a_run_needs_its_settings(world: World, tmp_path: Path) -> None:
     output = tmp_path / "c"
     world.run(output)
@@ -100,8 +120,11 @@ def test_a_cache_of_a_run_needs_its_settings(world: World, tmp_path: Path) -> No
     assert (done.failed_before, done.rejected_before, done.capture.complete) == ([], 0, True)
     with pytest.raises(CacheError, match=r"different settings: capture.seed: was 0, now 1"):
         retry(retry_config(str(output), [], [*given, "capture.seed=1"]))
+    (tmp_path / "other").mkdir()
     with pytest.raises(CacheError, match="no capture was begun there"):
         retry(retry_config(str(tmp_path / "other"), [], given))
+    with pytest.raises(CacheError, match="no such folder"):
+        retry(retry_config(str(tmp_path / "none"), [], given))
 
 
 def test_a_shard_is_kept_if_what_it_holds_would_be_rejected_now(world: World, tmp_path: Path) -> None:

@@ -168,7 +168,11 @@ def test_other_settings_are_refused_side_by_side_unless_allowed(world: World, pa
 
 @pytest.mark.parametrize(
     ("setting", "field"),
-    [("capture.temperatures=[2.0]", "temperatures"), ("capture.tail_samples_max=3", "tail_samples_max")],
+    [
+        ("capture.temperature=2", "temperature"),
+        ("capture.temperatures=[2.0]", "temperatures"),
+        ("capture.tail_samples_max=3", "tail_samples_max"),
+    ],
 )
 def test_what_decides_how_records_are_read_cannot_be_allowed(
     world: World, parts: Parts, tmp_path: Path, setting: str, field: str

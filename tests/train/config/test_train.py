@@ -123,6 +123,10 @@ def test_the_choices_are_those_of_the_losses() -> None:
         ("mimic_dense", ["optim.lr=.inf"], "optim.lr is inf: must be above 0 and finite"),
         ("mimic_dense", ["loss.lm_weight=0.5"], "loss.lm_weight: not used with only_kd: remove it, or set loss.kind"),
         ("sft", ["loss.lm_weight=0.5"], "loss.lm_weight: not used with cross_entropy: remove it"),
+        ("sft", ["loss.beta=0.5"], "loss.beta: belongs to stage preference, not to sft: remove it"),
+        ("sft", ["loss.kd_weight=2"], "loss.kd_weight: belongs to the mimic stages, not to sft: remove it"),
+        ("align", ["loss.tail=bucket"], "loss.tail: nothing is distilled in stage align: remove it"),
+        ("preference", ["loss.temperature=2"], "loss.temperature: nothing is distilled in stage preference: remove it"),
         ("sft", ["loss.distill_weight=1"], "loss.distill_weight: belongs to stage preference, not to sft"),
         (
             "sft",

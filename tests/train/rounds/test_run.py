@@ -16,7 +16,7 @@ from llavamod_offline.config import load_config
 from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Generated
 from llavamod_offline.data.sets.sample_set import SampleSet
-from llavamod_offline.errors import ConfigError, DataError
+from llavamod_offline.errors import ConfigError, DataError, ModelError
 from teacher_cache.read.reader import open_cache
 from tests.processes import start
 from tests.tiny import tiny_samples
@@ -25,7 +25,7 @@ from tests.train.reference import Reader
 from tests.train.rounds.world import Prompts, write_world
 from train.rounds.config import RoundsConfig
 from train.rounds.measure import measure_own_answers
-from train.rounds.run import CONFIG_NAME, _begin
+from train.rounds.run import CONFIG_NAME, _begin, run_rounds
 
 
 def test_the_measure_is_that_of_a_loop_over_dense_distributions(world: World, tmp_path: Path) -> None:
@@ -77,8 +77,27 @@ def test_other_settings_in_the_same_folder_are_refused_but_more_rounds_are_not(t
     begin()
     with pytest.raises(ConfigError, match=r"begun with 'loss: reverse_kl', not 'loss: forward_kl': set it back"):
         begin("loss=forward_kl")
-    with pytest.raises(ConfigError, match=r"begun with 'train: \[\]', not 'train: \[optim.lr=1e-5\]'"):
-        begin("train=[optim.lr=1e-5]")
+    with pytest.raises(ConfigError, match=r"begun with 'train: \[\]', not 'train: \[optim.weight_decay=1\]'"):
+        begin("train=[optim.weight_decay=1]")
+
+
+def test_what_stopped_rounds_can_be_remedied(tmp_path: Path) -> None:
+    """Out of memory, a loss that is NaN, a benchmark that does not exist."""
+    places = ["prompts=a", "holdout=b", "teacher=t", "student=s", f"output={tmp_path}"]
+    for settings in (
+        ["benchmarks=c", "tasks=[popo]"],
+        ["benchmarks=d", "tasks=[pope]", "batch_size=4", "train=[batch.micro_size=1,optim.lr=1e-6]"],
+        ["trainer=python -m train", "train=[optim.lr=1e-7]"],
+    ):
+        _begin(tmp_path, load_config(RoundsConfig, (), [*places, *settings]))
+
+
+def test_a_missing_teacher_is_named_before_anything_is_written(world: World, tmp_path: Path) -> None:
+    settings = (f"prompts={world.chats}", f"holdout={tmp_path}", f"student={world.student}", "teacher=none")
+    config = load_config(RoundsConfig, (), [*settings, f"output={tmp_path / 'rounds'}"])
+    with pytest.raises(ModelError, match="none: no such checkpoint folder"):
+        run_rounds(config)
+    assert not (tmp_path / "rounds").exists()
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -210,9 +211,9 @@ def test_overwrite_spares_what_is_no_set(tmp_path: Path) -> None:
     link = tmp_path / "link"
     write_set([text_sample("a")], tmp_path / "real")
     link.symlink_to(tmp_path / "real")
-    for output in (other, file, link):
-        with pytest.raises(DataError, match="is not a set, so --overwrite does not replace it"):
-            write_set([text_sample("a")], output, overwrite=True)
+    for output, overwrite in itertools.product((other, file, link), (False, True)):
+        with pytest.raises(DataError, match="exists, and is not a set that --overwrite replaces: choose another"):
+            write_set([text_sample("a")], output, overwrite=overwrite)
     assert (other / "mine.jpg").read_bytes() == b"dear"
 
 
@@ -222,7 +223,7 @@ def test_outputs_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyP
         write_set([text_sample("a")], tmp_path / "file" / "set")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(DataError, match="exists: choose another folder"):
+    with pytest.raises(DataError, match="exists, and is not a set that --overwrite replaces: choose another folder"):
         write_set([text_sample("a")], Path())
     write_set([text_sample("a")], tmp_path / "set")
     monkeypatch.chdir(tmp_path / "set")

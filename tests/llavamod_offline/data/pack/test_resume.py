@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -27,7 +28,7 @@ from llavamod_offline.data.rows import RejectedRow, RowPlace
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.data.sources.read import prepare_sources
 from llavamod_offline.data.sources.source import Source, check_sources, describe_sources
-from llavamod_offline.errors import DataError
+from llavamod_offline.errors import DataError, StorageError
 from llavamod_offline.grace import Grace
 from llavamod_offline.plural import counted
 from llavamod_offline.signals import Stopped, interruptible
@@ -134,14 +135,55 @@ def test_a_users_error_leaves_nothing_and_a_lost_worker_leaves_what_is_done(file
             yield next(found)
         raise error
 
-    output = tmp_path / "out" / "set"
-    for error, left in ((DataError("x: row 3: bad"), []), (WorkerLostError("a worker"), [".set.packing"])):
+    unreadable = DataError("x: cannot be read")
+    unreadable.__cause__ = OSError(errno.EIO, "disk")
+    kept = [".set.packing"]
+    cases: tuple[tuple[Exception, list[str]], ...] = (
+        (DataError("x: row 3: bad"), []),
+        (StorageError("a server"), kept),
+        (unreadable, kept),
+        (WorkerLostError("a worker"), kept),
+    )
+    for number, (error, left) in enumerate(cases):
+        output = tmp_path / f"out-{number}" / "set"
         with pytest.raises(type(error)):
             write_set(partial(failing, error), output, shard_samples=6, job={"a": 1})
-        assert [path.name for path in tmp_path.glob("out/.set*")] == left
+        assert [path.name for path in output.parent.glob(".set*")] == left
     write_set(lambda start: prepare_sources(files, start=start), output, shard_samples=6, job={"a": 1})
     pack(files, tmp_path / "whole")
     assert SampleSet.open(output).digest == SampleSet.open(tmp_path / "whole").digest
+
+
+def test_an_image_that_was_missing_is_looked_for_again(tmp_path: Path) -> None:
+    """Only from the shard on whose row lacked it."""
+    images, output = tmp_path / "images", tmp_path / "set"
+    images.mkdir()
+    turns = [{"from": "human", "value": "<image>Which?"}, {"from": "gpt", "value": "This."}]
+    rows = [{"id": f"k{n}", "image": f"{n}.png", "conversations": turns} for n in range(30)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    for number in set(range(30)) - {13}:
+        (images / f"{number}.png").write_bytes(tiny_image(number))
+    read: list[int] = []
+
+    def pack_images(stop_at: int = 30) -> None:
+        files = check_sources([Source(tmp_path / "rows.json")], [images])
+        read.clear()
+
+        def found(start: RowPlace | None) -> Iterator[Outcome]:
+            for row in prepare_sources(files, images=[images], start=start):
+                if row.row == stop_at:
+                    raise KeyboardInterrupt
+                read.append(row.row)
+                yield row
+
+        write_set(found, output, shard_samples=6, job={"a": 1}, is_there=lambda name: (images / name).is_file())
+
+    with pytest.raises(KeyboardInterrupt):
+        pack_images(stop_at=28)
+    (images / "13.png").write_bytes(tiny_image(13))
+    pack_images()
+    assert read == list(range(12, 30))
+    assert len(SampleSet.open(output)) == 30
 
 
 @pytest.mark.parametrize(("grace", "shards"), [(600.0, 2), (1e-6, 1)])

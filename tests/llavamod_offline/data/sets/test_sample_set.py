@@ -8,10 +8,12 @@ import os
 import pickle
 import random
 import tarfile
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
@@ -219,6 +221,15 @@ def test_folders_that_are_no_set(tmp_path: Path) -> None:
         SampleSet.open(tmp_path / "nothing")
     with pytest.raises(DataError, match=r"has no set\.json"):
         SampleSet.open(tmp_path)
+
+
+def test_an_index_that_was_not_uploaded_is_named(own_folder: Path) -> None:
+    """Rather than the local folder in which it would be kept."""
+    url = f"memory://{uuid.uuid4().hex}/set"
+    content = (own_folder / "set.json").read_bytes()
+    fsspec.filesystem("memory").pipe_file(f"{url}/set.json", content)
+    with pytest.raises(DataError, match=r"no index\.arrow: upload or pack it again"):
+        SampleSet.open(url)
 
 
 @pytest.mark.parametrize(

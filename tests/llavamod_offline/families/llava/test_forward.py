@@ -71,6 +71,21 @@ def test_text_alone_leaves_the_projector_a_gradient_of_zero(tiny_folder: Path) -
         assert not parameter.grad.any()
 
 
+def test_text_alone_leaves_a_trained_tower_the_gradients_that_images_give_it(tiny_folder: Path) -> None:
+    """Of zero, but for the same parameters: several processes exchange them."""
+    model = load_llava(tiny_folder)
+    model.requires_grad_(False)
+    model.model.vision_tower.requires_grad_(True)
+    with_gradient = []
+    for samples in ([3], [5]):
+        batch = make_batch(tiny_folder, samples)
+        inputs = (batch.input_ids_BT, batch.attention_mask_BT, batch.pixel_values_ICHW)
+        model.zero_grad()
+        student_hidden_states(model, *inputs, train_vision=True).sum().backward()
+        with_gradient.append({name for name, value in model.named_parameters() if value.grad is not None})
+    assert with_gradient[0] == with_gradient[1] != set()
+
+
 def test_vision_features_are_the_configured_layers_patches(tiny_folder: Path) -> None:
     model, batch = load_llava(tiny_folder), make_batch(tiny_folder, [5])
     with torch.no_grad():
