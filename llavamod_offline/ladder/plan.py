@@ -23,7 +23,7 @@ _RATES = {
 }
 _SECOND_RATE = "5e-4"  # on the second set, for all stages
 # Fewer steps: there are about thirty students per seed; more questions: 500 cannot show a difference of .03.
-_FULL = replace(FULL, distill_steps=120, sparse_steps=40, benchmark_images=300)
+_FULL = replace(FULL, distill_steps=120, sparse_steps=40, preference_steps=40, benchmark_images=300)
 UNSEEN = "unseen"
 
 
