@@ -300,5 +300,5 @@ def test_a_declared_temperature_chooses_as_one_of_the_scaled_logits_would(temper
 
 
 def test_a_declared_temperature_has_its_normaliser() -> None:
-    with pytest.raises(ConfigError, match="temperature is 2, must be 1 or one of temperatures"):
+    with pytest.raises(ConfigError, match=r"capture\.temperature is 2: must be 1 or one of capture\.temperatures"):
         dataclasses.replace(SETTINGS, temperatures=(1.5,), temperature=2.0)

@@ -167,8 +167,10 @@ def test_status_is_read_from_a_bucket(bucket: str) -> None:
 
 
 def test_what_is_no_cache_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CacheError, match=r"c': job.json is missing, so it is not a cache: check the path"):
+    with pytest.raises(CacheError, match="c': no such folder"):
         read_status(str(tmp_path / "c"))
+    with pytest.raises(CacheError, match=r"': job.json is missing, so it is not a cache: check the path"):
+        read_status(str(tmp_path))
 
 
 def test_the_command_prints_one_json_object(world: World, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

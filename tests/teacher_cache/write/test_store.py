@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llavamod_offline.errors import CacheError
+from llavamod_offline.errors import CacheError, ConfigError
 from llavamod_offline.storage.folders import Folder
 from teacher_cache.format.manifest import CACHE_NAME, JOB_NAME, file_entries
 from teacher_cache.verify.cache import verify_cache
@@ -120,7 +120,10 @@ def test_other_settings_are_refused_side_by_side_unless_allowed(tmp_path: Path) 
     with pytest.raises(CacheError) as caught:
         CacheStore.open(tmp_path / "c", other, NAMES)
     assert "capture.vocab_size: was 30, now 31; data.digest: was dddddddddddddddd…, now eeee" in str(caught.value)
-    assert CacheStore.open(tmp_path / "c", other, NAMES, allow=["capture.vocab_size", "data"]).missing() == []
+    with pytest.raises(ConfigError, match=r"allow: capture.vocab_size decides how records are read"):
+        CacheStore.open(tmp_path / "c", other, NAMES, allow=["capture.vocab_size", "data"])
+    harmless = {**FINGERPRINT, "data": other["data"]}
+    assert CacheStore.open(tmp_path / "c", harmless, NAMES, allow=["data"]).missing() == []
     with pytest.raises(CacheError, match="shards: was 4, now 3"):
         CacheStore.open(tmp_path / "c", FINGERPRINT, NAMES[:3])
 
