@@ -13,10 +13,10 @@ import typer
 
 from llavamod_offline import __version__
 from llavamod_offline.config.command import Commands
+from llavamod_offline.demo.cli import demo, ladder, toyworld
 from llavamod_offline.entrypoint import run_command
-from llavamod_offline.errors import ConfigError, DataError, EmptySetError
+from llavamod_offline.errors import DataError, EmptySetError
 from llavamod_offline.plural import counted
-from llavamod_offline.storage.walk import no_folder
 
 if TYPE_CHECKING:
     from llavamod_offline.data.pack.set_writer import PackSummary
@@ -76,11 +76,6 @@ SourceList = Annotated[
 ]
 
 
-def _check_root(root: Path) -> None:
-    if not root.is_dir():
-        raise ConfigError(f"--root {root}: {no_folder(root)}")
-
-
 @app.callback()
 def _commands() -> None:
     """Make sets of samples for capture, training and evaluation."""
@@ -135,8 +130,9 @@ def pack(
       llavamod-offline pack --stage mimic_dense --root data --keys row --output sets/mimic_dense
     """
     from llavamod_offline.data.pack.pack import write_set
-    from llavamod_offline.data.sources.catalogue import SHIPPED, read_catalogue, stage_sources
+    from llavamod_offline.data.sources.catalogue import SHIPPED, check_root, read_catalogue, stage_sources
     from llavamod_offline.data.sources.fitting_folders import advice_on_missing
+    from llavamod_offline.data.sources.image_folders import ImageFolders
     from llavamod_offline.data.sources.read import prepare_sources
     from llavamod_offline.data.sources.source import Source, check_sources, describe_sources, sources_size
     from llavamod_offline.data.sources.source_arguments import parse_licences, parse_source, parse_weights
@@ -150,13 +146,13 @@ def pack(
     weights: dict[str, float] = {}
     listed_licences: dict[str, str] = {}
     if stage is not None:
-        _check_root(root)
+        check_root(root)
         listed, weights, listed_licences = stage_sources(read_catalogue(source_list or SHIPPED), stage, root)
         given = [*listed, *given]
     if not given:
         raise typer.BadParameter("name source files, or a --stage", param_hint="SOURCE")
     files = check_sources(given, images or (), by_row=keys is Keys.ROW)
-    folders = {folder for source in files for folder in source.images}
+    folders = ImageFolders(list(dict.fromkeys(folder for source in files for folder in source.images)))
     with Grace(grace) as stop, ProgressBar("pack", sources_size(files), "B", scale=True) as bar:
         rows = partial(
             prepare_sources,
@@ -188,7 +184,7 @@ def pack(
                 listed_licences=listed_licences,
                 max_side=max_side,
                 fitting=lambda missing: advice_on_missing(missing, images or ()),
-                is_there=lambda image: any((folder / image).is_file() for folder in folders),
+                is_there=folders.has,
                 grace=stop,
             )
         except EmptySetError as error:
@@ -276,11 +272,11 @@ def doctor(
       llavamod-offline doctor --root data --stage mimic_dense --quick
       llavamod-offline doctor my_sources.yaml --root data --json
     """
-    from llavamod_offline.data.sources.catalogue import SHIPPED, find_files, read_catalogue
+    from llavamod_offline.data.sources.catalogue import SHIPPED, check_root, find_files, read_catalogue
     from llavamod_offline.data.sources.doctor import examine, render
     from llavamod_offline.progress import ProgressBar
 
-    _check_root(root)
+    check_root(root)
     sets = read_catalogue(source_list or SHIPPED).of_stage(stage)
     total = sum(
         path.stat().st_size for entry in sets.values() for _, found in find_files(entry, root) for path in found
@@ -298,92 +294,8 @@ def doctor(
         raise typer.Exit(1)
 
 
-@app.command()
-def toyworld(
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write into.")],
-    quick: Annotated[bool, typer.Option("--quick", help="A fraction of the data.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the data.")] = 1,
-    benchmark_images: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Images in GQA and in MME; POPE has half as many, Object HalBench three times as many.",
-            show_default="as in the demo",
-        ),
-    ] = None,
-) -> None:
-    """Render the demo's toy world: samples and benchmarks in LLaVA's file formats, and a small language model.
-
-    \b
-    Example:
-      llavamod-offline toyworld --output toy
-    """
-    from llavamod_offline.demo.world import write_world
-
-    for folder in write_world(output, quick=quick, seed=seed, benchmark_images=benchmark_images):
-        print(folder)
-
-
-@app.command()
-def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the demo.")] = Path(
-        "runs/demo"
-    ),
-    quick: Annotated[bool, typer.Option("--quick", help="A fraction of the data and steps, as a smoke test.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the toy world's data.")] = 1,
-) -> None:
-    """Distil a toy teacher into small students, score them all, and write a table and a page.
-
-    Generates a toy world and runs the commands that you would type for your own data and teacher; DIR/commands.sh lists
-    them. Takes several minutes on two cores, without network access.
-
-    \b
-    Examples:
-      llavamod-offline demo
-      llavamod-offline demo --quick --output runs/try
-    """
-    from llavamod_offline.demo.run import run_demo
-
-    run_demo(output, quick=quick, seed=seed)
-
-
-@app.command()
-def ladder(
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the ladder.")] = Path(
-        "runs/ladder"
-    ),
-    seeds: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|M-N",
-            help="Number of seeds, each with its own world, or a range such as 4-5 [default: 5; 1 if quick].",
-        ),
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A fraction of the data and steps, as a smoke test.")] = False,
-    at_once: Annotated[
-        int | None, typer.Option(min=1, help="Commands to run at the same time [default: one per core, from 2 to 8].")
-    ] = None,
-) -> None:
-    """Show what each stage and each target contributes: some thirty students per seed, and a test of each claim.
-
-    Compares students in the toy world with equal data and steps: with and without teacher, dense and sparse, preference
-    losses, alignment terms, and what a cache keeps. Writes DIR/ladder.json and DIR/report.html after each seed.
-    Rerun the same command to resume, or with more seeds to add some. Takes about three hours on two cores.
-
-    Seeds can be split across machines: copy each DIR/seed-N/results.json into one DIR and rerun there. A seed with that
-    file is complete: its other files may be deleted.
-
-    \b
-    Examples:
-      llavamod-offline ladder --quick --output runs/try
-      llavamod-offline ladder --seeds 8
-      llavamod-offline ladder --seeds 4-5
-    """
-    from llavamod_offline.ladder.run import parse_seeds, run_ladder
-
-    run_ladder(output, seeds=parse_seeds(seeds or ("1" if quick else "5")), quick=quick, at_once=at_once)
-
-
+for command in (toyworld, demo, ladder):
+    app.command()(command)
 # These commands live in packages above this one, which modules here may not import by name.
 app.command()(importlib.import_module("teacher_cache.cli.ask").ask)
 _rounds = importlib.import_module("train.rounds.cli")

@@ -70,8 +70,8 @@ def work_folder(output: Path, job: Mapping[str, Any], is_there: IsThere) -> Iter
     """Yield the folder in which `job` is packed; it becomes `output` when the block ends.
 
     What an earlier pack of the same job has finished is there, up to the first shard that lacks an image which
-    `is_there` now, and nothing else. If the block ends with a user's error,
-    which would recur, everything is removed; otherwise (say, a server is away), what is finished stays.
+    `is_there` now, and nothing else. If the block ends with a user's error, which would recur, everything is removed;
+    otherwise, as when a server is away, what is finished stays.
     """
     work = work_path(output)
     journal, content = work / _JOURNAL, json.dumps(job, sort_keys=True)

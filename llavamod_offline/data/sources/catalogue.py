@@ -10,7 +10,7 @@ from llavamod_offline.config import load_config
 from llavamod_offline.data.sources.row_files import ROW_FILES
 from llavamod_offline.data.sources.source import Source
 from llavamod_offline.errors import ConfigError, DataError
-from llavamod_offline.storage.walk import absence, walk_files
+from llavamod_offline.storage.walk import absence, no_folder, walk_files
 
 SHIPPED = Path(__file__).with_name("sources.yaml")
 
@@ -82,6 +82,12 @@ def _matches(root: Path, pattern: str) -> Iterator[Path]:
     for folder in root.glob(above) if above else [root]:
         if folder.is_dir():
             yield from (folder / file for file in walk_files(folder) if PurePosixPath(file).match(name))
+
+
+def check_root(root: Path) -> None:
+    """Refuse a `--root` that is no folder. Errors: `ConfigError`."""
+    if not root.is_dir():
+        raise ConfigError(f"--root {root}: {no_folder(root)}")
 
 
 def stage_sources(
