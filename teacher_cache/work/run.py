@@ -7,6 +7,7 @@ of workers that died. Workers may come and go at any time; the cache is the same
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing, suppress
@@ -206,6 +207,6 @@ def _anywhere(config: CacheTeacherConfig) -> CacheTeacherConfig:
     """The settings, with paths that are valid in any working folder."""
 
     def absolute(where: str) -> str:
-        return str(Path(where).resolve()) if Path(where).exists() else where
+        return str(Path(where).resolve()) if os.path.exists(where) else where
 
     return replace(config, data=absolute(config.data), teacher=absolute(config.teacher))

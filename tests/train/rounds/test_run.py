@@ -139,7 +139,7 @@ def test_rounds_that_are_stopped_are_those_of_one_go(prompts: Prompts, tmp_path:
         assert abs(row["reverse_kl"]) < 5 * row["standard_error"] + 0.02
         assert row["length"] > 2
     page = (tmp_path / "whole" / "report.html").read_text()
-    assert "KL(student ‖ teacher), nats a token" in page
+    assert "KL(student ‖ teacher), nats per token" in page
     assert open_cache(tmp_path / "whole" / "round-2" / "cache").fingerprint["data"]["round"] == 2
     run(tmp_path / "parts", seconds=0.45 * taken)
     assert run(tmp_path / "parts") == 0
