@@ -224,7 +224,7 @@ def verify(
             f"{counted(verdict.positions, 'position')}, digest {verdict.digest}"
         )
         if not verdict.ok:
-            print(f"`cache-teacher verify {cache} --repair` removes the damage; `cache-teacher run` captures it again")
+            print(f"`cache-teacher verify {cache} --repair` removes the damage, and says how to fill the gap")
     if not verdict.ok:
         raise typer.Exit(_DAMAGED_STATUS)
 
