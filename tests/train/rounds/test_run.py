@@ -77,6 +77,9 @@ def test_other_settings_in_the_same_folder_are_refused_but_more_rounds_are_not(t
     begin()
     with pytest.raises(ConfigError, match=r"begun with 'loss: reverse_kl', not 'loss: forward_kl': set it back"):
         begin("loss=forward_kl")
+    begin("train=[batch.global_size=96]", "stage=mimic_sparse")  # what has not trained yet may train otherwise
+    begin()
+    (tmp_path / "round-1" / "run" / "checkpoints" / "1").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"begun with 'train: \[\]', not 'train: \[optim.weight_decay=1\]'"):
         begin("train=[optim.weight_decay=1]")
 
