@@ -38,15 +38,15 @@ Benchmarks: {_TASKS}
 \b
 Examples:
   eval-student generate eval.yaml
-  eval-student generate eval.yaml tasks=[pope,gqa] batch_size=16
-  eval-student generate model=runs/student root=data/eval output=runs/eval tasks=[pope] limit=100
+  eval-student generate eval.yaml 'tasks=[pope,gqa]' batch_size=16
+  eval-student generate model=runs/student root=data/eval output=runs/eval 'tasks=[pope]' limit=100
 """
 
 _SCORE_HELP = f"""Score a predictions file on a benchmark, without loading a model.
 
 PREDICTIONS is a predictions.jsonl, an answer file of LLaVA's scripts (question_id, text, prompt), logged samples of
-lmms-eval, or a table of VLMEvalKit. The denominator is the benchmark's question file, or the part asked under a limit.
-Rates are fractions of 1; MME scores are points.
+lmms-eval, or a table of VLMEvalKit. Scores are averaged over every question of the benchmark's file or, if the answers
+were generated with limit=N, over its first N. Rates are fractions of 1; MME scores are points.
 
 Benchmarks: {_TASKS}
 
@@ -79,7 +79,7 @@ those that it answers wrong), with their images and reference answers.
 \b
 Examples:
   eval-student report runs/dense runs/sparse --root data/eval -o report.html
-  eval-student report runs/eval/* --root data/eval -o report.md
+  eval-student report evals/* --root data/eval -o report.md
 """
 
 _PORTABLE_HELP = """Write a copy of a LLaVA folder for other tools: lmms-eval, a chat server, a pipeline.
@@ -143,20 +143,25 @@ def score_command(
         Path | None,
         typer.Option(help="File that records replies [default: beside the predictions]", show_default=False),
     ] = None,
-    judge_max_tokens: Annotated[int, typer.Option(help="Limit on a reply's tokens; reasoning models need more.")] = 512,
+    judge_max_tokens: Annotated[
+        int | None, typer.Option(help="Limit on a reply's tokens; reasoning models need more [default: 512].")
+    ] = None,
     judge_key_variable: Annotated[str, typer.Option(help="Environment variable that holds the server's key.")] = "",
 ) -> None:
+    from eval.predictions import refuse_own_input
     from eval.score import score_task
     from llavamod_offline.errors import ConfigError
     from llavamod_offline.storage.atomic import write_file
 
+    if output is not None:
+        refuse_own_input(output, predictions)
     judging = None
     if judge is not None:
         from eval.judge import open_judge
 
         judging = open_judge(judge, model=judge_model, key_variable=judge_key_variable, max_tokens=judge_max_tokens)
-    elif judge_model or judge_template or judge_record or judge_key_variable:
-        raise ConfigError("--judge-model, --judge-template, --judge-record and --judge-key-variable need --judge")
+    elif judge_model or judge_template or judge_record or judge_key_variable or judge_max_tokens is not None:
+        raise ConfigError("the options --judge-… need --judge: name the judge")
     score = score_task(
         task,
         root,
@@ -197,15 +202,19 @@ def report_command(
     root: Root,
     output: Annotated[Path, typer.Option("--output", "-o", help="Page to write: .html or .md.")],
     samples: Annotated[int, typer.Option(help="Limit on questions shown per benchmark and pair of runs.")] = 24,
+    judge_model: Annotated[str, typer.Option(help="The judge whose replies to read, if several are recorded.")] = "",
+    judge_template: Annotated[
+        Path | None, typer.Option(help="The wording that the judge was asked with, if it is your own.")
+    ] = None,
 ) -> None:
     from eval.report.report import write_report
 
-    write_report(runs, root, output, samples=samples)
+    write_report(runs, root, output, samples=samples, judge_model=judge_model, judge_template=judge_template)
     print(output)
 
 
 def portable_command(
-    student: Annotated[Path, typer.Argument(metavar="STUDENT", help="Folder of a trained student.")],
+    student: Annotated[Path, typer.Argument(metavar="STUDENT", help="Folder or Hub id of a LLaVA checkpoint.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not exist.")],
     template: Annotated[str, typer.Option(help="Template used in training; auto: as the folder states.")] = "auto",
     image_aspect: Annotated[

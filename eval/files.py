@@ -7,6 +7,7 @@ import binascii
 import csv
 import hashlib
 import json
+import logging
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,8 @@ from typing import Any
 
 from llavamod_offline.errors import EvalError
 from llavamod_offline.storage.walk import no_folder
+
+log = logging.getLogger(__name__)
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -75,7 +78,7 @@ class EmbeddedImage:
         with self.path.open("rb") as stream:
             stream.seek(self.offset)
             if self.columns:
-                row = next(_csv_rows(line.decode() for line in stream))
+                row = next(_csv_rows((line.decode() for line in stream), self.path))
                 value: Any = dict(zip(self.columns, row, strict=False)).get(self.column)
             else:
                 value = json.loads(stream.readline()).get(self.column)
@@ -190,11 +193,30 @@ def read_jsonl(path: Path, *, drop: Sequence[str] = ()) -> list[Row]:
     return rows
 
 
+def end_last_line(path: Path) -> None:
+    """Make a file of JSON lines end with a whole line, so that more can follow.
+
+    An unterminated last line is ended if it is whole, as after an edit, and removed if a kill or a full disk cut it.
+    """
+    with path.open("r+b") as stream:
+        content = stream.read()
+        whole = content.rfind(b"\n") + 1
+        if whole == len(content):
+            return
+        try:
+            json.loads(content[whole:])
+        except ValueError:
+            log.info("%s: removing an incomplete last line", path)
+            stream.truncate(whole)
+        else:
+            stream.write(b"\n")
+
+
 def read_table(path: Path, *, drop: Sequence[str] = (), delimiter: str = "\t") -> tuple[tuple[str, ...], list[Row]]:
     """Read a table with a header line and quoted fields → column names, rows of strings."""
     with path.open("rb") as stream:
         consumed = [0]
-        rows = _csv_rows(_counted(stream, consumed, path), delimiter)
+        rows = _csv_rows(_counted(stream, consumed, path), path, delimiter)
         columns = tuple(next(rows, []))
         found: list[Row] = []
         while True:
@@ -239,11 +261,11 @@ def _counted(stream: Any, consumed: list[int], path: Path) -> Iterator[str]:
             raise EvalError(f"{path}: not UTF-8: save the file as UTF-8") from error
 
 
-def _csv_rows(lines: Iterator[str], delimiter: str = "\t") -> Iterator[list[str]]:
+def _csv_rows(lines: Iterator[str], path: Path, delimiter: str = "\t") -> Iterator[list[str]]:
     limit = csv.field_size_limit(sys.maxsize)  # a base64 image exceeds the default limit
     try:
         yield from csv.reader(lines, delimiter=delimiter)
     except csv.Error as error:
-        raise EvalError(f"not readable as a table: {error}: download the file again") from error
+        raise EvalError(f"{path}: not readable as a table: {error}: save or download the file again") from error
     finally:
         csv.field_size_limit(limit)

@@ -22,7 +22,7 @@ from eval.engines import AnswerEngineName, open_engine
 from eval.engines.protocol import Answer, AnswerEngine
 from eval.example import Example
 from eval.export.answers import write_answers
-from eval.files import read_object
+from eval.files import end_last_line, read_object
 from eval.predictions import Prediction, prediction_line, read_predictions
 from eval.score import sidecar
 from eval.task import Task
@@ -46,7 +46,7 @@ MAX_MISSING = 0.5  # above this share of missing images, the folder is probably 
 
 @dataclass(frozen=True)
 class EvalGenerateConfig:
-    """Which model answers the questions of which benchmarks."""
+    """The model, the benchmarks that it answers, and how it is run."""
 
     model: InputPath = "???"
     """Folder or Hub id (org/name) of the model."""
@@ -70,7 +70,8 @@ class EvalGenerateConfig:
     max_new_tokens: int | None = None
     """Maximum length of an answer in tokens; null: each benchmark's published limit."""
     limit: int | None = None
-    """Number of questions of each benchmark to answer, and then to score, from the first; null: all."""
+    """Answer, and later score, only the first N questions of each benchmark, with their rotations (MMBench) and pairs
+    (MME); null: all."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of weights and activations; auto: float32 on a CPU, otherwise bfloat16."""
     device: str = "auto"
@@ -86,7 +87,7 @@ class EvalGenerateConfig:
             if value is not None and value < 1:
                 yield f"{name} is {value}: must be at least 1"
         if not self.tasks:
-            yield f"tasks: name at least one benchmark, such as tasks=[pope]: {', '.join(TASKS)}"
+            yield f"tasks: name at least one benchmark, such as 'tasks=[pope]': {', '.join(TASKS)}"
         for task in self.tasks:
             if task not in TASKS:
                 nearest = difflib.get_close_matches(task, TASKS, n=1)
@@ -161,7 +162,7 @@ def _template(config: EvalGenerateConfig) -> str:
 
 def _examples(task: Task, root: Path, limit: int | None) -> list[Example[Any]]:
     """Load a benchmark's questions and check, before a model is loaded, that most of their images exist."""
-    examples = task.load(root)[:limit]
+    examples = task.first(task.load(root), limit)
     if not examples:
         raise EvalError(f"{root}: the question file of '{task.name}' is empty")
     sources = [example.source for example in examples if example.source is not None]
@@ -286,13 +287,8 @@ def _finished(path: Path, task: str) -> set[str]:
     """Return the answered ids, removing repeated lines and an incomplete last line left by a killed run."""
     if not path.exists():
         return set()
-    with path.open("r+b") as stream:
-        content = stream.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            log.info("%s: removing an incomplete last line", path)
-            stream.truncate(whole)
-        lines = content[:whole].count(b"\n")
+    end_last_line(path)
+    lines = path.read_bytes().count(b"\n")
     predictions = read_predictions(path, task)
     if len(predictions) < lines and all(prediction.id is not None for prediction in predictions):
         write_file(path, b"".join(map(prediction_line, predictions)))

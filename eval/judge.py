@@ -17,11 +17,11 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from eval.files import read_jsonl
+from eval.files import end_last_line, read_jsonl
 from llavamod_offline.errors import ConfigError, EvalError, ModelError, first_line
 from llavamod_offline.models.hub import checkpoint_folder
 from llavamod_offline.progress import track
@@ -190,26 +190,44 @@ class RecordedJudge:
         key = record_key(self.model, messages)
         if key not in self._replies:
             start = messages[-1]["content"].strip().splitlines()[-1][:60]
-            raise EvalError(f"{self._path}: no recorded reply by '{self.model}' to '…{start}' ({key[:12]}…)")
+            raise EvalError(
+                f"{self._path}: no recorded reply by '{self.model}' to '…{start}' ({key[:12]}…): give the template it "
+                "was asked with (--judge-template), or ask the judge first (score --judge)"
+            )
         return self._replies[key]
 
 
-def open_judge(name: str, *, model: str = "", key_variable: str = "", max_tokens: int = MAX_REPLY_TOKENS) -> Judge:
-    """Open the judge that `--judge` names: a URL, a model's folder or Hub id, or a file of recorded replies."""
-    if max_tokens < 1:
+def open_judge(name: str, *, model: str = "", key_variable: str = "", max_tokens: int | None = None) -> Judge:
+    """Open the judge that `--judge` names: a URL, a model's folder or Hub id, or a file of recorded replies.
+
+    Errors: `ConfigError` for any other name, and for options that this kind of judge does not use.
+    """
+    if max_tokens is not None and max_tokens < 1:
         raise ConfigError(f"--judge-max-tokens is {max_tokens}: must be at least 1")
+    limit = MAX_REPLY_TOKENS if max_tokens is None else max_tokens
     if "://" in name:
-        return UrlJudge(name, model, key_variable=key_variable, max_tokens=max_tokens)
-    if Path(name).is_file():
+        return UrlJudge(name, model, key_variable=key_variable, max_tokens=limit)
+    given = {"--judge-model": model, "--judge-key-variable": key_variable, "--judge-max-tokens": max_tokens}
+    if os.path.isfile(name):
+        _refuse_unused(given, ("--judge-key-variable", "--judge-max-tokens"), f"'{name}' has replies already")
         return RecordedJudge(Path(name), model)
     folder = checkpoint_folder(name)
     if folder.is_dir():
-        return LocalJudge(folder, max_tokens=max_tokens)
+        _refuse_unused(given, ("--judge-model", "--judge-key-variable"), f"'{name}' is a model, not a server")
+        return LocalJudge(folder, max_tokens=limit)
     raise ConfigError(f"judge '{name}': neither a URL, nor a model's folder or Hub id, nor a file of recorded replies")
+
+
+def _refuse_unused(given: Mapping[str, object], unused: Sequence[str], why: str) -> None:
+    for option in unused:
+        if given[option]:
+            raise ConfigError(f"{option}: {why}: remove it")
 
 
 def ask(judge: Judge, questions: Mapping[str, str], record: Path) -> dict[str, str]:
     """Ask the judge each unrecorded question, recording each reply at once; returns replies by id ("": unreadable)."""
+    if record.exists():
+        end_last_line(record)
     known = read_record(record)[0] if record.exists() else {}
     replies: dict[str, Reply] = {}
     record.parent.mkdir(parents=True, exist_ok=True)
@@ -221,7 +239,7 @@ def ask(judge: Judge, questions: Mapping[str, str], record: Path) -> dict[str, s
             messages = [{"role": "user", "content": question}]
             key = record_key(judge.model, messages)
             if key not in known:
-                reply = known[key] = judge.complete(messages)
+                reply = known[key] = _valid(judge.complete(messages))
                 line = {"key": key, "model": judge.model, "messages": messages, "reply": reply.text}
                 line |= {"unreadable": reply.unreadable} if reply.unreadable else {}
                 stream.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
@@ -235,6 +253,11 @@ def ask(judge: Judge, questions: Mapping[str, str], record: Path) -> dict[str, s
             *(judge.model, len(unreadable), len(replies), unreadable[0], record),
         )
     return {name: reply.readable for name, reply in replies.items()}
+
+
+def _valid(reply: Reply) -> Reply:
+    """A reply as UTF-8 can hold it: a server may send half of a surrogate pair."""
+    return Reply(*(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in astuple(reply)))
 
 
 def record_key(model: str, messages: Sequence[Message]) -> str:

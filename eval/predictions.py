@@ -21,7 +21,7 @@ from typing import Any
 
 from eval.export.xlsx import read_spreadsheet
 from eval.files import Row, read_table
-from llavamod_offline.errors import EvalError
+from llavamod_offline.errors import ConfigError, EvalError
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,12 @@ def read_predictions(path: Path, task: str) -> list[Prediction]:
     if repeated:
         log.warning("%s: %d repeated line(s) left out", path, repeated)
     return found
+
+
+def refuse_own_input(output: Path, predictions: Path) -> None:
+    """Raise `ConfigError` if an output would replace the predictions that it is made from."""
+    if output.resolve() == predictions.resolve():
+        raise ConfigError(f"--output: {output} is the predictions file, which it would replace: name another file")
 
 
 def prediction_line(prediction: Prediction) -> bytes:

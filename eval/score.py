@@ -32,7 +32,7 @@ class TaskScore:
     """A task's score and how it was obtained; `texts` and `verdicts` are by example id.
 
     `limit`: how many questions, from the first, were asked (None: all). `n_unanswerable`: questions whose image could
-    not be read; like the `n_missing`, they count as wrong.
+    not be read; like the `n_missing`, they count as wrong. `judge`: who judged, and in what wording; empty without one.
     """
 
     task: str
@@ -43,6 +43,7 @@ class TaskScore:
     n_unanswerable: int
     n_unparsed: int
     protocol: str
+    judge: str
     data_sha256: str
     texts: dict[str, str | None]
     verdicts: dict[str, Verdict]
@@ -50,7 +51,9 @@ class TaskScore:
     def as_json(self) -> dict[str, Any]:
         """The object that `eval-student score` writes and `--json` prints."""
         counts = ("n", "limit", "n_missing", "n_unanswerable", "n_unparsed")
-        return {name: getattr(self, name) for name in ("task", "metrics", *counts, "protocol", "data_sha256")}
+        figures = {name: getattr(self, name) for name in (*counts, "protocol", "data_sha256")}
+        headlines = [headline.metric for headline in get_task(self.task).headlines]
+        return {"task": self.task, "headlines": headlines, "metrics": self.metrics, **figures}
 
     @property
     def counts(self) -> str:
@@ -94,10 +97,10 @@ def score_task(
         if judge is None:
             if task.score is None:
                 raise EvalError(f"{name}: needs a judge: pass --judge URL, a model's folder, or recorded replies")
-            scored, protocol = task.score(examples, texts), task.protocol
+            scored, protocol, judged = task.score(examples, texts), task.protocol, ""
     if judge is not None:
         record = judge_record or predictions.with_suffix(".judge.jsonl")
-        scored, protocol = _score_judged(task, examples, texts, judge, record, judge_template)
+        scored, protocol, judged = _score_judged(task, examples, texts, judge, record, judge_template)
     without = [example.id for example in examples if example.id not in joined]
     lost = sum(identifier in unanswerable for identifier in without)
     return TaskScore(
@@ -109,6 +112,7 @@ def score_task(
         n_unanswerable=lost,
         n_unparsed=scored.n_unparsed,
         protocol=_protocol(task, protocol, examples, joined, scored, predictions, limit=limit, unanswerable=lost),
+        judge=judged,
         data_sha256=data_checksum(root, task.reference_files(root)),
         texts=texts,
         verdicts=scored.verdicts,
@@ -124,7 +128,7 @@ def asked_examples(task: Task, root: Path, predictions: Path) -> tuple[list[Exam
     limit = read_object(file).get("limit") if file.is_file() else None
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise EvalError(f"{file}: 'limit' must be a whole number of at least 1: restore the file or generate again")
-    return examples[:limit], limit
+    return task.first(examples, limit), limit
 
 
 def _score_judged(
@@ -134,8 +138,8 @@ def _score_judged(
     judge: Judge,
     record: Path,
     template_file: Path | None,
-) -> tuple[Scored, str]:
-    """Score a task with a judge; returns the score and the protocol."""
+) -> tuple[Scored, str, str]:
+    """Score a task with a judge; returns the score, the protocol, and who judged in what wording."""
     from eval.judge import ask
 
     judging = task.judging
@@ -150,9 +154,9 @@ def _score_judged(
         if values is not None:
             questions[example.id] = template.fill(values)
     scored = judging.score(examples, texts, ask(judge, questions, record))
-    wording = f"template {template.name} (sha256 {template.sha256})"
+    judged = f"{judge.model} at temperature 0, template {template.name} (sha256 {template.sha256})"
     protocol = judging.protocol.replace("JUDGE", judge.model)
-    return scored, f"{protocol} | judge: {judge.model} at temperature 0, {wording}"
+    return scored, f"{protocol} | judge: {judged}", judged
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,7 @@ class Task:
     wrong. A task without `score` needs a judge. `official_n`: sizes of the published sets. `max_new_tokens`: the
     published limit of an answer. `protocol`: the published prompt and how answers are read, in words.
     `reference` puts the right answer into words for a report.
+    `group`: what the examples share that are scored together, if any are; a limit does not separate them.
     `question_key` reduces a prompt to its question, as `Example.question` holds it. `llava_prompt` returns the prompt
     that LLaVA's runners record.
     """
@@ -99,6 +100,14 @@ class Task:
     llava_prompt: Callable[[Example[Any]], str] = lambda example: example.prompt
     upload: Upload | None = None
     judging: Judging | None = None
+    group: Callable[[Example[Any]], Hashable] | None = None
+
+    def first(self, examples: Sequence[Example[Any]], limit: int | None) -> list[Example[Any]]:
+        """The first `limit` examples (None: all), and the others of their groups."""
+        if limit is None or self.group is None:
+            return list(examples[:limit])
+        chosen = {self.group(example) for example in examples[:limit]}
+        return [example for example in examples if self.group(example) in chosen]
 
 
 def withhold_unreadable(scored: Scored, count: int) -> Scored:

@@ -184,7 +184,7 @@ def pack(
                 listed_licences=listed_licences,
                 max_side=max_side,
                 fitting=lambda missing: advice_on_missing(missing, images or ()),
-                is_there=folders.has,
+                can_use=folders.can_use,
                 grace=stop,
             )
         except EmptySetError as error:

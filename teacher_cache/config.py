@@ -196,7 +196,7 @@ class GenerateConfig:
     """Number of the round in which a student wrote the answers, from 1; kept in the set and in its caches."""
     capture: bool = True
     """Also capture the new set, with the model that wrote it. false: only write it, for `cache-teacher run` to capture
-    with another teacher; output is then not used."""
+    with another teacher; nothing is written to output then."""
 
     def problems(self) -> Iterator[str]:
         """Yield one line for each problem, naming the key to change."""

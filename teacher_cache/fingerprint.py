@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _LONGER = "rejected"  # what happens to a sequence of more than max_length tokens
 # Caches of earlier versions lack these; a missing value counts as equal.
-_LATER = ("engine.head_dtype", "engine.device", "template.system_turn", "data.writer", "data.round")
+_LATER = ("engine.head_dtype", "engine.device", "template.system_turn", "data.writer", "data.round", "data.shards")
 _TODAY = {f"capture.{name}": f"capture.{own}" for name, own in STORED_SETTINGS.items()}
 _SHOWN = 16
 # These decide how records are read and what an id means, so they must be equal across a cache.
@@ -115,8 +115,12 @@ def describe_weights(folder: Path, *, needed: bool = True) -> dict[str, Any]:
 
 
 def describe_data(samples: SampleSet) -> dict[str, Any]:
-    """Identify a set; if a model wrote its answers, also that writer and, if it has one, the round."""
-    described: dict[str, Any] = {"digest": samples.digest, "samples": len(samples)}
+    """Identify a set, and how it is cut into shards, since a cache is written shard by shard.
+
+    If a model wrote its answers, also that writer and, if it has one, the round.
+    """
+    shards = [[name, len(rows)] for name, rows in samples.shard_rows.items()]
+    described: dict[str, Any] = {"digest": samples.digest, "samples": len(samples), "shards": _hash(shards)}
     about = samples.manifest.get("generated")
     if about is not None:
         described["writer"] = writer_id(about["teacher"])
@@ -160,6 +164,12 @@ def check_read_alike(left: Mapping[str, Any], right: Mapping[str, Any]) -> None:
     for field in _HOW_TO_READ:
         if sides[0].get(field) != sides[1].get(field):
             raise ConfigError(f"allow: {field} decides how records are read: it cannot differ within one cache")
+
+
+def may_allow(found: Sequence[str]) -> bool:
+    """Whether all of these `differences` may be harmless, in fields that do not decide what a cache's records are."""
+    fields = [line.partition(":")[0] for line in found]
+    return not any(field in _HOW_TO_READ or field.startswith(("data.", "shards")) for field in fields)
 
 
 def check_allowed(allow: Sequence[str], *fingerprints: Mapping[str, Any]) -> None:

@@ -40,7 +40,8 @@ class Measurement:
     (ECE). `kl`: KL(teacher ‖ student) in nats: exact if the cache holds all ids, an unbiased estimate if it has tail
     samples, else a lower bound. For a mixture of teachers it is none of these (FORMAT.md, section 13): tails are read
     as one bucket, and a student that equals the mixture has a figure above 0.
-    `entropy`: the teacher's. `agreement`: the share of positions where both have the same most likely token.
+    `entropy`: the teacher's; none for a cache captured at another temperature, whose `kl` is a lower bound.
+    `agreement`: the share of positions where both have the same most likely token.
     """
 
     samples: int
@@ -111,11 +112,13 @@ class _Sums:
         self._cross_entropy = torch.zeros((), dtype=torch.float64, device=device)
         self._bins_3B = torch.zeros(3, BINS, dtype=torch.float64, device=device)  # positions, hits, confidence
         self._metrics: dict[str, Tensor] = {}
+        self._sampled_at = 1.0
 
     def add(self, logits_CV: Tensor, target_ids_C: Tensor, targets: SparseTargets | None) -> None:
         """Add a chunk of positions."""
         self._positions += len(target_ids_C)
         if targets is not None:
+            self._sampled_at = targets.sampled_at
             self._distilled += len(targets)
             for name, value in forward_kl(logits_CV, targets).metrics.items():
                 self._metrics[name] = self._metrics.get(name, 0.0) + value.double()
@@ -141,6 +144,6 @@ class _Sums:
             float(hits_B.sum()) / self._positions,
             float((hits_B - confidence_B).abs().sum()) / self._positions,
             means.get("kl"),
-            means.get("entropy"),
+            means.get("entropy") if self._sampled_at == 1 else None,  # else that of another temperature
             means.get("top1_agreement"),
         )

@@ -17,6 +17,7 @@ from llavamod_offline.data.order.schedule import BatchSchedule
 from llavamod_offline.data.order.stream import Order
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError
+from llavamod_offline.families.folder import context_length
 from llavamod_offline.families.students.protocol import StudentFamily
 from llavamod_offline.losses.bucketed_divergence import DivergenceSpec
 from llavamod_offline.losses.cached_distillation import prior_of
@@ -38,6 +39,7 @@ from train.engine.optim import choose_trainable, frozen_digest
 from train.stages.alignment_setup import prepare_alignment
 from train.stages.build import Objective, make_objective
 from train.stages.student_pass import StudentPass
+from train.student.lora import saved_modules
 from train.student.make import open_student
 from train.student.source import StudentSource, open_source, start_digest
 from train.teachers import check_teachers, check_wording, is_aligned, open_teachers
@@ -164,6 +166,7 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         seed=config.seed,
         lengths=lengths,
         max_length=config.max_length,
+        context=context_length(student.config.get_text_config()),
         too_long=config.data.too_long,
     )
     if cache is not None and MISMATCHED in config.roles:
@@ -190,6 +193,8 @@ def prepare(config: TrainConfig, world: World) -> Setup:
     if cache is not None:
         cache.keep_shards(order.window or len(samples.shards))
     choose_trainable(student, config.trainable)
+    if config.student.lora is not None and config.student.lora.keep_adapters:
+        saved_modules(student)  # refuses what PEFT cannot save, before the first step
     head = lm_head_of(student)
     positions = "response" if aligns else _positions(config, cache)
     own_vocab_size = vocabulary_size(source.tokenizer, head.rows)

@@ -8,7 +8,7 @@ from typing import Any
 
 from eval.example import Example
 from eval.join import join
-from eval.predictions import llava_answer_line, read_predictions
+from eval.predictions import llava_answer_line, read_predictions, refuse_own_input
 from eval.score import asked_examples
 from eval.task import Task
 from eval.tasks import get_task
@@ -23,9 +23,10 @@ def export(name: str, root: Path, predictions: Path, output: Path, *, model: str
 
     Unanswerable questions get an empty answer.
     Errors: `EvalError` for missing, unknown or duplicate ids; `ConfigError` for a format that the task lacks, and
-    for an upload of some of the questions.
+    for an upload of some of the questions, and for an output that is the predictions file.
     """
     task = get_task(name)
+    refuse_own_input(output, predictions)
     allowed = (".jsonl", *([task.upload.suffix] if task.upload else []))
     if output.suffix not in allowed:
         raise ConfigError(f"{output}: '{name}' can only be exported as {' or '.join(allowed)}: rename the output")

@@ -11,6 +11,7 @@ from eval.score import TaskScore, score_task
 from eval.task import Headline
 from eval.tasks import TASKS, get_task
 from llavamod_offline.errors import ConfigError, EvalError
+from llavamod_offline.plural import counted
 
 RECORD = "predictions.judge.jsonl"
 # Models with published figures (see the tasks' headlines), and their sources.
@@ -45,11 +46,14 @@ class ScoredRun:
         return None if score is None else score.metrics.get(headline.metric)
 
 
-def load_run(path: Path, root: Path, name: str) -> ScoredRun:
+def load_run(
+    path: Path, root: Path, name: str, *, judge_model: str = "", judge_template: Path | None = None
+) -> ScoredRun:
     """Score every `TASK/predictions.jsonl` of an output folder of `generate`.
 
-    Tasks that need a judge are scored from its recorded replies beside the predictions. What cannot be scored is listed
-    with the reason. Errors: `EvalError` if nothing can.
+    Tasks that a judge has rated are scored from its recorded replies beside the predictions; `judge_model` chooses one
+    of several judges, `judge_template` is the wording that they were asked with, if it is not the default. What cannot
+    be scored is listed with the reason. Errors: `EvalError` for a folder without predictions.
     """
     found = {task: path / task / "predictions.jsonl" for task in TASKS}
     found = {task: file for task, file in found.items() if file.is_file()}
@@ -57,18 +61,16 @@ def load_run(path: Path, root: Path, name: str) -> ScoredRun:
         raise EvalError(f"{path}: has no TASK/predictions.jsonl: name an output folder of 'eval-student generate'")
     scores, unscored = {}, {}
     for task, file in found.items():
-        judged, record = TASKS[task].score is None, file.parent / RECORD
-        if judged and not record.is_file():
+        record = file.parent / RECORD
+        judged = TASKS[task].judging is not None and record.is_file()
+        if not judged and TASKS[task].score is None:
             unscored[task] = f"no {RECORD}: score it with --judge first"
             continue
         try:
-            scores[task] = score_task(task, root, file, judge=RecordedJudge(record) if judged else None)
+            judge = RecordedJudge(record, judge_model) if judged else None
+            scores[task] = score_task(task, root, file, judge=judge, judge_template=judge_template if judged else None)
         except (ConfigError, EvalError) as error:
             unscored[task] = str(error)
-    if not scores:
-        raise EvalError(
-            f"{path}: nothing can be scored: {'; '.join(f'{task}: {why}' for task, why in unscored.items())}"
-        )
     return ScoredRun(name, scores, unscored)
 
 
@@ -111,6 +113,17 @@ def incomparable(column: Headline, runs: Sequence[ScoredRun]) -> str | None:
     return None
 
 
+def comparable(column: Headline, run: ScoredRun, base: ScoredRun) -> bool:
+    """Whether two runs' figures of a headline were measured alike; True if either is missing."""
+    return len(_measured(column, [run, base])) < 2
+
+
+def _measured(column: Headline, runs: Sequence[ScoredRun]) -> dict[tuple[object, ...], ScoredRun]:
+    """The first run of each way in which a headline was measured: on which questions, and by which judge."""
+    scored = [(run.scores[column.task], run) for run in runs if column.task in run.scores]
+    return {(score.n, score.limit, score.data_sha256, score.judge): run for score, run in reversed(scored)}
+
+
 def difference(column: Headline, value: float | None, base: float | None) -> str:
     """A figure's difference from the first run's, formatted; empty if either is missing."""
     if value is None or base is None:
@@ -120,11 +133,20 @@ def difference(column: Headline, value: float | None, base: float | None) -> str
 
 
 def footnotes(runs: Sequence[ScoredRun], columns: Sequence[Headline]) -> list[str]:
-    """The sources of the published figures, and why some are not comparable."""
+    """The sources of the published figures, and why some of them (†) or of the runs' (‡) are not comparable."""
     shown = references(columns)
     notes = [f"{published.model}: {published.source}" for published in shown]
     for column in columns:
         why = incomparable(column, runs)
         if why and any(column.key in published.figures for published in shown):
             notes.append(f"† {column.title}: {why}; not comparable")
+        ways = _measured(column, runs)
+        if len(ways) > 1:
+            each = "; ".join(f"{run.name}: {_way(run.scores[column.task])}" for run in reversed(ways.values()))
+            notes.append(f"‡ {column.title}: not all runs are measured alike ({each}); not comparable")
     return notes
+
+
+def _way(score: TaskScore) -> str:
+    judge = f", judged by {score.judge}" if score.judge else ""
+    return f"{counted(score.n, 'question')}{judge}, data sha256 {score.data_sha256[:8]}…"

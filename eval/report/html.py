@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from eval.example import Example
-from eval.report.comparison import ScoredRun, difference, footnotes, headlines, incomparable, references
+from eval.report.comparison import (
+    ScoredRun,
+    comparable,
+    difference,
+    footnotes,
+    headlines,
+    incomparable,
+    references,
+)
 from eval.task import Headline
 from eval.tasks import get_task
 from llavamod_offline.errors import DataError, EvalError
@@ -58,9 +66,12 @@ def disagreements(
     return [example for example in examples if example.id in chosen]
 
 
-def _differences(runs: Sequence[ScoredRun], column: Headline, value: float | None) -> list[str]:
-    """A figure's difference from that of each run, which may be chosen as the baseline."""
-    return [difference(column, value, run.figure(column)) for run in runs]
+def _differences(runs: Sequence[ScoredRun], column: Headline, value: float | None, of: ScoredRun | None) -> list[str]:
+    """A figure's difference from that of each run, which may be chosen as the baseline; `of`: None if published."""
+    return [
+        difference(column, value, run.figure(column)) if of is None or comparable(column, of, run) else "‡"
+        for run in runs
+    ]
 
 
 def _bars(runs: Sequence[ScoredRun], column: Headline) -> dict[str, Any]:

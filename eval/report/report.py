@@ -9,6 +9,7 @@ from typing import Any
 from eval.example import Example
 from eval.report.comparison import (
     ScoredRun,
+    comparable,
     difference,
     footnotes,
     headlines,
@@ -19,19 +20,33 @@ from eval.report.comparison import (
 )
 from eval.task import Headline
 from eval.tasks import TASKS, get_task
-from llavamod_offline.errors import ConfigError
+from llavamod_offline.errors import ConfigError, EvalError
 from llavamod_offline.storage.atomic import write_file
 
 
-def write_report(paths: Sequence[Path], root: Path, output: Path, *, samples: int = 24) -> None:
+def write_report(
+    paths: Sequence[Path],
+    root: Path,
+    output: Path,
+    *,
+    samples: int = 24,
+    judge_model: str = "",
+    judge_template: Path | None = None,
+) -> None:
     """Score the runs' predictions and write the comparison, with `samples` disagreements per benchmark and pair.
 
-    Errors: `ConfigError` for a suffix other than .html and .md; `EvalError` for a folder without predictions, or with
-    predictions that cannot be scored.
+    `judge_model`, `judge_template`: as in `load_run`. Errors: `ConfigError` for a suffix other than .html and .md;
+    `EvalError` for a folder without predictions, or if nothing can be scored.
     """
     if output.suffix not in (".html", ".md"):
         raise ConfigError(f"{output}: a report's name must end in .html or .md")
-    runs = [load_run(path, root, name) for path, name in zip(paths, run_names(paths), strict=True)]
+    runs = [
+        load_run(path, root, name, judge_model=judge_model, judge_template=judge_template)
+        for path, name in zip(paths, run_names(paths), strict=True)
+    ]
+    if not any(run.scores for run in runs):
+        found = "; ".join(f"{run.name}: {task}: {why}" for run in runs for task, why in run.unscored.items())
+        raise EvalError(f"nothing can be scored: {found}")
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".md":
         write_file(output, markdown(runs))
@@ -49,9 +64,11 @@ def markdown(runs: Sequence[ScoredRun]) -> str:
     titles = [f"{column.title} {'↓' if column.lower_is_better else '↑'}" for column in columns]
     lines = ["# Comparison", "", "| model | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * len(columns)]
     for run in runs:
-        cells = [
-            _cell(column, run.figure(column), None if run is runs[0] else runs[0].figure(column)) for column in columns
-        ]
+        cells = []
+        for column in columns:
+            alike = comparable(column, run, runs[0])
+            base = runs[0].figure(column) if alike and run is not runs[0] else None
+            cells.append(_cell(column, run.figure(column), base) + ("" if alike else "‡"))
         lines.append(f"| **{_escaped(run.name)}** | " + " | ".join(cells) + " |")
     for published in references(columns):
         cells = []

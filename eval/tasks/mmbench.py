@@ -188,6 +188,7 @@ def _task(
         reference=_worded,
         llava_prompt=lambda example: example.question,
         upload=Upload(".xlsx", _upload, package="xlsxwriter"),
+        group=lambda example: example.reference.group,
     )
 
 

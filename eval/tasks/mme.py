@@ -198,4 +198,5 @@ TASK = Task(
     score=score,
     reference=lambda example: "yes" if example.reference.yes else "no",
     question_key=question_key,
+    group=lambda example: (example.reference.category, example.reference.image),
 )

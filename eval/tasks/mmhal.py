@@ -28,15 +28,15 @@ from eval.files import EmbeddedImage, FileImage, Row, find_file, read_jsonl, rea
 from eval.judge_template import JudgeTemplate
 from eval.task import Headline, Judging, Task, withhold_unreadable
 
-PROTOCOL = "prompt: {question} | judged 0 to 6, below 3 is a hallucination; the last rating of a reply counts"
+PROTOCOL = "prompt: {question} | judged 0 to 6, below 3 is a hallucination; the last 'rating: N' of a reply counts"
 _FOLDER = "mmhal"
 # The word, perhaps a scale in parentheses, and what is read as a number, with what may follow it.
 _RATING = re.compile(
-    r"\bratings?(?:\s*\((?!\s*\d+\s*\))[^()\n]*\))?(?:\W{0,6}|\W{1,3}(?:is|of|would be)\W{1,6})"
+    r"\bratings?(?:\s*\((?!\s*\d+\s*\))[^()\n]*\))?(\W{0,6}(?:boxed\{)?|\W{1,3}(?:is|of|would be)\W{1,6})"
     r"(?<![-−–+])([-−–+]?\d+(?:[.,]\d+)?(?:\s*(?:/|out of|to)\s*\d+|[-–—]\d+|\s*[-–—]\s*6(?!\d))?)",
     re.IGNORECASE,
 )
-_READABLE = re.compile(r"([0-6])(?:\s*(?:/|out of)\s*6)?", re.IGNORECASE)
+_READABLE = re.compile(r"([0-6])(?:[.,]0)?(?:\s*(?:/|out of)\s*6)?", re.IGNORECASE)
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SLOTS = ("image_content", "question", "gt_answer", "model_answer")
 DEFAULT_TEMPLATE = JudgeTemplate(
@@ -101,10 +101,16 @@ def judge_slots(example: Example[MmhalReference], text: str) -> dict[str, str] |
 
 
 def parse_rating(reply: str) -> int | None:
-    """The last rating of a reply; None without one, or if it is not one of 0 to 6."""
-    ratings = _RATING.findall(reply)
+    """The last rating of a reply after a colon, else the last in words; None without one, or if it is not 0 to 6."""
+    ratings = _ratings(reply)
     found = _READABLE.fullmatch(ratings[-1]) if ratings else None
     return int(found[1]) if found else None
+
+
+def _ratings(reply: str) -> list[str]:
+    """What a reply gives as ratings: after a colon, as asked, else in any form, such as "a rating of 4"."""
+    found = _RATING.findall(reply)
+    return [value for before, value in found if ":" in before or "：" in before] or [value for _, value in found]
 
 
 def score_judged(
@@ -117,7 +123,7 @@ def score_judged(
         reply = replies.get(example.id, "")
         rating = parse_rating(reply)
         unparsed += texts[example.id] is not None and rating is None
-        several += len(set(_RATING.findall(reply))) > 1
+        several += len(set(_ratings(reply))) > 1
         ratings[example.id] = rating
         kinds[example.reference.kind].append(rating or 0)
     values = [rating or 0 for rating in ratings.values()]

@@ -33,7 +33,7 @@ from eval.task import Headline, Judging, Task, withhold_unreadable
 from llavamod_offline.errors import EvalError
 
 _FOLDER = "object_halbench"
-_OTHER_VARIANT = "published with objects found by GPT-3.5 (chair_llm), here by string matching"
+_OTHER_VARIANT = "published with objects found by GPT-3.5 (how they were found here: see the protocols)"
 _SHORT_ANSWER_WORDS = 3
 DEFAULT_TEMPLATE = JudgeTemplate(
     "object-halbench-default-1",

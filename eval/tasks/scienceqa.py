@@ -83,7 +83,7 @@ def score(examples: Sequence[Example[ScienceQaReference]], texts: Mapping[str, s
         groups["accuracy"].append(right)
         groups["img_accuracy" if reference.has_image else "text_accuracy"].append(right)
     metrics = {name: sum(values) / len(values) if values else None for name, values in groups.items()}
-    return Scored(metrics, unparsed, verdicts, (f"{len(groups['img_accuracy'])} questions with an image",))
+    return Scored(metrics, unparsed, verdicts, (f"{counted(len(groups['img_accuracy']), 'question')} with an image",))
 
 
 def _index(letter: str, reference: ScienceQaReference) -> bool:

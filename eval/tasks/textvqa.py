@@ -26,6 +26,9 @@ _OCR = "Reference OCR token: "
 _OLDER = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
 
 
+_Answers = tuple[tuple[str, ...], tuple[str, ...]]  # those of humans; the ids that lmms-eval knows the question by
+
+
 @dataclass(frozen=True)
 class TextVqaReference:
     """The human answers; `hinted`: the prompt contains the OCR tokens."""
@@ -41,9 +44,10 @@ def load(root: Path) -> list[Example[TextVqaReference]]:
     for row in read_jsonl(_question_file(root)):
         image_id, prompt = row.identifier("question_id"), row.text("text")
         asked, question = _asked(prompt).lower(), question_key(prompt)
-        given = answers.get((image_id, asked)) or answers.get((image_id, question))
-        if given is None:
+        found = answers.get((image_id, asked)) or answers.get((image_id, question))
+        if found is None:
             raise row.error(f"no human answers to '{question}' about {image_id} in {_reference_file(root).name}")
+        given, official_ids = found
         seen[image_id] += 1
         examples.append(
             Example(
@@ -52,7 +56,7 @@ def load(root: Path) -> list[Example[TextVqaReference]]:
                 reference=TextVqaReference(given, _OCR in prompt),
                 image=row.text("image"),
                 source=FileImage(images, (row.text("image"),)),
-                aliases=(image_id,),
+                aliases=(image_id, *official_ids),
                 question_id=row.values["question_id"],
                 question=question,
             )
@@ -87,20 +91,23 @@ def score(examples: Sequence[Example[TextVqaReference]], texts: Mapping[str, str
     return Scored({"accuracy": total / len(verdicts) if verdicts else None}, empty, verdicts, notes)
 
 
-def _answers(path: Path) -> dict[tuple[str, str], tuple[str, ...]]:
+def _answers(path: Path) -> dict[tuple[str, str], _Answers]:
+    """By image and question."""
     data = read_object(path).get("data")
     if not isinstance(data, list):
         raise EvalError(f"{path}: no list 'data': use TextVQA_0.5.1_val.json")
-    exact: dict[tuple[str, str], tuple[str, ...]] = {}
-    spaced: dict[tuple[str, str], tuple[str, ...]] = {}
+    exact: dict[tuple[str, str], _Answers] = {}
+    spaced: dict[tuple[str, str], _Answers] = {}
     for number, item in enumerate(data, 1):
         row = as_row(path, f"data, item {number}", item)
         image_id, question = row.identifier("image_id"), row.text("question").lower()
         given = tuple(row.texts("answers"))
         if not given:
             raise row.error("no 'answers': those of the test split are hidden, use TextVQA_0.5.1_val.json")
-        exact[image_id, question] = given
-        spaced[image_id, " ".join(question.split())] = given
+        names = (row.identifier("question_id"),) if "question_id" in row.values else ()
+        for found, asked in ((exact, question), (spaced, " ".join(question.split()))):
+            before = found.get((image_id, asked), ((), ()))[1]  # a question may be there twice
+            found[image_id, asked] = given, (*before, *names)
     return spaced | exact
 
 

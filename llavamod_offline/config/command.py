@@ -26,7 +26,7 @@ PrintConfig = Annotated[
 
 _TYPED = "llavamod_offline.typed"
 _HOW_TO_SET = """Settings: write KEY=VALUE, or KEY: VALUE in a YAML file.
-Paths are relative to the current folder, in a YAML file, too."""
+Paths are relative to the current folder, even those inside a YAML file."""
 
 
 class OneLineCommand(TyperCommand):

@@ -68,7 +68,7 @@ def _no_value(keys: Sequence[str]) -> str:
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Separate a command line's files from its `key=value` overrides, which apply after the files."""
-    overrides = [argument for argument in arguments if "=" in argument and not Path(argument).is_file()]
+    overrides = [argument for argument in arguments if "=" in argument and not os.path.isfile(argument)]
     return [Path(argument) for argument in arguments if argument not in overrides], overrides
 
 

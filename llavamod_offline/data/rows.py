@@ -26,7 +26,7 @@ RejectionKind = Literal[
 
 
 class RowError(DataError):
-    """A row yields no sample; it becomes a `RejectedRow`, and reading continues. `image`: the name of a missing one."""
+    """A row yields no sample; it becomes a `RejectedRow`, and reading continues. `image`: as in `RejectedRow`."""
 
     def __init__(self, kind: RejectionKind, reason: str, image: str = "") -> None:
         super().__init__(reason)
@@ -59,7 +59,7 @@ class RowPlace:
 class RejectedRow:
     """A row that yields no sample; summaries count each `kind`, `reason` explains this one.
 
-    `image`: the name of an image that is missing, as the row has it.
+    `image`: the name of an image file that is missing or cannot be used, as the row has it.
     """
 
     key: str

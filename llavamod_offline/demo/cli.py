@@ -68,14 +68,18 @@ def ladder(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A fraction of the data and steps, as a smoke test.")] = False,
     at_once: Annotated[
-        int | None, typer.Option(min=1, help="Commands to run at the same time [default: one per core, from 2 to 8].")
+        int | None,
+        typer.Option(
+            min=1, help="Commands to run at the same time [default: one per core, but at least 2 and at most 8]."
+        ),
     ] = None,
 ) -> None:
     """Show what each stage and each target contributes: some thirty students per seed, and a test of each claim.
 
     Compares students in the toy world with equal data and steps: with and without teacher, dense and sparse, preference
     losses, alignment terms, and what a cache keeps. Writes DIR/ladder.json and DIR/report.html after each seed.
-    Rerun the same command to resume, or with more seeds to add some. Takes about three hours on two cores.
+    Rerun the same command to resume; to add seeds, rerun it with a larger --seeds N. Takes about three hours on two
+    cores.
 
     Seeds can be split across machines: copy each DIR/seed-N/results.json into one DIR and rerun there. A seed with that
     file is complete: its other files may be deleted.

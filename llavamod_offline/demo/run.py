@@ -64,7 +64,11 @@ def _clear(output: Path) -> None:
     if output.exists() and any(output.iterdir()):
         if not (output / MARKER).exists():
             raise ConfigError(f"{output}: holds files that are not from a demo: choose another folder with --output")
-        shutil.rmtree(output)
+        for entry in output.iterdir():  # the folder may be the current one, or a link
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != MARKER:
+                entry.unlink()
     output.mkdir(parents=True, exist_ok=True)
     (output / MARKER).touch()
 

@@ -48,8 +48,7 @@ def compare(
     if not math.isfinite(difference):
         return PairedTest(math.nan, math.nan, seeds, None, "undefined")
     if wants == "same":
-        spread = stdev(than) if seeds > 1 else math.nan
-        holds = abs(difference) <= spread if seeds > 1 else None
+        holds = None if 2.0**-seeds >= LEVEL else abs(difference) <= stdev(than)
         return PairedTest(difference, sign_flip(differences, two_sided=True), seeds, holds, _VERDICTS[holds])
     p = sign_flip(differences if wants == "higher" else [-value for value in differences])
     holds = None if 2.0**-seeds >= LEVEL else p >= LEVEL if wants == "not lower" else p < LEVEL

@@ -26,13 +26,13 @@ def write_report(path: Path, summary: Mapping[str, Any], examples: Sequence[Mapp
         title="LLaVA-MoD Offline: the ladder",
         lead=f"What each stage and each target gives: {len(rows) - 1} students, {counted(seeds, 'seed')} each.",
         claims=[_chart(claim, rows) for claim in summary["claims"].values()],
-        header=["model", *COLUMNS.values(), "activated", "bytes a position", "train s"],
+        header=["model", *COLUMNS.values(), "activated", "bytes per position", "train s"],
         groups=[
             (group, [_cells(row, rows) for row in found])
             for group, found in groupby(summary["rows"], lambda row: row["group"])
         ],
         seeds=seeds,
-        least=f"{0.5**seeds:.3f}".lstrip("0"),
+        least=[f"{p:.3f}".lstrip("0") for p in (0.5**seeds, min(2 * 0.5**seeds, 1.0))],
         load=[_load(row) for row in summary["rows"] if row["expert_load"]],
         examples=[{**example, "image": data_uri(base64.b64decode(example["image"]))} for example in examples],
     )

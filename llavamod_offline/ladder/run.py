@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from llavamod_offline.demo.commands import as_script
+from llavamod_offline.demo.results import read_result
 from llavamod_offline.demo.scheduler import Step, run_steps
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.ladder.plan import folder_of, ladder_steps, seed_of, step_name
 from llavamod_offline.ladder.report import PAGE_NAME, write_report
 from llavamod_offline.ladder.results import COLUMNS, comparison_text, summarise
-from llavamod_offline.ladder.seed import RESULTS_NAME, gather_seed, read_seed
+from llavamod_offline.ladder.seed import RESULTS_NAME, gather_seed, read_seed, seeds_in
 from llavamod_offline.progress import ProgressBar
 from llavamod_offline.storage.atomic import write_file
 from llavamod_offline.storage.lock import locked
@@ -40,17 +41,19 @@ def parse_seeds(text: str) -> list[int]:
 def run_ladder(output: Path, *, seeds: Sequence[int], quick: bool, at_once: int | None = None) -> Path:
     """Run or resume the ladder in `output`, and return the path of its summary.
 
-    A seed whose results exist, made here or copied from elsewhere, is not run. The summary and the page are rewritten
-    whenever a seed completes. Errors: `ConfigError` if `output` holds something else, or a ladder of other sizes;
-    `StepError` if a command fails.
+    A seed whose results exist, made here or copied from elsewhere, is not run. The summary and the page, of all seeds
+    with results, are rewritten whenever a seed completes.
+    Errors: `ConfigError` if `output` holds something else, or a ladder of other sizes; `StepError` if a command fails.
     """
     _check(output, quick)
     output.mkdir(parents=True, exist_ok=True)
     with locked(output):
         write_file(output / _SETTINGS, json.dumps({"quick": quick}) + "\n")
-        plan = {seed: ladder_steps(seed, quick=quick) for seed in seeds}
-        write_file(output / "commands.sh", as_script([step for steps in plan.values() for step in steps], _SCRIPT_HEAD))
+        plan = {seed: ladder_steps(seed, quick=quick) for seed in sorted({*seeds, *seeds_in(output)})}
         results = {seed: read_seed(output, seed, steps) for seed, steps in plan.items()}
+        plan = {seed: steps for seed, steps in plan.items() if seed in seeds or results[seed]}
+        results = {seed: found for seed, found in results.items() if seed in plan}
+        write_file(output / "commands.sh", as_script([step for steps in plan.values() for step in steps], _SCRIPT_HEAD))
         _run(output, plan, results, quick, at_once or max(2, min(len(os.sched_getaffinity(0)), 8)))
         summary = _summarise(output, results, quick)
     print(_claims(summary))
@@ -62,7 +65,13 @@ def run_ladder(output: Path, *, seeds: Sequence[int], quick: bool, at_once: int 
 def _check(output: Path, quick: bool) -> None:
     settings = output / _SETTINGS
     if settings.is_file():
-        if json.loads(settings.read_text())["quick"] != quick:
+        try:
+            begun_quick = read_result(settings)["quick"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{settings}: not the settings of a ladder: choose another folder with --output"
+            ) from error
+        if begun_quick != quick:
             what = "the full ladder: leave --quick out" if quick else "a quick ladder: add --quick"
             raise ConfigError(f"{output}: holds {what}, or choose another folder with --output")
     elif output.exists() and not all((entry / RESULTS_NAME).is_file() for entry in output.iterdir()):

@@ -39,6 +39,12 @@ def gather_seed(output: Path, seed: int, steps: Sequence[Step], seconds: Mapping
     write_file(here / RESULTS_NAME, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
 
 
+def seeds_in(output: Path) -> list[int]:
+    """The seeds with results below a folder, of whatever commands."""
+    numbers = [file.parent.name.removeprefix("seed-") for file in output.glob(f"seed-*/{RESULTS_NAME}")]
+    return sorted(int(number) for number in numbers if number.isascii() and number.isdigit())
+
+
 def read_seed(output: Path, seed: int, steps: Sequence[Step]) -> dict[str, Any] | None:
     """The results of a seed, made here or elsewhere; None if there are none, or those of other commands.
 
@@ -54,7 +60,7 @@ def read_seed(output: Path, seed: int, steps: Sequence[Step]) -> dict[str, Any] 
         raise ConfigError(f"{file}: not the results of a seed: copy it again, or remove it to run the seed") from error
     if plan == plan_digest(steps):
         return results
-    _LOG.warning("%s: made by different commands from the current ones: running seed %d", file, seed)
+    _LOG.warning("%s: made by different commands from the current ones: not used", file)
     return None
 
 

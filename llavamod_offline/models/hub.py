@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def checkpoint_folder(name: str | Path, *, weights: bool = True) -> Path:
 
 def _named_folder(name: str | Path, weights: bool) -> Path:
     found = _HUB_ID.fullmatch(str(name))
-    if found is None or Path(name).exists() or str(name).startswith("."):
+    if found is None or os.path.exists(name) or str(name).startswith("."):
         return Path(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError

@@ -48,7 +48,8 @@ _MIXTRAL: dict[str, Any] = {"router": "MixtralTopKRouter", **_LOCAL}
 # By the `model_type` of the dense text model's configuration.
 TWINS = {
     "qwen2": SparseTwin("qwen2_moe", "Qwen2MoeTopKRouter", shared_expert=True, sets=_LISTED),
-    "qwen3": SparseTwin("qwen3_moe", "Qwen3MoeTopKRouter", sets=_LISTED),
+    # Qwen3-MoE has one window for all layers, Qwen3 one for each.
+    "qwen3": SparseTwin("qwen3_moe", "Qwen3MoeTopKRouter", needs={"use_sliding_window": False}, sets=_LISTED),
     "qwen3_vl_text": SparseTwin(
         "qwen3_vl_moe_text", "Qwen3VLMoeTextTopKRouter", "qwen3_vl_moe", sets={"decoder_sparse_step": 1}
     ),

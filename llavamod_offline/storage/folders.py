@@ -175,4 +175,9 @@ def open_folder(where: str | Path) -> LocalFolder | RemoteFolder:
     """A folder by path or URL; nothing is read or created. Errors: `StorageError` if no backend supports it."""
     if is_url(where):
         return RemoteFolder(str(where))
-    return LocalFolder(Path(_LOCAL_URL.sub("", str(where))))
+    return LocalFolder(local_path(where))
+
+
+def local_path(where: str | Path) -> Path:
+    """The path of a local folder, given as such or as a file:// URL."""
+    return Path(_LOCAL_URL.sub("", str(where)))

@@ -20,6 +20,15 @@ def walk_files(folder: Path, skip: Callable[[str], bool] = lambda name: False) -
     yield from _walk(folder, "", skip, (_identity(folder),))
 
 
+def is_utf8(name: str) -> bool:
+    """Whether a path can be written down: names from old archives may hold other bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def absence(path: Path) -> str:
     """Say why nothing is at `path`: a link is broken, or there is no such file."""
     return f"a link to '{os.readlink(path)}', which does not exist" if path.is_symlink() else "no such file"

@@ -86,14 +86,14 @@ def capture_shards(
         progress(samples, positions)
 
     def captured_shard(name: str, prepared: PreparedRows) -> ShardCounts:
-        grace.begin(f"shard '{name}'", prepared.samples)
+        grace.begin(f"shard '{name}'", len(prepared.rows))
         captured, rejected = capture_prepared(setup, engine, prepared, watched)
         grace.end()
         with setup.waits.waiting("writing"):
             write_all()
         writing.append(writer.submit(write, name, captured, rejected))
         positions = sum(len(item.records) for item in captured)
-        return ShardCounts(name, prepared.samples, len(captured), positions, tuple(rejected), *spent())
+        return ShardCounts(name, len(prepared.rows), len(captured), positions, tuple(rejected), *spent())
 
     def spent() -> tuple[float, Mapping[str, float]]:
         nonlocal began, waited

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from pathlib import Path
 
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.storage.folders import absolute
@@ -17,7 +17,7 @@ def absolute_values(values: SetupValues) -> SetupValues:
     return {
         **values,
         "data": absolute(values["data"]),
-        "teacher": absolute(teacher) if Path(teacher).exists() else teacher,
+        "teacher": absolute(teacher) if os.path.exists(teacher) else teacher,
     }
 
 

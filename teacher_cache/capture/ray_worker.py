@@ -77,7 +77,7 @@ class CaptureWorker:
         finally:
             del self._samples[name], self._positions[name]
         positions = sum(len(item.records) for item in captured)
-        return ShardCounts(name, prepared.samples, len(captured), positions, tuple(rejected), *spent)
+        return ShardCounts(name, len(prepared.rows), len(captured), positions, tuple(rejected), *spent)
 
     def report(self) -> WorkerReport:
         """Wait briefly, then report progress and log lines."""

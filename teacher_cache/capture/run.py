@@ -20,6 +20,7 @@ from teacher_cache.capture_setup import CaptureSetup, follow_template, prepare_c
 from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.engines.protocol import CaptureEngine
 from teacher_cache.fingerprint import check_allowed
+from teacher_cache.work.claims import clear_claims, histories
 from teacher_cache.work.heartbeat import check_no_workers
 from teacher_cache.write.store import CacheStore, begun_fingerprint
 
@@ -97,5 +98,6 @@ def _capture(
                 tally.add(done.sequences, done.positions, done.rejected, done.seconds, done.waited)
                 limited.add(done.sequences, done.rejected)
                 limited.check(output)
+            clear_claims(store.folder, missing, histories(store.folder))  # of workers that failed before
             limited.check(output, last=True)
     return tally.summary(store, config.output)

@@ -27,7 +27,6 @@ class PreparedRows:
     for visual advantages, the requests with images again, without what these show; None if none are captured.
     """
 
-    samples: int
     requests: list[Request]
     rejected: list[Rejection]
     order: dict[tuple[str, str], int]
@@ -67,7 +66,7 @@ def prepare_samples(setup: CaptureSetup, samples: Iterable[tuple[int, Sample]]) 
                 rejected.append(Rejection(sample.key, role, str(error)))
         if sequences:
             requests.append(Request(row, sample, tuple(sequences)))
-    prepared = PreparedRows(len(rows), requests, rejected, order, rows)
+    prepared = PreparedRows(requests, rejected, order, rows)
     if setup.without_image == "blank":
         return replace(prepared, bare=blank_requests(requests, THREADS))
     return prepared if setup.without_image is None else _without_images(setup, prepared)
@@ -100,7 +99,7 @@ def capture_prepared(
     """Run the engine over prepared rows; reports finished samples and positions to `progress`."""
     captured: list[SequenceRecord] = []
     rejected = list(prepared.rejected)
-    progress(prepared.samples - len(prepared.requests), 0)
+    progress(len(prepared.rows) - len(prepared.requests), 0)
     left = Counter({request.sample.key: len(request.sequences) for request in prepared.requests})
     left.update({request.sample.key: len(request.sequences) for request in prepared.bare or ()})
     for outcome in engine.capture(prepared.requests):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -60,7 +61,7 @@ def ask(
         given, other = ("--key", "--cache") if cache is None else ("--cache", "--key")
         raise ConfigError(f"{given} needs {other}: name both, or neither; `cache-teacher report` shows a cache's keys")
     *images, question = words
-    if Path(question).is_file():
+    if os.path.isfile(question):  # False for a text that is too long for a path
         raise ConfigError(f"'{question}' is a file, but the last argument is the question: write it after the images")
     from teacher_cache.ask.compare import compare, comparison_json, recorded_role
     from teacher_cache.ask.model import AskedModel, AskedQuestion

@@ -224,7 +224,7 @@ def verify(
             f"{counted(verdict.positions, 'position')}, digest {verdict.digest}"
         )
         if not verdict.ok:
-            print(f"`cache-teacher verify {cache} --repair` removes the damage; `cache-teacher run` captures it again")
+            print(f"`cache-teacher verify {cache} --repair` removes the damage, and says how to fill the gap")
     if not verdict.ok:
         raise typer.Exit(_DAMAGED_STATUS)
 
@@ -302,7 +302,11 @@ def export(
         print(json.dumps(dataclasses.asdict(done)))
         return
     if layout == "trl":
-        print(f"{output}: reference log-probs of {done.sequences // 2:,} pairs, {done.bytes:,} bytes")
+        left = f"; {counted(done.incomplete, 'pair')} left out, of which one response was rejected"
+        print(
+            f"{output}: reference log-probs of {done.sequences // 2:,} pairs, {done.bytes:,} bytes"
+            f"{left if done.incomplete else ''}"
+        )
         return
     print(f"{output}: {done.positions:,} positions of {done.sequences:,} sequences, {done.bytes:,} bytes")
     images = f"; {done.with_images:,} sequences with images left out" if done.with_images else ""

@@ -123,7 +123,8 @@ def retry(
     \b
     Examples:
       cache-teacher retry caches/general
-      cache-teacher retry caches/general batch_size=4 engine.attention=eager
+      cache-teacher retry caches/general batch_size=4
+      cache-teacher retry caches/general max_length=8192 --allow sequence.max_length
       cache-teacher retry caches/general capture.yaml
     """
     from llavamod_offline.config import split_arguments

@@ -99,6 +99,13 @@ def job_content(fingerprint: Mapping[str, Any], shard_names: Sequence[str]) -> d
     return {**job, "digest": content_digest(job)}
 
 
+def way_to_finish(fingerprint: Mapping[str, Any]) -> str:
+    """The command that captures, or merges, what a cache lacks."""
+    if isinstance(fingerprint["data"]["digest"], list):
+        return "`cache-teacher merge` of the same caches"
+    return "`cache-teacher run` with the same settings"
+
+
 def content_digest(content: Mapping[str, Any]) -> str:
     """SHA-256 of job.json or cache.json without the digest itself.
 

@@ -21,7 +21,7 @@ from llavamod_offline.grace import Grace
 from llavamod_offline.models.device import pick_device
 from llavamod_offline.progress import ProgressBar
 from llavamod_offline.signals import keeping
-from llavamod_offline.storage.folders import is_url
+from llavamod_offline.storage.folders import is_url, local_path
 from llavamod_offline.storage.lock import locked, locked_beside
 from teacher_cache.capture.run import run_capture
 from teacher_cache.capture.summary import Summary
@@ -72,6 +72,7 @@ def generate(config: CacheTeacherConfig, *, allow: Sequence[str] = (), grace_sec
     is at `output_set`; `DataError` if more than `max_rejected` of the answers are rejected; those of `run_capture`.
     """
     _check(config)
+    config = replace(config, output_set=str(local_path(str(config.output_set))))
     if config.engine.ray and grace_seconds:
         raise ConfigError("--grace: Ray's workers finish no shards when a run is stopped: remove it, or engine.ray")
     if not config.engine.ray:  # Ray's workers have devices of their own

@@ -82,7 +82,10 @@ Counts = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Exported:
-    """The result of an export. `mass`: mean probability of the exported ids per position; `lost`: what was left out."""
+    """The result of an export. `mass`: mean probability of the exported ids per position; `lost`: what was left out.
+
+    `incomplete`: pairs without a row, because one of their responses was rejected.
+    """
 
     output: str
     format: str
@@ -93,6 +96,7 @@ class Exported:
     mass: float
     lost: tuple[str, ...]
     bytes: int
+    incomplete: int = 0
 
 
 def export_cache(
@@ -112,12 +116,14 @@ def export_cache(
     """
     _check_choice(output, layout, top_k, data, tokenizer)
     totals = {"sequences": 0, "positions": 0, "mass": 0.0}
-    items = cache.items()
+    items, incomplete = cache.items(), 0
     if layout == "table":
         schema, rows = _TABLE_SCHEMA, _table_rows
     elif layout == "trl":
         schema = _TRL_SCHEMA
+        sides = {key for key, role in items if role in ("chosen", "rejected")}
         items = [(key, role) for key, role in items if role == "chosen" and (key, "rejected") in cache]
+        incomplete = len(sides) - len(items)
         if not items:
             raise CacheError(f"cache '{cache.path}': has no pairs of responses for --format trl: choose another format")
     else:
@@ -159,6 +165,7 @@ def export_cache(
         mass=totals["mass"] / positions if positions else 0.0,
         lost=("distributions",) if layout == "trl" else _LOST,
         bytes=output.stat().st_size,
+        incomplete=incomplete,
     )
 
 

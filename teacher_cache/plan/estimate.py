@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.storage import atomic
-from llavamod_offline.storage.folders import is_url, open_folder
+from llavamod_offline.storage.folders import is_url, local_path, open_folder
 from teacher_cache.fingerprint import differences
 from teacher_cache.format.manifest import CACHE_NAME
 from teacher_cache.inspection.summary import bytes_by_part
@@ -170,7 +170,7 @@ def plan_file(output: str) -> Path | None:
     """Where the plan of an output is kept; None if the output is a URL."""
     if is_url(output):
         return None
-    folder = Path(output)
+    folder = local_path(output)
     return folder.with_name(f".{folder.name}.plan.jsonl")
 
 

@@ -18,8 +18,10 @@ from teacher_cache.format.manifest import (
     canonical,
     job_content,
     sha256_bytes,
+    way_to_finish,
 )
 from teacher_cache.verify.cache import Findings, examine
+from teacher_cache.work.claims import clear_claims, histories
 from teacher_cache.work.heartbeat import check_no_workers
 
 
@@ -27,6 +29,7 @@ from teacher_cache.work.heartbeat import check_no_workers
 class Repair:
     """The result of a repair; names are relative to the cache.
 
+    `finish`: the command that finishes the cache.
     `shards`: those that a run must capture, including those never captured; `left`: other files in the folder,
     untouched.
     """
@@ -36,6 +39,7 @@ class Repair:
     removed: list[str]
     left: list[str]
     shards: list[str]
+    finish: str
 
 
 def repair_cache(where: Path | str) -> Repair:
@@ -83,6 +87,7 @@ def _repair(folder: Folder, findings: Findings) -> Repair:
             if not any(name.startswith(f"{other}/") for other in removed):
                 folder.remove(name, MANIFEST_NAME)
                 removed.append(name)
+        clear_claims(folder, findings.damaged, histories(folder))  # failures before do not count against the next try
         for name in (JOB_NAME, CACHE_NAME, REJECTED_NAME, f"{SHARDS_NAME}/*"):
             removed += folder.clear_leftovers(name)
     except OSError as error:
@@ -95,6 +100,7 @@ def _repair(folder: Folder, findings: Findings) -> Repair:
         removed=removed,
         left=sorted(name for name in names - own if not name.startswith(".")),
         shards=[name for name in findings.job["shards"] if name not in there],
+        finish=way_to_finish(findings.job["fingerprint"]),
     )
 
 
@@ -107,5 +113,5 @@ def repair_lines(where: str, done: Repair) -> list[str]:
     if done.shards or CACHE_NAME in done.removed:
         rest = f"{CACHE_NAME} and {REJECTED_NAME}"
         missing = f"{counted(len(done.shards), 'missing shard')}, {rest}" if done.shards else rest
-        return [*lines, f"{where}: run `cache-teacher run` with the same settings to write {missing}"]
+        return [*lines, f"{where}: run {done.finish} to write {missing}"]
     return [*lines, f"{where}: intact"]

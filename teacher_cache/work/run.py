@@ -7,6 +7,7 @@ of workers that died. Workers may come and go at any time; the cache is the same
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing, suppress
@@ -108,7 +109,7 @@ class _FleetWorker:
         max_rejected: float | None,
     ) -> None:
         self._setup, self._store, self._heartbeat, self._tally = setup, store, heartbeat, tally
-        self._limited = Rejected(max_rejected)
+        self._max_rejected = max_rejected
         self._claims = Claims(store.folder, heartbeat.worker)
         self._journal = Journal(store.folder, heartbeat.worker)
         lease = heartbeat.lease_seconds
@@ -120,7 +121,11 @@ class _FleetWorker:
     def work(self, load: Callable[[CaptureSetup], CaptureEngine], grace: Grace) -> dict[str, str]:
         """Work until nothing is left; returns the shards that were given up, with the last reason of each."""
         if not self._store.missing():
+            if not self._store.complete:
+                self._rejected_so_far().check(self._store.folder.where, last=True)
             return {}
+        limited = self._rejected_so_far()  # a worker that was restarted goes on counting
+        limited.check(self._store.folder.where)
         engine, output = load(self._setup), self._store.folder.where
         total = sum(map(len, map(self._setup.samples.rows_of, self._store.missing())))
         with ProgressBar("capture", total, "sample", also="positions") as bar:
@@ -142,14 +147,22 @@ class _FleetWorker:
                 with closing(shards):
                     for done in shards:
                         self._tally.add(done.sequences, done.positions, done.rejected, done.seconds, done.waited)
-                        self._limited.add(done.sequences, done.rejected)
-                        self._limited.check(output)
+                        limited.add(done.sequences, done.rejected)
+                        limited.check(output)
                 if self._queue.left != "waiting":
                     break
                 self._heartbeat.tell(state="waiting")
                 time.sleep(self._pause)
-        self._limited.check(output, last=True)
+        self._rejected_so_far().check(output, last=True)
         return {name: _last_reason(history) for name, history in self._queue.failed.items()}
+
+    def _rejected_so_far(self) -> Rejected:
+        """What all workers have rejected; nothing without a limit."""
+        limited = Rejected(self._max_rejected)
+        if self._max_rejected is not None:
+            missing = set(self._store.missing())
+            limited.add(*self._store.outcomes([n for n in self._setup.samples.shard_names if n not in missing]))
+        return limited
 
     def commit(
         self, name: str, captured: Sequence[SequenceRecord], rejected: Sequence[Rejection], codec: Codec
@@ -206,6 +219,6 @@ def _anywhere(config: CacheTeacherConfig) -> CacheTeacherConfig:
     """The settings, with paths that are valid in any working folder."""
 
     def absolute(where: str) -> str:
-        return str(Path(where).resolve()) if Path(where).exists() else where
+        return str(Path(where).resolve()) if os.path.exists(where) else where
 
     return replace(config, data=absolute(config.data), teacher=absolute(config.teacher))

@@ -86,7 +86,7 @@ def merged_fingerprint(fingerprints: Sequence[Mapping[str, Any]]) -> dict[str, A
     merged["data"] = {
         "digest": [part for digest in digests for part in (digest if isinstance(digest, list) else [digest])],
         "samples": sum(fingerprint["data"]["samples"] for fingerprint in fingerprints),
-        **{name: value for name, value in merged["data"].items() if name not in ("digest", "samples")},
+        **{name: value for name, value in merged["data"].items() if name not in ("digest", "samples", "shards")},
     }
     return merged
 

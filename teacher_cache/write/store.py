@@ -20,7 +20,7 @@ import numpy as np
 
 from llavamod_offline.errors import CacheError, LlavaModError
 from llavamod_offline.storage.folders import Folder, LocalFolder, open_folder
-from teacher_cache.fingerprint import check_read_alike, differences
+from teacher_cache.fingerprint import check_read_alike, differences, may_allow
 from teacher_cache.format.columns import write_columns
 from teacher_cache.format.manifest import (
     CACHE_NAME,
@@ -357,7 +357,8 @@ def _same_job(folder: Folder, content: bytes, job: Mapping[str, Any], allow: Seq
     if found:
         raise CacheError(
             f"output '{folder.where}': contains a cache with different settings: {'; '.join(found)}: "
-            "choose another output, or use the same settings"
+            f"choose another output, or use the same settings"
+            + (", or pass --allow FIELD for a difference that you know to be harmless" if may_allow(found) else "")
         )
     check_read_alike(there["fingerprint"], job["fingerprint"])
     return there

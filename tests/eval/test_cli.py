@@ -40,7 +40,7 @@ def test_generate_then_score_then_export(tmp_path: Path, capsys: pytest.CaptureF
     assert r"prompt: {question}\nAnswer the question using a single word or phrase." in shown
     score = json.loads((tmp_path / "s" / "x.json").read_text())
     counts = ["n", "limit", "n_missing", "n_unanswerable", "n_unparsed"]
-    assert list(score) == ["task", "metrics", *counts, "protocol", "data_sha256"]
+    assert list(score) == ["task", "headlines", "metrics", *counts, "protocol", "data_sha256"]
     assert run(*scored, predictions, "--json") == 0
     assert json.loads(capsys.readouterr().out) == score
     for name in ("f1_adversarial", "f1_popular", "f1_random", "f1_mean", "accuracy", "yes_ratio"):
@@ -64,7 +64,10 @@ def test_errors_are_one_line_and_status_2(tmp_path: Path, capsys: pytest.Capture
         (("score", "pope", "--root", root, "--predictions", path), "1 prediction ('77') without a matching question"),
         (("score", "pope", "--root", tmp_path / "no", "--predictions", path), "no such folder"),
         (("score", "pope", "--root", root, "--predictions", path, "--judge-model", "m"), "need --judge"),
+        (("score", "pope", "--root", root, "--predictions", path, "--judge-max-tokens", "9"), "need --judge"),
         (("score", "pope", "--root", root, "--predictions", path, "--judge", "nothing"), "neither a URL"),
+        (("score", "pope", "--root", root, "--predictions", path, "-o", path), "is the predictions file"),
+        (("export", "pope", "--root", root, "--predictions", path, "-o", path), "is the predictions file"),
         (
             ("export", "pope", "--root", root, "--predictions", path, "-o", tmp_path / "x.xlsx"),
             "can only be exported as .jsonl",

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from eval.judge import LocalJudge, RecordedJudge, Reply, UrlJudge, ask, open_judge, record_key
+from eval.judge import LocalJudge, RecordedJudge, Reply, UrlJudge, ask, open_judge, read_record, record_key
 from eval.score import score_task
 from eval.scorers.chair import parse_objects
 from llavamod_offline.errors import ConfigError, EvalError, ModelError
@@ -196,6 +196,35 @@ def test_judges_are_told_apart_by_what_they_are(tmp_path: Path, url: str, monkey
     assert open_judge(str(record), model="n").complete(QUESTION) == Reply("n")
     with pytest.raises(ConfigError, match="no reply by 'o'"):
         open_judge(str(record), model="o")
+
+
+def test_options_that_a_judge_does_not_use_are_refused(tmp_path: Path) -> None:
+    record = tmp_path / "r.jsonl"
+    record.write_text("")
+    with pytest.raises(ConfigError, match=r"--judge-max-tokens: .* has replies already: remove it"):
+        open_judge(str(record), max_tokens=9)
+    folder = write_tiny_language_model(tmp_path / "judge")
+    with pytest.raises(ConfigError, match=r"--judge-model: .* is a model, not a server: remove it"):
+        open_judge(str(folder), model="m")
+
+
+@pytest.mark.parametrize("end", ["edited", "cut"])
+def test_a_record_whose_last_line_is_not_ended_goes_on(url: str, tmp_path: Path, end: str) -> None:
+    """An editor left out the last line break, or a full disk cut the line: no reply is glued to it."""
+    record = tmp_path / "r.jsonl"
+    ask(UrlJudge(url, "m"), {"1": "a", "2": "b"}, record)
+    whole = record.read_bytes()
+    record.write_bytes(whole[:-1] if end == "edited" else whole[:-9])
+    asked = len(Server.seen)
+    ask(UrlJudge(url, "m"), {"1": "a", "2": "b", "3": "c"}, record)
+    assert len(Server.seen) - asked == (1 if end == "edited" else 2)
+    assert len(read_record(record)[0]) == 3
+
+
+def test_half_a_surrogate_pair_is_replaced(url: str, tmp_path: Path) -> None:
+    Server.replies = ["Rating: 5 \ud83d"]
+    assert ask(UrlJudge(url, "m"), {"1": "a"}, tmp_path / "r.jsonl") == {"1": "Rating: 5 \ufffd"}
+    assert len(read_record(tmp_path / "r.jsonl")[0]) == 1
 
 
 def test_a_local_model_judges(tmp_path: Path) -> None:

@@ -48,6 +48,13 @@ def test_it_equals_plain_log_probs_of_student_and_teacher(world: World) -> None:
     assert found.calibration_error == pytest.approx(error, abs=1e-6)
 
 
+def test_the_entropy_of_another_temperature_is_not_shown_beside_the_kl(world: World, tmp_path: Path) -> None:
+    cache = write_cache(tmp_path / "cache", world.chats, world.teacher, "capture.temperature=2")
+    found = measured(world, f"cache.path={cache}")
+    assert found.entropy is None
+    assert found.kl is not None
+
+
 def test_without_a_cache_it_compares_with_the_answers_alone(world: World) -> None:
     found, whole = measured(world), measured(world, f"cache.path={world.chats_cache}")
     assert (found.kl, found.entropy, found.agreement) == (None, None, None)

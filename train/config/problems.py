@@ -42,6 +42,11 @@ def _stage_problems(config: TrainConfig) -> Iterable[str]:
         yield f"cache.path: stage {config.stage} learns from a teacher's cache: set cache.path to one"
     if not config.needs_cache and config.cache.path is not None:
         yield f"cache.path: stage {config.stage} uses no teacher: remove cache.path"
+    if not config.needs_cache:
+        cache = config.cache
+        given = {"missing": cache.missing != "error", "end_of_turn": cache.end_of_turn, "allow": cache.allow}
+        for name in (name for name, is_given in given.items() if is_given):
+            yield f"cache.{name}: stage {config.stage} uses no teacher: remove it"
     yield from _cache_problems(config.cache)
     if config.stage == "mimic_dense" and config.student.kind != "dense":
         yield "student.kind: stage mimic_dense trains a dense student: set it to dense, or stage to mimic_sparse"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -56,11 +57,13 @@ def join(
     seed: int,
     lengths: Callable[[NDArray[np.bool_]], NDArray[np.int64]] | None = None,
     max_length: int = 0,
+    context: int = sys.maxsize,
     too_long: str = "error",
 ) -> Join:
     """Choose the rows of a set to use: with a cache, those that have a record for every role.
 
-    `missing`, `too_long` (samples of more than `max_length` tokens): `error` or `drop`. `lengths` measures the rows
+    `missing`, `too_long` (samples of more tokens than `max_length`, or than `context`, the most that the student
+    takes): `error` or `drop`. `lengths` measures the rows
     that are kept so far (None: no sample is too long). `holdout` rows are chosen by a hash of (seed, key).
     Errors: `DataError` if samples are of the wrong kind, lack a record or are too long (`error`), or nothing is left to
     train on.
@@ -75,13 +78,14 @@ def join(
         for part, without in cache.assigned(np.flatnonzero(~kept)):
             _report_missing(samples, _lacking(samples, part, roles, without), part.path, missing)
     absent = len(samples) - int(kept.sum())
-    long = {} if lengths is None else _too_long(samples, lengths(kept), int(kept.sum()), max_length, too_long)
+    long = {} if lengths is None else _too_long(samples, lengths(kept), int(kept.sum()), max_length, context, too_long)
     kept[list(long)] = False
     rows = np.flatnonzero(kept)
     if len(rows) <= holdout:
+        ways = {"raise max_length": long, "capture those that cache.path lacks": absent, "lower data.holdout": holdout}
         raise DataError(
             f"set '{samples.path}': {len(rows)} of {len(samples)} samples can be used and {holdout} are held out: "
-            "nothing is left to train on: lower data.holdout or use more data"
+            f"nothing is left: {', '.join(way for way, cause in ways.items() if cause) or 'use more data'}"
         )
     held = rows[_lowest(_seeded_hashes(keys.take(rows), seed), holdout)] if holdout else rows[:0]
     kept[held] = False
@@ -147,26 +151,23 @@ def _report_missing(samples: SampleSet, absent: NDArray[np.int64], cache: str, p
 
 
 def _too_long(
-    samples: SampleSet, lengths_N: NDArray[np.int64], used: int, max_length: int, policy: str
+    samples: SampleSet, lengths_N: NDArray[np.int64], used: int, max_length: int, context: int, policy: str
 ) -> dict[int, str]:
-    """Find samples of more than `max_length` tokens, by row, with the reason. Errors: `DataError` (`error`)."""
-    rows = np.flatnonzero(lengths_N > max_length).tolist()
-    found = {
-        row: f"sample '{samples.key_of(row)}': {lengths_N[row]} tokens, more than max_length {max_length}"
-        for row in rows
-    }
+    """Find samples that are too long, by row, with the reason. Errors: `DataError` (`error`)."""
+    limit, other = f"max_length {max_length}", "raise max_length"
+    if context < max_length:
+        limit, other = f"the {context} that the student takes", "choose another student"
+    rows = np.flatnonzero(lengths_N > min(max_length, context)).tolist()
+    found = {row: f"sample '{samples.key_of(row)}': {lengths_N[row]} tokens, more than {limit}" for row in rows}
     if not found:
         return found
     longest = f"the longest has {lengths_N.max()}"
     if policy == "error":
         more = f"; {len(found)} of {used} samples are longer, {longest}" if len(found) > 1 else ""
         raise DataError(
-            f"{found[rows[0]]}{more}: set data.too_long=drop to train without {'them' if more else 'it'}, or raise "
-            "max_length"
+            f"{found[rows[0]]}{more}: set data.too_long=drop to train without {'them' if more else 'it'}, or {other}"
         )
-    logger.warning(
-        "%d of %d samples are longer than max_length %d (%s): dropped", len(found), used, max_length, longest
-    )
+    logger.warning("%d of %d samples have more tokens than %s (%s): dropped", len(found), used, limit, longest)
     return found
 
 

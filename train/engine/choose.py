@@ -34,4 +34,4 @@ def check_processes(batch: BatchConfig, holdout: int, world: World) -> None:
             f"{processes} processes: change one of them"
         )
     if holdout % processes:
-        raise ConfigError(f"data.holdout: {holdout} is not a multiple of the {processes} processes: change it")
+        raise ConfigError(f"data.holdout: {holdout} is not a multiple of the {processes} processes: change one of them")

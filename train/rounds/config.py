@@ -47,7 +47,7 @@ class RoundsConfig:
     stage: Literal["mimic_dense", "mimic_sparse"] = "mimic_dense"
     """Recipe for the student: mimic_dense, or mimic_sparse if the student is already a mixture of experts."""
     temperature: float = 1.0
-    """Sampling temperature of the student's answers in each round; it is always measured at temperature 1."""
+    """Sampling temperature of the student's answers in each round. The student is always measured at temperature 1."""
     max_new_tokens: int = 512
     """Maximum length of an answer in tokens; longer ones are listed as rejected and not learnt from."""
     batch_size: int = 16
@@ -67,7 +67,7 @@ class RoundsConfig:
     benchmarks: InputPath | None = None
     """Folder with the benchmarks' files (eval-student's root), to score each round's student on; null: none."""
     tasks: list[str] = field(default_factory=list)
-    """Benchmarks to score, such as [gqa, pope]."""
+    """Benchmarks to score, such as [gqa, pope]; none that needs a judge."""
 
     def __post_init__(self) -> None:
         raise_problems(self.problems())

@@ -62,10 +62,10 @@ def measure_own_answers(data: Path, cache_path: Path) -> OwnAnswers:
 
 
 def scores(folder: Path, tasks: list[str]) -> dict[str, float]:
-    """Read each benchmark's accuracy, or else its first metric, below a round's `eval` folder."""
+    """Read each benchmark's headline below a round's `eval` folder."""
     found = {}
     for task in tasks:
-        metrics = json.loads((folder / task / "score.json").read_text())["metrics"]
-        name = "accuracy" if "accuracy" in metrics else next(iter(metrics))
-        found[f"{task} {name}"] = metrics[name]
+        score = json.loads((folder / task / "score.json").read_text())
+        name = score["headlines"][0]
+        found[f"{task} {name}"] = score["metrics"][name]
     return found

@@ -100,11 +100,16 @@ def _measuring(config: RoundsConfig, number: int) -> Iterator[Step]:
     folder, student = round_folder(config.output, number) / "holdout", student_of(config, number)
     unchanged = (setting for setting in config.write if not setting.startswith("generate."))  # such as the device
     own = ("generate.temperature=1", f"generate.key_suffix=-h{number}", *unchanged)
+    yield from _benchmarks(config, number)  # first: what is wrong with them shows before the teacher runs
     yield _write(config, f"write-holdout-{number}", config.holdout, student, folder, 0, own)
     engine = (setting for setting in config.score if not setting.startswith("capture."))
     yield _score(config, f"score-holdout-{number}", folder, ("capture.preset=reference", *engine))
+
+
+def _benchmarks(config: RoundsConfig, number: int) -> Iterator[Step]:
     if config.benchmarks is None:
         return
+    student = student_of(config, number)
     answers = round_folder(config.output, number) / "eval"
     command = answer_command(
         student, root=config.benchmarks, output=answers, tasks=config.tasks, batch_size=config.batch_size

@@ -16,12 +16,12 @@ from train.rounds.plan import round_folder
 
 _NAMES = {
     "round": "after round",
-    "reverse_kl": "KL(student ‖ teacher), nats a token",
+    "reverse_kl": "KL(student ‖ teacher), nats per token",
     "standard_error": "± standard error",
-    "length": "tokens of an answer",
+    "length": "tokens per answer",
     "answers": "answers",
     "rejected": "rejected",
-    "reread": "read as other tokens",
+    "reread": "re-tokenised differently",
 }
 
 

@@ -26,9 +26,11 @@ from train.rounds.config import RoundsConfig
 from train.rounds.measure import measure_own_answers, scores
 from train.rounds.plan import SCRIPT_HEAD, check_settings, round_folder, round_steps
 from train.rounds.report import write_report
+from train.student.source import is_sparse_checkpoint
 
 CONFIG_NAME, COMMANDS_NAME, RESULT_NAME = "rounds.yaml", "commands.sh", "rounds.json"
 _FREE = ("rounds", "output", "batch_size", "trainer", "benchmarks", "tasks")  # they change no student
+_BEFORE_TRAINING = ("stage", "steps", "train")  # may change until round 1 has trained
 _LOG = logging.getLogger(__name__)
 
 
@@ -41,6 +43,11 @@ def run_rounds(config: RoundsConfig) -> dict[str, Any]:
     check_settings(config)
     for checkpoint in (config.teacher, config.student):
         check_folder(checkpoint_folder(checkpoint))
+    if is_sparse_checkpoint(checkpoint_folder(config.student)) != (config.stage == "mimic_sparse"):
+        right = "mimic_dense" if config.stage == "mimic_sparse" else "mimic_sparse"
+        raise ConfigError(
+            f"stage is {config.stage}, which does not fit the student '{config.student}': set it to {right}"
+        )
     for samples in (config.prompts, config.holdout):
         SampleSet.open(samples)
     output, steps = Path(config.output), round_steps(config)
@@ -60,16 +67,21 @@ def run_rounds(config: RoundsConfig) -> dict[str, Any]:
 
 
 def _begin(output: Path, config: RoundsConfig) -> None:
-    """Record the settings, which a rerun must share except for those in `_FREE` and what resumed training may change.
+    """Record the settings, which a rerun must share, except for some.
+
+    These are those in `_FREE`, `_BEFORE_TRAINING`, and what resumed training may change.
 
     Errors: `ConfigError`.
     """
     file = output / CONFIG_NAME
     if file.is_file():
         before = asdict(load_config(RoundsConfig, (file,)))
+        run = round_folder(output, 1) / "run"
+        begun_training = any(run.glob("checkpoints/*")) or any(run.glob("summary.json"))
         for name, now in asdict(config).items():
             was = before[name]
-            if was != now and name not in _FREE and not (name == "train" and _resumable(was, now)):
+            free = (*_FREE, *(() if begun_training else _BEFORE_TRAINING))
+            if was != now and name not in free and not (name == "train" and _resumable(was, now)):
                 raise ConfigError(
                     f"{file}: the rounds were begun with '{name}: {as_yaml(was)}', not '{name}: {as_yaml(now)}': set "
                     "it back, or choose another output"

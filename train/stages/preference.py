@@ -72,15 +72,17 @@ def make_loss(
     ) -> LossSums:
         if features is None:
             features = forward.features(model, batch)
+        ratios_R = mean_ratios_R
+        if kind == "kto" and ratios_R is None:
+            # Before the trained pass: with checkpointing, the backward pass runs it again with the padding mask of the
+            # latest one (`models/capacity.py`).
+            wanted = batch.mismatched
+            assert wanted is not None
+            ratios_R = _log_ratios(model, wanted, vocab_size, average_log_probs, features, forward).mean(1)
         found = _log_probs(model, batch, vocab_size, average_log_probs, features, forward)
         means: dict[str, Tensor] = {}
         if kind == "kto":
-            ratios_R = mean_ratios_R
-            if ratios_R is None:
-                wanted = batch.mismatched
-                assert wanted is not None
-                ratios_RB = _log_ratios(model, wanted, vocab_size, average_log_probs, features, forward)
-                ratios_R = ratios_RB.mean(1)
+            assert ratios_R is not None
             judged = kto_loss(
                 found.policy_S,
                 found.reference_S,
@@ -91,7 +93,7 @@ def make_loss(
                 undesirable_weight=undesirable_weight,
             )
             total, rewards_2B = _by_sample(judged, batch)
-            means["kl"] = judged.kl * batch.samples
+            means["kto_baseline"] = judged.kl * batch.samples
         else:
             policy_2B, reference_2B = found.by_role(batch.samples)
             result = preference_loss(
@@ -102,8 +104,8 @@ def make_loss(
                 kind=kind,
                 beta=beta,
                 label_smoothing=label_smoothing,
-                kl_chosen=None if mean_ratios_R is None else mean_ratios_R[0],
-                kl_rejected=None if mean_ratios_R is None else mean_ratios_R[1],
+                kl_chosen=None if ratios_R is None else ratios_R[0],
+                kl_rejected=None if ratios_R is None else ratios_R[1],
             )
             total, rewards_2B = result.loss_sum, torch.stack([result.chosen_rewards_B, result.rejected_rewards_B])
         means["preference"] = total.detach()

@@ -78,14 +78,14 @@ def merged(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def save_adapters(model: nn.Module, state: Mapping[str, Tensor], folder: Path, *, base: str) -> None:
     """Write the adapters, and the parts trained in full, as a PEFT folder for the checkpoint `base`, atomically."""
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = _trained(model)
     layers = _adapted(model)
     first = next(iter(layers.values()))
     config = _import_peft().LoraConfig(
         r=first.r[_ADAPTER],
         lora_alpha=first.lora_alpha[_ADAPTER],
         target_modules=sorted(layers),
-        modules_to_save=sorted({name.rpartition(".")[0] for name in trained if not is_adapter(name)}) or None,
+        modules_to_save=saved_modules(model) or None,
         base_model_name_or_path=base,
         inference_mode=True,
     )
@@ -96,6 +96,27 @@ def save_adapters(model: nn.Module, state: Mapping[str, Tensor], folder: Path, *
     with atomic.new_folder(folder) as aside:
         save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(aside)
+
+
+def saved_modules(model: nn.Module) -> list[str]:
+    """The outermost modules that are trained in full, as PEFT saves whole modules beside adapters.
+
+    Errors: `ConfigError` for a trained parameter in a module that is not trained as a whole.
+    """
+    trained = {name for name in _trained(model) if not is_adapter(name)}
+    names = sorted({name.rpartition(".")[0] for name in trained})
+    for name in names:
+        if any(own.startswith(f"{name}.") and own not in trained for own, _ in model.named_parameters()):
+            bare = next(own for own in sorted(trained) if own.rpartition(".")[0] == name)
+            raise ConfigError(
+                f"student.lora.keep_adapters: PEFT saves whole modules, but '{bare}' is trained without the rest of "
+                "its module: set it to false"
+            )
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+
+
+def _trained(model: nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def _layers(model: PreTrainedModel, target: str) -> list[str]:

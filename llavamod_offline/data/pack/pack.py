@@ -14,7 +14,7 @@ from typing import Any
 from llavamod_offline.data.pack.prepare import PreparedSources, prepare
 from llavamod_offline.data.pack.set_writer import Fitting, PackSummary, SetWriter, check_weights, new_set, no_advice
 from llavamod_offline.data.pack.shard_writer import ShardWriter
-from llavamod_offline.data.pack.work_folder import IsThere
+from llavamod_offline.data.pack.work_folder import CanUse
 from llavamod_offline.data.rows import Located, RejectedRow, RowPlace
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.grace import Grace
@@ -42,7 +42,7 @@ def write_set(
     generated: Mapping[str, Any] | None = None,
     job: Mapping[str, Any] | None = None,
     fitting: Fitting = no_advice,
-    is_there: IsThere = lambda image: False,
+    can_use: CanUse = lambda image: False,
     grace: Grace | None = None,
 ) -> PackSummary:
     """Write rows, in order, to the set folder `output`; shards are named `name` (default: the folder's name).
@@ -53,8 +53,8 @@ def write_set(
     For the manifest: `weights`, how often training sees a source's samples, if not once; `licences` of sources,
     and `listed_licences` of sources that may turn out to have no samples; `max_side`, the length beyond
     which images were shrunk; `generated`, a description of the teacher that wrote the answers. `fitting`: advises on
-    missing images from their names, for messages; `is_there`: whether an image exists by now, for rows that an earlier
-    call rejected for the lack of it. `grace`: on SIGTERM, decides whether the shard in hand is finished.
+    missing images from their names, for messages; `can_use`: whether an image can be used by now, for rows
+    that an earlier call rejected for it. `grace`: on SIGTERM, decides whether the shard in hand is finished.
     Errors: `DataError` if `output` exists (with `overwrite`: unless it is a set), for a duplicate key (naming both rows
     and `duplicate_hint`), if no row yields a sample, if more than the share `max_rejected` is rejected;
     `ConfigError` for the weight or licence of a source without samples. Errors leave nothing behind, except the list
@@ -66,7 +66,7 @@ def write_set(
     if job is not None:
         job = {**job, "limits": [name, shard_samples, shard_bytes]}
     with new_set(
-        output, name, overwrite=overwrite, duplicate_hint=hint, fitting=fitting, job=job, is_there=is_there
+        output, name, overwrite=overwrite, duplicate_hint=hint, fitting=fitting, job=job, can_use=can_use
     ) as writer:
         with (
             writer,

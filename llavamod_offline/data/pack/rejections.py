@@ -33,7 +33,7 @@ class Rejections:
         if reason in self._firsts or len(self._firsts) < _MAX_REASONS:
             self._firsts.setdefault(reason, rejection)
             self._reasons[reason] += 1
-        if rejection.image and len(self._missing) < _MAX_IMAGES:
+        if _is_missing(rejection) and len(self._missing) < _MAX_IMAGES:
             self._missing.append(rejection.image)
         fields = {name: value for name, value in asdict(rejection).items() if name != "image" or value}
         # ASCII, because a rejected row's text may not be encodable.
@@ -51,9 +51,13 @@ class Rejections:
         if 2 * count <= self.kinds.total():
             first = next(iter(self._firsts.values()))
             return f"the first: {_described(first)}"
-        advice = fitting(self._missing) if first.image else ""
+        advice = fitting(self._missing) if _is_missing(first) else ""
         share = "all" if count == self.kinds.total() else "most"
         return f"{share} for one reason, as in {_described(first)}" + (f": {advice}" if advice else "")
+
+
+def _is_missing(rejection: RejectedRow) -> bool:
+    return bool(rejection.image) and rejection.kind != "undecodable image"
 
 
 def _described(rejection: RejectedRow) -> str:

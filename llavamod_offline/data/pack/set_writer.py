@@ -24,7 +24,15 @@ from llavamod_offline.data.keys import key_from_id
 from llavamod_offline.data.pack.key_register import KeyRegister
 from llavamod_offline.data.pack.prepare import Facts
 from llavamod_offline.data.pack.rejections import Rejections
-from llavamod_offline.data.pack.work_folder import Entry, IndexedSample, IsThere, PackJournal, work_folder, work_path
+from llavamod_offline.data.pack.work_folder import (
+    CanUse,
+    Entry,
+    IndexedSample,
+    OtherSettingsError,
+    PackJournal,
+    work_folder,
+    work_path,
+)
 from llavamod_offline.data.rows import RejectedRow, RowPlace
 from llavamod_offline.data.sample import KEY_PATTERN
 from llavamod_offline.data.sets.sample_set import INDEX_NAME, INDEX_SCHEMA, MANIFEST_NAME, REJECTED_NAME, SET_FORMAT
@@ -33,6 +41,7 @@ from llavamod_offline.errors import ConfigError, DataError, EmptySetError
 from llavamod_offline.plural import counted
 from llavamod_offline.storage.atomic import aside_path, fsync_tree, new_folder, remove_leftovers
 from llavamod_offline.storage.lock import locked_beside
+from llavamod_offline.storage.walk import is_utf8
 
 Fitting = Callable[[Sequence[str]], str]
 
@@ -80,11 +89,11 @@ def new_set(
     duplicate_hint: str,
     fitting: Fitting = no_advice,
     job: Mapping[str, Any] | None = None,
-    is_there: IsThere = lambda image: False,
+    can_use: CanUse = lambda image: False,
 ) -> Iterator[SetWriter]:
     """Yield the writer of the set folder `output`, which appears when the block ends without an error.
 
-    `job`: what is packed, and how, so that it can be continued; `is_there`: see `work_folder`.
+    `job`: what is packed, and how, so that it can be continued; `can_use`: see `work_folder`.
 
     `name`: of the shards; by default the folder's, with characters that it may not contain written as in keys.
     Errors: `ConfigError` if another process writes it; `DataError` if `output` exists (with `overwrite`: if it is not
@@ -96,13 +105,15 @@ def new_set(
         name = folder_name if KEY_PATTERN.fullmatch(folder_name) else key_from_id(folder_name)
     if not KEY_PATTERN.fullmatch(name):
         raise DataError(f"set name '{name}': only letters, digits, '-' and '_' are allowed: choose another with --name")
+    if not is_utf8(str(output)):
+        raise DataError(f"output {str(output)!a}: its name is not UTF-8: choose another")
     with locked_beside(output):
         _check_output(output, overwrite)
         try:
             remove_leftovers(output.parent, output.name)
             if job is None:
                 shutil.rmtree(work_path(output), ignore_errors=True)
-            with new_folder(output) if job is None else work_folder(output, job, is_there) as folder:
+            with new_folder(output) if job is None else work_folder(output, job, can_use) as folder:
                 journal = None if job is None else PackJournal(folder)
                 yield SetWriter(folder, output, name, duplicate_hint, fitting, journal)
                 displaced = _displace(output, folder)
@@ -241,16 +252,22 @@ class SetWriter:
         if not self.counts["samples"]:
             raise EmptySetError(f"nothing to pack: no sample in {counted(self.rows, 'row')}{self._diagnosis()}")
         if max_rejected is not None and rejected > max_rejected * self.rows:
-            raise DataError(
-                f"{rejected} of {counted(self.rows, 'row')} rejected, more than --max-rejected {max_rejected:g} allows"
-                f"{self._diagnosis()}"
+            raise OtherSettingsError(
+                f"{rejected} of {counted(self.rows, 'row')} rejected, more than max-rejected {max_rejected:g} allows"
+                f"{self._diagnosis()}{self._continue('allow more')}"
             )
         check_weights(weights)
         for what, named in (("weight", weights), ("licence", licences)):
             unknown = sorted(named.keys() - self.sources.keys())
             if unknown:
                 known = ", ".join(f"'{source}'" for source in sorted(self.sources)[:8])
-                raise ConfigError(f"{what} of '{unknown[0]}': no samples from that source: name one of {known}")
+                raise OtherSettingsError(
+                    f"{what} of '{unknown[0]}': no samples from that source: name one of {known}"
+                    f"{self._continue('correct it')}"
+                )
+
+    def _continue(self, how: str) -> str:
+        return f"; what is packed is kept: {how} and rerun to continue" if self.journal is not None else ""
 
     def _diagnosis(self) -> str:
         """Why rows were rejected, and where they are listed: beside the output, because no set is made."""

@@ -21,7 +21,7 @@ from llavamod_offline.data.pack.prepare import Facts
 from llavamod_offline.data.pack.process_map import WorkerLostError
 from llavamod_offline.data.rows import RejectedRow, RowPlace
 from llavamod_offline.data.sets.tar_files import Shard
-from llavamod_offline.errors import LlavaModError, StorageError
+from llavamod_offline.errors import ConfigError, LlavaModError, StorageError
 from llavamod_offline.storage import atomic
 
 _LOG = logging.getLogger(__name__)
@@ -39,7 +39,14 @@ class IndexedSample:
 
 
 Entry = IndexedSample | RejectedRow
-IsThere = Callable[[str], bool]
+CanUse = Callable[[str], bool]
+
+
+class OtherSettingsError(ConfigError):
+    """The set cannot be finished with these settings, but what is packed can be, with others."""
+
+
+_PASSING = (WorkerLostError, StorageError, OtherSettingsError)
 
 
 class PackJournal:
@@ -66,12 +73,12 @@ class PackJournal:
 
 
 @contextmanager
-def work_folder(output: Path, job: Mapping[str, Any], is_there: IsThere) -> Iterator[Path]:
+def work_folder(output: Path, job: Mapping[str, Any], can_use: CanUse) -> Iterator[Path]:
     """Yield the folder in which `job` is packed; it becomes `output` when the block ends.
 
-    What an earlier pack of the same job has finished is there, up to the first shard that lacks an image which
-    `is_there` now, and nothing else. If the block ends with a user's error, which would recur, everything is removed;
-    otherwise, as when a server is away, what is finished stays.
+    What an earlier pack of the same job has finished is there, up to the first shard that lacks an image which can be
+    used by now, and nothing else. If the block ends with a user's error, which would recur, everything is removed;
+    otherwise, as when a server is away, or other settings would do (`OtherSettingsError`), what is finished stays.
     """
     work = work_path(output)
     journal, content = work / _JOURNAL, json.dumps(job, sort_keys=True)
@@ -82,7 +89,7 @@ def work_folder(output: Path, job: Mapping[str, Any], is_there: IsThere) -> Iter
         journal.mkdir(parents=True)
         atomic.write_file(journal / _JOB, content)
     files = sorted(journal.glob("*.jsonl"))
-    outdated = next((place for place, file in enumerate(files) if _lacks_what(file, is_there)), len(files))
+    outdated = next((place for place, file in enumerate(files) if _lacks_what(file, can_use)), len(files))
     for file in files[outdated:]:
         file.unlink()
     finished = {file.stem for file in files[:outdated]}
@@ -97,19 +104,19 @@ def work_folder(output: Path, job: Mapping[str, Any], is_there: IsThere) -> Iter
         work.rename(output)
         atomic.fsync_path(output.parent)
     except BaseException as error:
-        passing = isinstance(error, WorkerLostError | StorageError) or isinstance(error.__cause__, OSError)
+        passing = isinstance(error, _PASSING) or isinstance(error.__cause__, OSError)
         if (isinstance(error, LlavaModError) and not passing) or not any(journal.glob("*.jsonl")):
             shutil.rmtree(work, ignore_errors=True)
         raise
     shutil.rmtree(displaced, ignore_errors=True)
 
 
-def _lacks_what(journal_file: Path, is_there: IsThere) -> bool:
-    """Whether a row of a finished shard was rejected for an image that exists by now."""
+def _lacks_what(journal_file: Path, can_use: CanUse) -> bool:
+    """Whether a row of a finished shard was rejected for an image that can be used by now."""
     entries = (json.loads(line) for line in journal_file.read_text("utf-8").splitlines() if '"RejectedRow"' in line)
     for row in (entry["RejectedRow"] for entry in entries if "RejectedRow" in entry):
-        if row["image"] and is_there(row["image"]):
-            _LOG.info("image '%s', which was missing, is there: packing again from its shard on", row["image"])
+        if row["image"] and can_use(row["image"]):
+            _LOG.info("image '%s', which was rejected, can be used now: packing again from its shard on", row["image"])
             return True
     return False
 

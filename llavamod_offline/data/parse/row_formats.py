@@ -98,8 +98,11 @@ def parse_row(row: Any, beside: int = 0) -> ParsedRow:
         raise RowError("missing image", "field 'image' is empty")
     if (is_question or "texts" in fields) and not any(IMAGE_PLACEHOLDER in turn.text for turn in turns):
         turns = (replace(turns[0], text=f"{IMAGE_PLACEHOLDER}\n" * len(images) + turns[0].text), *turns[1:])
-    if isinstance(fields.get("system"), str) and fields["system"].strip():
-        turns = (Turn("system", fields["system"]), *turns)
+    system = fields.get("system")
+    if not isinstance(system, str | None):
+        raise RowError("malformed row", f"field 'system' must be text, found {type(system).__name__}")
+    if system and system.strip():
+        turns = (Turn("system", system), *turns)
     tools = read_tools(fields.get("tools"))
     if tools is not None:
         turns = (tools, *turns)

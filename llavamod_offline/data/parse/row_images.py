@@ -41,13 +41,13 @@ def image_extensions(
     contents: Iterable[bytes], images: Iterable[RowImage], max_side: int | None = None
 ) -> tuple[str, ...]:
     """Decode images and return their formats. `max_side`: see `decode_image`. Errors: `RowError` naming the image."""
-    try:
-        return tuple(
-            image_extension(content, name=image.name, max_side=max_side)
-            for content, image in zip(contents, images, strict=True)
-        )
-    except DataError as error:
-        raise RowError("undecodable image", str(error)) from error
+    found = []
+    for content, image in zip(contents, images, strict=True):
+        try:
+            found.append(image_extension(content, name=image.name, max_side=max_side))
+        except DataError as error:
+            raise RowError("undecodable image", str(error), image.name if image.content is None else "") from error
+    return tuple(found)
 
 
 def _image(value: Any, field: str) -> RowImage:

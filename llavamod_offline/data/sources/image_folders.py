@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from llavamod_offline.data.images import MAX_ENCODED_BYTES
+from llavamod_offline.data.images import MAX_ENCODED_BYTES, image_extension
 from llavamod_offline.data.rows import RowError
 from llavamod_offline.data.sources.fitting_folders import advice_on_missing
 from llavamod_offline.errors import DataError
@@ -30,6 +30,14 @@ class ImageFolders:
         """Whether a path is inside the folders and names a file in one of them."""
         return _is_inside(PurePosixPath(name)) and any(os.path.isfile(folder / name) for folder in self.folders)
 
+    def can_use(self, name: str) -> bool:
+        """Whether a path names an image in one of the folders that can be read and decoded."""
+        try:
+            image_extension(self.read(name), name=name)
+        except DataError:
+            return False
+        return True
+
     def read(self, name: str) -> bytes:
         """Read an image by its relative path.
 
@@ -50,14 +58,15 @@ class ImageFolders:
             reason = f"{broken[0]} is {absence(broken[0])}" if broken else f"no such file in {_names(self.folders)}"
             raise RowError("missing image", f"image '{name}': {reason}", name)
         if len(found) > 1:
-            raise RowError("bad image path", f"image '{name}': in more than one image folder: {_names(found)}")
+            raise RowError("bad image path", f"image '{name}': in more than one image folder: {_names(found)}", name)
         try:
             size = found[0].stat().st_size
             if size > MAX_ENCODED_BYTES:
-                raise RowError("undecodable image", f"image '{name}': {size} bytes, more than {MAX_ENCODED_BYTES}")
+                reason = f"image '{name}': {size} bytes, more than {MAX_ENCODED_BYTES}"
+                raise RowError("undecodable image", reason, name)
             return found[0].read_bytes()
         except OSError as error:
-            raise RowError("missing image", f"image '{name}': cannot be read: {error.strerror}") from error
+            raise RowError("missing image", f"image '{name}': cannot be read: {error.strerror}", name) from error
 
 
 def _is_inside(path: PurePosixPath) -> bool:

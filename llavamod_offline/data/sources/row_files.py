@@ -5,13 +5,12 @@ To add a kind of file, write its functions and enter them in `ROW_FILES`, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 from llavamod_offline.data.sources.json_stream import Advance, stream_array, stream_lines
-from llavamod_offline.data.sources.system_files import is_system_name
 from llavamod_offline.data.sources.tables import (
     IDS,
     SOURCES,
@@ -23,10 +22,11 @@ from llavamod_offline.data.sources.tables import (
 )
 from llavamod_offline.errors import DataError
 from llavamod_offline.storage.remote_file import Place
-from llavamod_offline.storage.walk import walk_files
 
 Rows = Callable[[Place, Advance], Iterator[tuple[int, Any]]]  # row numbers and contents; a bad row is a `RowError`
 TABLES = (".parquet", ".arrow")
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+_ABOUT_TABLES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _TOGETHER = 16  # rows of a text file that are passed on together
 
 
@@ -81,9 +81,21 @@ def _text(rows: Rows) -> Callable[[Place, Advance, int], Iterator[TextRows]]:
     return some_at_a_time
 
 
-def tables_below(folder: Path) -> list[str]:
-    """The parquet and Arrow files below a folder, by relative name, as in data sets of the Hugging Face hub."""
-    return [name for name in walk_files(folder, is_system_name) if name.endswith(TABLES)]
+def tables_and_others(names: Sequence[str], ignore: Collection[str]) -> tuple[list[str], str]:
+    """The parquet and Arrow files among a folder's `names`, and another file that holds rows or a sample ("": none).
+
+    Files with a suffix in `ignore`, and those that `datasets` writes about its tables, are neither.
+    """
+    names = [name for name in names if PurePosixPath(name).suffix.lstrip(".").lower() not in ignore]
+    tables = [name for name in names if name.endswith(TABLES)]
+    pictured = {str(PurePosixPath(name).with_suffix("")) for name in names if name.lower().endswith(_PICTURES)}
+    for name in names:
+        path = PurePosixPath(name)
+        if path.suffix in (".json", ".jsonl") and path.name not in _ABOUT_TABLES:
+            return tables, name
+        if path.suffix in (".txt", ".cls") and str(path.with_suffix("")) in pictured:
+            return tables, name
+    return tables, ""
 
 
 ROW_FILES = {

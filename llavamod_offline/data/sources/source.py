@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llavamod_offline.data.sources.image_folders import ImageFolders
-from llavamod_offline.data.sources.row_files import ROW_FILES, TABLES, tables_below
+from llavamod_offline.data.sources.row_files import ROW_FILES, TABLES, tables_and_others
 from llavamod_offline.data.sources.system_files import is_system_name
 from llavamod_offline.data.tars.tar_samples import ReadRule
 from llavamod_offline.errors import DataError
 from llavamod_offline.storage.remote import RemoteFolder
 from llavamod_offline.storage.remote_file import Place, RemoteFile, place_size
-from llavamod_offline.storage.walk import absence, walk_files
+from llavamod_offline.storage.walk import absence, is_utf8, walk_files
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def check_sources(
             raise DataError(f"source '{file}': index tars in place with `llavamod-offline index`")
         if not file.exists():
             raise DataError(f"source '{file}': {absence(file)}")
-        if not _is_utf8(file):
+        if not is_utf8(str(file)):
             raise DataError(f"source {str(file)!a}: its name is not UTF-8: rename it")
         if file.suffix not in ROW_FILES and not file.is_dir():
             hint = ": index tars in place with `llavamod-offline index`" if file.suffix == ".tar" else ""
@@ -92,35 +91,41 @@ def check_sources(
     return found
 
 
-def _is_utf8(path: Path) -> bool:
-    """Whether a path can be written down: names from old archives may hold other bytes."""
-    try:
-        os.fspath(path).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _tables(source: Source) -> list[Source]:
-    """The tables below a folder; the source itself if it is not a folder of tables."""
+    """The tables below a folder; the source itself if it is not a folder of tables.
+
+    Errors: `DataError` for a folder that also holds rows or samples in other files, which would be left out.
+    """
     place = source.path
     if isinstance(place, RemoteFile):
         return [source] if place.suffix in (*ROW_FILES, ".tar") else _remote_tables(source, place)
     try:
-        below = tables_below(place) if place.is_dir() else []
+        names = list(walk_files(place, is_system_name)) if place.is_dir() else []
     except OSError as error:
         raise DataError(f"source '{error.filename or place}': cannot be read: {error.strerror}") from error
-    return [replace(source, path=place / name, below=name) for name in below] or [source]
+    return [replace(source, path=place / name, below=name) for name in _only_tables(source, names)] or [source]
 
 
 def _remote_tables(source: Source, folder: RemoteFile) -> list[Source]:
-    below = [name for name in sorted(RemoteFolder(folder.url).sizes()) if name.endswith(TABLES)]
+    below = _only_tables(source, sorted(RemoteFolder(folder.url).sizes()))
     if not below:
         raise DataError(
             f"source '{folder}': holds no {' or '.join(TABLES)}, or cannot be listed: name its files one by one"
         )
     url = folder.url.rstrip("/")
     return [replace(source, path=RemoteFile(f"{url}/{name}"), below=name) for name in below]
+
+
+def _only_tables(source: Source, names: Sequence[str]) -> list[str]:
+    """The tables in a folder; none if it is not one of tables."""
+    tables, other = tables_and_others(names, source.rule.ignore)
+    if tables and other:
+        suffix = PurePosixPath(tables[0]).suffix.lstrip(".")
+        raise DataError(
+            f"source '{source.path}': holds the table '{tables[0]}' and also '{other}', which would be left out: name "
+            f"the files one by one, or leave out one kind, as with --ignore {suffix}"
+        )
+    return tables
 
 
 def _check_stems(sources: Sequence[Source]) -> None:

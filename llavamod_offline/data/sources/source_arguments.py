@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,9 +19,9 @@ def parse_source(argument: str) -> tuple[str, Place]:
     if is_url(argument):
         return "", RemoteFile(argument)
     name, equals, place = argument.partition("=")
-    if name.strip() and is_url(place) and not Path(argument).exists():
+    if name.strip() and is_url(place) and not os.path.exists(argument):
         return name, RemoteFile(place)
-    if not equals or Path(argument).exists():
+    if not equals or os.path.exists(argument):
         return "", Path(argument)
     if not name.strip() or not place:
         raise ConfigError(f"source '{argument}': expected PATH or NAME=PATH")

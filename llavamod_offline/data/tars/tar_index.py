@@ -33,7 +33,7 @@ from llavamod_offline.grace import Grace
 from llavamod_offline.storage.disk_cache import scratch
 from llavamod_offline.storage.remote import RemoteFolder, Wanted
 from llavamod_offline.storage.remote_file import Place, RemoteFile
-from llavamod_offline.storage.walk import absence, walk_files
+from llavamod_offline.storage.walk import absence, is_utf8, walk_files
 
 TarKeyRule = Literal["member", "shard"]
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
@@ -88,11 +88,14 @@ def index_tars(
     name, for tars that share keys. `caption_prompt`: the prompt of captions; without it they are rejected. `ignore`:
     suffixes of members to ignore. `workers`: processes, each of which reads one tar at a time. `grace`: on SIGTERM,
     decides whether the whole set is finished; part of one cannot be kept.
-    Errors: as `write_set`, and `DataError` if a tar is not a file or given twice.
+    Errors: as `write_set`, and `DataError` if a tar is not a file, given twice, or in `output`.
     """
     weights = weights or {}
     check_weights(weights)
     names = _shard_names(tars)
+    inside = next((tar.path for tar in tars if isinstance(tar.path, Path) and _is_below(tar.path, output)), None)
+    if inside is not None:
+        raise DataError(f"source '{inside}': lies in the output, which would replace it: choose another output")
     reader = _TarIndexer(keys, ReadRule.of(caption_prompt, ignore))
     hint = "rename one of them" if keys == "shard" else "prefix the keys with the tars' names by --keys shard"
     with new_set(output, None, overwrite=overwrite, duplicate_hint=hint) as writer:
@@ -170,12 +173,18 @@ def _path_from(output: Path, tar: Place) -> str:
     return Path(os.path.relpath(tar, folder)).as_posix() if tar.is_relative_to(folder.parent) else str(tar)
 
 
+def _is_below(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
+
+
 def _shard_names(tars: Sequence[TarSource]) -> list[str]:
     """A unique name for each tar: its stem or, if that is ambiguous, its path below their common folder."""
     seen: dict[str, Place] = {}
     for place in (tar.path for tar in tars):
         if isinstance(place, Path) and not place.is_file():
             raise DataError(f"source '{place}': {absence(place)}")
+        if not is_utf8(str(place)):
+            raise DataError(f"source {str(place)!a}: its name is not UTF-8: rename it")
         if isinstance(place, RemoteFile) and place.suffix != ".tar":
             raise DataError(f"source '{place}': its name must end in .tar; a compressed tar must be unpacked")
         where = str(place.resolve()) if isinstance(place, Path) else f"/{urlsplit(place.url).netloc}{_path_of(place)}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from eval.judge import Message, Reply
 from eval.predictions import Prediction, prediction_line
 from eval.report.report import write_report
-from eval.score import TaskScore, score_task
+from eval.score import TaskScore, score_task, sidecar
 from eval.tasks import TASKS, get_task
 from llavamod_offline.errors import ConfigError, EvalError
 from tests.eval.fixtures import gqa_root, halbench_root, mmhal_root, pope_root
@@ -169,7 +171,7 @@ def test_errors(root: Path, runs: list[Path], tmp_path: Path) -> None:
     _cut(runs[1])
     for task in ("pope", "object_halbench"):
         shutil.rmtree(runs[1] / task)
-    with pytest.raises(EvalError, match=r"nothing can be scored: gqa: .*1 question .* without a prediction"):
+    with pytest.raises(EvalError, match=r"nothing can be scored: sparse: gqa: .*1 question .* without a prediction"):
         write_report([runs[1]], root, tmp_path / "report.md")
     assert not (tmp_path / "report.md").exists()
 
@@ -197,6 +199,77 @@ def test_what_cannot_be_scored_is_listed_with_the_reason(
     text = (tmp_path / f"report.{suffix}").read_text()
     assert "gqa: not scored: " in text
     assert "without a prediction" in text
+
+
+def test_a_run_that_cannot_be_scored_does_not_stop_the_page(root: Path, runs: list[Path], tmp_path: Path) -> None:
+    _cut(runs[0])
+    for task in ("pope", "object_halbench"):
+        shutil.rmtree(runs[0] / task)
+    write_report(runs, root, tmp_path / "report.md")
+    text = (tmp_path / "report.md").read_text()
+    assert "| **dense** | – |" in text
+    assert "**dense**, gqa: not scored: " in text
+    write_report(runs, root, tmp_path / "report.html")
+
+
+@pytest.mark.parametrize("suffix", ["md", "html"])
+def test_scores_of_different_questions_are_not_compared(
+    root: Path, runs: list[Path], tmp_path: Path, suffix: str
+) -> None:
+    """Such as those of a run with a limit."""
+    path = runs[1] / "gqa" / "predictions.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
+    sidecar(path).write_text('{"limit": 2}')
+    write_report(runs, root, tmp_path / f"report.{suffix}")
+    text = unescape((tmp_path / f"report.{suffix}").read_text())
+    assert "‡ GQA: not all runs are measured alike (dense: 5 questions, data sha256 " in text
+    assert "; sparse: 2 questions, " in text
+    if suffix == "md":
+        assert "| **sparse** | 50.0‡ | " in text
+    else:
+        _, sparse, *_ = re.findall(r'<td data-label="GQA ↑"(?: class="none")?>(.*?)</td>', text)
+        assert gaps(sparse) == ["‡", "+0.0"]
+
+
+def test_scores_of_different_judges_are_not_compared(root: Path, runs: list[Path], tmp_path: Path) -> None:
+    for folder, model in zip(runs, ("harsh", "kind"), strict=True):
+        write_run(folder, root, "mmhal", {}, "A cat.")
+        judged = Judged(model, "Rating: 6" if model == "kind" else "Rating: 0")
+        score_task("mmhal", root, folder / "mmhal" / "predictions.jsonl", judge=judged)
+    write_report(runs, root, tmp_path / "report.md")
+    text = (tmp_path / "report.md").read_text()
+    assert "6.00‡" in text
+    assert "judged by harsh at temperature 0, template mmhal-default-1" in text
+    path = runs[1] / "mmhal" / "predictions.jsonl"
+    score_task("mmhal", root, path, judge=Judged("harsh", "Rating: 1"))
+    write_report(runs, root, tmp_path / "report.md")
+    assert "sparse**, mmhal: not scored: " in (tmp_path / "report.md").read_text()
+    assert "name one with --judge-model" in (tmp_path / "report.md").read_text()
+    write_report(runs, root, tmp_path / "report.md", judge_model="harsh")
+    assert "1.00 (+1.00)" in (tmp_path / "report.md").read_text()
+
+
+def test_a_judge_that_was_asked_in_other_words_is_read_with_these(root: Path, runs: list[Path], tmp_path: Path) -> None:
+    template = tmp_path / "own.txt"
+    template.write_text("{image_content} {question} {gt_answer} {model_answer}")
+    write_run(runs[0], root, "mmhal", {}, "A cat.")
+    path = runs[0] / "mmhal" / "predictions.jsonl"
+    score_task("mmhal", root, path, judge=Judged("m", "Rating: 3"), judge_template=template)
+    write_report(runs[:1], root, tmp_path / "report.md")
+    assert "give the template it was asked with (--judge-template)" in (tmp_path / "report.md").read_text()
+    write_report(runs[:1], root, tmp_path / "report.md", judge_template=template)
+    assert "template own.txt (sha256 " in (tmp_path / "report.md").read_text()
+
+
+@dataclass
+class Judged:
+    """A judge with one opinion."""
+
+    model: str
+    opinion: str
+
+    def complete(self, messages: Sequence[Message]) -> Reply:
+        return Reply(self.opinion)
 
 
 def test_runs_of_the_same_name_are_told_apart(root: Path, tmp_path: Path) -> None:

@@ -38,6 +38,19 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+def test_a_limit_keeps_the_rotations_of_its_questions(root: Path, tmp_path: Path) -> None:
+    """Without them, `circular` would be `vanilla`."""
+    whole = ENGLISH.load(root)
+    first = ENGLISH.first(whole, 1)
+    assert [example.id for example in first] == ["1", "1000001", "2000001"]
+    assert {example.reference.group for example in first} == {1}
+    assert ENGLISH.first(whole, None) == whole
+    predictions = write_jsonl(tmp_path / "a.jsonl", answers(dict.fromkeys(("1", "1000001", "2000001"), "A")))
+    sidecar(predictions).write_text('{"limit": 1}')
+    score = score_task("mmbench", root, predictions)
+    assert (score.n, score.limit) == (3, 1)
+
+
 def test_prompts(root: Path) -> None:
     english, chinese = ENGLISH.load(root), CHINESE.load(root)
     assert english[0].prompt == (
@@ -195,7 +208,7 @@ def test_the_upload_has_the_official_columns_and_raw_answers(root: Path, tmp_pat
 
 
 def test_an_upload_of_the_first_questions_alone_is_refused(root: Path, tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", answers({1: "A", 1_000_001: "B"}))
+    path = write_jsonl(tmp_path / "a.jsonl", answers({1: "A", 1_000_001: "B", 2_000_001: "C"}))
     sidecar(path).write_text(json.dumps({"limit": 2}))
     with pytest.raises(
         ConfigError, match=r"the first 2 questions only, .* generate without limit, or export as .jsonl"

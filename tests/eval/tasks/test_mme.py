@@ -112,6 +112,11 @@ def test_both_layouts_give_the_same_references(tmp_path: Path) -> None:
     assert [e.id for e in mme.load(one)][:2] == ["existence/0001.png#1", "existence/0001.png#2"]
 
 
+def test_a_limit_does_not_part_the_two_questions_of_an_image(tmp_path: Path) -> None:
+    examples = mme.load(release(tmp_path))
+    assert mme.TASK.first(examples, 3) == examples[:4]
+
+
 def test_images_are_found_in_both_places(tmp_path: Path) -> None:
     for example in mme.load(release(tmp_path)):
         assert example.source is not None

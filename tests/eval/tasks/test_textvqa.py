@@ -53,6 +53,18 @@ def test_accuracy(tmp_path: Path) -> None:
     assert scored(textvqa, textvqa_root(tmp_path), {"aa#1": "A", "aa#2": None, "bb#1": "x"}).n_unparsed == 1
 
 
+def test_samples_of_lmms_eval_are_joined_by_the_questions_own_id(tmp_path: Path) -> None:
+    """Its docs hold `question_id`, the question's, beside `image_id`, the one that LLaVA's file has."""
+    root = textvqa_root(tmp_path / "data")
+    given = [("aa", "What word is it?", "stop"), ("aa", "Which Number?", "42"), ("bb", "What word is it?", "exit")]
+    rows = [
+        {"doc": {"question_id": n, "image_id": image, "question": question}, "filtered_resps": [text]}
+        for n, (image, question, text) in enumerate(given)
+    ]
+    score = score_task("textvqa", root, write_jsonl(tmp_path / "samples.jsonl", rows))
+    assert score.texts == {"aa#1": "stop", "aa#2": "42", "bb#1": "exit"}
+
+
 def test_llava_answers_are_joined_on_image_and_question(tmp_path: Path) -> None:
     root = textvqa_root(tmp_path / "data")
     rows = answers({"bb": "exit"}, {"bb": f"what WORD is it?{SHORT}"})

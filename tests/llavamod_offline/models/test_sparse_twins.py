@@ -272,7 +272,10 @@ class TestErrors:
                 sparse_twin(AutoConfig.for_model(name))
 
     def test_what_a_twin_does_not_have(self) -> None:
-        for name, setting in (("llama", "mlp_bias"), ("llama", "attention_bias"), ("granite", "mlp_bias")):
+        for name, setting in (
+            *(("llama", "mlp_bias"), ("llama", "attention_bias"), ("granite", "mlp_bias")),
+            ("qwen3", "use_sliding_window"),  # shows only beyond the window
+        ):
             config = AutoConfig.for_model(name, **{setting: True})
             with pytest.raises(ModelError, match=rf"with {setting}=True cannot be made sparse: its sparse form"):
                 sparse_twin(config)

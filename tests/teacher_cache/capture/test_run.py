@@ -31,9 +31,33 @@ from teacher_cache.verify.repair import repair_cache
 from teacher_cache.write import store
 from tests.teacher_cache.capture.killer import fork_server, run_and_die
 from tests.teacher_cache.conftest import World, count_reads
-from tests.tiny import tiny_samples
+from tests.tiny import tiny_samples, write_tiny_set
 
 COMMAND = [sys.executable, "-c", "from teacher_cache.cli.main import main; main()"]
+
+
+def test_a_set_that_was_packed_again_in_other_shards_is_not_continued(world: World, tmp_path: Path) -> None:
+    """Its digest is the same, and so are the names of its shards, but not what they hold."""
+    samples, output = write_tiny_set(tmp_path / "set", 20, shard_samples=5), tmp_path / "c"
+    world.run(output, data=samples)
+    (output / "cache.json").unlink()
+    shutil.rmtree(output / "shards" / "set-000002")
+    write_tiny_set(samples, 20, shard_samples=6, overwrite=True)
+    with pytest.raises(CacheError, match=r"contains a cache with different settings: data\.shards: was .*, now "):
+        world.run(output, data=samples)
+
+
+def test_a_run_clears_the_failures_of_workers(world: World, tmp_path: Path) -> None:
+    """Else they would count if the shard has to be captured again."""
+    samples, output = write_tiny_set(tmp_path / "set", 4, shard_samples=2), tmp_path / "c"
+    claims = output / ".work" / "claims"
+    claims.mkdir(parents=True)
+    for number in (1, 2, 3):
+        ended = {"worker": "w", "host": "h", "how": "failed", "reason": "disk"}
+        (claims / f"set-000001~{number}").write_text('{"worker": "w"}')
+        (claims / f"set-000001~{number}~ended").write_text(json.dumps(ended))
+    world.run(output, data=samples)
+    assert not list(claims.iterdir())
 
 
 def test_a_run_says_what_it_did_and_the_second_has_nothing_to_do(world: World, tmp_path: Path) -> None:

@@ -246,4 +246,7 @@ def test_the_command_says_what_it_removed(copy: Path, capsys: pytest.CaptureFixt
     write_cache(copy)
     status, out = call("--repair", "--json")
     assert status == 0
-    assert json.loads(out) == {"damage": [], "restored": [], "removed": [], "left": [], "shards": []}
+    assert json.loads(out) == {
+        **{part: [] for part in ("damage", "restored", "removed", "left", "shards")},
+        "finish": "`cache-teacher run` with the same settings",
+    }

@@ -10,7 +10,7 @@ from typing import Protocol
 import pytest
 
 from llavamod_offline.config import load_config
-from llavamod_offline.errors import CacheError, ConfigError, LlavaModError, ModelError
+from llavamod_offline.errors import CacheError, ConfigError, DataError, LlavaModError, ModelError
 from llavamod_offline.storage.folders import open_folder
 from llavamod_offline.storage.lock import locked
 from teacher_cache.capture_setup import CaptureSetup
@@ -157,6 +157,16 @@ def test_other_writers_and_workers_keep_each_other_out(world: World, tmp_path: P
     assert world.run(output).complete  # the other worker has ended
     with Heartbeat(open_folder(output), 60.0), pytest.raises(ConfigError, match="is in use by a worker"):
         repair_cache(output)
+
+
+def test_the_limit_of_rejections_holds_across_restarts(world: World, tmp_path: Path) -> None:
+    """A worker that a scheduler restarts does not begin to count anew, nor complete what the limit stopped."""
+    output = tmp_path / "c"
+    for _ in range(3):
+        with pytest.raises(DataError, match=r"of 24 sequences rejected, more than max_rejected=0\.01 allows"):
+            one(world, output, "max_length=116", "max_rejected=0.01")
+    assert not (output / "cache.json").exists()
+    assert one(world, output, "max_length=116").capture.complete
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from teacher_cache.inspection.summary import bytes_by_part
 from teacher_cache.plan.estimate import compare, finished_cache
 from teacher_cache.read.reader import TeacherCache, open_cache
 from teacher_cache.verify.cache import verify_cache
+from teacher_cache.verify.repair import repair_cache, repair_lines
 from teacher_cache.write.merge import merge_caches, merged_fingerprint, named_shards
 from tests.teacher_cache.conftest import World
 from tests.tiny import tiny_samples
@@ -115,6 +116,18 @@ def test_an_interrupted_merge_goes_on(parts: Parts, tmp_path: Path) -> None:
     assert merge_caches(caches, str(tmp_path / "all")) == whole
     assert verify_cache(tmp_path / "all").ok
     assert merge_caches(caches, str(tmp_path / "all")) == whole
+
+
+def test_a_merged_cache_that_lacks_a_shard_says_that_merging_restores_it(parts: Parts, tmp_path: Path) -> None:
+    """No run can: it captures one set."""
+    caches = [open_cache(parts.first), open_cache(parts.second)]
+    digest = merge_caches(caches, str(tmp_path / "all")).digest
+    (tmp_path / "all" / "shards" / caches[0].shard_names[0] / "sequences.arrow").unlink()  # a hard link
+    *_, last = repair_lines("all", repair_cache(tmp_path / "all"))
+    assert last.startswith("all: run `cache-teacher merge` of the same caches to write 1 missing shard, ")
+    with pytest.raises(CacheError, match=r"unfinished .*: rerun `cache-teacher merge` of the same caches to finish it"):
+        open_cache(tmp_path / "all")
+    assert merge_caches(caches, str(tmp_path / "all")).digest == digest
 
 
 def test_merged_caches_merge(world: World, parts: Parts, tmp_path: Path) -> None:

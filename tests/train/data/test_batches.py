@@ -132,7 +132,7 @@ def test_a_student_is_built_from_a_tower_and_a_language_model(world: World, tmp_
         ("mimic_sparse", ["student.upcycle.layers=second"], "layers"),
         ("sft", ["template=vicuna"], "template 'vicuna' is unknown"),
         ("sft", ["trainable=[lm_head]"], "trainable: no parameter of this student belongs to 'lm_head'"),
-        ("sft", ["data.holdout=24"], "nothing is left to train on"),
+        ("sft", ["data.holdout=24"], "nothing is left: lower data.holdout"),
         ("sft", ["output={chats}/set.json/x"], "output: .* cannot be written"),
         ("sft", ["output={holds_student}"], "output: .* holds a student not written by train-student"),
     ],

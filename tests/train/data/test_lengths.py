@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,12 +52,34 @@ def test_samples_that_are_too_long_are_named_before_the_first_step(world: World,
     assert train(world.config(stage, tmp_path / "longer", *settings, "max_length=2048")).samples == 24
 
 
+def test_samples_beyond_the_students_own_context_are_too_long(world: World, tmp_path: Path) -> None:
+    """A learned table of positions would end in an IndexError; rotary ones were never trained there."""
+    student = tmp_path / "student"
+    shutil.copytree(world.student, student)
+    config = json.loads((student / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 110
+    (student / "config.json").write_text(json.dumps(config))
+    settings = (f"student.checkpoint={student}", "max_length=2048")
+    message = (
+        r"tokens, more than the 110 that the student takes; .*: set data\.too_long=drop .*, or choose another student$"
+    )
+    with pytest.raises(DataError, match=message):
+        train(world.config("sft", tmp_path / "run", *settings))
+    assert 0 < train(world.config("sft", tmp_path / "run", *settings, "data.too_long=drop")).samples < 24
+
+
+@pytest.mark.parametrize(("setting", "way"), [("max_length=5", "raise max_length"), ("data.holdout=24", "lower data")])
+def test_the_way_out_of_an_empty_set_fits_its_cause(world: World, tmp_path: Path, setting: str, way: str) -> None:
+    with pytest.raises(DataError, match=rf"nothing is left: {way}"):
+        train(world.config("sft", tmp_path / "run", setting, "data.too_long=drop"))
+
+
 def test_lengths_are_measured_once_for_a_set_a_tokenizer_and_a_template(
     world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     samples = tiny_samples(24)
-    samples[3] = lengthened(samples[3], 1000)
+    samples[3] = lengthened(samples[3], 470)
     write_set(samples, tmp_path / "set")
 
     def measured(*settings: str) -> int:
@@ -65,14 +88,14 @@ def test_lengths_are_measured_once_for_a_set_a_tokenizer_and_a_template(
             train(world.config("sft", tmp_path / "run", f"data.set={tmp_path / 'set'}", *settings))
         return sum("measuring the lengths of" in record.message for record in caplog.records)
 
-    assert measured("max_length=1500") == 1
-    assert measured("max_length=1500") == 0
-    assert measured("max_length=1501") == 0  # the measurement serves any higher limit
+    assert measured("max_length=980") == 1
+    assert measured("max_length=980") == 0
+    assert measured("max_length=981") == 0  # the measurement serves any higher limit
     assert measured("max_length=100") == 1  # with a lower limit, more samples may be too long
     assert measured("max_length=100") == 0
-    assert measured("max_length=1500", "template=chatml") == 1
+    assert measured("max_length=980", "template=chatml") == 1
     write_set([*samples[:-1], lengthened(samples[-1], 1)], tmp_path / "set", overwrite=True)
-    assert measured("max_length=1500") == 1
+    assert measured("max_length=980") == 1
 
 
 def test_no_image_is_needed_for_a_length(world: World, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from eval.engines.hf import HfEngine
 from llavamod_offline.config import load_config
 from llavamod_offline.data.order.stream import Order
 from llavamod_offline.data.sets.sample_set import SampleSet
+from llavamod_offline.errors import ConfigError
 from llavamod_offline.families.students.parts import model_parts
 from teacher_cache.audit.run import audit_cache
 from teacher_cache.config import CacheTeacherConfig
@@ -224,6 +226,29 @@ def test_adapters(world: World, folders: Path, tmp_path: Path, name: str, target
     for part, is_changed in {"vision": "vision" in targets, "projector": changes_projector, "attention": True}.items():
         assert any(patterns[part].search(one) for one in changed) == is_changed, part
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "gemma3"])
+def test_kept_adapters_with_a_projector_trained_in_full(world: World, folders: Path, tmp_path: Path, name: str) -> None:
+    """PEFT saves whole modules: Gemma's projector has a parameter of its own, beside a module."""
+    settings = (f"student.checkpoint={student_of(folders, name)}", "student.lora.keep_adapters=true", "optim.lr=1e-2")
+    lora = ("student.lora.rank=4", "student.lora.dropout=0", "trainable=[projector]", "batch.micro_size=2", "steps=2")
+    student = Path(train(world.config("sft", tmp_path / "run", *settings, *lora)).student)
+    base = AutoModelForImageTextToText.from_pretrained(student_of(folders, name))
+    merged = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapters").merge_and_unload().state_dict()
+    expected = AutoModelForImageTextToText.from_pretrained(student).state_dict()
+    for one, tensor in merged.items():
+        torch.testing.assert_close(tensor, expected[one.replace(".modules_to_save.default", "")], rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_that_peft_could_not_load_are_refused_before_the_first_step(
+    world: World, folders: Path, tmp_path: Path
+) -> None:
+    """The newline embedding of LLaVA-OneVision belongs to the module that holds everything else."""
+    settings = (f"student.checkpoint={student_of(folders, 'llava_onevision')}", "student.lora.keep_adapters=true")
+    with pytest.raises(ConfigError, match=r"keep_adapters: PEFT saves whole modules, but 'model\.image_newline' is"):
+        train(world.config("sft", tmp_path / "run", *settings, "trainable=[projector]", "batch.micro_size=2"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl_moe", pytest.param("qwen3_5_moe", marks=pytest.mark.slow)])

@@ -153,12 +153,12 @@ def listed(file: Path) -> list[str]:
 def test_too_many_rejected(tmp_path: Path) -> None:
     rows: Rows = [text_sample("a"), rejection("b"), text_sample("c"), rejection("d")]
     write_set(rows, tmp_path / "half", max_rejected=0.5)
-    refusal = r"2 of 4 rows rejected, more than --max-rejected 0\.49 allows; the first: .* in .*set\.rejected\.jsonl"
-    with pytest.raises(DataError, match=refusal):
+    refusal = r"2 of 4 rows rejected, more than max-rejected 0\.49 allows; the first: .* in .*set\.rejected\.jsonl"
+    with pytest.raises(ConfigError, match=refusal):
         write_set(rows, tmp_path / "set", max_rejected=0.49)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["half", "set.rejected.jsonl"]
     assert listed(tmp_path / "set.rejected.jsonl") == ["b", "d"]
-    with pytest.raises(DataError, match="more than --max-rejected 0 allows"):
+    with pytest.raises(ConfigError, match="more than max-rejected 0 allows"):
         write_set(rows[:2], tmp_path / "half", max_rejected=0, overwrite=True)
     assert listed(tmp_path / "half.rejected.jsonl") == ["b"]
     assert listed(tmp_path / "half" / "rejected.jsonl") == ["b", "d"]

@@ -26,9 +26,10 @@ from llavamod_offline.data.pack.prepare import PreparedSources
 from llavamod_offline.data.pack.process_map import WorkerLostError
 from llavamod_offline.data.rows import RejectedRow, RowPlace
 from llavamod_offline.data.sets.sample_set import SampleSet
+from llavamod_offline.data.sources.image_folders import ImageFolders
 from llavamod_offline.data.sources.read import prepare_sources
 from llavamod_offline.data.sources.source import Source, check_sources, describe_sources
-from llavamod_offline.errors import DataError, StorageError
+from llavamod_offline.errors import ConfigError, DataError, StorageError
 from llavamod_offline.grace import Grace
 from llavamod_offline.plural import counted
 from llavamod_offline.signals import Stopped, interruptible
@@ -154,8 +155,9 @@ def test_a_users_error_leaves_nothing_and_a_lost_worker_leaves_what_is_done(file
     assert SampleSet.open(output).digest == SampleSet.open(tmp_path / "whole").digest
 
 
-def test_an_image_that_was_missing_is_looked_for_again(tmp_path: Path) -> None:
-    """Only from the shard on whose row lacked it."""
+@pytest.mark.parametrize("before", ["missing", "truncated"])
+def test_an_image_that_could_not_be_used_is_looked_at_again(tmp_path: Path, before: str) -> None:
+    """Only from the shard on whose row lacked it; one that is still damaged is not."""
     images, output = tmp_path / "images", tmp_path / "set"
     images.mkdir()
     turns = [{"from": "human", "value": "<image>Which?"}, {"from": "gpt", "value": "This."}]
@@ -163,6 +165,9 @@ def test_an_image_that_was_missing_is_looked_for_again(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     for number in set(range(30)) - {13}:
         (images / f"{number}.png").write_bytes(tiny_image(number))
+    (images / "2.png").write_bytes(tiny_image(2)[:40])
+    if before == "truncated":
+        (images / "13.png").write_bytes(tiny_image(13)[:40])
     read: list[int] = []
 
     def pack_images(stop_at: int = 30) -> None:
@@ -176,14 +181,38 @@ def test_an_image_that_was_missing_is_looked_for_again(tmp_path: Path) -> None:
                 read.append(row.row)
                 yield row
 
-        write_set(found, output, shard_samples=6, job={"a": 1}, is_there=lambda name: (images / name).is_file())
+        write_set(found, output, shard_samples=6, job={"a": 1}, can_use=ImageFolders([images]).can_use)
 
     with pytest.raises(KeyboardInterrupt):
         pack_images(stop_at=28)
     (images / "13.png").write_bytes(tiny_image(13))
     pack_images()
-    assert read == list(range(12, 30))
-    assert len(SampleSet.open(output)) == 30
+    assert read == list(range(7, 30))
+    assert len(SampleSet.open(output)) == 29
+
+
+def test_settings_that_do_not_fit_the_set_do_not_lose_what_is_packed(files: list[Path], tmp_path: Path) -> None:
+    """A weight of a source that is not there, or too many rejections, show only at the end."""
+    output, begun = tmp_path / "set", []
+
+    def pack_with(**settings: Any) -> None:
+        def rows(start: RowPlace | None) -> Iterator[Outcome]:
+            begun.append(start)
+            return prepare_sources(files, start=start)
+
+        write_set(rows, output, shard_samples=6, job={"a": 1}, **settings)
+
+    with pytest.raises(
+        ConfigError, match=r"weight of 'bgi': no samples .*; what is packed is kept: correct it and rerun"
+    ):
+        pack_with(weights={"bgi": 2.0})
+    with pytest.raises(ConfigError, match=r"more than max-rejected 0 allows; .* kept: allow more and rerun"):
+        pack_with(max_rejected=0.0)
+    pack_with()
+    assert begun[0] is None
+    assert None not in begun[1:]
+    pack(files, tmp_path / "whole")
+    assert SampleSet.open(output).digest == SampleSet.open(tmp_path / "whole").digest
 
 
 @pytest.mark.parametrize(("grace", "shards"), [(600.0, 2), (1e-6, 1)])

@@ -119,6 +119,11 @@ def test_preference_rows(tmp_path: Path, images: Path) -> None:
         ({"id": "k", "conversations": talk("Is it?", "\ud800")}, "bad conversation", "surrogate"),
         ({"id": "k", "conversations": talk("Is it?", "<image>")}, "bad conversation", "is in an answer"),
         ({"id": "k", "conversations": [*TEXT, {"from": "system", "value": "s"}]}, "bad conversation", "by 'system'"),
+        (
+            {"id": "k", "conversations": TEXT, "system": ["x"]},
+            "malformed row",
+            "'system' must be text, found list",
+        ),
         ({"id": "k", "conversations": [{"from": "bot", "value": "s"}]}, "bad conversation", "turn 0 is by 'bot'"),
         ({"id": "k", "image": "b.png", "conversations": TEXT}, "placeholder mismatch", "put '<image>' where"),
         ({"id": "k", "conversations": GOOD}, "placeholder mismatch", "1 '<image>' in the user's turns for 0 images"),

@@ -14,6 +14,7 @@ import pytest
 
 from llavamod_offline.data.rows import Located
 from llavamod_offline.data.sources.source import Source
+from llavamod_offline.data.tars.tar_samples import ReadRule
 from llavamod_offline.errors import DataError, StorageError
 from llavamod_offline.storage.remote import RETRY_VARIABLE
 from llavamod_offline.storage.remote_file import RemoteFile
@@ -71,7 +72,10 @@ def test_a_folder_in_a_bucket(files: Path, bucket: str) -> None:
     """Tables at any depth; the first folder in their path is the source, as on disk."""
     storage = fsspec.filesystem("s3")
     storage.put(f"{files}/", f"{bucket}/sets", recursive=True)
-    assert samples(Source(RemoteFile(f"{bucket}/sets"))) == samples(Source(files))
+    rule = ReadRule.of(None, ["json", "jsonl"])
+    assert samples(Source(RemoteFile(f"{bucket}/sets"), rule=rule)) == samples(Source(files, rule=rule))
+    with pytest.raises(DataError, match=r"sets': holds the table 'chart/data/.*' and also 't\.json'"):
+        samples(Source(RemoteFile(f"{bucket}/sets")))
     origins = {each.file for each in read_sources([Source(RemoteFile(f"{bucket}/sets/chart"))])}
     assert f"{bucket}/sets/chart/data/train-00002-of-00003.parquet" in origins
     with pytest.raises(DataError, match=r"holds no \.parquet or \.arrow, or cannot be listed: name its files"):

@@ -12,9 +12,10 @@ import pytest
 
 from llavamod_offline.data.rows import Located
 from llavamod_offline.data.sources.row_files import ROW_FILES
-from llavamod_offline.data.sources.source import Source
+from llavamod_offline.data.sources.source import Source, check_sources
+from llavamod_offline.data.tars.tar_samples import ReadRule
 from llavamod_offline.errors import DataError
-from tests.llavamod_offline.data.sources.source_files import JPG, read_sources, samples
+from tests.llavamod_offline.data.sources.source_files import JPG, TEXT, read_sources, samples
 
 
 def rows(*numbers: int, **fields: Any) -> pa.Table:
@@ -47,6 +48,25 @@ def test_a_folder_of_tables(tmp_path: Path) -> None:
         assert [source for _, source in named] == ["aokvqa", "aokvqa", "chartqa", "far"]
         assert [key for key, _ in named[:2]] == keys
     assert {source for _, source in found(Source(hub, "mine"))} == {"mine"}
+
+
+@pytest.mark.parametrize("beside", ["rows.jsonl", "sub/rows.json", "0.txt"])
+def test_tables_beside_other_samples_are_refused(tmp_path: Path, beside: str) -> None:
+    """None of them is left out silently; what `datasets` writes about its tables is no sample."""
+    folder = tmp_path / "data"
+    (folder / "sub").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist([{"id": "a", "conversations": TEXT}]), folder / "0.parquet")
+    for name in ("0.jpg", "dataset_info.json", "README.txt"):
+        (folder / name).write_bytes(JPG)
+    assert [source.path.name for source in check_sources([folder], [], by_row=False)] == ["0.parquet"]
+    (folder / beside).write_text("[]")
+    refusal = rf"holds the table '0\.parquet' and also '{beside}', which would be left out: .* --ignore parquet"
+    with pytest.raises(DataError, match=refusal):
+        check_sources([folder], [], by_row=False)
+    ignoring = ReadRule.of("Describe it.", ["parquet"])
+    assert [source.path for source in check_sources([Source(folder, rule=ignoring)], [], by_row=False)] == [folder]
+    ignoring = ReadRule.of(None, [beside.rpartition(".")[2]])
+    assert len(check_sources([Source(folder, rule=ignoring)], [], by_row=False)) == 1
 
 
 def test_a_data_set_without_parts(tmp_path: Path) -> None:

@@ -186,6 +186,24 @@ def test_tars_that_cannot_be_had(tmp_path: Path, tar: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "mine"]
 
 
+def test_an_index_does_not_replace_the_tars_it_points_to(tmp_path: Path) -> None:
+    """Such as that of a packed set in its own folder: the old set is removed once the new one is there."""
+    folder = write_tiny_set(tmp_path / "set", 4, shard_samples=2)
+    for output in (folder, tmp_path):
+        with pytest.raises(DataError, match=r"set-000000\.tar': lies in the output, which would replace it"):
+            index_tars(find_tars([folder]), output, overwrite=True)
+    assert len(read_all(folder)) == 4
+
+
+def test_a_name_that_is_not_utf_8_is_one_line(tmp_path: Path, tar: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"caf\xe9.tar")
+    shutil.copy(tar, odd)
+    with pytest.raises(DataError, match=r"caf\\udce9\.tar': its name is not UTF-8: rename it"):
+        index_tars(find_tars([odd]), tmp_path / "set")
+    with pytest.raises(DataError, match=r"caf\\udce9': its name is not UTF-8: choose another"):
+        index_tars(find_tars([tar]), tmp_path / os.fsdecode(b"caf\xe9"))
+
+
 def test_ignored_members(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "a.tar", [("0.json", row("Is it?", "Yes.")), ("0.npy", b"3")])
     with pytest.raises(DataError, match=r"unsupported member '\.npy': skip it with --ignore npy"):
