@@ -121,7 +121,7 @@ def comparable(column: Headline, run: ScoredRun, base: ScoredRun) -> bool:
 def _measured(column: Headline, runs: Sequence[ScoredRun]) -> dict[tuple[object, ...], ScoredRun]:
     """The first run of each way in which a headline was measured: on which questions, and by which judge."""
     scored = [(run.scores[column.task], run) for run in runs if column.task in run.scores]
-    return {(score.n, score.limit, score.data_sha256, score.judge): run for score, run in reversed(scored)}
+    return {(score.n, score.data_sha256, score.judge): run for score, run in reversed(scored)}
 
 
 def difference(column: Headline, value: float | None, base: float | None) -> str:

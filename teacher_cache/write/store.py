@@ -357,7 +357,7 @@ def _same_job(folder: Folder, content: bytes, job: Mapping[str, Any], allow: Seq
     if found:
         raise CacheError(
             f"output '{folder.where}': contains a cache with different settings: {'; '.join(found)}: "
-            f"choose another output, or use the same settings"
+            "choose another output, or use the same settings"
             + (", or pass --allow FIELD for a difference that you know to be harmless" if may_allow(found) else "")
         )
     check_read_alike(there["fingerprint"], job["fingerprint"])

@@ -47,6 +47,7 @@ _CHARTS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
     ("Preference", "Reward of the rejected response", "β·r", {
         "p10": "rejected_reward.p10", "p50": "rejected_reward.p50", "p90": "rejected_reward.p90",
     }),
+    ("Preference", "KTO's baseline, from mismatched responses", "nats per response", {"baseline": "kto_baseline"}),
     ("Routers", "Balance loss", "sum over sparse layers", {"balance": "balance"}),
     ("Routers", "Entropy of the gates", "nats, mean over layers", {"entropy": "gate_entropy"}),
     ("Routers", "Choices dropped for lack of capacity", "share, mean over layers", {"dropped": "drop_rate"}),
