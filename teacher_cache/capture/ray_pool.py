@@ -92,7 +92,10 @@ class RayPool:
             cpus = max(len(os.sched_getaffinity(0)), (self._most or 1) * self._cpus)
             gpus = None if self.gpus else 0
             self._connect(address="local", num_cpus=cpus, num_gpus=gpus, object_store_memory=_STORE_BYTES)
-        fits = self._most or places(self._ray.cluster_resources(), cpus=self._cpus, gpus=self.gpus or 0.0)
+        fits = self._most
+        if fits is None or not self._address:  # another cluster may grow
+            room = places(self._ray.cluster_resources(), cpus=self._cpus, gpus=self.gpus or 0.0)
+            fits = min(fits or room, room)
         for _ in range(min(fits, shards)):
             self._add()
         _LOG.info("ray: %d workers", len(self._workers))

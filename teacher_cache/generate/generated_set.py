@@ -229,9 +229,10 @@ def written_turns(sample: Sample, turns: Turns) -> list[int]:
 
 def with_system(sample: Sample, text: str | None) -> Sample:
     """The sample with a system turn of that text, unless it has one."""
-    if text is None or sample.turns[0].role == "system":
+    if text is None or any(turn.role == "system" for turn in sample.turns):
         return sample
-    return replace(sample, turns=(Turn("system", text), *sample.turns))
+    at = int(sample.turns[0].role == "tools")  # which come first
+    return replace(sample, turns=(*sample.turns[:at], Turn("system", text), *sample.turns[at:]))
 
 
 def with_texts(turns: Sequence[Turn], places: Sequence[int], texts: Sequence[str]) -> tuple[Turn, ...]:

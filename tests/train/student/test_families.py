@@ -203,16 +203,23 @@ ADAPTED = (
     *("glm4v", "glm46v", "aya_vision", "llava_next", "ovis2", "deepseek_vl", "video_llama_3", "vipllava"),
     *("paddleocr_vl", "lighton_ocr", "janus"),
 )
+LANGUAGE_ONLY, ALL_LINEAR = "[attention,mlp]", "[vision,projector,text]"
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in ADAPTED)])
-@pytest.mark.parametrize("targets", ["[attention,mlp]", "[vision,projector,text]"])
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        *(("qwen3_vl", targets) for targets in (LANGUAGE_ONLY, ALL_LINEAR)),
+        *(pytest.param(name, ALL_LINEAR, marks=pytest.mark.slow) for name in ADAPTED),
+        *(pytest.param(name, LANGUAGE_ONLY, marks=pytest.mark.slow) for name in ("gemma3", "ovis2")),
+    ],
+)
 def test_adapters(world: World, folders: Path, tmp_path: Path, name: str, targets: str) -> None:
     """They are added to each part named, and merged into an export with the checkpoint's tensors."""
     if name in ("gemma3", "ovis2"):  # their projectors are not linear layers
         targets = targets.replace("projector,", "")
     student = student_of(folders, name)
-    trainable = "[projector]" if targets == "[attention,mlp]" else "[]"
+    trainable = "[projector]" if targets == LANGUAGE_ONLY else "[]"
     lora = (f"student.lora.targets={targets}", "student.lora.rank=4", "student.lora.dropout=0")
     settings = (f"student.checkpoint={student}", *lora, f"trainable={trainable}", "optim.lr=1e-2", "batch.micro_size=2")
     summary = train(world.config("sft", tmp_path / "run", *settings))
