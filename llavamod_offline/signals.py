@@ -285,11 +285,15 @@ def _is_second() -> bool:
 
 
 def _leave_to_parent() -> None:
-    """In a forked child: leave Ctrl-C to the parent, which ends its children, and forget the parent's handlers."""
+    """In a forked child: leave Ctrl-C to the parent, which ends its children, and forget the parent's handlers.
+
+    What the parent ignores, such as SIGHUP under nohup, its children go on ignoring.
+    """
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     _state.working = False
 
 

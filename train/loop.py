@@ -79,7 +79,7 @@ def run_steps(
     SIGINT or SIGTERM ends the loop after the current step, with a checkpoint; so does a sample that cannot be used.
     Errors: `ModelError` naming step and samples if a loss or a gradient is not finite; no checkpoint is saved.
     """
-    began_at = progress.step
+    began_at = saved = progress.step
     with noted("saving a checkpoint after this step") as stop:
         for step in range(progress.step, settings.steps):
             began = time.perf_counter()
@@ -87,7 +87,7 @@ def run_steps(
             waited = time.perf_counter() - began
             counts = _step_counts(objective, micros, stop.is_set() or failure is not None, world)
             if counts.stop:
-                if progress.step > began_at:
+                if progress.step > saved:
                     save(progress)
                 if failure is not None:
                     raise failure
@@ -124,6 +124,7 @@ def run_steps(
             bar.advance(note=f"loss {sums.loss:.4f}, {entry['tokens_per_s']:,.0f} tokens/s")
             if settings.save_steps and not done and progress.step % settings.save_steps == 0:
                 save(progress)
+                saved = progress.step
         stops = torch.tensor([float(stop.is_set())], device=world.device)
         if began_at < progress.step and float(world.sum(stops)[0]):
             save(progress)

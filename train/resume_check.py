@@ -14,8 +14,8 @@ from typing import Any
 
 from llavamod_offline.errors import ConfigError
 
-_REMEDIES = ("data.too_long", "max_length", "optim.lr", "optim.projector_lr", "optim.part_lr", "optim.grad_clip")
-
+_CHOOSING = ("data.too_long", "cache.missing", "max_length")  # these choose the samples
+_REMEDIES = (*_CHOOSING, "optim.lr", "optim.projector_lr", "optim.part_lr", "optim.grad_clip")
 _FREE_KEYS = (
     "output",
     "data.set",
@@ -118,7 +118,7 @@ def accepted_contents(
     Errors: `ConfigError` naming every other difference.
     """
     found = different_contents(before, now)
-    allowed = {"kept_hash"} if any(one.key in ("data.too_long", "max_length") for one in changed) else set()
+    allowed = {"kept_hash"} if any(one.key in _CHOOSING for one in changed) else set()
     if any(one.name == "set_digest" for one in found) and is_repaired():
         allowed |= {"set_digest", "kept_hash"}
         if before.get("cache_settings") == now["cache_settings"]:

@@ -102,6 +102,7 @@ def _train(config: TrainConfig, settings: dict[str, Any], output: Path, world: W
     changed = different_settings(before["settings"], settings) if checkpoint is not None else []
     refuse(output, [one for one in changed if not is_remedy(one.key)])
     setup = prepare(config, world)
+    setup.loader.check_room()
     template, image_aspect = setup.family.encoder.template.name, setup.family.image_aspect
     config = replace(config, template=template, image_aspect=image_aspect)
     settings = settings | {"template": template, "image_aspect": image_aspect}

@@ -30,8 +30,8 @@ def tracker(name: TrackerName, output: Path, settings: Mapping[str, Any], *, res
 
     `settings` are stored with the run, which is named after the `output` folder. A resumed run continues in the tracker
     (W&B's offline mode starts another segment of it); entries of repeated steps are dropped (TensorBoard), sent again
-    (trackio) or kept (W&B). An error while sending is logged once and ends tracking, not training. Trackers' own output
-    goes to stderr.
+    (trackio) or kept (W&B). An error while sending or closing is logged once and ends tracking, not training. Trackers'
+    own output goes to stderr.
     Errors: `ConfigError` if the tracker is not installed or does not start.
     """
     try:
@@ -61,8 +61,11 @@ def tracker(name: TrackerName, output: Path, settings: Mapping[str, Any], *, res
     try:
         yield track
     finally:
-        with redirect_stdout(sys.stderr):
-            close()
+        try:
+            with redirect_stdout(sys.stderr):
+                close()
+        except Exception as error:
+            _LOG.warning("tracker %s: not closed: %s; metrics.jsonl is complete", name, error)
 
 
 def scalars(entry: Mapping[str, Any]) -> dict[str, float]:

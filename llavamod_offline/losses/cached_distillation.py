@@ -124,8 +124,9 @@ class CachedDistillation(nn.Module):
         the step (HF `Trainer` passes it), this batch's share of the step's mean. A cache of all positions needs
         `attention_mask_BT` where there is padding.
 
-        Errors: `TargetError` if a record was made for a token other than the label; `ModelError` if the LM head's
-        weight is sharded here.
+        Errors: `TargetError` if a record was made for a token other than the label, or if a cache of all positions
+        comes with a count of other micro-batches' labels, which does not say how many positions these have;
+        `ModelError` if the LM head's weight is sharded here.
         """
         head = as_lm_head(lm_head)
         _check_whole(head.weight_VD, hidden_BTD.shape[-1])
@@ -134,6 +135,12 @@ class CachedDistillation(nn.Module):
         _check_target_ids(target_ids_N, targets)
         answers = int((target_ids_N != NO_TARGET).sum())
         positions = len(rows_N)
+        if self.all_positions and num_items_in_batch is not None and num_items_in_batch != answers:
+            raise TargetError(
+                f"num_items_in_batch is {int(num_items_in_batch)} answer tokens, but this cache teaches all positions, "
+                "whose number in the other micro-batches is unknown: use one micro-batch per step, or a cache captured "
+                "with capture.positions=response"
+            )
         with torch.autocast(hidden_BTD.device.type, enabled=False):
             terms = distillation_from_hidden(
                 hidden_BTD.flatten(0, 1).index_select(0, rows_N),

@@ -190,6 +190,8 @@ class DiskCache:
             except BlockingIOError:
                 yield None
                 return
+            except OSError as error:  # a file system without locks
+                raise _unusable(self.folder, error) from error
             try:
                 yield lock if _is_file(lock, file) else None
             finally:

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from llavamod_offline.errors import CacheError
+from llavamod_offline.errors import CacheError, ConfigError
 from teacher_cache.capture_setup import CaptureSetup
 from teacher_cache.config import CaptureConfig
+from teacher_cache.engines.registry import ENGINES
 from teacher_cache.fingerprint import check_allowed, differences
 from teacher_cache.format.record import STORED_SETTINGS
 from teacher_cache.format.sequences import short_hash
@@ -37,6 +38,18 @@ def captured_as(cache: TeacherCache) -> CaptureConfig:
         forced_tokens=[],
         mismatched=bool(capture.get("mismatched")),
     )
+
+
+def check_engine(cache: TeacherCache, kind: str) -> None:
+    """Refuse engines that list likely ids alone where the cache holds more. Errors: `ConfigError`."""
+    capture = cache.fingerprint["capture"]
+    more = {"tail samples": capture["draws_max"], "other temperatures": capture["temperatures"]}
+    held = [name for name, there in more.items() if there]
+    if ENGINES[kind].listed and held:
+        raise ConfigError(
+            f"engine.kind={kind} gives only the most likely ids, but cache '{cache.path}' also holds "
+            f"{' and '.join(held)}: audit it with engine.kind=hf or vllm"
+        )
 
 
 def _is_merged(name: str, value: Any) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from llavamod_offline.models.device import pick_device
 from llavamod_offline.progress import ProgressBar
-from teacher_cache.audit.preconditions import captured_as, check_contents, check_settings, draw_rows
+from teacher_cache.audit.preconditions import captured_as, check_contents, check_engine, check_settings, draw_rows
 from teacher_cache.audit.record_diff import FIGURES, Differences, RecordDifference, beyond, compare, join, measure
 from teacher_cache.capture.shard import capture_rows
 from teacher_cache.capture_setup import CaptureSetup, follow_template, prepare_capture
@@ -99,6 +99,7 @@ def audit_cache(
     its supervised ids do; others as for a run.
     """
     pick_device(config.device)
+    check_engine(cache, config.engine.kind)
     values = dataclasses.replace(config, capture=captured_as(cache)).setup_values
     job = prepare_capture(**follow_template(values, cache.fingerprint))
     job = dataclasses.replace(job, settings=RecordSettings.from_stored(cache.fingerprint["capture"]))

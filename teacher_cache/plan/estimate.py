@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from llavamod_offline.errors import ConfigError
 from llavamod_offline.storage import atomic
 from llavamod_offline.storage.folders import is_url, local_path, open_folder
+from teacher_cache.engines.registry import gpus_of
 from teacher_cache.fingerprint import differences
 from teacher_cache.format.manifest import CACHE_NAME
 from teacher_cache.inspection.summary import bytes_by_part
@@ -57,6 +58,11 @@ class Plan:
     shards: int = 0
     shard_files: int = 0
     index_bytes: int = 0
+
+    @property
+    def gpus(self) -> float:
+        """The GPUs that capture at a time, as planned; 0 without one."""
+        return (self.gpu_hours or 0.0) * 3600 / max(sum(self.seconds.values()), 1e-9)
 
     @property
     def total_bytes(self) -> int:
@@ -107,6 +113,7 @@ def make_plan(config: CacheTeacherConfig, *, samples: int, seconds: float) -> Pl
     loaded = time.perf_counter()
     run = probe(job, engine, samples=samples, batch_size=job.batch_size, seconds=seconds)
     total, jobs = len(job.samples), config.part[1]
+    gpus = gpus_of(config.engine.kind, config.engine.vllm)
     share = total / run.samples
     positions, error = run.positions(total)
     whole = whole_cache(job, run.captured, run.samples)
@@ -127,7 +134,7 @@ def make_plan(config: CacheTeacherConfig, *, samples: int, seconds: float) -> Pl
         rejected=round(run.rejected * share),
         bytes=whole.parts,
         seconds={name: round(value, 3) for name, value in spent.items()},
-        gpu_hours=sum(spent.values()) / 3600 if job.device.startswith("cuda") else None,
+        gpu_hours=sum(spent.values()) / 3600 * gpus if job.device.startswith("cuda") else None,
         probe={
             "samples": run.samples,
             "sequences": len(run.captured),

@@ -84,7 +84,7 @@ def _scaled(plan: Plan, samples: int) -> ScaledPlan:
         index_bytes=round(index),
         table_bytes=tables,
         machine_hours=hours,
-        gpu_hours=None if plan.gpu_hours is None else hours,
+        gpu_hours=None if plan.gpu_hours is None else hours * plan.gpus,
         open_seconds=round(_OPEN_SECONDS * shards + _TABLE_SECONDS * open_tables, 3),
         open_memory=_OPEN_BYTES * shards,
         join_seconds=round(_OPEN_SECONDS * shards + _TABLE_SECONDS * tables, 3),

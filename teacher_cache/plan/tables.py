@@ -76,7 +76,7 @@ def print_comparison(console: Console, done: Comparison) -> None:
     planned = _planned_figures(done.planned)
     if done.runs_positions >= done.positions:  # every run was recorded
         actual["seconds"] = done.runs_seconds
-        actual["GPU-hours"] = done.runs_seconds / 3600
+        actual["GPU-hours"] = done.runs_seconds / 3600 * (done.planned.gpus if done.planned else 1.0)
     columns: list[tuple[str, Justify]] = [
         ("", "left"),
         ("planned", "right"),

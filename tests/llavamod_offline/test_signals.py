@@ -306,3 +306,19 @@ def test_an_ignored_signal_stays_ignored() -> None:
     code = "import signal; from llavamod_offline import signals; signals.watch(); signal.raise_signal(signal.SIGINT)"
     ignore = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
     assert subprocess.run([sys.executable, "-c", code], preexec_fn=ignore, check=False).returncode == 0
+
+
+def test_children_of_nohup_ignore_a_hangup_too() -> None:
+    """A logout sends it to the whole group: workers that it killed would end their parent."""
+    code = """
+import os, signal
+from llavamod_offline import signals
+signals.watch()
+child = os.fork()
+if not child:
+    signal.raise_signal(signal.SIGHUP)
+    os._exit(7)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
+    assert subprocess.run([sys.executable, "-c", code], preexec_fn=ignore, check=False).returncode == 7

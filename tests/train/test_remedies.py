@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from tests.tiny import break_image, tiny_image, tiny_samples, write_tiny_set
 from tests.train.conftest import World
 from tests.train.reference import read_metrics
 from tests.train.test_checkpoint import assert_same_run, train_until_sigterm
+from train import checkpoint
 from train.checkpoint import latest_checkpoint
 from train.config import TrainConfig
 from train.run import train
@@ -93,6 +95,33 @@ def test_an_image_that_cannot_be_decoded_stops_the_run_and_a_repaired_set_goes_o
     assert summary.steps == len(left)
     assert summary.positions == positions_of(world, left, tmp_path / "whole")
     assert f"- after step {done}: data.set: a set of digest " in (output / "student" / "README.md").read_text()
+
+
+def test_a_checkpoint_is_not_written_again_when_the_next_step_fails(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be removed first: a kill in between would lose it."""
+    written: list[str] = []
+    write = checkpoint._write
+
+    def noted(target: Path, *rest: Any) -> None:
+        written.append(target.name)
+        write(target, *rest)
+
+    monkeypatch.setattr(checkpoint, "_write", noted)
+    data, order = write_tiny_set(tmp_path / "set", 24), Order(24, seed=0, batch_size=1).places(0, 24).tolist()
+    bad = next(step for step in range(3, 24) if tiny_samples(24)[order[step]].images)
+    break_image(data, order[bad])
+    with pytest.raises(DataError, match="cannot be decoded"):
+        train(world.config("sft", tmp_path / "run", f"data.set={data}", *ONE_BY_ONE, "save_steps=1"))
+    assert written == [f"step-{step:08d}" for step in range(1, bad + 1)]
+
+
+def test_samples_that_a_cache_has_lost_may_be_left_out(world: World, tmp_path: Path) -> None:
+    """As the message suggests."""
+    output = tmp_path / "run"
+    train_until_sigterm(world.config("mimic_dense", output, "steps=6"), lines=2)
+    assert train(world.config("mimic_dense", output, "steps=6", "cache.missing=drop")).finished
 
 
 def test_dropped_samples_leave_the_others_their_order(world: World, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from llavamod_offline.errors import ConfigError
 from tests.train.conftest import World
 from tests.train.reference import read_metrics
 from train.run import train
-from train.tracking import _run_id, scalars, tracker
+from train.tracking import _OPEN, _run_id, scalars, tracker
 
 ENTRY = {"step": 3, "loss": 0.5, "expert_load": [[0.75, 0.25]], "chosen_reward": {"p50": -1.0}, "note": "text"}
 
@@ -149,6 +149,20 @@ def test_a_tracker_that_breaks_does_not_end_the_run(tmp_path: Path, caplog: pyte
         track({"loss": 0.1})  # no step: stands for any failure of the tracker, such as a lost connection
         track(ENTRY)
     assert len([record for record in caplog.records if "stopped: " in record.message]) == 1
+
+
+def test_a_tracker_that_does_not_close_does_not_end_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its service has died: the run is over, and its summary must follow."""
+
+    def close() -> None:
+        raise ConnectionError("service is gone")
+
+    monkeypatch.setitem(_OPEN, "wandb", lambda *_: (lambda step, numbers: None, close))
+    with tracker("wandb", tmp_path, {}, resume_step=0) as track:
+        track(ENTRY)
+    assert "tracker wandb: not closed: service is gone; metrics.jsonl is complete" in caplog.text
 
 
 def test_none_imports_no_tracker() -> None:

@@ -158,6 +158,11 @@ class Loader:
                 "worker_init_fn": begin_worker,
             }
 
+    def check_room(self) -> None:
+        """Check that remote shards fit into the disk cache, as a schedule needs them. Errors: `ConfigError`."""
+        if self._prefetch is not None:
+            self._prefetch.check_room()
+
     def batches(self, schedule: BatchSchedule | Sequence[list[int]]) -> Generator[TrainBatch]:
         """Yield the micro-batches of a schedule of indices into `rows`; closing the generator ends the workers."""
         follows = isinstance(schedule, BatchSchedule)
@@ -298,12 +303,12 @@ class _Micro(Dataset[TrainBatch]):
 
 
 def begin_worker(worker: int) -> None:
-    """Begin a worker, ignoring Ctrl-C and SIGTERM (which may reach all processes): the main process ends the workers.
+    """Begin a worker, ignoring signals that may reach all processes: the main process ends the workers.
 
     Freeze inherited objects too: destroying one that owns a thread, such as a process group, fails after a fork.
     """
     gc.freeze()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -23,7 +23,7 @@ Batch = TypeVar("Batch")
 class Prefetch:
     """Copies the shards an order will read: a window, and as much of the next one as the disk cache holds.
 
-    With a set's shard it copies the teacher cache's shard of that name. Errors: `ConfigError` if a window does not fit.
+    With a set's shard it copies the teacher cache's shard of that name.
     """
 
     def __init__(self, order: Order, samples: SampleSet, cache: Teachers | None) -> None:
@@ -36,7 +36,6 @@ class Prefetch:
             (shard.size if samples.tars.is_remote(ordinal) else 0) + cached.get(shard.name, 0)
             for ordinal, shard in enumerate(samples.shards)
         ]
-        self._check_room()
 
     @property
     def is_needed(self) -> bool:
@@ -90,7 +89,8 @@ class Prefetch:
     def _staging(self) -> DiskCache:
         return self._samples.tars.staging
 
-    def _check_room(self) -> None:
+    def check_room(self) -> None:
+        """Check that a window fits into the disk cache. Errors: `ConfigError`."""
         if not self.is_needed:
             return
         count = self._order.window or len(self._sizes)

@@ -4,7 +4,7 @@
                           file is the number that decides its sample's place (see `llavamod_offline.data.order`)
 
 So the samples that remain keep their order: the run continues with those of the epoch that it has not seen, and with
-new ones, and repeats none.
+new ones, and repeats none, except where weights, lengths or windows of shards decide the order as well.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 SAMPLES_NAME = "samples.npy"
 _SALT = "order"
+_INEXACT = ": with weights, grouping by length or windows of shards, some may come twice and others not at all"
 
 Hashes = NDArray[np.uint64]
 
@@ -56,7 +57,7 @@ def resume_order(
         logger.warning(
             "%s: the samples have changed: now %d, of which %d are new; of this epoch %d are left%s",
             *(output, len(hashes_N), len(table) - len(known), left),
-            "" if order.is_exact else ": with weights or grouping by length, some may come twice and others not at all",
+            "" if order.is_exact and not order.window else _INEXACT,
         )
     return table
 

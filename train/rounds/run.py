@@ -54,7 +54,8 @@ def run_rounds(config: RoundsConfig) -> dict[str, Any]:
     with locked(output), keeping(lambda: _kept(config)):
         _begin(output, config)
         write_file(output / COMMANDS_NAME, as_script(steps, SCRIPT_HEAD))
-        with ProgressBar("rounds", len(steps), "command") as bar:
+        done = {f"train-{number}": 0.0 for number in range(1, config.rounds + 1) if _has_trained(output, number)}
+        with ProgressBar("rounds", len(steps), "command", done=len(done)) as bar:
             run_steps(
                 steps,
                 Path(),
@@ -62,6 +63,7 @@ def run_rounds(config: RoundsConfig) -> dict[str, Any]:
                 logs=output / "logs",
                 on_start=lambda step: bar.write(step.typed),
                 on_end=lambda step, seconds: bar.advance(),
+                done=done,  # with settings that may have been remedied since
             )
         return _report(config)
 
@@ -87,6 +89,11 @@ def _begin(output: Path, config: RoundsConfig) -> None:
                     "it back, or choose another output"
                 )
     write_file(file, dump_config(config))
+
+
+def _has_trained(output: Path, number: int) -> bool:
+    run = round_folder(output, number) / "run"
+    return (run / "summary.json").is_file() and (run / "student").is_dir()
 
 
 def _resumable(was: Sequence[str], now: Sequence[str]) -> bool:

@@ -19,6 +19,7 @@ from llavamod_offline.data.encode.tokenize import Positions, TokenizedSequence
 from llavamod_offline.data.sample import Sample
 from llavamod_offline.errors import ConfigError, DataError, ModelError
 from llavamod_offline.families import Family
+from llavamod_offline.families.batch import image_mismatch
 from llavamod_offline.vllm.families import check_family
 from llavamod_offline.vllm.feeds import feed_of
 from llavamod_offline.vllm.heads import check_same_head
@@ -162,9 +163,13 @@ class VllmCaptureEngine:
 
     def _problem(self, item: _QueuedItem) -> str | None:
         try:
-            item.images.result()
+            images = item.images.result()
         except DataError as error:
             return str(error)
+        if self._feed.own_images is None:
+            mismatch = image_mismatch(item.sequence.input_ids_T, images, self.teacher.image_token_id)
+            if mismatch is not None:
+                return mismatch
         length = len(item.sequence.input_ids_T)
         if length > self.session.longest:
             return f"{length} tokens, vLLM takes {self.session.longest} here"

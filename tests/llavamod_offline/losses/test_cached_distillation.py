@@ -98,6 +98,18 @@ def test_micro_batches_add_up_to_the_whole(folders: Folders) -> None:
     assert float(sum(parts).detach()) == pytest.approx(float(whole.detach()), rel=1e-6)
 
 
+def test_labels_of_other_micro_batches_do_not_count_all_positions(folders: Folders) -> None:
+    """A step of one micro-batch is the whole; more are refused, whose share would be wrong."""
+    cache, model = open_cache(folders["all"]), load_llava(folders["student"])
+    CachedDistillation(cache).attach(model)
+    batch = _batch(folders, cache, _keys(cache))
+    answers = int((batch["labels"] != -100).sum())
+    whole = model(**batch).loss
+    torch.testing.assert_close(model(**batch, num_items_in_batch=answers).loss, whole)
+    with pytest.raises(TargetError, match=r"teaches all positions, .*: use one micro-batch per step, or a cache"):
+        model(**batch, num_items_in_batch=answers + 1)
+
+
 def test_records_of_other_samples_are_refused(folders: Folders) -> None:
     """Whether or not their numbers of positions differ."""
     cache, model = open_cache(folders["cache"]), load_llava(folders["student"])

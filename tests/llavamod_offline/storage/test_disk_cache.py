@@ -226,6 +226,17 @@ def test_a_folder_that_cannot_be_made_is_one_line(monkeypatch: pytest.MonkeyPatc
         scratch().__enter__()
 
 
+def test_a_file_system_without_locks_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """NFS without its lock service, Lustre mounted without flock."""
+
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("llavamod_offline.storage.disk_cache.fcntl.flock", flock)
+    with pytest.raises(StorageError, match="No locks available: set LLAVAMOD_STAGING to another folder"):
+        DiskCache(tmp_path / "s", SIZE).hold("a", 1, filler()).__enter__()
+
+
 def test_a_disk_that_fills_up_below_a_scratch_folder_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LLAVAMOD_STAGING", str(tmp_path / "s"))
     with (

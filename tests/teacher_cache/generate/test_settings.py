@@ -12,6 +12,7 @@ from llavamod_offline.data.pack.pack import write_set
 from llavamod_offline.data.sample import Sample, Turn
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.errors import ConfigError
+from teacher_cache.generate.generated_set import with_system
 from teacher_cache.read.reader import open_cache
 from tests.teacher_cache.generate.reference import SOURCE_SAMPLES, Place, Reference, rows
 
@@ -81,6 +82,15 @@ def test_a_system_turn_is_put_before_conversations_that_have_none_and_kept(place
         assert new.turns[:-1] == before[:-1]
         assert new.turns[-1].text == reference.answer(before[:-1], old.images)
     assert len(open_cache(place.cache())) == SOURCE_SAMPLES
+
+
+def test_a_system_turn_goes_behind_tools() -> None:
+    tools, question, answer = Turn("tools", "[]"), Turn("user", "Which?"), Turn("assistant", "This.")
+    without = Sample("a", (tools, question, answer))
+    system = Turn("system", "Be brief.")
+    assert with_system(without, "Be brief.").turns == (tools, system, question, answer)
+    own = dataclasses.replace(without, turns=(tools, Turn("system", "s"), question, answer))
+    assert with_system(own, "Be brief.") == own
 
 
 def test_sources_have_limits_of_their_own(place: Place) -> None:

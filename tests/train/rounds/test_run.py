@@ -95,6 +95,30 @@ def test_what_stopped_rounds_can_be_remedied(tmp_path: Path) -> None:
         _begin(tmp_path, load_config(RoundsConfig, (), [*places, *settings]))
 
 
+def test_rounds_that_have_trained_are_not_trained_again(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their run is finished with the settings of then: a remedy for round 2 would be refused there."""
+    holdout = write_set(tiny_samples(4), tmp_path / "holdout").path
+    settings = [f"prompts={world.chats}", f"holdout={holdout}", f"teacher={world.teacher}", f"student={world.student}"]
+    run = tmp_path / "rounds" / "round-1" / "run"
+    (run / "student").mkdir(parents=True)
+    (run / "summary.json").write_text("{}")
+    seen: list[dict[str, float]] = []
+    monkeypatch.setattr("train.rounds.run.run_steps", lambda *_, done, **__: seen.append(done))
+    monkeypatch.setattr("train.rounds.run._report", lambda config: {})
+    run_rounds(load_config(RoundsConfig, (), [*settings, f"output={tmp_path / 'rounds'}", "train=[optim.lr=1e-6]"]))
+    assert seen == [{"train-1": 0.0}]
+
+
+def test_a_stage_that_does_not_fit_the_student_is_refused_first(world: World, tmp_path: Path) -> None:
+    settings = [f"prompts={world.chats}", f"holdout={tmp_path}", f"teacher={world.teacher}", f"student={world.student}"]
+    config = load_config(RoundsConfig, (), [*settings, "stage=mimic_sparse", f"output={tmp_path / 'rounds'}"])
+    with pytest.raises(ConfigError, match="stage is mimic_sparse, which does not fit .*: set it to mimic_dense"):
+        run_rounds(config)
+    assert not (tmp_path / "rounds").exists()
+
+
 def test_a_missing_teacher_is_named_before_anything_is_written(world: World, tmp_path: Path) -> None:
     settings = (f"prompts={world.chats}", f"holdout={tmp_path}", f"student={world.student}", "teacher=none")
     config = load_config(RoundsConfig, (), [*settings, f"output={tmp_path / 'rounds'}"])
