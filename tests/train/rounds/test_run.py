@@ -114,7 +114,7 @@ def test_rounds_that_have_trained_are_not_trained_again(
 def test_a_stage_that_does_not_fit_the_student_is_refused_first(world: World, tmp_path: Path) -> None:
     settings = [f"prompts={world.chats}", f"holdout={tmp_path}", f"teacher={world.teacher}", f"student={world.student}"]
     config = load_config(RoundsConfig, (), [*settings, "stage=mimic_sparse", f"output={tmp_path / 'rounds'}"])
-    with pytest.raises(ConfigError, match="stage is mimic_sparse, which does not fit .*: set it to mimic_dense"):
+    with pytest.raises(ConfigError, match=r"stage is mimic_sparse, which does not fit .*: set it to mimic_dense"):
         run_rounds(config)
     assert not (tmp_path / "rounds").exists()
 
