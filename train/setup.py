@@ -151,10 +151,12 @@ def prepare(config: TrainConfig, world: World) -> Setup:
     if not aligns:
         check_wording(config, parts, encoder, family.describe_images())
     measured: list[NDArray[np.int64]] = []
+    context = context_length(student.config.get_text_config())
 
     def lengths(kept: NDArray[np.bool_]) -> NDArray[np.int64]:
-        workers = _workers(config, world)
-        measured.append(sequence_lengths(samples, kept, config.roles, family, workers=workers, world=world))
+        workers, limit = _workers(config, world), min(config.max_length, context)
+        found = sequence_lengths(samples, kept, config.roles, family, limit=limit, workers=workers, world=world)
+        measured.append(found)
         return measured[0]
 
     joined = join(
@@ -166,7 +168,7 @@ def prepare(config: TrainConfig, world: World) -> Setup:
         seed=config.seed,
         lengths=lengths,
         max_length=config.max_length,
-        context=context_length(student.config.get_text_config()),
+        context=context,
         too_long=config.data.too_long,
     )
     if cache is not None and MISMATCHED in config.roles:

@@ -43,10 +43,11 @@ def sequence_lengths(
     roles: Sequence[str],
     family: StudentFamily,
     *,
+    limit: int,
     workers: int,
     world: World,
 ) -> NDArray[np.int64]:
-    """Return the token count of each sample's longest role, [N]; 0 where it cannot exceed the encoder's `max_length`.
+    """Return the token count of each sample's longest role, [N]; 0 where it cannot exceed the `limit`.
 
     A text has at most one token per byte, so few samples need tokenizing; all do if the tokens of an image depend on
     its size, which also finds the images that the family cannot take. Processes share the work; all must call this.
@@ -54,7 +55,7 @@ def sequence_lengths(
     """
     file = staging_folder() / f"lengths-{_identity(samples, roles, family)}.npy"
     known_N = _read(file, len(samples))
-    wanted = np.flatnonzero(kept & (_most_tokens(samples, roles, family) > family.encoder.max_length))
+    wanted = np.flatnonzero(kept & (_most_tokens(samples, roles, family) > limit))
     mine = wanted[world.rank :: world.size]
     lengths_N = np.zeros(len(samples), np.int64)
     lengths_N[mine] = known_N[mine]

@@ -14,7 +14,7 @@ from llavamod_offline.data.encode.template import AUTO
 from llavamod_offline.data.images import AUTO_ASPECT
 from llavamod_offline.errors import ConfigError, ModelError, first_line
 from llavamod_offline.families import Family, open_family
-from llavamod_offline.families.folder import context_length, longrope_from
+from llavamod_offline.families.folder import longrope_from
 from llavamod_offline.families.image_text import PALIGEMMA
 from llavamod_offline.families.llava.building import build_llava
 from llavamod_offline.families.llava.checkpoint import load_llava
@@ -76,7 +76,7 @@ def _open(
         template,
         processor_source=source.processor,
         image_aspect=config.llava_aspect,
-        max_length=_longest(config, model),
+        max_length=config.max_length,
     )
     return model, family
 
@@ -111,12 +111,7 @@ def _open_whole(
     lora = [] if config.student.lora is None else config.student.lora.targets
     parts = {part.partition(".")[0] for part in (*config.trainable, *lora)}
     fills = sharded or bool(parts & {"vision", "projector"})
-    return model, WholeStudent(opened, max_length=_longest(config, model), fills=fills)
-
-
-def _longest(config: TrainConfig, model: PreTrainedModel) -> int:
-    """The most tokens of a sample: as configured, but not beyond what the student takes."""
-    return min(config.max_length, context_length(model.config.get_text_config()))
+    return model, WholeStudent(opened, max_length=config.max_length, fills=fills)
 
 
 def make_student(
