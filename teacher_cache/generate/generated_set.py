@@ -148,7 +148,7 @@ class WrittenSet:
     def finish(self, source: SampleSet, made: Made, *, max_rejected: float | None = None) -> None:
         """Pack the set from the answers, which must be complete; `made` makes its samples, see `written_sample`.
 
-        Errors: `DataError` if no answer makes a sample, or a larger share than `max_rejected` is rejected.
+        Errors: `DataError` if no answer makes a sample, `ConfigError` if more than `max_rejected` are rejected.
         """
         if self.finished:
             return

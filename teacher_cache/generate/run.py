@@ -69,7 +69,7 @@ def generate(config: CacheTeacherConfig, *, allow: Sequence[str] = (), grace_sec
 
     A rerun resumes where it was stopped. `allow`, `grace_seconds`: see `run.run_capture`.
     Errors: a `LlavaModError` before anything is written, if set, teacher and settings do not fit one another, or what
-    is at `output_set`; `DataError` if more than `max_rejected` of the answers are rejected; those of `run_capture`.
+    is at `output_set`; `ConfigError` if more than `max_rejected` of the answers are rejected; those of `run_capture`.
     """
     _check(config)
     config = replace(config, output_set=str(local_path(str(config.output_set))))

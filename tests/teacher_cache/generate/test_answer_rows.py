@@ -12,7 +12,7 @@ import pytest
 from llavamod_offline.data.sample import Generated, Sample, Turn
 from llavamod_offline.data.sets.sample_set import SampleSet
 from llavamod_offline.demo.plan import TEACHER
-from llavamod_offline.errors import DataError
+from llavamod_offline.errors import ConfigError
 from llavamod_offline.models.checkpoint import load_tokenizer
 from teacher_cache.generate import decode_loop as answers
 from teacher_cache.generate.answer_rows import Answerer
@@ -28,7 +28,7 @@ def test_greedy_answers_are_those_of_plain_generate_and_replace_the_last_turn(gr
     manifest = json.loads((greedy.set() / "set.json").read_text())
     about = manifest["generated"]
     before = SampleSet.open(greedy.source)
-    assert about["data"] == {"digest": before.digest, "samples": SOURCE_SAMPLES}
+    assert about["data"].items() >= {"digest": before.digest, "samples": SOURCE_SAMPLES}.items()
     assert about["teacher"] == open_cache(greedy.cache()).fingerprint["teacher"]
     assert about["generate"] == {
         "turns": "last",
@@ -149,7 +149,7 @@ def test_long_answers_and_long_prompts_are_rejected(place: Place) -> None:
     done = place.generate(f"max_length={longest - 8}", name="short")
     lines = [json.loads(line) for line in (place.set("short") / "rejected.jsonl").read_text().splitlines()]
     assert any("tokens, more than max_length" in line["reason"] for line in lines)
-    with pytest.raises(DataError, match=r"of 9 rows rejected, more than"):
+    with pytest.raises(ConfigError, match=r"of 9 rows rejected, more than"):
         place.generate("generate.max_new_tokens=4", "max_rejected=0.01", name="strict")
     assert not place.set("strict").exists()
 
