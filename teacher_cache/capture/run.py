@@ -80,7 +80,7 @@ def _capture(
         missing = [name for name in mine if name in lacking]
         limited = Rejected(config.max_rejected)
         if config.max_rejected is not None and (lacking or not store.complete):
-            limited.add(*store.outcomes([name for name in mine if name not in lacking]))
+            limited.add(*store.outcomes(mine))
             limited.check(output, last=not missing)
         if missing:
             _LOG.info("%s: %d of %d shards to capture", output, len(missing), len(setup.samples.shard_names))

@@ -127,12 +127,9 @@ def write_cache(captured: Any, config: CacheTeacherConfig, *, allow: Sequence[st
         with keeping(lambda: store.kept):
             store.start()
             if config.max_rejected is not None:  # a rerun counts what an earlier one rejected
-                missing = set(store.missing())
-                captured_before, rejected_before = store.outcomes(
-                    [name for name in setup.samples.shard_names if name not in missing]
-                )
-                limited.add(captured_before, [item for item in rejected_before if item.reason != LEFT_OUT])
-                limited.check(config.output, last=not missing)
+                before, rejected = store.outcomes()
+                limited.add(before, [item for item in rejected if item.reason != LEFT_OUT])
+                limited.check(config.output, last=not store.missing())
             try:
                 if read:
                     captured.write_datasink(sink)

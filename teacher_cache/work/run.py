@@ -160,8 +160,7 @@ class _FleetWorker:
         """What all workers have rejected; nothing without a limit."""
         limited = Rejected(self._max_rejected)
         if self._max_rejected is not None:
-            missing = set(self._store.missing())
-            limited.add(*self._store.outcomes([n for n in self._setup.samples.shard_names if n not in missing]))
+            limited.add(*self._store.outcomes())
         return limited
 
     def commit(

@@ -199,8 +199,13 @@ class CacheStore:
         self.folder.remove(f"{SHARDS_NAME}/{name}", MANIFEST_NAME)
         self._committed.discard(name)
 
-    def outcomes(self, names: Sequence[str]) -> tuple[int, list[Rejection]]:
-        """The number of sequences in some committed shards, and their rejections. Errors: `CacheError`."""
+    def outcomes(self, among: Sequence[str] | None = None) -> tuple[int, list[Rejection]]:
+        """The number of sequences in the committed shards `among` some (None: all), and their rejections.
+
+        Errors: `CacheError`.
+        """
+        missing = set(self.missing())
+        names = [name for name in (self.job["shards"] if among is None else among) if name not in missing]
         captured = 0
         rejected = []
         try:
