@@ -39,5 +39,5 @@ def test_scienceqa(tmp_path: Path) -> None:
     assert score.metrics["img_accuracy"] == pytest.approx(0.7164, abs=0.00005)
     assert score.metrics["accuracy"] == pytest.approx(0.7439, abs=0.00005)
     assert (score.n, score.n_missing) == (4241, 0)
-    assert "2017 questions with an image" in score.protocol
+    assert "2,017 questions with an image" in score.protocol
     assert "worded unlike" not in score.protocol
