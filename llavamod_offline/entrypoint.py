@@ -5,6 +5,7 @@ The README lists the exit statuses.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import sys
@@ -57,6 +58,7 @@ def run_command(app: typer.Typer, argv: Sequence[str] | None = None, *, name: st
         status = INPUT_ERROR_STATUS
         _print_error(f"error: standard output cannot be written: {failure.strerror}: free space or write elsewhere")
     signals.ended(status)
+    gc.freeze()  # or exiting takes more than a second, in which all modules are searched for cycles
     sys.exit(status)
 
 

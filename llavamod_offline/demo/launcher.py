@@ -8,6 +8,7 @@ is an accelerator, whose driver does not survive a fork.
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import importlib.metadata
 import json
@@ -119,6 +120,7 @@ def _import_libraries() -> bool:
     for name in _LIBRARIES:
         with suppress(ImportError):  # of an extra that is not installed
             importlib.import_module(name)
+    gc.freeze()  # a fork that searches these objects for cycles copies the pages they lie on
     if sys.platform != "linux" or "torch" not in sys.modules:
         return False
     import torch

@@ -236,7 +236,8 @@ def main() -> None:
 
 
 def _shortened(size: Size) -> Size:
-    return Size(**{**vars(size), "samples": size.batch_size * 2, "shard_samples": size.batch_size, "rounds": 1})
+    batch = size.batch_size // 2
+    return Size(**{**vars(size), "samples": batch * 2, "shard_samples": batch, "batch_size": batch, "rounds": 1})
 
 
 if __name__ == "__main__":

@@ -34,49 +34,59 @@ FULL = {"teacher_images": 4000, "student_images": 400, "questions": 2000, "teach
 QUICK = {"teacher_images": 64, "student_images": 32, "questions": 20, "teacher_steps": 3, "student_steps": 3}
 STUDENTS = {"alone": "sft", "distilled": "mimic_dense"}
 WRONG = {"": 0.0, "_noisy": 0.2}
+QUICK_WRONG = {"_noisy": 0.2}
 BATCH = ("batch.global_size=32", "batch.micro_size=32", "workers=0", "save_steps=0")
 
 
 def main() -> None:
     """Measure and report."""
     arguments = parse_arguments(NAME, __doc__ or "", {"seeds": 5, "output": ""})
-    sizes = QUICK if arguments.quick else FULL
+    sizes, wrong = (QUICK, QUICK_WRONG) if arguments.quick else (FULL, WRONG)
     seeds = range(1, (1 if arguments.quick else arguments.options["seeds"]) + 1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(arguments.options["output"] or temporary).resolve()
-        found = measure(folder, sizes, seeds)
+        found = measure(folder, sizes, seeds, wrong)
     rows: list[Row] = [
         {"student": name, "seed": seed, "accuracy": value}
         for name, values in found.items()
         for seed, value in zip(seeds, values, strict=False)
     ]
     ratios = {f"accuracy_{name}": mean(values) for name, values in found.items()}
-    for kind in WRONG:
+    for kind in wrong:
         distilled, alone = found[f"distilled{kind}"], found[f"alone{kind}"]
-        ratios[f"distilled_over_alone{kind}"] = mean(distilled) / max(mean(alone), 1e-12)
+        if mean(alone) > 0:
+            ratios[f"distilled_over_alone{kind}"] = mean(distilled) / mean(alone)
         ratios[f"p_distilled_over_alone{kind}"] = compare(distilled, alone, "higher").p
     ratios |= {f"spread_{name}": stdev(values) for name, values in found.items() if len(values) > 1}
     settings: dict[str, Any] = {**sizes, "seeds": len(seeds), "batch": 32, "wrong": WRONG["_noisy"]}
     finish(NAME, arguments, settings=settings, rows=rows, ratios=ratios)
 
 
-def measure(folder: Path, sizes: dict[str, int], seeds: range) -> dict[str, list[float]]:
-    """Train and score everything in `folder`; return the teacher's accuracies and each student's, one per seed."""
+def measure(folder: Path, sizes: dict[str, int], seeds: range, wrong: dict[str, float]) -> dict[str, list[float]]:
+    """Train and score everything in `folder`; return the teacher's accuracies and each student's, one per seed.
+
+    `wrong`: the share of wrong answers in the students' sets, by what their names end in.
+    """
     write_training_set(folder / "teacher.json", images=sizes["teacher_images"], seed=0)
     for seed in seeds:
-        for kind, wrong in WRONG.items():
+        for kind, share in wrong.items():
             file = folder / f"student{kind}-{seed}.json"
-            write_training_set(file, images=sizes["student_images"], seed=seed, wrong=wrong)
+            write_training_set(file, images=sizes["student_images"], seed=seed, wrong=share)
     write_test_split(folder / "benchmarks", questions=sizes["questions"])
-    run_steps(list(_steps(sizes, seeds)), folder, at_once=2, on_end=lambda step, seconds: print(step.name, flush=True))
+    run_steps(
+        list(_steps(sizes, seeds, list(wrong))),
+        folder,
+        at_once=2,
+        on_end=lambda step, seconds: print(step.name, flush=True),
+    )
     students = {
         name: [_accuracy(folder / "answers" / f"{name}-{seed}") for seed in seeds]
-        for name in (f"{student}{kind}" for kind in WRONG for student in STUDENTS)
+        for name in (f"{student}{kind}" for kind in wrong for student in STUDENTS)
     }
     return {"teacher": [_accuracy(folder / "answers" / "teacher")], **students}
 
 
-def _steps(sizes: dict[str, int], seeds: range) -> Iterator[Step]:
+def _steps(sizes: dict[str, int], seeds: range, kinds: list[str]) -> Iterator[Step]:
     """The commands as a user would type them in the folder."""
 
     def pack(name: str) -> Step:
@@ -96,7 +106,7 @@ def _steps(sizes: dict[str, int], seeds: range) -> Iterator[Step]:
     steps = (f"steps={sizes['teacher_steps']}", "optim.lr=1e-3", "trainable=[vision,projector,text]", *BATCH)
     yield Step("train-teacher", ("train-student", "sft", *start, *steps), ("pack-teacher",))
     yield from _scored("teacher")
-    for kind, seed in itertools.product(WRONG, seeds):
+    for kind, seed in itertools.product(kinds, seeds):
         data = f"student{kind}-{seed}"
         yield pack(data)
         capture = (f"data=sets/{data}", "teacher=train/teacher/student", f"output=caches/{data}", "batch_size=32")

@@ -49,7 +49,7 @@ APPS = {
 OWN = {"own_reverse": "reverse_kl", "own_forward": "forward_kl", "own_policy": "policy_gradient"}
 SET = {"set_forward": "forward_kl", "set_reverse": "reverse_kl"}
 COMPARED = ["own_reverse", "set_forward"]  # first, as they answer the question
-ROUNDS = 2
+ROUNDS, QUICK_ROUNDS = 2, 1
 
 
 def main() -> None:
@@ -62,7 +62,8 @@ def main() -> None:
     if quick:
         sizes = {"samples": 40, "prompts": 40, "holdout": 20, "start": 4}
     seeds, steps = (1, 2) if quick else (options["seeds"], options["steps"])
-    settings: dict[str, Any] = {**sizes, "seeds": seeds, "steps": steps, "rounds": ROUNDS, "rate": options["rate"]}
+    rounds = QUICK_ROUNDS if quick else ROUNDS
+    settings: dict[str, Any] = {**sizes, "seeds": seeds, "steps": steps, "rounds": rounds, "rate": options["rate"]}
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(options["folder"] or temporary)
@@ -70,7 +71,7 @@ def main() -> None:
         before = _measured(folder, "start", start, 0)
         for arms in (COMPARED, [arm for arm in (*OWN, *SET) if arm not in COMPARED]):
             for seed, arm in itertools.product(range(seeds), arms):
-                found = run_arm(folder, arm, start, seed=seed, steps=steps, rate=options["rate"])
+                found = run_arm(folder, arm, start, seed=seed, rounds=rounds, steps=steps, rate=options["rate"])
                 row: dict[str, str | float | int] = {"arm": arm, "seed": seed, "start": before.reverse_kl}
                 row |= {"reverse_kl": found.reverse_kl, "error": found.standard_error}
                 row |= {"gain": before.reverse_kl - found.reverse_kl, "length": found.length}
@@ -106,40 +107,44 @@ def write_start(folder: Path, *, samples: int, prompts: int, holdout: int, start
     return folder / "mimic" / "student"
 
 
-def run_arm(folder: Path, arm: str, start: Path, *, seed: int, steps: int, rate: float) -> OwnAnswers:
+def run_arm(folder: Path, arm: str, start: Path, *, seed: int, rounds: int, steps: int, rate: float) -> OwnAnswers:
     """Train one arm with one seed and measure its student."""
     where = f"{arm}-{seed}"
     if arm in SET:
         student = start
-        for number in range(1, ROUNDS + 1):
+        for number in range(1, rounds + 1):
             given = (f"student.checkpoint={student}", f"steps={steps}", f"optim.lr={rate}", f"seed={seed + number}")
             learn(folder, f"{where}-{number}", "prompts", "prompts-cache", *given, f"loss.divergence={SET[arm]}")
             student = folder / f"{where}-{number}" / "student"
         return _measured(folder, where, student, seed)
-    config = load_config(RoundsConfig, (), _rounds(folder, where, start, seed, OWN[arm], steps, rate))
+    config = load_config(RoundsConfig, (), _rounds(folder, where, start, seed, OWN[arm], steps, rate, rounds=rounds))
     done = [step for step in round_steps(config) if "holdout" not in step.name]
     for step in done:
         run(*step.command)
-    return _measured(folder, where, Path(student_of(config, ROUNDS)), seed)
+    return _measured(folder, where, Path(student_of(config, rounds)), seed)
 
 
 def _measured(folder: Path, name: str, student: Path, seed: int) -> OwnAnswers:
     """Measure a student on the held-out prompts, with the commands that measure a round."""
-    config = load_config(RoundsConfig, (), _rounds(folder, f"{name}-holdout", student, seed, "reverse_kl", 1, 1.0))
+    config = load_config(
+        RoundsConfig, (), _rounds(folder, f"{name}-holdout", student, seed, "reverse_kl", 1, 1.0, rounds=1)
+    )
     for step in round_steps(config)[:2]:
         run(*step.command)
     where = round_folder(config.output, 0) / "holdout"
     return measure_own_answers(where / "set", where / "cache")
 
 
-def _rounds(folder: Path, name: str, student: Path, seed: int, loss: str, steps: int, rate: float) -> list[str]:
+def _rounds(
+    folder: Path, name: str, student: Path, seed: int, loss: str, steps: int, rate: float, *, rounds: int
+) -> list[str]:
     return [
         f"prompts={folder}/prompts",
         f"holdout={folder}/unseen",
         f"teacher={TEACHER}",
         f"student={student}",
         f"output={folder}/{name}",
-        f"rounds={ROUNDS}",
+        f"rounds={rounds}",
         f"steps={steps}",
         f"loss={loss}",
         f"seed={seed}",

@@ -53,19 +53,19 @@ def test_a_table_has_a_column_for_every_name() -> None:
 def test_all_together_name_what_has_moved(tmp_path: Path) -> None:
     """Against a baseline that differs in one ratio, which may be the file that is written."""
     first = tmp_path / "first.json"
-    command = [sys.executable, "-m", "tests.benchmarks", "--only", "score", "--repeats", "1", "--json"]
+    command = [sys.executable, "-m", "tests.benchmarks", "--only", "store", "--repeats", "1", "--json"]
     done = subprocess.run([*command, str(first)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(first.read_text())
-    ratio, values = next(iter(result["ratios"]["score"].items()))
-    result["ratios"]["score"] = {ratio: [1e6 + value for value in values]}
+    ratio, values = next(iter(result["ratios"]["store"].items()))
+    result["ratios"]["store"] = {ratio: [1e6 + value for value in values]}
     first.write_text(json.dumps(result))
     table_file = tmp_path / "table.md"
     against = [str(first), "--baseline", str(first), "--markdown", str(table_file)]
     done = subprocess.run([*command, *against], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert f"moved beyond their noise: score: {ratio}\n" in done.stdout
-    assert f"| score | {ratio} |" in table_file.read_text()
+    assert f"moved beyond their noise: store: {ratio}\n" in done.stdout
+    assert f"| store | {ratio} |" in table_file.read_text()
 
 
 def test_a_ratio_has_moved_if_it_leaves_the_noise_of_both() -> None:

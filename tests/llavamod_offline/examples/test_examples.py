@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from llavamod_offline.data.encode.collate import Batch
 from llavamod_offline.errors import TargetError
 from llavamod_offline.toyworld.datasets import write_datasets
 from teacher_cache import open_cache
+from tests.scripts import fork_script
 from tests.train.reference import read_metrics
 from train.config.recipes import resolve_config
 from train.run import train
@@ -21,7 +24,6 @@ from train.run import train
 ROOT = Path(__file__).parents[3]
 TEACHER = ROOT / "llavamod_offline/toyworld/checkpoints/teacher"
 LANGUAGE_MODEL = ROOT / "llavamod_offline/toyworld/checkpoints/language_model"
-SCRIPTS = Path(sys.executable).parent
 BATCH = 8
 
 
@@ -42,9 +44,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f" batch.micro_size=8 student.language_model={LANGUAGE_MODEL}",
     ]
     for command in commands:
-        name, *arguments = command.split()
-        done = subprocess.run([str(SCRIPTS / name), *arguments], cwd=root, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        status, stderr = fork_script(command.split(), root / "logs", before=partial(os.chdir, root)).ended()
+        assert status == 0, stderr
     return root
 
 
@@ -147,8 +148,7 @@ def test_the_commands_in_their_docstrings_run(world: Path, tmp_path: Path) -> No
     assert done.stdout.startswith("step 1: loss ")
 
 
-@pytest.mark.parametrize("name", ["plain_loop", "hf_trainer", "trl_dpo"])
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["one"]])
+@pytest.mark.parametrize(("name", "arguments"), [("plain_loop", []), ("hf_trainer", ["--help"]), ("trl_dpo", ["one"])])
 def test_without_its_arguments_an_example_shows_its_usage(name: str, arguments: list[str]) -> None:
     command = [sys.executable, "-m", f"llavamod_offline.examples.{name}", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
