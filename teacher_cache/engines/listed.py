@@ -27,6 +27,11 @@ _LIMITS = (
 _SMALLEST_TAIL = 2.0**-24  # the smallest step below 1 of a sum of float32 probabilities
 
 
+def listed_ids(top_k: int, vocab_size: int) -> int:
+    """How many ids of each distribution to ask for; -1: all, including those beyond the shared vocabulary."""
+    return -1 if top_k >= vocab_size else top_k
+
+
 def listed_records(
     ids_NK: NDArray[np.int64],
     log_probs_NK: NDArray[np.float64],

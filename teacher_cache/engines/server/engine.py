@@ -20,7 +20,7 @@ from llavamod_offline.families import Family
 from llavamod_offline.vllm.families import check_family
 from llavamod_offline.vllm.heads import check_same_head
 from llavamod_offline.vllm.inputs import check_prompt
-from teacher_cache.engines.listed import describe_limits, listed_records
+from teacher_cache.engines.listed import describe_limits, listed_ids, listed_records
 from teacher_cache.engines.protocol import NOT_FINITE, Outcome, Request, beyond_vocabulary, longest_first, recorded
 from teacher_cache.engines.server.client import ServerClient, ServerRefusedError
 from teacher_cache.engines.server.replies import check_log_probs, listed_rows, prompt_token_ids, read_object
@@ -169,11 +169,6 @@ class ServerCaptureEngine:
             rows.ids_NK, rows.log_probs_NK, targets_N, target_log_probs_N, self.settings, vocab_size=self.vocab_size
         )
         return recorded(item.request, sequence, records, finite_N, None)
-
-
-def listed_ids(top_k: int, vocab_size: int) -> int:
-    """How many ids of each distribution to ask for; -1: all, including those beyond the shared vocabulary."""
-    return -1 if top_k >= vocab_size else top_k
 
 
 def load_engine(setup: CaptureSetup) -> ServerCaptureEngine:

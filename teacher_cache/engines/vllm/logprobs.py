@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llavamod_offline.vllm import plugin
-from teacher_cache.engines.listed import describe_limits, listed_records
+from teacher_cache.engines.listed import describe_limits, listed_ids, listed_records
 from teacher_cache.engines.vllm import engine
 from teacher_cache.engines.vllm.wire import RecordReply, RecordRequest
 
@@ -30,7 +30,7 @@ class PromptLogprobs:
         """Ask for the most likely ids of every row; those of the last row are the generated token's alternatives."""
         from vllm import SamplingParams
 
-        listed = min(order.settings.top_k, order.vocab_size)
+        listed = listed_ids(order.settings.top_k, order.vocab_size)
         return SamplingParams(
             max_tokens=1,
             temperature=0.0,

@@ -14,9 +14,10 @@ from llavamod_offline.families import Family, open_family
 from llavamod_offline.families.llava.checkpoint import load_llava
 from llavamod_offline.families.llava.export import save_llava
 from teacher_cache.engines.hf import HfCaptureEngine
+from teacher_cache.engines.listed import listed_ids
 from teacher_cache.engines.protocol import CaptureEngine, Request
 from teacher_cache.engines.server.client import ServerClient
-from teacher_cache.engines.server.engine import ServerCaptureEngine, listed_ids
+from teacher_cache.engines.server.engine import ServerCaptureEngine
 from teacher_cache.engines.server.served import ask_served
 from teacher_cache.engines.server.settings import ServerSettings
 from teacher_cache.format.record import RecordSettings
