@@ -141,8 +141,7 @@ def test_an_image_that_vllm_would_write_differently_is_refused(start: Start, tmp
 
 
 def test_the_fallback_gives_heads_masses_and_target_log_probs(start: Start, tmp_path: Path) -> None:
-    """With all ids too, though the LM head has rows beyond the tokenizer's."""
-    folder = write_tiny_llava(tmp_path / "teacher", hidden=HEAD_OF_32, head_rows=448)
+    folder = write_tiny_llava(tmp_path / "teacher", hidden=HEAD_OF_32)
     world = start(folder, models=plain, runner="generate", max_logprobs=-1)
     kept = RecordSettings(1.0, 12, 0, 1.0, ())
     samples = [*tiny_samples(20, seed=10), *tiny_samples(6, seed=10, preference=True)]
@@ -152,12 +151,22 @@ def test_the_fallback_gives_heads_masses_and_target_log_probs(start: Start, tmp_
         found = world.capture(world.vllm(kept=kept, channel=PromptLogprobs(), positions=positions), samples)
         assert all((one.records.entropy_N > 0).all() for one in found.values())
         assert_listed(expected, found)
-    every = RecordSettings(1.0, world.vocab_size, 0, 1.0, ())
-    found = world.capture(world.vllm(kept=every, channel=PromptLogprobs()), samples)
-    assert all((one.records.topk_counts_N == world.vocab_size).all() for one in found.values())
-    assert_same(world.capture(world.hf(kept=every), samples), found)
     longest = max(len(s.input_ids_T) for r in world.requests(samples) for s in r.sequences)
     world.session.longest = longest - 1  # as if the checkpoint allowed no more
     outcomes = world.outcomes(world.vllm(kept=kept, channel=PromptLogprobs()), samples)
     reasons = {outcome.reason for outcome in outcomes if isinstance(outcome, Rejection)}
     assert reasons == {f"{longest} tokens, vLLM takes {longest - 1} here"}
+
+
+def test_the_fallback_records_all_ids_beside_rows_beyond_the_tokenizer(start: Start, tmp_path: Path) -> None:
+    world = start(
+        write_tiny_llava(tmp_path / "teacher", hidden=HEAD_OF_32, head_rows=448),
+        models=plain,
+        runner="generate",
+        max_logprobs=-1,
+    )
+    kept = RecordSettings(1.0, world.vocab_size, 0, 1.0, ())
+    samples = tiny_samples(8, seed=10)
+    found = world.capture(world.vllm(kept=kept, channel=PromptLogprobs()), samples)
+    assert all((one.records.topk_counts_N == world.vocab_size).all() for one in found.values())
+    assert_same(world.capture(world.hf(kept=kept), samples), found)
