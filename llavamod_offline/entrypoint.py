@@ -58,7 +58,7 @@ def run_command(app: typer.Typer, argv: Sequence[str] | None = None, *, name: st
         status = INPUT_ERROR_STATUS
         _print_error(f"error: standard output cannot be written: {failure.strerror}: free space or write elsewhere")
     signals.ended(status)
-    gc.freeze()  # or exiting takes more than a second, in which all modules are searched for cycles
+    gc.freeze()  # otherwise Python searches everything imported for cycles at exit, which takes more than a second
     sys.exit(status)
 
 

@@ -120,7 +120,7 @@ def _import_libraries() -> bool:
     for name in _LIBRARIES:
         with suppress(ImportError):  # of an extra that is not installed
             importlib.import_module(name)
-    gc.freeze()  # a fork that searches these objects for cycles copies the pages they lie on
+    gc.freeze()  # otherwise garbage collection in a fork copies the memory of everything imported
     if sys.platform != "linux" or "torch" not in sys.modules:
         return False
     import torch

@@ -41,7 +41,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -237,7 +237,7 @@ def main() -> None:
 
 def _shortened(size: Size) -> Size:
     batch = size.batch_size // 2
-    return Size(**{**vars(size), "samples": batch * 2, "shard_samples": batch, "batch_size": batch, "rounds": 1})
+    return replace(size, samples=2 * batch, shard_samples=batch, batch_size=batch, rounds=1)
 
 
 if __name__ == "__main__":

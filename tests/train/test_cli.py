@@ -56,7 +56,8 @@ def test_the_config_is_printed_and_read_again(world: World, tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_prints_json_alone_on_stdout(world: World, tmp_path: Path) -> None:
+def test_a_run_prints_json_alone_on_stdout(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAVAMOD_STAGING", str(tmp_path / "staging"))  # where no test has kept lengths
     config = world.config("align", tmp_path / "run", "steps=1")
     (tmp_path / "mine.yaml").write_text(dump_config(config))
     done = command("mine.yaml", "--json", cwd=tmp_path)
@@ -64,8 +65,8 @@ def test_a_run_prints_json_alone_on_stdout(world: World, tmp_path: Path) -> None
     summary = json.loads(done.stdout)
     assert summary["finished"]
     assert Path(summary["student"], "config.json").is_file()
-    changes, template, *measuring = done.stderr.splitlines()  # the last one unless another test has done it
-    assert all(line.startswith("measuring the lengths of ") for line in measuring)
+    changes, template, measuring = done.stderr.splitlines()
+    assert measuring == "measuring the lengths of 8 of 24 samples"
     assert template == f"template: qwen, that of {world.student}"
     assert changes.startswith("recipe align, changed: optim.warmup_ratio=0.0 (was 0.03), ")
 
@@ -136,7 +137,7 @@ def test_a_folder_does_not_hide_a_recipe(tmp_path: Path, monkeypatch: pytest.Mon
 def test_without_deepspeed_a_run_is_refused_before_anything_is_written(world: World, tmp_path: Path) -> None:
     config = world.config("align", tmp_path / "run", "steps=1")
     (tmp_path / "mine.yaml").write_text(dump_config(config))
-    for arguments, status in ((["mine.yaml", "--print-config"], 0), (["mine.yaml"], 2)):
+    for arguments, status in ((["mine.yaml", "--print-config"], 0), (["--help"], 0), (["mine.yaml"], 2)):
         command = [sys.executable, "-c", _WITHOUT_DEEPSPEED, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
         assert done.returncode == status, done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from functools import partial
@@ -148,10 +149,15 @@ def test_the_commands_in_their_docstrings_run(world: Path, tmp_path: Path) -> No
     assert done.stdout.startswith("step 1: loss ")
 
 
-@pytest.mark.parametrize(("name", "arguments"), [("plain_loop", []), ("hf_trainer", ["--help"]), ("trl_dpo", ["one"])])
-def test_without_its_arguments_an_example_shows_its_usage(name: str, arguments: list[str]) -> None:
-    command = [sys.executable, "-m", f"llavamod_offline.examples.{name}", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"usage: python -m llavamod_offline.examples.{name} STUDENT SET CACHE")
-    assert done.stderr.count("\n") == 1
+@pytest.mark.parametrize("name", ["plain_loop", "hf_trainer", "trl_dpo"])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["one"]])
+def test_without_its_arguments_an_example_shows_its_usage(
+    name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "llavamod_offline" / "examples" / f"{name}.py"), run_name="__main__")
+    assert ended.value.code == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith(f"usage: python -m llavamod_offline.examples.{name} STUDENT SET CACHE")
+    assert stderr.count("\n") == 1

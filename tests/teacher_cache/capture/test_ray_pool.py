@@ -17,7 +17,6 @@ from teacher_cache.capture.ray_pool import RayPool
 from teacher_cache.config import CacheTeacherConfig
 from teacher_cache.format.manifest import file_entries
 from teacher_cache.read.reader import open_cache
-from tests.scripts import fork_script
 from tests.teacher_cache.conftest import World
 from tests.teacher_cache.ray_cluster import in_a_process
 from tests.tiny import tiny_samples
@@ -94,10 +93,9 @@ def test_a_disk_that_refuses_a_worker_is_one_line(world: World, finished: Path, 
 def test_bad_settings_are_found_before_a_cluster_is_started(
     world: World, tmp_path: Path, settings: tuple[str, ...], words: str
 ) -> None:
-    script = fork_script(["cache-teacher", "run", *world.arguments(tmp_path / "c", *ON_RAY, *settings)], tmp_path)
-    status, stderr = script.ended()
-    assert (status, script.stdout.read_text(), stderr.count("\n")) == (2, "", 1)
-    assert words in stderr
+    done = in_a_process(RUN, "run", *world.arguments(tmp_path / "c", *ON_RAY, *settings))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert words in done.stderr
     assert not (tmp_path / "c").exists()
 
 
